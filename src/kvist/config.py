@@ -1,0 +1,56 @@
+"""How a room declares its settings: a frozen dataclass whose fields carry their own help.
+
+Each room owns one small config beside its user; `settings.py` composes them and builds `--help` from the metadata.
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class SchedulerConfig:
+        page_size: int = option(16, "tokens in one KV page", unit="tokens", choices=(16, 32, 64))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OptionHelp:
+    """What the command line says of a field."""
+
+    text: str
+    unit: str = ""
+    choices: tuple[Any, ...] = ()
+    flag: str | None = None  # default: the field's name with dashes
+    aliases: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    secret: bool = False  # never printed or logged
+
+
+def option(
+    default: T,
+    text: str,
+    *,
+    unit: str = "",
+    choices: tuple[T, ...] = (),
+    flag: str | None = None,
+    aliases: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    secret: bool = False,
+) -> T:
+    """A dataclass field with help. Flags keep SGLang's names where they mean the same."""
+    note = OptionHelp(
+        text,
+        unit=unit,
+        choices=choices,
+        flag=flag,
+        aliases=aliases,
+        minimum=minimum,
+        maximum=maximum,
+        secret=secret,
+    )
+    field: T = dataclasses.field(default=default, metadata={"option": note})
+    return field

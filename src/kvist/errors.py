@@ -1,0 +1,119 @@
+"""Every error Kvist raises on purpose.
+
+    KvistError                      .code .retryable .http_status .remedy .param
+    ├── RequestError                the caller can mend it (400)
+    │   ├── UnsupportedField        a field we know but cannot honour
+    │   ├── PromptTooLong           more tokens than the model or the pool holds
+    │   ├── UnknownModel            a model name that is not served (404)
+    │   ├── BodyTooLarge            the HTTP body is over the limit (413)
+    │   └── Unauthorized            the API key is missing or wrong (401)
+    ├── Overloaded                  a bounded queue is full (429, retry later)
+    ├── Unavailable                 no worker can take it now (503, retry later)
+    │   ├── WorkerLost              the worker died or fell silent while it held the request
+    │   └── HandoffFailed           the pages did not reach the decode worker
+    ├── Timeout                     a bounded wait ran out (504)
+    ├── EngineError                 our bug or a broken device (500)
+    └── ConfigError                 a flag, a setting, a model folder: at start, never while serving
+        ├── ModelLoadError          the checkpoint is missing, broken or of an unknown family
+        └── WireError               the peer speaks another protocol version or sent what we cannot decode
+
+Errors cross a process as (code, message): `error_from_wire` rebuilds the class from its code.
+"""
+
+from __future__ import annotations
+
+
+class KvistError(Exception):
+    """Base of all. `message` says what happened and what to do about it, in one or two sentences."""
+
+    code = "internal_error"
+    http_status = 500
+    retryable = False
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param  # the request field or flag at fault
+        self.retry_after_s = retry_after_s
+
+
+class RequestError(KvistError):
+    code = "invalid_request"
+    http_status = 400
+
+
+class UnsupportedField(RequestError):
+    code = "unsupported_field"
+
+
+class PromptTooLong(RequestError):
+    code = "context_length_exceeded"
+
+
+class UnknownModel(RequestError):
+    code = "model_not_found"
+    http_status = 404
+
+
+class BodyTooLarge(RequestError):
+    code = "body_too_large"
+    http_status = 413
+
+
+class Unauthorized(RequestError):
+    code = "invalid_api_key"
+    http_status = 401
+
+
+class Overloaded(KvistError):
+    code = "overloaded"
+    http_status = 429
+    retryable = True
+
+
+class Unavailable(KvistError):
+    code = "unavailable"
+    http_status = 503
+    retryable = True
+
+
+class WorkerLost(Unavailable):
+    code = "worker_lost"
+
+
+class HandoffFailed(Unavailable):
+    code = "handoff_failed"
+
+
+class Timeout(KvistError):
+    code = "timeout"
+    http_status = 504
+    retryable = True
+
+
+class EngineError(KvistError):
+    code = "engine_error"
+
+
+class ConfigError(KvistError):
+    code = "config_error"
+
+
+class ModelLoadError(ConfigError):
+    code = "model_load_error"
+
+
+class WireError(ConfigError):
+    code = "wire_error"
+
+
+def _all_classes(root: type[KvistError]) -> list[type[KvistError]]:
+    return [root] + [leaf for child in root.__subclasses__() for leaf in _all_classes(child)]
+
+
+def error_from_wire(code: str, message: str) -> KvistError:
+    """Rebuild the error a peer reported; an unknown code becomes `EngineError` and keeps its message."""
+    for cls in _all_classes(KvistError):
+        if cls.code == code:
+            return cls(message)
+    return EngineError(f"{message} (peer's code: {code})")

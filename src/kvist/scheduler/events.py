@@ -1,0 +1,128 @@
+"""What a scheduler is told. The worker loop makes these from messages, finished steps and finished transfers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SampledToken
+from kvist.wire import Closed, Done, Grant, PrefillPeer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrived:
+    request: EngineRequest
+    mode: Mode
+    handoff_id: HandoffId | None = None  # set for PREFILL and DECODE
+    prefill: PrefillPeer | None = None  # set for DECODE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbortRequested:
+    """The client left or the gateway fell silent. Unknown ids are ignored: the request may have ended already."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFinished:
+    """The batch of an earlier plan was carried out: its K/V is in the pages, and these tokens were chosen."""
+
+    step_id: int
+    sampled: Mapping[RequestId, SampledToken]  # one for each batch item with `sampling`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFailed:
+    """The batch raised. Its requests fail; the pages it wrote are not trusted."""
+
+    step_id: int
+    message: str
+
+
+# ---- handoff, prefill side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantArrived:
+    grant: Grant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AckArrived:
+    handoff_id: HandoffId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevokeArrived:
+    handoff_id: HandoffId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritesCompleted:
+    """Every write asked for so far with this id up to `num_pages` in all is in the peer's pool."""
+
+    handoff_id: HandoffId
+    num_pages: int  # cumulative
+    checksum: str  # over those pages, in order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritesFailed:
+    """The transport gave up; no more bytes will be written for this handoff."""
+
+    handoff_id: HandoffId
+    message: str
+
+
+# ---- handoff, decode side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoneArrived:
+    done: Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosedArrived:
+    closed: Closed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagesVerified:
+    handoff_id: HandoffId
+    checksum: str  # over the granted pages as they now are in our pool
+
+
+# ---- both
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerDied:
+    """The process with this epoch is certainly gone: it can neither write nor read any more."""
+
+    epoch: EpochId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlushRequested:
+    call_id: str
+
+
+Event = (
+    Arrived
+    | AbortRequested
+    | StepFinished
+    | StepFailed
+    | GrantArrived
+    | AckArrived
+    | RevokeArrived
+    | WritesCompleted
+    | WritesFailed
+    | DoneArrived
+    | ClosedArrived
+    | PagesVerified
+    | PeerDied
+    | FlushRequested
+)

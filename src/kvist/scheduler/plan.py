@@ -1,0 +1,97 @@
+"""What a scheduler asks for: one `Plan` a step. The worker loop carries it out, in the order of the fields."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvist.request import EpochId, HandoffId, RequestId, SamplingParams
+from kvist.wire import Ended, PoolAddress, SourceToTarget, TargetToSource, TokenChunk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchItem:
+    """One request's share of a step: compute K/V for positions [start, start + len(token_ids))."""
+
+    request_id: RequestId
+    token_ids: Sequence[int]  # the tokens at those positions
+    start: int  # K/V of [0, start) is already in the pages
+    page_ids: Sequence[int]  # pages for positions [0, start + len(token_ids)), maybe a few more
+    sampling: SamplingParams | None = None  # None: no next token wanted (a chunk that does not end the sequence)
+    suppressed_token_ids: tuple[int, ...] = ()  # impossible for this next token (min_tokens)
+
+    @property
+    def end(self) -> int:
+        """The position of the next token; also the counter of its sampling noise."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    step_id: int
+    items: tuple[BatchItem, ...]  # decodes (one token each) first, then prefill chunks
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(item.token_ids) for item in self.items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritePages:
+    """Copy our pages into a peer's pool; reported back by `WritesCompleted` or `WritesFailed`."""
+
+    handoff_id: HandoffId
+    pool: PoolAddress
+    page_ids: tuple[int, ...]  # ours
+    peer_page_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyPages:
+    """Checksum our pages, in order; reported back by `PagesVerified`."""
+
+    handoff_id: HandoffId
+    page_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopWrites:
+    """Drop the writes of this handoff that have not begun, then report `WritesCompleted` for those that were done."""
+
+    handoff_id: HandoffId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToSource:
+    """A message from a decode engine to the prefill engine at `endpoint`."""
+
+    endpoint: str
+    message: TargetToSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToTarget:
+    """A message from a prefill engine to the decode engine whose life is `target_epoch`."""
+
+    target_epoch: EpochId
+    message: SourceToTarget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flush:
+    call_id: str
+    num_pages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    chunks: tuple[TokenChunk, ...] = ()  # to the gateways
+    ended: tuple[Ended, ...] = ()
+    flushes: tuple[Flush, ...] = ()
+    messages: tuple[ToSource | ToTarget, ...] = ()  # to peer engines
+    transfers: tuple[WritePages | VerifyPages | StopWrites, ...] = ()
+    watched_epochs: frozenset[EpochId] = frozenset()  # peers whose death must be reported while this plan stands
+    cached_added: tuple[bytes, ...] = ()  # page digests that became cached in this step
+    cached_removed: tuple[bytes, ...] = ()
+    batch: Batch | None = None
+    wake_at_s: float | None = None  # call `step` again by then even if nothing happens

@@ -1,0 +1,257 @@
+"""The typed messages between processes: msgspec MessagePack, one union per direction, strict decode, never pickle.
+
+    gateway → engine   Hello Submit Abort FlushCache
+    engine → gateway   Welcome StepOutputs LoadReport Flushed
+    decode → prefill   Grant Ack Revoke            (docs/handoff.md tells the protocol)
+    prefill → decode   Done Closed
+
+Every engine binds one ROUTER socket; gateways and decode engines connect DEALER sockets to it. A message that cannot
+be decoded is logged and dropped by its receiver: its sender's own bounded wait then reports the failure.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvist.errors import WireError
+from kvist.request import (
+    EngineRequest,
+    EpochId,
+    FinishReason,
+    HandoffId,
+    Mode,
+    Outcome,
+    RequestId,
+    SampledToken,
+    TokenLogprobs,
+    WorkerId,
+)
+
+PROTOCOL_VERSION = 1
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
+    pass
+
+
+# ---------------------------------------------------------------- gateway → engine
+
+
+class Hello(_Message, frozen=True):
+    """First message and keep-alive. An engine that has not heard one for `gateway_timeout_s` aborts the gateway's
+    requests. `resync` asks for all cached page digests again."""
+
+    gateway_id: str
+    protocol_version: int = PROTOCOL_VERSION
+    resync: bool = False
+
+
+class PrefillPeer(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the prefill half of a request runs; sent to the decode engine."""
+
+    worker_id: WorkerId
+    endpoint: str  # the prefill engine's ROUTER address
+    epoch: EpochId
+
+
+class Submit(_Message, frozen=True):
+    request: EngineRequest
+    mode: Mode
+    handoff_id: HandoffId | None = None  # set for PREFILL and DECODE
+    prefill: PrefillPeer | None = None  # set for DECODE
+
+
+class Abort(_Message, frozen=True):
+    request_id: RequestId
+
+
+class FlushCache(_Message, frozen=True):
+    """Drop every cached page that no request uses. Answered by `Flushed`."""
+
+    call_id: str
+
+
+# ---------------------------------------------------------------- engine → gateway
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a gateway must know of an engine before it sends a request. Also in `/server_info`."""
+
+    worker_id: WorkerId
+    epoch: EpochId
+    role: str  # "unified" | "prefill" | "decode"
+    endpoint: str
+    model_fingerprint: str
+    model_name: str
+    vocab_size: int
+    max_model_len: int  # tokens, prompt and answer together
+    page_size: int  # tokens
+    num_pages: int
+    namespace: str  # prefix of every page digest: same tokens and same namespace, same page
+    dtype: str
+    tp_size: int
+    max_running_requests: int
+    max_queued_requests: int
+
+
+class Welcome(_Message, frozen=True):
+    """Answer to `Hello`; sent once the engine can produce tokens."""
+
+    spec: EngineSpec
+    protocol_version: int = PROTOCOL_VERSION
+
+
+class HandoffReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one handoff moved, as the decode engine saw it."""
+
+    num_pages: int  # pages written by prefill
+    num_pages_reused: int  # pages decode already had
+    num_bytes: int
+    duration_s: float  # grant sent → pages verified
+    wait_s: float  # of that: Done received → pages verified (what the stream waited for beyond prefill)
+
+
+class TokenChunk(_Message, frozen=True, tag=False):
+    """Consecutive output tokens of one request. `position` counts output tokens from 0, across engines, so that the
+    gateway can merge and de-duplicate what prefill and decode send."""
+
+    request_id: RequestId
+    position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # one a token, when asked for
+    finish_reason: FinishReason | None = None  # with STOP the last token is the stop token
+    num_cached_tokens: int | None = None  # with position 0: prompt tokens not computed, by the engine that computed
+    handoff: HandoffReport | None = None  # with decode's first chunk
+
+
+class Ended(_Message, frozen=True, tag=False):
+    """The request is over at this engine; exactly one for each `Submit` that arrived."""
+
+    request_id: RequestId
+    outcome: Outcome
+    error_code: str | None = None  # errors.py's code, with FAILED
+    message: str = ""
+    retry_after_s: float | None = None
+
+
+class StepOutputs(_Message, frozen=True):
+    """All that one engine step has for one gateway: one message, however many streams it advances."""
+
+    chunks: tuple[TokenChunk, ...] = ()
+    ended: tuple[Ended, ...] = ()
+
+
+class LoadReport(_Message, frozen=True):
+    """Sent at least once a second, and with the step in which the cached pages changed.
+
+    `sequence` grows by one each report to one gateway; a gap, or `snapshot`, means the digest set must be replaced.
+    Counters in `totals` only grow (see metrics.py for the names).
+    """
+
+    sequence: int
+    num_running: int
+    num_waiting: int
+    num_free_pages: int
+    num_cached_pages: int
+    num_owned_pages: int
+    num_in_flight_pages: int
+    snapshot: bool = False
+    cached_added: tuple[bytes, ...] = ()  # page digests, 16 bytes each
+    cached_removed: tuple[bytes, ...] = ()
+    totals: dict[str, float] = {}
+
+
+class Flushed(_Message, frozen=True):
+    call_id: str
+    num_pages: int
+
+
+# ---------------------------------------------------------------- decode → prefill
+
+
+class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a page pool can be written by a peer. `transport` names the door ("shm", "inproc"); `location` is its own
+    address (for shm: the pool file's path)."""
+
+    transport: str
+    location: str
+    num_pages: int
+    page_bytes: int
+    layout: str  # kv/layout.py's description; both sides must agree
+
+
+class Grant(_Message, frozen=True):
+    """Decode's leave to write. `page_ids` are decode's pages for prompt pages [first_page, first_page + len)."""
+
+    handoff_id: HandoffId
+    request_id: RequestId
+    target_epoch: EpochId  # decode's life
+    source_epoch: EpochId  # the prefill life this is meant for
+    pool: PoolAddress
+    first_page: int  # pages [0, first_page) are already in decode's cache
+    page_ids: tuple[int, ...]
+
+
+class Ack(_Message, frozen=True):
+    """The pages arrived and were verified: prefill may let go of its own."""
+
+    handoff_id: HandoffId
+    target_epoch: EpochId
+
+
+class Revoke(_Message, frozen=True):
+    """Stop writing and say `Closed`; until then decode keeps the pages out of use."""
+
+    handoff_id: HandoffId
+    target_epoch: EpochId
+    reason: str
+
+
+# ---------------------------------------------------------------- prefill → decode
+
+
+class Done(_Message, frozen=True):
+    """Every granted page is written. Repeated until acknowledged; receiving it twice is harmless."""
+
+    handoff_id: HandoffId
+    target_epoch: EpochId
+    source_epoch: EpochId
+    num_pages: int
+    checksum: str  # transfer.checksum over the written pages, in order
+    first_token: SampledToken
+    finish_reason: FinishReason | None = None  # set: the first token was the last
+
+
+class Closed(_Message, frozen=True):
+    """No byte will be written for this handoff any more: refused, failed, or in answer to `Revoke`. Also the answer
+    to a Grant or Revoke for a handoff that prefill does not know."""
+
+    handoff_id: HandoffId
+    target_epoch: EpochId
+    source_epoch: EpochId
+    error_code: str | None = None
+    message: str = ""
+
+
+GatewayToEngine = Hello | Submit | Abort | FlushCache
+EngineToGateway = Welcome | StepOutputs | LoadReport | Flushed
+TargetToSource = Grant | Ack | Revoke
+SourceToTarget = Done | Closed
+ToEngine = Hello | Submit | Abort | FlushCache | Grant | Ack | Revoke  # what an engine's ROUTER socket receives
+
+
+def encode(message: GatewayToEngine | EngineToGateway | TargetToSource | SourceToTarget) -> bytes:
+    return msgspec.msgpack.encode(message)
+
+
+class Decoder:
+    """Decodes one direction's union. Raises `WireError` on anything that is not exactly one of its messages."""
+
+    def __init__(self, union: object) -> None:
+        self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(type=union)
+
+    def decode(self, payload: bytes | memoryview) -> object:
+        try:
+            return self._decoder.decode(payload)
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            raise WireError(f"cannot decode a message of {len(payload)} bytes: {error}") from error
