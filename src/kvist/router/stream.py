@@ -1,6 +1,6 @@
-"""What the dispatcher yields while it serves one request: a merged chunk and the workers behind it.
+"""What the dispatcher tells the server: merged output with the workers behind it, and the state of every worker.
 
-Pure vocabulary between router/dispatch.py, which fills it in, and server/, which reads it.
+Pure vocabulary between router/dispatch.py, which fills it in, and server/ and metrics.py, which read it.
 """
 
 from __future__ import annotations
@@ -8,14 +8,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvist.request import WorkerId
-from kvist.wire import TokenChunk
+from kvist.wire import EngineSpec, LoadReport, TokenChunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamPart:
-    """The next output tokens of a request. Parts come in order of `chunk.position`, without gaps or repeats; the part
-    whose chunk has a `finish_reason` is the last."""
+    """The next output tokens of a request: all that were waiting when the reader asked, as one chunk.
+
+    Parts come in order of `chunk.position`, without gaps or repeats; the part whose chunk has a `finish_reason` is the
+    last. `chunk.num_cached_tokens` and `chunk.handoff` are in the first part that covers the chunk which had them.
+    """
 
     chunk: TokenChunk
     prefill_worker: WorkerId  # who reads the prompt; with a unified worker both names are the same
     decode_worker: WorkerId  # who writes the answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSnapshot:
+    worker_id: WorkerId
+    role: str  # what the router uses it for: "unified" | "prefill" | "decode"
+    alive: bool  # a request can be sent to it now
+    spec: EngineSpec | None  # None until it has said Welcome once
+    load: LoadReport | None  # the last report; its digests may be left out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSnapshot:
+    workers: tuple[WorkerSnapshot, ...]
