@@ -1,0 +1,93 @@
+"""The ledger of page ownership: which of the pool's pages is in which state. It owns no bytes.
+
+    FREE ──► OWNED ──► CACHED          FREE       nobody's; its bytes mean nothing
+      ▲      │ ▲ │        │            OWNED      written by one request
+      ├──────┘ │ ▼        │            IN_FLIGHT  one request's, and named by an open transfer: a peer may touch it
+      │     IN_FLIGHT     │            CACHED     in the radix tree, for whoever matches it
+      └───────────────────┘
+
+free + cached + owned + in_flight == total, always. A page in flight can only go back to its owner: it is never freed
+or shared while a peer may still write it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class PageState(enum.IntEnum):
+    FREE = 0
+    OWNED = 1
+    IN_FLIGHT = 2
+    CACHED = 3
+
+
+TRANSITIONS = frozenset(
+    {
+        (PageState.FREE, PageState.OWNED),  # a lease grows
+        (PageState.OWNED, PageState.FREE),  # a lease closes
+        (PageState.OWNED, PageState.CACHED),  # a full page enters the tree
+        (PageState.OWNED, PageState.IN_FLIGHT),  # a transfer opens
+        (PageState.IN_FLIGHT, PageState.OWNED),  # a transfer ends
+        (PageState.CACHED, PageState.FREE),  # eviction
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageCounts:
+    """free + cached + owned + in_flight == total. `evictable` is the part of cached that no lease uses."""
+
+    free: int
+    cached: int
+    owned: int
+    in_flight: int
+    evictable: int
+    total: int
+
+
+class PageLedger:
+    """Mutable; its one owner is `PageCache`."""
+
+    def __init__(self, num_pages: int) -> None:
+        self._states = bytearray(num_pages)  # PageState of each page
+        self._counts = [0] * len(PageState)
+        self._counts[PageState.FREE] = num_pages
+        # Last in, first out, and page 0 on top: pages never needed are never touched, so their memory never becomes
+        # resident, and the page freed last is the one most likely still in a CPU cache.
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._states)
+
+    def count(self, state: PageState) -> int:
+        return self._counts[state]
+
+    def state(self, page_id: int) -> PageState:
+        return PageState(self._states[page_id])
+
+    def allocate(self, num_pages: int) -> list[int]:
+        """Takes free pages: FREE → OWNED. The caller has made sure that there are enough."""
+        assert num_pages <= len(self._free), f"{num_pages} pages asked of {len(self._free)} free"
+        page_ids = [self._free.pop() for _ in range(num_pages)]
+        self._set(page_ids, PageState.FREE, PageState.OWNED)
+        return page_ids
+
+    def move(self, page_ids: Sequence[int], source: PageState, target: PageState) -> None:
+        """Moves pages, each of which must be in `source`, by one row of the transition table."""
+        assert source is not PageState.FREE, "free pages are taken by `allocate`"
+        self._set(page_ids, source, target)
+        if target is PageState.FREE:
+            self._free.extend(page_ids)
+
+    def _set(self, page_ids: Sequence[int], source: PageState, target: PageState) -> None:
+        assert (source, target) in TRANSITIONS, f"no transition {source.name} → {target.name}"
+        states = self._states
+        for page_id in page_ids:
+            assert states[page_id] == source, f"page {page_id} is {self.state(page_id).name}, not {source.name}"
+            states[page_id] = target
+        self._counts[source] -= len(page_ids)
+        self._counts[target] += len(page_ids)
