@@ -51,11 +51,13 @@ class GrantArrived:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AckArrived:
     handoff_id: HandoffId
+    target_epoch: EpochId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RevokeArrived:
     handoff_id: HandoffId
+    target_epoch: EpochId  # who to answer, even when we do not know the handoff
     reason: str
 
 
@@ -66,6 +68,7 @@ class WritesCompleted:
     handoff_id: HandoffId
     num_pages: int  # cumulative
     checksum: str  # over those pages, in order
+    stopped: bool = False  # the answer to `StopWrites`: no more bytes will be written for this handoff
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
