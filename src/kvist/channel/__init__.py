@@ -1,0 +1,14 @@
+"""The sockets between processes: ZeroMQ carrying wire.py's messages.
+
+An engine owns one `EngineChannel` (synchronous, for its loop); a gateway owns one `GatewayLink` for each engine
+(asyncio). Both are bounded, never block on a send, and drop what cannot be decoded, with a log line and a count.
+Nothing unauthenticated leaves loopback: see security.py.
+
+This room moves messages. It does not know what they mean; liveness is judged by its users.
+"""
+
+from kvist.channel.engine import EngineChannel
+from kvist.channel.gateway import GatewayLink
+from kvist.channel.security import ChannelConfig, is_loopback
+
+__all__ = ["ChannelConfig", "EngineChannel", "GatewayLink", "is_loopback"]

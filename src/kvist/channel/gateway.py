@@ -1,0 +1,164 @@
+"""The gateway's side: one connection to one engine, inside an asyncio loop.
+
+Life: `open` connects in the background (ZeroMQ retries until the engine is there); messages arrive at `on_message`;
+`on_lost` is called once when an established connection breaks or the engine refuses our key. A link is one connection:
+after `on_lost` its owner closes it and makes another, with another identity, so that nothing queued for a dead engine
+reaches its successor.
+
+The socket's file descriptor is watched directly and drained whole: one callback a burst, no future per message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from kvist import wire
+from kvist.channel import security
+from kvist.channel.security import ChannelConfig
+from kvist.errors import ConfigError, WireError
+
+logger = logging.getLogger(__name__)
+
+_RECONNECT_IVL_MS, _RECONNECT_IVL_MAX_MS = 50, 1_000
+_HEARTBEAT_IVL_MS, _HEARTBEAT_TIMEOUT_MS = 5_000, 20_000
+_MAX_MESSAGES_A_DRAIN = 256  # then other callbacks of the loop get their turn
+_HANDSHAKE_FAILURES = frozenset(
+    {
+        zmq.Event.HANDSHAKE_FAILED_AUTH,
+        zmq.Event.HANDSHAKE_FAILED_NO_DETAIL,
+        zmq.Event.HANDSHAKE_FAILED_PROTOCOL,
+    }
+)
+
+
+def _descriptor(socket: zmq.Socket[bytes]) -> int:
+    return int(socket.getsockopt(zmq.FD))
+
+
+class GatewayLink:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        *,
+        identity: bytes,
+        on_message: Callable[[wire.EngineToGateway], None],
+        on_lost: Callable[[str], None],
+        config: ChannelConfig | None = None,
+    ) -> None:
+        """Raises `ConfigError` when the endpoint leaves loopback without a cluster key, or is none."""
+        self._config = config or ChannelConfig()
+        security.require_key_off_loopback(endpoint, self._config.cluster_key)
+        self.endpoint = endpoint
+        self._context = context
+        self._identity = identity
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._decoder = wire.Decoder(wire.EngineToGateway)
+        self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connected = False
+        self.num_undecodable = 0
+
+    def open(self) -> None:
+        """Begin to connect. Call inside the running loop, once."""
+        assert self._socket is None, "a link is one connection: make a new one"
+        dealer = self._context.socket(zmq.DEALER)
+        dealer.linger = 0
+        dealer.sndhwm = dealer.rcvhwm = self._config.send_queue_messages
+        dealer.maxmsgsize = self._config.max_message_bytes
+        dealer.reconnect_ivl = _RECONNECT_IVL_MS
+        dealer.reconnect_ivl_max = _RECONNECT_IVL_MAX_MS
+        dealer.heartbeat_ivl = _HEARTBEAT_IVL_MS
+        dealer.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
+        dealer.setsockopt(zmq.IDENTITY, self._identity)
+        if self._config.cluster_key:
+            security.secure_client(dealer, security.member_keys(self._config.cluster_key))
+        self._loop = asyncio.get_running_loop()
+        self._monitor = dealer.get_monitor_socket()
+        self._socket = dealer
+        try:
+            dealer.connect(self.endpoint)
+        except zmq.ZMQError as error:
+            dealer.disable_monitor()
+            dealer.close()
+            self._socket = self._monitor = None
+            raise ConfigError(f"cannot connect to the engine at {self.endpoint}: {error}") from error
+        self._loop.add_reader(_descriptor(dealer), self._drain)
+        self._loop.add_reader(_descriptor(self._monitor), self._read_monitor)
+        self._loop.call_soon(self._read_monitor)  # the descriptor is edge-triggered: an event may be there already
+
+    def send(self, message: wire.GatewayToEngine) -> bool:
+        """Queue a message; never blocks. False: the queue is full or the link is closed."""
+        if self._socket is None or self._loop is None:
+            return False
+        try:
+            self._socket.send(wire.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        # A send may consume the descriptor's edge: look for messages that came in meanwhile.
+        self._loop.call_soon(self._drain)
+        return True
+
+    def close(self) -> None:
+        """Drop the connection and what is queued. No callback comes after it. Harmless when closed already."""
+        if self._socket is None or self._monitor is None or self._loop is None:
+            return
+        self._loop.remove_reader(_descriptor(self._socket))
+        self._loop.remove_reader(_descriptor(self._monitor))
+        self._socket.disable_monitor()
+        self._socket.close(linger=0)
+        self._socket = self._monitor = None
+
+    def _drain(self) -> None:
+        for _ in range(_MAX_MESSAGES_A_DRAIN):
+            if not self._receive():
+                return
+        if self._loop is not None:
+            self._loop.call_soon(self._drain)
+
+    def _receive(self) -> bool:
+        """Deliver one message; False when none waits or the link is closed (a callback may have done it)."""
+        if self._socket is None:
+            return False
+        try:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        try:
+            if len(frames) != 1:
+                raise WireError(f"a message has one frame, not {len(frames)}")
+            message = self._decoder.decode(frames[0])
+        except WireError as error:
+            self.num_undecodable += 1
+            logger.warning("dropped a message from the engine at %s: %s", self.endpoint, error)
+            return True
+        self._on_message(message)  # type: ignore[arg-type]  # the decoder was built for this union
+        return True
+
+    def _read_monitor(self) -> None:
+        while self._monitor is not None:
+            try:
+                frames = self._monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            event = parse_monitor_message(frames)["event"]
+            if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+                self._connected = True
+            elif event in _HANDSHAKE_FAILURES:
+                self._lose(f"the engine at {self.endpoint} refused us: do both sides have the same --cluster-key?")
+            elif event == zmq.Event.DISCONNECTED and self._connected:
+                while self._receive():  # what arrived before the break may end a stream that would fail otherwise
+                    pass
+                self._lose(f"the connection to the engine at {self.endpoint} broke")
+
+    def _lose(self, reason: str) -> None:
+        if self._socket is not None:
+            self.close()
+            self._on_lost(reason)
