@@ -1,0 +1,24 @@
+"""Text at the gateway's edge: tokens from text and chats, text from tokens, stop strings.
+
+`load_tokenizer` reads a Hugging Face folder or GGUF metadata; neither needs `transformers`.
+"""
+
+from __future__ import annotations
+
+from kvist.checkpoint import Checkpoint, CheckpointKind
+from kvist.text.detokenizer import IncrementalDetokenizer
+from kvist.text.stops import StopMatcher
+from kvist.text.tokenizer import Tokenizer
+
+__all__ = ["IncrementalDetokenizer", "StopMatcher", "Tokenizer", "load_tokenizer"]
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """Raises `ModelLoadError` naming the file and what is missing or unknown in it."""
+    if checkpoint.kind is CheckpointKind.GGUF:
+        from kvist.text.gguf import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(checkpoint.path)
+    from kvist.text.hf import tokenizer_from_folder
+
+    return tokenizer_from_folder(checkpoint.path)

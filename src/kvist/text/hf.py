@@ -1,0 +1,90 @@
+"""A tokenizer from a Hugging Face model folder: tokenizer.json, and beside it tokenizer_config.json,
+special_tokens_map.json, generation_config.json, config.json and chat_template.jinja where they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from kvist.checkpoint import read_json
+from kvist.errors import ModelLoadError
+from kvist.text.chat import ChatTemplate
+from kvist.text.tokenizer import Alphabet, SpecialTokens, Tokenizer
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def tokenizer_from_folder(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelLoadError(
+            f"{folder} has no tokenizer.json. Make one: "
+            "AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder) with transformers"
+        )
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelLoadError(f"cannot read {path}: {error}") from error
+    config = _optional_json(folder / "tokenizer_config.json")
+    special = {**_named_tokens(_optional_json(folder / "special_tokens_map.json")), **_named_tokens(config)}
+    bos = special.get("bos_token")
+    eos = special.get("eos_token")
+    return Tokenizer(
+        backend,
+        alphabet=_alphabet(backend, path),
+        special=SpecialTokens(
+            bos_token_id=backend.token_to_id(bos) if bos else None,
+            eos_token_ids=_eos_token_ids(folder, backend.token_to_id(eos) if eos else None),
+            add_bos=bool(config.get("add_bos_token", False)),
+        ),
+        chat_template=_chat_template(folder, config, special),
+    )
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens are written as a string or as {"content": string}."""
+    named = {}
+    for name in _SPECIAL_NAMES:
+        value = config.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            named[name] = content
+    return named
+
+
+def _eos_token_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
+    """All that may end an answer: generation_config.json's and config.json's too, which often know more."""
+    found = [] if tokenizer_eos is None else [tokenizer_eos]
+    for file in ("generation_config.json", "config.json"):
+        value = _optional_json(folder / file).get("eos_token_id")
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(found))
+
+
+def _alphabet(backend: Backend, path: Path) -> Alphabet:
+    spec = json.loads(backend.to_str()).get("decoder") or {}
+    steps = [step.get("type") for step in spec.get("decoders", [spec])]
+    if steps == ["ByteLevel"]:
+        return Alphabet.BYTE_LEVEL
+    if "ByteFallback" in steps or steps == ["Metaspace"]:
+        return Alphabet.SENTENCEPIECE
+    raise ModelLoadError(
+        f"{path}: decoder {'+'.join(map(str, steps))} is not known; ByteLevel, ByteFallback and Metaspace are"
+    )
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any], special: Mapping[str, str]) -> ChatTemplate | None:
+    file = folder / "chat_template.jinja"
+    source: object = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    if isinstance(source, list):  # several named templates: the one for plain chats
+        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+    return ChatTemplate(source, special_tokens=special) if isinstance(source, str) else None

@@ -1,0 +1,111 @@
+"""One model's tokenizer: text → token ids → bytes, with its special tokens and its chat template.
+
+Owns a `tokenizers.Tokenizer`, built by gguf.py or hf.py. Every token stands for a fixed string of bytes, which is what
+makes incremental detokenizing exact; a tokenizer whose decoder is not of that kind is refused at load.
+
+It does not clean up spaces (`clean_up_tokenization_spaces`): a streamed text could not be corrected afterwards.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tokenizers
+
+from kvist.text.chat import ChatTemplate
+
+
+class Alphabet(enum.Enum):
+    """How a token's spelling in the vocabulary stands for bytes."""
+
+    BYTE_LEVEL = "byte_level"  # GPT-2: every byte has a printable character
+    SENTENCEPIECE = "sentencepiece"  # ▁ is a space, <0xE4> is a byte
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecialTokens:
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    add_bos: bool = False  # plain prompts start with bos
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable alphabet: printable Latin-1 stands for itself, the rest moves up to U+0100 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
+    return alphabet
+
+
+_BYTE_OF = _byte_level_alphabet()
+
+
+class Tokenizer:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        alphabet: Alphabet,
+        special: SpecialTokens,
+        chat_template: ChatTemplate | None,
+    ) -> None:
+        self._backend = backend
+        self._alphabet = alphabet
+        self._special = special
+        self.chat_template = chat_template
+        added = backend.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self._bytes_of: dict[int, bytes] = {}  # filled as tokens are met; bounded by the vocabulary
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._special.bos_token_id
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return self._special.eos_token_ids
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens spelled out in it are recognised. Lets go of the GIL while it works."""
+        # a batch of one, because the library's `encode` keeps the GIL and a long prompt would hold up every stream
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        bos = self._special.bos_token_id
+        if add_special_tokens and self._special.add_bos and bos is not None and ids[:1] != [bos]:
+            return [bos, *ids]
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; empty for an id that no token has (models pad their vocabulary)."""
+        known = self._bytes_of.get(token_id)
+        if known is None:
+            known = self._bytes_of[token_id] = self._spell(token_id)
+        return known
+
+    def _spell(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].encode("utf-8")
+        spelling = self._backend.id_to_token(token_id) if token_id >= 0 else None
+        if spelling is None:
+            return b""
+        if self._alphabet is Alphabet.BYTE_LEVEL:
+            if all(char in _BYTE_OF for char in spelling):
+                return bytes(_BYTE_OF[char] for char in spelling)
+            return spelling.encode("utf-8")
+        if len(spelling) == 6 and spelling.startswith("<0x") and spelling.endswith(">"):
+            return bytes([int(spelling[3:5], 16)])
+        return spelling.replace("▁", " ").encode("utf-8")
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence. Bytes that are not UTF-8 become U+FFFD."""
+        skipped = self.special_token_ids if skip_special_tokens else frozenset()
+        raw = b"".join([self.token_bytes(token_id) for token_id in token_ids if token_id not in skipped])
+        return raw.decode("utf-8", "replace")
+
+    def token_text(self, token_id: int) -> str:
+        """How one token is shown in logprobs."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from kvist.text.tokenizer import Alphabet, SpecialTokens, Tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Tokenizer:
+    """A token for each byte, a few longer ones, some that end inside a character, and two special ones."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    merges = [("h", "e"), ("l", "l"), ("Ġ", "w"), ("ð", "Ł"), ("â", "Ĥ")]
+    for left, right in merges:
+        vocabulary[left + right] = len(vocabulary)
+    backend = Backend(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [AddedToken("<|end|>", normalized=False), AddedToken("<|naïve sign|>", normalized=False)]
+    )
+    special = SpecialTokens(eos_token_ids=(len(vocabulary),))
+    return Tokenizer(backend, alphabet=Alphabet.BYTE_LEVEL, special=special, chat_template=None)

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from kvist.errors import ModelLoadError, RequestError
+from kvist.text.chat import ChatTemplate
+
+HELLO = [{"role": "user", "content": "a <b> & 'c'"}]
+
+
+def template(source: str) -> ChatTemplate:
+    return ChatTemplate(source, special_tokens={"bos_token": "<s>"}, now=lambda: datetime(2026, 2, 3, tzinfo=UTC))
+
+
+def test_blocks_are_trimmed_as_hugging_face_does() -> None:
+    source = "{% for m in messages %}\n    {% if true %}\n{{ m.role }}\n    {% endif %}\n{% endfor %}\n"
+    assert template(source).render(HELLO) == "user\n"
+
+
+def test_promised_names_are_there() -> None:
+    source = "{{ bos_token }}{{ strftime_now('%Y-%m-%d') }}{% if add_generation_prompt %}A:{% endif %}{{ flag }}"
+    assert template(source).render(HELLO, options={"flag": 1}) == "<s>2026-02-03A:1"
+    assert template(source).render(HELLO, add_generation_prompt=False) == "<s>2026-02-03"
+
+
+def test_tojson_does_not_escape_html() -> None:
+    assert template("{{ messages[0].content | tojson }}").render(HELLO) == "\"a <b> & 'c'\""
+
+
+def test_a_refusal_by_the_template_is_the_callers_error() -> None:
+    with pytest.raises(RequestError, match="roles must alternate") as caught:
+        template("{{ raise_exception('roles must alternate') }}").render(HELLO)
+    assert caught.value.param == "messages"
+
+
+def test_a_template_that_adds_text_to_nothing_is_the_callers_error() -> None:
+    with pytest.raises(RequestError):
+        template("{{ 'x' + messages[0]['content'] }}").render([{"role": "user", "content": None}])
+
+
+@pytest.mark.parametrize("source", ["{{ messages.append(1) }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"])
+def test_the_sandbox_holds(source: str) -> None:
+    with pytest.raises(RequestError):
+        template(source).render(HELLO)
+
+
+def test_a_broken_template_fails_at_load() -> None:
+    with pytest.raises(ModelLoadError, match="chat template"):
+        template("{% if %}")
