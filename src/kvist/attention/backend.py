@@ -1,0 +1,46 @@
+"""The door of attention: what the runner asks of a backend, whatever computes it.
+
+Life cycle: `bind` once, with the pool; then for each step `prepare(spans)` turns the batch into index tensors once,
+and the returned `Attend` is called once a layer by the model. A call first writes the new tokens' K/V into their
+pages, then attends over everything each request has so far.
+
+The pool is [num_pages, num_kv_heads, num_layers, 2, page_size, head_dim]; index 2: 0 is K, 1 is V. A tensor-parallel
+rank passes a view with its own heads. What lies in a page beyond a request's length is undefined (another request's
+old K/V, even NaN) and must not touch the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+# attend(layer, q, k, v) -> out; q, out [num_tokens, num_q_heads, head_dim], k, v [num_tokens, num_kv_heads, head_dim]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One request's new tokens: positions [start, start + num_tokens). Their rows follow the former span's."""
+
+    start: int  # K/V of [0, start) is already in the pages
+    num_tokens: int
+    page_ids: Sequence[int]  # at least for positions [0, start + num_tokens)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+class AttentionBackend(Protocol):
+    name: str
+
+    def bind(self, pool: Tensor) -> None:
+        """Work on this pool (or view of its heads) from now on."""
+        ...
+
+    def prepare(self, spans: Sequence[Span]) -> Attend:
+        """The attention of one step. Spans of one token are cheapest when they come first."""
+        ...

@@ -1,0 +1,273 @@
+"""The L1 page pool: one tensor of whole pages, and how many pages it may have.
+
+Life cycle: `plan_pool_size` decides the page count, `DevicePool.create` makes the pool before the first step,
+`close` drops it when the engine stops. On a CPU the pool is a sparse file mapped into memory, so that
+
+- a peer engine on this host maps the same file and writes granted pages in place (transfer/),
+- tensor-parallel ranks map it too, each working on its own heads of every page (`attach`),
+- a page that was never touched costs nothing.
+
+The creator holds an flock on the file while it lives; `create` first removes files whose creator is gone, because a
+killed engine cannot. On CUDA the pool is plain device memory and nobody else can map it yet.
+
+It decides nothing about pages: who owns which is kv/cache.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvist.errors import ConfigError, EngineError
+from kvist.kv.layout import PageLayout
+from kvist.wire import PoolAddress
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHARED_MEMORY = Path("/dev/shm")
+_GIB = 1 << 30
+_PREFIX, _SUFFIX = "pool-", ".pages"
+
+
+class DevicePool:
+    """Pages of one engine. `tensor` is [num_pages, num_kv_heads, num_layers, 2, page_size, head_dim]."""
+
+    def __init__(
+        self, *, tensor: Tensor, layout: PageLayout, path: Path | None, lock_fd: int | None, mapped: mmap.mmap | None
+    ) -> None:
+        self.tensor = tensor
+        self.layout = layout
+        self.num_pages = int(tensor.shape[0])
+        self._path = path
+        self._lock_fd = lock_fd  # None: attached, not created here
+        self._mapped = mapped
+
+    @classmethod
+    def create(
+        cls, layout: PageLayout, num_pages: int, *, device: torch.device, directory: Path | None = None
+    ) -> DevicePool:
+        """A new pool of zero pages. `directory` is for the CPU's file (default: `default_runtime_dir()`).
+
+        Raises `ConfigError` when the file system has no room for it.
+        """
+        if device.type != "cpu":
+            shape = (num_pages, *layout.shape)
+            tensor = torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=device)
+            return cls(tensor=tensor, layout=layout, path=None, lock_fd=None, mapped=None)
+        directory = directory or default_runtime_dir()
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        remove_abandoned_pools(directory)
+        num_bytes = num_pages * layout.page_bytes
+        _check_room(directory, num_bytes)
+        path = directory / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
+        unnamed = path.with_suffix(".new")  # takes its name once locked, so that no sweep sees it unlocked
+        fd = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.ftruncate(fd, num_bytes)
+            _try_lock(fd)
+            os.rename(unnamed, path)
+        except OSError as error:
+            os.close(fd)
+            unnamed.unlink(missing_ok=True)
+            raise ConfigError(f"cannot make the page pool {path}: {error}") from error
+        return cls._map(fd, layout, num_pages, path=path, lock_fd=fd)
+
+    @classmethod
+    def attach(cls, address: PoolAddress, layout: PageLayout) -> DevicePool:
+        """Map a pool that another process created. Raises `EngineError` if it is gone or laid out otherwise."""
+        if address.transport != "shm" or address.layout != layout.describe():
+            raise EngineError(f"cannot map pool {address.location}: it is {address.layout}, not {layout.describe()}")
+        path = Path(address.location)
+        try:
+            fd = os.open(path, os.O_RDWR)
+        except OSError as error:
+            raise EngineError(f"cannot map the page pool {path}: {error}") from error
+        try:
+            return cls._map(fd, layout, address.num_pages, path=path, lock_fd=None)
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def _map(cls, fd: int, layout: PageLayout, num_pages: int, *, path: Path, lock_fd: int | None) -> DevicePool:
+        mapped = mmap.mmap(fd, num_pages * layout.page_bytes)
+        flat = torch.frombuffer(mapped, dtype=_DTYPES[layout.dtype])
+        return cls(tensor=flat.view(num_pages, *layout.shape), layout=layout, path=path, lock_fd=lock_fd, mapped=mapped)
+
+    @property
+    def bytes(self) -> npt.NDArray[np.uint8]:
+        """The same memory as [num_pages, page_bytes] uint8. CPU only."""
+        if self._mapped is None:
+            raise EngineError(f"a pool on {self.tensor.device} has no bytes on the host; see `address`")
+        return np.frombuffer(self._mapped, dtype=np.uint8).reshape(self.num_pages, self.layout.page_bytes)
+
+    @property
+    def address(self) -> PoolAddress:
+        """Where a peer on this host can write. Raises `EngineError` on CUDA."""
+        if self._path is None:
+            raise EngineError(
+                f"a pool on {self.tensor.device} cannot be handed over yet: no transport for device memory. "
+                "Serve with --role unified, or with --device cpu"
+            )
+        return PoolAddress(
+            transport="shm",
+            location=str(self._path),
+            num_pages=self.num_pages,
+            page_bytes=self.layout.page_bytes,
+            layout=self.layout.describe(),
+        )
+
+    def close(self) -> None:
+        """Remove the file. The memory itself goes when the last tensor over it and the last peer's mapping go."""
+        self.tensor = torch.empty(0, dtype=self.tensor.dtype)
+        self._mapped = None
+        if self._lock_fd is not None and self._path is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+
+def head_slice(pool: Tensor, rank: int, size: int) -> Tensor:
+    """The heads of tensor-parallel `rank` in every page: [num_pages, num_kv_heads / size, ...], a view."""
+    num_heads = pool.shape[1]
+    assert num_heads % size == 0, "the model refuses a TP size that does not divide its KV heads"
+    share = num_heads // size
+    return pool[:, rank * share : (rank + 1) * share]
+
+
+# ---------------------------------------------------------------- the runtime directory
+
+
+def default_runtime_dir() -> Path:
+    """This user's own directory for pools, on shared memory where there is some. Raises `ConfigError` if another
+    user made it first: what lies in it could not be trusted."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    on_memory = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
+    base = _SHARED_MEMORY if on_memory else Path(tempfile.gettempdir())
+    directory = base / f"kvist-{user}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != user):
+        raise ConfigError(f"{directory} belongs to somebody else: remove it, or name another runtime directory")
+    return directory
+
+
+def remove_abandoned_pools(directory: Path) -> int:
+    """Delete pool files whose creator is dead (its flock is gone); returns how many."""
+    removed = 0
+    for path in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
+        with contextlib.suppress(OSError):  # another starting engine may sweep at the same time
+            fd = os.open(path, os.O_RDWR)
+            try:
+                if _try_lock(fd):
+                    path.unlink()
+                    removed += 1
+            finally:
+                os.close(fd)
+    return removed
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        import fcntl  # not on every system; without it no file is ever taken for abandoned
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _free_bytes(directory: Path) -> int:
+    if not hasattr(os, "statvfs"):
+        return 1 << 62
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
+def _check_room(directory: Path, num_bytes: int) -> None:
+    free = _free_bytes(directory)
+    if num_bytes > free:
+        raise ConfigError(
+            f"the page pool needs {num_bytes / _GIB:.2f} GiB and {directory} has {free / _GIB:.2f} GiB free: "
+            "lower --max-total-tokens or --mem-fraction-static, or give the container more shared memory",
+            param="max_total_tokens",
+        )
+
+
+# ---------------------------------------------------------------- how many pages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSize:
+    num_pages: int
+    reason: str  # for the log: what set the number
+
+
+def plan_pool_size(
+    layout: PageLayout,
+    *,
+    available_bytes: int,  # before the weights were loaded
+    weights_bytes: int,
+    mem_fraction_static: float,
+    max_total_tokens: int | None = None,  # the user's own number
+    cap_tokens: int | None = None,  # the device's default limit, where memory alone would give absurdly many
+    min_tokens: int = 1,  # below this the engine could not serve one request
+) -> PoolSize:
+    """Weights and pool together take `mem_fraction_static` of the available memory, unless a token limit is lower.
+
+    Raises `ConfigError` when fewer than `min_tokens` fit, or when `max_total_tokens` is more than fits.
+    """
+    budget_bytes = int(available_bytes * mem_fraction_static) - weights_bytes
+    fitting = max(0, budget_bytes // layout.page_bytes)
+    memory = (
+        f"{mem_fraction_static:g} of {available_bytes / _GIB:.2f} GiB less {weights_bytes / _GIB:.2f} GiB of weights "
+        f"holds {fitting} pages"
+    )
+    num_pages, reason = fitting, memory
+    if max_total_tokens is not None:
+        num_pages = -(-max_total_tokens // layout.page_size)
+        reason = f"--max-total-tokens {max_total_tokens}; {memory}"
+        if num_pages > fitting:
+            raise ConfigError(f"--max-total-tokens {max_total_tokens}: {memory}", param="max_total_tokens")
+    elif cap_tokens is not None and -(-cap_tokens // layout.page_size) < fitting:
+        num_pages = -(-cap_tokens // layout.page_size)
+        reason = f"default limit of {cap_tokens} tokens; {memory}"
+    if num_pages * layout.page_size < min_tokens:
+        raise ConfigError(
+            f"the page pool would hold {num_pages * layout.page_size} tokens, fewer than {min_tokens} ({memory}): "
+            "raise --mem-fraction-static, or serve a smaller model",
+            param="mem_fraction_static",
+        )
+    size_gib = num_pages * layout.page_bytes / _GIB
+    return PoolSize(
+        num_pages=num_pages,
+        reason=f"{num_pages} pages of {layout.page_size} tokens, {size_gib:.2f} GiB: {reason}",
+    )
+
+
+def available_memory_bytes(device: torch.device, directory: Path | None = None) -> int:
+    """Free device memory; for the CPU what the kernel, the cgroup and the runtime directory's file system allow."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [_free_bytes(directory or default_runtime_dir())]
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # cgroup v2; "max" is no number
+        cgroup = Path("/sys/fs/cgroup")
+        in_use = int((cgroup / "memory.current").read_text())
+        limits.append(max(0, int((cgroup / "memory.max").read_text()) - in_use))
+    if len(limits) == 1 and hasattr(os, "sysconf"):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(limits)

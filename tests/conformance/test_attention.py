@@ -1,0 +1,195 @@
+"""What every attention backend must do, against dense fp32 attention over plain K/V histories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvist.attention import build_attention
+from kvist.attention.backend import AttentionBackend, Span
+from kvist.kv.device import head_slice
+
+NUM_LAYERS = 3
+HEAD_DIM = 16
+BACKENDS = ["torch"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend_name(request: pytest.FixtureRequest) -> str:
+    torch.set_num_threads(1)
+    return str(request.param)
+
+
+@dataclass
+class Sequence_:
+    """One request's whole history, made up front: step by step more of it becomes known to the backend."""
+
+    q: Tensor  # [num_layers, num_tokens, num_q_heads, head_dim]
+    k: Tensor  # [num_layers, num_tokens, num_kv_heads, head_dim]
+    v: Tensor
+    page_ids: list[int]
+
+
+class World:
+    """A pool full of garbage, random histories with shuffled pages, and the dense answer."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        lengths: list[int],
+        q_heads: int = 4,
+        kv_heads: int = 2,
+        page_size: int = 4,
+        dtype: torch.dtype = torch.float32,
+        garbage: float = float("nan"),
+    ) -> None:
+        self.rng = torch.Generator().manual_seed(sum(lengths) + q_heads * 7 + page_size)
+        needed = [-(-length // page_size) + 1 for length in lengths]
+        num_pages = sum(needed) + 5
+        shape = (num_pages, kv_heads, NUM_LAYERS, 2, page_size, HEAD_DIM)
+        self.pool = torch.full(shape, garbage, dtype=dtype)
+        self.backend: AttentionBackend = build_attention(name, torch.device("cpu"))
+        self.backend.bind(self.pool)
+        shuffled = torch.randperm(num_pages, generator=self.rng).tolist()
+        self.sequences = []
+        for length, count in zip(lengths, needed, strict=True):
+            pages, shuffled = shuffled[:count], shuffled[count:]
+            q = self._random(NUM_LAYERS, length, q_heads, HEAD_DIM).to(dtype)
+            k = self._random(NUM_LAYERS, length, kv_heads, HEAD_DIM).to(dtype)
+            v = self._random(NUM_LAYERS, length, kv_heads, HEAD_DIM).to(dtype)
+            self.sequences.append(Sequence_(q=q, k=k, v=v, page_ids=pages))
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.rng)
+
+    def step(self, ranges: list[tuple[int, int, int]]) -> list[Tensor]:
+        """Each (sequence, start, end) in one batch; the result is [num_layers, end - start, q_heads, head_dim]."""
+        spans = [Span(start=a, num_tokens=b - a, page_ids=self.sequences[i].page_ids) for i, a, b in ranges]
+        attend = self.backend.prepare(spans)
+        layers = []
+        for layer in range(NUM_LAYERS):
+            q, k, v = (
+                torch.cat([getattr(self.sequences[i], name)[layer, a:b] for i, a, b in ranges]) for name in "qkv"
+            )
+            layers.append(attend(layer, q, k, v))
+        return list(torch.stack(layers).split([b - a for _, a, b in ranges], dim=1))
+
+    def dense(self, index: int, start: int, end: int) -> Tensor:
+        """Naive masked softmax in fp32 over the whole history."""
+        sequence = self.sequences[index]
+        group = sequence.q.shape[2] // sequence.k.shape[2]
+        q = sequence.q[:, start:end].float()
+        k = sequence.k[:, :end].float().repeat_interleave(group, dim=2)
+        v = sequence.v[:, :end].float().repeat_interleave(group, dim=2)
+        scores = torch.einsum("lqhd,lkhd->lhqk", q, k) / HEAD_DIM**0.5
+        visible = torch.arange(end)[None, :] <= torch.arange(start, end)[:, None]
+        weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+        return torch.einsum("lhqk,lkhd->lqhd", weights, v)
+
+    def check(self, ranges: list[tuple[int, int, int]], tolerance: float = 2e-5) -> None:
+        for got, (index, start, end) in zip(self.step(ranges), ranges, strict=True):
+            torch.testing.assert_close(got.float(), self.dense(index, start, end), rtol=tolerance, atol=tolerance)
+
+
+PAGE_EDGES = [1, 3, 4, 5, 8, 9, 23]
+
+
+@pytest.mark.parametrize("length", PAGE_EDGES)
+def test_whole_prompt_then_decode_equals_dense(backend_name: str, length: int) -> None:
+    world = World(backend_name, lengths=[length + 6])
+    world.check([(0, 0, length)])
+    for position in range(length, length + 6):
+        world.check([(0, position, position + 1)])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 7, 8])
+def test_chunks_equal_dense(backend_name: str, chunk: int) -> None:
+    world = World(backend_name, lengths=[21])
+    for start in range(0, 21, chunk):
+        world.check([(0, start, min(start + chunk, 21))])
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (4, 1), (9, 3), (14, 2)])
+def test_grouped_query_heads(backend_name: str, q_heads: int, kv_heads: int) -> None:
+    world = World(backend_name, lengths=[13, 9], q_heads=q_heads, kv_heads=kv_heads)
+    world.check([(0, 0, 11), (1, 0, 5)])
+    world.check([(0, 11, 12), (1, 5, 9)])
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], PAGE_EDGES, [1, 200, 2, 190, 3, 60, 64, 200, 4, 1]])
+def test_batched_decodes_of_unlike_lengths(backend_name: str, lengths: list[int]) -> None:
+    world = World(backend_name, lengths=[length + 2 for length in lengths])
+    world.check([(i, 0, length) for i, length in enumerate(lengths)])
+    for step in range(2):
+        world.check([(i, length + step, length + step + 1) for i, length in enumerate(lengths)])
+
+
+def test_decodes_and_chunks_in_one_batch(backend_name: str) -> None:
+    world = World(backend_name, lengths=[12, 40, 17, 30, 6])
+    world.check([(0, 0, 11), (1, 0, 33), (2, 0, 8)])
+    # three decodes of unlike lengths, a chunk behind a prefix, a whole prompt, and a last chunk of one token
+    world.check([(0, 11, 12), (1, 33, 34), (2, 8, 9), (2, 9, 16), (3, 0, 30), (4, 0, 1)])
+
+
+def test_chunks_longer_than_a_block_of_queries(backend_name: str) -> None:
+    world = World(backend_name, lengths=[900], page_size=16)
+    world.check([(0, 0, 300)])
+    world.check([(0, 300, 813)])
+    world.check([(0, 813, 900)])
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
+def test_stale_bytes_behind_a_sequence_do_not_matter(backend_name: str, garbage: float) -> None:
+    world = World(backend_name, lengths=[3, 10, 6], garbage=garbage)
+    world.check([(0, 0, 2), (1, 0, 9), (2, 0, 5)])
+    world.check([(0, 2, 3), (1, 9, 10), (2, 5, 6)])
+
+
+def test_bf16_is_as_close_as_bf16_can_be(backend_name: str) -> None:
+    world = World(backend_name, lengths=[40, 18, 25], dtype=torch.bfloat16)
+    world.check([(0, 0, 39), (1, 0, 17)], tolerance=3e-2)
+    world.check([(0, 39, 40), (1, 17, 18), (2, 0, 25)], tolerance=3e-2)
+
+
+def test_only_the_new_tokens_slots_are_written(backend_name: str) -> None:
+    world = World(backend_name, lengths=[9], garbage=7.0)
+    world.step([(0, 0, 6)])
+    before = world.pool.clone()
+    world.step([(0, 6, 7)])
+    page, offset = world.sequences[0].page_ids[1], 2
+    changed = (world.pool != before).flatten(2, 3).any(dim=-1).any(dim=1).any(dim=1).nonzero().tolist()
+    assert changed == [[page, offset]]
+    sequence = world.sequences[0]
+    for layer in range(NUM_LAYERS):
+        assert torch.equal(world.pool[page, :, layer, 0, offset], sequence.k[layer, 6])
+        assert torch.equal(world.pool[page, :, layer, 1, offset], sequence.v[layer, 6])
+
+
+def test_a_rank_works_on_its_own_heads_of_every_page(backend_name: str) -> None:
+    whole = World(backend_name, lengths=[11, 7], q_heads=8, kv_heads=4)
+    halves = World(backend_name, lengths=[11, 7], q_heads=8, kv_heads=4)
+    for batch in ([(0, 0, 10), (1, 0, 6)], [(0, 10, 11), (1, 6, 7)]):
+        expected = whole.step(batch)
+        spans = [Span(start=a, num_tokens=b - a, page_ids=halves.sequences[i].page_ids) for i, a, b in batch]
+        for rank in range(2):
+            backend = build_attention(backend_name, torch.device("cpu"))
+            backend.bind(head_slice(halves.pool, rank, 2))
+            attend = backend.prepare(spans)
+            for layer in range(NUM_LAYERS):
+                q, k, v = (
+                    torch.cat([getattr(halves.sequences[i], name)[layer, a:b] for i, a, b in batch]).chunk(2, dim=1)[
+                        rank
+                    ]
+                    for name in "qkv"
+                )
+                out = attend(layer, q, k, v)
+                want = torch.cat([part[layer] for part in expected]).chunk(2, dim=1)[rank]
+                torch.testing.assert_close(out, want)
+    for index, sequence in enumerate(whole.sequences):
+        length = (11, 7)[index]
+        for page in sequence.page_ids[: length // 4]:
+            assert torch.equal(whole.pool[page], halves.pool[page])
