@@ -1,0 +1,80 @@
+"""The transport between pools of one process, for tests and the simulator: no thread, the work is done in `poll`.
+
+Pools meet in a `PoolDirectory`, which also plays the host: it says which lives are over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvist.errors import Unavailable
+from kvist.request import EpochId, HandoffId
+from kvist.scheduler.plan import VerifyPages, WritePages
+from kvist.transfer import TransferReport
+from kvist.transfer.checksum import Pages
+from kvist.transfer.jobs import LocalPool, TransferJobs
+from kvist.wire import PoolAddress
+
+INPROC = "inproc"
+
+
+class PoolDirectory:
+    """The pools of one process by location (their engine's epoch). Mutable, single-threaded."""
+
+    def __init__(self) -> None:
+        self._pools: dict[str, Pages] = {}
+        self._dead: set[EpochId] = set()
+
+    def publish(self, epoch: EpochId, pages: Pages) -> None:
+        self._pools[epoch] = pages
+
+    def kill(self, epoch: EpochId) -> None:
+        """The engine of this life is gone, with its pool."""
+        self._pools.pop(epoch, None)
+        self._dead.add(epoch)
+
+    def is_dead(self, epoch: EpochId) -> bool:
+        return epoch in self._dead
+
+    def pages_of(self, location: str) -> Pages | None:
+        return self._pools.get(location)
+
+
+class InprocTransport:
+    def __init__(self, *, local: LocalPool, directory: PoolDirectory, wakeup: Callable[[], None]) -> None:
+        assert local.address.transport == INPROC
+        self._directory = directory
+        self._wakeup = wakeup
+        self._jobs = TransferJobs(local, self._open_peer, wakeup)
+        directory.publish(EpochId(local.address.location), local.pages)
+
+    def write(self, job: WritePages) -> None:
+        self._jobs.write(job)
+        self._wakeup()  # the work is done by `poll`: have it called
+
+    def verify(self, job: VerifyPages) -> None:
+        self._jobs.verify(job)
+        self._wakeup()
+
+    def stop(self, handoff_id: HandoffId) -> None:
+        self._jobs.stop(handoff_id)
+        self._wakeup()
+
+    def poll(self) -> list[TransferReport]:
+        while self._jobs.work_one(wait=False):
+            pass
+        return self._jobs.poll()
+
+    def peer_is_dead(self, epoch: EpochId) -> bool:
+        return self._directory.is_dead(epoch)
+
+    def close(self) -> None:
+        self._jobs.close()
+
+    def _open_peer(self, address: PoolAddress) -> Pages:
+        pages = self._directory.pages_of(address.location)
+        if pages is None:
+            raise Unavailable(f"the peer is gone: no pool {address.location!r} in this process")
+        if pages.shape != (address.num_pages, address.page_bytes):
+            raise Unavailable(f"the pool {address.location!r} is {pages.shape}, not what its address claims")
+        return pages

@@ -1,0 +1,225 @@
+"""What every transport does the same way: a bounded queue of jobs, one running checksum a handoff, reports in order.
+
+    engine loop: write / verify / stop ──► jobs ──► whoever works: work_one() ──► reports ──► engine loop: poll
+
+A backend owns the worker (a thread, or the poll itself) and says how a peer's address becomes an array to write to.
+
+    OPEN ──stop──► STOPPED         STOPPED and FAILED handoffs write nothing any more
+      └──error──► FAILED
+
+A handoff is forgotten only when `MAX_HANDOFFS` younger ones exist, far more than an engine can have open; should one
+be forgotten too early, its checksum begins anew and the receiver refuses the pages.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvist.errors import KvistError, Unavailable
+from kvist.request import HandoffId
+from kvist.scheduler.events import PagesVerified, WritesCompleted, WritesFailed
+from kvist.scheduler.plan import StopWrites, VerifyPages, WritePages
+from kvist.transfer import TransferReport
+from kvist.transfer.checksum import Pages, RunningChecksum, checksum_pages
+from kvist.wire import PoolAddress
+
+MAX_QUEUED_WRITES = 4096
+MAX_HANDOFFS = 8192
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalPool:
+    """This engine's own pages, and the address its peers know them by."""
+
+    pages: Pages  # [num_pages, page_bytes]
+    address: PoolAddress
+
+
+class _State(enum.Enum):
+    OPEN = "open"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class _Handoff:
+    """Mutable: `state` by the loop (stop) and the worker (failure), under the lock; the rest by the worker only."""
+
+    state: _State = _State.OPEN
+    num_pages: int = 0
+    checksum: RunningChecksum = field(default_factory=RunningChecksum)
+
+
+class TransferJobs:
+    """`open_peer` runs on the worker: it returns the peer's pages, writable, or raises a `KvistError`."""
+
+    def __init__(self, local: LocalPool, open_peer: Callable[[PoolAddress], Pages], wakeup: Callable[[], None]) -> None:
+        self._local = local
+        self._open_peer = open_peer
+        self._wakeup = wakeup
+        self._lock = threading.Lock()
+        self._work_ready = threading.Condition(self._lock)
+        self._jobs: deque[WritePages | VerifyPages | StopWrites | WritesFailed] = deque()
+        self._reports: deque[TransferReport] = deque()
+        self._handoffs: OrderedDict[HandoffId, _Handoff] = OrderedDict()
+        self._num_queued_writes = 0
+        self._closed = False
+
+    # ------------------------------------------------------------ called by the engine loop
+
+    def write(self, job: WritePages) -> None:
+        assert len(job.page_ids) == len(job.peer_page_ids), "one destination for each page"
+        self._assert_local(job.page_ids)
+        with self._lock:
+            handoff = self._handoff(job.handoff_id)
+            if handoff.state is not _State.OPEN:
+                return  # its failure or its stop is reported already, or on the way
+            if self._num_queued_writes < MAX_QUEUED_WRITES:
+                self._num_queued_writes += 1
+                self._jobs.append(job)
+                self._work_ready.notify()
+                return
+            handoff.state = _State.FAILED
+            message = f"the transfer queue is full ({MAX_QUEUED_WRITES} writes wait): the peer's pool is too slow"
+            # Through the queue: a page of this handoff may be in the middle of its copy.
+            self._jobs.append(WritesFailed(handoff_id=job.handoff_id, message=message))
+
+    def verify(self, job: VerifyPages) -> None:
+        self._assert_local(job.page_ids)
+        with self._lock:
+            self._jobs.append(job)  # bounded by the pages that the scheduler can have granted
+            self._work_ready.notify()
+
+    def stop(self, handoff_id: HandoffId) -> None:
+        with self._lock:
+            self._handoff(handoff_id).state = _State.STOPPED
+            # A completion made before this call but not yet polled must not pass for the answer to it.
+            self._reports = deque(
+                report
+                for report in self._reports
+                if not (isinstance(report, WritesCompleted) and report.handoff_id == handoff_id)
+            )
+            self._jobs.append(StopWrites(handoff_id=handoff_id))
+            self._work_ready.notify()
+
+    def poll(self) -> list[TransferReport]:
+        with self._lock:
+            reports = list(self._reports)
+            self._reports.clear()
+        return reports
+
+    def close(self) -> None:
+        """After this `work_one` returns False, and a copy that is under way ends after its current page."""
+        with self._lock:
+            self._closed = True
+            self._jobs.clear()
+            self._work_ready.notify_all()
+
+    # ------------------------------------------------------------ called by the worker
+
+    def work_one(self, *, wait: bool) -> bool:
+        """Carry out one job. False: there was none (or, with `wait`, the transport is closed)."""
+        with self._lock:
+            while wait and not self._jobs and not self._closed:
+                self._work_ready.wait()
+            if not self._jobs or self._closed:
+                return False
+            job = self._jobs.popleft()
+            if isinstance(job, WritePages):
+                self._num_queued_writes -= 1
+        if isinstance(job, WritePages):
+            self._carry_out_write(job)
+        elif isinstance(job, VerifyPages):
+            checksum = checksum_pages(self._local.pages, job.page_ids)
+            self._report(PagesVerified(handoff_id=job.handoff_id, checksum=checksum))
+        elif isinstance(job, WritesFailed):
+            self._report(job)
+        else:
+            with self._lock:
+                handoff = self._handoff(job.handoff_id)
+            self._report(self._completed(job.handoff_id, handoff))
+        return True
+
+    def _carry_out_write(self, job: WritePages) -> None:
+        with self._lock:
+            handoff = self._handoff(job.handoff_id)
+        if handoff.state is not _State.OPEN:
+            return
+        try:
+            target = self._open_checked(job.pool, job.peer_page_ids)
+            for page_id, peer_page_id in zip(job.page_ids, job.peer_page_ids, strict=True):
+                if handoff.state is not _State.OPEN or self._closed:
+                    return  # the stop that is queued behind us reports what was done
+                source = self._local.pages[page_id]
+                np.copyto(target[peer_page_id], source)
+                handoff.checksum.add(source)
+                handoff.num_pages += 1
+        except Exception as error:  # the thread must outlive any one handoff
+            if not isinstance(error, KvistError):
+                log.exception("copying pages for handoff %s", job.handoff_id)
+            self._fail(job.handoff_id, handoff, str(error) or type(error).__name__)
+            return
+        with self._lock:
+            if handoff.state is _State.OPEN:
+                self._reports.append(self._completed(job.handoff_id, handoff))
+        self._wakeup()
+
+    def _open_checked(self, address: PoolAddress, page_ids: tuple[int, ...]) -> Pages:
+        """The peer's pages, after all that can be checked before the first byte is written."""
+        ours = self._local.address
+        if address.transport != ours.transport:
+            raise Unavailable(f"the peer's pool is reached by {address.transport!r}, ours by {ours.transport!r}")
+        if address.layout != ours.layout or address.page_bytes != ours.page_bytes:
+            raise Unavailable(
+                f"the peer keeps its pages as {address.layout} ({address.page_bytes} bytes), we as {ours.layout} "
+                f"({ours.page_bytes} bytes): start both with the same model, dtype and page size"
+            )
+        outside = [page_id for page_id in page_ids if not 0 <= page_id < address.num_pages]
+        if outside:
+            raise Unavailable(f"page {outside[0]} is not in the peer's pool of {address.num_pages} pages")
+        target = self._open_peer(address)
+        assert target.shape == (address.num_pages, address.page_bytes), "open_peer checks the size"
+        return target
+
+    def _fail(self, handoff_id: HandoffId, handoff: _Handoff, message: str) -> None:
+        with self._lock:
+            if handoff.state is not _State.OPEN:
+                return  # stopped meanwhile: the stop's report is the last word
+            handoff.state = _State.FAILED
+            self._reports.append(WritesFailed(handoff_id=handoff_id, message=message))
+        self._wakeup()
+
+    # ------------------------------------------------------------ both
+
+    def _report(self, report: TransferReport) -> None:
+        with self._lock:
+            self._reports.append(report)
+        self._wakeup()
+
+    def _handoff(self, handoff_id: HandoffId) -> _Handoff:
+        handoff = self._handoffs.get(handoff_id)
+        if handoff is None:
+            while len(self._handoffs) >= MAX_HANDOFFS:
+                self._handoffs.popitem(last=False)
+            handoff = self._handoffs[handoff_id] = _Handoff()
+        self._handoffs.move_to_end(handoff_id)
+        return handoff
+
+    @staticmethod
+    def _completed(handoff_id: HandoffId, handoff: _Handoff) -> WritesCompleted:
+        return WritesCompleted(
+            handoff_id=handoff_id, num_pages=handoff.num_pages, checksum=handoff.checksum.hexdigest()
+        )
+
+    def _assert_local(self, page_ids: tuple[int, ...]) -> None:
+        num_pages = len(self._local.pages)
+        assert all(0 <= page_id < num_pages for page_id in page_ids), f"page ids outside our {num_pages} pages"

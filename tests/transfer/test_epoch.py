@@ -1,0 +1,72 @@
+"""Lives and deaths of engines, as the lock files tell them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from kvist.request import EpochId
+from kvist.transfer.epoch import EpochLock, EpochWatch, lock_path, new_epoch, num_live_epochs, sweep
+
+HOLD = "import sys; from pathlib import Path; from kvist.transfer.epoch import EpochLock;" + (
+    "lock = EpochLock(Path(sys.argv[1]), sys.argv[2]); print('held', flush=True); sys.stdin.read()"
+)
+
+
+def test_epochs_are_never_the_same() -> None:
+    assert len({new_epoch() for _ in range(100)}) == 100
+
+
+def test_a_killed_process_is_dead_and_a_living_one_is_not(tmp_path: Path) -> None:
+    epoch = new_epoch()
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path), epoch], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    with process, process.stdin:
+        assert process.stdout.readline() == b"held\n"
+        watch = EpochWatch(tmp_path)
+        assert not watch.is_dead(epoch)
+        process.kill()
+        process.wait(timeout=10)
+    assert watch.is_dead(epoch)
+
+
+def test_a_life_stays_alive_when_a_cleaner_removes_its_file_and_dies_all_the_same(tmp_path: Path) -> None:
+    lock, watch = EpochLock(tmp_path, EpochId("e1")), EpochWatch(tmp_path)
+    assert not watch.is_dead(EpochId("e1"))
+    lock_path(tmp_path, EpochId("e1")).unlink()
+    assert not watch.is_dead(EpochId("e1"))
+    lock.close()
+    assert watch.is_dead(EpochId("e1"))
+
+
+def test_who_asks_late_still_learns_of_the_death(tmp_path: Path) -> None:
+    EpochLock(tmp_path, EpochId("e1")).close()
+    sweep(tmp_path)  # a restart
+    assert EpochWatch(tmp_path).is_dead(EpochId("e1"))
+
+
+def test_two_who_ask_at_once_do_not_take_each_other_for_the_owner(tmp_path: Path) -> None:
+    EpochLock(tmp_path, EpochId("e1")).close()
+    held = os.open(lock_path(tmp_path, EpochId("e1")), os.O_RDONLY)
+    import fcntl
+
+    fcntl.flock(held, fcntl.LOCK_SH)
+    assert EpochWatch(tmp_path).is_dead(EpochId("e1"))
+    os.close(held)
+
+
+def test_sweeping_leaves_the_living_and_removes_who_died_long_ago(tmp_path: Path) -> None:
+    living = EpochLock(tmp_path, EpochId("living"))
+    EpochLock(tmp_path, EpochId("dead")).close()
+    os.utime(lock_path(tmp_path, EpochId("dead")), (0, 0))  # a long life: the file is old, the death is new
+    assert sweep(tmp_path) == 0
+    assert num_live_epochs(tmp_path) == 1
+    os.utime(lock_path(tmp_path, EpochId("dead")), (0, 0))  # found dead long ago
+    assert sweep(tmp_path) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-living.lock"]
+    living.close()
