@@ -1,0 +1,402 @@
+"""Reads a frozen settings dataclass from flags, environment, a TOML file and defaults, in that order of strength.
+
+Owns the mapping between one option and its three names: field `page_size`, flag `--page-size`, variable
+`KVIST_PAGE_SIZE` (the TOML key is the field's name). It knows types, limits and nearest names; it does not know which
+options exist: those are the fields that rooms declared with `kvist.config.option`. A field that is itself a dataclass
+is a group; two groups that declare the same field share one flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar, cast
+
+from kvist.config import OptionHelp
+from kvist.errors import ConfigError
+
+T = TypeVar("T")
+
+ENV_PREFIX = "KVIST_"
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    key: str  # the dataclass field
+    flags: tuple[str, ...]  # the first is the one we print
+    help: OptionHelp
+    kinds: tuple[type, ...]  # what a value may be: bool, int, float, Path, str
+    choices: tuple[object, ...]
+    many: bool  # a tuple: repeatable, space separated
+    optional: bool  # may be None
+    enum_type: type[enum.Enum] | None
+    default: object
+    group: str
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.key.upper()
+
+    @property
+    def is_switch(self) -> bool:
+        return self.kinds == (bool,)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shorthand:
+    """A flag that sets another option: `--decode-only` is `--role decode`; with `value` None it takes one."""
+
+    flag: str
+    key: str
+    value: str | None = None
+    renamed: tuple[tuple[str, str], ...] = ()  # the value users know, ours
+    text: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Given:
+    source: str  # how the user wrote it: "--port", "KVIST_PORT", "port in kvist.toml"
+    value: object
+
+
+# ---------------------------------------------------------------- what options a settings class has
+
+
+def options_of(settings_class: type) -> list[Option]:
+    """Every option of a settings dataclass, its groups' included, in the order of the fields; one for each key."""
+    found: dict[str, Option] = {}
+    _collect(settings_class, "general", found)
+    return list(found.values())
+
+
+def _collect(settings_class: type, group: str, found: dict[str, Option]) -> None:
+    hints = typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        hint = hints[field.name]
+        note = field.metadata.get("option")
+        if isinstance(note, OptionHelp):
+            found.setdefault(field.name, _option(field, hint, note, group))
+        elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            _collect(hint, field.name, found)
+
+
+def _option(field: dataclasses.Field[object], hint: object, note: OptionHelp, group: str) -> Option:
+    kinds: list[type] = []
+    choices: list[object] = []
+    many = optional = False
+    enum_type: type[enum.Enum] | None = None
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for member in members:
+        if member is type(None):
+            optional = True
+            continue
+        origin = typing.get_origin(member)
+        if origin is tuple:
+            many, member = True, typing.get_args(member)[0]
+        if origin is typing.Literal:
+            choices += typing.get_args(member)
+            kinds += [type(choice) for choice in typing.get_args(member)]
+        elif isinstance(member, type) and issubclass(member, enum.Enum):
+            enum_type = member
+            choices += [item.value for item in member]
+            kinds.append(str)
+        elif member in (bool, int, float, str, Path):
+            kinds.append(member)
+        else:
+            raise AssertionError(f"{field.name}: flags.py cannot read a {member} from text")
+    flag = note.flag or "--" + field.name.replace("_", "-")
+    spellings = [flag, *note.aliases]
+    return Option(
+        key=field.name,
+        flags=tuple(name if name.startswith("-") else f"--{name}" for name in spellings),
+        help=note,
+        kinds=tuple(dict.fromkeys(kinds)),
+        choices=tuple(note.choices) or tuple(choices),
+        many=many,
+        optional=optional,
+        enum_type=enum_type,
+        default=field.default,
+        group=group,
+    )
+
+
+# ---------------------------------------------------------------- one value
+
+
+def _allowed(option: Option) -> str:
+    if option.choices:
+        return "one of " + ", ".join(str(choice) for choice in option.choices)
+    kind = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "text"}
+    words = " or ".join(kind[item] for item in option.kinds)
+    low, high = option.help.minimum, option.help.maximum
+    if low is not None and high is not None:
+        words += f" from {low:g} to {high:g}" if max(abs(low), abs(high)) < 1e6 else f" from {low:.0f} to {high:.0f}"
+    elif low is not None:
+        words += f", at least {low:g}"
+    elif high is not None:
+        words += f", at most {high:g}"
+    return f"{words} ({option.help.unit})" if option.help.unit else words
+
+
+def _bad_value(option: Option, source: str, value: object) -> ConfigError:
+    shown = "this value" if option.help.secret else repr(value)
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in option.choices], 1)
+    hint = f" Did you mean {near[0]}?" if near and not option.help.secret else ""
+    return ConfigError(f"{source}: {shown} is not allowed; it must be {_allowed(option)}.{hint}", param=option.key)
+
+
+def _read_scalar(option: Option, source: str, raw: object) -> object:
+    """One text (flag, environment) or one TOML value as the option's type. Raises `ConfigError`."""
+    if isinstance(raw, str) and raw.lower() in ("none", "null") and option.optional and raw not in option.choices:
+        return None
+    for kind in sorted(option.kinds, key=[bool, int, float, Path, str].index):
+        value = _as_kind(kind, raw)
+        if value is not None and (not option.choices or value in option.choices) and _within(option.help, value):
+            return option.enum_type(value) if option.enum_type else value
+    raise _bad_value(option, source, raw)
+
+
+def _as_kind(kind: type, raw: object) -> object | None:
+    if kind is bool:
+        if isinstance(raw, str):
+            return True if raw.lower() in _TRUE else False if raw.lower() in _FALSE else None
+        return raw if isinstance(raw, bool) else None
+    if kind in (int, float):
+        if isinstance(raw, bool) or not isinstance(raw, str | int | float) or (kind is int and isinstance(raw, float)):
+            return None
+        try:
+            number = kind(raw)
+        except ValueError:
+            return None
+        return None if math.isnan(number) else cast(object, number)
+    if not isinstance(raw, str):
+        return None
+    return Path(raw).expanduser() if kind is Path else raw
+
+
+def _within(note: OptionHelp, value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return True
+    return (note.minimum is None or value >= note.minimum) and (note.maximum is None or value <= note.maximum)
+
+
+def _read(option: Option, source: str, raw: object) -> object:
+    if not option.many:
+        return _read_scalar(option, source, raw)
+    items = raw.replace(",", " ").split() if isinstance(raw, str) else raw
+    if not isinstance(items, list | tuple):
+        raise _bad_value(option, source, raw)
+    return tuple(_read_scalar(option, source, item) for item in items)
+
+
+# ---------------------------------------------------------------- the sources
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """ "; did you mean X?" or nothing."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+class _Flags:
+    """Walks one argument list. Lives for one call of `from_arguments`."""
+
+    def __init__(self, options: Sequence[Option], shorthands: Sequence[Shorthand]) -> None:
+        self._by_flag = {flag: option for option in options for flag in option.flags}
+        self._by_key = {option.key: option for option in options}
+        self._short = {item.flag: item for item in shorthands if item.key in self._by_key}
+        self._negated = {
+            "--no-" + flag[2:]: option
+            for flag, option in self._by_flag.items()
+            if option.is_switch and flag[:2] == "--"
+        }
+        self.given: dict[str, _Given] = {}
+
+    def read(self, argv: Sequence[str]) -> dict[str, _Given]:
+        left = list(argv)
+        while left:
+            word = left.pop(0)
+            if not word.startswith("-"):
+                raise ConfigError(f"unexpected argument {word!r}: options start with --")
+            flag, equals, inline = word.partition("=")
+            self._one(flag, inline if equals else None, left)
+        return self.given
+
+    def _one(self, flag: str, inline: str | None, left: list[str]) -> None:
+        if flag in self._negated and flag not in self._by_flag:
+            self._set(self._negated[flag], flag, False)
+        elif flag in self._short:
+            self._shorthand(self._short[flag], inline, left)
+        elif flag in self._by_flag:
+            option = self._by_flag[flag]
+            if option.is_switch:
+                self._set(option, flag, True if inline is None else _read(option, flag, inline))
+            elif option.many:
+                items = [inline] if inline is not None else _take_values(left)
+                if not items:
+                    raise ConfigError(f"{flag} needs at least one value: {_allowed(option)}", param=option.key)
+                before = self.given.get(option.key)
+                earlier = cast(tuple[object, ...], before.value) if before else ()
+                more = tuple(value for item in items for value in cast(tuple[object, ...], _read(option, flag, item)))
+                self.given[option.key] = _Given(source=flag, value=earlier + more)
+            else:
+                self._set(option, flag, _read(option, flag, _value_after(flag, inline, left, option)))
+        else:
+            known = [*self._by_flag, *self._short]
+            raise ConfigError(f"unknown flag {flag}{nearest(flag, known)}", param=flag.lstrip("-"))
+
+    def _shorthand(self, short: Shorthand, inline: str | None, left: list[str]) -> None:
+        option = self._by_key[short.key]
+        if short.value is not None:
+            if inline is not None:
+                raise ConfigError(f"{short.flag} takes no value", param=short.key)
+            value = _read(option, short.flag, short.value)
+        else:
+            text = _value_after(short.flag, inline, left, option)
+            value = _read(option, short.flag, dict(short.renamed).get(text, text))
+        self._set(option, short.flag, value)
+
+    def _set(self, option: Option, flag: str, value: object) -> None:
+        before = self.given.get(option.key)
+        if before is not None and before.source != flag and before.value != value:
+            raise ConfigError(f"{before.source} and {flag} contradict each other: give one of them", param=option.key)
+        self.given[option.key] = _Given(source=flag, value=value)
+
+
+def _take_values(left: list[str]) -> list[str]:
+    items = []
+    while left and not left[0].startswith("--"):
+        items.append(left.pop(0))
+    return items
+
+
+def _value_after(flag: str, inline: str | None, left: list[str], option: Option) -> str:
+    if inline is not None:
+        return inline
+    if not left or (left[0].startswith("--")):
+        raise ConfigError(f"{flag} needs a value: {_allowed(option)}", param=option.key)
+    return left.pop(0)
+
+
+def _from_environment(options: Sequence[Option], environ: Mapping[str, str]) -> dict[str, _Given]:
+    return {
+        option.key: _Given(source=option.env, value=_read(option, option.env, environ[option.env]))
+        for option in options
+        if option.env in environ
+    }
+
+
+def _from_file(options: Sequence[Option], path: Path, also_known: Sequence[str]) -> dict[str, _Given]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--config {path}: {error}", param="config") from error
+    by_key = {option.key: option for option in options}
+    given = {}
+    for written, raw in table.items():
+        key = written.replace("-", "_")
+        if key in by_key:
+            source = f"{written} in {path}"
+            given[key] = _Given(source=source, value=_read(by_key[key], source, raw))
+        elif key not in also_known:
+            raise ConfigError(f"unknown key {written} in {path}{nearest(key, list(by_key))}", param=written)
+    return given
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Where settings come from; tests give their own."""
+
+    argv: Sequence[str]
+    environ: Mapping[str, str]
+    shorthands: Sequence[Shorthand] = ()
+    config_key: str = "config"  # the option that names the TOML file
+    other_keys: Sequence[str] = ()  # options of other verbs: one TOML file may serve all of them
+
+
+def read_settings(settings_class: type[T], sources: Sources) -> T:
+    """Compose `settings_class`. Raises `ConfigError` naming the flag, variable or key, the value, what is allowed."""
+    options = options_of(settings_class)
+    flags = _Flags(options, sources.shorthands).read(sources.argv)
+    environment = _from_environment(options, sources.environ)
+    given = {**environment, **flags}
+    config = given.get(sources.config_key)
+    if config is not None and config.value is not None:
+        given = {**_from_file(options, cast(Path, config.value), sources.other_keys), **given}
+    return cast(T, _compose(settings_class, {key: item.value for key, item in given.items()}))
+
+
+def _compose(settings_class: type, values: Mapping[str, object]) -> object:
+    hints = typing.get_type_hints(settings_class)
+    arguments: dict[str, object] = {}
+    for field in dataclasses.fields(settings_class):
+        hint = hints[field.name]
+        if isinstance(field.metadata.get("option"), OptionHelp):
+            if field.name in values:
+                arguments[field.name] = values[field.name]
+        elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            arguments[field.name] = _compose(hint, values)
+    try:
+        return settings_class(**arguments)
+    except ValueError as error:  # a room's own check in __post_init__
+        raise ConfigError(str(error)) from error
+
+
+# ---------------------------------------------------------------- back to text
+
+
+def given_values(settings: object) -> dict[str, object]:
+    """key -> value of every option of a settings object, its groups' included."""
+    values: dict[str, object] = {}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, field.name)
+        if isinstance(field.metadata.get("option"), OptionHelp):
+            values.setdefault(field.name, value)
+        elif dataclasses.is_dataclass(value):
+            for key, inner in given_values(value).items():
+                values.setdefault(key, inner)
+    return values
+
+
+def _text(value: object) -> str:
+    return str(value.value) if isinstance(value, enum.Enum) else str(value)
+
+
+def to_argv(settings: object, target_class: type) -> tuple[list[str], dict[str, str]]:
+    """Flags (and environment, for secrets: others can read a command line) that give `target_class` the same values.
+
+    Only options that both have and that differ from the target's default appear.
+    """
+    values = given_values(settings)
+    argv: list[str] = []
+    environ: dict[str, str] = {}
+    for option in options_of(target_class):
+        value = values.get(option.key, option.default)
+        if value == option.default or value is None:
+            continue
+        if option.help.secret:
+            environ[option.env] = _text(value)
+        elif option.is_switch:
+            argv.append(option.flags[0] if value else "--no-" + option.flags[0][2:])
+        elif option.many:
+            argv += [option.flags[0], *(_text(item) for item in cast(tuple[object, ...], value))]
+        else:
+            argv.append(f"{option.flags[0]}={_text(value)}")
+    return argv, environ
+
+
+def describe(settings: object) -> dict[str, str]:
+    """Every option as printable text; secrets as ***."""
+    secret = {option.key for option in options_of(type(settings)) if option.help.secret}
+    return {
+        key: ("***" if value else "not set") if key in secret else _text(value)
+        for key, value in given_values(settings).items()
+    }

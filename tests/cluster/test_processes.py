@@ -1,0 +1,134 @@
+"""Children are watched, restarted and stopped, and never outlive us. The children here are one-line programs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from kvist.cluster.processes import ChildPlan, ChildState, Processes, restart_wait_s
+from kvist.errors import Timeout, Unavailable
+
+STAYS = "import sys; print('up', flush=True); sys.stdin.read()"
+DIES = "import sys; print('no such model', flush=True); sys.exit(3)"
+DEAF = (
+    "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); sys.stdin.read()"
+)
+
+
+class Lines:
+    """Collects what children say, and lets a test wait for a line."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self._more = threading.Condition()
+
+    def __call__(self, name: str, line: str) -> None:
+        with self._more:
+            self.seen.append((name, line))
+            self._more.notify_all()
+
+    def wait_for(self, text: str, times: int = 1) -> None:
+        with self._more:
+            assert self._more.wait_for(lambda: sum(text in line for _name, line in self.seen) >= times, timeout=20), (
+                self.seen
+            )
+
+
+def plan(name: str, program: str) -> ChildPlan:
+    return ChildPlan(name=name, argv=(sys.executable, "-c", program), url=name)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+
+
+def test_the_wait_before_a_restart_doubles_up_to_a_limit() -> None:
+    assert [restart_wait_s(deaths) for deaths in (1, 2, 3, 20)] == [0.5, 1.0, 2.0, 30.0]
+
+
+def test_children_are_started_relayed_and_stopped() -> None:
+    lines = Lines()
+    with Processes([plan("a", STAYS), plan("b", STAYS)], probe=lambda _url: True, sink=lines) as processes:
+        processes.wait_ready(20)
+        lines.wait_for("up", times=2)
+        pids = [child.pid for child in processes.children.values()]
+    assert sorted(lines.seen) == [("a", "up"), ("b", "up")]
+    assert not any(is_alive(pid) for pid in pids if pid is not None)
+
+
+def test_a_killed_child_is_reported_and_started_again() -> None:
+    lines = Lines()
+    with Processes([plan("a", STAYS)], probe=lambda _url: True, sink=lines) as processes:
+        processes.wait_ready(20)
+        first = processes.children["a"].pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        lines.wait_for("was killed by signal 9")
+        lines.wait_for("up", times=2)
+        processes.wait_ready(20)
+        assert processes.children["a"].num_restarts == 1
+        assert processes.children["a"].pid != first
+
+
+def test_a_child_that_cannot_start_fails_the_wait_with_its_last_words() -> None:
+    with (
+        Processes([plan("a", DIES)], probe=lambda _url: False, sink=Lines()) as processes,
+        pytest.raises(Unavailable, match="no such model"),
+    ):
+        processes.wait_ready(20)
+
+
+def test_waiting_for_a_child_that_never_gets_ready_ends() -> None:
+    with (
+        Processes([plan("a", STAYS)], probe=lambda _url: False, sink=Lines()) as processes,
+        pytest.raises(Timeout, match="not ready: a"),
+    ):
+        processes.wait_ready(1)
+
+
+def test_a_child_deaf_to_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvist.cluster.processes.STOP_GRACE_S", 0.3)
+    lines = Lines()
+    processes = Processes([plan("a", DEAF)], probe=lambda _url: True, sink=lines)
+    processes.start()
+    lines.wait_for("up")
+    pid = processes.children["a"].pid
+    processes.stop()
+    assert pid is not None
+    assert not is_alive(pid)
+    assert processes.children["a"].state is ChildState.STOPPED
+
+
+def test_nothing_is_left_behind_when_the_parent_is_killed() -> None:
+    program = textwrap.dedent(f"""
+        import sys, time
+        from kvist.cluster.processes import ChildPlan, Processes
+        child = ChildPlan(name="a", argv=(sys.executable, "-c", {STAYS!r}), url="a")
+        processes = Processes([child], probe=lambda url: True, sink=lambda name, line: print(line, flush=True))
+        processes.start()
+        print(processes.children["a"].pid, flush=True)
+        time.sleep(60)
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert parent.stdout.readline() == "up\n"
+    parent.kill()
+    parent.wait()
+    assert parent.stdout.read() == ""  # end of file: the child, too, has let go of the pipe
+    for _attempt in range(200):
+        if not is_alive(pid):
+            return
+        threading.Event().wait(0.02)
+    pytest.fail(f"process {pid} outlived its parent")
