@@ -10,10 +10,10 @@ page being filled is always the lease's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvist.kv.keys import TOKEN_BYTES, encode_tokens
+from kvist.kv.keys import page_keys
 from kvist.kv.pages import PageCounts, PageLedger, PageState
 from kvist.kv.radix import Moves, Pin, RadixTree
 
@@ -53,15 +53,18 @@ class PageCache:
         Who must compute at least the last token passes `len(token_ids) - 1`.
         """
         num_pages = min(len(token_ids), max_tokens) // self._page_size
-        pin = self._tree.pin(self._keys(token_ids, 0, num_pages), cache_salt)
+        pin = self._tree.pin(page_keys(token_ids, self._page_size, 0, num_pages), cache_salt)
         return PageLease(page_ids=pin.page_ids, num_cached_tokens=pin.num_pages * self._page_size, _pin=pin)
 
     def grow(self, lease: PageLease, num_tokens: int) -> bool:
-        """Makes `lease.page_ids` cover `num_tokens`, evicting if need be. False, and nothing done, if pages are short."""
-        num_pages = -(-num_tokens // self._page_size) - len(lease.page_ids)
-        if num_pages <= 0:
+        """Makes `lease.page_ids` cover `num_tokens`, evicting if need be.
+
+        False if too few pages are free or evictable: then nothing was done.
+        """
+        if num_tokens <= len(lease.page_ids) * self._page_size:  # most calls: one more token of a page already there
             return True
         assert not lease._closed
+        num_pages = -(-num_tokens // self._page_size) - len(lease.page_ids)
         num_short = num_pages - self._ledger.count(PageState.FREE)
         if num_short > self._tree.num_evictable:
             return False
@@ -77,13 +80,13 @@ class PageCache:
         uses for the same tokens already stays owned by this lease. The pages must not be in flight.
         """
         first, last = lease._pin.num_pages, num_tokens // self._page_size
-        if last <= first:
+        if last <= first:  # most calls: no page became full
             return
         assert not lease._closed
         assert num_tokens <= len(token_ids), "committed beyond the tokens"
         assert last <= len(lease.page_ids), "committed beyond the pages"
         assert not lease._in_flight, "end the transfer before the pages are shared"
-        keys = self._keys(token_ids, first, last)
+        keys = page_keys(token_ids, self._page_size, first, last)
         self._apply(self._tree.extend(lease._pin, zip(keys, lease.page_ids[first:last], strict=True)))
 
     def close(self, lease: PageLease) -> None:
@@ -115,7 +118,7 @@ class PageCache:
 
     def probe(self, token_ids: Sequence[int], cache_salt: str = "") -> int:
         """How many tokens `open` would find cached. Changes nothing, not even what is evicted next."""
-        keys = self._keys(token_ids, 0, len(token_ids) // self._page_size)
+        keys = page_keys(token_ids, self._page_size, 0, len(token_ids) // self._page_size)
         return len(self._tree.match(keys, cache_salt)) * self._page_size
 
     def flush(self) -> int:
@@ -143,16 +146,11 @@ class PageCache:
         """The digest of every cached page, a prefix before what continues it."""
         return [node.digest for node in self._tree.nodes()]
 
-    def _keys(self, token_ids: Sequence[int], first_page: int, last_page: int) -> Iterator[bytes]:
-        """The tokens of pages [first_page, last_page), one key a page."""
-        tokens = encode_tokens(token_ids[first_page * self._page_size : last_page * self._page_size])
-        key_bytes = self._page_size * TOKEN_BYTES
-        return (tokens[start : start + key_bytes] for start in range(0, len(tokens), key_bytes))
-
     def _evict(self, num_pages: int) -> None:
         page_ids = [self._tree.evict() for _ in range(num_pages)]
         self._ledger.move(page_ids, PageState.CACHED, PageState.FREE)
 
     def _apply(self, moves: Moves) -> None:
         self._ledger.move(moves.taken, PageState.OWNED, PageState.CACHED)
-        self._ledger.move(moves.released, PageState.CACHED, PageState.FREE)
+        if moves.released:
+            self._ledger.move(moves.released, PageState.CACHED, PageState.FREE)

@@ -35,6 +35,9 @@ TRANSITIONS = frozenset(
     }
 )
 
+# The same table by index: hashing enum members would cost more than the rest of a move.
+_ALLOWED = [[(source, target) in TRANSITIONS for target in PageState] for source in PageState]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageCounts:
@@ -84,7 +87,7 @@ class PageLedger:
             self._free.extend(page_ids)
 
     def _set(self, page_ids: Sequence[int], source: PageState, target: PageState) -> None:
-        assert (source, target) in TRANSITIONS, f"no transition {source.name} → {target.name}"
+        assert _ALLOWED[source][target], f"no transition {source.name} → {target.name}"
         states = self._states
         for page_id in page_ids:
             assert states[page_id] == source, f"page {page_id} is {self.state(page_id).name}, not {source.name}"

@@ -32,7 +32,7 @@ class Node:
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
         self.children: dict[bytes, PageNode] = {}  # by the tokens of the next page
-        self.num_readers = 0
+        self.num_readers = 1  # whoever makes a node reads it
 
 
 class Root(Node):
@@ -105,9 +105,12 @@ class RadixTree:
         root = self._roots.get(cache_salt)
         if root is None:
             root = self._roots[cache_salt] = Root(root_digest(self._namespace, cache_salt), cache_salt)
-        root.num_readers += 1
+        else:
+            root.num_readers += 1
         for node in path:
-            self._read(node)
+            if node.num_readers == 0:
+                del self._idle[node]
+            node.num_readers += 1
         return Pin(path[-1] if path else root, [node.page_id for node in path], len(path))
 
     def extend(self, pin: Pin, pages: Iterable[tuple[bytes, int]]) -> Moves:
@@ -122,11 +125,11 @@ class RadixTree:
             node = parent.children.get(key)
             if node is None:
                 node = parent.children[key] = PageNode(parent, key, page_id)
-                node.num_readers = 1
                 moves.taken.append(page_id)
                 self._log_added(node.digest)
             elif node.num_readers == 0:
-                self._read(node)
+                del self._idle[node]
+                node.num_readers = 1
                 moves.released.append(node.page_id)
                 moves.taken.append(page_id)
                 node.page_id = page_id
@@ -185,11 +188,6 @@ class RadixTree:
         self._added.clear()
         self._removed.clear()
         return added, removed
-
-    def _read(self, node: PageNode) -> None:
-        if node.num_readers == 0:
-            del self._idle[node]
-        node.num_readers += 1
 
     def _hand_over(self, node: PageNode, heir: Pin, moves: Moves) -> None:
         """The last reader left: the node takes the heir's duplicate, and the heir becomes its reader."""

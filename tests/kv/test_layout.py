@@ -1,0 +1,73 @@
+"""The page layout: sizes, its description, and the namespace made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from kvist.errors import ConfigError
+from kvist.kv.layout import PageLayout, namespace
+
+LAYOUT = PageLayout(num_kv_heads=3, num_layers=30, page_size=16, head_dim=64, dtype="float32")
+
+OTHER_LAYOUTS = [
+    dataclasses.replace(LAYOUT, **change)
+    for change in (
+        {"num_kv_heads": 1},
+        {"num_layers": 31},
+        {"page_size": 32},
+        {"head_dim": 128},
+        {"dtype": "bfloat16"},
+        {"num_kv_heads": 30, "num_layers": 3},
+    )
+]
+
+
+def test_sizes_follow_from_the_shape() -> None:
+    assert LAYOUT.shape == (3, 30, 2, 16, 64)
+    assert LAYOUT.num_page_elements == 3 * 30 * 2 * 16 * 64
+    assert LAYOUT.page_bytes == LAYOUT.num_page_elements * 4
+    assert dataclasses.replace(LAYOUT, dtype="bfloat16").page_bytes == LAYOUT.page_bytes // 2
+
+
+@pytest.mark.parametrize("other", OTHER_LAYOUTS)
+def test_layouts_that_differ_describe_themselves_differently(other: PageLayout) -> None:
+    assert other.describe() != LAYOUT.describe()
+    assert namespace("model", other) != namespace("model", LAYOUT)
+
+
+def test_equal_layouts_describe_themselves_equally() -> None:
+    assert dataclasses.replace(LAYOUT).describe() == LAYOUT.describe()
+
+
+def test_model_slice_and_adapter_are_part_of_the_namespace() -> None:
+    spaces = [
+        namespace("model", LAYOUT),
+        namespace("model-2", LAYOUT),
+        namespace("model", LAYOUT, tp_rank=0, tp_size=2),
+        namespace("model", LAYOUT, tp_rank=1, tp_size=2),
+        namespace("model", LAYOUT, adapter="poet"),
+    ]
+    assert len(set(spaces)) == len(spaces)
+
+
+def test_no_name_can_pass_for_another_field() -> None:
+    assert namespace('m","x', LAYOUT) != namespace("m", LAYOUT, adapter="x")
+    assert "\0" not in namespace("m\0", LAYOUT, adapter="\0")  # keys.root_digest separates the salt by a NUL
+
+
+@pytest.mark.parametrize("field", ["num_kv_heads", "num_layers", "page_size", "head_dim"])
+def test_a_size_below_one_is_refused_by_name(field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        dataclasses.replace(LAYOUT, **{field: 0})
+
+
+def test_an_unknown_dtype_is_refused_and_the_known_ones_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"int3.*bfloat16"):
+        dataclasses.replace(LAYOUT, dtype="int3")
+
+
+def test_a_slice_outside_the_group_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tp_rank 2"):
+        namespace("model", LAYOUT, tp_rank=2, tp_size=2)
