@@ -1,0 +1,283 @@
+"""The page cache, one promise at a time. test_cache_machine.py tries them in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from kvist.kv.cache import PageCache, PageLease
+from kvist.kv.keys import page_digests
+
+PAGE_SIZE = 4
+
+
+def make_cache(num_pages: int = 16) -> PageCache:
+    return PageCache(num_pages=num_pages, page_size=PAGE_SIZE, namespace="space")
+
+
+def write(cache: PageCache, tokens: Sequence[int], *, cache_salt: str = "") -> PageLease:
+    """A request that has computed all its tokens."""
+    lease = cache.open(tokens, cache_salt=cache_salt, max_tokens=len(tokens))
+    assert cache.grow(lease, len(tokens))
+    cache.commit(lease, tokens, len(tokens))
+    return lease
+
+
+# ---- match
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "max_tokens", "hit"), [(8, 8, 8), (8, 7, 4), (9, 8, 8), (7, 7, 4), (3, 3, 0), (20, 20, 12)]
+)
+def test_a_hit_is_the_longest_cached_prefix_in_whole_pages(num_tokens: int, max_tokens: int, hit: int) -> None:
+    cache = make_cache()
+    first = write(cache, range(14))
+    pages = list(first.page_ids)
+    lease = cache.open(range(num_tokens), max_tokens=max_tokens)
+    assert lease.num_cached_tokens == hit
+    assert lease.page_ids == pages[: hit // PAGE_SIZE]
+
+
+def test_a_prompt_hits_up_to_the_page_where_it_differs() -> None:
+    cache = make_cache()
+    cache.close(write(cache, range(12)))
+    assert cache.probe([0, 1, 2, 3, 4, 5, 6, 99, 8, 9, 10, 11]) == 4
+    assert cache.probe([99, *range(1, 12)]) == 0
+
+
+def test_salts_do_not_mix() -> None:
+    cache = make_cache()
+    cache.close(write(cache, range(8), cache_salt="a"))
+    assert cache.probe(range(8), "a") == 8
+    assert cache.probe(range(8), "b") == 0
+    assert cache.probe(range(8)) == 0
+    lease = write(cache, range(8), cache_salt="b")
+    assert lease.num_cached_tokens == 0
+    assert len(set(cache.digests())) == 4
+
+
+def test_cached_pages_go_by_the_digests_that_the_gateway_computes() -> None:
+    cache = make_cache()
+    write(cache, range(10), cache_salt="s")
+    assert cache.digests() == page_digests(range(10), PAGE_SIZE, "space", "s")
+
+
+# ---- grow
+
+
+def test_grow_is_all_or_nothing() -> None:
+    cache = make_cache(num_pages=3)
+    lease = cache.open(range(16), max_tokens=15)
+    assert not cache.grow(lease, 13)
+    assert lease.page_ids == []
+    assert cache.grow(lease, 12)
+    assert len(lease.page_ids) == 3
+
+
+def test_a_failed_grow_evicts_nothing() -> None:
+    cache = make_cache(num_pages=4)
+    cache.close(write(cache, range(8)))
+    held = write(cache, range(50, 54))
+    lease = cache.open([99] * 16, max_tokens=15)
+    assert not cache.grow(lease, 16)
+    assert cache.probe(range(8)) == 8
+    assert held.page_ids
+
+
+def test_grow_evicts_only_what_it_lacks_and_never_what_is_used() -> None:
+    cache = make_cache(num_pages=6)
+    used = write(cache, range(8))
+    cache.close(write(cache, range(50, 58)))
+    lease = cache.open([99] * 12, max_tokens=11)
+    assert cache.grow(lease, 12)  # two were free, one is evicted
+    assert cache.probe(range(8)) == 8
+    assert cache.probe(range(50, 58)) == 4
+    assert not set(lease.page_ids) & set(used.page_ids)
+
+
+def test_the_prefix_of_a_used_page_is_never_evicted() -> None:
+    cache = make_cache(num_pages=4)
+    cache.close(write(cache, range(8)))
+    reader = cache.open(range(8), max_tokens=8)
+    other = cache.open([99] * 16, max_tokens=15)
+    assert not cache.grow(other, 12)
+    assert cache.grow(other, 8)
+    assert reader.num_cached_tokens == cache.probe(range(8)) == 8
+
+
+# ---- commit
+
+
+def test_commit_shares_full_pages_only_and_goes_on_where_it_stopped() -> None:
+    cache = make_cache()
+    lease = cache.open(range(11), max_tokens=10)
+    cache.grow(lease, 11)
+    for num_tokens, cached in [(3, 0), (4, 4), (4, 4), (7, 4), (11, 8)]:
+        cache.commit(lease, range(11), num_tokens)
+        assert cache.probe(range(11)) == cached
+    assert cache.counts().owned == 1
+
+
+def test_uncommitted_pages_are_never_shared() -> None:
+    cache = make_cache()
+    lease = cache.open(range(8), max_tokens=7)
+    cache.grow(lease, 8)
+    cache.close(lease)
+    assert cache.probe(range(8)) == 0
+    assert cache.counts().free == cache.counts().total
+
+
+def test_a_page_computed_twice_stays_with_its_request_while_the_first_is_used() -> None:
+    cache = make_cache()
+    first, second = cache.open(range(8), max_tokens=7), cache.open(range(8), max_tokens=7)
+    for lease in (first, second):
+        cache.grow(lease, 8)
+        cache.commit(lease, range(8), 8)
+    assert not set(first.page_ids) & set(second.page_ids)
+    assert (cache.counts().cached, cache.counts().owned) == (2, 2)
+    assert cache.open(range(8), max_tokens=8).page_ids == first.page_ids
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (2, 0, 1)])
+def test_twins_closed_in_any_order_leave_one_copy(order: tuple[int, ...]) -> None:
+    cache = make_cache()
+    leases = [cache.open(range(8), max_tokens=7) for _ in range(3)]
+    for lease in leases:
+        cache.grow(lease, 8)
+        cache.commit(lease, range(8), 8)
+    cache.drain_changes()
+    for index in order:
+        cache.close(leases[index])
+    counts = cache.counts()
+    assert (counts.cached, counts.evictable, counts.owned) == (2, 2, 0)
+    assert cache.drain_changes() == ([], [])
+
+
+def test_a_lone_request_can_use_the_whole_pool_though_its_twin_wrote_the_prefix_first() -> None:
+    """Else the oldest request could wait for ever for pages that only it pins."""
+    cache = make_cache(num_pages=8)
+    twin, lease = cache.open(range(16), max_tokens=15), cache.open(range(16), max_tokens=15)
+    for one in (twin, lease):
+        assert cache.grow(one, 16)
+        cache.commit(one, range(16), 16)
+    cache.close(twin)
+    assert cache.grow(lease, 32)
+    assert len(set(lease.page_ids)) == 8
+
+
+def test_a_page_computed_again_replaces_the_unused_copy() -> None:
+    cache = make_cache()
+    cache.close(write(cache, range(8)))
+    lease = cache.open(range(8), max_tokens=7)  # must compute its last token, so it computes the last page
+    cache.grow(lease, 8)
+    cache.commit(lease, range(8), 8)
+    counts = cache.counts()
+    assert (counts.cached, counts.owned, counts.evictable) == (2, 0, 0)
+    assert cache.open(range(8), max_tokens=8).page_ids == lease.page_ids
+
+
+def test_the_page_list_of_a_plan_survives_close() -> None:
+    cache = make_cache()
+    lease = write(cache, range(8))
+    page_ids = lease.page_ids
+    cache.close(lease)
+    assert len(page_ids) == 2
+    assert lease.page_ids == []
+
+
+# ---- transfers
+
+
+def test_granted_pages_are_in_flight_until_the_transfer_ends_and_then_can_be_shared() -> None:
+    cache = make_cache()
+    cache.close(write(cache, range(4)))
+    lease = cache.open(range(10), max_tokens=10)
+    cache.grow(lease, 10)
+    cache.begin_transfer(lease, 1)
+    assert (cache.counts().in_flight, cache.counts().owned) == (2, 0)
+    cache.end_transfer(lease)
+    cache.commit(lease, range(10), 10)
+    assert (cache.counts().in_flight, cache.counts().owned, cache.counts().cached) == (0, 1, 2)
+
+
+def test_pages_in_flight_can_be_neither_shared_nor_freed() -> None:
+    cache = make_cache()
+    lease = cache.open(range(8), max_tokens=8)
+    cache.grow(lease, 8)
+    cache.begin_transfer(lease, 0)
+    with pytest.raises(AssertionError, match="end the transfer"):
+        cache.commit(lease, range(8), 8)
+    with pytest.raises(AssertionError, match="end the transfer"):
+        cache.close(lease)
+    assert cache.flush() == 0
+    assert cache.counts().in_flight == 2
+
+
+def test_a_transfer_can_be_widened_and_ended_twice() -> None:
+    cache = make_cache()
+    lease = cache.open(range(12), max_tokens=11)
+    cache.grow(lease, 8)
+    cache.begin_transfer(lease, 1)
+    cache.grow(lease, 12)
+    cache.begin_transfer(lease, 0)
+    assert cache.counts().in_flight == 3
+    cache.end_transfer(lease)
+    cache.end_transfer(lease)
+    assert (cache.counts().in_flight, cache.counts().owned) == (0, 3)
+
+
+def test_a_transfer_of_committed_pages_leaves_them_cached_and_held() -> None:
+    cache = make_cache(num_pages=3)
+    lease = cache.open(range(10), max_tokens=9)
+    cache.grow(lease, 10)
+    cache.commit(lease, range(10), 10)
+    cache.begin_transfer(lease, 0)
+    assert (cache.counts().cached, cache.counts().in_flight, cache.counts().evictable) == (2, 1, 0)
+
+
+# ---- close, flush, changes
+
+
+def test_a_lease_is_closed_once() -> None:
+    cache = make_cache()
+    lease = write(cache, range(8))
+    cache.close(lease)
+    with pytest.raises(AssertionError, match="closed once"):
+        cache.close(lease)
+
+
+def test_flush_frees_all_but_what_is_used() -> None:
+    cache = make_cache()
+    cache.close(write(cache, range(12)))
+    reader = cache.open(range(4), max_tokens=4)
+    assert cache.flush() == 2
+    assert cache.probe(range(12)) == 4
+    cache.close(reader)
+    assert cache.flush() == 1
+    assert cache.counts().free == cache.counts().total
+
+
+def test_changes_replayed_equal_the_snapshot() -> None:
+    cache = make_cache(num_pages=4)
+    replayed: set[bytes] = set()
+    for start in (0, 100, 0, 200, 100):
+        cache.close(write(cache, range(start, start + 12)))
+        added, removed = cache.drain_changes()
+        assert not set(added) & set(removed)
+        replayed = (replayed - set(removed)) | set(added)
+        assert replayed == set(cache.digests())
+    assert len(replayed) == 4
+
+
+def test_a_step_in_which_no_page_fills_costs_no_work_in_the_tree() -> None:
+    """O(1): commit may not even look at the tokens."""
+
+    class Untouchable(list[int]):
+        def __getitem__(self, index: object) -> int:
+            raise AssertionError("read")
+
+    cache = make_cache()
+    lease = write(cache, range(10))
+    assert cache.grow(lease, 12)
+    cache.commit(lease, Untouchable(range(11)), 11)
