@@ -1,0 +1,89 @@
+"""The settings of one engine process. The flags keep SGLang's names where they mean the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvist.channel import ChannelConfig
+from kvist.config import option
+from kvist.errors import ConfigError
+from kvist.scheduler.config import SchedulerConfig
+
+UNIFIED, PREFILL, DECODE = "unified", "prefill", "decode"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Travels from `kvist serve` to its engine as JSON. Raises `ConfigError` when settings contradict each other."""
+
+    model_path: str | None = option(
+        None,
+        "Hugging Face model folder or GGUF file; without it the embedded SmolLM2-135M-Instruct is served",
+        aliases=("model",),
+    )
+    served_model_name: str | None = option(None, "the model's name in the API; by default the folder's or file's name")
+    role: str = option(
+        UNIFIED,
+        "prefill reads prompts and hands pages over, decode writes answers, unified does both",
+        choices=(UNIFIED, PREFILL, DECODE),
+    )
+    dtype: str = option(
+        "auto",
+        "type of weights and KV pages; auto is float32 on a CPU, else the checkpoint's",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    load_format: str = option(
+        "auto",
+        "where weights come from; dummy makes random ones from the config alone",
+        choices=("auto", "safetensors", "gguf", "dummy"),
+    )
+    device: str = option(
+        "auto", "where the model runs; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda")
+    )
+    context_length: int | None = option(
+        None, "longest prompt and answer together; by default what the model was trained for", unit="tokens", minimum=2
+    )
+    tp: int = option(
+        1, "tensor parallel size: ranks that share each layer", aliases=("tp-size", "tensor-parallel-size"), minimum=1
+    )
+    mem_fraction_static: float = option(
+        0.8, "share of the free memory for weights and KV pages together", minimum=0.01, maximum=1.0
+    )
+    max_total_tokens: int | None = option(
+        None,
+        "tokens in the page pool; by default what the memory holds, on a CPU at most 65536",
+        unit="tokens",
+        minimum=1,
+    )
+    page_size: int = option(16, "tokens in one KV page; equal on all workers", unit="tokens", minimum=1, maximum=256)
+    attention_backend: str = option("auto", "implementation of attention", choices=("auto", "torch"))
+    num_threads: int = option(
+        0, "CPU threads of the engine; 0 shares the cores with the workers that this host runs already", minimum=0
+    )
+    random_seed: int = option(0, "seed of dummy weights", minimum=0)
+    engine_host: str = option(
+        "127.0.0.1", "address that the engine's own socket binds; not loopback needs a cluster key"
+    )
+    engine_port: int = option(0, "port of the engine's own socket; 0 finds a free one", minimum=0, maximum=65535)
+    engine_advertise_host: str | None = option(
+        None, "how other hosts name this one, when the engine's socket binds a wildcard address"
+    )
+    runtime_dir: str | None = option(
+        None, "folder for page pools and lock files, shared by the workers of this host; by default in shared memory"
+    )
+    gateway_timeout_s: float = option(
+        15.0, "a gateway silent for this long has its requests aborted", unit="s", minimum=0.1
+    )
+    engine_start_timeout_s: float = option(600.0, "the longest wait for the model to load", unit="s", minimum=1)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    channel: ChannelConfig = field(default_factory=ChannelConfig)
+
+    worker_id: str = ""  # the worker's public name; its engine endpoint when empty
+
+    def __post_init__(self) -> None:
+        if self.tp > 1 and self.role != UNIFIED:
+            raise ConfigError(
+                f"--tp {self.tp} with --role {self.role}: handing pages over between tensor-parallel engines comes "
+                "with the GPU engine; use --tp 1, or --role unified",
+                param="tp",
+            )

@@ -1,0 +1,78 @@
+"""Which gateways speak to this engine, which request belongs to which, and who has fallen silent.
+
+A gateway is known from its first message. Silent for `timeout_s`, or no longer reachable, it is forgotten and its
+requests are aborted; a request's entry goes with its `Ended`, whatever became of its gateway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from kvist.request import RequestId
+
+MAX_GATEWAYS = 256
+
+
+@dataclass(slots=True)
+class Gateway:
+    """Mutable; owned by `Gateways`."""
+
+    identity: bytes
+    last_heard_s: float
+    next_sequence: int = 0  # of its next LoadReport
+    wants_snapshot: bool = True
+    request_ids: set[RequestId] = field(default_factory=set)
+
+
+class Gateways:
+    """Mutable; owned by the engine loop."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._gateways: dict[bytes, Gateway] = {}
+        self._owners: dict[RequestId, bytes] = {}
+
+    def heard(self, identity: bytes, now_s: float) -> Gateway | None:
+        """Note a sign of life. None: there are `MAX_GATEWAYS` already and this is a new one."""
+        gateway = self._gateways.get(identity)
+        if gateway is None:
+            if len(self._gateways) >= MAX_GATEWAYS:
+                return None
+            gateway = self._gateways[identity] = Gateway(identity, now_s)
+        gateway.last_heard_s = now_s
+        return gateway
+
+    def add_request(self, gateway: Gateway, request_id: RequestId) -> bool:
+        """False: the id is in use."""
+        if request_id in self._owners:
+            return False
+        self._owners[request_id] = gateway.identity
+        gateway.request_ids.add(request_id)
+        return True
+
+    def owner(self, request_id: RequestId) -> bytes | None:
+        return self._owners.get(request_id)
+
+    def end_request(self, request_id: RequestId) -> None:
+        identity = self._owners.pop(request_id, None)
+        if identity in self._gateways:
+            self._gateways[identity].request_ids.discard(request_id)
+
+    def forget(self, identity: bytes) -> list[RequestId]:
+        """The gateway is gone. Returns its requests, which must be aborted."""
+        gateway = self._gateways.pop(identity, None)
+        return sorted(gateway.request_ids) if gateway else []
+
+    def forget_silent(self, now_s: float) -> list[RequestId]:
+        silent = [known.identity for known in self if now_s - known.last_heard_s > self._timeout_s]
+        return [request_id for identity in silent for request_id in self.forget(identity)]
+
+    def all_requests(self) -> list[tuple[RequestId, bytes]]:
+        return list(self._owners.items())
+
+    def __iter__(self) -> Iterator[Gateway]:
+        return iter(list(self._gateways.values()))
+
+    def __len__(self) -> int:
+        return len(self._gateways)

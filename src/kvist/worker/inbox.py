@@ -1,0 +1,118 @@
+"""Turns what arrived on the socket into events for the scheduler, and answers at once what needs no scheduler."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvist import wire
+from kvist.channel.engine import Inbound
+from kvist.errors import KvistError, Overloaded, RequestError
+from kvist.request import Outcome, RequestId
+from kvist.scheduler.events import (
+    AbortRequested,
+    AckArrived,
+    Arrived,
+    ClosedArrived,
+    DoneArrived,
+    Event,
+    FlushRequested,
+    GrantArrived,
+    RevokeArrived,
+)
+from kvist.worker.gateways import MAX_GATEWAYS, Gateway, Gateways
+
+MAX_OPEN_FLUSHES = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    identity: bytes
+    message: wire.Welcome | wire.StepOutputs
+
+
+class Inbox:
+    """Mutable; owned by the engine loop."""
+
+    def __init__(self, *, spec: wire.EngineSpec, gateways: Gateways) -> None:
+        self._spec = spec
+        self._gateways = gateways
+        self._flushes: OrderedDict[str, bytes] = OrderedDict()  # call id → who asked
+
+    def open(self, received: Iterable[tuple[bytes, Inbound]], now_s: float) -> tuple[list[Event], list[Reply]]:
+        events: list[Event] = []
+        replies: list[Reply] = []
+        for identity, message in received:
+            opened = self._open_one(identity, message, now_s)
+            if isinstance(opened, Reply):
+                replies.append(opened)
+            elif opened is not None:
+                events.append(opened)
+        return events, replies
+
+    def take_flush(self, call_id: str) -> bytes | None:
+        """Who asked for this flush; once."""
+        return self._flushes.pop(call_id, None)
+
+    def _open_one(self, identity: bytes, message: Inbound, now_s: float) -> Event | Reply | None:
+        match message:
+            case wire.Hello() | wire.Submit() | wire.Abort() | wire.FlushCache():
+                gateway = self._gateways.heard(identity, now_s)
+                if gateway is not None:
+                    return self._from_gateway(gateway, message)
+                if isinstance(message, wire.Submit):
+                    error = Overloaded(f"this engine serves {MAX_GATEWAYS} gateways already")
+                    return refusal(identity, message.request.request_id, error)
+                return None
+            case wire.Grant():
+                return GrantArrived(grant=message)
+            case wire.Ack():
+                return AckArrived(handoff_id=message.handoff_id, target_epoch=message.target_epoch)
+            case wire.Revoke():
+                return RevokeArrived(
+                    handoff_id=message.handoff_id, target_epoch=message.target_epoch, reason=message.reason
+                )
+            case wire.Done():
+                return DoneArrived(done=message)
+            case wire.Closed():
+                return ClosedArrived(closed=message)
+
+    def _from_gateway(self, gateway: Gateway, message: wire.GatewayToEngine) -> Event | Reply | None:
+        match message:
+            case wire.Hello():
+                gateway.wants_snapshot = gateway.wants_snapshot or message.resync
+                return Reply(identity=gateway.identity, message=wire.Welcome(spec=self._spec))
+            case wire.Submit():
+                return self._submitted(gateway, message)
+            case wire.Abort():
+                mine = self._gateways.owner(message.request_id) == gateway.identity
+                return AbortRequested(request_id=message.request_id) if mine else None
+            case wire.FlushCache():
+                while len(self._flushes) >= MAX_OPEN_FLUSHES:
+                    self._flushes.popitem(last=False)
+                self._flushes[message.call_id] = gateway.identity
+                return FlushRequested(call_id=message.call_id)
+
+    def _submitted(self, gateway: Gateway, submit: wire.Submit) -> Event | Reply:
+        request = submit.request
+        for token_ids in (request.prompt_token_ids, request.output_token_ids, request.sampling.stop_token_ids):
+            # One id outside the vocabulary would fail the whole batch it is computed in.
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._spec.vocab_size:
+                error = RequestError(f"a token id is outside the vocabulary of {self._spec.vocab_size}")
+                return refusal(gateway.identity, request.request_id, error)
+        if not self._gateways.add_request(gateway, request.request_id):
+            error = RequestError(f"the request id {request.request_id} is in use at this engine")
+            return refusal(gateway.identity, request.request_id, error)
+        return Arrived(request=request, mode=submit.mode, handoff_id=submit.handoff_id, prefill=submit.prefill)
+
+
+def refusal(identity: bytes, request_id: RequestId, error: KvistError) -> Reply:
+    ended = wire.Ended(
+        request_id=request_id,
+        outcome=Outcome.FAILED,
+        error_code=error.code,
+        message=error.message,
+        retry_after_s=error.retry_after_s,
+    )
+    return Reply(identity=identity, message=wire.StepOutputs(ended=(ended,)))

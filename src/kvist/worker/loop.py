@@ -1,0 +1,225 @@
+"""The engine's loop: what happened → `scheduler.step` → carry the plan out → what happened.
+
+    recv ─► events ─► step ─► plan: 1. tokens and endings to gateways   2. messages to peers   3. transfers   4. batch
+      ▲                                                                                                         │
+      └──────────────────────────── StepFinished | StepFailed ◄────────────────────────────────────────────────┘
+
+One thread, no `await`: while a batch is computed nothing else happens here, so tokens leave before the next batch
+begins. With no batch to compute the loop sleeps in `recv` until a message, a transfer report (by `wakeup`), or a time
+that somebody asked for. The same loop serves every role; unified.py, prefill.py and decode.py wire it.
+
+It decides nothing about requests. Its own care is liveness: gateways that fall silent, peers that die, reports.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvist import wire
+from kvist.channel.engine import Inbound, Outbound
+from kvist.clock import Clock
+from kvist.errors import HandoffFailed, Unavailable
+from kvist.request import EpochId, RequestId, SampledToken
+from kvist.scheduler import Scheduler
+from kvist.scheduler.events import AbortRequested, ClosedArrived, Event, PeerDied, StepFailed, StepFinished
+from kvist.scheduler.plan import Batch, Plan, StopWrites, ToSource, VerifyPages, WritePages
+from kvist.transfer import Transport
+from kvist.worker.gateways import Gateways
+from kvist.worker.inbox import Inbox, refusal
+from kvist.worker.reports import LoadReports
+
+WATCH_INTERVAL_S = 1.0  # between two looks whether watched peers and known gateways are alive
+
+log = logging.getLogger(__name__)
+
+
+class Channel(Protocol):
+    """channel.EngineChannel, or a fake."""
+
+    num_undecodable: int
+
+    def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]: ...
+    def send(self, identity: bytes, message: Outbound) -> bool: ...
+    def send_to_peer(self, endpoint: str, message: wire.TargetToSource) -> bool: ...
+    def wakeup(self) -> None: ...
+
+
+class StepRunner(Protocol):
+    """runner.Runner, or a fake."""
+
+    def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopParts:
+    """What the loop drives. The wiring makes them, and closes them after the loop has ended."""
+
+    spec: wire.EngineSpec
+    scheduler: Scheduler
+    runner: StepRunner
+    channel: Channel
+    transport: Transport
+    reports: LoadReports
+    clock: Clock
+    gateway_timeout_s: float
+
+
+class EngineLoop:
+    """Mutable; used by the engine's main thread, but for `request_stop`."""
+
+    def __init__(self, parts: LoopParts) -> None:
+        self._parts = parts
+        self._gateways = Gateways(timeout_s=parts.gateway_timeout_s)
+        self._inbox = Inbox(spec=parts.spec, gateways=self._gateways)
+        self._carried: list[Event] = []  # made by ourselves, for the next step
+        self._watched: frozenset[EpochId] = frozenset()
+        self._wake_at_s: float | None = None
+        self._next_watch_s = parts.clock.now_s()
+        self._stop = threading.Event()
+        self._num_failed_steps = 0
+
+    def run(self) -> None:
+        """Serve until `request_stop`; then tell every gateway that its requests have failed."""
+        while not self._stop.is_set():
+            self.turn(self._idle_s())
+        for request_id, identity in self._gateways.all_requests():
+            error = Unavailable("the worker is shutting down")
+            self._parts.channel.send(identity, refusal(identity, request_id, error).message)
+
+    def request_stop(self) -> None:
+        """Safe from any thread and from a signal handler."""
+        self._stop.set()
+        self._parts.channel.wakeup()
+
+    def turn(self, timeout_s: float) -> None:
+        """Wait for news at most so long, then one step of the scheduler and all that it asks for."""
+        received = self._parts.channel.recv(timeout_s)
+        now_s = self._parts.clock.now_s()
+        events, replies = self._inbox.open(received, now_s)
+        for reply in replies:
+            self._send(reply.identity, reply.message)
+        # Transfer reports first: one made before a Revoke arrived must not be taken for the answer to its StopWrites.
+        events = [*self._parts.transport.poll(), *self._carried, *events, *self._deaths(now_s)]
+        self._carried = []
+        plan = self._parts.scheduler.step(now_s, events)
+        self._carry_out(plan, now_s)
+
+    # ------------------------------------------------------------ waiting
+
+    def _idle_s(self) -> float:
+        """How long nothing needs to happen of itself."""
+        if self._carried:
+            return 0.0
+        times = [self._parts.reports.due_at_s(self._gateways), self._next_watch_s]
+        if self._wake_at_s is not None:
+            times.append(self._wake_at_s)
+        return max(0.0, min(times) - self._parts.clock.now_s())
+
+    def _deaths(self, now_s: float) -> list[Event]:
+        if now_s < self._next_watch_s:
+            return []
+        self._next_watch_s = now_s + WATCH_INTERVAL_S
+        silent: list[Event] = [AbortRequested(request_id=each) for each in self._gateways.forget_silent(now_s)]
+        return silent + self._dead_peers(self._watched)
+
+    def _dead_peers(self, epochs: frozenset[EpochId]) -> list[Event]:
+        return [PeerDied(epoch=epoch) for epoch in sorted(epochs) if self._parts.transport.peer_is_dead(epoch)]
+
+    # ------------------------------------------------------------ carrying out
+
+    def _carry_out(self, plan: Plan, now_s: float) -> None:
+        self._send_outputs(plan)
+        self._send_to_peers(plan)
+        for job in plan.transfers:
+            self._start_transfer(job)
+        # Look at once at peers that are new: a lock file seen while its owner lives tells of its death for sure.
+        self._carried += self._dead_peers(plan.watched_epochs - self._watched)
+        self._watched = plan.watched_epochs
+        self._wake_at_s = plan.wake_at_s
+        self._report(plan, now_s)
+        if plan.batch is not None:
+            self._carried.append(self._execute(plan.batch))
+
+    def _execute(self, batch: Batch) -> StepFinished | StepFailed:
+        try:
+            sampled = self._parts.runner.execute(batch)
+        except Exception as error:  # whatever the model or the device raised: these requests fail, the engine goes on
+            log.exception("step %d with %d tokens failed", batch.step_id, batch.num_tokens)
+            self._num_failed_steps += 1
+            return StepFailed(step_id=batch.step_id, message=f"{type(error).__name__}: {error}")
+        return StepFinished(step_id=batch.step_id, sampled=sampled)
+
+    def _send_outputs(self, plan: Plan) -> None:
+        """One message to each gateway that this step has something for."""
+        chunks: dict[bytes, list[wire.TokenChunk]] = {}
+        ended: dict[bytes, list[wire.Ended]] = {}
+        for chunk in plan.chunks:
+            if (identity := self._gateways.owner(chunk.request_id)) is not None:
+                chunks.setdefault(identity, []).append(chunk)
+        for end in plan.ended:
+            if (identity := self._gateways.owner(end.request_id)) is not None:
+                ended.setdefault(identity, []).append(end)
+                self._gateways.end_request(end.request_id)
+        for identity in {**chunks, **ended}:
+            outputs = wire.StepOutputs(chunks=tuple(chunks.get(identity, ())), ended=tuple(ended.get(identity, ())))
+            self._send(identity, outputs)
+        for flush in plan.flushes:
+            asker = self._inbox.take_flush(flush.call_id)
+            if asker is not None:
+                self._send(asker, wire.Flushed(call_id=flush.call_id, num_pages=flush.num_pages))
+
+    def _send(self, identity: bytes, message: wire.EngineToGateway) -> None:
+        if not self._parts.channel.send(identity, message):
+            # It would miss this message for ever: its streams cannot be made whole.
+            lost = self._gateways.forget(identity)
+            if lost:
+                log.warning("gateway %r does not take its messages: %d requests aborted", identity, len(lost))
+            self._carried += [AbortRequested(request_id=request_id) for request_id in lost]
+
+    def _send_to_peers(self, plan: Plan) -> None:
+        for order in plan.messages:
+            if not isinstance(order, ToSource):
+                # Unsent means that the peer's connection is down: it asks again, or its epoch is found dead.
+                self._parts.channel.send(order.target_epoch.encode(), order.message)
+            elif not self._parts.channel.send_to_peer(order.endpoint, order.message):
+                self._carried += _never_granted(order)
+
+    def _start_transfer(self, job: WritePages | VerifyPages | StopWrites) -> None:
+        match job:
+            case WritePages():
+                self._parts.transport.write(job)
+            case VerifyPages():
+                self._parts.transport.verify(job)
+            case StopWrites():
+                self._parts.transport.stop(job.handoff_id)
+
+    def _report(self, plan: Plan, now_s: float) -> None:
+        reports = self._parts.reports
+        reports.note(plan.cached_added, plan.cached_removed)
+        if now_s < reports.due_at_s(self._gateways):
+            return
+        totals = {
+            "undecodable_messages": float(self._parts.channel.num_undecodable),
+            "failed_steps": float(self._num_failed_steps),
+        }
+        for identity, report in reports.make(self._gateways, self._parts.scheduler.load(), totals, now_s):
+            self._send(identity, report)
+
+
+def _never_granted(order: ToSource) -> list[Event]:
+    """A Grant that could not even be queued gave no leave to write: it is as good as refused."""
+    grant = order.message
+    if not isinstance(grant, wire.Grant):
+        return []
+    closed = wire.Closed(
+        handoff_id=grant.handoff_id,
+        target_epoch=grant.target_epoch,
+        source_epoch=grant.source_epoch,
+        error_code=HandoffFailed.code,
+        message=f"the prefill engine at {order.endpoint} cannot be reached",
+    )
+    return [ClosedArrived(closed=closed)]

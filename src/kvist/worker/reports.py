@@ -1,0 +1,72 @@
+"""LoadReports: how busy this engine is and which pages it caches, to every gateway.
+
+Sent once a second, and `MIN_INTERVAL_S` after the last one when cached pages changed or a gateway asked for all of
+them. All gateways are told at the same time, so one set of pending changes is enough; a gateway that is new or asked to
+resync gets every cached digest instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from kvist import wire
+from kvist.scheduler.load import SchedulerLoad
+from kvist.worker.gateways import Gateways
+
+MIN_INTERVAL_S = 0.05
+MAX_INTERVAL_S = 1.0
+
+
+class LoadReports:
+    """Mutable; owned by the engine loop."""
+
+    def __init__(self, *, cached_digests: Callable[[], Sequence[bytes]]) -> None:
+        self._cached_digests = cached_digests
+        self._changes: dict[bytes, bool] = {}  # digest → now cached; since the last report, at most one a page
+        self._last_sent_s = float("-inf")
+
+    def note(self, added: Sequence[bytes], removed: Sequence[bytes]) -> None:
+        for digest in removed:
+            self._note_one(digest, now_cached=False)
+        for digest in added:
+            self._note_one(digest, now_cached=True)
+
+    def due_at_s(self, gateways: Gateways) -> float:
+        urgent = self._changes or any(gateway.wants_snapshot for gateway in gateways)
+        return self._last_sent_s + (MIN_INTERVAL_S if urgent else MAX_INTERVAL_S)
+
+    def make(
+        self, gateways: Gateways, load: SchedulerLoad, totals: dict[str, float], now_s: float
+    ) -> Iterator[tuple[bytes, wire.LoadReport]]:
+        """One report for each gateway. Exhaust the iterator: the pending changes are told with this."""
+        added = tuple(digest for digest, cached in self._changes.items() if cached)
+        removed = tuple(digest for digest, cached in self._changes.items() if not cached)
+        everything: tuple[bytes, ...] | None = None
+        self._changes.clear()
+        self._last_sent_s = now_s
+        for gateway in gateways:
+            if gateway.wants_snapshot and everything is None:
+                everything = tuple(self._cached_digests())
+            report = wire.LoadReport(
+                sequence=gateway.next_sequence,
+                num_running=load.num_running,
+                num_waiting=load.num_waiting,
+                num_free_pages=load.pages.free,
+                num_cached_pages=load.pages.cached,
+                num_owned_pages=load.pages.owned,
+                num_in_flight_pages=load.pages.in_flight,
+                snapshot=gateway.wants_snapshot,
+                cached_added=everything or () if gateway.wants_snapshot else added,
+                cached_removed=() if gateway.wants_snapshot else removed,
+                totals={**load.totals, **totals},
+            )
+            gateway.next_sequence += 1
+            gateway.wants_snapshot = False
+            yield gateway.identity, report
+
+    def _note_one(self, digest: bytes, *, now_cached: bool) -> None:
+        # A digest's changes alternate, so a second one takes the first back.
+        if self._changes.get(digest, now_cached) is not now_cached:
+            del self._changes[digest]
+        else:
+            self._changes[digest] = now_cached
