@@ -1,0 +1,48 @@
+"""The gateway's way to engines.
+
+Choose workers (policies, route), know them (registry, discovery, fleet), carry requests (dispatch, flight, merge).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import httpx
+
+from kvist.channel import ChannelConfig
+from kvist.clock import Clock, MonotonicClock
+from kvist.errors import ConfigError
+from kvist.router.config import RouterConfig
+from kvist.router.discovery import normal_url
+from kvist.router.dispatch import Dispatcher
+from kvist.router.fleet import Fleet
+from kvist.router.registry import Registry, WorkerAddress, WorkerUse
+
+__all__ = ["Dispatcher", "RouterConfig", "WorkerAddress", "WorkerUse", "build_dispatcher"]
+
+
+def build_dispatcher(
+    config: RouterConfig,
+    channel: ChannelConfig,
+    *,
+    engine_endpoints: Sequence[str] = (),
+    clock: Clock | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> Dispatcher:
+    """A dispatcher over the workers that the config names by URL, and engines of our own named by endpoint.
+
+    Not started: `await dispatcher.start()` inside the loop. Raises `ConfigError` on a bad URL or a worker named twice.
+    `transport` is how /server_info is fetched; None is the network.
+    """
+    clock = clock or MonotonicClock()
+    registry = Registry(config)
+    fleet = Fleet(registry=registry, config=config, channel=channel, clock=clock, transport=transport)
+    named = ((config.worker_urls, None), (config.prefill, WorkerUse.PREFILL), (config.decode, WorkerUse.DECODE))
+    for urls, use in named:
+        for url in urls:
+            fleet.add(WorkerAddress(url=normal_url(url), use=use))
+    for endpoint in engine_endpoints:
+        if not endpoint:
+            raise ConfigError("an engine's endpoint is empty")
+        fleet.add(WorkerAddress(endpoint=endpoint))
+    return Dispatcher(config=config, registry=registry, engines=fleet, clock=clock)

@@ -31,6 +31,11 @@ class WorkerSnapshot:
     alive: bool  # a request can be sent to it now
     spec: EngineSpec | None  # None until it has said Welcome once
     load: LoadReport | None  # the last report; its digests may be left out
+    state: str = "ready"  # registry.WorkerState
+    problem: str = ""  # why it is not ready, for people
+    num_in_flight: int = 0  # requests of this gateway that have not ended there
+    num_known_pages: int = 0  # cached pages that routing counts on
+    known_pages_limited: bool = False  # it has more than --max-known-pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,44 @@
+"""The router's settings: which workers it has, how it chooses among them, and how long it waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvist.config import option
+
+POLICIES = ("cache_aware", "least_loaded", "round_robin")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    prefill: tuple[str, ...] = option(
+        (), "URLs of prefill workers, http://HOST:PORT (a unified worker may prefill too)"
+    )
+    decode: tuple[str, ...] = option((), "URLs of decode workers, http://HOST:PORT")
+    worker_urls: tuple[str, ...] = option((), "URLs of workers used in the role they were started with")
+    policy: str = option(
+        "cache_aware", "how a worker is chosen: the prefix it has cached, its load, or in turn", choices=POLICIES
+    )
+    cache_threshold: float = option(
+        0.1, "a cached prefix shorter than this share of the prompt does not attract it", minimum=0.0, maximum=1.0
+    )
+    balance_abs_threshold: int = option(
+        32, "cache_aware turns to the least loaded when loads differ by more", unit="requests", minimum=0
+    )
+    balance_rel_threshold: float = option(
+        1.5, "... and the highest load is more than this many times the lowest", minimum=1.0
+    )
+    max_known_pages: int = option(
+        262_144, "cached pages remembered for each worker; more are not counted on", unit="pages", minimum=0
+    )
+    keepalive_s: float = option(2.0, "time between keep-alives to each engine", unit="seconds", minimum=0.05)
+    worker_timeout_s: float = option(
+        30.0,
+        "a worker silent for this long is lost (a closed connection is noticed at once)",
+        unit="seconds",
+        minimum=0.1,
+    )
+    discovery_timeout_s: float = option(5.0, "limit of one GET /server_info", unit="seconds", minimum=0.1)
+    request_timeout_s: float = option(600.0, "limit of one request, start to end", unit="seconds", minimum=0.1)
+    flush_timeout_s: float = option(10.0, "limit of /flush_cache over all workers", unit="seconds", minimum=0.1)
+    retry_after_s: float = option(1.0, "what a refused client is told to wait", unit="seconds", minimum=0.0)

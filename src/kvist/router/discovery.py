@@ -1,0 +1,66 @@
+"""Finds a remote worker's engine: GET its /server_info until it names one.
+
+The HTTP server of a worker answers before its engine has loaded, with `engine: null`. Owns no state; fleet.py decides
+when to ask again.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+import httpx
+import msgspec
+
+from kvist.channel.security import WILDCARD_HOSTS, split_tcp_endpoint
+from kvist.errors import ConfigError, Unavailable
+from kvist.wire import EngineSpec
+
+_MAX_ANSWER_BYTES = 16 << 20
+
+
+class _ServerInfo(msgspec.Struct, frozen=True):
+    engine: EngineSpec | None = None
+
+
+_decoder = msgspec.json.Decoder(_ServerInfo)
+
+
+def normal_url(url: str) -> str:
+    """ "host:port" and a trailing slash are forgiven. Raises `ConfigError` on what is no http address."""
+    full = (url if "://" in url else f"http://{url}").rstrip("/")
+    try:
+        parts = urlsplit(full)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"{url!r} is no worker URL; write http://HOST:PORT")
+    return full
+
+
+def reachable_endpoint(url: str, endpoint: str) -> str:
+    """The engine's endpoint; an engine that bound every interface is reached where its HTTP server is."""
+    address = split_tcp_endpoint(endpoint)
+    if address is None or address[0] not in WILDCARD_HOSTS:
+        return endpoint
+    host = urlsplit(url).hostname or ""
+    return f"tcp://[{host}]:{address[1]}" if ":" in host else f"tcp://{host}:{address[1]}"
+
+
+async def find_engine(client: httpx.AsyncClient, url: str, *, timeout_s: float) -> str:
+    """The endpoint of the engine behind a worker's URL. Raises `Unavailable` saying why there is none now."""
+    try:
+        response = await client.get(f"{url}/server_info", timeout=timeout_s)
+    except httpx.HTTPError as error:
+        raise Unavailable(f"no answer from {url}/server_info: {error or type(error).__name__}") from error
+    if response.status_code != httpx.codes.OK:
+        raise Unavailable(f"{url}/server_info answers {response.status_code}")
+    if len(response.content) > _MAX_ANSWER_BYTES:
+        raise Unavailable(f"{url}/server_info answers more than {_MAX_ANSWER_BYTES} bytes: it is no Kvist worker")
+    try:
+        spec = _decoder.decode(response.content).engine
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise Unavailable(f"{url}/server_info is not that of a Kvist worker: {error}") from error
+    if spec is None:
+        raise Unavailable(f"the engine at {url} is still loading")
+    return reachable_endpoint(url, spec.endpoint)

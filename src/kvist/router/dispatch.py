@@ -1,0 +1,276 @@
+"""Takes requests to engines and brings one clean stream of tokens back.
+
+Life of a request: route (route.py) → Submit to one engine, or to a prefill and a decode engine → merged chunks to the
+reader (flight.py) → the end, told once: the chunk with the finish reason, or an error. Whatever ends it, no engine is
+left working for nobody: each one that has not said Ended is told to abort.
+
+All of it is callbacks on one asyncio loop; no task per request and none per token. Each attempt has its own request id
+at the engines, so a retry, or another gateway's client with the same id, never meets it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+import msgspec
+
+from kvist import wire
+from kvist.clock import Clock
+from kvist.errors import EngineError, KvistError, Timeout, Unavailable, WorkerLost, error_from_wire
+from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, WorkerId
+from kvist.router.config import RouterConfig
+from kvist.router.fleet import EngineEvents
+from kvist.router.flight import Flight
+from kvist.router.registry import Registry, Worker, WorkerAddress, WorkerState
+from kvist.router.route import Route, Router
+from kvist.router.stream import ClusterSnapshot, StreamPart
+
+logger = logging.getLogger(__name__)
+
+
+class Engines(Protocol):
+    """What the dispatcher needs of fleet.py; tests give it one without sockets."""
+
+    def start(self, events: EngineEvents) -> None: ...
+
+    def add(self, address: WorkerAddress) -> Worker: ...
+
+    def send(self, worker: Worker, message: wire.GatewayToEngine) -> bool: ...
+
+    async def close(self) -> None: ...
+
+
+class _FlushCall:
+    def __init__(self, workers: set[Worker]) -> None:
+        self.waiting = workers
+        self.num_pages: dict[WorkerId, int] = {}
+        self.done = asyncio.Event()
+
+    def settle(self, worker: Worker, num_pages: int | None) -> None:
+        if worker in self.waiting:
+            self.waiting.discard(worker)
+            if num_pages is not None:
+                self.num_pages[worker.worker_id] = num_pages
+            if not self.waiting:
+                self.done.set()
+
+
+class Dispatcher:
+    def __init__(self, *, config: RouterConfig, registry: Registry, engines: Engines, clock: Clock) -> None:
+        self._config = config
+        self._registry = registry
+        self._engines = engines
+        self._clock = clock
+        self._router = Router(config, registry)
+        self._flights: dict[RequestId, Flight] = {}
+        self._flushes: dict[str, _FlushCall] = {}
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to look for the workers. Returns at once; `ready` tells when one is there."""
+        self._engines.start(self)
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep_forever(), name="flight sweeper")
+
+    async def close(self) -> None:
+        for flight in list(self._flights.values()):
+            self._fail(flight, Unavailable("the gateway is shutting down"), None)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+        await self._engines.close()
+
+    def add_worker(self, address: WorkerAddress) -> None:
+        self._engines.add(address)
+
+    def ready(self) -> bool:
+        """A token can really be produced: a unified worker, or a prefill and a decode worker, are READY."""
+        return self._router.can_serve()
+
+    def model(self) -> wire.EngineSpec | None:
+        """The spec of one READY worker (all agree on model, dtype and page size); None while there is none."""
+        return self._registry.reference()
+
+    def snapshot(self) -> ClusterSnapshot:
+        return self._registry.snapshot()
+
+    async def generate(
+        self, request: EngineRequest, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[StreamPart, None]:
+        """The request's output. Closing or cancelling the iterator aborts it everywhere at once.
+
+        Raises, before the first part: `Unavailable`, `Overloaded`; at any time: what an engine reported, `WorkerLost`,
+        `HandoffFailed`, `Timeout`. A failure before the first token is tried once more on other workers."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + (timeout_s or self._config.request_timeout_s)
+        flight = self._launch(request, self._router.choose(request))
+        may_retry, delivered = True, False
+        while True:
+            timer = loop.call_at(deadline_s, self._time_out, flight)
+            try:
+                while (part := await flight.next_part()) is not None:
+                    delivered = True
+                    yield part
+                return
+            except KvistError as error:
+                route = self._other_route(request, flight, error) if may_retry and not delivered else None
+                if route is None:
+                    raise
+                may_retry = False
+                logger.info("request %s is tried again elsewhere: %s", request.request_id, error.message)
+            finally:
+                timer.cancel()
+                self._leave(flight)
+            flight = self._launch(request, route)
+
+    async def flush_cache(self) -> dict[WorkerId, int]:
+        """Drop every worker's cached pages that no request uses; pages dropped, by worker.
+
+        Raises `Unavailable` when no worker is ready, `Timeout` naming those that did not answer."""
+        workers = {w for w in self._registry.workers if w.state is WorkerState.READY}
+        if not workers:
+            raise Unavailable("no worker is ready: there is no cache to flush")
+        call_id, call = secrets.token_hex(8), _FlushCall(set(workers))
+        self._flushes[call_id] = call
+        try:
+            for worker in workers:
+                if not self._engines.send(worker, wire.FlushCache(call_id=call_id)):
+                    call.settle(worker, None)
+            await asyncio.wait_for(call.done.wait(), self._config.flush_timeout_s)
+        except TimeoutError as error:
+            silent = ", ".join(sorted(w.worker_id for w in call.waiting))
+            raise Timeout(f"flushed {len(call.num_pages)} workers, but {silent} did not answer in time") from error
+        finally:
+            del self._flushes[call_id]
+        return call.num_pages
+
+    # ---------------------------------------------------------------- what engines say (fleet.EngineEvents)
+
+    def on_outputs(self, worker: Worker, outputs: wire.StepOutputs) -> None:
+        flights = self._flights
+        for chunk in outputs.chunks:
+            flight = flights.get(chunk.request_id)
+            if flight is not None:
+                worker.prompt_done(chunk.request_id)
+                flight.push(worker, chunk)
+        for ended in outputs.ended:
+            flight = flights.get(ended.request_id)
+            if flight is not None and worker in flight.open:
+                self._on_ended(flight, worker, ended)
+
+    def on_flushed(self, worker: Worker, flushed: wire.Flushed) -> None:
+        call = self._flushes.get(flushed.call_id)
+        if call is not None:
+            call.settle(worker, flushed.num_pages)
+
+    def on_lost(self, worker: Worker, reason: str) -> None:
+        for call in self._flushes.values():
+            call.settle(worker, None)
+        for request_id in list(worker.in_flight):
+            flight = self._flights.get(request_id)
+            worker.release(request_id)
+            if flight is None:
+                continue
+            flight.open.discard(worker)
+            if worker is not flight.prefill or worker is flight.decode or not flight.decode_began:
+                error = WorkerLost(f"worker {worker.worker_id} was lost while it held the request: {reason}")
+                error.retry_after_s = self._config.retry_after_s
+                self._fail(flight, error, worker)
+            self._forget_if_over(flight)
+
+    def _on_ended(self, flight: Flight, worker: Worker, ended: wire.Ended) -> None:
+        flight.open.discard(worker)
+        worker.release(flight.request_id)
+        needed = worker is flight.decode or not flight.decode_began
+        if ended.outcome is Outcome.FAILED and needed:
+            error = error_from_wire(ended.error_code or EngineError.code, ended.message)
+            error.retry_after_s = ended.retry_after_s
+            self._fail(flight, error, worker)
+        elif ended.outcome is Outcome.ABORTED and needed and not flight.aborted:
+            self._fail(flight, Unavailable(f"worker {worker.worker_id} gave the request up: {ended.message}"), worker)
+        elif not flight.open and not flight.settled:
+            self._fail(flight, EngineError("every engine ended the request, but its last token never came"), worker)
+        self._forget_if_over(flight)
+
+    # ---------------------------------------------------------------- a flight's ways
+
+    def _launch(self, request: EngineRequest, route: Route) -> Flight:
+        request_id = RequestId(f"{request.request_id}.{secrets.token_hex(4)}")
+        flight = Flight(request_id, request, route.prefill, route.decode)
+        self._flights[request_id] = flight
+        sent = msgspec.structs.replace(request, request_id=request_id)
+        if route.mode is Mode.FULL:
+            self._submit(flight, route.prefill, route.num_prompt_tokens_left, wire.Submit(request=sent, mode=Mode.FULL))
+            return flight
+        spec = route.prefill.spec
+        assert spec is not None
+        handoff_id = HandoffId(secrets.token_hex(8))
+        peer = wire.PrefillPeer(worker_id=spec.worker_id, endpoint=route.prefill.endpoint, epoch=spec.epoch)
+        ask_decode = wire.Submit(request=sent, mode=Mode.DECODE, handoff_id=handoff_id, prefill=peer)
+        ask_prefill = wire.Submit(request=sent, mode=Mode.PREFILL, handoff_id=handoff_id)
+        self._submit(flight, route.prefill, route.num_prompt_tokens_left, ask_prefill)
+        if flight.error is None:
+            self._submit(flight, route.decode, 0, ask_decode)
+        return flight
+
+    def _submit(self, flight: Flight, worker: Worker, num_tokens: int, submit: wire.Submit) -> None:
+        if self._engines.send(worker, submit):
+            flight.open.add(worker)
+            worker.take(flight.request_id, num_tokens)
+        else:
+            self._fail(flight, WorkerLost(f"worker {worker.worker_id} cannot be reached"), worker)
+
+    def _fail(self, flight: Flight, error: KvistError, culprit: Worker | None) -> None:
+        if not flight.settled:
+            flight.fail(error, culprit)
+            self._abort(flight)
+
+    def _time_out(self, flight: Flight) -> None:
+        self._fail(flight, Timeout("the request took longer than --request-timeout-s allows"), None)
+
+    def _abort(self, flight: Flight) -> None:
+        """Tell every engine that still holds the request; each answers Ended, or is lost."""
+        flight.aborted = True
+        for worker in flight.open:
+            self._engines.send(worker, wire.Abort(request_id=flight.request_id))
+
+    def _leave(self, flight: Flight) -> None:
+        """The reader is gone: at the end, on an error, or in the middle."""
+        if not flight.settled:
+            self._abort(flight)
+        flight.closed_at_s = self._clock.now_s()
+        self._forget_if_over(flight)
+
+    def _forget_if_over(self, flight: Flight) -> None:
+        if not flight.open and flight.closed_at_s is not None:
+            self._flights.pop(flight.request_id, None)
+
+    def _other_route(self, request: EngineRequest, flight: Flight, error: KvistError) -> Route | None:
+        """Other workers for a request of which the client has seen nothing; None when it should hear of the error."""
+        if not error.retryable or flight.culprit is None:
+            return None
+        try:
+            return self._router.choose(request, frozenset({flight.culprit}))
+        except KvistError:  # the first error tells more
+            return None
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.keepalive_s)
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Write off engines that never said Ended long after the reader left: their message was lost."""
+        oldest_s = self._clock.now_s() - self._config.worker_timeout_s
+        for flight in list(self._flights.values()):
+            if flight.closed_at_s is None or flight.closed_at_s > oldest_s:
+                continue
+            for worker in list(flight.open):
+                logger.warning("worker %s never ended request %s: written off", worker.worker_id, flight.request_id)
+                self._engines.send(worker, wire.Abort(request_id=flight.request_id))
+                worker.release(flight.request_id)
+            flight.open.clear()
+            self._forget_if_over(flight)

@@ -1,0 +1,86 @@
+"""One attempt to serve one request: the engines that hold it, what they sent, and its reader.
+
+Life: launched (Submit sent) → chunks arrive → complete, failed, or left by its reader → every engine said Ended (or is
+lost) → forgotten. Engines push in, one reader waits; the reader is woken once however many chunks arrive meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from kvist.errors import KvistError
+from kvist.request import EngineRequest, RequestId
+from kvist.router.merge import ChunkMerger
+from kvist.router.registry import Worker
+from kvist.router.stream import StreamPart
+from kvist.wire import TokenChunk
+
+
+class Flight:
+    """Mutable; owned by the dispatcher."""
+
+    __slots__ = (
+        "_waiter",
+        "aborted",
+        "closed_at_s",
+        "culprit",
+        "decode",
+        "decode_began",
+        "error",
+        "merger",
+        "open",
+        "prefill",
+        "request_id",
+    )
+
+    def __init__(self, request_id: RequestId, request: EngineRequest, prefill: Worker, decode: Worker) -> None:
+        """`request_id`: the engines' name for this attempt. Prefill and decode are the same worker for mode FULL."""
+        self.request_id = request_id
+        self.prefill = prefill
+        self.decode = decode
+        self.open: set[Worker] = set()  # have the request and did not say Ended
+        self.merger = ChunkMerger(request.request_id, len(request.output_token_ids))
+        self.decode_began = False  # decode has the pages: prefill's fate does not matter any more
+        self.aborted = False
+        self.error: KvistError | None = None
+        self.culprit: Worker | None = None  # whose failure `error` is
+        self.closed_at_s: float | None = None  # the reader is gone
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Nothing more can change for the reader."""
+        return self.merger.complete or self.error is not None or self.closed_at_s is not None
+
+    def push(self, worker: Worker, chunk: TokenChunk) -> None:
+        if self.settled:
+            return
+        if worker is self.decode:
+            self.decode_began = True
+        if self.merger.push(chunk):
+            self._wake()
+
+    def fail(self, error: KvistError, culprit: Worker | None) -> None:
+        if not self.settled:
+            self.error, self.culprit = error, culprit
+            self._wake()
+
+    async def next_part(self) -> StreamPart | None:
+        """The next output; None after the last. Raises the flight's error once what came before it was read."""
+        while not self.merger.has_ready:
+            if self.error is not None:
+                raise self.error
+            if self.merger.complete:
+                return None
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        chunk = self.merger.take()
+        assert chunk is not None
+        return StreamPart(chunk=chunk, prefill_worker=self.prefill.worker_id, decode_worker=self.decode.worker_id)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,92 @@
+"""PURE: one ordered stream out of what two engines send about one request.
+
+Chunks carry the position of their first token. Early ones wait, repeated tokens are dropped, and what the reader has
+not taken yet is handed over as one chunk.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvist.request import RequestId, TokenLogprobs
+from kvist.wire import TokenChunk
+
+
+class ChunkMerger:
+    """Owned by one flight. Holds at most the tokens of one answer."""
+
+    __slots__ = ("_early", "_next_position", "_ready", "_request_id", "complete")
+
+    def __init__(self, request_id: RequestId, first_position: int) -> None:
+        self._request_id = request_id  # the client's: what `take` writes on its chunks
+        self._next_position = first_position
+        self._ready: list[TokenChunk] = []  # in order, not taken yet
+        self._early: dict[int, TokenChunk] = {}  # by position
+        self.complete = False  # the chunk with the finish reason is in order; nothing comes after it
+
+    @property
+    def has_ready(self) -> bool:
+        return bool(self._ready)
+
+    def push(self, chunk: TokenChunk) -> bool:
+        """Whether something became ready."""
+        if self.complete:
+            return False
+        if chunk.position > self._next_position:
+            known = self._early.get(chunk.position)
+            if known is None or len(known.token_ids) < len(chunk.token_ids):
+                self._early[chunk.position] = chunk
+            return False
+        advanced = self._append(chunk)
+        while self._early and not self.complete:
+            position = min(self._early)
+            if position > self._next_position:
+                break
+            advanced = self._append(self._early.pop(position)) or advanced
+        return advanced
+
+    def take(self) -> TokenChunk | None:
+        """Everything that is ready, as one chunk."""
+        chunks = self._ready
+        if not chunks:
+            return None
+        self._ready = []
+        first, last = chunks[0], chunks[-1]
+        if len(chunks) == 1:
+            token_ids, logprobs = first.token_ids, first.logprobs
+        else:
+            token_ids = tuple(token for chunk in chunks for token in chunk.token_ids)
+            logprobs = _joined_logprobs(chunks)
+        return TokenChunk(
+            request_id=self._request_id,
+            position=first.position,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=last.finish_reason,
+            num_cached_tokens=next((c.num_cached_tokens for c in chunks if c.num_cached_tokens is not None), None),
+            handoff=next((c.handoff for c in chunks if c.handoff is not None), None),
+        )
+
+    def _append(self, chunk: TokenChunk) -> bool:
+        num_known = self._next_position - chunk.position
+        if num_known > len(chunk.token_ids) or (num_known == len(chunk.token_ids) and chunk.finish_reason is None):
+            return False
+        if num_known:
+            chunk = msgspec.structs.replace(
+                chunk,
+                position=self._next_position,
+                token_ids=chunk.token_ids[num_known:],
+                logprobs=chunk.logprobs[num_known:] if chunk.logprobs is not None else None,
+            )
+        self._next_position += len(chunk.token_ids)
+        self._ready.append(chunk)
+        if chunk.finish_reason is not None:
+            self.complete = True
+            self._early.clear()
+        return True
+
+
+def _joined_logprobs(chunks: list[TokenChunk]) -> tuple[TokenLogprobs, ...] | None:
+    if any(chunk.logprobs is None for chunk in chunks):
+        return None
+    return tuple(one for chunk in chunks for one in chunk.logprobs or ())

@@ -1,0 +1,246 @@
+"""The workers a gateway knows: who they are, what they hold, how busy they are, whether they live.
+
+Life of a worker: JOINING (named by the operator, not heard yet, or refused) → READY (it said Welcome) → LOST (silent,
+or its connection broke) → READY again, in a new epoch or the same. No sockets and no clock here: fleet.py tells what
+happened and when.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from dataclasses import dataclass, field
+
+from kvist.errors import ConfigError
+from kvist.request import RequestId, WorkerId
+from kvist.router.config import RouterConfig
+from kvist.router.policies import WorkerView
+from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
+from kvist.wire import PROTOCOL_VERSION, EngineSpec, LoadReport, Welcome
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerState(enum.Enum):
+    JOINING = "joining"
+    READY = "ready"
+    LOST = "lost"
+
+
+class WorkerUse(enum.Enum):
+    UNIFIED = "unified"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerAddress:
+    """How the operator named a worker: the URL of its HTTP server, or (its own gateway) its engine's endpoint."""
+
+    url: str | None = None
+    endpoint: str | None = None
+    use: WorkerUse | None = None  # None: the role it was started with
+
+    @property
+    def name(self) -> str:
+        name = self.url or self.endpoint
+        assert name, "a worker has a url or an endpoint"
+        return name
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Worker:
+    """Mutable; owned by the registry."""
+
+    address: WorkerAddress
+    state: WorkerState = WorkerState.JOINING
+    problem: str = ""  # why it is not READY, for people
+    endpoint: str = ""  # where we reach its engine
+    spec: EngineSpec | None = None
+    load: LoadReport | None = None
+    last_heard_s: float = 0.0
+    known_pages: set[bytes] = field(default_factory=set)
+    pages_limited: bool = False  # it has more pages than we remember
+    sequence: int | None = None  # of the last report
+    needs_snapshot: bool = True
+    in_flight: dict[RequestId, int] = field(default_factory=dict)  # not ended there → prompt tokens still to compute
+    num_pending_tokens: int = 0  # sum of the above
+
+    @property
+    def worker_id(self) -> WorkerId:
+        return self.spec.worker_id if self.spec is not None else WorkerId(self.address.name)
+
+    @property
+    def use(self) -> WorkerUse | None:
+        if self.address.use is not None:
+            return self.address.use
+        return WorkerUse(self.spec.role) if self.spec is not None else None
+
+    @property
+    def is_full(self) -> bool:
+        assert self.spec is not None
+        return len(self.in_flight) >= self.spec.max_running_requests + self.spec.max_queued_requests
+
+    def take(self, request_id: RequestId, num_tokens: int) -> None:
+        self.in_flight[request_id] = num_tokens
+        self.num_pending_tokens += num_tokens
+
+    def prompt_done(self, request_id: RequestId) -> None:
+        if request_id in self.in_flight:
+            self.num_pending_tokens -= self.in_flight[request_id]
+            self.in_flight[request_id] = 0
+
+    def release(self, request_id: RequestId) -> None:
+        self.num_pending_tokens -= self.in_flight.pop(request_id, 0)
+
+    def view(self) -> WorkerView:
+        assert self.spec is not None
+        reported = self.load.num_running + self.load.num_waiting if self.load is not None else 0
+        return WorkerView(
+            worker_id=self.spec.worker_id,
+            namespace=self.spec.namespace,
+            page_size=self.spec.page_size,
+            num_requests=max(len(self.in_flight), reported),  # the report counts other gateways' requests too
+            num_pending_tokens=self.num_pending_tokens,
+            cached_pages=self.known_pages,
+        )
+
+
+class Registry:
+    def __init__(self, config: RouterConfig) -> None:
+        self._config = config
+        self._workers: dict[str, Worker] = {}
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        return tuple(self._workers.values())
+
+    def add(self, address: WorkerAddress, now_s: float) -> Worker:
+        if address.name in self._workers:
+            raise ConfigError(f"the worker {address.name} is named twice")
+        worker = Worker(address=address, last_heard_s=now_s, problem="not heard of yet")
+        self._workers[address.name] = worker
+        return worker
+
+    def ready(self, use: WorkerUse) -> list[Worker]:
+        return [w for w in self._workers.values() if w.state is WorkerState.READY and w.use is use]
+
+    def reference(self) -> EngineSpec | None:
+        """What every READY worker agrees on: model, layout, dtype."""
+        return next((w.spec for w in self._workers.values() if w.state is WorkerState.READY), None)
+
+    def welcomed(self, worker: Worker, welcome: Welcome, now_s: float) -> None:
+        """Raises `ConfigError` when the worker cannot serve here; it then stays out, with its problem told."""
+        worker.last_heard_s = now_s
+        spec = welcome.spec
+        if worker.state is WorkerState.READY and worker.spec is not None and worker.spec.epoch == spec.epoch:
+            return
+        problem = self._problem(worker, welcome)
+        if problem:
+            worker.state, worker.problem = WorkerState.JOINING, problem
+            raise ConfigError(problem)
+        self._forget_contents(worker)
+        worker.spec, worker.state, worker.problem = spec, WorkerState.READY, ""
+        logger.info("worker %s is ready: %s, epoch %s", spec.worker_id, spec.role, spec.epoch)
+
+    def reported(self, worker: Worker, report: LoadReport, now_s: float) -> bool:
+        """Take a load report in. True: we missed one, ask for a snapshot."""
+        worker.last_heard_s = now_s
+        in_order = worker.sequence is not None and report.sequence == worker.sequence + 1
+        worker.sequence = report.sequence
+        worker.load = report
+        if report.snapshot:
+            worker.known_pages.clear()
+            worker.pages_limited = False
+            worker.needs_snapshot = False
+        worker.known_pages.difference_update(report.cached_removed)
+        self._remember(worker, report.cached_added)
+        if report.snapshot or in_order or worker.needs_snapshot:
+            return False
+        worker.needs_snapshot = True  # until it comes the old set still guides: it is only a hint
+        return True
+
+    def lost(self, worker: Worker, reason: str) -> None:
+        """The worker cannot be used (any more). Its requests are the dispatcher's to fail."""
+        if worker.state is WorkerState.READY:
+            logger.warning("worker %s is lost: %s", worker.worker_id, reason)
+            worker.state = WorkerState.LOST
+            self._forget_contents(worker)
+        worker.problem = reason
+
+    def snapshot(self) -> ClusterSnapshot:
+        return ClusterSnapshot(workers=tuple(self._snapshot_of(worker) for worker in self._workers.values()))
+
+    @staticmethod
+    def _snapshot_of(worker: Worker) -> WorkerSnapshot:
+        return WorkerSnapshot(
+            worker_id=worker.worker_id,
+            role=worker.use.value if worker.use is not None else "unknown",
+            alive=worker.state is WorkerState.READY,
+            spec=worker.spec,
+            load=worker.load,
+            state=worker.state.value,
+            problem=worker.problem,
+            num_in_flight=len(worker.in_flight),
+            num_known_pages=len(worker.known_pages),
+            known_pages_limited=worker.pages_limited,
+        )
+
+    @staticmethod
+    def _forget_contents(worker: Worker) -> None:
+        worker.known_pages.clear()
+        worker.pages_limited = False
+        worker.sequence = None
+        worker.needs_snapshot = True
+        worker.load = None
+
+    def _remember(self, worker: Worker, digests: tuple[bytes, ...]) -> None:
+        room = self._config.max_known_pages - len(worker.known_pages)
+        if len(digests) <= room:
+            worker.known_pages.update(digests)
+            return
+        worker.known_pages.update(digests[: max(0, room)])
+        if not worker.pages_limited:
+            worker.pages_limited = True
+            logger.warning(
+                "worker %s has more cached pages than the %d we remember: raise --max-known-pages for better routing",
+                worker.worker_id,
+                self._config.max_known_pages,
+            )
+
+    def _problem(self, worker: Worker, welcome: Welcome) -> str:
+        spec = welcome.spec
+        if welcome.protocol_version != PROTOCOL_VERSION:
+            return (
+                f"worker {spec.worker_id} speaks protocol {welcome.protocol_version}, this gateway {PROTOCOL_VERSION}:"
+                " run the same version of Kvist on both"
+            )
+        if spec.role not in {use.value for use in WorkerUse}:
+            return f"worker {spec.worker_id} has an unknown role {spec.role!r}"
+        use = worker.address.use
+        if use is not None and spec.role != use.value and (use, spec.role) != (WorkerUse.PREFILL, "unified"):
+            return (
+                f"worker {spec.worker_id} was started as {spec.role} and cannot be used for {use.value}:"
+                f" start it with --role {use.value}"
+            )
+        others = [o for o in self._workers.values() if o is not worker and o.state is WorkerState.READY]
+        for other in others:
+            if other.worker_id == spec.worker_id:
+                return f"{worker.address.name} is the same worker as {other.address.name}: name it once"
+        reference = others[0].spec if others else None
+        return _mismatch(spec, reference) if reference is not None else ""
+
+
+def _mismatch(spec: EngineSpec, reference: EngineSpec) -> str:
+    """Why the two cannot serve one model together; "" when they can."""
+    for name, ours, theirs in (
+        ("model", (reference.model_fingerprint, reference.vocab_size), (spec.model_fingerprint, spec.vocab_size)),
+        ("dtype", reference.dtype, spec.dtype),
+        ("page size", reference.page_size, spec.page_size),
+    ):
+        if ours != theirs:
+            return (
+                f"worker {spec.worker_id} serves another {name} ({spec.model_name}: {theirs}) than"
+                f" {reference.worker_id} ({reference.model_name}: {ours}): start both with the same"
+            )
+    return ""

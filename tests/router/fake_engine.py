@@ -1,0 +1,221 @@
+"""An engine that computes nothing: it speaks the real protocol over real sockets and answers at once.
+
+Output token i of a request is `prompt_token_ids[0] + i`. Run it as a script to measure a gateway alone:
+
+    python tests/router/fake_engine.py --port 31000 --tokens-per-message 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+from kvist import wire
+from kvist.channel import ChannelConfig, EngineChannel
+from kvist.request import EpochId, FinishReason, Mode, Outcome, RequestId, WorkerId
+
+RECV_TIMEOUT_S = 0.05
+
+
+def make_spec(**changes: object) -> wire.EngineSpec:
+    fields: dict[str, object] = {
+        "worker_id": WorkerId("w"),
+        "epoch": EpochId("epoch"),
+        "role": "unified",
+        "endpoint": "tcp://127.0.0.1:1",
+        "model_fingerprint": "fingerprint",
+        "model_name": "fake",
+        "vocab_size": 1 << 20,
+        "max_model_len": 1 << 20,
+        "page_size": 16,
+        "num_pages": 1024,
+        "namespace": "fake",
+        "dtype": "float32",
+        "tp_size": 1,
+        "max_running_requests": 1 << 16,
+        "max_queued_requests": 1 << 16,
+    }
+    return wire.EngineSpec(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def make_load(sequence: int, **changes: object) -> wire.LoadReport:
+    fields: dict[str, object] = {
+        "num_running": 0,
+        "num_waiting": 0,
+        "num_free_pages": 0,
+        "num_cached_pages": 0,
+        "num_owned_pages": 0,
+        "num_in_flight_pages": 0,
+    }
+    return wire.LoadReport(sequence=sequence, **{**fields, **changes})  # type: ignore[arg-type]
+
+
+@dataclass
+class _Stream:
+    gateway: bytes
+    submit: wire.Submit
+    position: int
+    end: int  # output tokens [position, end) are still to send
+
+    def chunk(self, num_tokens: int) -> wire.TokenChunk:
+        request = self.submit.request
+        stop = min(self.end, self.position + num_tokens)
+        first_token = request.prompt_token_ids[0]
+        chunk = wire.TokenChunk(
+            request_id=request.request_id,
+            position=self.position,
+            token_ids=tuple(range(first_token + self.position, first_token + stop)),
+            finish_reason=FinishReason.LENGTH if stop == request.sampling.max_tokens else None,
+            num_cached_tokens=0 if self.position == 0 else None,
+        )
+        self.position = stop
+        return chunk
+
+
+class FakeEngine:
+    """Serves from its own thread between `start` and `stop`. What it does can be changed meanwhile: `hold` keeps
+    requests unanswered, `refusal` fails them, `report` sends the gateways a load report."""
+
+    def __init__(
+        self,
+        *,
+        spec: wire.EngineSpec | None = None,
+        bind: str = "tcp://127.0.0.1:0",
+        config: ChannelConfig | None = None,
+        tokens_per_message: int = 1,
+    ) -> None:
+        spec = spec or make_spec()
+        self.channel = EngineChannel(bind, epoch=spec.epoch, config=config)
+        self.spec = wire.msgspec.structs.replace(spec, endpoint=self.channel.endpoint)
+        self.tokens_per_message = tokens_per_message
+        self.hold = False
+        self.silent = False  # reads, and says nothing
+        self.stop_after: int | None = None  # output tokens, then the stream hangs
+        self.refusal: wire.Ended | None = None  # its request_id is filled in
+        self.submitted: list[wire.Submit] = []
+        self.aborted: list[RequestId] = []
+        self.num_resyncs = 0
+        self._gateways: dict[bytes, int] = {}  # → sequence of the next load report
+        self._streams: deque[_Stream] = deque()
+        self._held: dict[RequestId, bytes] = {}
+        self._reports: deque[wire.LoadReport | int] = deque()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self.run, daemon=True)
+
+    def start(self) -> FakeEngine:
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """As when the process dies: no goodbye."""
+        self._stopping.set()
+        self.channel.wakeup()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.channel.close()
+
+    def report(self, *, skip: int = 0, **changes: object) -> None:
+        """Send a load report to every gateway; `skip` sequence numbers are lost before it."""
+        self._reports.append(skip)
+        self._reports.append(make_load(0, **changes))
+        self.channel.wakeup()
+
+    def run(self) -> None:
+        while not self._stopping.is_set():
+            for sender, message in self.channel.recv(0.0 if self._streams else RECV_TIMEOUT_S):
+                self._handle(sender, message)
+            while self._reports:
+                self._send_report()
+            self._step()
+
+    def _handle(self, sender: bytes, message: object) -> None:
+        if self.silent:
+            return
+        if isinstance(message, wire.Hello):
+            new = sender not in self._gateways
+            self._gateways.setdefault(sender, 0)
+            self.num_resyncs += message.resync
+            self.channel.send(sender, wire.Welcome(spec=self.spec))
+            self._send_load(sender, make_load(0, snapshot=new or message.resync))
+        elif isinstance(message, wire.Submit):
+            self._take(sender, message)
+        elif isinstance(message, wire.Abort):
+            self.aborted.append(message.request_id)
+            self._streams = deque(s for s in self._streams if s.submit.request.request_id != message.request_id)
+            if self._held.pop(message.request_id, None) is not None:
+                ended = wire.Ended(request_id=message.request_id, outcome=Outcome.ABORTED)
+                self.channel.send(sender, wire.StepOutputs(ended=(ended,)))
+        elif isinstance(message, wire.FlushCache):
+            self.channel.send(sender, wire.Flushed(call_id=message.call_id, num_pages=7))
+
+    def _take(self, sender: bytes, submit: wire.Submit) -> None:
+        self.submitted.append(submit)
+        request = submit.request
+        if self.refusal is not None:
+            ended = wire.msgspec.structs.replace(self.refusal, request_id=request.request_id)
+            self.channel.send(sender, wire.StepOutputs(ended=(ended,)))
+            return
+        self._held[request.request_id] = sender
+        if self.hold:
+            return
+        first = len(request.output_token_ids) + (submit.mode is Mode.DECODE)
+        end = first + 1 if submit.mode is Mode.PREFILL else request.sampling.max_tokens
+        self._streams.append(_Stream(sender, submit, first, end if self.stop_after is None else self.stop_after))
+
+    def _step(self) -> None:
+        """One message to each gateway, with the next tokens of each of its streams."""
+        chunks: dict[bytes, list[wire.TokenChunk]] = {}
+        ended: dict[bytes, list[wire.Ended]] = {}
+        for stream in list(self._streams):
+            if stream.position < stream.end:
+                chunks.setdefault(stream.gateway, []).append(stream.chunk(self.tokens_per_message))
+        for stream in [s for s in self._streams if s.position >= s.end]:
+            self._streams.remove(stream)
+            request_id = stream.submit.request.request_id
+            if self.stop_after is None:
+                self._held.pop(request_id, None)
+                end = wire.Ended(request_id=request_id, outcome=Outcome.FINISHED)
+                ended.setdefault(stream.gateway, []).append(end)
+        for gateway in chunks.keys() | ended.keys():
+            outputs = wire.StepOutputs(chunks=tuple(chunks.get(gateway, ())), ended=tuple(ended.get(gateway, ())))
+            while not self.channel.send(gateway, outputs):  # full, since nothing slows us down; or gone
+                if self._stopping.wait(0.001) or not self.channel.send(gateway, wire.Welcome(spec=self.spec)):
+                    break
+
+    def _send_report(self) -> None:
+        skip = self._reports.popleft()
+        report = self._reports.popleft()
+        assert isinstance(skip, int)
+        assert isinstance(report, wire.LoadReport)
+        for gateway in list(self._gateways):
+            self._gateways[gateway] += skip
+            self._send_load(gateway, report)
+
+    def _send_load(self, gateway: bytes, report: wire.LoadReport) -> None:
+        self.channel.send(gateway, wire.msgspec.structs.replace(report, sequence=self._gateways[gateway]))
+        self._gateways[gateway] += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=0, help="of the engine socket on 127.0.0.1; 0 finds a free one")
+    parser.add_argument("--role", default="unified", choices=("unified", "prefill", "decode"))
+    parser.add_argument("--tokens-per-message", type=int, default=1, help="tokens of one stream in one message")
+    args = parser.parse_args()
+    worker_id = WorkerId(f"fake:{args.port}")
+    engine = FakeEngine(
+        spec=make_spec(worker_id=worker_id, role=args.role),
+        bind=f"tcp://127.0.0.1:{args.port}",
+        tokens_per_message=args.tokens_per_message,
+    )
+    print(engine.channel.endpoint, flush=True)
+    try:
+        engine.run()
+    except KeyboardInterrupt:
+        engine.channel.close()
+
+
+if __name__ == "__main__":
+    main()
