@@ -68,7 +68,6 @@ class WritesCompleted:
     handoff_id: HandoffId
     num_pages: int  # cumulative
     checksum: str  # over those pages, in order
-    stopped: bool = False  # the answer to `StopWrites`: no more bytes will be written for this handoff
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,9 +56,9 @@ class VerifyPages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopWrites:
-    """Drop the writes of this handoff that have not begun and forget it; when no more bytes will be written, report
-    `WritesCompleted(stopped=True)` for those that were done. Planned once for each handoff that wrote: to break it
-    off, or when it is over."""
+    """Drop the writes of this handoff that have not begun, then report `WritesCompleted` for those that were done.
+
+    The first `WritesCompleted` after this plan is that answer (transfer/__init__.py): no byte is written after it."""
 
     handoff_id: HandoffId
 

@@ -1,0 +1,99 @@
+"""One request inside a scheduler: its state, its tokens and its pages.
+
+    WAITING ──► RUNNING ──► ENDED          FULL; a chunk or a token a step; preempted: back to WAITING
+    WAITING ──► RUNNING ──► HELD ──► ENDED          PREFILL: computed, its pages stay until the handoff closes
+                   └─────────┴──► PARKED ──► WAITING   evicted before its Grant came: returns when it comes
+    WAITING ──► GRANTED ──► RUNNING ──► ENDED       DECODE: its pages are being filled by the prefill worker
+
+Every state may go to ENDED. This file decides nothing; it knows which moves exist.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from kvist.kv.cache import PageLease
+from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, RequestId, SampledToken, SamplingParams
+from kvist.wire import HandoffReport, PrefillPeer
+
+
+class RequestState(enum.Enum):
+    WAITING = "waiting"  # in the queue, without pages
+    PARKED = "parked"  # PREFILL without a Grant, evicted: out of the queue until the Grant comes
+    GRANTED = "granted"  # DECODE: its pages are granted to the prefill worker
+    RUNNING = "running"  # has pages; takes part in steps
+    HELD = "held"  # PREFILL: computed; its pages stay for the handoff
+    ENDED = "ended"  # `Ended` was sent; its pages may linger while a step or a peer still uses them
+
+
+TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
+    RequestState.WAITING: frozenset({RequestState.RUNNING, RequestState.GRANTED, RequestState.ENDED}),
+    RequestState.PARKED: frozenset({RequestState.WAITING, RequestState.ENDED}),
+    RequestState.GRANTED: frozenset({RequestState.RUNNING, RequestState.ENDED}),
+    RequestState.RUNNING: frozenset({RequestState.WAITING, RequestState.PARKED, RequestState.HELD, RequestState.ENDED}),
+    RequestState.HELD: frozenset({RequestState.PARKED, RequestState.ENDED}),
+    RequestState.ENDED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class ActiveRequest:
+    """Mutable; its one owner is the `RequestTable`. The handoff half sets `granted`, `in_handoff` and `report`."""
+
+    number: int  # arrival order: the greatest is the youngest
+    request: EngineRequest
+    mode: Mode
+    handoff_id: HandoffId | None
+    prefill: PrefillPeer | None
+    arrived_s: float
+    token_ids: list[int]  # prompt and output tokens; a PREFILL's first token is kept apart
+    num_given: int  # tokens the request came with: [0, num_given) is what a handoff moves
+    max_len: int  # the answer ends with LENGTH when there are this many tokens
+    stop_ids: frozenset[int]
+    state: RequestState = RequestState.WAITING
+    lease: PageLease | None = None
+    num_computed: int = 0  # K/V of [0, num_computed) is in the pages
+    num_cached_tokens: int | None = None  # prompt tokens found in the cache when it was first admitted
+    in_batch: bool = False  # the step under way writes its pages
+    in_handoff: bool = False  # a peer or the transport may touch its pages
+    granted: bool = False  # PREFILL: decode's Grant has come, so others wait for it rather than evict it
+    ticket: int = 0  # of its place in the queue
+    first_token: SampledToken | None = None  # PREFILL
+    first_token_finish: FinishReason | None = None
+    report: HandoffReport | None = None  # DECODE: goes with the first chunk
+    request_id: RequestId = field(init=False)
+    sampling: SamplingParams = field(init=False)
+    suppressed_ids: tuple[int, ...] = field(init=False)
+    suppress_until: int = field(init=False)  # no stop token while there are fewer tokens than this
+
+    def __post_init__(self) -> None:
+        self.request_id = self.request.request_id
+        self.sampling = self.request.sampling
+        self.suppressed_ids = tuple(sorted(self.stop_ids))
+        self.suppress_until = self.request.num_prompt_tokens + self.sampling.min_tokens
+
+    def move(self, to: RequestState) -> None:
+        assert to in TRANSITIONS[self.state], f"{self.request_id}: no way from {self.state.name} to {to.name}"
+        self.state = to
+
+    @property
+    def eager(self) -> bool:
+        """A PREFILL whose Grant has not come: it computes only with pages that nobody else needs."""
+        return self.mode is Mode.PREFILL and not self.granted
+
+    @property
+    def awaits_grant_of_pages(self) -> bool:
+        """A DECODE that has not been handed its prompt's pages yet (afterwards it is like any other)."""
+        return self.mode is Mode.DECODE and not self.granted
+
+    @property
+    def next_position(self) -> int:
+        """Output tokens so far: the position of the next one."""
+        return len(self.token_ids) - self.request.num_prompt_tokens
+
+    def finish_reason(self, token_id: int, num_tokens: int) -> FinishReason | None:
+        """Whether `token_id`, as the last of `num_tokens` tokens, ends the answer."""
+        if token_id in self.stop_ids and num_tokens > self.suppress_until:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if num_tokens >= self.max_len else None

@@ -1,0 +1,36 @@
+"""What a scheduler says of itself: queue lengths, pages and counters. The counters' names are listed here only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvist.kv.pages import PageCounts
+
+# Each only grows. Tokens and pages are counted when the step or the handoff that made them is finished.
+COUNTERS = (
+    "requests_finished",
+    "requests_failed",
+    "requests_aborted",
+    "requests_refused",  # failed before they were queued: overloaded, too long, not for this role
+    "prompt_tokens",  # of requests whose prompt this engine read
+    "cached_prompt_tokens",  # of those: found in the cache
+    "computed_prompt_tokens",  # computed in prompt chunks, those evicted and computed again included
+    "generation_tokens",  # produced by this engine's steps
+    "steps",
+    "preemptions",
+    "handoffs_sent",  # prefill: acknowledged by decode
+    "handoffs_received",  # decode: verified and taken over
+    "handoffs_failed",  # either side: closed in any other way
+    "handoff_pages",  # in handoffs sent or received
+    "handoff_bytes",
+    "handoff_seconds",  # Grant to verified (decode), Grant to Ack (prefill)
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLoad:
+    num_running: int  # with pages, computing or waiting for a handoff
+    num_waiting: int  # without pages
+    pages: PageCounts
+    totals: Mapping[str, float]  # COUNTERS

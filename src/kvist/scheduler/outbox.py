@@ -1,0 +1,50 @@
+"""What one step has decided so far; it becomes the `Plan`."""
+
+from __future__ import annotations
+
+from kvist.request import EpochId
+from kvist.scheduler.plan import Batch, Flush, Plan, StopWrites, ToSource, ToTarget, VerifyPages, WritePages
+from kvist.wire import Ended, SourceToTarget, TargetToSource, TokenChunk
+
+
+class Outbox:
+    """Mutable; filled by the parts of one scheduler, emptied by `take` at the end of each step."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self.chunks: list[TokenChunk] = []
+        self.ended: list[Ended] = []
+        self.flushes: list[Flush] = []
+        self.messages: list[ToSource | ToTarget] = []
+        self.transfers: list[WritePages | VerifyPages | StopWrites] = []
+
+    def to_source(self, endpoint: str, message: TargetToSource) -> None:
+        self.messages.append(ToSource(endpoint=endpoint, message=message))
+
+    def to_target(self, target_epoch: EpochId, message: SourceToTarget) -> None:
+        self.messages.append(ToTarget(target_epoch=target_epoch, message=message))
+
+    def take(
+        self,
+        *,
+        batch: Batch | None,
+        watched_epochs: frozenset[EpochId],
+        cache_changes: tuple[list[bytes], list[bytes]],
+        wake_at_s: float | None,
+    ) -> Plan:
+        plan = Plan(
+            chunks=tuple(self.chunks),
+            ended=tuple(self.ended),
+            flushes=tuple(self.flushes),
+            messages=tuple(self.messages),
+            transfers=tuple(self.transfers),
+            watched_epochs=watched_epochs,
+            cached_added=tuple(cache_changes[0]),
+            cached_removed=tuple(cache_changes[1]),
+            batch=batch,
+            wake_at_s=wake_at_s,
+        )
+        self._clear()
+        return plan

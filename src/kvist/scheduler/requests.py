@@ -1,0 +1,318 @@
+"""Every live request of one engine, from `Arrived` to `Ended`: who may enter, what a step's tokens mean, how each ends.
+
+It owns the requests, their leases' closing and the page counters. It does not choose what runs (batching.py) and
+knows of handoffs only that a peer may hold a request's pages (`in_handoff`): a lease is closed when the request has
+ended, no step under way writes it and no handoff holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from kvist.kv.cache import PageCache
+from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, SampledToken
+from kvist.scheduler.active import ActiveRequest, RequestState
+from kvist.scheduler.config import SchedulerConfig
+from kvist.scheduler.events import Arrived
+from kvist.scheduler.load import COUNTERS
+from kvist.scheduler.outbox import Outbox
+from kvist.scheduler.timers import TimerKind, Timers
+from kvist.scheduler.waiting import WaitingQueue
+from kvist.wire import Ended, TokenChunk
+
+_OUTCOME_COUNTERS = {
+    Outcome.FINISHED: "requests_finished",
+    Outcome.FAILED: "requests_failed",
+    Outcome.ABORTED: "requests_aborted",
+}
+
+
+class HandoffHalf(Protocol):
+    """One engine's side of its handoffs (source.py, target.py), as the requests see it."""
+
+    def arrived(self, request: ActiveRequest) -> None:
+        """It was accepted; it may be ended in this call."""
+        ...
+
+    def refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
+        """It was ended before it was accepted."""
+        ...
+
+    def pages_taken(self, request: ActiveRequest) -> None:
+        """Its lease now covers all its tokens (PREFILL: some are cached already; DECODE: the pages to grant)."""
+        ...
+
+    def computed(self, request: ActiveRequest) -> None:
+        """PREFILL: more of its K/V is in its pages, perhaps all."""
+        ...
+
+    def ended(self, request: ActiveRequest, message: str) -> None:
+        """It is over for a reason outside the handoff: break the handoff off."""
+        ...
+
+
+class RequestTable:
+    """Mutable; its one owner is the scheduler. `now_s` and `step_count` are set at the start of each step."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: PageCache,
+        *,
+        refuse_mode: Callable[[Arrived], str | None],
+    ) -> None:
+        self.config = config
+        self.cache = cache
+        self.now_s = 0.0
+        self.step_count = 0
+        self.timers = Timers()
+        self.out = Outbox()
+        self.totals: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+        self.waiting = WaitingQueue()
+        self.live: dict[RequestId, ActiveRequest] = {}
+        self.running: list[ActiveRequest] = []  # by arrival; those that ended are dropped by `compact`
+        self.held: dict[RequestId, ActiveRequest] = {}
+        self.num_granted = 0
+        self.num_parked = 0
+        self.half: HandoffHalf  # set by the scheduler that composes both
+        self._refuse_mode = refuse_mode
+        self._num_arrived = 0
+        # The longest sequence whose K/V the pool can hold when nothing else is in it.
+        self.context_len = min(config.max_model_len, cache.num_pages * cache.page_size)
+
+    # ---------------------------------------------------------------- arrival
+
+    def arrive(self, event: Arrived) -> None:
+        """Queue it, or refuse it with `Ended`. A second Submit of a live request is ignored: one end answers both."""
+        if event.request.request_id in self.live:
+            return
+        refusal = self._refusal(event)
+        if refusal is not None:
+            code, message = refusal
+            self.totals["requests_refused"] += 1
+            self._send_end(event.request.request_id, Outcome.FAILED, code, message)
+            if event.handoff_id is not None:
+                self.half.refused(event.handoff_id, code, message)
+            return
+        request = self._accept(event)
+        self.live[request.request_id] = request
+        self.waiting.push(request)
+        self.timers.set(TimerKind.QUEUE, request.request_id, self.now_s + self.config.queue_timeout_s)
+        if request.handoff_id is not None:
+            self.half.arrived(request)
+
+    def _refusal(self, event: Arrived) -> tuple[str, str] | None:
+        request = event.request
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        wrong_mode = self._refuse_mode(event)
+        if wrong_mode is not None:
+            return "invalid_request", wrong_mode
+        if event.mode is not Mode.FULL and event.handoff_id is None:
+            return "invalid_request", f"a {event.mode.value} request needs a handoff_id"
+        if event.mode is Mode.DECODE and event.prefill is None:
+            return "invalid_request", "a decode request must name its prefill worker"
+        if not request.prompt_token_ids:
+            return "invalid_request", "the prompt is empty"
+        if len(request.output_token_ids) >= request.sampling.max_tokens:
+            return "invalid_request", "nothing is left to generate: output_token_ids has max_tokens tokens already"
+        if num_tokens >= self.context_len:
+            return "context_length_exceeded", (
+                f"{num_tokens} tokens leave no room for an answer: this worker holds {self.context_len} tokens of "
+                "prompt and answer together"
+            )
+        if self.num_waiting >= self.config.max_queued_requests:
+            return "overloaded", f"{self.num_waiting} requests wait already, the most this worker queues"
+        return None
+
+    def _accept(self, event: Arrived) -> ActiveRequest:
+        request: EngineRequest = event.request
+        sampling = request.sampling
+        eos = () if sampling.ignore_eos else self.config.eos_token_ids
+        self._num_arrived += 1
+        return ActiveRequest(
+            number=self._num_arrived,
+            request=request,
+            mode=event.mode,
+            handoff_id=event.handoff_id if event.mode is not Mode.FULL else None,
+            prefill=event.prefill,
+            arrived_s=self.now_s,
+            token_ids=[*request.prompt_token_ids, *request.output_token_ids],
+            num_given=len(request.prompt_token_ids) + len(request.output_token_ids),
+            max_len=min(self.context_len, request.num_prompt_tokens + sampling.max_tokens),
+            stop_ids=frozenset(eos) | frozenset(sampling.stop_token_ids),
+        )
+
+    # ---------------------------------------------------------------- states
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + self.num_parked
+
+    def start_running(self, request: ActiveRequest) -> None:
+        request.move(RequestState.RUNNING)
+        index = len(self.running)
+        while index and self.running[index - 1].number > request.number:
+            index -= 1
+        self.running.insert(index, request)
+
+    def compact(self) -> list[ActiveRequest]:
+        self.running = [request for request in self.running if request.state is RequestState.RUNNING]
+        return self.running
+
+    def preempt(self, request: ActiveRequest) -> None:
+        """Its full pages are in the tree for as long as nobody needs the room; the rest is given up."""
+        assert not request.in_batch
+        assert not request.in_handoff
+        assert request.lease is not None
+        self.totals["preemptions"] += 1
+        if request.state is RequestState.HELD:
+            del self.held[request.request_id]
+        else:
+            self.running.remove(request)
+        self.cache.close(request.lease)
+        request.lease = None
+        request.num_computed = 0
+        if request.eager:
+            request.move(RequestState.PARKED)
+            self.num_parked += 1
+        else:
+            request.move(RequestState.WAITING)
+            self.waiting.push(request)
+
+    def grant_came(self, request: ActiveRequest) -> None:
+        """PREFILL: from now on it may claim pages and keeps them."""
+        request.granted = request.in_handoff = True
+        if request.state is RequestState.PARKED:
+            request.move(RequestState.WAITING)
+            self.num_parked -= 1
+        if request.state is RequestState.WAITING:
+            self.waiting.push(request)
+
+    # ---------------------------------------------------------------- tokens
+
+    def take_tokens(self, computed: list[tuple[ActiveRequest, int]], sampled: Mapping[RequestId, SampledToken]) -> None:
+        """A step is finished: for each request K/V of [0, end) is in its pages."""
+        page_size = self.cache.page_size
+        for request, end in computed:
+            request.in_batch = False
+            if request.state is RequestState.ENDED:
+                self.release(request)
+                continue
+            crossed_page = end // page_size > request.num_computed // page_size
+            request.num_computed = end
+            if crossed_page:
+                assert request.lease is not None
+                self.cache.commit(request.lease, request.token_ids, end)
+            if end == len(request.token_ids):
+                if request.mode is Mode.PREFILL:
+                    self._prefill_complete(request, sampled.get(request.request_id))
+                else:
+                    self._append(request, sampled[request.request_id])
+            elif request.mode is Mode.PREFILL:
+                self.half.computed(request)
+
+    def _append(self, request: ActiveRequest, token: SampledToken) -> None:
+        position = request.next_position
+        request.token_ids.append(token.token_id)
+        finish = request.finish_reason(token.token_id, len(request.token_ids))
+        self.send_chunk(request, position, token, finish)
+        self.totals["generation_tokens"] += 1
+        if finish is not None:
+            self.end(request, Outcome.FINISHED)
+
+    def adopt(self, request: ActiveRequest, token: SampledToken, finish: FinishReason | None) -> None:
+        """DECODE: the given tokens' K/V is in its pages, and prefill has told `token` to the gateway."""
+        assert request.lease is not None
+        request.num_computed = request.num_given
+        self.cache.commit(request.lease, request.token_ids, request.num_given)
+        position = request.next_position
+        request.token_ids.append(token.token_id)
+        if finish is not None:  # prefill told it with the token
+            self.end(request, Outcome.FINISHED)
+            return
+        own_finish = request.finish_reason(token.token_id, len(request.token_ids))
+        if own_finish is not None:  # our context is shorter than prefill's, which did not see the end
+            self.send_chunk(request, position, token, own_finish)
+            self.end(request, Outcome.FINISHED)
+            return
+        self.num_granted -= 1
+        self.start_running(request)
+
+    def _prefill_complete(self, request: ActiveRequest, token: SampledToken | None) -> None:
+        if request.first_token is None:  # else it was told before its pages were evicted
+            assert token is not None
+            request.first_token = token
+            request.first_token_finish = request.finish_reason(token.token_id, len(request.token_ids) + 1)
+            self.send_chunk(request, request.next_position, token, request.first_token_finish)
+            self.totals["generation_tokens"] += 1
+        request.move(RequestState.HELD)
+        self.held[request.request_id] = request
+        self.half.computed(request)
+
+    def send_chunk(
+        self, request: ActiveRequest, position: int, token: SampledToken, finish: FinishReason | None
+    ) -> None:
+        tells_cached = position == 0 and request.mode is not Mode.DECODE  # decode did not read the prompt
+        self.out.chunks.append(
+            TokenChunk(
+                request_id=request.request_id,
+                position=position,
+                token_ids=(token.token_id,),
+                logprobs=None if token.logprobs is None else (token.logprobs,),
+                finish_reason=finish,
+                num_cached_tokens=request.num_cached_tokens if tells_cached else None,
+                handoff=request.report,
+            )
+        )
+        request.report = None
+
+    # ---------------------------------------------------------------- endings
+
+    def end(self, request: ActiveRequest, outcome: Outcome, code: str | None = None, message: str = "") -> None:
+        """The request's one end. Its pages go when nobody touches them any more."""
+        if request.state is RequestState.WAITING:
+            self.waiting.remove(request)
+        elif request.state is RequestState.HELD:
+            del self.held[request.request_id]
+        elif request.state is RequestState.GRANTED:
+            self.num_granted -= 1
+        elif request.state is RequestState.PARKED:
+            self.num_parked -= 1
+        request.move(RequestState.ENDED)
+        del self.live[request.request_id]
+        self.timers.cancel(TimerKind.QUEUE, request.request_id)
+        self._send_end(request.request_id, outcome, code, message)
+        if request.handoff_id is not None:
+            self.half.ended(request, message or outcome.value)
+        self.release(request)
+
+    def release(self, request: ActiveRequest) -> None:
+        if request.state is not RequestState.ENDED or request.in_batch or request.in_handoff:
+            return
+        if request.lease is not None:
+            self.cache.close(request.lease)
+            request.lease = None
+
+    def abort(self, request_id: RequestId) -> None:
+        request = self.live.get(request_id)
+        if request is not None:
+            self.end(request, Outcome.ABORTED)
+
+    def queue_timed_out(self, request_id: str) -> None:
+        request = self.live[RequestId(request_id)]
+        message = f"no room for it within {self.config.queue_timeout_s:g} s: the worker is overloaded"
+        self.end(request, Outcome.FAILED, "timeout", message)
+
+    def _send_end(self, request_id: RequestId, outcome: Outcome, code: str | None, message: str) -> None:
+        self.totals[_OUTCOME_COUNTERS[outcome]] += 1
+        retry_after_s = self.config.overload_retry_s if code == "overloaded" else None
+        self.out.ended.append(
+            Ended(
+                request_id=request_id,
+                outcome=outcome,
+                error_code=code,
+                message=message,
+                retry_after_s=retry_after_s,
+            )
+        )

@@ -1,0 +1,358 @@
+"""The prefill side of every handoff of one engine: takes Grants, asks for writes as pages are computed, says Done.
+
+It holds a request's pages (`in_handoff`) from its Grant until decode acknowledged, the writes were broken off and the
+transport has stopped, or decode's process is certainly dead. The request itself may end earlier: the gateway is told
+at once, the handoff closes behind it. Moves are in handoff.py; which request computes when is batching.py's affair.
+
+A Grant may come before its request (they travel on different sockets): it is kept for `grant_timeout_s`, at most
+`max_remembered_handoffs` of them. What is closed is remembered as long, so that a late Grant or Revoke is answered.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvist.request import EpochId, HandoffId, Outcome
+from kvist.scheduler.active import ActiveRequest, RequestState
+from kvist.scheduler.events import (
+    AckArrived,
+    Event,
+    GrantArrived,
+    PeerDied,
+    RevokeArrived,
+    WritesCompleted,
+    WritesFailed,
+)
+from kvist.scheduler.handoff import SOURCE_TRANSITIONS, SourceState, SourceTrigger
+from kvist.scheduler.memory import ShortMemory
+from kvist.scheduler.plan import StopWrites, WritePages
+from kvist.scheduler.requests import RequestTable
+from kvist.scheduler.timers import TimerKind
+from kvist.wire import Closed, Done, Grant, PoolAddress
+
+_Refusal = tuple[str | None, str]  # error code, message
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SourceHandoff:
+    """Mutable; its one owner is the `SourceHalf`. Pages are counted along the sequence: page 0 holds token 0."""
+
+    handoff_id: HandoffId
+    request: ActiveRequest
+    num_pages: int  # of the given tokens
+    state: SourceState = SourceState.AWAITING_GRANT
+    grant: Grant | None = None
+    granted_s: float = 0.0
+    next_page: int = 0  # pages [grant.first_page, next_page) are asked to be written
+    num_written: int = 0
+    checksum: str = ""
+    complete: bool = False  # every page is computed and asked to be written
+    peer_dead: bool = False
+    stop_planned_in: int | None = None  # the step; a report in the same step was under way before
+    refusal: _Refusal = (None, "")  # what Closed will say
+
+
+class SourceHalf:
+    """Mutable; its one owner is the scheduler."""
+
+    def __init__(self, table: RequestTable, *, epoch: EpochId, pool: PoolAddress) -> None:
+        config = table.config
+        self._table = table
+        self._epoch = epoch
+        self._pool = pool
+        self._open: dict[HandoffId, SourceHandoff] = {}
+        self._early_grants: OrderedDict[HandoffId, Grant] = OrderedDict()
+        self._closed: ShortMemory[HandoffId, _Refusal] = ShortMemory(
+            capacity=config.max_remembered_handoffs, max_age_s=2 * config.handoff_timeout_s + config.grant_timeout_s
+        )
+
+    def handlers(self) -> Mapping[type[Event], Callable[[Any], None]]:
+        """What `Steps` calls for each event of this side."""
+        return {
+            GrantArrived: self.on_grant,
+            AckArrived: self.on_ack,
+            RevokeArrived: self.on_revoke,
+            WritesCompleted: self.on_writes_completed,
+            WritesFailed: self.on_writes_failed,
+            PeerDied: self.on_peer_died,
+        }
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def watched_epochs(self) -> frozenset[EpochId]:
+        return frozenset(
+            handoff.grant.target_epoch
+            for handoff in self._open.values()
+            if handoff.grant is not None and not handoff.peer_dead
+        )
+
+    # ---------------------------------------------------------------- from the requests (HandoffHalf)
+
+    def arrived(self, request: ActiveRequest) -> None:
+        handoff_id = request.handoff_id
+        assert handoff_id is not None
+        revoked = self._closed.get(handoff_id)
+        if handoff_id in self._open or revoked is not None:
+            reason = "is in use by another request" if revoked is None else f"is closed: {revoked[1]}"
+            code = "invalid_request" if revoked is None else "handoff_failed"
+            self._table.end(request, Outcome.FAILED, code, f"handoff {handoff_id} {reason}")
+            return
+        num_pages = -(-request.num_given // self._table.cache.page_size)
+        self._open[handoff_id] = SourceHandoff(handoff_id=handoff_id, request=request, num_pages=num_pages)
+        self._timer(TimerKind.GRANT, handoff_id, self._table.config.grant_timeout_s)
+        early = self._early_grants.pop(handoff_id, None)
+        if early is not None:
+            self._table.timers.cancel(TimerKind.EARLY_GRANT, handoff_id)
+            self._take_grant(self._open[handoff_id], early)
+
+    def refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
+        if handoff_id not in self._open:
+            self._refuse_early(handoff_id, code, message)
+
+    def pages_taken(self, request: ActiveRequest) -> None:
+        self.computed(request)
+
+    def computed(self, request: ActiveRequest) -> None:
+        assert request.handoff_id is not None
+        self._push(self._open[request.handoff_id])
+
+    def ended(self, request: ActiveRequest, message: str) -> None:
+        assert request.handoff_id is not None
+        handoff = self._open.get(request.handoff_id)
+        if handoff is not None and handoff.request is request:
+            self._fire(handoff, SourceTrigger.REQUEST_ENDED, ("handoff_failed", f"prefill ended: {message}"))
+
+    # ---------------------------------------------------------------- from decode
+
+    def on_grant(self, event: GrantArrived) -> None:
+        grant = event.grant
+        closed = self._closed.get(grant.handoff_id)
+        handoff = self._open.get(grant.handoff_id)
+        if grant.source_epoch != self._epoch:
+            self._say_closed(grant.handoff_id, grant.target_epoch, ("worker_lost", "the prefill worker has restarted"))
+        elif closed is not None:
+            self._say_closed(grant.handoff_id, grant.target_epoch, closed)
+        elif handoff is not None:
+            self._take_grant(handoff, grant)
+        elif grant.handoff_id not in self._early_grants:
+            self._keep_early(grant)
+
+    def on_ack(self, event: AckArrived) -> None:
+        handoff = self._open.get(event.handoff_id)
+        if handoff is not None and handoff.grant is not None and handoff.grant.target_epoch == event.target_epoch:
+            self._fire(handoff, SourceTrigger.ACK, (None, ""))
+
+    def on_revoke(self, event: RevokeArrived) -> None:
+        handoff = self._open.get(event.handoff_id)
+        refusal: _Refusal = ("handoff_failed", f"revoked by decode: {event.reason}")
+        if handoff is None:
+            self._early_grants.pop(event.handoff_id, None)
+            self._table.timers.cancel(TimerKind.EARLY_GRANT, event.handoff_id)
+            refusal = self._closed.get(event.handoff_id) or refusal
+            self._closed.put(event.handoff_id, refusal, self._table.now_s)
+            self._say_closed(event.handoff_id, event.target_epoch, refusal)
+        elif handoff.grant is None:
+            self._say_closed(event.handoff_id, event.target_epoch, refusal)
+            self._fire(handoff, SourceTrigger.REVOKE, refusal)
+        elif handoff.grant.target_epoch == event.target_epoch:
+            self._fire(handoff, SourceTrigger.REVOKE, refusal)
+
+    def on_peer_died(self, event: PeerDied) -> None:
+        for handoff_id in [key for key, grant in self._early_grants.items() if grant.target_epoch == event.epoch]:
+            del self._early_grants[handoff_id]
+            self._table.timers.cancel(TimerKind.EARLY_GRANT, handoff_id)
+        for handoff in list(self._open.values()):
+            if handoff.grant is not None and handoff.grant.target_epoch == event.epoch:
+                handoff.peer_dead = True
+                self._fire(handoff, SourceTrigger.PEER_DIED, ("worker_lost", "the decode worker died"))
+
+    # ---------------------------------------------------------------- from the transport and the clock
+
+    def on_writes_completed(self, event: WritesCompleted) -> None:
+        handoff = self._open.get(event.handoff_id)
+        if handoff is None:
+            return
+        handoff.num_written = event.num_pages
+        handoff.checksum = event.checksum
+        if handoff.state is SourceState.STOPPING:
+            if self._nothing_outstanding(handoff) or handoff.stop_planned_in != self._table.step_count:
+                self._fire(handoff, SourceTrigger.WRITES_STOPPED, handoff.refusal)
+        else:
+            self._say_done_if_written(handoff)
+
+    def on_writes_failed(self, event: WritesFailed) -> None:
+        handoff = self._open.get(event.handoff_id)
+        if handoff is not None:
+            self._fire(handoff, SourceTrigger.WRITES_FAILED, ("handoff_failed", event.message))
+
+    def on_timer(self, kind: TimerKind, handoff_id: HandoffId) -> None:
+        config = self._table.config
+        if kind is TimerKind.EARLY_GRANT:
+            message = f"the request did not reach the prefill worker within {config.grant_timeout_s:g} s"
+            self._refuse_early(handoff_id, "handoff_failed", message)
+            return
+        handoff = self._open[handoff_id]
+        if kind is TimerKind.REPEAT:
+            self._say_done(handoff)
+        elif handoff.request.state is not RequestState.ENDED:
+            waited_for = "grant its pages" if kind is TimerKind.GRANT else "acknowledge the pages"
+            limit_s = config.grant_timeout_s if kind is TimerKind.GRANT else config.handoff_timeout_s
+            message = f"the decode worker did not {waited_for} within {limit_s:g} s"
+            self._table.end(handoff.request, Outcome.FAILED, "handoff_failed", message)
+
+    # ---------------------------------------------------------------- what the moves ask for
+
+    def _fire(self, handoff: SourceHandoff, trigger: SourceTrigger, refusal: _Refusal) -> None:
+        """Make the table's move, if it has one; end the request that the move leaves without a purpose."""
+        to = SOURCE_TRANSITIONS[handoff.state].get(trigger)
+        if to is None:
+            return
+        handoff.state = to
+        handoff.refusal = refusal
+        if to is SourceState.DONE_SENT:
+            self._say_done(handoff)
+            return
+        if to is SourceState.STOPPING and self._nothing_outstanding(handoff):
+            to = handoff.state = SOURCE_TRANSITIONS[to][SourceTrigger.WRITES_STOPPED]
+        if to is SourceState.STOPPING:
+            self._table.out.transfers.append(StopWrites(handoff_id=handoff.handoff_id))
+            handoff.stop_planned_in = self._table.step_count
+        elif to is SourceState.CLOSED:
+            self._close(handoff, acknowledged=trigger is SourceTrigger.ACK)
+        request = handoff.request
+        if request.state is RequestState.ENDED:
+            self._table.release(request)
+        elif to is SourceState.CLOSED and trigger is SourceTrigger.ACK:
+            self._table.end(request, Outcome.FINISHED)
+        elif to in (SourceState.STOPPING, SourceState.CLOSED):
+            self._table.end(request, Outcome.FAILED, refusal[0], refusal[1])
+
+    def _close(self, handoff: SourceHandoff, *, acknowledged: bool) -> None:
+        table, handoff_id, grant = self._table, handoff.handoff_id, handoff.grant
+        del self._open[handoff_id]
+        self._closed.put(handoff_id, handoff.refusal, table.now_s)
+        for kind in (TimerKind.GRANT, TimerKind.HANDOFF, TimerKind.REPEAT):
+            table.timers.cancel(kind, handoff_id)
+        handoff.request.in_handoff = False
+        if handoff.complete and handoff.request.lease is not None:
+            table.cache.end_transfer(handoff.request.lease)
+        if acknowledged:
+            assert grant is not None
+            table.totals["handoffs_sent"] += 1
+            table.totals["handoff_pages"] += len(grant.page_ids)
+            table.totals["handoff_bytes"] += len(grant.page_ids) * self._pool.page_bytes
+            table.totals["handoff_seconds"] += table.now_s - handoff.granted_s
+            return
+        table.totals["handoffs_failed"] += 1
+        if grant is not None and not handoff.peer_dead:
+            self._say_closed(handoff_id, grant.target_epoch, handoff.refusal)
+
+    def _take_grant(self, handoff: SourceHandoff, grant: Grant) -> None:
+        if handoff.state is not SourceState.AWAITING_GRANT:
+            return
+        handoff.grant = grant
+        handoff.granted_s = self._table.now_s
+        self._table.timers.cancel(TimerKind.GRANT, handoff.handoff_id)
+        fault = self._fault_of(grant, handoff.num_pages)
+        if fault is not None:
+            self._fire(handoff, SourceTrigger.BAD_GRANT, ("handoff_failed", fault))
+            return
+        self._fire(handoff, SourceTrigger.GRANT, (None, ""))
+        handoff.next_page = grant.first_page
+        self._table.grant_came(handoff.request)
+        self._push(handoff)
+
+    def _fault_of(self, grant: Grant, num_pages: int) -> str | None:
+        if grant.pool.layout != self._pool.layout or grant.pool.page_bytes != self._pool.page_bytes:
+            return (
+                f"decode keeps its pages as {grant.pool.layout} ({grant.pool.page_bytes} bytes), prefill as "
+                f"{self._pool.layout} ({self._pool.page_bytes} bytes): start both with the same model, dtype and "
+                "page size"
+            )
+        if grant.first_page < 0 or grant.first_page + len(grant.page_ids) != num_pages:
+            return f"the grant ends at page {grant.first_page + len(grant.page_ids)}, the prompt at {num_pages}"
+        if any(not 0 <= page_id < grant.pool.num_pages for page_id in grant.page_ids):
+            return f"the grant names a page outside decode's {grant.pool.num_pages} pages"
+        return None
+
+    def _push(self, handoff: SourceHandoff) -> None:
+        """Ask for every page that is computed, granted and not yet asked for: full pages, and at the end the last."""
+        request, grant = handoff.request, handoff.grant
+        if handoff.state is not SourceState.WRITING or request.lease is None:
+            return
+        assert grant is not None
+        complete = request.state is RequestState.HELD
+        ready = handoff.num_pages if complete else request.num_computed // self._table.cache.page_size
+        if ready > handoff.next_page:
+            self._table.out.transfers.append(
+                WritePages(
+                    handoff_id=handoff.handoff_id,
+                    pool=grant.pool,
+                    page_ids=tuple(request.lease.page_ids[handoff.next_page : ready]),
+                    peer_page_ids=grant.page_ids[handoff.next_page - grant.first_page : ready - grant.first_page],
+                )
+            )
+            handoff.next_page = ready
+        if complete and not handoff.complete:
+            handoff.complete = True
+            self._table.cache.begin_transfer(request.lease, 0)  # the last page, if partial: the others are in the tree
+            self._timer(TimerKind.HANDOFF, handoff.handoff_id, self._table.config.handoff_timeout_s)
+            self._say_done_if_written(handoff)
+
+    def _nothing_outstanding(self, handoff: SourceHandoff) -> bool:
+        assert handoff.grant is not None
+        return handoff.num_written == handoff.next_page - handoff.grant.first_page
+
+    def _say_done_if_written(self, handoff: SourceHandoff) -> None:
+        if handoff.complete and self._nothing_outstanding(handoff):
+            self._fire(handoff, SourceTrigger.ALL_WRITTEN, (None, ""))
+
+    def _say_done(self, handoff: SourceHandoff) -> None:
+        """Again and again until decode answers: one answer may be lost with a connection."""
+        grant, request = handoff.grant, handoff.request
+        assert grant is not None
+        assert request.first_token is not None
+        done = Done(
+            handoff_id=handoff.handoff_id,
+            target_epoch=grant.target_epoch,
+            source_epoch=self._epoch,
+            num_pages=len(grant.page_ids),
+            checksum=handoff.checksum,
+            first_token=request.first_token,
+            finish_reason=request.first_token_finish,
+        )
+        self._table.out.to_target(grant.target_epoch, done)
+        self._timer(TimerKind.REPEAT, handoff.handoff_id, self._table.config.ack_timeout_s)
+
+    def _keep_early(self, grant: Grant) -> None:
+        if len(self._early_grants) >= self._table.config.max_remembered_handoffs:
+            oldest = next(iter(self._early_grants))
+            self._refuse_early(oldest, "overloaded", "too many grants wait for their requests")
+        self._early_grants[grant.handoff_id] = grant
+        self._timer(TimerKind.EARLY_GRANT, grant.handoff_id, self._table.config.grant_timeout_s)
+
+    def _refuse_early(self, handoff_id: HandoffId, code: str, message: str) -> None:
+        self._closed.put(handoff_id, (code, message), self._table.now_s)
+        self._table.timers.cancel(TimerKind.EARLY_GRANT, handoff_id)
+        grant = self._early_grants.pop(handoff_id, None)
+        if grant is not None:
+            self._say_closed(handoff_id, grant.target_epoch, (code, message))
+
+    def _say_closed(self, handoff_id: HandoffId, target_epoch: EpochId, refusal: _Refusal) -> None:
+        closed = Closed(
+            handoff_id=handoff_id,
+            target_epoch=target_epoch,
+            source_epoch=self._epoch,
+            error_code=refusal[0],
+            message=refusal[1],
+        )
+        self._table.out.to_target(target_epoch, closed)
+
+    def _timer(self, kind: TimerKind, handoff_id: HandoffId, after_s: float) -> None:
+        self._table.timers.set(kind, handoff_id, self._table.now_s + after_s)

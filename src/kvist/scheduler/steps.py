@@ -1,0 +1,82 @@
+"""One step of any role: what happened, what is overdue, what runs next. The roles differ in what they wire in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from kvist.request import EpochId, HandoffId
+from kvist.scheduler.batching import Batcher
+from kvist.scheduler.events import AbortRequested, Arrived, Event, FlushRequested, StepFailed, StepFinished
+from kvist.scheduler.load import SchedulerLoad
+from kvist.scheduler.plan import Flush, Plan
+from kvist.scheduler.requests import HandoffHalf, RequestTable
+from kvist.scheduler.timers import TimerKind
+
+
+class StepHalf(HandoffHalf, Protocol):
+    """One side of the handoffs, as a step sees it."""
+
+    @property
+    def num_open(self) -> int: ...
+
+    @property
+    def watched_epochs(self) -> frozenset[EpochId]: ...
+
+    def on_timer(self, kind: TimerKind, handoff_id: HandoffId) -> None: ...
+
+
+class Steps:
+    """Mutable; its one owner is a role's scheduler. `handlers` are the handoff events of that role."""
+
+    def __init__(
+        self, table: RequestTable, half: StepHalf, handlers: Mapping[type[Event], Callable[[Any], None]]
+    ) -> None:
+        table.half = half
+        self._table = table
+        self._half = half
+        self._batcher = Batcher(table)
+        self._handlers: dict[type[Event], Callable[[Any], None]] = {
+            Arrived: table.arrive,
+            AbortRequested: lambda event: table.abort(event.request_id),
+            StepFinished: self._batcher.finished,
+            StepFailed: self._batcher.failed,
+            FlushRequested: self._flush,
+            **handlers,
+        }
+
+    def step(self, now_s: float, events: Sequence[Event]) -> Plan:
+        """Raises nothing for what the world sends. An event of the other role's handoff side is our loop's bug."""
+        table = self._table
+        table.now_s = now_s
+        table.step_count += 1
+        for event in events:
+            self._handlers[type(event)](event)
+        for kind, key in table.timers.pop_due(now_s):
+            if kind is TimerKind.QUEUE:
+                table.queue_timed_out(key)
+            else:
+                self._half.on_timer(kind, HandoffId(key))
+        batch = self._batcher.plan()
+        return table.out.take(
+            batch=batch,
+            watched_epochs=self._half.watched_epochs,
+            cache_changes=table.cache.drain_changes(),
+            wake_at_s=table.timers.next_at_s(),
+        )
+
+    def has_work(self) -> bool:
+        """A request is live or a handoff is open: shutting down now would lose something."""
+        return bool(self._table.live) or self._half.num_open > 0
+
+    def load(self) -> SchedulerLoad:
+        table = self._table
+        return SchedulerLoad(
+            num_running=len(table.live) - table.num_waiting,
+            num_waiting=table.num_waiting,
+            pages=table.cache.counts(),
+            totals=table.totals,
+        )
+
+    def _flush(self, event: FlushRequested) -> None:
+        self._table.out.flushes.append(Flush(call_id=event.call_id, num_pages=self._table.cache.flush()))

@@ -1,0 +1,270 @@
+"""The decode side of every handoff of one engine: grants pages, verifies what came, takes the request over.
+
+Granted pages are IN_FLIGHT until prefill said that it writes no more (Done, Closed) or its process is certainly dead.
+The request may end earlier: the gateway is told at once, and Revoke is repeated until the pages are free to use.
+Moves are in handoff.py. What is closed is remembered for a while, so that a repeated Done gets its answer again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvist.request import EpochId, HandoffId, Outcome
+from kvist.scheduler.active import ActiveRequest, RequestState
+from kvist.scheduler.events import ClosedArrived, DoneArrived, Event, PagesVerified, PeerDied
+from kvist.scheduler.handoff import TARGET_TRANSITIONS, TargetState, TargetTrigger
+from kvist.scheduler.memory import ShortMemory
+from kvist.scheduler.plan import VerifyPages
+from kvist.scheduler.requests import RequestTable
+from kvist.scheduler.timers import TimerKind
+from kvist.wire import Ack, Done, Grant, HandoffReport, PoolAddress, PrefillPeer, Revoke
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class TargetHandoff:
+    """Mutable; its one owner is the `TargetHalf`."""
+
+    handoff_id: HandoffId
+    request: ActiveRequest
+    source: PrefillPeer
+    num_pages_reused: int
+    page_ids: tuple[int, ...]  # granted
+    granted_s: float
+    state: TargetState = TargetState.GRANTED
+    done: Done | None = None
+    done_s: float = 0.0
+    reason: str = ""  # what Revoke says
+
+
+class TargetHalf:
+    """Mutable; its one owner is the scheduler."""
+
+    def __init__(self, table: RequestTable, *, epoch: EpochId, pool: PoolAddress) -> None:
+        config = table.config
+        self._table = table
+        self._epoch = epoch
+        self._pool = pool
+        self._open: dict[HandoffId, TargetHandoff] = {}
+        memory_s = 2 * config.handoff_timeout_s + config.grant_timeout_s
+        # None: it was taken over, say Ack again; else the reason to say Revoke again
+        self._closed: ShortMemory[HandoffId, tuple[str | None]] = ShortMemory(
+            capacity=config.max_remembered_handoffs, max_age_s=memory_s
+        )
+        self._endpoints: ShortMemory[EpochId, str] = ShortMemory(
+            capacity=config.max_remembered_handoffs, max_age_s=memory_s
+        )
+
+    def handlers(self) -> Mapping[type[Event], Callable[[Any], None]]:
+        """What `Steps` calls for each event of this side."""
+        return {
+            DoneArrived: self.on_done,
+            ClosedArrived: self.on_closed,
+            PagesVerified: self.on_verified,
+            PeerDied: self.on_peer_died,
+        }
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def watched_epochs(self) -> frozenset[EpochId]:
+        return frozenset(handoff.source.epoch for handoff in self._open.values())
+
+    # ---------------------------------------------------------------- from the requests (HandoffHalf)
+
+    def arrived(self, request: ActiveRequest) -> None:
+        handoff_id, prefill = request.handoff_id, request.prefill
+        assert handoff_id is not None
+        assert prefill is not None
+        self._endpoints.put(prefill.epoch, prefill.endpoint, self._table.now_s)
+        waiting = (other for other in self._table.live.values() if other is not request)
+        if (
+            handoff_id in self._open
+            or self._closed.get(handoff_id) is not None
+            or any(other.handoff_id == handoff_id for other in waiting)
+        ):
+            self._table.end(request, Outcome.FAILED, "invalid_request", f"handoff {handoff_id} was used before")
+
+    def refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
+        """Nothing was granted: prefill's wait for a Grant, or the gateway's Abort, ends the other side."""
+
+    def pages_taken(self, request: ActiveRequest) -> None:
+        if request.granted:
+            return  # it was preempted after it was taken over, and computes its pages itself
+        assert request.handoff_id is not None
+        assert request.prefill is not None
+        assert request.lease is not None
+        table, source = self._table, request.prefill
+        first_page = request.num_computed // table.cache.page_size
+        handoff = TargetHandoff(
+            handoff_id=request.handoff_id,
+            request=request,
+            source=source,
+            num_pages_reused=first_page,
+            page_ids=tuple(request.lease.page_ids[first_page:]),
+            granted_s=table.now_s,
+        )
+        self._open[handoff.handoff_id] = handoff
+        request.granted = request.in_handoff = True
+        table.cache.begin_transfer(request.lease, first_page)
+        grant = Grant(
+            handoff_id=handoff.handoff_id,
+            request_id=request.request_id,
+            target_epoch=self._epoch,
+            source_epoch=source.epoch,
+            pool=self._pool,
+            first_page=first_page,
+            page_ids=handoff.page_ids,
+        )
+        table.out.to_source(source.endpoint, grant)
+        table.timers.set(TimerKind.HANDOFF, handoff.handoff_id, table.now_s + table.config.handoff_timeout_s)
+
+    def computed(self, request: ActiveRequest) -> None:
+        raise AssertionError(f"{request.request_id}: a decode engine has no PREFILL requests")
+
+    def ended(self, request: ActiveRequest, message: str) -> None:
+        assert request.handoff_id is not None
+        handoff = self._open.get(request.handoff_id)
+        if handoff is not None and handoff.request is request:
+            self._fire(handoff, TargetTrigger.REQUEST_ENDED, message)
+
+    # ---------------------------------------------------------------- from prefill
+
+    def on_done(self, event: DoneArrived) -> None:
+        done = event.done
+        handoff = self._open.get(done.handoff_id)
+        if done.target_epoch != self._epoch:
+            return
+        if handoff is None:
+            self._answer_again(done)
+        elif handoff.source.epoch == done.source_epoch:
+            if handoff.state is TargetState.GRANTED:
+                handoff.done, handoff.done_s = done, self._table.now_s
+            self._fire(handoff, TargetTrigger.DONE, handoff.reason)
+
+    def on_closed(self, event: ClosedArrived) -> None:
+        closed = event.closed
+        handoff = self._open.get(closed.handoff_id)
+        if handoff is None or closed.target_epoch != self._epoch:
+            return
+        if closed.source_epoch == handoff.source.epoch:
+            self._fire(handoff, TargetTrigger.SOURCE_CLOSED, closed.message, closed.error_code)
+        elif handoff.state is TargetState.GRANTED:
+            # Another life answers at that address. The one we granted to may still be writing: its death frees the
+            # pages, but its request is lost already.
+            self._table.end(handoff.request, Outcome.FAILED, "worker_lost", "the prefill worker has restarted")
+
+    def on_peer_died(self, event: PeerDied) -> None:
+        for handoff in list(self._open.values()):
+            if handoff.source.epoch == event.epoch:
+                self._fire(handoff, TargetTrigger.PEER_DIED, "the prefill worker died", "worker_lost")
+
+    # ---------------------------------------------------------------- from the transport and the clock
+
+    def on_verified(self, event: PagesVerified) -> None:
+        handoff = self._open.get(event.handoff_id)
+        if handoff is not None and handoff.done is not None:
+            equal = event.checksum == handoff.done.checksum
+            trigger = TargetTrigger.VERIFIED if equal else TargetTrigger.MISMATCH
+            self._fire(handoff, trigger, "" if equal else "the pages that arrived are not those that prefill sent")
+
+    def on_timer(self, kind: TimerKind, handoff_id: HandoffId) -> None:
+        handoff = self._open[handoff_id]
+        if kind is TimerKind.REPEAT:
+            self._say_revoke(handoff.source.endpoint, handoff_id, handoff.reason)
+            self._repeat_later(handoff_id)
+            return
+        message = f"the prefill worker did not hand over the pages within {self._table.config.handoff_timeout_s:g} s"
+        self._table.end(handoff.request, Outcome.FAILED, "handoff_failed", message)
+
+    # ---------------------------------------------------------------- what the moves ask for
+
+    def _fire(self, handoff: TargetHandoff, trigger: TargetTrigger, reason: str, code: str | None = None) -> None:
+        """Make the table's move, if it has one, and what it asks for."""
+        to = TARGET_TRANSITIONS[handoff.state].get(trigger)
+        if to is None:
+            return
+        endpoint = handoff.source.endpoint
+        handoff.state, handoff.reason = to, reason
+        if to is TargetState.VERIFYING:
+            self._verify(handoff)
+        elif to is TargetState.REVOKED:
+            self._table.timers.cancel(TimerKind.HANDOFF, handoff.handoff_id)
+            self._say_revoke(endpoint, handoff.handoff_id, reason)
+            self._repeat_later(handoff.handoff_id)
+        elif trigger is TargetTrigger.VERIFIED:
+            self._take_over(handoff)
+        else:
+            if trigger in (TargetTrigger.MISMATCH, TargetTrigger.REQUEST_ENDED):
+                self._say_revoke(endpoint, handoff.handoff_id, reason)
+            self._close(handoff, (reason,))
+            self._table.totals["handoffs_failed"] += 1
+            if handoff.request.state is RequestState.ENDED:
+                self._table.release(handoff.request)
+            else:
+                self._table.end(handoff.request, Outcome.FAILED, code or "handoff_failed", reason)
+
+    def _verify(self, handoff: TargetHandoff) -> None:
+        assert handoff.done is not None
+        if handoff.done.num_pages != len(handoff.page_ids):
+            message = f"prefill wrote {handoff.done.num_pages} pages of {len(handoff.page_ids)} granted"
+            self._fire(handoff, TargetTrigger.MISMATCH, message)
+        elif not handoff.page_ids:
+            self._fire(handoff, TargetTrigger.VERIFIED, "")
+        else:
+            verify = VerifyPages(handoff_id=handoff.handoff_id, page_ids=handoff.page_ids)
+            self._table.out.transfers.append(verify)
+
+    def _take_over(self, handoff: TargetHandoff) -> None:
+        table, done, request = self._table, handoff.done, handoff.request
+        assert done is not None
+        self._close(handoff, (None,))
+        self._say_ack(handoff.source.endpoint, handoff.handoff_id)
+        num_bytes = len(handoff.page_ids) * self._pool.page_bytes
+        request.report = HandoffReport(
+            num_pages=len(handoff.page_ids),
+            num_pages_reused=handoff.num_pages_reused,
+            num_bytes=num_bytes,
+            duration_s=table.now_s - handoff.granted_s,
+            wait_s=table.now_s - handoff.done_s,
+        )
+        table.totals["handoffs_received"] += 1
+        table.totals["handoff_pages"] += len(handoff.page_ids)
+        table.totals["handoff_bytes"] += num_bytes
+        table.totals["handoff_seconds"] += table.now_s - handoff.granted_s
+        table.adopt(request, done.first_token, done.finish_reason)
+
+    def _close(self, handoff: TargetHandoff, answer: tuple[str | None]) -> None:
+        """No write can come any more: the pages are the request's own."""
+        table, request = self._table, handoff.request
+        del self._open[handoff.handoff_id]
+        self._closed.put(handoff.handoff_id, answer, table.now_s)
+        for kind in (TimerKind.HANDOFF, TimerKind.REPEAT):
+            table.timers.cancel(kind, handoff.handoff_id)
+        request.in_handoff = False
+        assert request.lease is not None
+        table.cache.end_transfer(request.lease)
+
+    def _answer_again(self, done: Done) -> None:
+        endpoint = self._endpoints.get(done.source_epoch)
+        if endpoint is None:
+            return  # no request here ever named that prefill worker: nothing to let go of, nowhere to answer
+        answer = self._closed.get(done.handoff_id)
+        reason = "the handoff is not known" if answer is None else answer[0]
+        if reason is None:
+            self._say_ack(endpoint, done.handoff_id)
+        else:
+            self._say_revoke(endpoint, done.handoff_id, reason)
+
+    def _say_ack(self, endpoint: str, handoff_id: HandoffId) -> None:
+        self._table.out.to_source(endpoint, Ack(handoff_id=handoff_id, target_epoch=self._epoch))
+
+    def _say_revoke(self, endpoint: str, handoff_id: HandoffId, reason: str) -> None:
+        self._table.out.to_source(endpoint, Revoke(handoff_id=handoff_id, target_epoch=self._epoch, reason=reason))
+
+    def _repeat_later(self, handoff_id: HandoffId) -> None:
+        table = self._table
+        table.timers.set(TimerKind.REPEAT, handoff_id, table.now_s + table.config.ack_timeout_s)

@@ -1,0 +1,53 @@
+"""Deadlines by key. The nearest one is known without looking at the others; nothing here reads a clock."""
+
+from __future__ import annotations
+
+import enum
+import heapq
+
+
+class TimerKind(enum.Enum):
+    QUEUE = "queue"  # a request waits for its first turn
+    GRANT = "grant"  # prefill waits for the Grant
+    EARLY_GRANT = "early grant"  # a Grant waits for its request
+    HANDOFF = "handoff"  # either side waits for the other to complete the handoff
+    REPEAT = "repeat"  # Done or Revoke is said again
+
+
+TimerKey = tuple[TimerKind, str]  # the id is a request's or a handoff's
+
+
+class Timers:
+    """Mutable; its one owner is the scheduler. Setting a key again replaces its deadline."""
+
+    def __init__(self) -> None:
+        self._deadlines: dict[TimerKey, tuple[float, int]] = {}
+        self._heap: list[tuple[float, int, TimerKey]] = []  # entries that `_deadlines` no longer names are stale
+        self._count = 0
+
+    def set(self, kind: TimerKind, key: str, at_s: float) -> None:
+        self._count += 1
+        self._deadlines[kind, key] = (at_s, self._count)
+        heapq.heappush(self._heap, (at_s, self._count, (kind, key)))
+        if len(self._heap) > 2 * len(self._deadlines) + 64:
+            self._heap = [(at, count, name) for name, (at, count) in self._deadlines.items()]
+            heapq.heapify(self._heap)
+
+    def cancel(self, kind: TimerKind, key: str) -> None:
+        self._deadlines.pop((kind, key), None)
+
+    def pop_due(self, now_s: float) -> list[TimerKey]:
+        due: list[TimerKey] = []
+        while (at_s := self.next_at_s()) is not None and at_s <= now_s:
+            name = heapq.heappop(self._heap)[2]
+            del self._deadlines[name]
+            due.append(name)
+        return due
+
+    def next_at_s(self) -> float | None:
+        while self._heap:
+            at_s, count, name = self._heap[0]
+            if self._deadlines.get(name) == (at_s, count):
+                return at_s
+            heapq.heappop(self._heap)
+        return None
