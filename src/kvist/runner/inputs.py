@@ -1,0 +1,68 @@
+"""A batch as the model and the attention want it. Also what the ranks of a tensor-parallel engine tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvist.attention.backend import Span
+from kvist.runner.sampler import SamplingRow
+from kvist.scheduler.plan import Batch
+
+
+class ForwardItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What every rank must know of a batch item; sampling is rank 0's alone."""
+
+    token_ids: Sequence[int]
+    start: int
+    page_ids: Sequence[int]
+    wants_token: bool  # the logits of its last token are needed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardInputs:
+    token_ids: Tensor  # [num_tokens], int64
+    positions: Tensor  # [num_tokens], int64
+    spans: tuple[Span, ...]
+    sampled_rows: Tensor | None  # [num_sampled], int64: rows whose logits are wanted, in item order; None: all rows
+
+
+def forward_items(batch: Batch) -> list[ForwardItem]:
+    return [ForwardItem(item.token_ids, item.start, item.page_ids, item.sampling is not None) for item in batch.items]
+
+
+def sampling_rows(batch: Batch) -> list[SamplingRow]:
+    """One for each item with `sampling`, in item order."""
+    return [
+        SamplingRow(params=item.sampling, position=item.end, suppressed_token_ids=item.suppressed_token_ids)
+        for item in batch.items
+        if item.sampling is not None
+    ]
+
+
+def build_inputs(items: Sequence[ForwardItem], device: torch.device) -> ForwardInputs:
+    num_tokens = sum(len(item.token_ids) for item in items)
+    token_ids = np.empty(num_tokens, dtype=np.int64)
+    positions = np.empty(num_tokens, dtype=np.int64)
+    spans, sampled_rows = [], []
+    row = 0
+    for item in items:
+        count = len(item.token_ids)
+        token_ids[row : row + count] = item.token_ids
+        positions[row : row + count] = np.arange(item.start, item.start + count)
+        spans.append(Span(start=item.start, num_tokens=count, page_ids=item.page_ids))
+        row += count
+        if item.wants_token:
+            sampled_rows.append(row - 1)
+    every_row = len(sampled_rows) == num_tokens
+    return ForwardInputs(
+        token_ids=torch.from_numpy(token_ids).to(device),
+        positions=torch.from_numpy(positions).to(device),
+        spans=tuple(spans),
+        sampled_rows=None if every_row else torch.tensor(sampled_rows, dtype=torch.int64, device=device),
+    )
