@@ -1,0 +1,70 @@
+"""What a model is, in numbers, without torch: read by config_hf.py or config_gguf.py, used by everything else.
+
+A feature we cannot compute exactly (sliding windows, experts, other rope types, quantised safetensors) is refused by
+the readers, by the name of its field: a model that loads is a model that is right. The tensors themselves are checked
+in weights.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvist.models.fields import ConfigFields
+
+DEFAULT_ROPE_THETA = 10_000.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearRope:
+    """Every frequency divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3Rope:
+    """Low frequencies divided by `factor`, high ones kept, those between blended (Llama 3.1)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DividedRope:
+    """Frequency i divided by `divisors[i]`: how GGUF files carry the Llama 3.1 scaling (`rope_freqs.weight`)."""
+
+    divisors: tuple[float, ...]
+
+
+RopeScaling = LinearRope | Llama3Rope | DividedRope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool  # on q, k and v
+    attention_output_bias: bool  # on o_proj
+    qk_norm: bool
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+
+def check_heads(fields: ConfigFields, *, num_heads: int, num_kv_heads: int, head_dim: int, kv_heads_field: str) -> None:
+    if num_heads % num_kv_heads:
+        raise fields.error(kv_heads_field, f"is {num_kv_heads}, which does not divide {num_heads} attention heads")
+    if head_dim % 2:
+        raise fields.error("head_dim", f"is {head_dim}; the rotation needs an even number")

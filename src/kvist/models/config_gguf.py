@@ -1,0 +1,117 @@
+"""`ModelConfig` from the header of a GGUF file. Key names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from kvist.checkpoint import GgufHeader, read_gguf_header
+from kvist.errors import ModelLoadError
+from kvist.models.config import (
+    DEFAULT_ROPE_THETA,
+    DividedRope,
+    LinearRope,
+    ModelConfig,
+    RopeScaling,
+    check_heads,
+)
+from kvist.models.fields import ConfigFields
+from kvist.models.registry import family_named
+
+ROPE_DIVISORS = "rope_freqs.weight"  # a tensor that is configuration: it never reaches the layers
+_F32 = 0
+
+
+def config_from_gguf(path: Path) -> ModelConfig:
+    header = read_gguf_header(path)
+    metadata = ConfigFields(header.metadata, origin=str(path))
+    family = family_named(metadata.text("general.architecture"), field="general.architecture", origin=str(path))
+    start = f"{family.name}."
+    fields = ConfigFields(
+        {key.removeprefix(start): value for key, value in header.metadata.items() if key.startswith(start)},
+        origin=str(path),
+        prefix=start,
+    )
+    _refuse_unsupported(fields)
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ModelLoadError(f"{path}: tensor token_embd.weight is missing")
+    num_heads = fields.integer("attention.head_count")
+    num_kv_heads = fields.integer("attention.head_count_kv", num_heads)
+    hidden_size = fields.integer("embedding_length")
+    head_dim = fields.integer("attention.key_length", max(1, hidden_size // num_heads))
+    _check_head_dims(fields, head_dim)
+    check_heads(
+        fields,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        kv_heads_field="attention.head_count_kv",
+    )
+    bos_token_ids = metadata.token_ids("tokenizer.ggml.bos_token_id")
+    return ModelConfig(
+        family=family.name,
+        num_layers=fields.integer("block_count"),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=fields.integer("feed_forward_length"),
+        vocab_size=embedding.shape[0],
+        rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
+        rope_theta=fields.number("rope.freq_base", DEFAULT_ROPE_THETA),
+        rope_scaling=_rope_scaling(path, header, fields, head_dim),
+        max_position_embeddings=fields.integer("context_length"),
+        tie_word_embeddings="output.weight" not in header.tensors,
+        attention_bias=bool(family.qkv_bias) or "blk.0.attn_q.bias" in header.tensors,
+        attention_output_bias="blk.0.attn_output.bias" in header.tensors,
+        qk_norm=family.qk_norm,
+        eos_token_ids=_eos_token_ids(metadata),
+        bos_token_id=bos_token_ids[0] if bos_token_ids else None,
+    )
+
+
+def _eos_token_ids(metadata: ConfigFields) -> tuple[int, ...]:
+    """End of sequence, end of turn and end of message: any of them ends an answer."""
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")
+    return tuple(dict.fromkeys(token for name in names for token in metadata.token_ids(f"tokenizer.ggml.{name}")))
+
+
+def _refuse_unsupported(fields: ConfigFields) -> None:
+    if fields.value("expert_count") not in (None, 0):
+        raise fields.error("expert_count", f"is {fields.value('expert_count')!r}: mixtures of experts are not served")
+    if fields.value("attention.sliding_window") not in (None, 0):
+        raise fields.error("attention.sliding_window", "is set: sliding windows are not served")
+
+
+def _check_head_dims(fields: ConfigFields, head_dim: int) -> None:
+    for name in ("rope.dimension_count", "attention.value_length"):
+        size = fields.integer(name, head_dim)
+        if size != head_dim:
+            raise fields.error(name, f"is {size}, unlike the {head_dim} of attention keys: it is not served")
+
+
+def _rope_scaling(path: Path, header: GgufHeader, fields: ConfigFields, head_dim: int) -> RopeScaling | None:
+    kind = fields.text("rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise fields.error("rope.scaling.type", f"is {kind!r}; none and linear are served")
+    factor_field = "rope.scaling.factor" if "rope.scaling.factor" in fields else "rope.scale_linear"
+    factor = fields.number(factor_field, 1.0)
+    if ROPE_DIVISORS not in header.tensors:
+        return LinearRope(factor=factor) if kind == "linear" or factor != 1.0 else None
+    if kind == "linear":
+        raise fields.error("rope.scaling.type", f"is linear in a file that also has {ROPE_DIVISORS}")
+    return _read_divisors(path, header, head_dim)
+
+
+def _read_divisors(path: Path, header: GgufHeader, head_dim: int) -> DividedRope:
+    tensor = header.tensors[ROPE_DIVISORS]
+    count = head_dim // 2
+    if tensor.ggml_type != _F32 or tensor.shape != (count,):
+        raise ModelLoadError(f"{path}: tensor {ROPE_DIVISORS} must be {count} float32 numbers, not {tensor}")
+    with path.open("rb") as stream:
+        stream.seek(tensor.offset)
+        raw = stream.read(4 * count)
+    if len(raw) != 4 * count:
+        raise ModelLoadError(f"{path}: the file ends inside tensor {ROPE_DIVISORS}")
+    return DividedRope(divisors=struct.unpack(f"<{count}f", raw))

@@ -1,0 +1,130 @@
+"""`ModelConfig` from a Hugging Face folder, as transformers 4 or 5 writes it."""
+
+from __future__ import annotations
+
+from kvist.checkpoint import Checkpoint, read_json
+from kvist.models.config import (
+    DEFAULT_ROPE_THETA,
+    LinearRope,
+    Llama3Rope,
+    ModelConfig,
+    RopeScaling,
+    check_heads,
+)
+from kvist.models.family import Family
+from kvist.models.fields import ConfigFields
+from kvist.models.registry import family_named
+
+
+def config_from_hf(checkpoint: Checkpoint) -> ModelConfig:
+    path = checkpoint.path / "config.json"
+    fields = ConfigFields(read_json(path), origin=str(path))
+    family = family_named(fields.text("model_type"), field="model_type", origin=str(path))
+    num_layers = fields.integer("num_hidden_layers")
+    _refuse_unsupported(fields, family, num_layers)
+    num_heads = fields.integer("num_attention_heads")
+    num_kv_heads = fields.integer("num_key_value_heads", num_heads)
+    hidden_size = fields.integer("hidden_size")
+    head_dim = fields.integer("head_dim", family.default_head_dim or max(1, hidden_size // num_heads))
+    check_heads(
+        fields,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        kv_heads_field="num_key_value_heads",
+    )
+    max_positions = fields.integer("max_position_embeddings")
+    rope_theta, rope_scaling = _rope_from_hf(fields, max_positions)
+    bias = fields.flag("attention_bias", False) if family.qkv_bias is None else family.qkv_bias
+    bos_token_ids = fields.token_ids("bos_token_id")
+    return ModelConfig(
+        family=family.name,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=fields.integer("intermediate_size"),
+        vocab_size=fields.integer("vocab_size"),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        attention_bias=bias,
+        attention_output_bias=bias and family.output_bias_with_qkv,
+        qk_norm=family.qk_norm,
+        eos_token_ids=_eos_from_hf(checkpoint, fields),
+        bos_token_id=bos_token_ids[0] if bos_token_ids else None,
+    )
+
+
+def _eos_from_hf(checkpoint: Checkpoint, fields: ConfigFields) -> tuple[int, ...]:
+    """Chat models often name their end-of-turn token only in generation_config.json: both files count."""
+    eos = fields.token_ids("eos_token_id")
+    path = checkpoint.path / "generation_config.json"
+    if path.is_file():
+        eos += ConfigFields(read_json(path), origin=str(path)).token_ids("eos_token_id")
+    return tuple(dict.fromkeys(eos))
+
+
+def _refuse_unsupported(fields: ConfigFields, family: Family, num_layers: int) -> None:
+    architectures = fields.value("architectures")
+    if architectures is not None and architectures != [family.hf_architecture]:
+        raise fields.error("architectures", f"is {architectures!r}; of this family we serve {family.hf_architecture}")
+    activation = fields.text("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise fields.error("hidden_act", f"is {activation!r}; only silu is served")
+    for name in ("quantization_config", "compression_config"):
+        if name in fields:
+            raise fields.error(name, "is set: quantised safetensors are not served; use the plain weights or a GGUF")
+    if fields.flag("mlp_bias", False):
+        raise fields.error("mlp_bias", "is true: biases in the MLP are not served")
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if fields.value(name) not in (None, 0):
+            raise fields.error(name, f"is {fields.value(name)!r}: mixtures of experts are not served")
+    if fields.value("partial_rotary_factor") not in (None, 1, 1.0):
+        raise fields.error("partial_rotary_factor", "is not 1: rotating a part of each head is not served")
+    _refuse_sliding_window(fields, num_layers)
+
+
+def _refuse_sliding_window(fields: ConfigFields, num_layers: int) -> None:
+    layer_types = fields.value("layer_types")
+    if layer_types is not None:
+        others = (
+            sorted({str(kind) for kind in layer_types} - {"full_attention"}) if isinstance(layer_types, list) else []
+        )
+        if others or not isinstance(layer_types, list):
+            raise fields.error("layer_types", f"holds {others or layer_types!r}; only full_attention is served")
+        return
+    if "sliding_window" not in fields:
+        return
+    # Qwen configs carry a sliding_window that use_sliding_window switches off
+    used = fields.flag("use_sliding_window", "use_sliding_window" not in fields and "max_window_layers" not in fields)
+    if used and fields.integer("max_window_layers", 0, minimum=0) < num_layers:
+        raise fields.error("sliding_window", f"is {fields.value('sliding_window')!r} and in use: it is not served")
+
+
+def _rope_from_hf(fields: ConfigFields, max_positions: int) -> tuple[float, RopeScaling | None]:
+    """transformers 5 writes `rope_parameters`; transformers 4 `rope_theta` beside `rope_scaling`."""
+    theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
+    rope = fields.section("rope_parameters") or fields.section("rope_scaling")
+    if rope is None:
+        return theta, None
+    theta = rope.number("rope_theta", theta)
+    if rope.value("partial_rotary_factor") not in (None, 1, 1.0):
+        raise rope.error("partial_rotary_factor", "is not 1: rotating a part of each head is not served")
+    kind_field = "rope_type" if "rope_type" in rope else "type"
+    kind = rope.text(kind_field)
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, LinearRope(factor=rope.number("factor"))
+    if kind == "llama3":
+        return theta, Llama3Rope(
+            factor=rope.number("factor"),
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+            original_max_position_embeddings=rope.integer("original_max_position_embeddings", max_positions),
+        )
+    raise rope.error(kind_field, f"is {kind!r}; default, linear and llama3 are served")

@@ -1,0 +1,150 @@
+"""The decoder-only transformer that llama, qwen2 and qwen3 share: plain PyTorch, inference only.
+
+A layer is: RMSNorm, fused q+k+v, (norm of q and k), rotation, `attend`, o; RMSNorm, fused gate+up, down. Tokens of
+many requests lie one after another in one row of T; only `attend` knows which belong together, and only it touches
+the cache. The family's differences are flags of `ModelConfig`, resolved when a layer is built.
+
+What it does not do: batching, pages, sampling. Callers run it under torch.inference_mode().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvist.models.config import ModelConfig
+from kvist.models.parallel import (
+    ColumnParallelLinear,
+    Projection,
+    RowParallelLinear,
+    TensorParallel,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    VocabShare,
+)
+from kvist.models.rope import inverse_frequencies, rotate, rotation
+from kvist.models.weights import WeightReader
+
+# attend(layer, q, k, v) -> out. q and out [T, num_q_heads_local, head_dim]; k, v [T, num_kv_heads_local, head_dim],
+# k already rotated. It writes k and v to the cache, then attends over it. The tensors may be strided views.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(RMSNorm(x + residual) * weight, x + residual): the two steps between any two blocks, in one place."""
+    total = x if residual is None else x + residual
+    return F.rms_norm(total, weight.shape, weight, eps), total
+
+
+class Attention:
+    def __init__(self, config: ModelConfig, reader: WeightReader, prefix: str, tp: TensorParallel) -> None:
+        q_heads = tp.share(config.num_heads, "attention heads")
+        kv_heads = tp.kv_heads(config.num_kv_heads)
+        self._num_q_heads = q_heads.stop - q_heads.start
+        self._num_kv_heads = kv_heads.stop - kv_heads.start
+        self._head_dim = config.head_dim
+        self._eps = config.rms_norm_eps
+        q_rows, kv_rows = _scaled(q_heads, config.head_dim), _scaled(kv_heads, config.head_dim)
+        rows = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}
+        self._qkv = ColumnParallelLinear(
+            reader,
+            [Projection(name=f"{prefix}.{name}", rows=part) for name, part in rows.items()],
+            bias=config.attention_bias,
+        )
+        self._output = RowParallelLinear(reader, f"{prefix}.o_proj", q_rows, tp, bias=config.attention_output_bias)
+        self._qk_weight = self._read_qk_norm(reader, prefix) if config.qk_norm else None
+
+    def _read_qk_norm(self, reader: WeightReader, prefix: str) -> Tensor:
+        """[num_q_heads + num_kv_heads, head_dim]: q's and k's norm weights, one row a head."""
+        q_weight, k_weight = (reader.read(f"{prefix}.{name}.weight") for name in ("q_norm", "k_norm"))
+        return torch.cat((q_weight.expand(self._num_q_heads, -1), k_weight.expand(self._num_kv_heads, -1)))
+
+    def __call__(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        heads = self._qkv(x).view(x.shape[0], -1, self._head_dim)
+        num_rotated = self._num_q_heads + self._num_kv_heads
+        qk, v = heads[:, :num_rotated], heads[:, num_rotated:]
+        if self._qk_weight is not None:
+            qk = F.rms_norm(qk, (self._head_dim,), None, self._eps) * self._qk_weight
+        qk = rotate(qk, cos, sin)
+        q, k = qk[:, : self._num_q_heads], qk[:, self._num_q_heads :]
+        return self._output(attend(layer, q, k, v).reshape(x.shape[0], -1))
+
+
+class GatedMlp:
+    def __init__(self, config: ModelConfig, reader: WeightReader, prefix: str, tp: TensorParallel) -> None:
+        rows = tp.share(config.intermediate_size, "MLP rows")
+        projections = [Projection(name=f"{prefix}.{name}", rows=rows) for name in ("gate_proj", "up_proj")]
+        self._gate_up = ColumnParallelLinear(reader, projections, bias=False)
+        self._down = RowParallelLinear(reader, f"{prefix}.down_proj", rows, tp, bias=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self._gate_up(x).chunk(2, dim=-1)
+        return self._down(F.silu(gate).mul_(up))
+
+
+class DecoderLayer:
+    def __init__(self, config: ModelConfig, reader: WeightReader, layer: int, tp: TensorParallel) -> None:
+        prefix = f"model.layers.{layer}"
+        self._layer = layer
+        self._eps = config.rms_norm_eps
+        self._attention_norm = reader.read(f"{prefix}.input_layernorm.weight")
+        self._attention = Attention(config, reader, f"{prefix}.self_attn", tp)
+        self._mlp_norm = reader.read(f"{prefix}.post_attention_layernorm.weight")
+        self._mlp = GatedMlp(config, reader, f"{prefix}.mlp", tp)
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = add_rms_norm(x, residual, self._attention_norm, self._eps)
+        x = self._attention(x, self._layer, cos, sin, attend)
+        x, residual = add_rms_norm(x, residual, self._mlp_norm, self._eps)
+        return self._mlp(x), residual
+
+
+class VocabularyEnds:
+    """The embedding and the head. When they are tied the checkpoint has one matrix for both."""
+
+    def __init__(self, config: ModelConfig, reader: WeightReader, tp: TensorParallel) -> None:
+        share = VocabShare.of(config.vocab_size, tp)
+        weight = share.read(reader, "model.embed_tokens.weight")
+        self.embed = VocabParallelEmbedding(weight, share, tp)
+        head_weight = weight if config.tie_word_embeddings else share.read(reader, "lm_head.weight")
+        self.head = VocabParallelHead(head_weight, config.vocab_size, tp)
+        self.norm = reader.read("model.norm.weight")
+
+
+class CausalLM:
+    """This rank's part of a model, ready to run. Immutable once built, so any number of callers may share it."""
+
+    def __init__(
+        self, config: ModelConfig, ends: VocabularyEnds, layers: list[DecoderLayer], tp: TensorParallel
+    ) -> None:
+        self.config = config
+        self.num_q_heads_local = _length(tp.share(config.num_heads, "attention heads"))
+        self.num_kv_heads_local = _length(tp.kv_heads(config.num_kv_heads))
+        self._ends = ends
+        self._layers = layers
+        self._frequencies = inverse_frequencies(config).to(ends.norm.device)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """token_ids, positions [T] int64 -> hidden [T, hidden_size] after the last norm, in the model's dtype."""
+        cos, sin = rotation(positions, self._frequencies)
+        x, residual = self._ends.embed(token_ids), None
+        for layer in self._layers:
+            x, residual = layer(x, residual, cos, sin, attend)
+        return add_rms_norm(x, residual, self._ends.norm, self.config.rms_norm_eps)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden_size]: the rows a token is chosen for -> [R, vocab_size] fp32, whole on every rank."""
+        return self._ends.head(hidden)
+
+
+def _scaled(heads: slice, head_dim: int) -> slice:
+    return slice(heads.start * head_dim, heads.stop * head_dim)
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)

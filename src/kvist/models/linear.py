@@ -1,0 +1,78 @@
+"""One matrix product, the quickest way this device has: y = x W^T + b.
+
+On CPUs the weight is packed once by oneDNN and its plain form dropped; batches below four rows are padded to four,
+where the packed kernel is quickest per call. Measured on 2 cores of an AMD EPYC (Zen 4, AVX-512, bf16 instructions)
+with torch 2.13: milliseconds for all 121 matrices of one SmolLM2-135M step (best of 8), by number of rows.
+
+    fp32, threads    rows: 1     2     3     4     8    16    64   256
+    F.linear        1     64   162   143    82    87   111   301   988
+    w @ x.t()       1     66    54    74    47    79   114   261   923
+    packed          1     41    55    46    44    54    67   200   719
+    packed, padded  1     37    42    48     -     -     -     -     -
+    F.linear        2     57    89   114    74    66    85   165   608
+    w @ x.t()       2     53    30    35    37    41    63   141   480
+    packed          2     36    40    39    21    33    52    96   373
+    packed, padded  2     32    26    26     -     -     -     -     -
+    bf16
+    F.linear        2     28    23    28    28    30    36    70   295
+    packed          2     20    21    20    15    21    20    55   184
+    packed, padded  2     18    23    22     -     -     -     -     -
+
+The hint that packing takes (rows expected) hardly matters: 4, 8, 16 and 32 are within the noise of each other.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PACK_ROWS_HINT = 16
+MIN_PACKED_ROWS = 4
+
+
+class Linear(Protocol):
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [num_rows, in_features] -> [num_rows, out_features], same dtype."""
+        ...
+
+
+class PlainLinear:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight  # [out_features, in_features]
+        self._bias = bias  # [out_features]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+
+class PackedLinear:
+    """oneDNN's packed weight. A row's result does not depend on the other rows beyond rounding."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS_HINT)
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        num_rows = x.shape[0]
+        if num_rows < MIN_PACKED_ROWS:
+            x = F.pad(x, (0, 0, 0, MIN_PACKED_ROWS - num_rows))
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, self._bias, "none", [], "")
+        return y[:num_rows]
+
+
+def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """The strategy for the weight's device and dtype. The caller must not keep `weight`: packing replaces it."""
+    if weight.device.type == "cpu" and _can_pack(weight.dtype):
+        return PackedLinear(weight, bias)
+    return PlainLinear(weight, bias)
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    if not torch._C._has_mkldnn:
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float32

@@ -1,0 +1,79 @@
+"""Builds a model from a checkpoint: choose the source, check it, then let two threads read and pack layer by layer.
+
+Reading, dequantising and packing release the GIL, and a layer's plain weights die as soon as it is packed, so the peak
+memory is the model plus two layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kvist.checkpoint import Checkpoint, CheckpointKind
+from kvist.errors import ConfigError
+from kvist.models.config import ModelConfig
+from kvist.models.decoder import CausalLM, DecoderLayer, VocabularyEnds
+from kvist.models.parallel import TensorParallel
+from kvist.models.weights import WeightReader, WeightSource, check_tensors, expected_tensors
+
+NUM_LOADING_THREADS = 2
+
+LoadFormat = Literal["auto", "dummy"]  # auto: what the checkpoint holds; dummy: random weights of the right shapes
+Progress = Callable[[int, int], None]  # (tensors loaded, tensors in all), called on the caller's thread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    dtype: torch.dtype
+    device: torch.device
+    tp: TensorParallel
+    load_format: LoadFormat
+    seed: int
+
+
+def load_weights(checkpoint: Checkpoint, config: ModelConfig, options: LoadOptions, progress: Progress) -> CausalLM:
+    if options.dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"dtype {options.dtype} is not served; float32 and bfloat16 are", param="dtype")
+    # refuse a TP size that does not fit before reading anything
+    options.tp.share(config.num_heads, "attention heads")
+    options.tp.kv_heads(config.num_kv_heads)
+    options.tp.share(config.intermediate_size, "MLP rows")
+    source = _open_source(checkpoint, config, options)
+    check_tensors(source, config)
+    return _build(config, WeightReader(source, dtype=options.dtype, device=options.device), options.tp, progress)
+
+
+def _open_source(checkpoint: Checkpoint, config: ModelConfig, options: LoadOptions) -> WeightSource:
+    if options.load_format == "dummy":
+        from kvist.models.weights_dummy import DummySource
+
+        return DummySource(config, seed=options.seed, device=options.device)
+    if checkpoint.kind is CheckpointKind.GGUF:
+        from kvist.models.weights_gguf import GgufSource
+
+        return GgufSource(checkpoint.path, config)
+    from kvist.models.weights_safetensors import SafetensorsSource
+
+    return SafetensorsSource(checkpoint.path)
+
+
+def _build(config: ModelConfig, reader: WeightReader, tp: TensorParallel, progress: Progress) -> CausalLM:
+    num_tensors = len(expected_tensors(config))
+    with ThreadPoolExecutor(NUM_LOADING_THREADS, thread_name_prefix="load") as pool:
+        ends = pool.submit(VocabularyEnds, config, reader, tp)
+        pending = [pool.submit(DecoderLayer, config, reader, layer, tp) for layer in range(config.num_layers)]
+        try:
+            layers = []
+            for layer in pending:
+                layers.append(layer.result())
+                progress(min(reader.num_read, num_tensors), num_tensors)
+            model = CausalLM(config, ends.result(), layers, tp)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    progress(num_tensors, num_tensors)
+    return model

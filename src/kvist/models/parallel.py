@@ -1,0 +1,164 @@
+"""Tensor parallelism: which part of each matrix a rank holds, and the layers that put the parts together.
+
+Columns-then-rows, as in Megatron-LM (https://arxiv.org/abs/1909.08053): q, k, v, gate and up are split by output
+rows; o and down by input columns, followed by one all-reduce; the vocabulary is split by rows at both ends. Whole
+heads go to one rank. With more ranks than KV heads each KV head is replicated on `size / num_kv_heads` ranks.
+Size 1 is the same code and never touches torch.distributed.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvist.errors import ConfigError
+from kvist.models.linear import make_linear
+from kvist.models.weights import WeightReader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorParallel:
+    """One rank's view of its group. `group` None means torch.distributed's default group."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks, in place; every rank gets the same bits."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x [num_rows, n] of each rank -> [num_rows, n * size], in rank order."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
+
+    def share(self, total: int, what: str) -> slice:
+        """This rank's [start, stop) of `total` equal things."""
+        if total % self.size:
+            raise ConfigError(f"--tp {self.size} does not divide the model's {total} {what}", param="tp")
+        count = total // self.size
+        return slice(self.rank * count, (self.rank + 1) * count)
+
+    def kv_heads(self, num_kv_heads: int) -> slice:
+        """This rank's KV heads: a share of them, or one that it has in common with its neighbours."""
+        if self.size <= num_kv_heads:
+            return self.share(num_kv_heads, "KV heads")
+        if self.size % num_kv_heads:
+            raise ConfigError(
+                f"--tp {self.size} is above the model's {num_kv_heads} KV heads and not a multiple of them", param="tp"
+            )
+        head = self.rank // (self.size // num_kv_heads)
+        return slice(head, head + 1)
+
+
+def join_tensor_parallel(*, rank: int, size: int, init_method: str, backend: str, timeout_s: float) -> TensorParallel:
+    """Meet the other ranks (a collective: all call it). `init_method` as torch.distributed has it: file://, tcp://."""
+    if size > 1:
+        dist.init_process_group(
+            backend,
+            init_method=init_method,
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+    return TensorParallel(rank=rank, size=size)
+
+
+def leave_tensor_parallel(tp: TensorParallel) -> None:
+    if tp.size > 1:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """One matrix of the checkpoint and the output rows of it that this rank computes."""
+
+    name: str  # without .weight or .bias
+    rows: slice
+
+
+class ColumnParallelLinear:
+    """Split by output rows; several projections of one input are fused into one product (q+k+v, gate+up)."""
+
+    def __init__(self, reader: WeightReader, projections: Sequence[Projection], *, bias: bool) -> None:
+        weights = [reader.read(f"{p.name}.weight", p.rows) for p in projections]
+        biases = [reader.read(f"{p.name}.bias", p.rows) for p in projections] if bias else None
+        self._linear = make_linear(torch.cat(weights), None if biases is None else torch.cat(biases))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in_features] -> [T, this rank's rows of all projections]."""
+        return self._linear(x)
+
+
+class RowParallelLinear:
+    """Split by input columns; the partial products are summed over ranks."""
+
+    def __init__(self, reader: WeightReader, name: str, columns: slice, tp: TensorParallel, *, bias: bool) -> None:
+        weight = reader.read(f"{name}.weight", slice(None), columns)
+        # the bias belongs to the sum, so only one rank adds it
+        own_bias = reader.read(f"{name}.bias") if bias and tp.rank == 0 else None
+        self._linear = make_linear(weight, own_bias)
+        self._tp = tp
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, this rank's columns] -> [T, out_features], the same on every rank."""
+        return self._tp.all_reduce(self._linear(x))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabShare:
+    """Rows [start, stop) of the vocabulary; the last rank's are padded with zeros to `num_rows`."""
+
+    start: int
+    stop: int
+    num_rows: int
+
+    @classmethod
+    def of(cls, vocab_size: int, tp: TensorParallel) -> VocabShare:
+        num_rows = -(-vocab_size // tp.size)
+        start = min(tp.rank * num_rows, vocab_size)
+        return cls(start=start, stop=min(start + num_rows, vocab_size), num_rows=num_rows)
+
+    def read(self, reader: WeightReader, name: str) -> Tensor:
+        weight = reader.read(name, slice(self.start, self.stop))
+        missing = self.num_rows - weight.shape[0]
+        return F.pad(weight, (0, 0, 0, missing)) if missing else weight
+
+
+class VocabParallelEmbedding:
+    def __init__(self, weight: Tensor, share: VocabShare, tp: TensorParallel) -> None:
+        self._weight = weight  # [share.num_rows, hidden_size]
+        self._share = share
+        self._tp = tp
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """token_ids [T] int64 -> [T, hidden_size]."""
+        if self._tp.size == 1:
+            return F.embedding(token_ids, self._weight)
+        foreign = (token_ids < self._share.start) | (token_ids >= self._share.stop)
+        local_ids = (token_ids - self._share.start).masked_fill(foreign, 0)
+        rows = F.embedding(local_ids, self._weight).masked_fill(foreign.unsqueeze(1), 0.0)
+        return self._tp.all_reduce(rows)
+
+
+class VocabParallelHead:
+    def __init__(self, weight: Tensor, vocab_size: int, tp: TensorParallel) -> None:
+        self._linear = make_linear(weight)
+        self._vocab_size = vocab_size
+        self._tp = tp
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden_size] -> logits [R, vocab_size] fp32, whole on every rank."""
+        return self._tp.all_gather(self._linear(hidden))[:, : self._vocab_size].float()

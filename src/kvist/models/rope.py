@@ -1,0 +1,49 @@
+"""Rotary position embedding over half-split heads: dimension i turns with i + head_dim / 2.
+
+Angles are computed for the positions of each step: for the few positions of a step this costs less than a table of
+the whole context, and it has no limit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvist.models.config import DividedRope, LinearRope, Llama3Rope, ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position, [head_dim / 2], fp32."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if isinstance(scaling, LinearRope):
+        return frequencies / scaling.factor
+    if isinstance(scaling, DividedRope):
+        return frequencies / torch.tensor(scaling.divisors)
+    if isinstance(scaling, Llama3Rope):
+        return _llama3(frequencies, scaling)
+    return frequencies
+
+
+def _llama3(frequencies: Tensor, scaling: Llama3Rope) -> Tensor:
+    """Wavelengths beyond original/low are slowed down, those under original/high are kept, between them a blend."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # over the original context
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0.0, 1.0)
+    return frequencies * keep + frequencies / scaling.factor * (1.0 - keep)
+
+
+def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """positions [T] -> (cos, sin), each [T, 1, head_dim / 2], fp32."""
+    angles = positions.unsqueeze(1).float() * frequencies
+    return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """heads [T, num_heads, head_dim] -> the same, rotated; computed in fp32 whatever the dtype."""
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(heads.dtype)

@@ -1,0 +1,103 @@
+"""Weights of a GGUF file, dequantised by the gguf library a tensor at a time (it holds float32 only while in use).
+
+Llama files store the rows of q and k of each head as rotation pairs (0, D/2, 1, D/2+1, ...), because llama.cpp turns
+neighbouring dimensions; we turn halves (rope.py), so that order is undone here. Qwen files keep the halves.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quant_shape_to_byte_shape
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvist.checkpoint import GgufTensor, read_gguf_header
+from kvist.errors import ModelLoadError
+from kvist.models.config import ModelConfig
+from kvist.models.config_gguf import ROPE_DIVISORS
+from kvist.models.registry import family_named
+from kvist.models.weights import Shape
+
+_ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<stem>\w+)\.(?P<kind>weight|bias)")
+_DEQUANTISE_BYTES = 1 << 16  # the library works on 16 rows at a time: long rows keep its overhead down
+
+
+def hf_name(gguf_name: str) -> str:
+    """The Hugging Face name; a name we do not know stays as it is, and is reported as unexpected."""
+    match = _NAME.fullmatch(gguf_name)
+    if match is None:
+        return gguf_name
+    if match["layer"] is None:
+        stem = _ENDS.get(match["stem"])
+        return gguf_name if stem is None else f"{stem}.{match['kind']}"
+    stem = _LAYER.get(match["stem"])
+    return gguf_name if stem is None else f"model.layers.{match['layer']}.{stem}.{match['kind']}"
+
+
+class GgufSource:
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        self.origin = str(path)
+        header = read_gguf_header(path)
+        self._tensors = {hf_name(name): tensor for name, tensor in header.tensors.items() if name != ROPE_DIVISORS}
+        self.shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self._bytes: NDArray[np.uint8] = np.memmap(path, mode="r", dtype=np.uint8)
+        self._head_dim = config.head_dim
+        self._interleaved = family_named(config.family, field="family", origin=str(path)).gguf_interleaves_rotation
+
+    def read(self, name: str, rows: slice, columns: slice) -> Tensor:
+        tensor = self._tensors[name]
+        raw, kind = self._raw(tensor, rows)
+        values = torch.from_numpy(self._dequantise(raw, kind, tensor))
+        if self._interleaved and (".q_proj." in name or ".k_proj." in name):
+            values = self._split_halves(values)
+        return values[:, columns].contiguous() if values.ndim > 1 else values
+
+    def _raw(self, tensor: GgufTensor, rows: slice) -> tuple[NDArray[np.uint8], GGMLQuantizationType]:
+        """The stored bytes of some rows, [num_rows, row_bytes]; a vector is one element a row."""
+        try:
+            kind = GGMLQuantizationType(tensor.ggml_type)
+            row_shape = tensor.shape[1:] if len(tensor.shape) > 1 else (1,)
+            row_bytes = math.prod(quant_shape_to_byte_shape(row_shape, kind))
+        except (ValueError, KeyError) as error:
+            raise ModelLoadError(f"{self.origin}: tensor {tensor.name}: {error}") from error
+        end = tensor.offset + tensor.shape[0] * row_bytes
+        if end > self._bytes.size:
+            raise ModelLoadError(f"{self.origin}: the file ends inside tensor {tensor.name}; it is cut short")
+        return self._bytes[tensor.offset : end].reshape(tensor.shape[0], row_bytes)[rows], kind
+
+    def _dequantise(
+        self, raw: NDArray[np.uint8], kind: GGMLQuantizationType, tensor: GgufTensor
+    ) -> NDArray[np.float32]:
+        num_rows, row_bytes = raw.shape
+        whole_rows = max(1, math.gcd(num_rows, max(1, _DEQUANTISE_BYTES // row_bytes)))
+        try:
+            values = dequantize(raw.reshape(num_rows // whole_rows, -1), kind)
+        except NotImplementedError as error:
+            raise ModelLoadError(f"{self.origin}: tensor {tensor.name}: {error}") from error
+        shaped: NDArray[np.float32] = np.array(values, dtype=np.float32).reshape(num_rows, *tensor.shape[1:])
+        return shaped
+
+    def _split_halves(self, values: Tensor) -> Tensor:
+        """Rows of each head from (0, D/2, 1, D/2+1, ...) back to (0, 1, ..., D-1)."""
+        heads = values.reshape(-1, self._head_dim // 2, 2, *values.shape[1:])
+        return heads.transpose(1, 2).reshape(values.shape)
