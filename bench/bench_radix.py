@@ -135,7 +135,8 @@ def main() -> None:
     ]
     report(rows)
     if settings.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        root = Path(__file__).parent
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
         result = {
             "commit": commit.stdout.strip() or None,
             "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()},

@@ -100,16 +100,16 @@ class RadixMachine(RuleBasedStateMachine):
                 self.unused_since[prefix] = self.time
             elif not any(other.reads(prefix) for other in others):
                 released.append(self.pages[prefix])
-                heir = self.oldest_duplicate(prefix)
+                heir = self.newest_duplicate(prefix)
                 self.pages[prefix] = heir.duplicates.pop(prefix)
                 taken.append(self.pages[prefix])
         moves = self.tree.unpin(model_pin.pin)
         assert (moves.taken, moves.released) == (taken, released)
         assert list(model_pin.pin.duplicates.values()) == list(model_pin.duplicates.values())
 
-    def oldest_duplicate(self, prefix: Prefix) -> ModelPin:
-        # Page numbers only grow, so the oldest duplicate has the lowest.
-        return min((pin for pin in self.model_pins if prefix in pin.duplicates), key=lambda pin: pin.duplicates[prefix])
+    def newest_duplicate(self, prefix: Prefix) -> ModelPin:
+        # Page numbers only grow, so the newest duplicate has the highest.
+        return max((pin for pin in self.model_pins if prefix in pin.duplicates), key=lambda pin: pin.duplicates[prefix])
 
     def unused_leaves(self) -> list[Prefix]:
         return [
@@ -188,6 +188,20 @@ def test_using_a_page_again_postpones_its_eviction() -> None:
     insert(tree, "a", 10)
     insert(tree, "b", 20)
     insert(tree, "a", 30)
+    assert tree.evict() == 20
+
+
+def test_when_the_last_reader_leaves_the_newest_duplicate_takes_its_place() -> None:
+    tree = RadixTree("space")
+    first, second, third = (tree.pin([], "") for _ in range(3))
+    for pin, page_id in ((first, 10), (second, 20), (third, 30)):
+        tree.extend(pin, [(b"a", page_id)])
+    moves = tree.unpin(first)
+    assert (moves.taken, moves.released) == ([30], [10])
+    assert tree.num_evictable == 0
+    moves = tree.unpin(third)
+    assert (moves.taken, moves.released) == ([20], [30])
+    tree.unpin(second)
     assert tree.evict() == 20
 
 

@@ -154,7 +154,7 @@ class RadixTree:
                 node.num_readers -= 1
                 if node.num_readers == 0:
                     if node.duplicates:
-                        self._hand_over(node, node.duplicates.pop(0), moves)
+                        self._hand_over(node, node.duplicates.pop(), moves)  # the newest is likely to stay longest
                     else:
                         self._idle[node] = None
             node = node.parent
