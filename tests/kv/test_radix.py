@@ -72,10 +72,10 @@ class RadixMachine(RuleBasedStateMachine):
 
     @rule(model_pin=pins, word=WORDS)
     def extend(self, model_pin: ModelPin, word: str) -> None:
-        taken, released, pages = [], [], []
+        taken, released, page_ids = [], [], []
         for letter in word:
             page_id, self.next_page = self.next_page, self.next_page + 1
-            pages.append((letter.encode(), page_id))
+            page_ids.append(page_id)
             prefix = model_pin.reached = (*model_pin.reached, letter)
             readers = [other for other in self.model_pins if other is not model_pin and other.uses(prefix)]
             if prefix in self.pages and readers:
@@ -85,7 +85,7 @@ class RadixMachine(RuleBasedStateMachine):
                 released.append(self.pages[prefix])
             self.pages[prefix] = page_id
             taken.append(page_id)
-        moves = self.tree.extend(model_pin.pin, pages)
+        moves = self.tree.extend(model_pin.pin, keys(word), page_ids)
         assert (moves.taken, moves.released) == (taken, released)
 
     @rule(model_pin=consumes(pins))
@@ -164,7 +164,8 @@ TestRadix = RadixMachine.TestCase
 
 def insert(tree: RadixTree, word: str, first_page_id: int, salt: str = "") -> None:
     pin = tree.pin(keys(word), salt)
-    tree.extend(pin, [(key, first_page_id + i) for i, key in enumerate(keys(word)) if i >= pin.num_pages])
+    num_cached, num_pages = pin.num_pages, len(word)
+    tree.extend(pin, keys(word)[num_cached:], range(first_page_id + num_cached, first_page_id + num_pages))
     tree.unpin(pin)
 
 
@@ -195,7 +196,7 @@ def test_when_the_last_reader_leaves_the_newest_duplicate_takes_its_place() -> N
     tree = RadixTree("space")
     first, second, third = (tree.pin([], "") for _ in range(3))
     for pin, page_id in ((first, 10), (second, 20), (third, 30)):
-        tree.extend(pin, [(b"a", page_id)])
+        tree.extend(pin, [b"a"], [page_id])
     moves = tree.unpin(first)
     assert (moves.taken, moves.released) == ([30], [10])
     assert tree.num_evictable == 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvist.kv.keys import page_keys
+from kvist.kv.keys import iter_page_keys, page_keys
 from kvist.kv.pages import PageCounts, PageLedger, PageState
 from kvist.kv.radix import Moves, Pin, RadixTree
 
@@ -53,7 +53,7 @@ class PageCache:
         Who must compute at least the last token passes `len(token_ids) - 1`.
         """
         num_pages = min(len(token_ids), max_tokens) // self._page_size
-        pin = self._tree.pin(page_keys(token_ids, self._page_size, 0, num_pages), cache_salt)
+        pin = self._tree.pin(iter_page_keys(token_ids, self._page_size, num_pages), cache_salt)
         return PageLease(page_ids=pin.page_ids, num_cached_tokens=pin.num_pages * self._page_size, _pin=pin)
 
     def grow(self, lease: PageLease, num_tokens: int) -> bool:
@@ -87,7 +87,7 @@ class PageCache:
         assert last <= len(lease.page_ids), "committed beyond the pages"
         assert not lease._in_flight, "end the transfer before the pages are shared"
         keys = page_keys(token_ids, self._page_size, first, last)
-        self._apply(self._tree.extend(lease._pin, zip(keys, lease.page_ids[first:last], strict=True)))
+        self._apply(self._tree.extend(lease._pin, keys, lease.page_ids[first:last]))
 
     def close(self, lease: PageLease) -> None:
         """Unpins what is shared and frees what the lease owns. No page of it may be in flight. Once only."""
@@ -118,7 +118,7 @@ class PageCache:
 
     def probe(self, token_ids: Sequence[int], cache_salt: str = "") -> int:
         """How many tokens `open` would find cached. Changes nothing, not even what is evicted next."""
-        keys = page_keys(token_ids, self._page_size, 0, len(token_ids) // self._page_size)
+        keys = iter_page_keys(token_ids, self._page_size, len(token_ids) // self._page_size)
         return len(self._tree.match(keys, cache_salt)) * self._page_size
 
     def flush(self) -> int:

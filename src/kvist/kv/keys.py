@@ -19,19 +19,22 @@ _TOKEN_BYTES = 4
 _PAGES_AT_ONCE = 64  # encoded together: enough to amortise the call, few enough to stay in the nearest CPU cache
 
 
-def page_keys(token_ids: Sequence[int], page_size: int, first_page: int, last_page: int) -> Iterator[bytes]:
+def page_keys(token_ids: Sequence[int], page_size: int, first_page: int, last_page: int) -> list[bytes]:
     """The tokens of each page in [first_page, last_page) as int32 little-endian: the tree's edges.
 
-    Lazy, so that a match which breaks off early has not encoded the rest. Raises struct.error for an id beyond int32.
+    Raises struct.error for a token id beyond int32.
     """
+    num_tokens = (last_page - first_page) * page_size
+    # struct takes half the time of numpy or array here, which go through the iterator protocol.
+    encoded = struct.pack(f"<{num_tokens}i", *token_ids[first_page * page_size : last_page * page_size])
     key_bytes = page_size * _TOKEN_BYTES
-    for page in range(first_page, last_page, _PAGES_AT_ONCE):
-        num_pages = min(_PAGES_AT_ONCE, last_page - page)
-        chunk = token_ids[page * page_size : (page + num_pages) * page_size]
-        # struct takes half the time of numpy or array here, which go through the iterator protocol.
-        encoded = struct.pack(f"<{num_pages * page_size}i", *chunk)
-        for start in range(0, len(encoded), key_bytes):
-            yield encoded[start : start + key_bytes]
+    return [encoded[start : start + key_bytes] for start in range(0, len(encoded), key_bytes)]
+
+
+def iter_page_keys(token_ids: Sequence[int], page_size: int, num_pages: int) -> Iterator[bytes]:
+    """`page_keys` of [0, num_pages), encoded as they are asked for: a match may break off early."""
+    for page in range(0, num_pages, _PAGES_AT_ONCE):
+        yield from page_keys(token_ids, page_size, page, min(page + _PAGES_AT_ONCE, num_pages))
 
 
 def root_digest(namespace: str, cache_salt: str = "") -> bytes:
@@ -50,7 +53,7 @@ def page_digests(token_ids: Sequence[int], page_size: int, namespace: str, cache
     """One digest for each full page of `token_ids`; tokens after the last full page have none."""
     digest = root_digest(namespace, cache_salt)
     digests = []
-    for key in page_keys(token_ids, page_size, 0, len(token_ids) // page_size):
+    for key in iter_page_keys(token_ids, page_size, len(token_ids) // page_size):
         digest = chain_digest(digest, key)
         digests.append(digest)
     return digests

@@ -18,7 +18,7 @@ up (`Moves`); the states of pages are the ledger's.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvist.kv.keys import chain_digest, root_digest
@@ -113,14 +113,14 @@ class RadixTree:
             node.num_readers += 1
         return Pin(path[-1] if path else root, [node.page_id for node in path], len(path))
 
-    def extend(self, pin: Pin, pages: Iterable[tuple[bytes, int]]) -> Moves:
-        """Moves the pin down along `pages`, pairs (key, the request's own page with those tokens' K/V).
+    def extend(self, pin: Pin, keys: Sequence[bytes], page_ids: Sequence[int]) -> Moves:
+        """Moves the pin down along `keys`; `page_ids` are the request's own pages with those tokens' K/V.
 
         A page new to the tree is taken. Where the tree has the page already: in use by others, the request keeps its
         own as a duplicate; unused, the tree takes the request's page and releases its own.
         """
         moves = Moves()
-        for key, page_id in pages:
+        for key, page_id in zip(keys, page_ids, strict=True):
             parent = pin.node
             node = parent.children.get(key)
             if node is None:
