@@ -12,6 +12,8 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
+import msgspec
+
 from kvist import wire
 from kvist.channel import ChannelConfig, EngineChannel
 from kvist.request import EpochId, FinishReason, Mode, Outcome, RequestId, WorkerId
@@ -88,7 +90,7 @@ class FakeEngine:
     ) -> None:
         spec = spec or make_spec()
         self.channel = EngineChannel(bind, epoch=spec.epoch, config=config)
-        self.spec = wire.msgspec.structs.replace(spec, endpoint=self.channel.endpoint)
+        self.spec = msgspec.structs.replace(spec, endpoint=self.channel.endpoint)
         self.tokens_per_message = tokens_per_message
         self.hold = False
         self.silent = False  # reads, and says nothing
@@ -154,7 +156,7 @@ class FakeEngine:
         self.submitted.append(submit)
         request = submit.request
         if self.refusal is not None:
-            ended = wire.msgspec.structs.replace(self.refusal, request_id=request.request_id)
+            ended = msgspec.structs.replace(self.refusal, request_id=request.request_id)
             self.channel.send(sender, wire.StepOutputs(ended=(ended,)))
             return
         self._held[request.request_id] = sender
@@ -180,9 +182,17 @@ class FakeEngine:
                 ended.setdefault(stream.gateway, []).append(end)
         for gateway in chunks.keys() | ended.keys():
             outputs = wire.StepOutputs(chunks=tuple(chunks.get(gateway, ())), ended=tuple(ended.get(gateway, ())))
-            while not self.channel.send(gateway, outputs):  # full, since nothing slows us down; or gone
-                if self._stopping.wait(0.001) or not self.channel.send(gateway, wire.Welcome(spec=self.spec)):
-                    break
+            self._send(gateway, outputs)
+
+    def _send(self, gateway: bytes, outputs: wire.StepOutputs) -> None:
+        """Wait for room: nothing else slows this engine down. A gateway that stays full or is gone is dropped."""
+        for _ in range(2_000):
+            if self.channel.send(gateway, outputs):
+                return
+            if self._stopping.wait(0.001) or gateway not in self._gateways:
+                break
+        self._gateways.pop(gateway, None)
+        self._streams = deque(s for s in self._streams if s.gateway != gateway)
 
     def _send_report(self) -> None:
         skip = self._reports.popleft()
@@ -194,7 +204,7 @@ class FakeEngine:
             self._send_load(gateway, report)
 
     def _send_load(self, gateway: bytes, report: wire.LoadReport) -> None:
-        self.channel.send(gateway, wire.msgspec.structs.replace(report, sequence=self._gateways[gateway]))
+        self.channel.send(gateway, msgspec.structs.replace(report, sequence=self._gateways[gateway]))
         self._gateways[gateway] += 1
 
 

@@ -1,0 +1,155 @@
+"""Which worker a policy chooses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvist.request import WorkerId
+from kvist.router.config import POLICIES, RouterConfig
+from kvist.router.policies import (
+    CacheAware,
+    LeastLoaded,
+    Policy,
+    Prompt,
+    RoundRobin,
+    WorkerView,
+    decode_policy,
+    num_hit_tokens,
+    prompt_policy,
+)
+
+PAGES = [bytes([i]) * 16 for i in range(20)]
+PROMPT = Prompt(num_tokens=330, digests={"ns": PAGES})
+CACHE_AWARE = CacheAware(cache_threshold=0.1, balance_abs_threshold=32, balance_rel_threshold=1.5)
+
+
+def view(
+    name: str, *, num_pages: int = 0, num_requests: int = 0, pending: int = 0, namespace: str = "ns"
+) -> WorkerView:
+    return WorkerView(
+        worker_id=WorkerId(name),
+        namespace=namespace,
+        page_size=16,
+        num_requests=num_requests,
+        num_pending_tokens=pending,
+        cached_pages=frozenset(PAGES[:num_pages]),
+    )
+
+
+def test_round_robin_takes_each_in_turn_while_workers_come_and_go() -> None:
+    policy = RoundRobin()
+    a, b, c = view("a"), view("b"), view("c")
+    assert [policy.choose(PROMPT, [c, a, b]) for _ in range(4)] == ["a", "b", "c", "a"]
+    assert [policy.choose(PROMPT, [a, c]) for _ in range(3)] == ["c", "a", "c"]
+
+
+def test_least_loaded_counts_requests_then_prompt_tokens_in_line() -> None:
+    policy = LeastLoaded()
+    assert policy.choose(PROMPT, [view("a", num_requests=2), view("b", num_requests=1)]) == "b"
+    assert policy.choose(PROMPT, [view("a", num_requests=1, pending=900), view("b", num_requests=1)]) == "b"
+
+
+def test_cache_aware_prefers_the_longest_cached_prefix() -> None:
+    assert CACHE_AWARE.choose(PROMPT, [view("a", num_pages=4), view("b", num_pages=9), view("c")]) == "b"
+
+
+def test_only_the_leading_run_of_pages_counts() -> None:
+    torn = WorkerView(
+        worker_id=WorkerId("torn"),
+        namespace="ns",
+        page_size=16,
+        num_requests=0,
+        num_pending_tokens=0,
+        cached_pages=frozenset(PAGES[1:]),
+    )
+    assert num_hit_tokens(PROMPT, torn) == 0
+    assert CACHE_AWARE.choose(PROMPT, [torn, view("z", num_pages=5)]) == "z"
+
+
+def test_pages_of_another_namespace_do_not_count() -> None:
+    assert num_hit_tokens(PROMPT, view("a", num_pages=9, namespace="other")) == 0
+
+
+def test_a_hit_below_the_threshold_does_not_attract() -> None:
+    short = view("a", num_pages=2, num_requests=1)  # 32 of 330 tokens
+    assert CACHE_AWARE.choose(PROMPT, [short, view("b", num_requests=0)]) == "b"
+    everything_counts = CacheAware(cache_threshold=0.0, balance_abs_threshold=32, balance_rel_threshold=1.5)
+    assert everything_counts.choose(PROMPT, [view("a"), view("b", num_pages=1)]) == "b"
+
+
+def test_a_long_prompt_in_line_outweighs_a_hit() -> None:
+    """One slow prompt delays nobody who could go elsewhere."""
+    assert CACHE_AWARE.choose(PROMPT, [view("a", num_pages=10, pending=30_000), view("b")]) == "b"
+
+
+def test_far_apart_loads_go_to_the_least_loaded_whatever_is_cached() -> None:
+    long = Prompt(num_tokens=32_000, digests={"ns": [i.to_bytes(16, "big") for i in range(2_000)]})
+    owner = WorkerView(
+        worker_id=WorkerId("a"),
+        namespace="ns",
+        page_size=16,
+        num_requests=33,
+        num_pending_tokens=0,
+        cached_pages=frozenset(long.digests["ns"]),
+    )
+    assert CACHE_AWARE.choose(long, [owner, view("b")]) == "b"
+    assert CACHE_AWARE.choose(long, [owner, view("b", num_requests=1)]) == "a"  # 32 apart is not more than 32
+    assert CACHE_AWARE.choose(long, [owner, view("b", num_requests=30)]) == "a"
+
+
+def test_equal_workers_are_told_apart_by_room_then_by_name() -> None:
+    full_elsewhere = WorkerView(
+        worker_id=WorkerId("a"),
+        namespace="ns",
+        page_size=16,
+        num_requests=0,
+        num_pending_tokens=0,
+        cached_pages=frozenset({b"x" * 16}),
+    )
+    assert CACHE_AWARE.choose(PROMPT, [full_elsewhere, view("b")]) == "b"
+    assert CACHE_AWARE.choose(PROMPT, [view("b"), view("a")]) == "a"
+
+
+def test_decode_weighs_load_more_than_prefill_does() -> None:
+    config = RouterConfig()
+    workers = [view("a", num_pages=10, num_requests=2), view("b")]  # 160 tokens cached, two requests
+    assert prompt_policy(config).choose(PROMPT, workers) == "a"
+    assert decode_policy(config).choose(PROMPT, workers) == "b"
+
+
+views = st.lists(
+    st.builds(
+        view,
+        st.text("abcdef", min_size=1, max_size=3),
+        num_pages=st.integers(0, 20),
+        num_requests=st.integers(0, 100),
+        pending=st.integers(0, 5_000),
+        namespace=st.sampled_from(["ns", "other"]),
+    ),
+    min_size=1,
+    max_size=6,
+    unique_by=lambda v: v.worker_id,
+)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(calls=st.lists(views, min_size=1, max_size=5))
+def test_every_policy_chooses_a_candidate_and_the_same_one_again(name: str, calls: list[list[WorkerView]]) -> None:
+    config = RouterConfig(policy=name)
+    for build in (prompt_policy, decode_policy):
+        policy: Policy = build(config)
+        for candidates in calls:
+            again = copy.deepcopy(policy)
+            chosen = policy.choose(PROMPT, candidates)
+            assert chosen in {candidate.worker_id for candidate in candidates}
+            assert again.choose(PROMPT, candidates[::-1]) == chosen
+
+
+@given(num_requests=st.integers(0, 50), hits=st.lists(st.integers(3, 20), min_size=2, max_size=5, unique=True))
+def test_at_equal_load_the_longer_hit_wins(num_requests: int, hits: list[int]) -> None:
+    candidates = [view(f"w{i}", num_pages=n, num_requests=num_requests) for i, n in enumerate(hits)]
+    assert CACHE_AWARE.choose(PROMPT, candidates) == f"w{hits.index(max(hits))}"

@@ -1,0 +1,159 @@
+"""What a gateway believes of its workers."""
+
+from __future__ import annotations
+
+import pytest
+from fake_engine import make_load, make_spec
+
+from kvist.errors import ConfigError
+from kvist.request import EpochId, RequestId, WorkerId
+from kvist.router.config import RouterConfig
+from kvist.router.registry import Registry, Worker, WorkerAddress, WorkerState, WorkerUse
+from kvist.wire import Welcome
+
+A, B, C = (bytes([i]) * 16 for i in range(3))
+
+
+def add(registry: Registry, name: str = "http://a", use: WorkerUse | None = None) -> Worker:
+    return registry.add(WorkerAddress(url=name, use=use), 0.0)
+
+
+def welcome(registry: Registry, worker: Worker, **spec: object) -> None:
+    fields = {"worker_id": WorkerId(worker.address.name), **spec}
+    registry.welcomed(worker, Welcome(spec=make_spec(**fields)), 1.0)
+
+
+def test_a_worker_joins_is_ready_is_lost_and_comes_back() -> None:
+    registry = Registry(RouterConfig())
+    worker = add(registry)
+    assert worker.state is WorkerState.JOINING
+    assert registry.ready(WorkerUse.UNIFIED) == []
+    welcome(registry, worker)
+    assert registry.ready(WorkerUse.UNIFIED) == [worker]
+    registry.lost(worker, "gone")
+    assert (worker.state, worker.problem) == (WorkerState.LOST, "gone")
+    assert registry.ready(WorkerUse.UNIFIED) == []
+    welcome(registry, worker, epoch=EpochId("second"))
+    assert (worker.state, worker.problem) == (WorkerState.READY, "")
+
+
+def test_reports_add_and_remove_pages_and_a_snapshot_replaces_them() -> None:
+    registry = Registry(RouterConfig())
+    worker = add(registry)
+    welcome(registry, worker)
+    assert not registry.reported(worker, make_load(0, snapshot=True, cached_added=(A, B)), 1.0)
+    assert not registry.reported(worker, make_load(1, cached_added=(C,), cached_removed=(A,)), 1.0)
+    assert worker.known_pages == {B, C}
+    assert not registry.reported(worker, make_load(2, snapshot=True, cached_added=(A,)), 1.0)
+    assert worker.known_pages == {A}
+
+
+def test_a_gap_in_the_reports_asks_once_for_a_snapshot() -> None:
+    registry = Registry(RouterConfig())
+    worker = add(registry)
+    welcome(registry, worker)
+    registry.reported(worker, make_load(0, snapshot=True, cached_added=(A,)), 1.0)
+    assert registry.reported(worker, make_load(2), 1.0)
+    assert not registry.reported(worker, make_load(3), 1.0), "asked already"
+    assert worker.needs_snapshot
+    registry.reported(worker, make_load(4, snapshot=True), 1.0)
+    assert not worker.needs_snapshot
+    assert worker.known_pages == set()
+
+
+def test_a_lost_workers_pages_are_forgotten() -> None:
+    registry = Registry(RouterConfig())
+    worker = add(registry)
+    welcome(registry, worker)
+    registry.reported(worker, make_load(0, snapshot=True, cached_added=(A,)), 1.0)
+    registry.lost(worker, "gone")
+    assert worker.known_pages == set()
+    assert worker.needs_snapshot
+
+
+def test_remembered_pages_are_bounded_and_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    registry = Registry(RouterConfig(max_known_pages=2))
+    worker = add(registry)
+    welcome(registry, worker)
+    registry.reported(worker, make_load(0, snapshot=True, cached_added=(A, B, C)), 1.0)
+    registry.reported(worker, make_load(1, cached_added=(C,)), 1.0)
+    assert worker.known_pages == {A, B}
+    snapshot = registry.snapshot().workers[0]
+    assert (snapshot.num_known_pages, snapshot.known_pages_limited) == (2, True)
+    assert caplog.text.count("--max-known-pages") == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [
+        ("model_fingerprint", "x", "model"),
+        ("vocab_size", 5, "model"),
+        ("dtype", "bf16", "dtype"),
+        ("page_size", 32, "page"),
+    ],
+)
+def test_a_worker_that_does_not_match_is_refused_and_shown(field: str, value: object, word: str) -> None:
+    registry = Registry(RouterConfig())
+    first, second = add(registry, "http://a"), add(registry, "http://b")
+    welcome(registry, first)
+    with pytest.raises(ConfigError, match=f"serves another {word}"):
+        welcome(registry, second, **{field: value})
+    assert registry.ready(WorkerUse.UNIFIED) == [first]
+    assert "http://a" in registry.snapshot().workers[1].problem
+
+
+def test_another_model_may_come_once_the_first_is_gone() -> None:
+    registry = Registry(RouterConfig())
+    first, second = add(registry, "http://a"), add(registry, "http://b")
+    welcome(registry, first)
+    registry.lost(first, "gone")
+    welcome(registry, second, model_fingerprint="new")
+    assert registry.ready(WorkerUse.UNIFIED) == [second]
+    with pytest.raises(ConfigError, match="another model"):
+        welcome(registry, first, epoch=EpochId("2"))
+
+
+def test_a_unified_worker_may_prefill_and_others_serve_only_their_role() -> None:
+    registry = Registry(RouterConfig())
+    prefill = add(registry, "http://a", WorkerUse.PREFILL)
+    welcome(registry, prefill, role="unified")
+    assert registry.ready(WorkerUse.PREFILL) == [prefill]
+    assert registry.ready(WorkerUse.UNIFIED) == []
+    for role in ("unified", "prefill"):
+        with pytest.raises(ConfigError, match="--role decode"):
+            welcome(registry, add(registry, f"http://{role}", WorkerUse.DECODE), role=role)
+    with pytest.raises(ConfigError, match="--role prefill"):
+        welcome(registry, add(registry, "http://d", WorkerUse.PREFILL), role="decode")
+
+
+def test_a_worker_named_twice_is_used_once() -> None:
+    registry = Registry(RouterConfig())
+    first, second = add(registry, "http://127.0.0.1:1"), add(registry, "http://localhost:1")
+    welcome(registry, first, worker_id=WorkerId("same"))
+    with pytest.raises(ConfigError, match="same worker"):
+        welcome(registry, second, worker_id=WorkerId("same"))
+    with pytest.raises(ConfigError, match="named twice"):
+        add(registry, "http://127.0.0.1:1")
+
+
+def test_another_protocol_version_is_refused() -> None:
+    registry = Registry(RouterConfig())
+    with pytest.raises(ConfigError, match="protocol 99"):
+        registry.welcomed(add(registry), Welcome(spec=make_spec(), protocol_version=99), 0.0)
+
+
+def test_the_view_counts_our_requests_and_what_the_worker_reports() -> None:
+    registry = Registry(RouterConfig())
+    worker = add(registry)
+    welcome(registry, worker, max_running_requests=1, max_queued_requests=1)
+    worker.take(RequestId("1"), 100)
+    assert not worker.is_full
+    worker.take(RequestId("2"), 50)
+    assert worker.is_full
+    assert (worker.view().num_requests, worker.view().num_pending_tokens) == (2, 150)
+    worker.prompt_done(RequestId("1"))
+    worker.release(RequestId("1"))
+    worker.release(RequestId("2"))
+    worker.release(RequestId("2"))
+    registry.reported(worker, make_load(0, snapshot=True, num_running=5, num_waiting=2), 1.0)
+    assert (worker.view().num_requests, worker.view().num_pending_tokens) == (7, 0)
