@@ -168,7 +168,7 @@ def test_smollm2_equals_transformers(smollm: Tokenizer) -> None:
         assert smollm.encode(text) == theirs(text)["input_ids"], text
         assert smollm.decode(smollm.encode(text)) == theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True)
     # transformers rebuilds a GGUF tokenizer without SmolLM2's own rule that each digit stands alone, which shows
-    # where spaces or numerals other than 0-9 come together; with the rule of the published tokenizer.json put back, that is equal too
+    # where spaces or numerals other than 0-9 come together; with the published rule put back, that is equal too
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

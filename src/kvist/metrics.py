@@ -1,0 +1,154 @@
+"""Prometheus metrics of one gateway. Names follow vLLM and SGLang where they mean the same, with the prefix `kvist:`.
+
+Owns its registry (no globals). On the hot path everything is a plain Python number, written by the event loop alone,
+without a lock or a label look-up; Prometheus objects are made when somebody scrapes. What the workers know comes
+from the last load report of each, given by `samples` at scrape time.
+
+Counters that engines send in `LoadReport.totals` appear as `kvist:worker_<name>_total`; ENGINE_TOTALS explains the
+names in use. A name that is not there is exported too.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+ENGINE_TOTALS: Mapping[str, str] = {
+    "prompt_tokens": "prompt tokens of admitted requests",
+    "cached_prompt_tokens": "prompt tokens found in the page cache",
+    "computed_prompt_tokens": "prompt tokens computed by the model",
+    "generation_tokens": "output tokens produced",
+    "preemptions": "requests sent back to waiting because pages ran out",
+    "evicted_pages": "cached pages dropped to make room",
+    "handoffs": "handoffs finished",
+    "handoffs_failed": "handoffs that failed, were refused or timed out",
+    "handoff_pages": "pages written by handoffs",
+    "handoff_pages_reused": "prompt pages that the decode worker already had",
+    "handoff_bytes": "bytes written by handoffs",
+    "handoff_seconds": "time from grant to verified pages, summed over handoffs",
+    "steps": "engine steps",
+    "step_seconds": "time inside engine steps",
+}
+
+_LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Histogram:
+    """Counts by upper bound; `observe` costs well under a microsecond."""
+
+    def __init__(self, bounds: tuple[float, ...] = _LATENCY_BUCKETS_S) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def family(self, name: str, text: str) -> Metric:
+        cumulative, buckets = 0, []
+        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
+            cumulative += count
+            buckets.append((bound, float(cumulative)))
+        family = HistogramMetricFamily(f"kvist:{name}", text)
+        family.add_metric([], buckets, self._sum)
+        return family
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSample:
+    """What one worker last reported."""
+
+    worker: str
+    role: str
+    alive: bool
+    num_running: int
+    num_waiting: int
+    num_pages: Mapping[str, int]  # by state: free, cached, owned, in_flight
+    totals: Mapping[str, float]
+
+
+@dataclass(slots=True, kw_only=True)
+class GatewayMetrics(Collector):
+    """Written by the server's event loop; `samples` is asked at each scrape."""
+
+    samples: Callable[[], Iterable[WorkerSample]] = tuple
+    num_requests: int = 0  # engine requests in flight now
+    num_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    num_finished: dict[str, int] = field(default_factory=dict)  # by finish reason
+    num_failed: dict[str, int] = field(default_factory=dict)  # by error code
+    num_disconnected: int = 0
+    time_to_first_token_s: Histogram = field(default_factory=Histogram)
+    inter_token_latency_s: Histogram = field(default_factory=Histogram)
+    time_per_output_token_s: Histogram = field(default_factory=Histogram)
+    e2e_latency_s: Histogram = field(default_factory=Histogram)
+
+    def finished(self, reason: str) -> None:
+        self.num_finished[reason] = self.num_finished.get(reason, 0) + 1
+
+    def failed(self, code: str) -> None:
+        self.num_failed[code] = self.num_failed.get(code, 0) + 1
+
+    def exposition(self) -> bytes:
+        """The text a Prometheus server scrapes."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self)
+        return generate_latest(registry)
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("kvist:gateway_requests_in_flight", "engine requests open here", self.num_requests)
+        yield CounterMetricFamily("kvist:prompt_tokens", "prompt tokens of answered requests", self.num_prompt_tokens)
+        yield CounterMetricFamily(
+            "kvist:cached_prompt_tokens", "of those, found in a page cache", self.num_cached_prompt_tokens
+        )
+        yield CounterMetricFamily("kvist:generation_tokens", "output tokens received", self.num_generation_tokens)
+        yield _counter("request_success", "answered requests", "finished_reason", self.num_finished)
+        yield _counter("request_failure", "requests that ended in an error", "code", self.num_failed)
+        yield CounterMetricFamily("kvist:client_disconnects", "clients that left before the end", self.num_disconnected)
+        yield self.time_to_first_token_s.family("time_to_first_token_seconds", "request read to first token")
+        yield self.inter_token_latency_s.family("inter_token_latency_seconds", "between two pieces of one stream")
+        yield self.time_per_output_token_s.family("time_per_output_token_seconds", "mean of a request after its first")
+        yield self.e2e_latency_s.family("e2e_request_latency_seconds", "request read to last token")
+        yield from _worker_families(tuple(self.samples()))
+
+
+def _counter(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(f"kvist:{name}", text, labels=[label])
+    for value, count in sorted(counts.items()):
+        family.add_metric([value], count)
+    return family
+
+
+def _worker_families(samples: tuple[WorkerSample, ...]) -> Iterator[Metric]:
+    labels = ["worker", "role"]
+    alive = GaugeMetricFamily("kvist:worker_up", "1 when a request can be sent to it", labels=labels)
+    running = GaugeMetricFamily("kvist:num_requests_running", "requests in the running batch", labels=labels)
+    waiting = GaugeMetricFamily("kvist:num_requests_waiting", "requests in the waiting queue", labels=labels)
+    usage = GaugeMetricFamily("kvist:kv_cache_usage_perc", "share of pages in use by requests, 0 to 1", labels=labels)
+    pages = GaugeMetricFamily("kvist:kv_pages", "pages by state", labels=[*labels, "state"])
+    totals: dict[str, CounterMetricFamily] = {}
+    for sample in samples:
+        who = [sample.worker, sample.role]
+        alive.add_metric(who, float(sample.alive))
+        running.add_metric(who, sample.num_running)
+        waiting.add_metric(who, sample.num_waiting)
+        num_pages = sum(sample.num_pages.values())
+        unused = sample.num_pages.get("free", 0) + sample.num_pages.get("cached", 0)
+        usage.add_metric(who, 1 - unused / num_pages if num_pages else 0.0)
+        for state, count in sample.num_pages.items():
+            pages.add_metric([*who, state], count)
+        for name, value in sorted(sample.totals.items()):
+            if name not in totals:
+                text = ENGINE_TOTALS.get(name, name)
+                totals[name] = CounterMetricFamily(f"kvist:worker_{name}", text, labels=labels)
+            totals[name].add_metric(who, value)
+    yield from (alive, running, waiting, usage, pages, *totals.values())

@@ -1,0 +1,166 @@
+"""Endpoints beside generation: models, tokenizing, health, readiness, state, metrics, cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from starlette.types import Receive, Scope, Send
+
+from kvist import __version__, metrics
+from kvist.clock import unix_time_s
+from kvist.errors import RequestError, Unavailable
+from kvist.metrics import WorkerSample
+from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
+from kvist.server.decoding import BodyDecoder
+from kvist.server.gateway import Gateway
+from kvist.server.http import read_body, send_bytes, send_json
+from kvist.server.sampling import check_token_ids
+from kvist.server.schemas import DetokenizeRequest, TokenizeRequest
+
+_TOKENIZE = BodyDecoder(TokenizeRequest)
+_DETOKENIZE = BodyDecoder(DetokenizeRequest)
+_TEXT = [(b"content-type", metrics.CONTENT_TYPE.encode())]
+
+
+class Admin:
+    """Each method is one endpoint, raw ASGI."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._started_unix_s = unix_time_s()
+
+    async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """This process answers. Says nothing of the engines: see `ready`."""
+        del scope, receive
+        await send_json(send, {"status": "ok"})
+
+    async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope, receive
+        if not self._gateway.ready():
+            problems = [f"{w.worker_id}: {w.problem or w.state}" for w in self._workers() if not w.alive]
+            raise Unavailable("not ready" + (f" ({'; '.join(problems)})" if problems else ": no worker is known yet"))
+        await send_json(send, {"status": "ready"})
+
+    async def models(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope, receive
+        await send_json(send, {"object": "list", "data": [self._model()]})
+
+    async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del receive
+        self._gateway.check_model(scope["path_params"]["model"])
+        await send_json(send, self._model())
+
+    def _model(self) -> dict[str, object]:
+        spec = self._gateway.dispatcher.model()
+        return {
+            "id": self._gateway.model_name,
+            "object": "model",
+            "created": self._started_unix_s,
+            "owned_by": "kvist",
+            "root": spec.model_name if spec is not None else None,
+            "max_model_len": spec.max_model_len if spec is not None else None,
+        }
+
+    async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway = self._gateway
+        tokenizer = gateway.require_tokenizer()
+        request = _TOKENIZE.decode(await read_body(scope, receive, gateway.config.max_body_bytes))
+        gateway.check_model(request.model)
+        if (request.prompt is None) == (request.messages is None):
+            raise RequestError("give one of `prompt` and `messages`", param="prompt")
+        text, param, add_special_tokens = request.prompt, "prompt", True
+        if request.messages is not None:
+            param, add_special_tokens = "messages", False
+            text = gateway.chat_prompt(
+                request.messages,
+                options=request.chat_template_kwargs,
+                add_generation_prompt=request.add_generation_prompt,
+            )
+        assert text is not None
+        if request.add_special_tokens is not None:
+            add_special_tokens = request.add_special_tokens
+        tokens = await gateway.encode(text, add_special_tokens=add_special_tokens, param=param)
+        spellings = [tokenizer.token_text(token_id) for token_id in tokens] if request.return_token_strs else None
+        limit = gateway.max_model_len()
+        await send_json(send, {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": spellings})
+
+    async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tokenizer = self._gateway.require_tokenizer()
+        request = _DETOKENIZE.decode(await read_body(scope, receive, self._gateway.config.max_body_bytes))
+        self._gateway.check_model(request.model)
+        check_token_ids(request.tokens, tokenizer.vocab_size, "tokens")
+        await send_json(send, {"prompt": tokenizer.decode(request.tokens, skip_special_tokens=False)})
+
+    async def server_info(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """`engine` is this worker's own engine (a router reads it to connect), null while it loads or on a router."""
+        del scope, receive
+        gateway = self._gateway
+        info = {
+            "version": __version__,
+            "model": gateway.model_name,
+            "ready": gateway.ready(),
+            "requests_in_flight": gateway.metrics.num_requests,
+            "engine": gateway.own_engine(),
+            "workers": [_worker_info(worker) for worker in self._workers()],
+        }
+        await send_json(send, info)
+
+    async def flush_cache(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope, receive
+        dropped = await self._gateway.dispatcher.flush_cache()
+        await send_json(send, {"success": True, "num_pages": sum(dropped.values()), "workers": dropped})
+
+    async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope, receive
+        await send_bytes(send, self._gateway.metrics.exposition(), headers=_TEXT)
+
+    def _workers(self) -> tuple[WorkerSnapshot, ...]:
+        return self._gateway.dispatcher.snapshot().workers
+
+
+def _worker_info(worker: WorkerSnapshot) -> dict[str, object]:
+    load = worker.load
+    return {
+        "worker_id": worker.worker_id,
+        "role": worker.role,
+        "alive": worker.alive,
+        "state": worker.state,
+        "problem": worker.problem,
+        "requests_in_flight": worker.num_in_flight,
+        "engine": worker.spec,
+        "load": None
+        if load is None
+        else {
+            "num_running": load.num_running,
+            "num_waiting": load.num_waiting,
+            "num_pages": _num_pages(worker),
+            "totals": load.totals,
+        },
+    }
+
+
+def _num_pages(worker: WorkerSnapshot) -> dict[str, int]:
+    load = worker.load
+    if load is None:
+        return {}
+    return {
+        "free": load.num_free_pages,
+        "cached": load.num_cached_pages,
+        "owned": load.num_owned_pages,
+        "in_flight": load.num_in_flight_pages,
+    }
+
+
+def worker_samples(snapshot: ClusterSnapshot) -> Iterable[WorkerSample]:
+    """What /metrics says of each worker."""
+    for worker in snapshot.workers:
+        load = worker.load
+        yield WorkerSample(
+            worker=worker.worker_id,
+            role=worker.role,
+            alive=worker.alive,
+            num_running=load.num_running if load is not None else 0,
+            num_waiting=load.num_waiting if load is not None else 0,
+            num_pages=_num_pages(worker),
+            totals=load.totals if load is not None else {},
+        )

@@ -1,0 +1,177 @@
+"""The gateway's HTTP application: routes, the API key, request ids, and errors in OpenAI's shape.
+
+`build_app` composes it; nothing here keeps state. Endpoints are raw ASGI callables, because a token must not pay for a
+response object. A KvistError that no endpoint handled becomes its status and body here, in one place; a client that
+left gets nothing.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+import uuid
+from collections.abc import Awaitable, Callable
+
+from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvist.clock import Clock, MonotonicClock
+from kvist.errors import EngineError, KvistError, RequestError, Unauthorized
+from kvist.metrics import GatewayMetrics
+from kvist.server.admin import Admin, worker_samples
+from kvist.server.config import ServerConfig
+from kvist.server.gateway import Gateway
+from kvist.server.generation import Dispatcher
+from kvist.server.http import ClientGone, header, read_body, send_error
+from kvist.server.native import native_job
+from kvist.server.openai import chat_job, completion_job
+from kvist.server.respond import Job, respond
+from kvist.server.sampling import MAX_SEED
+from kvist.text import Tokenizer
+from kvist.wire import EngineSpec
+
+log = logging.getLogger(__name__)
+
+_OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no key
+_MAX_REQUEST_ID_CHARS = 128
+Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def no_engine() -> EngineSpec | None:
+    """A router has no engine of its own."""
+    return None
+
+
+def build_app(
+    *,
+    dispatcher: Dispatcher,
+    tokenizer: Tokenizer | None,
+    config: ServerConfig,
+    model_name: str,
+    own_engine: Callable[[], EngineSpec | None] = no_engine,
+    clock: Clock | None = None,
+    draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED),
+) -> ASGIApp:
+    """`model_name` is used unless the config renames it. Without a tokenizer (a prefill or decode worker's own HTTP)
+    generation is refused with a pointer to the router. `own_engine` is what /server_info calls `engine`."""
+    gateway = Gateway(
+        dispatcher=dispatcher,
+        tokenizer=tokenizer,
+        config=config,
+        model_name=config.served_model_name or model_name,
+        metrics=GatewayMetrics(samples=lambda: worker_samples(dispatcher.snapshot())),
+        clock=clock or MonotonicClock(),
+        draw_seed=draw_seed,
+        own_engine=own_engine,
+    )
+    return Front(Router(_routes(gateway)), config)
+
+
+def _routes(gateway: Gateway) -> list[Route]:
+    admin = Admin(gateway)
+    get, post, both = ["GET"], ["POST"], ["GET", "POST"]
+    table: list[tuple[str, Endpoint, list[str]]] = [
+        ("/v1/chat/completions", _generation(gateway, chat_job), post),
+        ("/v1/completions", _generation(gateway, completion_job), post),
+        ("/generate", _generation(gateway, native_job), post),
+        ("/v1/models", admin.models, get),
+        ("/v1/models/{model:path}", admin.model, get),
+        ("/tokenize", admin.tokenize, post),
+        ("/detokenize", admin.detokenize, post),
+        ("/health", admin.health, get),
+        ("/ready", admin.ready, get),
+        ("/server_info", admin.server_info, get),
+        ("/get_server_info", admin.server_info, get),
+        ("/flush_cache", admin.flush_cache, both),
+        ("/metrics", admin.metrics, get),
+    ]
+    return [Route(path, _Raw(endpoint), methods=methods) for path, endpoint, methods in table]
+
+
+class _Raw:
+    """Starlette takes a plain function for a request handler; an object with `__call__` it takes for ASGI."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._endpoint(scope, receive, send)
+
+
+def _generation(gateway: Gateway, make_job: Callable[[Gateway, bytes], Awaitable[Job]]) -> Endpoint:
+    async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_body(scope, receive, gateway.config.max_body_bytes)
+        await respond(gateway, await make_job(gateway, body), receive, send)
+
+    return endpoint
+
+
+class Front:
+    """The outermost layer: every request passes it once, every response gets its request id here."""
+
+    def __init__(self, router: Router, config: ServerConfig) -> None:
+        self._router = router
+        self._key = config.api_key.encode() if config.api_key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._router(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:  # a websocket: closed before it is accepted
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = (b"x-request-id", _request_id(scope))
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message = {**message, "headers": [*message["headers"], request_id]}
+            await send(message)
+
+        scope["app"] = self  # so that the router raises for an unknown path, instead of answering in its own shape
+        try:
+            self._check_key(scope)
+            await self._router(scope, receive, send_with_id)
+        except ClientGone:
+            log.debug("client left: %s %s", scope["method"], scope["path"])
+        except Exception as error:
+            known = _known(error)
+            if known is None:
+                log.exception("bug while answering %s %s", scope["method"], scope["path"])
+                known = EngineError("internal error in the gateway; see its log")
+            if started:
+                raise  # too late for a status: the server breaks the connection off
+            await send_error(send_with_id, known)
+
+    def _check_key(self, scope: Scope) -> None:
+        if self._key is None or scope["path"] in _OPEN_PATHS:
+            return
+        given = header(scope, b"authorization") or b""
+        scheme, _, key = given.partition(b" ")
+        if not hmac.compare_digest(key.strip(), self._key) or scheme.lower() != b"bearer":
+            raise Unauthorized("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
+
+
+def _known(error: Exception) -> KvistError | None:
+    if isinstance(error, KvistError):
+        return error
+    if isinstance(error, HTTPException):
+        what = {404: "no such path", 405: "this path does not take that method"}.get(error.status_code, error.detail)
+        refused = RequestError(what)
+        refused.http_status = error.status_code
+        return refused
+    return None
+
+
+def _request_id(scope: Scope) -> bytes:
+    """The client's own, when it is safe to send back; else a new one."""
+    given = header(scope, b"x-request-id")
+    if given and len(given) <= _MAX_REQUEST_ID_CHARS and all(0x21 <= byte < 0x7F for byte in given):
+        return given
+    return uuid.uuid4().hex.encode()

@@ -1,0 +1,26 @@
+"""Settings of the gateway's HTTP side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvist.config import option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    host: str = option("127.0.0.1", "address to listen on; anything but loopback should have --api-key")
+    port: int = option(30000, "port to listen on", minimum=0, maximum=65535)
+    api_key: str | None = option(
+        None, "clients must send it as 'Authorization: Bearer KEY'; /health and /ready stay open", secret=True
+    )
+    served_model_name: str | None = option(None, "model name in the API; default: the model's own name")
+    max_body_bytes: int = option(8 << 20, "largest HTTP body accepted", unit="bytes", minimum=1024)
+    max_concurrent_requests: int = option(
+        1024, "generations open at once, each of a request's n counted; more get 429", minimum=1
+    )
+    max_choices: int = option(128, "most answers one request may ask for (its prompts times n)", minimum=1)
+    request_timeout_s: float = option(600.0, "longest time one request may take", unit="s", minimum=0.001)
+    shutdown_timeout_s: float = option(
+        10.0, "on shutdown, how long open requests may go on before they are cut", unit="s", minimum=0
+    )

@@ -1,0 +1,129 @@
+"""What every endpoint shares: the dispatcher, the tokenizer, the limits, the clock. Built once by app.py.
+
+Its only state is the number of engine requests in flight, kept in `metrics` and bounded by `admit`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from kvist.clock import Clock
+from kvist.errors import Overloaded, PromptTooLong, RequestError, Unavailable, UnknownModel, UnsupportedField
+from kvist.metrics import GatewayMetrics
+from kvist.server.config import ServerConfig
+from kvist.server.generation import Dispatcher
+from kvist.server.schemas import ChatMessage
+from kvist.text import Tokenizer
+from kvist.wire import EngineSpec
+
+_INLINE_CHARS = 4096  # longer texts are tokenised on a thread (about 1 µs a character, without the GIL)
+_MAX_CHARS_PER_TOKEN = 256  # no vocabulary we serve has longer tokens; protects the tokenizer from hopeless prompts
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gateway:
+    dispatcher: Dispatcher
+    tokenizer: Tokenizer | None  # None: a prefill or decode worker's own HTTP, which cannot generate
+    config: ServerConfig
+    model_name: str
+    metrics: GatewayMetrics
+    clock: Clock
+    draw_seed: Callable[[], int]
+    own_engine: Callable[[], EngineSpec | None]
+
+    def require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(
+                "this worker only does its part of a request (prefill or decode): send requests to the router "
+                "(kvist router), which knows all workers"
+            )
+        return self.tokenizer
+
+    def max_model_len(self) -> int:
+        spec = self.dispatcher.model()
+        if spec is None:
+            raise Unavailable("no worker is ready: it may still be loading the model; /server_info tells more")
+        return spec.max_model_len
+
+    def ready(self) -> bool:
+        """A worker that only does its part is ready when its engine is; a gateway when a token can be produced."""
+        return self.dispatcher.ready() if self.tokenizer is not None else self.own_engine() is not None
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model_name:
+            raise UnknownModel(f"the model `{name}` is not served here; `{self.model_name}` is", param="model")
+
+    @contextlib.contextmanager
+    def admit(self, num_choices: int) -> Iterator[None]:
+        """Takes places for engine requests, or raises `Overloaded` at once: the gateway has no queue of its own."""
+        limit = self.config.max_concurrent_requests
+        if self.metrics.num_requests + num_choices > limit:
+            raise Overloaded(
+                f"{self.metrics.num_requests} generations are open and {num_choices} more would be over the limit of "
+                f"{limit} (--max-concurrent-requests)"
+            )
+        self.metrics.num_requests += num_choices
+        try:
+            yield
+        finally:
+            self.metrics.num_requests -= num_choices
+
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        tokenizer, limit = self.require_tokenizer(), self.max_model_len()
+        if len(text) > limit * _MAX_CHARS_PER_TOKEN:
+            raise PromptTooLong(
+                f"the prompt has {len(text)} characters; this model holds {limit} tokens, prompt and answer together",
+                param=param,
+            )
+        if len(text) <= _INLINE_CHARS:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        options: Mapping[str, object] | None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The model's template over the messages. Raises `RequestError` naming the message at fault."""
+        template = self.require_tokenizer().chat_template
+        if template is None:
+            raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+        if not messages:
+            raise RequestError("`messages` is empty", param="messages")
+        plain = [_plain_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        return template.render(plain, add_generation_prompt=add_generation_prompt, options=options)
+
+
+def _plain_message(message: ChatMessage, where: str) -> dict[str, object]:
+    if message.role not in _ROLES:
+        known = ", ".join(_ROLES)
+        raise UnsupportedField(f"`{where}.role` is {message.role!r}; supported are {known}", param=f"{where}.role")
+    for name in ("tool_calls", "tool_call_id", "function_call", "audio", "refusal", "annotations"):
+        if getattr(message, name) not in (None, []):
+            raise UnsupportedField(f"`{where}.{name}` is not supported; leave it out", param=f"{where}.{name}")
+    plain: dict[str, object] = {"role": _ROLES[message.role], "content": _text_of(message, f"{where}.content")}
+    if message.name is not None:
+        plain["name"] = message.name
+    return plain
+
+
+def _text_of(message: ChatMessage, where: str) -> str:
+    """Content as one text; several text parts become lines."""
+    if message.content is None:
+        raise RequestError(f"`{where}` is missing", param=where)
+    if isinstance(message.content, str):
+        return message.content
+    texts = []
+    for index, part in enumerate(message.content):
+        if part.type != "text":
+            raise UnsupportedField(f"`{where}[{index}].type` is {part.type!r}; only text is supported", param=where)
+        if part.text is None:
+            raise RequestError(f"`{where}[{index}].text` is missing", param=where)
+        texts.append(part.text)
+    return "\n".join(texts)

@@ -1,0 +1,100 @@
+"""Small raw-ASGI pieces: read a bounded body, send JSON, turn an error into OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from kvist.errors import BodyTooLarge, KvistError, RequestError
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+_DEFAULT_RETRY_AFTER_S = 1.0
+JSON_TYPE = (b"content-type", b"application/json")
+
+
+class ClientGone(Exception):
+    """The client closed the connection before the response was complete: there is nobody to tell."""
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    return next((value for key, value in headers if key == name), None)
+
+
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
+    """The whole body. Raises `BodyTooLarge` as soon as it is known to be, `ClientGone` when it breaks off."""
+    declared = header(scope, b"content-length")
+    if declared is not None and declared.isdigit() and int(declared) > limit_bytes:
+        raise _too_large(limit_bytes)
+    pieces, num_bytes = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        piece: bytes = message.get("body", b"")
+        num_bytes += len(piece)
+        if num_bytes > limit_bytes:
+            raise _too_large(limit_bytes)
+        pieces.append(piece)
+        if not message.get("more_body", False):
+            return b"".join(pieces)
+
+
+def _too_large(limit_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the request body is over the limit of {limit_bytes} bytes (--max-body-bytes)")
+
+
+async def send_bytes(send: Send, body: bytes, *, status: int = 200, headers: Headers = (JSON_TYPE,)) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_json(send: Send, value: object, *, status: int = 200, headers: Headers = ()) -> None:
+    await send_bytes(send, msgspec.json.encode(value), status=status, headers=[JSON_TYPE, *headers])
+
+
+def error_object(error: KvistError) -> dict[str, object]:
+    """OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+    kind = "invalid_request_error" if isinstance(error, RequestError) else error.code
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+async def send_error(send: Send, error: KvistError) -> None:
+    headers = []
+    if error.retryable or error.retry_after_s is not None:
+        retry_after_s = _DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+        headers.append((b"retry-after", str(max(1, round(retry_after_s))).encode()))
+    if error.http_status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send_json(send, error_object(error), status=error.http_status, headers=headers)
+
+
+@asynccontextmanager
+async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Cancels the body of the `async with` when the client leaves, and raises `ClientGone` instead."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if gone and task.uncancel() == 0:  # else somebody above us cancels as well
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()

@@ -1,0 +1,160 @@
+"""/generate: SGLang's own API. One of `text` and `input_ids`, single or batched; streamed text is cumulative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from kvist.errors import RequestError
+from kvist.server.decoding import BodyDecoder, refuse_unsupported
+from kvist.server.gateway import Gateway
+from kvist.server.generation import Choice, Delta
+from kvist.server.jobs import Plan, Prompt, make_choices, new_job_id
+from kvist.server.reporting import finite, report
+from kvist.server.respond import Job
+from kvist.server.sampling import (
+    check_num_logprobs,
+    check_seed,
+    check_token_ids,
+    num_choices,
+    output_limit,
+    sampling_params,
+    stop_strings,
+)
+from kvist.server.schemas import NATIVE_SAMPLING_NEUTRAL, NativeRequest, NativeSampling
+from kvist.text import Tokenizer
+
+_DEFAULT_NEW_TOKENS = 128  # SGLang's
+_NATIVE = BodyDecoder(NativeRequest)
+_WHERE = "sampling_params."
+_json = msgspec.json.Encoder().encode
+
+
+async def native_job(gateway: Gateway, body: bytes) -> Job:
+    """Raises `RequestError` for anything the request has wrong."""
+    tokenizer = gateway.require_tokenizer()
+    request = _NATIVE.decode(body)
+    fields = request.sampling_params or NativeSampling()
+    refuse_unsupported(fields, NATIVE_SAMPLING_NEUTRAL, _WHERE)
+    token_lists, batched, param = await _prompts(gateway, request, fields, tokenizer)
+    top_logprobs = check_num_logprobs(request.top_logprobs_num, "top_logprobs_num")
+    if request.top_logprobs_num and not request.return_logprob:
+        raise RequestError("`top_logprobs_num` needs `return_logprob` to be true", param="top_logprobs_num")
+    seed = check_seed(fields.sampling_seed, _WHERE + "sampling_seed")
+    plan = Plan(
+        job_id=new_job_id("gen"),
+        prompts=[_limited(gateway, fields, token_ids, param) for token_ids in token_lists],
+        num_choices=num_choices(fields.n, len(token_lists), gateway.config.max_choices),
+        seed=gateway.draw_seed() if seed is None else seed,
+        cache_salt=request.cache_salt or "",
+        stops=stop_strings(fields.stop),
+        sampling=lambda max_tokens, seed: sampling_params(
+            fields,
+            seed=seed,
+            max_tokens=max_tokens,
+            min_tokens=fields.min_new_tokens or 0,
+            num_logprobs=top_logprobs if request.return_logprob else None,
+            vocab_size=tokenizer.vocab_size,
+        ),
+        skip_special_tokens=fields.skip_special_tokens,
+    )
+    choices = make_choices(plan, tokenizer)
+    form = NativeFormat(
+        several=batched or len(choices) > 1,
+        logprobs=request.return_logprob,
+        with_report=request.kvist is not None and request.kvist.report,
+    )
+    return Job(choices=choices, format=form, stream=request.stream)
+
+
+async def _prompts(
+    gateway: Gateway, request: NativeRequest, fields: NativeSampling, tokenizer: Tokenizer
+) -> tuple[list[list[int]], bool, str]:
+    """Token ids of every prompt, whether they came as a batch, and the field they came in."""
+    if (request.text is None) == (request.input_ids is None):
+        raise RequestError("give one of `text` and `input_ids`", param="text")
+    if request.text is not None:
+        texts = [request.text] if isinstance(request.text, str) else request.text
+        _require_some(texts, "text")
+        num_choices(fields.n, len(texts), gateway.config.max_choices)
+        encoded = [await gateway.encode(text, add_special_tokens=True, param="text") for text in texts]
+        return encoded, not isinstance(request.text, str), "text"
+    ids = request.input_ids or []
+    _require_some(ids, "input_ids")
+    flat = [item for item in ids if isinstance(item, int)]
+    lists = [item for item in ids if isinstance(item, list)]
+    if flat and lists:
+        raise RequestError("`input_ids` mixes token ids and lists of token ids", param="input_ids")
+    for one in lists or [flat]:
+        check_token_ids(one, tokenizer.vocab_size, "input_ids")
+    return lists or [flat], bool(lists), "input_ids"
+
+
+def _require_some(values: Sequence[object], param: str) -> None:
+    if not values:
+        raise RequestError(f"`{param}` is empty", param=param)
+
+
+def _limited(gateway: Gateway, fields: NativeSampling, token_ids: list[int], param: str) -> Prompt:
+    max_tokens = output_limit(
+        len(token_ids),
+        gateway.max_model_len(),
+        asked=fields.max_new_tokens,
+        default=_DEFAULT_NEW_TOKENS,
+        param=_WHERE + "max_new_tokens",
+        prompt=param,
+    )
+    return Prompt(token_ids=tuple(token_ids), max_tokens=max_tokens)
+
+
+class NativeFormat:
+    def __init__(self, *, several: bool, logprobs: bool, with_report: bool) -> None:
+        self._several = several
+        self._logprobs = logprobs
+        self._with_report = with_report
+
+    def event(self, choice: Choice, delta: Delta) -> bytes:
+        if not delta.text and not delta.finished:
+            return b""
+        return b"data: " + _json(self._answer(choice)) + b"\n\n"
+
+    def closing(self, choices: Sequence[Choice]) -> bytes:
+        del choices  # each one's last event has said everything
+        return b"data: [DONE]\n\n"
+
+    def whole(self, choices: Sequence[Choice]) -> bytes:
+        answers = [self._answer(choice) for choice in choices]
+        return _json(answers if self._several else answers[0])
+
+    def _answer(self, choice: Choice) -> dict[str, object]:
+        meta: dict[str, object] = {
+            "id": choice.request.request_id,
+            "finish_reason": _finish_reason(choice),
+            "prompt_tokens": choice.request.num_prompt_tokens,
+            "completion_tokens": len(choice.token_ids),
+            "cached_tokens": choice.num_cached_tokens,
+        }
+        if self._logprobs:
+            meta["output_token_logprobs"] = [
+                (finite(found.logprob), token_id, None)
+                for token_id, found in zip(choice.token_ids, choice.logprobs, strict=True)
+            ]
+            meta["output_top_logprobs"] = [
+                [(finite(top), top_id, None) for top_id, top in zip(one.top_token_ids, one.top_logprobs, strict=True)]
+                for one in choice.logprobs
+            ]
+        answer: dict[str, object] = {"text": choice.text, "output_ids": choice.token_ids, "meta_info": meta}
+        if self._several:
+            answer["index"] = choice.index
+        if self._with_report and choice.finish_reason is not None:
+            answer["kvist"] = report([choice])
+        return answer
+
+
+def _finish_reason(choice: Choice) -> dict[str, object] | None:
+    if choice.finish_reason is None:
+        return None
+    if choice.matched is not None:
+        return {"type": choice.finish_reason, "matched": choice.matched}
+    return {"type": choice.finish_reason, "length": len(choice.token_ids)}

@@ -1,0 +1,97 @@
+"""What every response format says at its end: usage, logprobs, and our own report on workers and handoff."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvist.request import TokenLogprobs
+from kvist.server.generation import Choice
+from kvist.text import Tokenizer
+
+_LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have; OpenAI's number
+
+
+def usage(choices: Sequence[Choice]) -> dict[str, object]:
+    """OpenAI's `usage`. A prompt answered n times counts once."""
+    first = [choice for choice in choices if not choice.repeats_prompt]
+    num_prompt = sum(choice.request.num_prompt_tokens for choice in first)
+    num_output = sum(len(choice.token_ids) for choice in choices)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in first)},
+    }
+
+
+def report(choices: Sequence[Choice]) -> dict[str, object]:
+    """The `kvist` field: of the first answer, and of each one when there are several."""
+    reports = [_report_one(choice) for choice in choices]
+    return reports[0] if len(reports) == 1 else {**reports[0], "choices": reports}
+
+
+def _report_one(choice: Choice) -> dict[str, object]:
+    handoff = choice.handoff
+    return {
+        "index": choice.index,
+        "prefill_worker": choice.prefill_worker,
+        "decode_worker": choice.decode_worker,
+        "cached_tokens": choice.num_cached_tokens,
+        "seed": choice.request.sampling.seed,
+        "handoff": None
+        if handoff is None
+        else {
+            "num_pages": handoff.num_pages,
+            "num_pages_reused": handoff.num_pages_reused,
+            "num_bytes": handoff.num_bytes,
+            "duration_ms": round(handoff.duration_s * 1000, 3),
+            "wait_ms": round(handoff.wait_s * 1000, 3),
+        },
+    }
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, _LEAST_LOGPROB)
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+) -> list[dict[str, object]]:
+    """OpenAI's `logprobs.content`: one entry for each output token, the one that ended the answer included."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, object]:
+        raw = tokenizer.token_bytes(token_id)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
+
+    return [
+        {
+            **entry(token_id, found.logprob),
+            "top_logprobs": [
+                entry(top_id, top) for top_id, top in zip(found.top_token_ids, found.top_logprobs, strict=True)
+            ],
+        }
+        for token_id, found in zip(token_ids, logprobs, strict=True)
+    ]
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], text_offset: int
+) -> dict[str, object]:
+    """The older shape of /v1/completions. `text_offset` is where the first token begins, in characters."""
+    tokens = [tokenizer.token_text(token_id) for token_id in token_ids]
+    offsets = []
+    for token in tokens:
+        offsets.append(text_offset)
+        text_offset += len(token)
+    return {
+        "tokens": tokens,
+        "token_logprobs": [finite(found.logprob) for found in logprobs],
+        "top_logprobs": [
+            {
+                tokenizer.token_text(token_id): finite(top)
+                for token_id, top in zip(found.top_token_ids, found.top_logprobs, strict=True)
+            }
+            for found in logprobs
+        ],
+        "text_offset": offsets,
+    }

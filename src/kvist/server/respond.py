@@ -1,0 +1,113 @@
+"""Runs a job and writes its response, streamed (server-sent events) or whole.
+
+Life of a job: places are taken (`admit`) → choices run → the first delta decides the status: an error before it is an
+ordinary HTTP error, after it an `error` event → events, one ASGI send for each part the engine had ready → the end.
+A client that leaves ends all of it at once; so does the request's time limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+from starlette.types import Receive, Send
+
+from kvist.errors import EngineError, KvistError, Timeout
+from kvist.server.gateway import Gateway
+from kvist.server.generation import Choice, Delta, run_choices
+from kvist.server.http import ClientGone, cancelled_on_disconnect, error_object, send_bytes
+
+log = logging.getLogger(__name__)
+
+_SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+]
+
+
+class Format(Protocol):
+    """One API's way of saying the same thing. Holds the bytes that all events of a response share."""
+
+    def event(self, choice: Choice, delta: Delta) -> bytes:
+        """Server-sent events for a delta; empty when there is nothing to say yet."""
+        ...
+
+    def closing(self, choices: Sequence[Choice]) -> bytes:
+        """What follows the last delta, `[DONE]` included."""
+        ...
+
+    def whole(self, choices: Sequence[Choice]) -> bytes:
+        """The JSON body of a response that is not streamed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    choices: Sequence[Choice]
+    format: Format
+    stream: bool
+
+
+async def respond(gateway: Gateway, job: Job, receive: Receive, send: Send) -> None:
+    """Raises `KvistError` only when no byte of the response has been sent."""
+    try:
+        with gateway.admit(len(job.choices)):
+            async with cancelled_on_disconnect(receive):
+                await (_stream if job.stream else _whole)(gateway, job, send)
+    except ClientGone:
+        gateway.metrics.num_disconnected += 1
+        raise
+
+
+async def _whole(gateway: Gateway, job: Job, send: Send) -> None:
+    try:
+        async with _time_limit(gateway), _running(gateway, job) as deltas:
+            async for _ in deltas:
+                pass
+    except KvistError as error:
+        gateway.metrics.failed(error.code)
+        raise
+    await send_bytes(send, job.format.whole(job.choices))
+
+
+async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
+    started = False
+    try:
+        async with _time_limit(gateway), _running(gateway, job) as deltas:
+            async for choice, delta in deltas:
+                event = job.format.event(choice, delta)
+                if not started:
+                    await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+                    started = True
+                if event:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+        last = job.format.closing(job.choices)
+    except Exception as error:
+        known = error if isinstance(error, KvistError) else EngineError("internal error in the gateway; see its log")
+        gateway.metrics.failed(known.code)
+        if not started:
+            raise
+        if known is not error:
+            log.exception("a stream failed in the gateway")
+        last = b"event: error\ndata: " + msgspec.json.encode(error_object(known)) + b"\n\n"
+    await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _running(gateway: Gateway, job: Job) -> contextlib.aclosing[AsyncGenerator[tuple[Choice, Delta], None]]:
+    return contextlib.aclosing(run_choices(gateway.dispatcher, job.choices, gateway.metrics, gateway.clock))
+
+
+@contextlib.asynccontextmanager
+async def _time_limit(gateway: Gateway) -> AsyncIterator[None]:
+    limit_s = gateway.config.request_timeout_s
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError as error:
+        raise Timeout(f"the request took longer than {limit_s:g} s (--request-timeout-s) and was stopped") from error

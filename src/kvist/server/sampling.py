@@ -1,0 +1,127 @@
+"""Checks the numbers of a request and turns them into engine `SamplingParams`. Nothing is clamped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from kvist.errors import PromptTooLong, RequestError
+from kvist.request import SamplingParams
+
+MAX_SEED = 2**63
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+
+
+class SamplingFields(Protocol):
+    """The fields that OpenAI's requests and SGLang's `sampling_params` have in common."""
+
+    @property
+    def temperature(self) -> float | None: ...
+    @property
+    def top_p(self) -> float | None: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def min_p(self) -> float | None: ...
+    @property
+    def ignore_eos(self) -> bool | None: ...
+    @property
+    def stop_token_ids(self) -> list[int] | None: ...
+
+
+def sampling_params(
+    fields: SamplingFields, *, seed: int, max_tokens: int, min_tokens: int, num_logprobs: int | None, vocab_size: int
+) -> SamplingParams:
+    """`max_tokens` and `num_logprobs` have been checked; the rest is checked here. Raises `RequestError`."""
+    temperature = 1.0 if fields.temperature is None else fields.temperature
+    top_p = 1.0 if fields.top_p is None else fields.top_p
+    min_p = 0.0 if fields.min_p is None else fields.min_p
+    top_k = 0 if fields.top_k is None else fields.top_k
+    _require(0 <= temperature <= 2, "temperature", "must be between 0 and 2", temperature)
+    _require(0 < top_p <= 1, "top_p", "must be over 0 and at most 1", top_p)
+    _require(0 <= min_p <= 1, "min_p", "must be between 0 and 1", min_p)
+    _require(-1 <= top_k < 2**31, "top_k", "must be positive, or 0 or -1 for off", top_k)
+    _require(
+        0 <= min_tokens <= max_tokens, "min_tokens", f"must be between 0 and max_tokens ({max_tokens})", min_tokens
+    )
+    stop_token_ids = fields.stop_token_ids or []
+    check_token_ids(stop_token_ids, vocab_size, "stop_token_ids")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=max(top_k, 0),
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        min_tokens=min_tokens,
+        ignore_eos=bool(fields.ignore_eos),
+        stop_token_ids=tuple(stop_token_ids),
+        num_logprobs=num_logprobs,
+    )
+
+
+def _require(holds: bool, param: str, rule: str, value: object) -> None:
+    if not holds:
+        raise RequestError(f"`{param}` {rule}, not {value}", param=param)
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(f"`{param}` holds {token_id}; token ids are 0 to {vocab_size - 1}", param=param)
+
+
+def check_seed(seed: int | None, param: str = "seed") -> int | None:
+    _require(seed is None or 0 <= seed < MAX_SEED, param, f"must be between 0 and {MAX_SEED - 1}", seed)
+    return seed
+
+
+def check_num_logprobs(count: int | None, param: str) -> int | None:
+    _require(count is None or 0 <= count <= MAX_TOP_LOGPROBS, param, f"must be 0 to {MAX_TOP_LOGPROBS}", count)
+    return count
+
+
+def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
+    stops = [stop] if isinstance(stop, str) else stop or []
+    _require(len(stops) <= MAX_STOPS, "stop", f"may hold {MAX_STOPS} strings", len(stops))
+    for one in stops:
+        _require(0 < len(one) <= MAX_STOP_CHARS, "stop", f"strings have 1 to {MAX_STOP_CHARS} characters", len(one))
+    return tuple(stops)
+
+
+def num_choices(n: int | None, num_prompts: int, limit: int) -> int:
+    """How many answers each prompt gets."""
+    count = 1 if n is None else n
+    _require(count >= 1, "n", "must be at least 1", count)
+    if count * num_prompts > limit:
+        raise RequestError(f"{num_prompts} prompts times n={count} is over the limit of {limit} answers", param="n")
+    return count
+
+
+def output_limit(
+    num_prompt_tokens: int, max_model_len: int, *, asked: int | None, default: int | None, param: str, prompt: str
+) -> int:
+    """The request's max_tokens: what was asked, else `default` as far as there is room, else all the room.
+
+    Raises `PromptTooLong` when prompt and answer cannot both fit.
+    """
+    room = max_model_len - num_prompt_tokens
+    if num_prompt_tokens == 0:
+        raise RequestError(f"`{prompt}` is empty: there is no token to continue from", param=prompt)
+    if room < 1:
+        raise PromptTooLong(
+            f"the prompt has {num_prompt_tokens} tokens; this model holds {max_model_len}, prompt and answer together",
+            param=prompt,
+        )
+    if asked is None:
+        return room if default is None else min(default, room)
+    _require(asked >= 1, param, "must be at least 1", asked)
+    if asked > room:
+        raise PromptTooLong(
+            f"the prompt has {num_prompt_tokens} tokens and `{param}` asks for {asked} more; this model holds "
+            f"{max_model_len} together, so at most {room} fit",
+            param=param,
+        )
+    return asked

@@ -1,0 +1,215 @@
+"""What clients send, field by field. OpenAI's names, then vLLM's and SGLang's where OpenAI has none.
+
+Fields typed `object` belong to the API but cannot be honoured; the `..._NEUTRAL` tables give the values that ask for
+nothing. `user` is accepted and has no effect by its definition (it identifies an end user to the provider).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    include_usage: bool = False
+
+
+class KvistOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    report: bool = False  # say which workers answered and what their handoff moved
+
+
+class ContentPart(msgspec.Struct, kw_only=True):
+    """Only parts of type "text" are accepted; others keep their own fields until they are refused by type."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: object = None
+    tool_call_id: object = None
+    function_call: object = None
+    refusal: object = None
+    audio: object = None
+    annotations: object = None
+
+
+class _Generation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What both OpenAI endpoints share."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # vLLM's and SGLang's
+    top_k: int | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    cache_salt: str | None = None
+    # ours
+    kvist: KvistOptions | None = None
+    # known, not supported
+    frequency_penalty: object = None
+    presence_penalty: object = None
+    repetition_penalty: object = None
+    logit_bias: object = None
+    metadata: object = None
+    store: object = None
+    service_tier: object = None
+
+
+_GENERATION_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "metadata": ({},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+}
+
+
+class ChatRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+    # known, not supported
+    tools: object = None
+    tool_choice: object = None
+    parallel_tool_calls: object = None
+    functions: object = None
+    function_call: object = None
+    response_format: object = None
+    modalities: object = None
+    audio: object = None
+    prediction: object = None
+    reasoning_effort: object = None
+    verbosity: object = None
+    web_search_options: object = None
+
+
+CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    **_GENERATION_NEUTRAL,
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+class CompletionRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
+    prompt: str | list[str | int | list[int]]
+    max_completion_tokens: int | None = None
+    logprobs: int | None = None
+    # known, not supported
+    suffix: object = None
+    best_of: object = None
+    echo: object = None
+    response_format: object = None
+
+
+COMPLETION_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    **_GENERATION_NEUTRAL,
+    "suffix": ("",),
+    "best_of": (1,),
+    "echo": (False,),
+    "response_format": ({"type": "text"},),
+}
+
+
+class NativeSampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """SGLang's `sampling_params`."""
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    sampling_seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool = True
+    n: int | None = None
+    # known, not supported
+    frequency_penalty: object = None
+    presence_penalty: object = None
+    repetition_penalty: object = None
+    json_schema: object = None
+    regex: object = None
+    ebnf: object = None
+    structural_tag: object = None
+    logit_bias: object = None
+    custom_params: object = None
+    no_stop_trim: object = None
+    spaces_between_special_tokens: object = None
+    stop_regex: object = None
+
+
+NATIVE_SAMPLING_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "structural_tag": (),
+    "logit_bias": ({},),
+    "custom_params": ({},),
+    "no_stop_trim": (False,),
+    "spaces_between_special_tokens": (True,),
+    "stop_regex": ([], ""),
+}
+
+
+class NativeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """SGLang's `/generate`: one of `text` and `input_ids`."""
+
+    text: str | list[str] | None = None
+    input_ids: list[int | list[int]] | None = None
+    sampling_params: NativeSampling | None = None
+    stream: bool = False
+    return_logprob: bool = False
+    top_logprobs_num: int = 0
+    cache_salt: str | None = None
+    kvist: KvistOptions | None = None
+
+
+class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """vLLM's `/tokenize`: one of `prompt` and `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None  # default: true for a prompt, false for messages
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    model: str | None = None
+    tokens: list[int]
