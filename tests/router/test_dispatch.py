@@ -1,0 +1,500 @@
+"""One request's way through the dispatcher, with engines in memory so that every order of messages can be told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+import pytest
+from fake_engine import make_load, make_spec
+
+from kvist import wire
+from kvist.clock import FakeClock
+from kvist.errors import (
+    EngineError,
+    HandoffFailed,
+    KvistError,
+    Overloaded,
+    PromptTooLong,
+    Timeout,
+    Unavailable,
+    WorkerLost,
+)
+from kvist.kv.keys import page_digests
+from kvist.request import EngineRequest, EpochId, FinishReason, Mode, Outcome, RequestId, SamplingParams, WorkerId
+from kvist.router.config import RouterConfig
+from kvist.router.dispatch import Dispatcher
+from kvist.router.fleet import EngineEvents
+from kvist.router.registry import Registry, Worker, WorkerAddress, WorkerUse
+from kvist.router.stream import StreamPart
+
+PROMPT = tuple(range(100))
+
+
+@dataclass
+class MemoryEngines:
+    """Takes what the dispatcher sends, and lets a test speak for the engines."""
+
+    registry: Registry
+    sent: list[tuple[Worker, wire.GatewayToEngine]] = field(default_factory=list)
+    unreachable: set[Worker] = field(default_factory=set)
+
+    def start(self, events: EngineEvents) -> None:
+        self.events = events
+
+    def add(self, address: WorkerAddress) -> Worker:
+        return self.registry.add(address, 0.0)
+
+    def send(self, worker: Worker, message: wire.GatewayToEngine) -> bool:
+        if worker in self.unreachable:
+            return False
+        self.sent.append((worker, message))
+        return True
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def join(self, name: str, role: str, **spec: object) -> Worker:
+        worker = self.add(WorkerAddress(endpoint=name))
+        worker.endpoint = f"tcp://{name}"
+        made = make_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **spec)
+        self.registry.welcomed(worker, wire.Welcome(spec=made), 0.0)
+        return worker
+
+    def lose(self, worker: Worker) -> None:
+        self.registry.lost(worker, "it died")
+        self.events.on_lost(worker, "it died")
+
+    def submits(self, worker: Worker) -> list[wire.Submit]:
+        return [m for to, m in self.sent if to is worker and isinstance(m, wire.Submit)]
+
+    def aborts(self, worker: Worker) -> list[RequestId]:
+        return [m.request_id for to, m in self.sent if to is worker and isinstance(m, wire.Abort)]
+
+    def say(self, worker: Worker, position: int, *token_ids: int, finish: FinishReason | None = None) -> None:
+        request_id = self.submits(worker)[-1].request.request_id
+        chunk = wire.TokenChunk(request_id=request_id, position=position, token_ids=token_ids, finish_reason=finish)
+        self.events.on_outputs(worker, wire.StepOutputs(chunks=(chunk,)))
+
+    def end(self, worker: Worker, outcome: Outcome = Outcome.FINISHED, **fields: object) -> None:
+        request_id = self.submits(worker)[-1].request.request_id
+        ended = wire.Ended(request_id=request_id, outcome=outcome, **fields)  # type: ignore[arg-type]
+        self.events.on_outputs(worker, wire.StepOutputs(ended=(ended,)))
+
+
+class World:
+    def __init__(self, **config: object) -> None:
+        self.config = RouterConfig(**config)  # type: ignore[arg-type]
+        registry = Registry(self.config)
+        self.clock = FakeClock()
+        self.engines = MemoryEngines(registry)
+        self.dispatcher = Dispatcher(config=self.config, registry=registry, engines=self.engines, clock=self.clock)
+        self.engines.start(self.dispatcher)
+
+    def pair(self) -> tuple[Worker, Worker]:
+        return self.engines.join("p", "prefill"), self.engines.join("d", "decode")
+
+    def generate(self, **fields: object) -> AsyncGenerator[StreamPart, None]:
+        max_tokens = fields.pop("max_tokens", 4)
+        request = EngineRequest(
+            request_id=RequestId("r"),
+            prompt_token_ids=fields.pop("prompt", PROMPT),  # type: ignore[arg-type]
+            sampling=SamplingParams(max_tokens=max_tokens),  # type: ignore[arg-type]
+            **fields,  # type: ignore[arg-type]
+        )
+        return self.dispatcher.generate(request)
+
+    async def begin(self, **fields: object) -> asyncio.Task[list[int]]:
+        """A reader that has submitted and waits."""
+        task = asyncio.create_task(read_all(self.generate(**fields)))
+        await settle()
+        return task
+
+    def idle(self) -> bool:
+        return not self.dispatcher._flights and not any(w.in_flight for w in self.engines.registry.workers)
+
+
+async def read_all(stream: AsyncGenerator[StreamPart, None]) -> list[int]:
+    return [token async for part in stream for token in part.chunk.token_ids]
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+# ---------------------------------------------------------------- the straight ways
+
+
+async def test_a_unified_worker_does_it_all() -> None:
+    world = World()
+    worker = world.engines.join("u", "unified")
+    task = await world.begin()
+    (submit,) = world.engines.submits(worker)
+    assert (submit.mode, submit.handoff_id, submit.request.prompt_token_ids) == (Mode.FULL, None, PROMPT)
+    world.engines.say(worker, 0, 7)
+    world.engines.say(worker, 1, 8, 9, finish=FinishReason.STOP)
+    assert await task == [7, 8, 9]
+    assert not world.idle(), "the worker has not said Ended"
+    world.engines.end(worker)
+    assert world.idle()
+    assert world.engines.aborts(worker) == []
+
+
+async def test_a_pair_is_asked_with_one_handoff_and_its_chunks_are_merged() -> None:
+    world = World()
+    prefill, decode = world.pair()
+    stream = world.generate()
+    first = asyncio.create_task(anext(stream))
+    await settle()
+    (ask_prefill,), (ask_decode,) = world.engines.submits(prefill), world.engines.submits(decode)
+    assert (ask_prefill.mode, ask_decode.mode) == (Mode.PREFILL, Mode.DECODE)
+    assert ask_prefill.handoff_id == ask_decode.handoff_id is not None
+    assert ask_decode.prefill == wire.PrefillPeer(worker_id=WorkerId("p"), endpoint="tcp://p", epoch=EpochId("epoch-p"))
+    world.engines.say(decode, 1, 8)  # before prefill's
+    await settle()
+    assert not first.done()
+    world.engines.say(prefill, 0, 7)
+    part = await first
+    assert part.chunk.token_ids == (7, 8)
+    assert part.chunk.request_id == "r"
+    assert (part.prefill_worker, part.decode_worker) == ("p", "d")
+    world.engines.end(prefill)
+    world.engines.say(decode, 2, 9, finish=FinishReason.STOP)
+    world.engines.end(decode)
+    assert await read_all(stream) == [9]
+    assert world.idle()
+
+
+async def test_a_slow_reader_gets_what_waited_as_one_part() -> None:
+    world = World()
+    worker = world.engines.join("u", "unified")
+    stream = world.generate()
+    first = asyncio.create_task(anext(stream))
+    await settle()
+    for position in range(3):
+        world.engines.say(worker, position, position)
+    assert (await first).chunk.token_ids == (0, 1, 2)
+    await stream.aclose()
+
+
+async def test_one_token_is_answered_by_a_prefill_worker_alone() -> None:
+    world = World()
+    prefill, decode = world.pair()
+    task = await world.begin(max_tokens=1)
+    assert world.engines.submits(prefill)[0].mode is Mode.FULL
+    assert world.engines.submits(decode) == []
+    world.engines.say(prefill, 0, 7, finish=FinishReason.LENGTH)
+    assert await task == [7]
+
+
+async def test_a_first_token_that_ends_the_answer_needs_no_word_from_decode() -> None:
+    world = World()
+    prefill, decode = world.pair()
+    task = await world.begin()
+    world.engines.end(decode)
+    world.engines.say(prefill, 0, 7, finish=FinishReason.STOP)
+    world.engines.end(prefill)
+    assert await task == [7]
+    assert world.idle()
+
+
+async def test_a_continued_request_counts_from_its_tokens() -> None:
+    world = World()
+    worker = world.engines.join("u", "unified")
+    task = await world.begin(output_token_ids=(1, 2))
+    world.engines.say(worker, 2, 3, finish=FinishReason.LENGTH)
+    assert await task == [3]
+
+
+async def test_cached_pages_attract_a_prompt_and_another_salt_does_not() -> None:
+    world = World()
+    cold, warm = world.engines.join("a", "unified"), world.engines.join("b", "unified")
+    digests = page_digests(PROMPT, 16, "fake", "salt")
+    registry = world.engines.registry
+    registry.reported(warm, make_load(0, snapshot=True, cached_added=tuple(digests)), 0.0)
+    first = await world.begin(cache_salt="salt")
+    second = await world.begin()
+    assert len(world.engines.submits(warm)) == len(world.engines.submits(cold)) == 1
+    assert world.engines.submits(warm)[0].request.cache_salt == "salt"
+    first.cancel()
+    second.cancel()
+
+
+# ---------------------------------------------------------------- leaving
+
+
+@pytest.mark.parametrize("how", ["aclose", "cancel"])
+async def test_a_reader_who_leaves_aborts_both_engines_at_once(how: str) -> None:
+    world = World()
+    prefill, decode = world.pair()
+    if how == "cancel":
+        task = await world.begin()
+        task.cancel()
+        await settle()
+    else:
+        stream = world.generate()
+        first = asyncio.create_task(anext(stream))
+        await settle()
+        world.engines.say(prefill, 0, 7)
+        await first
+        await stream.aclose()
+    (request_id,) = world.engines.aborts(prefill)
+    assert world.engines.aborts(decode) == [request_id]
+    world.engines.end(prefill, Outcome.ABORTED)
+    world.engines.say(decode, 1, 8)  # was on its way: ignored
+    world.engines.end(decode, Outcome.ABORTED)
+    assert world.idle()
+
+
+async def test_a_request_that_takes_too_long_times_out_and_is_aborted() -> None:
+    world = World(request_timeout_s=0.01)
+    prefill, decode = world.pair()
+    with pytest.raises(Timeout):
+        await read_all(world.generate())
+    assert len(world.engines.aborts(prefill)) == len(world.engines.aborts(decode)) == 1
+
+
+async def test_an_engine_that_never_says_ended_is_written_off() -> None:
+    world = World()
+    worker = world.engines.join("u", "unified")
+    task = await world.begin()
+    world.engines.say(worker, 0, 7, finish=FinishReason.STOP)
+    await task
+    world.dispatcher.sweep()
+    assert not world.idle(), "it may still say so"
+    world.clock.advance(world.config.worker_timeout_s + 1)
+    world.dispatcher.sweep()
+    assert world.idle()
+    assert len(world.engines.aborts(worker)) == 1
+
+
+async def test_close_ends_every_request() -> None:
+    world = World()
+    worker = world.engines.join("u", "unified")
+    task = await world.begin()
+    await world.dispatcher.close()
+    with pytest.raises(Unavailable, match="shutting down"):
+        await task
+    assert len(world.engines.aborts(worker)) == 1
+
+
+# ---------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("refuser", ["p", "d"])
+async def test_a_refusal_by_one_engine_reaches_the_client_and_aborts_the_other(refuser: str) -> None:
+    world = World()
+    workers = dict(zip("pd", world.pair(), strict=True))
+    task = await world.begin()
+    world.engines.end(workers.pop(refuser), Outcome.FAILED, error_code="context_length_exceeded", message="too long")
+    with pytest.raises(PromptTooLong, match="too long"):
+        await task
+    (other,) = workers.values()
+    assert len(world.engines.aborts(other)) == 1
+    world.engines.end(other, Outcome.ABORTED)
+    assert world.idle()
+
+
+async def test_tokens_that_came_before_the_failure_are_delivered_then_the_error() -> None:
+    world = World()
+    prefill, decode = world.pair()
+    stream = world.generate()
+    first = asyncio.create_task(anext(stream))
+    await settle()
+    world.engines.say(prefill, 0, 7)
+    world.engines.end(decode, Outcome.FAILED, error_code="handoff_failed", message="checksum", retry_after_s=3.0)
+    assert (await first).chunk.token_ids == (7,)
+    with pytest.raises(HandoffFailed) as caught:
+        await anext(stream)
+    assert caught.value.retry_after_s == 3.0
+
+
+async def test_prefills_failure_after_decode_began_does_not_matter() -> None:
+    world = World()
+    prefill, decode = world.pair()
+    task = await world.begin()
+    world.engines.say(prefill, 0, 7)
+    world.engines.say(decode, 1, 8)
+    world.engines.lose(prefill)
+    world.engines.say(decode, 2, 9, finish=FinishReason.STOP)
+    world.engines.end(decode)
+    assert await task == [7, 8, 9]
+    assert world.idle()
+
+
+async def test_an_end_without_a_last_token_is_our_bug_and_said_so() -> None:
+    world = World()
+    worker = world.engines.join("u", "unified")
+    task = await world.begin()
+    world.engines.say(worker, 0, 7)
+    world.engines.end(worker)
+    with pytest.raises(EngineError, match="last token never came"):
+        await task
+
+
+async def test_an_abort_we_did_not_ask_for_fails_the_request() -> None:
+    world = World()
+    worker = world.engines.join("u", "unified")
+    task = await world.begin()
+    world.engines.end(worker, Outcome.ABORTED, message="gateway silent")
+    with pytest.raises(Unavailable, match="gateway silent"):
+        await task
+
+
+async def test_a_worker_lost_mid_stream_fails_the_request_and_aborts_its_partner() -> None:
+    world = World()
+    prefill, decode = world.pair()
+    world.engines.join("d2", "decode")
+    stream = world.generate()
+    first = asyncio.create_task(anext(stream))
+    await settle()
+    world.engines.say(prefill, 0, 7)
+    await first
+    world.engines.lose(decode)
+    with pytest.raises(WorkerLost, match="d was lost"):
+        await anext(stream)
+    assert len(world.engines.aborts(prefill)) == 1
+    world.engines.end(prefill, Outcome.ABORTED)
+    assert world.idle()
+
+
+async def test_a_worker_lost_before_the_first_token_is_replaced_once() -> None:
+    world = World()
+    prefill, decode = world.pair()
+    spare = world.engines.join("d2", "decode")
+    task = await world.begin()
+    world.engines.lose(decode)
+    await settle()
+    first, second = world.engines.submits(prefill)
+    assert first.request.request_id != second.request.request_id, "the first attempt may still be there"
+    assert world.engines.aborts(prefill) == [first.request.request_id]
+    assert first.handoff_id != second.handoff_id
+    assert len(world.engines.submits(spare)) == 1
+    world.engines.lose(spare)
+    with pytest.raises(WorkerLost):
+        await task
+
+
+async def test_a_full_engine_is_passed_over_for_another() -> None:
+    world = World(policy="round_robin")
+    full, free = world.engines.join("a", "unified"), world.engines.join("b", "unified")
+    task = await world.begin()
+    world.engines.end(full, Outcome.FAILED, error_code="overloaded", message="queue full")
+    await settle()
+    world.engines.say(free, 0, 7, finish=FinishReason.STOP)
+    assert await task == [7]
+
+
+async def test_the_callers_mistake_is_not_retried() -> None:
+    world = World(policy="round_robin")
+    first, second = world.engines.join("a", "unified"), world.engines.join("b", "unified")
+    task = await world.begin()
+    world.engines.end(first, Outcome.FAILED, error_code="invalid_request", message="no")
+    with pytest.raises(KvistError, match="no"):
+        await task
+    assert world.engines.submits(second) == []
+
+
+async def test_an_unreachable_decode_worker_releases_prefill() -> None:
+    world = World()
+    prefill, decode = world.pair()
+    world.engines.unreachable.add(decode)
+    with pytest.raises(WorkerLost, match="cannot be reached"):
+        await read_all(world.generate())
+    assert len(world.engines.aborts(prefill)) == 1
+
+
+# ---------------------------------------------------------------- nobody there, everybody full
+
+
+async def test_no_worker_of_a_role_names_the_role_and_what_to_start() -> None:
+    world = World()
+    with pytest.raises(Unavailable, match="kvist serve"):
+        await read_all(world.generate())
+    prefill = world.engines.join("p", "prefill")
+    with pytest.raises(Unavailable, match=r"no decode worker is ready.*--decode-only"):
+        await read_all(world.generate())
+    world.engines.join("d", "decode")
+    world.engines.lose(prefill)
+    with pytest.raises(Unavailable, match=r"no prefill worker is ready.*p is lost \(it died\)"):
+        await read_all(world.generate())
+
+
+async def test_ready_needs_a_pair_or_a_unified_worker() -> None:
+    world = World()
+    assert not world.dispatcher.ready()
+    world.engines.join("p", "prefill")
+    assert not world.dispatcher.ready()
+    decode = world.engines.join("d", "decode")
+    assert world.dispatcher.ready()
+    world.engines.lose(decode)
+    assert not world.dispatcher.ready()
+    world.engines.join("u", "unified")
+    assert world.dispatcher.ready()
+    assert world.dispatcher.model() is not None
+
+
+@pytest.mark.parametrize("full_role", ["prefill", "decode"])
+async def test_full_workers_refuse_before_anything_is_sent(full_role: str) -> None:
+    world = World(retry_after_s=2.5)
+    small = {"max_running_requests": 1, "max_queued_requests": 1}
+    prefill = world.engines.join("p", "prefill", **(small if full_role == "prefill" else {}))
+    decode = world.engines.join("d", "decode", **(small if full_role == "decode" else {}))
+    tasks = [await world.begin() for _ in range(2)]
+    with pytest.raises(Overloaded) as caught:
+        await read_all(world.generate())
+    assert caught.value.retry_after_s == 2.5
+    assert len(world.engines.submits(prefill)) == len(world.engines.submits(decode)) == 2
+    world.engines.end(prefill)
+    world.engines.end(decode)
+    again = await world.begin()
+    assert len(world.engines.submits(decode)) == 3
+    for task in (*tasks, again):
+        task.cancel()
+
+
+async def test_a_unified_worker_steps_in_when_the_pair_is_broken() -> None:
+    world = World()
+    world.engines.join("p", "prefill")
+    unified = world.engines.join("u", "unified")
+    task = await world.begin()
+    assert world.engines.submits(unified)[0].mode is Mode.FULL
+    task.cancel()
+
+
+async def test_a_unified_worker_named_for_prefill_is_paired() -> None:
+    world = World()
+    worker = world.engines.add(WorkerAddress(url="http://u", use=WorkerUse.PREFILL))
+    world.engines.registry.welcomed(worker, wire.Welcome(spec=make_spec(worker_id=WorkerId("u"))), 0.0)
+    world.engines.join("d", "decode")
+    task = await world.begin()
+    assert world.engines.submits(worker)[0].mode is Mode.PREFILL
+    task.cancel()
+
+
+# ---------------------------------------------------------------- flush
+
+
+async def test_flush_asks_every_worker_and_sums_up() -> None:
+    world = World()
+    prefill, decode = world.pair()
+    task = asyncio.create_task(world.dispatcher.flush_cache())
+    await settle()
+    for pages, worker in enumerate((prefill, decode)):
+        (call,) = [m for to, m in world.engines.sent if to is worker and isinstance(m, wire.FlushCache)]
+        world.dispatcher.on_flushed(worker, wire.Flushed(call_id=call.call_id, num_pages=pages))
+    assert await task == {"p": 0, "d": 1}
+
+
+async def test_a_worker_that_does_not_answer_a_flush_is_named() -> None:
+    world = World(flush_timeout_s=0.01)
+    prefill, _ = world.pair()
+    task = asyncio.create_task(world.dispatcher.flush_cache())
+    await settle()
+    world.engines.lose(prefill)
+    with pytest.raises(Timeout, match="d did not answer"):
+        await task
+    with pytest.raises(Unavailable, match="no cache to flush"):
+        await World().dispatcher.flush_cache()

@@ -1,0 +1,229 @@
+"""Gateways and engines over real sockets on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import httpx
+import msgspec
+import pytest
+from fake_engine import FakeEngine, make_spec
+
+from kvist import wire
+from kvist.channel import ChannelConfig
+from kvist.errors import ConfigError, KvistError, Unavailable, WorkerLost
+from kvist.request import EngineRequest, EpochId, RequestId, SamplingParams, WorkerId
+from kvist.router import Dispatcher, RouterConfig, build_dispatcher
+from kvist.router.discovery import normal_url, reachable_endpoint
+
+BOUND_S = 10.0
+StartEngine = Callable[..., FakeEngine]
+Connect = Callable[..., Awaitable[Dispatcher]]
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    started: list[Dispatcher] = []
+
+    async def make(*engines: FakeEngine, key: str = "", transport: httpx.AsyncBaseTransport | None = None, **config):
+        dispatcher = build_dispatcher(
+            RouterConfig(keepalive_s=0.05, **config),
+            ChannelConfig(cluster_key=key),
+            engine_endpoints=[engine.channel.endpoint for engine in engines],
+            transport=transport,
+        )
+        started.append(dispatcher)
+        await dispatcher.start()
+        return dispatcher
+
+    yield make
+    for dispatcher in started:
+        await dispatcher.close()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(BOUND_S):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def ask(dispatcher: Dispatcher, first_token: int = 1000, max_tokens: int = 50, name: str = "r") -> list[int]:
+    request = EngineRequest(
+        request_id=RequestId(name), prompt_token_ids=(first_token, 1, 2), sampling=SamplingParams(max_tokens=max_tokens)
+    )
+    tokens: list[int] = []
+    async with asyncio.timeout(BOUND_S):
+        async for part in dispatcher.generate(request):
+            assert part.chunk.position == len(tokens)
+            tokens += part.chunk.token_ids
+    return tokens
+
+
+def spec(name: str, role: str = "unified", **changes: object) -> wire.EngineSpec:
+    return make_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **changes)
+
+
+def in_flight(dispatcher: Dispatcher) -> int:
+    return sum(worker.num_in_flight for worker in dispatcher.snapshot().workers)
+
+
+async def test_many_streams_through_a_pair_come_out_whole(start_engine: StartEngine, connect: Connect) -> None:
+    dispatcher = await connect(start_engine(spec=spec("p", "prefill")), start_engine(spec=spec("d", "decode")))
+    await until(dispatcher.ready)
+    answers = await asyncio.gather(*(ask(dispatcher, 1000 * i, name=str(i)) for i in range(40)))
+    assert answers == [list(range(1000 * i, 1000 * i + 50)) for i in range(40)]
+    await until(lambda: in_flight(dispatcher) == 0)
+
+
+async def test_two_gateways_share_the_engines_even_with_equal_request_ids(
+    start_engine: StartEngine, connect: Connect
+) -> None:
+    engines = start_engine(spec=spec("p", "prefill")), start_engine(spec=spec("d", "decode"))
+    gateways = [await connect(*engines), await connect(*engines)]
+    for gateway in gateways:
+        await until(gateway.ready)
+    answers = await asyncio.gather(*(ask(gateways[i % 2], 1000 * i, name="same") for i in range(10)))
+    assert answers == [list(range(1000 * i, 1000 * i + 50)) for i in range(10)]
+
+
+async def test_leaving_a_stream_reaches_both_engines(start_engine: StartEngine, connect: Connect) -> None:
+    prefill, decode = start_engine(spec=spec("p", "prefill")), start_engine(spec=spec("d", "decode"))
+    dispatcher = await connect(prefill, decode)
+    await until(dispatcher.ready)
+    prefill.hold = decode.hold = True
+    task = asyncio.create_task(ask(dispatcher))
+    await until(lambda: prefill.submitted and decode.submitted)
+    task.cancel()
+    await until(lambda: prefill.aborted and decode.aborted)
+    await until(lambda: in_flight(dispatcher) == 0)
+
+
+async def test_a_worker_lost_while_idle_is_noticed_and_serves_when_it_is_back(
+    start_engine: StartEngine, connect: Connect
+) -> None:
+    first = start_engine(spec=spec("u"))
+    dispatcher = await connect(first)
+    await until(dispatcher.ready)
+    endpoint = first.channel.endpoint
+    first.stop()
+    await until(lambda: not dispatcher.ready())
+    with pytest.raises(Unavailable, match="no worker is ready"):
+        await ask(dispatcher)
+    start_engine(spec=make_spec(worker_id=WorkerId("u"), epoch=EpochId("second")), bind=endpoint)
+    await until(dispatcher.ready)
+    assert await ask(dispatcher, 5, 2) == [5, 6]
+    assert dispatcher.snapshot().workers[0].spec.epoch == "second"
+
+
+async def test_a_worker_that_dies_mid_stream_fails_its_request(start_engine: StartEngine, connect: Connect) -> None:
+    engine = start_engine(spec=spec("u"))
+    dispatcher = await connect(engine)
+    await until(dispatcher.ready)
+    engine.stop_after = 3
+    task = asyncio.create_task(ask(dispatcher))
+    await until(lambda: engine.submitted)
+    engine.stop()
+    with pytest.raises(WorkerLost):
+        await task
+    assert in_flight(dispatcher) == 0
+
+
+async def test_a_silent_worker_is_lost_and_comes_back_when_it_speaks(
+    start_engine: StartEngine, connect: Connect
+) -> None:
+    engine = start_engine(spec=spec("u"))
+    dispatcher = await connect(engine, worker_timeout_s=0.3)
+    await until(dispatcher.ready)
+    engine.silent = True
+    await until(lambda: not dispatcher.ready())
+    assert "silent" in dispatcher.snapshot().workers[0].problem
+    engine.silent = False
+    await until(dispatcher.ready)
+
+
+async def test_a_missed_report_brings_a_snapshot(start_engine: StartEngine, connect: Connect) -> None:
+    engine = start_engine(spec=spec("u"))
+    dispatcher = await connect(engine)
+    await until(dispatcher.ready)
+    page = b"p" * 16
+    engine.report(cached_added=(page,))
+    await until(lambda: dispatcher.snapshot().workers[0].num_known_pages == 1)
+    asked = engine.num_resyncs
+    engine.report(skip=2)
+    await until(lambda: engine.num_resyncs > asked)
+    await until(lambda: dispatcher.snapshot().workers[0].num_known_pages == 0)  # the snapshot was empty
+
+
+async def test_flush_reaches_every_worker(start_engine: StartEngine, connect: Connect) -> None:
+    dispatcher = await connect(start_engine(spec=spec("p", "prefill")), start_engine(spec=spec("d", "decode")))
+    await until(dispatcher.ready)
+    assert await dispatcher.flush_cache() == {"p": 7, "d": 7}
+
+
+async def test_another_model_is_kept_out_and_shown(start_engine: StartEngine, connect: Connect) -> None:
+    dispatcher = await connect(start_engine(spec=spec("a")), start_engine(spec=spec("b", model_fingerprint="x")))
+    await until(lambda: any("another model" in w.problem for w in dispatcher.snapshot().workers))
+    assert sum(worker.alive for worker in dispatcher.snapshot().workers) == 1
+
+
+async def test_a_gateway_with_the_cluster_key_comes_in_and_one_without_is_told(
+    start_engine: StartEngine, connect: Connect
+) -> None:
+    engine = start_engine(spec=spec("u"), config=ChannelConfig(cluster_key="k"))
+    member, stranger = await connect(engine, key="k"), await connect(engine, key="other")
+    await until(member.ready)
+    assert await ask(member, 5, 2) == [5, 6]
+    await until(lambda: "--cluster-key" in stranger.snapshot().workers[0].problem)
+    assert not stranger.ready()
+
+
+# ---------------------------------------------------------------- discovery by URL
+
+
+def serve(answers: dict[str, Callable[[], httpx.Response]]) -> httpx.MockTransport:
+    return httpx.MockTransport(lambda request: answers[request.url.host]())
+
+
+def info(engine: wire.EngineSpec | None) -> httpx.Response:
+    return httpx.Response(200, content=msgspec.json.encode({"version": "1", "engine": engine}))
+
+
+async def test_workers_named_by_url_are_found_once_they_have_loaded(
+    start_engine: StartEngine, connect: Connect
+) -> None:
+    prefill, decode = start_engine(spec=spec("p", "prefill")), start_engine(spec=spec("d", "decode"))
+    loading = iter([httpx.Response(503), info(None), httpx.Response(200, content=b"<html>")])
+    transport = serve(
+        {"p": lambda: next(loading, None) or info(prefill.spec), "d": lambda: info(decode.spec)},
+    )
+    dispatcher = await connect(transport=transport, prefill=("http://p:1",), decode=("d:2",))
+    await until(dispatcher.ready)
+    assert await ask(dispatcher, 5, 3) == [5, 6, 7]
+    assert [worker.role for worker in dispatcher.snapshot().workers] == ["prefill", "decode"]
+
+
+async def test_a_worker_that_cannot_be_found_says_why(connect: Connect) -> None:
+    def refuse() -> httpx.Response:
+        raise httpx.ConnectError("connection refused")
+
+    dispatcher = await connect(transport=serve({"w": refuse}), worker_urls=("http://w:1",))
+    await until(lambda: "connection refused" in dispatcher.snapshot().workers[0].problem)
+    with pytest.raises(KvistError, match="connection refused"):
+        await ask(dispatcher)
+
+
+@pytest.mark.parametrize("url", ["", "ftp://h:1", "http://", "http://h:99999"])
+def test_a_bad_url_is_refused_at_start(url: str) -> None:
+    with pytest.raises(ConfigError, match="no worker URL"):
+        build_dispatcher(RouterConfig(worker_urls=(url,)), ChannelConfig())
+
+
+def test_urls_are_forgiven_their_slashes_and_missing_scheme() -> None:
+    assert normal_url("h:1/") == normal_url("http://h:1") == "http://h:1"
+
+
+def test_an_engine_bound_everywhere_is_reached_at_its_urls_host() -> None:
+    assert reachable_endpoint("http://10.0.0.5:30001", "tcp://0.0.0.0:555") == "tcp://10.0.0.5:555"
+    assert reachable_endpoint("http://[fd00::1]:1", "tcp://[::]:555") == "tcp://[fd00::1]:555"
+    assert reachable_endpoint("http://10.0.0.5:30001", "tcp://10.0.0.9:555") == "tcp://10.0.0.9:555"
