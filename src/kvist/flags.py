@@ -70,22 +70,31 @@ class _Given:
 # ---------------------------------------------------------------- what options a settings class has
 
 
+def group(config_class: type[T], *, without: Sequence[str] = ()) -> T:
+    """A field of a settings class that holds a room's config. `without` names options this verb sets itself."""
+    held: T = dataclasses.field(default_factory=config_class, metadata={"without": frozenset(without)})
+    return held
+
+
 def options_of(settings_class: type) -> list[Option]:
     """Every option of a settings dataclass, its groups' included, in the order of the fields; one for each key."""
     found: dict[str, Option] = {}
-    _collect(settings_class, "general", found)
+    _collect(settings_class, "general", frozenset(), found)
     return list(found.values())
 
 
-def _collect(settings_class: type, group: str, found: dict[str, Option]) -> None:
+def _collect(settings_class: type, name: str, without: frozenset[str], found: dict[str, Option]) -> None:
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         hint = hints[field.name]
         note = field.metadata.get("option")
         if isinstance(note, OptionHelp):
-            found.setdefault(field.name, _option(field, hint, note, group))
+            if field.name not in without:
+                option = _option(field, hint, note, name)
+                first = found.setdefault(field.name, option)
+                assert first.kinds == option.kinds, f"two groups disagree about {field.name}"
         elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            _collect(hint, field.name, found)
+            _collect(hint, field.name, without | field.metadata.get("without", frozenset()), found)
 
 
 def _option(field: dataclasses.Field[object], hint: object, note: OptionHelp, group: str) -> Option:
@@ -331,19 +340,20 @@ def read_settings(settings_class: type[T], sources: Sources) -> T:
     config = given.get(sources.config_key)
     if config is not None and config.value is not None:
         given = {**_from_file(options, cast(Path, config.value), sources.other_keys), **given}
-    return cast(T, _compose(settings_class, {key: item.value for key, item in given.items()}))
+    return cast(T, _compose(settings_class, {key: item.value for key, item in given.items()}, frozenset()))
 
 
-def _compose(settings_class: type, values: Mapping[str, object]) -> object:
+def _compose(settings_class: type, values: Mapping[str, object], without: frozenset[str]) -> object:
     hints = typing.get_type_hints(settings_class)
     arguments: dict[str, object] = {}
     for field in dataclasses.fields(settings_class):
         hint = hints[field.name]
         if isinstance(field.metadata.get("option"), OptionHelp):
-            if field.name in values:
+            if field.name in values and field.name not in without:
                 arguments[field.name] = values[field.name]
         elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            arguments[field.name] = _compose(hint, values)
+            inner = without | field.metadata.get("without", frozenset())
+            arguments[field.name] = _compose(hint, values, inner)
     try:
         return settings_class(**arguments)
     except ValueError as error:  # a room's own check in __post_init__
@@ -370,17 +380,17 @@ def _text(value: object) -> str:
     return str(value.value) if isinstance(value, enum.Enum) else str(value)
 
 
-def to_argv(settings: object, target_class: type) -> tuple[list[str], dict[str, str]]:
+def to_argv(settings: object, target_class: type, *, without: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
     """Flags (and environment, for secrets: others can read a command line) that give `target_class` the same values.
 
-    Only options that both have and that differ from the target's default appear.
+    Only options that both have and that differ from the target's default appear, and none of `without`.
     """
     values = given_values(settings)
     argv: list[str] = []
     environ: dict[str, str] = {}
     for option in options_of(target_class):
         value = values.get(option.key, option.default)
-        if value == option.default or value is None:
+        if option.key in without or value == option.default or value is None:
             continue
         if option.help.secret:
             environ[option.env] = _text(value)

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.processes import ChildPlan
@@ -71,6 +71,12 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
         environ=shape.router_environ,
     )
     return [*plans, router]
+
+
+def plan_on_free_ports(shape: ClusterShape) -> list[ChildPlan]:
+    """`plan_cluster` with ports found now; the router keeps its own unless it is 0."""
+    *worker_ports, spare = free_ports(shape.config.num_workers + 1)
+    return plan_cluster(replace(shape, router_port=shape.router_port or spare), worker_ports)
 
 
 def _reachable(host: str) -> str:

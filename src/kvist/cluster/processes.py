@@ -43,7 +43,7 @@ class ChildPlan:
     name: str  # "prefill-0", "router"
     argv: tuple[str, ...]
     url: str
-    environ: dict[str, str] = field(default_factory=dict)  # added to ours
+    environ: dict[str, str] = field(default_factory=dict)  # added to ours, less our own KVIST_ variables
 
 
 class ChildState(enum.Enum):
@@ -55,6 +55,11 @@ class ChildState(enum.Enum):
 
 Probe = Callable[[str], bool]  # url -> does it say it is ready; must not block for more than a second or so
 Sink = Callable[[str, str], None]  # (child's name, one line of its output)
+
+
+def _inherited() -> dict[str, str]:
+    """Our environment without settings: what a child must know of them is on its command line or in its plan."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("KVIST_")}
 
 
 def restart_wait_s(num_deaths_in_a_row: int) -> float:
@@ -86,7 +91,7 @@ class Child:
             stdin=subprocess.PIPE,  # held open and never written: its end is the sign to stop
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **self.plan.environ},
+            env={**_inherited(), **self.plan.environ},
             start_new_session=True,  # Ctrl-C reaches us alone; we stop children in order
         )
         assert self.process.stdout is not None

@@ -1,0 +1,71 @@
+"""The `kvist` command: one verb each for a worker, the gateway, a whole cluster and the demonstration.
+
+Nothing heavy is imported before a verb runs, so that `--help`, `--version` and mistakes in flags answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from kvist import __version__
+from kvist.errors import ConfigError, KvistError
+
+VERBS = {
+    "serve": "start one worker: an engine and its HTTP",
+    "router": "start the gateway over remote workers",
+    "up": "start a router, prefill workers and decode workers on this machine",
+    "demo": "start a small cluster, ask it questions, show what the handoff moved, stop it",
+}
+
+USAGE_ERROR = 2  # exit status, as argparse and most commands have it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit status: 0, 1 for a failure while running, 2 for a mistake in the settings."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if words else USAGE_ERROR
+    if words[0] in ("-V", "--version", "version"):
+        print(f"kvist {__version__}")
+        return 0
+    verb, *rest = words
+    try:
+        return _run(verb, rest)
+    except ConfigError as error:
+        print(f"kvist {verb}: {error.message}", file=sys.stderr)
+        return USAGE_ERROR
+    except KvistError as error:
+        print(f"kvist {verb}: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT
+
+
+def _overview() -> str:
+    width = max(len(verb) for verb in VERBS)
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+    return (
+        "usage: kvist VERB [options]\n\n"
+        "Serves large language models with prefill and decode apart, over a radix-shared KV cache.\n\n"
+        f"{verbs}\n\nkvist VERB --help lists a verb's options; kvist --version prints the version."
+    )
+
+
+def _run(verb: str, argv: list[str]) -> int:
+    if verb not in VERBS:
+        from kvist.flags import nearest
+
+        raise ConfigError(f"there is no such verb{nearest(verb, list(VERBS))} Known: {', '.join(VERBS)}")
+    from kvist import settings
+
+    if "-h" in argv or "--help" in argv:
+        print(settings.help_for(verb, VERBS[verb]))
+        return 0
+    read = settings.read(verb, argv, os.environ)
+    from kvist.log import setup_logging
+
+    setup_logging(read.process.log_level)
+    return settings.run(read)

@@ -1,0 +1,126 @@
+"""`kvist demo`: a cluster of separate processes answers a question and holds a chat; a table tells what that took.
+
+Starts everything, streams four answers, stops everything. Fails when the first answer lacks the expected word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+
+import httpx
+
+from kvist.clock import MonotonicClock
+from kvist.cluster.chat import Message, TurnReport, stream_turn
+from kvist.cluster.plan import ClusterShape, plan_on_free_ports
+from kvist.cluster.probe import StartReport, is_ready
+from kvist.cluster.processes import Child, Processes
+from kvist.cluster.up import stop_signals
+from kvist.errors import KvistError
+
+MAX_TOKENS = 64
+TURN_TIMEOUT_S = 120.0
+CHAT = (
+    "My name is Ada and I have a small garden. What could I grow there?",
+    "Which of these is the easiest for a beginner?",
+    "Thank you. Do you still know my name?",
+)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def show_piece(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
+    """0 when the answer has `expect` in it, 1 when not. Raises `KvistError` when the cluster fails."""
+    processes = Processes(plan_on_free_ports(shape), probe=is_ready, sink=lambda _name, _line: None)
+    with stop_signals(), contextlib.ExitStack() as stack:
+        stack.callback(processes.stop)
+        config = shape.config
+        say(f"Starting {config.prefill} prefill worker(s), {config.decode} decode worker(s) and a router ...")
+        processes.start()
+        processes.wait_ready(config.start_timeout_s, each_second=StartReport(processes, lambda text: say("  " + text)))
+        router = processes.children["router"]
+        say(f"Ready at {router.plan.url}\n")
+        try:
+            rows = _talk(router.plan.url, question)
+        except (KvistError, httpx.HTTPError):
+            say("\nWhat the processes said last:")
+            for child in processes.children.values():
+                say("\n".join(f"  [{child.plan.name}] {line}" for line in list(child.last_lines)[-15:]))
+            raise
+        say(table(rows))
+        say("\n" + who_did_what(rows, list(processes.children.values())))
+    say("Everything that was started is stopped.")
+    if expect and expect.lower() not in rows[0][1].text.lower():
+        print(f"The answer to {question!r} does not name {expect}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _talk(url: str, question: str) -> list[tuple[str, TurnReport]]:
+    """(what the row is called, its report) of the question and of each turn of the chat."""
+    with httpx.Client(base_url=url, timeout=TURN_TIMEOUT_S, trust_env=False) as client:
+        rows = [("question", _ask(client, [{"role": "user", "content": question}]))]
+        messages: list[Message] = []
+        for index, text in enumerate(CHAT):
+            messages.append({"role": "user", "content": text})
+            report = _ask(client, messages)
+            messages.append({"role": "assistant", "content": report.text})
+            rows.append((f"chat {index + 1}", report))
+    return rows
+
+
+def _ask(client: httpx.Client, messages: Sequence[Message]) -> TurnReport:
+    say(f"you   > {messages[-1]['content']}")
+    show_piece("model > ")
+    report = stream_turn(client, messages, max_tokens=MAX_TOKENS, clock=MonotonicClock(), show=show_piece)
+    say("\n")
+    return report
+
+
+_COLUMNS = (
+    *("turn", "TTFT", "TPOT", "prompt", "cached", "answer"),
+    *("pages sent", "pages reused", "moved", "handoff", "waited"),
+)
+
+
+def table(rows: Sequence[tuple[str, TurnReport]]) -> str:
+    """One line a turn. `handoff`: from the grant to verified pages; `waited`: the part after prefill was done."""
+    cells = [_COLUMNS, *(_row(name, report) for name, report in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(_COLUMNS))]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def _row(name: str, report: TurnReport) -> tuple[str, ...]:
+    return (
+        name,
+        f"{report.ttft_s * 1e3:.0f} ms",
+        "-" if report.tpot_s is None else f"{report.tpot_s * 1e3:.1f} ms",
+        f"{report.num_prompt_tokens} tok",
+        f"{report.num_cached_tokens} tok",
+        f"{report.num_output_tokens} tok",
+        str(report.num_pages),
+        str(report.num_pages_reused),
+        f"{report.num_bytes / 2**20:.2f} MiB",
+        f"{report.handoff_s * 1e3:.1f} ms",
+        f"{report.handoff_wait_s * 1e3:.1f} ms",
+    )
+
+
+def who_did_what(rows: Sequence[tuple[str, TurnReport]], children: Sequence[Child]) -> str:
+    """Names the processes behind the worker ids of the reports."""
+    names = {child.plan.url.removeprefix("http://"): f"{child.plan.name} (process {child.pid})" for child in children}
+    prefill = sorted({names.get(report.prefill_worker, report.prefill_worker) for _name, report in rows})
+    decode = sorted({names.get(report.decode_worker, report.decode_worker) for _name, report in rows})
+    return (
+        f"Prompts were read by {', '.join(prefill)}; answers were written by {', '.join(decode)}; "
+        "the router tokenised, chose the workers and merged their tokens."
+    )

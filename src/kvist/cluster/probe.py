@@ -1,0 +1,49 @@
+"""Asks a process over HTTP whether it is ready, and waits for a cluster with something to look at meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import httpx
+
+from kvist.clock import Clock, MonotonicClock
+from kvist.cluster.processes import ChildState, Processes
+
+PROBE_TIMEOUT_S = 1.0
+
+
+def is_ready(url: str) -> bool:
+    """True when `GET /ready` answers 200. Never raises, never takes longer than a second or so."""
+    try:
+        return httpx.get(f"{url}/ready", timeout=PROBE_TIMEOUT_S, trust_env=False).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
+class StartReport:
+    """Prints who is ready and who is not, each time that changes and at least every few seconds."""
+
+    def __init__(
+        self,
+        processes: Processes,
+        say: Callable[[str], None],
+        *,
+        interval_s: float = 5.0,
+        clock: Clock | None = None,
+    ) -> None:
+        self._processes = processes
+        self._clock = clock or MonotonicClock()
+        self._say = say
+        self._interval_s = interval_s
+        self._start_s = self._clock.now_s()
+        self._last_s = float("-inf")
+        self._last_states: dict[str, ChildState] = {}
+
+    def __call__(self) -> None:
+        states = {name: child.state for name, child in self._processes.children.items()}
+        now_s = self._clock.now_s()
+        if states == self._last_states and now_s - self._last_s < self._interval_s:
+            return
+        self._last_states, self._last_s = states, now_s
+        words = ", ".join(f"{name} {state.value}" for name, state in states.items())
+        self._say(f"{now_s - self._start_s:5.1f} s: {words}")

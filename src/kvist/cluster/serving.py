@@ -1,0 +1,181 @@
+"""`kvist serve` and `kvist router`: one gateway process, over its own engine or over remote ones.
+
+A worker: HTTP answers at once (`/server_info` says `engine: null`) → the engine process loads → the gateway connects to
+it as to any engine → `/ready`. When the engine dies its supervisor starts another, and the gateway finds that one. When
+the first start fails, or a signal comes, HTTP stops, open requests have a bounded time, then the engine stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from types import FrameType
+
+import httpx
+import msgspec
+import uvicorn
+
+from kvist.channel import ChannelConfig
+from kvist.checkpoint import Checkpoint, find_checkpoint
+from kvist.cluster.lifeline import stop_at_end_of_stdin
+from kvist.errors import ConfigError
+from kvist.request import WorkerId
+from kvist.router import Dispatcher, RouterConfig, build_dispatcher
+from kvist.server import ServerConfig, build_app, http_server
+from kvist.text import load_tokenizer
+from kvist.wire import EngineSpec
+from kvist.worker.child import EngineSupervisor
+from kvist.worker.config import UNIFIED, EngineConfig
+
+log = logging.getLogger(__name__)
+
+WILDCARD_HOSTS = ("", "0.0.0.0", "::")
+
+
+class OwnEngine(httpx.AsyncBaseTransport):
+    """Answers the dispatcher's /server_info in the process itself: a worker's gateway finds its engine as a router
+    does, through its restarts, without a call to its own HTTP. Changed by the engine's supervisor only."""
+
+    def __init__(self) -> None:
+        self.spec: EngineSpec | None = None
+
+    def set(self, spec: EngineSpec | None) -> None:
+        self.spec = spec
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=msgspec.json.encode({"engine": self.spec}), request=request)
+
+
+def serve_worker(
+    *, engine: EngineConfig, server: ServerConfig, router: RouterConfig, log_level: str, stop_with_stdin: bool = False
+) -> int:
+    """Until SIGINT or SIGTERM: 0. Raises `KvistError` when the engine cannot start, or the port is taken."""
+    os.environ["KVIST_LOG_LEVEL"] = log_level  # our engine's, which inherits our environment
+    with _stop_signals() as stop, listen(server) as listener:
+        if stop_with_stdin:
+            stop_at_end_of_stdin()
+        checkpoint = find_checkpoint(engine.model_path)
+        port = listener.getsockname()[1]
+        name = WorkerId(f"{_public_host(server.host)}:{port}")
+        url = f"http://{name}"
+        engine = replace(engine, worker_id=name)
+        own = OwnEngine()
+        dispatcher = build_dispatcher(replace(router, worker_urls=(url,)), engine.channel, transport=own)
+        # prefill and decode are answered through a router, which has the tokenizer
+        tokenizer = load_tokenizer(checkpoint) if engine.role == UNIFIED else None
+        app = build_app(
+            dispatcher=dispatcher,
+            tokenizer=tokenizer,
+            config=server,
+            model_name=_served_name(checkpoint, engine.served_model_name),
+            own_engine=lambda: own.spec,
+        )
+        supervisor = EngineSupervisor(engine, on_change=own.set)
+        log.info("%s worker at %s is loading %s", engine.role, url, checkpoint.path)
+        stop.http = http_server(app, server)
+        asyncio.run(_serve(stop.http, listener, dispatcher, supervisor))
+    return 0
+
+
+def serve_router(
+    *,
+    router: RouterConfig,
+    model_path: str | None,
+    server: ServerConfig,
+    channel: ChannelConfig,
+    stop_with_stdin: bool = False,
+) -> int:
+    """Until SIGINT or SIGTERM: 0. Raises `ConfigError` for a bad URL, a missing tokenizer, a port that is taken."""
+    with _stop_signals() as stop, listen(server) as listener:
+        if stop_with_stdin:
+            stop_at_end_of_stdin()
+        checkpoint = find_checkpoint(model_path)
+        dispatcher = build_dispatcher(router, channel)
+        app = build_app(
+            dispatcher=dispatcher,
+            tokenizer=load_tokenizer(checkpoint),
+            config=server,
+            model_name=_served_name(checkpoint, server.served_model_name),
+        )
+        port = listener.getsockname()[1]
+        log.info("router at http://%s:%d for %s", _public_host(server.host), port, checkpoint.name)
+        stop.http = http_server(app, server)
+        asyncio.run(_serve(stop.http, listener, dispatcher, None))
+    return 0
+
+
+async def _serve(
+    http: uvicorn.Server, listener: socket.socket, dispatcher: Dispatcher, supervisor: EngineSupervisor | None
+) -> None:
+    await dispatcher.start()
+    serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
+    tasks: list[asyncio.Task[None]] = [serving]
+    if supervisor is not None:
+        tasks.append(asyncio.create_task(supervisor.run(), name="engine"))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        http.should_exit = True
+        await serving
+        await dispatcher.close()
+        for task in tasks[1:]:
+            task.cancel()
+        results = await asyncio.gather(*tasks[1:], return_exceptions=True)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+
+
+@contextlib.contextmanager
+def listen(server: ServerConfig) -> Iterator[socket.socket]:
+    """The socket of the HTTP server, bound before anything slow starts. Raises `ConfigError` when it is taken."""
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart must not wait for old connections
+        try:
+            listener.bind((server.host, server.port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on --host {server.host} --port {server.port}: {error.strerror}"
+            ) from error
+        yield listener
+
+
+def _served_name(checkpoint: Checkpoint, renamed: str | None) -> str:
+    return renamed or checkpoint.name
+
+
+def _public_host(host: str) -> str:
+    if host in WILDCARD_HOSTS:
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
+
+
+class _StopSignals:
+    """SIGINT and SIGTERM: before there is an HTTP server they end the start; then they stop it. uvicorn takes them over
+    while it runs and raises them again afterwards, which must not end the process before the engine is stopped."""
+
+    def __init__(self) -> None:
+        self.http: uvicorn.Server | None = None
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        if self.http is None:
+            raise KeyboardInterrupt
+        self.http.should_exit = True
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_StopSignals]:
+    handler = _StopSignals()
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield handler
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)

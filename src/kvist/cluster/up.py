@@ -1,0 +1,73 @@
+"""`kvist up`: a router, prefill and decode workers on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from kvist.cluster.lifeline import stop_at_end_of_stdin
+from kvist.cluster.plan import ClusterShape, plan_on_free_ports
+from kvist.cluster.probe import StartReport, is_ready
+from kvist.cluster.processes import Processes, Sink
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP (the terminal closed) end the body as Ctrl-C does: by `KeyboardInterrupt`."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [signal.SIGTERM, signal.SIGHUP] if hasattr(signal, "SIGHUP") else [signal.SIGTERM]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
+    """Returns when told to stop: 0. Raises `KvistError` when the cluster does not come up."""
+    width = max(len("decode-00"), len("prefill-00"))
+
+    def show(name: str, line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # our own reader left; the cluster runs on
+            print(f"{name:<{width}} | {line}", flush=True)
+
+    processes = Processes(plan_on_free_ports(shape), probe=is_ready, sink=show)
+    with stop_signals():
+        try:
+            _start_and_wait(processes, shape, show, stop_with_stdin)
+        except KeyboardInterrupt:
+            show("kvist", "stopping")
+        finally:
+            with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C: the children see our end of the pipe close
+                processes.stop()
+    return 0
+
+
+def _start_and_wait(processes: Processes, shape: ClusterShape, show: Sink, stop_with_stdin: bool) -> None:
+    if stop_with_stdin:
+        stop_at_end_of_stdin()
+    workers = f"{shape.config.prefill} prefill, {shape.config.decode} decode, {shape.config.unified} unified"
+    show("kvist", f"starting a router and workers ({workers}), {shape.threads_per_worker} thread(s) each")
+    processes.start()
+    for name, child in processes.children.items():
+        show("kvist", f"{name} is process {child.pid} at {child.plan.url}")
+    processes.wait_ready(
+        shape.config.start_timeout_s, each_second=StartReport(processes, lambda text: show("kvist", text))
+    )
+    url = processes.children["router"].plan.url
+    show("kvist", f"ready at {url}    (Ctrl-C stops everything). Try:")
+    for line in curl_example(url):
+        show("kvist", line)
+    threading.Event().wait()
+
+
+def curl_example(url: str) -> list[str]:
+    question = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}'
+    return [f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'"]

@@ -1,0 +1,185 @@
+"""The settings of each verb: the rooms' configs, composed and read once at start.
+
+A verb's settings are one frozen dataclass; its fields are the rooms' configs, whose fields are the options. Flags win
+over environment variables, those over the TOML file named by `--config`, that over defaults. Nothing reads a setting
+anywhere else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvist.channel.security import ChannelConfig
+from kvist.cluster.config import ClusterConfig
+from kvist.cluster.plan import ClusterShape, available_cores, share_threads
+from kvist.config import option
+from kvist.errors import ConfigError
+from kvist.flag_help import help_text
+from kvist.flags import ENV_PREFIX, Shorthand, Sources, group, nearest, options_of, read_settings, to_argv
+from kvist.log import LogConfig
+from kvist.router.config import RouterConfig
+from kvist.server.config import ServerConfig
+from kvist.worker.config import EngineConfig
+
+SHORTHANDS = (
+    Shorthand(flag="--decode-only", key="role", value="decode", text="the same as --role decode"),
+    Shorthand(
+        flag="--disaggregation-mode",
+        key="role",
+        renamed=(("null", "unified"),),
+        text="the same as --role, as SGLang names it; null means unified",
+    ),
+    Shorthand(flag="--max-model-len", key="context_length", text="the same as --context-length, as vLLM names it"),
+)
+
+_FROM_MODEL = ("max_model_len", "eos_token_ids")  # of the scheduler; the engine reads them from the model
+_WORKER_LISTS = ("prefill", "decode", "worker_urls")
+_CHOICE = ("policy", "cache_threshold", "balance_abs_threshold", "balance_rel_threshold", "max_known_pages")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessConfig(LogConfig):
+    config: Path | None = option(None, "TOML file with options, one `name = value` a line")
+    stop_with_stdin: bool = option(
+        False, "stop when standard input closes, so that the process cannot outlive the one that started it"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerConfig:
+    model_path: str | None = option(
+        None,
+        "model folder or GGUF file whose tokenizer and chat template the gateway uses; without it the embedded one",
+        aliases=("model",),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    engine: EngineConfig = group(EngineConfig, without=_FROM_MODEL)
+    server: ServerConfig = group(ServerConfig)
+    router: RouterConfig = group(RouterConfig, without=_WORKER_LISTS + _CHOICE)
+    process: ProcessConfig = group(ProcessConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSettings:
+    router: RouterConfig = group(RouterConfig)
+    tokenizer: TokenizerConfig = group(TokenizerConfig)
+    server: ServerConfig = group(ServerConfig)
+    channel: ChannelConfig = group(ChannelConfig)
+    process: ProcessConfig = group(ProcessConfig)
+
+    def __post_init__(self) -> None:
+        router = self.router
+        if not (router.prefill or router.decode or router.worker_urls):
+            raise ConfigError(
+                "the router has no workers: name them with --prefill URL --decode URL, or with --worker-urls URL ...",
+                param="worker_urls",
+            )
+
+
+_PLANNED = ("role", "engine_host", "engine_port", "engine_advertise_host", *_FROM_MODEL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpSettings:
+    cluster: ClusterConfig = group(ClusterConfig)
+    server: ServerConfig = group(ServerConfig)
+    router: RouterConfig = group(RouterConfig, without=_WORKER_LISTS)
+    engine: EngineConfig = group(EngineConfig, without=_PLANNED)
+    process: ProcessConfig = group(ProcessConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    question: str = option("What is the capital of France?", "the first question")
+    expect: str = option("Paris", "fail unless the answer has this in it; empty: any answer will do")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoSettings:
+    demo: DemoConfig = group(DemoConfig)
+    cluster: ClusterConfig = group(ClusterConfig, without=("unified",))
+    engine: EngineConfig = group(EngineConfig, without=_PLANNED)
+    process: ProcessConfig = group(ProcessConfig)
+
+
+Settings = ServeSettings | RouterSettings | UpSettings | DemoSettings
+
+_SETTINGS: dict[str, type[Settings]] = {
+    "serve": ServeSettings,
+    "router": RouterSettings,
+    "up": UpSettings,
+    "demo": DemoSettings,
+}
+
+
+def help_for(verb: str, summary: str) -> str:
+    sentence = summary[0].upper() + summary[1:] + "."
+    return help_text(_SETTINGS[verb], usage=f"kvist {verb} [options]", summary=sentence, shorthands=SHORTHANDS)
+
+
+def read(verb: str, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """The verb's settings. Raises `ConfigError` naming the flag, variable or key at fault."""
+    known = {option.key for settings_class in _SETTINGS.values() for option in options_of(settings_class)}
+    for name in environ:
+        key = name.removeprefix(ENV_PREFIX).lower()
+        if name.startswith(ENV_PREFIX) and key not in known:
+            # not an error: others (a Kubernetes Service named kvist) put variables there too
+            print(f"kvist: the variable {name} sets no option{nearest(key, sorted(known))}", file=sys.stderr)
+    sources = Sources(argv=argv, environ=environ, shorthands=SHORTHANDS, other_keys=sorted(known))
+    return read_settings(_SETTINGS[verb], sources)
+
+
+def run(settings: Settings) -> int:
+    """Carry the verb out. Imports what it needs here: a worker's parent must not pay for the demo."""
+    if isinstance(settings, ServeSettings):
+        from kvist.cluster.serving import serve_worker
+
+        return serve_worker(
+            engine=settings.engine,
+            server=settings.server,
+            router=settings.router,
+            log_level=settings.process.log_level,
+            stop_with_stdin=settings.process.stop_with_stdin,
+        )
+    if isinstance(settings, RouterSettings):
+        from kvist.cluster.serving import serve_router
+
+        return serve_router(
+            router=settings.router,
+            model_path=settings.tokenizer.model_path,
+            server=settings.server,
+            channel=settings.channel,
+            stop_with_stdin=settings.process.stop_with_stdin,
+        )
+    if isinstance(settings, UpSettings):
+        from kvist.cluster.up import run_up
+
+        return run_up(cluster_shape(settings), stop_with_stdin=settings.process.stop_with_stdin)
+    from kvist.cluster.demo import run_demo
+
+    return run_demo(cluster_shape(settings), question=settings.demo.question, expect=settings.demo.expect)
+
+
+def cluster_shape(settings: UpSettings | DemoSettings) -> ClusterShape:
+    """What reaches each child: the options it knows, less those that the plan deals out itself."""
+    dealt_out = ("host", "port", "num_threads", "stop_with_stdin", "config")
+    worker_argv, worker_environ = to_argv(settings, ServeSettings, without=(*dealt_out, *_PLANNED, "api_key"))
+    router_argv, router_environ = to_argv(settings, RouterSettings, without=(*dealt_out, *_WORKER_LISTS))
+    server = settings.server if isinstance(settings, UpSettings) else ServerConfig(port=0)
+    threads = settings.engine.num_threads or share_threads(settings.cluster.num_workers, available_cores())
+    return ClusterShape(
+        config=settings.cluster,
+        worker_argv=tuple(worker_argv),
+        worker_environ=worker_environ,
+        router_argv=tuple(router_argv),
+        router_environ=router_environ,
+        router_host=server.host,
+        router_port=server.port,
+        threads_per_worker=threads,
+    )

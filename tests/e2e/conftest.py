@@ -1,0 +1,107 @@
+"""One cluster of real processes with the real model for the whole session: prefill, decode, unified, router.
+
+It is started, watched and restarted by the same code as `kvist up`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kvist.cluster.config import ClusterConfig
+from kvist.cluster.plan import ClusterShape, free_ports, plan_on_free_ports
+from kvist.cluster.probe import is_ready
+from kvist.cluster.processes import ChildPlan, Processes
+
+START_TIMEOUT_S = 120.0
+WORKER_ARGV = ("--max-total-tokens=16384",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What tests need of the running cluster, and how they wait for it."""
+
+    processes: Processes
+    router: str  # URL
+    prefill: str
+    decode: str
+    unified: str
+    lines: list[str]
+
+    def metric(self, name: str, *, url: str | None = None, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels."""
+        total = 0.0
+        for line in httpx.get(f"{url or self.router}/metrics").text.splitlines():
+            match = re.fullmatch(r"([^{ ]+)(\{.*\})? (\S+)", line)
+            if (
+                match
+                and match[1] == name
+                and all(f'{key}="{value}"' in (match[2] or "") for key, value in labels.items())
+            ):
+                total += float(match[3])
+        return total
+
+    def num_running(self) -> float:
+        """Requests open at the gateway, running or waiting at an engine."""
+        names = ("kvist:gateway_requests_in_flight", "kvist:num_requests_running", "kvist:num_requests_waiting")
+        return sum(self.metric(name) for name in names)
+
+    def num_pages(self, state: str) -> float:
+        return self.metric("kvist:kv_pages", state=state)
+
+    def wait_idle(self) -> None:
+        self.wait_until(
+            lambda: self.num_running() == 0 and self.num_pages("in_flight") == 0 and self.num_pages("owned") == 0,
+            within_s=10,
+        )
+
+    def wait_until(self, condition: Callable[[], bool], *, within_s: float) -> float:
+        """Seconds until the condition holds; fails the test when it does not in time."""
+        start_s = time.monotonic()
+        while not condition():
+            if time.monotonic() - start_s > within_s:
+                pytest.fail(f"not within {within_s} s; the processes said:\n" + "\n".join(self.lines[-60:]))
+            time.sleep(0.02)
+        return time.monotonic() - start_s
+
+    def wait_ready(self) -> None:
+        """The router can serve: unlike `Processes.wait_ready` this does not forgive a router that lost a worker."""
+        self.wait_until(lambda: is_ready(self.router), within_s=START_TIMEOUT_S)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+            item.add_marker(pytest.mark.timeout(240))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    lines: list[str] = []
+    plans = plan_on_free_ports(
+        ClusterShape(config=ClusterConfig(prefill=1, decode=1), router_port=0, worker_argv=WORKER_ARGV)
+    )
+    port = free_ports(1)[0]
+    serve = (sys.executable, "-m", "kvist", "serve", "--stop-with-stdin", "--num-threads=1", f"--port={port}")
+    plans.append(ChildPlan(name="unified", argv=(*serve, *WORKER_ARGV), url=f"http://127.0.0.1:{port}"))
+    urls = {plan.name.removesuffix("-0"): plan.url for plan in plans}
+    with Processes(plans, probe=is_ready, sink=lambda name, line: lines.append(f"[{name}] {line}")) as processes:
+        processes.wait_ready(START_TIMEOUT_S)
+        yield Cluster(processes=processes, lines=lines, **urls)
+
+
+@pytest.fixture
+def settled(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, ready before the test; idle and with no page in flight after it."""
+    cluster.wait_ready()
+    yield cluster
+    cluster.wait_idle()

@@ -1,0 +1,119 @@
+"""What the router does beside answering: refusals, disconnects, cache, metrics; over real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import httpx
+import pytest
+
+CHAT, NATIVE = "/v1/chat/completions", "/generate"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "word"),
+    [
+        (CHAT, b"not json", 400, "JSON"),
+        (CHAT, b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', 400, ""),
+        (CHAT, b"[]", 400, ""),
+        (CHAT, {}, 400, "messages"),
+        (CHAT, {"messages": []}, 400, "messages"),
+        (CHAT, {"messages": "hello"}, 400, "messages"),
+        (CHAT, {"messages": HELLO, "temprature": 1}, 400, "temprature"),
+        (CHAT, {"messages": HELLO, "temperature": "hot"}, 400, "temperature"),
+        (CHAT, {"messages": HELLO, "temperature": -1}, 400, "temperature"),
+        (CHAT, {"messages": HELLO, "max_tokens": 0}, 400, "max_tokens"),
+        (CHAT, {"messages": HELLO, "top_p": 0}, 400, "top_p"),
+        (CHAT, {"messages": HELLO, "n": 0}, 400, "n"),
+        (CHAT, {"messages": HELLO, "model": "gpt-4"}, 404, "gpt-4"),
+        (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools"),
+        (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, 400, "response_format"),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 20000}]}, 400, "tokens"),
+        (CHAT, {"messages": [{"role": "robot", "content": "Hello"}]}, 400, "role"),
+        ("/v1/completions", {"prompt": [10**9]}, 400, "prompt"),
+        ("/v1/completions", {"prompt": []}, 400, "prompt"),
+        (NATIVE, {"sampling_params": {}}, 400, "text"),
+        (NATIVE, {"text": "a", "input_ids": [1]}, 400, "text"),
+        (NATIVE, {"text": "a", "sampling_params": {"regex": "a*"}}, 400, "regex"),
+        ("/v1/nothing", {}, 404, ""),
+    ],
+)
+def test_bad_input_is_a_clear_4xx_in_openais_shape(settled, path, body, status, word):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = httpx.post(settled.router + path, content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert {"message", "type", "param", "code"} <= set(error)
+    assert word in json.dumps(error)
+
+
+def test_a_body_over_the_limit_is_refused(settled):
+    answer = httpx.post(settled.router + CHAT, content=b" " * (9 << 20))
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_half_worker_names_the_router_to_who_asks_it_for_an_answer(settled, role):
+    answer = httpx.post(getattr(settled, role) + CHAT, json={"messages": HELLO})
+    assert 400 <= answer.status_code < 500
+    assert "router" in answer.json()["error"]["message"]
+
+
+def test_every_process_is_healthy_and_says_who_it_is(settled):
+    for name in ("router", "prefill", "decode", "unified"):
+        url = getattr(settled, name)
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/ready").status_code == 200
+        engine = httpx.get(f"{url}/server_info").json()["engine"]
+        assert engine is None if name == "router" else engine["role"] == name
+
+
+def test_a_disconnect_aborts_everywhere_within_a_second(settled):
+    body = {"messages": HELLO, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with httpx.Client(timeout=30) as client, client.stream("POST", settled.router + CHAT, json=body) as response:
+        pieces = response.iter_lines()
+        for _event in range(10):
+            next(pieces)
+        assert settled.num_running() > 0
+    assert settled.wait_until(lambda: settled.metric("kvist:gateway_requests_in_flight") == 0, within_s=1.0) < 1.0
+    for url in (settled.prefill, settled.decode):  # each engine's own word, through its own gateway
+        settled.wait_until(lambda url=url: settled.metric("kvist:num_requests_running", url=url) == 0, within_s=2.0)
+    settled.wait_until(lambda: settled.num_pages("in_flight") == 0, within_s=2.0)
+
+
+def test_a_disconnect_while_the_prompt_is_read_aborts_too(settled):
+    prompt = {"text": "word " * 1800, "sampling_params": {"max_new_tokens": 64, "ignore_eos": True}}
+    with contextlib.suppress(httpx.ReadTimeout):
+        httpx.post(settled.router + NATIVE, json=prompt, timeout=0.3)
+    settled.wait_idle()
+
+
+def test_flush_cache_empties_every_worker(settled):
+    ask = {
+        "text": "A page of text that is surely longer than sixteen tokens, " * 4,
+        "sampling_params": {"max_new_tokens": 2},
+    }
+    assert httpx.post(settled.router + NATIVE, json=ask, timeout=60).status_code == 200
+    settled.wait_idle()
+    settled.wait_until(lambda: settled.num_pages("cached") > 0, within_s=5)
+    assert httpx.post(settled.router + "/flush_cache").status_code == 200
+    settled.wait_until(lambda: settled.num_pages("cached") == 0, within_s=5)
+
+
+def test_metrics_count_what_was_answered(settled):
+    before = settled.metric("kvist:generation_tokens_total")
+    ask = {"text": "One two three", "sampling_params": {"max_new_tokens": 5, "ignore_eos": True}}
+    assert httpx.post(settled.router + NATIVE, json=ask, timeout=60).status_code == 200
+    assert settled.metric("kvist:generation_tokens_total") == before + 5
+    assert settled.metric("kvist:worker_up") == 2
+    assert settled.metric("kvist:time_to_first_token_seconds_count") > 0
+
+
+def test_tokenize_and_detokenize_undo_each_other(settled):
+    text = "Kvist: en gren, två löv — 枝 🌿"
+    tokens = httpx.post(settled.router + "/tokenize", json={"prompt": text}).json()["tokens"]
+    assert len(tokens) > 3
+    back = httpx.post(settled.router + "/detokenize", json={"tokens": tokens}).json()
+    assert text in json.dumps(back, ensure_ascii=False)

@@ -1,0 +1,122 @@
+"""Processes that die, come back, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kvist.checkpoint import find_checkpoint
+from kvist.cluster.plan import free_ports
+from kvist.cluster.probe import is_ready
+
+KVIST = (sys.executable, "-m", "kvist")
+ASK = {"text": "The capital of France is", "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def family_of(pid: int) -> list[int]:
+    return [pid] + [one for child in children_of(pid) for one in family_of(child)]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, *, within_s: float, what: str) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {within_s} s: {what}"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("victim", ["engine", "worker"])
+def test_a_killed_decode_worker_is_a_503_until_it_is_back(settled, victim):
+    child = settled.processes.children["decode-0"]
+    pid = child.pid if victim == "worker" else children_of(child.pid)[0]
+    assert httpx.post(f"{settled.router}/generate", json=ASK, timeout=60).status_code == 200
+    settled.wait_idle()
+    os.kill(pid, signal.SIGKILL)
+    seen = []
+    deadline_s = time.monotonic() + 60
+    while not (503 in seen and seen[-1] == 200):
+        assert time.monotonic() < deadline_s, seen
+        answer = httpx.post(f"{settled.router}/generate", json=ASK, timeout=60)
+        seen.append(answer.status_code)
+        if answer.status_code == 503:
+            error = answer.json()["error"]
+            assert error["code"] in ("unavailable", "worker_lost", "handoff_failed"), error
+            assert "decode" in error["message"] or settled.decode.removeprefix("http://") in error["message"], error
+            assert int(answer.headers["retry-after"]) >= 1
+        time.sleep(0.1)
+    assert set(seen) <= {200, 503}
+    settled.wait_ready()
+
+
+def test_two_terminals_and_a_router_answer_a_curl():
+    prefill, decode, router = free_ports(3)
+    model = str(find_checkpoint(None).path)
+    flags = ("--model-path", model, "--host", "127.0.0.1", "--tp", "1", "--mem-fraction-static", "0.8")
+    small = ("--max-total-tokens", "8192")
+    commands = [
+        (*KVIST, "serve", *flags, *small, "--port", str(prefill)),
+        (*KVIST, "serve", *flags, *small, "--port", str(decode), "--decode-only"),
+        (
+            *(*KVIST, "router", "--model-path", model, "--port", str(router)),
+            *("--prefill", f"http://127.0.0.1:{prefill}", "--decode", f"http://127.0.0.1:{decode}"),
+        ),
+    ]
+    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands]
+    families: list[int] = []
+    try:
+        url = f"http://127.0.0.1:{router}"
+        wait_until(lambda: is_ready(url), within_s=90, what="the router is ready")
+        families = [pid for process in started for pid in family_of(process.pid)]
+        body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 16}'
+        if shutil.which("curl"):
+            command = ["curl", "-sS", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+            said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        else:
+            said = httpx.post(f"{url}/v1/chat/completions", content=body, timeout=60).text
+        assert "Paris" in said
+    finally:
+        for process in started:
+            process.send_signal(signal.SIGINT)  # Ctrl-C
+        codes = [process.wait(timeout=30) for process in started]
+    assert codes == [0, 0, 0]
+    wait_until(lambda: not any(map(is_alive, families)), within_s=5, what="every process has ended")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+def test_kvist_up_leaves_nothing_behind_however_it_ends(number, code, tmp_path):
+    port = free_ports(1)[0]
+    log = tmp_path / "up.log"
+    command = (*KVIST, "up", "--prefill", "1", "--decode", "1", "--port", str(port), "--max-total-tokens", "8192")
+    with log.open("wb") as stream:
+        up = subprocess.Popen(
+            command, stdout=stream, stderr=stream, env={**os.environ, "KVIST_RUNTIME_DIR": str(tmp_path)}
+        )
+    try:
+        wait_until(lambda: "ready at http" in log.read_text(), within_s=90, what="kvist up says it is ready")
+        family = family_of(up.pid)
+        assert len(family) == 6, "kvist up, three children, two engines"
+        answer = httpx.post(f"http://127.0.0.1:{port}/generate", json=ASK, timeout=60)
+        assert "Paris" in answer.json()["text"]
+    finally:
+        up.send_signal(number)
+        assert up.wait(timeout=30) == code, log.read_text()
+    wait_until(lambda: not any(map(is_alive, family)), within_s=20, what="every process has ended")
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path != log and number != signal.SIGKILL] == []

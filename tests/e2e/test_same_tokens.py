@@ -1,0 +1,34 @@
+"""Prefill and decode apart give the very tokens that one worker gives."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+GREEDY = {"temperature": 0}
+SEEDED = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "sampling_seed": 11}
+PROMPT = [504, 3575, 282, 4649, 314, 260, 1089, 327, 253, 6397, 28, 284, 451, 2373, 1441, 30]
+
+
+def generate(url: str, input_ids: list[int], **sampling: object) -> list[int]:
+    body = {"input_ids": input_ids, "sampling_params": {"max_new_tokens": 20, "ignore_eos": True, **sampling}}
+    answer = httpx.post(f"{url}/generate", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["output_ids"]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 33, 600])
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_the_pair_and_one_worker_agree_token_for_token(settled, num_tokens, sampling):
+    prompt = (PROMPT * 40)[:num_tokens]
+    alone = generate(settled.unified, prompt, **sampling)
+    assert len(alone) == 20
+    assert generate(settled.router, prompt, **sampling) == alone
+    assert generate(settled.router, prompt, **sampling) == alone  # now from the cache of both
+
+
+def test_one_token_needs_no_handoff(settled):
+    before = settled.metric("kvist:worker_handoffs_total")
+    assert len(generate(settled.router, PROMPT, max_new_tokens=1, temperature=0)) == 1
+    settled.wait_idle()
+    assert settled.metric("kvist:worker_handoffs_total") == before
