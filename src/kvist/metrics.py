@@ -75,7 +75,7 @@ class WorkerSample:
     totals: Mapping[str, float]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class GatewayMetrics(Collector):
     """Written by the server's event loop; `samples` is asked at each scrape."""
 

@@ -27,7 +27,7 @@ _QUEUE_PARTS = 64  # parts that may wait between the choices of one job and its 
 class Dispatcher(Protocol):
     """What the server needs of the router (router/dispatch.py)."""
 
-    def generate(self, request: EngineRequest, *, timeout_s: float | None = None) -> AsyncGenerator[StreamPart, None]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
         """Raises `KvistError`. `aclose()` aborts the request everywhere."""
         ...
 

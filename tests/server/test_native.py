@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+async def test_generate_answers_in_sglangs_shape(bench: Any) -> None:
+    body = {"text": "hi", "sampling_params": {"max_new_tokens": 10, "temperature": 0}}
+    answer = (await bench.post("/generate", body)).json()
+    assert answer["text"] == "hello"
+    assert answer["output_ids"][-1] == 256
+    meta = answer["meta_info"]
+    assert meta["finish_reason"] == {"type": "stop", "matched": 256}
+    assert (meta["prompt_tokens"], meta["completion_tokens"], meta["cached_tokens"]) == (2, 6, 4)
+    assert meta["id"] == bench.dispatcher.requests[0].request_id
+
+
+async def test_streamed_text_is_cumulative(bench: Any, read_events: Callable[[Any], list[Any]]) -> None:
+    *events, done = read_events(await bench.post("/generate", {"input_ids": [1, 2], "stream": True}))
+    assert done == "[DONE]"
+    assert [event["text"] for event in events] == ["h", "he", "hel", "hell", "hello", "hello"]
+    assert [event["meta_info"]["finish_reason"] for event in events[:-1]] == [None] * 5
+
+
+async def test_length_and_stop_string_are_told_apart(bench: Any) -> None:
+    short = (await bench.post("/generate", {"text": "x", "sampling_params": {"max_new_tokens": 2}})).json()
+    assert short["meta_info"]["finish_reason"] == {"type": "length", "length": 2}
+    stopped = (await bench.post("/generate", {"text": "x", "sampling_params": {"stop": "ll"}})).json()
+    assert stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": "ll"}
+    assert stopped["text"] == "he"
+
+
+async def test_batches_and_n_answer_with_a_list(bench: Any) -> None:
+    assert len((await bench.post("/generate", {"text": ["a", "b"]})).json()) == 2
+    assert len((await bench.post("/generate", {"input_ids": [[1], [2]]})).json()) == 2
+    several = (await bench.post("/generate", {"text": "a", "sampling_params": {"n": 2, "sampling_seed": 5}})).json()
+    assert [answer["index"] for answer in several] == [0, 1]
+    assert sorted(request.sampling.seed for request in bench.dispatcher.requests[-2:]) == [5, 6]
+
+
+async def test_logprobs_come_with_token_ids(bench: Any) -> None:
+    body = {"text": "x", "return_logprob": True, "top_logprobs_num": 2}
+    meta = (await bench.post("/generate", body)).json()["meta_info"]
+    assert meta["output_token_logprobs"][-1] == [-0.5, 256, None]
+    assert meta["output_top_logprobs"][-1] == [[-0.5, 256, None], [-9999.0, 65, None]]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "text"),
+        ({"text": "a", "input_ids": [1]}, "text"),
+        ({"text": []}, "text"),
+        ({"input_ids": [1, [2]]}, "input_ids"),
+        ({"input_ids": [999]}, "input_ids"),
+        ({"text": "a", "sampling_params": {"regex": "a+"}}, "sampling_params.regex"),
+        ({"text": "a", "sampling_params": {"max_tokens": 1}}, "sampling_params.max_tokens"),
+        ({"text": "a", "sampling_params": {"max_new_tokens": 500}}, "sampling_params.max_new_tokens"),
+        ({"text": "a", "top_logprobs_num": 1}, "top_logprobs_num"),
+    ],
+)
+async def test_what_is_wrong_is_named(bench: Any, body: dict[str, object], param: str) -> None:
+    response = await bench.post("/generate", body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+async def test_special_tokens_are_shown_on_request(bench: Any) -> None:
+    bench.dispatcher.answer = "a<|end|>b"
+    shown = {"text": "x", "sampling_params": {"skip_special_tokens": False}}
+    assert (await bench.post("/generate", shown)).json()["text"] == "a<|end|>b"
+    assert (await bench.post("/generate", {"text": "x"})).json()["text"] == "ab"

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
+USER = [{"role": "user", "content": "hi"}]
+
+
+def error_of(response: Any) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"temprature": 1}, "temprature", "did you mean `temperature`?"),
+        ({"xyzzy": 1}, "xyzzy", "unknown field `xyzzy`"),
+        ({"stream_options": {"include_usages": True}}, "stream_options.include_usages", "mean `include_usage`?"),
+        ({"temperature": "warm"}, "temperature", "Expected `float"),
+        ({"temperature": -0.1}, "temperature", "between 0 and 2"),
+        ({"top_p": 0}, "top_p", "over 0"),
+        ({"min_p": 1.5}, "min_p", "between 0 and 1"),
+        ({"top_k": -2}, "top_k", "positive"),
+        ({"n": 0}, "n", "at least 1"),
+        ({"n": 1000}, "n", "limit of 128"),
+        ({"seed": -1}, "seed", "between 0"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "disagree"),
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "max_tokens (3)"),
+        ({"stop": [""]}, "stop", "1 to 256"),
+        ({"stop": ["a"] * 17}, "stop", "16 strings"),
+        ({"stop_token_ids": [257]}, "stop_token_ids", "0 to 256"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "0 to 20"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs `logprobs`"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "needs `stream`"),
+        ({"messages": []}, "messages", "empty"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "user first"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'tool'"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
+        ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood", "unknown field"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content", "only text"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "Expected"),
+    ],
+)  # fmt: skip
+async def test_what_is_wrong_with_a_field_is_a_400_that_names_it(
+    bench: Any, fields: dict[str, object], param: str, said: str
+) -> None:
+    response = await bench.post("/v1/chat/completions", {"messages": USER, **fields})
+    error = error_of(response)
+    assert response.status_code == 400
+    assert error["param"] == param
+    assert said in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert not bench.dispatcher.requests
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "neutral"),
+    [
+        ("tools", [{"type": "function"}], []),
+        ("response_format", {"type": "json_object"}, {"type": "text"}),
+        ("logit_bias", {"5": 1}, {}),
+        ("frequency_penalty", 0.5, 0),
+        ("presence_penalty", 1, 0.0),
+        ("tool_choice", "required", "auto"),
+        ("store", True, False),
+    ],
+)
+async def test_a_field_we_cannot_honour_is_refused_unless_it_asks_for_nothing(
+    bench: Any, name: str, value: object, neutral: object
+) -> None:
+    refused = await bench.chat(**{name: value})
+    assert refused.status_code == 400
+    assert error_of(refused)["code"] == "unsupported_field"
+    assert error_of(refused)["param"] == name
+    assert (await bench.chat(**{name: neutral})).status_code == 200
+    assert (await bench.chat(**{name: None})).status_code == 200
+
+
+@pytest.mark.parametrize("fields", [{"suffix": "x"}, {"best_of": 2}, {"echo": True}])
+async def test_completions_refuse_what_they_cannot_do(bench: Any, fields: dict[str, object]) -> None:
+    response = await bench.post("/v1/completions", {"prompt": "x", **fields})
+    assert error_of(response)["code"] == "unsupported_field"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b'{"messages": [{"role": "user", "content": "\xff"}]}'])
+async def test_a_body_that_is_no_json_object_in_utf8_is_a_400(bench: Any, body: bytes) -> None:
+    response = await bench.client.post("/v1/chat/completions", content=body)
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "invalid_request"
+
+
+async def test_half_a_surrogate_pair_is_a_400(bench: Any) -> None:
+    response = await bench.client.post("/v1/completions", content=b'{"prompt": "\\ud800"}')
+    assert response.status_code == 400
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], [""], [1, "a"], [[1], 2], [300], [-1], {"a": 1}, None])
+async def test_a_prompt_that_is_empty_or_mixed_or_no_prompt_is_a_400(bench: Any, prompt: object) -> None:
+    response = await bench.post("/v1/completions", {"prompt": prompt})
+    assert response.status_code == 400
+    assert error_of(response)["param"].startswith("prompt")
+
+
+async def test_a_prompt_over_the_context_says_both_numbers(bench: Any) -> None:
+    response = await bench.post("/v1/completions", {"prompt": "x" * 200})
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "context_length_exceeded"
+    assert "200 tokens" in error_of(response)["message"]
+    assert (await bench.post("/v1/completions", {"prompt": "x" * 199})).status_code == 200
+
+
+async def test_prompt_and_answer_over_the_context_say_what_fits(bench: Any) -> None:
+    body = {"prompt": "x" * 150, "max_tokens": 51}
+    error = error_of(await bench.post("/v1/completions", body))
+    assert error["code"] == "context_length_exceeded"
+    assert "at most 50 fit" in error["message"]
+    assert (await bench.post("/v1/completions", {**body, "max_tokens": 50})).status_code == 200
+
+
+async def test_a_hopeless_prompt_is_refused_before_it_is_tokenised(bench: Any) -> None:
+    error = error_of(await bench.post("/v1/completions", {"prompt": "x" * 60_000}))
+    assert "60000 characters" in error["message"]
+
+
+async def test_a_model_that_is_not_served_is_a_404(bench: Any) -> None:
+    response = await bench.chat(model="other")
+    assert response.status_code == 404
+    assert error_of(response)["code"] == "model_not_found"
+    assert "tiny" in error_of(response)["message"]
+
+
+async def test_a_body_over_the_limit_is_a_413_declared_or_not(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(max_body_bytes=1024)
+    response = await bench.chat("x" * 2000)
+    assert response.status_code == 413
+    assert error_of(response)["code"] == "body_too_large"
+
+    async def pieces() -> Any:
+        for _ in range(3):
+            yield b" " * 500
+
+    assert (await bench.client.post("/v1/completions", content=pieces())).status_code == 413
+
+
+async def test_unknown_paths_and_methods_have_openais_shape(bench: Any) -> None:
+    assert (await bench.client.get("/v2/nothing")).status_code == 404
+    assert error_of(await bench.client.get("/v2/nothing"))["message"] == "no such path"
+    response = await bench.client.get("/v1/chat/completions")
+    assert response.status_code == 405
+    assert "method" in error_of(response)["message"]
+
+
+async def test_a_worker_that_only_does_its_part_names_the_router(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(tokenizer=None)
+    for path in ("/v1/chat/completions", "/v1/completions", "/generate", "/tokenize", "/detokenize"):
+        response = await bench.post(path, {})
+        assert response.status_code == 400
+        assert "router" in error_of(response)["message"]
+
+
+async def test_no_ready_worker_is_a_503_that_may_be_tried_again(bench: Any) -> None:
+    bench.dispatcher.spec = None
+    response = await bench.chat()
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "1"
