@@ -52,7 +52,8 @@ class Steps:
         table.step_count += 1
         for event in events:
             self._handlers[type(event)](event)
-        for kind, key in table.timers.pop_due(now_s):
+        while (due := table.timers.pop_due(now_s)) is not None:
+            kind, key = due
             if kind is TimerKind.QUEUE:
                 table.queue_timed_out(key)
             else:

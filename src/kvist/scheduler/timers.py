@@ -36,13 +36,14 @@ class Timers:
     def cancel(self, kind: TimerKind, key: str) -> None:
         self._deadlines.pop((kind, key), None)
 
-    def pop_due(self, now_s: float) -> list[TimerKey]:
-        due: list[TimerKey] = []
-        while (at_s := self.next_at_s()) is not None and at_s <= now_s:
-            name = heapq.heappop(self._heap)[2]
-            del self._deadlines[name]
-            due.append(name)
-        return due
+    def pop_due(self, now_s: float) -> TimerKey | None:
+        """One at a time: what one of them leads to may cancel the next."""
+        at_s = self.next_at_s()
+        if at_s is None or at_s > now_s:
+            return None
+        name = heapq.heappop(self._heap)[2]
+        del self._deadlines[name]
+        return name
 
     def next_at_s(self) -> float | None:
         while self._heap:
