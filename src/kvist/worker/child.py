@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from kvist.clock import Clock, MonotonicClock
-from kvist.errors import ConfigError, EngineError, KvistError, Timeout, WorkerLost, error_from_wire
+from kvist.errors import EngineError, KvistError, Timeout, WorkerLost, error_from_wire
 from kvist.wire import EngineSpec
 from kvist.worker.config import EngineConfig
 from kvist.worker.messages import Progress, Ready, StartFailed, decode_line
@@ -59,14 +59,14 @@ class EngineProcess:
         try:
             async with asyncio.timeout(config.engine_start_timeout_s):
                 return cls(process, await _await_ready(process, config, on_progress))
-        except TimeoutError as error:
-            raise Timeout(
-                f"the engine did not get ready within {config.engine_start_timeout_s:g} s: "
-                "raise --engine-start-timeout-s, or look at its log"
-            ) from error
-        finally:
-            if sys.exc_info()[0] is not None:
-                await _end(process, grace_s=0.0)
+        except BaseException as error:
+            await _end(process, grace_s=0.0)
+            if isinstance(error, TimeoutError):
+                raise Timeout(
+                    f"the engine did not get ready within {config.engine_start_timeout_s:g} s: "
+                    "raise --engine-start-timeout-s, or look at its log"
+                ) from error
+            raise
 
     @property
     def pid(self) -> int:
@@ -156,8 +156,8 @@ class EngineSupervisor:
         self._clock = clock or MonotonicClock()
 
     async def run(self) -> None:
-        """Until cancelled; the engine is stopped then. Raises `KvistError` when the very first start fails, and
-        whenever a start fails for its settings (`ConfigError`): trying again would not help."""
+        """Until cancelled; the engine is stopped then. Raises `KvistError` when the very first start fails: trying
+        again would hardly help. What has worked once is tried again for ever, every `LONGEST_RESTART_WAIT_S`."""
         num_quick_deaths = 0
         try:
             while True:
@@ -165,7 +165,7 @@ class EngineSupervisor:
                 try:
                     await self._one_life()
                 except KvistError as error:
-                    if isinstance(error, ConfigError) or self.num_restarts == 0 and self.failure is None:
+                    if self.num_restarts == 0 and self.failure is None:
                         raise
                     self.failure = error
                 lived_s = self._clock.now_s() - started_s

@@ -29,7 +29,7 @@ class EngineConfig:
     )
     dtype: str = option(
         "auto",
-        "type of weights and KV pages; auto is float32 on a CPU, else the checkpoint's",
+        "type of weights and KV pages; auto is float32 on a CPU, bfloat16 on a GPU",
         choices=("auto", "float32", "bfloat16"),
     )
     load_format: str = option(

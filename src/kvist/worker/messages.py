@@ -29,6 +29,9 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 Announcement = Progress | Ready | StartFailed
 
 
+_DECODER: msgspec.json.Decoder[Announcement] = msgspec.json.Decoder(type=Announcement)
+
+
 def encode_line(announcement: Announcement) -> bytes:
     return msgspec.json.encode(announcement) + b"\n"
 
@@ -36,6 +39,6 @@ def encode_line(announcement: Announcement) -> bytes:
 def decode_line(line: bytes) -> Announcement | None:
     """None: the line is something else, printed by a library."""
     try:
-        return msgspec.json.decode(line, type=Announcement)
+        return _DECODER.decode(line)
     except msgspec.DecodeError:
         return None

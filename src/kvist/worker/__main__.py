@@ -1,0 +1,5 @@
+import sys
+
+from kvist.worker.process import main
+
+sys.exit(main())

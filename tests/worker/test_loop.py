@@ -1,0 +1,513 @@
+"""The engine loop against fakes: events in, messages out, and what it does when the world misbehaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from kvist import wire
+from kvist.channel.engine import Inbound, Outbound
+from kvist.clock import FakeClock
+from kvist.kv.pages import PageCounts
+from kvist.request import (
+    EngineRequest,
+    EpochId,
+    HandoffId,
+    Mode,
+    Outcome,
+    RequestId,
+    SampledToken,
+    SamplingParams,
+    WorkerId,
+)
+from kvist.scheduler.events import (
+    AbortRequested,
+    AckArrived,
+    Arrived,
+    ClosedArrived,
+    Event,
+    FlushRequested,
+    GrantArrived,
+    PagesVerified,
+    PeerDied,
+    RevokeArrived,
+    StepFailed,
+    StepFinished,
+    WritesCompleted,
+)
+from kvist.scheduler.load import SchedulerLoad
+from kvist.scheduler.plan import (
+    Batch,
+    BatchItem,
+    Flush,
+    Plan,
+    StopWrites,
+    ToSource,
+    ToTarget,
+    VerifyPages,
+    WritePages,
+)
+from kvist.transfer import TransferReport
+from kvist.worker.loop import EngineLoop, LoopParts
+from kvist.worker.reports import LoadReports
+
+G1, G2 = b"gateway-1", b"gateway-2"
+POOL = wire.PoolAddress(transport="shm", location="/x", num_pages=4, page_bytes=64, layout="l")
+SPEC = wire.EngineSpec(
+    worker_id=WorkerId("w"),
+    epoch=EpochId("e"),
+    role="unified",
+    endpoint="tcp://127.0.0.1:1",
+    model_fingerprint="f",
+    model_name="m",
+    vocab_size=100,
+    max_model_len=64,
+    page_size=16,
+    num_pages=4,
+    namespace="n",
+    dtype="float32",
+    tp_size=1,
+    max_running_requests=4,
+    max_queued_requests=4,
+)
+
+
+class FakeChannel:
+    def __init__(self) -> None:
+        self.num_undecodable = 0
+        self.waiting: list[tuple[bytes, Inbound]] = []
+        self.sent: list[tuple[bytes, Outbound]] = []
+        self.to_peers: list[tuple[str, wire.TargetToSource]] = []
+        self.unreachable: set[bytes | str] = set()
+        self.timeouts: list[float] = []
+        self.num_wakeups = 0
+
+    def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]:
+        self.timeouts.append(timeout_s)
+        received, self.waiting = self.waiting, []
+        return received
+
+    def send(self, identity: bytes, message: Outbound) -> bool:
+        if identity in self.unreachable:
+            return False
+        self.sent.append((identity, message))
+        return True
+
+    def send_to_peer(self, endpoint: str, message: wire.TargetToSource) -> bool:
+        if endpoint in self.unreachable:
+            return False
+        self.to_peers.append((endpoint, message))
+        return True
+
+    def wakeup(self) -> None:
+        self.num_wakeups += 1
+
+
+class FakeScheduler:
+    """Gives the plans of a script, then empty ones; remembers every event."""
+
+    def __init__(self) -> None:
+        self.script: list[Plan] = []
+        self.seen: list[list[Event]] = []
+
+    def step(self, now_s: float, events: Sequence[Event]) -> Plan:
+        assert now_s >= 100.0
+        self.seen.append(list(events))
+        return self.script.pop(0) if self.script else Plan()
+
+    def has_work(self) -> bool:
+        return bool(self.script)
+
+    def load(self) -> SchedulerLoad:
+        pages = PageCounts(free=1, cached=2, owned=1, in_flight=0, evictable=2, total=4)
+        return SchedulerLoad(num_running=3, num_waiting=5, pages=pages, totals={"steps": 7.0})
+
+
+class FakeRunner:
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.fails = False
+
+    def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]:
+        self.batches.append(batch)
+        if self.fails:
+            raise RuntimeError("the device is on fire")
+        return {item.request_id: SampledToken(token_id=9) for item in batch.items}
+
+
+class FakeTransport:
+    def __init__(self) -> None:
+        self.jobs: list[object] = []
+        self.reports: list[TransferReport] = []
+        self.dead: set[EpochId] = set()
+        self.asked: list[EpochId] = []
+
+    def write(self, job: WritePages) -> None:
+        self.jobs.append(job)
+
+    def verify(self, job: VerifyPages) -> None:
+        self.jobs.append(job)
+
+    def stop(self, handoff_id: HandoffId) -> None:
+        self.jobs.append(StopWrites(handoff_id=handoff_id))
+
+    def poll(self) -> list[TransferReport]:
+        reports, self.reports = self.reports, []
+        return reports
+
+    def peer_is_dead(self, epoch: EpochId) -> bool:
+        self.asked.append(epoch)
+        return epoch in self.dead
+
+    def close(self) -> None: ...
+
+
+class Engine:
+    """The loop in a world of fakes."""
+
+    def __init__(self) -> None:
+        self.channel, self.scheduler, self.runner = FakeChannel(), FakeScheduler(), FakeRunner()
+        self.transport, self.clock = FakeTransport(), FakeClock(100.0)
+        self.digests: list[bytes] = []
+        parts = LoopParts(
+            spec=SPEC,
+            scheduler=self.scheduler,
+            runner=self.runner,
+            channel=self.channel,
+            transport=self.transport,
+            reports=LoadReports(cached_digests=lambda: self.digests),
+            clock=self.clock,
+            gateway_timeout_s=10.0,
+        )
+        self.loop = EngineLoop(parts)
+
+    def turn(self, *messages: tuple[bytes, Inbound], plan: Plan | None = None) -> list[Event]:
+        """One turn with these messages; the scheduler answers with `plan`. Returns the events it saw."""
+        self.channel.waiting += messages
+        if plan is not None:
+            self.scheduler.script.append(plan)
+        self.loop.turn(0.0)
+        return self.scheduler.seen[-1]
+
+    def sent(self, kind: type, to: bytes | None = None) -> list[object]:
+        return [m for identity, m in self.channel.sent if isinstance(m, kind) and to in (None, identity)]
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+def submit(request_id: str, *token_ids: int) -> wire.Submit:
+    request = EngineRequest(
+        request_id=RequestId(request_id),
+        prompt_token_ids=token_ids or (1, 2, 3),
+        sampling=SamplingParams(max_tokens=4),
+    )
+    return wire.Submit(request=request, mode=Mode.FULL)
+
+
+def chunk(request_id: str, position: int = 0) -> wire.TokenChunk:
+    return wire.TokenChunk(request_id=RequestId(request_id), position=position, token_ids=(7,))
+
+
+def ended(request_id: str) -> wire.Ended:
+    return wire.Ended(request_id=RequestId(request_id), outcome=Outcome.FINISHED)
+
+
+def batch(request_id: str, step_id: int = 1) -> Batch:
+    item = BatchItem(
+        request_id=RequestId(request_id), token_ids=(1,), start=0, page_ids=(0,), sampling=SamplingParams(max_tokens=1)
+    )
+    return Batch(step_id=step_id, items=(item,))
+
+
+HELLO = wire.Hello(gateway_id="g")
+
+
+# ---------------------------------------------------------------- messages become events
+
+
+def test_every_message_reaches_the_scheduler_as_its_event(engine: Engine) -> None:
+    target, source, handoff = EpochId("d"), EpochId("e"), HandoffId("h")
+    grant = wire.Grant(
+        handoff_id=handoff,
+        request_id=RequestId("r"),
+        target_epoch=target,
+        source_epoch=source,
+        pool=POOL,
+        first_page=0,
+        page_ids=(1,),
+    )
+    closed = wire.Closed(handoff_id=handoff, target_epoch=target, source_epoch=source)
+    request = submit("r")
+    events = engine.turn(
+        (G1, request),
+        (G1, wire.Abort(request_id=RequestId("r"))),
+        (G1, wire.FlushCache(call_id="c")),
+        (b"d", grant),
+        (b"d", wire.Ack(handoff_id=handoff, target_epoch=target)),
+        (b"d", wire.Revoke(handoff_id=handoff, target_epoch=target, reason="late")),
+        (b"tcp://p", closed),
+    )
+    assert events == [
+        Arrived(request=request.request, mode=Mode.FULL),
+        AbortRequested(request_id=RequestId("r")),
+        FlushRequested(call_id="c"),
+        GrantArrived(grant=grant),
+        AckArrived(handoff_id=handoff, target_epoch=target),
+        RevokeArrived(handoff_id=handoff, target_epoch=target, reason="late"),
+        ClosedArrived(closed=closed),
+    ]
+
+
+def test_hello_is_answered_with_the_spec(engine: Engine) -> None:
+    engine.turn((G1, HELLO))
+    assert engine.sent(wire.Welcome, G1) == [wire.Welcome(spec=SPEC)]
+
+
+def test_a_gateway_cannot_abort_the_requests_of_another(engine: Engine) -> None:
+    engine.turn((G1, submit("r")))
+    assert engine.turn((G2, wire.Abort(request_id=RequestId("r")))) == []
+
+
+@pytest.mark.parametrize("token_ids", [(1, 100), (-1, 5)])
+def test_a_token_outside_the_vocabulary_is_refused_before_it_can_fail_a_batch(
+    engine: Engine, token_ids: tuple[int, ...]
+) -> None:
+    assert engine.turn((G1, submit("r", *token_ids))) == []
+    [outputs] = engine.sent(wire.StepOutputs, G1)
+    assert isinstance(outputs, wire.StepOutputs)
+    assert [(end.outcome, end.error_code) for end in outputs.ended] == [(Outcome.FAILED, "invalid_request")]
+
+
+def test_a_request_id_in_use_is_refused_and_the_first_request_keeps_its_gateway(engine: Engine) -> None:
+    engine.turn((G1, submit("r")))
+    assert engine.turn((G2, submit("r"))) == []
+    assert len(engine.sent(wire.StepOutputs, G2)) == 1
+    engine.turn(plan=Plan(chunks=(chunk("r"),)))
+    assert engine.sent(wire.StepOutputs, G1) == [wire.StepOutputs(chunks=(chunk("r"),))]
+
+
+def test_a_request_id_may_be_used_again_after_its_end(engine: Engine) -> None:
+    engine.turn((G1, submit("r")))
+    engine.turn(plan=Plan(ended=(ended("r"),)))
+    assert len(engine.turn((G1, submit("r")))) == 1
+
+
+# ---------------------------------------------------------------- a plan is carried out
+
+
+def test_a_step_sends_one_message_to_each_gateway_however_many_streams_it_advances(engine: Engine) -> None:
+    engine.turn((G1, submit("a")), (G1, submit("b")), (G2, submit("c")))
+    engine.turn(plan=Plan(chunks=(chunk("a"), chunk("b"), chunk("c")), ended=(ended("b"),)))
+    assert engine.sent(wire.StepOutputs, G1) == [wire.StepOutputs(chunks=(chunk("a"), chunk("b")), ended=(ended("b"),))]
+    assert engine.sent(wire.StepOutputs, G2) == [wire.StepOutputs(chunks=(chunk("c"),))]
+
+
+def test_tokens_leave_before_the_next_batch_is_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(engine.channel, "send", lambda *_: order.append("send") or True)
+    monkeypatch.setattr(engine.runner, "execute", lambda _: order.append("execute") or {})
+    engine.turn((G1, submit("a")), plan=Plan(chunks=(chunk("a"),), batch=batch("a")))
+    assert order[0] == "send"
+    assert order[-1] == "execute"
+
+
+def test_a_finished_batch_is_told_to_the_next_step_which_is_not_kept_waiting(engine: Engine) -> None:
+    engine.turn(plan=Plan(batch=batch("a")))
+    assert engine.loop._idle_s() == 0.0
+    assert engine.turn() == [StepFinished(step_id=1, sampled={RequestId("a"): SampledToken(token_id=9)})]
+
+
+def test_a_runner_that_raises_fails_the_step_and_the_engine_goes_on(engine: Engine) -> None:
+    engine.runner.fails = True
+    engine.turn(plan=Plan(batch=batch("a")))
+    [failed] = engine.turn()
+    assert isinstance(failed, StepFailed)
+    assert "on fire" in failed.message
+    engine.runner.fails = False
+    engine.turn(plan=Plan(batch=batch("b", step_id=2)))
+    assert isinstance(engine.turn()[0], StepFinished)
+
+
+def test_transfers_and_peer_messages_go_where_the_plan_says(engine: Engine) -> None:
+    handoff = HandoffId("h")
+    jobs = (
+        WritePages(handoff_id=handoff, pool=POOL, page_ids=(1,), peer_page_ids=(2,)),
+        VerifyPages(handoff_id=handoff, page_ids=(1,)),
+        StopWrites(handoff_id=handoff),
+    )
+    ack = wire.Ack(handoff_id=handoff, target_epoch=EpochId("d"))
+    closed = wire.Closed(handoff_id=handoff, target_epoch=EpochId("d"), source_epoch=EpochId("e"))
+    messages = (
+        ToSource(endpoint="tcp://p", message=ack),
+        ToTarget(target_epoch=EpochId("d"), message=closed),
+    )
+    engine.turn(plan=Plan(transfers=jobs, messages=messages))
+    assert engine.transport.jobs == list(jobs)
+    assert engine.channel.to_peers == [("tcp://p", ack)]
+    assert engine.sent(wire.Closed, b"d") == [closed]
+
+
+def test_transfer_reports_come_before_the_messages_of_the_same_turn(engine: Engine) -> None:
+    """The scheduler takes the first completion after a stop for its answer, so an older one must not come later."""
+    engine.transport.reports = [WritesCompleted(handoff_id=HandoffId("h"), num_pages=1, checksum="c")]
+    events = engine.turn((b"d", wire.Revoke(handoff_id=HandoffId("h"), target_epoch=EpochId("d"), reason="x")))
+    assert [type(event) for event in events] == [WritesCompleted, RevokeArrived]
+
+
+def test_a_grant_that_cannot_be_sent_counts_as_refused(engine: Engine) -> None:
+    grant = wire.Grant(
+        handoff_id=HandoffId("h"),
+        request_id=RequestId("r"),
+        target_epoch=EpochId("e"),
+        source_epoch=EpochId("p"),
+        pool=POOL,
+        first_page=0,
+        page_ids=(1,),
+    )
+    engine.channel.unreachable.add("tcp://p")
+    engine.turn(plan=Plan(messages=(ToSource(endpoint="tcp://p", message=grant),)))
+    [event] = engine.turn()
+    assert isinstance(event, ClosedArrived)
+    assert event.closed.error_code == "handoff_failed"
+    assert (event.closed.handoff_id, event.closed.source_epoch) == ("h", "p")
+
+
+def test_a_flush_is_answered_to_who_asked(engine: Engine) -> None:
+    engine.turn((G2, wire.FlushCache(call_id="c")), plan=Plan(flushes=(Flush(call_id="c", num_pages=3),)))
+    assert engine.sent(wire.Flushed) == engine.sent(wire.Flushed, G2) == [wire.Flushed(call_id="c", num_pages=3)]
+
+
+# ---------------------------------------------------------------- gateways and peers that go
+
+
+def test_the_requests_of_a_silent_gateway_are_aborted_once(engine: Engine) -> None:
+    engine.turn((G1, submit("a")), (G2, submit("b")))
+    engine.clock.advance(6)
+    engine.turn((G2, HELLO))
+    engine.clock.advance(6)
+    assert engine.turn() == [AbortRequested(request_id=RequestId("a"))]
+    engine.clock.advance(2)
+    assert engine.turn((G2, HELLO)) == []
+
+
+def test_a_gateway_that_comes_back_is_told_how_its_aborted_requests_ended(engine: Engine) -> None:
+    engine.turn((G1, submit("a")))
+    engine.clock.advance(11)
+    engine.turn()
+    engine.turn((G1, HELLO), plan=Plan(ended=(ended("a"),)))
+    assert engine.sent(wire.StepOutputs, G1) == [wire.StepOutputs(ended=(ended("a"),))]
+
+
+def test_a_gateway_that_takes_no_message_has_its_requests_aborted(engine: Engine) -> None:
+    engine.turn((G1, submit("a")), (G1, submit("b")))
+    engine.channel.unreachable.add(G1)
+    engine.turn(plan=Plan(chunks=(chunk("a"),)))
+    assert engine.turn() == [AbortRequested(request_id=RequestId("a")), AbortRequested(request_id=RequestId("b"))]
+    assert engine.turn() == []
+
+
+def test_watched_peers_are_looked_at_at_once_and_then_each_second(engine: Engine) -> None:
+    watching = Plan(watched_epochs=frozenset({EpochId("p")}))
+    engine.turn(plan=watching)
+    assert engine.transport.asked == ["p"]
+    engine.turn(plan=watching)
+    assert engine.transport.asked == ["p"]
+    engine.transport.dead.add(EpochId("p"))
+    engine.clock.advance(1.0)
+    assert engine.turn(plan=watching) == [PeerDied(epoch=EpochId("p"))]
+
+
+def test_a_peer_that_is_dead_already_is_reported_in_the_next_step(engine: Engine) -> None:
+    engine.transport.dead.add(EpochId("p"))
+    engine.turn(plan=Plan(watched_epochs=frozenset({EpochId("p")})))
+    assert engine.turn() == [PeerDied(epoch=EpochId("p"))]
+
+
+def test_the_loop_sleeps_until_the_time_that_the_plan_names(engine: Engine) -> None:
+    engine.turn(plan=Plan(wake_at_s=100.25))
+    assert engine.loop._idle_s() == pytest.approx(0.25)
+    engine.turn(plan=Plan(wake_at_s=None))
+    assert 0.25 < engine.loop._idle_s() <= 1.0
+
+
+def test_a_transfer_report_is_an_event(engine: Engine) -> None:
+    verified = PagesVerified(handoff_id=HandoffId("h"), checksum="c")
+    engine.transport.reports = [verified]
+    assert engine.turn() == [verified]
+
+
+def test_stopping_fails_what_is_open_and_says_why(engine: Engine) -> None:
+    engine.turn((G1, submit("a")), (G2, submit("b")))
+    engine.loop.request_stop()
+    engine.loop.run()
+    for gateway in (G1, G2):
+        [outputs] = engine.sent(wire.StepOutputs, gateway)
+        assert isinstance(outputs, wire.StepOutputs)
+        assert [(end.outcome, end.error_code) for end in outputs.ended] == [(Outcome.FAILED, "unavailable")]
+    assert engine.channel.num_wakeups == 1
+
+
+# ---------------------------------------------------------------- load reports
+
+
+def reports(engine: Engine, to: bytes) -> list[wire.LoadReport]:
+    return [message for message in engine.sent(wire.LoadReport, to) if isinstance(message, wire.LoadReport)]
+
+
+def test_a_new_gateway_gets_a_snapshot_and_then_changes_with_growing_sequence(engine: Engine) -> None:
+    engine.digests = [b"d1", b"d2"]
+    engine.turn((G1, HELLO))
+    engine.clock.advance(0.05)
+    engine.turn(plan=Plan(cached_added=(b"d3",), cached_removed=(b"d1",)))
+    first, second = reports(engine, G1)
+    assert (first.sequence, first.snapshot, first.cached_added) == (0, True, (b"d1", b"d2"))
+    assert (second.sequence, second.snapshot) == (1, False)
+    assert (second.cached_added, second.cached_removed) == ((b"d3",), (b"d1",))
+    assert (first.num_running, first.num_waiting, first.num_free_pages, first.totals["steps"]) == (3, 5, 1, 7.0)
+
+
+def test_reports_come_each_second_and_changes_no_quicker_than_the_limit(engine: Engine) -> None:
+    engine.turn((G1, HELLO))
+    engine.turn(plan=Plan(cached_added=(b"d1",)))
+    engine.turn(plan=Plan(cached_added=(b"d2",)))
+    assert len(reports(engine, G1)) == 1
+    assert engine.loop._idle_s() == pytest.approx(0.05)
+    engine.clock.advance(0.05)
+    engine.turn()
+    assert reports(engine, G1)[-1].cached_added == (b"d1", b"d2")
+    engine.clock.advance(0.9)
+    engine.turn()
+    assert len(reports(engine, G1)) == 2
+    engine.clock.advance(0.1)
+    engine.turn()
+    assert len(reports(engine, G1)) == 3
+
+
+def test_a_page_that_came_and_went_between_two_reports_is_not_mentioned(engine: Engine) -> None:
+    engine.turn((G1, HELLO))
+    engine.turn(plan=Plan(cached_added=(b"d1", b"d2")))
+    engine.turn(plan=Plan(cached_removed=(b"d1",)))
+    engine.clock.advance(0.05)
+    engine.turn()
+    last = reports(engine, G1)[-1]
+    assert (last.cached_added, last.cached_removed) == ((b"d2",), ())
+
+
+def test_resync_gets_everything_again_without_a_gap_for_the_others(engine: Engine) -> None:
+    engine.turn((G1, HELLO), (G2, HELLO))
+    engine.clock.advance(0.05)
+    engine.digests = [b"d1"]
+    engine.turn((G1, wire.Hello(gateway_id="g", resync=True)), plan=Plan(cached_added=(b"d1",)))
+    assert [(r.snapshot, r.sequence, r.cached_added) for r in reports(engine, G1)][1:] == [(True, 1, (b"d1",))]
+    assert [(r.snapshot, r.sequence, r.cached_added) for r in reports(engine, G2)][1:] == [(False, 1, (b"d1",))]
+
+
+def test_undecodable_messages_and_failed_steps_are_counted_in_the_report(engine: Engine) -> None:
+    engine.channel.num_undecodable = 4
+    engine.turn((G1, HELLO))
+    assert reports(engine, G1)[0].totals["undecodable_messages"] == 4.0
+    assert reports(engine, G1)[0].totals["failed_steps"] == 0.0
