@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kvist.attention import build_attention
 from kvist.attention.backend import AttentionBackend, Span
-from kvist.kv.device import head_slice
 
 NUM_LAYERS = 3
 HEAD_DIM = 16
@@ -177,7 +176,7 @@ def test_a_rank_works_on_its_own_heads_of_every_page(backend_name: str) -> None:
         spans = [Span(start=a, num_tokens=b - a, page_ids=halves.sequences[i].page_ids) for i, a, b in batch]
         for rank in range(2):
             backend = build_attention(backend_name, torch.device("cpu"))
-            backend.bind(head_slice(halves.pool, rank, 2))
+            backend.bind(halves.pool[:, 2 * rank : 2 * rank + 2])
             attend = backend.prepare(spans)
             for layer in range(NUM_LAYERS):
                 q, k, v = (

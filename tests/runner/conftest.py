@@ -1,7 +1,126 @@
+"""A tiny llama with random weights, and a hand-driven engine around a runner: pages dealt out, no scheduler."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 import torch
+
+from kvist.checkpoint import Checkpoint, find_checkpoint
+from kvist.models import load_model_config
+from kvist.request import RequestId, SampledToken, SamplingParams
+from kvist.runner import Runner, RunnerConfig, build_runner
+from kvist.scheduler.plan import Batch, BatchItem
+
+PAGE_SIZE = 4
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)  # the tensors are tiny, and other tests want the cores
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "vocab_size": 211,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "eos_token_id": 1,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return find_checkpoint(str(folder))
+
+
+def make_runner(checkpoint: Checkpoint, runtime_dir: Path, *, tp: int = 1) -> Runner:
+    config = RunnerConfig(
+        load_format="dummy",
+        dtype="float32",
+        device="cpu",
+        page_size=PAGE_SIZE,
+        max_total_tokens=4096,
+        random_seed=3,
+        tp=tp,
+        num_threads=tp,
+    )
+    return build_runner(checkpoint, load_model_config(checkpoint), config, runtime_dir=runtime_dir)
+
+
+class HandDriven:
+    """Deals pages out in shuffled order and steps requests as a test says."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        order = torch.randperm(runner.pool.num_pages, generator=torch.Generator().manual_seed(5))
+        self._free = order.tolist()
+        self._steps = 0
+
+    def pages(self, num_tokens: int) -> list[int]:
+        count = -(-num_tokens // PAGE_SIZE)
+        taken, self._free = self._free[:count], self._free[count:]
+        assert len(taken) == count, "the test's pool is too small"
+        return taken
+
+    def step(self, *items: BatchItem) -> dict[RequestId, SampledToken]:
+        self._steps += 1
+        return self.runner.execute(Batch(step_id=self._steps, items=items))
+
+    def generate(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        *,
+        chunks: list[int] | None = None,
+        pages: list[int] | None = None,
+        cached: int = 0,
+    ) -> list[SampledToken]:
+        """One request alone: the prompt in chunks of the given sizes, then token by token."""
+        name = RequestId(f"alone-{self._steps}")
+        tokens = list(prompt)
+        pages = pages or self.pages(len(prompt) + sampling.max_tokens)
+        start, produced = cached, []
+        for size in chunks or [len(prompt) - cached]:
+            end = start + size
+            wants = sampling if end == len(prompt) else None
+            item = BatchItem(request_id=name, token_ids=tokens[start:end], start=start, page_ids=pages, sampling=wants)
+            produced += list(self.step(item).values())
+            start = end
+        assert start == len(prompt)
+        while len(produced) < sampling.max_tokens:
+            tokens.append(produced[-1].token_id)
+            item = BatchItem(request_id=name, token_ids=tokens[-1:], start=start, page_ids=pages, sampling=sampling)
+            produced += list(self.step(item).values())
+            start += 1
+        return produced
+
+
+@pytest.fixture
+def runner_factory() -> Callable[..., Runner]:
+    return make_runner
+
+
+@pytest.fixture
+def engine(tiny_checkpoint: Checkpoint, tmp_path: Path) -> Iterator[HandDriven]:
+    runner = make_runner(tiny_checkpoint, tmp_path)
+    yield HandDriven(runner)
+    runner.close()
+
+
+@pytest.fixture
+def fresh_engine(tiny_checkpoint: Checkpoint, tmp_path: Path) -> Iterator[HandDriven]:
+    """Another engine with the same weights and nothing in its pages."""
+    runner = make_runner(tiny_checkpoint, tmp_path / "other")
+    yield HandDriven(runner)
+    runner.close()

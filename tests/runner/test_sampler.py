@@ -88,6 +88,13 @@ def test_frequencies_are_the_softmax_of_what_truncation_leaves(by: str, params: 
     assert_fits(draw(logits, 40_000, by=by, **params), reference_distribution(logits, **params))  # type: ignore[arg-type]
 
 
+def test_a_nucleus_wider_than_the_first_try_is_cut_at_the_right_token() -> None:
+    logits = random_logits(1, 900, seed=5, spread=0.3)[0]
+    expected = reference_distribution(logits, top_p=0.7)
+    assert sum(p > 0 for p in expected) > 300
+    assert_fits(draw(logits, 40_000, top_p=0.7), expected)
+
+
 def test_neighbouring_positions_are_independent() -> None:
     logits = torch.zeros(8)
     drawn = torch.tensor(tokens(sample(logits.expand(20_001, -1), [row(n, seed=1) for n in range(20_001)])))

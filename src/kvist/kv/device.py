@@ -33,7 +33,7 @@ from kvist.errors import ConfigError, EngineError
 from kvist.kv.layout import PageLayout
 from kvist.wire import PoolAddress
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARED_MEMORY = Path("/dev/shm")
 _GIB = 1 << 30
 _PREFIX, _SUFFIX = "pool-", ".pages"
@@ -62,7 +62,7 @@ class DevicePool:
         """
         if device.type != "cpu":
             shape = (num_pages, *layout.shape)
-            tensor = torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=device)
+            tensor = torch.zeros(shape, dtype=DTYPES[layout.dtype], device=device)
             return cls(tensor=tensor, layout=layout, path=None, lock_fd=None, mapped=None)
         directory = directory or default_runtime_dir()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -100,7 +100,7 @@ class DevicePool:
     @classmethod
     def _map(cls, fd: int, layout: PageLayout, num_pages: int, *, path: Path, lock_fd: int | None) -> DevicePool:
         mapped = mmap.mmap(fd, num_pages * layout.page_bytes)
-        flat = torch.frombuffer(mapped, dtype=_DTYPES[layout.dtype])
+        flat = torch.frombuffer(mapped, dtype=DTYPES[layout.dtype])
         return cls(tensor=flat.view(num_pages, *layout.shape), layout=layout, path=path, lock_fd=lock_fd, mapped=mapped)
 
     @property
@@ -134,14 +134,6 @@ class DevicePool:
             self._path.unlink(missing_ok=True)
             os.close(self._lock_fd)
             self._lock_fd = None
-
-
-def head_slice(pool: Tensor, rank: int, size: int) -> Tensor:
-    """The heads of tensor-parallel `rank` in every page: [num_pages, num_kv_heads / size, ...], a view."""
-    num_heads = pool.shape[1]
-    assert num_heads % size == 0, "the model refuses a TP size that does not divide its KV heads"
-    share = num_heads // size
-    return pool[:, rank * share : (rank + 1) * share]
 
 
 # ---------------------------------------------------------------- the runtime directory
@@ -264,10 +256,12 @@ def available_memory_bytes(device: torch.device, directory: Path | None = None) 
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         limits.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):  # cgroup v2; "max" is no number
+    with contextlib.suppress(OSError, StopIteration, ValueError):  # cgroup v2; "max" is no number
         cgroup = Path("/sys/fs/cgroup")
-        in_use = int((cgroup / "memory.current").read_text())
-        limits.append(max(0, int((cgroup / "memory.max").read_text()) - in_use))
+        limit = int((cgroup / "memory.max").read_text())
+        lines = (cgroup / "memory.stat").read_text().splitlines()
+        file_cache = int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])
+        limits.append(max(0, limit - int((cgroup / "memory.current").read_text()) + file_cache))
     if len(limits) == 1 and hasattr(os, "sysconf"):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(limits)

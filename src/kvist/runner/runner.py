@@ -33,15 +33,24 @@ class Followers(Protocol):
 
     def broadcast(self, items: list[ForwardItem]) -> None: ...
 
+    def check_alive(self) -> None: ...
+
     def close(self) -> None: ...
 
 
 class Runner:
     def __init__(
-        self, *, model: Model, pool: DevicePool, attention: AttentionBackend, followers: Followers | None = None
+        self,
+        *,
+        model: Model,
+        pool: DevicePool,
+        attention: AttentionBackend,
+        pool_reason: str = "",
+        followers: Followers | None = None,
     ) -> None:
         """`attention` is bound to the pool (on a tensor-parallel engine: to rank 0's heads of it)."""
         self.pool = pool
+        self.pool_reason = pool_reason  # what set the pool's size, for the log
         self.attention_name = attention.name
         self._model = model
         self._attention = attention
@@ -55,15 +64,23 @@ class Runner:
         """
         assert batch.items, "an empty batch is no batch"
         items = forward_items(batch)
-        if self._followers is not None:
-            self._followers.broadcast(items)
         with torch.inference_mode():
-            logits = forward(self._model, self._attention, build_inputs(items, self._device))
+            logits = self._forward(items)
             if logits is None:
                 return {}
             tokens = sample(logits, sampling_rows(batch))
         sampled = (item.request_id for item in batch.items if item.sampling is not None)
         return dict(zip(sampled, tokens, strict=True))
+
+    def _forward(self, items: list[ForwardItem]) -> Tensor | None:
+        if self._followers is None:
+            return forward(self._model, self._attention, build_inputs(items, self._device))
+        self._followers.broadcast(items)
+        try:
+            return forward(self._model, self._attention, build_inputs(items, self._device))
+        except RuntimeError:  # torch.distributed's word for a peer that is gone, too
+            self._followers.check_alive()
+            raise
 
     def close(self) -> None:
         """Let the follower ranks go and drop the pool."""

@@ -1,0 +1,137 @@
+"""The same tokens, however the work is cut: whole, in chunks, behind a cached prefix, in any company, anywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvist.request import RequestId, SampledToken, SamplingParams
+from kvist.scheduler.plan import BatchItem
+
+GREEDY = SamplingParams(max_tokens=10, temperature=0.0, num_logprobs=2)
+SEEDED = SamplingParams(max_tokens=10, temperature=0.9, top_p=0.95, seed=77, num_logprobs=2)
+BOTH = pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+PAGE = 4
+LENGTHS = [1, 3, 4, 5, 8, 15, 16, 17, 33]
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    tokens: list[int] = torch.randint(211, (length,), generator=torch.Generator().manual_seed(seed + length)).tolist()
+    return tokens
+
+
+def assert_same(left: list[SampledToken], right: list[SampledToken]) -> None:
+    assert [token.token_id for token in left] == [token.token_id for token in right]
+    for a, b in zip(left, right, strict=True):
+        assert a.logprobs is not None
+        assert b.logprobs is not None
+        assert a.logprobs.logprob == pytest.approx(b.logprobs.logprob, abs=1e-4)
+        assert a.logprobs.top_logprobs == pytest.approx(b.logprobs.top_logprobs, abs=1e-4)
+
+
+@BOTH
+@pytest.mark.parametrize("length", LENGTHS)
+def test_chunked_prefill_gives_the_tokens_of_a_whole_one(engine: Any, length: int, sampling: SamplingParams) -> None:
+    prompt = prompt_of(length)
+    whole = engine.generate(prompt, sampling)
+    for size in (1, 3, 4, 5, 16):
+        chunks = [min(size, length - start) for start in range(0, length, size)]
+        assert_same(engine.generate(prompt, sampling, chunks=chunks), whole)
+
+
+@BOTH
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_cached_prefix_gives_the_tokens_of_a_cold_start(engine: Any, length: int, sampling: SamplingParams) -> None:
+    prompt = prompt_of(length)
+    first_pages = engine.pages(length + 10)
+    cold = engine.generate(prompt, sampling, pages=first_pages)
+    num_shared = (length - 1) // PAGE
+    pages = first_pages[:num_shared] + engine.pages(length + 10 - num_shared * PAGE)
+    assert_same(engine.generate(prompt, sampling, pages=pages, cached=num_shared * PAGE), cold)
+
+
+@BOTH
+@pytest.mark.parametrize("produced", [1, 4, 9])
+def test_a_stream_continues_from_its_tokens_in_a_fresh_engine(
+    engine: Any, fresh_engine: Any, produced: int, sampling: SamplingParams
+) -> None:
+    prompt = prompt_of(9)
+    whole = engine.generate(prompt, sampling)
+    so_far = prompt + [token.token_id for token in whole[:produced]]
+    rest = SamplingParams(
+        max_tokens=10 - produced,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        num_logprobs=2,
+    )
+    assert_same(fresh_engine.generate(so_far, rest), whole[produced:])
+
+
+@BOTH
+def test_pages_written_elsewhere_serve_as_well_as_our_own(
+    engine: Any, fresh_engine: Any, sampling: SamplingParams
+) -> None:
+    """A handoff without its protocol: whole pages copied byte by byte into another engine's pool."""
+    prompt = prompt_of(14)
+    pages = engine.pages(24)
+    whole = engine.generate(prompt, sampling, pages=pages)
+    theirs = fresh_engine.pages(24)
+    fresh_engine.runner.pool.bytes[theirs[:4]] = engine.runner.pool.bytes[pages[:4]]
+    token = whole[0].token_id
+    rest = []
+    for position in range(14, 23):
+        item = BatchItem(
+            request_id=RequestId("r"), token_ids=[token], start=position, page_ids=theirs, sampling=sampling
+        )
+        (chosen,) = fresh_engine.step(item).values()
+        rest.append(chosen)
+        token = chosen.token_id
+    assert_same(rest, whole[1:])
+
+
+@BOTH
+def test_company_changes_nothing(engine: Any, sampling: SamplingParams) -> None:
+    """Requests that start at different steps, in chunks, mixed with the decodes of those before."""
+    prompts = {RequestId(f"r{length}"): prompt_of(length) for length in (1, 4, 17, 5, 40, 9)}
+    alone = {name: engine.generate(prompt, sampling) for name, prompt in prompts.items()}
+    tokens = {name: list(prompt) for name, prompt in prompts.items()}
+    pages = {name: engine.pages(len(prompt) + 10) for name, prompt in prompts.items()}
+    computed = dict.fromkeys(prompts, 0)
+    together: dict[RequestId, list[SampledToken]] = {name: [] for name in prompts}
+    step = 0
+    while any(len(got) < 10 for got in together.values()):
+        step += 1
+        active = [name for name in list(prompts)[:step] if len(together[name]) < 10]
+        items = []
+        for name in sorted(active, key=lambda name: not together[name]):  # decodes first
+            end = min(len(tokens[name]), computed[name] + 7)
+            wants = sampling if end == len(tokens[name]) else None
+            chunk = tokens[name][computed[name] : end]
+            items.append(
+                BatchItem(request_id=name, token_ids=chunk, start=computed[name], page_ids=pages[name], sampling=wants)
+            )
+            computed[name] = end
+        for name, token in engine.step(*items).items():
+            together[name].append(token)
+            tokens[name].append(token.token_id)
+    for name in prompts:
+        assert_same(together[name], alone[name])
+
+
+def test_a_chunk_that_ends_no_sequence_gives_no_token(engine: Any) -> None:
+    item = BatchItem(request_id=RequestId("r"), token_ids=[1, 2, 3], start=0, page_ids=engine.pages(8))
+    assert engine.step(item) == {}
+
+
+def test_repeating_a_step_gives_the_same_token(engine: Any) -> None:
+    item = BatchItem(request_id=RequestId("r"), token_ids=[1, 2, 3], start=0, page_ids=engine.pages(8), sampling=SEEDED)
+    assert engine.step(item) == engine.step(item)
+
+
+def test_greedy_tokens_depend_on_the_prompt(engine: Any) -> None:
+    """Guards the others: a model that always says the same would pass them."""
+    answers = {tuple(token.token_id for token in engine.generate(prompt_of(9, seed), GREEDY)) for seed in range(5)}
+    assert len(answers) == 5
