@@ -1,0 +1,140 @@
+"""The page pool as a file that peers map, and how many pages it gets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvist.errors import ConfigError, EngineError
+from kvist.kv import device
+from kvist.kv.device import DevicePool, available_memory_bytes, plan_pool_size, remove_abandoned_pools
+from kvist.kv.layout import PageLayout
+
+LAYOUT = PageLayout(num_kv_heads=2, num_layers=3, page_size=4, head_dim=8, dtype="float32")
+CPU = torch.device("cpu")
+GIB = 1 << 30
+
+
+def test_tensor_and_bytes_are_the_same_memory(tmp_path: Path) -> None:
+    pool = DevicePool.create(LAYOUT, 5, device=CPU, directory=tmp_path)
+    assert pool.tensor.shape == (5, 2, 3, 2, 4, 8)
+    assert pool.bytes.shape == (5, LAYOUT.page_bytes)
+    pool.tensor[3] = torch.arange(LAYOUT.num_page_elements).view(LAYOUT.shape)
+    assert pool.bytes[3].tobytes() == pool.tensor[3].contiguous().numpy().tobytes()
+    assert not pool.bytes[4].any()
+    pool.close()
+
+
+def test_a_peer_process_writes_into_our_pool(tmp_path: Path) -> None:
+    pool = DevicePool.create(LAYOUT, 5, device=CPU, directory=tmp_path)
+    address = pool.address
+    assert (address.transport, address.num_pages, address.page_bytes) == ("shm", 5, LAYOUT.page_bytes)
+    script = (
+        "import sys\nwith open(sys.argv[1], 'r+b') as f:\n"
+        f"    f.seek(2 * {LAYOUT.page_bytes})\n    f.write(b'\\x01' * {LAYOUT.page_bytes})\n"
+    )
+    subprocess.run([sys.executable, "-c", script, address.location], check=True)
+    assert (pool.bytes[2] == 1).all()
+    assert not pool.bytes[1].any()
+    pool.close()
+
+
+def test_attached_pools_share_memory_and_only_the_creator_removes_the_file(tmp_path: Path) -> None:
+    pool = DevicePool.create(LAYOUT, 5, device=CPU, directory=tmp_path)
+    other = DevicePool.attach(pool.address, LAYOUT)
+    other.tensor[1] = 2.5
+    assert bool((pool.tensor[1] == 2.5).all())
+    other.close()
+    assert Path(pool.address.location).exists()
+    pool.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pool_of_another_layout_is_not_attached(tmp_path: Path) -> None:
+    pool = DevicePool.create(LAYOUT, 2, device=CPU, directory=tmp_path)
+    other = PageLayout(num_kv_heads=2, num_layers=3, page_size=8, head_dim=4, dtype="float32")
+    with pytest.raises(EngineError, match="it is kv_heads=2"):
+        DevicePool.attach(pool.address, other)
+    pool.close()
+
+
+def test_the_file_is_ours_alone_and_sparse(tmp_path: Path) -> None:
+    pool = DevicePool.create(LAYOUT, 50_000, device=CPU, directory=tmp_path)
+    status = os.stat(pool.address.location)
+    assert status.st_mode & 0o777 == 0o600
+    assert status.st_size == 50_000 * LAYOUT.page_bytes
+    assert status.st_blocks * 512 < LAYOUT.page_bytes * 10
+    pool.close()
+
+
+def test_no_room_is_said_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_free_bytes", lambda _: LAYOUT.page_bytes * 9)
+    with pytest.raises(ConfigError, match="lower --max-total-tokens"):
+        DevicePool.create(LAYOUT, 10, device=CPU, directory=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_engines_pool_is_removed_and_a_living_ones_kept(tmp_path: Path) -> None:
+    living = DevicePool.create(LAYOUT, 2, device=CPU, directory=tmp_path)
+    abandoned = tmp_path / "pool-1-dead.pages"
+    abandoned.write_bytes(b"\0" * 100)
+    assert remove_abandoned_pools(tmp_path) == 1
+    assert list(tmp_path.iterdir()) == [Path(living.address.location)]
+    living.close()
+
+
+def test_a_runtime_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(os, "getuid", lambda: 4242)
+    with pytest.raises(ConfigError, match="belongs to somebody else"):
+        device.default_runtime_dir()
+
+
+# ---------------------------------------------------------------- size
+
+
+def test_weights_and_pool_share_the_fraction_of_memory() -> None:
+    size = plan_pool_size(LAYOUT, available_bytes=10 * GIB, weights_bytes=2 * GIB, mem_fraction_static=0.5)
+    assert size.num_pages == (5 * GIB - 2 * GIB) // LAYOUT.page_bytes
+    assert "0.5 of 10.00 GiB less 2.00 GiB of weights" in size.reason
+
+
+def test_the_users_limit_beats_the_default_one_and_both_round_up() -> None:
+    common = {"available_bytes": GIB, "weights_bytes": 0, "mem_fraction_static": 0.9}
+    capped = plan_pool_size(LAYOUT, **common, cap_tokens=99)
+    chosen = plan_pool_size(LAYOUT, **common, cap_tokens=99, max_total_tokens=1001)
+    assert (capped.num_pages, chosen.num_pages) == (25, 251)
+    assert "default limit of 99 tokens" in capped.reason
+    assert "--max-total-tokens 1001" in chosen.reason
+
+
+def test_a_limit_that_does_not_fit_is_refused_not_clamped() -> None:
+    with pytest.raises(ConfigError, match="--max-total-tokens 1000000"):
+        plan_pool_size(
+            LAYOUT, available_bytes=1 << 20, weights_bytes=0, mem_fraction_static=0.9, max_total_tokens=1_000_000
+        )
+
+
+@pytest.mark.parametrize("weights_bytes", [0, GIB, 9 * GIB])
+def test_too_little_memory_is_an_error(weights_bytes: int) -> None:
+    with pytest.raises(ConfigError, match="raise --mem-fraction-static"):
+        plan_pool_size(
+            LAYOUT,
+            available_bytes=GIB,
+            weights_bytes=weights_bytes,
+            mem_fraction_static=0.5,
+            min_tokens=GIB // LAYOUT.page_bytes * LAYOUT.page_size,
+        )
+
+
+def test_available_memory_is_what_the_file_system_can_hold_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert available_memory_bytes(CPU, tmp_path) > 1 << 20
+    monkeypatch.setattr(device, "_free_bytes", lambda _: 12345)
+    assert available_memory_bytes(CPU, tmp_path) == 12345
