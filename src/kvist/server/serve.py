@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
+
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -20,7 +23,7 @@ def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
         app,
         host=config.host,
         port=config.port,
-        loop="auto",  # uvloop where it is installed
+        loop="none",  # the caller's: see run_in_loop
         http="httptools",
         ws="none",
         lifespan="off",
@@ -37,3 +40,14 @@ def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
 async def serve_app(app: ASGIApp, config: ServerConfig) -> None:
     """Serves until SIGINT or SIGTERM."""
     await http_server(app, config).serve()
+
+
+def run_in_loop(main: Coroutine[object, object, None]) -> None:
+    """`asyncio.run` on uvloop where it is installed: a gateway streams about twice as much on it."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:  # not made for Windows
+        asyncio.run(main)
+        return
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(main)

@@ -1,0 +1,318 @@
+"""How many tokens a second does the gateway alone stream on one core?
+
+    python bench/bench_gateway.py [--streams 32] [--tokens 500] [--rounds 3] [--offered 0] [--json FILE]
+
+Three processes: a fake engine that speaks the real wire and answers at once, one token a stream a step; the gateway
+(real dispatcher, tokenizer, HTTP server); clients that read server-sent events over real sockets. Reported per round:
+tokens a second of wall time, and of the gateway's own CPU time, which is what one core would do were it free.
+
+`--offered N` makes the engine keep to N tokens a second in all; 0 is as fast as the gateway takes them, where tokens
+that wait together leave in one event. The baseline, measured in the same run, is the same number of chunks written by
+a bare ASGI application on the same server: what HTTP alone costs. `--json` writes {commit, hardware, settings, rows}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from kvist import wire
+from kvist.request import EpochId, FinishReason, Outcome, WorkerId
+
+PROMISED_TOKENS_PER_S = 15_000
+HOST = "127.0.0.1"
+WORDS = "The capital of France is Paris, and it has been so since 987. "
+
+
+# ---------------------------------------------------------------- the engine's process
+
+
+def run_engine(offered_tokens_per_s: float) -> None:
+    from kvist.channel import EngineChannel
+    from kvist.checkpoint import find_checkpoint
+    from kvist.text import load_tokenizer
+
+    tokens = load_tokenizer(find_checkpoint(None)).encode(WORDS)
+    channel = EngineChannel(f"tcp://{HOST}:0", epoch=EpochId("bench"))
+    print(channel.endpoint, flush=True)
+    streams: dict[str, tuple[bytes, int, int]] = {}  # request → gateway, position, max_tokens
+    next_step_s = time.monotonic()
+    while True:
+        wait_s = next_step_s - time.monotonic() if offered_tokens_per_s else 0.0
+        for sender, message in channel.recv(max(wait_s, 0.0) if streams else 0.05):
+            if isinstance(message, wire.Hello):
+                channel.send(sender, wire.Welcome(spec=engine_spec(channel.endpoint)))
+            elif isinstance(message, wire.Submit):
+                streams[message.request.request_id] = (sender, 0, message.request.sampling.max_tokens)
+            elif isinstance(message, wire.Abort):
+                streams.pop(message.request_id, None)
+        if not streams or time.monotonic() < next_step_s:
+            continue
+        if offered_tokens_per_s:
+            next_step_s = max(next_step_s, time.monotonic() - 0.05) + len(streams) / offered_tokens_per_s
+        step(channel, streams, tokens)
+
+
+def engine_spec(endpoint: str) -> wire.EngineSpec:
+    return wire.EngineSpec(
+        worker_id=WorkerId("fake"),
+        epoch=EpochId("bench"),
+        role="unified",
+        endpoint=endpoint,
+        model_fingerprint="fake",
+        model_name="fake",
+        vocab_size=49152,
+        max_model_len=1 << 20,
+        page_size=16,
+        num_pages=1024,
+        namespace="fake",
+        dtype="float32",
+        tp_size=1,
+        max_running_requests=1 << 16,
+        max_queued_requests=1 << 16,
+    )
+
+
+def step(channel: object, streams: dict[str, tuple[bytes, int, int]], tokens: list[int]) -> None:
+    """One token for each stream, one message for each gateway; a gateway that is full gets it in the next step."""
+    from kvist.channel import EngineChannel
+
+    assert isinstance(channel, EngineChannel)
+    by_gateway: dict[bytes, list[str]] = {}
+    for request_id, (gateway, _, _) in streams.items():
+        by_gateway.setdefault(gateway, []).append(request_id)
+    for gateway, request_ids in by_gateway.items():
+        chunks, ended = [], []
+        for request_id in request_ids:
+            _, position, max_tokens = streams[request_id]
+            last = position + 1 == max_tokens
+            chunks.append(
+                wire.TokenChunk(
+                    request_id=request_id,
+                    position=position,
+                    token_ids=(tokens[position % len(tokens)],),
+                    finish_reason=FinishReason.LENGTH if last else None,
+                    num_cached_tokens=0 if position == 0 else None,
+                )
+            )
+            if last:
+                ended.append(wire.Ended(request_id=request_id, outcome=Outcome.FINISHED))
+        if not channel.send(gateway, wire.StepOutputs(chunks=tuple(chunks), ended=tuple(ended))):
+            time.sleep(0.001)
+            continue
+        for request_id in request_ids:
+            _, position, max_tokens = streams[request_id]
+            if position + 1 == max_tokens:
+                del streams[request_id]
+            else:
+                streams[request_id] = (gateway, position + 1, max_tokens)
+
+
+# ---------------------------------------------------------------- the gateway's process
+
+
+def run_gateway(endpoint: str, port: int) -> None:
+    from kvist.server.serve import http_server, run_in_loop
+
+    async def main() -> None:
+        from kvist.channel import ChannelConfig
+        from kvist.checkpoint import find_checkpoint
+        from kvist.router import RouterConfig, build_dispatcher
+        from kvist.server.app import build_app
+        from kvist.server.config import ServerConfig
+        from kvist.text import load_tokenizer
+
+        config = ServerConfig(host=HOST, port=port)
+        dispatcher = build_dispatcher(RouterConfig(), ChannelConfig(), engine_endpoints=[endpoint])
+        await dispatcher.start()
+        tokenizer = load_tokenizer(find_checkpoint(None))
+        app = build_app(dispatcher=dispatcher, tokenizer=tokenizer, config=config, model_name="fake")
+        try:
+            await http_server(with_baseline(app), config).serve()
+        finally:
+            await dispatcher.close()
+
+    run_in_loop(main())
+
+
+def with_baseline(app: object) -> object:
+    """/baseline/N writes N chunks of the size of an event, one send each, and nothing else."""
+    body = b'data: {"id":"chatcmpl-' + b"x" * 160 + b'"}\n\n'
+
+    async def outer(scope: dict[str, object], receive: object, send: object) -> None:
+        path = str(scope.get("path", ""))
+        if not path.startswith("/baseline/"):
+            await app(scope, receive, send)  # type: ignore[operator]
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[operator]
+        for _ in range(int(path.rsplit("/", 1)[1])):
+            await send({"type": "http.response.body", "body": body, "more_body": True})  # type: ignore[operator]
+            await asyncio.sleep(0)  # as a stream that waits for its next token does
+        await send({"type": "http.response.body", "body": b"", "more_body": False})  # type: ignore[operator]
+
+    return outer
+
+
+# ---------------------------------------------------------------- the clients
+
+
+async def exchange(port: int, request: bytes) -> bytes:
+    """One HTTP/1.1 exchange; the body as it came, chunk framing included."""
+    reader, writer = await asyncio.open_connection(HOST, port, limit=1 << 20)
+    writer.write(request)
+    received = deque[bytes]()
+    while piece := await reader.read(1 << 18):
+        received.append(piece)
+    writer.close()
+    return b"".join(received)
+
+
+def chat_request(num_tokens: int) -> bytes:
+    body = json.dumps(
+        {
+            "model": "fake",
+            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "max_tokens": num_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    ).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    )
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def baseline_request(num_chunks: int) -> bytes:
+    return f"GET /baseline/{num_chunks} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n".encode()
+
+
+def check_answer(answer: bytes, num_tokens: int) -> None:
+    text = answer.decode()
+    assert text.startswith("HTTP/1.1 200"), text[:400]
+    assert "data: [DONE]" in text, "the stream was cut off"
+    assert f'"completion_tokens":{num_tokens},' in text, "the tokens do not add up"
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def one_round(gateway_pid: int, port: int, what: str, num_streams: int, num_tokens: int) -> dict[str, object]:
+    request = chat_request(num_tokens) if what == "gateway" else baseline_request(num_tokens)
+    cpu_before_s, start_s = cpu_s(gateway_pid), time.perf_counter()
+    answers = await asyncio.gather(*(exchange(port, request) for _ in range(num_streams)))
+    wall_s, used_s = time.perf_counter() - start_s, cpu_s(gateway_pid) - cpu_before_s
+    num_events = sum(answer.count(b"data: ") for answer in answers)
+    if what == "gateway":
+        for answer in answers:
+            check_answer(answer, num_tokens)
+    total = num_streams * num_tokens
+    return {
+        "what": what,
+        "num_tokens": total,
+        "num_events": num_events,
+        "wall_s": wall_s,
+        "gateway_cpu_s": used_s,
+        "tokens_per_wall_s": total / wall_s,
+        "tokens_per_gateway_cpu_s": total / max(used_s, 0.01),
+    }
+
+
+async def wait_until_ready(port: int, timeout_s: float = 30.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    request = b"GET /ready HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
+    while time.monotonic() < deadline_s:
+        try:
+            if (await exchange(port, request)).startswith(b"HTTP/1.1 200"):
+                return
+        except OSError:
+            pass
+        await asyncio.sleep(0.1)
+    raise SystemExit("the gateway did not become ready")
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+async def measure(args: argparse.Namespace, gateway_pid: int, port: int) -> list[dict[str, object]]:
+    await wait_until_ready(port)
+    await one_round(gateway_pid, port, "gateway", 4, 50)  # warm caches
+    rows = []
+    for _ in range(args.rounds):
+        for what in ("baseline", "gateway"):
+            rows.append(await one_round(gateway_pid, port, what, args.streams, args.tokens))
+    return rows
+
+
+def report(rows: list[dict[str, object]]) -> None:
+    for what in ("baseline", "gateway"):
+        mine = [row for row in rows if row["what"] == what]
+        by_cpu = statistics.median(float(str(row["tokens_per_gateway_cpu_s"])) for row in mine)
+        by_wall = statistics.median(float(str(row["tokens_per_wall_s"])) for row in mine)
+        share = statistics.median(int(str(row["num_tokens"])) / int(str(row["num_events"])) for row in mine)
+        print(
+            f"{what:9} {by_cpu:10,.0f} tokens per CPU-second {by_wall:10,.0f} per second {share:6.2f} tokens per event"
+        )
+    print(f"promised: {PROMISED_TOKENS_PER_S:,} tokens/s on one core")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["engine"]:
+        return run_engine(float(sys.argv[2]))
+    if sys.argv[1:2] == ["gateway"]:
+        return run_gateway(sys.argv[2], int(sys.argv[3]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=500, help="tokens a stream")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--offered", type=float, default=0.0, help="tokens a second the engine offers; 0: no limit")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    engine = start("engine", str(args.offered))
+    assert engine.stdout is not None
+    port = free_port()
+    gateway = start("gateway", engine.stdout.readline().strip(), str(port))
+    try:
+        rows = asyncio.run(measure(args, gateway.pid, port))
+    finally:
+        for process in (gateway, engine):
+            process.terminate()
+            process.wait(timeout=20)
+    report(rows)
+    if args.json:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        hardware = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        settings = {name: value for name, value in vars(args).items() if name != "json"}
+        args.json.write_text(
+            json.dumps({"commit": commit, "hardware": hardware, "settings": settings, "rows": rows}, indent=1)
+        )
+    return None
+
+
+if __name__ == "__main__":
+    main()
