@@ -37,13 +37,13 @@ def _llama3(frequencies: Tensor, scaling: Llama3Rope) -> Tensor:
 
 
 def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """positions [T] -> (cos, sin), each [T, 1, head_dim / 2], fp32."""
+    """positions [T] -> (cos, signed sin), each [T, 1, head_dim], fp32; the first half of the sines is negated."""
     angles = positions.unsqueeze(1).float() * frequencies
-    return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """heads [T, num_heads, head_dim] -> the same, rotated; computed in fp32 whatever the dtype."""
-    first, second = heads.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(heads.dtype)
+    partners = heads.roll(heads.shape[-1] // 2, dims=-1)
+    return torch.addcmul(heads * cos, partners, sin).to(heads.dtype)

@@ -1,0 +1,27 @@
+"""One rank of two: loads its share of each model, reads a prompt, saves the logits. Started by test_parallel.py."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+from kvist.models.parallel import join_tensor_parallel, leave_tensor_parallel
+
+
+def main() -> None:
+    meeting, prompt, rank = sys.argv[1], [int(token) for token in sys.argv[2].split(",")], int(sys.argv[3])
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location("models_conftest", Path(__file__).with_name("conftest.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    tp = join_tensor_parallel(rank=rank, size=2, init_method=f"file://{meeting}", backend="gloo", timeout_s=60.0)
+    for folder in map(Path, sys.argv[4:]):
+        model = conftest.load(conftest.hf_checkpoint(folder), tp=tp)
+        torch.save(conftest.run_model(model, prompt, [7, len(prompt) - 7]), folder / f"rank{rank}.pt")
+    leave_tensor_parallel(tp)
+
+
+main()

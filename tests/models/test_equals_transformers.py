@@ -1,0 +1,87 @@
+"""Logits of every family equal transformers' on random tiny models: whole, chunked, and over a cached prefix."""
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(240)]
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CASES = {
+    "llama, GQA": ("Llama", {"num_key_value_heads": 2}),
+    "llama, MHA, tied": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama, biased, head_dim": ("Llama", {"num_key_value_heads": 1, "attention_bias": True, "head_dim": 24}),
+    "llama, llama3 rope": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LLAMA3 | {"rope_theta": 500.0}}),
+    "llama, linear rope": (
+        "Llama",
+        {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}},
+    ),
+    "qwen2, GQA": ("Qwen2", {"num_key_value_heads": 2}),
+    "qwen2, MHA, tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen3, head_dim": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 32}),
+    "qwen3, biased, tied": (
+        "Qwen3",
+        {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda name: name)
+def saved_model(request, tmp_path_factory):
+    """(folder, sharded folder, prompt, transformers' logits) of one random model."""
+    transformers = pytest.importorskip("transformers")
+    family, options = CASES[request.param]
+    config = getattr(transformers, f"{family}Config")(
+        num_hidden_layers=3,
+        hidden_size=64,
+        num_attention_heads=4,
+        intermediate_size=112,
+        vocab_size=131,
+        max_position_embeddings=256,
+        eos_token_id=2,
+        **options,
+    )
+    torch.manual_seed(5)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # transformers starts norms at one and biases at zero, which would hide a swapped one
+            if "norm" in name or "bias" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(5)
+    folder = tmp_path_factory.mktemp("whole")
+    sharded = tmp_path_factory.mktemp("sharded")
+    model.save_pretrained(folder)
+    model.save_pretrained(sharded, max_shard_size="60KB")
+    prompt = torch.randint(0, 131, (61,)).tolist()
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0]
+    return folder, sharded, prompt, logits
+
+
+def test_whole_prompt(saved_model, as_hf, load_tiny, logits_of, relative_error):
+    folder, _, prompt, expected = saved_model
+    assert relative_error(logits_of(load_tiny(as_hf(folder)), prompt), expected) < 1e-4
+
+
+def test_chunked_prompt(saved_model, as_hf, load_tiny, logits_of, relative_error):
+    folder, _, prompt, expected = saved_model
+    assert relative_error(logits_of(load_tiny(as_hf(folder)), prompt, [16, 1, 27, 17]), expected) < 1e-4
+
+
+def test_token_by_token_after_a_cached_prefix(saved_model, as_hf, load_tiny, logits_of, relative_error):
+    folder, _, prompt, expected = saved_model
+    assert relative_error(logits_of(load_tiny(as_hf(folder)), prompt, [48] + [1] * 13), expected) < 1e-4
+
+
+def test_sharded_folder_is_the_same_model(saved_model, as_hf, load_tiny, logits_of):
+    folder, sharded, prompt, _ = saved_model
+    assert not (sharded / "model.safetensors").exists()
+    ours = [logits_of(load_tiny(as_hf(path)), prompt) for path in (folder, sharded)]
+    assert torch.equal(*ours)

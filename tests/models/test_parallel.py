@@ -1,0 +1,79 @@
+"""Which part a rank holds, and TP=2 in two real processes against TP=1."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvist.errors import ConfigError
+from kvist.models.parallel import TensorParallel, VocabShare
+
+TP_CASES: dict[str, dict[str, object]] = {
+    "kv_heads_split": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "kv_head_replicated": {"attention_bias": True, "num_key_value_heads": 1},
+    "qk_norm": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
+}
+RANK_SCRIPT = Path(__file__).with_name("tensor_parallel_rank.py")
+
+
+def ranks(size):
+    return [TensorParallel(rank=rank, size=size) for rank in range(size)]
+
+
+def test_shares_cover_everything_once():
+    assert [tp.share(12, "things") for tp in ranks(4)] == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12)]
+
+
+def test_kv_heads_are_replicated_when_ranks_outnumber_them():
+    assert [tp.kv_heads(2) for tp in ranks(4)] == [slice(0, 1), slice(0, 1), slice(1, 2), slice(1, 2)]
+    assert [tp.kv_heads(4) for tp in ranks(2)] == [slice(0, 2), slice(2, 4)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_each_rank_holds_the_kv_heads_its_q_heads_attend_over(size):
+    num_heads, num_kv_heads = 8, 4
+    group = num_heads // num_kv_heads
+    for tp in ranks(size):
+        q_heads, kv_heads = tp.share(num_heads, "heads"), tp.kv_heads(num_kv_heads)
+        needed = {head // group for head in range(q_heads.start, q_heads.stop)}
+        assert needed == set(range(kv_heads.start, kv_heads.stop))
+
+
+def test_a_vocabulary_that_does_not_divide_is_covered_once():
+    shares = [VocabShare.of(101, tp) for tp in ranks(4)]
+    assert [(share.start, share.stop) for share in shares] == [(0, 26), (26, 52), (52, 78), (78, 101)]
+    assert {share.num_rows for share in shares} == {26}
+
+
+@pytest.mark.parametrize(("size", "what"), [(3, "attention heads"), (8, "attention heads")])
+def test_a_tp_size_that_does_not_fit_is_a_config_error(write_model, load_tiny, size, what):
+    with pytest.raises(ConfigError, match=what) as caught:
+        load_tiny(write_model()[0], tp=TensorParallel(rank=0, size=size))
+    assert caught.value.param == "tp"
+
+
+def test_kv_heads_that_neither_divide_nor_repeat_are_a_config_error(write_model, load_tiny):
+    checkpoint, _ = write_model(num_attention_heads=12, num_key_value_heads=4, head_dim=8)
+    with pytest.raises(ConfigError, match="4 KV heads"):
+        load_tiny(checkpoint, tp=TensorParallel(rank=0, size=6))
+
+
+@pytest.mark.e2e
+def test_two_ranks_compute_what_one_does(write_tiny_in, load_tiny, logits_of, prompt, relative_error, tmp_path):
+    checkpoints = {name: write_tiny_in(tmp_path / name, **changes) for name, changes in TP_CASES.items()}
+    folders = [str(checkpoint.path) for checkpoint in checkpoints.values()]
+    command = [sys.executable, str(RANK_SCRIPT), str(tmp_path / "meeting"), ",".join(map(str, prompt))]
+    processes = [subprocess.Popen([*command, str(rank), *folders]) for rank in range(2)]
+    try:
+        codes = [process.wait(timeout=90) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0]
+    for name, checkpoint in checkpoints.items():
+        both = [torch.load(checkpoint.path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+        assert torch.equal(both[0], both[1]), f"{name}: ranks must see the same logits, or their tokens part ways"
+        assert relative_error(both[0], logits_of(load_tiny(checkpoint), prompt)) < 1e-5, name

@@ -1,0 +1,55 @@
+"""The embedded SmolLM2: our weights are transformers' weights, and our logits are its logits."""
+
+import time
+
+import pytest
+import torch
+
+from kvist.checkpoint import find_checkpoint
+from kvist.models import load_model, load_model_config
+from kvist.models.parallel import TensorParallel
+from kvist.models.weights import WHOLE, expected_tensors
+from kvist.models.weights_gguf import GgufSource
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """transformers' own reading of the GGUF: half a minute, once."""
+    transformers = pytest.importorskip("transformers")
+    path = find_checkpoint(None).path
+    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    checkpoint = find_checkpoint(None)
+    config = load_model_config(checkpoint)
+    cpu = torch.device("cpu")
+    return load_model(checkpoint, config, dtype=torch.float32, device=cpu, tp=TensorParallel())
+
+
+def test_every_tensor_equals_the_one_transformers_reads(reference):
+    checkpoint = find_checkpoint(None)
+    config = load_model_config(checkpoint)
+    source = GgufSource(checkpoint.path, config)
+    theirs = reference.state_dict()
+    for name in expected_tensors(config):
+        assert torch.equal(source.read(name, WHOLE, WHOLE), theirs[name]), name
+
+
+def test_logits_equal_transformers(reference, smollm2, logits_of, relative_error):
+    prompt = torch.randint(0, 49152, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.no_grad():
+        expected = reference(torch.tensor([prompt])).logits[0]
+    assert relative_error(logits_of(smollm2, prompt), expected) < 1e-4
+    assert relative_error(logits_of(smollm2, prompt, [32, 1, 1, 6]), expected) < 1e-4
+
+
+def test_loading_takes_seconds():
+    checkpoint = find_checkpoint(None)
+    start = time.perf_counter()
+    config = load_model_config(checkpoint)
+    load_model(checkpoint, config, dtype=torch.float32, device=torch.device("cpu"), tp=TensorParallel())
+    assert time.perf_counter() - start < 20, "5 s on an idle machine; the bound leaves room for a busy one"

@@ -1,0 +1,171 @@
+"""What a safetensors folder may be, and what is refused; dummy weights; progress."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kvist.errors import ConfigError, ModelLoadError
+from kvist.models import load_model, load_model_config
+from kvist.models.parallel import TensorParallel
+
+CPU = torch.device("cpu")
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+def save(checkpoint, tensors):
+    save_file(tensors, checkpoint.path / "model.safetensors")
+
+
+def shard(checkpoint, tensors):
+    """Split over two files with an index, as transformers does."""
+    (checkpoint.path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in files.items():
+        save_file({name: tensors[name] for name in held}, checkpoint.path / file)
+    weight_map = {name: file for file, held in files.items() for name in held}
+    (checkpoint.path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+def test_shards_load_as_one_file_does(write_model, load_tiny, logits_of, prompt):
+    checkpoint, tensors = write_model()
+    single = logits_of(load_tiny(checkpoint), prompt)
+    shard(checkpoint, tensors)
+    assert torch.equal(logits_of(load_tiny(checkpoint), prompt), single)
+
+
+def test_missing_tensor_is_named(write_model, load_tiny):
+    checkpoint, tensors = write_model()
+    del tensors[Q_PROJ]
+    save(checkpoint, tensors)
+    with pytest.raises(ModelLoadError, match=f"{Q_PROJ} is missing"):
+        load_tiny(checkpoint)
+
+
+def test_misshaped_tensor_is_named_with_both_shapes(write_model, load_tiny):
+    checkpoint, tensors = write_model()
+    tensors[Q_PROJ] = torch.zeros(63, 64)
+    save(checkpoint, tensors)
+    with pytest.raises(ModelLoadError, match=rf"{Q_PROJ} has shape \(63, 64\).*\(64, 64\)"):
+        load_tiny(checkpoint)
+
+
+def test_unexpected_tensor_is_named(write_model, load_tiny):
+    checkpoint, tensors = write_model()
+    save(checkpoint, tensors | {"model.layers.0.self_attn.q_norm.weight": torch.zeros(16)})
+    with pytest.raises(ModelLoadError, match=r"model\.layers\.0\.self_attn\.q_norm\.weight has no place"):
+        load_tiny(checkpoint)
+
+
+def test_a_tensor_of_integers_is_refused(write_model, load_tiny):
+    checkpoint, tensors = write_model()
+    save(checkpoint, tensors | {Q_PROJ: torch.zeros(64, 64, dtype=torch.int8)})
+    with pytest.raises(ModelLoadError, match=f"{Q_PROJ} has dtype I8"):
+        load_tiny(checkpoint)
+
+
+def test_old_rope_buffers_and_a_second_copy_of_a_tied_head_are_left_out(write_model, load_tiny):
+    checkpoint, tensors = write_model(tie_word_embeddings=True)
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8), "lm_head.weight": torch.zeros(101, 64)}
+    save(checkpoint, tensors | extra)
+    load_tiny(checkpoint)
+
+
+def test_an_untied_model_without_a_head_is_refused(write_model, load_tiny):
+    checkpoint, tensors = write_model()
+    del tensors["lm_head.weight"]
+    save(checkpoint, tensors)
+    with pytest.raises(ModelLoadError, match=r"lm_head\.weight is missing"):
+        load_tiny(checkpoint)
+
+
+def test_a_folder_without_weights_says_what_is_read(write_config, load_tiny):
+    with pytest.raises(ModelLoadError, match=r"neither model\.safetensors nor"):
+        load_tiny(write_config())
+
+
+def test_a_broken_file_is_named(write_config, load_tiny):
+    checkpoint = write_config()
+    (checkpoint.path / "model.safetensors").write_bytes(b"not safetensors at all")
+    with pytest.raises(ModelLoadError, match=r"cannot read .*model\.safetensors"):
+        load_tiny(checkpoint)
+
+
+def test_a_shard_that_is_not_there_is_named(write_model, load_tiny):
+    checkpoint, tensors = write_model()
+    shard(checkpoint, tensors)
+    (checkpoint.path / "b.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match=r"b\.safetensors"):
+        load_tiny(checkpoint)
+
+
+def test_a_shard_that_lacks_its_tensor_is_named(write_model, load_tiny):
+    checkpoint, tensors = write_model()
+    weight_map = shard(checkpoint, tensors)
+    weight_map["lm_head.weight"] = (
+        "b.safetensors" if weight_map["lm_head.weight"] == "a.safetensors" else "a.safetensors"
+    )
+    (checkpoint.path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelLoadError, match=r"lm_head\.weight is missing, though"):
+        load_tiny(checkpoint)
+
+
+def test_an_index_cannot_point_outside_its_folder(write_model, load_tiny):
+    checkpoint, tensors = write_model()
+    weight_map = shard(checkpoint, tensors) | {"lm_head.weight": "../b.safetensors"}
+    (checkpoint.path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelLoadError, match="a file of the same folder"):
+        load_tiny(checkpoint)
+
+
+def test_dtypes_we_do_not_compute_in_are_refused(write_model, load_tiny):
+    with pytest.raises(ConfigError, match="float16"):
+        load_tiny(write_model()[0], dtype=torch.float16)
+
+
+def test_bf16_loads_and_stays_near_fp32(write_model, load_tiny, logits_of, prompt, relative_error):
+    checkpoint, _ = write_model(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=32)
+    model = load_tiny(checkpoint, dtype=torch.bfloat16)
+    ids, positions = torch.tensor(prompt), torch.arange(len(prompt))
+    assert model.forward(ids, positions, lambda _layer, q, _k, _v: q).dtype is torch.bfloat16
+    logits = logits_of(model, prompt)
+    assert logits.dtype is torch.float32
+    assert relative_error(logits, logits_of(load_tiny(checkpoint), prompt)) < 0.05
+
+
+def test_bf16_checkpoint_loads_as_fp32_exactly(write_model, load_tiny, logits_of, prompt):
+    checkpoint, tensors = write_model()
+    rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save(checkpoint, rounded)
+    from_bf16 = logits_of(load_tiny(checkpoint), prompt)
+    save(checkpoint, {name: tensor.float() for name, tensor in rounded.items()})
+    assert torch.equal(from_bf16, logits_of(load_tiny(checkpoint), prompt))
+
+
+def test_dummy_weights_depend_on_the_seed_only_and_keep_logits_sane(write_config, load_tiny, logits_of, prompt):
+    checkpoint = write_config(num_hidden_layers=8)
+    first, again, other = (
+        logits_of(load_tiny(checkpoint, load_format="dummy", seed=seed), prompt) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=0.1)
+    assert 0.3 < first.std() < 3
+
+
+def test_progress_counts_up_to_every_tensor(write_model):
+    checkpoint, tensors = write_model(num_hidden_layers=5)
+    seen: list[tuple[int, int]] = []
+    load_model(
+        checkpoint,
+        load_model_config(checkpoint),
+        dtype=torch.float32,
+        device=CPU,
+        tp=TensorParallel(),
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == sorted(seen)
+    assert seen[-1] == (len(tensors), len(tensors))
+    assert len(seen) >= 5
