@@ -99,7 +99,7 @@ class FakeEngine:
         self.submitted: list[wire.Submit] = []
         self.aborted: list[RequestId] = []
         self.num_resyncs = 0
-        self._gateways: dict[bytes, int] = {}  # → sequence of the next load report
+        self.gateways: dict[bytes, int] = {}  # → sequence of the next load report
         self._streams: deque[_Stream] = deque()
         self._held: dict[RequestId, bytes] = {}
         self._reports: deque[wire.LoadReport | int] = deque()
@@ -136,8 +136,8 @@ class FakeEngine:
         if self.silent:
             return
         if isinstance(message, wire.Hello):
-            new = sender not in self._gateways
-            self._gateways.setdefault(sender, 0)
+            new = sender not in self.gateways
+            self.gateways.setdefault(sender, 0)
             self.num_resyncs += message.resync
             self.channel.send(sender, wire.Welcome(spec=self.spec))
             self._send_load(sender, make_load(0, snapshot=new or message.resync))
@@ -189,9 +189,9 @@ class FakeEngine:
         for _ in range(2_000):
             if self.channel.send(gateway, outputs):
                 return
-            if self._stopping.wait(0.001) or gateway not in self._gateways:
+            if self._stopping.wait(0.001) or gateway not in self.gateways:
                 break
-        self._gateways.pop(gateway, None)
+        self.gateways.pop(gateway, None)
         self._streams = deque(s for s in self._streams if s.gateway != gateway)
 
     def _send_report(self) -> None:
@@ -199,13 +199,15 @@ class FakeEngine:
         report = self._reports.popleft()
         assert isinstance(skip, int)
         assert isinstance(report, wire.LoadReport)
-        for gateway in list(self._gateways):
-            self._gateways[gateway] += skip
+        for gateway in list(self.gateways):
+            self.gateways[gateway] += skip
             self._send_load(gateway, report)
 
     def _send_load(self, gateway: bytes, report: wire.LoadReport) -> None:
-        self.channel.send(gateway, msgspec.structs.replace(report, sequence=self._gateways[gateway]))
-        self._gateways[gateway] += 1
+        if self.channel.send(gateway, msgspec.structs.replace(report, sequence=self.gateways[gateway])):
+            self.gateways[gateway] += 1
+        else:
+            del self.gateways[gateway]
 
 
 def main() -> None:

@@ -364,6 +364,7 @@ async def test_a_worker_lost_before_the_first_token_is_replaced_once() -> None:
     world = World()
     prefill, decode = world.pair()
     spare = world.engines.join("d2", "decode")
+    world.engines.join("d3", "decode")  # would be a third try
     task = await world.begin()
     world.engines.lose(decode)
     await settle()
@@ -453,6 +454,26 @@ async def test_full_workers_refuse_before_anything_is_sent(full_role: str) -> No
     assert len(world.engines.submits(decode)) == 3
     for task in (*tasks, again):
         task.cancel()
+
+
+async def test_a_full_unified_worker_refuses_too() -> None:
+    world = World()
+    worker = world.engines.join("u", "unified", max_running_requests=1, max_queued_requests=0)
+    task = await world.begin()
+    with pytest.raises(Overloaded):
+        await read_all(world.generate())
+    assert len(world.engines.submits(worker)) == 1
+    task.cancel()
+
+
+async def test_prompt_tokens_are_in_line_at_prefill_until_the_first_token() -> None:
+    world = World()
+    prefill, decode = world.pair()
+    task = await world.begin()
+    assert (prefill.view().num_pending_tokens, decode.view().num_pending_tokens) == (len(PROMPT), 0)
+    world.engines.say(prefill, 0, 7)
+    assert prefill.view().num_pending_tokens == 0
+    task.cancel()
 
 
 async def test_a_unified_worker_steps_in_when_the_pair_is_broken() -> None:

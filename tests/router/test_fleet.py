@@ -28,7 +28,7 @@ async def connect() -> AsyncIterator[Connect]:
 
     async def make(*engines: FakeEngine, key: str = "", transport: httpx.AsyncBaseTransport | None = None, **config):
         dispatcher = build_dispatcher(
-            RouterConfig(keepalive_s=0.05, **config),
+            RouterConfig(**{"keepalive_s": 0.05, **config}),
             ChannelConfig(cluster_key=key),
             engine_endpoints=[engine.channel.endpoint for engine in engines],
             transport=transport,
@@ -140,11 +140,27 @@ async def test_a_silent_worker_is_lost_and_comes_back_when_it_speaks(
     assert "silent" in dispatcher.snapshot().workers[0].problem
     engine.silent = False
     await until(dispatcher.ready)
+    engine.report()
+    await until(lambda: len(engine.gateways) == 1)  # the connection that was given up is closed
+
+
+async def test_an_engine_in_a_new_life_does_not_keep_the_old_ones_requests(
+    start_engine: StartEngine, connect: Connect
+) -> None:
+    engine = start_engine(spec=spec("u"))
+    dispatcher = await connect(engine)
+    await until(dispatcher.ready)
+    engine.hold = True
+    task = asyncio.create_task(ask(dispatcher))
+    await until(lambda: engine.submitted)
+    engine.spec = msgspec.structs.replace(engine.spec, epoch=EpochId("second"))
+    with pytest.raises(WorkerLost, match="restarted"):
+        await task
 
 
 async def test_a_missed_report_brings_a_snapshot(start_engine: StartEngine, connect: Connect) -> None:
     engine = start_engine(spec=spec("u"))
-    dispatcher = await connect(engine)
+    dispatcher = await connect(engine, keepalive_s=5.0)  # not by the next keep-alive, but at once
     await until(dispatcher.ready)
     page = b"p" * 16
     engine.report(cached_added=(page,))

@@ -66,6 +66,17 @@ def test_a_finish_without_a_token_ends_the_stream() -> None:
     assert merged.complete
 
 
+def test_the_longer_of_two_early_chunks_is_kept() -> None:
+    merged = merger()
+    merged.push(chunk(2, 12))
+    merged.push(chunk(2, 12, 13))
+    merged.push(chunk(2, 12))
+    merged.push(chunk(0, 10, 11))
+    taken = merged.take()
+    assert taken is not None
+    assert taken.token_ids == (10, 11, 12, 13)
+
+
 def test_an_overlap_keeps_only_what_is_new_with_its_logprobs() -> None:
     merged = merger(first_position=5)
     ones = tuple(TokenLogprobs(logprob=-float(i)) for i in range(3))

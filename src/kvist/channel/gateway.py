@@ -24,9 +24,9 @@ from kvist.errors import ConfigError, WireError
 
 logger = logging.getLogger(__name__)
 
-_RECONNECT_IVL_MS, _RECONNECT_IVL_MAX_MS = 50, 1_000
+_RECONNECT_IVL_MS, _RECONNECT_IVL_MAX_MS = 50, 400
 _HEARTBEAT_IVL_MS, _HEARTBEAT_TIMEOUT_MS = 5_000, 20_000
-_MAX_MESSAGES_A_DRAIN = 256  # then other callbacks of the loop get their turn
+_MAX_MESSAGES_A_DRAIN = 32  # then the readers of the streams get their turn
 _HANDSHAKE_FAILURES = frozenset(
     {
         zmq.Event.HANDSHAKE_FAILED_AUTH,

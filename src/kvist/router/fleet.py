@@ -25,7 +25,7 @@ from kvist.router.registry import Registry, Worker, WorkerAddress, WorkerState
 
 logger = logging.getLogger(__name__)
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 3.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.5
 
 
 class EngineEvents(Protocol):
@@ -150,7 +150,7 @@ class Fleet:
                 await asyncio.wait((lost,), timeout=self._config.keepalive_s)
                 silent_s = self._clock.now_s() - worker.last_heard_s
                 if silent_s > self._config.worker_timeout_s:
-                    on_lost(f"the engine at {worker.endpoint} has been silent for {silent_s:.1f} s")
+                    on_lost(_silence(worker, silent_s))
             return lost.result()
         finally:
             del self._links[worker]
@@ -177,3 +177,9 @@ class Fleet:
         assert self._events is not None
         self._registry.lost(worker, reason)
         self._events.on_lost(worker, reason)
+
+
+def _silence(worker: Worker, silent_s: float) -> str:
+    if worker.state is WorkerState.READY:
+        return f"the engine at {worker.endpoint} has been silent for {silent_s:.1f} s"
+    return f"the engine at {worker.endpoint} has not answered for {silent_s:.1f} s: it is still loading, or not there"

@@ -82,7 +82,6 @@ class ChunkMerger:
         self._ready.append(chunk)
         if chunk.finish_reason is not None:
             self.complete = True
-            self._early.clear()
         return True
 
 
