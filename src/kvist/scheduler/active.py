@@ -63,6 +63,7 @@ class ActiveRequest:
     first_token_finish: FinishReason | None = None
     report: HandoffReport | None = None  # DECODE: goes with the first chunk
     request_id: RequestId = field(init=False)
+    num_prompt: int = field(init=False)
     sampling: SamplingParams = field(init=False)
     suppressed_ids: tuple[int, ...] = field(init=False)
     suppress_until: int = field(init=False)  # no stop token while there are fewer tokens than this
@@ -70,8 +71,9 @@ class ActiveRequest:
     def __post_init__(self) -> None:
         self.request_id = self.request.request_id
         self.sampling = self.request.sampling
+        self.num_prompt = len(self.request.prompt_token_ids)
         self.suppressed_ids = tuple(sorted(self.stop_ids))
-        self.suppress_until = self.request.num_prompt_tokens + self.sampling.min_tokens
+        self.suppress_until = self.num_prompt + self.sampling.min_tokens
 
     def move(self, to: RequestState) -> None:
         assert to in TRANSITIONS[self.state], f"{self.request_id}: no way from {self.state.name} to {to.name}"
@@ -90,7 +92,7 @@ class ActiveRequest:
     @property
     def next_position(self) -> int:
         """Output tokens so far: the position of the next one."""
-        return len(self.token_ids) - self.request.num_prompt_tokens
+        return len(self.token_ids) - self.num_prompt
 
     def finish_reason(self, token_id: int, num_tokens: int) -> FinishReason | None:
         """Whether `token_id`, as the last of `num_tokens` tokens, ends the answer."""

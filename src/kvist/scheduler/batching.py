@@ -36,6 +36,7 @@ class Batcher:
     def finished(self, event: StepFinished) -> None:
         computed = self._take_under_way(event.step_id)
         self._table.totals["steps"] += 1
+        self._table.totals["generation_tokens"] += len(event.sampled)
         self._table.take_tokens(computed, event.sampled)
 
     def failed(self, event: StepFailed) -> None:
@@ -75,10 +76,10 @@ class Batcher:
 
     def _add_decodes(self, items: list[BatchItem], planned: list[tuple[ActiveRequest, int]]) -> list[ActiveRequest]:
         """One token of each request that has one left to compute; returns the others, oldest first."""
-        page_size = self._cache.page_size
+        page_size, running = self._cache.page_size, RequestState.RUNNING
         prompts: list[ActiveRequest] = []
         for request in list(self._table.compact()):
-            if request.state is not RequestState.RUNNING:
+            if request.state is not running:
                 continue  # an older one took its pages
             token_ids, start = request.token_ids, request.num_computed
             end = len(token_ids)
@@ -219,7 +220,7 @@ class Batcher:
             return
         table = self._table
         table.timers.cancel(TimerKind.QUEUE, request.request_id)
-        request.num_cached_tokens = min(request.num_computed, request.request.num_prompt_tokens)
+        request.num_cached_tokens = min(request.num_computed, request.num_prompt)
         if not request.awaits_grant_of_pages:
-            table.totals["prompt_tokens"] += request.request.num_prompt_tokens
+            table.totals["prompt_tokens"] += request.num_prompt
             table.totals["cached_prompt_tokens"] += request.num_cached_tokens

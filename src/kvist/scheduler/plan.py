@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from kvist.request import EpochId, HandoffId, RequestId, SamplingParams
 from kvist.wire import Ended, PoolAddress, SourceToTarget, TargetToSource, TokenChunk
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchItem:
-    """One request's share of a step: compute K/V for positions [start, start + len(token_ids))."""
+class BatchItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One request's share of a step: compute K/V for positions [start, start + len(token_ids)).
+
+    A struct and not a dataclass: hundreds are made in each step, at a tenth of the price.
+    """
 
     request_id: RequestId
     token_ids: Sequence[int]  # the tokens at those positions

@@ -139,7 +139,7 @@ class RequestTable:
             arrived_s=self.now_s,
             token_ids=[*request.prompt_token_ids, *request.output_token_ids],
             num_given=len(request.prompt_token_ids) + len(request.output_token_ids),
-            max_len=min(self.context_len, request.num_prompt_tokens + sampling.max_tokens),
+            max_len=min(self.context_len, len(request.prompt_token_ids) + sampling.max_tokens),
             stop_ids=frozenset(eos) | frozenset(sampling.stop_token_ids),
         )
 
@@ -193,10 +193,10 @@ class RequestTable:
 
     def take_tokens(self, computed: list[tuple[ActiveRequest, int]], sampled: Mapping[RequestId, SampledToken]) -> None:
         """A step is finished: for each request K/V of [0, end) is in its pages."""
-        page_size = self.cache.page_size
+        page_size, ended = self.cache.page_size, RequestState.ENDED
         for request, end in computed:
             request.in_batch = False
-            if request.state is RequestState.ENDED:
+            if request.state is ended:
                 self.release(request)
                 continue
             crossed_page = end // page_size > request.num_computed // page_size
@@ -204,20 +204,23 @@ class RequestTable:
             if crossed_page:
                 assert request.lease is not None
                 self.cache.commit(request.lease, request.token_ids, end)
-            if end == len(request.token_ids):
-                if request.mode is Mode.PREFILL:
+            if request.mode is Mode.PREFILL:
+                if end == len(request.token_ids):
                     self._prefill_complete(request, sampled.get(request.request_id))
                 else:
-                    self._append(request, sampled[request.request_id])
-            elif request.mode is Mode.PREFILL:
-                self.half.computed(request)
+                    self.half.computed(request)
+            elif end == len(request.token_ids):
+                self._append(request, sampled[request.request_id])
 
     def _append(self, request: ActiveRequest, token: SampledToken) -> None:
-        position = request.next_position
-        request.token_ids.append(token.token_id)
-        finish = request.finish_reason(token.token_id, len(request.token_ids))
+        """Called for each stream in each step."""
+        token_ids, token_id = request.token_ids, token.token_id
+        position = len(token_ids) - request.num_prompt
+        token_ids.append(token_id)
+        finish = None
+        if token_id in request.stop_ids or len(token_ids) >= request.max_len:
+            finish = request.finish_reason(token_id, len(token_ids))
         self.send_chunk(request, position, token, finish)
-        self.totals["generation_tokens"] += 1
         if finish is not None:
             self.end(request, Outcome.FINISHED)
 
@@ -245,7 +248,6 @@ class RequestTable:
             request.first_token = token
             request.first_token_finish = request.finish_reason(token.token_id, len(request.token_ids) + 1)
             self.send_chunk(request, request.next_position, token, request.first_token_finish)
-            self.totals["generation_tokens"] += 1
         request.move(RequestState.HELD)
         self.held[request.request_id] = request
         self.half.computed(request)
@@ -253,9 +255,11 @@ class RequestTable:
     def send_chunk(
         self, request: ActiveRequest, position: int, token: SampledToken, finish: FinishReason | None
     ) -> None:
-        tells_cached = position == 0 and request.mode is not Mode.DECODE  # decode did not read the prompt
-        self.out.chunks.append(
-            TokenChunk(
+        if position and finish is None and token.logprobs is None and request.report is None:  # nearly always
+            chunk = TokenChunk(request_id=request.request_id, position=position, token_ids=(token.token_id,))
+        else:
+            tells_cached = position == 0 and request.mode is not Mode.DECODE  # decode did not read the prompt
+            chunk = TokenChunk(
                 request_id=request.request_id,
                 position=position,
                 token_ids=(token.token_id,),
@@ -264,8 +268,8 @@ class RequestTable:
                 num_cached_tokens=request.num_cached_tokens if tells_cached else None,
                 handoff=request.report,
             )
-        )
-        request.report = None
+            request.report = None
+        self.out.chunks.append(chunk)
 
     # ---------------------------------------------------------------- endings
 

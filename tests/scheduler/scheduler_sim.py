@@ -1,0 +1,544 @@
+"""Engines, a wire and a transport that exist only in memory, to run real schedulers to their limits.
+
+The fake model writes into each page slot what real K/V would depend on: the whole prefix. Before it "attends", it
+checks every slot it reads, so a page that was freed, overwritten or never filled is seen at once. Its next token is a
+hash of (prefix, seed, position): one lost, doubled or misplaced token changes all that follow.
+
+    World ── wire: FIFO between two processes, any order between different pairs, duplicates, nothing after a death
+      └── SimEngine ── scheduler, cache, FakeDevice, SimTransport
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, field
+
+from kvist.kv.cache import PageCache
+from kvist.kv.pages import PageState
+from kvist.request import EngineRequest, EpochId, FinishReason, HandoffId, Mode, Outcome, SampledToken, SamplingParams
+from kvist.scheduler import SchedulerConfig, build_scheduler
+from kvist.scheduler.events import (
+    AbortRequested,
+    AckArrived,
+    Arrived,
+    ClosedArrived,
+    DoneArrived,
+    Event,
+    GrantArrived,
+    PagesVerified,
+    PeerDied,
+    RevokeArrived,
+    StepFailed,
+    StepFinished,
+    WritesCompleted,
+    WritesFailed,
+)
+from kvist.scheduler.plan import Batch, Plan, StopWrites, ToSource, VerifyPages, WritePages
+from kvist.wire import Ack, Closed, Done, Ended, Grant, PoolAddress, PrefillPeer, Revoke, TokenChunk
+
+VOCAB = 23
+EOS = 7
+LAYOUT = "sim"
+PAGE_BYTES = 64
+Slot = tuple[int, int]  # token, hash of the whole prefix up to and with it
+
+
+def chain(previous: int, token_id: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{previous}/{token_id}".encode(), digest_size=8).digest(), "little")
+
+
+def next_token(prefix: int, sampling: SamplingParams, position: int, suppressed: tuple[int, ...]) -> int:
+    """The fake model's choice; `position` is the number of tokens before it."""
+    attempt = 0
+    while True:
+        token_id = chain(prefix, (sampling.seed << 20) + (position << 6) + attempt) % VOCAB
+        if token_id not in suppressed:
+            return token_id
+        attempt += 1
+
+
+def reference_stream(
+    request: EngineRequest, config: SchedulerConfig, context_len: int
+) -> tuple[list[int], FinishReason]:
+    """The answer from the first output token on, as one undisturbed engine would give it."""
+    tokens = [*request.prompt_token_ids, *request.output_token_ids]
+    sampling = request.sampling
+    stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(config.eos_token_ids))
+    prefix = 0
+    for token_id in tokens:
+        prefix = chain(prefix, token_id)
+    while True:
+        num_outputs = len(tokens) - len(request.prompt_token_ids)
+        suppressed = tuple(sorted(stops)) if num_outputs < sampling.min_tokens else ()
+        token_id = next_token(prefix, sampling, len(tokens), suppressed)
+        prefix = chain(prefix, token_id)
+        tokens.append(token_id)
+        outputs = tokens[len(request.prompt_token_ids) :]
+        if token_id in stops:
+            return outputs, FinishReason.STOP
+        if len(outputs) >= sampling.max_tokens or len(tokens) >= context_len:
+            return outputs, FinishReason.LENGTH
+
+
+class FakeDevice:
+    """A page pool and a model."""
+
+    def __init__(self, cache: PageCache) -> None:
+        self._page_size = cache.page_size
+        self._ledger = cache._ledger
+        self.pages: list[list[Slot | None]] = [[None] * cache.page_size for _ in range(cache.num_pages)]
+
+    def execute(self, batch: Batch) -> dict[str, SampledToken]:
+        """Writes all K/V first, like a real step: no request may see another's half-written page as its own."""
+        sampled: dict[str, SampledToken] = {}
+        for item in batch.items:
+            prefix = self._check_prefix(item.page_ids, item.start)
+            for offset, token_id in enumerate(item.token_ids):
+                page, slot = divmod(item.start + offset, self._page_size)
+                state = self._ledger.state(item.page_ids[page])
+                assert state is PageState.OWNED, f"a step writes page {item.page_ids[page]}, which is {state.name}"
+                prefix = chain(prefix, token_id)
+                self.pages[item.page_ids[page]][slot] = (token_id, prefix)
+            if item.sampling is not None:
+                token_id = next_token(prefix, item.sampling, item.end, item.suppressed_token_ids)
+                sampled[item.request_id] = SampledToken(token_id=token_id)
+        return sampled
+
+    def _check_prefix(self, page_ids: list[int], num_tokens: int) -> int:
+        prefix = 0
+        for index in range(num_tokens):
+            page, slot = divmod(index, self._page_size)
+            content = self.pages[page_ids[page]][slot]
+            assert content is not None, f"position {index} is read before it was written"
+            prefix = chain(prefix, content[0])
+            assert content[1] == prefix, f"position {index} holds the K/V of another prefix"
+        return prefix
+
+    def checksum(self, page_ids: tuple[int, ...]) -> str:
+        return checksum([self.pages[page_id] for page_id in page_ids])
+
+
+def checksum(pages: list[list[Slot | None]]) -> str:
+    return hashlib.blake2b(repr(pages).encode(), digest_size=8).hexdigest()
+
+
+@dataclass
+class _Writes:
+    jobs: deque[tuple[int, int, list[Slot | None]]] = field(default_factory=deque)  # ours, theirs, content when asked
+    job_ends: deque[int] = field(default_factory=deque)  # num_pages at which a report is due
+    written: list[list[Slot | None]] = field(default_factory=list)
+    pool: str = ""
+    num_asked: int = 0
+    stopped: bool = False
+    failed: bool = False
+
+
+class SimTransport:
+    """One page at a time, in the order asked; what `transfer/__init__.py` promises."""
+
+    def __init__(self, world: World, engine: SimEngine) -> None:
+        self._world = world
+        self._engine = engine
+        self._writes: dict[HandoffId, _Writes] = {}
+        self._verifies: deque[VerifyPages] = deque()
+        self._reports: list[Event] = []
+        self.corrupt_next = False
+        self.fail_next = False
+
+    def take(self, job: WritePages | VerifyPages | StopWrites) -> None:
+        if isinstance(job, VerifyPages):
+            self._verifies.append(job)
+            return
+        writes = self._writes.setdefault(job.handoff_id, _Writes())
+        if isinstance(job, StopWrites):
+            writes.stopped = True
+            writes.jobs.clear()
+            self._reports = [
+                report
+                for report in self._reports
+                if not (isinstance(report, WritesCompleted) and report.handoff_id == job.handoff_id)
+            ]
+            self._reports.append(self._completed(job.handoff_id))
+            return
+        assert not writes.stopped, "pages are asked to be written after the stop"
+        if writes.failed:
+            return  # the report is on its way
+        assert len(job.page_ids) == len(job.peer_page_ids)
+        assert len(set(job.page_ids)) == len(job.page_ids)
+        writes.pool = job.pool.location
+        for page_id, peer_page_id in zip(job.page_ids, job.peer_page_ids, strict=True):
+            writes.jobs.append((page_id, peer_page_id, list(self._engine.device.pages[page_id])))
+        writes.num_asked += len(job.page_ids)
+        writes.job_ends.append(writes.num_asked)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._verifies) or any(writes.jobs for writes in self._writes.values())
+
+    def advance(self) -> None:
+        """Copy one page, or check one grant."""
+        if self._verifies:
+            job = self._verifies.popleft()
+            self._reports.append(
+                PagesVerified(handoff_id=job.handoff_id, checksum=self._engine.device.checksum(job.page_ids))
+            )
+        for handoff_id, writes in self._writes.items():
+            if writes.jobs:
+                if self.fail_next:
+                    self.fail_next = False
+                    writes.failed = True
+                    writes.jobs.clear()
+                    self._reports.append(WritesFailed(handoff_id=handoff_id, message="the link is down"))
+                    return
+                self._copy_one(handoff_id, writes)
+                return
+
+    def _copy_one(self, handoff_id: HandoffId, writes: _Writes) -> None:
+        page_id, peer_page_id, asked = writes.jobs.popleft()
+        content = list(self._engine.device.pages[page_id])
+        assert content == asked, f"source page {page_id} changed while handoff {handoff_id} was still to copy it"
+        assert self._engine.cache._ledger.state(page_id) is not PageState.FREE, f"source page {page_id} was freed"
+        peer = self._world.by_epoch.get(writes.pool)
+        if peer is not None:  # else its pool went with it
+            owner = peer.in_flight_pages.get(peer_page_id)
+            state = peer.cache._ledger.state(peer_page_id)
+            assert state is PageState.IN_FLIGHT, f"{handoff_id} writes page {peer_page_id}, which is {state.name}"
+            assert owner == handoff_id, f"{handoff_id} writes page {peer_page_id}, granted to {owner}"
+            damaged = self.corrupt_next
+            self.corrupt_next = False
+            peer.device.pages[peer_page_id] = [(0, 0)] * len(content) if damaged else content
+        writes.written.append(content)
+        if len(writes.written) == writes.job_ends[0]:
+            writes.job_ends.popleft()
+            self._reports.append(self._completed(handoff_id))
+
+    def _completed(self, handoff_id: HandoffId) -> WritesCompleted:
+        writes = self._writes[handoff_id]
+        return WritesCompleted(handoff_id=handoff_id, num_pages=len(writes.written), checksum=checksum(writes.written))
+
+    def poll(self) -> list[Event]:
+        reports, self._reports = self._reports, []
+        return reports
+
+
+class SimEngine:
+    def __init__(
+        self, world: World, name: str, role: str, *, life: int, config: SchedulerConfig, num_pages: int, page_size: int
+    ) -> None:
+        self.world = world
+        self.name = name
+        self.role = role
+        self.epoch = EpochId(f"{name}#{life}")
+        self.config = config
+        self.cache = PageCache(num_pages=num_pages, page_size=page_size, namespace="sim")
+        self.device = FakeDevice(self.cache)
+        self.transport = SimTransport(world, self)
+        pool = PoolAddress(
+            transport="sim", location=self.epoch, num_pages=num_pages, page_bytes=PAGE_BYTES, layout=LAYOUT
+        )
+        self.scheduler = build_scheduler(role, config, self.cache, self.epoch, pool)
+        self.events: list[Event] = []
+        self.under_way: Batch | None = None
+        self.plan = Plan()
+        self.digests: set[bytes] = set()
+        self.in_flight_pages: dict[int, HandoffId] = {}  # by the grants it sent
+        self.max_batch_tokens = 0
+        self.fail_next_step = False
+
+    @property
+    def context_len(self) -> int:
+        return min(self.config.max_model_len, self.cache.num_pages * self.cache.page_size)
+
+    def finish_step(self) -> None:
+        """The device is done with the batch; the scheduler will hear of it."""
+        batch, self.under_way = self.under_way, None
+        if batch is None:
+            return
+        if self.fail_next_step:
+            self.fail_next_step = False
+            self.events.append(StepFailed(step_id=batch.step_id, message="the device is on fire"))
+        else:
+            self.events.append(StepFinished(step_id=batch.step_id, sampled=self.device.execute(batch)))
+
+    def step(self) -> Plan:
+        watched = self.plan.watched_epochs
+        dead = [PeerDied(epoch=epoch) for epoch in sorted(watched) if epoch not in self.world.by_epoch]
+        events = [*self.events, *self.transport.poll(), *dead]
+        self.events = []
+        plan = self.plan = self.scheduler.step(self.world.now_s, events)
+        self._check(plan)
+        self.world.receive(self, plan)
+        for transfer in plan.transfers:
+            self.transport.take(transfer)
+        if plan.batch is not None:
+            assert self.under_way is None
+            self.under_way = plan.batch
+        return plan
+
+    def _check(self, plan: Plan) -> None:
+        counts = self.scheduler.load().pages
+        assert counts.free + counts.cached + counts.owned + counts.in_flight == counts.total
+        for digest in plan.cached_removed:
+            self.digests.remove(digest)
+        self.digests.update(plan.cached_added)
+        assert len(self.digests) == counts.cached
+        assert self.digests == set(self.cache.digests())
+        for message in plan.messages:
+            if isinstance(message, ToSource) and isinstance(message.message, Grant):
+                grant = message.message
+                self.in_flight_pages.update(dict.fromkeys(grant.page_ids, grant.handoff_id))
+        if plan.batch is not None:
+            assert 0 < plan.batch.num_tokens <= self.config.max_prefill_tokens, "the token budget is kept"
+            assert len(plan.batch.items) <= self.config.max_running_requests
+            assert len({item.request_id for item in plan.batch.items}) == len(plan.batch.items)
+            for item in plan.batch.items:
+                assert len(item.token_ids) <= self.config.chunked_prefill_size
+                assert item.end <= len(item.page_ids) * self.cache.page_size
+
+
+@dataclass
+class Submitted:
+    request: EngineRequest
+    engines: list[tuple[SimEngine, Mode]]
+    aborted: bool = False
+
+
+class World:
+    """Some engines, one gateway that only listens, and the wires between them."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.engines: dict[str, SimEngine] = {}  # by name, also the endpoint
+        self.by_epoch: dict[str, SimEngine] = {}  # alive
+        self.wires: dict[tuple[str, str], deque[tuple[str, Event]]] = defaultdict(deque)
+        self.chunks: dict[str, list[tuple[str, TokenChunk]]] = defaultdict(list)  # request → (epoch, chunk)
+        self.ended: dict[tuple[str, str], list[Ended]] = defaultdict(list)  # (request, epoch)
+        self.submitted: dict[str, Submitted] = {}
+        self.totals: Counter[str] = Counter()
+        self._lives: Counter[str] = Counter()
+
+    # ---------------------------------------------------------------- processes
+
+    def start(
+        self, name: str, role: str, config: SchedulerConfig, *, num_pages: int = 12, page_size: int = 4
+    ) -> SimEngine:
+        self._lives[name] += 1
+        engine = SimEngine(
+            self, name, role, life=self._lives[name], config=config, num_pages=num_pages, page_size=page_size
+        )
+        self.engines[name] = engine
+        self.by_epoch[engine.epoch] = engine
+        return engine
+
+    def kill(self, engine: SimEngine) -> SimEngine:
+        """It dies with everything on its way out; another life starts at the same address."""
+        del self.by_epoch[engine.epoch]
+        for source, target in list(self.wires):
+            if source == engine.epoch:
+                del self.wires[source, target]
+        return self.start(
+            engine.name,
+            engine.role,
+            engine.config,
+            num_pages=engine.cache.num_pages,
+            page_size=engine.cache.page_size,
+        )
+
+    # ---------------------------------------------------------------- messages
+
+    def submit(self, request: EngineRequest, engine: SimEngine) -> None:
+        """A whole request."""
+        self.submitted[request.request_id] = Submitted(request, [(engine, Mode.FULL)])
+        self._send("gateway", engine.name, Arrived(request=request, mode=Mode.FULL))
+
+    def submit_pair(self, request: EngineRequest, prefill: SimEngine, decode: SimEngine) -> HandoffId:
+        handoff_id = HandoffId(f"h-{request.request_id}")
+        self.submitted[request.request_id] = Submitted(request, [(prefill, Mode.PREFILL), (decode, Mode.DECODE)])
+        peer = PrefillPeer(worker_id="w", endpoint=prefill.name, epoch=prefill.epoch)
+        self._send("gateway", prefill.name, Arrived(request=request, mode=Mode.PREFILL, handoff_id=handoff_id))
+        self._send(
+            "gateway",
+            decode.name,
+            Arrived(request=request, mode=Mode.DECODE, handoff_id=handoff_id, prefill=peer),
+        )
+        return handoff_id
+
+    def abort(self, request_id: str, only: SimEngine | None = None) -> None:
+        submitted = self.submitted[request_id]
+        submitted.aborted = True
+        for engine, _ in submitted.engines:
+            if only is None or engine is only:
+                self._send("gateway", engine.name, AbortRequested(request_id=request_id))
+
+    def receive(self, engine: SimEngine, plan: Plan) -> None:
+        for chunk in plan.chunks:
+            self.chunks[chunk.request_id].append((engine.epoch, chunk))
+        for ended in plan.ended:
+            self.ended[ended.request_id, engine.epoch].append(ended)
+            assert len(self.ended[ended.request_id, engine.epoch]) == 1, "a request ends once at one engine"
+        for sent in plan.messages:
+            message = sent.message
+            if isinstance(sent, ToSource):
+                event: Event
+                if isinstance(message, Grant):
+                    event = GrantArrived(grant=message)
+                elif isinstance(message, Ack):
+                    event = AckArrived(handoff_id=message.handoff_id, target_epoch=message.target_epoch)
+                else:
+                    assert isinstance(message, Revoke)
+                    event = RevokeArrived(
+                        handoff_id=message.handoff_id, target_epoch=message.target_epoch, reason=message.reason
+                    )
+                self._send(engine.epoch, sent.endpoint, event)
+            else:
+                assert message.target_epoch == sent.target_epoch
+                assert isinstance(message, Done | Closed)
+                answer = DoneArrived(done=message) if isinstance(message, Done) else ClosedArrived(closed=message)
+                self._send(engine.epoch, sent.target_epoch, answer)
+
+    def _send(self, source: str, target: str, event: Event) -> None:
+        """`target` is an address (whoever lives there gets it) or an epoch (only that life gets it)."""
+        self.wires[source, target].append((source, event))
+
+    def deliver(self, wire: tuple[str, str], *, twice: bool = False) -> None:
+        queue = self.wires[wire]
+        if not queue:
+            return
+        source, event = queue.popleft()
+        if twice and source != "gateway":
+            # Again, and later than what follows it. A Grant is said once, so that only a broken wire could double it,
+            # and no wire in order could put the second one behind a Revoke.
+            if isinstance(event, GrantArrived):
+                queue.appendleft((source, event))
+            else:
+                queue.append((source, event))
+        target = self.engines.get(wire[1]) or self.by_epoch.get(wire[1])
+        if target is None:
+            return
+        if isinstance(event, Arrived):
+            submitted = self.submitted[event.request.request_id]
+            # A new life at the address got what was meant for the old one: it is the one that must answer.
+            submitted.engines = [
+                (target if engine.name == target.name else engine, mode) for engine, mode in submitted.engines
+            ]
+        target.events.append(event)
+
+    # ---------------------------------------------------------------- time
+
+    def settle(self, max_rounds: int = 4000, dt_s: float = 0.05) -> None:
+        """Everybody works until nothing is left to do."""
+        for _ in range(max_rounds):
+            for wire in list(self.wires):
+                while self.wires[wire]:
+                    self.deliver(wire)
+            for engine in list(self.by_epoch.values()):
+                engine.transport.advance()
+                engine.finish_step()
+                engine.step()
+            self.now_s += dt_s
+            if self.quiet():
+                return
+        raise AssertionError(
+            f"not quiet after {max_rounds} rounds: {[e.scheduler.load() for e in self.by_epoch.values()]}"
+        )
+
+    def quiet(self) -> bool:
+        return not any(self.wires.values()) and not any(
+            engine.scheduler.has_work() or engine.events or engine.under_way or engine.transport.busy
+            for engine in self.by_epoch.values()
+        )
+
+    # ---------------------------------------------------------------- promises
+
+    def check_settled(self) -> None:
+        for engine in self.by_epoch.values():
+            counts = engine.scheduler.load().pages
+            assert counts.owned == 0, f"{engine.epoch} leaks owned pages"
+            assert counts.in_flight == 0, f"{engine.epoch} leaks pages in flight"
+            assert counts.evictable == counts.cached, f"{engine.epoch} leaks pins"
+            assert engine.scheduler.load().num_running == engine.scheduler.load().num_waiting == 0
+        for request_id, submitted in self.submitted.items():
+            for engine, _ in submitted.engines:
+                if engine.epoch in self.by_epoch:
+                    assert len(self.ended[request_id, engine.epoch]) == 1, f"{request_id} never ended at {engine.epoch}"
+            self._check_stream(request_id, submitted)
+
+    def outcome(self, request_id: str, engine: SimEngine) -> Outcome:
+        (ended,) = self.ended[request_id, engine.epoch]
+        return ended.outcome
+
+    def stream(self, request_id: str) -> tuple[list[int], FinishReason | None]:
+        """Merged by position, as the gateway does."""
+        request = self.submitted[request_id].request
+        tokens: dict[int, int] = {}
+        finish = None
+        for _, chunk in self.chunks[request_id]:
+            for offset, token_id in enumerate(chunk.token_ids):
+                position = chunk.position + offset
+                assert tokens.setdefault(position, token_id) == token_id, f"{request_id}: two tokens at {position}"
+            finish = finish or chunk.finish_reason
+        first = len(request.output_token_ids)
+        assert set(tokens) == set(range(first, first + len(tokens))), f"{request_id}: a gap in {sorted(tokens)}"
+        return [*request.output_token_ids, *(tokens[position] for position in sorted(tokens))], finish
+
+    def _check_stream(self, request_id: str, submitted: Submitted) -> None:
+        engine = submitted.engines[-1][0]
+        expected, reason = reference_stream(submitted.request, engine.config, engine.context_len)
+        tokens, finish = self.stream(request_id)
+        assert tokens == expected[: len(tokens)], f"{request_id}: {tokens} is not a prefix of {expected}"
+        # each engine tells each position once
+        told = Counter((epoch, chunk.position) for epoch, chunk in self.chunks[request_id])
+        assert all(times == 1 for times in told.values()), f"{request_id}: told twice: {told}"
+        finished = all(
+            self.ended[request_id, other.epoch] and self.outcome(request_id, other) is Outcome.FINISHED
+            for other, mode in submitted.engines
+            if mode is not Mode.PREFILL
+        )
+        if finished:
+            assert tokens == expected
+            assert finish is reason
+
+
+def make_request(
+    request_id: str,
+    prompt: list[int],
+    *,
+    max_tokens: int = 6,
+    seed: int = 1,
+    min_tokens: int = 0,
+    ignore_eos: bool = False,
+    stop_token_ids: tuple[int, ...] = (),
+    outputs: tuple[int, ...] = (),
+    cache_salt: str = "",
+) -> EngineRequest:
+    return EngineRequest(
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt),
+        output_token_ids=outputs,
+        cache_salt=cache_salt,
+        sampling=SamplingParams(
+            max_tokens=max_tokens,
+            seed=seed,
+            min_tokens=min_tokens,
+            ignore_eos=ignore_eos,
+            stop_token_ids=stop_token_ids,
+        ),
+    )
+
+
+def small_config(**changes: object) -> SchedulerConfig:
+    settings: dict[str, object] = {
+        "max_running_requests": 4,
+        "max_queued_requests": 6,
+        "chunked_prefill_size": 6,
+        "max_prefill_tokens": 10,
+        "max_model_len": 40,
+        "eos_token_ids": (EOS,),
+        "queue_timeout_s": 30.0,
+        "grant_timeout_s": 30.0,
+        "handoff_timeout_s": 60.0,
+        "ack_timeout_s": 1.0,
+        "max_remembered_handoffs": 64,
+    }
+    return SchedulerConfig(**{**settings, **changes})

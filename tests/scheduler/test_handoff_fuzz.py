@@ -1,0 +1,113 @@
+"""The same cluster as test_handoff_machine.py, driven by plain dice: longer runs, nearer to real traffic."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from scheduler_sim import World, make_request, small_config
+
+from kvist.scheduler.handoff import SOURCE_TRANSITIONS, TARGET_TRANSITIONS, SourceTrigger, TargetTrigger
+from kvist.scheduler.source import SourceHalf
+from kvist.scheduler.target import TargetHalf
+
+
+def one_run(seed: int) -> World:
+    dice = random.Random(seed)
+    world = World()
+    config = small_config(
+        grant_timeout_s=8.0, handoff_timeout_s=12.0, queue_timeout_s=6.0, max_remembered_handoffs=dice.choice([1, 64])
+    )
+    role = dice.choice(["unified", "prefill"])
+    for name in ("p0", "p1"):
+        world.start(name, role, config, num_pages=dice.randint(6, 14))
+    for name in ("d0", "d1"):
+        world.start(name, "decode", config, num_pages=dice.randint(6, 14))
+    trouble = dice.choice([0.0, 0.01, 0.04])
+    for _ in range(300):
+        if dice.random() < trouble:
+            make_trouble(world, dice)
+        turn = dice.random()
+        if turn < 0.1 and len(world.submitted) < 12:
+            count = len(world.submitted)
+            request = make_request(
+                f"r{count}",
+                [dice.randint(0, 2) for _ in range(dice.randint(1, 18))],
+                max_tokens=dice.randint(1, 8),
+                seed=count,
+            )
+            prefill, decode = world.engines[dice.choice(["p0", "p1"])], world.engines[dice.choice(["d0", "d1"])]
+            world.submit_pair(request, prefill, decode)
+        elif turn < 0.55:
+            engine = world.engines[dice.choice(list(world.engines))]
+            for _ in range(dice.randint(0, 4)):
+                engine.transport.advance()
+            if dice.random() < 0.8:
+                engine.finish_step()
+            engine.step()
+            world.now_s += 0.01
+        else:
+            wires = sorted(wire for wire, queue in world.wires.items() if queue)
+            for _ in range(dice.randint(1, 4) if wires else 0):
+                world.deliver(dice.choice(wires), twice=dice.random() < 0.1)
+    for engine in world.by_epoch.values():
+        engine.fail_next_step = engine.transport.fail_next = engine.transport.corrupt_next = False
+    world.settle(max_rounds=2000)
+    world.check_settled()
+    return world
+
+
+def make_trouble(world: World, dice: random.Random) -> None:
+    engine = world.engines[dice.choice(list(world.engines))]
+    what = dice.randrange(6)
+    if what == 0 and world.submitted:
+        world.abort(dice.choice(list(world.submitted)), dice.choice([None, engine]))
+    elif what == 1:
+        world.kill(engine)
+    elif what == 2:
+        engine.fail_next_step = True
+    elif what == 3:
+        engine.transport.fail_next = True
+    elif what == 4:
+        engine.transport.corrupt_next = True
+    else:
+        world.now_s += dice.choice([0.3, 1.1, 7.0, 13.0])
+
+
+def test_three_hundred_clusters_in_all_kinds_of_trouble_and_no_move_of_the_tables_goes_untried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: set[object] = set()
+    for half in (SourceHalf, TargetHalf):
+        original = half._fire
+
+        def fire(self, handoff, trigger, *args, _original=original):  # type: ignore[no-untyped-def]
+            tried.add((handoff.state, trigger))
+            return _original(self, handoff, trigger, *args)
+
+        monkeypatch.setattr(half, "_fire", fire)
+    for seed in range(300):
+        one_run(seed)
+    moves: set[object] = {(state, t) for state, row in SOURCE_TRANSITIONS.items() for t in row}
+    moves |= {(state, t) for state, row in TARGET_TRANSITIONS.items() for t in row}
+    untried = {move for move in moves - tried if move[1] is not SourceTrigger.BAD_GRANT}  # all have one layout here
+    assert not untried
+    assert TargetTrigger.MISMATCH in {trigger for _, trigger in tried}
+
+
+def test_without_trouble_every_stream_is_finished_and_equal_to_unified() -> None:
+    for seed in range(20):
+        world = World()
+        config = small_config(max_queued_requests=20)
+        prefill = world.start("p0", "prefill", config, num_pages=14)
+        decode = world.start("d0", "decode", config, num_pages=12)
+        dice = random.Random(seed)
+        for index in range(10):
+            prompt = [dice.randint(0, 2) for _ in range(dice.randint(1, 20))]
+            world.submit_pair(make_request(f"r{index}", prompt, max_tokens=9, seed=index), prefill, decode)
+        world.settle()
+        world.check_settled()
+        assert all(ended.outcome.value == "finished" for (ended,) in world.ended.values())
+        totals = decode.scheduler.load().totals
+        assert totals["handoffs_received"] == 10
+        assert totals["requests_failed"] == 0

@@ -1,0 +1,129 @@
+"""Two prefill and two decode engines over a wire that delays, reorders, duplicates and loses whole processes."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from scheduler_sim import SimEngine, World, make_request, small_config
+
+PREFILLS = ("p0", "p1")
+DECODES = ("d0", "d1")
+NAMES = st.sampled_from(PREFILLS + DECODES)
+
+
+class Cluster(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.count = 0
+        self.gateway_minds = False
+
+    @initialize(
+        prefill_pages=st.integers(6, 14),
+        decode_pages=st.integers(6, 14),
+        unified=st.booleans(),
+        gateway_minds=st.booleans(),
+        remembered=st.sampled_from([1, 64]),
+    )
+    def start(self, prefill_pages: int, decode_pages: int, unified: bool, gateway_minds: bool, remembered: int) -> None:
+        config = small_config(
+            grant_timeout_s=8.0, handoff_timeout_s=12.0, queue_timeout_s=6.0, max_remembered_handoffs=remembered
+        )
+        for name in PREFILLS:
+            self.world.start(name, "unified" if unified else "prefill", config, num_pages=prefill_pages)
+        for name in DECODES:
+            self.world.start(name, "decode", config, num_pages=decode_pages)
+        self.gateway_minds = gateway_minds
+
+    def engine(self, name: str) -> SimEngine:
+        return self.world.engines[name]
+
+    @rule(
+        prefill=st.sampled_from(PREFILLS),
+        decode=st.sampled_from(DECODES),
+        prompt=st.lists(st.integers(0, 2), min_size=1, max_size=18),
+        max_tokens=st.integers(1, 8),
+        resumed=st.sampled_from([0, 0, 2]),
+    )
+    def submit(self, prefill: str, decode: str, prompt: list[int], max_tokens: int, resumed: int) -> None:
+        self.count += 1
+        request = make_request(
+            f"r{self.count}", prompt, max_tokens=max_tokens, seed=self.count, outputs=tuple(range(10, 10 + resumed))
+        )
+        self.world.submit_pair(request, self.engine(prefill), self.engine(decode))
+
+    @rule(prefill=st.sampled_from(PREFILLS), prompt=st.lists(st.integers(0, 2), min_size=1, max_size=18))
+    def submit_whole(self, prefill: str, prompt: list[int]) -> None:
+        self.count += 1
+        engine = self.engine(prefill)
+        max_tokens = 8 if engine.role == "unified" else 1
+        self.world.submit(make_request(f"r{self.count}", prompt, max_tokens=max_tokens), engine)
+
+    @rule(which=st.integers(1, 20), side=st.sampled_from([None, 0, 1]))
+    def abort(self, which: int, side: int | None) -> None:
+        submitted = self.world.submitted.get(f"r{which}")
+        if submitted is not None:
+            engines = submitted.engines
+            self.world.abort(f"r{which}", None if side is None else engines[side % len(engines)][0])
+
+    @rule(name=NAMES, finishes=st.booleans(), copies=st.integers(0, 3), times=st.integers(1, 3))
+    def work(self, name: str, finishes: bool, copies: int, times: int) -> None:
+        engine = self.engine(name)
+        for _ in range(times):
+            for _ in range(copies):
+                engine.transport.advance()
+            if finishes:
+                engine.finish_step()
+            engine.step()
+            self.world.now_s += 0.01
+
+    @rule(pick=st.integers(0, 50), twice=st.booleans(), times=st.integers(1, 4))
+    def deliver(self, pick: int, twice: bool, times: int) -> None:
+        wires = sorted(wire for wire, queue in self.world.wires.items() if queue)
+        if wires:
+            for _ in range(times):
+                self.world.deliver(wires[pick % len(wires)], twice=twice)
+
+    @rule(name=NAMES)
+    def work_and_deliver_all(self, name: str) -> None:
+        for wire in sorted(self.world.wires):
+            if wire[1] in (name, self.engine(name).epoch):
+                while self.world.wires[wire]:
+                    self.world.deliver(wire)
+        self.work(name, True, 2, 2)
+
+    @rule(by_s=st.sampled_from([0.3, 1.1, 7.0, 13.0]))
+    def time_passes(self, by_s: float) -> None:
+        self.world.now_s += by_s
+
+    @rule(name=NAMES)
+    def dies_and_returns(self, name: str) -> None:
+        self.world.kill(self.engine(name))
+
+    @rule(name=st.sampled_from(PREFILLS), how=st.sampled_from(["corrupt_next", "fail_next"]))
+    def link_breaks(self, name: str, how: str) -> None:
+        setattr(self.engine(name).transport, how, True)
+
+    @rule(name=NAMES)
+    def step_fails(self, name: str) -> None:
+        self.engine(name).fail_next_step = True
+
+    def teardown(self) -> None:
+        if self.world.engines:
+            for engine in self.world.by_epoch.values():
+                engine.fail_next_step = engine.transport.fail_next = engine.transport.corrupt_next = False
+            if self.gateway_minds:
+                for request_id in self.world.submitted:
+                    self.world.abort(request_id)
+            self.world.settle(max_rounds=2000)
+            self.world.check_settled()
+
+
+def test_a_handoff_keeps_its_promises_over_any_wire() -> None:
+    run_state_machine_as_test(
+        Cluster,
+        settings=settings(
+            max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
