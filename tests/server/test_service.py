@@ -90,6 +90,21 @@ async def test_a_request_that_takes_too_long_is_told_so(make_bench: Callable[...
     assert 'kvist:request_failure_total{code="timeout"} 1.0' in (await bench.client.get("/metrics")).text
 
 
+async def test_a_body_that_never_ends_is_a_timeout(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(request_timeout_s=0.02)
+
+    async def first_piece_only() -> dict[str, Any]:
+        if not asked:
+            asked.append(True)
+            return {"type": "http.request", "body": b"{", "more_body": True}
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    asked: list[bool] = []
+    client = RawClient(bench.app, "/v1/completions", {})
+    await bench.app(client.scope, first_piece_only, client._send)
+    assert client.sent[0]["status"] == 504
+
+
 async def test_the_api_key_guards_all_but_health_and_ready(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(api_key="sesam")
     for path in ("/v1/models", "/server_info", "/metrics", "/nowhere"):

@@ -13,7 +13,7 @@ from kvist.metrics import WorkerSample
 from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
 from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import Gateway
-from kvist.server.http import read_body, send_bytes, send_json
+from kvist.server.http import send_bytes, send_json
 from kvist.server.sampling import check_token_ids
 from kvist.server.schemas import DetokenizeRequest, TokenizeRequest
 
@@ -64,7 +64,7 @@ class Admin:
     async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway = self._gateway
         tokenizer = gateway.require_tokenizer()
-        request = _TOKENIZE.decode(await read_body(scope, receive, gateway.config.max_body_bytes))
+        request = _TOKENIZE.decode(await gateway.read_body(scope, receive))
         gateway.check_model(request.model)
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("give one of `prompt` and `messages`", param="prompt")
@@ -86,7 +86,7 @@ class Admin:
 
     async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         tokenizer = self._gateway.require_tokenizer()
-        request = _DETOKENIZE.decode(await read_body(scope, receive, self._gateway.config.max_body_bytes))
+        request = _DETOKENIZE.decode(await self._gateway.read_body(scope, receive))
         self._gateway.check_model(request.model)
         check_token_ids(request.tokens, tokenizer.vocab_size, "tokens")
         await send_json(send, {"prompt": tokenizer.decode(request.tokens, skip_special_tokens=False)})

@@ -24,7 +24,7 @@ from kvist.server.admin import Admin, worker_samples
 from kvist.server.config import ServerConfig
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Dispatcher
-from kvist.server.http import ClientGone, header, read_body, send_error
+from kvist.server.http import ClientGone, header, send_error
 from kvist.server.native import native_job
 from kvist.server.openai import chat_job, completion_job
 from kvist.server.respond import Job, respond
@@ -102,7 +102,7 @@ class _Raw:
 
 def _generation(gateway: Gateway, make_job: Callable[[Gateway, bytes], Awaitable[Job]]) -> Endpoint:
     async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
-        body = await read_body(scope, receive, gateway.config.max_body_bytes)
+        body = await gateway.read_body(scope, receive)
         await respond(gateway, await make_job(gateway, body), receive, send)
 
     return endpoint

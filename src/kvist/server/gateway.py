@@ -10,11 +10,14 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from starlette.types import Receive, Scope
+
 from kvist.clock import Clock
 from kvist.errors import Overloaded, PromptTooLong, RequestError, Unavailable, UnknownModel, UnsupportedField
 from kvist.metrics import GatewayMetrics
 from kvist.server.config import ServerConfig
 from kvist.server.generation import Dispatcher
+from kvist.server.http import read_body
 from kvist.server.schemas import ChatMessage
 from kvist.text import Tokenizer
 from kvist.wire import EngineSpec
@@ -42,6 +45,10 @@ class Gateway:
                 "(kvist router), which knows all workers"
             )
         return self.tokenizer
+
+    async def read_body(self, scope: Scope, receive: Receive) -> bytes:
+        config = self.config
+        return await read_body(scope, receive, limit_bytes=config.max_body_bytes, timeout_s=config.request_timeout_s)
 
     def max_model_len(self) -> int:
         spec = self.dispatcher.model()

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from kvist.errors import BodyTooLarge, KvistError, RequestError
+from kvist.errors import BodyTooLarge, KvistError, RequestError, Timeout
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -26,11 +26,20 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return next((value for key, value in headers if key == name), None)
 
 
-async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
-    """The whole body. Raises `BodyTooLarge` as soon as it is known to be, `ClientGone` when it breaks off."""
+async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int, timeout_s: float) -> bytes:
+    """The whole body. Raises `BodyTooLarge` as soon as it is known to be, `ClientGone` when it breaks off, `Timeout`
+    when it does not arrive in time."""
     declared = header(scope, b"content-length")
     if declared is not None and declared.isdigit() and int(declared) > limit_bytes:
         raise _too_large(limit_bytes)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _collect_body(receive, limit_bytes)
+    except TimeoutError as error:
+        raise Timeout(f"the request body did not arrive within {timeout_s:g} s") from error
+
+
+async def _collect_body(receive: Receive, limit_bytes: int) -> bytes:
     pieces, num_bytes = [], 0
     while True:
         message = await receive()

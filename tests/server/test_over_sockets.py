@@ -1,0 +1,90 @@
+"""The application under its real server, spoken to by the clients that people use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from kvist.errors import WorkerLost
+from kvist.server.serve import http_server
+
+
+@asynccontextmanager
+async def served(bench: Any) -> AsyncIterator[str]:
+    server = http_server(bench.app, bench.config)
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await asyncio.wait_for(task, 10)
+
+
+async def test_a_connection_that_breaks_closes_the_engines_stream(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(port=0)
+    bench.dispatcher.hold = asyncio.Event()  # never set
+    async with served(bench) as url, httpx.AsyncClient() as client:
+        async with client.stream("POST", f"{url}/v1/completions", json={"prompt": "x", "stream": True}) as response:
+            async for _ in response.aiter_bytes():
+                break
+        await asyncio.wait_for(bench.dispatcher.closed.wait(), 1)
+    assert bench.dispatcher.num_closed_early == 1
+
+
+async def test_stopping_is_bounded_and_closes_what_is_open(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(port=0, shutdown_timeout_s=0.1)
+    bench.dispatcher.hold = asyncio.Event()
+    async with httpx.AsyncClient() as client:
+        async with served(bench) as url:
+            asking = asyncio.create_task(client.post(f"{url}/v1/completions", json={"prompt": "x"}))
+            while not bench.dispatcher.num_open:
+                await asyncio.sleep(0)
+        with pytest.raises(httpx.HTTPError):
+            (await asking).raise_for_status()
+    assert bench.dispatcher.num_open == 0
+
+
+async def test_the_openai_client_chats_streams_and_understands_errors(make_bench: Callable[..., Any]) -> None:
+    openai = pytest.importorskip("openai")
+    bench = make_bench(port=0, api_key="sesam")
+    messages = [{"role": "user", "content": "hi"}]
+    async with (
+        served(bench) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="sesam", max_retries=0) as client,
+    ):
+        chat = client.chat.completions
+        answer = await chat.create(model="tiny", messages=messages, logprobs=True, top_logprobs=1, n=2)
+        assert [choice.message.content for choice in answer.choices] == ["hello", "hello"]
+        assert answer.usage.prompt_tokens_details.cached_tokens == 4
+        stream = await chat.create(
+            model="tiny",
+            messages=messages,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"top_k": 5},
+        )
+        chunks = [chunk async for chunk in stream]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "hello"
+        assert chunks[-1].usage.completion_tokens == 6
+        completion = await client.completions.create(model="tiny", prompt=["a", "b"], logprobs=2)
+        assert [choice.text for choice in completion.choices] == ["hello", "hello"]
+        assert [model.id async for model in client.models.list()] == ["tiny"]
+        with pytest.raises(openai.NotFoundError, match="not served"):
+            await chat.create(model="other", messages=messages)
+        with pytest.raises(openai.BadRequestError, match="did you mean"):
+            await chat.create(model="tiny", messages=messages, extra_body={"temprature": 1})
+        bench.dispatcher.error, bench.dispatcher.error_after = WorkerLost("worker d:1 was lost"), 2
+        broken = await chat.create(model="tiny", messages=messages, stream=True)
+        with pytest.raises(openai.APIError, match="was lost"):
+            [chunk async for chunk in broken]
+    async with served(bench) as url, openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="no", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError):
+            await client.models.list()
