@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from kvist.request import EpochId
 from kvist.transfer.epoch import EpochLock, EpochWatch, lock_path, new_epoch, num_live_epochs, sweep
 
@@ -19,6 +21,7 @@ def test_epochs_are_never_the_same() -> None:
     assert len({new_epoch() for _ in range(100)}) == 100
 
 
+@pytest.mark.e2e
 def test_a_killed_process_is_dead_and_a_living_one_is_not(tmp_path: Path) -> None:
     epoch = new_epoch()
     process = subprocess.Popen(

@@ -1,0 +1,351 @@
+"""A small world for engine tests: real schedulers, runner, pages and transport; messages by memory, time by hand.
+
+`World` steps its engines in turn. Messages are encoded and decoded on the way, as on a socket.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvist import wire
+from kvist.attention import build_attention
+from kvist.channel.engine import Inbound, Outbound
+from kvist.checkpoint import find_checkpoint
+from kvist.clock import FakeClock
+from kvist.kv.cache import PageCache
+from kvist.kv.device import DevicePool
+from kvist.kv.layout import PageLayout, namespace
+from kvist.models import load_model, load_model_config
+from kvist.models.decoder import CausalLM
+from kvist.models.parallel import TensorParallel
+from kvist.request import (
+    EngineRequest,
+    EpochId,
+    FinishReason,
+    HandoffId,
+    Mode,
+    Outcome,
+    RequestId,
+    SamplingParams,
+    TokenLogprobs,
+    WorkerId,
+)
+from kvist.runner.runner import Runner
+from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
+from kvist.transfer.epoch import EpochLock
+from kvist.transfer.jobs import LocalPool
+from kvist.transfer.shm import ShmTransport
+from kvist.worker.loop import EngineLoop, LoopParts
+from kvist.worker.reports import LoadReports
+
+PAGE_SIZE = 4
+CHUNK = 8
+GATEWAY = b"gateway"
+TINY_MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "hidden_act": "silu",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    (path / "config.json").write_text(json.dumps(TINY_MODEL))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_path: Path) -> CausalLM:
+    torch.set_num_threads(1)
+    checkpoint = find_checkpoint(str(tiny_model_path))
+    return load_model(
+        checkpoint,
+        load_model_config(checkpoint),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        tp=TensorParallel(),
+        load_format="dummy",
+        seed=3,
+    )
+
+
+@dataclass
+class Stream:
+    """What the gateway has of one request."""
+
+    submits: int
+    tokens: dict[int, int] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    finish: FinishReason | None = None
+    cached: int | None = None
+    handoff: wire.HandoffReport | None = None
+    ended: list[wire.Ended] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        return len(self.ended) == self.submits
+
+    @property
+    def token_ids(self) -> list[int]:
+        assert sorted(self.tokens) == list(range(len(self.tokens))), "a position is missing"
+        return [self.tokens[position] for position in range(len(self.tokens))]
+
+
+class MemoryChannel:
+    def __init__(self, world: World, epoch: EpochId, endpoint: str) -> None:
+        self.num_undecodable = 0
+        self.waiting: list[tuple[bytes, Inbound]] = []
+        self.epoch, self.endpoint = epoch, endpoint
+        self._world = world
+
+    def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]:
+        assert timeout_s >= 0
+        received, self.waiting = self.waiting, []
+        return received
+
+    def send(self, identity: bytes, message: Outbound) -> bool:
+        if identity == GATEWAY:
+            self._world.heard_at_gateway(wire.Decoder(wire.EngineToGateway).decode(wire.encode(message)))
+            return True
+        peer = self._world.by_epoch(identity.decode())
+        if peer is None:
+            return False
+        peer.channel.waiting.append(
+            (self.endpoint.encode(), wire.Decoder(wire.SourceToTarget).decode(wire.encode(message)))
+        )
+        return True
+
+    def send_to_peer(self, endpoint: str, message: wire.TargetToSource) -> bool:
+        for peer in self._world.engines:
+            if peer.channel.endpoint == endpoint:
+                decoded = wire.Decoder(wire.ToEngine).decode(wire.encode(message))
+                peer.channel.waiting.append((self.epoch.encode(), decoded))
+        return True  # queued, as a socket would: nobody knows yet whether somebody listens
+
+    def wakeup(self) -> None: ...
+
+
+@dataclass
+class SmallEngine:
+    channel: MemoryChannel
+    loop: EngineLoop
+    scheduler: Scheduler
+    transport: ShmTransport
+    pool: DevicePool
+    lock: EpochLock
+
+    @property
+    def idle(self) -> bool:
+        return not self.scheduler.has_work() and not self.channel.waiting
+
+    def die(self) -> None:
+        self.transport.close()
+        self.pool.close()
+        self.lock.close()
+
+
+class World:
+    """One gateway and any engines. `run` steps them until every request is over and nothing is in flight."""
+
+    def __init__(self, model: CausalLM, runtime_dir: Path) -> None:
+        self.clock = FakeClock(1.0)
+        self.engines: list[SmallEngine] = []
+        self.streams: dict[str, Stream] = {}
+        self._model = model
+        self._runtime_dir = runtime_dir
+        self._num_made = 0
+
+    # ------------------------------------------------------------ engines
+
+    def engine(self, role: str, *, num_pages: int = 64, **config: float) -> SmallEngine:
+        self._num_made += 1
+        epoch = EpochId(f"{role}{self._num_made}")
+        lock = EpochLock(self._runtime_dir, epoch)
+        model = self._model.config
+        layout = PageLayout(
+            num_kv_heads=model.num_kv_heads,
+            num_layers=model.num_layers,
+            page_size=PAGE_SIZE,
+            head_dim=model.head_dim,
+            dtype="float32",
+        )
+        pool = DevicePool.create(layout, num_pages, device=torch.device("cpu"), directory=self._runtime_dir)
+        pool.tensor.fill_(float("nan"))  # what nobody wrote must not matter
+        attention = build_attention("auto", pool.tensor.device)
+        attention.bind(pool.tensor)
+        cache = PageCache(num_pages=num_pages, page_size=PAGE_SIZE, namespace=namespace("tiny", layout))
+        scheduler_config = replace(
+            SchedulerConfig(
+                chunked_prefill_size=CHUNK,
+                max_prefill_tokens=16,
+                max_running_requests=16,
+                max_model_len=min(256, num_pages * PAGE_SIZE),
+                eos_token_ids=model.eos_token_ids,
+            ),
+            **config,  # type: ignore[arg-type]
+        )
+        scheduler = build_scheduler(role, scheduler_config, cache, epoch, pool.address)
+        channel = MemoryChannel(self, epoch, f"mem://{epoch}")
+        transport = ShmTransport(
+            local=LocalPool(pages=pool.bytes, address=pool.address),
+            runtime_dir=self._runtime_dir,
+            wakeup=channel.wakeup,
+        )
+        parts = LoopParts(
+            spec=self._spec(role, epoch, channel.endpoint, num_pages),
+            scheduler=scheduler,
+            runner=Runner(model=self._model, pool=pool, attention=attention),
+            channel=channel,
+            transport=transport,
+            reports=LoadReports(cached_digests=cache.digests),
+            clock=self.clock,
+            gateway_timeout_s=1e9,
+        )
+        made = SmallEngine(channel, EngineLoop(parts), scheduler, transport, pool, lock)
+        self.engines.append(made)
+        return made
+
+    def _spec(self, role: str, epoch: EpochId, endpoint: str, num_pages: int) -> wire.EngineSpec:
+        return wire.EngineSpec(
+            worker_id=WorkerId(epoch),
+            epoch=epoch,
+            role=role,
+            endpoint=endpoint,
+            model_fingerprint="tiny",
+            model_name="tiny",
+            vocab_size=self._model.config.vocab_size,
+            max_model_len=256,
+            page_size=PAGE_SIZE,
+            num_pages=num_pages,
+            namespace="n",
+            dtype="float32",
+            tp_size=1,
+            max_running_requests=16,
+            max_queued_requests=16,
+        )
+
+    def by_epoch(self, epoch: str) -> SmallEngine | None:
+        return next((engine for engine in self.engines if engine.channel.epoch == epoch), None)
+
+    def kill(self, engine: SmallEngine) -> None:
+        """As `kill -9` does: it takes no further step, and its locks and files go."""
+        self.engines.remove(engine)
+        engine.die()
+
+    # ------------------------------------------------------------ the gateway
+
+    def submit_full(self, engine: SmallEngine, request: EngineRequest) -> Stream:
+        stream = self.streams[request.request_id] = Stream(submits=1)
+        engine.channel.waiting.append((GATEWAY, wire.Submit(request=request, mode=Mode.FULL)))
+        return stream
+
+    def submit_pair(self, prefill: SmallEngine, decode: SmallEngine, request: EngineRequest) -> Stream:
+        stream = self.streams[request.request_id] = Stream(submits=2)
+        handoff = HandoffId(f"handoff-{request.request_id}")
+        peer = wire.PrefillPeer(
+            worker_id=WorkerId(prefill.channel.epoch),
+            endpoint=prefill.channel.endpoint,
+            epoch=prefill.channel.epoch,
+        )
+        to_prefill = wire.Submit(request=request, mode=Mode.PREFILL, handoff_id=handoff)
+        to_decode = wire.Submit(request=request, mode=Mode.DECODE, handoff_id=handoff, prefill=peer)
+        prefill.channel.waiting.append((GATEWAY, to_prefill))
+        decode.channel.waiting.append((GATEWAY, to_decode))
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        for engine in self.engines:
+            engine.channel.waiting.append((GATEWAY, wire.Abort(request_id=RequestId(request_id))))
+
+    def heard_at_gateway(self, message: object) -> None:
+        if not isinstance(message, wire.StepOutputs):
+            return
+        for chunk in message.chunks:
+            stream = self.streams[chunk.request_id]
+            for offset, token_id in enumerate(chunk.token_ids):
+                position = chunk.position + offset
+                assert position not in stream.tokens, f"{chunk.request_id}: position {position} came twice"
+                stream.tokens[position] = token_id
+                if chunk.logprobs is not None:
+                    stream.logprobs[position] = chunk.logprobs[offset]
+            stream.finish = chunk.finish_reason or stream.finish
+            stream.handoff = chunk.handoff or stream.handoff
+            if chunk.num_cached_tokens is not None:
+                stream.cached = chunk.num_cached_tokens
+        for ended in message.ended:
+            stream = self.streams[ended.request_id]
+            assert not stream.over, f"{ended.request_id} ended more often than it was submitted"
+            stream.ended.append(ended)
+
+    # ------------------------------------------------------------ time
+
+    def step(self) -> None:
+        for engine in self.engines:
+            engine.loop.turn(0.0)
+        self.clock.advance(0.001)
+
+    def run(self, timeout_s: float = 20.0) -> None:
+        """Real seconds bound it, since transfers take real ones."""
+        give_up_s = time.monotonic() + timeout_s
+        while not (all(stream.over for stream in self.streams.values()) and all(each.idle for each in self.engines)):
+            assert time.monotonic() < give_up_s, f"stuck: {self.streams}, {[e.scheduler.load() for e in self.engines]}"
+            self.step()
+
+    def check_ledgers(self) -> None:
+        """Nothing is held for anybody: every page is free or cached."""
+        for engine in self.engines:
+            pages = engine.scheduler.load().pages
+            assert (pages.owned, pages.in_flight) == (0, 0), pages
+            assert pages.free + pages.cached == pages.total
+            assert pages.evictable == pages.cached
+
+    def answer(self, engine: SmallEngine, request: EngineRequest) -> Stream:
+        stream = self.submit_full(engine, request)
+        self.run()
+        assert [ended.outcome for ended in stream.ended] == [Outcome.FINISHED], stream.ended
+        return stream
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.die()
+
+
+@pytest.fixture
+def world(tiny_model: CausalLM, tmp_path: Path) -> Iterator[World]:
+    made = World(tiny_model, tmp_path.resolve())
+    yield made
+    made.close()
+
+
+def make_request(request_id: str, prompt: tuple[int, ...], **sampling: object) -> EngineRequest:
+    params = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True, **sampling}
+    return EngineRequest(
+        request_id=RequestId(request_id),
+        prompt_token_ids=prompt,
+        sampling=SamplingParams(**params),  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def request_of():  # type: ignore[no-untyped-def]
+    return make_request

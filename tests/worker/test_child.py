@@ -1,0 +1,138 @@
+"""The parent's side of an engine process, against small scripts that play the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+
+import pytest
+
+from kvist.errors import EngineError, ModelLoadError, Timeout
+from kvist.wire import EngineSpec
+from kvist.worker import child
+from kvist.worker.child import EngineProcess, EngineState, EngineSupervisor, restart_wait_s
+from kvist.worker.config import EngineConfig
+
+pytestmark = pytest.mark.e2e
+
+# Reads its settings as the engine does; `model_path` says how to behave.
+SCRIPT = """
+import os, signal, sys, time
+from kvist.request import EpochId, WorkerId
+from kvist.wire import EngineSpec
+from kvist.worker.messages import Progress, Ready, StartFailed, encode_line
+from kvist.worker.process import parse_config
+play = parse_config(sys.stdin.buffer.readline()).model_path
+def say(announcement):
+    sys.stdout.buffer.write(encode_line(announcement))
+    sys.stdout.buffer.flush()
+if play == "refuse":
+    say(StartFailed(code="model_load_error", message="no such model"))
+    sys.exit(1)
+if play == "crash":
+    os.kill(os.getpid(), signal.SIGKILL)
+if play == "hang":
+    time.sleep(60)
+if play == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+say(Progress(text="loading weights 40%"))
+print("a library says hello", flush=True)
+say(Ready(spec=EngineSpec(worker_id=WorkerId("w"), epoch=EpochId(str(os.getpid())), role="unified", endpoint="tcp://x:1",
+    model_fingerprint="f", model_name="m", vocab_size=1, max_model_len=1, page_size=1, num_pages=1, namespace="n",
+    dtype="float32", tp_size=1, max_running_requests=1, max_queued_requests=1)))
+sys.stdin.buffer.read()
+"""
+COMMAND = (sys.executable, "-c", SCRIPT)
+
+
+def config(play: str, **more: float) -> EngineConfig:
+    return EngineConfig(model_path=play, **more)  # type: ignore[arg-type]
+
+
+async def start(play: str, progress: list[str] | None = None, **more: float) -> EngineProcess:
+    told = progress if progress is not None else []
+    return await EngineProcess.start(config(play, **more), on_progress=told.append, command=COMMAND)
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+async def test_a_start_relays_progress_and_returns_the_spec() -> None:
+    progress: list[str] = []
+    engine = await start("well", progress)
+    assert progress == ["loading weights 40%"]
+    assert engine.spec.epoch == str(engine.pid)
+    await engine.stop()
+    assert not is_running(engine.pid)
+
+
+async def test_a_refusal_comes_back_as_the_error_it_was() -> None:
+    with pytest.raises(ModelLoadError, match="no such model"):
+        await start("refuse")
+
+
+async def test_a_death_without_a_word_tells_the_status() -> None:
+    with pytest.raises(EngineError, match="status -9"):
+        await start("crash")
+
+
+async def test_a_start_that_takes_too_long_is_given_up_and_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    pids: list[int] = []
+    ended = child._end
+
+    async def note_and_end(process: asyncio.subprocess.Process, *, grace_s: float) -> None:
+        pids.append(process.pid)
+        await ended(process, grace_s=grace_s)
+
+    monkeypatch.setattr(child, "_end", note_and_end)
+    with pytest.raises(Timeout, match="engine-start-timeout-s"):
+        await start("hang", engine_start_timeout_s=0.5)
+    assert len(pids) == 1
+    assert not is_running(pids[0])
+
+
+async def test_an_engine_that_ignores_sigterm_is_killed() -> None:
+    engine = await start("stubborn")
+    await engine.stop(grace_s=0.2)
+    assert await engine.wait() == -9
+
+
+async def test_the_supervisor_starts_a_dead_engine_again_and_tells_each_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(child, "FIRST_RESTART_WAIT_S", 0.01)
+    changes: asyncio.Queue[EngineSpec | None] = asyncio.Queue()
+    supervisor = EngineSupervisor(config("well"), on_change=changes.put_nowait, command=COMMAND)
+    running = asyncio.create_task(supervisor.run())
+    first = await asyncio.wait_for(changes.get(), 20)
+    assert first is not None
+    assert supervisor.state is EngineState.RUNNING
+    os.kill(int(first.epoch), 9)
+    assert await asyncio.wait_for(changes.get(), 20) is None
+    second = await asyncio.wait_for(changes.get(), 20)
+    assert second is not None
+    assert second.epoch != first.epoch
+    assert supervisor.num_restarts == 1
+    assert "status -9" in str(supervisor.failure)
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    assert supervisor.state is EngineState.STOPPED
+    assert not is_running(int(second.epoch))
+
+
+async def test_a_first_start_that_fails_is_not_tried_again() -> None:
+    supervisor = EngineSupervisor(config("refuse"), on_change=lambda _spec: None, command=COMMAND)
+    with pytest.raises(ModelLoadError):
+        await supervisor.run()
+    assert supervisor.state is EngineState.STOPPED
+
+
+def test_restart_waits_double_up_to_a_limit() -> None:
+    assert [restart_wait_s(deaths) for deaths in (1, 2, 3, 7, 1000)] == [0.5, 1.0, 2.0, 30.0, 30.0]

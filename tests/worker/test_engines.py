@@ -1,0 +1,271 @@
+"""One answer, whoever computes it: real schedulers, runner, page pools and shared-memory transport, a tiny fp32 model.
+
+A stream is a function of prompt, parameters, seed and position; so every way to produce it must give the same tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from kvist.request import FinishReason, Outcome, RequestId
+
+if TYPE_CHECKING:
+    World = Any  # tests/worker/conftest.py
+
+GREEDY = {"temperature": 0.0}
+SEEDED = {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "min_p": 0.001, "seed": 12345}
+SAMPLING = pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+# page size 4, prompt chunks of 8: lengths on both sides of each edge
+LENGTHS = (1, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 32, 33)
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    draw = random.Random(1000 * seed + length)
+    return tuple(draw.randrange(3, 128) for _ in range(length))
+
+
+def expected(
+    world: World, request_of: Any, sampling: dict[str, Any], prompts: list[tuple[int, ...]]
+) -> list[list[int]]:
+    """Each prompt alone in an engine that has never seen another."""
+    answers = []
+    for number, each in enumerate(prompts):
+        alone = world.engine("unified")
+        answers.append(world.answer(alone, request_of(f"alone-{number}", each, **sampling)).token_ids)
+        world.kill(alone)
+    return answers
+
+
+@SAMPLING
+def test_prefill_and_decode_apart_give_the_tokens_of_one_engine(
+    world: World, request_of: Any, sampling: dict[str, Any]
+) -> None:
+    prompts = [prompt(length) for length in LENGTHS]
+    answers = expected(world, request_of, sampling, prompts)
+    prefill, decode = world.engine("prefill", num_pages=256), world.engine("decode", num_pages=256)
+    for number, each in enumerate(prompts):
+        stream = world.submit_pair(prefill, decode, request_of(f"pair-{number}", each, **sampling))
+        world.run()
+        assert stream.token_ids == answers[number], f"prompt of {len(each)} tokens"
+        assert [ended.outcome for ended in stream.ended] == [Outcome.FINISHED] * 2
+        assert stream.finish is FinishReason.LENGTH
+        assert stream.handoff is not None
+        assert stream.handoff.num_pages + stream.handoff.num_pages_reused == -(-len(each) // 4)
+    world.check_ledgers()
+
+
+@SAMPLING
+def test_many_at_once_give_the_tokens_of_each_alone(world: World, request_of: Any, sampling: dict[str, Any]) -> None:
+    prompts = [prompt(length, seed=1) for length in LENGTHS]
+    answers = expected(world, request_of, sampling, prompts)
+    unified = world.engine("unified", num_pages=256)
+    prefill, decode = world.engine("prefill", num_pages=256), world.engine("decode", num_pages=256)
+    streams = []
+    for number, each in enumerate(prompts):
+        streams.append(world.submit_full(unified, request_of(f"full-{number}", each, **sampling)))
+        streams.append(world.submit_pair(prefill, decode, request_of(f"pair-{number}", each, **sampling)))
+        if number % 3 == 0:
+            world.step()
+    world.run()
+    for number, stream in enumerate(streams):
+        assert stream.token_ids == answers[number // 2]
+    world.check_ledgers()
+
+
+@SAMPLING
+def test_a_prompt_found_in_the_cache_gives_the_same_tokens(
+    world: World, request_of: Any, sampling: dict[str, Any]
+) -> None:
+    prefill, decode = world.engine("prefill", num_pages=256), world.engine("decode", num_pages=256)
+    unified = world.engine("unified", num_pages=256)
+    for length in (5, 8, 9, 17, 33):
+        each = prompt(length, seed=2)
+        cold = world.answer(unified, request_of(f"cold-{length}", each, **sampling))
+        warm = world.answer(unified, request_of(f"warm-{length}", each, **sampling))
+        assert cold.cached == 0
+        assert warm.cached == (length - 1) // 4 * 4
+        assert warm.token_ids == cold.token_ids
+        for turn in ("first", "second"):
+            stream = world.submit_pair(prefill, decode, request_of(f"{turn}-{length}", each, **sampling))
+            world.run()
+            assert stream.token_ids == cold.token_ids
+        assert stream.handoff is not None
+        assert stream.handoff.num_pages_reused >= (length - 1) // 4
+    world.check_ledgers()
+
+
+@SAMPLING
+def test_a_second_turn_moves_only_the_pages_that_decode_lacks(
+    world: World, request_of: Any, sampling: dict[str, Any]
+) -> None:
+    prefill, decode = world.engine("prefill"), world.engine("decode")
+    first_prompt = prompt(18, seed=3)
+    first = world.submit_pair(prefill, decode, request_of("one", first_prompt, **sampling))
+    world.run()
+    second_prompt = first_prompt + tuple(first.token_ids) + prompt(7, seed=4)
+    second = world.submit_pair(prefill, decode, request_of("two", second_prompt, **sampling))
+    world.run()
+    [answer] = expected(world, request_of, sampling, [second_prompt])
+    assert second.token_ids == answer
+    assert second.handoff is not None
+    # decode wrote K/V of prompt and answer but for the last token: (18 + 11) // 4 pages
+    assert second.handoff.num_pages_reused == 7
+    assert second.handoff.num_pages == -(-len(second_prompt) // 4) - 7
+    world.check_ledgers()
+
+
+@SAMPLING
+@pytest.mark.parametrize("apart", [False, True], ids=["unified", "apart"])
+def test_preempted_requests_resume_with_the_same_tokens(
+    world: World, request_of: Any, sampling: dict[str, Any], apart: bool
+) -> None:
+    sampling = {**sampling, "max_tokens": 30}
+    prompts = [prompt(length, seed=5) for length in (9, 12, 14, 17, 20)]
+    answers = expected(world, request_of, sampling, prompts)
+    if apart:
+        prefill, small = world.engine("prefill", num_pages=64), world.engine("decode", num_pages=26)
+        streams = [
+            world.submit_pair(prefill, small, request_of(f"r{number}", each, **sampling))
+            for number, each in enumerate(prompts)
+        ]
+    else:
+        small = world.engine("unified", num_pages=20)
+        streams = [
+            world.submit_full(small, request_of(f"r{number}", each, **sampling)) for number, each in enumerate(prompts)
+        ]
+    world.run()
+    assert small.scheduler.load().totals["preemptions"] > 0, "the pool was large enough: this tests nothing"
+    assert [stream.token_ids for stream in streams] == answers
+    world.check_ledgers()
+
+
+@SAMPLING
+def test_a_stream_goes_on_in_a_fresh_engine_from_any_token(
+    world: World, request_of: Any, sampling: dict[str, Any]
+) -> None:
+    request = request_of("whole", prompt(10, seed=6), **sampling)
+    whole = world.answer(world.engine("unified"), request).token_ids
+    for num_known in range(1, len(whole)):
+        fresh = world.engine("unified")
+        rest = msgspec.structs.replace(
+            request, request_id=RequestId(f"rest-{num_known}"), output_token_ids=tuple(whole[:num_known])
+        )
+        stream = world.answer(fresh, rest)
+        assert sorted(stream.tokens) == list(range(num_known, len(whole)))
+        assert [stream.tokens[position] for position in range(num_known, len(whole))] == whole[num_known:]
+        world.kill(fresh)
+
+
+def test_a_stream_goes_on_apart_from_any_token(world: World, request_of: Any) -> None:
+    request = request_of("whole", prompt(10, seed=6), **SEEDED)
+    whole = world.answer(world.engine("unified"), request).token_ids
+    prefill, decode = world.engine("prefill"), world.engine("decode")
+    for num_known in (1, 2, 5, 6, 7, 11):
+        rest = msgspec.structs.replace(
+            request, request_id=RequestId(f"rest-{num_known}"), output_token_ids=tuple(whole[:num_known])
+        )
+        stream = world.submit_pair(prefill, decode, rest)
+        world.run()
+        assert sorted(stream.tokens) == list(range(num_known, len(whole)))
+        assert [stream.tokens[position] for position in range(num_known, len(whole))] == whole[num_known:]
+    world.check_ledgers()
+
+
+def test_logprobs_are_the_same_however_the_work_was_split(world: World, request_of: Any) -> None:
+    prefill, decode, unified = world.engine("prefill"), world.engine("decode"), world.engine("unified")
+    sampling = {**SEEDED, "num_logprobs": 3}
+    for length in (3, 8, 13, 21):
+        one = world.answer(unified, request_of(f"one-{length}", prompt(length, seed=7), **sampling))
+        two = world.submit_pair(prefill, decode, request_of(f"two-{length}", prompt(length, seed=7), **sampling))
+        world.run()
+        assert sorted(one.logprobs) == sorted(two.logprobs) == list(range(12))
+        for position, mine in one.logprobs.items():
+            other = two.logprobs[position]
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert mine.top_token_ids == other.top_token_ids
+            assert mine.top_logprobs == pytest.approx(other.top_logprobs, abs=1e-4)
+
+
+def test_an_answer_of_one_token_needs_no_decode_step(world: World, request_of: Any) -> None:
+    prefill, decode, unified = world.engine("prefill"), world.engine("decode"), world.engine("unified")
+    one = world.answer(unified, request_of("one", prompt(9), max_tokens=1))
+    two = world.submit_pair(prefill, decode, request_of("two", prompt(9), max_tokens=1))
+    world.run()
+    assert two.token_ids == one.token_ids
+    assert two.finish is FinishReason.LENGTH
+    assert [ended.outcome for ended in two.ended] == [Outcome.FINISHED] * 2
+    assert decode.scheduler.load().totals["steps"] == 0
+    world.check_ledgers()
+
+
+def test_stop_tokens_end_both_ways_at_the_same_place(world: World, request_of: Any) -> None:
+    prefill, decode, unified = world.engine("prefill"), world.engine("decode"), world.engine("unified")
+    free = world.answer(unified, request_of("free", prompt(9, seed=8), **SEEDED)).token_ids
+    for position in (0, 3, 11):
+        sampling = {**SEEDED, "stop_token_ids": (free[position],), "ignore_eos": False}
+        one = world.answer(unified, request_of(f"one-{position}", prompt(9, seed=8), **sampling))
+        two = world.submit_pair(prefill, decode, request_of(f"two-{position}", prompt(9, seed=8), **sampling))
+        world.run()
+        assert one.token_ids == two.token_ids
+        assert one.finish is two.finish is FinishReason.STOP
+    world.check_ledgers()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_aborts_at_any_moment_end_everything_once_and_leak_nothing(world: World, request_of: Any, seed: int) -> None:
+    draw = random.Random(seed)
+    prefill, decode = world.engine("prefill", num_pages=40), world.engine("decode", num_pages=40)
+    unified = world.engine("unified", num_pages=40)
+    open_ids: list[str] = []
+    for number in range(30):
+        request = request_of(
+            f"r{number}", prompt(draw.randrange(1, 60), seed=number % 4), max_tokens=draw.randrange(1, 20)
+        )
+        if draw.random() < 0.7:
+            world.submit_pair(prefill, decode, request)
+        else:
+            world.submit_full(unified, request)
+        open_ids.append(request.request_id)
+        for _ in range(draw.randrange(6)):
+            world.step()
+        if open_ids and draw.random() < 0.6:
+            world.abort(open_ids.pop(draw.randrange(len(open_ids))))
+    world.run()
+    for request_id, stream in world.streams.items():
+        assert len(stream.ended) == stream.submits, request_id
+        assert all(ended.outcome is not Outcome.FAILED for ended in stream.ended), stream.ended
+    world.check_ledgers()
+
+
+def test_a_prefill_engine_that_dies_fails_its_handoffs_and_frees_their_pages(world: World, request_of: Any) -> None:
+    prefill, decode = world.engine("prefill"), world.engine("decode")
+    stream = world.submit_pair(prefill, decode, request_of("r", prompt(60)))
+    while decode.scheduler.load().pages.in_flight == 0:
+        world.step()
+    world.kill(prefill)
+    stream.submits = 1  # who is dead tells nobody
+    stream.ended.clear()
+    world.clock.advance(1.0)
+    world.run()
+    assert [(ended.outcome, ended.error_code) for ended in stream.ended] in (
+        [(Outcome.FAILED, "worker_lost")],
+        [(Outcome.FAILED, "handoff_failed")],
+    )
+    world.check_ledgers()
+
+
+def test_a_decode_engine_that_dies_leaves_prefill_without_held_pages(world: World, request_of: Any) -> None:
+    prefill, decode = world.engine("prefill"), world.engine("decode")
+    stream = world.submit_pair(prefill, decode, request_of("r", prompt(60)))
+    while decode.scheduler.load().pages.in_flight == 0:
+        world.step()
+    world.step()
+    world.kill(decode)
+    stream.submits = 1
+    world.clock.advance(1.0)
+    world.run()
+    world.check_ledgers()

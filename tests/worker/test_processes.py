@@ -1,0 +1,249 @@
+"""Real engine processes with a tiny dummy model, spoken to over their sockets."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+from kvist import wire
+from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, SamplingParams
+from kvist.scheduler.config import SchedulerConfig
+from kvist.worker.config import EngineConfig
+from kvist.worker.messages import Ready, StartFailed, decode_line
+
+pytestmark = pytest.mark.e2e
+
+DEADLINE_S = 60.0
+SLOW = SchedulerConfig(chunked_prefill_size=1)  # one token a step: a long prompt takes seconds
+
+
+class Engine:
+    """One `python -m kvist.worker`, bound to us by its standard input, and a gateway's socket to it."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kvist.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdin is not None
+        self.process.stdin.write(msgspec.json.encode(config) + b"\n")
+        self.process.stdin.flush()
+        self.chunks: list[wire.TokenChunk] = []
+        self.ended: list[wire.Ended] = []
+        self.load: wire.LoadReport | None = None
+        self._decoder = wire.Decoder(wire.EngineToGateway)
+
+    def wait_ready(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if isinstance(announced := decode_line(line), Ready):
+                self.spec = announced.spec
+                break
+        else:
+            raise AssertionError("the engine did not start")
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.connect(self.spec.endpoint)
+        self.send(wire.Hello(gateway_id="test"))
+
+    def send(self, message: wire.GatewayToEngine) -> None:
+        self.socket.send(wire.encode(message))
+
+    def listen(self) -> None:
+        """One message, if one comes soon."""
+        if not self.socket.poll(100):
+            return
+        match self._decoder.decode(self.socket.recv()):
+            case wire.StepOutputs() as outputs:
+                self.chunks += outputs.chunks
+                self.ended += outputs.ended
+            case wire.LoadReport() as report:
+                self.load = report
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(timeout=10)
+
+    def close(self) -> None:
+        self.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+class Cluster:
+    def __init__(self, model_path: Path, runtime_dir: Path) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._model_path, self._runtime_dir = model_path, runtime_dir
+        self._engines: list[Engine] = []
+
+    def start(self, *roles: str, scheduler: SchedulerConfig | None = None) -> list[Engine]:
+        config = EngineConfig(
+            model_path=str(self._model_path),
+            load_format="dummy",
+            max_total_tokens=8192,
+            num_threads=1,
+            runtime_dir=str(self._runtime_dir),
+            scheduler=scheduler or SchedulerConfig(),
+        )
+        started = [Engine(replace(config, role=role)) for role in roles]
+        self._engines += started
+        for engine in started:
+            engine.wait_ready(self._context)
+        return started
+
+    def close(self) -> None:
+        for engine in self._engines:
+            engine.close()
+        self._context.destroy(linger=0)
+
+
+@pytest.fixture
+def model_path(tiny_model_path: Path, tmp_path: Path) -> Path:
+    """The tiny model with room for a long prompt."""
+    path = tmp_path / "model"
+    path.mkdir()
+    config = msgspec.json.decode((tiny_model_path / "config.json").read_bytes())
+    (path / "config.json").write_bytes(msgspec.json.encode({**config, "max_position_embeddings": 8192}))
+    return path
+
+
+@pytest.fixture
+def cluster(model_path: Path, tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(model_path, tmp_path / "run")
+    yield made
+    made.close()
+
+
+def until(condition: Callable[[], object], *engines: Engine) -> None:
+    give_up_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < give_up_s, [(engine.chunks, engine.ended, engine.load) for engine in engines]
+        for engine in engines:
+            engine.listen()
+
+
+def make_request(request_id: str, num_prompt_tokens: int, **sampling: object) -> EngineRequest:
+    draw = random.Random(num_prompt_tokens)
+    params = {"max_tokens": 20, "temperature": 1.0, "seed": 5, "ignore_eos": True, **sampling}
+    return EngineRequest(
+        request_id=RequestId(request_id),
+        prompt_token_ids=tuple(draw.randrange(3, 128) for _ in range(num_prompt_tokens)),
+        sampling=SamplingParams(**params),  # type: ignore[arg-type]
+    )
+
+
+def submit_pair(prefill: Engine, decode: Engine, request: EngineRequest) -> None:
+    handoff_id = HandoffId(f"h-{request.request_id}")
+    peer = wire.PrefillPeer(worker_id=prefill.spec.worker_id, endpoint=prefill.spec.endpoint, epoch=prefill.spec.epoch)
+    prefill.send(wire.Submit(request=request, mode=Mode.PREFILL, handoff_id=handoff_id))
+    decode.send(wire.Submit(request=request, mode=Mode.DECODE, handoff_id=handoff_id, prefill=peer))
+
+
+def tokens(*engines: Engine) -> list[int]:
+    chunks = sorted((chunk for engine in engines for chunk in engine.chunks), key=lambda chunk: chunk.position)
+    return [token_id for chunk in chunks for token_id in chunk.token_ids]
+
+
+def test_two_processes_answer_as_one_does(cluster: Cluster) -> None:
+    unified, prefill, decode = cluster.start("unified", "prefill", "decode")
+    request = make_request("r", 700)
+    unified.send(wire.Submit(request=request, mode=Mode.FULL))
+    submit_pair(prefill, decode, request)
+    until(lambda: unified.ended and prefill.ended and decode.ended, unified, prefill, decode)
+    for engine in (unified, prefill, decode):
+        assert [ended.outcome for ended in engine.ended] == [Outcome.FINISHED]
+    assert len(tokens(unified)) == 20
+    assert tokens(prefill, decode) == tokens(unified)
+    assert tokens(prefill) == tokens(unified)[:1]
+    handoff = decode.chunks[0].handoff
+    assert handoff is not None
+    assert handoff.num_pages == -(-700 // 16)
+
+
+def test_prefill_killed_during_a_transfer_fails_the_request_at_decode_and_frees_its_pages(cluster: Cluster) -> None:
+    prefill, decode = cluster.start("prefill", "decode", scheduler=SLOW)
+    submit_pair(prefill, decode, make_request("r", 7000))
+    until(lambda: decode.load is not None and decode.load.num_in_flight_pages > 0, decode)
+    assert not prefill.ended
+    prefill.kill()
+    until(lambda: decode.ended, decode)
+    [ended] = decode.ended
+    assert ended.outcome is Outcome.FAILED
+    assert ended.error_code in ("worker_lost", "handoff_failed")
+    until(lambda: decode.load is not None and decode.load.num_in_flight_pages == 0, decode)
+    assert decode.load is not None
+    assert decode.load.num_free_pages + decode.load.num_cached_pages == decode.spec.num_pages
+
+
+def test_sigterm_fails_what_is_open_and_leaves_no_pool_behind(cluster: Cluster, tmp_path: Path) -> None:
+    [engine] = cluster.start("unified", scheduler=SLOW)
+    engine.send(wire.Submit(request=make_request("r", 7000), mode=Mode.FULL))
+    until(lambda: engine.load is not None and engine.load.num_running == 1, engine)
+    engine.process.send_signal(signal.SIGTERM)
+    until(lambda: engine.ended, engine)
+    assert [(ended.outcome, ended.error_code) for ended in engine.ended] == [(Outcome.FAILED, "unavailable")]
+    assert engine.process.wait(timeout=20) == 0
+    assert list((tmp_path / "run").glob("pool-*")) == []
+
+
+def test_an_engine_ends_when_its_parent_does(cluster: Cluster) -> None:
+    [engine] = cluster.start("unified")
+    assert engine.process.stdin is not None
+    engine.process.stdin.close()
+    assert engine.process.wait(timeout=20) == 0
+
+
+def test_a_killed_engine_s_pool_is_removed_by_the_next_start(cluster: Cluster, tmp_path: Path) -> None:
+    [engine] = cluster.start("unified")
+    engine.kill()
+    left = set((tmp_path / "run").glob("pool-*"))
+    assert len(left) == 1
+    cluster.start("unified")
+    assert not left & set((tmp_path / "run").glob("pool-*"))
+
+
+def test_an_unreadable_message_is_dropped_and_counted(cluster: Cluster) -> None:
+    [engine] = cluster.start("unified")
+    engine.socket.send(b"\xc1 this is no message")
+    until(lambda: engine.load is not None and engine.load.totals["undecodable_messages"] == 1, engine)
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "says"),
+    [
+        (b'{"model_path": "/nowhere"}\n', "model_load_error", "/nowhere"),
+        (b'{"role": "prefill", "tp": 2}\n', "config_error", "--tp 2"),
+        (b"not json\n", "config_error", "cannot be read"),
+        (b"", "config_error", "standard input"),
+    ],
+)
+def test_a_start_that_fails_says_why_in_one_line_and_exits_with_1(settings: bytes, code: str, says: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvist.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "KVIST_LOG_LEVEL": "error"},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process:
+        process.stdin.write(settings)
+        if settings:
+            process.stdin.flush()  # the pipe stays open: its end would end the engine without a word
+        else:
+            process.stdin.close()
+        failed = [each for line in process.stdout if isinstance(each := decode_line(line), StartFailed)]
+        assert process.wait(timeout=20) == 1
+    assert [each.code for each in failed] == [code]
+    assert says in failed[0].message
