@@ -160,7 +160,7 @@ async def test_an_engine_in_a_new_life_does_not_keep_the_old_ones_requests(
 
 async def test_a_missed_report_brings_a_snapshot(start_engine: StartEngine, connect: Connect) -> None:
     engine = start_engine(spec=spec("u"))
-    dispatcher = await connect(engine, keepalive_s=5.0)  # not by the next keep-alive, but at once
+    dispatcher = await connect(engine, keepalive_s=60.0)  # not by the next keep-alive, but at once
     await until(dispatcher.ready)
     page = b"p" * 16
     engine.report(cached_added=(page,))
