@@ -1,0 +1,301 @@
+"""Who runs, in which order, on whose pages: events in, plan out."""
+
+from __future__ import annotations
+
+import pytest
+from scheduler_sim import EOS, SimEngine, World, make_request, reference_stream, small_config
+
+from kvist.errors import ConfigError
+from kvist.request import FinishReason, Mode, Outcome, SampledToken, SamplingParams
+from kvist.scheduler import SchedulerConfig
+from kvist.scheduler.events import AbortRequested, Arrived, FlushRequested, StepFinished
+from kvist.scheduler.plan import Plan
+
+
+def unified(num_pages: int = 12, **config: object) -> SimEngine:
+    return World().start("u", "unified", small_config(**config), num_pages=num_pages)
+
+
+def arrived(request_id: str, num_tokens: int = 5, **fields: object) -> Arrived:
+    prompt = [(index * 7 + len(request_id)) % 20 for index in range(num_tokens)]
+    return Arrived(request=make_request(request_id, prompt, ignore_eos=True, **fields), mode=Mode.FULL)
+
+
+def step(engine: SimEngine, *events: object) -> Plan:
+    engine.finish_step()
+    engine.events.extend(events)
+    return engine.step()
+
+
+def items(plan: Plan) -> list[tuple[str, int, int]]:
+    assert plan.batch is not None
+    return [(item.request_id, item.start, item.end) for item in plan.batch.items]
+
+
+def run_out(engine: SimEngine) -> None:
+    engine.world.settle()
+    engine.world.check_settled()
+
+
+def test_a_long_prompt_is_read_in_chunks_and_only_the_last_asks_for_a_token() -> None:
+    engine = unified(chunked_prefill_size=6)
+    plans = [step(engine, arrived("a", 14)), step(engine), step(engine)]
+    assert [items(plan) for plan in plans] == [[("a", 0, 6)], [("a", 6, 12)], [("a", 12, 14)]]
+    assert [plan.batch.items[0].sampling is not None for plan in plans if plan.batch] == [False, False, True]
+    assert not any(plan.chunks for plan in plans)
+    assert step(engine).chunks[0].position == 0
+
+
+def test_decodes_come_first_and_prompts_share_what_is_left_of_the_budget_oldest_first() -> None:
+    engine = unified(chunked_prefill_size=6, max_prefill_tokens=10)
+    step(engine, arrived("a", 3))
+    assert items(step(engine, arrived("b", 9), arrived("c", 9))) == [("a", 3, 4), ("b", 0, 6), ("c", 0, 3)]
+    assert items(step(engine)) == [("a", 4, 5), ("b", 6, 9), ("c", 3, 9)]
+
+
+def test_nothing_is_planned_while_a_batch_is_under_way() -> None:
+    engine = unified()
+    assert step(engine, arrived("a")).batch is not None
+    engine.events.append(arrived("b"))
+    assert engine.step().batch is None
+
+
+def test_the_head_of_the_queue_is_never_overtaken() -> None:
+    engine = unified(num_pages=6, max_model_len=24)
+    step(engine, arrived("a", 9, max_tokens=8))  # 3 pages of 6
+    plan = step(engine, arrived("big", 16), arrived("tiny", 2))
+    assert [name for name, _, _ in items(plan)] == ["a"]
+    while not engine.world.ended["a", engine.epoch]:
+        plan = step(engine)
+    assert {name for name, _, _ in items(plan)} == {"big", "tiny"}
+
+
+def test_an_answer_says_how_much_of_its_prompt_was_cached_with_position_0_only() -> None:
+    engine = unified()
+    engine.world.submit(make_request("a", list(range(9))), engine)
+    run_out(engine)
+    engine.world.submit(make_request("b", list(range(9))), engine)
+    run_out(engine)
+    cached = [chunk.num_cached_tokens for _, chunk in engine.world.chunks["b"]]
+    assert cached[0] == 8
+    assert set(cached[1:]) <= {None}
+    totals = engine.scheduler.load().totals
+    assert (totals["prompt_tokens"], totals["cached_prompt_tokens"], totals["computed_prompt_tokens"]) == (18, 8, 10)
+
+
+def test_a_prompt_that_is_cached_to_its_end_still_computes_its_last_page() -> None:
+    engine = unified()
+    engine.world.submit(make_request("a", list(range(8)), max_tokens=1), engine)
+    run_out(engine)
+    request = make_request("b", list(range(8)), max_tokens=1)
+    assert items(step(engine, Arrived(request=request, mode=Mode.FULL))) == [("b", 4, 8)]
+
+
+def test_prompts_with_another_salt_share_nothing() -> None:
+    engine = unified()
+    engine.world.submit(make_request("a", list(range(9))), engine)
+    run_out(engine)
+    request = make_request("b", list(range(9)), cache_salt="mine")
+    plan = step(engine, Arrived(request=request, mode=Mode.FULL))
+    assert items(plan)[0][1] == 0
+
+
+def test_the_youngest_gives_up_its_pages_and_its_stream_does_not_show_it() -> None:
+    engine = unified(num_pages=6, max_model_len=24)
+    world = engine.world
+    for index, name in enumerate("ab"):
+        world.submit(make_request(name, [index] * 7, max_tokens=12, ignore_eos=True, seed=index), engine)
+    run_out(engine)
+    assert engine.scheduler.load().totals["preemptions"] >= 1
+    assert world.ended["a", engine.epoch][0].outcome is Outcome.FINISHED
+    for index, name in enumerate("ab"):
+        request = make_request(name, [index] * 7, max_tokens=12, ignore_eos=True, seed=index)
+        assert world.stream(name) == reference_stream(request, engine.config, engine.context_len)
+
+
+def test_the_oldest_is_never_preempted() -> None:
+    engine = unified(num_pages=6, max_model_len=24)
+    for name in ("a", "b", "c"):
+        engine.world.submit(make_request(name, [ord(name)] * 4, max_tokens=14, ignore_eos=True), engine)
+    order: list[str] = []
+    for _ in range(200):
+        for wire in list(engine.world.wires):
+            engine.world.deliver(wire)
+        engine.finish_step()
+        order += [ended.request_id for ended in engine.step().ended]
+    assert order[0] == "a"
+    assert sorted(order) == ["a", "b", "c"]
+    positions = [chunk.position for _, chunk in engine.world.chunks["a"]]
+    assert positions == list(range(14))
+
+
+def test_a_full_queue_refuses_with_overloaded_and_says_when_to_come_back() -> None:
+    engine = unified(max_running_requests=1, max_queued_requests=2, overload_retry_s=3.0)
+    step(engine, arrived("a"))
+    plan = step(engine, arrived("b"), arrived("c"), arrived("d"))
+    (ended,) = plan.ended
+    assert (ended.request_id, ended.outcome, ended.error_code) == ("d", Outcome.FAILED, "overloaded")
+    assert ended.retry_after_s == 3.0
+
+
+@pytest.mark.parametrize("num_tokens", [16, 40])
+def test_a_prompt_that_can_never_fit_fails_at_once(num_tokens: int) -> None:
+    engine = unified(num_pages=4)  # 16 tokens
+    (ended,) = step(engine, arrived("a", num_tokens)).ended
+    assert (ended.outcome, ended.error_code) == (Outcome.FAILED, "context_length_exceeded")
+
+
+def test_an_answer_ends_with_length_at_the_context_even_when_more_was_asked() -> None:
+    engine = unified(num_pages=4)
+    engine.world.submit(make_request("a", [1] * 13, max_tokens=100, ignore_eos=True), engine)
+    run_out(engine)
+    tokens, finish = engine.world.stream("a")
+    assert (len(tokens), finish) == (3, FinishReason.LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("request_", "mode", "role"),
+    [
+        (make_request("a", []), Mode.FULL, "unified"),
+        (make_request("a", [1], max_tokens=2, outputs=(3, 4)), Mode.FULL, "unified"),
+        (make_request("a", [1]), Mode.PREFILL, "unified"),  # no handoff_id
+        (make_request("a", [1]), Mode.DECODE, "unified"),
+        (make_request("a", [1]), Mode.DECODE, "prefill"),
+        (make_request("a", [1], max_tokens=2), Mode.FULL, "prefill"),
+        (make_request("a", [1]), Mode.FULL, "decode"),
+        (make_request("a", [1]), Mode.PREFILL, "decode"),
+        (make_request("a", [1]), Mode.DECODE, "decode"),  # no handoff_id, no prefill worker
+    ],
+)
+def test_what_a_role_cannot_do_is_refused_by_name(request_: object, mode: Mode, role: str) -> None:
+    engine = World().start("e", role, small_config())
+    (ended,) = step(engine, Arrived(request=request_, mode=mode)).ended
+    assert (ended.outcome, ended.error_code) == (Outcome.FAILED, "invalid_request")
+    assert not engine.scheduler.has_work()
+
+
+def test_a_prefill_worker_answers_a_whole_request_of_one_token() -> None:
+    engine = World().start("p", "prefill", small_config())
+    engine.world.submit(make_request("a", [1, 2, 3], max_tokens=1), engine)
+    run_out(engine)
+    assert len(engine.world.stream("a")[0]) == 1
+
+
+def sampled(plan: Plan, token_id: int) -> StepFinished:
+    assert plan.batch is not None
+    return StepFinished(
+        step_id=plan.batch.step_id,
+        sampled={item.request_id: SampledToken(token_id=token_id) for item in plan.batch.items if item.sampling},
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampling", "tokens", "reason"),
+    [
+        (SamplingParams(max_tokens=9), [1, EOS], FinishReason.STOP),
+        (SamplingParams(max_tokens=9, stop_token_ids=(5,)), [1, 5], FinishReason.STOP),
+        (SamplingParams(max_tokens=3, ignore_eos=True), [EOS, EOS, EOS], FinishReason.LENGTH),
+        (SamplingParams(max_tokens=1), [EOS], FinishReason.STOP),
+        (SamplingParams(max_tokens=2), [1, 1], FinishReason.LENGTH),
+    ],
+)
+def test_each_way_an_answer_ends_is_told_with_its_last_token(
+    sampling: SamplingParams, tokens: list[int], reason: FinishReason
+) -> None:
+    engine = unified()
+    request = make_request("a", [1, 2, 3])
+    request = type(request)(request_id="a", prompt_token_ids=(1, 2, 3), sampling=sampling)
+    plan = engine.scheduler.step(0.0, [Arrived(request=request, mode=Mode.FULL)])
+    told = []
+    for token_id in tokens:
+        plan = engine.scheduler.step(0.0, [sampled(plan, token_id)])
+        told += [(chunk.token_ids[0], chunk.finish_reason) for chunk in plan.chunks]
+    assert told == [*((token_id, None) for token_id in tokens[:-1]), (tokens[-1], reason)]
+    assert [ended.outcome for ended in plan.ended] == [Outcome.FINISHED]
+    assert plan.batch is None
+
+
+def test_stop_tokens_are_impossible_before_min_tokens() -> None:
+    engine = unified()
+    plan = step(engine, Arrived(request=make_request("a", [1, 2], min_tokens=2, stop_token_ids=(3,)), mode=Mode.FULL))
+    suppressed = []
+    for _ in range(3):
+        assert plan.batch is not None
+        suppressed.append(plan.batch.items[0].suppressed_token_ids)
+        plan = step(engine)
+    assert suppressed == [(3, EOS), (3, EOS), ()]
+
+
+def test_a_stream_continued_from_the_middle_gives_the_same_tokens() -> None:
+    engine = unified()
+    whole = make_request("whole", [4, 5, 6, 1, 2], max_tokens=10, ignore_eos=True)
+    expected, _ = reference_stream(whole, engine.config, engine.context_len)
+    rest = make_request("rest", [4, 5, 6, 1, 2], max_tokens=10, ignore_eos=True, outputs=tuple(expected[:4]))
+    engine.world.submit(rest, engine)
+    run_out(engine)
+    assert engine.world.stream("rest")[0] == expected
+    assert [chunk.position for _, chunk in engine.world.chunks["rest"]] == list(range(4, 10))
+
+
+def test_an_abort_during_a_step_keeps_the_pages_until_the_step_is_over() -> None:
+    engine = unified()
+    step(engine, arrived("a"))
+    engine.events.append(AbortRequested(request_id="a"))
+    plan = engine.step()
+    assert [ended.outcome for ended in plan.ended] == [Outcome.ABORTED]
+    assert engine.scheduler.load().pages.owned == 2
+    plan = step(engine)
+    assert not plan.chunks
+    assert engine.scheduler.load().pages.owned == 0
+
+
+def test_an_abort_of_a_request_that_waits_or_is_unknown_is_harmless() -> None:
+    engine = unified(max_running_requests=1)
+    plan = step(engine, arrived("a"), arrived("b"), AbortRequested(request_id="b"), AbortRequested(request_id="ghost"))
+    assert [(ended.request_id, ended.outcome) for ended in plan.ended] == [("b", Outcome.ABORTED)]
+    assert engine.scheduler.load().num_waiting == 0
+
+
+def test_a_failed_step_fails_its_requests_and_caches_nothing_it_wrote() -> None:
+    engine = unified()
+    engine.fail_next_step = True
+    step(engine, arrived("a", 9), arrived("b", 9))
+    plan = step(engine, arrived("c", 3))
+    assert {(ended.request_id, ended.error_code) for ended in plan.ended} == {
+        ("a", "engine_error"),
+        ("b", "engine_error"),
+    }
+    assert engine.scheduler.load().pages.cached == 0
+    run_out(engine)
+
+
+def test_waiting_too_long_for_a_first_turn_is_a_timeout_and_wake_at_says_when_to_look() -> None:
+    engine = unified(max_running_requests=1, queue_timeout_s=2.0)
+    step(engine, arrived("a", max_tokens=30))
+    plan = step(engine, arrived("b"))
+    assert plan.wake_at_s == 2.0
+    engine.world.now_s = 2.0
+    (ended,) = step(engine).ended
+    assert (ended.request_id, ended.error_code) == ("b", "timeout")
+
+
+def test_a_second_submit_of_a_live_request_is_ignored() -> None:
+    engine = unified()
+    step(engine, arrived("a"), arrived("a"))
+    run_out_chunks = [engine.world.settle(), engine.world.chunks["a"]][1]
+    assert len(run_out_chunks) == 6
+    assert len(engine.world.ended["a", engine.epoch]) == 1
+
+
+def test_flush_frees_what_no_request_uses_and_says_how_much() -> None:
+    engine = unified()
+    engine.world.submit(make_request("a", list(range(9)), max_tokens=1), engine)
+    run_out(engine)
+    plan = step(engine, FlushRequested(call_id="c"))
+    assert [(flush.call_id, flush.num_pages) for flush in plan.flushes] == [("c", 2)]
+    assert len(plan.cached_removed) == 2
+
+
+def test_a_budget_below_one_token_a_request_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="max_prefill_tokens"):
+        SchedulerConfig(max_running_requests=8, max_prefill_tokens=7)

@@ -1,0 +1,653 @@
+"""One handoff at a time, message by message: what each side does when something comes, is missing, or comes twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+from scheduler_sim import LAYOUT, PAGE_BYTES, World, make_request, small_config
+
+from kvist.kv.cache import PageCache
+from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome, SampledToken
+from kvist.scheduler import Scheduler, build_scheduler
+from kvist.scheduler.events import (
+    AbortRequested,
+    AckArrived,
+    Arrived,
+    ClosedArrived,
+    DoneArrived,
+    Event,
+    GrantArrived,
+    PagesVerified,
+    PeerDied,
+    RevokeArrived,
+    StepFailed,
+    StepFinished,
+    WritesCompleted,
+    WritesFailed,
+)
+from kvist.scheduler.plan import Batch, Plan, StopWrites, VerifyPages, WritePages
+from kvist.wire import Ack, Closed, Done, Grant, PoolAddress, PrefillPeer, Revoke
+
+H = HandoffId("h")
+D, P = EpochId("D#1"), EpochId("P#1")
+PROMPT = list(range(10))  # 3 pages of 4 tokens, the last one half full
+FIRST = SampledToken(token_id=5)
+
+
+def pool(epoch: str, layout: str = LAYOUT) -> PoolAddress:
+    return PoolAddress(transport="sim", location=epoch, num_pages=12, page_bytes=PAGE_BYTES, layout=layout)
+
+
+class Bench:
+    """One scheduler on the bench; we play everybody else."""
+
+    def __init__(self, role: str, num_pages: int = 12, **config: object) -> None:
+        self.cache = PageCache(num_pages=num_pages, page_size=4, namespace="t")
+        epoch = D if role == "decode" else P
+        self.scheduler: Scheduler = build_scheduler(role, small_config(**config), self.cache, epoch, pool(epoch))
+        self.now_s = 0.0
+        self.plan = Plan()
+        self.batch: Batch | None = None  # under way
+
+    def step(self, *events: Event) -> Plan:
+        self.plan = self.scheduler.step(self.now_s, events)
+        self.batch = self.plan.batch or self.batch
+        return self.plan
+
+    def finish(self, *events: Event, token_id: int = FIRST.token_id) -> Plan:
+        """The batch is done; then `events`."""
+        batch, self.batch = self.batch, None
+        assert batch is not None
+        sampled = {item.request_id: SampledToken(token_id=token_id) for item in batch.items if item.sampling}
+        return self.step(StepFinished(step_id=batch.step_id, sampled=sampled), *events)
+
+    @property
+    def busy_pages(self) -> int:
+        counts = self.scheduler.load().pages
+        return counts.owned + counts.in_flight + counts.cached - counts.evictable
+
+
+def messages(plan: Plan) -> list[object]:
+    return [sent.message for sent in plan.messages]
+
+
+def ends(plan: Plan) -> list[tuple[Outcome, str | None]]:
+    return [(ended.outcome, ended.error_code) for ended in plan.ended]
+
+
+# -------------------------------------------------------------------- prefill side
+
+
+def prefill_arrived(request_id: str = "r", handoff_id: HandoffId = H, prompt: Sequence[int] = PROMPT) -> Arrived:
+    request = make_request(request_id, list(prompt), ignore_eos=True)
+    return Arrived(request=request, mode=Mode.PREFILL, handoff_id=handoff_id)
+
+
+def grant(first_page: int = 0, *, page_ids: Sequence[int] | None = None, handoff_id: HandoffId = H) -> Grant:
+    return Grant(
+        handoff_id=handoff_id,
+        request_id="r",
+        target_epoch=D,
+        source_epoch=P,
+        pool=pool(D),
+        first_page=first_page,
+        page_ids=tuple(range(7 + first_page, 10) if page_ids is None else page_ids),
+    )
+
+
+def written(num_pages: int) -> WritesCompleted:
+    return WritesCompleted(handoff_id=H, num_pages=num_pages, checksum=f"sum{num_pages}")
+
+
+def revoke() -> RevokeArrived:
+    return RevokeArrived(handoff_id=H, target_epoch=D, reason="why not")
+
+
+def computed(role: str = "prefill", **config: object) -> Bench:
+    """The prompt is read and all its pages are asked to be written."""
+    bench = Bench(role, **{"chunked_prefill_size": 10, **config})
+    bench.step(prefill_arrived(), GrantArrived(grant=grant()))
+    bench.finish()
+    return bench
+
+
+def done_sent(**config: object) -> Bench:
+    bench = computed(**config)
+    bench.step(written(3))
+    return bench
+
+
+def test_pages_are_written_as_chunks_finish_and_the_partial_page_last() -> None:
+    bench = Bench("prefill", chunked_prefill_size=5)
+    bench.step(prefill_arrived(), GrantArrived(grant=grant()))
+    first = bench.finish()
+    second = bench.finish()
+    (job,) = first.transfers
+    assert isinstance(job, WritePages)
+    assert (len(job.page_ids), job.peer_page_ids) == (1, (7,))
+    (job,) = second.transfers
+    assert isinstance(job, WritePages)
+    assert job.peer_page_ids == (8, 9)
+    assert not messages(second)
+
+
+def test_the_first_token_goes_to_the_gateway_before_any_page_is_written() -> None:
+    bench = Bench("prefill", chunked_prefill_size=10)
+    bench.step(prefill_arrived())
+    plan = bench.finish()
+    (chunk,) = plan.chunks
+    assert (chunk.position, chunk.token_ids, chunk.num_cached_tokens) == (0, (5,), 0)
+    assert not plan.transfers
+    assert not plan.ended
+
+
+def test_done_carries_the_first_token_and_the_checksum_once_every_page_is_written() -> None:
+    bench = computed()
+    assert not messages(bench.step(written(2)))
+    (done,) = messages(bench.step(written(3)))
+    assert isinstance(done, Done)
+    assert (done.num_pages, done.checksum, done.first_token, done.finish_reason) == (3, "sum3", FIRST, None)
+
+
+def test_done_says_that_the_first_token_was_the_last() -> None:
+    bench = Bench("prefill", chunked_prefill_size=10)
+    request = make_request("r", PROMPT, max_tokens=1)
+    bench.step(Arrived(request=request, mode=Mode.PREFILL, handoff_id=H), GrantArrived(grant=grant()))
+    bench.finish()
+    (done,) = messages(bench.step(written(3)))
+    assert isinstance(done, Done)
+    assert done.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+def test_a_grant_may_come_before_during_or_after_the_computing(when: str) -> None:
+    bench = Bench("prefill", chunked_prefill_size=5)
+    came = GrantArrived(grant=grant())
+    plans = [
+        bench.step(*([came] if when == "before" else []), prefill_arrived()),
+        bench.finish(*([came] if when == "during" else [])),
+        bench.finish(),
+        bench.step(*([came] if when == "after" else [])),
+    ]
+    jobs = [job for plan in plans for job in plan.transfers]
+    assert [page for job in jobs for page in job.peer_page_ids] == [7, 8, 9]
+    assert isinstance(messages(bench.step(written(3)))[0], Done)
+
+
+def test_pages_that_decode_has_are_not_written() -> None:
+    bench = Bench("prefill", chunked_prefill_size=10)
+    bench.step(prefill_arrived(), GrantArrived(grant=grant(first_page=2)))
+    (job,) = bench.finish().transfers
+    assert isinstance(job, WritePages)
+    assert job.peer_page_ids == (9,)
+
+
+def test_a_grant_of_no_pages_is_done_without_a_write() -> None:
+    bench = Bench("prefill", chunked_prefill_size=10)
+    bench.step(prefill_arrived(prompt=range(8)), GrantArrived(grant=grant(first_page=2, page_ids=())))
+    plan = bench.finish()
+    assert not plan.transfers
+    (done,) = messages(plan)
+    assert isinstance(done, Done)
+    assert done.num_pages == 0
+
+
+def test_pages_that_prefill_had_cached_are_written_before_the_rest_is_computed() -> None:
+    bench = Bench("prefill", chunked_prefill_size=10)
+    bench.step(Arrived(request=make_request("old", PROMPT, max_tokens=1), mode=Mode.FULL))
+    bench.finish()
+    plan = bench.step(prefill_arrived(), GrantArrived(grant=grant()))
+    (job,) = plan.transfers
+    assert isinstance(job, WritePages)
+    assert job.peer_page_ids == (7, 8)
+    assert plan.batch is not None
+    assert plan.batch.items[0].start == 8
+
+
+def test_the_ack_ends_the_request_and_frees_its_pages() -> None:
+    bench = done_sent()
+    assert bench.busy_pages == 3
+    plan = bench.step(AckArrived(handoff_id=H, target_epoch=D))
+    assert ends(plan) == [(Outcome.FINISHED, None)]
+    assert bench.busy_pages == 0
+    assert plan.watched_epochs == frozenset()
+    totals = bench.scheduler.load().totals
+    assert (totals["handoffs_sent"], totals["handoff_pages"], totals["handoff_bytes"]) == (1, 3, 3 * PAGE_BYTES)
+
+
+def test_an_ack_from_another_life_is_ignored() -> None:
+    bench = done_sent()
+    assert not bench.step(AckArrived(handoff_id=H, target_epoch=EpochId("D#0"))).ended
+
+
+def test_done_is_repeated_until_the_answer_comes() -> None:
+    bench = done_sent()
+    for _ in range(3):
+        assert bench.plan.wake_at_s == bench.now_s + 1.0
+        bench.now_s += 1.0
+        assert isinstance(messages(bench.step())[0], Done)
+
+
+def test_an_abort_after_done_keeps_the_pages_until_decode_answers() -> None:
+    bench = done_sent()
+    assert ends(bench.step(AbortRequested(request_id="r"))) == [(Outcome.ABORTED, None)]
+    assert bench.busy_pages == 3
+    assert bench.scheduler.has_work()
+    assert not bench.step(AckArrived(handoff_id=H, target_epoch=D)).ended
+    assert bench.busy_pages == 0
+    assert not bench.scheduler.has_work()
+
+
+@pytest.mark.parametrize("what", ["abort", "revoke", "death"])
+def test_pages_under_copy_are_kept_until_the_transport_has_stopped(what: str) -> None:
+    bench = computed()
+    event: Event = {"abort": AbortRequested(request_id="r"), "revoke": revoke(), "death": PeerDied(epoch=D)}[what]
+    plan = bench.step(event)
+    assert len(plan.ended) == 1
+    assert plan.transfers == (StopWrites(handoff_id=H),)
+    assert not messages(plan)
+    assert bench.busy_pages == 3
+    plan = bench.step(written(1))
+    assert [type(message) for message in messages(plan)] == ([] if what == "death" else [Closed])
+    assert not plan.ended
+    assert bench.busy_pages == 0
+
+
+def test_a_report_of_the_step_that_stops_the_writes_is_not_the_answer_to_the_stop() -> None:
+    bench = computed()
+    assert not messages(bench.step(revoke(), written(1)))
+    assert bench.busy_pages == 3
+    assert isinstance(messages(bench.step(written(2)))[0], Closed)
+
+
+def test_a_revoke_with_nothing_under_copy_is_closed_at_once() -> None:
+    bench = Bench("prefill", chunked_prefill_size=3)
+    bench.step(prefill_arrived(), GrantArrived(grant=grant()))
+    plan = bench.step(revoke())
+    (closed,) = messages(plan)
+    assert isinstance(closed, Closed)
+    assert (closed.target_epoch, closed.source_epoch, closed.error_code) == (D, P, "handoff_failed")
+    assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
+    assert bench.busy_pages > 0  # the step under way still writes them
+    bench.finish()
+    assert bench.busy_pages == 0
+
+
+def test_a_repeated_revoke_is_answered_each_time() -> None:
+    bench = done_sent()
+    for _ in range(3):
+        assert isinstance(messages(bench.step(revoke()))[0], Closed)
+
+
+def test_a_revoke_that_overtakes_the_request_closes_it_before_it_begins() -> None:
+    bench = Bench("prefill")
+    bench.step(GrantArrived(grant=grant()))
+    assert isinstance(messages(bench.step(revoke()))[0], Closed)
+    plan = bench.step(prefill_arrived())
+    assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
+    assert plan.batch is None
+
+
+def test_a_grant_after_the_end_is_answered_with_closed() -> None:
+    bench = Bench("prefill")
+    bench.step(prefill_arrived(), AbortRequested(request_id="r"))
+    (closed,) = messages(bench.step(GrantArrived(grant=grant())))
+    assert isinstance(closed, Closed)
+
+
+def test_a_grant_for_another_life_is_answered_by_this_one() -> None:
+    bench = Bench("prefill")
+    stale = msgspec.structs.replace(grant(), source_epoch=EpochId("P#0"))
+    (closed,) = messages(bench.step(prefill_arrived(), GrantArrived(grant=stale)))
+    assert isinstance(closed, Closed)
+    assert (closed.source_epoch, closed.error_code) == (P, "worker_lost")
+    assert bench.scheduler.has_work()
+
+
+def test_an_early_grant_whose_request_never_comes_is_refused_in_time() -> None:
+    bench = Bench("prefill", grant_timeout_s=5.0)
+    assert bench.step(GrantArrived(grant=grant())).wake_at_s == 5.0
+    bench.now_s = 5.0
+    (closed,) = messages(bench.step())
+    assert isinstance(closed, Closed)
+    assert closed.error_code == "handoff_failed"
+
+
+def test_early_grants_are_bounded_and_the_oldest_is_told() -> None:
+    bench = Bench("prefill", max_remembered_handoffs=2)
+    plan = bench.step(*(GrantArrived(grant=grant(handoff_id=HandoffId(name))) for name in "xyz"))
+    (closed,) = messages(plan)
+    assert isinstance(closed, Closed)
+    assert (closed.handoff_id, closed.error_code) == ("x", "overloaded")
+
+
+def test_a_refused_request_closes_its_early_grant_with_the_same_code() -> None:
+    bench = Bench("prefill", num_pages=2)
+    bench.step(GrantArrived(grant=grant()))
+    plan = bench.step(prefill_arrived())
+    assert ends(plan) == [(Outcome.FAILED, "context_length_exceeded")]
+    (closed,) = messages(plan)
+    assert isinstance(closed, Closed)
+    assert closed.error_code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        msgspec.structs.replace(grant(), pool=pool(D, layout="another")),
+        msgspec.structs.replace(grant(), pool=msgspec.structs.replace(pool(D), page_bytes=PAGE_BYTES * 2)),
+        grant(page_ids=(7, 8)),
+        grant(page_ids=(7, 8, 12)),
+        msgspec.structs.replace(grant(), first_page=-1, page_ids=(7, 8, 9, 10)),
+    ],
+)
+def test_a_grant_that_does_not_fit_is_refused_before_a_byte_is_written(bad: Grant) -> None:
+    bench = Bench("prefill", chunked_prefill_size=10)
+    plan = bench.step(prefill_arrived(), GrantArrived(grant=bad))
+    assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
+    assert isinstance(messages(plan)[0], Closed)
+    assert not plan.transfers
+
+
+def test_failed_writes_close_the_handoff() -> None:
+    bench = computed()
+    plan = bench.step(WritesFailed(handoff_id=H, message="no such pool"))
+    assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
+    (closed,) = messages(plan)
+    assert isinstance(closed, Closed)
+    assert "no such pool" in closed.message
+    assert bench.busy_pages == 0
+
+
+def test_a_failed_step_closes_the_handoff_and_caches_nothing() -> None:
+    bench = Bench("prefill", chunked_prefill_size=10)
+    plan = bench.step(prefill_arrived(), GrantArrived(grant=grant()))
+    assert plan.batch is not None
+    plan = bench.step(StepFailed(step_id=plan.batch.step_id, message="fire"))
+    assert ends(plan) == [(Outcome.FAILED, "engine_error")]
+    assert isinstance(messages(plan)[0], Closed)
+    assert bench.scheduler.load().pages.free == 12
+
+
+def test_waiting_for_a_grant_is_bounded_even_when_the_prompt_is_read() -> None:
+    bench = Bench("prefill", chunked_prefill_size=10, grant_timeout_s=5.0)
+    bench.step(prefill_arrived())
+    bench.finish()
+    bench.now_s = 5.0
+    assert ends(bench.step()) == [(Outcome.FAILED, "handoff_failed")]
+    assert bench.busy_pages == 0
+
+
+def test_waiting_for_an_ack_is_bounded_but_the_pages_stay() -> None:
+    bench = done_sent(handoff_timeout_s=5.0)
+    bench.now_s = 5.0
+    plan = bench.step()
+    assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
+    assert bench.busy_pages == 3
+    assert plan.watched_epochs == {D}
+    bench.step(PeerDied(epoch=D))
+    assert bench.busy_pages == 0
+
+
+def test_a_prompt_without_a_grant_gives_way_to_one_with_and_tells_its_first_token_once() -> None:
+    bench = Bench("prefill", num_pages=4, chunked_prefill_size=10, max_model_len=16)
+    bench.step(prefill_arrived("eager", HandoffId("e")))
+    assert len(bench.finish().chunks) == 1
+    plan = bench.step(prefill_arrived("granted", H, range(20, 30)), GrantArrived(grant=grant()))
+    assert plan.batch is not None
+    assert [item.request_id for item in plan.batch.items] == ["granted"]
+    bench.finish()
+    bench.step(written(3))
+    bench.step(AckArrived(handoff_id=H, target_epoch=D))
+    assert bench.plan.batch is None  # it waits for its own Grant now
+    plan = bench.step(GrantArrived(grant=grant(handoff_id=HandoffId("e"))))
+    assert plan.batch is not None
+    assert plan.batch.items[0].sampling is None
+    plan = bench.finish()
+    assert not plan.chunks
+    pages = [page for job in plan.transfers for page in job.peer_page_ids]
+    assert pages[-1] == 9
+
+
+def test_a_prefill_of_a_resumed_stream_hands_over_prompt_and_answer_so_far() -> None:
+    bench = Bench("prefill", chunked_prefill_size=20)
+    request = make_request("r", PROMPT[:8], outputs=(3, 4), max_tokens=9)
+    bench.step(Arrived(request=request, mode=Mode.PREFILL, handoff_id=H), GrantArrived(grant=grant()))
+    plan = bench.finish()
+    assert plan.chunks[0].position == 2
+    assert [page for job in plan.transfers for page in job.peer_page_ids] == [7, 8, 9]
+
+
+# -------------------------------------------------------------------- decode side
+
+
+def decode_arrived(request_id: str = "r", handoff_id: HandoffId = H, **fields: object) -> Arrived:
+    return Arrived(
+        request=make_request(request_id, PROMPT, ignore_eos=True, **fields),
+        mode=Mode.DECODE,
+        handoff_id=handoff_id,
+        prefill=PrefillPeer(worker_id="w", endpoint="tcp://p", epoch=P),
+    )
+
+
+def done(**fields: object) -> DoneArrived:
+    message = Done(handoff_id=H, target_epoch=D, source_epoch=P, num_pages=3, checksum="sum", first_token=FIRST)
+    return DoneArrived(done=msgspec.structs.replace(message, **fields))
+
+
+def closed(source_epoch: EpochId = P, code: str | None = "overloaded") -> ClosedArrived:
+    return ClosedArrived(
+        closed=Closed(handoff_id=H, target_epoch=D, source_epoch=source_epoch, error_code=code, message="no")
+    )
+
+
+VERIFIED = PagesVerified(handoff_id=H, checksum="sum")
+
+
+def granted(**config: object) -> Bench:
+    bench = Bench("decode", **config)
+    bench.step(decode_arrived())
+    return bench
+
+
+def verifying(**config: object) -> Bench:
+    bench = granted(**config)
+    bench.step(done())
+    return bench
+
+
+def test_decode_grants_pages_for_what_it_does_not_have() -> None:
+    bench = granted()
+    (sent,) = bench.plan.messages
+    assert sent.endpoint == "tcp://p"
+    assert isinstance(sent.message, Grant)
+    assert (sent.message.first_page, len(sent.message.page_ids)) == (0, 3)
+    assert (sent.message.target_epoch, sent.message.source_epoch) == (D, P)
+    assert bench.plan.watched_epochs == {P}
+    assert bench.scheduler.load().pages.in_flight == 3
+    assert bench.plan.batch is None
+
+
+def test_a_second_turn_grants_only_the_pages_that_are_new() -> None:
+    bench = verifying()
+    bench.step(VERIFIED)
+    bench.step(AbortRequested(request_id="r"))
+    bench.finish()
+    plan = bench.step(decode_arrived("again", HandoffId("h2")))
+    (message,) = messages(plan)
+    assert isinstance(message, Grant)
+    assert (message.first_page, len(message.page_ids)) == (2, 1)
+
+
+def test_done_is_verified_before_anything_else() -> None:
+    bench = granted()
+    (grant_message,) = messages(bench.plan)
+    assert isinstance(grant_message, Grant)
+    plan = bench.step(done())
+    assert plan.transfers == (VerifyPages(handoff_id=H, page_ids=grant_message.page_ids),)
+    assert not plan.messages
+    assert plan.batch is None
+
+
+def test_verified_pages_are_acknowledged_cached_and_decoded_from() -> None:
+    bench = granted()
+    bench.now_s = 2.0
+    bench.step(done())
+    bench.now_s = 2.5
+    plan = bench.step(VERIFIED)
+    assert messages(plan) == [Ack(handoff_id=H, target_epoch=D)]
+    assert len(plan.cached_added) == 2
+    assert plan.batch is not None
+    (item,) = plan.batch.items
+    assert (item.start, list(item.token_ids), item.end) == (10, [5], 11)
+    assert not plan.chunks  # prefill has told position 0
+    (chunk,) = bench.finish(token_id=6).chunks
+    assert (chunk.position, chunk.token_ids, chunk.num_cached_tokens) == (1, (6,), None)
+    assert chunk.handoff is not None
+    assert msgspec.structs.astuple(chunk.handoff) == (3, 0, 3 * PAGE_BYTES, 2.5, 0.5)
+    assert bench.finish(token_id=6).chunks[0].handoff is None
+
+
+def test_done_twice_is_verified_once_and_acknowledged_each_time_after() -> None:
+    bench = verifying()
+    assert not bench.step(done()).transfers
+    bench.step(VERIFIED)
+    assert messages(bench.step(done())) == [Ack(handoff_id=H, target_epoch=D)]
+    assert messages(bench.step(done())) == [Ack(handoff_id=H, target_epoch=D)]
+
+
+def test_a_first_token_that_was_the_last_ends_the_request_without_a_chunk() -> None:
+    bench = granted()
+    bench.step(done(finish_reason=FinishReason.STOP))
+    plan = bench.step(VERIFIED)
+    assert ends(plan) == [(Outcome.FINISHED, None)]
+    assert messages(plan) == [Ack(handoff_id=H, target_epoch=D)]
+    assert not plan.chunks
+    assert bench.scheduler.load().pages.cached == 2
+    assert bench.busy_pages == 0
+
+
+@pytest.mark.parametrize("damage", ["checksum", "count"])
+def test_pages_that_are_not_what_was_sent_fail_the_request_and_both_sides_are_clean(damage: str) -> None:
+    bench = granted()
+    if damage == "count":
+        plan = bench.step(done(num_pages=2))
+    else:
+        bench.step(done())
+        plan = bench.step(PagesVerified(handoff_id=H, checksum="other"))
+    assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
+    assert isinstance(messages(plan)[0], Revoke)
+    assert bench.scheduler.load().pages.free == 12
+    assert isinstance(messages(bench.step(done()))[0], Revoke)  # its Revoke was lost: say it again
+
+
+def test_closed_fails_the_request_with_prefills_reason_and_frees_the_pages() -> None:
+    bench = granted()
+    assert ends(bench.step(closed())) == [(Outcome.FAILED, "overloaded")]
+    assert bench.scheduler.load().pages.free == 12
+
+
+def test_an_abort_after_the_grant_keeps_the_pages_in_flight_until_prefill_says_closed() -> None:
+    bench = granted()
+    plan = bench.step(AbortRequested(request_id="r"))
+    assert ends(plan) == [(Outcome.ABORTED, None)]
+    assert isinstance(messages(plan)[0], Revoke)
+    assert bench.scheduler.load().pages.in_flight == 3
+    for _ in range(2):
+        bench.now_s += 1.0
+        assert isinstance(messages(bench.step())[0], Revoke)
+    bench.step(closed(code=None))
+    assert bench.scheduler.load().pages.free == 12
+    assert not bench.scheduler.has_work()
+
+
+def test_done_after_revoke_frees_the_pages_too_for_nothing_is_written_after_it() -> None:
+    bench = granted()
+    bench.step(AbortRequested(request_id="r"))
+    plan = bench.step(done())
+    assert bench.scheduler.load().pages.free == 12
+    assert not plan.ended
+    assert isinstance(messages(bench.step(done()))[0], Revoke)
+
+
+def test_waiting_for_done_is_bounded_but_the_pages_stay_in_flight() -> None:
+    bench = granted(handoff_timeout_s=5.0)
+    bench.now_s = 5.0
+    plan = bench.step()
+    assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
+    assert bench.scheduler.load().pages.in_flight == 3
+    bench.step(PeerDied(epoch=P))
+    assert bench.scheduler.load().pages.free == 12
+
+
+def test_the_death_of_prefill_fails_a_grant_and_frees_its_pages() -> None:
+    bench = granted()
+    assert ends(bench.step(PeerDied(epoch=P))) == [(Outcome.FAILED, "worker_lost")]
+    assert bench.scheduler.load().pages.free == 12
+
+
+def test_the_death_of_prefill_after_done_costs_nothing() -> None:
+    bench = verifying()
+    assert not bench.step(PeerDied(epoch=P)).ended
+    assert bench.step(VERIFIED).batch is not None
+
+
+def test_closed_by_another_life_fails_the_request_but_does_not_free_the_pages() -> None:
+    bench = granted()
+    plan = bench.step(closed(source_epoch=EpochId("P#2")))
+    assert ends(plan) == [(Outcome.FAILED, "worker_lost")]
+    assert bench.scheduler.load().pages.in_flight == 3
+    bench.step(closed(source_epoch=EpochId("P#2")))
+    assert bench.scheduler.load().pages.in_flight == 3
+    bench.step(PeerDied(epoch=P))
+    assert bench.scheduler.load().pages.free == 12
+
+
+@pytest.mark.parametrize("fields", [{"source_epoch": EpochId("P#0")}, {"target_epoch": EpochId("D#0")}])
+def test_a_done_of_another_life_is_ignored(fields: dict[str, EpochId]) -> None:
+    bench = granted()
+    plan = bench.step(done(**fields))
+    assert not plan.transfers
+    assert not plan.messages
+
+
+def test_a_done_for_an_unknown_handoff_is_revoked_so_that_prefill_can_let_go() -> None:
+    bench = granted()
+    (message,) = messages(bench.step(done(handoff_id=HandoffId("ghost"))))
+    assert isinstance(message, Revoke)
+
+
+def test_an_abort_while_verifying_lets_both_sides_go() -> None:
+    bench = verifying()
+    plan = bench.step(AbortRequested(request_id="r"))
+    assert ends(plan) == [(Outcome.ABORTED, None)]
+    assert isinstance(messages(plan)[0], Revoke)
+    assert bench.scheduler.load().pages.free == 12
+    assert not bench.step(VERIFIED).ended
+
+
+def test_a_preempted_stream_computes_its_pages_itself_and_is_not_handed_over_again() -> None:
+    world = World()
+    config = small_config(max_model_len=24)
+    prefill = world.start("p", "prefill", config, num_pages=12)
+    decode = world.start("d", "decode", config, num_pages=6)
+    for index in range(3):
+        request = make_request(f"r{index}", [index] * 5, max_tokens=14, ignore_eos=True, seed=index)
+        world.submit_pair(request, prefill, decode)
+    world.settle()
+    world.check_settled()
+    totals = decode.scheduler.load().totals
+    assert totals["preemptions"] >= 1
+    assert totals["computed_prompt_tokens"] > 0
+    assert totals["handoffs_received"] == totals["requests_finished"] == 3
+
+
+def test_a_grant_waits_until_running_streams_have_room_to_grow() -> None:
+    bench = Bench("decode", num_pages=4, max_model_len=16)
+    bench.step(decode_arrived())
+    bench.step(done(), VERIFIED)
+    plan = bench.step(VERIFIED, decode_arrived("next", HandoffId("h2")))
+    assert not [message for message in messages(plan) if isinstance(message, Grant)]
+    assert bench.scheduler.load().num_waiting == 1
