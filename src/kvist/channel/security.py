@@ -88,7 +88,7 @@ def require_key_off_loopback(endpoint: str, cluster_key: str) -> None:
         raise ConfigError(
             f"{endpoint} can be reached from other machines: give every gateway and engine the same --cluster-key,"
             " or keep engine sockets on 127.0.0.1",
-            param="--cluster-key",
+            param="cluster_key",
         )
 
 
