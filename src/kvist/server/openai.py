@@ -205,7 +205,7 @@ class ChatFormat:
         rest: dict[str, object] = {"logprobs": None, "finish_reason": choice.finish_reason if delta.finished else None}
         if self._logprobs:
             rest["logprobs"] = {"content": chat_logprobs(self._tokenizer, delta.token_ids, delta.logprobs)}
-        content = {"content": delta.text} if delta.text or self._logprobs else {}
+        content = {"content": delta.text} if delta.text else {}
         return b"".join((opening, before, _json(content), b",", _json(rest)[1:-1], after))
 
     def closing(self, choices: Sequence[Choice]) -> bytes:
