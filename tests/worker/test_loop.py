@@ -9,6 +9,7 @@ import pytest
 from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import FakeClock
+from kvist.errors import EngineError
 from kvist.kv.pages import PageCounts
 from kvist.request import (
     EngineRequest,
@@ -49,7 +50,7 @@ from kvist.scheduler.plan import (
     WritePages,
 )
 from kvist.transfer import TransferReport
-from kvist.worker.loop import EngineLoop, LoopParts
+from kvist.worker.loop import MAX_FAILED_STEPS_IN_A_ROW, EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
 
 G1, G2 = b"gateway-1", b"gateway-2"
@@ -330,6 +331,16 @@ def test_a_runner_that_raises_fails_the_step_and_the_engine_goes_on(engine: Engi
     engine.runner.fails = False
     engine.turn(plan=Plan(batch=batch("b", step_id=2)))
     assert isinstance(engine.turn()[0], StepFinished)
+
+
+def test_an_engine_whose_every_step_fails_ends_and_tells_its_gateways(engine: Engine) -> None:
+    engine.turn((G1, submit("a")))
+    engine.runner.fails = True
+    engine.scheduler.script += [Plan(batch=batch("a", step_id)) for step_id in range(20)]
+    with pytest.raises(EngineError, match="on fire"):
+        engine.loop.run()
+    assert len(engine.runner.batches) == MAX_FAILED_STEPS_IN_A_ROW
+    assert len(engine.sent(wire.StepOutputs, G1)) == 1
 
 
 def test_transfers_and_peer_messages_go_where_the_plan_says(engine: Engine) -> None:

@@ -87,12 +87,13 @@ class Cluster:
         self._model_path, self._runtime_dir = model_path, runtime_dir
         self._engines: list[Engine] = []
 
-    def start(self, *roles: str, scheduler: SchedulerConfig | None = None) -> list[Engine]:
+    def start(self, *roles: str, scheduler: SchedulerConfig | None = None, tp: int = 1) -> list[Engine]:
         config = EngineConfig(
             model_path=str(self._model_path),
             load_format="dummy",
             max_total_tokens=8192,
-            num_threads=1,
+            num_threads=tp,
+            tp=tp,
             runtime_dir=str(self._runtime_dir),
             scheduler=scheduler or SchedulerConfig(),
         )
@@ -169,6 +170,20 @@ def test_two_processes_answer_as_one_does(cluster: Cluster) -> None:
     handoff = decode.chunks[0].handoff
     assert handoff is not None
     assert handoff.num_pages == -(-700 // 16)
+
+
+def test_two_ranks_answer_as_one_does_and_end_together(cluster: Cluster) -> None:
+    [one] = cluster.start("unified")
+    [two] = cluster.start("unified", tp=2)
+    assert (two.spec.tp_size, two.spec.namespace) == (2, one.spec.namespace)
+    request = make_request("r", 100, temperature=0.0)
+    for engine in (one, two):
+        engine.send(wire.Submit(request=request, mode=Mode.FULL))
+    until(lambda: one.ended and two.ended, one, two)
+    assert tokens(one) == tokens(two)
+    assert two.process.stdin is not None
+    two.process.stdin.close()
+    assert two.process.wait(timeout=30) == 0, "it waits for its ranks to end"
 
 
 def test_prefill_killed_during_a_transfer_fails_the_request_at_decode_and_frees_its_pages(cluster: Cluster) -> None:

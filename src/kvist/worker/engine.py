@@ -10,27 +10,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from kvist.attention import build_attention
 from kvist.channel import EngineChannel
-from kvist.checkpoint import Checkpoint, CheckpointKind, find_checkpoint, fingerprint
+from kvist.checkpoint import Checkpoint, find_checkpoint, fingerprint
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
 from kvist.kv.cache import PageCache
-from kvist.kv.device import DevicePool, available_memory_bytes, default_runtime_dir, plan_pool_size
-from kvist.kv.layout import PageLayout, namespace
-from kvist.models import ModelConfig, load_model, load_model_config
-from kvist.models.decoder import CausalLM
-from kvist.models.parallel import TensorParallel
-from kvist.models.weights import expected_tensors
+from kvist.kv.device import DevicePool, default_runtime_dir
+from kvist.kv.layout import namespace
+from kvist.models import ModelConfig, load_model_config
 from kvist.request import EpochId, RequestId, SamplingParams, WorkerId
+from kvist.runner.build import RunnerConfig, build_runner
 from kvist.runner.runner import Runner
 from kvist.scheduler import build_scheduler
 from kvist.scheduler.plan import Batch, BatchItem
@@ -43,8 +37,6 @@ from kvist.wire import EngineSpec, PoolAddress
 from kvist.worker.config import UNIFIED, EngineConfig
 from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
-
-CPU_POOL_TOKENS = 65536  # the pool's default limit on a CPU, where memory alone would give absurdly many
 
 log = logging.getLogger(__name__)
 
@@ -61,16 +53,11 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Loaded:
-    """A model in memory, and what is known of it."""
+class _Served:
+    """The model that this engine serves, as its checkpoint names it."""
 
     checkpoint: Checkpoint
     config: ModelConfig
-    model: CausalLM
-    dtype: str
-    device: torch.device
-    weights_bytes: int
-    available_bytes: int  # before the weights were read
     fingerprint: str
 
 
@@ -81,11 +68,12 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         sweep(runtime_dir)
         epoch = new_epoch()
         closing.callback(EpochLock(runtime_dir, epoch).close)
-        torch.set_num_threads(config.num_threads or _share_of_cores(runtime_dir))
-        loaded = _load(config, runtime_dir, progress)
-        runner = _make_runner(config, loaded, runtime_dir, closing)
+        served = _find_model(config)
+        runner = _load(config, served, runtime_dir, progress)
+        closing.callback(runner.close)
+        log.info("page pool: %s", runner.pool_reason)
         _warm_up(runner, progress)
-        return _assemble(config, loaded, runner, epoch, runtime_dir, closing.pop_all())
+        return _assemble(config, served, runner, epoch, runtime_dir, closing.pop_all())
 
 
 def prepare_runtime_dir(runtime_dir: str | None) -> Path:
@@ -113,16 +101,21 @@ def _share_of_cores(runtime_dir: Path) -> int:
 # ---------------------------------------------------------------- model and pages
 
 
-def _load(config: EngineConfig, runtime_dir: Path, progress: Callable[[str], None]) -> _Loaded:
+def _find_model(config: EngineConfig) -> _Served:
     checkpoint = find_checkpoint(config.model_path)
-    _check_load_format(config.load_format, checkpoint)
     model_config = load_model_config(checkpoint)
-    _check_context_length(config.context_length, model_config)
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    dtype = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-    available_bytes = available_memory_bytes(device, runtime_dir)
-    num_elements = sum(math.prod(shape) for shape in expected_tensors(model_config).values())
-    dummy = config.load_format == "dummy"
+    trained_for = model_config.max_position_embeddings
+    if config.context_length is not None and config.context_length > trained_for:
+        raise ConfigError(
+            f"--context-length {config.context_length} is more than the model was trained for ({trained_for} tokens)",
+            param="context_length",
+        )
+    # Dummy weights of another seed make other pages of the same checkpoint.
+    suffix = f"-dummy-{config.random_seed}" if config.load_format == "dummy" else ""
+    return _Served(checkpoint=checkpoint, config=model_config, fingerprint=fingerprint(checkpoint) + suffix)
+
+
+def _load(config: EngineConfig, served: _Served, runtime_dir: Path, progress: Callable[[str], None]) -> Runner:
     last_tenth = -1
 
     def on_tensor(num_done: int, num_tensors: int) -> None:
@@ -131,71 +124,20 @@ def _load(config: EngineConfig, runtime_dir: Path, progress: Callable[[str], Non
             last_tenth = tenth
             progress(f"loading weights {10 * tenth}%")
 
-    model = load_model(
-        checkpoint,
-        model_config,
-        dtype=getattr(torch, dtype),
-        device=device,
-        tp=TensorParallel(),
-        load_format="dummy" if dummy else "auto",
-        seed=config.random_seed,
-        progress=on_tensor,
-    )
-    return _Loaded(
-        checkpoint=checkpoint,
-        config=model_config,
-        model=model,
-        dtype=dtype,
-        device=device,
-        weights_bytes=num_elements * getattr(torch, dtype).itemsize,
-        available_bytes=available_bytes,
-        # dummy weights of another seed make other pages of the same checkpoint
-        fingerprint=fingerprint(checkpoint) + (f"-dummy-{config.random_seed}" if dummy else ""),
-    )
-
-
-def _check_load_format(load_format: str, checkpoint: Checkpoint) -> None:
-    wanted = {"safetensors": CheckpointKind.HF, "gguf": CheckpointKind.GGUF}.get(load_format)
-    if wanted is not None and wanted is not checkpoint.kind:
-        raise ConfigError(
-            f"--load-format {load_format}: {checkpoint.path} is a {checkpoint.kind.value} checkpoint; use auto",
-            param="load_format",
-        )
-
-
-def _check_context_length(context_length: int | None, model_config: ModelConfig) -> None:
-    trained_for = model_config.max_position_embeddings
-    if context_length is not None and context_length > trained_for:
-        raise ConfigError(
-            f"--context-length {context_length} is more than the {trained_for} tokens that the model was trained for",
-            param="context_length",
-        )
-
-
-def _make_runner(config: EngineConfig, loaded: _Loaded, runtime_dir: Path, closing: contextlib.ExitStack) -> Runner:
-    layout = PageLayout(
-        num_kv_heads=loaded.config.num_kv_heads,
-        num_layers=loaded.config.num_layers,
-        page_size=config.page_size,
-        head_dim=loaded.config.head_dim,
-        dtype=loaded.dtype,
-    )
-    size = plan_pool_size(
-        layout,
-        available_bytes=loaded.available_bytes,
-        weights_bytes=loaded.weights_bytes,
+    runner_config = RunnerConfig(
+        dtype=config.dtype,
+        device=config.device,
+        load_format=config.load_format,
+        attention_backend=config.attention_backend,
+        tp=config.tp,
         mem_fraction_static=config.mem_fraction_static,
         max_total_tokens=config.max_total_tokens,
-        cap_tokens=CPU_POOL_TOKENS if loaded.device.type == "cpu" else None,
-        min_tokens=config.context_length or 2 * config.page_size,
+        min_total_tokens=config.context_length or 2 * config.page_size,
+        page_size=config.page_size,
+        num_threads=config.num_threads or _share_of_cores(runtime_dir),
+        random_seed=config.random_seed,
     )
-    log.info("page pool: %s", size.reason)
-    pool = DevicePool.create(layout, size.num_pages, device=loaded.device, directory=runtime_dir)
-    attention = build_attention(config.attention_backend, loaded.device)
-    attention.bind(pool.tensor)
-    runner = Runner(model=loaded.model, pool=pool, attention=attention)
-    closing.callback(runner.close)
-    return runner
+    return build_runner(served.checkpoint, served.config, runner_config, runtime_dir=runtime_dir, progress=on_tensor)
 
 
 def _warm_up(runner: Runner, progress: Callable[[str], None]) -> None:
@@ -220,7 +162,7 @@ def _warm_up(runner: Runner, progress: Callable[[str], None]) -> None:
 
 def _assemble(
     config: EngineConfig,
-    loaded: _Loaded,
+    served: _Served,
     runner: Runner,
     epoch: EpochId,
     runtime_dir: Path,
@@ -237,11 +179,11 @@ def _assemble(
         closing.callback(channel.close)
         address, transport = _make_transport(config, pool, runtime_dir, channel.wakeup)
         closing.callback(transport.close)
-        spec = _describe(config, loaded, pool, epoch, channel.endpoint)
+        spec = _describe(config, served, pool, epoch, channel.endpoint)
         scheduler_config = dataclasses.replace(
             config.scheduler,
             max_model_len=spec.max_model_len,
-            eos_token_ids=config.scheduler.eos_token_ids or loaded.config.eos_token_ids,
+            eos_token_ids=config.scheduler.eos_token_ids or served.config.eos_token_ids,
         )
         cache = PageCache(num_pages=pool.num_pages, page_size=config.page_size, namespace=spec.namespace)
         parts = LoopParts(
@@ -279,22 +221,22 @@ def _make_transport(
     return address, NoTransport(reason=reason, runtime_dir=runtime_dir, wakeup=wakeup)
 
 
-def _describe(config: EngineConfig, loaded: _Loaded, pool: DevicePool, epoch: EpochId, endpoint: str) -> EngineSpec:
+def _describe(config: EngineConfig, served: _Served, pool: DevicePool, epoch: EpochId, endpoint: str) -> EngineSpec:
     return EngineSpec(
         worker_id=WorkerId(config.worker_id or endpoint.removeprefix("tcp://")),
         epoch=epoch,
         role=config.role,
         endpoint=endpoint,
-        model_fingerprint=loaded.fingerprint,
-        model_name=config.served_model_name or loaded.checkpoint.name,
-        vocab_size=loaded.config.vocab_size,
+        model_fingerprint=served.fingerprint,
+        model_name=config.served_model_name or served.checkpoint.name,
+        vocab_size=served.config.vocab_size,
         max_model_len=min(
-            config.context_length or loaded.config.max_position_embeddings, pool.num_pages * config.page_size
+            config.context_length or served.config.max_position_embeddings, pool.num_pages * config.page_size
         ),
         page_size=config.page_size,
         num_pages=pool.num_pages,
-        namespace=namespace(loaded.fingerprint, pool.layout),
-        dtype=loaded.dtype,
+        namespace=namespace(served.fingerprint, pool.layout),
+        dtype=pool.layout.dtype,
         tp_size=config.tp,
         max_running_requests=config.scheduler.max_running_requests,
         max_queued_requests=config.scheduler.max_queued_requests,

@@ -22,7 +22,7 @@ from typing import Protocol
 from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
-from kvist.errors import HandoffFailed, Unavailable
+from kvist.errors import EngineError, HandoffFailed, Unavailable
 from kvist.request import EpochId, RequestId, SampledToken
 from kvist.scheduler import Scheduler
 from kvist.scheduler.events import AbortRequested, ClosedArrived, Event, PeerDied, StepFailed, StepFinished
@@ -32,6 +32,7 @@ from kvist.worker.gateways import Gateways
 from kvist.worker.inbox import Inbox, refusal
 from kvist.worker.reports import LoadReports
 
+MAX_FAILED_STEPS_IN_A_ROW = 8  # then the device, or a tensor-parallel rank, is broken for good
 WATCH_INTERVAL_S = 1.0  # between two looks whether watched peers and known gateways are alive
 
 log = logging.getLogger(__name__)
@@ -81,11 +82,19 @@ class EngineLoop:
         self._next_watch_s = parts.clock.now_s()
         self._stop = threading.Event()
         self._num_failed_steps = 0
+        self._num_failed_in_a_row = 0
 
     def run(self) -> None:
-        """Serve until `request_stop`; then tell every gateway that its requests have failed."""
-        while not self._stop.is_set():
-            self.turn(self._idle_s())
+        """Serve until `request_stop`; then tell every gateway that its requests have failed.
+
+        Raises `EngineError` after `MAX_FAILED_STEPS_IN_A_ROW`: a new process may have better luck."""
+        try:
+            while not self._stop.is_set():
+                self.turn(self._idle_s())
+        finally:
+            self._fail_open_requests()
+
+    def _fail_open_requests(self) -> None:
         for request_id, identity in self._gateways.all_requests():
             error = Unavailable("the worker is shutting down")
             self._parts.channel.send(identity, refusal(identity, request_id, error).message)
@@ -150,7 +159,13 @@ class EngineLoop:
         except Exception as error:  # whatever the model or the device raised: these requests fail, the engine goes on
             log.exception("step %d with %d tokens failed", batch.step_id, batch.num_tokens)
             self._num_failed_steps += 1
+            self._num_failed_in_a_row += 1
+            if self._num_failed_in_a_row >= MAX_FAILED_STEPS_IN_A_ROW:
+                raise EngineError(
+                    f"{self._num_failed_in_a_row} steps in a row failed, the last with: {error}"
+                ) from error
             return StepFailed(step_id=batch.step_id, message=f"{type(error).__name__}: {error}")
+        self._num_failed_in_a_row = 0
         return StepFinished(step_id=batch.step_id, sampled=sampled)
 
     def _send_outputs(self, plan: Plan) -> None:

@@ -4,7 +4,7 @@
 
 Settings come as JSON: as the only argument (start it by hand), or as the first line of standard input (a parent
 starts it: messages.py). In the second case the process ends when standard input does: its parent is gone.
-Exit status: 0 after a clean end, 1 when the start failed.
+Exit status: 0 after a clean end, 1 when the start failed or the device broke.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from kvist.checkpoint import find_checkpoint
 from kvist.errors import ConfigError, EngineError, KvistError
 from kvist.log import setup_logging
 from kvist.worker.config import EngineConfig
@@ -61,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, ending.with_signal if arguments else signal.SIG_IGN)
         announce(Ready(spec=engine.spec))
         engine.loop.run()
+    except EngineError as error:
+        log.error("the engine ends: %s", error.message)
+        return 1
     finally:
         engine.close()
     return 0
@@ -75,7 +79,8 @@ def parse_config(settings: bytes) -> EngineConfig:
 
 
 def _build(config: EngineConfig, announce: Callable[[Announcement], None]) -> Engine:
-    from kvist.worker.engine import build_engine  # imports torch: seconds
+    find_checkpoint(config.model_path)  # a wrong path is told before torch is imported, which takes seconds
+    from kvist.worker.engine import build_engine
 
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
