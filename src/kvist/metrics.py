@@ -21,20 +21,22 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ENGINE_TOTALS: Mapping[str, str] = {
+    "steps": "engine steps",
     "prompt_tokens": "prompt tokens of admitted requests",
     "cached_prompt_tokens": "prompt tokens found in the page cache",
     "computed_prompt_tokens": "prompt tokens computed by the model",
     "generation_tokens": "output tokens produced",
     "preemptions": "requests sent back to waiting because pages ran out",
-    "evicted_pages": "cached pages dropped to make room",
-    "handoffs": "handoffs finished",
+    "requests_finished": "requests ended with all their tokens",
+    "requests_failed": "requests ended by an error",
+    "requests_aborted": "requests ended by their gateway",
+    "requests_refused": "requests refused, by a full queue or as invalid",
+    "handoffs_sent": "handoffs that this worker wrote and the other acknowledged",
+    "handoffs_received": "handoffs that this worker granted and verified",
     "handoffs_failed": "handoffs that failed, were refused or timed out",
     "handoff_pages": "pages written by handoffs",
-    "handoff_pages_reused": "prompt pages that the decode worker already had",
     "handoff_bytes": "bytes written by handoffs",
-    "handoff_seconds": "time from grant to verified pages, summed over handoffs",
-    "steps": "engine steps",
-    "step_seconds": "time inside engine steps",
+    "handoff_seconds": "time of handoffs from grant to acknowledged (sent) or verified (received)",
 }
 
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)

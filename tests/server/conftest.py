@@ -156,7 +156,7 @@ def busy_worker() -> WorkerSnapshot:
         num_cached_pages=1,
         num_owned_pages=3,
         num_in_flight_pages=2,
-        totals={"handoffs": 9.0},
+        totals={"handoffs_received": 9.0},
     )
     return WorkerSnapshot(worker_id=DECODE, role="decode", alive=True, spec=SPEC, load=load)
 

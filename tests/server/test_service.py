@@ -187,7 +187,7 @@ async def test_metrics_tell_requests_tokens_and_workers(bench: Any, busy: Any) -
         'kvist:num_requests_running{role="decode",worker="d:1"} 3.0',
         'kvist:kv_cache_usage_perc{role="decode",worker="d:1"} 0.5',
         'kvist:kv_pages{role="decode",state="in_flight",worker="d:1"} 2.0',
-        'kvist:worker_handoffs_total{role="decode",worker="d:1"} 9.0',
+        'kvist:worker_handoffs_received_total{role="decode",worker="d:1"} 9.0',
     ):
         assert line in text, line
 
