@@ -5,24 +5,25 @@ from __future__ import annotations
 import httpx
 import pytest
 
+NUM_TOKENS = 12
 GREEDY = {"temperature": 0}
 SEEDED = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "sampling_seed": 11}
 PROMPT = [504, 3575, 282, 4649, 314, 260, 1089, 327, 253, 6397, 28, 284, 451, 2373, 1441, 30]
 
 
 def generate(url: str, input_ids: list[int], **sampling: object) -> list[int]:
-    body = {"input_ids": input_ids, "sampling_params": {"max_new_tokens": 20, "ignore_eos": True, **sampling}}
+    body = {"input_ids": input_ids, "sampling_params": {"max_new_tokens": NUM_TOKENS, "ignore_eos": True, **sampling}}
     answer = httpx.post(f"{url}/generate", json=body, timeout=120)
     assert answer.status_code == 200, answer.text
     return answer.json()["output_ids"]
 
 
-@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 33, 600])
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 600])
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_the_pair_and_one_worker_agree_token_for_token(settled, num_tokens, sampling):
     prompt = (PROMPT * 40)[:num_tokens]
     alone = generate(settled.unified, prompt, **sampling)
-    assert len(alone) == 20
+    assert len(alone) == NUM_TOKENS
     assert generate(settled.router, prompt, **sampling) == alone
     assert generate(settled.router, prompt, **sampling) == alone  # now from the cache of both
 

@@ -55,7 +55,8 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
                 say("\n".join(f"  [{child.plan.name}] {line}" for line in list(child.last_lines)[-15:]))
             raise
         say(table(rows))
-        say("\n" + who_did_what(rows, list(processes.children.values())))
+        say(LEGEND)
+        say(who_did_what(rows, list(processes.children.values())))
     say("Everything that was started is stopped.")
     if expect and expect.lower() not in rows[0][1].text.lower():
         print(f"The answer to {question!r} does not name {expect}.", file=sys.stderr)
@@ -90,8 +91,14 @@ _COLUMNS = (
 )
 
 
+LEGEND = """
+pages sent: written by prefill into decode's pool; pages reused: prompt pages that decode had already
+handoff: from decode's grant to verified pages, while prefill computes; waited: the part of it after prefill was done
+"""
+
+
 def table(rows: Sequence[tuple[str, TurnReport]]) -> str:
-    """One line a turn. `handoff`: from the grant to verified pages; `waited`: the part after prefill was done."""
+    """One line a turn."""
     cells = [_COLUMNS, *(_row(name, report) for name, report in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_COLUMNS))]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells]

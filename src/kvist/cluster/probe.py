@@ -7,9 +7,10 @@ from collections.abc import Callable
 import httpx
 
 from kvist.clock import Clock, MonotonicClock
-from kvist.cluster.processes import ChildState, Processes
+from kvist.cluster.processes import Child, ChildState, Processes
 
 PROBE_TIMEOUT_S = 1.0
+LONGEST_PROGRESS_CHARS = 40
 
 
 def is_ready(url: str) -> bool:
@@ -21,14 +22,14 @@ def is_ready(url: str) -> bool:
 
 
 class StartReport:
-    """Prints who is ready and who is not, each time that changes and at least every few seconds."""
+    """Prints who is ready and what the others say they are doing: on every change, and every few seconds."""
 
     def __init__(
         self,
         processes: Processes,
         say: Callable[[str], None],
         *,
-        interval_s: float = 5.0,
+        interval_s: float = 2.0,
         clock: Clock | None = None,
     ) -> None:
         self._processes = processes
@@ -45,5 +46,11 @@ class StartReport:
         if states == self._last_states and now_s - self._last_s < self._interval_s:
             return
         self._last_states, self._last_s = states, now_s
-        words = ", ".join(f"{name} {state.value}" for name, state in states.items())
+        words = ", ".join(_word(child) for child in self._processes.children.values())
         self._say(f"{now_s - self._start_s:5.1f} s: {words}")
+
+
+def _word(child: Child) -> str:
+    doing = f" ({child.last_lines[-1]})" if child.state is ChildState.STARTING and child.last_lines else ""
+    # a progress line ("loading weights 40%") is short; a log line would not fit
+    return f"{child.plan.name} {child.state.value}{doing if len(doing) <= LONGEST_PROGRESS_CHARS else ''}"

@@ -27,7 +27,9 @@ from kvist.cluster.lifeline import stop_at_end_of_stdin
 from kvist.errors import ConfigError
 from kvist.request import WorkerId
 from kvist.router import Dispatcher, RouterConfig, build_dispatcher
-from kvist.server import ServerConfig, build_app, http_server
+from kvist.server.app import build_app
+from kvist.server.config import ServerConfig
+from kvist.server.serve import http_server
 from kvist.text import load_tokenizer
 from kvist.wire import EngineSpec
 from kvist.worker.child import EngineSupervisor

@@ -69,5 +69,5 @@ def _start_and_wait(processes: Processes, shape: ClusterShape, show: Sink, stop_
 
 
 def curl_example(url: str) -> list[str]:
-    question = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}'
+    question = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
     return [f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'"]

@@ -1,0 +1,140 @@
+"""The command as users meet it: quick where it should be, clear where they are wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import kvist
+from kvist import cli, settings
+from kvist.errors import ConfigError
+from kvist.flags import options_of
+
+HEAVY = ("torch", "transformers", "numpy.linalg", "uvicorn", "starlette")
+
+
+def loaded_after(code: str) -> set[str]:
+    """Which of the heavy modules a fresh interpreter has loaded after running the code."""
+    probe = f"import sys, io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()):\n    {code}\n"
+    probe += f"print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_version_loads_nothing_heavy() -> None:
+    assert loaded_after("import kvist; print(kvist.__version__)") == set()
+
+
+@pytest.mark.parametrize(
+    "argv", [["--version"], ["--help"], ["serve", "--help"], ["up", "--help"], ["serve", "--prot"]]
+)
+def test_help_version_and_mistakes_in_flags_load_no_torch(argv: list[str]) -> None:
+    assert not loaded_after(f"from kvist.cli import main; main({argv!r})") & {"torch", "transformers"}
+
+
+def test_the_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"kvist {kvist.__version__}\n"
+
+
+def test_no_verb_shows_the_verbs_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == cli.USAGE_ERROR
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["sreve"], ["did you mean serve?"]),
+        (["serve", "--prot", "1"], ["kvist serve:", "--prot", "did you mean --port?"]),
+        (["serve", "--role", "prefiller"], ["--role", "prefiller", "unified, prefill, decode"]),
+        (["serve", "--model-path", "/no/such/model", "--port", "0"], ["/no/such/model"]),
+        (["router"], ["no workers", "--prefill"]),
+        (["router", "--worker-urls", "ftp://x", "--port", "0"], ["ftp://x", "http://HOST:PORT"]),
+        (["up", "--prefill", "0"], ["--prefill 0", "--unified"]),
+        (["up", "--prefill", "two"], ["--prefill", "'two'", "from 0 to 64"]),
+    ],
+)
+def test_a_mistake_is_one_line_on_standard_error_and_status_2(
+    argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == cli.USAGE_ERROR
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    for word in words:
+        assert word in shown
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_option_of_a_verb_has_its_own_flags(verb: str) -> None:
+    flags = [flag for option in options_of(settings._SETTINGS[verb]) for flag in option.flags]
+    flags += [short.flag for short in settings.SHORTHANDS]
+    assert len(flags) == len(set(flags))
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_option_of_a_verb_is_in_its_help(verb: str) -> None:
+    page = settings.help_for(verb, cli.VERBS[verb])
+    assert all(flag in page for option in options_of(settings._SETTINGS[verb]) for flag in option.flags)
+
+
+def test_the_articles_two_commands_are_understood() -> None:
+    common = ["--model-path", "M", "--host", "127.0.0.1", "--tp", "1", "--mem-fraction-static", "0.8"]
+    first = settings.read("serve", [*common, "--port", "30001"], {})
+    second = settings.read("serve", [*common, "--port", "30002", "--decode-only"], {})
+    assert isinstance(first, settings.ServeSettings)
+    assert isinstance(second, settings.ServeSettings)
+    assert (first.engine.role, first.server.port, first.engine.model_path) == ("unified", 30001, "M")
+    assert (second.engine.role, second.engine.mem_fraction_static, second.engine.tp) == ("decode", 0.8, 1)
+
+
+def test_a_router_takes_several_urls_after_one_flag() -> None:
+    read = settings.read("router", ["--prefill", "http://a:1", "http://b:1", "--decode", "http://c:1"], {})
+    assert isinstance(read, settings.RouterSettings)
+    assert read.router.prefill == ("http://a:1", "http://b:1")
+    assert read.router.decode == ("http://c:1",)
+
+
+def test_a_variable_that_sets_nothing_is_told_with_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
+    settings.read("serve", [], {"KVIST_PAGE_SISE": "16"})
+    shown = capsys.readouterr().err
+    assert "KVIST_PAGE_SISE" in shown
+    assert "page_size" in shown
+
+
+def test_a_variable_of_another_verb_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    settings.read("router", ["--worker-urls", "http://a:1"], {"KVIST_PAGE_SIZE": "16"})
+    assert capsys.readouterr().err == ""
+
+
+def test_up_gives_each_child_the_options_it_knows_and_secrets_by_environment() -> None:
+    argv = [
+        "--page-size",
+        "32",
+        "--policy",
+        "round_robin",
+        "--api-key",
+        "hush",
+        "--cluster-key",
+        "hist",
+        "--port",
+        "8000",
+    ]
+    read = settings.read("up", [*argv, "--host", "0.0.0.0", "--num-threads", "3"], {})
+    assert isinstance(read, settings.UpSettings)
+    shape = settings.cluster_shape(read)
+    assert shape.worker_argv == ("--page-size=32",)
+    assert shape.router_argv == ("--policy=round_robin",)
+    assert shape.worker_environ == {
+        "KVIST_CLUSTER_KEY": "hist"
+    }  # workers listen on loopback, and the router has no key
+    assert shape.router_environ == {"KVIST_CLUSTER_KEY": "hist", "KVIST_API_KEY": "hush"}
+    assert (shape.router_host, shape.router_port, shape.threads_per_worker) == ("0.0.0.0", 8000, 3)
+
+
+def test_options_that_the_engine_reads_from_the_model_are_not_flags() -> None:
+    with pytest.raises(ConfigError, match="unknown flag --eos-token-ids"):
+        settings.read("serve", ["--eos-token-ids", "2"], {})

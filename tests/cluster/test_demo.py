@@ -1,0 +1,86 @@
+"""What the demonstration measures and shows, against a router that answers from a script."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+
+from kvist.clock import FakeClock
+from kvist.cluster.chat import TurnReport, stream_turn
+from kvist.cluster.demo import table, who_did_what
+from kvist.cluster.processes import Child, ChildPlan
+from kvist.errors import EngineError
+
+REPORT = {
+    "prefill_worker": "127.0.0.1:1",
+    "decode_worker": "127.0.0.1:2",
+    "handoff": {"num_pages": 3, "num_pages_reused": 1, "num_bytes": 3 << 20, "duration_ms": 12.5, "wait_ms": 0.5},
+}
+USAGE = {"prompt_tokens": 50, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 16}}
+
+
+def event(**fields: object) -> str:
+    return "data: " + json.dumps(fields) + "\n\n"
+
+
+def piece(text: str) -> str:
+    return event(choices=[{"index": 0, "delta": {"content": text}}])
+
+
+def ask(body: str, clock: FakeClock, status: int = 200) -> tuple[TurnReport, list[str], dict[str, object]]:
+    """The report, the pieces shown, and the request sent; 0.1 s pass at every piece."""
+    sent: dict[str, object] = {}
+    shown: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.update(json.loads(request.content))
+        return httpx.Response(status, text=body)
+
+    def show(text: str) -> None:
+        shown.append(text)
+        clock.advance(0.1)
+
+    with httpx.Client(base_url="http://router", transport=httpx.MockTransport(answer)) as client:
+        messages = [{"role": "user", "content": "Hello"}]
+        return stream_turn(client, messages, max_tokens=8, clock=clock, show=show), shown, sent
+
+
+def test_a_turn_is_shown_piece_by_piece_and_measured() -> None:
+    body = piece("Bon") + piece("jour") + piece("!") + event(choices=[], usage=USAGE, kvist=REPORT) + "data: [DONE]\n\n"
+    report, shown, sent = ask(body, FakeClock())
+    assert shown == ["Bon", "jour", "!"]
+    assert report.text == "Bonjour!"
+    assert report.tpot_s == pytest.approx(0.1)  # two gaps of 0.1 s after the first of three tokens
+    assert (report.num_prompt_tokens, report.num_cached_tokens, report.num_output_tokens) == (50, 16, 3)
+    assert (report.num_pages, report.num_pages_reused, report.num_bytes) == (3, 1, 3 << 20)
+    assert (report.handoff_s, report.handoff_wait_s) == (pytest.approx(0.0125), pytest.approx(0.0005))
+    assert (sent["temperature"], sent["stream"], sent["kvist"]) == (0, True, {"report": True})
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "word"),
+    [
+        ('{"error": {"message": "no worker"}}', 503, "no worker"),
+        (piece("Bon") + event(error={"message": "lost"}), 200, "lost"),
+        ("data: [DONE]\n\n", 200, "empty"),
+    ],
+)
+def test_an_answer_that_fails_is_an_error_that_says_why(body: str, status: int, word: str) -> None:
+    with pytest.raises(EngineError, match=word):
+        ask(body, FakeClock(), status)
+
+
+def test_the_table_has_one_line_a_turn_and_the_processes_are_named() -> None:
+    body = piece("a") + piece("b") + piece("c") + event(choices=[], usage=USAGE, kvist=REPORT)
+    report = ask(body, FakeClock())[0]
+    lines = table([("question", report), ("chat 1", report)]).splitlines()
+    assert len(lines) == 4
+    assert len({len(line) for line in lines}) == 1
+    for cell in ("100.0 ms", "50 tok", "16 tok", "3.00 MiB", "12.5 ms"):
+        assert cell in lines[2]
+    child = Child(ChildPlan(name="prefill-0", argv=(), url="http://127.0.0.1:1"))
+    said = who_did_what([("question", report)], [child])
+    assert "read by prefill-0" in said
+    assert "written by 127.0.0.1:2" in said
