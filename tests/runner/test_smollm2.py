@@ -1,0 +1,84 @@
+"""The embedded model through pages, attention and sampler: what transformers says, token for token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from kvist.checkpoint import find_checkpoint
+from kvist.models import load_model_config
+from kvist.request import RequestId, SamplingParams
+from kvist.runner import Runner, RunnerConfig, build_runner
+from kvist.scheduler.plan import Batch, BatchItem
+from kvist.text import load_tokenizer
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Once upon a time, in a small village by the sea,",
+    "Water boils at 100 degrees Celsius because",
+    "Translate to German: The weather is nice today, and the children are playing in the garden behind the house.",
+]
+NUM_TOKENS = 64
+EOS = (2,)  # transformers' min_new_tokens makes it impossible, so do we
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    checkpoint = find_checkpoint(None)
+    config = RunnerConfig(device="cpu", dtype="float32", max_total_tokens=4096)
+    built = build_runner(
+        checkpoint, load_model_config(checkpoint), config, runtime_dir=tmp_path_factory.mktemp("runtime")
+    )
+    yield built
+    built.close()
+
+
+def generate(runner: Runner, prompts: list[list[int]]) -> list[list[int]]:
+    """All at once: prompts in chunks of 8 tokens, beside the decodes of those that are further."""
+    tokens = [list(prompt) for prompt in prompts]
+    computed = [0] * len(prompts)
+    goals = [len(prompt) + NUM_TOKENS for prompt in prompts]
+    step = 0
+    while any(len(known) < goal for known, goal in zip(tokens, goals, strict=True)):
+        step += 1
+        items = []
+        for index, known in enumerate(tokens):
+            if len(known) == goals[index]:
+                continue
+            end = min(computed[index] + 8, len(known))
+            items.append(
+                BatchItem(
+                    request_id=RequestId(str(index)),
+                    token_ids=known[computed[index] : end],
+                    start=computed[index],
+                    page_ids=range(index * 20, index * 20 + 20),
+                    sampling=GREEDY if end == len(known) else None,
+                    suppressed_token_ids=EOS,
+                )
+            )
+            computed[index] = end
+        items.sort(key=lambda item: len(item.token_ids))
+        for name, token in runner.execute(Batch(step_id=step, items=tuple(items))).items():
+            tokens[int(name)].append(token.token_id)
+    return [known[-NUM_TOKENS:] for known in tokens]
+
+
+def test_greedy_tokens_equal_transformers_alone_and_together(runner: Runner, transformers_smollm2: Any) -> None:
+    tokenizer = load_tokenizer(find_checkpoint(None))
+    prompts = [tokenizer.encode(text) for text in PROMPTS]
+    expected = []
+    for prompt in prompts:
+        out = transformers_smollm2.generate(
+            torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, do_sample=False
+        )
+        expected.append(out[0, len(prompt) :].tolist())
+    assert generate(runner, prompts) == expected
+    for prompt, answer in zip(prompts[:2], expected, strict=False):
+        assert generate(runner, [prompt]) == [answer]
