@@ -290,6 +290,12 @@ def test_a_revoke_that_overtakes_the_request_closes_it_before_it_begins() -> Non
     assert plan.batch is None
 
 
+def test_a_revoked_early_grant_takes_no_room_among_those_that_wait() -> None:
+    bench = Bench("prefill", max_remembered_handoffs=1)
+    bench.step(GrantArrived(grant=grant()), revoke())
+    assert not messages(bench.step(GrantArrived(grant=grant(handoff_id=HandoffId("next")))))
+
+
 def test_a_grant_after_the_end_is_answered_with_closed() -> None:
     bench = Bench("prefill")
     bench.step(prefill_arrived(), AbortRequested(request_id="r"))
@@ -409,6 +415,28 @@ def test_a_prompt_without_a_grant_gives_way_to_one_with_and_tells_its_first_toke
     assert not plan.chunks
     pages = [page for job in plan.transfers for page in job.peer_page_ids]
     assert pages[-1] == 9
+
+
+def test_a_running_stream_takes_the_pages_of_a_prompt_without_a_grant_rather_than_wait() -> None:
+    bench = Bench("unified", num_pages=5, chunked_prefill_size=10, max_model_len=20)
+    bench.step(prefill_arrived())
+    bench.finish()
+    stream = make_request("s", [20, 21, 22, 23, 24, 25, 26], max_tokens=6, ignore_eos=True)
+    bench.step(Arrived(request=stream, mode=Mode.FULL))
+    positions = [chunk.position for _ in range(6) for chunk in bench.finish().chunks]
+    assert positions == [0, 1, 2, 3, 4, 5]
+    assert bench.scheduler.load().totals["preemptions"] == 1
+    assert bench.scheduler.load().num_waiting == 1
+
+
+def test_a_granted_prompt_that_gets_no_room_times_out_and_tells_decode() -> None:
+    bench = Bench("unified", num_pages=4, max_model_len=16, queue_timeout_s=5.0)
+    stream = make_request("s", [20, 21, 22, 23, 24, 25, 26], max_tokens=9, ignore_eos=True)
+    bench.step(Arrived(request=stream, mode=Mode.FULL), prefill_arrived(), GrantArrived(grant=grant()))
+    bench.now_s = 5.0
+    plan = bench.finish()
+    assert ends(plan) == [(Outcome.FAILED, "timeout")]
+    assert isinstance(messages(plan)[0], Closed)
 
 
 def test_a_prefill_of_a_resumed_stream_hands_over_prompt_and_answer_so_far() -> None:

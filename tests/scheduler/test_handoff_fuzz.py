@@ -74,7 +74,7 @@ def make_trouble(world: World, dice: random.Random) -> None:
         world.now_s += dice.choice([0.3, 1.1, 7.0, 13.0])
 
 
-def test_three_hundred_clusters_in_all_kinds_of_trouble_and_no_move_of_the_tables_goes_untried(
+def test_clusters_in_all_kinds_of_trouble_keep_their_promises_and_try_every_move_of_the_tables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tried: set[object] = set()
@@ -86,7 +86,7 @@ def test_three_hundred_clusters_in_all_kinds_of_trouble_and_no_move_of_the_table
             return _original(self, handoff, trigger, *args)
 
         monkeypatch.setattr(half, "_fire", fire)
-    for seed in range(300):
+    for seed in range(150):
         one_run(seed)
     moves: set[object] = {(state, t) for state, row in SOURCE_TRANSITIONS.items() for t in row}
     moves |= {(state, t) for state, row in TARGET_TRANSITIONS.items() for t in row}

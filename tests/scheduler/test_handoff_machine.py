@@ -124,6 +124,6 @@ def test_a_handoff_keeps_its_promises_over_any_wire() -> None:
     run_state_machine_as_test(
         Cluster,
         settings=settings(
-            max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

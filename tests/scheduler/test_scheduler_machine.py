@@ -87,6 +87,6 @@ def test_one_engine_keeps_its_promises_in_any_order_of_events() -> None:
     run_state_machine_as_test(
         OneEngine,
         settings=settings(
-            max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
