@@ -1,7 +1,7 @@
 """Says how large each room is, and fails when the package outgrows what a person can hold in their head.
 
-Limits: 500 lines a file; 14,000 lines in all, blank ones not counted (the formatter decides on those); and no file named
-after nothing in particular (utils.py).
+Limits: 500 lines a file; 14,000 lines in all, not counting blank ones (the formatter decides on those); and no file
+named after nothing in particular (utils.py).
 """
 
 from __future__ import annotations
