@@ -93,17 +93,14 @@ def tiny_model(tiny_model_path: Path) -> CausalLM:
 class Stream:
     """What the gateway has of one request."""
 
-    submits: int
+    waits_for: set[EpochId]  # the engines that owe an `Ended`: one each, but for those that died
+    num_submits: int
     tokens: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     finish: FinishReason | None = None
     cached: int | None = None
     handoff: wire.HandoffReport | None = None
     ended: list[wire.Ended] = field(default_factory=list)
-
-    @property
-    def over(self) -> bool:
-        return len(self.ended) == self.submits
 
     @property
     def token_ids(self) -> list[int]:
@@ -125,7 +122,7 @@ class MemoryChannel:
 
     def send(self, identity: bytes, message: Outbound) -> bool:
         if identity == GATEWAY:
-            self._world.heard_at_gateway(wire.Decoder(wire.EngineToGateway).decode(wire.encode(message)))
+            self._world.heard_at_gateway(self.epoch, wire.Decoder(wire.EngineToGateway).decode(wire.encode(message)))
             return True
         peer = self._world.by_epoch(identity.decode())
         if peer is None:
@@ -251,16 +248,19 @@ class World:
         """As `kill -9` does: it takes no further step, and its locks and files go."""
         self.engines.remove(engine)
         engine.die()
+        for stream in self.streams.values():
+            stream.waits_for.discard(engine.channel.epoch)
 
     # ------------------------------------------------------------ the gateway
 
     def submit_full(self, engine: SmallEngine, request: EngineRequest) -> Stream:
-        stream = self.streams[request.request_id] = Stream(submits=1)
+        stream = self.streams[request.request_id] = Stream({engine.channel.epoch}, num_submits=1)
         engine.channel.waiting.append((GATEWAY, wire.Submit(request=request, mode=Mode.FULL)))
         return stream
 
     def submit_pair(self, prefill: SmallEngine, decode: SmallEngine, request: EngineRequest) -> Stream:
-        stream = self.streams[request.request_id] = Stream(submits=2)
+        epochs = {prefill.channel.epoch, decode.channel.epoch}
+        stream = self.streams[request.request_id] = Stream(epochs, num_submits=2)
         handoff = HandoffId(f"handoff-{request.request_id}")
         peer = wire.PrefillPeer(
             worker_id=WorkerId(prefill.channel.epoch),
@@ -277,7 +277,7 @@ class World:
         for engine in self.engines:
             engine.channel.waiting.append((GATEWAY, wire.Abort(request_id=RequestId(request_id))))
 
-    def heard_at_gateway(self, message: object) -> None:
+    def heard_at_gateway(self, epoch: EpochId, message: object) -> None:
         if not isinstance(message, wire.StepOutputs):
             return
         for chunk in message.chunks:
@@ -294,7 +294,8 @@ class World:
                 stream.cached = chunk.num_cached_tokens
         for ended in message.ended:
             stream = self.streams[ended.request_id]
-            assert not stream.over, f"{ended.request_id} ended more often than it was submitted"
+            assert epoch in stream.waits_for, f"{ended.request_id} ended twice at {epoch}"
+            stream.waits_for.remove(epoch)
             stream.ended.append(ended)
 
     # ------------------------------------------------------------ time
@@ -307,7 +308,7 @@ class World:
     def run(self, timeout_s: float = 20.0) -> None:
         """Real seconds bound it, since transfers take real ones."""
         give_up_s = time.monotonic() + timeout_s
-        while not (all(stream.over for stream in self.streams.values()) and all(each.idle for each in self.engines)):
+        while any(each.waits_for for each in self.streams.values()) or not all(each.idle for each in self.engines):
             assert time.monotonic() < give_up_s, f"stuck: {self.streams}, {[e.scheduler.load() for e in self.engines]}"
             self.step()
 

@@ -215,6 +215,32 @@ def test_stop_tokens_end_both_ways_at_the_same_place(world: World, request_of: A
     world.check_ledgers()
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_engines_that_die_and_come_back_leave_nothing_held_at_the_others(
+    world: World, request_of: Any, role: str
+) -> None:
+    draw = random.Random(role)
+    pair = {"prefill": world.engine("prefill", num_pages=40), "decode": world.engine("decode", num_pages=40)}
+    for number in range(24):
+        request = request_of(
+            f"r{number}", prompt(draw.randrange(20, 60), seed=number), max_tokens=draw.randrange(1, 20)
+        )
+        world.submit_pair(pair["prefill"], pair["decode"], request)
+        for _ in range(draw.randrange(8)):
+            world.step()
+        if number % 6 == 5:
+            world.kill(pair[role])
+            pair[role] = world.engine(role, num_pages=40)
+            world.clock.advance(draw.choice((0.0, 1.0)))
+    last = world.submit_pair(pair["prefill"], pair["decode"], request_of("last", prompt(30), max_tokens=5))
+    world.clock.advance(1.0)
+    world.run()
+    assert [ended.outcome for ended in last.ended] == [Outcome.FINISHED] * 2
+    outcomes = {ended.outcome for stream in world.streams.values() for ended in stream.ended}
+    assert outcomes == {Outcome.FINISHED, Outcome.FAILED}
+    world.check_ledgers()
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_aborts_at_any_moment_end_everything_once_and_leak_nothing(world: World, request_of: Any, seed: int) -> None:
     draw = random.Random(seed)
@@ -236,7 +262,7 @@ def test_aborts_at_any_moment_end_everything_once_and_leak_nothing(world: World,
             world.abort(open_ids.pop(draw.randrange(len(open_ids))))
     world.run()
     for request_id, stream in world.streams.items():
-        assert len(stream.ended) == stream.submits, request_id
+        assert len(stream.ended) == stream.num_submits, request_id
         assert all(ended.outcome is not Outcome.FAILED for ended in stream.ended), stream.ended
     world.check_ledgers()
 
@@ -247,8 +273,6 @@ def test_a_prefill_engine_that_dies_fails_its_handoffs_and_frees_their_pages(wor
     while decode.scheduler.load().pages.in_flight == 0:
         world.step()
     world.kill(prefill)
-    stream.submits = 1  # who is dead tells nobody
-    stream.ended.clear()
     world.clock.advance(1.0)
     world.run()
     assert [(ended.outcome, ended.error_code) for ended in stream.ended] in (
@@ -260,12 +284,11 @@ def test_a_prefill_engine_that_dies_fails_its_handoffs_and_frees_their_pages(wor
 
 def test_a_decode_engine_that_dies_leaves_prefill_without_held_pages(world: World, request_of: Any) -> None:
     prefill, decode = world.engine("prefill"), world.engine("decode")
-    stream = world.submit_pair(prefill, decode, request_of("r", prompt(60)))
+    world.submit_pair(prefill, decode, request_of("r", prompt(60)))
     while decode.scheduler.load().pages.in_flight == 0:
         world.step()
     world.step()
     world.kill(decode)
-    stream.submits = 1
     world.clock.advance(1.0)
     world.run()
     world.check_ledgers()

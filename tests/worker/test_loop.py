@@ -50,6 +50,7 @@ from kvist.scheduler.plan import (
     WritePages,
 )
 from kvist.transfer import TransferReport
+from kvist.worker import gateways
 from kvist.worker.loop import MAX_FAILED_STEPS_IN_A_ROW, EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
 
@@ -289,6 +290,20 @@ def test_a_request_id_in_use_is_refused_and_the_first_request_keeps_its_gateway(
     assert len(engine.sent(wire.StepOutputs, G2)) == 1
     engine.turn(plan=Plan(chunks=(chunk("r"),)))
     assert engine.sent(wire.StepOutputs, G1) == [wire.StepOutputs(chunks=(chunk("r"),))]
+
+
+def test_one_gateway_too_many_is_told_so_and_one_that_left_makes_room(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateways, "MAX_GATEWAYS", 1)
+    engine.turn((G1, submit("a")))
+    assert engine.turn((G2, submit("b"))) == []
+    [outputs] = engine.sent(wire.StepOutputs, G2)
+    assert isinstance(outputs, wire.StepOutputs)
+    assert outputs.ended[0].error_code == "overloaded"
+    engine.clock.advance(11)
+    engine.turn()
+    assert len(engine.turn((G2, submit("b")))) == 1
 
 
 def test_a_request_id_may_be_used_again_after_its_end(engine: Engine) -> None:
