@@ -1,0 +1,50 @@
+"""The documentation names real things and links to real files."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def _resolve(name: str) -> object:
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[length:]:
+            found = getattr(found, attribute)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+def test_every_name_in_follow_one_request_exists() -> None:
+    names = re.findall(r"`(kvist(?:\.\w+)+)`", (ROOT / "docs/follow-one-request.md").read_text(encoding="utf-8"))
+    assert len(names) > 40
+    for name in names:
+        _resolve(name)
+
+
+def test_a_name_that_does_not_exist_is_noticed() -> None:
+    with pytest.raises(AttributeError):
+        _resolve("kvist.wire.NoSuchMessage")
+
+
+def test_every_class_of_the_glossary_exists() -> None:
+    names = re.findall(r"`((?:kv|request|wire|scheduler)\.\w+(?:\.\w+)*)`", (ROOT / "docs/glossary.md").read_text())
+    assert len(names) > 10
+    for name in names:
+        _resolve(f"kvist.{name}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
