@@ -49,7 +49,7 @@ def test_logits_equal_transformers(reference, smollm2, logits_of, relative_error
 
 def test_loading_takes_seconds():
     checkpoint = find_checkpoint(None)
-    start = time.perf_counter()
+    start = time.process_time()
     config = load_model_config(checkpoint)
     load_model(checkpoint, config, dtype=torch.float32, device=torch.device("cpu"), tp=TensorParallel())
-    assert time.perf_counter() - start < 20, "5 s on an idle machine; the bound leaves room for a busy one"
+    assert time.process_time() - start < 10, "processor seconds, so that a busy machine does not matter; 3 to 4 here"

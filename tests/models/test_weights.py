@@ -155,17 +155,31 @@ def test_dummy_weights_depend_on_the_seed_only_and_keep_logits_sane(write_config
     assert 0.3 < first.std() < 3
 
 
-def test_progress_counts_up_to_every_tensor(write_model):
-    checkpoint, tensors = write_model(num_hidden_layers=5)
+@pytest.mark.parametrize(
+    "tp", [TensorParallel(), TensorParallel(rank=1, size=2)], ids=["alone", "rank 1, no o_proj.bias"]
+)
+def test_progress_counts_up_to_every_tensor(write_model, tp):
+    checkpoint, tensors = write_model(num_hidden_layers=5, attention_bias=True)
     seen: list[tuple[int, int]] = []
     load_model(
         checkpoint,
         load_model_config(checkpoint),
         dtype=torch.float32,
         device=CPU,
-        tp=TensorParallel(),
+        tp=tp,
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen == sorted(seen)
     assert seen[-1] == (len(tensors), len(tensors))
     assert len(seen) >= 5
+
+
+def test_loading_leaves_the_number_of_threads_as_it_was(write_model, load_tiny):
+    checkpoint, tensors = write_model()
+    torch.set_num_threads(2)
+    load_tiny(checkpoint)
+    del tensors[Q_PROJ]
+    save(checkpoint, tensors)
+    with pytest.raises(ModelLoadError):
+        load_tiny(checkpoint)
+    assert torch.get_num_threads() == 2

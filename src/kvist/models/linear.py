@@ -18,6 +18,9 @@ with torch 2.13: milliseconds for all 121 matrices of one SmolLM2-135M step (bes
     packed          2     20    21    20    15    21    20    55   184
     packed, padded  2     18    23    22     -     -     -     -     -
 
+With more threads than free cores every product waits for a thread that does not run, and OpenMP spins meanwhile: two
+threads on two busy cores took 630 to 1560 ms a step, 48 to 140 with OMP_WAIT_POLICY=passive, 54 to 61 with one thread.
+
 The hint that packing takes (rows expected) hardly matters: 4, 8, 16 and 32 are within the noise of each other.
 """
 

@@ -6,7 +6,8 @@ memory is the model plus two layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -63,7 +64,7 @@ def _open_source(checkpoint: Checkpoint, config: ModelConfig, options: LoadOptio
 
 def _build(config: ModelConfig, reader: WeightReader, tp: TensorParallel, progress: Progress) -> CausalLM:
     num_tensors = len(expected_tensors(config))
-    with ThreadPoolExecutor(NUM_LOADING_THREADS, thread_name_prefix="load") as pool:
+    with _one_torch_thread(), ThreadPoolExecutor(NUM_LOADING_THREADS, thread_name_prefix="load") as pool:
         ends = pool.submit(VocabularyEnds, config, reader, tp)
         pending = [pool.submit(DecoderLayer, config, reader, layer, tp) for layer in range(config.num_layers)]
         try:
@@ -77,3 +78,14 @@ def _build(config: ModelConfig, reader: WeightReader, tp: TensorParallel, progre
             raise
     progress(num_tensors, num_tensors)
     return model
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Each loading thread works alone: teams of OpenMP threads on the same cores would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
