@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from scheduler_sim import EOS, SimEngine, World, make_request, reference_stream, small_config
+from fake_device import EOS, reference_stream
+from scheduler_sim import SimEngine, World, make_request, small_config
 
 from kvist.errors import ConfigError
 from kvist.request import FinishReason, Mode, Outcome, SampledToken, SamplingParams

@@ -1,4 +1,4 @@
-"""One handoff at a time, message by message: what each side does when something comes, is missing, or comes twice."""
+"""Prefill's side of one handoff, message by message: what it does when something comes, is missing, or comes twice."""
 
 from __future__ import annotations
 
@@ -6,78 +6,24 @@ from collections.abc import Sequence
 
 import msgspec
 import pytest
-from scheduler_sim import LAYOUT, PAGE_BYTES, World, make_request, small_config
+from handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages, pool
+from scheduler_sim import PAGE_BYTES, make_request
 
-from kvist.kv.cache import PageCache
-from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome, SampledToken
-from kvist.scheduler import Scheduler, build_scheduler
+from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome
 from kvist.scheduler.events import (
     AbortRequested,
     AckArrived,
     Arrived,
-    ClosedArrived,
-    DoneArrived,
     Event,
     GrantArrived,
-    PagesVerified,
     PeerDied,
     RevokeArrived,
     StepFailed,
-    StepFinished,
     WritesCompleted,
     WritesFailed,
 )
-from kvist.scheduler.plan import Batch, Plan, StopWrites, VerifyPages, WritePages
-from kvist.wire import Ack, Closed, Done, Grant, PoolAddress, PrefillPeer, Revoke
-
-H = HandoffId("h")
-D, P = EpochId("D#1"), EpochId("P#1")
-PROMPT = list(range(10))  # 3 pages of 4 tokens, the last one half full
-FIRST = SampledToken(token_id=5)
-
-
-def pool(epoch: str, layout: str = LAYOUT) -> PoolAddress:
-    return PoolAddress(transport="sim", location=epoch, num_pages=12, page_bytes=PAGE_BYTES, layout=layout)
-
-
-class Bench:
-    """One scheduler on the bench; we play everybody else."""
-
-    def __init__(self, role: str, num_pages: int = 12, **config: object) -> None:
-        self.cache = PageCache(num_pages=num_pages, page_size=4, namespace="t")
-        epoch = D if role == "decode" else P
-        self.scheduler: Scheduler = build_scheduler(role, small_config(**config), self.cache, epoch, pool(epoch))
-        self.now_s = 0.0
-        self.plan = Plan()
-        self.batch: Batch | None = None  # under way
-
-    def step(self, *events: Event) -> Plan:
-        self.plan = self.scheduler.step(self.now_s, events)
-        self.batch = self.plan.batch or self.batch
-        return self.plan
-
-    def finish(self, *events: Event, token_id: int = FIRST.token_id) -> Plan:
-        """The batch is done; then `events`."""
-        batch, self.batch = self.batch, None
-        assert batch is not None
-        sampled = {item.request_id: SampledToken(token_id=token_id) for item in batch.items if item.sampling}
-        return self.step(StepFinished(step_id=batch.step_id, sampled=sampled), *events)
-
-    @property
-    def busy_pages(self) -> int:
-        counts = self.scheduler.load().pages
-        return counts.owned + counts.in_flight + counts.cached - counts.evictable
-
-
-def messages(plan: Plan) -> list[object]:
-    return [sent.message for sent in plan.messages]
-
-
-def ends(plan: Plan) -> list[tuple[Outcome, str | None]]:
-    return [(ended.outcome, ended.error_code) for ended in plan.ended]
-
-
-# -------------------------------------------------------------------- prefill side
+from kvist.scheduler.plan import StopWrites, WritePages
+from kvist.wire import Closed, Done, Grant
 
 
 def prefill_arrived(request_id: str = "r", handoff_id: HandoffId = H, prompt: Sequence[int] = PROMPT) -> Arrived:
@@ -446,236 +392,3 @@ def test_a_prefill_of_a_resumed_stream_hands_over_prompt_and_answer_so_far() -> 
     plan = bench.finish()
     assert plan.chunks[0].position == 2
     assert [page for job in plan.transfers for page in job.peer_page_ids] == [7, 8, 9]
-
-
-# -------------------------------------------------------------------- decode side
-
-
-def decode_arrived(request_id: str = "r", handoff_id: HandoffId = H, **fields: object) -> Arrived:
-    return Arrived(
-        request=make_request(request_id, PROMPT, ignore_eos=True, **fields),
-        mode=Mode.DECODE,
-        handoff_id=handoff_id,
-        prefill=PrefillPeer(worker_id="w", endpoint="tcp://p", epoch=P),
-    )
-
-
-def done(**fields: object) -> DoneArrived:
-    message = Done(handoff_id=H, target_epoch=D, source_epoch=P, num_pages=3, checksum="sum", first_token=FIRST)
-    return DoneArrived(done=msgspec.structs.replace(message, **fields))
-
-
-def closed(source_epoch: EpochId = P, code: str | None = "overloaded") -> ClosedArrived:
-    return ClosedArrived(
-        closed=Closed(handoff_id=H, target_epoch=D, source_epoch=source_epoch, error_code=code, message="no")
-    )
-
-
-VERIFIED = PagesVerified(handoff_id=H, checksum="sum")
-
-
-def granted(**config: object) -> Bench:
-    bench = Bench("decode", **config)
-    bench.step(decode_arrived())
-    return bench
-
-
-def verifying(**config: object) -> Bench:
-    bench = granted(**config)
-    bench.step(done())
-    return bench
-
-
-def test_decode_grants_pages_for_what_it_does_not_have() -> None:
-    bench = granted()
-    (sent,) = bench.plan.messages
-    assert sent.endpoint == "tcp://p"
-    assert isinstance(sent.message, Grant)
-    assert (sent.message.first_page, len(sent.message.page_ids)) == (0, 3)
-    assert (sent.message.target_epoch, sent.message.source_epoch) == (D, P)
-    assert bench.plan.watched_epochs == {P}
-    assert bench.scheduler.load().pages.in_flight == 3
-    assert bench.plan.batch is None
-
-
-def test_a_second_turn_grants_only_the_pages_that_are_new() -> None:
-    bench = verifying()
-    bench.step(VERIFIED)
-    bench.step(AbortRequested(request_id="r"))
-    bench.finish()
-    plan = bench.step(decode_arrived("again", HandoffId("h2")))
-    (message,) = messages(plan)
-    assert isinstance(message, Grant)
-    assert (message.first_page, len(message.page_ids)) == (2, 1)
-
-
-def test_done_is_verified_before_anything_else() -> None:
-    bench = granted()
-    (grant_message,) = messages(bench.plan)
-    assert isinstance(grant_message, Grant)
-    plan = bench.step(done())
-    assert plan.transfers == (VerifyPages(handoff_id=H, page_ids=grant_message.page_ids),)
-    assert not plan.messages
-    assert plan.batch is None
-
-
-def test_verified_pages_are_acknowledged_cached_and_decoded_from() -> None:
-    bench = granted()
-    bench.now_s = 2.0
-    bench.step(done())
-    bench.now_s = 2.5
-    plan = bench.step(VERIFIED)
-    assert messages(plan) == [Ack(handoff_id=H, target_epoch=D)]
-    assert len(plan.cached_added) == 2
-    assert plan.batch is not None
-    (item,) = plan.batch.items
-    assert (item.start, list(item.token_ids), item.end) == (10, [5], 11)
-    assert not plan.chunks  # prefill has told position 0
-    (chunk,) = bench.finish(token_id=6).chunks
-    assert (chunk.position, chunk.token_ids, chunk.num_cached_tokens) == (1, (6,), None)
-    assert chunk.handoff is not None
-    assert msgspec.structs.astuple(chunk.handoff) == (3, 0, 3 * PAGE_BYTES, 2.5, 0.5)
-    assert bench.finish(token_id=6).chunks[0].handoff is None
-
-
-def test_done_twice_is_verified_once_and_acknowledged_each_time_after() -> None:
-    bench = verifying()
-    assert not bench.step(done()).transfers
-    bench.step(VERIFIED)
-    assert messages(bench.step(done())) == [Ack(handoff_id=H, target_epoch=D)]
-    assert messages(bench.step(done())) == [Ack(handoff_id=H, target_epoch=D)]
-
-
-def test_a_first_token_that_was_the_last_ends_the_request_without_a_chunk() -> None:
-    bench = granted()
-    bench.step(done(finish_reason=FinishReason.STOP))
-    plan = bench.step(VERIFIED)
-    assert ends(plan) == [(Outcome.FINISHED, None)]
-    assert messages(plan) == [Ack(handoff_id=H, target_epoch=D)]
-    assert not plan.chunks
-    assert bench.scheduler.load().pages.cached == 2
-    assert bench.busy_pages == 0
-
-
-@pytest.mark.parametrize("damage", ["checksum", "count"])
-def test_pages_that_are_not_what_was_sent_fail_the_request_and_both_sides_are_clean(damage: str) -> None:
-    bench = granted()
-    if damage == "count":
-        plan = bench.step(done(num_pages=2))
-    else:
-        bench.step(done())
-        plan = bench.step(PagesVerified(handoff_id=H, checksum="other"))
-    assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
-    assert isinstance(messages(plan)[0], Revoke)
-    assert bench.scheduler.load().pages.free == 12
-    assert isinstance(messages(bench.step(done()))[0], Revoke)  # its Revoke was lost: say it again
-
-
-def test_closed_fails_the_request_with_prefills_reason_and_frees_the_pages() -> None:
-    bench = granted()
-    assert ends(bench.step(closed())) == [(Outcome.FAILED, "overloaded")]
-    assert bench.scheduler.load().pages.free == 12
-
-
-def test_an_abort_after_the_grant_keeps_the_pages_in_flight_until_prefill_says_closed() -> None:
-    bench = granted()
-    plan = bench.step(AbortRequested(request_id="r"))
-    assert ends(plan) == [(Outcome.ABORTED, None)]
-    assert isinstance(messages(plan)[0], Revoke)
-    assert bench.scheduler.load().pages.in_flight == 3
-    for _ in range(2):
-        bench.now_s += 1.0
-        assert isinstance(messages(bench.step())[0], Revoke)
-    bench.step(closed(code=None))
-    assert bench.scheduler.load().pages.free == 12
-    assert not bench.scheduler.has_work()
-
-
-def test_done_after_revoke_frees_the_pages_too_for_nothing_is_written_after_it() -> None:
-    bench = granted()
-    bench.step(AbortRequested(request_id="r"))
-    plan = bench.step(done())
-    assert bench.scheduler.load().pages.free == 12
-    assert not plan.ended
-    assert isinstance(messages(bench.step(done()))[0], Revoke)
-
-
-def test_waiting_for_done_is_bounded_but_the_pages_stay_in_flight() -> None:
-    bench = granted(handoff_timeout_s=5.0)
-    bench.now_s = 5.0
-    plan = bench.step()
-    assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
-    assert bench.scheduler.load().pages.in_flight == 3
-    bench.step(PeerDied(epoch=P))
-    assert bench.scheduler.load().pages.free == 12
-
-
-def test_the_death_of_prefill_fails_a_grant_and_frees_its_pages() -> None:
-    bench = granted()
-    assert ends(bench.step(PeerDied(epoch=P))) == [(Outcome.FAILED, "worker_lost")]
-    assert bench.scheduler.load().pages.free == 12
-
-
-def test_the_death_of_prefill_after_done_costs_nothing() -> None:
-    bench = verifying()
-    assert not bench.step(PeerDied(epoch=P)).ended
-    assert bench.step(VERIFIED).batch is not None
-
-
-def test_closed_by_another_life_fails_the_request_but_does_not_free_the_pages() -> None:
-    bench = granted()
-    plan = bench.step(closed(source_epoch=EpochId("P#2")))
-    assert ends(plan) == [(Outcome.FAILED, "worker_lost")]
-    assert bench.scheduler.load().pages.in_flight == 3
-    bench.step(closed(source_epoch=EpochId("P#2")))
-    assert bench.scheduler.load().pages.in_flight == 3
-    bench.step(PeerDied(epoch=P))
-    assert bench.scheduler.load().pages.free == 12
-
-
-@pytest.mark.parametrize("fields", [{"source_epoch": EpochId("P#0")}, {"target_epoch": EpochId("D#0")}])
-def test_a_done_of_another_life_is_ignored(fields: dict[str, EpochId]) -> None:
-    bench = granted()
-    plan = bench.step(done(**fields))
-    assert not plan.transfers
-    assert not plan.messages
-
-
-def test_a_done_for_an_unknown_handoff_is_revoked_so_that_prefill_can_let_go() -> None:
-    bench = granted()
-    (message,) = messages(bench.step(done(handoff_id=HandoffId("ghost"))))
-    assert isinstance(message, Revoke)
-
-
-def test_an_abort_while_verifying_lets_both_sides_go() -> None:
-    bench = verifying()
-    plan = bench.step(AbortRequested(request_id="r"))
-    assert ends(plan) == [(Outcome.ABORTED, None)]
-    assert isinstance(messages(plan)[0], Revoke)
-    assert bench.scheduler.load().pages.free == 12
-    assert not bench.step(VERIFIED).ended
-
-
-def test_a_preempted_stream_computes_its_pages_itself_and_is_not_handed_over_again() -> None:
-    world = World()
-    config = small_config(max_model_len=24)
-    prefill = world.start("p", "prefill", config, num_pages=12)
-    decode = world.start("d", "decode", config, num_pages=6)
-    for index in range(3):
-        request = make_request(f"r{index}", [index] * 5, max_tokens=14, ignore_eos=True, seed=index)
-        world.submit_pair(request, prefill, decode)
-    world.settle()
-    world.check_settled()
-    totals = decode.scheduler.load().totals
-    assert totals["preemptions"] >= 1
-    assert totals["computed_prompt_tokens"] > 0
-    assert totals["handoffs_received"] == totals["requests_finished"] == 3
-
-
-def test_a_grant_waits_until_running_streams_have_room_to_grow() -> None:
-    bench = Bench("decode", num_pages=4, max_model_len=16)
-    bench.step(decode_arrived())
-    bench.step(done(), VERIFIED)
-    plan = bench.step(VERIFIED, decode_arrived("next", HandoffId("h2")))
-    assert not [message for message in messages(plan) if isinstance(message, Grant)]
-    assert bench.scheduler.load().num_waiting == 1

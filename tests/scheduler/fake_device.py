@@ -1,0 +1,99 @@
+"""A page pool and a model that exist only in memory.
+
+The fake model writes into each page slot what real K/V would depend on: the whole prefix. Before it "attends", it
+checks every slot it reads, so a page that was freed, overwritten or never filled is seen at once. Its next token is a
+hash of (prefix, seed, position): one lost, doubled or misplaced token changes all that follow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from kvist.kv.cache import PageCache
+from kvist.kv.pages import PageState
+from kvist.request import EngineRequest, FinishReason, SampledToken, SamplingParams
+from kvist.scheduler import SchedulerConfig
+from kvist.scheduler.plan import Batch
+
+VOCAB = 23
+EOS = 7
+Slot = tuple[int, int]  # token, hash of the whole prefix up to and with it
+
+
+def chain(previous: int, token_id: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{previous}/{token_id}".encode(), digest_size=8).digest(), "little")
+
+
+def next_token(prefix: int, sampling: SamplingParams, position: int, suppressed: tuple[int, ...]) -> int:
+    """The fake model's choice; `position` is the number of tokens before it."""
+    attempt = 0
+    while True:
+        token_id = chain(prefix, (sampling.seed << 20) + (position << 6) + attempt) % VOCAB
+        if token_id not in suppressed:
+            return token_id
+        attempt += 1
+
+
+def reference_stream(
+    request: EngineRequest, config: SchedulerConfig, context_len: int
+) -> tuple[list[int], FinishReason]:
+    """The answer from the first output token on, as one undisturbed engine would give it."""
+    tokens = [*request.prompt_token_ids, *request.output_token_ids]
+    sampling = request.sampling
+    stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(config.eos_token_ids))
+    prefix = 0
+    for token_id in tokens:
+        prefix = chain(prefix, token_id)
+    while True:
+        num_outputs = len(tokens) - len(request.prompt_token_ids)
+        suppressed = tuple(sorted(stops)) if num_outputs < sampling.min_tokens else ()
+        token_id = next_token(prefix, sampling, len(tokens), suppressed)
+        prefix = chain(prefix, token_id)
+        tokens.append(token_id)
+        outputs = tokens[len(request.prompt_token_ids) :]
+        if token_id in stops:
+            return outputs, FinishReason.STOP
+        if len(outputs) >= sampling.max_tokens or len(tokens) >= context_len:
+            return outputs, FinishReason.LENGTH
+
+
+class FakeDevice:
+    """A page pool and a model."""
+
+    def __init__(self, cache: PageCache) -> None:
+        self._page_size = cache.page_size
+        self._ledger = cache._ledger
+        self.pages: list[list[Slot | None]] = [[None] * cache.page_size for _ in range(cache.num_pages)]
+
+    def execute(self, batch: Batch) -> dict[str, SampledToken]:
+        """Writes all K/V first, like a real step: no request may see another's half-written page as its own."""
+        sampled: dict[str, SampledToken] = {}
+        for item in batch.items:
+            prefix = self._check_prefix(item.page_ids, item.start)
+            for offset, token_id in enumerate(item.token_ids):
+                page, slot = divmod(item.start + offset, self._page_size)
+                state = self._ledger.state(item.page_ids[page])
+                assert state is PageState.OWNED, f"a step writes page {item.page_ids[page]}, which is {state.name}"
+                prefix = chain(prefix, token_id)
+                self.pages[item.page_ids[page]][slot] = (token_id, prefix)
+            if item.sampling is not None:
+                token_id = next_token(prefix, item.sampling, item.end, item.suppressed_token_ids)
+                sampled[item.request_id] = SampledToken(token_id=token_id)
+        return sampled
+
+    def _check_prefix(self, page_ids: list[int], num_tokens: int) -> int:
+        prefix = 0
+        for index in range(num_tokens):
+            page, slot = divmod(index, self._page_size)
+            content = self.pages[page_ids[page]][slot]
+            assert content is not None, f"position {index} is read before it was written"
+            prefix = chain(prefix, content[0])
+            assert content[1] == prefix, f"position {index} holds the K/V of another prefix"
+        return prefix
+
+    def checksum(self, page_ids: tuple[int, ...]) -> str:
+        return checksum([self.pages[page_id] for page_id in page_ids])
+
+
+def checksum(pages: list[list[Slot | None]]) -> str:
+    return hashlib.blake2b(repr(pages).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,61 @@
+"""One scheduler on the bench, and the names that both sides of a handoff are tested with."""
+
+from __future__ import annotations
+
+from scheduler_sim import LAYOUT, PAGE_BYTES, small_config
+
+from kvist.kv.cache import PageCache
+from kvist.request import EpochId, HandoffId, Outcome, SampledToken
+from kvist.scheduler import Scheduler, build_scheduler
+from kvist.scheduler.events import (
+    Event,
+    StepFinished,
+)
+from kvist.scheduler.plan import Batch, Plan
+from kvist.wire import PoolAddress
+
+H = HandoffId("h")
+D, P = EpochId("D#1"), EpochId("P#1")
+PROMPT = list(range(10))  # 3 pages of 4 tokens, the last one half full
+FIRST = SampledToken(token_id=5)
+
+
+def pool(epoch: str, layout: str = LAYOUT) -> PoolAddress:
+    return PoolAddress(transport="sim", location=epoch, num_pages=12, page_bytes=PAGE_BYTES, layout=layout)
+
+
+class Bench:
+    """One scheduler; we play everybody else."""
+
+    def __init__(self, role: str, num_pages: int = 12, **config: object) -> None:
+        self.cache = PageCache(num_pages=num_pages, page_size=4, namespace="t")
+        epoch = D if role == "decode" else P
+        self.scheduler: Scheduler = build_scheduler(role, small_config(**config), self.cache, epoch, pool(epoch))
+        self.now_s = 0.0
+        self.plan = Plan()
+        self.batch: Batch | None = None  # under way
+
+    def step(self, *events: Event) -> Plan:
+        self.plan = self.scheduler.step(self.now_s, events)
+        self.batch = self.plan.batch or self.batch
+        return self.plan
+
+    def finish(self, *events: Event, token_id: int = FIRST.token_id) -> Plan:
+        """The batch is done; then `events`."""
+        batch, self.batch = self.batch, None
+        assert batch is not None
+        sampled = {item.request_id: SampledToken(token_id=token_id) for item in batch.items if item.sampling}
+        return self.step(StepFinished(step_id=batch.step_id, sampled=sampled), *events)
+
+    @property
+    def busy_pages(self) -> int:
+        counts = self.scheduler.load().pages
+        return counts.owned + counts.in_flight + counts.cached - counts.evictable
+
+
+def messages(plan: Plan) -> list[object]:
+    return [sent.message for sent in plan.messages]
+
+
+def ends(plan: Plan) -> list[tuple[Outcome, str | None]]:
+    return [(ended.outcome, ended.error_code) for ended in plan.ended]
