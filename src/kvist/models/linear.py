@@ -2,7 +2,8 @@
 
 On CPUs the weight is packed once by oneDNN and its plain form dropped; batches below four rows are padded to four,
 where the packed kernel is quickest per call. Measured on 2 cores of an AMD EPYC (Zen 4, AVX-512, bf16 instructions)
-with torch 2.13: milliseconds for all 121 matrices of one SmolLM2-135M step (best of 8), by number of rows.
+with torch 2.13: milliseconds for all 121 matrices of one SmolLM2-135M step, by number of rows;
+best of 3 to 8, the packed rows below 16 from a second run (the first had them up to a third slower at 1 and 2 rows).
 
     fp32, threads    rows: 1     2     3     4     8    16    64   256
     F.linear        1     64   162   143    82    87   111   301   988
@@ -18,8 +19,9 @@ with torch 2.13: milliseconds for all 121 matrices of one SmolLM2-135M step (bes
     packed          2     20    21    20    15    21    20    55   184
     packed, padded  2     18    23    22     -     -     -     -     -
 
-With more threads than free cores every product waits for a thread that does not run, and OpenMP spins meanwhile: two
-threads on two busy cores took 630 to 1560 ms a step, 48 to 140 with OMP_WAIT_POLICY=passive, 54 to 61 with one thread.
+With more threads than free cores every product waits for a thread that does not run, and OpenMP spins meanwhile: a
+step of 1 or 8 rows took 630 to 1560 ms with two threads, 48 to 140 with two and OMP_WAIT_POLICY=passive, 54 to 112
+with one (single runs, while other programs kept both cores busy to a varying degree).
 
 The hint that packing takes (rows expected) hardly matters: 4, 8, 16 and 32 are within the noise of each other.
 """
