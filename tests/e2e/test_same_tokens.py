@@ -28,8 +28,12 @@ def test_the_pair_and_one_worker_agree_token_for_token(settled, num_tokens, samp
     assert generate(settled.router, prompt, **sampling) == alone  # now from the cache of both
 
 
-def test_one_token_needs_no_handoff(settled):
-    before = settled.metric("kvist:worker_handoffs_total")
+def test_one_token_needs_no_handoff_and_two_need_one(settled):
+    def num_handoffs() -> float:
+        return settled.metric("kvist:worker_handoffs_received_total")
+
+    before = num_handoffs()
     assert len(generate(settled.router, PROMPT, max_new_tokens=1, temperature=0)) == 1
-    settled.wait_idle()
-    assert settled.metric("kvist:worker_handoffs_total") == before
+    assert len(generate(settled.router, PROMPT, max_new_tokens=2, temperature=0)) == 2
+    settled.wait_until(lambda: num_handoffs() > before, within_s=5)
+    assert num_handoffs() == before + 1

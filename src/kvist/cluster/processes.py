@@ -1,8 +1,8 @@
 """Child processes of one `kvist up` or `kvist demo`: started, watched, restarted, stopped; none left behind.
 
 Life cycle of a child: STARTING until its `/ready` answers 200, then READY. When it dies on its own it is reported and
-started again after a wait that doubles with each death in a row (a minute of health forgives the past). `stop` sends
-SIGTERM to every child, waits, and kills what is left, each with its whole process group.
+started again after a wait that doubles with each death in a row (a minute of health forgives the past). `stop` asks
+every child to end, waits, and kills what is left, each with its whole process group.
 
 Nothing outlives us even if we are killed with -9: each child holds the read end of a pipe as its standard input, runs
 with `--stop-with-stdin`, and stops when our end closes.
@@ -164,23 +164,30 @@ class Processes:
                 raise Timeout(f"after {timeout_s:.0f} s not ready: {names}. They said last:\n{quoted}")
 
     def stop(self) -> None:
-        """SIGTERM to all, up to `STOP_GRACE_S`, then SIGKILL to what is left. Harmless when already stopped."""
+        """The last child first, as it leans on the others; then those together. Each gets SIGTERM, and SIGKILL with its
+        whole group when `STOP_GRACE_S` have passed. Harmless when already stopped."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout=STOP_GRACE_S)
-        for child in self.children.values():
-            child.signal_group(signal.SIGTERM)
         deadline_s = self._clock.now_s() + STOP_GRACE_S
-        for child in self.children.values():
-            if child.process is not None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.process.wait(timeout=max(0.1, deadline_s - self._clock.now_s()))
-                child.signal_group(signal.SIGKILL)
-                child.process.wait()
-                self._drain(child)
-                child.reap()
-            child.process, child.state = None, ChildState.STOPPED
+        *others, last = self.children.values()
+        for children in ((last,), others):
+            for child in children:
+                if child.process is not None:
+                    child.process.terminate()
+            for child in children:
+                self._bury(child, deadline_s)
         self._selector.close()
+
+    def _bury(self, child: Child, deadline_s: float) -> None:
+        if child.process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(timeout=max(0.1, deadline_s - self._clock.now_s()))
+            child.signal_group(signal.SIGKILL)
+            child.process.wait()
+            self._drain(child)
+            child.reap()
+        child.process, child.state = None, ChildState.STOPPED
 
     # ---- the watching thread
 

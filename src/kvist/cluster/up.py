@@ -47,6 +47,7 @@ def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
         finally:
             with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C: the children see our end of the pipe close
                 processes.stop()
+    show("kvist", "stopped")
     return 0
 
 
