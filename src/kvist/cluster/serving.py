@@ -29,7 +29,7 @@ from kvist.request import WorkerId
 from kvist.router import Dispatcher, RouterConfig, build_dispatcher
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
-from kvist.server.serve import http_server
+from kvist.server.serve import http_server, run_in_loop
 from kvist.text import load_tokenizer
 from kvist.wire import EngineSpec
 from kvist.worker.child import EngineSupervisor
@@ -81,7 +81,7 @@ def serve_worker(
         supervisor = EngineSupervisor(engine, on_change=own.set)
         log.info("%s worker at %s is loading %s", engine.role, url, checkpoint.path)
         stop.http = http_server(app, server)
-        asyncio.run(_serve(stop.http, listener, dispatcher, supervisor))
+        run_in_loop(_serve(stop.http, listener, dispatcher, supervisor))
     return 0
 
 
@@ -108,7 +108,7 @@ def serve_router(
         port = listener.getsockname()[1]
         log.info("router at http://%s:%d for %s", _public_host(server.host), port, checkpoint.name)
         stop.http = http_server(app, server)
-        asyncio.run(_serve(stop.http, listener, dispatcher, None))
+        run_in_loop(_serve(stop.http, listener, dispatcher, None))
     return 0
 
 

@@ -16,12 +16,13 @@ from typing import Protocol
 from kvist.kv.cache import PageCache
 from kvist.request import EpochId
 from kvist.scheduler.config import SchedulerConfig
-from kvist.scheduler.decode import DecodeScheduler
+from kvist.scheduler.decode import decode_scheduler
 from kvist.scheduler.events import Event
 from kvist.scheduler.load import SchedulerLoad
 from kvist.scheduler.plan import Plan
-from kvist.scheduler.prefill import PrefillScheduler
-from kvist.scheduler.unified import UnifiedScheduler
+from kvist.scheduler.prefill import prefill_scheduler
+from kvist.scheduler.steps import RoleParts, Steps
+from kvist.scheduler.unified import unified_scheduler
 from kvist.wire import PoolAddress
 
 __all__ = ["Scheduler", "SchedulerConfig", "SchedulerLoad", "build_scheduler"]
@@ -39,13 +40,15 @@ class Scheduler(Protocol):
     def load(self) -> SchedulerLoad: ...
 
 
+_ROLES: dict[str, Callable[[RoleParts], Steps]] = {
+    "unified": unified_scheduler,
+    "prefill": prefill_scheduler,
+    "decode": decode_scheduler,
+}
+
+
 def build_scheduler(
     role: str, config: SchedulerConfig, cache: PageCache, epoch: EpochId, pool_address: PoolAddress
 ) -> Scheduler:
     """`role` is "unified", "prefill" or "decode"; `pool_address` is where peers find our pages."""
-    builders: dict[str, Callable[..., Scheduler]] = {
-        "unified": UnifiedScheduler,
-        "prefill": PrefillScheduler,
-        "decode": DecodeScheduler,
-    }
-    return builders[role](config, cache, epoch=epoch, pool=pool_address)
+    return _ROLES[role](RoleParts(config=config, cache=cache, epoch=epoch, pool=pool_address))

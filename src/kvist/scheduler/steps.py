@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kvist.kv.cache import PageCache
 from kvist.request import EpochId, HandoffId
 from kvist.scheduler.batching import Batcher
+from kvist.scheduler.config import SchedulerConfig
 from kvist.scheduler.events import AbortRequested, Arrived, Event, FlushRequested, StepFailed, StepFinished
 from kvist.scheduler.load import SchedulerLoad
 from kvist.scheduler.plan import Flush, Plan
 from kvist.scheduler.requests import HandoffHalf, RequestTable
 from kvist.scheduler.timers import TimerKind
+from kvist.wire import PoolAddress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleParts:
+    """What a role's scheduler is made of (unified.py, prefill.py, decode.py)."""
+
+    config: SchedulerConfig
+    cache: PageCache
+    epoch: EpochId
+    pool: PoolAddress  # where peers find our pages
 
 
 class StepHalf(HandoffHalf, Protocol):
@@ -27,7 +41,7 @@ class StepHalf(HandoffHalf, Protocol):
 
 
 class Steps:
-    """Mutable; its one owner is a role's scheduler. `handlers` are the handoff events of that role."""
+    """A role's scheduler. Mutable; its one owner is the loop. `handlers` are the handoff events of that role."""
 
     def __init__(
         self, table: RequestTable, half: StepHalf, handlers: Mapping[type[Event], Callable[[Any], None]]

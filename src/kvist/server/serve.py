@@ -37,11 +37,6 @@ def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
     return uvicorn.Server(settings)
 
 
-async def serve_app(app: ASGIApp, config: ServerConfig) -> None:
-    """Serves until SIGINT or SIGTERM."""
-    await http_server(app, config).serve()
-
-
 def run_in_loop(main: Coroutine[object, object, None]) -> None:
     """`asyncio.run` on uvloop where it is installed: a gateway streams about twice as much on it."""
     try:
