@@ -66,6 +66,8 @@ def transformers_model(config: ModelConfig) -> Any:
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing
     model.tie_weights()
+    model.generation_config.eos_token_id = None  # it must not stop early
+    model.generation_config.pad_token_id = 0
     return model
 
 
@@ -79,8 +81,6 @@ def transformers_decode(model: Any, prompt: list[int], num_tokens: int) -> tuple
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
             max_new_tokens=count,
             do_sample=False,
-            eos_token_id=-1,
-            pad_token_id=0,
         )
         return time.perf_counter() - start, out[0, len(prompt) :].tolist()
 
