@@ -22,9 +22,9 @@ from kvist.errors import KvistError
 MAX_TOKENS = 64
 TURN_TIMEOUT_S = 120.0
 CHAT = (
-    "My name is Ada and I have a small garden. What could I grow there?",
-    "Which of these is the easiest for a beginner?",
-    "Thank you. Do you still know my name?",
+    "Name three things that a plant needs to grow.",
+    "Why does it need water?",
+    "Thank you. Now say that in one short sentence.",
 )
 
 

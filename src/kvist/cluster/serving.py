@@ -98,7 +98,7 @@ def serve_router(
         if stop_with_stdin:
             stop_at_end_of_stdin()
         checkpoint = find_checkpoint(model_path)
-        dispatcher = build_dispatcher(router, channel)
+        dispatcher = build_dispatcher(router, channel, api_key=server.api_key)  # one key for router and workers
         app = build_app(
             dispatcher=dispatcher,
             tokenizer=load_tokenizer(checkpoint),
