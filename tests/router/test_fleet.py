@@ -26,12 +26,19 @@ Connect = Callable[..., Awaitable[Dispatcher]]
 async def connect() -> AsyncIterator[Connect]:
     started: list[Dispatcher] = []
 
-    async def make(*engines: FakeEngine, key: str = "", transport: httpx.AsyncBaseTransport | None = None, **config):
+    async def make(
+        *engines: FakeEngine,
+        key: str = "",
+        transport: httpx.AsyncBaseTransport | None = None,
+        api_key: str | None = None,
+        **config,
+    ):
         dispatcher = build_dispatcher(
             RouterConfig(**{"keepalive_s": 0.05, **config}),
             ChannelConfig(cluster_key=key),
             engine_endpoints=[engine.channel.endpoint for engine in engines],
             transport=transport,
+            api_key=api_key,
         )
         started.append(dispatcher)
         await dispatcher.start()
@@ -227,6 +234,20 @@ async def test_a_worker_that_cannot_be_found_says_why(connect: Connect) -> None:
     await until(lambda: "connection refused" in dispatcher.snapshot().workers[0].problem)
     with pytest.raises(KvistError, match="connection refused"):
         await ask(dispatcher)
+
+
+async def test_workers_behind_an_api_key_are_found_with_the_routers_own(
+    start_engine: StartEngine, connect: Connect
+) -> None:
+    engine = start_engine(spec=spec("w", "unified"))
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return info(engine.spec) if request.headers.get("Authorization") == "Bearer k" else httpx.Response(401)
+
+    stranger = await connect(transport=httpx.MockTransport(answer), worker_urls=("http://w:1",))
+    await until(lambda: "--api-key" in stranger.snapshot().workers[0].problem)
+    member = await connect(transport=httpx.MockTransport(answer), worker_urls=("http://w:1",), api_key="k")
+    await until(member.ready)
 
 
 @pytest.mark.parametrize("url", ["", "ftp://h:1", "http://", "http://h:99999"])

@@ -28,15 +28,16 @@ def build_dispatcher(
     engine_endpoints: Sequence[str] = (),
     clock: Clock | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
+    api_key: str | None = None,
 ) -> Dispatcher:
     """A dispatcher over the workers that the config names by URL, and engines of our own named by endpoint.
 
     Not started: `await dispatcher.start()` inside the loop. Raises `ConfigError` on a bad URL or a worker named twice.
-    `transport` is how /server_info is fetched; None is the network.
+    `transport` is how /server_info is fetched; None is the network. `api_key` is what the workers' HTTP asks for.
     """
     clock = clock or MonotonicClock()
     registry = Registry(config)
-    fleet = Fleet(registry=registry, config=config, channel=channel, clock=clock, transport=transport)
+    fleet = Fleet(registry=registry, config=config, channel=channel, clock=clock, transport=transport, api_key=api_key)
     named = ((config.worker_urls, None), (config.prefill, WorkerUse.PREFILL), (config.decode, WorkerUse.DECODE))
     for urls, use in named:
         for url in urls:

@@ -53,6 +53,8 @@ async def find_engine(client: httpx.AsyncClient, url: str, *, timeout_s: float) 
         response = await client.get(f"{url}/server_info", timeout=timeout_s)
     except httpx.HTTPError as error:
         raise Unavailable(f"no answer from {url}/server_info: {error or type(error).__name__}") from error
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        raise Unavailable(f"{url} wants another API key: start the router with the --api-key of its workers")
     if response.status_code != httpx.codes.OK:
         raise Unavailable(f"{url}/server_info answers {response.status_code}")
     if len(response.content) > _MAX_ANSWER_BYTES:

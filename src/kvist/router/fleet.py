@@ -47,13 +47,15 @@ class Fleet:
         channel: ChannelConfig,
         clock: Clock,
         transport: httpx.AsyncBaseTransport | None = None,
+        api_key: str | None = None,
     ) -> None:
-        """`transport`: how /server_info is fetched; None is the network."""
+        """`transport`: how /server_info is fetched; None is the network. `api_key`: the workers' HTTP asks for it."""
         self._registry = registry
         self._config = config
         self._channel = channel
         self._clock = clock
         self._transport = transport
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._gateway_id = secrets.token_hex(6)
         self._num_links = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -65,7 +67,7 @@ class Fleet:
     def start(self, events: EngineEvents) -> None:
         """Inside the running loop."""
         self._events = events
-        self._http = httpx.AsyncClient(transport=self._transport, trust_env=False)
+        self._http = httpx.AsyncClient(transport=self._transport, headers=self._headers, trust_env=False)
         for worker in self._registry.workers:
             self._supervise(worker)
 

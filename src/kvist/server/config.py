@@ -12,7 +12,10 @@ class ServerConfig:
     host: str = option("127.0.0.1", "address to listen on; anything but loopback should have --api-key")
     port: int = option(30000, "port to listen on", minimum=0, maximum=65535)
     api_key: str | None = option(
-        None, "clients must send it as 'Authorization: Bearer KEY'; /health and /ready stay open", secret=True
+        None,
+        "clients must send it as 'Authorization: Bearer KEY'; /health and /ready stay open. "
+        "A router sends its own to its workers",
+        secret=True,
     )
     served_model_name: str | None = option(None, "model name in the API; default: the model's own name")
     max_body_bytes: int = option(8 << 20, "largest HTTP body accepted", unit="bytes", minimum=1024)
