@@ -38,6 +38,7 @@ class WebConfig:
     api_key: str | None = option(None, "what clients must send", secret=True)
     worker_urls: tuple[str, ...] = option((), "workers")
     access_log: bool = option(False, "log every request")
+    weight: float = option(1.0, "a number without limits")
     policy: Literal["cache_aware", "round_robin"] = option("cache_aware", "how workers are chosen")
 
 
@@ -112,6 +113,7 @@ def test_an_unknown_key_of_the_file_names_the_nearest_known_one(tmp_path: Path) 
         (("--port", "--role", "decode"), ("--port", "needs a value")),
         (("serve",), ("unexpected argument 'serve'",)),
         (("--tp", "0"), ("--tp", "at least 1")),
+        (("--weight", "nan"), ("--weight", "'nan'", "a number")),
     ],
 )
 def test_a_bad_value_names_the_flag_the_value_and_what_is_allowed(

@@ -67,6 +67,18 @@ def test_children_are_started_relayed_and_stopped() -> None:
     assert not any(is_alive(pid) for pid in pids if pid is not None)
 
 
+def test_a_child_gets_its_own_settings_and_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVIST_PORT", "8000")  # meant for us: the child's is on its command line
+    says = (
+        "import os, sys; print(*sorted(k for k in os.environ if k.startswith('KVIST_')), flush=True); sys.stdin.read()"
+    )
+    child = ChildPlan(name="a", argv=(sys.executable, "-c", says), url="a", environ={"KVIST_API_KEY": "hush"})
+    lines = Lines()
+    with Processes([child], probe=lambda _url: True, sink=lines):
+        lines.wait_for("KVIST_API_KEY")
+    assert lines.seen == [("a", "KVIST_API_KEY")]
+
+
 def test_a_killed_child_is_reported_and_started_again() -> None:
     lines = Lines()
     with Processes([plan("a", STAYS)], probe=lambda _url: True, sink=lines) as processes:
