@@ -16,12 +16,14 @@ from kvist.cluster.processes import Processes, Sink
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP (the terminal closed) end the body as Ctrl-C does: by `KeyboardInterrupt`."""
+    """SIGINT, SIGTERM and SIGHUP (the terminal closed) end the body by `KeyboardInterrupt`.
+
+    SIGINT too: a script's background process inherits it ignored, and `kill -INT` would do nothing."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    numbers = [signal.SIGTERM, signal.SIGHUP] if hasattr(signal, "SIGHUP") else [signal.SIGTERM]
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
