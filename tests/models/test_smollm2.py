@@ -15,14 +15,6 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="session")
-def reference():
-    """transformers' own reading of the GGUF: half a minute, once."""
-    transformers = pytest.importorskip("transformers")
-    path = find_checkpoint(None).path
-    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-
-
-@pytest.fixture(scope="session")
 def smollm2():
     checkpoint = find_checkpoint(None)
     config = load_model_config(checkpoint)
@@ -30,19 +22,19 @@ def smollm2():
     return load_model(checkpoint, config, dtype=torch.float32, device=cpu, tp=TensorParallel())
 
 
-def test_every_tensor_equals_the_one_transformers_reads(reference):
+def test_every_tensor_equals_the_one_transformers_reads(transformers_smollm2):
     checkpoint = find_checkpoint(None)
     config = load_model_config(checkpoint)
     source = GgufSource(checkpoint.path, config)
-    theirs = reference.state_dict()
+    theirs = transformers_smollm2.state_dict()
     for name in expected_tensors(config):
         assert torch.equal(source.read(name, WHOLE, WHOLE), theirs[name]), name
 
 
-def test_logits_equal_transformers(reference, smollm2, logits_of, relative_error):
+def test_logits_equal_transformers(transformers_smollm2, smollm2, logits_of, relative_error):
     prompt = torch.randint(0, 49152, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     with torch.no_grad():
-        expected = reference(torch.tensor([prompt])).logits[0]
+        expected = transformers_smollm2(torch.tensor([prompt])).logits[0]
     assert relative_error(logits_of(smollm2, prompt), expected) < 1e-4
     assert relative_error(logits_of(smollm2, prompt, [32, 1, 1, 6]), expected) < 1e-4
 
