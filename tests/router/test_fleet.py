@@ -250,7 +250,7 @@ async def test_workers_behind_an_api_key_are_found_with_the_routers_own(
     await until(member.ready)
 
 
-@pytest.mark.parametrize("url", ["", "ftp://h:1", "http://", "http://h:99999"])
+@pytest.mark.parametrize("url", ["", "ftp://h:1", "http://", "http://h:99999", "30001", "worker"])
 def test_a_bad_url_is_refused_at_start(url: str) -> None:
     with pytest.raises(ConfigError, match="no worker URL"):
         build_dispatcher(RouterConfig(worker_urls=(url,)), ChannelConfig())

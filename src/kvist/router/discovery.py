@@ -26,11 +26,13 @@ _decoder = msgspec.json.Decoder(_ServerInfo)
 
 
 def normal_url(url: str) -> str:
-    """ "host:port" and a trailing slash are forgiven. Raises `ConfigError` on what is no http address."""
+    """ "host:port" and a trailing slash are forgiven; without http:// the port must be there, or any word would do.
+    Raises `ConfigError` on what is no http address."""
     full = (url if "://" in url else f"http://{url}").rstrip("/")
     try:
         parts = urlsplit(full)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        valid = valid and ("://" in url or parts.port is not None)
     except ValueError:
         valid = False
     if not valid:
