@@ -132,6 +132,18 @@ def test_too_little_memory_is_an_error(weights_bytes: int) -> None:
         )
 
 
+def test_a_pool_that_was_asked_for_too_small_names_the_flag_that_asked() -> None:
+    with pytest.raises(ConfigError, match="raise --max-total-tokens"):
+        plan_pool_size(
+            LAYOUT,
+            available_bytes=GIB,
+            weights_bytes=0,
+            mem_fraction_static=0.5,
+            max_total_tokens=1,
+            min_tokens=2 * LAYOUT.page_size,
+        )
+
+
 def test_available_memory_is_what_the_file_system_can_hold_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,10 +236,12 @@ def plan_pool_size(
         num_pages = -(-cap_tokens // layout.page_size)
         reason = f"default limit of {cap_tokens} tokens; {memory}"
     if num_pages * layout.page_size < min_tokens:
+        asked = max_total_tokens is not None  # and there is memory for it: see above
+        remedy = "--max-total-tokens" if asked else "--mem-fraction-static, or serve a smaller model"
         raise ConfigError(
-            f"the page pool would hold {num_pages * layout.page_size} tokens, fewer than {min_tokens} ({memory}): "
-            "raise --mem-fraction-static, or serve a smaller model",
-            param="mem_fraction_static",
+            f"the page pool would hold {num_pages * layout.page_size} tokens, fewer than {min_tokens} ({reason}): "
+            f"raise {remedy}",
+            param="max_total_tokens" if asked else "mem_fraction_static",
         )
     size_gib = num_pages * layout.page_bytes / _GIB
     return PoolSize(
