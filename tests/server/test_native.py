@@ -24,6 +24,22 @@ async def test_streamed_text_is_cumulative(bench: Any, read_events: Callable[[An
     assert [event["meta_info"]["finish_reason"] for event in events[:-1]] == [None] * 5
 
 
+async def test_each_of_several_streamed_answers_finishes_once(
+    bench: Any, read_events: Callable[[Any], list[Any]]
+) -> None:
+    body = {"text": "a", "stream": True, "sampling_params": {"n": 2}, "kvist": {"report": True}}
+    *events, _ = read_events(await bench.post("/generate", body))
+    for index in (0, 1):
+        own = [event for event in events if event["index"] == index]
+        assert [event["meta_info"]["finish_reason"] is not None for event in own] == [False] * 5 + [True]
+        assert ["kvist" in event for event in own] == [False] * 5 + [True]
+
+
+async def test_what_sglangs_benchmark_sends_is_taken(bench: Any) -> None:
+    nothing = {"lora_path": None, "image_data": None, "return_routed_experts": False, "logprob_start_len": -1}
+    assert (await bench.post("/generate", {"text": "a", **nothing})).status_code == 200
+
+
 async def test_length_and_stop_string_are_told_apart(bench: Any) -> None:
     short = (await bench.post("/generate", {"text": "x", "sampling_params": {"max_new_tokens": 2}})).json()
     assert short["meta_info"]["finish_reason"] == {"type": "length", "length": 2}
@@ -59,6 +75,8 @@ async def test_logprobs_come_with_token_ids(bench: Any) -> None:
         ({"text": "a", "sampling_params": {"max_tokens": 1}}, "sampling_params.max_tokens"),
         ({"text": "a", "sampling_params": {"max_new_tokens": 500}}, "sampling_params.max_new_tokens"),
         ({"text": "a", "top_logprobs_num": 1}, "top_logprobs_num"),
+        ({"text": "a", "logprob_start_len": 0}, "logprob_start_len"),
+        ({"text": "a", "lora_path": "x"}, "lora_path"),
     ],
 )
 async def test_what_is_wrong_is_named(bench: Any, body: dict[str, object], param: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+TEXT = {"type": "text", "text": "hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 USER = [{"role": "user", "content": "hi"}]
 
@@ -45,6 +46,9 @@ def error_of(response: Any) -> dict[str, Any]:
         ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood", "unknown field"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content", "only text"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "Expected"),
+        ({"messages": [{"role": "user", "content": [TEXT | {"mood": 1}]}]}, "messages[0].content[0].mood", "unknown"),
+        ({"messages": [{"role": "user", "content": [TEXT | {"file": {}}]}]}, "messages[0].content[0].file", "not supp"),
+        ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs.messages", "cannot be set"),
     ],
 )  # fmt: skip
 async def test_what_is_wrong_with_a_field_is_a_400_that_names_it(
@@ -128,6 +132,13 @@ async def test_a_hopeless_prompt_is_refused_before_it_is_tokenised(bench: Any) -
     assert "60000 characters" in error["message"]
 
 
+async def test_an_error_quotes_no_more_than_a_little_of_what_was_sent(bench: Any) -> None:
+    long = "ab" * 50_000
+    for response in (await bench.chat(model=long), await bench.chat(**{long: 1})):
+        assert 400 <= response.status_code < 500
+        assert len(response.content) < 10_000
+
+
 async def test_a_model_that_is_not_served_is_a_404(bench: Any) -> None:
     response = await bench.chat(model="other")
     assert response.status_code == 404
@@ -154,6 +165,7 @@ async def test_unknown_paths_and_methods_have_openais_shape(bench: Any) -> None:
     response = await bench.client.get("/v1/chat/completions")
     assert response.status_code == 405
     assert "method" in error_of(response)["message"]
+    assert response.headers["allow"] == "POST"
 
 
 async def test_a_worker_that_only_does_its_part_names_the_router(make_bench: Callable[..., Any]) -> None:

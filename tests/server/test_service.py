@@ -91,6 +91,20 @@ async def test_a_request_that_takes_too_long_is_told_so(make_bench: Callable[...
     assert 'kvist:request_failure_total{code="timeout"} 1.0' in (await bench.client.get("/metrics")).text
 
 
+async def test_a_client_that_reads_nothing_is_let_go_at_the_time_limit(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(request_timeout_s=0.02)
+    client = RawClient(bench.app, "/v1/completions", {"prompt": "x", "stream": True})
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()  # as uvicorn while the client's buffers are full
+
+    async with asyncio.timeout(5):
+        await bench.app(client.scope, client._inbox.get, send)
+    assert bench.dispatcher.num_open == 0
+    assert "kvist:gateway_requests_in_flight 0.0" in (await bench.client.get("/metrics")).text
+
+
 async def test_a_body_that_never_ends_is_a_timeout(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(request_timeout_s=0.02)
 

@@ -147,7 +147,7 @@ class Front:
                 known = EngineError("internal error in the gateway; see its log")
             if started:
                 raise  # too late for a status: the server breaks the connection off
-            await send_error(send_with_id, known)
+            await send_error(send_with_id, known, more_headers=_allowed_methods(error))
 
     def _check_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] in _OPEN_PATHS:
@@ -167,6 +167,12 @@ def _known(error: Exception) -> KvistError | None:
         refused.http_status = error.status_code
         return refused
     return None
+
+
+def _allowed_methods(error: Exception) -> list[tuple[bytes, bytes]]:
+    """A 405 must say which methods the path takes."""
+    allow = (error.headers or {}).get("Allow") if isinstance(error, HTTPException) else None
+    return [] if allow is None else [(b"allow", allow.encode())]
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -18,6 +18,7 @@ from kvist.errors import RequestError, UnsupportedField
 T = TypeVar("T", bound=msgspec.Struct)
 
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(?P<name>.*?)`(?: - at `(?P<path>.*)`)?$", re.DOTALL)
+_MAX_NAME_CHARS = 64  # a longer name resembles none of ours, and comparing takes time
 _PATH = re.compile(r" - at `(?P<path>.*)`$", re.DOTALL)
 
 
@@ -49,7 +50,7 @@ class BodyDecoder(Generic[T]):
             return RequestError(f"{_PATH.sub('', message)}{f' at `{param}`' if param else ''}", param=param)
         path = _param(unknown["path"] or "$")
         name = f"{path}.{unknown['name']}" if path else unknown["name"]
-        near = difflib.get_close_matches(unknown["name"], sorted(self._known), n=1)
+        near = difflib.get_close_matches(unknown["name"][:_MAX_NAME_CHARS], sorted(self._known), n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
         return RequestError(f"unknown field `{name}`{hint}", param=name)
 

@@ -16,14 +16,17 @@ from kvist.clock import Clock
 from kvist.errors import Overloaded, PromptTooLong, RequestError, Unavailable, UnknownModel, UnsupportedField
 from kvist.metrics import GatewayMetrics
 from kvist.server.config import ServerConfig
+from kvist.server.decoding import refuse_unsupported
 from kvist.server.generation import Dispatcher
 from kvist.server.http import read_body
-from kvist.server.schemas import ChatMessage
+from kvist.server.schemas import ChatMessage, ContentPart
 from kvist.text import Tokenizer
 from kvist.wire import EngineSpec
 
 _INLINE_CHARS = 4096  # longer texts are tokenised on a thread (about 1 µs a character, without the GIL)
 _MAX_CHARS_PER_TOKEN = 256  # no vocabulary we serve has longer tokens; protects the tokenizer from hopeless prompts
+_TEMPLATE_OWN_NAMES = frozenset({"messages", "add_generation_prompt"})
+_TEXT_PART_NEUTRAL = {name: () for name in ContentPart.__struct_fields__ if name not in ("type", "text")}
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -98,6 +101,9 @@ class Gateway:
         add_generation_prompt: bool = True,
     ) -> str:
         """The model's template over the messages. Raises `RequestError` naming the message at fault."""
+        for name in _TEMPLATE_OWN_NAMES & (options or {}).keys():
+            where = f"chat_template_kwargs.{name}"
+            raise RequestError(f"`{where}` cannot be set: the request itself says what it is", param=where)
         template = self.require_tokenizer().chat_template
         if template is None:
             raise RequestError("this model has no chat template; use /v1/completions", param="messages")
@@ -130,6 +136,7 @@ def _text_of(message: ChatMessage, where: str) -> str:
     for index, part in enumerate(message.content):
         if part.type != "text":
             raise UnsupportedField(f"`{where}[{index}].type` is {part.type!r}; only text is supported", param=where)
+        refuse_unsupported(part, _TEXT_PART_NEUTRAL, f"{where}[{index}].")
         if part.text is None:
             raise RequestError(f"`{where}[{index}].text` is missing", param=where)
         texts.append(part.text)

@@ -14,6 +14,7 @@ from kvist.errors import BodyTooLarge, KvistError, RequestError, Timeout
 Headers = Sequence[tuple[bytes, bytes]]
 
 _DEFAULT_RETRY_AFTER_S = 1.0
+_MAX_ERROR_CHARS = 2000
 JSON_TYPE = (b"content-type", b"application/json")
 
 
@@ -71,11 +72,17 @@ async def send_json(send: Send, value: object, *, status: int = 200, headers: He
 def error_object(error: KvistError) -> dict[str, object]:
     """OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
     kind = "invalid_request_error" if isinstance(error, RequestError) else error.code
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    param = None if error.param is None else _cut(error.param)
+    return {"error": {"message": _cut(error.message), "type": kind, "param": param, "code": error.code}}
 
 
-async def send_error(send: Send, error: KvistError) -> None:
-    headers = []
+def _cut(text: str) -> str:
+    """Errors quote what the client sent, which may be millions of characters."""
+    return text if len(text) <= _MAX_ERROR_CHARS else f"{text[:_MAX_ERROR_CHARS]}…"
+
+
+async def send_error(send: Send, error: KvistError, *, more_headers: Headers = ()) -> None:
+    headers = [*more_headers]
     if error.retryable or error.retry_after_s is not None:
         retry_after_s = _DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
         headers.append((b"retry-after", str(max(1, round(retry_after_s))).encode()))

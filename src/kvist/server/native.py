@@ -22,11 +22,11 @@ from kvist.server.sampling import (
     sampling_params,
     stop_strings,
 )
-from kvist.server.schemas import NATIVE_SAMPLING_NEUTRAL, NativeRequest, NativeSampling
+from kvist.server.schemas import NATIVE_NEUTRAL, NATIVE_SAMPLING_NEUTRAL, NativeRequest, NativeSampling
 from kvist.text import Tokenizer
 
 _DEFAULT_NEW_TOKENS = 128  # SGLang's
-_NATIVE = BodyDecoder(NativeRequest)
+_NATIVE = BodyDecoder(NativeRequest, NATIVE_NEUTRAL)
 _WHERE = "sampling_params."
 _json = msgspec.json.Encoder().encode
 
@@ -117,20 +117,21 @@ class NativeFormat:
     def event(self, choice: Choice, delta: Delta) -> bytes:
         if not delta.text and not delta.finished:
             return b""
-        return b"data: " + _json(self._answer(choice)) + b"\n\n"
+        return b"data: " + _json(self._answer(choice, finished=delta.finished)) + b"\n\n"
 
     def closing(self, choices: Sequence[Choice]) -> bytes:
         del choices  # each one's last event has said everything
         return b"data: [DONE]\n\n"
 
     def whole(self, choices: Sequence[Choice]) -> bytes:
-        answers = [self._answer(choice) for choice in choices]
+        answers = [self._answer(choice, finished=True) for choice in choices]
         return _json(answers if self._several else answers[0])
 
-    def _answer(self, choice: Choice) -> dict[str, object]:
+    def _answer(self, choice: Choice, *, finished: bool) -> dict[str, object]:
+        """`finished`: this is the choice's last event. A choice may be ahead of its events when there are several."""
         meta: dict[str, object] = {
             "id": choice.request.request_id,
-            "finish_reason": _finish_reason(choice),
+            "finish_reason": _finish_reason(choice) if finished else None,
             "prompt_tokens": choice.request.num_prompt_tokens,
             "completion_tokens": len(choice.token_ids),
             "cached_tokens": choice.num_cached_tokens,
@@ -147,14 +148,12 @@ class NativeFormat:
         answer: dict[str, object] = {"text": choice.text, "output_ids": choice.token_ids, "meta_info": meta}
         if self._several:
             answer["index"] = choice.index
-        if self._with_report and choice.finish_reason is not None:
+        if self._with_report and finished:
             answer["kvist"] = report([choice])
         return answer
 
 
-def _finish_reason(choice: Choice) -> dict[str, object] | None:
-    if choice.finish_reason is None:
-        return None
+def _finish_reason(choice: Choice) -> dict[str, object]:
     if choice.matched is not None:
         return {"type": choice.finish_reason, "matched": choice.matched}
     return {"type": choice.finish_reason, "length": len(choice.token_ids)}

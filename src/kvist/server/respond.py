@@ -24,6 +24,8 @@ from kvist.server.http import ClientGone, cancelled_on_disconnect, error_object,
 
 log = logging.getLogger(__name__)
 
+_PARTING_S = 10.0  # how long a client may take to make room for the event that tells of an error
+
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -87,7 +89,8 @@ async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
                     started = True
                 if event:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
-        last = job.format.closing(job.choices)
+            await send({"type": "http.response.body", "body": job.format.closing(job.choices), "more_body": False})
+            return
     except Exception as error:
         known = error if isinstance(error, KvistError) else EngineError("internal error in the gateway; see its log")
         gateway.metrics.failed(known.code)
@@ -96,7 +99,11 @@ async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
         if known is not error:
             log.exception("a stream failed in the gateway")
         last = b"event: error\ndata: " + msgspec.json.encode(error_object(known)) + b"\n\n"
-    await send({"type": "http.response.body", "body": last, "more_body": False})
+    try:
+        async with asyncio.timeout(min(_PARTING_S, gateway.config.request_timeout_s)):
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+    except TimeoutError:  # it reads nothing: its places are for others
+        raise ClientGone from None
 
 
 def _running(gateway: Gateway, job: Job) -> contextlib.aclosing[AsyncGenerator[tuple[Choice, Delta], None]]:

@@ -19,11 +19,17 @@ class KvistOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     report: bool = False  # say which workers answered and what their handoff moved
 
 
-class ContentPart(msgspec.Struct, kw_only=True):
-    """Only parts of type "text" are accepted; others keep their own fields until they are refused by type."""
+class ContentPart(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Only parts of type "text" are accepted; the others' fields are here so that they can be refused by type."""
 
     type: str
     text: str | None = None
+    image_url: object = None
+    input_audio: object = None
+    audio_url: object = None
+    video_url: object = None
+    file: object = None
+    refusal: object = None
 
 
 class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -196,6 +202,31 @@ class NativeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     top_logprobs_num: int = 0
     cache_salt: str | None = None
     kvist: KvistOptions | None = None
+    # known, not supported
+    rid: object = None
+    image_data: object = None
+    audio_data: object = None
+    video_data: object = None
+    lora_path: object = None
+    logprob_start_len: object = None
+    token_ids_logprob: object = None
+    return_text_in_logprobs: object = None
+    return_hidden_states: object = None
+    return_routed_experts: object = None
+
+
+NATIVE_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "rid": (),
+    "image_data": ([],),
+    "audio_data": ([],),
+    "video_data": ([],),
+    "lora_path": (),
+    "logprob_start_len": (-1,),  # logprobs of the output alone
+    "token_ids_logprob": (),
+    "return_text_in_logprobs": (False,),
+    "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+}
 
 
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
