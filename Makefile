@@ -20,7 +20,7 @@ help:
 	@echo 'make setup      install everything that development needs into $(VENV)'
 	@echo 'make test       every test; make test-fast: those without a model or processes'
 	@echo 'make check      format, lint, strict types, import layers, sizes; make format mends the first'
-	@echo 'make bench      the benchmarks, at settings that take minutes'
+	@echo 'make bench      the benchmarks, at quick settings'
 	@echo 'make clean      remove caches and $(VENV)'
 
 $(BIN)/python:
@@ -66,7 +66,10 @@ format: $(DEV_STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(DEV_STAMP)
-	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python bench/bench_radix.py
+	$(BIN)/python bench/bench_scheduler.py
+	$(BIN)/python bench/bench_gateway.py
+	$(BIN)/python bench/bench_decode.py --repetitions 2 --tokens 24
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist out src/*.egg-info
