@@ -44,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130  # 128 + SIGINT
 
 
+def _show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `kvist serve --help | head`: nor may the flush at exit complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _overview() -> str:
     width = max(len(verb) for verb in VERBS)
     verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
@@ -62,7 +69,7 @@ def _run(verb: str, argv: list[str]) -> int:
     from kvist import settings
 
     if "-h" in argv or "--help" in argv:
-        print(settings.help_for(verb, VERBS[verb]))
+        _show(settings.help_for(verb, VERBS[verb]))
         return 0
     read = settings.read(verb, argv, os.environ)
     from kvist.log import setup_logging

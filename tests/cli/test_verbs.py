@@ -39,6 +39,20 @@ def test_the_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"kvist {kvist.__version__}\n"
 
 
+def test_help_into_a_pipe_that_closes_early_leaves_no_traceback() -> None:
+    code = "from kvist.cli import main; import sys; sys.stdin.read(); sys.exit(main(['serve', '--help']))"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    assert child.stderr is not None
+    child.stdout.close()
+    child.stdin.close()
+    assert child.stderr.read() == b""
+    assert child.wait(30) == 0
+
+
 def test_no_verb_shows_the_verbs_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == cli.USAGE_ERROR
     shown = capsys.readouterr().out
