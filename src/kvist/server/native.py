@@ -21,6 +21,7 @@ from kvist.server.sampling import (
     output_limit,
     sampling_params,
     stop_strings,
+    token_lists,
 )
 from kvist.server.schemas import NATIVE_NEUTRAL, NATIVE_SAMPLING_NEUTRAL, NativeRequest, NativeSampling
 from kvist.text import Tokenizer
@@ -82,13 +83,12 @@ async def _prompts(
         return encoded, not isinstance(request.text, str), "text"
     ids = request.input_ids or []
     _require_some(ids, "input_ids")
-    flat = [item for item in ids if isinstance(item, int)]
-    lists = [item for item in ids if isinstance(item, list)]
-    if flat and lists:
+    found = token_lists(ids)
+    if found is None:
         raise RequestError("`input_ids` mixes token ids and lists of token ids", param="input_ids")
-    for one in lists or [flat]:
+    for one in found:
         check_token_ids(one, tokenizer.vocab_size, "input_ids")
-    return lists or [flat], bool(lists), "input_ids"
+    return found, isinstance(ids[0], list), "input_ids"
 
 
 def _require_some(values: Sequence[object], param: str) -> None:

@@ -22,6 +22,7 @@ from kvist.server.sampling import (
     output_limit,
     sampling_params,
     stop_strings,
+    token_lists,
 )
 from kvist.server.schemas import CHAT_NEUTRAL, COMPLETION_NEUTRAL, ChatRequest, CompletionRequest
 from kvist.text import Tokenizer
@@ -77,14 +78,12 @@ async def _prompt_token_ids(gateway: Gateway, request: CompletionRequest, tokeni
     if not prompt:
         raise RequestError("`prompt` is an empty list", param="prompt")
     num_choices(request.n, 1 if isinstance(prompt[0], int) else len(prompt), gateway.config.max_choices)
-    token_ids = [item for item in prompt if isinstance(item, int)]
-    lists = [item for item in prompt if isinstance(item, list)]
-    texts = [item for item in prompt if isinstance(item, str)]
-    if len(texts) == len(prompt):
-        return [await gateway.encode(text, add_special_tokens=True, param="prompt") for text in texts]
-    found = [token_ids] if len(token_ids) == len(prompt) else lists if len(lists) == len(prompt) else None
+    found = token_lists(prompt)
     if found is None:
-        raise RequestError("`prompt` mixes texts, token ids and lists of token ids; use one kind", param="prompt")
+        texts = [item for item in prompt if isinstance(item, str)]
+        if len(texts) < len(prompt):
+            raise RequestError("`prompt` mixes texts, token ids and lists of token ids; use one kind", param="prompt")
+        return [await gateway.encode(text, add_special_tokens=True, param="prompt") for text in texts]
     for one in found:
         check_token_ids(one, tokenizer.vocab_size, "prompt")
     return found

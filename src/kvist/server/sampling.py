@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from kvist.errors import PromptTooLong, RequestError
 from kvist.request import SamplingParams
@@ -68,9 +68,17 @@ def _require(holds: bool, param: str, rule: str, value: object) -> None:
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise RequestError(f"`{param}` holds {token_id}; token ids are 0 to {vocab_size - 1}", param=param)
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):  # C loops: a long prompt holds up everybody
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise RequestError(f"`{param}` holds {wrong}; token ids are 0 to {vocab_size - 1}", param=param)
+
+
+def token_lists(items: Sequence[object]) -> list[list[int]] | None:
+    """A prompt of token ids, or several of them; None for anything else. `items` came through a typed decoder."""
+    kinds = set(map(type, items))  # one pass in C, as above
+    if kinds == {int}:
+        return [cast(list[int], items)]
+    return cast(list[list[int]], items) if kinds == {list} else None
 
 
 def check_seed(seed: int | None, param: str = "seed") -> int | None:
