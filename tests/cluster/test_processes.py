@@ -83,6 +83,7 @@ def test_a_killed_child_is_reported_and_started_again() -> None:
     lines = Lines()
     with Processes([plan("a", STAYS)], probe=lambda _url: True, sink=lines) as processes:
         processes.wait_ready(20)
+        lines.wait_for("up")
         first = processes.children["a"].pid
         assert first is not None
         os.kill(first, signal.SIGKILL)
