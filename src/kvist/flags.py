@@ -185,7 +185,7 @@ def _as_kind(kind: type, raw: object) -> object | None:
             number = kind(raw)
         except ValueError:
             return None
-        return None if math.isnan(number) else cast(object, number)
+        return cast(object, number) if math.isfinite(number) else None  # every wait and limit is finite
     if not isinstance(raw, str):
         return None
     return Path(raw).expanduser() if kind is Path else raw

@@ -114,6 +114,7 @@ def test_an_unknown_key_of_the_file_names_the_nearest_known_one(tmp_path: Path) 
         (("serve",), ("unexpected argument 'serve'",)),
         (("--tp", "0"), ("--tp", "at least 1")),
         (("--weight", "nan"), ("--weight", "'nan'", "a number")),
+        (("--weight", "inf"), ("--weight", "'inf'", "a number")),
     ],
 )
 def test_a_bad_value_names_the_flag_the_value_and_what_is_allowed(

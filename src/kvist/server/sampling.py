@@ -104,7 +104,10 @@ def num_choices(n: int | None, num_prompts: int, limit: int) -> int:
     count = 1 if n is None else n
     _require(count >= 1, "n", "must be at least 1", count)
     if count * num_prompts > limit:
-        raise RequestError(f"{num_prompts} prompts times n={count} is over the limit of {limit} answers", param="n")
+        raise RequestError(
+            f"{num_prompts} prompts times n={count} is over the limit of {limit} answers (--max-choices)",
+            param="prompt" if count == 1 else "n",
+        )
     return count
 
 
