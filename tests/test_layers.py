@@ -31,3 +31,9 @@ def test_a_long_file_a_vague_name_and_too_much_in_all_are_told(tmp_path: Path) -
     assert "utils.py" in told
     assert "long.py: 501 lines" in told
     assert "15502 lines" in told
+
+
+def test_words_about_the_code_do_not_count_as_code(tmp_path: Path) -> None:
+    documented = '# why\n\n\ndef f() -> str:\n    """Says so.\n\n    At length.\n    """\n    return "x"\n'
+    (tmp_path / "room.py").write_text(documented * 6_000)  # 12,000 lines of code, 54,000 in all
+    assert problems_of(tmp_path) == ["room.py: 54000 lines; at most 500"]
