@@ -188,7 +188,7 @@ class World:
         )
         pool = DevicePool.create(layout, num_pages, device=torch.device("cpu"), directory=self._runtime_dir)
         pool.tensor.fill_(float("nan"))  # what nobody wrote must not matter
-        attention = build_attention("auto", pool.tensor.device)
+        attention = build_attention("torch", pool.tensor.device)
         attention.bind(pool.tensor)
         cache = PageCache(num_pages=num_pages, page_size=PAGE_SIZE, namespace=namespace("tiny", layout))
         scheduler_config = replace(

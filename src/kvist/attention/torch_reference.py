@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvist.attention.backend import Attend, Span
+from kvist.attention.backend import Attend, GraphPlan, Span
 
 # Queries per block of a prefill chunk: bounds the mask, and how many keys a query reads without need.
 _QUERY_BLOCK = 256
@@ -46,6 +46,9 @@ class TorchAttention:
 
     def prepare(self, spans: Sequence[Span]) -> Attend:
         return _Step(self._pool, spans)
+
+    def plan_graph(self, max_batch: int, max_pages: int) -> GraphPlan | None:  # noqa: ARG002
+        return None
 
 
 class _PoolRows:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from kvist.attention import build_attention, resolve_attention
+from kvist.attention import build_attention, choose_attention
 from kvist.attention.backend import AttentionBackend
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
@@ -76,7 +76,7 @@ def build_runner(
         dtype=dtype,
         device=str(device),
         load_format="dummy" if config.load_format == "dummy" else "auto",
-        attention_backend=resolve_attention(config.attention_backend),
+        attention_backend=choose_attention(config.attention_backend, device, DTYPES[dtype]).name,
         page_size=config.page_size,
         random_seed=config.random_seed,
         num_threads=max(1, config.num_threads // config.tp) if config.num_threads else 0,

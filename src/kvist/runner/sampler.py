@@ -15,9 +15,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kvist.kernels.sampling import gumbel_noise as hashed_noise
 from kvist.request import SampledToken, SamplingParams, TokenLogprobs
 
 _NUCLEUS_FIRST_TRY = 256  # tokens
@@ -170,29 +172,15 @@ def _mix_64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _signed_32(value: int) -> int:
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >> 31 else value
+def noise_keys(rows: Sequence[SamplingRow], device: torch.device) -> Tensor:
+    """[num_rows, 2] int32: the low and the high word of each row's 64-bit key."""
+    keys = [_mix_64(_mix_64(row.params.seed ^ 0x9E3779B97F4A7C15) + row.position) for row in rows]
+    return torch.from_numpy(np.array(keys, dtype="<u8").view("<i4").reshape(-1, 2)).to(device)
 
 
 def gumbel_noise(rows: Sequence[SamplingRow], token_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise [num_rows, n] for `token_ids` [num_rows or 1, n]; a hash, the same bits everywhere.
-
-    32-bit arithmetic that wraps: half the memory traffic of 64 bits, and vectorised on every CPU. The row's 64-bit key
-    enters as two words at different rounds, so that no two rows see the same noise in another order.
-    """
-    keys = [_mix_64(_mix_64(row.params.seed ^ 0x9E3779B97F4A7C15) + row.position) for row in rows]
-    words = [[_signed_32(key), _signed_32(key >> 32)] for key in keys]
-    low, high = torch.tensor(words, dtype=torch.int32, device=token_ids.device).T[:, :, None]
-    hashed = (token_ids.to(torch.int32) * _signed_32(0x9E3779B1)) ^ low
-    hashed.bitwise_xor_((hashed >> 16).bitwise_and_(0xFFFF)).mul_(_signed_32(0x85EBCA6B))
-    hashed.bitwise_xor_((hashed >> 13).bitwise_and_(0x7FFFF)).add_(high).mul_(_signed_32(0xC2B2AE35))
-    hashed.bitwise_xor_((hashed >> 16).bitwise_and_(0xFFFF)).mul_(_signed_32(0x27D4EB2F))
-    hashed.bitwise_xor_((hashed >> 15).bitwise_and_(0x1FFFF))
-    # 31 bits as v in (0, 1). -log1p(-v) is exponential, and exact where it matters: near 0, which is large noise.
-    uniform = hashed.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
-    noise: Tensor = uniform.neg_().log1p_().neg_().log_().neg_()
-    return noise
+    """Standard Gumbel noise [num_rows, n] for `token_ids` [num_rows or 1, n]; a hash, the same bits everywhere."""
+    return hashed_noise(noise_keys(rows, token_ids.device), token_ids)
 
 
 # ---------------------------------------------------------------- logprobs
