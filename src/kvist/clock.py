@@ -34,3 +34,8 @@ class FakeClock:
 def unix_time_s() -> int:
     """Wall-clock seconds since 1970, for `created` fields and logs only; never for durations."""
     return int(time.time())
+
+
+def cpu_s() -> float:
+    """CPU seconds this process has used; for what measuring costs, never for durations."""
+    return time.process_time()
