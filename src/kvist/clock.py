@@ -39,3 +39,8 @@ def unix_time_s() -> int:
 def cpu_s() -> float:
     """CPU seconds this process has used; for what measuring costs, never for durations."""
     return time.process_time()
+
+
+def thread_cpu_s() -> float:
+    """CPU seconds the calling thread has used."""
+    return time.thread_time()
