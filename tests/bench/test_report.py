@@ -108,6 +108,7 @@ def test_a_run_without_a_single_answer_has_a_table_too() -> None:
     shown = table(run_of(bad(0), bad(1)))
     assert "0 of 2 requests answered" in shown
     assert "2 timeout" in shown
+    assert "the first timeout: no" in shown
 
 
 def test_ratios_stand_beside_the_figures() -> None:
