@@ -91,7 +91,8 @@ class _PoolRows:
             hidden = hidden.triu_(width - _QUERY_BLOCK + 1).repeat_interleave(group, dim=0)
             self._mask = torch.zeros(height, width, dtype=self.dtype, device=self.device)
             self._mask.masked_fill_(hidden, float("-inf"))
-        return self._mask[height - num_queries * group :, width - num_keys :]
+        mask = self._mask[height - num_queries * group :, width - num_keys :]
+        return mask.clone() if mask.is_cuda else mask  # CUDA's kernels want aligned rows
 
     def indices(self, values: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values).reshape(-1)).to(self.device)

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvist.kernels.activation import silu_mul
-from kvist.kernels.skinny import SKINNY_ROWS, skinny_gated, skinny_linear
+from kvist.kernels.skinny import GATED_ROWS, LINEAR_ROWS, skinny_gated, skinny_linear
 
 PACK_ROWS_HINT = 16
 MIN_PACKED_ROWS = 4
@@ -80,7 +80,7 @@ class GpuLinear:
         self._out_dtype = out_dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        if 0 < x.shape[0] <= SKINNY_ROWS:
+        if 0 < x.shape[0] <= LINEAR_ROWS:
             return skinny_linear(x, self._weight, self._bias, self._out_dtype)
         if self._out_dtype is x.dtype:
             return F.linear(x, self._weight, self._bias)
@@ -103,7 +103,7 @@ class GpuGatedLinear:
         self._weight = weight.contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if 0 < x.shape[0] <= SKINNY_ROWS:
+        if 0 < x.shape[0] <= GATED_ROWS:
             return skinny_gated(x, self._weight)
         return silu_mul(F.linear(x, self._weight))
 
