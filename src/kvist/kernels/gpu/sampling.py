@@ -11,6 +11,7 @@ from torch import Tensor
 from kvist.kernels.gpu.launch import has_dependent_launch, wait_for_inputs
 
 _BLOCK = 2048
+_NOISE_SPAN = 25.5  # the noise lies in [-2.9, 22.2]
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def _block_maxima(logits, row_stride, vocab_size, maxima, num_blocks, BLOCK: tl.
 @triton.jit
 def _block_best(
     logits, row_stride, vocab_size, temperatures, keys, maxima, best, best_token, num_blocks,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+    SPAN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tokens = block * BLOCK + tl.arange(0, BLOCK)
@@ -49,18 +50,21 @@ def _block_best(
     nth = tl.arange(0, BLOCKS)
     wait_for_inputs(DEPENDENT)
     highest = tl.max(tl.load(maxima + row * num_blocks + nth, mask=nth < num_blocks, other=float("-inf")), axis=0)
-    values = tl.load(logits + row * row_stride + tokens, mask=inside, other=float("-inf")).to(tl.float32) - highest
+    reach = tl.load(maxima + row * num_blocks + block) - highest
     temperature = tl.load(temperatures + row)
-    if temperature > 0.0:
-        low, high = (
-            tl.load(keys + row * 2).to(tl.uint32, bitcast=True),
-            tl.load(keys + row * 2 + 1).to(tl.uint32, bitcast=True),
-        )
-        values = values / temperature + _noise(low, high, tokens.to(tl.uint32))
-        values = tl.where(inside, values, float("-inf"))
-    winner = tl.argmax(values, axis=0)
-    tl.store(best + row * num_blocks + block, tl.max(values, axis=0))
-    tl.store(best_token + row * num_blocks + block, block * BLOCK + winner)
+    place = row * num_blocks + block
+    if reach >= -SPAN * temperature:  # else no noise lifts this block's best above the row's likeliest token
+        values = tl.load(logits + row * row_stride + tokens, mask=inside, other=float("-inf")).to(tl.float32) - highest
+        if temperature > 0.0:
+            low = tl.load(keys + row * 2).to(tl.uint32, bitcast=True)
+            high = tl.load(keys + row * 2 + 1).to(tl.uint32, bitcast=True)
+            values = values / temperature + _noise(low, high, tokens.to(tl.uint32))
+            values = tl.where(inside, values, float("-inf"))
+        tl.store(best + place, tl.max(values, axis=0))
+        tl.store(best_token + place, block * BLOCK + tl.argmax(values, axis=0))
+    else:
+        tl.store(best + place, float("-inf"))
+        tl.store(best_token + place, block * BLOCK)
 
 
 @triton.jit
@@ -90,7 +94,7 @@ def choose_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
     )
     _block_best[grid](
         logits, logits.stride(0), vocab_size, temperatures, keys, maxima, best, best_token, num_blocks,
-        blocks, _BLOCK, dependent, launch_pdl=dependent,
+        _NOISE_SPAN, blocks, _BLOCK, dependent, launch_pdl=dependent,
     )  # fmt: skip
     _row_best[(num_rows,)](best, best_token, chosen, num_blocks, blocks, dependent, num_warps=1, launch_pdl=dependent)
     return chosen
