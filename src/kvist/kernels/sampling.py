@@ -60,3 +60,28 @@ def choose_tokens_torch(logits: Tensor, temperatures: Tensor, keys: Tensor) -> T
     scaled = shifted / torch.where(greedy, 1.0, temperatures[:, None])
     token_ids = torch.arange(logits.shape[1], device=logits.device)[None, :]
     return torch.where(greedy, shifted, scaled + gumbel_noise(keys, token_ids)).argmax(dim=-1)
+
+
+def nucleus_floor(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """[num_rows, 1] the probability of the least likely token in each row's nucleus: the fewest tokens that have
+    `top_p` together.
+
+    probabilities [num_rows, vocab_size] fp32, contiguous; top_p [num_rows, 1] fp32; at 1 all of them. Bisection over
+    the bit patterns, which order non-negative floats: a few dozen sums, where a sort would move everything.
+    """
+    if not probabilities.is_cuda:
+        return nucleus_floor_torch(probabilities, top_p)
+    from kvist.kernels.gpu import sampling
+
+    return sampling.nucleus_floor(probabilities, top_p)
+
+
+def nucleus_floor_torch(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    # Invariant: the tokens at or above `low` have top_p together, those at or above `high` have less.
+    low = torch.zeros_like(top_p, dtype=torch.int32)
+    high = (probabilities.amax(dim=-1, keepdim=True)).view(torch.int32) + 1
+    for _ in range(30):
+        middle = low + (high - low) // 2
+        reached = probabilities.where(probabilities >= middle.view(torch.float32), 0).sum(dim=-1, keepdim=True) >= top_p
+        low, high = torch.where(reached, middle, low), torch.where(reached, high, middle)
+    return low.view(torch.float32)

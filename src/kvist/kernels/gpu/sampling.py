@@ -98,3 +98,52 @@ def choose_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
     )  # fmt: skip
     _row_best[(num_rows,)](best, best_token, chosen, num_blocks, blocks, dependent, num_warps=1, launch_pdl=dependent)
     return chosen
+
+
+@triton.jit
+def _sum_above(probabilities, vocab_size, first, second, third, BLOCK: tl.constexpr):
+    """What the tokens at or above each of three probabilities have together."""
+    sum_1 = tl.zeros((BLOCK,), tl.float32)
+    sum_2, sum_3 = sum_1, sum_1
+    for start in range(0, vocab_size, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        values = tl.load(probabilities + tokens, mask=tokens < vocab_size, other=0.0)
+        sum_1 += tl.where(values >= first, values, 0.0)
+        sum_2 += tl.where(values >= second, values, 0.0)
+        sum_3 += tl.where(values >= third, values, 0.0)
+    return tl.sum(sum_1, axis=0), tl.sum(sum_2, axis=0), tl.sum(sum_3, axis=0)
+
+
+@triton.jit
+def _nucleus_floor(probabilities, vocab_size, top_p, floors, BLOCK: tl.constexpr):
+    """One row a program. Each pass over the row finds two bits of the floor's 30."""
+    row = tl.program_id(0).to(tl.int64)
+    wanted = tl.load(top_p + row)
+    low = wanted.to(tl.int32, bitcast=True) * 0
+    high = low + 0x3F800001  # just above 1
+    while high - low > 1:
+        half = low + (high - low) // 2
+        quarter = low + (high - low) // 4
+        three = half + (high - low) // 4
+        sum_1, sum_2, sum_3 = _sum_above(
+            probabilities + row * vocab_size,
+            vocab_size,
+            quarter.to(tl.float32, bitcast=True),
+            half.to(tl.float32, bitcast=True),
+            three.to(tl.float32, bitcast=True),
+            BLOCK,
+        )
+        below = tl.where(sum_1 >= wanted, quarter, low)
+        above = tl.where(sum_1 >= wanted, half, quarter)
+        above = tl.where(sum_2 >= wanted, tl.where(sum_3 >= wanted, high, three), above)
+        low = tl.where(sum_2 >= wanted, tl.where(sum_3 >= wanted, three, half), below)
+        high = above
+    tl.store(floors + row, low.to(tl.float32, bitcast=True))
+
+
+def nucleus_floor(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    assert probabilities.is_contiguous()
+    num_rows, vocab_size = probabilities.shape
+    floors = torch.empty((num_rows, 1), dtype=torch.float32, device=probabilities.device)
+    _nucleus_floor[(num_rows,)](probabilities, vocab_size, top_p, floors, 4096, num_warps=16)
+    return floors

@@ -88,9 +88,9 @@ def _tile_product(
     for first in tl.range(0, IN, BLOCK, num_stages=STAGES):
         at = first + column
         values = tl.load(x_start + at[None, :], mask=present if EVEN else present & (at < IN)[None, :], other=0.0)
-        total = tl.dot(values, _read(start, at[:, None], IN, EVEN), total)
+        total = tl.dot(values, _read(start, at[:, None], IN, EVEN), total, input_precision="ieee")
         if GATED:
-            total_up = tl.dot(values, _read(start_up, at[:, None], IN, EVEN), total_up)
+            total_up = tl.dot(values, _read(start_up, at[:, None], IN, EVEN), total_up, input_precision="ieee")
     if BIASED:
         total += tl.load(bias + kept).to(tl.float32)[None, :]
     if GATED:
