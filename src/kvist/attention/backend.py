@@ -15,9 +15,9 @@ old K/V, even NaN) and must not touch the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import msgspec
 from torch import Tensor
 
 from kvist.kernels.rotary import Rotary
@@ -37,9 +37,11 @@ class RotatingAttend(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """One request's new tokens: positions [start, start + num_tokens). Their rows follow the former span's."""
+class Span(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One request's new tokens: positions [start, start + num_tokens). Their rows follow the former span's.
+
+    A struct and not a dataclass: hundreds are made in each step, at a sixth of the price.
+    """
 
     start: int  # K/V of [0, start) is already in the pages
     num_tokens: int

@@ -36,7 +36,7 @@ class PageTables:
         self._page_size = page_size
         self._table = torch.zeros(num_seats, max_pages, dtype=torch.int32, device=device)
         self._free = list(range(num_seats))
-        self._seats: dict[int, _Seat] = {}  # by id(page_ids), the longest unused first
+        self._seats: dict[int, _Seat] = {}  # by id(page_ids)
         self._step = 0
 
     def reserve(self, num_seats: int, max_pages: int) -> None:
@@ -51,17 +51,16 @@ class PageTables:
 
     def seat(self, spans: Sequence[Span]) -> list[int]:
         """The row of each span, in order, after sending what the device does not have of their lists yet."""
-        self._step += 1
+        self._step = step = self._step + 1
+        seats, page_size = self._seats, self._page_size
         rows: list[int] = []
         places: list[tuple[int, int]] = []
         page_ids: list[int] = []
-        for span in spans:
-            num_pages = -(-span.end // self._page_size)
-            seat = self._seats.get(id(span.page_ids)) or self._new_seat(span.page_ids, len(spans))
-            if seat.step != self._step:
-                seat.step = self._step
-                self._seats[id(seat.page_ids)] = self._seats.pop(id(seat.page_ids))  # to the end
-            if seat.num_written < num_pages:
+        for span in spans:  # nearly always: a seat that has all it needs
+            seat = seats.get(id(span.page_ids)) or self._new_seat(span.page_ids, len(spans))
+            seat.step = step
+            if seat.num_written * page_size < span.start + span.num_tokens:
+                num_pages = -(-span.end // page_size)
                 self.reserve(0, num_pages if num_pages <= self._table.shape[1] else 2 * num_pages)
                 assert len(seat.page_ids) >= num_pages, "the scheduler plans pages for every new token"
                 places += [(seat.row, page) for page in range(seat.num_written, num_pages)]
@@ -82,7 +81,7 @@ class PageTables:
 
     def _new_seat(self, page_ids: Sequence[int], batch_size: int) -> _Seat:
         if not self._free:
-            oldest = next(iter(self._seats.values()), None)
+            oldest = min(self._seats.values(), key=lambda seat: seat.step, default=None)
             if oldest is None or oldest.step == self._step:
                 self.reserve(max(2 * self._table.shape[0], 2 * batch_size), 0)
             else:

@@ -25,9 +25,17 @@ from kvist.request import RequestId, SampledToken
 from kvist.runner.cuda_graphs import DecodeGraphs
 from kvist.runner.inputs import sampling_rows
 from kvist.runner.runner import InFlight, Model
-from kvist.runner.sampler import Measured, SamplingRow, choose, is_plain, measure, noise_key_words, sampled_tokens
+from kvist.runner.sampler import (
+    Measured,
+    SamplingRow,
+    all_plain,
+    choose,
+    measure,
+    noise_key_words,
+    sampled_tokens,
+)
 from kvist.runner.staging import HostWords, Staging
-from kvist.scheduler.plan import Batch
+from kvist.scheduler.plan import Batch, BatchItem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +94,11 @@ class CudaRunner:
         """Raises when the device refused the work; what the device meets on the way is raised by `result`."""
         assert batch.items, "an empty batch is no batch"
         slots, self._slots = self._slots, {}
-        rows = sampling_rows(batch)
-        host = _host_words(batch, rows, slots)
+        host = _host_words(batch.items, slots)
+        rows = None if all_plain(batch.items) else sampling_rows(batch)
         spans = [Span(start=item.start, num_tokens=item.num_tokens, page_ids=item.page_ids) for item in batch.items]
         with torch.inference_mode():
-            if self._graphs is not None and len(host.token_ids) == len(rows) <= self._graphs.largest:
+            if self._graphs is not None and len(host.token_ids) == len(host.rows) <= self._graphs.largest:
                 measured = self._replay(self._graphs, host, spans, rows)
             else:
                 measured = self._launch_all(host, spans, rows)
@@ -100,7 +108,7 @@ class CudaRunner:
                 measured = measured.start_copy()
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        self._slots = {request_id: slot for slot, request_id in enumerate(request_ids)}
+        self._slots = dict(zip(request_ids, range(len(request_ids)), strict=True))
         return Launched(request_ids=request_ids, tokens=tokens, measured=measured, done=done)
 
     def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]:
@@ -113,28 +121,28 @@ class CudaRunner:
         self.pool.close()
 
     def _replay(
-        self, graphs: DecodeGraphs, host: HostWords, spans: Sequence[Span], rows: Sequence[SamplingRow]
+        self, graphs: DecodeGraphs, host: HostWords, spans: Sequence[Span], rows: Sequence[SamplingRow] | None
     ) -> Measured | None:
-        """Every item is one token that wants the next one."""
-        size = graphs.size_for(len(rows))
+        """Every item is one token that wants the next one. `rows` None: the graph chooses them all."""
+        size = graphs.size_for(len(spans))
         self._staging.send(host, size, size)
         hidden = graphs.replay(size, spans)
-        if all(map(is_plain, rows)):
-            return None
-        return self._choose_and_measure(self._model.logits(hidden[: len(rows)]), rows)
+        return None if rows is None else self._choose_and_measure(self._model.logits(hidden[: len(rows)]), rows)
 
-    def _launch_all(self, host: HostWords, spans: Sequence[Span], rows: Sequence[SamplingRow]) -> Measured | None:
-        num_tokens, num_sampled = len(host.token_ids), len(rows)
+    def _launch_all(
+        self, host: HostWords, spans: Sequence[Span], rows: Sequence[SamplingRow] | None
+    ) -> Measured | None:
+        num_tokens, num_sampled = len(host.token_ids), len(host.rows)
         self._staging.send(host, num_tokens, num_sampled)
         words = self._staging.views(num_tokens, num_sampled)
         hidden = self._model.forward(words.token_ids(), words.positions, self._attention.prepare(spans))
-        if not rows:
+        if not num_sampled:
             return None
         logits = self._model.logits(hidden.index_select(0, words.rows))
-        if all(map(is_plain, rows)):
-            self._staging.keep(choose_tokens(logits, words.temperatures, words.keys))
-            return None
-        return self._choose_and_measure(logits, rows)
+        if rows is not None:
+            return self._choose_and_measure(logits, rows)
+        self._staging.keep(choose_tokens(logits, words.temperatures, words.keys))
+        return None
 
     def _choose_and_measure(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Measured | None:
         chosen = choose(logits, rows)
@@ -142,28 +150,44 @@ class CudaRunner:
         return measure(logits, rows, chosen)
 
 
-def _host_words(batch: Batch, rows: Sequence[SamplingRow], slots: Mapping[RequestId, int]) -> HostWords:
-    token_ids: list[int] = []
-    sources: list[int | None] = []
-    positions: list[int] = []
-    sampled_rows: list[int] = []
-    for item in batch.items:
-        if item.takes_sampled:
-            token_ids.append(0)
-            sources.append(slots[item.request_id])
-            positions.append(item.start)
-        else:
-            token_ids += item.token_ids
-            sources += [None] * len(item.token_ids)
-            positions += range(item.start, item.end)
-        if item.sampling is not None:
-            sampled_rows.append(len(token_ids) - 1)
-    temperatures = [row.params.temperature for row in rows]
+def _host_words(items: Sequence[BatchItem], slots: Mapping[RequestId, int]) -> HostWords:
+    sampled = [item for item in items if item.sampling is not None]
+    if len(sampled) == len(items) and all(item.takes_sampled or len(item.token_ids) == 1 for item in items):
+        token_ids = [0 if item.takes_sampled else item.token_ids[0] for item in items]
+        positions: Sequence[int] = [item.start for item in items]
+        rows: Sequence[int] = range(len(items))
+        unknown = [row for row, item in enumerate(items) if item.takes_sampled]
+    else:
+        token_ids, positions, rows, unknown = _flatten(items)
+    temperatures = [item.sampling.temperature for item in sampled if item.sampling is not None]
+    keys = None
+    if any(temperatures):
+        seeds = [item.sampling.seed for item in sampled if item.sampling is not None]
+        keys = noise_key_words(seeds, [item.end for item in sampled])
     return HostWords(
         token_ids=token_ids,
-        sources=sources,
+        unknown=unknown,
+        slots=[slots[item.request_id] for item in items if item.takes_sampled],
         positions=positions,
-        rows=sampled_rows,
+        rows=rows,
         temperatures=temperatures,
-        keys=noise_key_words(rows) if any(temperatures) else None,
+        keys=keys,
     )
+
+
+def _flatten(items: Sequence[BatchItem]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Token ids, positions; rows that want a token; rows whose token is not known."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    unknown: list[int] = []
+    for item in items:
+        if item.takes_sampled:
+            unknown.append(len(token_ids))
+            token_ids.append(0)
+        else:
+            token_ids += item.token_ids
+        positions += range(item.start, item.end)
+        if item.sampling is not None:
+            rows.append(len(token_ids) - 1)
+    return token_ids, positions, rows, unknown

@@ -20,8 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvist.kernels.sampling import choose_tokens, nucleus_floor
 from kvist.kernels.sampling import gumbel_noise as hashed_noise
 from kvist.request import SampledToken, SamplingParams, TokenLogprobs
+from kvist.scheduler.plan import BatchItem
 
 _NUCLEUS_FIRST_TRY = 256  # tokens
 _NEG_INF = float("-inf")
@@ -48,12 +50,15 @@ def sampled_tokens(token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprob
     return [SampledToken(token_id=token_id, logprobs=logprobs.get(row)) for row, token_id in enumerate(token_ids)]
 
 
-def is_plain(row: SamplingRow) -> bool:
-    """Temperature and noise are all there is to it: `kernels.sampling.choose_tokens` does such rows."""
-    params = row.params
-    if params.num_logprobs is not None or row.suppressed_token_ids:
-        return False
-    return params.greedy or not (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
+def all_plain(items: Sequence[BatchItem]) -> bool:
+    """Temperature and noise are all there is to every choice: `kernels.sampling.choose_tokens` makes such."""
+    return not any(
+        item.suppressed_token_ids
+        or params.num_logprobs is not None
+        or (params.temperature and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0))
+        for item in items
+        if (params := item.sampling) is not None
+    )
 
 
 def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -117,6 +122,8 @@ def _draw(logits: Tensor, kind: _Kind, rows: Sequence[SamplingRow]) -> Tensor:
     # The likeliest token is at 0, whatever the temperature: no overflow for tiny ones.
     temperature = _column([row.params.temperature for row in rows], logits)
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    if scaled.is_cuda and not kind.top_k:
+        return _draw_on_gpu(scaled, kind, rows)
     if kind.nucleus and not kind.top_k:
         return _draw_from_nucleus(scaled, rows)
     if not kind.top_k:
@@ -129,8 +136,6 @@ def _draw(logits: Tensor, kind: _Kind, rows: Sequence[SamplingRow]) -> Tensor:
 
 def _draw_from_nucleus(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     log_total = scaled.logsumexp(dim=-1, keepdim=True)
-    if scaled.is_cuda:  # to look at the mass of the first try, the host would wait for the GPU
-        return _draw_from_wide_nucleus(scaled, log_total, rows)
     values, token_ids = scaled.topk(min(_NUCLEUS_FIRST_TRY, scaled.shape[1]), dim=-1)
     tokens = _pick(_cut_nucleus(values, log_total, rows), token_ids, rows)
     if values.shape[1] == scaled.shape[1]:
@@ -148,20 +153,21 @@ def _draw_from_wide_nucleus(scaled: Tensor, log_total: Tensor, rows: Sequence[Sa
     return _pick(scaled.masked_fill(outside, _NEG_INF), _all_tokens(scaled), rows)
 
 
-def _nucleus_floor(probabilities: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """[num_rows, 1] the probability of the least likely token in each row's nucleus.
+def _draw_on_gpu(scaled: Tensor, kind: _Kind, rows: Sequence[SamplingRow]) -> Tensor:
+    """top_p and min_p as one floor under the probabilities: the host has nothing to look at on the way."""
+    if kind.nucleus or any(row.params.min_p > 0.0 for row in rows):
+        probabilities = scaled.softmax(dim=-1)
+        floor = _column([row.params.min_p for row in rows], scaled) * probabilities.amax(dim=-1, keepdim=True)
+        if kind.nucleus:
+            floor = torch.maximum(floor, _nucleus_floor(probabilities, rows))
+        scaled = scaled.masked_fill(probabilities < floor, _NEG_INF)
+    temperatures = torch.ones(len(rows), device=scaled.device)  # divided by already
+    return choose_tokens(scaled, temperatures, noise_keys(rows, scaled.device))
 
-    Bisection over the bit patterns, which order non-negative floats: 30 sums, half the time of a sort on a CPU.
-    """
-    top_p = _column([row.params.top_p for row in rows], probabilities)
-    # Invariant: the tokens at or above `low` have top_p together, those at or above `high` have less.
-    low = torch.zeros_like(top_p, dtype=torch.int32)
-    high = (probabilities.amax(dim=-1, keepdim=True)).view(torch.int32) + 1
-    for _ in range(30):
-        middle = low + (high - low) // 2
-        reached = probabilities.where(probabilities >= middle.view(torch.float32), 0).sum(dim=-1, keepdim=True) >= top_p
-        low, high = torch.where(reached, middle, low), torch.where(reached, high, middle)
-    return low.view(torch.float32)
+
+def _nucleus_floor(probabilities: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """[num_rows, 1] the probability of the least likely token in each row's nucleus."""
+    return nucleus_floor(probabilities, _column([row.params.top_p for row in rows], probabilities))
 
 
 def _all_tokens(like: Tensor) -> Tensor:
@@ -195,15 +201,15 @@ def _cut_nucleus(values: Tensor, log_total: Tensor, rows: Sequence[SamplingRow])
 
 def noise_keys(rows: Sequence[SamplingRow], device: torch.device) -> Tensor:
     """[num_rows, 2] int32: what `noise_key_words` says, on the device."""
-    keys = torch.from_numpy(noise_key_words(rows))
+    keys = torch.from_numpy(noise_key_words([row.params.seed for row in rows], [row.position for row in rows]))
     return keys.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else keys
 
 
-def noise_key_words(rows: Sequence[SamplingRow]) -> npt.NDArray[np.int32]:
+def noise_key_words(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.int32]:
     """[num_rows, 2]: the low and the high word of each row's 64-bit key, a hash of seed and position."""
-    seeds = np.array([row.params.seed for row in rows], dtype=np.uint64) ^ np.uint64(0x9E3779B97F4A7C15)
-    positions = np.array([row.position for row in rows], dtype=np.uint64)
-    return _mix_64(_mix_64(seeds) + positions).astype("<u8", copy=False).view("<i4").reshape(-1, 2)
+    hashed = _mix_64(np.array(seeds, dtype=np.uint64) ^ np.uint64(0x9E3779B97F4A7C15))
+    keys = _mix_64(hashed + np.array(positions, dtype=np.uint64))
+    return keys.astype("<u8", copy=False).view("<i4").reshape(-1, 2)
 
 
 def _mix_64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -27,8 +27,9 @@ _TURNS = 3  # two steps may be under way
 class HostWords:
     """A step's words before they are sent. Lists of T or R entries."""
 
-    token_ids: Sequence[int]
-    sources: Sequence[int | None]  # slot of the step before; None: the token is known
+    token_ids: Sequence[int]  # anything where the token is not known
+    unknown: Sequence[int]  # which of T are not known, and ...
+    slots: Sequence[int]  # ... the slots of the step before that have them
     positions: Sequence[int]
     rows: Sequence[int]  # which of T a token is chosen for
     temperatures: Sequence[float]
@@ -92,9 +93,8 @@ class Staging:
         words[:count] = host.token_ids
         words[count:t] = 0
         words[t : 2 * t] = np.arange(self.num_rows, self.num_rows + t)
-        if any(source is not None for source in host.sources):
-            known = range(self.num_rows, self.num_rows + count)
-            words[t : t + count] = [k if s is None else s for s, k in zip(host.sources, known, strict=True)]
+        if host.slots:
+            words[t : 2 * t][np.array(host.unknown)] = host.slots
         words[2 * t : 2 * t + count] = host.positions
         words[2 * t + count : tail] = 0
         words[tail : tail + sampled] = host.rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -73,6 +74,8 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         closing.callback(runner.close)
         log.info("page pool: %s", runner.pool_reason)
         warm_up(runner, progress)
+        gc.collect()
+        gc.freeze()  # the model and the libraries stay: the collector need not look at them while serving
         return _assemble(config, served, runner, epoch, runtime_dir, closing.pop_all())
 
 
