@@ -9,6 +9,18 @@ import pytest
 from kvist.checkpoint import find_checkpoint
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are reported as skipped where there is none; `pytest -m gpu` runs them."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def transformers_smollm2() -> Any:
     """transformers' own reading of the embedded SmolLM2 GGUF, fp32: half a minute, once a session."""

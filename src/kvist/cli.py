@@ -17,7 +17,14 @@ VERBS = {
     "router": "start the gateway over remote workers",
     "up": "start a router, prefill workers and decode workers on this machine",
     "demo": "start a small cluster, ask it questions, show what the handoff moved, stop it",
+    "bench single": "measure a server: one stream at a time",
+    "bench offline": "measure a server: all requests at once",
+    "bench rate": "measure a server: requests that arrive at random",
+    "bench multiturn": "measure a server: conversations that grow",
+    "bench custom": "measure a server: the scenarios of a JSON file",
+    "bench engine": "time the engine's steps in this process, without HTTP",
 }
+BENCH = "bench"  # its verbs are two words
 
 USAGE_ERROR = 2  # exit status, as argparse and most commands have it
 
@@ -31,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] in ("-V", "--version", "version"):
         print(f"kvist {__version__}")
         return 0
-    verb, *rest = words
+    verb, rest = _split(words)
     try:
         return _run(verb, rest)
     except ConfigError as error:
@@ -51,6 +58,17 @@ def _show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    """The verb and its arguments."""
+    verb, *rest = words
+    if verb != BENCH or not rest or rest[0].startswith("-"):
+        return verb, rest
+    verb, rest = f"{BENCH} {rest[0]}", rest[1:]
+    if verb == "bench custom" and rest and not rest[0].startswith("-"):
+        rest = ["--file", *rest]
+    return verb, rest
+
+
 def _overview() -> str:
     width = max(len(verb) for verb in VERBS)
     verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
@@ -62,6 +80,12 @@ def _overview() -> str:
 
 
 def _run(verb: str, argv: list[str]) -> int:
+    if verb == BENCH:
+        named = ", ".join(name.removeprefix(f"{BENCH} ") for name in VERBS if name.startswith(f"{BENCH} "))
+        if "-h" in argv or "--help" in argv:
+            _show(_overview())
+            return 0
+        raise ConfigError(f"what to measure? kvist bench SCENARIO, one of: {named}")
     if verb not in VERBS:
         from kvist.flags import nearest
 

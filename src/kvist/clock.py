@@ -34,3 +34,13 @@ class FakeClock:
 def unix_time_s() -> int:
     """Wall-clock seconds since 1970, for `created` fields and logs only; never for durations."""
     return int(time.time())
+
+
+def cpu_s() -> float:
+    """CPU seconds this process has used; for what measuring costs, never for durations."""
+    return time.process_time()
+
+
+def thread_cpu_s() -> float:
+    """CPU seconds the calling thread has used."""
+    return time.thread_time()

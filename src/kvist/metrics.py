@@ -36,6 +36,9 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "handoffs_failed": "handoffs that failed, were refused or timed out",
     "handoff_pages": "pages written by handoffs",
     "handoff_bytes": "bytes written by handoffs",
+    "plan_cpu_seconds": "processor time spent planning steps",
+    "launch_cpu_seconds": "processor time spent launching steps (on a CPU: computing them)",
+    "read_cpu_seconds": "processor time spent reading steps back; on a GPU mostly waiting for it",
     "handoff_seconds": "time of handoffs from grant to acknowledged (sent) or verified (received)",
 }
 

@@ -7,11 +7,21 @@ anywhere else.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvist.bench.config import (
+    LOADS,
+    CustomConfig,
+    MultiturnConfig,
+    OfflineConfig,
+    RateConfig,
+    SingleConfig,
+    TargetConfig,
+)
 from kvist.channel.security import ChannelConfig
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.plan import ClusterShape, available_cores, share_threads
@@ -21,7 +31,9 @@ from kvist.flag_help import help_text
 from kvist.flags import ENV_PREFIX, Shorthand, Sources, group, nearest, options_of, read_settings, to_argv
 from kvist.log import LogConfig
 from kvist.router.config import RouterConfig
+from kvist.scheduler.config import SchedulerConfig
 from kvist.server.config import ServerConfig
+from kvist.worker.bench_shapes import StepsConfig
 from kvist.worker.config import EngineConfig
 
 SHORTHANDS = (
@@ -108,13 +120,76 @@ class DemoSettings:
     process: ProcessConfig = group(ProcessConfig)
 
 
-Settings = ServeSettings | RouterSettings | UpSettings | DemoSettings
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _BenchSettings:
+    """A benchmark of a server, wherever that runs."""
+
+    target: TargetConfig = group(TargetConfig)
+    process: ProcessConfig = group(ProcessConfig, without=("stop_with_stdin",))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchSingleSettings(_BenchSettings):
+    load: SingleConfig = group(SingleConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOfflineSettings(_BenchSettings):
+    load: OfflineConfig = group(OfflineConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRateSettings(_BenchSettings):
+    load: RateConfig = group(RateConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchMultiturnSettings(_BenchSettings):
+    load: MultiturnConfig = group(MultiturnConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchCustomSettings(_BenchSettings):
+    custom: CustomConfig = group(CustomConfig)
+
+
+_AROUND_THE_ENGINE = (  # sockets, limits that the batch shapes set, and time-outs of requests nobody sends
+    "served_model_name",
+    "role",
+    "context_length",
+    "engine_host",
+    "engine_port",
+    "engine_advertise_host",
+    "gateway_timeout_s",
+    "engine_start_timeout_s",
+    *(field.name for field in dataclasses.fields(ChannelConfig)),
+    *(field.name for field in dataclasses.fields(SchedulerConfig)),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchEngineSettings:
+    steps: StepsConfig = group(StepsConfig)
+    engine: EngineConfig = group(EngineConfig, without=_AROUND_THE_ENGINE)
+    process: ProcessConfig = group(ProcessConfig, without=("stop_with_stdin",))
+
+
+BenchServerSettings = (
+    BenchSingleSettings | BenchOfflineSettings | BenchRateSettings | BenchMultiturnSettings | BenchCustomSettings
+)
+Settings = ServeSettings | RouterSettings | UpSettings | DemoSettings | BenchServerSettings | BenchEngineSettings
 
 _SETTINGS: dict[str, type[Settings]] = {
     "serve": ServeSettings,
     "router": RouterSettings,
     "up": UpSettings,
     "demo": DemoSettings,
+    "bench single": BenchSingleSettings,
+    "bench offline": BenchOfflineSettings,
+    "bench rate": BenchRateSettings,
+    "bench multiturn": BenchMultiturnSettings,
+    "bench custom": BenchCustomSettings,
+    "bench engine": BenchEngineSettings,
 }
 
 
@@ -161,9 +236,24 @@ def run(settings: Settings) -> int:
         from kvist.cluster.up import run_up
 
         return run_up(cluster_shape(settings), stop_with_stdin=settings.process.stop_with_stdin)
+    if isinstance(settings, BenchServerSettings):
+        return _run_bench(settings)
+    if isinstance(settings, BenchEngineSettings):
+        from kvist.worker.bench_engine import run_bench_engine
+
+        return run_bench_engine(settings.engine, settings.steps)
     from kvist.cluster.demo import run_demo
 
     return run_demo(cluster_shape(settings), question=settings.demo.question, expect=settings.demo.expect)
+
+
+def _run_bench(settings: BenchServerSettings) -> int:
+    from kvist.bench.verbs import run_custom, run_scenario
+
+    if isinstance(settings, BenchCustomSettings):
+        return run_custom(settings.custom, settings.target)
+    kind = next(kind for kind, config in LOADS.items() if isinstance(settings.load, config))
+    return run_scenario(kind, settings.load, settings.target)
 
 
 def cluster_shape(settings: UpSettings | DemoSettings) -> ClusterShape:

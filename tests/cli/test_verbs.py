@@ -28,7 +28,17 @@ def test_the_version_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--version"], ["--help"], ["serve", "--help"], ["up", "--help"], ["serve", "--prot"]]
+    "argv",
+    [
+        ["--version"],
+        ["--help"],
+        ["serve", "--help"],
+        ["up", "--help"],
+        ["serve", "--prot"],
+        ["bench", "--help"],
+        ["bench", "rate", "--help"],
+        ["bench", "engine", "--help"],
+    ],
 )
 def test_help_version_and_mistakes_in_flags_load_no_torch(argv: list[str]) -> None:
     assert not loaded_after(f"from kvist.cli import main; main({argv!r})") & {"torch", "transformers"}
@@ -69,6 +79,14 @@ def test_no_verb_shows_the_verbs_and_fails(capsys: pytest.CaptureFixture[str]) -
         (["router"], ["no workers", "--prefill"]),
         (["router", "--worker-urls", "ftp://x", "--port", "0"], ["ftp://x", "http://HOST:PORT"]),
         (["up", "--prefill", "0"], ["--prefill 0", "--unified"]),
+        (["bench"], ["single", "multiturn", "engine"]),
+        (["bench", "singel"], ["did you mean bench single?"]),
+        (["bench", "offline", "--input-tokens", "9-3"], ["--input-tokens", "'9-3'", "LOW-HIGH"]),
+        (["bench", "single", "--base-url", "localhost:1"], ["--base-url", "http://HOST:PORT"]),
+        (["bench", "single", "--rate", "3"], ["unknown flag --rate"]),
+        (["bench", "custom", "/no/such/file.json"], ["/no/such/file.json"]),
+        (["bench", "engine", "--shapes", "8"], ["--shapes", "'8'", "8@1024"]),
+        (["bench", "engine", "--role", "decode"], ["unknown flag --role"]),
         (["up", "--prefill", "two"], ["--prefill", "'two'", "from 0 to 64"]),
     ],
 )
@@ -103,6 +121,11 @@ def test_the_articles_two_commands_are_understood() -> None:
     assert isinstance(second, settings.ServeSettings)
     assert (first.engine.role, first.server.port, first.engine.model_path) == ("unified", 30001, "M")
     assert (second.engine.role, second.engine.mem_fraction_static, second.engine.tp) == ("decode", 0.8, 1)
+
+
+def test_a_server_that_cannot_be_reached_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "single", "--base-url", "http://127.0.0.1:1"]) == 1
+    assert "http://127.0.0.1:1 cannot be measured" in capsys.readouterr().err
 
 
 def test_a_router_takes_several_urls_after_one_flag() -> None:

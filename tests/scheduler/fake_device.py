@@ -8,12 +8,13 @@ hash of (prefix, seed, position): one lost, doubled or misplaced token changes a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 from kvist.kv.cache import PageCache
 from kvist.kv.pages import PageState
 from kvist.request import EngineRequest, FinishReason, SampledToken, SamplingParams
 from kvist.scheduler import SchedulerConfig
-from kvist.scheduler.plan import Batch
+from kvist.scheduler.plan import Batch, BatchItem
 
 VOCAB = 23
 EOS = 7
@@ -64,13 +65,20 @@ class FakeDevice:
         self._page_size = cache.page_size
         self._ledger = cache._ledger
         self.pages: list[list[Slot | None]] = [[None] * cache.page_size for _ in range(cache.num_pages)]
+        self._former: dict[str, SampledToken] = {}  # what the batch before chose: `takes_sampled` means these
+        self._broken: frozenset[str] = frozenset()  # its requests, if it failed
 
     def execute(self, batch: Batch) -> dict[str, SampledToken]:
         """Writes all K/V first, like a real step: no request may see another's half-written page as its own."""
         sampled: dict[str, SampledToken] = {}
         for item in batch.items:
+            if item.request_id in self._broken:  # begun behind the failure: computed from what makes no sense
+                self._check_owned(item)
+                sampled[item.request_id] = SampledToken(token_id=0)
+                continue
             prefix = self._check_prefix(item.page_ids, item.start)
-            for offset, token_id in enumerate(item.token_ids):
+            token_ids = [self._former[item.request_id].token_id] if item.takes_sampled else item.token_ids
+            for offset, token_id in enumerate(token_ids):
                 page, slot = divmod(item.start + offset, self._page_size)
                 state = self._ledger.state(item.page_ids[page])
                 assert state is PageState.OWNED, f"a step writes page {item.page_ids[page]}, which is {state.name}"
@@ -79,9 +87,24 @@ class FakeDevice:
             if item.sampling is not None:
                 token_id = next_token(prefix, item.sampling, item.end, item.suppressed_token_ids)
                 sampled[item.request_id] = SampledToken(token_id=token_id)
+        self._former, self._broken = sampled, frozenset()
         return sampled
 
-    def _check_prefix(self, page_ids: list[int], num_tokens: int) -> int:
+    def fail(self, batch: Batch) -> None:
+        """It raises, and leaves nonsense in the pages that it should have written."""
+        for item in batch.items:
+            self._check_owned(item)
+            for position in range(item.start, item.end):
+                page, slot = divmod(position, self._page_size)
+                self.pages[item.page_ids[page]][slot] = (-1, -1)
+        self._former, self._broken = {}, frozenset(item.request_id for item in batch.items)
+
+    def _check_owned(self, item: BatchItem) -> None:
+        for page in range(item.start // self._page_size, (item.end - 1) // self._page_size + 1):
+            state = self._ledger.state(item.page_ids[page])
+            assert state is PageState.OWNED, f"a step writes page {item.page_ids[page]}, which is {state.name}"
+
+    def _check_prefix(self, page_ids: Sequence[int], num_tokens: int) -> int:
         prefix = 0
         for index in range(num_tokens):
             page, slot = divmod(index, self._page_size)

@@ -155,7 +155,7 @@ class SimEngine:
         )
         self.scheduler = build_scheduler(role, config, self.cache, self.epoch, pool)
         self.events: list[Event] = []
-        self.under_way: Batch | None = None
+        self.under_way: deque[Batch] = deque()
         self.plan = Plan()
         self.digests: set[bytes] = set()
         self.in_flight_pages: dict[int, HandoffId] = {}  # by the grants it sent
@@ -167,12 +167,13 @@ class SimEngine:
         return min(self.config.max_model_len, self.cache.num_pages * self.cache.page_size)
 
     def finish_step(self) -> None:
-        """The device is done with the batch; the scheduler will hear of it."""
-        batch, self.under_way = self.under_way, None
-        if batch is None:
+        """The device is done with the oldest batch; the scheduler will hear of it."""
+        if not self.under_way:
             return
+        batch = self.under_way.popleft()
         if self.fail_next_step:
             self.fail_next_step = False
+            self.device.fail(batch)
             self.events.append(StepFailed(step_id=batch.step_id, message="the device is on fire"))
         else:
             self.events.append(StepFinished(step_id=batch.step_id, sampled=self.device.execute(batch)))
@@ -188,9 +189,12 @@ class SimEngine:
         for transfer in plan.transfers:
             self.transport.take(transfer)
         if plan.batch is not None:
-            assert self.under_way is None
-            self.under_way = plan.batch
+            self.under_way.append(plan.batch)
+            assert len(self.under_way) <= (2 if self.config.overlap else 1)
         return plan
+
+    def _just_sampled(self) -> set[str]:
+        return {item.request_id for item in self.under_way[-1].items if item.sampling} if self.under_way else set()
 
     def _check(self, plan: Plan) -> None:
         counts = self.scheduler.load().pages
@@ -209,7 +213,8 @@ class SimEngine:
             assert len(plan.batch.items) <= self.config.max_running_requests
             assert len({item.request_id for item in plan.batch.items}) == len(plan.batch.items)
             for item in plan.batch.items:
-                assert len(item.token_ids) <= self.config.chunked_prefill_size
+                assert item.num_tokens <= self.config.chunked_prefill_size
+                assert not item.takes_sampled or item.request_id in self._just_sampled(), "no batch chooses its token"
                 assert item.end <= len(item.page_ids) * self.cache.page_size
 
 
@@ -350,6 +355,8 @@ class World:
                     self.deliver(wire)
             for engine in list(self.by_epoch.values()):
                 engine.transport.advance()
+                if len(engine.under_way) == 1 and engine.config.overlap:
+                    engine.step()  # as the engine's loop does: the next batch is begun before this one is read
                 engine.finish_step()
                 engine.step()
             self.now_s += dt_s

@@ -16,7 +16,11 @@ def one_run(seed: int) -> World:
     dice = random.Random(seed)
     world = World()
     config = small_config(
-        grant_timeout_s=8.0, handoff_timeout_s=12.0, queue_timeout_s=6.0, max_remembered_handoffs=dice.choice([1, 64])
+        grant_timeout_s=8.0,
+        handoff_timeout_s=12.0,
+        queue_timeout_s=6.0,
+        max_remembered_handoffs=dice.choice([1, 64]),
+        overlap=dice.random() < 0.5,
     )
     role = dice.choice(["unified", "prefill"])
     for name in ("p0", "p1"):
@@ -86,7 +90,7 @@ def test_clusters_in_all_kinds_of_trouble_keep_their_promises_and_try_every_move
             return _original(self, handoff, trigger, *args)
 
         monkeypatch.setattr(half, "_fire", fire)
-    for seed in range(150):
+    for seed in range(200):
         one_run(seed)
     moves: set[object] = {(state, t) for state, row in SOURCE_TRANSITIONS.items() for t in row}
     moves |= {(state, t) for state, row in TARGET_TRANSITIONS.items() for t in row}
@@ -98,7 +102,7 @@ def test_clusters_in_all_kinds_of_trouble_keep_their_promises_and_try_every_move
 def test_without_trouble_every_stream_is_finished_and_equal_to_unified() -> None:
     for seed in range(20):
         world = World()
-        config = small_config(max_queued_requests=20)
+        config = small_config(max_queued_requests=20, overlap=seed % 2 == 1)
         prefill = world.start("p0", "prefill", config, num_pages=14)
         decode = world.start("d0", "decode", config, num_pages=12)
         dice = random.Random(seed)

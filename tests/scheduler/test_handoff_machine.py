@@ -25,10 +25,23 @@ class Cluster(RuleBasedStateMachine):
         unified=st.booleans(),
         gateway_minds=st.booleans(),
         remembered=st.sampled_from([1, 64]),
+        overlap=st.booleans(),
     )
-    def start(self, prefill_pages: int, decode_pages: int, unified: bool, gateway_minds: bool, remembered: int) -> None:
+    def start(
+        self,
+        prefill_pages: int,
+        decode_pages: int,
+        unified: bool,
+        gateway_minds: bool,
+        remembered: int,
+        overlap: bool,
+    ) -> None:
         config = small_config(
-            grant_timeout_s=8.0, handoff_timeout_s=12.0, queue_timeout_s=6.0, max_remembered_handoffs=remembered
+            grant_timeout_s=8.0,
+            handoff_timeout_s=12.0,
+            queue_timeout_s=6.0,
+            max_remembered_handoffs=remembered,
+            overlap=overlap,
         )
         for name in PREFILLS:
             self.world.start(name, "unified" if unified else "prefill", config, num_pages=prefill_pages)

@@ -16,9 +16,9 @@ class OneEngine(RuleBasedStateMachine):
         self.world = World()
         self.count = 0
 
-    @initialize(num_pages=st.integers(3, 12), running=st.integers(1, 4), chunk=st.integers(1, 9))
-    def start(self, num_pages: int, running: int, chunk: int) -> None:
-        config = small_config(max_running_requests=running, chunked_prefill_size=chunk)
+    @initialize(num_pages=st.integers(3, 12), running=st.integers(1, 4), chunk=st.integers(1, 9), overlap=st.booleans())
+    def start(self, num_pages: int, running: int, chunk: int, overlap: bool) -> None:
+        config = small_config(max_running_requests=running, chunked_prefill_size=chunk, overlap=overlap)
         self.engine = self.world.start("u", "unified", config, num_pages=num_pages)
 
     @rule(
@@ -70,7 +70,7 @@ class OneEngine(RuleBasedStateMachine):
 
     @rule()
     def step_fails(self) -> None:
-        self.engine.fail_next_step = self.engine.under_way is not None
+        self.engine.fail_next_step = bool(self.engine.under_way)
 
     @rule(by_s=st.sampled_from([0.5, 40.0]))
     def time_passes(self, by_s: float) -> None:
@@ -87,6 +87,6 @@ def test_one_engine_keeps_its_promises_in_any_order_of_events() -> None:
     run_state_machine_as_test(
         OneEngine,
         settings=settings(
-            max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=160, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -206,3 +206,22 @@ async def test_an_unexpected_exception_in_a_stream_is_told_without_its_text(benc
     response = await bench.chat(stream=True)
     assert read_events(response)[-1]["error"]["code"] == "engine_error"
     assert "secret detail" not in response.text
+
+
+async def test_token_ids_come_beside_the_text_and_even_where_a_token_has_none(bench: Any, read_events: Events) -> None:
+    bench.dispatcher.answer = "é!"
+    asked = {"prompt": [104, 105], "return_token_ids": True, "max_tokens": 3}
+    whole = (await bench.post("/v1/completions", asked)).json()["choices"][0]
+    assert whole["prompt_token_ids"] == [104, 105]
+    assert len(whole["token_ids"]) == 3
+    *chunks, done = read_events(await bench.post("/v1/completions", {**asked, "stream": True}))
+    assert done == "[DONE]"
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert [choice["text"] for choice in choices] == ["", "é", "!"]
+    assert [token_id for choice in choices for token_id in choice["token_ids"]] == whole["token_ids"]
+    assert ["prompt_token_ids" in choice for choice in choices] == [True, False, False]
+
+
+async def test_token_ids_come_only_when_asked_for(bench: Any) -> None:
+    choice = (await bench.post("/v1/completions", {"prompt": [104], "max_tokens": 2})).json()["choices"][0]
+    assert not {"token_ids", "prompt_token_ids"} & set(choice)

@@ -153,7 +153,12 @@ class SmallEngine:
 
     @property
     def idle(self) -> bool:
-        return not self.scheduler.has_work() and not self.channel.waiting
+        return (
+            not self.scheduler.has_work()
+            and not self.channel.waiting
+            and not self.loop._in_flight
+            and not self.loop._carried
+        )
 
     def die(self) -> None:
         self.transport.close()
@@ -164,7 +169,8 @@ class SmallEngine:
 class World:
     """One gateway and any engines. `run` steps them until every request is over and nothing is in flight."""
 
-    def __init__(self, model: CausalLM, runtime_dir: Path) -> None:
+    def __init__(self, model: CausalLM, runtime_dir: Path, *, overlap: bool = False) -> None:
+        self._overlap = overlap
         self.clock = FakeClock(1.0)
         self.engines: list[SmallEngine] = []
         self.streams: dict[str, Stream] = {}
@@ -188,7 +194,7 @@ class World:
         )
         pool = DevicePool.create(layout, num_pages, device=torch.device("cpu"), directory=self._runtime_dir)
         pool.tensor.fill_(float("nan"))  # what nobody wrote must not matter
-        attention = build_attention("auto", pool.tensor.device)
+        attention = build_attention("torch", pool.tensor.device)
         attention.bind(pool.tensor)
         cache = PageCache(num_pages=num_pages, page_size=PAGE_SIZE, namespace=namespace("tiny", layout))
         scheduler_config = replace(
@@ -198,6 +204,7 @@ class World:
                 max_running_requests=16,
                 max_model_len=min(256, num_pages * PAGE_SIZE),
                 eos_token_ids=model.eos_token_ids,
+                overlap=self._overlap,
             ),
             **config,  # type: ignore[arg-type]
         )
@@ -217,6 +224,7 @@ class World:
             reports=LoadReports(cached_digests=cache.digests),
             clock=self.clock,
             gateway_timeout_s=1e9,
+            overlap=bool(scheduler_config.overlap),
         )
         made = SmallEngine(channel, EngineLoop(parts), scheduler, transport, pool, lock)
         self.engines.append(made)
@@ -331,9 +339,9 @@ class World:
             engine.die()
 
 
-@pytest.fixture
-def world(tiny_model: CausalLM, tmp_path: Path) -> Iterator[World]:
-    made = World(tiny_model, tmp_path.resolve())
+@pytest.fixture(params=[False, True], ids=["", "overlap"])
+def world(tiny_model: CausalLM, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
+    made = World(tiny_model, tmp_path.resolve(), overlap=request.param)
     yield made
     made.close()
 

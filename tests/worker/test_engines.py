@@ -34,7 +34,7 @@ def expected(
     """Each prompt alone in an engine that has never seen another."""
     answers = []
     for number, each in enumerate(prompts):
-        alone = world.engine("unified")
+        alone = world.engine("unified", overlap=False)
         answers.append(world.answer(alone, request_of(f"alone-{number}", each, **sampling)).token_ids)
         world.kill(alone)
     return answers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pytest
 
@@ -129,13 +130,28 @@ class FakeScheduler:
 class FakeRunner:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
-        self.fails = False
+        self.fails = self.fails_late = False
+        self.order: list[str] = []
 
-    def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]:
+    def launch(self, batch: Batch) -> FakeLaunched:
         self.batches.append(batch)
+        self.order.append(f"launch {batch.step_id}")
         if self.fails:
             raise RuntimeError("the device is on fire")
-        return {item.request_id: SampledToken(token_id=9) for item in batch.items}
+        return FakeLaunched(self, batch, self.fails_late)
+
+
+@dataclass
+class FakeLaunched:
+    runner: FakeRunner
+    batch: Batch
+    fails: bool
+
+    def result(self) -> Mapping[RequestId, SampledToken]:
+        self.runner.order.append(f"read {self.batch.step_id}")
+        if self.fails:
+            raise RuntimeError("the device is on fire")
+        return {item.request_id: SampledToken(token_id=9) for item in self.batch.items}
 
 
 class FakeTransport:
@@ -168,7 +184,7 @@ class FakeTransport:
 class Engine:
     """The loop in a world of fakes."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, overlap: bool = False) -> None:
         self.channel, self.scheduler, self.runner = FakeChannel(), FakeScheduler(), FakeRunner()
         self.transport, self.clock = FakeTransport(), FakeClock(100.0)
         self.digests: list[bytes] = []
@@ -181,6 +197,7 @@ class Engine:
             reports=LoadReports(cached_digests=lambda: self.digests),
             clock=self.clock,
             gateway_timeout_s=10.0,
+            overlap=overlap,
         )
         self.loop = EngineLoop(parts)
 
@@ -325,16 +342,53 @@ def test_a_step_sends_one_message_to_each_gateway_however_many_streams_it_advanc
 def test_tokens_leave_before_the_next_batch_is_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setattr(engine.channel, "send", lambda *_: order.append("send") or True)
-    monkeypatch.setattr(engine.runner, "execute", lambda _: order.append("execute") or {})
+    launched = FakeLaunched(engine.runner, batch("a"), False)
+    monkeypatch.setattr(engine.runner, "launch", lambda _: order.append("launch") or launched)
     engine.turn((G1, submit("a")), plan=Plan(chunks=(chunk("a"),), batch=batch("a")))
     assert order[0] == "send"
-    assert order[-1] == "execute"
+    assert order[-1] == "launch"
 
 
 def test_a_finished_batch_is_told_to_the_next_step_which_is_not_kept_waiting(engine: Engine) -> None:
     engine.turn(plan=Plan(batch=batch("a")))
     assert engine.loop._idle_s() == 0.0
     assert engine.turn() == [StepFinished(step_id=1, sampled={RequestId("a"): SampledToken(token_id=9)})]
+
+
+def test_with_overlap_the_next_batch_is_launched_before_this_one_is_read() -> None:
+    engine = Engine(overlap=True)
+    engine.turn(plan=Plan(batch=batch("a", 1)))
+    assert engine.loop._idle_s() == 0.0, "the next can be planned at once"
+    assert engine.turn(plan=Plan(batch=batch("a", 2))) == []
+    (finished,) = engine.turn()
+    assert isinstance(finished, StepFinished)
+    assert finished.step_id == 1
+    assert engine.runner.order == ["launch 1", "launch 2", "read 1", "read 2"]
+
+
+def test_with_overlap_a_batch_that_nothing_can_follow_is_read_at_once() -> None:
+    engine = Engine(overlap=True)
+    engine.turn(plan=Plan(batch=batch("a")))
+    engine.turn()
+    assert engine.runner.order == ["launch 1", "read 1"]
+    assert [type(event) for event in engine.turn()] == [StepFinished]
+
+
+def test_a_launch_that_fails_is_told_after_the_batch_before_it() -> None:
+    engine = Engine(overlap=True)
+    engine.turn(plan=Plan(batch=batch("a", 1)))
+    engine.runner.fails = True
+    engine.turn(plan=Plan(batch=batch("a", 2)))
+    (first,) = engine.turn()
+    (second,) = engine.turn()
+    assert isinstance(first, StepFinished)
+    assert second == StepFailed(step_id=2, message="RuntimeError: the device is on fire")
+
+
+def test_a_batch_may_fail_when_it_is_read(engine: Engine) -> None:
+    engine.runner.fails_late = True
+    engine.turn(plan=Plan(batch=batch("a")))
+    assert engine.turn() == [StepFailed(step_id=1, message="RuntimeError: the device is on fire")]
 
 
 def test_a_runner_that_raises_fails_the_step_and_the_engine_goes_on(engine: Engine) -> None:

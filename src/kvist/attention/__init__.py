@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from kvist.errors import ConfigError
@@ -12,8 +14,6 @@ if TYPE_CHECKING:
 
     from kvist.attention.backend import AttentionBackend
 
-_COMING_WITH_GPU_ENGINE = ("fa3", "flashinfer")
-
 
 def _torch(device: torch.device) -> AttentionBackend:
     from kvist.attention.torch_reference import TorchAttention
@@ -21,25 +21,69 @@ def _torch(device: torch.device) -> AttentionBackend:
     return TorchAttention(device)
 
 
-_BACKENDS: dict[str, Callable[[torch.device], AttentionBackend]] = {"torch": _torch}
+def _fa3(device: torch.device) -> AttentionBackend:
+    from kvist.attention.fa3 import Fa3Attention
+
+    return Fa3Attention(device)
 
 
-def resolve_attention(name: str) -> str:
-    """The backend that `--attention-backend` names; "auto" takes the best one there is. Raises `ConfigError`."""
-    if name == "auto":
-        return "torch"
-    if name in _COMING_WITH_GPU_ENGINE:
-        raise ConfigError(
-            f"--attention-backend {name} comes with the GPU engine and is not in this version: use torch or auto",
-            param="attention_backend",
-        )
+def _flashinfer(device: torch.device) -> AttentionBackend:
+    from kvist.attention.flashinfer import FlashInferAttention
+
+    return FlashInferAttention(device)
+
+
+_BACKENDS: dict[str, Callable[[torch.device], AttentionBackend]] = {
+    "torch": _torch,
+    "fa3": _fa3,
+    "flashinfer": _flashinfer,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionChoice:
+    name: str
+    reason: str  # for the log
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
+    """The backend that `--attention-backend` names; "auto" takes the best one there is for tensors of that dtype on
+    that device. Raises `ConfigError` for a name that is none."""
+    if name != "auto":
+        _check_name(name)
+        return AttentionChoice(name=name, reason="--attention-backend names it")
+    if device.type != "cuda":
+        return AttentionChoice(name="torch", reason=f"the backend for {device.type}")
+    if dtype.itemsize != 2:
+        return AttentionChoice(name="torch", reason=f"fa3 and flashinfer compute in 16 bits, and this is {dtype}")
+    return _choose_for_gpu(device)
+
+
+def _choose_for_gpu(device: torch.device) -> AttentionChoice:
+    import torch
+
+    from kvist.attention.fa3 import REMEDY as FA3_REMEDY
+    from kvist.attention.flashinfer import REMEDY as FLASHINFER_REMEDY
+
+    gpu = torch.cuda.get_device_name(device)
+    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    if is_hopper and find_spec("flash_attn_interface") is not None:
+        return AttentionChoice(name="fa3", reason=f"FlashAttention-3 is the quickest on {gpu}")
+    if find_spec("flashinfer") is not None:
+        return AttentionChoice(name="flashinfer", reason=f"FlashInfer is the quickest installed for {gpu}")
+    remedy = FA3_REMEDY if is_hopper else FLASHINFER_REMEDY
+    return AttentionChoice(name="torch", reason=f"slow, but nothing quicker is installed for {gpu}: {remedy}")
+
+
+def _check_name(name: str) -> None:
     if name not in _BACKENDS:
         raise ConfigError(
             f"--attention-backend {name}: known are auto, {', '.join(_BACKENDS)}", param="attention_backend"
         )
-    return name
 
 
 def build_attention(name: str, device: torch.device) -> AttentionBackend:
-    """The backend of that name for tensors on `device`; its `.name` says what "auto" became. Raises `ConfigError`."""
-    return _BACKENDS[resolve_attention(name)](device)
+    """The backend of that name (not "auto") for tensors on `device`. Raises `ConfigError` with the remedy when it
+    cannot run here."""
+    _check_name(name)
+    return _BACKENDS[name](device)

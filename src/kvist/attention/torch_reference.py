@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvist.attention.backend import Attend, Span
+from kvist.attention.backend import Attend, GraphPlan, Span
 
 # Queries per block of a prefill chunk: bounds the mask, and how many keys a query reads without need.
 _QUERY_BLOCK = 256
@@ -46,6 +46,9 @@ class TorchAttention:
 
     def prepare(self, spans: Sequence[Span]) -> Attend:
         return _Step(self._pool, spans)
+
+    def plan_graph(self, max_batch: int, max_pages: int) -> GraphPlan | None:  # noqa: ARG002
+        return None
 
 
 class _PoolRows:
@@ -88,7 +91,8 @@ class _PoolRows:
             hidden = hidden.triu_(width - _QUERY_BLOCK + 1).repeat_interleave(group, dim=0)
             self._mask = torch.zeros(height, width, dtype=self.dtype, device=self.device)
             self._mask.masked_fill_(hidden, float("-inf"))
-        return self._mask[height - num_queries * group :, width - num_keys :]
+        mask = self._mask[height - num_queries * group :, width - num_keys :]
+        return mask.clone() if mask.is_cuda else mask  # CUDA's kernels want aligned rows
 
     def indices(self, values: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values).reshape(-1)).to(self.device)

@@ -212,19 +212,21 @@ def plan_pool_size(
     available_bytes: int,  # before the weights were loaded
     weights_bytes: int,
     mem_fraction_static: float,
+    reserve_bytes: int = 0,  # for what is made after the pool: captured graphs
     max_total_tokens: int | None = None,  # the user's own number
     cap_tokens: int | None = None,  # the device's default limit, where memory alone would give absurdly many
     min_tokens: int = 1,  # below this the engine could not serve one request
 ) -> PoolSize:
-    """Weights and pool together take `mem_fraction_static` of the available memory, unless a token limit is lower.
+    """Weights, reserve and pool take `mem_fraction_static` of the available memory, unless a token limit is lower.
 
     Raises `ConfigError` when fewer than `min_tokens` fit, or when `max_total_tokens` is more than fits.
     """
-    budget_bytes = int(available_bytes * mem_fraction_static) - weights_bytes
+    budget_bytes = int(available_bytes * mem_fraction_static) - weights_bytes - reserve_bytes
     fitting = max(0, budget_bytes // layout.page_bytes)
     memory = (
-        f"{mem_fraction_static:g} of {available_bytes / _GIB:.2f} GiB less {weights_bytes / _GIB:.2f} GiB of weights "
-        f"holds {fitting} pages"
+        f"{mem_fraction_static:g} of {available_bytes / _GIB:.2f} GiB less {weights_bytes / _GIB:.2f} GiB of weights"
+        + (f" and {reserve_bytes / _GIB:.2f} GiB for CUDA graphs" if reserve_bytes else "")
+        + f" holds {fitting} pages"
     )
     num_pages, reason = fitting, memory
     if max_total_tokens is not None:
@@ -246,7 +248,8 @@ def plan_pool_size(
     size_gib = num_pages * layout.page_bytes / _GIB
     return PoolSize(
         num_pages=num_pages,
-        reason=f"{num_pages} pages of {layout.page_size} tokens, {size_gib:.2f} GiB: {reason}",
+        reason=f"{num_pages * layout.page_size} tokens ({num_pages} pages of {layout.page_size}), {size_gib:.2f} GiB: "
+        + reason,
     )
 
 

@@ -1,4 +1,5 @@
-"""The decoder-only transformer that llama, qwen2 and qwen3 share: plain PyTorch, inference only.
+"""The decoder-only transformer that llama, qwen2 and qwen3 share: inference only, plain PyTorch on a CPU, the kernels
+of kernels/ on a GPU.
 
 A layer is: RMSNorm, fused q+k+v, (norm of q and k), rotation, `attend`, o; RMSNorm, fused gate+up, down. Tokens of
 many requests lie one after another in one row of T; only `attend` knows which belong together, and only it touches
@@ -12,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kvist.attention.backend import RotatingAttend
+from kvist.kernels.norm import add_rms_norm
+from kvist.kernels.rotary import Rotary, norm_and_rotate, rotation
 from kvist.models.config import ModelConfig
 from kvist.models.parallel import (
     ColumnParallelLinear,
+    GatedParallelLinear,
     Projection,
     RowParallelLinear,
     TensorParallel,
@@ -25,18 +29,12 @@ from kvist.models.parallel import (
     VocabParallelHead,
     VocabShare,
 )
-from kvist.models.rope import inverse_frequencies, rotate, rotation
+from kvist.models.rope import inverse_frequencies
 from kvist.models.weights import WeightReader
 
 # attend(layer, q, k, v) -> out. q and out [T, num_q_heads_local, head_dim]; k, v [T, num_kv_heads_local, head_dim],
 # k already rotated. It writes k and v to the cache, then attends over it. The tensors may be strided views.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(RMSNorm(x + residual) * weight, x + residual): the two steps between any two blocks, in one place."""
-    total = x if residual is None else x + residual
-    return F.rms_norm(total, weight.shape, weight, eps), total
 
 
 class Attention:
@@ -64,25 +62,25 @@ class Attention:
 
     def __call__(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads = self._qkv(x).view(x.shape[0], -1, self._head_dim)
-        num_rotated = self._num_q_heads + self._num_kv_heads
-        qk, v = heads[:, :num_rotated], heads[:, num_rotated:]
-        if self._qk_weight is not None:
-            qk = F.rms_norm(qk, (self._head_dim,), None, self._eps) * self._qk_weight
-        qk = rotate(qk, cos, sin)
-        q, k = qk[:, : self._num_q_heads], qk[:, self._num_q_heads :]
-        return self._output(attend(layer, q, k, v).reshape(x.shape[0], -1))
+        rotary = Rotary(cos=cos, sin=sin, qk_weight=self._qk_weight, eps=self._eps)
+        if isinstance(attend, RotatingAttend):
+            out = attend.rotated(layer, heads, rotary)
+        else:
+            num_rotated = self._num_q_heads + self._num_kv_heads
+            qk = norm_and_rotate(heads[:, :num_rotated], rotary)
+            out = attend(layer, qk[:, : self._num_q_heads], qk[:, self._num_q_heads :], heads[:, num_rotated:])
+        return self._output(out.reshape(x.shape[0], -1))
 
 
 class GatedMlp:
     def __init__(self, config: ModelConfig, reader: WeightReader, prefix: str, tp: TensorParallel) -> None:
         rows = tp.share(config.intermediate_size, "MLP rows")
         projections = [Projection(name=f"{prefix}.{name}", rows=rows) for name in ("gate_proj", "up_proj")]
-        self._gate_up = ColumnParallelLinear(reader, projections, bias=False)
+        self._gated = GatedParallelLinear(reader, projections)
         self._down = RowParallelLinear(reader, f"{prefix}.down_proj", rows, tp, bias=False)
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self._gate_up(x).chunk(2, dim=-1)
-        return self._down(F.silu(gate).mul_(up))
+        return self._down(self._gated(x))
 
 
 class DecoderLayer:

@@ -23,6 +23,8 @@ With more threads than free cores every product waits for a thread that does not
 step of 1 or 8 rows took 630 to 1560 ms with two threads, 48 to 140 with two and OMP_WAIT_POLICY=passive, 54 to 112
 with one (single runs, while other programs kept both cores busy to a varying degree).
 
+On GPUs a few rows go to our own kernels (kernels/skinny.py), more to cuBLAS.
+
 The hint that packing takes (rows expected) hardly matters: 4, 8, 16 and 32 are within the noise of each other.
 """
 
@@ -34,13 +36,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvist.kernels.activation import silu_mul
+from kvist.kernels.skinny import GATED_ROWS, LINEAR_ROWS, skinny_gated, skinny_linear
+
 PACK_ROWS_HINT = 16
 MIN_PACKED_ROWS = 4
 
 
 class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
-        """x [num_rows, in_features] -> [num_rows, out_features], same dtype."""
+        """x [num_rows, in_features] -> [num_rows, out_features], same dtype unless another was asked for."""
         ...
 
 
@@ -68,8 +73,52 @@ class PackedLinear:
         return y[:num_rows]
 
 
-def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """The strategy for the weight's device and dtype. The caller must not keep `weight`: packing replaces it."""
+class GpuLinear:
+    def __init__(self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+        self._weight = weight.contiguous()
+        self._bias = bias
+        self._out_dtype = out_dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if 0 < x.shape[0] <= LINEAR_ROWS:
+            return skinny_linear(x, self._weight, self._bias, self._out_dtype)
+        if self._out_dtype is x.dtype:
+            return F.linear(x, self._weight, self._bias)
+        product = torch.mm(x, self._weight.t(), out_dtype=self._out_dtype)  # from fp32 sums, never rounded to 16 bits
+        return product if self._bias is None else product + self._bias
+
+
+class WideGatedLinear:
+    """The whole product, then the gate."""
+
+    def __init__(self, linear: Linear) -> None:
+        self._linear = linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return silu_mul(self._linear(x))
+
+
+class GpuGatedLinear:
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if 0 < x.shape[0] <= GATED_ROWS:
+            return skinny_gated(x, self._weight)
+        return silu_mul(F.linear(x, self._weight))
+
+
+def make_gated_linear(weight: Tensor) -> Linear:
+    """x [num_rows, in_features] -> SiLU(x G^T) * (x U^T), `weight` being G over U. It is not the caller's any more."""
+    return GpuGatedLinear(weight) if weight.is_cuda else WideGatedLinear(make_linear(weight))
+
+
+def make_linear(weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Linear:
+    """The strategy for the weight's device and dtype. The caller must not keep `weight`: packing replaces it.
+
+    `out_dtype`: a wish, for a result more precise than x; only GPUs grant it."""
+    if weight.is_cuda:
+        return GpuLinear(weight, bias, out_dtype or weight.dtype)
     if weight.device.type == "cpu" and _can_pack(weight.dtype):
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvist.errors import ConfigError
-from kvist.models.linear import make_linear
+from kvist.models.linear import make_gated_linear, make_linear
 from kvist.models.weights import WeightReader
 
 
@@ -102,6 +102,17 @@ class ColumnParallelLinear:
         return self._linear(x)
 
 
+class GatedParallelLinear:
+    """Gate and up, split by output rows: SiLU(gate) * up."""
+
+    def __init__(self, reader: WeightReader, projections: Sequence[Projection]) -> None:
+        self._linear = make_gated_linear(torch.cat([reader.read(f"{p.name}.weight", p.rows) for p in projections]))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in_features] -> [T, this rank's rows of one projection]."""
+        return self._linear(x)
+
+
 class RowParallelLinear:
     """Split by input columns; the partial products are summed over ranks."""
 
@@ -155,7 +166,7 @@ class VocabParallelEmbedding:
 
 class VocabParallelHead:
     def __init__(self, weight: Tensor, vocab_size: int, tp: TensorParallel) -> None:
-        self._linear = make_linear(weight)
+        self._linear = make_linear(weight, out_dtype=torch.float32)
         self._vocab_size = vocab_size
         self._tp = tp
 

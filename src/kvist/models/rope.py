@@ -1,4 +1,4 @@
-"""Rotary position embedding over half-split heads: dimension i turns with i + head_dim / 2.
+"""How fast each dimension of a head turns with its position. The turning itself is kernels/rotary.py.
 
 Angles are computed for the positions of each step: for the few positions of a step this costs less than a table of
 the whole context, and it has no limit.
@@ -34,16 +34,3 @@ def _llama3(frequencies: Tensor, scaling: Llama3Rope) -> Tensor:
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0.0, 1.0)
     return frequencies * keep + frequencies / scaling.factor * (1.0 - keep)
-
-
-def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """positions [T] -> (cos, signed sin), each [T, 1, head_dim], fp32; the first half of the sines is negated."""
-    angles = positions.unsqueeze(1).float() * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1)
-
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """heads [T, num_heads, head_dim] -> the same, rotated; computed in fp32 whatever the dtype."""
-    partners = heads.roll(heads.shape[-1] // 2, dims=-1)
-    return torch.addcmul(heads * cos, partners, sin).to(heads.dtype)

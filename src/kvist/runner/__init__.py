@@ -1,8 +1,8 @@
-"""Plan to tensors to tokens. `build_runner` makes a `Runner` of a checkpoint."""
+"""Plan to tensors to tokens. `build_runner` makes the runner of a checkpoint for its device."""
 
 from __future__ import annotations
 
 from kvist.runner.build import RunnerConfig, build_runner
-from kvist.runner.runner import Runner
+from kvist.runner.runner import AnyRunner, InFlight, Runner
 
-__all__ = ["Runner", "RunnerConfig", "build_runner"]
+__all__ = ["AnyRunner", "InFlight", "Runner", "RunnerConfig", "build_runner"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from kvist.attention import build_attention, resolve_attention
+from kvist.attention import build_attention, choose_attention
 from kvist.attention.backend import AttentionBackend
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
@@ -24,7 +24,8 @@ from kvist.models import ModelConfig, load_model
 from kvist.models.decoder import CausalLM
 from kvist.models.parallel import TensorParallel
 from kvist.models.weights import expected_tensors
-from kvist.runner.runner import Runner
+from kvist.runner.graph_sizes import graphs_bytes
+from kvist.runner.runner import AnyRunner, Runner
 from kvist.runner.tp import FollowerProcesses, RankSpec, join
 
 CPU_CAP_TOKENS = 65_536  # a laptop's memory would hold absurdly many; --max-total-tokens overrides it
@@ -46,6 +47,10 @@ class RunnerConfig:
     page_size: int = 16
     num_threads: int = 0  # of the whole engine, shared by its ranks; 0: torch's own choice
     random_seed: int = 0  # of dummy weights
+    max_running_requests: int = 128  # what GPU buffers and graphs are made for
+    max_batch_tokens: int = 1024
+    context_length: int | None = None  # None: the model's
+    use_graphs: bool = True
 
 
 def build_runner(
@@ -55,7 +60,7 @@ def build_runner(
     *,
     runtime_dir: Path | None = None,
     progress: LoadProgress | None = None,
-) -> Runner:
+) -> AnyRunner:
     """Raises `ConfigError` (or its `ModelLoadError`) for what does not fit together, saying which flag to change."""
     device = _resolve_device(config)
     runtime_dir = runtime_dir or default_runtime_dir()
@@ -76,7 +81,7 @@ def build_runner(
         dtype=dtype,
         device=str(device),
         load_format="dummy" if config.load_format == "dummy" else "auto",
-        attention_backend=resolve_attention(config.attention_backend),
+        attention_backend=choose_attention(config.attention_backend, device, DTYPES[dtype]).name,
         page_size=config.page_size,
         random_seed=config.random_seed,
         num_threads=max(1, config.num_threads // config.tp) if config.num_threads else 0,
@@ -94,7 +99,35 @@ def build_runner(
             followers.close()
         pool.close()
         raise
+    if device.type == "cuda":
+        return _on_gpu(model, pool, attention, config, size.reason)
     return Runner(model=model, pool=pool, attention=attention, pool_reason=size.reason, followers=followers)
+
+
+def _on_gpu(
+    model: CausalLM, pool: DevicePool, attention: AttentionBackend, config: RunnerConfig, pool_reason: str
+) -> AnyRunner:
+    from kvist.runner.cuda_runner import CudaRunner, StepLimits
+
+    torch.cuda.empty_cache()  # what loading left behind
+    context_len = min(config.context_length or model.config.max_position_embeddings, pool.num_pages * config.page_size)
+    limits = StepLimits(
+        max_requests=config.max_running_requests,
+        max_tokens=config.max_batch_tokens,
+        max_pages=-(-context_len // config.page_size),
+    )
+    try:
+        return CudaRunner(
+            model=model,
+            pool=pool,
+            attention=attention,
+            limits=limits,
+            use_graphs=config.use_graphs,
+            pool_reason=pool_reason,
+        )
+    except BaseException:
+        pool.close()
+        raise
 
 
 def build_rank(
@@ -155,6 +188,7 @@ def _pool_size(
         layout,
         available_bytes=available_memory_bytes(device, runtime_dir),
         weights_bytes=num_weights * DTYPES[layout.dtype].itemsize,
+        reserve_bytes=graphs_bytes(config.max_running_requests) if device.type == "cuda" and config.use_graphs else 0,
         mem_fraction_static=config.mem_fraction_static,
         max_total_tokens=config.max_total_tokens,
         cap_tokens=CPU_CAP_TOKENS if device.type == "cpu" else None,

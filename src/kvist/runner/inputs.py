@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvist.attention.backend import Span
+from kvist.request import RequestId, SampledToken
 from kvist.runner.sampler import SamplingRow
 from kvist.scheduler.plan import Batch
 
@@ -32,8 +33,17 @@ class ForwardInputs:
     sampled_rows: Tensor | None  # [num_sampled], int64: rows whose logits are wanted, in item order; None: all rows
 
 
-def forward_items(batch: Batch) -> list[ForwardItem]:
-    return [ForwardItem(item.token_ids, item.start, item.page_ids, item.sampling is not None) for item in batch.items]
+def forward_items(batch: Batch, former: Mapping[RequestId, SampledToken]) -> list[ForwardItem]:
+    """`former`: the tokens of the batch before, which items with `takes_sampled` go on from."""
+    return [
+        ForwardItem(
+            (former[item.request_id].token_id,) if item.takes_sampled else item.token_ids,
+            item.start,
+            item.page_ids,
+            item.sampling is not None,
+        )
+        for item in batch.items
+    ]
 
 
 def sampling_rows(batch: Batch) -> list[SamplingRow]:

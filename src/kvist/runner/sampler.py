@@ -12,13 +12,18 @@ whose nucleus is wider than that.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvist.kernels.sampling import choose_tokens, nucleus_floor
+from kvist.kernels.sampling import gumbel_noise as hashed_noise
 from kvist.request import SampledToken, SamplingParams, TokenLogprobs
+from kvist.scheduler.plan import BatchItem
 
 _NUCLEUS_FIRST_TRY = 256  # tokens
 _NEG_INF = float("-inf")
@@ -33,24 +38,51 @@ class SamplingRow:
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     """One token for each row of `logits` [num_rows, vocab_size], fp32. Leaves `logits` as they are."""
+    chosen = choose(logits, rows)
+    measured = measure(logits, rows, chosen)
+    return sampled_tokens(chosen.tolist(), {} if measured is None else measured.logprobs())
+
+
+def sampled_tokens(token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs]) -> list[SampledToken]:
+    """`logprobs` by row."""
+    if not logprobs:
+        return [SampledToken(token_id=token_id) for token_id in token_ids]
+    return [SampledToken(token_id=token_id, logprobs=logprobs.get(row)) for row, token_id in enumerate(token_ids)]
+
+
+def all_plain(items: Sequence[BatchItem]) -> bool:
+    """Temperature and noise are all there is to every choice: `kernels.sampling.choose_tokens` makes such."""
+    return not any(
+        item.suppressed_token_ids
+        or params.num_logprobs is not None
+        or (params.temperature and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0))
+        for item in items
+        if (params := item.sampling) is not None
+    )
+
+
+def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """[num_rows] int64 token ids. On a GPU the host waits for nothing."""
     assert logits.shape[0] == len(rows)
     if all(row.params.greedy and not row.suppressed_token_ids for row in rows):
-        chosen: list[int] = logits.argmax(dim=-1).tolist()
-    else:
-        chosen = _choose(_suppress(logits, rows), rows)
-    logprobs = _logprobs(logits, rows, chosen)
-    return [SampledToken(token_id=token, logprobs=probs) for token, probs in zip(chosen, logprobs, strict=True)]
+        return logits.argmax(dim=-1)
+    return _choose(_suppress(logits, rows), rows)
+
+
+def _on_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Without waiting for what the GPU does: that needs pinned memory."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _suppress(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     vocab_size = logits.shape[1]
     # A stop token id may be any integer the client likes; one outside the vocabulary cannot be chosen anyway.
-    pairs = [(i, t) for i, row in enumerate(rows) for t in row.suppressed_token_ids if 0 <= t < vocab_size]
-    if not pairs:
+    places = [i * vocab_size + t for i, row in enumerate(rows) for t in row.suppressed_token_ids if 0 <= t < vocab_size]
+    if not places:
         return logits
-    index = torch.tensor(pairs, dtype=torch.int64, device=logits.device)
-    suppressed = logits.clone()
-    suppressed[index[:, 0], index[:, 1]] = _NEG_INF
+    suppressed = logits.clone(memory_format=torch.contiguous_format)
+    suppressed.view(-1).index_fill_(0, _on_device(places, torch.int64, logits.device), _NEG_INF)
     return suppressed
 
 
@@ -72,16 +104,16 @@ def _kind(row: SamplingRow, vocab_size: int) -> _Kind:
     return _Kind(greedy=False, top_k=top_k, nucleus=params.top_p < 1.0)
 
 
-def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     members: dict[_Kind, list[int]] = {}
     for index, row in enumerate(rows):
         members.setdefault(_kind(row, logits.shape[1]), []).append(index)
-    chosen = [0] * len(rows)
+    chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for kind, indices in members.items():
-        part = logits if len(indices) == len(rows) else logits[indices]
+        places = _on_device(indices, torch.int64, logits.device)
+        part = logits if len(indices) == len(rows) else logits.index_select(0, places)
         tokens = part.argmax(dim=-1) if kind.greedy else _draw(part, kind, [rows[i] for i in indices])
-        for index, token in zip(indices, tokens.tolist(), strict=True):
-            chosen[index] = token
+        chosen.index_copy_(0, places, tokens)
     return chosen
 
 
@@ -90,6 +122,8 @@ def _draw(logits: Tensor, kind: _Kind, rows: Sequence[SamplingRow]) -> Tensor:
     # The likeliest token is at 0, whatever the temperature: no overflow for tiny ones.
     temperature = _column([row.params.temperature for row in rows], logits)
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    if scaled.is_cuda and not kind.top_k:
+        return _draw_on_gpu(scaled, kind, rows)
     if kind.nucleus and not kind.top_k:
         return _draw_from_nucleus(scaled, rows)
     if not kind.top_k:
@@ -109,27 +143,31 @@ def _draw_from_nucleus(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     covered = (values - log_total).exp().sum(dim=-1).tolist()
     wide = [i for i, (mass, row) in enumerate(zip(covered, rows, strict=True)) if mass < row.params.top_p]
     if wide:
-        wide_rows = [rows[i] for i in wide]
-        probabilities = (scaled[wide] - log_total[wide]).exp()
-        outside = probabilities < _nucleus_floor(probabilities, wide_rows)
-        tokens[wide] = _pick(scaled[wide].masked_fill(outside, _NEG_INF), _all_tokens(scaled), wide_rows)
+        tokens[wide] = _draw_from_wide_nucleus(scaled[wide], log_total[wide], [rows[i] for i in wide])
     return tokens
 
 
-def _nucleus_floor(probabilities: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """[num_rows, 1] the probability of the least likely token in each row's nucleus.
+def _draw_from_wide_nucleus(scaled: Tensor, log_total: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    probabilities = (scaled - log_total).exp()
+    outside = probabilities < _nucleus_floor(probabilities, rows)
+    return _pick(scaled.masked_fill(outside, _NEG_INF), _all_tokens(scaled), rows)
 
-    Bisection over the bit patterns, which order non-negative floats: 30 sums, half the time of a sort on a CPU.
-    """
-    top_p = _column([row.params.top_p for row in rows], probabilities)
-    # Invariant: the tokens at or above `low` have top_p together, those at or above `high` have less.
-    low = torch.zeros_like(top_p, dtype=torch.int32)
-    high = (probabilities.amax(dim=-1, keepdim=True)).view(torch.int32) + 1
-    for _ in range(30):
-        middle = low + (high - low) // 2
-        reached = probabilities.where(probabilities >= middle.view(torch.float32), 0).sum(dim=-1, keepdim=True) >= top_p
-        low, high = torch.where(reached, middle, low), torch.where(reached, high, middle)
-    return low.view(torch.float32)
+
+def _draw_on_gpu(scaled: Tensor, kind: _Kind, rows: Sequence[SamplingRow]) -> Tensor:
+    """top_p and min_p as one floor under the probabilities: the host has nothing to look at on the way."""
+    if kind.nucleus or any(row.params.min_p > 0.0 for row in rows):
+        probabilities = scaled.softmax(dim=-1)
+        floor = _column([row.params.min_p for row in rows], scaled) * probabilities.amax(dim=-1, keepdim=True)
+        if kind.nucleus:
+            floor = torch.maximum(floor, _nucleus_floor(probabilities, rows))
+        scaled = scaled.masked_fill(probabilities < floor, _NEG_INF)
+    temperatures = torch.ones(len(rows), device=scaled.device)  # divided by already
+    return choose_tokens(scaled, temperatures, noise_keys(rows, scaled.device))
+
+
+def _nucleus_floor(probabilities: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """[num_rows, 1] the probability of the least likely token in each row's nucleus."""
+    return nucleus_floor(probabilities, _column([row.params.top_p for row in rows], probabilities))
 
 
 def _all_tokens(like: Tensor) -> Tensor:
@@ -146,7 +184,7 @@ def _pick(values: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> Ten
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+    return _on_device(values, torch.float32, like.device)[:, None]
 
 
 def _cut_nucleus(values: Tensor, log_total: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -160,55 +198,73 @@ def _cut_nucleus(values: Tensor, log_total: Tensor, rows: Sequence[SamplingRow])
 
 # ---------------------------------------------------------------- noise
 
-_MASK_64 = (1 << 64) - 1
+
+def noise_keys(rows: Sequence[SamplingRow], device: torch.device) -> Tensor:
+    """[num_rows, 2] int32: what `noise_key_words` says, on the device."""
+    keys = torch.from_numpy(noise_key_words([row.params.seed for row in rows], [row.position for row in rows]))
+    return keys.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else keys
 
 
-def _mix_64(value: int) -> int:
+def noise_key_words(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.int32]:
+    """[num_rows, 2]: the low and the high word of each row's 64-bit key, a hash of seed and position."""
+    hashed = _mix_64(np.array(seeds, dtype=np.uint64) ^ np.uint64(0x9E3779B97F4A7C15))
+    keys = _mix_64(hashed + np.array(positions, dtype=np.uint64))
+    return keys.astype("<u8", copy=False).view("<i4").reshape(-1, 2)
+
+
+def _mix_64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The splitmix64 finaliser: every input bit changes every output bit half the time."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return value ^ (value >> 31)
-
-
-def _signed_32(value: int) -> int:
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >> 31 else value
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def gumbel_noise(rows: Sequence[SamplingRow], token_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise [num_rows, n] for `token_ids` [num_rows or 1, n]; a hash, the same bits everywhere.
-
-    32-bit arithmetic that wraps: half the memory traffic of 64 bits, and vectorised on every CPU. The row's 64-bit key
-    enters as two words at different rounds, so that no two rows see the same noise in another order.
-    """
-    keys = [_mix_64(_mix_64(row.params.seed ^ 0x9E3779B97F4A7C15) + row.position) for row in rows]
-    words = [[_signed_32(key), _signed_32(key >> 32)] for key in keys]
-    low, high = torch.tensor(words, dtype=torch.int32, device=token_ids.device).T[:, :, None]
-    hashed = (token_ids.to(torch.int32) * _signed_32(0x9E3779B1)) ^ low
-    hashed.bitwise_xor_((hashed >> 16).bitwise_and_(0xFFFF)).mul_(_signed_32(0x85EBCA6B))
-    hashed.bitwise_xor_((hashed >> 13).bitwise_and_(0x7FFFF)).add_(high).mul_(_signed_32(0xC2B2AE35))
-    hashed.bitwise_xor_((hashed >> 16).bitwise_and_(0xFFFF)).mul_(_signed_32(0x27D4EB2F))
-    hashed.bitwise_xor_((hashed >> 15).bitwise_and_(0x1FFFF))
-    # 31 bits as v in (0, 1). -log1p(-v) is exponential, and exact where it matters: near 0, which is large noise.
-    uniform = hashed.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
-    noise: Tensor = uniform.neg_().log1p_().neg_().log_().neg_()
-    return noise
+    """Standard Gumbel noise [num_rows, n] for `token_ids` [num_rows or 1, n]; a hash, the same bits everywhere."""
+    return hashed_noise(noise_keys(rows, token_ids.device), token_ids)
 
 
 # ---------------------------------------------------------------- logprobs
 
 
-def _logprobs(logits: Tensor, rows: Sequence[SamplingRow], chosen: Sequence[int]) -> Sequence[TokenLogprobs | None]:
-    """Of the model's own distribution: before suppression, temperature and truncation."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Logprobs of some rows, as tensors; on a GPU perhaps not computed yet."""
+
+    rows: Sequence[int]
+    counts: Sequence[int]  # likeliest tokens that each row wants
+    of_chosen: Tensor  # [len(rows)]
+    top_values: Tensor  # [len(rows), max(counts)]
+    top_ids: Tensor
+
+    def start_copy(self) -> Measured:
+        """On its way to the host: readable once the stream has got there."""
+        tensors = (self.of_chosen, self.top_values, self.top_ids)
+        of_chosen, top_values, top_ids = (tensor.to("cpu", non_blocking=True) for tensor in tensors)
+        return replace(self, of_chosen=of_chosen, top_values=top_values, top_ids=top_ids)
+
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """By row; waits for the tensors, if they are on a GPU."""
+        table = zip(self.of_chosen.tolist(), self.top_values.tolist(), self.top_ids.tolist(), strict=True)
+        return {
+            row: TokenLogprobs(logprob=logprob, top_token_ids=tuple(ids[:n]), top_logprobs=tuple(values[:n]))
+            for row, n, (logprob, values, ids) in zip(self.rows, self.counts, table, strict=True)
+        }
+
+
+def measure(logits: Tensor, rows: Sequence[SamplingRow], chosen: Tensor) -> Measured | None:
+    """Of the model's own distribution: before suppression, temperature and truncation. None: no row wants it."""
     wanted = [(i, row.params.num_logprobs) for i, row in enumerate(rows) if row.params.num_logprobs is not None]
-    result: list[TokenLogprobs | None] = [None] * len(rows)
     if not wanted:
-        return result
-    indices = [i for i, _ in wanted]
-    logprobs = logits[indices].log_softmax(dim=-1)
-    tokens = torch.tensor([[chosen[i]] for i in indices], device=logits.device)
-    of_chosen = logprobs.gather(1, tokens).squeeze(1).tolist()
+        return None
+    places = _on_device([i for i, _ in wanted], torch.int64, logits.device)
+    logprobs = logits.index_select(0, places).log_softmax(dim=-1)
+    of_chosen = logprobs.gather(1, chosen.index_select(0, places)[:, None]).squeeze(1)
     top_values, top_ids = logprobs.topk(min(max(n for _, n in wanted), logits.shape[1]), dim=-1)
-    for (i, n), logprob, values, ids in zip(wanted, of_chosen, top_values.tolist(), top_ids.tolist(), strict=True):
-        result[i] = TokenLogprobs(logprob=logprob, top_token_ids=tuple(ids[:n]), top_logprobs=tuple(values[:n]))
-    return result
+    return Measured(
+        rows=[i for i, _ in wanted],
+        counts=[n for _, n in wanted],
+        of_chosen=of_chosen,
+        top_values=top_values,
+        top_ids=top_ids,
+    )

@@ -7,9 +7,16 @@ Pages: a request gets all the pages of its known tokens when it leaves the queue
 is left, the youngest gives up its own: first PREFILLs whose Grant has not come, then running requests that can begin
 again. A PREFILL with a Grant and a DECODE before its Done are never victims: they hold a bounded number of pages for a
 bounded time, and a peer may touch those. The oldest running request is never a victim, so something always ends.
+
+Overlap: the next step is planned while one is under way, as if that were finished. A request that is to get a token
+there takes part with the token still unknown (`takes_sampled`), one position further on; how many tokens it may have
+is known, so only an end by a stop token is noticed late. The step under way still writes its pages: a victim is first
+left out of the step being planned, and gives its pages up when the next is.
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 from kvist.request import Mode, Outcome
 from kvist.scheduler.active import ActiveRequest, RequestState
@@ -20,14 +27,16 @@ from kvist.scheduler.timers import TimerKind
 
 
 class Batcher:
-    """Mutable; its one owner is the scheduler. One batch is under way at a time."""
+    """Mutable; its one owner is the scheduler. One batch is under way at a time; with overlap, two."""
 
     def __init__(self, table: RequestTable) -> None:
         self._table = table
         self._cache = table.cache
         self._config = table.config
         self._step_id = 0
-        self._under_way: list[tuple[ActiveRequest, int]] | None = None  # request, end of what it computes
+        self._max_under_way = 2 if table.config.overlap else 1
+        self._under_way: deque[list[tuple[ActiveRequest, int]]] = deque()  # by step: request, end of what it computes
+        self._yielding: set[ActiveRequest] = set()  # victims that the step under way still writes for
         self._short_of_pages = False
         self._head_did_not_fit: tuple[int, int] | None = None  # its ticket, and how many pages could be had
 
@@ -36,42 +45,41 @@ class Batcher:
     def finished(self, event: StepFinished) -> None:
         computed = self._take_under_way(event.step_id)
         self._table.totals["steps"] += 1
-        self._table.totals["generation_tokens"] += len(event.sampled)
         self._table.take_tokens(computed, event.sampled)
 
     def failed(self, event: StepFailed) -> None:
         for request, _ in self._take_under_way(event.step_id):
-            request.in_batch = False
+            request.num_steps -= 1
             if request.state is RequestState.ENDED:
                 self._table.release(request)
             else:
                 self._table.end(request, Outcome.FAILED, "engine_error", event.message)
 
     def _take_under_way(self, step_id: int) -> list[tuple[ActiveRequest, int]]:
-        assert self._under_way is not None, "no step is under way"
-        assert step_id == self._step_id, "a step is reported once, before the next is planned"
-        computed, self._under_way = self._under_way, None
-        return computed
+        assert self._under_way, "no step is under way"
+        assert step_id == self._step_id - len(self._under_way) + 1, "steps are reported once, in their order"
+        return self._under_way.popleft()
 
     # ---------------------------------------------------------------- the next step
 
     def plan(self) -> Batch | None:
-        if self._under_way is not None:
+        if len(self._under_way) == self._max_under_way:
             return None
         self._short_of_pages = False
+        self._yielding.clear()
         items: list[BatchItem] = []
         planned: list[tuple[ActiveRequest, int]] = []
         prompts = self._add_decodes(items, planned)
         budget = self._config.max_prefill_tokens - len(items)
         for eager in (False, True):
             for request in prompts:
-                if request.eager is eager and request.state is RequestState.RUNNING:  # else its pages were taken
+                if request.eager is eager and self._may_run(request):  # else its pages were taken
                     budget -= self._add_chunk(request, budget, items, planned)
             budget = self._admit(eager, budget, items, planned)
         if not items:
             return None
         self._step_id += 1
-        self._under_way = planned
+        self._under_way.append(planned)
         return Batch(step_id=self._step_id, items=tuple(items))
 
     def _add_decodes(self, items: list[BatchItem], planned: list[tuple[ActiveRequest, int]]) -> list[ActiveRequest]:
@@ -79,10 +87,12 @@ class Batcher:
         page_size, running = self._cache.page_size, RequestState.RUNNING
         prompts: list[ActiveRequest] = []
         for request in list(self._table.compact()):
-            if request.state is not running:
+            if request.state is not running or request in self._yielding:
                 continue  # an older one took its pages
-            token_ids, start = request.token_ids, request.num_computed
-            end = len(token_ids)
+            token_ids, start, num_unknown = request.token_ids, request.num_planned, request.num_unknown
+            end = len(token_ids) + num_unknown
+            if end >= request.max_len:
+                continue  # its last token is under way
             if end - start != 1 or request.mode is Mode.PREFILL:
                 prompts.append(request)
                 continue
@@ -90,16 +100,19 @@ class Batcher:
             assert lease is not None
             if end > len(lease.page_ids) * page_size and not self._grow(request):
                 continue
-            request.in_batch = True
+            request.num_steps += 1
+            request.num_planned = end
+            request.num_unknown = num_unknown + 1
             planned.append((request, end))
             items.append(
                 BatchItem(
                     request_id=request.request_id,
-                    token_ids=(token_ids[start],),
+                    token_ids=() if num_unknown else (token_ids[start],),
                     start=start,
                     page_ids=lease.page_ids,
                     sampling=request.sampling,
                     suppressed_token_ids=request.suppressed_ids if end < request.suppress_until else (),
+                    takes_sampled=num_unknown > 0,
                 )
             )
         return prompts
@@ -111,7 +124,7 @@ class Batcher:
         items: list[BatchItem],
         planned: list[tuple[ActiveRequest, int]],
     ) -> int:
-        start, num_tokens = request.num_computed, len(request.token_ids)
+        start, num_tokens = request.num_planned, len(request.token_ids)
         end = min(num_tokens, start + min(budget, self._config.chunked_prefill_size))
         if end <= start:
             return 0
@@ -119,7 +132,10 @@ class Batcher:
         assert lease is not None
         # A PREFILL that was evicted after it told its first token computes its pages again, not the token.
         samples = end == num_tokens and request.first_token is None
-        request.in_batch = True
+        request.num_steps += 1
+        request.num_planned = end
+        if samples and request.mode is not Mode.PREFILL:
+            request.num_unknown = 1
         planned.append((request, end))
         items.append(
             BatchItem(
@@ -139,21 +155,31 @@ class Batcher:
     def _grow(self, request: ActiveRequest) -> bool:
         lease = request.lease
         assert lease is not None
-        while not self._cache.grow(lease, len(request.token_ids)):
+        while not self._cache.grow(lease, len(request.token_ids) + request.num_unknown):
             self._short_of_pages = True
             victim = self._youngest_eager() or self._youngest_running()
             if victim is None:
                 return False  # the oldest waits for pages that handoffs hold, which is bounded
-            self._table.preempt(victim)
-            if victim is request:
+            if not self._preempt(victim) or victim is request:
                 return False
+        return True
+
+    def _may_run(self, request: ActiveRequest) -> bool:
+        return request.state is RequestState.RUNNING and request not in self._yielding
+
+    def _preempt(self, victim: ActiveRequest) -> bool:
+        """Whether its pages are given up now. Else they are when the next step is planned, if still needed."""
+        if victim.num_steps:
+            self._yielding.add(victim)
+            return False
+        self._table.preempt(victim)
         return True
 
     def _youngest_eager(self) -> ActiveRequest | None:
         eager = [
             request
             for request in (*self._table.running, *self._table.held.values())
-            if request.eager and not request.in_batch and request.state is not RequestState.ENDED
+            if request.eager and request.state is not RequestState.ENDED
         ]
         return max(eager, key=lambda request: request.number, default=None)
 
@@ -201,13 +227,12 @@ class Batcher:
         num_needed = -(-num_tokens // cache.page_size) - len(lease.page_ids)
         while self._num_to_be_had() - num_needed < reserve or not cache.grow(lease, num_tokens):
             victim = None if request.eager else self._youngest_eager()
-            if victim is None:
+            if victim is None or not self._preempt(victim):
                 cache.close(lease)
                 self._head_did_not_fit = (request.ticket, self._num_to_be_had() - reserve)
                 return False
-            self._table.preempt(victim)
         request.lease = lease
-        request.num_computed = lease.num_cached_tokens
+        request.num_computed = request.num_planned = lease.num_cached_tokens
         return True
 
     def _num_to_be_had(self) -> int:

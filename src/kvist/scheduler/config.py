@@ -22,6 +22,9 @@ class SchedulerConfig:
     max_prefill_tokens: int = option(
         1024, "the token budget of one step: decodes (one each) first, then prompt chunks", unit="tokens", minimum=1
     )
+    overlap: bool | None = option(
+        None, "plan the next step while one is computed; by default on a GPU, where the CPU has the time"
+    )
     max_model_len: int = option(4096, "prompt and answer together", unit="tokens", minimum=2)
     eos_token_ids: tuple[int, ...] = option((), "tokens that end an answer; from the model when empty")
     queue_timeout_s: float = option(60.0, "the longest wait for a first turn", unit="s", minimum=0.001)

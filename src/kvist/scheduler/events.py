@@ -26,7 +26,9 @@ class AbortRequested:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFinished:
-    """The batch of an earlier plan was carried out: its K/V is in the pages, and these tokens were chosen."""
+    """The batch of an earlier plan was carried out: its K/V is in the pages, and these tokens were chosen.
+
+    Batches are reported in the order of their plans."""
 
     step_id: int
     sampled: Mapping[RequestId, SampledToken]  # one for each batch item with `sampling`
@@ -34,7 +36,8 @@ class StepFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFailed:
-    """The batch raised. Its requests fail; the pages it wrote are not trusted."""
+    """The batch raised. Its requests fail; the pages it wrote are not trusted. One that was begun behind it is reported
+    too: what it computed for those requests is ignored."""
 
     step_id: int
     message: str

@@ -12,22 +12,27 @@ from kvist.wire import Ended, PoolAddress, SourceToTarget, TargetToSource, Token
 
 
 class BatchItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One request's share of a step: compute K/V for positions [start, start + len(token_ids)).
+    """One request's share of a step: compute K/V for positions [start, end).
 
     A struct and not a dataclass: hundreds are made in each step, at a tenth of the price.
     """
 
     request_id: RequestId
-    token_ids: Sequence[int]  # the tokens at those positions
-    start: int  # K/V of [0, start) is already in the pages
-    page_ids: Sequence[int]  # pages for positions [0, start + len(token_ids)), maybe a few more
+    token_ids: Sequence[int]  # the tokens at those positions; empty when `takes_sampled`
+    start: int  # K/V of [0, start) is in the pages, or will be when the batch before is finished
+    page_ids: Sequence[int]  # pages for positions [0, end), maybe a few more
     sampling: SamplingParams | None = None  # None: no next token wanted (a chunk that does not end the sequence)
     suppressed_token_ids: tuple[int, ...] = ()  # impossible for this next token (min_tokens)
+    takes_sampled: bool = False  # its one token is the one that the batch before, still under way, chooses for it
 
     @property
     def end(self) -> int:
         """The position of the next token; also the counter of its sampling noise."""
-        return self.start + len(self.token_ids)
+        return self.start + self.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return 1 if self.takes_sampled else len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +42,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(item.token_ids) for item in self.items)
+        return sum(item.num_tokens for item in self.items)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,5 +104,5 @@ class Plan:
     watched_epochs: frozenset[EpochId] = frozenset()  # peers whose death must be reported while this plan stands
     cached_added: tuple[bytes, ...] = ()  # page digests that became cached in this step
     cached_removed: tuple[bytes, ...] = ()
-    batch: Batch | None = None
+    batch: Batch | None = None  # to be begun after the one under way, if there is one
     wake_at_s: float | None = None  # call `step` again by then even if nothing happens

@@ -3,6 +3,9 @@
 It owns the requests, their leases' closing and the page counters. It does not choose what runs (batching.py) and
 knows of handoffs only that a peer may hold a request's pages (`in_handoff`): a lease is closed when the request has
 ended, no step under way writes it and no handoff holds it.
+
+With overlap a step may be under way for a request that has ended meanwhile: an end by a stop token is seen only when
+the next step is planned already. What that step chooses is dropped.
 """
 
 from __future__ import annotations
@@ -162,7 +165,7 @@ class RequestTable:
 
     def preempt(self, request: ActiveRequest) -> None:
         """Its full pages are in the tree for as long as nobody needs the room; the rest is given up."""
-        assert not request.in_batch
+        assert not request.num_steps, "a step under way writes its pages"
         assert not request.in_handoff
         assert request.lease is not None
         self.totals["preemptions"] += 1
@@ -172,7 +175,7 @@ class RequestTable:
             self.running.remove(request)
         self.cache.close(request.lease)
         request.lease = None
-        request.num_computed = 0
+        request.num_computed = request.num_planned = 0
         if request.eager:
             request.move(RequestState.PARKED)
             self.num_parked += 1
@@ -195,7 +198,7 @@ class RequestTable:
         """A step is finished: for each request K/V of [0, end) is in its pages."""
         page_size, ended = self.cache.page_size, RequestState.ENDED
         for request, end in computed:
-            request.in_batch = False
+            request.num_steps -= 1
             if request.state is ended:
                 self.release(request)
                 continue
@@ -210,10 +213,12 @@ class RequestTable:
                 else:
                     self.half.computed(request)
             elif end == len(request.token_ids):
+                request.num_unknown -= 1
                 self._append(request, sampled[request.request_id])
 
     def _append(self, request: ActiveRequest, token: SampledToken) -> None:
         """Called for each stream in each step."""
+        self.totals["generation_tokens"] += 1
         token_ids, token_id = request.token_ids, token.token_id
         position = len(token_ids) - request.num_prompt
         token_ids.append(token_id)
@@ -227,7 +232,7 @@ class RequestTable:
     def adopt(self, request: ActiveRequest, token: SampledToken, finish: FinishReason | None) -> None:
         """DECODE: the given tokens' K/V is in its pages, and prefill has told `token` to the gateway."""
         assert request.lease is not None
-        request.num_computed = request.num_given
+        request.num_computed = request.num_planned = request.num_given
         self.cache.commit(request.lease, request.token_ids, request.num_given)
         position = request.next_position
         request.token_ids.append(token.token_id)
@@ -245,6 +250,7 @@ class RequestTable:
     def _prefill_complete(self, request: ActiveRequest, token: SampledToken | None) -> None:
         if request.first_token is None:  # else it was told before its pages were evicted
             assert token is not None
+            self.totals["generation_tokens"] += 1
             request.first_token = token
             request.first_token_finish = request.finish_reason(token.token_id, len(request.token_ids) + 1)
             self.send_chunk(request, request.next_position, token, request.first_token_finish)
@@ -292,7 +298,7 @@ class RequestTable:
         self.release(request)
 
     def release(self, request: ActiveRequest) -> None:
-        if request.state is not RequestState.ENDED or request.in_batch or request.in_handoff:
+        if request.state is not RequestState.ENDED or request.num_steps or request.in_handoff:
             return
         if request.lease is not None:
             self.cache.close(request.lease)

@@ -66,7 +66,9 @@ async def completion_job(gateway: Gateway, body: bytes) -> Job:
     job_id = new_job_id("cmpl")
     choices = _choices(gateway, request, tokenizer, prompts, job_id=job_id, num_logprobs=num_logprobs)
     shape = _Shape.of(gateway, request, job_id, "text_completion")
-    form = CompletionFormat(shape, tokenizer, logprobs=num_logprobs is not None)
+    form = CompletionFormat(
+        shape, tokenizer, logprobs=num_logprobs is not None, token_ids=bool(request.return_token_ids)
+    )
     return Job(choices=choices, format=form, stream=bool(request.stream))
 
 
@@ -226,20 +228,23 @@ class ChatFormat:
 
 
 class CompletionFormat:
-    def __init__(self, shape: _Shape, tokenizer: Tokenizer, *, logprobs: bool) -> None:
+    def __init__(self, shape: _Shape, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool = False) -> None:
         self._shape = shape
         self._tokenizer = tokenizer
         self._logprobs = logprobs
+        self._token_ids = token_ids
+        self._only_text = not logprobs and not token_ids
         self._ends: dict[int, tuple[bytes, bytes, bytes]] = {}
         self._num_chars: dict[int, int] = {}  # of the tokens told so far, for text_offset
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
         ends = self._ends.get(choice.index)
+        first = ends is None
         if ends is None:
             before, after = self._shape.event_ends(self._shape.kind, b'{"index":%d,"text":' % choice.index)
             ends = self._ends[choice.index] = (before, after, b',"logprobs":null,"finish_reason":null' + after)
         before, after, after_text = ends
-        if not delta.finished and not self._logprobs:
+        if not delta.finished and self._only_text:
             return before + _json(delta.text) + after_text if delta.text else b""
         rest: dict[str, object] = {"logprobs": None, "finish_reason": choice.finish_reason if delta.finished else None}
         if self._logprobs:
@@ -247,6 +252,10 @@ class CompletionFormat:
             rest["logprobs"] = completion_logprobs(self._tokenizer, delta.token_ids, delta.logprobs, start)
             told = sum(len(self._tokenizer.token_text(token_id)) for token_id in delta.token_ids)
             self._num_chars[choice.index] = start + told
+        if self._token_ids:
+            rest["token_ids"] = delta.token_ids
+            if first:
+                rest["prompt_token_ids"] = choice.request.prompt_token_ids
         return b"".join((before, _json(delta.text), b",", _json(rest)[1:-1], after))
 
     def closing(self, choices: Sequence[Choice]) -> bytes:
@@ -259,9 +268,12 @@ class CompletionFormat:
         logprobs = None
         if self._logprobs:
             logprobs = completion_logprobs(self._tokenizer, choice.token_ids, choice.logprobs, 0)
-        return {
+        answer: dict[str, object] = {
             "index": choice.index,
             "text": choice.text,
             "logprobs": logprobs,
             "finish_reason": choice.finish_reason,
         }
+        if self._token_ids:
+            answer |= {"token_ids": choice.token_ids, "prompt_token_ids": choice.request.prompt_token_ids}
+        return answer

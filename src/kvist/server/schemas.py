@@ -129,6 +129,7 @@ class CompletionRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
     max_completion_tokens: int | None = None
     logprobs: int | None = None
+    return_token_ids: bool | None = None  # vLLM's and SGLang's: ids beside the text, the prompt's in the first event
     # known, not supported
     suffix: object = None
     best_of: object = None

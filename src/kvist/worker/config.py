@@ -57,6 +57,7 @@ class EngineConfig:
     )
     page_size: int = option(16, "tokens in one KV page; equal on all workers", unit="tokens", minimum=1, maximum=256)
     attention_backend: str = option("auto", "implementation of attention", choices=("auto", "torch"))
+    disable_cuda_graph: bool = option(False, "launch every kernel of a decode step instead of replaying a CUDA graph")
     num_threads: int = option(
         0, "CPU threads of the engine; 0 shares the cores with the workers that this host runs already", minimum=0
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from kvist.kv.layout import namespace
 from kvist.models import ModelConfig, load_model_config
 from kvist.request import EpochId, RequestId, SamplingParams, WorkerId
 from kvist.runner.build import RunnerConfig, build_runner
-from kvist.runner.runner import Runner
+from kvist.runner.runner import AnyRunner
 from kvist.scheduler import build_scheduler
 from kvist.scheduler.plan import Batch, BatchItem
 from kvist.transfer import Transport
@@ -53,7 +54,7 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Served:
+class Served:
     """The model that this engine serves, as its checkpoint names it."""
 
     checkpoint: Checkpoint
@@ -68,11 +69,13 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         sweep(runtime_dir)
         epoch = new_epoch()
         closing.callback(EpochLock(runtime_dir, epoch).close)
-        served = _find_model(config)
-        runner = _load(config, served, runtime_dir, progress)
+        served = find_served_model(config)
+        runner = load_runner(config, served, runtime_dir, progress)
         closing.callback(runner.close)
         log.info("page pool: %s", runner.pool_reason)
-        _warm_up(runner, progress)
+        warm_up(runner, progress)
+        gc.collect()
+        gc.freeze()  # the model and the libraries stay: the collector need not look at them while serving
         return _assemble(config, served, runner, epoch, runtime_dir, closing.pop_all())
 
 
@@ -101,7 +104,7 @@ def _share_of_cores(runtime_dir: Path) -> int:
 # ---------------------------------------------------------------- model and pages
 
 
-def _find_model(config: EngineConfig) -> _Served:
+def find_served_model(config: EngineConfig) -> Served:
     checkpoint = find_checkpoint(config.model_path)
     model_config = load_model_config(checkpoint)
     trained_for = model_config.max_position_embeddings
@@ -112,10 +115,10 @@ def _find_model(config: EngineConfig) -> _Served:
         )
     # Dummy weights of another seed make other pages of the same checkpoint.
     suffix = f"-dummy-{config.random_seed}" if config.load_format == "dummy" else ""
-    return _Served(checkpoint=checkpoint, config=model_config, fingerprint=fingerprint(checkpoint) + suffix)
+    return Served(checkpoint=checkpoint, config=model_config, fingerprint=fingerprint(checkpoint) + suffix)
 
 
-def _load(config: EngineConfig, served: _Served, runtime_dir: Path, progress: Callable[[str], None]) -> Runner:
+def load_runner(config: EngineConfig, served: Served, runtime_dir: Path, progress: Callable[[str], None]) -> AnyRunner:
     last_tenth = -1
 
     def on_tensor(num_done: int, num_tensors: int) -> None:
@@ -136,11 +139,15 @@ def _load(config: EngineConfig, served: _Served, runtime_dir: Path, progress: Ca
         page_size=config.page_size,
         num_threads=config.num_threads or _share_of_cores(runtime_dir),
         random_seed=config.random_seed,
+        max_running_requests=config.scheduler.max_running_requests,
+        max_batch_tokens=config.scheduler.max_prefill_tokens,
+        context_length=config.context_length,
+        use_graphs=not config.disable_cuda_graph,
     )
     return build_runner(served.checkpoint, served.config, runner_config, runtime_dir=runtime_dir, progress=on_tensor)
 
 
-def _warm_up(runner: Runner, progress: Callable[[str], None]) -> None:
+def warm_up(runner: AnyRunner, progress: Callable[[str], None]) -> None:
     """One chunk and one decode, so that the first request does not pay for what torch makes on first use. They write
     to page 0, which nobody has been given yet."""
     progress("warming up")
@@ -162,8 +169,8 @@ def _warm_up(runner: Runner, progress: Callable[[str], None]) -> None:
 
 def _assemble(
     config: EngineConfig,
-    served: _Served,
-    runner: Runner,
+    served: Served,
+    runner: AnyRunner,
     epoch: EpochId,
     runtime_dir: Path,
     closing: contextlib.ExitStack,
@@ -180,11 +187,15 @@ def _assemble(
         address, transport = _make_transport(config, pool, runtime_dir, channel.wakeup)
         closing.callback(transport.close)
         spec = _describe(config, served, pool, epoch, channel.endpoint)
+        wanted = config.scheduler.overlap
+        overlap = pool.tensor.is_cuda if wanted is None else wanted
         scheduler_config = dataclasses.replace(
             config.scheduler,
             max_model_len=spec.max_model_len,
             eos_token_ids=config.scheduler.eos_token_ids or served.config.eos_token_ids,
+            overlap=overlap,
         )
+        log.info("planning a step while one is computed: %s", "on" if overlap else "off")
         cache = PageCache(num_pages=pool.num_pages, page_size=config.page_size, namespace=spec.namespace)
         parts = LoopParts(
             spec=spec,
@@ -195,6 +206,7 @@ def _assemble(
             reports=LoadReports(cached_digests=cache.digests),
             clock=MonotonicClock(),
             gateway_timeout_s=config.gateway_timeout_s,
+            overlap=overlap,
         )
         return Engine(spec=spec, loop=EngineLoop(parts), closing=closing.pop_all())
 
@@ -221,7 +233,7 @@ def _make_transport(
     return address, NoTransport(reason=reason, runtime_dir=runtime_dir, wakeup=wakeup)
 
 
-def _describe(config: EngineConfig, served: _Served, pool: DevicePool, epoch: EpochId, endpoint: str) -> EngineSpec:
+def _describe(config: EngineConfig, served: Served, pool: DevicePool, epoch: EpochId, endpoint: str) -> EngineSpec:
     return EngineSpec(
         worker_id=WorkerId(config.worker_id or endpoint.removeprefix("tcp://")),
         epoch=epoch,

@@ -1,12 +1,14 @@
 """The engine's loop: what happened → `scheduler.step` → carry the plan out → what happened.
 
-    recv ─► events ─► step ─► plan: 1. tokens and endings to gateways   2. messages to peers   3. transfers   4. batch
-      ▲                                                                                                         │
-      └──────────────────────────── StepFinished | StepFailed ◄────────────────────────────────────────────────┘
+    recv ─► events ─► step ─► plan: 1. tokens and endings to gateways   2. messages to peers   3. transfers
+      ▲                             4. launch the batch   5. read the oldest batch under way
+      └───────────────────────────────────────── StepFinished | StepFailed ◄──────┘
 
-One thread, no `await`: while a batch is computed nothing else happens here, so tokens leave before the next batch
-begins. With no batch to compute the loop sleeps in `recv` until a message, a transfer report (by `wakeup`), or a time
-that somebody asked for. The same loop serves every role; unified.py, prefill.py and decode.py wire it.
+One thread, no `await`. Without overlap a batch is read at once: while it is computed nothing else happens here. With
+overlap (on a GPU) the next batch is planned and launched before this one is read, so the device never waits for us;
+tokens are told while it computes the next. With no batch under way the loop sleeps in `recv` until a message, a
+transfer report (by `wakeup`), or a time that somebody asked for. The same loop serves every role; unified.py,
+prefill.py and decode.py wire it.
 
 It decides nothing about requests. Its own care is liveness: gateways that fall silent, peers that die, reports.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,6 +34,7 @@ from kvist.transfer import Transport
 from kvist.worker.gateways import Gateways
 from kvist.worker.inbox import Inbox, refusal
 from kvist.worker.reports import LoadReports
+from kvist.worker.step_times import StepTimes
 
 MAX_FAILED_STEPS_IN_A_ROW = 8  # then the device, or a tensor-parallel rank, is broken for good
 WATCH_INTERVAL_S = 1.0  # between two looks whether watched peers and known gateways are alive
@@ -49,10 +53,14 @@ class Channel(Protocol):
     def wakeup(self) -> None: ...
 
 
-class StepRunner(Protocol):
-    """runner.Runner, or a fake."""
+class LaunchedStep(Protocol):
+    def result(self) -> Mapping[RequestId, SampledToken]: ...
 
-    def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]: ...
+
+class StepRunner(Protocol):
+    """The runner of the engine's device, or a fake."""
+
+    def launch(self, batch: Batch) -> LaunchedStep: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +75,7 @@ class LoopParts:
     reports: LoadReports
     clock: Clock
     gateway_timeout_s: float
+    overlap: bool = False  # as the scheduler's: launch a batch before the former one is read
 
 
 class EngineLoop:
@@ -81,8 +90,10 @@ class EngineLoop:
         self._wake_at_s: float | None = None
         self._next_watch_s = parts.clock.now_s()
         self._stop = threading.Event()
+        self._in_flight: deque[tuple[Batch, LaunchedStep | Exception]] = deque()  # an error: the launch failed
         self._num_failed_steps = 0
         self._num_failed_in_a_row = 0
+        self._spent = StepTimes()
 
     def run(self) -> None:
         """Serve until `request_stop`; then tell every gateway that its requests have failed.
@@ -114,14 +125,15 @@ class EngineLoop:
         # Transfer reports first: one made before a Revoke arrived must not be taken for the answer to its StopWrites.
         events = [*self._parts.transport.poll(), *self._carried, *events, *self._deaths(now_s)]
         self._carried = []
-        plan = self._parts.scheduler.step(now_s, events)
+        with self._spent.planning():
+            plan = self._parts.scheduler.step(now_s, events)
         self._carry_out(plan, now_s)
 
     # ------------------------------------------------------------ waiting
 
     def _idle_s(self) -> float:
         """How long nothing needs to happen of itself."""
-        if self._carried:
+        if self._carried or self._in_flight:
             return 0.0
         times = [self._parts.reports.due_at_s(self._gateways), self._next_watch_s]
         if self._wake_at_s is not None:
@@ -151,11 +163,26 @@ class EngineLoop:
         self._wake_at_s = plan.wake_at_s
         self._report(plan, now_s)
         if plan.batch is not None:
-            self._carried.append(self._execute(plan.batch))
+            self._launch(plan.batch)
+        may_wait = 1 if self._parts.overlap and plan.batch is not None else 0
+        if len(self._in_flight) > may_wait:
+            self._carried.append(self._read(*self._in_flight.popleft()))
 
-    def _execute(self, batch: Batch) -> StepFinished | StepFailed:
+    def _launch(self, batch: Batch) -> None:
+        launched: LaunchedStep | Exception
+        with self._spent.launching():
+            try:
+                launched = self._parts.runner.launch(batch)
+            except Exception as error:  # reported in its turn, after the batch before
+                launched = error
+        self._in_flight.append((batch, launched))
+
+    def _read(self, batch: Batch, launched: LaunchedStep | Exception) -> StepFinished | StepFailed:
         try:
-            sampled = self._parts.runner.execute(batch)
+            with self._spent.reading():
+                if isinstance(launched, Exception):
+                    raise launched
+                sampled = launched.result()
         except Exception as error:  # whatever the model or the device raised: these requests fail, the engine goes on
             log.exception("step %d with %d tokens failed", batch.step_id, batch.num_tokens)
             self._num_failed_steps += 1
@@ -220,6 +247,7 @@ class EngineLoop:
         totals = {
             "undecodable_messages": float(self._parts.channel.num_undecodable),
             "failed_steps": float(self._num_failed_steps),
+            **self._spent.totals(),
         }
         for identity, report in reports.make(self._gateways, self._parts.scheduler.load(), totals, now_s):
             self._send(identity, report)

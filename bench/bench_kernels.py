@@ -1,0 +1,247 @@
+"""How long do the GPU kernels of a decode step take, beside torch's and cuBLAS's own? Needs a CUDA device.
+
+Shapes are those of Qwen2-7B, numbers random (seed 0), every time is the median of replays of a CUDA graph. Weights are
+read from memory, never from the cache: each layer has its own. `--json FILE` keeps all rows.
+
+    python bench/bench_kernels.py [--layers 28] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvist.attention import build_attention, choose_attention
+from kvist.attention.backend import GraphPlan, RotatingAttend, Span
+from kvist.kernels import activation, norm, rotary, sampling
+from kvist.models.linear import Linear, make_gated_linear, make_linear
+
+HIDDEN, INNER, VOCAB, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 3584, 18_944, 152_064, 28, 4, 128, 16
+QKV = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
+EPS = 1e-6
+CUDA = torch.device("cuda")
+BF16 = torch.bfloat16
+Row = dict[str, str | int | float]
+
+
+def time_us(work: Callable[[], object], repeats: int = 9) -> float:
+    """Median microseconds of one replay of what `work` launches."""
+    for _ in range(2):  # compiles what capturing cannot
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    times = []
+    for _ in range(repeats + 1):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times[1:])
+
+
+def random(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, device=CUDA, dtype=BF16) * scale
+
+
+def small_kernels() -> list[Row]:
+    """One kernel, 50 times in a row: its share of a chain of small kernels."""
+    weight, frequencies = random(HIDDEN), torch.rand(HEAD_DIM // 2, device=CUDA)
+    pages = random(2048, KV_HEADS, 1, 2, PAGE_SIZE, HEAD_DIM)[:, :, 0]
+    rows: list[Row] = []
+    for m in (1, 64, 256, 2048):
+        x, residual, gate_up, heads = random(m, HIDDEN), random(m, HIDDEN), random(m, 2 * INNER), random(m, QKV)
+        heads = heads.view(m, -1, HEAD_DIM)
+        positions, slots = torch.arange(m, device=CUDA), torch.arange(m, dtype=torch.int32, device=CUDA)
+        cos, sin = rotary.rotation_torch(positions, frequencies)
+        turn = rotary.Rotary(cos=cos, sin=sin)
+        pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+            "add_rms_norm": (
+                lambda x=x, r=residual: norm.add_rms_norm(x, r, weight, EPS),
+                lambda x=x, r=residual: norm.add_rms_norm_torch(x, r, weight, EPS),
+            ),
+            "silu_mul": (
+                lambda g=gate_up: activation.silu_mul(g),
+                lambda g=gate_up: activation.silu_mul_torch(g),
+            ),
+            "rotation": (
+                lambda p=positions: rotary.rotation(p, frequencies),
+                lambda p=positions: rotary.rotation_torch(p, frequencies),
+            ),
+            "rotate_and_write": (
+                lambda h=heads, t=turn, s=slots: rotary.rotate_and_write(h, t, pages, s),
+                lambda h=heads, t=turn, s=slots: _rotate_and_write_in_torch(h, t, pages, s),
+            ),
+        }
+        if m <= 256:
+            logits, temperatures = torch.randn(m, VOCAB, device=CUDA), torch.ones(m, device=CUDA)
+            keys = torch.randint(0, 2**31 - 1, (m, 2), dtype=torch.int32, device=CUDA)
+            pairs["choose_tokens"] = (
+                lambda a=logits, t=temperatures, k=keys: sampling.choose_tokens(a, t, k),
+                lambda a=logits, t=temperatures, k=keys: sampling.choose_tokens_torch(a, t, k),
+            )
+        for name, (kernel, twin) in pairs.items():
+            times = [time_us(lambda f=f: [f() for _ in range(50)]) / 50 for f in (kernel, twin)]
+            rows.append({"kernel": name, "rows": m, "us": round(times[0], 2), "torch_us": round(times[1], 2)})
+    return rows
+
+
+def _rotate_and_write_in_torch(heads: Tensor, turn: rotary.Rotary, pages: Tensor, slots: Tensor) -> Tensor:
+    """The twin without padding rows, whose number a graph could not know."""
+    qk = rotary.norm_and_rotate(heads[:, : Q_HEADS + KV_HEADS], turn)
+    page_ids, offsets = (slots // PAGE_SIZE).long(), (slots % PAGE_SIZE).long()
+    pages[page_ids, :, 0, offsets] = qk[:, Q_HEADS:]
+    pages[page_ids, :, 1, offsets] = heads[:, Q_HEADS + KV_HEADS :]
+    return qk[:, :Q_HEADS]
+
+
+@dataclass
+class Weights:
+    """The matrices of a model, plain and as the model runs them."""
+
+    plain: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # qkv, o, gate over up, down of each layer
+    head: Tensor
+
+    @classmethod
+    def make(cls, num_layers: int) -> Weights:
+        shapes = ((QKV, HIDDEN), (HIDDEN, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER))
+        layers = []
+        for _ in range(num_layers):
+            qkv, o, gate_up, down = (random(*shape, scale=shape[1] ** -0.5) for shape in shapes)
+            layers.append((qkv, o, gate_up, down))
+        return cls(plain=layers, head=random(VOCAB, HIDDEN, scale=HIDDEN**-0.5))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(w.nbytes for layer in self.plain for w in layer) + self.head.nbytes
+
+    def ours(self) -> tuple[list[tuple[Linear, Linear, Linear, Linear]], Linear]:
+        layers = [(make_linear(a), make_linear(b), make_gated_linear(c), make_linear(d)) for a, b, c, d in self.plain]
+        return layers, make_linear(self.head, out_dtype=torch.float32)
+
+
+def matrices_of_a_step(weights: Weights) -> list[Row]:
+    """All products of one step, and nothing else; ours have SiLU x up in them, cuBLAS's do not."""
+    layers, head = weights.ours()
+    rows: list[Row] = []
+    for m in (1, 2, 4, 8, 16, 64, 128, 256):
+        x, inner = random(m, HIDDEN), random(m, INNER)
+
+        def cublas(x: Tensor = x, inner: Tensor = inner) -> None:
+            for qkv, o, gate_up, down in weights.plain:
+                for weight, value in ((qkv, x), (o, x), (gate_up, x), (down, inner)):
+                    F.linear(value, weight)
+            F.linear(x, weights.head)
+
+        def ours(x: Tensor = x) -> None:
+            for qkv, o, gated, down in layers:
+                qkv(x), o(x), down(gated(x))
+            head(x)
+
+        times = [time_us(cublas) / 1e3, time_us(ours) / 1e3]
+        rate = weights.num_bytes / times[1] / 1e9
+        rows.append({"rows": m, "cublas_ms": round(times[0], 3), "ours_ms": round(times[1], 3), "tb_s": round(rate, 2)})
+    return rows
+
+
+def whole_steps(weights: Weights) -> list[Row]:
+    """A decode step from hidden states to chosen tokens, attention over `context` tokens included."""
+    choice = choose_attention("auto", CUDA, BF16)
+    backend = build_attention(choice.name, CUDA)
+    layers, head = weights.ours()
+    num_layers = len(layers)
+    pool = torch.zeros(16_384, KV_HEADS, num_layers, 2, PAGE_SIZE, HEAD_DIM, device=CUDA, dtype=BF16)
+    backend.bind(pool)
+    scale, frequencies = random(HIDDEN), torch.rand(HEAD_DIM // 2, device=CUDA)
+    rows: list[Row] = []
+    for m, context in ((1, 256), (1, 4096), (8, 2048), (64, 1024), (128, 600), (256, 600)):
+        plan = backend.plan_graph(m, 1024)
+        if plan is None:
+            print(f"attention backend {choice.name} ({choice.reason}) cannot be captured: no whole steps")
+            return rows
+        num_pages = -(-context // PAGE_SIZE)
+        plan.fill(
+            [
+                Span(start=context - 1, num_tokens=1, page_ids=list(range(i * num_pages, (i + 1) * num_pages)))
+                for i in range(m)
+            ]
+        )
+        hidden, positions = random(m, HIDDEN), torch.full((m,), context - 1, device=CUDA)
+        noise = torch.ones(m, device=CUDA), torch.zeros(m, 2, dtype=torch.int32, device=CUDA)
+
+        def step(
+            m: int = m,
+            x: Tensor = hidden,
+            positions: Tensor = positions,
+            noise: tuple[Tensor, Tensor] = noise,
+            plan: GraphPlan = plan,
+            parts: str = "all",
+        ) -> None:
+            attend = plan.attend(m)
+            assert isinstance(attend, RotatingAttend)
+            cos, sin = rotary.rotation(positions, frequencies)
+            turn, residual = rotary.Rotary(cos=cos, sin=sin), None
+            for layer, (qkv, o, gated, down) in enumerate(layers):
+                x, residual = norm.add_rms_norm(x, residual, scale, EPS)
+                heads = qkv(x).view(m, -1, HEAD_DIM)
+                attended = attend.rotated(layer, heads, turn) if parts == "all" else heads[:, :Q_HEADS]
+                x, residual = norm.add_rms_norm(o(attended.reshape(m, -1)), residual, scale, EPS)
+                x = down(gated(x))
+            logits = head(norm.add_rms_norm(x, residual, scale, EPS)[0])
+            sampling.choose_tokens(logits, *noise)
+
+        whole = time_us(step) / 1e3
+        without = time_us(lambda step=step: step(parts="no attention")) / 1e3
+        rows.append({"batch": m, "context": context, "step_ms": round(whole, 3), "no_attention_ms": round(without, 3)})
+    return rows
+
+
+def print_table(title: str, rows: list[Row]) -> None:
+    print(f"\n{title}")
+    if rows:
+        print("  ".join(f"{name:>16}" for name in rows[0]))
+    for row in rows:
+        print("  ".join(f"{value:>16}" for value in row.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench_kernels needs a CUDA device, and torch sees none: nothing measured")
+        return
+    torch.manual_seed(0)
+    results: dict[str, list[Row]] = {"small kernels, microseconds": small_kernels()}
+    weights = Weights.make(args.layers)
+    results[f"matrices of one step, {args.layers} layers, {weights.num_bytes / 1e9:.2f} GB"] = matrices_of_a_step(
+        weights
+    )
+    results["decode steps under a graph"] = whole_steps(weights)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for title, rows in results.items():
+        print_table(title, rows)
+    if args.json is not None:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        hardware = torch.cuda.get_device_name()
+        args.json.write_text(json.dumps({"commit": commit, "hardware": hardware, "layers": args.layers, **results}))
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,277 @@
+"""Asks for one completion, reads its server-sent events, and says in one `Row` what happened.
+
+Times are of the client's clock: a request begins before a connection is taken or opened; its first token is the first
+event that carries a choice; it ends with the response. An answer counts as one only if it ended as a stream should, and
+if the server's own usage gives exactly the tokens that were asked for, in and out. Everything else is a failure of some
+kind, and a failure is a row too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import msgspec
+from msgspec.structs import replace
+
+from kvist.bench.http import HttpClient, HttpFailure
+from kvist.clock import Clock
+
+MAX_EVENT_BYTES = 16 << 20
+MAX_ERROR_BYTES = 64 << 10
+PATH = "/v1/completions"
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One request. A request that failed has a `failure` and no times but `sent_s`."""
+
+    index: int
+    client: int | None = None  # of a conversation
+    turn: int | None = None
+    num_input: int  # asked for
+    num_output: int
+    sent_s: float | None = None  # after the scenario's start; None: never sent
+    late_s: float = 0.0  # sent so long after its planned time
+    ttft_s: float | None = None
+    tpot_s: float | None = None  # None with one output token
+    e2e_s: float | None = None
+    num_prompt_tokens: int | None = None  # the server's counts
+    num_cached_tokens: int | None = None
+    num_output_tokens: int | None = None
+    num_events: int = 0
+    retried: bool = False
+    failure: str | None = None  # the kind
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One request to make. `prompt` is a JSON list of token ids."""
+
+    index: int
+    prompt: bytes
+    num_input: int
+    num_output: int
+    client: int | None = None
+    turn: int | None = None
+    wants_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    row: Row
+    gaps_s: list[float] = field(default_factory=list)  # between events that carry tokens
+    token_ids: list[int] = field(default_factory=list)  # if they were asked for and given
+
+
+# ---------------------------------------------------------------- the stream
+
+
+class _Choice(msgspec.Struct):
+    token_ids: list[int] | None = None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: _Details | None = None
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: msgspec.Raw = msgspec.Raw()
+
+
+_decode = msgspec.json.Decoder(_Event).decode
+
+
+class EventLines:
+    """Server-sent events from the pieces of a body, cut wherever the network cut them."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._name = b""
+        self._lines: list[bytes] = []
+
+    def feed(self, piece: bytes) -> list[tuple[bytes, bytes]]:
+        """The events that are now whole, as (name or b"", content). Raises `HttpFailure` for one without end."""
+        lines = (self._rest + piece).split(b"\n")
+        self._rest = lines.pop()
+        if len(self._rest) + sum(map(len, self._lines)) > MAX_EVENT_BYTES:
+            raise HttpFailure("bad_stream", f"one event is longer than {MAX_EVENT_BYTES} bytes")
+        found = []
+        for line in lines:
+            line = line.removesuffix(b"\r")
+            if line.startswith(b"data:"):
+                self._lines.append(line[5:].removeprefix(b" "))
+            elif not line:
+                if self._lines:
+                    found.append((self._name, b"\n".join(self._lines)))
+                self._name, self._lines = b"", []
+            elif line.startswith(b"event:"):
+                self._name = line[6:].strip()
+        return found
+
+
+class _Reading:
+    """What one response has said so far. Its `on_body` is called with each piece of the body."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._now_s = clock.now_s
+        self._lines = EventLines()
+        self._error_body = b""
+        self.first_s: float | None = None
+        self.last_s = 0.0
+        self.gaps_s: list[float] = []
+        self.token_ids: list[int] = []
+        self.usage: _Usage | None = None
+        self.done = False
+
+    def on_body(self, status: int, piece: bytes) -> None:
+        if status != 200:
+            self._error_body = (self._error_body + piece)[:MAX_ERROR_BYTES]
+            return
+        now_s = self._now_s()
+        for name, content in self._lines.feed(piece):
+            if content == b"[DONE]":
+                self.done = True
+            elif name == b"error":
+                raise HttpFailure("error_event", _text(content))
+            else:
+                self._event(content, now_s)
+
+    def _event(self, content: bytes, now_s: float) -> None:
+        try:
+            event = _decode(content)
+        except msgspec.DecodeError as error:
+            raise HttpFailure("bad_stream", f"{error} in event {_text(content)}") from error
+        if event.error and bytes(event.error) != b"null":
+            raise HttpFailure("error_event", _text(content))
+        if event.usage is not None:
+            self.usage = event.usage
+        if not event.choices:
+            return
+        if self.first_s is None:
+            self.first_s = now_s
+        else:
+            self.gaps_s.append(now_s - self.last_s)
+        self.last_s = now_s
+        for choice in event.choices:
+            if choice.token_ids:
+                self.token_ids += choice.token_ids
+
+    def failure(self, status: int, ask: Ask) -> tuple[str, str] | None:
+        """Kind and message if this is not the answer that was asked for."""
+        if status != 200:
+            return f"http_{status}", _text(self._error_body)
+        if not self.done:
+            return "cut", "the stream ended without [DONE]"
+        if self.first_s is None:
+            return "empty", "the stream carried no token"
+        if self.usage is None:
+            return "no_usage", "the stream ended without usage: its tokens cannot be counted"
+        got, wanted = self.usage.prompt_tokens, ask.num_input
+        if got != wanted:
+            return "wrong_input_count", f"the server counted {got} prompt tokens of the {wanted} that were sent"
+        got, wanted = self.usage.completion_tokens, ask.num_output
+        if got != wanted:
+            return "wrong_output_count", f"the server counted {got} output tokens of the {wanted} that were asked for"
+        return None
+
+
+def _text(content: bytes) -> str:
+    return content[:300].decode("utf-8", "replace")
+
+
+# ---------------------------------------------------------------- one request
+
+
+class Asker:
+    """Asks one server for completions of one model."""
+
+    def __init__(self, client: HttpClient, *, model: str, clock: Clock, timeout_s: float) -> None:
+        self.client = client
+        self._model = msgspec.json.encode(model)
+        self._clock = clock
+        self._timeout_s = timeout_s
+
+    def body(self, ask: Ask) -> bytes:
+        """The request's JSON, put together around a prompt that is JSON already."""
+        return b"".join(
+            (
+                b'{"model":',
+                self._model,
+                b',"prompt":',
+                ask.prompt,
+                b',"max_tokens":%d,"temperature":0,"ignore_eos":true,"stream":true' % ask.num_output,
+                b',"stream_options":{"include_usage":true}',
+                b',"return_token_ids":true}' if ask.wants_ids else b"}",
+            )
+        )
+
+    async def ask(self, ask: Ask, *, start_s: float, planned_s: float | None = None) -> Answer:
+        """Never raises for what the world does. `start_s` and `planned_s` are times of the clock."""
+        body = self.body(ask)
+        reading = _Reading(self._clock)
+        sent_s = self._clock.now_s()
+        failure: tuple[str, str] | None
+        retried = False
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                reply = await self.client.post(PATH, body, reading.on_body)
+            retried = reply.retried
+            failure = reading.failure(reply.status, ask)
+        except TimeoutError:
+            failure = "timeout", f"no whole answer in {self._timeout_s:g} s"
+        except HttpFailure as error:
+            failure = error.kind, str(error)
+        end_s = self._clock.now_s()
+        row = Row(
+            index=ask.index,
+            client=ask.client,
+            turn=ask.turn,
+            num_input=ask.num_input,
+            num_output=ask.num_output,
+            sent_s=sent_s - start_s,
+            late_s=0.0 if planned_s is None else sent_s - planned_s,
+            retried=retried,
+        )
+        if failure is not None:
+            return Answer(row=replace(row, failure=failure[0], message=failure[1]))
+        return _succeeded(row, reading, sent_s, end_s)
+
+
+def _succeeded(row: Row, reading: _Reading, sent_s: float, end_s: float) -> Answer:
+    assert reading.first_s is not None
+    assert reading.usage is not None
+    num_output = reading.usage.completion_tokens
+    details = reading.usage.prompt_tokens_details
+    whole = replace(
+        row,
+        ttft_s=reading.first_s - sent_s,
+        tpot_s=(reading.last_s - reading.first_s) / (num_output - 1) if num_output > 1 else None,
+        e2e_s=end_s - sent_s,
+        num_prompt_tokens=reading.usage.prompt_tokens,
+        num_cached_tokens=None if details is None else details.cached_tokens,
+        num_output_tokens=num_output,
+        num_events=len(reading.gaps_s) + 1,
+    )
+    return Answer(row=whole, gaps_s=reading.gaps_s, token_ids=reading.token_ids)
+
+
+def not_sent(ask: Ask, why: str) -> Row:
+    """A request that was due and could not be made."""
+    return Row(
+        index=ask.index,
+        client=ask.client,
+        turn=ask.turn,
+        num_input=ask.num_input,
+        num_output=ask.num_output,
+        failure="not_sent",
+        message=why,
+    )

@@ -1,0 +1,140 @@
+"""What `kvist bench` can be told. The defaults are the scenarios of docs/bench.md."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from kvist.config import option
+from kvist.errors import ConfigError
+
+SERVER, DRAWN, AUTO = "server", "drawn", "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Lengths in [low, high], both included."""
+
+    low: int
+    high: int
+
+
+def parse_span(text: str, param: str) -> Span:
+    """ "128" or "100-1024". Raises `ConfigError`."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= low <= high:
+        flag = "--" + param.replace("_", "-")
+        raise ConfigError(f"{flag}: {text!r} is not allowed; it must be N or LOW-HIGH, from 1 tokens up", param=param)
+    return Span(low=low, high=high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetConfig:
+    """Which server, and what all scenarios share. Raises `ConfigError`."""
+
+    base_url: str = option(
+        "http://127.0.0.1:30000", "the server; /v1/completions is asked below it, whether or not it ends in /v1"
+    )
+    model: str | None = option(None, "the model's name there; without it the first that /v1/models names")
+    api_key: str | None = option(None, "key sent as a bearer token", secret=True)
+    seed: int = option(0, "draws prompts, lengths, arrivals and turns", minimum=0)
+    vocab_low: int = option(1000, "the smallest token id of a prompt", minimum=0)
+    vocab_high: int = option(30000, "the largest token id of a prompt", minimum=0)
+    warmup: int = option(4, "requests before the measured ones, of the same lengths", unit="requests", minimum=0)
+    request_timeout_s: float = option(600.0, "a request that takes longer has failed", unit="s", minimum=0.001)
+    json_path: Path | None = option(None, "write figures and one row a request here", flag="--json")
+    baseline: Path | None = option(None, "an earlier --json file: print ratios to it")
+
+    def __post_init__(self) -> None:
+        if self.vocab_high < self.vocab_low:
+            raise ConfigError("--vocab-high is below --vocab-low", param="vocab_high")
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ConfigError(f"--base-url {self.base_url!r} must be http://HOST:PORT", param="base_url")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Load:
+    """What every scenario has."""
+
+    input_tokens: str
+    output_tokens: str
+
+    @property
+    def input_span(self) -> Span:
+        return parse_span(self.input_tokens, "input_tokens")
+
+    @property
+    def output_span(self) -> Span:
+        return parse_span(self.output_tokens, "output_tokens")
+
+    def __post_init__(self) -> None:
+        _ = self.input_span, self.output_span  # a mistake is told at start
+
+
+def _lengths(default: str, what: str) -> str:
+    return option(default, f"tokens of {what}: N, or LOW-HIGH for a uniform draw")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SingleConfig(_Load):
+    requests: int = option(8, "requests, one after another", minimum=1)
+    input_tokens: str = _lengths("128", "each prompt")
+    output_tokens: str = _lengths("256", "each answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfflineConfig(_Load):
+    requests: int = option(256, "requests in all", minimum=1)
+    parallel: int | None = option(None, "at most so many in flight; without it all are sent at once", minimum=1)
+    input_tokens: str = _lengths("100-1024", "each prompt")
+    output_tokens: str = _lengths("100-1024", "each answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateConfig(_Load):
+    requests: int = option(120, "requests in all", minimum=1)
+    rate: float = option(
+        8.0, "arrivals a second, a Poisson process: they do not wait for answers", unit="1/s", minimum=1e-3
+    )
+    input_tokens: str = _lengths("2048", "each prompt")
+    output_tokens: str = _lengths("128", "each answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultiturnConfig(_Load):
+    clients: int = option(80, "conversations", minimum=1)
+    rounds: int = option(4, "turns of each", minimum=1)
+    parallel: int = option(16, "at most so many requests in flight", minimum=1)
+    input_tokens: str = _lengths("2048", "what a turn appends")
+    output_tokens: str = _lengths("64", "each answer")
+    answers: str = option(
+        AUTO,
+        "which ids a conversation appends as the answer: the server's own (it must know return_token_ids), ids drawn "
+        "by the seed (their K/V cannot be cached), or the server's if it gives them",
+        choices=(AUTO, SERVER, DRAWN),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CustomConfig:
+    file: Path = option(Path("bench.json"), "JSON list of scenarios: see docs/bench.md")
+
+
+Load = SingleConfig | OfflineConfig | RateConfig | MultiturnConfig
+LOADS: dict[str, type[Load]] = {
+    "single": SingleConfig,
+    "offline": OfflineConfig,
+    "rate": RateConfig,
+    "multiturn": MultiturnConfig,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    name: str  # the row in tables and what a baseline is found by
+    kind: str  # key of LOADS
+    load: Load

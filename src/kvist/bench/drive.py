@@ -1,0 +1,284 @@
+"""Sends a scenario's requests when they are due, and watches whether this process was quick enough to measure.
+
+closed    at most `parallel` in flight, in order (single, offline)
+open      each at its own time, whatever came back so far (rate)
+turns     conversations: at most `parallel` in flight, the next client drawn (multiturn)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from kvist.bench.completions import Answer, Ask, Asker, Row, not_sent
+from kvist.bench.config import DRAWN, SERVER, MultiturnConfig, OfflineConfig, RateConfig, Scenario, SingleConfig
+from kvist.bench.http import HttpFailure
+from kvist.bench.load import Conversation, Drawn, Source, Turns
+from kvist.clock import Clock, cpu_s
+
+PROBE_INTERVAL_S = 0.01  # how often the event loop is asked how late it is
+PROGRESS_INTERVAL_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientLoad:
+    """What measuring cost this process."""
+
+    cpu_s: float
+    wall_s: float
+    lags_s: list[float]  # how late the event loop woke up, sampled
+    num_connections: int
+    num_retries: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    scenario: Scenario
+    answers_by: str | None  # of multiturn: config.SERVER or config.DRAWN
+    rows: list[Row]
+    gaps_s: list[float]
+    wall_s: float  # first request sent to last answer ended
+    client: ClientLoad
+
+
+@dataclass(slots=True, kw_only=True)
+class _Watch:
+    """Owned by `_watched`; counts while a scenario runs."""
+
+    num_done: int = 0
+    lags_s: list[float] = field(default_factory=list)
+
+
+class Driver:
+    """Runs scenarios one after another against one server."""
+
+    def __init__(self, asker: Asker, source: Source, clock: Clock, *, warmup: int) -> None:
+        self._asker = asker
+        self._source = source
+        self._clock = clock
+        self._warmup = warmup
+
+    async def run(self, scenario: Scenario) -> Measured:
+        """Raises `HttpFailure` if not even a warm-up request succeeds; later failures are rows."""
+        load = scenario.load
+        answers_by = None
+        if isinstance(load, MultiturnConfig):
+            answers_by = await self._who_answers(load)
+        await self._warm_up(scenario)
+        if isinstance(load, MultiturnConfig):
+            turns = self._turns(load, from_server=answers_by == SERVER)
+            return await self._watched(scenario, load.clients * load.rounds, turns, answers_by)
+        asks = self._asks(load)
+        if isinstance(load, RateConfig):
+            return await self._watched(scenario, len(asks), self._open(asks, load.rate))
+        parallel = 1 if isinstance(load, SingleConfig) else load.parallel or load.requests
+        return await self._watched(scenario, len(asks), self._closed(asks, parallel))
+
+    # ------------------------------------------------------------ before
+
+    async def _warm_up(self, scenario: Scenario) -> None:
+        if not self._warmup:
+            return
+        load = scenario.load
+        num_input = self._source.lengths(load.input_span, self._warmup, Drawn.INPUT_LENGTHS)
+        num_output = self._source.lengths(load.output_span, self._warmup, Drawn.OUTPUT_LENGTHS)
+        asks = [self._ask(index, num_input[index], num_output[index], Drawn.WARM_UP) for index in range(self._warmup)]
+        parallel = 1 if isinstance(load, SingleConfig) else self._warmup
+        watch = _Watch()
+        answers = await self._closed(asks, parallel)(watch)
+        failed = [answer.row for answer in answers if answer.row.failure]
+        if len(failed) == len(answers):
+            raise HttpFailure(failed[0].failure or "", f"every warm-up request failed, the first: {failed[0].message}")
+        if failed:
+            log.warning("%d of %d warm-up requests failed: %s", len(failed), len(answers), failed[0].message)
+
+    async def _who_answers(self, load: MultiturnConfig) -> str:
+        """Whether the server gives the ids of its answers, asked with a short request."""
+        if load.answers == DRAWN:
+            return DRAWN
+        ask = self._ask(0, 16, 2, Drawn.PROBE, wants_ids=True)
+        answer = await self._asker.ask(ask, start_s=self._clock.now_s())
+        if len(answer.token_ids) == ask.num_output:
+            return SERVER
+        why = answer.row.message or "it ignored return_token_ids"
+        if load.answers == SERVER:
+            raise HttpFailure("no_token_ids", f"--answers server: the server gives no token ids: {why}")
+        log.warning("conversations append drawn ids for answers, whose K/V cannot be cached: %s", why)
+        return DRAWN
+
+    def _asks(self, load: SingleConfig | OfflineConfig | RateConfig) -> list[Ask]:
+        num_input = self._source.lengths(load.input_span, load.requests, Drawn.INPUT_LENGTHS)
+        num_output = self._source.lengths(load.output_span, load.requests, Drawn.OUTPUT_LENGTHS)
+        return [self._ask(index, num_input[index], num_output[index], Drawn.PROMPT) for index in range(load.requests)]
+
+    def _ask(self, index: int, num_input: int, num_output: int, what: Drawn, *, wants_ids: bool = False) -> Ask:
+        conversation = Conversation()
+        conversation.append(self._source.token_ids(num_input, what, index))
+        return Ask(
+            index=index,
+            prompt=conversation.as_json(),
+            num_input=num_input,
+            num_output=num_output,
+            wants_ids=wants_ids,
+        )
+
+    # ------------------------------------------------------------ while
+
+    def _closed(self, asks: Sequence[Ask], parallel: int) -> Callable[[_Watch], Awaitable[list[Answer]]]:
+        async def drive(watch: _Watch) -> list[Answer]:
+            start_s = self._clock.now_s()
+            left = iter(asks)
+            answers: list[Answer] = []
+
+            async def one_after_another() -> None:
+                for ask in left:
+                    answers.append(await self._asker.ask(ask, start_s=start_s))
+                    watch.num_done += 1
+
+            await asyncio.gather(*(one_after_another() for _ in range(min(parallel, len(asks)))))
+            return answers
+
+        return drive
+
+    def _open(self, asks: Sequence[Ask], rate: float) -> Callable[[_Watch], Awaitable[list[Answer]]]:
+        times_s = self._source.arrivals_s(rate, len(asks))
+
+        async def drive(watch: _Watch) -> list[Answer]:
+            start_s = self._clock.now_s()
+
+            async def at(ask: Ask, planned_s: float) -> Answer:
+                answer = await self._asker.ask(ask, start_s=start_s, planned_s=planned_s)
+                watch.num_done += 1
+                return answer
+
+            tasks = []
+            for ask, time_s in zip(asks, times_s, strict=True):
+                if (wait_s := start_s + time_s - self._clock.now_s()) > 0:
+                    await asyncio.sleep(wait_s)
+                tasks.append(asyncio.create_task(at(ask, start_s + time_s)))
+            return list(await asyncio.gather(*tasks))
+
+        return drive
+
+    def _turns(self, load: MultiturnConfig, *, from_server: bool) -> Callable[[_Watch], Awaitable[list[Answer]]]:
+        count = load.clients * load.rounds
+        num_input = self._source.lengths(load.input_span, count, Drawn.INPUT_LENGTHS)
+        num_output = self._source.lengths(load.output_span, count, Drawn.OUTPUT_LENGTHS)
+        conversations = [Conversation() for _ in range(load.clients)]
+        turns = Turns(
+            clients=load.clients,
+            rounds=load.rounds,
+            parallel=load.parallel,
+            generator=self._source.generator(Drawn.TURNS),
+        )
+
+        def make(client: int, turn: int) -> Ask:
+            index = client * load.rounds + turn
+            conversations[client].append(self._source.token_ids(num_input[index], Drawn.PROMPT, client, turn))
+            return Ask(
+                index=index,
+                client=client,
+                turn=turn,
+                prompt=conversations[client].as_json(),
+                num_input=conversations[client].num_tokens,
+                num_output=num_output[index],
+                wants_ids=from_server,
+            )
+
+        async def drive(watch: _Watch) -> list[Answer]:
+            start_s = self._clock.now_s()
+            answers: list[Answer] = []
+            tasks: set[asyncio.Task[Answer]] = set()
+            while True:
+                while (turn := turns.start()) is not None:
+                    tasks.add(asyncio.create_task(self._asker.ask(make(*turn), start_s=start_s)))
+                if not tasks:
+                    return answers
+                done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in sorted(done, key=lambda task: task.result().row.index):
+                    answer = _checked(task.result(), from_server=from_server)
+                    answers += [answer, *self._next_turn(answer, turns, conversations, make)]
+                    watch.num_done += 1
+
+        return drive
+
+    def _next_turn(
+        self, answer: Answer, turns: Turns, conversations: list[Conversation], make: Callable[[int, int], Ask]
+    ) -> list[Answer]:
+        """Append the answer; if there is none, the turns that cannot be sent, as failures."""
+        row = answer.row
+        assert row.client is not None
+        assert row.turn is not None
+        left = turns.end(row.client, ok=row.failure is None)
+        if row.failure is not None:
+            why = f"turn {row.turn} of this conversation failed ({row.failure})"
+            return [Answer(row=not_sent(make(row.client, turn), why)) for turn in left]
+        drawn = answer.token_ids or self._source.token_ids(row.num_output, Drawn.ANSWER, row.client, row.turn)
+        conversations[row.client].append(drawn)
+        return []
+
+    async def _watched(
+        self,
+        scenario: Scenario,
+        count: int,
+        drive: Callable[[_Watch], Awaitable[list[Answer]]],
+        answers_by: str | None = None,
+    ) -> Measured:
+        client = self._asker.client
+        connections, retries = client.num_connections, client.num_retries
+        watch = _Watch()
+        prober = asyncio.create_task(self._probe(watch, scenario.name, count))
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a collection would be taken for a pause of the server
+        start_s, start_cpu_s = self._clock.now_s(), cpu_s()
+        try:
+            answers = await drive(watch)
+        finally:
+            spent_cpu_s, wall_s = cpu_s() - start_cpu_s, self._clock.now_s() - start_s
+            gc.enable()
+            gc.unfreeze()
+            prober.cancel()
+        answers.sort(key=lambda answer: answer.row.index)
+        return Measured(
+            scenario=scenario,
+            answers_by=answers_by,
+            rows=[answer.row for answer in answers],
+            gaps_s=[gap_s for answer in answers for gap_s in answer.gaps_s],
+            wall_s=wall_s,
+            client=ClientLoad(
+                cpu_s=spent_cpu_s,
+                wall_s=wall_s,
+                lags_s=watch.lags_s,
+                num_connections=client.num_connections - connections,
+                num_retries=client.num_retries - retries,
+            ),
+        )
+
+    async def _probe(self, watch: _Watch, name: str, count: int) -> None:
+        next_progress_s = self._clock.now_s() + PROGRESS_INTERVAL_S
+        while True:
+            before_s = self._clock.now_s()
+            await asyncio.sleep(PROBE_INTERVAL_S)
+            now_s = self._clock.now_s()
+            watch.lags_s.append(max(0.0, now_s - before_s - PROBE_INTERVAL_S))
+            if now_s >= next_progress_s:
+                next_progress_s = now_s + PROGRESS_INTERVAL_S
+                log.info("%s: %d of %d requests have ended", name, watch.num_done, count)
+
+
+def _checked(answer: Answer, *, from_server: bool) -> Answer:
+    """A server that gave ids to the probe must give all of them each time."""
+    row = answer.row
+    if not from_server or row.failure is not None or len(answer.token_ids) == row.num_output:
+        return answer
+    message = f"the server gave {len(answer.token_ids)} token ids for {row.num_output} tokens"
+    failed = replace(row, ttft_s=None, tpot_s=None, e2e_s=None, num_events=0, failure="no_token_ids", message=message)
+    return Answer(row=failed)

@@ -1,0 +1,244 @@
+"""Rows → figures, a table, JSON, and ratios to an earlier JSON. Pure: reads no clock and writes no file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+
+from kvist.bench.completions import Row
+from kvist.bench.drive import Measured
+
+FORMAT = "kvist-bench-1"
+BUSY_SHARE = 0.8  # of one core: above, the client may be what was measured
+MAX_LAG_S = 0.002  # p99: the error that each time may have; less does not matter,
+MAX_LAG_SHARE = 0.1  # nor does less than this share of the mean time of a token
+MAX_LATE_S = 0.010  # p99: above, the arrivals were not those that were asked for
+
+
+class Distribution(msgspec.Struct, frozen=True, kw_only=True):
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """Times in seconds. Tokens are the server's own counts, of the requests that succeeded."""
+
+    num_requests: int
+    num_succeeded: int
+    failures: dict[str, int]  # by kind
+    wall_s: float
+    ttft_s: Distribution | None
+    tpot_s: Distribution | None
+    itl_s: Distribution | None  # between events; one may carry several tokens
+    e2e_s: Distribution | None
+    requests_per_s: float
+    input_tokens_per_s: float  # cached ones included
+    computed_tokens_per_s: float | None  # of the input, not cached; None: the server does not report it
+    output_tokens_per_s: float
+    hit_rate: float | None
+    tokens_per_event: float | None
+    num_connections: int
+    num_retries: int
+    client_cpu_share: float  # of one core
+    client_cpu_s_per_token: float | None
+    client_lag_p99_s: float
+    late_p99_s: float
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    kind: str
+    settings: dict[str, str | int | float | None]
+    summary: Summary
+    warnings: list[str]
+    rows: list[Row]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    format: str = FORMAT
+    commit: str | None  # of the client; the server's is not known over HTTP
+    version: str
+    hardware: dict[str, str | int]  # of the client's machine
+    settings: dict[str, str | int | float | None]
+    runs: list[Run]
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Of ascending values, between neighbours in proportion, as numpy's default does. `share` is in [0, 1]."""
+    assert ordered, "nothing has no percentile"
+    position = share * (len(ordered) - 1)
+    below = min(int(position), len(ordered) - 1)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def distribution(values: Sequence[float]) -> Distribution | None:
+    if not values:
+        return None
+    ordered = sorted(values)
+    return Distribution(
+        count=len(ordered),
+        mean=sum(ordered) / len(ordered),
+        p50=percentile(ordered, 0.5),
+        p90=percentile(ordered, 0.9),
+        p99=percentile(ordered, 0.99),
+        max=ordered[-1],
+    )
+
+
+def _p99(values: Sequence[float]) -> float:
+    return percentile(sorted(values), 0.99) if values else 0.0
+
+
+def summarise(measured: Measured) -> Summary:
+    succeeded = [row for row in measured.rows if row.failure is None]
+    num_input = sum(row.num_prompt_tokens or 0 for row in succeeded)
+    num_output = sum(row.num_output_tokens or 0 for row in succeeded)
+    reported = bool(succeeded) and all(row.num_cached_tokens is not None for row in succeeded)
+    num_cached = sum(row.num_cached_tokens or 0 for row in succeeded)
+    num_events = sum(row.num_events for row in succeeded)
+    wall_s = max(measured.wall_s, 1e-9)
+    client = measured.client
+    return Summary(
+        num_requests=len(measured.rows),
+        num_succeeded=len(succeeded),
+        failures=dict(sorted(Counter(row.failure for row in measured.rows if row.failure is not None).items())),
+        wall_s=measured.wall_s,
+        ttft_s=distribution([row.ttft_s for row in succeeded if row.ttft_s is not None]),
+        tpot_s=distribution([row.tpot_s for row in succeeded if row.tpot_s is not None]),
+        itl_s=distribution(measured.gaps_s),
+        e2e_s=distribution([row.e2e_s for row in succeeded if row.e2e_s is not None]),
+        requests_per_s=len(succeeded) / wall_s,
+        input_tokens_per_s=num_input / wall_s,
+        computed_tokens_per_s=(num_input - num_cached) / wall_s if reported else None,
+        output_tokens_per_s=num_output / wall_s,
+        hit_rate=num_cached / num_input if reported and num_input else None,
+        tokens_per_event=num_output / num_events if num_events else None,
+        num_connections=client.num_connections,
+        num_retries=client.num_retries,
+        client_cpu_share=client.cpu_s / max(client.wall_s, 1e-9),
+        client_cpu_s_per_token=client.cpu_s / num_output if num_output else None,
+        client_lag_p99_s=_p99(client.lags_s),
+        late_p99_s=_p99([row.late_s for row in measured.rows]),
+    )
+
+
+def warnings_of(summary: Summary, kind: str) -> list[str]:
+    """What a reader must know before believing the figures."""
+    found = []
+    if summary.failures:
+        told = ", ".join(f"{count} {name}" for name, count in summary.failures.items())
+        found.append(
+            f"{summary.num_requests - summary.num_succeeded} requests failed ({told}): figures are of the rest"
+        )
+    if summary.client_cpu_share > BUSY_SHARE:
+        found.append(
+            f"the client was the limit: it used {summary.client_cpu_share:.0%} of a core; the server may be faster"
+        )
+    token_s = summary.tpot_s.mean if summary.tpot_s is not None else 0.0
+    if summary.client_lag_p99_s > max(MAX_LAG_S, MAX_LAG_SHARE * token_s):
+        found.append(
+            f"the client woke up {1e3 * summary.client_lag_p99_s:.1f} ms late (p99): times may be that much too long"
+        )
+    if summary.late_p99_s > MAX_LATE_S:
+        found.append(
+            f"requests left {1e3 * summary.late_p99_s:.1f} ms after their time (p99): the client was the limit"
+        )
+    if kind != "multiturn" and summary.hit_rate:
+        found.append(
+            f"{summary.hit_rate:.0%} of the prompt tokens were cached, though no two prompts are alike: this server "
+            "has seen them before; restart it, flush its cache, or change --seed"
+        )
+    return found
+
+
+# ---------------------------------------------------------------- the table
+
+_TIMES = (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("ITL", "itl_s"), ("e2e", "e2e_s"))
+_COLUMNS = ("mean", "p50", "p90", "p99", "max")
+_RATES = (
+    ("input (cached included)", "input_tokens_per_s"),
+    ("input computed", "computed_tokens_per_s"),
+    ("output", "output_tokens_per_s"),
+)
+
+
+def table(run: Run, baseline: Run | None = None) -> str:
+    """With `baseline`, every figure has its ratio to that one's beside it: ×0.90 of a time is a tenth less."""
+    summary, before = run.summary, None if baseline is None else baseline.summary
+    width = 9 if before is None else 16
+    lines = [
+        f"{run.name}: {summary.num_succeeded} of {summary.num_requests} requests answered in {summary.wall_s:.2f} s",
+        f"  {'ms':<6}" + "".join(f"{column:>{width}}" for column in _COLUMNS),
+    ]
+    for label, name in _TIMES:
+        times: Distribution | None = getattr(summary, name)
+        if times is None:
+            lines.append(f"  {label:<6}{'-':>{width}}")
+            continue
+        old: Distribution | None = getattr(before, name, None)
+        cells = [
+            _cell(1e3 * getattr(times, column), None if old is None else 1e3 * getattr(old, column), ".2f")
+            for column in _COLUMNS
+        ]
+        lines.append(f"  {label:<6}" + "".join(f"{cell:>{width}}" for cell in cells))
+    for label, name in _RATES:
+        value = getattr(summary, name)
+        shown = "not reported by the server" if value is None else _cell(value, getattr(before, name, None), ",.0f")
+        lines.append(f"  {label:<24}{shown:>14}" + ("" if value is None else " tok/s"))
+    hits = "not reported by the server" if summary.hit_rate is None else f"{summary.hit_rate:.1%}"
+    if summary.hit_rate is not None and before is not None and before.hit_rate is not None:
+        hits += f" (baseline {before.hit_rate:.1%})"
+    lines.append(f"  {'hit rate':<24}{hits:>14}")
+    lines.append(f"  {_client_line(summary)}")
+    lines += [f"  WARNING: {warning}" for warning in run.warnings]
+    first = {row.failure: row.message for row in reversed(run.rows) if row.failure is not None}
+    lines += [f"  the first {kind}: {message}" for kind, message in sorted(first.items())]
+    return "\n".join(lines)
+
+
+def _cell(value: float, before: float | None, form: str) -> str:
+    shown = format(value, form)
+    if before is None:
+        return shown
+    return f"{shown} " + (f"×{value / before:.2f}" if before > 0 else "×?")
+
+
+def _client_line(summary: Summary) -> str:
+    cost = "" if summary.client_cpu_s_per_token is None else f", {1e6 * summary.client_cpu_s_per_token:.1f} µs a token"
+    events = "" if summary.tokens_per_event is None else f", {summary.tokens_per_event:.2f} tokens an event"
+    return (
+        f"client: {summary.client_cpu_share:.0%} of a core{cost}{events}, late by {1e3 * summary.client_lag_p99_s:.1f} "
+        f"ms (p99), {summary.num_connections} connections opened, {summary.num_retries} requests sent again"
+    )
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def encode(report: Report) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(report), indent=1)
+
+
+def decode(content: bytes) -> Report:
+    """Raises `msgspec.DecodeError` for anything that `encode` did not make."""
+    report = msgspec.json.decode(content, type=Report)
+    if report.format != FORMAT:
+        raise msgspec.ValidationError(f"its format is {report.format!r}, not {FORMAT!r}")
+    return report
+
+
+def differences(run: Run, baseline: Run) -> list[str]:
+    """Settings in which the two runs differ: their ratio compares different things then."""
+    keys = sorted({*run.settings, *baseline.settings})
+    return [
+        f"{key} {baseline.settings.get(key)} → {run.settings.get(key)}"
+        for key in keys
+        if baseline.settings.get(key) != run.settings.get(key)
+    ]

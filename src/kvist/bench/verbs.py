@@ -1,0 +1,228 @@
+"""What `kvist bench single|offline|rate|multiturn|custom` does: find the model, run, print, write.
+
+The status is 1 when a request failed, so that a script notices; the figures are printed all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+
+import msgspec
+
+import kvist
+from kvist.bench import report as reports
+from kvist.bench.completions import Asker
+from kvist.bench.config import LOADS, CustomConfig, Load, Scenario, TargetConfig
+from kvist.bench.drive import Driver, Measured
+from kvist.bench.http import HttpClient, HttpFailure, read_whole
+from kvist.bench.load import Source
+from kvist.bench.report import Report, Run
+from kvist.clock import MonotonicClock
+from kvist.errors import ConfigError, Unavailable
+from kvist.flags import Sources, given_values, nearest, read_settings
+
+
+def run_scenario(kind: str, load: Load, target: TargetConfig) -> int:
+    return run_scenarios([Scenario(name=kind, kind=kind, load=load)], target)
+
+
+def run_custom(config: CustomConfig, target: TargetConfig) -> int:
+    return run_scenarios(read_scenarios(config.file), target)
+
+
+def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
+    """The exit status. Raises `ConfigError`, or `Unavailable` when the server cannot be measured at all."""
+    baseline = None if target.baseline is None else _read_baseline(target.baseline)
+    if target.json_path is not None:
+        _check_writable(target.json_path)
+    runs: list[Run] = []
+
+    async def main() -> None:
+        client = HttpClient(target.base_url, api_key=target.api_key)
+        try:
+            model = target.model or await _first_model(client)
+            asker = Asker(client, model=model, clock=MonotonicClock(), timeout_s=target.request_timeout_s)
+            source = Source(seed=target.seed, vocab_low=target.vocab_low, vocab_high=target.vocab_high)
+            driver = Driver(asker, source, MonotonicClock(), warmup=target.warmup)
+            for scenario in scenarios:
+                run = _as_run(await driver.run(scenario), target, model)
+                runs.append(run)
+                print(reports.table(run, _find(baseline, run)), flush=True)
+                _say_differences(baseline, run)
+        finally:
+            client.close()
+
+    try:
+        _run_in_loop(main())
+    except HttpFailure as error:
+        raise Unavailable(f"{target.base_url} cannot be measured: {error}") from error
+    finally:
+        if target.json_path is not None and runs:  # what was measured before a failure is kept
+            target.json_path.write_bytes(reports.encode(_as_report(runs, target)))
+    return 1 if any(run.summary.failures for run in runs) else 0
+
+
+def _run_in_loop(main: Coroutine[object, object, object]) -> None:
+    """On uvloop where it is installed: half the client's cost for each piece of a stream."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:  # not made for Windows
+        asyncio.run(main)
+        return
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(main)
+
+
+async def _first_model(client: HttpClient) -> str:
+    """Raises `HttpFailure`."""
+    status, body = await read_whole(client, "/v1/models", timeout_s=30.0)
+    try:
+        return str(json.loads(body)["data"][0]["id"])
+    except (ValueError, LookupError, TypeError) as error:
+        told = body[:200].decode("utf-8", "replace")
+        raise HttpFailure("no_model", f"/v1/models names no model (status {status}): {told}; give --model") from error
+
+
+# ---------------------------------------------------------------- custom scenarios
+
+
+def read_scenarios(path: Path) -> list[Scenario]:
+    """A JSON list of {"scenario": KIND, "name": TEXT, option: value, ...}. Raises `ConfigError` naming the place."""
+    try:
+        entries = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}", param="file") from error
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"{path} must hold a JSON list of scenarios, each an object", param="file")
+    scenarios = []
+    for number, entry in enumerate(entries, 1):
+        kind = str(entry.pop("scenario", ""))
+        if kind not in LOADS:
+            known = list(LOADS)
+            message = f"{path}, scenario {number}: its `scenario` is {kind!r}{nearest(kind, known)}"
+            raise ConfigError(f"{message} Known: {', '.join(known)}", param="file")
+        name = str(entry.pop("name", f"{number} {kind}"))
+        argv = [f"--{key.replace('_', '-')}={value}" for key, value in entry.items()]
+        try:
+            load = read_settings(LOADS[kind], Sources(argv=argv, environ={}))
+        except ConfigError as error:
+            raise ConfigError(f"{path}, scenario {number} ({name}): {error.message}", param="file") from error
+        scenarios.append(Scenario(name=name, kind=kind, load=load))
+    if len({scenario.name for scenario in scenarios}) < len(scenarios):
+        raise ConfigError(f"{path}: two scenarios have the same name", param="file")
+    return scenarios
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def _as_run(measured: Measured, target: TargetConfig, model: str) -> Run:
+    summary = reports.summarise(measured)
+    scenario = measured.scenario
+    settings = {
+        **_plain(dataclasses.asdict(scenario.load)),
+        "seed": target.seed,
+        "vocab_low": target.vocab_low,
+        "vocab_high": target.vocab_high,
+        "model": model,
+    }
+    if measured.answers_by is not None:
+        settings["answers"] = measured.answers_by
+    return Run(
+        name=scenario.name,
+        kind=scenario.kind,
+        settings=settings,
+        summary=summary,
+        warnings=reports.warnings_of(summary, scenario.kind),
+        rows=measured.rows,
+    )
+
+
+def _as_report(runs: list[Run], target: TargetConfig) -> Report:
+    settings = given_values(target)
+    settings.pop("api_key")
+    return Report(
+        commit=_commit(),
+        version=kvist.__version__,
+        hardware=_hardware(),
+        settings=_plain(settings),
+        runs=runs,
+    )
+
+
+def _plain(values: dict[str, object]) -> dict[str, str | int | float | None]:
+    return {key: value if isinstance(value, str | int | float | None) else str(value) for key, value in values.items()}
+
+
+def _output_of(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, cwd=folder)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _commit() -> str | None:
+    commit = _output_of("git", "rev-parse", "HEAD")
+    changed = _output_of("git", "status", "--porcelain", "--untracked-files=no", ".")
+    return f"{commit}-dirty" if commit and changed else commit
+
+
+def _hardware() -> dict[str, str | int]:
+    found: dict[str, str | int] = {"cpu": _cpu_name(), "cores": os.cpu_count() or 0, "system": platform.platform()}
+    gpus = _output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    if gpus:
+        found["gpus"] = ", ".join(gpus.splitlines())
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _check_writable(path: Path) -> None:
+    """Before the measurement, not after it."""
+    if not path.parent.is_dir() or path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--json {path} cannot be written", param="json_path")
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def _read_baseline(path: Path) -> Report:
+    try:
+        return reports.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"--baseline {path} is no file that --json wrote: {error}", param="baseline") from error
+
+
+def _find(baseline: Report | None, run: Run) -> Run | None:
+    if baseline is None:
+        return None
+    return next((before for before in baseline.runs if before.name == run.name), None)
+
+
+def _say_differences(baseline: Report | None, run: Run) -> None:
+    if baseline is None:
+        return
+    before = _find(baseline, run)
+    if before is None:
+        print(f"  the baseline has no run named {run.name!r}")
+    elif told := reports.differences(run, before):
+        print(f"  NOTE: the baseline was asked something else: {'; '.join(told)}")

@@ -1,0 +1,294 @@
+"""`kvist bench engine`: the steps of one engine in this process, without HTTP and sockets, each taken apart.
+
+    plan        scheduler.step, from the tokens of the step before to the next batch
+    launch      runner.launch: inputs made and work queued; on a CPU it computes, too
+    compute     from there until the device is idle
+    read back   InFlight.result: tokens on the host
+
+The parts are measured one step at a time, so they add up. A GPU engine plans and launches a step while the one before
+is computed; "overlapped" is a step's share of the wall time then. Medians over the steps of a shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvist.clock import Clock, MonotonicClock
+from kvist.errors import ConfigError
+from kvist.kv.cache import PageCache
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
+from kvist.runner.runner import AnyRunner, InFlight
+from kvist.scheduler import SchedulerConfig, build_scheduler
+from kvist.scheduler.events import Arrived, Event, StepFinished
+from kvist.scheduler.plan import Batch
+from kvist.transfer.epoch import EpochLock, new_epoch, sweep
+from kvist.transfer.none import NONE
+from kvist.wire import PoolAddress
+from kvist.worker.bench_shapes import Shape, StepsConfig
+from kvist.worker.config import EngineConfig
+from kvist.worker.engine import find_served_model, load_runner, prepare_runtime_dir, warm_up
+
+PREFILL_STEP_TOKENS = 2048  # of the steps before the measured ones, which fill the context of the decodes
+MAX_STEPS_BEFORE = 100_000  # such steps; more mean that the scheduler is stuck
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    plan_s: float
+    launch_s: float
+    compute_s: float
+    read_back_s: float
+
+    @property
+    def step_s(self) -> float:
+        return self.plan_s + self.launch_s + self.compute_s + self.read_back_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timed:
+    shape: Shape
+    steps: list[StepTimes]
+    overlapped_s: float | None  # wall time of a step with the next one planned and launched meanwhile
+
+
+def run_bench_engine(engine: EngineConfig, config: StepsConfig) -> int:
+    """Prints a table; the exit status. Raises `ConfigError`, also when a shape does not fit the model or the pool."""
+    limits = scheduler_limits(config.parsed)
+    engine = dataclasses.replace(engine, scheduler=limits)  # the runner makes its buffers and graphs as large as these
+    with contextlib.ExitStack() as closing:
+        runtime_dir = prepare_runtime_dir(engine.runtime_dir)
+        sweep(runtime_dir)
+        closing.callback(EpochLock(runtime_dir, new_epoch()).close)
+        served = find_served_model(engine)
+        runner = load_runner(engine, served, runtime_dir, lambda _text: None)
+        closing.callback(runner.close)
+        warm_up(runner, lambda _text: None)
+        device = runner.pool.tensor.device
+        print(f"{served.checkpoint.name} in {runner.pool.layout.dtype} on {device}, attention {runner.attention_name}")
+        print(f"pool: {runner.pool_reason}")
+        print(_HEAD)
+        timed = []
+        for shape in config.parsed:
+            check_fits(shape, config, runner, served.config.max_position_embeddings)
+            source = PromptSource(served.config.vocab_size)
+            bench = ShapeBench(shape, config, runner, limits, source, MonotonicClock())
+            overlapped_s = bench.overlapped() if device.type == "cuda" else None
+            timed.append(Timed(shape=shape, steps=bench.taken_apart(), overlapped_s=overlapped_s))
+            print(line(timed[-1]), flush=True)
+    if config.json_path is not None:
+        _write(config.json_path, timed, {"model": served.checkpoint.name, "device": str(device), "tp": engine.tp})
+    return 0
+
+
+def scheduler_limits(shapes: Sequence[Shape]) -> SchedulerConfig:
+    """Large enough for every shape to be one step."""
+    num_running = max(shape.num_decodes + 2 * shape.num_prompts for shape in shapes)
+    return SchedulerConfig(
+        max_running_requests=num_running,
+        max_queued_requests=num_running,
+        chunked_prefill_size=max(PREFILL_STEP_TOKENS, *(shape.prompt for shape in shapes)),
+        max_prefill_tokens=max(PREFILL_STEP_TOKENS, num_running, *(shape.num_step_tokens for shape in shapes)),
+        queue_timeout_s=1e9,
+    )
+
+
+def check_fits(shape: Shape, config: StepsConfig, runner: AnyRunner, max_positions: int) -> None:
+    """Raises `ConfigError`."""
+    num_steps = config.steps + config.warmup_steps + 2
+    page_size = runner.pool.layout.page_size
+    longest = max(shape.context + num_steps if shape.num_decodes else 0, shape.prompt + 1)
+    if longest > max_positions:
+        raise ConfigError(f"--shapes {shape.text}: {longest} tokens, but the model was trained for {max_positions}")
+    # prompts of two steps: with overlap those of one are still held while the next one's are computed
+    pages = shape.num_decodes * -(-(shape.context + num_steps) // page_size)
+    pages += 2 * shape.num_prompts * -(-(shape.prompt + 1) // page_size)
+    if pages > runner.pool.num_pages:
+        raise ConfigError(
+            f"--shapes {shape.text} needs {pages} pages of {page_size} tokens, but the pool has "
+            f"{runner.pool.num_pages}: raise --max-total-tokens or --mem-fraction-static"
+        )
+
+
+# ---------------------------------------------------------------- one shape
+
+
+class PromptSource:
+    """Random prompts, no two of which share a page. Mutable; owned by the bench of one shape."""
+
+    def __init__(self, vocab_size: int, seed: int = 0) -> None:
+        self._vocab_size = vocab_size
+        self._generator = np.random.default_rng(seed)
+        self._num_drawn = 0
+
+    def arrival(self, num_tokens: int, max_tokens: int) -> Arrived:
+        self._num_drawn += 1
+        request = EngineRequest(
+            request_id=RequestId(str(self._num_drawn)),
+            prompt_token_ids=tuple(self._generator.integers(0, self._vocab_size, num_tokens).tolist()),
+            sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+        )
+        return Arrived(request=request, mode=Mode.FULL)
+
+
+class ShapeBench:
+    """Feeds a scheduler of its own so that each measured step is of one shape. Mutable; modes run one after another."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        config: StepsConfig,
+        runner: AnyRunner,
+        limits: SchedulerConfig,
+        source: PromptSource,
+        clock: Clock,
+    ) -> None:
+        self._shape = shape
+        self._config = config
+        self._runner = runner
+        self._limits = limits
+        self._source = source
+        self._clock = clock
+        self._start(overlap=False)
+
+    def taken_apart(self) -> list[StepTimes]:
+        """One step after another, the measured ones only."""
+        self._start(overlap=False)
+        times = []
+        events = self._decodes_ready()
+        for number in range(self._config.warmup_steps + self._config.steps):
+            events = [*events, *self._new_prompts()]
+            start_s = self._clock.now_s()
+            batch = self._plan(events)
+            planned_s = self._clock.now_s()
+            flight = self._runner.launch(batch)
+            launched_s = self._clock.now_s()
+            self._wait()
+            computed_s = self._clock.now_s()
+            sampled = flight.result()
+            end_s = self._clock.now_s()
+            events = [StepFinished(step_id=batch.step_id, sampled=sampled)]
+            if number >= self._config.warmup_steps:
+                times.append(
+                    StepTimes(
+                        plan_s=planned_s - start_s,
+                        launch_s=launched_s - planned_s,
+                        compute_s=computed_s - launched_s,
+                        read_back_s=end_s - computed_s,
+                    )
+                )
+        return times
+
+    def overlapped(self) -> float:
+        """Seconds a step, with each planned and launched while the one before is computed."""
+        self._start(overlap=True)
+        events = self._decodes_ready()
+        under_way: deque[tuple[Batch, InFlight]] = deque()
+        start_s = 0.0
+        for number in range(self._config.warmup_steps + self._config.steps + 1):
+            if number == self._config.warmup_steps + 1:
+                start_s = self._clock.now_s()
+            batch = self._plan([*events, *self._new_prompts()])
+            under_way.append((batch, self._runner.launch(batch)))
+            events = []
+            if len(under_way) == 2:
+                former, flight = under_way.popleft()
+                events = [StepFinished(step_id=former.step_id, sampled=flight.result())]
+        wall_s = self._clock.now_s() - start_s
+        for _, flight in under_way:
+            flight.result()
+        return wall_s / self._config.steps
+
+    # ------------------------------------------------------------ the scheduler
+
+    def _start(self, *, overlap: bool) -> None:
+        pool = self._runner.pool
+        config = dataclasses.replace(
+            self._limits, max_model_len=pool.num_pages * pool.layout.page_size, overlap=overlap
+        )
+        cache = PageCache(num_pages=pool.num_pages, page_size=pool.layout.page_size, namespace="bench")
+        address = PoolAddress(
+            transport=NONE,
+            location="",
+            num_pages=pool.num_pages,
+            page_bytes=pool.layout.page_bytes,
+            layout=pool.layout.describe(),
+        )
+        self._scheduler = build_scheduler("unified", config, cache, EpochId("bench"), address)
+
+    def _new_prompts(self) -> list[Event]:
+        return [self._source.arrival(self._shape.prompt, 1) for _ in range(self._shape.num_prompts)]
+
+    def _decodes_ready(self) -> list[Event]:
+        """Runs the steps that give every decode its context. The events that the first measured step begins with."""
+        if not self._shape.num_decodes:
+            return []
+        num_steps = self._config.warmup_steps + self._config.steps
+        # one of the context is the first token that prefill chose
+        context = max(1, self._shape.context - 1)
+        events: list[Event] = [self._source.arrival(context, num_steps + 4) for _ in range(self._shape.num_decodes)]
+        num_ready = 0
+        for _ in range(MAX_STEPS_BEFORE):
+            plan = self._scheduler.step(self._clock.now_s(), events)
+            assert plan.batch is not None, "there is work, and nothing is under way"
+            num_ready += sum(item.sampling is not None and item.num_tokens > 1 for item in plan.batch.items)
+            sampled = self._runner.execute(plan.batch)
+            events = [StepFinished(step_id=plan.batch.step_id, sampled=sampled)]
+            if num_ready == self._shape.num_decodes:
+                return events
+        raise AssertionError("the scheduler does not get the decodes ready")
+
+    def _plan(self, events: Sequence[Event]) -> Batch:
+        batch = self._scheduler.step(self._clock.now_s(), events).batch
+        found = 0 if batch is None else batch.num_tokens
+        assert batch is not None, f"{self._shape.text}: nothing was planned"
+        assert found == self._shape.num_step_tokens, f"{self._shape.text}: a step of {found} tokens was planned"
+        return batch
+
+    def _wait(self) -> None:
+        if self._runner.pool.tensor.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------- what is shown
+
+_HEAD = "shape            tokens |   plan   launch  compute  read back =     step ms | overlapped ms    tokens/s"
+
+
+def _median_ms(values: Sequence[float]) -> float:
+    return 1e3 * statistics.median(values)
+
+
+def line(timed: Timed) -> str:
+    steps, tokens = timed.steps, timed.shape.num_step_tokens
+    step_ms = _median_ms([step.step_s for step in steps])
+    best_ms = step_ms if timed.overlapped_s is None else 1e3 * timed.overlapped_s
+    overlapped = "-" if timed.overlapped_s is None else f"{1e3 * timed.overlapped_s:.3f}"
+    return (
+        f"{timed.shape.text:<16} {tokens:>6} | {_median_ms([step.plan_s for step in steps]):6.3f} "
+        f"{_median_ms([step.launch_s for step in steps]):8.3f} {_median_ms([step.compute_s for step in steps]):8.3f} "
+        f"{_median_ms([step.read_back_s for step in steps]):10.3f} = {step_ms:11.3f} | {overlapped:>13} "
+        f"{1e3 * tokens / best_ms:11,.0f}"
+    )
+
+
+def _write(path: Path, timed: Sequence[Timed], about: dict[str, str | int]) -> None:
+    runs = [
+        {
+            "shape": each.shape.text,
+            "num_tokens": each.shape.num_step_tokens,
+            "overlapped_s": each.overlapped_s,
+            "rows": [dataclasses.asdict(step) for step in each.steps],
+        }
+        for each in timed
+    ]
+    path.write_text(json.dumps({**about, "runs": runs}, indent=1))

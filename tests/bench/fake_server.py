@@ -1,0 +1,184 @@
+"""A tiny OpenAI-compatible server on a real socket, which misbehaves as it is told. Runs in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Manner:
+    """How to answer one request. The default is to answer well."""
+
+    status: int = 200
+    num_extra_tokens: int = 0  # more (or fewer) than were asked for
+    num_extra_prompt_tokens: int = 0
+    cached_tokens: int | None = 0
+    die_before_byte: bool = False
+    cut_after_events: int | None = None
+    never_answer: bool = False
+    usage: bool = True
+    done: bool = True
+    instead: bytes | None = None  # the whole body of the stream
+    close_header: bool = False
+    until_eof: bool = False  # no framing: the end of the connection ends the body
+    split_bytes: int | None = None  # write the body in pieces of this size
+    pace_s: float = 0.0
+    error_body: bytes = b'{"error": {"message": "later"}}'
+    knows_ids: bool = True
+
+
+@dataclass
+class Asked:
+    body: dict[str, object]
+    connection: int
+    nth_on_connection: int
+    manner: Manner
+    head: str
+
+
+@dataclass
+class FakeServer:
+    """`manners` are used one a completion request; then `default`. Everything asked is in `asked`."""
+
+    manners: list[Manner] = field(default_factory=list)
+    default: Manner = field(default_factory=Manner)
+    asked: list[Asked] = field(default_factory=list)
+    num_connections: int = 0
+    max_in_flight: int = 0
+    port: int = 0
+    _in_flight: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [asked.body["prompt"] for asked in self.asked]  # type: ignore[misc]
+
+    async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
+        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1024)
+        self.port = server.sockets[0].getsockname()[1]
+        ready.set()
+        await stop.wait()
+        server.close()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_connections += 1
+        connection, nth = self.num_connections, 0
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                if head.startswith("GET"):
+                    body = b'{"data": [{"id": "fake"}]}'
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+                    continue
+                length = int(head.lower().split("content-length:")[1].split("\r\n")[0])
+                nth += 1
+                manner = self.manners.pop(0) if self.manners else self.default
+                body_json = json.loads(await reader.readexactly(length))
+                asked = Asked(body_json, connection, nth, manner, head)
+                self.asked.append(asked)
+                self._in_flight += 1
+                self.max_in_flight = max(self.max_in_flight, self._in_flight)
+                try:
+                    keep = await self._answer(asked, writer)
+                finally:
+                    self._in_flight -= 1
+                if not keep:
+                    break
+        writer.transport.abort()
+
+    async def _answer(self, asked: Asked, writer: asyncio.StreamWriter) -> bool:
+        manner = asked.manner
+        if manner.never_answer:
+            await asyncio.Event().wait()
+        if manner.die_before_byte:
+            return False
+        if manner.status != 200:
+            head = f"HTTP/1.1 {manner.status} No\r\nContent-Length: {len(manner.error_body)}\r\n\r\n"
+            writer.write(head.encode() + manner.error_body)
+            await writer.drain()
+            return True
+        framing = "" if manner.until_eof else "Transfer-Encoding: chunked\r\n"
+        closing = "Connection: close\r\n" if manner.close_header else ""
+        writer.write(f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{framing}{closing}\r\n".encode())
+        for number, event in enumerate(events(asked)):
+            if number == manner.cut_after_events:
+                await writer.drain()
+                return False
+            step = manner.split_bytes or len(event)
+            for start in range(0, len(event), step):
+                piece = event[start : start + step]
+                writer.write(piece if manner.until_eof else b"%x\r\n%s\r\n" % (len(piece), piece))
+                if manner.split_bytes:
+                    await writer.drain()
+            if manner.pace_s:
+                await asyncio.sleep(manner.pace_s)
+        if not manner.until_eof:
+            writer.write(b"0\r\n\r\n")
+        await writer.drain()
+        if manner.until_eof:
+            writer.close()
+            await writer.wait_closed()
+        return not (manner.close_header or manner.until_eof)
+
+
+def answer_ids(prompt: list[int], count: int) -> list[int]:
+    """What the fake model says: a function of the prompt alone."""
+    return [(sum(prompt) + position) % 1000 + 5 for position in range(count)]
+
+
+def events(asked: Asked) -> list[bytes]:
+    manner, body = asked.manner, asked.body
+    if manner.instead is not None:
+        return [manner.instead]
+    prompt = body["prompt"]
+    assert isinstance(prompt, list)
+    count = int(str(body["max_tokens"])) + manner.num_extra_tokens
+    found = []
+    for token_id in answer_ids(prompt, count):
+        choice: dict[str, object] = {"index": 0, "text": "x", "finish_reason": None}
+        if body.get("return_token_ids") and manner.knows_ids:
+            choice["token_ids"] = [token_id]
+        found.append(b"data: " + json.dumps({"id": "c", "choices": [choice], "usage": None}).encode() + b"\n\n")
+    if manner.usage:
+        usage: dict[str, object] = {
+            "prompt_tokens": len(prompt) + manner.num_extra_prompt_tokens,
+            "completion_tokens": count,
+            "prompt_tokens_details": None if manner.cached_tokens is None else {"cached_tokens": manner.cached_tokens},
+        }
+        found.append(b"data: " + json.dumps({"id": "c", "choices": [], "usage": usage}).encode() + b"\n\n")
+    if manner.done:
+        found.append(b"data: [DONE]\n\n")
+    return found
+
+
+@contextlib.contextmanager
+def running() -> Iterator[FakeServer]:
+    server, ready = FakeServer(), threading.Event()
+    loop = asyncio.new_event_loop()
+    stop = asyncio.Event()
+
+    def run() -> None:
+        task = loop.create_task(server.serve(ready, stop))
+        loop.run_until_complete(task)
+        for left in asyncio.all_tasks(loop):
+            left.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert ready.wait(5)
+    try:
+        yield server
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(5)
+        assert not thread.is_alive()

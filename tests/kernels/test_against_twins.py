@@ -1,0 +1,143 @@
+"""Every Triton kernel against its torch twin in float32, at shapes that fill blocks and shapes that do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvist.kernels.activation import silu_mul, silu_mul_torch
+from kvist.kernels.norm import add_rms_norm, add_rms_norm_torch
+from kvist.kernels.rotary import Rotary, rotate_and_write, rotate_and_write_torch, rotation, rotation_torch
+from kvist.kernels.sampling import choose_tokens, choose_tokens_torch, gumbel_noise, hash_tokens
+from kvist.kernels.skinny import GATED_ROWS, skinny_gated, skinny_gated_torch, skinny_linear, skinny_linear_torch
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(11)
+
+
+def random(rng: torch.Generator, *shape: int) -> Tensor:
+    """bf16 on the GPU, any strides a caller may have left."""
+    return torch.randn(*shape, generator=rng).to(CUDA, torch.bfloat16)
+
+
+def assert_near(got: Tensor, want: Tensor, tolerance: float = 6e-3) -> None:
+    assert got.isfinite().all()
+    assert (got.float() - want.float()).norm() / want.float().norm() < tolerance
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 200])
+@pytest.mark.parametrize("width", [64, 576, 3584, 8192])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_add_rms_norm(rng: torch.Generator, num_rows: int, width: int, with_residual: bool) -> None:
+    x, weight = random(rng, num_rows, width), random(rng, width)
+    residual = random(rng, num_rows, width) if with_residual else None
+    normed, total = add_rms_norm(x, residual, weight, 1e-6)
+    want, want_total = add_rms_norm_torch(
+        x.float(), None if residual is None else residual.float(), weight.float(), 1e-6
+    )
+    assert_near(normed, want)
+    assert_near(total, want_total)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (5, 1536), (130, 18944)])
+def test_silu_mul(rng: torch.Generator, shape: tuple[int, int]) -> None:
+    x = random(rng, shape[0], 2 * shape[1])
+    assert_near(silu_mul(x), silu_mul_torch(x.float()))
+
+
+def test_rotation_is_exact_at_positions_far_out() -> None:
+    positions = torch.tensor([0, 1, 17, 4095, 32767, 131071, 1_000_000], device=CUDA)
+    frequencies = 1.0 / 1e6 ** (torch.arange(0, 128, 2, device=CUDA).float() / 128)
+    for got, want in zip(rotation(positions, frequencies), rotation_torch(positions, frequencies), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(28, 4, 128), (4, 2, 64), (9, 3, 64), (7, 1, 80)])
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("turned", [True, False])
+def test_rotate_and_write(
+    rng: torch.Generator, q_heads: int, kv_heads: int, head_dim: int, qk_norm: bool, turned: bool
+) -> None:
+    slots = torch.tensor([5, -1, 23, 0, 130], dtype=torch.int32, device=CUDA)
+    heads = random(rng, 5, q_heads + 2 * kv_heads, head_dim)
+    cos, sin = rotation_torch(torch.tensor([5, 0, 9000, 1, 2]), 1e-2 ** torch.linspace(0, 1, head_dim // 2))
+    weight = random(rng, q_heads + kv_heads, head_dim) if qk_norm else None
+    rotary = Rotary(cos=cos.to(CUDA), sin=sin.to(CUDA), qk_weight=weight, eps=1e-6)
+    pool = torch.full((10, 2 * kv_heads, 3, 2, 16, head_dim), 7.0, dtype=torch.bfloat16, device=CUDA)
+    want_pool = pool.float()
+    q = rotate_and_write(heads, rotary if turned else None, pool[:, kv_heads:, 1], slots)
+    want = rotate_and_write_torch(heads.float(), rotary if turned else None, want_pool[:, kv_heads:, 1], slots)
+    assert_near(q, want)
+    torch.testing.assert_close(pool.float(), want_pool, rtol=2e-2, atol=2e-2)
+    assert (pool == 7.0).all(dim=-1).sum() == (want_pool == 7.0).all(dim=-1).sum()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 15, GATED_ROWS])
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 96), (576, 193), (3584, 4608), (18944, 3584), (960, 49152)])
+def test_skinny_products(rng: torch.Generator, num_rows: int, num_in: int, num_out: int) -> None:
+    x, weight, bias = random(rng, num_rows, num_in), random(rng, num_out, num_in), random(rng, num_out)
+    for own_bias in (bias, None):
+        for dtype in (torch.bfloat16, torch.float32):
+            got = skinny_linear(x, weight, own_bias, dtype)
+            assert got.dtype is dtype
+            assert_near(got, skinny_linear_torch(x, weight, own_bias, torch.float32))
+    if num_out % 2 == 0:
+        assert_near(skinny_gated(x, weight), skinny_gated_torch(x.float(), weight.float()))
+
+
+def test_a_row_of_a_skinny_product_does_not_depend_on_its_neighbours(rng: torch.Generator) -> None:
+    x, weight = random(rng, GATED_ROWS, 3584), random(rng, 4608, 3584)
+    whole = skinny_linear(x, weight, None, torch.float32)
+    for num_rows in range(1, GATED_ROWS):
+        torch.testing.assert_close(
+            skinny_linear(x[:num_rows], weight, None, torch.float32), whole[:num_rows], rtol=1e-4, atol=1e-3
+        )
+
+
+def random_keys(rng: torch.Generator, num_rows: int) -> Tensor:
+    return torch.randint(-(2**31), 2**31 - 1, (num_rows, 2), dtype=torch.int32, generator=rng)
+
+
+def test_the_hash_is_the_same_bits_on_both_devices(rng: torch.Generator) -> None:
+    keys, tokens = random_keys(rng, 5), torch.arange(20_000)[None, :]
+    assert torch.equal(hash_tokens(keys.to(CUDA), tokens.to(CUDA)).cpu(), hash_tokens(keys, tokens))
+
+
+@pytest.mark.parametrize("vocab_size", [100, 49_152, 152_064])
+def test_noise_alone_chooses_the_same_token_as_on_the_cpu(rng: torch.Generator, vocab_size: int) -> None:
+    """With flat logits the choice is the hash's: a single wrong bit would show."""
+    keys = random_keys(rng, 64)
+    logits, ones = torch.zeros(64, vocab_size), torch.ones(64)
+    got = choose_tokens(logits.to(CUDA), ones.to(CUDA), keys.to(CUDA))
+    assert torch.equal(got.cpu(), choose_tokens_torch(logits, ones, keys))
+
+
+def test_rows_choose_as_on_the_cpu_at_any_temperature(rng: torch.Generator) -> None:
+    logits = torch.randn(40, 152_064, generator=rng) * 4
+    temperatures = torch.tensor([0.0, 1e-6, 0.7, 1.0, 2.0]).repeat(8)
+    keys = random_keys(rng, 40)
+    got = choose_tokens(logits.to(CUDA), temperatures.to(CUDA), keys.to(CUDA)).cpu()
+    noisy = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures.clamp(min=1e-9)[:, None]
+    noisy += gumbel_noise(keys, torch.arange(152_064)[None, :]) * (temperatures > 0)[:, None]
+    best = noisy.amax(dim=-1)
+    of_chosen = noisy.gather(1, got[:, None]).squeeze(1)
+    assert (got == noisy.argmax(dim=-1)).float().mean() > 0.95
+    torch.testing.assert_close(of_chosen, best, rtol=1e-4, atol=1e-4)  # where it differs, the two are equally good
+
+
+def test_greedy_takes_the_first_of_equals() -> None:
+    logits = torch.full((3, 5000), -1.0, device=CUDA)
+    logits[0, [4, 4999]] = 3.0
+    logits[1, [2048, 2049]] = 3.0
+    logits[2] = float("-inf")
+    logits[2, 2047] = -9.0
+    zeros = torch.zeros(3, device=CUDA)
+    keys = torch.zeros(3, 2, dtype=torch.int32, device=CUDA)
+    assert choose_tokens(logits, zeros, keys).tolist() == [4, 2048, 2047]
+    assert choose_tokens(logits.bfloat16(), zeros, keys).tolist() == [4, 2048, 2047]

@@ -1,0 +1,263 @@
+"""The GPU's runner under a real scheduler: however a token was computed, it is the same token.
+
+16-bit products round differently for different batch shapes. So where two ways differ in shape, streams are compared up
+to the first token whose runner-up was nearly as likely; where they do not, every token must be equal.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvist.checkpoint import Checkpoint, find_checkpoint
+from kvist.kernels.sampling import nucleus_floor, nucleus_floor_torch
+from kvist.kv.cache import PageCache
+from kvist.models import load_model, load_model_config
+from kvist.models.parallel import TensorParallel
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, SampledToken, SamplingParams
+from kvist.runner import AnyRunner, InFlight, RunnerConfig, build_runner
+from kvist.runner.inputs import ForwardItem, build_inputs
+from kvist.runner.runner import forward
+from kvist.scheduler import SchedulerConfig, build_scheduler
+from kvist.scheduler.events import Arrived, Event, StepFinished
+from kvist.scheduler.plan import Batch
+from kvist.wire import PoolAddress
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CLEAR_NATS = 0.1  # a lead over the runner-up that rounding does not overturn
+FAMILIES = {
+    "llama": {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen2": {"model_type": "qwen2", "hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1},
+}
+GREEDY = SamplingParams(max_tokens=40, temperature=0.0, num_logprobs=2)
+SEEDED = SamplingParams(max_tokens=40, temperature=0.8, seed=7)
+NUCLEUS = SamplingParams(max_tokens=40, temperature=0.9, seed=5, top_p=0.9, min_p=0.001, num_logprobs=1)
+TOP_K = SamplingParams(max_tokens=40, temperature=0.9, seed=6, top_k=20, top_p=0.95)
+
+
+def make_checkpoint(folder: Path, family: str) -> Checkpoint:
+    shape = FAMILIES[family]
+    config = {
+        **shape,
+        "architectures": ["LlamaForCausalLM" if family == "llama" else "Qwen2ForCausalLM"],
+        "num_hidden_layers": 4,
+        "intermediate_size": 704,
+        "vocab_size": 3000,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2999,
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return find_checkpoint(str(folder))
+
+
+def make_runner(checkpoint: Checkpoint, runtime_dir: Path, **config: object) -> AnyRunner:
+    settings = RunnerConfig(
+        load_format="dummy", device="cuda", max_total_tokens=32_768, max_running_requests=32, max_batch_tokens=512
+    )
+    return build_runner(
+        checkpoint,
+        load_model_config(checkpoint),
+        replace(settings, **config),  # type: ignore[arg-type]
+        runtime_dir=runtime_dir,
+    )
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return make_checkpoint(tmp_path_factory.mktemp("model") / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def graphs(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AnyRunner]:
+    runner = make_runner(checkpoint, tmp_path_factory.mktemp("run"))
+    assert runner._graphs is not None, f"{runner.attention_name} cannot be captured"  # type: ignore[attr-defined]
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="module")
+def eager(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AnyRunner]:
+    runner = make_runner(checkpoint, tmp_path_factory.mktemp("run"), use_graphs=False)
+    yield runner
+    runner.close()
+
+
+def make_requests(count: int, sampling: SamplingParams, *, seed: int = 0) -> list[EngineRequest]:
+    dice = random.Random(seed)
+    return [
+        EngineRequest(
+            request_id=RequestId(f"r{index}"),
+            prompt_token_ids=tuple(dice.randrange(2990) for _ in range(dice.choice([1, 15, 16, 17, 60, 200]))),
+            sampling=sampling,
+        )
+        for index in range(count)
+    ]
+
+
+Streams = dict[str, list[SampledToken]]
+
+
+def serve(
+    runner: AnyRunner, requests: Sequence[EngineRequest], *, overlap: bool, apart: bool = False, chunk: int = 64
+) -> Streams:
+    """As the engine's loop does. `apart`: each request comes when the one before has its first tokens."""
+    config = SchedulerConfig(
+        max_running_requests=32,
+        chunked_prefill_size=chunk,
+        max_prefill_tokens=128,
+        max_model_len=1024,
+        overlap=overlap,
+    )
+    cache = PageCache(num_pages=runner.pool.num_pages, page_size=16, namespace="t")
+    pool = PoolAddress(transport="none", location="", num_pages=runner.pool.num_pages, page_bytes=1, layout="t")
+    scheduler = build_scheduler("unified", config, cache, EpochId("e"), pool)
+    waiting = deque(Arrived(request=request, mode=Mode.FULL) for request in requests)
+    streams: Streams = {request.request_id: [] for request in requests}
+    in_flight: deque[tuple[Batch, InFlight]] = deque()
+    events: list[Event] = []
+    steps = 0
+    while waiting or scheduler.has_work() or in_flight:
+        while waiting and (not apart or steps % 5 == 0):
+            events.append(waiting.popleft())
+            if apart:
+                break
+        plan = scheduler.step(steps * 0.001, events)
+        events = []
+        steps += 1
+        if plan.batch is not None:
+            in_flight.append((plan.batch, runner.launch(plan.batch)))
+        if len(in_flight) > int(overlap and plan.batch is not None):
+            batch, launched = in_flight.popleft()
+            sampled = launched.result()
+            events = [StepFinished(step_id=batch.step_id, sampled=sampled)]
+            for request_id, token in sampled.items():
+                streams[request_id].append(token)
+    return {name: tokens[:40] for name, tokens in streams.items()}
+
+
+def ids(streams: Streams) -> dict[str, list[int]]:
+    return {name: [token.token_id for token in tokens] for name, tokens in streams.items()}
+
+
+def check_alike(found: Streams, reference: Streams) -> None:
+    """Greedy streams, the reference with two logprobs: equal up to a token that was nearly another."""
+    compared = 0
+    for name, tokens in reference.items():
+        for position, token in enumerate(tokens):
+            if found[name][position].token_id != token.token_id:
+                assert token.logprobs is not None
+                first, second = token.logprobs.top_logprobs[:2]
+                assert first - second < CLEAR_NATS, f"{name}, token {position}"
+                break
+            compared += 1
+    assert compared >= len(reference) * 5, "too few tokens are clear to say anything"
+
+
+def test_logits_are_those_of_fp32(checkpoint: Checkpoint, eager: AnyRunner) -> None:
+    config = load_model_config(checkpoint)
+    exact = load_model(
+        checkpoint,
+        config,
+        dtype=torch.float32,
+        device=torch.device("cuda"),
+        tp=TensorParallel(),
+        load_format="dummy",
+        seed=0,
+    )
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        del layer
+        heads = (each.transpose(0, 1)[None] for each in (q, k, v))
+        return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+    dice = random.Random(1)
+    token_ids = [dice.randrange(2990) for _ in range(300)]
+    device = torch.device("cuda")
+    with torch.inference_mode():
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        hidden = exact.forward(torch.tensor(token_ids, device=device), torch.arange(300, device=device), attend)
+        expected = exact.logits(hidden[[255, 299]])
+        torch.backends.cuda.matmul.allow_tf32 = before
+        pages = list(range(100, 120))
+        parts = [(0, 128), (128, 256), (256, 299), (299, 300)]  # chunks, then a decode
+        found = []
+        for start, end in parts:
+            item = ForwardItem(token_ids[start:end], start, pages, end in (256, 300))
+            logits = forward(eager._model, eager._attention, build_inputs([item], device))  # type: ignore[attr-defined]
+            if logits is not None:
+                found.append(logits)
+    for row, want in zip(torch.cat(found), expected, strict=True):
+        error = ((row - want).norm() / want.norm()).item()
+        print(f"{checkpoint.name}: relative error of bf16 logits {error:.4f}")
+        assert error < 2e-2
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 13, 32])
+def test_graphs_give_the_tokens_of_eager_steps(graphs: AnyRunner, eager: AnyRunner, count: int) -> None:
+    requests = make_requests(count, GREEDY, seed=count)
+    check_alike(serve(graphs, requests, overlap=False), serve(eager, requests, overlap=False))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED, NUCLEUS, TOP_K], ids=["greedy", "seeded", "nucleus", "top_k"])
+def test_overlap_changes_no_token(graphs: AnyRunner, sampling: SamplingParams) -> None:
+    requests = make_requests(13, sampling)
+    assert ids(serve(graphs, requests, overlap=True)) == ids(serve(graphs, requests, overlap=False))
+
+
+def test_plain_rows_chosen_in_the_graph_are_those_chosen_from_the_logits(graphs: AnyRunner) -> None:
+    for sampling in (replace_params(GREEDY, num_logprobs=None), SEEDED):
+        plain = serve(graphs, make_requests(8, sampling), overlap=True)
+        measured = serve(graphs, make_requests(8, replace_params(sampling, num_logprobs=2)), overlap=True)
+        same = sum(a == b for name in plain for a, b in zip(ids(plain)[name], ids(measured)[name], strict=True))
+        assert same >= 0.98 * 8 * 40  # logarithms differ in the last bit
+
+
+def replace_params(params: SamplingParams, **changes: object) -> SamplingParams:
+    return SamplingParams(**{**{name: getattr(params, name) for name in params.__struct_fields__}, **changes})  # type: ignore[arg-type]
+
+
+def test_mixed_batches_give_the_tokens_of_separate_ones(graphs: AnyRunner) -> None:
+    requests = make_requests(10, GREEDY, seed=4)
+    alone: Streams = {}
+    for request in requests:
+        alone |= serve(graphs, [request], overlap=False)
+    check_alike(serve(graphs, requests, overlap=True, apart=True), alone)
+
+
+def test_a_stop_token_that_is_noticed_late_spoils_nobody(graphs: AnyRunner) -> None:
+    first = ids(serve(graphs, make_requests(6, SEEDED), overlap=False))
+    stop = first["r2"][5]
+    requests = make_requests(6, replace_params(SEEDED, stop_token_ids=(stop,)))
+    stopped = ids(serve(graphs, requests, overlap=True))
+    for name, tokens in first.items():
+        end = tokens.index(stop) + 1 if stop in tokens else len(tokens)
+        assert stopped[name][:end] == tokens[:end]
+
+
+def test_the_floor_of_a_nucleus_is_the_one_its_twin_finds() -> None:
+    generator = torch.Generator("cuda").manual_seed(2)
+    logits = torch.randn(40, 152_064, device="cuda", generator=generator)
+    spread = torch.linspace(0.1, 12, 40, device="cuda")[:, None]
+    probabilities = (logits * spread).softmax(dim=-1)
+    top_p = torch.linspace(0.01, 0.999, 40, device="cuda")[:, None]
+    found, expected = nucleus_floor(probabilities, top_p), nucleus_floor_torch(probabilities, top_p)
+    kept, wanted = ((probabilities >= floor).sum(dim=-1) for floor in (found, expected))
+    assert ((kept - wanted).abs() <= 1 + wanted // 1000).all()  # sums in another order
+    assert (kept > 0).all()

@@ -1,0 +1,168 @@
+"""Planning a step while one is under way: what is known in advance, what is noticed late, whose pages wait."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+from fake_device import EOS
+from handoff_bench import Bench, ends
+from scheduler_sim import World, make_request, small_config
+
+from kvist.request import EngineRequest, FinishReason, Mode, Outcome, SampledToken
+from kvist.scheduler.events import AbortRequested, Arrived, StepFailed, StepFinished
+from kvist.scheduler.plan import Batch, Plan
+
+
+def overlapped(**config: object) -> Bench:
+    return Bench("unified", overlap=True, **config)
+
+
+def arrived(request: EngineRequest) -> Arrived:
+    return Arrived(request=request, mode=Mode.FULL)
+
+
+def finish(bench: Bench, batch: Batch, token_id: int = 5) -> Plan:
+    sampled = {item.request_id: SampledToken(token_id=token_id) for item in batch.items if item.sampling}
+    return bench.step(StepFinished(step_id=batch.step_id, sampled=sampled))
+
+
+def begin(bench: Bench, *requests: EngineRequest) -> Batch:
+    batch = bench.step(*map(arrived, requests)).batch
+    assert batch is not None
+    return batch
+
+
+def follow(bench: Bench) -> Batch:
+    """Plan the next batch while one is under way."""
+    batch = bench.step().batch
+    assert batch is not None
+    return batch
+
+
+def test_the_next_step_takes_the_token_that_the_one_under_way_chooses() -> None:
+    bench = overlapped()
+    first = begin(bench, make_request("a", [1, 2, 3]))
+    second = follow(bench)
+    (item,) = second.items
+    assert item.takes_sampled
+    assert (item.token_ids, item.start, item.end) == ((), 3, 4)
+    plan = finish(bench, first)
+    assert [chunk.token_ids for chunk in plan.chunks] == [(5,)]
+    assert plan.batch is not None
+    assert plan.batch.items[0].takes_sampled
+    assert plan.batch.items[0].start == 4
+
+
+def test_without_overlap_nothing_is_planned_while_a_step_is_under_way() -> None:
+    bench = Bench("unified")
+    first = begin(bench, make_request("a", [1, 2, 3]))
+    assert bench.step().batch is None
+    plan = finish(bench, first)
+    assert plan.batch is not None
+    assert (plan.batch.items[0].token_ids, plan.batch.items[0].takes_sampled) == ((5,), False)
+
+
+def test_at_most_two_steps_are_under_way() -> None:
+    bench = overlapped()
+    begin(bench, make_request("a", [1, 2, 3]))
+    follow(bench)
+    assert bench.step().batch is None
+
+
+def test_a_prompts_second_chunk_is_planned_behind_its_first() -> None:
+    bench = overlapped()
+    first = begin(bench, make_request("a", list(range(9))))
+    second = follow(bench)
+    assert [(item.start, item.end, item.sampling is None) for item in first.items] == [(0, 6, True)]
+    assert [(item.start, item.end, item.sampling is None) for item in second.items] == [(6, 9, False)]
+
+
+def test_no_step_is_wasted_on_a_request_whose_last_token_is_under_way() -> None:
+    bench = overlapped()
+    first = begin(bench, make_request("a", [1, 2, 3], max_tokens=2))
+    second = follow(bench)
+    assert bench.step().batch is None
+    assert finish(bench, first).batch is None
+    plan = finish(bench, second)
+    assert plan.chunks[0].finish_reason is FinishReason.LENGTH
+    assert ends(plan) == [(Outcome.FINISHED, None)]
+    assert bench.busy_pages == 0
+
+
+def test_a_stop_token_is_noticed_one_step_late_and_what_came_behind_it_is_dropped() -> None:
+    bench = overlapped()
+    first = begin(bench, make_request("a", [1, 2, 3]))
+    second = follow(bench)
+    plan = finish(bench, first, token_id=EOS)
+    assert [chunk.finish_reason for chunk in plan.chunks] == [FinishReason.STOP]
+    assert ends(plan) == [(Outcome.FINISHED, None)]
+    assert bench.busy_pages == 1, "the step under way still writes its page"
+    plan = finish(bench, second)
+    assert (plan.chunks, plan.ended) == ((), ())
+    assert bench.busy_pages == 0
+    assert bench.scheduler.load().totals["generation_tokens"] == 1
+
+
+def test_min_tokens_counts_the_tokens_that_are_not_known_yet() -> None:
+    bench = overlapped()
+    first = begin(bench, make_request("a", [1, 2, 3], min_tokens=2))
+    second = follow(bench)
+    third = finish(bench, first).batch
+    assert third is not None
+    assert [batch.items[0].suppressed_token_ids for batch in (first, second, third)] == [(EOS,), (EOS,), ()]
+
+
+def test_an_aborted_requests_pages_wait_for_both_steps() -> None:
+    bench = overlapped()
+    first = begin(bench, make_request("a", [1, 2, 3]))
+    second = follow(bench)
+    assert ends(bench.step(AbortRequested(request_id=first.items[0].request_id))) == [(Outcome.ABORTED, None)]
+    finish(bench, first)
+    assert bench.busy_pages == 1
+    finish(bench, second)
+    assert bench.busy_pages == 0
+
+
+def test_a_failed_step_fails_its_requests_and_the_step_behind_it_frees_their_pages() -> None:
+    bench = overlapped()
+    first = begin(bench, make_request("a", [1, 2, 3]))
+    second = follow(bench)
+    plan = bench.step(StepFailed(step_id=first.step_id, message="no"))
+    assert ends(plan) == [(Outcome.FAILED, "engine_error")]
+    assert bench.busy_pages == 1
+    finish(bench, second)
+    assert bench.busy_pages == 0
+
+
+def test_a_victim_under_way_is_left_out_of_one_step_and_gives_its_pages_up_in_the_next() -> None:
+    bench = overlapped(num_pages=4, max_running_requests=2)
+    older = make_request("a", [1, 2, 3, 4, 5, 6], max_tokens=9, ignore_eos=True)
+    younger = make_request("b", [2, 3, 4, 5], max_tokens=9, ignore_eos=True)
+    under_way = deque([begin(bench, older), begin(bench, younger)])
+    seen: list[list[str]] = []
+    while not bench.scheduler.load().totals["preemptions"]:
+        batch = finish(bench, under_way.popleft()).batch
+        seen.append([str(item.request_id) for item in batch.items] if batch is not None else [])
+        under_way.extend([batch] if batch is not None else [])
+    assert ["a", "b"] in seen
+    assert seen[-2:] == [[], ["a"]], "both wait while a step still writes the victim's pages; then the oldest goes on"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_overlap_changes_no_stream(seed: int) -> None:
+    streams = []
+    for overlap in (False, True):
+        dice = random.Random(seed)
+        world = World()
+        config = small_config(max_queued_requests=20, overlap=overlap)
+        engine = world.start("u", "unified", config, num_pages=dice.randint(7, 14))
+        for index in range(12):
+            prompt = [dice.randint(0, 2) for _ in range(dice.randint(1, 20))]
+            request = make_request(f"r{index}", prompt, max_tokens=dice.randint(1, 12), seed=index)
+            world.submit(request, engine)
+        world.settle()
+        world.check_settled()
+        streams.append({name: world.stream(name) for name in world.submitted})
+    assert streams[0] == streams[1]
