@@ -52,7 +52,7 @@ test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: $(DEV_STAMP)
-	@$(BIN)/python -m pytest -m 'not model and not e2e and not gpu' $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not model and not e2e and not gpu' $(PYTEST_ARGS)
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
