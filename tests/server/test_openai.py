@@ -40,8 +40,9 @@ async def test_a_streamed_chat_says_the_same_piece_by_piece(bench: Any, read_eve
     assert done == "[DONE]"
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
-    assert texts == ["", "h", "é", "🎉", "!", ""]
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 5 + ["stop"]
+    # an event without text tells that a token came which is part of a character
+    assert texts == ["", "h", "", "é", "", "", "", "🎉", "!", ""]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 9 + ["stop"]
     assert all(chunk["usage"] is None for chunk in chunks)
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == len("hé🎉!".encode()) + 1
@@ -220,6 +221,12 @@ async def test_token_ids_come_beside_the_text_and_even_where_a_token_has_none(be
     assert [choice["text"] for choice in choices] == ["", "é", "!"]
     assert [token_id for choice in choices for token_id in choice["token_ids"]] == whole["token_ids"]
     assert ["prompt_token_ids" in choice for choice in choices] == [True, False, False]
+
+
+async def test_ids_that_only_the_padded_vocabulary_has_are_tokens_too(bench: Any) -> None:
+    response = await bench.post("/v1/completions", {"prompt": [290, 104], "max_tokens": 2})
+    assert response.status_code == 200, "a model may answer with such an id, and the next turn sends it back"
+    assert bench.dispatcher.requests[0].prompt_token_ids == (290, 104)
 
 
 async def test_token_ids_come_only_when_asked_for(bench: Any) -> None:

@@ -35,7 +35,7 @@ def error_of(response: Any) -> dict[str, Any]:
         ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "max_tokens (3)"),
         ({"stop": [""]}, "stop", "1 to 256"),
         ({"stop": ["a"] * 17}, "stop", "16 strings"),
-        ({"stop_token_ids": [257]}, "stop_token_ids", "0 to 256"),
+        ({"stop_token_ids": [300]}, "stop_token_ids", "0 to 299"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "0 to 20"),
         ({"top_logprobs": 2}, "top_logprobs", "needs `logprobs`"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs `stream`"),

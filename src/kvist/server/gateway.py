@@ -54,10 +54,17 @@ class Gateway:
         return await read_body(scope, receive, limit_bytes=config.max_body_bytes, timeout_s=config.request_timeout_s)
 
     def max_model_len(self) -> int:
+        return self._spec().max_model_len
+
+    def vocab_size(self) -> int:
+        """The model's: it may be padded beyond the tokenizer's, and may answer with such an id."""
+        return self._spec().vocab_size
+
+    def _spec(self) -> EngineSpec:
         spec = self.dispatcher.model()
         if spec is None:
             raise Unavailable("no worker is ready: it may still be loading the model; /server_info tells more")
-        return spec.max_model_len
+        return spec
 
     def ready(self) -> bool:
         """A worker that only does its part is ready when its engine is; a gateway when a token can be produced."""

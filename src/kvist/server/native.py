@@ -24,7 +24,6 @@ from kvist.server.sampling import (
     token_lists,
 )
 from kvist.server.schemas import NATIVE_NEUTRAL, NATIVE_SAMPLING_NEUTRAL, NativeRequest, NativeSampling
-from kvist.text import Tokenizer
 
 _DEFAULT_NEW_TOKENS = 128  # SGLang's
 _NATIVE = BodyDecoder(NativeRequest, NATIVE_NEUTRAL)
@@ -38,7 +37,7 @@ async def native_job(gateway: Gateway, body: bytes) -> Job:
     request = _NATIVE.decode(body)
     fields = request.sampling_params or NativeSampling()
     refuse_unsupported(fields, NATIVE_SAMPLING_NEUTRAL, _WHERE)
-    token_lists, batched, param = await _prompts(gateway, request, fields, tokenizer)
+    token_lists, batched, param = await _prompts(gateway, request, fields)
     top_logprobs = check_num_logprobs(request.top_logprobs_num, "top_logprobs_num")
     if request.top_logprobs_num and not request.return_logprob:
         raise RequestError("`top_logprobs_num` needs `return_logprob` to be true", param="top_logprobs_num")
@@ -56,7 +55,7 @@ async def native_job(gateway: Gateway, body: bytes) -> Job:
             max_tokens=max_tokens,
             min_tokens=fields.min_new_tokens or 0,
             num_logprobs=top_logprobs if request.return_logprob else None,
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=gateway.vocab_size(),
         ),
         skip_special_tokens=fields.skip_special_tokens,
     )
@@ -70,7 +69,7 @@ async def native_job(gateway: Gateway, body: bytes) -> Job:
 
 
 async def _prompts(
-    gateway: Gateway, request: NativeRequest, fields: NativeSampling, tokenizer: Tokenizer
+    gateway: Gateway, request: NativeRequest, fields: NativeSampling
 ) -> tuple[list[list[int]], bool, str]:
     """Token ids of every prompt, whether they came as a batch, and the field they came in."""
     if (request.text is None) == (request.input_ids is None):
@@ -87,7 +86,7 @@ async def _prompts(
     if found is None:
         raise RequestError("`input_ids` mixes token ids and lists of token ids", param="input_ids")
     for one in found:
-        check_token_ids(one, tokenizer.vocab_size, "input_ids")
+        check_token_ids(one, gateway.vocab_size(), "input_ids")
     return found, isinstance(ids[0], list), "input_ids"
 
 
@@ -115,8 +114,6 @@ class NativeFormat:
         self._with_report = with_report
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
-        if not delta.text and not delta.finished:
-            return b""
         return b"data: " + _json(self._answer(choice, finished=delta.finished)) + b"\n\n"
 
     def closing(self, choices: Sequence[Choice]) -> bytes:

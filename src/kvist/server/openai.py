@@ -61,7 +61,7 @@ async def completion_job(gateway: Gateway, body: bytes) -> Job:
     num_logprobs = check_num_logprobs(request.logprobs, "logprobs")
     prompts = [
         _prompt(gateway, request, token_ids, default=_DEFAULT_COMPLETION_TOKENS, name="prompt")
-        for token_ids in await _prompt_token_ids(gateway, request, tokenizer)
+        for token_ids in await _prompt_token_ids(gateway, request)
     ]
     job_id = new_job_id("cmpl")
     choices = _choices(gateway, request, tokenizer, prompts, job_id=job_id, num_logprobs=num_logprobs)
@@ -72,7 +72,7 @@ async def completion_job(gateway: Gateway, body: bytes) -> Job:
     return Job(choices=choices, format=form, stream=bool(request.stream))
 
 
-async def _prompt_token_ids(gateway: Gateway, request: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
+async def _prompt_token_ids(gateway: Gateway, request: CompletionRequest) -> list[list[int]]:
     """A text, several texts, token ids, or several lists of them; never a mixture."""
     prompt = request.prompt
     if isinstance(prompt, str):
@@ -87,7 +87,7 @@ async def _prompt_token_ids(gateway: Gateway, request: CompletionRequest, tokeni
             raise RequestError("`prompt` mixes texts, token ids and lists of token ids; use one kind", param="prompt")
         return [await gateway.encode(text, add_special_tokens=True, param="prompt") for text in texts]
     for one in found:
-        check_token_ids(one, tokenizer.vocab_size, "prompt")
+        check_token_ids(one, gateway.vocab_size(), "prompt")
     return found
 
 
@@ -134,7 +134,7 @@ def _choices(
             max_tokens=max_tokens,
             min_tokens=request.min_tokens or 0,
             num_logprobs=num_logprobs,
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=gateway.vocab_size(),
         ),
     )
     return make_choices(plan, tokenizer)
@@ -200,8 +200,6 @@ class ChatFormat:
             opening = before + role + after
         before, after, after_text = ends
         if not delta.finished and not self._logprobs:
-            if not delta.text:
-                return opening
             return b"".join((opening, before, b'{"content":', _json(delta.text), after_text))
         rest: dict[str, object] = {"logprobs": None, "finish_reason": choice.finish_reason if delta.finished else None}
         if self._logprobs:
@@ -245,7 +243,7 @@ class CompletionFormat:
             ends = self._ends[choice.index] = (before, after, b',"logprobs":null,"finish_reason":null' + after)
         before, after, after_text = ends
         if not delta.finished and self._only_text:
-            return before + _json(delta.text) + after_text if delta.text else b""
+            return before + _json(delta.text) + after_text  # without text too: a token is told when it is there
         rest: dict[str, object] = {"logprobs": None, "finish_reason": choice.finish_reason if delta.finished else None}
         if self._logprobs:
             start = self._num_chars.get(choice.index, 0)

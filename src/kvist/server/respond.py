@@ -37,7 +37,7 @@ class Format(Protocol):
     """One API's way of saying the same thing. Holds the bytes that all events of a response share."""
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
-        """Server-sent events for a delta; empty when there is nothing to say yet."""
+        """Server-sent events for a delta, never none: one without text tells that a token came."""
         ...
 
     def closing(self, choices: Sequence[Choice]) -> bytes:
@@ -87,8 +87,7 @@ async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
                 if not started:
                     await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
                     started = True
-                if event:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": job.format.closing(job.choices), "more_body": False})
             return
     except Exception as error:
