@@ -100,6 +100,14 @@ def test_every_measured_step_has_the_shape(text: str, overlap: bool, runner: Wat
     assert runner.num_under_way == 0
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["alone", "overlapped"])
+def test_decodes_that_are_ready_early_last_until_the_others_have_been_read(overlap: bool, runner: Watched) -> None:
+    shape = parse_shape("9@15+1x6")
+    limits = dataclasses.replace(scheduler_limits([shape]), chunked_prefill_size=16, max_prefill_tokens=25)
+    bench = ShapeBench(shape, STEPS, runner, limits, PromptSource(VOCABULARY), MonotonicClock())
+    assert bench.overlapped() > 0 if overlap else len(bench.taken_apart()) == STEPS.steps
+
+
 def test_a_first_token_is_no_decode_of_a_long_context(runner: Watched) -> None:
     bench_of(parse_shape("2@33"), runner).taken_apart()
     first_measured = runner.batches[-STEPS.steps - STEPS.warmup_steps]

@@ -102,9 +102,16 @@ def scheduler_limits(shapes: Sequence[Shape]) -> SchedulerConfig:
     )
 
 
+def most_answered(shape: Shape, config: StepsConfig, limits: SchedulerConfig) -> int:
+    """Tokens that a decode may write: in the steps that count, and while the prompts of others are still read."""
+    room_for_prompts = max(1, limits.max_prefill_tokens - shape.num_decodes)
+    num_reading_steps = -(-shape.num_decodes * shape.context // room_for_prompts)
+    return num_reading_steps + config.warmup_steps + config.steps + 3
+
+
 def check_fits(shape: Shape, config: StepsConfig, runner: AnyRunner, max_positions: int) -> None:
     """Raises `ConfigError`."""
-    num_steps = config.steps + config.warmup_steps + 2
+    num_steps = most_answered(shape, config, scheduler_limits([shape]))
     page_size = runner.pool.layout.page_size
     longest = max(shape.context + num_steps if shape.num_decodes else 0, shape.prompt + 1)
     if longest > max_positions:
@@ -232,15 +239,15 @@ class ShapeBench:
         """Runs the steps that give every decode its context. The events that the first measured step begins with."""
         if not self._shape.num_decodes:
             return []
-        num_steps = self._config.warmup_steps + self._config.steps
         # one of the context is the first token that prefill chose
         context = max(1, self._shape.context - 1)
-        events: list[Event] = [self._source.arrival(context, num_steps + 4) for _ in range(self._shape.num_decodes)]
+        max_tokens = most_answered(self._shape, self._config, self._limits)
+        events: list[Event] = [self._source.arrival(context, max_tokens) for _ in range(self._shape.num_decodes)]
         num_ready = 0
         for _ in range(MAX_STEPS_BEFORE):
             plan = self._scheduler.step(self._clock.now_s(), events)
             assert plan.batch is not None, "there is work, and nothing is under way"
-            num_ready += sum(item.sampling is not None and item.num_tokens > 1 for item in plan.batch.items)
+            num_ready += sum(item.end == context for item in plan.batch.items)
             sampled = self._runner.execute(plan.batch)
             events = [StepFinished(step_id=plan.batch.step_id, sampled=sampled)]
             if num_ready == self._shape.num_decodes:
