@@ -120,8 +120,7 @@ class EngineChannel:
         bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         address = security.split_tcp_endpoint(bound)
         if advertise_host and address is not None:
-            host = f"[{advertise_host}]" if ":" in advertise_host else advertise_host
-            return f"tcp://{host}:{address[1]}"
+            return f"tcp://{security.bracketed(advertise_host)}:{address[1]}"
         return bound
 
     def _new_socket(self, kind: int) -> zmq.Socket[bytes]:

@@ -71,6 +71,11 @@ def split_tcp_endpoint(endpoint: str) -> tuple[str, str] | None:
     return host.strip("[]"), port
 
 
+def bracketed(host: str) -> str:
+    """The host as it stands before ":PORT" in an address: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def is_loopback(endpoint: str) -> bool:
     """Whether nothing outside this machine can reach the endpoint."""
     address = split_tcp_endpoint(endpoint)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from kvist.channel import WILDCARD_HOSTS, bracketed
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.processes import ChildPlan
 
@@ -81,9 +82,9 @@ def plan_on_free_ports(shape: ClusterShape) -> list[ChildPlan]:
 
 def _reachable(host: str) -> str:
     """The address by which we ourselves reach a server bound to `host`."""
-    if host in ("0.0.0.0", "::", ""):
+    if not host or host in WILDCARD_HOSTS:
         return LOOPBACK
-    return f"[{host}]" if ":" in host else host
+    return bracketed(host)
 
 
 def free_ports(count: int) -> list[int]:

@@ -21,7 +21,7 @@ import httpx
 import msgspec
 import uvicorn
 
-from kvist.channel import ChannelConfig, is_loopback
+from kvist.channel import WILDCARD_HOSTS, ChannelConfig, bracketed, is_loopback
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.cluster.lifeline import stop_at_end_of_stdin
 from kvist.errors import ConfigError
@@ -36,8 +36,6 @@ from kvist.worker.child import EngineSupervisor
 from kvist.worker.config import UNIFIED, EngineConfig
 
 log = logging.getLogger(__name__)
-
-WILDCARD_HOSTS = ("", "0.0.0.0", "::")
 
 
 class OwnEngine(httpx.AsyncBaseTransport):
@@ -147,7 +145,7 @@ def listen(server: ServerConfig) -> Iterator[socket.socket]:
                 f"cannot listen on --host {server.host} --port {server.port}: {error.strerror}"
             ) from error
         address, port = listener.getsockname()[:2]
-        if server.api_key is None and not is_loopback(f"tcp://{_bracketed(address)}:{port}"):
+        if server.api_key is None and not is_loopback(f"tcp://{bracketed(address)}:{port}"):
             log.warning("HTTP on %s is open to whoever can reach it: --api-key closes it", server.host)
         yield listener
 
@@ -157,13 +155,9 @@ def _served_name(checkpoint: Checkpoint, renamed: str | None) -> str:
 
 
 def _public_host(host: str) -> str:
-    if host in WILDCARD_HOSTS:
+    if not host or host in WILDCARD_HOSTS:
         return socket.gethostname()
-    return _bracketed(host)
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+    return bracketed(host)
 
 
 class _StopSignals:

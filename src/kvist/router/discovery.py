@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
-from kvist.channel.security import WILDCARD_HOSTS, split_tcp_endpoint
+from kvist.channel.security import WILDCARD_HOSTS, bracketed, split_tcp_endpoint
 from kvist.errors import ConfigError, Unavailable
 from kvist.wire import EngineSpec
 
@@ -46,7 +46,7 @@ def reachable_endpoint(url: str, endpoint: str) -> str:
     if address is None or address[0] not in WILDCARD_HOSTS:
         return endpoint
     host = urlsplit(url).hostname or ""
-    return f"tcp://[{host}]:{address[1]}" if ":" in host else f"tcp://{host}:{address[1]}"
+    return f"tcp://{bracketed(host)}:{address[1]}"
 
 
 async def find_engine(client: httpx.AsyncClient, url: str, *, timeout_s: float) -> str:

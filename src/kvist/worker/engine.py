@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvist.channel import EngineChannel
+from kvist.channel import EngineChannel, bracketed
 from kvist.checkpoint import Checkpoint, find_checkpoint, fingerprint
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
@@ -178,7 +178,7 @@ def _assemble(
     with closing:  # unless all goes well
         pool = runner.pool
         channel = EngineChannel(
-            f"tcp://{_bracketed(config.engine_host)}:{config.engine_port or '*'}",
+            f"tcp://{bracketed(config.engine_host)}:{config.engine_port or '*'}",
             epoch=epoch,
             config=config.channel,
             advertise_host=config.engine_advertise_host,
@@ -209,10 +209,6 @@ def _assemble(
             overlap=overlap,
         )
         return Engine(spec=spec, loop=EngineLoop(parts), closing=closing.pop_all())
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _make_transport(

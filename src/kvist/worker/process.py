@@ -9,7 +9,6 @@ Exit status: 0 after a clean end, 1 when the start failed or the device broke.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -64,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, ending.with_signal)
         # Ctrl-C reaches the whole terminal group; a parent will tell us itself when to stop.
         signal.signal(signal.SIGINT, ending.with_signal if arguments else signal.SIG_IGN)
-        gc.freeze()  # model and libraries live as long as we do: collections need not look at them
         announce(Ready(spec=engine.spec))
         engine.loop.run()
     except EngineError as error:
