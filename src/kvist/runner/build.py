@@ -38,6 +38,7 @@ class RunnerConfig:
 
     dtype: str = "auto"  # float32 on a CPU, bfloat16 on a GPU
     device: str = "auto"
+    base_gpu_id: int = 0  # rank 0's GPU; rank n has the n-th after it
     load_format: str = "auto"
     attention_backend: str = "auto"
     tp: int = 1
@@ -163,11 +164,19 @@ def _resolve_device(config: RunnerConfig) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu or auto", param="device")
-    if name == "cuda" and config.tp > 1:
+    if name != "cuda":
+        return torch.device(name)
+    if config.tp > 1:
         raise ConfigError(
             f"--tp {config.tp} on GPUs comes with the GPU engine: use --tp 1, or --device cpu", param="tp"
         )
-    return torch.device(name)
+    if config.base_gpu_id >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--base-gpu-id {config.base_gpu_id}: torch sees {torch.cuda.device_count()} GPUs here, counted from 0",
+            param="base_gpu_id",
+        )
+    torch.cuda.set_device(config.base_gpu_id)  # what libraries allocate by themselves goes there, too
+    return torch.device("cuda", config.base_gpu_id)
 
 
 def _check_load_format(checkpoint: Checkpoint, load_format: str) -> None:

@@ -40,6 +40,7 @@ class EngineConfig:
     device: str = option(
         "auto", "where the model runs; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda")
     )
+    base_gpu_id: int = option(0, "the first GPU of this worker, counted from 0; --tp N takes N in a row", minimum=0)
     context_length: int | None = option(
         None, "longest prompt and answer together; by default what the model was trained for", unit="tokens", minimum=2
     )
@@ -56,7 +57,11 @@ class EngineConfig:
         minimum=1,
     )
     page_size: int = option(16, "tokens in one KV page; equal on all workers", unit="tokens", minimum=1, maximum=256)
-    attention_backend: str = option("auto", "implementation of attention", choices=("auto", "torch"))
+    attention_backend: str = option(
+        "auto",
+        "implementation of attention; auto takes the quickest here",
+        choices=("auto", "torch", "fa3", "flashinfer"),
+    )
     disable_cuda_graph: bool = option(False, "launch every kernel of a decode step instead of replaying a CUDA graph")
     num_threads: int = option(
         0, "CPU threads of the engine; 0 shares the cores with the workers that this host runs already", minimum=0

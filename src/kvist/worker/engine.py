@@ -130,6 +130,7 @@ def load_runner(config: EngineConfig, served: Served, runtime_dir: Path, progres
     runner_config = RunnerConfig(
         dtype=config.dtype,
         device=config.device,
+        base_gpu_id=config.base_gpu_id,
         load_format=config.load_format,
         attention_backend=config.attention_backend,
         tp=config.tp,
