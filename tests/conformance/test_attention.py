@@ -257,7 +257,7 @@ def test_new_tokens_are_rotated_on_their_way_as_the_twin_rotates_them(backend: B
 def test_a_captured_step_equals_a_prepared_one(backend: Backend) -> None:
     lengths = [17, 300, 5, 64, 2]
     world = World(backend, lengths=lengths)
-    plan = world.backend.plan_graph(8, 100)
+    plan = world.backend.plan_decode_graph(8, 100)
     if plan is None:
         pytest.skip("this backend cannot be captured")
     world.step([(i, 0, length - 2) for i, length in enumerate(lengths)])
@@ -290,3 +290,45 @@ def test_a_captured_step_equals_a_prepared_one(backend: Backend) -> None:
             assert (out[:, row].cpu().float() - want).norm() / want.norm() < 2e-2
         written = (world.pool.view(torch.int16) != before.view(torch.int16)).flatten(1).any(dim=1).nonzero().flatten()
         assert set(written.tolist()) == {span.page_ids[span.start // 4] for span in spans}
+
+
+def test_a_captured_step_of_chunks_and_decodes_equals_the_dense_one(backend: Backend) -> None:
+    lengths = [17, 300, 5, 64, 90]
+    world = World(backend, lengths=lengths)
+    plan = world.backend.plan_mixed_graph(8, 100, 128)
+    if plan is None:
+        pytest.skip("this backend cannot be captured")
+    world.step([(0, 0, 16), (1, 0, 250), (3, 0, 40)])
+    sequences = world.sequences
+    q = torch.zeros(NUM_LAYERS, 128, *sequences[0].q.shape[2:], dtype=backend.dtype, device=world.device)
+    k, v = (torch.zeros(NUM_LAYERS, 128, *sequences[0].k.shape[2:], dtype=q.dtype, device=q.device) for _ in "kv")
+
+    def run(attend: Attend) -> Tensor:
+        return torch.stack([attend(layer, q[layer], k[layer], v[layer]) for layer in range(NUM_LAYERS)])
+
+    plan.fill([])
+    run(plan.attend(128))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(plan.attend(128))
+    # a decode, a chunk behind others, a first chunk, the end of a prompt; then few rows, where many were before
+    for ranges in ([(0, 16, 17), (1, 250, 280), (4, 0, 60), (3, 40, 64)], [(1, 280, 300), (2, 0, 5)]):
+        spans, row = [], 0
+        for i, a, b in ranges:
+            spans.append(Span(start=a, num_tokens=b - a, page_ids=sequences[i].page_ids))
+            for static, name in ((q, "q"), (k, "k"), (v, "v")):
+                static[:, row : row + b - a] = getattr(sequences[i], name)[:, a:b].to(q.device)
+            row += b - a
+        before = world.pool.clone()
+        assert plan.suits(spans)
+        plan.fill(spans)
+        graph.replay()
+        row = 0
+        for i, a, b in ranges:
+            want = world.dense(i, a, b)
+            got = out[:, row : row + b - a].cpu().float()
+            assert (got - want).norm() / want.norm() < 2e-2
+            row += b - a
+        written = (world.pool.view(torch.int16) != before.view(torch.int16)).flatten(1).any(dim=1).nonzero().flatten()
+        assert set(written.tolist()) == {s.page_ids[at // 4] for s in spans for at in range(s.start, s.end)}

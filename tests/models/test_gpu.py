@@ -105,7 +105,7 @@ def test_a_captured_step_has_the_logits_of_an_eager_one(
     checkpoint, _ = write_model(**family)
     model = load_tiny(checkpoint, dtype=torch.bfloat16, device=CUDA)
     gpu = OnGpu(model, family.get("head_dim", 64), torch.bfloat16)
-    plan = gpu.attention.plan_graph(4, 8)
+    plan = gpu.attention.plan_decode_graph(4, 8)
     if plan is None:
         pytest.skip(f"{gpu.attention.name} cannot be captured")
     gpu.logits(prompts, [(0, 0, 60), (1, 0, 3), (2, 0, 17)])

@@ -86,7 +86,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def graphs(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AnyRunner]:
     runner = make_runner(checkpoint, tmp_path_factory.mktemp("run"))
-    assert runner._graphs is not None, f"{runner.attention_name} cannot be captured"  # type: ignore[attr-defined]
+    assert runner._decodes is not None, f"{runner.attention_name} cannot be captured"  # type: ignore[attr-defined]
     yield runner
     runner.close()
 

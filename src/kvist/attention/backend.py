@@ -4,8 +4,9 @@ Life cycle: `bind` once, with the pool; then for each step `prepare(spans)` turn
 and the returned `Attend` is called once a layer by the model. A call first writes the new tokens' K/V into their
 pages, then attends over everything each request has so far.
 
-A step of decodes alone may be replayed as a CUDA graph. Its tensors must then stay where they are: `plan_graph` makes
-them once for the largest batch, `fill` refills them for each step, `attend` is what the model calls under capture.
+A step may be replayed as a CUDA graph. Its tensors must then stay where they are: `plan_decode_graph` and
+`plan_mixed_graph` make them once for the largest batch, `fill` refills them for each step, `attend` is what the model
+calls under capture.
 
 The pool is [num_pages, num_kv_heads, num_layers, 2, page_size, head_dim]; index 2: 0 is K, 1 is V. A tensor-parallel
 rank passes a view with its own heads. What lies in a page beyond a request's length is undefined (another request's
@@ -53,15 +54,19 @@ class Span(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class GraphPlan(Protocol):
-    """The index tensors of steps of decodes, at addresses that last."""
+    """The index tensors of steps, at addresses that last."""
 
-    def fill(self, spans: Sequence[Span]) -> None:
-        """Describe the next replay: spans of one token each, at most `max_batch`. Rows beyond them write nothing and
-        attend to nothing. Asynchronous; replays on the same stream that were launched before are not disturbed."""
+    def suits(self, spans: Sequence[Span]) -> bool:
+        """Whether a replay is a good way to attend for these: at most `max_batch` spans, and not better split up."""
         ...
 
-    def attend(self, batch_size: int) -> Attend:
-        """For the first `batch_size` rows. Call it anew under each capture: what all layers share is recorded too."""
+    def fill(self, spans: Sequence[Span]) -> None:
+        """Describe the next replay, which `suits`. Rows beyond the spans' write nothing and their result is undefined.
+        Asynchronous; replays on the same stream that were launched before are not disturbed."""
+        ...
+
+    def attend(self, num_rows: int) -> Attend:
+        """For the first `num_rows` rows. Call it anew under each capture: what all layers share is recorded too."""
         ...
 
 
@@ -76,6 +81,10 @@ class AttentionBackend(Protocol):
         """The attention of one step. Spans of one token are cheapest when they come first."""
         ...
 
-    def plan_graph(self, max_batch: int, max_pages: int) -> GraphPlan | None:
+    def plan_decode_graph(self, max_batch: int, max_pages: int) -> GraphPlan | None:
         """For batches of decodes with at most `max_pages` pages each. None: this backend cannot be captured."""
+        ...
+
+    def plan_mixed_graph(self, max_batch: int, max_pages: int, max_tokens: int) -> GraphPlan | None:
+        """The same for batches of decodes and prompt chunks, `max_tokens` new tokens in all."""
         ...

@@ -28,6 +28,7 @@ from kvist.errors import ConfigError
 from kvist.kernels.rotary import Rotary, rotate_and_write
 
 _FEW_DECODES, _LONG_TOKENS = 32, 2048  # fewer decodes than this leave multiprocessors idle; shorter ones end soon
+_UNSPLIT_TOKENS = 16_384  # an unsplit decode of a longer context would hold up the chunks of its step
 REMEDY = "pip install tokenspeed-fa3 (Hopper GPUs, CUDA 12.8 or newer)"
 
 
@@ -90,9 +91,13 @@ class Fa3Attention:
         longest = max((span.end for span in spans[:num_decodes]), default=0)
         return num_decodes if num_decodes < _FEW_DECODES and longest > _LONG_TOKENS else 0
 
-    def plan_graph(self, max_batch: int, max_pages: int) -> GraphPlan:
+    def plan_decode_graph(self, max_batch: int, max_pages: int) -> GraphPlan:
         self._tables.reserve(2 * max_batch, max_pages)
-        return _Fa3Plan(self._pool, self._tables, max_batch, max_pages, self._device)
+        return _DecodePlan(self._pool, self._tables, max_batch, max_pages, self._device)
+
+    def plan_mixed_graph(self, max_batch: int, max_pages: int, max_tokens: int) -> GraphPlan:
+        self._tables.reserve(2 * max_batch, max_pages)
+        return _MixedPlan(self._pool, self._tables, max_batch, max_pages, max_tokens)
 
 
 class _Pool:
@@ -183,7 +188,7 @@ class _Step:
         return out.squeeze(1) if is_decode else out
 
 
-class _Fa3Plan:
+class _DecodePlan:
     """`GraphPlan`: lengths, slots and page tables at lasting addresses."""
 
     def __init__(self, pool: _Pool, tables: PageTables, max_batch: int, max_pages: int, device: torch.device) -> None:
@@ -194,6 +199,9 @@ class _Fa3Plan:
         self._rows = torch.zeros(3, max_batch, dtype=torch.int32, device=device)  # lengths, slots, seats
         self._rows[1] = -1
         self._table = torch.zeros(max_batch, max_pages, dtype=torch.int32, device=device)
+
+    def suits(self, spans: Sequence[Span]) -> bool:
+        return len(spans) <= self._max_batch
 
     def fill(self, spans: Sequence[Span]) -> None:
         count, size = len(spans), self._pool.page_size
@@ -206,13 +214,59 @@ class _Fa3Plan:
         self._rows.copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
         self._tables.select_into(self._rows[2], self._table)
 
-    def attend(self, batch_size: int) -> Attend:
+    def attend(self, num_rows: int) -> Attend:
         part = _Part(
             first=0,
-            lengths=self._rows[0, :batch_size],
-            table=self._table[:batch_size],
+            lengths=self._rows[0, :num_rows],
+            table=self._table[:num_rows],
             cumulative=None,
             longest=1,
             is_mixed=False,
         )
-        return _Step(self._pool, self._rows[1, :batch_size], [part])
+        return _Step(self._pool, self._rows[1, :num_rows], [part])
+
+
+class _MixedPlan:
+    """`GraphPlan` of decodes and chunks in one call. Every recording is made for `max_batch` spans; those that a step
+    does not have are empty, and cost the library next to nothing."""
+
+    def __init__(self, pool: _Pool, tables: PageTables, max_batch: int, max_pages: int, max_tokens: int) -> None:
+        self._pool = pool
+        self._tables = tables
+        self._max_batch = max_batch
+        device = pool.layers[0].device
+        # lengths B | seats B | cumulative B + 1 | slots T
+        self._packed = torch.zeros(3 * max_batch + 1 + max_tokens, dtype=torch.int32, device=device)
+        sizes = [max_batch, max_batch, max_batch + 1, max_tokens]
+        self._lengths, self._seats, self._cumulative, self._slots = torch.split(self._packed, sizes)
+        self._slots.fill_(-1)
+        self._table = torch.zeros(max_batch, max_pages, dtype=torch.int32, device=device)
+
+    def suits(self, spans: Sequence[Span]) -> bool:
+        longest = max((span.end for span in spans if span.num_tokens == 1), default=0)
+        return len(spans) <= self._max_batch and longest <= _UNSPLIT_TOKENS
+
+    def fill(self, spans: Sequence[Span]) -> None:
+        count, batch = len(spans), self._max_batch
+        packed = np.zeros(self._packed.shape[0], dtype=np.int32)
+        packed[:count] = [span.end for span in spans]
+        packed[batch : batch + count] = self._tables.seat(spans)
+        cumulative = packed[2 * batch : 3 * batch + 1]
+        cumulative[1 : count + 1] = np.cumsum([span.num_tokens for span in spans])
+        cumulative[count + 1 :] = cumulative[count]
+        slots = written_slots(spans, self._pool.page_size)
+        packed[3 * batch + 1 :] = -1
+        packed[3 * batch + 1 : 3 * batch + 1 + len(slots)] = slots
+        self._packed.copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
+        self._tables.select_into(self._seats, self._table)
+
+    def attend(self, num_rows: int) -> Attend:
+        part = _Part(
+            first=0,
+            lengths=self._lengths,
+            table=self._table,
+            cumulative=self._cumulative,
+            longest=num_rows,
+            is_mixed=True,
+        )
+        return _Step(self._pool, self._slots[:num_rows], [part])

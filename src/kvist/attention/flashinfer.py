@@ -55,7 +55,10 @@ class FlashInferAttention:
     def prepare(self, spans: Sequence[Span]) -> Attend:
         return _Step(self._wrapper, self._pool, spans, self._device)
 
-    def plan_graph(self, max_batch: int, max_pages: int) -> GraphPlan | None:  # noqa: ARG002
+    def plan_decode_graph(self, max_batch: int, max_pages: int) -> GraphPlan | None:  # noqa: ARG002
+        return None
+
+    def plan_mixed_graph(self, max_batch: int, max_pages: int, max_tokens: int) -> GraphPlan | None:  # noqa: ARG002
         return None
 
 

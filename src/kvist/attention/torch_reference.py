@@ -47,7 +47,10 @@ class TorchAttention:
     def prepare(self, spans: Sequence[Span]) -> Attend:
         return _Step(self._pool, spans)
 
-    def plan_graph(self, max_batch: int, max_pages: int) -> GraphPlan | None:  # noqa: ARG002
+    def plan_decode_graph(self, max_batch: int, max_pages: int) -> GraphPlan | None:  # noqa: ARG002
+        return None
+
+    def plan_mixed_graph(self, max_batch: int, max_pages: int, max_tokens: int) -> GraphPlan | None:  # noqa: ARG002
         return None
 
 

@@ -197,9 +197,13 @@ def _pool_size(
         layout,
         available_bytes=available_memory_bytes(device, runtime_dir),
         weights_bytes=num_weights * DTYPES[layout.dtype].itemsize,
-        reserve_bytes=graphs_bytes(config.max_running_requests) if device.type == "cuda" and config.use_graphs else 0,
+        reserve_bytes=_graphs_bytes(config) if device.type == "cuda" and config.use_graphs else 0,
         mem_fraction_static=config.mem_fraction_static,
         max_total_tokens=config.max_total_tokens,
         cap_tokens=CPU_CAP_TOKENS if device.type == "cpu" else None,
         min_tokens=config.min_total_tokens,
     )
+
+
+def _graphs_bytes(config: RunnerConfig) -> int:
+    return graphs_bytes(config.max_running_requests, config.max_batch_tokens)

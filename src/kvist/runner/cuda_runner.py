@@ -1,11 +1,12 @@
 """The GPU's runner: a batch is launched without waiting for the one before, and read when its tokens are wanted.
 
-    launch: words ──one copy──► device ──► decodes alone: replay a graph │ prompt chunks too: launch every kernel
+    launch: words ──one copy──► device ──► replay a graph │ too many tokens for one: launch every kernel
                                               └──► chosen tokens stay in their slots for the next launch
                                                         └──one copy──► pinned memory ──event──► result()
 
-Tokens that plain temperature sampling chooses come out of the graph. Rows that want more (top_k, top_p, min_p, tokens
-suppressed, logprobs) are chosen again from their logits, still on the device.
+In steps of decodes alone the graph chooses the tokens, too. Rows that want more than temperature (top_k, top_p, min_p,
+tokens suppressed, logprobs) are chosen again from their logits, still on the device. A step with prompt chunks chooses
+behind its graph: few of its rows want a token, and the host is ahead of the device by then.
 
 All work goes to one stream, so a page that is given to another request later is written later.
 """
@@ -14,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from kvist.attention.backend import AttentionBackend, Span
+from kvist.attention.backend import AttentionBackend, GraphPlan, Span
 from kvist.kernels.sampling import choose_tokens
 from kvist.kv.device import DevicePool
 from kvist.request import RequestId, SampledToken
-from kvist.runner.cuda_graphs import DecodeGraphs
+from kvist.runner.cuda_graphs import StepGraphs
+from kvist.runner.graph_sizes import decode_sizes, mixed_sizes
 from kvist.runner.inputs import sampling_rows
 from kvist.runner.runner import InFlight, Model
 from kvist.runner.sampler import (
@@ -83,12 +86,11 @@ class CudaRunner:
             device=pool.tensor.device,
         )
         self._slots: Mapping[RequestId, int] = {}  # of the batch launched last
-        self._graphs: DecodeGraphs | None = None
-        plan = attention.plan_graph(limits.max_requests, limits.max_pages) if use_graphs else None
-        if plan is not None:
+        self._decodes: StepGraphs | None = None
+        self._mixed: StepGraphs | None = None
+        if use_graphs:
             with torch.inference_mode():
-                self._graphs = DecodeGraphs(model, plan, self._staging)
-                self._graphs.capture(limits.max_requests)
+                self._capture(limits)
 
     def launch(self, batch: Batch) -> InFlight:
         """Raises when the device refused the work; what the device meets on the way is raised by `result`."""
@@ -98,10 +100,7 @@ class CudaRunner:
         rows = None if all_plain(batch.items) else sampling_rows(batch)
         spans = [Span(start=item.start, num_tokens=item.num_tokens, page_ids=item.page_ids) for item in batch.items]
         with torch.inference_mode():
-            if self._graphs is not None and len(host.token_ids) == len(host.rows) <= self._graphs.largest:
-                measured = self._replay(self._graphs, host, spans, rows)
-            else:
-                measured = self._launch_all(host, spans, rows)
+            measured = self._compute(host, spans, rows)
             request_ids = [item.request_id for item in batch.items if item.sampling is not None]
             tokens = self._staging.start_read(len(request_ids))
             if measured is not None:
@@ -117,25 +116,46 @@ class CudaRunner:
     def close(self) -> None:
         """Drop the graphs and the pool."""
         torch.cuda.synchronize()
-        self._graphs = None
+        self._decodes = self._mixed = None
         self.pool.close()
 
-    def _replay(
-        self, graphs: DecodeGraphs, host: HostWords, spans: Sequence[Span], rows: Sequence[SamplingRow] | None
-    ) -> Measured | None:
-        """Every item is one token that wants the next one. `rows` None: the graph chooses them all."""
-        size = graphs.size_for(len(spans))
-        self._staging.send(host, size, size)
-        hidden = graphs.replay(size, spans)
-        return None if rows is None else self._choose_and_measure(self._model.logits(hidden[: len(rows)]), rows)
+    def _capture(self, limits: StepLimits) -> None:
+        decodes = self._attention.plan_decode_graph(limits.max_requests, limits.max_pages)
+        if decodes is None:
+            return
+        pool = torch.cuda.graph_pool_handle()
+        mixed = self._attention.plan_mixed_graph(limits.max_requests, limits.max_pages, limits.max_tokens)
+        if mixed is not None:  # the family with the largest recordings first: the others find room in its memory
+            self._mixed = StepGraphs(mixed, partial(self._forward, mixed), pool)
+            self._mixed.capture(mixed_sizes(limits.max_tokens), "steps with prompt chunks")
+        self._decodes = StepGraphs(decodes, partial(self._decode, decodes), pool)
+        self._decodes.capture(decode_sizes(limits.max_requests), "decodes")
 
-    def _launch_all(
-        self, host: HostWords, spans: Sequence[Span], rows: Sequence[SamplingRow] | None
-    ) -> Measured | None:
+    def _forward(self, plan: GraphPlan, size: int) -> Tensor:
+        words = self._staging.views(size, 0)
+        return self._model.forward(words.token_ids(), words.positions, plan.attend(size))
+
+    def _decode(self, plan: GraphPlan, size: int) -> Tensor:
+        hidden = self._forward(plan, size)
+        words = self._staging.views(size, size)
+        self._staging.keep(choose_tokens(self._model.logits(hidden), words.temperatures, words.keys))
+        return hidden
+
+    def _compute(self, host: HostWords, spans: Sequence[Span], rows: Sequence[SamplingRow] | None) -> Measured | None:
+        """`rows` None: every row is content with what temperature sampling chooses."""
         num_tokens, num_sampled = len(host.token_ids), len(host.rows)
-        self._staging.send(host, num_tokens, num_sampled)
-        words = self._staging.views(num_tokens, num_sampled)
-        hidden = self._model.forward(words.token_ids(), words.positions, self._attention.prepare(spans))
+        if num_tokens == num_sampled and self._decodes and (size := self._decodes.size_for(spans, num_tokens)):
+            self._staging.send(host, size, size)
+            hidden = self._decodes.replay(size, spans)
+            return None if rows is None else self._choose_and_measure(self._model.logits(hidden[:num_sampled]), rows)
+        if self._mixed and (size := self._mixed.size_for(spans, num_tokens)):
+            self._staging.send(host, size, num_sampled)
+            hidden = self._mixed.replay(size, spans)
+            words = self._staging.views(size, num_sampled)
+        else:
+            self._staging.send(host, num_tokens, num_sampled)
+            words = self._staging.views(num_tokens, num_sampled)
+            hidden = self._model.forward(words.token_ids(), words.positions, self._attention.prepare(spans))
         if not num_sampled:
             return None
         logits = self._model.logits(hidden.index_select(0, words.rows))

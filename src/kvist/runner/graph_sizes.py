@@ -1,14 +1,25 @@
-"""For which batch sizes decode is recorded, and what that costs. Knows no GPU, so that a pool can be planned."""
+"""For which numbers of rows steps are recorded, and what that costs. Knows no GPU, so that a pool can be planned."""
 
 from __future__ import annotations
 
+MAX_MIXED_TOKENS = 2048  # such a step takes an H200 45 ms (7B), so launching it kernel by kernel holds up nothing
+_BYTES_A_GRAPH = 16 << 20  # the driver keeps each graph's nodes in device memory
 
-def padded_sizes(max_batch: int) -> list[int]:
+
+def decode_sizes(max_batch: int) -> list[int]:
     """1, 2, 4, then every multiple of 8, the last one cut to `max_batch`."""
     sizes = [size for size in (1, 2, 4) if size < max_batch]
     return [*sizes, *range(8, max_batch, 8), max_batch]
 
 
-def graphs_bytes(max_batch: int) -> int:
-    """Device memory of all recordings, before there is a model: the driver keeps each graph's nodes there."""
-    return (256 << 20) + len(padded_sizes(max_batch)) * (16 << 20)
+def mixed_sizes(max_tokens: int) -> list[int]:
+    """Steps an eighth apart at most, wider where a product takes as long for fewer rows, up to `max_tokens` or
+    `MAX_MIXED_TOKENS`."""
+    most = min(max_tokens, MAX_MIXED_TOKENS)
+    steps = (*range(16, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, MAX_MIXED_TOKENS, 128))
+    return [*(size for size in steps if size < most), most]
+
+
+def graphs_bytes(max_batch: int, max_tokens: int) -> int:
+    """Device memory of all recordings, before there is a model."""
+    return (256 << 20) + (len(decode_sizes(max_batch)) + len(mixed_sizes(max_tokens))) * _BYTES_A_GRAPH
