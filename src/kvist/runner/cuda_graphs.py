@@ -72,11 +72,9 @@ class StepGraphs:
             "CUDA graphs of %s: %d sizes up to %d in %.1f s, %d MiB", what, len(sizes), sizes[-1], seconds, used_mib
         )
 
-    def size_for(self, spans: Sequence[Span], num_rows: int) -> int | None:
-        """The smallest recorded size with room for them; None: launch this step kernel by kernel."""
-        if num_rows > self._sizes[-1] or not self._plan.suits(spans):
-            return None
-        return self._sizes[bisect_left(self._sizes, num_rows)]
+    def size_for(self, num_rows: int) -> int | None:
+        """The smallest recorded size with room for them; None: there is none."""
+        return None if num_rows > self._sizes[-1] else self._sizes[bisect_left(self._sizes, num_rows)]
 
     def replay(self, size: int, spans: Sequence[Span]) -> Tensor:
         """The input words for `size` rows were sent. Returns hidden [size, hidden_size], overwritten by the next

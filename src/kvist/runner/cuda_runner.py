@@ -144,11 +144,11 @@ class CudaRunner:
     def _compute(self, host: HostWords, spans: Sequence[Span], rows: Sequence[SamplingRow] | None) -> Measured | None:
         """`rows` None: every row is content with what temperature sampling chooses."""
         num_tokens, num_sampled = len(host.token_ids), len(host.rows)
-        if num_tokens == num_sampled and self._decodes and (size := self._decodes.size_for(spans, num_tokens)):
+        if num_tokens == num_sampled and self._decodes and (size := self._decodes.size_for(num_tokens)):
             self._staging.send(host, size, size)
             hidden = self._decodes.replay(size, spans)
             return None if rows is None else self._choose_and_measure(self._model.logits(hidden[:num_sampled]), rows)
-        if self._mixed and (size := self._mixed.size_for(spans, num_tokens)):
+        if self._mixed and (size := self._mixed.size_for(num_tokens)):
             self._staging.send(host, size, num_sampled)
             hidden = self._mixed.replay(size, spans)
             words = self._staging.views(size, num_sampled)
