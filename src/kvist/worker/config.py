@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from kvist.channel import ChannelConfig
 from kvist.config import option
 from kvist.errors import ConfigError
-from kvist.scheduler.config import SchedulerConfig
+from kvist.scheduler.config import SchedulerOptions
 
 UNIFIED, PREFILL, DECODE = "unified", "prefill", "decode"
 
@@ -81,7 +81,7 @@ class EngineConfig:
         15.0, "a gateway silent for this long has its requests aborted", unit="s", minimum=0.1
     )
     engine_start_timeout_s: float = option(600.0, "the longest wait for the model to load", unit="s", minimum=1)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     channel: ChannelConfig = field(default_factory=ChannelConfig)
 
     worker_id: str = ""  # the worker's public name; its engine endpoint when empty
