@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kvist.metrics import ENGINE_TOTALS, GatewayMetrics, WorkerSample
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
@@ -42,6 +44,22 @@ def test_every_class_of_the_glossary_exists() -> None:
     assert len(names) > 10
     for name in names:
         _resolve(f"kvist.{name}")
+
+
+def test_the_page_of_metrics_lists_all_that_are_exported_and_no_other() -> None:
+    sample = WorkerSample(
+        worker="w",
+        role="unified",
+        alive=True,
+        num_running=0,
+        num_waiting=0,
+        num_pages={"free": 1},
+        totals=dict.fromkeys(ENGINE_TOTALS, 0.0),
+    )
+    exported = GatewayMetrics(samples=lambda: [sample]).exposition().decode()
+    names = {name for name in re.findall(r"^# TYPE (\S+) ", exported, re.MULTILINE) if name.startswith("kvist:")}
+    listed = re.findall(r"`(kvist:\w+)(?:\{\w+\})?`", (ROOT / "docs/metrics.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
