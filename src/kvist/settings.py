@@ -156,6 +156,7 @@ _AROUND_THE_ENGINE = (  # sockets, limits that the batch shapes set, and time-ou
     "served_model_name",
     "role",
     "context_length",
+    "cpu_affinity",
     "engine_host",
     "engine_port",
     "engine_advertise_host",

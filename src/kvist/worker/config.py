@@ -66,6 +66,11 @@ class EngineConfig:
     num_threads: int = option(
         0, "CPU threads of the engine; 0 shares the cores with the workers that this host runs already", minimum=0
     )
+    cpu_affinity: bool = option(
+        True,
+        "on a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores; "
+        "--no-cpu-affinity leaves both to the system",
+    )
     random_seed: int = option(0, "seed of dummy weights", minimum=0)
     engine_host: str = option(
         "127.0.0.1", "address that the engine's own socket binds; not loopback needs a cluster key"

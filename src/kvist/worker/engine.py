@@ -36,6 +36,7 @@ from kvist.transfer.none import NONE, NoTransport
 from kvist.transfer.shm import ShmTransport
 from kvist.wire import EngineSpec, PoolAddress
 from kvist.worker.config import UNIFIED, EngineConfig
+from kvist.worker.cores import separate
 from kvist.worker.limits import resolve_limits
 from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 class Engine:
     spec: EngineSpec
     loop: EngineLoop
+    gateway_cores: frozenset[int]  # where our parent should run; empty: anywhere
     closing: contextlib.ExitStack
 
     def close(self) -> None:
@@ -219,7 +221,10 @@ def _assemble(
             gateway_timeout_s=config.gateway_timeout_s,
             overlap=limits.overlap,
         )
-        return Engine(spec=spec, loop=EngineLoop(parts), closing=closing.pop_all())
+        gateway_cores: frozenset[int] = frozenset()
+        if pool.tensor.is_cuda and config.cpu_affinity:
+            gateway_cores = separate(num_live_epochs(runtime_dir))
+        return Engine(spec=spec, loop=EngineLoop(parts), gateway_cores=gateway_cores, closing=closing.pop_all())
 
 
 def _make_transport(
