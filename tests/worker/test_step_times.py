@@ -22,6 +22,7 @@ def fail(spent: StepTimes) -> None:
 
 
 def test_each_part_of_a_step_is_counted_apart_and_waiting_not_at_all() -> None:
+    busy(0.02)  # before there was a loop
     spent = StepTimes()
     before = spent.totals()
     with spent.planning():
@@ -37,5 +38,6 @@ def test_each_part_of_a_step_is_counted_apart_and_waiting_not_at_all() -> None:
     assert 0.01 <= grown["plan_cpu_seconds"] < 0.02
     assert 0.03 <= grown["launch_cpu_seconds"] < 0.05
     assert 0.02 <= grown["read_cpu_seconds"] < 0.03
+    assert before["loop_cpu_seconds"] < 0.01
     assert grown["loop_cpu_seconds"] >= 0.07
     assert grown["process_cpu_seconds"] >= grown["loop_cpu_seconds"] - 0.001
