@@ -34,7 +34,7 @@ LoadProgress = Callable[[int, int], None]  # (tensors loaded, tensors in all)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerConfig:
-    """The worker's settings that the runner needs; "auto" is resolved here, once."""
+    """The worker's settings that the runner needs; what is still "auto" is resolved here, once."""
 
     dtype: str = "auto"  # float32 on a CPU, bfloat16 on a GPU
     device: str = "auto"
@@ -158,10 +158,15 @@ def build_rank(
     return model, attention
 
 
-def _resolve_device(config: RunnerConfig) -> torch.device:
-    name = config.device
+def device_type(name: str) -> str:
+    """ "cpu" or "cuda", for `--device`."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def _resolve_device(config: RunnerConfig) -> torch.device:
+    name = device_type(config.device)
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu or auto", param="device")
     if name != "cuda":
