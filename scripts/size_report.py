@@ -1,6 +1,6 @@
 """Says how large each room is, and fails when the package outgrows what a person can hold in their head.
 
-Limits: 500 lines a file, everything counted; 14,000 lines of code in all; and no file named after nothing in particular
+Limits: 500 lines a file, everything counted; 18,000 lines of code in all; and no file named after nothing in particular
 (utils.py). Lines of code are those with something to run or declare: a docstring, a comment or a blank line makes a
 package longer and easier, and must not be what is cut to stay within a limit.
 """
@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 MAX_FILE_LINES = 500
-MAX_PACKAGE_LINES = 14_000  # of code
+MAX_PACKAGE_LINES = 18_000  # of code
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "data", "info"}
 
 

@@ -48,10 +48,10 @@ def test_a_long_prompt_is_read_in_chunks_and_only_the_last_asks_for_a_token() ->
 
 
 def test_decodes_come_first_and_prompts_share_what_is_left_of_the_budget_oldest_first() -> None:
-    engine = unified(chunked_prefill_size=6, max_prefill_tokens=10)
+    engine = unified(chunked_prefill_size=10)
     step(engine, arrived("a", 3))
-    assert items(step(engine, arrived("b", 9), arrived("c", 9))) == [("a", 3, 4), ("b", 0, 6), ("c", 0, 3)]
-    assert items(step(engine)) == [("a", 4, 5), ("b", 6, 9), ("c", 3, 9)]
+    assert items(step(engine, arrived("b", 5), arrived("c", 9))) == [("a", 3, 4), ("b", 0, 5), ("c", 0, 4)]
+    assert items(step(engine)) == [("a", 4, 5), ("b", 5, 6), ("c", 4, 9)]
 
 
 def test_nothing_is_planned_while_a_batch_is_under_way() -> None:
@@ -62,7 +62,7 @@ def test_nothing_is_planned_while_a_batch_is_under_way() -> None:
 
 
 def test_the_head_of_the_queue_is_never_overtaken() -> None:
-    engine = unified(num_pages=6, max_model_len=24)
+    engine = unified(num_pages=6, max_model_len=24, chunked_prefill_size=20, max_prefill_tokens=20)
     step(engine, arrived("a", 9, max_tokens=8))  # 3 pages of 6
     plan = step(engine, arrived("big", 16), arrived("tiny", 2))
     assert [name for name, _, _ in items(plan)] == ["a"]
@@ -258,7 +258,7 @@ def test_an_abort_of_a_request_that_waits_or_is_unknown_is_harmless() -> None:
 
 
 def test_a_failed_step_fails_its_requests_and_caches_nothing_it_wrote() -> None:
-    engine = unified()
+    engine = unified(chunked_prefill_size=18, max_prefill_tokens=18)
     engine.fail_next_step = True
     step(engine, arrived("a", 9), arrived("b", 9))
     plan = step(engine, arrived("c", 3))

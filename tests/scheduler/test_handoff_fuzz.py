@@ -90,7 +90,7 @@ def test_clusters_in_all_kinds_of_trouble_keep_their_promises_and_try_every_move
             return _original(self, handoff, trigger, *args)
 
         monkeypatch.setattr(half, "_fire", fire)
-    for seed in range(200):
+    for seed in range(320):
         one_run(seed)
     moves: set[object] = {(state, t) for state, row in SOURCE_TRANSITIONS.items() for t in row}
     moves |= {(state, t) for state, row in TARGET_TRANSITIONS.items() for t in row}

@@ -20,6 +20,7 @@ from collections import deque
 
 from kvist.request import Mode, Outcome
 from kvist.scheduler.active import ActiveRequest, RequestState
+from kvist.scheduler.budget import chunk_tokens, step_tokens
 from kvist.scheduler.events import StepFailed, StepFinished
 from kvist.scheduler.plan import Batch, BatchItem
 from kvist.scheduler.requests import RequestTable
@@ -34,6 +35,7 @@ class Batcher:
         self._cache = table.cache
         self._config = table.config
         self._step_id = 0
+        self._step_tokens = 0  # what the step being planned may compute
         self._max_under_way = 2 if table.config.overlap else 1
         self._under_way: deque[list[tuple[ActiveRequest, int]]] = deque()  # by step: request, end of what it computes
         self._yielding: set[ActiveRequest] = set()  # victims that the step under way still writes for
@@ -70,7 +72,9 @@ class Batcher:
         items: list[BatchItem] = []
         planned: list[tuple[ActiveRequest, int]] = []
         prompts = self._add_decodes(items, planned)
-        budget = self._config.max_prefill_tokens - len(items)
+        backlog = self._table.waiting.num_tokens + sum(len(each.token_ids) - each.num_planned for each in prompts)
+        self._step_tokens = step_tokens(self._config, num_decodes=len(items), backlog_tokens=backlog)
+        budget = self._step_tokens - len(items)
         for eager in (False, True):
             for request in prompts:
                 if request.eager is eager and self._may_run(request):  # else its pages were taken
@@ -125,9 +129,9 @@ class Batcher:
         planned: list[tuple[ActiveRequest, int]],
     ) -> int:
         start, num_tokens = request.num_planned, len(request.token_ids)
-        end = min(num_tokens, start + min(budget, self._config.chunked_prefill_size))
-        if end <= start:
+        if budget <= 0 or start == num_tokens:
             return 0
+        end = start + chunk_tokens(num_tokens - start, budget, self._step_tokens, self._config.max_prefill_tokens)
         lease = request.lease
         assert lease is not None
         # A PREFILL that was evicted after it told its first token computes its pages again, not the token.

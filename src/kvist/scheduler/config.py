@@ -30,15 +30,15 @@ class SchedulerOptions:
     )
     chunked_prefill_size: int | None = option(
         None,
-        "the most prompt tokens of one request in one step; auto is made for the device and the role",
+        "tokens of a step as a rule, when many streams wait for it; auto is made for the device and the role",
         unit="tokens",
         minimum=1,
         unset=AUTO,
     )
     max_prefill_tokens: int | None = option(
         None,
-        "the token budget of one step: decodes (one each) first, then prompt chunks; auto is made for the device and "
-        "the role, and holds one whole chunk and every running request",
+        "the most tokens of one step, decodes (one each) first: taken when few streams wait for it or many prompts do; "
+        "auto is made for the device and the role",
         unit="tokens",
         minimum=1,
         unset=AUTO,

@@ -16,6 +16,7 @@ class WaitingQueue:
         self._heap: list[tuple[int, int, int, ActiveRequest]] = []  # rank, number, ticket, request
         self._tickets = 0
         self._size = 0
+        self.num_tokens = 0  # of all that wait
 
     def __len__(self) -> int:
         return self._size
@@ -24,6 +25,7 @@ class WaitingQueue:
         """Also moves a request that waits already to the rank it has now."""
         if request.ticket == 0:
             self._size += 1
+            self.num_tokens += len(request.token_ids)
         self._tickets += 1
         request.ticket = self._tickets
         heapq.heappush(self._heap, (int(request.eager), request.number, request.ticket, request))
@@ -41,3 +43,4 @@ class WaitingQueue:
         if request.ticket:
             request.ticket = 0
             self._size -= 1
+            self.num_tokens -= len(request.token_ids)

@@ -18,20 +18,20 @@ _ROUND_TO = 128  # tokens; the tiles of a GPU's matrix products
 
 class _Limits(NamedTuple):
     num_running: int  # requests
-    chunk: int  # tokens of one prompt in a step
-    budget: int  # tokens of a step, decodes included
+    usual: int  # tokens of a step as a rule
+    most: int  # tokens of a step
 
 
-# A CPU computes a token in milliseconds, so a step must be short for the streams in it. A GPU reads its weights once
-# for the whole step: prefill alone wants steps that fill it; beside decodes, a chunk is what every stream waits for;
-# a decode worker computes prompts only when it continues what it had to give up.
+# A CPU computes a token in milliseconds, so a step must be short for the streams in it. A GPU's matrix products are as
+# quick per token at 512 tokens as at thousands, and steps up to 2048 are replayed as graphs; where no stream waits,
+# larger steps save their fixed cost. A decode worker computes prompts only when it continues what it had to give up.
 _AUTO = {
-    ("cpu", UNIFIED): _Limits(128, 512, 1024),
-    ("cpu", PREFILL): _Limits(128, 512, 1024),
-    ("cpu", DECODE): _Limits(128, 512, 1024),
-    ("cuda", UNIFIED): _Limits(256, 1024, 1024),
-    ("cuda", PREFILL): _Limits(256, 8192, 8192),
-    ("cuda", DECODE): _Limits(256, 2048, 2048),
+    ("cpu", UNIFIED): _Limits(128, 512, 512),
+    ("cpu", PREFILL): _Limits(128, 512, 512),
+    ("cpu", DECODE): _Limits(128, 512, 512),
+    ("cuda", UNIFIED): _Limits(256, 512, 2048),
+    ("cuda", PREFILL): _Limits(256, 2048, 2048),
+    ("cuda", DECODE): _Limits(256, 512, 2048),
 }
 
 
@@ -42,12 +42,12 @@ def resolve_limits(options: SchedulerOptions, *, device: str, role: str) -> Sche
     if num_running is None:
         num_running = auto.num_running if budget is None else min(auto.num_running, budget)
     if budget is None:
-        budget = -(-max(auto.budget, num_running, chunk or 0) // _ROUND_TO) * _ROUND_TO
+        budget = -(-max(auto.most, num_running, chunk or 0) // _ROUND_TO) * _ROUND_TO
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(SchedulerOptions)}
     resolved = {
         "max_running_requests": num_running,
         "max_prefill_tokens": budget,
-        "chunked_prefill_size": min(auto.chunk, budget) if chunk is None else chunk,
+        "chunked_prefill_size": min(auto.usual, budget) if chunk is None else chunk,
         "overlap": device == "cuda" if options.overlap is None else options.overlap,
     }
     return SchedulerConfig(**{**given, **resolved})
