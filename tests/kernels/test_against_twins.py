@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvist.kernels.activation import silu_mul, silu_mul_torch
 from kvist.kernels.norm import add_rms_norm, add_rms_norm_torch
+from kvist.kernels.pages import copy_pages, sum_pages, sum_pages_torch
 from kvist.kernels.rotary import Rotary, rotate_and_write, rotate_and_write_torch, rotation, rotation_torch
 from kvist.kernels.sampling import choose_tokens, choose_tokens_torch, gumbel_noise, hash_tokens
 from kvist.kernels.skinny import GATED_ROWS, skinny_gated, skinny_gated_torch, skinny_linear, skinny_linear_torch
@@ -141,3 +142,14 @@ def test_greedy_takes_the_first_of_equals() -> None:
     keys = torch.zeros(3, 2, dtype=torch.int32, device=CUDA)
     assert choose_tokens(logits, zeros, keys).tolist() == [4, 2048, 2047]
     assert choose_tokens(logits.bfloat16(), zeros, keys).tolist() == [4, 2048, 2047]
+
+
+@pytest.mark.parametrize("num_words", [4, 2048, 2049, 5000, 114_688])
+def test_page_sums_are_those_of_the_cpu_and_copies_land_where_they_should(rng: torch.Generator, num_words: int) -> None:
+    pages = torch.randint(-(2**63), 2**63 - 1, (9, num_words), generator=rng)
+    on_gpu, target = pages.to(CUDA), torch.zeros(7, num_words, dtype=torch.int64, device=CUDA)
+    want = sum_pages_torch(pages[[3, 0, 8]])
+    assert torch.equal(sum_pages(on_gpu, (3, 0, 8)).cpu(), want)
+    assert torch.equal(copy_pages(on_gpu, (3, 0, 8), target.data_ptr(), (6, 1, 2)).cpu(), want)
+    assert torch.equal(target[[6, 1, 2]].cpu(), pages[[3, 0, 8]])
+    assert not target[[0, 3, 4, 5]].any()
