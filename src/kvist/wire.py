@@ -170,7 +170,7 @@ class Flushed(_Message, frozen=True):
 
 
 class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a page pool can be written by a peer. `transport` names the door ("shm", "inproc"); `location` is its own
+    """Where a page pool can be written by a peer. `transport` names the door ("shm", "cuda-ipc", "inproc"); `location` is its own
     address (for shm: the pool file's path)."""
 
     transport: str
