@@ -1,8 +1,8 @@
 """Sums over whole pages, and copying them to another pool on the way: what a handoff through device memory needs.
 
-A page's two sums are an error check: they differ for certain when one 64-bit word differs, and but for a chance that can
-be neglected when several do, or stand in another order. They are no protection from somebody who picks words so that
-the sums agree.
+A page's two sums are an error check: they differ for certain when one 64-bit word differs, and but for a chance that
+can be neglected when several do, or stand in another order. They are no protection from somebody who picks words so
+that the sums agree.
 
 For each word w at place i (from 1), in 64-bit arithmetic that wraps; every step can be undone, so none loses a change:
 
