@@ -15,6 +15,7 @@ import torch
 from kvist.kv.device import DevicePool
 from kvist.kv.layout import PageLayout
 from kvist.request import EpochId, HandoffId
+from kvist.scheduler.events import WritesFailed
 from kvist.scheduler.plan import WritePages
 from kvist.transfer import same_host
 from kvist.transfer.epoch import EpochLock
@@ -141,6 +142,23 @@ def test_the_least_recently_written_pools_are_let_go_when_there_are_too_many(
     assert [mapping() is not None for mapping in writer.mappings] == [False, True, True]
     for each in peers:
         each.die()
+
+
+def test_a_pool_whose_engine_is_dead_is_not_even_mapped(writer: Writer, tmp_path: Path) -> None:
+    abandoned = tmp_path.resolve() / "pool-1-dead.pages"
+    abandoned.write_bytes(b"\0" * 8 * LAYOUT.page_bytes)
+    address = PoolAddress(
+        transport="shm",
+        location=str(abandoned),
+        num_pages=8,
+        page_bytes=LAYOUT.page_bytes,
+        layout=LAYOUT.describe(),
+    )
+    writer.write_and_wait(address)
+    [report] = writer.transport.poll()
+    assert isinstance(report, WritesFailed)
+    assert "the peer is gone" in report.message
+    assert not writer.mappings
 
 
 def test_nothing_stays_mapped_after_close(writer: Writer, peer: Peer) -> None:

@@ -206,6 +206,7 @@ def assert_pair_equals_unified(unified: Engine, prefill: Engine, decode: Engine,
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(300)  # kernels may have to be compiled
 def test_prefill_and_decode_on_one_gpu_equal_unified(gpu_cluster: Cluster) -> None:
     unified, prefill, decode = gpu_cluster.start("unified", "prefill", "decode", **ON_GPU)
     for num_prompt_tokens in (1, 16, 17, 700):
@@ -213,6 +214,7 @@ def test_prefill_and_decode_on_one_gpu_equal_unified(gpu_cluster: Cluster) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(300)  # kernels may have to be compiled
 def test_prefill_and_decode_on_two_gpus_equal_unified(gpu_cluster: Cluster) -> None:
     import torch
 
@@ -225,6 +227,7 @@ def test_prefill_and_decode_on_two_gpus_equal_unified(gpu_cluster: Cluster) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(300)  # kernels may have to be compiled
 def test_decode_killed_during_a_transfer_on_a_gpu_leaves_prefill_serving(gpu_cluster: Cluster) -> None:
     """Its memory is still mapped, perhaps written to, when it dies."""
     prefill, decode = gpu_cluster.start("prefill", "decode", scheduler=SLOW, **ON_GPU)
@@ -240,6 +243,7 @@ def test_decode_killed_during_a_transfer_on_a_gpu_leaves_prefill_serving(gpu_clu
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(300)  # kernels may have to be compiled
 def test_pages_on_a_gpu_are_not_handed_to_a_cpu(gpu_cluster: Cluster) -> None:
     [prefill] = gpu_cluster.start("prefill", **ON_GPU)
     [decode] = gpu_cluster.start("decode", device="cpu")

@@ -62,6 +62,13 @@ class DevicePool:
         self.layout = layout
         self.num_pages = int(tensor.shape[0])
         self.export_error = export_error  # why no peer can reach the pages, if so
+        self.address = PoolAddress(  # where a peer on this host finds them
+            transport=CUDA_IPC if mapped is None else SHM,
+            location=str(path),
+            num_pages=self.num_pages,
+            page_bytes=layout.page_bytes,
+            layout=layout.describe(),
+        )
         self._path = path
         self._lock_fd = lock_fd  # None: attached, not created here
         self._mapped = mapped  # None on CUDA
@@ -115,17 +122,6 @@ class DevicePool:
         if self._mapped is None:
             raise EngineError(f"a pool on {self.tensor.device} has no bytes on the host")
         return np.frombuffer(self._mapped, dtype=np.uint8).reshape(self.num_pages, self.layout.page_bytes)
-
-    @property
-    def address(self) -> PoolAddress:
-        """Where a peer on this host finds the pages."""
-        return PoolAddress(
-            transport=SHM if self._mapped is not None else CUDA_IPC,
-            location=str(self._path),
-            num_pages=self.num_pages,
-            page_bytes=self.layout.page_bytes,
-            layout=self.layout.describe(),
-        )
 
     def close(self) -> None:
         """Remove the file. The memory itself goes when the last tensor over it and the last peer's mapping go."""

@@ -45,10 +45,6 @@ class _PeerMap(Generic[PeerT]):
     address: PoolAddress
     descriptor: int
 
-    def owner_is_gone(self) -> bool:
-        """It removed the file (a clean end), or the kernel took its lock away (any end)."""
-        return os.fstat(self.descriptor).st_nlink == 0 or try_lock(self.descriptor, exclusive=False)
-
 
 class SameHostTransport(Generic[PeerT]):
     def __init__(
@@ -110,6 +106,7 @@ class SameHostTransport(Generic[PeerT]):
                 "start both workers on one host with the same --runtime-dir"
             )
         with self._maps_lock:
+            self._drop_maps_of_the_dead()
             peer = self._maps.get(path)
             if peer is None:
                 peer = self._map(path, address)
@@ -117,9 +114,6 @@ class SameHostTransport(Generic[PeerT]):
                     self._drop(next(iter(self._maps)))
                 self._maps[path] = peer
             self._maps.move_to_end(path)
-            if peer.owner_is_gone():
-                self._drop(path)
-                raise Unavailable(f"the peer is gone: nobody holds the lock of its pool {path}")
         if peer.address != address:
             raise wrong_size(address, peer.address.num_pages * peer.address.page_bytes)
         return peer.pages
@@ -130,6 +124,8 @@ class SameHostTransport(Generic[PeerT]):
         except OSError as error:
             raise Unavailable(f"the peer is gone: its pool {path} cannot be opened ({error.strerror})") from error
         try:
+            if _owner_is_gone(descriptor):
+                raise Unavailable(f"the peer is gone: nobody holds the lock of its pool {path}")
             return _PeerMap(pages=self._map_pool(descriptor, address), address=address, descriptor=descriptor)
         except BaseException:
             os.close(descriptor)
@@ -139,8 +135,13 @@ class SameHostTransport(Generic[PeerT]):
         os.close(self._maps.pop(path).descriptor)
 
     def _drop_maps_of_the_dead(self) -> None:
-        for path in [path for path, peer in self._maps.items() if peer.owner_is_gone()]:
+        for path in [path for path, peer in self._maps.items() if _owner_is_gone(peer.descriptor)]:
             self._drop(path)
+
+
+def _owner_is_gone(descriptor: int) -> bool:
+    """It removed the file (a clean end), or the kernel took its lock away (any end)."""
+    return os.fstat(descriptor).st_nlink == 0 or try_lock(descriptor, exclusive=False)
 
 
 def wrong_size(address: PoolAddress, num_bytes: int) -> Unavailable:
