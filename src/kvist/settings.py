@@ -8,6 +8,7 @@ anywhere else.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from kvist.bench.config import (
 )
 from kvist.channel.security import ChannelConfig
 from kvist.cluster.config import ClusterConfig
-from kvist.cluster.plan import ClusterShape, available_cores, share_threads
+from kvist.cluster.plan import ClusterShape, available_cores, share_threads, visible_gpus
 from kvist.config import option
 from kvist.errors import ConfigError
 from kvist.flag_help import help_text
@@ -256,13 +257,16 @@ def _run_bench(settings: BenchServerSettings) -> int:
     return run_scenario(kind, settings.load, settings.target)
 
 
-def cluster_shape(settings: UpSettings | DemoSettings) -> ClusterShape:
+def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str] = os.environ) -> ClusterShape:
     """What reaches each child: the options it knows, less those that the plan deals out itself."""
-    dealt_out = ("host", "port", "num_threads", "stop_with_stdin", "config")
+    engine = settings.engine
+    num_gpus = 0 if engine.device == "cpu" else visible_gpus(environ)
+    dealt_out = ("host", "port", "num_threads", "stop_with_stdin", "config", *(["base_gpu_id"] if num_gpus else []))
     worker_argv, worker_environ = to_argv(settings, ServeSettings, without=(*dealt_out, *_PLANNED, "api_key"))
     router_argv, router_environ = to_argv(settings, RouterSettings, without=(*dealt_out, *_WORKER_LISTS))
     server = settings.server if isinstance(settings, UpSettings) else ServerConfig(port=0)
-    threads = settings.engine.num_threads or share_threads(settings.cluster.num_workers, available_cores())
+    threads = engine.num_threads or share_threads(settings.cluster.num_workers, available_cores())
+    untold = engine.mem_fraction_static == EngineConfig().mem_fraction_static
     return ClusterShape(
         config=settings.cluster,
         worker_argv=tuple(worker_argv),
@@ -272,4 +276,8 @@ def cluster_shape(settings: UpSettings | DemoSettings) -> ClusterShape:
         router_host=server.host,
         router_port=server.port,
         threads_per_worker=threads,
+        num_gpus=num_gpus,
+        base_gpu_id=engine.base_gpu_id,
+        gpus_per_worker=engine.tp,
+        memory_share=engine.mem_fraction_static if untold else None,
     )

@@ -170,8 +170,8 @@ class Flushed(_Message, frozen=True):
 
 
 class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a page pool can be written by a peer. `transport` names the door ("shm", "inproc"); `location` is its own
-    address (for shm: the pool file's path)."""
+    """Where a page pool can be written by a peer. `transport` names the door ("shm", "cuda-ipc", "inproc"); `location`
+    is its own address (for the first two: the path of the pool's file)."""
 
     transport: str
     location: str

@@ -190,6 +190,23 @@ def test_the_limits_of_a_step_are_auto_unless_set_and_say_so() -> None:
         assert "default: auto" in paragraph
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], (3, 0, 1, 0.8)),
+        (["--base-gpu-id", "1"], (3, 1, 1, 0.8)),
+        (["--mem-fraction-static", "0.3", "--tp", "2"], (3, 0, 2, None)),
+        (["--device", "cpu"], (0, 0, 1, 0.8)),
+    ],
+)
+def test_up_counts_the_gpus_and_shares_memory_unless_told_how(flags: list[str], expected: tuple[object, ...]) -> None:
+    read = settings.read("up", flags, {})
+    assert isinstance(read, settings.UpSettings)
+    shape = settings.cluster_shape(read, {"CUDA_VISIBLE_DEVICES": "0,1,2"})
+    assert (shape.num_gpus, shape.base_gpu_id, shape.gpus_per_worker, shape.memory_share) == expected
+    assert not [argument for argument in shape.worker_argv if "base-gpu-id" in argument]
+
+
 def test_options_that_the_engine_reads_from_the_model_are_not_flags() -> None:
     with pytest.raises(ConfigError, match="unknown flag --eos-token-ids"):
         settings.read("serve", ["--eos-token-ids", "2"], {})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kvist.cluster.config import ClusterConfig
-from kvist.cluster.plan import ClusterShape, free_ports, plan_cluster, share_threads
+from kvist.cluster.plan import ClusterShape, free_ports, plan_cluster, share_threads, visible_gpus
 from kvist.errors import ConfigError
 
 
@@ -56,3 +58,52 @@ def test_cores_are_dealt_out_evenly_and_nobody_goes_without(workers: int, cores:
 
 def test_free_ports_are_all_different() -> None:
     assert len(set(free_ports(20))) == 20
+
+
+def options_of(shape: ClusterShape) -> list[tuple[str | None, str | None]]:
+    """(--base-gpu-id, --mem-fraction-static) of each worker."""
+    dealt = []
+    for plan in plan_cluster(shape, range(shape.config.num_workers))[:-1]:
+        given = dict(argument.split("=") for argument in plan.argv if "=" in argument)
+        dealt.append((given.get("--base-gpu-id"), given.get("--mem-fraction-static")))
+    return dealt
+
+
+def test_workers_get_gpus_in_turn_and_those_on_one_share_its_memory() -> None:
+    three = ClusterConfig(prefill=2, decode=1)
+    assert options_of(ClusterShape(config=three, num_gpus=2, memory_share=0.8)) == [
+        ("0", "0.4000"),
+        ("1", None),
+        ("0", "0.4000"),
+    ]
+    assert options_of(ClusterShape(config=three, num_gpus=4, base_gpu_id=1, memory_share=0.8)) == [
+        ("1", None),
+        ("2", None),
+        ("3", None),
+    ]
+
+
+def test_a_share_of_memory_that_the_user_has_set_is_everybodys() -> None:
+    shape = ClusterShape(config=ClusterConfig(), num_gpus=1, worker_argv=("--mem-fraction-static=0.3",))
+    assert options_of(shape) == [("0", "0.3"), ("0", "0.3")]
+
+
+def test_a_tensor_parallel_worker_gets_its_gpus_in_a_row() -> None:
+    shape = ClusterShape(config=ClusterConfig(), num_gpus=4, gpus_per_worker=2, memory_share=0.8)
+    assert options_of(shape) == [("0", None), ("2", None)]
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_where_there_are_no_gpus_or_too_few_nothing_is_dealt_out(num_gpus: int) -> None:
+    shape = ClusterShape(config=ClusterConfig(), num_gpus=num_gpus, gpus_per_worker=2, memory_share=0.8)
+    assert options_of(shape) == [(None, None), (None, None)]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count"), [(None, 2), ("", 0), ("-1", 0), ("1", 1), ("GPU-a, GPU-b,GPU-c", 3), ("0,-1,1", 1)]
+)
+def test_gpus_are_counted_as_a_worker_would_see_them(tmp_path: Path, chosen: str | None, count: int) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    environ = {} if chosen is None else {"CUDA_VISIBLE_DEVICES": chosen}
+    assert visible_gpus(environ, tmp_path) == count

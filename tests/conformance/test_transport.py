@@ -2,120 +2,63 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from transport_hosts import LAYOUT, NUM_PAGES, GpuHost, GpuPeers, Host, InprocHost, ShmHost, Side
 
-from kvist.kv.device import DevicePool
-from kvist.kv.layout import PageLayout
 from kvist.request import EpochId, HandoffId
 from kvist.scheduler.events import PagesVerified, WritesCompleted, WritesFailed
 from kvist.scheduler.plan import VerifyPages, WritePages
-from kvist.transfer import TransferReport, Transport
-from kvist.transfer.checksum import Pages, checksum_pages
-from kvist.transfer.epoch import EpochLock
-from kvist.transfer.inproc import INPROC, InprocTransport, PoolDirectory
-from kvist.transfer.jobs import LocalPool
-from kvist.transfer.shm import ShmTransport
-from kvist.wire import PoolAddress
+from kvist.transfer.host_pages import Pages
 
-LAYOUT = PageLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype="float32")
-NUM_PAGES = 12
 A, B = HandoffId("a"), HandoffId("b")
 
 
-@dataclass
-class Side:
-    """One engine's transport and pool, with what it has reported so far."""
-
-    epoch: EpochId
-    pool: LocalPool
-    transport: Transport
-    woken: threading.Event
-    kill: Callable[[], None]
-    reports: list[TransferReport] = field(default_factory=list)
-
-    def wait_for(self, num_reports: int) -> list[TransferReport]:
-        while len(self.reports) < num_reports:
-            assert self.woken.wait(timeout=10), f"only {self.reports} came"
-            self.woken.clear()
-            self.reports += self.transport.poll()
-        return self.reports
-
-    def fill(self, seed: int) -> None:
-        self.pool.pages[:] = np.random.default_rng(seed).integers(0, 256, self.pool.pages.shape, np.uint8)
+@pytest.fixture(scope="module")
+def gpu_peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuPeers]:
+    peers = GpuPeers(tmp_path_factory.mktemp("run").resolve())
+    yield peers
+    peers.close()
 
 
-class InprocHost:
-    def __init__(self) -> None:
-        self.directory = PoolDirectory()
-        self.sides: list[Side] = []
-
-    def side(self, name: str) -> Side:
-        epoch = EpochId(name)
-        address = PoolAddress(
-            transport=INPROC,
-            location=name,
-            num_pages=NUM_PAGES,
-            page_bytes=LAYOUT.page_bytes,
-            layout=LAYOUT.describe(),
-        )
-        pool = LocalPool(pages=np.zeros((NUM_PAGES, LAYOUT.page_bytes), np.uint8), address=address)
-        woken = threading.Event()
-        transport = InprocTransport(local=pool, directory=self.directory, wakeup=woken.set)
-        return Side(epoch, pool, transport, woken, kill=lambda: self.directory.kill(epoch))
-
-    def close(self) -> None: ...
-
-
-class ShmHost:
-    def __init__(self, runtime_dir: Path) -> None:
-        self.runtime_dir = runtime_dir
-        self.closing: list[Callable[[], None]] = []
-
-    def side(self, name: str) -> Side:
-        epoch = EpochId(name)
-        lock = EpochLock(self.runtime_dir, epoch)
-        pool = DevicePool.create(LAYOUT, NUM_PAGES, device=torch.device("cpu"), directory=self.runtime_dir)
-        local = LocalPool(pages=pool.bytes, address=pool.address)
-        woken = threading.Event()
-        transport = ShmTransport(local=local, runtime_dir=self.runtime_dir, wakeup=woken.set)
-
-        def kill() -> None:
-            transport.close()
-            pool.close()
-            lock.close()
-
-        self.closing.append(kill)
-        return Side(epoch, local, transport, woken, kill=kill)
-
-    def close(self) -> None:
-        for kill in self.closing:
-            kill()
-
-
-@pytest.fixture(params=["inproc", "shm"])
-def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[InprocHost | ShmHost]:
-    made = InprocHost() if request.param == "inproc" else ShmHost(tmp_path.resolve())
+@pytest.fixture(
+    params=[
+        "inproc",
+        "shm",
+        "device pages on a CPU",
+        pytest.param("one GPU", marks=pytest.mark.gpu),
+        pytest.param("two GPUs", marks=pytest.mark.gpu),
+    ]
+)
+def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
+    made: Host
+    if request.param == "inproc":
+        made = InprocHost()
+    elif request.param.endswith(("GPU", "GPUs")):
+        num_gpus = 1 if request.param == "one GPU" else 2
+        if torch.cuda.device_count() < num_gpus:
+            pytest.skip(f"torch sees {torch.cuda.device_count()} GPUs")
+        made = GpuHost(request.getfixturevalue("gpu_peers"), peer_device=f"cuda:{num_gpus - 1}")
+    else:
+        made = ShmHost(tmp_path.resolve(), as_device=request.param != "shm")
     yield made
     made.close()
 
 
 @pytest.fixture
-def source(host: InprocHost | ShmHost) -> Side:
+def source(host: Host) -> Side:
     side = host.side("source")
     side.fill(1)
     return side
 
 
 @pytest.fixture
-def target(host: InprocHost | ShmHost) -> Side:
+def target(host: Host) -> Side:
     return host.side("target")
 
 
@@ -123,7 +66,7 @@ def write(
     handoff_id: HandoffId, to: Side, page_ids: tuple[int, ...], peer_page_ids: tuple[int, ...] | None = None
 ) -> WritePages:
     return WritePages(
-        handoff_id=handoff_id, pool=to.pool.address, page_ids=page_ids, peer_page_ids=peer_page_ids or page_ids
+        handoff_id=handoff_id, pool=to.address, page_ids=page_ids, peer_page_ids=peer_page_ids or page_ids
     )
 
 
@@ -134,10 +77,10 @@ def untouched(pages: Pages) -> bool:
 def test_pages_arrive_byte_for_byte_where_they_were_granted(source: Side, target: Side) -> None:
     source.transport.write(write(A, target, (3, 0, 7), (5, 6, 1)))
     [report] = source.wait_for(1)
-    assert report == WritesCompleted(handoff_id=A, num_pages=3, checksum=checksum_pages(source.pool.pages, (3, 0, 7)))
+    assert report == WritesCompleted(handoff_id=A, num_pages=3, checksum=source.checksum((3, 0, 7)))
     for page_id, peer_page_id in ((3, 5), (0, 6), (7, 1)):
-        np.testing.assert_array_equal(target.pool.pages[peer_page_id], source.pool.pages[page_id])
-    assert untouched(target.pool.pages[[0, 2, 3, 4, 7, 8, 9, 10, 11]])
+        np.testing.assert_array_equal(target.pages()[peer_page_id], source.pages()[page_id])
+    assert untouched(target.pages()[[0, 2, 3, 4, 7, 8, 9, 10, 11]])
 
 
 def test_the_receiver_computes_the_checksum_that_the_writer_reports(source: Side, target: Side) -> None:
@@ -156,7 +99,7 @@ def test_a_changed_byte_or_another_order_is_another_checksum(source: Side, targe
     assert isinstance(sent, WritesCompleted)
     target.transport.verify(VerifyPages(handoff_id=A, page_ids=(1, 0)))
     target.wait_for(1)
-    target.pool.pages[1, 17] ^= 1
+    target.flip_a_bit(1)
     target.transport.verify(VerifyPages(handoff_id=A, page_ids=(0, 1)))
     seen = {report.checksum for report in target.wait_for(2) if isinstance(report, PagesVerified)}
     assert len(seen | {sent.checksum}) == 3
@@ -166,27 +109,23 @@ def test_chunks_of_a_handoff_complete_in_order_and_add_up(source: Side, target: 
     for start in range(0, 12, 3):
         source.transport.write(write(A, target, tuple(range(start, start + 3))))
     reports = source.wait_for(4)
-    expected = [checksum_pages(source.pool.pages, tuple(range(count))) for count in (3, 6, 9, 12)]
+    expected = [source.checksum(tuple(range(count))) for count in (3, 6, 9, 12)]
     assert reports == [
         WritesCompleted(handoff_id=A, num_pages=3 * (index + 1), checksum=checksum)
         for index, checksum in enumerate(expected)
     ]
 
 
-def test_concurrent_handoffs_keep_their_own_sums(source: Side, target: Side, host: InprocHost | ShmHost) -> None:
+def test_concurrent_handoffs_keep_their_own_sums(source: Side, target: Side, host: Host) -> None:
     other = host.side("other")
     for page_id in range(6):
         source.transport.write(write(A, target, (page_id,)))
         source.transport.write(write(B, other, (page_id + 6,)))
     last = {report.handoff_id: report for report in source.wait_for(12)}
-    assert last[A] == WritesCompleted(
-        handoff_id=A, num_pages=6, checksum=checksum_pages(source.pool.pages, tuple(range(6)))
-    )
-    assert last[B] == WritesCompleted(
-        handoff_id=B, num_pages=6, checksum=checksum_pages(source.pool.pages, tuple(range(6, 12)))
-    )
-    assert untouched(target.pool.pages[6:])
-    assert untouched(other.pool.pages[:6])
+    assert last[A] == WritesCompleted(handoff_id=A, num_pages=6, checksum=source.checksum(tuple(range(6))))
+    assert last[B] == WritesCompleted(handoff_id=B, num_pages=6, checksum=source.checksum(tuple(range(6, 12))))
+    assert untouched(target.pages()[6:])
+    assert untouched(other.pages()[:6])
 
 
 def test_stop_reports_what_was_written_and_nothing_is_written_after_it(source: Side, target: Side) -> None:
@@ -196,10 +135,10 @@ def test_stop_reports_what_was_written_and_nothing_is_written_after_it(source: S
     source.transport.write(write(A, target, (2, 3)))
     source.transport.write(write(B, target, (4,)))  # when this is done, a write of A would have been too
     assert source.wait_for(3)[1:] == [
-        WritesCompleted(handoff_id=A, num_pages=2, checksum=checksum_pages(source.pool.pages, (0, 1))),
-        WritesCompleted(handoff_id=B, num_pages=1, checksum=checksum_pages(source.pool.pages, (4,))),
+        WritesCompleted(handoff_id=A, num_pages=2, checksum=source.checksum((0, 1))),
+        WritesCompleted(handoff_id=B, num_pages=1, checksum=source.checksum((4,))),
     ]
-    assert untouched(target.pool.pages[2:4])
+    assert untouched(target.pages()[2:4])
 
 
 def test_stop_is_answered_once_though_earlier_completions_were_not_polled(source: Side, target: Side) -> None:
@@ -216,9 +155,7 @@ def test_stop_is_answered_once_though_earlier_completions_were_not_polled(source
 
 def test_stop_of_an_unknown_handoff_is_answered_with_no_pages(source: Side) -> None:
     source.transport.stop(A)
-    assert source.wait_for(1) == [
-        WritesCompleted(handoff_id=A, num_pages=0, checksum=checksum_pages(source.pool.pages, ()))
-    ]
+    assert source.wait_for(1) == [WritesCompleted(handoff_id=A, num_pages=0, checksum=source.checksum(()))]
 
 
 @pytest.mark.parametrize(
@@ -235,22 +172,22 @@ def test_stop_of_an_unknown_handoff_is_answered_with_no_pages(source: Side) -> N
 def test_a_pool_that_is_not_what_we_expect_is_refused_before_the_first_byte(
     source: Side, target: Side, change: dict[str, object], says: str
 ) -> None:
-    pool = msgspec.structs.replace(target.pool.address, **change)
+    pool = msgspec.structs.replace(target.address, **change)
     source.transport.write(WritePages(handoff_id=A, pool=pool, page_ids=(0, 3), peer_page_ids=(0, 3)))
     [report] = source.wait_for(1)
     assert isinstance(report, WritesFailed)
     assert says in report.message
-    assert untouched(target.pool.pages)
+    assert untouched(target.pages())
 
 
 def test_after_a_failure_later_writes_of_the_handoff_are_not_done(source: Side, target: Side) -> None:
-    wrong = msgspec.structs.replace(target.pool.address, layout="other")
+    wrong = msgspec.structs.replace(target.address, layout="other")
     source.transport.write(WritePages(handoff_id=A, pool=wrong, page_ids=(0,), peer_page_ids=(0,)))
     source.transport.write(write(A, target, (1,)))
     source.transport.write(write(B, target, (2,)))
     reports = source.wait_for(2)
     assert [type(report) for report in reports] == [WritesFailed, WritesCompleted]
-    assert untouched(target.pool.pages[1])
+    assert untouched(target.pages()[1])
 
 
 def test_a_write_to_a_peer_that_is_gone_fails(source: Side, target: Side) -> None:
@@ -279,4 +216,4 @@ def test_nothing_is_written_after_close(source: Side, target: Side) -> None:
     source.transport.close()
     source.transport.write(write(A, target, (0,)))
     assert source.transport.poll() == []
-    assert untouched(target.pool.pages)
+    assert untouched(target.pages())

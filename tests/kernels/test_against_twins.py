@@ -14,6 +14,7 @@ from kvist.kernels.decode_attention import (
     plan_decodes_torch,
 )
 from kvist.kernels.norm import add_rms_norm, add_rms_norm_torch
+from kvist.kernels.pages import copy_pages, sum_pages, sum_pages_torch
 from kvist.kernels.rotary import Rotary, rotate_and_write, rotate_and_write_torch, rotation, rotation_torch
 from kvist.kernels.sampling import choose_tokens, choose_tokens_torch, gumbel_noise, hash_tokens
 from kvist.kernels.skinny import GATED_ROWS, skinny_gated, skinny_gated_torch, skinny_linear, skinny_linear_torch
@@ -191,3 +192,14 @@ def test_decode_attention(rng: torch.Generator, lengths: list[int], q_heads: int
     assert_near(out.cpu(), want)
     assert (out[len(lengths) :] == 3.0).all(), "rows that are no decodes are left alone"
     assert all((out[row] == 3.0).all() for row, length in enumerate(lengths) if not length)
+
+
+@pytest.mark.parametrize("num_words", [4, 2048, 2049, 5000, 114_688])
+def test_page_sums_are_those_of_the_cpu_and_copies_land_where_they_should(rng: torch.Generator, num_words: int) -> None:
+    pages = torch.randint(-(2**63), 2**63 - 1, (9, num_words), generator=rng)
+    on_gpu, target = pages.to(CUDA), torch.zeros(7, num_words, dtype=torch.int64, device=CUDA)
+    want = sum_pages_torch(pages[[3, 0, 8]])
+    assert torch.equal(sum_pages(on_gpu, (3, 0, 8)).cpu(), want)
+    assert torch.equal(copy_pages(on_gpu, (3, 0, 8), target.data_ptr(), (6, 1, 2)).cpu(), want)
+    assert torch.equal(target[[6, 1, 2]].cpu(), pages[[3, 0, 8]])
+    assert not target[[0, 3, 4, 5]].any()

@@ -132,6 +132,18 @@ def test_too_little_memory_is_an_error(weights_bytes: int) -> None:
         )
 
 
+def test_what_others_have_left_must_hold_it_and_is_not_what_it_is_measured_by() -> None:
+    """Workers that share a GPU get the same pools in whichever order they start, or are told."""
+    common = {"available_bytes": 10 * GIB, "weights_bytes": GIB, "mem_fraction_static": 0.5}
+    first = plan_pool_size(LAYOUT, **common, free_bytes=10 * GIB)
+    second = plan_pool_size(LAYOUT, **common, free_bytes=5 * GIB)
+    assert first.num_pages == second.num_pages == 4 * GIB // LAYOUT.page_bytes
+    with pytest.raises(ConfigError, match=r"others have left 4\.00 GiB.*lower --mem-fraction-static"):
+        plan_pool_size(LAYOUT, **common, free_bytes=4 * GIB)
+    small = plan_pool_size(LAYOUT, **common, free_bytes=2 * GIB, max_total_tokens=1000)
+    assert small.num_pages == 250
+
+
 def test_a_pool_that_was_asked_for_too_small_names_the_flag_that_asked() -> None:
     with pytest.raises(ConfigError, match="raise --max-total-tokens"):
         plan_pool_size(

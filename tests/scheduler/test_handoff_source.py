@@ -289,6 +289,7 @@ def test_a_refused_request_closes_its_early_grant_with_the_same_code() -> None:
     "bad",
     [
         msgspec.structs.replace(grant(), pool=pool(D, layout="another")),
+        msgspec.structs.replace(grant(), pool=msgspec.structs.replace(pool(D), transport="another")),
         msgspec.structs.replace(grant(), pool=msgspec.structs.replace(pool(D), page_bytes=PAGE_BYTES * 2)),
         grant(page_ids=(7, 8)),
         grant(page_ids=(7, 8, 12)),

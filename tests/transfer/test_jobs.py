@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import pytest
 
 from kvist.request import HandoffId
-from kvist.scheduler.events import WritesCompleted, WritesFailed
-from kvist.scheduler.plan import WritePages
-from kvist.transfer import jobs
-from kvist.transfer.checksum import Pages
-from kvist.transfer.jobs import LocalPool, TransferJobs
+from kvist.scheduler.events import PagesVerified, WritesCompleted, WritesFailed
+from kvist.scheduler.plan import VerifyPages, WritePages
+from kvist.transfer import TransferReport, jobs
+from kvist.transfer.host_pages import HostPages, Pages
+from kvist.transfer.jobs import TransferJobs
 from kvist.wire import PoolAddress
 
 ADDRESS = PoolAddress(transport="test", location="here", num_pages=4, page_bytes=32, layout="l")
 
 
 class Copier:
-    """A worker moved by hand."""
+    """A worker moved by hand, and pages that can be interfered with while they are copied."""
 
-    def __init__(self) -> None:
-        self.source = np.arange(128, dtype=np.uint8).reshape(4, 32)
+    def __init__(self, pages_at_once: int = 1) -> None:
         self.target = np.zeros((4, 32), np.uint8)
         self.num_wakeups = 0
-        self.jobs = TransferJobs(LocalPool(pages=self.source, address=ADDRESS), self.open_peer, self.wakeup)
+        self.pages_at_once = pages_at_once
+        self.copied: list[tuple[int, ...]] = []  # by call
+        self.while_copying: Callable[[], None] = lambda: None
+        self._host = HostPages(np.arange(128, dtype=np.uint8).reshape(4, 32))
+        self.jobs = TransferJobs(address=ADDRESS, pages=self, open_peer=self.open_peer, wakeup=self.wakeup)
+
+    def copy(self, page_ids: tuple[int, ...], peer: Pages, peer_page_ids: tuple[int, ...]) -> list[bytes]:
+        self.copied.append(page_ids)
+        digests = self._host.copy(page_ids, peer, peer_page_ids)
+        self.while_copying()
+        return digests
+
+    def digests(self, page_ids: tuple[int, ...]) -> list[bytes]:
+        return self._host.digests(page_ids)
+
+    def work(self) -> list[TransferReport]:
+        while self.jobs.work_one(wait=False):
+            pass
+        return self.jobs.poll()
 
     def open_peer(self, address: PoolAddress) -> Pages:
         assert address == ADDRESS
@@ -36,15 +56,13 @@ class Copier:
         self.jobs.write(job)
 
 
-def test_a_full_queue_fails_the_handoff_that_found_it_full_and_no_other(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_full_queue_fails_the_handoff_that_found_it_full_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "MAX_QUEUED_WRITES", 2)
     copier = Copier()
     copier.write("a", 0)
     copier.write("b", 1)
     copier.write("b", 2)
-    while copier.jobs.work_one(wait=False):
-        pass
-    done, failed = copier.jobs.poll()
+    done, failed = copier.work()
     assert isinstance(done, WritesCompleted)
     assert done.handoff_id == "a"
     assert isinstance(failed, WritesFailed)
@@ -57,34 +75,49 @@ def test_every_report_wakes_the_loop() -> None:
     copier = Copier()
     copier.write("a", 0)
     copier.jobs.stop(HandoffId("b"))
-    while copier.jobs.work_one(wait=False):
-        pass
-    assert copier.num_wakeups == len(copier.jobs.poll()) == 2
+    assert len(copier.work()) == copier.num_wakeups == 2
 
 
-def test_a_stop_in_the_middle_of_a_job_ends_it_at_the_page_and_tells_how_far_it_came(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    copier = Copier()
-    copyto = np.copyto
-
-    def copy_and_stop(target: Pages, source: Pages) -> None:
-        copyto(target, source)
-        copier.jobs.stop(HandoffId("a"))
-
-    monkeypatch.setattr(jobs.np, "copyto", copy_and_stop)
+@pytest.mark.parametrize("pages_at_once", [1, 2])
+def test_a_stop_in_the_middle_of_a_job_ends_it_at_the_group_and_tells_how_far_it_came(pages_at_once: int) -> None:
+    copier = Copier(pages_at_once)
+    copier.while_copying = lambda: copier.jobs.stop(HandoffId("a"))
     copier.write("a", 0, 1, 2)
-    while copier.jobs.work_one(wait=False):
-        pass
-    [report] = copier.jobs.poll()
+    [report] = copier.work()
     assert isinstance(report, WritesCompleted)
-    assert report.num_pages == 1
-    assert not copier.target[1:].any()
+    assert report.num_pages == pages_at_once
+    assert copier.target[pages_at_once - 1].any()
+    assert not copier.target[pages_at_once:].any()
 
 
-def test_the_oldest_handoffs_are_forgotten_first(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_close_in_the_middle_of_a_job_ends_it_at_the_group_without_a_word() -> None:
+    copier = Copier(2)
+    copier.while_copying = copier.jobs.close
+    copier.write("a", 0, 1, 2)
+    assert copier.work() == []
+    assert copier.copied == [(0, 1)]
+
+
+def test_groups_change_neither_the_order_nor_the_checksum() -> None:
+    alone, grouped = Copier(1), Copier(3)
+    for copier in (alone, grouped):
+        copier.write("a", 3, 1, 0, 2)
+        copier.write("a", 0)
+    assert alone.work() == grouped.work()
+    assert grouped.copied == [(3, 1, 0), (2,), (0,)]
+
+
+def test_pages_that_cannot_be_read_have_a_checksum_that_nobody_sent() -> None:
+    copier = Copier()
+    copier.digests = None  # type: ignore[method-assign, assignment]
+    copier.jobs.verify(VerifyPages(handoff_id=HandoffId("a"), page_ids=(0,)))
+    assert copier.work() == [PagesVerified(handoff_id=HandoffId("a"), checksum="")]
+
+
+def test_the_oldest_handoffs_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "MAX_HANDOFFS", 2)
     copier = Copier()
     for handoff in "abc":
         copier.write(handoff, 0)
-    while copier.jobs.work_one(wait=False):
-        pass
+    copier.work()
     assert len(copier.jobs._handoffs) == 2

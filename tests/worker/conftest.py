@@ -39,9 +39,8 @@ from kvist.request import (
 )
 from kvist.runner.runner import Runner
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
+from kvist.transfer import Transport, make_transport
 from kvist.transfer.epoch import EpochLock
-from kvist.transfer.jobs import LocalPool
-from kvist.transfer.shm import ShmTransport
 from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
 
@@ -147,7 +146,7 @@ class SmallEngine:
     channel: MemoryChannel
     loop: EngineLoop
     scheduler: Scheduler
-    transport: ShmTransport
+    transport: Transport
     pool: DevicePool
     lock: EpochLock
 
@@ -210,11 +209,7 @@ class World:
         )
         scheduler = build_scheduler(role, scheduler_config, cache, epoch, pool.address)
         channel = MemoryChannel(self, epoch, f"mem://{epoch}")
-        transport = ShmTransport(
-            local=LocalPool(pages=pool.bytes, address=pool.address),
-            runtime_dir=self._runtime_dir,
-            wakeup=channel.wakeup,
-        )
+        transport = make_transport(pool, runtime_dir=self._runtime_dir, wakeup=channel.wakeup)
         parts = LoopParts(
             spec=self._spec(role, epoch, channel.endpoint, num_pages),
             scheduler=scheduler,

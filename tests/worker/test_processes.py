@@ -87,7 +87,9 @@ class Cluster:
         self._model_path, self._runtime_dir = model_path, runtime_dir
         self._engines: list[Engine] = []
 
-    def start(self, *roles: str, scheduler: SchedulerOptions | None = None, tp: int = 1) -> list[Engine]:
+    def start(
+        self, *roles: str, scheduler: SchedulerOptions | None = None, tp: int = 1, **settings: object
+    ) -> list[Engine]:
         config = EngineConfig(
             model_path=str(self._model_path),
             load_format="dummy",
@@ -97,7 +99,7 @@ class Cluster:
             runtime_dir=str(self._runtime_dir),
             scheduler=scheduler or SchedulerOptions(),
         )
-        started = [Engine(replace(config, role=role)) for role in roles]
+        started = [Engine(replace(config, role=role, **settings)) for role in roles]  # type: ignore[arg-type]
         self._engines += started
         for engine in started:
             engine.wait_ready(self._context)
@@ -121,6 +123,17 @@ def model_path(tiny_model_path: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cluster(model_path: Path, tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(model_path, tmp_path / "run")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def gpu_cluster(model_path: Path, tmp_path: Path) -> Iterator[Cluster]:
+    """As `cluster`, with heads of a width that GPU kernels are made for."""
+    config = msgspec.json.decode((model_path / "config.json").read_bytes())
+    config.update(hidden_size=256, intermediate_size=704)
+    (model_path / "config.json").write_bytes(msgspec.json.encode(config))
     made = Cluster(model_path, tmp_path / "run")
     yield made
     made.close()
@@ -175,6 +188,75 @@ def test_two_processes_answer_as_one_does(cluster: Cluster) -> None:
     handoff = decode.chunks[0].handoff
     assert handoff is not None
     assert handoff.num_pages == -(-700 // 16)
+
+
+ON_GPU = {"device": "cuda", "dtype": "float32", "attention_backend": "torch"}  # as exact as on a CPU
+
+
+def assert_pair_equals_unified(unified: Engine, prefill: Engine, decode: Engine, num_prompt_tokens: int) -> None:
+    request = make_request(f"r{num_prompt_tokens}", num_prompt_tokens)
+    for engine in (unified, prefill, decode):
+        engine.chunks.clear()
+        engine.ended.clear()
+    unified.send(wire.Submit(request=request, mode=Mode.FULL))
+    submit_pair(prefill, decode, request)
+    until(lambda: unified.ended and prefill.ended and decode.ended, unified, prefill, decode)
+    for engine in (unified, prefill, decode):
+        assert [ended.outcome for ended in engine.ended] == [Outcome.FINISHED], engine.ended
+    assert len(tokens(unified)) == 20
+    assert tokens(prefill, decode) == tokens(unified)
+    handoff = decode.chunks[0].handoff
+    assert handoff is not None
+    assert handoff.num_pages == -(-num_prompt_tokens // 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)  # kernels may have to be compiled
+def test_prefill_and_decode_on_one_gpu_equal_unified(gpu_cluster: Cluster) -> None:
+    unified, prefill, decode = gpu_cluster.start("unified", "prefill", "decode", **ON_GPU)
+    for num_prompt_tokens in (1, 16, 17, 700):
+        assert_pair_equals_unified(unified, prefill, decode, num_prompt_tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)  # kernels may have to be compiled
+def test_prefill_and_decode_on_two_gpus_equal_unified(gpu_cluster: Cluster) -> None:
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU here")
+    [prefill, unified] = gpu_cluster.start("prefill", "unified", **ON_GPU)
+    [decode] = gpu_cluster.start("decode", base_gpu_id=1, **ON_GPU)
+    for num_prompt_tokens in (1, 16, 17, 700):
+        assert_pair_equals_unified(unified, prefill, decode, num_prompt_tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)  # kernels may have to be compiled
+def test_decode_killed_during_a_transfer_on_a_gpu_leaves_prefill_serving(gpu_cluster: Cluster) -> None:
+    """Its memory is still mapped, perhaps written to, when it dies."""
+    prefill, decode = gpu_cluster.start("prefill", "decode", scheduler=SLOW, **ON_GPU)
+    submit_pair(prefill, decode, make_request("r", 7000))
+    until(lambda: decode.load is not None and decode.load.num_in_flight_pages > 0, decode)
+    decode.kill()
+    until(lambda: prefill.ended, prefill)
+    assert [ended.outcome for ended in prefill.ended] == [Outcome.FAILED]
+    [other] = gpu_cluster.start("decode", **ON_GPU)
+    submit_pair(prefill, other, make_request("again", 40))
+    until(lambda: other.ended, prefill, other)
+    assert [ended.outcome for ended in other.ended] == [Outcome.FINISHED]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)  # kernels may have to be compiled
+def test_pages_on_a_gpu_are_not_handed_to_a_cpu(gpu_cluster: Cluster) -> None:
+    [prefill] = gpu_cluster.start("prefill", **ON_GPU)
+    [decode] = gpu_cluster.start("decode", device="cpu")
+    submit_pair(prefill, decode, make_request("r", 40))
+    until(lambda: prefill.ended and decode.ended, prefill, decode)
+    for engine in (prefill, decode):
+        assert [ended.outcome for ended in engine.ended] == [Outcome.FAILED]
+        assert "start both with the same --device" in (engine.ended[0].message or "")
 
 
 def test_two_ranks_answer_as_one_does_and_end_together(cluster: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""What `kvist up` runs: one `kvist serve` for each worker and one `kvist router`, with ports and threads dealt out.
+"""What `kvist up` runs: a `kvist serve` for each worker and one `kvist router`, with ports, threads and GPUs dealt out.
 
 A plain function from numbers to command lines; processes.py starts them.
 """
@@ -9,8 +9,10 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
 
 from kvist.channel import WILDCARD_HOSTS, bracketed
 from kvist.cluster.config import ClusterConfig
@@ -31,6 +33,10 @@ class ClusterShape:
     router_host: str = LOOPBACK
     router_port: int = 30000
     threads_per_worker: int = 1
+    num_gpus: int = 0  # to be dealt out, from `base_gpu_id` on
+    base_gpu_id: int = 0
+    gpus_per_worker: int = 1
+    memory_share: float | None = None  # of one GPU, for the workers on it together; None: each has been told its own
     python: str = sys.executable
 
 
@@ -46,7 +52,8 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
     kvist = (shape.python, "-m", "kvist")
     plans = []
     urls: dict[str, list[str]] = {"prefill": [], "decode": [], "unified": []}
-    for (name, role), port in zip(worker_names(shape.config), worker_ports, strict=True):
+    gpus = deal_gpus(shape)
+    for index, ((name, role), port) in enumerate(zip(worker_names(shape.config), worker_ports, strict=True)):
         url = f"http://{LOOPBACK}:{port}"
         urls[role].append(url)
         own = (f"--role={role}", f"--host={LOOPBACK}", f"--port={port}", "--stop-with-stdin")
@@ -54,7 +61,7 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
         plans.append(
             ChildPlan(
                 name=name,
-                argv=(*kvist, "serve", *shape.worker_argv, *threads, *own),
+                argv=(*kvist, "serve", *shape.worker_argv, *threads, *(gpus[index] if gpus else ()), *own),
                 url=url,
                 environ=shape.worker_environ,
             )
@@ -94,6 +101,32 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind((LOOPBACK, 0))
         return [int(one.getsockname()[1]) for one in sockets]
+
+
+def deal_gpus(shape: ClusterShape) -> list[tuple[str, ...]]:
+    """Options for each worker: its GPU, round-robin, and its share of the memory where several have the same one.
+
+    Nothing is dealt out where there are no GPUs, or fewer than one worker asks for (it will say so itself)."""
+    num_places = (shape.num_gpus - shape.base_gpu_id) // shape.gpus_per_worker
+    if num_places < 1:
+        return []
+    places = [index % num_places for index in range(shape.config.num_workers)]
+    dealt = []
+    for place in places:
+        options = [f"--base-gpu-id={shape.base_gpu_id + place * shape.gpus_per_worker}"]
+        if shape.memory_share is not None and places.count(place) > 1:
+            options.append(f"--mem-fraction-static={shape.memory_share / places.count(place):.4f}")
+        dealt.append(tuple(options))
+    return dealt
+
+
+def visible_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int:
+    """NVIDIA GPUs that a worker started from here would see, without asking the driver."""
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return sum(path.name.removeprefix("nvidia").isdecimal() for path in devices.glob("nvidia*"))
+    names = [name.strip() for name in chosen.split(",")]
+    return len(list(takewhile(lambda name: name not in ("", "-1"), names)))  # CUDA stops at the first that is no GPU
 
 
 def share_threads(num_workers: int, num_cores: int | None = None) -> int:

@@ -1,14 +1,17 @@
 """The L1 page pool: one tensor of whole pages, and how many pages it may have.
 
 Life cycle: `plan_pool_size` decides the page count, `DevicePool.create` makes the pool before the first step,
-`close` drops it when the engine stops. On a CPU the pool is a sparse file mapped into memory, so that
+`close` drops it when the engine stops. Every pool has a file, by which peers on this host reach its pages (transfer/).
+On a CPU the file is the pool, sparse and mapped into memory, so that
 
-- a peer engine on this host maps the same file and writes granted pages in place (transfer/),
+- a peer engine maps the same file and writes granted pages in place,
 - tensor-parallel ranks map it too, each working on its own heads of every page (`attach`),
 - a page that was never touched costs nothing.
 
+On CUDA the pool is device memory, and the file holds the handle that opens it (cuda_memory.py).
+
 The creator holds an flock on the file while it lives; `create` first removes files whose creator is gone, because a
-killed engine cannot. On CUDA the pool is plain device memory and nobody else can map it yet.
+killed engine cannot.
 
 It decides nothing about pages: who owns which is kv/cache.py's.
 """
@@ -21,6 +24,7 @@ import os
 import secrets
 import stat
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +34,11 @@ import torch
 from torch import Tensor
 
 from kvist.errors import ConfigError, EngineError
+from kvist.kv import cuda_memory
 from kvist.kv.layout import PageLayout
 from kvist.wire import PoolAddress
 
+SHM, CUDA_IPC = "shm", "cuda-ipc"  # how peers reach a pool: `PoolAddress.transport`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARED_MEMORY = Path("/dev/shm")
 _GIB = 1 << 30
@@ -43,49 +49,56 @@ class DevicePool:
     """Pages of one engine. `tensor` is [num_pages, num_kv_heads, num_layers, 2, page_size, head_dim]."""
 
     def __init__(
-        self, *, tensor: Tensor, layout: PageLayout, path: Path | None, lock_fd: int | None, mapped: mmap.mmap | None
+        self,
+        *,
+        tensor: Tensor,
+        layout: PageLayout,
+        path: Path,
+        lock_fd: int | None,
+        mapped: mmap.mmap | None,
+        export_error: str = "",
     ) -> None:
         self.tensor = tensor
         self.layout = layout
         self.num_pages = int(tensor.shape[0])
+        self.export_error = export_error  # why no peer can reach the pages, if so
+        self.address = PoolAddress(  # where a peer on this host finds them
+            transport=CUDA_IPC if mapped is None else SHM,
+            location=str(path),
+            num_pages=self.num_pages,
+            page_bytes=layout.page_bytes,
+            layout=layout.describe(),
+        )
         self._path = path
         self._lock_fd = lock_fd  # None: attached, not created here
-        self._mapped = mapped
+        self._mapped = mapped  # None on CUDA
 
     @classmethod
     def create(
         cls, layout: PageLayout, num_pages: int, *, device: torch.device, directory: Path | None = None
     ) -> DevicePool:
-        """A new pool of zero pages. `directory` is for the CPU's file (default: `default_runtime_dir()`).
+        """A new pool of zero pages. `directory` is for its file (default: `default_runtime_dir()`).
 
-        Raises `ConfigError` when the file system has no room for it.
+        Raises `ConfigError` when there is no room for it.
         """
-        if device.type != "cpu":
-            shape = (num_pages, *layout.shape)
-            tensor = torch.zeros(shape, dtype=DTYPES[layout.dtype], device=device)
-            return cls(tensor=tensor, layout=layout, path=None, lock_fd=None, mapped=None)
         directory = directory or default_runtime_dir()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         remove_abandoned_pools(directory)
         num_bytes = num_pages * layout.page_bytes
+        if device.type != "cpu":
+            memory = _allocate(num_bytes, device)
+            exported = cuda_memory.export(memory)
+            path, fd = _publish(directory, lambda fd: os.write(fd, exported.encode()))
+            tensor = memory.view(DTYPES[layout.dtype]).view(num_pages, *layout.shape)
+            return cls(tensor=tensor, layout=layout, path=path, lock_fd=fd, mapped=None, export_error=exported.error)
         _check_room(directory, num_bytes)
-        path = directory / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
-        unnamed = path.with_suffix(".new")  # takes its name once locked, so that no sweep sees it unlocked
-        fd = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.ftruncate(fd, num_bytes)
-            _try_lock(fd)
-            os.rename(unnamed, path)
-        except OSError as error:
-            os.close(fd)
-            unnamed.unlink(missing_ok=True)
-            raise ConfigError(f"cannot make the page pool {path}: {error}") from error
+        path, fd = _publish(directory, lambda fd: os.ftruncate(fd, num_bytes))
         return cls._map(fd, layout, num_pages, path=path, lock_fd=fd)
 
     @classmethod
     def attach(cls, address: PoolAddress, layout: PageLayout) -> DevicePool:
         """Map a pool that another process created. Raises `EngineError` if it is gone or laid out otherwise."""
-        if address.transport != "shm" or address.layout != layout.describe():
+        if address.transport != SHM or address.layout != layout.describe():
             raise EngineError(f"cannot map pool {address.location}: it is {address.layout}, not {layout.describe()}")
         path = Path(address.location)
         try:
@@ -107,33 +120,44 @@ class DevicePool:
     def bytes(self) -> npt.NDArray[np.uint8]:
         """The same memory as [num_pages, page_bytes] uint8. CPU only."""
         if self._mapped is None:
-            raise EngineError(f"a pool on {self.tensor.device} has no bytes on the host; see `address`")
+            raise EngineError(f"a pool on {self.tensor.device} has no bytes on the host")
         return np.frombuffer(self._mapped, dtype=np.uint8).reshape(self.num_pages, self.layout.page_bytes)
-
-    @property
-    def address(self) -> PoolAddress:
-        """Where a peer on this host can write. Raises `EngineError` on CUDA."""
-        if self._path is None:
-            raise EngineError(
-                f"a pool on {self.tensor.device} cannot be handed over yet: no transport for device memory. "
-                "Serve with --role unified, or with --device cpu"
-            )
-        return PoolAddress(
-            transport="shm",
-            location=str(self._path),
-            num_pages=self.num_pages,
-            page_bytes=self.layout.page_bytes,
-            layout=self.layout.describe(),
-        )
 
     def close(self) -> None:
         """Remove the file. The memory itself goes when the last tensor over it and the last peer's mapping go."""
         self.tensor = torch.empty(0, dtype=self.tensor.dtype)
         self._mapped = None
-        if self._lock_fd is not None and self._path is not None:
+        if self._lock_fd is not None:
             self._path.unlink(missing_ok=True)
             os.close(self._lock_fd)
             self._lock_fd = None
+
+
+def _allocate(num_bytes: int, device: torch.device) -> Tensor:
+    try:
+        return cuda_memory.allocate(num_bytes, device)
+    except EngineError as error:
+        raise ConfigError(
+            f"the page pool needs {num_bytes / _GIB:.2f} GiB on {device}: {error.message}; "
+            "lower --mem-fraction-static or --max-total-tokens",
+            param="mem_fraction_static",
+        ) from error
+
+
+def _publish(directory: Path, fill: Callable[[int], object]) -> tuple[Path, int]:
+    """A new pool file, filled and locked: (path, descriptor that holds the lock)."""
+    path = directory / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
+    unnamed = path.with_suffix(".new")  # takes its name once locked, so that no sweep sees it unlocked
+    fd = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        fill(fd)
+        _try_lock(fd)
+        os.rename(unnamed, path)
+    except OSError as error:
+        os.close(fd)
+        unnamed.unlink(missing_ok=True)
+        raise ConfigError(f"cannot make the page pool {path}: {error}") from error
+    return path, fd
 
 
 # ---------------------------------------------------------------- the runtime directory
@@ -209,9 +233,10 @@ class PoolSize:
 def plan_pool_size(
     layout: PageLayout,
     *,
-    available_bytes: int,  # before the weights were loaded
+    available_bytes: int,  # before the weights were loaded; of a GPU all that it has, used or not
     weights_bytes: int,
     mem_fraction_static: float,
+    free_bytes: int | None = None,  # what others have left of it
     reserve_bytes: int = 0,  # for what is made after the pool: captured graphs
     max_total_tokens: int | None = None,  # the user's own number
     cap_tokens: int | None = None,  # the device's default limit, where memory alone would give absurdly many
@@ -219,7 +244,8 @@ def plan_pool_size(
 ) -> PoolSize:
     """Weights, reserve and pool take `mem_fraction_static` of the available memory, unless a token limit is lower.
 
-    Raises `ConfigError` when fewer than `min_tokens` fit, or when `max_total_tokens` is more than fits.
+    Raises `ConfigError` when fewer than `min_tokens` fit, when `max_total_tokens` is more than fits, or when others
+    have left less than is wanted: what one of several workers on a GPU takes must not depend on who started first.
     """
     budget_bytes = int(available_bytes * mem_fraction_static) - weights_bytes - reserve_bytes
     fitting = max(0, budget_bytes // layout.page_bytes)
@@ -244,6 +270,13 @@ def plan_pool_size(
             f"the page pool would hold {num_pages * layout.page_size} tokens, fewer than {min_tokens} ({reason}): "
             f"raise {remedy}",
             param="max_total_tokens" if asked else "mem_fraction_static",
+        )
+    wanted_bytes = weights_bytes + reserve_bytes + num_pages * layout.page_bytes
+    if free_bytes is not None and wanted_bytes > free_bytes:
+        raise ConfigError(
+            f"{wanted_bytes / _GIB:.2f} GiB are wanted ({reason}), but others have left {free_bytes / _GIB:.2f} GiB of "
+            "this GPU: lower --mem-fraction-static, whose sum over all workers of one GPU must stay below 1",
+            param="mem_fraction_static",
         )
     size_gib = num_pages * layout.page_bytes / _GIB
     return PoolSize(

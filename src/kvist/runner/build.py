@@ -198,9 +198,11 @@ def _pool_size(
 ) -> PoolSize:
     runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     num_weights = sum(math.prod(shape) for shape in expected_tensors(model_config).values())
+    free_bytes = available_memory_bytes(device, runtime_dir)
     return plan_pool_size(
         layout,
-        available_bytes=available_memory_bytes(device, runtime_dir),
+        available_bytes=torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else free_bytes,
+        free_bytes=free_bytes,
         weights_bytes=num_weights * DTYPES[layout.dtype].itemsize,
         reserve_bytes=_graphs_bytes(config) if device.type == "cuda" and config.use_graphs else 0,
         mem_fraction_static=config.mem_fraction_static,

@@ -269,6 +269,11 @@ class SourceHalf:
         self._push(handoff)
 
     def _fault_of(self, grant: Grant, num_pages: int) -> str | None:
+        if grant.pool.transport != self._pool.transport:
+            return (
+                f"decode's pages are reached by {grant.pool.transport!r}, prefill's by {self._pool.transport!r}: start "
+                "both with the same --device"
+            )
         if grant.pool.layout != self._pool.layout or grant.pool.page_bytes != self._pool.page_bytes:
             return (
                 f"decode keeps its pages as {grant.pool.layout} ({grant.pool.page_bytes} bytes), prefill as "

@@ -14,13 +14,16 @@ scheduler's affair (docs/handoff.md). What it owes the scheduler is this:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
+from kvist.kv.device import CUDA_IPC, DevicePool
 from kvist.request import EpochId, HandoffId
 from kvist.scheduler.events import PagesVerified, WritesCompleted, WritesFailed
 from kvist.scheduler.plan import VerifyPages, WritePages
 
-__all__ = ["TransferReport", "Transport"]
+__all__ = ["TransferReport", "Transport", "make_transport"]
 
 TransferReport = WritesCompleted | WritesFailed | PagesVerified
 
@@ -52,3 +55,14 @@ class Transport(Protocol):
     def close(self) -> None:
         """No byte is written once this returns. Jobs that have not begun are dropped without a report."""
         ...
+
+
+def make_transport(pool: DevicePool, *, runtime_dir: Path, wakeup: Callable[[], None]) -> Transport:
+    """The transport between pools like this one. `runtime_dir` is the host's folder of pool and lock files."""
+    if pool.address.transport == CUDA_IPC:
+        from kvist.transfer.cuda_ipc import cuda_ipc_transport
+
+        return cuda_ipc_transport(pool, runtime_dir, wakeup)
+    from kvist.transfer.shm import shm_transport
+
+    return shm_transport(pool, runtime_dir, wakeup)

@@ -1,26 +1,26 @@
 """The checksum that both sides of a handoff compute: the writer over what it read, the receiver over what arrived.
 
-A fold of page digests and not one hash over all bytes, so that it grows page by page while copying.
+A fold of page digests and not one hash over all bytes, so that it grows page by page while copying. What a page's
+digest is depends on the memory: xxh3_128 on the host, two sums on a GPU (kernels/pages.py). Either is an error check,
+not protection from somebody who chooses the bytes.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-import xxhash
+from collections.abc import Iterable
 
-Pages = npt.NDArray[np.uint8]  # [num_pages, page_bytes], C-contiguous rows
+import xxhash
 
 
 class RunningChecksum:
-    """xxh3_128 over the xxh3_128 digests of the pages, in the order they were added."""
+    """xxh3_128 over the digests of the pages, in the order they were added."""
 
     def __init__(self) -> None:
         self._fold = xxhash.xxh3_128()
 
-    def add(self, page: Pages) -> None:
-        """`page` is one row of a pool: [page_bytes], contiguous."""
-        self._fold.update(xxhash.xxh3_128_digest(page.data))
+    def add(self, digests: Iterable[bytes]) -> None:
+        for digest in digests:
+            self._fold.update(digest)
 
     def hexdigest(self) -> str:
         """32 hex digits; the checksum of no page at all is a value too."""
@@ -28,8 +28,7 @@ class RunningChecksum:
         return digest
 
 
-def checksum_pages(pages: Pages, page_ids: tuple[int, ...]) -> str:
+def fold(digests: Iterable[bytes]) -> str:
     running = RunningChecksum()
-    for page_id in page_ids:
-        running.add(pages[page_id])
+    running.add(digests)
     return running.hexdigest()

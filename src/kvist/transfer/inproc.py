@@ -11,8 +11,8 @@ from kvist.errors import Unavailable
 from kvist.request import EpochId, HandoffId
 from kvist.scheduler.plan import VerifyPages, WritePages
 from kvist.transfer import TransferReport
-from kvist.transfer.checksum import Pages
-from kvist.transfer.jobs import LocalPool, TransferJobs
+from kvist.transfer.host_pages import HostPages, Pages
+from kvist.transfer.jobs import TransferJobs
 from kvist.wire import PoolAddress
 
 INPROC = "inproc"
@@ -41,12 +41,14 @@ class PoolDirectory:
 
 
 class InprocTransport:
-    def __init__(self, *, local: LocalPool, directory: PoolDirectory, wakeup: Callable[[], None]) -> None:
-        assert local.address.transport == INPROC
+    def __init__(
+        self, *, address: PoolAddress, pages: Pages, directory: PoolDirectory, wakeup: Callable[[], None]
+    ) -> None:
+        assert address.transport == INPROC
         self._directory = directory
         self._wakeup = wakeup
-        self._jobs = TransferJobs(local, self._open_peer, wakeup)
-        directory.publish(EpochId(local.address.location), local.pages)
+        self._jobs = TransferJobs(address=address, pages=HostPages(pages), open_peer=self._open_peer, wakeup=wakeup)
+        directory.publish(EpochId(address.location), pages)
 
     def write(self, job: WritePages) -> None:
         self._jobs.write(job)

@@ -2,7 +2,8 @@
 
     engine loop: write / verify / stop ──► jobs ──► whoever works: work_one() ──► reports ──► engine loop: poll
 
-A backend owns the worker (a thread, or the poll itself) and says how a peer's address becomes an array to write to.
+A backend owns the worker (a thread, or the poll itself) and says what our pages are (`OwnPages`) and how a peer's
+address becomes something they can be copied to.
 
     OPEN ──stop──► STOPPED         STOPPED and FAILED handoffs write nothing any more
       └──error──► FAILED
@@ -17,17 +18,16 @@ import enum
 import logging
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import Generic, Protocol, TypeVar
 
 from kvist.errors import KvistError, Unavailable
 from kvist.request import HandoffId
 from kvist.scheduler.events import PagesVerified, WritesCompleted, WritesFailed
 from kvist.scheduler.plan import StopWrites, VerifyPages, WritePages
 from kvist.transfer import TransferReport
-from kvist.transfer.checksum import Pages, RunningChecksum, checksum_pages
+from kvist.transfer.checksum import RunningChecksum, fold
 from kvist.wire import PoolAddress
 
 MAX_QUEUED_WRITES = 4096
@@ -36,12 +36,20 @@ MAX_HANDOFFS = 8192
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalPool:
-    """This engine's own pages, and the address its peers know them by."""
+PeerT = TypeVar("PeerT")
+_PeerT = TypeVar("_PeerT", contravariant=True)
 
-    pages: Pages  # [num_pages, page_bytes]
-    address: PoolAddress
+
+class OwnPages(Protocol[_PeerT]):
+    """This engine's pages, and how they are copied to a peer's. Called by the worker alone."""
+
+    pages_at_once: int  # copied between two looks whether to stop
+
+    def copy(self, page_ids: Sequence[int], peer: _PeerT, peer_page_ids: Sequence[int]) -> list[bytes]:
+        """The digests of what was read and written. Every byte is in place when it returns."""
+        ...
+
+    def digests(self, page_ids: Sequence[int]) -> list[bytes]: ...
 
 
 class _State(enum.Enum):
@@ -59,11 +67,20 @@ class _Handoff:
     checksum: RunningChecksum = field(default_factory=RunningChecksum)
 
 
-class TransferJobs:
-    """`open_peer` runs on the worker: it returns the peer's pages, writable, or raises a `KvistError`."""
+class TransferJobs(Generic[PeerT]):
+    """`open_peer` runs on the worker: it returns the peer's pages, writable and as large as the address says, or raises
+    a `KvistError`."""
 
-    def __init__(self, local: LocalPool, open_peer: Callable[[PoolAddress], Pages], wakeup: Callable[[], None]) -> None:
-        self._local = local
+    def __init__(
+        self,
+        *,
+        address: PoolAddress,  # our own
+        pages: OwnPages[PeerT],
+        open_peer: Callable[[PoolAddress], PeerT],
+        wakeup: Callable[[], None],
+    ) -> None:
+        self._address = address
+        self._pages = pages
         self._open_peer = open_peer
         self._wakeup = wakeup
         self._lock = threading.Lock()
@@ -118,7 +135,7 @@ class TransferJobs:
         return reports
 
     def close(self) -> None:
-        """After this `work_one` returns False, and a copy that is under way ends after its current page."""
+        """After this `work_one` returns False, and a copy that is under way ends after its current group of pages."""
         with self._lock:
             self._closed = True
             self._jobs.clear()
@@ -139,8 +156,7 @@ class TransferJobs:
         if isinstance(job, WritePages):
             self._carry_out_write(job)
         elif isinstance(job, VerifyPages):
-            checksum = checksum_pages(self._local.pages, job.page_ids)
-            self._report(PagesVerified(handoff_id=job.handoff_id, checksum=checksum))
+            self._report(PagesVerified(handoff_id=job.handoff_id, checksum=self._checksum(job)))
         elif isinstance(job, WritesFailed):
             self._report(job)
         else:
@@ -155,14 +171,14 @@ class TransferJobs:
         if handoff.state is not _State.OPEN:
             return
         try:
-            target = self._open_checked(job.pool, job.peer_page_ids)
-            for page_id, peer_page_id in zip(job.page_ids, job.peer_page_ids, strict=True):
+            peer = self._open_checked(job.pool, job.peer_page_ids)
+            for start in range(0, len(job.page_ids), self._pages.pages_at_once):
                 if handoff.state is not _State.OPEN or self._closed:
                     return  # the stop that is queued behind us reports what was done
-                source = self._local.pages[page_id]
-                np.copyto(target[peer_page_id], source)
-                handoff.checksum.add(source)
-                handoff.num_pages += 1
+                group = slice(start, start + self._pages.pages_at_once)
+                digests = self._pages.copy(job.page_ids[group], peer, job.peer_page_ids[group])
+                handoff.checksum.add(digests)
+                handoff.num_pages += len(digests)
         except Exception as error:  # the thread must outlive any one handoff
             if not isinstance(error, KvistError):
                 log.exception("copying pages for handoff %s", job.handoff_id)
@@ -173,11 +189,21 @@ class TransferJobs:
                 self._reports.append(self._completed(job.handoff_id, handoff))
         self._wakeup()
 
-    def _open_checked(self, address: PoolAddress, page_ids: tuple[int, ...]) -> Pages:
+    def _checksum(self, job: VerifyPages) -> str:
+        try:
+            return fold(self._pages.digests(job.page_ids))
+        except Exception:
+            log.exception("the checksum of the pages of handoff %s", job.handoff_id)
+            return ""  # equals no writer's: the handoff fails
+
+    def _open_checked(self, address: PoolAddress, page_ids: tuple[int, ...]) -> PeerT:
         """The peer's pages, after all that can be checked before the first byte is written."""
-        ours = self._local.address
+        ours = self._address
         if address.transport != ours.transport:
-            raise Unavailable(f"the peer's pool is reached by {address.transport!r}, ours by {ours.transport!r}")
+            raise Unavailable(
+                f"the peer's pool is reached by {address.transport!r}, ours by {ours.transport!r}: start both with the "
+                "same --device"
+            )
         if address.layout != ours.layout or address.page_bytes != ours.page_bytes:
             raise Unavailable(
                 f"the peer keeps its pages as {address.layout} ({address.page_bytes} bytes), we as {ours.layout} "
@@ -186,9 +212,7 @@ class TransferJobs:
         outside = [page_id for page_id in page_ids if not 0 <= page_id < address.num_pages]
         if outside:
             raise Unavailable(f"page {outside[0]} is not in the peer's pool of {address.num_pages} pages")
-        target = self._open_peer(address)
-        assert target.shape == (address.num_pages, address.page_bytes), "open_peer checks the size"
-        return target
+        return self._open_peer(address)
 
     def _fail(self, handoff_id: HandoffId, handoff: _Handoff, message: str) -> None:
         with self._lock:
@@ -221,5 +245,5 @@ class TransferJobs:
         )
 
     def _assert_local(self, page_ids: tuple[int, ...]) -> None:
-        num_pages = len(self._local.pages)
+        num_pages = self._address.num_pages
         assert all(0 <= page_id < num_pages for page_id in page_ids), f"page ids outside our {num_pages} pages"

@@ -32,8 +32,6 @@ from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.events import Arrived, Event, StepFinished
 from kvist.scheduler.plan import Batch
 from kvist.transfer.epoch import EpochLock, new_epoch, sweep
-from kvist.transfer.none import NONE
-from kvist.wire import PoolAddress
 from kvist.worker.bench_shapes import Shape, StepsConfig
 from kvist.worker.config import EngineConfig
 from kvist.worker.engine import find_served_model, load_runner, prepare_runtime_dir, warm_up
@@ -222,14 +220,7 @@ class ShapeBench:
             self._limits, max_model_len=pool.num_pages * pool.layout.page_size, overlap=overlap
         )
         cache = PageCache(num_pages=pool.num_pages, page_size=pool.layout.page_size, namespace="bench")
-        address = PoolAddress(
-            transport=NONE,
-            location="",
-            num_pages=pool.num_pages,
-            page_bytes=pool.layout.page_bytes,
-            layout=pool.layout.describe(),
-        )
-        self._scheduler = build_scheduler("unified", config, cache, EpochId("bench"), address)
+        self._scheduler = build_scheduler("unified", config, cache, EpochId("bench"), pool.address)
 
     def _new_prompts(self) -> list[Event]:
         return [self._source.arrival(self._shape.prompt, 1) for _ in range(self._shape.num_prompts)]

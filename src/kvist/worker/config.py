@@ -48,7 +48,11 @@ class EngineConfig:
         1, "tensor parallel size: ranks that share each layer", aliases=("tp-size", "tensor-parallel-size"), minimum=1
     )
     mem_fraction_static: float = option(
-        0.8, "share of the free memory for weights and KV pages together", minimum=0.01, maximum=1.0
+        0.8,
+        "share of the memory for weights and KV pages together: of all that a GPU has, of what is free on a CPU; "
+        "kvist up divides the default among the workers of one GPU",
+        minimum=0.01,
+        maximum=1.0,
     )
     max_total_tokens: int | None = option(
         None,

@@ -29,12 +29,9 @@ from kvist.runner.build import RunnerConfig, build_runner, device_type
 from kvist.runner.runner import AnyRunner
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.plan import Batch, BatchItem
-from kvist.transfer import Transport
+from kvist.transfer import make_transport
 from kvist.transfer.epoch import EpochLock, new_epoch, num_live_epochs, sweep
-from kvist.transfer.jobs import LocalPool
-from kvist.transfer.none import NONE, NoTransport
-from kvist.transfer.shm import ShmTransport
-from kvist.wire import EngineSpec, PoolAddress
+from kvist.wire import EngineSpec
 from kvist.worker.config import UNIFIED, EngineConfig
 from kvist.worker.cores import separate
 from kvist.worker.limits import resolve_limits
@@ -203,7 +200,11 @@ def _assemble(
             advertise_host=config.engine_advertise_host,
         )
         closing.callback(channel.close)
-        address, transport = _make_transport(config, pool, runtime_dir, channel.wakeup)
+        if pool.export_error and config.role != UNIFIED:
+            raise ConfigError(
+                f"--role {config.role}: this GPU's memory cannot be shared: {pool.export_error}", param="role"
+            )
+        transport = make_transport(pool, runtime_dir=runtime_dir, wakeup=channel.wakeup)
         closing.callback(transport.close)
         spec = _describe(config, limits, served, pool, epoch, channel.endpoint)
         scheduler_config = dataclasses.replace(
@@ -212,7 +213,7 @@ def _assemble(
         cache = PageCache(num_pages=pool.num_pages, page_size=config.page_size, namespace=spec.namespace)
         parts = LoopParts(
             spec=spec,
-            scheduler=build_scheduler(config.role, scheduler_config, cache, epoch, address),
+            scheduler=build_scheduler(config.role, scheduler_config, cache, epoch, pool.address),
             runner=runner,
             channel=channel,
             transport=transport,
@@ -225,24 +226,6 @@ def _assemble(
         if pool.tensor.is_cuda and config.cpu_affinity:
             gateway_cores = separate(num_live_epochs(runtime_dir))
         return Engine(spec=spec, loop=EngineLoop(parts), gateway_cores=gateway_cores, closing=closing.pop_all())
-
-
-def _make_transport(
-    config: EngineConfig, pool: DevicePool, runtime_dir: Path, wakeup: Callable[[], None]
-) -> tuple[PoolAddress, Transport]:
-    if pool.tensor.device.type == "cpu" or config.role != UNIFIED:
-        address = pool.address  # raises for a GPU's pool: no transport reaches it yet
-        local = LocalPool(pages=pool.bytes, address=address)
-        return address, ShmTransport(local=local, runtime_dir=runtime_dir, wakeup=wakeup)
-    reason = f"this engine's pages are on {pool.tensor.device} and cannot be handed over yet"
-    address = PoolAddress(
-        transport=NONE,
-        location="",
-        num_pages=pool.num_pages,
-        page_bytes=pool.layout.page_bytes,
-        layout=pool.layout.describe(),
-    )
-    return address, NoTransport(reason=reason, runtime_dir=runtime_dir, wakeup=wakeup)
 
 
 def _describe(

@@ -1,0 +1,63 @@
+"""Page sums and page copies in one pass: each word is read once, mixed, and perhaps written to the other pool.
+
+One program a block of a page; pages and targets come as addresses, so the target may be memory that another process
+allocated, on another GPU even. Launched on a stream of its own, never with programmatic dependent launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvist.kernels.pages import SPREAD, WORD_BYTES
+
+_BLOCK = 2048  # words
+_A, _B, _C = (tl.constexpr(constant) for constant in SPREAD)
+
+
+@triton.jit
+def _sum_pages(addresses, targets, sums, num_words, COPY: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    page, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    places = block * BLOCK + tl.arange(0, BLOCK)
+    inside = places < num_words
+    source = tl.load(addresses + page).to(tl.pointer_type(tl.uint64))
+    if EVEN:  # every page begins at a multiple of 16 bytes
+        source = tl.multiple_of(source, 16)
+    word = tl.load(source + places, mask=inside, other=0)
+    if COPY:
+        target = tl.load(targets + page).to(tl.pointer_type(tl.uint64))
+        if EVEN:
+            target = tl.multiple_of(target, 16)
+        tl.store(target + places, word, mask=inside)
+    mixed = word ^ ((places + 1).to(tl.uint64) * _A)
+    mixed = (mixed ^ (mixed >> 32)) * _B
+    mixed = mixed ^ (mixed >> 29)
+    out = sums + (page * tl.num_programs(1) + block) * 2
+    tl.store(out, tl.sum(tl.where(inside, mixed, 0), axis=0).to(tl.int64, bitcast=True))
+    mixed = mixed * _C
+    mixed = mixed ^ (mixed >> 32)
+    tl.store(out + 1, tl.sum(tl.where(inside, mixed, 0), axis=0).to(tl.int64, bitcast=True))
+
+
+def sum_pages(
+    pages: Tensor, page_ids: Sequence[int], target: int | None = None, target_ids: Sequence[int] = ()
+) -> Tensor:
+    num_words = pages.shape[1]
+    page_bytes = num_words * WORD_BYTES
+    addresses = _addresses(pages.data_ptr(), page_ids, page_bytes, pages.device)
+    targets = addresses if target is None else _addresses(target, target_ids, page_bytes, pages.device)
+    num_blocks = triton.cdiv(num_words, _BLOCK)
+    sums = torch.empty((len(page_ids), num_blocks, 2), dtype=torch.int64, device=pages.device)
+    if len(page_ids):
+        _sum_pages[(len(page_ids), num_blocks)](
+            addresses, targets, sums, num_words, target is not None, num_words % 2 == 0, _BLOCK, num_warps=8
+        )
+    return sums.sum(dim=1)
+
+
+def _addresses(base: int, page_ids: Sequence[int], page_bytes: int, device: torch.device) -> Tensor:
+    return torch.tensor([base + page_id * page_bytes for page_id in page_ids], dtype=torch.int64, device=device)

@@ -1,0 +1,68 @@
+"""Sums over whole pages, and copying them to another pool on the way: what a handoff through device memory needs.
+
+A page's two sums are an error check: they differ for certain when one 64-bit word differs, and but for a chance that
+can be neglected when several do, or stand in another order. They are no protection from somebody who picks words so
+that the sums agree.
+
+For each word w at place i (from 1), in 64-bit arithmetic that wraps; every step can be undone, so none loses a change:
+
+    x = w ^ (i * A);  x ^= x >> 32;  x *= B;  x ^= x >> 29;  first += x;  x *= C;  x ^= x >> 32;  second += x
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SPREAD = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # A, B, C
+WORD_BYTES = 8
+
+
+def sum_pages(pages: Tensor, page_ids: Sequence[int]) -> Tensor:
+    """[len(page_ids), 2] int64. `pages` [num_pages, num_words] int64, contiguous."""
+    if not pages.is_cuda:
+        return sum_pages_torch(pages[list(page_ids)])
+    from kvist.kernels.gpu import pages as gpu
+
+    return gpu.sum_pages(pages, page_ids)
+
+
+def copy_pages(pages: Tensor, page_ids: Sequence[int], target: int, target_ids: Sequence[int]) -> Tensor:
+    """The same sums of what was read, and written to the pages `target_ids` of the pool at the address `target`.
+
+    That pool has pages of the same size; on CUDA its memory is mapped for the device of `pages`.
+    """
+    if not pages.is_cuda:
+        return copy_pages_torch(pages, page_ids, target, target_ids)
+    from kvist.kernels.gpu import pages as gpu
+
+    return gpu.sum_pages(pages, page_ids, target, target_ids)
+
+
+def sum_pages_torch(words: Tensor) -> Tensor:
+    """[num_pages, 2]; words [num_pages, num_words] int64."""
+    a, b, c = (_signed_64(constant) for constant in SPREAD)
+    mixed = words ^ (torch.arange(1, words.shape[1] + 1, device=words.device) * a)
+    mixed = _folded(_folded(mixed, 32).mul_(b), 29)
+    first = mixed.sum(dim=1)
+    mixed = _folded(mixed.mul_(c), 32)
+    return torch.stack((first, mixed.sum(dim=1)), dim=1)
+
+
+def copy_pages_torch(pages: Tensor, page_ids: Sequence[int], target: int, target_ids: Sequence[int]) -> Tensor:
+    words = pages[list(page_ids)]
+    page_bytes = pages.shape[1] * WORD_BYTES
+    for page, target_id in zip(words, target_ids, strict=True):
+        ctypes.memmove(target + target_id * page_bytes, page.data_ptr(), page_bytes)
+    return sum_pages_torch(words)
+
+
+def _folded(mixed: Tensor, shift: int) -> Tensor:
+    return mixed.bitwise_xor_((mixed >> shift).bitwise_and_((1 << (64 - shift)) - 1))  # its >> keeps the sign
+
+
+def _signed_64(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,151 @@
+"""The transport between engines of one host, whatever memory their pages are in: a peer's pool is mapped and written.
+
+One worker thread copies whole pages, beside the next forward. Maps of peers are kept, at most `MAX_PEER_MAPS`, and
+dropped when the peer is found dead, which gives its memory back; a map that is being written to lives until its group
+of pages is copied.
+
+    shm.py        pools on the CPU: the file is the pool
+    cuda_ipc.py   pools on GPUs: the file holds the handle that opens the memory
+
+Trust: a pool's file must lie in our own runtime folder, which only this user can write to, be locked by its living
+creator (kv/device.py) and be of exactly the size its address claims. So a peer can make us write into another engine's
+pages only by naming that engine's pool, which any process of this user could do anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic
+
+from kvist.errors import Unavailable
+from kvist.request import EpochId, HandoffId
+from kvist.scheduler.plan import VerifyPages, WritePages
+from kvist.transfer import TransferReport
+from kvist.transfer.epoch import EpochWatch, try_lock
+from kvist.transfer.jobs import OwnPages, PeerT, TransferJobs
+from kvist.wire import PoolAddress
+
+MAX_PEER_MAPS = 64
+
+MapPool = Callable[[int, PoolAddress], PeerT]
+"""(descriptor of the pool's file, its address) -> its pages. Raises `Unavailable`, and for a size that is not the
+address's `wrong_size`. The memory stays mapped for as long as the result lives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PeerMap(Generic[PeerT]):
+    """Owns the descriptor; `pages` alone keeps the memory mapped."""
+
+    pages: PeerT
+    address: PoolAddress
+    descriptor: int
+
+
+class SameHostTransport(Generic[PeerT]):
+    def __init__(
+        self,
+        *,
+        address: PoolAddress,  # our own
+        pages: OwnPages[PeerT],
+        map_pool: MapPool[PeerT],
+        runtime_dir: Path,
+        wakeup: Callable[[], None],
+    ) -> None:
+        self._runtime_dir = runtime_dir.resolve()
+        self._map_pool = map_pool
+        self._watch = EpochWatch(self._runtime_dir)
+        self._maps: OrderedDict[Path, _PeerMap[PeerT]] = OrderedDict()  # least recently written to first
+        self._maps_lock = threading.Lock()
+        self._jobs = TransferJobs(address=address, pages=pages, open_peer=self._open_peer, wakeup=wakeup)
+        self._thread = threading.Thread(target=self._work, name="kvist-transfer", daemon=True)
+        self._thread.start()
+
+    def write(self, job: WritePages) -> None:
+        self._jobs.write(job)
+
+    def verify(self, job: VerifyPages) -> None:
+        self._jobs.verify(job)
+
+    def stop(self, handoff_id: HandoffId) -> None:
+        self._jobs.stop(handoff_id)
+
+    def poll(self) -> list[TransferReport]:
+        return self._jobs.poll()
+
+    def peer_is_dead(self, epoch: EpochId) -> bool:
+        dead = self._watch.is_dead(epoch)
+        if dead:
+            with self._maps_lock:
+                self._drop_maps_of_the_dead()
+        return dead
+
+    def close(self) -> None:
+        self._jobs.close()
+        self._thread.join()  # at most one group of pages, or one handoff's checksum
+        self._watch.close()
+        with self._maps_lock:
+            for path in list(self._maps):
+                self._drop(path)
+
+    def _work(self) -> None:
+        while self._jobs.work_one(wait=True):
+            pass
+
+    # ------------------------------------------------------------ peer pools; on the worker thread
+
+    def _open_peer(self, address: PoolAddress) -> PeerT:
+        path = Path(address.location)
+        if path.parent != self._runtime_dir:
+            raise Unavailable(
+                f"the peer's pool {path} is not in our runtime folder {self._runtime_dir}: "
+                "start both workers on one host with the same --runtime-dir"
+            )
+        with self._maps_lock:
+            self._drop_maps_of_the_dead()
+            peer = self._maps.get(path)
+            if peer is None:
+                peer = self._map(path, address)
+                while len(self._maps) >= MAX_PEER_MAPS:
+                    self._drop(next(iter(self._maps)))
+                self._maps[path] = peer
+            self._maps.move_to_end(path)
+        if peer.address != address:
+            raise wrong_size(address, peer.address.num_pages * peer.address.page_bytes)
+        return peer.pages
+
+    def _map(self, path: Path, address: PoolAddress) -> _PeerMap[PeerT]:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError as error:
+            raise Unavailable(f"the peer is gone: its pool {path} cannot be opened ({error.strerror})") from error
+        try:
+            if _owner_is_gone(descriptor):
+                raise Unavailable(f"the peer is gone: nobody holds the lock of its pool {path}")
+            return _PeerMap(pages=self._map_pool(descriptor, address), address=address, descriptor=descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def _drop(self, path: Path) -> None:
+        os.close(self._maps.pop(path).descriptor)
+
+    def _drop_maps_of_the_dead(self) -> None:
+        for path in [path for path, peer in self._maps.items() if _owner_is_gone(peer.descriptor)]:
+            self._drop(path)
+
+
+def _owner_is_gone(descriptor: int) -> bool:
+    """It removed the file (a clean end), or the kernel took its lock away (any end)."""
+    return os.fstat(descriptor).st_nlink == 0 or try_lock(descriptor, exclusive=False)
+
+
+def wrong_size(address: PoolAddress, num_bytes: int) -> Unavailable:
+    claimed = f"{address.num_pages} pages of {address.page_bytes} bytes"
+    return Unavailable(
+        f"the peer's pool {address.location} has {num_bytes} bytes, which is not the {claimed} it claims"
+    )

@@ -1,0 +1,59 @@
+"""One engine's pool and transport on a GPU: python gpu_peer.py RUNTIME_DIR EPOCH DEVICE NUM_PAGES LAYOUT
+
+Answers with its address, then one line to each line of standard input, until that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+import torch
+
+from kvist.kv.device import DevicePool
+from kvist.kv.layout import PageLayout
+from kvist.request import EpochId, HandoffId
+from kvist.scheduler.events import PagesVerified
+from kvist.scheduler.plan import VerifyPages
+from kvist.transfer import make_transport
+from kvist.transfer.epoch import EpochLock
+
+
+def main(runtime_dir: str, epoch: str, device: str, num_pages: str, layout: str) -> None:
+    lock = EpochLock(Path(runtime_dir), EpochId(epoch))
+    pool = DevicePool.create(
+        msgspec.json.decode(layout, type=PageLayout),
+        int(num_pages),
+        device=torch.device(device),
+        directory=Path(runtime_dir),
+    )
+    woken = threading.Event()
+    transport = make_transport(pool, runtime_dir=Path(runtime_dir), wakeup=woken.set)
+    memory = pool.tensor.view(torch.uint8).view(pool.num_pages, -1)
+    print(msgspec.json.encode(pool.address).decode(), flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["do"] == "pages":
+            print(memory.cpu().numpy().tobytes().hex(), flush=True)
+        elif command["do"] == "put":
+            new = torch.frombuffer(bytearray.fromhex(command["pages"]), dtype=torch.uint8)
+            memory.copy_(new.view(memory.shape))
+            torch.cuda.synchronize(pool.tensor.device)
+            print(flush=True)
+        else:
+            transport.verify(VerifyPages(handoff_id=HandoffId("h"), page_ids=tuple(command["page_ids"])))
+            assert woken.wait(timeout=60)
+            woken.clear()
+            [report] = transport.poll()
+            assert isinstance(report, PagesVerified)
+            print(json.dumps(report.checksum), flush=True)
+    transport.close()
+    pool.close()
+    lock.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,313 @@
+"""Where the transport suite's engines live: in one process, on one host's memory, or on GPUs.
+
+`Side` is one engine's transport and pool. A GPU's memory cannot be opened by the process that made it, so every GPU
+side but the source is a `gpu_peer.py` of its own; those are kept from test to test, because they take seconds to start.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import torch
+
+from kvist.kv.device import DevicePool
+from kvist.kv.layout import PageLayout
+from kvist.request import EpochId, HandoffId
+from kvist.scheduler.events import PagesVerified
+from kvist.scheduler.plan import VerifyPages, WritePages
+from kvist.transfer import TransferReport, Transport, make_transport
+from kvist.transfer.checksum import fold
+from kvist.transfer.device_pages import DevicePages
+from kvist.transfer.epoch import EpochLock
+from kvist.transfer.host_pages import HostPages, Pages
+from kvist.transfer.inproc import INPROC, InprocTransport, PoolDirectory
+from kvist.transfer.same_host import SameHostTransport
+from kvist.transfer.shm import map_file
+from kvist.wire import PoolAddress
+
+LAYOUT = PageLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype="float32")
+NUM_PAGES = 12
+
+
+@dataclass
+class Side:
+    """One engine's transport and pool, with what it has reported so far."""
+
+    epoch: EpochId
+    address: PoolAddress
+    transport: Transport
+    woken: threading.Event
+    kill: Callable[[], None]
+    pages: Callable[[], Pages]  # as they are now
+    put: Callable[[Pages], None]
+    digests: Callable[[Pages], list[bytes]]  # computed elsewhere than in the transport, where there is another way
+    reports: list[TransferReport] = field(default_factory=list)
+
+    def wait_for(self, num_reports: int) -> list[TransferReport]:
+        while len(self.reports) < num_reports:
+            assert self.woken.wait(timeout=10), f"only {self.reports} came"
+            self.woken.clear()
+            self.reports += self.transport.poll()
+        return self.reports
+
+    def fill(self, seed: int) -> None:
+        self.put(np.random.default_rng(seed).integers(0, 256, (NUM_PAGES, LAYOUT.page_bytes), np.uint8))
+
+    def flip_a_bit(self, page_id: int) -> None:
+        pages = self.pages().copy()
+        pages[page_id, 17] ^= 1
+        self.put(pages)
+
+    def checksum(self, page_ids: tuple[int, ...]) -> str:
+        return fold(self.digests(self.pages()[list(page_ids)]))
+
+
+class Host(Protocol):
+    """Where engines live."""
+
+    def side(self, name: str) -> Side: ...
+
+    def close(self) -> None: ...
+
+
+def host_digests(pages: Pages) -> list[bytes]:
+    return HostPages(pages).digests(range(len(pages)))
+
+
+def device_digests(pages: Pages) -> list[bytes]:
+    """By the kernel's twin."""
+    return DevicePages(torch.from_numpy(pages)).digests(range(len(pages))) if len(pages) else []
+
+
+class InprocHost:
+    def __init__(self) -> None:
+        self.directory = PoolDirectory()
+
+    def side(self, name: str) -> Side:
+        epoch = EpochId(name)
+        address = PoolAddress(
+            transport=INPROC,
+            location=name,
+            num_pages=NUM_PAGES,
+            page_bytes=LAYOUT.page_bytes,
+            layout=LAYOUT.describe(),
+        )
+        pages = np.zeros((NUM_PAGES, LAYOUT.page_bytes), np.uint8)
+        woken = threading.Event()
+        transport = InprocTransport(address=address, pages=pages, directory=self.directory, wakeup=woken.set)
+        return Side(
+            epoch=epoch,
+            address=address,
+            transport=transport,
+            woken=woken,
+            kill=lambda: self.directory.kill(epoch),
+            pages=lambda: pages,
+            put=lambda new: np.copyto(pages, new),
+            digests=host_digests,
+        )
+
+    def close(self) -> None: ...
+
+
+class MappedFile:
+    """A pool's file at an address, as a GPU's memory would be."""
+
+    def __init__(self, descriptor: int, address: PoolAddress) -> None:
+        self._pages = map_file(descriptor, address)
+        self.address = self._pages.ctypes.data
+
+
+class ShmHost:
+    """Pools in files; with `as_device`, written to as the memory of GPUs is."""
+
+    def __init__(self, runtime_dir: Path, *, as_device: bool) -> None:
+        self.runtime_dir = runtime_dir
+        self.as_device = as_device
+        self.closing: list[Callable[[], None]] = []
+
+    def side(self, name: str) -> Side:
+        epoch = EpochId(name)
+        lock = EpochLock(self.runtime_dir, epoch)
+        pool = DevicePool.create(LAYOUT, NUM_PAGES, device=torch.device("cpu"), directory=self.runtime_dir)
+        woken = threading.Event()
+        transport = self._transport(pool, woken)
+        pages = pool.bytes
+
+        def kill() -> None:
+            transport.close()
+            pool.close()
+            lock.close()
+
+        self.closing.append(kill)
+        return Side(
+            epoch=epoch,
+            address=pool.address,
+            transport=transport,
+            woken=woken,
+            kill=kill,
+            pages=lambda: pages,
+            put=lambda new: np.copyto(pages, new),
+            digests=device_digests if self.as_device else host_digests,
+        )
+
+    def _transport(self, pool: DevicePool, woken: threading.Event) -> Transport:
+        if not self.as_device:
+            return make_transport(pool, runtime_dir=self.runtime_dir, wakeup=woken.set)
+        pages = DevicePages(pool.tensor)
+        pages.pages_at_once = 2
+        return SameHostTransport(
+            address=pool.address, pages=pages, map_pool=MappedFile, runtime_dir=self.runtime_dir, wakeup=woken.set
+        )
+
+    def close(self) -> None:
+        for kill in self.closing:
+            kill()
+
+
+# ---------------------------------------------------------------- GPUs
+
+
+class GpuPeer:
+    """A child process with a pool on one GPU; speaks JSON lines. As a `Transport` it can verify, and nothing else."""
+
+    def __init__(self, runtime_dir: Path, epoch: EpochId, device: str) -> None:
+        script = Path(__file__).parent / "gpu_peer.py"
+        arguments = [str(runtime_dir), epoch, device, str(NUM_PAGES), msgspec.json.encode(LAYOUT).decode()]
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.epoch = epoch
+        self.device = device
+        self.woken = threading.Event()
+        self._reports: list[TransferReport] = []
+        self.address = msgspec.json.decode(self._answer(), type=PoolAddress)
+
+    def ask(self, **command: object) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the GPU peer died: see its standard error"
+        return line
+
+    def pages(self) -> Pages:
+        flat = np.frombuffer(bytes.fromhex(self.ask(do="pages")), np.uint8)
+        return flat.reshape(NUM_PAGES, LAYOUT.page_bytes)
+
+    def put(self, pages: Pages) -> None:
+        self.ask(do="put", pages=pages.tobytes().hex())
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(timeout=10)
+
+    def verify(self, job: VerifyPages) -> None:
+        checksum = json.loads(self.ask(do="verify", page_ids=job.page_ids))
+        self._reports.append(PagesVerified(handoff_id=job.handoff_id, checksum=checksum))
+        self.woken.set()
+
+    def poll(self) -> list[TransferReport]:
+        reports, self._reports = self._reports, []
+        return reports
+
+    def write(self, job: WritePages) -> None:
+        raise NotImplementedError
+
+    def stop(self, handoff_id: HandoffId) -> None:
+        raise NotImplementedError
+
+    def peer_is_dead(self, epoch: EpochId) -> bool:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class GpuPeers:
+    """The peers of one test session and the runtime folder that they share with the sources."""
+
+    def __init__(self, runtime_dir: Path) -> None:
+        self.runtime_dir = runtime_dir
+        self._peers: list[GpuPeer] = []
+        self._in_use: list[GpuPeer] = []
+
+    def take(self, device: str) -> GpuPeer:
+        """A living one whose pages are zero."""
+        for peer in self._peers:
+            if peer.device == device and peer not in self._in_use and peer.process.poll() is None:
+                break
+        else:
+            peer = GpuPeer(self.runtime_dir, EpochId(f"peer{len(self._peers)}"), device)
+            self._peers.append(peer)
+        self._in_use.append(peer)
+        peer.put(np.zeros((NUM_PAGES, LAYOUT.page_bytes), np.uint8))
+        return peer
+
+    def give_back_all(self) -> None:
+        self._in_use.clear()
+
+    def close(self) -> None:
+        for peer in self._peers:
+            peer.kill()
+
+
+class GpuHost:
+    """The source is in this process, on the first GPU."""
+
+    def __init__(self, peers: GpuPeers, peer_device: str) -> None:
+        self._peers = peers
+        self._peer_device = peer_device
+        self._closing: list[Callable[[], None]] = []
+
+    def side(self, name: str) -> Side:
+        if name != "source":
+            peer = self._peers.take(self._peer_device)
+            return Side(
+                epoch=peer.epoch,
+                address=peer.address,
+                transport=peer,
+                woken=peer.woken,
+                kill=peer.kill,
+                pages=peer.pages,
+                put=peer.put,
+                digests=device_digests,
+            )
+        runtime_dir, woken = self._peers.runtime_dir, threading.Event()
+        lock = EpochLock(runtime_dir, EpochId(name))
+        pool = DevicePool.create(LAYOUT, NUM_PAGES, device=torch.device("cuda", 0), directory=runtime_dir)
+        transport = make_transport(pool, runtime_dir=runtime_dir, wakeup=woken.set)
+        memory = pool.tensor.view(torch.uint8).view(NUM_PAGES, -1)
+
+        def put(pages: Pages) -> None:
+            memory.copy_(torch.from_numpy(pages))
+            torch.cuda.synchronize()
+
+        self._closing += [transport.close, pool.close, lock.close]
+        return Side(
+            epoch=EpochId(name),
+            address=pool.address,
+            transport=transport,
+            woken=woken,
+            kill=lambda: None,
+            pages=lambda: memory.cpu().numpy(),
+            put=put,
+            digests=device_digests,
+        )
+
+    def close(self) -> None:
+        for close in self._closing:
+            close()
+        self._peers.give_back_all()

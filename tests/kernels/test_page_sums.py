@@ -1,0 +1,83 @@
+"""The sums of a page: their definition, and what they notice."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvist.kernels.pages import SPREAD, copy_pages, sum_pages, sum_pages_torch
+
+MASK = (1 << 64) - 1
+
+
+@pytest.fixture
+def pages() -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(-(2**63), 2**63 - 1, (6, 33), generator=generator)
+
+
+def sums(words: Tensor) -> tuple[int, int]:
+    [[first, second]] = sum_pages_torch(words[None]).tolist()
+    return first & MASK, second & MASK
+
+
+def test_the_sums_are_what_the_module_says_they_are(pages: Tensor) -> None:
+    a, b, c = SPREAD
+    first = second = 0
+    for place, word in enumerate(pages[0].tolist(), start=1):
+        x = (word & MASK) ^ (place * a & MASK)
+        x ^= x >> 32
+        x = x * b & MASK
+        x ^= x >> 29
+        first += x
+        x = x * c & MASK
+        x ^= x >> 32
+        second += x
+    assert sums(pages[0]) == (first & MASK, second & MASK)
+
+
+def test_every_bit_of_a_page_is_in_both_sums(pages: Tensor) -> None:
+    page, before = pages[0], sums(pages[0])
+    for place, bit in itertools.product(range(len(page)), range(64)):
+        changed = page.clone()
+        changed[place] ^= torch.tensor(1 << bit if bit < 63 else -(1 << 63))
+        after = sums(changed)
+        assert after[0] != before[0]
+        assert after[1] != before[1]
+
+
+@pytest.mark.parametrize("bit", [0, 31, 32, 62, 63])
+def test_the_same_bit_of_two_words_does_not_cancel(pages: Tensor, bit: int) -> None:
+    """With a plain weighted sum the highest bits would."""
+    page, before = pages[0], sums(pages[0])
+    flip = torch.tensor(1 << bit if bit < 63 else -(1 << 63))
+    for places in itertools.combinations(range(len(page)), 2):
+        changed = page.clone()
+        changed[list(places)] ^= flip
+        assert sums(changed) != before
+
+
+def test_words_that_change_places_change_the_sums(pages: Tensor) -> None:
+    page = pages[0]
+    assert sums(page.roll(1)) != sums(page)
+    assert sums(page.flip(0)) != sums(page)
+    constant = torch.full((8,), 7)
+    constant[2] = 8
+    assert sums(constant) != sums(constant.roll(1))
+
+
+def test_zeros_of_another_length_have_other_sums() -> None:
+    seen = {sums(torch.zeros(length, dtype=torch.int64)) for length in range(20)}
+    assert len(seen) == 20
+
+
+def test_pages_are_summed_and_copied_in_the_order_they_are_named_in(pages: Tensor) -> None:
+    target = torch.zeros_like(pages)
+    copied = copy_pages(pages, (4, 0), target.data_ptr(), (1, 5))
+    assert torch.equal(copied, sum_pages(pages, (4, 0)))
+    assert copied.tolist() == sum_pages_torch(pages[[4, 0]]).tolist()
+    assert torch.equal(target[[1, 5]], pages[[4, 0]])
+    assert not target[[0, 2, 3, 4]].any()
