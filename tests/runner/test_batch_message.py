@@ -119,6 +119,8 @@ def test_parameters_come_with_the_first_token_that_is_wanted() -> None:
     assert (last.sampling, last.suppressed_token_ids) == (SAMPLING, (7, 9))
     (decode,) = pair.carry(item("a", pages, start=4, token_ids=(), takes_sampled=True)).items
     assert (decode.sampling, decode.suppressed_token_ids, decode.takes_sampled) == (SAMPLING, (), True)
+    (again,) = pair.carry(item("a", pages, start=3, token_ids=(4, 5), sampling=None)).items
+    assert again.sampling is None, "computed once more, no token wanted"
 
 
 def test_a_step_of_256_decodes_is_a_few_bytes_each() -> None:

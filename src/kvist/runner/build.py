@@ -184,10 +184,15 @@ def _on_gpu(
     )
 
 
-def _resolve_device(config: RunnerConfig) -> str:
-    name = config.device
+def device_type(name: str) -> str:
+    """ "cpu" or "cuda", for `--device`."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def _resolve_device(config: RunnerConfig) -> str:
+    name = device_type(config.device)
     if name != "cuda":
         return name
     if not torch.cuda.is_available():

@@ -56,7 +56,7 @@ def _build(spec: RankSpec) -> AnyRunner:
     if spec.pool is not None:
         pool = DevicePool.attach(spec.pool, layout)
     else:
-        pool = make_pool(layout, spec.num_pages, spec.device)
+        pool = make_pool(layout, spec.num_pages, spec.device, Path(spec.meeting).parent)
     meeting = Meeting(Path(spec.meeting), rank=spec.rank, size=spec.config.tp)
     return build_rank(checkpoint, model_config, spec, pool, meeting)
 
