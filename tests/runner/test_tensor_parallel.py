@@ -137,8 +137,9 @@ def test_ranks_wait_for_each_other_until_one_is_gone(tmp_path: Path) -> None:
             raise EngineError("rank 1 is gone")
 
     is_gone = threading.Event()
-    mine = Meeting(tmp_path / "meeting", rank=0, size=2, check=check)
-    other = threading.Thread(target=Meeting(tmp_path / "meeting", rank=1, size=2).wait_for_all, args=("started",))
+    path = str(tmp_path / "meeting")
+    mine = Meeting(path, rank=0, size=2, check=check)
+    other = threading.Thread(target=Meeting(path, rank=1, size=2).wait_for_all, args=("started",))
     other.start()
     mine.wait_for_all("started")
     other.join(timeout=10)

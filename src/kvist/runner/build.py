@@ -85,40 +85,28 @@ def build_runner(
     progress: LoadProgress | None = None,
 ) -> AnyRunner:
     """Raises `ConfigError` (or its `ModelLoadError`) for what does not fit together, saying which flag to change."""
-    config = replace(config, device=_resolve_device(config))
+    config = _resolve(config, checkpoint, model_config)
     device = _rank_device(config, 0)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # what libraries allocate by themselves goes there, too
     runtime_dir = runtime_dir or default_runtime_dir()
-    dtype = ("float32" if device.type == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
-    _check_load_format(checkpoint, config.load_format)
-    check_split(model_config, TensorParallel(size=config.tp))
-    config = replace(
-        config,
-        dtype=dtype,
-        attention_backend=choose_attention(config.attention_backend, device, DTYPES[dtype]).name,
-        num_threads=max(1, config.num_threads // config.tp) if config.num_threads else 0,
-    )
     layout = page_layout(model_config, config)
     size = _pool_size(model_config, layout, config, device, runtime_dir)
-    pool = make_pool(layout, size.num_pages, device, runtime_dir)
-    meeting_path = new_meeting(runtime_dir)
+    pool = DevicePool.create(layout, size.num_pages, device=device, directory=runtime_dir)
     spec = RankSpec(
         config=config,
         checkpoint_path=str(checkpoint.path),
         checkpoint_kind=checkpoint.kind,
         num_pages=size.num_pages,
         pool=pool.address if config.tp > 1 and device.type == "cpu" else None,
-        meeting=str(meeting_path),
+        meeting=str(new_meeting(runtime_dir)),
     )
     followers: FollowerProcesses | None = None
     meeting: Meeting | None = None
     try:
         if config.tp > 1:
             specs = [msgspec.msgpack.encode(msgspec.structs.replace(spec, rank=rank)) for rank in range(1, config.tp)]
-            followers = FollowerProcesses(meeting_path)
+            followers = FollowerProcesses(Path(spec.meeting))
             followers.start(specs)
-            meeting = Meeting(meeting_path, rank=0, size=config.tp, check=followers.check_alive)
+            meeting = Meeting(spec.meeting, rank=0, size=config.tp, check=followers.check_alive)
         runner = build_rank(checkpoint, model_config, spec, pool, meeting, progress, pool_reason=size.reason)
     except BaseException:
         if followers is not None:
@@ -191,6 +179,23 @@ def device_type(name: str) -> str:
     return name
 
 
+def _resolve(config: RunnerConfig, checkpoint: Checkpoint, model_config: ModelConfig) -> RunnerConfig:
+    """With what "auto" stands for here, and a rank's share of the threads."""
+    config = replace(config, device=_resolve_device(config))
+    device = _rank_device(config, 0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what libraries allocate by themselves goes there, too
+    dtype = ("float32" if device.type == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
+    _check_load_format(checkpoint, config.load_format)
+    check_split(model_config, TensorParallel(size=config.tp))
+    return replace(
+        config,
+        dtype=dtype,
+        attention_backend=choose_attention(config.attention_backend, device, DTYPES[dtype]).name,
+        num_threads=max(1, config.num_threads // config.tp) if config.num_threads else 0,
+    )
+
+
 def _resolve_device(config: RunnerConfig) -> str:
     name = device_type(config.device)
     if name != "cuda":
@@ -232,19 +237,6 @@ def page_layout(model_config: ModelConfig, config: RunnerConfig) -> PageLayout:
         head_dim=model_config.head_dim,
         dtype=config.dtype,
     )
-
-
-def make_pool(layout: PageLayout, num_pages: int, device: torch.device, runtime_dir: Path | None = None) -> DevicePool:
-    """Raises `ConfigError` when it does not fit."""
-    try:
-        return DevicePool.create(layout, num_pages, device=device, directory=runtime_dir)
-    except torch.OutOfMemoryError as error:
-        free_bytes = available_memory_bytes(device)
-        raise ConfigError(
-            f"the page pool needs {num_pages * layout.page_bytes / 2**30:.2f} GiB and {device} has "
-            f"{free_bytes / 2**30:.2f} GiB free: lower --mem-fraction-static or --max-total-tokens",
-            param="mem_fraction_static",
-        ) from error
 
 
 def num_weights(model_config: ModelConfig, num_ranks: int) -> int:

@@ -22,7 +22,7 @@ from kvist.kv.device import DevicePool
 from kvist.models import load_model_config
 from kvist.models.parallel import leave_tensor_parallel
 from kvist.runner.batch_message import BatchDecoder
-from kvist.runner.build import RankSpec, build_rank, make_pool, page_layout
+from kvist.runner.build import RankSpec, build_rank, page_layout
 from kvist.runner.runner import AnyRunner
 from kvist.runner.tp import Meeting, end_with_rank_0, frames
 
@@ -56,8 +56,8 @@ def _build(spec: RankSpec) -> AnyRunner:
     if spec.pool is not None:
         pool = DevicePool.attach(spec.pool, layout)
     else:
-        pool = make_pool(layout, spec.num_pages, spec.device, Path(spec.meeting).parent)
-    meeting = Meeting(Path(spec.meeting), rank=spec.rank, size=spec.config.tp)
+        pool = DevicePool.create(layout, spec.num_pages, device=spec.device, directory=Path(spec.meeting).parent)
+    meeting = Meeting(spec.meeting, rank=spec.rank, size=spec.config.tp)
     return build_rank(checkpoint, model_config, spec, pool, meeting)
 
 

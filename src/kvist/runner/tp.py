@@ -44,13 +44,13 @@ FOLLOWER = (sys.executable, "-m", "kvist.runner.follower")
 class Meeting:
     """A file through which the ranks tell each other how far they are; not through sockets, which anybody may join."""
 
-    def __init__(self, path: Path, *, rank: int, size: int, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: str, *, rank: int, size: int, check: Callable[[], None] = lambda: None) -> None:
         """`check` raises when there is nobody to wait for any more."""
         self._rank = rank
         self._size = size
         self._check = check
         self._clock = MonotonicClock()
-        self._store = FileStore(str(path), -1)
+        self._store = FileStore(path, -1)
 
     def wait_for_all(self, stage: str) -> None:
         """Until every rank has called it for this stage. Collectives have no such patience."""
