@@ -13,12 +13,13 @@ DEV_STAMP := $(VENV)/.kvist-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help setup demo test test-fast check format bench clean
+.PHONY: help setup demo test test-fast test-gpu check format bench clean
 
 help:
 	@echo 'make demo       set up, start a small cluster, watch it answer, stop it'
 	@echo 'make setup      install everything that development needs into $(VENV)'
 	@echo 'make test       every test; make test-fast: those without a model or processes'
+	@echo 'make test-gpu   the tests that need a CUDA device; fails where there is none'
 	@echo 'make check      format, lint, strict types, import layers, sizes; make format mends the first'
 	@echo 'make bench      the benchmarks, at quick settings'
 	@echo 'make clean      remove caches and $(VENV)'
@@ -53,6 +54,9 @@ test: $(DEV_STAMP)
 
 test-fast: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not model and not e2e and not gpu' $(PYTEST_ARGS)
+
+test-gpu: $(DEV_STAMP)
+	@$(BIN)/python scripts/gpu_tests.py $(PYTEST_ARGS)
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff format --check .

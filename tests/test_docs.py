@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kvist import settings
+from kvist.flags import options_of
+from kvist.metrics import ENGINE_TOTALS, GatewayMetrics, WorkerSample
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
@@ -25,9 +29,10 @@ def _resolve(name: str) -> object:
     raise ModuleNotFoundError(name)
 
 
-def test_every_name_in_follow_one_request_exists() -> None:
-    names = re.findall(r"`(kvist(?:\.\w+)+)`", (ROOT / "docs/follow-one-request.md").read_text(encoding="utf-8"))
-    assert len(names) > 40
+@pytest.mark.parametrize(("page", "at_least"), [("follow-one-request.md", 40), ("performance.md", 10)])
+def test_every_name_that_a_page_gives_exists(page: str, at_least: int) -> None:
+    names = re.findall(r"`(kvist(?:\.\w+)+)`", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+    assert len(names) > at_least
     for name in names:
         _resolve(name)
 
@@ -42,6 +47,41 @@ def test_every_class_of_the_glossary_exists() -> None:
     assert len(names) > 10
     for name in names:
         _resolve(f"kvist.{name}")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/bench.md", "docs/metrics.md", "docs/performance.md"])
+def test_every_flag_that_a_page_names_is_one(page: str) -> None:
+    options = [option for settings_class in settings._SETTINGS.values() for option in options_of(settings_class)]
+    known = {"--help", "--version", *(short.flag for short in settings.SHORTHANDS)}
+    known |= {flag for option in options for flag in option.flags}
+    known |= {f"--no-{flag[2:]}" for option in options if option.is_switch for flag in option.flags}
+    text = re.sub(r"`numactl[^`]*`", "", (ROOT / page).read_text(encoding="utf-8"))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= known
+
+
+def exported_metrics() -> set[str]:
+    sample = WorkerSample(
+        worker="w",
+        role="unified",
+        alive=True,
+        num_running=0,
+        num_waiting=0,
+        num_pages={"free": 1},
+        totals=dict.fromkeys(ENGINE_TOTALS, 0.0),
+    )
+    exported = GatewayMetrics(samples=lambda: [sample]).exposition().decode()
+    return {name for name in re.findall(r"^# TYPE (\S+) ", exported, re.MULTILINE) if name.startswith("kvist:")}
+
+
+def test_the_page_of_metrics_lists_all_that_are_exported_and_no_other() -> None:
+    listed = re.findall(r"`(kvist:\w+)(?:\{\w+\})?`", (ROOT / "docs/metrics.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(exported_metrics())
+
+
+def test_every_metric_that_tuning_is_told_by_is_exported() -> None:
+    named = re.findall(r"kvist:\w+", (ROOT / "docs/performance.md").read_text(encoding="utf-8"))
+    assert len(set(named)) > 5
+    assert set(named) <= exported_metrics()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

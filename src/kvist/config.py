@@ -27,6 +27,7 @@ class OptionHelp:
     minimum: float | None = None
     maximum: float | None = None
     secret: bool = False  # never printed or logged
+    unset: str = ""  # the word for None, in --help and as a value
 
 
 def option(
@@ -40,6 +41,7 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     secret: bool = False,
+    unset: str = "",
 ) -> T:
     """A dataclass field with help. Flags keep SGLang's names where they mean the same."""
     note = OptionHelp(
@@ -51,6 +53,7 @@ def option(
         minimum=minimum,
         maximum=maximum,
         secret=secret,
+        unset=unset,
     )
     field: T = dataclasses.field(default=default, metadata={"option": note})
     return field

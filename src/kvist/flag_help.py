@@ -63,7 +63,7 @@ def _shown(option: Option) -> str:
     if option.help.secret:
         return "not set"
     if value is None or value in ((), ""):
-        return "not set"
+        return option.help.unset or "not set"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, enum.Enum):

@@ -144,7 +144,7 @@ def _allowed(option: Option) -> str:
     if option.choices:
         return "one of " + ", ".join(str(choice) for choice in option.choices)
     kind = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "text"}
-    words = " or ".join(kind[item] for item in option.kinds)
+    words = " or ".join([*filter(None, [option.help.unset]), *(kind[item] for item in option.kinds)])
     low, high = option.help.minimum, option.help.maximum
     if low is not None and high is not None:
         words += f" from {low:g} to {high:g}" if max(abs(low), abs(high)) < 1e6 else f" from {low:.0f} to {high:.0f}"
@@ -164,7 +164,8 @@ def _bad_value(option: Option, source: str, value: object) -> ConfigError:
 
 def _read_scalar(option: Option, source: str, raw: object) -> object:
     """One text (flag, environment) or one TOML value as the option's type. Raises `ConfigError`."""
-    if isinstance(raw, str) and raw.lower() in ("none", "null") and option.optional and raw not in option.choices:
+    nothing = ("none", "null", option.help.unset)
+    if isinstance(raw, str) and raw and raw.lower() in nothing and option.optional and raw not in option.choices:
         return None
     for kind in sorted(option.kinds, key=[bool, int, float, Path, str].index):
         value = _as_kind(kind, raw)

@@ -5,7 +5,7 @@ without a lock or a label look-up; Prometheus objects are made when somebody scr
 from the last load report of each, given by `samples` at scrape time.
 
 Counters that engines send in `LoadReport.totals` appear as `kvist:worker_<name>_total`; ENGINE_TOTALS explains the
-names in use. A name that is not there is exported too.
+names in use. A name that is not there is exported too. docs/metrics.md lists everything.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ENGINE_TOTALS: Mapping[str, str] = {
-    "steps": "engine steps",
+    "steps": "engine steps that were finished",
+    "failed_steps": "engine steps that the model or the device failed",
     "prompt_tokens": "prompt tokens of admitted requests",
     "cached_prompt_tokens": "prompt tokens found in the page cache",
     "computed_prompt_tokens": "prompt tokens computed by the model",
@@ -39,7 +40,10 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "plan_cpu_seconds": "processor time spent planning steps",
     "launch_cpu_seconds": "processor time spent launching steps (on a CPU: computing them)",
     "read_cpu_seconds": "processor time spent reading steps back; on a GPU mostly waiting for it",
+    "loop_cpu_seconds": "processor time of the engine's loop, the three above and its messages included",
+    "process_cpu_seconds": "processor time of the engine process, all threads",
     "handoff_seconds": "time of handoffs from grant to acknowledged (sent) or verified (received)",
+    "undecodable_messages": "messages dropped because they could not be decoded",
 }
 
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -107,6 +111,7 @@ class GatewayMetrics(Collector):
         """The text a Prometheus server scrapes."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
+        ProcessCollector(registry=registry)  # this process: its processor time, memory and open files
         return generate_latest(registry)
 
     def collect(self) -> Iterator[Metric]:

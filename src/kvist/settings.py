@@ -31,7 +31,7 @@ from kvist.flag_help import help_text
 from kvist.flags import ENV_PREFIX, Shorthand, Sources, group, nearest, options_of, read_settings, to_argv
 from kvist.log import LogConfig
 from kvist.router.config import RouterConfig
-from kvist.scheduler.config import SchedulerConfig
+from kvist.scheduler.config import SchedulerOptions
 from kvist.server.config import ServerConfig
 from kvist.worker.bench_shapes import StepsConfig
 from kvist.worker.config import EngineConfig
@@ -47,7 +47,6 @@ SHORTHANDS = (
     Shorthand(flag="--max-model-len", key="context_length", text="the same as --context-length, as vLLM names it"),
 )
 
-_FROM_MODEL = ("max_model_len", "eos_token_ids")  # of the scheduler; the engine reads them from the model
 _WORKER_LISTS = ("prefill", "decode", "worker_urls")
 _CHOICE = ("policy", "cache_threshold", "balance_abs_threshold", "balance_rel_threshold", "max_known_pages")
 
@@ -71,7 +70,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:
-    engine: EngineConfig = group(EngineConfig, without=_FROM_MODEL)
+    engine: EngineConfig = group(EngineConfig)
     server: ServerConfig = group(ServerConfig)
     router: RouterConfig = group(RouterConfig, without=_WORKER_LISTS + _CHOICE)
     process: ProcessConfig = group(ProcessConfig)
@@ -94,7 +93,7 @@ class RouterSettings:
             )
 
 
-_PLANNED = ("role", "engine_host", "engine_port", "engine_advertise_host", *_FROM_MODEL)
+_PLANNED = ("role", "engine_host", "engine_port", "engine_advertise_host")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,13 +156,14 @@ _AROUND_THE_ENGINE = (  # sockets, limits that the batch shapes set, and time-ou
     "served_model_name",
     "role",
     "context_length",
+    "cpu_affinity",
     "engine_host",
     "engine_port",
     "engine_advertise_host",
     "gateway_timeout_s",
     "engine_start_timeout_s",
     *(field.name for field in dataclasses.fields(ChannelConfig)),
-    *(field.name for field in dataclasses.fields(SchedulerConfig)),
+    *(field.name for field in dataclasses.fields(SchedulerOptions)),
 )
 
 

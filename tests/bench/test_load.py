@@ -27,6 +27,13 @@ def test_a_prompt_depends_on_the_seed_and_its_place_alone() -> None:
     assert first not in others
 
 
+def test_what_a_seed_asks_stays_the_same_from_version_to_version() -> None:
+    expected = np.random.default_rng([3, 0, 1, 2]).integers(10, 20, 50).tolist()
+    assert SOURCE.token_ids(50, Drawn.PROMPT, 1, 2) == expected
+    later = Source(seed=3, vocab_low=10, vocab_high=19, scenario=1)
+    assert later.token_ids(50, Drawn.PROMPT, 1, 2)[:4] != expected[:4]
+
+
 def test_token_ids_cover_the_vocabulary_range_and_nothing_else() -> None:
     assert set(SOURCE.token_ids(2000, Drawn.PROMPT, 0)) == set(range(10, 20))
 

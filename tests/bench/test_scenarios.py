@@ -203,6 +203,17 @@ def test_a_baseline_gives_ratios_and_what_differs(
     assert "no run named 'offline'" in capsys.readouterr().out
 
 
+def test_a_baseline_with_failures_is_told(
+    server: FakeServer, target: TargetConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.manners = [Manner(status=429)]
+    load = SingleConfig(requests=3, input_tokens="8", output_tokens="4")
+    run("single", load, target)
+    capsys.readouterr()
+    assert run("single", load, replace(target, baseline=target.json_path))[0] == 0
+    assert "1 requests of the baseline failed" in capsys.readouterr().out
+
+
 def test_files_that_cannot_be_used_are_told_before_anything_is_sent(
     server: FakeServer, target: TargetConfig, tmp_path: Path
 ) -> None:
@@ -232,6 +243,27 @@ def test_custom_scenarios_run_in_order_each_with_its_own_settings(server: FakeSe
         ("2 offline", "offline", 2),
     ]
     assert len(server.prompts[0]) == 7
+
+
+def test_no_scenario_of_a_file_asks_what_an_earlier_one_asked(
+    server: FakeServer, target: TargetConfig, tmp_path: Path
+) -> None:
+    lengths = {"input_tokens": 9, "output_tokens": 2}
+    scenarios = [
+        {"scenario": "single", "requests": 4, **lengths},
+        {"scenario": "offline", "requests": 4, **lengths},
+        {"scenario": "multiturn", "clients": 4, "rounds": 1, **lengths},
+    ]
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(scenarios))
+    assert run_custom(CustomConfig(file=file), replace(target, warmup=2)) == 0
+    prompts = [tuple(prompt) for prompt in server.prompts if len(prompt) == 9]
+    assert len(prompts) == 3 * (2 + 4)
+    assert len({prompt[:2] for prompt in prompts}) == len(prompts)
+    first = server.prompts[2:6]
+    server.asked.clear()
+    run("single", SingleConfig(requests=4, input_tokens="9", output_tokens="2"), target)
+    assert server.prompts == first, "the first scenario of a file is the one of its verb"
 
 
 @pytest.mark.parametrize(

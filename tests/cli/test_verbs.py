@@ -88,6 +88,13 @@ def test_no_verb_shows_the_verbs_and_fails(capsys: pytest.CaptureFixture[str]) -
         (["bench", "engine", "--shapes", "8"], ["--shapes", "'8'", "8@1024"]),
         (["bench", "engine", "--role", "decode"], ["unknown flag --role"]),
         (["up", "--prefill", "two"], ["--prefill", "'two'", "from 0 to 64"]),
+        (["serve", "--max-prefill-tokens", "some"], ["--max-prefill-tokens", "auto or a whole number, at least 1"]),
+        (
+            ["serve", "--max-prefill-tokens", "7", "--max-running-requests", "8"],
+            ["--max-prefill-tokens 7 is below --max-running-requests 8"],
+        ),
+        (["serve", "--quantization", "fp8"], ["unknown flag --quantization"]),
+        (["serve", "--kv-cache-dtype", "fp8_e4m3"], ["unknown flag --kv-cache-dtype"]),
     ],
 )
 def test_a_mistake_is_one_line_on_standard_error_and_status_2(
@@ -170,6 +177,17 @@ def test_up_gives_each_child_the_options_it_knows_and_secrets_by_environment() -
     }  # workers listen on loopback, and the router has no key
     assert shape.router_environ == {"KVIST_CLUSTER_KEY": "hist", "KVIST_API_KEY": "hush"}
     assert (shape.router_host, shape.router_port, shape.threads_per_worker) == ("0.0.0.0", 8000, 3)
+
+
+def test_the_limits_of_a_step_are_auto_unless_set_and_say_so() -> None:
+    read = settings.read("serve", ["--max-running-requests", "auto", "--chunked-prefill-size", "64"], {})
+    assert isinstance(read, settings.ServeSettings)
+    limits = read.engine.scheduler
+    assert (limits.max_running_requests, limits.chunked_prefill_size, limits.max_prefill_tokens) == (None, 64, None)
+    page = settings.help_for("serve", cli.VERBS["serve"])
+    for flag in ("--max-running-requests", "--chunked-prefill-size", "--max-prefill-tokens", "--overlap"):
+        paragraph = page.split(f"  {flag}")[1].split("\n  --")[0]
+        assert "default: auto" in paragraph
 
 
 def test_options_that_the_engine_reads_from_the_model_are_not_flags() -> None:

@@ -321,7 +321,6 @@ def test_a_captured_step_of_chunks_and_decodes_equals_the_dense_one(backend: Bac
                 static[:, row : row + b - a] = getattr(sequences[i], name)[:, a:b].to(q.device)
             row += b - a
         before = world.pool.clone()
-        assert plan.suits(spans)
         plan.fill(spans)
         graph.replay()
         row = 0

@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 from kvist.kernels.activation import silu_mul, silu_mul_torch
+from kvist.kernels.decode_attention import (
+    decode_attention,
+    decode_attention_torch,
+    plan_decodes,
+    plan_decodes_torch,
+)
 from kvist.kernels.norm import add_rms_norm, add_rms_norm_torch
 from kvist.kernels.rotary import Rotary, rotate_and_write, rotate_and_write_torch, rotation, rotation_torch
 from kvist.kernels.sampling import choose_tokens, choose_tokens_torch, gumbel_noise, hash_tokens
@@ -141,3 +147,47 @@ def test_greedy_takes_the_first_of_equals() -> None:
     keys = torch.zeros(3, 2, dtype=torch.int32, device=CUDA)
     assert choose_tokens(logits, zeros, keys).tolist() == [4, 2048, 2047]
     assert choose_tokens(logits.bfloat16(), zeros, keys).tolist() == [4, 2048, 2047]
+
+
+LENGTHS = {
+    "one short": [5],
+    "one long": [9_000],
+    "short and empty": [1, 0, 16, 17, 0, 127, 128, 129],
+    "one long among many": [*[40 + i for i in range(60)], 20_000, *[300] * 30],
+    "many": [(37 * i) % 1200 for i in range(256)],
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_the_items_of_decodes(lengths: list[int]) -> None:
+    lengths_tensor = torch.tensor(lengths, dtype=torch.int32)
+    want, got = plan_decodes_torch(lengths_tensor), plan_decodes(lengths_tensor.to(CUDA))
+    num_items = int(want.firsts[-2])
+    assert got.firsts.tolist() == want.firsts.tolist()
+    assert got.rows[:num_items].tolist() == want.rows[:num_items].tolist()
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(28, 4, 128), (4, 2, 64), (9, 3, 64), (32, 1, 80)])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_decode_attention(rng: torch.Generator, lengths: list[int], q_heads: int, kv_heads: int, head_dim: int) -> None:
+    needed = [-(-length // 16) for length in lengths]
+    num_pages = sum(needed) + 3
+    pool = torch.full((num_pages, kv_heads, 2, 2, 16, head_dim), float("nan"), dtype=torch.bfloat16, device=CUDA)
+    table = torch.full((len(lengths), max(needed) + 1), num_pages - 1, dtype=torch.int32)
+    pages = iter(torch.randperm(num_pages - 1, generator=rng).tolist())
+    for row, length in enumerate(lengths):  # what lies behind a context stays NaN
+        for i in range(needed[row]):
+            table[row, i] = page = next(pages)
+            filled = min(16, length - 16 * i)
+            pool[page, :, 1, :, :filled] = random(rng, kv_heads, 2, filled, head_dim)
+    q = random(rng, len(lengths) + 2, q_heads, head_dim)
+    out = torch.full_like(q, 3.0)
+    lengths_tensor = torch.tensor(lengths, dtype=torch.int32)
+    decode_attention(q, pool[:, :, 1], table.to(CUDA), plan_decodes(lengths_tensor.to(CUDA)), out)
+    want = torch.full_like(q, 3.0, dtype=torch.float32, device="cpu")
+    decode_attention_torch(
+        q.float().cpu(), pool[:, :, 1].float().cpu(), table, plan_decodes_torch(lengths_tensor), want
+    )
+    assert_near(out.cpu(), want)
+    assert (out[len(lengths) :] == 3.0).all(), "rows that are no decodes are left alone"
+    assert all((out[row] == 3.0).all() for row, length in enumerate(lengths) if not length)

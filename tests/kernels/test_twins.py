@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from kvist.kernels.decode_attention import ITEM_MULTIPLE, TARGET_ITEMS, decode_attention, plan_decodes
 from kvist.kernels.sampling import choose_tokens, hash_tokens
 from kvist.kernels.skinny import skinny_gated, skinny_linear
 from kvist.request import SamplingParams
@@ -35,3 +38,35 @@ def test_gated_is_the_two_products_and_their_gate() -> None:
     x, weight = torch.randn(3, 8), torch.randn(10, 8)
     gate, up = skinny_linear(x, weight, None, torch.float32).chunk(2, dim=-1)
     torch.testing.assert_close(skinny_gated(x, weight), torch.nn.functional.silu(gate) * up)
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=40))
+def test_items_of_decodes_cover_every_context_once_and_are_bounded(lengths: list[int]) -> None:
+    items = plan_decodes(torch.tensor(lengths, dtype=torch.int32))
+    *firsts, num_items, item_tokens = items.firsts.tolist()
+    assert num_items <= len(lengths) + TARGET_ITEMS
+    assert item_tokens % ITEM_MULTIPLE == 0
+    covered = [0] * len(lengths)
+    for item, row in enumerate(items.rows[:num_items].tolist()):
+        start = (item - firsts[row]) * item_tokens
+        assert start == covered[row], "in order, without gaps"
+        covered[row] = min(lengths[row], start + item_tokens)
+    assert covered == lengths
+
+
+def test_decode_attention_is_softmax_attention_over_the_pages() -> None:
+    rng = torch.Generator().manual_seed(3)
+    lengths, pages = [5, 0, 9], [[4, 1], [], [0, 3, 2]]
+    pool = torch.randn(6, 2, 2, 4, 8, generator=rng)
+    pool[5] = float("nan")
+    q, out = torch.randn(3, 4, 8, generator=rng), torch.full((3, 4, 8), 7.0)
+    table = torch.tensor([row + [5] * (3 - len(row)) for row in pages], dtype=torch.int32)
+    decode_attention(q, pool, table, plan_decodes(torch.tensor(lengths, dtype=torch.int32)), out)
+    for row in (0, 2):
+        for head in range(4):
+            keys, values = (
+                torch.cat([pool[page, head // 2, kind] for page in pages[row]])[: lengths[row]] for kind in (0, 1)
+            )
+            want = torch.softmax(keys @ q[row, head] / 8**0.5, dim=0) @ values
+            torch.testing.assert_close(out[row, head], want)
+    assert (out[1] == 7.0).all(), "a row without a context is left alone"

@@ -298,5 +298,5 @@ def test_flush_frees_what_no_request_uses_and_says_how_much() -> None:
 
 
 def test_a_budget_below_one_token_a_request_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="max_prefill_tokens"):
-        SchedulerConfig(max_running_requests=8, max_prefill_tokens=7)
+    with pytest.raises(ConfigError, match="--max-prefill-tokens 7 is below --max-running-requests 8"):
+        SchedulerConfig(max_running_requests=8, chunked_prefill_size=4, max_prefill_tokens=7)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -204,6 +206,13 @@ async def test_metrics_tell_requests_tokens_and_workers(bench: Any, busy: Any) -
         'kvist:worker_handoffs_received_total{role="decode",worker="d:1"} 9.0',
     ):
         assert line in text, line
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="read from /proc")
+async def test_metrics_tell_the_gateways_own_processor_time(bench: Any) -> None:
+    text = (await bench.client.get("/metrics")).text
+    spent = [line.split() for line in text.splitlines() if line.startswith("process_cpu_seconds_total")]
+    assert [0.0 < float(value) <= time.process_time() + 0.02 for _, value in spent] == [True]
 
 
 async def test_long_prompts_are_tokenised_like_short_ones(make_bench: Callable[..., Any]) -> None:

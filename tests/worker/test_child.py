@@ -14,6 +14,7 @@ from kvist.wire import EngineSpec
 from kvist.worker import child
 from kvist.worker.child import EngineProcess, EngineState, EngineSupervisor, restart_wait_s
 from kvist.worker.config import EngineConfig
+from kvist.worker.cores import usable_cores
 
 pytestmark = pytest.mark.e2e
 
@@ -41,7 +42,8 @@ say(Progress(text="loading weights 40%"))
 print("a library says hello", flush=True)
 say(Ready(spec=EngineSpec(worker_id=WorkerId("w"), epoch=EpochId(str(os.getpid())), role="unified", endpoint="tcp://x:1",
     model_fingerprint="f", model_name="m", vocab_size=1, max_model_len=1, page_size=1, num_pages=1, namespace="n",
-    dtype="float32", tp_size=1, max_running_requests=1, max_queued_requests=1)))
+    dtype="float32", tp_size=1, max_running_requests=1, max_queued_requests=1),
+    gateway_cores=(1, 3) if play == "bound" else ()))
 sys.stdin.buffer.read()
 """
 COMMAND = (sys.executable, "-c", SCRIPT)
@@ -125,6 +127,28 @@ async def test_the_supervisor_starts_a_dead_engine_again_and_tells_each_change(
         await running
     assert supervisor.state is EngineState.STOPPED
     assert not is_running(int(second.epoch))
+
+
+@pytest.mark.parametrize("play", ["bound", "well"])
+async def test_the_parent_runs_where_its_engine_says_and_anywhere_without_one(
+    play: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "FIRST_RESTART_WAIT_S", 0.01)
+    bound: list[set[int]] = []
+    monkeypatch.setattr(child, "bind_process", lambda cores: bound.append(set(cores)))
+    changes: asyncio.Queue[EngineSpec | None] = asyncio.Queue()
+    supervisor = EngineSupervisor(config(play), on_change=changes.put_nowait, command=COMMAND)
+    running = asyncio.create_task(supervisor.run())
+    first = await asyncio.wait_for(changes.get(), 20)
+    assert first is not None
+    os.kill(int(first.epoch), 9)
+    for _ in range(2):
+        await asyncio.wait_for(changes.get(), 20)
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    everywhere = set(usable_cores())
+    assert bound == ([{1, 3}, everywhere, {1, 3}, everywhere] if play == "bound" else [])
 
 
 async def test_a_first_start_that_fails_is_not_tried_again() -> None:

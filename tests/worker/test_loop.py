@@ -12,6 +12,7 @@ from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import FakeClock
 from kvist.errors import EngineError
 from kvist.kv.pages import PageCounts
+from kvist.metrics import ENGINE_TOTALS
 from kvist.request import (
     EngineRequest,
     EpochId,
@@ -38,7 +39,7 @@ from kvist.scheduler.events import (
     StepFinished,
     WritesCompleted,
 )
-from kvist.scheduler.load import SchedulerLoad
+from kvist.scheduler.load import COUNTERS, SchedulerLoad
 from kvist.scheduler.plan import (
     Batch,
     BatchItem,
@@ -604,3 +605,8 @@ def test_undecodable_messages_and_failed_steps_are_counted_in_the_report(engine:
     engine.turn((G1, HELLO))
     assert reports(engine, G1)[0].totals["undecodable_messages"] == 4.0
     assert reports(engine, G1)[0].totals["failed_steps"] == 0.0
+
+
+def test_every_total_that_is_reported_is_explained_in_the_metrics(engine: Engine) -> None:
+    engine.turn((G1, HELLO))
+    assert {*reports(engine, G1)[0].totals, *COUNTERS} == set(ENGINE_TOTALS)

@@ -18,14 +18,14 @@ import zmq
 
 from kvist import wire
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, SamplingParams
-from kvist.scheduler.config import SchedulerConfig
+from kvist.scheduler.config import SchedulerOptions
 from kvist.worker.config import EngineConfig
 from kvist.worker.messages import Ready, StartFailed, decode_line
 
 pytestmark = pytest.mark.e2e
 
 DEADLINE_S = 60.0
-SLOW = SchedulerConfig(chunked_prefill_size=1)  # one token a step: a long prompt takes seconds
+SLOW = SchedulerOptions(chunked_prefill_size=1)  # one token a step: a long prompt takes seconds
 
 
 class Engine:
@@ -87,7 +87,7 @@ class Cluster:
         self._model_path, self._runtime_dir = model_path, runtime_dir
         self._engines: list[Engine] = []
 
-    def start(self, *roles: str, scheduler: SchedulerConfig | None = None, tp: int = 1) -> list[Engine]:
+    def start(self, *roles: str, scheduler: SchedulerOptions | None = None, tp: int = 1) -> list[Engine]:
         config = EngineConfig(
             model_path=str(self._model_path),
             load_format="dummy",
@@ -95,7 +95,7 @@ class Cluster:
             num_threads=tp,
             tp=tp,
             runtime_dir=str(self._runtime_dir),
-            scheduler=scheduler or SchedulerConfig(),
+            scheduler=scheduler or SchedulerOptions(),
         )
         started = [Engine(replace(config, role=role)) for role in roles]
         self._engines += started
@@ -154,6 +154,11 @@ def submit_pair(prefill: Engine, decode: Engine, request: EngineRequest) -> None
 def tokens(*engines: Engine) -> list[int]:
     chunks = sorted((chunk for engine in engines for chunk in engine.chunks), key=lambda chunk: chunk.position)
     return [token_id for chunk in chunks for token_id in chunk.token_ids]
+
+
+def test_the_spec_that_gateways_get_has_numbers_for_what_was_left_to_auto(cluster: Cluster) -> None:
+    (engine,) = cluster.start("unified", scheduler=SchedulerOptions(max_prefill_tokens=96))
+    assert engine.spec.max_running_requests == 96
 
 
 def test_two_processes_answer_as_one_does(cluster: Cluster) -> None:

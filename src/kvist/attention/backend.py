@@ -56,12 +56,8 @@ class Span(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class GraphPlan(Protocol):
     """The index tensors of steps, at addresses that last."""
 
-    def suits(self, spans: Sequence[Span]) -> bool:
-        """Whether a replay is a good way to attend for these: at most `max_batch` spans, and not better split up."""
-        ...
-
     def fill(self, spans: Sequence[Span]) -> None:
-        """Describe the next replay, which `suits`. Rows beyond the spans' write nothing and their result is undefined.
+        """Describe the next replay. Rows beyond the spans' write nothing and their result is undefined.
         Asynchronous; replays on the same stream that were launched before are not disturbed."""
         ...
 

@@ -57,7 +57,7 @@ class _Watch:
 
 
 class Driver:
-    """Runs scenarios one after another against one server."""
+    """Runs a scenario against one server."""
 
     def __init__(self, asker: Asker, source: Source, clock: Clock, *, warmup: int) -> None:
         self._asker = asker

@@ -1,7 +1,8 @@
 """What is asked and in which order. Pure: everything is drawn from the seed, nothing here sends or waits.
 
 Each thing drawn has a generator of its own, keyed by (seed, what, which): a prompt is the same whatever order answers
-come in, and however many warm-up requests went before.
+come in, and however many warm-up requests went before. The scenarios of one run have keys of their own: a prompt that
+an earlier one has asked would be answered from the server's cache.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ class Source:
     """Token ids and numbers by seed. Ids are in [vocab_low, vocab_high]."""
 
     seed: int
+    scenario: int = 0  # its place among those of one run
     vocab_low: int
     vocab_high: int
 
     def generator(self, what: Drawn, *which: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, int(what), *which])
+        spawn_key = (self.scenario,) if self.scenario else ()
+        return np.random.default_rng(np.random.SeedSequence([self.seed, int(what), *which], spawn_key=spawn_key))
 
     def token_ids(self, num_tokens: int, what: Drawn, *which: int) -> list[int]:
         ids: list[int] = self.generator(what, *which).integers(self.vocab_low, self.vocab_high + 1, num_tokens).tolist()

@@ -50,9 +50,10 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
         try:
             model = target.model or await _first_model(client)
             asker = Asker(client, model=model, clock=MonotonicClock(), timeout_s=target.request_timeout_s)
-            source = Source(seed=target.seed, vocab_low=target.vocab_low, vocab_high=target.vocab_high)
-            driver = Driver(asker, source, MonotonicClock(), warmup=target.warmup)
-            for scenario in scenarios:
+            first = Source(seed=target.seed, vocab_low=target.vocab_low, vocab_high=target.vocab_high)
+            for number, scenario in enumerate(scenarios):
+                source = dataclasses.replace(first, scenario=number)
+                driver = Driver(asker, source, MonotonicClock(), warmup=target.warmup)
                 run = _as_run(await driver.run(scenario), target, model)
                 runs.append(run)
                 print(reports.table(run, _find(baseline, run)), flush=True)
@@ -224,5 +225,8 @@ def _say_differences(baseline: Report | None, run: Run) -> None:
     before = _find(baseline, run)
     if before is None:
         print(f"  the baseline has no run named {run.name!r}")
-    elif told := reports.differences(run, before):
+        return
+    if told := reports.differences(run, before):
         print(f"  NOTE: the baseline was asked something else: {'; '.join(told)}")
+    if num_failed := sum(before.summary.failures.values()):
+        print(f"  NOTE: {num_failed} requests of the baseline failed: its figures are of the rest")

@@ -11,6 +11,7 @@ What it does not do: batching, pages, sampling. Callers run it under torch.infer
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -60,7 +61,8 @@ class Attention:
         q_weight, k_weight = (reader.read(f"{prefix}.{name}.weight") for name in ("q_norm", "k_norm"))
         return torch.cat((q_weight.expand(self._num_q_heads, -1), k_weight.expand(self._num_kv_heads, -1)))
 
-    def __call__(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def attend(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """x [T, hidden_size] -> [T, num_q_heads * head_dim], before the output projection."""
         heads = self._qkv(x).view(x.shape[0], -1, self._head_dim)
         rotary = Rotary(cos=cos, sin=sin, qk_weight=self._qk_weight, eps=self._eps)
         if isinstance(attend, RotatingAttend):
@@ -69,7 +71,11 @@ class Attention:
             num_rotated = self._num_q_heads + self._num_kv_heads
             qk = norm_and_rotate(heads[:, :num_rotated], rotary)
             out = attend(layer, qk[:, : self._num_q_heads], qk[:, self._num_q_heads :], heads[:, num_rotated:])
-        return self._output(out.reshape(x.shape[0], -1))
+        return out.reshape(x.shape[0], -1)
+
+    def project(self, heads: Tensor) -> Tensor:
+        """What `attend` returned, or rows of it -> [num_rows, hidden_size]."""
+        return self._output(heads)
 
 
 class GatedMlp:
@@ -93,12 +99,17 @@ class DecoderLayer:
         self._mlp_norm = reader.read(f"{prefix}.post_attention_layernorm.weight")
         self._mlp = GatedMlp(config, reader, f"{prefix}.mlp", tp)
 
-    def __call__(
+    def attend(
         self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
+        """(x, residual) of the layer before -> (heads, residual). Behind this, rows have nothing to do with each other,
+        and nothing is written to the cache."""
         x, residual = add_rms_norm(x, residual, self._attention_norm, self._eps)
-        x = self._attention(x, self._layer, cos, sin, attend)
-        x, residual = add_rms_norm(x, residual, self._mlp_norm, self._eps)
+        return self._attention.attend(x, self._layer, cos, sin, attend), residual
+
+    def finish(self, heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (x, residual) for the next layer."""
+        x, residual = add_rms_norm(self._attention.project(heads), residual, self._mlp_norm, self._eps)
         return self._mlp(x), residual
 
 
@@ -114,6 +125,19 @@ class VocabularyEnds:
         self.norm = reader.read("model.norm.weight")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unfinished:
+    """A step before the last layer's output projection and MLP. Most rows of a prompt end here: nobody asks for the
+    token that follows them, and their K/V is written."""
+
+    heads: Tensor  # [num_rows, num_q_heads_local * head_dim]
+    residual: Tensor  # [num_rows, hidden_size]
+
+    def select(self, rows: Tensor) -> Unfinished:
+        """rows [R] int32 or int64."""
+        return Unfinished(heads=self.heads.index_select(0, rows), residual=self.residual.index_select(0, rows))
+
+
 class CausalLM:
     """This rank's part of a model, ready to run. Immutable once built, so any number of callers may share it."""
 
@@ -127,13 +151,24 @@ class CausalLM:
         self._layers = layers
         self._frequencies = inverse_frequencies(config).to(ends.norm.device)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """token_ids, positions [T] int64 -> hidden [T, hidden_size] after the last norm, in the model's dtype."""
+    def begin(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Unfinished:
+        """token_ids, positions [T] int64: everything up to the last layer's attention, so all K/V is in the cache."""
         cos, sin = rotation(positions, self._frequencies)
+        *layers, last = self._layers
         x, residual = self._ends.embed(token_ids), None
-        for layer in self._layers:
-            x, residual = layer(x, residual, cos, sin, attend)
+        for layer in layers:
+            x, residual = layer.finish(*layer.attend(x, residual, cos, sin, attend))
+        heads, residual = last.attend(x, residual, cos, sin, attend)
+        return Unfinished(heads=heads, residual=residual)
+
+    def finish(self, unfinished: Unfinished) -> Tensor:
+        """hidden [num_rows, hidden_size] after the last norm, in the model's dtype."""
+        x, residual = self._layers[-1].finish(unfinished.heads, unfinished.residual)
         return add_rms_norm(x, residual, self._ends.norm, self.config.rms_norm_eps)[0]
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Both, for all rows: [T, hidden_size]."""
+        return self.finish(self.begin(token_ids, positions, attend))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden_size]: the rows a token is chosen for -> [R, vocab_size] fp32, whole on every rank."""

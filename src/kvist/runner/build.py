@@ -40,7 +40,7 @@ LoadProgress = Callable[[int, int], None]  # (tensors loaded, tensors in all)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerConfig:
-    """The worker's settings that the runner needs; "auto" is resolved here, once."""
+    """The worker's settings that the runner needs; what is still "auto" is resolved here, once."""
 
     dtype: str = "auto"  # float32 on a CPU, bfloat16 on a GPU
     device: str = "auto"

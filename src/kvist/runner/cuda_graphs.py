@@ -17,10 +17,9 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from kvist.attention.backend import GraphPlan, Span
 
@@ -30,23 +29,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+Result = TypeVar("Result")
+
+
 @dataclass(frozen=True, slots=True)
-class _Captured:
+class _Captured(Generic[Result]):
     graph: torch.cuda.CUDAGraph
-    hidden: Tensor  # [size, hidden_size], after a replay
+    result: Result  # the tensors that a replay writes
 
 
-class StepGraphs:
+class StepGraphs(Generic[Result]):
     """One family's recordings. Owned by the runner; every method runs under its inference mode and on its stream."""
 
-    def __init__(self, plan: GraphPlan, step: Callable[[int], Tensor], pool: _POOL_HANDLE) -> None:
-        """`step(size)` launches a step of `size` rows that attends through `plan` and returns its hidden states.
+    def __init__(self, plan: GraphPlan, step: Callable[[int], Result], pool: _POOL_HANDLE) -> None:
+        """`step(size)` launches a step of `size` rows that attends through `plan`, and returns what it computed.
         `pool`: torch.cuda.graph_pool_handle()."""
         self._plan = plan
         self._step = step
         self._pool = pool
         self._sizes: list[int] = []
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[int, _Captured[Result]] = {}
 
     def capture(self, sizes: Sequence[int], what: str) -> None:
         """A few seconds. The pages are not touched. `sizes` ascend."""
@@ -59,9 +61,9 @@ class StepGraphs:
                 self._step(size)  # kernels are compiled and libraries set up outside the recording
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                hidden = self._step(size)
+                result = self._step(size)
                 graph.capture_end()
-                self._captured[size] = _Captured(graph, hidden)
+                self._captured[size] = _Captured(graph, result)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # of the side stream
@@ -72,16 +74,14 @@ class StepGraphs:
             "CUDA graphs of %s: %d sizes up to %d in %.1f s, %d MiB", what, len(sizes), sizes[-1], seconds, used_mib
         )
 
-    def size_for(self, spans: Sequence[Span], num_rows: int) -> int | None:
-        """The smallest recorded size with room for them; None: launch this step kernel by kernel."""
-        if num_rows > self._sizes[-1] or not self._plan.suits(spans):
-            return None
-        return self._sizes[bisect_left(self._sizes, num_rows)]
+    def size_for(self, num_rows: int) -> int | None:
+        """The smallest recorded size with room for them; None: there is none."""
+        return None if num_rows > self._sizes[-1] else self._sizes[bisect_left(self._sizes, num_rows)]
 
-    def replay(self, size: int, spans: Sequence[Span]) -> Tensor:
-        """The input words for `size` rows were sent. Returns hidden [size, hidden_size], overwritten by the next
-        replay of any size."""
+    def replay(self, size: int, spans: Sequence[Span]) -> Result:
+        """The input words for `size` rows were sent. Returns what `step` did, overwritten by the next replay of any
+        size."""
         self._plan.fill(spans)
         captured = self._captured[size]
         captured.graph.replay()
-        return captured.hidden
+        return captured.result

@@ -5,8 +5,9 @@
                                                         └──one copy──► pinned memory ──event──► result()
 
 In steps of decodes alone the graph chooses the tokens, too. Rows that want more than temperature (top_k, top_p, min_p,
-tokens suppressed, logprobs) are chosen again from their logits, still on the device. A step with prompt chunks chooses
-behind its graph: few of its rows want a token, and the host is ahead of the device by then.
+tokens suppressed, logprobs) are chosen again from their logits, still on the device. A step with prompt chunks goes
+through the last layer's MLP and chooses behind its graph: few of its rows want a token, and the host is ahead of the
+device by then.
 
 All work goes to one stream, so a page that is given to another request later is written later.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 from kvist.attention.backend import AttentionBackend, GraphPlan, Span
 from kvist.kernels.sampling import choose_tokens
 from kvist.kv.device import DevicePool
+from kvist.models.decoder import Unfinished
 from kvist.request import RequestId, SampledToken
 from kvist.runner.cuda_graphs import StepGraphs
 from kvist.runner.graph_sizes import decode_sizes, mixed_sizes
@@ -89,8 +91,8 @@ class CudaRunner:
             device=pool.tensor.device,
         )
         self._slots: Mapping[RequestId, int] = {}  # of the batch launched last
-        self._decodes: StepGraphs | None = None
-        self._mixed: StepGraphs | None = None
+        self._decodes: StepGraphs[Tensor] | None = None
+        self._mixed: StepGraphs[Unfinished] | None = None
         if use_graphs:
             with torch.inference_mode():
                 self._capture(limits)
@@ -129,17 +131,18 @@ class CudaRunner:
         pool = torch.cuda.graph_pool_handle()
         mixed = self._attention.plan_mixed_graph(limits.max_requests, limits.max_pages, limits.max_tokens)
         if mixed is not None:  # the family with the largest recordings first: the others find room in its memory
-            self._mixed = StepGraphs(mixed, partial(self._forward, mixed), pool)
+            self._mixed = StepGraphs(mixed, partial(self._begin, mixed), pool)
             self._mixed.capture(mixed_sizes(limits.max_tokens), "steps with prompt chunks")
         self._decodes = StepGraphs(decodes, partial(self._decode, decodes), pool)
         self._decodes.capture(decode_sizes(limits.max_requests), "decodes")
 
-    def _forward(self, plan: GraphPlan, size: int) -> Tensor:
+    def _begin(self, plan: GraphPlan, size: int) -> Unfinished:
         words = self._staging.views(size, 0)
-        return self._model.forward(words.token_ids(), words.positions, plan.attend(size))
+        return self._model.begin(words.token_ids(), words.positions, plan.attend(size))
 
     def _decode(self, plan: GraphPlan, size: int) -> Tensor:
-        hidden = self._forward(plan, size)
+        """hidden [size, hidden_size]; the chosen tokens are in their slots."""
+        hidden = self._model.finish(self._begin(plan, size))
         words = self._staging.views(size, size)
         self._staging.keep(choose_tokens(self._model.logits(hidden), words.temperatures, words.keys))
         return hidden
@@ -147,21 +150,21 @@ class CudaRunner:
     def _compute(self, host: HostWords, spans: Sequence[Span], rows: Sequence[SamplingRow] | None) -> Measured | None:
         """`rows` None: every row is content with what temperature sampling chooses."""
         num_tokens, num_sampled = len(host.token_ids), len(host.rows)
-        if num_tokens == num_sampled and self._decodes and (size := self._decodes.size_for(spans, num_tokens)):
+        if num_tokens == num_sampled and self._decodes and (size := self._decodes.size_for(num_tokens)):
             self._staging.send(host, size, size)
             hidden = self._decodes.replay(size, spans)
             return None if rows is None else self._choose_and_measure(self._model.logits(hidden[:num_sampled]), rows)
-        if self._mixed and (size := self._mixed.size_for(spans, num_tokens)):
+        if self._mixed and (size := self._mixed.size_for(num_tokens)):
             self._staging.send(host, size, num_sampled)
-            hidden = self._mixed.replay(size, spans)
+            unfinished = self._mixed.replay(size, spans)
             words = self._staging.views(size, num_sampled)
         else:
             self._staging.send(host, num_tokens, num_sampled)
             words = self._staging.views(num_tokens, num_sampled)
-            hidden = self._model.forward(words.token_ids(), words.positions, self._attention.prepare(spans))
+            unfinished = self._model.begin(words.token_ids(), words.positions, self._attention.prepare(spans))
         if not num_sampled:
             return None
-        logits = self._model.logits(hidden.index_select(0, words.rows))
+        logits = self._model.logits(self._model.finish(unfinished.select(words.rows)))
         if rows is not None:
             return self._choose_and_measure(logits, rows)
         self._staging.keep(choose_tokens(logits, words.temperatures, words.keys))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvist.attention.backend import Attend, AttentionBackend
 from kvist.kv.device import DevicePool
+from kvist.models.decoder import Unfinished
 from kvist.request import RequestId, SampledToken
 from kvist.runner.inputs import ForwardInputs, build_inputs, forward_items, sampling_rows
 from kvist.runner.sampler import sample
@@ -28,7 +29,9 @@ from kvist.scheduler.plan import Batch
 class Model(Protocol):
     """What a runner needs of `models.CausalLM`."""
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor: ...
+    def begin(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Unfinished: ...
+
+    def finish(self, unfinished: Unfinished) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -108,9 +111,9 @@ class Runner:
 
 def forward(model: Model, attention: AttentionBackend, inputs: ForwardInputs) -> Tensor | None:
     """[num_sampled, vocab_size] fp32 logits, or None when no row wants a token."""
-    hidden = model.forward(inputs.token_ids, inputs.positions, attention.prepare(inputs.spans))
-    if inputs.sampled_rows is None:
-        return model.logits(hidden)
-    if not len(inputs.sampled_rows):
-        return None
-    return model.logits(hidden[inputs.sampled_rows])
+    unfinished = model.begin(inputs.token_ids, inputs.positions, attention.prepare(inputs.spans))
+    if inputs.sampled_rows is not None:
+        if not len(inputs.sampled_rows):
+            return None
+        unfinished = unfinished.select(inputs.sampled_rows)
+    return model.logits(model.finish(unfinished))

@@ -1,4 +1,8 @@
-"""The scheduler's settings: how much it takes on at once, and how long anything may wait."""
+"""The scheduler's settings: how much it takes on at once, and how long anything may wait.
+
+`SchedulerOptions` are what a user may set, where None is "auto". `SchedulerConfig` is what a scheduler is given:
+numbers, made of the options by worker/limits.py once the device is known.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +11,43 @@ from dataclasses import dataclass
 from kvist.config import option
 from kvist.errors import ConfigError
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    """Raises ConfigError when two settings contradict each other."""
+class SchedulerOptions:
+    """Raises `ConfigError` when two settings contradict each other."""
 
-    max_running_requests: int = option(128, "requests computed together; more of them wait", unit="requests", minimum=1)
+    max_running_requests: int | None = option(
+        None,
+        "requests computed together; more of them wait; auto is 128 on a CPU, 256 on a GPU",
+        unit="requests",
+        minimum=1,
+        unset=AUTO,
+    )
     max_queued_requests: int = option(
         512, "requests that may wait; one more is refused as overloaded", unit="requests", minimum=1
     )
-    chunked_prefill_size: int = option(
-        512, "the most prompt tokens of one request in one step", unit="tokens", minimum=1
+    chunked_prefill_size: int | None = option(
+        None,
+        "the most prompt tokens of one request in one step; auto is made for the device and the role",
+        unit="tokens",
+        minimum=1,
+        unset=AUTO,
     )
-    max_prefill_tokens: int = option(
-        1024, "the token budget of one step: decodes (one each) first, then prompt chunks", unit="tokens", minimum=1
+    max_prefill_tokens: int | None = option(
+        None,
+        "the token budget of one step: decodes (one each) first, then prompt chunks; auto is made for the device and "
+        "the role, and holds one whole chunk and every running request",
+        unit="tokens",
+        minimum=1,
+        unset=AUTO,
     )
     overlap: bool | None = option(
-        None, "plan the next step while one is computed; by default on a GPU, where the CPU has the time"
+        None,
+        "plan the next step while one is computed; auto does so on a GPU, where the CPU has the time",
+        unset=AUTO,
     )
-    max_model_len: int = option(4096, "prompt and answer together", unit="tokens", minimum=2)
-    eos_token_ids: tuple[int, ...] = option((), "tokens that end an answer; from the model when empty")
     queue_timeout_s: float = option(60.0, "the longest wait for a first turn", unit="s", minimum=0.001)
     grant_timeout_s: float = option(
         90.0, "prefill: the longest wait for the decode worker's pages", unit="s", minimum=0.001
@@ -46,10 +67,22 @@ class SchedulerConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.max_prefill_tokens < self.max_running_requests:
+        budget, num_running = self.max_prefill_tokens, self.max_running_requests
+        if budget is not None and num_running is not None and budget < num_running:
             raise ConfigError(
-                f"max_prefill_tokens ({self.max_prefill_tokens}) is below max_running_requests "
-                f"({self.max_running_requests}): each running request needs one token a step; raise the first or "
-                "lower the second",
+                f"--max-prefill-tokens {budget} is below --max-running-requests {num_running}: each running request "
+                "needs one token a step; raise the first or lower the second",
                 param="max_prefill_tokens",
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig(SchedulerOptions):
+    """The options with every "auto" resolved, and what the model says. Raises `ConfigError` as they do."""
+
+    max_running_requests: int
+    chunked_prefill_size: int
+    max_prefill_tokens: int
+    overlap: bool = False
+    max_model_len: int = 4096  # prompt and answer together
+    eos_token_ids: tuple[int, ...] = ()  # tokens that end an answer

@@ -62,14 +62,13 @@ class Timed:
 
 def run_bench_engine(engine: EngineConfig, config: StepsConfig) -> int:
     """Prints a table; the exit status. Raises `ConfigError`, also when a shape does not fit the model or the pool."""
-    limits = scheduler_limits(config.parsed)
-    engine = dataclasses.replace(engine, scheduler=limits)  # the runner makes its buffers and graphs as large as these
+    limits = scheduler_limits(config.parsed)  # the runner makes its buffers and graphs as large as these
     with contextlib.ExitStack() as closing:
         runtime_dir = prepare_runtime_dir(engine.runtime_dir)
         sweep(runtime_dir)
         closing.callback(EpochLock(runtime_dir, new_epoch()).close)
         served = find_served_model(engine)
-        runner = load_runner(engine, served, runtime_dir, lambda _text: None)
+        runner = load_runner(engine, limits, served, runtime_dir, lambda _text: None)
         closing.callback(runner.close)
         warm_up(runner, lambda _text: None)
         device = runner.pool.tensor.device

@@ -22,6 +22,7 @@ from kvist.clock import Clock, MonotonicClock
 from kvist.errors import EngineError, KvistError, Timeout, WorkerLost, error_from_wire
 from kvist.wire import EngineSpec
 from kvist.worker.config import EngineConfig
+from kvist.worker.cores import bind_process, usable_cores
 from kvist.worker.messages import Progress, Ready, StartFailed, decode_line
 
 FIRST_RESTART_WAIT_S = 0.5
@@ -37,8 +38,9 @@ log = logging.getLogger(__name__)
 class EngineProcess:
     """One life. `start` returns when it serves; then `wait` for its end, or `stop` it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, spec: EngineSpec) -> None:
-        self.spec = spec
+    def __init__(self, process: asyncio.subprocess.Process, ready: Ready) -> None:
+        self.spec = ready.spec
+        self.gateway_cores = ready.gateway_cores
         self._process = process
         assert process.stdout is not None
         self._drain = asyncio.create_task(_drain(process.stdout))
@@ -84,7 +86,7 @@ class EngineProcess:
 
 async def _await_ready(
     process: asyncio.subprocess.Process, config: EngineConfig, on_progress: Callable[[str], None]
-) -> EngineSpec:
+) -> Ready:
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(ConnectionError):  # it died at once: its silence is reported below
@@ -94,8 +96,8 @@ async def _await_ready(
         match decode_line(line):
             case Progress(text=text):
                 on_progress(text)
-            case Ready(spec=spec):
-                return spec
+            case Ready() as ready:
+                return ready
             case StartFailed(code=code, message=message):
                 raise error_from_wire(code, message)
             case None:
@@ -154,6 +156,7 @@ class EngineSupervisor:
         self._on_change = on_change
         self._on_progress = on_progress
         self._clock = clock or MonotonicClock()
+        self._cores = usable_cores()
 
     async def run(self) -> None:
         """Until cancelled; the engine is stopped then. Raises `KvistError` when the very first start fails: trying
@@ -183,11 +186,15 @@ class EngineSupervisor:
         engine = await EngineProcess.start(self._config, on_progress=self._note_progress, command=self._command)
         try:
             self.state = EngineState.RUNNING
+            if engine.gateway_cores:
+                bind_process(engine.gateway_cores)
             self._set_spec(engine.spec)
             status = await engine.wait()
             self.failure = WorkerLost(f"the engine (pid {engine.pid}) ended with status {status}")
         finally:
             self._set_spec(None)
+            if engine.gateway_cores:
+                bind_process(self._cores)  # which the next engine inherits, and loads on
             await asyncio.shield(engine.stop())
 
     def _note_progress(self, text: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from kvist.channel import ChannelConfig
 from kvist.config import option
 from kvist.errors import ConfigError
-from kvist.scheduler.config import SchedulerConfig
+from kvist.scheduler.config import SchedulerOptions
 
 UNIFIED, PREFILL, DECODE = "unified", "prefill", "decode"
 
@@ -69,6 +69,11 @@ class EngineConfig:
     num_threads: int = option(
         0, "CPU threads of the engine; 0 shares the cores with the workers that this host runs already", minimum=0
     )
+    cpu_affinity: bool = option(
+        True,
+        "on a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores; "
+        "--no-cpu-affinity leaves both to the system",
+    )
     random_seed: int = option(0, "seed of dummy weights", minimum=0)
     engine_host: str = option(
         "127.0.0.1", "address that the engine's own socket binds; not loopback needs a cluster key"
@@ -84,7 +89,7 @@ class EngineConfig:
         15.0, "a gateway silent for this long has its requests aborted", unit="s", minimum=0.1
     )
     engine_start_timeout_s: float = option(600.0, "the longest wait for the model to load", unit="s", minimum=1)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     channel: ChannelConfig = field(default_factory=ChannelConfig)
 
     worker_id: str = ""  # the worker's public name; its engine endpoint when empty

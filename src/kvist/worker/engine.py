@@ -25,9 +25,9 @@ from kvist.kv.device import DevicePool, default_runtime_dir
 from kvist.kv.layout import namespace
 from kvist.models import ModelConfig, load_model_config
 from kvist.request import EpochId, RequestId, SamplingParams, WorkerId
-from kvist.runner.build import RunnerConfig, build_runner
+from kvist.runner.build import RunnerConfig, build_runner, device_type
 from kvist.runner.runner import AnyRunner
-from kvist.scheduler import build_scheduler
+from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.plan import Batch, BatchItem
 from kvist.transfer import Transport
 from kvist.transfer.epoch import EpochLock, new_epoch, num_live_epochs, sweep
@@ -36,6 +36,8 @@ from kvist.transfer.none import NONE, NoTransport
 from kvist.transfer.shm import ShmTransport
 from kvist.wire import EngineSpec, PoolAddress
 from kvist.worker.config import UNIFIED, EngineConfig
+from kvist.worker.cores import separate
+from kvist.worker.limits import resolve_limits
 from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
 
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 class Engine:
     spec: EngineSpec
     loop: EngineLoop
+    gateway_cores: frozenset[int]  # where our parent should run; empty: anywhere
     closing: contextlib.ExitStack
 
     def close(self) -> None:
@@ -70,13 +73,21 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         epoch = new_epoch()
         closing.callback(EpochLock(runtime_dir, epoch).close)
         served = find_served_model(config)
-        runner = load_runner(config, served, runtime_dir, progress)
+        limits = resolve_limits(config.scheduler, device=device_type(config.device), role=config.role)
+        log.info(
+            "a step takes up to %d requests and %d tokens, %d of one prompt; the next is planned %s",
+            limits.max_running_requests,
+            limits.max_prefill_tokens,
+            limits.chunked_prefill_size,
+            "while it is computed" if limits.overlap else "after it",
+        )
+        runner = load_runner(config, limits, served, runtime_dir, progress)
         closing.callback(runner.close)
         log.info("page pool: %s", runner.pool_reason)
         warm_up(runner, progress)
         gc.collect()
         gc.freeze()  # the model and the libraries stay: the collector need not look at them while serving
-        return _assemble(config, served, runner, epoch, runtime_dir, closing.pop_all())
+        return _assemble(config, limits, served, runner, epoch, runtime_dir, closing.pop_all())
 
 
 def prepare_runtime_dir(runtime_dir: str | None) -> Path:
@@ -118,7 +129,13 @@ def find_served_model(config: EngineConfig) -> Served:
     return Served(checkpoint=checkpoint, config=model_config, fingerprint=fingerprint(checkpoint) + suffix)
 
 
-def load_runner(config: EngineConfig, served: Served, runtime_dir: Path, progress: Callable[[str], None]) -> AnyRunner:
+def load_runner(
+    config: EngineConfig,
+    limits: SchedulerConfig,
+    served: Served,
+    runtime_dir: Path,
+    progress: Callable[[str], None],
+) -> AnyRunner:
     last_tenth = -1
 
     def on_tensor(num_done: int, num_tensors: int) -> None:
@@ -140,8 +157,8 @@ def load_runner(config: EngineConfig, served: Served, runtime_dir: Path, progres
         page_size=config.page_size,
         num_threads=config.num_threads or _share_of_cores(runtime_dir),
         random_seed=config.random_seed,
-        max_running_requests=config.scheduler.max_running_requests,
-        max_batch_tokens=config.scheduler.max_prefill_tokens,
+        max_running_requests=limits.max_running_requests,
+        max_batch_tokens=limits.max_prefill_tokens,
         context_length=config.context_length,
         use_graphs=not config.disable_cuda_graph,
     )
@@ -170,6 +187,7 @@ def warm_up(runner: AnyRunner, progress: Callable[[str], None]) -> None:
 
 def _assemble(
     config: EngineConfig,
+    limits: SchedulerConfig,
     served: Served,
     runner: AnyRunner,
     epoch: EpochId,
@@ -187,16 +205,10 @@ def _assemble(
         closing.callback(channel.close)
         address, transport = _make_transport(config, pool, runtime_dir, channel.wakeup)
         closing.callback(transport.close)
-        spec = _describe(config, served, pool, epoch, channel.endpoint)
-        wanted = config.scheduler.overlap
-        overlap = pool.tensor.is_cuda if wanted is None else wanted
+        spec = _describe(config, limits, served, pool, epoch, channel.endpoint)
         scheduler_config = dataclasses.replace(
-            config.scheduler,
-            max_model_len=spec.max_model_len,
-            eos_token_ids=config.scheduler.eos_token_ids or served.config.eos_token_ids,
-            overlap=overlap,
+            limits, max_model_len=spec.max_model_len, eos_token_ids=served.config.eos_token_ids
         )
-        log.info("planning a step while one is computed: %s", "on" if overlap else "off")
         cache = PageCache(num_pages=pool.num_pages, page_size=config.page_size, namespace=spec.namespace)
         parts = LoopParts(
             spec=spec,
@@ -207,9 +219,12 @@ def _assemble(
             reports=LoadReports(cached_digests=cache.digests),
             clock=MonotonicClock(),
             gateway_timeout_s=config.gateway_timeout_s,
-            overlap=overlap,
+            overlap=limits.overlap,
         )
-        return Engine(spec=spec, loop=EngineLoop(parts), closing=closing.pop_all())
+        gateway_cores: frozenset[int] = frozenset()
+        if pool.tensor.is_cuda and config.cpu_affinity:
+            gateway_cores = separate(num_live_epochs(runtime_dir))
+        return Engine(spec=spec, loop=EngineLoop(parts), gateway_cores=gateway_cores, closing=closing.pop_all())
 
 
 def _make_transport(
@@ -230,7 +245,9 @@ def _make_transport(
     return address, NoTransport(reason=reason, runtime_dir=runtime_dir, wakeup=wakeup)
 
 
-def _describe(config: EngineConfig, served: Served, pool: DevicePool, epoch: EpochId, endpoint: str) -> EngineSpec:
+def _describe(
+    config: EngineConfig, limits: SchedulerConfig, served: Served, pool: DevicePool, epoch: EpochId, endpoint: str
+) -> EngineSpec:
     return EngineSpec(
         worker_id=WorkerId(config.worker_id or endpoint.removeprefix("tcp://")),
         epoch=epoch,
@@ -247,6 +264,6 @@ def _describe(config: EngineConfig, served: Served, pool: DevicePool, epoch: Epo
         namespace=namespace(served.fingerprint, pool.layout),
         dtype=pool.layout.dtype,
         tp_size=config.tp,
-        max_running_requests=config.scheduler.max_running_requests,
-        max_queued_requests=config.scheduler.max_queued_requests,
+        max_running_requests=limits.max_running_requests,
+        max_queued_requests=limits.max_queued_requests,
     )

@@ -19,6 +19,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     spec: EngineSpec
+    gateway_cores: tuple[int, ...] = ()  # where the parent should run from now on; empty: anywhere
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):

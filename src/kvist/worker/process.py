@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, ending.with_signal)
         # Ctrl-C reaches the whole terminal group; a parent will tell us itself when to stop.
         signal.signal(signal.SIGINT, ending.with_signal if arguments else signal.SIG_IGN)
-        announce(Ready(spec=engine.spec))
+        announce(Ready(spec=engine.spec, gateway_cores=tuple(sorted(engine.gateway_cores))))
         engine.loop.run()
     except EngineError as error:
         log.error("the engine ends: %s", error.message)

@@ -1,0 +1,76 @@
+"""Attention of one new token a request over its pages, for any mixture of lengths.
+
+Reading K and V is all the work, so what counts is that every multiprocessor reads all the time. `plan_decodes` cuts
+the requests into items of about equal numbers of tokens, on the device and once for all layers of a step: short
+contexts stay whole, a long one is read by many programs whose results are merged (as in FlashDecoding,
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Nothing depends on the lengths but what the device itself
+looks up, so the same launches serve every step: a graph records them once.
+
+Measured on an H200, one layer of a Qwen2-7B over pages of 16: see docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TARGET_ITEMS = 128  # items a step is cut into, at least, when its contexts are long enough
+MIN_ITEM_TOKENS = 128
+ITEM_MULTIPLE = 64  # tokens of an item are a multiple of it, except at a context's end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeItems:
+    """What `plan_decodes` found; every tensor int32 on the device of the lengths."""
+
+    lengths: Tensor  # [num_rows]
+    firsts: Tensor  # [num_rows + 2]: each row's first item, the number of items, the tokens of an item
+    rows: Tensor  # [num_rows + TARGET_ITEMS]: each item's row; behind the number of items undefined
+
+
+def plan_decodes(lengths: Tensor) -> DecodeItems:
+    """lengths [num_rows] int32: tokens of each row's context, its new one included; 0: this row is none of ours."""
+    if not lengths.is_cuda:
+        return plan_decodes_torch(lengths)
+    from kvist.kernels.gpu import decode_attention as gpu
+
+    return gpu.plan_decodes(lengths)
+
+
+def plan_decodes_torch(lengths: Tensor) -> DecodeItems:
+    wanted = max(MIN_ITEM_TOKENS, -(-int(lengths.sum()) // TARGET_ITEMS))
+    item_tokens = -(-wanted // ITEM_MULTIPLE) * ITEM_MULTIPLE
+    counts = (lengths + item_tokens - 1) // item_tokens
+    firsts = torch.cat((counts.new_zeros(1), counts.cumsum(0), counts.new_tensor([item_tokens])))
+    rows = counts.new_zeros(lengths.shape[0] + TARGET_ITEMS)
+    found = torch.repeat_interleave(torch.arange(lengths.shape[0]), counts)
+    rows[: found.shape[0]] = found
+    return DecodeItems(lengths=lengths, firsts=firsts.int(), rows=rows.int())
+
+
+def decode_attention(q: Tensor, pages: Tensor, table: Tensor, items: DecodeItems, out: Tensor) -> None:
+    """Writes out [row] for every row with a length; the other rows are left alone.
+
+    q, out [at least num_rows, num_q_heads, head_dim]; pages [num_pages, num_kv_heads, 2, page_size, head_dim]: one
+    layer's view of the pool; table [num_rows, max_pages] int32: the pages of each row.
+    """
+    if not q.is_cuda:
+        decode_attention_torch(q, pages, table, items, out)
+        return
+    from kvist.kernels.gpu import decode_attention as gpu
+
+    gpu.decode_attention(q, pages, table, items, out)
+
+
+def decode_attention_torch(q: Tensor, pages: Tensor, table: Tensor, items: DecodeItems, out: Tensor) -> None:
+    num_kv_heads, page_size, head_dim = pages.shape[1], pages.shape[3], pages.shape[4]
+    for row, length in enumerate(items.lengths.tolist()):
+        if not length:
+            continue
+        history = pages[table[row, : -(-length // page_size)].long()]  # [pages, kv_heads, 2, page_size, head_dim]
+        keys, values = history.permute(2, 1, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)[:, :, :length].float()
+        grouped = q[row].float().view(num_kv_heads, -1, head_dim)
+        weights = torch.softmax(grouped @ keys.transpose(1, 2) / head_dim**0.5, dim=-1)
+        out[row] = (weights @ values).view(-1, head_dim).to(out.dtype)

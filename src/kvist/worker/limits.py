@@ -1,0 +1,53 @@
+"""How large a step may be: what "auto" means for the scheduler's limits, by device and role.
+
+Called once, when an engine is built and its device is known. From there on everybody (scheduler, runner, the spec that
+gateways get) sees numbers. What the user set is kept; "auto" beside it adapts, so that one flag alone never contradicts
+a default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from kvist.scheduler.config import SchedulerConfig, SchedulerOptions
+from kvist.worker.config import DECODE, PREFILL, UNIFIED
+
+_ROUND_TO = 128  # tokens; the tiles of a GPU's matrix products
+
+
+class _Limits(NamedTuple):
+    num_running: int  # requests
+    chunk: int  # tokens of one prompt in a step
+    budget: int  # tokens of a step, decodes included
+
+
+# A CPU computes a token in milliseconds, so a step must be short for the streams in it. A GPU reads its weights once
+# for the whole step: prefill alone wants steps that fill it; beside decodes, a chunk is what every stream waits for;
+# a decode worker computes prompts only when it continues what it had to give up.
+_AUTO = {
+    ("cpu", UNIFIED): _Limits(128, 512, 1024),
+    ("cpu", PREFILL): _Limits(128, 512, 1024),
+    ("cpu", DECODE): _Limits(128, 512, 1024),
+    ("cuda", UNIFIED): _Limits(256, 1024, 1024),
+    ("cuda", PREFILL): _Limits(256, 8192, 8192),
+    ("cuda", DECODE): _Limits(256, 2048, 2048),
+}
+
+
+def resolve_limits(options: SchedulerOptions, *, device: str, role: str) -> SchedulerConfig:
+    """`device` is "cpu" or "cuda". Raises `ConfigError` when what the user set contradicts itself."""
+    auto = _AUTO[device, role]
+    num_running, chunk, budget = options.max_running_requests, options.chunked_prefill_size, options.max_prefill_tokens
+    if num_running is None:
+        num_running = auto.num_running if budget is None else min(auto.num_running, budget)
+    if budget is None:
+        budget = -(-max(auto.budget, num_running, chunk or 0) // _ROUND_TO) * _ROUND_TO
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(SchedulerOptions)}
+    resolved = {
+        "max_running_requests": num_running,
+        "max_prefill_tokens": budget,
+        "chunked_prefill_size": min(auto.chunk, budget) if chunk is None else chunk,
+        "overlap": device == "cuda" if options.overlap is None else options.overlap,
+    }
+    return SchedulerConfig(**{**given, **resolved})

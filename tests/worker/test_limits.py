@@ -1,0 +1,82 @@
+"""What is left to "auto" becomes a number that fits the device, the role and what the user did set."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvist.errors import ConfigError
+from kvist.scheduler.config import SchedulerConfig, SchedulerOptions
+from kvist.worker.config import DECODE, PREFILL, UNIFIED
+from kvist.worker.limits import resolve_limits
+
+PLACES = list(itertools.product(("cpu", "cuda"), (UNIFIED, PREFILL, DECODE)))
+
+
+def limits(config: SchedulerConfig) -> tuple[int, int, int]:
+    return config.max_running_requests, config.chunked_prefill_size, config.max_prefill_tokens
+
+
+def test_a_cpu_keeps_its_steps_short_in_every_role() -> None:
+    for role in (UNIFIED, PREFILL, DECODE):
+        resolved = resolve_limits(SchedulerOptions(), device="cpu", role=role)
+        assert limits(resolved) == (128, 512, 1024)
+        assert resolved.overlap is False
+
+
+def test_a_gpu_that_only_prefills_takes_larger_steps_than_one_that_also_decodes() -> None:
+    by_role = {role: resolve_limits(SchedulerOptions(), device="cuda", role=role) for role in (UNIFIED, PREFILL)}
+    assert by_role[PREFILL].chunked_prefill_size > by_role[UNIFIED].chunked_prefill_size
+    assert by_role[PREFILL].max_prefill_tokens > by_role[UNIFIED].max_prefill_tokens
+    assert all(config.overlap and config.max_running_requests == 256 for config in by_role.values())
+
+
+@pytest.mark.parametrize(("device", "role"), PLACES)
+def test_every_auto_budget_holds_the_running_requests_and_a_whole_chunk(device: str, role: str) -> None:
+    num_running, chunk, budget = limits(resolve_limits(SchedulerOptions(), device=device, role=role))
+    assert max(num_running, chunk) <= budget
+    assert budget % 128 == 0
+
+
+def test_what_was_set_is_kept_and_auto_adapts_to_it() -> None:
+    def resolve(**options: int | bool) -> SchedulerConfig:
+        return resolve_limits(SchedulerOptions(**options), device="cpu", role=UNIFIED)  # type: ignore[arg-type]
+
+    assert limits(resolve(max_prefill_tokens=100)) == (100, 100, 100)
+    assert limits(resolve(chunked_prefill_size=2000)) == (128, 2000, 2048)
+    assert limits(resolve(max_running_requests=1500)) == (1500, 512, 1536)
+    assert limits(resolve(chunked_prefill_size=700, max_prefill_tokens=300)) == (128, 700, 300)
+    assert resolve(overlap=True).overlap is True
+
+
+_SIZE = st.none() | st.integers(1, 20_000)
+
+
+@given(st.sampled_from(PLACES), _SIZE, _SIZE, _SIZE)
+def test_only_two_numbers_that_the_user_gave_can_contradict_each_other(
+    place: tuple[str, str], num_running: int | None, chunk: int | None, budget: int | None
+) -> None:
+    given_by_user = {"max_running_requests": num_running, "chunked_prefill_size": chunk, "max_prefill_tokens": budget}
+    if num_running is not None and budget is not None and budget < num_running:
+        with pytest.raises(ConfigError, match="--max-prefill-tokens"):
+            SchedulerOptions(**given_by_user)  # type: ignore[arg-type]
+        return
+    options = SchedulerOptions(**given_by_user)  # type: ignore[arg-type]
+    resolved = resolve_limits(options, device=place[0], role=place[1])
+    for name, value in given_by_user.items():
+        assert getattr(resolved, name) == value or value is None
+    assert resolved.max_running_requests <= resolved.max_prefill_tokens
+
+
+def test_every_other_option_reaches_the_scheduler_as_it_was_set() -> None:
+    names = {field.name for field in dataclasses.fields(SchedulerOptions)}
+    options = SchedulerOptions(queue_timeout_s=7.0, max_queued_requests=3, ack_timeout_s=0.25)
+    resolved = resolve_limits(options, device="cuda", role=DECODE)
+    autos = {"max_running_requests", "chunked_prefill_size", "max_prefill_tokens", "overlap"}
+    for name in names - autos:
+        assert getattr(resolved, name) == getattr(options, name)
+    assert all(getattr(resolved, name) is not None for name in autos)
