@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from kvist.models.parallel import join_tensor_parallel, leave_tensor_parallel
 
@@ -17,11 +18,12 @@ def main() -> None:
     assert spec.loader is not None
     conftest = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conftest)
-    tp = join_tensor_parallel(rank=rank, size=2, init_method=f"file://{meeting}", backend="gloo", timeout_s=60.0)
+    store = dist.FileStore(meeting, -1)
+    tp = join_tensor_parallel(rank=rank, size=2, store=store, device=torch.device("cpu"), timeout_s=60.0)
     for folder in map(Path, sys.argv[4:]):
         model = conftest.load(conftest.hf_checkpoint(folder), tp=tp)
         torch.save(conftest.run_model(model, prompt, [7, len(prompt) - 7]), folder / f"rank{rank}.pt")
-    leave_tensor_parallel(tp)
+    leave_tensor_parallel()
 
 
 main()

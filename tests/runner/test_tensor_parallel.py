@@ -1,10 +1,16 @@
-"""Two ranks are one engine: the same tokens, and pages with the bytes' meaning unchanged."""
+"""Two ranks are one engine: the same tokens, pages with the bytes' meaning unchanged, and nobody waits for the dead."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +20,11 @@ import torch
 from kvist.checkpoint import Checkpoint
 from kvist.errors import ConfigError, EngineError
 from kvist.models import load_model_config
+from kvist.models.weights import expected_tensors
 from kvist.request import RequestId, SamplingParams
-from kvist.runner import Runner, RunnerConfig, build_runner
+from kvist.runner import Runner, RunnerConfig, build_runner, tp
+from kvist.runner.build import num_weights, page_layout
+from kvist.runner.tp import FollowerProcesses, Meeting
 from kvist.scheduler.plan import Batch, BatchItem
 
 SAMPLING = SamplingParams(max_tokens=6, temperature=0.8, seed=5)
@@ -53,6 +62,146 @@ def test_a_dead_rank_is_an_error_that_says_so(
             runner.execute(Batch(step_id=1, items=(item,)))
     finally:
         runner.close()
+
+
+@pytest.mark.e2e
+def test_a_rank_that_cannot_start_is_told_by_the_others_at_once(
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+    runner_factory: Callable[..., Runner],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tp, "FOLLOWER", (sys.executable, "-c", "raise SystemExit(7)"))
+    with pytest.raises(EngineError, match="rank 1 ended with status 7"):
+        runner_factory(tiny_checkpoint, tmp_path, tp=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def followers(tmp_path: Path) -> Iterator[FollowerProcesses]:
+    followers = FollowerProcesses(tmp_path / "meeting")
+    yield followers
+    followers.close(kill=True)
+
+
+@pytest.mark.e2e
+def test_frames_arrive_whole_and_in_order(followers: FollowerProcesses, tmp_path: Path) -> None:
+    program = (
+        "import sys; from kvist.runner.tp import frames; "
+        f"open({str(tmp_path / 'got')!r}, 'wb').write(b'|'.join(frames(sys.stdin.buffer)))"
+    )
+    followers.start([b"spec"], (sys.executable, "-c", program))
+    large = bytes(1 << 20)  # more than a pipe holds
+    for frame in (b"", large, b"last"):
+        followers.send(frame)
+    followers.close()
+    assert (tmp_path / "got").read_bytes() == b"|".join([b"spec", b"", large, b"last"])
+
+
+@pytest.mark.e2e
+def test_a_rank_that_takes_nothing_any_more_is_given_up(
+    followers: FollowerProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tp, "COLLECTIVE_TIMEOUT_S", 0.2)
+    followers.start([b""], (sys.executable, "-c", "import time; time.sleep(60)"))
+    with pytest.raises(EngineError, match="rank 1 took no step"):
+        followers.send(bytes(1 << 20))
+
+
+@pytest.mark.e2e
+def test_a_rank_that_is_stuck_ends_soon_after_rank_0() -> None:
+    program = (
+        "import sys, threading; from kvist.runner import tp; tp._GRACE_S = 0.1; tp.end_with_rank_0(0); "
+        "sys.stdout.write('.'); sys.stdout.flush(); threading.Event().wait(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(b"a frame that nobody reads")
+        process.stdin.flush()
+        assert process.stdout.read(1) == b"."
+        time.sleep(0.3)
+        assert process.poll() is None, "rank 0 is still there"
+        process.stdin.close()
+        assert process.wait(timeout=10) == 1
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_ranks_wait_for_each_other_until_one_is_gone(tmp_path: Path) -> None:
+    def check() -> None:
+        if is_gone.is_set():
+            raise EngineError("rank 1 is gone")
+
+    is_gone = threading.Event()
+    path = str(tmp_path / "meeting")
+    mine = Meeting(path, rank=0, size=2, check=check)
+    other = threading.Thread(target=Meeting(path, rank=1, size=2).wait_for_all, args=("started",))
+    other.start()
+    mine.wait_for_all("started")
+    other.join(timeout=10)
+    assert not other.is_alive()
+    is_gone.set()
+    with pytest.raises(EngineError, match="rank 1 is gone"):
+        mine.wait_for_all("loaded")
+
+
+# ---------------------------------------------------------------- on GPUs, as far as that needs none
+
+
+@pytest.mark.parametrize(
+    ("changes", "says", "param"),
+    [
+        ({"tp": 4}, "--base-gpu-id 0 --tp 4 needs the GPU number 3, and torch sees 2", "tp"),
+        ({"tp": 2, "base_gpu_id": 1}, "--base-gpu-id 1 --tp 2 needs the GPU number 2", "tp"),
+        ({"base_gpu_id": 2}, "--base-gpu-id 2 needs the GPU number 2", "base_gpu_id"),
+    ],
+)
+def test_more_ranks_than_gpus_are_refused(
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    says: str,
+    param: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = replace(RunnerConfig(load_format="dummy", device="cuda"), **changes)
+    with pytest.raises(ConfigError, match=says) as caught:
+        build_runner(tiny_checkpoint, load_model_config(tiny_checkpoint), config, runtime_dir=tmp_path)
+    assert caught.value.param == param
+
+
+def test_a_size_that_does_not_divide_the_model_is_refused_before_a_process_starts(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_: pytest.fail("it started a process"))
+    config = RunnerConfig(load_format="dummy", device="cpu", tp=3)
+    with pytest.raises(ConfigError, match="4 attention heads"):
+        build_runner(tiny_checkpoint, load_model_config(tiny_checkpoint), config, runtime_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("ranks", "heads"), [(1, 2), (2, 1), (4, 1)])
+def test_a_gpu_s_pages_hold_its_own_heads_and_a_cpu_s_all(tiny_checkpoint: Checkpoint, ranks: int, heads: int) -> None:
+    model = load_model_config(tiny_checkpoint)
+    config = RunnerConfig(device="cuda", dtype="bfloat16", tp=ranks)
+    assert page_layout(model, config).num_kv_heads == heads
+    assert page_layout(model, replace(config, device="cpu")).num_kv_heads == 2
+
+
+def test_the_weights_of_a_rank_are_counted_as_they_are_shared(tiny_checkpoint: Checkpoint) -> None:
+    model = load_model_config(tiny_checkpoint)
+    whole = sum(math.prod(shape) for shape in expected_tensors(model).values())
+    norms = 64 * (2 * 3 + 1)
+    key_and_value = 3 * 2 * 64 * 32
+    assert num_weights(model, 1) == whole
+    assert num_weights(model, 2) == (whole - norms) // 2 + norms
+    assert num_weights(model, 4) == (whole - norms - key_and_value) // 4 + norms + key_and_value // 2
 
 
 def test_a_load_format_that_the_checkpoint_is_not_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -56,6 +56,9 @@ class _Read:
     watched: Watched
     flight: InFlight
 
+    def is_done(self) -> bool:
+        return self.flight.is_done()
+
     def result(self) -> Mapping[RequestId, SampledToken]:
         self.watched.num_under_way -= 1
         return self.flight.result()

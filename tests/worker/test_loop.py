@@ -132,13 +132,14 @@ class FakeRunner:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self.fails = self.fails_late = False
+        self.error: Exception = RuntimeError("the device is on fire")
         self.order: list[str] = []
 
     def launch(self, batch: Batch) -> FakeLaunched:
         self.batches.append(batch)
         self.order.append(f"launch {batch.step_id}")
         if self.fails:
-            raise RuntimeError("the device is on fire")
+            raise self.error
         return FakeLaunched(self, batch, self.fails_late)
 
 
@@ -151,7 +152,7 @@ class FakeLaunched:
     def result(self) -> Mapping[RequestId, SampledToken]:
         self.runner.order.append(f"read {self.batch.step_id}")
         if self.fails:
-            raise RuntimeError("the device is on fire")
+            raise self.runner.error
         return {item.request_id: SampledToken(token_id=9) for item in self.batch.items}
 
 
@@ -410,6 +411,18 @@ def test_an_engine_whose_every_step_fails_ends_and_tells_its_gateways(engine: En
     with pytest.raises(EngineError, match="on fire"):
         engine.loop.run()
     assert len(engine.runner.batches) == MAX_FAILED_STEPS_IN_A_ROW
+    assert len(engine.sent(wire.StepOutputs, G1)) == 1
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at the launch", "when it is read"])
+def test_a_runner_that_is_broken_for_good_ends_the_engine_with_its_first_word(engine: Engine, late: bool) -> None:
+    engine.turn((G1, submit("a")))
+    engine.runner.fails, engine.runner.fails_late = not late, late
+    engine.runner.error = EngineError("tensor-parallel rank 1 ended")
+    engine.scheduler.script += [Plan(batch=batch("a", step_id)) for step_id in range(20)]
+    with pytest.raises(EngineError, match="rank 1 ended"):
+        engine.loop.run()
+    assert len(engine.runner.batches) == 1
     assert len(engine.sent(wire.StepOutputs, G1)) == 1
 
 

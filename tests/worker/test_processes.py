@@ -273,6 +273,18 @@ def test_two_ranks_answer_as_one_does_and_end_together(cluster: Cluster) -> None
     assert two.process.wait(timeout=30) == 0, "it waits for its ranks to end"
 
 
+def test_a_rank_that_is_killed_ends_its_engine_which_tells_its_requests(cluster: Cluster, tmp_path: Path) -> None:
+    [engine] = cluster.start("unified", tp=2)
+    children = Path(f"/proc/{engine.process.pid}/task/{engine.process.pid}/children").read_text().split()
+    followers = [pid for pid in children if b"kvist.runner.follower" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(followers[0]), signal.SIGKILL)
+    engine.send(wire.Submit(request=make_request("r", 100), mode=Mode.FULL))
+    until(lambda: engine.ended, engine)
+    assert [(ended.outcome, ended.error_code) for ended in engine.ended] == [(Outcome.FAILED, "unavailable")]
+    assert engine.process.wait(timeout=30) == 1
+    assert list((tmp_path / "run").glob("pool-*")) == list((tmp_path / "run").glob("tp-*")) == []
+
+
 def test_prefill_killed_during_a_transfer_fails_the_request_at_decode_and_frees_its_pages(cluster: Cluster) -> None:
     prefill, decode = cluster.start("prefill", "decode", scheduler=SLOW)
     submit_pair(prefill, decode, make_request("r", 7000))

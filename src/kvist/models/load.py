@@ -39,13 +39,17 @@ class LoadOptions:
 def load_weights(checkpoint: Checkpoint, config: ModelConfig, options: LoadOptions, progress: Progress) -> CausalLM:
     if options.dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"dtype {options.dtype} is not served; float32 and bfloat16 are", param="dtype")
-    # refuse a TP size that does not fit before reading anything
-    options.tp.share(config.num_heads, "attention heads")
-    options.tp.kv_heads(config.num_kv_heads)
-    options.tp.share(config.intermediate_size, "MLP rows")
+    check_split(config, options.tp)  # before reading anything
     source = _open_source(checkpoint, config, options)
     check_tensors(source, config)
     return _build(config, WeightReader(source, dtype=options.dtype, device=options.device), options.tp, progress)
+
+
+def check_split(config: ModelConfig, tp: TensorParallel) -> None:
+    """Raises `ConfigError` when the model cannot be shared by so many ranks."""
+    tp.share(config.num_heads, "attention heads")
+    tp.kv_heads(config.num_kv_heads)
+    tp.share(config.intermediate_size, "MLP rows")
 
 
 def _open_source(checkpoint: Checkpoint, config: ModelConfig, options: LoadOptions) -> WeightSource:

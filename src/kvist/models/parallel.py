@@ -16,10 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 
 from kvist.errors import ConfigError
 from kvist.models.linear import make_gated_linear, make_linear
 from kvist.models.weights import WeightReader
+
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # since torch 2.13, and before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +43,10 @@ class TensorParallel:
         """x [num_rows, n] of each rank -> [num_rows, n * size], in rank order."""
         if self.size == 1:
             return x
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.cat(parts, dim=-1)
+        num_rows, n = x.shape
+        parts = x.new_empty((self.size * num_rows, n))
+        _gather(parts, x.contiguous(), group=self.group)
+        return parts.view(self.size, num_rows, n).transpose(0, 1).reshape(num_rows, self.size * n)
 
     def share(self, total: int, what: str) -> slice:
         """This rank's [start, stop) of `total` equal things."""
@@ -63,21 +67,30 @@ class TensorParallel:
         return slice(head, head + 1)
 
 
-def join_tensor_parallel(*, rank: int, size: int, init_method: str, backend: str, timeout_s: float) -> TensorParallel:
-    """Meet the other ranks (a collective: all call it). `init_method` as torch.distributed has it: file://, tcp://."""
+def join_tensor_parallel(
+    *, rank: int, size: int, store: Store, device: torch.device, timeout_s: float
+) -> TensorParallel:
+    """Meet the other ranks at `store` (a collective: all call it). Tensors on `device` travel: NCCL's or gloo's."""
     if size > 1:
+        on_gpu = device.type == "cuda"
         dist.init_process_group(
-            backend,
-            init_method=init_method,
+            "nccl" if on_gpu else "gloo",
+            store=store,
             rank=rank,
             world_size=size,
             timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=device if on_gpu else None,  # NCCL connects at once, not under the first capture
         )
     return TensorParallel(rank=rank, size=size)
 
 
-def leave_tensor_parallel(tp: TensorParallel) -> None:
-    if tp.size > 1:
+def leave_tensor_parallel(*, abort: bool = False) -> None:
+    """A collective, unless `abort`: then collectives under way on a GPU break off, and their results are undefined."""
+    if not dist.is_initialized():
+        return
+    if abort and dist.get_backend() == "nccl":
+        dist.distributed_c10d._abort_process_group()
+    else:
         dist.destroy_process_group()
 
 

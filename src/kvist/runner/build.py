@@ -1,17 +1,19 @@
-"""From a checkpoint to a `Runner`: device, dtype, page pool, weights, follower ranks, in that order.
+"""From a checkpoint to a runner: device, dtype, page pool, follower ranks, weights, in that order.
 
 The pool comes before the weights, because its size follows from the configuration alone: a pool that does not fit is
 refused in milliseconds. On a CPU all tensor-parallel ranks map one pool file of whole pages and each works on its own
-heads, so a page is the same for every TP size.
+heads, so a page is the same for every TP size. On GPUs each rank has a pool of its own: the same page ids, and of each
+page its own heads, which are one contiguous piece of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import torch
 
 from kvist.attention import build_attention, choose_attention
@@ -22,12 +24,16 @@ from kvist.kv.device import DTYPES, DevicePool, PoolSize, available_memory_bytes
 from kvist.kv.layout import PageLayout
 from kvist.models import ModelConfig, load_model
 from kvist.models.decoder import CausalLM
+from kvist.models.load import check_split
 from kvist.models.parallel import TensorParallel
 from kvist.models.weights import expected_tensors
 from kvist.runner.graph_sizes import graphs_bytes
+from kvist.runner.leader import LeadingRunner
 from kvist.runner.runner import AnyRunner, Runner
-from kvist.runner.tp import FollowerProcesses, RankSpec, join
+from kvist.runner.tp import FollowerProcesses, Meeting, new_meeting
+from kvist.wire import PoolAddress
 
+COLLECTIVES_BYTES = 512 << 20  # NCCL's buffers on a GPU, about
 CPU_CAP_TOKENS = 65_536  # a laptop's memory would hold absurdly many; --max-total-tokens overrides it
 LoadProgress = Callable[[int, int], None]  # (tensors loaded, tensors in all)
 
@@ -54,6 +60,22 @@ class RunnerConfig:
     use_graphs: bool = True
 
 
+class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a rank must know to be built; equal on all ranks but for `rank`."""
+
+    config: RunnerConfig  # what "auto" stood for is filled in; `num_threads` are this rank's
+    checkpoint_path: str
+    checkpoint_kind: CheckpointKind
+    num_pages: int
+    pool: PoolAddress | None  # that all ranks share, on a CPU; None: each has its own
+    meeting: str  # the file where the ranks meet
+    rank: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return _rank_device(self.config, self.rank)
+
+
 def build_runner(
     checkpoint: Checkpoint,
     model_config: ModelConfig,
@@ -63,46 +85,69 @@ def build_runner(
     progress: LoadProgress | None = None,
 ) -> AnyRunner:
     """Raises `ConfigError` (or its `ModelLoadError`) for what does not fit together, saying which flag to change."""
-    device = _resolve_device(config)
+    config = _resolve(config, checkpoint, model_config)
+    device = _rank_device(config, 0)
     runtime_dir = runtime_dir or default_runtime_dir()
-    dtype = ("float32" if device.type == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
-    _check_load_format(checkpoint, config.load_format)
-    layout = PageLayout(
-        num_kv_heads=model_config.num_kv_heads,
-        num_layers=model_config.num_layers,
-        page_size=config.page_size,
-        head_dim=model_config.head_dim,
-        dtype=dtype,
-    )
+    layout = page_layout(model_config, config)
     size = _pool_size(model_config, layout, config, device, runtime_dir)
     pool = DevicePool.create(layout, size.num_pages, device=device, directory=runtime_dir)
     spec = RankSpec(
+        config=config,
         checkpoint_path=str(checkpoint.path),
         checkpoint_kind=checkpoint.kind,
-        dtype=dtype,
-        device=str(device),
-        load_format="dummy" if config.load_format == "dummy" else "auto",
-        attention_backend=choose_attention(config.attention_backend, device, DTYPES[dtype]).name,
-        page_size=config.page_size,
-        random_seed=config.random_seed,
-        num_threads=max(1, config.num_threads // config.tp) if config.num_threads else 0,
-        size=config.tp,
-        pool=pool.address if config.tp > 1 else None,
-        rendezvous=str(runtime_dir),
+        num_pages=size.num_pages,
+        pool=pool.address if config.tp > 1 and device.type == "cpu" else None,
+        meeting=str(new_meeting(runtime_dir)),
     )
     followers: FollowerProcesses | None = None
+    meeting: Meeting | None = None
     try:
         if config.tp > 1:
-            spec, followers = FollowerProcesses.start(spec)
-        model, attention = build_rank(checkpoint, model_config, spec, pool, progress)
+            specs = [msgspec.msgpack.encode(msgspec.structs.replace(spec, rank=rank)) for rank in range(1, config.tp)]
+            followers = FollowerProcesses(Path(spec.meeting))
+            followers.start(specs)
+            meeting = Meeting(spec.meeting, rank=0, size=config.tp, check=followers.check_alive)
+        runner = build_rank(checkpoint, model_config, spec, pool, meeting, progress, pool_reason=size.reason)
     except BaseException:
         if followers is not None:
-            followers.close()
+            followers.close(kill=True)
         pool.close()
         raise
+    return runner if followers is None else LeadingRunner(runner, followers)
+
+
+def build_rank(
+    checkpoint: Checkpoint,
+    model_config: ModelConfig,
+    spec: RankSpec,
+    pool: DevicePool,
+    meeting: Meeting | None,
+    progress: LoadProgress | None = None,
+    pool_reason: str = "",
+) -> AnyRunner:
+    """The runner of one rank's share. With a `meeting` a collective: all its ranks call it."""
+    config, device = spec.config, spec.device
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    tp = TensorParallel() if meeting is None else meeting.join(device)
+    model = load_model(
+        checkpoint,
+        model_config,
+        dtype=DTYPES[config.dtype],
+        device=device,
+        tp=tp,
+        load_format="dummy" if config.load_format == "dummy" else "auto",
+        seed=config.random_seed,
+        progress=progress,
+    )
+    attention = build_attention(config.attention_backend, device)
+    holds_all_heads = pool.layout.num_kv_heads == model_config.num_kv_heads
+    attention.bind(pool.tensor[:, tp.kv_heads(model_config.num_kv_heads)] if holds_all_heads else pool.tensor)
+    if meeting is not None:
+        meeting.wait_for_all("loaded")
     if device.type == "cuda":
-        return _on_gpu(model, pool, attention, config, size.reason)
-    return Runner(model=model, pool=pool, attention=attention, pool_reason=size.reason, followers=followers)
+        return _on_gpu(model, pool, attention, config, pool_reason)
+    return Runner(model=model, pool=pool, attention=attention, pool_reason=pool_reason)
 
 
 def _on_gpu(
@@ -117,45 +162,14 @@ def _on_gpu(
         max_tokens=config.max_batch_tokens,
         max_pages=-(-context_len // config.page_size),
     )
-    try:
-        return CudaRunner(
-            model=model,
-            pool=pool,
-            attention=attention,
-            limits=limits,
-            use_graphs=config.use_graphs,
-            pool_reason=pool_reason,
-        )
-    except BaseException:
-        pool.close()
-        raise
-
-
-def build_rank(
-    checkpoint: Checkpoint,
-    model_config: ModelConfig,
-    spec: RankSpec,
-    pool: DevicePool,
-    progress: LoadProgress | None = None,
-) -> tuple[CausalLM, AttentionBackend]:
-    """One rank's model, and its attention bound to its heads of the pool. With more ranks a collective."""
-    if spec.num_threads:
-        torch.set_num_threads(spec.num_threads)
-    device = torch.device(spec.device)
-    tp = join(spec) if spec.size > 1 else TensorParallel()
-    model = load_model(
-        checkpoint,
-        model_config,
-        dtype=DTYPES[spec.dtype],
-        device=device,
-        tp=tp,
-        load_format="dummy" if spec.load_format == "dummy" else "auto",
-        seed=spec.random_seed,
-        progress=progress,
+    return CudaRunner(
+        model=model,
+        pool=pool,
+        attention=attention,
+        limits=limits,
+        use_graphs=config.use_graphs,
+        pool_reason=pool_reason,
     )
-    attention = build_attention(spec.attention_backend, device)
-    attention.bind(pool.tensor[:, tp.kv_heads(model_config.num_kv_heads)])
-    return model, attention
 
 
 def device_type(name: str) -> str:
@@ -165,23 +179,41 @@ def device_type(name: str) -> str:
     return name
 
 
-def _resolve_device(config: RunnerConfig) -> torch.device:
+def _resolve(config: RunnerConfig, checkpoint: Checkpoint, model_config: ModelConfig) -> RunnerConfig:
+    """With what "auto" stands for here, and a rank's share of the threads."""
+    config = replace(config, device=_resolve_device(config))
+    device = _rank_device(config, 0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what libraries allocate by themselves goes there, too
+    dtype = ("float32" if device.type == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
+    _check_load_format(checkpoint, config.load_format)
+    check_split(model_config, TensorParallel(size=config.tp))
+    return replace(
+        config,
+        dtype=dtype,
+        attention_backend=choose_attention(config.attention_backend, device, DTYPES[dtype]).name,
+        num_threads=max(1, config.num_threads // config.tp) if config.num_threads else 0,
+    )
+
+
+def _resolve_device(config: RunnerConfig) -> str:
     name = device_type(config.device)
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu or auto", param="device")
     if name != "cuda":
-        return torch.device(name)
-    if config.tp > 1:
+        return name
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu or auto", param="device")
+    num_gpus, last = torch.cuda.device_count(), config.base_gpu_id + config.tp - 1
+    if last >= num_gpus:
+        param = "base_gpu_id" if config.tp == 1 else "tp"
+        flags = f"--base-gpu-id {config.base_gpu_id}" + (f" --tp {config.tp}" if config.tp > 1 else "")
         raise ConfigError(
-            f"--tp {config.tp} on GPUs comes with the GPU engine: use --tp 1, or --device cpu", param="tp"
+            f"{flags} needs the GPU number {last}, and torch sees {num_gpus} here, counted from 0", param=param
         )
-    if config.base_gpu_id >= torch.cuda.device_count():
-        raise ConfigError(
-            f"--base-gpu-id {config.base_gpu_id}: torch sees {torch.cuda.device_count()} GPUs here, counted from 0",
-            param="base_gpu_id",
-        )
-    torch.cuda.set_device(config.base_gpu_id)  # what libraries allocate by themselves goes there, too
-    return torch.device("cuda", config.base_gpu_id)
+    return name
+
+
+def _rank_device(config: RunnerConfig, rank: int) -> torch.device:
+    return torch.device("cuda", config.base_gpu_id + rank) if config.device == "cuda" else torch.device(config.device)
 
 
 def _check_load_format(checkpoint: Checkpoint, load_format: str) -> None:
@@ -193,24 +225,53 @@ def _check_load_format(checkpoint: Checkpoint, load_format: str) -> None:
         )
 
 
-def _pool_size(
-    model_config: ModelConfig, layout: PageLayout, config: RunnerConfig, device: torch.device, runtime_dir: Path
-) -> PoolSize:
-    runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    num_weights = sum(math.prod(shape) for shape in expected_tensors(model_config).values())
-    free_bytes = available_memory_bytes(device, runtime_dir)
-    return plan_pool_size(
-        layout,
-        available_bytes=torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else free_bytes,
-        free_bytes=free_bytes,
-        weights_bytes=num_weights * DTYPES[layout.dtype].itemsize,
-        reserve_bytes=_graphs_bytes(config) if device.type == "cuda" and config.use_graphs else 0,
-        mem_fraction_static=config.mem_fraction_static,
-        max_total_tokens=config.max_total_tokens,
-        cap_tokens=CPU_CAP_TOKENS if device.type == "cpu" else None,
-        min_tokens=config.min_total_tokens,
+def page_layout(model_config: ModelConfig, config: RunnerConfig) -> PageLayout:
+    """Of a rank's pool: on a CPU the whole pages that all ranks share, on GPUs the rank's own heads of them."""
+    heads = slice(0, model_config.num_kv_heads)
+    if config.device == "cuda":
+        heads = TensorParallel(size=config.tp).kv_heads(model_config.num_kv_heads)  # as many on every rank
+    return PageLayout(
+        num_kv_heads=heads.stop - heads.start,
+        num_layers=model_config.num_layers,
+        page_size=config.page_size,
+        head_dim=model_config.head_dim,
+        dtype=config.dtype,
     )
 
 
-def _graphs_bytes(config: RunnerConfig) -> int:
-    return graphs_bytes(config.max_running_requests, config.max_batch_tokens)
+def num_weights(model_config: ModelConfig, num_ranks: int) -> int:
+    """That one of `num_ranks` holds. Norms are on all of them, and a KV head on all that share it."""
+    shares = {"norm": 1, "k_proj": min(num_ranks, model_config.num_kv_heads)}
+    shares["v_proj"] = shares["k_proj"]
+    total = 0
+    for name, shape in expected_tensors(model_config).items():
+        count = next((count for part, count in shares.items() if part in name), num_ranks)
+        total += -(-math.prod(shape) // count)
+    return total
+
+
+def _pool_size(
+    model_config: ModelConfig, layout: PageLayout, config: RunnerConfig, device: torch.device, runtime_dir: Path
+) -> PoolSize:
+    """Planned for rank 0, and the same for all: the GPUs of one engine are alike, and a rank whose GPU has less room
+    says so when it starts."""
+    runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    on_gpu = device.type == "cuda"
+    reserve_bytes = graphs_bytes(config.max_running_requests, config.max_batch_tokens) if config.use_graphs else 0
+    if config.tp > 1:
+        reserve_bytes += COLLECTIVES_BYTES
+    free_bytes = available_memory_bytes(device, runtime_dir)
+    size = plan_pool_size(
+        layout,
+        available_bytes=torch.cuda.mem_get_info(device)[1] if on_gpu else free_bytes,
+        free_bytes=free_bytes,
+        weights_bytes=num_weights(model_config, config.tp if on_gpu else 1) * DTYPES[layout.dtype].itemsize,
+        reserve_bytes=reserve_bytes if on_gpu else 0,
+        mem_fraction_static=config.mem_fraction_static,
+        max_total_tokens=config.max_total_tokens,
+        cap_tokens=None if on_gpu else CPU_CAP_TOKENS,
+        min_tokens=config.min_total_tokens,
+    )
+    if on_gpu and config.tp > 1:
+        return replace(size, reason=f"{size.reason}; on each of {config.tp} GPUs")
+    return size

@@ -59,6 +59,9 @@ class Launched:
     measured: Measured | None
     done: torch.cuda.Event
 
+    def is_done(self) -> bool:
+        return bool(self.done.query())  # type: ignore[no-untyped-call]
+
     def result(self) -> Mapping[RequestId, SampledToken]:
         self.done.synchronize()
         logprobs = {} if self.measured is None else self.measured.logprobs()

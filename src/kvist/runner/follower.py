@@ -1,10 +1,16 @@
-"""`python -m kvist.runner.follower`: one tensor-parallel rank beyond rank 0. Started by tp.py, which tells its life."""
+"""`python -m kvist.runner.follower`: one tensor-parallel rank beyond rank 0. Started by tp.py, which tells its life.
+
+It has the same runner as rank 0 and launches the same batches, as fast as they come; what it chooses it keeps to
+itself (leader.py). Whatever fails here ends the process, which is how rank 0 hears of it.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,44 +19,56 @@ import torch
 
 from kvist.checkpoint import Checkpoint
 from kvist.kv.device import DevicePool
-from kvist.kv.layout import PageLayout
 from kvist.models import load_model_config
-from kvist.runner.build import build_rank
-from kvist.runner.inputs import ForwardItem, build_inputs
-from kvist.runner.runner import forward
-from kvist.runner.tp import RankSpec, frames
+from kvist.models.parallel import leave_tensor_parallel
+from kvist.runner.batch_message import BatchDecoder
+from kvist.runner.build import RankSpec, build_rank, page_layout
+from kvist.runner.runner import AnyRunner
+from kvist.runner.tp import Meeting, end_with_rank_0, frames
 
 
 def follow(stream: BinaryIO) -> None:
-    """Take part in every forward that `stream` brings, until it ends."""
+    """Take part in every step that `stream` brings, until it ends."""
     messages = frames(stream)
     first = next(messages, None)
     if first is None:
         return
+    end_with_rank_0(stream.fileno())
     spec = msgspec.msgpack.decode(first, type=RankSpec)
+    runner = _build(spec)
+    gc.collect()
+    gc.freeze()
+    batches = BatchDecoder()
+    for message in messages:
+        runner.launch(batches.decode(message))
+    runner.close()
+    if spec.device.type == "cuda":
+        leave_tensor_parallel()  # NCCL wants all ranks to do so together
+
+
+def _build(spec: RankSpec) -> AnyRunner:
+    if spec.device.type == "cuda":
+        torch.cuda.set_device(spec.device)
     path = Path(spec.checkpoint_path)
     checkpoint = Checkpoint(path=path, kind=spec.checkpoint_kind, name=path.name)
     model_config = load_model_config(checkpoint)
-    layout = PageLayout(
-        num_kv_heads=model_config.num_kv_heads,
-        num_layers=model_config.num_layers,
-        page_size=spec.page_size,
-        head_dim=model_config.head_dim,
-        dtype=spec.dtype,
-    )
-    assert spec.pool is not None, "rank 0 sends the pool's address to every follower"
-    pool = DevicePool.attach(spec.pool, layout)
-    model, attention = build_rank(checkpoint, model_config, spec, pool)
-    decoder = msgspec.msgpack.Decoder(list[ForwardItem])
-    device = torch.device(spec.device)
-    for message in messages:
-        with torch.inference_mode():
-            forward(model, attention, build_inputs(decoder.decode(message), device))
+    layout = page_layout(model_config, spec.config)
+    if spec.pool is not None:
+        pool = DevicePool.attach(spec.pool, layout)
+    else:
+        pool = DevicePool.create(layout, spec.num_pages, device=spec.device, directory=Path(spec.meeting).parent)
+    meeting = Meeting(spec.meeting, rank=spec.rank, size=spec.config.tp)
+    return build_rank(checkpoint, model_config, spec, pool, meeting)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; rank 0 decides when we end
-    follow(sys.stdin.buffer)
-    # Not the interpreter's own end: gloo's threads may still wait for peers that are ending too.
+    status = 1
+    try:
+        follow(sys.stdin.buffer)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    # Not the interpreter's own end: threads of gloo and NCCL may still wait for peers that are ending too.
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)

@@ -1,4 +1,4 @@
-"""A batch as the model and the attention want it. Also what the ranks of a tensor-parallel engine tell each other."""
+"""A batch as the model and the attention want it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvist.scheduler.plan import Batch
 
 
 class ForwardItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What every rank must know of a batch item; sampling is rank 0's alone."""
+    """What a forward must know of a batch item."""
 
     token_ids: Sequence[int]
     start: int

@@ -1,8 +1,8 @@
 """Carries out one batch: tensors in, tokens out.
 
-Owns the model, the page pool and the attention over it, and on a tensor-parallel engine the follower ranks. `launch`
-begins a batch, `InFlight.result` waits for its tokens; batches are carried out in the order of their launches. On a
-CPU, which this file is for, `launch` does all the work; cuda_runner.py is the GPU's.
+Owns the model, the page pool and the attention over it; on a tensor-parallel engine a rank's share of them (leader.py
+binds the ranks). `launch` begins a batch, `InFlight.result` waits for its tokens; batches are carried out in the order
+of their launches. On a CPU, which this file is for, `launch` does all the work; cuda_runner.py is the GPU's.
 
 What is computed depends on the pages and the batch alone, and with `takes_sampled` on the tokens of the batch before.
 It does not know requests beyond that: who runs, in which pages and until when is the scheduler's.
@@ -21,7 +21,7 @@ from kvist.attention.backend import Attend, AttentionBackend
 from kvist.kv.device import DevicePool
 from kvist.models.decoder import Unfinished
 from kvist.request import RequestId, SampledToken
-from kvist.runner.inputs import ForwardInputs, ForwardItem, build_inputs, forward_items, sampling_rows
+from kvist.runner.inputs import ForwardInputs, build_inputs, forward_items, sampling_rows
 from kvist.runner.sampler import sample
 from kvist.scheduler.plan import Batch
 
@@ -36,18 +36,12 @@ class Model(Protocol):
     def logits(self, hidden: Tensor) -> Tensor: ...
 
 
-class Followers(Protocol):
-    """The other ranks of a tensor-parallel engine (tp.py)."""
-
-    def broadcast(self, items: list[ForwardItem]) -> None: ...
-
-    def check_alive(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class InFlight(Protocol):
     """A batch that was launched."""
+
+    def is_done(self) -> bool:
+        """Whether `result` would not wait."""
+        ...
 
     def result(self) -> Mapping[RequestId, SampledToken]:
         """Waits until the K/V of every token of the batch is in the pages; one new token for each item that has
@@ -75,37 +69,31 @@ class Finished:
 
     tokens: Mapping[RequestId, SampledToken]
 
+    def is_done(self) -> bool:
+        return True
+
     def result(self) -> Mapping[RequestId, SampledToken]:
         return self.tokens
 
 
 class Runner:
-    def __init__(
-        self,
-        *,
-        model: Model,
-        pool: DevicePool,
-        attention: AttentionBackend,
-        pool_reason: str = "",
-        followers: Followers | None = None,
-    ) -> None:
-        """`attention` is bound to the pool (on a tensor-parallel engine: to rank 0's heads of it)."""
+    def __init__(self, *, model: Model, pool: DevicePool, attention: AttentionBackend, pool_reason: str = "") -> None:
+        """`attention` is bound to the pool (on a tensor-parallel engine: to this rank's heads of it)."""
         self.pool = pool
         self.pool_reason = pool_reason
         self.attention_name = attention.name
         self._model = model
         self._attention = attention
         self._device = pool.tensor.device
-        self._followers = followers
         self._former: Mapping[RequestId, SampledToken] = {}  # of the batch before
 
     def launch(self, batch: Batch) -> InFlight:
-        """Raises `EngineError` when a follower rank is gone; any other exception is a broken device or our bug."""
+        """What it raises is a broken device or our bug."""
         assert batch.items, "an empty batch is no batch"
         items = forward_items(batch, self._former)
         self._former = {}
         with torch.inference_mode():
-            logits = self._forward(items)
+            logits = forward(self._model, self._attention, build_inputs(items, self._device))
             if logits is None:
                 return Finished({})
             tokens = sample(logits, sampling_rows(batch))
@@ -116,25 +104,13 @@ class Runner:
     def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]:
         return self.launch(batch).result()
 
-    def _forward(self, items: list[ForwardItem]) -> Tensor | None:
-        if self._followers is None:
-            return forward(self._model, self._attention, build_inputs(items, self._device))
-        self._followers.broadcast(items)
-        try:
-            return forward(self._model, self._attention, build_inputs(items, self._device))
-        except RuntimeError:  # torch.distributed's word for a peer that is gone, too
-            self._followers.check_alive()
-            raise
-
     def close(self) -> None:
-        """Let the follower ranks go and drop the pool."""
-        if self._followers is not None:
-            self._followers.close()
+        """Drop the pool."""
         self.pool.close()
 
 
 def forward(model: Model, attention: AttentionBackend, inputs: ForwardInputs) -> Tensor | None:
-    """[num_sampled, vocab_size] fp32 logits, or None when no row wants a token. Runs on every rank."""
+    """[num_sampled, vocab_size] fp32 logits, or None when no row wants a token."""
     unfinished = model.begin(inputs.token_ids, inputs.positions, attention.prepare(inputs.spans))
     if inputs.sampled_rows is not None:
         if not len(inputs.sampled_rows):

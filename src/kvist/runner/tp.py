@@ -1,11 +1,12 @@
-"""The ranks of a tensor-parallel engine beyond rank 0, each a process of its own.
+"""What binds the ranks of a tensor-parallel engine: their processes, the file where they meet, and their end.
 
-    rank 0: start ─► join ─► broadcast(items) a step ─► close: their standard input ends, and so do they
-    rank n: spec on standard input ─► join, load ─► for each frame one forward ─► end of input: exit
+    rank 0: start ─► meet ─► send(batch) a step ─► close: their standard input ends, and so do they
+    rank n: spec on standard input ─► meet ─► launch for each frame ─► end of input: exit
 
-Rank 0 schedules and samples. Followers get what a forward needs and nothing else, over their standard input: a pipe
-that the kernel closes when rank 0 is gone, however it went. The tensors travel in collectives of torch.distributed,
-bound to loopback. A follower that fails exits, which fails rank 0's next collective.
+Frames go over standard input: a pipe that the kernel closes when rank 0 is gone, however it went; `end_with_rank_0`
+sees to it that a rank which is stuck on its device ends then, too. Tensors travel in collectives of torch.distributed:
+gloo between CPUs, NCCL between GPUs, on this host only. Nobody waits for ever for a rank that has ended: rank 0 looks
+after its processes whenever it waits (leader.py).
 """
 
 from __future__ import annotations
@@ -13,84 +14,90 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import msgspec
-import torch.distributed as dist
+import torch
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from kvist.checkpoint import CheckpointKind
+from kvist.clock import MonotonicClock
 from kvist.errors import EngineError
 from kvist.models.parallel import TensorParallel, join_tensor_parallel, leave_tensor_parallel
-from kvist.runner.inputs import ForwardItem
-from kvist.wire import PoolAddress
 
-COLLECTIVE_TIMEOUT_S = 120.0
-_CLOSE_TIMEOUT_S = 10.0
-_LENGTH = struct.Struct("<I")
-
-
-class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a rank must know to load its share; equal on all ranks but for `rank`."""
-
-    checkpoint_path: str
-    checkpoint_kind: CheckpointKind
-    dtype: str
-    device: str
-    load_format: str
-    attention_backend: str
-    page_size: int
-    random_seed: int
-    num_threads: int  # of this rank; 0: torch's own choice
-    rendezvous: str  # FollowerProcesses.start: a folder in, the file where the ranks meet out
-    size: int = 1
-    rank: int = 0
-    pool: PoolAddress | None = None  # set when size > 1
+COLLECTIVE_TIMEOUT_S = 120.0  # the longest step
+CLOSE_TIMEOUT_S = 10.0
+_GRACE_S = 5.0  # from rank 0's end to the end of a rank that does not notice by itself
+_MEET_TIMEOUT_S = 3600.0  # to load the weights; who starts the engine waits less (engine_start_timeout_s)
+_POLL_S = 0.01
+_FRAME = struct.Struct("<I")  # the length of what follows
+_LOOPBACK = {"linux": "lo", "darwin": "lo0"}
+FOLLOWER = (sys.executable, "-m", "kvist.runner.follower")
 
 
-def join(spec: RankSpec) -> TensorParallel:
-    """Meet the other ranks; all of them call it."""
-    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
-    if loopback is not None:
-        os.environ["GLOO_SOCKET_IFNAME"] = loopback  # its sockets are not authenticated: they must not leave the host
-    return join_tensor_parallel(
-        rank=spec.rank,
-        size=spec.size,
-        init_method=f"file://{spec.rendezvous}",
-        backend="gloo",
-        timeout_s=COLLECTIVE_TIMEOUT_S,
-    )
+class Meeting:
+    """A file through which the ranks tell each other how far they are; not through sockets, which anybody may join."""
+
+    def __init__(self, path: str, *, rank: int, size: int, check: Callable[[], None] = lambda: None) -> None:
+        """`check` raises when there is nobody to wait for any more."""
+        self._rank = rank
+        self._size = size
+        self._check = check
+        self._clock = MonotonicClock()
+        self._store = FileStore(path, -1)
+
+    def wait_for_all(self, stage: str) -> None:
+        """Until every rank has called it for this stage. Collectives have no such patience."""
+        self._store.set(f"{stage}/{self._rank}", "here")
+        everybody = [f"{stage}/{rank}" for rank in range(self._size)]
+        give_up_s = self._clock.now_s() + _MEET_TIMEOUT_S
+        while not self._store.check(everybody):
+            self._check()
+            if self._clock.now_s() > give_up_s:
+                raise EngineError(f"not every tensor-parallel rank was {stage} within {_MEET_TIMEOUT_S:.0f} s")
+            time.sleep(_POLL_S)
+
+    def join(self, device: torch.device) -> TensorParallel:
+        """The group for collectives on `device`; once all are at hand, so that nobody waits for one that has failed."""
+        self.wait_for_all("started")
+        if sys.platform in _LOOPBACK:  # their sockets are not authenticated: they must not leave the host
+            os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK[sys.platform]
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK[sys.platform])
+        return join_tensor_parallel(
+            rank=self._rank, size=self._size, store=self._store, device=device, timeout_s=COLLECTIVE_TIMEOUT_S
+        )
 
 
 class FollowerProcesses:
     """Rank 0's hold on the others."""
 
-    def __init__(self, processes: list[subprocess.Popen[bytes]], rendezvous: Path) -> None:
-        self._processes = processes
-        self._rendezvous = rendezvous
+    def __init__(self, meeting: Path) -> None:
+        """`meeting`: the file where they meet; it goes when they do."""
+        self._meeting = meeting
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._clock = MonotonicClock()
 
-    @classmethod
-    def start(cls, spec: RankSpec) -> tuple[RankSpec, FollowerProcesses]:
-        """Start ranks [1, size); returns rank 0's spec too. They load while rank 0 does."""
-        rendezvous = Path(spec.rendezvous) / f"tp-{os.getpid()}-{secrets.token_hex(4)}"
-        spec = msgspec.structs.replace(spec, rendezvous=str(rendezvous))
-        command = [sys.executable, "-m", "kvist.runner.follower"]
-        followers = cls([], rendezvous)
-        for rank in range(1, spec.size):
+    def start(self, specs: Sequence[bytes], command: Sequence[str] = ()) -> None:
+        """A process for each rank from 1, told its spec. They start and load while rank 0 does."""
+        for rank, spec in enumerate(specs, start=1):
             # Standard output may be a parent's channel: what a follower prints goes to standard error.
-            followers._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2))
-            followers._send(msgspec.msgpack.encode(msgspec.structs.replace(spec, rank=rank)))
-        return spec, followers
+            process = subprocess.Popen(command or FOLLOWER, stdin=subprocess.PIPE, stdout=2, bufsize=0)
+            self._processes.append(process)
+            assert process.stdin is not None
+            os.set_blocking(process.stdin.fileno(), False)
+            self._write(rank, _FRAME.pack(len(spec)) + spec)
 
-    def broadcast(self, items: list[ForwardItem]) -> None:
-        """Have every follower join this forward. Raises `EngineError` when one is gone."""
-        payload = msgspec.msgpack.encode(items)
-        for rank in range(len(self._processes)):
-            self._send(payload, rank)
+    def send(self, payload: bytes) -> None:
+        """To every follower, in order. Raises `EngineError` when one is gone or takes nothing any more."""
+        frame = _FRAME.pack(len(payload)) + payload
+        for rank in range(1, len(self._processes) + 1):
+            self._write(rank, frame)
 
     def check_alive(self) -> None:
         """Raises `EngineError` when a follower has ended."""
@@ -101,40 +108,72 @@ class FollowerProcesses:
                     "Restart the worker"
                 )
 
-    def _send(self, payload: bytes, index: int = -1) -> None:
-        stream = self._processes[index].stdin
-        assert stream is not None
-        try:
-            stream.write(_LENGTH.pack(len(payload)) + payload)
-            stream.flush()
-        except BrokenPipeError as error:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._processes[index].wait(_CLOSE_TIMEOUT_S)
-            self.check_alive()
-            raise EngineError("a tensor-parallel rank closed its input. Restart the worker") from error
+    def _write(self, rank: int, frame: bytes) -> None:
+        process = self._processes[rank - 1]
+        assert process.stdin is not None
+        left, give_up_s = memoryview(frame), self._clock.now_s() + COLLECTIVE_TIMEOUT_S
+        while left:
+            try:
+                left = left[os.write(process.stdin.fileno(), left) :]
+            except BlockingIOError:  # it is still at the frames before
+                self.check_alive()
+                if self._clock.now_s() > give_up_s:
+                    message = f"tensor-parallel rank {rank} took no step for {COLLECTIVE_TIMEOUT_S:.0f} s"
+                    raise EngineError(f"{message}. Restart the worker") from None
+                time.sleep(_POLL_S / 10)
+            except BrokenPipeError as error:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(CLOSE_TIMEOUT_S)
+                self.check_alive()
+                raise EngineError(f"tensor-parallel rank {rank} closed its input. Restart the worker") from error
 
-    def close(self) -> None:
+    def close(self, *, kill: bool = False) -> None:
+        """Their input ends, and they do; rank 0 leaves the group with them. Graphs that hold collectives must be gone:
+        the group does not end before them. `kill`: nobody waits for what is under way, and collectives break off."""
+        leaving = threading.Thread(
+            target=leave_tensor_parallel, kwargs={"abort": kill}, name="kvist-leave", daemon=True
+        )
+        leaving.start()  # a thread, because it may wait for a rank that does not answer
+        give_up_s = self._clock.now_s() + CLOSE_TIMEOUT_S
         for process in self._processes:
             assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
+            process.stdin.close()
         for process in self._processes:
             try:
-                process.wait(_CLOSE_TIMEOUT_S)
+                process.wait(0 if kill else max(0.0, give_up_s - self._clock.now_s()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
         self._processes = []
-        if dist.is_initialized():  # not when loading failed before the ranks met
-            leave_tensor_parallel(TensorParallel(rank=0, size=dist.get_world_size()))
-        self._rendezvous.unlink(missing_ok=True)
+        leaving.join(1.0 if kill else CLOSE_TIMEOUT_S)
+        self._meeting.unlink(missing_ok=True)
+
+
+def new_meeting(runtime_dir: Path) -> Path:
+    return runtime_dir / f"tp-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+# ---------------------------------------------------------------- at a follower
 
 
 def frames(stream: BinaryIO) -> Iterator[bytes]:
     """What rank 0 sent, until it closes the pipe or dies."""
-    while len(header := stream.read(_LENGTH.size)) == _LENGTH.size:
-        (length,) = _LENGTH.unpack(header)
+    while len(header := stream.read(_FRAME.size)) == _FRAME.size:
+        (length,) = _FRAME.unpack(header)
         payload = stream.read(length)
         if len(payload) < length:
             return
         yield payload
+
+
+def end_with_rank_0(descriptor: int) -> None:
+    """From now on this process ends soon after the other end of its pipe was closed, whatever it waits for then."""
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(descriptor, 0)  # told of the other end's end only, and without reading
+        poll.poll()
+        time.sleep(_GRACE_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="kvist-rank-0-watch", daemon=True).start()

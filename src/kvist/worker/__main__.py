@@ -1,5 +1,8 @@
+import os
 import sys
 
 from kvist.worker.process import main
 
-sys.exit(main())
+status = main()
+sys.stderr.flush()
+os._exit(status)  # the interpreter's own end would wait for a device or a communicator that may be broken

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import ConfigError
@@ -71,7 +70,9 @@ def run_bench_engine(engine: EngineConfig, config: StepsConfig) -> int:
         closing.callback(runner.close)
         warm_up(runner, lambda _text: None)
         device = runner.pool.tensor.device
-        print(f"{served.checkpoint.name} in {runner.pool.layout.dtype} on {device}, attention {runner.attention_name}")
+        ranks = f", {engine.tp} ranks" if engine.tp > 1 else ""
+        name, dtype = served.checkpoint.name, runner.pool.layout.dtype
+        print(f"{name} in {dtype} on {device}{ranks}, attention {runner.attention_name}")
         print(f"pool: {runner.pool_reason}")
         print(_HEAD)
         timed = []
@@ -176,7 +177,8 @@ class ShapeBench:
             planned_s = self._clock.now_s()
             flight = self._runner.launch(batch)
             launched_s = self._clock.now_s()
-            self._wait()
+            while not flight.is_done():
+                pass
             computed_s = self._clock.now_s()
             sampled = flight.result()
             end_s = self._clock.now_s()
@@ -250,10 +252,6 @@ class ShapeBench:
         assert batch is not None, f"{self._shape.text}: nothing was planned"
         assert found == self._shape.num_step_tokens, f"{self._shape.text}: a step of {found} tokens was planned"
         return batch
-
-    def _wait(self) -> None:
-        if self._runner.pool.tensor.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 # ---------------------------------------------------------------- what is shown

@@ -45,7 +45,10 @@ class EngineConfig:
         None, "longest prompt and answer together; by default what the model was trained for", unit="tokens", minimum=2
     )
     tp: int = option(
-        1, "tensor parallel size: ranks that share each layer", aliases=("tp-size", "tensor-parallel-size"), minimum=1
+        1,
+        "tensor parallel size: ranks that share each layer, on GPUs one each",
+        aliases=("tp-size", "tensor-parallel-size"),
+        minimum=1,
     )
     mem_fraction_static: float = option(
         0.8,
@@ -98,7 +101,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.tp > 1 and self.role != UNIFIED:
             raise ConfigError(
-                f"--tp {self.tp} with --role {self.role}: handing pages over between tensor-parallel engines comes "
-                "with the GPU engine; use --tp 1, or --role unified",
+                f"--tp {self.tp} with --role {self.role}: tensor-parallel engines cannot hand pages over yet; "
+                "use --tp 1, or --role unified",
                 param="tp",
             )

@@ -36,7 +36,7 @@ from kvist.worker.inbox import Inbox, refusal
 from kvist.worker.reports import LoadReports
 from kvist.worker.step_times import StepTimes
 
-MAX_FAILED_STEPS_IN_A_ROW = 8  # then the device, or a tensor-parallel rank, is broken for good
+MAX_FAILED_STEPS_IN_A_ROW = 8  # then the device is broken for good
 WATCH_INTERVAL_S = 1.0  # between two looks whether watched peers and known gateways are alive
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,8 @@ class EngineLoop:
     def run(self) -> None:
         """Serve until `request_stop`; then tell every gateway that its requests have failed.
 
-        Raises `EngineError` after `MAX_FAILED_STEPS_IN_A_ROW`: a new process may have better luck."""
+        Raises `EngineError` when the runner does, and after `MAX_FAILED_STEPS_IN_A_ROW`: a new process may have better
+        luck."""
         try:
             while not self._stop.is_set():
                 self.turn(self._idle_s())
@@ -183,6 +184,8 @@ class EngineLoop:
                 if isinstance(launched, Exception):
                     raise launched
                 sampled = launched.result()
+        except EngineError:  # the runner is broken for good: a tensor-parallel rank is gone
+            raise
         except Exception as error:  # whatever the model or the device raised: these requests fail, the engine goes on
             log.exception("step %d with %d tokens failed", batch.step_id, batch.num_tokens)
             self._num_failed_steps += 1

@@ -29,7 +29,7 @@ from kvist.worker.messages import Announcement, Progress, Ready, StartFailed, en
 if TYPE_CHECKING:
     from kvist.worker.engine import Engine
 
-LAST_WORDS_S = 8.0  # from a request to stop until the process ends whatever it is doing
+LAST_WORDS_S = 8.0  # from a request to stop, or from the loop's end, until the process ends whatever it is doing
 _MAX_SETTINGS_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("the engine ends: %s", error.message)
         return 1
     finally:
+        ending.set_limit()
         engine.close()
     return 0
 
@@ -113,10 +114,14 @@ class _Ending:
     def _begin(self) -> None:
         if self.ask is None:
             os._exit(1)
-        last_words = threading.Timer(LAST_WORDS_S, os._exit, args=(1,))  # a step may hang on a broken device
+        self.set_limit()
+        self.ask()
+
+    def set_limit(self) -> None:
+        """The process ends soon, whatever hangs on a broken device."""
+        last_words = threading.Timer(LAST_WORDS_S, os._exit, args=(1,))
         last_words.daemon = True
         last_words.start()
-        self.ask()
 
 
 def _read_first_line() -> bytes:

@@ -1,0 +1,125 @@
+"""Rank 0's runner of a tensor-parallel engine: its own share of each step, and the word to the other ranks.
+
+Every rank has the same kind of runner and is given the same batches. All of them choose the tokens, from the same
+logits and by the same rules, so they choose the same ones, and each goes on from its own: a follower needs no answer
+and never waits for rank 0's host. `launch` tells the others first, then launches here.
+
+Collectives wait for every rank. So what rank 0 waits for, it polls, looking after the others meanwhile. A rank that is
+gone, a step that fails here alone or one that takes too long leaves the ranks out of step for good: `EngineError`, and
+the engine has to be started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from kvist.clock import Clock, MonotonicClock
+from kvist.errors import EngineError
+from kvist.request import RequestId, SampledToken
+from kvist.runner.batch_message import BatchEncoder
+from kvist.runner.runner import AnyRunner, InFlight
+from kvist.runner.tp import COLLECTIVE_TIMEOUT_S
+from kvist.scheduler.plan import Batch
+
+_POLL_S = 20e-6  # the system makes about 70 of it; planning is a step ahead, so nobody notices
+
+
+class Followers(Protocol):
+    """tp.FollowerProcesses, or a fake."""
+
+    def send(self, payload: bytes) -> None: ...
+
+    def check_alive(self) -> None: ...
+
+    def close(self, *, kill: bool = False) -> None: ...
+
+
+class LeadingRunner:
+    """Owns the runner of rank 0's share and the follower processes."""
+
+    def __init__(self, runner: AnyRunner, followers: Followers, clock: Clock | None = None) -> None:
+        self.pool = runner.pool
+        self.pool_reason = runner.pool_reason
+        self.attention_name = runner.attention_name
+        self._runner = runner
+        self._followers = followers
+        self._clock = clock or MonotonicClock()
+        self._encoder = BatchEncoder()
+        self._last: Watched | None = None  # the batch launched last
+        self._is_in_step = True
+
+    def launch(self, batch: Batch) -> InFlight:
+        with self.in_step():
+            self._followers.send(self._encoder.encode(batch))
+            self._last = Watched(self._runner.launch(batch), self)
+        return self._last
+
+    def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]:
+        return self.launch(batch).result()
+
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Whatever goes wrong inside, goes wrong for good."""
+        if not self._is_in_step:
+            raise EngineError("the tensor-parallel ranks are out of step. Restart the worker")
+        try:
+            yield
+        except BaseException as error:
+            self._is_in_step = False
+            if isinstance(error, EngineError) or not isinstance(error, Exception):
+                raise
+            self._followers.check_alive()  # a better reason
+            raise EngineError(f"rank 0 failed in a step that all ranks take: {error}. Restart the worker") from error
+
+    def is_done(self, flight: InFlight) -> bool:
+        with self.in_step():
+            if flight.is_done():
+                return True
+            self._followers.check_alive()
+            return False
+
+    def wait(self, flight: InFlight) -> None:
+        """Until its result is there."""
+        give_up_s = self._clock.now_s() + COLLECTIVE_TIMEOUT_S
+        while not self.is_done(flight):
+            with self.in_step():
+                if self._clock.now_s() > give_up_s:
+                    raise EngineError(
+                        f"a tensor-parallel step took more than {COLLECTIVE_TIMEOUT_S:.0f} s. Restart the worker"
+                    )
+            time.sleep(_POLL_S)
+
+    def close(self) -> None:
+        """Bounded, unless rank 0's device is stuck."""
+        if self._last is not None:
+            with contextlib.suppress(EngineError):
+                self._last.wait()
+        if self._is_in_step:
+            self._runner.close()
+            self._followers.close()
+        else:
+            self._followers.close(kill=True)  # ends the collectives that wait for a rank which is gone
+            self._runner.close()
+
+
+class Watched:
+    """A batch under way on all ranks."""
+
+    def __init__(self, flight: InFlight, leader: LeadingRunner) -> None:
+        self._flight = flight
+        self._leader = leader
+
+    def is_done(self) -> bool:
+        """Raises `EngineError` when it will never be."""
+        return self._leader.is_done(self._flight)
+
+    def wait(self) -> None:
+        self._leader.wait(self._flight)
+
+    def result(self) -> Mapping[RequestId, SampledToken]:
+        self.wait()
+        with self._leader.in_step():
+            return self._flight.result()

@@ -1,0 +1,165 @@
+"""Rank 0 tells the others before it begins, and never waits for ever for one that is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvist.clock import FakeClock
+from kvist.errors import EngineError
+from kvist.request import RequestId, SampledToken, SamplingParams
+from kvist.runner.batch_message import BatchDecoder
+from kvist.runner.leader import LeadingRunner
+from kvist.runner.tp import COLLECTIVE_TIMEOUT_S
+from kvist.scheduler.plan import Batch, BatchItem
+
+ITEM = BatchItem(
+    request_id=RequestId("r"), token_ids=(1, 2), start=0, page_ids=[0], sampling=SamplingParams(max_tokens=2)
+)
+BATCH = Batch(step_id=1, items=(ITEM,))
+TOKENS = {RequestId("r"): SampledToken(token_id=9)}
+
+
+@dataclass
+class FakeFollowers:
+    order: list[str]
+    told: list[Batch] = field(default_factory=list)
+    is_gone: bool = False
+    looks: int = 0
+
+    def __post_init__(self) -> None:
+        self.decoder = BatchDecoder()
+
+    def send(self, payload: bytes) -> None:
+        self.check_alive()
+        self.order.append("send")
+        self.told.append(self.decoder.decode(payload))
+
+    def check_alive(self) -> None:
+        self.looks += 1
+        if self.is_gone:
+            raise EngineError("tensor-parallel rank 1 ended with status -9")
+
+    def close(self, *, kill: bool = False) -> None:
+        self.order.append("kill" if kill else "let end")
+
+
+@dataclass
+class FakeFlight:
+    world: World
+
+    def is_done(self) -> bool:
+        return self.world.on_poll()
+
+    def result(self) -> Mapping[RequestId, SampledToken]:
+        if self.world.fails_late:
+            raise RuntimeError("an illegal memory access")
+        return TOKENS
+
+
+class World:
+    """A leader between a runner and followers that do as the test says."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.followers = FakeFollowers(self.order)
+        self.clock = FakeClock()
+        self.fails = self.fails_late = False
+        self.polls_left = 3
+        self.on_poll = self.count_down
+        self.pool, self.pool_reason, self.attention_name = SimpleNamespace(), "enough", "fake"
+        self.leader = LeadingRunner(self, self.followers, self.clock)  # type: ignore[arg-type]
+
+    def count_down(self) -> bool:
+        self.polls_left -= 1
+        return self.polls_left < 0
+
+    # the runner of rank 0's share
+
+    def launch(self, batch: Batch) -> Any:
+        self.order.append(f"launch {batch.step_id}")
+        if self.fails:
+            raise RuntimeError("out of memory")
+        return FakeFlight(self)
+
+    def close(self) -> None:
+        self.order.append("drop graphs")
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_the_others_are_told_before_rank_0_begins(world: World) -> None:
+    assert world.leader.launch(BATCH).result() == TOKENS
+    assert world.order == ["send", "launch 1"]
+    assert [list(each.token_ids) for each in world.followers.told[0].items] == [[1, 2]]
+    assert world.leader.attention_name == "fake"
+
+
+def test_a_rank_that_ends_during_a_step_ends_the_wait(world: World) -> None:
+    def never() -> bool:
+        world.followers.is_gone = world.followers.looks > 5
+        return False
+
+    flight = world.leader.launch(BATCH)
+    world.on_poll = never
+    with pytest.raises(EngineError, match="rank 1 ended with status -9"):
+        flight.result()
+
+
+def test_a_step_that_takes_too_long_ends_the_wait(world: World) -> None:
+    def slow() -> bool:
+        world.clock.advance(1.0)
+        return False
+
+    flight = world.leader.launch(BATCH)
+    world.on_poll = slow
+    with pytest.raises(EngineError, match="more than 120 s"):
+        flight.result()
+    assert COLLECTIVE_TIMEOUT_S <= world.clock.now_s() <= COLLECTIVE_TIMEOUT_S + 3
+
+
+def test_asking_whether_it_is_done_notices_a_rank_that_is_gone(world: World) -> None:
+    flight = world.leader.launch(BATCH)
+    assert not flight.is_done()
+    world.followers.is_gone = True
+    with pytest.raises(EngineError, match="rank 1"):
+        flight.is_done()
+
+
+@pytest.mark.parametrize("when", ["launch", "result"])
+def test_a_step_that_fails_at_rank_0_alone_is_the_last(world: World, when: str) -> None:
+    world.fails, world.fails_late = when == "launch", when == "result"
+    with pytest.raises(EngineError, match=r"out of memory|illegal memory access"):
+        world.leader.execute(BATCH)
+    world.fails = world.fails_late = False
+    with pytest.raises(EngineError, match="out of step"):
+        world.leader.execute(BATCH)
+    assert world.order.count("send") == 1, "the others must not be told of a step that rank 0 does not take"
+
+
+def test_a_failure_here_is_laid_to_a_rank_that_is_gone(world: World) -> None:
+    flight = world.leader.launch(BATCH)
+    world.polls_left, world.fails_late, world.followers.is_gone = 0, True, True
+    with pytest.raises(EngineError, match="rank 1 ended"):
+        flight.result()
+
+
+def test_closing_waits_for_the_last_step_and_drops_the_graphs_before_the_group_ends(world: World) -> None:
+    world.leader.launch(BATCH)
+    world.leader.close()
+    assert world.polls_left < 0
+    assert world.order[2:] == ["drop graphs", "let end"]
+
+
+def test_closing_out_of_step_waits_for_nothing(world: World) -> None:
+    world.leader.launch(BATCH)
+    world.followers.is_gone = True
+    world.leader.close()
+    assert world.order[2:] == ["kill", "drop graphs"]

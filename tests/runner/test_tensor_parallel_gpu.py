@@ -1,0 +1,218 @@
+"""Two GPUs are one engine: the same logits and tokens, recorded or not, planned ahead or not; it ends within a bound.
+
+Engines run one after another: a process is in one group at a time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvist.checkpoint import Checkpoint
+from kvist.clock import MonotonicClock
+from kvist.errors import ConfigError
+from kvist.request import RequestId, SamplingParams
+from kvist.runner import AnyRunner
+from kvist.runner.leader import LeadingRunner
+from kvist.scheduler.plan import Batch, BatchItem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    pytest.mark.timeout(400),
+]
+
+VOCAB_SIZE = 3000
+
+
+@pytest.fixture(scope="module")
+def one_gpu() -> ModuleType:
+    """The tests of one GPU: its models and its scheduler loop."""
+    path = Path(__file__).with_name("test_cuda_runner.py")
+    spec = importlib.util.spec_from_file_location("one_gpu_tests", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["one_gpu_tests"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])  # with qwen2 both ranks have the one KV head
+def checkpoint(request: pytest.FixtureRequest, one_gpu: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return one_gpu.make_checkpoint(tmp_path_factory.mktemp("model") / request.param, request.param)
+
+
+@contextmanager
+def engine(one_gpu: ModuleType, checkpoint: Checkpoint, folder: Path, **config: object) -> Iterator[AnyRunner]:
+    folder.mkdir(exist_ok=True)
+    runner = one_gpu.make_runner(checkpoint, folder, **config)
+    try:
+        yield runner
+    finally:
+        runner.close()
+    assert not list(folder.iterdir()), "it leaves nothing behind"
+
+
+def logits_and_tokens(runner: AnyRunner) -> tuple[Tensor, list[int]]:
+    """A prompt in two chunks, then decodes: [9, VOCAB_SIZE] logits around their mean, and the greedy tokens."""
+    sampling = SamplingParams(max_tokens=9, temperature=0.0, num_logprobs=VOCAB_SIZE)
+    tokens = torch.randint(0, 2990, (70,), generator=torch.Generator().manual_seed(3)).tolist()
+    pages = [7, 3, 11, 2, 5, 9]
+    rows, start = [], 0
+    for step, end in enumerate([40, *range(70, 79)]):
+        item = BatchItem(
+            request_id=RequestId("r"),
+            token_ids=tokens[start:end],
+            start=start,
+            page_ids=pages,
+            sampling=sampling if end >= 70 else None,
+        )
+        found = runner.execute(Batch(step_id=step, items=(item,)))
+        start = end
+        if found:
+            (token,) = found.values()
+            assert token.logprobs is not None
+            row = torch.empty(VOCAB_SIZE)
+            row[list(token.logprobs.top_token_ids)] = torch.tensor(token.logprobs.top_logprobs)
+            rows.append(row - row.mean())
+            tokens.append(token.token_id)
+    return torch.stack(rows), tokens[70:]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
+def test_two_gpus_give_the_logits_of_one(
+    one_gpu: ModuleType, checkpoint: Checkpoint, tmp_path: Path, dtype: str, tolerance: float
+) -> None:
+    found = {}
+    for tp in (1, 2):
+        with engine(one_gpu, checkpoint, tmp_path / "run", tp=tp, dtype=dtype) as runner:
+            assert isinstance(runner, LeadingRunner) is (tp == 2)
+            found[tp] = logits_and_tokens(runner)
+    (wanted, tokens), (got, got_tokens) = found[1], found[2]
+    same = next((place for place, pair in enumerate(zip(tokens, got_tokens, strict=True)) if len(set(pair)) == 2), 9)
+    rows = min(same + 1, len(wanted))  # behind another token the logits are another context's
+    error = ((got[:rows] - wanted[:rows]).norm() / wanted[:rows].norm()).item()
+    print(f"{checkpoint.name}, {dtype}: relative error of two GPUs' logits {error:.5f} over {rows} rows")
+    assert error < tolerance
+    if dtype == "float32":
+        assert got_tokens == tokens
+
+
+def test_graphs_give_the_tokens_of_eager_steps_on_two_gpus(
+    one_gpu: ModuleType, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    streams = {}
+    for use_graphs in (False, True):
+        with engine(one_gpu, checkpoint, tmp_path / "run", tp=2, use_graphs=use_graphs) as runner:
+            if use_graphs:
+                assert runner._runner._decodes is not None, f"{runner.attention_name} cannot be captured"  # type: ignore[attr-defined]
+            for count in (1, 5, 13):
+                requests = one_gpu.make_requests(count, one_gpu.GREEDY, seed=count)
+                streams[use_graphs, count] = one_gpu.serve(runner, requests, overlap=False)
+    for count in (1, 5, 13):
+        one_gpu.check_alike(streams[True, count], streams[False, count])
+
+
+def test_overlap_changes_no_token_on_two_gpus(one_gpu: ModuleType, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with engine(one_gpu, checkpoint, tmp_path / "run", tp=2) as runner:
+        for name in ("GREEDY", "SEEDED", "NUCLEUS", "TOP_K"):
+            sampling = getattr(one_gpu, name)
+            requests = one_gpu.make_requests(13, sampling)
+            ahead = one_gpu.ids(one_gpu.serve(runner, requests, overlap=True))
+            assert ahead == one_gpu.ids(one_gpu.serve(runner, requests, overlap=False)), name
+
+
+def test_requests_that_come_and_go_on_two_gpus_are_those_of_one(
+    one_gpu: ModuleType, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    requests = one_gpu.make_requests(10, one_gpu.GREEDY, seed=4)
+    streams = {}
+    for tp in (1, 2):
+        with engine(one_gpu, checkpoint, tmp_path / "run", tp=tp) as runner:
+            streams[tp] = one_gpu.serve(runner, requests, overlap=True, apart=True)
+    one_gpu.check_alike(streams[2], streams[1])
+
+
+def test_more_ranks_than_gpus_are_refused(one_gpu: ModuleType, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs the GPU number"):
+        one_gpu.make_runner(checkpoint, tmp_path, tp=2, base_gpu_id=torch.cuda.device_count() - 1)
+
+
+VICTIM = """
+import os, sys
+from pathlib import Path
+from kvist.checkpoint import find_checkpoint
+from kvist.errors import EngineError
+from kvist.models import load_model_config
+from kvist.request import RequestId, SamplingParams
+from kvist.runner import RunnerConfig, build_runner
+from kvist.scheduler.plan import Batch, BatchItem
+
+checkpoint = find_checkpoint(sys.argv[1])
+config = RunnerConfig(load_format="dummy", device="cuda", tp=2, max_total_tokens=4096, max_running_requests=8)
+runner = build_runner(checkpoint, load_model_config(checkpoint), config, runtime_dir=Path(sys.argv[2]))
+print(runner._followers._processes[0].pid, flush=True)
+sampling = SamplingParams(max_tokens=9, temperature=0.0)
+try:
+    for step in range(10**9):
+        item = BatchItem(request_id=RequestId("r"), token_ids=[1, 2, 3], start=0, page_ids=[0], sampling=sampling)
+        runner.execute(Batch(step_id=step, items=(item,)))
+        if step == 0:
+            print("serving", flush=True)
+except EngineError as error:
+    print(f"EngineError: {error}", flush=True)
+runner.close()
+print("closed", flush=True)
+os._exit(3)
+"""
+
+
+def test_a_rank_that_is_killed_ends_the_engine_within_a_bound(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    clock = MonotonicClock()
+    command = [sys.executable, "-c", VICTIM, str(checkpoint.path), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        follower = int(process.stdout.readline())
+        assert process.stdout.readline() == "serving\n"
+        os.kill(follower, signal.SIGKILL)
+        killed_s = clock.now_s()
+        rest = process.stdout.read()
+        assert process.wait(timeout=10) == 3, rest
+        assert "EngineError: tensor-parallel rank 1 ended with status -9" in rest
+        assert "closed" in rest
+        assert clock.now_s() - killed_s < 30
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_rank_ends_when_rank_0_is_killed(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", VICTIM, str(checkpoint.path), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        follower = int(process.stdout.readline())
+        assert process.stdout.readline() == "serving\n"
+        watched = os.pidfd_open(follower)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert select.select([watched], [], [], 30.0)[0], "the follower outlives rank 0"
+    os.close(watched)
