@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvist.attention.backend import Attend, GraphPlan, Span
+from kvist.attention.backend import Attend, GraphPlan, Span, SpanColumns
 from kvist.attention.page_tables import PageTables, upload
-from kvist.attention.slots import written_slots
+from kvist.attention.pinned import PinnedRing
 from kvist.errors import ConfigError
 from kvist.kernels.rotary import Rotary, rotate_and_write
 
@@ -58,29 +58,33 @@ class Fa3Attention:
         self._tables = PageTables(self._device, pool.shape[4])
 
     def prepare(self, spans: Sequence[Span]) -> Attend:
-        size = self._pool.page_size
-        ends = [span.end for span in spans]
-        slots = written_slots(spans, size)
+        columns = SpanColumns.of(spans)
+        rows = self._tables.seat(columns)
+        written = self._tables.slots(columns, rows)
+        ends = columns.ends.tolist()
         cut = self._cut(spans)
-        starts = [0, *accumulate(span.num_tokens for span in spans[cut:])]
-        packed = np.concatenate(
-            [np.asarray(part, dtype=np.int32) for part in (ends, self._tables.seat(spans), starts, slots)]
-        )
-        sizes = [len(spans), len(spans), len(starts), len(slots)]
-        lengths, seats, cumulative, slots_tensor = torch.split(upload(packed, self._device), sizes)
+        starts = np.array([0, *accumulate(span.num_tokens for span in spans[cut:])], dtype=np.int32)
+        packed = np.concatenate((columns.ends, rows, starts, written))
+        sizes = [len(spans), len(spans), len(starts), len(written)]
+        lengths, seats, cumulative, slots = torch.split(upload(packed, self._device), sizes)
         parts = []
         for low, high in ((0, cut), (cut, len(spans))):
             if low < high:
                 part = _Part(
                     first=low,
                     lengths=lengths[low:high],
-                    table=self._tables.select(seats[low:high], -(-max(ends[low:high]) // size)),
+                    table=self._read_table(seats[low:high], lengths[low:high], max(ends[low:high])),
                     cumulative=None if high == cut else cumulative,
                     longest=max(span.num_tokens for span in spans[low:high]),
                     is_mixed=high > cut and spans[low].num_tokens == 1,
                 )
                 parts.append(part)
-        return _Step(self._pool, slots_tensor, parts)
+        return _Step(self._pool, slots, parts)
+
+    def _read_table(self, seats: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        table = seats.new_zeros(len(seats), -(-longest // self._pool.page_size))
+        self._tables.read(seats, lengths, table, torch.empty_like(seats))
+        return table
 
     def _cut(self, spans: Sequence[Span]) -> int:
         """Spans before it are decodes that get a call of their own; those behind it share one."""
@@ -91,7 +95,7 @@ class Fa3Attention:
         return num_decodes if num_decodes < _FEW_DECODES and longest > _LONG_TOKENS else 0
 
     def plan_graph(self, max_batch: int, max_pages: int) -> GraphPlan:
-        self._tables.reserve(2 * max_batch, max_pages)
+        self._tables.reserve(max_batch, max_pages)
         return _Fa3Plan(self._pool, self._tables, max_batch, max_pages, self._device)
 
 
@@ -184,35 +188,31 @@ class _Step:
 
 
 class _Fa3Plan:
-    """`GraphPlan`: lengths, slots and page tables at lasting addresses."""
+    """`GraphPlan`. A step brings each request's length and seat; slots and page tables are read from its list by a
+    kernel that is recorded with the step."""
 
     def __init__(self, pool: _Pool, tables: PageTables, max_batch: int, max_pages: int, device: torch.device) -> None:
         self._pool = pool
         self._tables = tables
         self._max_batch = max_batch
-        self._device = device
-        self._rows = torch.zeros(3, max_batch, dtype=torch.int32, device=device)  # lengths, slots, seats
-        self._rows[1] = -1
+        self._ring = PinnedRing(device, 2 * max_batch)
+        self._rows = torch.zeros(2, max_batch, dtype=torch.int32, device=device)  # lengths, seats
+        self._slots = torch.full((max_batch,), -1, dtype=torch.int32, device=device)
         self._table = torch.zeros(max_batch, max_pages, dtype=torch.int32, device=device)
 
     def fill(self, spans: Sequence[Span]) -> None:
-        count, size = len(spans), self._pool.page_size
+        count = len(spans)
         assert count <= self._max_batch, "a graph is captured for the largest batch it replays"
-        rows = np.zeros((3, self._max_batch), dtype=np.int32)
-        rows[0, :count] = [span.end for span in spans]
-        rows[1, :count] = written_slots(spans, size)
-        rows[1, count:] = -1
-        rows[2, :count] = self._tables.seat(spans)
-        self._rows.copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
-        self._tables.select_into(self._rows[2], self._table)
+        columns = SpanColumns.of(spans)
+        rows = self._ring.words(2 * self._max_batch).reshape(2, -1)
+        rows[0, :count] = columns.ends
+        rows[1, :count] = self._tables.seat(columns)
+        rows[:, count:] = 0  # no tokens: nothing is written or attended to
+        self._ring.send(self._rows)
 
     def attend(self, batch_size: int) -> Attend:
-        part = _Part(
-            first=0,
-            lengths=self._rows[0, :batch_size],
-            table=self._table[:batch_size],
-            cumulative=None,
-            longest=1,
-            is_mixed=False,
-        )
-        return _Step(self._pool, self._rows[1, :batch_size], [part])
+        lengths, seats = self._rows[:, :batch_size]
+        slots, table = self._slots[:batch_size], self._table[:batch_size]
+        self._tables.read(seats, lengths, table, slots)
+        part = _Part(first=0, lengths=lengths, table=table, cumulative=None, longest=1, is_mixed=False)
+        return _Step(self._pool, slots, [part])

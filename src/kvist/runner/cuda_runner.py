@@ -22,20 +22,19 @@ from kvist.attention.backend import AttentionBackend, Span
 from kvist.kernels.sampling import choose_tokens
 from kvist.kv.device import DevicePool
 from kvist.request import RequestId, SampledToken
+from kvist.runner.columns import NOBODY, read_batch
 from kvist.runner.cuda_graphs import DecodeGraphs
 from kvist.runner.inputs import sampling_rows
 from kvist.runner.runner import InFlight, Model
 from kvist.runner.sampler import (
     Measured,
     SamplingRow,
-    all_plain,
     choose,
     measure,
-    noise_key_words,
     sampled_tokens,
 )
 from kvist.runner.staging import HostWords, Staging
-from kvist.scheduler.plan import Batch, BatchItem
+from kvist.scheduler.plan import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +81,7 @@ class CudaRunner:
             num_tokens=max(limits.max_tokens, limits.max_requests),
             device=pool.tensor.device,
         )
-        self._slots: Mapping[RequestId, int] = {}  # of the batch launched last
+        self._former = NOBODY  # of the batch launched last
         self._graphs: DecodeGraphs | None = None
         plan = attention.plan_graph(limits.max_requests, limits.max_pages) if use_graphs else None
         if plan is not None:
@@ -93,22 +92,21 @@ class CudaRunner:
     def launch(self, batch: Batch) -> InFlight:
         """Raises when the device refused the work; what the device meets on the way is raised by `result`."""
         assert batch.items, "an empty batch is no batch"
-        slots, self._slots = self._slots, {}
-        host = _host_words(batch.items, slots)
-        rows = None if all_plain(batch.items) else sampling_rows(batch)
-        spans = [Span(start=item.start, num_tokens=item.num_tokens, page_ids=item.page_ids) for item in batch.items]
+        former, self._former = self._former, NOBODY
+        columns = read_batch(batch.items, former)
+        rows = None if columns.is_plain else sampling_rows(batch)
         with torch.inference_mode():
-            if self._graphs is not None and len(host.token_ids) == len(host.rows) <= self._graphs.largest:
-                measured = self._replay(self._graphs, host, spans, rows)
+            if self._graphs is not None and columns.only_decodes and len(batch.items) <= self._graphs.largest:
+                measured = self._replay(self._graphs, columns.words, columns.spans, rows)
             else:
-                measured = self._launch_all(host, spans, rows)
-            request_ids = [item.request_id for item in batch.items if item.sampling is not None]
+                measured = self._launch_all(columns.words, columns.spans, rows)
+            request_ids = [*columns.roster.slots]
             tokens = self._staging.start_read(len(request_ids))
             if measured is not None:
                 measured = measured.start_copy()
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        self._slots = dict(zip(request_ids, range(len(request_ids)), strict=True))
+        self._former = columns.roster
         return Launched(request_ids=request_ids, tokens=tokens, measured=measured, done=done)
 
     def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]:
@@ -148,46 +146,3 @@ class CudaRunner:
         chosen = choose(logits, rows)
         self._staging.keep(chosen)
         return measure(logits, rows, chosen)
-
-
-def _host_words(items: Sequence[BatchItem], slots: Mapping[RequestId, int]) -> HostWords:
-    sampled = [item for item in items if item.sampling is not None]
-    if len(sampled) == len(items) and all(item.takes_sampled or len(item.token_ids) == 1 for item in items):
-        token_ids = [0 if item.takes_sampled else item.token_ids[0] for item in items]
-        positions: Sequence[int] = [item.start for item in items]
-        rows: Sequence[int] = range(len(items))
-        unknown = [row for row, item in enumerate(items) if item.takes_sampled]
-    else:
-        token_ids, positions, rows, unknown = _flatten(items)
-    temperatures = [item.sampling.temperature for item in sampled if item.sampling is not None]
-    keys = None
-    if any(temperatures):
-        seeds = [item.sampling.seed for item in sampled if item.sampling is not None]
-        keys = noise_key_words(seeds, [item.end for item in sampled])
-    return HostWords(
-        token_ids=token_ids,
-        unknown=unknown,
-        slots=[slots[item.request_id] for item in items if item.takes_sampled],
-        positions=positions,
-        rows=rows,
-        temperatures=temperatures,
-        keys=keys,
-    )
-
-
-def _flatten(items: Sequence[BatchItem]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Token ids, positions; rows that want a token; rows whose token is not known."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    rows: list[int] = []
-    unknown: list[int] = []
-    for item in items:
-        if item.takes_sampled:
-            unknown.append(len(token_ids))
-            token_ids.append(0)
-        else:
-            token_ids += item.token_ids
-        positions += range(item.start, item.end)
-        if item.sampling is not None:
-            rows.append(len(token_ids) - 1)
-    return token_ids, positions, rows, unknown
