@@ -72,6 +72,7 @@ format: $(DEV_STAMP)
 bench: $(DEV_STAMP)
 	$(BIN)/python bench/bench_radix.py
 	$(BIN)/python bench/bench_scheduler.py
+	$(BIN)/python bench/bench_host.py
 	$(BIN)/python bench/bench_gateway.py
 	$(BIN)/python bench/bench_decode.py --repetitions 2 --tokens 24
 

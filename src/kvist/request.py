@@ -80,6 +80,6 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs: tuple[float, ...] = ()
 
 
-class SampledToken(msgspec.Struct, frozen=True, kw_only=True):
+class SampledToken(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     token_id: int
     logprobs: TokenLogprobs | None = None

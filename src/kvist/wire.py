@@ -111,7 +111,7 @@ class HandoffReport(msgspec.Struct, frozen=True, kw_only=True):
     wait_s: float  # of that: Done received → pages verified (what the stream waited for beyond prefill)
 
 
-class TokenChunk(_Message, frozen=True, tag=False):
+class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in each step; none holds another
     """Consecutive output tokens of one request. `position` counts output tokens from 0, across engines, so that the
     gateway can merge and de-duplicate what prefill and decode send."""
 

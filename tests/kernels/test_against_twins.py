@@ -14,6 +14,7 @@ from kvist.kernels.decode_attention import (
     plan_decodes_torch,
 )
 from kvist.kernels.norm import add_rms_norm, add_rms_norm_torch
+from kvist.kernels.page_lists import read_page_lists, read_page_lists_torch
 from kvist.kernels.pages import copy_pages, sum_pages, sum_pages_torch
 from kvist.kernels.rotary import Rotary, rotate_and_write, rotate_and_write_torch, rotation, rotation_torch
 from kvist.kernels.sampling import choose_tokens, choose_tokens_torch, gumbel_noise, hash_tokens
@@ -83,6 +84,40 @@ def test_rotate_and_write(
     assert_near(q, want)
     torch.testing.assert_close(pool.float(), want_pool, rtol=2e-2, atol=2e-2)
     assert (pool == 7.0).all(dim=-1).sum() == (want_pool == 7.0).all(dim=-1).sum()
+
+
+def test_page_lists_are_read_out_of_the_hosts_memory(rng: torch.Generator) -> None:
+    lists = torch.randint(0, 1 << 20, (9, 2500), dtype=torch.int32, generator=rng).pin_memory()
+    rows = torch.tensor([4, 0, 8, 4, 0], dtype=torch.int32)
+    lengths = torch.tensor([1, 16, 40_000, 16_385, 0], dtype=torch.int32)  # the last one is padding
+    pages, slots = torch.full((5, 2500), -7, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
+    got_pages, got_slots = pages.to(CUDA), slots.to(CUDA)
+    read_page_lists(lists, rows.to(CUDA), lengths.to(CUDA), 16, got_pages, got_slots)
+    read_page_lists_torch(lists, rows, lengths, 16, pages, slots)
+    assert torch.equal(got_slots.cpu(), slots)
+    assert slots[-1] == -1
+    for row, length in enumerate(lengths.tolist()):
+        used = -(-length // 16)
+        assert torch.equal(got_pages[row, :used].cpu(), pages[row, :used])
+        assert (got_pages[row, used:] == -7).all()
+
+
+def test_a_graph_that_reads_page_lists_sees_what_the_host_wrote_since() -> None:
+    lists = torch.zeros(2, 8, dtype=torch.int32).pin_memory()
+    rows, lengths = (
+        torch.tensor([1], dtype=torch.int32, device=CUDA),
+        torch.tensor([20], dtype=torch.int32, device=CUDA),
+    )
+    pages, slots = torch.zeros(1, 8, dtype=torch.int32, device=CUDA), torch.zeros(1, dtype=torch.int32, device=CUDA)
+    read_page_lists(lists, rows, lengths, 16, pages, slots)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        read_page_lists(lists, rows, lengths, 16, pages, slots)
+    for page in (5, 6):
+        lists[1, :2] = torch.tensor([3, page])
+        graph.replay()
+        torch.cuda.synchronize()
+        assert (pages[0, :2].tolist(), slots.tolist()) == ([3, page], [16 * page + 3])
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 15, GATED_ROWS])

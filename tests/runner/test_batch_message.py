@@ -117,7 +117,7 @@ def test_parameters_come_with_the_first_token_that_is_wanted() -> None:
     assert chunk.sampling is None
     (last,) = pair.carry(item("a", pages, start=3, suppressed_token_ids=(7, 9))).items
     assert (last.sampling, last.suppressed_token_ids) == (SAMPLING, (7, 9))
-    (decode,) = pair.carry(item("a", pages, start=4, token_ids=(), takes_sampled=True)).items
+    (decode,) = pair.carry(item("a", pages, start=4, token_ids=())).items
     assert (decode.sampling, decode.suppressed_token_ids, decode.takes_sampled) == (SAMPLING, (), True)
     (again,) = pair.carry(item("a", pages, start=3, token_ids=(4, 5), sampling=None)).items
     assert again.sampling is None, "computed once more, no token wanted"
@@ -126,7 +126,5 @@ def test_parameters_come_with_the_first_token_that_is_wanted() -> None:
 def test_a_step_of_256_decodes_is_a_few_bytes_each() -> None:
     pair, pages = Pair(), [list(range(index, index + 40)) for index in range(256)]
     for start in (600, 601):
-        pair.carry(
-            *(item(str(index), pages[index], start=start, token_ids=(), takes_sampled=True) for index in range(256))
-        )
+        pair.carry(*(item(str(index), pages[index], start=start, token_ids=()) for index in range(256)))
     assert pair.num_bytes < 8 * 256

@@ -241,6 +241,13 @@ def test_mixed_batches_give_the_tokens_of_separate_ones(graphs: AnyRunner) -> No
     check_alike(serve(graphs, requests, overlap=True, apart=True), alone)
 
 
+def test_requests_that_come_and_go_find_their_own_pages(graphs: AnyRunner, eager: AnyRunner) -> None:
+    """More of them than there are rows for page lists: rows change hands while steps are under way."""
+    requests = make_requests(150, replace_params(GREEDY, max_tokens=12), seed=9)
+    found = serve(graphs, requests, overlap=True, apart=True)
+    check_alike(found, serve(eager, requests, overlap=False, apart=True))
+
+
 def test_a_stop_token_that_is_noticed_late_spoils_nobody(graphs: AnyRunner) -> None:
     first = ids(serve(graphs, make_requests(6, SEEDED), overlap=False))
     stop = first["r2"][5]

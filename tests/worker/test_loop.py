@@ -341,6 +341,11 @@ def test_a_step_sends_one_message_to_each_gateway_however_many_streams_it_advanc
     assert engine.sent(wire.StepOutputs, G2) == [wire.StepOutputs(chunks=(chunk("c"),))]
 
 
+def test_what_belongs_to_nobody_is_told_to_nobody(engine: Engine) -> None:
+    engine.turn((G1, HELLO), plan=Plan(chunks=(chunk("ghost"),), ended=(ended("ghost"),)))
+    assert not engine.sent(wire.StepOutputs)
+
+
 def test_tokens_leave_before_the_next_batch_is_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setattr(engine.channel, "send", lambda *_: order.append("send") or True)

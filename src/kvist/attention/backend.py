@@ -15,10 +15,12 @@ old K/V, even NaN) and must not touch the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, overload, runtime_checkable
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from kvist.kernels.rotary import Rotary
@@ -51,6 +53,53 @@ class Span(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
+
+
+class SpanColumns(Sequence[Span]):
+    """The spans of a step as columns: numpy takes all of them at once, where a loop over hundreds in each step would
+    keep the GPU waiting. Who wants them one by one finds them made when first asked for."""
+
+    def __init__(
+        self, starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32], page_ids: Sequence[Sequence[int]]
+    ) -> None:
+        """One entry a span: its `start`, `num_tokens` and `page_ids`."""
+        self.starts = starts
+        self.counts = counts
+        self.page_ids = page_ids
+        self.ends = starts + counts
+        self._spans: list[Span] | None = None
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> SpanColumns:
+        if isinstance(spans, SpanColumns):
+            return spans
+        starts, counts = ([span.start for span in spans], [span.num_tokens for span in spans])
+        return cls(np.array(starts, np.int32), np.array(counts, np.int32), [span.page_ids for span in spans])
+
+    def positions(self) -> npt.NDArray[np.int32]:
+        """[num_tokens] of every new token, in order."""
+        positions: npt.NDArray[np.int32] = np.arange(self.counts.sum(), dtype=np.int32)
+        positions += (self.ends - self.counts.cumsum(dtype=np.int32)).repeat(self.counts)
+        return positions
+
+    def __len__(self) -> int:
+        return len(self.page_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Span: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Span]: ...
+    def __getitem__(self, index: int | slice) -> Span | list[Span]:
+        return self._one_by_one()[index]
+
+    def __iter__(self) -> Iterator[Span]:
+        return iter(self._one_by_one())
+
+    def _one_by_one(self) -> list[Span]:
+        if self._spans is None:
+            columns = zip(self.starts.tolist(), self.counts.tolist(), self.page_ids, strict=True)
+            self._spans = [Span(start=start, num_tokens=count, page_ids=pages) for start, count, pages in columns]
+        return self._spans
 
 
 class GraphPlan(Protocol):

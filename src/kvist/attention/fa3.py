@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvist.attention.backend import Attend, GraphPlan, Span
+from kvist.attention.backend import Attend, GraphPlan, Span, SpanColumns
 from kvist.attention.page_tables import PageTables
-from kvist.attention.slots import written_slots
+from kvist.attention.pinned import PinnedRing
 from kvist.errors import ConfigError
 from kvist.kernels.decode_attention import DecodeItems, decode_attention, plan_decodes
 from kvist.kernels.rotary import Rotary, rotate_and_write
@@ -53,32 +53,31 @@ class Fa3Attention:
             )
         self._pool = _Pool(self._library, pool)
         self._tables = PageTables(self._device, pool.shape[4])
+        self._ring = PinnedRing(self._device)
 
     def prepare(self, spans: Sequence[Span]) -> Attend:
-        index = _Index.allocate(len(spans), sum(span.num_tokens for span in spans), self._device)
-        index.fill(spans, self._tables, self._pool.page_size)
-        width = -(-max(span.end for span in spans) // self._pool.page_size)
-        num_decodes = _count_decodes(spans)
-        return _Step(
-            self._pool,
-            index,
-            self._tables.select(index.seats, width),
-            num_decodes=num_decodes,
-            longest_chunk=max((span.num_tokens for span in spans[num_decodes:]), default=0),
-        )
+        columns = SpanColumns.of(spans)
+        num_decodes = _count_decodes(columns)
+        index = _Index.allocate(len(columns), int(columns.counts.sum()), self._device)
+        index.fill(columns, self._tables, self._ring)
+        table = index.seats.new_zeros(len(columns), -(-int(columns.ends.max()) // self._pool.page_size))
+        longest_chunk = int(columns.counts[num_decodes:].max(initial=0))
+        return _Step(self._pool, index, self._tables, table, num_decodes=num_decodes, longest_chunk=longest_chunk)
 
     def plan_decode_graph(self, max_batch: int, max_pages: int) -> GraphPlan:
         return self.plan_mixed_graph(max_batch, max_pages, 0)
 
     def plan_mixed_graph(self, max_batch: int, max_pages: int, max_tokens: int) -> GraphPlan:
-        self._tables.reserve(2 * max_batch, max_pages)
+        self._tables.reserve(max_batch, max_pages)
         index = _Index.allocate(max_batch, max(max_batch, max_tokens), self._device)
-        return _GraphPlan(self._pool, self._tables, index, max_pages, has_chunks=max_tokens > 0)
+        table = index.seats.new_zeros(max_batch, max_pages)
+        return _GraphPlan(self._pool, self._tables, self._ring, index, table, has_chunks=max_tokens > 0)
 
 
-def _count_decodes(spans: Sequence[Span]) -> int:
+def _count_decodes(columns: SpanColumns) -> int:
     """Those that come before the first chunk."""
-    return next((i for i, span in enumerate(spans) if span.num_tokens != 1), len(spans))
+    chunks = np.flatnonzero(columns.counts != 1)
+    return int(chunks[0]) if len(chunks) else len(columns)
 
 
 class _Pool:
@@ -99,51 +98,57 @@ class _Index:
     other it is there with no keys."""
 
     packed: Tensor  # all of the following
-    decode_lengths: Tensor  # [max_spans] keys, the new token's included
-    chunk_lengths: Tensor  # [max_spans]
-    cumulative: Tensor  # [max_spans + 1]: the first row of each chunk; of a decode, that of the first chunk
+    ends: Tensor  # [max_spans] keys of each span, its new tokens included
+    decode_lengths: Tensor  # [max_spans] the same, of decodes only
+    chunk_lengths: Tensor  # [max_spans] the same, of chunks only
     seats: Tensor  # [max_spans] rows of the page tables
+    cumulative: Tensor  # [max_spans + 1]: the first row of each chunk; of a decode, that of the first chunk
     slots: Tensor  # [max_rows] where each row's K and V go; below zero: nowhere
 
     @classmethod
     def allocate(cls, max_spans: int, max_rows: int, device: torch.device) -> _Index:
-        packed = torch.zeros(4 * max_spans + 1 + max_rows, dtype=torch.int32, device=device)
-        sizes = [max_spans, max_spans, max_spans + 1, max_spans, max_rows]
-        decode_lengths, chunk_lengths, cumulative, seats, slots = torch.split(packed, sizes)
+        packed = torch.zeros(5 * max_spans + 1 + max_rows, dtype=torch.int32, device=device)
+        sizes = [max_spans, max_spans, max_spans, max_spans, max_spans + 1, max_rows]
+        ends, decode_lengths, chunk_lengths, seats, cumulative, slots = torch.split(packed, sizes)
         return cls(
             packed=packed,
+            ends=ends,
             decode_lengths=decode_lengths,
             chunk_lengths=chunk_lengths,
-            cumulative=cumulative,
             seats=seats,
+            cumulative=cumulative,
             slots=slots,
         )
 
-    def fill(self, spans: Sequence[Span], tables: PageTables, page_size: int) -> None:
-        count, num_decodes, size = len(spans), _count_decodes(spans), self.seats.shape[0]
+    def fill(self, columns: SpanColumns, tables: PageTables, ring: PinnedRing) -> None:
+        count, num_decodes, size = len(columns), _count_decodes(columns), self.seats.shape[0]
         assert count <= size, "a graph is captured for the largest batch it replays"
-        packed = np.zeros(self.packed.shape[0], dtype=np.int32)
-        decode_lengths, chunk_lengths, cumulative, seats, slots = np.split(
-            packed, [size, 2 * size, 3 * size + 1, 4 * size + 1]
-        )
-        ends = [span.end for span in spans]
-        decode_lengths[:num_decodes] = ends[:num_decodes]
-        chunk_lengths[num_decodes:count] = ends[num_decodes:]
+        packed = ring.words(self.packed.shape[0])
+        rows, cumulative = packed[: 4 * size].reshape(4, size), packed[4 * size : 5 * size + 1]
+        slots = packed[5 * size + 1 :]
+        rows[:] = 0
+        rows[0, :count] = columns.ends
+        rows[1, :num_decodes] = columns.ends[:num_decodes]
+        rows[2, num_decodes:count] = columns.ends[num_decodes:]
+        rows[3, :count] = seats = tables.seat(columns)
         cumulative[: num_decodes + 1] = num_decodes
-        cumulative[num_decodes + 1 : count + 1] = [span.num_tokens for span in spans[num_decodes:]]
-        np.cumsum(cumulative[num_decodes:], out=cumulative[num_decodes:])
-        seats[:count] = tables.seat(spans)
-        written = written_slots(spans, page_size)
+        cumulative[num_decodes + 1 : count + 1] = num_decodes + columns.counts[num_decodes:].cumsum()
+        cumulative[count + 1 :] = cumulative[count]
+        written = tables.slots(columns, seats)
         slots[: len(written)] = written
         slots[len(written) :] = -1
-        self.packed.copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
+        ring.send(self.packed)
 
 
 class _Step:
     """One step's `RotatingAttend`."""
 
-    def __init__(self, pool: _Pool, index: _Index, table: Tensor, *, num_decodes: int, longest_chunk: int) -> None:
-        """`num_decodes`: at most so many of the first rows are decodes. `longest_chunk`: tokens; 0: no chunk."""
+    def __init__(
+        self, pool: _Pool, index: _Index, tables: PageTables, table: Tensor, *, num_decodes: int, longest_chunk: int
+    ) -> None:
+        """`table` [max_spans, max_pages] int32 gets the pages of each span. `num_decodes`: at most so many of the first
+        rows are decodes. `longest_chunk`: tokens; 0: no chunk."""
+        tables.read(index.seats, index.ends, table, torch.empty_like(index.seats))
         self._pool = pool
         self._index = index
         self._table = table
@@ -202,21 +207,28 @@ class _Step:
 
 
 class _GraphPlan:
-    """`GraphPlan`: an index at a lasting address. Every recording is made for the most spans; those that a step does
-    not have are empty, and cost next to nothing."""
+    """`GraphPlan`: an index at a lasting address; the page tables are read by a kernel that is recorded with the step.
+    Every recording is made for the most spans; those that a step does not have are empty, and cost next to nothing."""
 
-    def __init__(self, pool: _Pool, tables: PageTables, index: _Index, max_pages: int, *, has_chunks: bool) -> None:
+    def __init__(
+        self, pool: _Pool, tables: PageTables, ring: PinnedRing, index: _Index, table: Tensor, *, has_chunks: bool
+    ) -> None:
         self._pool = pool
         self._tables = tables
+        self._ring = ring
         self._index = index
+        self._table = table
         self._has_chunks = has_chunks
-        self._table = torch.zeros(index.seats.shape[0], max_pages, dtype=torch.int32, device=index.packed.device)
 
     def fill(self, spans: Sequence[Span]) -> None:
-        self._index.fill(spans, self._tables, self._pool.page_size)
-        self._tables.select_into(self._index.seats, self._table)
+        self._index.fill(SpanColumns.of(spans), self._tables, self._ring)
 
     def attend(self, num_rows: int) -> Attend:
-        num_decodes = min(num_rows, self._table.shape[0])
-        longest_chunk = num_rows if self._has_chunks else 0
-        return _Step(self._pool, self._index, self._table, num_decodes=num_decodes, longest_chunk=longest_chunk)
+        return _Step(
+            self._pool,
+            self._index,
+            self._tables,
+            self._table,
+            num_decodes=min(num_rows, self._table.shape[0]),
+            longest_chunk=num_rows if self._has_chunks else 0,
+        )

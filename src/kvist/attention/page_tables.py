@@ -1,100 +1,127 @@
-"""Page lists of running requests, kept on the device from step to step.
+"""Page lists of running requests as rows of one table, kept from step to step.
 
 Converting every request's list for every step would cost a millisecond of Python at 256 requests. So each list has a
-seat, a row of a table on the device, which is written once and then only where the list has grown: a step sends the
-few new page ids, and picks its rows.
+seat, a row that is written once and then only where the list has grown. The table lies in the host's memory, pinned:
+the GPU reads the few rows of a step itself, when the step runs (kernels/page_lists.py), so nothing is sent.
 
 A list is known by its identity: one that is handed in again may have grown, and has not changed otherwise (that is
-what `PageLease.page_ids` does). Seats of lists that are no longer used go to new ones, the longest unused first.
+what `PageLease.page_ids` does). Seats of lists that are no longer used go to new ones when none is free; those of the
+last two steps stay, which the GPU may not have begun yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvist.attention.backend import Span
+from kvist.attention.backend import SpanColumns
+from kvist.kernels.page_lists import read_page_lists
 
-
-@dataclass(slots=True)
-class _Seat:
-    """Owned by `PageTables`."""
-
-    row: int
-    page_ids: Sequence[int]  # held, so that its identity stays its own
-    num_written: int  # page_ids[:num_written] are on the device
-    step: int  # the last that used it
+_STEPS_UNDER_WAY = 2
 
 
 class PageTables:
+    """Mutable; owned by the backend. Steps are launched in the order of their calls of `seat`."""
+
     def __init__(self, device: torch.device, page_size: int, *, num_seats: int = 64, max_pages: int = 64) -> None:
         self._device = device
         self._page_size = page_size
-        self._table = torch.zeros(num_seats, max_pages, dtype=torch.int32, device=device)
-        self._free = list(range(num_seats))
-        self._seats: dict[int, _Seat] = {}  # by id(page_ids)
+        self._table = torch.zeros(0, max_pages, dtype=torch.int32)
+        self._host = self._table.numpy()  # the same memory
+        self._lists: list[Sequence[int]] = []  # by row; held, so that their identity stays their own
+        self._num_tokens: list[int] = []  # by row: that the written part has pages for
+        self._last_step: list[int] = []  # by row: that used it, but for the rows of the step before
+        self._row_of: dict[int, int] = {}  # by identity
+        self._free: list[int] = []
         self._step = 0
+        self._former: Sequence[Sequence[int]] = ()  # the lists of the step before
+        self._former_rows: list[int] = []
+        self._rows = np.zeros(0, dtype=np.int32)  # the same
+        self._is_lasting = False
+        self._grow(num_seats, max_pages)
 
-    def reserve(self, num_seats: int, max_pages: int) -> None:
-        """Make room without ever growing again below these numbers."""
-        old_seats, old_pages = self._table.shape
-        if num_seats <= old_seats and max_pages <= old_pages:
-            return
-        table = self._table.new_zeros(max(num_seats, old_seats), max(max_pages, old_pages))
-        table[:old_seats, :old_pages] = self._table
-        self._table = table
-        self._free += range(old_seats, table.shape[0])
+    def reserve(self, max_batch: int, max_pages: int) -> None:
+        """Room for good: the table moves no more, so a captured graph may read it."""
+        self._grow((1 + _STEPS_UNDER_WAY) * max_batch, max_pages)
+        self._is_lasting = True
 
-    def seat(self, spans: Sequence[Span]) -> list[int]:
-        """The row of each span, in order, after sending what the device does not have of their lists yet."""
-        self._step = step = self._step + 1
-        seats, page_size = self._seats, self._page_size
-        rows: list[int] = []
-        places: list[tuple[int, int]] = []
-        page_ids: list[int] = []
-        for span in spans:  # nearly always: a seat that has all it needs
-            seat = seats.get(id(span.page_ids)) or self._new_seat(span.page_ids, len(spans))
-            seat.step = step
-            if seat.num_written * page_size < span.start + span.num_tokens:
-                num_pages = -(-span.end // page_size)
-                self.reserve(0, num_pages if num_pages <= self._table.shape[1] else 2 * num_pages)
-                assert len(seat.page_ids) >= num_pages, "the scheduler plans pages for every new token"
-                places += [(seat.row, page) for page in range(seat.num_written, num_pages)]
-                page_ids += seat.page_ids[seat.num_written : num_pages]
-                seat.num_written = num_pages
-            rows.append(seat.row)
-        if places:
-            self._send(places, page_ids)
-        return rows
+    def seat(self, spans: SpanColumns) -> npt.NDArray[np.int32]:
+        """Each span's row, in which its pages are written now."""
+        lists = spans.page_ids
+        if lists != self._former:  # seldom: mostly they are the same objects, which costs no look into them
+            self._change(lists)
+        self._step += 1
+        num_tokens = self._num_tokens
+        for row, pages, end in zip(self._former_rows, lists, spans.ends.tolist(), strict=True):
+            if end > num_tokens[row]:
+                self._write(row, pages, end)
+        return self._rows
 
-    def select(self, rows: Tensor, num_pages: int) -> Tensor:
-        """rows [batch] int32 on the device -> [batch, num_pages] int32."""
-        return self._table[:, :num_pages].index_select(0, rows)
+    def slots(self, spans: SpanColumns, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """page * page_size + offset of every new token, in order."""
+        pages, offsets = np.divmod(spans.positions(), self._page_size)
+        return self._host[rows.repeat(spans.counts), pages] * np.int32(self._page_size) + offsets
 
-    def select_into(self, rows: Tensor, out: Tensor) -> None:
-        """The same into `out`, whose width was reserved."""
-        torch.index_select(self._table[:, : out.shape[1]], 0, rows, out=out)
+    def read(self, rows: Tensor, lengths: Tensor, pages: Tensor, slots: Tensor) -> None:
+        """On the device, when the step runs: kernels/page_lists.py tells the arguments."""
+        read_page_lists(self._table, rows, lengths, self._page_size, pages, slots)
 
-    def _new_seat(self, page_ids: Sequence[int], batch_size: int) -> _Seat:
+    def _change(self, lists: Sequence[Sequence[int]]) -> None:
+        known = [self._row_of.get(id(pages)) for pages in lists]
+        for row in (*self._former_rows, *(row for row in known if row is not None)):
+            self._last_step[row] = self._step  # so that no new one gets their seats
+        self._former_rows = [
+            self._new_seat(pages) if row is None else row for row, pages in zip(known, lists, strict=True)
+        ]
+        self._rows = np.array(self._former_rows, dtype=np.int32)
+        self._former = lists
+
+    def _new_seat(self, pages: Sequence[int]) -> int:
         if not self._free:
-            oldest = min(self._seats.values(), key=lambda seat: seat.step, default=None)
-            if oldest is None or oldest.step == self._step:
-                self.reserve(max(2 * self._table.shape[0], 2 * batch_size), 0)
-            else:
-                self._free.append(self._seats.pop(id(oldest.page_ids)).row)
-        seat = _Seat(row=self._free.pop(), page_ids=page_ids, num_written=0, step=0)
-        self._seats[id(page_ids)] = seat
-        return seat
+            self._free = [row for row, step in enumerate(self._last_step) if step <= self._step - _STEPS_UNDER_WAY]
+            for row in self._free:
+                del self._row_of[id(self._lists[row])]
+        if not self._free:
+            self._grow(2 * len(self._lists), 0)
+        row = self._free.pop()
+        self._lists[row] = pages
+        self._row_of[id(pages)] = row
+        self._num_tokens[row] = 0
+        self._last_step[row] = self._step
+        return row
 
-    def _send(self, places: list[tuple[int, int]], page_ids: list[int]) -> None:
-        where = np.array(places, dtype=np.int64)
-        packed = np.concatenate((where[:, 0] * self._table.shape[1] + where[:, 1], np.array(page_ids, dtype=np.int64)))
-        index, value = upload(packed, self._device).chunk(2)
-        self._table.view(-1).index_copy_(0, index, value.int())
+    def _write(self, row: int, pages: Sequence[int], num_tokens: int) -> None:
+        first, end = self._num_tokens[row] // self._page_size, -(-num_tokens // self._page_size)
+        assert len(pages) >= end, "the scheduler plans pages for every new token"
+        if end > self._host.shape[1]:
+            self._grow(0, 2 * end)
+        if end - first == 1:  # a decode
+            self._host[row, first] = pages[first]
+        else:
+            self._host[row, first:end] = pages[first:end]
+        self._num_tokens[row] = end * self._page_size
+
+    def _grow(self, num_seats: int, max_pages: int) -> None:
+        """To at least so many."""
+        seats, pages = self._host.shape
+        num_seats, max_pages = max(num_seats, seats), max(max_pages, pages)
+        if (num_seats, max_pages) == (seats, pages):
+            return
+        assert not self._is_lasting, "a captured graph reads the table"
+        is_gpu = self._device.type == "cuda"
+        if is_gpu:
+            torch.cuda.synchronize()  # steps under way read the old memory
+        table = torch.zeros(num_seats, max_pages, dtype=torch.int32, pin_memory=is_gpu)
+        table[:seats, :pages] = self._table
+        self._table, self._host = table, table.numpy()
+        self._lists += [()] * (num_seats - seats)
+        self._num_tokens += [0] * (num_seats - seats)
+        self._last_step += [0] * (num_seats - seats)
+        self._free += range(seats, num_seats)
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:

@@ -61,14 +61,14 @@ class PageCache:
 
         False if too few pages are free or evictable: then nothing was done.
         """
-        if num_tokens <= len(lease.page_ids) * self._page_size:  # most calls: one more token of a page already there
+        num_pages = -(-num_tokens // self._page_size) - len(lease.page_ids)
+        if num_pages <= 0:
             return True
         assert not lease._closed
-        num_pages = -(-num_tokens // self._page_size) - len(lease.page_ids)
-        num_short = num_pages - self._ledger.count(PageState.FREE)
-        if num_short > self._tree.num_evictable:
-            return False
+        num_short = num_pages - self._ledger.num_free
         if num_short > 0:
+            if num_short > self._tree.num_evictable:
+                return False
             self._evict(num_short)
         lease.page_ids.extend(self._ledger.allocate(num_pages))
         return True

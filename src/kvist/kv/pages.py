@@ -35,6 +35,8 @@ TRANSITIONS = frozenset(
     }
 )
 
+_FREE, _OWNED = PageState.FREE, PageState.OWNED  # to look one up in the class costs as much as to move a page
+
 # The same table by index: hashing enum members would cost more than the rest of a move.
 _ALLOWED = [[(source, target) in TRANSITIONS for target in PageState] for source in PageState]
 
@@ -66,6 +68,10 @@ class PageLedger:
     def num_pages(self) -> int:
         return len(self._states)
 
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
     def count(self, state: PageState) -> int:
         return self._counts[state]
 
@@ -76,7 +82,7 @@ class PageLedger:
         """Takes free pages: FREE → OWNED. The caller has made sure that there are enough."""
         assert num_pages <= len(self._free), f"{num_pages} pages asked of {len(self._free)} free"
         page_ids = [self._free.pop() for _ in range(num_pages)]
-        self._set(page_ids, PageState.FREE, PageState.OWNED)
+        self._set(page_ids, _FREE, _OWNED)
         return page_ids
 
     def move(self, page_ids: Sequence[int], source: PageState, target: PageState) -> None:

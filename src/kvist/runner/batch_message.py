@@ -80,7 +80,7 @@ class BatchEncoder:
             batch.step_id,
             former,
             [item.start for item in items],
-            [() if item.takes_sampled else item.token_ids for item in items],
+            [item.token_ids for item in items],
             [item.sampling is not None for item in items],
             pages,
             sampling,
@@ -130,7 +130,6 @@ class BatchDecoder:
                 page_ids=request.page_ids,
                 sampling=request.sampling if wants_token else None,
                 suppressed_token_ids=suppressed.get(place, ()),
-                takes_sampled=not token_ids,
             )
             for place, (request, start, token_ids, wants_token) in enumerate(each)
         ]

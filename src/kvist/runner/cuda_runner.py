@@ -21,11 +21,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvist.attention.backend import AttentionBackend, GraphPlan, Span
+from kvist.attention.backend import AttentionBackend, GraphPlan
 from kvist.kernels.sampling import choose_tokens
 from kvist.kv.device import DevicePool
 from kvist.models.decoder import Unfinished
 from kvist.request import RequestId, SampledToken
+from kvist.runner.columns import NOBODY, BatchColumns, read_batch
 from kvist.runner.cuda_graphs import StepGraphs
 from kvist.runner.graph_sizes import decode_sizes, mixed_sizes
 from kvist.runner.inputs import sampling_rows
@@ -33,14 +34,12 @@ from kvist.runner.runner import InFlight, Model
 from kvist.runner.sampler import (
     Measured,
     SamplingRow,
-    all_plain,
     choose,
     measure,
-    noise_key_words,
     sampled_tokens,
 )
-from kvist.runner.staging import HostWords, Staging
-from kvist.scheduler.plan import Batch, BatchItem
+from kvist.runner.staging import Staging
+from kvist.scheduler.plan import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +89,7 @@ class CudaRunner:
             num_tokens=max(limits.max_tokens, limits.max_requests),
             device=pool.tensor.device,
         )
-        self._slots: Mapping[RequestId, int] = {}  # of the batch launched last
+        self._former = NOBODY  # of the batch launched last
         self._decodes: StepGraphs[Tensor] | None = None
         self._mixed: StepGraphs[Unfinished] | None = None
         if use_graphs:
@@ -100,19 +99,18 @@ class CudaRunner:
     def launch(self, batch: Batch) -> InFlight:
         """Raises when the device refused the work; what the device meets on the way is raised by `result`."""
         assert batch.items, "an empty batch is no batch"
-        slots, self._slots = self._slots, {}
-        host = _host_words(batch.items, slots)
-        rows = None if all_plain(batch.items) else sampling_rows(batch)
-        spans = [Span(start=item.start, num_tokens=item.num_tokens, page_ids=item.page_ids) for item in batch.items]
+        former, self._former = self._former, NOBODY
+        columns = read_batch(batch.items, former)
+        rows = None if columns.is_plain else sampling_rows(batch)
         with torch.inference_mode():
-            measured = self._compute(host, spans, rows)
-            request_ids = [item.request_id for item in batch.items if item.sampling is not None]
+            measured = self._compute(columns, rows)
+            request_ids = [*columns.roster.slots]
             tokens = self._staging.start_read(len(request_ids))
             if measured is not None:
                 measured = measured.start_copy()
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        self._slots = dict(zip(request_ids, range(len(request_ids)), strict=True))
+        self._former = columns.roster
         return Launched(request_ids=request_ids, tokens=tokens, measured=measured, done=done)
 
     def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]:
@@ -147,10 +145,11 @@ class CudaRunner:
         self._staging.keep(choose_tokens(self._model.logits(hidden), words.temperatures, words.keys))
         return hidden
 
-    def _compute(self, host: HostWords, spans: Sequence[Span], rows: Sequence[SamplingRow] | None) -> Measured | None:
+    def _compute(self, columns: BatchColumns, rows: Sequence[SamplingRow] | None) -> Measured | None:
         """`rows` None: every row is content with what temperature sampling chooses."""
+        host, spans = columns.words, columns.spans
         num_tokens, num_sampled = len(host.token_ids), len(host.rows)
-        if num_tokens == num_sampled and self._decodes and (size := self._decodes.size_for(num_tokens)):
+        if columns.only_decodes and self._decodes and (size := self._decodes.size_for(num_tokens)):
             self._staging.send(host, size, size)
             hidden = self._decodes.replay(size, spans)
             return None if rows is None else self._choose_and_measure(self._model.logits(hidden[:num_sampled]), rows)
@@ -174,46 +173,3 @@ class CudaRunner:
         chosen = choose(logits, rows)
         self._staging.keep(chosen)
         return measure(logits, rows, chosen)
-
-
-def _host_words(items: Sequence[BatchItem], slots: Mapping[RequestId, int]) -> HostWords:
-    sampled = [item for item in items if item.sampling is not None]
-    if len(sampled) == len(items) and all(item.takes_sampled or len(item.token_ids) == 1 for item in items):
-        token_ids = [0 if item.takes_sampled else item.token_ids[0] for item in items]
-        positions: Sequence[int] = [item.start for item in items]
-        rows: Sequence[int] = range(len(items))
-        unknown = [row for row, item in enumerate(items) if item.takes_sampled]
-    else:
-        token_ids, positions, rows, unknown = _flatten(items)
-    temperatures = [item.sampling.temperature for item in sampled if item.sampling is not None]
-    keys = None
-    if any(temperatures):
-        seeds = [item.sampling.seed for item in sampled if item.sampling is not None]
-        keys = noise_key_words(seeds, [item.end for item in sampled])
-    return HostWords(
-        token_ids=token_ids,
-        unknown=unknown,
-        slots=[slots[item.request_id] for item in items if item.takes_sampled],
-        positions=positions,
-        rows=rows,
-        temperatures=temperatures,
-        keys=keys,
-    )
-
-
-def _flatten(items: Sequence[BatchItem]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Token ids, positions; rows that want a token; rows whose token is not known."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    rows: list[int] = []
-    unknown: list[int] = []
-    for item in items:
-        if item.takes_sampled:
-            unknown.append(len(token_ids))
-            token_ids.append(0)
-        else:
-            token_ids += item.token_ids
-        positions += range(item.start, item.end)
-        if item.sampling is not None:
-            rows.append(len(token_ids) - 1)
-    return token_ids, positions, rows, unknown

@@ -23,7 +23,6 @@ from torch import Tensor
 from kvist.kernels.sampling import choose_tokens, nucleus_floor
 from kvist.kernels.sampling import gumbel_noise as hashed_noise
 from kvist.request import SampledToken, SamplingParams, TokenLogprobs
-from kvist.scheduler.plan import BatchItem
 
 _NUCLEUS_FIRST_TRY = 256  # tokens
 _NEG_INF = float("-inf")
@@ -50,15 +49,10 @@ def sampled_tokens(token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprob
     return [SampledToken(token_id=token_id, logprobs=logprobs.get(row)) for row, token_id in enumerate(token_ids)]
 
 
-def all_plain(items: Sequence[BatchItem]) -> bool:
-    """Temperature and noise are all there is to every choice: `kernels.sampling.choose_tokens` makes such."""
-    return not any(
-        item.suppressed_token_ids
-        or params.num_logprobs is not None
-        or (params.temperature and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0))
-        for item in items
-        if (params := item.sampling) is not None
-    )
+def is_plain(params: SamplingParams) -> bool:
+    """Temperature and noise are all there is to its choices: `kernels.sampling.choose_tokens` makes such."""
+    truncates = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+    return params.num_logprobs is None and (params.greedy or not truncates)
 
 
 def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -207,8 +201,16 @@ def noise_keys(rows: Sequence[SamplingRow], device: torch.device) -> Tensor:
 
 def noise_key_words(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.int32]:
     """[num_rows, 2]: the low and the high word of each row's 64-bit key, a hash of seed and position."""
-    hashed = _mix_64(np.array(seeds, dtype=np.uint64) ^ np.uint64(0x9E3779B97F4A7C15))
-    keys = _mix_64(hashed + np.array(positions, dtype=np.uint64))
+    return key_words_at(hash_seeds(seeds), np.array(positions, dtype=np.uint64))
+
+
+def hash_seeds(seeds: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """The part of a key that stays the same from token to token."""
+    return _mix_64(np.array(seeds, dtype=np.uint64) ^ np.uint64(0x9E3779B97F4A7C15))
+
+
+def key_words_at(hashed_seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
+    keys = _mix_64(hashed_seeds + positions)
     return keys.astype("<u8", copy=False).view("<i4").reshape(-1, 2)
 
 

@@ -6,13 +6,11 @@ On the device the words follow `num_rows` slots that hold the tokens chosen by t
 points into both: a token that the host knows is read from `token_ids`, one that it does not from its slot. So the next
 step can be launched before anybody has seen what this one chose.
 
-Every step uses the same device memory, in stream order; captured graphs rely on its address. The pinned memory is used
-in turns, each free again when its copy is done.
+Every step uses the same device memory, in stream order; captured graphs rely on its address.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,20 +18,40 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvist.attention.pinned import PinnedRing
+
 _TURNS = 3  # two steps may be under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostWords:
-    """A step's words before they are sent. Lists of T or R entries."""
+    """A step's words before they are sent, of T tokens, R of which get another."""
 
-    token_ids: Sequence[int]  # anything where the token is not known
-    unknown: Sequence[int]  # which of T are not known, and ...
-    slots: Sequence[int]  # ... the slots of the step before that have them
-    positions: Sequence[int]
-    rows: Sequence[int]  # which of T a token is chosen for
-    temperatures: Sequence[float]
+    token_ids: npt.NDArray[np.int32]  # [T]; anything where the token is not known
+    unknown: npt.NDArray[np.int64]  # which of T are not known, and ...
+    slots: npt.NDArray[np.int64]  # ... the slots of the step before that have them
+    positions: npt.NDArray[np.int32]  # [T]
+    rows: npt.NDArray[np.int64]  # [R]: which of T a token is chosen for
+    temperatures: npt.NDArray[np.float32]  # [R]
     keys: npt.NDArray[np.int32] | None  # [R, 2]; None: all greedy
+
+    def pack(self, words: npt.NDArray[np.int32], num_tokens: int, num_sampled: int, num_slots: int) -> None:
+        """Fill `words` for a step of `num_tokens` and `num_sampled`; what we have less than that is padding: token 0
+        at position 0, greedy."""
+        count, sampled = len(self.token_ids), len(self.rows)
+        token_ids, sources, positions = words[: 3 * num_tokens].reshape(3, num_tokens)
+        tail = words[3 * num_tokens :].reshape(4, num_sampled)
+        rows, temperatures, keys = tail[0], tail[1], tail[2:].reshape(num_sampled, 2)
+        token_ids[:count] = self.token_ids
+        sources[:] = np.arange(num_slots, num_slots + num_tokens)
+        sources[self.unknown] = self.slots
+        positions[:count] = self.positions
+        rows[:sampled] = self.rows
+        temperatures[:sampled] = self.temperatures.view(np.int32)
+        if self.keys is not None:
+            keys[:sampled] = self.keys
+        for column, used in ((token_ids, count), (positions, count), (rows, sampled), (temperatures, sampled)):
+            column[used:] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +77,10 @@ class Staging:
         """`num_rows`: the most tokens a step chooses; `num_tokens`: the most it computes."""
         self.num_rows = num_rows
         self.num_tokens = num_tokens
-        num_words = 3 * num_tokens + 4 * num_rows
-        self._device = torch.zeros(num_rows + num_words, dtype=torch.int32, device=device)
-        self._pinned = [torch.zeros(num_words, dtype=torch.int32, pin_memory=True) for _ in range(_TURNS)]
-        self._words = [pinned.numpy() for pinned in self._pinned]
-        self._chosen = [torch.zeros(num_rows, dtype=torch.int32, pin_memory=True) for _ in range(_TURNS)]
-        self._sent = [torch.cuda.Event() for _ in range(_TURNS)]  # type: ignore[no-untyped-call]
+        self._device = torch.zeros(num_rows + 3 * num_tokens + 4 * num_rows, dtype=torch.int32, device=device)
+        self._ring = PinnedRing(device, 3 * num_tokens + 4 * num_rows)
+        is_gpu = device.type == "cuda"
+        self._chosen = [torch.zeros(num_rows, dtype=torch.int32, pin_memory=is_gpu) for _ in range(_TURNS)]
         self._turn = 0
 
     def views(self, num_tokens: int, num_sampled: int) -> DeviceWords:
@@ -83,36 +99,19 @@ class Staging:
 
     def send(self, host: HostWords, num_tokens: int, num_sampled: int) -> None:
         """Fill the views of (num_tokens, num_sampled), which may be more than `host` has: the rest is padding."""
-        count, sampled = len(host.token_ids), len(host.rows)
-        assert count <= num_tokens <= self.num_tokens, "the batch is above the token budget"
-        assert sampled <= num_sampled <= self.num_rows, "the batch has too many requests"
-        self._turn = (self._turn + 1) % _TURNS
-        self._sent[self._turn].synchronize()
-        words, t, r = self._words[self._turn], num_tokens, num_sampled
-        tail = 3 * t
-        words[:count] = host.token_ids
-        words[count:t] = 0
-        words[t : 2 * t] = np.arange(self.num_rows, self.num_rows + t)
-        if host.slots:
-            words[t : 2 * t][np.array(host.unknown)] = host.slots
-        words[2 * t : 2 * t + count] = host.positions
-        words[2 * t + count : tail] = 0
-        words[tail : tail + sampled] = host.rows
-        words[tail + r : tail + 2 * r] = 0
-        words[tail + r : tail + r + sampled].view(np.float32)[:] = host.temperatures
-        if host.keys is not None:
-            words[tail + 2 * r : tail + 2 * r + 2 * sampled] = host.keys.reshape(-1)
-        num_words = tail + 4 * r
-        target = self._device[self.num_rows : self.num_rows + num_words]
-        target.copy_(self._pinned[self._turn][:num_words], non_blocking=True)
-        self._sent[self._turn].record()
+        assert len(host.token_ids) <= num_tokens <= self.num_tokens, "the batch is above the token budget"
+        assert len(host.rows) <= num_sampled <= self.num_rows, "the batch has too many requests"
+        num_words = 3 * num_tokens + 4 * num_sampled
+        host.pack(self._ring.words(num_words), num_tokens, num_sampled, self.num_rows)
+        self._ring.send(self._device[self.num_rows : self.num_rows + num_words])
 
     def keep(self, chosen: Tensor) -> None:
         """chosen [n] int64 -> the slots, for the next step."""
         self._device[: chosen.shape[0]].copy_(chosen)
 
     def start_read(self, num_sampled: int) -> Tensor:
-        """[num_sampled] int32 on the host, right once the stream has got here; overwritten two steps later."""
+        """[num_sampled] int32 on the host, right once the stream has got here; overwritten three steps later."""
+        self._turn = (self._turn + 1) % _TURNS
         chosen = self._chosen[self._turn][:num_sampled]
         chosen.copy_(self._device[:num_sampled], non_blocking=True)
         return chosen

@@ -54,9 +54,10 @@ class ActiveRequest:
     state: RequestState = RequestState.WAITING
     lease: PageLease | None = None
     num_computed: int = 0  # K/V of [0, num_computed) is in the pages
-    num_planned: int = 0  # K/V of [0, num_planned) will be, once the steps under way are finished
-    num_unknown: int = 0  # tokens that the steps under way are choosing; they follow `token_ids`
-    num_steps: int = 0  # steps under way that write its pages
+    # K/V of [0, num_planned) will be, once the steps under way are finished. If that is all of `token_ids`, the newest
+    # of them also chooses the next token.
+    num_planned: int = 0
+    last_step_id: int = 0  # the newest step that writes its pages
     num_cached_tokens: int | None = None  # prompt tokens found in the cache when it was first admitted
     in_handoff: bool = False  # a peer or the transport may touch its pages
     granted: bool = False  # PREFILL: decode's Grant has come, so others wait for it rather than evict it

@@ -23,7 +23,7 @@ from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.budget import chunk_tokens, step_tokens
 from kvist.scheduler.events import StepFailed, StepFinished
 from kvist.scheduler.plan import Batch, BatchItem
-from kvist.scheduler.requests import RequestTable
+from kvist.scheduler.requests import RequestTable, StepUnderWay
 from kvist.scheduler.timers import TimerKind
 
 
@@ -37,7 +37,7 @@ class Batcher:
         self._step_id = 0
         self._step_tokens = 0  # what the step being planned may compute
         self._max_under_way = 2 if table.config.overlap else 1
-        self._under_way: deque[list[tuple[ActiveRequest, int]]] = deque()  # by step: request, end of what it computes
+        self._under_way: deque[StepUnderWay] = deque()
         self._yielding: set[ActiveRequest] = set()  # victims that the step under way still writes for
         self._short_of_pages = False
         self._head_did_not_fit: tuple[int, int] | None = None  # its ticket, and how many pages could be had
@@ -45,21 +45,22 @@ class Batcher:
     # ---------------------------------------------------------------- the step comes back
 
     def finished(self, event: StepFinished) -> None:
-        computed = self._take_under_way(event.step_id)
+        step = self._take_under_way(event.step_id)
         self._table.totals["steps"] += 1
-        self._table.take_tokens(computed, event.sampled)
+        self._table.take_tokens(step, event.sampled)
 
     def failed(self, event: StepFailed) -> None:
-        for request, _ in self._take_under_way(event.step_id):
-            request.num_steps -= 1
+        step = self._take_under_way(event.step_id)
+        for request in (*step.decodes, *(request for request, _ in step.chunks)):
             if request.state is RequestState.ENDED:
                 self._table.release(request)
             else:
                 self._table.end(request, Outcome.FAILED, "engine_error", event.message)
 
-    def _take_under_way(self, step_id: int) -> list[tuple[ActiveRequest, int]]:
+    def _take_under_way(self, step_id: int) -> StepUnderWay:
         assert self._under_way, "no step is under way"
         assert step_id == self._step_id - len(self._under_way) + 1, "steps are reported once, in their order"
+        self._table.last_finished_id = step_id
         return self._under_way.popleft()
 
     # ---------------------------------------------------------------- the next step
@@ -70,64 +71,60 @@ class Batcher:
         self._short_of_pages = False
         self._yielding.clear()
         items: list[BatchItem] = []
-        planned: list[tuple[ActiveRequest, int]] = []
-        prompts = self._add_decodes(items, planned)
+        step = StepUnderWay(decodes=[], chunks=[])
+        prompts = self._add_decodes(items, step.decodes)
         backlog = self._table.waiting.num_tokens + sum(len(each.token_ids) - each.num_planned for each in prompts)
         self._step_tokens = step_tokens(self._config, num_decodes=len(items), backlog_tokens=backlog)
         budget = self._step_tokens - len(items)
         for eager in (False, True):
             for request in prompts:
                 if request.eager is eager and self._may_run(request):  # else its pages were taken
-                    budget -= self._add_chunk(request, budget, items, planned)
-            budget = self._admit(eager, budget, items, planned)
+                    budget -= self._add_chunk(request, budget, items, step)
+            budget = self._admit(eager, budget, items, step)
         if not items:
             return None
         self._step_id += 1
-        self._under_way.append(planned)
+        self._under_way.append(step)
         return Batch(step_id=self._step_id, items=tuple(items))
 
-    def _add_decodes(self, items: list[BatchItem], planned: list[tuple[ActiveRequest, int]]) -> list[ActiveRequest]:
-        """One token of each request that has one left to compute; returns the others, oldest first."""
-        page_size, running = self._cache.page_size, RequestState.RUNNING
+    def _add_decodes(self, items: list[BatchItem], decodes: list[ActiveRequest]) -> list[ActiveRequest]:
+        """One token of each request that has one left to compute; returns the others, oldest first.
+
+        This loop runs for every stream in every step."""
+        page_size, step_id, yielding = self._cache.page_size, self._step_id + 1, self._yielding
+        running, prefill = RequestState.RUNNING, Mode.PREFILL
         prompts: list[ActiveRequest] = []
         for request in list(self._table.compact()):
-            if request.state is not running or request in self._yielding:
+            if request.state is not running or (yielding and request in yielding):
                 continue  # an older one took its pages
-            token_ids, start, num_unknown = request.token_ids, request.num_planned, request.num_unknown
-            end = len(token_ids) + num_unknown
-            if end >= request.max_len:
-                continue  # its last token is under way
-            if end - start != 1 or request.mode is Mode.PREFILL:
+            token_ids, start = request.token_ids, request.num_planned
+            num_known = len(token_ids) - start  # 0: the step under way chooses the token
+            if num_known > 1 or request.mode is prefill:
                 prompts.append(request)
                 continue
+            end = start + 1
+            if end >= request.max_len:
+                continue  # its last token is under way
             lease = request.lease
             assert lease is not None
-            if end > len(lease.page_ids) * page_size and not self._grow(request):
+            if not start % page_size and not self._grow(request, end):  # it begins a page
                 continue
-            request.num_steps += 1
             request.num_planned = end
-            request.num_unknown = num_unknown + 1
-            planned.append((request, end))
+            request.last_step_id = step_id
+            decodes.append(request)
             items.append(
                 BatchItem(
                     request_id=request.request_id,
-                    token_ids=() if num_unknown else (token_ids[start],),
+                    token_ids=(token_ids[start],) if num_known else (),
                     start=start,
                     page_ids=lease.page_ids,
                     sampling=request.sampling,
                     suppressed_token_ids=request.suppressed_ids if end < request.suppress_until else (),
-                    takes_sampled=num_unknown > 0,
                 )
             )
         return prompts
 
-    def _add_chunk(
-        self,
-        request: ActiveRequest,
-        budget: int,
-        items: list[BatchItem],
-        planned: list[tuple[ActiveRequest, int]],
-    ) -> int:
+    def _add_chunk(self, request: ActiveRequest, budget: int, items: list[BatchItem], step: StepUnderWay) -> int:
         start, num_tokens = request.num_planned, len(request.token_ids)
         if budget <= 0 or start == num_tokens:
             return 0
@@ -136,11 +133,9 @@ class Batcher:
         assert lease is not None
         # A PREFILL that was evicted after it told its first token computes its pages again, not the token.
         samples = end == num_tokens and request.first_token is None
-        request.num_steps += 1
         request.num_planned = end
-        if samples and request.mode is not Mode.PREFILL:
-            request.num_unknown = 1
-        planned.append((request, end))
+        request.last_step_id = self._step_id + 1
+        step.chunks.append((request, end))
         items.append(
             BatchItem(
                 request_id=request.request_id,
@@ -156,10 +151,10 @@ class Batcher:
 
     # ---------------------------------------------------------------- pages for the running
 
-    def _grow(self, request: ActiveRequest) -> bool:
+    def _grow(self, request: ActiveRequest, num_tokens: int) -> bool:
         lease = request.lease
         assert lease is not None
-        while not self._cache.grow(lease, len(request.token_ids) + request.num_unknown):
+        while not self._cache.grow(lease, num_tokens):
             self._short_of_pages = True
             victim = self._youngest_eager() or self._youngest_running()
             if victim is None:
@@ -173,7 +168,7 @@ class Batcher:
 
     def _preempt(self, victim: ActiveRequest) -> bool:
         """Whether its pages are given up now. Else they are when the next step is planned, if still needed."""
-        if victim.num_steps:
+        if self._table.is_written(victim):
             self._yielding.add(victim)
             return False
         self._table.preempt(victim)
@@ -194,7 +189,7 @@ class Batcher:
 
     # ---------------------------------------------------------------- pages for the queue's head
 
-    def _admit(self, eager: bool, budget: int, items: list[BatchItem], planned: list[tuple[ActiveRequest, int]]) -> int:
+    def _admit(self, eager: bool, budget: int, items: list[BatchItem], step: StepUnderWay) -> int:
         """Takes from the queue's head while pages and budget last; returns the budget left."""
         table = self._table
         while not self._short_of_pages and len(table.running) + table.num_granted < self._config.max_running_requests:
@@ -212,7 +207,7 @@ class Batcher:
                 table.num_granted += 1
             else:
                 table.start_running(request)
-                budget -= self._add_chunk(request, budget, items, planned)
+                budget -= self._add_chunk(request, budget, items, step)
             if request.handoff_id is not None:
                 table.half.pages_taken(request)
         return budget

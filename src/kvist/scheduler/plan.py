@@ -18,12 +18,16 @@ class BatchItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """
 
     request_id: RequestId
-    token_ids: Sequence[int]  # the tokens at those positions; empty when `takes_sampled`
+    token_ids: Sequence[int]  # the tokens at those positions; empty: the one `takes_sampled` means
     start: int  # K/V of [0, start) is in the pages, or will be when the batch before is finished
     page_ids: Sequence[int]  # pages for positions [0, end), maybe a few more
     sampling: SamplingParams | None = None  # None: no next token wanted (a chunk that does not end the sequence)
     suppressed_token_ids: tuple[int, ...] = ()  # impossible for this next token (min_tokens)
-    takes_sampled: bool = False  # its one token is the one that the batch before, still under way, chooses for it
+
+    @property
+    def takes_sampled(self) -> bool:
+        """Its one token is the one that the batch before, still under way, chooses for it."""
+        return not self.token_ids
 
     @property
     def end(self) -> int:
@@ -32,7 +36,7 @@ class BatchItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def num_tokens(self) -> int:
-        return 1 if self.takes_sampled else len(self.token_ids)
+        return len(self.token_ids) or 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

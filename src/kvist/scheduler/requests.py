@@ -11,6 +11,7 @@ the next step is planned already. What that step chooses is dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvist.kv.cache import PageCache
@@ -29,6 +30,14 @@ _OUTCOME_COUNTERS = {
     Outcome.FAILED: "requests_failed",
     Outcome.ABORTED: "requests_aborted",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepUnderWay:
+    """Whose K/V a step computes."""
+
+    decodes: list[ActiveRequest]  # of the last known token, or of one that the step before chooses; each gets another
+    chunks: list[tuple[ActiveRequest, int]]  # up to this position; who has all tokens computed then gets another
 
 
 class HandoffHalf(Protocol):
@@ -69,6 +78,7 @@ class RequestTable:
         self.cache = cache
         self.now_s = 0.0
         self.step_count = 0
+        self.last_finished_id = 0  # of the steps that came back, finished or failed
         self.timers = Timers()
         self.out = Outbox()
         self.totals: dict[str, float] = dict.fromkeys(COUNTERS, 0)
@@ -152,6 +162,10 @@ class RequestTable:
     def num_waiting(self) -> int:
         return len(self.waiting) + self.num_parked
 
+    def is_written(self, request: ActiveRequest) -> bool:
+        """A step under way writes its pages."""
+        return request.last_step_id > self.last_finished_id
+
     def start_running(self, request: ActiveRequest) -> None:
         request.move(RequestState.RUNNING)
         index = len(self.running)
@@ -165,7 +179,7 @@ class RequestTable:
 
     def preempt(self, request: ActiveRequest) -> None:
         """Its full pages are in the tree for as long as nobody needs the room; the rest is given up."""
-        assert not request.num_steps, "a step under way writes its pages"
+        assert not self.is_written(request), "a step under way writes its pages"
         assert not request.in_handoff
         assert request.lease is not None
         self.totals["preemptions"] += 1
@@ -194,37 +208,61 @@ class RequestTable:
 
     # ---------------------------------------------------------------- tokens
 
-    def take_tokens(self, computed: list[tuple[ActiveRequest, int]], sampled: Mapping[RequestId, SampledToken]) -> None:
-        """A step is finished: for each request K/V of [0, end) is in its pages."""
-        page_size, ended = self.cache.page_size, RequestState.ENDED
-        for request, end in computed:
-            request.num_steps -= 1
+    def take_tokens(self, step: StepUnderWay, sampled: Mapping[RequestId, SampledToken]) -> None:
+        """A step is finished: its K/V is in the pages, and these tokens were chosen."""
+        num_told = len(self.out.chunks)
+        self._take_decoded(step.decodes, sampled)
+        for request, end in step.chunks:
+            if request.state is RequestState.ENDED:
+                self.release(request)
+            else:
+                self._take_chunk(request, end, sampled.get(request.request_id))
+        self.totals["generation_tokens"] += len(self.out.chunks) - num_told
+
+    def _take_decoded(self, decodes: list[ActiveRequest], sampled: Mapping[RequestId, SampledToken]) -> None:
+        """This loop runs for every stream in every step: what is rare is left to others."""
+        page_size, ended, chunks = self.cache.page_size, RequestState.ENDED, self.out.chunks
+        for request in decodes:
             if request.state is ended:
                 self.release(request)
                 continue
-            crossed_page = end // page_size > request.num_computed // page_size
-            request.num_computed = end
-            if crossed_page:
+            token_ids, request_id = request.token_ids, request.request_id
+            request.num_computed = end = len(token_ids)
+            if not end % page_size:
                 assert request.lease is not None
-                self.cache.commit(request.lease, request.token_ids, end)
-            if request.mode is Mode.PREFILL:
-                if end == len(request.token_ids):
-                    self._prefill_complete(request, sampled.get(request.request_id))
-                else:
-                    self.half.computed(request)
-            elif end == len(request.token_ids):
-                request.num_unknown -= 1
-                self._append(request, sampled[request.request_id])
+                self.cache.commit(request.lease, token_ids, end)
+            token = sampled[request_id]
+            token_id, position = token.token_id, end - request.num_prompt
+            if (
+                position
+                and end + 1 < request.max_len
+                and token_id not in request.stop_ids
+                and token.logprobs is None
+                and request.report is None
+            ):
+                token_ids.append(token_id)
+                chunks.append(TokenChunk(request_id=request_id, position=position, token_ids=(token_id,)))
+            else:
+                self._append(request, token)
+
+    def _take_chunk(self, request: ActiveRequest, end: int, token: SampledToken | None) -> None:
+        request.num_computed = end
+        assert request.lease is not None
+        self.cache.commit(request.lease, request.token_ids, end)
+        is_whole = end == len(request.token_ids)
+        if request.mode is Mode.PREFILL:
+            if is_whole:
+                self._prefill_complete(request, token)
+            else:
+                self.half.computed(request)
+        elif is_whole:
+            assert token is not None
+            self._append(request, token)
 
     def _append(self, request: ActiveRequest, token: SampledToken) -> None:
-        """Called for each stream in each step."""
-        self.totals["generation_tokens"] += 1
-        token_ids, token_id = request.token_ids, token.token_id
-        position = len(token_ids) - request.num_prompt
-        token_ids.append(token_id)
-        finish = None
-        if token_id in request.stop_ids or len(token_ids) >= request.max_len:
-            finish = request.finish_reason(token_id, len(token_ids))
+        position = request.next_position
+        request.token_ids.append(token.token_id)
+        finish = request.finish_reason(token.token_id, len(request.token_ids))
         self.send_chunk(request, position, token, finish)
         if finish is not None:
             self.end(request, Outcome.FINISHED)
@@ -250,7 +288,6 @@ class RequestTable:
     def _prefill_complete(self, request: ActiveRequest, token: SampledToken | None) -> None:
         if request.first_token is None:  # else it was told before its pages were evicted
             assert token is not None
-            self.totals["generation_tokens"] += 1
             request.first_token = token
             request.first_token_finish = request.finish_reason(token.token_id, len(request.token_ids) + 1)
             self.send_chunk(request, request.next_position, token, request.first_token_finish)
@@ -261,20 +298,17 @@ class RequestTable:
     def send_chunk(
         self, request: ActiveRequest, position: int, token: SampledToken, finish: FinishReason | None
     ) -> None:
-        if position and finish is None and token.logprobs is None and request.report is None:  # nearly always
-            chunk = TokenChunk(request_id=request.request_id, position=position, token_ids=(token.token_id,))
-        else:
-            tells_cached = position == 0 and request.mode is not Mode.DECODE  # decode did not read the prompt
-            chunk = TokenChunk(
-                request_id=request.request_id,
-                position=position,
-                token_ids=(token.token_id,),
-                logprobs=None if token.logprobs is None else (token.logprobs,),
-                finish_reason=finish,
-                num_cached_tokens=request.num_cached_tokens if tells_cached else None,
-                handoff=request.report,
-            )
-            request.report = None
+        tells_cached = position == 0 and request.mode is not Mode.DECODE  # decode did not read the prompt
+        chunk = TokenChunk(
+            request_id=request.request_id,
+            position=position,
+            token_ids=(token.token_id,),
+            logprobs=None if token.logprobs is None else (token.logprobs,),
+            finish_reason=finish,
+            num_cached_tokens=request.num_cached_tokens if tells_cached else None,
+            handoff=request.report,
+        )
+        request.report = None
         self.out.chunks.append(chunk)
 
     # ---------------------------------------------------------------- endings
@@ -298,7 +332,7 @@ class RequestTable:
         self.release(request)
 
     def release(self, request: ActiveRequest) -> None:
-        if request.state is not RequestState.ENDED or request.num_steps or request.in_handoff:
+        if request.state is not RequestState.ENDED or self.is_written(request) or request.in_handoff:
             return
         if request.lease is not None:
             self.cache.close(request.lease)

@@ -33,7 +33,7 @@ from kvist.scheduler.plan import Batch
 from kvist.transfer.epoch import EpochLock, new_epoch, sweep
 from kvist.worker.bench_shapes import Shape, StepsConfig
 from kvist.worker.config import EngineConfig
-from kvist.worker.engine import find_served_model, load_runner, prepare_runtime_dir, warm_up
+from kvist.worker.engine import calm_collector, find_served_model, load_runner, prepare_runtime_dir, warm_up
 
 PREFILL_STEP_TOKENS = 2048  # of the steps before the measured ones, which fill the context of the decodes
 MAX_STEPS_BEFORE = 100_000  # such steps; more mean that the scheduler is stuck
@@ -69,6 +69,7 @@ def run_bench_engine(engine: EngineConfig, config: StepsConfig) -> int:
         runner = load_runner(engine, limits, served, runtime_dir, lambda _text: None)
         closing.callback(runner.close)
         warm_up(runner, lambda _text: None)
+        calm_collector()
         device = runner.pool.tensor.device
         ranks = f", {engine.tp} ranks" if engine.tp > 1 else ""
         name, dtype = served.checkpoint.name, runner.pool.layout.dtype
@@ -183,6 +184,7 @@ class ShapeBench:
             sampled = flight.result()
             end_s = self._clock.now_s()
             events = [StepFinished(step_id=batch.step_id, sampled=sampled)]
+            self._check(batch)
             if number >= self._config.warmup_steps:
                 times.append(
                     StepTimes(
@@ -209,6 +211,7 @@ class ShapeBench:
             if len(under_way) == 2:
                 former, flight = under_way.popleft()
                 events = [StepFinished(step_id=former.step_id, sampled=flight.result())]
+                self._check(former)
         wall_s = self._clock.now_s() - start_s
         for _, flight in under_way:
             flight.result()
@@ -248,10 +251,12 @@ class ShapeBench:
 
     def _plan(self, events: Sequence[Event]) -> Batch:
         batch = self._scheduler.step(self._clock.now_s(), events).batch
-        found = 0 if batch is None else batch.num_tokens
         assert batch is not None, f"{self._shape.text}: nothing was planned"
-        assert found == self._shape.num_step_tokens, f"{self._shape.text}: a step of {found} tokens was planned"
         return batch
+
+    def _check(self, batch: Batch) -> None:
+        found = batch.num_tokens
+        assert found == self._shape.num_step_tokens, f"{self._shape.text}: a step of {found} tokens was planned"
 
 
 # ---------------------------------------------------------------- what is shown

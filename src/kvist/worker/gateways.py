@@ -32,6 +32,7 @@ class Gateways:
         self._timeout_s = timeout_s
         self._gateways: dict[bytes, Gateway] = {}
         self._owners: dict[RequestId, bytes] = {}
+        self.owner = self._owners.get  # of a request: its gateway's identity, or None; asked for each token
 
     def heard(self, identity: bytes, now_s: float) -> Gateway | None:
         """Note a sign of life. None: there are `MAX_GATEWAYS` already and this is a new one."""
@@ -50,9 +51,6 @@ class Gateways:
         self._owners[request_id] = gateway.identity
         gateway.request_ids.add(request_id)
         return True
-
-    def owner(self, request_id: RequestId) -> bytes | None:
-        return self._owners.get(request_id)
 
     def end_request(self, request_id: RequestId) -> None:
         identity = self._owners.pop(request_id, None)

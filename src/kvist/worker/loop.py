@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -200,18 +200,17 @@ class EngineLoop:
 
     def _send_outputs(self, plan: Plan) -> None:
         """One message to each gateway that this step has something for."""
-        chunks: dict[bytes, list[wire.TokenChunk]] = {}
-        ended: dict[bytes, list[wire.Ended]] = {}
+        chunks: defaultdict[bytes | None, list[wire.TokenChunk]] = defaultdict(list)
+        ended: defaultdict[bytes | None, list[wire.Ended]] = defaultdict(list)
+        owner = self._gateways.owner
         for chunk in plan.chunks:
-            if (identity := self._gateways.owner(chunk.request_id)) is not None:
-                chunks.setdefault(identity, []).append(chunk)
+            chunks[owner(chunk.request_id)].append(chunk)
         for end in plan.ended:
-            if (identity := self._gateways.owner(end.request_id)) is not None:
-                ended.setdefault(identity, []).append(end)
-                self._gateways.end_request(end.request_id)
+            ended[owner(end.request_id)].append(end)
+            self._gateways.end_request(end.request_id)
         for identity in {**chunks, **ended}:
-            outputs = wire.StepOutputs(chunks=tuple(chunks.get(identity, ())), ended=tuple(ended.get(identity, ())))
-            self._send(identity, outputs)
+            if identity is not None:  # else their gateway is unknown
+                self._send(identity, wire.StepOutputs(chunks=tuple(chunks[identity]), ended=tuple(ended[identity])))
         for flush in plan.flushes:
             asker = self._inbox.take_flush(flush.call_id)
             if asker is not None:

@@ -1,0 +1,262 @@
+"""How long does the engine's main thread work for one step of many decodes?
+
+    python bench/bench_host.py [--running 256] [--steps 300] [--context 512] [--temperature 0] [--json out.json]
+
+The real loop, scheduler, wire format and the GPU runner's host code turn as with overlap on a GPU, two gateways
+listening; the device and the sockets are imagined, so copies, launches and sends cost nothing here. CPU microseconds,
+p10 since the machine may be shared, and as a multiple of the baseline measured beside every step: making the batch
+items and chunks alone, the least that one object an item can cost.
+
+    plan      scheduler.step, the tokens of the step before the last among its events
+    columns   items -> arrays (runner/columns.py)
+    pack      arrays -> the words of the step's copy (runner/staging.py)
+    seats     page lists -> rows of the table of them, their few new pages written (attention/page_tables.py)
+    result    tokens -> the StepFinished that the scheduler gets
+    encode    outputs -> bytes
+    turn      all of them, and the loop around
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvist import wire
+from kvist.attention.page_tables import PageTables
+from kvist.clock import FakeClock
+from kvist.kv.cache import PageCache
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, SampledToken, SamplingParams, WorkerId
+from kvist.runner.columns import NOBODY, read_batch
+from kvist.runner.sampler import sampled_tokens
+from kvist.scheduler import SchedulerConfig, build_scheduler
+from kvist.scheduler.plan import Batch, BatchItem
+from kvist.worker.engine import calm_collector
+from kvist.worker.loop import EngineLoop, LoopParts
+from kvist.worker.reports import LoadReports
+
+PAGE_SIZE = 16
+PARTS = ("turn", "plan", "columns", "pack", "seats", "result", "encode", "objects")
+
+
+class Stopwatch:
+    def __init__(self) -> None:
+        self.times_us: dict[str, list[float]] = defaultdict(list)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start_s = time.thread_time()
+        yield
+        self.times_us[part].append((time.thread_time() - start_s) * 1e6)
+
+    def around(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            with self(part):
+                return call(*args)
+
+        return timed
+
+
+class ImaginedGpu:
+    """What cuda_runner.py does on the host, in the order of a replayed graph."""
+
+    def __init__(self, watch: Stopwatch, num_requests: int, context: int) -> None:
+        cpu = torch.device("cpu")
+        self._watch = watch
+        self._words = np.zeros(num_requests * (3 * context + 4), dtype=np.int32)
+        self._num_requests = num_requests
+        self._tables = PageTables(cpu, PAGE_SIZE)
+        self._tables.reserve(num_requests, 2048)
+        self._former = NOBODY
+        self._tokens = torch.randint(0, 32_000, (num_requests,), dtype=torch.int32)
+
+    def launch(self, batch: Batch) -> ImaginedStep:
+        with self._watch("columns"):
+            columns = read_batch(batch.items, self._former)
+        num_tokens, num_sampled = len(columns.words.token_ids), len(columns.words.rows)
+        with self._watch("pack"):
+            words = self._words[: 3 * num_tokens + 4 * num_sampled]
+            columns.words.pack(words, num_tokens, num_sampled, self._num_requests)
+        with self._watch("seats"):
+            self._tables.seat(columns.spans)
+        self._former = columns.roster
+        return ImaginedStep(self._watch, [*columns.roster.slots], self._tokens)
+
+
+class ImaginedStep:
+    def __init__(self, watch: Stopwatch, request_ids: list[RequestId], tokens: torch.Tensor) -> None:
+        self._watch = watch
+        self._request_ids = request_ids
+        self._tokens = tokens
+
+    def result(self) -> Mapping[RequestId, SampledToken]:
+        with self._watch("result"):
+            return dict(zip(self._request_ids, sampled_tokens(self._tokens.tolist(), {}), strict=False))
+
+
+class ImaginedSockets:
+    num_undecodable = 0
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self._watch = watch
+        self.waiting: list[tuple[bytes, Any]] = []
+        self.num_chunks = 0
+
+    def recv(self, timeout_s: float) -> list[tuple[bytes, Any]]:
+        assert timeout_s >= 0
+        received, self.waiting = self.waiting, []
+        return received
+
+    def send(self, identity: bytes, message: Any) -> bool:
+        assert identity
+        if isinstance(message, wire.StepOutputs):
+            with self._watch("encode"):
+                wire.encode(message)
+            self.num_chunks += len(message.chunks)
+        return True
+
+    def send_to_peer(self, endpoint: str, message: object) -> bool:
+        raise AssertionError(f"{endpoint}: {message}")
+
+    def wakeup(self) -> None: ...
+
+
+class NoTransport:
+    def poll(self) -> list[Any]:
+        return []
+
+
+def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: ImaginedSockets) -> EngineLoop:
+    longest = args.context + args.steps + 64
+    num_pages = args.running * -(-longest // PAGE_SIZE)
+    config = SchedulerConfig(
+        max_running_requests=args.running,
+        max_queued_requests=args.running,
+        chunked_prefill_size=args.context,
+        max_prefill_tokens=args.running * args.context,
+        max_model_len=longest,
+        overlap=True,
+    )
+    cache = PageCache(num_pages=num_pages, page_size=PAGE_SIZE, namespace="bench")
+    pool = wire.PoolAddress(transport="none", location="", num_pages=num_pages, page_bytes=1, layout="bench")
+    scheduler = build_scheduler("unified", config, cache, EpochId("bench"), pool)
+    scheduler.step = watch.around("plan", scheduler.step)  # type: ignore[method-assign]
+    spec = wire.EngineSpec(
+        worker_id=WorkerId("w"),
+        epoch=EpochId("bench"),
+        role="unified",
+        endpoint="",
+        model_fingerprint="",
+        model_name="",
+        vocab_size=32_000,
+        max_model_len=longest,
+        page_size=PAGE_SIZE,
+        num_pages=num_pages,
+        namespace="bench",
+        dtype="bfloat16",
+        tp_size=1,
+        max_running_requests=args.running,
+        max_queued_requests=args.running,
+    )
+    parts = LoopParts(
+        spec=spec,
+        scheduler=scheduler,
+        runner=ImaginedGpu(watch, args.running, args.context),
+        channel=sockets,
+        transport=NoTransport(),  # type: ignore[arg-type]
+        reports=LoadReports(cached_digests=cache.digests),
+        clock=FakeClock(1.0),
+        gateway_timeout_s=1e9,
+        overlap=True,
+    )
+    return EngineLoop(parts)
+
+
+def submits(args: argparse.Namespace) -> list[tuple[bytes, Any]]:
+    rng = random.Random(args.seed)
+    found = []
+    for index in range(args.running):
+        request = EngineRequest(
+            request_id=RequestId(f"cmpl-{index:024x}"),
+            prompt_token_ids=tuple(rng.randrange(32_000) for _ in range(args.context - index % PAGE_SIZE)),
+            sampling=SamplingParams(max_tokens=args.steps + 60, temperature=args.temperature, seed=index),
+        )
+        found.append((b"gateway-%d" % (index % 2), wire.Submit(request=request, mode=Mode.FULL)))
+    return found
+
+
+def make_objects(count: int) -> int:
+    sampling, request_id = SamplingParams(max_tokens=1), RequestId("r")
+    items = [
+        BatchItem(request_id=request_id, token_ids=(1,), start=1, page_ids=[], sampling=sampling) for _ in range(count)
+    ]
+    return len(items) + len([wire.TokenChunk(request_id=request_id, position=1, token_ids=(1,)) for _ in range(count)])
+
+
+def measure(args: argparse.Namespace) -> dict[str, list[float]]:
+    torch.set_num_threads(1)
+    watch = Stopwatch()
+    sockets = ImaginedSockets(watch)
+    loop = make_loop(watch, args, sockets)
+    sockets.waiting = submits(args)
+    for _ in range(10):
+        loop.turn(0.0)
+    calm_collector()
+    watch.times_us.clear()
+    told = sockets.num_chunks
+    for _ in range(args.steps):
+        with watch("objects"):
+            make_objects(args.running)
+        with watch("turn"):
+            loop.turn(0.0)
+    assert sockets.num_chunks - told == args.running * args.steps, "every turn told one token of each stream"
+    return dict(watch.times_us)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--running", type=int, default=256, help="decoding requests")
+    parser.add_argument("--steps", type=int, default=300, help="measured steps")
+    parser.add_argument("--context", type=int, default=512, help="prompt tokens of each request")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="write the rows to this file")
+    args = parser.parse_args()
+    rows = measure(args)
+    baseline = percentile(rows["objects"], 0.1)
+    print(f"{args.running} running decodes, {args.steps} steps, CPU microseconds a step")
+    for part in PARTS:
+        p10, p50, p90 = (percentile(rows[part], share) for share in (0.1, 0.5, 0.9))
+        calls = len(rows[part]) / args.steps
+        times = f" a call, {calls:.0f} calls" if calls > 1.5 else ""
+        print(f"{part:>8}: p10 {p10:7.1f}  p50 {p50:7.1f}  p90 {p90:7.1f}   p10 / objects {p10 / baseline:5.2f}{times}")
+    if args.json:
+        report = {
+            "commit": subprocess.run(
+                ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+            ).stdout.strip(),
+            "hardware": {"machine": platform.machine(), "python": platform.python_version()},
+            "settings": {key: value for key, value in vars(args).items() if key != "json"},
+            "rows": [{"part": part, "us": time_us} for part, times in rows.items() for time_us in times],
+        }
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(report, file)
+
+
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+if __name__ == "__main__":
+    main()
