@@ -56,12 +56,14 @@ class GraphPlan(Protocol):
     """The index tensors of steps of decodes, at addresses that last."""
 
     def fill(self, spans: Sequence[Span]) -> None:
-        """Describe the next replay: spans of one token each, at most `max_batch`. Rows beyond them write nothing and
-        attend to nothing. Asynchronous; replays on the same stream that were launched before are not disturbed."""
+        """Describe the next replay: spans of one token each, at most `max_batch`, for the smallest batch size with
+        room for them that `attend` was called for. Rows beyond them write nothing and attend to nothing. Asynchronous;
+        replays on the same stream that were launched before are not disturbed."""
         ...
 
     def attend(self, batch_size: int) -> Attend:
-        """For the first `batch_size` rows. Call it anew under each capture: what all layers share is recorded too."""
+        """For the first `batch_size` rows. Call it anew under each capture: what all layers share is recorded too. A
+        size must have run once before it is captured."""
         ...
 
 
