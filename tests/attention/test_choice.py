@@ -41,6 +41,27 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
         build_attention("flash", CPU)
 
 
+@pytest.mark.parametrize(
+    ("generation", "installed", "name", "reason"),
+    [
+        (9, {"flash_attn_interface", "flashinfer"}, "fa3", "FlashAttention-3"),
+        (9, {"flashinfer"}, "flashinfer", "quickest installed"),
+        (8, {"flash_attn_interface", "flashinfer"}, "flashinfer", "quickest installed"),
+        (10, {"flash_attn_interface"}, "torch", "pip install 'flashinfer-python"),
+        (7, {"flashinfer"}, "torch", "do not run on"),
+    ],
+)
+def test_auto_on_a_gpu_is_the_quickest_installed_that_runs_there(
+    monkeypatch: pytest.MonkeyPatch, generation: int, installed: set[str], name: str, reason: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (generation, 0))
+    monkeypatch.setattr("kvist.attention.find_spec", lambda module: True if module in installed else None)
+    choice = choose_attention("auto", torch.device("cuda"), torch.bfloat16)
+    assert choice.name == name
+    assert reason in choice.reason
+
+
 @pytest.mark.gpu
 def test_auto_on_hopper_in_16_bits_is_fa3() -> None:
     pytest.importorskip("flash_attn_interface")

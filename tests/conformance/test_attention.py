@@ -37,6 +37,7 @@ BACKENDS = [
     pytest.param(FA3, id="fa3", marks=pytest.mark.gpu),
     pytest.param(replace(FA3, head_dim=128), id="fa3-128", marks=pytest.mark.gpu),
     pytest.param(FLASHINFER, id="flashinfer", marks=pytest.mark.gpu),
+    pytest.param(replace(FLASHINFER, head_dim=128), id="flashinfer-128", marks=pytest.mark.gpu),
 ]
 
 

@@ -65,8 +65,10 @@ def _choose_for_gpu(device: torch.device) -> AttentionChoice:
     from kvist.attention.fa3 import REMEDY as FA3_REMEDY
     from kvist.attention.flashinfer import REMEDY as FLASHINFER_REMEDY
 
-    gpu = torch.cuda.get_device_name(device)
-    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    gpu, generation = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)[0]
+    is_hopper = generation == 9
+    if generation < 8:
+        return AttentionChoice(name="torch", reason=f"slow, but fa3 and flashinfer do not run on {gpu}")
     if is_hopper and find_spec("flash_attn_interface") is not None:
         return AttentionChoice(name="fa3", reason=f"FlashAttention-3 is the quickest on {gpu}")
     if find_spec("flashinfer") is not None:

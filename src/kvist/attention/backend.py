@@ -106,12 +106,14 @@ class GraphPlan(Protocol):
     """The index tensors of steps, at addresses that last."""
 
     def fill(self, spans: Sequence[Span]) -> None:
-        """Describe the next replay. Rows beyond the spans' write nothing and their result is undefined.
-        Asynchronous; replays on the same stream that were launched before are not disturbed."""
+        """Describe the next replay: at most `max_batch` spans, for the smallest number of rows with room for them that
+        `attend` was called for. Rows beyond the spans' write nothing and their result is undefined. Asynchronous;
+        replays on the same stream that were launched before are not disturbed."""
         ...
 
     def attend(self, num_rows: int) -> Attend:
-        """For the first `num_rows` rows. Call it anew under each capture: what all layers share is recorded too."""
+        """For the first `num_rows` rows. Call it anew under each capture: what all layers share is recorded too. A
+        number must have run once before it is captured."""
         ...
 
 

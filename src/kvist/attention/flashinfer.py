@@ -1,110 +1,274 @@
-"""FlashInfer over the page-first pool, for NVIDIA GPUs other than Hopper, in bf16 or fp16. Package: flashinfer-python,
-which compiles its kernels at first use and so needs nvcc.
+"""FlashInfer over the page-first pool, for NVIDIA GPUs other than Hopper (Ampere or newer), in bf16 or fp16. Package:
+flashinfer-python. It compiles its kernels with nvcc for each head size and dtype: when a pool is bound, so that what is
+missing shows at the start; a minute the first time, then they are in $FLASHINFER_WORKSPACE_BASE/.cache/flashinfer (that
+variable's default is the home directory).
 
-One call attends for decodes and chunks together. A layer's K and V are strided views [num_pages, num_kv_heads,
-page_size, head_dim] (its "HND" order). Steps are not captured into graphs: the library plans each step on the host.
+A layer's K and V are strided views [num_pages, num_kv_heads, page_size, head_dim] (the library's "HND" order): nothing
+is gathered or copied. One call attends for decodes and chunks together. The library plans a step on the host: how the
+requests are cut for the multiprocessors, and where partial results go. A plan has a fixed shape under a CUDA graph, so
+each captured batch size has its own, over buffers that they share.
+
+Always the library's fa2 kernels: they are the ones of all these GPUs, and on Hopper, where FlashAttention-3 is the
+choice, the same ones are tested.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, chain
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvist.attention.backend import Attend, GraphPlan, Span
-from kvist.attention.page_tables import upload
 from kvist.attention.slots import written_slots
 from kvist.errors import ConfigError
 from kvist.kernels.rotary import Rotary, rotate_and_write
 
-REMEDY = "pip install flashinfer-python (it compiles its kernels: nvcc must be on the PATH)"
-_WORKSPACE_BYTES = 128 << 20  # what the library's documentation recommends
+log = logging.getLogger(__name__)
+
+REMEDY = (
+    "pip install 'flashinfer-python>=0.6.12', which compiles its kernels: it needs nvcc (CUDA_HOME names the toolkit),"
+    " ninja, a C++ compiler, and a home directory or FLASHINFER_WORKSPACE_BASE that it can write to"
+)
+_HEAD_DIMS = (64, 128, 256)
+_GRAPH_PLAN_BYTES = 1 << 20  # 13 a tile of queries and 8 a request: enough for tens of thousands
 
 
 class FlashInferAttention:
     name = "flashinfer"
 
     def __init__(self, device: torch.device) -> None:
-        if device.type != "cuda":
-            raise ConfigError(
-                f"--attention-backend flashinfer needs an NVIDIA GPU, and this is {device}: use auto",
-                param="attention_backend",
-            )
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            raise _refusal(f"needs an Ampere or newer NVIDIA GPU, and this is {device}: use auto")
         try:
             import flashinfer
-        except ImportError as error:
-            raise ConfigError(
-                f"--attention-backend flashinfer: {error}. Install it with {REMEDY}, or use auto",
-                param="attention_backend",
-            ) from error
-        workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+        except (ImportError, OSError, RuntimeError) as error:
+            raise _refusal(f"{error}. It takes {REMEDY}; or use torch") from error
+        self._library: ModuleType = flashinfer
         self._device = device
 
     def bind(self, pool: Tensor) -> None:
         if pool.dtype not in (torch.bfloat16, torch.float16):
-            raise ConfigError(
-                f"--attention-backend flashinfer takes bfloat16 and float16, not {pool.dtype}: use --dtype bfloat16",
-                param="attention_backend",
-            )
-        self._pool = pool
+            raise _refusal(f"takes bfloat16 and float16, not {pool.dtype}: use --dtype bfloat16, or torch")
+        if pool.shape[5] not in _HEAD_DIMS:
+            raise _refusal(f"takes heads of {_HEAD_DIMS} dimensions, not {pool.shape[5]}: use torch")
+        self._pool = Pool(self._library, pool)
+        self._planner: Planner | None = None
+        self._compile(torch.zeros(1, pool.shape[1], pool.shape[5], dtype=pool.dtype, device=pool.device))
+
+    def _compile(self, q: Tensor) -> None:
+        """Attend for one token, whatever the first page holds."""
+        log.info("FlashInfer: making its kernels for heads of %d; the first time takes a minute", q.shape[2])
+        start_s = time.perf_counter()
+        try:
+            planner = Planner(self._pool, self._pool.workspace(q.shape[1]))
+            planner.plan(self._pool.indices([Span(start=0, num_tokens=1, page_ids=[0])], 1), q.shape[1])
+            planner.run(0, q)
+            torch.cuda.synchronize(self._device)
+        except Exception as error:  # whatever it is, it would come with every step
+            reason = "; ".join(str(error).splitlines()[-5:])
+            raise _refusal(f"cannot run here: {reason}. It takes {REMEDY}; or use torch") from error
+        log.info("FlashInfer %s: ready after %.1f s", self._library.__version__, time.perf_counter() - start_s)
 
     def prepare(self, spans: Sequence[Span]) -> Attend:
-        return _Step(self._wrapper, self._pool, spans, self._device)
+        indices = self._pool.indices(spans, len(spans))
+        return _Step(self._pool, indices.slots, partial(self._attend, indices))
 
-    def plan_decode_graph(self, max_batch: int, max_pages: int) -> GraphPlan | None:  # noqa: ARG002
-        return None
+    def _attend(self, indices: Indices, layer: int, q: Tensor) -> Tensor:
+        if self._planner is None:
+            self._planner = Planner(self._pool, self._pool.workspace(q.shape[1]))
+        if self._planner.planned is not indices:  # the first layer: now the number of query heads is known
+            self._planner.plan(indices, q.shape[1])
+        return self._planner.run(layer, q)
 
-    def plan_mixed_graph(self, max_batch: int, max_pages: int, max_tokens: int) -> GraphPlan | None:  # noqa: ARG002
-        return None
+    def plan_decode_graph(self, max_batch: int, max_pages: int) -> GraphPlan:
+        return FlashInferPlan(self._pool, max_batch, max_pages)
+
+    def plan_mixed_graph(self, max_batch: int, max_pages: int, max_tokens: int) -> None:  # noqa: ARG002
+        return None  # the library plans a step of chunks for its lengths, so a recording would fit one step only
+
+
+def _refusal(reason: str) -> ConfigError:
+    return ConfigError(f"--attention-backend flashinfer {reason}", param="attention_backend")
+
+
+@dataclass(frozen=True, slots=True)
+class Indices:
+    """A step in the library's terms, all int32. What its planner reads is on the host, pinned."""
+
+    query_starts: Tensor  # [num_rows + 1]: each request's first row of the batch
+    page_starts: Tensor  # [num_rows + 1]: its first place in `pages`
+    last_lengths: Tensor  # [num_rows]: tokens in its last page
+    lengths: Tensor  # [num_rows]: keys, its new tokens included
+    slots: Tensor  # [num_tokens], on the device: where new K and V go; below zero: nowhere
+    pages: Tensor  # [page_starts[-1]], on the device
+    longest: int = field(kw_only=True)  # new tokens
+
+
+class Pool:
+    """The library, and its views of each layer."""
+
+    def __init__(self, library: ModuleType, pool: Tensor) -> None:
+        self.library = library
+        self.num_kv_heads, self.page_size, self.head_dim = pool.shape[1], pool.shape[4], pool.shape[5]
+        self.dtype, self.device = pool.dtype, pool.device
+        self.layers = [pool[:, :, layer] for layer in range(pool.shape[2])]
+        self.keys_values = [(layer[:, :, 0], layer[:, :, 1]) for layer in self.layers]
+
+    def indices(self, spans: Sequence[Span], num_rows: int) -> Indices:
+        """Rows beyond the spans are padding: one token each, which writes nothing and attends to nothing."""
+        padding, size = [0] * (num_rows - len(spans)), self.page_size
+        num_tokens = [span.num_tokens for span in spans] + [1] * len(padding)
+        lengths = [span.end for span in spans]
+        num_pages = [-(-length // size) for length in lengths]
+        pages = (span.page_ids[:count] for span, count in zip(spans, num_pages, strict=True))
+        parts = (
+            np.array([0, *accumulate(num_tokens)], dtype=np.int32),
+            np.array([0, *accumulate(num_pages + padding)], dtype=np.int32),
+            np.array([(length - 1) % size + 1 for length in lengths] + padding, dtype=np.int32),
+            np.array(lengths + padding, dtype=np.int32),
+            np.array(written_slots(spans, size) + [-1] * len(padding), dtype=np.int32),
+            np.fromiter(chain.from_iterable(pages), dtype=np.int32, count=sum(num_pages)),
+        )
+        packed = torch.from_numpy(np.concatenate(parts))
+        if self.device.type == "cuda":
+            packed = packed.pin_memory()
+        sizes = [len(part) for part in parts]
+        *host, sent = torch.split(packed, [*sizes[:4], sum(sizes[4:])])
+        slots_pages = torch.split(sent.to(self.device, non_blocking=True), sizes[4:])
+        return Indices(*host, *slots_pages, longest=max(num_tokens))
+
+    def workspace(self, num_q_heads: int, num_decodes: int | None = None) -> Tensor:
+        num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        num_bytes = workspace_bytes(num_q_heads, self.num_kv_heads, self.head_dim, num_sms, num_decodes)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+
+def workspace_bytes(
+    num_q_heads: int, num_kv_heads: int, head_dim: int, num_sms: int, num_decodes: int | None = None
+) -> int:
+    """What the library's planner can ask for at most, by its own rule: partial results in fp32 for every query head of
+    every tile, where a batch is cut into no more tiles than keep two on each multiprocessor. A graph has room for all
+    tiles that its `num_decodes` requests could need."""
+    tile, num_tiles = 128, max(1, 2 * num_sms // num_kv_heads)
+    if num_decodes is not None:
+        group = num_q_heads // num_kv_heads
+        tile = 16 if group <= 16 else 64 if group <= 64 else 128
+        num_tiles = max(num_tiles, -(-num_decodes * group // tile) + num_decodes - 1)
+    return num_q_heads * num_tiles * tile * (head_dim + 1) * 4 + 256  # the last is for alignment
+
+
+class Planner:
+    """One of the library's wrappers: planned once a step, on the host, and run once a layer."""
+
+    def __init__(self, pool: Pool, workspace: Tensor, **buffers: Tensor) -> None:
+        """`buffers`: those of the library's CUDA graph mode; the batch then always has as many rows."""
+        self._pool = pool
+        self.planned: Indices | None = None
+        self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False):  # what it allocates is written outside of inference mode, too
+            self._wrapper = pool.library.BatchPrefillWithPagedKVCacheWrapper(
+                workspace, "HND", use_cuda_graph=bool(buffers), backend="fa2", **buffers
+            )
+            if buffers:  # each would have 8 MiB of its own, twice
+                plan = torch.empty(_GRAPH_PLAN_BYTES, dtype=torch.uint8, device=pool.device)
+                self._wrapper.reset_workspace_buffer(workspace, plan)
+
+    def plan(self, indices: Indices, num_q_heads: int) -> None:
+        # The library writes each plan into the same pinned memory and does not wait for the copy of the last one. That
+        # copy comes before the kernels of its step, so the device may be a step behind and this returns at once.
+        self._sent.synchronize()
+        self._wrapper.plan(
+            indices.query_starts,
+            indices.page_starts,
+            indices.pages,
+            indices.last_lengths,
+            num_q_heads,
+            self._pool.num_kv_heads,
+            self._pool.head_dim,
+            self._pool.page_size,
+            causal=True,
+            q_data_type=self._pool.dtype,
+            kv_data_type=self._pool.dtype,
+            seq_lens=indices.lengths,
+            max_token_per_sequence=indices.longest,
+        )
+        self._sent.record()
+        self.planned = indices
+
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        out: Tensor = self._wrapper.run(q, self._pool.keys_values[layer], out=torch.empty_like(q))
+        return out
 
 
 class _Step:
     """One step's `RotatingAttend`."""
 
-    def __init__(self, wrapper: object, pool: Tensor, spans: Sequence[Span], device: torch.device) -> None:
-        self._wrapper = wrapper
+    def __init__(self, pool: Pool, slots: Tensor, attend: Callable[[int, Tensor], Tensor]) -> None:
         self._pool = pool
-        size = pool.shape[4]
-        counts = [-(-span.end // size) for span in spans]
-        self._query_starts = torch.tensor([0, *accumulate(s.num_tokens for s in spans)], dtype=torch.int32)
-        self._page_starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
-        self._last_page_lengths = torch.tensor([(span.end - 1) % size + 1 for span in spans], dtype=torch.int32)
-        pages = [np.asarray(span.page_ids[:n], dtype=np.int32) for span, n in zip(spans, counts, strict=True)]
-        self._pages = upload(np.concatenate(pages), device)
-        self._slots = upload(np.asarray(written_slots(spans, size), dtype=np.int32), device)
-        self._planned = False
+        self._slots = slots
+        self._attend = attend
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = rotate_and_write(torch.cat((q, k, v), dim=1), None, self._pool[:, :, layer], self._slots)
+        q = rotate_and_write(torch.cat((q, k, v), dim=1), None, self._pool.layers[layer], self._slots)
         return self._attend(layer, q)
 
     def rotated(self, layer: int, heads: Tensor, rotary: Rotary) -> Tensor:
-        return self._attend(layer, rotate_and_write(heads, rotary, self._pool[:, :, layer], self._slots))
+        return self._attend(layer, rotate_and_write(heads, rotary, self._pool.layers[layer], self._slots))
 
-    def _attend(self, layer: int, q: Tensor) -> Tensor:
-        if not self._planned:
-            self._plan(q)
-        views = (self._pool[:, :, layer, 0], self._pool[:, :, layer, 1])
-        out: Tensor = self._wrapper.run(q, views)  # type: ignore[attr-defined]
-        return out
 
-    def _plan(self, q: Tensor) -> None:
-        """Once a step, when the number of query heads is known."""
-        self._wrapper.plan(  # type: ignore[attr-defined]
-            self._query_starts,
-            self._page_starts,
-            self._pages,
-            self._last_page_lengths,
-            q.shape[1],
-            self._pool.shape[1],
-            q.shape[2],
-            self._pool.shape[4],
-            causal=True,
-            q_data_type=q.dtype,
-            kv_data_type=self._pool.dtype,
+class FlashInferPlan:
+    """`GraphPlan`: a planner for each batch size, made when it first runs; slots, lengths and pages are shared."""
+
+    def __init__(self, pool: Pool, max_batch: int, max_pages: int) -> None:
+        self._pool = pool
+        self._max_batch = max_batch
+        self._slots = torch.full((max_batch,), -1, dtype=torch.int32, device=pool.device)
+        self._query_starts, self._page_starts = self._slots.new_zeros(2, max_batch + 1).unbind()
+        self._last_lengths = self._slots.new_zeros(max_batch)
+        self._pages = self._slots.new_zeros(max_batch * max_pages)
+        self._workspace: Tensor | None = None
+        self._planners: dict[int, Planner] = {}  # by batch size
+        self._num_q_heads = 0
+
+    def fill(self, spans: Sequence[Span]) -> None:
+        size = min((size for size in self._planners if size >= len(spans)), default=None)
+        if size is not None:
+            self._fill(size, spans)
+        else:
+            assert not spans, "a graph is captured for the largest batch it replays"
+
+    def attend(self, batch_size: int) -> Attend:
+        return _Step(self._pool, self._slots[:batch_size], partial(self._attend, batch_size))
+
+    def _attend(self, batch_size: int, layer: int, q: Tensor) -> Tensor:
+        if batch_size not in self._planners:
+            self._make(batch_size, q.shape[1])
+        return self._planners[batch_size].run(layer, q)
+
+    def _make(self, batch_size: int, num_q_heads: int) -> None:
+        assert not torch.cuda.is_current_stream_capturing(), "a batch size runs once before it is captured"
+        if self._workspace is None:
+            self._workspace = self._pool.workspace(num_q_heads, self._max_batch)
+        self._num_q_heads = num_q_heads
+        self._planners[batch_size] = Planner(
+            self._pool,
+            self._workspace,
+            qo_indptr_buf=self._query_starts[: batch_size + 1],
+            paged_kv_indptr_buf=self._page_starts[: batch_size + 1],
+            paged_kv_indices_buf=self._pages,
+            paged_kv_last_page_len_buf=self._last_lengths[:batch_size],
         )
-        self._planned = True
+        self._fill(batch_size, [])
+
+    def _fill(self, batch_size: int, spans: Sequence[Span]) -> None:
+        indices = self._pool.indices(spans, batch_size)
+        self._slots[:batch_size].copy_(indices.slots)
+        self._planners[batch_size].plan(indices, self._num_q_heads)
