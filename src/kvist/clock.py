@@ -36,6 +36,11 @@ def unix_time_s() -> int:
     return int(time.time())
 
 
+def unix_time_ns() -> int:
+    """Wall-clock nanoseconds since 1970, for the time stamps of files that several processes share."""
+    return time.time_ns()
+
+
 def cpu_s() -> float:
     """CPU seconds this process has used; for what measuring costs, never for durations."""
     return time.process_time()

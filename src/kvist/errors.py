@@ -10,7 +10,8 @@
     ├── Overloaded                  a bounded queue is full (429, retry later)
     ├── Unavailable                 no worker can take it now (503, retry later)
     │   ├── WorkerLost              the worker died or fell silent while it held the request
-    │   └── HandoffFailed           the pages did not reach the decode worker
+    │   ├── HandoffFailed           the pages did not reach the decode worker
+    │   └── StoreError              the storage tier cannot be opened; once open it never raises
     ├── Timeout                     a bounded wait ran out (504)
     ├── EngineError                 our bug or a broken device (500)
     └── ConfigError                 a flag, a setting, a model folder: at start, never while serving
@@ -83,6 +84,10 @@ class WorkerLost(Unavailable):
 
 class HandoffFailed(Unavailable):
     code = "handoff_failed"
+
+
+class StoreError(Unavailable):
+    code = "store_unavailable"
 
 
 class Timeout(KvistError):

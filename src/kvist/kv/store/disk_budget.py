@@ -1,0 +1,179 @@
+"""How many bytes the files of a store may take together, and which of them go: shared by every process that has the
+folder open.
+
+No index on disk. The folder itself says what there is (`_scan`); a file's mtime says when it was last used. Beside
+the files lies one lock file, whose content is one number, the bytes in use: each writer adds what it is about to write
+and, above the cap, deletes the files used longest ago until it fits, one process at a time under the lock. A killed
+writer leaves the number a little too high, and each scan puts it right. A scan may miss a page that is about to be
+written, so the cap may be exceeded by one page a writer.
+
+    reserve ──fits──► write the file
+       └─above the cap─► evict, oldest first ──► write the file
+              └─no more files are known to be the oldest─► scan, evict, write the file
+
+What was written or used since the last scan is newer than all that scan found: so a process evicts what it knows, in
+order, and scans again when that is used up. A scan looks at every file, and pays for as many evictions as it found
+files; the rest of a `reserve` is bounded by `_MAX_LOOKS`. Names that are not ours are never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import heapq
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from kvist.clock import unix_time_ns
+from kvist.kv.store.backend import Tally
+
+PAGE_SUFFIX, UNFINISHED_SUFFIX = ".page", ".new"
+_OUR_NAMES = (  # namespace / first byte of the key / page, or a page being written
+    re.compile("[0-9a-f]{32}"),
+    re.compile("[0-9a-f]{2}"),
+    re.compile(rf"[0-9a-f]{{32}}(\{PAGE_SUFFIX}|\.[0-9a-f]{{8}}\{UNFINISHED_SUFFIX})"),
+)
+_LOCK_NAME = "in-use.lock"
+_NUMBER_BYTES = 8
+_WAIT_S, _OPEN_WAIT_S, _PAUSE_S = 5.0, 60.0, 0.002  # for the lock: who holds it may be scanning, or stopped
+_MAX_KNOWN = 1 << 16  # files remembered for eviction, about 20 MB
+_MAX_LOOKS = 1024  # files looked at before one is written
+_ABANDONED_NS = 60 * 10**9  # no page takes a minute to write: who wrote this is dead
+
+
+class DiskBudget:
+    """Mutable, used by all threads of one store. Raises `OSError` where the folder or its lock cannot be had."""
+
+    def __init__(self, root: Path, capacity_bytes: int, tally: Tally) -> None:
+        self._root = root
+        self._lock_path = str(root / _LOCK_NAME)
+        self._capacity_bytes = capacity_bytes
+        self._limit_bytes = capacity_bytes  # less while the disk is full
+        self._tally = tally
+        self._lock = threading.Lock()
+        self._oldest: list[tuple[int, str]] = []  # heap of (mtime_ns when we looked, path)
+        self._newest_known_ns = 0  # beyond it there may be files that we do not know
+        with self._exclusive(_OPEN_WAIT_S) as fd:
+            _save(fd, self._scan())
+        for _ in range(0, len(self._oldest), _MAX_LOOKS):
+            self.reserve(0, set())  # the cap may have been higher before
+
+    def reserve(self, num_bytes: int, keep: set[str]) -> bool:
+        """Counts `num_bytes` as used, evicting what is not in `keep`. False: no room could be made."""
+        with self._lock, self._exclusive() as fd:
+            in_use = self._evict(_load(fd), num_bytes, keep)
+            if in_use + num_bytes > self._limit_bytes:
+                in_use = self._evict(self._scan(), num_bytes, keep)
+            fits = in_use + num_bytes <= self._limit_bytes
+            _save(fd, in_use + num_bytes * fits)
+            return fits
+
+    def release(self, num_bytes: int, *, is_disk_full: bool) -> None:
+        """What was reserved was not written. On a full disk the cap is, until the next scan, less than what we have:
+        else nothing new could ever be stored again."""
+        with self._lock, self._exclusive() as fd:
+            in_use = max(0, _load(fd) - num_bytes)
+            _save(fd, in_use)
+            if is_disk_full:
+                self._limit_bytes = in_use * 15 // 16
+
+    def in_use_bytes(self) -> int:
+        """As of now, without waiting for who holds the lock."""
+        with open(self._lock_path, "rb") as file:
+            return _load(file.fileno())
+
+    def _evict(self, in_use: int, num_bytes: int, keep: set[str]) -> int:
+        """Deletes the oldest files, as far as they are known, to make room; returns how many bytes are still in use."""
+        for _ in range(_MAX_LOOKS):
+            if in_use + num_bytes <= self._limit_bytes:
+                break
+            if not self._oldest or self._oldest[0][0] > self._newest_known_ns:
+                break
+            mtime_ns, path = heapq.heappop(self._oldest)
+            with self._tally.tolerating():  # another process may be quicker
+                status = os.stat(path)
+                if status.st_mtime_ns > mtime_ns:  # used since we looked
+                    heapq.heappush(self._oldest, (status.st_mtime_ns, path))
+                elif path not in keep:  # the next scan finds those again
+                    os.unlink(path)
+                    in_use = max(0, in_use - status.st_size)
+                    self._tally.add(num_evicted=1)
+        return in_use
+
+    # ------------------------------------------------------------ what is there
+
+    def _scan(self) -> int:
+        """Learns the oldest files; returns how many bytes there are."""
+        abandoned_ns, num_bytes = unix_time_ns() - _ABANDONED_NS, 0
+
+        def pages() -> Iterator[tuple[int, str]]:
+            nonlocal num_bytes
+            for entry in self._files():
+                with self._tally.tolerating():
+                    status = entry.stat(follow_symlinks=False)
+                    if entry.name.endswith(UNFINISHED_SUFFIX) and status.st_mtime_ns < abandoned_ns:
+                        os.unlink(entry)
+                        continue
+                    num_bytes += status.st_size
+                    if entry.name.endswith(PAGE_SUFFIX):
+                        yield status.st_mtime_ns, entry.path
+
+        self._oldest = heapq.nsmallest(_MAX_KNOWN, pages())  # sorted, and so a heap
+        self._newest_known_ns = self._oldest[-1][0] if self._oldest else 0
+        self._limit_bytes = self._capacity_bytes
+        return num_bytes
+
+    def _files(self) -> Iterable[os.DirEntry[str]]:
+        """Our files of every namespace, folder by folder."""
+        entries: Iterable[os.DirEntry[str]] = self._entries(_OUR_NAMES[0], self._root)
+        for pattern in _OUR_NAMES[1:]:
+            entries = chain.from_iterable(map(partial(self._entries, pattern), entries))
+        return entries
+
+    def _entries(self, pattern: re.Pattern[str], folder: os.PathLike[str]) -> list[os.DirEntry[str]]:
+        with self._tally.tolerating(), os.scandir(folder) as entries:
+            return [entry for entry in entries if pattern.fullmatch(entry.name)]
+        return []
+
+    # ------------------------------------------------------------ the lock file
+
+    @contextlib.contextmanager
+    def _exclusive(self, wait_s: float = _WAIT_S) -> Iterator[int]:
+        """The lock file: no other process counts or evicts meanwhile. Opened anew each time, because the folder may
+        have been removed and made again."""
+        fd = open_making_folder(self._lock_path, os.O_RDWR | os.O_CREAT)
+        try:
+            for _ in range(round(wait_s / _PAUSE_S)):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(_PAUSE_S)
+            else:
+                raise TimeoutError(errno.ETIMEDOUT, "another process holds the lock", self._lock_path)
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def open_making_folder(path: str, flags: int) -> int:
+    """For this user alone: the file, and its folder where there is none."""
+    try:
+        return os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        return os.open(path, flags, 0o600)
+
+
+def _load(fd: int) -> int:
+    return int.from_bytes(os.pread(fd, _NUMBER_BYTES, 0), "little")
+
+
+def _save(fd: int, num_bytes: int) -> None:
+    os.pwrite(fd, num_bytes.to_bytes(_NUMBER_BYTES, "little"), 0)

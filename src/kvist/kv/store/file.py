@@ -1,0 +1,183 @@
+"""The embedded store: a folder of files, one a page, that any number of processes use at once.
+
+    <path>/<namespace hash>/<first byte of the key>/<key>.page       header (4 KiB), then the page's bytes
+                                                    <key>.<random>.new    being written, renamed when complete
+
+A page comes into being by a rename, so a reader sees all of it or nothing; two writers of one key write the same bytes,
+and the last rename wins. Nothing is synced: after a power loss a torn page fails its checksum, and is a miss.
+The header takes 4 KiB, so that the page behind it starts where the kernel's memory pages do: reading into an aligned
+buffer is then half as fast again, and on disk the file takes no block more than with a short header.
+
+Life cycle of the writing half: an error (disk full, permission gone, folder gone) suspends it for five seconds; reading
+goes on. Which files go when the cap is reached is disk_budget.py's.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import secrets
+import struct
+import tempfile
+from collections.abc import Sequence
+
+import xxhash
+
+from kvist.clock import Clock, MonotonicClock, unix_time_ns
+from kvist.errors import ConfigError, StoreError
+from kvist.kv.store.backend import StoreSpec, StoreStats, Tally
+from kvist.kv.store.disk_budget import PAGE_SUFFIX, UNFINISHED_SUFFIX, DiskBudget, open_making_folder
+
+_HEADER_BYTES = 4096
+_MAGIC, _VERSION = b"kvist-kv", 1
+_HEADER = struct.Struct("<8sIQ16s16s16s")  # magic, version, page_bytes, namespace, key, checksum; then the namespace
+_KEY_BYTES = 16
+_TOUCH_NS = 60 * 10**9  # a page in use says so once a minute: an mtime is a write too
+_STEP_NS = 1000  # each page of a call counts as used this much before the one in front of it
+_SUSPEND_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class FileStore:
+    """Raises `ConfigError` without a path, `StoreError` when the folder cannot be written."""
+
+    def __init__(self, spec: StoreSpec, clock: Clock | None = None) -> None:
+        if spec.path is None:
+            raise ConfigError("the file store needs a path: name the folder that holds its pages")
+        self._page_bytes = spec.page_bytes
+        self._file_bytes = _HEADER_BYTES + spec.page_bytes
+        self._namespace = spec.namespace.encode()
+        self._namespace_hash: bytes = xxhash.xxh3_128_digest(self._namespace)
+        self._folder = str(spec.path.absolute() / self._namespace_hash.hex())
+        self._clock = clock or MonotonicClock()
+        self._suspended_until_s = 0.0
+        self._tally = Tally()
+        try:
+            self._budget = DiskBudget(spec.path.absolute(), spec.capacity_bytes, self._tally)
+            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+            if os.stat(self._folder).st_uid != os.geteuid():  # its pages could be forged
+                raise PermissionError(errno.EPERM, "belongs to another user", self._folder)
+            tempfile.TemporaryFile(dir=self._folder).close()  # may we write?
+        except OSError as error:
+            raise StoreError(
+                f"cannot open the file store in {spec.path}: {error}. Name a folder that this user may write"
+            ) from error
+
+    def exists(self, keys: Sequence[bytes]) -> int:
+        for index, key in enumerate(keys):
+            if self._stat(self._path(key)) is None:
+                return index
+        return len(keys)
+
+    def get(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> int:
+        now_ns, num_hits = unix_time_ns(), 0
+        for key, page in zip(keys, into, strict=True):
+            if not self._read(key, page, now_ns - num_hits * _STEP_NS):
+                break
+            num_hits += 1
+        self._tally.add(num_hits=num_hits, num_misses=len(keys) - num_hits)
+        return num_hits
+
+    def put(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
+        now_ns, num_stored = unix_time_ns(), 0
+        stored: set[str] = set()
+        for key, page in zip(keys, pages, strict=True):
+            used_ns = now_ns - num_stored * _STEP_NS
+            path = self._path(key)
+            if (status := self._stat(path)) is not None:
+                self._touch(path, status, used_ns)
+            elif not self._write(key, page, used_ns, keep=stored):
+                break
+            stored.add(path)
+            num_stored += 1
+        return num_stored
+
+    def stats(self) -> StoreStats:
+        stored_bytes = 0
+        with self._tally.tolerating():
+            stored_bytes = self._budget.in_use_bytes()
+        return self._tally.stats(stored_bytes)
+
+    def close(self) -> None:
+        self._suspended_until_s = math.inf
+
+    # ------------------------------------------------------------ one page
+
+    def _path(self, key: bytes) -> str:
+        assert len(key) == _KEY_BYTES, "a key is a page digest"
+        name = key.hex()
+        return f"{self._folder}/{name[:2]}/{name}{PAGE_SUFFIX}"
+
+    def _header(self, key: bytes, page: memoryview) -> bytes:
+        assert page.nbytes == self._page_bytes
+        checksum = xxhash.xxh3_128_digest(page)
+        fields = _HEADER.pack(_MAGIC, _VERSION, self._page_bytes, self._namespace_hash, key, checksum)
+        return (fields + self._namespace)[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0")
+
+    def _stat(self, path: str) -> os.stat_result | None:
+        """None: there is no such page, or not a whole one."""
+        with self._tally.tolerating():
+            status = os.stat(path)
+            return status if status.st_size == self._file_bytes else None
+        return None
+
+    def _read(self, key: bytes, page: memoryview, used_ns: int) -> bool:
+        path, header = self._path(key), bytearray(_HEADER_BYTES)
+        with self._tally.tolerating():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                status = os.fstat(fd)
+                num_read = os.readv(fd, [header, page]) if status.st_size == self._file_bytes else 0
+            finally:
+                os.close(fd)
+            if num_read == self._file_bytes and header == self._header(key, page):
+                self._touch(path, status, used_ns)
+                return True
+            self._tally.add(num_broken=1)
+            os.unlink(path)
+        return False
+
+    def _touch(self, path: str, status: os.stat_result, used_ns: int) -> None:
+        if abs(used_ns - status.st_mtime_ns) > _TOUCH_NS:
+            with self._tally.tolerating():
+                os.utime(path, ns=(used_ns, used_ns))
+
+    def _write(self, key: bytes, page: memoryview, used_ns: int, keep: set[str]) -> bool:
+        if self._clock.now_s() < self._suspended_until_s:
+            return False
+        try:
+            if not self._budget.reserve(self._file_bytes, keep):
+                self._tally.add(num_refused=1)
+                return False
+            try:
+                self._write_file(self._path(key), [self._header(key, page), page], used_ns)
+            except OSError as error:
+                is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                self._budget.release(self._file_bytes, is_disk_full=is_full)
+                raise
+        except OSError as error:
+            self._tally.error(error)
+            self._suspended_until_s = max(self._suspended_until_s, self._clock.now_s() + _SUSPEND_S)
+            log.warning("the file store writes nothing for %g s: %s", _SUSPEND_S, error)
+            return False
+        self._tally.add(num_written=1)
+        return True
+
+    def _write_file(self, path: str, content: list[bytes | memoryview], used_ns: int) -> None:
+        unfinished = f"{path.removesuffix(PAGE_SUFFIX)}.{secrets.token_hex(4)}{UNFINISHED_SUFFIX}"
+        fd = open_making_folder(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            try:
+                if os.writev(fd, content) < self._file_bytes:
+                    raise OSError(errno.ENOSPC, "the page was not written whole", unfinished)
+                os.utime(fd, ns=(used_ns, used_ns))
+            finally:
+                os.close(fd)
+            os.replace(unfinished, path)
+        except OSError:
+            with self._tally.tolerating():
+                os.unlink(unfinished)
+            raise

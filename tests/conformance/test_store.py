@@ -1,0 +1,247 @@
+"""What every store of the storage tier must do, wherever it keeps the pages."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvist.errors import ConfigError
+from kvist.kv.keys import page_digests
+from kvist.kv.store import open_store
+from kvist.kv.store.backend import PageStore, StoreSpec
+
+PAGE_BYTES = 1000  # not a multiple of anything
+KEYS = page_digests(range(64), 1, "conformance")
+
+
+class Place:
+    """Where the stores of one test lie, and what only this kind of store needs."""
+
+    def __init__(self, kind: str, path: Path) -> None:
+        self.kind = kind
+        self.path = path
+        self._opened: list[PageStore] = []
+
+    def open(self, num_pages: int = 32, namespace: str = "model a") -> PageStore:
+        overhead = 4096 if self.kind == "file" else 0
+        spec = StoreSpec(
+            namespace=namespace,
+            page_bytes=PAGE_BYTES,
+            capacity_bytes=num_pages * (PAGE_BYTES + overhead),
+            path=self.path,
+        )
+        store = open_store(self.kind, spec)
+        self._opened.append(store)
+        return store
+
+    def an_hour_passes(self) -> None:
+        for path in self.path.rglob("*.page"):
+            used_ns = path.stat().st_mtime_ns - 3600 * 10**9
+            os.utime(path, ns=(used_ns, used_ns))
+
+    def close(self) -> None:
+        for store in self._opened:
+            store.close()
+
+
+@pytest.fixture(params=["memory", "file"])
+def kind(request: pytest.FixtureRequest) -> str:
+    assert isinstance(request.param, str)
+    return request.param
+
+
+@pytest.fixture
+def place(kind: str, tmp_path: Path) -> Iterator[Place]:
+    made = Place(kind, tmp_path)
+    yield made
+    made.close()
+
+
+def page_of(key: bytes) -> memoryview:
+    """The page under `key`, always the same: random bytes that differ from key to key."""
+    return memoryview(np.random.default_rng(list(key)).bytes(PAGE_BYTES))
+
+
+def buffers(num_pages: int) -> list[memoryview]:
+    return [memoryview(bytearray(PAGE_BYTES)) for _ in range(num_pages)]
+
+
+def put(store: PageStore, keys: Sequence[bytes]) -> int:
+    return store.put(keys, [page_of(key) for key in keys])
+
+
+def get(store: PageStore, keys: Sequence[bytes]) -> int:
+    """`store.get`, and every page that it says is there is the right one."""
+    into = buffers(len(keys))
+    num_hits = store.get(keys, into)
+    for key, page in zip(keys[:num_hits], into, strict=False):
+        assert page == page_of(key)
+    return num_hits
+
+
+def test_what_was_put_is_read_back_and_nothing_else_is(place: Place) -> None:
+    store = place.open()
+    assert (store.exists(KEYS[:3]), get(store, KEYS[:3])) == (0, 0)
+    assert put(store, KEYS[:3]) == 3
+    assert (store.exists(KEYS[:5]), get(store, KEYS[:5])) == (3, 3)
+
+
+def test_no_keys_are_no_pages(place: Place) -> None:
+    store = place.open()
+    assert (store.exists([]), store.get([], []), store.put([], [])) == (0, 0, 0)
+
+
+def test_only_leading_pages_count(place: Place) -> None:
+    store = place.open()
+    put(store, [KEYS[0], KEYS[2]])
+    assert (store.exists(KEYS[:3]), get(store, KEYS[:3])) == (1, 1)
+    assert (store.exists(KEYS[1:3]), get(store, KEYS[1:3])) == (0, 0)
+
+
+def test_a_page_is_read_straight_into_a_row_of_an_array(place: Place) -> None:
+    store = place.open()
+    pool = np.zeros((4, PAGE_BYTES), np.uint8)
+    pool[1] = np.frombuffer(page_of(KEYS[0]), np.uint8)
+    assert store.put([KEYS[0]], [pool[1].data]) == 1
+    assert store.get([KEYS[0]], [pool[3].data]) == 1
+    np.testing.assert_array_equal(pool[3], pool[1])
+    assert not pool[2].any()
+
+
+def test_a_key_that_is_there_is_not_written_again(place: Place) -> None:
+    store = place.open()
+    put(store, KEYS[:2])
+    assert store.put(KEYS[:2], buffers(2)) == 2
+    assert get(store, KEYS[:2]) == 2  # the bytes of the first put
+    assert store.stats().num_written == 2
+
+
+def test_pages_of_another_namespace_are_misses(place: Place) -> None:
+    put(place.open(namespace="model a"), KEYS[:2])
+    other = place.open(namespace="model b")
+    assert (other.exists(KEYS[:2]), get(other, KEYS[:2])) == (0, 0)
+
+
+def test_what_was_used_longest_ago_goes_first(place: Place) -> None:
+    store = place.open(num_pages=3)
+    for key in KEYS[:3]:
+        put(store, [key])
+    place.an_hour_passes()
+    assert get(store, [KEYS[0]]) == 1
+    assert put(store, [KEYS[1]]) == 1  # it is there: this counts as use too
+    assert put(store, [KEYS[3]]) == 1
+    assert [store.exists([key]) for key in KEYS[:4]] == [1, 1, 0, 1]
+    assert store.stats().num_evicted == 1
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_of_the_pages_of_one_call_the_last_goes_first(place: Place, is_read: bool) -> None:
+    store = place.open(num_pages=4)
+    put(store, KEYS[:4])
+    if is_read:
+        place.an_hour_passes()
+        get(store, KEYS[:4])
+    put(store, KEYS[10:12])
+    assert store.exists(KEYS[:4]) == 2
+    assert store.exists(KEYS[10:12]) == 2
+
+
+def test_of_more_pages_than_fit_the_first_stay(place: Place) -> None:
+    store = place.open(num_pages=3)
+    put(store, KEYS[20:22])
+    assert put(store, KEYS[:5]) == 3
+    assert store.exists(KEYS[:5]) == 3
+    assert store.stats().num_refused == 1
+
+
+def test_a_lost_head_is_stored_again_in_place_of_the_tail(place: Place) -> None:
+    store = place.open(num_pages=3)
+    put(store, KEYS[1:4])
+    assert put(store, KEYS[:4]) == 3
+    assert store.exists(KEYS[:4]) == 3
+
+
+def test_the_counters_add_up(place: Place) -> None:
+    store = place.open()
+    put(store, KEYS[:2])
+    get(store, KEYS[:5])
+    get(store, KEYS[1:2])
+    stats = store.stats()
+    assert (stats.num_written, stats.num_hits, stats.num_misses, stats.num_broken) == (2, 3, 3, 0)
+    assert stats.stored_bytes >= 2 * PAGE_BYTES
+    assert stats.errors == {}
+
+
+def test_after_close_nothing_is_stored(place: Place) -> None:
+    store = place.open()
+    store.close()
+    assert put(store, KEYS[:2]) == 0
+    assert store.exists(KEYS[:2]) == 0
+    store.close()
+
+
+def test_threads_share_a_store(place: Place) -> None:
+    store = place.open(num_pages=24)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            for _ in range(60):
+                first = int(rng.integers(0, 40))
+                keys = KEYS[first : first + 8]
+                assert put(store, keys) == 8
+                get(store, keys)
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert failures == []
+    assert sum(store.exists([key]) for key in KEYS) <= 24 + len(threads)  # one page a writer may be too many
+    assert store.stats().errors == {}
+
+
+ranges = st.tuples(st.integers(0, 12), st.integers(0, 6)).map(lambda pair: KEYS[pair[0] : pair[0] + pair[1]])
+
+
+@settings(max_examples=40, deadline=None)
+@given(steps=st.lists(st.tuples(st.sampled_from(["put", "get", "reopen"]), ranges), max_size=25))
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_whatever_happens_pages_are_right_and_the_cap_holds(kind: str, steps: list[tuple[str, list[bytes]]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(kind, Path(folder))
+        store = place.open(num_pages=5)
+        for step, keys in steps:
+            before = [store.exists([key]) for key in KEYS]
+            if step == "put":
+                assert store.exists(keys) <= put(store, keys) == store.exists(keys) >= min(len(keys), 5)
+            elif step == "get":
+                assert get(store, keys) == store.exists(keys)
+                assert [store.exists([key]) for key in KEYS] == before
+            elif kind == "file":
+                store = place.open(num_pages=5)
+                assert [store.exists([key]) for key in KEYS] == before
+            assert sum(store.exists([key]) for key in KEYS) <= 5
+        place.close()
+
+
+def test_an_unknown_name_names_the_known() -> None:
+    with pytest.raises(ConfigError, match="memory, file"):
+        open_store("tape", StoreSpec(namespace="n", page_bytes=1, capacity_bytes=1))
+
+
+def test_a_store_too_small_for_a_page_is_refused(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not one page"):
+        open_store(kind, StoreSpec(namespace="n", page_bytes=100, capacity_bytes=99, path=tmp_path))

@@ -1,0 +1,42 @@
+"""A process of its own that puts pages into a file store, round after round, until it is killed or has done its rounds.
+Started by test_file_store.py, which imports the rest.
+
+    python store_process.py FOLDER CAPACITY_BYTES FIRST_KEY LAST_KEY NUM_ROUNDS
+
+Prints a line a round: how many pages were stored.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from kvist.kv.keys import page_digests
+from kvist.kv.store.backend import StoreSpec
+from kvist.kv.store.file import FileStore
+
+PAGE_BYTES = 200_000  # several kernel pages: a write can be cut short
+FILE_BYTES = PAGE_BYTES + 4096
+KEYS = page_digests(range(256), 1, "processes")
+
+
+def page_of(key: bytes) -> memoryview:
+    return memoryview(np.random.default_rng(list(key)).bytes(PAGE_BYTES))
+
+
+def spec_of(folder: Path, capacity_bytes: int) -> StoreSpec:
+    return StoreSpec(namespace="processes", page_bytes=PAGE_BYTES, capacity_bytes=capacity_bytes, path=folder)
+
+
+def main() -> None:
+    folder, capacity_bytes, first, last, num_rounds = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    store = FileStore(spec_of(folder, capacity_bytes))
+    pages = {key: page_of(key) for key in KEYS[first:last]}  # before, so that it is mostly writing when it is killed
+    for _ in range(num_rounds):
+        print(sum(store.put([key], [page]) for key, page in pages.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

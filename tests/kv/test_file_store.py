@@ -1,0 +1,476 @@
+"""The file store when things go wrong: damaged files, full disks, lost folders, and other processes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvist.clock import FakeClock
+from kvist.errors import ConfigError, StoreError
+from kvist.kv.store import open_store
+from kvist.kv.store.backend import StoreSpec
+from kvist.kv.store.file import FileStore
+
+# Under importlib mode a test module cannot import its neighbour by name.
+sys.path.insert(0, str(Path(__file__).parent))
+try:
+    from store_process import FILE_BYTES, KEYS, PAGE_BYTES, page_of, spec_of
+finally:
+    sys.path.pop(0)
+
+SCRIPT = Path(__file__).with_name("store_process.py")
+
+
+def open_files(folder: Path, num_pages: int = 64, clock: FakeClock | None = None) -> FileStore:
+    return FileStore(spec_of(folder, num_pages * FILE_BYTES), clock)
+
+
+def put(store: FileStore, first: int, last: int) -> int:
+    return store.put(KEYS[first:last], [page_of(key) for key in KEYS[first:last]])
+
+
+def get(store: FileStore, first: int, last: int) -> int:
+    into = [memoryview(bytearray(PAGE_BYTES)) for _ in KEYS[first:last]]
+    num_hits = store.get(KEYS[first:last], into)
+    for key, page in zip(KEYS[first : first + num_hits], into, strict=False):
+        assert page == page_of(key)
+    return num_hits
+
+
+def pages_in(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.page"))
+
+
+def file_of(folder: Path, index: int) -> Path:
+    return next(folder.rglob(f"{KEYS[index].hex()}.page"))
+
+
+def unfinished_in(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.new"))
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that another user can reach, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o777)
+        yield Path(name) / "store"
+
+
+@pytest.fixture
+def as_somebody() -> Iterator[None]:
+    """root may write anywhere, so it is not root that tries."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    if user == 0:
+        os.seteuid(0)
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+def flip(offset: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[offset] ^= 0x10
+        path.write_bytes(content)
+
+    return damage
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "a bit of the first byte": flip(4096),
+    "a bit of the last byte": flip(-1),
+    "the magic": flip(0),
+    "the version": flip(8),
+    "the page size": flip(12),
+    "the namespace's hash": flip(20),
+    "the key": flip(36),
+    "the checksum": flip(52),
+    "the namespace": flip(68),
+    "the end of the header": flip(4095),
+    "cut short": lambda path: os.truncate(path, FILE_BYTES - 1),
+    "header only": lambda path: os.truncate(path, 4096),
+    "empty": lambda path: os.truncate(path, 0),
+    "too long": lambda path: os.truncate(path, FILE_BYTES + 1),
+    "zeros": lambda path: path.write_bytes(bytes(FILE_BYTES)) and None,
+    "another page": lambda path: shutil.copy(file_of(path.parents[2], 0), path) and None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_page_is_a_miss_counted_and_removed_and_can_be_stored_again(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    store = open_files(tmp_path)
+    put(store, 0, 3)
+    damage(file_of(tmp_path, 1))
+    assert get(store, 0, 3) == 1
+    stats = store.stats()
+    assert (stats.num_broken, stats.num_misses, stats.errors) == (1, 2, {})
+    assert len(pages_in(tmp_path)) == 2
+    assert put(store, 0, 3) == 3
+    assert get(store, 0, 3) == 3
+
+
+def test_a_file_of_the_wrong_size_does_not_exist_and_put_replaces_it(tmp_path: Path) -> None:
+    store = open_files(tmp_path)
+    put(store, 0, 1)
+    os.truncate(file_of(tmp_path, 0), 5000)
+    assert store.exists(KEYS[:1]) == 0
+    assert put(store, 0, 1) == 1
+    assert get(store, 0, 1) == 1
+
+
+def test_a_page_of_another_namespace_is_not_taken_even_from_our_own_folder(tmp_path: Path) -> None:
+    put(open_files(tmp_path / "a"), 0, 1)
+    other = FileStore(
+        StoreSpec(namespace="other", page_bytes=PAGE_BYTES, capacity_bytes=9 * FILE_BYTES, path=tmp_path / "b")
+    )
+    put(other, 0, 1)
+    shutil.copy(file_of(tmp_path / "a", 0), file_of(tmp_path / "b", 0))
+    assert b"processes" in file_of(tmp_path / "b", 0).read_bytes()[:4096]  # readable by people too
+    assert get(other, 0, 1) == 0
+    assert other.stats().num_broken == 1
+
+
+def test_a_folder_in_place_of_a_page_is_an_error_that_is_counted(tmp_path: Path) -> None:
+    store = open_files(tmp_path)
+    put(store, 0, 2)
+    path = file_of(tmp_path, 0)
+    path.unlink()
+    path.mkdir()
+    assert get(store, 0, 2) == 0
+    assert sum(store.stats().errors.values()) + store.stats().num_broken >= 1
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_a_missing_folder_is_made_for_this_user_alone(tmp_path: Path) -> None:
+    put(open_files(tmp_path / "deep" / "store"), 0, 1)
+    assert (tmp_path / "deep" / "store").stat().st_mode & 0o777 == 0o700
+    assert file_of(tmp_path, 0).stat().st_mode & 0o777 == 0o600
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "deep" / "store").rglob("*"))
+
+
+def test_a_folder_removed_while_running_is_made_again(tmp_path: Path) -> None:
+    store = open_files(tmp_path / "store", num_pages=2)
+    put(store, 0, 2)
+    shutil.rmtree(tmp_path / "store")
+    assert (get(store, 0, 2), store.exists(KEYS[:2]), store.stats().stored_bytes) == (0, 0, 0)
+    assert put(store, 0, 2) == 2
+    assert get(store, 0, 2) == 2
+    other = open_files(tmp_path / "store", num_pages=2)
+    assert put(other, 2, 4) == 2  # the cap holds for both, in the new folder
+    assert len(pages_in(tmp_path)) == 2
+    assert store.stats().errors == {}
+
+
+@pytest.mark.usefixtures("as_somebody")
+def test_a_folder_that_cannot_be_written_is_refused_when_opened(open_folder: Path) -> None:
+    open_folder.mkdir(mode=0o500)
+    with pytest.raises(StoreError, match=r"cannot open the file store in .*store: .*Name a folder"):
+        open_files(open_folder)
+    open_folder.chmod(0o700)
+    put(open_files(open_folder), 0, 1)
+    next(open_folder.glob("?" * 32)).chmod(0o500)
+    with pytest.raises(StoreError, match="Permission denied"):
+        open_files(open_folder)
+
+
+def test_a_file_in_place_of_the_folder_is_refused_when_opened(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("not a folder")
+    with pytest.raises(StoreError, match="store"):
+        open_files(tmp_path / "store")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_folder_that_another_user_made_is_refused(tmp_path: Path) -> None:
+    put(open_files(tmp_path), 0, 1)
+    os.chown(next(tmp_path.glob("?" * 32)), 65534, 65534)
+    with pytest.raises(StoreError, match="belongs to another user"):
+        open_files(tmp_path)
+
+
+def test_a_path_is_required() -> None:
+    with pytest.raises(ConfigError, match="path"):
+        open_store("file", StoreSpec(namespace="n", page_bytes=1, capacity_bytes=1))
+
+
+@pytest.mark.usefixtures("as_somebody")
+def test_with_permission_taken_away_pages_are_misses_and_nothing_is_written_for_a_while(open_folder: Path) -> None:
+    clock = FakeClock()
+    store = open_files(open_folder, clock=clock)
+    put(store, 0, 2)
+    namespace = next(open_folder.glob("?" * 32))
+    namespace.chmod(0)
+    assert (get(store, 0, 2), store.exists(KEYS[:2]), put(store, 0, 3)) == (0, 0, 0)
+    num_errors = store.stats().errors["EACCES"]
+    assert num_errors >= 3
+    namespace.chmod(0o700)
+    assert get(store, 0, 2) == 2  # reading goes on
+    assert put(store, 0, 3) == 2  # writing waits
+    clock.advance(5.0)
+    assert put(store, 0, 3) == 3
+    assert set(store.stats().errors) == {"EACCES"}
+    assert store.stats().stored_bytes == 3 * FILE_BYTES
+
+
+def test_names_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
+    ours = tmp_path / ("0" * 32) / "ab"
+    strangers = [tmp_path / "photo.page", tmp_path / "a" / "b" / "c.new", ours / "notes.new", ours / "x.page"]
+    for path in strangers:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(3 * FILE_BYTES))
+        os.utime(path, (0, 0))
+    store = open_files(tmp_path, num_pages=2)
+    assert put(store, 0, 2) == 2
+    put(store, 2, 4)
+    assert all(path.exists() for path in strangers)
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+def test_on_a_full_disk_put_stores_fewer_and_tries_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = FakeClock()
+    store = open_files(tmp_path, clock=clock)
+    write, room = os.writev, 2
+
+    def writev(fd: int, content: list[bytes]) -> int:
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        room -= 1
+        return write(fd, content)
+
+    monkeypatch.setattr(os, "writev", writev)
+    with caplog.at_level(logging.WARNING):
+        assert put(store, 0, 4) == 2
+        assert put(store, 0, 4) == 2  # not tried: the disk is left in peace
+    assert store.stats().errors == {"ENOSPC": 1}
+    assert len(caplog.records) == 1
+    assert unfinished_in(tmp_path) == []
+    assert store.stats().stored_bytes == 2 * FILE_BYTES
+    assert get(store, 0, 2) == 2
+    clock.advance(5.0)
+    room = 9
+    assert put(store, 10, 14) == 4
+
+
+def test_a_disk_that_stays_full_gets_new_pages_in_place_of_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock()
+    store = open_files(tmp_path, num_pages=64, clock=clock)
+    write = os.writev
+
+    def writev(fd: int, content: list[bytes]) -> int:
+        if len(pages_in(tmp_path)) >= 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, content)
+
+    monkeypatch.setattr(os, "writev", writev)
+    for index in range(40):
+        put(store, index, index + 1)
+        clock.advance(5.0)
+    assert store.exists([KEYS[39]]) + store.exists([KEYS[38]]) >= 1
+    assert store.exists([KEYS[0]]) == 0
+    assert store.stats().num_written >= 30
+
+
+def test_a_page_that_the_kernel_cuts_short_is_not_stored(tmp_path: Path) -> None:
+    store = open_files(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES // 2, hard))
+    try:
+        assert put(store, 0, 2) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert store.stats().errors == {"ENOSPC": 1}
+    assert pages_in(tmp_path) + unfinished_in(tmp_path) == []
+    assert store.stats().stored_bytes == 0
+
+
+# ---------------------------------------------------------------- recency and the cap
+
+
+def age(path: Path, seconds: float) -> int:
+    """Makes a file that long unused; returns its mtime."""
+    used_ns = path.stat().st_mtime_ns - int(seconds * 1e9)
+    os.utime(path, ns=(used_ns, used_ns))
+    return path.stat().st_mtime_ns
+
+
+def test_a_page_in_use_says_so_once_a_minute(tmp_path: Path) -> None:
+    store = open_files(tmp_path)
+    put(store, 0, 2)
+    recent, old = age(file_of(tmp_path, 0), 30), age(file_of(tmp_path, 1), 90)
+    get(store, 0, 2)
+    assert file_of(tmp_path, 0).stat().st_mtime_ns == recent
+    assert file_of(tmp_path, 1).stat().st_mtime_ns > old + 60 * 10**9
+
+
+def test_eviction_knows_what_another_process_wrote_and_used(tmp_path: Path) -> None:
+    a, b = open_files(tmp_path, num_pages=4), open_files(tmp_path, num_pages=4)
+    put(a, 0, 1)
+    put(b, 1, 2)
+    put(a, 2, 3)
+    put(b, 3, 4)
+    for index in range(4):
+        age(file_of(tmp_path, index), 3600)
+    assert get(a, 0, 1) == 1
+    put(b, 4, 5)  # b has written least, but 1 is the oldest
+    put(a, 5, 6)
+    assert [b.exists([key]) for key in KEYS[:6]] == [1, 0, 0, 1, 1, 1]
+
+
+def test_a_page_used_since_the_scan_is_not_taken_for_old(tmp_path: Path) -> None:
+    put(open_files(tmp_path, num_pages=2), 0, 2)
+    age(file_of(tmp_path, 0), 7200)
+    age(file_of(tmp_path, 1), 3600)
+    store = open_files(tmp_path, num_pages=2)  # knows both from its scan
+    assert get(store, 0, 1) == 1
+    put(store, 2, 3)
+    assert [store.exists([key]) for key in KEYS[:3]] == [1, 0, 1]
+
+
+def test_a_page_that_another_process_wrote_since_the_scan_goes_before_one_used_later(tmp_path: Path) -> None:
+    put(open_files(tmp_path, num_pages=3), 0, 2)
+    age(file_of(tmp_path, 0), 7200)
+    age(file_of(tmp_path, 1), 3600)
+    store = open_files(tmp_path, num_pages=3)
+    put(open_files(tmp_path, num_pages=3), 2, 3)
+    age(file_of(tmp_path, 2), 1800)
+    assert get(store, 0, 1) == 1
+    put(store, 3, 4)  # in place of 1, the only one that it still knows to be old
+    put(store, 4, 5)
+    assert [store.exists([key]) for key in KEYS[:5]] == [1, 0, 0, 1, 1]
+
+
+def test_the_cap_is_for_all_namespaces_of_a_folder(tmp_path: Path) -> None:
+    store = open_files(tmp_path, num_pages=3)
+    other = FileStore(StoreSpec(namespace="other", page_bytes=PAGE_BYTES, capacity_bytes=3 * FILE_BYTES, path=tmp_path))
+    put(store, 0, 3)
+    assert put(other, 0, 2) == 2
+    assert len(pages_in(tmp_path)) == 3
+    assert store.exists(KEYS[:3]) == 1
+
+
+def test_a_smaller_cap_than_before_holds_from_the_start(tmp_path: Path) -> None:
+    put(open_files(tmp_path, num_pages=8), 0, 8)
+    store = open_files(tmp_path, num_pages=3)
+    assert store.exists(KEYS[:8]) == 3
+    assert store.stats().stored_bytes == 3 * FILE_BYTES
+
+
+def test_a_wrong_number_in_the_lock_file_is_put_right(tmp_path: Path) -> None:
+    put(open_files(tmp_path, num_pages=4), 0, 2)
+    for wrong in (b"", b"\xff" * 16, b"torn"):
+        (tmp_path / "in-use.lock").write_bytes(wrong)
+        assert open_files(tmp_path, num_pages=4).stats().stored_bytes == 2 * FILE_BYTES
+
+
+def test_what_a_dead_process_left_unfinished_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    put(open_files(tmp_path), 0, 1)
+    folder = file_of(tmp_path, 0).parent
+    dead, writing = folder / f"{KEYS[9].hex()}.01234567.new", folder / f"{KEYS[9].hex()}.89abcdef.new"
+    for path in (dead, writing):
+        path.write_bytes(bytes(1000))
+    age(dead, 61)
+    store = open_files(tmp_path)
+    assert unfinished_in(tmp_path) == [writing]
+    assert store.stats().stored_bytes == FILE_BYTES + 1000
+
+
+def test_a_lock_that_is_never_let_go_stops_writing_after_five_seconds_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept_s: list[float] = []
+    monkeypatch.setattr("kvist.kv.store.disk_budget.time.sleep", slept_s.append)
+    store = open_files(tmp_path)
+    put(store, 0, 1)
+    with (tmp_path / "in-use.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # ours shuts out even this
+        assert put(store, 0, 2) == 1
+        assert get(store, 0, 1) == 1
+        assert store.stats().stored_bytes == FILE_BYTES
+    assert store.stats().errors == {"ETIMEDOUT": 1}
+    assert sum(slept_s) == pytest.approx(5.0)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def start(folder: Path, num_pages: int, first: int, last: int, num_rounds: int) -> subprocess.Popen[str]:
+    arguments = [str(folder), str(num_pages * FILE_BYTES), str(first), str(last), str(num_rounds)]
+    return subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def test_processes_that_write_the_same_pages_at_once_leave_each_whole(tmp_path: Path) -> None:
+    processes = [start(tmp_path, 64, 0, 30, 1) for _ in range(3)]
+    assert [process.communicate(timeout=60)[0] for process in processes] == ["30\n"] * 3
+    assert get(open_files(tmp_path), 0, 30) == 30
+    assert len(pages_in(tmp_path)) == 30
+    assert unfinished_in(tmp_path) == []
+
+
+def test_the_cap_holds_while_several_processes_write(tmp_path: Path) -> None:
+    cap, rounds = 20, 4
+    processes = [start(tmp_path, cap, first, first + 60, rounds) for first in (0, 60, 120)]
+    most = 0
+    for process in processes * rounds:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) >= 55  # a few are refused, where two find the same page to evict
+        for each in processes:
+            each.send_signal(signal.SIGSTOP)  # to count a folder that stands still
+        most = max(most, len(pages_in(tmp_path)) + len(unfinished_in(tmp_path)))
+        for each in processes:
+            each.send_signal(signal.SIGCONT)
+    assert [process.wait(timeout=60) for process in processes] == [0] * 3
+    assert most <= cap + len(processes)
+    store = open_files(tmp_path, cap)
+    assert cap - len(processes) <= len(pages_in(tmp_path)) <= cap
+    assert sum(get(store, index, index + 1) for index in range(180)) == len(pages_in(tmp_path))
+
+
+def test_after_a_kill_at_any_moment_every_page_is_whole_or_absent(tmp_path: Path) -> None:
+    num_killed_writing = 0
+    for attempt in range(60):
+        if attempt >= 10 and num_killed_writing >= 3:
+            break
+        process = start(tmp_path, 6, 0, 20, 1_000_000)  # each round evicts and writes all of them
+        assert process.stdout is not None
+        for _ in range(attempt % 3 + 1):
+            assert process.stdout.readline() == "20\n"
+        process.kill()
+        process.wait(timeout=10)
+        process.stdout.close()
+        num_killed_writing += bool(unfinished_in(tmp_path))
+        for path in unfinished_in(tmp_path):
+            age(path, 61)
+        store = open_files(tmp_path, num_pages=6)
+        assert unfinished_in(tmp_path) == []
+        there = len(pages_in(tmp_path))
+        assert there <= 6
+        assert sum(get(store, index, index + 1) for index in range(20)) == there
+        assert store.stats().stored_bytes == there * FILE_BYTES
+        assert (store.stats().num_broken, store.stats().errors) == (0, {})
+    assert num_killed_writing >= 3
