@@ -69,7 +69,9 @@ class EngineConfig:
         "implementation of attention; auto takes the quickest here",
         choices=("auto", "torch", "fa3", "flashinfer"),
     )
-    disable_cuda_graph: bool = option(False, "launch every kernel of a decode step instead of replaying a CUDA graph")
+    disable_cuda_graph: bool = option(
+        False, "on a GPU, launch a step kernel by kernel instead of replaying a CUDA graph"
+    )
     num_threads: int = option(
         0, "CPU threads of the engine; 0 shares the cores with the workers that this host runs already", minimum=0
     )

@@ -72,7 +72,7 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         served = find_served_model(config)
         limits = resolve_limits(config.scheduler, device=device_type(config.device), role=config.role)
         log.info(
-            "a step takes up to %d requests and %d tokens, %d of one prompt; the next is planned %s",
+            "a step takes up to %d requests and %d tokens, %d as a rule; the next is planned %s",
             limits.max_running_requests,
             limits.max_prefill_tokens,
             limits.chunked_prefill_size,
