@@ -122,9 +122,3 @@ class PageTables:
         self._num_tokens += [0] * (num_seats - seats)
         self._last_step += [0] * (num_seats - seats)
         self._free += range(seats, num_seats)
-
-
-def upload(values: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device that the host does not wait for: torch keeps the pinned memory until it is done."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
