@@ -108,10 +108,16 @@ def build_runner(
             followers.start(specs)
             meeting = Meeting(spec.meeting, rank=0, size=config.tp, check=followers.check_alive)
         runner = build_rank(checkpoint, model_config, spec, pool, meeting, progress, pool_reason=size.reason)
-    except BaseException:
+    except BaseException as error:
         if followers is not None:
             followers.close(kill=True)
         pool.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ConfigError(
+                f"there is no room on {device} beside the page pool: {error}; lower --mem-fraction-static or "
+                "--max-running-requests",
+                param="mem_fraction_static",
+            ) from error
         raise
     return runner if followers is None else LeadingRunner(runner, followers)
 
@@ -129,6 +135,7 @@ def build_rank(
     config, device = spec.config, spec.device
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    attention = build_attention(config.attention_backend, device)  # before minutes of loading, if it cannot run here
     tp = TensorParallel() if meeting is None else meeting.join(device)
     model = load_model(
         checkpoint,
@@ -140,7 +147,6 @@ def build_rank(
         seed=config.random_seed,
         progress=progress,
     )
-    attention = build_attention(config.attention_backend, device)
     holds_all_heads = pool.layout.num_kv_heads == model_config.num_kv_heads
     attention.bind(pool.tensor[:, tp.kv_heads(model_config.num_kv_heads)] if holds_all_heads else pool.tensor)
     if meeting is not None:
@@ -250,6 +256,13 @@ def num_weights(model_config: ModelConfig, num_ranks: int) -> int:
     return total
 
 
+def gpu_reserve_bytes(config: RunnerConfig) -> int:
+    """Device memory for what is made after the pool; `config` with every "auto" resolved."""
+    has_graphs = config.use_graphs and config.attention_backend != "torch"  # which cannot be recorded
+    num_bytes = graphs_bytes(config.max_running_requests, config.max_batch_tokens) if has_graphs else 0
+    return num_bytes + (COLLECTIVES_BYTES if config.tp > 1 else 0)
+
+
 def _pool_size(
     model_config: ModelConfig, layout: PageLayout, config: RunnerConfig, device: torch.device, runtime_dir: Path
 ) -> PoolSize:
@@ -257,16 +270,13 @@ def _pool_size(
     says so when it starts."""
     runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     on_gpu = device.type == "cuda"
-    reserve_bytes = graphs_bytes(config.max_running_requests, config.max_batch_tokens) if config.use_graphs else 0
-    if config.tp > 1:
-        reserve_bytes += COLLECTIVES_BYTES
     free_bytes = available_memory_bytes(device, runtime_dir)
     size = plan_pool_size(
         layout,
         available_bytes=torch.cuda.mem_get_info(device)[1] if on_gpu else free_bytes,
         free_bytes=free_bytes,
         weights_bytes=num_weights(model_config, config.tp if on_gpu else 1) * DTYPES[layout.dtype].itemsize,
-        reserve_bytes=reserve_bytes if on_gpu else 0,
+        reserve_bytes=gpu_reserve_bytes(config) if on_gpu else 0,
         mem_fraction_static=config.mem_fraction_static,
         max_total_tokens=config.max_total_tokens,
         cap_tokens=None if on_gpu else CPU_CAP_TOKENS,

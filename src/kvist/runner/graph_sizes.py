@@ -7,9 +7,13 @@ _BYTES_A_GRAPH = 16 << 20  # the driver keeps each graph's nodes in device memor
 
 
 def decode_sizes(max_batch: int) -> list[int]:
-    """1, 2, 4, then every multiple of 8, the last one cut to `max_batch`."""
-    sizes = [size for size in (1, 2, 4) if size < max_batch]
-    return [*sizes, *range(8, max_batch, 8), max_batch]
+    """1, 2, 4, then every multiple of 8, above 256 of more and more (a recording each would fill the GPU), the last one
+    cut to `max_batch`."""
+    sizes, size = [1, 2, 4], 8
+    while size < max_batch:
+        sizes.append(size)
+        size += max(8, (1 << size.bit_length()) >> 5)
+    return [*(size for size in sizes if size < max_batch), max_batch]
 
 
 def mixed_sizes(max_tokens: int) -> list[int]:

@@ -1,0 +1,40 @@
+"""What does not fit is told by the flag to change, and early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvist.checkpoint import Checkpoint
+from kvist.errors import ConfigError
+from kvist.models import load_model_config
+from kvist.runner import RunnerConfig, build, build_runner
+
+
+def build_tiny(checkpoint: Checkpoint, runtime_dir: Path, **options: object) -> None:
+    config = RunnerConfig(load_format="dummy", device="cpu", max_total_tokens=64, **options)  # type: ignore[arg-type]
+    build_runner(checkpoint, load_model_config(checkpoint), config, runtime_dir=runtime_dir).close()
+
+
+def test_attention_that_cannot_run_here_is_refused_before_the_weights_are_loaded(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "load_model", lambda *_args, **_options: pytest.fail("minutes of loading"))
+    with pytest.raises(ConfigError, match="--attention-backend fa3"):
+        build_tiny(tiny_checkpoint, tmp_path, attention_backend="fa3")
+    assert not list(tmp_path.glob("pool-*")), "the pool is gone with the engine"
+
+
+def test_memory_that_runs_out_behind_the_pool_names_the_flag_to_lower(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_args: object, **_options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(build, "load_model", run_out)
+    with pytest.raises(ConfigError, match=r"CUDA out of memory.*--mem-fraction-static") as refusal:
+        build_tiny(tiny_checkpoint, tmp_path)
+    assert refusal.value.param == "mem_fraction_static"
+    assert not list(tmp_path.glob("pool-*"))
