@@ -54,6 +54,39 @@ def test_decodes_come_first_and_prompts_share_what_is_left_of_the_budget_oldest_
     assert items(step(engine)) == [("a", 4, 5), ("b", 5, 6), ("c", 4, 9)]
 
 
+def two_streams(**config: object) -> SimEngine:
+    """Decodes of "a" and "b", whose steps are of the usual size."""
+    engine = unified(chunked_prefill_size=8, max_running_requests=3, **config)
+    step(engine, arrived("a", 3), arrived("b", 3))
+    assert [name for name, _, _ in items(step(engine))] == ["a", "b"]
+    return engine
+
+
+def test_a_prompt_alone_takes_the_largest_step_and_beside_streams_the_usual_one() -> None:
+    alone = unified(chunked_prefill_size=8, max_prefill_tokens=16)
+    assert items(step(alone, arrived("c", 20))) == [("c", 0, 16)]
+    beside = items(step(two_streams(max_prefill_tokens=16), arrived("c", 20)))
+    assert beside[2:] == [("c", 0, 6)]
+
+
+def test_a_little_more_than_the_usual_step_ends_a_prompt() -> None:
+    assert items(step(two_streams(max_prefill_tokens=16), arrived("c", 7)))[2:] == [("c", 0, 7)]
+    assert items(step(two_streams(max_prefill_tokens=8), arrived("c", 7)))[2:] == [("c", 0, 6)], "never above the limit"
+
+
+def test_prompts_that_run_and_those_that_wait_make_a_step_larger_together() -> None:
+    def chunk_of_c(*others: Arrived) -> int:
+        engine = two_streams(max_prefill_tokens=256, num_pages=600, max_model_len=1000)
+        step(engine, arrived("c", 900))
+        _, start, end = items(step(engine, *others))[2]
+        return end - start
+
+    waiting = [arrived(name, 600) for name in ("dd", "ee", "ff")]  # 1,800 tokens; a step is a sixteenth of all
+    assert chunk_of_c() == 6
+    assert chunk_of_c(*waiting) == 126
+    assert chunk_of_c(*waiting[:1]) == 6
+
+
 def test_nothing_is_planned_while_a_batch_is_under_way() -> None:
     engine = unified()
     assert step(engine, arrived("a")).batch is not None
