@@ -93,10 +93,15 @@ def test_a_tensor_parallel_worker_gets_its_gpus_in_a_row() -> None:
     assert options_of(shape) == [("0", None), ("2", None)]
 
 
-@pytest.mark.parametrize("num_gpus", [0, 1])
-def test_where_there_are_no_gpus_or_too_few_nothing_is_dealt_out(num_gpus: int) -> None:
-    shape = ClusterShape(config=ClusterConfig(), num_gpus=num_gpus, gpus_per_worker=2, memory_share=0.8)
+def test_where_there_are_no_gpus_nothing_is_dealt_out() -> None:
+    shape = ClusterShape(config=ClusterConfig(), num_gpus=0, gpus_per_worker=2, memory_share=0.8)
     assert options_of(shape) == [(None, None), (None, None)]
+
+
+@pytest.mark.parametrize(("first", "size"), [(0, 2), (1, 1), (7, 1)])
+def test_gpus_that_are_not_there_are_asked_for_all_the_same_so_that_the_worker_refuses(first: int, size: int) -> None:
+    shape = ClusterShape(config=ClusterConfig(), num_gpus=1, base_gpu_id=first, gpus_per_worker=size)
+    assert options_of(shape) == [(str(first), None), (str(first), None)]
 
 
 @pytest.mark.parametrize(

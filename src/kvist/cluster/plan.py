@@ -106,10 +106,11 @@ def free_ports(count: int) -> list[int]:
 def deal_gpus(shape: ClusterShape) -> list[tuple[str, ...]]:
     """Options for each worker: its GPU, round-robin, and its share of the memory where several have the same one.
 
-    Nothing is dealt out where there are no GPUs, or fewer than one worker asks for (it will say so itself)."""
-    num_places = (shape.num_gpus - shape.base_gpu_id) // shape.gpus_per_worker
-    if num_places < 1:
+    Nothing is dealt out where there are no GPUs. Where there are fewer than one worker asks for, all are told the first
+    place that was asked for: they refuse it, and say why."""
+    if not shape.num_gpus:
         return []
+    num_places = max(1, (shape.num_gpus - shape.base_gpu_id) // shape.gpus_per_worker)
     places = [index % num_places for index in range(shape.config.num_workers)]
     dealt = []
     for place in places:
