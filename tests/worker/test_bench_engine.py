@@ -17,6 +17,7 @@ from kvist.models import load_model_config
 from kvist.request import RequestId, SampledToken
 from kvist.runner.build import RunnerConfig, build_runner
 from kvist.runner.runner import AnyRunner, InFlight
+from kvist.scheduler.budget import step_tokens
 from kvist.scheduler.plan import Batch
 from kvist.worker.bench_engine import PromptSource, ShapeBench, check_fits, run_bench_engine, scheduler_limits
 from kvist.worker.bench_shapes import Shape, StepsConfig, parse_shape
@@ -72,6 +73,15 @@ def runner(tiny_model_path: Path, tmp_path: Path) -> Iterator[Watched]:
     made = Watched(build_runner(checkpoint, load_model_config(checkpoint), config, runtime_dir=tmp_path))
     yield made
     made.close()
+
+
+@pytest.mark.parametrize("text", ["300@128+1x2048", "8@1024+4x512", "64@512+1x960", "1x4096"])
+def test_the_scheduler_has_room_for_a_whole_shape_in_one_step(text: str) -> None:
+    shape = parse_shape(text)
+    limits = scheduler_limits([parse_shape("1@8"), shape])
+    num_prompt_tokens = shape.num_prompts * shape.prompt
+    room = step_tokens(limits, num_decodes=shape.num_decodes, backlog_tokens=num_prompt_tokens)
+    assert room >= shape.num_decodes + num_prompt_tokens
 
 
 def bench_of(shape: Shape, runner: AnyRunner) -> ShapeBench:

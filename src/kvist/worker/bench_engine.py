@@ -92,11 +92,12 @@ def run_bench_engine(engine: EngineConfig, config: StepsConfig) -> int:
 def scheduler_limits(shapes: Sequence[Shape]) -> SchedulerConfig:
     """Large enough for every shape to be one step."""
     num_running = max(shape.num_decodes + 2 * shape.num_prompts for shape in shapes)
+    num_tokens = max(PREFILL_STEP_TOKENS, num_running, *(shape.num_step_tokens for shape in shapes))
     return SchedulerConfig(
         max_running_requests=num_running,
         max_queued_requests=num_running,
-        chunked_prefill_size=max(PREFILL_STEP_TOKENS, *(shape.prompt for shape in shapes)),
-        max_prefill_tokens=max(PREFILL_STEP_TOKENS, num_running, *(shape.num_step_tokens for shape in shapes)),
+        chunked_prefill_size=num_tokens,  # else many decodes would make the step smaller (scheduler/budget.py)
+        max_prefill_tokens=num_tokens,
         queue_timeout_s=1e9,
     )
 
