@@ -11,7 +11,7 @@ items and chunks alone, the least that one object an item can cost.
     columns   items -> arrays (runner/columns.py)
     pack      arrays -> the words of the step's copy (runner/staging.py)
     seats     page lists -> rows of the table of them, their few new pages written (attention/page_tables.py)
-    result    tokens -> the StepFinished that the scheduler gets
+    result    the copied tokens -> what the scheduler is told
     encode    outputs -> bytes
     turn      all of them, and the loop around
 """
@@ -25,7 +25,7 @@ import random
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,10 +36,11 @@ from kvist import wire
 from kvist.attention.page_tables import PageTables
 from kvist.clock import FakeClock
 from kvist.kv.cache import PageCache
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, SampledToken, SamplingParams, WorkerId
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams, WorkerId
 from kvist.runner.columns import NOBODY, read_batch
 from kvist.runner.sampler import sampled_tokens
 from kvist.scheduler import SchedulerConfig, build_scheduler
+from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.plan import Batch, BatchItem
 from kvist.worker.engine import calm_collector
 from kvist.worker.loop import EngineLoop, LoopParts
@@ -90,18 +91,17 @@ class ImaginedGpu:
         with self._watch("seats"):
             self._tables.seat(columns.spans)
         self._former = columns.roster
-        return ImaginedStep(self._watch, [*columns.roster.slots], self._tokens)
+        return ImaginedStep(self._watch, self._tokens[:num_sampled])
 
 
 class ImaginedStep:
-    def __init__(self, watch: Stopwatch, request_ids: list[RequestId], tokens: torch.Tensor) -> None:
+    def __init__(self, watch: Stopwatch, tokens: torch.Tensor) -> None:
         self._watch = watch
-        self._request_ids = request_ids
         self._tokens = tokens
 
-    def result(self) -> Mapping[RequestId, SampledToken]:
+    def result(self) -> SampledTokens:
         with self._watch("result"):
-            return dict(zip(self._request_ids, sampled_tokens(self._tokens.tolist(), {}), strict=False))
+            return sampled_tokens(self._tokens, None)
 
 
 class ImaginedSockets:

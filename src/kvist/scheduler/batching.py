@@ -51,7 +51,7 @@ class Batcher:
 
     def failed(self, event: StepFailed) -> None:
         step = self._take_under_way(event.step_id)
-        for request in (*step.decodes, *(request for request, _ in step.chunks)):
+        for request in (*step.decodes, *(request for request, *_ in step.chunks)):
             if request.state is RequestState.ENDED:
                 self._table.release(request)
             else:
@@ -135,7 +135,7 @@ class Batcher:
         samples = end == num_tokens and request.first_token is None
         request.num_planned = end
         request.last_step_id = self._step_id + 1
-        step.chunks.append((request, end))
+        step.chunks.append((request, end, samples))
         items.append(
             BatchItem(
                 request_id=request.request_id,
