@@ -174,7 +174,8 @@ class RequestTable:
         self.running.insert(index, request)
 
     def compact(self) -> list[ActiveRequest]:
-        self.running = [request for request in self.running if request.state is RequestState.RUNNING]
+        running = RequestState.RUNNING  # to look it up for each of them would cost more than the rest
+        self.running = [request for request in self.running if request.state is running]
         return self.running
 
     def preempt(self, request: ActiveRequest) -> None:
