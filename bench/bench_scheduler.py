@@ -44,7 +44,7 @@ def measure_steps(*, running: int, steps: int, context: int, seed: int) -> list[
     config = SchedulerConfig(
         max_running_requests=running,
         max_queued_requests=running,
-        chunked_prefill_size=context,
+        chunked_prefill_size=running * context,  # all prompts in one step
         max_prefill_tokens=running * context,
         max_model_len=context + steps + 64,
     )
