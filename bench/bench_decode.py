@@ -106,8 +106,9 @@ def our_decode(runner: Runner, prompts: list[list[int]], num_tokens: int) -> tup
             )
             for index, known in enumerate(tokens)
         )
-        for name, token in runner.execute(Batch(step_id=computed, items=items)).items():
-            tokens[int(name)].append(token.token_id)
+        sampled = runner.execute(Batch(step_id=computed, items=items))
+        for known, token_id in zip(tokens, sampled.token_ids, strict=True):
+            known.append(token_id)
 
     step(0)
     start = time.perf_counter()

@@ -10,8 +10,8 @@ items and chunks alone, the least that one object an item can cost.
     plan      scheduler.step, the tokens of the step before the last among its events
     columns   items -> arrays (runner/columns.py)
     pack      arrays -> the words of the step's copy (runner/staging.py)
-    seats     page lists -> rows of the table of them, their few new pages written (attention/page_tables.py)
-    result    tokens -> the StepFinished that the scheduler gets
+    index     where the tokens and the pages lie, their copy begun (attention/fa3.py and page_tables.py)
+    result    the copied tokens -> what the scheduler is told
     encode    outputs -> bytes
     turn      all of them, and the loop around
 """
@@ -25,7 +25,7 @@ import random
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,20 +33,24 @@ import numpy as np
 import torch
 
 from kvist import wire
+from kvist.attention.fa3 import _Index
 from kvist.attention.page_tables import PageTables
+from kvist.attention.pinned import PinnedRing
 from kvist.clock import FakeClock
 from kvist.kv.cache import PageCache
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, SampledToken, SamplingParams, WorkerId
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams, WorkerId
 from kvist.runner.columns import NOBODY, read_batch
 from kvist.runner.sampler import sampled_tokens
 from kvist.scheduler import SchedulerConfig, build_scheduler
+from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.plan import Batch, BatchItem
 from kvist.worker.engine import calm_collector
 from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
 
 PAGE_SIZE = 16
-PARTS = ("turn", "plan", "columns", "pack", "seats", "result", "encode", "objects")
+MAX_TURNS_BEFORE = 1000  # those that are measured
+PARTS = ("turn", "plan", "columns", "pack", "index", "result", "encode", "objects")
 
 
 class Stopwatch:
@@ -75,8 +79,9 @@ class ImaginedGpu:
         self._watch = watch
         self._words = np.zeros(num_requests * (3 * context + 4), dtype=np.int32)
         self._num_requests = num_requests
-        self._tables = PageTables(cpu, PAGE_SIZE)
+        self._tables, self._ring = PageTables(cpu, PAGE_SIZE), PinnedRing(cpu)
         self._tables.reserve(num_requests, 2048)
+        self._index = _Index.allocate(num_requests, num_requests, cpu)
         self._former = NOBODY
         self._tokens = torch.randint(0, 32_000, (num_requests,), dtype=torch.int32)
 
@@ -87,21 +92,21 @@ class ImaginedGpu:
         with self._watch("pack"):
             words = self._words[: 3 * num_tokens + 4 * num_sampled]
             columns.words.pack(words, num_tokens, num_sampled, self._num_requests)
-        with self._watch("seats"):
-            self._tables.seat(columns.spans)
+        if columns.only_decodes:
+            with self._watch("index"):
+                self._index.fill(columns.spans, self._tables, self._ring)
         self._former = columns.roster
-        return ImaginedStep(self._watch, [*columns.roster.slots], self._tokens)
+        return ImaginedStep(self._watch, self._tokens[:num_sampled])
 
 
 class ImaginedStep:
-    def __init__(self, watch: Stopwatch, request_ids: list[RequestId], tokens: torch.Tensor) -> None:
+    def __init__(self, watch: Stopwatch, tokens: torch.Tensor) -> None:
         self._watch = watch
-        self._request_ids = request_ids
         self._tokens = tokens
 
-    def result(self) -> Mapping[RequestId, SampledToken]:
+    def result(self) -> SampledTokens:
         with self._watch("result"):
-            return dict(zip(self._request_ids, sampled_tokens(self._tokens.tolist(), {}), strict=False))
+            return sampled_tokens(self._tokens, None)
 
 
 class ImaginedSockets:
@@ -137,7 +142,7 @@ class NoTransport:
 
 
 def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: ImaginedSockets) -> EngineLoop:
-    longest = args.context + args.steps + 64
+    longest = args.context + args.steps + MAX_TURNS_BEFORE
     num_pages = args.running * -(-longest // PAGE_SIZE)
     config = SchedulerConfig(
         max_running_requests=args.running,
@@ -189,7 +194,7 @@ def submits(args: argparse.Namespace) -> list[tuple[bytes, Any]]:
         request = EngineRequest(
             request_id=RequestId(f"cmpl-{index:024x}"),
             prompt_token_ids=tuple(rng.randrange(32_000) for _ in range(args.context - index % PAGE_SIZE)),
-            sampling=SamplingParams(max_tokens=args.steps + 60, temperature=args.temperature, seed=index),
+            sampling=SamplingParams(max_tokens=args.steps + MAX_TURNS_BEFORE, temperature=args.temperature, seed=index),
         )
         found.append((b"gateway-%d" % (index % 2), wire.Submit(request=request, mode=Mode.FULL)))
     return found
@@ -209,7 +214,11 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     sockets = ImaginedSockets(watch)
     loop = make_loop(watch, args, sockets)
     sockets.waiting = submits(args)
-    for _ in range(10):
+    told = -1
+    for _ in range(MAX_TURNS_BEFORE):  # the prompts are read
+        if sockets.num_chunks - told == args.running:
+            break
+        told = sockets.num_chunks
         loop.turn(0.0)
     calm_collector()
     watch.times_us.clear()

@@ -19,9 +19,9 @@ import subprocess
 import time
 
 from kvist.kv.cache import PageCache
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, SampledToken, SamplingParams
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.events import Arrived, Event, StepFinished
+from kvist.scheduler.events import Arrived, Event, SampledTokens, StepFinished
 from kvist.scheduler.plan import Batch, BatchItem
 from kvist.wire import PoolAddress, TokenChunk
 
@@ -32,10 +32,8 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def finished(batch: Batch) -> StepFinished:
-    token = SampledToken(token_id=5)
-    return StepFinished(
-        step_id=batch.step_id, sampled={item.request_id: token for item in batch.items if item.sampling is not None}
-    )
+    token_ids = [5 for item in batch.items if item.sampling is not None]
+    return StepFinished(step_id=batch.step_id, sampled=SampledTokens(token_ids=token_ids))
 
 
 def measure_steps(*, running: int, steps: int, context: int, seed: int) -> list[float]:
@@ -46,7 +44,7 @@ def measure_steps(*, running: int, steps: int, context: int, seed: int) -> list[
     config = SchedulerConfig(
         max_running_requests=running,
         max_queued_requests=running,
-        chunked_prefill_size=context,
+        chunked_prefill_size=running * context,  # all prompts in one step
         max_prefill_tokens=running * context,
         max_model_len=context + steps + 64,
     )

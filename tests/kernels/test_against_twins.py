@@ -120,7 +120,7 @@ def test_a_graph_that_reads_page_lists_sees_what_the_host_wrote_since() -> None:
         assert (pages[0, :2].tolist(), slots.tolist()) == ([3, page], [16 * page + 3])
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 15, GATED_ROWS])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 15, 16, 17, GATED_ROWS])
 @pytest.mark.parametrize(("num_in", "num_out"), [(64, 96), (576, 193), (3584, 4608), (18944, 3584), (960, 49152)])
 def test_skinny_products(rng: torch.Generator, num_rows: int, num_in: int, num_out: int) -> None:
     x, weight, bias = random(rng, num_rows, num_in), random(rng, num_out, num_in), random(rng, num_out)

@@ -75,7 +75,9 @@ class HandDriven:
 
     def step(self, *items: BatchItem) -> dict[RequestId, SampledToken]:
         self._steps += 1
-        return self.runner.execute(Batch(step_id=self._steps, items=items))
+        sampled = self.runner.execute(Batch(step_id=self._steps, items=items))
+        request_ids = [item.request_id for item in items if item.sampling is not None]
+        return {request_id: sampled[place] for place, request_id in enumerate(request_ids)}
 
     def generate(
         self,

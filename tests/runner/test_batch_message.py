@@ -6,10 +6,10 @@ import random
 from collections import Counter
 
 from kvist.kv.cache import PageCache
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, SampledToken, SamplingParams
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
 from kvist.runner.batch_message import BatchDecoder, BatchEncoder
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.events import Arrived, Event, StepFinished
+from kvist.scheduler.events import Arrived, Event, SampledTokens, StepFinished
 from kvist.scheduler.plan import Batch, BatchItem
 from kvist.wire import PoolAddress
 
@@ -74,9 +74,7 @@ def test_every_batch_of_a_busy_scheduler_arrives_as_it_was_planned() -> None:
             launched.append(batch)
         if len(launched) > int(batch is not None):
             done = launched.pop(0)
-            sampled = {
-                each.request_id: SampledToken(token_id=dice.randrange(100)) for each in done.items if each.sampling
-            }
+            sampled = SampledTokens(token_ids=[dice.randrange(100) for each in done.items if each.sampling])
             events = [StepFinished(step_id=done.step_id, sampled=sampled)]
     assert not scheduler.has_work()
     assert min(seen[what] for what in ("went on", "took a token unknown", "chunks")) > 100

@@ -146,8 +146,9 @@ def serve(
             batch, launched = in_flight.popleft()
             sampled = launched.result()
             events = [StepFinished(step_id=batch.step_id, sampled=sampled)]
-            for request_id, token in sampled.items():
-                streams[request_id].append(token)
+            request_ids = [item.request_id for item in batch.items if item.sampling is not None]
+            for place, request_id in enumerate(request_ids):
+                streams[request_id].append(sampled[place])
     return {name: tokens[:40] for name, tokens in streams.items()}
 
 

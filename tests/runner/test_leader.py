@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -11,17 +10,18 @@ import pytest
 
 from kvist.clock import FakeClock
 from kvist.errors import EngineError
-from kvist.request import RequestId, SampledToken, SamplingParams
+from kvist.request import RequestId, SamplingParams
 from kvist.runner.batch_message import BatchDecoder
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.tp import COLLECTIVE_TIMEOUT_S
+from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.plan import Batch, BatchItem
 
 ITEM = BatchItem(
     request_id=RequestId("r"), token_ids=(1, 2), start=0, page_ids=[0], sampling=SamplingParams(max_tokens=2)
 )
 BATCH = Batch(step_id=1, items=(ITEM,))
-TOKENS = {RequestId("r"): SampledToken(token_id=9)}
+TOKENS = SampledTokens(token_ids=[9])
 
 
 @dataclass
@@ -55,7 +55,7 @@ class FakeFlight:
     def is_done(self) -> bool:
         return self.world.on_poll()
 
-    def result(self) -> Mapping[RequestId, SampledToken]:
+    def result(self) -> SampledTokens:
         if self.world.fails_late:
             raise RuntimeError("an illegal memory access")
         return TOKENS

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvist.request import SampledToken, SamplingParams
 from kvist.runner.sampler import SamplingRow, gumbel_noise, sample
+from kvist.scheduler.events import SampledTokens
 
 
 def row(position: int = 0, *, suppressed: tuple[int, ...] = (), **params: object) -> SamplingRow:
@@ -23,7 +24,7 @@ def random_logits(num_rows: int, vocab_size: int, seed: int = 0, spread: float =
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def tokens(result: list[SampledToken]) -> list[int]:
+def tokens(result: SampledTokens | list[SampledToken]) -> list[int]:
     return [token.token_id for token in result]
 
 

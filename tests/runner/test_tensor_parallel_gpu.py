@@ -84,7 +84,7 @@ def logits_and_tokens(runner: AnyRunner) -> tuple[Tensor, list[int]]:
         found = runner.execute(Batch(step_id=step, items=(item,)))
         start = end
         if found:
-            (token,) = found.values()
+            (token,) = found
             assert token.logprobs is not None
             row = torch.empty(VOCAB_SIZE)
             row[list(token.logprobs.top_token_ids)] = torch.tensor(token.logprobs.top_logprobs)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from kvist.kv.cache import PageCache
 from kvist.kv.pages import PageState
-from kvist.request import EngineRequest, FinishReason, SampledToken, SamplingParams
+from kvist.request import EngineRequest, FinishReason, SamplingParams
 from kvist.scheduler import SchedulerConfig
+from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.plan import Batch, BatchItem
 
 VOCAB = 23
@@ -65,19 +66,20 @@ class FakeDevice:
         self._page_size = cache.page_size
         self._ledger = cache._ledger
         self.pages: list[list[Slot | None]] = [[None] * cache.page_size for _ in range(cache.num_pages)]
-        self._former: dict[str, SampledToken] = {}  # what the batch before chose: `takes_sampled` means these
+        self._former: dict[str, int] = {}  # what the batch before chose: `takes_sampled` means these
         self._broken: frozenset[str] = frozenset()  # its requests, if it failed
 
-    def execute(self, batch: Batch) -> dict[str, SampledToken]:
+    def execute(self, batch: Batch) -> SampledTokens:
         """Writes all K/V first, like a real step: no request may see another's half-written page as its own."""
-        sampled: dict[str, SampledToken] = {}
+        sampled: dict[str, int] = {}
         for item in batch.items:
             if item.request_id in self._broken:  # begun behind the failure: computed from what makes no sense
                 self._check_owned(item)
-                sampled[item.request_id] = SampledToken(token_id=0)
+                if item.sampling is not None:
+                    sampled[item.request_id] = 0
                 continue
             prefix = self._check_prefix(item.page_ids, item.start)
-            token_ids = [self._former[item.request_id].token_id] if item.takes_sampled else item.token_ids
+            token_ids = [self._former[item.request_id]] if item.takes_sampled else item.token_ids
             for offset, token_id in enumerate(token_ids):
                 page, slot = divmod(item.start + offset, self._page_size)
                 state = self._ledger.state(item.page_ids[page])
@@ -86,9 +88,9 @@ class FakeDevice:
                 self.pages[item.page_ids[page]][slot] = (token_id, prefix)
             if item.sampling is not None:
                 token_id = next_token(prefix, item.sampling, item.end, item.suppressed_token_ids)
-                sampled[item.request_id] = SampledToken(token_id=token_id)
+                sampled[item.request_id] = token_id
         self._former, self._broken = sampled, frozenset()
-        return sampled
+        return SampledTokens(token_ids=list(sampled.values()))
 
     def fail(self, batch: Batch) -> None:
         """It raises, and leaves nonsense in the pages that it should have written."""

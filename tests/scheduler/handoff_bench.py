@@ -9,6 +9,7 @@ from kvist.request import EpochId, HandoffId, Outcome, SampledToken
 from kvist.scheduler import Scheduler, build_scheduler
 from kvist.scheduler.events import (
     Event,
+    SampledTokens,
     StepFinished,
 )
 from kvist.scheduler.plan import Batch, Plan
@@ -44,7 +45,7 @@ class Bench:
         """The batch is done; then `events`."""
         batch, self.batch = self.batch, None
         assert batch is not None
-        sampled = {item.request_id: SampledToken(token_id=token_id) for item in batch.items if item.sampling}
+        sampled = SampledTokens(token_ids=[token_id for item in batch.items if item.sampling])
         return self.step(StepFinished(step_id=batch.step_id, sampled=sampled), *events)
 
     @property

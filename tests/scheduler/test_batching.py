@@ -7,9 +7,9 @@ from fake_device import EOS, reference_stream
 from scheduler_sim import SimEngine, World, make_request, small_config
 
 from kvist.errors import ConfigError
-from kvist.request import FinishReason, Mode, Outcome, SampledToken, SamplingParams
+from kvist.request import FinishReason, Mode, Outcome, SamplingParams
 from kvist.scheduler import SchedulerConfig
-from kvist.scheduler.events import AbortRequested, Arrived, FlushRequested, StepFinished
+from kvist.scheduler.events import AbortRequested, Arrived, FlushRequested, SampledTokens, StepFinished
 from kvist.scheduler.plan import Plan
 
 
@@ -219,7 +219,7 @@ def sampled(plan: Plan, token_id: int) -> StepFinished:
     assert plan.batch is not None
     return StepFinished(
         step_id=plan.batch.step_id,
-        sampled={item.request_id: SampledToken(token_id=token_id) for item in plan.batch.items if item.sampling},
+        sampled=SampledTokens(token_ids=[token_id for item in plan.batch.items if item.sampling]),
     )
 
 

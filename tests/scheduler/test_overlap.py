@@ -10,8 +10,8 @@ from fake_device import EOS
 from handoff_bench import Bench, ends
 from scheduler_sim import World, make_request, small_config
 
-from kvist.request import EngineRequest, FinishReason, Mode, Outcome, SampledToken
-from kvist.scheduler.events import AbortRequested, Arrived, StepFailed, StepFinished
+from kvist.request import EngineRequest, FinishReason, Mode, Outcome
+from kvist.scheduler.events import AbortRequested, Arrived, SampledTokens, StepFailed, StepFinished
 from kvist.scheduler.plan import Batch, Plan
 
 
@@ -24,7 +24,7 @@ def arrived(request: EngineRequest) -> Arrived:
 
 
 def finish(bench: Bench, batch: Batch, token_id: int = 5) -> Plan:
-    sampled = {item.request_id: SampledToken(token_id=token_id) for item in batch.items if item.sampling}
+    sampled = SampledTokens(token_ids=[token_id for item in batch.items if item.sampling])
     return bench.step(StepFinished(step_id=batch.step_id, sampled=sampled))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,10 @@ from kvist.checkpoint import find_checkpoint
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
 from kvist.models import load_model_config
-from kvist.request import RequestId, SampledToken
 from kvist.runner.build import RunnerConfig, build_runner
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler.budget import step_tokens
+from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.plan import Batch
 from kvist.worker.bench_engine import PromptSource, ShapeBench, check_fits, run_bench_engine, scheduler_limits
 from kvist.worker.bench_shapes import Shape, StepsConfig, parse_shape
@@ -45,7 +45,7 @@ class Watched:
         self.max_under_way = max(self.max_under_way, self.num_under_way)
         return _Read(self, self._runner.launch(batch))
 
-    def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]:
+    def execute(self, batch: Batch) -> SampledTokens:
         return self.launch(batch).result()
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class _Read:
     def is_done(self) -> bool:
         return self.flight.is_done()
 
-    def result(self) -> Mapping[RequestId, SampledToken]:
+    def result(self) -> SampledTokens:
         self.watched.num_under_way -= 1
         return self.flight.result()
 

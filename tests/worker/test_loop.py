@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -20,7 +20,6 @@ from kvist.request import (
     Mode,
     Outcome,
     RequestId,
-    SampledToken,
     SamplingParams,
     WorkerId,
 )
@@ -35,6 +34,7 @@ from kvist.scheduler.events import (
     PagesVerified,
     PeerDied,
     RevokeArrived,
+    SampledTokens,
     StepFailed,
     StepFinished,
     WritesCompleted,
@@ -149,11 +149,11 @@ class FakeLaunched:
     batch: Batch
     fails: bool
 
-    def result(self) -> Mapping[RequestId, SampledToken]:
+    def result(self) -> SampledTokens:
         self.runner.order.append(f"read {self.batch.step_id}")
         if self.fails:
             raise self.runner.error
-        return {item.request_id: SampledToken(token_id=9) for item in self.batch.items}
+        return SampledTokens(token_ids=[9] * len(self.batch.items))
 
 
 class FakeTransport:
@@ -359,7 +359,7 @@ def test_tokens_leave_before_the_next_batch_is_computed(engine: Engine, monkeypa
 def test_a_finished_batch_is_told_to_the_next_step_which_is_not_kept_waiting(engine: Engine) -> None:
     engine.turn(plan=Plan(batch=batch("a")))
     assert engine.loop._idle_s() == 0.0
-    assert engine.turn() == [StepFinished(step_id=1, sampled={RequestId("a"): SampledToken(token_id=9)})]
+    assert engine.turn() == [StepFinished(step_id=1, sampled=SampledTokens(token_ids=[9]))]
 
 
 def test_with_overlap_the_next_batch_is_launched_before_this_one_is_read() -> None:

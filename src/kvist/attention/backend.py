@@ -67,6 +67,7 @@ class SpanColumns(Sequence[Span]):
         self.counts = counts
         self.page_ids = page_ids
         self.ends = starts + counts
+        self.num_tokens = int(counts.sum())
         self._spans: list[Span] | None = None
 
     @classmethod
@@ -78,7 +79,9 @@ class SpanColumns(Sequence[Span]):
 
     def positions(self) -> npt.NDArray[np.int32]:
         """[num_tokens] of every new token, in order."""
-        positions: npt.NDArray[np.int32] = np.arange(self.counts.sum(), dtype=np.int32)
+        if self.num_tokens == len(self):  # decodes alone
+            return self.starts
+        positions: npt.NDArray[np.int32] = np.arange(self.num_tokens, dtype=np.int32)
         positions += (self.ends - self.counts.cumsum(dtype=np.int32)).repeat(self.counts)
         return positions
 

@@ -58,7 +58,7 @@ class Fa3Attention:
     def prepare(self, spans: Sequence[Span]) -> Attend:
         columns = SpanColumns.of(spans)
         num_decodes = _count_decodes(columns)
-        index = _Index.allocate(len(columns), int(columns.counts.sum()), self._device)
+        index = _Index.allocate(len(columns), columns.num_tokens, self._device)
         index.fill(columns, self._tables, self._ring)
         table = index.seats.new_zeros(len(columns), -(-int(columns.ends.max()) // self._pool.page_size))
         longest_chunk = int(columns.counts[num_decodes:].max(initial=0))
@@ -76,8 +76,9 @@ class Fa3Attention:
 
 def _count_decodes(columns: SpanColumns) -> int:
     """Those that come before the first chunk."""
-    chunks = np.flatnonzero(columns.counts != 1)
-    return int(chunks[0]) if len(chunks) else len(columns)
+    if columns.num_tokens == len(columns):
+        return len(columns)
+    return int(np.flatnonzero(columns.counts != 1)[0])
 
 
 class _Pool:
@@ -131,9 +132,10 @@ class _Index:
         rows[1, :num_decodes] = columns.ends[:num_decodes]
         rows[2, num_decodes:count] = columns.ends[num_decodes:]
         rows[3, :count] = seats = tables.seat(columns)
-        cumulative[: num_decodes + 1] = num_decodes
-        cumulative[num_decodes + 1 : count + 1] = num_decodes + columns.counts[num_decodes:].cumsum()
-        cumulative[count + 1 :] = cumulative[count]
+        cumulative[:] = num_decodes
+        if num_decodes < count:
+            cumulative[num_decodes + 1 : count + 1] += columns.counts[num_decodes:].cumsum(dtype=np.int32)
+            cumulative[count + 1 :] = cumulative[count]
         written = tables.slots(columns, seats)
         slots[: len(written)] = written
         slots[len(written) :] = -1

@@ -64,7 +64,8 @@ class PageTables:
     def slots(self, spans: SpanColumns, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """page * page_size + offset of every new token, in order."""
         pages, offsets = np.divmod(spans.positions(), self._page_size)
-        return self._host[rows.repeat(spans.counts), pages] * np.int32(self._page_size) + offsets
+        rows_of_tokens = rows if spans.num_tokens == len(spans) else rows.repeat(spans.counts)
+        return self._host[rows_of_tokens, pages] * np.int32(self._page_size) + offsets
 
     def read(self, rows: Tensor, lengths: Tensor, pages: Tensor, slots: Tensor) -> None:
         """On the device, when the step runs: kernels/page_lists.py tells the arguments."""

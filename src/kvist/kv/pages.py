@@ -87,9 +87,9 @@ class PageLedger:
 
     def move(self, page_ids: Sequence[int], source: PageState, target: PageState) -> None:
         """Moves pages, each of which must be in `source`, by one row of the transition table."""
-        assert source is not PageState.FREE, "free pages are taken by `allocate`"
+        assert source is not _FREE, "free pages are taken by `allocate`"
         self._set(page_ids, source, target)
-        if target is PageState.FREE:
+        if target is _FREE:
             self._free.extend(page_ids)
 
     def _set(self, page_ids: Sequence[int], source: PageState, target: PageState) -> None:

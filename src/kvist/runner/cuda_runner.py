@@ -14,7 +14,7 @@ All work goes to one stream, so a page that is given to another request later is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,6 @@ from kvist.attention.backend import AttentionBackend, GraphPlan
 from kvist.kernels.sampling import choose_tokens
 from kvist.kv.device import DevicePool
 from kvist.models.decoder import Unfinished
-from kvist.request import RequestId, SampledToken
 from kvist.runner.columns import NOBODY, BatchColumns, read_batch
 from kvist.runner.cuda_graphs import StepGraphs
 from kvist.runner.graph_sizes import decode_sizes, mixed_sizes
@@ -39,6 +38,7 @@ from kvist.runner.sampler import (
     sampled_tokens,
 )
 from kvist.runner.staging import Staging
+from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.plan import Batch
 
 
@@ -53,18 +53,16 @@ class StepLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launched:
-    request_ids: Sequence[RequestId]  # those that get a token, in the order of `tokens`
-    tokens: Tensor  # [len(request_ids)] int32, pinned
+    tokens: Tensor  # int32, pinned
     measured: Measured | None
     done: torch.cuda.Event
 
     def is_done(self) -> bool:
         return bool(self.done.query())  # type: ignore[no-untyped-call]
 
-    def result(self) -> Mapping[RequestId, SampledToken]:
+    def result(self) -> SampledTokens:
         self.done.synchronize()
-        logprobs = {} if self.measured is None else self.measured.logprobs()
-        return dict(zip(self.request_ids, sampled_tokens(self.tokens.tolist(), logprobs), strict=True))
+        return sampled_tokens(self.tokens, self.measured)
 
 
 class CudaRunner:
@@ -104,16 +102,15 @@ class CudaRunner:
         rows = None if columns.is_plain else sampling_rows(batch)
         with torch.inference_mode():
             measured = self._compute(columns, rows)
-            request_ids = [*columns.roster.slots]
-            tokens = self._staging.start_read(len(request_ids))
+            tokens = self._staging.start_read(len(columns.words.rows))
             if measured is not None:
                 measured = measured.start_copy()
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         self._former = columns.roster
-        return Launched(request_ids=request_ids, tokens=tokens, measured=measured, done=done)
+        return Launched(tokens=tokens, measured=measured, done=done)
 
-    def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]:
+    def execute(self, batch: Batch) -> SampledTokens:
         return self.launch(batch).result()
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvist.attention.backend import Span
-from kvist.request import RequestId, SampledToken
+from kvist.request import RequestId
 from kvist.runner.sampler import SamplingRow
 from kvist.scheduler.plan import Batch
 
@@ -33,11 +33,11 @@ class ForwardInputs:
     sampled_rows: Tensor | None  # [num_sampled], int64: rows whose logits are wanted, in item order; None: all rows
 
 
-def forward_items(batch: Batch, former: Mapping[RequestId, SampledToken]) -> list[ForwardItem]:
+def forward_items(batch: Batch, former: Mapping[RequestId, int]) -> list[ForwardItem]:
     """`former`: the tokens of the batch before, which items with `takes_sampled` go on from."""
     return [
         ForwardItem(
-            (former[item.request_id].token_id,) if item.takes_sampled else item.token_ids,
+            (former[item.request_id],) if item.takes_sampled else item.token_ids,
             item.start,
             item.page_ids,
             item.sampling is not None,

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Protocol
 
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import EngineError
-from kvist.request import RequestId, SampledToken
 from kvist.runner.batch_message import BatchEncoder
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.runner.tp import COLLECTIVE_TIMEOUT_S
+from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.plan import Batch
 
 _POLL_S = 20e-6  # the system makes about 70 of it; planning is a step ahead, so nobody notices
@@ -57,7 +57,7 @@ class LeadingRunner:
             self._last = Watched(self._runner.launch(batch), self)
         return self._last
 
-    def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]:
+    def execute(self, batch: Batch) -> SampledTokens:
         return self.launch(batch).result()
 
     @contextlib.contextmanager
@@ -119,7 +119,7 @@ class Watched:
     def wait(self) -> None:
         self._leader.wait(self._flight)
 
-    def result(self) -> Mapping[RequestId, SampledToken]:
+    def result(self) -> SampledTokens:
         self.wait()
         with self._leader.in_step():
             return self._flight.result()

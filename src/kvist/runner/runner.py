@@ -20,9 +20,10 @@ from torch import Tensor
 from kvist.attention.backend import Attend, AttentionBackend
 from kvist.kv.device import DevicePool
 from kvist.models.decoder import Unfinished
-from kvist.request import RequestId, SampledToken
+from kvist.request import RequestId
 from kvist.runner.inputs import ForwardInputs, build_inputs, forward_items, sampling_rows
 from kvist.runner.sampler import sample
+from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.plan import Batch
 
 
@@ -43,9 +44,9 @@ class InFlight(Protocol):
         """Whether `result` would not wait."""
         ...
 
-    def result(self) -> Mapping[RequestId, SampledToken]:
-        """Waits until the K/V of every token of the batch is in the pages; one new token for each item that has
-        `sampling`. Raises what the device raised. Once, and in the order of the launches."""
+    def result(self) -> SampledTokens:
+        """Waits until the K/V of every token of the batch is in the pages. Raises what the device raised. Once, and in
+        the order of the launches."""
         ...
 
 
@@ -58,7 +59,7 @@ class AnyRunner(Protocol):
 
     def launch(self, batch: Batch) -> InFlight: ...
 
-    def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]: ...
+    def execute(self, batch: Batch) -> SampledTokens: ...
 
     def close(self) -> None: ...
 
@@ -67,13 +68,13 @@ class AnyRunner(Protocol):
 class Finished:
     """Was computed by the launch already."""
 
-    tokens: Mapping[RequestId, SampledToken]
+    sampled: SampledTokens
 
     def is_done(self) -> bool:
         return True
 
-    def result(self) -> Mapping[RequestId, SampledToken]:
-        return self.tokens
+    def result(self) -> SampledTokens:
+        return self.sampled
 
 
 class Runner:
@@ -85,7 +86,7 @@ class Runner:
         self._model = model
         self._attention = attention
         self._device = pool.tensor.device
-        self._former: Mapping[RequestId, SampledToken] = {}  # of the batch before
+        self._former: Mapping[RequestId, int] = {}  # the tokens that the batch before chose
 
     def launch(self, batch: Batch) -> InFlight:
         """What it raises is a broken device or our bug."""
@@ -95,13 +96,13 @@ class Runner:
         with torch.inference_mode():
             logits = forward(self._model, self._attention, build_inputs(items, self._device))
             if logits is None:
-                return Finished({})
-            tokens = sample(logits, sampling_rows(batch))
-        sampled = (item.request_id for item in batch.items if item.sampling is not None)
-        self._former = dict(zip(sampled, tokens, strict=True))
-        return Finished(self._former)
+                return Finished(SampledTokens(token_ids=()))
+            sampled = sample(logits, sampling_rows(batch))
+        request_ids = (item.request_id for item in batch.items if item.sampling is not None)
+        self._former = dict(zip(request_ids, sampled.token_ids, strict=True))
+        return Finished(sampled)
 
-    def execute(self, batch: Batch) -> Mapping[RequestId, SampledToken]:
+    def execute(self, batch: Batch) -> SampledTokens:
         return self.launch(batch).result()
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ whose nucleus is wider than that.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from kvist.kernels.sampling import choose_tokens, nucleus_floor
 from kvist.kernels.sampling import gumbel_noise as hashed_noise
-from kvist.request import SampledToken, SamplingParams, TokenLogprobs
+from kvist.request import SamplingParams, TokenLogprobs
+from kvist.scheduler.events import SampledTokens
 
 _NUCLEUS_FIRST_TRY = 256  # tokens
 _NEG_INF = float("-inf")
@@ -35,18 +36,14 @@ class SamplingRow:
     suppressed_token_ids: tuple[int, ...] = ()
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
     """One token for each row of `logits` [num_rows, vocab_size], fp32. Leaves `logits` as they are."""
     chosen = choose(logits, rows)
-    measured = measure(logits, rows, chosen)
-    return sampled_tokens(chosen.tolist(), {} if measured is None else measured.logprobs())
+    return sampled_tokens(chosen, measure(logits, rows, chosen))
 
 
-def sampled_tokens(token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs]) -> list[SampledToken]:
-    """`logprobs` by row."""
-    if not logprobs:
-        return [SampledToken(token_id=token_id) for token_id in token_ids]
-    return [SampledToken(token_id=token_id, logprobs=logprobs.get(row)) for row, token_id in enumerate(token_ids)]
+def sampled_tokens(chosen: Tensor, measured: Measured | None) -> SampledTokens:
+    return SampledTokens(token_ids=chosen.tolist(), logprobs={} if measured is None else measured.logprobs())
 
 
 def is_plain(params: SamplingParams) -> bool:

@@ -51,7 +51,7 @@ class Batcher:
 
     def failed(self, event: StepFailed) -> None:
         step = self._take_under_way(event.step_id)
-        for request in (*step.decodes, *(request for request, _ in step.chunks)):
+        for request in (*step.decodes, *(request for request, *_ in step.chunks)):
             if request.state is RequestState.ENDED:
                 self._table.release(request)
             else:
@@ -135,7 +135,7 @@ class Batcher:
         samples = end == num_tokens and request.first_token is None
         request.num_planned = end
         request.last_step_id = self._step_id + 1
-        step.chunks.append((request, end))
+        step.chunks.append((request, end, samples))
         items.append(
             BatchItem(
                 request_id=request.request_id,
@@ -175,11 +175,9 @@ class Batcher:
         return True
 
     def _youngest_eager(self) -> ActiveRequest | None:
-        eager = [
-            request
-            for request in (*self._table.running, *self._table.held.values())
-            if request.eager and request.state is not RequestState.ENDED
-        ]
+        prefill = Mode.PREFILL  # none of hundreds, on most engines
+        prefills = [each for each in (*self._table.running, *self._table.held.values()) if each.mode is prefill]
+        eager = [each for each in prefills if each.eager and each.state is not RequestState.ENDED]
         return max(eager, key=lambda request: request.number, default=None)
 
     def _youngest_running(self) -> ActiveRequest | None:
@@ -215,7 +213,8 @@ class Batcher:
     def _take_pages(self, request: ActiveRequest) -> bool:
         """A lease over all its tokens. Leaves one page for each request that grows, so that few are preempted."""
         cache, num_tokens = self._cache, len(request.token_ids)
-        reserve = self._table.num_granted + sum(other.mode is not Mode.PREFILL for other in self._table.running)
+        prefill = Mode.PREFILL
+        reserve = self._table.num_granted + sum(other.mode is not prefill for other in self._table.running)
         unchanged = self._head_did_not_fit == (request.ticket, self._num_to_be_had() - reserve)
         if unchanged and (request.eager or self._youngest_eager() is None):
             return False  # matching a long prompt once more, each step, would cost more than it finds

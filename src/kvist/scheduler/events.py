@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SampledToken
+from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SampledToken, TokenLogprobs
 from kvist.wire import Closed, Done, Grant, PrefillPeer
 
 
@@ -25,13 +25,28 @@ class AbortRequested:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampledTokens:
+    """What a step chose: a token for each batch item with `sampling`, in their order. Columns, since an object for each
+    of hundreds in each step would cost more than to tell them."""
+
+    token_ids: Sequence[int]
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # by place, of those that want them
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __getitem__(self, place: int) -> SampledToken:
+        return SampledToken(token_id=self.token_ids[place], logprobs=self.logprobs.get(place))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepFinished:
     """The batch of an earlier plan was carried out: its K/V is in the pages, and these tokens were chosen.
 
     Batches are reported in the order of their plans."""
 
     step_id: int
-    sampled: Mapping[RequestId, SampledToken]  # one for each batch item with `sampling`
+    sampled: SampledTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ the next step is planned already. What that step chooses is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from kvist.kv.cache import PageCache
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, SampledToken
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.config import SchedulerConfig
-from kvist.scheduler.events import Arrived
+from kvist.scheduler.events import Arrived, SampledTokens
 from kvist.scheduler.load import COUNTERS
 from kvist.scheduler.outbox import Outbox
 from kvist.scheduler.timers import TimerKind, Timers
@@ -37,7 +37,7 @@ class StepUnderWay:
     """Whose K/V a step computes."""
 
     decodes: list[ActiveRequest]  # of the last known token, or of one that the step before chooses; each gets another
-    chunks: list[tuple[ActiveRequest, int]]  # up to this position; who has all tokens computed then gets another
+    chunks: list[tuple[ActiveRequest, int, bool]]  # up to this position; whether it gets a token
 
 
 class HandoffHalf(Protocol):
@@ -174,7 +174,8 @@ class RequestTable:
         self.running.insert(index, request)
 
     def compact(self) -> list[ActiveRequest]:
-        self.running = [request for request in self.running if request.state is RequestState.RUNNING]
+        running = RequestState.RUNNING  # to look it up for each of them would cost more than the rest
+        self.running = [request for request in self.running if request.state is running]
         return self.running
 
     def preempt(self, request: ActiveRequest) -> None:
@@ -208,42 +209,45 @@ class RequestTable:
 
     # ---------------------------------------------------------------- tokens
 
-    def take_tokens(self, step: StepUnderWay, sampled: Mapping[RequestId, SampledToken]) -> None:
+    def take_tokens(self, step: StepUnderWay, sampled: SampledTokens) -> None:
         """A step is finished: its K/V is in the pages, and these tokens were chosen."""
         num_told = len(self.out.chunks)
         self._take_decoded(step.decodes, sampled)
-        for request, end in step.chunks:
+        place = len(step.decodes)
+        for request, end, gets_token in step.chunks:
             if request.state is RequestState.ENDED:
                 self.release(request)
             else:
-                self._take_chunk(request, end, sampled.get(request.request_id))
+                self._take_chunk(request, end, sampled[place] if gets_token else None)
+            place += gets_token
+        assert place == len(sampled), "one token for each item that wants one"
         self.totals["generation_tokens"] += len(self.out.chunks) - num_told
 
-    def _take_decoded(self, decodes: list[ActiveRequest], sampled: Mapping[RequestId, SampledToken]) -> None:
+    def _take_decoded(self, decodes: list[ActiveRequest], sampled: SampledTokens) -> None:
         """This loop runs for every stream in every step: what is rare is left to others."""
         page_size, ended, chunks = self.cache.page_size, RequestState.ENDED, self.out.chunks
-        for request in decodes:
+        logprobs = sampled.logprobs
+        for place, request, token_id in zip(range(len(decodes)), decodes, sampled.token_ids, strict=False):
             if request.state is ended:
                 self.release(request)
                 continue
-            token_ids, request_id = request.token_ids, request.request_id
+            token_ids = request.token_ids
             request.num_computed = end = len(token_ids)
             if not end % page_size:
                 assert request.lease is not None
                 self.cache.commit(request.lease, token_ids, end)
-            token = sampled[request_id]
-            token_id, position = token.token_id, end - request.num_prompt
+            position = end - request.num_prompt
             if (
                 position
                 and end + 1 < request.max_len
                 and token_id not in request.stop_ids
-                and token.logprobs is None
                 and request.report is None
+                and not (logprobs and place in logprobs)
             ):
                 token_ids.append(token_id)
-                chunks.append(TokenChunk(request_id=request_id, position=position, token_ids=(token_id,)))
+                chunks.append(TokenChunk(request_id=request.request_id, position=position, token_ids=(token_id,)))
             else:
-                self._append(request, token)
+                self._append(request, sampled[place])
 
     def _take_chunk(self, request: ActiveRequest, end: int, token: SampledToken | None) -> None:
         request.num_computed = end

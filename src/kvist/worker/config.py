@@ -76,9 +76,7 @@ class EngineConfig:
         0, "CPU threads of the engine; 0 shares the cores with the workers that this host runs already", minimum=0
     )
     cpu_affinity: bool = option(
-        True,
-        "on a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores; "
-        "--no-cpu-affinity leaves both to the system",
+        False, "on a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores"
     )
     random_seed: int = option(0, "seed of dummy weights", minimum=0)
     engine_host: str = option(

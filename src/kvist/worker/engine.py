@@ -72,10 +72,10 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         served = find_served_model(config)
         limits = resolve_limits(config.scheduler, device=device_type(config.device), role=config.role)
         log.info(
-            "a step takes up to %d requests and %d tokens, %d as a rule; the next is planned %s",
+            "a step takes up to %d requests, %d tokens as a rule and at most %d; the next is planned %s",
             limits.max_running_requests,
-            limits.max_prefill_tokens,
             limits.chunked_prefill_size,
+            limits.max_prefill_tokens,
             "while it is computed" if limits.overlap else "after it",
         )
         runner = load_runner(config, limits, served, runtime_dir, progress)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict, deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,9 +25,17 @@ from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
 from kvist.errors import EngineError, HandoffFailed, Unavailable
-from kvist.request import EpochId, RequestId, SampledToken
+from kvist.request import EpochId
 from kvist.scheduler import Scheduler
-from kvist.scheduler.events import AbortRequested, ClosedArrived, Event, PeerDied, StepFailed, StepFinished
+from kvist.scheduler.events import (
+    AbortRequested,
+    ClosedArrived,
+    Event,
+    PeerDied,
+    SampledTokens,
+    StepFailed,
+    StepFinished,
+)
 from kvist.scheduler.plan import Batch, Plan, StopWrites, ToSource, VerifyPages, WritePages
 from kvist.transfer import Transport
 from kvist.worker.gateways import Gateways
@@ -54,7 +61,7 @@ class Channel(Protocol):
 
 
 class LaunchedStep(Protocol):
-    def result(self) -> Mapping[RequestId, SampledToken]: ...
+    def result(self) -> SampledTokens: ...
 
 
 class StepRunner(Protocol):

@@ -2,7 +2,7 @@
 
 One row of x is multiplied on the ordinary cores; the weight's first block is asked for before the program waits for the
 kernel that makes x, so that reading the weight never stops between kernels. More rows go to the tensor cores, padded
-to the 16 rows that those work on.
+to the 16 rows that those work on, or twice as many.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from kvist.kernels.gpu.launch import has_dependent_launch, wait_for_inputs
 
 TILE_ROWS = 16
+MAX_ROWS = 2 * TILE_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def _linear_tiling(num_rows: int, weight: Tensor) -> Tiling:
 
 def _gated_tiling(num_rows: int, weight: Tensor) -> Tiling:
     if num_rows > 1:
-        return Tiling(16, 128, 1, 6)
+        return Tiling(32, 128, 2, 4)
     return Tiling(1, 4096, 4) if 2048 < weight.shape[1] <= 4096 else Tiling(2, 512, 2)
 
 
@@ -141,10 +142,11 @@ def launch(
             num_warps=tiling.num_warps, launch_pdl=dependent,
         )  # fmt: skip
         return out
-    assert num_rows <= TILE_ROWS
+    assert num_rows <= MAX_ROWS
+    rows = TILE_ROWS if num_rows <= TILE_ROWS else MAX_ROWS
     _tile_product[grid](
         x, weight, bias, out, x.stride(0), num_rows, num_outputs,
-        num_in, TILE_ROWS, tiling.outputs, tiling.block, tiling.num_stages, is_even, gated, is_biased, dependent,
+        num_in, rows, tiling.outputs, tiling.block, tiling.num_stages, is_even, gated, is_biased, dependent,
         num_warps=tiling.num_warps, launch_pdl=dependent,
     )  # fmt: skip
     return out
