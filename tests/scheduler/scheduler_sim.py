@@ -197,6 +197,10 @@ class SimEngine:
         return {item.request_id for item in self.under_way[-1].items if item.sampling} if self.under_way else set()
 
     def _check(self, plan: Plan) -> None:
+        waiting = self.scheduler._table.waiting  # type: ignore[attr-defined]
+        queued = [entry[3] for entry in waiting._heap if entry[3].ticket == entry[2]]
+        to_compute = sum(len(each.token_ids) for each in queued if not each.awaits_grant_of_pages)
+        assert waiting.num_tokens == to_compute, "the backlog is what waits to be computed here"
         counts = self.scheduler.load().pages
         assert counts.free + counts.cached + counts.owned + counts.in_flight == counts.total
         for digest in plan.cached_removed:

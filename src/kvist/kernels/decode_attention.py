@@ -6,7 +6,7 @@ contexts stay whole, a long one is read by many programs whose results are merge
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Nothing depends on the lengths but what the device itself
 looks up, so the same launches serve every step: a graph records them once.
 
-Measured on an H200, one layer of a Qwen2-7B over pages of 16: see docs/benchmarks.md.
+Measured on an H200: docs/performance.md, and the other tilings in docs/log.md.
 """
 
 from __future__ import annotations

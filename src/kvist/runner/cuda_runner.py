@@ -100,11 +100,15 @@ class CudaRunner:
         former, self._former = self._former, NOBODY
         columns = read_batch(batch.items, former)
         rows = None if columns.is_plain else sampling_rows(batch)
-        with torch.inference_mode():
-            measured = self._compute(columns, rows)
-            tokens = self._staging.start_read(len(columns.words.rows))
-            if measured is not None:
-                measured = measured.start_copy()
+        try:
+            with torch.inference_mode():
+                measured = self._compute(columns, rows)
+                tokens = self._staging.start_read(len(columns.words.rows))
+                if measured is not None:
+                    measured = measured.start_copy()
+        except BaseException:
+            torch.cuda.synchronize()  # what was queued writes pages that the scheduler is about to give away
+            raise
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         self._former = columns.roster

@@ -16,7 +16,7 @@ class WaitingQueue:
         self._heap: list[tuple[int, int, int, ActiveRequest]] = []  # rank, number, ticket, request
         self._tickets = 0
         self._size = 0
-        self.num_tokens = 0  # of all that wait
+        self.num_tokens = 0  # of all that wait to be computed here
 
     def __len__(self) -> int:
         return self._size
@@ -25,7 +25,7 @@ class WaitingQueue:
         """Also moves a request that waits already to the rank it has now."""
         if request.ticket == 0:
             self._size += 1
-            self.num_tokens += len(request.token_ids)
+            self.num_tokens += _num_to_compute(request)
         self._tickets += 1
         request.ticket = self._tickets
         heapq.heappush(self._heap, (int(request.eager), request.number, request.ticket, request))
@@ -43,4 +43,9 @@ class WaitingQueue:
         if request.ticket:
             request.ticket = 0
             self._size -= 1
-            self.num_tokens -= len(request.token_ids)
+            self.num_tokens -= _num_to_compute(request)
+
+
+def _num_to_compute(request: ActiveRequest) -> int:
+    """The pages of a request that waits for granted ones are computed by another engine."""
+    return 0 if request.awaits_grant_of_pages else len(request.token_ids)
