@@ -26,6 +26,7 @@ class Cluster(RuleBasedStateMachine):
         gateway_minds=st.booleans(),
         remembered=st.sampled_from([1, 64]),
         overlap=st.booleans(),
+        num_host_pages=st.sampled_from([0, 4, 30]),
     )
     def start(
         self,
@@ -35,6 +36,7 @@ class Cluster(RuleBasedStateMachine):
         gateway_minds: bool,
         remembered: int,
         overlap: bool,
+        num_host_pages: int,
     ) -> None:
         config = small_config(
             grant_timeout_s=8.0,
@@ -44,9 +46,15 @@ class Cluster(RuleBasedStateMachine):
             overlap=overlap,
         )
         for name in PREFILLS:
-            self.world.start(name, "unified" if unified else "prefill", config, num_pages=prefill_pages)
+            self.world.start(
+                name,
+                "unified" if unified else "prefill",
+                config,
+                num_pages=prefill_pages,
+                num_host_pages=num_host_pages,
+            )
         for name in DECODES:
-            self.world.start(name, "decode", config, num_pages=decode_pages)
+            self.world.start(name, "decode", config, num_pages=decode_pages, num_host_pages=num_host_pages)
         self.gateway_minds = gateway_minds
 
     def engine(self, name: str) -> SimEngine:

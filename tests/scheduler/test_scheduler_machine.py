@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from scheduler_sim import World, make_request, small_config
 
+from kvist.scheduler.events import FlushRequested
+
 TOKENS = st.integers(0, 3)  # few different tokens: many shared prefixes
 
 
@@ -16,10 +18,21 @@ class OneEngine(RuleBasedStateMachine):
         self.world = World()
         self.count = 0
 
-    @initialize(num_pages=st.integers(3, 12), running=st.integers(1, 4), chunk=st.integers(1, 9), overlap=st.booleans())
-    def start(self, num_pages: int, running: int, chunk: int, overlap: bool) -> None:
+    @initialize(
+        num_pages=st.integers(3, 12),
+        running=st.integers(1, 4),
+        chunk=st.integers(1, 9),
+        overlap=st.booleans(),
+        num_host_pages=st.sampled_from([0, 2, 6, 30]),
+        write_policy=st.sampled_from(["write_through", "write_through_selective"]),
+    )
+    def start(
+        self, num_pages: int, running: int, chunk: int, overlap: bool, num_host_pages: int, write_policy: str
+    ) -> None:
         config = small_config(max_running_requests=running, chunked_prefill_size=chunk, overlap=overlap)
-        self.engine = self.world.start("u", "unified", config, num_pages=num_pages)
+        self.engine = self.world.start(
+            "u", "unified", config, num_pages=num_pages, num_host_pages=num_host_pages, write_policy=write_policy
+        )
 
     @rule(
         prompt=st.lists(TOKENS, max_size=20),
@@ -67,6 +80,18 @@ class OneEngine(RuleBasedStateMachine):
             self.engine.finish_step()
         self.engine.step()
         self.world.now_s += 0.01
+
+    @rule(newest=st.booleans())
+    def pages_move(self, newest: bool) -> None:
+        self.engine.mover.advance(newest)
+
+    @rule()
+    def move_fails(self) -> None:
+        self.engine.mover.fail_next = True
+
+    @rule()
+    def flush(self) -> None:
+        self.engine.events.append(FlushRequested(call_id="f"))
 
     @rule()
     def step_fails(self) -> None:

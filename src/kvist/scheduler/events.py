@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvist.kv.moves import PagesBackedUp, PagesLoaded
 from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SampledToken
 from kvist.wire import Closed, Done, Grant, PrefillPeer
 
@@ -130,4 +131,6 @@ Event = (
     | PagesVerified
     | PeerDied
     | FlushRequested
+    | PagesLoaded
+    | PagesBackedUp
 )

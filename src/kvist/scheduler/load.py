@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvist.kv.host_tier import HostCounts
 from kvist.kv.pages import PageCounts
 
 # Each only grows. Tokens and pages are counted when the step or the handoff that made them is finished.
@@ -33,4 +34,5 @@ class SchedulerLoad:
     num_running: int  # with pages, computing or waiting for a handoff
     num_waiting: int  # without pages
     pages: PageCounts
-    totals: Mapping[str, float]  # COUNTERS
+    host_pages: HostCounts | None  # None: there is no host tier
+    totals: Mapping[str, float]  # COUNTERS, and the cache's TIER_COUNTERS
