@@ -283,6 +283,10 @@ class SimEngine:
             assert host.free + host.cached + host.in_flight == host.total
             assert 0 <= host.in_flight <= host.total
         assert self.digests == set(self.cache.digests())
+        totals = self.scheduler.load().totals
+        hits, ceiling = totals["cached_prompt_tokens"], totals["ceiling_prompt_tokens"]
+        assert hits <= ceiling <= totals["prompt_tokens"]
+        assert hits == ceiling or totals["device_evicted_pages"], "only what was evicted is missed"
         for message in plan.messages:
             if isinstance(message, ToSource) and isinstance(message.message, Grant):
                 grant = message.message

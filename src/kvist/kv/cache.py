@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from kvist.kv.ceiling import Ceiling
 from kvist.kv.host_tier import HostCounts, HostPage, HostTier
 from kvist.kv.keys import chain_digest, iter_page_keys, page_keys
 from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
@@ -32,7 +33,7 @@ WRITE_POLICIES = {"write_through": 0, "write_through_selective": 2}  # hits that
 MAX_BACKUPS = 64  # jobs under way; pages that become due meanwhile are left out
 MAX_PAGES_BACKED_UP = 2048  # in these together
 
-# What the tiers did, in pages; each only grows.
+# What the tiers did and what their ceiling (ceiling.py) knows, in pages; each only grows.
 TIER_COUNTERS = (
     "device_hit_pages",
     "device_miss_pages",
@@ -44,6 +45,8 @@ TIER_COUNTERS = (
     "host_backed_up_pages",
     "host_skipped_pages",  # due for a backup and left out: too many under way, or no room
     "host_failed_pages",  # in loads and backups that failed
+    "ceiling_remembered_pages",  # evicted from the device pool; each once, unless it is forgotten
+    "ceiling_forgotten_pages",  # of those; from the first on, the ceiling is a lower bound
 )
 
 
@@ -54,6 +57,7 @@ class PageLease:
     page_ids: list[int]  # page i holds tokens [i * page_size, (i + 1) * page_size)
     num_cached_tokens: int  # whole pages found in the tree when the lease was opened
     _pin: Pin = field(repr=False)
+    num_ceiling_tokens: int = 0  # what a cache that forgets nothing would have had; since `follow`
     _in_flight: list[int] = field(default_factory=list, repr=False)
     _num_backups: int = 0  # under way, of pages that its pin reads
     _closed: bool = False
@@ -77,6 +81,7 @@ class PageCache:
         self._ledger = PageLedger(num_pages)
         self._tree = RadixTree(namespace)
         self._host = host
+        self._ceiling = Ceiling()
         self._hits_to_back_up = WRITE_POLICIES[write_policy]
         self._num_jobs = 0
         self._loads: dict[int, tuple[PageLease, list[HostPage]]] = {}  # under way, by job id
@@ -174,13 +179,15 @@ class PageCache:
     # ---------------------------------------------------------------- the host tier
 
     def follow(self, lease: PageLease, token_ids: Sequence[int], *, max_tokens: int) -> int | None:
-        """The lease is in use from now on, grown over `max_tokens` tokens at least: counts its hits, and begins to load
-        what the host tier has after them. The id of that job: then the lease is left alone until `loaded`."""
+        """The lease is in use from now on, grown over `max_tokens` tokens at least: counts its hits and their ceiling,
+        and begins to load what the host tier has after them. The id of that job: then the lease is left alone until
+        `loaded`."""
         pin, host, totals = lease._pin, self._host, self._totals
         first, last = pin.num_pages, min(len(token_ids), max_tokens) // self._page_size
         totals["device_hit_pages"] += first
         totals["device_miss_pages"] += last - first
         if host is None:
+            self._measure_ceiling(lease, pin.node.digest, token_ids, first, last)
             return None
         nodes = self._tree.tail(pin, first)
         for node in nodes:
@@ -189,6 +196,8 @@ class PageCache:
         found = host.match(self._digests_after(pin.node.digest, token_ids, first, last))
         totals["host_hit_pages"] += len(found)
         totals["host_miss_pages"] += last - first - len(found)
+        digest = found[-1].digest if found else pin.node.digest
+        self._measure_ceiling(lease, digest, token_ids, first + len(found), last)
         host.touch([*filter(None, (host.get(node.digest) for node in nodes)), *found])
         if not found:
             return None
@@ -238,7 +247,12 @@ class PageCache:
     def totals(self) -> dict[str, float]:
         """TIER_COUNTERS."""
         num_evicted = 0 if self._host is None else self._host.num_evicted
-        return {**self._totals, "host_evicted_pages": num_evicted}
+        return {
+            **self._totals,
+            "host_evicted_pages": num_evicted,
+            "ceiling_remembered_pages": self._ceiling.num_remembered,
+            "ceiling_forgotten_pages": self._ceiling.num_forgotten,
+        }
 
     def _back_up(self, lease: PageLease, nodes: list[PageNode]) -> None:
         """Those of the path's `nodes` that are due and not there yet, a prefix first: what follows a page that is left
@@ -272,6 +286,13 @@ class PageCache:
             BackUpPages(job_id=self._num_jobs, page_ids=tuple(page_ids), host_slots=tuple(page.slot for page in pages))
         )
 
+    def _measure_ceiling(
+        self, lease: PageLease, digest: bytes, token_ids: Sequence[int], num_found: int, last: int
+    ) -> None:
+        """`num_found` pages are in a tier, the last of them named `digest`: an infinite cache would have these too."""
+        num_more = self._ceiling.num_leading(self._digests_after(digest, token_ids, num_found, last))
+        lease.num_ceiling_tokens = (num_found + num_more) * self._page_size
+
     def _digests_after(self, digest: bytes, token_ids: Sequence[int], first: int, last: int) -> Iterator[bytes]:
         for key in iter_page_keys(token_ids, self._page_size, last, first):
             digest = chain_digest(digest, key)
@@ -285,9 +306,12 @@ class PageCache:
         return len(self._tree.match(keys, cache_salt)) * self._page_size
 
     def flush(self) -> int:
-        """Frees every cached page that no lease uses, in both tiers; returns how many."""
+        """Frees every cached page that no lease uses, in both tiers; returns how many.
+
+        The ceiling forgets what was evicted: more memory would not have kept it."""
         num_pages = self._tree.num_evictable
         self._evict(num_pages)
+        self._ceiling.clear()
         return num_pages + (0 if self._host is None else self._host.flush())
 
     def counts(self) -> PageCounts:
@@ -327,8 +351,10 @@ class PageCache:
         return digests if self._host is None else [*dict.fromkeys([*digests, *self._host.digests()])]
 
     def _evict(self, num_pages: int) -> None:
-        page_ids = [self._tree.evict() for _ in range(num_pages)]
-        self._ledger.move(page_ids, PageState.CACHED, PageState.FREE)
+        nodes = [self._tree.evict() for _ in range(num_pages)]
+        for node in nodes:
+            self._ceiling.remember(node.digest)
+        self._ledger.move([node.page_id for node in nodes], PageState.CACHED, PageState.FREE)
         self._totals["device_evicted_pages"] += num_pages
 
     def _apply(self, moves: Moves) -> None:

@@ -175,8 +175,8 @@ class RadixTree:
         nodes.reverse()
         return nodes
 
-    def evict(self) -> int:
-        """Removes the least recently used leaf that no pin uses, and returns its page. One must be evictable."""
+    def evict(self) -> PageNode:
+        """Removes the least recently used leaf that no pin uses, and returns it. One must be evictable."""
         node, _ = self._idle.popitem(last=False)
         assert not node.children, "a page is evicted before the prefix it continues"
         parent = node.parent
@@ -184,7 +184,7 @@ class RadixTree:
         self._log_removed(node.digest)
         if isinstance(parent, Root):
             self._drop_root_if_unused(parent)
-        return node.page_id
+        return node
 
     def nodes(self) -> Iterator[PageNode]:
         """Every page of the tree, a prefix before what continues it."""

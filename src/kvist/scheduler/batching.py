@@ -279,3 +279,5 @@ class Batcher:
         if not request.awaits_grant_of_pages:
             table.totals["prompt_tokens"] += request.num_prompt
             table.totals["cached_prompt_tokens"] += request.num_cached_tokens
+            assert request.lease is not None
+            table.totals["ceiling_prompt_tokens"] += min(request.lease.num_ceiling_tokens, request.num_prompt)

@@ -16,6 +16,7 @@ COUNTERS = (
     "requests_refused",  # failed before they were queued: overloaded, too long, not for this role
     "prompt_tokens",  # of requests whose prompt this engine read
     "cached_prompt_tokens",  # of those: found in the cache
+    "ceiling_prompt_tokens",  # of those: what a cache that forgets nothing would have had
     "computed_prompt_tokens",  # computed in prompt chunks, those evicted and computed again included
     "generation_tokens",  # produced by this engine's steps
     "steps",
