@@ -25,6 +25,9 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "failed_steps": "engine steps that the model or the device failed",
     "prompt_tokens": "prompt tokens of admitted requests",
     "cached_prompt_tokens": "prompt tokens found in the page cache",
+    "ceiling_prompt_tokens": "prompt tokens that a page cache which forgets nothing would have had",
+    "ceiling_remembered_pages": "evicted pages whose digests are remembered, to know the ceiling of the hits",
+    "ceiling_forgotten_pages": "of those, forgotten: from the first on the ceiling is a lower bound",
     "computed_prompt_tokens": "prompt tokens computed by the model",
     "generation_tokens": "output tokens produced",
     "preemptions": "requests sent back to waiting because pages ran out",
@@ -43,6 +46,22 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "loop_cpu_seconds": "processor time of the engine's loop, the three above and its messages included",
     "process_cpu_seconds": "processor time of the engine process, all threads",
     "handoff_seconds": "time of handoffs from grant to acknowledged (sent) or verified (received)",
+    "device_hit_pages": "pages of admitted requests found in the device pool (L1)",
+    "device_miss_pages": "pages of admitted requests not found there",
+    "device_evicted_pages": "cached pages dropped from the device pool",
+    "host_hit_pages": "of the pages not found there, those found in the host tier (L2)",
+    "host_miss_pages": "of the pages not found there, those not found in the host tier either",
+    "host_evicted_pages": "pages dropped from the host tier",
+    "host_loaded_pages": "pages taken back from the host tier",
+    "host_backed_up_pages": "pages copied to the host tier",
+    "host_skipped_pages": "pages due for a copy and left out: too many under way, or no room",
+    "host_failed_pages": "pages in copies that failed, either way",
+    "host_loads": "copies from the host tier",
+    "host_load_bytes": "bytes copied from the host tier",
+    "host_load_seconds": "time of copies from the host tier",
+    "host_backups": "copies to the host tier",
+    "host_backup_bytes": "bytes copied to the host tier",
+    "host_backup_seconds": "time of copies to the host tier",
     "undecodable_messages": "messages dropped because they could not be decoded",
 }
 
@@ -82,6 +101,7 @@ class WorkerSample:
     num_waiting: int
     num_pages: Mapping[str, int]  # by state: free, cached, owned, in_flight
     totals: Mapping[str, float]
+    num_host_pages: Mapping[str, int] = field(default_factory=dict)  # by state: free, cached, in_flight
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -145,6 +165,7 @@ def _worker_families(samples: tuple[WorkerSample, ...]) -> Iterator[Metric]:
     waiting = GaugeMetricFamily("kvist:num_requests_waiting", "requests in the waiting queue", labels=labels)
     usage = GaugeMetricFamily("kvist:kv_cache_usage_perc", "share of pages in use by requests, 0 to 1", labels=labels)
     pages = GaugeMetricFamily("kvist:kv_pages", "pages by state", labels=[*labels, "state"])
+    host_pages = GaugeMetricFamily("kvist:host_pages", "pages of the host tier by state", labels=[*labels, "state"])
     totals: dict[str, CounterMetricFamily] = {}
     for sample in samples:
         who = [sample.worker, sample.role]
@@ -156,9 +177,11 @@ def _worker_families(samples: tuple[WorkerSample, ...]) -> Iterator[Metric]:
         usage.add_metric(who, 1 - unused / num_pages if num_pages else 0.0)
         for state, count in sample.num_pages.items():
             pages.add_metric([*who, state], count)
+        for state, count in sample.num_host_pages.items():
+            host_pages.add_metric([*who, state], count)
         for name, value in sorted(sample.totals.items()):
             if name not in totals:
                 text = ENGINE_TOTALS.get(name, name)
                 totals[name] = CounterMetricFamily(f"kvist:worker_{name}", text, labels=labels)
             totals[name].add_metric(who, value)
-    yield from (alive, running, waiting, usage, pages, *totals.values())
+    yield from (alive, running, waiting, usage, pages, host_pages, *totals.values())

@@ -155,6 +155,7 @@ class LoadReport(_Message, frozen=True):
     num_cached_pages: int
     num_owned_pages: int
     num_in_flight_pages: int
+    num_host_pages: dict[str, int] = {}  # by state: free, cached, in_flight; empty without a host tier
     snapshot: bool = False
     cached_added: tuple[bytes, ...] = ()  # page digests, 16 bytes each
     cached_removed: tuple[bytes, ...] = ()

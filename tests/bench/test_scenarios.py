@@ -282,3 +282,36 @@ def test_mistakes_in_a_file_of_scenarios_name_their_place(tmp_path: Path, conten
     (tmp_path / "mine.json").write_text(content)
     with pytest.raises(ConfigError, match=words):
         read_scenarios(tmp_path / "mine.json")
+
+
+def test_the_ceiling_is_what_a_cache_that_forgets_nothing_would_have_hit(
+    target: TargetConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = MultiturnConfig(clients=6, rounds=5, parallel=3, input_tokens="500", output_tokens="20", page_size=4)
+    _, report = run("multiturn", load, target)
+    ceiling = report.runs[0].summary.hit_rate_ceiling
+    assert ceiling == pytest.approx((5 - 1) / (5 + 1), abs=0.02)
+    shown = next(line for line in capsys.readouterr().out.splitlines() if "at most" in line)
+    assert f"{ceiling:.1%}" in shown
+    turns = [row.num_ceiling_tokens for row in report.runs[0].rows[:3]]
+    assert turns == [0, 516, 1036]  # all but the page of the answer's last token, whose K/V nobody has computed
+
+
+def test_an_answer_that_the_server_did_not_give_is_in_no_cache(target: TargetConfig) -> None:
+    load = replace(SMALL, answers="drawn", page_size=3)
+    _, report = run("multiturn", load, target)
+    assert [row.num_ceiling_tokens for row in report.runs[0].rows[:3]] == [0, 6, 15]  # of 6, 16 and 26 tokens
+    assert (
+        run("single", SingleConfig(requests=1, input_tokens="8", output_tokens="4"), target)[1]
+        .runs[0]
+        .summary.hit_rate_ceiling
+        is None
+    )
+
+
+def test_more_hits_than_the_ceiling_are_warned_of(
+    server: FakeServer, target: TargetConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.default = Manner(cached_tokens=6)
+    run("multiturn", SMALL, target)
+    assert "more was cached than this run had sent" in capsys.readouterr().out

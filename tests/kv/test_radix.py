@@ -123,7 +123,7 @@ class RadixMachine(RuleBasedStateMachine):
     @rule()
     def evict(self) -> None:
         victim = min(self.unused_leaves(), key=self.unused_since.__getitem__)
-        assert self.tree.evict() == self.pages.pop(victim)
+        assert self.tree.evict().page_id == self.pages.pop(victim)
 
     @rule(word=WORDS, salt=SALTS)
     def match(self, word: str, salt: str) -> None:
@@ -173,7 +173,7 @@ def test_the_leaf_unused_for_longest_goes_first_and_its_prefix_after_it() -> Non
     tree = RadixTree("space")
     insert(tree, "ab", 10)
     insert(tree, "ac", 20)
-    assert [tree.evict() for _ in range(3)] == [11, 21, 10]
+    assert [tree.evict().page_id for _ in range(3)] == [11, 21, 10]
 
 
 def test_matching_without_pinning_does_not_postpone_eviction() -> None:
@@ -181,7 +181,7 @@ def test_matching_without_pinning_does_not_postpone_eviction() -> None:
     insert(tree, "a", 10)
     insert(tree, "b", 20)
     tree.match(keys("a"), "")
-    assert tree.evict() == 10
+    assert tree.evict().page_id == 10
 
 
 def test_using_a_page_again_postpones_its_eviction() -> None:
@@ -189,7 +189,7 @@ def test_using_a_page_again_postpones_its_eviction() -> None:
     insert(tree, "a", 10)
     insert(tree, "b", 20)
     insert(tree, "a", 30)
-    assert tree.evict() == 20
+    assert tree.evict().page_id == 20
 
 
 def test_when_the_last_reader_leaves_the_newest_duplicate_takes_its_place() -> None:
@@ -203,7 +203,7 @@ def test_when_the_last_reader_leaves_the_newest_duplicate_takes_its_place() -> N
     moves = tree.unpin(third)
     assert (moves.taken, moves.released) == ([20], [30])
     tree.unpin(second)
-    assert tree.evict() == 20
+    assert tree.evict().page_id == 20
 
 
 def test_what_came_and_went_between_two_drains_is_in_neither_list() -> None:
@@ -223,5 +223,5 @@ def test_a_very_deep_tree_is_built_evicted_and_dropped_without_recursion() -> No
     tree = RadixTree("space")
     insert(tree, "a" * 50_000, 0)
     assert tree.num_evictable == 50_000
-    assert tree.evict() == 49_999
+    assert tree.evict().page_id == 49_999
     del tree

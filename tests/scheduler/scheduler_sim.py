@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from fake_device import EOS, FakeDevice, Slot, checksum, reference_stream
 
 from kvist.kv.cache import PageCache
+from kvist.kv.host_tier import HostTier
+from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
 from kvist.kv.pages import PageState
 from kvist.request import EngineRequest, EpochId, FinishReason, HandoffId, Mode, Outcome, SamplingParams
 from kvist.scheduler import SchedulerConfig, build_scheduler
@@ -138,16 +140,86 @@ class SimTransport:
         return reports
 
 
+class SimMover:
+    """Copies between the device's pages and the host's, one job when told to; what `kv/mover.py` promises."""
+
+    def __init__(self, engine: SimEngine, num_host_pages: int) -> None:
+        self._engine = engine
+        self._host: list[list[Slot | None]] = [[] for _ in range(num_host_pages)]
+        self._jobs: list[tuple[LoadPages | BackUpPages, list[list[Slot | None]]]] = []  # with what is to be copied
+        self._reports: list[Event] = []
+        self.fail_next = False
+
+    def take(self, job: LoadPages | BackUpPages) -> None:
+        for other, _ in self._jobs:
+            shares_slot = set(other.host_slots) & set(job.host_slots)
+            assert not shares_slot or type(other) is type(job) is LoadPages, "a slot is read and written at once"
+        loads = isinstance(job, LoadPages)
+        source = [self._host[slot] for slot in job.host_slots] if loads else self._device_pages(job)
+        assert all(None not in page for page in source), "a page is copied before it was filled"
+        self._jobs.append((job, [list(page) for page in source]))
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs or self._reports)
+
+    def advance(self, newest: bool = False) -> None:
+        """Carry out one job: of different lanes, so in any order."""
+        if not self._jobs:
+            return
+        job, asked = self._jobs.pop(-1 if newest else 0)
+        ok, self.fail_next = not self.fail_next, False
+        ledger = self._engine.cache._ledger
+        if isinstance(job, LoadPages):
+            assert [self._host[slot] for slot in job.host_slots] == asked, "a host page changed while it was loaded"
+            assert {ledger.state(page_id) for page_id in job.page_ids} == {PageState.IN_FLIGHT}
+            for page_id, page in zip(job.page_ids, asked, strict=True):
+                self._engine.device.pages[page_id] = list(page) if ok else [(0, 0)] * len(page)
+            self._reports.append(PagesLoaded(job_id=job.job_id, ok=ok))
+        else:
+            assert self._device_pages(job) == asked, "a page changed while it was backed up"
+            assert {ledger.state(page_id) for page_id in job.page_ids} == {PageState.CACHED}
+            for slot, page in zip(job.host_slots, asked, strict=True):
+                self._host[slot] = page if ok else [(0, 0)] * len(page)
+            self._reports.append(PagesBackedUp(job_id=job.job_id, ok=ok))
+
+    def poll(self) -> list[Event]:
+        reports, self._reports = self._reports, []
+        return reports
+
+    def _device_pages(self, job: LoadPages | BackUpPages) -> list[list[Slot | None]]:
+        return [self._engine.device.pages[page_id] for page_id in job.page_ids]
+
+
 class SimEngine:
     def __init__(
-        self, world: World, name: str, role: str, *, life: int, config: SchedulerConfig, num_pages: int, page_size: int
+        self,
+        world: World,
+        name: str,
+        role: str,
+        *,
+        life: int,
+        config: SchedulerConfig,
+        num_pages: int,
+        page_size: int,
+        num_host_pages: int = 0,
+        write_policy: str = "write_through",
     ) -> None:
         self.world = world
         self.name = name
         self.role = role
         self.epoch = EpochId(f"{name}#{life}")
         self.config = config
-        self.cache = PageCache(num_pages=num_pages, page_size=page_size, namespace="sim")
+        self.num_host_pages = num_host_pages
+        self.write_policy = write_policy
+        self.cache = PageCache(
+            num_pages=num_pages,
+            page_size=page_size,
+            namespace="sim",
+            host=HostTier(num_host_pages) if num_host_pages else None,
+            write_policy=write_policy,
+        )
+        self.mover = SimMover(self, num_host_pages)
         self.device = FakeDevice(self.cache)
         self.transport = SimTransport(world, self)
         pool = PoolAddress(
@@ -181,13 +253,15 @@ class SimEngine:
     def step(self) -> Plan:
         watched = self.plan.watched_epochs
         dead = [PeerDied(epoch=epoch) for epoch in sorted(watched) if epoch not in self.world.by_epoch]
-        events = [*self.events, *self.transport.poll(), *dead]
+        events = [*self.events, *self.transport.poll(), *self.mover.poll(), *dead]
         self.events = []
         plan = self.plan = self.scheduler.step(self.world.now_s, events)
         self._check(plan)
         self.world.receive(self, plan)
         for transfer in plan.transfers:
             self.transport.take(transfer)
+        for move in plan.moves:
+            self.mover.take(move)
         if plan.batch is not None:
             self.under_way.append(plan.batch)
             assert len(self.under_way) <= (2 if self.config.overlap else 1)
@@ -206,8 +280,17 @@ class SimEngine:
         for digest in plan.cached_removed:
             self.digests.remove(digest)
         self.digests.update(plan.cached_added)
-        assert len(self.digests) == counts.cached
+        host = self.cache.host_counts()
+        if host is None:
+            assert len(self.digests) == counts.cached
+        else:
+            assert host.free + host.cached + host.in_flight == host.total
+            assert 0 <= host.in_flight <= host.total
         assert self.digests == set(self.cache.digests())
+        totals = self.scheduler.load().totals
+        hits, ceiling = totals["cached_prompt_tokens"], totals["ceiling_prompt_tokens"]
+        assert hits <= ceiling <= totals["prompt_tokens"]
+        assert hits == ceiling or totals["device_evicted_pages"], "only what was evicted is missed"
         for message in plan.messages:
             if isinstance(message, ToSource) and isinstance(message.message, Grant):
                 grant = message.message
@@ -245,11 +328,27 @@ class World:
     # ---------------------------------------------------------------- processes
 
     def start(
-        self, name: str, role: str, config: SchedulerConfig, *, num_pages: int = 12, page_size: int = 4
+        self,
+        name: str,
+        role: str,
+        config: SchedulerConfig,
+        *,
+        num_pages: int = 12,
+        page_size: int = 4,
+        num_host_pages: int = 0,
+        write_policy: str = "write_through",
     ) -> SimEngine:
         self._lives[name] += 1
         engine = SimEngine(
-            self, name, role, life=self._lives[name], config=config, num_pages=num_pages, page_size=page_size
+            self,
+            name,
+            role,
+            life=self._lives[name],
+            config=config,
+            num_pages=num_pages,
+            page_size=page_size,
+            num_host_pages=num_host_pages,
+            write_policy=write_policy,
         )
         self.engines[name] = engine
         self.by_epoch[engine.epoch] = engine
@@ -267,6 +366,8 @@ class World:
             engine.config,
             num_pages=engine.cache.num_pages,
             page_size=engine.cache.page_size,
+            num_host_pages=engine.num_host_pages,
+            write_policy=engine.write_policy,
         )
 
     # ---------------------------------------------------------------- messages
@@ -358,6 +459,7 @@ class World:
                     self.deliver(wire)
             for engine in list(self.by_epoch.values()):
                 engine.transport.advance()
+                engine.mover.advance()
                 if len(engine.under_way) == 1 and engine.config.overlap:
                     engine.step()  # as the engine's loop does: the next batch is begun before this one is read
                 engine.finish_step()
@@ -371,7 +473,11 @@ class World:
 
     def quiet(self) -> bool:
         return not any(self.wires.values()) and not any(
-            engine.scheduler.has_work() or engine.events or engine.under_way or engine.transport.busy
+            engine.scheduler.has_work()
+            or engine.events
+            or engine.under_way
+            or engine.transport.busy
+            or engine.mover.busy
             for engine in self.by_epoch.values()
         )
 
@@ -383,6 +489,8 @@ class World:
             assert counts.owned == 0, f"{engine.epoch} leaks owned pages"
             assert counts.in_flight == 0, f"{engine.epoch} leaks pages in flight"
             assert counts.evictable == counts.cached, f"{engine.epoch} leaks pins"
+            host = engine.cache.host_counts()
+            assert host is None or host.in_flight == 0, f"{engine.epoch} leaks host pages"
             assert engine.scheduler.load().num_running == engine.scheduler.load().num_waiting == 0
         for request_id, submitted in self.submitted.items():
             for engine, _ in submitted.engines:

@@ -117,6 +117,27 @@ def test_an_answer_says_how_much_of_its_prompt_was_cached_with_position_0_only()
     assert (totals["prompt_tokens"], totals["cached_prompt_tokens"], totals["computed_prompt_tokens"]) == (18, 8, 10)
 
 
+def test_the_ceiling_counts_what_was_evicted_once_a_request_and_by_the_rule_of_the_hits() -> None:
+    engine = unified(num_pages=4, max_model_len=16)
+    for name, first in (("a", 0), ("b", 100), ("c", 0)):  # two pages and a token each; b evicts a's
+        engine.world.submit(make_request(name, list(range(first, first + 9)), max_tokens=4), engine)
+        run_out(engine)
+    engine.world.submit(make_request("d", list(range(8)), max_tokens=1), engine)  # its last page must be computed
+    run_out(engine)
+    totals = engine.scheduler.load().totals
+    assert (totals["prompt_tokens"], totals["ceiling_prompt_tokens"]) == (35, 8 + 4)
+    assert totals["cached_prompt_tokens"] == 4 + 4  # of c's two pages, one was still there
+
+
+def test_neither_hits_nor_their_ceiling_count_tokens_of_a_resumed_answer() -> None:
+    engine = unified()
+    for name in "ab":
+        engine.world.submit(make_request(name, list(range(5)), outputs=tuple(range(30, 35)), max_tokens=7), engine)
+        run_out(engine)
+    totals = engine.scheduler.load().totals
+    assert (totals["cached_prompt_tokens"], totals["ceiling_prompt_tokens"]) == (5, 5)
+
+
 def test_a_prompt_that_is_cached_to_its_end_still_computes_its_last_page() -> None:
     engine = unified()
     engine.world.submit(make_request("a", list(range(8)), max_tokens=1), engine)

@@ -37,6 +37,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     e2e_s: float | None = None
     num_prompt_tokens: int | None = None  # the server's counts
     num_cached_tokens: int | None = None
+    num_ceiling_tokens: int | None = None  # of multiturn: what a cache that forgets nothing would have had
     num_output_tokens: int | None = None
     num_events: int = 0
     retried: bool = False
@@ -55,6 +56,7 @@ class Ask:
     client: int | None = None
     turn: int | None = None
     wants_ids: bool = False
+    num_ceiling_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +239,7 @@ class Asker:
             turn=ask.turn,
             num_input=ask.num_input,
             num_output=ask.num_output,
+            num_ceiling_tokens=ask.num_ceiling_tokens,
             sent_s=sent_s - start_s,
             late_s=0.0 if planned_s is None else sent_s - planned_s,
             retried=retried,

@@ -109,6 +109,9 @@ class MultiturnConfig(_Load):
     clients: int = option(80, "conversations", minimum=1)
     rounds: int = option(4, "turns of each", minimum=1)
     parallel: int = option(16, "at most so many requests in flight", minimum=1)
+    page_size: int = option(
+        16, "the hit rate's ceiling is counted in whole pages of so many tokens", unit="tokens", minimum=1
+    )
     input_tokens: str = _lengths("2048", "what a turn appends")
     output_tokens: str = _lengths("64", "each answer")
     answers: str = option(

@@ -8,6 +8,7 @@ turns     conversations: at most `parallel` in flight, the next client drawn (mu
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from kvist.bench.ceiling import Ceiling
 from kvist.bench.completions import Answer, Ask, Asker, Row, not_sent
 from kvist.bench.config import DRAWN, SERVER, MultiturnConfig, OfflineConfig, RateConfig, Scenario, SingleConfig
 from kvist.bench.http import HttpFailure
@@ -172,6 +174,7 @@ class Driver:
         num_input = self._source.lengths(load.input_span, count, Drawn.INPUT_LENGTHS)
         num_output = self._source.lengths(load.output_span, count, Drawn.OUTPUT_LENGTHS)
         conversations = [Conversation() for _ in range(load.clients)]
+        ceiling = Ceiling(load.clients, load.page_size)
         turns = Turns(
             clients=load.clients,
             rounds=load.rounds,
@@ -181,7 +184,9 @@ class Driver:
 
         def make(client: int, turn: int) -> Ask:
             index = client * load.rounds + turn
-            conversations[client].append(self._source.token_ids(num_input[index], Drawn.PROMPT, client, turn))
+            token_ids = self._source.token_ids(num_input[index], Drawn.PROMPT, client, turn)
+            conversations[client].append(token_ids)
+            ceiling.append(client, token_ids)
             return Ask(
                 index=index,
                 client=client,
@@ -198,19 +203,26 @@ class Driver:
             tasks: set[asyncio.Task[Answer]] = set()
             while True:
                 while (turn := turns.start()) is not None:
-                    tasks.add(asyncio.create_task(self._asker.ask(make(*turn), start_s=start_s)))
+                    ask = make(*turn)
+                    ask = dataclasses.replace(ask, num_ceiling_tokens=ceiling.sent(turn[0]))
+                    tasks.add(asyncio.create_task(self._asker.ask(ask, start_s=start_s)))
                 if not tasks:
                     return answers
                 done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in sorted(done, key=lambda task: task.result().row.index):
                     answer = _checked(task.result(), from_server=from_server)
-                    answers += [answer, *self._next_turn(answer, turns, conversations, make)]
+                    answers += [answer, *self._next_turn(answer, turns, conversations, make, ceiling)]
                     watch.num_done += 1
 
         return drive
 
     def _next_turn(
-        self, answer: Answer, turns: Turns, conversations: list[Conversation], make: Callable[[int, int], Ask]
+        self,
+        answer: Answer,
+        turns: Turns,
+        conversations: list[Conversation],
+        make: Callable[[int, int], Ask],
+        ceiling: Ceiling,
     ) -> list[Answer]:
         """Append the answer; if there is none, the turns that cannot be sent, as failures."""
         row = answer.row
@@ -222,6 +234,9 @@ class Driver:
             return [Answer(row=not_sent(make(row.client, turn), why)) for turn in left]
         drawn = answer.token_ids or self._source.token_ids(row.num_output, Drawn.ANSWER, row.client, row.turn)
         conversations[row.client].append(drawn)
+        ceiling.append(row.client, drawn)
+        if answer.token_ids:  # no cache has drawn ones before they are sent
+            ceiling.answered(row.client)
         return []
 
     async def _watched(

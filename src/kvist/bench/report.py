@@ -42,6 +42,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     computed_tokens_per_s: float | None  # of the input, not cached; None: the server does not report it
     output_tokens_per_s: float
     hit_rate: float | None
+    hit_rate_ceiling: float | None = None  # of multiturn: that of a cache that forgets nothing
     tokens_per_event: float | None
     num_connections: int
     num_retries: int
@@ -102,6 +103,8 @@ def summarise(measured: Measured) -> Summary:
     num_output = sum(row.num_output_tokens or 0 for row in succeeded)
     reported = bool(succeeded) and all(row.num_cached_tokens is not None for row in succeeded)
     num_cached = sum(row.num_cached_tokens or 0 for row in succeeded)
+    has_ceiling = bool(succeeded) and all(row.num_ceiling_tokens is not None for row in succeeded)
+    num_ceiling = sum(row.num_ceiling_tokens or 0 for row in succeeded)
     num_events = sum(row.num_events for row in succeeded)
     wall_s = max(measured.wall_s, 1e-9)
     client = measured.client
@@ -119,6 +122,7 @@ def summarise(measured: Measured) -> Summary:
         computed_tokens_per_s=(num_input - num_cached) / wall_s if reported else None,
         output_tokens_per_s=num_output / wall_s,
         hit_rate=num_cached / num_input if reported and num_input else None,
+        hit_rate_ceiling=num_ceiling / num_input if has_ceiling and num_input else None,
         tokens_per_event=num_output / num_events if num_events else None,
         num_connections=client.num_connections,
         num_retries=client.num_retries,
@@ -154,6 +158,12 @@ def warnings_of(summary: Summary, kind: str) -> list[str]:
         found.append(
             f"{summary.hit_rate:.0%} of the prompt tokens were cached, though no two prompts are alike: this server "
             "has seen them before; restart it, flush its cache, or change --seed"
+        )
+    ceiling = summary.hit_rate_ceiling
+    if summary.hit_rate is not None and ceiling is not None and summary.hit_rate > ceiling:
+        found.append(
+            "more was cached than this run had sent: the server has seen the prompts before (restart it, flush its "
+            "cache, or change --seed), or its pages are smaller than --page-size"
         )
     return found
 
@@ -196,6 +206,10 @@ def table(run: Run, baseline: Run | None = None) -> str:
     if summary.hit_rate is not None and before is not None and before.hit_rate is not None:
         hits += f" (baseline {before.hit_rate:.1%})"
     lines.append(f"  {'hit rate':<24}{hits:>14}")
+    if summary.hit_rate_ceiling is not None:
+        lines.append(
+            f"  {'hit rate, at most':<24}{f'{summary.hit_rate_ceiling:.1%}':>14} (a cache that forgets nothing)"
+        )
     lines.append(f"  {_client_line(summary)}")
     lines += [f"  WARNING: {warning}" for warning in run.warnings]
     first = {row.failure: row.message for row in reversed(run.rows) if row.failure is not None}

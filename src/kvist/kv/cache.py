@@ -4,18 +4,50 @@ A request's life here: `open` pins the longest cached prefix; `grow` gives it pa
 pages when none is free; `commit` says how much K/V is written, and its full pages enter the tree for others to match;
 `close` lets go of everything. While a peer may touch its pages, `begin_transfer` … `end_transfer` keep them IN_FLIGHT.
 
+With a host tier (host_tier.py) the same page may be there, too:
+
+    commit (or a hit) ──due by the write policy──► BackUpPages ──backed_up──► resident in the host tier
+    open ─ grow ─ follow: the pages after the match that are resident there ──► LoadPages ──loaded──► commit
+
+Pages under a backup cannot be freed: the lease that put them into the tree keeps its pin until the backup is reported,
+closed or not. Pages being loaded are IN_FLIGHT. A page evicted here stays in the host tier, and the other way round. A
+tier below would be followed and filled in the same way.
+
 It moves no bytes, keeps no tokens of its own and knows no requests. A committed page is never written again; the
 page being filled is always the lease's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from kvist.kv.keys import iter_page_keys, page_keys
+from kvist.kv.ceiling import Ceiling
+from kvist.kv.host_tier import HostCounts, HostPage, HostTier
+from kvist.kv.keys import chain_digest, iter_page_keys, page_keys
+from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
 from kvist.kv.pages import PageCounts, PageLedger, PageState
-from kvist.kv.radix import Moves, Pin, RadixTree
+from kvist.kv.radix import Moves, PageNode, Pin, RadixTree, Root
+
+WRITE_POLICIES = {"write_through": 0, "write_through_selective": 2}  # hits that make a page due for a backup
+MAX_BACKUPS = 64  # jobs under way; pages that become due meanwhile are left out
+MAX_PAGES_BACKED_UP = 2048  # in these together
+
+# What the tiers did and what their ceiling (ceiling.py) knows, in pages; each only grows.
+TIER_COUNTERS = (
+    "device_hit_pages",
+    "device_miss_pages",
+    "device_evicted_pages",
+    "host_hit_pages",
+    "host_miss_pages",
+    "host_evicted_pages",
+    "host_loaded_pages",
+    "host_backed_up_pages",
+    "host_skipped_pages",  # due for a backup and left out: too many under way, or no room
+    "host_failed_pages",  # in loads and backups that failed
+    "ceiling_remembered_pages",  # evicted from the device pool; each once, unless it is forgotten
+    "ceiling_forgotten_pages",  # of those; from the first on, the ceiling is a lower bound
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -25,19 +57,39 @@ class PageLease:
     page_ids: list[int]  # page i holds tokens [i * page_size, (i + 1) * page_size)
     num_cached_tokens: int  # whole pages found in the tree when the lease was opened
     _pin: Pin = field(repr=False)
+    num_ceiling_tokens: int = 0  # what a cache that forgets nothing would have had; since `follow`
     _in_flight: list[int] = field(default_factory=list, repr=False)
+    _num_backups: int = 0  # under way, of pages that its pin reads
     _closed: bool = False
 
 
 class PageCache:
     """Mutable; its one owner is the scheduler. Every call is synchronous and touches no clock."""
 
-    def __init__(self, *, num_pages: int, page_size: int, namespace: str) -> None:
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        namespace: str,
+        host: HostTier | None = None,
+        write_policy: str = "write_through",
+    ) -> None:
         assert num_pages > 0
         assert page_size > 0
         self._page_size = page_size
         self._ledger = PageLedger(num_pages)
         self._tree = RadixTree(namespace)
+        self._host = host
+        self._ceiling = Ceiling()
+        self._hits_to_back_up = WRITE_POLICIES[write_policy]
+        self._num_jobs = 0
+        self._loads: dict[int, tuple[PageLease, list[HostPage]]] = {}  # under way, by job id
+        self._backups: dict[int, tuple[PageLease, list[HostPage]]] = {}
+        self._num_pages_backed_up = 0  # in `_backups`
+        self._jobs: list[LoadPages | BackUpPages] = []  # since the last `drain_jobs`
+        self._num_tiers: dict[bytes, int] = {}  # that hold the page, as last told; with a host tier only
+        self._totals: dict[str, float] = dict.fromkeys(TIER_COUNTERS, 0)
 
     @property
     def page_size(self) -> int:
@@ -88,16 +140,24 @@ class PageCache:
         assert not lease._in_flight, "end the transfer before the pages are shared"
         keys = page_keys(token_ids, self._page_size, first, last)
         self._apply(self._tree.extend(lease._pin, keys, lease.page_ids[first:last]))
+        if self._host is not None and not self._hits_to_back_up:
+            self._back_up(lease, self._tree.tail(lease._pin, last - first))
 
     def close(self, lease: PageLease) -> None:
-        """Unpins what is shared and frees what the lease owns. No page of it may be in flight. Once only."""
+        """Unpins what is shared and frees what the lease owns. No page of it may be in flight. Once only.
+
+        What is shared stays pinned until the backups of this lease are reported."""
         assert not lease._closed, "a lease is closed once"
         assert not lease._in_flight, "a peer may still touch these pages: end the transfer first"
         lease._closed = True
-        self._apply(self._tree.unpin(lease._pin))
-        self._ledger.move([*lease._pin.duplicates.values()], PageState.OWNED, PageState.FREE)
         self._ledger.move(lease.page_ids[lease._pin.num_pages :], PageState.OWNED, PageState.FREE)
         lease.page_ids = []  # a new list: a plan may still hold the old one
+        if not lease._num_backups:
+            self._unpin(lease)
+
+    def _unpin(self, lease: PageLease) -> None:
+        self._apply(self._tree.unpin(lease._pin))
+        self._ledger.move([*lease._pin.duplicates.values()], PageState.OWNED, PageState.FREE)
 
     def begin_transfer(self, lease: PageLease, first_page: int) -> None:
         """A peer may touch `lease.page_ids[first_page:]` from now on: those not committed become IN_FLIGHT.
@@ -116,16 +176,143 @@ class PageCache:
         self._ledger.move(lease._in_flight, PageState.IN_FLIGHT, PageState.OWNED)
         lease._in_flight = []
 
+    # ---------------------------------------------------------------- the host tier
+
+    def follow(self, lease: PageLease, token_ids: Sequence[int], *, max_tokens: int) -> int | None:
+        """The lease is in use from now on, grown over `max_tokens` tokens at least: counts its hits and their ceiling,
+        and begins to load what the host tier has after them. The id of that job: then the lease is left alone until
+        `loaded`."""
+        pin, host, totals = lease._pin, self._host, self._totals
+        first, last = pin.num_pages, min(len(token_ids), max_tokens) // self._page_size
+        totals["device_hit_pages"] += first
+        totals["device_miss_pages"] += last - first
+        if host is None:
+            self._measure_ceiling(lease, pin.node.digest, token_ids, first, last)
+            return None
+        nodes = self._tree.tail(pin, first)
+        for node in nodes:
+            node.num_hits += 1
+        self._back_up(lease, nodes)
+        found = host.match(self._digests_after(pin.node.digest, token_ids, first, last))
+        totals["host_hit_pages"] += len(found)
+        totals["host_miss_pages"] += last - first - len(found)
+        digest = found[-1].digest if found else pin.node.digest
+        self._measure_ceiling(lease, digest, token_ids, first + len(found), last)
+        host.touch([*filter(None, (host.get(node.digest) for node in nodes)), *found])
+        if not found:
+            return None
+        page_ids = lease.page_ids[first : first + len(found)]
+        self._ledger.move(page_ids, PageState.OWNED, PageState.IN_FLIGHT)
+        lease._in_flight.extend(page_ids)
+        for page in found:
+            host.begin(page)
+        self._num_jobs += 1
+        self._loads[self._num_jobs] = lease, found
+        self._jobs.append(
+            LoadPages(job_id=self._num_jobs, host_slots=tuple(page.slot for page in found), page_ids=tuple(page_ids))
+        )
+        return self._num_jobs
+
+    def loaded(self, event: PagesLoaded, token_ids: Sequence[int]) -> int:
+        """A load of `follow` is over; returns how many tokens' K/V the lease has. What failed is simply not there."""
+        lease, found = self._loads.pop(event.job_id)
+        assert self._host is not None
+        for page in found:
+            self._host.end(page)
+        self.end_transfer(lease)
+        self._totals["host_loaded_pages" if event.ok else "host_failed_pages"] += len(found)
+        if event.ok:
+            self.commit(lease, token_ids, (lease._pin.num_pages + len(found)) * self._page_size)
+        return lease._pin.num_pages * self._page_size
+
+    def backed_up(self, event: PagesBackedUp) -> None:
+        lease, pages = self._backups.pop(event.job_id)
+        assert self._host is not None
+        for page in pages:
+            self._host.written(page, ok=event.ok)
+        self._totals["host_backed_up_pages" if event.ok else "host_failed_pages"] += len(pages)
+        self._num_pages_backed_up -= len(pages)
+        lease._num_backups -= 1
+        if lease._closed and not lease._num_backups:
+            self._unpin(lease)
+
+    def drain_jobs(self) -> list[LoadPages | BackUpPages]:
+        """What has to be copied, since the last call."""
+        jobs, self._jobs = self._jobs, []
+        return jobs
+
+    def host_counts(self) -> HostCounts | None:
+        return None if self._host is None else self._host.counts()
+
+    def totals(self) -> dict[str, float]:
+        """TIER_COUNTERS."""
+        num_evicted = 0 if self._host is None else self._host.num_evicted
+        return {
+            **self._totals,
+            "host_evicted_pages": num_evicted,
+            "ceiling_remembered_pages": self._ceiling.num_remembered,
+            "ceiling_forgotten_pages": self._ceiling.num_forgotten,
+        }
+
+    def _back_up(self, lease: PageLease, nodes: list[PageNode]) -> None:
+        """Those of the path's `nodes` that are due and not there yet, a prefix first: what follows a page that is left
+        out is left out, too, since no match would reach it."""
+        host, pages, page_ids = self._host, list[HostPage](), list[int]()
+        assert host is not None
+        for index, node in enumerate(nodes):
+            known = host.get(node.digest)
+            if known is not None and not known.lost:
+                continue
+            if node.num_hits < self._hits_to_back_up or node in lease._pin.duplicates:
+                break  # a duplicate: the page in the tree is for its readers to hold
+            parent = None if isinstance(node.parent, Root) else host.get(node.parent.digest)
+            may_begin = (
+                len(self._backups) < MAX_BACKUPS and self._num_pages_backed_up + len(pages) < MAX_PAGES_BACKED_UP
+            )
+            has_parent = parent is not None or isinstance(node.parent, Root)
+            page = host.reserve(parent, node.digest) if may_begin and has_parent else None
+            if page is None:
+                self._totals["host_skipped_pages"] += len(nodes) - index
+                break
+            pages.append(page)
+            page_ids.append(node.page_id)
+        if not pages:
+            return
+        self._num_jobs += 1
+        self._backups[self._num_jobs] = lease, pages
+        self._num_pages_backed_up += len(pages)
+        lease._num_backups += 1
+        self._jobs.append(
+            BackUpPages(job_id=self._num_jobs, page_ids=tuple(page_ids), host_slots=tuple(page.slot for page in pages))
+        )
+
+    def _measure_ceiling(
+        self, lease: PageLease, digest: bytes, token_ids: Sequence[int], num_found: int, last: int
+    ) -> None:
+        """`num_found` pages are in a tier, the last of them named `digest`: an infinite cache would have these too."""
+        num_more = self._ceiling.num_leading(self._digests_after(digest, token_ids, num_found, last))
+        lease.num_ceiling_tokens = (num_found + num_more) * self._page_size
+
+    def _digests_after(self, digest: bytes, token_ids: Sequence[int], first: int, last: int) -> Iterator[bytes]:
+        for key in iter_page_keys(token_ids, self._page_size, last, first):
+            digest = chain_digest(digest, key)
+            yield digest
+
+    # ---------------------------------------------------------------- what is cached
+
     def probe(self, token_ids: Sequence[int], cache_salt: str = "") -> int:
         """How many tokens `open` would find cached. Changes nothing, not even what is evicted next."""
         keys = iter_page_keys(token_ids, self._page_size, len(token_ids) // self._page_size)
         return len(self._tree.match(keys, cache_salt)) * self._page_size
 
     def flush(self) -> int:
-        """Frees every cached page that no lease uses; returns how many."""
+        """Frees every cached page that no lease uses, in both tiers; returns how many.
+
+        The ceiling forgets what was evicted: more memory would not have kept it."""
         num_pages = self._tree.num_evictable
         self._evict(num_pages)
-        return num_pages
+        self._ceiling.clear()
+        return num_pages + (0 if self._host is None else self._host.flush())
 
     def counts(self) -> PageCounts:
         count = self._ledger.count
@@ -139,16 +326,36 @@ class PageCache:
         )
 
     def drain_changes(self) -> tuple[list[bytes], list[bytes]]:
-        """Digests of pages that (became cached, ceased to be) since the last call, netted."""
-        return self._tree.drain_changes()
+        """Digests of pages that (became cached, ceased to be) in any tier since the last call, netted."""
+        added, removed = self._tree.drain_changes()
+        if self._host is None:
+            return added, removed
+        before: dict[bytes, int] = {}
+        changes = [(digest, True) for digest in added] + [(digest, False) for digest in removed]
+        for digest, came in changes + self._host.drain_changes():
+            num_tiers = self._num_tiers.get(digest, 0)
+            before.setdefault(digest, num_tiers)
+            self._num_tiers[digest] = num_tiers + (1 if came else -1)
+        now = {digest: self._num_tiers[digest] for digest in before}
+        for digest, num_tiers in now.items():
+            if not num_tiers:
+                del self._num_tiers[digest]
+        return (
+            [digest for digest in before if now[digest] and not before[digest]],
+            [digest for digest in before if before[digest] and not now[digest]],
+        )
 
     def digests(self) -> list[bytes]:
-        """The digest of every cached page, a prefix before what continues it."""
-        return [node.digest for node in self._tree.nodes()]
+        """The digest of every page cached in some tier; of the tree's, a prefix before what continues it."""
+        digests = [node.digest for node in self._tree.nodes()]
+        return digests if self._host is None else [*dict.fromkeys([*digests, *self._host.digests()])]
 
     def _evict(self, num_pages: int) -> None:
-        page_ids = [self._tree.evict() for _ in range(num_pages)]
-        self._ledger.move(page_ids, PageState.CACHED, PageState.FREE)
+        nodes = [self._tree.evict() for _ in range(num_pages)]
+        for node in nodes:
+            self._ceiling.remember(node.digest)
+        self._ledger.move([node.page_id for node in nodes], PageState.CACHED, PageState.FREE)
+        self._totals["device_evicted_pages"] += num_pages
 
     def _apply(self, moves: Moves) -> None:
         self._ledger.move(moves.taken, PageState.OWNED, PageState.CACHED)

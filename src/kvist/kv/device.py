@@ -290,7 +290,12 @@ def available_memory_bytes(device: torch.device, directory: Path | None = None) 
     """Free device memory; for the CPU what the kernel, the cgroup and the runtime directory's file system allow."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    limits = [_free_bytes(directory or default_runtime_dir())]
+    return min(_free_bytes(directory or default_runtime_dir()), available_host_bytes())
+
+
+def available_host_bytes() -> int:
+    """What the kernel and the cgroup let us have."""
+    limits: list[int] = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         limits.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
@@ -300,6 +305,6 @@ def available_memory_bytes(device: torch.device, directory: Path | None = None) 
         lines = (cgroup / "memory.stat").read_text().splitlines()
         file_cache = int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])
         limits.append(max(0, limit - int((cgroup / "memory.current").read_text()) + file_cache))
-    if len(limits) == 1 and hasattr(os, "sysconf"):
+    if not limits and hasattr(os, "sysconf"):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(limits)
+    return min(limits, default=1 << 62)

@@ -39,9 +39,9 @@ def _int32s(count: int) -> struct.Struct:
     return struct.Struct(f"<{count}i")
 
 
-def iter_page_keys(token_ids: Sequence[int], page_size: int, num_pages: int) -> Iterator[bytes]:
-    """`page_keys` of [0, num_pages), encoded as they are asked for: a match may break off early."""
-    for page in range(0, num_pages, _PAGES_AT_ONCE):
+def iter_page_keys(token_ids: Sequence[int], page_size: int, num_pages: int, first_page: int = 0) -> Iterator[bytes]:
+    """`page_keys` of [first_page, num_pages), encoded as they are asked for: a match may break off early."""
+    for page in range(first_page, num_pages, _PAGES_AT_ONCE):
         yield from page_keys(token_ids, page_size, page, min(page + _PAGES_AT_ONCE, num_pages))
 
 

@@ -44,7 +44,7 @@ class Root(Node):
 
 
 class PageNode(Node):
-    __slots__ = ("duplicates", "key", "page_id", "parent")
+    __slots__ = ("duplicates", "key", "num_hits", "page_id", "parent")
 
     def __init__(self, parent: Node, key: bytes, page_id: int) -> None:
         super().__init__(chain_digest(parent.digest, key))
@@ -52,6 +52,7 @@ class PageNode(Node):
         self.key = key
         self.page_id = page_id
         self.duplicates: list[Pin] | None = None  # the pins that hold a page of their own for this prefix
+        self.num_hits = 0  # requests that found it here; counted by who asks (cache.py)
 
 
 @dataclass(slots=True, eq=False)
@@ -163,8 +164,19 @@ class RadixTree:
         self._drop_root_if_unused(node)
         return moves
 
-    def evict(self) -> int:
-        """Removes the least recently used leaf that no pin uses, and returns its page. One must be evictable."""
+    def tail(self, pin: Pin, num_pages: int) -> list[PageNode]:
+        """The deepest `num_pages` pages of the pin's path, a prefix before what continues it."""
+        nodes: list[PageNode] = []
+        node = pin.node
+        for _ in range(num_pages):
+            assert isinstance(node, PageNode)
+            nodes.append(node)
+            node = node.parent
+        nodes.reverse()
+        return nodes
+
+    def evict(self) -> PageNode:
+        """Removes the least recently used leaf that no pin uses, and returns it. One must be evictable."""
         node, _ = self._idle.popitem(last=False)
         assert not node.children, "a page is evicted before the prefix it continues"
         parent = node.parent
@@ -172,7 +184,7 @@ class RadixTree:
         self._log_removed(node.digest)
         if isinstance(parent, Root):
             self._drop_root_if_unused(parent)
-        return node.page_id
+        return node
 
     def nodes(self) -> Iterator[PageNode]:
         """Every page of the tree, a prefix before what continues it."""

@@ -4,6 +4,7 @@
     WAITING ──► RUNNING ──► HELD ──► ENDED          PREFILL: computed, its pages stay until the handoff closes
                    └─────────┴──► PARKED ──► WAITING   evicted before its Grant came: returns when it comes
     WAITING ──► GRANTED ──► RUNNING ──► ENDED       DECODE: its pages are being filled by the prefill worker
+    WAITING ──► LOADING ──► RUNNING | GRANTED       some of its pages come from the host tier first
 
 Every state may go to ENDED. This file decides nothing; it knows which moves exist.
 """
@@ -22,15 +23,19 @@ class RequestState(enum.Enum):
     WAITING = "waiting"  # in the queue, without pages
     PARKED = "parked"  # PREFILL without a Grant, evicted: out of the queue until the Grant comes
     GRANTED = "granted"  # DECODE: its pages are granted to the prefill worker
+    LOADING = "loading"  # has pages; the mover copies the host tier's into the first of them
     RUNNING = "running"  # has pages; takes part in steps
     HELD = "held"  # PREFILL: computed; its pages stay for the handoff
     ENDED = "ended"  # `Ended` was sent; its pages may linger while a step or a peer still uses them
 
 
 TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
-    RequestState.WAITING: frozenset({RequestState.RUNNING, RequestState.GRANTED, RequestState.ENDED}),
+    RequestState.WAITING: frozenset(
+        {RequestState.LOADING, RequestState.RUNNING, RequestState.GRANTED, RequestState.ENDED}
+    ),
     RequestState.PARKED: frozenset({RequestState.WAITING, RequestState.ENDED}),
     RequestState.GRANTED: frozenset({RequestState.RUNNING, RequestState.ENDED}),
+    RequestState.LOADING: frozenset({RequestState.RUNNING, RequestState.GRANTED, RequestState.ENDED}),
     RequestState.RUNNING: frozenset({RequestState.WAITING, RequestState.PARKED, RequestState.HELD, RequestState.ENDED}),
     RequestState.HELD: frozenset({RequestState.PARKED, RequestState.ENDED}),
     RequestState.ENDED: frozenset(),
@@ -59,6 +64,7 @@ class ActiveRequest:
     num_planned: int = 0
     last_step_id: int = 0  # the newest step that writes its pages
     num_cached_tokens: int | None = None  # prompt tokens found in the cache when it was first admitted
+    loading: bool = False  # the mover may touch its pages, even when it has ended
     in_handoff: bool = False  # a peer or the transport may touch its pages
     granted: bool = False  # PREFILL: decode's Grant has come, so others wait for it rather than evict it
     ticket: int = 0  # of its place in the queue

@@ -8,6 +8,9 @@ is left, the youngest gives up its own: first PREFILLs whose Grant has not come,
 again. A PREFILL with a Grant and a DECODE before its Done are never victims: they hold a bounded number of pages for a
 bounded time, and a peer may touch those. The oldest running request is never a victim, so something always ends.
 
+Host tier: who leaves the queue and finds some of its K/V there is LOADING until that is copied, and in no batch. What
+the copy did not bring is computed. Nobody waits for it, and it is no victim: the mover may touch its pages.
+
 Overlap: the next step is planned while one is under way, as if that were finished. A request that is to get a token
 there takes part with the token still unknown (`takes_sampled`), one position further on; how many tokens it may have
 is known, so only an end by a stop token is noticed late. The step under way still writes its pages: a victim is first
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from kvist.kv.moves import PagesLoaded
 from kvist.request import Mode, Outcome
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.budget import chunk_tokens, step_tokens
@@ -56,6 +60,18 @@ class Batcher:
                 self._table.release(request)
             else:
                 self._table.end(request, Outcome.FAILED, "engine_error", event.message)
+
+    def loaded(self, event: PagesLoaded) -> None:
+        """A request has what the host tier had for it; or has not, and computes it."""
+        table = self._table
+        request = table.loading.pop(event.job_id)
+        request.loading = False
+        num_tokens = self._cache.loaded(event, request.token_ids)
+        if request.state is RequestState.ENDED:
+            table.release(request)
+            return
+        request.num_computed = request.num_planned = num_tokens
+        self._enter(request)
 
     def _take_under_way(self, step_id: int) -> StepUnderWay:
         assert self._under_way, "no step is under way"
@@ -190,7 +206,8 @@ class Batcher:
     def _admit(self, eager: bool, budget: int, items: list[BatchItem], step: StepUnderWay) -> int:
         """Takes from the queue's head while pages and budget last; returns the budget left."""
         table = self._table
-        while not self._short_of_pages and len(table.running) + table.num_granted < self._config.max_running_requests:
+        most = self._config.max_running_requests
+        while not self._short_of_pages and len(table.running) + table.num_granted + len(table.loading) < most:
             request = table.waiting.head()
             if request is None or request.eager is not eager:
                 break
@@ -199,29 +216,37 @@ class Batcher:
             if not self._take_pages(request):
                 break
             table.waiting.remove(request)
-            self._count_admission(request)
-            if request.awaits_grant_of_pages:
-                request.move(RequestState.GRANTED)
-                table.num_granted += 1
-            else:
-                table.start_running(request)
+            if request.loading:
+                request.move(RequestState.LOADING)
+                continue
+            self._enter(request)
+            if request.state is RequestState.RUNNING:
                 budget -= self._add_chunk(request, budget, items, step)
-            if request.handoff_id is not None:
-                table.half.pages_taken(request)
         return budget
+
+    def _enter(self, request: ActiveRequest) -> None:
+        """It has its pages, and in the first of them all that the cache had for it."""
+        table = self._table
+        self._count_admission(request)
+        if request.awaits_grant_of_pages:
+            request.move(RequestState.GRANTED)
+            table.num_granted += 1
+        else:
+            table.start_running(request)
+        if request.handoff_id is not None:
+            table.half.pages_taken(request)
 
     def _take_pages(self, request: ActiveRequest) -> bool:
         """A lease over all its tokens. Leaves one page for each request that grows, so that few are preempted."""
         cache, num_tokens = self._cache, len(request.token_ids)
-        prefill = Mode.PREFILL
-        reserve = self._table.num_granted + sum(other.mode is not prefill for other in self._table.running)
+        table, prefill = self._table, Mode.PREFILL
+        growing = sum(other.mode is not prefill for other in table.running)
+        reserve = table.num_granted + len(table.loading) + growing
         unchanged = self._head_did_not_fit == (request.ticket, self._num_to_be_had() - reserve)
         if unchanged and (request.eager or self._youngest_eager() is None):
             return False  # matching a long prompt once more, each step, would cost more than it finds
-        computes_last = not request.awaits_grant_of_pages
-        lease = cache.open(
-            request.token_ids, cache_salt=request.request.cache_salt, max_tokens=num_tokens - int(computes_last)
-        )
+        max_cached = num_tokens if request.awaits_grant_of_pages else num_tokens - 1  # who runs computes the last
+        lease = cache.open(request.token_ids, cache_salt=request.request.cache_salt, max_tokens=max_cached)
         num_needed = -(-num_tokens // cache.page_size) - len(lease.page_ids)
         while self._num_to_be_had() - num_needed < reserve or not cache.grow(lease, num_tokens):
             victim = None if request.eager else self._youngest_eager()
@@ -231,6 +256,10 @@ class Batcher:
                 return False
         request.lease = lease
         request.num_computed = request.num_planned = lease.num_cached_tokens
+        load = cache.follow(lease, request.token_ids, max_tokens=max_cached)
+        if load is not None:
+            table.loading[load] = request
+            request.loading = True
         return True
 
     def _num_to_be_had(self) -> int:
@@ -247,3 +276,5 @@ class Batcher:
         if not request.awaits_grant_of_pages:
             table.totals["prompt_tokens"] += request.num_prompt
             table.totals["cached_prompt_tokens"] += request.num_cached_tokens
+            assert request.lease is not None
+            table.totals["ceiling_prompt_tokens"] += min(request.lease.num_ceiling_tokens, request.num_prompt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvist.kv.moves import PagesBackedUp, PagesLoaded
 from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SampledToken, TokenLogprobs
 from kvist.wire import Closed, Done, Grant, PrefillPeer
 
@@ -145,4 +146,6 @@ Event = (
     | PagesVerified
     | PeerDied
     | FlushRequested
+    | PagesLoaded
+    | PagesBackedUp
 )

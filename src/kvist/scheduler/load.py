@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvist.kv.host_tier import HostCounts
 from kvist.kv.pages import PageCounts
 
 # Each only grows. Tokens and pages are counted when the step or the handoff that made them is finished.
@@ -15,6 +16,7 @@ COUNTERS = (
     "requests_refused",  # failed before they were queued: overloaded, too long, not for this role
     "prompt_tokens",  # of requests whose prompt this engine read
     "cached_prompt_tokens",  # of those: found in the cache
+    "ceiling_prompt_tokens",  # of those: what a cache that forgets nothing would have had
     "computed_prompt_tokens",  # computed in prompt chunks, those evicted and computed again included
     "generation_tokens",  # produced by this engine's steps
     "steps",
@@ -33,4 +35,5 @@ class SchedulerLoad:
     num_running: int  # with pages, computing or waiting for a handoff
     num_waiting: int  # without pages
     pages: PageCounts
-    totals: Mapping[str, float]  # COUNTERS
+    totals: Mapping[str, float]  # COUNTERS, and the cache's TIER_COUNTERS
+    host_pages: HostCounts | None = None  # None: there is no host tier

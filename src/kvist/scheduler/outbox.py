@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvist.kv.moves import BackUpPages, LoadPages
 from kvist.request import EpochId
 from kvist.scheduler.plan import Batch, Flush, Plan, StopWrites, ToSource, ToTarget, VerifyPages, WritePages
 from kvist.wire import Ended, SourceToTarget, TargetToSource, TokenChunk
@@ -30,6 +31,7 @@ class Outbox:
         self,
         *,
         batch: Batch | None,
+        moves: list[LoadPages | BackUpPages],
         watched_epochs: frozenset[EpochId],
         cache_changes: tuple[list[bytes], list[bytes]],
         wake_at_s: float | None,
@@ -40,6 +42,7 @@ class Outbox:
             flushes=tuple(self.flushes),
             messages=tuple(self.messages),
             transfers=tuple(self.transfers),
+            moves=tuple(moves),
             watched_epochs=watched_epochs,
             cached_added=tuple(cache_changes[0]),
             cached_removed=tuple(cache_changes[1]),

@@ -2,7 +2,7 @@
 
 It owns the requests, their leases' closing and the page counters. It does not choose what runs (batching.py) and
 knows of handoffs only that a peer may hold a request's pages (`in_handoff`): a lease is closed when the request has
-ended, no step under way writes it and no handoff holds it.
+ended, no step under way writes it, no load fills it and no handoff holds it.
 
 With overlap a step may be under way for a request that has ended meanwhile: an end by a stop token is seen only when
 the next step is planned already. What that step chooses is dropped.
@@ -86,6 +86,7 @@ class RequestTable:
         self.live: dict[RequestId, ActiveRequest] = {}
         self.running: list[ActiveRequest] = []  # by arrival; those that ended are dropped by `compact`
         self.held: dict[RequestId, ActiveRequest] = {}
+        self.loading: dict[int, ActiveRequest] = {}  # by load; some may have ended
         self.num_granted = 0
         self.num_parked = 0
         self.half: HandoffHalf  # set by the scheduler that composes both
@@ -336,7 +337,9 @@ class RequestTable:
         self.release(request)
 
     def release(self, request: ActiveRequest) -> None:
-        if request.state is not RequestState.ENDED or self.is_written(request) or request.in_handoff:
+        if request.state is not RequestState.ENDED or self.is_written(request):
+            return
+        if request.in_handoff or request.loading:
             return
         if request.lease is not None:
             self.cache.close(request.lease)

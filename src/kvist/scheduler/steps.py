@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvist.kv.cache import PageCache
+from kvist.kv.moves import PagesBackedUp, PagesLoaded
 from kvist.request import EpochId, HandoffId
 from kvist.scheduler.batching import Batcher
 from kvist.scheduler.config import SchedulerConfig
@@ -56,6 +57,8 @@ class Steps:
             StepFinished: self._batcher.finished,
             StepFailed: self._batcher.failed,
             FlushRequested: self._flush,
+            PagesLoaded: self._batcher.loaded,
+            PagesBackedUp: table.cache.backed_up,
             **handlers,
         }
 
@@ -75,6 +78,7 @@ class Steps:
         batch = self._batcher.plan()
         return table.out.take(
             batch=batch,
+            moves=table.cache.drain_jobs(),
             watched_epochs=self._half.watched_epochs,
             cache_changes=table.cache.drain_changes(),
             wake_at_s=table.timers.next_at_s(),
@@ -90,7 +94,8 @@ class Steps:
             num_running=len(table.live) - table.num_waiting,
             num_waiting=table.num_waiting,
             pages=table.cache.counts(),
-            totals=table.totals,
+            host_pages=table.cache.host_counts(),
+            totals={**table.totals, **table.cache.totals()},
         )
 
     def _flush(self, event: FlushRequested) -> None:

@@ -134,6 +134,7 @@ def _worker_info(worker: WorkerSnapshot) -> dict[str, object]:
             "num_running": load.num_running,
             "num_waiting": load.num_waiting,
             "num_pages": _num_pages(worker),
+            "num_host_pages": load.num_host_pages,
             "totals": load.totals,
         },
     }
@@ -162,5 +163,6 @@ def worker_samples(snapshot: ClusterSnapshot) -> Iterable[WorkerSample]:
             num_running=load.num_running if load is not None else 0,
             num_waiting=load.num_waiting if load is not None else 0,
             num_pages=_num_pages(worker),
+            num_host_pages=load.num_host_pages if load is not None else {},
             totals=load.totals if load is not None else {},
         )

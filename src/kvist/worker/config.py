@@ -9,7 +9,44 @@ from kvist.config import option
 from kvist.errors import ConfigError
 from kvist.scheduler.config import SchedulerOptions
 
+DEFAULT_RATIO, DEFAULT_POLICY = 2.0, "write_through"
 UNIFIED, PREFILL, DECODE = "unified", "prefill", "decode"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostTierConfig:
+    """The cache's second tier (docs/cache.md). Raises `ConfigError` when settings contradict each other."""
+
+    enable_hierarchical_cache: bool = option(
+        False, "keep pages in host memory, too, and take them back from there instead of computing them again"
+    )
+    hicache_ratio: float = option(
+        DEFAULT_RATIO, "pages of the host tier, as a multiple of the device pool's", minimum=0.01
+    )
+    hicache_size: float | None = option(
+        None, "size of the host tier, instead of --hicache-ratio", unit="GB", minimum=0.001, unset="by the ratio"
+    )
+    hicache_write_policy: str = option(
+        DEFAULT_POLICY,
+        "when a page is copied to the host: as soon as it is computed, or (selective) after its second hit",
+        choices=("write_through", "write_through_selective"),
+    )
+
+    def __post_init__(self) -> None:
+        sized = self.hicache_ratio != DEFAULT_RATIO
+        if not self.enable_hierarchical_cache and (
+            sized or self.hicache_size is not None or self.hicache_write_policy != DEFAULT_POLICY
+        ):
+            raise ConfigError(
+                "the --hicache options say how the host tier is, and there is none: add --enable-hierarchical-cache",
+                param="enable_hierarchical_cache",
+            )
+        if sized and self.hicache_size is not None:
+            raise ConfigError(
+                f"--hicache-ratio {self.hicache_ratio:g} and --hicache-size {self.hicache_size:g} both say how large "
+                "the host tier is: give one of them",
+                param="hicache_size",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +132,7 @@ class EngineConfig:
     engine_start_timeout_s: float = option(600.0, "the longest wait for the model to load", unit="s", minimum=1)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     channel: ChannelConfig = field(default_factory=ChannelConfig)
+    host_tier: HostTierConfig = field(default_factory=HostTierConfig)
 
     worker_id: str = ""  # the worker's public name; its engine endpoint when empty
 
@@ -104,4 +142,10 @@ class EngineConfig:
                 f"--tp {self.tp} with --role {self.role}: tensor-parallel engines cannot hand pages over yet; "
                 "use --tp 1, or --role unified",
                 param="tp",
+            )
+        if self.tp > 1 and self.host_tier.enable_hierarchical_cache:
+            raise ConfigError(
+                f"--tp {self.tp} with --enable-hierarchical-cache: the ranks' pages cannot be kept in host memory yet; "
+                "use --tp 1, or leave the host tier out",
+                param="enable_hierarchical_cache",
             )

@@ -1,8 +1,8 @@
 """Builds one engine from its settings: model, pages, scheduler, sockets, transport, loop; and takes it apart again.
 
 The role changes one thing only, the scheduler (scheduler/unified.py, prefill.py, decode.py): the loop and everything
-around it are the same. What is made here is closed here, in the opposite order: first the transport (nothing is
-written any more), then sockets, runner and pool, and last the epoch's lock, which tells the peers that it is over.
+around it are the same. What is made here is closed here, in the opposite order: first mover and transport (nothing is
+copied any more), then sockets, runner and pool, and last the epoch's lock, which tells the peers that it is over.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from kvist.checkpoint import Checkpoint, find_checkpoint, fingerprint
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
 from kvist.kv.cache import PageCache
-from kvist.kv.device import DevicePool, default_runtime_dir
+from kvist.kv.device import DevicePool, available_host_bytes, default_runtime_dir
+from kvist.kv.host import HostPool, plan_host_pages
+from kvist.kv.host_tier import HostTier
 from kvist.kv.layout import namespace
+from kvist.kv.mover import PageMover
 from kvist.models import ModelConfig, load_model_config
 from kvist.request import EpochId, RequestId, SamplingParams, WorkerId
 from kvist.runner.build import RunnerConfig, build_runner, device_type
@@ -32,7 +35,7 @@ from kvist.scheduler.plan import Batch, BatchItem
 from kvist.transfer import make_transport
 from kvist.transfer.epoch import EpochLock, new_epoch, num_live_epochs, sweep
 from kvist.wire import EngineSpec
-from kvist.worker.config import UNIFIED, EngineConfig
+from kvist.worker.config import UNIFIED, EngineConfig, HostTierConfig
 from kvist.worker.cores import separate
 from kvist.worker.limits import resolve_limits
 from kvist.worker.loop import EngineLoop, LoopParts
@@ -218,7 +221,20 @@ def _assemble(
         scheduler_config = dataclasses.replace(
             limits, max_model_len=spec.max_model_len, eos_token_ids=served.config.eos_token_ids
         )
-        cache = PageCache(num_pages=pool.num_pages, page_size=config.page_size, namespace=spec.namespace)
+        clock = MonotonicClock()
+        host_pool = make_host_pool(config.host_tier, pool)
+        mover: PageMover | None = None
+        if host_pool is not None:
+            closing.callback(host_pool.close)
+            mover = PageMover(pool, host_pool, wakeup=channel.wakeup, clock=clock)
+            closing.callback(mover.close)
+        cache = PageCache(
+            num_pages=pool.num_pages,
+            page_size=config.page_size,
+            namespace=spec.namespace,
+            host=None if host_pool is None else HostTier(host_pool.tensor.shape[0]),
+            write_policy=config.host_tier.hicache_write_policy,
+        )
         parts = LoopParts(
             spec=spec,
             scheduler=build_scheduler(config.role, scheduler_config, cache, epoch, pool.address),
@@ -226,7 +242,8 @@ def _assemble(
             channel=channel,
             transport=transport,
             reports=LoadReports(cached_digests=cache.digests),
-            clock=MonotonicClock(),
+            mover=mover,
+            clock=clock,
             gateway_timeout_s=config.gateway_timeout_s,
             overlap=limits.overlap,
         )
@@ -234,6 +251,30 @@ def _assemble(
         if pool.tensor.is_cuda and config.cpu_affinity:
             gateway_cores = separate(num_live_epochs(runtime_dir))
         return Engine(spec=spec, loop=EngineLoop(parts), gateway_cores=gateway_cores, closing=closing.pop_all())
+
+
+def make_host_pool(config: HostTierConfig, pool: DevicePool) -> HostPool | None:
+    """Raises `ConfigError` when the host has no room for it."""
+    if not config.enable_hierarchical_cache:
+        return None
+    page_bytes = pool.layout.page_bytes
+    on_gpu = pool.tensor.is_cuda
+    available_bytes = available_host_bytes() - (0 if on_gpu else pool.num_pages * page_bytes)  # not resident yet
+    num_pages = plan_host_pages(
+        page_bytes,
+        num_device_pages=pool.num_pages,
+        ratio=config.hicache_ratio,
+        size_gb=config.hicache_size,
+        available_bytes=available_bytes,
+    )
+    log.info(
+        "host tier: %d tokens (%d pages), %.2f GiB, %s",
+        num_pages * pool.layout.page_size,
+        num_pages,
+        num_pages * page_bytes / 2**30,
+        config.hicache_write_policy,
+    )
+    return HostPool(num_pages, page_bytes, pinned=on_gpu)
 
 
 def _describe(

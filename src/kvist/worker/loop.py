@@ -1,6 +1,6 @@
 """The engine's loop: what happened → `scheduler.step` → carry the plan out → what happened.
 
-    recv ─► events ─► step ─► plan: 1. tokens and endings to gateways   2. messages to peers   3. transfers
+    recv ─► events ─► step ─► plan: 1. tokens and endings to gateways   2. messages to peers   3. transfers and moves
       ▲                             4. launch the batch   5. read the oldest batch under way
       └───────────────────────────────────────── StepFinished | StepFailed ◄──────┘
 
@@ -25,6 +25,7 @@ from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
 from kvist.errors import EngineError, HandoffFailed, Unavailable
+from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
 from kvist.request import EpochId
 from kvist.scheduler import Scheduler
 from kvist.scheduler.events import (
@@ -70,6 +71,14 @@ class StepRunner(Protocol):
     def launch(self, batch: Batch) -> LaunchedStep: ...
 
 
+class Mover(Protocol):
+    """kv.mover.PageMover, or a fake."""
+
+    def start(self, job: LoadPages | BackUpPages) -> None: ...
+    def poll(self) -> list[PagesLoaded | PagesBackedUp]: ...
+    def totals(self) -> dict[str, float]: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopParts:
     """What the loop drives. The wiring makes them, and closes them after the loop has ended."""
@@ -82,6 +91,7 @@ class LoopParts:
     reports: LoadReports
     clock: Clock
     gateway_timeout_s: float
+    mover: Mover | None = None  # with a host tier
     overlap: bool = False  # as the scheduler's: launch a batch before the former one is read
 
 
@@ -131,7 +141,8 @@ class EngineLoop:
         for reply in replies:
             self._send(reply.identity, reply.message)
         # Transfer reports first: one made before a Revoke arrived must not be taken for the answer to its StopWrites.
-        events = [*self._parts.transport.poll(), *self._carried, *events, *self._deaths(now_s)]
+        moved = [] if self._parts.mover is None else self._parts.mover.poll()
+        events = [*self._parts.transport.poll(), *moved, *self._carried, *events, *self._deaths(now_s)]
         self._carried = []
         with self._spent.planning():
             plan = self._parts.scheduler.step(now_s, events)
@@ -165,6 +176,9 @@ class EngineLoop:
         self._send_to_peers(plan)
         for job in plan.transfers:
             self._start_transfer(job)
+        for move in plan.moves:
+            assert self._parts.mover is not None
+            self._parts.mover.start(move)
         # Look at once at peers that are new: a lock file seen while its owner lives tells of its death for sure.
         self._carried += self._dead_peers(plan.watched_epochs - self._watched)
         self._watched = plan.watched_epochs
@@ -257,6 +271,7 @@ class EngineLoop:
             "undecodable_messages": float(self._parts.channel.num_undecodable),
             "failed_steps": float(self._num_failed_steps),
             **self._spent.totals(),
+            **({} if self._parts.mover is None else self._parts.mover.totals()),
         }
         for identity, report in reports.make(self._gateways, self._parts.scheduler.load(), totals, now_s):
             self._send(identity, report)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from kvist import wire
+from kvist.kv.host_tier import HostCounts
 from kvist.scheduler.load import SchedulerLoad
 from kvist.worker.gateways import Gateways
 
@@ -55,6 +56,7 @@ class LoadReports:
                 num_cached_pages=load.pages.cached,
                 num_owned_pages=load.pages.owned,
                 num_in_flight_pages=load.pages.in_flight,
+                num_host_pages=_by_state(load.host_pages),
                 snapshot=gateway.wants_snapshot,
                 cached_added=everything or () if gateway.wants_snapshot else added,
                 cached_removed=() if gateway.wants_snapshot else removed,
@@ -70,3 +72,7 @@ class LoadReports:
             del self._changes[digest]
         else:
             self._changes[digest] = now_cached
+
+
+def _by_state(counts: HostCounts | None) -> dict[str, int]:
+    return {} if counts is None else {"free": counts.free, "cached": counts.cached, "in_flight": counts.in_flight}

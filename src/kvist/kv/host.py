@@ -1,0 +1,84 @@
+"""The host tier's page pool (L2): one buffer of whole pages in host memory, and how many it may have.
+
+Life cycle: `plan_host_pages` decides the count and refuses what does not fit; `HostPool` makes the buffer before the
+engine is ready, for a GPU pinned, so that copies run beside everything else; `close` unpins it after the mover has
+stopped. On a CPU the memory becomes resident as it is first written.
+
+It decides nothing about pages: which slot holds what is kv/host_tier.py's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvist.errors import ConfigError
+
+_GB, _GIB = 10**9, 1 << 30
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU of the process
+
+
+def plan_host_pages(
+    page_bytes: int,
+    *,
+    num_device_pages: int,
+    ratio: float,
+    size_gb: float | None,  # instead of the ratio
+    available_bytes: int,
+) -> int:
+    """Raises `ConfigError` when there is no room for them, or for not even one."""
+    num_pages = int(num_device_pages * ratio) if size_gb is None else int(size_gb * _GB) // page_bytes
+    flag, value, param = ("--hicache-ratio", ratio, "hicache_ratio")
+    if size_gb is not None:
+        flag, value, param = ("--hicache-size", size_gb, "hicache_size")
+    num_bytes = num_pages * page_bytes
+    if num_pages < 1:
+        raise ConfigError(f"{flag} {value:g} holds no page of {page_bytes} bytes: raise it", param=param)
+    if num_bytes > available_bytes:
+        raise ConfigError(
+            f"{flag} {value:g}: the host tier needs {num_bytes / _GIB:.2f} GiB ({num_pages} pages of {page_bytes} "
+            f"bytes), and {max(0, available_bytes) / _GIB:.2f} GiB of host memory are free: lower {flag}, or "
+            "--max-total-tokens",
+            param=param,
+        )
+    return num_pages
+
+
+class HostPool:
+    """`tensor` is [num_pages, page_bytes], uint8, on the host. Raises `ConfigError` when it cannot be had or pinned."""
+
+    def __init__(self, num_pages: int, page_bytes: int, *, pinned: bool) -> None:
+        try:
+            self.tensor = torch.empty((num_pages, page_bytes), dtype=torch.uint8)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"no memory for the host tier: {error}; lower --hicache-size", param="hicache_size"
+            ) from error
+        self._pinned = False
+        if pinned:
+            _pin(self.tensor)
+            self._pinned = True
+
+    def close(self) -> None:
+        """Nothing may be copied any more."""
+        if self._pinned:
+            _cuda().cudaHostUnregister(self.tensor.data_ptr())
+            self._pinned = False
+        self.tensor = torch.empty((0, 0), dtype=torch.uint8)
+
+
+def _pin(memory: Tensor) -> None:
+    """In place: torch's own pinned memory comes in powers of two, which may be twice as much as was asked for."""
+    status = _cuda().cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)
+    if int(status):
+        raise ConfigError(
+            f"{memory.nbytes / _GIB:.2f} GiB of host memory cannot be pinned (CUDA error {int(status)}): lower "
+            "--hicache-ratio or --hicache-size, or raise the limit of locked memory",
+            param="hicache_size",
+        )
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

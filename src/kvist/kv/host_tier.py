@@ -1,0 +1,186 @@
+"""Which pages the host tier (L2) holds, by digest, and which goes next. Pure: it owns no bytes and no clock.
+
+    reserve ──► writing ──written(ok)──► resident ──begin──► loading ──end──► resident ──► evicted
+                   └──written(failed)──► lost: nothing to match; written again or evicted
+
+free + cached + in_flight == total, where in_flight are the slots that a move (moves.py) reads or writes: they are never
+given to another page. Cached are all others in use.
+
+A page is taken in only behind the page it continues, and a leaf is evicted before that: so what is here are whole
+prefixes, and no slot holds what no match can reach. Of the leaves that no move uses, the one used longest ago goes
+first. The heap of them is lazy: an entry that its page has outgrown is dropped when it is met.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class HostPage:
+    """One slot in use. Mutable; its one owner is the `HostTier`."""
+
+    __slots__ = ("digest", "last_use", "num_children", "num_moves", "parent", "resident", "slot")
+
+    def __init__(self, digest: bytes, slot: int, parent: HostPage | None, last_use: int) -> None:
+        self.digest = digest
+        self.slot = slot
+        self.parent = parent  # the page it continues; None for the first of a prefix
+        self.last_use = last_use
+        self.num_children = 0
+        self.num_moves = 0  # that read or write it
+        self.resident = False  # its bytes are there
+
+    @property
+    def lost(self) -> bool:
+        """Its bytes are neither there nor on their way."""
+        return not self.resident and not self.num_moves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostCounts:
+    """free + cached + in_flight == total."""
+
+    free: int
+    cached: int
+    in_flight: int
+    total: int
+
+
+class HostTier:
+    """Mutable; its one owner is `PageCache`."""
+
+    def __init__(self, num_pages: int) -> None:
+        assert num_pages > 0
+        self.num_pages = num_pages
+        self.num_evicted = 0
+        self._pages: dict[bytes, HostPage] = {}
+        self._free = list(range(num_pages - 1, -1, -1))  # slot 0 on top: what is never needed never becomes resident
+        self._leaves: list[tuple[int, int, HostPage]] = []  # a heap by last use; the second number only breaks ties
+        self._num_in_flight = 0
+        self._num_uses = 0
+        self._num_pushed = 0
+        self._changes: list[tuple[bytes, bool]] = []
+
+    def get(self, digest: bytes) -> HostPage | None:
+        return self._pages.get(digest)
+
+    def match(self, digests: Iterable[bytes]) -> list[HostPage]:
+        """The leading ones that are resident."""
+        found: list[HostPage] = []
+        for digest in digests:
+            page = self._pages.get(digest)
+            if page is None or not page.resident:
+                break
+            found.append(page)
+        return found
+
+    def touch(self, pages: Iterable[HostPage]) -> None:
+        """These were used now, all at once."""
+        self._num_uses += 1
+        for page in pages:
+            page.last_use = self._num_uses
+            self._offer(page)
+
+    def reserve(self, parent: HostPage | None, digest: bytes) -> HostPage | None:
+        """A slot to write the page into, evicting if need be; a move holds it until `written`. None: all are in use."""
+        page = self._pages.get(digest)
+        if page is None:
+            if not self._free and not self._evict_sparing(parent):
+                return None
+            self._num_uses += 1
+            page = self._pages[digest] = HostPage(digest, self._free.pop(), parent, self._num_uses)
+            if parent is not None:
+                parent.num_children += 1
+        else:
+            assert page.lost, "a page is written once"
+        self.begin(page)
+        return page
+
+    def written(self, page: HostPage, *, ok: bool) -> None:
+        page.resident = ok
+        if ok:
+            self._changes.append((page.digest, True))
+        self.end(page)
+
+    def begin(self, page: HostPage) -> None:
+        """A move uses it from now on."""
+        self._num_in_flight += not page.num_moves
+        page.num_moves += 1
+
+    def end(self, page: HostPage) -> None:
+        page.num_moves -= 1
+        self._num_in_flight -= not page.num_moves
+        self._offer(page)
+
+    def flush(self) -> int:
+        """Drops every page that no move uses and that continues into none in use; returns how many."""
+        num_pages = 0
+        while self._evict():
+            num_pages += 1
+        return num_pages
+
+    def counts(self) -> HostCounts:
+        return HostCounts(
+            free=len(self._free),
+            cached=len(self._pages) - self._num_in_flight,
+            in_flight=self._num_in_flight,
+            total=self.num_pages,
+        )
+
+    def digests(self) -> list[bytes]:
+        """Of every resident page."""
+        return [page.digest for page in self._pages.values() if page.resident]
+
+    def drain_changes(self) -> list[tuple[bytes, bool]]:
+        """(digest, whether it became resident or ceased to be) since the last call, in order."""
+        changes, self._changes = self._changes, []
+        return changes
+
+    def _evict_sparing(self, parent: HostPage | None) -> bool:
+        """A prefix is not cut off at the end that is about to grow."""
+        if parent is None:
+            return self._evict()
+        self.begin(parent)
+        try:
+            return self._evict()
+        finally:
+            self.end(parent)
+
+    def _evict(self) -> bool:
+        while self._leaves:
+            last_use, _, page = heapq.heappop(self._leaves)
+            if self._is_idle_leaf(page, last_use):
+                self._drop(page)
+                return True
+        return False
+
+    def _drop(self, page: HostPage) -> None:
+        del self._pages[page.digest]
+        self._free.append(page.slot)
+        self.num_evicted += 1
+        if page.resident:
+            self._changes.append((page.digest, False))
+        parent = page.parent
+        if parent is not None:
+            parent.num_children -= 1
+            parent.last_use = max(parent.last_use, page.last_use)  # whoever used the page went through it
+            self._offer(parent)
+
+    def _offer(self, page: HostPage) -> None:
+        if page.num_children or page.num_moves:
+            return
+        self._num_pushed += 1
+        heapq.heappush(self._leaves, (page.last_use, self._num_pushed, page))
+        if len(self._leaves) > 2 * len(self._pages) + 64:
+            self._leaves = [entry for entry in self._leaves if self._is_idle_leaf(entry[2], entry[0])]
+            heapq.heapify(self._leaves)
+
+    def _is_idle_leaf(self, page: HostPage, last_use: int) -> bool:
+        return (
+            page.last_use == last_use
+            and not page.num_children
+            and not page.num_moves
+            and self._pages.get(page.digest) is page
+        )

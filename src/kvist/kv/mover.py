@@ -1,0 +1,160 @@
+"""Copies pages between the device pool and the host pool, whole pages each, on threads of its own.
+
+    engine loop: start ──► loads   ──► thread, on a GPU with a stream ──► reports ──► engine loop: poll
+                     └───► backups ──► thread, the same               ──┘   (after a call of `wakeup`)
+
+Two lanes, because the two directions of a link do not disturb each other, and since a request waits for a load but
+nobody for a backup. Within a lane jobs are carried out in order. Every job is answered, until `close`.
+
+Why no stream waits for another. A page is backed up after the step that computed it was read by the host, and reading
+waits for the whole step. A page is loaded into a device page that nobody has: who had it before gave it up after the
+last step that used it was read (`RequestTable.is_written`). And the step that uses what was loaded is launched after
+the report, which a lane makes after it has waited for its own stream.
+
+It decides nothing: which page goes where, and when either may be used again, is kv/cache.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvist.clock import Clock
+from kvist.kv.device import DevicePool
+from kvist.kv.host import HostPool
+from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
+
+MOVE_COUNTERS = (
+    "host_loads",
+    "host_load_bytes",
+    "host_load_seconds",
+    "host_backups",
+    "host_backup_bytes",
+    "host_backup_seconds",
+)
+
+log = logging.getLogger(__name__)
+
+
+class PageMover:
+    """`start`, `poll`, `totals` and `close` are the engine loop's; `wakeup` is called by any thread."""
+
+    def __init__(self, device: DevicePool, host: HostPool, *, wakeup: Callable[[], None], clock: Clock) -> None:
+        self._reports: deque[PagesLoaded | PagesBackedUp] = deque()
+        pages = device.tensor.view(device.num_pages, -1).view(torch.uint8)
+        self._loads = _Lane("kvist-load", source=host.tensor, target=pages, clock=clock)
+        self._backups = _Lane("kvist-backup", source=pages, target=host.tensor, clock=clock)
+        self._wakeup = wakeup
+
+    def start(self, job: LoadPages | BackUpPages) -> None:
+        job_id = job.job_id
+        if isinstance(job, LoadPages):
+            self._loads.start(job.host_slots, job.page_ids, lambda ok: self._report(PagesLoaded(job_id=job_id, ok=ok)))
+        else:
+            self._backups.start(
+                job.page_ids, job.host_slots, lambda ok: self._report(PagesBackedUp(job_id=job_id, ok=ok))
+            )
+
+    def poll(self) -> list[PagesLoaded | PagesBackedUp]:
+        """What happened since the last call."""
+        return [self._reports.popleft() for _ in range(len(self._reports))]
+
+    def totals(self) -> dict[str, float]:
+        """MOVE_COUNTERS."""
+        loads, backups = self._loads, self._backups
+        numbers = (loads.num_jobs, loads.num_bytes, loads.seconds, backups.num_jobs, backups.num_bytes, backups.seconds)
+        return dict(zip(MOVE_COUNTERS, numbers, strict=True))
+
+    def close(self) -> None:
+        """No byte is moved once this returns. What has not begun is dropped without a report."""
+        for lane in (self._loads, self._backups):
+            lane.stop()
+        for lane in (self._loads, self._backups):
+            lane.join()
+
+    def _report(self, report: PagesLoaded | PagesBackedUp) -> None:
+        self._reports.append(report)
+        self._wakeup()
+
+
+class _Lane:
+    """One direction. The counters are written by its thread alone."""
+
+    def __init__(self, name: str, *, source: Tensor, target: Tensor, clock: Clock) -> None:
+        self.num_jobs = 0
+        self.num_bytes = 0.0
+        self.seconds = 0.0
+        self._source = source  # [num_pages, page_bytes] uint8, like `_target`; one of the two is on the host
+        self._target = target
+        self._clock = clock
+        gpu = next((pages.device for pages in (source, target) if pages.is_cuda), None)
+        self._stream = None if gpu is None else torch.cuda.Stream(gpu)  # type: ignore[no-untyped-call]
+        self._closed = False
+        self._jobs: queue.SimpleQueue[tuple[Sequence[int], Sequence[int], Callable[[bool], None]] | None]
+        self._jobs = queue.SimpleQueue()  # bounded by the pages that the cache lets be in flight
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def start(self, source_ids: Sequence[int], target_ids: Sequence[int], done: Callable[[bool], None]) -> None:
+        assert len(source_ids) == len(target_ids), "one destination for each page"
+        assert max(source_ids) < self._source.shape[0], "a page outside the pool"
+        assert max(target_ids) < self._target.shape[0], "a page outside the pool"
+        self._jobs.put((source_ids, target_ids, done))
+
+    def stop(self) -> None:
+        self._closed = True
+        self._jobs.put(None)
+
+    def join(self) -> None:
+        self._thread.join()  # at most one job
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._closed:
+            source_ids, target_ids, done = job
+            start_s = self._clock.now_s()
+            try:
+                self._copy(source_ids, target_ids)
+            except Exception:  # the thread must outlive any one job
+                log.exception("copying %d pages between device and host", len(source_ids))
+                done(False)
+                continue
+            self.num_jobs += 1
+            self.num_bytes += len(source_ids) * self._source.shape[1]
+            self.seconds += self._clock.now_s() - start_s
+            done(True)
+
+    def _copy(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
+        """Every byte is in place when it returns."""
+        if self._stream is None:
+            source, target = self._source.numpy(), self._target.numpy()  # torch would use the model's threads for it
+            for first, to, count in runs(source_ids, target_ids):
+                np.copyto(target[to : to + count], source[first : first + count])
+            return
+        with contextlib.ExitStack() as on_stream:
+            on_stream.enter_context(torch.cuda.stream(self._stream))
+            for first, to, count in runs(source_ids, target_ids):
+                self._target[to : to + count].copy_(self._source[first : first + count], non_blocking=True)
+        self._stream.synchronize()
+
+
+def runs(source_ids: Sequence[int], target_ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(source, target, count): pages that follow each other on both sides are copied at once."""
+    start = 0
+    for index in range(1, len(source_ids) + 1):
+        length = index - start
+        if (
+            index < len(source_ids)
+            and source_ids[index] == source_ids[start] + length
+            and target_ids[index] == target_ids[start] + length
+        ):
+            continue
+        yield source_ids[start], target_ids[start], length
+        start = index

@@ -1,0 +1,112 @@
+"""What an infinite cache would have hit: exactly, while nothing is forgotten, and never less than what was hit."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvist.kv.cache import PageCache, PageLease
+from kvist.kv.ceiling import Ceiling
+from kvist.kv.host_tier import HostTier
+from kvist.kv.keys import page_digests
+from kvist.kv.moves import LoadPages, PagesBackedUp, PagesLoaded
+
+PAGE_SIZE = 2
+NUM_PAGES = 9
+ONE_ROW = 16
+
+
+def digest(number: int) -> bytes:
+    return number.to_bytes(8, "little") + (number + 1).to_bytes(8, "little")
+
+
+def test_the_count_ends_at_the_first_page_that_was_never_evicted() -> None:
+    ceiling = Ceiling()
+    for number in (1, 2, 4):
+        ceiling.remember(digest(number))
+    assert ceiling.num_leading(map(digest, (1, 2, 3, 4))) == 2
+    assert ceiling.num_leading(map(digest, (3, 4))) == 0
+    assert (ceiling.num_remembered, ceiling.num_forgotten) == (3, 0)
+
+
+@given(st.lists(st.integers(0, ONE_ROW + 4), max_size=80))
+def test_when_there_are_too_many_the_one_evicted_longest_ago_is_forgotten_and_counted(numbers: list[int]) -> None:
+    ceiling, model, num_new = Ceiling(ONE_ROW), OrderedDict[int, None](), 0
+    for number in numbers:
+        num_new += number not in model
+        model[number] = None
+        model.move_to_end(number)
+        if len(model) > ONE_ROW:
+            model.popitem(last=False)
+        ceiling.remember(digest(number))
+    assert {number for number in range(ONE_ROW + 5) if ceiling.num_leading([digest(number)])} == set(model)
+    assert (ceiling.num_remembered, ceiling.num_forgotten) == (num_new, num_new - len(model))
+
+
+def test_two_hundred_thousand_digests_are_all_known() -> None:
+    ceiling = Ceiling()
+    for number in range(200_000):
+        ceiling.remember(page_digests((number,), 1, "space")[0])
+    assert (ceiling.num_remembered, ceiling.num_forgotten) == (200_000, 0)
+
+
+# ---- in the cache
+
+
+def carry_out(cache: PageCache, lease: PageLease, tokens: list[int], *, moves_work: bool) -> int:
+    """What the mover would; returns the tokens the lease has."""
+    num_hit = lease.num_cached_tokens
+    for job in cache.drain_jobs():
+        if isinstance(job, LoadPages):
+            num_hit = cache.loaded(PagesLoaded(job_id=job.job_id, ok=moves_work), tokens)
+        else:
+            cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=moves_work))
+    return num_hit
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), num_host_pages=st.sampled_from([0, 4, 12]))
+def test_the_ceiling_is_what_was_ever_cached_and_no_hit_exceeds_it(seed: int, num_host_pages: int) -> None:
+    random = Random(seed)
+    host = HostTier(num_host_pages) if num_host_pages else None
+    cache = PageCache(num_pages=NUM_PAGES, page_size=PAGE_SIZE, namespace="space", host=host)
+    ever: set[bytes] = set()
+    held: list[PageLease] = []  # their pages stay while others are evicted
+    for _ in range(60):
+        if held and random.random() < 0.5:
+            cache.close(held.pop())
+        if random.random() < 0.03:
+            cache.flush()
+            ever = set(cache.digests())
+        tokens = random.choices((0, 1), weights=(3, 1), k=random.randint(1, 9))
+        lease = cache.open(tokens, max_tokens=len(tokens) - 1)
+        if not cache.grow(lease, len(tokens)):
+            cache.close(lease)
+            continue
+        cache.follow(lease, tokens, max_tokens=len(tokens) - 1)
+        named = page_digests(tokens[:-1], PAGE_SIZE, "space")
+        expected = next((index for index, name in enumerate(named) if name not in ever), len(named)) * PAGE_SIZE
+        assert lease.num_ceiling_tokens == expected
+        num_hit = carry_out(cache, lease, tokens, moves_work=random.random() < 0.8)
+        assert num_hit <= expected
+        assert num_hit == expected or cache.totals()["device_evicted_pages"]
+        cache.commit(lease, tokens, len(tokens))
+        ever |= set(page_digests(tokens, PAGE_SIZE, "space"))
+        carry_out(cache, lease, tokens, moves_work=random.random() < 0.8)
+        held.append(lease)
+
+
+def test_what_a_flush_dropped_more_memory_would_not_have_kept() -> None:
+    cache = PageCache(num_pages=NUM_PAGES, page_size=PAGE_SIZE, namespace="space")
+    tokens = list(range(9))
+    for expected in (0, 0):
+        lease = cache.open(tokens, max_tokens=8)
+        assert cache.grow(lease, 9)
+        cache.follow(lease, tokens, max_tokens=8)
+        assert lease.num_ceiling_tokens == expected
+        cache.commit(lease, tokens, 9)
+        cache.close(lease)
+        cache.flush()
