@@ -49,7 +49,9 @@ def test_every_class_of_the_glossary_exists() -> None:
         _resolve(f"kvist.{name}")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/bench.md", "docs/metrics.md", "docs/performance.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/bench.md", "docs/cache.md", "docs/metrics.md", "docs/performance.md"]
+)
 def test_every_flag_that_a_page_names_is_one(page: str) -> None:
     options = [option for settings_class in settings._SETTINGS.values() for option in options_of(settings_class)]
     known = {"--help", "--version", *(short.flag for short in settings.SHORTHANDS)}

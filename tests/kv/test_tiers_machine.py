@@ -6,6 +6,7 @@ nonsense. K/V of a page is stood for by the digest of the prefix it was computed
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from hypothesis import settings
@@ -21,8 +22,12 @@ NUM_PAGES = 8
 PAGE_SIZE = 2
 NAMESPACE = "space"
 NONSENSE = b"nonsense"
+FIRST_PAGES = {page_digests(pair, PAGE_SIZE, NAMESPACE)[0] for pair in itertools.product((0, 1), repeat=PAGE_SIZE)}
 
-TOKENS = st.lists(st.integers(0, 1), min_size=2, max_size=9).map(tuple)
+TOKENS = st.one_of(
+    st.lists(st.integers(0, 1), min_size=2, max_size=9).map(tuple),
+    st.builds(lambda token_id, length: (token_id,) * length, st.integers(0, 1), st.integers(2, 9)),  # one of few
+)
 
 
 @dataclass(eq=False)
@@ -65,11 +70,43 @@ class TiersMachine(RuleBasedStateMachine):
         self.requests.append(Request(lease, token_ids, num_found * PAGE_SIZE, load_id))
         self.take_jobs()
 
+    @rule(token_ids=TOKENS, closes=st.booleans(), goes=st.booleans())
+    def answer(self, token_ids: tuple[int, ...], closes: bool, goes: bool) -> None:
+        """A whole request at once, but for the copies; perhaps it leaves the device pool at once, too."""
+        num_requests = len(self.requests)
+        self.admit(token_ids)
+        if len(self.requests) > num_requests and self.requests[-1].load_id is None:
+            self.write(self.requests[-1], len(token_ids))
+            if closes:
+                self.cache.close(self.requests.pop().lease)
+        if goes:
+            self.others_need_room(share=2)
+
+    @rule(token_ids=TOKENS)
+    def come_back(self, token_ids: tuple[int, ...]) -> None:
+        """Everybody leaves, the device pool forgets, and what is asked for again is under load."""
+        self.copy_all(ok=True)
+        for request in self.requests:
+            self.cache.close(request.lease)
+        self.requests = []
+        self.answer(token_ids, closes=True, goes=False)
+        self.copy_all(ok=True)
+        self.others_need_room(share=2)
+        self.admit(token_ids)
+
+    @rule(ok=st.booleans())
+    def copy_all(self, ok: bool) -> None:
+        while self.jobs:
+            self.carry_out(0, ok)
+
     @precondition(lambda self: any(request.load_id is None for request in self.requests))
     @rule(data=st.data(), more=st.integers(1, 8), more_tokens=st.lists(st.integers(0, 1), max_size=2))
     def compute(self, data: st.DataObject, more: int, more_tokens: list[int]) -> None:
         request = data.draw(st.sampled_from([each for each in self.requests if each.load_id is None]))
         request.token_ids += tuple(more_tokens)
+        self.write(request, more)
+
+    def write(self, request: Request, more: int) -> None:
         first = request.num_written // PAGE_SIZE
         room = min(len(request.lease.page_ids) * PAGE_SIZE, len(request.token_ids))
         request.num_written = min(request.num_written + more, room)
@@ -82,7 +119,10 @@ class TiersMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
     def copy(self, data: st.DataObject, ok: bool) -> None:
-        job, asked = self.jobs.pop(data.draw(st.integers(0, len(self.jobs) - 1)))
+        self.carry_out(data.draw(st.integers(0, len(self.jobs) - 1)), ok)
+
+    def carry_out(self, index: int, ok: bool) -> None:
+        job, asked = self.jobs.pop(index)
         assert self.source(job) == asked, "what is copied changed while the copy waited"
         found = asked if ok else [NONSENSE] * len(asked)
         if isinstance(job, BackUpPages):
@@ -151,7 +191,8 @@ class TiersMachine(RuleBasedStateMachine):
         assert counts.in_flight == sum(len(job.page_ids) for job in loads)
         assert host.in_flight == len({slot for job, _ in self.jobs for slot in job.host_slots})
         for page in self.tier._pages.values():  # no slot holds what no match can reach
-            assert page.parent is None or self.tier.get(page.parent.digest) is page.parent
+            parent = page.parent
+            assert page.digest in FIRST_PAGES if parent is None else self.tier.get(parent.digest) is parent
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
