@@ -10,6 +10,10 @@ from scheduler_sim import SimEngine, World, make_request, small_config
 PREFILLS = ("p0", "p1")
 DECODES = ("d0", "d1")
 NAMES = st.sampled_from(PREFILLS + DECODES)
+PROMPTS = st.one_of(
+    st.lists(st.integers(0, 2), min_size=1, max_size=18),
+    st.builds(lambda token_id, length: [token_id] * length, st.integers(0, 1), st.integers(5, 18)),  # one of few
+)
 
 
 class Cluster(RuleBasedStateMachine):
@@ -63,7 +67,7 @@ class Cluster(RuleBasedStateMachine):
     @rule(
         prefill=st.sampled_from(PREFILLS),
         decode=st.sampled_from(DECODES),
-        prompt=st.lists(st.integers(0, 2), min_size=1, max_size=18),
+        prompt=PROMPTS,
         max_tokens=st.integers(1, 8),
         resumed=st.sampled_from([0, 0, 2]),
     )
@@ -74,7 +78,7 @@ class Cluster(RuleBasedStateMachine):
         )
         self.world.submit_pair(request, self.engine(prefill), self.engine(decode))
 
-    @rule(prefill=st.sampled_from(PREFILLS), prompt=st.lists(st.integers(0, 2), min_size=1, max_size=18))
+    @rule(prefill=st.sampled_from(PREFILLS), prompt=PROMPTS)
     def submit_whole(self, prefill: str, prompt: list[int]) -> None:
         self.count += 1
         engine = self.engine(prefill)
@@ -94,6 +98,7 @@ class Cluster(RuleBasedStateMachine):
         for _ in range(times):
             for _ in range(copies):
                 engine.transport.advance()
+                engine.mover.advance()
             if finishes:
                 engine.finish_step()
             engine.step()
@@ -125,6 +130,27 @@ class Cluster(RuleBasedStateMachine):
     @rule(name=st.sampled_from(PREFILLS), how=st.sampled_from(["corrupt_next", "fail_next"]))
     def link_breaks(self, name: str, how: str) -> None:
         setattr(self.engine(name).transport, how, True)
+
+    @rule(prefill=st.sampled_from(PREFILLS), decode=st.sampled_from(DECODES))
+    def ask_again(self, prefill: str, decode: str) -> None:
+        """What was cached may be in the host tier only by now."""
+        self.all_get_done()
+        self.cached_pages_go_from_the_device(prefill)
+        self.cached_pages_go_from_the_device(decode)
+        self.submit(prefill, decode, [1] * 13, 3, 0)
+
+    @rule()
+    def all_get_done(self) -> None:
+        self.world.settle(max_rounds=2000)
+
+    @rule(name=NAMES)
+    def cached_pages_go_from_the_device(self, name: str) -> None:
+        cache = self.engine(name).cache
+        cache._evict(cache.counts().evictable)
+
+    @rule(name=NAMES)
+    def move_fails(self, name: str) -> None:
+        self.engine(name).mover.fail_next = True
 
     @rule(name=NAMES)
     def step_fails(self, name: str) -> None:

@@ -10,6 +10,7 @@ from scheduler_sim import World, make_request, small_config
 from kvist.scheduler.events import FlushRequested
 
 TOKENS = st.integers(0, 3)  # few different tokens: many shared prefixes
+ONE_OF_FEW = st.builds(lambda token_id, length: [token_id] * length, st.integers(0, 2), st.integers(5, 20))
 
 
 class OneEngine(RuleBasedStateMachine):
@@ -35,7 +36,7 @@ class OneEngine(RuleBasedStateMachine):
         )
 
     @rule(
-        prompt=st.lists(TOKENS, max_size=20),
+        prompt=st.one_of(st.lists(TOKENS, max_size=20), ONE_OF_FEW, ONE_OF_FEW),
         max_tokens=st.integers(1, 12),
         min_tokens=st.integers(0, 4),
         ignore_eos=st.booleans(),
@@ -89,9 +90,24 @@ class OneEngine(RuleBasedStateMachine):
     def move_fails(self) -> None:
         self.engine.mover.fail_next = True
 
+    @rule(token_id=st.integers(0, 1), drops=st.booleans())
+    def ask_again(self, token_id: int, drops: bool) -> None:
+        """What was cached may be in the host tier only by now."""
+        if drops:
+            self.all_get_done()
+            self.cached_pages_go(all_tiers=False)
+        self.submit([token_id] * 17, 2, 0, True, (), 0, "")
+
     @rule()
-    def flush(self) -> None:
-        self.engine.events.append(FlushRequested(call_id="f"))
+    def all_get_done(self) -> None:
+        self.world.settle(max_rounds=100 + 80 * self.count, dt_s=0.0)
+
+    @rule(all_tiers=st.sampled_from([False, False, False, True]))
+    def cached_pages_go(self, all_tiers: bool) -> None:
+        if all_tiers:
+            self.engine.events.append(FlushRequested(call_id="f"))
+        else:
+            self.engine.cache._evict(self.engine.cache.counts().evictable)
 
     @rule()
     def step_fails(self) -> None:

@@ -21,7 +21,10 @@ from kvist.checkpoint import find_checkpoint
 from kvist.clock import FakeClock
 from kvist.kv.cache import PageCache
 from kvist.kv.device import DevicePool
+from kvist.kv.host import HostPool
+from kvist.kv.host_tier import HostTier
 from kvist.kv.layout import PageLayout, namespace
+from kvist.kv.mover import PageMover
 from kvist.models import load_model, load_model_config
 from kvist.models.decoder import CausalLM
 from kvist.models.parallel import TensorParallel
@@ -149,17 +152,22 @@ class SmallEngine:
     transport: Transport
     pool: DevicePool
     lock: EpochLock
+    mover: PageMover | None = None
 
     @property
     def idle(self) -> bool:
+        host = self.scheduler.load().host_pages
         return (
             not self.scheduler.has_work()
+            and (host is None or host.in_flight == 0)
             and not self.channel.waiting
             and not self.loop._in_flight
             and not self.loop._carried
         )
 
     def die(self) -> None:
+        if self.mover is not None:
+            self.mover.close()
         self.transport.close()
         self.pool.close()
         self.lock.close()
@@ -179,7 +187,7 @@ class World:
 
     # ------------------------------------------------------------ engines
 
-    def engine(self, role: str, *, num_pages: int = 64, **config: float) -> SmallEngine:
+    def engine(self, role: str, *, num_pages: int = 64, num_host_pages: int = 0, **config: float) -> SmallEngine:
         self._num_made += 1
         epoch = EpochId(f"{role}{self._num_made}")
         lock = EpochLock(self._runtime_dir, epoch)
@@ -195,7 +203,12 @@ class World:
         pool.tensor.fill_(float("nan"))  # what nobody wrote must not matter
         attention = build_attention("torch", pool.tensor.device)
         attention.bind(pool.tensor)
-        cache = PageCache(num_pages=num_pages, page_size=PAGE_SIZE, namespace=namespace("tiny", layout))
+        cache = PageCache(
+            num_pages=num_pages,
+            page_size=PAGE_SIZE,
+            namespace=namespace("tiny", layout),
+            host=HostTier(num_host_pages) if num_host_pages else None,
+        )
         scheduler_config = replace(
             SchedulerConfig(
                 chunked_prefill_size=CHUNK,
@@ -210,6 +223,10 @@ class World:
         scheduler = build_scheduler(role, scheduler_config, cache, epoch, pool.address)
         channel = MemoryChannel(self, epoch, f"mem://{epoch}")
         transport = make_transport(pool, runtime_dir=self._runtime_dir, wakeup=channel.wakeup)
+        mover = None
+        if num_host_pages:
+            host_pool = HostPool(num_host_pages, layout.page_bytes, pinned=False)
+            mover = PageMover(pool, host_pool, wakeup=channel.wakeup, clock=self.clock)
         parts = LoopParts(
             spec=self._spec(role, epoch, channel.endpoint, num_pages),
             scheduler=scheduler,
@@ -219,9 +236,10 @@ class World:
             reports=LoadReports(cached_digests=cache.digests),
             clock=self.clock,
             gateway_timeout_s=1e9,
+            mover=mover,
             overlap=bool(scheduler_config.overlap),
         )
-        made = SmallEngine(channel, EngineLoop(parts), scheduler, transport, pool, lock)
+        made = SmallEngine(channel, EngineLoop(parts), scheduler, transport, pool, lock, mover)
         self.engines.append(made)
         return made
 

@@ -292,3 +292,45 @@ def test_a_decode_engine_that_dies_leaves_prefill_without_held_pages(world: Worl
     world.clock.advance(1.0)
     world.run()
     world.check_ledgers()
+
+
+def fill(world: World, engine: Any, request_of: Any, seed: int) -> None:
+    """Others' requests push everything out of the device pool."""
+    for number in range(3):
+        world.answer(engine, request_of(f"{engine.channel.epoch}-fill-{seed}-{number}", prompt(44, 10 * seed + number)))
+
+
+@SAMPLING
+def test_pages_from_the_host_tier_give_the_tokens_of_computing_again(
+    world: World, request_of: Any, sampling: dict[str, Any]
+) -> None:
+    prompts = [prompt(length, seed=4) for length in (8, 17, 32, 33)]
+    answers = expected(world, request_of, sampling, prompts)
+    engine = world.engine("unified", num_pages=16, num_host_pages=400)
+    for turn in range(3):
+        for number, each in enumerate(prompts):
+            stream = world.answer(engine, request_of(f"{turn}-{number}", each, **sampling))
+            assert stream.token_ids == answers[number], f"prompt of {len(each)} tokens, turn {turn}"
+            assert stream.cached == (0 if turn == 0 else (len(each) - 1) // 4 * 4)
+        fill(world, engine, request_of, seed=20 + turn)
+    world.check_ledgers()
+    assert engine.scheduler.load().totals["host_loaded_pages"] == 2 * (1 + 4 + 7 + 8)
+
+
+@SAMPLING
+def test_a_pair_whose_pages_come_from_both_host_tiers_gives_the_same_tokens(
+    world: World, request_of: Any, sampling: dict[str, Any]
+) -> None:
+    prompts = [prompt(length, seed=5) for length in (8, 17, 32, 33)]
+    answers = expected(world, request_of, sampling, prompts)
+    prefill = world.engine("prefill", num_pages=16, num_host_pages=400)
+    decode = world.engine("decode", num_pages=16, num_host_pages=400)
+    for turn in range(2):
+        for number, each in enumerate([*prompts, *(prompt(44, seed=30 + turn) for _ in range(1))]):
+            stream = world.submit_pair(prefill, decode, request_of(f"{turn}-{number}", each, **sampling))
+            world.run()
+            if number < len(prompts):
+                assert stream.token_ids == answers[number], f"prompt of {len(each)} tokens, turn {turn}"
+    world.check_ledgers()
+    for engine in (prefill, decode):
+        assert engine.scheduler.load().totals["host_loaded_pages"] >= 8

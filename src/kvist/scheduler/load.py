@@ -34,5 +34,5 @@ class SchedulerLoad:
     num_running: int  # with pages, computing or waiting for a handoff
     num_waiting: int  # without pages
     pages: PageCounts
-    host_pages: HostCounts | None  # None: there is no host tier
     totals: Mapping[str, float]  # COUNTERS, and the cache's TIER_COUNTERS
+    host_pages: HostCounts | None = None  # None: there is no host tier

@@ -1,0 +1,118 @@
+"""The host tier's index: what is matched, what goes first, and what never goes."""
+
+from __future__ import annotations
+
+import random
+
+from kvist.kv.host_tier import HostPage, HostTier
+
+
+def keep(tier: HostTier, *digests: bytes, parent: HostPage | None = None) -> list[HostPage]:
+    """A chain of pages, resident."""
+    pages = []
+    for digest in digests:
+        page = tier.reserve(parent, digest)
+        assert page is not None
+        tier.written(page, ok=True)
+        pages.append(page)
+        parent = page
+    return pages
+
+
+def test_a_match_ends_at_the_first_page_that_is_not_resident() -> None:
+    tier = HostTier(4)
+    a, _ = keep(tier, b"a", b"b")
+    writing = tier.reserve(a, b"c")
+    assert [page.digest for page in tier.match([b"a", b"b", b"x", b"b"])] == [b"a", b"b"]
+    assert tier.match([b"c"]) == []
+    assert writing is not None
+    tier.written(writing, ok=True)
+    assert tier.match([b"c"]) == [writing]
+
+
+def test_the_prefix_used_longest_ago_goes_first_and_its_end_before_its_beginning() -> None:
+    tier = HostTier(5)
+    keep(tier, b"a1", b"a2", b"a3")
+    old = keep(tier, b"b1", b"b2")
+    tier.touch(tier.match([b"a1", b"a2", b"a3"]))
+    for digest, gone in ((b"c", b"b2"), (b"d", b"b1"), (b"e", b"a3")):
+        keep(tier, digest)
+        assert tier.get(gone) is None
+    assert [page.digest for page in old] == [b"b2", b"b1"][::-1]
+    assert tier.num_evicted == 3
+
+
+def test_a_page_that_a_move_uses_is_not_evicted_nor_is_the_prefix_that_grows() -> None:
+    tier = HostTier(2)
+    (a,) = keep(tier, b"a")
+    (b,) = keep(tier, b"b", parent=a)
+    assert tier.reserve(b, b"c") is None  # only its own prefix could go
+    tier.begin(b)
+    assert tier.reserve(None, b"x") is None
+    tier.end(b)
+    assert tier.reserve(None, b"x") is not None
+    assert tier.get(b"b") is None
+
+
+def test_a_page_whose_write_failed_is_not_found_and_its_slot_serves_again() -> None:
+    tier = HostTier(1)
+    page = tier.reserve(None, b"a")
+    assert page is not None
+    tier.written(page, ok=False)
+    assert tier.match([b"a"]) == []
+    assert tier.reserve(None, b"a") is page
+    tier.written(page, ok=False)
+    keep(tier, b"b")
+    assert tier.digests() == [b"b"]
+    assert tier.drain_changes() == [(b"b", True)]  # nobody was told of the other
+
+
+def test_a_flush_leaves_what_a_move_uses_and_what_it_continues() -> None:
+    tier = HostTier(6)
+    keep(tier, b"x", b"y")
+    a, b, _ = keep(tier, b"a", b"b", b"c")
+    tier.begin(b)
+    assert tier.flush() == 3
+    assert tier.digests() == [b"a", b"b"]
+    tier.end(b)
+    assert tier.flush() == 2
+    assert (tier.counts().free, tier.counts().cached) == (6, 0)
+    assert a.num_children == 0
+
+
+def test_any_order_of_uses_keeps_whole_prefixes_and_every_slot_accounted_for() -> None:
+    draw = random.Random(5)
+    tier = HostTier(12)
+    moving: list[tuple[HostPage, bool]] = []  # is it being written?
+    for _ in range(20_000):
+        action = draw.random()
+        if action < 0.5:
+            parent = draw.choice([None, *tier._pages.values()]) if draw.random() < 0.8 else None
+            digest = (parent.digest if parent else b"") + bytes([draw.randrange(3)])
+            known = tier.get(digest)
+            if len(digest) < 6 and (known is None or known.lost):
+                page = tier.reserve(parent, digest)
+                if page is not None:
+                    moving.append((page, True))
+        elif action < 0.6 and tier._pages:
+            page = draw.choice(list(tier._pages.values()))
+            if page.resident:
+                tier.begin(page)
+                moving.append((page, False))
+        elif action < 0.9 and moving:
+            page, written = moving.pop(draw.randrange(len(moving)))
+            if written:
+                tier.written(page, ok=draw.random() < 0.8)
+            else:
+                tier.end(page)
+        elif tier._pages:
+            tier.touch([draw.choice(list(tier._pages.values()))])
+        counts = tier.counts()
+        assert counts.free + counts.cached + counts.in_flight == counts.total
+        used = [page.slot for page in tier._pages.values()]
+        assert sorted([*used, *tier._free]) == list(range(12))
+        assert counts.in_flight == len({page for page, _ in moving})
+        assert all(tier._pages.get(page.digest) is page for page, _ in moving)
+        assert all(page.parent is None or page.parent.digest in tier._pages for page in tier._pages.values())
+        assert len(tier._leaves) <= 2 * len(tier._pages) + 65
+    assert tier.num_evicted > 1000

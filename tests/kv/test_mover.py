@@ -1,0 +1,136 @@
+"""Bytes between device and host: whole pages, on the CPU, and the same on a GPU."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvist.clock import MonotonicClock
+from kvist.errors import ConfigError
+from kvist.kv.device import DevicePool
+from kvist.kv.host import HostPool, plan_host_pages
+from kvist.kv.layout import PageLayout
+from kvist.kv.mover import PageMover, runs
+from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
+
+LAYOUT = PageLayout(num_kv_heads=2, num_layers=3, page_size=4, head_dim=8, dtype="float32")
+DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)]
+
+
+class Moving:
+    def __init__(self, device: torch.device, directory: Path, num_host_pages: int = 16) -> None:
+        self.pool = DevicePool.create(LAYOUT, 8, device=device, directory=directory)
+        self.host = HostPool(num_host_pages, LAYOUT.page_bytes, pinned=device.type == "cuda")
+        self.host.tensor.fill_(255)
+        self.woken = threading.Event()
+        self.mover = PageMover(self.pool, self.host, wakeup=self.woken.set, clock=MonotonicClock())
+
+    def reports(self, number: int = 1) -> list[PagesLoaded | PagesBackedUp]:
+        found: list[PagesLoaded | PagesBackedUp] = []
+        give_up_s = time.monotonic() + 20
+        while len(found) < number:
+            assert time.monotonic() < give_up_s
+            self.woken.wait(0.5)
+            self.woken.clear()
+            found += self.mover.poll()
+        return found
+
+    def close(self) -> None:
+        self.mover.close()
+        self.host.close()
+        self.pool.close()
+
+
+@pytest.fixture(params=DEVICES, ids=["cpu", "cuda"])
+def moving(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Moving]:
+    made = Moving(request.param, tmp_path)
+    yield made
+    made.close()
+
+
+def test_pages_come_back_from_the_host_byte_for_byte(moving: Moving) -> None:
+    tensor = moving.pool.tensor
+    tensor.copy_(torch.randn(tensor.shape))
+    written = tensor.clone()
+    moving.mover.start(BackUpPages(job_id=1, page_ids=(0, 1, 2, 5), host_slots=(7, 8, 9, 0)))
+    assert moving.reports() == [PagesBackedUp(job_id=1, ok=True)]
+    tensor.zero_()
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+    moving.mover.start(LoadPages(job_id=2, host_slots=(0, 9, 8), page_ids=(3, 4, 5)))
+    assert moving.reports() == [PagesLoaded(job_id=2, ok=True)]
+    assert torch.equal(tensor[3], written[5])
+    assert torch.equal(tensor[4], written[2])
+    assert torch.equal(tensor[5], written[1])
+    assert not tensor[[0, 1, 2, 6, 7]].any()
+    assert (moving.host.tensor[[1, 2, 3, 4, 5, 6, 10]] == 255).all()
+    totals = moving.mover.totals()
+    assert (totals["host_loads"], totals["host_load_bytes"]) == (1, 3 * LAYOUT.page_bytes)
+    assert (totals["host_backups"], totals["host_backup_bytes"]) == (1, 4 * LAYOUT.page_bytes)
+    assert totals["host_backup_seconds"] > 0
+
+
+def test_a_copy_that_raises_is_reported_and_the_next_one_works(moving: Moving, monkeypatch: pytest.MonkeyPatch) -> None:
+    lane = moving.mover._loads
+    real = lane._copy
+
+    def broken(*_: object) -> None:
+        monkeypatch.setattr(lane, "_copy", real)
+        raise RuntimeError("a bus error")
+
+    monkeypatch.setattr(lane, "_copy", broken)
+    moving.mover.start(LoadPages(job_id=1, host_slots=(0,), page_ids=(0,)))
+    moving.mover.start(LoadPages(job_id=2, host_slots=(1,), page_ids=(1,)))
+    assert moving.reports(2) == [PagesLoaded(job_id=1, ok=False), PagesLoaded(job_id=2, ok=True)]
+    assert moving.mover.totals()["host_loads"] == 1
+
+
+def test_closing_ends_both_threads_and_drops_what_waits(moving: Moving) -> None:
+    moving.mover.close()
+    moving.mover.start(LoadPages(job_id=1, host_slots=(0,), page_ids=(0,)))
+    time.sleep(0.01)
+    assert moving.mover.poll() == []
+    assert not moving.mover._loads._thread.is_alive()
+
+
+def test_pages_that_follow_each_other_on_both_sides_are_copied_at_once() -> None:
+    assert list(runs((3, 4, 5, 9), (0, 1, 2, 3))) == [(3, 0, 3), (9, 3, 1)]
+    assert list(runs((3, 4), (1, 0))) == [(3, 1, 1), (4, 0, 1)]
+    assert list(runs((6,), (2,))) == [(6, 2, 1)]
+
+
+def plan(**changes: object) -> int:
+    sizes: dict[str, object] = {"num_device_pages": 100, "ratio": 2.0, "size_gb": None, "available_bytes": 10**9}
+    return plan_host_pages(1000, **{**sizes, **changes})  # type: ignore[arg-type]
+
+
+def test_the_size_is_a_multiple_of_the_device_pool_or_what_is_said() -> None:
+    assert plan() == 200
+    assert plan(ratio=0.5) == 50
+    assert plan(size_gb=0.5) == 500_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"available_bytes": 1000}, "--hicache-ratio 2: the host tier needs .* lower --hicache-ratio"),
+        ({"size_gb": 2.0}, r"--hicache-size 2: .* and 0.93 GiB of host memory are free: lower --hicache-size"),
+        ({"available_bytes": -5}, "0.00 GiB of host memory are free"),
+        ({"ratio": 0.001}, "--hicache-ratio 0.001 holds no page"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_flag_and_what_is_free(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        plan(**changes)
+
+
+@pytest.mark.gpu
+def test_a_gpus_host_pool_is_pinned() -> None:
+    pool = HostPool(3, 4096, pinned=True)
+    assert pool.tensor.is_pinned()
+    pool.close()
