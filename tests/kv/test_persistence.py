@@ -10,21 +10,28 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
+from kvist.kv.device import DevicePool
+from kvist.kv.host import HostPool
 from kvist.kv.host_tier import HostTier, SavedPage
+from kvist.kv.mover import PageMover
+from kvist.kv.moves import BackUpPages
 from kvist.kv.persistence import PersistentPages, reusable_bytes
 from kvist.worker.config import HostTierConfig
 
 # Under importlib mode a test module cannot import its neighbour by name.
 sys.path.insert(0, str(Path(__file__).parent))
 try:
-    from persistence_process import NUM_PAGES, PAGE_BYTES, Writer, digest_of, open_folder, page_of
+    from persistence_process import LAYOUT, NUM_PAGES, PAGE_BYTES, Writer, digest_of, open_folder, page_of
 finally:
     sys.path.pop(0)
 
@@ -293,6 +300,7 @@ def test_a_full_disk_is_an_error_at_the_start_and_takes_no_page_that_was_there(
     with pytest.raises(ConfigError, match=r"--hicache-persist .*No space left.*lower --hicache-size") as caught:
         open_folder(folder, num_pages=4 * NUM_PAGES)
     assert caught.value.param == "hicache_persist"
+    assert (folder / "pages").stat().st_size == NUM_PAGES * PAGE_BYTES
     assert restored_slots(folder) == set(range(8))
 
 
@@ -320,6 +328,30 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
 def test_persistence_without_a_host_tier_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--enable-hierarchical-cache"):
         HostTierConfig(hicache_persist=str(tmp_path))
+
+
+@pytest.mark.gpu
+def test_a_gpus_pool_in_shared_memory_is_pinned_copied_to_and_restored(tmp_path: Path) -> None:
+    folder = Path("/dev/shm") / f"kvist-test-gpu-{os.getpid()}"
+    try:
+        persistent = open_folder(folder)
+        host = HostPool(NUM_PAGES, PAGE_BYTES, pinned=True, persistent=persistent)
+        assert host.tensor.is_pinned()
+        device = DevicePool.create(LAYOUT, 2, device=torch.device("cuda", 0), directory=tmp_path)
+        pages = device.tensor.view(2, -1).view(torch.uint8)
+        pages[1] = torch.frombuffer(bytearray(page_of(digest_of(7))), dtype=torch.uint8).cuda()
+        torch.cuda.synchronize()
+        done = threading.Event()
+        mover = PageMover(device, host, wakeup=done.set, clock=MonotonicClock())
+        mover.start(BackUpPages(job_id=1, page_ids=(1,), host_slots=(5,), names=((digest_of(7), None),)))
+        assert done.wait(20)
+        mover.close()
+        host.close()
+        persistent.close()
+        device.close()
+        assert restored_slots(folder) == {5}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no shared memory")
