@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from scheduler_sim import SimEngine, World, make_request, small_config
@@ -10,7 +11,7 @@ from scheduler_sim import SimEngine, World, make_request, small_config
 from kvist.kv.cache import MAX_BACKUPS, MAX_PAGES_BACKED_UP, PageCache
 from kvist.kv.host_tier import HostTier
 from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp
-from kvist.request import Outcome
+from kvist.request import EngineRequest, Outcome
 from kvist.scheduler.events import FlushRequested
 
 PROMPT = [1] * 13  # 3 full pages of 4 tokens
@@ -25,13 +26,14 @@ def drop_from_device(engine: SimEngine) -> None:
     engine.cache._evict(engine.cache.counts().evictable)
 
 
-def begin_load(world: World, engine: SimEngine, request_id: str = "again") -> None:
+def begin_load(world: World, engine: SimEngine, beside: Sequence[EngineRequest] = ()) -> None:
     """PROMPT was answered, its pages are in the host tier only, and are asked for by a second request."""
     world.submit(make_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
     drop_from_device(engine)
-    world.submit(make_request(request_id, PROMPT, max_tokens=2), engine)
-    world.deliver(("gateway", engine.name))
+    for request in (make_request("again", PROMPT, max_tokens=2), *beside):
+        world.submit(request, engine)
+        world.deliver(("gateway", engine.name))
     (load,) = engine.step().moves
     assert isinstance(load, LoadPages)
     assert len(load.page_ids) == 3
@@ -56,15 +58,14 @@ def test_pages_that_left_the_device_come_back_from_the_host() -> None:
 def test_a_request_that_loads_holds_nobody_back() -> None:
     world = World()
     engine = start(world)
-    begin_load(world, engine)
-    world.submit(make_request("other", [2] * 6, max_tokens=1), engine)
+    begin_load(world, engine, [make_request("beside", [2] * 6, max_tokens=1)])
+    world.submit(make_request("behind", [3] * 6, max_tokens=1), engine)
     world.deliver(("gateway", "u"))
-    batch = engine.step().batch
-    assert batch is not None
-    assert [item.request_id for item in batch.items] == ["other"]
-    engine.finish_step()
-    engine.step()
-    assert world.outcome("other", engine) is Outcome.FINISHED
+    for request_id in ("beside", "behind"):
+        assert [item.request_id for item in engine.under_way[0].items] == [request_id]
+        engine.finish_step()
+        engine.step()
+        assert world.outcome(request_id, engine) is Outcome.FINISHED
     assert not world.chunks["again"]
 
 
@@ -239,3 +240,18 @@ def test_a_small_device_pool_under_load_takes_much_from_the_host_and_tells_no_wr
     totals = engine.scheduler.load().totals
     assert totals["host_loaded_pages"] > 5
     assert totals["host_failed_pages"] > 0
+
+
+def test_a_page_that_others_hold_is_not_backed_up_for_who_has_its_duplicate() -> None:
+    cache = PageCache(num_pages=8, page_size=1, namespace="n", host=HostTier(1))
+    leases = []
+    for token_id in (1, 2, 2):  # the second finds the only slot in use, the third has a duplicate of its page
+        lease = cache.open([token_id], max_tokens=0)
+        assert cache.grow(lease, 1)
+        leases.append(lease)
+    cache.commit(leases[0], [1], 1)
+    cache.commit(leases[1], [2], 1)
+    (job,) = cache.drain_jobs()
+    cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=True))
+    cache.commit(leases[2], [2], 1)
+    assert cache.drain_jobs() == []

@@ -85,7 +85,7 @@ class Cluster:
     def __init__(self, model_path: Path, runtime_dir: Path) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._model_path, self._runtime_dir = model_path, runtime_dir
-        self._engines: list[Engine] = []
+        self.engines: list[Engine] = []
 
     def start(
         self, *roles: str, scheduler: SchedulerOptions | None = None, tp: int = 1, **settings: object
@@ -100,13 +100,13 @@ class Cluster:
             scheduler=scheduler or SchedulerOptions(),
         )
         started = [Engine(replace(config, role=role, **settings)) for role in roles]  # type: ignore[arg-type]
-        self._engines += started
+        self.engines += started
         for engine in started:
             engine.wait_ready(self._context)
         return started
 
     def close(self) -> None:
-        for engine in self._engines:
+        for engine in self.engines:
             engine.close()
         self._context.destroy(linger=0)
 
@@ -216,6 +216,50 @@ def test_prefill_and_decode_on_one_gpu_equal_unified(gpu_cluster: Cluster) -> No
     unified, prefill, decode = gpu_cluster.start("unified", "prefill", "decode", **ON_GPU)
     for num_prompt_tokens in (1, 16, 17, 700):
         assert_pair_equals_unified(unified, prefill, decode, num_prompt_tokens)
+
+
+HOST_TIER = HostTierConfig(enable_hierarchical_cache=True, hicache_ratio=8.0)
+
+
+def assert_host_tier_gives_the_same_tokens(cluster: Cluster, **settings: object) -> None:
+    """A device pool of 64 pages, too small for two of these prompts; the first comes back from the host."""
+    (alone,) = cluster.start("unified", **settings)
+    small = {**settings, "max_total_tokens": 1024, "host_tier": HOST_TIER}
+    unified, prefill, decode = cluster.start("unified", "prefill", "decode", **small)
+    for round_ in range(2):
+        for num_prompt_tokens in (700, 800, 900):
+            request = make_request(f"{round_}-{num_prompt_tokens}", num_prompt_tokens)
+            for engine in (alone, unified, prefill, decode):
+                engine.chunks.clear()
+                engine.ended.clear()
+            alone.send(wire.Submit(request=request, mode=Mode.FULL))
+            unified.send(wire.Submit(request=request, mode=Mode.FULL))
+            submit_pair(prefill, decode, request)
+            until(lambda: alone.ended and unified.ended and prefill.ended and decode.ended, *cluster.engines)
+            assert len(tokens(alone)) == 20
+            assert tokens(unified) == tokens(alone)
+            assert tokens(prefill, decode) == tokens(alone)
+            if round_:
+                assert unified.chunks[0].num_cached_tokens == (num_prompt_tokens - 1) // 16 * 16
+    for engine in (unified, prefill, decode):
+
+        def loaded(engine: Engine = engine) -> bool:
+            return engine.load is not None and engine.load.totals["host_load_bytes"] > 0
+
+        until(loaded, engine)
+        assert engine.load is not None
+        assert engine.load.totals["host_failed_pages"] == 0
+        assert sum(engine.load.num_host_pages.values()) == 512
+
+
+def test_pages_that_come_back_from_the_host_tier_give_the_same_tokens(cluster: Cluster) -> None:
+    assert_host_tier_gives_the_same_tokens(cluster)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)  # kernels may have to be compiled
+def test_pages_of_a_gpu_that_come_back_from_the_host_tier_give_the_same_tokens(gpu_cluster: Cluster) -> None:
+    assert_host_tier_gives_the_same_tokens(gpu_cluster, mem_fraction_static=0.1, **ON_GPU)
 
 
 @pytest.mark.gpu
@@ -338,6 +382,7 @@ def test_an_unreadable_message_is_dropped_and_counted(cluster: Cluster) -> None:
     [
         (b'{"model_path": "/nowhere"}\n', "model_load_error", "/nowhere"),
         (b'{"role": "prefill", "tp": 2}\n', "config_error", "--tp 2"),
+        (b'{"host_tier": {"hicache_ratio": 3}}\n', "config_error", "add --enable-hierarchical-cache"),
         (b"not json\n", "config_error", "cannot be read"),
         (b"", "config_error", "standard input"),
     ],

@@ -1,0 +1,217 @@
+"""The cache over two tiers under any order of calls: whatever a digest is found under holds what the digest names.
+
+The machine keeps the content of both pools and is the mover: its copies are late, out of order, or fail and leave
+nonsense. K/V of a page is stood for by the digest of the prefix it was computed from.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvist.kv.cache import PageCache, PageLease
+from kvist.kv.host_tier import HostTier
+from kvist.kv.keys import page_digests
+from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
+
+NUM_PAGES = 8
+PAGE_SIZE = 2
+NAMESPACE = "space"
+NONSENSE = b"nonsense"
+FIRST_PAGES = {page_digests(pair, PAGE_SIZE, NAMESPACE)[0] for pair in itertools.product((0, 1), repeat=PAGE_SIZE)}
+
+TOKENS = st.one_of(
+    st.lists(st.integers(0, 1), min_size=2, max_size=9).map(tuple),
+    st.builds(lambda token_id, length: (token_id,) * length, st.integers(0, 1), st.integers(2, 9)),  # one of few
+)
+
+
+@dataclass(eq=False)
+class Request:
+    lease: PageLease
+    token_ids: tuple[int, ...]
+    num_written: int
+    load_id: int | None
+
+    def digests(self) -> list[bytes]:
+        return page_digests(self.token_ids[: self.num_written], PAGE_SIZE, NAMESPACE)
+
+
+class TiersMachine(RuleBasedStateMachine):
+    @initialize(num_host_pages=st.integers(1, 24), policy=st.sampled_from(["write_through", "write_through_selective"]))
+    def start(self, num_host_pages: int, policy: str) -> None:
+        self.tier = HostTier(num_host_pages)
+        self.cache = PageCache(
+            num_pages=NUM_PAGES, page_size=PAGE_SIZE, namespace=NAMESPACE, host=self.tier, write_policy=policy
+        )
+        self.device = [NONSENSE] * NUM_PAGES
+        self.host = [NONSENSE] * num_host_pages
+        self.requests: list[Request] = []
+        self.jobs: list[tuple[LoadPages | BackUpPages, list[bytes]]] = []  # with what is to be copied
+        self.told: set[bytes] = set()
+
+    @rule(token_ids=TOKENS)
+    def admit(self, token_ids: tuple[int, ...]) -> None:
+        digests = page_digests(token_ids, PAGE_SIZE, NAMESPACE)
+        lease = self.cache.open(token_ids, max_tokens=len(token_ids))
+        num_found = len(lease.page_ids)
+        if not self.cache.grow(lease, len(token_ids)):
+            self.cache.close(lease)
+            return
+        for page_id in lease.page_ids[num_found:]:
+            self.device[page_id] = NONSENSE
+        resident = {page.digest for page in self.tier._pages.values() if page.resident}
+        load_id = self.cache.follow(lease, token_ids, max_tokens=len(token_ids))
+        assert (load_id is not None) == (num_found < len(digests) and digests[num_found] in resident)
+        self.requests.append(Request(lease, token_ids, num_found * PAGE_SIZE, load_id))
+        self.take_jobs()
+
+    @rule(token_ids=TOKENS, closes=st.booleans(), goes=st.booleans())
+    def answer(self, token_ids: tuple[int, ...], closes: bool, goes: bool) -> None:
+        """A whole request at once, but for the copies; perhaps it leaves the device pool at once, too."""
+        num_requests = len(self.requests)
+        self.admit(token_ids)
+        if len(self.requests) > num_requests and self.requests[-1].load_id is None:
+            self.write(self.requests[-1], len(token_ids))
+            if closes:
+                self.cache.close(self.requests.pop().lease)
+        if goes:
+            self.others_need_room(share=2)
+
+    @rule(token_ids=TOKENS)
+    def come_back(self, token_ids: tuple[int, ...]) -> None:
+        """Everybody leaves, the device pool forgets, and what is asked for again is under load."""
+        self.copy_all(ok=True)
+        for request in self.requests:
+            self.cache.close(request.lease)
+        self.requests = []
+        self.answer(token_ids, closes=True, goes=False)
+        self.copy_all(ok=True)
+        self.others_need_room(share=2)
+        self.admit(token_ids)
+
+    @rule(ok=st.booleans())
+    def copy_all(self, ok: bool) -> None:
+        while self.jobs:
+            self.carry_out(0, ok)
+
+    @precondition(lambda self: any(request.load_id is None for request in self.requests))
+    @rule(data=st.data(), more=st.integers(1, 8), more_tokens=st.lists(st.integers(0, 1), max_size=2))
+    def compute(self, data: st.DataObject, more: int, more_tokens: list[int]) -> None:
+        request = data.draw(st.sampled_from([each for each in self.requests if each.load_id is None]))
+        request.token_ids += tuple(more_tokens)
+        self.write(request, more)
+
+    def write(self, request: Request, more: int) -> None:
+        first = request.num_written // PAGE_SIZE
+        room = min(len(request.lease.page_ids) * PAGE_SIZE, len(request.token_ids))
+        request.num_written = min(request.num_written + more, room)
+        for page, digest in enumerate(request.digests()):
+            if page >= first:
+                self.device[request.lease.page_ids[page]] = digest
+        self.cache.commit(request.lease, request.token_ids, request.num_written)
+        self.take_jobs()
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
+    def copy(self, data: st.DataObject, ok: bool) -> None:
+        self.carry_out(data.draw(st.integers(0, len(self.jobs) - 1)), ok)
+
+    def carry_out(self, index: int, ok: bool) -> None:
+        job, asked = self.jobs.pop(index)
+        assert self.source(job) == asked, "what is copied changed while the copy waited"
+        found = asked if ok else [NONSENSE] * len(asked)
+        if isinstance(job, BackUpPages):
+            for slot, content in zip(job.host_slots, found, strict=True):
+                self.host[slot] = content
+            self.cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=ok))
+            return
+        for page_id, content in zip(job.page_ids, found, strict=True):
+            self.device[page_id] = content
+        (request,) = (each for each in self.requests if each.load_id == job.job_id)
+        expected = request.num_written + (len(found) * PAGE_SIZE if ok else 0)
+        request.num_written = self.cache.loaded(PagesLoaded(job_id=job.job_id, ok=ok), request.token_ids)
+        request.load_id = None
+        assert request.num_written == expected
+        self.take_jobs()
+
+    @precondition(lambda self: any(request.load_id is None for request in self.requests))
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from([each for each in self.requests if each.load_id is None]))
+        self.requests.remove(request)
+        self.cache.close(request.lease)
+
+    @rule(share=st.integers(0, 2))
+    def others_need_room(self, share: int) -> None:
+        self.cache._evict(self.cache.counts().evictable * share // 2)
+
+    @rule(really=st.sampled_from([False, False, True]))
+    def flush(self, really: bool) -> None:
+        if really:
+            self.cache.flush()
+            assert self.cache.counts().evictable == 0
+
+    @rule()
+    def replay_changes(self) -> None:
+        added, removed = self.cache.drain_changes()
+        assert not set(added) & self.told
+        assert set(removed) <= self.told
+        self.told = (self.told - set(removed)) | set(added)
+        assert self.told == set(self.cache.digests())
+
+    def take_jobs(self) -> None:
+        self.jobs += [(job, self.source(job)) for job in self.cache.drain_jobs()]
+
+    def source(self, job: LoadPages | BackUpPages) -> list[bytes]:
+        if isinstance(job, LoadPages):
+            return [self.host[slot] for slot in job.host_slots]
+        return [self.device[page_id] for page_id in job.page_ids]
+
+    @invariant()
+    def what_a_digest_finds_is_what_it_names(self) -> None:
+        for node in self.cache._tree.nodes():
+            assert self.device[node.page_id] == node.digest
+        for page in self.tier._pages.values():
+            assert not page.resident or self.host[page.slot] == page.digest
+        for request in self.requests:
+            for page, digest in enumerate(request.digests()):
+                assert self.device[request.lease.page_ids[page]] == digest
+
+    @invariant()
+    def every_page_of_each_tier_is_in_exactly_one_state(self) -> None:
+        counts, host = self.cache.counts(), self.tier.counts()
+        assert counts.free + counts.cached + counts.owned + counts.in_flight == counts.total
+        assert host.free + host.cached + host.in_flight == host.total
+        loads = [job for job, _ in self.jobs if isinstance(job, LoadPages)]
+        assert counts.in_flight == sum(len(job.page_ids) for job in loads)
+        assert host.in_flight == len({slot for job, _ in self.jobs for slot in job.host_slots})
+        for page in self.tier._pages.values():  # no slot holds what no match can reach
+            parent = page.parent
+            assert page.digest in FIRST_PAGES if parent is None else self.tier.get(parent.digest) is parent
+
+    def teardown(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        while self.jobs:
+            job, asked = self.jobs.pop()
+            assert self.source(job) == asked
+            if isinstance(job, BackUpPages):
+                self.cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=False))
+            else:
+                (request,) = (each for each in self.requests if each.load_id == job.job_id)
+                self.cache.loaded(PagesLoaded(job_id=job.job_id, ok=False), request.token_ids)
+        for request in self.requests:
+            self.cache.close(request.lease)
+        self.cache.flush()
+        counts, host = self.cache.counts(), self.tier.counts()
+        assert (counts.free, counts.cached, counts.owned, counts.in_flight) == (NUM_PAGES, 0, 0, 0)
+        assert host.free == host.total
+
+
+TiersMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestTiers = TiersMachine.TestCase
