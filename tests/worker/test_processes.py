@@ -406,3 +406,26 @@ def test_a_start_that_fails_says_why_in_one_line_and_exits_with_1(settings: byte
         assert process.wait(timeout=20) == 1
     assert [each.code for each in failed] == [code]
     assert says in failed[0].message
+
+
+def test_a_killed_engine_that_starts_again_has_its_pages_and_gives_the_same_tokens(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    host_tier = HostTierConfig(enable_hierarchical_cache=True, hicache_persist=str(tmp_path / "kept"))
+
+    def answer(expected_cached: int) -> list[int]:
+        (engine,) = cluster.start("unified", host_tier=host_tier)
+        engine.send(wire.Submit(request=make_request("r", 700), mode=Mode.FULL))
+        until(lambda: engine.ended, engine)
+        assert [ended.outcome for ended in engine.ended] == [Outcome.FINISHED]
+        assert engine.chunks[0].num_cached_tokens == expected_cached
+        num_pages = 700 // 16  # of the prompt; the answer's come with it
+        until(lambda: engine.load is not None and written(engine.load) >= num_pages, engine)
+        engine.kill()
+        return tokens(engine)
+
+    def written(load: wire.LoadReport) -> float:
+        return load.totals["host_backed_up_pages"] + load.totals["host_loaded_pages"]
+
+    computed = answer(0)
+    assert answer(700 // 16 * 16) == computed

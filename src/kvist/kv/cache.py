@@ -283,7 +283,12 @@ class PageCache:
         self._num_pages_backed_up += len(pages)
         lease._num_backups += 1
         self._jobs.append(
-            BackUpPages(job_id=self._num_jobs, page_ids=tuple(page_ids), host_slots=tuple(page.slot for page in pages))
+            BackUpPages(
+                job_id=self._num_jobs,
+                page_ids=tuple(page_ids),
+                host_slots=tuple(page.slot for page in pages),
+                names=tuple((page.digest, None if page.parent is None else page.parent.digest) for page in pages),
+            )
         )
 
     def _measure_ceiling(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvist.errors import ConfigError
+from kvist.kv.persistence import PersistentPages
 
 _GB, _GIB = 10**9, 1 << 30
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU of the process
@@ -47,11 +48,19 @@ def plan_host_pages(
 
 
 class HostPool:
-    """`tensor` is [num_pages, page_bytes], uint8, on the host. Raises `ConfigError` when it cannot be had or pinned."""
+    """`tensor` is [num_pages, page_bytes], uint8, on the host. Raises `ConfigError` when it cannot be had or pinned.
 
-    def __init__(self, num_pages: int, page_bytes: int, *, pinned: bool) -> None:
+    `persistent`, if any, has the memory, and outlives the pool.
+    """
+
+    def __init__(
+        self, num_pages: int, page_bytes: int, *, pinned: bool, persistent: PersistentPages | None = None
+    ) -> None:
+        self.persistent = persistent
         try:
-            self.tensor = torch.empty((num_pages, page_bytes), dtype=torch.uint8)
+            self.tensor = (
+                torch.empty((num_pages, page_bytes), dtype=torch.uint8) if persistent is None else persistent.tensor
+            )
         except RuntimeError as error:
             raise ConfigError(
                 f"no memory for the host tier: {error}; lower --hicache-size", param="hicache_size"
@@ -75,7 +84,8 @@ def _pin(memory: Tensor) -> None:
     if int(status):
         raise ConfigError(
             f"{memory.nbytes / _GIB:.2f} GiB of host memory cannot be pinned (CUDA error {int(status)}): lower "
-            "--hicache-ratio or --hicache-size, or raise the limit of locked memory",
+            "--hicache-ratio or --hicache-size, raise the limit of locked memory, or let --hicache-persist name a "
+            "folder in shared memory (/dev/shm)",
             param="hicache_size",
         )
 

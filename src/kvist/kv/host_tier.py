@@ -14,7 +14,7 @@ first. The heap of them is lazy: an entry that its page has outgrown is dropped 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -36,6 +36,16 @@ class HostPage:
     def lost(self) -> bool:
         """Its bytes are neither there nor on their way."""
         return not self.resident and not self.num_moves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedPage:
+    """A slot that a former worker filled (persistence.py)."""
+
+    slot: int
+    digest: bytes
+    parent: bytes | None  # digest of the page it continues
+    last_use: int  # above zero; only the order counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +72,23 @@ class HostTier:
         self._num_uses = 0
         self._num_pushed = 0
         self._changes: list[tuple[bytes, bool]] = []
+
+    def restore(self, saved: Sequence[SavedPage]) -> None:
+        """Takes these in, each behind the page it continues. Once, before anything else."""
+        assert not self._pages
+        for each in saved:
+            parent = None if each.parent is None else self._pages[each.parent]
+            page = self._pages[each.digest] = HostPage(each.digest, each.slot, parent, each.last_use)
+            page.resident = True
+            if parent is not None:
+                parent.num_children += 1
+            self._changes.append((page.digest, True))
+        used = {each.slot for each in saved}
+        assert len(used) == len(self._pages), "a slot holds one page"
+        self._free = [slot for slot in self._free if slot not in used]
+        self._num_uses = max((each.last_use for each in saved), default=0)
+        for page in self._pages.values():
+            self._offer(page)
 
     def get(self, digest: bytes) -> HostPage | None:
         return self._pages.get(digest)

@@ -11,6 +11,9 @@ waits for the whole step. A page is loaded into a device page that nobody has: w
 last step that used it was read (`RequestTable.is_written`). And the step that uses what was loaded is launched after
 the report, which a lane makes after it has waited for its own stream.
 
+The records of a host pool that persists (persistence.py) are kept by the backups' thread: the engine loop computes no
+checksum and waits for no disk.
+
 It decides nothing: which page goes where, and when either may be used again, is kv/cache.py's.
 """
 
@@ -22,6 +25,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -53,6 +57,7 @@ class PageMover:
         self._loads = _Lane("kvist-load", source=host.tensor, target=pages, clock=clock)
         self._backups = _Lane("kvist-backup", source=pages, target=host.tensor, clock=clock)
         self._wakeup = wakeup
+        self._persistent = host.persistent
 
     def start(self, job: LoadPages | BackUpPages) -> None:
         job_id = job.job_id
@@ -60,7 +65,7 @@ class PageMover:
             self._loads.start(job.host_slots, job.page_ids, lambda ok: self._report(PagesLoaded(job_id=job_id, ok=ok)))
         else:
             self._backups.start(
-                job.page_ids, job.host_slots, lambda ok: self._report(PagesBackedUp(job_id=job_id, ok=ok))
+                job.page_ids, job.host_slots, partial(self._backed_up, job), partial(self._before_backup, job)
             )
 
     def poll(self) -> list[PagesLoaded | PagesBackedUp]:
@@ -80,6 +85,15 @@ class PageMover:
         for lane in (self._loads, self._backups):
             lane.join()
 
+    def _before_backup(self, job: BackUpPages) -> None:
+        if self._persistent is not None:
+            self._persistent.clear(job.host_slots)
+
+    def _backed_up(self, job: BackUpPages, ok: bool) -> None:
+        self._report(PagesBackedUp(job_id=job.job_id, ok=ok))
+        if ok and self._persistent is not None:  # whoever gets these slots next writes them after this, in this lane
+            self._persistent.record(job.host_slots, job.names)
+
     def _report(self, report: PagesLoaded | PagesBackedUp) -> None:
         self._reports.append(report)
         self._wakeup()
@@ -98,16 +112,24 @@ class _Lane:
         gpu = next((pages.device for pages in (source, target) if pages.is_cuda), None)
         self._stream = None if gpu is None else torch.cuda.Stream(gpu)  # type: ignore[no-untyped-call]
         self._closed = False
-        self._jobs: queue.SimpleQueue[tuple[Sequence[int], Sequence[int], Callable[[bool], None]] | None]
+        self._jobs: queue.SimpleQueue[
+            tuple[Sequence[int], Sequence[int], Callable[[bool], None], Callable[[], None]] | None
+        ]
         self._jobs = queue.SimpleQueue()  # bounded by the pages that the cache lets be in flight
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def start(self, source_ids: Sequence[int], target_ids: Sequence[int], done: Callable[[bool], None]) -> None:
+    def start(
+        self,
+        source_ids: Sequence[int],
+        target_ids: Sequence[int],
+        done: Callable[[bool], None],
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
         assert len(source_ids) == len(target_ids), "one destination for each page"
         assert max(source_ids) < self._source.shape[0], "a page outside the pool"
         assert max(target_ids) < self._target.shape[0], "a page outside the pool"
-        self._jobs.put((source_ids, target_ids, done))
+        self._jobs.put((source_ids, target_ids, done, begin))
 
     def stop(self) -> None:
         self._closed = True
@@ -118,9 +140,10 @@ class _Lane:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None and not self._closed:
-            source_ids, target_ids, done = job
+            source_ids, target_ids, done, begin = job
             start_s = self._clock.now_s()
             try:
+                begin()
                 self._copy(source_ids, target_ids)
             except Exception:  # the thread must outlive any one job
                 log.exception("copying %d pages between device and host", len(source_ids))

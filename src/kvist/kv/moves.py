@@ -5,7 +5,7 @@ Each job is answered once, whatever becomes of it. Until then no page and no slo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,7 @@ class BackUpPages:
     job_id: int
     page_ids: tuple[int, ...]
     host_slots: tuple[int, ...]
+    names: tuple[tuple[bytes, bytes | None], ...] = field(default=(), repr=False)  # (digest, that of the page before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,11 +31,19 @@ class HostTierConfig:
         "when a page is copied to the host: as soon as it is computed, or (selective) after its second hit",
         choices=("write_through", "write_through_selective"),
     )
+    hicache_persist: str | None = option(
+        None,
+        "folder, for this worker alone, in which the host tier's pages survive a restart; with a GPU it should be in "
+        "shared memory (/dev/shm)",
+    )
 
     def __post_init__(self) -> None:
         sized = self.hicache_ratio != DEFAULT_RATIO
         if not self.enable_hierarchical_cache and (
-            sized or self.hicache_size is not None or self.hicache_write_policy != DEFAULT_POLICY
+            sized
+            or self.hicache_size is not None
+            or self.hicache_write_policy != DEFAULT_POLICY
+            or self.hicache_persist is not None
         ):
             raise ConfigError(
                 "the --hicache options say how the host tier is, and there is none: add --enable-hierarchical-cache",

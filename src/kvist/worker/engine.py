@@ -26,6 +26,7 @@ from kvist.kv.host import HostPool, plan_host_pages
 from kvist.kv.host_tier import HostTier
 from kvist.kv.layout import namespace
 from kvist.kv.mover import PageMover
+from kvist.kv.persistence import PersistentPages, reusable_bytes
 from kvist.models import ModelConfig, load_model_config
 from kvist.request import EpochId, RequestId, SamplingParams, WorkerId
 from kvist.runner.build import RunnerConfig, build_runner, device_type
@@ -222,17 +223,20 @@ def _assemble(
             limits, max_model_len=spec.max_model_len, eos_token_ids=served.config.eos_token_ids
         )
         clock = MonotonicClock()
-        host_pool = make_host_pool(config.host_tier, pool)
+        host_pool = make_host_pool(config.host_tier, pool, spec.namespace, closing)
+        host_tier: HostTier | None = None
         mover: PageMover | None = None
         if host_pool is not None:
-            closing.callback(host_pool.close)
+            host_tier = HostTier(host_pool.tensor.shape[0])
+            if host_pool.persistent is not None:
+                host_tier.restore(host_pool.persistent.restore())
             mover = PageMover(pool, host_pool, wakeup=channel.wakeup, clock=clock)
             closing.callback(mover.close)
         cache = PageCache(
             num_pages=pool.num_pages,
             page_size=config.page_size,
             namespace=spec.namespace,
-            host=None if host_pool is None else HostTier(host_pool.tensor.shape[0]),
+            host=host_tier,
             write_policy=config.host_tier.hicache_write_policy,
         )
         parts = LoopParts(
@@ -253,13 +257,18 @@ def _assemble(
         return Engine(spec=spec, loop=EngineLoop(parts), gateway_cores=gateway_cores, closing=closing.pop_all())
 
 
-def make_host_pool(config: HostTierConfig, pool: DevicePool) -> HostPool | None:
+def make_host_pool(
+    config: HostTierConfig, pool: DevicePool, namespace: str, closing: contextlib.ExitStack
+) -> HostPool | None:
     """Raises `ConfigError` when the host has no room for it."""
     if not config.enable_hierarchical_cache:
         return None
     page_bytes = pool.layout.page_bytes
     on_gpu = pool.tensor.is_cuda
     available_bytes = available_host_bytes() - (0 if on_gpu else pool.num_pages * page_bytes)  # not resident yet
+    folder = None if config.hicache_persist is None else Path(config.hicache_persist).expanduser()
+    if folder is not None:
+        available_bytes += reusable_bytes(folder)
     num_pages = plan_host_pages(
         page_bytes,
         num_device_pages=pool.num_pages,
@@ -274,7 +283,13 @@ def make_host_pool(config: HostTierConfig, pool: DevicePool) -> HostPool | None:
         num_pages * page_bytes / 2**30,
         config.hicache_write_policy,
     )
-    return HostPool(num_pages, page_bytes, pinned=on_gpu)
+    persistent: PersistentPages | None = None
+    if folder is not None:
+        persistent = PersistentPages(folder, namespace=namespace, num_pages=num_pages, page_bytes=page_bytes)
+        closing.callback(persistent.close)
+    host_pool = HostPool(num_pages, page_bytes, pinned=on_gpu, persistent=persistent)
+    closing.callback(host_pool.close)
+    return host_pool
 
 
 def _describe(

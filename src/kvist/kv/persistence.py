@@ -1,0 +1,230 @@
+"""The host tier's pages in a folder (`--hicache-persist`), where they outlive the worker, killed or not.
+
+    <folder>/lock     held (flock) by the worker that uses the folder
+             pages    the pool itself, mapped: page i at i * page_bytes
+             index    a header, then one record a slot: what its page is, and the checksums of page and record
+
+    slot overwritten:   record cleared ─► page copied ─► page checksummed, record written        (the mover's thread)
+    start:              header matches ─► records whole ─► pages whole ─► each behind the page it continues
+
+So a kill at any point leaves a slot whose record is missing, torn or true. Nothing is synced: after a power loss a page
+that did not reach the disk fails its checksum, and is a miss. Both files take all their room when they are made: a full
+disk is an error then, and never a fault in the middle of serving.
+
+It decides nothing about pages: what is evicted, and what a restored page is worth, is kv/host_tier.py's. The order of
+use is not kept, only the order of writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import mmap
+import os
+import stat
+import struct
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import xxhash
+
+from kvist.clock import MonotonicClock
+from kvist.errors import ConfigError
+from kvist.kv.host_tier import SavedPage
+
+_MAGIC, _VERSION = b"kvist-l2", 1
+_HEADER = struct.Struct("<8sI4xQ16s24x")  # magic, version, page_bytes, namespace
+_RECORD = struct.Struct("<16s16s16sQ")  # digest, parent's digest, the page's checksum, number; then its own checksum
+_RECORD_BYTES = 64
+_NO_PARENT, _NO_RECORD = bytes(16), bytes(_RECORD_BYTES)
+_MAX_THREADS = 8  # that verify; memory gives no more
+
+log = logging.getLogger(__name__)
+
+
+class PersistentPages:
+    """`tensor` is the host pool's memory: [num_pages, page_bytes], uint8. `clear` and `record` are the mover's, one
+    thread's at a time. Raises `ConfigError` when the folder cannot be used; what lies in it is never the reason."""
+
+    def __init__(self, folder: Path, *, namespace: str, num_pages: int, page_bytes: int) -> None:
+        if not hasattr(os, "posix_fallocate"):  # macOS
+            raise ConfigError("--hicache-persist needs Linux: leave it out", param="hicache_persist")
+        self._folder = folder
+        self._num_pages = num_pages
+        self._num_written = 0
+        header = _HEADER.pack(_MAGIC, _VERSION, page_bytes, xxhash.xxh3_128_digest(namespace.encode()))
+        with contextlib.ExitStack() as closing:
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if folder.stat().st_uid != os.geteuid():  # its pages could be forged
+                    raise PermissionError(errno.EPERM, "it belongs to another user")
+                lock_fd = _open(folder / "lock")
+                closing.callback(os.close, lock_fd)
+                _lock(lock_fd, folder)
+                self._make_index_ours(header)
+                self._index = _map(folder / "index", _HEADER.size + num_pages * _RECORD_BYTES)
+                self._index[: _HEADER.size] = header
+                pages = _map(folder / "pages", num_pages * page_bytes)
+            except OSError as error:
+                raise ConfigError(
+                    f"--hicache-persist {folder} cannot keep {num_pages} pages of {page_bytes} bytes: {error}. Name a "
+                    "folder of your own with room for them, or lower --hicache-size",
+                    param="hicache_persist",
+                ) from error
+            self.tensor = torch.frombuffer(pages, dtype=torch.uint8).view(num_pages, page_bytes)
+            self._closing = closing.pop_all()
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Before these are overwritten."""
+        for slot in slots:
+            self._index[self._range(slot)] = _NO_RECORD
+
+    def record(self, slots: Sequence[int], names: Sequence[tuple[bytes, bytes | None]]) -> None:
+        """The pages are complete; `names` are (digest, digest of the page that it continues)."""
+        for slot, (digest, parent) in zip(slots, names, strict=True):
+            self._num_written += 1
+            fields = _RECORD.pack(digest, parent or _NO_PARENT, self._page_checksum(slot), self._num_written)
+            self._index[self._range(slot)] = fields + _checksum_of_record(fields, slot)
+
+    def restore(self) -> list[SavedPage]:
+        """What survived, whole: each behind the page it continues. Once, before anything is recorded."""
+        clock = MonotonicClock()
+        start_s = clock.now_s()
+        found: dict[bytes, SavedPage] = {}
+        num_bad, gib = 0, self.tensor.shape[1] / 2**30
+        slots = [slot for slot in range(self._num_pages) if self._index[self._range(slot)] != _NO_RECORD]
+        with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
+            for page in threads.map(self._verified, slots):
+                if page is None:
+                    num_bad += 1
+                else:
+                    found[page.digest] = page
+                    self._num_written = max(self._num_written, page.last_use)
+        restored = _behind_their_parents(found)
+        if not slots:
+            return restored
+        self.clear([*set(slots) - {page.slot for page in restored}])
+        log.info(
+            "host tier: %d pages restored from %s, %d dropped that were damaged or half written, %d that were there "
+            "twice or continued none; %.0f ms per GiB",
+            len(restored),
+            self._folder,
+            num_bad,
+            len(slots) - num_bad - len(restored),
+            1000 * (clock.now_s() - start_s) / (len(slots) * gib),
+        )
+        return restored
+
+    def close(self) -> None:
+        """Nothing may be copied any more. The mapping goes with the last tensor over it."""
+        self.tensor = torch.empty((0, 0), dtype=torch.uint8)
+        self._closing.close()
+
+    def _range(self, slot: int) -> slice:
+        start = _HEADER.size + slot * _RECORD_BYTES
+        return slice(start, start + _RECORD_BYTES)
+
+    def _page_checksum(self, slot: int) -> bytes:
+        checksum: bytes = xxhash.xxh3_128_digest(self.tensor[slot].numpy().data)
+        return checksum
+
+    def _verified(self, slot: int) -> SavedPage | None:
+        record = self._index[self._range(slot)]
+        fields = record[: _RECORD.size]
+        if record[_RECORD.size :] != _checksum_of_record(fields, slot):
+            return None
+        digest, parent, checksum, number = _RECORD.unpack(fields)
+        if checksum != self._page_checksum(slot):
+            return None
+        return SavedPage(slot=slot, digest=digest, parent=None if parent == _NO_PARENT else parent, last_use=number)
+
+    def _make_index_ours(self, header: bytes) -> None:
+        """Empties an index whose pages mean something else to us, or nothing."""
+        fd = _open(self._folder / "index")
+        try:
+            there = os.pread(fd, _HEADER.size, 0)
+            if there != header:
+                if there:
+                    is_ours = there[:12] == header[:12]
+                    log.warning(
+                        "host tier: the pages in %s are not restored: they were written %s",
+                        self._folder,
+                        "for another model, layout, page size or tensor-parallel slice"
+                        if is_ours
+                        else "in another format, or damaged",
+                    )
+                os.ftruncate(fd, 0)
+        finally:
+            os.close(fd)
+
+
+def reusable_bytes(folder: Path) -> int:
+    """Host memory that the folder's pages take already, and that the next worker takes over: on tmpfs all of it. Files
+    on a disk count as free anyway."""
+    with contextlib.suppress(OSError, ValueError):
+        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+        above = [(len(point), kind) for point, kind in mounts if folder.resolve().is_relative_to(point)]
+        if max(above)[1] == "tmpfs":
+            return 512 * (folder / "pages").stat().st_blocks
+    return 0
+
+
+def _behind_their_parents(found: dict[bytes, SavedPage]) -> list[SavedPage]:
+    children: defaultdict[bytes | None, list[SavedPage]] = defaultdict(list)
+    for page in found.values():
+        children[page.parent].append(page)
+    ordered = children[None]
+    for page in ordered:  # grows meanwhile
+        ordered += children.pop(page.digest, [])
+    return ordered
+
+
+def _checksum_of_record(fields: bytes, slot: int) -> bytes:
+    checksum: bytes = xxhash.xxh3_64_digest(fields, seed=slot)  # a record means its own slot
+    return checksum
+
+
+def _open(path: Path) -> int:
+    """A file of this user's that can be read and written; what else has the name makes way."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with contextlib.suppress(OSError):
+        fd = os.open(path, flags, 0o600)
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+            return fd
+        os.close(fd)
+    log.warning("host tier: %s is not a file that this user may use: it is replaced", path)
+    path.unlink(missing_ok=True)
+    return os.open(path, flags | os.O_EXCL, 0o600)
+
+
+def _map(path: Path, num_bytes: int) -> mmap.mmap:
+    """The file with just that many bytes, all of which have their place on the disk or in memory."""
+    fd = _open(path)
+    try:
+        former_bytes = os.fstat(fd).st_size
+        try:
+            os.posix_fallocate(fd, 0, num_bytes)
+        except OSError:
+            os.ftruncate(fd, former_bytes)  # a full tmpfs would be everybody's trouble
+            raise
+        os.ftruncate(fd, num_bytes)
+        return mmap.mmap(fd, num_bytes)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, folder: Path) -> None:
+    import fcntl  # not on every system; a worker needs it anyway (transfer/epoch.py)
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"--hicache-persist {folder} is used by another worker: give each worker a folder of its own",
+            param="hicache_persist",
+        ) from error

@@ -1,0 +1,73 @@
+"""What test_persistence.py kills: a mover that backs pages up into a folder for as long as it lives."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from kvist.clock import MonotonicClock
+from kvist.kv.device import DevicePool
+from kvist.kv.host import HostPool
+from kvist.kv.layout import PageLayout
+from kvist.kv.mover import PageMover
+from kvist.kv.moves import BackUpPages
+from kvist.kv.persistence import PersistentPages
+
+LAYOUT = PageLayout(num_kv_heads=2, num_layers=4, page_size=16, head_dim=64, dtype="float32")
+PAGE_BYTES = LAYOUT.page_bytes
+NUM_PAGES = 24
+
+
+def digest_of(number: int) -> bytes:
+    digest: bytes = xxhash.xxh3_128_digest(f"page {number}".encode())
+    return digest
+
+
+def page_of(digest: bytes) -> bytes:
+    """No two pages are alike, and no part of one is like another."""
+    return np.random.default_rng(int.from_bytes(digest, "little")).bytes(PAGE_BYTES)
+
+
+def open_folder(folder: Path, *, namespace: str = "n", num_pages: int = NUM_PAGES) -> PersistentPages:
+    return PersistentPages(folder, namespace=namespace, num_pages=num_pages, page_bytes=PAGE_BYTES)
+
+
+class Writer:
+    """Writes prefixes of two pages, each over what was in its two slots before."""
+
+    def __init__(self, folder: Path, pools: Path) -> None:
+        self.persistent = open_folder(folder)
+        self.restored = self.persistent.restore()
+        self._device = DevicePool.create(LAYOUT, 2, device=torch.device("cpu"), directory=pools)
+        host = HostPool(NUM_PAGES, PAGE_BYTES, pinned=False, persistent=self.persistent)
+        self._done = threading.Semaphore(0)
+        self._mover = PageMover(self._device, host, wakeup=self._done.release, clock=MonotonicClock())
+
+    def write(self, number: int) -> None:
+        first = 2 * number % NUM_PAGES
+        digests = digest_of(2 * number), digest_of(2 * number + 1)
+        for page_id, digest in enumerate(digests):
+            self._device.bytes[page_id] = np.frombuffer(page_of(digest), dtype=np.uint8)
+        names = ((digests[0], None), (digests[1], digests[0]))
+        self._mover.start(BackUpPages(job_id=number, page_ids=(0, 1), host_slots=(first, first + 1), names=names))
+        self._done.acquire(timeout=10)
+        assert [report.ok for report in self._mover.poll()] == [True]
+
+    def close(self) -> None:
+        self._mover.close()
+        self.persistent.close()
+        self._device.close()
+
+
+if __name__ == "__main__":
+    writer = Writer(Path(sys.argv[1]), Path(sys.argv[2]))
+    print("ready", flush=True)
+    number = int(sys.argv[3])
+    while True:
+        writer.write(number)
+        number += 1
