@@ -5,14 +5,13 @@ The status is 1 when a request failed, so that a script notices; the figures are
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,6 +26,7 @@ from kvist.bench.load import Source
 from kvist.bench.report import Report, Run
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError, Unavailable
+from kvist.event_loop import run_in_loop
 from kvist.flags import Sources, given_values, nearest, read_settings
 
 
@@ -62,24 +62,13 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
             client.close()
 
     try:
-        _run_in_loop(main())
+        run_in_loop(main())
     except HttpFailure as error:
         raise Unavailable(f"{target.base_url} cannot be measured: {error}") from error
     finally:
         if target.json_path is not None and runs:  # what was measured before a failure is kept
             target.json_path.write_bytes(reports.encode(_as_report(runs, target)))
     return 1 if any(run.summary.failures for run in runs) else 0
-
-
-def _run_in_loop(main: Coroutine[object, object, object]) -> None:
-    """On uvloop where it is installed: half the client's cost for each piece of a stream."""
-    try:
-        from uvloop import new_event_loop
-    except ImportError:  # not made for Windows
-        asyncio.run(main)
-        return
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(main)
 
 
 async def _first_model(client: HttpClient) -> str:

@@ -25,11 +25,12 @@ from kvist.channel import WILDCARD_HOSTS, ChannelConfig, bracketed, is_loopback
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.cluster.lifeline import stop_at_end_of_stdin
 from kvist.errors import ConfigError
+from kvist.event_loop import run_in_loop
 from kvist.request import WorkerId
 from kvist.router import Dispatcher, RouterConfig, build_dispatcher
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
-from kvist.server.serve import http_server, run_in_loop
+from kvist.server.serve import http_server
 from kvist.text import load_tokenizer
 from kvist.wire import EngineSpec
 from kvist.worker.child import EngineSupervisor

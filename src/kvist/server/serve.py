@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
-
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -23,7 +20,7 @@ def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
         app,
         host=config.host,
         port=config.port,
-        loop="none",  # the caller's: see run_in_loop
+        loop="none",  # the caller's: see event_loop.py
         http="httptools",
         ws="none",
         lifespan="off",
@@ -35,14 +32,3 @@ def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
         backlog=2048,
     )
     return uvicorn.Server(settings)
-
-
-def run_in_loop(main: Coroutine[object, object, None]) -> None:
-    """`asyncio.run` on uvloop where it is installed: a gateway streams about twice as much on it."""
-    try:
-        from uvloop import new_event_loop
-    except ImportError:  # not made for Windows
-        asyncio.run(main)
-        return
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(main)
