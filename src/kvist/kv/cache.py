@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from kvist.kv.ceiling import Ceiling
 from kvist.kv.host_tier import HostCounts, HostPage, HostTier
 from kvist.kv.keys import chain_digest, iter_page_keys, page_keys
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
+from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded, TierJob
 from kvist.kv.pages import PageCounts, PageLedger, PageState
 from kvist.kv.radix import Moves, PageNode, Pin, RadixTree, Root
 
@@ -87,7 +87,7 @@ class PageCache:
         self._loads: dict[int, tuple[PageLease, list[HostPage]]] = {}  # under way, by job id
         self._backups: dict[int, tuple[PageLease, list[HostPage]]] = {}
         self._num_pages_backed_up = 0  # in `_backups`
-        self._jobs: list[LoadPages | BackUpPages] = []  # since the last `drain_jobs`
+        self._jobs: list[TierJob] = []  # since the last `drain_jobs`
         self._num_tiers: dict[bytes, int] = {}  # that hold the page, as last told; with a host tier only
         self._totals: dict[str, float] = dict.fromkeys(TIER_COUNTERS, 0)
 
@@ -236,7 +236,7 @@ class PageCache:
         if lease._closed and not lease._num_backups:
             self._unpin(lease)
 
-    def drain_jobs(self) -> list[LoadPages | BackUpPages]:
+    def drain_jobs(self) -> list[TierJob]:
         """What has to be copied, since the last call."""
         jobs, self._jobs = self._jobs, []
         return jobs
