@@ -245,7 +245,7 @@ class Batcher:
         unchanged = self._head_did_not_fit == (request.ticket, self._num_to_be_had() - reserve)
         if unchanged and (request.eager or self._youngest_eager() is None):
             return False  # matching a long prompt once more, each step, would cost more than it finds
-        max_cached = num_tokens if request.awaits_grant_of_pages else num_tokens - 1  # who runs computes the last
+        max_cached = request.max_cached_tokens
         lease = cache.open(request.token_ids, cache_salt=request.request.cache_salt, max_tokens=max_cached)
         num_needed = -(-num_tokens // cache.page_size) - len(lease.page_ids)
         while self._num_to_be_had() - num_needed < reserve or not cache.grow(lease, num_tokens):
@@ -257,6 +257,7 @@ class Batcher:
         request.lease = lease
         request.num_computed = request.num_planned = lease.num_cached_tokens
         load = cache.follow(lease, request.token_ids, max_tokens=max_cached)
+        table.close_prefetch(request)
         if load is not None:
             table.loading[load] = request
             request.loading = True
