@@ -101,6 +101,7 @@ class PageCache:
         self._ceiling = Ceiling()
         self._hits_to_back_up = WRITE_POLICIES[write_policy]
         self._loads: dict[int, tuple[PageLease, list[HostPage]]] = {}  # under way, by job id
+        self._loading: dict[HostPage, int] = {}  # in `_loads`: by which of them
         self._backups: dict[int, tuple[PageLease, list[HostPage]]] = {}
         self._num_pages_backed_up = 0  # in `_backups`
         self._jobs: list[TierJob] = []  # since the last `drain_jobs`
@@ -223,15 +224,25 @@ class PageCache:
         page_ids = lease.page_ids[first : first + len(found)]
         self._ledger.move(page_ids, PageState.OWNED, PageState.IN_FLIGHT)
         lease._in_flight.extend(page_ids)
+        job_id = host.next_job_id()
         for page in found:
             host.begin(page)
             page.from_storage = False
-        job_id = host.next_job_id()
+            self._loading[page] = job_id
         self._loads[job_id] = lease, found
         self._jobs.append(
             LoadPages(job_id=job_id, host_slots=tuple(page.slot for page in found), page_ids=tuple(page_ids))
         )
         return job_id
+
+    def load_under_way(self, lease: PageLease, token_ids: Sequence[int], *, max_tokens: int) -> int | None:
+        """Another lease's load of the page that comes next, if there is one: after `loaded` it is in the tree."""
+        first = lease._pin.num_pages
+        if not self._loads or (first + 1) * self._page_size > min(len(token_ids), max_tokens):
+            return None
+        assert self._host is not None
+        page = self._host.get(next(self._digests_after(lease._pin.node.digest, token_ids, first, first + 1)))
+        return None if page is None else self._loading.get(page)
 
     def loaded(self, event: PagesLoaded, token_ids: Sequence[int]) -> int:
         """A load of `follow` is over; returns how many tokens' K/V the lease has. What failed is simply not there."""
@@ -239,6 +250,7 @@ class PageCache:
         assert self._host is not None
         for page in found:
             self._host.end(page)
+            self._loading.pop(page, None)
         self.end_transfer(lease)
         self._totals["host_loaded_pages" if event.ok else "host_failed_pages"] += len(found)
         if event.ok:

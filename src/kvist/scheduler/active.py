@@ -23,7 +23,7 @@ from kvist.wire import HandoffReport, PrefillPeer
 
 class RequestState(enum.Enum):
     WAITING = "waiting"  # in the queue, without pages
-    FETCHING = "fetching"  # out of the queue, without pages: the store is asked for some
+    FETCHING = "fetching"  # out of the queue, without pages: the store, or another's load, brings some
     PARKED = "parked"  # PREFILL without a Grant, evicted: out of the queue until the Grant comes
     GRANTED = "granted"  # DECODE: its pages are granted to the prefill worker
     LOADING = "loading"  # has pages; the mover copies the host tier's into the first of them

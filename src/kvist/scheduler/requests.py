@@ -93,6 +93,7 @@ class RequestTable:
         self.held: dict[RequestId, ActiveRequest] = {}
         self.loading: dict[int, ActiveRequest] = {}  # by load; some may have ended
         self.fetching: dict[Prefetch, ActiveRequest] = {}
+        self.behind_load: dict[ActiveRequest, int] = {}  # that another began
         self.num_granted = 0
         self.num_parked = 0
         self.half: HandoffHalf  # set by the scheduler that composes both
@@ -195,12 +196,24 @@ class RequestTable:
         self.cache.give_up_prefetch(request.prefetch)
         self._to_queue(request)
 
+    def wait_behind(self, request: ActiveRequest, load: int) -> None:
+        """Another loads the pages that it needs next: it will find them in the device pool."""
+        self.waiting.remove(request)
+        request.move(RequestState.FETCHING)
+        self.behind_load[request] = load
+
+    def load_is_over(self, load: int) -> None:
+        for request in [request for request, job_id in self.behind_load.items() if job_id == load]:
+            self._to_queue(request)
+
     def _to_queue(self, request: ActiveRequest) -> None:
         self._stop_fetching(request)
         request.move(RequestState.WAITING)
         self.waiting.push(request)
 
     def _stop_fetching(self, request: ActiveRequest) -> None:
+        if self.behind_load.pop(request, None) is not None:
+            return
         assert request.prefetch is not None
         del self.fetching[request.prefetch]
         self.timers.cancel(TimerKind.PREFETCH, request.request_id)
@@ -216,7 +229,7 @@ class RequestTable:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting) + len(self.fetching) + self.num_parked
+        return len(self.waiting) + len(self.fetching) + len(self.behind_load) + self.num_parked
 
     def is_written(self, request: ActiveRequest) -> bool:
         """A step under way writes its pages."""
