@@ -505,7 +505,7 @@ async def test_flush_asks_every_worker_and_sums_up() -> None:
     await settle()
     for pages, worker in enumerate((prefill, decode)):
         (call,) = [m for to, m in world.engines.sent if to is worker and isinstance(m, wire.FlushCache)]
-        world.dispatcher.on_flushed(worker, wire.Flushed(call_id=call.call_id, num_pages=pages))
+        world.dispatcher.on_answer(worker, wire.Flushed(call_id=call.call_id, num_pages=pages))
     assert await task == {"p": 0, "d": 1}
 
 

@@ -36,6 +36,7 @@ class ClusterShape:
     num_gpus: int = 0  # to be dealt out, from `base_gpu_id` on
     base_gpu_id: int = 0
     gpus_per_worker: int = 1
+    persist_folder: str | None = None  # of the host tiers
     memory_share: float | None = None  # of one GPU, for the workers on it together; None: each has been told its own
     python: str = sys.executable
 
@@ -58,6 +59,9 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
         urls[role].append(url)
         own = (f"--role={role}", f"--host={LOOPBACK}", f"--port={port}", "--stop-with-stdin")
         threads = (f"--num-threads={shape.threads_per_worker}",)
+        if shape.persist_folder is not None:  # one worker, one folder; the name is the same at the next start
+            folder = Path(shape.persist_folder, *([name] if shape.config.num_workers > 1 else []))
+            own = (*own, f"--hicache-persist={folder}")
         plans.append(
             ChildPlan(
                 name=name,
