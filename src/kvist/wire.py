@@ -167,6 +167,7 @@ class StorageStatus(_Message, frozen=True, tag=False):
     num_quarantined_pages: int  # host pages that calls which hang may still touch
     stored_bytes: int  # everybody's, as of the last call of the store
     errors: dict[str, int]  # by the name of the errno
+    note: str = ""  # for people
 
 
 class LoadReport(_Message, frozen=True):
@@ -199,7 +200,6 @@ class Flushed(_Message, frozen=True):
 class StorageAnswer(_Message, frozen=True):
     call_id: str
     status: StorageStatus | None = None  # None: refused, or it failed
-    note: str = ""
     error_code: str | None = None  # errors.py's
     message: str = ""
     param: str | None = None

@@ -59,13 +59,18 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
         urls[role].append(url)
         own = (f"--role={role}", f"--host={LOOPBACK}", f"--port={port}", "--stop-with-stdin")
         threads = (f"--num-threads={shape.threads_per_worker}",)
-        if shape.persist_folder is not None:  # one worker, one folder; the name is the same at the next start
-            folder = Path(shape.persist_folder, *([name] if shape.config.num_workers > 1 else []))
-            own = (*own, f"--hicache-persist={folder}")
         plans.append(
             ChildPlan(
                 name=name,
-                argv=(*kvist, "serve", *shape.worker_argv, *threads, *(gpus[index] if gpus else ()), *own),
+                argv=(
+                    *kvist,
+                    "serve",
+                    *shape.worker_argv,
+                    *threads,
+                    *(gpus[index] if gpus else ()),
+                    *_persist(shape, name),
+                    *own,
+                ),
                 url=url,
                 environ=shape.worker_environ,
             )
@@ -83,6 +88,14 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
         environ=shape.router_environ,
     )
     return [*plans, router]
+
+
+def _persist(shape: ClusterShape, name: str) -> tuple[str, ...]:
+    """One worker, one folder; the worker's name is the same at the next start."""
+    if shape.persist_folder is None:
+        return ()
+    folder = Path(shape.persist_folder, *([name] if shape.config.num_workers > 1 else []))
+    return (f"--hicache-persist={folder}",)
 
 
 def plan_on_free_ports(shape: ClusterShape) -> list[ChildPlan]:

@@ -160,7 +160,7 @@ class Dispatcher:
             await asyncio.wait_for(call.done.wait(), timeout_s)
         except TimeoutError as error:
             silent = ", ".join(sorted(w.worker_id for w in call.waiting))
-            raise Timeout(f"{len(call.answers)} workers have answered, but {silent} did not in time") from error
+            raise Timeout(f"{silent} did not answer in time ({len(call.answers)} workers did)") from error
         finally:
             del self._calls[question.call_id]
         return call.answers

@@ -140,7 +140,7 @@ class Admin:
             if len(refused) < len(answers):
                 error.message += f" ({len(answers) - len(refused)} of {len(answers)} workers did it)"
             raise error
-        told = {worker_id: {"note": answer.note, "status": answer.status} for worker_id, answer in answers.items()}
+        told = {worker_id: answer.status for worker_id, answer in answers.items()}
         await send_json(send, {"success": True, "workers": told})
 
     async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -143,7 +143,7 @@ class EngineStorage:
         answers, self._answers = self._answers, []
         return answers
 
-    def status(self) -> wire.StorageStatus:
+    def status(self, note: str = "") -> wire.StorageStatus:
         chosen = self._attached or (None if self._opening is None else self._opening.choice)
         stats = self._mover.stats()
         return wire.StorageStatus(
@@ -156,6 +156,7 @@ class EngineStorage:
             num_quarantined_pages=self._mover.num_quarantined_pages(),
             stored_bytes=0 if stats is None else stats.stored_bytes,
             errors=self._mover.errors(),
+            note=note,
         )
 
     def totals(self) -> dict[str, float]:
@@ -268,7 +269,7 @@ class EngineStorage:
         return "detached" if self._attached is None else "attached"
 
     def _answer(self, asker: _Asker, note: str = "") -> None:
-        answer = wire.StorageAnswer(call_id=asker.call_id, status=self.status(), note=note)
+        answer = wire.StorageAnswer(call_id=asker.call_id, status=self.status(note))
         self._answers.append((asker.identity, answer))
 
     def _refuse(self, asker: _Asker, error: KvistError) -> None:
