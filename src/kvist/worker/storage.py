@@ -27,7 +27,7 @@ from kvist.kv.store_mover import Report, StoreMover
 from kvist.worker.config import STORAGE_BACKENDS, StorageConfig
 
 LEAVE_S = 5.0
-_GB = 10**9
+_GB, _MAX_GB = 10**9, 10**9
 
 log = logging.getLogger(__name__)
 
@@ -224,11 +224,13 @@ class EngineStorage:
             raise RequestError(f"the store is {backend!r}; known are {known}", param="hicache_storage_backend")
         if backend == "memory" and call.path is not None:
             raise RequestError("a store in memory has no folder: leave the path out", param="hicache_storage_path")
-        return Choice(
-            backend=backend,
-            path=_folder(backend, call.path or self._config.hicache_storage_path),
-            size_gb=self._config.hicache_storage_size if call.size_gb is None else call.size_gb,
-        )
+        size_gb = self._config.hicache_storage_size if call.size_gb is None else call.size_gb
+        if not 0 < size_gb < _MAX_GB:
+            raise RequestError(f"a store of {size_gb:g} GB cannot be", param="hicache_storage_size")
+        if call.path is not None and "\0" in call.path:
+            raise RequestError("the path has a null byte in it", param="hicache_storage_path")
+        path = _folder(backend, call.path or self._config.hicache_storage_path)
+        return Choice(backend=backend, path=path, size_gb=size_gb)
 
     def _open(self, choice: Choice) -> tuple[PageStore, StoreStats]:
         spec = StoreSpec(
