@@ -34,6 +34,7 @@ class SimStore:
         self._pages = pages
         self._jobs: list[tuple[FindPages | FetchPages | StorePages, list[Page]]] = []  # with what is to be stored
         self._reports: list[Event] = []
+        self._begun: set[int] = set()  # fetches
         self._cancelled: set[int] = set()
         self.hung: set[int] = set()  # they are answered when they return
         self.fetched: list[bytes] = []  # every page that was asked for
@@ -42,8 +43,8 @@ class SimStore:
 
     def take(self, job: StoreJob) -> None:
         if isinstance(job, CancelFetch):
-            assert any(isinstance(each, FetchPages) and each.job_id == job.job_id for each, _ in self._jobs)
-            self._cancelled.add(job.job_id)
+            assert job.job_id in self._begun
+            self._cancelled.add(job.job_id)  # in vain, if it was carried out meanwhile
             return
         assert all(other.job_id != job.job_id for other, _ in self._jobs)
         if not isinstance(job, FindPages):
@@ -51,6 +52,7 @@ class SimStore:
         if isinstance(job, FetchPages):
             assert [digest for digest, _ in job.names] == list(job.digests)
             self.fetched += job.digests
+            self._begun.add(job.job_id)
             self._write(job.host_slots, [[NONSENSE]] * len(job.host_slots))  # from now on, at any time
         asked = [list(page) for page in self._read(job.host_slots)] if isinstance(job, StorePages) else []
         self._jobs.append((job, asked))

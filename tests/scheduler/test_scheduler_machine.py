@@ -142,14 +142,29 @@ class OneEngine(RuleBasedStateMachine):
     def store_comes_or_goes(self, attached: bool) -> None:
         self.engine.events.append(StorageAttached(attached=attached))
 
-    @rule(token_id=st.integers(0, 1), drops=st.sampled_from(["", "device", "host", "host"]), times=st.integers(1, 2))
-    def ask_again(self, token_id: int, drops: str, times: int) -> None:
+    @rule(
+        token_id=st.integers(0, 1),
+        gone_from=st.sampled_from(["nowhere", "device", "host", "host"]),
+        times=st.integers(1, 3),
+        trouble=st.sampled_from(["", "", "hangs", "fails", "aborts"]),
+    )
+    def ask_again(self, token_id: int, gone_from: str, times: int, trouble: str) -> None:
         """What was cached may be in the host tier only by now, or in the store."""
-        if drops:
+        if gone_from != "nowhere":
+            self.submit([token_id] * 17, 2, 0, True, (), 0, "")
             self.all_get_done()
-            self.world.forget(self.engine, host=drops == "host")
+            self.world.forget(self.engine, host=gone_from == "host")
         for _ in range(times):
             self.submit([token_id] * 17, 2, 0, True, (), 0, "")
+        if trouble and self.engine.store is not None:  # the pages are found, and while they are fetched:
+            for _ in range(2):
+                self.step(finishes=True)
+                self.engine.store.advance()
+            self.step(finishes=True)
+            if trouble == "aborts":
+                self.abort(self.count)
+            else:
+                self.store_is_in_trouble(trouble, 0)
 
     @rule()
     def all_get_done(self) -> None:
@@ -169,7 +184,7 @@ class OneEngine(RuleBasedStateMachine):
     def step_fails(self) -> None:
         self.engine.fail_next_step = bool(self.engine.under_way)
 
-    @rule(by_s=st.sampled_from([0.5, 40.0]))
+    @rule(by_s=st.sampled_from([0.5, 2.0, 40.0]))
     def time_passes(self, by_s: float) -> None:
         self.world.now_s += by_s
 
