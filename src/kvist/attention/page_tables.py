@@ -1,8 +1,9 @@
 """Page lists of running requests as rows of one table, kept from step to step.
 
 Converting every request's list for every step would cost a millisecond of Python at 256 requests. So each list has a
-seat, a row that is written once and then only where the list has grown. The table lies in the host's memory, pinned:
-the GPU reads the few rows of a step itself, when the step runs (kernels/page_lists.py), so nothing is sent.
+seat, a row that is written once and then only where the list has grown. The table lies in the host's memory. Made for
+a GPU it is pinned: the GPU reads the few rows of a step itself, when the step runs (kernels/page_lists.py), so nothing
+is sent.
 
 A list is known by its identity: one that is handed in again may have grown, and has not changed otherwise (that is
 what `PageLease.page_ids` does). Seats of lists that are no longer used go to new ones when none is free; those of the
@@ -67,9 +68,14 @@ class PageTables:
         rows_of_tokens = rows if spans.num_tokens == len(spans) else rows.repeat(spans.counts)
         return self._host[rows_of_tokens, pages] * np.int32(self._page_size) + offsets
 
-    def read(self, rows: Tensor, lengths: Tensor, pages: Tensor, slots: Tensor) -> None:
+    def pages(self, rows: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """The first `counts` pages of each of these rows, one after another."""
+        places = np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts)
+        return self._host[rows.repeat(counts), places]
+
+    def read(self, rows: Tensor, lengths: Tensor, pages: Tensor) -> None:
         """On the device, when the step runs: kernels/page_lists.py tells the arguments."""
-        read_page_lists(self._table, rows, lengths, self._page_size, pages, slots)
+        read_page_lists(self._table, rows, lengths, self._page_size, pages)
 
     def _change(self, lists: Sequence[Sequence[int]]) -> None:
         known = [self._row_of.get(id(pages)) for pages in lists]
