@@ -39,6 +39,7 @@ REMEDY = (
 )
 _HEAD_DIMS = (64, 128, 256)
 _GRAPH_PLAN_BYTES = 1 << 20  # 13 a tile of queries and 8 a request: enough for tens of thousands
+_EAGER_PLAN_BYTES = 8 << 20  # the library's own choice
 
 
 class FlashInferAttention:
@@ -168,6 +169,13 @@ def workspace_bytes(
         tile = 16 if group <= 16 else 64 if group <= 64 else 128
         num_tiles = max(num_tiles, -(-num_decodes * group // tile) + num_decodes - 1)
     return num_q_heads * num_tiles * tile * (head_dim + 1) * 4 + 256  # the last is for alignment
+
+
+def planners_bytes(num_q_heads: int, num_kv_heads: int, head_dim: int, num_sms: int, graph_sizes: Sequence[int]) -> int:
+    """Device memory that this backend takes for itself, with graphs of these numbers of decodes."""
+    workspace = partial(workspace_bytes, num_q_heads, num_kv_heads, head_dim, num_sms)
+    of_graphs = workspace(max(graph_sizes)) + len(graph_sizes) * _GRAPH_PLAN_BYTES if graph_sizes else 0
+    return workspace() + _EAGER_PLAN_BYTES + of_graphs
 
 
 class Planner:
