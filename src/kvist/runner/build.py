@@ -8,6 +8,7 @@ page its own heads, which are one contiguous piece of it.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ from kvist.wire import PoolAddress
 
 COLLECTIVES_BYTES = 512 << 20  # NCCL's buffers on a GPU, about
 CPU_CAP_TOKENS = 65_536  # a laptop's memory would hold absurdly many; --max-total-tokens overrides it
+log = logging.getLogger(__name__)
+
 LoadProgress = Callable[[int, int], None]  # (tensors loaded, tensors in all)
 
 
@@ -206,6 +209,13 @@ def _resolve(config: RunnerConfig, checkpoint: Checkpoint, model_config: ModelCo
 def _resolve_device(config: RunnerConfig) -> str:
     name = device_type(config.device)
     if name != "cuda":
+        if config.base_gpu_id and config.device == name:
+            raise ConfigError(
+                f"--base-gpu-id {config.base_gpu_id} counts GPUs, and --device {name} takes none: leave one out",
+                param="base_gpu_id",
+            )
+        if config.base_gpu_id:  # `kvist up` deals GPUs out that torch, as it is installed, cannot use
+            log.warning("torch sees no GPU here, so --base-gpu-id %d is not used", config.base_gpu_id)
         return name
     if not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu or auto", param="device")
