@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import time
 from collections import deque
 from pathlib import Path
 
+from json_report import write_report
 from kvist import wire
 from kvist.request import EpochId, FinishReason, Outcome, WorkerId
 
@@ -303,14 +303,7 @@ def main() -> None:
             process.wait(timeout=20)
     report(rows)
     if args.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        hardware = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        settings = {name: value for name, value in vars(args).items() if name != "json"}
-        args.json.write_text(
-            json.dumps({"commit": commit, "hardware": hardware, "settings": settings, "rows": rows}, indent=1)
-        )
+        write_report(args.json, args, rows=rows)
     return None
 
 
