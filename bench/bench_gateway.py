@@ -121,7 +121,8 @@ def step(channel: object, streams: dict[str, tuple[bytes, int, int]], tokens: li
 
 
 def run_gateway(endpoint: str, port: int) -> None:
-    from kvist.server.serve import http_server, run_in_loop
+    from kvist.event_loop import run_in_loop
+    from kvist.server.serve import http_server
 
     async def main() -> None:
         from kvist.channel import ChannelConfig
