@@ -34,7 +34,7 @@ class PageTables:
         self._table = torch.zeros(0, max_pages, dtype=torch.int32)
         self._host = self._table.numpy()  # the same memory
         self._lists: list[Sequence[int]] = []  # by row; held, so that their identity stays their own
-        self._num_tokens: list[int] = []  # by row: that the written part has pages for
+        self._num_tokens = np.zeros(0, dtype=np.int32)  # by row: that the written part has pages for
         self._last_step: list[int] = []  # by row: that used it, but for the rows of the step before
         self._row_of: dict[int, int] = {}  # by identity
         self._free: list[int] = []
@@ -56,11 +56,10 @@ class PageTables:
         if lists != self._former:  # seldom: mostly they are the same objects, which costs no look into them
             self._change(lists)
         self._step += 1
-        num_tokens = self._num_tokens
-        for row, pages, end in zip(self._former_rows, lists, spans.ends.tolist(), strict=True):
-            if end > num_tokens[row]:
-                self._write(row, pages, end)
-        return self._rows
+        rows = self._rows
+        for place in np.flatnonzero(spans.ends > self._num_tokens[rows]).tolist():  # one in a page's tokens
+            self._write(self._former_rows[place], lists[place], int(spans.ends[place]))
+        return rows
 
     def slots(self, spans: SpanColumns, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """page * page_size + offset of every new token, in order."""
@@ -102,7 +101,7 @@ class PageTables:
         return row
 
     def _write(self, row: int, pages: Sequence[int], num_tokens: int) -> None:
-        first, end = self._num_tokens[row] // self._page_size, -(-num_tokens // self._page_size)
+        first, end = int(self._num_tokens[row]) // self._page_size, -(-num_tokens // self._page_size)
         assert len(pages) >= end, "the scheduler plans pages for every new token"
         if end > self._host.shape[1]:
             self._grow(0, 2 * end)
@@ -126,6 +125,6 @@ class PageTables:
         table[:seats, :pages] = self._table
         self._table, self._host = table, table.numpy()
         self._lists += [()] * (num_seats - seats)
-        self._num_tokens += [0] * (num_seats - seats)
+        self._num_tokens = np.pad(self._num_tokens, (0, num_seats - seats))
         self._last_step += [0] * (num_seats - seats)
         self._free += range(seats, num_seats)
