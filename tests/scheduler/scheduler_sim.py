@@ -14,7 +14,7 @@ from fake_device import EOS, FakeDevice, Slot, checksum, reference_stream
 
 from kvist.kv.cache import PageCache
 from kvist.kv.host_tier import HostTier
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
+from kvist.kv.moves import BackUpPages, ForgetPages, LoadPages, PagesBackedUp, PagesForgotten, PagesLoaded
 from kvist.kv.pages import PageState
 from kvist.request import EngineRequest, EpochId, FinishReason, HandoffId, Mode, Outcome, SamplingParams
 from kvist.scheduler import SchedulerConfig, build_scheduler
@@ -150,7 +150,11 @@ class SimMover:
         self._reports: list[Event] = []
         self.fail_next = False
 
-    def take(self, job: LoadPages | BackUpPages) -> None:
+    def take(self, job: LoadPages | BackUpPages | ForgetPages) -> None:
+        if isinstance(job, ForgetPages):
+            assert not any(set(other.host_slots) & set(job.host_slots) for other, _ in self._jobs)
+            self._reports.append(PagesForgotten(job_id=job.job_id))
+            return
         for other, _ in self._jobs:
             shares_slot = set(other.host_slots) & set(job.host_slots)
             assert not shares_slot or type(other) is type(job) is LoadPages, "a slot is read and written at once"
@@ -398,6 +402,8 @@ class World:
 
     def receive(self, engine: SimEngine, plan: Plan) -> None:
         for chunk in plan.chunks:
+            from_below = chunk.num_cached_host_tokens + chunk.num_cached_storage_tokens
+            assert 0 <= from_below <= (chunk.num_cached_tokens or 0)
             self.chunks[chunk.request_id].append((engine.epoch, chunk))
         for ended in plan.ended:
             self.ended[ended.request_id, engine.epoch].append(ended)

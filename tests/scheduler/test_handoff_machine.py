@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from scheduler_sim import SimEngine, World, make_request, small_config
 
+from kvist.kv.cache import WRITE_POLICIES
+
 PREFILLS = ("p0", "p1")
 DECODES = ("d0", "d1")
 NAMES = st.sampled_from(PREFILLS + DECODES)
@@ -31,6 +33,7 @@ class Cluster(RuleBasedStateMachine):
         remembered=st.sampled_from([1, 64]),
         overlap=st.booleans(),
         num_host_pages=st.sampled_from([0, 4, 30]),
+        write_policy=st.sampled_from(sorted(WRITE_POLICIES)),
     )
     def start(
         self,
@@ -41,6 +44,7 @@ class Cluster(RuleBasedStateMachine):
         remembered: int,
         overlap: bool,
         num_host_pages: int,
+        write_policy: str,
     ) -> None:
         config = small_config(
             grant_timeout_s=8.0,
@@ -56,9 +60,17 @@ class Cluster(RuleBasedStateMachine):
                 config,
                 num_pages=prefill_pages,
                 num_host_pages=num_host_pages,
+                write_policy=write_policy,
             )
         for name in DECODES:
-            self.world.start(name, "decode", config, num_pages=decode_pages, num_host_pages=num_host_pages)
+            self.world.start(
+                name,
+                "decode",
+                config,
+                num_pages=decode_pages,
+                num_host_pages=num_host_pages,
+                write_policy=write_policy,
+            )
         self.gateway_minds = gateway_minds
 
     def engine(self, name: str) -> SimEngine:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from scheduler_sim import World, make_request, small_config
 
+from kvist.kv.cache import WRITE_POLICIES
 from kvist.scheduler.events import FlushRequested
 
 TOKENS = st.integers(0, 3)  # few different tokens: many shared prefixes
@@ -25,7 +26,7 @@ class OneEngine(RuleBasedStateMachine):
         chunk=st.integers(1, 9),
         overlap=st.booleans(),
         num_host_pages=st.sampled_from([0, 2, 6, 30]),
-        write_policy=st.sampled_from(["write_through", "write_through_selective"]),
+        write_policy=st.sampled_from(sorted(WRITE_POLICIES)),
     )
     def start(
         self, num_pages: int, running: int, chunk: int, overlap: bool, num_host_pages: int, write_policy: str

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 class HostPage:
     """One slot in use. Mutable; its one owner is the `HostTier`."""
 
-    __slots__ = ("digest", "last_use", "num_children", "num_moves", "parent", "resident", "slot")
+    __slots__ = ("digest", "from_storage", "last_use", "num_children", "num_moves", "parent", "resident", "slot")
 
     def __init__(self, digest: bytes, slot: int, parent: HostPage | None, last_use: int) -> None:
         self.digest = digest
@@ -31,6 +31,7 @@ class HostPage:
         self.num_children = 0
         self.num_moves = 0  # that read or write it
         self.resident = False  # its bytes are there
+        self.from_storage = False  # they were fetched, and nobody has loaded them yet
 
     @property
     def lost(self) -> bool:
@@ -141,12 +142,12 @@ class HostTier:
         self._num_in_flight -= not page.num_moves
         self._offer(page)
 
-    def flush(self) -> int:
-        """Drops every page that no move uses and that continues into none in use; returns how many."""
-        num_pages = 0
+    def flush(self) -> list[int]:
+        """Drops every page that no move uses and that continues into none in use; returns the slots they had."""
+        num_free = len(self._free)
         while self._evict():
-            num_pages += 1
-        return num_pages
+            pass
+        return self._free[num_free:]
 
     def counts(self) -> HostCounts:
         return HostCounts(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvist.kv.moves import PagesBackedUp, PagesLoaded
+from kvist.kv.moves import PagesBackedUp, PagesForgotten, PagesLoaded
 from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SampledToken, TokenLogprobs
-from kvist.wire import Closed, Done, Grant, PrefillPeer
+from kvist.wire import Closed, Done, FlushTier, Grant, PrefillPeer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +129,7 @@ class PeerDied:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlushRequested:
     call_id: str
+    tier: FlushTier | None = None  # None: the device and the host
 
 
 Event = (
@@ -148,4 +149,5 @@ Event = (
     | FlushRequested
     | PagesLoaded
     | PagesBackedUp
+    | PagesForgotten
 )
