@@ -11,6 +11,8 @@ be decoded is logged and dropped by its receiver: its sender's own bounded wait 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from kvist.errors import WireError
@@ -35,6 +37,9 @@ class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_default
 
 
 # ---------------------------------------------------------------- gateway → engine
+
+
+FlushTier = Literal["device", "host"]
 
 
 class Hello(_Message, frozen=True):
@@ -66,9 +71,10 @@ class Abort(_Message, frozen=True):
 
 
 class FlushCache(_Message, frozen=True):
-    """Drop every cached page that no request uses. Answered by `Flushed`."""
+    """Drop every cached page that no request uses. Answered by `Flushed`, when no restart can bring them back."""
 
     call_id: str
+    tier: FlushTier | None = None  # None: the device and the host
 
 
 # ---------------------------------------------------------------- engine → gateway
@@ -121,6 +127,8 @@ class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in eac
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one a token, when asked for
     finish_reason: FinishReason | None = None  # with STOP the last token is the stop token
     num_cached_tokens: int | None = None  # with position 0: prompt tokens not computed, by the engine that computed
+    num_cached_host_tokens: int = 0  # of those: from the host tier, and
+    num_cached_storage_tokens: int = 0  # from the storage tier; the rest was in the device pool
     handoff: HandoffReport | None = None  # with decode's first chunk
 
 

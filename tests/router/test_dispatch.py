@@ -501,10 +501,11 @@ async def test_a_unified_worker_named_for_prefill_is_paired() -> None:
 async def test_flush_asks_every_worker_and_sums_up() -> None:
     world = World()
     prefill, decode = world.pair()
-    task = asyncio.create_task(world.dispatcher.flush_cache())
+    task = asyncio.create_task(world.dispatcher.flush_cache("host"))
     await settle()
     for pages, worker in enumerate((prefill, decode)):
         (call,) = [m for to, m in world.engines.sent if to is worker and isinstance(m, wire.FlushCache)]
+        assert call.tier == "host"
         world.dispatcher.on_flushed(worker, wire.Flushed(call_id=call.call_id, num_pages=pages))
     assert await task == {"p": 0, "d": 1}
 

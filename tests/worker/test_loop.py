@@ -484,7 +484,9 @@ def test_a_grant_that_cannot_be_sent_counts_as_refused(engine: Engine) -> None:
 
 
 def test_a_flush_is_answered_to_who_asked(engine: Engine) -> None:
-    engine.turn((G2, wire.FlushCache(call_id="c")), plan=Plan(flushes=(Flush(call_id="c", num_pages=3),)))
+    flushed = Plan(flushes=(Flush(call_id="c", num_pages=3),))
+    [event] = engine.turn((G2, wire.FlushCache(call_id="c", tier="device")), plan=flushed)
+    assert event == FlushRequested(call_id="c", tier="device")
     assert engine.sent(wire.Flushed) == engine.sent(wire.Flushed, G2) == [wire.Flushed(call_id="c", num_pages=3)]
 
 

@@ -126,8 +126,8 @@ class Dispatcher:
                 self._leave(flight)
             flight = self._launch(request, route)
 
-    async def flush_cache(self) -> dict[WorkerId, int]:
-        """Drop every worker's cached pages that no request uses; pages dropped, by worker.
+    async def flush_cache(self, tier: wire.FlushTier | None = None) -> dict[WorkerId, int]:
+        """Drop every worker's cached pages (in this tier) that no request uses; pages dropped, by worker.
 
         Raises `Unavailable` when no worker is ready, `Timeout` naming those that did not answer."""
         workers = {w for w in self._registry.workers if w.state is WorkerState.READY}
@@ -137,7 +137,7 @@ class Dispatcher:
         self._flushes[call_id] = call
         try:
             for worker in workers:
-                if not self._engines.send(worker, wire.FlushCache(call_id=call_id)):
+                if not self._engines.send(worker, wire.FlushCache(call_id=call_id, tier=tier)):
                     call.settle(worker, None)
             await asyncio.wait_for(call.done.wait(), self._config.flush_timeout_s)
         except TimeoutError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from urllib.parse import parse_qsl
 
 from starlette.types import Receive, Scope, Send
 
@@ -16,9 +17,11 @@ from kvist.server.gateway import Gateway
 from kvist.server.http import send_bytes, send_json
 from kvist.server.sampling import check_token_ids
 from kvist.server.schemas import DetokenizeRequest, TokenizeRequest
+from kvist.wire import FlushTier
 
 _TOKENIZE = BodyDecoder(TokenizeRequest)
 _DETOKENIZE = BodyDecoder(DetokenizeRequest)
+_TIERS: dict[str, FlushTier] = {"device": "device", "host": "host"}
 _TEXT = [(b"content-type", metrics.CONTENT_TYPE.encode())]
 
 
@@ -106,8 +109,8 @@ class Admin:
         await send_json(send, info)
 
     async def flush_cache(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del scope, receive
-        dropped = await self._gateway.dispatcher.flush_cache()
+        del receive
+        dropped = await self._gateway.dispatcher.flush_cache(_tier(scope))
         await send_json(send, {"success": True, "num_pages": sum(dropped.values()), "workers": dropped})
 
     async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,6 +119,22 @@ class Admin:
 
     def _workers(self) -> tuple[WorkerSnapshot, ...]:
         return self._gateway.dispatcher.snapshot().workers
+
+
+def _tier(scope: Scope) -> FlushTier | None:
+    """Of /flush_cache?tier=. None: the device and the host."""
+    query: bytes = scope["query_string"]
+    asked = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    for name, value in asked:
+        if name != "tier" or len(asked) > 1:
+            raise RequestError(f"/flush_cache takes `tier`, once, and nothing else: not `{name}`", param=name)
+        if value in ("storage", "all"):
+            message = "the storage tier cannot be flushed: detach it from its workers and remove its folder"
+            raise RequestError(f"{message}; leave `tier` out for the device and the host", param="tier")
+        if value not in _TIERS:
+            raise RequestError(f"`tier` is {value!r}: one of device and host, or leave it out for both", param="tier")
+        return _TIERS[value]
+    return None
 
 
 def _worker_info(worker: WorkerSnapshot) -> dict[str, object]:

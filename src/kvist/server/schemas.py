@@ -17,6 +17,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 class KvistOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     report: bool = False  # say which workers answered and what their handoff moved
+    usage: bool = False  # say in `usage` which tiers the cached tokens came from; /generate always says it
 
 
 class ContentPart(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

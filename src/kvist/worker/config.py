@@ -28,8 +28,9 @@ class HostTierConfig:
     )
     hicache_write_policy: str = option(
         DEFAULT_POLICY,
-        "when a page is copied to the host: as soon as it is computed, or (selective) after its second hit",
-        choices=("write_through", "write_through_selective"),
+        "when a page is copied to the host: as soon as it is computed, (selective) after its second hit, or "
+        "(write_back) when the device pool is about to need its room",
+        choices=("write_through", "write_through_selective", "write_back"),
     )
     hicache_persist: str | None = option(
         None,

@@ -92,7 +92,7 @@ class Inbox:
                 while len(self._flushes) >= MAX_OPEN_FLUSHES:
                     self._flushes.popitem(last=False)
                 self._flushes[message.call_id] = gateway.identity
-                return FlushRequested(call_id=message.call_id)
+                return FlushRequested(call_id=message.call_id, tier=message.tier)
 
     def _submitted(self, gateway: Gateway, submit: wire.Submit) -> Event | Reply:
         request = submit.request

@@ -25,7 +25,7 @@ from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
 from kvist.errors import EngineError, HandoffFailed, Unavailable
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
+from kvist.kv.moves import BackUpPages, ForgetPages, LoadPages, PagesBackedUp, PagesForgotten, PagesLoaded
 from kvist.request import EpochId
 from kvist.scheduler import Scheduler
 from kvist.scheduler.events import (
@@ -74,8 +74,8 @@ class StepRunner(Protocol):
 class Mover(Protocol):
     """kv.mover.PageMover, or a fake."""
 
-    def start(self, job: LoadPages | BackUpPages) -> None: ...
-    def poll(self) -> list[PagesLoaded | PagesBackedUp]: ...
+    def start(self, job: LoadPages | BackUpPages | ForgetPages) -> None: ...
+    def poll(self) -> list[PagesLoaded | PagesBackedUp | PagesForgotten]: ...
     def totals(self) -> dict[str, float]: ...
 
 
