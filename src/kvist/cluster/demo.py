@@ -1,6 +1,7 @@
 """`kvist demo`: a cluster of separate processes answers a question and holds a chat; a table tells what that took.
 
-Starts everything, streams four answers, stops everything. Fails when the first answer lacks the expected word.
+Starts everything, streams the answers, stops everything. Before the last one the device pools are emptied: the chat
+goes on with pages from host memory. Fails when the first answer lacks the expected word, or when no page came back.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ CHAT = (
     "Why does it need water?",
     "Thank you. Now say that in one short sentence.",
 )
+AFTER_FLUSH = "And what does it need light for?"
 
 
 def say(text: str) -> None:
@@ -57,15 +59,26 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
         say(table(rows))
         say(LEGEND)
         say(who_did_what(rows, list(processes.children.values())))
+        say(who_remembered(rows[-1][1]))
     say("Everything that was started is stopped.")
+    failures = broken_promises(rows, question=question, expect=expect)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def broken_promises(rows: Sequence[tuple[str, TurnReport]], *, question: str, expect: str) -> list[str]:
+    """What the demo should have shown, and did not."""
+    found = []
     if expect and expect.lower() not in rows[0][1].text.lower():
-        print(f"The answer to {question!r} does not name {expect}.", file=sys.stderr)
-        return 1
-    return 0
+        found.append(f"The answer to {question!r} does not name {expect}.")
+    if not rows[-1][1].num_cached_by_tier.get("host"):
+        found.append("The device pools were emptied, and nothing came back from host memory.")
+    return found
 
 
 def _talk(url: str, question: str) -> list[tuple[str, TurnReport]]:
-    """(what the row is called, its report) of the question and of each turn of the chat."""
+    """(what the row is called, its report) of the question and of each turn of the chat, the last after the flush."""
     with httpx.Client(base_url=url, timeout=TURN_TIMEOUT_S, trust_env=False) as client:
         rows = [("question", _ask(client, [{"role": "user", "content": question}]))]
         messages: list[Message] = []
@@ -74,7 +87,15 @@ def _talk(url: str, question: str) -> list[tuple[str, TurnReport]]:
             report = _ask(client, messages)
             messages.append({"role": "assistant", "content": report.text})
             rows.append((f"chat {index + 1}", report))
+        _empty_device_pools(client)
+        messages.append({"role": "user", "content": AFTER_FLUSH})
+        rows.append(("from host", _ask(client, messages)))
     return rows
+
+
+def _empty_device_pools(client: httpx.Client) -> None:
+    answer = client.post("/flush_cache", params={"tier": "device"}).raise_for_status().json()
+    say(f"The workers forget the {answer['num_pages']} pages of their device pools; the chat goes on all the same.\n")
 
 
 def _ask(client: httpx.Client, messages: Sequence[Message]) -> TurnReport:
@@ -130,4 +151,14 @@ def who_did_what(rows: Sequence[tuple[str, TurnReport]], children: Sequence[Chil
     return (
         f"Prompts were read by {', '.join(prefill)}; answers were written by {', '.join(decode)}; "
         "the router tokenised, chose the workers and merged their tokens."
+    )
+
+
+def who_remembered(report: TurnReport) -> str:
+    """Where the cached tokens of a turn came from."""
+    places = {"device": "were in the device pool", "host": "came back from host memory", "storage": "from storage"}
+    told = [f"{report.num_cached_by_tier.get(tier, 0)} {words}" for tier, words in places.items()]
+    return (
+        f"After the flush {report.num_cached_tokens} of {report.num_prompt_tokens} prompt tokens were not computed "
+        f"again: {', '.join(told)}."
     )
