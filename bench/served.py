@@ -99,9 +99,12 @@ class Served:
         report: Report = json.loads(json_path.read_bytes())
         return report
 
+    def log(self) -> str:
+        return self._log_path.read_text(errors="replace") if self._log_path.exists() else ""
+
     def said(self) -> str:
-        lines = self._log_path.read_text(errors="replace").splitlines() if self._log_path.exists() else []
-        return "\n".join(f"  [{self.name}] {line}" for line in lines[-NUM_LAST_LINES:])
+        """The end of its log."""
+        return "\n".join(f"  [{self.name}] {line}" for line in self.log().splitlines()[-NUM_LAST_LINES:])
 
     def _is_ready(self) -> bool:
         try:
