@@ -177,7 +177,9 @@ class Machine:
         if strategy == L3:
             store = tempfile.mkdtemp(prefix="store-", dir=self.folder_for_store())
             flags += ["--hicache-storage-backend=file", f"--hicache-storage-path={store}"]
-            flags += [f"--hicache-storage-size={self.store_bytes(setup) / 1e9:.6f}", *shlex.split(args.l3_flags)]
+            flags += [f"--hicache-storage-size={self.store_bytes(setup) / 1e9:.6f}"]
+            threshold = max(PAGE_SIZE, setup.num_input // 8)  # the default, 256, where a round appends 2048
+            flags += [f"--hicache-storage-prefetch-threshold={threshold}", *shlex.split(args.l3_flags)]
         return [*flags, *extra, *shlex.split(args.serve_flags)]
 
     def folder_for_store(self) -> Path:
