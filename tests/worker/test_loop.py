@@ -433,6 +433,12 @@ def test_a_runner_that_is_broken_for_good_ends_the_engine_with_its_first_word(en
     assert len(engine.sent(wire.StepOutputs, G1)) == 1
 
 
+def test_every_turn_is_counted_so_that_somebody_can_see_the_loop_go_on(engine: Engine) -> None:
+    engine.turn()
+    engine.turn((G1, submit("a")))
+    assert engine.loop.num_turns == 2
+
+
 def test_transfers_and_peer_messages_go_where_the_plan_says(engine: Engine) -> None:
     handoff = HandoffId("h")
     jobs = (

@@ -121,7 +121,9 @@ class EngineConfig:
         0, "CPU threads of the engine; 0 shares the cores with the workers that this host runs already", minimum=0
     )
     cpu_affinity: bool = option(
-        False, "on a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores"
+        False,
+        "on a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores; of an engine "
+        "with --tp this is about rank 0, and the other ranks, which launch the same steps, run where they like",
     )
     random_seed: int = option(0, "seed of dummy weights", minimum=0)
     engine_host: str = option(

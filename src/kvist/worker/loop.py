@@ -106,6 +106,7 @@ class EngineLoop:
         self._watched: frozenset[EpochId] = frozenset()
         self._wake_at_s: float | None = None
         self._next_watch_s = parts.clock.now_s()
+        self.num_turns = 0  # begun; read by any thread
         self._stop = threading.Event()
         self._in_flight: deque[tuple[Batch, LaunchedStep | Exception]] = deque()  # an error: the launch failed
         self._num_failed_steps = 0
@@ -135,6 +136,7 @@ class EngineLoop:
 
     def turn(self, timeout_s: float) -> None:
         """Wait for news at most so long, then one step of the scheduler and all that it asks for."""
+        self.num_turns += 1
         received = self._parts.channel.recv(timeout_s)
         now_s = self._parts.clock.now_s()
         events, replies = self._inbox.open(received, now_s)
