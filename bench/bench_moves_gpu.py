@@ -14,10 +14,8 @@ streams. Then every byte that was moved is compared.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
@@ -27,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from json_report import write_report
 from kvist.clock import MonotonicClock
 from kvist.kv.device import DevicePool
 from kvist.kv.host import HostPool
@@ -218,16 +217,12 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}: {args.pages} pages of {LAYOUT.page_bytes:,} bytes each way")
     print_table(times, args.pages)
     print(f"{num_differing} pages differ from their source")
-    if args.json is not None:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
+    if args.json:
         rows = [
             {"pages": pattern, "job_pages": job_pages, "direction": direction, "times_s": found}
             for (pattern, job_pages, direction), found in times.items()
         ]
-        settings = {"pages": args.pages, "page_bytes": LAYOUT.page_bytes, "repetitions": args.repetitions, "seed": 0}
-        args.json.write_text(json.dumps({"commit": commit, "hardware": name, "settings": settings, "rows": rows}))
+        write_report(args.json, args, page_bytes=LAYOUT.page_bytes, rows=rows)
     if num_differing:
         raise SystemExit(1)
 

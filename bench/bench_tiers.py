@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -36,6 +35,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from json_report import write_report
 from kvist.checkpoint import find_checkpoint
 from kvist.cluster.plan import available_cores, visible_gpus
 from kvist.kv.device import available_host_bytes
@@ -208,11 +208,14 @@ def _is_memory(path: Path) -> bool:
 # ---------------------------------------------------------------- rows
 
 
-def hits_by_tier(counted: dict[str, float]) -> dict[str, float]:
-    """Shares of the prompt tokens of all admitted requests. What came from the store went through the host tier."""
+def hits_by_tier(summary: Row, counted: dict[str, float]) -> dict[str, float]:
+    """Shares of the prompt tokens, as the server told each request; else as its worker counted pages."""
+    if told := summary.get("hit_rate_by_tier"):
+        return {tier: told.get(name, 0.0) for tier, name in (("L1", "device"), ("L2", "host"), ("L3", "storage"))}
     num_prompt = counted.get("prompt_tokens", 0.0)
     if not num_prompt:
         return {}
+    # what came from the store went through the host tier
     from_store = min(counted.get("storage_fetched_pages", 0.0), counted.get("host_hit_pages", 0.0))
     pages = {"L1": counted.get("device_hit_pages", 0.0), "L2": counted.get("host_hit_pages", 0.0) - from_store}
     pages["L3"] = from_store
@@ -225,15 +228,15 @@ def measured(machine: Machine, server: Served, argv: Sequence[str]) -> Row:
     report = machine.bench(server, argv)
     after = server.metrics()
     counted = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    run = report["runs"][0]
     return {
         "name": server.name,
         "command": list(server.argv[2:]),
         "ready_s": server.ready_s,
         "counted": counted,
-        "by_tier": hits_by_tier(counted),
-        "report": report,
-        "summary": report["runs"][0]["summary"],
-        "requests": report["runs"][0]["rows"],
+        "by_tier": hits_by_tier(run["summary"], counted),
+        "summary": run["summary"],
+        "requests": run["rows"],
     }
 
 
@@ -466,11 +469,8 @@ def main() -> None:
                 print(tabulate(rows))
                 if args.preset != "no-hits":  # its table says it
                     print(moves_lines(rows), flush=True)
-                if args.json is not None:
-                    about = {key: rows[0]["report"][key] for key in ("commit", "version", "hardware")}
-                    kept = [{key: value for key, value in row.items() if key != "report"} for row in rows]
-                    settings = {**vars(args), "json": str(args.json), "setup": repr(machine.setup)}
-                    args.json.write_text(json.dumps({**about, "settings": settings, "rows": kept}))
+                if args.json:
+                    write_report(args.json, args, setup=repr(machine.setup), rows=rows)
 
 
 if __name__ == "__main__":
