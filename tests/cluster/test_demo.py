@@ -10,7 +10,7 @@ import pytest
 
 from kvist.clock import FakeClock
 from kvist.cluster.chat import TurnReport, stream_turn
-from kvist.cluster.demo import broken_promises, table, who_did_what, who_remembered
+from kvist.cluster.demo import FROM_HOST, FROM_STORE, broken_promises, table, who_did_what, who_remembered
 from kvist.cluster.processes import Child, ChildPlan
 from kvist.errors import EngineError
 
@@ -91,16 +91,20 @@ def test_the_table_has_one_line_a_turn_and_the_processes_are_named() -> None:
     said = who_did_what([("question", report)], [child])
     assert "read by prefill-0" in said
     assert "written by 127.0.0.1:2" in said
-    assert "48 of 50 prompt tokens" in who_remembered(report)
-    assert "16 were in the device pool, 32 came back from host memory, 0 from storage" in who_remembered(report)
+    told = who_remembered(FROM_HOST, report)
+    assert "48 of 50 prompt tokens" in told
+    assert "(16 from the device pool, 32 from host memory, 0 from storage)" in told
 
 
-def test_the_demo_fails_without_the_expected_word_or_without_pages_from_the_host() -> None:
+def test_the_demo_fails_without_the_expected_word_or_when_a_tier_gives_nothing_back() -> None:
     body = piece("It is Paris") + event(choices=[], usage=USAGE, kvist=REPORT)
     report = ask(body, FakeClock())[0]
-    nothing_back = dataclasses.replace(report, num_cached_by_tier={"device": 48, "host": 0, "storage": 0})
-    good = [("question", report), ("from host", report)]
-    assert broken_promises(good, question="Where?", expect="paris") == []
-    assert "Rome" in broken_promises(good, question="Where?", expect="Rome")[0]
-    (said,) = broken_promises([("question", report), ("from host", nothing_back)], question="Where?", expect="")
-    assert "nothing came back" in said
+    rows = [("question", report), (FROM_HOST.name, report), (FROM_STORE.name, report)]
+    assert broken_promises(rows, [FROM_HOST], question="Where?", expect="paris") == []
+    assert "Rome" in broken_promises(rows, [FROM_HOST], question="Where?", expect="Rome")[0]
+    (said,) = broken_promises(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")  # 0 from storage
+    assert "host memory, and nothing came back" in said
+    stored = dataclasses.replace(report, num_cached_by_tier={"device": 48, "host": 0, "storage": 16})
+    rows[1:] = [(FROM_HOST.name, stored), (FROM_STORE.name, stored)]
+    (said,) = broken_promises(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")
+    assert "device pools, and nothing came back" in said

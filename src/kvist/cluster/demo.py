@@ -1,14 +1,16 @@
 """`kvist demo`: a cluster of separate processes answers a question and holds a chat; a table tells what that took.
 
-Starts everything, streams the answers, stops everything. Before the last one the device pools are emptied: the chat
-goes on with pages from host memory. Fails when the first answer lacks the expected word, or when no page came back.
+Starts everything, streams the answers, stops everything. Before the last ones the upper tiers of the cache are emptied:
+the chat goes on with pages from the tier below. Fails when the first answer lacks the expected word, or when no page
+came back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import httpx
 
@@ -27,7 +29,33 @@ CHAT = (
     "Why does it need water?",
     "Thank you. Now say that in one short sentence.",
 )
-AFTER_FLUSH = "And what does it need light for?"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Act:
+    """A turn of the chat after a flush: the pages must come from `source`."""
+
+    name: str
+    flushed: Mapping[str, str]  # the query of /flush_cache
+    told: str
+    text: str
+    source: str
+
+
+FROM_HOST = Act(
+    name="from host",
+    flushed={"tier": "device"},
+    told="their device pools",
+    text="And what does it need light for?",
+    source="host",
+)
+FROM_STORE = Act(
+    name="from store",
+    flushed={},
+    told="their device pools and of host memory",
+    text="What happens to it in the dark?",
+    source="storage",
+)
 
 
 def say(text: str) -> None:
@@ -41,6 +69,7 @@ def show_piece(piece: str) -> None:
 def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
     """0 when the answer has `expect` in it, 1 when not. Raises `KvistError` when the cluster fails."""
     processes = Processes(plan_on_free_ports(shape), probe=is_ready, sink=lambda _name, _line: None)
+    acts = [FROM_HOST, FROM_STORE] if _has_store(shape) else [FROM_HOST]
     with stop_signals(), contextlib.ExitStack() as stack:
         stack.callback(processes.stop)
         config = shape.config
@@ -50,7 +79,7 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
         router = processes.children["router"]
         say(f"Ready at {router.plan.url}\n")
         try:
-            rows = _talk(router.plan.url, question)
+            rows = _talk(router.plan.url, question, acts)
         except (KvistError, httpx.HTTPError):
             say("\nWhat the processes said last:")
             for child in processes.children.values():
@@ -59,43 +88,53 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
         say(table(rows))
         say(LEGEND)
         say(who_did_what(rows, list(processes.children.values())))
-        say(who_remembered(rows[-1][1]))
+        for act, (_name, report) in zip(acts, rows[-len(acts) :], strict=True):
+            say(who_remembered(act, report))
     say("Everything that was started is stopped.")
-    failures = broken_promises(rows, question=question, expect=expect)
+    failures = broken_promises(rows, acts, question=question, expect=expect)
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0
 
 
-def broken_promises(rows: Sequence[tuple[str, TurnReport]], *, question: str, expect: str) -> list[str]:
+def _has_store(shape: ClusterShape) -> bool:
+    return any(argument.startswith("--hicache-storage-backend") for argument in shape.worker_argv)
+
+
+def broken_promises(
+    rows: Sequence[tuple[str, TurnReport]], acts: Sequence[Act], *, question: str, expect: str
+) -> list[str]:
     """What the demo should have shown, and did not."""
     found = []
     if expect and expect.lower() not in rows[0][1].text.lower():
         found.append(f"The answer to {question!r} does not name {expect}.")
-    if not rows[-1][1].num_cached_by_tier.get("host"):
-        found.append("The device pools were emptied, and nothing came back from host memory.")
+    reports = dict(rows)
+    for act in acts:
+        if not reports[act.name].num_cached_by_tier.get(act.source):
+            found.append(f"The workers forgot the pages of {act.told}, and nothing came back ({act.name}).")
     return found
 
 
-def _talk(url: str, question: str) -> list[tuple[str, TurnReport]]:
-    """(what the row is called, its report) of the question and of each turn of the chat, the last after the flush."""
+def _talk(url: str, question: str, acts: Sequence[Act]) -> list[tuple[str, TurnReport]]:
+    """(what the row is called, its report) of the question, of each turn of the chat, and of the acts."""
     with httpx.Client(base_url=url, timeout=TURN_TIMEOUT_S, trust_env=False) as client:
         rows = [("question", _ask(client, [{"role": "user", "content": question}]))]
         messages: list[Message] = []
         for index, text in enumerate(CHAT):
-            messages.append({"role": "user", "content": text})
-            report = _ask(client, messages)
-            messages.append({"role": "assistant", "content": report.text})
-            rows.append((f"chat {index + 1}", report))
-        _empty_device_pools(client)
-        messages.append({"role": "user", "content": AFTER_FLUSH})
-        rows.append(("from host", _ask(client, messages)))
+            rows.append((f"chat {index + 1}", _say_next(client, messages, text)))
+        for act in acts:
+            answer = client.post("/flush_cache", params=act.flushed).raise_for_status().json()
+            say(f"The workers forget the {answer['num_pages']} pages of {act.told}; the chat goes on all the same.\n")
+            rows.append((act.name, _say_next(client, messages, act.text)))
     return rows
 
 
-def _empty_device_pools(client: httpx.Client) -> None:
-    answer = client.post("/flush_cache", params={"tier": "device"}).raise_for_status().json()
-    say(f"The workers forget the {answer['num_pages']} pages of their device pools; the chat goes on all the same.\n")
+def _say_next(client: httpx.Client, messages: list[Message], text: str) -> TurnReport:
+    """The conversation grows by this and the answer."""
+    messages.append({"role": "user", "content": text})
+    report = _ask(client, messages)
+    messages.append({"role": "assistant", "content": report.text})
+    return report
 
 
 def _ask(client: httpx.Client, messages: Sequence[Message]) -> TurnReport:
@@ -154,11 +193,11 @@ def who_did_what(rows: Sequence[tuple[str, TurnReport]], children: Sequence[Chil
     )
 
 
-def who_remembered(report: TurnReport) -> str:
+def who_remembered(act: Act, report: TurnReport) -> str:
     """Where the cached tokens of a turn came from."""
-    places = {"device": "were in the device pool", "host": "came back from host memory", "storage": "from storage"}
+    places = {"device": "from the device pool", "host": "from host memory", "storage": "from storage"}
     told = [f"{report.num_cached_by_tier.get(tier, 0)} {words}" for tier, words in places.items()]
     return (
-        f"After the flush {report.num_cached_tokens} of {report.num_prompt_tokens} prompt tokens were not computed "
-        f"again: {', '.join(told)}."
+        f"{act.name.capitalize()}: {report.num_cached_tokens} of {report.num_prompt_tokens} prompt tokens were not "
+        f"computed again ({', '.join(told)})."
     )
