@@ -8,8 +8,8 @@
 
 For each row it starts `kvist serve`, runs `kvist bench multiturn` against it, reads the worker's counters before and
 after, and stops it. Rows are compared within one run; the first is the baseline. `no-hits` keeps all its servers up and
-asks them in turn, several times, with prompts nobody has seen. On a CPU that others use too, times drift from row to row:
-there the engine's processor seconds are the figure to compare.
+asks them in turn, several times, with prompts nobody has seen. On a CPU that others use too, times drift from row to
+row: there the engine's processor seconds are the figure to compare.
 
     performance  80 conversations of 4 rounds, 16 in flight, 2048 + 64 tokens; L1 150,000 tokens, L2 all of them
     article      150 of 14 rounds, 8 in flight, 2048 + 64 tokens a round divided by the scale; of all these tokens L1
