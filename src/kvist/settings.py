@@ -94,6 +94,7 @@ class RouterSettings:
             )
 
 
+DEMO_HOST_TIER_GB = 0.25
 _PLANNED = ("role", "engine_host", "engine_port", "engine_advertise_host")
 
 
@@ -246,7 +247,18 @@ def run(settings: Settings) -> int:
         return run_bench_engine(settings.engine, settings.steps)
     from kvist.cluster.demo import run_demo
 
-    return run_demo(cluster_shape(settings), question=settings.demo.question, expect=settings.demo.expect)
+    shape = cluster_shape(with_host_tier(settings))
+    return run_demo(shape, question=settings.demo.question, expect=settings.demo.expect)
+
+
+def with_host_tier(settings: DemoSettings) -> DemoSettings:
+    """The demo shows it: a small one, unless the user said how large."""
+    if settings.engine.host_tier.enable_hierarchical_cache:
+        return settings
+    tier = dataclasses.replace(
+        settings.engine.host_tier, enable_hierarchical_cache=True, hicache_size=DEMO_HOST_TIER_GB
+    )
+    return dataclasses.replace(settings, engine=dataclasses.replace(settings.engine, host_tier=tier))
 
 
 def _run_bench(settings: BenchServerSettings) -> int:

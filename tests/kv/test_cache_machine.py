@@ -131,7 +131,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def flush(self) -> None:
         evictable = self.cache.counts().evictable
-        assert self.cache.flush() == evictable
+        assert self.cache.flush() == (evictable, None)
         assert self.cache.counts().evictable == 0
 
     @rule(token_ids=TOKENS, cache_salt=SALTS)
