@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Literal
 from urllib.parse import parse_qsl
 
+import msgspec
 from starlette.types import Receive, Scope, Send
 
 from kvist import __version__, metrics
 from kvist.clock import unix_time_s
-from kvist.errors import RequestError, Unavailable
+from kvist.errors import RequestError, Unavailable, error_from_wire
 from kvist.metrics import WorkerSample
 from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
 from kvist.server.decoding import BodyDecoder
@@ -17,10 +19,17 @@ from kvist.server.gateway import Gateway
 from kvist.server.http import send_bytes, send_json
 from kvist.server.sampling import check_token_ids
 from kvist.server.schemas import DetokenizeRequest, TokenizeRequest
-from kvist.wire import FlushTier
+from kvist.wire import AskStorage, FlushTier, LoadReport, StoreWish
 
 _TOKENIZE = BodyDecoder(TokenizeRequest)
 _DETOKENIZE = BodyDecoder(DetokenizeRequest)
+_STORE_WISH = BodyDecoder(StoreWish)
+_STORAGE_ACTIONS: Mapping[str, Literal["tell", "attach", "detach"]] = {
+    "GET": "tell",
+    "HEAD": "tell",  # which comes with every GET
+    "PUT": "attach",
+    "DELETE": "detach",
+}
 _TIERS: dict[str, FlushTier] = {"device": "device", "host": "host"}
 _TEXT = [(b"content-type", metrics.CONTENT_TYPE.encode())]
 
@@ -113,6 +122,25 @@ class Admin:
         dropped = await self._gateway.dispatcher.flush_cache(_tier(scope))
         await send_json(send, {"success": True, "num_pages": sum(dropped.values()), "workers": dropped})
 
+    async def storage_backend(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """GET tells of every worker's storage tier, PUT attaches a store to it, DELETE detaches it."""
+        ask = AskStorage(call_id="", action=_STORAGE_ACTIONS[scope["method"]])
+        if ask.action == "attach":
+            wish = _STORE_WISH.decode(await self._gateway.read_body(scope, receive))
+            ask = msgspec.structs.replace(ask, wish=wish)
+        answers = await self._gateway.dispatcher.ask_storage(ask)
+        if not answers:
+            raise Unavailable("every worker was lost before it answered")
+        refused = [(worker_id, answer) for worker_id, answer in sorted(answers.items()) if answer.error_code]
+        for worker_id, answer in refused[:1]:
+            error = error_from_wire(answer.error_code or "", f"worker {worker_id}: {answer.message}")
+            error.param = answer.param
+            if len(refused) < len(answers):
+                error.message += f" ({len(answers) - len(refused)} of {len(answers)} workers did it)"
+            raise error
+        told = {worker_id: answer.status for worker_id, answer in answers.items()}
+        await send_json(send, {"success": True, "workers": told})
+
     async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope, receive
         await send_bytes(send, self._gateway.metrics.exposition(), headers=_TEXT)
@@ -154,6 +182,7 @@ def _worker_info(worker: WorkerSnapshot) -> dict[str, object]:
             "num_waiting": load.num_waiting,
             "num_pages": _num_pages(worker),
             "num_host_pages": load.num_host_pages,
+            "storage": load.storage,
             "totals": load.totals,
         },
     }
@@ -171,6 +200,18 @@ def _num_pages(worker: WorkerSnapshot) -> dict[str, int]:
     }
 
 
+def _storage_gauges(load: LoadReport | None) -> dict[str, float]:
+    if load is None or load.storage is None:
+        return {}
+    storage = load.storage
+    return {
+        "attached": float(storage.state == "attached"),
+        "breaker_open": float(storage.breaker != "closed"),
+        "quarantined_pages": storage.num_quarantined_pages,
+        "stored_bytes": storage.stored_bytes,
+    }
+
+
 def worker_samples(snapshot: ClusterSnapshot) -> Iterable[WorkerSample]:
     """What /metrics says of each worker."""
     for worker in snapshot.workers:
@@ -183,5 +224,7 @@ def worker_samples(snapshot: ClusterSnapshot) -> Iterable[WorkerSample]:
             num_waiting=load.num_waiting if load is not None else 0,
             num_pages=_num_pages(worker),
             num_host_pages=load.num_host_pages if load is not None else {},
+            storage=_storage_gauges(load),
+            storage_errors=load.storage.errors if load is not None and load.storage is not None else {},
             totals=load.totals if load is not None else {},
         )
