@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvist.kv.cache import PageCache, PageLease
+from kvist.kv.cache import PageCache
 from kvist.kv.keys import page_digests
+from kvist.kv.lease import PageLease
 
 PAGE_SIZE = 4
 

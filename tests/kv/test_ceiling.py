@@ -8,10 +8,11 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.kv.cache import PageCache, PageLease
+from kvist.kv.cache import PageCache
 from kvist.kv.ceiling import Ceiling
 from kvist.kv.host_tier import HostTier
 from kvist.kv.keys import page_digests
+from kvist.kv.lease import PageLease
 from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
 
 PAGE_SIZE = 2

@@ -14,9 +14,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvist.kv.cache import WRITE_POLICIES, PageCache, PageLease
+from kvist.kv.cache import WRITE_POLICIES, PageCache
 from kvist.kv.host_tier import HostTier
 from kvist.kv.keys import page_digests
+from kvist.kv.lease import PageLease
 from kvist.kv.moves import (
     BackUpPages,
     CancelFetch,

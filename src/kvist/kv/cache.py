@@ -27,11 +27,11 @@ page being filled is always the lease's own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 from kvist.kv.ceiling import Ceiling
 from kvist.kv.host_tier import HostCounts, HostPage, HostTier
 from kvist.kv.keys import chain_digest, iter_page_keys, page_keys, root_digest
+from kvist.kv.lease import PageLease
 from kvist.kv.moves import (
     BackUpPages,
     ForgetPages,
@@ -45,7 +45,7 @@ from kvist.kv.moves import (
     TierJob,
 )
 from kvist.kv.pages import PageCounts, PageLedger, PageState
-from kvist.kv.radix import Moves, PageNode, Pin, RadixTree, Root
+from kvist.kv.radix import Moves, PageNode, RadixTree, Root
 from kvist.kv.storage_tier import STORAGE_COUNTERS, Prefetch, StorageTier
 
 # Hits that make a page due for a backup; None: being evicted does.
@@ -70,22 +70,6 @@ TIER_COUNTERS = (
     "ceiling_remembered_pages",  # evicted from the device pool; each once, unless it is forgotten
     "ceiling_forgotten_pages",  # of those; from the first on, the ceiling is a lower bound
 )
-
-
-@dataclass(slots=True, eq=False)
-class PageLease:
-    """One request's pages. Mutable; its one owner is the `PageCache` that opened it: others only read it."""
-
-    page_ids: list[int]  # page i holds tokens [i * page_size, (i + 1) * page_size)
-    num_cached_tokens: int  # whole pages found in the tree when the lease was opened
-    _pin: Pin = field(repr=False)
-    num_ceiling_tokens: int = 0  # what a cache that forgets nothing would have had; since `follow`
-    num_loaded_tokens: int = 0  # that `follow` has loaded from the host tier, beside
-    num_fetched_tokens: int = 0  # those that had come there from the storage tier for it
-    _in_flight: list[int] = field(default_factory=list, repr=False)
-    _num_backups: int = 0  # under way, of pages that its pin reads
-    _closed: bool = False
-    _num_held: int | None = None  # write_back's own lease: pages that it alone keeps from being evicted
 
 
 class PageCache:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from kvist.kv.cache import PageLease
+from kvist.kv.lease import PageLease
 from kvist.kv.storage_tier import Prefetch
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, RequestId, SampledToken, SamplingParams
 from kvist.wire import HandoffReport, PrefillPeer
