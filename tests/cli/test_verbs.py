@@ -211,19 +211,6 @@ def test_up_gives_each_worker_a_folder_of_its_own_to_persist_in_and_one_store_to
     assert folders("--prefill", "0", "--decode", "0", "--unified", "1") == ["/kept"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ([], ("--enable-hierarchical-cache", f"--hicache-size={settings.DEMO_HOST_TIER_GB:g}")),
-        (["--enable-hierarchical-cache", "--hicache-size=2"], ("--enable-hierarchical-cache", "--hicache-size=2.0")),
-    ],
-)
-def test_the_demo_has_a_small_host_tier_unless_told_how_large(flags: list[str], expected: tuple[str, ...]) -> None:
-    read = settings.read("demo", flags, {})
-    assert isinstance(read, settings.DemoSettings)
-    assert settings.cluster_shape(settings.with_host_tier(read)).worker_argv == expected
-
-
 def test_the_limits_of_a_step_are_auto_unless_set_and_say_so() -> None:
     read = settings.read("serve", ["--max-running-requests", "auto", "--chunked-prefill-size", "64"], {})
     assert isinstance(read, settings.ServeSettings)
