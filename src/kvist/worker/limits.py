@@ -24,8 +24,8 @@ class _Limits(NamedTuple):
 
 # A CPU computes a token in milliseconds, so a step must be short for the streams in it. A GPU's matrix products are as
 # quick per token at 512 tokens as at thousands, and steps up to 2048 are replayed as graphs; where no stream waits,
-# larger steps save their fixed cost, though not above 1792, where the products of an H200 lose 6% (docs/log.md). A decode
-# worker computes prompts only when it continues what it had to give up.
+# larger steps save their fixed cost. Above 1792 the products of an H200 lose 6% (docs/log.md). A decode worker computes
+# prompts only when it continues what it had to give up.
 _AUTO = {
     ("cpu", UNIFIED): _Limits(128, 512, 512),
     ("cpu", PREFILL): _Limits(128, 512, 512),
