@@ -9,9 +9,11 @@ With a host tier (host_tier.py) the same page may be there, too:
     commit (or a hit) ──due by the write policy──► BackUpPages ──backed_up──► resident in the host tier
     open ─ grow ─ follow: the pages after the match that are resident there ──► LoadPages ──loaded──► commit
 
+With a storage tier behind it (storage_tier.py) what is resident there is stored, and `prefetch`, before `open`, has
+pages fetched into the host tier: from there they go the way of all others.
+
 Pages under a backup cannot be freed: the lease that put them into the tree keeps its pin until the backup is reported,
-closed or not. Pages being loaded are IN_FLIGHT. A page evicted here stays in the host tier, and the other way round. A
-tier below would be followed and filled in the same way.
+closed or not. Pages being loaded are IN_FLIGHT. A page evicted here stays in the host tier, and the other way round.
 
 It moves no bytes, keeps no tokens of its own and knows no requests. A committed page is never written again; the
 page being filled is always the lease's own.
@@ -24,10 +26,21 @@ from dataclasses import dataclass, field
 
 from kvist.kv.ceiling import Ceiling
 from kvist.kv.host_tier import HostCounts, HostPage, HostTier
-from kvist.kv.keys import chain_digest, iter_page_keys, page_keys
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
+from kvist.kv.keys import chain_digest, iter_page_keys, page_keys, root_digest
+from kvist.kv.moves import (
+    BackUpPages,
+    LoadPages,
+    PagesBackedUp,
+    PagesFetched,
+    PagesFound,
+    PagesLoaded,
+    PagesStored,
+    StorageAttached,
+    TierJob,
+)
 from kvist.kv.pages import PageCounts, PageLedger, PageState
 from kvist.kv.radix import Moves, PageNode, Pin, RadixTree, Root
+from kvist.kv.storage_tier import STORAGE_COUNTERS, Prefetch, StorageTier
 
 WRITE_POLICIES = {"write_through": 0, "write_through_selective": 2}  # hits that make a page due for a backup
 MAX_BACKUPS = 64  # jobs under way; pages that become due meanwhile are left out
@@ -45,6 +58,7 @@ TIER_COUNTERS = (
     "host_backed_up_pages",
     "host_skipped_pages",  # due for a backup and left out: too many under way, or no room
     "host_failed_pages",  # in loads and backups that failed
+    *STORAGE_COUNTERS,
     "ceiling_remembered_pages",  # evicted from the device pool; each once, unless it is forgotten
     "ceiling_forgotten_pages",  # of those; from the first on, the ceiling is a lower bound
 )
@@ -74,20 +88,23 @@ class PageCache:
         namespace: str,
         host: HostTier | None = None,
         write_policy: str = "write_through",
+        storage: StorageTier | None = None,  # of the same host tier
     ) -> None:
         assert num_pages > 0
         assert page_size > 0
         self._page_size = page_size
         self._ledger = PageLedger(num_pages)
         self._tree = RadixTree(namespace)
+        self._namespace = namespace
         self._host = host
+        self._storage = storage
         self._ceiling = Ceiling()
         self._hits_to_back_up = WRITE_POLICIES[write_policy]
-        self._num_jobs = 0
         self._loads: dict[int, tuple[PageLease, list[HostPage]]] = {}  # under way, by job id
+        self._loading: dict[HostPage, int] = {}  # in `_loads`: by which of them
         self._backups: dict[int, tuple[PageLease, list[HostPage]]] = {}
         self._num_pages_backed_up = 0  # in `_backups`
-        self._jobs: list[LoadPages | BackUpPages] = []  # since the last `drain_jobs`
+        self._jobs: list[TierJob] = []  # since the last `drain_jobs`
         self._num_tiers: dict[bytes, int] = {}  # that hold the page, as last told; with a host tier only
         self._totals: dict[str, float] = dict.fromkeys(TIER_COUNTERS, 0)
 
@@ -198,20 +215,34 @@ class PageCache:
         totals["host_miss_pages"] += last - first - len(found)
         digest = found[-1].digest if found else pin.node.digest
         self._measure_ceiling(lease, digest, token_ids, first + len(found), last)
-        host.touch([*filter(None, (host.get(node.digest) for node in nodes)), *found])
+        path = [*filter(None, (host.get(node.digest) for node in nodes)), *found]
+        host.touch(path)
+        if self._storage is not None:
+            self._storage.store(path)
         if not found:
             return None
         page_ids = lease.page_ids[first : first + len(found)]
         self._ledger.move(page_ids, PageState.OWNED, PageState.IN_FLIGHT)
         lease._in_flight.extend(page_ids)
+        job_id = host.next_job_id()
         for page in found:
             host.begin(page)
-        self._num_jobs += 1
-        self._loads[self._num_jobs] = lease, found
+            page.from_storage = False
+            self._loading[page] = job_id
+        self._loads[job_id] = lease, found
         self._jobs.append(
-            LoadPages(job_id=self._num_jobs, host_slots=tuple(page.slot for page in found), page_ids=tuple(page_ids))
+            LoadPages(job_id=job_id, host_slots=tuple(page.slot for page in found), page_ids=tuple(page_ids))
         )
-        return self._num_jobs
+        return job_id
+
+    def load_under_way(self, lease: PageLease, token_ids: Sequence[int], *, max_tokens: int) -> int | None:
+        """Another lease's load of the page that comes next, if there is one: after `loaded` it is in the tree."""
+        first = lease._pin.num_pages
+        if not self._loads or (first + 1) * self._page_size > min(len(token_ids), max_tokens):
+            return None
+        assert self._host is not None
+        page = self._host.get(next(self._digests_after(lease._pin.node.digest, token_ids, first, first + 1)))
+        return None if page is None else self._loading.get(page)
 
     def loaded(self, event: PagesLoaded, token_ids: Sequence[int]) -> int:
         """A load of `follow` is over; returns how many tokens' K/V the lease has. What failed is simply not there."""
@@ -219,6 +250,7 @@ class PageCache:
         assert self._host is not None
         for page in found:
             self._host.end(page)
+            self._loading.pop(page, None)
         self.end_transfer(lease)
         self._totals["host_loaded_pages" if event.ok else "host_failed_pages"] += len(found)
         if event.ok:
@@ -230,16 +262,18 @@ class PageCache:
         assert self._host is not None
         for page in pages:
             self._host.written(page, ok=event.ok)
+        if event.ok and self._storage is not None:
+            self._storage.store(pages)
         self._totals["host_backed_up_pages" if event.ok else "host_failed_pages"] += len(pages)
         self._num_pages_backed_up -= len(pages)
         lease._num_backups -= 1
         if lease._closed and not lease._num_backups:
             self._unpin(lease)
 
-    def drain_jobs(self) -> list[LoadPages | BackUpPages]:
+    def drain_jobs(self) -> list[TierJob]:
         """What has to be copied, since the last call."""
         jobs, self._jobs = self._jobs, []
-        return jobs
+        return jobs if self._storage is None else [*jobs, *self._storage.drain_jobs()]
 
     def host_counts(self) -> HostCounts | None:
         return None if self._host is None else self._host.counts()
@@ -249,6 +283,7 @@ class PageCache:
         num_evicted = 0 if self._host is None else self._host.num_evicted
         return {
             **self._totals,
+            **({} if self._storage is None else self._storage.totals),
             "host_evicted_pages": num_evicted,
             "ceiling_remembered_pages": self._ceiling.num_remembered,
             "ceiling_forgotten_pages": self._ceiling.num_forgotten,
@@ -278,16 +313,16 @@ class PageCache:
             page_ids.append(node.page_id)
         if not pages:
             return
-        self._num_jobs += 1
-        self._backups[self._num_jobs] = lease, pages
+        job_id = host.next_job_id()
+        self._backups[job_id] = lease, pages
         self._num_pages_backed_up += len(pages)
         lease._num_backups += 1
         self._jobs.append(
             BackUpPages(
-                job_id=self._num_jobs,
+                job_id=job_id,
                 page_ids=tuple(page_ids),
                 host_slots=tuple(page.slot for page in pages),
-                names=tuple((page.digest, None if page.parent is None else page.parent.digest) for page in pages),
+                names=tuple(page.name for page in pages),
             )
         )
 
@@ -302,6 +337,45 @@ class PageCache:
         for key in iter_page_keys(token_ids, self._page_size, last, first):
             digest = chain_digest(digest, key)
             yield digest
+
+    # ---------------------------------------------------------------- the storage tier
+
+    def prefetch(self, token_ids: Sequence[int], *, cache_salt: str = "", max_tokens: int) -> Prefetch | None:
+        """Asks the store for those pages that neither tier has; None if that is no use. To be closed when the request
+        is admitted (after `follow`) or has ended."""
+        num_pages = min(len(token_ids), max_tokens) // self._page_size
+        if self._storage is None or not self._storage.may_fetch(num_pages):
+            return None
+        num_cached = len(self._tree.match(iter_page_keys(token_ids, self._page_size, num_pages), cache_salt))
+        if not self._storage.may_fetch(num_pages - num_cached):
+            return None
+        digests = self._digests_after(root_digest(self._namespace, cache_salt), token_ids, 0, num_pages)
+        return self._storage.begin(list(digests), num_cached)
+
+    def give_up_prefetch(self, prefetch: Prefetch) -> None:
+        """It is not waited for any more; what has come of it is kept."""
+        assert self._storage is not None
+        self._storage.give_up(prefetch)
+
+    def close_prefetch(self, prefetch: Prefetch) -> None:
+        assert self._storage is not None
+        self._storage.close(prefetch)
+
+    def storage_event(self, event: PagesFound | PagesFetched | PagesStored | StorageAttached) -> None:
+        assert self._storage is not None
+        match event:
+            case PagesFound():
+                self._storage.found(event)
+            case PagesFetched():
+                self._storage.fetched(event)
+            case PagesStored():
+                self._storage.stored(event)
+            case StorageAttached():
+                self._storage.attach(event.attached)
+
+    def drain_prefetches(self) -> list[Prefetch]:
+        """Those that nobody need wait for any more, since the last call; perhaps closed meanwhile."""
+        return [] if self._storage is None else self._storage.drain_done()
 
     # ---------------------------------------------------------------- what is cached
 

@@ -3,8 +3,8 @@
     reserve ──► writing ──written(ok)──► resident ──begin──► loading ──end──► resident ──► evicted
                    └──written(failed)──► lost: nothing to match; written again or evicted
 
-free + cached + in_flight == total, where in_flight are the slots that a move (moves.py) reads or writes: they are never
-given to another page. Cached are all others in use.
+free + cached + in_flight == total, where in_flight are the slots that a move (moves.py) reads or writes, or that a
+prefetch keeps: they are never given to another page. Cached are all others in use.
 
 A page is taken in only behind the page it continues, and a leaf is evicted before that: so what is here are whole
 prefixes, and no slot holds what no match can reach. Of the leaves that no move uses, the one used longest ago goes
@@ -21,7 +21,17 @@ from dataclasses import dataclass
 class HostPage:
     """One slot in use. Mutable; its one owner is the `HostTier`."""
 
-    __slots__ = ("digest", "last_use", "num_children", "num_moves", "parent", "resident", "slot")
+    __slots__ = (
+        "digest",
+        "from_storage",
+        "last_use",
+        "num_children",
+        "num_moves",
+        "parent",
+        "resident",
+        "slot",
+        "stored",
+    )
 
     def __init__(self, digest: bytes, slot: int, parent: HostPage | None, last_use: int) -> None:
         self.digest = digest
@@ -29,13 +39,20 @@ class HostPage:
         self.parent = parent  # the page it continues; None for the first of a prefix
         self.last_use = last_use
         self.num_children = 0
-        self.num_moves = 0  # that read or write it
+        self.num_moves = 0  # that read or write it, and prefetches that keep it
         self.resident = False  # its bytes are there
+        self.stored = False  # in the storage tier, or on its way there; as far as is known
+        self.from_storage = False  # its bytes came from there, and nobody has loaded them yet
 
     @property
     def lost(self) -> bool:
         """Its bytes are neither there nor on their way."""
         return not self.resident and not self.num_moves
+
+    @property
+    def name(self) -> tuple[bytes, bytes | None]:
+        """Its digest, and that of the page before."""
+        return self.digest, None if self.parent is None else self.parent.digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +88,7 @@ class HostTier:
         self._num_in_flight = 0
         self._num_uses = 0
         self._num_pushed = 0
+        self._num_jobs = 0
         self._changes: list[tuple[bytes, bool]] = []
 
     def restore(self, saved: Sequence[SavedPage]) -> None:
@@ -89,6 +107,11 @@ class HostTier:
         self._num_uses = max((each.last_use for each in saved), default=0)
         for page in self._pages.values():
             self._offer(page)
+
+    def next_job_id(self) -> int:
+        """For a move from here or to here (moves.py), whoever asks for it."""
+        self._num_jobs += 1
+        return self._num_jobs
 
     def get(self, digest: bytes) -> HostPage | None:
         return self._pages.get(digest)
@@ -140,6 +163,10 @@ class HostTier:
         page.num_moves -= 1
         self._num_in_flight -= not page.num_moves
         self._offer(page)
+
+    def forget_stored(self) -> None:
+        for page in self._pages.values():
+            page.stored = False
 
     def flush(self) -> int:
         """Drops every page that no move uses and that continues into none in use; returns how many."""

@@ -90,9 +90,9 @@ class PageMover:
             self._persistent.clear(job.host_slots)
 
     def _backed_up(self, job: BackUpPages, ok: bool) -> None:
-        self._report(PagesBackedUp(job_id=job.job_id, ok=ok))
-        if ok and self._persistent is not None:  # whoever gets these slots next writes them after this, in this lane
+        if ok and self._persistent is not None:  # before the report: after it, the slots may be other pages'
             self._persistent.record(job.host_slots, job.names)
+        self._report(PagesBackedUp(job_id=job.job_id, ok=ok))
 
     def _report(self, report: PagesLoaded | PagesBackedUp) -> None:
         self._reports.append(report)

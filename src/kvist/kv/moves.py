@@ -1,4 +1,7 @@
-"""What is asked of, and heard from, whoever copies pages between the tiers (mover.py). A plan carries the first two.
+"""What is asked of, and heard from, whoever moves pages between the tiers: a plan carries the jobs, events the reports.
+
+    PageMover (mover.py)      LoadPages, BackUpPages               device pool ◄─► host pool
+    StoreMover                FindPages, FetchPages, StorePages    store ◄─► host pool
 
 Each job is answered once, whatever becomes of it. Until then no page and no slot that it names goes to anybody else.
 """
@@ -37,3 +40,66 @@ class PagesLoaded:
 class PagesBackedUp:
     job_id: int
     ok: bool  # every byte is in place; else the host slots hold nothing of use
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindPages:
+    """Which of these does the store have? Answered by `PagesFound`."""
+
+    job_id: int
+    digests: tuple[bytes, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchPages:
+    """Copy pages of the store into the host pool; answered by `PagesFetched`."""
+
+    job_id: int
+    digests: tuple[bytes, ...] = field(repr=False)
+    host_slots: tuple[int, ...]
+    names: tuple[tuple[bytes, bytes | None], ...] = field(default=(), repr=False)  # as in `BackUpPages`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorePages:
+    """Copy host pages into the store; answered by `PagesStored`."""
+
+    job_id: int
+    digests: tuple[bytes, ...] = field(repr=False)
+    host_slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelFetch:
+    """Drop the `FetchPages` of this number if it has not begun: it is answered as always. Else nothing."""
+
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagesFound:
+    job_id: int
+    num_pages: int  # leading ones; 0 for any trouble
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagesFetched:
+    job_id: int
+    num_pages: int  # leading ones, complete and verified; the slots after them hold nothing of use
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagesStored:
+    job_id: int
+    num_pages: int  # leading ones
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageAttached:
+    """There is a store from now on, or none."""
+
+    attached: bool
+
+
+StoreJob = FindPages | FetchPages | StorePages | CancelFetch
+TierJob = LoadPages | BackUpPages | StoreJob

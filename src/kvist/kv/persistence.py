@@ -4,7 +4,7 @@
              pages    the pool itself, mapped: page i at i * page_bytes
              index    a header, then one record a slot: what its page is, and the checksums of page and record
 
-    slot overwritten:   record cleared ─► page copied ─► page checksummed, record written        (the mover's thread)
+    slot overwritten:   record cleared ─► page copied ─► page checksummed, record written ─► told     (a mover's thread)
     start:              header matches ─► records whole ─► pages whole ─► each behind the page it continues
 
 So a kill at any point leaves a slot whose record is missing, torn or true. Nothing is synced: after a power loss a page
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import mmap
 import os
@@ -48,15 +49,16 @@ log = logging.getLogger(__name__)
 
 
 class PersistentPages:
-    """`tensor` is the host pool's memory: [num_pages, page_bytes], uint8. `clear` and `record` are the mover's, one
-    thread's at a time. Raises `ConfigError` when the folder cannot be used; what lies in it is never the reason."""
+    """`tensor` is the host pool's memory: [num_pages, page_bytes], uint8. `clear` and `record` are the movers', of
+    several threads at a time, but never of one slot. Raises `ConfigError` when the folder cannot be used; what lies in
+    it is never the reason."""
 
     def __init__(self, folder: Path, *, namespace: str, num_pages: int, page_bytes: int) -> None:
         if not hasattr(os, "posix_fallocate"):  # macOS
             raise ConfigError("--hicache-persist needs Linux: leave it out", param="hicache_persist")
         self._folder = folder
         self._num_pages = num_pages
-        self._num_written = 0
+        self._numbers = itertools.count(1)  # in the order of writing; atomic, unlike a sum
         header = _HEADER.pack(_MAGIC, _VERSION, page_bytes, xxhash.xxh3_128_digest(namespace.encode()))
         with contextlib.ExitStack() as closing:
             try:
@@ -87,8 +89,7 @@ class PersistentPages:
     def record(self, slots: Sequence[int], names: Sequence[tuple[bytes, bytes | None]]) -> None:
         """The pages are complete; `names` are (digest, digest of the page that it continues)."""
         for slot, (digest, parent) in zip(slots, names, strict=True):
-            self._num_written += 1
-            fields = _RECORD.pack(digest, parent or _NO_PARENT, self._page_checksum(slot), self._num_written)
+            fields = _RECORD.pack(digest, parent or _NO_PARENT, self._page_checksum(slot), next(self._numbers))
             self._index[self._range(slot)] = fields + _checksum_of_record(fields, slot)
 
     def restore(self) -> list[SavedPage]:
@@ -104,7 +105,7 @@ class PersistentPages:
                     num_bad += 1
                 else:
                     found[page.digest] = page
-                    self._num_written = max(self._num_written, page.last_use)
+        self._numbers = itertools.count(1 + max((page.last_use for page in found.values()), default=0))
         restored = _behind_their_parents(found)
         if not slots:
             return restored

@@ -5,6 +5,7 @@
                    └─────────┴──► PARKED ──► WAITING   evicted before its Grant came: returns when it comes
     WAITING ──► GRANTED ──► RUNNING ──► ENDED       DECODE: its pages are being filled by the prefill worker
     WAITING ──► LOADING ──► RUNNING | GRANTED       some of its pages come from the host tier first
+    WAITING ──► FETCHING ──► WAITING                before its turn: some come from the storage tier to the host's
 
 Every state may go to ENDED. This file decides nothing; it knows which moves exist.
 """
@@ -15,12 +16,14 @@ import enum
 from dataclasses import dataclass, field
 
 from kvist.kv.cache import PageLease
+from kvist.kv.storage_tier import Prefetch
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, RequestId, SampledToken, SamplingParams
 from kvist.wire import HandoffReport, PrefillPeer
 
 
 class RequestState(enum.Enum):
     WAITING = "waiting"  # in the queue, without pages
+    FETCHING = "fetching"  # out of the queue, without pages: the store, or another's load, brings some
     PARKED = "parked"  # PREFILL without a Grant, evicted: out of the queue until the Grant comes
     GRANTED = "granted"  # DECODE: its pages are granted to the prefill worker
     LOADING = "loading"  # has pages; the mover copies the host tier's into the first of them
@@ -31,8 +34,15 @@ class RequestState(enum.Enum):
 
 TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     RequestState.WAITING: frozenset(
-        {RequestState.LOADING, RequestState.RUNNING, RequestState.GRANTED, RequestState.ENDED}
+        {
+            RequestState.FETCHING,
+            RequestState.LOADING,
+            RequestState.RUNNING,
+            RequestState.GRANTED,
+            RequestState.ENDED,
+        }
     ),
+    RequestState.FETCHING: frozenset({RequestState.WAITING, RequestState.ENDED}),
     RequestState.PARKED: frozenset({RequestState.WAITING, RequestState.ENDED}),
     RequestState.GRANTED: frozenset({RequestState.RUNNING, RequestState.ENDED}),
     RequestState.LOADING: frozenset({RequestState.RUNNING, RequestState.GRANTED, RequestState.ENDED}),
@@ -58,6 +68,7 @@ class ActiveRequest:
     stop_ids: frozenset[int]
     state: RequestState = RequestState.WAITING
     lease: PageLease | None = None
+    prefetch: Prefetch | None = None  # until it is admitted or ends
     num_computed: int = 0  # K/V of [0, num_computed) is in the pages
     # K/V of [0, num_planned) will be, once the steps under way are finished. If that is all of `token_ids`, the newest
     # of them also chooses the next token.
@@ -97,6 +108,11 @@ class ActiveRequest:
     def awaits_grant_of_pages(self) -> bool:
         """A DECODE that has not been handed its prompt's pages yet (afterwards it is like any other)."""
         return self.mode is Mode.DECODE and not self.granted
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """So much of it may come from a cache: who computes here computes the last token at least."""
+        return len(self.token_ids) if self.awaits_grant_of_pages else len(self.token_ids) - 1
 
     @property
     def next_position(self) -> int:

@@ -67,6 +67,7 @@ class Batcher:
         request = table.loading.pop(event.job_id)
         request.loading = False
         num_tokens = self._cache.loaded(event, request.token_ids)
+        table.load_is_over(event.job_id)
         if request.state is RequestState.ENDED:
             table.release(request)
             return
@@ -215,6 +216,8 @@ class Batcher:
                 break
             if not self._take_pages(request):
                 break
+            if request.state is RequestState.FETCHING:
+                continue
             table.waiting.remove(request)
             if request.loading:
                 request.move(RequestState.LOADING)
@@ -237,7 +240,8 @@ class Batcher:
             table.half.pages_taken(request)
 
     def _take_pages(self, request: ActiveRequest) -> bool:
-        """A lease over all its tokens. Leaves one page for each request that grows, so that few are preempted."""
+        """A lease over all its tokens; or it waits for another to load some of them, out of the queue. Leaves one page
+        for each request that grows, so that few are preempted."""
         cache, num_tokens = self._cache, len(request.token_ids)
         table, prefill = self._table, Mode.PREFILL
         growing = sum(other.mode is not prefill for other in table.running)
@@ -245,8 +249,13 @@ class Batcher:
         unchanged = self._head_did_not_fit == (request.ticket, self._num_to_be_had() - reserve)
         if unchanged and (request.eager or self._youngest_eager() is None):
             return False  # matching a long prompt once more, each step, would cost more than it finds
-        max_cached = num_tokens if request.awaits_grant_of_pages else num_tokens - 1  # who runs computes the last
+        max_cached = request.max_cached_tokens
         lease = cache.open(request.token_ids, cache_salt=request.request.cache_salt, max_tokens=max_cached)
+        load = cache.load_under_way(lease, request.token_ids, max_tokens=max_cached)
+        if load is not None:
+            cache.close(lease)
+            self._table.wait_behind(request, load)
+            return True
         num_needed = -(-num_tokens // cache.page_size) - len(lease.page_ids)
         while self._num_to_be_had() - num_needed < reserve or not cache.grow(lease, num_tokens):
             victim = None if request.eager else self._youngest_eager()
@@ -257,6 +266,7 @@ class Batcher:
         request.lease = lease
         request.num_computed = request.num_planned = lease.num_cached_tokens
         load = cache.follow(lease, request.token_ids, max_tokens=max_cached)
+        table.close_prefetch(request)
         if load is not None:
             table.loading[load] = request
             request.loading = True

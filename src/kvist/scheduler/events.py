@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvist.kv.moves import PagesBackedUp, PagesLoaded
+from kvist.kv.moves import PagesBackedUp, PagesFetched, PagesFound, PagesLoaded, PagesStored, StorageAttached
 from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SampledToken, TokenLogprobs
 from kvist.wire import Closed, Done, Grant, PrefillPeer
 
@@ -148,4 +148,8 @@ Event = (
     | FlushRequested
     | PagesLoaded
     | PagesBackedUp
+    | PagesFound
+    | PagesFetched
+    | PagesStored
+    | StorageAttached
 )

@@ -21,6 +21,9 @@ COUNTERS = (
     "generation_tokens",  # produced by this engine's steps
     "steps",
     "preemptions",
+    "prefetches",  # requests that asked the store for pages, or waited for those that others had asked for
+    "prefetch_timeouts",  # of those: went on before all had come
+    "prefetch_wait_seconds",  # from arrival to the queue
     "handoffs_sent",  # prefill: acknowledged by decode
     "handoffs_received",  # decode: verified and taken over
     "handoffs_failed",  # either side: closed in any other way

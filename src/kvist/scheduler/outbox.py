@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvist.kv.moves import BackUpPages, LoadPages
+from kvist.kv.moves import TierJob
 from kvist.request import EpochId
 from kvist.scheduler.plan import Batch, Flush, Plan, StopWrites, ToSource, ToTarget, VerifyPages, WritePages
 from kvist.wire import Ended, SourceToTarget, TargetToSource, TokenChunk
@@ -31,7 +31,7 @@ class Outbox:
         self,
         *,
         batch: Batch | None,
-        moves: list[LoadPages | BackUpPages],
+        moves: list[TierJob],
         watched_epochs: frozenset[EpochId],
         cache_changes: tuple[list[bytes], list[bytes]],
         wake_at_s: float | None,

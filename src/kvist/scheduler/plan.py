@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from kvist.kv.moves import BackUpPages, LoadPages
+from kvist.kv.moves import TierJob
 from kvist.request import EpochId, HandoffId, RequestId, SamplingParams
 from kvist.wire import Ended, PoolAddress, SourceToTarget, TargetToSource, TokenChunk
 
@@ -106,7 +106,7 @@ class Plan:
     flushes: tuple[Flush, ...] = ()
     messages: tuple[ToSource | ToTarget, ...] = ()  # to peer engines
     transfers: tuple[WritePages | VerifyPages | StopWrites, ...] = ()
-    moves: tuple[LoadPages | BackUpPages, ...] = ()  # between the tiers
+    moves: tuple[TierJob, ...] = ()  # between the tiers
     watched_epochs: frozenset[EpochId] = frozenset()  # peers whose death must be reported while this plan stands
     cached_added: tuple[bytes, ...] = ()  # page digests that became cached in this step
     cached_removed: tuple[bytes, ...] = ()

@@ -4,6 +4,10 @@ It owns the requests, their leases' closing and the page counters. It does not c
 knows of handoffs only that a peer may hold a request's pages (`in_handoff`): a lease is closed when the request has
 ended, no step under way writes it, no load fills it and no handoff holds it.
 
+Whose pages may be in the store waits for them before its turn (FETCHING): until they have come or failed, at most for
+as long as the policy says, and never for more than half of what a request may wait in all. A store that hangs costs
+time, not the request. So it is when there is no turn to wait for, too: an idle engine would leave no time to fetch.
+
 With overlap a step may be under way for a request that has ended meanwhile: an end by a stop token is seen only when
 the next step is planned already. What that step chooses is dropped.
 """
@@ -15,6 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvist.kv.cache import PageCache
+from kvist.kv.storage_tier import Prefetch
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, SampledToken
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.config import SchedulerConfig
@@ -87,6 +92,8 @@ class RequestTable:
         self.running: list[ActiveRequest] = []  # by arrival; those that ended are dropped by `compact`
         self.held: dict[RequestId, ActiveRequest] = {}
         self.loading: dict[int, ActiveRequest] = {}  # by load; some may have ended
+        self.fetching: dict[Prefetch, ActiveRequest] = {}
+        self.behind_load: dict[ActiveRequest, int] = {}  # that another began
         self.num_granted = 0
         self.num_parked = 0
         self.half: HandoffHalf  # set by the scheduler that composes both
@@ -111,8 +118,9 @@ class RequestTable:
             return
         request = self._accept(event)
         self.live[request.request_id] = request
-        self.waiting.push(request)
         self.timers.set(TimerKind.QUEUE, request.request_id, self.now_s + self.config.queue_timeout_s)
+        if not self._fetch(request):
+            self.waiting.push(request)
         if request.handoff_id is not None:
             self.half.arrived(request)
 
@@ -157,11 +165,71 @@ class RequestTable:
             stop_ids=frozenset(eos) | frozenset(sampling.stop_token_ids),
         )
 
+    # ---------------------------------------------------------------- the storage tier
+
+    def _fetch(self, request: ActiveRequest) -> bool:
+        """Ask the store for what the tiers here lack; whether it waits for that."""
+        prefetch = request.prefetch = self.cache.prefetch(
+            request.token_ids, cache_salt=request.request.cache_salt, max_tokens=request.max_cached_tokens
+        )
+        if prefetch is None:
+            return False
+        self.totals["prefetches"] += 1
+        wait_s = min(prefetch.wait_s, self.config.queue_timeout_s / 2)
+        if not wait_s:
+            return False
+        request.move(RequestState.FETCHING)
+        self.fetching[prefetch] = request
+        self.timers.set(TimerKind.PREFETCH, request.request_id, self.now_s + wait_s)
+        return True
+
+    def take_prefetched(self) -> None:
+        """To the queue with those that need not wait for the store any more."""
+        for prefetch in self.cache.drain_prefetches():
+            if prefetch in self.fetching:
+                self._to_queue(self.fetching[prefetch])
+
+    def prefetch_timed_out(self, request_id: str) -> None:
+        request = self.live[RequestId(request_id)]
+        assert request.prefetch is not None
+        self.totals["prefetch_timeouts"] += 1
+        self.cache.give_up_prefetch(request.prefetch)
+        self._to_queue(request)
+
+    def wait_behind(self, request: ActiveRequest, load: int) -> None:
+        """Another loads the pages that it needs next: it will find them in the device pool."""
+        self.waiting.remove(request)
+        request.move(RequestState.FETCHING)
+        self.behind_load[request] = load
+
+    def load_is_over(self, load: int) -> None:
+        for request in [request for request, job_id in self.behind_load.items() if job_id == load]:
+            self._to_queue(request)
+
+    def _to_queue(self, request: ActiveRequest) -> None:
+        self._stop_fetching(request)
+        request.move(RequestState.WAITING)
+        self.waiting.push(request)
+
+    def _stop_fetching(self, request: ActiveRequest) -> None:
+        if self.behind_load.pop(request, None) is not None:
+            return
+        assert request.prefetch is not None
+        del self.fetching[request.prefetch]
+        self.timers.cancel(TimerKind.PREFETCH, request.request_id)
+        self.totals["prefetch_wait_seconds"] += self.now_s - request.arrived_s
+
+    def close_prefetch(self, request: ActiveRequest) -> None:
+        """It was admitted, or has ended."""
+        if request.prefetch is not None:
+            self.cache.close_prefetch(request.prefetch)
+            request.prefetch = None
+
     # ---------------------------------------------------------------- states
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting) + self.num_parked
+        return len(self.waiting) + len(self.fetching) + len(self.behind_load) + self.num_parked
 
     def is_written(self, request: ActiveRequest) -> bool:
         """A step under way writes its pages."""
@@ -322,6 +390,8 @@ class RequestTable:
         """The request's one end. Its pages go when nobody touches them any more."""
         if request.state is RequestState.WAITING:
             self.waiting.remove(request)
+        elif request.state is RequestState.FETCHING:
+            self._stop_fetching(request)
         elif request.state is RequestState.HELD:
             del self.held[request.request_id]
         elif request.state is RequestState.GRANTED:
@@ -329,6 +399,7 @@ class RequestTable:
         elif request.state is RequestState.PARKED:
             self.num_parked -= 1
         request.move(RequestState.ENDED)
+        self.close_prefetch(request)
         del self.live[request.request_id]
         self.timers.cancel(TimerKind.QUEUE, request.request_id)
         self._send_end(request.request_id, outcome, code, message)

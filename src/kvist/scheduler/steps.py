@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvist.kv.cache import PageCache
-from kvist.kv.moves import PagesBackedUp, PagesLoaded
+from kvist.kv.moves import PagesBackedUp, PagesFetched, PagesFound, PagesLoaded, PagesStored, StorageAttached
 from kvist.request import EpochId, HandoffId
 from kvist.scheduler.batching import Batcher
 from kvist.scheduler.config import SchedulerConfig
@@ -59,6 +59,7 @@ class Steps:
             FlushRequested: self._flush,
             PagesLoaded: self._batcher.loaded,
             PagesBackedUp: table.cache.backed_up,
+            **dict.fromkeys((PagesFound, PagesFetched, PagesStored, StorageAttached), table.cache.storage_event),
             **handlers,
         }
 
@@ -73,8 +74,11 @@ class Steps:
             kind, key = due
             if kind is TimerKind.QUEUE:
                 table.queue_timed_out(key)
+            elif kind is TimerKind.PREFETCH:
+                table.prefetch_timed_out(key)
             else:
                 self._half.on_timer(kind, HandoffId(key))
+        table.take_prefetched()
         batch = self._batcher.plan()
         return table.out.take(
             batch=batch,

@@ -8,6 +8,7 @@ import heapq
 
 class TimerKind(enum.Enum):
     QUEUE = "queue"  # a request waits for its first turn
+    PREFETCH = "prefetch"  # a request waits for its pages to come from the store
     GRANT = "grant"  # prefill waits for the Grant
     EARLY_GRANT = "early grant"  # a Grant waits for its request
     HANDOFF = "handoff"  # either side waits for the other to complete the handoff

@@ -1,0 +1,348 @@
+"""What is asked of the storage tier (L3): which pages are stored there, and which a request waits for. Pure.
+
+    resident in the host tier, not known to be stored ──store──► StorePages ──stored──► marked `stored`
+    begin ──► FindPages ──found──► (in line until the share of the host tier has room) ──► FetchPages ──fetched──►
+              resident in the host tier, kept there for the request until `close`
+
+Whoever begins a prefetch asks after the pages that the host tier lacks, from the first on: what is fetched lies behind
+the pages that it continues, like everything there. Pages that are being fetched already are waited for, not fetched
+twice. Fetched pages stay until their request is admitted: else those who wait would evict each other's. So that a store
+cannot take the host tier over, pages being fetched and kept are at most half of it, those being stored a quarter.
+
+Every job is answered once; until then its slots are in flight. A hung one costs its slots and, as long as it lasts,
+their part of the share. Who waits for a prefetch, and how long, is the scheduler's; the bytes are the store mover's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from kvist.kv.host_tier import HostPage, HostTier
+from kvist.kv.moves import (
+    CancelFetch,
+    FetchPages,
+    FindPages,
+    PagesFetched,
+    PagesFound,
+    PagesStored,
+    StoreJob,
+    StorePages,
+)
+
+PREFETCH_POLICIES = ("best_effort", "wait_complete", "timeout")
+MAX_PIECE_PAGES = 128  # of one job: several threads of the store mover share a long prefix
+MAX_FINDS = 1024  # under way; requests beyond find nothing
+MAX_STORES = 64  # jobs under way; what is beyond has its chance when it is hit again
+MAX_PAGES_STORED = 2048  # in these together
+
+STORAGE_COUNTERS = (
+    "storage_hit_pages",
+    "storage_miss_pages",
+    "storage_fetched_pages",
+    "storage_stored_pages",
+    "storage_skipped_pages",  # due to be stored and left out: too many under way
+    "storage_failed_pages",  # in fetches and stores that failed; those of cancelled fetches are none
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchConfig:
+    """How long a request may wait for its pages to come from the store, and from how many tokens on it does."""
+
+    policy: str = "timeout"  # one of PREFETCH_POLICIES
+    base_s: float = 1.0  # `timeout`: the longest wait
+    per_1k_s: float = 0.25  # and this much for each 1000 tokens
+    threshold_tokens: int = 256  # fewer are computed rather than fetched
+
+    def __post_init__(self) -> None:
+        assert self.policy in PREFETCH_POLICIES
+
+    def wait_s(self, num_tokens: int) -> float:
+        """The longest wait for so many tokens."""
+        if self.policy == "timeout":
+            return self.base_s + self.per_1k_s * num_tokens / 1000
+        return 0.0 if self.policy == "best_effort" else math.inf
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Prefetch:
+    """What one request has asked of the store. Mutable; its one owner is the `StorageTier`: others only read it."""
+
+    wait_s: float
+    _digests: Sequence[bytes] = field(repr=False)  # of the pages from the first of its prompt on
+    _num_cached: int  # leading ones in the device pool: nothing is gained by fetching these
+    _first: int  # asked after from here on
+    _end: int = 0  # there up to here, as far as is known
+    _finding: bool = False
+    _in_line: bool = False
+    _fetches: list[_Fetch] = field(default_factory=list)  # under way, of others too, that it waits for
+    _num_kept: int = 0  # pages fetched for it, which count in the share until it is closed
+    _depth: int = 0  # leading pages that are resident, with something kept
+    _kept: HostPage | None = None  # the last of these: it is held, and so is all that it continues
+    _closed: bool = False
+
+    @property
+    def done(self) -> bool:
+        """There is nothing to wait for."""
+        return not (self._finding or self._in_line or self._fetches)
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    job_id: int
+    pages: list[HostPage]
+    owner: Prefetch
+    waiters: list[Prefetch]
+    life: int
+    cancelled: bool = False
+
+
+class StorageTier:
+    """Mutable; its one owner is `PageCache`, which shares its host tier with it. Detached until it is told."""
+
+    def __init__(self, host: HostTier, config: PrefetchConfig, *, page_size: int) -> None:
+        self._host = host
+        self._config = config
+        self._page_size = page_size
+        self._min_pages = max(1, -(-config.threshold_tokens // page_size))
+        self._max_taken = max(1, host.num_pages // 2)
+        self._max_stored = min(MAX_PAGES_STORED, max(1, host.num_pages // 4))
+        self._attached = False
+        self._life = 0  # of the store: what is known of one means nothing to the next
+        self._finds: dict[int, Prefetch] = {}  # by job id, as the two below
+        self._fetches: dict[int, _Fetch] = {}
+        self._stores: dict[int, tuple[int, list[HostPage]]] = {}  # with the life they began in
+        self._fetching: dict[HostPage, _Fetch] = {}
+        self._line: deque[Prefetch] = deque()  # what they need is found; the share has no room for it
+        self._refused: tuple[Prefetch, int] | None = None  # the head of the line, and what was taken then
+        self._open: set[Prefetch] = set()
+        self._num_taken = 0  # pages being fetched, and those kept
+        self._num_stored = 0  # in `_stores`
+        self._jobs: list[StoreJob] = []
+        self._done: list[Prefetch] = []
+        self.totals: dict[str, float] = dict.fromkeys(STORAGE_COUNTERS, 0)
+
+    def attach(self, attached: bool) -> None:
+        """Nothing is known of a new store. Without one nothing new begins, and nobody waits any more."""
+        self._attached = attached
+        self._life += 1
+        self._host.forget_stored()
+        if not attached:
+            for prefetch in [each for each in self._open if not each.done]:
+                self.give_up(prefetch)
+                self._done.append(prefetch)
+
+    # ---------------------------------------------------------------- to the store
+
+    def store(self, pages: Iterable[HostPage]) -> None:
+        """Those of a path, a prefix first, that are resident and not known to be stored."""
+        if not self._attached:
+            return
+        due = [page for page in pages if page.resident and not page.stored]
+        room = self._max_stored - self._num_stored
+        while due and room > 0 and len(self._stores) < MAX_STORES:
+            piece, due = due[: min(room, MAX_PIECE_PAGES)], due[min(room, MAX_PIECE_PAGES) :]
+            room -= len(piece)
+            self._num_stored += len(piece)
+            for page in piece:
+                page.stored = True  # until it turns out otherwise: nobody else begins it
+                self._host.begin(page)
+            job_id = self._host.next_job_id()
+            self._stores[job_id] = self._life, piece
+            self._jobs.append(
+                StorePages(
+                    job_id=job_id,
+                    digests=tuple(page.digest for page in piece),
+                    host_slots=tuple(page.slot for page in piece),
+                )
+            )
+        self.totals["storage_skipped_pages"] += len(due)
+
+    def stored(self, event: PagesStored) -> None:
+        life, pages = self._stores.pop(event.job_id)
+        self._num_stored -= len(pages)
+        for index, page in enumerate(pages):
+            self._host.end(page)
+            if index >= event.num_pages and life == self._life:
+                page.stored = False
+        self.totals["storage_stored_pages"] += event.num_pages
+        self.totals["storage_failed_pages"] += len(pages) - event.num_pages
+
+    # ---------------------------------------------------------------- from the store
+
+    def may_fetch(self, num_pages: int) -> bool:
+        return self._attached and num_pages >= self._min_pages
+
+    def begin(self, digests: Sequence[bytes], num_cached: int) -> Prefetch | None:
+        """For a request whose pages these are, `num_cached` of them in the device pool. None: there is nothing to wait
+        for. Whoever gets one closes it."""
+        host = self._host
+        prefetch = Prefetch(wait_s=0.0, _digests=digests, _num_cached=num_cached, _first=0)
+        known: list[HostPage] = []
+        for digest in digests:
+            page = host.get(digest)
+            if page is None or page.lost:
+                break
+            known.append(page)
+            self._join(prefetch, page)
+        host.touch(known)
+        prefetch._first = len(known)
+        num_more = len(digests) - max(len(known), num_cached)
+        if self.may_fetch(num_more) and len(self._finds) < MAX_FINDS:
+            prefetch._finding = True
+            job_id = host.next_job_id()
+            self._finds[job_id] = prefetch
+            self._jobs.append(FindPages(job_id=job_id, digests=tuple(digests[len(known) :])))
+        if prefetch.done:
+            return None
+        prefetch.wait_s = self._config.wait_s((len(digests) - num_cached) * self._page_size)
+        self._open.add(prefetch)
+        return prefetch
+
+    def found(self, event: PagesFound) -> None:
+        prefetch = self._finds.pop(event.job_id)
+        self.totals["storage_hit_pages"] += event.num_pages
+        self.totals["storage_miss_pages"] += len(prefetch._digests) - prefetch._first - event.num_pages
+        if not prefetch._finding:
+            return  # nobody waits for it any more
+        prefetch._finding = False
+        prefetch._end = prefetch._first + event.num_pages
+        if self.may_fetch(prefetch._end - max(prefetch._first, prefetch._num_cached)):
+            prefetch._in_line = True
+            self._line.append(prefetch)
+        elif prefetch.done:
+            self._done.append(prefetch)
+
+    def fetched(self, event: PagesFetched) -> None:
+        fetch = self._fetches.pop(event.job_id)
+        owner, num_pages = fetch.owner, event.num_pages
+        for index, page in enumerate(fetch.pages):
+            del self._fetching[page]
+            page.from_storage = index < num_pages
+            page.stored = index < num_pages and fetch.life == self._life
+            self._host.written(page, ok=index < num_pages)
+        self.totals["storage_fetched_pages"] += num_pages
+        if not fetch.cancelled:
+            self.totals["storage_failed_pages"] += len(fetch.pages) - num_pages
+        if owner._closed:
+            self._num_taken -= len(fetch.pages)
+        else:
+            self._num_taken -= len(fetch.pages) - num_pages
+            owner._num_kept += num_pages
+            self._keep(owner)
+        for prefetch in fetch.waiters:
+            prefetch._fetches.remove(fetch)
+            if prefetch.done:
+                self._done.append(prefetch)
+
+    def give_up(self, prefetch: Prefetch) -> None:
+        """It is not waited for any more: what has not begun need not. What has come is kept until `close`."""
+        prefetch._finding = False
+        if prefetch._in_line:
+            prefetch._in_line = False
+            self._line.remove(prefetch)
+        for fetch in prefetch._fetches:
+            fetch.waiters.remove(prefetch)
+            if not fetch.waiters and not fetch.cancelled:
+                fetch.cancelled = True
+                self._jobs.append(CancelFetch(job_id=fetch.job_id))
+        prefetch._fetches.clear()
+
+    def close(self, prefetch: Prefetch) -> None:
+        """Its request was admitted, or ended. Once only."""
+        assert not prefetch._closed
+        self.give_up(prefetch)
+        self._open.remove(prefetch)
+        prefetch._closed = True
+        self._num_taken -= prefetch._num_kept
+        if prefetch._kept is not None:
+            self._host.end(prefetch._kept)
+
+    def drain_done(self) -> list[Prefetch]:
+        """Those for which there is nothing more to wait, since the last call; each once, perhaps closed meanwhile."""
+        self._serve_line()
+        done, self._done = self._done, []
+        return done
+
+    def drain_jobs(self) -> list[StoreJob]:
+        self._serve_line()
+        jobs, self._jobs = self._jobs, []
+        return jobs
+
+    def _serve_line(self) -> None:
+        """First come, first served: each waits for room for all it wants, or for half of the share, and gets less than
+        all only then."""
+        while self._line:
+            prefetch = self._line[0]
+            if self._refused == (prefetch, self._num_taken):
+                return
+            pages = map(self._host.get, prefetch._digests[: prefetch._end])
+            num_wanted = sum(page is None or page.lost for page in pages)
+            if self._num_taken + min(num_wanted, -(-self._max_taken // 2)) > self._max_taken:
+                self._refused = prefetch, self._num_taken
+                return
+            self._line.popleft()
+            prefetch._in_line = False
+            self._fetch(prefetch)
+            if prefetch.done:
+                self._done.append(prefetch)
+
+    def _fetch(self, prefetch: Prefetch) -> None:
+        """A slot for each page that is not there nor on its way, as far as there is room. Pages before the first that
+        was asked after may have been evicted meanwhile: they are fetched, too."""
+        parent: HostPage | None = None
+        pages: list[HostPage] = []
+        for digest in prefetch._digests[: prefetch._end]:
+            page = self._host.get(digest)
+            if page is None or page.lost:
+                has_room = self._num_taken + len(pages) < self._max_taken
+                page = self._host.reserve(parent, digest) if has_room else None
+                if page is None:
+                    break
+                pages.append(page)
+            else:
+                self._join(prefetch, page)
+            parent = page
+        self._num_taken += len(pages)
+        for start in range(0, len(pages), MAX_PIECE_PAGES):
+            self._begin_fetch(prefetch, pages[start : start + MAX_PIECE_PAGES])
+
+    def _begin_fetch(self, prefetch: Prefetch, pages: list[HostPage]) -> None:
+        fetch = _Fetch(self._host.next_job_id(), pages, prefetch, [prefetch], self._life)
+        prefetch._fetches.append(fetch)
+        self._fetches[fetch.job_id] = fetch
+        self._fetching.update(dict.fromkeys(pages, fetch))
+        self._jobs.append(
+            FetchPages(
+                job_id=fetch.job_id,
+                digests=tuple(page.digest for page in pages),
+                host_slots=tuple(page.slot for page in pages),
+                names=tuple(page.name for page in pages),
+            )
+        )
+
+    def _join(self, prefetch: Prefetch, page: HostPage) -> None:
+        fetch = self._fetching.get(page)
+        if fetch is not None and prefetch not in fetch.waiters:
+            fetch.waiters.append(prefetch)
+            prefetch._fetches.append(fetch)
+
+    def _keep(self, prefetch: Prefetch) -> None:
+        """Hold the last of its leading pages: a page is not evicted before what continues it."""
+        if not prefetch._num_kept:
+            return
+        last = prefetch._kept
+        while prefetch._depth < len(prefetch._digests):
+            page = self._host.get(prefetch._digests[prefetch._depth])
+            if page is None or not page.resident:
+                break
+            last = page
+            prefetch._depth += 1
+        if last is not None and last is not prefetch._kept:
+            self._host.begin(last)
+            if prefetch._kept is not None:
+                self._host.end(prefetch._kept)
+            prefetch._kept = last

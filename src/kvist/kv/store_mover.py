@@ -1,0 +1,406 @@
+"""Moves pages between the host pool and a store (store/), on threads of its own; the engine's loop never calls one.
+
+    engine loop: start ──► reads (FindPages, FetchPages) ──► threads: exists, get ──► reports ──► engine loop: poll
+                     └───► writes (StorePages) ────────────► threads: put ─────────┘   (after a call of `wakeup`)
+
+    attach(store) ──► a session: the store, its threads, its breaker ──detach──► no new calls ──the last one is back──►
+                                                                                 the store is closed
+
+Reads do not queue behind writes: a request waits for the ones, nobody for the others. Every job is answered once, by 0
+pages for whatever went wrong. A store that hangs must hold nobody: a call that takes longer than the deadline, or that
+raises, opens the breaker.
+
+    closed ──a call hangs or raises──► open: every job is answered 0 at once ──pause──► half open: one job is tried
+       ▲                                              ▲──────────it hangs or raises──────────┤
+       └────────────────────────────────────────────────────────────it returns in time──────┘
+
+A hung call keeps its thread, and its slots in flight, until it returns; its report comes then. The more threads hang,
+the fewer tries there are: a store that hangs for good takes no more than those threads and the slots of their jobs.
+
+It decides nothing: which page goes where is kv/storage_tier.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvist.clock import Clock
+from kvist.errors import StoreError
+from kvist.kv.host import HostPool
+from kvist.kv.moves import (
+    CancelFetch,
+    FetchPages,
+    FindPages,
+    PagesFetched,
+    PagesFound,
+    PagesStored,
+    StoreJob,
+    StorePages,
+)
+from kvist.kv.store.backend import PageStore, StoreStats
+
+STORE_COUNTERS = (
+    *("storage_finds", "storage_find_seconds"),
+    *("storage_reads", "storage_read_bytes", "storage_read_seconds"),
+    *("storage_writes", "storage_write_bytes", "storage_write_seconds"),
+    "storage_slow_calls",  # that outran the deadline
+    "storage_raised_calls",
+    "storage_unasked_jobs",  # answered without the store: the breaker was open
+    *("storage_broken_pages", "storage_refused_pages", "storage_evicted_pages"),  # as the store counts them
+)
+BREAKER_CLOSED, BREAKER_OPEN, BREAKER_HALF_OPEN = "closed", "open", "half_open"
+PIECE_PAGES = 128  # of one call of the store: what the deadline is for
+PAUSE_S = 5.0  # between two tries of a store that hangs
+CLOSE_S = 2.0  # for the calls under way when the engine ends
+# Two busy cores: a second writer gains nothing, as the store writes one page at a time; readers gain up to four.
+NUM_WRITERS = 2
+NUM_READERS = min(8, max(4, (os.cpu_count() or 1) // 2))
+
+log = logging.getLogger(__name__)
+
+_Job = FindPages | FetchPages | StorePages
+_COUNTED = {FindPages: "storage_find", FetchPages: "storage_read", StorePages: "storage_write"}
+Report = PagesFound | PagesFetched | PagesStored
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A job that a thread carries out. Mutable; the thread's, but for `is_slow`, which the loop sets."""
+
+    job: _Job
+    began_s: float  # its present call of the store
+    is_slow: bool = False  # it has outrun the deadline
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return () if isinstance(self.job, FindPages) else self.job.host_slots
+
+
+class StoreMover:
+    """The engine loop's; `wakeup` is called by any thread."""
+
+    def __init__(self, host: HostPool, *, wakeup: Callable[[], None], clock: Clock, deadline_s: float) -> None:
+        self._host = host
+        self._wakeup = wakeup
+        self._clock = clock
+        self._deadline_s = deadline_s
+        self._reports: deque[Report] = deque()
+        self._session: _Session | None = None
+        self._leaving: list[_Session] = []  # detached, with calls under way
+        self._totals: dict[str, float] = dict.fromkeys(STORE_COUNTERS, 0)  # of the sessions that are over
+        self._errors: Counter[str] = Counter()  # the same
+
+    def attach(self, store: PageStore, stats: StoreStats) -> None:
+        """It is ours to close from now on. `stats` are its own, as of now: asking may take time."""
+        assert self._session is None, "detach the other store first"
+        self._session = _Session(
+            store,
+            stats,
+            self._host,
+            report=self._report,
+            ended=self._wakeup,
+            clock=self._clock,
+            deadline_s=self._deadline_s,
+        )
+
+    def detach(self) -> None:
+        """No new calls; what has not begun is answered. The store is closed when its last call has returned."""
+        assert self._session is not None
+        self._session.stop()
+        self._leaving.append(self._session)
+        self._session = None
+
+    def start(self, job: StoreJob) -> None:
+        if isinstance(job, CancelFetch):
+            if self._session is not None:
+                self._session.cancel(job.job_id)
+        elif self._session is None:
+            self._report(job, 0)
+        else:
+            self._session.start(job)
+
+    def poll(self) -> list[Report]:
+        """What happened since the last call. To be called once a second at least: it is what notices the deadline."""
+        now_s = self._clock.now_s()
+        for session in self._sessions():
+            session.notice_deadline(now_s)
+        for session in [each for each in self._leaving if each.over.is_set()]:
+            self._leaving.remove(session)
+            session.add_to(self._totals)
+            self._errors.update(session.stats.errors)
+        return [self._reports.popleft() for _ in range(len(self._reports))]
+
+    def num_leaving(self) -> int:
+        """Stores that were detached, and have calls under way, as of the last `poll`."""
+        return len(self._leaving)
+
+    def breaker(self) -> str:
+        return BREAKER_CLOSED if self._session is None else self._session.breaker()
+
+    def num_quarantined_pages(self) -> int:
+        """Slots of calls that hang."""
+        return sum(session.num_quarantined_pages() for session in self._sessions())
+
+    def stats(self) -> StoreStats | None:
+        """As of the last call of the store that is attached."""
+        return None if self._session is None else self._session.stats
+
+    def totals(self) -> dict[str, float]:
+        """STORE_COUNTERS, of all stores so far."""
+        totals = dict(self._totals)
+        for session in self._sessions():
+            session.add_to(totals)
+        return totals
+
+    def errors(self) -> dict[str, int]:
+        """By the name of the errno, of all stores so far."""
+        errors = self._errors.copy()
+        for session in self._sessions():
+            errors.update(session.stats.errors)
+        return dict(errors)
+
+    def close(self) -> bool:
+        """What has not begun is dropped. False: a call hangs, and may still write into the host pool."""
+        if self._session is not None:
+            self.detach()
+        give_up_s = self._clock.now_s() + CLOSE_S
+        return all(session.over.wait(max(0.0, give_up_s - self._clock.now_s())) for session in self._leaving)
+
+    def _sessions(self) -> list[_Session]:
+        return [*self._leaving, *([] if self._session is None else [self._session])]
+
+    def _report(self, job: _Job, num_pages: int) -> None:
+        match job:
+            case FindPages():
+                self._reports.append(PagesFound(job_id=job.job_id, num_pages=num_pages))
+            case FetchPages():
+                self._reports.append(PagesFetched(job_id=job.job_id, num_pages=num_pages))
+            case StorePages():
+                self._reports.append(PagesStored(job_id=job.job_id, num_pages=num_pages))
+        self._wakeup()
+
+
+class _Lane:
+    """One kind of job and the threads for it. Mutable; guarded by its session's lock."""
+
+    def __init__(self, lock: threading.Lock, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self.has_work = threading.Condition(lock)
+        self.waiting: deque[_Job] = deque()  # bounded by the pages that the cache lets be in flight
+        self.calls: list[_Call] = []
+
+
+class _Session:
+    """One attached store. `_lock` guards what changes; neither the store nor `report` is called under it."""
+
+    def __init__(
+        self,
+        store: PageStore,
+        stats: StoreStats,
+        host: HostPool,
+        *,
+        report: Callable[[_Job, int], None],
+        ended: Callable[[], None],
+        clock: Clock,
+        deadline_s: float,
+    ) -> None:
+        self.stats = stats
+        self.over = threading.Event()  # every call has returned, and the store is closed
+        self._store = store
+        self._pages = host.tensor.numpy()  # [num_pages, page_bytes] uint8
+        self._persistent = host.persistent
+        self._report = report
+        self._ended = ended
+        self._clock = clock
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._reads, self._writes = _Lane(self._lock, NUM_READERS), _Lane(self._lock, NUM_WRITERS)
+        self._try_again_s: float | None = None  # the breaker is open
+        self._stopped = False
+        self._counts: dict[str, float] = dict.fromkeys(STORE_COUNTERS, 0)
+        self._num_threads = NUM_READERS + NUM_WRITERS
+        for lane, name in ((self._reads, "kvist-store-read"), (self._writes, "kvist-store-write")):
+            for _ in range(lane.num_threads):
+                threading.Thread(target=self._work, args=(lane,), name=name, daemon=True).start()
+
+    def start(self, job: _Job) -> None:
+        lane = self._writes if isinstance(job, StorePages) else self._reads
+        with self._lock:
+            admitted = self._admits(lane)
+            if admitted:
+                lane.waiting.append(job)
+                lane.has_work.notify()
+            else:
+                self._counts["storage_unasked_jobs"] += 1
+        if not admitted:
+            self._report(job, 0)
+
+    def cancel(self, job_id: int) -> None:
+        with self._lock:
+            cancelled = [job for job in self._reads.waiting if job.job_id == job_id]
+            for job in cancelled:
+                self._reads.waiting.remove(job)
+        self._answer(cancelled)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            dropped = self._drop_waiting()
+            for lane in (self._reads, self._writes):
+                lane.has_work.notify_all()
+        self._answer(dropped)
+
+    def notice_deadline(self, now_s: float) -> None:
+        dropped: list[_Job] = []
+        with self._lock:
+            for call in self._calls():
+                if call.is_slow or now_s - call.began_s <= self._deadline_s:
+                    continue
+                call.is_slow = True
+                self._counts["storage_slow_calls"] += 1
+                dropped += self._open_breaker(now_s)
+                log.warning(
+                    "storage tier: %s of %d pages takes longer than %g s: the store is left alone for %g s",
+                    type(call.job).__name__,
+                    len(call.job.digests),
+                    self._deadline_s,
+                    PAUSE_S,
+                )
+        self._answer(dropped)
+
+    def breaker(self) -> str:
+        with self._lock:
+            if self._try_again_s is None:
+                return BREAKER_CLOSED
+            may_try = self._clock.now_s() >= self._try_again_s
+            return BREAKER_HALF_OPEN if may_try and self._is_trying() else BREAKER_OPEN
+
+    def num_quarantined_pages(self) -> int:
+        with self._lock:
+            return sum(len(call.slots) for call in self._calls() if call.is_slow)
+
+    def add_to(self, totals: dict[str, float]) -> None:
+        with self._lock:
+            for name, count in self._counts.items():
+                totals[name] += count
+        totals["storage_broken_pages"] += self.stats.num_broken
+        totals["storage_refused_pages"] += self.stats.num_refused
+        totals["storage_evicted_pages"] += self.stats.num_evicted
+
+    # ------------------------------------------------------------ the breaker; the lock is held
+
+    def _admits(self, lane: _Lane) -> bool:
+        if self._try_again_s is None:
+            return True
+        is_idle = len(lane.calls) < lane.num_threads
+        return is_idle and not self._is_trying() and self._clock.now_s() >= self._try_again_s
+
+    def _is_trying(self) -> bool:
+        return bool(self._reads.waiting or self._writes.waiting) or any(not call.is_slow for call in self._calls())
+
+    def _open_breaker(self, now_s: float) -> list[_Job]:
+        """Returns the jobs that must be answered."""
+        self._try_again_s = now_s + PAUSE_S
+        return self._drop_waiting()
+
+    def _drop_waiting(self) -> list[_Job]:
+        dropped = [*self._reads.waiting, *self._writes.waiting]
+        self._reads.waiting.clear()
+        self._writes.waiting.clear()
+        return dropped
+
+    def _calls(self) -> list[_Call]:
+        return [*self._reads.calls, *self._writes.calls]
+
+    # ------------------------------------------------------------ the threads
+
+    def _work(self, lane: _Lane) -> None:
+        while (call := self._next(lane)) is not None:
+            begin_s = call.began_s
+            num_pages, has_raised = 0, False
+            try:
+                num_pages = self._carry_out(call)
+            except Exception:  # the thread must outlive any one job, and the job be answered
+                log.exception("storage tier: %s of %d pages", type(call.job).__name__, len(call.job.digests))
+                has_raised = True
+            self._answer(self._note_end(lane, call, num_pages, begin_s, has_raised))
+            self._report(call.job, num_pages)
+        with self._lock:
+            self._num_threads -= 1
+            is_last = self._num_threads == 0
+        if is_last:
+            with contextlib.suppress(Exception):  # nobody is left to tell
+                self._store.close()
+            self.over.set()
+            self._ended()
+
+    def _next(self, lane: _Lane) -> _Call | None:
+        with self._lock:
+            lane.has_work.wait_for(lambda: self._stopped or lane.waiting)
+            if self._stopped:
+                return None
+            call = _Call(lane.waiting.popleft(), self._clock.now_s())
+            lane.calls.append(call)
+            return call
+
+    def _carry_out(self, call: _Call) -> int:
+        """Returns how many leading pages are there, in their slots, or stored."""
+        job, num_done = call.job, 0
+        assert max(call.slots, default=0) < len(self._pages), "a page outside the pool"
+        persistent = self._persistent if isinstance(job, FetchPages) else None
+        if persistent is not None:
+            persistent.clear(call.slots)
+        for first in range(0, len(job.digests), PIECE_PAGES):
+            digests = job.digests[first : first + PIECE_PAGES]
+            call.began_s = self._clock.now_s()
+            num_pages = self._ask(job, digests, call.slots[first : first + PIECE_PAGES])
+            num_done += num_pages
+            if num_pages < len(digests) or call.is_slow or self._stopped:
+                break
+        if persistent is not None and not self._stopped:
+            # Before the report: after it, the slots may be other pages'.
+            assert isinstance(job, FetchPages)
+            persistent.record(job.host_slots[:num_done], job.names[:num_done])
+        self.stats = self._store.stats()
+        return num_done
+
+    def _ask(self, job: _Job, digests: Sequence[bytes], slots: Sequence[int]) -> int:
+        pages = [self._pages[slot].data for slot in slots]
+        match job:
+            case FindPages():
+                num_pages = self._store.exists(digests)
+            case FetchPages():
+                num_pages = self._store.get(digests, pages)
+            case StorePages():
+                num_pages = self._store.put(digests, pages)
+        if not 0 <= num_pages <= len(digests):
+            raise StoreError(f"the store says {num_pages} pages of {len(digests)}")
+        return num_pages
+
+    def _note_end(self, lane: _Lane, call: _Call, num_pages: int, begin_s: float, has_raised: bool) -> list[_Job]:
+        """Returns the jobs that must be answered."""
+        name = _COUNTED[type(call.job)]
+        with self._lock:
+            now_s = self._clock.now_s()
+            lane.calls.remove(call)
+            self._counts[f"{name}s"] += 1
+            self._counts[f"{name}_seconds"] += now_s - begin_s
+            if call.slots:
+                self._counts[f"{name}_bytes"] += num_pages * self._pages.shape[1]
+            if has_raised:
+                self._counts["storage_raised_calls"] += 1
+                return self._open_breaker(now_s)
+            if self._try_again_s is not None and not call.is_slow and now_s >= self._try_again_s:
+                self._try_again_s = None
+                log.info("storage tier: the store answers again")
+        return []
+
+    def _answer(self, dropped: Sequence[_Job]) -> None:
+        for job in dropped:
+            self._report(job, 0)

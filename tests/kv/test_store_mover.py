@@ -1,0 +1,328 @@
+"""The store's mover: every job is answered once, and a store that lies, raises or hangs holds nobody."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvist.clock import FakeClock
+from kvist.kv.host import HostPool
+from kvist.kv.moves import (
+    CancelFetch,
+    FetchPages,
+    FindPages,
+    PagesFetched,
+    PagesFound,
+    PagesStored,
+    StoreJob,
+    StorePages,
+)
+from kvist.kv.persistence import PersistentPages
+from kvist.kv.store import open_store
+from kvist.kv.store.backend import StoreSpec, StoreStats
+from kvist.kv.store.memory import MemoryStore
+from kvist.kv.store_mover import CLOSE_S, NUM_READERS, PAUSE_S, PIECE_PAGES, Report, StoreMover
+
+PAGE_BYTES, NUM_PAGES, DEADLINE_S = 64, 400, 10.0
+
+
+def digest(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+class TrickyStore(MemoryStore):
+    """Hangs while `go` is not set, and answers by `answer` in place of the truth."""
+
+    def __init__(self) -> None:
+        super().__init__(StoreSpec(namespace="n", page_bytes=PAGE_BYTES, capacity_bytes=1 << 20))
+        self.go = threading.Event()
+        self.go.set()
+        self.answer: Callable[[], int] | None = None
+        self.calls: list[str] = []
+        self.closed = False
+
+    def _trick(self, name: str, truth: Callable[[], int]) -> int:
+        self.calls.append(name)
+        assert self.go.wait(20)
+        return truth() if self.answer is None else self.answer()
+
+    def exists(self, keys: Sequence[bytes]) -> int:
+        return self._trick("exists", lambda: MemoryStore.exists(self, keys))
+
+    def get(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> int:
+        return self._trick("get", lambda: MemoryStore.get(self, keys, into))
+
+    def put(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
+        return self._trick("put", lambda: MemoryStore.put(self, keys, pages))
+
+    def close(self) -> None:
+        self.closed = True
+        super().close()
+
+
+class Moving:
+    def __init__(self) -> None:
+        self.host = HostPool(NUM_PAGES, PAGE_BYTES, pinned=False)
+        self.pages = self.host.tensor.numpy()
+        self.pages[:] = np.arange(NUM_PAGES, dtype=np.uint8)[:, None]
+        self.clock = FakeClock(100.0)
+        self.woken = threading.Event()
+        self.mover = StoreMover(self.host, wakeup=self.woken.set, clock=self.clock, deadline_s=DEADLINE_S)
+        self.store = TrickyStore()
+        self.mover.attach(self.store, self.store.stats())
+        self.num_jobs = 0
+
+    def start(self, kind: type[FindPages] | type[FetchPages] | type[StorePages], count: int, slot: int = 0) -> StoreJob:
+        """The pages 0 … count, from or to the slots after `slot`."""
+        self.num_jobs += 1
+        digests, slots = tuple(map(digest, range(count))), tuple(range(slot, slot + count))
+        job: StoreJob
+        if kind is FindPages:
+            job = FindPages(job_id=self.num_jobs, digests=digests)
+        else:
+            job = kind(job_id=self.num_jobs, digests=digests, host_slots=slots)  # type: ignore[call-arg]
+        self.mover.start(job)
+        return job
+
+    def reports(self, number: int = 1) -> list[Report]:
+        found: list[Report] = []
+        give_up_s = time.monotonic() + 20
+        while len(found) < number:
+            assert time.monotonic() < give_up_s, f"{found}, {self.store.calls}"
+            self.woken.wait(0.2)
+            self.woken.clear()
+            found += self.mover.poll()
+        return found
+
+    def hang(self, kind: type[FetchPages] | type[StorePages] = FetchPages, count: int = 3) -> None:
+        """One call of the store, until it is well beyond the deadline."""
+        self.store.go.clear()
+        num_calls = len(self.store.calls)
+        self.start(kind, count, slot=10)
+        self.until(lambda: len(self.store.calls) > num_calls)
+        self.clock.advance(DEADLINE_S + 1)
+        assert self.mover.poll() == []
+
+    def until(self, condition: Callable[[], object]) -> None:
+        give_up_s = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < give_up_s
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def moving() -> Iterator[Moving]:
+    made = Moving()
+    yield made
+    made.store.go.set()
+    assert made.mover.close()
+
+
+def test_pages_come_back_from_the_store_byte_for_byte_as_far_as_they_are_there(moving: Moving) -> None:
+    moving.start(StorePages, 5)
+    assert moving.reports() == [PagesStored(job_id=1, num_pages=5)]
+    moving.start(FindPages, 9)
+    assert moving.reports() == [PagesFound(job_id=2, num_pages=5)]
+    moving.start(FetchPages, 9, slot=20)
+    assert moving.reports() == [PagesFetched(job_id=3, num_pages=5)]
+    assert (moving.pages[20:25] == moving.pages[:5]).all()
+    assert (moving.pages[29:] == np.arange(29, NUM_PAGES).astype(np.uint8)[:, None]).all(), "beyond its slots"
+    totals = moving.mover.totals()
+    assert [totals[f"storage_{name}"] for name in ("finds", "reads", "writes")] == [1, 1, 1]
+    assert [totals[f"storage_{name}_bytes"] for name in ("read", "write")] == [5 * PAGE_BYTES] * 2
+
+
+def test_a_long_job_is_many_calls_so_that_the_deadline_means_the_same_for_each(moving: Moving) -> None:
+    moving.start(StorePages, 2 * PIECE_PAGES + 1)
+    assert moving.reports() == [PagesStored(job_id=1, num_pages=2 * PIECE_PAGES + 1)]
+    assert moving.store.calls == ["put"] * 3
+
+
+def test_without_a_store_every_job_is_answered_with_nothing(moving: Moving) -> None:
+    moving.mover.detach()
+    for kind in (FindPages, FetchPages, StorePages):
+        moving.start(kind, 3)
+    reports = moving.reports(3)
+    assert reports == [cls(job_id=n, num_pages=0) for n, cls in enumerate((PagesFound, PagesFetched, PagesStored), 1)]
+
+
+def test_reads_do_not_wait_for_writes_that_take_long(moving: Moving) -> None:
+    moving.store.go.clear()
+    for _ in range(10):
+        moving.start(StorePages, 3)
+    moving.until(lambda: moving.store.calls == ["put"] * 2)
+    moving.start(FindPages, 3)
+    moving.until(lambda: "exists" in moving.store.calls)
+    moving.store.go.set()
+    moving.reports(11)
+
+
+@pytest.mark.parametrize("answer", [-1, 4, 10**9])
+def test_a_store_that_says_it_has_more_than_was_asked_for_is_not_believed(moving: Moving, answer: int) -> None:
+    moving.store.answer = lambda: answer
+    moving.start(FetchPages, 3)
+    assert moving.reports() == [PagesFetched(job_id=1, num_pages=0)]
+
+
+def test_a_fetch_that_has_not_begun_can_be_cancelled_and_is_answered_at_once(moving: Moving) -> None:
+    moving.store.go.clear()
+    for _ in range(NUM_READERS):
+        moving.start(FetchPages, 1)
+    moving.until(lambda: len(moving.store.calls) == NUM_READERS)
+    job = moving.start(FetchPages, 3)
+    moving.mover.start(CancelFetch(job_id=job.job_id))
+    assert moving.reports() == [PagesFetched(job_id=job.job_id, num_pages=0)]
+    moving.mover.start(CancelFetch(job_id=1))  # it has begun
+    assert moving.mover.poll() == []
+    moving.store.go.set()
+    assert len(moving.reports(NUM_READERS)) == NUM_READERS
+    assert len(moving.store.calls) == NUM_READERS
+
+
+def test_an_exception_is_an_answer_of_nothing_and_opens_the_breaker(moving: Moving) -> None:
+    def fail() -> int:
+        raise OSError("the disk is gone")
+
+    moving.store.answer = fail
+    moving.start(StorePages, 3)
+    assert moving.reports() == [PagesStored(job_id=1, num_pages=0)]
+    assert moving.mover.breaker() == "open"
+    moving.start(FindPages, 3)
+    assert moving.reports() == [PagesFound(job_id=2, num_pages=0)]
+    assert moving.store.calls == ["put"]
+    totals = moving.mover.totals()
+    assert (totals["storage_raised_calls"], totals["storage_unasked_jobs"]) == (1, 1)
+
+
+def test_a_hung_call_opens_the_breaker_and_keeps_its_slots_until_it_returns(moving: Moving) -> None:
+    moving.start(StorePages, 3)
+    moving.reports()
+    moving.hang(FetchPages)
+    assert moving.mover.breaker() == "open"
+    assert moving.mover.num_quarantined_pages() == 3
+    moving.start(FindPages, 3)
+    moving.start(StorePages, 3)
+    assert moving.reports(2) == [PagesFound(job_id=3, num_pages=0), PagesStored(job_id=4, num_pages=0)]
+    moving.store.go.set()
+    assert moving.reports() == [PagesFetched(job_id=2, num_pages=3)]
+    assert (moving.pages[10:13] == moving.pages[:3]).all()
+    assert moving.mover.num_quarantined_pages() == 0
+    assert moving.mover.totals()["storage_slow_calls"] == 1
+
+
+def test_what_waits_behind_a_hung_call_is_answered_when_the_breaker_opens(moving: Moving) -> None:
+    moving.store.go.clear()
+    for _ in range(NUM_READERS + 5):
+        moving.start(FetchPages, 1)
+    moving.until(lambda: len(moving.store.calls) == NUM_READERS)
+    moving.clock.advance(DEADLINE_S + 1)
+    assert {report.job_id for report in moving.reports(5)} == set(range(NUM_READERS + 1, NUM_READERS + 6))
+    moving.store.go.set()
+    assert {report.job_id for report in moving.reports(NUM_READERS)} == set(range(1, NUM_READERS + 1))
+
+
+def test_after_a_pause_one_job_is_tried_and_closes_the_breaker_when_it_returns_in_time(moving: Moving) -> None:
+    moving.hang()
+    moving.clock.advance(PAUSE_S - 1)
+    moving.start(FindPages, 3)
+    assert moving.reports() == [PagesFound(job_id=2, num_pages=0)], "too early"
+    moving.clock.advance(1)
+    moving.start(FindPages, 3)
+    moving.until(lambda: moving.store.calls[-1] == "exists")
+    assert moving.mover.breaker() == "half_open"
+    moving.start(FindPages, 3)
+    assert moving.reports() == [PagesFound(job_id=4, num_pages=0)], "only one is tried"
+    moving.store.go.set()
+    assert {report.job_id for report in moving.reports(2)} == {1, 3}
+    assert moving.mover.breaker() == "closed"
+    moving.start(StorePages, 3)
+    assert moving.reports() == [PagesStored(job_id=5, num_pages=3)]
+
+
+def test_a_store_that_hangs_for_good_takes_no_more_than_its_threads(moving: Moving) -> None:
+    moving.hang()
+    for _ in range(3 * NUM_READERS):
+        moving.clock.advance(PAUSE_S)
+        moving.start(FetchPages, 3)
+        moving.clock.advance(DEADLINE_S + 1)
+        moving.mover.poll()
+    assert len(moving.store.calls) <= NUM_READERS
+    assert moving.mover.num_quarantined_pages() == 3 * len(moving.store.calls)
+
+
+def test_a_detached_store_is_closed_when_its_last_call_has_returned(moving: Moving) -> None:
+    moving.store.go.clear()
+    moving.start(FetchPages, 3)
+    moving.until(lambda: moving.store.calls)
+    for _ in range(2 * NUM_READERS):
+        moving.start(FetchPages, 1)
+    moving.mover.detach()
+    other = TrickyStore()
+    moving.mover.attach(other, other.stats())
+    moving.start(StorePages, 3)
+    assert not moving.store.closed
+    assert moving.mover.num_leaving() == 1
+    moving.store.go.set()
+    assert len(moving.reports(2 * NUM_READERS + 2)) == 2 * NUM_READERS + 2
+    moving.until(lambda: moving.mover.poll() == [] and moving.mover.num_leaving() == 0)
+    assert moving.store.closed
+    assert not other.closed
+    assert moving.mover.totals()["storage_reads"] >= 1, "what the former store did is not forgotten"
+
+
+def test_a_hung_call_does_not_hold_the_end_of_the_engine(moving: Moving) -> None:
+    moving.store.go.clear()
+    moving.start(FetchPages, 3)
+    moving.until(lambda: moving.store.calls)
+    begin_s = time.monotonic()
+    assert not moving.mover.close()
+    assert time.monotonic() - begin_s < CLOSE_S + 5
+    moving.store.go.set()
+    moving.until(lambda: moving.store.closed)
+
+
+def test_fetched_pages_are_recorded_before_they_are_reported_and_others_records_cleared(tmp_path: Path) -> None:
+    def persistent() -> PersistentPages:
+        return PersistentPages(tmp_path / "kept", namespace="n", num_pages=8, page_bytes=PAGE_BYTES)
+
+    store = open_store("memory", StoreSpec(namespace="n", page_bytes=PAGE_BYTES, capacity_bytes=1 << 20))
+    pages = [bytes([number]) * PAGE_BYTES for number in range(3)]
+    store.put([digest(n) for n in range(3)], [memoryview(page) for page in pages])
+    kept = persistent()
+    kept.record([5, 6, 7], [(digest(50), None), (digest(51), digest(50)), (digest(52), digest(51))])
+    host = HostPool(8, PAGE_BYTES, pinned=False, persistent=kept)
+    there_when_reported: list[list[tuple[int, bytes]]] = []
+    mover = StoreMover(host, wakeup=lambda: there_when_reported.append(look()), clock=FakeClock(), deadline_s=1.0)
+
+    def look() -> list[tuple[int, bytes]]:
+        found = (kept._verified(slot) for slot in range(8))
+        return [(page.slot, page.digest) for page in found if page is not None]
+
+    mover.attach(store, store.stats())
+    names = ((digest(0), None), (digest(1), digest(0)), (digest(2), digest(1)), (digest(3), digest(2)))
+    mover.start(FetchPages(job_id=1, digests=tuple(digest(n) for n in range(4)), host_slots=(2, 3, 5, 6), names=names))
+    while not mover.poll():
+        time.sleep(0.001)
+    assert mover.close()
+    expected = [(2, digest(0)), (3, digest(1)), (5, digest(2)), (7, digest(52))]
+    assert there_when_reported[0] == expected
+    host.close()
+    kept.close()
+    assert [page.digest for page in persistent().restore()] == [digest(0), digest(1), digest(2)]
+
+
+def test_what_the_store_counts_is_told_as_of_its_last_call(moving: Moving) -> None:
+    moving.store.stats = lambda: StoreStats(  # type: ignore[method-assign]
+        stored_bytes=7, errors={"EIO": 2}, num_broken=3, num_refused=4, num_evicted=5
+    )
+    moving.start(FindPages, 1)
+    moving.reports()
+    totals = moving.mover.totals()
+    assert [totals[f"storage_{name}_pages"] for name in ("broken", "refused", "evicted")] == [3, 4, 5]
+    assert moving.mover.errors() == {"EIO": 2}
+    assert moving.mover.stats() == moving.store.stats()
