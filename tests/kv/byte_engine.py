@@ -1,5 +1,5 @@
-"""The tiers of one engine in bytes, without a model: real cache, real pools with tiny pages, the real mover with its
-threads taken out, and (for tests that want it) a real folder to persist in.
+"""The tiers of one engine in bytes, without a model: real cache, real pools with tiny pages, the real movers with their
+threads taken out or on a lead, and (for tests that want them) a real folder to persist in and a store.
 
 What a page must hold is told by everything that it was computed from, never by its digest: `right_page`. So a digest
 that stands for two different things is found, too.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,16 @@ from kvist.kv.host import HostPool
 from kvist.kv.host_tier import HostTier
 from kvist.kv.keys import page_digests
 from kvist.kv.mover import PageMover
-from kvist.kv.moves import PagesLoaded
+from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded, StorageAttached
 from kvist.kv.persistence import PersistentPages
+from kvist.kv.storage_tier import Prefetch, PrefetchConfig, StorageTier
+
+# Under importlib mode a test module cannot import its neighbour by name.
+sys.path.insert(0, str(Path(__file__).parent))
+try:
+    from stepped_store import SteppedStoreMover, TroubledStore, in_fiber, pause
+finally:
+    sys.path.pop(0)
 
 PAGE_SIZE = 2  # tokens
 PAGE_BYTES = 32
@@ -44,12 +53,14 @@ class RightPages:
 
     def __init__(self) -> None:
         self.by_digest: dict[bytes, bytes] = {}
+        self.by_name: dict[tuple[str, bytes], bytes] = {}  # by namespace and digest
 
     def digests(self, namespace: str, cache_salt: str, token_ids: Sequence[int]) -> list[bytes]:
         digests = page_digests(token_ids, PAGE_SIZE, namespace, cache_salt)
         for page, digest in enumerate(digests):
             right = right_page(namespace, cache_salt, tuple(token_ids[: (page + 1) * PAGE_SIZE]))
             assert self.by_digest.setdefault(digest, right) == right, "one digest for two different pages"
+            self.by_name[namespace, digest] = right
         return digests
 
 
@@ -101,17 +112,39 @@ class ManualLane:
 
 
 class LateRecords:
-    """A folder whose records are written some time after the copy was reported: as when the mover's thread is not the
-    next to run."""
+    """A folder whose records are written some time after the thread before them was last heard of: as when that thread
+    is not the next to run."""
 
-    def __init__(self, real: PersistentPages) -> None:
+    def __init__(self, real: PersistentPages, afterwards: deque[Callable[[], None]]) -> None:
         self.tensor = real.tensor
-        self.clear = real.clear
-        self.afterwards: deque[Callable[[], None]] = deque()
-        self._real = real
+        self._real, self._afterwards = real, afterwards
+
+    def clear(self, slots: Sequence[int]) -> None:
+        pause()
+        self._real.clear(slots)
+        pause()
 
     def record(self, slots: Sequence[int], names: Sequence[tuple[bytes, bytes | None]]) -> None:
-        self.afterwards.append(functools.partial(self._real.record, slots, names))
+        write = functools.partial(self._real.record, slots, names)
+        if in_fiber() is None:
+            self._afterwards.append(write)
+        else:
+            pause()
+            write()
+
+
+class LateReports(deque[Any]):
+    """What the backups' thread tells, it tells in its turn, too."""
+
+    def __init__(self, afterwards: deque[Callable[[], None]]) -> None:
+        super().__init__()
+        self._afterwards = afterwards
+
+    def append(self, report: Any) -> None:
+        if isinstance(report, PagesBackedUp):
+            self._afterwards.append(functools.partial(super().append, report))
+        else:
+            super().append(report)
 
 
 @dataclass(eq=False)
@@ -133,8 +166,11 @@ class ByteEngine:
         num_host_pages: int = 16,
         policy: str = "write_through",
         folder: Path | None = None,
+        store: TroubledStore | None = None,
     ) -> None:
         self.right, self.namespace = right, namespace
+        self.clock = FakeClock()
+        afterwards: deque[Callable[[], None]] = deque()
         self.device = torch.full((num_pages, PAGE_BYTES), NONSENSE, dtype=torch.uint8)
         self.tier = HostTier(num_host_pages)
         self.persistent: PersistentPages | None = None
@@ -144,21 +180,60 @@ class ByteEngine:
                 folder, namespace=namespace, num_pages=num_host_pages, page_bytes=PAGE_BYTES
             )
             self.tier.restore(self.persistent.restore())
-            records = LateRecords(self.persistent)
+            records = LateRecords(self.persistent, afterwards)
         self.host_pool = HostPool(num_host_pages, PAGE_BYTES, pinned=False, persistent=records)
+        self.storage = StorageTier(self.tier, PrefetchConfig(threshold_tokens=PAGE_SIZE), page_size=PAGE_SIZE)
         self.cache = PageCache(
-            num_pages=num_pages, page_size=PAGE_SIZE, namespace=namespace, host=self.tier, write_policy=policy
+            num_pages=num_pages,
+            page_size=PAGE_SIZE,
+            namespace=namespace,
+            host=self.tier,
+            write_policy=policy,
+            storage=self.storage,
         )
         device: Any = SimpleNamespace(tensor=self.device, num_pages=num_pages)
         with mock.patch("kvist.kv.mover._Lane", ManualLane):
-            self.mover = PageMover(device, self.host_pool, wakeup=lambda: None, clock=FakeClock())
+            self.mover = PageMover(device, self.host_pool, wakeup=lambda: None, clock=self.clock)
         self.loads: Any = self.mover._loads
         self.backups: Any = self.mover._backups
-        if records is not None:
-            self.backups.afterwards = records.afterwards
+        self.backups.afterwards = afterwards
+        self.mover._reports = LateReports(afterwards)
         self.requests: list[Request] = []
+        self.store_mover = SteppedStoreMover(self.host_pool, self.clock)
+        self.fetching: list[tuple[Prefetch, tuple[int, ...], str]] = []  # requests that wait for the store
+        if store is not None:
+            self.attach(store)
 
     # ------------------------------------------------------------ what a scheduler does
+
+    def ask(self, token_ids: tuple[int, ...], cache_salt: str = "") -> None:
+        """It is admitted at once, or waits for the store."""
+        prefetch = self.cache.prefetch(token_ids, cache_salt=cache_salt, max_tokens=len(token_ids))
+        if prefetch is None:
+            self.admit(token_ids, cache_salt)
+        else:
+            self.fetching.append((prefetch, token_ids, cache_salt))
+            self.start_moves()
+
+    def go_on(self, prefetch: Prefetch, *, gives_up: bool = False, is_aborted: bool = False) -> None:
+        """It need not wait any more, or does not want to."""
+        (waiting,) = (each for each in self.fetching if each[0] is prefetch)
+        self.fetching.remove(waiting)
+        if gives_up:
+            self.cache.give_up_prefetch(prefetch)
+        if not is_aborted:
+            self.admit(waiting[1], waiting[2])
+        self.cache.close_prefetch(prefetch)
+        self.start_moves()
+
+    def attach(self, store: TroubledStore) -> None:
+        self.store_mover.attach(store)
+        self.cache.storage_event(StorageAttached(attached=True))
+
+    def detach(self) -> None:
+        self.store_mover.detach()
+        self.cache.storage_event(StorageAttached(attached=False))
+        self.hear()
 
     def admit(self, token_ids: tuple[int, ...], cache_salt: str = "") -> Request | None:
         digests = self.right.digests(self.namespace, cache_salt, token_ids)
@@ -193,7 +268,10 @@ class ByteEngine:
 
     def start_moves(self) -> None:
         for job in self.cache.drain_jobs():
-            self.mover.start(job)
+            if isinstance(job, LoadPages | BackUpPages):
+                self.mover.start(job)
+            else:
+                self.store_mover.mover.start(job)
 
     def hear(self) -> None:
         """The reports reach the cache."""
@@ -204,16 +282,38 @@ class ByteEngine:
             (request,) = (each for each in self.requests if each.load_id == report.job_id)
             request.num_written = self.cache.loaded(report, request.token_ids)
             request.load_id = None
-            self.start_moves()
+        for event in self.store_mover.mover.poll():
+            self.cache.storage_event(event)
+        self.start_moves()
+        for prefetch in self.cache.drain_prefetches():
+            if any(each[0] is prefetch for each in self.fetching):
+                self.go_on(prefetch)
 
     def settle(self) -> None:
         """All that is under way is carried out and heard."""
-        while self.loads.busy or self.backups.busy:
+        self.hear()
+        while self.loads.busy or self.backups.busy or self.store_mover.busy():
             for lane in (self.loads, self.backups):
                 if lane.busy:
                     lane.step()
+            for fiber in self.store_mover.fibers:
+                fiber.step()
             self.hear()
+
+    def settle_store(self) -> None:
+        """What is asked of the store is carried out and heard; copies go on later."""
         self.hear()
+        while self.store_mover.busy():
+            for fiber in self.store_mover.fibers:
+                fiber.step()
+            self.hear()
+
+    def step_store_until_it_fetches(self) -> None:
+        """A call that reads pages is in the middle of them; or nothing is to be fetched."""
+        while self.store_mover.busy() and not self.store_mover.slots_under_call():
+            for fiber in self.store_mover.fibers:
+                fiber.step()
+            self.hear()
 
     def answer(self, token_ids: tuple[int, ...], cache_salt: str = "") -> int:
         """A whole request; how many tokens of it were cached."""
@@ -235,6 +335,7 @@ class ByteEngine:
     def kill(self) -> None:
         """No thread takes another step, and the system lets go of the lock."""
         self.requests = []
+        self.store_mover.kill()
         self.host_pool.close()
         if self.persistent is not None:
             self.persistent.close()
@@ -265,7 +366,18 @@ class ByteEngine:
         assert pages.cached == len([*cache._tree.nodes()])
         used = {page_id for request in self.requests for page_id in request.lease.page_ids}
         assert pages.free + pages.cached + pages.owned + pages.in_flight - pages.evictable >= len(used)
+        storage = self.storage
         moving = [page for jobs in (cache._loads, cache._backups) for _, found in jobs.values() for page in found]
-        assert host.in_flight == len({page.slot for page in moving})
+        moving += [page for fetch in storage._fetches.values() for page in fetch.pages]
+        moving += [page for _, pages in storage._stores.values() for page in pages]
+        kept = [prefetch._kept for prefetch in storage._open if prefetch._kept is not None]
+        assert host.in_flight == len({page.slot for page in [*moving, *kept]})
         slots = [page.slot for page in self.tier._pages.values()]
         assert sorted([*slots, *self.tier._free]) == [*range(host.total)], "each slot is in one place"
+        num_fetching = sum(len(fetch.pages) for fetch in storage._fetches.values())
+        num_kept = sum(prefetch._num_kept for prefetch in storage._open)
+        assert storage._num_taken == num_fetching + num_kept <= max(1, host.total // 2)
+        assert storage._num_stored == sum(len(pages) for _, pages in storage._stores.values())
+        assert {prefetch for prefetch, _, _ in self.fetching} == storage._open
+        moving_slots = {page.slot for page in moving}
+        assert self.store_mover.slots_under_call() <= moving_slots, "a call of the store may still touch these"

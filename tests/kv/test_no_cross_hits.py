@@ -15,6 +15,7 @@ from kvist.kv.store.backend import PageStore, StoreSpec
 sys.path.insert(0, str(Path(__file__).parent))
 try:
     from byte_engine import PAGE_BYTES, PAGE_SIZE, ByteEngine, RightPages
+    from stepped_store import TroubledStore
 finally:
     sys.path.pop(0)
 
@@ -92,3 +93,29 @@ def test_two_models_share_a_store_s_folder_and_no_page(tmp_path: Path) -> None:
     assert get(stores[1], digests) == nonsense
     for store in stores:
         store.close()
+
+
+def test_an_engine_finds_in_the_store_what_has_its_own_model_and_salt_and_nothing_else(tmp_path: Path) -> None:
+    right = RightPages()
+
+    def start(model: str) -> ByteEngine:
+        return ByteEngine(right, namespace=model, store=TroubledStore(model, tmp_path, PAGE_BYTES, num_pages=64))
+
+    def fetched(engine: ByteEngine, cache_salt: str) -> float:
+        before = engine.cache.totals()["storage_fetched_pages"]
+        engine.ask(TOKENS, cache_salt)
+        engine.settle()
+        engine.check_bytes()
+        engine.close(engine.requests[0])
+        return engine.cache.totals()["storage_fetched_pages"] - before
+
+    first = start(MODEL)
+    first.answer(TOKENS, "tenant")
+    first.settle()
+    assert first.cache.totals()["storage_stored_pages"] == len(TOKENS) / PAGE_SIZE
+    second, other = start(MODEL), start(OTHER_MODEL)
+    assert [fetched(other, cache_salt) for cache_salt in ("tenant", "")] == [0, 0]
+    assert [fetched(second, cache_salt) for cache_salt in ("other", "", "tenant")] == [0, 0, len(TOKENS) / PAGE_SIZE]
+    for engine in (first, second, other):
+        engine.check_ledgers()
+        engine.kill()
