@@ -1,7 +1,8 @@
-"""The cache over two tiers under any order of calls: whatever a digest is found under holds what the digest names.
+"""The cache over its tiers under any order of calls: whatever a digest is found under holds what the digest names.
 
-The machine keeps the content of both pools and is the mover: its copies are late, out of order, or fail and leave
-nonsense. K/V of a page is stood for by the digest of the prefix it was computed from.
+The machine keeps the content of both pools and of the store, and is the movers: their copies are late, out of order, or
+fail and leave nonsense; the store lies about what it has, and forgets. K/V of a page is stood for by the digest of the
+prefix it was computed from.
 """
 
 from __future__ import annotations
@@ -16,7 +17,21 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvist.kv.cache import PageCache, PageLease
 from kvist.kv.host_tier import HostTier
 from kvist.kv.keys import page_digests
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
+from kvist.kv.moves import (
+    BackUpPages,
+    CancelFetch,
+    FetchPages,
+    FindPages,
+    LoadPages,
+    PagesBackedUp,
+    PagesFetched,
+    PagesFound,
+    PagesLoaded,
+    PagesStored,
+    StorageAttached,
+    StorePages,
+)
+from kvist.kv.storage_tier import Prefetch, PrefetchConfig, StorageTier
 
 NUM_PAGES = 8
 PAGE_SIZE = 2
@@ -45,9 +60,21 @@ class TiersMachine(RuleBasedStateMachine):
     @initialize(num_host_pages=st.integers(1, 24), policy=st.sampled_from(["write_through", "write_through_selective"]))
     def start(self, num_host_pages: int, policy: str) -> None:
         self.tier = HostTier(num_host_pages)
+        self.storage = StorageTier(self.tier, PrefetchConfig(threshold_tokens=PAGE_SIZE), page_size=PAGE_SIZE)
         self.cache = PageCache(
-            num_pages=NUM_PAGES, page_size=PAGE_SIZE, namespace=NAMESPACE, host=self.tier, write_policy=policy
+            num_pages=NUM_PAGES,
+            page_size=PAGE_SIZE,
+            namespace=NAMESPACE,
+            host=self.tier,
+            write_policy=policy,
+            storage=self.storage,
         )
+        self.stored: set[bytes] = set()  # each is its own content
+        self.prefetches: list[tuple[Prefetch, tuple[int, ...]]] = []
+        self.waiting: set[Prefetch] = set()  # not told that there is nothing more to wait for
+        self.store_jobs: list[FindPages | FetchPages | StorePages] = []
+        self.cancelled: set[int] = set()
+        self.cache.storage_event(StorageAttached(attached=True))
         self.device = [NONSENSE] * NUM_PAGES
         self.host = [NONSENSE] * num_host_pages
         self.requests: list[Request] = []
@@ -129,6 +156,7 @@ class TiersMachine(RuleBasedStateMachine):
             for slot, content in zip(job.host_slots, found, strict=True):
                 self.host[slot] = content
             self.cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=ok))
+            self.take_jobs()
             return
         for page_id, content in zip(job.page_ids, found, strict=True):
             self.device[page_id] = content
@@ -165,7 +193,109 @@ class TiersMachine(RuleBasedStateMachine):
         assert self.told == set(self.cache.digests())
 
     def take_jobs(self) -> None:
-        self.jobs += [(job, self.source(job)) for job in self.cache.drain_jobs()]
+        done = self.cache.drain_prefetches()
+        assert len(done) == len(set(done)), "each is told once"
+        for job in self.cache.drain_jobs():
+            if isinstance(job, LoadPages | BackUpPages):
+                self.jobs.append((job, self.source(job)))
+            elif isinstance(job, CancelFetch):
+                self.cancelled.add(job.job_id)
+            else:
+                self.store_jobs.append(job)
+                if isinstance(job, FetchPages):
+                    for slot in job.host_slots:
+                        self.host[slot] = NONSENSE
+                elif isinstance(job, StorePages):
+                    assert [self.host[slot] for slot in job.host_slots] == list(job.digests)
+        done += self.cache.drain_prefetches()  # for whom there was no room
+        self.waiting.difference_update(done)
+        assert all(prefetch.done for prefetch in done)
+        assert all(not prefetch.done for prefetch in self.waiting), "told when done"
+
+    # ---------------------------------------------------------------- the store
+
+    @rule(token_ids=TOKENS)
+    def ask_the_store(self, token_ids: tuple[int, ...]) -> None:
+        prefetch = self.cache.prefetch(token_ids, max_tokens=len(token_ids))
+        if prefetch is not None:
+            self.prefetches.append((prefetch, token_ids))
+            self.waiting.add(prefetch)
+        self.take_jobs()
+
+    @rule(token_ids=TOKENS, works=st.booleans())
+    def miss_everything_but_the_store(self, token_ids: tuple[int, ...], works: bool) -> None:
+        """It was answered and stored, went from both pools, and is asked for again."""
+        self.come_back(token_ids)
+        self.copy_all(ok=True)
+        self.store_works_off()
+        self.hit_again(token_ids)  # what was too much to be stored at once
+        while self.requests:
+            self.cache.close(self.requests.pop().lease)
+        self.cache.flush()
+        self.ask_the_store(token_ids)
+        if works:
+            self.store_works_off()
+
+    def hit_again(self, token_ids: tuple[int, ...]) -> None:
+        for _ in range(2):
+            self.admit(token_ids)
+            self.copy_all(ok=True)
+            self.store_works_off()
+
+    @precondition(lambda self: self.store_jobs)
+    @rule(data=st.data(), lies=st.booleans(), fails=st.booleans())
+    def store_works(self, data: st.DataObject, lies: bool, fails: bool) -> None:
+        self.carry_out_store_job(data.draw(st.integers(0, len(self.store_jobs) - 1)), lies, fails)
+
+    @rule()
+    def store_works_off(self) -> None:
+        while self.store_jobs:
+            self.carry_out_store_job(0, False, False)
+
+    def carry_out_store_job(self, index: int, lies: bool, fails: bool) -> None:
+        job = self.store_jobs.pop(index)
+        num_there = next((i for i, each in enumerate(job.digests) if each not in self.stored), len(job.digests))
+        event: PagesFound | PagesFetched | PagesStored
+        if isinstance(job, FindPages):
+            num_pages = 0 if fails else len(job.digests) if lies else num_there
+            event = PagesFound(job_id=job.job_id, num_pages=num_pages)
+        elif isinstance(job, FetchPages):
+            num_pages = num_there // (1 + fails) * (job.job_id not in self.cancelled)
+            for slot, digest in list(zip(job.host_slots, job.digests, strict=True))[:num_pages]:
+                self.host[slot] = digest
+            event = PagesFetched(job_id=job.job_id, num_pages=num_pages)
+        else:
+            num_pages = len(job.digests) // (1 + fails)
+            assert [self.host[slot] for slot in job.host_slots] == list(job.digests), "changed while it was stored"
+            self.stored.update(job.digests[:num_pages])
+            event = PagesStored(job_id=job.job_id, num_pages=num_pages)
+        self.cache.storage_event(event)
+        self.take_jobs()
+
+    @precondition(lambda self: self.prefetches)
+    @rule(data=st.data(), how=st.sampled_from(["admitted", "ended", "timed out"]))
+    def prefetch_is_over(self, data: st.DataObject, how: str) -> None:
+        index = data.draw(st.integers(0, len(self.prefetches) - 1))
+        prefetch, token_ids = self.prefetches[index]
+        self.waiting.discard(prefetch)
+        if how == "timed out":
+            self.cache.give_up_prefetch(prefetch)
+        else:
+            if how == "admitted":
+                self.admit(token_ids)
+            del self.prefetches[index]
+            self.cache.close_prefetch(prefetch)
+        self.take_jobs()
+
+    @rule(which=st.integers(0, 5))
+    def store_forgets(self, which: int) -> None:
+        self.stored = set(sorted(self.stored)[which::2])
+
+    @rule(attached=st.sampled_from([True, True, False]))
+    def store_comes_or_goes(self, attached: bool) -> None:
+        self.cache.storage_event(StorageAttached(attached=attached))
+        self.take_jobs()
+        assert attached or not self.waiting, "nobody waits without a store"
 
     def source(self, job: LoadPages | BackUpPages) -> list[bytes]:
         if isinstance(job, LoadPages):
@@ -189,7 +319,20 @@ class TiersMachine(RuleBasedStateMachine):
         assert host.free + host.cached + host.in_flight == host.total
         loads = [job for job, _ in self.jobs if isinstance(job, LoadPages)]
         assert counts.in_flight == sum(len(job.page_ids) for job in loads)
-        assert host.in_flight == len({slot for job, _ in self.jobs for slot in job.host_slots})
+        used = [(slot, isinstance(job, BackUpPages)) for job, _ in self.jobs for slot in job.host_slots]
+        for job in self.store_jobs:
+            if not isinstance(job, FindPages):
+                used += [(slot, isinstance(job, FetchPages)) for slot in job.host_slots]
+        written = [slot for slot, is_written in used if is_written]
+        assert len(written) == len(set(written)), "a slot is written twice at once"
+        assert not set(written) & {slot for slot, is_written in used if not is_written}, "a slot is read and written"
+        kept = {prefetch._kept.slot for prefetch, _ in self.prefetches if prefetch._kept is not None}
+        assert host.in_flight == len({slot for slot, _ in used} | kept)
+        fetching = sum(len(job.host_slots) for job in self.store_jobs if isinstance(job, FetchPages))
+        num_kept = sum(prefetch._num_kept for prefetch, _ in self.prefetches)
+        assert self.storage._num_taken == fetching + num_kept <= max(1, host.total // 2)
+        storing = sum(len(job.host_slots) for job in self.store_jobs if isinstance(job, StorePages))
+        assert self.storage._num_stored == storing <= max(1, host.total // 4)
         for page in self.tier._pages.values():  # no slot holds what no match can reach
             parent = page.parent
             assert page.digest in FIRST_PAGES if parent is None else self.tier.get(parent.digest) is parent
@@ -205,6 +348,18 @@ class TiersMachine(RuleBasedStateMachine):
             else:
                 (request,) = (each for each in self.requests if each.load_id == job.job_id)
                 self.cache.loaded(PagesLoaded(job_id=job.job_id, ok=False), request.token_ids)
+        for _ in list(self.store_jobs):
+            self.carry_out_store_job(0, False, True)
+        self.store_works_off()
+        for prefetch, _ in self.prefetches:
+            self.cache.close_prefetch(prefetch)
+        self.prefetches = []
+        self.waiting.clear()
+        self.take_jobs()
+        self.store_works_off()
+        assert not self.storage._open
+        assert not self.storage._fetching
+        assert self.storage._num_taken == 0
         for request in self.requests:
             self.cache.close(request.lease)
         self.cache.flush()
@@ -213,5 +368,5 @@ class TiersMachine(RuleBasedStateMachine):
         assert host.free == host.total
 
 
-TiersMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TiersMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestTiers = TiersMachine.TestCase

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-for name in ("fake_device", "scheduler_sim", "handoff_bench"):  # each needs those before it
+for name in ("fake_device", "fake_store", "scheduler_sim", "handoff_bench"):  # each needs those before it
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
         assert spec is not None

@@ -2,7 +2,7 @@
 holds the pages and the model).
 
     World ── wire: FIFO between two processes, any order between different pairs, duplicates, nothing after a death
-      └── SimEngine ── scheduler, cache, FakeDevice, SimTransport
+      └── SimEngine ── scheduler, cache, FakeDevice, SimTransport, SimMover, SimStore (fake_store.py)
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 
 from fake_device import EOS, FakeDevice, Slot, checksum, reference_stream
+from fake_store import SimStore
 
 from kvist.kv.cache import PageCache
 from kvist.kv.host_tier import HostTier
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
+from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded, StorageAttached
 from kvist.kv.pages import PageState
+from kvist.kv.storage_tier import PrefetchConfig, StorageTier
 from kvist.request import EngineRequest, EpochId, FinishReason, HandoffId, Mode, Outcome, SamplingParams
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.events import (
@@ -145,19 +147,21 @@ class SimMover:
 
     def __init__(self, engine: SimEngine, num_host_pages: int) -> None:
         self._engine = engine
-        self._host: list[list[Slot | None]] = [[] for _ in range(num_host_pages)]
+        self.host: list[list[Slot | None]] = [[] for _ in range(num_host_pages)]
         self._jobs: list[tuple[LoadPages | BackUpPages, list[list[Slot | None]]]] = []  # with what is to be copied
         self._reports: list[Event] = []
         self.fail_next = False
 
     def take(self, job: LoadPages | BackUpPages) -> None:
-        for other, _ in self._jobs:
-            shares_slot = set(other.host_slots) & set(job.host_slots)
-            assert not shares_slot or type(other) is type(job) is LoadPages, "a slot is read and written at once"
         loads = isinstance(job, LoadPages)
-        source = [self._host[slot] for slot in job.host_slots] if loads else self._device_pages(job)
+        source = [self.host[slot] for slot in job.host_slots] if loads else self._device_pages(job)
         assert all(None not in page for page in source), "a page is copied before it was filled"
         self._jobs.append((job, [list(page) for page in source]))
+
+    @property
+    def slots(self) -> list[tuple[bool, int]]:
+        """(is it written, slot) of every job under way."""
+        return [(isinstance(job, BackUpPages), slot) for job, _ in self._jobs for slot in job.host_slots]
 
     @property
     def busy(self) -> bool:
@@ -171,7 +175,7 @@ class SimMover:
         ok, self.fail_next = not self.fail_next, False
         ledger = self._engine.cache._ledger
         if isinstance(job, LoadPages):
-            assert [self._host[slot] for slot in job.host_slots] == asked, "a host page changed while it was loaded"
+            assert [self.host[slot] for slot in job.host_slots] == asked, "a host page changed while it was loaded"
             assert {ledger.state(page_id) for page_id in job.page_ids} == {PageState.IN_FLIGHT}
             for page_id, page in zip(job.page_ids, asked, strict=True):
                 self._engine.device.pages[page_id] = list(page) if ok else [(0, 0)] * len(page)
@@ -180,7 +184,7 @@ class SimMover:
             assert self._device_pages(job) == asked, "a page changed while it was backed up"
             assert {ledger.state(page_id) for page_id in job.page_ids} == {PageState.CACHED}
             for slot, page in zip(job.host_slots, asked, strict=True):
-                self._host[slot] = page if ok else [(0, 0)] * len(page)
+                self.host[slot] = page if ok else [(0, 0)] * len(page)
             self._reports.append(PagesBackedUp(job_id=job.job_id, ok=ok))
 
     def poll(self) -> list[Event]:
@@ -204,6 +208,7 @@ class SimEngine:
         page_size: int,
         num_host_pages: int = 0,
         write_policy: str = "write_through",
+        prefetch: PrefetchConfig | None = None,
     ) -> None:
         self.world = world
         self.name = name
@@ -212,13 +217,20 @@ class SimEngine:
         self.config = config
         self.num_host_pages = num_host_pages
         self.write_policy = write_policy
+        self.prefetch = prefetch
+        host = HostTier(num_host_pages) if num_host_pages else None
+        storage = (
+            StorageTier(host, prefetch, page_size=page_size) if host is not None and prefetch is not None else None
+        )
         self.cache = PageCache(
             num_pages=num_pages,
             page_size=page_size,
             namespace="sim",
-            host=HostTier(num_host_pages) if num_host_pages else None,
+            host=host,
             write_policy=write_policy,
+            storage=storage,
         )
+        self.store = None if storage is None else SimStore(self, world.stored)
         self.mover = SimMover(self, num_host_pages)
         self.device = FakeDevice(self.cache)
         self.transport = SimTransport(world, self)
@@ -226,7 +238,7 @@ class SimEngine:
             transport="sim", location=self.epoch, num_pages=num_pages, page_bytes=PAGE_BYTES, layout=LAYOUT
         )
         self.scheduler = build_scheduler(role, config, self.cache, self.epoch, pool)
-        self.events: list[Event] = []
+        self.events: list[Event] = [] if storage is None else [StorageAttached(attached=True)]
         self.under_way: deque[Batch] = deque()
         self.plan = Plan()
         self.digests: set[bytes] = set()
@@ -253,7 +265,8 @@ class SimEngine:
     def step(self) -> Plan:
         watched = self.plan.watched_epochs
         dead = [PeerDied(epoch=epoch) for epoch in sorted(watched) if epoch not in self.world.by_epoch]
-        events = [*self.events, *self.transport.poll(), *self.mover.poll(), *dead]
+        stored = [] if self.store is None else self.store.poll()
+        events = [*self.events, *self.transport.poll(), *self.mover.poll(), *stored, *dead]
         self.events = []
         plan = self.plan = self.scheduler.step(self.world.now_s, events)
         self._check(plan)
@@ -261,11 +274,22 @@ class SimEngine:
         for transfer in plan.transfers:
             self.transport.take(transfer)
         for move in plan.moves:
-            self.mover.take(move)
+            if isinstance(move, LoadPages | BackUpPages):
+                self.mover.take(move)
+            else:
+                assert self.store is not None
+                self.store.take(move)
+        self._check_slots()
         if plan.batch is not None:
             self.under_way.append(plan.batch)
             assert len(self.under_way) <= (2 if self.config.overlap else 1)
         return plan
+
+    def _check_slots(self) -> None:
+        used = [*self.mover.slots, *([] if self.store is None else self.store.slots)]
+        written = [slot for is_written, slot in used if is_written]
+        assert len(written) == len(set(written)), "a slot is written twice at once"
+        assert not set(written) & {slot for is_written, slot in used if not is_written}, "a slot is read and written"
 
     def _just_sampled(self) -> set[str]:
         return {item.request_id for item in self.under_way[-1].items if item.sampling} if self.under_way else set()
@@ -275,6 +299,10 @@ class SimEngine:
         queued = [entry[3] for entry in waiting._heap if entry[3].ticket == entry[2]]
         to_compute = sum(len(each.token_ids) for each in queued if not each.awaits_grant_of_pages)
         assert waiting.num_tokens == to_compute, "the backlog is what waits to be computed here"
+        for request in self.scheduler._table.fetching.values():  # type: ignore[attr-defined]
+            assert self.world.now_s < request.arrived_s + self.config.queue_timeout_s / 2, "nobody waits for ever"
+        for request in self.scheduler._table.live.values():  # type: ignore[attr-defined]
+            assert request.prefetch is None or request.state.value in ("waiting", "fetching"), "admitted: closed"
         counts = self.scheduler.load().pages
         assert counts.free + counts.cached + counts.owned + counts.in_flight == counts.total
         for digest in plan.cached_removed:
@@ -318,6 +346,7 @@ class World:
         self.now_s = 0.0
         self.engines: dict[str, SimEngine] = {}  # by name, also the endpoint
         self.by_epoch: dict[str, SimEngine] = {}  # alive
+        self.stored: dict[bytes, list[Slot | None]] = {}  # by page, in the store of all
         self.wires: dict[tuple[str, str], deque[tuple[str, Event]]] = defaultdict(deque)
         self.chunks: dict[str, list[tuple[str, TokenChunk]]] = defaultdict(list)  # request → (epoch, chunk)
         self.ended: dict[tuple[str, str], list[Ended]] = defaultdict(list)  # (request, epoch)
@@ -337,6 +366,7 @@ class World:
         page_size: int = 4,
         num_host_pages: int = 0,
         write_policy: str = "write_through",
+        prefetch: PrefetchConfig | None = None,
     ) -> SimEngine:
         self._lives[name] += 1
         engine = SimEngine(
@@ -349,10 +379,17 @@ class World:
             page_size=page_size,
             num_host_pages=num_host_pages,
             write_policy=write_policy,
+            prefetch=prefetch,
         )
         self.engines[name] = engine
         self.by_epoch[engine.epoch] = engine
         return engine
+
+    def forget(self, engine: SimEngine, *, host: bool) -> None:
+        """The device pool's cached pages go, as others' need for pages would have it; perhaps the host tier's, too."""
+        engine.cache._evict(engine.cache.counts().evictable)
+        if host and engine.cache._host is not None:
+            engine.cache._host.flush()
 
     def kill(self, engine: SimEngine) -> SimEngine:
         """It dies with everything on its way out; another life starts at the same address."""
@@ -368,6 +405,7 @@ class World:
             page_size=engine.cache.page_size,
             num_host_pages=engine.num_host_pages,
             write_policy=engine.write_policy,
+            prefetch=engine.prefetch,
         )
 
     # ---------------------------------------------------------------- messages
@@ -460,6 +498,8 @@ class World:
             for engine in list(self.by_epoch.values()):
                 engine.transport.advance()
                 engine.mover.advance()
+                if engine.store is not None:
+                    engine.store.advance()
                 if len(engine.under_way) == 1 and engine.config.overlap:
                     engine.step()  # as the engine's loop does: the next batch is begun before this one is read
                 engine.finish_step()
@@ -478,6 +518,7 @@ class World:
             or engine.under_way
             or engine.transport.busy
             or engine.mover.busy
+            or (engine.store is not None and engine.store.busy)
             for engine in self.by_epoch.values()
         )
 
@@ -490,7 +531,13 @@ class World:
             assert counts.in_flight == 0, f"{engine.epoch} leaks pages in flight"
             assert counts.evictable == counts.cached, f"{engine.epoch} leaks pins"
             host = engine.cache.host_counts()
-            assert host is None or host.in_flight == 0, f"{engine.epoch} leaks host pages"
+            hung = [] if engine.store is None else engine.store.slots
+            assert host is None or host.in_flight == len({slot for _, slot in hung}), f"{engine.epoch} leaks host pages"
+            if (storage := engine.cache._storage) is not None:
+                assert storage._num_taken == sum(is_written for is_written, _ in hung), (
+                    f"{engine.epoch} leaks its share"
+                )
+                assert not storage._open, f"{engine.epoch} leaks prefetches"
             assert engine.scheduler.load().num_running == engine.scheduler.load().num_waiting == 0
         for request_id, submitted in self.submitted.items():
             for engine, _ in submitted.engines:

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from scheduler_sim import SimEngine, World, make_request, small_config
 
+from kvist.kv.storage_tier import PREFETCH_POLICIES, PrefetchConfig
+
 PREFILLS = ("p0", "p1")
 DECODES = ("d0", "d1")
 NAMES = st.sampled_from(PREFILLS + DECODES)
@@ -31,6 +33,7 @@ class Cluster(RuleBasedStateMachine):
         remembered=st.sampled_from([1, 64]),
         overlap=st.booleans(),
         num_host_pages=st.sampled_from([0, 4, 30]),
+        policy=st.sampled_from([None, *PREFETCH_POLICIES]),
     )
     def start(
         self,
@@ -41,7 +44,9 @@ class Cluster(RuleBasedStateMachine):
         remembered: int,
         overlap: bool,
         num_host_pages: int,
+        policy: str | None,
     ) -> None:
+        prefetch = None if policy is None else PrefetchConfig(policy=policy, threshold_tokens=1)
         config = small_config(
             grant_timeout_s=8.0,
             handoff_timeout_s=12.0,
@@ -56,9 +61,12 @@ class Cluster(RuleBasedStateMachine):
                 config,
                 num_pages=prefill_pages,
                 num_host_pages=num_host_pages,
+                prefetch=prefetch,
             )
         for name in DECODES:
-            self.world.start(name, "decode", config, num_pages=decode_pages, num_host_pages=num_host_pages)
+            self.world.start(
+                name, "decode", config, num_pages=decode_pages, num_host_pages=num_host_pages, prefetch=prefetch
+            )
         self.gateway_minds = gateway_minds
 
     def engine(self, name: str) -> SimEngine:
@@ -99,6 +107,8 @@ class Cluster(RuleBasedStateMachine):
             for _ in range(copies):
                 engine.transport.advance()
                 engine.mover.advance()
+                if engine.store is not None:
+                    engine.store.advance()
             if finishes:
                 engine.finish_step()
             engine.step()
@@ -131,12 +141,12 @@ class Cluster(RuleBasedStateMachine):
     def link_breaks(self, name: str, how: str) -> None:
         setattr(self.engine(name).transport, how, True)
 
-    @rule(prefill=st.sampled_from(PREFILLS), decode=st.sampled_from(DECODES))
-    def ask_again(self, prefill: str, decode: str) -> None:
-        """What was cached may be in the host tier only by now."""
+    @rule(prefill=st.sampled_from(PREFILLS), decode=st.sampled_from(DECODES), host=st.booleans())
+    def ask_again(self, prefill: str, decode: str, host: bool) -> None:
+        """What was cached may be in the host tier only by now, or in the store."""
         self.all_get_done()
-        self.cached_pages_go_from_the_device(prefill)
-        self.cached_pages_go_from_the_device(decode)
+        for name in (prefill, decode):
+            self.world.forget(self.engine(name), host=host)
         self.submit(prefill, decode, [1] * 13, 3, 0)
 
     @rule()
@@ -145,12 +155,21 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(name=NAMES)
     def cached_pages_go_from_the_device(self, name: str) -> None:
-        cache = self.engine(name).cache
-        cache._evict(cache.counts().evictable)
+        self.world.forget(self.engine(name), host=False)
 
     @rule(name=NAMES)
     def move_fails(self, name: str) -> None:
         self.engine(name).mover.fail_next = True
+
+    @rule(name=NAMES, hangs=st.booleans(), lies=st.booleans())
+    def store_is_in_trouble(self, name: str, hangs: bool, lies: bool) -> None:
+        store = self.engine(name).store
+        if store is not None:
+            store.fail_next, store.lies = True, lies
+            if hangs:
+                store.hang()
+            else:
+                store.hung.clear()
 
     @rule(name=NAMES)
     def step_fails(self, name: str) -> None:

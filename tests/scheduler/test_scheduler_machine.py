@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from scheduler_sim import World, make_request, small_config
 
+from kvist.kv.moves import StorageAttached
+from kvist.kv.storage_tier import PREFETCH_POLICIES, PrefetchConfig
 from kvist.scheduler.events import FlushRequested
 
 TOKENS = st.integers(0, 3)  # few different tokens: many shared prefixes
@@ -26,13 +34,27 @@ class OneEngine(RuleBasedStateMachine):
         overlap=st.booleans(),
         num_host_pages=st.sampled_from([0, 2, 6, 30]),
         write_policy=st.sampled_from(["write_through", "write_through_selective"]),
+        prefetch=st.sampled_from([None, *PREFETCH_POLICIES]),
     )
     def start(
-        self, num_pages: int, running: int, chunk: int, overlap: bool, num_host_pages: int, write_policy: str
+        self,
+        num_pages: int,
+        running: int,
+        chunk: int,
+        overlap: bool,
+        num_host_pages: int,
+        write_policy: str,
+        prefetch: str | None,
     ) -> None:
         config = small_config(max_running_requests=running, chunked_prefill_size=chunk, overlap=overlap)
         self.engine = self.world.start(
-            "u", "unified", config, num_pages=num_pages, num_host_pages=num_host_pages, write_policy=write_policy
+            "u",
+            "unified",
+            config,
+            num_pages=num_pages,
+            num_host_pages=num_host_pages,
+            write_policy=write_policy,
+            prefetch=None if prefetch is None else PrefetchConfig(policy=prefetch, threshold_tokens=1),
         )
 
     @rule(
@@ -90,17 +112,66 @@ class OneEngine(RuleBasedStateMachine):
     def move_fails(self) -> None:
         self.engine.mover.fail_next = True
 
-    @rule(token_id=st.integers(0, 1), drops=st.booleans())
-    def ask_again(self, token_id: int, drops: bool) -> None:
-        """What was cached may be in the host tier only by now."""
-        if drops:
+    @precondition(lambda self: self.engine.store is not None)
+    @rule(newest=st.booleans(), times=st.integers(1, 3))
+    def store_works(self, newest: bool, times: int) -> None:
+        for _ in range(times):
+            self.engine.store.advance(newest)
+
+    @precondition(lambda self: self.engine.store is not None)
+    @rule(
+        how=st.sampled_from(["fails", "hangs", "returns", "lies", "tells the truth", "forgets some", "forgets all"]),
+        which=st.integers(0, 9),
+    )
+    def store_is_in_trouble(self, how: str, which: int) -> None:
+        store, stored = self.engine.store, self.world.stored
+        if how == "fails":
+            store.fail_next = True
+        elif how == "hangs":
+            store.hang()
+        elif how == "returns":
+            store.hung.clear()
+        elif how in ("lies", "tells the truth"):
+            store.lies = how == "lies"
+        else:
+            for digest in list(stored)[which::3] if how == "forgets some" else list(stored):
+                del stored[digest]
+
+    @precondition(lambda self: self.engine.store is not None)
+    @rule(attached=st.sampled_from([True, True, False]))
+    def store_comes_or_goes(self, attached: bool) -> None:
+        self.engine.events.append(StorageAttached(attached=attached))
+
+    @rule(
+        token_id=st.integers(0, 1),
+        gone_from=st.sampled_from(["nowhere", "device", "host", "host"]),
+        times=st.integers(1, 3),
+        trouble=st.sampled_from(["", "", "hangs", "fails", "aborts"]),
+    )
+    def ask_again(self, token_id: int, gone_from: str, times: int, trouble: str) -> None:
+        """What was cached may be in the host tier only by now, or in the store."""
+        if gone_from != "nowhere":
+            self.submit([token_id] * 17, 2, 0, True, (), 0, "")
             self.all_get_done()
-            self.cached_pages_go(all_tiers=False)
-        self.submit([token_id] * 17, 2, 0, True, (), 0, "")
+            self.world.forget(self.engine, host=gone_from == "host")
+        for _ in range(times):
+            self.submit([token_id] * 17, 2, 0, True, (), 0, "")
+        if trouble and self.engine.store is not None:  # the pages are found, and while they are fetched:
+            for _ in range(2):
+                self.step(finishes=True)
+                self.engine.store.advance()
+            self.step(finishes=True)
+            if trouble == "aborts":
+                self.abort(self.count)
+            else:
+                self.store_is_in_trouble(trouble, 0)
 
     @rule()
     def all_get_done(self) -> None:
-        self.world.settle(max_rounds=100 + 80 * self.count, dt_s=0.0)
+        """Starvation would show here: a few dozen requests of a few dozen tokens need far fewer rounds. Time passes
+        only for those who wait for a store that hangs."""
+        hangs = self.engine.store is not None and bool(self.engine.store.hung)
+        self.world.settle(max_rounds=100 + 400 * hangs + 80 * self.count, dt_s=0.05 if hangs else 0.0)
 
     @rule(all_tiers=st.sampled_from([False, False, False, True]))
     def cached_pages_go(self, all_tiers: bool) -> None:
@@ -113,21 +184,24 @@ class OneEngine(RuleBasedStateMachine):
     def step_fails(self) -> None:
         self.engine.fail_next_step = bool(self.engine.under_way)
 
-    @rule(by_s=st.sampled_from([0.5, 40.0]))
+    @rule(by_s=st.sampled_from([0.5, 2.0, 40.0]))
     def time_passes(self, by_s: float) -> None:
         self.world.now_s += by_s
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):
-            # starvation would show here: a few dozen requests of a few dozen tokens need far fewer rounds
-            self.world.settle(max_rounds=100 + 80 * self.count, dt_s=0.0)
+            self.all_get_done()
             self.world.check_settled()
+            if self.engine.store is not None:
+                self.engine.store.hung.clear()
+                self.all_get_done()
+                self.world.check_settled()
 
 
 def test_one_engine_keeps_its_promises_in_any_order_of_events() -> None:
     run_state_machine_as_test(
         OneEngine,
         settings=settings(
-            max_examples=160, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=220, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -1,0 +1,225 @@
+"""The storage tier's bookkeeping: what is stored, what is fetched into which slots, and who may take how much."""
+
+from __future__ import annotations
+
+import math
+
+from kvist.kv.host_tier import HostPage, HostTier
+from kvist.kv.moves import CancelFetch, FetchPages, FindPages, PagesFetched, PagesFound, PagesStored, StorePages
+from kvist.kv.storage_tier import (
+    MAX_FINDS,
+    MAX_PIECE_PAGES,
+    MAX_STORES,
+    Prefetch,
+    PrefetchConfig,
+    StorageTier,
+)
+
+
+def tier(num_host_pages: int, threshold_tokens: int = 1) -> tuple[HostTier, StorageTier]:
+    host = HostTier(num_host_pages)
+    storage = StorageTier(host, PrefetchConfig(threshold_tokens=threshold_tokens), page_size=1)
+    storage.attach(True)
+    return host, storage
+
+
+def chain(name: str, length: int) -> list[bytes]:
+    return [f"{name}{place}".encode() for place in range(length)]
+
+
+def keep(host: HostTier, digests: list[bytes]) -> list[HostPage]:
+    pages: list[HostPage] = []
+    for digest in digests:
+        page = host.reserve(pages[-1] if pages else None, digest)
+        assert page is not None
+        host.written(page, ok=True)
+        pages.append(page)
+    return pages
+
+
+def begin(storage: StorageTier, digests: list[bytes], num_cached: int = 0) -> tuple[Prefetch, FindPages]:
+    prefetch = storage.begin(digests, num_cached)
+    (find,) = storage.drain_jobs()
+    assert prefetch is not None
+    assert isinstance(find, FindPages)
+    return prefetch, find
+
+
+def fetches(storage: StorageTier) -> list[FetchPages]:
+    return [job for job in storage.drain_jobs() if isinstance(job, FetchPages)]
+
+
+def test_the_policies_say_how_long_to_wait() -> None:
+    assert PrefetchConfig().wait_s(8000) == 1.0 + 8 * 0.25
+    assert PrefetchConfig(policy="best_effort").wait_s(8000) == 0
+    assert PrefetchConfig(policy="wait_complete").wait_s(8000) == math.inf
+
+
+def test_a_long_prefix_is_fetched_in_pieces_behind_what_the_host_has() -> None:
+    host, storage = tier(1000)
+    digests = chain("a", 300)
+    head = keep(host, digests[:10])
+    prefetch, find = begin(storage, digests)
+    assert find.digests == tuple(digests[10:])
+    storage.found(PagesFound(job_id=find.job_id, num_pages=280))
+    jobs = fetches(storage)
+    assert [len(job.digests) for job in jobs] == [MAX_PIECE_PAGES, MAX_PIECE_PAGES, 24]
+    assert jobs[0].names[0] == (digests[10], head[-1].digest)
+    assert len({slot for job in jobs for slot in job.host_slots} | {page.slot for page in head}) == 290
+    for job in reversed(jobs):
+        assert not prefetch.done
+        storage.fetched(PagesFetched(job_id=job.job_id, num_pages=len(job.digests)))
+    assert storage.drain_done() == [prefetch]
+    assert len(host.match(digests)) == 290
+    assert [page.from_storage for page in host.match(digests)] == [False] * 10 + [True] * 280
+
+
+def test_what_the_device_has_is_not_worth_fetching_but_fetched_if_it_is_in_the_way() -> None:
+    _, storage = tier(100, threshold_tokens=4)
+    digests = chain("a", 10)
+    assert storage.begin(digests, 7) is None
+    _, find = begin(storage, digests, 6)
+    assert len(find.digests) == 10
+    storage.found(PagesFound(job_id=find.job_id, num_pages=9))
+    assert fetches(storage) == []
+    assert len(storage.drain_done()) == 1
+    _, find = begin(storage, digests, 5)
+    storage.found(PagesFound(job_id=find.job_id, num_pages=9))
+    (job,) = fetches(storage)
+    assert job.digests == tuple(digests[:9])
+
+
+def test_fetched_pages_stay_until_their_request_is_admitted() -> None:
+    host, storage = tier(8)
+    digests = chain("a", 4)
+    prefetch, find = begin(storage, digests)
+    storage.found(PagesFound(job_id=find.job_id, num_pages=4))
+    (job,) = fetches(storage)
+    storage.fetched(PagesFetched(job_id=job.job_id, num_pages=3))
+    keep(host, chain("other", 5))
+    assert host.reserve(None, b"more") is not None
+    assert len(host.match(digests)) == 3  # the others are newer, and one of them went
+    storage.close(prefetch)
+    host.flush()
+    assert host.match(digests) == []
+
+
+def test_at_most_half_of_the_host_tier_is_taken_and_who_waits_is_served_in_turn() -> None:
+    _, storage = tier(16)
+    opened = [begin(storage, chain(name, 6)) for name in "abc"]
+    for _, find in opened:
+        storage.found(PagesFound(job_id=find.job_id, num_pages=6))
+    (first,) = fetches(storage)
+    storage.fetched(PagesFetched(job_id=first.job_id, num_pages=6))
+    assert fetches(storage) == []  # fetched, and kept
+    assert storage.drain_done() == [opened[0][0]]
+    storage.give_up(opened[1][0])  # it waits no longer
+    storage.close(opened[0][0])
+    (third,) = fetches(storage)
+    assert third.digests == tuple(chain("c", 6))
+    storage.fetched(PagesFetched(job_id=third.job_id, num_pages=0))
+    assert storage.drain_done() == [opened[2][0]]
+    prefetch, find = begin(storage, chain("long", 30))
+    storage.found(PagesFound(job_id=find.job_id, num_pages=30))
+    (long,) = fetches(storage)
+    assert len(long.digests) == 8
+    storage.close(prefetch)
+    assert storage.drain_jobs() == [CancelFetch(job_id=long.job_id)]
+    assert storage._num_taken == 8
+    storage.fetched(PagesFetched(job_id=long.job_id, num_pages=2))
+    assert storage._num_taken == 0
+
+
+def test_a_fetch_that_others_wait_for_is_cancelled_by_the_last_of_them() -> None:
+    _, storage = tier(16)
+    digests = chain("a", 4)
+    first, find = begin(storage, digests)
+    storage.found(PagesFound(job_id=find.job_id, num_pages=4))
+    (job,) = fetches(storage)
+    second = storage.begin(digests, 0)
+    assert second is not None
+    storage.close(first)
+    assert storage.drain_jobs() == []
+    storage.close(second)
+    assert storage.drain_jobs() == [CancelFetch(job_id=job.job_id)]
+    storage.fetched(PagesFetched(job_id=job.job_id, num_pages=0))
+    assert storage.totals["storage_failed_pages"] == 0
+    assert storage.drain_done() == []
+
+
+def test_a_prefix_that_was_evicted_while_the_store_was_asked_is_fetched_with_the_rest() -> None:
+    host, storage = tier(20)
+    digests = chain("a", 6)
+    keep(host, digests[:3])
+    _, find = begin(storage, digests)
+    host.flush()
+    storage.found(PagesFound(job_id=find.job_id, num_pages=3))
+    (job,) = fetches(storage)
+    assert job.digests == tuple(digests)
+
+
+def test_pages_are_stored_once_and_again_only_where_that_failed_or_the_store_is_another() -> None:
+    host, storage = tier(40)
+    pages = keep(host, chain("a", 4))
+    storage.store(pages)
+    storage.store(pages)
+    (job,) = storage.drain_jobs()
+    assert isinstance(job, StorePages)
+    assert host.counts().in_flight == 4
+    storage.stored(PagesStored(job_id=job.job_id, num_pages=3))
+    assert host.counts().in_flight == 0
+    storage.store(pages)
+    (job,) = storage.drain_jobs()
+    assert isinstance(job, StorePages)
+    assert job.digests == (pages[3].digest,)
+    storage.attach(False)
+    storage.store(pages)
+    assert storage.drain_jobs() == []
+    storage.attach(True)
+    storage.stored(PagesStored(job_id=job.job_id, num_pages=1))  # in the former
+    storage.store(pages)
+    (job,) = storage.drain_jobs()
+    assert isinstance(job, StorePages)
+    assert len(job.digests) == 4
+
+
+def test_a_page_fetched_from_a_former_store_is_not_known_to_be_in_the_next() -> None:
+    host, storage = tier(40)
+    digests = chain("a", 4)
+    _, find = begin(storage, digests)
+    storage.found(PagesFound(job_id=find.job_id, num_pages=4))
+    (job,) = fetches(storage)
+    storage.attach(True)
+    storage.fetched(PagesFetched(job_id=job.job_id, num_pages=4))
+    assert [page.stored for page in host.match(digests)] == [False] * 4
+
+
+def test_stores_are_bounded_in_jobs_and_in_their_part_of_the_host_tier() -> None:
+    host, storage = tier(8 * MAX_STORES)
+    for number in range(MAX_STORES + 5):
+        storage.store(keep(host, chain(f"{number}-", 1)))
+    assert len(storage.drain_jobs()) == MAX_STORES
+    assert storage.totals["storage_skipped_pages"] == 5
+    host, storage = tier(40)
+    pages = keep(host, chain("a", 30))
+    storage.store(pages)
+    (job,) = storage.drain_jobs()
+    assert isinstance(job, StorePages)
+    assert len(job.digests) == 10
+    assert storage.totals["storage_skipped_pages"] == 20
+    storage.stored(PagesStored(job_id=job.job_id, num_pages=10))
+    storage.store(pages)
+    assert len(storage.drain_jobs()) == 1
+
+
+def test_questions_are_bounded() -> None:
+    _, storage = tier(8)
+    for number in range(MAX_FINDS):
+        prefetch = storage.begin(chain(f"{number}-", 2), 0)
+        assert prefetch is not None
+        storage.close(prefetch)  # who asked has gone; the store has not answered
+    assert storage.begin(chain("more", 2), 0) is None
+    for job in storage.drain_jobs():
+        storage.found(PagesFound(job_id=job.job_id, num_pages=2))
+    assert storage.drain_jobs() == []
+    assert storage.begin(chain("more", 2), 0) is not None

@@ -1,0 +1,104 @@
+"""A store and its mover that exist only in memory: it delays, fails, hangs, lies about what it has, and forgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fake_device import Slot
+
+from kvist.kv.moves import (
+    CancelFetch,
+    FetchPages,
+    FindPages,
+    PagesFetched,
+    PagesFound,
+    PagesStored,
+    StoreJob,
+    StorePages,
+)
+from kvist.scheduler.events import Event
+
+if TYPE_CHECKING:
+    from scheduler_sim import SimEngine
+
+Page = list[Slot | None]
+NONSENSE = (-2, -2)
+
+
+class SimStore:
+    """One engine's way to the `pages` that all share. A job is carried out when told to, in any order."""
+
+    def __init__(self, engine: SimEngine, pages: dict[bytes, Page]) -> None:
+        self._engine = engine
+        self._pages = pages
+        self._jobs: list[tuple[FindPages | FetchPages | StorePages, list[Page]]] = []  # with what is to be stored
+        self._reports: list[Event] = []
+        self._begun: set[int] = set()  # fetches
+        self._cancelled: set[int] = set()
+        self.hung: set[int] = set()  # they are answered when they return
+        self.fetched: list[bytes] = []  # every page that was asked for
+        self.fail_next = False
+        self.lies = False  # it has everything, it says
+
+    def take(self, job: StoreJob) -> None:
+        if isinstance(job, CancelFetch):
+            assert job.job_id in self._begun
+            self._cancelled.add(job.job_id)  # in vain, if it was carried out meanwhile
+            return
+        assert all(other.job_id != job.job_id for other, _ in self._jobs)
+        if not isinstance(job, FindPages):
+            assert 0 < len(job.digests) == len(job.host_slots) <= 128
+        if isinstance(job, FetchPages):
+            assert [digest for digest, _ in job.names] == list(job.digests)
+            self.fetched += job.digests
+            self._begun.add(job.job_id)
+            self._write(job.host_slots, [[NONSENSE]] * len(job.host_slots))  # from now on, at any time
+        asked = [list(page) for page in self._read(job.host_slots)] if isinstance(job, StorePages) else []
+        self._jobs.append((job, asked))
+
+    @property
+    def slots(self) -> list[tuple[bool, int]]:
+        """(is it written, slot) of every job under way."""
+        jobs = [job for job, _ in self._jobs if not isinstance(job, FindPages)]
+        return [(isinstance(job, FetchPages), slot) for job in jobs for slot in job.host_slots]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._reports) or any(job.job_id not in self.hung for job, _ in self._jobs)
+
+    def hang(self) -> None:
+        self.hung.update(job.job_id for job, _ in self._jobs)
+
+    def advance(self, newest: bool = False) -> None:
+        ready = [index for index, (job, _) in enumerate(self._jobs) if job.job_id not in self.hung]
+        if not ready:
+            return
+        job, asked = self._jobs.pop(ready[-1 if newest else 0])
+        most, self.fail_next = (len(job.digests) // 2 if self.fail_next else len(job.digests)), False
+        if isinstance(job, FindPages):
+            num_pages = len(job.digests) if self.lies else self._num_leading(job.digests)
+            self._reports.append(PagesFound(job_id=job.job_id, num_pages=min(num_pages, most)))
+        elif isinstance(job, FetchPages):
+            num_pages = 0 if job.job_id in self._cancelled else min(self._num_leading(job.digests), most)
+            self._write(job.host_slots, [self._pages[digest] for digest in job.digests[:num_pages]])
+            self._reports.append(PagesFetched(job_id=job.job_id, num_pages=num_pages))
+        else:
+            assert [list(page) for page in self._read(job.host_slots)] == asked, "a page changed while it was stored"
+            assert all(slot is not None and slot[0] >= 0 for page in asked for slot in page), "nonsense is stored"
+            self._pages.update(zip(job.digests[:most], asked, strict=False))
+            self._reports.append(PagesStored(job_id=job.job_id, num_pages=most))
+
+    def poll(self) -> list[Event]:
+        reports, self._reports = self._reports, []
+        return reports
+
+    def _num_leading(self, digests: Sequence[bytes]) -> int:
+        return next((place for place, digest in enumerate(digests) if digest not in self._pages), len(digests))
+
+    def _read(self, slots: Sequence[int]) -> list[Page]:
+        return [self._engine.mover.host[slot] for slot in slots]
+
+    def _write(self, slots: Sequence[int], pages: list[Page]) -> None:
+        for slot, page in zip(slots, pages, strict=False):
+            self._engine.mover.host[slot] = list(page)

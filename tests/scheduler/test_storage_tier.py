@@ -1,0 +1,389 @@
+"""Requests and the storage tier: what comes from the store before their turn, how long they wait, and what trouble
+means."""
+
+from __future__ import annotations
+
+import pytest
+from scheduler_sim import SimEngine, World, make_request, small_config
+
+from kvist.kv.moves import CancelFetch, FetchPages, FindPages, StorageAttached, StorePages
+from kvist.kv.storage_tier import PrefetchConfig
+from kvist.request import Outcome
+
+PROMPT = [1] * 13  # 3 full pages of 4 tokens
+PREFETCH = PrefetchConfig(base_s=2.0, per_1k_s=0.0, threshold_tokens=8)
+
+
+def start(world: World, role: str = "unified", name: str = "u", **engine: object) -> SimEngine:
+    settings = {"num_host_pages": 40, "prefetch": PREFETCH, "config": small_config(), **engine}
+    return world.start(name, role, **settings)  # type: ignore[arg-type]
+
+
+def ask(world: World, engine: SimEngine, request_id: str = "again", prompt: list[int] | None = None) -> None:
+    world.submit(make_request(request_id, PROMPT if prompt is None else prompt, max_tokens=2), engine)
+    world.deliver(("gateway", engine.name))
+
+
+def begin_find(world: World, engine: SimEngine) -> None:
+    """PROMPT was answered, its pages are in the store only, and are asked for by a second request."""
+    world.submit(make_request("first", PROMPT, max_tokens=1), engine)
+    world.settle()
+    assert len(world.stored) == 3
+    world.forget(engine, host=True)
+    ask(world, engine)
+    (find,) = engine.step().moves
+    assert isinstance(find, FindPages)
+    assert len(find.digests) == 3
+
+
+def begin_fetch(world: World, engine: SimEngine) -> FetchPages:
+    begin_find(world, engine)
+    assert engine.store is not None
+    engine.store.advance()
+    (fetch,) = engine.step().moves
+    assert isinstance(fetch, FetchPages)
+    return fetch
+
+
+def told_cached(world: World, request_id: str) -> int | None:
+    return world.chunks[request_id][0][1].num_cached_tokens
+
+
+def totals(engine: SimEngine) -> dict[str, float]:
+    return dict(engine.scheduler.load().totals)
+
+
+def test_pages_that_only_the_store_has_come_back_before_the_turn_of_who_asks() -> None:
+    world = World()
+    engine = start(world)
+    begin_fetch(world, engine)
+    load = engine.scheduler.load()
+    assert (load.num_waiting, load.num_running) == (1, 0)
+    assert load.host_pages is not None
+    assert load.host_pages.in_flight == 3
+    world.settle()
+    world.check_settled()
+    assert told_cached(world, "again") == 12
+    told = totals(engine)
+    assert (told["storage_stored_pages"], told["storage_hit_pages"], told["storage_fetched_pages"]) == (3, 3, 3)
+    assert (told["storage_miss_pages"], told["storage_failed_pages"], told["host_loaded_pages"]) == (3, 0, 3)
+    assert (told["prefetches"], told["prefetch_timeouts"]) == (2, 0)  # the first asked, too, and found nothing
+    assert told["prefetch_wait_seconds"] > 0
+
+
+def test_another_worker_finds_what_this_one_stored_and_tells_it_as_cached_only_when_fetched() -> None:
+    world = World()
+    one, other = start(world), start(world, name="v")
+    world.submit(make_request("first", PROMPT, max_tokens=1), one)
+    world.settle()
+    assert other.digests == set()
+    ask(world, other)
+    world.settle()
+    world.check_settled()
+    assert told_cached(world, "again") == 12
+    assert len(other.digests) == 3
+
+
+def test_a_request_that_waits_for_the_store_holds_nobody_back() -> None:
+    world = World()
+    engine = start(world)
+    begin_fetch(world, engine)
+    assert engine.store is not None
+    engine.store.hang()
+    world.submit(make_request("behind", [3] * 6, max_tokens=1), engine)
+    world.deliver(("gateway", "u"))
+    for _ in range(3):
+        engine.step()
+        engine.finish_step()
+    assert world.outcome("behind", engine) is Outcome.FINISHED
+    assert not world.chunks["again"]
+
+
+def test_who_waited_takes_its_place_by_arrival() -> None:
+    world = World()
+    engine = start(world, config=small_config(max_running_requests=1))
+    begin_fetch(world, engine)
+    for request_id in ("one", "two"):
+        ask(world, engine, request_id, [3] * 6)
+        engine.step()
+    assert engine.store is not None
+    engine.store.advance()
+    while not world.ended["one", engine.epoch]:
+        engine.mover.advance()
+        engine.finish_step()
+        engine.step()
+    while not world.ended["again", engine.epoch]:
+        engine.mover.advance()
+        engine.finish_step()
+        engine.step()
+    assert not world.ended["two", engine.epoch]
+
+
+def test_a_prefetch_that_takes_too_long_is_cancelled_and_the_pages_are_computed() -> None:
+    world = World()
+    engine = start(world)
+    fetch = begin_fetch(world, engine)
+    assert engine.plan.wake_at_s == pytest.approx(world.now_s + 2.0)
+    world.now_s += 2.0
+    plan = engine.step()
+    assert CancelFetch(job_id=fetch.job_id) in plan.moves
+    assert plan.batch is not None
+    world.settle()
+    world.check_settled()
+    assert told_cached(world, "again") == 0
+    assert totals(engine)["prefetch_timeouts"] == 1
+    assert totals(engine)["storage_failed_pages"] == 0  # it was cancelled
+
+
+@pytest.mark.parametrize("policy", ["timeout", "wait_complete", "best_effort"])
+def test_a_store_that_hangs_costs_its_slots_and_no_request(policy: str) -> None:
+    world = World()
+    engine = start(world, prefetch=PrefetchConfig(policy=policy, base_s=2.0, threshold_tokens=8))
+    begin_find(world, engine)
+    assert engine.store is not None
+    engine.store.advance()
+    engine.step()
+    engine.store.hang()
+    world.settle()
+    world.check_settled()  # but for the slots
+    assert world.outcome("again", engine) is Outcome.FINISHED
+    engine.store.hung.clear()
+    world.settle()
+    world.check_settled()
+    host = engine.cache.host_counts()
+    assert host is not None
+    assert host.in_flight == 0
+
+
+def test_best_effort_waits_for_its_turn_only_and_takes_what_has_come() -> None:
+    world = World()
+    best_effort = PrefetchConfig(policy="best_effort", threshold_tokens=8)
+    engine = start(world, prefetch=best_effort, config=small_config(max_running_requests=1))
+    world.submit(make_request("first", PROMPT, max_tokens=1), engine)
+    world.settle()
+    world.forget(engine, host=True)
+    ask(world, engine, "idle")  # nobody is before it: no time for the store
+    engine.step()
+    assert engine.under_way
+    world.settle()
+    assert told_cached(world, "idle") == 0
+    world.forget(engine, host=True)
+    ask(world, engine, "before", [2] * 6)
+    ask(world, engine, "behind")
+    assert engine.store is not None
+    for _ in range(3):
+        engine.step()
+        engine.store.advance()
+    world.settle()
+    world.check_settled()
+    assert told_cached(world, "behind") == 12
+
+
+def test_an_abort_while_the_store_is_asked_leaves_nothing_but_the_job() -> None:
+    world = World()
+    engine = start(world)
+    fetch = begin_fetch(world, engine)
+    world.abort("again")
+    world.deliver(("gateway", "u"))
+    assert CancelFetch(job_id=fetch.job_id) in engine.step().moves
+    assert world.outcome("again", engine) is Outcome.ABORTED
+    assert not engine.scheduler.has_work()
+    host = engine.cache.host_counts()
+    assert host is not None
+    assert host.in_flight == 3
+    world.settle()
+    world.check_settled()
+
+
+def test_who_waits_for_the_store_counts_as_waiting_and_is_refused_beyond_the_queue() -> None:
+    world = World()
+    engine = start(world, config=small_config(max_queued_requests=1))
+    begin_find(world, engine)
+    ask(world, engine, "more")
+    engine.step()
+    (ended,) = world.ended["more", engine.epoch]
+    assert ended.error_code == "overloaded"
+
+
+def test_two_requests_that_want_the_same_pages_fetch_them_once_and_load_them_once() -> None:
+    world = World()
+    engine = start(world)
+    begin_find(world, engine)
+    ask(world, engine, "also")
+    world.settle()
+    world.check_settled()
+    assert [told_cached(world, each) for each in ("again", "also")] == [12, 12]
+    assert engine.store is not None
+    assert len(engine.store.fetched) == 3
+    assert totals(engine)["host_loaded_pages"] == 3
+
+
+def test_who_waits_for_what_another_asked_for_gets_it_though_the_other_is_aborted() -> None:
+    world = World()
+    engine = start(world)
+    begin_fetch(world, engine)
+    ask(world, engine, "also")
+    engine.step()
+    world.abort("again")
+    world.settle()
+    world.check_settled()
+    assert told_cached(world, "also") == 12
+    assert engine.store is not None
+    assert len(engine.store.fetched) == 3
+
+
+def test_a_failed_load_that_two_wait_for_is_a_miss_for_one_and_tried_again_for_the_other() -> None:
+    world = World()
+    engine = start(world, prefetch=None)
+    world.submit(make_request("first", PROMPT, max_tokens=1), engine)
+    world.settle()
+    engine.cache._evict(engine.cache.counts().evictable)
+    ask(world, engine, "one")
+    ask(world, engine, "two")
+    engine.mover.fail_next = True
+    world.settle()
+    world.check_settled()
+    assert sorted([told_cached(world, "one") or 0, told_cached(world, "two") or 0]) == [0, 12]
+
+
+def test_a_piece_that_fails_is_computed_again_and_what_came_before_it_is_not() -> None:
+    world = World()
+    engine = start(world)
+    begin_fetch(world, engine)
+    assert engine.store is not None
+    engine.store.fail_next = True  # after one page of three
+    world.settle()
+    world.check_settled()
+    assert told_cached(world, "again") == 4
+    assert totals(engine)["storage_failed_pages"] == 2
+
+
+def test_a_page_missing_in_the_middle_ends_the_hit() -> None:
+    world = World()
+    engine = start(world)
+    begin_find(world, engine)
+    del world.stored[list(world.stored)[2]]
+    world.settle()
+    world.check_settled()
+    assert told_cached(world, "again") == 8
+    assert totals(engine)["storage_miss_pages"] == 3 + 1
+
+
+def test_too_few_pages_are_computed_rather_than_fetched() -> None:
+    world = World()
+    engine = start(world)
+    begin_find(world, engine)
+    for digest in list(world.stored)[1:]:
+        del world.stored[digest]
+    world.settle()
+    assert told_cached(world, "again") == 0
+    assert engine.store is not None
+    assert engine.store.fetched == []
+    world.submit(make_request("short", [5] * 7, max_tokens=1), engine)
+    world.deliver(("gateway", "u"))
+    assert not any(isinstance(move, FindPages) for move in engine.step().moves)
+    world.settle()
+
+
+def test_without_a_store_nobody_asks_and_who_waits_goes_on() -> None:
+    world = World()
+    engine = start(world)
+    begin_fetch(world, engine)
+    engine.events.append(StorageAttached(attached=False))
+    assert engine.step().batch is not None
+    world.settle()
+    world.check_settled()
+    world.forget(engine, host=True)
+    ask(world, engine, "later")
+    assert not any(isinstance(move, FindPages | StorePages) for move in engine.step().moves)
+    world.settle()
+    world.stored.clear()
+    engine.events.append(StorageAttached(attached=True))  # another: what was stored in the first is stored again
+    ask(world, engine, "last")
+    world.settle()
+    world.check_settled()
+    assert len(world.stored) == 3
+
+
+def test_a_preempted_request_does_not_ask_again() -> None:
+    world = World()
+    engine = start(world, num_pages=8)
+    for number in range(2):
+        request = make_request(f"r{number}", [number] * 9, max_tokens=12, ignore_eos=True)
+        world.submit(request, engine)
+    world.settle()
+    world.check_settled()
+    assert totals(engine)["preemptions"] > 0
+    assert totals(engine)["prefetches"] == 2
+
+
+def test_prefill_and_decode_both_fetch_before_they_compute_and_grant() -> None:
+    world = World()
+    prefill, decode = start(world, "prefill", "p"), start(world, "decode", "d")
+    for number in range(2):
+        world.submit_pair(make_request(f"r{number}", PROMPT[:12], max_tokens=4), prefill, decode)
+        world.settle()
+        world.forget(prefill, host=True)
+        world.forget(decode, host=True)
+    world.check_settled()
+    assert totals(prefill)["storage_fetched_pages"] == 2  # it computes the last token, and so the third
+    assert totals(decode)["storage_fetched_pages"] == 3
+    assert totals(decode)["handoff_pages"] == 3  # of the first alone
+
+
+def test_a_grant_that_comes_while_prefill_waits_for_the_store_is_kept() -> None:
+    world = World()
+    prefill, decode = start(world, "prefill", "p"), start(world, "decode", "d", prefetch=None)
+    world.submit(make_request("first", PROMPT, max_tokens=1), prefill)
+    world.settle()
+    world.forget(prefill, host=True)
+    world.submit_pair(make_request("pair", PROMPT, max_tokens=3), prefill, decode)
+    world.deliver(("gateway", "p"))
+    prefill.step()
+    assert prefill.store is not None
+    prefill.store.hang()
+    world.deliver(("gateway", "d"))
+    decode.step()
+    world.deliver((decode.epoch, "p"))
+    prefill.step()
+    assert prefill.scheduler.load().num_waiting == 1
+    prefill.store.hung.clear()
+    world.settle()
+    world.check_settled()
+    assert world.outcome("pair", decode) is Outcome.FINISHED
+    assert told_cached(world, "pair") == 12
+
+
+def test_pages_of_another_salt_are_not_hit_in_the_store() -> None:
+    world = World()
+    engine = start(world)
+    world.submit(make_request("first", PROMPT, max_tokens=1, cache_salt="a"), engine)
+    world.settle()
+    world.forget(engine, host=True)
+    world.submit(make_request("other", PROMPT, max_tokens=1, cache_salt="b"), engine)
+    world.settle()
+    world.forget(engine, host=True)
+    world.submit(make_request("same", PROMPT, max_tokens=1, cache_salt="a"), engine)
+    world.settle()
+    world.check_settled()
+    assert (told_cached(world, "other"), told_cached(world, "same")) == (0, 12)
+
+
+def test_a_page_that_was_not_stored_is_tried_again_when_it_is_hit() -> None:
+    world = World()
+    engine = start(world)
+    assert engine.store is not None
+    world.submit(make_request("first", PROMPT, max_tokens=1), engine)
+    while not any(isinstance(move, StorePages) for move in engine.plan.moves):
+        world.deliver(("gateway", "u"))
+        engine.store.advance()
+        engine.mover.advance()
+        engine.finish_step()
+        engine.step()
+    engine.store.fail_next = True
+    world.settle()
+    assert (len(world.stored), totals(engine)["storage_failed_pages"]) == (2, 1)
+    ask(world, engine)
+    world.settle()
+    world.check_settled()
+    assert len(world.stored) == 3
