@@ -6,6 +6,7 @@
     │   ├── PromptTooLong           more tokens than the model or the pool holds
     │   ├── UnknownModel            a model name that is not served (404)
     │   ├── BodyTooLarge            the HTTP body is over the limit (413)
+    │   ├── Conflict                it contradicts what is so already (409)
     │   └── Unauthorized            the API key is missing or wrong (401)
     ├── Overloaded                  a bounded queue is full (429, retry later)
     ├── Unavailable                 no worker can take it now (503, retry later)
@@ -59,6 +60,11 @@ class UnknownModel(RequestError):
 class BodyTooLarge(RequestError):
     code = "body_too_large"
     http_status = 413
+
+
+class Conflict(RequestError):
+    code = "conflict"
+    http_status = 409
 
 
 class Unauthorized(RequestError):

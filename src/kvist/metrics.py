@@ -62,6 +62,20 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "storage_stored_pages": "pages stored in the storage tier, or found to be there",
     "storage_skipped_pages": "pages due to be stored and left out: too many under way",
     "storage_failed_pages": "pages in fetches and stores that failed",
+    "storage_finds": "calls that asked the store what it has",
+    "storage_find_seconds": "time of those",
+    "storage_reads": "copies from the store to the host tier",
+    "storage_read_bytes": "bytes of those",
+    "storage_read_seconds": "time of those",
+    "storage_writes": "copies from the host tier to the store",
+    "storage_write_bytes": "bytes of those, found to be there included",
+    "storage_write_seconds": "time of those",
+    "storage_slow_calls": "calls of the store that outran the deadline",
+    "storage_raised_calls": "calls of the store that failed by a bug of it",
+    "storage_unasked_jobs": "finds, reads and writes left out because the store hangs (the breaker is open)",
+    "storage_broken_pages": "stored pages whose header, size or checksum was wrong: misses",
+    "storage_refused_pages": "pages for which the store had no room",
+    "storage_evicted_pages": "pages that this worker made the store drop, to keep its size",
     "prefetches": "requests that asked the storage tier for pages, or waited for what others had asked for",
     "prefetch_timeouts": "of those, went on before all had come",
     "prefetch_wait_seconds": "time of those from arrival to the queue",
@@ -74,6 +88,12 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "undecodable_messages": "messages dropped because they could not be decoded",
 }
 
+_STORAGE_GAUGES = {
+    "attached": "1 when a store is attached",
+    "breaker_open": "1 while the store is left alone because it hung or failed",
+    "quarantined_pages": "pages of the host tier that calls of the store which hang may still touch",
+    "stored_bytes": "bytes in the store, everybody's",
+}
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -111,6 +131,8 @@ class WorkerSample:
     num_pages: Mapping[str, int]  # by state: free, cached, owned, in_flight
     totals: Mapping[str, float]
     num_host_pages: Mapping[str, int] = field(default_factory=dict)  # by state: free, cached, in_flight
+    storage: Mapping[str, float] = field(default_factory=dict)  # by the names of _STORAGE_GAUGES
+    storage_errors: Mapping[str, int] = field(default_factory=dict)  # by errno
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -175,6 +197,12 @@ def _worker_families(samples: tuple[WorkerSample, ...]) -> Iterator[Metric]:
     usage = GaugeMetricFamily("kvist:kv_cache_usage_perc", "share of pages in use by requests, 0 to 1", labels=labels)
     pages = GaugeMetricFamily("kvist:kv_pages", "pages by state", labels=[*labels, "state"])
     host_pages = GaugeMetricFamily("kvist:host_pages", "pages of the host tier by state", labels=[*labels, "state"])
+    storage = {
+        name: GaugeMetricFamily(f"kvist:storage_{name}", text, labels=labels) for name, text in _STORAGE_GAUGES.items()
+    }
+    errors = CounterMetricFamily(
+        "kvist:worker_storage_errors", "errors of the store's system calls", labels=[*labels, "errno"]
+    )
     totals: dict[str, CounterMetricFamily] = {}
     for sample in samples:
         who = [sample.worker, sample.role]
@@ -188,9 +216,13 @@ def _worker_families(samples: tuple[WorkerSample, ...]) -> Iterator[Metric]:
             pages.add_metric([*who, state], count)
         for state, count in sample.num_host_pages.items():
             host_pages.add_metric([*who, state], count)
+        for name, state_now in sample.storage.items():
+            storage[name].add_metric(who, state_now)
+        for errno, count in sorted(sample.storage_errors.items()):
+            errors.add_metric([*who, errno], count)
         for name, value in sorted(sample.totals.items()):
             if name not in totals:
                 text = ENGINE_TOTALS.get(name, name)
                 totals[name] = CounterMetricFamily(f"kvist:worker_{name}", text, labels=labels)
             totals[name].add_metric(who, value)
-    yield from (alive, running, waiting, usage, pages, host_pages, *totals.values())
+    yield from (alive, running, waiting, usage, pages, host_pages, *storage.values(), errors, *totals.values())

@@ -35,7 +35,7 @@ from kvist.router.config import RouterConfig
 from kvist.scheduler.config import SchedulerOptions
 from kvist.server.config import ServerConfig
 from kvist.worker.bench_shapes import StepsConfig
-from kvist.worker.config import EngineConfig
+from kvist.worker.config import EngineConfig, StorageConfig
 
 SHORTHANDS = (
     Shorthand(flag="--decode-only", key="role", value="decode", text="the same as --role decode"),
@@ -165,6 +165,7 @@ _AROUND_THE_ENGINE = (  # sockets, limits that the batch shapes set, and time-ou
     "engine_start_timeout_s",
     *(field.name for field in dataclasses.fields(ChannelConfig)),
     *(field.name for field in dataclasses.fields(SchedulerOptions)),
+    *(field.name for field in dataclasses.fields(StorageConfig)),
 )
 
 
@@ -261,7 +262,15 @@ def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str
     """What reaches each child: the options it knows, less those that the plan deals out itself."""
     engine = settings.engine
     num_gpus = 0 if engine.device == "cpu" else visible_gpus(environ)
-    dealt_out = ("host", "port", "num_threads", "stop_with_stdin", "config", *(["base_gpu_id"] if num_gpus else []))
+    dealt_out = (
+        "host",
+        "port",
+        "num_threads",
+        "stop_with_stdin",
+        "config",
+        "hicache_persist",
+        *(["base_gpu_id"] if num_gpus else []),
+    )
     worker_argv, worker_environ = to_argv(settings, ServeSettings, without=(*dealt_out, *_PLANNED, "api_key"))
     router_argv, router_environ = to_argv(settings, RouterSettings, without=(*dealt_out, *_WORKER_LISTS))
     server = settings.server if isinstance(settings, UpSettings) else ServerConfig(port=0)
@@ -279,5 +288,6 @@ def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str
         num_gpus=num_gpus,
         base_gpu_id=engine.base_gpu_id,
         gpus_per_worker=engine.tp,
+        persist_folder=engine.host_tier.hicache_persist,
         memory_share=engine.mem_fraction_static if untold else None,
     )

@@ -1,7 +1,7 @@
 """The typed messages between processes: msgspec MessagePack, one union per direction, strict decode, never pickle.
 
-    gateway → engine   Hello Submit Abort FlushCache
-    engine → gateway   Welcome StepOutputs LoadReport Flushed
+    gateway → engine   Hello Submit Abort FlushCache AskStorage
+    engine → gateway   Welcome StepOutputs LoadReport Flushed StorageAnswer
     decode → prefill   Grant Ack Revoke            (docs/handoff.md tells the protocol)
     prefill → decode   Done Closed
 
@@ -10,6 +10,8 @@ be decoded is logged and dropped by its receiver: its sender's own bounded wait 
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import msgspec
 
@@ -69,6 +71,18 @@ class FlushCache(_Message, frozen=True):
     """Drop every cached page that no request uses. Answered by `Flushed`."""
 
     call_id: str
+
+
+class AskStorage(_Message, frozen=True):
+    """Tell of the storage tier, attach a store to it, or detach it. Answered by `StorageAnswer`. What is None is as
+    the engine's own settings say."""
+
+    call_id: str
+    action: Literal["tell", "attach", "detach"]
+    backend: str | None = None
+    path: str | None = None
+    size_gb: float | None = None
+    prefetch_policy: str | None = None
 
 
 # ---------------------------------------------------------------- engine → gateway
@@ -141,6 +155,21 @@ class StepOutputs(_Message, frozen=True):
     ended: tuple[Ended, ...] = ()
 
 
+class StorageStatus(_Message, frozen=True, tag=False):
+    """The storage tier of one engine."""
+
+    hicache_storage_backend: str | None  # None: no store is attached
+    hicache_storage_path: str | None
+    hicache_storage_size: float  # GB
+    hicache_storage_prefetch_policy: str
+    state: str  # "detached" | "attaching" | "attached" | "detaching"
+    breaker: str  # "closed" | "open" | "half_open"
+    num_quarantined_pages: int  # host pages that calls which hang may still touch
+    stored_bytes: int  # everybody's, as of the last call of the store
+    errors: dict[str, int]  # by the name of the errno
+    note: str = ""  # for people
+
+
 class LoadReport(_Message, frozen=True):
     """Sent at least once a second, and with the step in which the cached pages changed.
 
@@ -156,6 +185,7 @@ class LoadReport(_Message, frozen=True):
     num_owned_pages: int
     num_in_flight_pages: int
     num_host_pages: dict[str, int] = {}  # by state: free, cached, in_flight; empty without a host tier
+    storage: StorageStatus | None = None  # None without a host tier
     snapshot: bool = False
     cached_added: tuple[bytes, ...] = ()  # page digests, 16 bytes each
     cached_removed: tuple[bytes, ...] = ()
@@ -165,6 +195,14 @@ class LoadReport(_Message, frozen=True):
 class Flushed(_Message, frozen=True):
     call_id: str
     num_pages: int
+
+
+class StorageAnswer(_Message, frozen=True):
+    call_id: str
+    status: StorageStatus | None = None  # None: refused, or it failed
+    error_code: str | None = None  # errors.py's
+    message: str = ""
+    param: str | None = None
 
 
 # ---------------------------------------------------------------- decode → prefill
@@ -234,11 +272,11 @@ class Closed(_Message, frozen=True):
     message: str = ""
 
 
-GatewayToEngine = Hello | Submit | Abort | FlushCache
-EngineToGateway = Welcome | StepOutputs | LoadReport | Flushed
+GatewayToEngine = Hello | Submit | Abort | FlushCache | AskStorage
+EngineToGateway = Welcome | StepOutputs | LoadReport | Flushed | StorageAnswer
 TargetToSource = Grant | Ack | Revoke
 SourceToTarget = Done | Closed
-ToEngine = Hello | Submit | Abort | FlushCache | Grant | Ack | Revoke  # what an engine's ROUTER socket receives
+ToEngine = GatewayToEngine | Grant | Ack | Revoke  # what an engine's ROUTER socket receives
 
 
 def encode(message: GatewayToEngine | EngineToGateway | TargetToSource | SourceToTarget) -> bytes:

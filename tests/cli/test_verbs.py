@@ -9,6 +9,7 @@ import pytest
 
 import kvist
 from kvist import cli, settings
+from kvist.cluster.plan import plan_cluster
 from kvist.errors import ConfigError
 from kvist.flags import options_of
 
@@ -177,6 +178,23 @@ def test_up_gives_each_child_the_options_it_knows_and_secrets_by_environment() -
     }  # workers listen on loopback, and the router has no key
     assert shape.router_environ == {"KVIST_CLUSTER_KEY": "hist", "KVIST_API_KEY": "hush"}
     assert (shape.router_host, shape.router_port, shape.threads_per_worker) == ("0.0.0.0", 8000, 3)
+
+
+def test_up_gives_each_worker_a_folder_of_its_own_to_persist_in_and_one_store_to_share() -> None:
+    argv = ["--enable-hierarchical-cache", "--hicache-persist", "/kept", "--hicache-storage-backend", "file"]
+
+    def folders(*more: str) -> list[str]:
+        read = settings.read("up", [*argv, "--hicache-storage-path", "/pages", *more], {})
+        assert isinstance(read, settings.UpSettings)
+        *workers, router = plan_cluster(settings.cluster_shape(read), range(read.cluster.num_workers))
+        assert not [argument for argument in router.argv if "hicache" in argument]
+        for worker in workers:
+            assert {"--hicache-storage-backend=file", "--hicache-storage-path=/pages"} <= set(worker.argv)
+        given = [argument for worker in workers for argument in worker.argv if "--hicache-persist" in argument]
+        return [argument.removeprefix("--hicache-persist=") for argument in given]
+
+    assert folders("--decode", "2") == ["/kept/prefill-0", "/kept/decode-0", "/kept/decode-1"]
+    assert folders("--prefill", "0", "--decode", "0", "--unified", "1") == ["/kept"]
 
 
 def test_the_limits_of_a_step_are_auto_unless_set_and_say_so() -> None:

@@ -117,3 +117,10 @@ def test_tokenize_and_detokenize_undo_each_other(settled):
     assert len(tokens) > 3
     back = httpx.post(settled.router + "/detokenize", json={"tokens": tokens}).json()
     assert text in json.dumps(back, ensure_ascii=False)
+
+
+def test_workers_without_a_host_tier_refuse_a_store_and_say_what_to_add(settled):
+    for method in ("GET", "PUT", "DELETE"):
+        answer = httpx.request(method, settled.router + "/hicache/storage-backend", json={}, timeout=60)
+        assert answer.status_code == 400
+        assert "add --enable-hierarchical-cache" in answer.json()["error"]["message"]

@@ -505,7 +505,7 @@ async def test_flush_asks_every_worker_and_sums_up() -> None:
     await settle()
     for pages, worker in enumerate((prefill, decode)):
         (call,) = [m for to, m in world.engines.sent if to is worker and isinstance(m, wire.FlushCache)]
-        world.dispatcher.on_flushed(worker, wire.Flushed(call_id=call.call_id, num_pages=pages))
+        world.dispatcher.on_answer(worker, wire.Flushed(call_id=call.call_id, num_pages=pages))
     assert await task == {"p": 0, "d": 1}
 
 
@@ -517,5 +517,28 @@ async def test_a_worker_that_does_not_answer_a_flush_is_named() -> None:
     world.engines.lose(prefill)
     with pytest.raises(Timeout, match="d did not answer"):
         await task
-    with pytest.raises(Unavailable, match="no cache to flush"):
+    with pytest.raises(Unavailable, match="no cache to speak of"):
         await World().dispatcher.flush_cache()
+
+
+async def test_storage_asks_every_worker_and_gives_each_answer_or_its_error() -> None:
+    world = World()
+    prefill, decode = world.pair()
+    ask = wire.AskStorage(call_id="", action="attach", backend="file", size_gb=2.0)
+    task = asyncio.create_task(world.dispatcher.ask_storage(ask))
+    await settle()
+    answers = []
+    for worker in (prefill, decode):
+        (call,) = [m for to, m in world.engines.sent if to is worker and isinstance(m, wire.AskStorage)]
+        assert (call.action, call.backend, call.size_gb) == ("attach", "file", 2.0)
+        answers.append(wire.StorageAnswer(call_id=call.call_id, error_code="conflict", message=worker.worker_id))
+        world.dispatcher.on_answer(worker, answers[-1])
+        world.dispatcher.on_answer(worker, wire.StorageAnswer(call_id="another", message="late"))
+    assert await task == {"p": answers[0], "d": answers[1]}
+
+
+async def test_a_worker_that_does_not_answer_for_its_storage_in_time_is_named() -> None:
+    world = World(storage_timeout_s=0.01)
+    world.pair()
+    with pytest.raises(Timeout, match="d, p did not answer"):
+        await world.dispatcher.ask_storage(wire.AskStorage(call_id="", action="tell"))

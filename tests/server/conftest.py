@@ -20,7 +20,15 @@ from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.text.chat import ChatTemplate
 from kvist.text.tokenizer import Alphabet, SpecialTokens, Tokenizer
-from kvist.wire import EngineSpec, HandoffReport, LoadReport, TokenChunk
+from kvist.wire import (
+    AskStorage,
+    EngineSpec,
+    HandoffReport,
+    LoadReport,
+    StorageAnswer,
+    StorageStatus,
+    TokenChunk,
+)
 
 PREFILL, DECODE = WorkerId("p:1"), WorkerId("d:1")
 TEMPLATE = (
@@ -65,6 +73,19 @@ SPEC = EngineSpec(
 )
 
 
+STORAGE = StorageStatus(
+    hicache_storage_backend="file",
+    hicache_storage_path="/pages",
+    hicache_storage_size=64.0,
+    hicache_storage_prefetch_policy="timeout",
+    state="attached",
+    breaker="open",
+    num_quarantined_pages=128,
+    stored_bytes=1000,
+    errors={"EIO": 3},
+)
+
+
 @dataclass
 class FakeDispatcher:
     """Answers every request with `answer` (bytes of text), then EOS, or until max_tokens.
@@ -86,6 +107,8 @@ class FakeDispatcher:
     num_closed_early: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     num_flushes: int = 0
+    storage_asked: list[AskStorage] = field(default_factory=list)
+    storage_answers: dict[WorkerId, StorageAnswer] = field(default_factory=dict)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
         self.requests.append(request)
@@ -139,6 +162,10 @@ class FakeDispatcher:
         self.num_flushes += 1
         return {PREFILL: 5, DECODE: 7}
 
+    async def ask_storage(self, ask: AskStorage) -> dict[WorkerId, StorageAnswer]:
+        self.storage_asked.append(ask)
+        return self.storage_answers
+
     def snapshot(self) -> ClusterSnapshot:
         return self.snapshots
 
@@ -157,6 +184,7 @@ def busy_worker() -> WorkerSnapshot:
         num_owned_pages=3,
         num_in_flight_pages=2,
         totals={"handoffs_received": 9.0},
+        storage=STORAGE,
     )
     return WorkerSnapshot(worker_id=DECODE, role="decode", alive=True, spec=SPEC, load=load)
 

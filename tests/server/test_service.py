@@ -203,6 +203,11 @@ async def test_metrics_tell_requests_tokens_and_workers(bench: Any, busy: Any) -
         'kvist:num_requests_running{role="decode",worker="d:1"} 3.0',
         'kvist:kv_cache_usage_perc{role="decode",worker="d:1"} 0.5',
         'kvist:kv_pages{role="decode",state="in_flight",worker="d:1"} 2.0',
+        'kvist:storage_attached{role="decode",worker="d:1"} 1.0',
+        'kvist:storage_breaker_open{role="decode",worker="d:1"} 1.0',
+        'kvist:storage_quarantined_pages{role="decode",worker="d:1"} 128.0',
+        'kvist:storage_stored_bytes{role="decode",worker="d:1"} 1000.0',
+        'kvist:worker_storage_errors_total{errno="EIO",role="decode",worker="d:1"} 3.0',
         'kvist:worker_handoffs_received_total{role="decode",worker="d:1"} 9.0',
     ):
         assert line in text, line

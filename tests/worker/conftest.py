@@ -25,6 +25,7 @@ from kvist.kv.host import HostPool
 from kvist.kv.host_tier import HostTier
 from kvist.kv.layout import PageLayout, namespace
 from kvist.kv.mover import PageMover
+from kvist.kv.storage_tier import PrefetchConfig, StorageTier
 from kvist.models import load_model, load_model_config
 from kvist.models.decoder import CausalLM
 from kvist.models.parallel import TensorParallel
@@ -44,8 +45,11 @@ from kvist.runner.runner import Runner
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.transfer import Transport, make_transport
 from kvist.transfer.epoch import EpochLock
+from kvist.worker.config import StorageConfig
+from kvist.worker.engine import make_storage
 from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
+from kvist.worker.storage import EngineStorage
 
 PAGE_SIZE = 4
 CHUNK = 8
@@ -153,6 +157,8 @@ class SmallEngine:
     pool: DevicePool
     lock: EpochLock
     mover: PageMover | None = None
+    storage: EngineStorage | None = None
+    namespace: str = ""
 
     @property
     def idle(self) -> bool:
@@ -166,6 +172,8 @@ class SmallEngine:
         )
 
     def die(self) -> None:
+        if self.storage is not None:
+            self.storage.close()
         if self.mover is not None:
             self.mover.close()
         self.transport.close()
@@ -181,13 +189,24 @@ class World:
         self.clock = FakeClock(1.0)
         self.engines: list[SmallEngine] = []
         self.streams: dict[str, Stream] = {}
+        self.storage_answers: dict[str, wire.StorageAnswer] = {}
         self._model = model
         self._runtime_dir = runtime_dir
         self._num_made = 0
 
     # ------------------------------------------------------------ engines
 
-    def engine(self, role: str, *, num_pages: int = 64, num_host_pages: int = 0, **config: float) -> SmallEngine:
+    def engine(
+        self,
+        role: str,
+        *,
+        num_pages: int = 64,
+        num_host_pages: int = 0,
+        storage: StorageConfig | None = None,
+        fingerprint: str = "tiny",
+        **config: float,
+    ) -> SmallEngine:
+        """`storage`: needs host pages; its requests wait until all pages have come, whatever the settings say."""
         self._num_made += 1
         epoch = EpochId(f"{role}{self._num_made}")
         lock = EpochLock(self._runtime_dir, epoch)
@@ -203,11 +222,14 @@ class World:
         pool.tensor.fill_(float("nan"))  # what nobody wrote must not matter
         attention = build_attention("torch", pool.tensor.device)
         attention.bind(pool.tensor)
+        host_tier = HostTier(num_host_pages) if num_host_pages else None
+        prefetch = PrefetchConfig(policy="wait_complete", threshold_tokens=1)
         cache = PageCache(
             num_pages=num_pages,
             page_size=PAGE_SIZE,
-            namespace=namespace("tiny", layout),
-            host=HostTier(num_host_pages) if num_host_pages else None,
+            namespace=namespace(fingerprint, layout),
+            host=host_tier,
+            storage=None if host_tier is None else StorageTier(host_tier, prefetch, page_size=PAGE_SIZE),
         )
         scheduler_config = replace(
             SchedulerConfig(
@@ -223,10 +245,14 @@ class World:
         scheduler = build_scheduler(role, scheduler_config, cache, epoch, pool.address)
         channel = MemoryChannel(self, epoch, f"mem://{epoch}")
         transport = make_transport(pool, runtime_dir=self._runtime_dir, wakeup=channel.wakeup)
-        mover = None
+        mover, engine_storage = None, None
         if num_host_pages:
             host_pool = HostPool(num_host_pages, layout.page_bytes, pinned=False)
             mover = PageMover(pool, host_pool, wakeup=channel.wakeup, clock=self.clock)
+            engine_storage = make_storage(
+                storage or StorageConfig(), host_pool, namespace(fingerprint, layout), channel.wakeup, self.clock
+            )
+            engine_storage.open_configured()
         parts = LoopParts(
             spec=self._spec(role, epoch, channel.endpoint, num_pages),
             scheduler=scheduler,
@@ -237,9 +263,12 @@ class World:
             clock=self.clock,
             gateway_timeout_s=1e9,
             mover=mover,
+            storage=engine_storage,
             overlap=bool(scheduler_config.overlap),
         )
-        made = SmallEngine(channel, EngineLoop(parts), scheduler, transport, pool, lock, mover)
+        made = SmallEngine(
+            channel, EngineLoop(parts), scheduler, transport, pool, lock, mover, engine_storage, cache._namespace
+        )
         self.engines.append(made)
         return made
 
@@ -298,7 +327,20 @@ class World:
         for engine in self.engines:
             engine.channel.waiting.append((GATEWAY, wire.Abort(request_id=RequestId(request_id))))
 
+    def ask_storage(self, engine: SmallEngine, action: str, **fields: object) -> wire.StorageAnswer:
+        """Steps until it is answered."""
+        self._num_made += 1
+        call = wire.AskStorage(call_id=str(self._num_made), action=action, **fields)  # type: ignore[arg-type]
+        engine.channel.waiting.append((GATEWAY, call))
+        give_up_s = time.monotonic() + 20
+        while call.call_id not in self.storage_answers:
+            assert time.monotonic() < give_up_s
+            self.step()
+        return self.storage_answers[call.call_id]
+
     def heard_at_gateway(self, epoch: EpochId, message: object) -> None:
+        if isinstance(message, wire.StorageAnswer):
+            self.storage_answers[message.call_id] = message
         if not isinstance(message, wire.StepOutputs):
             return
         for chunk in message.chunks:

@@ -1,4 +1,4 @@
-"""The host tier's settings: what contradicts itself is refused, with the flag to change."""
+"""The settings of the host tier and of the store behind it: what contradicts itself is refused, naming a remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from kvist.errors import ConfigError
 from kvist.kv.device import DevicePool
 from kvist.kv.layout import PageLayout
-from kvist.worker.config import EngineConfig, HostTierConfig
+from kvist.worker.config import EngineConfig, HostTierConfig, StorageConfig
 from kvist.worker.engine import make_host_pool
 
 LAYOUT = PageLayout(num_kv_heads=1, num_layers=1, page_size=4, head_dim=8, dtype="float32")
@@ -54,3 +54,41 @@ def test_both_pools_of_a_cpu_must_fit_into_its_memory_and_what_does_not_fit_leav
         assert host_pool is not None
         assert host_pool.tensor.shape[0] == 16
     pool.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hicache_storage_path": "/pages"}, "add --hicache-storage-backend file"),
+        ({"hicache_storage_size": 1.0}, "add --hicache-storage-backend file"),
+        ({"hicache_storage_backend": "memory", "hicache_storage_path": "/pages"}, "has no folder"),
+    ],
+)
+def test_settings_of_a_store_that_mean_nothing_together_are_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        StorageConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"hicache_storage_backend": "file"}, {"hicache_storage_prefetch_policy": "best_effort"}]
+)
+def test_a_store_needs_a_host_tier_in_front_of_it(settings: dict[str, object]) -> None:
+    storage = StorageConfig(**settings)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="add --enable-hierarchical-cache"):
+        EngineConfig(storage=storage)
+    EngineConfig(storage=storage, host_tier=HostTierConfig(enable_hierarchical_cache=True))
+
+
+def test_the_prefetch_flags_reach_whoever_waits() -> None:
+    prefetch = StorageConfig(
+        hicache_storage_prefetch_policy="wait_complete",
+        hicache_storage_prefetch_threshold=32,
+        hicache_storage_prefetch_timeout_base_s=2.0,
+        hicache_storage_prefetch_timeout_per_1k_s=3.0,
+    ).prefetch()
+    assert (prefetch.policy, prefetch.threshold_tokens, prefetch.base_s, prefetch.per_1k_s) == (
+        "wait_complete",
+        32,
+        2.0,
+        3.0,
+    )

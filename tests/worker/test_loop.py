@@ -14,6 +14,7 @@ from kvist.errors import EngineError
 from kvist.kv.cache import TIER_COUNTERS
 from kvist.kv.mover import MOVE_COUNTERS
 from kvist.kv.pages import PageCounts
+from kvist.kv.store_mover import STORE_COUNTERS
 from kvist.metrics import ENGINE_TOTALS
 from kvist.request import (
     EngineRequest,
@@ -616,5 +617,5 @@ def test_undecodable_messages_and_failed_steps_are_counted_in_the_report(engine:
 
 def test_every_total_that_is_reported_is_explained_in_the_metrics(engine: Engine) -> None:
     engine.turn((G1, HELLO))
-    told = {*reports(engine, G1)[0].totals, *COUNTERS, *TIER_COUNTERS, *MOVE_COUNTERS}
+    told = {*reports(engine, G1)[0].totals, *COUNTERS, *TIER_COUNTERS, *MOVE_COUNTERS, *STORE_COUNTERS}
     assert told == set(ENGINE_TOTALS)

@@ -19,7 +19,7 @@ import zmq
 from kvist import wire
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, SamplingParams
 from kvist.scheduler.config import SchedulerOptions
-from kvist.worker.config import EngineConfig, HostTierConfig
+from kvist.worker.config import EngineConfig, HostTierConfig, StorageConfig
 from kvist.worker.messages import Ready, StartFailed, decode_line
 
 pytestmark = pytest.mark.e2e
@@ -41,6 +41,7 @@ class Engine:
         self.chunks: list[wire.TokenChunk] = []
         self.ended: list[wire.Ended] = []
         self.load: wire.LoadReport | None = None
+        self.storage: wire.StorageAnswer | None = None
         self._decoder = wire.Decoder(wire.EngineToGateway)
 
     def wait_ready(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
@@ -69,6 +70,8 @@ class Engine:
                 self.ended += outputs.ended
             case wire.LoadReport() as report:
                 self.load = report
+            case wire.StorageAnswer() as answer:
+                self.storage = answer
 
     def kill(self) -> None:
         self.process.kill()
@@ -383,6 +386,7 @@ def test_an_unreadable_message_is_dropped_and_counted(cluster: Cluster) -> None:
         (b'{"model_path": "/nowhere"}\n', "model_load_error", "/nowhere"),
         (b'{"role": "prefill", "tp": 2}\n', "config_error", "--tp 2"),
         (b'{"host_tier": {"hicache_ratio": 3}}\n', "config_error", "add --enable-hierarchical-cache"),
+        (b'{"storage": {"hicache_storage_backend": "file"}}\n', "config_error", "add --enable-hierarchical-cache"),
         (b"not json\n", "config_error", "cannot be read"),
         (b"", "config_error", "standard input"),
     ],
@@ -481,3 +485,41 @@ def test_an_engine_without_room_for_its_host_tier_says_so_and_ends(model_path: P
     assert [each.code for each in told] == ["config_error"]
     assert "lower --hicache-size" in told[0].message
     assert list((tmp_path / "run").glob("pool-*")) == []
+
+
+def test_a_worker_killed_while_it_stores_pages_leaves_them_for_one_that_attaches_the_store_later(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    def answer(engine: Engine, request_id: str, **changes: object) -> None:
+        engine.chunks.clear()
+        engine.ended.clear()
+        request = msgspec.structs.replace(make_request(request_id, 4000), **changes)
+        engine.send(wire.Submit(request=request, mode=Mode.FULL))
+
+    def num_stored() -> int:
+        return sum(1 for _ in (tmp_path / "pages").rglob("*.page"))
+
+    storage = StorageConfig(hicache_storage_backend="file", hicache_storage_path=str(tmp_path / "pages"))
+    (engine,) = cluster.start("unified", host_tier=HOST_TIER, storage=storage)
+    answer(engine, "all of it", cache_salt="another")
+    until(lambda: engine.ended, engine)
+    computed, num_others = tokens(engine), num_stored()
+    answer(engine, "cut short")
+    until(lambda: num_stored() >= num_others + 40, engine)
+    engine.kill()
+
+    (engine,) = cluster.start("unified", host_tier=HOST_TIER)
+    engine.send(wire.AskStorage(call_id="c", action="attach", backend="file", path=str(tmp_path / "pages")))
+    until(lambda: engine.storage, engine)
+    assert engine.storage is not None
+    assert engine.storage.status is not None, engine.storage.message
+    assert engine.storage.status.state == "attached"
+    answer(engine, "once more")
+    until(lambda: engine.ended, engine)
+    assert tokens(engine) == computed
+    assert (engine.chunks[0].num_cached_tokens or 0) >= 30 * 16
+    until(lambda: engine.load is not None and engine.load.totals["storage_read_bytes"] > 0, engine)
+    assert engine.load is not None
+    assert engine.load.totals["storage_broken_pages"] == 0
+    assert engine.load.storage is not None
+    assert engine.load.storage.stored_bytes > 0

@@ -36,6 +36,7 @@ class ClusterShape:
     num_gpus: int = 0  # to be dealt out, from `base_gpu_id` on
     base_gpu_id: int = 0
     gpus_per_worker: int = 1
+    persist_folder: str | None = None  # of the host tiers
     memory_share: float | None = None  # of one GPU, for the workers on it together; None: each has been told its own
     python: str = sys.executable
 
@@ -61,7 +62,15 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
         plans.append(
             ChildPlan(
                 name=name,
-                argv=(*kvist, "serve", *shape.worker_argv, *threads, *(gpus[index] if gpus else ()), *own),
+                argv=(
+                    *kvist,
+                    "serve",
+                    *shape.worker_argv,
+                    *threads,
+                    *(gpus[index] if gpus else ()),
+                    *_persist(shape, name),
+                    *own,
+                ),
                 url=url,
                 environ=shape.worker_environ,
             )
@@ -79,6 +88,14 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
         environ=shape.router_environ,
     )
     return [*plans, router]
+
+
+def _persist(shape: ClusterShape, name: str) -> tuple[str, ...]:
+    """One worker, one folder; the worker's name is the same at the next start."""
+    if shape.persist_folder is None:
+        return ()
+    folder = Path(shape.persist_folder, *([name] if shape.config.num_workers > 1 else []))
+    return (f"--hicache-persist={folder}",)
 
 
 def plan_on_free_ports(shape: ClusterShape) -> list[ChildPlan]:

@@ -40,5 +40,8 @@ class RouterConfig:
     )
     discovery_timeout_s: float = option(5.0, "limit of one GET /server_info", unit="seconds", minimum=0.1)
     request_timeout_s: float = option(600.0, "limit of one request, start to end", unit="seconds", minimum=0.1)
+    storage_timeout_s: float = option(
+        90.0, "limit of /hicache/storage-backend over all workers: a store may be scanned", unit="seconds", minimum=0.1
+    )
     flush_timeout_s: float = option(10.0, "limit of /flush_cache over all workers", unit="seconds", minimum=0.1)
     retry_after_s: float = option(1.0, "what a refused client is told to wait", unit="seconds", minimum=0.0)

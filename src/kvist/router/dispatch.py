@@ -44,17 +44,20 @@ class Engines(Protocol):
     async def close(self) -> None: ...
 
 
-class _FlushCall:
+class _Call:
+    """A question to several workers."""
+
     def __init__(self, workers: set[Worker]) -> None:
         self.waiting = workers
-        self.num_pages: dict[WorkerId, int] = {}
+        self.answers: dict[WorkerId, wire.Flushed | wire.StorageAnswer] = {}
         self.done = asyncio.Event()
 
-    def settle(self, worker: Worker, num_pages: int | None) -> None:
+    def settle(self, worker: Worker, answer: wire.Flushed | wire.StorageAnswer | None) -> None:
+        """None: it will never answer."""
         if worker in self.waiting:
             self.waiting.discard(worker)
-            if num_pages is not None:
-                self.num_pages[worker.worker_id] = num_pages
+            if answer is not None:
+                self.answers[worker.worker_id] = answer
             if not self.waiting:
                 self.done.set()
 
@@ -67,7 +70,7 @@ class Dispatcher:
         self._clock = clock
         self._router = Router(config, registry)
         self._flights: dict[RequestId, Flight] = {}
-        self._flushes: dict[str, _FlushCall] = {}
+        self._calls: dict[str, _Call] = {}
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -130,22 +133,37 @@ class Dispatcher:
         """Drop every worker's cached pages that no request uses; pages dropped, by worker.
 
         Raises `Unavailable` when no worker is ready, `Timeout` naming those that did not answer."""
+        answers = await self._ask_all(wire.FlushCache(call_id=secrets.token_hex(8)), self._config.flush_timeout_s)
+        return {
+            worker_id: flushed.num_pages for worker_id, flushed in answers.items() if isinstance(flushed, wire.Flushed)
+        }
+
+    async def ask_storage(self, ask: wire.AskStorage) -> dict[WorkerId, wire.StorageAnswer]:
+        """What every worker says to it; a worker that is lost meanwhile says nothing. Its `call_id` is ours to choose.
+
+        Raises `Unavailable` when no worker is ready, `Timeout` naming those that did not answer."""
+        ask = msgspec.structs.replace(ask, call_id=secrets.token_hex(8))
+        answers = await self._ask_all(ask, self._config.storage_timeout_s)
+        return {worker_id: told for worker_id, told in answers.items() if isinstance(told, wire.StorageAnswer)}
+
+    async def _ask_all(
+        self, question: wire.FlushCache | wire.AskStorage, timeout_s: float
+    ) -> dict[WorkerId, wire.Flushed | wire.StorageAnswer]:
         workers = {w for w in self._registry.workers if w.state is WorkerState.READY}
         if not workers:
-            raise Unavailable("no worker is ready: there is no cache to flush")
-        call_id, call = secrets.token_hex(8), _FlushCall(set(workers))
-        self._flushes[call_id] = call
+            raise Unavailable("no worker is ready: there is no cache to speak of")
+        call = self._calls[question.call_id] = _Call(set(workers))
         try:
             for worker in workers:
-                if not self._engines.send(worker, wire.FlushCache(call_id=call_id)):
+                if not self._engines.send(worker, question):
                     call.settle(worker, None)
-            await asyncio.wait_for(call.done.wait(), self._config.flush_timeout_s)
+            await asyncio.wait_for(call.done.wait(), timeout_s)
         except TimeoutError as error:
             silent = ", ".join(sorted(w.worker_id for w in call.waiting))
-            raise Timeout(f"flushed {len(call.num_pages)} workers, but {silent} did not answer in time") from error
+            raise Timeout(f"{silent} did not answer in time ({len(call.answers)} workers did)") from error
         finally:
-            del self._flushes[call_id]
-        return call.num_pages
+            del self._calls[question.call_id]
+        return call.answers
 
     # ---------------------------------------------------------------- what engines say (fleet.EngineEvents)
 
@@ -161,13 +179,13 @@ class Dispatcher:
             if flight is not None and worker in flight.open:
                 self._on_ended(flight, worker, ended)
 
-    def on_flushed(self, worker: Worker, flushed: wire.Flushed) -> None:
-        call = self._flushes.get(flushed.call_id)
+    def on_answer(self, worker: Worker, answer: wire.Flushed | wire.StorageAnswer) -> None:
+        call = self._calls.get(answer.call_id)
         if call is not None:
-            call.settle(worker, flushed.num_pages)
+            call.settle(worker, answer)
 
     def on_lost(self, worker: Worker, reason: str) -> None:
-        for call in self._flushes.values():
+        for call in self._calls.values():
             call.settle(worker, None)
         for request_id in list(worker.in_flight):
             flight = self._flights.get(request_id)

@@ -33,7 +33,7 @@ class EngineEvents(Protocol):
 
     def on_outputs(self, worker: Worker, outputs: wire.StepOutputs) -> None: ...
 
-    def on_flushed(self, worker: Worker, flushed: wire.Flushed) -> None: ...
+    def on_answer(self, worker: Worker, answer: wire.Flushed | wire.StorageAnswer) -> None: ...
 
     def on_lost(self, worker: Worker, reason: str) -> None: ...
 
@@ -173,7 +173,7 @@ class Fleet:
                 self._lose(worker, "it was restarted")  # whatever its former life was asked for is gone
             self._registry.welcomed(worker, message, now_s)
         else:
-            self._events.on_flushed(worker, message)
+            self._events.on_answer(worker, message)
 
     def _lose(self, worker: Worker, reason: str) -> None:
         assert self._events is not None

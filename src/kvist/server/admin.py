@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
+import msgspec
 from starlette.types import Receive, Scope, Send
 
 from kvist import __version__, metrics
 from kvist.clock import unix_time_s
-from kvist.errors import RequestError, Unavailable
+from kvist.errors import RequestError, Unavailable, error_from_wire
 from kvist.metrics import WorkerSample
 from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
 from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import Gateway
 from kvist.server.http import send_bytes, send_json
 from kvist.server.sampling import check_token_ids
-from kvist.server.schemas import DetokenizeRequest, TokenizeRequest
+from kvist.server.schemas import STORAGE_NEUTRAL, DetokenizeRequest, StorageRequest, TokenizeRequest
+from kvist.wire import AskStorage, LoadReport
 
 _TOKENIZE = BodyDecoder(TokenizeRequest)
 _DETOKENIZE = BodyDecoder(DetokenizeRequest)
+_STORAGE = BodyDecoder(StorageRequest, STORAGE_NEUTRAL)
+_STORAGE_ACTIONS: Mapping[str, Literal["tell", "attach", "detach"]] = {
+    "GET": "tell",
+    "HEAD": "tell",  # which comes with every GET
+    "PUT": "attach",
+    "DELETE": "detach",
+}
 _TEXT = [(b"content-type", metrics.CONTENT_TYPE.encode())]
 
 
@@ -110,6 +120,29 @@ class Admin:
         dropped = await self._gateway.dispatcher.flush_cache()
         await send_json(send, {"success": True, "num_pages": sum(dropped.values()), "workers": dropped})
 
+    async def storage_backend(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """GET tells of every worker's storage tier, PUT attaches a store to it, DELETE detaches it."""
+        ask = AskStorage(call_id="", action=_STORAGE_ACTIONS[scope["method"]])
+        if ask.action == "attach":
+            wanted = _STORAGE.decode(await self._gateway.read_body(scope, receive))
+            ask = msgspec.structs.replace(
+                ask,
+                backend=wanted.hicache_storage_backend,
+                path=wanted.hicache_storage_path,
+                size_gb=wanted.hicache_storage_size,
+                prefetch_policy=wanted.hicache_storage_prefetch_policy,
+            )
+        answers = await self._gateway.dispatcher.ask_storage(ask)
+        refused = [(worker_id, answer) for worker_id, answer in sorted(answers.items()) if answer.error_code]
+        for worker_id, answer in refused[:1]:
+            error = error_from_wire(answer.error_code or "", f"worker {worker_id}: {answer.message}")
+            error.param = answer.param
+            if len(refused) < len(answers):
+                error.message += f" ({len(answers) - len(refused)} of {len(answers)} workers did it)"
+            raise error
+        told = {worker_id: answer.status for worker_id, answer in answers.items()}
+        await send_json(send, {"success": True, "workers": told})
+
     async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope, receive
         await send_bytes(send, self._gateway.metrics.exposition(), headers=_TEXT)
@@ -135,6 +168,7 @@ def _worker_info(worker: WorkerSnapshot) -> dict[str, object]:
             "num_waiting": load.num_waiting,
             "num_pages": _num_pages(worker),
             "num_host_pages": load.num_host_pages,
+            "storage": load.storage,
             "totals": load.totals,
         },
     }
@@ -152,6 +186,18 @@ def _num_pages(worker: WorkerSnapshot) -> dict[str, int]:
     }
 
 
+def _storage_gauges(load: LoadReport | None) -> dict[str, float]:
+    if load is None or load.storage is None:
+        return {}
+    storage = load.storage
+    return {
+        "attached": float(storage.state == "attached"),
+        "breaker_open": float(storage.breaker != "closed"),
+        "quarantined_pages": storage.num_quarantined_pages,
+        "stored_bytes": storage.stored_bytes,
+    }
+
+
 def worker_samples(snapshot: ClusterSnapshot) -> Iterable[WorkerSample]:
     """What /metrics says of each worker."""
     for worker in snapshot.workers:
@@ -164,5 +210,7 @@ def worker_samples(snapshot: ClusterSnapshot) -> Iterable[WorkerSample]:
             num_waiting=load.num_waiting if load is not None else 0,
             num_pages=_num_pages(worker),
             num_host_pages=load.num_host_pages if load is not None else {},
+            storage=_storage_gauges(load),
+            storage_errors=load.storage.errors if load is not None and load.storage is not None else {},
             totals=load.totals if load is not None else {},
         )

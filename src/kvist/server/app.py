@@ -85,6 +85,7 @@ def _routes(gateway: Gateway) -> list[Route]:
         ("/server_info", admin.server_info, get),
         ("/get_server_info", admin.server_info, get),
         ("/flush_cache", admin.flush_cache, both),
+        ("/hicache/storage-backend", admin.storage_backend, ["GET", "PUT", "DELETE"]),
         ("/metrics", admin.metrics, get),
     ]
     return [Route(path, _Raw(endpoint), methods=methods) for path, endpoint, methods in table]

@@ -19,7 +19,7 @@ from kvist.metrics import GatewayMetrics
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.text import IncrementalDetokenizer, StopMatcher, Tokenizer
-from kvist.wire import EngineSpec, HandoffReport
+from kvist.wire import AskStorage, EngineSpec, HandoffReport, StorageAnswer
 
 _QUEUE_PARTS = 64  # parts that may wait between the choices of one job and its reader
 
@@ -41,6 +41,10 @@ class Dispatcher(Protocol):
 
     async def flush_cache(self) -> dict[WorkerId, int]:
         """Drops every cached page that no request uses; the number of pages dropped, by worker."""
+        ...
+
+    async def ask_storage(self, ask: AskStorage) -> dict[WorkerId, StorageAnswer]:
+        """What every worker answers."""
         ...
 
     def snapshot(self) -> ClusterSnapshot: ...

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from kvist.channel import ChannelConfig
 from kvist.config import option
 from kvist.errors import ConfigError
+from kvist.kv.storage_tier import PREFETCH_POLICIES, PrefetchConfig
 from kvist.scheduler.config import SchedulerOptions
 
 DEFAULT_RATIO, DEFAULT_POLICY = 2.0, "write_through"
+DEFAULT_STORAGE_GB = 64.0
+STORAGE_BACKENDS = ("file", "memory")
 UNIFIED, PREFILL, DECODE = "unified", "prefill", "decode"
 
 
@@ -55,6 +58,63 @@ class HostTierConfig:
                 "the host tier is: give one of them",
                 param="hicache_size",
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageConfig:
+    """The store behind the host tier (docs/cache.md). Raises `ConfigError` when settings contradict each other."""
+
+    hicache_storage_backend: str | None = option(
+        None,
+        "keep the host tier's pages in a store, too: file is a folder that workers share and that outlives them, "
+        "memory (for tests) this worker's own",
+        choices=STORAGE_BACKENDS,
+        unset="none",
+    )
+    hicache_storage_path: str | None = option(
+        None, "folder of the file store; it is made if it is missing", unset="kvist/pages in the user's cache folder"
+    )
+    hicache_storage_size: float = option(DEFAULT_STORAGE_GB, "the most that the store takes", unit="GB", minimum=0.001)
+    hicache_storage_prefetch_policy: str = option(
+        "timeout",
+        "how long a request waits for its pages to come from the store: not at all, until all have come, or until "
+        "they have or the time below is over",
+        choices=PREFETCH_POLICIES,
+    )
+    hicache_storage_prefetch_threshold: int = option(
+        256, "fewer tokens are computed rather than fetched", unit="tokens", minimum=1
+    )
+    hicache_storage_prefetch_timeout_base_s: float = option(
+        1.0, "policy timeout: the longest wait, whatever is fetched", unit="s", minimum=0
+    )
+    hicache_storage_prefetch_timeout_per_1k_s: float = option(
+        0.25, "policy timeout: so much more for each 1000 tokens", unit="s", minimum=0
+    )
+    hicache_storage_deadline_s: float = option(
+        10.0, "a store that takes longer for 128 pages is left alone for a while", unit="s", minimum=0.1
+    )
+
+    def __post_init__(self) -> None:
+        backend, path = self.hicache_storage_backend, self.hicache_storage_path
+        if backend is None and (path is not None or self.hicache_storage_size != DEFAULT_STORAGE_GB):
+            raise ConfigError(
+                "--hicache-storage-path and --hicache-storage-size say how the store is, and there is none: add "
+                "--hicache-storage-backend file",
+                param="hicache_storage_backend",
+            )
+        if backend == "memory" and path is not None:
+            raise ConfigError(
+                "--hicache-storage-backend memory has no folder: leave --hicache-storage-path out, or say file",
+                param="hicache_storage_path",
+            )
+
+    def prefetch(self) -> PrefetchConfig:
+        return PrefetchConfig(
+            policy=self.hicache_storage_prefetch_policy,
+            base_s=self.hicache_storage_prefetch_timeout_base_s,
+            per_1k_s=self.hicache_storage_prefetch_timeout_per_1k_s,
+            threshold_tokens=self.hicache_storage_prefetch_threshold,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +201,7 @@ class EngineConfig:
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     channel: ChannelConfig = field(default_factory=ChannelConfig)
     host_tier: HostTierConfig = field(default_factory=HostTierConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     worker_id: str = ""  # the worker's public name; its engine endpoint when empty
 
@@ -155,5 +216,11 @@ class EngineConfig:
             raise ConfigError(
                 f"--tp {self.tp} with --enable-hierarchical-cache: the ranks' pages cannot be kept in host memory yet; "
                 "use --tp 1, or leave the host tier out",
+                param="enable_hierarchical_cache",
+            )
+        if self.storage != StorageConfig() and not self.host_tier.enable_hierarchical_cache:
+            raise ConfigError(
+                "the --hicache-storage options are of a store behind the host tier, and there is none: add "
+                "--enable-hierarchical-cache",
                 param="enable_hierarchical_cache",
             )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kvist.channel import EngineChannel, bracketed
 from kvist.checkpoint import Checkpoint, find_checkpoint, fingerprint
-from kvist.clock import MonotonicClock
+from kvist.clock import Clock, MonotonicClock
 from kvist.errors import ConfigError
 from kvist.kv.cache import PageCache
 from kvist.kv.device import DevicePool, available_host_bytes, default_runtime_dir
@@ -27,6 +27,8 @@ from kvist.kv.host_tier import HostTier
 from kvist.kv.layout import namespace
 from kvist.kv.mover import PageMover
 from kvist.kv.persistence import PersistentPages, reusable_bytes
+from kvist.kv.storage_tier import StorageTier
+from kvist.kv.store_mover import StoreMover
 from kvist.models import ModelConfig, load_model_config
 from kvist.request import EpochId, RequestId, SamplingParams, WorkerId
 from kvist.runner.build import RunnerConfig, build_runner, device_type
@@ -36,11 +38,12 @@ from kvist.scheduler.plan import Batch, BatchItem
 from kvist.transfer import make_transport
 from kvist.transfer.epoch import EpochLock, new_epoch, num_live_epochs, sweep
 from kvist.wire import EngineSpec
-from kvist.worker.config import UNIFIED, EngineConfig, HostTierConfig
+from kvist.worker.config import UNIFIED, EngineConfig, HostTierConfig, StorageConfig
 from kvist.worker.cores import separate
 from kvist.worker.limits import resolve_limits
 from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
+from kvist.worker.storage import EngineStorage
 
 log = logging.getLogger(__name__)
 
@@ -223,21 +226,29 @@ def _assemble(
             limits, max_model_len=spec.max_model_len, eos_token_ids=served.config.eos_token_ids
         )
         clock = MonotonicClock()
-        host_pool = make_host_pool(config.host_tier, pool, spec.namespace, closing)
+        pool_closing = closing.enter_context(contextlib.ExitStack())
+        host_pool = make_host_pool(config.host_tier, pool, spec.namespace, pool_closing)
         host_tier: HostTier | None = None
         mover: PageMover | None = None
+        storage: EngineStorage | None = None
         if host_pool is not None:
             host_tier = HostTier(host_pool.tensor.shape[0])
             if host_pool.persistent is not None:
                 host_tier.restore(host_pool.persistent.restore())
             mover = PageMover(pool, host_pool, wakeup=channel.wakeup, clock=clock)
             closing.callback(mover.close)
+            storage = make_storage(config.storage, host_pool, spec.namespace, channel.wakeup, clock)
+            closing.callback(_close_storage, storage, pool_closing)
+            storage.open_configured()
         cache = PageCache(
             num_pages=pool.num_pages,
             page_size=config.page_size,
             namespace=spec.namespace,
             host=host_tier,
             write_policy=config.host_tier.hicache_write_policy,
+            storage=None
+            if host_tier is None
+            else StorageTier(host_tier, config.storage.prefetch(), page_size=config.page_size),
         )
         parts = LoopParts(
             spec=spec,
@@ -247,6 +258,7 @@ def _assemble(
             transport=transport,
             reports=LoadReports(cached_digests=cache.digests),
             mover=mover,
+            storage=storage,
             clock=clock,
             gateway_timeout_s=config.gateway_timeout_s,
             overlap=limits.overlap,
@@ -290,6 +302,29 @@ def make_host_pool(
     host_pool = HostPool(num_pages, page_bytes, pinned=on_gpu, persistent=persistent)
     closing.callback(host_pool.close)
     return host_pool
+
+
+def make_storage(
+    config: StorageConfig, host_pool: HostPool, namespace: str, wakeup: Callable[[], None], clock: Clock
+) -> EngineStorage:
+    """Nothing is attached yet."""
+    deadline_s = config.hicache_storage_deadline_s
+    return EngineStorage(
+        StoreMover(host_pool, wakeup=wakeup, clock=clock, deadline_s=deadline_s),
+        config,
+        namespace=namespace,
+        page_bytes=host_pool.tensor.shape[1],
+        wakeup=wakeup,
+        clock=clock,
+    )
+
+
+def _close_storage(storage: EngineStorage, pool_closing: contextlib.ExitStack) -> None:
+    if not storage.close():
+        # A call that hangs may write into the pool until this process has ended, and only then may another one have
+        # its folder: the lock on that stays.
+        log.warning("the storage tier hangs: the host pool is left as it is")
+        pool_closing.pop_all()
 
 
 def _describe(

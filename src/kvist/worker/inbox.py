@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvist import wire
@@ -29,14 +29,21 @@ MAX_OPEN_FLUSHES = 1024
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
     identity: bytes
-    message: wire.Welcome | wire.StepOutputs
+    message: wire.Welcome | wire.StepOutputs | wire.StorageAnswer
 
 
 class Inbox:
     """Mutable; owned by the engine loop."""
 
-    def __init__(self, *, spec: wire.EngineSpec, gateways: Gateways) -> None:
+    def __init__(
+        self,
+        *,
+        spec: wire.EngineSpec,
+        gateways: Gateways,
+        ask_storage: Callable[[bytes, wire.AskStorage], None] | None,  # None: there is no host tier
+    ) -> None:
         self._spec = spec
+        self._ask_storage = ask_storage
         self._gateways = gateways
         self._flushes: OrderedDict[str, bytes] = OrderedDict()  # call id → who asked
 
@@ -57,7 +64,7 @@ class Inbox:
 
     def _open_one(self, identity: bytes, message: Inbound, now_s: float) -> Event | Reply | None:
         match message:
-            case wire.Hello() | wire.Submit() | wire.Abort() | wire.FlushCache():
+            case wire.Hello() | wire.Submit() | wire.Abort() | wire.FlushCache() | wire.AskStorage():
                 gateway = self._gateways.heard(identity, now_s)
                 if gateway is not None:
                     return self._from_gateway(gateway, message)
@@ -93,6 +100,11 @@ class Inbox:
                     self._flushes.popitem(last=False)
                 self._flushes[message.call_id] = gateway.identity
                 return FlushRequested(call_id=message.call_id)
+            case wire.AskStorage():
+                if self._ask_storage is None:
+                    return Reply(identity=gateway.identity, message=_no_host_tier(message))
+                self._ask_storage(gateway.identity, message)
+                return None
 
     def _submitted(self, gateway: Gateway, submit: wire.Submit) -> Event | Reply:
         request = submit.request
@@ -105,6 +117,11 @@ class Inbox:
             error = RequestError(f"the request id {request.request_id} is in use at this engine")
             return refusal(gateway.identity, request.request_id, error)
         return Arrived(request=request, mode=submit.mode, handoff_id=submit.handoff_id, prefill=submit.prefill)
+
+
+def _no_host_tier(call: wire.AskStorage) -> wire.StorageAnswer:
+    error = RequestError("this worker has no host tier for a store to stand behind: add --enable-hierarchical-cache")
+    return wire.StorageAnswer(call_id=call.call_id, error_code=error.code, message=error.message)
 
 
 def refusal(identity: bytes, request_id: RequestId, error: KvistError) -> Reply:

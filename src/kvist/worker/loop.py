@@ -25,7 +25,8 @@ from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
 from kvist.errors import EngineError, HandoffFailed, Unavailable
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
+from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded, StorageAttached, StoreJob
+from kvist.kv.store_mover import Report
 from kvist.request import EpochId
 from kvist.scheduler import Scheduler
 from kvist.scheduler.events import (
@@ -79,6 +80,17 @@ class Mover(Protocol):
     def totals(self) -> dict[str, float]: ...
 
 
+class Storage(Protocol):
+    """worker.storage.EngineStorage, or a fake."""
+
+    def start(self, job: StoreJob) -> None: ...
+    def poll(self) -> list[Report | StorageAttached]: ...
+    def ask(self, identity: bytes, call: wire.AskStorage) -> None: ...
+    def answers(self) -> list[tuple[bytes, wire.StorageAnswer]]: ...
+    def status(self) -> wire.StorageStatus: ...
+    def totals(self) -> dict[str, float]: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopParts:
     """What the loop drives. The wiring makes them, and closes them after the loop has ended."""
@@ -92,6 +104,7 @@ class LoopParts:
     clock: Clock
     gateway_timeout_s: float
     mover: Mover | None = None  # with a host tier
+    storage: Storage | None = None  # the same
     overlap: bool = False  # as the scheduler's: launch a batch before the former one is read
 
 
@@ -101,7 +114,8 @@ class EngineLoop:
     def __init__(self, parts: LoopParts) -> None:
         self._parts = parts
         self._gateways = Gateways(timeout_s=parts.gateway_timeout_s)
-        self._inbox = Inbox(spec=parts.spec, gateways=self._gateways)
+        ask_storage = None if parts.storage is None else parts.storage.ask
+        self._inbox = Inbox(spec=parts.spec, gateways=self._gateways, ask_storage=ask_storage)
         self._carried: list[Event] = []  # made by ourselves, for the next step
         self._watched: frozenset[EpochId] = frozenset()
         self._wake_at_s: float | None = None
@@ -141,12 +155,21 @@ class EngineLoop:
         for reply in replies:
             self._send(reply.identity, reply.message)
         # Transfer reports first: one made before a Revoke arrived must not be taken for the answer to its StopWrites.
-        moved = [] if self._parts.mover is None else self._parts.mover.poll()
+        moved = self._moved()
         events = [*self._parts.transport.poll(), *moved, *self._carried, *events, *self._deaths(now_s)]
         self._carried = []
         with self._spent.planning():
             plan = self._parts.scheduler.step(now_s, events)
         self._carry_out(plan, now_s)
+
+    def _moved(self) -> list[Event]:
+        mover, storage = self._parts.mover, self._parts.storage
+        moved: list[Event] = [] if mover is None else [*mover.poll()]
+        if storage is not None:
+            moved += storage.poll()
+            for identity, answer in storage.answers():
+                self._send(identity, answer)
+        return moved
 
     # ------------------------------------------------------------ waiting
 
@@ -177,8 +200,12 @@ class EngineLoop:
         for job in plan.transfers:
             self._start_transfer(job)
         for move in plan.moves:
-            assert self._parts.mover is not None
-            self._parts.mover.start(move)
+            if isinstance(move, LoadPages | BackUpPages):
+                assert self._parts.mover is not None
+                self._parts.mover.start(move)
+            else:
+                assert self._parts.storage is not None
+                self._parts.storage.start(move)
         # Look at once at peers that are new: a lock file seen while its owner lives tells of its death for sure.
         self._carried += self._dead_peers(plan.watched_epochs - self._watched)
         self._watched = plan.watched_epochs
@@ -272,8 +299,10 @@ class EngineLoop:
             "failed_steps": float(self._num_failed_steps),
             **self._spent.totals(),
             **({} if self._parts.mover is None else self._parts.mover.totals()),
+            **({} if self._parts.storage is None else self._parts.storage.totals()),
         }
-        for identity, report in reports.make(self._gateways, self._parts.scheduler.load(), totals, now_s):
+        storage = None if self._parts.storage is None else self._parts.storage.status()
+        for identity, report in reports.make(self._gateways, self._parts.scheduler.load(), totals, now_s, storage):
             self._send(identity, report)
 
 

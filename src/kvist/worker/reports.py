@@ -37,7 +37,12 @@ class LoadReports:
         return self._last_sent_s + (MIN_INTERVAL_S if urgent else MAX_INTERVAL_S)
 
     def make(
-        self, gateways: Gateways, load: SchedulerLoad, totals: dict[str, float], now_s: float
+        self,
+        gateways: Gateways,
+        load: SchedulerLoad,
+        totals: dict[str, float],
+        now_s: float,
+        storage: wire.StorageStatus | None = None,
     ) -> Iterator[tuple[bytes, wire.LoadReport]]:
         """One report for each gateway. Exhaust the iterator: the pending changes are told with this."""
         added = tuple(digest for digest, cached in self._changes.items() if cached)
@@ -57,6 +62,7 @@ class LoadReports:
                 num_owned_pages=load.pages.owned,
                 num_in_flight_pages=load.pages.in_flight,
                 num_host_pages=_by_state(load.host_pages),
+                storage=storage,
                 snapshot=gateway.wants_snapshot,
                 cached_added=everything or () if gateway.wants_snapshot else added,
                 cached_removed=() if gateway.wants_snapshot else removed,

@@ -1,0 +1,299 @@
+"""The engine's storage tier: which store is attached, and how it is opened, attached and detached while serving.
+
+    DETACHED ──attach──► ATTACHING ──opened──► ATTACHED ──detach──► DETACHING ──its calls are back──► DETACHED
+                             └──cannot be opened, or detached meanwhile──► DETACHED
+
+Opening may scan a disk, and takes a thread of its own; a store that was asked for with the flags is opened before the
+engine is ready. The scheduler hears of both ends by `StorageAttached`. A detached store whose calls hang is left
+behind after `LEAVE_S`: its slots stay in flight until they return. It moves no pages: that is kv/store_mover.py's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvist import wire
+from kvist.clock import Clock
+from kvist.errors import ConfigError, Conflict, KvistError, RequestError, StoreError
+from kvist.kv.moves import StorageAttached, StoreJob
+from kvist.kv.store import open_store
+from kvist.kv.store.backend import PageStore, StoreSpec, StoreStats
+from kvist.kv.store_mover import Report, StoreMover
+from kvist.worker.config import STORAGE_BACKENDS, StorageConfig
+
+LEAVE_S = 5.0
+_GB, _MAX_GB = 10**9, 10**9
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A store that may be attached."""
+
+    backend: str
+    path: Path | None
+    size_gb: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Asker:
+    identity: bytes
+    call_id: str
+
+
+class _Opening:
+    """A store on its way. Mutable; its thread sets the outcome, then `done`; the loop may abandon it."""
+
+    def __init__(self, choice: Choice, asker: _Asker) -> None:
+        self.choice = choice
+        self.asker = asker
+        self.outcome: tuple[PageStore, StoreStats] | KvistError | None = None
+        self.abandoned = False
+        self.lock = threading.Lock()
+
+
+class EngineStorage:
+    """Mutable; the engine loop's. `wakeup` is called by any thread."""
+
+    def __init__(
+        self,
+        mover: StoreMover,
+        config: StorageConfig,
+        *,
+        namespace: str,
+        page_bytes: int,
+        wakeup: Callable[[], None],
+        clock: Clock,
+    ) -> None:
+        self._mover = mover
+        self._config = config
+        self._namespace = namespace
+        self._page_bytes = page_bytes
+        self._wakeup = wakeup
+        self._clock = clock
+        self._attached: Choice | None = None
+        self._opening: _Opening | None = None
+        self._leaving: tuple[list[_Asker], float] | None = None  # who waits for that, and until when
+        self._events: list[StorageAttached] = []
+        self._answers: list[tuple[bytes, wire.StorageAnswer]] = []
+
+    def open_configured(self) -> None:
+        """Before the engine is ready. Raises `ConfigError` when the store of the flags cannot be had."""
+        config = self._config
+        if config.hicache_storage_backend is None:
+            return
+        choice = Choice(
+            backend=config.hicache_storage_backend,
+            path=_folder(config.hicache_storage_backend, config.hicache_storage_path),
+            size_gb=config.hicache_storage_size,
+        )
+        try:
+            self._attach(choice, *self._open(choice))
+        except KvistError as error:
+            param = _param(error)
+            raise ConfigError(f"--{param.replace('_', '-')}: {error.message}", param=param) from error
+
+    def start(self, job: StoreJob) -> None:
+        self._mover.start(job)
+
+    def poll(self) -> list[Report | StorageAttached]:
+        """What happened since the last call."""
+        reports = self._mover.poll()
+        opening = self._opening
+        if opening is not None and opening.outcome is not None:
+            self._opening = None
+            if isinstance(opening.outcome, KvistError):
+                error = RequestError(opening.outcome.message, param=_param(opening.outcome))
+                self._refuse(opening.asker, error)
+            else:
+                self._attach(opening.choice, *opening.outcome)
+                self._answer(opening.asker)
+        if self._leaving is not None:
+            askers, give_up_s = self._leaving
+            num_leaving = self._mover.num_leaving()
+            if num_leaving == 0 or self._clock.now_s() >= give_up_s:
+                self._leaving = None
+                for asker in askers:
+                    self._answer(asker, note="" if num_leaving == 0 else "left behind: a call of the store hangs")
+        events, self._events = self._events, []
+        return [*reports, *events]
+
+    def ask(self, identity: bytes, call: wire.AskStorage) -> None:
+        """The answer is in `answers`, sooner or later."""
+        asker = _Asker(identity, call.call_id)
+        try:
+            match call.action:
+                case "tell":
+                    self._answer(asker)
+                case "attach":
+                    self._begin_attach(asker, call)
+                case "detach":
+                    self._begin_detach(asker)
+        except KvistError as error:
+            self._refuse(asker, error)
+
+    def answers(self) -> list[tuple[bytes, wire.StorageAnswer]]:
+        """(gateway, message), since the last call."""
+        answers, self._answers = self._answers, []
+        return answers
+
+    def status(self, note: str = "") -> wire.StorageStatus:
+        chosen = self._attached or (None if self._opening is None else self._opening.choice)
+        stats = self._mover.stats()
+        return wire.StorageStatus(
+            hicache_storage_backend=None if chosen is None else chosen.backend,
+            hicache_storage_path=None if chosen is None or chosen.path is None else str(chosen.path),
+            hicache_storage_size=self._config.hicache_storage_size if chosen is None else chosen.size_gb,
+            hicache_storage_prefetch_policy=self._config.hicache_storage_prefetch_policy,
+            state=self._state(),
+            breaker=self._mover.breaker(),
+            num_quarantined_pages=self._mover.num_quarantined_pages(),
+            stored_bytes=0 if stats is None else stats.stored_bytes,
+            errors=self._mover.errors(),
+            note=note,
+        )
+
+    def totals(self) -> dict[str, float]:
+        return self._mover.totals()
+
+    def close(self) -> bool:
+        """False: a call of the store hangs, and may still write into the host pool."""
+        if self._opening is not None:
+            self._abandon(self._opening)
+        return self._mover.close()
+
+    # ------------------------------------------------------------ attach and detach
+
+    def _begin_attach(self, asker: _Asker, call: wire.AskStorage) -> None:
+        choice = self._choice(call)
+        if self._attached == choice:
+            self._answer(asker)
+        elif self._attached is not None:
+            raise Conflict(
+                f"{_words(self._attached)} is attached already: detach it first (DELETE)",
+                param="hicache_storage_backend",
+            )
+        elif self._opening is not None or self._leaving is not None:
+            raise Conflict(
+                "a store is being attached or detached: try again in a while", param="hicache_storage_backend"
+            )
+        else:
+            opening = self._opening = _Opening(choice, asker)
+            threading.Thread(target=self._open_beside, args=(opening,), name="kvist-store-open", daemon=True).start()
+
+    def _begin_detach(self, asker: _Asker) -> None:
+        if self._opening is not None:
+            self._abandon(self._opening)
+            self._refuse(self._opening.asker, Conflict("the store was detached before it was open"))
+            self._opening = None
+        if self._attached is not None:
+            log.info("storage tier: %s is detached", _words(self._attached))
+            self._mover.detach()
+            self._attached = None
+            self._events.append(StorageAttached(attached=False))
+            self._leaving = [], self._clock.now_s() + LEAVE_S
+        if self._leaving is None:
+            self._answer(asker)
+        else:
+            self._leaving[0].append(asker)
+
+    def _attach(self, choice: Choice, store: PageStore, stats: StoreStats) -> None:
+        log.info("storage tier: %s, %.2f GB in use", _words(choice), stats.stored_bytes / _GB)
+        self._mover.attach(store, stats)
+        self._attached = choice
+        self._events.append(StorageAttached(attached=True))
+
+    def _choice(self, call: wire.AskStorage) -> Choice:
+        """Raises `RequestError` naming the field."""
+        policy = self._config.hicache_storage_prefetch_policy
+        if call.prefetch_policy not in (None, policy):
+            raise RequestError(
+                f"this worker was started with the prefetch policy {policy}: leave the field out, or start it with "
+                f"--hicache-storage-prefetch-policy {call.prefetch_policy}",
+                param="hicache_storage_prefetch_policy",
+            )
+        backend = call.backend or self._config.hicache_storage_backend
+        if backend not in STORAGE_BACKENDS:
+            known = ", ".join(STORAGE_BACKENDS)
+            raise RequestError(f"the store is {backend!r}; known are {known}", param="hicache_storage_backend")
+        if backend == "memory" and call.path is not None:
+            raise RequestError("a store in memory has no folder: leave the path out", param="hicache_storage_path")
+        size_gb = self._config.hicache_storage_size if call.size_gb is None else call.size_gb
+        if not 0 < size_gb < _MAX_GB:
+            raise RequestError(f"a store of {size_gb:g} GB cannot be", param="hicache_storage_size")
+        if call.path is not None and "\0" in call.path:
+            raise RequestError("the path has a null byte in it", param="hicache_storage_path")
+        path = _folder(backend, call.path or self._config.hicache_storage_path)
+        return Choice(backend=backend, path=path, size_gb=size_gb)
+
+    def _open(self, choice: Choice) -> tuple[PageStore, StoreStats]:
+        spec = StoreSpec(
+            namespace=self._namespace,
+            page_bytes=self._page_bytes,
+            capacity_bytes=int(choice.size_gb * _GB),
+            path=choice.path,
+        )
+        store = open_store(choice.backend, spec)
+        return store, store.stats()
+
+    def _open_beside(self, opening: _Opening) -> None:
+        outcome: tuple[PageStore, StoreStats] | KvistError
+        try:
+            outcome = self._open(opening.choice)
+        except KvistError as error:
+            outcome = error
+        except Exception as error:  # a bug of the store, or of its library: whoever asked must hear of it
+            log.exception("opening %s", _words(opening.choice))
+            outcome = StoreError(f"the store cannot be opened: {type(error).__name__}: {error}")
+        with opening.lock:
+            opening.outcome = outcome
+            if opening.abandoned and not isinstance(outcome, KvistError):
+                outcome[0].close()
+        self._wakeup()
+
+    def _abandon(self, opening: _Opening) -> None:
+        with opening.lock:
+            opening.abandoned = True
+            if opening.outcome is not None and not isinstance(opening.outcome, KvistError):
+                opening.outcome[0].close()
+
+    def _state(self) -> str:
+        if self._opening is not None:
+            return "attaching"
+        if self._leaving is not None:
+            return "detaching"
+        return "detached" if self._attached is None else "attached"
+
+    def _answer(self, asker: _Asker, note: str = "") -> None:
+        answer = wire.StorageAnswer(call_id=asker.call_id, status=self.status(note))
+        self._answers.append((asker.identity, answer))
+
+    def _refuse(self, asker: _Asker, error: KvistError) -> None:
+        answer = wire.StorageAnswer(
+            call_id=asker.call_id, error_code=error.code, message=error.message, param=error.param
+        )
+        self._answers.append((asker.identity, answer))
+
+
+def _folder(backend: str, path: str | None) -> Path | None:
+    if backend != "file":
+        return None
+    if path is not None:
+        return Path(os.path.expanduser(path)).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")).absolute() / "kvist" / "pages"
+
+
+def _param(error: KvistError) -> str:
+    """A store that cannot be had is too small, or its folder is at fault."""
+    return "hicache_storage_path" if isinstance(error, StoreError) else "hicache_storage_size"
+
+
+def _words(choice: Choice) -> str:
+    place = "" if choice.path is None else f" in {choice.path}"
+    return f"a {choice.backend} store{place} of at most {choice.size_gb:g} GB"

@@ -1,0 +1,90 @@
+"""/hicache/storage-backend: what is told to the workers, and what becomes of their answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvist.request import WorkerId
+from kvist.wire import AskStorage, StorageAnswer, StorageStatus
+
+URL = "/hicache/storage-backend"
+STATUS = StorageStatus(
+    hicache_storage_backend="file",
+    hicache_storage_path="/pages",
+    hicache_storage_size=2.0,
+    hicache_storage_prefetch_policy="timeout",
+    state="attached",
+    breaker="closed",
+    num_quarantined_pages=0,
+    stored_bytes=5,
+    errors={},
+)
+
+
+def answers(**refused: tuple[str, str, str]) -> dict[WorkerId, StorageAnswer]:
+    """Of the workers p and d; a refusal is (code, message, param)."""
+    made = {WorkerId(name): StorageAnswer(call_id="c", status=STATUS) for name in ("p", "d")}
+    for name, (code, message, param) in refused.items():
+        made[WorkerId(name)] = StorageAnswer(call_id="c", error_code=code, message=message, param=param)
+    return made
+
+
+@pytest.mark.parametrize(("method", "action"), [("GET", "tell"), ("DELETE", "detach")])
+async def test_every_worker_s_storage_is_told_with_sglangs_names(bench: Any, method: str, action: str) -> None:
+    bench.dispatcher.storage_answers = answers()
+    body = (await bench.client.request(method, URL)).json()
+    assert body["success"] is True
+    assert set(body["workers"]) == {"p", "d"}
+    assert body["workers"]["p"]["hicache_storage_backend"] == "file"
+    assert body["workers"]["p"]["hicache_storage_prefetch_policy"] == "timeout"
+    assert body["workers"]["p"]["state"] == "attached"
+    assert [asked.action for asked in bench.dispatcher.storage_asked] == [action]
+
+
+async def test_put_passes_on_what_was_given_and_leaves_the_rest_to_the_flags(bench: Any) -> None:
+    bench.dispatcher.storage_answers = answers()
+    wanted = {"hicache_storage_backend": "file", "hicache_storage_path": "/pages", "hicache_storage_size": 2}
+    assert (await bench.client.put(URL, json=wanted)).status_code == 200
+    assert (await bench.client.put(URL, json={})).status_code == 200
+    assert bench.dispatcher.storage_asked == [
+        AskStorage(call_id="", action="attach", backend="file", path="/pages", size_gb=2.0),
+        AskStorage(call_id="", action="attach"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"hicache_storage_size": 0}, "hicache_storage_size"),
+        ({"hicache_storage_size": "64"}, "hicache_storage_size"),
+        ({"hicache_storage_backend": 7}, "hicache_storage_backend"),
+        ({"hicache_storage_pfad": "/x"}, "hicache_storage_pfad"),
+        ({"hicache_storage_backend_extra_config_json": '{"a": 1}'}, "hicache_storage_backend_extra_config_json"),
+        ({"hicache_write_policy": "write_back"}, "hicache_write_policy"),
+    ],
+)
+async def test_a_body_with_anything_wrong_is_a_400_that_names_the_field(bench: Any, body: object, field: str) -> None:
+    answer = await bench.client.put(URL, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == field
+    assert bench.dispatcher.storage_asked == []
+
+
+@pytest.mark.parametrize(("code", "status"), [("invalid_request", 400), ("conflict", 409)])
+async def test_a_worker_that_refuses_is_named_with_its_reason_and_who_did_not(
+    bench: Any, code: str, status: int
+) -> None:
+    bench.dispatcher.storage_answers = answers(d=(code, "no such folder", "hicache_storage_path"))
+    answer = await bench.client.put(URL, json={"hicache_storage_backend": "file"})
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == ("hicache_storage_path", code)
+    assert error["message"] == "worker d: no such folder (1 of 2 workers did it)"
+
+
+async def test_other_methods_are_refused(bench: Any) -> None:
+    answer = await bench.client.post(URL, json={})
+    assert answer.status_code == 405
+    assert "PUT" in answer.headers["allow"]

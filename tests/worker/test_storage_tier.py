@@ -1,0 +1,369 @@
+"""Engines with a store behind their host tier: the same tokens whatever it does, and a store that comes and goes.
+
+Real schedulers, runner, pools, movers and file stores; the store's threads run in real time, deadlines by hand.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from kvist import wire
+from kvist.errors import ConfigError
+from kvist.kv.keys import page_digests
+from kvist.kv.store.backend import StoreSpec
+from kvist.kv.store.memory import MemoryStore
+from kvist.kv.store_mover import PAUSE_S
+from kvist.request import Outcome
+from kvist.worker.config import StorageConfig
+
+if TYPE_CHECKING:
+    World = Any  # tests/worker/conftest.py
+
+GREEDY = {"temperature": 0.0}
+SEEDED = {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "min_p": 0.001, "seed": 12345}
+SAMPLING = pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+LENGTHS = (5, 8, 17, 33, 60)
+DEADLINE_S = 10.0
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    draw = random.Random(1000 * seed + length)
+    return tuple(draw.randrange(3, 128) for _ in range(length))
+
+
+def hits(length: int) -> int:
+    return (length - 1) // 4 * 4
+
+
+def file_store(path: Path, deadline_s: float = 1e6, **settings: Any) -> StorageConfig:
+    return StorageConfig(
+        hicache_storage_backend="file",
+        hicache_storage_path=str(path),
+        hicache_storage_deadline_s=deadline_s,
+        **settings,
+    )
+
+
+def start(world: World, storage: StorageConfig, role: str = "unified", **settings: Any) -> Any:
+    settings = {"num_pages": 64, "num_host_pages": 200, "queue_timeout_s": 1e6, **settings}
+    return world.engine(role, storage=storage, **settings)
+
+
+def restart(world: World, engine: Any, storage: StorageConfig, role: str = "unified", **settings: Any) -> Any:
+    """Another life, whose device pool and host tier are empty."""
+    world.kill(engine)
+    return start(world, storage, role, **settings)
+
+
+def answer(world: World, engine: Any, request: Any) -> tuple[list[int], int]:
+    """Its tokens, and how many of its prompt's were cached."""
+    stream = world.answer(engine, request)
+    return stream.token_ids, stream.cached
+
+
+def file_of(folder: Path, engine: Any, token_ids: tuple[int, ...], index: int) -> Path:
+    """That page of the prompt."""
+    (path,) = folder.rglob(f"{page_digests(token_ids, 4, engine.namespace)[index].hex()}.page")
+    return path
+
+
+@SAMPLING
+def test_after_a_restart_pages_from_the_store_give_the_tokens_of_computing_them(
+    world: World, request_of: Any, tmp_path: Path, sampling: dict[str, Any]
+) -> None:
+    storage = file_store(tmp_path / "pages")
+    first = start(world, storage)
+    computed = {n: answer(world, first, request_of(f"1-{n}", prompt(n), **sampling)) for n in LENGTHS}
+    second = restart(world, first, storage)
+    for n, (tokens, cached) in computed.items():
+        assert cached == 0
+        assert answer(world, second, request_of(f"2-{n}", prompt(n), **sampling)) == (tokens, hits(n))
+    totals = second.scheduler.load().totals
+    assert totals["storage_fetched_pages"] == sum(hits(n) for n in LENGTHS) / 4
+    assert totals["storage_failed_pages"] == 0
+    world.check_ledgers()
+
+
+@SAMPLING
+def test_apart_both_sides_take_their_pages_from_the_store_that_they_share(
+    world: World, request_of: Any, tmp_path: Path, sampling: dict[str, Any]
+) -> None:
+    storage = file_store(tmp_path / "pages")
+    alone = start(world, StorageConfig())
+    computed = {n: answer(world, alone, request_of(f"0-{n}", prompt(n), **sampling))[0] for n in LENGTHS}
+    pair = [start(world, storage, role) for role in ("prefill", "decode")]
+    for life in (1, 2):
+        for n, tokens in computed.items():
+            stream = world.submit_pair(*pair, request_of(f"{life}-{n}", prompt(n), **sampling))
+            world.run()
+            assert [ended.outcome for ended in stream.ended] == [Outcome.FINISHED] * 2
+            assert stream.token_ids == tokens
+        if life == 1:
+            pair = [restart(world, *each) for each in ((pair[0], storage, "prefill"), (pair[1], storage, "decode"))]
+    for engine in pair:
+        assert engine.scheduler.load().totals["storage_fetched_pages"] >= 1 + 4 + 8 + 14
+    world.check_ledgers()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_a_page_that_is_damaged_or_missing_is_a_miss_and_cuts_the_prefix_there(
+    world: World, request_of: Any, tmp_path: Path, damage: Any
+) -> None:
+    storage = file_store(tmp_path / "pages")
+    first = start(world, storage)
+    tokens, _ = answer(world, first, request_of("1", prompt(33), max_tokens=1))
+    damage(file_of(tmp_path, first, prompt(33), 5))
+    second = restart(world, first, storage)
+    assert answer(world, second, request_of("2", prompt(33), max_tokens=1)) == (tokens, 5 * 4)
+    assert second.storage.totals()["storage_broken_pages"] == (damage is flip)
+    third = restart(world, second, storage)  # what was computed again has been stored again
+    assert answer(world, third, request_of("3", prompt(33), max_tokens=1)) == (tokens, 8 * 4)
+
+
+def test_on_a_full_disk_nothing_is_stored_and_every_request_is_answered(
+    world: World, request_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    engine = start(world, file_store(tmp_path / "pages"))
+    monkeypatch.setattr("kvist.kv.store.file.os.writev", full)
+    tokens, _ = answer(world, engine, request_of("1", prompt(33)))
+    assert [*tmp_path.rglob("*.page")] == []
+    status = engine.storage.status()
+    assert (status.errors, status.breaker) == ({"ENOSPC": 1}, "closed"), "the store itself waits a while"
+    assert engine.scheduler.load().totals["storage_failed_pages"] == 11
+    monkeypatch.undo()
+    assert answer(world, engine, request_of("2", prompt(33))) == (tokens, 32)
+
+
+def test_a_path_that_is_missing_is_made_and_one_that_cannot_be_a_folder_names_its_flag(
+    world: World, tmp_path: Path
+) -> None:
+    start(world, file_store(tmp_path / "a" / "b"))
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/pages")):
+        with pytest.raises(ConfigError, match=r"--hicache-storage-path: cannot open .* may write") as raised:
+            start(world, file_store(path))
+        assert raised.value.param == "hicache_storage_path"
+    with pytest.raises(ConfigError, match=r"--hicache-storage-size: .* holds not one page"):
+        start(world, file_store(tmp_path / "small", hicache_storage_size=1e-6))
+
+
+def test_two_workers_that_write_the_same_pages_at_once_leave_them_whole_for_a_third(
+    world: World, request_of: Any, tmp_path: Path
+) -> None:
+    storage = file_store(tmp_path / "pages")
+    both = [start(world, storage) for _ in range(2)]
+    streams = [
+        world.submit_full(engine, request_of(f"{number}-{n}", prompt(n)))
+        for n in LENGTHS
+        for number, engine in enumerate(both)
+    ]
+    world.run()
+    third = start(world, storage)
+    for n, one, two in zip(LENGTHS, streams[::2], streams[1::2], strict=True):
+        assert one.token_ids == two.token_ids
+        assert answer(world, third, request_of(f"3-{n}", prompt(n))) == (one.token_ids, hits(n))
+
+
+def test_another_model_and_another_salt_find_nothing_of_each_other(
+    world: World, request_of: Any, tmp_path: Path
+) -> None:
+    storage = file_store(tmp_path / "pages")
+
+    def salted(name: str, salt: str) -> Any:
+        return msgspec.structs.replace(request_of(name, prompt(33)), cache_salt=salt)
+
+    engine = start(world, storage)
+    assert answer(world, engine, salted("1", ""))[1] == 0
+    assert answer(world, engine, salted("2", "a"))[1] == 0
+    engine = restart(world, engine, storage)
+    assert answer(world, engine, salted("3", "b"))[1] == 0
+    assert answer(world, engine, salted("4", "a"))[1] == 32
+    other = start(world, storage, fingerprint="another model")
+    assert answer(world, other, salted("5", ""))[1] == 0
+    assert answer(world, other, salted("6", "a"))[1] == 0
+
+
+class HangingStore(MemoryStore):
+    """Every `get` and `put` waits for `go`."""
+
+    go: threading.Event
+    num_gets = 0
+
+    def get(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> int:
+        self.num_gets += 1
+        assert self.go.wait(20)
+        return super().get(keys, into)
+
+    def put(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
+        assert self.go.wait(20)
+        return super().put(keys, pages)
+
+
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> HangingStore:
+    spec = StoreSpec(namespace="n", page_bytes=4 * 2 * 2 * 4 * 8 * 2, capacity_bytes=1 << 24)
+    store = HangingStore(spec)
+    store.go = threading.Event()
+    store.go.set()
+    monkeypatch.setattr("kvist.worker.storage.open_store", lambda _name, _spec: store)
+    monkeypatch.setattr(store, "close", lambda: None)  # it outlives the engines here
+    return store
+
+
+def test_while_a_store_hangs_requests_are_answered_and_what_it_may_still_touch_is_nobodys(
+    world: World, request_of: Any, tmp_path: Path, hanging: HangingStore
+) -> None:
+    storage = file_store(tmp_path, deadline_s=DEADLINE_S)
+    first = start(world, storage)
+    tokens, _ = answer(world, first, request_of("1", prompt(33)))
+    engine = restart(world, first, storage, queue_timeout_s=4 * DEADLINE_S)
+    hanging.go.clear()
+    stream = world.submit_full(engine, request_of("2", prompt(33)))
+    while not hanging.num_gets:
+        world.step()
+    while stream.waits_for:
+        world.step()
+        world.clock.advance(0.1)
+    assert (stream.token_ids, stream.cached) == (tokens, 0)
+    status = engine.storage.status()
+    assert status.breaker != "closed"  # after the pause a write is tried
+    assert status.num_quarantined_pages == 8
+    assert engine.scheduler.load().host_pages.in_flight >= 8
+    begun = world.submit_full(engine, request_of("3", prompt(60)))  # the store is not even asked
+    while begun.waits_for:
+        world.step()
+    assert engine.scheduler.load().totals["prefetch_timeouts"] == 1
+    hanging.go.set()
+    world.run()
+    assert engine.scheduler.load().host_pages.in_flight == 0
+    assert engine.storage.status().num_quarantined_pages == 0
+    world.clock.advance(PAUSE_S)
+    answer(world, engine, request_of("4", prompt(60, seed=1)))  # tried, and found to answer
+    answer(world, engine, request_of("5", prompt(60, seed=2)))
+    assert engine.storage.status().breaker == "closed"
+    world.check_ledgers()
+
+
+def test_a_store_is_attached_and_detached_while_requests_are_served(
+    world: World, request_of: Any, tmp_path: Path
+) -> None:
+    engine = start(world, StorageConfig())
+    asked = world.ask_storage(engine, "tell").status
+    assert (asked.state, asked.hicache_storage_backend) == ("detached", None)
+    streams = [world.submit_full(engine, request_of(f"a{n}", prompt(n))) for n in LENGTHS]
+    told = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size_gb=1.0).status
+    assert (told.state, told.hicache_storage_path) == ("attached", str(tmp_path / "pages"))
+    world.run()
+    for n, stream in zip(LENGTHS, streams, strict=True):  # computed before there was a store: stored when hit again
+        assert answer(world, engine, request_of(f"b{n}", prompt(n)))[0] == stream.token_ids
+    again = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size_gb=1.0)
+    assert again.status is not None, "it is so already"
+    other = world.ask_storage(engine, "attach", backend="memory")
+    assert (other.error_code, other.param) == ("conflict", "hicache_storage_backend")
+    assert "a file store in" in other.message
+
+    fresh = start(world, StorageConfig())
+    streams = [world.submit_full(fresh, request_of(f"c{n}", prompt(n))) for n in LENGTHS[:3]]
+    world.ask_storage(fresh, "attach", backend="file", path=str(tmp_path / "pages"), size_gb=1.0)
+    tokens, cached = answer(world, fresh, request_of("c60", prompt(60)))
+    assert cached == hits(60)
+    more = [world.submit_full(fresh, request_of(f"d{n}", prompt(n, seed=7))) for n in LENGTHS]
+    left = world.ask_storage(fresh, "detach").status
+    assert (left.state, left.hicache_storage_backend, left.note) == ("detached", None, "")
+    world.run()
+    assert all([ended.outcome for ended in stream.ended] == [Outcome.FINISHED] for stream in [*streams, *more])
+    assert world.ask_storage(fresh, "detach").status.state == "detached", "it is so already"
+    fetched = fresh.scheduler.load().totals["storage_fetched_pages"]
+    assert answer(world, fresh, request_of("e33", prompt(33)))[1] == 0
+    assert fresh.scheduler.load().totals["storage_fetched_pages"] == fetched
+    assert answer(world, engine, request_of("f60", prompt(60))) == (tokens, hits(60))
+    world.check_ledgers()
+
+
+def test_what_cannot_be_attached_is_refused_with_the_field_and_nothing_has_changed(
+    world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    engine = start(world, StorageConfig())
+    for wanted, param in (
+        ({}, "hicache_storage_backend"),
+        ({"backend": "mooncake"}, "hicache_storage_backend"),
+        ({"backend": "memory", "path": "/pages"}, "hicache_storage_path"),
+        ({"backend": "file", "path": str(tmp_path / "file")}, "hicache_storage_path"),
+        ({"backend": "file", "path": "a\0b"}, "hicache_storage_path"),
+        ({"backend": "file", "path": "~nobody-of-this-name\n/x\0"}, "hicache_storage_path"),
+        ({"backend": "memory", "size_gb": 1e-9}, "hicache_storage_size"),
+        ({"backend": "memory", "size_gb": 1e400}, "hicache_storage_size"),
+        ({"backend": "memory", "prefetch_policy": "best_effort"}, "hicache_storage_prefetch_policy"),
+    ):
+        answered = world.ask_storage(engine, "attach", **wanted)
+        assert (answered.error_code, answered.param) == ("invalid_request", param), wanted
+        assert world.ask_storage(engine, "tell").status.state == "detached"
+    without = world.engine("unified")
+    assert "add --enable-hierarchical-cache" in world.ask_storage(without, "attach", backend="memory").message
+
+
+def test_a_store_that_takes_for_ever_to_open_holds_nobody_and_can_be_given_up(
+    world: World, request_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, closed = threading.Event(), threading.Event()
+
+    class Slow(MemoryStore):
+        def close(self) -> None:
+            closed.set()
+
+    def open_slowly(_name: str, spec: StoreSpec) -> MemoryStore:
+        assert go.wait(20)
+        return Slow(spec)
+
+    monkeypatch.setattr("kvist.worker.storage.open_store", open_slowly)
+    engine = start(world, StorageConfig())
+    engine.channel.waiting.append((b"gateway", wire.AskStorage(call_id="slow", action="attach", backend="memory")))
+    answer(world, engine, request_of("1", prompt(33)))
+    assert "slow" not in world.storage_answers
+    assert world.ask_storage(engine, "tell").status.state == "attaching"
+    assert world.ask_storage(engine, "attach", backend="memory").error_code == "conflict"
+    assert world.ask_storage(engine, "detach").status.state == "detached"
+    assert world.storage_answers["slow"].error_code == "conflict"
+    go.set()
+    assert closed.wait(20)
+    assert world.ask_storage(engine, "attach", backend="memory").status.state == "attached"
+
+
+def test_a_store_that_hangs_when_it_is_detached_is_left_behind(
+    world: World, request_of: Any, tmp_path: Path, hanging: HangingStore
+) -> None:
+    engine = start(world, file_store(tmp_path, deadline_s=DEADLINE_S))
+    hanging.go.clear()
+    stream = world.submit_full(engine, request_of("1", prompt(33)))
+    while stream.waits_for:
+        world.step()
+    told = world.ask_storage(engine, "detach").status
+    assert (told.state, told.note) == ("detached", "left behind: a call of the store hangs")
+    assert engine.scheduler.load().host_pages.in_flight > 0
+    hanging.go.set()
+    world.run()
+    assert engine.scheduler.load().host_pages.in_flight == 0
