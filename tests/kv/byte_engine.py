@@ -292,7 +292,7 @@ class ByteEngine:
     def settle(self) -> None:
         """All that is under way is carried out and heard."""
         self.hear()
-        while self.loads.busy or self.backups.busy or self.store_mover.busy():
+        while self.loads.busy or self.backups.busy or self.store_mover.busy() or self.mover._reports:
             for lane in (self.loads, self.backups):
                 if lane.busy:
                     lane.step()
@@ -378,6 +378,6 @@ class ByteEngine:
         num_kept = sum(prefetch._num_kept for prefetch in storage._open)
         assert storage._num_taken == num_fetching + num_kept <= max(1, host.total // 2)
         assert storage._num_stored == sum(len(pages) for _, pages in storage._stores.values())
-        assert {prefetch for prefetch, _, _ in self.fetching} == storage._open
+        assert {prefetch for prefetch, _, _ in self.fetching} == set(storage._open)
         moving_slots = {page.slot for page in moving}
         assert self.store_mover.slots_under_call() <= moving_slots, "a call of the store may still touch these"

@@ -172,14 +172,18 @@ class SteppedStoreMover:
         session._next, session._report = next_, report
         self.fibers = [fiber for fiber in self.fibers if not fiber.is_over] + made
 
+    @property
+    def is_attached(self) -> bool:
+        return self.mover._session is not None
+
     def detach(self) -> None:
-        if self.mover._session is not None:
+        if self.is_attached:
             self.mover.detach()
 
     def busy(self) -> bool:
         sessions: Any = self.mover._sessions()
         waiting = any(session._reads.waiting or session._writes.waiting for session in sessions)
-        return waiting or any(not fiber.is_idle for fiber in self.fibers)
+        return waiting or bool(self.mover._reports) or any(not fiber.is_idle for fiber in self.fibers)
 
     def slots_under_call(self) -> set[int]:
         sessions: Any = self.mover._sessions()
