@@ -143,6 +143,17 @@ def test_a_long_job_is_many_calls_so_that_the_deadline_means_the_same_for_each(m
     assert moving.store.calls == ["put"] * 3
 
 
+def test_a_page_missing_in_the_first_call_of_a_long_job_ends_it_there(moving: Moving) -> None:
+    moving.start(StorePages, 2 * PIECE_PAGES)
+    moving.reports()
+    del moving.store._pages[digest(5)]
+    moving.start(FindPages, 2 * PIECE_PAGES)
+    moving.start(FetchPages, 100)
+    moving.start(FetchPages, 2 * PIECE_PAGES)
+    reports = moving.reports(3)
+    assert [report.num_pages for report in reports if not isinstance(report, PagesStored)] == [5, 5, 5]
+
+
 def test_without_a_store_every_job_is_answered_with_nothing(moving: Moving) -> None:
     moving.mover.detach()
     for kind in (FindPages, FetchPages, StorePages):
@@ -211,6 +222,7 @@ def test_a_hung_call_opens_the_breaker_and_keeps_its_slots_until_it_returns(movi
     moving.store.go.set()
     assert moving.reports() == [PagesFetched(job_id=2, num_pages=3)]
     assert (moving.pages[10:13] == moving.pages[:3]).all()
+    assert moving.mover.breaker() == "open", "that one call has returned is no reason to trust it"
     assert moving.mover.num_quarantined_pages() == 0
     assert moving.mover.totals()["storage_slow_calls"] == 1
 
@@ -297,7 +309,12 @@ def test_fetched_pages_are_recorded_before_they_are_reported_and_others_records_
     kept.record([5, 6, 7], [(digest(50), None), (digest(51), digest(50)), (digest(52), digest(51))])
     host = HostPool(8, PAGE_BYTES, pinned=False, persistent=kept)
     there_when_reported: list[list[tuple[int, bytes]]] = []
-    mover = StoreMover(host, wakeup=lambda: there_when_reported.append(look()), clock=FakeClock(), deadline_s=1.0)
+    mover = StoreMover(
+        host,
+        wakeup=lambda: there_when_reported or there_when_reported.append(look()),
+        clock=FakeClock(),
+        deadline_s=1.0,
+    )
 
     def look() -> list[tuple[int, bytes]]:
         found = (kept._verified(slot) for slot in range(8))

@@ -67,6 +67,8 @@ log = logging.getLogger(__name__)
 _Job = FindPages | FetchPages | StorePages
 _COUNTED = {FindPages: "storage_find", FetchPages: "storage_read", StorePages: "storage_write"}
 Report = PagesFound | PagesFetched | PagesStored
+_ANSWERS: dict[type, Callable[..., Report]]
+_ANSWERS = {FindPages: PagesFound, FetchPages: PagesFetched, StorePages: PagesStored}
 
 
 @dataclass(slots=True, eq=False)
@@ -86,10 +88,10 @@ class StoreMover:
     """The engine loop's; `wakeup` is called by any thread."""
 
     def __init__(self, host: HostPool, *, wakeup: Callable[[], None], clock: Clock, deadline_s: float) -> None:
-        self._host = host
-        self._wakeup = wakeup
-        self._clock = clock
-        self._deadline_s = deadline_s
+        self.host = host
+        self.wakeup = wakeup
+        self.clock = clock
+        self.deadline_s = deadline_s
         self._reports: deque[Report] = deque()
         self._session: _Session | None = None
         self._leaving: list[_Session] = []  # detached, with calls under way
@@ -99,15 +101,7 @@ class StoreMover:
     def attach(self, store: PageStore, stats: StoreStats) -> None:
         """It is ours to close from now on. `stats` are its own, as of now: asking may take time."""
         assert self._session is None, "detach the other store first"
-        self._session = _Session(
-            store,
-            stats,
-            self._host,
-            report=self._report,
-            ended=self._wakeup,
-            clock=self._clock,
-            deadline_s=self._deadline_s,
-        )
+        self._session = _Session(store, stats, self)
 
     def detach(self) -> None:
         """No new calls; what has not begun is answered. The store is closed when its last call has returned."""
@@ -121,13 +115,13 @@ class StoreMover:
             if self._session is not None:
                 self._session.cancel(job.job_id)
         elif self._session is None:
-            self._report(job, 0)
+            self.report(job, 0)
         else:
             self._session.start(job)
 
     def poll(self) -> list[Report]:
         """What happened since the last call. To be called once a second at least: it is what notices the deadline."""
-        now_s = self._clock.now_s()
+        now_s = self.clock.now_s()
         for session in self._sessions():
             session.notice_deadline(now_s)
         for session in [each for each in self._leaving if each.over.is_set()]:
@@ -169,21 +163,16 @@ class StoreMover:
         """What has not begun is dropped. False: a call hangs, and may still write into the host pool."""
         if self._session is not None:
             self.detach()
-        give_up_s = self._clock.now_s() + CLOSE_S
-        return all(session.over.wait(max(0.0, give_up_s - self._clock.now_s())) for session in self._leaving)
+        give_up_s = self.clock.now_s() + CLOSE_S
+        return all(session.over.wait(max(0.0, give_up_s - self.clock.now_s())) for session in self._leaving)
 
     def _sessions(self) -> list[_Session]:
         return [*self._leaving, *([] if self._session is None else [self._session])]
 
-    def _report(self, job: _Job, num_pages: int) -> None:
-        match job:
-            case FindPages():
-                self._reports.append(PagesFound(job_id=job.job_id, num_pages=num_pages))
-            case FetchPages():
-                self._reports.append(PagesFetched(job_id=job.job_id, num_pages=num_pages))
-            case StorePages():
-                self._reports.append(PagesStored(job_id=job.job_id, num_pages=num_pages))
-        self._wakeup()
+    def report(self, job: _Job, num_pages: int) -> None:
+        """By any thread."""
+        self._reports.append(_ANSWERS[type(job)](job_id=job.job_id, num_pages=num_pages))
+        self.wakeup()
 
 
 class _Lane:
@@ -197,28 +186,15 @@ class _Lane:
 
 
 class _Session:
-    """One attached store. `_lock` guards what changes; neither the store nor `report` is called under it."""
+    """One attached store. `_lock` guards what changes; neither the store nor the mover is called under it."""
 
-    def __init__(
-        self,
-        store: PageStore,
-        stats: StoreStats,
-        host: HostPool,
-        *,
-        report: Callable[[_Job, int], None],
-        ended: Callable[[], None],
-        clock: Clock,
-        deadline_s: float,
-    ) -> None:
+    def __init__(self, store: PageStore, stats: StoreStats, mover: StoreMover) -> None:
         self.stats = stats
         self.over = threading.Event()  # every call has returned, and the store is closed
         self._store = store
-        self._pages = host.tensor.numpy()  # [num_pages, page_bytes] uint8
-        self._persistent = host.persistent
-        self._report = report
-        self._ended = ended
-        self._clock = clock
-        self._deadline_s = deadline_s
+        self._pages = mover.host.tensor.numpy()  # [num_pages, page_bytes] uint8
+        self._mover = mover
+        self._clock = mover.clock
         self._lock = threading.Lock()
         self._reads, self._writes = _Lane(self._lock, NUM_READERS), _Lane(self._lock, NUM_WRITERS)
         self._try_again_s: float | None = None  # the breaker is open
@@ -239,7 +215,7 @@ class _Session:
             else:
                 self._counts["storage_unasked_jobs"] += 1
         if not admitted:
-            self._report(job, 0)
+            self._answer([job])
 
     def cancel(self, job_id: int) -> None:
         with self._lock:
@@ -260,18 +236,12 @@ class _Session:
         dropped: list[_Job] = []
         with self._lock:
             for call in self._calls():
-                if call.is_slow or now_s - call.began_s <= self._deadline_s:
+                if call.is_slow or now_s - call.began_s <= self._mover.deadline_s:
                     continue
                 call.is_slow = True
                 self._counts["storage_slow_calls"] += 1
                 dropped += self._open_breaker(now_s)
-                log.warning(
-                    "storage tier: %s of %d pages takes longer than %g s: the store is left alone for %g s",
-                    type(call.job).__name__,
-                    len(call.job.digests),
-                    self._deadline_s,
-                    PAUSE_S,
-                )
+                log.warning("storage tier: %s takes longer than %g s", _words(call.job), self._mover.deadline_s)
         self._answer(dropped)
 
     def breaker(self) -> str:
@@ -327,10 +297,10 @@ class _Session:
             try:
                 num_pages = self._carry_out(call)
             except Exception:  # the thread must outlive any one job, and the job be answered
-                log.exception("storage tier: %s of %d pages", type(call.job).__name__, len(call.job.digests))
+                log.exception("storage tier: %s", _words(call.job))
                 has_raised = True
             self._answer(self._note_end(lane, call, num_pages, begin_s, has_raised))
-            self._report(call.job, num_pages)
+            self._mover.report(call.job, num_pages)
         with self._lock:
             self._num_threads -= 1
             is_last = self._num_threads == 0
@@ -338,7 +308,7 @@ class _Session:
             with contextlib.suppress(Exception):  # nobody is left to tell
                 self._store.close()
             self.over.set()
-            self._ended()
+            self._mover.wakeup()
 
     def _next(self, lane: _Lane) -> _Call | None:
         with self._lock:
@@ -353,7 +323,7 @@ class _Session:
         """Returns how many leading pages are there, in their slots, or stored."""
         job, num_done = call.job, 0
         assert max(call.slots, default=0) < len(self._pages), "a page outside the pool"
-        persistent = self._persistent if isinstance(job, FetchPages) else None
+        persistent = self._mover.host.persistent if isinstance(job, FetchPages) else None
         if persistent is not None:
             persistent.clear(call.slots)
         for first in range(0, len(job.digests), PIECE_PAGES):
@@ -403,4 +373,8 @@ class _Session:
 
     def _answer(self, dropped: Sequence[_Job]) -> None:
         for job in dropped:
-            self._report(job, 0)
+            self._mover.report(job, 0)
+
+
+def _words(job: _Job) -> str:
+    return f"{type(job).__name__} of {len(job.digests)} pages"

@@ -41,10 +41,7 @@ class Choice:
     size_gb: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Asker:
-    identity: bytes
-    call_id: str
+_Asker = tuple[bytes, str]  # the gateway, and the id of its call
 
 
 class _Opening:
@@ -126,7 +123,7 @@ class EngineStorage:
 
     def ask(self, identity: bytes, call: wire.AskStorage) -> None:
         """The answer is in `answers`, sooner or later."""
-        asker = _Asker(identity, call.call_id)
+        asker = identity, call.call_id
         try:
             match call.action:
                 case "tell":
@@ -271,14 +268,13 @@ class EngineStorage:
         return "detached" if self._attached is None else "attached"
 
     def _answer(self, asker: _Asker, note: str = "") -> None:
-        answer = wire.StorageAnswer(call_id=asker.call_id, status=self.status(note))
-        self._answers.append((asker.identity, answer))
+        identity, call_id = asker
+        self._answers.append((identity, wire.StorageAnswer(call_id=call_id, status=self.status(note))))
 
     def _refuse(self, asker: _Asker, error: KvistError) -> None:
-        answer = wire.StorageAnswer(
-            call_id=asker.call_id, error_code=error.code, message=error.message, param=error.param
-        )
-        self._answers.append((asker.identity, answer))
+        identity, call_id = asker
+        refused = wire.StorageAnswer(call_id=call_id, error_code=error.code, message=error.message, param=error.param)
+        self._answers.append((identity, refused))
 
 
 def _folder(backend: str, path: str | None) -> Path | None:
