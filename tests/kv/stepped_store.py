@@ -138,6 +138,15 @@ class SteppedStoreMover:
     def __init__(self, host: Any, clock: FakeClock) -> None:
         self.mover = StoreMover(host, wakeup=lambda: None, clock=clock, deadline_s=10.0)
         self.fibers: list[Fiber] = []
+        real: Any = self.mover
+        real_report = real.report
+
+        def report(*arguments: Any) -> None:
+            pause()
+            real_report(*arguments)
+            pause()
+
+        real.report = report
 
     def attach(self, store: TroubledStore) -> None:
         made: list[Fiber] = []
@@ -153,7 +162,7 @@ class SteppedStoreMover:
         ):
             self.mover.attach(store, store.stats())
         session: Any = self.mover._session
-        real_next, real_report = session._next, session._report
+        real_next = session._next
 
         def next_(lane: Any) -> Any:
             fiber = in_fiber()
@@ -164,12 +173,7 @@ class SteppedStoreMover:
             fiber.is_idle = False
             return real_next(lane)
 
-        def report(*arguments: Any) -> None:
-            pause()
-            real_report(*arguments)
-            pause()
-
-        session._next, session._report = next_, report
+        session._next = next_
         self.fibers = [fiber for fiber in self.fibers if not fiber.is_over] + made
 
     @property
