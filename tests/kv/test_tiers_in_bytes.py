@@ -259,7 +259,7 @@ class TiersInBytes(RuleBasedStateMachine):
         if how == "gone":
             path.unlink()
         elif how == "cut":
-            os.truncate(path, at % path.stat().st_size)
+            os.truncate(path, at % max(1, path.stat().st_size))
         else:
             flip(path, at)
 
