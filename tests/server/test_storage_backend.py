@@ -84,6 +84,10 @@ async def test_a_worker_that_refuses_is_named_with_its_reason_and_who_did_not(
     assert error["message"] == "worker d: no such folder (1 of 2 workers did it)"
 
 
+async def test_when_every_worker_is_lost_meanwhile_nothing_is_called_a_success(bench: Any) -> None:
+    assert (await bench.client.delete(URL)).status_code == 503
+
+
 async def test_other_methods_are_refused(bench: Any) -> None:
     answer = await bench.client.post(URL, json={})
     assert answer.status_code == 405

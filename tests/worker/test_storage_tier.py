@@ -150,7 +150,7 @@ def test_on_a_full_disk_nothing_is_stored_and_every_request_is_answered(
     tokens, _ = answer(world, engine, request_of("1", prompt(33)))
     assert [*tmp_path.rglob("*.page")] == []
     status = engine.storage.status()
-    assert (status.errors, status.breaker) == ({"ENOSPC": 1}, "closed"), "the store itself waits a while"
+    assert (set(status.errors), status.breaker) == ({"ENOSPC"}, "closed"), "the store itself waits a while"
     assert engine.scheduler.load().totals["storage_failed_pages"] == 11
     monkeypatch.undo()
     assert answer(world, engine, request_of("2", prompt(33))) == (tokens, 32)

@@ -133,6 +133,8 @@ class Admin:
                 prefetch_policy=wanted.hicache_storage_prefetch_policy,
             )
         answers = await self._gateway.dispatcher.ask_storage(ask)
+        if not answers:
+            raise Unavailable("every worker was lost before it answered")
         refused = [(worker_id, answer) for worker_id, answer in sorted(answers.items()) if answer.error_code]
         for worker_id, answer in refused[:1]:
             error = error_from_wire(answer.error_code or "", f"worker {worker_id}: {answer.message}")
