@@ -26,7 +26,7 @@ from kvist.kv.host import HostPool
 from kvist.kv.host_tier import HostTier
 from kvist.kv.keys import page_digests
 from kvist.kv.mover import PageMover
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded, StorageAttached
+from kvist.kv.moves import PagesBackedUp, PagesLoaded, StorageAttached, StoreJob
 from kvist.kv.persistence import PersistentPages
 from kvist.kv.storage_tier import Prefetch, PrefetchConfig, StorageTier
 
@@ -83,6 +83,10 @@ class ManualLane:
         begin: Callable[[], None] = lambda: None,
     ) -> None:
         self._jobs.append((source_ids, target_ids, done, begin))
+
+    def run(self, work: Callable[[], None]) -> None:
+        """In its turn."""
+        self.start((), (), lambda _ok: None, work)
 
     @property
     def busy(self) -> bool:
@@ -268,16 +272,17 @@ class ByteEngine:
 
     def start_moves(self) -> None:
         for job in self.cache.drain_jobs():
-            if isinstance(job, LoadPages | BackUpPages):
-                self.mover.start(job)
-            else:
+            if isinstance(job, StoreJob):
                 self.store_mover.mover.start(job)
+            else:
+                self.mover.start(job)
 
     def hear(self) -> None:
         """The reports reach the cache."""
         for report in self.mover.poll():
-            if not isinstance(report, PagesLoaded):
+            if isinstance(report, PagesBackedUp):
                 self.cache.backed_up(report)
+            if not isinstance(report, PagesLoaded):
                 continue
             (request,) = (each for each in self.requests if each.load_id == report.job_id)
             request.num_written = self.cache.loaded(report, request.token_ids)

@@ -23,6 +23,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvist.kv.cache import WRITE_POLICIES
+
 # Under importlib mode a test module cannot import its neighbour by name.
 sys.path.insert(0, str(Path(__file__).parent))
 try:
@@ -43,7 +45,7 @@ class TiersInBytes(RuleBasedStateMachine):
     @initialize(
         num_host_pages=st.integers(1, 24) | st.just(24),
         num_store_pages=st.sampled_from([60, 60, 60, 3]),
-        policy=st.sampled_from(["write_through", "write_through", "write_through", "write_through_selective"]),
+        policy=st.sampled_from(["write_through", "write_through", *WRITE_POLICIES]),
         models=st.sampled_from([("a", "a"), ("a", "a"), ("a", "a"), ("a", "b")]),
     )
     def start(self, num_host_pages: int, num_store_pages: int, policy: str, models: tuple[str, str]) -> None:
