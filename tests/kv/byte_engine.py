@@ -323,7 +323,10 @@ class ByteEngine:
     def answer(self, token_ids: tuple[int, ...], cache_salt: str = "") -> int:
         """A whole request; how many tokens of it were cached."""
         request = self.admit(token_ids, cache_salt)
-        assert request is not None
+        while request is None:  # pages have to be copied before they can go
+            assert self.backups.busy
+            self.settle()
+            request = self.admit(token_ids, cache_salt)
         self.settle()
         num_cached = request.num_written
         self.check_bytes()
