@@ -15,11 +15,8 @@ bar is missed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +25,7 @@ from typing import Any
 
 import torch
 
+from json_report import write_report
 from kvist.checkpoint import find_checkpoint
 from kvist.models import ModelConfig, load_model_config
 from kvist.models.weights import WHOLE, expected_tensors
@@ -184,17 +182,7 @@ def main() -> int:
         runner.close()
     ratios = report(rows)
     if args.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        hardware = {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-        }
-        shown = {key: value for key, value in vars(args).items() if key != "json"}
-        result = {"commit": commit, "hardware": hardware, "settings": shown, "ratios": ratios, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=1))
+        write_report(args.json, args, ratios=ratios, rows=rows)
     return 0 if all(ratios[name] >= bar for name, bar in BARS.items()) else 1
 
 

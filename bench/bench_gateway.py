@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import time
 from collections import deque
 from pathlib import Path
 
+from json_report import write_report
 from kvist import wire
 from kvist.request import EpochId, FinishReason, Outcome, WorkerId
 
@@ -121,7 +121,8 @@ def step(channel: object, streams: dict[str, tuple[bytes, int, int]], tokens: li
 
 
 def run_gateway(endpoint: str, port: int) -> None:
-    from kvist.server.serve import http_server, run_in_loop
+    from kvist.event_loop import run_in_loop
+    from kvist.server.serve import http_server
 
     async def main() -> None:
         from kvist.channel import ChannelConfig
@@ -303,14 +304,7 @@ def main() -> None:
             process.wait(timeout=20)
     report(rows)
     if args.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        hardware = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        settings = {name: value for name, value in vars(args).items() if name != "json"}
-        args.json.write_text(
-            json.dumps({"commit": commit, "hardware": hardware, "settings": settings, "rows": rows}, indent=1)
-        )
+        write_report(args.json, args, rows=rows)
     return None
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from json_report import write_report
 from kvist.kv.device import DevicePool
 from kvist.kv.layout import PageLayout
 from kvist.request import HandoffId
@@ -155,13 +156,8 @@ def main() -> None:
         results["two GPUs"] = measure("cuda:1", num_pages, args.repetitions)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {num_pages} pages, {num_bytes / 1e6:.1f} MB")
     print_table(results, num_bytes)
-    if args.json is not None:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        settings = {"tokens": args.tokens, "repetitions": args.repetitions, "num_bytes": num_bytes, "seed": 0}
-        about = {"commit": commit, "hardware": torch.cuda.get_device_name(), "settings": settings}
-        args.json.write_text(json.dumps({**about, "rows": results}))
+    if args.json:
+        write_report(args.json, args, num_bytes=num_bytes, rows=results)
 
 
 if __name__ == "__main__":

@@ -19,19 +19,18 @@ items and chunks alone, the least that one object an item can cost.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import random
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from json_report import write_report
 from kvist import wire
 from kvist.attention.fa3 import _Index
 from kvist.attention.page_tables import PageTables
@@ -239,7 +238,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="prompt tokens of each request")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     rows = measure(args)
     baseline = percentile(rows["objects"], 0.1)
@@ -250,16 +249,8 @@ def main() -> None:
         times = f" a call, {calls:.0f} calls" if calls > 1.5 else ""
         print(f"{part:>8}: p10 {p10:7.1f}  p50 {p50:7.1f}  p90 {p90:7.1f}   p10 / objects {p10 / baseline:5.2f}{times}")
     if args.json:
-        report = {
-            "commit": subprocess.run(
-                ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-            ).stdout.strip(),
-            "hardware": {"machine": platform.machine(), "python": platform.python_version()},
-            "settings": {key: value for key, value in vars(args).items() if key != "json"},
-            "rows": [{"part": part, "us": time_us} for part, times in rows.items() for time_us in times],
-        }
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(report, file)
+        each = [{"part": part, "us": time_us} for part, times in rows.items() for time_us in times]
+        write_report(args.json, args, rows=each)
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -9,9 +9,7 @@ read from memory, never from the cache: each layer has its own. `--json FILE` ke
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from json_report import write_report
 from kvist.attention import build_attention, choose_attention
 from kvist.attention.backend import GraphPlan, RotatingAttend, Span
 from kvist.kernels import activation, norm, rotary, sampling
@@ -234,12 +233,8 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     for title, rows in results.items():
         print_table(title, rows)
-    if args.json is not None:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        hardware = torch.cuda.get_device_name()
-        args.json.write_text(json.dumps({"commit": commit, "hardware": hardware, "layers": args.layers, **results}))
+    if args.json:
+        write_report(args.json, args, rows=results)
 
 
 if __name__ == "__main__":

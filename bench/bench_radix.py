@@ -10,16 +10,13 @@ other common design: one hash a page, chained over the prefix, looked up in a fl
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from json_report import write_report
 from kvist.kv.cache import PageCache, PageLease
 from kvist.kv.keys import page_digests
 
@@ -135,15 +132,8 @@ def main() -> None:
     ]
     report(rows)
     if settings.json:
-        root = Path(__file__).parent
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-        result = {
-            "commit": commit.stdout.strip() or None,
-            "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()},
-            "settings": {name: value for name, value in vars(settings).items() if name != "json"},
-            "rows": [{"case": case, "duration_ms": duration_ms} for case, duration_ms in rows],
-        }
-        settings.json.write_text(json.dumps(result, indent=1))
+        each = [{"case": case, "duration_ms": duration_ms} for case, duration_ms in rows]
+        write_report(settings.json, settings, rows=each)
 
 
 if __name__ == "__main__":

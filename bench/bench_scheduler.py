@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import random
 import statistics
-import subprocess
 import time
+from pathlib import Path
 
+from json_report import write_report
 from kvist.kv.cache import PageCache
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
 from kvist.scheduler import SchedulerConfig, build_scheduler
@@ -99,7 +98,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="measured steps")
     parser.add_argument("--context", type=int, default=512, help="prompt tokens of each request")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     rows = {
         "step": measure_steps(running=args.running, steps=args.steps, context=args.context, seed=args.seed),
@@ -110,17 +109,8 @@ def main() -> None:
         shares = "  ".join(f"p{round(share * 100)} {percentile(times_ms, share):.3f}" for share in (0.5, 0.9, 0.99))
         print(f"{name:>14}: {shares}  mean {statistics.mean(times_ms):.3f}")
     if args.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        report = {
-            "commit": commit,
-            "hardware": {"machine": platform.machine(), "python": platform.python_version()},
-            "settings": {key: value for key, value in vars(args).items() if key != "json"},
-            "rows": [{"name": name, "step": i, "ms": ms} for name, times in rows.items() for i, ms in enumerate(times)],
-        }
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(report, file)
+        each = [{"name": name, "step": i, "ms": ms} for name, times in rows.items() for i, ms in enumerate(times)]
+        write_report(args.json, args, rows=each)
 
 
 if __name__ == "__main__":

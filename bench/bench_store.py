@@ -11,13 +11,10 @@ in the kernel's page cache. `--json` writes {commit, hardware, settings, rows}, 
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from json_report import write_report
 from kvist.kv.keys import page_digests
 from kvist.kv.store import open_store
 from kvist.kv.store.backend import PageStore, StoreSpec
@@ -132,15 +130,8 @@ def main() -> None:
     ]
     report(rows)
     if settings.json:
-        root = Path(__file__).parent
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-        result = {
-            "commit": commit.stdout.strip() or None,
-            "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()},
-            "settings": {name: str(value) for name, value in vars(settings).items() if name != "json"},
-            "rows": [{"folder": folder, "case": case, "gb_per_s": speed} for folder, case, speed in rows],
-        }
-        settings.json.write_text(json.dumps(result, indent=1))
+        each = [{"folder": folder, "case": case, "gb_per_s": speed} for folder, case, speed in rows]
+        write_report(settings.json, settings, rows=each)
 
 
 if __name__ == "__main__":

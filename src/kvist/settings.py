@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,7 @@ class RouterSettings:
             )
 
 
+DEMO_HOST_TIER_GB = 0.25
 _PLANNED = ("role", "engine_host", "engine_port", "engine_advertise_host")
 
 
@@ -246,7 +248,20 @@ def run(settings: Settings) -> int:
         return run_bench_engine(settings.engine, settings.steps)
     from kvist.cluster.demo import run_demo
 
-    return run_demo(cluster_shape(settings), question=settings.demo.question, expect=settings.demo.expect)
+    with tempfile.TemporaryDirectory(prefix="kvist-demo-") as folder:
+        shape = cluster_shape(with_tiers(settings, folder))
+        return run_demo(shape, question=settings.demo.question, expect=settings.demo.expect)
+
+
+def with_tiers(settings: DemoSettings, folder: str) -> DemoSettings:
+    """The demo shows them: small ones, unless the user said how large. Its prompts are short, and fetched anyway."""
+    host, store, page_size = settings.engine.host_tier, settings.engine.storage, settings.engine.page_size
+    if not host.enable_hierarchical_cache:
+        host = dataclasses.replace(host, enable_hierarchical_cache=True, hicache_size=DEMO_HOST_TIER_GB)
+    if store.hicache_storage_backend is None:
+        store = dataclasses.replace(store, hicache_storage_backend="file", hicache_storage_path=folder)
+    store = dataclasses.replace(store, hicache_storage_prefetch_threshold=page_size)
+    return dataclasses.replace(settings, engine=dataclasses.replace(settings.engine, host_tier=host, storage=store))
 
 
 def _run_bench(settings: BenchServerSettings) -> int:

@@ -39,6 +39,9 @@ class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_default
 # ---------------------------------------------------------------- gateway → engine
 
 
+FlushTier = Literal["device", "host"]
+
+
 class Hello(_Message, frozen=True):
     """First message and keep-alive. An engine that has not heard one for `gateway_timeout_s` aborts the gateway's
     requests. `resync` asks for all cached page digests again."""
@@ -68,21 +71,27 @@ class Abort(_Message, frozen=True):
 
 
 class FlushCache(_Message, frozen=True):
-    """Drop every cached page that no request uses. Answered by `Flushed`."""
+    """Drop every cached page that no request uses. Answered by `Flushed`, when no restart can bring them back."""
 
     call_id: str
+    tier: FlushTier | None = None  # None: the device and the host
+
+
+class StoreWish(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """The body of `PUT /hicache/storage-backend`, with SGLang's names. What is None is as the engine's flags say."""
+
+    hicache_storage_backend: str | None = None
+    hicache_storage_path: str | None = None
+    hicache_storage_size: float | None = None  # GB
+    hicache_storage_prefetch_policy: str | None = None
 
 
 class AskStorage(_Message, frozen=True):
-    """Tell of the storage tier, attach a store to it, or detach it. Answered by `StorageAnswer`. What is None is as
-    the engine's own settings say."""
+    """Tell of the storage tier, attach a store to it, or detach it. Answered by `StorageAnswer`."""
 
     call_id: str
     action: Literal["tell", "attach", "detach"]
-    backend: str | None = None
-    path: str | None = None
-    size_gb: float | None = None
-    prefetch_policy: str | None = None
+    wish: StoreWish = StoreWish()
 
 
 # ---------------------------------------------------------------- engine → gateway
@@ -135,6 +144,8 @@ class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in eac
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one a token, when asked for
     finish_reason: FinishReason | None = None  # with STOP the last token is the stop token
     num_cached_tokens: int | None = None  # with position 0: prompt tokens not computed, by the engine that computed
+    num_cached_host_tokens: int = 0  # of those: from the host tier, and
+    num_cached_storage_tokens: int = 0  # from the storage tier; the rest was in the device pool
     handoff: HandoffReport | None = None  # with decode's first chunk
 
 

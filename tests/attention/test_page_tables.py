@@ -13,7 +13,6 @@ from kvist.attention.backend import Span, SpanColumns
 from kvist.attention.fa3 import _GraphPlan, _Index
 from kvist.attention.page_tables import PageTables
 from kvist.attention.pinned import PinnedRing
-from kvist.attention.slots import written_slots
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 4
@@ -25,32 +24,34 @@ def decodes(lists: Sequence[list[int]], lengths: Sequence[int]) -> SpanColumns:
     )
 
 
-def read(tables: PageTables, spans: SpanColumns) -> tuple[list[list[int]], list[int]]:
-    """Each span's pages and the slot of its last token."""
-    num_pages = [-(-int(end) // PAGE_SIZE) for end in spans.ends]
-    pages = torch.full((len(spans), max(num_pages)), -7, dtype=torch.int32)
-    slots = torch.full((len(spans),), -7, dtype=torch.int32)
-    tables.read(torch.from_numpy(tables.seat(spans)), torch.from_numpy(spans.ends), pages, slots)
-    return [row[:n] for row, n in zip(pages.tolist(), num_pages, strict=True)], slots.tolist()
+def read(tables: PageTables, spans: SpanColumns) -> list[list[int]]:
+    """Each span's pages, as the device finds them and as the host does."""
+    num_pages = -(-spans.ends // PAGE_SIZE)
+    pages = torch.full((len(spans), int(num_pages.max())), -7, dtype=torch.int32)
+    rows = tables.seat(spans)
+    tables.read(torch.from_numpy(rows), torch.from_numpy(spans.ends), pages)
+    found = [row[:n] for row, n in zip(pages.tolist(), num_pages.tolist(), strict=True)]
+    assert tables.pages(rows, num_pages).tolist() == [page for row in found for page in row]
+    return found
 
 
 def test_a_list_that_grew_is_written_from_where_it_was() -> None:
     tables = PageTables(CPU, PAGE_SIZE, num_seats=2, max_pages=4)
     pages = [7, 8]
-    assert read(tables, decodes([pages], [8])) == ([[7, 8]], [8 * 4 + 3])
+    assert read(tables, decodes([pages], [8])) == [[7, 8]]
     pages.append(9)
     pages[0] = 99  # forbidden; here it shows that the first page is not written again
-    assert read(tables, decodes([pages], [9])) == ([[7, 8, 9]], [9 * 4])
+    assert read(tables, decodes([pages], [9])) == [[7, 8, 9]]
 
 
 def test_equal_lists_of_two_requests_are_two_rows() -> None:
     tables = PageTables(CPU, PAGE_SIZE, num_seats=2, max_pages=4)
     first, second = [3], [3]
     read(tables, decodes([first, second], [4, 4]))
-    assert read(tables, decodes([second, first], [4, 4]))[0] == [[3], [3]]
+    assert read(tables, decodes([second, first], [4, 4])) == [[3], [3]]
     first.append(4)
     second.append(5)
-    assert read(tables, decodes([second, first], [5, 5]))[0] == [[3, 5], [3, 4]]
+    assert read(tables, decodes([second, first], [5, 5])) == [[3, 5], [3, 4]]
 
 
 def test_a_row_of_the_last_two_steps_is_not_given_away() -> None:
@@ -86,9 +87,7 @@ def test_every_step_reads_what_its_spans_say(data: st.DataObject) -> None:
                 requests[i].append(next_page)
                 next_page += 1
         lists = [requests[i] for i in members]
-        pages, slots = read(tables, decodes(lists, [len(each) * PAGE_SIZE for each in lists]))
-        assert pages == lists
-        assert slots == [each[-1] * PAGE_SIZE + PAGE_SIZE - 1 for each in lists]
+        assert read(tables, decodes(lists, [len(each) * PAGE_SIZE for each in lists])) == lists
 
 
 RANGES = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), min_size=1, max_size=5)
@@ -109,7 +108,6 @@ def test_slots_are_the_pages_of_the_positions(ranges: list[tuple[int, int]]) -> 
         for span in spans
         for position in range(span.start, span.end)
     ]
-    assert written_slots(spans, PAGE_SIZE) == expected
     tables, columns = PageTables(CPU, PAGE_SIZE), SpanColumns.of(spans)
     assert tables.slots(columns, tables.seat(columns)).tolist() == expected
 

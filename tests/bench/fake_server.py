@@ -18,6 +18,7 @@ class Manner:
     num_extra_tokens: int = 0  # more (or fewer) than were asked for
     num_extra_prompt_tokens: int = 0
     cached_tokens: int | None = 0
+    cached_by_tier: dict[str, int] | None = None  # told if asked for
     die_before_byte: bool = False
     cut_after_events: int | None = None
     never_answer: bool = False
@@ -48,6 +49,7 @@ class FakeServer:
     manners: list[Manner] = field(default_factory=list)
     default: Manner = field(default_factory=Manner)
     asked: list[Asked] = field(default_factory=list)
+    model: dict[str, str] = field(default_factory=lambda: {"id": "fake"})
     num_connections: int = 0
     max_in_flight: int = 0
     port: int = 0
@@ -75,7 +77,7 @@ class FakeServer:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 if head.startswith("GET"):
-                    body = b'{"data": [{"id": "fake"}]}'
+                    body = json.dumps({"data": [self.model]}).encode()
                     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
                     continue
                 length = int(head.lower().split("content-length:")[1].split("\r\n")[0])
@@ -153,6 +155,8 @@ def events(asked: Asked) -> list[bytes]:
             "completion_tokens": count,
             "prompt_tokens_details": None if manner.cached_tokens is None else {"cached_tokens": manner.cached_tokens},
         }
+        if body.get("kvist") == {"usage": True}:
+            usage["kvist"] = {"cached_tokens": manner.cached_by_tier}
         found.append(b"data: " + json.dumps({"id": "c", "choices": [], "usage": usage}).encode() + b"\n\n")
     if manner.done:
         found.append(b"data: [DONE]\n\n")

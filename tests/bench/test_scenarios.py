@@ -315,3 +315,22 @@ def test_more_hits_than_the_ceiling_are_warned_of(
     server.default = Manner(cached_tokens=6)
     run("multiturn", SMALL, target)
     assert "more was cached than this run had sent" in capsys.readouterr().out
+
+
+def test_a_kvist_server_is_asked_from_which_tier_each_hit_came_and_no_other_is(
+    server: FakeServer, target: TargetConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.default = Manner(cached_tokens=4, cached_by_tier={"device": 3, "host": 1})
+    server.model = {"id": "fake", "owned_by": "somebody"}
+    _, report = run("multiturn", SMALL, target)
+    assert report.runs[0].summary.hit_rate_by_tier is None
+    assert not any("kvist" in asked.body for asked in server.asked)
+    server.model = {"id": "fake", "owned_by": "kvist"}
+    _, report = run("multiturn", SMALL, target)
+    summary = report.runs[0].summary
+    assert summary.hit_rate is not None
+    assert summary.hit_rate_by_tier == pytest.approx({"device": summary.hit_rate * 3 / 4, "host": summary.hit_rate / 4})
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in shown if "of that" in line] == [
+        ["of", "that", "device", f"{summary.hit_rate * 3 / 4:.1%},", "host", f"{summary.hit_rate / 4:.1%}"]
+    ]

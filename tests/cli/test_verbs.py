@@ -180,6 +180,20 @@ def test_up_gives_each_child_the_options_it_knows_and_secrets_by_environment() -
     assert (shape.router_host, shape.router_port, shape.threads_per_worker) == ("0.0.0.0", 8000, 3)
 
 
+def test_the_demo_has_small_tiers_unless_told_how_large() -> None:
+    read = settings.read("demo", [], {})
+    assert isinstance(read, settings.DemoSettings)
+    assert settings.cluster_shape(settings.with_tiers(read, "/here")).worker_argv == (
+        *("--enable-hierarchical-cache", f"--hicache-size={settings.DEMO_HOST_TIER_GB:g}"),
+        *("--hicache-storage-backend=file", "--hicache-storage-path=/here", "--hicache-storage-prefetch-threshold=16"),
+    )
+    read = settings.read("demo", ["--enable-hierarchical-cache", "--hicache-storage-backend=memory"], {})
+    assert isinstance(read, settings.DemoSettings)
+    own = settings.with_tiers(read, "/here").engine
+    assert (own.host_tier.hicache_size, own.storage.hicache_storage_backend) == (None, "memory")
+    assert own.storage.hicache_storage_path is None
+
+
 def test_up_gives_each_worker_a_folder_of_its_own_to_persist_in_and_one_store_to_share() -> None:
     argv = ["--enable-hierarchical-cache", "--hicache-persist", "/kept", "--hicache-storage-backend", "file"]
 
@@ -195,6 +209,19 @@ def test_up_gives_each_worker_a_folder_of_its_own_to_persist_in_and_one_store_to
 
     assert folders("--decode", "2") == ["/kept/prefill-0", "/kept/decode-0", "/kept/decode-1"]
     assert folders("--prefill", "0", "--decode", "0", "--unified", "1") == ["/kept"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ("--enable-hierarchical-cache", f"--hicache-size={settings.DEMO_HOST_TIER_GB:g}")),
+        (["--enable-hierarchical-cache", "--hicache-size=2"], ("--enable-hierarchical-cache", "--hicache-size=2.0")),
+    ],
+)
+def test_the_demo_has_a_small_host_tier_unless_told_how_large(flags: list[str], expected: tuple[str, ...]) -> None:
+    read = settings.read("demo", flags, {})
+    assert isinstance(read, settings.DemoSettings)
+    assert settings.cluster_shape(settings.with_host_tier(read)).worker_argv == expected
 
 
 def test_the_limits_of_a_step_are_auto_unless_set_and_say_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import httpx
@@ -9,7 +10,7 @@ import pytest
 
 from kvist.clock import FakeClock
 from kvist.cluster.chat import TurnReport, stream_turn
-from kvist.cluster.demo import table, who_did_what
+from kvist.cluster.demo import FROM_HOST, FROM_STORE, broken_promises, table, who_did_what, who_remembered
 from kvist.cluster.processes import Child, ChildPlan
 from kvist.errors import EngineError
 
@@ -18,7 +19,12 @@ REPORT = {
     "decode_worker": "127.0.0.1:2",
     "handoff": {"num_pages": 3, "num_pages_reused": 1, "num_bytes": 3 << 20, "duration_ms": 12.5, "wait_ms": 0.5},
 }
-USAGE = {"prompt_tokens": 50, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 16}}
+USAGE = {
+    "prompt_tokens": 50,
+    "completion_tokens": 3,
+    "prompt_tokens_details": {"cached_tokens": 48},
+    "kvist": {"cached_tokens": {"device": 16, "host": 32, "storage": 0}},
+}
 
 
 def event(**fields: object) -> str:
@@ -53,10 +59,11 @@ def test_a_turn_is_shown_piece_by_piece_and_measured() -> None:
     assert shown == ["Bon", "jour", "!"]
     assert report.text == "Bonjour!"
     assert report.tpot_s == pytest.approx(0.1)  # two gaps of 0.1 s after the first of three tokens
-    assert (report.num_prompt_tokens, report.num_cached_tokens, report.num_output_tokens) == (50, 16, 3)
+    assert (report.num_prompt_tokens, report.num_cached_tokens, report.num_output_tokens) == (50, 48, 3)
+    assert report.num_cached_by_tier == {"device": 16, "host": 32, "storage": 0}
     assert (report.num_pages, report.num_pages_reused, report.num_bytes) == (3, 1, 3 << 20)
     assert (report.handoff_s, report.handoff_wait_s) == (pytest.approx(0.0125), pytest.approx(0.0005))
-    assert (sent["temperature"], sent["stream"], sent["kvist"]) == (0, True, {"report": True})
+    assert (sent["temperature"], sent["stream"], sent["kvist"]) == (0, True, {"report": True, "usage": True})
 
 
 @pytest.mark.parametrize(
@@ -78,9 +85,26 @@ def test_the_table_has_one_line_a_turn_and_the_processes_are_named() -> None:
     lines = table([("question", report), ("chat 1", report)]).splitlines()
     assert len(lines) == 4
     assert len({len(line) for line in lines}) == 1
-    for cell in ("100.0 ms", "50 tok", "16 tok", "3.00 MiB", "12.5 ms"):
+    for cell in ("100.0 ms", "50 tok", "48 tok", "3.00 MiB", "12.5 ms"):
         assert cell in lines[2]
     child = Child(ChildPlan(name="prefill-0", argv=(), url="http://127.0.0.1:1"))
     said = who_did_what([("question", report)], [child])
     assert "read by prefill-0" in said
     assert "written by 127.0.0.1:2" in said
+    told = who_remembered(FROM_HOST, report)
+    assert "48 of 50 prompt tokens" in told
+    assert "(16 from the device pool, 32 from host memory, 0 from storage)" in told
+
+
+def test_the_demo_fails_without_the_expected_word_or_when_a_tier_gives_nothing_back() -> None:
+    body = piece("It is Paris") + event(choices=[], usage=USAGE, kvist=REPORT)
+    report = ask(body, FakeClock())[0]
+    rows = [("question", report), (FROM_HOST.name, report), (FROM_STORE.name, report)]
+    assert broken_promises(rows, [FROM_HOST], question="Where?", expect="paris") == []
+    assert "Rome" in broken_promises(rows, [FROM_HOST], question="Where?", expect="Rome")[0]
+    (said,) = broken_promises(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")  # 0 from storage
+    assert "host memory, and nothing came back" in said
+    stored = dataclasses.replace(report, num_cached_by_tier={"device": 48, "host": 0, "storage": 16})
+    rows[1:] = [(FROM_HOST.name, stored), (FROM_STORE.name, stored)]
+    (said,) = broken_promises(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")
+    assert "device pools, and nothing came back" in said

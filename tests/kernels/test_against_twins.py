@@ -90,12 +90,10 @@ def test_page_lists_are_read_out_of_the_hosts_memory(rng: torch.Generator) -> No
     lists = torch.randint(0, 1 << 20, (9, 2500), dtype=torch.int32, generator=rng).pin_memory()
     rows = torch.tensor([4, 0, 8, 4, 0], dtype=torch.int32)
     lengths = torch.tensor([1, 16, 40_000, 16_385, 0], dtype=torch.int32)  # the last one is padding
-    pages, slots = torch.full((5, 2500), -7, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
-    got_pages, got_slots = pages.to(CUDA), slots.to(CUDA)
-    read_page_lists(lists, rows.to(CUDA), lengths.to(CUDA), 16, got_pages, got_slots)
-    read_page_lists_torch(lists, rows, lengths, 16, pages, slots)
-    assert torch.equal(got_slots.cpu(), slots)
-    assert slots[-1] == -1
+    pages = torch.full((5, 2500), -7, dtype=torch.int32)
+    got_pages = pages.to(CUDA)
+    read_page_lists(lists, rows.to(CUDA), lengths.to(CUDA), 16, got_pages)
+    read_page_lists_torch(lists, rows, pages)
     for row, length in enumerate(lengths.tolist()):
         used = -(-length // 16)
         assert torch.equal(got_pages[row, :used].cpu(), pages[row, :used])
@@ -108,16 +106,16 @@ def test_a_graph_that_reads_page_lists_sees_what_the_host_wrote_since() -> None:
         torch.tensor([1], dtype=torch.int32, device=CUDA),
         torch.tensor([20], dtype=torch.int32, device=CUDA),
     )
-    pages, slots = torch.zeros(1, 8, dtype=torch.int32, device=CUDA), torch.zeros(1, dtype=torch.int32, device=CUDA)
-    read_page_lists(lists, rows, lengths, 16, pages, slots)  # compiles
+    pages = torch.zeros(1, 8, dtype=torch.int32, device=CUDA)
+    read_page_lists(lists, rows, lengths, 16, pages)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        read_page_lists(lists, rows, lengths, 16, pages, slots)
+        read_page_lists(lists, rows, lengths, 16, pages)
     for page in (5, 6):
         lists[1, :2] = torch.tensor([3, page])
         graph.replay()
         torch.cuda.synchronize()
-        assert (pages[0, :2].tolist(), slots.tolist()) == ([3, page], [16 * page + 3])
+        assert pages[0, :2].tolist() == [3, page]
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 15, 16, 17, GATED_ROWS])

@@ -15,7 +15,7 @@ from kvist.kv.device import DevicePool
 from kvist.kv.host import HostPool
 from kvist.kv.layout import PageLayout
 from kvist.kv.mover import PageMover
-from kvist.kv.moves import BackUpPages
+from kvist.kv.moves import BackUpPages, ForgetPages, PagesForgotten
 from kvist.kv.persistence import PersistentPages
 
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=4, page_size=16, head_dim=64, dtype="float32")
@@ -57,6 +57,11 @@ class Writer:
         self._mover.start(BackUpPages(job_id=number, page_ids=(0, 1), host_slots=(first, first + 1), names=names))
         self._done.acquire(timeout=10)
         assert [report.ok for report in self._mover.poll()] == [True]
+
+    def forget(self, *slots: int) -> None:
+        self._mover.start(ForgetPages(job_id=0, host_slots=slots))
+        self._done.acquire(timeout=10)
+        assert self._mover.poll() == [PagesForgotten(job_id=0)]
 
     def close(self) -> None:
         self._mover.close()

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvist.kv.cache import PageCache, PageLease
+from kvist.kv.cache import PageCache
 from kvist.kv.keys import page_digests
+from kvist.kv.lease import PageLease
 
 PAGE_SIZE = 4
 
@@ -210,7 +211,7 @@ def test_pages_in_flight_can_be_neither_shared_nor_freed() -> None:
         cache.commit(lease, range(8), 8)
     with pytest.raises(AssertionError, match="end the transfer"):
         cache.close(lease)
-    assert cache.flush() == 0
+    assert cache.flush() == (0, None)
     assert cache.counts().in_flight == 2
 
 
@@ -251,10 +252,10 @@ def test_flush_frees_all_but_what_is_used() -> None:
     cache = make_cache()
     cache.close(write(cache, range(12)))
     reader = cache.open(range(4), max_tokens=4)
-    assert cache.flush() == 2
+    assert cache.flush() == (2, None)
     assert cache.probe(range(12)) == 4
     cache.close(reader)
-    assert cache.flush() == 1
+    assert cache.flush() == (1, None)
     assert cache.counts().free == cache.counts().total
 
 

@@ -13,8 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
-from kvist.kv.cache import PageCache, PageLease
+from kvist.kv.cache import PageCache
 from kvist.kv.keys import page_digests
+from kvist.kv.lease import PageLease
 from kvist.kv.pages import PageState
 
 NUM_PAGES = 10
@@ -131,7 +132,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def flush(self) -> None:
         evictable = self.cache.counts().evictable
-        assert self.cache.flush() == evictable
+        assert self.cache.flush() == (evictable, None)
         assert self.cache.counts().evictable == 0
 
     @rule(token_ids=TOKENS, cache_salt=SALTS)

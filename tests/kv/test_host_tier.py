@@ -72,10 +72,10 @@ def test_a_flush_leaves_what_a_move_uses_and_what_it_continues() -> None:
     keep(tier, b"x", b"y")
     a, b, _ = keep(tier, b"a", b"b", b"c")
     tier.begin(b)
-    assert tier.flush() == 3
+    assert len(tier.flush()) == 3
     assert tier.digests() == [b"a", b"b"]
     tier.end(b)
-    assert tier.flush() == 2
+    assert sorted(tier.flush()) == sorted({a.slot, b.slot})
     assert (tier.counts().free, tier.counts().cached) == (6, 0)
     assert a.num_children == 0
 

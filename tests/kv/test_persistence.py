@@ -110,6 +110,16 @@ def test_the_restored_tier_matches_evicts_and_reports_its_pages() -> None:
     assert slots == [3, 1, 0]  # the free one; the leaf written first; and then the page it continued
 
 
+def test_what_is_forgotten_does_not_come_back_and_what_is_written_there_afterwards_does(
+    folder: Path, tmp_path: Path
+) -> None:
+    writer = Writer(folder, tmp_path / "run")
+    writer.forget(2, 3, 4, 5)
+    writer.write(2)  # into slots 4 and 5
+    writer.close()
+    assert restored_slots(folder) == {0, 1, 4, 5, 6, 7}
+
+
 def test_a_slot_being_overwritten_has_no_record(folder: Path) -> None:
     persistent = open_folder(folder)
     persistent.restore()

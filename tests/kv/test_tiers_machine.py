@@ -14,14 +14,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvist.kv.cache import PageCache, PageLease
+from kvist.kv.cache import WRITE_POLICIES, PageCache
 from kvist.kv.host_tier import HostTier
 from kvist.kv.keys import page_digests
+from kvist.kv.lease import PageLease
 from kvist.kv.moves import (
     BackUpPages,
     CancelFetch,
     FetchPages,
     FindPages,
+    ForgetPages,
     LoadPages,
     PagesBackedUp,
     PagesFetched,
@@ -57,7 +59,7 @@ class Request:
 
 
 class TiersMachine(RuleBasedStateMachine):
-    @initialize(num_host_pages=st.integers(1, 24), policy=st.sampled_from(["write_through", "write_through_selective"]))
+    @initialize(num_host_pages=st.integers(1, 24), policy=st.sampled_from(sorted(WRITE_POLICIES)))
     def start(self, num_host_pages: int, policy: str) -> None:
         self.tier = HostTier(num_host_pages)
         self.storage = StorageTier(self.tier, PrefetchConfig(threshold_tokens=PAGE_SIZE), page_size=PAGE_SIZE)
@@ -81,14 +83,18 @@ class TiersMachine(RuleBasedStateMachine):
         self.jobs: list[tuple[LoadPages | BackUpPages, list[bytes]]] = []  # with what is to be copied
         self.told: set[bytes] = set()
 
-    @rule(token_ids=TOKENS)
-    def admit(self, token_ids: tuple[int, ...]) -> None:
+    @rule(token_ids=TOKENS, patient=st.booleans(), ok=st.booleans())
+    def admit(self, token_ids: tuple[int, ...], patient: bool = True, ok: bool = True) -> None:
         digests = page_digests(token_ids, PAGE_SIZE, NAMESPACE)
         lease = self.cache.open(token_ids, max_tokens=len(token_ids))
         num_found = len(lease.page_ids)
-        if not self.cache.grow(lease, len(token_ids)):
-            self.cache.close(lease)
-            return
+        while not self.cache.grow(lease, len(token_ids)):
+            self.take_jobs()
+            if not (patient and self.cache.waits_for_copies(lease, len(token_ids))):
+                self.cache.close(lease)
+                return
+            copies = [index for index, (job, _) in enumerate(self.jobs) if isinstance(job, BackUpPages)]
+            self.carry_out(copies[0], ok)  # there is one, or it would wait for ever
         for page_id in lease.page_ids[num_found:]:
             self.device[page_id] = NONSENSE
         resident = {page.digest for page in self.tier._pages.values() if page.resident}
@@ -107,7 +113,7 @@ class TiersMachine(RuleBasedStateMachine):
             if closes:
                 self.cache.close(self.requests.pop().lease)
         if goes:
-            self.others_need_room(share=2)
+            self.others_need_room(num_pages=NUM_PAGES)
 
     @rule(token_ids=TOKENS)
     def come_back(self, token_ids: tuple[int, ...]) -> None:
@@ -118,7 +124,8 @@ class TiersMachine(RuleBasedStateMachine):
         self.requests = []
         self.answer(token_ids, closes=True, goes=False)
         self.copy_all(ok=True)
-        self.others_need_room(share=2)
+        self.others_need_room(num_pages=NUM_PAGES)
+        self.copy_all(ok=True)
         self.admit(token_ids)
 
     @rule(ok=st.booleans())
@@ -174,9 +181,18 @@ class TiersMachine(RuleBasedStateMachine):
         self.requests.remove(request)
         self.cache.close(request.lease)
 
-    @rule(share=st.integers(0, 2))
-    def others_need_room(self, share: int) -> None:
-        self.cache._evict(self.cache.counts().evictable * share // 2)
+    @rule(num_pages=st.integers(1, NUM_PAGES))
+    def others_need_room(self, num_pages: int) -> None:
+        lease = self.cache.open((), max_tokens=0)
+        counts = self.cache.counts()
+        num_pages = min(num_pages, counts.free + counts.evictable)
+        if self.cache.grow(lease, num_pages * PAGE_SIZE):
+            for page_id in lease.page_ids:
+                self.device[page_id] = NONSENSE
+        else:
+            assert self.cache._hits_to_back_up is None, "only a copy can be in the way"
+        self.cache.close(lease)
+        self.take_jobs()
 
     @rule(really=st.sampled_from([False, False, True]))
     def flush(self, really: bool) -> None:
@@ -198,6 +214,9 @@ class TiersMachine(RuleBasedStateMachine):
         for job in self.cache.drain_jobs():
             if isinstance(job, LoadPages | BackUpPages):
                 self.jobs.append((job, self.source(job)))
+            elif isinstance(job, ForgetPages):
+                for slot in job.host_slots:
+                    self.host[slot] = NONSENSE
             elif isinstance(job, CancelFetch):
                 self.cancelled.add(job.job_id)
             else:
@@ -340,6 +359,7 @@ class TiersMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
             return
+        self.take_jobs()
         while self.jobs:
             job, asked = self.jobs.pop()
             assert self.source(job) == asked

@@ -501,10 +501,11 @@ async def test_a_unified_worker_named_for_prefill_is_paired() -> None:
 async def test_flush_asks_every_worker_and_sums_up() -> None:
     world = World()
     prefill, decode = world.pair()
-    task = asyncio.create_task(world.dispatcher.flush_cache())
+    task = asyncio.create_task(world.dispatcher.flush_cache("host"))
     await settle()
     for pages, worker in enumerate((prefill, decode)):
         (call,) = [m for to, m in world.engines.sent if to is worker and isinstance(m, wire.FlushCache)]
+        assert call.tier == "host"
         world.dispatcher.on_answer(worker, wire.Flushed(call_id=call.call_id, num_pages=pages))
     assert await task == {"p": 0, "d": 1}
 
@@ -524,13 +525,13 @@ async def test_a_worker_that_does_not_answer_a_flush_is_named() -> None:
 async def test_storage_asks_every_worker_and_gives_each_answer_or_its_error() -> None:
     world = World()
     prefill, decode = world.pair()
-    ask = wire.AskStorage(call_id="", action="attach", backend="file", size_gb=2.0)
+    ask = wire.AskStorage(call_id="", action="attach", wish=wire.StoreWish(hicache_storage_size=2.0))
     task = asyncio.create_task(world.dispatcher.ask_storage(ask))
     await settle()
     answers = []
     for worker in (prefill, decode):
         (call,) = [m for to, m in world.engines.sent if to is worker and isinstance(m, wire.AskStorage)]
-        assert (call.action, call.backend, call.size_gb) == ("attach", "file", 2.0)
+        assert (call.action, call.wish) == (ask.action, ask.wish)
         answers.append(wire.StorageAnswer(call_id=call.call_id, error_code="conflict", message=worker.worker_id))
         world.dispatcher.on_answer(worker, answers[-1])
         world.dispatcher.on_answer(worker, wire.StorageAnswer(call_id="another", message="late"))

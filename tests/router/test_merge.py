@@ -25,14 +25,15 @@ def merger(first_position: int = 0) -> ChunkMerger:
 
 def test_chunks_that_wait_are_handed_over_as_one_under_the_clients_id() -> None:
     merged = merger()
-    assert merged.push(chunk(0, 10, num_cached_tokens=3))
+    cached = {"num_cached_tokens": 3, "num_cached_host_tokens": 2, "num_cached_storage_tokens": 1}
+    assert merged.push(chunk(0, 10, **cached))
     assert merged.push(chunk(1, 11, handoff=REPORT))
     assert merged.push(chunk(2, 12, 13, finish_reason=FinishReason.STOP))
     assert merged.take() == TokenChunk(
         request_id=CLIENT_ID,
         position=0,
         token_ids=(10, 11, 12, 13),
-        num_cached_tokens=3,
+        **cached,
         handoff=REPORT,
         finish_reason=FinishReason.STOP,
     )

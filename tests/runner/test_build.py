@@ -14,8 +14,23 @@ from kvist.runner import RunnerConfig, build, build_runner
 
 
 def build_tiny(checkpoint: Checkpoint, runtime_dir: Path, **options: object) -> None:
-    config = RunnerConfig(load_format="dummy", device="cpu", max_total_tokens=64, **options)  # type: ignore[arg-type]
+    settings = {"load_format": "dummy", "device": "cpu", "max_total_tokens": 64, **options}
+    config = RunnerConfig(**settings)  # type: ignore[arg-type]
     build_runner(checkpoint, load_model_config(checkpoint), config, runtime_dir=runtime_dir).close()
+
+
+def test_a_gpu_that_is_counted_for_a_model_on_a_cpu_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--base-gpu-id 1 .* --device cpu takes none") as refusal:
+        build_tiny(tiny_checkpoint, tmp_path, base_gpu_id=1)
+    assert refusal.value.param == "base_gpu_id"
+
+
+def test_a_gpu_that_torch_does_not_see_is_missed_in_the_log(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    build_tiny(tiny_checkpoint, tmp_path, device="auto", base_gpu_id=1)
+    assert "--base-gpu-id 1 is not used" in caplog.text
 
 
 def test_attention_that_cannot_run_here_is_refused_before_the_weights_are_loaded(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvist.attention.flashinfer import workspace_bytes
+from kvist.models import ModelConfig
 from kvist.runner.build import COLLECTIVES_BYTES, RunnerConfig, gpu_reserve_bytes
 from kvist.runner.graph_sizes import MAX_MIXED_TOKENS, decode_sizes, graphs_bytes, mixed_sizes
 
@@ -36,23 +37,63 @@ def test_no_large_step_is_padded_by_more_than_a_quarter(limit: int) -> None:
 
 def test_thousands_of_requests_do_not_want_hundreds_of_recordings() -> None:
     assert len(decode_sizes(4096)) < 110
-    assert graphs_bytes(4096, 8192) < 3 << 30
+    assert graphs_bytes(4096, 8192, 1) < 3 << 30
 
 
 def test_more_requests_or_tokens_never_want_less_memory() -> None:
     limits = [1, 8, 100, 256, 1000, 4096]
     for of_requests in (True, False):
-        needs = [graphs_bytes(*((limit, 512) if of_requests else (256, limit))) for limit in limits]
+        needs = [graphs_bytes(*((limit, 512) if of_requests else (256, limit)), vocab_size=1000) for limit in limits]
         assert needs == sorted(needs)
 
 
+MIB = 1 << 20
+QWEN2_7B = ModelConfig(
+    family="qwen2",
+    num_layers=28,
+    hidden_size=3584,
+    num_heads=28,
+    num_kv_heads=4,
+    head_dim=128,
+    intermediate_size=18944,
+    vocab_size=152_064,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    rope_scaling=None,
+    max_position_embeddings=32_768,
+    tie_word_embeddings=False,
+    attention_bias=True,
+    attention_output_bias=False,
+    qk_norm=False,
+    eos_token_ids=(0,),
+    bos_token_id=None,
+)
+
+
+def reserve(**changes: object) -> int:
+    """On a GPU of 132 multiprocessors."""
+    limits = RunnerConfig(dtype="bfloat16", device="cuda", max_running_requests=256, max_batch_tokens=2048)
+    config = dataclasses.replace(limits, attention_backend="fa3")
+    return gpu_reserve_bytes(QWEN2_7B, dataclasses.replace(config, **changes), 132)  # type: ignore[arg-type]
+
+
 def test_memory_is_set_aside_for_what_will_be_made_after_the_pool() -> None:
-    config = RunnerConfig(device="cuda", attention_backend="fa3", max_running_requests=256, max_batch_tokens=2048)
-    assert gpu_reserve_bytes(config) == graphs_bytes(256, 2048)
-    assert gpu_reserve_bytes(dataclasses.replace(config, tp=2)) == graphs_bytes(256, 2048) + COLLECTIVES_BYTES
+    num_graphs = len(decode_sizes(256)) + len(mixed_sizes(2048))
+    assert reserve() == 256 * MIB + num_graphs * 16 * MIB + 256 * 152_064 * 4
+    assert reserve(tp=2) == reserve() + COLLECTIVES_BYTES
 
 
-@pytest.mark.parametrize("without", [{"use_graphs": False}, {"attention_backend": "torch"}])
-def test_nothing_is_set_aside_for_graphs_where_none_is_recorded(without: dict[str, object]) -> None:
-    config = dataclasses.replace(RunnerConfig(device="cuda", attention_backend="fa3"), **without)  # type: ignore[arg-type]
-    assert gpu_reserve_bytes(config) == 0
+def test_nothing_is_set_aside_for_graphs_where_none_is_recorded() -> None:
+    assert reserve(use_graphs=False) == reserve(attention_backend="torch") == 0
+    assert reserve(use_graphs=False, attention_backend="torch", tp=2) == COLLECTIVES_BYTES
+
+
+def test_flashinfer_has_its_workspaces_and_no_recordings_of_mixed_steps() -> None:
+    eager = workspace_bytes(28, 4, 128, 132) + 8 * MIB
+    assert reserve(attention_backend="flashinfer", use_graphs=False) == eager
+    num_decodes = len(decode_sizes(256))
+    graphs = 256 * MIB + num_decodes * 16 * MIB + 256 * 152_064 * 4
+    planners = workspace_bytes(28, 4, 128, 132, 256) + num_decodes * MIB
+    assert reserve(attention_backend="flashinfer") == eager + graphs + planners
+    two_ranks = workspace_bytes(14, 2, 128, 132) + 8 * MIB + COLLECTIVES_BYTES
+    assert reserve(attention_backend="flashinfer", use_graphs=False, tp=2) == two_ranks

@@ -15,7 +15,15 @@ from fake_store import SimStore
 
 from kvist.kv.cache import PageCache
 from kvist.kv.host_tier import HostTier
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded, StorageAttached
+from kvist.kv.moves import (
+    BackUpPages,
+    ForgetPages,
+    LoadPages,
+    PagesBackedUp,
+    PagesForgotten,
+    PagesLoaded,
+    StorageAttached,
+)
 from kvist.kv.pages import PageState
 from kvist.kv.storage_tier import PrefetchConfig, StorageTier
 from kvist.request import EngineRequest, EpochId, FinishReason, HandoffId, Mode, Outcome, SamplingParams
@@ -152,7 +160,11 @@ class SimMover:
         self._reports: list[Event] = []
         self.fail_next = False
 
-    def take(self, job: LoadPages | BackUpPages) -> None:
+    def take(self, job: LoadPages | BackUpPages | ForgetPages) -> None:
+        if isinstance(job, ForgetPages):
+            assert not any(set(other.host_slots) & set(job.host_slots) for other, _ in self._jobs)
+            self._reports.append(PagesForgotten(job_id=job.job_id))
+            return
         loads = isinstance(job, LoadPages)
         source = [self.host[slot] for slot in job.host_slots] if loads else self._device_pages(job)
         assert all(None not in page for page in source), "a page is copied before it was filled"
@@ -274,7 +286,7 @@ class SimEngine:
         for transfer in plan.transfers:
             self.transport.take(transfer)
         for move in plan.moves:
-            if isinstance(move, LoadPages | BackUpPages):
+            if isinstance(move, LoadPages | BackUpPages | ForgetPages):
                 self.mover.take(move)
             else:
                 assert self.store is not None
@@ -436,6 +448,8 @@ class World:
 
     def receive(self, engine: SimEngine, plan: Plan) -> None:
         for chunk in plan.chunks:
+            from_below = chunk.num_cached_host_tokens + chunk.num_cached_storage_tokens
+            assert 0 <= from_below <= (chunk.num_cached_tokens or 0)
             self.chunks[chunk.request_id].append((engine.epoch, chunk))
         for ended in plan.ended:
             self.ended[ended.request_id, engine.epoch].append(ended)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from scheduler_sim import SimEngine, World, make_request, small_config
 
+from kvist.kv.cache import WRITE_POLICIES
 from kvist.kv.storage_tier import PREFETCH_POLICIES, PrefetchConfig
 
 PREFILLS = ("p0", "p1")
@@ -33,6 +34,7 @@ class Cluster(RuleBasedStateMachine):
         remembered=st.sampled_from([1, 64]),
         overlap=st.booleans(),
         num_host_pages=st.sampled_from([0, 4, 30]),
+        write_policy=st.sampled_from(sorted(WRITE_POLICIES)),
         policy=st.sampled_from([None, *PREFETCH_POLICIES]),
     )
     def start(
@@ -44,6 +46,7 @@ class Cluster(RuleBasedStateMachine):
         remembered: int,
         overlap: bool,
         num_host_pages: int,
+        write_policy: str,
         policy: str | None,
     ) -> None:
         prefetch = None if policy is None else PrefetchConfig(policy=policy, threshold_tokens=1)
@@ -61,11 +64,18 @@ class Cluster(RuleBasedStateMachine):
                 config,
                 num_pages=prefill_pages,
                 num_host_pages=num_host_pages,
+                write_policy=write_policy,
                 prefetch=prefetch,
             )
         for name in DECODES:
             self.world.start(
-                name, "decode", config, num_pages=decode_pages, num_host_pages=num_host_pages, prefetch=prefetch
+                name,
+                "decode",
+                config,
+                num_pages=decode_pages,
+                num_host_pages=num_host_pages,
+                write_policy=write_policy,
+                prefetch=prefetch,
             )
         self.gateway_minds = gateway_minds
 

@@ -13,6 +13,7 @@ from hypothesis.stateful import (
 )
 from scheduler_sim import World, make_request, small_config
 
+from kvist.kv.cache import WRITE_POLICIES
 from kvist.kv.moves import StorageAttached
 from kvist.kv.storage_tier import PREFETCH_POLICIES, PrefetchConfig
 from kvist.scheduler.events import FlushRequested
@@ -33,7 +34,7 @@ class OneEngine(RuleBasedStateMachine):
         chunk=st.integers(1, 9),
         overlap=st.booleans(),
         num_host_pages=st.sampled_from([0, 2, 6, 30]),
-        write_policy=st.sampled_from(["write_through", "write_through_selective"]),
+        write_policy=st.sampled_from(sorted(WRITE_POLICIES)),
         prefetch=st.sampled_from([None, *PREFETCH_POLICIES]),
     )
     def start(

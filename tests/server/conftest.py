@@ -23,6 +23,7 @@ from kvist.text.tokenizer import Alphabet, SpecialTokens, Tokenizer
 from kvist.wire import (
     AskStorage,
     EngineSpec,
+    FlushTier,
     HandoffReport,
     LoadReport,
     StorageAnswer,
@@ -106,7 +107,7 @@ class FakeDispatcher:
     num_open: int = 0
     num_closed_early: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)
-    num_flushes: int = 0
+    flushed: list[FlushTier | None] = field(default_factory=list)
     storage_asked: list[AskStorage] = field(default_factory=list)
     storage_answers: dict[WorkerId, StorageAnswer] = field(default_factory=dict)
 
@@ -146,6 +147,8 @@ class FakeDispatcher:
                 logprobs=tuple(map(_logprobs, token_ids)) if sampling.num_logprobs is not None else None,
                 finish_reason=reason if last else None,
                 num_cached_tokens=4 if position == 0 else None,
+                num_cached_host_tokens=2 if position == 0 else 0,
+                num_cached_storage_tokens=1 if position == 0 else 0,
                 handoff=HANDOFF if position == 1 else None,
             )
             parts.append(StreamPart(chunk=chunk, prefill_worker=PREFILL, decode_worker=DECODE))
@@ -158,8 +161,8 @@ class FakeDispatcher:
     def model(self) -> EngineSpec | None:
         return self.spec
 
-    async def flush_cache(self) -> dict[WorkerId, int]:
-        self.num_flushes += 1
+    async def flush_cache(self, tier: FlushTier | None = None) -> dict[WorkerId, int]:
+        self.flushed.append(tier)
         return {PREFILL: 5, DECODE: 7}
 
     async def ask_storage(self, ask: AskStorage) -> dict[WorkerId, StorageAnswer]:

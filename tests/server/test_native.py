@@ -14,6 +14,7 @@ async def test_generate_answers_in_sglangs_shape(bench: Any) -> None:
     meta = answer["meta_info"]
     assert meta["finish_reason"] == {"type": "stop", "matched": 256}
     assert (meta["prompt_tokens"], meta["completion_tokens"], meta["cached_tokens"]) == (2, 6, 4)
+    assert meta["cached_tokens_details"] == {"device": 1, "host": 2, "storage": 1}
     assert meta["id"] == bench.dispatcher.requests[0].request_id
 
 

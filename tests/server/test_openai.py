@@ -177,6 +177,19 @@ async def test_the_report_names_workers_and_handoff(bench: Any, read_events: Eve
     assert "kvist" not in (await bench.chat()).json()
 
 
+async def test_usage_tells_the_tiers_of_cached_tokens_when_asked(bench: Any, read_events: Events) -> None:
+    expected = {"cached_tokens": {"device": 1, "host": 2, "storage": 1}}
+    assert (await bench.chat(kvist={"usage": True})).json()["usage"]["kvist"] == expected
+    assert (await bench.chat(kvist={"usage": True}, n=2)).json()["usage"]["kvist"] == expected  # one prompt
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    *_, last, _ = read_events(await bench.chat(kvist={"usage": True}, **streamed))
+    assert last["usage"]["kvist"] == expected
+    *_, last, _ = read_events(await bench.chat(**streamed))
+    assert "kvist" not in last["usage"]
+    refused = await bench.chat(kvist={"usage": True}, stream=True)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "kvist.usage")
+
+
 async def test_an_error_before_the_first_token_is_an_http_error(bench: Any) -> None:
     bench.dispatcher.error = WorkerLost("worker d:1 was lost", retry_after_s=3.0)
     response = await bench.chat(stream=True)

@@ -186,6 +186,27 @@ async def test_tokenize_and_detokenize_are_inverse(bench: Any) -> None:
 async def test_flush_cache_counts_the_pages_of_all_workers(bench: Any, method: str) -> None:
     body = (await bench.client.request(method, "/flush_cache")).json()
     assert body == {"success": True, "num_pages": 12, "workers": {"p:1": 5, "d:1": 7}}
+    for tier in ("device", "host"):
+        assert (await bench.client.request(method, f"/flush_cache?tier={tier}")).status_code == 200
+    assert bench.dispatcher.flushed == [None, "device", "host"]
+
+
+@pytest.mark.parametrize(
+    ("query", "param", "says"),
+    [
+        ("tier=storage", "tier", "remove its folder"),
+        ("tier=all", "tier", "remove its folder"),
+        ("tier=gpu", "tier", "one of device and host"),
+        ("tier=", "tier", "one of device and host"),
+        ("tier=host&tier=device", "tier", "once"),
+        ("level=host", "level", "takes `tier`"),
+    ],
+)
+async def test_a_tier_that_cannot_be_flushed_is_refused(bench: Any, query: str, param: str, says: str) -> None:
+    response = await bench.client.request("POST", f"/flush_cache?{query}")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert says in response.json()["error"]["message"]
+    assert bench.dispatcher.flushed == []
 
 
 async def test_metrics_tell_requests_tokens_and_workers(bench: Any, busy: Any) -> None:

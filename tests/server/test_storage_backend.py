@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvist.request import WorkerId
-from kvist.wire import AskStorage, StorageAnswer, StorageStatus
+from kvist.wire import AskStorage, StorageAnswer, StorageStatus, StoreWish
 
 URL = "/hicache/storage-backend"
 STATUS = StorageStatus(
@@ -49,7 +49,7 @@ async def test_put_passes_on_what_was_given_and_leaves_the_rest_to_the_flags(ben
     assert (await bench.client.put(URL, json=wanted)).status_code == 200
     assert (await bench.client.put(URL, json={})).status_code == 200
     assert bench.dispatcher.storage_asked == [
-        AskStorage(call_id="", action="attach", backend="file", path="/pages", size_gb=2.0),
+        AskStorage(call_id="", action="attach", wish=StoreWish(**{**wanted, "hicache_storage_size": 2.0})),
         AskStorage(call_id="", action="attach"),
     ]
 
@@ -57,7 +57,6 @@ async def test_put_passes_on_what_was_given_and_leaves_the_rest_to_the_flags(ben
 @pytest.mark.parametrize(
     ("body", "field"),
     [
-        ({"hicache_storage_size": 0}, "hicache_storage_size"),
         ({"hicache_storage_size": "64"}, "hicache_storage_size"),
         ({"hicache_storage_backend": 7}, "hicache_storage_backend"),
         ({"hicache_storage_pfad": "/x"}, "hicache_storage_pfad"),

@@ -330,7 +330,8 @@ class World:
     def ask_storage(self, engine: SmallEngine, action: str, **fields: object) -> wire.StorageAnswer:
         """Steps until it is answered."""
         self._num_made += 1
-        call = wire.AskStorage(call_id=str(self._num_made), action=action, **fields)  # type: ignore[arg-type]
+        names = {f"hicache_storage_{name}": value for name, value in fields.items()}
+        call = wire.AskStorage(call_id=str(self._num_made), action=action, wish=wire.StoreWish(**names))  # type: ignore[arg-type]
         engine.channel.waiting.append((GATEWAY, call))
         give_up_s = time.monotonic() + 20
         while call.call_id not in self.storage_answers:

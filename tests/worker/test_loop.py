@@ -434,6 +434,12 @@ def test_a_runner_that_is_broken_for_good_ends_the_engine_with_its_first_word(en
     assert len(engine.sent(wire.StepOutputs, G1)) == 1
 
 
+def test_every_turn_is_counted_so_that_somebody_can_see_the_loop_go_on(engine: Engine) -> None:
+    engine.turn()
+    engine.turn((G1, submit("a")))
+    assert engine.loop.num_turns == 2
+
+
 def test_transfers_and_peer_messages_go_where_the_plan_says(engine: Engine) -> None:
     handoff = HandoffId("h")
     jobs = (
@@ -479,7 +485,9 @@ def test_a_grant_that_cannot_be_sent_counts_as_refused(engine: Engine) -> None:
 
 
 def test_a_flush_is_answered_to_who_asked(engine: Engine) -> None:
-    engine.turn((G2, wire.FlushCache(call_id="c")), plan=Plan(flushes=(Flush(call_id="c", num_pages=3),)))
+    flushed = Plan(flushes=(Flush(call_id="c", num_pages=3),))
+    [event] = engine.turn((G2, wire.FlushCache(call_id="c", tier="device")), plan=flushed)
+    assert event == FlushRequested(call_id="c", tier="device")
     assert engine.sent(wire.Flushed) == engine.sent(wire.Flushed, G2) == [wire.Flushed(call_id="c", num_pages=3)]
 
 

@@ -224,10 +224,13 @@ def test_prefill_and_decode_on_one_gpu_equal_unified(gpu_cluster: Cluster) -> No
 HOST_TIER = HostTierConfig(enable_hierarchical_cache=True, hicache_ratio=8.0)
 
 
-def assert_host_tier_gives_the_same_tokens(cluster: Cluster, **settings: object) -> None:
+def assert_host_tier_gives_the_same_tokens(
+    cluster: Cluster, write_policy: str = "write_through", **settings: object
+) -> None:
     """A device pool of 64 pages, too small for two of these prompts; the first comes back from the host."""
     (alone,) = cluster.start("unified", **settings)
-    small = {**settings, "max_total_tokens": 1024, "host_tier": HOST_TIER}
+    host_tier = replace(HOST_TIER, hicache_write_policy=write_policy)
+    small = {**settings, "max_total_tokens": 1024, "host_tier": host_tier}
     unified, prefill, decode = cluster.start("unified", "prefill", "decode", **small)
     for round_ in range(2):
         for num_prompt_tokens in (700, 800, 900):
@@ -255,14 +258,18 @@ def assert_host_tier_gives_the_same_tokens(cluster: Cluster, **settings: object)
         assert sum(engine.load.num_host_pages.values()) == 512
 
 
-def test_pages_that_come_back_from_the_host_tier_give_the_same_tokens(cluster: Cluster) -> None:
-    assert_host_tier_gives_the_same_tokens(cluster)
+@pytest.mark.parametrize("write_policy", ["write_through", "write_back"])
+def test_pages_that_come_back_from_the_host_tier_give_the_same_tokens(cluster: Cluster, write_policy: str) -> None:
+    assert_host_tier_gives_the_same_tokens(cluster, write_policy)
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(300)  # kernels may have to be compiled
-def test_pages_of_a_gpu_that_come_back_from_the_host_tier_give_the_same_tokens(gpu_cluster: Cluster) -> None:
-    assert_host_tier_gives_the_same_tokens(gpu_cluster, mem_fraction_static=0.1, **ON_GPU)
+@pytest.mark.parametrize("write_policy", ["write_through", "write_back"])
+def test_pages_of_a_gpu_that_come_back_from_the_host_tier_give_the_same_tokens(
+    gpu_cluster: Cluster, write_policy: str
+) -> None:
+    assert_host_tier_gives_the_same_tokens(gpu_cluster, write_policy, mem_fraction_static=0.1, **ON_GPU)
 
 
 @pytest.mark.gpu
@@ -509,7 +516,8 @@ def test_a_worker_killed_while_it_stores_pages_leaves_them_for_one_that_attaches
     engine.kill()
 
     (engine,) = cluster.start("unified", host_tier=HOST_TIER)
-    engine.send(wire.AskStorage(call_id="c", action="attach", backend="file", path=str(tmp_path / "pages")))
+    wish = wire.StoreWish(hicache_storage_backend="file", hicache_storage_path=str(tmp_path / "pages"))
+    engine.send(wire.AskStorage(call_id="c", action="attach", wish=wish))
     until(lambda: engine.storage, engine)
     assert engine.storage is not None
     assert engine.storage.status is not None, engine.storage.message

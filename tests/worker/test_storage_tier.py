@@ -274,12 +274,12 @@ def test_a_store_is_attached_and_detached_while_requests_are_served(
     asked = world.ask_storage(engine, "tell").status
     assert (asked.state, asked.hicache_storage_backend) == ("detached", None)
     streams = [world.submit_full(engine, request_of(f"a{n}", prompt(n))) for n in LENGTHS]
-    told = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size_gb=1.0).status
+    told = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0).status
     assert (told.state, told.hicache_storage_path) == ("attached", str(tmp_path / "pages"))
     world.run()
     for n, stream in zip(LENGTHS, streams, strict=True):  # computed before there was a store: stored when hit again
         assert answer(world, engine, request_of(f"b{n}", prompt(n)))[0] == stream.token_ids
-    again = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size_gb=1.0)
+    again = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0)
     assert again.status is not None, "it is so already"
     other = world.ask_storage(engine, "attach", backend="memory")
     assert (other.error_code, other.param) == ("conflict", "hicache_storage_backend")
@@ -287,7 +287,7 @@ def test_a_store_is_attached_and_detached_while_requests_are_served(
 
     fresh = start(world, StorageConfig())
     streams = [world.submit_full(fresh, request_of(f"c{n}", prompt(n))) for n in LENGTHS[:3]]
-    world.ask_storage(fresh, "attach", backend="file", path=str(tmp_path / "pages"), size_gb=1.0)
+    world.ask_storage(fresh, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0)
     tokens, cached = answer(world, fresh, request_of("c60", prompt(60)))
     assert cached == hits(60)
     more = [world.submit_full(fresh, request_of(f"d{n}", prompt(n, seed=7))) for n in LENGTHS]
@@ -316,8 +316,9 @@ def test_what_cannot_be_attached_is_refused_with_the_field_and_nothing_has_chang
         ({"backend": "file", "path": str(tmp_path / "file")}, "hicache_storage_path"),
         ({"backend": "file", "path": "a\0b"}, "hicache_storage_path"),
         ({"backend": "file", "path": "~nobody-of-this-name\n/x\0"}, "hicache_storage_path"),
-        ({"backend": "memory", "size_gb": 1e-9}, "hicache_storage_size"),
-        ({"backend": "memory", "size_gb": 1e400}, "hicache_storage_size"),
+        ({"backend": "memory", "size": 0}, "hicache_storage_size"),
+        ({"backend": "memory", "size": 1e-9}, "hicache_storage_size"),
+        ({"backend": "memory", "size": 1e400}, "hicache_storage_size"),
         ({"backend": "memory", "prefetch_policy": "best_effort"}, "hicache_storage_prefetch_policy"),
     ):
         answered = world.ask_storage(engine, "attach", **wanted)
@@ -342,7 +343,12 @@ def test_a_store_that_takes_for_ever_to_open_holds_nobody_and_can_be_given_up(
 
     monkeypatch.setattr("kvist.worker.storage.open_store", open_slowly)
     engine = start(world, StorageConfig())
-    engine.channel.waiting.append((b"gateway", wire.AskStorage(call_id="slow", action="attach", backend="memory")))
+    engine.channel.waiting.append(
+        (
+            b"gateway",
+            wire.AskStorage(call_id="slow", action="attach", wish=wire.StoreWish(hicache_storage_backend="memory")),
+        )
+    )
     answer(world, engine, request_of("1", prompt(33)))
     assert "slow" not in world.storage_answers
     assert world.ask_storage(engine, "tell").status.state == "attaching"

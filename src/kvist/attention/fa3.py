@@ -150,7 +150,7 @@ class _Step:
     ) -> None:
         """`table` [max_spans, max_pages] int32 gets the pages of each span. `num_decodes`: at most so many of the first
         rows are decodes. `longest_chunk`: tokens; 0: no chunk."""
-        tables.read(index.seats, index.ends, table, torch.empty_like(index.seats))
+        tables.read(index.seats, index.ends, table)
         self._pool = pool
         self._index = index
         self._table = table

@@ -19,15 +19,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, chain
 from types import ModuleType
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvist.attention.backend import Attend, GraphPlan, Span
-from kvist.attention.slots import written_slots
+from kvist.attention.backend import Attend, GraphPlan, Span, SpanColumns
+from kvist.attention.page_tables import PageTables
 from kvist.errors import ConfigError
 from kvist.kernels.rotary import Rotary, rotate_and_write
 
@@ -39,6 +39,7 @@ REMEDY = (
 )
 _HEAD_DIMS = (64, 128, 256)
 _GRAPH_PLAN_BYTES = 1 << 20  # 13 a tile of queries and 8 a request: enough for tens of thousands
+_EAGER_PLAN_BYTES = 8 << 20  # the library's own choice
 
 
 class FlashInferAttention:
@@ -121,21 +122,21 @@ class Pool:
         self.dtype, self.device = pool.dtype, pool.device
         self.layers = [pool[:, :, layer] for layer in range(pool.shape[2])]
         self.keys_values = [(layer[:, :, 0], layer[:, :, 1]) for layer in self.layers]
+        self._tables = PageTables(torch.device("cpu"), self.page_size)  # the library reads them on the host
 
     def indices(self, spans: Sequence[Span], num_rows: int) -> Indices:
         """Rows beyond the spans are padding: one token each, which writes nothing and attends to nothing."""
-        padding, size = [0] * (num_rows - len(spans)), self.page_size
-        num_tokens = [span.num_tokens for span in spans] + [1] * len(padding)
-        lengths = [span.end for span in spans]
-        num_pages = [-(-length // size) for length in lengths]
-        pages = (span.page_ids[:count] for span, count in zip(spans, num_pages, strict=True))
+        columns, size = SpanColumns.of(spans), self.page_size
+        padding = np.zeros(num_rows - len(columns), dtype=np.int32)
+        seats, num_pages = self._tables.seat(columns), -(-columns.ends // size)
+        num_tokens = np.concatenate((columns.counts, padding + 1))
         parts = (
-            np.array([0, *accumulate(num_tokens)], dtype=np.int32),
-            np.array([0, *accumulate(num_pages + padding)], dtype=np.int32),
-            np.array([(length - 1) % size + 1 for length in lengths] + padding, dtype=np.int32),
-            np.array(lengths + padding, dtype=np.int32),
-            np.array(written_slots(spans, size) + [-1] * len(padding), dtype=np.int32),
-            np.fromiter(chain.from_iterable(pages), dtype=np.int32, count=sum(num_pages)),
+            _starts(num_tokens),
+            _starts(np.concatenate((num_pages, padding))),
+            np.concatenate(((columns.ends - 1) % size + 1, padding)),
+            np.concatenate((columns.ends, padding)),
+            np.concatenate((self._tables.slots(columns, seats), padding - 1)),
+            self._tables.pages(seats, num_pages),
         )
         packed = torch.from_numpy(np.concatenate(parts))
         if self.device.type == "cuda":
@@ -143,12 +144,17 @@ class Pool:
         sizes = [len(part) for part in parts]
         *host, sent = torch.split(packed, [*sizes[:4], sum(sizes[4:])])
         slots_pages = torch.split(sent.to(self.device, non_blocking=True), sizes[4:])
-        return Indices(*host, *slots_pages, longest=max(num_tokens))
+        return Indices(*host, *slots_pages, longest=int(num_tokens.max()))
 
     def workspace(self, num_q_heads: int, num_decodes: int | None = None) -> Tensor:
         num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         num_bytes = workspace_bytes(num_q_heads, self.num_kv_heads, self.head_dim, num_sms, num_decodes)
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+
+def _starts(counts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """[len(counts) + 1] where each begins, and the end."""
+    return np.append(np.int32(0), counts.cumsum(dtype=np.int32))
 
 
 def workspace_bytes(
@@ -163,6 +169,13 @@ def workspace_bytes(
         tile = 16 if group <= 16 else 64 if group <= 64 else 128
         num_tiles = max(num_tiles, -(-num_decodes * group // tile) + num_decodes - 1)
     return num_q_heads * num_tiles * tile * (head_dim + 1) * 4 + 256  # the last is for alignment
+
+
+def planners_bytes(num_q_heads: int, num_kv_heads: int, head_dim: int, num_sms: int, graph_sizes: Sequence[int]) -> int:
+    """Device memory that this backend takes for itself, with graphs of these numbers of decodes."""
+    workspace = partial(workspace_bytes, num_q_heads, num_kv_heads, head_dim, num_sms)
+    of_graphs = workspace(max(graph_sizes)) + len(graph_sizes) * _GRAPH_PLAN_BYTES if graph_sizes else 0
+    return workspace() + _EAGER_PLAN_BYTES + of_graphs
 
 
 class Planner:

@@ -1,8 +1,9 @@
 """Page lists of running requests as rows of one table, kept from step to step.
 
 Converting every request's list for every step would cost a millisecond of Python at 256 requests. So each list has a
-seat, a row that is written once and then only where the list has grown. The table lies in the host's memory, pinned:
-the GPU reads the few rows of a step itself, when the step runs (kernels/page_lists.py), so nothing is sent.
+seat, a row that is written once and then only where the list has grown. The table lies in the host's memory. Made for
+a GPU it is pinned: the GPU reads the few rows of a step itself, when the step runs (kernels/page_lists.py), so nothing
+is sent.
 
 A list is known by its identity: one that is handed in again may have grown, and has not changed otherwise (that is
 what `PageLease.page_ids` does). Seats of lists that are no longer used go to new ones when none is free; those of the
@@ -33,7 +34,7 @@ class PageTables:
         self._table = torch.zeros(0, max_pages, dtype=torch.int32)
         self._host = self._table.numpy()  # the same memory
         self._lists: list[Sequence[int]] = []  # by row; held, so that their identity stays their own
-        self._num_tokens: list[int] = []  # by row: that the written part has pages for
+        self._num_tokens = np.zeros(0, dtype=np.int32)  # by row: that the written part has pages for
         self._last_step: list[int] = []  # by row: that used it, but for the rows of the step before
         self._row_of: dict[int, int] = {}  # by identity
         self._free: list[int] = []
@@ -55,11 +56,10 @@ class PageTables:
         if lists != self._former:  # seldom: mostly they are the same objects, which costs no look into them
             self._change(lists)
         self._step += 1
-        num_tokens = self._num_tokens
-        for row, pages, end in zip(self._former_rows, lists, spans.ends.tolist(), strict=True):
-            if end > num_tokens[row]:
-                self._write(row, pages, end)
-        return self._rows
+        rows = self._rows
+        for place in np.flatnonzero(spans.ends > self._num_tokens[rows]).tolist():  # one in a page's tokens
+            self._write(self._former_rows[place], lists[place], int(spans.ends[place]))
+        return rows
 
     def slots(self, spans: SpanColumns, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """page * page_size + offset of every new token, in order."""
@@ -67,9 +67,14 @@ class PageTables:
         rows_of_tokens = rows if spans.num_tokens == len(spans) else rows.repeat(spans.counts)
         return self._host[rows_of_tokens, pages] * np.int32(self._page_size) + offsets
 
-    def read(self, rows: Tensor, lengths: Tensor, pages: Tensor, slots: Tensor) -> None:
+    def pages(self, rows: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """The first `counts` pages of each of these rows, one after another."""
+        places = np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts)
+        return self._host[rows.repeat(counts), places]
+
+    def read(self, rows: Tensor, lengths: Tensor, pages: Tensor) -> None:
         """On the device, when the step runs: kernels/page_lists.py tells the arguments."""
-        read_page_lists(self._table, rows, lengths, self._page_size, pages, slots)
+        read_page_lists(self._table, rows, lengths, self._page_size, pages)
 
     def _change(self, lists: Sequence[Sequence[int]]) -> None:
         known = [self._row_of.get(id(pages)) for pages in lists]
@@ -96,7 +101,7 @@ class PageTables:
         return row
 
     def _write(self, row: int, pages: Sequence[int], num_tokens: int) -> None:
-        first, end = self._num_tokens[row] // self._page_size, -(-num_tokens // self._page_size)
+        first, end = int(self._num_tokens[row]) // self._page_size, -(-num_tokens // self._page_size)
         assert len(pages) >= end, "the scheduler plans pages for every new token"
         if end > self._host.shape[1]:
             self._grow(0, 2 * end)
@@ -120,6 +125,6 @@ class PageTables:
         table[:seats, :pages] = self._table
         self._table, self._host = table, table.numpy()
         self._lists += [()] * (num_seats - seats)
-        self._num_tokens += [0] * (num_seats - seats)
+        self._num_tokens = np.pad(self._num_tokens, (0, num_seats - seats))
         self._last_step += [0] * (num_seats - seats)
         self._free += range(seats, num_seats)

@@ -37,6 +37,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     e2e_s: float | None = None
     num_prompt_tokens: int | None = None  # the server's counts
     num_cached_tokens: int | None = None
+    num_cached_by_tier: dict[str, int] | None = None  # if a Kvist server tells it
     num_ceiling_tokens: int | None = None  # of multiturn: what a cache that forgets nothing would have had
     num_output_tokens: int | None = None
     num_events: int = 0
@@ -77,10 +78,15 @@ class _Details(msgspec.Struct):
     cached_tokens: int | None = None
 
 
+class _Tiers(msgspec.Struct):
+    cached_tokens: dict[str, int] | None = None
+
+
 class _Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     prompt_tokens_details: _Details | None = None
+    kvist: _Tiers | None = None
 
 
 class _Event(msgspec.Struct):
@@ -194,13 +200,16 @@ def _text(content: bytes) -> str:
 
 
 class Asker:
-    """Asks one server for completions of one model."""
+    """Asks one server for completions of one model. `by_tier`: it knows Kvist's own fields."""
 
-    def __init__(self, client: HttpClient, *, model: str, clock: Clock, timeout_s: float) -> None:
+    def __init__(
+        self, client: HttpClient, *, model: str, clock: Clock, timeout_s: float, by_tier: bool = False
+    ) -> None:
         self.client = client
         self._model = msgspec.json.encode(model)
         self._clock = clock
         self._timeout_s = timeout_s
+        self._by_tier = by_tier
 
     def body(self, ask: Ask) -> bytes:
         """The request's JSON, put together around a prompt that is JSON already."""
@@ -212,6 +221,7 @@ class Asker:
                 ask.prompt,
                 b',"max_tokens":%d,"temperature":0,"ignore_eos":true,"stream":true' % ask.num_output,
                 b',"stream_options":{"include_usage":true}',
+                b',"kvist":{"usage":true}' if self._by_tier else b"",
                 b',"return_token_ids":true}' if ask.wants_ids else b"}",
             )
         )
@@ -261,6 +271,7 @@ def _succeeded(row: Row, reading: _Reading, sent_s: float, end_s: float) -> Answ
         e2e_s=end_s - sent_s,
         num_prompt_tokens=reading.usage.prompt_tokens,
         num_cached_tokens=None if details is None else details.cached_tokens,
+        num_cached_by_tier=None if reading.usage.kvist is None else reading.usage.kvist.cached_tokens,
         num_output_tokens=num_output,
         num_events=len(reading.gaps_s) + 1,
     )

@@ -42,6 +42,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     computed_tokens_per_s: float | None  # of the input, not cached; None: the server does not report it
     output_tokens_per_s: float
     hit_rate: float | None
+    hit_rate_by_tier: dict[str, float] | None = None  # its parts; None: the server does not report them
     hit_rate_ceiling: float | None = None  # of multiturn: that of a cache that forgets nothing
     tokens_per_event: float | None
     num_connections: int
@@ -103,6 +104,9 @@ def summarise(measured: Measured) -> Summary:
     num_output = sum(row.num_output_tokens or 0 for row in succeeded)
     reported = bool(succeeded) and all(row.num_cached_tokens is not None for row in succeeded)
     num_cached = sum(row.num_cached_tokens or 0 for row in succeeded)
+    by_tier = Counter[str]()
+    for row in succeeded:
+        by_tier.update(row.num_cached_by_tier or {})
     has_ceiling = bool(succeeded) and all(row.num_ceiling_tokens is not None for row in succeeded)
     num_ceiling = sum(row.num_ceiling_tokens or 0 for row in succeeded)
     num_events = sum(row.num_events for row in succeeded)
@@ -122,6 +126,9 @@ def summarise(measured: Measured) -> Summary:
         computed_tokens_per_s=(num_input - num_cached) / wall_s if reported else None,
         output_tokens_per_s=num_output / wall_s,
         hit_rate=num_cached / num_input if reported and num_input else None,
+        hit_rate_by_tier={tier: count / num_input for tier, count in by_tier.items()}
+        if by_tier and num_input
+        else None,
         hit_rate_ceiling=num_ceiling / num_input if has_ceiling and num_input else None,
         tokens_per_event=num_output / num_events if num_events else None,
         num_connections=client.num_connections,
@@ -206,6 +213,9 @@ def table(run: Run, baseline: Run | None = None) -> str:
     if summary.hit_rate is not None and before is not None and before.hit_rate is not None:
         hits += f" (baseline {before.hit_rate:.1%})"
     lines.append(f"  {'hit rate':<24}{hits:>14}")
+    if summary.hit_rate_by_tier is not None:
+        parts = ", ".join(f"{tier} {share:.1%}" for tier, share in summary.hit_rate_by_tier.items())
+        lines.append(f"  {'of that':<24}{parts:>14}")
     if summary.hit_rate_ceiling is not None:
         lines.append(
             f"  {'hit rate, at most':<24}{f'{summary.hit_rate_ceiling:.1%}':>14} (a cache that forgets nothing)"

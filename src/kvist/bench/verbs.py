@@ -49,7 +49,13 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
         client = HttpClient(target.base_url, api_key=target.api_key)
         try:
             model = target.model or await _first_model(client)
-            asker = Asker(client, model=model, clock=MonotonicClock(), timeout_s=target.request_timeout_s)
+            asker = Asker(
+                client,
+                model=model,
+                clock=MonotonicClock(),
+                timeout_s=target.request_timeout_s,
+                by_tier=await _is_kvist(client),
+            )
             first = Source(seed=target.seed, vocab_low=target.vocab_low, vocab_high=target.vocab_high)
             for number, scenario in enumerate(scenarios):
                 source = dataclasses.replace(first, scenario=number)
@@ -79,6 +85,15 @@ async def _first_model(client: HttpClient) -> str:
     except (ValueError, LookupError, TypeError) as error:
         told = body[:200].decode("utf-8", "replace")
         raise HttpFailure("no_model", f"/v1/models names no model (status {status}): {told}; give --model") from error
+
+
+async def _is_kvist(client: HttpClient) -> bool:
+    """Others may refuse a field that they do not know."""
+    try:
+        _, body = await read_whole(client, "/v1/models", timeout_s=30.0)
+        return bool(json.loads(body)["data"][0]["owned_by"] == "kvist")
+    except (HttpFailure, ValueError, LookupError, TypeError):
+        return False
 
 
 # ---------------------------------------------------------------- custom scenarios

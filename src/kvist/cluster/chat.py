@@ -23,6 +23,7 @@ class TurnReport:
     tpot_s: float | None  # None: a single token
     num_prompt_tokens: int
     num_cached_tokens: int
+    num_cached_by_tier: Mapping[str, int]  # "device", "host", "storage"; their sum is `num_cached_tokens`
     num_output_tokens: int
     num_pages: int
     num_pages_reused: int
@@ -54,7 +55,7 @@ def stream_turn(
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "kvist": {"report": True},
+        "kvist": {"report": True, "usage": True},
     }
     seen = _Seen()
     start_s = clock.now_s()
@@ -97,12 +98,14 @@ def _report(seen: _Seen, start_s: float) -> TurnReport:
         raise EngineError("the answer was empty, or came without usage and report")
     num_output_tokens = int(_number(seen.usage, "completion_tokens"))
     handoff = _table(seen.report, "handoff")
+    by_tier = _table(_table(seen.usage, "kvist"), "cached_tokens")
     return TurnReport(
         text=seen.text,
         ttft_s=seen.first_s - start_s,
         tpot_s=(seen.last_s - seen.first_s) / (num_output_tokens - 1) if num_output_tokens > 1 else None,
         num_prompt_tokens=int(_number(seen.usage, "prompt_tokens")),
         num_cached_tokens=int(_number(_table(seen.usage, "prompt_tokens_details"), "cached_tokens")),
+        num_cached_by_tier={tier: int(_number(by_tier, tier)) for tier in by_tier},
         num_output_tokens=num_output_tokens,
         num_pages=int(_number(handoff, "num_pages")),
         num_pages_reused=int(_number(handoff, "num_pages_reused")),

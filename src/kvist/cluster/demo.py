@@ -1,13 +1,16 @@
 """`kvist demo`: a cluster of separate processes answers a question and holds a chat; a table tells what that took.
 
-Starts everything, streams four answers, stops everything. Fails when the first answer lacks the expected word.
+Starts everything, streams the answers, stops everything. Before the last ones the upper tiers of the cache are emptied:
+the chat goes on with pages from the tier below. Fails when the first answer lacks the expected word, or when no page
+came back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import httpx
 
@@ -28,6 +31,33 @@ CHAT = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Act:
+    """A turn of the chat after a flush: the pages must come from `source`."""
+
+    name: str
+    flushed: Mapping[str, str]  # the query of /flush_cache
+    told: str
+    text: str
+    source: str
+
+
+FROM_HOST = Act(
+    name="from host",
+    flushed={"tier": "device"},
+    told="their device pools",
+    text="And what does it need light for?",
+    source="host",
+)
+FROM_STORE = Act(
+    name="from store",
+    flushed={},
+    told="their device pools and of host memory",
+    text="What happens to it in the dark?",
+    source="storage",
+)
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -39,6 +69,7 @@ def show_piece(piece: str) -> None:
 def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
     """0 when the answer has `expect` in it, 1 when not. Raises `KvistError` when the cluster fails."""
     processes = Processes(plan_on_free_ports(shape), probe=is_ready, sink=lambda _name, _line: None)
+    acts = [FROM_HOST, FROM_STORE] if _has_store(shape) else [FROM_HOST]
     with stop_signals(), contextlib.ExitStack() as stack:
         stack.callback(processes.stop)
         config = shape.config
@@ -48,7 +79,7 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
         router = processes.children["router"]
         say(f"Ready at {router.plan.url}\n")
         try:
-            rows = _talk(router.plan.url, question)
+            rows = _talk(router.plan.url, question, acts)
         except (KvistError, httpx.HTTPError):
             say("\nWhat the processes said last:")
             for child in processes.children.values():
@@ -57,24 +88,53 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
         say(table(rows))
         say(LEGEND)
         say(who_did_what(rows, list(processes.children.values())))
+        for act, (_name, report) in zip(acts, rows[-len(acts) :], strict=True):
+            say(who_remembered(act, report))
     say("Everything that was started is stopped.")
+    failures = broken_promises(rows, acts, question=question, expect=expect)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _has_store(shape: ClusterShape) -> bool:
+    return any(argument.startswith("--hicache-storage-backend") for argument in shape.worker_argv)
+
+
+def broken_promises(
+    rows: Sequence[tuple[str, TurnReport]], acts: Sequence[Act], *, question: str, expect: str
+) -> list[str]:
+    """What the demo should have shown, and did not."""
+    found = []
     if expect and expect.lower() not in rows[0][1].text.lower():
-        print(f"The answer to {question!r} does not name {expect}.", file=sys.stderr)
-        return 1
-    return 0
+        found.append(f"The answer to {question!r} does not name {expect}.")
+    reports = dict(rows)
+    for act in acts:
+        if not reports[act.name].num_cached_by_tier.get(act.source):
+            found.append(f"The workers forgot the pages of {act.told}, and nothing came back ({act.name}).")
+    return found
 
 
-def _talk(url: str, question: str) -> list[tuple[str, TurnReport]]:
-    """(what the row is called, its report) of the question and of each turn of the chat."""
+def _talk(url: str, question: str, acts: Sequence[Act]) -> list[tuple[str, TurnReport]]:
+    """(what the row is called, its report) of the question, of each turn of the chat, and of the acts."""
     with httpx.Client(base_url=url, timeout=TURN_TIMEOUT_S, trust_env=False) as client:
         rows = [("question", _ask(client, [{"role": "user", "content": question}]))]
         messages: list[Message] = []
         for index, text in enumerate(CHAT):
-            messages.append({"role": "user", "content": text})
-            report = _ask(client, messages)
-            messages.append({"role": "assistant", "content": report.text})
-            rows.append((f"chat {index + 1}", report))
+            rows.append((f"chat {index + 1}", _say_next(client, messages, text)))
+        for act in acts:
+            answer = client.post("/flush_cache", params=act.flushed).raise_for_status().json()
+            say(f"The workers forget the {answer['num_pages']} pages of {act.told}; the chat goes on all the same.\n")
+            rows.append((act.name, _say_next(client, messages, act.text)))
     return rows
+
+
+def _say_next(client: httpx.Client, messages: list[Message], text: str) -> TurnReport:
+    """The conversation grows by this and the answer."""
+    messages.append({"role": "user", "content": text})
+    report = _ask(client, messages)
+    messages.append({"role": "assistant", "content": report.text})
+    return report
 
 
 def _ask(client: httpx.Client, messages: Sequence[Message]) -> TurnReport:
@@ -130,4 +190,14 @@ def who_did_what(rows: Sequence[tuple[str, TurnReport]], children: Sequence[Chil
     return (
         f"Prompts were read by {', '.join(prefill)}; answers were written by {', '.join(decode)}; "
         "the router tokenised, chose the workers and merged their tokens."
+    )
+
+
+def who_remembered(act: Act, report: TurnReport) -> str:
+    """Where the cached tokens of a turn came from."""
+    places = {"device": "from the device pool", "host": "from host memory", "storage": "from storage"}
+    told = [f"{report.num_cached_by_tier.get(tier, 0)} {words}" for tier, words in places.items()]
+    return (
+        f"{act.name.capitalize()}: {report.num_cached_tokens} of {report.num_prompt_tokens} prompt tokens were not "
+        f"computed again ({', '.join(told)})."
     )

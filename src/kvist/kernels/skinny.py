@@ -1,7 +1,8 @@
 """Matrix products of few rows, where reading the weight is all the work: y = x W^T + b, and the gated pair of an MLP.
 
-Above `LINEAR_ROWS` and `GATED_ROWS` rows cuBLAS is quicker, and callers use it. Measured on an H200 for the matrices of
-Qwen2-7B in bf16, microseconds, each kernel in a row of its like; cuBLAS for the gated pair with SiLU x up behind it:
+Above `LINEAR_ROWS` and `GATED_ROWS` rows cuBLAS or, for the gated pair on Hopper, kernels/gated.py is quicker, and
+callers use that. Measured on an H200 for the matrices of Qwen2-7B in bf16, microseconds, each kernel in a row of its
+like; cuBLAS for the gated pair with SiLU x up behind it:
 
     rows            1        2        8       16
               ours lib ours lib ours lib ours lib

@@ -9,6 +9,11 @@ With a host tier (host_tier.py) the same page may be there, too:
     commit (or a hit) ──due by the write policy──► BackUpPages ──backed_up──► resident in the host tier
     open ─ grow ─ follow: the pages after the match that are resident there ──► LoadPages ──loaded──► commit
 
+With `write_back` a page is due when it is about to be evicted. Instead, the path to it is held while what the host
+lacks of it is copied; then its pages are cold: they go next, and at once. Copies begin when less than an eighth of the
+pool is free or cold, so that `grow` seldom has to wait for one. A page that cannot be copied, because no slot is to be
+had or the copy failed, is cold as well: it is lost when its room is needed. So nobody waits for a page twice.
+
 With a storage tier behind it (storage_tier.py) what is resident there is stored, and `prefetch`, before `open`, has
 pages fetched into the host tier: from there they go the way of all others.
 
@@ -22,13 +27,14 @@ page being filled is always the lease's own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 from kvist.kv.ceiling import Ceiling
 from kvist.kv.host_tier import HostCounts, HostPage, HostTier
 from kvist.kv.keys import chain_digest, iter_page_keys, page_keys, root_digest
+from kvist.kv.lease import PageLease
 from kvist.kv.moves import (
     BackUpPages,
+    ForgetPages,
     LoadPages,
     PagesBackedUp,
     PagesFetched,
@@ -39,12 +45,14 @@ from kvist.kv.moves import (
     TierJob,
 )
 from kvist.kv.pages import PageCounts, PageLedger, PageState
-from kvist.kv.radix import Moves, PageNode, Pin, RadixTree, Root
+from kvist.kv.radix import Moves, PageNode, RadixTree, Root
 from kvist.kv.storage_tier import STORAGE_COUNTERS, Prefetch, StorageTier
 
-WRITE_POLICIES = {"write_through": 0, "write_through_selective": 2}  # hits that make a page due for a backup
+# Hits that make a page due for a backup; None: being evicted does.
+WRITE_POLICIES: dict[str, int | None] = {"write_through": 0, "write_through_selective": 2, "write_back": None}
 MAX_BACKUPS = 64  # jobs under way; pages that become due meanwhile are left out
-MAX_PAGES_BACKED_UP = 2048  # in these together
+MAX_PAGES_BACKED_UP = 2048  # in these together; with write_back, the last of them may exceed it
+LOW_WATER_SHARE = 8  # write_back: copies begin when fewer than one page in so many is free or cold
 
 # What the tiers did and what their ceiling (ceiling.py) knows, in pages; each only grows.
 TIER_COUNTERS = (
@@ -62,19 +70,6 @@ TIER_COUNTERS = (
     "ceiling_remembered_pages",  # evicted from the device pool; each once, unless it is forgotten
     "ceiling_forgotten_pages",  # of those; from the first on, the ceiling is a lower bound
 )
-
-
-@dataclass(slots=True, eq=False)
-class PageLease:
-    """One request's pages. Mutable; its one owner is the `PageCache` that opened it: others only read it."""
-
-    page_ids: list[int]  # page i holds tokens [i * page_size, (i + 1) * page_size)
-    num_cached_tokens: int  # whole pages found in the tree when the lease was opened
-    _pin: Pin = field(repr=False)
-    num_ceiling_tokens: int = 0  # what a cache that forgets nothing would have had; since `follow`
-    _in_flight: list[int] = field(default_factory=list, repr=False)
-    _num_backups: int = 0  # under way, of pages that its pin reads
-    _closed: bool = False
 
 
 class PageCache:
@@ -104,6 +99,8 @@ class PageCache:
         self._loading: dict[HostPage, int] = {}  # in `_loads`: by which of them
         self._backups: dict[int, tuple[PageLease, list[HostPage]]] = {}
         self._num_pages_backed_up = 0  # in `_backups`
+        self._num_held = 0  # pages that write_back's own leases keep from being evicted
+        self._low_water = num_pages // LOW_WATER_SHARE + 1
         self._jobs: list[TierJob] = []  # since the last `drain_jobs`
         self._num_tiers: dict[bytes, int] = {}  # that hold the page, as last told; with a host tier only
         self._totals: dict[str, float] = dict.fromkeys(TIER_COUNTERS, 0)
@@ -128,7 +125,7 @@ class PageCache:
     def grow(self, lease: PageLease, num_tokens: int) -> bool:
         """Makes `lease.page_ids` cover `num_tokens`, evicting if need be.
 
-        False if too few pages are free or evictable: then nothing was done.
+        False if too few pages are free or evictable, and with `write_back` while they are copied: it got none.
         """
         num_pages = -(-num_tokens // self._page_size) - len(lease.page_ids)
         if num_pages <= 0:
@@ -136,11 +133,20 @@ class PageCache:
         assert not lease._closed
         num_short = num_pages - self._ledger.num_free
         if num_short > 0:
-            if num_short > self._tree.num_evictable:
+            if num_short > self._tree.num_evictable or not self._make_evictable(num_short):
                 return False
             self._evict(num_short)
         lease.page_ids.extend(self._ledger.allocate(num_pages))
         return True
+
+    @property
+    def num_to_be_had(self) -> int:
+        """Pages that are free or can be evicted, some of them (`write_back`) when their copies are reported."""
+        return self._ledger.num_free + self._tree.num_evictable + self._num_held
+
+    def waits_for_copies(self, lease: PageLease, num_tokens: int) -> bool:
+        """After `grow` gave none: it will, when the copies under way are reported, if nobody is quicker."""
+        return -(-num_tokens // self._page_size) - len(lease.page_ids) <= self.num_to_be_had
 
     def commit(self, lease: PageLease, token_ids: Sequence[int], num_tokens: int) -> None:
         """K/V of `token_ids[:num_tokens]` is written: its full pages enter the tree, pinned by this lease.
@@ -157,7 +163,7 @@ class PageCache:
         assert not lease._in_flight, "end the transfer before the pages are shared"
         keys = page_keys(token_ids, self._page_size, first, last)
         self._apply(self._tree.extend(lease._pin, keys, lease.page_ids[first:last]))
-        if self._host is not None and not self._hits_to_back_up:
+        if self._host is not None and self._hits_to_back_up == 0:
             self._back_up(lease, self._tree.tail(lease._pin, last - first))
 
     def close(self, lease: PageLease) -> None:
@@ -173,7 +179,8 @@ class PageCache:
             self._unpin(lease)
 
     def _unpin(self, lease: PageLease) -> None:
-        self._apply(self._tree.unpin(lease._pin))
+        self._apply(self._tree.unpin(lease._pin, cold=lease._num_held is not None))
+        self._num_held -= lease._num_held or 0
         self._ledger.move([*lease._pin.duplicates.values()], PageState.OWNED, PageState.FREE)
 
     def begin_transfer(self, lease: PageLease, first_page: int) -> None:
@@ -209,7 +216,8 @@ class PageCache:
         nodes = self._tree.tail(pin, first)
         for node in nodes:
             node.num_hits += 1
-        self._back_up(lease, nodes)
+        if self._hits_to_back_up is not None:
+            self._back_up(lease, nodes)
         found = host.match(self._digests_after(pin.node.digest, token_ids, first, last))
         totals["host_hit_pages"] += len(found)
         totals["host_miss_pages"] += last - first - len(found)
@@ -224,6 +232,8 @@ class PageCache:
         page_ids = lease.page_ids[first : first + len(found)]
         self._ledger.move(page_ids, PageState.OWNED, PageState.IN_FLIGHT)
         lease._in_flight.extend(page_ids)
+        lease.num_fetched_tokens = sum(page.from_storage for page in found) * self._page_size
+        lease.num_loaded_tokens = len(found) * self._page_size - lease.num_fetched_tokens
         job_id = host.next_job_id()
         for page in found:
             host.begin(page)
@@ -271,7 +281,8 @@ class PageCache:
             self._unpin(lease)
 
     def drain_jobs(self) -> list[TierJob]:
-        """What has to be copied, since the last call."""
+        """What has to be done, since the last call."""
+        self._make_evictable(self._low_water - self._ledger.num_free)
         jobs, self._jobs = self._jobs, []
         return jobs if self._storage is None else [*jobs, *self._storage.drain_jobs()]
 
@@ -289,6 +300,33 @@ class PageCache:
             "ceiling_forgotten_pages": self._ceiling.num_forgotten,
         }
 
+    def _make_evictable(self, num_pages: int) -> bool:
+        """Whether so many can be evicted at once. With `write_back`, if not, what would make them so is under way."""
+        tree, host = self._tree, self._host
+        if host is None or self._hits_to_back_up is not None:
+            return num_pages <= tree.num_evictable
+        while tree.num_cold + self._num_held < num_pages and (node := tree.coldest_idle()) is not None:
+            known = host.get(node.digest)
+            if known is not None and known.resident:
+                tree.cool(node)
+            elif len(self._backups) < MAX_BACKUPS and self._num_pages_backed_up < MAX_PAGES_BACKED_UP:
+                self._write_back(node)
+            else:
+                break
+        return num_pages <= tree.num_cold
+
+    def _write_back(self, leaf: PageNode) -> None:
+        """Copies what the host lacks of the path to it, from its head on: the host holds whole prefixes only."""
+        pin, num_held = self._tree.hold(leaf)
+        lease = PageLease(page_ids=[], num_cached_tokens=0, _pin=pin, _closed=True, _num_held=num_held)
+        self._num_held += num_held
+        nodes = self._tree.tail(pin, pin.num_pages)
+        for node in nodes:
+            node.num_hits = 0
+        self._back_up(lease, nodes)
+        if not lease._num_backups:  # no slot was to be had
+            self._unpin(lease)
+
     def _back_up(self, lease: PageLease, nodes: list[PageNode]) -> None:
         """Those of the path's `nodes` that are due and not there yet, a prefix first: what follows a page that is left
         out is left out, too, since no match would reach it."""
@@ -298,10 +336,10 @@ class PageCache:
             known = host.get(node.digest)
             if known is not None and not known.lost:
                 continue
-            if node.num_hits < self._hits_to_back_up or node in lease._pin.duplicates:
+            if node.num_hits < (self._hits_to_back_up or 0) or node in lease._pin.duplicates:
                 break  # a duplicate: the page in the tree is for its readers to hold
             parent = None if isinstance(node.parent, Root) else host.get(node.parent.digest)
-            may_begin = (
+            may_begin = lease._num_held is not None or (
                 len(self._backups) < MAX_BACKUPS and self._num_pages_backed_up + len(pages) < MAX_PAGES_BACKED_UP
             )
             has_parent = parent is not None or isinstance(node.parent, Root)
@@ -384,14 +422,24 @@ class PageCache:
         keys = iter_page_keys(token_ids, self._page_size, len(token_ids) // self._page_size)
         return len(self._tree.match(keys, cache_salt)) * self._page_size
 
-    def flush(self) -> int:
-        """Frees every cached page that no lease uses, in both tiers; returns how many.
+    def flush(self, tier: str | None = None) -> tuple[int, int | None]:
+        """Frees every cached page that no lease uses, of the "device" or the "host", or of both; returns how many, and
+        the id of the job (`ForgetPages`) after which no restart brings them back.
 
-        The ceiling forgets what was evicted: more memory would not have kept it."""
-        num_pages = self._tree.num_evictable
-        self._evict(num_pages)
-        self._ceiling.clear()
-        return num_pages + (0 if self._host is None else self._host.flush())
+        The ceiling forgets what left the device: more memory would not have kept it."""
+        num_pages, slots = 0, list[int]()
+        if tier != "host":
+            num_pages = self._tree.num_evictable
+            self._evict(num_pages)
+            self._ceiling.clear()
+        if tier != "device" and self._host is not None:
+            slots = self._host.flush()
+        if not slots:
+            return num_pages, None
+        assert self._host is not None
+        job_id = self._host.next_job_id()
+        self._jobs.append(ForgetPages(job_id=job_id, host_slots=tuple(slots)))
+        return num_pages + len(slots), job_id
 
     def counts(self) -> PageCounts:
         count = self._ledger.count

@@ -251,7 +251,7 @@ def plan_pool_size(
     fitting = max(0, budget_bytes // layout.page_bytes)
     memory = (
         f"{mem_fraction_static:g} of {available_bytes / _GIB:.2f} GiB less {weights_bytes / _GIB:.2f} GiB of weights"
-        + (f" and {reserve_bytes / _GIB:.2f} GiB for CUDA graphs and collectives" if reserve_bytes else "")
+        + (f" and {reserve_bytes / _GIB:.2f} GiB for CUDA graphs, workspaces and collectives" if reserve_bytes else "")
         + f" holds {fitting} pages"
     )
     num_pages, reason = fitting, memory

@@ -9,6 +9,10 @@ It decides nothing about pages: which slot holds what is kv/host_tier.py's.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,6 +23,8 @@ from kvist.kv.persistence import PersistentPages
 
 _GB, _GIB = 10**9, 1 << 30
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU of the process
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, from Linux 5.14 on
+_SLICE_BYTES = 1 << 28
 
 
 def plan_host_pages(
@@ -80,6 +86,7 @@ class HostPool:
 
 def _pin(memory: Tensor) -> None:
     """In place: torch's own pinned memory comes in powers of two, which may be twice as much as was asked for."""
+    _make_resident(memory)
     status = _cuda().cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)
     if int(status):
         raise ConfigError(
@@ -88,6 +95,21 @@ def _pin(memory: Tensor) -> None:
             "folder in shared memory (/dev/shm)",
             param="hicache_size",
         )
+
+
+def _make_resident(memory: Tensor) -> None:
+    """What it holds stays. Pinning makes it so too, but in one thread and in small pages, at 3 GB/s."""
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    start -= start % mmap.PAGESIZE
+
+    def populate(first: int) -> None:
+        madvise(first, min(_SLICE_BYTES, end - first), _POPULATE_WRITE)  # where it is not known, pinning does the work
+
+    madvise(start, end - start, mmap.MADV_HUGEPAGE)
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        list(threads.map(populate, range(start, end, _SLICE_BYTES)))
 
 
 def _cuda() -> Any:

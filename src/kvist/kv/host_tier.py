@@ -168,12 +168,12 @@ class HostTier:
         for page in self._pages.values():
             page.stored = False
 
-    def flush(self) -> int:
-        """Drops every page that no move uses and that continues into none in use; returns how many."""
-        num_pages = 0
+    def flush(self) -> list[int]:
+        """Drops every page that no move uses and that continues into none in use; returns the slots they had."""
+        num_free = len(self._free)
         while self._evict():
-            num_pages += 1
-        return num_pages
+            pass
+        return self._free[num_free:]
 
     def counts(self) -> HostCounts:
         return HostCounts(

@@ -34,7 +34,7 @@ from torch import Tensor
 from kvist.clock import Clock
 from kvist.kv.device import DevicePool
 from kvist.kv.host import HostPool
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
+from kvist.kv.moves import BackUpPages, ForgetPages, LoadPages, PagesBackedUp, PagesForgotten, PagesLoaded
 
 MOVE_COUNTERS = (
     "host_loads",
@@ -52,23 +52,25 @@ class PageMover:
     """`start`, `poll`, `totals` and `close` are the engine loop's; `wakeup` is called by any thread."""
 
     def __init__(self, device: DevicePool, host: HostPool, *, wakeup: Callable[[], None], clock: Clock) -> None:
-        self._reports: deque[PagesLoaded | PagesBackedUp] = deque()
+        self._reports: deque[PagesLoaded | PagesBackedUp | PagesForgotten] = deque()
         pages = device.tensor.view(device.num_pages, -1).view(torch.uint8)
         self._loads = _Lane("kvist-load", source=host.tensor, target=pages, clock=clock)
         self._backups = _Lane("kvist-backup", source=pages, target=host.tensor, clock=clock)
         self._wakeup = wakeup
         self._persistent = host.persistent
 
-    def start(self, job: LoadPages | BackUpPages) -> None:
+    def start(self, job: LoadPages | BackUpPages | ForgetPages) -> None:
         job_id = job.job_id
         if isinstance(job, LoadPages):
             self._loads.start(job.host_slots, job.page_ids, lambda ok: self._report(PagesLoaded(job_id=job_id, ok=ok)))
+        elif isinstance(job, ForgetPages):  # in the backups' lane: whoever gets the slots next writes them after this
+            self._backups.run(partial(self._forget, job))
         else:
             self._backups.start(
                 job.page_ids, job.host_slots, partial(self._backed_up, job), partial(self._before_backup, job)
             )
 
-    def poll(self) -> list[PagesLoaded | PagesBackedUp]:
+    def poll(self) -> list[PagesLoaded | PagesBackedUp | PagesForgotten]:
         """What happened since the last call."""
         return [self._reports.popleft() for _ in range(len(self._reports))]
 
@@ -85,6 +87,11 @@ class PageMover:
         for lane in (self._loads, self._backups):
             lane.join()
 
+    def _forget(self, job: ForgetPages) -> None:
+        if self._persistent is not None:
+            self._persistent.clear(job.host_slots)
+        self._report(PagesForgotten(job_id=job.job_id))
+
     def _before_backup(self, job: BackUpPages) -> None:
         if self._persistent is not None:
             self._persistent.clear(job.host_slots)
@@ -94,7 +101,7 @@ class PageMover:
             self._persistent.record(job.host_slots, job.names)
         self._report(PagesBackedUp(job_id=job.job_id, ok=ok))
 
-    def _report(self, report: PagesLoaded | PagesBackedUp) -> None:
+    def _report(self, report: PagesLoaded | PagesBackedUp | PagesForgotten) -> None:
         self._reports.append(report)
         self._wakeup()
 
@@ -112,10 +119,8 @@ class _Lane:
         gpu = next((pages.device for pages in (source, target) if pages.is_cuda), None)
         self._stream = None if gpu is None else torch.cuda.Stream(gpu)  # type: ignore[no-untyped-call]
         self._closed = False
-        self._jobs: queue.SimpleQueue[
-            tuple[Sequence[int], Sequence[int], Callable[[bool], None], Callable[[], None]] | None
-        ]
-        self._jobs = queue.SimpleQueue()  # bounded by the pages that the cache lets be in flight
+        # None: the end. Bounded by the pages that the cache lets be in flight, and the flushes that it is asked for.
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -129,7 +134,11 @@ class _Lane:
         assert len(source_ids) == len(target_ids), "one destination for each page"
         assert max(source_ids) < self._source.shape[0], "a page outside the pool"
         assert max(target_ids) < self._target.shape[0], "a page outside the pool"
-        self._jobs.put((source_ids, target_ids, done, begin))
+        self.run(partial(self._carry_out, source_ids, target_ids, done, begin))
+
+    def run(self, job: Callable[[], None]) -> None:
+        """In its turn, on the lane's thread."""
+        self._jobs.put(job)
 
     def stop(self) -> None:
         self._closed = True
@@ -140,19 +149,27 @@ class _Lane:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None and not self._closed:
-            source_ids, target_ids, done, begin = job
-            start_s = self._clock.now_s()
-            try:
-                begin()
-                self._copy(source_ids, target_ids)
-            except Exception:  # the thread must outlive any one job
-                log.exception("copying %d pages between device and host", len(source_ids))
-                done(False)
-                continue
-            self.num_jobs += 1
-            self.num_bytes += len(source_ids) * self._source.shape[1]
-            self.seconds += self._clock.now_s() - start_s
-            done(True)
+            job()
+
+    def _carry_out(
+        self,
+        source_ids: Sequence[int],
+        target_ids: Sequence[int],
+        done: Callable[[bool], None],
+        begin: Callable[[], None],
+    ) -> None:
+        start_s = self._clock.now_s()
+        try:
+            begin()
+            self._copy(source_ids, target_ids)
+        except Exception:  # the thread must outlive any one job
+            log.exception("copying %d pages between device and host", len(source_ids))
+            done(False)
+            return
+        self.num_jobs += 1
+        self.num_bytes += len(source_ids) * self._source.shape[1]
+        self.seconds += self._clock.now_s() - start_s
+        done(True)
 
     def _copy(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
         """Every byte is in place when it returns."""

@@ -1,6 +1,6 @@
 """What is asked of, and heard from, whoever moves pages between the tiers: a plan carries the jobs, events the reports.
 
-    PageMover (mover.py)      LoadPages, BackUpPages               device pool ◄─► host pool
+    PageMover (mover.py)      LoadPages, BackUpPages, ForgetPages  device pool ◄─► host pool
     StoreMover                FindPages, FetchPages, StorePages    store ◄─► host pool
 
 Each job is answered once, whatever becomes of it. Until then no page and no slot that it names goes to anybody else.
@@ -28,6 +28,21 @@ class BackUpPages:
     page_ids: tuple[int, ...]
     host_slots: tuple[int, ...]
     names: tuple[tuple[bytes, bytes | None], ...] = field(default=(), repr=False)  # (digest, that of the page before)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetPages:
+    """These host pages were flushed: no restart may bring them back. Answered by `PagesForgotten`.
+
+    It holds no slot: what is copied into one of them later comes behind it."""
+
+    job_id: int
+    host_slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagesForgotten:
+    job_id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,4 +117,4 @@ class StorageAttached:
 
 
 StoreJob = FindPages | FetchPages | StorePages | CancelFetch
-TierJob = LoadPages | BackUpPages | StoreJob
+TierJob = LoadPages | BackUpPages | ForgetPages | StoreJob

@@ -11,6 +11,10 @@ become unused, the deepest of a path first. A node is never unused while a desce
 stands before it, and the head of the queue is always a leaf and the one unused for longest. Order is the order of
 calls; no clock is read.
 
+With `write_back` (cache.py) eviction takes from a second queue first: `_cold`, the pages whose eviction was prepared.
+A page enters it from the head of `_idle`, or when the hold on the path that prepared it ends, and in either case behind
+all of its descendants. Who is hit leaves it.
+
 One root per cache salt, dropped when its last page is. The tree names page ids and reports which ones it took and gave
 up (`Moves`); the states of pages are the ledger's.
 """
@@ -80,13 +84,18 @@ class RadixTree:
         self._namespace = namespace
         self._roots: dict[str, Root] = {}
         self._idle: OrderedDict[PageNode, None] = OrderedDict()  # nodes no pin uses; the next victim first
+        self._cold: OrderedDict[PageNode, None] = OrderedDict()  # the same, and they go before those
         # Digests that came and went since the last `drain_changes`, netted: a digest is in at most one of the two.
         self._added: dict[bytes, None] = {}
         self._removed: dict[bytes, None] = {}
 
     @property
     def num_evictable(self) -> int:
-        return len(self._idle)
+        return len(self._cold) + len(self._idle)
+
+    @property
+    def num_cold(self) -> int:
+        return len(self._cold)
 
     def match(self, keys: Iterable[bytes], cache_salt: str) -> list[PageNode]:
         """The longest path that spells a prefix of `keys`."""
@@ -109,10 +118,30 @@ class RadixTree:
         else:
             root.num_readers += 1
         for node in path:
-            if node.num_readers == 0:
-                del self._idle[node]
-            node.num_readers += 1
+            self._read(node)
         return Pin(path[-1] if path else root, [node.page_id for node in path], len(path))
+
+    def hold(self, leaf: PageNode) -> tuple[Pin, int]:
+        """Pins the path to a page; and how many of its pages nobody used."""
+        path, num_unused = list[PageNode](), 0
+        node: Node = leaf
+        while isinstance(node, PageNode):
+            num_unused += self._read(node)
+            path.append(node)
+            node = node.parent
+        node.num_readers += 1
+        return Pin(leaf, [each.page_id for each in reversed(path)], len(path)), num_unused
+
+    def _read(self, node: PageNode) -> bool:
+        """Whether nobody did before."""
+        node.num_readers += 1
+        if node.num_readers > 1:
+            return False
+        if node in self._cold:
+            del self._cold[node]
+        else:
+            del self._idle[node]
+        return True
 
     def extend(self, pin: Pin, keys: Sequence[bytes], page_ids: Sequence[int]) -> Moves:
         """Moves the pin down along `keys`; `page_ids` are the request's own pages with those tokens' K/V.
@@ -129,8 +158,7 @@ class RadixTree:
                 moves.taken.append(page_id)
                 self._log_added(node.digest)
             elif node.num_readers == 0:
-                del self._idle[node]
-                node.num_readers = 1
+                self._read(node)
                 moves.released.append(node.page_id)
                 moves.taken.append(page_id)
                 node.page_id = page_id
@@ -143,8 +171,10 @@ class RadixTree:
             pin.num_pages += 1
         return moves
 
-    def unpin(self, pin: Pin) -> Moves:
-        """Lets go of the whole path, deepest page first. The pin's remaining `duplicates` stay the caller's."""
+    def unpin(self, pin: Pin, *, cold: bool = False) -> Moves:
+        """Lets go of the whole path, deepest page first. The pin's remaining `duplicates` stay the caller's.
+
+        `cold`: its pages go next, but for those that were hit (`num_hits`) and what these continue."""
         moves = Moves()
         node = pin.node
         while isinstance(node, PageNode):
@@ -156,6 +186,8 @@ class RadixTree:
                 if node.num_readers == 0:
                     if node.duplicates:
                         self._hand_over(node, node.duplicates.pop(), moves)  # the newest is likely to stay longest
+                    elif cold and not node.num_hits and all(map(self._cold.__contains__, node.children.values())):
+                        self._cold[node] = None
                     else:
                         self._idle[node] = None
             node = node.parent
@@ -175,9 +207,18 @@ class RadixTree:
         nodes.reverse()
         return nodes
 
+    def coldest_idle(self) -> PageNode | None:
+        """The one that goes after the cold ones."""
+        return next(iter(self._idle), None)
+
+    def cool(self, node: PageNode) -> None:
+        """`coldest_idle` becomes the last of the cold ones."""
+        del self._idle[node]
+        self._cold[node] = None
+
     def evict(self) -> PageNode:
         """Removes the least recently used leaf that no pin uses, and returns it. One must be evictable."""
-        node, _ = self._idle.popitem(last=False)
+        node, _ = (self._cold or self._idle).popitem(last=False)
         assert not node.children, "a page is evicted before the prefix it continues"
         parent = node.parent
         del parent.children[node.key]

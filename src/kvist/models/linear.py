@@ -23,7 +23,8 @@ With more threads than free cores every product waits for a thread that does not
 step of 1 or 8 rows took 630 to 1560 ms with two threads, 48 to 140 with two and OMP_WAIT_POLICY=passive, 54 to 112
 with one (single runs, while other programs kept both cores busy to a varying degree).
 
-On GPUs a few rows go to our own kernels (kernels/skinny.py), more to cuBLAS.
+On GPUs a few rows go to our own kernels (kernels/skinny.py), more to cuBLAS, and gated ones on Hopper to a kernel of
+our own again (kernels/gated.py).
 
 The hint that packing takes (rows expected) hardly matters: 4, 8, 16 and 32 are within the noise of each other.
 """
@@ -37,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvist.kernels.activation import silu_mul
+from kvist.kernels.gated import make_gated_product
 from kvist.kernels.skinny import GATED_ROWS, LINEAR_ROWS, skinny_gated, skinny_linear
 
 PACK_ROWS_HINT = 16
@@ -101,11 +103,13 @@ class WideGatedLinear:
 class GpuGatedLinear:
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.contiguous()
+        self._product = make_gated_product(self._weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         if 0 < x.shape[0] <= GATED_ROWS:
             return skinny_gated(x, self._weight)
-        return silu_mul(F.linear(x, self._weight))
+        gated = self._product(x) if self._product else None
+        return silu_mul(F.linear(x, self._weight)) if gated is None else gated
 
 
 def make_gated_linear(weight: Tensor) -> Linear:

@@ -129,11 +129,12 @@ class Dispatcher:
                 self._leave(flight)
             flight = self._launch(request, route)
 
-    async def flush_cache(self) -> dict[WorkerId, int]:
-        """Drop every worker's cached pages that no request uses; pages dropped, by worker.
+    async def flush_cache(self, tier: wire.FlushTier | None = None) -> dict[WorkerId, int]:
+        """Drop every worker's cached pages (in this tier) that no request uses; pages dropped, by worker.
 
         Raises `Unavailable` when no worker is ready, `Timeout` naming those that did not answer."""
-        answers = await self._ask_all(wire.FlushCache(call_id=secrets.token_hex(8)), self._config.flush_timeout_s)
+        ask = wire.FlushCache(call_id=secrets.token_hex(8), tier=tier)
+        answers = await self._ask_all(ask, self._config.flush_timeout_s)
         return {
             worker_id: flushed.num_pages for worker_id, flushed in answers.items() if isinstance(flushed, wire.Flushed)
         }

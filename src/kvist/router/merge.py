@@ -52,6 +52,7 @@ class ChunkMerger:
             return None
         self._ready = []
         first, last = chunks[0], chunks[-1]
+        cached = next((chunk for chunk in chunks if chunk.num_cached_tokens is not None), first)
         if len(chunks) == 1:
             token_ids, logprobs = first.token_ids, first.logprobs
         else:
@@ -63,7 +64,9 @@ class ChunkMerger:
             token_ids=token_ids,
             logprobs=logprobs,
             finish_reason=last.finish_reason,
-            num_cached_tokens=next((c.num_cached_tokens for c in chunks if c.num_cached_tokens is not None), None),
+            num_cached_tokens=cached.num_cached_tokens,
+            num_cached_host_tokens=cached.num_cached_host_tokens,
+            num_cached_storage_tokens=cached.num_cached_storage_tokens,
             handoff=next((c.handoff for c in chunks if c.handoff is not None), None),
         )
 

@@ -8,6 +8,7 @@ page its own heads, which are one contiguous piece of it.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ import torch
 
 from kvist.attention import build_attention, choose_attention
 from kvist.attention.backend import AttentionBackend
+from kvist.attention.flashinfer import planners_bytes
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
 from kvist.kv.device import DTYPES, DevicePool, PoolSize, available_memory_bytes, default_runtime_dir, plan_pool_size
@@ -27,7 +29,7 @@ from kvist.models.decoder import CausalLM
 from kvist.models.load import check_split
 from kvist.models.parallel import TensorParallel
 from kvist.models.weights import expected_tensors
-from kvist.runner.graph_sizes import graphs_bytes
+from kvist.runner.graph_sizes import decode_sizes, graphs_bytes
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.runner import AnyRunner, Runner
 from kvist.runner.tp import FollowerProcesses, Meeting, new_meeting
@@ -35,6 +37,8 @@ from kvist.wire import PoolAddress
 
 COLLECTIVES_BYTES = 512 << 20  # NCCL's buffers on a GPU, about
 CPU_CAP_TOKENS = 65_536  # a laptop's memory would hold absurdly many; --max-total-tokens overrides it
+log = logging.getLogger(__name__)
+
 LoadProgress = Callable[[int, int], None]  # (tensors loaded, tensors in all)
 
 
@@ -205,6 +209,13 @@ def _resolve(config: RunnerConfig, checkpoint: Checkpoint, model_config: ModelCo
 def _resolve_device(config: RunnerConfig) -> str:
     name = device_type(config.device)
     if name != "cuda":
+        if config.base_gpu_id and config.device == name:
+            raise ConfigError(
+                f"--base-gpu-id {config.base_gpu_id} counts GPUs, and --device {name} takes none: leave one out",
+                param="base_gpu_id",
+            )
+        if config.base_gpu_id:  # `kvist up` deals GPUs out that torch, as it is installed, cannot use
+            log.warning("torch sees no GPU here, so --base-gpu-id %d is not used", config.base_gpu_id)
         return name
     if not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu or auto", param="device")
@@ -256,11 +267,22 @@ def num_weights(model_config: ModelConfig, num_ranks: int) -> int:
     return total
 
 
-def gpu_reserve_bytes(config: RunnerConfig) -> int:
-    """Device memory for what is made after the pool; `config` with every "auto" resolved."""
-    has_graphs = config.use_graphs and config.attention_backend != "torch"  # which cannot be recorded
-    num_bytes = graphs_bytes(config.max_running_requests, config.max_batch_tokens) if has_graphs else 0
-    return num_bytes + (COLLECTIVES_BYTES if config.tp > 1 else 0)
+def gpu_reserve_bytes(model_config: ModelConfig, config: RunnerConfig, num_sms: int) -> int:
+    """Device memory of a rank for what is made after the pool; `config` with every "auto" resolved."""
+    num_bytes = COLLECTIVES_BYTES if config.tp > 1 else 0
+    num_rows, backend = config.max_running_requests, config.attention_backend
+    if config.use_graphs and backend != "torch":  # which cannot be recorded
+        max_mixed_tokens = config.max_batch_tokens if backend == "fa3" else 0  # others record steps of decodes only
+        num_bytes += graphs_bytes(num_rows, max_mixed_tokens, model_config.vocab_size)
+    if backend == "flashinfer":
+        num_kv_heads = page_layout(model_config, config).num_kv_heads
+        sizes = model_config.num_heads // config.tp, num_kv_heads, model_config.head_dim, num_sms
+        num_bytes += planners_bytes(*sizes, decode_sizes(num_rows) if config.use_graphs else ())
+    return num_bytes
+
+
+def _num_sms(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _pool_size(
@@ -276,7 +298,7 @@ def _pool_size(
         available_bytes=torch.cuda.mem_get_info(device)[1] if on_gpu else free_bytes,
         free_bytes=free_bytes,
         weights_bytes=num_weights(model_config, config.tp if on_gpu else 1) * DTYPES[layout.dtype].itemsize,
-        reserve_bytes=gpu_reserve_bytes(config) if on_gpu else 0,
+        reserve_bytes=gpu_reserve_bytes(model_config, config, _num_sms(device)) if on_gpu else 0,
         mem_fraction_static=config.mem_fraction_static,
         max_total_tokens=config.max_total_tokens,
         cap_tokens=None if on_gpu else CPU_CAP_TOKENS,

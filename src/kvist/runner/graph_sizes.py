@@ -24,6 +24,8 @@ def mixed_sizes(max_tokens: int) -> list[int]:
     return [*(size for size in steps if size < most), most]
 
 
-def graphs_bytes(max_batch: int, max_tokens: int) -> int:
-    """Device memory of all recordings, before there is a model."""
-    return (256 << 20) + (len(decode_sizes(max_batch)) + len(mixed_sizes(max_tokens))) * _BYTES_A_GRAPH
+def graphs_bytes(max_batch: int, max_tokens: int, vocab_size: int) -> int:
+    """Device memory of all recordings, before there is a model. `max_tokens`: 0 without recordings of mixed steps."""
+    num_graphs = len(decode_sizes(max_batch)) + (len(mixed_sizes(max_tokens)) if max_tokens else 0)
+    logits_bytes = max_batch * vocab_size * 4  # fp32; the largest recording of decodes keeps its own
+    return (256 << 20) + num_graphs * _BYTES_A_GRAPH + logits_bytes

@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from kvist.kv.cache import PageLease
+from kvist.kv.lease import PageLease
 from kvist.kv.storage_tier import Prefetch
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, RequestId, SampledToken, SamplingParams
 from kvist.wire import HandoffReport, PrefillPeer
@@ -75,6 +75,8 @@ class ActiveRequest:
     num_planned: int = 0
     last_step_id: int = 0  # the newest step that writes its pages
     num_cached_tokens: int | None = None  # prompt tokens found in the cache when it was first admitted
+    num_cached_host_tokens: int = 0  # of those: loaded from the host tier, and
+    num_cached_storage_tokens: int = 0  # from the storage tier
     loading: bool = False  # the mover may touch its pages, even when it has ended
     in_handoff: bool = False  # a peer or the transport may touch its pages
     granted: bool = False  # PREFILL: decode's Grant has come, so others wait for it rather than evict it

@@ -9,7 +9,9 @@ again. A PREFILL with a Grant and a DECODE before its Done are never victims: th
 bounded time, and a peer may touch those. The oldest running request is never a victim, so something always ends.
 
 Host tier: who leaves the queue and finds some of its K/V there is LOADING until that is copied, and in no batch. What
-the copy did not bring is computed. Nobody waits for it, and it is no victim: the mover may touch its pages.
+the copy did not bring is computed. Nobody waits for it, and it is no victim: the mover may touch its pages. With
+`write_back` pages may have to be copied before they are evicted: while enough of them are, nobody is a victim for
+their sake, and who needs them is in no batch.
 
 Overlap: the next step is planned while one is under way, as if that were finished. A request that is to get a token
 there takes part with the token still unknown (`takes_sampled`), one position further on; how many tokens it may have
@@ -173,6 +175,8 @@ class Batcher:
         assert lease is not None
         while not self._cache.grow(lease, num_tokens):
             self._short_of_pages = True
+            if self._cache.waits_for_copies(lease, num_tokens):
+                return False
             victim = self._youngest_eager() or self._youngest_running()
             if victim is None:
                 return False  # the oldest waits for pages that handoffs hold, which is bounded
@@ -246,7 +250,7 @@ class Batcher:
         table, prefill = self._table, Mode.PREFILL
         growing = sum(other.mode is not prefill for other in table.running)
         reserve = table.num_granted + len(table.loading) + growing
-        unchanged = self._head_did_not_fit == (request.ticket, self._num_to_be_had() - reserve)
+        unchanged = self._head_did_not_fit == (request.ticket, cache.num_to_be_had - reserve)
         if unchanged and (request.eager or self._youngest_eager() is None):
             return False  # matching a long prompt once more, each step, would cost more than it finds
         max_cached = request.max_cached_tokens
@@ -257,11 +261,11 @@ class Batcher:
             self._table.wait_behind(request, load)
             return True
         num_needed = -(-num_tokens // cache.page_size) - len(lease.page_ids)
-        while self._num_to_be_had() - num_needed < reserve or not cache.grow(lease, num_tokens):
-            victim = None if request.eager else self._youngest_eager()
+        while (too_few := cache.num_to_be_had - num_needed < reserve) or not cache.grow(lease, num_tokens):
+            victim = self._youngest_eager() if too_few and not request.eager else None  # else copies make room
             if victim is None or not self._preempt(victim):
                 cache.close(lease)
-                self._head_did_not_fit = (request.ticket, self._num_to_be_had() - reserve)
+                self._head_did_not_fit = (request.ticket, cache.num_to_be_had - reserve) if too_few else None
                 return False
         request.lease = lease
         request.num_computed = request.num_planned = lease.num_cached_tokens
@@ -272,19 +276,19 @@ class Batcher:
             request.loading = True
         return True
 
-    def _num_to_be_had(self) -> int:
-        counts = self._cache.counts()
-        return counts.free + counts.evictable
-
     def _count_admission(self, request: ActiveRequest) -> None:
         """Once a request: later admissions (after preemption) are not news."""
         if request.num_cached_tokens is not None:
             return
         table = self._table
         table.timers.cancel(TimerKind.QUEUE, request.request_id)
-        request.num_cached_tokens = min(request.num_computed, request.num_prompt)
+        lease = request.lease
+        assert lease is not None
+        request.num_cached_tokens = num_left = min(request.num_computed, request.num_prompt)
+        num_left = max(0, num_left - lease.num_cached_tokens)  # tokens of the pages that follow the device's
+        request.num_cached_host_tokens = min(lease.num_loaded_tokens, num_left)
+        request.num_cached_storage_tokens = num_left - request.num_cached_host_tokens
         if not request.awaits_grant_of_pages:
             table.totals["prompt_tokens"] += request.num_prompt
             table.totals["cached_prompt_tokens"] += request.num_cached_tokens
-            assert request.lease is not None
-            table.totals["ceiling_prompt_tokens"] += min(request.lease.num_ceiling_tokens, request.num_prompt)
+            table.totals["ceiling_prompt_tokens"] += min(lease.num_ceiling_tokens, request.num_prompt)

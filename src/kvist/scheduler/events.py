@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvist.kv.moves import PagesBackedUp, PagesFetched, PagesFound, PagesLoaded, PagesStored, StorageAttached
+from kvist.kv.moves import (
+    PagesBackedUp,
+    PagesFetched,
+    PagesForgotten,
+    PagesFound,
+    PagesLoaded,
+    PagesStored,
+    StorageAttached,
+)
 from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SampledToken, TokenLogprobs
-from kvist.wire import Closed, Done, Grant, PrefillPeer
+from kvist.wire import Closed, Done, FlushTier, Grant, PrefillPeer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +137,7 @@ class PeerDied:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlushRequested:
     call_id: str
+    tier: FlushTier | None = None  # None: the device and the host
 
 
 Event = (
@@ -148,6 +157,7 @@ Event = (
     | FlushRequested
     | PagesLoaded
     | PagesBackedUp
+    | PagesForgotten
     | PagesFound
     | PagesFetched
     | PagesStored

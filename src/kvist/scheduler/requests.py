@@ -372,6 +372,7 @@ class RequestTable:
         self, request: ActiveRequest, position: int, token: SampledToken, finish: FinishReason | None
     ) -> None:
         tells_cached = position == 0 and request.mode is not Mode.DECODE  # decode did not read the prompt
+        by_tier = (request.num_cached_host_tokens, request.num_cached_storage_tokens) if tells_cached else (0, 0)
         chunk = TokenChunk(
             request_id=request.request_id,
             position=position,
@@ -379,6 +380,8 @@ class RequestTable:
             logprobs=None if token.logprobs is None else (token.logprobs,),
             finish_reason=finish,
             num_cached_tokens=request.num_cached_tokens if tells_cached else None,
+            num_cached_host_tokens=by_tier[0],
+            num_cached_storage_tokens=by_tier[1],
             handoff=request.report,
         )
         request.report = None

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvist.kv.cache import PageCache
-from kvist.kv.moves import PagesBackedUp, PagesFetched, PagesFound, PagesLoaded, PagesStored, StorageAttached
+from kvist.kv.moves import (
+    PagesBackedUp,
+    PagesFetched,
+    PagesForgotten,
+    PagesFound,
+    PagesLoaded,
+    PagesStored,
+    StorageAttached,
+)
 from kvist.request import EpochId, HandoffId
 from kvist.scheduler.batching import Batcher
 from kvist.scheduler.config import SchedulerConfig
@@ -51,6 +59,7 @@ class Steps:
         self._table = table
         self._half = half
         self._batcher = Batcher(table)
+        self._flushing: dict[int, Flush] = {}  # by the job that must be reported before the answer is true
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
             Arrived: table.arrive,
             AbortRequested: lambda event: table.abort(event.request_id),
@@ -59,6 +68,7 @@ class Steps:
             FlushRequested: self._flush,
             PagesLoaded: self._batcher.loaded,
             PagesBackedUp: table.cache.backed_up,
+            PagesForgotten: lambda event: table.out.flushes.append(self._flushing.pop(event.job_id)),
             **dict.fromkeys((PagesFound, PagesFetched, PagesStored, StorageAttached), table.cache.storage_event),
             **handlers,
         }
@@ -103,4 +113,9 @@ class Steps:
         )
 
     def _flush(self, event: FlushRequested) -> None:
-        self._table.out.flushes.append(Flush(call_id=event.call_id, num_pages=self._table.cache.flush()))
+        num_pages, job_id = self._table.cache.flush(event.tier)
+        flush = Flush(call_id=event.call_id, num_pages=num_pages)
+        if job_id is None:
+            self._table.out.flushes.append(flush)
+        else:
+            self._flushing[job_id] = flush

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Literal
+from urllib.parse import parse_qsl
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -17,18 +18,19 @@ from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import Gateway
 from kvist.server.http import send_bytes, send_json
 from kvist.server.sampling import check_token_ids
-from kvist.server.schemas import STORAGE_NEUTRAL, DetokenizeRequest, StorageRequest, TokenizeRequest
-from kvist.wire import AskStorage, LoadReport
+from kvist.server.schemas import DetokenizeRequest, TokenizeRequest
+from kvist.wire import AskStorage, FlushTier, LoadReport, StoreWish
 
 _TOKENIZE = BodyDecoder(TokenizeRequest)
 _DETOKENIZE = BodyDecoder(DetokenizeRequest)
-_STORAGE = BodyDecoder(StorageRequest, STORAGE_NEUTRAL)
+_STORE_WISH = BodyDecoder(StoreWish)
 _STORAGE_ACTIONS: Mapping[str, Literal["tell", "attach", "detach"]] = {
     "GET": "tell",
     "HEAD": "tell",  # which comes with every GET
     "PUT": "attach",
     "DELETE": "detach",
 }
+_TIERS: dict[str, FlushTier] = {"device": "device", "host": "host"}
 _TEXT = [(b"content-type", metrics.CONTENT_TYPE.encode())]
 
 
@@ -116,22 +118,16 @@ class Admin:
         await send_json(send, info)
 
     async def flush_cache(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del scope, receive
-        dropped = await self._gateway.dispatcher.flush_cache()
+        del receive
+        dropped = await self._gateway.dispatcher.flush_cache(_tier(scope))
         await send_json(send, {"success": True, "num_pages": sum(dropped.values()), "workers": dropped})
 
     async def storage_backend(self, scope: Scope, receive: Receive, send: Send) -> None:
         """GET tells of every worker's storage tier, PUT attaches a store to it, DELETE detaches it."""
         ask = AskStorage(call_id="", action=_STORAGE_ACTIONS[scope["method"]])
         if ask.action == "attach":
-            wanted = _STORAGE.decode(await self._gateway.read_body(scope, receive))
-            ask = msgspec.structs.replace(
-                ask,
-                backend=wanted.hicache_storage_backend,
-                path=wanted.hicache_storage_path,
-                size_gb=wanted.hicache_storage_size,
-                prefetch_policy=wanted.hicache_storage_prefetch_policy,
-            )
+            wish = _STORE_WISH.decode(await self._gateway.read_body(scope, receive))
+            ask = msgspec.structs.replace(ask, wish=wish)
         answers = await self._gateway.dispatcher.ask_storage(ask)
         if not answers:
             raise Unavailable("every worker was lost before it answered")
@@ -151,6 +147,22 @@ class Admin:
 
     def _workers(self) -> tuple[WorkerSnapshot, ...]:
         return self._gateway.dispatcher.snapshot().workers
+
+
+def _tier(scope: Scope) -> FlushTier | None:
+    """Of /flush_cache?tier=. None: the device and the host."""
+    query: bytes = scope["query_string"]
+    asked = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    for name, value in asked:
+        if name != "tier" or len(asked) > 1:
+            raise RequestError(f"/flush_cache takes `tier`, once, and nothing else: not `{name}`", param=name)
+        if value in ("storage", "all"):
+            message = "the storage tier cannot be flushed: detach it from its workers and remove its folder"
+            raise RequestError(f"{message}; leave `tier` out for the device and the host", param="tier")
+        if value not in _TIERS:
+            raise RequestError(f"`tier` is {value!r}: one of device and host, or leave it out for both", param="tier")
+        return _TIERS[value]
+    return None
 
 
 def _worker_info(worker: WorkerSnapshot) -> dict[str, object]:

@@ -19,7 +19,7 @@ from kvist.metrics import GatewayMetrics
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.text import IncrementalDetokenizer, StopMatcher, Tokenizer
-from kvist.wire import AskStorage, EngineSpec, HandoffReport, StorageAnswer
+from kvist.wire import AskStorage, EngineSpec, FlushTier, HandoffReport, StorageAnswer
 
 _QUEUE_PARTS = 64  # parts that may wait between the choices of one job and its reader
 
@@ -39,8 +39,8 @@ class Dispatcher(Protocol):
         """What the workers serve; None while no worker is ready."""
         ...
 
-    async def flush_cache(self) -> dict[WorkerId, int]:
-        """Drops every cached page that no request uses; the number of pages dropped, by worker."""
+    async def flush_cache(self, tier: FlushTier | None = None) -> dict[WorkerId, int]:
+        """Drops every cached page (of this tier) that no request uses; the number of pages dropped, by worker."""
         ...
 
     async def ask_storage(self, ask: AskStorage) -> dict[WorkerId, StorageAnswer]:
@@ -86,6 +86,7 @@ class Choice:
         self.finish_reason: str | None = None
         self.matched: int | str | None = None  # the stop token or stop string
         self.num_cached_tokens = 0
+        self.cached_by_tier = {"device": 0, "host": 0, "storage": 0}  # their sum is `num_cached_tokens`
         self.prefill_worker: str | None = None
         self.decode_worker: str | None = None
         self.handoff: HandoffReport | None = None
@@ -135,7 +136,10 @@ class Choice:
         if part.chunk.handoff is not None:
             self.handoff = part.chunk.handoff
         if part.chunk.num_cached_tokens is not None:
+            host, storage = part.chunk.num_cached_host_tokens, part.chunk.num_cached_storage_tokens
             self.num_cached_tokens = part.chunk.num_cached_tokens
+            device = self.num_cached_tokens - host - storage
+            self.cached_by_tier = {"device": device, "host": host, "storage": storage}
 
 
 async def run_choices(

@@ -132,6 +132,7 @@ class NativeFormat:
             "prompt_tokens": choice.request.num_prompt_tokens,
             "completion_tokens": len(choice.token_ids),
             "cached_tokens": choice.num_cached_tokens,
+            "cached_tokens_details": choice.cached_by_tier,
         }
         if self._logprobs:
             meta["output_token_logprobs"] = [

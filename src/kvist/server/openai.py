@@ -150,13 +150,20 @@ class _Shape(msgspec.Struct, frozen=True, kw_only=True):
     kind: str  # the `object` of a whole response
     include_usage: bool
     include_report: bool
+    by_tier: bool
 
     @staticmethod
     def of(gateway: Gateway, request: ChatRequest | CompletionRequest, job_id: str, kind: str) -> _Shape:
+        include_usage = request.stream_options is not None and request.stream_options.include_usage
+        by_tier = request.kvist is not None and request.kvist.usage
+        if by_tier and request.stream and not include_usage:
+            message = "`kvist.usage` says more in `usage`, which a stream has with `stream_options.include_usage`"
+            raise RequestError(message, param="kvist.usage")
         return _Shape(
             head={"id": job_id, "created": unix_time_s(), "model": gateway.model_name},
             kind=kind,
-            include_usage=request.stream_options is not None and request.stream_options.include_usage,
+            include_usage=include_usage,
+            by_tier=by_tier,
             include_report=request.kvist is not None and request.kvist.report,
         )
 
@@ -168,14 +175,15 @@ class _Shape(msgspec.Struct, frozen=True, kw_only=True):
     def closing(self, kind: str, choices: Sequence[Choice]) -> bytes:
         last: dict[str, object] = {**self.head, "object": kind, "choices": []}
         if self.include_usage:
-            last["usage"] = usage(choices)
+            last["usage"] = usage(choices, by_tier=self.by_tier)
         if self.include_report:
             last["kvist"] = report(choices)
         told = self.include_usage or self.include_report
         return (b"data: " + _json(last) + b"\n\n" if told else b"") + b"data: [DONE]\n\n"
 
     def whole(self, choices: Sequence[Choice], answers: list[dict[str, object]]) -> bytes:
-        body = {**self.head, "object": self.kind, "choices": answers, "usage": usage(choices)}
+        told = usage(choices, by_tier=self.by_tier)
+        body = {**self.head, "object": self.kind, "choices": answers, "usage": told}
         if self.include_report:
             body["kvist"] = report(choices)
         return _json(body)

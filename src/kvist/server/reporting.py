@@ -11,17 +11,21 @@ from kvist.text import Tokenizer
 _LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have; OpenAI's number
 
 
-def usage(choices: Sequence[Choice]) -> dict[str, object]:
+def usage(choices: Sequence[Choice], *, by_tier: bool = False) -> dict[str, object]:
     """OpenAI's `usage`. A prompt answered n times counts once."""
     first = [choice for choice in choices if not choice.repeats_prompt]
     num_prompt = sum(choice.request.num_prompt_tokens for choice in first)
     num_output = sum(len(choice.token_ids) for choice in choices)
-    return {
+    told: dict[str, object] = {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_output,
         "total_tokens": num_prompt + num_output,
         "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in first)},
     }
+    if by_tier:
+        tiers = ("device", "host", "storage")
+        told["kvist"] = {"cached_tokens": {tier: sum(one.cached_by_tier[tier] for one in first) for tier in tiers}}
+    return told
 
 
 def report(choices: Sequence[Choice]) -> dict[str, object]:

@@ -7,7 +7,6 @@ nothing. `user` is accepted and has no effect by its definition (it identifies a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
 
 import msgspec
 
@@ -18,6 +17,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 class KvistOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     report: bool = False  # say which workers answered and what their handoff moved
+    usage: bool = False  # say in `usage` which tiers the cached tokens came from; /generate always says it
 
 
 class ContentPart(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -246,20 +246,3 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     model: str | None = None
     tokens: list[int]
-
-
-class StorageRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What is left out is as the workers' flags say."""
-
-    hicache_storage_backend: str | None = None
-    hicache_storage_path: str | None = None
-    hicache_storage_size: Annotated[float, msgspec.Meta(gt=0)] | None = None  # GB
-    hicache_storage_prefetch_policy: str | None = None
-    hicache_storage_backend_extra_config_json: object = None
-    hicache_write_policy: object = None
-
-
-STORAGE_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "hicache_storage_backend_extra_config_json": ("", "{}"),
-    "hicache_write_policy": (),
-}

@@ -31,8 +31,9 @@ class HostTierConfig:
     )
     hicache_write_policy: str = option(
         DEFAULT_POLICY,
-        "when a page is copied to the host: as soon as it is computed, or (selective) after its second hit",
-        choices=("write_through", "write_through_selective"),
+        "when a page is copied to the host: as soon as it is computed, (selective) after its second hit, or "
+        "(write_back) when the device pool is about to need its room",
+        choices=("write_through", "write_through_selective", "write_back"),
     )
     hicache_persist: str | None = option(
         None,
@@ -181,7 +182,9 @@ class EngineConfig:
         0, "CPU threads of the engine; 0 shares the cores with the workers that this host runs already", minimum=0
     )
     cpu_affinity: bool = option(
-        False, "on a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores"
+        False,
+        "on a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores; of an engine "
+        "with --tp this is about rank 0, and the other ranks, which launch the same steps, run where they like",
     )
     random_seed: int = option(0, "seed of dummy weights", minimum=0)
     engine_host: str = option(

@@ -43,6 +43,7 @@ from kvist.worker.cores import separate
 from kvist.worker.limits import resolve_limits
 from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
+from kvist.worker.standstill import StandstillWatch
 from kvist.worker.storage import EngineStorage
 
 log = logging.getLogger(__name__)
@@ -266,7 +267,12 @@ def _assemble(
         gateway_cores: frozenset[int] = frozenset()
         if pool.tensor.is_cuda and config.cpu_affinity:
             gateway_cores = separate(num_live_epochs(runtime_dir))
-        return Engine(spec=spec, loop=EngineLoop(parts), gateway_cores=gateway_cores, closing=closing.pop_all())
+        loop = EngineLoop(parts)
+        if pool.tensor.is_cuda:
+            watch = StandstillWatch(lambda: loop.num_turns)
+            watch.start()
+            closing.callback(watch.stop)
+        return Engine(spec=spec, loop=loop, gateway_cores=gateway_cores, closing=closing.pop_all())
 
 
 def make_host_pool(

@@ -99,7 +99,7 @@ class Inbox:
                 while len(self._flushes) >= MAX_OPEN_FLUSHES:
                     self._flushes.popitem(last=False)
                 self._flushes[message.call_id] = gateway.identity
-                return FlushRequested(call_id=message.call_id)
+                return FlushRequested(call_id=message.call_id, tier=message.tier)
             case wire.AskStorage():
                 if self._ask_storage is None:
                     return Reply(identity=gateway.identity, message=_no_host_tier(message))

@@ -25,7 +25,16 @@ from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
 from kvist.errors import EngineError, HandoffFailed, Unavailable
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded, StorageAttached, StoreJob
+from kvist.kv.moves import (
+    BackUpPages,
+    ForgetPages,
+    LoadPages,
+    PagesBackedUp,
+    PagesForgotten,
+    PagesLoaded,
+    StorageAttached,
+    StoreJob,
+)
 from kvist.kv.store_mover import Report
 from kvist.request import EpochId
 from kvist.scheduler import Scheduler
@@ -75,8 +84,8 @@ class StepRunner(Protocol):
 class Mover(Protocol):
     """kv.mover.PageMover, or a fake."""
 
-    def start(self, job: LoadPages | BackUpPages) -> None: ...
-    def poll(self) -> list[PagesLoaded | PagesBackedUp]: ...
+    def start(self, job: LoadPages | BackUpPages | ForgetPages) -> None: ...
+    def poll(self) -> list[PagesLoaded | PagesBackedUp | PagesForgotten]: ...
     def totals(self) -> dict[str, float]: ...
 
 
@@ -120,6 +129,7 @@ class EngineLoop:
         self._watched: frozenset[EpochId] = frozenset()
         self._wake_at_s: float | None = None
         self._next_watch_s = parts.clock.now_s()
+        self.num_turns = 0  # begun; read by any thread
         self._stop = threading.Event()
         self._in_flight: deque[tuple[Batch, LaunchedStep | Exception]] = deque()  # an error: the launch failed
         self._num_failed_steps = 0
@@ -149,6 +159,7 @@ class EngineLoop:
 
     def turn(self, timeout_s: float) -> None:
         """Wait for news at most so long, then one step of the scheduler and all that it asks for."""
+        self.num_turns += 1
         received = self._parts.channel.recv(timeout_s)
         now_s = self._parts.clock.now_s()
         events, replies = self._inbox.open(received, now_s)
@@ -200,7 +211,7 @@ class EngineLoop:
         for job in plan.transfers:
             self._start_transfer(job)
         for move in plan.moves:
-            if isinstance(move, LoadPages | BackUpPages):
+            if isinstance(move, LoadPages | BackUpPages | ForgetPages):
                 assert self._parts.mover is not None
                 self._parts.mover.start(move)
             else:

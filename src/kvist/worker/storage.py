@@ -129,7 +129,7 @@ class EngineStorage:
                 case "tell":
                     self._answer(asker)
                 case "attach":
-                    self._begin_attach(asker, call)
+                    self._begin_attach(asker, call.wish)
                 case "detach":
                     self._begin_detach(asker)
         except KvistError as error:
@@ -167,8 +167,8 @@ class EngineStorage:
 
     # ------------------------------------------------------------ attach and detach
 
-    def _begin_attach(self, asker: _Asker, call: wire.AskStorage) -> None:
-        choice = self._choice(call)
+    def _begin_attach(self, asker: _Asker, wish: wire.StoreWish) -> None:
+        choice = self._choice(wish)
         if self._attached == choice:
             self._answer(asker)
         elif self._attached is not None:
@@ -206,27 +206,27 @@ class EngineStorage:
         self._attached = choice
         self._events.append(StorageAttached(attached=True))
 
-    def _choice(self, call: wire.AskStorage) -> Choice:
+    def _choice(self, wish: wire.StoreWish) -> Choice:
         """Raises `RequestError` naming the field."""
         policy = self._config.hicache_storage_prefetch_policy
-        if call.prefetch_policy not in (None, policy):
+        if wish.hicache_storage_prefetch_policy not in (None, policy):
             raise RequestError(
                 f"this worker was started with the prefetch policy {policy}: leave the field out, or start it with "
-                f"--hicache-storage-prefetch-policy {call.prefetch_policy}",
+                f"--hicache-storage-prefetch-policy {wish.hicache_storage_prefetch_policy}",
                 param="hicache_storage_prefetch_policy",
             )
-        backend = call.backend or self._config.hicache_storage_backend
+        backend = wish.hicache_storage_backend or self._config.hicache_storage_backend
         if backend not in STORAGE_BACKENDS:
             known = ", ".join(STORAGE_BACKENDS)
             raise RequestError(f"the store is {backend!r}; known are {known}", param="hicache_storage_backend")
-        if backend == "memory" and call.path is not None:
+        if backend == "memory" and wish.hicache_storage_path is not None:
             raise RequestError("a store in memory has no folder: leave the path out", param="hicache_storage_path")
-        size_gb = self._config.hicache_storage_size if call.size_gb is None else call.size_gb
+        size_gb = self._config.hicache_storage_size if wish.hicache_storage_size is None else wish.hicache_storage_size
         if not 0 < size_gb < _MAX_GB:
             raise RequestError(f"a store of {size_gb:g} GB cannot be", param="hicache_storage_size")
-        if call.path is not None and "\0" in call.path:
+        if wish.hicache_storage_path is not None and "\0" in wish.hicache_storage_path:
             raise RequestError("the path has a null byte in it", param="hicache_storage_path")
-        path = _folder(backend, call.path or self._config.hicache_storage_path)
+        path = _folder(backend, wish.hicache_storage_path or self._config.hicache_storage_path)
         return Choice(backend=backend, path=path, size_gb=size_gb)
 
     def _open(self, choice: Choice) -> tuple[PageStore, StoreStats]:

@@ -1,1 +1,2 @@
-"""The Triton kernels. Importing a file of this package imports triton; only the functions of kernels/ do that."""
+"""The kernels in Triton and, where that cannot express them, CUDA C++ (cuda.py). Importing a file of the former
+imports triton; only the functions of kernels/ do that."""

@@ -1,0 +1,84 @@
+"""The gated product of many rows on Hopper, against its torch twin in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvist.kernels.gated import make_gated_product
+from kvist.kernels.skinny import skinny_gated_torch
+from kvist.models.linear import make_gated_linear
+
+CUDA = torch.device("cuda")
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="the kernel wants Hopper"
+)
+# n whose tiles fill the multiprocessors of an H100 or H200, and in_features that fill blocks or do not, in many or few
+SHAPES = [(18_944, 3584), (12_608, 520), (6336, 64)]
+ROWS = [1, 16, 33, 64, 65, 128, 130, 160, 192, 200, 255, 256]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return (made * shape[-1] ** -0.5).to(CUDA, dtype)
+
+
+def test_only_hopper_has_the_kernel() -> None:
+    assert make_gated_product(torch.zeros(64, 64, dtype=torch.bfloat16)) is None
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "num_in"), SHAPES)
+def test_any_number_of_rows_is_near_the_twin_and_the_same_bits_every_time(
+    n: int, num_in: int, dtype: torch.dtype
+) -> None:
+    weight = random(2 * n, num_in, dtype=dtype)
+    product = make_gated_product(weight)
+    assert product is not None
+    for num_rows in ROWS:
+        x = 8 * random(num_rows, num_in, dtype=dtype)
+        got = product(x)
+        assert got is not None
+        want = skinny_gated_torch(x.float(), weight.float())
+        assert (got.float() - want).norm() / want.norm() < 6e-3
+        assert torch.equal(got, product(x))
+
+
+@pytest.mark.gpu
+@hopper
+def test_rows_of_a_wider_matrix_are_taken_where_they_lie() -> None:
+    x, weight = random(100, 1024)[:, 512:], random(2 * 12_608, 512)
+    product = make_gated_product(weight)
+    assert product is not None
+    got = product(x)
+    assert got is not None
+    assert torch.equal(got, product(x.contiguous()))
+
+
+@pytest.mark.gpu
+@hopper
+def test_a_graph_computes_what_a_launch_does() -> None:
+    linear = make_gated_linear(random(2 * 18_944, 3584))
+    x = 8 * random(192, 3584)
+    want = linear(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = linear(x)
+    got.zero_()
+    graph.replay()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize(("num_rows", "n"), [(257, 18_944), (64, 13_000)])
+def test_what_does_not_pay_is_left_to_cublas(num_rows: int, n: int) -> None:
+    weight = random(2 * n, 256)
+    product = make_gated_product(weight)
+    x = random(num_rows, 256)
+    assert product is not None
+    assert product(x) is None
+    want = skinny_gated_torch(x.float(), weight.float())
+    assert (make_gated_linear(weight)(x).float() - want).norm() / want.norm() < 6e-3
