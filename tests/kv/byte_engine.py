@@ -246,6 +246,7 @@ class ByteEngine:
         assert lease.num_cached_tokens == num_found * PAGE_SIZE <= len(digests) * PAGE_SIZE
         if not self.cache.grow(lease, len(token_ids)):
             self.cache.close(lease)
+            self.start_moves()
             return None
         self.device[lease.page_ids[num_found:]] = NONSENSE
         load_id = self.cache.follow(lease, token_ids, max_tokens=len(token_ids))
