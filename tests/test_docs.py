@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -50,7 +52,8 @@ def test_every_class_of_the_glossary_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/bench.md", "docs/cache.md", "docs/metrics.md", "docs/performance.md"]
+    "page",
+    ["README.md", "docs/bench.md", "docs/cache.md", "docs/failure-modes.md", "docs/metrics.md", "docs/performance.md"],
 )
 def test_every_flag_that_a_page_names_is_one(page: str) -> None:
     options = [option for settings_class in settings._SETTINGS.values() for option in options_of(settings_class)]
@@ -80,10 +83,42 @@ def test_the_page_of_metrics_lists_all_that_are_exported_and_no_other() -> None:
     assert sorted(listed) == sorted(exported_metrics())
 
 
-def test_every_metric_that_tuning_is_told_by_is_exported() -> None:
-    named = re.findall(r"kvist:\w+", (ROOT / "docs/performance.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", ["failure-modes.md", "performance.md"])
+def test_every_metric_that_trouble_or_tuning_is_told_by_is_exported(page: str) -> None:
+    named = re.findall(r"kvist:\w+", (ROOT / "docs" / page).read_text(encoding="utf-8"))
     assert len(set(named)) > 5
     assert set(named) <= exported_metrics()
+
+
+@functools.cache
+def defined_in(path: Path) -> set[str]:
+    """The names of its tests: functions, and state machines by the name that they run under."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+    return {name for name in names if name.lower().startswith("test")}
+
+
+def test_every_test_that_proves_a_failure_mode_exists() -> None:
+    text = (ROOT / "docs/failure-modes.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 100
+    missing = [f"{path}::{name}" for path, name in named if name not in defined_in(ROOT / path)]
+    assert missing == []
+
+
+def test_every_row_of_the_failure_modes_has_a_test_and_says_what_the_client_sees() -> None:
+    lines = (ROOT / "docs/failure-modes.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("|") and not line.startswith(("| fault", "|---"))]
+    assert len(rows) > 60
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert len(cells) == 5, row
+        assert all(cells), row
+        assert "::test" in cells[4].lower(), row
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

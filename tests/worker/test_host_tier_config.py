@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import pytest
+import torch
 
 from kvist.errors import ConfigError
+from kvist.kv.device import DevicePool
+from kvist.kv.layout import PageLayout
 from kvist.worker.config import EngineConfig, HostTierConfig, StorageConfig
+from kvist.worker.engine import make_host_pool
+
+LAYOUT = PageLayout(num_kv_heads=1, num_layers=1, page_size=4, head_dim=8, dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -25,6 +34,26 @@ def test_settings_that_mean_nothing_together_are_refused(settings: dict[str, obj
 def test_tensor_parallel_ranks_have_no_host_tier() -> None:
     with pytest.raises(ConfigError, match="--tp 2 with --enable-hierarchical-cache"):
         EngineConfig(tp=2, host_tier=HostTierConfig(enable_hierarchical_cache=True))
+
+
+def test_both_pools_of_a_cpu_must_fit_into_its_memory_and_what_does_not_fit_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = DevicePool.create(LAYOUT, 8, device=torch.device("cpu"), directory=tmp_path / "run")
+    config = HostTierConfig(enable_hierarchical_cache=True, hicache_persist=str(tmp_path / "kept"))  # 16 pages
+    available_bytes = 24 * LAYOUT.page_bytes
+    monkeypatch.setattr("kvist.worker.engine.available_host_bytes", lambda: available_bytes)
+    with contextlib.ExitStack() as closing:
+        available_bytes -= 1
+        with pytest.raises(ConfigError, match="lower --hicache-ratio") as caught:
+            make_host_pool(config, pool, "n", closing)
+        assert caught.value.param == "hicache_ratio"
+        assert not (tmp_path / "kept").exists()
+        available_bytes += 1
+        host_pool = make_host_pool(config, pool, "n", closing)
+        assert host_pool is not None
+        assert host_pool.tensor.shape[0] == 16
+    pool.close()
 
 
 @pytest.mark.parametrize(

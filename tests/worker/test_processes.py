@@ -442,6 +442,58 @@ def test_a_killed_engine_that_starts_again_has_its_pages_and_gives_the_same_toke
     assert answer(700 // 16 * 16) == computed
 
 
+def test_an_engine_killed_while_it_copies_pages_leaves_only_whole_ones(cluster: Cluster, tmp_path: Path) -> None:
+    host_tier = HostTierConfig(enable_hierarchical_cache=True, hicache_persist=str(tmp_path / "kept"))
+    requests = [make_request(f"r{length}", length) for length in range(200, 210)]
+
+    def ask(engine: Engine) -> None:
+        for request in requests:
+            engine.send(wire.Submit(request=request, mode=Mode.FULL))
+
+    def answers(engine: Engine) -> tuple[dict[str, list[int]], int]:
+        """The tokens of each, and how many prompt tokens were cached."""
+        engine.chunks.clear()
+        engine.ended.clear()
+        ask(engine)
+        until(lambda: len(engine.ended) == len(requests), engine)
+        said: dict[str, list[int]] = {}
+        for chunk in sorted(engine.chunks, key=lambda chunk: chunk.position):
+            said.setdefault(chunk.request_id, []).extend(chunk.token_ids)
+        return said, sum(chunk.num_cached_tokens or 0 for chunk in engine.chunks)
+
+    (engine,) = cluster.start("unified", host_tier=host_tier)
+    ask(engine)
+    until(lambda: len({chunk.request_id for chunk in engine.chunks}) >= 3, engine)  # each chunk of a prompt is copied
+    engine.kill()
+    (again,) = cluster.start("unified", host_tier=host_tier)
+    restored, num_cached = answers(again)
+    assert num_cached > 0
+    again.send(wire.FlushCache(call_id="f"))
+    computed, num_cached = answers(again)
+    assert num_cached == 0
+    assert restored == computed
+    assert all(len(token_ids) == 20 for token_ids in computed.values())
+
+
+def test_an_engine_without_room_for_its_host_tier_says_so_and_ends(model_path: Path, tmp_path: Path) -> None:
+    config = EngineConfig(
+        model_path=str(model_path),
+        load_format="dummy",
+        max_total_tokens=8192,
+        num_threads=1,
+        runtime_dir=str(tmp_path / "run"),
+        host_tier=HostTierConfig(enable_hierarchical_cache=True, hicache_size=1e6),
+    )
+    engine = Engine(config)
+    assert engine.process.stdout is not None
+    told = [each for line in engine.process.stdout if isinstance(each := decode_line(line), StartFailed)]
+    assert engine.process.wait(timeout=20) == 1
+    engine.close()
+    assert [each.code for each in told] == ["config_error"]
+    assert "lower --hicache-size" in told[0].message
+    assert list((tmp_path / "run").glob("pool-*")) == []
+
+
 def test_a_worker_killed_while_it_stores_pages_leaves_them_for_one_that_attaches_the_store_later(
     cluster: Cluster, tmp_path: Path
 ) -> None:

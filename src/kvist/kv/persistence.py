@@ -43,6 +43,7 @@ _RECORD = struct.Struct("<16s16s16sQ")  # digest, parent's digest, the page's ch
 _RECORD_BYTES = 64
 _NO_PARENT, _NO_RECORD = bytes(16), bytes(_RECORD_BYTES)
 _MAX_THREADS = 8  # that verify; memory gives no more
+_NOT_A_FILE_OF_OURS = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)  # a link, another user's, a socket
 
 log = logging.getLogger(__name__)
 
@@ -192,8 +193,12 @@ def _checksum_of_record(fields: bytes, slot: int) -> bytes:
 def _open(path: Path) -> int:
     """A file of this user's that can be read and written; what else has the name makes way."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    with contextlib.suppress(OSError):
+    try:
         fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno not in _NOT_A_FILE_OF_OURS:  # a disk that fails, or too many open files: no reason to lose it
+            raise
+    else:
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
             return fd

@@ -118,7 +118,7 @@ class StorageTier:
         self._fetching: dict[HostPage, _Fetch] = {}
         self._line: deque[Prefetch] = deque()  # what they need is found; the share has no room for it
         self._refused: tuple[Prefetch, int] | None = None  # the head of the line, and what was taken then
-        self._open: set[Prefetch] = set()
+        self._open: dict[Prefetch, None] = {}  # in the order of their coming
         self._num_taken = 0  # pages being fetched, and those kept
         self._num_stored = 0  # in `_stores`
         self._jobs: list[StoreJob] = []
@@ -199,7 +199,7 @@ class StorageTier:
         if prefetch.done:
             return None
         prefetch.wait_s = self._config.wait_s((len(digests) - num_cached) * self._page_size)
-        self._open.add(prefetch)
+        self._open[prefetch] = None
         return prefetch
 
     def found(self, event: PagesFound) -> None:
@@ -255,7 +255,7 @@ class StorageTier:
         """Its request was admitted, or ended. Once only."""
         assert not prefetch._closed
         self.give_up(prefetch)
-        self._open.remove(prefetch)
+        del self._open[prefetch]
         prefetch._closed = True
         self._num_taken -= prefetch._num_kept
         if prefetch._kept is not None:

@@ -1,0 +1,392 @@
+"""The tiers of one engine in bytes, without a model: real cache, real pools with tiny pages, the real movers with their
+threads taken out or on a lead, and (for tests that want them) a real folder to persist in and a store.
+
+What a page must hold is told by everything that it was computed from, never by its digest: `right_page`. So a digest
+that stands for two different things is found, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from kvist.clock import FakeClock
+from kvist.kv.cache import PageCache, PageLease
+from kvist.kv.host import HostPool
+from kvist.kv.host_tier import HostTier
+from kvist.kv.keys import page_digests
+from kvist.kv.mover import PageMover
+from kvist.kv.moves import PagesBackedUp, PagesLoaded, StorageAttached, StoreJob
+from kvist.kv.persistence import PersistentPages
+from kvist.kv.storage_tier import Prefetch, PrefetchConfig, StorageTier
+
+# Under importlib mode a test module cannot import its neighbour by name.
+sys.path.insert(0, str(Path(__file__).parent))
+try:
+    from stepped_store import SteppedStoreMover, TroubledStore, in_fiber, pause
+finally:
+    sys.path.pop(0)
+
+PAGE_SIZE = 2  # tokens
+PAGE_BYTES = 32
+NONSENSE = 0xEE
+
+
+@functools.cache
+def right_page(namespace: str, cache_salt: str, token_ids: tuple[int, ...]) -> bytes:
+    """K/V of the last page of `token_ids`."""
+    return hashlib.blake2b(repr((namespace, cache_salt, token_ids)).encode(), digest_size=PAGE_BYTES).digest()
+
+
+class RightPages:
+    """The only right bytes of every digest that anybody has asked for."""
+
+    def __init__(self) -> None:
+        self.by_digest: dict[bytes, bytes] = {}
+        self.by_name: dict[tuple[str, bytes], bytes] = {}  # by namespace and digest
+
+    def digests(self, namespace: str, cache_salt: str, token_ids: Sequence[int]) -> list[bytes]:
+        digests = page_digests(token_ids, PAGE_SIZE, namespace, cache_salt)
+        for page, digest in enumerate(digests):
+            right = right_page(namespace, cache_salt, tuple(token_ids[: (page + 1) * PAGE_SIZE]))
+            assert self.by_digest.setdefault(digest, right) == right, "one digest for two different pages"
+            self.by_name[namespace, digest] = right
+        return digests
+
+
+class ManualLane:
+    """mover.py's lane without its thread: one page a step, when it is told to."""
+
+    def __init__(self, _name: str, *, source: torch.Tensor, target: torch.Tensor, **_: object) -> None:
+        self.num_jobs = 0
+        self.num_bytes = self.seconds = 0.0
+        self._source, self._target = source.numpy(), target.numpy()
+        self._jobs: deque[tuple[Sequence[int], Sequence[int], Callable[[bool], None], Callable[[], None]]] = deque()
+        self._num_copied: int | None = None  # of the first job; None: not begun
+        self.afterwards: deque[Callable[[], None]] = deque()  # what the thread still does for a job already reported
+
+    def start(
+        self,
+        source_ids: Sequence[int],
+        target_ids: Sequence[int],
+        done: Callable[[bool], None],
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._jobs.append((source_ids, target_ids, done, begin))
+
+    def run(self, work: Callable[[], None]) -> None:
+        """In its turn."""
+        self.start((), (), lambda _ok: None, work)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs or self.afterwards)
+
+    def step(self, *, fails: bool = False) -> None:
+        if self.afterwards:
+            self.afterwards.popleft()()
+            return
+        source_ids, target_ids, done, begin = self._jobs[0]
+        if self._num_copied is None:
+            begin()
+            self._num_copied = 0
+        elif fails:
+            self._target[list(target_ids[self._num_copied :]), ::2] = NONSENSE  # torn
+            self._end(done, ok=False)
+        elif self._num_copied < len(source_ids):
+            self._target[target_ids[self._num_copied]] = self._source[source_ids[self._num_copied]]
+            self._num_copied += 1
+        else:
+            self._end(done, ok=True)
+
+    def _end(self, done: Callable[[bool], None], *, ok: bool) -> None:
+        self._jobs.popleft()
+        self._num_copied = None
+        done(ok)
+
+
+class LateRecords:
+    """A folder whose records are written some time after the thread before them was last heard of: as when that thread
+    is not the next to run."""
+
+    def __init__(self, real: PersistentPages, afterwards: deque[Callable[[], None]]) -> None:
+        self.tensor = real.tensor
+        self._real, self._afterwards = real, afterwards
+
+    def clear(self, slots: Sequence[int]) -> None:
+        pause()
+        self._real.clear(slots)
+        pause()
+
+    def record(self, slots: Sequence[int], names: Sequence[tuple[bytes, bytes | None]]) -> None:
+        write = functools.partial(self._real.record, slots, names)
+        if in_fiber() is None:
+            self._afterwards.append(write)
+        else:
+            pause()
+            write()
+
+
+class LateReports(deque[Any]):
+    """What the backups' thread tells, it tells in its turn, too."""
+
+    def __init__(self, afterwards: deque[Callable[[], None]]) -> None:
+        super().__init__()
+        self._afterwards = afterwards
+
+    def append(self, report: Any) -> None:
+        if isinstance(report, PagesBackedUp):
+            self._afterwards.append(functools.partial(super().append, report))
+        else:
+            super().append(report)
+
+
+@dataclass(eq=False)
+class Request:
+    lease: PageLease
+    cache_salt: str
+    token_ids: tuple[int, ...]
+    num_written: int  # tokens whose K/V the lease has
+    load_id: int | None  # under way
+
+
+class ByteEngine:
+    def __init__(
+        self,
+        right: RightPages,
+        *,
+        namespace: str = "model",
+        num_pages: int = 8,
+        num_host_pages: int = 16,
+        policy: str = "write_through",
+        folder: Path | None = None,
+        store: TroubledStore | None = None,
+    ) -> None:
+        self.right, self.namespace = right, namespace
+        self.clock = FakeClock()
+        afterwards: deque[Callable[[], None]] = deque()
+        self.device = torch.full((num_pages, PAGE_BYTES), NONSENSE, dtype=torch.uint8)
+        self.tier = HostTier(num_host_pages)
+        self.persistent: PersistentPages | None = None
+        records: Any = None
+        if folder is not None:
+            self.persistent = PersistentPages(
+                folder, namespace=namespace, num_pages=num_host_pages, page_bytes=PAGE_BYTES
+            )
+            self.tier.restore(self.persistent.restore())
+            records = LateRecords(self.persistent, afterwards)
+        self.host_pool = HostPool(num_host_pages, PAGE_BYTES, pinned=False, persistent=records)
+        self.storage = StorageTier(self.tier, PrefetchConfig(threshold_tokens=PAGE_SIZE), page_size=PAGE_SIZE)
+        self.cache = PageCache(
+            num_pages=num_pages,
+            page_size=PAGE_SIZE,
+            namespace=namespace,
+            host=self.tier,
+            write_policy=policy,
+            storage=self.storage,
+        )
+        device: Any = SimpleNamespace(tensor=self.device, num_pages=num_pages)
+        with mock.patch("kvist.kv.mover._Lane", ManualLane):
+            self.mover = PageMover(device, self.host_pool, wakeup=lambda: None, clock=self.clock)
+        self.loads: Any = self.mover._loads
+        self.backups: Any = self.mover._backups
+        self.backups.afterwards = afterwards
+        self.mover._reports = LateReports(afterwards)
+        self.requests: list[Request] = []
+        self.store_mover = SteppedStoreMover(self.host_pool, self.clock)
+        self.fetching: list[tuple[Prefetch, tuple[int, ...], str]] = []  # requests that wait for the store
+        if store is not None:
+            self.attach(store)
+
+    # ------------------------------------------------------------ what a scheduler does
+
+    def ask(self, token_ids: tuple[int, ...], cache_salt: str = "") -> None:
+        """It is admitted at once, or waits for the store."""
+        prefetch = self.cache.prefetch(token_ids, cache_salt=cache_salt, max_tokens=len(token_ids))
+        if prefetch is None:
+            self.admit(token_ids, cache_salt)
+        else:
+            self.fetching.append((prefetch, token_ids, cache_salt))
+            self.start_moves()
+
+    def go_on(self, prefetch: Prefetch, *, gives_up: bool = False, is_aborted: bool = False) -> None:
+        """It need not wait any more, or does not want to."""
+        (waiting,) = (each for each in self.fetching if each[0] is prefetch)
+        self.fetching.remove(waiting)
+        if gives_up:
+            self.cache.give_up_prefetch(prefetch)
+        if not is_aborted:
+            self.admit(waiting[1], waiting[2])
+        self.cache.close_prefetch(prefetch)
+        self.start_moves()
+
+    def attach(self, store: TroubledStore) -> None:
+        self.store_mover.attach(store)
+        self.cache.storage_event(StorageAttached(attached=True))
+
+    def detach(self) -> None:
+        self.store_mover.detach()
+        self.cache.storage_event(StorageAttached(attached=False))
+        self.hear()
+
+    def admit(self, token_ids: tuple[int, ...], cache_salt: str = "") -> Request | None:
+        digests = self.right.digests(self.namespace, cache_salt, token_ids)
+        lease = self.cache.open(token_ids, cache_salt=cache_salt, max_tokens=len(token_ids))
+        num_found = len(lease.page_ids)
+        assert lease.num_cached_tokens == num_found * PAGE_SIZE <= len(digests) * PAGE_SIZE
+        if not self.cache.grow(lease, len(token_ids)):
+            self.cache.close(lease)
+            self.start_moves()
+            return None
+        self.device[lease.page_ids[num_found:]] = NONSENSE
+        load_id = self.cache.follow(lease, token_ids, max_tokens=len(token_ids))
+        request = Request(lease, cache_salt, token_ids, num_found * PAGE_SIZE, load_id)
+        self.requests.append(request)
+        self.start_moves()
+        return request
+
+    def compute(self, request: Request, num_tokens: int) -> None:
+        """K/V of the next tokens, as far as the lease has pages."""
+        assert request.load_id is None
+        first = request.num_written // PAGE_SIZE
+        room = min(len(request.lease.page_ids) * PAGE_SIZE, len(request.token_ids))
+        request.num_written = min(request.num_written + num_tokens, room)
+        for page, right in enumerate(self.right_pages(request)):
+            if page >= first:
+                self.device[request.lease.page_ids[page]] = torch.frombuffer(bytearray(right), dtype=torch.uint8)
+        self.cache.commit(request.lease, request.token_ids, request.num_written)
+        self.start_moves()
+
+    def close(self, request: Request) -> None:
+        self.requests.remove(request)
+        self.cache.close(request.lease)
+
+    def start_moves(self) -> None:
+        for job in self.cache.drain_jobs():
+            if isinstance(job, StoreJob):
+                self.store_mover.mover.start(job)
+            else:
+                self.mover.start(job)
+
+    def hear(self) -> None:
+        """The reports reach the cache."""
+        for report in self.mover.poll():
+            if isinstance(report, PagesBackedUp):
+                self.cache.backed_up(report)
+            if not isinstance(report, PagesLoaded):
+                continue
+            (request,) = (each for each in self.requests if each.load_id == report.job_id)
+            request.num_written = self.cache.loaded(report, request.token_ids)
+            request.load_id = None
+        for event in self.store_mover.mover.poll():
+            self.cache.storage_event(event)
+        self.start_moves()
+        for prefetch in self.cache.drain_prefetches():
+            if any(each[0] is prefetch for each in self.fetching):
+                self.go_on(prefetch)
+
+    def settle(self) -> None:
+        """All that is under way is carried out and heard."""
+        self.hear()
+        while self.loads.busy or self.backups.busy or self.store_mover.busy() or self.mover._reports:
+            for lane in (self.loads, self.backups):
+                if lane.busy:
+                    lane.step()
+            for fiber in self.store_mover.fibers:
+                fiber.step()
+            self.hear()
+
+    def settle_store(self) -> None:
+        """What is asked of the store is carried out and heard; copies go on later."""
+        self.hear()
+        while self.store_mover.busy():
+            for fiber in self.store_mover.fibers:
+                fiber.step()
+            self.hear()
+
+    def step_store_until_it_fetches(self) -> None:
+        """A call that reads pages is in the middle of them; or nothing is to be fetched."""
+        while self.store_mover.busy() and not self.store_mover.slots_under_call():
+            for fiber in self.store_mover.fibers:
+                fiber.step()
+            self.hear()
+
+    def answer(self, token_ids: tuple[int, ...], cache_salt: str = "") -> int:
+        """A whole request; how many tokens of it were cached."""
+        request = self.admit(token_ids, cache_salt)
+        while request is None:  # pages have to be copied before they can go
+            assert self.backups.busy
+            self.settle()
+            request = self.admit(token_ids, cache_salt)
+        self.settle()
+        num_cached = request.num_written
+        self.check_bytes()
+        self.compute(request, len(token_ids))
+        self.settle()
+        self.check_bytes()
+        self.close(request)
+        return num_cached
+
+    def forget_device(self) -> None:
+        """As others' need for pages would."""
+        self.cache._evict(self.cache.counts().evictable)
+
+    def kill(self) -> None:
+        """No thread takes another step, and the system lets go of the lock."""
+        self.requests = []
+        self.store_mover.kill()
+        self.host_pool.close()
+        if self.persistent is not None:
+            self.persistent.close()
+
+    # ------------------------------------------------------------ what must be true
+
+    def right_pages(self, request: Request) -> list[bytes]:
+        written = request.token_ids[: request.num_written]
+        digests = self.right.digests(self.namespace, request.cache_salt, written)
+        return [self.right.by_digest[digest] for digest in digests]
+
+    def check_bytes(self) -> None:
+        device, host = self.device.numpy(), self.host_pool.tensor.numpy()
+        for request in self.requests:
+            for page_id, right in zip(request.lease.page_ids, self.right_pages(request), strict=False):
+                assert device[page_id].tobytes() == right
+        for node in self.cache._tree.nodes():
+            assert device[node.page_id].tobytes() == self.right.by_digest[node.digest]
+        for page in self.tier._pages.values():
+            assert not page.resident or host[page.slot].tobytes() == self.right.by_digest[page.digest]
+
+    def check_ledgers(self) -> None:
+        pages, host = self.cache.counts(), self.tier.counts()
+        assert pages.free + pages.cached + pages.owned + pages.in_flight == pages.total
+        assert host.free + host.cached + host.in_flight == host.total
+        cache = self.cache
+        assert pages.in_flight == sum(len(found) for _, found in cache._loads.values())
+        assert pages.cached == len([*cache._tree.nodes()])
+        used = {page_id for request in self.requests for page_id in request.lease.page_ids}
+        assert pages.free + pages.cached + pages.owned + pages.in_flight - pages.evictable >= len(used)
+        storage = self.storage
+        moving = [page for jobs in (cache._loads, cache._backups) for _, found in jobs.values() for page in found]
+        moving += [page for fetch in storage._fetches.values() for page in fetch.pages]
+        moving += [page for _, pages in storage._stores.values() for page in pages]
+        kept = [prefetch._kept for prefetch in storage._open if prefetch._kept is not None]
+        assert host.in_flight == len({page.slot for page in [*moving, *kept]})
+        slots = [page.slot for page in self.tier._pages.values()]
+        assert sorted([*slots, *self.tier._free]) == [*range(host.total)], "each slot is in one place"
+        num_fetching = sum(len(fetch.pages) for fetch in storage._fetches.values())
+        num_kept = sum(prefetch._num_kept for prefetch in storage._open)
+        assert storage._num_taken == num_fetching + num_kept <= max(1, host.total // 2)
+        assert storage._num_stored == sum(len(pages) for _, pages in storage._stores.values())
+        assert {prefetch for prefetch, _, _ in self.fetching} == set(storage._open)
+        moving_slots = {page.slot for page in moving}
+        assert self.store_mover.slots_under_call() <= moving_slots, "a call of the store may still touch these"

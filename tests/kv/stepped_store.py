@@ -1,0 +1,198 @@
+"""The real store mover with its threads on a lead, and a store in trouble: what a machine needs to stop any of them
+between any two bytes, and to go on with another."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from kvist.clock import FakeClock
+from kvist.kv.store.backend import PageStore, StoreSpec, StoreStats
+from kvist.kv.store.file import FileStore
+from kvist.kv.store_mover import StoreMover
+
+MOODS = ("works", "works", "fails", "raises", "lies", "forgets")
+_Thread = threading.Thread
+_current = threading.local()
+
+
+class Fiber:
+    """A thread that runs only while somebody steps it, from one `pause` to the next. In place of threading.Thread."""
+
+    def __init__(self, *, target: Callable[..., None], args: tuple[Any, ...], **_: object) -> None:
+        self.is_over = False
+        self.is_idle = True  # waits for work
+        self._target, self._args = target, args
+        self._is_killed = False
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+
+    def start(self) -> None:
+        _Thread(target=self._run, daemon=True).start()
+
+    def step(self) -> None:
+        if not self.is_over:
+            self._go.release()
+            assert self._back.acquire(timeout=20), "it waits for somebody who does not run"
+
+    def kill(self) -> None:
+        """It takes no further step of its own."""
+        self._is_killed = True
+        self.step()
+
+    def _run(self) -> None:
+        self._go.acquire()
+        _current.fiber = self
+        try:
+            if not self._is_killed:
+                self._target(*self._args)
+        except SystemExit:
+            pass
+        finally:
+            self.is_over = self.is_idle = True
+            self._back.release()
+
+    def _wait(self) -> None:
+        self._back.release()
+        self._go.acquire()
+        if self._is_killed:
+            raise SystemExit
+
+
+def in_fiber() -> Fiber | None:
+    return getattr(_current, "fiber", None)
+
+
+def pause() -> None:
+    """Others may go first. Nothing, where no fiber runs."""
+    if (fiber := in_fiber()) is not None:
+        fiber._wait()
+
+
+class TroubledStore:
+    """A file store that does as its mood is, but for one thing: a page that `get` says is there is the right one. It
+    may be stopped before and after each page."""
+
+    def __init__(self, namespace: str, folder: Path, page_bytes: int, num_pages: int) -> None:
+        self.folder = folder
+        self.mood = "works"
+        self._real: PageStore = FileStore(
+            StoreSpec(
+                namespace=namespace, page_bytes=page_bytes, capacity_bytes=num_pages * (4096 + page_bytes), path=folder
+            )
+        )
+
+    def exists(self, keys: Sequence[bytes]) -> int:
+        pause()
+        num_pages = self._real.exists(keys)
+        self._trouble()
+        return {"lies": len(keys), "fails": num_pages // 2}.get(self.mood, num_pages)
+
+    def get(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> int:
+        for index in range(len(keys)):
+            pause()
+            if self.mood in ("fails", "raises"):
+                for page in into[index:]:
+                    page[: len(page) // 2] = b"\xdd" * (len(page) // 2)
+            self._trouble()
+            if self.mood == "fails" or not self._real.get(keys[index : index + 1], into[index : index + 1]):
+                return index
+            pause()
+        if self.mood == "lies" and keys:
+            into[-1][:] = b"\xdd" * len(into[-1])
+            return len(keys) - 1
+        return len(keys)
+
+    def put(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
+        for index in range(len(keys)):
+            pause()
+            self._trouble()
+            if self.mood == "fails":
+                return index
+            if self.mood == "lies":
+                continue
+            if not self._real.put(keys[index : index + 1], pages[index : index + 1]):
+                return index
+        return len(keys)
+
+    def stats(self) -> StoreStats:
+        return self._real.stats()
+
+    def close(self) -> None:
+        self._real.close()
+
+    def _trouble(self) -> None:
+        if self.mood == "raises":
+            raise OSError(5, "Input/output error")
+        if self.mood == "forgets":
+            for path in self.folder.rglob("*.page"):
+                os.unlink(path)
+
+
+class SteppedStoreMover:
+    """A `StoreMover` whose threads are fibers."""
+
+    def __init__(self, host: Any, clock: FakeClock) -> None:
+        self.mover = StoreMover(host, wakeup=lambda: None, clock=clock, deadline_s=10.0)
+        self.fibers: list[Fiber] = []
+        real: Any = self.mover
+        real_report = real.report
+
+        def report(*arguments: Any) -> None:
+            pause()
+            real_report(*arguments)
+            pause()
+
+        real.report = report
+
+    def attach(self, store: TroubledStore) -> None:
+        made: list[Fiber] = []
+
+        def make(**options: Any) -> Fiber:
+            made.append(Fiber(**options))
+            return made[-1]
+
+        with (
+            mock.patch("kvist.kv.store_mover.threading.Thread", make),
+            mock.patch("kvist.kv.store_mover.NUM_READERS", 2),
+            mock.patch("kvist.kv.store_mover.NUM_WRITERS", 1),
+        ):
+            self.mover.attach(store, store.stats())
+        session: Any = self.mover._session
+        real_next = session._next
+
+        def next_(lane: Any) -> Any:
+            fiber = in_fiber()
+            assert fiber is not None
+            fiber.is_idle = True
+            while not (session._stopped or lane.waiting):
+                pause()
+            fiber.is_idle = False
+            return real_next(lane)
+
+        session._next = next_
+        self.fibers = [fiber for fiber in self.fibers if not fiber.is_over] + made
+
+    @property
+    def is_attached(self) -> bool:
+        return self.mover._session is not None
+
+    def detach(self) -> None:
+        if self.is_attached:
+            self.mover.detach()
+
+    def busy(self) -> bool:
+        sessions: Any = self.mover._sessions()
+        waiting = any(session._reads.waiting or session._writes.waiting for session in sessions)
+        return waiting or bool(self.mover._reports) or any(not fiber.is_idle for fiber in self.fibers)
+
+    def slots_under_call(self) -> set[int]:
+        sessions: Any = self.mover._sessions()
+        return {slot for session in sessions for call in session._calls() for slot in call.slots}
+
+    def kill(self) -> None:
+        for fiber in self.fibers:
+            fiber.kill()

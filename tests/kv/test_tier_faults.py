@@ -1,0 +1,255 @@
+"""What a broken disk, a short memory and a careless restore do to the host tier's folder and to the file store. What
+test_persistence.py and test_file_store.py damage in files, this breaks in system calls, and in whole files that
+contradict each other."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvist.clock import FakeClock
+from kvist.errors import ConfigError
+from kvist.kv.host import HostPool
+from kvist.kv.host_tier import HostTier
+from kvist.kv.store.file import FileStore
+
+# Under importlib mode a test module cannot import its neighbour by name.
+sys.path.insert(0, str(Path(__file__).parent))
+try:
+    import store_process
+    from persistence_process import NUM_PAGES, Writer, digest_of, open_folder, page_of
+    from store_process import FILE_BYTES, KEYS, spec_of
+finally:
+    sys.path.pop(0)
+
+STORE_SCRIPT = Path(__file__).with_name("store_process.py")
+BROKEN = [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE]
+BROKEN_IDS = [errno.errorcode[number] for number in BROKEN]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Slot i holds page i of 8; every second one continues the one before."""
+    writer = Writer(tmp_path / "kept", tmp_path / "run")
+    for number in range(4):
+        writer.write(number)
+    writer.close()
+    return tmp_path / "kept"
+
+
+def restored_slots(folder: Path) -> set[int]:
+    """Every byte of them compared, and taken in by a tier."""
+    persistent = open_folder(folder)
+    try:
+        restored = persistent.restore()
+        for page in restored:
+            assert persistent.tensor[page.slot].numpy().tobytes() == page_of(page.digest)
+        HostTier(NUM_PAGES).restore(restored)
+        return {page.slot for page in restored}
+    finally:
+        persistent.close()
+
+
+@pytest.fixture
+def as_somebody() -> Iterator[None]:
+    """root may write anywhere, so it is not root that tries."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    if user == 0:
+        os.seteuid(0)
+
+
+# ---------------------------------------------------------------- the host tier's folder
+
+
+def write_page(folder: Path, slot: int, digest: bytes, parent: bytes | None) -> None:
+    persistent = open_folder(folder)
+    persistent.restore()
+    persistent.clear([slot])
+    persistent.tensor[slot].numpy()[:] = np.frombuffer(page_of(digest), dtype=np.uint8)
+    persistent.record([slot], [(digest, parent)])
+    persistent.close()
+
+
+def test_an_index_from_before_beside_the_pages_of_now_restores_only_what_is_still_the_same(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(folder / "index", tmp_path / "index")
+    write_page(folder, 2, digest_of(100), None)
+    write_page(folder, 6, digest_of(101), None)
+    shutil.copy(tmp_path / "index", folder / "index")
+    assert restored_slots(folder) == {0, 1, 4, 5}  # 3 and 7 continued what is gone
+
+
+def test_a_page_that_two_slots_hold_is_restored_once(folder: Path) -> None:
+    """It was evicted, and came back elsewhere before anything else had overwritten it."""
+    write_page(folder, 9, digest_of(2), None)
+    slots = restored_slots(folder)
+    assert len(slots) == 8
+    assert len(slots & {2, 9}) == 1
+    assert restored_slots(folder) == slots
+
+
+def test_pages_that_continue_each_other_in_a_ring_are_dropped(folder: Path) -> None:
+    ring = [digest_of(number) for number in (100, 101, 102)]
+    persistent = open_folder(folder)
+    persistent.restore()
+    for slot, (digest, parent) in enumerate(zip(ring, [ring[-1], *ring], strict=False), start=10):
+        persistent.tensor[slot].numpy()[:] = np.frombuffer(page_of(digest), dtype=np.uint8)
+        persistent.record([slot], [(digest, parent)])
+    persistent.close()
+    assert restored_slots(folder) == set(range(8))
+
+
+def refusing(real: Callable[..., object], number: int, *, spares: Callable[..., bool] | None = None) -> object:
+    def refuse(*arguments: object, **options: object) -> object:
+        if spares is not None and spares(*arguments):
+            return real(*arguments, **options)
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", BROKEN, ids=BROKEN_IDS)
+@pytest.mark.parametrize(("module", "call"), [(os, "posix_fallocate"), (os, "pread"), (mmap, "mmap")])
+def test_a_folder_on_a_broken_disk_is_refused_at_the_start_and_nothing_in_it_is_lost(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, module: object, call: str, number: int
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(module, call, refusing(getattr(module, call), number))
+        with pytest.raises(ConfigError, match=r"--hicache-persist .*cannot keep") as caught:
+            open_folder(folder)
+    assert caught.value.param == "hicache_persist"
+    assert restored_slots(folder) == set(range(8))  # also: the lock was let go
+
+
+@pytest.mark.parametrize("which", range(4), ids=["lock", "index", "index again", "pages"])
+def test_a_file_that_cannot_be_opened_for_the_moment_is_not_replaced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """Another worker may hold that lock, and pages are worth a second start."""
+    inodes = {path.name: path.stat().st_ino for path in folder.iterdir()}
+    real, num_calls = os.open, 0
+
+    def refuse_once(*arguments: object, **options: object) -> int:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == which + 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "open", refuse_once)
+        with pytest.raises(ConfigError, match=r"--hicache-persist .*Too many open files"):
+            open_folder(folder)
+    assert {path.name: path.stat().st_ino for path in folder.iterdir()} == inodes
+    assert restored_slots(folder) == set(range(8))
+
+
+@pytest.mark.usefixtures("as_somebody")
+def test_a_read_only_folder_is_refused_with_the_flag() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "kept"
+        path.mkdir(mode=0o500)
+        with pytest.raises(ConfigError, match=r"--hicache-persist .*Permission denied") as caught:
+            open_folder(path)
+        assert caught.value.param == "hicache_persist"
+        assert list(path.iterdir()) == []
+
+
+def test_memory_that_the_system_does_not_give_is_an_error_with_the_flag() -> None:
+    with pytest.raises(ConfigError, match=r"no memory for the host tier: .*lower --hicache-size") as caught:
+        HostPool(1 << 30, 1 << 30, pinned=False)
+    assert caught.value.param == "hicache_size"
+
+
+# ---------------------------------------------------------------- the file store
+
+
+def put(store: FileStore, first: int, last: int) -> int:
+    return store.put(KEYS[first:last], [store_process.page_of(key) for key in KEYS[first:last]])
+
+
+def get(store: FileStore, first: int, last: int) -> int:
+    into = [memoryview(bytearray(store_process.PAGE_BYTES)) for _ in KEYS[first:last]]
+    num_hits = store.get(KEYS[first:last], into)
+    for key, page in zip(KEYS[first : first + num_hits], into, strict=False):
+        assert page == store_process.page_of(key)
+    return num_hits
+
+
+def makes_nothing(_path: object, flags: int, *_: object) -> bool:
+    return not flags & os.O_CREAT
+
+
+@pytest.mark.parametrize("number", BROKEN, ids=BROKEN_IDS)
+@pytest.mark.parametrize("call", ["open", "makedirs", "pwrite", "writev", "utime", "replace"])
+def test_whichever_call_a_broken_disk_refuses_put_stores_fewer_and_what_is_there_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    clock = FakeClock()
+    store = FileStore(spec_of(tmp_path, 64 * FILE_BYTES), clock)
+    put(store, 0, 2)
+    with monkeypatch.context() as broken:
+        spares = makes_nothing if call == "open" else None
+        if call == "makedirs":  # the folder of the next page is not there yet
+            assert not any(tmp_path.rglob(f"{KEYS[2].hex()[:2]}/"))
+        broken.setattr(os, call, refusing(getattr(os, call), number, spares=spares))
+        assert put(store, 0, 4) == 2
+        assert get(store, 0, 4) == 2
+    assert set(store.stats().errors) == {errno.errorcode[number]}
+    assert list(tmp_path.rglob("*.new")) == []
+    assert put(store, 0, 4) == 2  # the disk is left in peace for a while
+    clock.advance(5.0)
+    assert put(store, 0, 4) == 4
+    assert get(store, 0, 4) == 4
+    assert store.stats().stored_bytes == 4 * FILE_BYTES
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("call", ["open", "fstat", "readv"])
+def test_a_disk_that_cannot_be_read_gives_misses_and_its_pages_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    store = FileStore(spec_of(tmp_path, 64 * FILE_BYTES))
+    put(store, 0, 2)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, call, refusing(getattr(os, call), number))
+        assert get(store, 0, 2) == 0
+    stats = store.stats()
+    assert (stats.num_misses, stats.num_broken, stats.errors) == (2, 0, {errno.errorcode[number]: 1})
+    assert get(store, 0, 2) == 2
+
+
+def test_pages_that_another_process_evicts_and_writes_meanwhile_are_read_whole_or_missed(tmp_path: Path) -> None:
+    arguments = [str(tmp_path), str(6 * FILE_BYTES), "0", "20", "1000000"]  # each round evicts and writes all of them
+    process = subprocess.Popen([sys.executable, str(STORE_SCRIPT), *arguments], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "20\n"
+        store = FileStore(spec_of(tmp_path, 6 * FILE_BYTES))
+        num_hits = num_asked = 0
+        give_up_s = time.monotonic() + 30
+        while num_hits < 300 or num_hits == num_asked:
+            assert time.monotonic() < give_up_s
+            num_hits += get(store, num_asked % 20, num_asked % 20 + 1)
+            num_asked += 1
+        assert (store.stats().num_broken, store.stats().errors) == (0, {})
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+        assert process.stdout is not None
+        process.stdout.close()

@@ -1,0 +1,368 @@
+"""All tiers in bytes under any order of calls, copies that are late, torn or fail, a store that fails, hangs, lies and
+forgets, kills and damaged files: a page that is found anywhere holds exactly the bytes that were computed for it, and
+every page of each tier is in one state.
+
+test_tiers_machine.py says the same of the cache's decisions with the copies at once. Here every thread of the movers
+may be stopped between two pages, and between what it does and what it tells, and others go on meanwhile. Two workers
+share the store: of one model, or of two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvist.kv.cache import WRITE_POLICIES
+
+# Under importlib mode a test module cannot import its neighbour by name.
+sys.path.insert(0, str(Path(__file__).parent))
+try:
+    from byte_engine import PAGE_BYTES, ByteEngine, Request, RightPages
+    from stepped_store import MOODS, TroubledStore
+finally:
+    sys.path.pop(0)
+
+NUM_PAGES = 8
+SALTS = st.sampled_from(["", "", "", "tenant"])
+TOKENS = st.one_of(
+    st.lists(st.integers(0, 1), min_size=2, max_size=9).map(tuple),
+    st.builds(lambda token_id, length: (token_id,) * length, st.integers(0, 1), st.integers(2, 9)),  # one of few
+)
+
+
+class TiersInBytes(RuleBasedStateMachine):
+    @initialize(
+        num_host_pages=st.integers(1, 24) | st.just(24),
+        num_store_pages=st.sampled_from([60, 60, 60, 3]),
+        policy=st.sampled_from(["write_through", "write_through", *WRITE_POLICIES]),
+        models=st.sampled_from([("a", "a"), ("a", "a"), ("a", "a"), ("a", "b")]),
+    )
+    def start(self, num_host_pages: int, num_store_pages: int, policy: str, models: tuple[str, str]) -> None:
+        self.right = RightPages()
+        self.root = Path(tempfile.mkdtemp(prefix="kvist-test-"))
+        self.patches = contextlib.ExitStack()
+        for pieces in ("storage_tier.MAX_PIECE_PAGES", "store_mover.PIECE_PAGES"):
+            self.patches.enter_context(mock.patch(f"kvist.kv.{pieces}", 2))
+        logging.disable(logging.CRITICAL)
+        self.patches.callback(logging.disable, logging.NOTSET)
+
+        def open_store(number: int) -> TroubledStore:
+            return TroubledStore(models[number], self.root / "store", PAGE_BYTES, num_store_pages)
+
+        def open_engine(number: int) -> ByteEngine:
+            return ByteEngine(
+                self.right,
+                namespace=models[number],
+                num_pages=NUM_PAGES,
+                num_host_pages=num_host_pages,
+                policy=policy,
+                folder=self.root / f"kept-{number}",
+                store=self.stores[number],
+            )
+
+        self.open_store, self.open_engine = open_store, open_engine
+        self.stores = [open_store(number) for number in range(2)]
+        self.engines = [open_engine(number) for number in range(2)]
+        self.number = 0  # of the engine that the rules are about
+
+    @property
+    def engine(self) -> ByteEngine:
+        return self.engines[self.number]
+
+    @rule()
+    def look_at_the_other(self) -> None:
+        self.number = 1 - self.number
+
+    # ------------------------------------------------------------ requests
+
+    def idle(self) -> list[Request]:
+        return [request for request in self.engine.requests if request.load_id is None]
+
+    @rule(token_ids=TOKENS, cache_salt=SALTS)
+    def admit(self, token_ids: tuple[int, ...], cache_salt: str) -> None:
+        self.engine.admit(token_ids, cache_salt)
+
+    @rule(token_ids=TOKENS, cache_salt=SALTS, closes=st.booleans(), goes=st.booleans())
+    def answer(self, token_ids: tuple[int, ...], cache_salt: str, closes: bool, goes: bool) -> None:
+        """A whole request at once, but for the copies; perhaps it leaves the device pool at once, too."""
+        request = self.engine.admit(token_ids, cache_salt)
+        if request is not None and request.load_id is None:
+            self.engine.compute(request, len(token_ids))
+            if closes:
+                self.engine.close(request)
+        if goes:
+            self.engine.forget_device()
+
+    @rule(token_ids=TOKENS, cache_salt=SALTS)
+    def ask(self, token_ids: tuple[int, ...], cache_salt: str) -> None:
+        self.engine.ask(token_ids, cache_salt)
+
+    @precondition(lambda self: self.engine.fetching)
+    @rule(data=st.data(), is_aborted=st.booleans())
+    def give_up(self, data: st.DataObject, is_aborted: bool) -> None:
+        prefetch, _, _ = data.draw(st.sampled_from(self.engine.fetching))
+        self.engine.go_on(prefetch, gives_up=True, is_aborted=is_aborted)
+
+    @rule(
+        token_ids=TOKENS,
+        cache_salt=SALTS,
+        here=st.booleans(),
+        mood=st.sampled_from((*["works"] * 5, *MOODS)),
+        damaged_at=st.none() | st.none() | st.none() | st.integers(1, PAGE_BYTES),
+        then=st.sampled_from(
+            ["", "fetched", "fetched", "fetched", "killed", "given up", "aborted", "slow", "detached"]
+        ),
+    )
+    def come_back_from_the_store(
+        self, token_ids: tuple[int, ...], cache_salt: str, here: bool, mood: str, damaged_at: int | None, then: str
+    ) -> None:
+        """It is in the store, perhaps damaged, and in no memory of who is asked for it."""
+        self.has_a_store_that_works()
+        self.leave()
+        self.engine.answer(token_ids, cache_salt)
+        if not here:
+            self.look_at_the_other()
+            self.has_a_store_that_works()
+            self.leave()
+        self.engine.cache.flush()
+        if damaged_at is not None:
+            for path in self.stored_files()[:2]:
+                flip(path, -damaged_at)
+        self.stores[self.number].mood = mood
+        self.engine.ask(token_ids, cache_salt)
+        if then in ("fetched", "killed"):
+            self.engine.settle_store()
+        elif then:
+            self.engine.step_store_until_it_fetches()
+        if then == "killed":
+            self.is_killed_and_starts_again([], fails=False, num_steps=1)
+        elif then == "slow":
+            self.time_passes(11.0)
+        elif then == "detached":
+            self.engine.detach()
+        elif then in ("given up", "aborted"):
+            for prefetch, _, _ in [*self.engine.fetching]:
+                self.engine.go_on(prefetch, gives_up=True, is_aborted=then == "aborted")
+
+    def has_a_store_that_works(self) -> None:
+        if not self.engine.store_mover.is_attached:
+            self.another_store_or_none(attached=True)
+        self.stores[self.number].mood = "works"
+        self.time_passes(6.0)  # the breaker lets a job through
+
+    def stored_files(self) -> list[Path]:
+        return sorted((self.root / "store").rglob("*.page"))
+
+    def leave(self) -> None:
+        self.engine.settle()
+        for request in [*self.engine.requests]:
+            self.engine.close(request)
+
+    @rule(token_ids=TOKENS, cache_salt=SALTS)
+    def come_back(self, token_ids: tuple[int, ...], cache_salt: str) -> None:
+        """Everybody leaves, the device pool forgets, and what is asked for again is under load."""
+        engine = self.engine
+        self.leave()
+        engine.answer(token_ids, cache_salt)
+        engine.forget_device()
+        engine.admit(token_ids, cache_salt)
+
+    @precondition(lambda self: self.idle())
+    @rule(data=st.data(), more=st.integers(1, 8), more_tokens=st.lists(st.integers(0, 1), max_size=2))
+    def compute(self, data: st.DataObject, more: int, more_tokens: list[int]) -> None:
+        request = data.draw(st.sampled_from(self.idle()))
+        request.token_ids += tuple(more_tokens)
+        self.engine.compute(request, more)
+
+    @precondition(lambda self: self.idle())
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        self.engine.close(data.draw(st.sampled_from(self.idle())))
+
+    @rule(really=st.sampled_from([False, False, True]))
+    def flush(self, really: bool) -> None:
+        if really:
+            self.engine.cache.flush()
+
+    @rule()
+    def others_need_room(self) -> None:
+        self.engine.forget_device()
+
+    # ------------------------------------------------------------ copies
+
+    @precondition(lambda self: self.engine.loads.busy)
+    @rule(num_steps=st.integers(1, 6), fails=st.sampled_from([False, False, True]), heard=st.booleans())
+    def load(self, num_steps: int, fails: bool, heard: bool) -> None:
+        self.steps(self.engine.loads, num_steps, fails, heard)
+
+    @precondition(lambda self: self.engine.backups.busy)
+    @rule(num_steps=st.integers(1, 6), fails=st.sampled_from([False, False, True]), heard=st.booleans())
+    def back_up(self, num_steps: int, fails: bool, heard: bool) -> None:
+        self.steps(self.engine.backups, num_steps, fails, heard)
+
+    def steps(self, lane: object, num_steps: int, fails: bool, heard: bool) -> None:
+        for number in range(num_steps):
+            if lane.busy:  # type: ignore[attr-defined]
+                lane.step(fails=fails and number == num_steps - 1)  # type: ignore[attr-defined]
+        if heard:
+            self.engine.hear()
+
+    @rule()
+    def settle(self) -> None:
+        self.engine.settle()
+
+    # ------------------------------------------------------------ the store
+
+    @precondition(lambda self: self.engine.store_mover.fibers)
+    @rule(data=st.data(), num_steps=st.integers(1, 8), heard=st.booleans())
+    def a_thread_of_the_store_goes_on(self, data: st.DataObject, num_steps: int, heard: bool) -> None:
+        fibers = self.engine.store_mover.fibers
+        busy = [index for index, fiber in enumerate(fibers) if not fiber.is_idle] or range(len(fibers))
+        fiber = fibers[data.draw(st.sampled_from(busy))]
+        for _ in range(num_steps):
+            fiber.step()
+        if heard:
+            self.engine.hear()
+
+    @rule(mood=st.sampled_from(MOODS))
+    def the_store_changes_its_mood(self, mood: str) -> None:
+        self.stores[self.number].mood = mood
+
+    @rule(attached=st.sampled_from([True, True, False]))
+    def another_store_or_none(self, attached: bool) -> None:
+        self.engine.detach()
+        if attached:
+            self.stores[self.number] = self.open_store(self.number)
+            self.engine.attach(self.stores[self.number])
+
+    @rule(seconds=st.sampled_from([1.0, 6.0, 11.0]))
+    def time_passes(self, seconds: float) -> None:
+        """What is under call meanwhile is slow."""
+        self.engine.clock.advance(seconds)
+        self.engine.hear()
+
+    @rule(data=st.data(), at=st.integers(0, 1 << 16), how=st.sampled_from(["flip", "cut", "gone"]))
+    def a_file_of_the_store_is_damaged(self, data: st.DataObject, at: int, how: str) -> None:
+        files = self.stored_files()
+        if not files:
+            return
+        path = data.draw(st.sampled_from(files))
+        if how == "gone":
+            path.unlink()
+        elif how == "cut":
+            os.truncate(path, at % max(1, path.stat().st_size))
+        else:
+            flip(path, at)
+
+    # ------------------------------------------------------------ kills and damage
+
+    @rule(
+        flips=st.lists(st.tuples(st.sampled_from(["pages", "index"]), st.integers(0, 1 << 16)), max_size=2),
+        fails=st.booleans(),
+        num_steps=st.integers(1, 4),
+    )
+    def killed(self, flips: list[tuple[str, int]], fails: bool, num_steps: int) -> None:
+        self.is_killed_and_starts_again(flips, fails, num_steps)
+
+    def is_killed_and_starts_again(self, flips: list[tuple[str, int]], fails: bool, num_steps: int) -> None:
+        """Perhaps in the middle of a copy, perhaps right after one that failed."""
+        if fails:
+            self.steps(self.engine.backups, num_steps, fails=True, heard=True)
+            self.steps(self.engine.backups, 1, fails=False, heard=True)
+        self.engine.kill()
+        for name, at in flips:
+            flip(self.root / f"kept-{self.number}" / name, at)
+        self.stores[self.number] = self.open_store(self.number)
+        self.engines[self.number] = self.open_engine(self.number)
+
+    # ------------------------------------------------------------ what must be true
+
+    @invariant()
+    def what_is_found_holds_the_right_bytes(self) -> None:
+        for engine in getattr(self, "engines", []):
+            engine.check_bytes()
+
+    @invariant()
+    def every_page_of_each_tier_is_in_one_state(self) -> None:
+        for engine in getattr(self, "engines", []):
+            engine.check_ledgers()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engines"):
+            return
+        try:
+            for engine, store in zip(self.engines, self.stores, strict=True):
+                store.mood = "works"
+                engine.settle()
+                assert engine.fetching == []
+                for request in [*engine.requests]:
+                    engine.close(request)
+                engine.check_bytes()
+                engine.check_ledgers()
+                engine.cache.flush()
+                counts, host = engine.cache.counts(), engine.tier.counts()
+                assert (counts.free, host.free) == (counts.total, host.total)
+            for number, engine in enumerate(self.engines):
+                self.check_store(self.open_store(number), engine.namespace)
+        finally:
+            for engine in self.engines:
+                engine.kill()
+            shutil.rmtree(self.root)
+            self.patches.close()
+
+    def check_store(self, store: TroubledStore, model: str) -> None:
+        """What is left there is right."""
+        into = memoryview(bytearray(PAGE_BYTES))
+        for (namespace, digest), right in self.right.by_name.items():
+            if namespace == model and store.get([digest], [into]):
+                assert into == right
+
+
+def test_a_slot_that_goes_from_a_backup_to_a_fetch_is_recorded_as_the_page_that_it_holds(tmp_path: Path) -> None:
+    """The thread that backed a page up is stopped at the worst moment: the page is told, evicted, its slot taken."""
+    right = RightPages()
+
+    def start(folder: str) -> ByteEngine:
+        store = TroubledStore("a", tmp_path / "store", PAGE_BYTES, num_pages=40)
+        return ByteEngine(right, namespace="a", num_host_pages=1, folder=tmp_path / folder, store=store)
+
+    first = start("first")
+    first.answer((1, 1))
+    first.kill()
+    engine = start("kept")
+    request = engine.admit((0, 0))
+    assert request is not None
+    engine.compute(request, 2)
+    while not engine.backups.afterwards:
+        engine.backups.step()
+    engine.backups.step()  # of what it tells and what it records, the one
+    engine.settle_store()
+    engine.ask((1, 1))
+    engine.settle_store()
+    engine.backups.step()  # and the other
+    engine.kill()
+    again = start("kept")
+    again.check_bytes()
+    again.kill()
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    if content:
+        content[at % len(content)] ^= 0x10
+        path.write_bytes(content)
+
+
+TiersInBytes.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestTiersInBytes = pytest.mark.timeout(600)(TiersInBytes.TestCase)  # for the shrinking, should it fail
