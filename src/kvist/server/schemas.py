@@ -45,43 +45,54 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     annotations: object = None
 
 
-class _Generation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What both OpenAI endpoints share."""
+class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What OpenAI's requests and SGLang's `sampling_params` have in common."""
 
-    model: str | None = None
-    max_tokens: int | None = None
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    # vLLM's and SGLang's
     top_k: int | None = None
     min_p: float | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
+    stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
-    cache_salt: str | None = None
-    # ours
-    kvist: KvistOptions | None = None
+    ignore_eos: bool | None = None
     # known, not supported
     frequency_penalty: object = None
     presence_penalty: object = None
     repetition_penalty: object = None
     logit_bias: object = None
+
+
+_SAMPLING_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+}
+
+
+class _Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
+    """What both OpenAI endpoints share."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # vLLM's and SGLang's
+    min_tokens: int | None = None
+    cache_salt: str | None = None
+    # ours
+    kvist: KvistOptions | None = None
+    # known, not supported
     metadata: object = None
     store: object = None
     service_tier: object = None
 
 
 _GENERATION_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
+    **_SAMPLING_NEUTRAL,
     "metadata": ({},),
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -147,30 +158,18 @@ COMPLETION_NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 
 
-class NativeSampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class NativeSampling(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     """SGLang's `sampling_params`."""
 
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
     sampling_seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
     skip_special_tokens: bool = True
-    n: int | None = None
     # known, not supported
-    frequency_penalty: object = None
-    presence_penalty: object = None
-    repetition_penalty: object = None
     json_schema: object = None
     regex: object = None
     ebnf: object = None
     structural_tag: object = None
-    logit_bias: object = None
     custom_params: object = None
     no_stop_trim: object = None
     spaces_between_special_tokens: object = None
@@ -178,14 +177,11 @@ class NativeSampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 NATIVE_SAMPLING_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
+    **_SAMPLING_NEUTRAL,
     "json_schema": (),
     "regex": (),
     "ebnf": (),
     "structural_tag": (),
-    "logit_bias": ({},),
     "custom_params": ({},),
     "no_stop_trim": (False,),
     "spaces_between_special_tokens": (True,),
