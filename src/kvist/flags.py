@@ -313,7 +313,6 @@ class Sources:
     argv: Sequence[str]
     environ: Mapping[str, str]
     shorthands: Sequence[Shorthand] = ()
-    config_key: str = "config"  # the option that names the TOML file
     other_keys: Sequence[str] = ()  # options of other verbs: one TOML file may serve all of them
 
 
@@ -323,7 +322,7 @@ def read_settings(settings_class: type[T], sources: Sources) -> T:
     flags = _Flags(options, sources.shorthands).read(sources.argv)
     environment = _from_environment(options, sources.environ)
     given = {**environment, **flags}
-    config = given.get(sources.config_key)
+    config = given.get("config")  # the option that names the TOML file
     if config is not None and config.value is not None:
         given = {**_from_file(options, cast(Path, config.value), sources.other_keys), **given}
     return cast(T, _compose(settings_class, {key: item.value for key, item in given.items()}, frozenset()))

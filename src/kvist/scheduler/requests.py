@@ -50,23 +50,18 @@ class HandoffHalf(Protocol):
 
     def arrived(self, request: ActiveRequest) -> None:
         """It was accepted; it may be ended in this call."""
-        ...
 
     def refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
         """It was ended before it was accepted."""
-        ...
 
     def pages_taken(self, request: ActiveRequest) -> None:
         """Its lease now covers all its tokens (PREFILL: some are cached already; DECODE: the pages to grant)."""
-        ...
 
     def computed(self, request: ActiveRequest) -> None:
         """PREFILL: more of its K/V is in its pages, perhaps all."""
-        ...
 
     def ended(self, request: ActiveRequest, message: str) -> None:
         """It is over for a reason outside the handoff: break the handoff off."""
-        ...
 
 
 class RequestTable:
