@@ -1,7 +1,7 @@
 """What clients send, field by field. OpenAI's names, then vLLM's and SGLang's where OpenAI has none.
 
-Fields typed `object` belong to the API but cannot be honoured; the `..._NEUTRAL` tables give the values that ask for
-nothing. `user` is accepted and has no effect by its definition (it identifies an end user to the provider).
+Fields typed `object` belong to the API but cannot be honoured; `NEUTRAL` gives the values of some that ask for nothing.
+`user` is accepted and has no effect by its definition (it identifies an end user to the provider).
 """
 
 from __future__ import annotations
@@ -63,14 +63,6 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     logit_bias: object = None
 
 
-_SAMPLING_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-}
-
-
 class _Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     """What both OpenAI endpoints share."""
 
@@ -89,14 +81,6 @@ class _Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     metadata: object = None
     store: object = None
     service_tier: object = None
-
-
-_GENERATION_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    **_SAMPLING_NEUTRAL,
-    "metadata": ({},),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-}
 
 
 class ChatRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
@@ -120,23 +104,6 @@ class ChatRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
     web_search_options: object = None
 
 
-CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    **_GENERATION_NEUTRAL,
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-}
-
-
 class CompletionRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
     max_completion_tokens: int | None = None
@@ -147,15 +114,6 @@ class CompletionRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
     best_of: object = None
     echo: object = None
     response_format: object = None
-
-
-COMPLETION_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    **_GENERATION_NEUTRAL,
-    "suffix": ("",),
-    "best_of": (1,),
-    "echo": (False,),
-    "response_format": ({"type": "text"},),
-}
 
 
 class NativeSampling(SamplingFields, forbid_unknown_fields=True, kw_only=True):
@@ -174,19 +132,6 @@ class NativeSampling(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     no_stop_trim: object = None
     spaces_between_special_tokens: object = None
     stop_regex: object = None
-
-
-NATIVE_SAMPLING_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    **_SAMPLING_NEUTRAL,
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
-    "structural_tag": (),
-    "custom_params": ({},),
-    "no_stop_trim": (False,),
-    "spaces_between_special_tokens": (True,),
-    "stop_regex": ([], ""),
-}
 
 
 class NativeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -213,20 +158,6 @@ class NativeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     return_routed_experts: object = None
 
 
-NATIVE_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "rid": (),
-    "image_data": ([],),
-    "audio_data": ([],),
-    "video_data": ([],),
-    "lora_path": (),
-    "logprob_start_len": (-1,),  # logprobs of the output alone
-    "token_ids_logprob": (),
-    "return_text_in_logprobs": (False,),
-    "return_hidden_states": (False,),
-    "return_routed_experts": (False,),
-}
-
-
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """vLLM's `/tokenize`: one of `prompt` and `messages`."""
 
@@ -242,3 +173,35 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     model: str | None = None
     tokens: list[int]
+
+
+NEUTRAL: Mapping[str, tuple[object, ...]] = {  # a field means the same wherever it stands
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "metadata": ({},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "suffix": ("",),
+    "best_of": (1,),
+    "echo": (False,),
+    "custom_params": ({},),
+    "no_stop_trim": (False,),
+    "spaces_between_special_tokens": (True,),
+    "stop_regex": ([], ""),
+    "image_data": ([],),
+    "audio_data": ([],),
+    "video_data": ([],),
+    "logprob_start_len": (-1,),  # logprobs of the output alone
+    "return_text_in_logprobs": (False,),
+    "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+}
