@@ -20,9 +20,9 @@ from json_report import write_report
 from kvist.kv.cache import PageCache
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.events import Arrived, Event, SampledTokens, StepFinished
+from kvist.scheduler.events import Event, SampledTokens, StepFinished
 from kvist.scheduler.plan import Batch, BatchItem
-from kvist.wire import PoolAddress, TokenChunk
+from kvist.wire import PoolAddress, Submit, TokenChunk
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -51,7 +51,7 @@ def measure_steps(*, running: int, steps: int, context: int, seed: int) -> list[
     pool = PoolAddress(transport="inproc", location="", num_pages=num_pages, page_bytes=1, layout="bench")
     scheduler = build_scheduler("unified", config, cache, EpochId("bench"), pool)
     events: list[Event] = [
-        Arrived(
+        Submit(
             request=EngineRequest(
                 request_id=RequestId(f"r{index}"),
                 prompt_token_ids=tuple(rng.randrange(32000) for _ in range(context - index % 16)),

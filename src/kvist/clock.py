@@ -9,7 +9,6 @@ from typing import Protocol
 class Clock(Protocol):
     def now_s(self) -> float:
         """Seconds on a clock that never goes back; comparable within one process only."""
-        ...
 
 
 class MonotonicClock:

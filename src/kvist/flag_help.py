@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -66,8 +65,6 @@ def _shown(option: Option) -> str:
         return option.help.unset or "not set"
     if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, enum.Enum):
-        return str(value.value)
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple):

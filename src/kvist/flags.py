@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import enum
 import math
 import tomllib
 import types
@@ -37,7 +36,6 @@ class Option:
     choices: tuple[object, ...]
     many: bool  # a tuple: repeatable, space separated
     optional: bool  # may be None
-    enum_type: type[enum.Enum] | None
     default: object
     group: str
 
@@ -99,28 +97,16 @@ def _collect(settings_class: type, name: str, without: frozenset[str], found: di
 
 def _option(field: dataclasses.Field[object], hint: object, note: OptionHelp, group: str) -> Option:
     kinds: list[type] = []
-    choices: list[object] = []
     many = optional = False
-    enum_type: type[enum.Enum] | None = None
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for member in members:
         if member is type(None):
             optional = True
             continue
-        origin = typing.get_origin(member)
-        if origin is tuple:
+        if typing.get_origin(member) is tuple:
             many, member = True, typing.get_args(member)[0]
-        if origin is typing.Literal:
-            choices += typing.get_args(member)
-            kinds += [type(choice) for choice in typing.get_args(member)]
-        elif isinstance(member, type) and issubclass(member, enum.Enum):
-            enum_type = member
-            choices += [item.value for item in member]
-            kinds.append(str)
-        elif member in (bool, int, float, str, Path):
-            kinds.append(member)
-        else:
-            raise AssertionError(f"{field.name}: flags.py cannot read a {member} from text")
+        assert member in (bool, int, float, str, Path), f"{field.name}: flags.py cannot read a {member} from text"
+        kinds.append(member)
     flag = note.flag or "--" + field.name.replace("_", "-")
     spellings = [flag, *note.aliases]
     return Option(
@@ -128,10 +114,9 @@ def _option(field: dataclasses.Field[object], hint: object, note: OptionHelp, gr
         flags=tuple(name if name.startswith("-") else f"--{name}" for name in spellings),
         help=note,
         kinds=tuple(dict.fromkeys(kinds)),
-        choices=tuple(note.choices) or tuple(choices),
+        choices=note.choices,
         many=many,
         optional=optional,
-        enum_type=enum_type,
         default=field.default,
         group=group,
     )
@@ -170,7 +155,7 @@ def _read_scalar(option: Option, source: str, raw: object) -> object:
     for kind in sorted(option.kinds, key=[bool, int, float, Path, str].index):
         value = _as_kind(kind, raw)
         if value is not None and (not option.choices or value in option.choices) and _within(option.help, value):
-            return option.enum_type(value) if option.enum_type else value
+            return value
     raise _bad_value(option, source, raw)
 
 
@@ -328,7 +313,6 @@ class Sources:
     argv: Sequence[str]
     environ: Mapping[str, str]
     shorthands: Sequence[Shorthand] = ()
-    config_key: str = "config"  # the option that names the TOML file
     other_keys: Sequence[str] = ()  # options of other verbs: one TOML file may serve all of them
 
 
@@ -338,7 +322,7 @@ def read_settings(settings_class: type[T], sources: Sources) -> T:
     flags = _Flags(options, sources.shorthands).read(sources.argv)
     environment = _from_environment(options, sources.environ)
     given = {**environment, **flags}
-    config = given.get(sources.config_key)
+    config = given.get("config")  # the option that names the TOML file
     if config is not None and config.value is not None:
         given = {**_from_file(options, cast(Path, config.value), sources.other_keys), **given}
     return cast(T, _compose(settings_class, {key: item.value for key, item in given.items()}, frozenset()))
@@ -377,10 +361,6 @@ def given_values(settings: object) -> dict[str, object]:
     return values
 
 
-def _text(value: object) -> str:
-    return str(value.value) if isinstance(value, enum.Enum) else str(value)
-
-
 def to_argv(settings: object, target_class: type, *, without: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
     """Flags (and environment, for secrets: others can read a command line) that give `target_class` the same values.
 
@@ -394,20 +374,11 @@ def to_argv(settings: object, target_class: type, *, without: Sequence[str] = ()
         if option.key in without or value == option.default or value is None:
             continue
         if option.help.secret:
-            environ[option.env] = _text(value)
+            environ[option.env] = str(value)
         elif option.is_switch:
             argv.append(option.flags[0] if value else "--no-" + option.flags[0][2:])
         elif option.many:
-            argv += [option.flags[0], *(_text(item) for item in cast(tuple[object, ...], value))]
+            argv += [option.flags[0], *(str(item) for item in cast(tuple[object, ...], value))]
         else:
-            argv.append(f"{option.flags[0]}={_text(value)}")
+            argv.append(f"{option.flags[0]}={value!s}")
     return argv, environ
-
-
-def describe(settings: object) -> dict[str, str]:
-    """Every option as printable text; secrets as ***."""
-    secret = {option.key for option in options_of(type(settings)) if option.help.secret}
-    return {
-        key: ("***" if value else "not set") if key in secret else _text(value)
-        for key, value in given_values(settings).items()
-    }

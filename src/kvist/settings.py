@@ -26,7 +26,7 @@ from kvist.bench.config import (
 )
 from kvist.channel.security import ChannelConfig
 from kvist.cluster.config import ClusterConfig
-from kvist.cluster.plan import ClusterShape, available_cores, share_threads, visible_gpus
+from kvist.cluster.plan import ClusterShape, share_threads, visible_gpus
 from kvist.config import option
 from kvist.errors import ConfigError
 from kvist.flag_help import help_text
@@ -37,6 +37,7 @@ from kvist.scheduler.config import SchedulerOptions
 from kvist.server.config import ServerConfig
 from kvist.worker.bench_shapes import StepsConfig
 from kvist.worker.config import EngineConfig, StorageConfig
+from kvist.worker.cores import num_usable_cores
 
 SHORTHANDS = (
     Shorthand(flag="--decode-only", key="role", value="decode", text="the same as --role decode"),
@@ -289,7 +290,7 @@ def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str
     worker_argv, worker_environ = to_argv(settings, ServeSettings, without=(*dealt_out, *_PLANNED, "api_key"))
     router_argv, router_environ = to_argv(settings, RouterSettings, without=(*dealt_out, *_WORKER_LISTS))
     server = settings.server if isinstance(settings, UpSettings) else ServerConfig(port=0)
-    threads = engine.num_threads or share_threads(settings.cluster.num_workers, available_cores())
+    threads = engine.num_threads or share_threads(settings.cluster.num_workers, num_usable_cores())
     untold = engine.mem_fraction_static == EngineConfig().mem_fraction_static
     return ClusterShape(
         config=settings.cluster,

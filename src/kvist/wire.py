@@ -67,6 +67,8 @@ class Submit(_Message, frozen=True):
 
 
 class Abort(_Message, frozen=True):
+    """The client left. Unknown ids are ignored: the request may have ended already."""
+
     request_id: RequestId
 
 
@@ -220,8 +222,8 @@ class StorageAnswer(_Message, frozen=True):
 
 
 class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a page pool can be written by a peer. `transport` names the door ("shm", "cuda-ipc", "inproc"); `location`
-    is its own address (for the first two: the path of the pool's file)."""
+    """Where a page pool can be written by a peer. `transport` names the door ("shm", "cuda-ipc"); `location`
+    is its own address (for both: the path of the pool's file)."""
 
     transport: str
     location: str
@@ -253,7 +255,7 @@ class Revoke(_Message, frozen=True):
     """Stop writing and say `Closed`; until then decode keeps the pages out of use."""
 
     handoff_id: HandoffId
-    target_epoch: EpochId
+    target_epoch: EpochId  # who to answer, even when the handoff is not known
     reason: str
 
 

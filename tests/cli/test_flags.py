@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
 from kvist.config import option
 from kvist.errors import ConfigError
 from kvist.flag_help import help_text
-from kvist.flags import Shorthand, Sources, describe, options_of, read_settings, to_argv
-
-
-class Role(enum.Enum):
-    UNIFIED = "unified"
-    PREFILL = "prefill"
-    DECODE = "decode"
+from kvist.flags import Shorthand, Sources, options_of, read_settings, to_argv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    role: Role = option(Role.UNIFIED, "what the worker does")
+    role: str = option("unified", "what the worker does", choices=("unified", "prefill", "decode"))
     page_size: int = option(16, "tokens in one KV page", unit="tokens", choices=(16, 32, 64))
     tp_size: int = option(1, "tensor-parallel ranks", flag="--tp", aliases=("--tensor-parallel-size",), minimum=1)
     mem_fraction_static: float = option(0.8, "share of memory for the pool", minimum=0.05, maximum=0.95)
@@ -39,7 +31,7 @@ class WebConfig:
     worker_urls: tuple[str, ...] = option((), "workers")
     access_log: bool = option(False, "log every request")
     weight: float = option(1.0, "a number without limits")
-    policy: Literal["cache_aware", "round_robin"] = option("cache_aware", "how workers are chosen")
+    policy: str = option("cache_aware", "how workers are chosen", choices=("cache_aware", "round_robin"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +58,7 @@ def test_no_source_gives_the_defaults() -> None:
 def test_a_flag_is_read_with_its_type_with_or_without_an_equals_sign() -> None:
     assert read("--page-size", "32").engine.page_size == 32
     assert read("--mem-fraction-static=0.5").engine.mem_fraction_static == 0.5
-    assert read("--role", "prefill").engine.role is Role.PREFILL
+    assert read("--role", "prefill").engine.role == "prefill"
 
 
 @pytest.mark.parametrize("flag", ["--tp", "--tensor-parallel-size"])
@@ -84,7 +76,7 @@ def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) ->
     file = tmp_path / "kvist.toml"
     file.write_text('port = 1\npage-size = 32\nrole = "decode"\n')
     settings = read("--config", str(file), "--port", "3", environ={"KVIST_PORT": "2", "KVIST_PAGE_SIZE": "64"})
-    assert (settings.web.port, settings.engine.page_size, settings.engine.role) == (3, 64, Role.DECODE)
+    assert (settings.web.port, settings.engine.page_size, settings.engine.role) == (3, 64, "decode")
 
 
 def test_an_unknown_flag_names_the_nearest_known_one() -> None:
@@ -150,9 +142,9 @@ def test_switches_turn_on_off_and_take_words() -> None:
 
 
 def test_decode_only_is_role_decode_and_sglangs_name_works() -> None:
-    assert read("--decode-only").engine.role is Role.DECODE
-    assert read("--disaggregation-mode", "prefill").engine.role is Role.PREFILL
-    assert read("--disaggregation-mode", "null").engine.role is Role.UNIFIED
+    assert read("--decode-only").engine.role == "decode"
+    assert read("--disaggregation-mode", "prefill").engine.role == "prefill"
+    assert read("--disaggregation-mode", "null").engine.role == "unified"
 
 
 def test_a_shorthand_that_contradicts_its_option_is_an_error() -> None:
@@ -177,10 +169,6 @@ def test_to_argv_reads_back_to_the_same_settings_and_keeps_secrets_off_the_comma
     argv, environ = to_argv(before, Settings)
     assert "hush" not in " ".join(argv)
     assert read(*argv, environ=environ) == before
-
-
-def test_secrets_are_not_described_nor_quoted_in_errors() -> None:
-    assert describe(read("--api-key", "hush"))["api_key"] == "***"
 
 
 def test_help_tells_default_unit_choices_and_text_of_every_option() -> None:

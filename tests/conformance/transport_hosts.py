@@ -18,6 +18,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 import torch
+from inproc import INPROC, InprocTransport, PoolDirectory
 
 from kvist.kv.device import DevicePool
 from kvist.kv.layout import PageLayout
@@ -29,7 +30,6 @@ from kvist.transfer.checksum import fold
 from kvist.transfer.device_pages import DevicePages
 from kvist.transfer.epoch import EpochLock
 from kvist.transfer.host_pages import HostPages, Pages
-from kvist.transfer.inproc import INPROC, InprocTransport, PoolDirectory
 from kvist.transfer.same_host import SameHostTransport
 from kvist.transfer.shm import map_file
 from kvist.wire import PoolAddress

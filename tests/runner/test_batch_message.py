@@ -9,9 +9,9 @@ from kvist.kv.cache import PageCache
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
 from kvist.runner.batch_message import BatchDecoder, BatchEncoder
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.events import Arrived, Event, SampledTokens, StepFinished
+from kvist.scheduler.events import Event, SampledTokens, StepFinished
 from kvist.scheduler.plan import Batch, BatchItem
-from kvist.wire import PoolAddress
+from kvist.wire import PoolAddress, Submit
 
 SAMPLING = SamplingParams(max_tokens=9, temperature=0.5, seed=2**63 - 1, stop_token_ids=(7,), num_logprobs=2)
 
@@ -56,7 +56,7 @@ def test_every_batch_of_a_busy_scheduler_arrives_as_it_was_planned() -> None:
             sampling = SamplingParams(max_tokens=dice.randrange(1, 40), min_tokens=3, stop_token_ids=(8,), seed=step)
             prompt = tuple(dice.randrange(100) for _ in range(dice.randrange(1, 60)))
             request = EngineRequest(request_id=RequestId(f"r{step}"), prompt_token_ids=prompt, sampling=sampling)
-            events.append(Arrived(request=request, mode=Mode.FULL))
+            events.append(Submit(request=request, mode=Mode.FULL))
         batch = scheduler.step(step * 0.001, events).batch
         events = []
         if batch is not None:

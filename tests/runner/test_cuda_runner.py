@@ -28,9 +28,9 @@ from kvist.runner import AnyRunner, InFlight, RunnerConfig, build_runner
 from kvist.runner.inputs import ForwardItem, build_inputs
 from kvist.runner.runner import forward
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.events import Arrived, Event, StepFinished
+from kvist.scheduler.events import Event, StepFinished
 from kvist.scheduler.plan import Batch
-from kvist.wire import PoolAddress
+from kvist.wire import PoolAddress, Submit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -127,7 +127,7 @@ def serve(
     cache = PageCache(num_pages=runner.pool.num_pages, page_size=16, namespace="t")
     pool = PoolAddress(transport="none", location="", num_pages=runner.pool.num_pages, page_bytes=1, layout="t")
     scheduler = build_scheduler("unified", config, cache, EpochId("e"), pool)
-    waiting = deque(Arrived(request=request, mode=Mode.FULL) for request in requests)
+    waiting = deque(Submit(request=request, mode=Mode.FULL) for request in requests)
     streams: Streams = {request.request_id: [] for request in requests}
     in_flight: deque[tuple[Batch, InFlight]] = deque()
     events: list[Event] = []

@@ -29,23 +29,16 @@ from kvist.kv.storage_tier import PrefetchConfig, StorageTier
 from kvist.request import EngineRequest, EpochId, FinishReason, HandoffId, Mode, Outcome, SamplingParams
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.events import (
-    AbortRequested,
-    AckArrived,
-    Arrived,
-    ClosedArrived,
-    DoneArrived,
     Event,
-    GrantArrived,
     PagesVerified,
     PeerDied,
-    RevokeArrived,
     StepFailed,
     StepFinished,
     WritesCompleted,
     WritesFailed,
 )
 from kvist.scheduler.plan import Batch, Plan, StopWrites, ToSource, VerifyPages, WritePages
-from kvist.wire import Ack, Closed, Done, Ended, Grant, PoolAddress, PrefillPeer, Revoke, TokenChunk
+from kvist.wire import Abort, Ack, Closed, Done, Ended, Grant, PoolAddress, PrefillPeer, Revoke, Submit, TokenChunk
 
 PAGE_BYTES = 64
 LAYOUT = "sim"
@@ -425,17 +418,17 @@ class World:
     def submit(self, request: EngineRequest, engine: SimEngine) -> None:
         """A whole request."""
         self.submitted[request.request_id] = Submitted(request, [(engine, Mode.FULL)])
-        self._send("gateway", engine.name, Arrived(request=request, mode=Mode.FULL))
+        self._send("gateway", engine.name, Submit(request=request, mode=Mode.FULL))
 
     def submit_pair(self, request: EngineRequest, prefill: SimEngine, decode: SimEngine) -> HandoffId:
         handoff_id = HandoffId(f"h-{request.request_id}")
         self.submitted[request.request_id] = Submitted(request, [(prefill, Mode.PREFILL), (decode, Mode.DECODE)])
         peer = PrefillPeer(worker_id="w", endpoint=prefill.name, epoch=prefill.epoch)
-        self._send("gateway", prefill.name, Arrived(request=request, mode=Mode.PREFILL, handoff_id=handoff_id))
+        self._send("gateway", prefill.name, Submit(request=request, mode=Mode.PREFILL, handoff_id=handoff_id))
         self._send(
             "gateway",
             decode.name,
-            Arrived(request=request, mode=Mode.DECODE, handoff_id=handoff_id, prefill=peer),
+            Submit(request=request, mode=Mode.DECODE, handoff_id=handoff_id, prefill=peer),
         )
         return handoff_id
 
@@ -444,7 +437,7 @@ class World:
         submitted.aborted = True
         for engine, _ in submitted.engines:
             if only is None or engine is only:
-                self._send("gateway", engine.name, AbortRequested(request_id=request_id))
+                self._send("gateway", engine.name, Abort(request_id=request_id))
 
     def receive(self, engine: SimEngine, plan: Plan) -> None:
         for chunk in plan.chunks:
@@ -457,22 +450,12 @@ class World:
         for sent in plan.messages:
             message = sent.message
             if isinstance(sent, ToSource):
-                event: Event
-                if isinstance(message, Grant):
-                    event = GrantArrived(grant=message)
-                elif isinstance(message, Ack):
-                    event = AckArrived(handoff_id=message.handoff_id, target_epoch=message.target_epoch)
-                else:
-                    assert isinstance(message, Revoke)
-                    event = RevokeArrived(
-                        handoff_id=message.handoff_id, target_epoch=message.target_epoch, reason=message.reason
-                    )
-                self._send(engine.epoch, sent.endpoint, event)
+                assert isinstance(message, Grant | Ack | Revoke)
+                self._send(engine.epoch, sent.endpoint, message)
             else:
                 assert message.target_epoch == sent.target_epoch
                 assert isinstance(message, Done | Closed)
-                answer = DoneArrived(done=message) if isinstance(message, Done) else ClosedArrived(closed=message)
-                self._send(engine.epoch, sent.target_epoch, answer)
+                self._send(engine.epoch, sent.target_epoch, message)
 
     def _send(self, source: str, target: str, event: Event) -> None:
         """`target` is an address (whoever lives there gets it) or an epoch (only that life gets it)."""
@@ -486,14 +469,14 @@ class World:
         if twice and source != "gateway":
             # Again, and later than what follows it. A Grant is said once, so that only a broken wire could double it,
             # and no wire in order could put the second one behind a Revoke.
-            if isinstance(event, GrantArrived):
+            if isinstance(event, Grant):
                 queue.appendleft((source, event))
             else:
                 queue.append((source, event))
         target = self.engines.get(wire[1]) or self.by_epoch.get(wire[1])
         if target is None:
             return
-        if isinstance(event, Arrived):
+        if isinstance(event, Submit):
             submitted = self.submitted[event.request.request_id]
             # A new life at the address got what was meant for the old one: it is the one that must answer.
             submitted.engines = [

@@ -9,17 +9,18 @@ from scheduler_sim import SimEngine, World, make_request, small_config
 from kvist.errors import ConfigError
 from kvist.request import FinishReason, Mode, Outcome, SamplingParams
 from kvist.scheduler import SchedulerConfig
-from kvist.scheduler.events import AbortRequested, Arrived, FlushRequested, SampledTokens, StepFinished
+from kvist.scheduler.events import SampledTokens, StepFinished
 from kvist.scheduler.plan import Plan
+from kvist.wire import Abort, FlushCache, Submit
 
 
 def unified(num_pages: int = 12, **config: object) -> SimEngine:
     return World().start("u", "unified", small_config(**config), num_pages=num_pages)
 
 
-def arrived(request_id: str, num_tokens: int = 5, **fields: object) -> Arrived:
+def arrived(request_id: str, num_tokens: int = 5, **fields: object) -> Submit:
     prompt = [(index * 7 + len(request_id)) % 20 for index in range(num_tokens)]
-    return Arrived(request=make_request(request_id, prompt, ignore_eos=True, **fields), mode=Mode.FULL)
+    return Submit(request=make_request(request_id, prompt, ignore_eos=True, **fields), mode=Mode.FULL)
 
 
 def step(engine: SimEngine, *events: object) -> Plan:
@@ -75,7 +76,7 @@ def test_a_little_more_than_the_usual_step_ends_a_prompt() -> None:
 
 
 def test_prompts_that_run_and_those_that_wait_make_a_step_larger_together() -> None:
-    def chunk_of_c(*others: Arrived) -> int:
+    def chunk_of_c(*others: Submit) -> int:
         engine = two_streams(max_prefill_tokens=256, num_pages=600, max_model_len=1000)
         step(engine, arrived("c", 900))
         _, start, end = items(step(engine, *others))[2]
@@ -143,7 +144,7 @@ def test_a_prompt_that_is_cached_to_its_end_still_computes_its_last_page() -> No
     engine.world.submit(make_request("a", list(range(8)), max_tokens=1), engine)
     run_out(engine)
     request = make_request("b", list(range(8)), max_tokens=1)
-    assert items(step(engine, Arrived(request=request, mode=Mode.FULL))) == [("b", 4, 8)]
+    assert items(step(engine, Submit(request=request, mode=Mode.FULL))) == [("b", 4, 8)]
 
 
 def test_prompts_with_another_salt_share_nothing() -> None:
@@ -151,7 +152,7 @@ def test_prompts_with_another_salt_share_nothing() -> None:
     engine.world.submit(make_request("a", list(range(9))), engine)
     run_out(engine)
     request = make_request("b", list(range(9)), cache_salt="mine")
-    plan = step(engine, Arrived(request=request, mode=Mode.FULL))
+    plan = step(engine, Submit(request=request, mode=Mode.FULL))
     assert items(plan)[0][1] == 0
 
 
@@ -224,7 +225,7 @@ def test_an_answer_ends_with_length_at_the_context_even_when_more_was_asked() ->
 )
 def test_what_a_role_cannot_do_is_refused_by_name(request_: object, mode: Mode, role: str) -> None:
     engine = World().start("e", role, small_config())
-    (ended,) = step(engine, Arrived(request=request_, mode=mode)).ended
+    (ended,) = step(engine, Submit(request=request_, mode=mode)).ended
     assert (ended.outcome, ended.error_code) == (Outcome.FAILED, "invalid_request")
     assert not engine.scheduler.has_work()
 
@@ -260,7 +261,7 @@ def test_each_way_an_answer_ends_is_told_with_its_last_token(
     engine = unified()
     request = make_request("a", [1, 2, 3])
     request = type(request)(request_id="a", prompt_token_ids=(1, 2, 3), sampling=sampling)
-    plan = engine.scheduler.step(0.0, [Arrived(request=request, mode=Mode.FULL)])
+    plan = engine.scheduler.step(0.0, [Submit(request=request, mode=Mode.FULL)])
     told = []
     for token_id in tokens:
         plan = engine.scheduler.step(0.0, [sampled(plan, token_id)])
@@ -272,7 +273,7 @@ def test_each_way_an_answer_ends_is_told_with_its_last_token(
 
 def test_stop_tokens_are_impossible_before_min_tokens() -> None:
     engine = unified()
-    plan = step(engine, Arrived(request=make_request("a", [1, 2], min_tokens=2, stop_token_ids=(3,)), mode=Mode.FULL))
+    plan = step(engine, Submit(request=make_request("a", [1, 2], min_tokens=2, stop_token_ids=(3,)), mode=Mode.FULL))
     suppressed = []
     for _ in range(3):
         assert plan.batch is not None
@@ -295,7 +296,7 @@ def test_a_stream_continued_from_the_middle_gives_the_same_tokens() -> None:
 def test_an_abort_during_a_step_keeps_the_pages_until_the_step_is_over() -> None:
     engine = unified()
     step(engine, arrived("a"))
-    engine.events.append(AbortRequested(request_id="a"))
+    engine.events.append(Abort(request_id="a"))
     plan = engine.step()
     assert [ended.outcome for ended in plan.ended] == [Outcome.ABORTED]
     assert engine.scheduler.load().pages.owned == 2
@@ -306,7 +307,7 @@ def test_an_abort_during_a_step_keeps_the_pages_until_the_step_is_over() -> None
 
 def test_an_abort_of_a_request_that_waits_or_is_unknown_is_harmless() -> None:
     engine = unified(max_running_requests=1)
-    plan = step(engine, arrived("a"), arrived("b"), AbortRequested(request_id="b"), AbortRequested(request_id="ghost"))
+    plan = step(engine, arrived("a"), arrived("b"), Abort(request_id="b"), Abort(request_id="ghost"))
     assert [(ended.request_id, ended.outcome) for ended in plan.ended] == [("b", Outcome.ABORTED)]
     assert engine.scheduler.load().num_waiting == 0
 
@@ -346,7 +347,7 @@ def test_flush_frees_what_no_request_uses_and_says_how_much() -> None:
     engine = unified()
     engine.world.submit(make_request("a", list(range(9)), max_tokens=1), engine)
     run_out(engine)
-    plan = step(engine, FlushRequested(call_id="c"))
+    plan = step(engine, FlushCache(call_id="c"))
     assert [(flush.call_id, flush.num_pages) for flush in plan.flushes] == [("c", 2)]
     assert len(plan.cached_removed) == 2
 

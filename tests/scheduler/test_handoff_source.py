@@ -10,25 +10,14 @@ from handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages, pool
 from scheduler_sim import PAGE_BYTES, make_request
 
 from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome
-from kvist.scheduler.events import (
-    AbortRequested,
-    AckArrived,
-    Arrived,
-    Event,
-    GrantArrived,
-    PeerDied,
-    RevokeArrived,
-    StepFailed,
-    WritesCompleted,
-    WritesFailed,
-)
+from kvist.scheduler.events import Event, PeerDied, StepFailed, WritesCompleted, WritesFailed
 from kvist.scheduler.plan import StopWrites, WritePages
-from kvist.wire import Closed, Done, Grant
+from kvist.wire import Abort, Ack, Closed, Done, Grant, Revoke, Submit
 
 
-def prefill_arrived(request_id: str = "r", handoff_id: HandoffId = H, prompt: Sequence[int] = PROMPT) -> Arrived:
+def prefill_arrived(request_id: str = "r", handoff_id: HandoffId = H, prompt: Sequence[int] = PROMPT) -> Submit:
     request = make_request(request_id, list(prompt), ignore_eos=True)
-    return Arrived(request=request, mode=Mode.PREFILL, handoff_id=handoff_id)
+    return Submit(request=request, mode=Mode.PREFILL, handoff_id=handoff_id)
 
 
 def grant(first_page: int = 0, *, page_ids: Sequence[int] | None = None, handoff_id: HandoffId = H) -> Grant:
@@ -47,14 +36,14 @@ def written(num_pages: int) -> WritesCompleted:
     return WritesCompleted(handoff_id=H, num_pages=num_pages, checksum=f"sum{num_pages}")
 
 
-def revoke() -> RevokeArrived:
-    return RevokeArrived(handoff_id=H, target_epoch=D, reason="why not")
+def revoke() -> Revoke:
+    return Revoke(handoff_id=H, target_epoch=D, reason="why not")
 
 
 def computed(role: str = "prefill", **config: object) -> Bench:
     """The prompt is read and all its pages are asked to be written."""
     bench = Bench(role, **{"chunked_prefill_size": 10, **config})
-    bench.step(prefill_arrived(), GrantArrived(grant=grant()))
+    bench.step(prefill_arrived(), grant())
     bench.finish()
     return bench
 
@@ -67,7 +56,7 @@ def done_sent(**config: object) -> Bench:
 
 def test_pages_are_written_as_chunks_finish_and_the_partial_page_last() -> None:
     bench = Bench("prefill", chunked_prefill_size=5)
-    bench.step(prefill_arrived(), GrantArrived(grant=grant()))
+    bench.step(prefill_arrived(), grant())
     first = bench.finish()
     second = bench.finish()
     (job,) = first.transfers
@@ -100,7 +89,7 @@ def test_done_carries_the_first_token_and_the_checksum_once_every_page_is_writte
 def test_done_says_that_the_first_token_was_the_last() -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
     request = make_request("r", PROMPT, max_tokens=1)
-    bench.step(Arrived(request=request, mode=Mode.PREFILL, handoff_id=H), GrantArrived(grant=grant()))
+    bench.step(Submit(request=request, mode=Mode.PREFILL, handoff_id=H), grant())
     bench.finish()
     (done,) = messages(bench.step(written(3)))
     assert isinstance(done, Done)
@@ -110,7 +99,7 @@ def test_done_says_that_the_first_token_was_the_last() -> None:
 @pytest.mark.parametrize("when", ["before", "during", "after"])
 def test_a_grant_may_come_before_during_or_after_the_computing(when: str) -> None:
     bench = Bench("prefill", chunked_prefill_size=5)
-    came = GrantArrived(grant=grant())
+    came = grant()
     plans = [
         bench.step(*([came] if when == "before" else []), prefill_arrived()),
         bench.finish(*([came] if when == "during" else [])),
@@ -124,7 +113,7 @@ def test_a_grant_may_come_before_during_or_after_the_computing(when: str) -> Non
 
 def test_pages_that_decode_has_are_not_written() -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
-    bench.step(prefill_arrived(), GrantArrived(grant=grant(first_page=2)))
+    bench.step(prefill_arrived(), grant(first_page=2))
     (job,) = bench.finish().transfers
     assert isinstance(job, WritePages)
     assert job.peer_page_ids == (9,)
@@ -132,7 +121,7 @@ def test_pages_that_decode_has_are_not_written() -> None:
 
 def test_a_grant_of_no_pages_is_done_without_a_write() -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
-    bench.step(prefill_arrived(prompt=range(8)), GrantArrived(grant=grant(first_page=2, page_ids=())))
+    bench.step(prefill_arrived(prompt=range(8)), grant(first_page=2, page_ids=()))
     plan = bench.finish()
     assert not plan.transfers
     (done,) = messages(plan)
@@ -142,9 +131,9 @@ def test_a_grant_of_no_pages_is_done_without_a_write() -> None:
 
 def test_pages_that_prefill_had_cached_are_written_before_the_rest_is_computed() -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
-    bench.step(Arrived(request=make_request("old", PROMPT, max_tokens=1), mode=Mode.FULL))
+    bench.step(Submit(request=make_request("old", PROMPT, max_tokens=1), mode=Mode.FULL))
     bench.finish()
-    plan = bench.step(prefill_arrived(), GrantArrived(grant=grant()))
+    plan = bench.step(prefill_arrived(), grant())
     (job,) = plan.transfers
     assert isinstance(job, WritePages)
     assert job.peer_page_ids == (7, 8)
@@ -155,7 +144,7 @@ def test_pages_that_prefill_had_cached_are_written_before_the_rest_is_computed()
 def test_the_ack_ends_the_request_and_frees_its_pages() -> None:
     bench = done_sent()
     assert bench.busy_pages == 3
-    plan = bench.step(AckArrived(handoff_id=H, target_epoch=D))
+    plan = bench.step(Ack(handoff_id=H, target_epoch=D))
     assert ends(plan) == [(Outcome.FINISHED, None)]
     assert bench.busy_pages == 0
     assert plan.watched_epochs == frozenset()
@@ -165,7 +154,7 @@ def test_the_ack_ends_the_request_and_frees_its_pages() -> None:
 
 def test_an_ack_from_another_life_is_ignored() -> None:
     bench = done_sent()
-    assert not bench.step(AckArrived(handoff_id=H, target_epoch=EpochId("D#0"))).ended
+    assert not bench.step(Ack(handoff_id=H, target_epoch=EpochId("D#0"))).ended
 
 
 def test_done_is_repeated_until_the_answer_comes() -> None:
@@ -178,10 +167,10 @@ def test_done_is_repeated_until_the_answer_comes() -> None:
 
 def test_an_abort_after_done_keeps_the_pages_until_decode_answers() -> None:
     bench = done_sent()
-    assert ends(bench.step(AbortRequested(request_id="r"))) == [(Outcome.ABORTED, None)]
+    assert ends(bench.step(Abort(request_id="r"))) == [(Outcome.ABORTED, None)]
     assert bench.busy_pages == 3
     assert bench.scheduler.has_work()
-    assert not bench.step(AckArrived(handoff_id=H, target_epoch=D)).ended
+    assert not bench.step(Ack(handoff_id=H, target_epoch=D)).ended
     assert bench.busy_pages == 0
     assert not bench.scheduler.has_work()
 
@@ -189,7 +178,7 @@ def test_an_abort_after_done_keeps_the_pages_until_decode_answers() -> None:
 @pytest.mark.parametrize("what", ["abort", "revoke", "death"])
 def test_pages_under_copy_are_kept_until_the_transport_has_stopped(what: str) -> None:
     bench = computed()
-    event: Event = {"abort": AbortRequested(request_id="r"), "revoke": revoke(), "death": PeerDied(epoch=D)}[what]
+    event: Event = {"abort": Abort(request_id="r"), "revoke": revoke(), "death": PeerDied(epoch=D)}[what]
     plan = bench.step(event)
     assert len(plan.ended) == 1
     assert plan.transfers == (StopWrites(handoff_id=H),)
@@ -210,7 +199,7 @@ def test_a_report_of_the_step_that_stops_the_writes_is_not_the_answer_to_the_sto
 
 def test_a_revoke_with_nothing_under_copy_is_closed_at_once() -> None:
     bench = Bench("prefill", chunked_prefill_size=3)
-    bench.step(prefill_arrived(), GrantArrived(grant=grant()))
+    bench.step(prefill_arrived(), grant())
     plan = bench.step(revoke())
     (closed,) = messages(plan)
     assert isinstance(closed, Closed)
@@ -229,7 +218,7 @@ def test_a_repeated_revoke_is_answered_each_time() -> None:
 
 def test_a_revoke_that_overtakes_the_request_closes_it_before_it_begins() -> None:
     bench = Bench("prefill")
-    bench.step(GrantArrived(grant=grant()))
+    bench.step(grant())
     assert isinstance(messages(bench.step(revoke()))[0], Closed)
     plan = bench.step(prefill_arrived())
     assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
@@ -238,21 +227,21 @@ def test_a_revoke_that_overtakes_the_request_closes_it_before_it_begins() -> Non
 
 def test_a_revoked_early_grant_takes_no_room_among_those_that_wait() -> None:
     bench = Bench("prefill", max_remembered_handoffs=1)
-    bench.step(GrantArrived(grant=grant()), revoke())
-    assert not messages(bench.step(GrantArrived(grant=grant(handoff_id=HandoffId("next")))))
+    bench.step(grant(), revoke())
+    assert not messages(bench.step(grant(handoff_id=HandoffId("next"))))
 
 
 def test_a_grant_after_the_end_is_answered_with_closed() -> None:
     bench = Bench("prefill")
-    bench.step(prefill_arrived(), AbortRequested(request_id="r"))
-    (closed,) = messages(bench.step(GrantArrived(grant=grant())))
+    bench.step(prefill_arrived(), Abort(request_id="r"))
+    (closed,) = messages(bench.step(grant()))
     assert isinstance(closed, Closed)
 
 
 def test_a_grant_for_another_life_is_answered_by_this_one() -> None:
     bench = Bench("prefill")
     stale = msgspec.structs.replace(grant(), source_epoch=EpochId("P#0"))
-    (closed,) = messages(bench.step(prefill_arrived(), GrantArrived(grant=stale)))
+    (closed,) = messages(bench.step(prefill_arrived(), stale))
     assert isinstance(closed, Closed)
     assert (closed.source_epoch, closed.error_code) == (P, "worker_lost")
     assert bench.scheduler.has_work()
@@ -260,7 +249,7 @@ def test_a_grant_for_another_life_is_answered_by_this_one() -> None:
 
 def test_an_early_grant_whose_request_never_comes_is_refused_in_time() -> None:
     bench = Bench("prefill", grant_timeout_s=5.0)
-    assert bench.step(GrantArrived(grant=grant())).wake_at_s == 5.0
+    assert bench.step(grant()).wake_at_s == 5.0
     bench.now_s = 5.0
     (closed,) = messages(bench.step())
     assert isinstance(closed, Closed)
@@ -269,7 +258,7 @@ def test_an_early_grant_whose_request_never_comes_is_refused_in_time() -> None:
 
 def test_early_grants_are_bounded_and_the_oldest_is_told() -> None:
     bench = Bench("prefill", max_remembered_handoffs=2)
-    plan = bench.step(*(GrantArrived(grant=grant(handoff_id=HandoffId(name))) for name in "xyz"))
+    plan = bench.step(*(grant(handoff_id=HandoffId(name)) for name in "xyz"))
     (closed,) = messages(plan)
     assert isinstance(closed, Closed)
     assert (closed.handoff_id, closed.error_code) == ("x", "overloaded")
@@ -277,7 +266,7 @@ def test_early_grants_are_bounded_and_the_oldest_is_told() -> None:
 
 def test_a_refused_request_closes_its_early_grant_with_the_same_code() -> None:
     bench = Bench("prefill", num_pages=2)
-    bench.step(GrantArrived(grant=grant()))
+    bench.step(grant())
     plan = bench.step(prefill_arrived())
     assert ends(plan) == [(Outcome.FAILED, "context_length_exceeded")]
     (closed,) = messages(plan)
@@ -298,7 +287,7 @@ def test_a_refused_request_closes_its_early_grant_with_the_same_code() -> None:
 )
 def test_a_grant_that_does_not_fit_is_refused_before_a_byte_is_written(bad: Grant) -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
-    plan = bench.step(prefill_arrived(), GrantArrived(grant=bad))
+    plan = bench.step(prefill_arrived(), bad)
     assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
     assert isinstance(messages(plan)[0], Closed)
     assert not plan.transfers
@@ -316,7 +305,7 @@ def test_failed_writes_close_the_handoff() -> None:
 
 def test_a_failed_step_closes_the_handoff_and_caches_nothing() -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
-    plan = bench.step(prefill_arrived(), GrantArrived(grant=grant()))
+    plan = bench.step(prefill_arrived(), grant())
     assert plan.batch is not None
     plan = bench.step(StepFailed(step_id=plan.batch.step_id, message="fire"))
     assert ends(plan) == [(Outcome.FAILED, "engine_error")]
@@ -348,14 +337,14 @@ def test_a_prompt_without_a_grant_gives_way_to_one_with_and_tells_its_first_toke
     bench = Bench("prefill", num_pages=4, chunked_prefill_size=10, max_model_len=16)
     bench.step(prefill_arrived("eager", HandoffId("e")))
     assert len(bench.finish().chunks) == 1
-    plan = bench.step(prefill_arrived("granted", H, range(20, 30)), GrantArrived(grant=grant()))
+    plan = bench.step(prefill_arrived("granted", H, range(20, 30)), grant())
     assert plan.batch is not None
     assert [item.request_id for item in plan.batch.items] == ["granted"]
     bench.finish()
     bench.step(written(3))
-    bench.step(AckArrived(handoff_id=H, target_epoch=D))
+    bench.step(Ack(handoff_id=H, target_epoch=D))
     assert bench.plan.batch is None  # it waits for its own Grant now
-    plan = bench.step(GrantArrived(grant=grant(handoff_id=HandoffId("e"))))
+    plan = bench.step(grant(handoff_id=HandoffId("e")))
     assert plan.batch is not None
     assert plan.batch.items[0].sampling is None
     plan = bench.finish()
@@ -369,7 +358,7 @@ def test_a_running_stream_takes_the_pages_of_a_prompt_without_a_grant_rather_tha
     bench.step(prefill_arrived())
     bench.finish()
     stream = make_request("s", [20, 21, 22, 23, 24, 25, 26], max_tokens=6, ignore_eos=True)
-    bench.step(Arrived(request=stream, mode=Mode.FULL))
+    bench.step(Submit(request=stream, mode=Mode.FULL))
     positions = [chunk.position for _ in range(6) for chunk in bench.finish().chunks]
     assert positions == [0, 1, 2, 3, 4, 5]
     assert bench.scheduler.load().totals["preemptions"] == 1
@@ -379,7 +368,7 @@ def test_a_running_stream_takes_the_pages_of_a_prompt_without_a_grant_rather_tha
 def test_a_granted_prompt_that_gets_no_room_times_out_and_tells_decode() -> None:
     bench = Bench("unified", num_pages=4, max_model_len=16, queue_timeout_s=5.0)
     stream = make_request("s", [20, 21, 22, 23, 24, 25, 26], max_tokens=9, ignore_eos=True)
-    bench.step(Arrived(request=stream, mode=Mode.FULL), prefill_arrived(), GrantArrived(grant=grant()))
+    bench.step(Submit(request=stream, mode=Mode.FULL), prefill_arrived(), grant())
     bench.now_s = 5.0
     plan = bench.finish()
     assert ends(plan) == [(Outcome.FAILED, "timeout")]
@@ -389,7 +378,7 @@ def test_a_granted_prompt_that_gets_no_room_times_out_and_tells_decode() -> None
 def test_a_prefill_of_a_resumed_stream_hands_over_prompt_and_answer_so_far() -> None:
     bench = Bench("prefill", chunked_prefill_size=20)
     request = make_request("r", PROMPT[:8], outputs=(3, 4), max_tokens=9)
-    bench.step(Arrived(request=request, mode=Mode.PREFILL, handoff_id=H), GrantArrived(grant=grant()))
+    bench.step(Submit(request=request, mode=Mode.PREFILL, handoff_id=H), grant())
     plan = bench.finish()
     assert plan.chunks[0].position == 2
     assert [page for job in plan.transfers for page in job.peer_page_ids] == [7, 8, 9]

@@ -8,20 +8,13 @@ from handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages
 from scheduler_sim import PAGE_BYTES, World, make_request, small_config
 
 from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome
-from kvist.scheduler.events import (
-    AbortRequested,
-    Arrived,
-    ClosedArrived,
-    DoneArrived,
-    PagesVerified,
-    PeerDied,
-)
+from kvist.scheduler.events import PagesVerified, PeerDied
 from kvist.scheduler.plan import VerifyPages
-from kvist.wire import Ack, Closed, Done, Grant, PrefillPeer, Revoke
+from kvist.wire import Abort, Ack, Closed, Done, Grant, PrefillPeer, Revoke, Submit
 
 
-def decode_arrived(request_id: str = "r", handoff_id: HandoffId = H, **fields: object) -> Arrived:
-    return Arrived(
+def decode_arrived(request_id: str = "r", handoff_id: HandoffId = H, **fields: object) -> Submit:
+    return Submit(
         request=make_request(request_id, PROMPT, ignore_eos=True, **fields),
         mode=Mode.DECODE,
         handoff_id=handoff_id,
@@ -29,15 +22,13 @@ def decode_arrived(request_id: str = "r", handoff_id: HandoffId = H, **fields: o
     )
 
 
-def done(**fields: object) -> DoneArrived:
+def done(**fields: object) -> Done:
     message = Done(handoff_id=H, target_epoch=D, source_epoch=P, num_pages=3, checksum="sum", first_token=FIRST)
-    return DoneArrived(done=msgspec.structs.replace(message, **fields))
+    return msgspec.structs.replace(message, **fields)
 
 
-def closed(source_epoch: EpochId = P, code: str | None = "overloaded") -> ClosedArrived:
-    return ClosedArrived(
-        closed=Closed(handoff_id=H, target_epoch=D, source_epoch=source_epoch, error_code=code, message="no")
-    )
+def closed(source_epoch: EpochId = P, code: str | None = "overloaded") -> Closed:
+    return Closed(handoff_id=H, target_epoch=D, source_epoch=source_epoch, error_code=code, message="no")
 
 
 VERIFIED = PagesVerified(handoff_id=H, checksum="sum")
@@ -70,7 +61,7 @@ def test_decode_grants_pages_for_what_it_does_not_have() -> None:
 def test_a_second_turn_grants_only_the_pages_that_are_new() -> None:
     bench = verifying()
     bench.step(VERIFIED)
-    bench.step(AbortRequested(request_id="r"))
+    bench.step(Abort(request_id="r"))
     bench.finish()
     plan = bench.step(decode_arrived("again", HandoffId("h2")))
     (message,) = messages(plan)
@@ -148,7 +139,7 @@ def test_closed_fails_the_request_with_prefills_reason_and_frees_the_pages() -> 
 
 def test_an_abort_after_the_grant_keeps_the_pages_in_flight_until_prefill_says_closed() -> None:
     bench = granted()
-    plan = bench.step(AbortRequested(request_id="r"))
+    plan = bench.step(Abort(request_id="r"))
     assert ends(plan) == [(Outcome.ABORTED, None)]
     assert isinstance(messages(plan)[0], Revoke)
     assert bench.scheduler.load().pages.in_flight == 3
@@ -162,7 +153,7 @@ def test_an_abort_after_the_grant_keeps_the_pages_in_flight_until_prefill_says_c
 
 def test_done_after_revoke_frees_the_pages_too_for_nothing_is_written_after_it() -> None:
     bench = granted()
-    bench.step(AbortRequested(request_id="r"))
+    bench.step(Abort(request_id="r"))
     plan = bench.step(done())
     assert bench.scheduler.load().pages.free == 12
     assert not plan.ended
@@ -218,7 +209,7 @@ def test_a_done_for_an_unknown_handoff_is_revoked_so_that_prefill_can_let_go() -
 
 def test_an_abort_while_verifying_lets_both_sides_go() -> None:
     bench = verifying()
-    plan = bench.step(AbortRequested(request_id="r"))
+    plan = bench.step(Abort(request_id="r"))
     assert ends(plan) == [(Outcome.ABORTED, None)]
     assert isinstance(messages(plan)[0], Revoke)
     assert bench.scheduler.load().pages.free == 12

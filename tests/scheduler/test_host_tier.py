@@ -12,8 +12,8 @@ from kvist.kv.cache import MAX_BACKUPS, MAX_PAGES_BACKED_UP, WRITE_POLICIES, Pag
 from kvist.kv.host_tier import HostTier
 from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp
 from kvist.request import EngineRequest, Outcome
-from kvist.scheduler.events import FlushRequested
 from kvist.scheduler.plan import Flush
+from kvist.wire import FlushCache
 
 PROMPT = [1] * 13  # 3 full pages of 4 tokens
 
@@ -246,7 +246,7 @@ def test_one_tier_can_be_flushed_alone() -> None:
     for tier, cached, tokens_from_host in (("device", 12, 12), ("host", 12, 0)):
         world.submit(make_request(f"before {tier}", PROMPT, max_tokens=1), engine)
         world.settle()
-        engine.events.append(FlushRequested(call_id=tier, tier=tier))  # type: ignore[arg-type]
+        engine.events.append(FlushCache(call_id=tier, tier=tier))  # type: ignore[arg-type]
         flushes = [*engine.step().flushes, *engine.step().flushes]
         assert flushes == [Flush(call_id=tier, num_pages=3)]
         world.submit(make_request(f"after {tier}", PROMPT, max_tokens=1), engine)
@@ -255,7 +255,7 @@ def test_one_tier_can_be_flushed_alone() -> None:
         (_, chunk), *_ = world.chunks[f"after {tier}"]
         assert chunk.num_cached_host_tokens == tokens_from_host
     nothing_below = start(world, name="v", num_host_pages=0)
-    nothing_below.events.append(FlushRequested(call_id="f", tier="host"))
+    nothing_below.events.append(FlushCache(call_id="f", tier="host"))
     assert nothing_below.step().flushes == (Flush(call_id="f", num_pages=0),)
 
 
@@ -282,7 +282,7 @@ def test_a_flush_empties_both_tiers() -> None:
     engine = start(world)
     world.submit(make_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
-    engine.events.append(FlushRequested(call_id="f"))
+    engine.events.append(FlushCache(call_id="f"))
     plan = engine.step()
     assert plan.flushes == ()  # a restart could still bring the host's pages back
     assert len(plan.cached_removed) == 3

@@ -11,16 +11,17 @@ from handoff_bench import Bench, ends
 from scheduler_sim import World, make_request, small_config
 
 from kvist.request import EngineRequest, FinishReason, Mode, Outcome
-from kvist.scheduler.events import AbortRequested, Arrived, SampledTokens, StepFailed, StepFinished
+from kvist.scheduler.events import SampledTokens, StepFailed, StepFinished
 from kvist.scheduler.plan import Batch, Plan
+from kvist.wire import Abort, Submit
 
 
 def overlapped(**config: object) -> Bench:
     return Bench("unified", overlap=True, **config)
 
 
-def arrived(request: EngineRequest) -> Arrived:
-    return Arrived(request=request, mode=Mode.FULL)
+def arrived(request: EngineRequest) -> Submit:
+    return Submit(request=request, mode=Mode.FULL)
 
 
 def finish(bench: Bench, batch: Batch, token_id: int = 5) -> Plan:
@@ -118,7 +119,7 @@ def test_an_aborted_requests_pages_wait_for_both_steps() -> None:
     bench = overlapped()
     first = begin(bench, make_request("a", [1, 2, 3]))
     second = follow(bench)
-    assert ends(bench.step(AbortRequested(request_id=first.items[0].request_id))) == [(Outcome.ABORTED, None)]
+    assert ends(bench.step(Abort(request_id=first.items[0].request_id))) == [(Outcome.ABORTED, None)]
     finish(bench, first)
     assert bench.busy_pages == 1
     finish(bench, second)

@@ -16,7 +16,7 @@ from scheduler_sim import World, make_request, small_config
 from kvist.kv.cache import WRITE_POLICIES
 from kvist.kv.moves import StorageAttached
 from kvist.kv.storage_tier import PREFETCH_POLICIES, PrefetchConfig
-from kvist.scheduler.events import FlushRequested
+from kvist.wire import FlushCache
 
 TOKENS = st.integers(0, 3)  # few different tokens: many shared prefixes
 ONE_OF_FEW = st.builds(lambda token_id, length: [token_id] * length, st.integers(0, 2), st.integers(5, 20))
@@ -177,7 +177,7 @@ class OneEngine(RuleBasedStateMachine):
     @rule(all_tiers=st.sampled_from([False, False, False, True]))
     def cached_pages_go(self, all_tiers: bool) -> None:
         if all_tiers:
-            self.engine.events.append(FlushRequested(call_id="f"))
+            self.engine.events.append(FlushCache(call_id="f"))
         else:
             self.engine.cache._evict(self.engine.cache.counts().evictable)
 

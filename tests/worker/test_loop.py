@@ -27,16 +27,9 @@ from kvist.request import (
     WorkerId,
 )
 from kvist.scheduler.events import (
-    AbortRequested,
-    AckArrived,
-    Arrived,
-    ClosedArrived,
     Event,
-    FlushRequested,
-    GrantArrived,
     PagesVerified,
     PeerDied,
-    RevokeArrived,
     SampledTokens,
     StepFailed,
     StepFinished,
@@ -55,6 +48,7 @@ from kvist.scheduler.plan import (
     WritePages,
 )
 from kvist.transfer import TransferReport
+from kvist.wire import Abort, Ack, Closed, FlushCache, Revoke, Submit
 from kvist.worker import gateways
 from kvist.worker.loop import MAX_FAILED_STEPS_IN_A_ROW, EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
@@ -276,13 +270,13 @@ def test_every_message_reaches_the_scheduler_as_its_event(engine: Engine) -> Non
         (b"tcp://p", closed),
     )
     assert events == [
-        Arrived(request=request.request, mode=Mode.FULL),
-        AbortRequested(request_id=RequestId("r")),
-        FlushRequested(call_id="c"),
-        GrantArrived(grant=grant),
-        AckArrived(handoff_id=handoff, target_epoch=target),
-        RevokeArrived(handoff_id=handoff, target_epoch=target, reason="late"),
-        ClosedArrived(closed=closed),
+        Submit(request=request.request, mode=Mode.FULL),
+        Abort(request_id=RequestId("r")),
+        FlushCache(call_id="c"),
+        grant,
+        Ack(handoff_id=handoff, target_epoch=target),
+        Revoke(handoff_id=handoff, target_epoch=target, reason="late"),
+        closed,
     ]
 
 
@@ -463,7 +457,7 @@ def test_transfer_reports_come_before_the_messages_of_the_same_turn(engine: Engi
     """The scheduler takes the first completion after a stop for its answer, so an older one must not come later."""
     engine.transport.reports = [WritesCompleted(handoff_id=HandoffId("h"), num_pages=1, checksum="c")]
     events = engine.turn((b"d", wire.Revoke(handoff_id=HandoffId("h"), target_epoch=EpochId("d"), reason="x")))
-    assert [type(event) for event in events] == [WritesCompleted, RevokeArrived]
+    assert [type(event) for event in events] == [WritesCompleted, Revoke]
 
 
 def test_a_grant_that_cannot_be_sent_counts_as_refused(engine: Engine) -> None:
@@ -479,15 +473,15 @@ def test_a_grant_that_cannot_be_sent_counts_as_refused(engine: Engine) -> None:
     engine.channel.unreachable.add("tcp://p")
     engine.turn(plan=Plan(messages=(ToSource(endpoint="tcp://p", message=grant),)))
     [event] = engine.turn()
-    assert isinstance(event, ClosedArrived)
-    assert event.closed.error_code == "handoff_failed"
-    assert (event.closed.handoff_id, event.closed.source_epoch) == ("h", "p")
+    assert isinstance(event, Closed)
+    assert event.error_code == "handoff_failed"
+    assert (event.handoff_id, event.source_epoch) == ("h", "p")
 
 
 def test_a_flush_is_answered_to_who_asked(engine: Engine) -> None:
     flushed = Plan(flushes=(Flush(call_id="c", num_pages=3),))
     [event] = engine.turn((G2, wire.FlushCache(call_id="c", tier="device")), plan=flushed)
-    assert event == FlushRequested(call_id="c", tier="device")
+    assert event == FlushCache(call_id="c", tier="device")
     assert engine.sent(wire.Flushed) == engine.sent(wire.Flushed, G2) == [wire.Flushed(call_id="c", num_pages=3)]
 
 
@@ -499,7 +493,7 @@ def test_the_requests_of_a_silent_gateway_are_aborted_once(engine: Engine) -> No
     engine.clock.advance(6)
     engine.turn((G2, HELLO))
     engine.clock.advance(6)
-    assert engine.turn() == [AbortRequested(request_id=RequestId("a"))]
+    assert engine.turn() == [Abort(request_id=RequestId("a"))]
     engine.clock.advance(2)
     assert engine.turn((G2, HELLO)) == []
 
@@ -516,7 +510,7 @@ def test_a_gateway_that_takes_no_message_has_its_requests_aborted(engine: Engine
     engine.turn((G1, submit("a")), (G1, submit("b")))
     engine.channel.unreachable.add(G1)
     engine.turn(plan=Plan(chunks=(chunk("a"),)))
-    assert engine.turn() == [AbortRequested(request_id=RequestId("a")), AbortRequested(request_id=RequestId("b"))]
+    assert engine.turn() == [Abort(request_id=RequestId("a")), Abort(request_id=RequestId("b"))]
     assert engine.turn() == []
 
 

@@ -37,7 +37,6 @@ class RotatingAttend(Protocol):
 
     def rotated(self, layer: int, heads: Tensor, rotary: Rotary) -> Tensor:
         """heads [num_tokens, num_q_heads + 2 * num_kv_heads, head_dim], as the fused projection has them: q, k, v."""
-        ...
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -112,12 +111,10 @@ class GraphPlan(Protocol):
         """Describe the next replay: at most `max_batch` spans, for the smallest number of rows with room for them that
         `attend` was called for. Rows beyond the spans' write nothing and their result is undefined. Asynchronous;
         replays on the same stream that were launched before are not disturbed."""
-        ...
 
     def attend(self, num_rows: int) -> Attend:
         """For the first `num_rows` rows. Call it anew under each capture: what all layers share is recorded too. A
         number must have run once before it is captured."""
-        ...
 
 
 class AttentionBackend(Protocol):
@@ -125,16 +122,12 @@ class AttentionBackend(Protocol):
 
     def bind(self, pool: Tensor) -> None:
         """Work on this pool (or view of its heads) from now on."""
-        ...
 
     def prepare(self, spans: Sequence[Span]) -> Attend:
         """The attention of one step. Spans of one token are cheapest when they come first."""
-        ...
 
     def plan_decode_graph(self, max_batch: int, max_pages: int) -> GraphPlan | None:
         """For batches of decodes with at most `max_pages` pages each. None: this backend cannot be captured."""
-        ...
 
     def plan_mixed_graph(self, max_batch: int, max_pages: int, max_tokens: int) -> GraphPlan | None:
         """The same for batches of decodes and prompt chunks, `max_tokens` new tokens in all."""
-        ...

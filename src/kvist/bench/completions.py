@@ -243,17 +243,8 @@ class Asker:
         except HttpFailure as error:
             failure = error.kind, str(error)
         end_s = self._clock.now_s()
-        row = Row(
-            index=ask.index,
-            client=ask.client,
-            turn=ask.turn,
-            num_input=ask.num_input,
-            num_output=ask.num_output,
-            num_ceiling_tokens=ask.num_ceiling_tokens,
-            sent_s=sent_s - start_s,
-            late_s=0.0 if planned_s is None else sent_s - planned_s,
-            retried=retried,
-        )
+        late_s = 0.0 if planned_s is None else sent_s - planned_s
+        row = replace(_row(ask), sent_s=sent_s - start_s, late_s=late_s, retried=retried)
         if failure is not None:
             return Answer(row=replace(row, failure=failure[0], message=failure[1]))
         return _succeeded(row, reading, sent_s, end_s)
@@ -280,12 +271,15 @@ def _succeeded(row: Row, reading: _Reading, sent_s: float, end_s: float) -> Answ
 
 def not_sent(ask: Ask, why: str) -> Row:
     """A request that was due and could not be made."""
+    return replace(_row(ask), failure="not_sent", message=why)
+
+
+def _row(ask: Ask) -> Row:
     return Row(
         index=ask.index,
         client=ask.client,
         turn=ask.turn,
         num_input=ask.num_input,
         num_output=ask.num_output,
-        failure="not_sent",
-        message=why,
+        num_ceiling_tokens=ask.num_ceiling_tokens,
     )

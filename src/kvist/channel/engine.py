@@ -13,6 +13,7 @@ import contextlib
 import logging
 import socket
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import zmq
 
@@ -69,10 +70,12 @@ class EngineChannel:
             self._gate.answer_waiting()
         received: list[tuple[bytes, Inbound]] = []
         if self._router in ready:
-            self._drain_router(received)
+            for identity, *frames in _waiting_on(self._router):
+                self._decode(identity, frames, self._from_router, received)
         for endpoint, peer in self._peers.items():
             if peer in ready:
-                self._drain_peer(endpoint, peer, received)
+                for frames in _waiting_on(peer):
+                    self._decode(endpoint.encode(), frames, self._from_peer, received)
         return received
 
     def send(self, identity: bytes, message: Outbound) -> bool:
@@ -160,22 +163,6 @@ class EngineChannel:
         self._poller.register(peer, zmq.POLLIN)
         return peer
 
-    def _drain_router(self, received: list[tuple[bytes, Inbound]]) -> None:
-        for _ in range(_MAX_MESSAGES_A_RECV):
-            try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._decode(frames[0], frames[1:], self._from_router, received)
-
-    def _drain_peer(self, endpoint: str, peer: zmq.Socket[bytes], received: list[tuple[bytes, Inbound]]) -> None:
-        for _ in range(_MAX_MESSAGES_A_RECV):
-            try:
-                frames = peer.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._decode(endpoint.encode(), frames, self._from_peer, received)
-
     def _decode(
         self, sender: bytes, frames: list[bytes], decoder: wire.Decoder, received: list[tuple[bytes, Inbound]]
     ) -> None:
@@ -188,3 +175,12 @@ class EngineChannel:
             logger.warning("dropped a message from %r: %s", sender, error)
             return
         received.append((sender, message))  # type: ignore[arg-type]  # the decoder was built for this union
+
+
+def _waiting_on(socket: zmq.Socket[bytes]) -> Iterator[list[bytes]]:
+    """The frames of each message that is there, as far as one `recv` goes."""
+    for _ in range(_MAX_MESSAGES_A_RECV):
+        try:
+            yield socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return

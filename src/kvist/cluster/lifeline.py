@@ -1,14 +1,28 @@
-"""Ends this process when the one that started it is gone: its end of our standard input closes with it."""
+"""How this process is told to end: by signals, or because the one that started it is gone, and its end of our standard
+input closes with it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 LAST_WORDS_S = 15.0  # from SIGTERM until we end whatever is still going on
+
+
+@contextlib.contextmanager
+def signals_to(handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """The body's signals of these numbers are the handler's."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def stop_at_end_of_stdin() -> None:

@@ -6,7 +6,6 @@ A plain function from numbers to command lines; processes.py starts them.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -147,14 +146,6 @@ def visible_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> in
     return len(list(takewhile(lambda name: name not in ("", "-1"), names)))  # CUDA stops at the first that is no GPU
 
 
-def share_threads(num_workers: int, num_cores: int | None = None) -> int:
+def share_threads(num_workers: int, num_cores: int) -> int:
     """Compute threads for each worker: the cores dealt out evenly, at least one."""
-    cores = num_cores if num_cores is not None else available_cores()
-    return max(1, cores // num_workers)
-
-
-def available_cores() -> int:
-    """Cores this process may use; fewer than the machine has, in a container with a CPU set."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return max(1, num_cores // num_workers)

@@ -27,10 +27,8 @@ from typing import IO
 
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import Timeout, Unavailable
+from kvist.worker.child import FORGIVE_AFTER_S, restart_wait_s
 
-FIRST_RESTART_WAIT_S = 0.5
-LONGEST_RESTART_WAIT_S = 30.0
-FORGIVE_AFTER_S = 60.0
 PROBE_INTERVAL_S = 0.25
 STOP_GRACE_S = 10.0
 NUM_LAST_LINES = 60
@@ -60,11 +58,6 @@ Sink = Callable[[str, str], None]  # (child's name, one line of its output)
 def _inherited() -> dict[str, str]:
     """Our environment without settings: what a child must know of them is on its command line or in its plan."""
     return {name: value for name, value in os.environ.items() if not name.startswith("KVIST_")}
-
-
-def restart_wait_s(num_deaths_in_a_row: int) -> float:
-    """0.5, 1, 2, ... 30 s."""
-    return min(LONGEST_RESTART_WAIT_S, FIRST_RESTART_WAIT_S * 2.0 ** (num_deaths_in_a_row - 1))
 
 
 class Child:

@@ -23,7 +23,7 @@ import uvicorn
 
 from kvist.channel import WILDCARD_HOSTS, ChannelConfig, bracketed, is_loopback
 from kvist.checkpoint import Checkpoint, find_checkpoint
-from kvist.cluster.lifeline import stop_at_end_of_stdin
+from kvist.cluster.lifeline import signals_to, stop_at_end_of_stdin
 from kvist.errors import ConfigError
 from kvist.event_loop import run_in_loop
 from kvist.request import WorkerId
@@ -58,7 +58,8 @@ def serve_worker(
 ) -> int:
     """Until SIGINT or SIGTERM: 0. Raises `KvistError` when the engine cannot start, or the port is taken."""
     os.environ["KVIST_LOG_LEVEL"] = log_level  # our engine's, which inherits our environment
-    with _stop_signals() as stop, listen(server) as listener:
+    stop = _StopSignals()
+    with signals_to(stop, (signal.SIGINT, signal.SIGTERM)), listen(server) as listener:
         if stop_with_stdin:
             stop_at_end_of_stdin()
         checkpoint = find_checkpoint(engine.model_path)
@@ -93,7 +94,8 @@ def serve_router(
     stop_with_stdin: bool = False,
 ) -> int:
     """Until SIGINT or SIGTERM: 0. Raises `ConfigError` for a bad URL, a missing tokenizer, a port that is taken."""
-    with _stop_signals() as stop, listen(server) as listener:
+    stop = _StopSignals()
+    with signals_to(stop, (signal.SIGINT, signal.SIGTERM)), listen(server) as listener:
         if stop_with_stdin:
             stop_at_end_of_stdin()
         checkpoint = find_checkpoint(model_path)
@@ -172,14 +174,3 @@ class _StopSignals:
         if self.http is None:
             raise KeyboardInterrupt
         self.http.should_exit = True
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[_StopSignals]:
-    handler = _StopSignals()
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield handler
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
 from types import FrameType
 
-from kvist.cluster.lifeline import stop_at_end_of_stdin
+from kvist.cluster.lifeline import signals_to, stop_at_end_of_stdin
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.probe import StartReport, is_ready
 from kvist.cluster.processes import Processes, Sink
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[None]:
+def stop_signals() -> contextlib.AbstractContextManager[None]:
     """SIGINT, SIGTERM and SIGHUP (the terminal closed) end the body by `KeyboardInterrupt`.
 
     SIGINT too: a script's background process inherits it ignored, and `kill -INT` would do nothing."""
@@ -24,12 +22,7 @@ def stop_signals() -> Iterator[None]:
         raise KeyboardInterrupt
 
     numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return signals_to(interrupt, numbers)
 
 
 def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:

@@ -48,7 +48,6 @@ MIN_PACKED_ROWS = 4
 class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """x [num_rows, in_features] -> [num_rows, out_features], same dtype unless another was asked for."""
-        ...
 
 
 class PlainLinear:

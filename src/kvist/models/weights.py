@@ -24,16 +24,13 @@ class WeightSource(Protocol):
     @property
     def origin(self) -> str:
         """The file or folder, for errors."""
-        ...
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """Every tensor of the checkpoint."""
-        ...
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
         """A part of one tensor, any float dtype; `columns` is WHOLE for vectors. Called from two threads."""
-        ...
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:

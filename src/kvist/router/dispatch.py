@@ -86,9 +86,6 @@ class Dispatcher:
             await asyncio.gather(self._sweeper, return_exceptions=True)
         await self._engines.close()
 
-    def add_worker(self, address: WorkerAddress) -> None:
-        self._engines.add(address)
-
     def ready(self) -> bool:
         """A token can really be produced: a unified worker, or a prefill and a decode worker, are READY."""
         return self._router.can_serve()

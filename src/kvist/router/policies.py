@@ -34,7 +34,6 @@ class WorkerView:
 class Policy(Protocol):
     def choose(self, prompt: Prompt, candidates: Sequence[WorkerView]) -> WorkerId:
         """One of the candidates, of which there is at least one."""
-        ...
 
 
 def num_hit_tokens(prompt: Prompt, worker: WorkerView) -> int:

@@ -42,12 +42,10 @@ class InFlight(Protocol):
 
     def is_done(self) -> bool:
         """Whether `result` would not wait."""
-        ...
 
     def result(self) -> SampledTokens:
         """Waits until the K/V of every token of the batch is in the pages. Raises what the device raised. Once, and in
         the order of the launches."""
-        ...
 
 
 class AnyRunner(Protocol):

@@ -31,11 +31,9 @@ __all__ = ["Scheduler", "SchedulerConfig", "SchedulerLoad", "build_scheduler"]
 class Scheduler(Protocol):
     def step(self, now_s: float, events: Sequence[Event]) -> Plan:
         """What to do now, given what happened since the last call. `now_s` never goes back."""
-        ...
 
     def has_work(self) -> bool:
         """A request is live or a handoff is open."""
-        ...
 
     def load(self) -> SchedulerLoad: ...
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from kvist.request import Mode
-from kvist.scheduler.events import Arrived
 from kvist.scheduler.requests import RequestTable
 from kvist.scheduler.steps import RoleParts, Steps
 from kvist.scheduler.target import TargetHalf
+from kvist.wire import Submit
 
 
 def decode_scheduler(parts: RoleParts) -> Steps:
@@ -15,7 +15,7 @@ def decode_scheduler(parts: RoleParts) -> Steps:
     return Steps(table, target, target.handlers())
 
 
-def _refuse_mode(event: Arrived) -> str | None:
+def _refuse_mode(event: Submit) -> str | None:
     if event.mode is Mode.DECODE:
         return None
     return "this is a decode worker: it does not read prompts; send the request to the router"

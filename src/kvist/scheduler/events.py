@@ -1,4 +1,4 @@
-"""What a scheduler is told. The worker loop makes these from messages, finished steps and finished transfers."""
+"""What a scheduler is told: messages as they came, and what the worker loop says of finished steps and transfers."""
 
 from __future__ import annotations
 
@@ -14,23 +14,8 @@ from kvist.kv.moves import (
     PagesStored,
     StorageAttached,
 )
-from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SampledToken, TokenLogprobs
-from kvist.wire import Closed, Done, FlushTier, Grant, PrefillPeer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrived:
-    request: EngineRequest
-    mode: Mode
-    handoff_id: HandoffId | None = None  # set for PREFILL and DECODE
-    prefill: PrefillPeer | None = None  # set for DECODE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AbortRequested:
-    """The client left or the gateway fell silent. Unknown ids are ignored: the request may have ended already."""
-
-    request_id: RequestId
+from kvist.request import EpochId, HandoffId, SampledToken, TokenLogprobs
+from kvist.wire import Abort, Ack, Closed, Done, FlushCache, Grant, Revoke, Submit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,24 +56,6 @@ class StepFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GrantArrived:
-    grant: Grant
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AckArrived:
-    handoff_id: HandoffId
-    target_epoch: EpochId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RevokeArrived:
-    handoff_id: HandoffId
-    target_epoch: EpochId  # who to answer, even when we do not know the handoff
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class WritesCompleted:
     """Every write asked for so far with this id up to `num_pages` in all is in the peer's pool."""
 
@@ -109,16 +76,6 @@ class WritesFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DoneArrived:
-    done: Done
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClosedArrived:
-    closed: Closed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PagesVerified:
     handoff_id: HandoffId
     checksum: str  # over the granted pages as they now are in our pool
@@ -134,27 +91,21 @@ class PeerDied:
     epoch: EpochId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FlushRequested:
-    call_id: str
-    tier: FlushTier | None = None  # None: the device and the host
-
-
 Event = (
-    Arrived
-    | AbortRequested
+    Submit
+    | Abort
     | StepFinished
     | StepFailed
-    | GrantArrived
-    | AckArrived
-    | RevokeArrived
+    | Grant
+    | Ack
+    | Revoke
     | WritesCompleted
     | WritesFailed
-    | DoneArrived
-    | ClosedArrived
+    | Done
+    | Closed
     | PagesVerified
     | PeerDied
-    | FlushRequested
+    | FlushCache
     | PagesLoaded
     | PagesBackedUp
     | PagesForgotten

@@ -23,12 +23,12 @@ from kvist.kv.storage_tier import Prefetch
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, SampledToken
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.config import SchedulerConfig
-from kvist.scheduler.events import Arrived, SampledTokens
+from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.load import COUNTERS
 from kvist.scheduler.outbox import Outbox
 from kvist.scheduler.timers import TimerKind, Timers
 from kvist.scheduler.waiting import WaitingQueue
-from kvist.wire import Ended, TokenChunk
+from kvist.wire import Ended, Submit, TokenChunk
 
 _OUTCOME_COUNTERS = {
     Outcome.FINISHED: "requests_finished",
@@ -50,23 +50,18 @@ class HandoffHalf(Protocol):
 
     def arrived(self, request: ActiveRequest) -> None:
         """It was accepted; it may be ended in this call."""
-        ...
 
     def refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
         """It was ended before it was accepted."""
-        ...
 
     def pages_taken(self, request: ActiveRequest) -> None:
         """Its lease now covers all its tokens (PREFILL: some are cached already; DECODE: the pages to grant)."""
-        ...
 
     def computed(self, request: ActiveRequest) -> None:
         """PREFILL: more of its K/V is in its pages, perhaps all."""
-        ...
 
     def ended(self, request: ActiveRequest, message: str) -> None:
         """It is over for a reason outside the handoff: break the handoff off."""
-        ...
 
 
 class RequestTable:
@@ -77,7 +72,7 @@ class RequestTable:
         config: SchedulerConfig,
         cache: PageCache,
         *,
-        refuse_mode: Callable[[Arrived], str | None],
+        refuse_mode: Callable[[Submit], str | None],
     ) -> None:
         self.config = config
         self.cache = cache
@@ -104,7 +99,7 @@ class RequestTable:
 
     # ---------------------------------------------------------------- arrival
 
-    def arrive(self, event: Arrived) -> None:
+    def arrive(self, event: Submit) -> None:
         """Queue it, or refuse it with `Ended`. A second Submit of a live request is ignored: one end answers both."""
         if event.request.request_id in self.live:
             return
@@ -124,7 +119,7 @@ class RequestTable:
         if request.handoff_id is not None:
             self.half.arrived(request)
 
-    def _refusal(self, event: Arrived) -> tuple[str, str] | None:
+    def _refusal(self, event: Submit) -> tuple[str, str] | None:
         request = event.request
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         wrong_mode = self._refuse_mode(event)
@@ -147,7 +142,7 @@ class RequestTable:
             return "overloaded", f"{self.num_waiting} requests wait already, the most this worker queues"
         return None
 
-    def _accept(self, event: Arrived) -> ActiveRequest:
+    def _accept(self, event: Submit) -> ActiveRequest:
         request: EngineRequest = event.request
         sampling = request.sampling
         eos = () if sampling.ignore_eos else self.config.eos_token_ids

@@ -17,21 +17,13 @@ from typing import Any
 
 from kvist.request import EpochId, HandoffId, Outcome
 from kvist.scheduler.active import ActiveRequest, RequestState
-from kvist.scheduler.events import (
-    AckArrived,
-    Event,
-    GrantArrived,
-    PeerDied,
-    RevokeArrived,
-    WritesCompleted,
-    WritesFailed,
-)
+from kvist.scheduler.events import Event, PeerDied, WritesCompleted, WritesFailed
 from kvist.scheduler.handoff import SOURCE_TRANSITIONS, SourceState, SourceTrigger
 from kvist.scheduler.memory import ShortMemory
 from kvist.scheduler.plan import StopWrites, WritePages
 from kvist.scheduler.requests import RequestTable
 from kvist.scheduler.timers import TimerKind
-from kvist.wire import Closed, Done, Grant, PoolAddress
+from kvist.wire import Ack, Closed, Done, Grant, PoolAddress, Revoke
 
 _Refusal = tuple[str | None, str]  # error code, message
 
@@ -72,9 +64,9 @@ class SourceHalf:
     def handlers(self) -> Mapping[type[Event], Callable[[Any], None]]:
         """What `Steps` calls for each event of this side."""
         return {
-            GrantArrived: self.on_grant,
-            AckArrived: self.on_ack,
-            RevokeArrived: self.on_revoke,
+            Grant: self.on_grant,
+            Ack: self.on_ack,
+            Revoke: self.on_revoke,
             WritesCompleted: self.on_writes_completed,
             WritesFailed: self.on_writes_failed,
             PeerDied: self.on_peer_died,
@@ -130,8 +122,7 @@ class SourceHalf:
 
     # ---------------------------------------------------------------- from decode
 
-    def on_grant(self, event: GrantArrived) -> None:
-        grant = event.grant
+    def on_grant(self, grant: Grant) -> None:
         closed = self._closed.get(grant.handoff_id)
         handoff = self._open.get(grant.handoff_id)
         if grant.source_epoch != self._epoch:
@@ -143,12 +134,12 @@ class SourceHalf:
         elif grant.handoff_id not in self._early_grants:
             self._keep_early(grant)
 
-    def on_ack(self, event: AckArrived) -> None:
+    def on_ack(self, event: Ack) -> None:
         handoff = self._open.get(event.handoff_id)
         if handoff is not None and handoff.grant is not None and handoff.grant.target_epoch == event.target_epoch:
             self._fire(handoff, SourceTrigger.ACK, (None, ""))
 
-    def on_revoke(self, event: RevokeArrived) -> None:
+    def on_revoke(self, event: Revoke) -> None:
         handoff = self._open.get(event.handoff_id)
         refusal: _Refusal = ("handoff_failed", f"revoked by decode: {event.reason}")
         if handoff is None:

@@ -19,12 +19,12 @@ from kvist.kv.moves import (
 from kvist.request import EpochId, HandoffId
 from kvist.scheduler.batching import Batcher
 from kvist.scheduler.config import SchedulerConfig
-from kvist.scheduler.events import AbortRequested, Arrived, Event, FlushRequested, StepFailed, StepFinished
+from kvist.scheduler.events import Event, StepFailed, StepFinished
 from kvist.scheduler.load import SchedulerLoad
 from kvist.scheduler.plan import Flush, Plan
 from kvist.scheduler.requests import HandoffHalf, RequestTable
 from kvist.scheduler.timers import TimerKind
-from kvist.wire import PoolAddress
+from kvist.wire import Abort, FlushCache, PoolAddress, Submit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +61,11 @@ class Steps:
         self._batcher = Batcher(table)
         self._flushing: dict[int, Flush] = {}  # by the job that must be reported before the answer is true
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
-            Arrived: table.arrive,
-            AbortRequested: lambda event: table.abort(event.request_id),
+            Submit: table.arrive,
+            Abort: lambda event: table.abort(event.request_id),
             StepFinished: self._batcher.finished,
             StepFailed: self._batcher.failed,
-            FlushRequested: self._flush,
+            FlushCache: self._flush,
             PagesLoaded: self._batcher.loaded,
             PagesBackedUp: table.cache.backed_up,
             PagesForgotten: lambda event: table.out.flushes.append(self._flushing.pop(event.job_id)),
@@ -112,7 +112,7 @@ class Steps:
             totals={**table.totals, **table.cache.totals()},
         )
 
-    def _flush(self, event: FlushRequested) -> None:
+    def _flush(self, event: FlushCache) -> None:
         num_pages, job_id = self._table.cache.flush(event.tier)
         flush = Flush(call_id=event.call_id, num_pages=num_pages)
         if job_id is None:

@@ -13,13 +13,13 @@ from typing import Any
 
 from kvist.request import EpochId, HandoffId, Outcome
 from kvist.scheduler.active import ActiveRequest, RequestState
-from kvist.scheduler.events import ClosedArrived, DoneArrived, Event, PagesVerified, PeerDied
+from kvist.scheduler.events import Event, PagesVerified, PeerDied
 from kvist.scheduler.handoff import TARGET_TRANSITIONS, TargetState, TargetTrigger
 from kvist.scheduler.memory import ShortMemory
 from kvist.scheduler.plan import VerifyPages
 from kvist.scheduler.requests import RequestTable
 from kvist.scheduler.timers import TimerKind
-from kvist.wire import Ack, Done, Grant, HandoffReport, PoolAddress, PrefillPeer, Revoke
+from kvist.wire import Ack, Closed, Done, Grant, HandoffReport, PoolAddress, PrefillPeer, Revoke
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -59,8 +59,8 @@ class TargetHalf:
     def handlers(self) -> Mapping[type[Event], Callable[[Any], None]]:
         """What `Steps` calls for each event of this side."""
         return {
-            DoneArrived: self.on_done,
-            ClosedArrived: self.on_closed,
+            Done: self.on_done,
+            Closed: self.on_closed,
             PagesVerified: self.on_verified,
             PeerDied: self.on_peer_died,
         }
@@ -133,8 +133,7 @@ class TargetHalf:
 
     # ---------------------------------------------------------------- from prefill
 
-    def on_done(self, event: DoneArrived) -> None:
-        done = event.done
+    def on_done(self, done: Done) -> None:
         handoff = self._open.get(done.handoff_id)
         if done.target_epoch != self._epoch:
             return
@@ -145,8 +144,7 @@ class TargetHalf:
                 handoff.done, handoff.done_s = done, self._table.now_s
             self._fire(handoff, TargetTrigger.DONE, handoff.reason)
 
-    def on_closed(self, event: ClosedArrived) -> None:
-        closed = event.closed
+    def on_closed(self, closed: Closed) -> None:
         handoff = self._open.get(closed.handoff_id)
         if handoff is None or closed.target_epoch != self._epoch:
             return

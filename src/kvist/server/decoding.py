@@ -1,19 +1,20 @@
 """HTTP body → typed struct. Every way it can be wrong is a 400 that names the field, in OpenAI's vocabulary.
 
 Nothing is ignored: a field we do not know is refused with the nearest one we do; a field of the API that we cannot
-honour (`UNSUPPORTED`) is refused unless it has a value that asks for nothing.
+honour (typed `object`) is refused unless it has a value that asks for nothing.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from functools import cache
 from typing import Generic, TypeVar
 
 import msgspec
 
 from kvist.errors import RequestError, UnsupportedField
+from kvist.server.schemas import NEUTRAL
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -23,12 +24,11 @@ _PATH = re.compile(r" - at `(?P<path>.*)`$", re.DOTALL)
 
 
 class BodyDecoder(Generic[T]):
-    """For one endpoint. `neutral` maps each field we cannot honour to the values that ask for nothing."""
+    """For one endpoint."""
 
-    def __init__(self, struct: type[T], neutral: Mapping[str, tuple[object, ...]] | None = None) -> None:
+    def __init__(self, struct: type[T]) -> None:
         self._decoder = msgspec.json.Decoder(struct)
-        self._neutral = dict(neutral or {})
-        self._known = {name for name in _field_names(struct) if name not in self._neutral}
+        self._known = _field_names(struct).difference(_unsupported(struct))
 
     def decode(self, body: bytes) -> T:
         if not body:
@@ -39,7 +39,7 @@ class BodyDecoder(Generic[T]):
             raise self._invalid(str(error)) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RequestError(f"the request body is not valid JSON in UTF-8: {error}") from error
-        refuse_unsupported(value, self._neutral)
+        refuse_unsupported(value)
         return value
 
     def _invalid(self, message: str) -> RequestError:
@@ -55,11 +55,17 @@ class BodyDecoder(Generic[T]):
         return RequestError(f"unknown field `{name}`{hint}", param=name)
 
 
-def refuse_unsupported(value: msgspec.Struct, neutral: Mapping[str, tuple[object, ...]], prefix: str = "") -> None:
-    """`neutral` maps each field we cannot honour to the values that ask for nothing; null always is one."""
-    for name, harmless in neutral.items():
+@cache
+def _unsupported(struct: type[msgspec.Struct]) -> tuple[str, ...]:
+    """The fields that we cannot honour (schemas.py)."""
+    return tuple(field.name for field in msgspec.structs.fields(struct) if field.type is object)
+
+
+def refuse_unsupported(value: msgspec.Struct, prefix: str = "") -> None:
+    """Unless what is asked for is nothing; null always is."""
+    for name in _unsupported(type(value)):
         asked = getattr(value, name)
-        if asked is not None and asked not in harmless:
+        if asked is not None and asked not in NEUTRAL.get(name, ()):
             raise UnsupportedField(f"`{prefix}{name}` is not supported; leave it out", param=prefix + name)
 
 

@@ -19,14 +19,13 @@ from kvist.server.config import ServerConfig
 from kvist.server.decoding import refuse_unsupported
 from kvist.server.generation import Dispatcher
 from kvist.server.http import read_body
-from kvist.server.schemas import ChatMessage, ContentPart
+from kvist.server.schemas import ChatMessage
 from kvist.text import Tokenizer
 from kvist.wire import EngineSpec
 
 _INLINE_CHARS = 4096  # longer texts are tokenised on a thread (about 1 µs a character, without the GIL)
 _MAX_CHARS_PER_TOKEN = 256  # no vocabulary we serve has longer tokens; protects the tokenizer from hopeless prompts
 _TEMPLATE_OWN_NAMES = frozenset({"messages", "add_generation_prompt"})
-_TEXT_PART_NEUTRAL = {name: () for name in ContentPart.__struct_fields__ if name not in ("type", "text")}
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -143,7 +142,7 @@ def _text_of(message: ChatMessage, where: str) -> str:
     for index, part in enumerate(message.content):
         if part.type != "text":
             raise UnsupportedField(f"`{where}[{index}].type` is {part.type!r}; only text is supported", param=where)
-        refuse_unsupported(part, _TEXT_PART_NEUTRAL, f"{where}[{index}].")
+        refuse_unsupported(part, f"{where}[{index}].")
         if part.text is None:
             raise RequestError(f"`{where}[{index}].text` is missing", param=where)
         texts.append(part.text)

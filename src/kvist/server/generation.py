@@ -29,23 +29,18 @@ class Dispatcher(Protocol):
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
         """Raises `KvistError`. `aclose()` aborts the request everywhere."""
-        ...
 
     def ready(self) -> bool:
         """True when a token can really be produced now."""
-        ...
 
     def model(self) -> EngineSpec | None:
         """What the workers serve; None while no worker is ready."""
-        ...
 
     async def flush_cache(self, tier: FlushTier | None = None) -> dict[WorkerId, int]:
         """Drops every cached page (of this tier) that no request uses; the number of pages dropped, by worker."""
-        ...
 
     async def ask_storage(self, ask: AskStorage) -> dict[WorkerId, StorageAnswer]:
         """What every worker answers."""
-        ...
 
     def snapshot(self) -> ClusterSnapshot: ...
 

@@ -23,10 +23,10 @@ from kvist.server.sampling import (
     stop_strings,
     token_lists,
 )
-from kvist.server.schemas import NATIVE_NEUTRAL, NATIVE_SAMPLING_NEUTRAL, NativeRequest, NativeSampling
+from kvist.server.schemas import NativeRequest, NativeSampling
 
 _DEFAULT_NEW_TOKENS = 128  # SGLang's
-_NATIVE = BodyDecoder(NativeRequest, NATIVE_NEUTRAL)
+_NATIVE = BodyDecoder(NativeRequest)
 _WHERE = "sampling_params."
 _json = msgspec.json.Encoder().encode
 
@@ -36,7 +36,7 @@ async def native_job(gateway: Gateway, body: bytes) -> Job:
     tokenizer = gateway.require_tokenizer()
     request = _NATIVE.decode(body)
     fields = request.sampling_params or NativeSampling()
-    refuse_unsupported(fields, NATIVE_SAMPLING_NEUTRAL, _WHERE)
+    refuse_unsupported(fields, _WHERE)
     token_lists, batched, param = await _prompts(gateway, request, fields)
     top_logprobs = check_num_logprobs(request.top_logprobs_num, "top_logprobs_num")
     if request.top_logprobs_num and not request.return_logprob:

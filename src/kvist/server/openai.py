@@ -24,12 +24,12 @@ from kvist.server.sampling import (
     stop_strings,
     token_lists,
 )
-from kvist.server.schemas import CHAT_NEUTRAL, COMPLETION_NEUTRAL, ChatRequest, CompletionRequest
+from kvist.server.schemas import ChatRequest, CompletionRequest
 from kvist.text import Tokenizer
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
-_CHAT = BodyDecoder(ChatRequest, CHAT_NEUTRAL)
-_COMPLETION = BodyDecoder(CompletionRequest, COMPLETION_NEUTRAL)
+_CHAT = BodyDecoder(ChatRequest)
+_COMPLETION = BodyDecoder(CompletionRequest)
 _json = msgspec.json.Encoder().encode
 
 # ---------------------------------------------------------------- requests

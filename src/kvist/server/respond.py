@@ -38,15 +38,12 @@ class Format(Protocol):
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
         """Server-sent events for a delta, never none: one without text tells that a token came."""
-        ...
 
     def closing(self, choices: Sequence[Choice]) -> bytes:
         """What follows the last delta, `[DONE]` included."""
-        ...
 
     def whole(self, choices: Sequence[Choice]) -> bytes:
         """The JSON body of a response that is not streamed."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import cast
 
 from kvist.errors import PromptTooLong, RequestError
 from kvist.request import SamplingParams
+from kvist.server.schemas import SamplingFields
 
 MAX_SEED = 2**63
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
-
-
-class SamplingFields(Protocol):
-    """The fields that OpenAI's requests and SGLang's `sampling_params` have in common."""
-
-    @property
-    def temperature(self) -> float | None: ...
-    @property
-    def top_p(self) -> float | None: ...
-    @property
-    def top_k(self) -> int | None: ...
-    @property
-    def min_p(self) -> float | None: ...
-    @property
-    def ignore_eos(self) -> bool | None: ...
-    @property
-    def stop_token_ids(self) -> list[int] | None: ...
 
 
 def sampling_params(

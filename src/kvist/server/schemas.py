@@ -1,7 +1,7 @@
 """What clients send, field by field. OpenAI's names, then vLLM's and SGLang's where OpenAI has none.
 
-Fields typed `object` belong to the API but cannot be honoured; the `..._NEUTRAL` tables give the values that ask for
-nothing. `user` is accepted and has no effect by its definition (it identifies an end user to the provider).
+Fields typed `object` belong to the API but cannot be honoured; `NEUTRAL` gives the values of some that ask for nothing.
+`user` is accepted and has no effect by its definition (it identifies an end user to the provider).
 """
 
 from __future__ import annotations
@@ -45,47 +45,42 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     annotations: object = None
 
 
-class _Generation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What both OpenAI endpoints share."""
+class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What OpenAI's requests and SGLang's `sampling_params` have in common."""
 
-    model: str | None = None
-    max_tokens: int | None = None
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    # vLLM's and SGLang's
     top_k: int | None = None
     min_p: float | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
+    stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
-    cache_salt: str | None = None
-    # ours
-    kvist: KvistOptions | None = None
+    ignore_eos: bool | None = None
     # known, not supported
     frequency_penalty: object = None
     presence_penalty: object = None
     repetition_penalty: object = None
     logit_bias: object = None
+
+
+class _Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
+    """What both OpenAI endpoints share."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # vLLM's and SGLang's
+    min_tokens: int | None = None
+    cache_salt: str | None = None
+    # ours
+    kvist: KvistOptions | None = None
+    # known, not supported
     metadata: object = None
     store: object = None
     service_tier: object = None
-
-
-_GENERATION_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "metadata": ({},),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-}
 
 
 class ChatRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
@@ -109,23 +104,6 @@ class ChatRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
     web_search_options: object = None
 
 
-CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    **_GENERATION_NEUTRAL,
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-}
-
-
 class CompletionRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
     max_completion_tokens: int | None = None
@@ -138,59 +116,22 @@ class CompletionRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
     response_format: object = None
 
 
-COMPLETION_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    **_GENERATION_NEUTRAL,
-    "suffix": ("",),
-    "best_of": (1,),
-    "echo": (False,),
-    "response_format": ({"type": "text"},),
-}
-
-
-class NativeSampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class NativeSampling(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     """SGLang's `sampling_params`."""
 
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
     sampling_seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
     skip_special_tokens: bool = True
-    n: int | None = None
     # known, not supported
-    frequency_penalty: object = None
-    presence_penalty: object = None
-    repetition_penalty: object = None
     json_schema: object = None
     regex: object = None
     ebnf: object = None
     structural_tag: object = None
-    logit_bias: object = None
     custom_params: object = None
     no_stop_trim: object = None
     spaces_between_special_tokens: object = None
     stop_regex: object = None
-
-
-NATIVE_SAMPLING_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
-    "structural_tag": (),
-    "logit_bias": ({},),
-    "custom_params": ({},),
-    "no_stop_trim": (False,),
-    "spaces_between_special_tokens": (True,),
-    "stop_regex": ([], ""),
-}
 
 
 class NativeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -217,20 +158,6 @@ class NativeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     return_routed_experts: object = None
 
 
-NATIVE_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "rid": (),
-    "image_data": ([],),
-    "audio_data": ([],),
-    "video_data": ([],),
-    "lora_path": (),
-    "logprob_start_len": (-1,),  # logprobs of the output alone
-    "token_ids_logprob": (),
-    "return_text_in_logprobs": (False,),
-    "return_hidden_states": (False,),
-    "return_routed_experts": (False,),
-}
-
-
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """vLLM's `/tokenize`: one of `prompt` and `messages`."""
 
@@ -246,3 +173,35 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     model: str | None = None
     tokens: list[int]
+
+
+NEUTRAL: Mapping[str, tuple[object, ...]] = {  # a field means the same wherever it stands
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "metadata": ({},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "suffix": ("",),
+    "best_of": (1,),
+    "echo": (False,),
+    "custom_params": ({},),
+    "no_stop_trim": (False,),
+    "spaces_between_special_tokens": (True,),
+    "stop_regex": ([], ""),
+    "image_data": ([],),
+    "audio_data": ([],),
+    "video_data": ([],),
+    "logprob_start_len": (-1,),  # logprobs of the output alone
+    "return_text_in_logprobs": (False,),
+    "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+}

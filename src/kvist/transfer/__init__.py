@@ -33,28 +33,22 @@ class Transport(Protocol):
 
     def write(self, job: WritePages) -> None:
         """Queue a copy into the peer's pool; answered by `WritesCompleted` (cumulative) or `WritesFailed`."""
-        ...
 
     def verify(self, job: VerifyPages) -> None:
         """Queue a checksum over our own pages; answered by `PagesVerified`."""
-        ...
 
     def stop(self, handoff_id: HandoffId) -> None:
         """Drop what has not begun. Answered by a `WritesCompleted` for what was done; earlier ones not yet polled
         are swallowed, so the next one that `poll` returns is that answer."""
-        ...
 
     def poll(self) -> list[TransferReport]:
         """What happened since the last call, oldest first."""
-        ...
 
     def peer_is_dead(self, epoch: EpochId) -> bool:
         """True only when the process of that life is certainly gone. False also means "cannot tell"."""
-        ...
 
     def close(self) -> None:
         """No byte is written once this returns. Jobs that have not begun are dropped without a report."""
-        ...
 
 
 def make_transport(pool: DevicePool, *, runtime_dir: Path, wakeup: Callable[[], None]) -> Transport:

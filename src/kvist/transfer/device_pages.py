@@ -26,7 +26,6 @@ class Mapped(Protocol):
     @property
     def address(self) -> int:
         """Where kernels of our GPU write; valid for as long as this object lives."""
-        ...
 
 
 class DevicePages:

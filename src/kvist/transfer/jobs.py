@@ -47,7 +47,6 @@ class OwnPages(Protocol[_PeerT]):
 
     def copy(self, page_ids: Sequence[int], peer: _PeerT, peer_page_ids: Sequence[int]) -> list[bytes]:
         """The digests of what was read and written. Every byte is in place when it returns."""
-        ...
 
     def digests(self, page_ids: Sequence[int]) -> list[bytes]: ...
 

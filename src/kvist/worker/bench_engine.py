@@ -28,9 +28,10 @@ from kvist.kv.cache import PageCache
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.events import Arrived, Event, StepFinished
+from kvist.scheduler.events import Event, StepFinished
 from kvist.scheduler.plan import Batch
 from kvist.transfer.epoch import EpochLock, new_epoch, sweep
+from kvist.wire import Submit
 from kvist.worker.bench_shapes import Shape, StepsConfig
 from kvist.worker.config import EngineConfig
 from kvist.worker.engine import calm_collector, find_served_model, load_runner, prepare_runtime_dir, warm_up
@@ -137,14 +138,14 @@ class PromptSource:
         self._generator = np.random.default_rng(seed)
         self._num_drawn = 0
 
-    def arrival(self, num_tokens: int, max_tokens: int) -> Arrived:
+    def arrival(self, num_tokens: int, max_tokens: int) -> Submit:
         self._num_drawn += 1
         request = EngineRequest(
             request_id=RequestId(str(self._num_drawn)),
             prompt_token_ids=tuple(self._generator.integers(0, self._vocab_size, num_tokens).tolist()),
             sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
         )
-        return Arrived(request=request, mode=Mode.FULL)
+        return Submit(request=request, mode=Mode.FULL)
 
 
 class ShapeBench:

@@ -132,7 +132,7 @@ class EngineState(enum.Enum):
 
 
 class EngineSupervisor:
-    """Keeps one engine alive. Mutable; owned by the task that runs `run`; others read `state`, `spec`, `progress`.
+    """Keeps one engine alive. Mutable; owned by the task that runs `run`; others read `state` and `spec`.
 
     `on_change` is called whenever `spec` becomes another life's, or None: the gateway then connects or lets go.
     """
@@ -142,19 +142,16 @@ class EngineSupervisor:
         config: EngineConfig,
         *,
         on_change: Callable[[EngineSpec | None], None],
-        on_progress: Callable[[str], None] = lambda _text: None,
         command: Sequence[str] = ENGINE_COMMAND,
         clock: Clock | None = None,
     ) -> None:
         self.state = EngineState.STOPPED
         self.spec: EngineSpec | None = None
-        self.progress = ""  # of the start that is under way
         self.failure: KvistError | None = None  # why the last life ended
         self.num_restarts = 0
         self._config = config
         self._command = command
         self._on_change = on_change
-        self._on_progress = on_progress
         self._clock = clock or MonotonicClock()
         self._cores = usable_cores()
 
@@ -182,8 +179,8 @@ class EngineSupervisor:
             self.state = EngineState.STOPPED
 
     async def _one_life(self) -> None:
-        self.state, self.progress = EngineState.STARTING, "starting the engine"
-        engine = await EngineProcess.start(self._config, on_progress=self._note_progress, command=self._command)
+        self.state = EngineState.STARTING
+        engine = await EngineProcess.start(self._config, on_progress=lambda _text: None, command=self._command)
         try:
             self.state = EngineState.RUNNING
             if engine.gateway_cores:
@@ -196,10 +193,6 @@ class EngineSupervisor:
             if engine.gateway_cores:
                 bind_process(self._cores)  # which the next engine inherits, and loads on
             await asyncio.shield(engine.stop())
-
-    def _note_progress(self, text: str) -> None:
-        self.progress = text
-        self._on_progress(text)
 
     def _set_spec(self, spec: EngineSpec | None) -> None:
         self.spec = spec

@@ -34,6 +34,11 @@ def usable_cores() -> frozenset[int]:
     return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
 
 
+def num_usable_cores() -> int:
+    """Fewer than the machine has, in a container with a CPU set."""
+    return len(usable_cores()) or os.cpu_count() or 1
+
+
 def read_places(cores: Collection[int], cpus: Path = _CPUS) -> dict[int, Place]:
     """Empty when the system does not say."""
     places = {}

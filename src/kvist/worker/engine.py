@@ -39,7 +39,7 @@ from kvist.transfer import make_transport
 from kvist.transfer.epoch import EpochLock, new_epoch, num_live_epochs, sweep
 from kvist.wire import EngineSpec
 from kvist.worker.config import UNIFIED, EngineConfig, HostTierConfig, StorageConfig
-from kvist.worker.cores import separate
+from kvist.worker.cores import num_usable_cores, separate
 from kvist.worker.limits import resolve_limits
 from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
@@ -121,8 +121,7 @@ def prepare_runtime_dir(runtime_dir: str | None) -> Path:
 
 
 def _share_of_cores(runtime_dir: Path) -> int:
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, num_cores // num_live_epochs(runtime_dir))
+    return max(1, num_usable_cores() // num_live_epochs(runtime_dir))
 
 
 # ---------------------------------------------------------------- model and pages

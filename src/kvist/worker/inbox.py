@@ -10,17 +10,7 @@ from kvist import wire
 from kvist.channel.engine import Inbound
 from kvist.errors import KvistError, Overloaded, RequestError
 from kvist.request import Outcome, RequestId
-from kvist.scheduler.events import (
-    AbortRequested,
-    AckArrived,
-    Arrived,
-    ClosedArrived,
-    DoneArrived,
-    Event,
-    FlushRequested,
-    GrantArrived,
-    RevokeArrived,
-)
+from kvist.scheduler.events import Event
 from kvist.worker.gateways import MAX_GATEWAYS, Gateway, Gateways
 
 MAX_OPEN_FLUSHES = 1024
@@ -72,18 +62,8 @@ class Inbox:
                     error = Overloaded(f"this engine serves {MAX_GATEWAYS} gateways already")
                     return refusal(identity, message.request.request_id, error)
                 return None
-            case wire.Grant():
-                return GrantArrived(grant=message)
-            case wire.Ack():
-                return AckArrived(handoff_id=message.handoff_id, target_epoch=message.target_epoch)
-            case wire.Revoke():
-                return RevokeArrived(
-                    handoff_id=message.handoff_id, target_epoch=message.target_epoch, reason=message.reason
-                )
-            case wire.Done():
-                return DoneArrived(done=message)
-            case wire.Closed():
-                return ClosedArrived(closed=message)
+            case _:
+                return message  # between engines: the scheduler's as it is
 
     def _from_gateway(self, gateway: Gateway, message: wire.GatewayToEngine) -> Event | Reply | None:
         match message:
@@ -93,13 +73,12 @@ class Inbox:
             case wire.Submit():
                 return self._submitted(gateway, message)
             case wire.Abort():
-                mine = self._gateways.owner(message.request_id) == gateway.identity
-                return AbortRequested(request_id=message.request_id) if mine else None
+                return message if self._gateways.owner(message.request_id) == gateway.identity else None
             case wire.FlushCache():
                 while len(self._flushes) >= MAX_OPEN_FLUSHES:
                     self._flushes.popitem(last=False)
                 self._flushes[message.call_id] = gateway.identity
-                return FlushRequested(call_id=message.call_id, tier=message.tier)
+                return message
             case wire.AskStorage():
                 if self._ask_storage is None:
                     return Reply(identity=gateway.identity, message=_no_host_tier(message))
@@ -116,7 +95,7 @@ class Inbox:
         if not self._gateways.add_request(gateway, request.request_id):
             error = RequestError(f"the request id {request.request_id} is in use at this engine")
             return refusal(gateway.identity, request.request_id, error)
-        return Arrived(request=request, mode=submit.mode, handoff_id=submit.handoff_id, prefill=submit.prefill)
+        return submit
 
 
 def _no_host_tier(call: wire.AskStorage) -> wire.StorageAnswer:

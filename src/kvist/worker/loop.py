@@ -38,15 +38,7 @@ from kvist.kv.moves import (
 from kvist.kv.store_mover import Report
 from kvist.request import EpochId
 from kvist.scheduler import Scheduler
-from kvist.scheduler.events import (
-    AbortRequested,
-    ClosedArrived,
-    Event,
-    PeerDied,
-    SampledTokens,
-    StepFailed,
-    StepFinished,
-)
+from kvist.scheduler.events import Event, PeerDied, SampledTokens, StepFailed, StepFinished
 from kvist.scheduler.plan import Batch, Plan, StopWrites, ToSource, VerifyPages, WritePages
 from kvist.transfer import Transport
 from kvist.worker.gateways import Gateways
@@ -197,7 +189,7 @@ class EngineLoop:
         if now_s < self._next_watch_s:
             return []
         self._next_watch_s = now_s + WATCH_INTERVAL_S
-        silent: list[Event] = [AbortRequested(request_id=each) for each in self._gateways.forget_silent(now_s)]
+        silent: list[Event] = [wire.Abort(request_id=each) for each in self._gateways.forget_silent(now_s)]
         return silent + self._dead_peers(self._watched)
 
     def _dead_peers(self, epochs: frozenset[EpochId]) -> list[Event]:
@@ -281,7 +273,7 @@ class EngineLoop:
             lost = self._gateways.forget(identity)
             if lost:
                 log.warning("gateway %r does not take its messages: %d requests aborted", identity, len(lost))
-            self._carried += [AbortRequested(request_id=request_id) for request_id in lost]
+            self._carried += [wire.Abort(request_id=request_id) for request_id in lost]
 
     def _send_to_peers(self, plan: Plan) -> None:
         for order in plan.messages:
@@ -322,11 +314,11 @@ def _never_granted(order: ToSource) -> list[Event]:
     grant = order.message
     if not isinstance(grant, wire.Grant):
         return []
-    closed = wire.Closed(
+    refused = wire.Closed(
         handoff_id=grant.handoff_id,
         target_epoch=grant.target_epoch,
         source_epoch=grant.source_epoch,
         error_code=HandoffFailed.code,
         message=f"the prefill engine at {order.endpoint} cannot be reached",
     )
-    return [ClosedArrived(closed=closed)]
+    return [refused]

@@ -82,15 +82,10 @@ class EngineStorage:
 
     def open_configured(self) -> None:
         """Before the engine is ready. Raises `ConfigError` when the store of the flags cannot be had."""
-        config = self._config
-        if config.hicache_storage_backend is None:
+        if self._config.hicache_storage_backend is None:
             return
-        choice = Choice(
-            backend=config.hicache_storage_backend,
-            path=_folder(config.hicache_storage_backend, config.hicache_storage_path),
-            size_gb=config.hicache_storage_size,
-        )
         try:
+            choice = self._choice(wire.StoreWish())  # nothing but what the flags say
             self._attach(choice, *self._open(choice))
         except KvistError as error:
             param = _param(error)

@@ -55,23 +55,19 @@ class PageStore(Protocol):
 
     def exists(self, keys: Sequence[bytes]) -> int:
         """How many leading keys are there. A hint: the page may be evicted, or turn out broken, before `get`."""
-        ...
 
     def get(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> int:
         """Reads page `keys[i]` into `into[i]` up to the first miss. Returns how many leading pages are complete and
         verified; what is in the buffers behind them is undefined."""
-        ...
 
     def put(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
         """Stores what is not there yet, up to the first page that cannot be. Returns how many leading pages are
         stored now."""
-        ...
 
     def stats(self) -> StoreStats: ...
 
     def close(self) -> None:
         """Nothing is stored any more. What is there stays, where the store outlives its processes."""
-        ...
 
 
 class Tally:

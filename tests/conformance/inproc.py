@@ -1,4 +1,4 @@
-"""The transport between pools of one process, for tests and the simulator: no thread, the work is done in `poll`.
+"""The transport between pools of one process: no thread, the work is done in `poll`.
 
 Pools meet in a `PoolDirectory`, which also plays the host: it says which lives are over.
 """
