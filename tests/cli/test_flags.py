@@ -171,6 +171,15 @@ def test_to_argv_reads_back_to_the_same_settings_and_keeps_secrets_off_the_comma
     assert read(*argv, environ=environ) == before
 
 
+def test_a_refused_secret_is_not_quoted(tmp_path: Path) -> None:
+    file = tmp_path / "kvist.toml"
+    file.write_text("api-key = 123456789\n")
+    with pytest.raises(ConfigError) as caught:
+        read("--config", str(file))
+    assert "api-key" in str(caught.value)
+    assert "123456789" not in str(caught.value)
+
+
 def test_help_tells_default_unit_choices_and_text_of_every_option() -> None:
     page = help_text(Settings, usage="kvist test", summary="A test.", shorthands=SHORTHANDS)
     for option_ in options_of(Settings):
