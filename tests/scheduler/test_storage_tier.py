@@ -135,6 +135,21 @@ def test_a_prefetch_that_takes_too_long_is_cancelled_and_the_pages_are_computed(
     assert totals(engine)["storage_failed_pages"] == 0  # it was cancelled
 
 
+def test_pages_that_are_heard_of_with_the_time_out_have_come_in_time() -> None:
+    world = World()
+    engine = start(world)
+    begin_fetch(world, engine)
+    assert engine.store is not None
+    engine.store.advance()
+    world.now_s += 2.0  # a step took that long, not the store
+    plan = engine.step()
+    assert not any(isinstance(move, CancelFetch) for move in plan.moves)
+    world.settle()
+    world.check_settled()
+    assert told_cached(world, "again") == 12
+    assert totals(engine)["prefetch_timeouts"] == 0
+
+
 @pytest.mark.parametrize("policy", ["timeout", "wait_complete", "best_effort"])
 def test_a_store_that_hangs_costs_its_slots_and_no_request(policy: str) -> None:
     world = World()

@@ -59,6 +59,7 @@ def test_both_pools_of_a_cpu_must_fit_into_its_memory_and_what_does_not_fit_leav
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"hicache_storage_backend": "file", "hicache_storage_path": ""}, "is empty"),
         ({"hicache_storage_path": "/pages"}, "add --hicache-storage-backend file"),
         ({"hicache_storage_size": 1.0}, "add --hicache-storage-backend file"),
         ({"hicache_storage_backend": "memory", "hicache_storage_path": "/pages"}, "has no folder"),

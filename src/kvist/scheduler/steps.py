@@ -80,6 +80,7 @@ class Steps:
         table.step_count += 1
         for event in events:
             self._handlers[type(event)](event)
+        table.take_prefetched()  # first: what came with this step, however late, is no time-out
         while (due := table.timers.pop_due(now_s)) is not None:
             kind, key = due
             if kind is TimerKind.QUEUE:

@@ -103,6 +103,10 @@ class StorageConfig:
                 "--hicache-storage-backend file",
                 param="hicache_storage_backend",
             )
+        if path == "":
+            raise ConfigError(
+                "--hicache-storage-path is empty: name a folder, or leave it out", param="hicache_storage_path"
+            )
         if backend == "memory" and path is not None:
             raise ConfigError(
                 "--hicache-storage-backend memory has no folder: leave --hicache-storage-path out, or say file",

@@ -212,17 +212,18 @@ class EngineStorage:
             )
         backend = wish.hicache_storage_backend or self._config.hicache_storage_backend
         if backend not in STORAGE_BACKENDS:
+            named = "no store is named" if backend is None else f"{backend!r} is not a store"
             known = ", ".join(STORAGE_BACKENDS)
-            raise RequestError(f"the store is {backend!r}; known are {known}", param="hicache_storage_backend")
+            raise RequestError(f"{named}: known are {known}", param="hicache_storage_backend")
         if backend == "memory" and wish.hicache_storage_path is not None:
             raise RequestError("a store in memory has no folder: leave the path out", param="hicache_storage_path")
         size_gb = self._config.hicache_storage_size if wish.hicache_storage_size is None else wish.hicache_storage_size
         if not 0 < size_gb < _MAX_GB:
             raise RequestError(f"a store of {size_gb:g} GB cannot be", param="hicache_storage_size")
-        if wish.hicache_storage_path is not None and "\0" in wish.hicache_storage_path:
-            raise RequestError("the path has a null byte in it", param="hicache_storage_path")
-        path = _folder(backend, wish.hicache_storage_path or self._config.hicache_storage_path)
-        return Choice(backend=backend, path=path, size_gb=size_gb)
+        path = self._config.hicache_storage_path if wish.hicache_storage_path is None else wish.hicache_storage_path
+        if path is not None and (not path or "\0" in path):
+            raise RequestError("the path is empty, or has a null byte in it", param="hicache_storage_path")
+        return Choice(backend=backend, path=_folder(backend, path), size_gb=size_gb)
 
     def _open(self, choice: Choice) -> tuple[PageStore, StoreStats]:
         spec = StoreSpec(
