@@ -50,7 +50,8 @@ log = logging.getLogger(__name__)
 
 class PersistentPages:
     """`tensor` is the host pool's memory: [num_pages, page_bytes], uint8. `clear` and `record` are the movers', of
-    several threads at a time, but never of one slot. Raises `ConfigError` when the folder cannot be used; what lies in
+    several threads at a time. Of one slot only after a flush, whose late `clear` may take the record of a page that
+    came since: that page does not survive a restart. Raises `ConfigError` when the folder cannot be used; what lies in
     it is never the reason."""
 
     def __init__(self, folder: Path, *, namespace: str, num_pages: int, page_bytes: int) -> None:
