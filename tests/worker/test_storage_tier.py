@@ -377,3 +377,26 @@ def test_a_store_that_hangs_when_it_is_detached_is_left_behind(
     hanging.go.set()
     world.run()
     assert engine.scheduler.load().host_pages.in_flight == 0
+
+
+def test_another_store_is_detached_at_once_while_one_hangs_and_after_two_that_hang_none_is_attached(
+    world: World, request_of: Any, tmp_path: Path, hanging: HangingStore
+) -> None:
+    engine = start(world, file_store(tmp_path, deadline_s=DEADLINE_S))
+    hanging.go.clear()
+
+    def hang_and_detach(name: str, first_token: int) -> str:
+        stream = world.submit_full(engine, request_of(name, [first_token, *prompt(17)]))
+        while stream.waits_for:
+            world.step()
+        return world.ask_storage(engine, "detach").status.note
+
+    assert "hangs" in hang_and_detach("1", 1)
+    world.ask_storage(engine, "attach", backend="memory")
+    assert world.ask_storage(engine, "detach").status.note == ""
+    world.ask_storage(engine, "attach", backend="memory")
+    assert "hangs" in hang_and_detach("2", 2)
+    assert world.ask_storage(engine, "attach", backend="memory").error_code == "conflict"
+    hanging.go.set()
+    world.run()
+    assert world.ask_storage(engine, "attach", backend="memory").status.state == "attached"

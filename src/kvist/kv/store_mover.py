@@ -103,12 +103,14 @@ class StoreMover:
         assert self._session is None, "detach the other store first"
         self._session = _Session(store, stats, self)
 
-    def detach(self) -> None:
-        """No new calls; what has not begun is answered. The store is closed when its last call has returned."""
+    def detach(self) -> threading.Event:
+        """No new calls; what has not begun is answered. The store is closed when its last call has returned: then the
+        event is set."""
         assert self._session is not None
-        self._session.stop()
-        self._leaving.append(self._session)
-        self._session = None
+        session, self._session = self._session, None
+        session.stop()
+        self._leaving.append(session)
+        return session.over
 
     def start(self, job: StoreJob) -> None:
         if isinstance(job, CancelFetch):

@@ -27,6 +27,7 @@ from kvist.kv.store_mover import Report, StoreMover
 from kvist.worker.config import STORAGE_BACKENDS, StorageConfig
 
 LEAVE_S = 5.0
+MAX_LEFT_BEHIND = 2  # stores that were detached while a call hung; each keeps its threads and slots
 _GB, _MAX_GB = 10**9, 10**9
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class EngineStorage:
         self._clock = clock
         self._attached: Choice | None = None
         self._opening: _Opening | None = None
-        self._leaving: tuple[list[_Asker], float] | None = None  # who waits for that, and until when
+        self._leaving: tuple[list[_Asker], float, threading.Event] | None = None  # who waits for that, and until when
         self._events: list[StorageAttached] = []
         self._answers: list[tuple[bytes, wire.StorageAnswer]] = []
 
@@ -107,12 +108,12 @@ class EngineStorage:
                 self._attach(opening.choice, *opening.outcome)
                 self._answer(opening.asker)
         if self._leaving is not None:
-            askers, give_up_s = self._leaving
-            num_leaving = self._mover.num_leaving()
-            if num_leaving == 0 or self._clock.now_s() >= give_up_s:
+            askers, give_up_s, over = self._leaving
+            is_over = over.is_set()
+            if is_over or self._clock.now_s() >= give_up_s:
                 self._leaving = None
                 for asker in askers:
-                    self._answer(asker, note="" if num_leaving == 0 else "left behind: a call of the store hangs")
+                    self._answer(asker, note="" if is_over else "left behind: a call of the store hangs")
         events, self._events = self._events, []
         return [*reports, *events]
 
@@ -175,6 +176,11 @@ class EngineStorage:
             raise Conflict(
                 "a store is being attached or detached: try again in a while", param="hicache_storage_backend"
             )
+        elif self._mover.num_leaving() >= MAX_LEFT_BEHIND:
+            raise Conflict(
+                f"{MAX_LEFT_BEHIND} stores were left behind with calls that hang: mend them, or start the worker anew",
+                param="hicache_storage_backend",
+            )
         else:
             opening = self._opening = _Opening(choice, asker)
             threading.Thread(target=self._open_beside, args=(opening,), name="kvist-store-open", daemon=True).start()
@@ -186,10 +192,10 @@ class EngineStorage:
             self._opening = None
         if self._attached is not None:
             log.info("storage tier: %s is detached", _words(self._attached))
-            self._mover.detach()
+            over = self._mover.detach()
             self._attached = None
             self._events.append(StorageAttached(attached=False))
-            self._leaving = [], self._clock.now_s() + LEAVE_S
+            self._leaving = [], self._clock.now_s() + LEAVE_S, over
         if self._leaving is None:
             self._answer(asker)
         else:
