@@ -103,9 +103,8 @@ class Pools:
 
     def differing_pages(self, device_ids: list[int], host_ids: list[int]) -> int:
         """How many of these pairs are not byte for byte the same."""
-        on_device = self.on_device.cpu()
         return sum(
-            not torch.equal(on_device[page], self.on_host[slot])
+            not torch.equal(self.on_device[page], self.on_host[slot].to(self.device))
             for page, slot in zip(device_ids, host_ids, strict=True)
         )
 
