@@ -204,8 +204,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pools = Pools(args.pages, device, Path(folder).resolve())
         try:
-            pools.on_host.random_(0, 256)  # both pools differ, so a page that was not moved shows
-            pools.on_device.random_(0, 256)
+            for pool in (pools.on_host, pools.on_device):  # they differ, so a page that was not moved shows
+                pool.view(torch.int64).random_()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             plain = PlainCopies(args.pages * LAYOUT.page_bytes, device)
