@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 
 from kvist.kv.ceiling import Ceiling
 from kvist.kv.host_tier import HostCounts, HostPage, HostTier
-from kvist.kv.keys import chain_digest, iter_page_keys, page_keys, root_digest
+from kvist.kv.keys import iter_page_digests, iter_page_keys, page_keys, root_digest
 from kvist.kv.lease import PageLease
 from kvist.kv.moves import (
     BackUpPages,
@@ -372,9 +372,7 @@ class PageCache:
         lease.num_ceiling_tokens = (num_found + num_more) * self._page_size
 
     def _digests_after(self, digest: bytes, token_ids: Sequence[int], first: int, last: int) -> Iterator[bytes]:
-        for key in iter_page_keys(token_ids, self._page_size, last, first):
-            digest = chain_digest(digest, key)
-            yield digest
+        return iter_page_digests(digest, token_ids, self._page_size, last, first)
 
     # ---------------------------------------------------------------- the storage tier
 
@@ -384,11 +382,13 @@ class PageCache:
         num_pages = min(len(token_ids), max_tokens) // self._page_size
         if self._storage is None or not self._storage.may_fetch(num_pages):
             return None
-        num_cached = len(self._tree.match(iter_page_keys(token_ids, self._page_size, num_pages), cache_salt))
-        if not self._storage.may_fetch(num_pages - num_cached):
+        cached = self._tree.match(iter_page_keys(token_ids, self._page_size, num_pages), cache_salt)
+        if not self._storage.may_fetch(num_pages - len(cached)):
             return None
-        digests = self._digests_after(root_digest(self._namespace, cache_salt), token_ids, 0, num_pages)
-        return self._storage.begin(list(digests), num_cached)
+        last = cached[-1].digest if cached else root_digest(self._namespace, cache_salt)
+        digests = [node.digest for node in cached]
+        digests += self._digests_after(last, token_ids, len(cached), num_pages)
+        return self._storage.begin(digests, len(cached))
 
     def give_up_prefetch(self, prefetch: Prefetch) -> None:
         """It is not waited for any more; what has come of it is kept."""

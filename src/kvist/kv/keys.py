@@ -57,11 +57,16 @@ def chain_digest(parent_digest: bytes, page_key: bytes) -> bytes:
     return digest
 
 
+def iter_page_digests(
+    digest: bytes, token_ids: Sequence[int], page_size: int, num_pages: int, first_page: int = 0
+) -> Iterator[bytes]:
+    """Of pages [first_page, num_pages), made as they are asked for; `digest` is that of the page before them."""
+    for key in iter_page_keys(token_ids, page_size, num_pages, first_page):
+        digest = chain_digest(digest, key)
+        yield digest
+
+
 def page_digests(token_ids: Sequence[int], page_size: int, namespace: str, cache_salt: str = "") -> list[bytes]:
     """One digest for each full page of `token_ids`; tokens after the last full page have none."""
     digest = root_digest(namespace, cache_salt)
-    digests = []
-    for key in iter_page_keys(token_ids, page_size, len(token_ids) // page_size):
-        digest = chain_digest(digest, key)
-        digests.append(digest)
-    return digests
+    return list(iter_page_digests(digest, token_ids, page_size, len(token_ids) // page_size))
