@@ -5,10 +5,18 @@ from __future__ import annotations
 import math
 
 from kvist.kv.host_tier import HostPage, HostTier
-from kvist.kv.moves import CancelFetch, FetchPages, FindPages, PagesFetched, PagesFound, PagesStored, StorePages
+from kvist.kv.moves import (
+    PIECE_PAGES,
+    CancelFetch,
+    FetchPages,
+    FindPages,
+    PagesFetched,
+    PagesFound,
+    PagesStored,
+    StorePages,
+)
 from kvist.kv.storage_tier import (
     MAX_FINDS,
-    MAX_PIECE_PAGES,
     MAX_STORES,
     Prefetch,
     PrefetchConfig,
@@ -63,7 +71,7 @@ def test_a_long_prefix_is_fetched_in_pieces_behind_what_the_host_has() -> None:
     assert find.digests == tuple(digests[10:])
     storage.found(PagesFound(job_id=find.job_id, num_pages=280))
     jobs = fetches(storage)
-    assert [len(job.digests) for job in jobs] == [MAX_PIECE_PAGES, MAX_PIECE_PAGES, 24]
+    assert [len(job.digests) for job in jobs] == [PIECE_PAGES, PIECE_PAGES, 24]
     assert jobs[0].names[0] == (digests[10], head[-1].digest)
     assert len({slot for job in jobs for slot in job.host_slots} | {page.slot for page in head}) == 290
     for job in reversed(jobs):

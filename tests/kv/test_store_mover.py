@@ -13,6 +13,7 @@ import pytest
 from kvist.clock import FakeClock
 from kvist.kv.host import HostPool
 from kvist.kv.moves import (
+    PIECE_PAGES,
     CancelFetch,
     FetchPages,
     FindPages,
@@ -26,7 +27,7 @@ from kvist.kv.persistence import PersistentPages
 from kvist.kv.store import open_store
 from kvist.kv.store.backend import StoreSpec, StoreStats
 from kvist.kv.store.memory import MemoryStore
-from kvist.kv.store_mover import CLOSE_S, NUM_READERS, PAUSE_S, PIECE_PAGES, Report, StoreMover
+from kvist.kv.store_mover import CLOSE_S, NUM_READERS, PAUSE_S, Report, StoreMover
 
 PAGE_BYTES, NUM_PAGES, DEADLINE_S = 64, 400, 10.0
 

@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# Of one call of the store: what its deadline is for. Longer fetches and stores are cut into jobs of so many, which
+# several threads share.
+PIECE_PAGES = 128
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPages:

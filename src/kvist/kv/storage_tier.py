@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from kvist.kv.host_tier import HostPage, HostTier
 from kvist.kv.moves import (
+    PIECE_PAGES,
     CancelFetch,
     FetchPages,
     FindPages,
@@ -33,7 +34,6 @@ from kvist.kv.moves import (
 )
 
 PREFETCH_POLICIES = ("best_effort", "wait_complete", "timeout")
-MAX_PIECE_PAGES = 128  # of one job: several threads of the store mover share a long prefix
 MAX_FINDS = 1024  # under way; requests beyond find nothing
 MAX_STORES = 64  # jobs under way; what is beyond has its chance when it is hit again
 MAX_PAGES_STORED = 2048  # in these together
@@ -144,7 +144,7 @@ class StorageTier:
         due = [page for page in pages if page.resident and not page.stored]
         room = self._max_stored - self._num_stored
         while due and room > 0 and len(self._stores) < MAX_STORES:
-            piece, due = due[: min(room, MAX_PIECE_PAGES)], due[min(room, MAX_PIECE_PAGES) :]
+            piece, due = due[: min(room, PIECE_PAGES)], due[min(room, PIECE_PAGES) :]
             room -= len(piece)
             self._num_stored += len(piece)
             for page in piece:
@@ -307,8 +307,8 @@ class StorageTier:
                 self._join(prefetch, page)
             parent = page
         self._num_taken += len(pages)
-        for start in range(0, len(pages), MAX_PIECE_PAGES):
-            self._begin_fetch(prefetch, pages[start : start + MAX_PIECE_PAGES])
+        for start in range(0, len(pages), PIECE_PAGES):
+            self._begin_fetch(prefetch, pages[start : start + PIECE_PAGES])
 
     def _begin_fetch(self, prefetch: Prefetch, pages: list[HostPage]) -> None:
         fetch = _Fetch(self._host.next_job_id(), pages, prefetch, [prefetch], self._life)

@@ -34,6 +34,7 @@ from kvist.clock import Clock
 from kvist.errors import StoreError
 from kvist.kv.host import HostPool
 from kvist.kv.moves import (
+    PIECE_PAGES,
     CancelFetch,
     FetchPages,
     FindPages,
@@ -55,7 +56,6 @@ STORE_COUNTERS = (
     *("storage_broken_pages", "storage_refused_pages", "storage_evicted_pages"),  # as the store counts them
 )
 BREAKER_CLOSED, BREAKER_OPEN, BREAKER_HALF_OPEN = "closed", "open", "half_open"
-PIECE_PAGES = 128  # of one call of the store: what the deadline is for
 PAUSE_S = 5.0  # between two tries of a store that hangs
 CLOSE_S = 2.0  # for the calls under way when the engine ends
 # Two busy cores: a second writer gains nothing, as the store writes one page at a time; readers gain up to four.
