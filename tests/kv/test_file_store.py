@@ -69,17 +69,6 @@ def open_folder() -> Iterator[Path]:
         yield Path(name) / "store"
 
 
-@pytest.fixture
-def as_somebody() -> Iterator[None]:
-    """root may write anywhere, so it is not root that tries."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    yield
-    if user == 0:
-        os.seteuid(0)
-
-
 # ---------------------------------------------------------------- damaged files
 
 

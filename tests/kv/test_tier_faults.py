@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,17 +59,6 @@ def restored_slots(folder: Path) -> set[int]:
         return {page.slot for page in restored}
     finally:
         persistent.close()
-
-
-@pytest.fixture
-def as_somebody() -> Iterator[None]:
-    """root may write anywhere, so it is not root that tries."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    yield
-    if user == 0:
-        os.seteuid(0)
 
 
 # ---------------------------------------------------------------- the host tier's folder
