@@ -9,6 +9,7 @@ import errno
 import os
 import random
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,7 +211,7 @@ class HangingStore(MemoryStore):
     """Every `get` and `put` waits for `go`."""
 
     go: threading.Event
-    num_gets = 0
+    num_gets = num_puts = 0
 
     def get(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> int:
         self.num_gets += 1
@@ -218,6 +219,7 @@ class HangingStore(MemoryStore):
         return super().get(keys, into)
 
     def put(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
+        self.num_puts += 1
         assert self.go.wait(20)
         return super().put(keys, pages)
 
@@ -231,6 +233,16 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> HangingStore:
     monkeypatch.setattr("kvist.worker.storage.open_store", lambda _name, _spec: store)
     monkeypatch.setattr(store, "close", lambda: None)  # it outlives the engines here
     return store
+
+
+def hang(world: World, engine: Any, store: HangingStore, request: Any) -> None:
+    """Answer the request, and let the store hang over its pages: they are stored when a thread comes to it."""
+    store.go.clear()
+    num_puts, stream = store.num_puts, world.submit_full(engine, request)
+    give_up_s = time.monotonic() + 20
+    while stream.waits_for or store.num_puts == num_puts:
+        assert time.monotonic() < give_up_s
+        world.step()
 
 
 def test_while_a_store_hangs_requests_are_answered_and_what_it_may_still_touch_is_nobodys(
@@ -367,10 +379,7 @@ def test_a_store_that_hangs_when_it_is_detached_is_left_behind(
     world: World, request_of: Any, tmp_path: Path, hanging: HangingStore
 ) -> None:
     engine = start(world, file_store(tmp_path, deadline_s=DEADLINE_S))
-    hanging.go.clear()
-    stream = world.submit_full(engine, request_of("1", prompt(33)))
-    while stream.waits_for:
-        world.step()
+    hang(world, engine, hanging, request_of("1", prompt(33)))
     told = world.ask_storage(engine, "detach").status
     assert (told.state, told.note) == ("detached", "left behind: a call of the store hangs")
     assert engine.scheduler.load().host_pages.in_flight > 0
@@ -383,12 +392,9 @@ def test_another_store_is_detached_at_once_while_one_hangs_and_after_two_that_ha
     world: World, request_of: Any, tmp_path: Path, hanging: HangingStore
 ) -> None:
     engine = start(world, file_store(tmp_path, deadline_s=DEADLINE_S))
-    hanging.go.clear()
 
     def hang_and_detach(name: str, first_token: int) -> str:
-        stream = world.submit_full(engine, request_of(name, [first_token, *prompt(17)]))
-        while stream.waits_for:
-            world.step()
+        hang(world, engine, hanging, request_of(name, [first_token, *prompt(17)]))
         return world.ask_storage(engine, "detach").status.note
 
     assert "hangs" in hang_and_detach("1", 1)
