@@ -288,6 +288,11 @@ def test_a_detached_store_is_closed_when_its_last_call_has_returned(moving: Movi
     assert moving.mover.totals()["storage_reads"] >= 1, "what the former store did is not forgotten"
 
 
+def test_a_store_that_has_left_is_not_counted_as_leaving_before_anybody_has_looked(moving: Moving) -> None:
+    assert moving.mover.detach().wait(20)
+    assert moving.mover.num_leaving() == 0
+
+
 def test_a_hung_call_does_not_hold_the_end_of_the_engine(moving: Moving) -> None:
     moving.store.go.clear()
     moving.start(FetchPages, 3)

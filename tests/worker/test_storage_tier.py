@@ -400,7 +400,7 @@ def test_another_store_is_detached_at_once_while_one_hangs_and_after_two_that_ha
     assert "hangs" in hang_and_detach("1", 1)
     world.ask_storage(engine, "attach", backend="memory")
     assert world.ask_storage(engine, "detach").status.note == ""
-    world.ask_storage(engine, "attach", backend="memory")
+    assert world.ask_storage(engine, "attach", backend="memory").status.state == "attached"
     assert "hangs" in hang_and_detach("2", 2)
     assert world.ask_storage(engine, "attach", backend="memory").error_code == "conflict"
     hanging.go.set()

@@ -133,8 +133,8 @@ class StoreMover:
         return [self._reports.popleft() for _ in range(len(self._reports))]
 
     def num_leaving(self) -> int:
-        """Stores that were detached, and have calls under way, as of the last `poll`."""
-        return len(self._leaving)
+        """Stores that were detached, and have calls under way."""
+        return sum(not session.over.is_set() for session in self._leaving)
 
     def breaker(self) -> str:
         return BREAKER_CLOSED if self._session is None else self._session.breaker()
