@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +13,7 @@ from kvist.clock import FakeClock
 from kvist.errors import EngineError
 from kvist.kv.cache import TIER_COUNTERS
 from kvist.kv.mover import MOVE_COUNTERS
+from kvist.kv.moves import FetchPages, FindPages, PagesFound, StoreJob
 from kvist.kv.pages import PageCounts
 from kvist.kv.store_mover import STORE_COUNTERS
 from kvist.metrics import ENGINE_TOTALS
@@ -50,7 +51,7 @@ from kvist.scheduler.plan import (
 from kvist.transfer import TransferReport
 from kvist.wire import Abort, Ack, Closed, FlushCache, Revoke, Submit
 from kvist.worker import gateways
-from kvist.worker.loop import MAX_FAILED_STEPS_IN_A_ROW, EngineLoop, LoopParts
+from kvist.worker.loop import MAX_FAILED_STEPS_IN_A_ROW, SEARCH_S, EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
 
 G1, G2 = b"gateway-1", b"gateway-2"
@@ -111,10 +112,12 @@ class FakeScheduler:
     def __init__(self) -> None:
         self.script: list[Plan] = []
         self.seen: list[list[Event]] = []
+        self.with_batch: list[bool] = []
 
-    def step(self, now_s: float, events: Sequence[Event]) -> Plan:
+    def step(self, now_s: float, events: Sequence[Event], *, with_batch: bool = True) -> Plan:
         assert now_s >= 100.0
         self.seen.append(list(events))
+        self.with_batch.append(with_batch)
         return self.script.pop(0) if self.script else Plan()
 
     def has_work(self) -> bool:
@@ -180,10 +183,49 @@ class FakeTransport:
     def close(self) -> None: ...
 
 
+class FakeStorage:
+    """Remembers its jobs, and answers the searches when `answers_now` says so."""
+
+    def __init__(self, answers_now: Callable[[], bool]) -> None:
+        self.jobs: list[StoreJob] = []
+        self._answers_now = answers_now
+        self._num_answered = 0
+
+    def start(self, job: StoreJob) -> None:
+        self.jobs.append(job)
+
+    def poll(self) -> list[PagesFound]:
+        if not self._answers_now() or self._num_answered == len(self.jobs):
+            return []
+        job = self.jobs[self._num_answered]
+        self._num_answered += 1
+        return [PagesFound(job_id=job.job_id, num_pages=1)]
+
+    def answers(self) -> list[tuple[bytes, wire.StorageAnswer]]:
+        return []
+
+    def ask(self, identity: bytes, call: wire.AskStorage) -> None: ...
+    def status(self) -> wire.StorageStatus:
+        return wire.StorageStatus(
+            hicache_storage_backend="memory",
+            hicache_storage_path=None,
+            hicache_storage_size=1.0,
+            hicache_storage_prefetch_policy="timeout",
+            state="attached",
+            breaker="closed",
+            num_quarantined_pages=0,
+            stored_bytes=0,
+            errors={},
+        )
+
+    def totals(self) -> dict[str, float]:
+        return {}
+
+
 class Engine:
     """The loop in a world of fakes."""
 
-    def __init__(self, *, overlap: bool = False) -> None:
+    def __init__(self, *, overlap: bool = False, storage: FakeStorage | None = None) -> None:
         self.channel, self.scheduler, self.runner = FakeChannel(), FakeScheduler(), FakeRunner()
         self.transport, self.clock = FakeTransport(), FakeClock(100.0)
         self.digests: list[bytes] = []
@@ -196,6 +238,7 @@ class Engine:
             reports=LoadReports(cached_digests=lambda: self.digests),
             clock=self.clock,
             gateway_timeout_s=10.0,
+            storage=storage,
             overlap=overlap,
         )
         self.loop = EngineLoop(parts)
@@ -376,6 +419,55 @@ def test_with_overlap_a_batch_that_nothing_can_follow_is_read_at_once() -> None:
     engine.turn()
     assert engine.runner.order == ["launch 1", "read 1"]
     assert [type(event) for event in engine.turn()] == [StepFinished]
+
+
+def find(job_id: int) -> FindPages:
+    return FindPages(job_id=job_id, digests=(b"d",))
+
+
+def test_who_arrives_is_searched_for_in_the_store_before_the_batch_is_planned_and_launched() -> None:
+    storage = FakeStorage(answers_now=lambda: True)
+    engine = Engine(storage=storage)
+    fetch = FetchPages(job_id=3, digests=(b"d",), host_slots=(0,))
+    engine.scheduler.script = [Plan(moves=(find(1), find(2))), Plan(moves=(fetch,), batch=batch("a"))]
+    engine.turn((G1, submit("r")), (G1, submit("s")))
+    assert [len(events) for events in engine.scheduler.seen] == [2, 2]
+    assert engine.scheduler.seen[1] == [PagesFound(job_id=1, num_pages=1), PagesFound(job_id=2, num_pages=1)]
+    assert engine.scheduler.with_batch == [False, True]
+    assert (storage.jobs, engine.runner.order) == ([find(1), find(2), fetch], ["launch 1", "read 1"])
+    engine.turn((G1, wire.Abort(request_id=RequestId("r"))))
+    assert engine.scheduler.with_batch == [False, True, True], "nobody arrived"
+
+
+def test_a_store_that_says_nothing_holds_the_batch_up_for_two_milliseconds_and_no_turn_again() -> None:
+    engine = Engine(storage=FakeStorage(answers_now=lambda: False))
+    engine.channel.recv = lambda timeout_s, recv=engine.channel.recv: (  # type: ignore[method-assign, misc]
+        engine.clock.advance(timeout_s),
+        recv(timeout_s),
+    )[1]
+    engine.scheduler.script = [Plan(moves=(find(1), find(2), find(3))), Plan(batch=batch("a"))]
+    engine.turn((G1, submit("r")))
+    assert engine.channel.timeouts == pytest.approx([0.0, SEARCH_S])
+    assert engine.runner.order == ["launch 1", "read 1"]
+    engine.turn()
+    assert engine.channel.timeouts == pytest.approx([0.0, SEARCH_S, 0.0])
+
+
+def test_what_is_heard_while_the_store_is_asked_is_not_lost() -> None:
+    engine = Engine(storage=FakeStorage(answers_now=lambda: bool(engine.scheduler.seen)))
+    engine.scheduler.script = [Plan(moves=(find(1),))]
+    real_step = engine.scheduler.step
+
+    def step(now_s: float, events: Sequence[Event], *, with_batch: bool = True) -> Plan:
+        if not with_batch:
+            engine.channel.waiting.append((G1, wire.Abort(request_id=RequestId("r"))))
+        return real_step(now_s, events, with_batch=with_batch)
+
+    engine.scheduler.step = step  # type: ignore[method-assign]
+    assert engine.turn((G1, submit("r"))) == [
+        PagesFound(job_id=1, num_pages=1),
+        wire.Abort(request_id=RequestId("r")),
+    ]
 
 
 def test_a_launch_that_fails_is_told_after_the_batch_before_it() -> None:

@@ -29,8 +29,9 @@ __all__ = ["Scheduler", "SchedulerConfig", "SchedulerLoad", "build_scheduler"]
 
 
 class Scheduler(Protocol):
-    def step(self, now_s: float, events: Sequence[Event]) -> Plan:
-        """What to do now, given what happened since the last call. `now_s` never goes back."""
+    def step(self, now_s: float, events: Sequence[Event], *, with_batch: bool = True) -> Plan:
+        """What to do now, given what happened since the last call. `now_s` never goes back. Without a batch: the next
+        call, which is near, plans one."""
 
     def has_work(self) -> bool:
         """A request is live or a handoff is open."""

@@ -73,7 +73,7 @@ class Steps:
             **handlers,
         }
 
-    def step(self, now_s: float, events: Sequence[Event]) -> Plan:
+    def step(self, now_s: float, events: Sequence[Event], *, with_batch: bool = True) -> Plan:
         """Raises nothing for what the world sends. An event of the other role's handoff side is our loop's bug."""
         table = self._table
         table.now_s = now_s
@@ -90,7 +90,7 @@ class Steps:
             else:
                 self._half.on_timer(kind, HandoffId(key))
         table.take_prefetched()
-        batch = self._batcher.plan()
+        batch = self._batcher.plan() if with_batch else None
         return table.out.take(
             batch=batch,
             moves=table.cache.drain_jobs(),

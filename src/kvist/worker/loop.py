@@ -4,6 +4,9 @@
       ▲                             4. launch the batch   5. read the oldest batch under way
       └───────────────────────────────────────── StepFinished | StepFailed ◄──────┘
 
+With a storage tier, requests that arrive are told to the scheduler before it plans: what the store has of their pages
+is known within a millisecond or so, and comes while this batch is computed, not the next.
+
 One thread, no `await`. Without overlap a batch is read at once: while it is computed nothing else happens here. With
 overlap (on a GPU) the next batch is planned and launched before this one is read, so the device never waits for us;
 tokens are told while it computes the next. With no batch under way the loop sleeps in `recv` until a message, a
@@ -27,10 +30,12 @@ from kvist.clock import Clock
 from kvist.errors import EngineError, HandoffFailed, Unavailable
 from kvist.kv.moves import (
     BackUpPages,
+    FindPages,
     ForgetPages,
     LoadPages,
     PagesBackedUp,
     PagesForgotten,
+    PagesFound,
     PagesLoaded,
     StorageAttached,
     StoreJob,
@@ -47,6 +52,7 @@ from kvist.worker.reports import LoadReports
 from kvist.worker.step_times import StepTimes
 
 MAX_FAILED_STEPS_IN_A_ROW = 8  # then the device is broken for good
+SEARCH_S = 0.002  # that a batch may be planned later, for the store to say what it has
 WATCH_INTERVAL_S = 1.0  # between two looks whether watched peers and known gateways are alive
 
 log = logging.getLogger(__name__)
@@ -152,6 +158,34 @@ class EngineLoop:
     def turn(self, timeout_s: float) -> None:
         """Wait for news at most so long, then one step of the scheduler and all that it asks for."""
         self.num_turns += 1
+        now_s, events = self._hear(timeout_s)
+        if self._parts.storage is not None and any(type(event) is wire.Submit for event in events):
+            now_s, events = self._search(now_s, events)
+        plan = self._plan(now_s, events)
+        self._start(plan, now_s)
+        self._compute(plan.batch)
+
+    def _search(self, now_s: float, events: list[Event]) -> tuple[float, list[Event]]:
+        """Let the store be asked after the pages of those who arrived, and wait a moment for what it says. Returns what
+        was heard meanwhile."""
+        plan = self._plan(now_s, events, with_batch=False)
+        self._start(plan, now_s)
+        num_asked = sum(isinstance(move, FindPages) for move in plan.moves)
+        give_up_s = now_s + SEARCH_S
+        heard: list[Event] = []
+        for _ in range(num_asked):
+            now_s, more = self._hear(max(0.0, give_up_s - self._parts.clock.now_s()))
+            heard += more
+            if now_s >= give_up_s or sum(isinstance(event, PagesFound) for event in heard) >= num_asked:
+                break
+        return now_s, heard
+
+    def _plan(self, now_s: float, events: list[Event], *, with_batch: bool = True) -> Plan:
+        with self._spent.planning():
+            return self._parts.scheduler.step(now_s, events, with_batch=with_batch)
+
+    def _hear(self, timeout_s: float) -> tuple[float, list[Event]]:
+        """The time, and what has happened; waits for it at most so long."""
         received = self._parts.channel.recv(timeout_s)
         now_s = self._parts.clock.now_s()
         events, replies = self._inbox.open(received, now_s)
@@ -161,9 +195,7 @@ class EngineLoop:
         moved = self._moved()
         events = [*self._parts.transport.poll(), *moved, *self._carried, *events, *self._deaths(now_s)]
         self._carried = []
-        with self._spent.planning():
-            plan = self._parts.scheduler.step(now_s, events)
-        self._carry_out(plan, now_s)
+        return now_s, events
 
     def _moved(self) -> list[Event]:
         mover, storage = self._parts.mover, self._parts.storage
@@ -197,7 +229,8 @@ class EngineLoop:
 
     # ------------------------------------------------------------ carrying out
 
-    def _carry_out(self, plan: Plan, now_s: float) -> None:
+    def _start(self, plan: Plan, now_s: float) -> None:
+        """All of the plan but its batch."""
         self._send_outputs(plan)
         self._send_to_peers(plan)
         for job in plan.transfers:
@@ -214,9 +247,12 @@ class EngineLoop:
         self._watched = plan.watched_epochs
         self._wake_at_s = plan.wake_at_s
         self._report(plan, now_s)
-        if plan.batch is not None:
-            self._launch(plan.batch)
-        may_wait = 1 if self._parts.overlap and plan.batch is not None else 0
+
+    def _compute(self, batch: Batch | None) -> None:
+        """Launch it, and read the oldest one under way if it is time."""
+        if batch is not None:
+            self._launch(batch)
+        may_wait = 1 if self._parts.overlap and batch is not None else 0
         if len(self._in_flight) > may_wait:
             self._carried.append(self._read(*self._in_flight.popleft()))
 
