@@ -6,7 +6,6 @@ import math
 
 from kvist.kv.host_tier import HostPage, HostTier
 from kvist.kv.moves import (
-    PIECE_PAGES,
     CancelFetch,
     FetchPages,
     FindPages,
@@ -16,6 +15,7 @@ from kvist.kv.moves import (
     StorePages,
 )
 from kvist.kv.storage_tier import (
+    FETCH_PAGES,
     MAX_FINDS,
     MAX_STORES,
     Prefetch,
@@ -71,7 +71,7 @@ def test_a_long_prefix_is_fetched_in_pieces_behind_what_the_host_has() -> None:
     assert find.digests == tuple(digests[10:])
     storage.found(PagesFound(job_id=find.job_id, num_pages=280))
     jobs = fetches(storage)
-    assert [len(job.digests) for job in jobs] == [PIECE_PAGES, PIECE_PAGES, 24]
+    assert [len(job.digests) for job in jobs] == [FETCH_PAGES] * 17 + [280 - 17 * FETCH_PAGES]
     assert jobs[0].names[0] == (digests[10], head[-1].digest)
     assert len({slot for job in jobs for slot in job.host_slots} | {page.slot for page in head}) == 290
     for job in reversed(jobs):

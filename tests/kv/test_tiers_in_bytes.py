@@ -52,7 +52,7 @@ class TiersInBytes(RuleBasedStateMachine):
         self.right = RightPages()
         self.root = Path(tempfile.mkdtemp(prefix="kvist-test-"))
         self.patches = contextlib.ExitStack()
-        for pieces in ("storage_tier.PIECE_PAGES", "store_mover.PIECE_PAGES"):
+        for pieces in ("storage_tier.FETCH_PAGES", "storage_tier.PIECE_PAGES", "store_mover.PIECE_PAGES"):
             self.patches.enter_context(mock.patch(f"kvist.kv.{pieces}", 2))
         logging.disable(logging.CRITICAL)
         self.patches.callback(logging.disable, logging.NOTSET)

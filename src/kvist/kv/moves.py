@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# Of one call of the store: what its deadline is for. Longer fetches and stores are cut into jobs of so many, which
-# several threads share.
-PIECE_PAGES = 128
+PIECE_PAGES = 128  # at most, of one call of the store: what its deadline is for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

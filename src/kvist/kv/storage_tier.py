@@ -34,6 +34,7 @@ from kvist.kv.moves import (
 )
 
 PREFETCH_POLICIES = ("best_effort", "wait_complete", "timeout")
+FETCH_PAGES = 16  # of one job: somebody waits, and several threads share what is longer
 MAX_FINDS = 1024  # under way; requests beyond find nothing
 MAX_STORES = 64  # jobs under way; what is beyond has its chance when it is hit again
 MAX_PAGES_STORED = 2048  # in these together
@@ -307,8 +308,8 @@ class StorageTier:
                 self._join(prefetch, page)
             parent = page
         self._num_taken += len(pages)
-        for start in range(0, len(pages), PIECE_PAGES):
-            self._begin_fetch(prefetch, pages[start : start + PIECE_PAGES])
+        for start in range(0, len(pages), FETCH_PAGES):
+            self._begin_fetch(prefetch, pages[start : start + FETCH_PAGES])
 
     def _begin_fetch(self, prefetch: Prefetch, pages: list[HostPage]) -> None:
         fetch = _Fetch(self._host.next_job_id(), pages, prefetch, [prefetch], self._life)
