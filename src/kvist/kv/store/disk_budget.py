@@ -58,6 +58,7 @@ class DiskBudget:
         self._limit_bytes = capacity_bytes  # less while the disk is full
         self._tally = tally
         self._lock = threading.Lock()
+        self._num_timeouts = 0
         self._oldest: list[tuple[int, str]] = []  # heap of (mtime_ns when we looked, path)
         self._newest_known_ns = 0  # beyond it there may be files that we do not know
         with self._exclusive(_OPEN_WAIT_S) as fd:
@@ -67,7 +68,7 @@ class DiskBudget:
 
     def reserve(self, num_bytes: int, keep: set[str]) -> bool:
         """Counts `num_bytes` as used, evicting what is not in `keep`. False: no room could be made."""
-        with self._lock, self._exclusive() as fd:
+        with self._exclusive() as fd:
             in_use = self._evict(_load(fd), num_bytes, keep)
             if in_use + num_bytes > self._limit_bytes:
                 in_use = self._evict(self._scan(), num_bytes, keep)
@@ -78,7 +79,7 @@ class DiskBudget:
     def release(self, num_bytes: int, *, is_disk_full: bool) -> None:
         """What was reserved was not written. On a full disk the cap is, until the next scan, less than what we have:
         else nothing new could ever be stored again."""
-        with self._lock, self._exclusive() as fd:
+        with self._exclusive() as fd:
             in_use = max(0, _load(fd) - num_bytes)
             _save(fd, in_use)
             if is_disk_full:
@@ -146,20 +147,25 @@ class DiskBudget:
 
     @contextlib.contextmanager
     def _exclusive(self, wait_s: float = _WAIT_S) -> Iterator[int]:
-        """The lock file: no other process counts or evicts meanwhile. Opened anew each time, because the folder may
-        have been removed and made again."""
-        fd = open_making_folder(self._lock_path, os.O_RDWR | os.O_CREAT)
-        try:
-            for _ in range(round(wait_s / _PAUSE_S)):
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                time.sleep(_PAUSE_S)
-            else:
-                raise TimeoutError(errno.ETIMEDOUT, "another process holds the lock", self._lock_path)
-            yield fd
-        finally:
-            os.close(fd)
+        """The lock file: no other thread or process counts or evicts meanwhile. Opened anew each time, because the
+        folder may have been removed and made again."""
+        num_timeouts = self._num_timeouts
+        with self._lock:
+            # Behind a thread that waited in vain we have waited, too.
+            num_tries = round(wait_s / _PAUSE_S) if self._num_timeouts == num_timeouts else 1
+            fd = open_making_folder(self._lock_path, os.O_RDWR | os.O_CREAT)
+            try:
+                for _ in range(num_tries):
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    time.sleep(_PAUSE_S)
+                else:
+                    self._num_timeouts += 1
+                    raise TimeoutError(errno.ETIMEDOUT, "another process holds the lock", self._lock_path)
+                yield fd
+            finally:
+                os.close(fd)
 
 
 def open_making_folder(path: str, flags: int) -> int:
