@@ -372,6 +372,18 @@ def test_a_smaller_cap_than_before_holds_from_the_start(tmp_path: Path) -> None:
     assert store.stats().stored_bytes == 3 * FILE_BYTES
 
 
+def test_a_much_smaller_cap_is_reached_with_one_look_at_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(open_files(tmp_path), 0, 20)
+    scans: list[object] = []
+    scan = disk_budget.DiskBudget._scan
+    monkeypatch.setattr(disk_budget.DiskBudget, "_scan", lambda budget: scans.append(budget) or scan(budget))
+    monkeypatch.setattr(disk_budget, "_MAX_LOOKS", 2)
+    store = open_files(tmp_path, num_pages=4)
+    assert (store.exists(KEYS[:20]), store.stats().stored_bytes, len(scans)) == (4, 4 * FILE_BYTES, 1)
+
+
 def test_a_wrong_number_in_the_lock_file_is_put_right(tmp_path: Path) -> None:
     put(open_files(tmp_path, num_pages=4), 0, 2)
     for wrong in (b"", b"\xff" * 16, b"torn"):

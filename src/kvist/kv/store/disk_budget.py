@@ -62,9 +62,15 @@ class DiskBudget:
         self._oldest: list[tuple[int, str]] = []  # heap of (mtime_ns when we looked, path)
         self._newest_known_ns = 0  # beyond it there may be files that we do not know
         with self._exclusive(_OPEN_WAIT_S) as fd:
-            _save(fd, self._scan())
-        for _ in range(0, len(self._oldest), _MAX_LOOKS):
-            self.reserve(0, set())  # the cap may have been higher before
+            in_use = self._scan()
+            _save(fd, in_use)
+        before = in_use + 1
+        while capacity_bytes < in_use < before:  # the cap may have been higher before
+            with self._exclusive(_OPEN_WAIT_S) as fd:
+                before, in_use = in_use, self._evict(_load(fd), 0, set())
+                if in_use >= before:  # what was known is used up
+                    in_use = self._evict(self._scan(), 0, set())
+                _save(fd, in_use)
 
     def reserve(self, num_bytes: int, keep: set[str]) -> bool:
         """Counts `num_bytes` as used, evicting what is not in `keep`. False: no room could be made."""
