@@ -331,6 +331,7 @@ def test_what_cannot_be_attached_is_refused_with_the_field_and_nothing_has_chang
         ({"backend": "file", "path": "pages"}, "hicache_storage_path"),
         ({"backend": "file", "path": "~nobody-of-this-name/pages"}, "hicache_storage_path"),
         ({"backend": "file", "path": "~nobody-of-this-name\n/x\0"}, "hicache_storage_path"),
+        ({"backend": "file", "path": "~\0/pages"}, "hicache_storage_path"),
         ({"backend": "memory", "size": 0}, "hicache_storage_size"),
         ({"backend": "memory", "size": 1e-9}, "hicache_storage_size"),
         ({"backend": "memory", "size": 1e400}, "hicache_storage_size"),

@@ -223,6 +223,9 @@ class EngineStorage:
             raise RequestError(f"{named}: known are {known}", param="hicache_storage_backend")
         if backend == "memory" and wish.hicache_storage_path is not None:
             raise RequestError("a store in memory has no folder: leave the path out", param="hicache_storage_path")
+        path = self._config.hicache_storage_path if wish.hicache_storage_path is None else wish.hicache_storage_path
+        if path is not None and (not path or "\0" in path):
+            raise RequestError("the path is empty, or has a null byte in it", param="hicache_storage_path")
         if wish.hicache_storage_path and not os.path.isabs(os.path.expanduser(wish.hicache_storage_path)):
             raise RequestError(
                 f"{wish.hicache_storage_path!r} is no full path: name the folder from / on",
@@ -231,9 +234,6 @@ class EngineStorage:
         size_gb = self._config.hicache_storage_size if wish.hicache_storage_size is None else wish.hicache_storage_size
         if not 0 < size_gb < _MAX_GB:
             raise RequestError(f"a store of {size_gb:g} GB cannot be", param="hicache_storage_size")
-        path = self._config.hicache_storage_path if wish.hicache_storage_path is None else wish.hicache_storage_path
-        if path is not None and (not path or "\0" in path):
-            raise RequestError("the path is empty, or has a null byte in it", param="hicache_storage_path")
         return Choice(backend=backend, path=_folder(backend, path), size_gb=size_gb)
 
     def _open(self, choice: Choice) -> tuple[PageStore, StoreStats]:
