@@ -78,6 +78,7 @@ class _Call:
     job: _Job
     began_s: float  # its present call of the store
     is_slow: bool = False  # it has outrun the deadline
+    answered: bool = False  # the store has said of every page whether it has it
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -171,9 +172,10 @@ class StoreMover:
     def _sessions(self) -> list[_Session]:
         return [*self._leaving, *([] if self._session is None else [self._session])]
 
-    def report(self, job: _Job, num_pages: int) -> None:
+    def report(self, job: _Job, num_pages: int, answered: bool = False) -> None:
         """By any thread."""
-        self._reports.append(_ANSWERS[type(job)](job_id=job.job_id, num_pages=num_pages))
+        more = {"answered": answered} if isinstance(job, FindPages) else {}
+        self._reports.append(_ANSWERS[type(job)](job_id=job.job_id, num_pages=num_pages, **more))
         self.wakeup()
 
 
@@ -302,7 +304,7 @@ class _Session:
                 log.exception("storage tier: %s", _words(call.job))
                 has_raised = True
             self._answer(self._note_end(lane, call, num_pages, begin_s, has_raised))
-            self._mover.report(call.job, num_pages)
+            self._mover.report(call.job, num_pages, call.answered and not has_raised)
         with self._lock:
             self._num_threads -= 1
             is_last = self._num_threads == 0
@@ -333,6 +335,7 @@ class _Session:
             call.began_s = self._clock.now_s()
             num_pages = self._ask(job, digests, call.slots[first : first + PIECE_PAGES])
             num_done += num_pages
+            call.answered = num_pages < len(digests) or num_done == len(job.digests)
             if num_pages < len(digests) or call.is_slow or self._stopped:
                 break
         if persistent is not None and not self._stopped:
