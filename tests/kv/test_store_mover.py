@@ -238,6 +238,7 @@ def test_what_waits_behind_a_hung_call_is_answered_when_the_breaker_opens(moving
     moving.until(lambda: len(moving.store.calls) == NUM_READERS)
     moving.clock.advance(DEADLINE_S + 1)
     assert {report.job_id for report in moving.reports(5)} == set(range(NUM_READERS + 1, NUM_READERS + 6))
+    assert moving.mover.totals()["storage_unasked_jobs"] == 5
     moving.store.go.set()
     assert {report.job_id for report in moving.reports(NUM_READERS)} == set(range(1, NUM_READERS + 1))
 

@@ -281,7 +281,9 @@ class _Session:
     def _open_breaker(self, now_s: float) -> list[_Job]:
         """Returns the jobs that must be answered."""
         self._try_again_s = now_s + PAUSE_S
-        return self._drop_waiting()
+        dropped = self._drop_waiting()
+        self._counts["storage_unasked_jobs"] += len(dropped)
+        return dropped
 
     def _drop_waiting(self) -> list[_Job]:
         dropped = [*self._reads.waiting, *self._writes.waiting]
