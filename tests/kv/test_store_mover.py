@@ -27,9 +27,10 @@ from kvist.kv.persistence import PersistentPages
 from kvist.kv.store import open_store
 from kvist.kv.store.backend import StoreSpec, StoreStats
 from kvist.kv.store.memory import MemoryStore
-from kvist.kv.store_mover import CLOSE_S, NUM_READERS, PAUSE_S, Report, StoreMover
+from kvist.kv.store_mover import CLOSE_S, PAUSE_S, Report, StoreMover, num_readers
 
 PAGE_BYTES, NUM_PAGES, DEADLINE_S = 64, 400, 10.0
+NUM_READERS = num_readers()
 
 
 def digest(number: int) -> bytes:

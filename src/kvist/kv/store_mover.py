@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvist.clock import Clock
+from kvist.cores import num_usable_cores
 from kvist.errors import StoreError
 from kvist.kv.host import HostPool
 from kvist.kv.moves import (
@@ -58,9 +58,7 @@ STORE_COUNTERS = (
 BREAKER_CLOSED, BREAKER_OPEN, BREAKER_HALF_OPEN = "closed", "open", "half_open"
 PAUSE_S = 5.0  # between two tries of a store that hangs
 CLOSE_S = 2.0  # for the calls under way when the engine ends
-# Two busy cores: a second writer gains nothing, as the store writes one page at a time; readers gain up to four.
-NUM_WRITERS = 2
-NUM_READERS = min(8, max(4, (os.cpu_count() or 1) // 2))
+NUM_WRITERS = 2  # a second one gains nothing on two busy cores, as the store writes one page at a time
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +81,11 @@ class _Call:
     @property
     def slots(self) -> tuple[int, ...]:
         return () if isinstance(self.job, FindPages) else self.job.host_slots
+
+
+def num_readers() -> int:
+    """Even on two busy cores four are better than fewer."""
+    return min(8, max(4, num_usable_cores() // 2))
 
 
 class StoreMover:
@@ -200,11 +203,11 @@ class _Session:
         self._mover = mover
         self._clock = mover.clock
         self._lock = threading.Lock()
-        self._reads, self._writes = _Lane(self._lock, NUM_READERS), _Lane(self._lock, NUM_WRITERS)
+        self._reads, self._writes = _Lane(self._lock, num_readers()), _Lane(self._lock, NUM_WRITERS)
         self._try_again_s: float | None = None  # the breaker is open
         self._stopped = False
         self._counts: dict[str, float] = dict.fromkeys(STORE_COUNTERS, 0)
-        self._num_threads = NUM_READERS + NUM_WRITERS
+        self._num_threads = self._reads.num_threads + self._writes.num_threads
         for lane, name in ((self._reads, "kvist-store-read"), (self._writes, "kvist-store-write")):
             for _ in range(lane.num_threads):
                 threading.Thread(target=self._work, args=(lane,), name=name, daemon=True).start()
