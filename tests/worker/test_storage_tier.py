@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from kvist import wire
 from kvist.errors import ConfigError
 from kvist.kv.keys import page_digests
 from kvist.kv.store.backend import StoreSpec
@@ -359,18 +358,17 @@ def test_a_store_that_takes_for_ever_to_open_holds_nobody_and_can_be_given_up(
 
     monkeypatch.setattr("kvist.worker.storage.open_store", open_slowly)
     engine = start(world, StorageConfig())
-    engine.channel.waiting.append(
-        (
-            b"gateway",
-            wire.AskStorage(call_id="slow", action="attach", wish=wire.StoreWish(hicache_storage_backend="memory")),
-        )
-    )
+    slow = world.ask_later(engine, "attach", backend="memory")
     answer(world, engine, request_of("1", prompt(33)))
-    assert "slow" not in world.storage_answers
+    assert slow not in world.storage_answers
     assert world.ask_storage(engine, "tell").status.state == "attaching"
     assert world.ask_storage(engine, "attach", backend="memory").error_code == "conflict"
     assert world.ask_storage(engine, "detach").status.state == "detached"
-    assert world.storage_answers["slow"].error_code == "conflict"
+    assert world.storage_answers[slow].error_code == "conflict"
+    world.ask_later(engine, "attach", backend="memory")
+    assert world.ask_storage(engine, "detach").status.state == "detached"
+    refused = world.ask_storage(engine, "attach", backend="memory")
+    assert (refused.error_code, "2 stores were left behind" in refused.message) == ("conflict", True)
     go.set()
     assert closed.wait(20)
     assert world.ask_storage(engine, "attach", backend="memory").status.state == "attached"

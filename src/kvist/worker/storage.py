@@ -27,7 +27,7 @@ from kvist.kv.store_mover import Report, StoreMover
 from kvist.worker.config import STORAGE_BACKENDS, StorageConfig
 
 LEAVE_S = 5.0
-MAX_LEFT_BEHIND = 2  # stores that were detached while a call hung; each keeps its threads and slots
+MAX_LEFT_BEHIND = 2  # stores that were detached while a call, or their opening, hung; each keeps threads and slots
 _GB, _MAX_GB = 10**9, 10**9
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class EngineStorage:
         self._clock = clock
         self._attached: Choice | None = None
         self._opening: _Opening | None = None
+        self._abandoned: list[_Opening] = []
         self._leaving: tuple[list[_Asker], float, threading.Event] | None = None  # who waits for that, and until when
         self._events: list[StorageAttached] = []
         self._answers: list[tuple[bytes, wire.StorageAnswer]] = []
@@ -176,7 +177,7 @@ class EngineStorage:
             raise Conflict(
                 "a store is being attached or detached: try again in a while", param="hicache_storage_backend"
             )
-        elif self._mover.num_leaving() >= MAX_LEFT_BEHIND:
+        elif self._mover.num_leaving() + self._num_left_opening() >= MAX_LEFT_BEHIND:
             raise Conflict(
                 f"{MAX_LEFT_BEHIND} stores were left behind with calls that hang: mend them, or start the worker anew",
                 param="hicache_storage_backend",
@@ -262,10 +263,15 @@ class EngineStorage:
         self._wakeup()
 
     def _abandon(self, opening: _Opening) -> None:
+        self._abandoned.append(opening)
         with opening.lock:
             opening.abandoned = True
             if opening.outcome is not None and not isinstance(opening.outcome, KvistError):
                 opening.outcome[0].close()
+
+    def _num_left_opening(self) -> int:
+        self._abandoned = [each for each in self._abandoned if each.outcome is None]
+        return len(self._abandoned)
 
     def _state(self) -> str:
         if self._opening is not None:
