@@ -378,7 +378,7 @@ def test_a_much_smaller_cap_is_reached_with_one_look_at_the_folder(
     put(open_files(tmp_path), 0, 20)
     scans: list[object] = []
     scan = disk_budget.DiskBudget._scan
-    monkeypatch.setattr(disk_budget.DiskBudget, "_scan", lambda budget: scans.append(budget) or scan(budget))
+    monkeypatch.setattr(disk_budget.DiskBudget, "_scan", lambda *of: scans.append(of) or scan(*of))
     monkeypatch.setattr(disk_budget, "_MAX_LOOKS", 2)
     store = open_files(tmp_path, num_pages=4)
     assert (store.exists(KEYS[:20]), store.stats().stored_bytes, len(scans)) == (4, 4 * FILE_BYTES, 1)

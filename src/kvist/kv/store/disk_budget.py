@@ -62,14 +62,14 @@ class DiskBudget:
         self._oldest: list[tuple[int, str]] = []  # heap of (mtime_ns when we looked, path)
         self._newest_known_ns = 0  # beyond it there may be files that we do not know
         with self._exclusive(_OPEN_WAIT_S) as fd:
-            in_use = self._scan()
+            in_use = self._scan(_load(fd))
             _save(fd, in_use)
         before = in_use + 1
         while capacity_bytes < in_use < before:  # the cap may have been higher before
             with self._exclusive(_OPEN_WAIT_S) as fd:
                 before, in_use = in_use, self._evict(_load(fd), 0, set())
                 if in_use >= before:  # what was known is used up
-                    in_use = self._evict(self._scan(), 0, set())
+                    in_use = self._evict(self._scan(in_use), 0, set())
                 _save(fd, in_use)
 
     def reserve(self, num_bytes: int, keep: set[str]) -> bool:
@@ -77,7 +77,7 @@ class DiskBudget:
         with self._exclusive() as fd:
             in_use = self._evict(_load(fd), num_bytes, keep)
             if in_use + num_bytes > self._limit_bytes:
-                in_use = self._evict(self._scan(), num_bytes, keep)
+                in_use = self._evict(self._scan(in_use), num_bytes, keep)
             fits = in_use + num_bytes <= self._limit_bytes
             _save(fd, in_use + num_bytes * fits)
             return fits
@@ -116,9 +116,9 @@ class DiskBudget:
 
     # ------------------------------------------------------------ what is there
 
-    def _scan(self) -> int:
-        """Learns the oldest files; returns how many bytes there are."""
-        abandoned_ns, num_bytes = unix_time_ns() - _ABANDONED_NS, 0
+    def _scan(self, told_bytes: int) -> int:
+        """Learns the oldest files; returns how many bytes there are, `told_bytes` at least if not all could be seen."""
+        abandoned_ns, num_bytes, errors = unix_time_ns() - _ABANDONED_NS, 0, self._tally.stats(0).errors
 
         def pages() -> Iterator[tuple[int, str]]:
             nonlocal num_bytes
@@ -135,7 +135,7 @@ class DiskBudget:
         self._oldest = heapq.nsmallest(_MAX_KNOWN, pages())  # sorted, and so a heap
         self._newest_known_ns = self._oldest[-1][0] if self._oldest else 0
         self._limit_bytes = self._capacity_bytes
-        return num_bytes
+        return num_bytes if self._tally.stats(0).errors == errors else max(num_bytes, told_bytes)
 
     def _files(self) -> Iterable[os.DirEntry[str]]:
         """Our files of every namespace, folder by folder."""
