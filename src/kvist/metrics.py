@@ -57,7 +57,7 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "host_skipped_pages": "pages due for a copy and left out: too many under way, or no room",
     "host_failed_pages": "pages in copies that failed, either way",
     "storage_hit_pages": "pages of arriving requests that the host tier lacked and the storage tier (L3) has",
-    "storage_miss_pages": "those that it has not, or that were not found for any trouble",
+    "storage_miss_pages": "those that it has not, as it said",
     "storage_fetched_pages": "pages copied from the storage tier to the host tier",
     "storage_stored_pages": "pages stored in the storage tier, or found to be there",
     "storage_skipped_pages": "pages due to be stored and left out: too many under way",

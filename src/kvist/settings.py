@@ -28,6 +28,7 @@ from kvist.channel.security import ChannelConfig
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.plan import ClusterShape, share_threads, visible_gpus
 from kvist.config import option
+from kvist.cores import num_usable_cores
 from kvist.errors import ConfigError
 from kvist.flag_help import help_text
 from kvist.flags import ENV_PREFIX, Shorthand, Sources, group, nearest, options_of, read_settings, to_argv
@@ -37,7 +38,6 @@ from kvist.scheduler.config import SchedulerOptions
 from kvist.server.config import ServerConfig
 from kvist.worker.bench_shapes import StepsConfig
 from kvist.worker.config import EngineConfig, StorageConfig
-from kvist.worker.cores import num_usable_cores
 
 SHORTHANDS = (
     Shorthand(flag="--decode-only", key="role", value="decode", text="the same as --role decode"),

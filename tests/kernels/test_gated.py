@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from kvist.kernels.gated import make_gated_product
+from kvist.kernels.gpu import cuda, gated
 from kvist.kernels.skinny import skinny_gated_torch
 from kvist.models.linear import make_gated_linear
 
@@ -25,6 +28,53 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def test_only_hopper_has_the_kernel() -> None:
     assert make_gated_product(torch.zeros(64, 64, dtype=torch.bfloat16)) is None
+
+
+H200_CLUSTERS = 66  # of two of its 132 multiprocessors
+
+
+@pytest.mark.parametrize(
+    ("n", "pays"),
+    [
+        (18_944, True),  # Qwen2-7B: three rounds, wholly
+        (18_944 // 2, False),  # with --tp 2, a round and a half
+        (18_944 // 4, False),  # with --tp 4, three quarters of one
+        (13_000, False),
+        (12_608, True),  # two rounds to the last tile
+        (12_680, False),  # a tile more begins a third
+        (5376, False),
+        (5472, True),
+        (8, False),
+    ],
+)
+def test_the_kernel_pays_where_its_tiles_fill_the_multiprocessors(n: int, pays: bool) -> None:
+    assert gated.pays(2 * n, H200_CLUSTERS) == pays
+
+
+@pytest.mark.parametrize(
+    ("n", "num_in", "dtype", "is_made"),
+    [
+        (18_944, 3584, torch.bfloat16, True),
+        (18_944, 3584, torch.float16, True),
+        (18_944, 3584, torch.float32, False),
+        (18_944, 3580, torch.bfloat16, False),
+        (18_944 // 4, 3584, torch.bfloat16, False),
+        (13_000, 3584, torch.bfloat16, False),
+    ],
+)
+def test_nothing_is_compiled_for_a_weight_that_the_kernel_does_not_fit(
+    n: int, num_in: int, dtype: torch.dtype, is_made: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=dtype, shape=(2 * n, num_in))
+    made: list[object] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=2 * H200_CLUSTERS)
+    )
+    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    monkeypatch.setattr(gated, "GatedProduct", lambda each: made.append(each) or made)
+    assert (make_gated_product(weight) is made) == is_made  # type: ignore[arg-type]
+    assert made == [weight] * is_made
 
 
 @pytest.mark.gpu
@@ -78,7 +128,7 @@ def test_what_does_not_pay_is_left_to_cublas(num_rows: int, n: int) -> None:
     weight = random(2 * n, 256)
     product = make_gated_product(weight)
     x = random(num_rows, 256)
-    assert product is not None
-    assert product(x) is None
+    assert (product is None) == (n == 13_000)
+    assert product is None or product(x) is None
     want = skinny_gated_torch(x.float(), weight.float())
     assert (make_gated_linear(weight)(x).float() - want).norm() / want.norm() < 6e-3

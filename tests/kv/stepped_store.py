@@ -157,7 +157,7 @@ class SteppedStoreMover:
 
         with (
             mock.patch("kvist.kv.store_mover.threading.Thread", make),
-            mock.patch("kvist.kv.store_mover.NUM_READERS", 2),
+            mock.patch("kvist.kv.store_mover.num_readers", return_value=2),
             mock.patch("kvist.kv.store_mover.NUM_WRITERS", 1),
         ):
             self.mover.attach(store, store.stats())

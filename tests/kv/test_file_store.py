@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import pytest
 
 from kvist.clock import FakeClock
 from kvist.errors import ConfigError, StoreError
-from kvist.kv.store import open_store
+from kvist.kv.store import disk_budget, open_store
 from kvist.kv.store.backend import StoreSpec
 from kvist.kv.store.file import FileStore
 
@@ -370,6 +372,18 @@ def test_a_smaller_cap_than_before_holds_from_the_start(tmp_path: Path) -> None:
     assert store.stats().stored_bytes == 3 * FILE_BYTES
 
 
+def test_a_much_smaller_cap_is_reached_with_one_look_at_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(open_files(tmp_path), 0, 20)
+    scans: list[object] = []
+    scan = disk_budget.DiskBudget._scan
+    monkeypatch.setattr(disk_budget.DiskBudget, "_scan", lambda *of: scans.append(of) or scan(*of))
+    monkeypatch.setattr(disk_budget, "_MAX_LOOKS", 2)
+    store = open_files(tmp_path, num_pages=4)
+    assert (store.exists(KEYS[:20]), store.stats().stored_bytes, len(scans)) == (4, 4 * FILE_BYTES, 1)
+
+
 def test_a_wrong_number_in_the_lock_file_is_put_right(tmp_path: Path) -> None:
     put(open_files(tmp_path, num_pages=4), 0, 2)
     for wrong in (b"", b"\xff" * 16, b"torn"):
@@ -403,6 +417,37 @@ def test_a_lock_that_is_never_let_go_stops_writing_after_five_seconds_and_nothin
         assert store.stats().stored_bytes == FILE_BYTES
     assert store.stats().errors == {"ETIMEDOUT": 1}
     assert sum(slept_s) == pytest.approx(5.0)
+
+
+def test_threads_that_wait_for_the_lock_behind_each_other_wait_five_seconds_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_files(tmp_path)
+    first, *others = [threading.Thread(target=put, args=(store, n, n + 1), daemon=True) for n in range(3)]
+    slept_s: list[float] = []
+    pause = time.sleep
+
+    def are_waiting() -> bool:
+        frames = sys._current_frames()
+        return all(frames[thread.ident or 0].f_code.co_filename == disk_budget.__file__ for thread in others)
+
+    def sleep(pause_s: float) -> None:
+        slept_s.append(pause_s)
+        if len(slept_s) == 1:
+            for thread in others:
+                thread.start()
+            while not are_waiting():
+                pause(0.001)
+
+    monkeypatch.setattr("kvist.kv.store.disk_budget.time.sleep", sleep)
+    with (tmp_path / "in-use.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        first.start()
+        first.join(20)  # it has started the others
+        for thread in others:
+            thread.join(20)
+    assert store.stats().errors == {"ETIMEDOUT": 3}
+    assert sum(slept_s) == pytest.approx(5.0, abs=0.01)
 
 
 # ---------------------------------------------------------------- several processes

@@ -82,6 +82,14 @@ def test_a_long_prefix_is_fetched_in_pieces_behind_what_the_host_has() -> None:
     assert [page.from_storage for page in host.match(digests)] == [False] * 10 + [True] * 280
 
 
+def test_a_page_is_a_miss_only_if_the_store_said_so() -> None:
+    _, storage = tier(100)
+    for answered, num_misses in ((False, 0), (True, 10)):
+        _, find = begin(storage, chain("a", 10))
+        storage.found(PagesFound(job_id=find.job_id, num_pages=0, answered=answered))
+        assert storage.totals["storage_miss_pages"] == num_misses
+
+
 def test_what_the_device_has_is_not_worth_fetching_but_fetched_if_it_is_in_the_way() -> None:
     _, storage = tier(100, threshold_tokens=4)
     digests = chain("a", 10)

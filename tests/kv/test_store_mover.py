@@ -27,9 +27,10 @@ from kvist.kv.persistence import PersistentPages
 from kvist.kv.store import open_store
 from kvist.kv.store.backend import StoreSpec, StoreStats
 from kvist.kv.store.memory import MemoryStore
-from kvist.kv.store_mover import CLOSE_S, NUM_READERS, PAUSE_S, Report, StoreMover
+from kvist.kv.store_mover import CLOSE_S, PAUSE_S, Report, StoreMover, num_readers
 
 PAGE_BYTES, NUM_PAGES, DEADLINE_S = 64, 400, 10.0
+NUM_READERS = num_readers()
 
 
 def digest(number: int) -> bytes:
@@ -159,8 +160,11 @@ def test_without_a_store_every_job_is_answered_with_nothing(moving: Moving) -> N
     moving.mover.detach()
     for kind in (FindPages, FetchPages, StorePages):
         moving.start(kind, 3)
-    reports = moving.reports(3)
-    assert reports == [cls(job_id=n, num_pages=0) for n, cls in enumerate((PagesFound, PagesFetched, PagesStored), 1)]
+    assert moving.reports(3) == [
+        PagesFound(job_id=1, num_pages=0, answered=False),
+        PagesFetched(job_id=2, num_pages=0),
+        PagesStored(job_id=3, num_pages=0),
+    ]
 
 
 def test_reads_do_not_wait_for_writes_that_take_long(moving: Moving) -> None:
@@ -205,7 +209,7 @@ def test_an_exception_is_an_answer_of_nothing_and_opens_the_breaker(moving: Movi
     assert moving.reports() == [PagesStored(job_id=1, num_pages=0)]
     assert moving.mover.breaker() == "open"
     moving.start(FindPages, 3)
-    assert moving.reports() == [PagesFound(job_id=2, num_pages=0)]
+    assert moving.reports() == [PagesFound(job_id=2, num_pages=0, answered=False)]
     assert moving.store.calls == ["put"]
     totals = moving.mover.totals()
     assert (totals["storage_raised_calls"], totals["storage_unasked_jobs"]) == (1, 1)
@@ -219,7 +223,7 @@ def test_a_hung_call_opens_the_breaker_and_keeps_its_slots_until_it_returns(movi
     assert moving.mover.num_quarantined_pages() == 3
     moving.start(FindPages, 3)
     moving.start(StorePages, 3)
-    assert moving.reports(2) == [PagesFound(job_id=3, num_pages=0), PagesStored(job_id=4, num_pages=0)]
+    assert moving.reports(2) == [PagesFound(job_id=3, num_pages=0, answered=False), PagesStored(job_id=4, num_pages=0)]
     moving.store.go.set()
     assert moving.reports() == [PagesFetched(job_id=2, num_pages=3)]
     assert (moving.pages[10:13] == moving.pages[:3]).all()
@@ -235,21 +239,36 @@ def test_what_waits_behind_a_hung_call_is_answered_when_the_breaker_opens(moving
     moving.until(lambda: len(moving.store.calls) == NUM_READERS)
     moving.clock.advance(DEADLINE_S + 1)
     assert {report.job_id for report in moving.reports(5)} == set(range(NUM_READERS + 1, NUM_READERS + 6))
+    assert moving.mover.totals()["storage_unasked_jobs"] == 5
     moving.store.go.set()
     assert {report.job_id for report in moving.reports(NUM_READERS)} == set(range(1, NUM_READERS + 1))
+
+
+def test_what_a_store_did_not_say_is_told_from_what_it_said_it_has_not(moving: Moving) -> None:
+    moving.start(StorePages, PIECE_PAGES)
+    moving.reports()
+    moving.start(FindPages, PIECE_PAGES + 5)
+    assert moving.reports() == [PagesFound(job_id=2, num_pages=PIECE_PAGES)]
+    moving.store.go.clear()
+    moving.start(FindPages, PIECE_PAGES + 5)
+    moving.until(lambda: moving.store.calls[-1] == "exists" and len(moving.store.calls) == 4)
+    moving.clock.advance(DEADLINE_S + 1)
+    assert moving.mover.poll() == []
+    moving.store.go.set()
+    assert moving.reports() == [PagesFound(job_id=3, num_pages=PIECE_PAGES, answered=False)]
 
 
 def test_after_a_pause_one_job_is_tried_and_closes_the_breaker_when_it_returns_in_time(moving: Moving) -> None:
     moving.hang()
     moving.clock.advance(PAUSE_S - 1)
     moving.start(FindPages, 3)
-    assert moving.reports() == [PagesFound(job_id=2, num_pages=0)], "too early"
+    assert moving.reports() == [PagesFound(job_id=2, num_pages=0, answered=False)], "too early"
     moving.clock.advance(1)
     moving.start(FindPages, 3)
     moving.until(lambda: moving.store.calls[-1] == "exists")
     assert moving.mover.breaker() == "half_open"
     moving.start(FindPages, 3)
-    assert moving.reports() == [PagesFound(job_id=4, num_pages=0)], "only one is tried"
+    assert moving.reports() == [PagesFound(job_id=4, num_pages=0, answered=False)], "only one is tried"
     moving.store.go.set()
     assert {report.job_id for report in moving.reports(2)} == {1, 3}
     assert moving.mover.breaker() == "closed"

@@ -223,6 +223,25 @@ def test_a_disk_that_cannot_be_read_gives_misses_and_its_pages_are_kept(
     assert get(store, 0, 2) == 2
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("depth", range(3))
+def test_a_disk_that_cannot_be_looked_through_holds_the_cap_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int, number: int
+) -> None:
+    store = FileStore(spec_of(tmp_path, 4 * FILE_BYTES))
+    put(store, 0, 4)
+
+    def is_above(folder: object) -> bool:
+        return len(Path(os.fspath(folder)).relative_to(tmp_path).parts) < depth  # type: ignore[call-overload]
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "scandir", refusing(os.scandir, number, spares=is_above))
+        assert put(store, 4, 5) == 0
+    assert put(store, 5, 12) == 4
+    assert len(list(tmp_path.rglob("*.page"))) == 4
+    assert store.stats().stored_bytes == 4 * FILE_BYTES
+
+
 def test_pages_that_another_process_evicts_and_writes_meanwhile_are_read_whole_or_missed(tmp_path: Path) -> None:
     arguments = [str(tmp_path), str(6 * FILE_BYTES), "0", "20", "1000000"]  # each round evicts and writes all of them
     process = subprocess.Popen([sys.executable, str(STORE_SCRIPT), *arguments], stdout=subprocess.PIPE, text=True)

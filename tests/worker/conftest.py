@@ -329,15 +329,20 @@ class World:
 
     def ask_storage(self, engine: SmallEngine, action: str, **fields: object) -> wire.StorageAnswer:
         """Steps until it is answered."""
+        call_id = self.ask_later(engine, action, **fields)
+        give_up_s = time.monotonic() + 20
+        while call_id not in self.storage_answers:
+            assert time.monotonic() < give_up_s
+            self.step()
+        return self.storage_answers[call_id]
+
+    def ask_later(self, engine: SmallEngine, action: str, **fields: object) -> str:
+        """Without a step. The call's id."""
         self._num_made += 1
         names = {f"hicache_storage_{name}": value for name, value in fields.items()}
         call = wire.AskStorage(call_id=str(self._num_made), action=action, wish=wire.StoreWish(**names))  # type: ignore[arg-type]
         engine.channel.waiting.append((GATEWAY, call))
-        give_up_s = time.monotonic() + 20
-        while call.call_id not in self.storage_answers:
-            assert time.monotonic() < give_up_s
-            self.step()
-        return self.storage_answers[call.call_id]
+        return call.call_id
 
     def heard_at_gateway(self, epoch: EpochId, message: object) -> None:
         if isinstance(message, wire.StorageAnswer):

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
+from kvist.cores import usable_cores
 from kvist.errors import EngineError, ModelLoadError, Timeout
 from kvist.wire import EngineSpec
 from kvist.worker import child
 from kvist.worker.child import EngineProcess, EngineState, EngineSupervisor, restart_wait_s
 from kvist.worker.config import EngineConfig
-from kvist.worker.cores import usable_cores
 
 pytestmark = pytest.mark.e2e
 

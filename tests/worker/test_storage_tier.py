@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from kvist import wire
 from kvist.errors import ConfigError
 from kvist.kv.keys import page_digests
 from kvist.kv.store.backend import StoreSpec
@@ -331,6 +330,7 @@ def test_what_cannot_be_attached_is_refused_with_the_field_and_nothing_has_chang
         ({"backend": "file", "path": "pages"}, "hicache_storage_path"),
         ({"backend": "file", "path": "~nobody-of-this-name/pages"}, "hicache_storage_path"),
         ({"backend": "file", "path": "~nobody-of-this-name\n/x\0"}, "hicache_storage_path"),
+        ({"backend": "file", "path": "~\0/pages"}, "hicache_storage_path"),
         ({"backend": "memory", "size": 0}, "hicache_storage_size"),
         ({"backend": "memory", "size": 1e-9}, "hicache_storage_size"),
         ({"backend": "memory", "size": 1e400}, "hicache_storage_size"),
@@ -358,18 +358,17 @@ def test_a_store_that_takes_for_ever_to_open_holds_nobody_and_can_be_given_up(
 
     monkeypatch.setattr("kvist.worker.storage.open_store", open_slowly)
     engine = start(world, StorageConfig())
-    engine.channel.waiting.append(
-        (
-            b"gateway",
-            wire.AskStorage(call_id="slow", action="attach", wish=wire.StoreWish(hicache_storage_backend="memory")),
-        )
-    )
+    slow = world.ask_later(engine, "attach", backend="memory")
     answer(world, engine, request_of("1", prompt(33)))
-    assert "slow" not in world.storage_answers
+    assert slow not in world.storage_answers
     assert world.ask_storage(engine, "tell").status.state == "attaching"
     assert world.ask_storage(engine, "attach", backend="memory").error_code == "conflict"
     assert world.ask_storage(engine, "detach").status.state == "detached"
-    assert world.storage_answers["slow"].error_code == "conflict"
+    assert world.storage_answers[slow].error_code == "conflict"
+    world.ask_later(engine, "attach", backend="memory")
+    assert world.ask_storage(engine, "detach").status.state == "detached"
+    refused = world.ask_storage(engine, "attach", backend="memory")
+    assert (refused.error_code, "2 stores were left behind" in refused.message) == ("conflict", True)
     go.set()
     assert closed.wait(20)
     assert world.ask_storage(engine, "attach", backend="memory").status.state == "attached"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvist.kernels.gpu import cuda
+from kvist.kernels.gpu import cuda, gated
 
 log = logging.getLogger(__name__)
 
@@ -23,16 +23,17 @@ def make_gated_product(weight: Tensor) -> GatedProduct | None:
     """weight [2 * n, in_features], G over U, kept and not copied. The product takes x [num_rows, in_features] and gives
     [num_rows, n], or None where cuBLAS is quicker (its twin is `skinny_gated_torch`).
 
-    None where the kernel does not run at all: it wants Hopper, 16-bit numbers, n and in_features multiples of 8, and
-    the compiler that torch brings.
+    None where the kernel does not run at all: it wants Hopper, 16-bit numbers, n and in_features multiples of 8, tiles
+    that fill the multiprocessors, and the compiler that torch brings.
     """
     if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) != (9, 0):
         return None
     if weight.dtype not in (torch.bfloat16, torch.float16) or weight.shape[0] % 16 or weight.shape[1] % 8:
         return None
+    # Two multiprocessors run a cluster. Where no weight fills them, nothing is compiled.
+    if not gated.pays(weight.shape[0], torch.cuda.get_device_properties(weight.device).multi_processor_count // 2):
+        return None
     if (reason := cuda.why_not()) is not None:
         log.warning("gate and up stay with cuBLAS: %s", reason)
         return None
-    from kvist.kernels.gpu import gated
-
     return gated.GatedProduct(weight)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvist.cores import num_usable_cores
 from kvist.errors import ConfigError
 from kvist.kv.persistence import PersistentPages
 
@@ -108,7 +108,7 @@ def _make_resident(memory: Tensor) -> None:
         madvise(first, min(_SLICE_BYTES, end - first), _POPULATE_WRITE)  # where it is not known, pinning does the work
 
     madvise(start, end - start, mmap.MADV_HUGEPAGE)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(16, num_usable_cores())) as threads:
         list(threads.map(populate, range(start, end, _SLICE_BYTES)))
 
 

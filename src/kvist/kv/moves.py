@@ -97,6 +97,7 @@ class CancelFetch:
 class PagesFound:
     job_id: int
     num_pages: int  # leading ones; 0 for any trouble
+    answered: bool = True  # by the store; False: it failed, or was not asked after all of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

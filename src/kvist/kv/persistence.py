@@ -34,6 +34,7 @@ import torch
 import xxhash
 
 from kvist.clock import MonotonicClock
+from kvist.cores import num_usable_cores
 from kvist.errors import ConfigError
 from kvist.kv.host_tier import SavedPage
 
@@ -100,7 +101,7 @@ class PersistentPages:
         found: dict[bytes, SavedPage] = {}
         num_bad, gib = 0, self.tensor.shape[1] / 2**30
         slots = [slot for slot in range(self._num_pages) if self._index[self._range(slot)] != _NO_RECORD]
-        with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
+        with ThreadPoolExecutor(min(_MAX_THREADS, num_usable_cores())) as threads:
             for page in threads.map(self._verified, slots):
                 if page is None:
                     num_bad += 1

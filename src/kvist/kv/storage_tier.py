@@ -41,7 +41,7 @@ MAX_PAGES_STORED = 2048  # in these together
 
 STORAGE_COUNTERS = (
     "storage_hit_pages",
-    "storage_miss_pages",
+    "storage_miss_pages",  # of which the store said that it has them not
     "storage_fetched_pages",
     "storage_stored_pages",
     "storage_skipped_pages",  # due to be stored and left out: too many under way
@@ -206,7 +206,8 @@ class StorageTier:
     def found(self, event: PagesFound) -> None:
         prefetch = self._finds.pop(event.job_id)
         self.totals["storage_hit_pages"] += event.num_pages
-        self.totals["storage_miss_pages"] += len(prefetch._digests) - prefetch._first - event.num_pages
+        if event.answered:
+            self.totals["storage_miss_pages"] += len(prefetch._digests) - prefetch._first - event.num_pages
         if not prefetch._finding:
             return  # nobody waits for it any more
         prefetch._finding = False

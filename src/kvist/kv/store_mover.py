@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvist.clock import Clock
+from kvist.cores import num_usable_cores
 from kvist.errors import StoreError
 from kvist.kv.host import HostPool
 from kvist.kv.moves import (
@@ -58,9 +58,7 @@ STORE_COUNTERS = (
 BREAKER_CLOSED, BREAKER_OPEN, BREAKER_HALF_OPEN = "closed", "open", "half_open"
 PAUSE_S = 5.0  # between two tries of a store that hangs
 CLOSE_S = 2.0  # for the calls under way when the engine ends
-# Two busy cores: a second writer gains nothing, as the store writes one page at a time; readers gain up to four.
-NUM_WRITERS = 2
-NUM_READERS = min(8, max(4, (os.cpu_count() or 1) // 2))
+NUM_WRITERS = 2  # a second one gains nothing on two busy cores, as the store writes one page at a time
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +76,16 @@ class _Call:
     job: _Job
     began_s: float  # its present call of the store
     is_slow: bool = False  # it has outrun the deadline
+    answered: bool = False  # the store has said of every page whether it has it
 
     @property
     def slots(self) -> tuple[int, ...]:
         return () if isinstance(self.job, FindPages) else self.job.host_slots
+
+
+def num_readers() -> int:
+    """Even on two busy cores four are better than fewer."""
+    return min(8, max(4, num_usable_cores() // 2))
 
 
 class StoreMover:
@@ -171,9 +175,10 @@ class StoreMover:
     def _sessions(self) -> list[_Session]:
         return [*self._leaving, *([] if self._session is None else [self._session])]
 
-    def report(self, job: _Job, num_pages: int) -> None:
+    def report(self, job: _Job, num_pages: int, answered: bool = False) -> None:
         """By any thread."""
-        self._reports.append(_ANSWERS[type(job)](job_id=job.job_id, num_pages=num_pages))
+        more = {"answered": answered} if isinstance(job, FindPages) else {}
+        self._reports.append(_ANSWERS[type(job)](job_id=job.job_id, num_pages=num_pages, **more))
         self.wakeup()
 
 
@@ -198,11 +203,11 @@ class _Session:
         self._mover = mover
         self._clock = mover.clock
         self._lock = threading.Lock()
-        self._reads, self._writes = _Lane(self._lock, NUM_READERS), _Lane(self._lock, NUM_WRITERS)
+        self._reads, self._writes = _Lane(self._lock, num_readers()), _Lane(self._lock, NUM_WRITERS)
         self._try_again_s: float | None = None  # the breaker is open
         self._stopped = False
         self._counts: dict[str, float] = dict.fromkeys(STORE_COUNTERS, 0)
-        self._num_threads = NUM_READERS + NUM_WRITERS
+        self._num_threads = self._reads.num_threads + self._writes.num_threads
         for lane, name in ((self._reads, "kvist-store-read"), (self._writes, "kvist-store-write")):
             for _ in range(lane.num_threads):
                 threading.Thread(target=self._work, args=(lane,), name=name, daemon=True).start()
@@ -279,7 +284,9 @@ class _Session:
     def _open_breaker(self, now_s: float) -> list[_Job]:
         """Returns the jobs that must be answered."""
         self._try_again_s = now_s + PAUSE_S
-        return self._drop_waiting()
+        dropped = self._drop_waiting()
+        self._counts["storage_unasked_jobs"] += len(dropped)
+        return dropped
 
     def _drop_waiting(self) -> list[_Job]:
         dropped = [*self._reads.waiting, *self._writes.waiting]
@@ -302,7 +309,7 @@ class _Session:
                 log.exception("storage tier: %s", _words(call.job))
                 has_raised = True
             self._answer(self._note_end(lane, call, num_pages, begin_s, has_raised))
-            self._mover.report(call.job, num_pages)
+            self._mover.report(call.job, num_pages, call.answered and not has_raised)
         with self._lock:
             self._num_threads -= 1
             is_last = self._num_threads == 0
@@ -333,6 +340,7 @@ class _Session:
             call.began_s = self._clock.now_s()
             num_pages = self._ask(job, digests, call.slots[first : first + PIECE_PAGES])
             num_done += num_pages
+            call.answered = num_pages < len(digests) or num_done == len(job.digests)
             if num_pages < len(digests) or call.is_slow or self._stopped:
                 break
         if persistent is not None and not self._stopped:

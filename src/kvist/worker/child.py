@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from kvist.clock import Clock, MonotonicClock
+from kvist.cores import bind_process, usable_cores
 from kvist.errors import EngineError, KvistError, Timeout, WorkerLost, error_from_wire
 from kvist.wire import EngineSpec
 from kvist.worker.config import EngineConfig
-from kvist.worker.cores import bind_process, usable_cores
 from kvist.worker.messages import Progress, Ready, StartFailed, decode_line
 
 FIRST_RESTART_WAIT_S = 0.5

@@ -19,6 +19,7 @@ from pathlib import Path
 from kvist.channel import EngineChannel, bracketed
 from kvist.checkpoint import Checkpoint, find_checkpoint, fingerprint
 from kvist.clock import Clock, MonotonicClock
+from kvist.cores import num_usable_cores, separate
 from kvist.errors import ConfigError
 from kvist.kv.cache import PageCache
 from kvist.kv.device import DevicePool, available_host_bytes, default_runtime_dir
@@ -39,7 +40,6 @@ from kvist.transfer import make_transport
 from kvist.transfer.epoch import EpochLock, new_epoch, num_live_epochs, sweep
 from kvist.wire import EngineSpec
 from kvist.worker.config import UNIFIED, EngineConfig, HostTierConfig, StorageConfig
-from kvist.worker.cores import num_usable_cores, separate
 from kvist.worker.limits import resolve_limits
 from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports

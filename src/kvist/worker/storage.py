@@ -27,7 +27,7 @@ from kvist.kv.store_mover import Report, StoreMover
 from kvist.worker.config import STORAGE_BACKENDS, StorageConfig
 
 LEAVE_S = 5.0
-MAX_LEFT_BEHIND = 2  # stores that were detached while a call hung; each keeps its threads and slots
+MAX_LEFT_BEHIND = 2  # stores that were detached while a call, or their opening, hung; each keeps threads and slots
 _GB, _MAX_GB = 10**9, 10**9
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class EngineStorage:
         self._clock = clock
         self._attached: Choice | None = None
         self._opening: _Opening | None = None
+        self._abandoned: list[_Opening] = []
         self._leaving: tuple[list[_Asker], float, threading.Event] | None = None  # who waits for that, and until when
         self._events: list[StorageAttached] = []
         self._answers: list[tuple[bytes, wire.StorageAnswer]] = []
@@ -176,7 +177,7 @@ class EngineStorage:
             raise Conflict(
                 "a store is being attached or detached: try again in a while", param="hicache_storage_backend"
             )
-        elif self._mover.num_leaving() >= MAX_LEFT_BEHIND:
+        elif self._mover.num_leaving() + self._num_left_opening() >= MAX_LEFT_BEHIND:
             raise Conflict(
                 f"{MAX_LEFT_BEHIND} stores were left behind with calls that hang: mend them, or start the worker anew",
                 param="hicache_storage_backend",
@@ -223,6 +224,9 @@ class EngineStorage:
             raise RequestError(f"{named}: known are {known}", param="hicache_storage_backend")
         if backend == "memory" and wish.hicache_storage_path is not None:
             raise RequestError("a store in memory has no folder: leave the path out", param="hicache_storage_path")
+        path = self._config.hicache_storage_path if wish.hicache_storage_path is None else wish.hicache_storage_path
+        if path is not None and (not path or "\0" in path):
+            raise RequestError("the path is empty, or has a null byte in it", param="hicache_storage_path")
         if wish.hicache_storage_path and not os.path.isabs(os.path.expanduser(wish.hicache_storage_path)):
             raise RequestError(
                 f"{wish.hicache_storage_path!r} is no full path: name the folder from / on",
@@ -231,9 +235,6 @@ class EngineStorage:
         size_gb = self._config.hicache_storage_size if wish.hicache_storage_size is None else wish.hicache_storage_size
         if not 0 < size_gb < _MAX_GB:
             raise RequestError(f"a store of {size_gb:g} GB cannot be", param="hicache_storage_size")
-        path = self._config.hicache_storage_path if wish.hicache_storage_path is None else wish.hicache_storage_path
-        if path is not None and (not path or "\0" in path):
-            raise RequestError("the path is empty, or has a null byte in it", param="hicache_storage_path")
         return Choice(backend=backend, path=_folder(backend, path), size_gb=size_gb)
 
     def _open(self, choice: Choice) -> tuple[PageStore, StoreStats]:
@@ -262,10 +263,15 @@ class EngineStorage:
         self._wakeup()
 
     def _abandon(self, opening: _Opening) -> None:
+        self._abandoned.append(opening)
         with opening.lock:
             opening.abandoned = True
             if opening.outcome is not None and not isinstance(opening.outcome, KvistError):
                 opening.outcome[0].close()
+
+    def _num_left_opening(self) -> int:
+        self._abandoned = [each for each in self._abandoned if each.outcome is None]
+        return len(self._abandoned)
 
     def _state(self) -> str:
         if self._opening is not None:

@@ -58,19 +58,26 @@ class DiskBudget:
         self._limit_bytes = capacity_bytes  # less while the disk is full
         self._tally = tally
         self._lock = threading.Lock()
+        self._num_timeouts = 0
         self._oldest: list[tuple[int, str]] = []  # heap of (mtime_ns when we looked, path)
         self._newest_known_ns = 0  # beyond it there may be files that we do not know
         with self._exclusive(_OPEN_WAIT_S) as fd:
-            _save(fd, self._scan())
-        for _ in range(0, len(self._oldest), _MAX_LOOKS):
-            self.reserve(0, set())  # the cap may have been higher before
+            in_use = self._scan(_load(fd))
+            _save(fd, in_use)
+        before = in_use + 1
+        while capacity_bytes < in_use < before:  # the cap may have been higher before
+            with self._exclusive(_OPEN_WAIT_S) as fd:
+                before, in_use = in_use, self._evict(_load(fd), 0, set())
+                if in_use >= before:  # what was known is used up
+                    in_use = self._evict(self._scan(in_use), 0, set())
+                _save(fd, in_use)
 
     def reserve(self, num_bytes: int, keep: set[str]) -> bool:
         """Counts `num_bytes` as used, evicting what is not in `keep`. False: no room could be made."""
-        with self._lock, self._exclusive() as fd:
+        with self._exclusive() as fd:
             in_use = self._evict(_load(fd), num_bytes, keep)
             if in_use + num_bytes > self._limit_bytes:
-                in_use = self._evict(self._scan(), num_bytes, keep)
+                in_use = self._evict(self._scan(in_use), num_bytes, keep)
             fits = in_use + num_bytes <= self._limit_bytes
             _save(fd, in_use + num_bytes * fits)
             return fits
@@ -78,7 +85,7 @@ class DiskBudget:
     def release(self, num_bytes: int, *, is_disk_full: bool) -> None:
         """What was reserved was not written. On a full disk the cap is, until the next scan, less than what we have:
         else nothing new could ever be stored again."""
-        with self._lock, self._exclusive() as fd:
+        with self._exclusive() as fd:
             in_use = max(0, _load(fd) - num_bytes)
             _save(fd, in_use)
             if is_disk_full:
@@ -109,9 +116,9 @@ class DiskBudget:
 
     # ------------------------------------------------------------ what is there
 
-    def _scan(self) -> int:
-        """Learns the oldest files; returns how many bytes there are."""
-        abandoned_ns, num_bytes = unix_time_ns() - _ABANDONED_NS, 0
+    def _scan(self, told_bytes: int) -> int:
+        """Learns the oldest files; returns how many bytes there are, `told_bytes` at least if not all could be seen."""
+        abandoned_ns, num_bytes, errors = unix_time_ns() - _ABANDONED_NS, 0, self._tally.stats(0).errors
 
         def pages() -> Iterator[tuple[int, str]]:
             nonlocal num_bytes
@@ -128,7 +135,7 @@ class DiskBudget:
         self._oldest = heapq.nsmallest(_MAX_KNOWN, pages())  # sorted, and so a heap
         self._newest_known_ns = self._oldest[-1][0] if self._oldest else 0
         self._limit_bytes = self._capacity_bytes
-        return num_bytes
+        return num_bytes if self._tally.stats(0).errors == errors else max(num_bytes, told_bytes)
 
     def _files(self) -> Iterable[os.DirEntry[str]]:
         """Our files of every namespace, folder by folder."""
@@ -146,20 +153,25 @@ class DiskBudget:
 
     @contextlib.contextmanager
     def _exclusive(self, wait_s: float = _WAIT_S) -> Iterator[int]:
-        """The lock file: no other process counts or evicts meanwhile. Opened anew each time, because the folder may
-        have been removed and made again."""
-        fd = open_making_folder(self._lock_path, os.O_RDWR | os.O_CREAT)
-        try:
-            for _ in range(round(wait_s / _PAUSE_S)):
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                time.sleep(_PAUSE_S)
-            else:
-                raise TimeoutError(errno.ETIMEDOUT, "another process holds the lock", self._lock_path)
-            yield fd
-        finally:
-            os.close(fd)
+        """The lock file: no other thread or process counts or evicts meanwhile. Opened anew each time, because the
+        folder may have been removed and made again."""
+        num_timeouts = self._num_timeouts
+        with self._lock:
+            # Behind a thread that waited in vain we have waited, too.
+            num_tries = round(wait_s / _PAUSE_S) if self._num_timeouts == num_timeouts else 1
+            fd = open_making_folder(self._lock_path, os.O_RDWR | os.O_CREAT)
+            try:
+                for _ in range(num_tries):
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    time.sleep(_PAUSE_S)
+                else:
+                    self._num_timeouts += 1
+                    raise TimeoutError(errno.ETIMEDOUT, "another process holds the lock", self._lock_path)
+                yield fd
+            finally:
+                os.close(fd)
 
 
 def open_making_folder(path: str, flags: int) -> int:

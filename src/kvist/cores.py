@@ -1,4 +1,4 @@
-"""Keeps a GPU's engine and its gateway off each other's cores.
+"""How many cores this process may use; and keeps a GPU's engine and its gateway off each other's cores.
 
 Both are one busy thread and some helpers. Where they share a core, or the two threads of one, planning a step waits
 for somebody's stream, and the GPU for the plan. So the usable cores are split in halves: every other physical core of
@@ -23,6 +23,7 @@ from pathlib import Path
 MIN_CORES = 8  # fewer are better left to the system
 MIN_ENGINE_CORES = 4  # for each engine of the host: its loop, and threads that move bytes
 _CPUS = Path("/sys/devices/system/cpu")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,14 @@ def usable_cores() -> frozenset[int]:
     return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
 
 
-def num_usable_cores() -> int:
-    """Fewer than the machine has, in a container with a CPU set."""
-    return len(usable_cores()) or os.cpu_count() or 1
+def num_usable_cores(quota: Path = _QUOTA) -> int:
+    """Fewer than the machine has, in a container with a CPU set or a quota: more threads than that wait for each other,
+    or are stopped for the rest of each period. As of now: threads may have been bound meanwhile."""
+    num_cores = len(usable_cores()) or os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2; "max" is no number
+        time_us, period_us = map(int, quota.read_text().split())
+        num_cores = min(num_cores, max(1, -(-time_us // period_us)))
+    return num_cores
 
 
 def read_places(cores: Collection[int], cpus: Path = _CPUS) -> dict[int, Place]:

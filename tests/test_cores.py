@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.worker import cores
-from kvist.worker.cores import Place, read_places, separate, split, usable_cores
+from kvist import cores
+from kvist.cores import Place, num_usable_cores, read_places, separate, split, usable_cores
 
 
 def machine(num_packages: int, cores_each: int, threads: int) -> dict[int, Place]:
@@ -93,6 +93,24 @@ def test_a_system_that_refuses_leaves_the_gateway_alone_too(
     assert bound == []
 
 
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [
+        ("400000 100000", 4),
+        ("150000 100000", 2),
+        ("1000 100000", 1),
+        ("9900000 100000", 16),
+        ("max 100000", 16),
+        ("", 16),
+    ],
+)
+@pytest.mark.usefixtures("bound")
+def test_a_quota_of_cpu_time_counts_as_so_many_cores(quota: str, expected: int, tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert num_usable_cores(tmp_path / "cpu.max") == expected
+    assert num_usable_cores(tmp_path / "none") == 16
+
+
 def test_places_are_read_as_linux_tells_them(tmp_path: Path) -> None:
     for core, siblings in enumerate(("0-1", "0-1", "2,6", "nonsense")):
         topology = tmp_path / f"cpu{core}" / "topology"
@@ -108,7 +126,7 @@ def test_places_are_read_as_linux_tells_them(tmp_path: Path) -> None:
 def test_binding_moves_every_thread_and_those_to_come() -> None:
     code = """
 import os, threading
-from kvist.worker.cores import bind_process, usable_cores
+from kvist.cores import bind_process, usable_cores
 seen, go = [], threading.Event()
 def look():
     go.wait(10)
@@ -122,3 +140,27 @@ assert seen == [one, one] and usable_cores() == one, seen
 """
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30, env=environ)
+
+
+@pytest.mark.skipif(len(usable_cores()) < 2, reason="needs two cores")
+def test_the_threads_of_the_tiers_are_for_the_cores_of_now(tmp_path: Path) -> None:
+    """As many as the host has, at import, would be many more in a container that may use a few."""
+    code = f"""
+import os
+os.cpu_count = lambda: 64
+import torch
+from pathlib import Path
+from kvist.kv import host, persistence, store_mover
+sizes = []
+class Threads(host.ThreadPoolExecutor):
+    def __init__(self, num_threads):
+        sizes.append(num_threads)
+        super().__init__(num_threads)
+host.ThreadPoolExecutor = persistence.ThreadPoolExecutor = Threads
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+host._make_resident(torch.empty(1 << 20, dtype=torch.uint8))
+persistence.PersistentPages(Path({str(tmp_path)!r}), namespace="n", num_pages=2, page_bytes=64).restore()
+assert (sizes, store_mover.num_readers()) == ([1, 1], 4), sizes
+"""
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environ)
