@@ -1,8 +1,8 @@
 """Builds one engine from its settings: model, pages, scheduler, sockets, transport, loop; and takes it apart again.
 
-The role changes one thing only, the scheduler (scheduler/unified.py, prefill.py, decode.py): the loop and everything
-around it are the same. What is made here is closed here, in the opposite order: first mover and transport (nothing is
-copied any more), then sockets, runner and pool, and last the epoch's lock, which tells the peers that it is over.
+The role changes one thing only, the scheduler (scheduler/roles.py): the loop and everything around it are the same.
+What is made here is closed here, in the opposite order: first mover and transport (nothing is copied any more), then
+sockets, runner and pool, and last the epoch's lock, which tells the peers that it is over.
 """
 
 from __future__ import annotations
