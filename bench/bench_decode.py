@@ -31,7 +31,9 @@ from kvist.models import ModelConfig, load_model_config
 from kvist.models.weights import WHOLE, expected_tensors
 from kvist.models.weights_gguf import GgufSource
 from kvist.request import RequestId, SamplingParams
-from kvist.runner import Runner, RunnerConfig, build_runner
+from kvist.runner.build import build_runner
+from kvist.runner.config import RunnerConfig
+from kvist.runner.runner import Runner
 from kvist.scheduler.plan import Batch, BatchItem
 
 NUM_STREAMS = 8

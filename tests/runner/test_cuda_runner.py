@@ -24,9 +24,10 @@ from kvist.kv.cache import PageCache
 from kvist.models import load_model, load_model_config
 from kvist.models.parallel import TensorParallel
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, SampledToken, SamplingParams
-from kvist.runner import AnyRunner, InFlight, RunnerConfig, build_runner
+from kvist.runner.build import build_runner
+from kvist.runner.config import RunnerConfig
 from kvist.runner.inputs import ForwardItem, build_inputs
-from kvist.runner.runner import forward
+from kvist.runner.runner import AnyRunner, InFlight, forward
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.events import Event, StepFinished
 from kvist.scheduler.plan import Batch
@@ -93,7 +94,7 @@ def graphs(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def eager(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AnyRunner]:
-    runner = make_runner(checkpoint, tmp_path_factory.mktemp("run"), use_graphs=False)
+    runner = make_runner(checkpoint, tmp_path_factory.mktemp("run"), disable_cuda_graph=True)
     yield runner
     runner.close()
 

@@ -11,7 +11,9 @@ import torch
 from kvist.checkpoint import find_checkpoint
 from kvist.models import load_model_config
 from kvist.request import RequestId, SamplingParams
-from kvist.runner import Runner, RunnerConfig, build_runner
+from kvist.runner.build import build_runner
+from kvist.runner.config import RunnerConfig
+from kvist.runner.runner import Runner
 from kvist.scheduler.plan import Batch, BatchItem
 from kvist.text import load_tokenizer
 

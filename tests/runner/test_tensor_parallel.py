@@ -22,8 +22,10 @@ from kvist.errors import ConfigError, EngineError
 from kvist.models import load_model_config
 from kvist.models.weights import expected_tensors
 from kvist.request import RequestId, SamplingParams
-from kvist.runner import Runner, RunnerConfig, build_runner, tp
-from kvist.runner.build import num_weights, page_layout
+from kvist.runner import tp
+from kvist.runner.build import build_runner, num_weights, page_layout
+from kvist.runner.config import RunnerConfig
+from kvist.runner.runner import Runner
 from kvist.runner.tp import FollowerProcesses, Meeting
 from kvist.scheduler.plan import Batch, BatchItem
 

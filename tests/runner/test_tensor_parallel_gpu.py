@@ -25,8 +25,8 @@ from kvist.checkpoint import Checkpoint
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
 from kvist.request import RequestId, SamplingParams
-from kvist.runner import AnyRunner
 from kvist.runner.leader import LeadingRunner
+from kvist.runner.runner import AnyRunner
 from kvist.scheduler.plan import Batch, BatchItem
 
 pytestmark = [
@@ -117,7 +117,7 @@ def test_graphs_give_the_tokens_of_eager_steps_on_two_gpus(
 ) -> None:
     streams = {}
     for use_graphs in (False, True):
-        with engine(one_gpu, checkpoint, tmp_path / "run", tp=2, use_graphs=use_graphs) as runner:
+        with engine(one_gpu, checkpoint, tmp_path / "run", tp=2, disable_cuda_graph=not use_graphs) as runner:
             if use_graphs:
                 assert runner._runner._decodes is not None, f"{runner.attention_name} cannot be captured"  # type: ignore[attr-defined]
             for count in (1, 5, 13):
@@ -159,7 +159,8 @@ from kvist.checkpoint import find_checkpoint
 from kvist.errors import EngineError
 from kvist.models import load_model_config
 from kvist.request import RequestId, SamplingParams
-from kvist.runner import RunnerConfig, build_runner
+from kvist.runner.build import build_runner
+from kvist.runner.config import RunnerConfig
 from kvist.scheduler.plan import Batch, BatchItem
 
 checkpoint = find_checkpoint(sys.argv[1])

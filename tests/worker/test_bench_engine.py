@@ -14,7 +14,8 @@ from kvist.checkpoint import find_checkpoint
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
 from kvist.models import load_model_config
-from kvist.runner.build import RunnerConfig, build_runner
+from kvist.runner.build import build_runner
+from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler.budget import step_tokens
 from kvist.scheduler.events import SampledTokens
