@@ -10,13 +10,12 @@ What it does not do: batching, pages, sampling. Callers run it under torch.infer
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvist.attention.backend import RotatingAttend
+from kvist.attention.backend import Attend, RotatingAttend
 from kvist.kernels.norm import add_rms_norm
 from kvist.kernels.rotary import Rotary, norm_and_rotate, rotation
 from kvist.models.config import ModelConfig
@@ -32,10 +31,6 @@ from kvist.models.parallel import (
 )
 from kvist.models.rope import inverse_frequencies
 from kvist.models.weights import WeightReader
-
-# attend(layer, q, k, v) -> out. q and out [T, num_q_heads_local, head_dim]; k, v [T, num_kv_heads_local, head_dim],
-# k already rotated. It writes k and v to the cache, then attends over it. The tensors may be strided views.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Attention:
@@ -130,7 +125,7 @@ class Unfinished:
     """A step before the last layer's output projection and MLP. Most rows of a prompt end here: nobody asks for the
     token that follows them, and their K/V is written."""
 
-    heads: Tensor  # [num_rows, num_q_heads_local * head_dim]
+    heads: Tensor  # [num_rows, this rank's heads * head_dim]
     residual: Tensor  # [num_rows, hidden_size]
 
     def select(self, rows: Tensor) -> Unfinished:
@@ -141,12 +136,8 @@ class Unfinished:
 class CausalLM:
     """This rank's part of a model, ready to run. Immutable once built, so any number of callers may share it."""
 
-    def __init__(
-        self, config: ModelConfig, ends: VocabularyEnds, layers: list[DecoderLayer], tp: TensorParallel
-    ) -> None:
+    def __init__(self, config: ModelConfig, ends: VocabularyEnds, layers: list[DecoderLayer]) -> None:
         self.config = config
-        self.num_q_heads_local = _length(tp.share(config.num_heads, "attention heads"))
-        self.num_kv_heads_local = _length(tp.kv_heads(config.num_kv_heads))
         self._ends = ends
         self._layers = layers
         self._frequencies = inverse_frequencies(config).to(ends.norm.device)
@@ -177,7 +168,3 @@ class CausalLM:
 
 def _scaled(heads: slice, head_dim: int) -> slice:
     return slice(heads.start * head_dim, heads.stop * head_dim)
-
-
-def _length(part: slice) -> int:
-    return int(part.stop - part.start)

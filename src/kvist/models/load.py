@@ -76,7 +76,7 @@ def _build(config: ModelConfig, reader: WeightReader, tp: TensorParallel, progre
             for layer in pending:
                 layers.append(layer.result())
                 progress(min(reader.num_read, num_tensors), num_tensors)
-            model = CausalLM(config, ends.result(), layers, tp)
+            model = CausalLM(config, ends.result(), layers)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
