@@ -67,7 +67,6 @@ QWEN2_7B = ModelConfig(
     attention_output_bias=False,
     qk_norm=False,
     eos_token_ids=(0,),
-    bos_token_id=None,
 )
 
 
