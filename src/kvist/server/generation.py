@@ -63,7 +63,6 @@ class Choice:
         request: EngineRequest,
         *,
         index: int,
-        prompt_index: int,
         repeats_prompt: bool,
         tokenizer: Tokenizer,
         stops: Sequence[str] = (),
@@ -71,7 +70,6 @@ class Choice:
     ) -> None:
         self.request = request
         self.index = index
-        self.prompt_index = prompt_index
         self.repeats_prompt = repeats_prompt  # another choice already counts this prompt in `usage`
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self._stops = StopMatcher(stops) if stops else None
