@@ -24,9 +24,9 @@ from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
 from kvist.kv.device import DTYPES, DevicePool, PoolSize, available_memory_bytes, default_runtime_dir, plan_pool_size
 from kvist.kv.layout import PageLayout
-from kvist.models import ModelConfig, load_model
+from kvist.models import ModelConfig
 from kvist.models.decoder import CausalLM
-from kvist.models.load import check_split
+from kvist.models.load import check_split, load_model
 from kvist.models.parallel import TensorParallel
 from kvist.models.weights import expected_tensors
 from kvist.runner.config import RunnerConfig
