@@ -106,7 +106,7 @@ def our_decode(runner: Runner, prompts: list[list[int]], num_tokens: int) -> tup
             )
             for index, known in enumerate(tokens)
         )
-        sampled = runner.execute(Batch(step_id=computed, items=items))
+        sampled = runner.launch(Batch(step_id=computed, items=items)).result()
         for known, token_id in zip(tokens, sampled.token_ids, strict=True):
             known.append(token_id)
 

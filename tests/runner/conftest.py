@@ -77,7 +77,7 @@ class HandDriven:
 
     def step(self, *items: BatchItem) -> dict[RequestId, SampledToken]:
         self._steps += 1
-        sampled = self.runner.execute(Batch(step_id=self._steps, items=items))
+        sampled = self.runner.launch(Batch(step_id=self._steps, items=items)).result()
         request_ids = [item.request_id for item in items if item.sampling is not None]
         return {request_id: sampled[place] for place, request_id in enumerate(request_ids)}
 

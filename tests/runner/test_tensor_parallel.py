@@ -61,7 +61,7 @@ def test_a_dead_rank_is_an_error_that_says_so(
         process.wait()
         item = BatchItem(request_id=RequestId("r"), token_ids=[1, 2], start=0, page_ids=[0], sampling=SAMPLING)
         with pytest.raises(EngineError, match="rank 1 ended with status -9"):
-            runner.execute(Batch(step_id=1, items=(item,)))
+            runner.launch(Batch(step_id=1, items=(item,))).result()
     finally:
         runner.close()
 

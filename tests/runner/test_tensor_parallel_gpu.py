@@ -81,7 +81,7 @@ def logits_and_tokens(runner: AnyRunner) -> tuple[Tensor, list[int]]:
             page_ids=pages,
             sampling=sampling if end >= 70 else None,
         )
-        found = runner.execute(Batch(step_id=step, items=(item,)))
+        found = runner.launch(Batch(step_id=step, items=(item,))).result()
         start = end
         if found:
             (token,) = found
@@ -171,7 +171,7 @@ sampling = SamplingParams(max_tokens=9, temperature=0.0)
 try:
     for step in range(10**9):
         item = BatchItem(request_id=RequestId("r"), token_ids=[1, 2, 3], start=0, page_ids=[0], sampling=sampling)
-        runner.execute(Batch(step_id=step, items=(item,)))
+        runner.launch(Batch(step_id=step, items=(item,))).result()
         if step == 0:
             print("serving", flush=True)
 except EngineError as error:

@@ -46,9 +46,6 @@ class Watched:
         self.max_under_way = max(self.max_under_way, self.num_under_way)
         return _Read(self, self._runner.launch(batch))
 
-    def execute(self, batch: Batch) -> SampledTokens:
-        return self.launch(batch).result()
-
     def close(self) -> None:
         self._runner.close()
 

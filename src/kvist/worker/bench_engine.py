@@ -245,7 +245,7 @@ class ShapeBench:
             plan = self._scheduler.step(self._clock.now_s(), events)
             assert plan.batch is not None, "there is work, and nothing is under way"
             num_ready += sum(item.end == context for item in plan.batch.items)
-            sampled = self._runner.execute(plan.batch)
+            sampled = self._runner.launch(plan.batch).result()
             events = [StepFinished(step_id=plan.batch.step_id, sampled=sampled)]
             if num_ready == self._shape.num_decodes:
                 return events

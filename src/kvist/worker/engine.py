@@ -179,7 +179,7 @@ def warm_up(runner: AnyRunner, progress: Callable[[str], None]) -> None:
                 page_ids=(0,),
                 sampling=sampling,
             )
-            runner.execute(Batch(step_id=0, items=(item,)))
+            runner.launch(Batch(step_id=0, items=(item,))).result()
 
 
 # ---------------------------------------------------------------- everything around them
