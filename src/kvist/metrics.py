@@ -11,6 +11,7 @@ names in use. A name that is not there is exported too. docs/metrics.md lists ev
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -122,19 +123,13 @@ class GatewayMetrics(Collector):
     num_prompt_tokens: int = 0
     num_cached_prompt_tokens: int = 0
     num_generation_tokens: int = 0
-    num_finished: dict[str, int] = field(default_factory=dict)  # by finish reason
-    num_failed: dict[str, int] = field(default_factory=dict)  # by error code
+    num_finished: Counter[str] = field(default_factory=Counter)  # by finish reason
+    num_failed: Counter[str] = field(default_factory=Counter)  # by error code
     num_disconnected: int = 0
     time_to_first_token_s: Histogram = field(default_factory=Histogram)
     inter_token_latency_s: Histogram = field(default_factory=Histogram)
     time_per_output_token_s: Histogram = field(default_factory=Histogram)
     e2e_latency_s: Histogram = field(default_factory=Histogram)
-
-    def finished(self, reason: str) -> None:
-        self.num_finished[reason] = self.num_finished.get(reason, 0) + 1
-
-    def failed(self, code: str) -> None:
-        self.num_failed[code] = self.num_failed.get(code, 0) + 1
 
     def exposition(self) -> bytes:
         """The text a Prometheus server scrapes."""
