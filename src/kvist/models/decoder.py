@@ -20,14 +20,13 @@ from kvist.kernels.norm import add_rms_norm
 from kvist.kernels.rotary import Rotary, norm_and_rotate, rotation
 from kvist.models.config import ModelConfig
 from kvist.models.parallel import (
-    ColumnParallelLinear,
-    GatedParallelLinear,
-    Projection,
     RowParallelLinear,
     TensorParallel,
     VocabParallelEmbedding,
     VocabParallelHead,
     VocabShare,
+    column_parallel,
+    gated_parallel,
 )
 from kvist.models.rope import inverse_frequencies
 from kvist.models.weights import WeightReader
@@ -43,11 +42,8 @@ class Attention:
         self._eps = config.rms_norm_eps
         q_rows, kv_rows = _scaled(q_heads, config.head_dim), _scaled(kv_heads, config.head_dim)
         rows = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}
-        self._qkv = ColumnParallelLinear(
-            reader,
-            [Projection(name=f"{prefix}.{name}", rows=part) for name, part in rows.items()],
-            bias=config.attention_bias,
-        )
+        named_rows = {f"{prefix}.{name}": part for name, part in rows.items()}
+        self._qkv = column_parallel(reader, named_rows, bias=config.attention_bias)
         self._output = RowParallelLinear(reader, f"{prefix}.o_proj", q_rows, tp, bias=config.attention_output_bias)
         self._qk_weight = self._read_qk_norm(reader, prefix) if config.qk_norm else None
 
@@ -76,8 +72,7 @@ class Attention:
 class GatedMlp:
     def __init__(self, config: ModelConfig, reader: WeightReader, prefix: str, tp: TensorParallel) -> None:
         rows = tp.share(config.intermediate_size, "MLP rows")
-        projections = [Projection(name=f"{prefix}.{name}", rows=rows) for name in ("gate_proj", "up_proj")]
-        self._gated = GatedParallelLinear(reader, projections)
+        self._gated = gated_parallel(reader, {f"{prefix}.{name}": rows for name in ("gate_proj", "up_proj")})
         self._down = RowParallelLinear(reader, f"{prefix}.down_proj", rows, tp, bias=False)
 
     def __call__(self, x: Tensor) -> Tensor:
