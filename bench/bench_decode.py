@@ -31,7 +31,9 @@ from kvist.models import ModelConfig, load_model_config
 from kvist.models.weights import WHOLE, expected_tensors
 from kvist.models.weights_gguf import GgufSource
 from kvist.request import RequestId, SamplingParams
-from kvist.runner import Runner, RunnerConfig, build_runner
+from kvist.runner.build import build_runner
+from kvist.runner.config import RunnerConfig
+from kvist.runner.runner import Runner
 from kvist.scheduler.plan import Batch, BatchItem
 
 NUM_STREAMS = 8
@@ -104,7 +106,7 @@ def our_decode(runner: Runner, prompts: list[list[int]], num_tokens: int) -> tup
             )
             for index, known in enumerate(tokens)
         )
-        sampled = runner.execute(Batch(step_id=computed, items=items))
+        sampled = runner.launch(Batch(step_id=computed, items=items)).result()
         for known, token_id in zip(tokens, sampled.token_ids, strict=True):
             known.append(token_id)
 

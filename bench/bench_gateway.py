@@ -127,13 +127,16 @@ def run_gateway(endpoint: str, port: int) -> None:
     async def main() -> None:
         from kvist.channel import ChannelConfig
         from kvist.checkpoint import find_checkpoint
+        from kvist.cluster.serving import OwnEngine
         from kvist.router import RouterConfig, build_dispatcher
         from kvist.server.app import build_app
         from kvist.server.config import ServerConfig
         from kvist.text import load_tokenizer
 
         config = ServerConfig(host=HOST, port=port)
-        dispatcher = build_dispatcher(RouterConfig(), ChannelConfig(), engine_endpoints=[endpoint])
+        own = OwnEngine()
+        own.set(engine_spec(endpoint))
+        dispatcher = build_dispatcher(RouterConfig(worker_urls=("http://own:1",)), ChannelConfig(), transport=own)
         await dispatcher.start()
         tokenizer = load_tokenizer(find_checkpoint(None))
         app = build_app(dispatcher=dispatcher, tokenizer=tokenizer, config=config, model_name="fake")

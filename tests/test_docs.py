@@ -12,7 +12,11 @@ import pytest
 
 from kvist import settings
 from kvist.flags import options_of
-from kvist.metrics import ENGINE_TOTALS, GatewayMetrics, WorkerSample
+from kvist.metrics import ENGINE_TOTALS, GatewayMetrics
+from kvist.request import WorkerId
+from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
+from kvist.server.worker_metrics import worker_families
+from kvist.wire import LoadReport
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -65,16 +69,19 @@ def test_every_flag_that_a_page_names_is_one(page: str) -> None:
 
 
 def exported_metrics() -> set[str]:
-    sample = WorkerSample(
-        worker="w",
-        role="unified",
-        alive=True,
+    load = LoadReport(
+        sequence=0,
         num_running=0,
         num_waiting=0,
-        num_pages={"free": 1},
+        num_free_pages=1,
+        num_cached_pages=0,
+        num_owned_pages=0,
+        num_in_flight_pages=0,
         totals=dict.fromkeys(ENGINE_TOTALS, 0.0),
     )
-    exported = GatewayMetrics(samples=lambda: [sample]).exposition().decode()
+    worker = WorkerSnapshot(worker_id=WorkerId("w"), role="unified", alive=True, spec=None, load=load)
+    families = worker_families(ClusterSnapshot(workers=(worker,)))
+    exported = GatewayMetrics(of_workers=lambda: families).exposition().decode()
     return {name for name in re.findall(r"^# TYPE (\S+) ", exported, re.MULTILINE) if name.startswith("kvist:")}
 
 

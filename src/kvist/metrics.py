@@ -1,8 +1,8 @@
 """Prometheus metrics of one gateway. Names follow vLLM and SGLang where they mean the same, with the prefix `kvist:`.
 
 Owns its registry (no globals). On the hot path everything is a plain Python number, written by the event loop alone,
-without a lock or a label look-up; Prometheus objects are made when somebody scrapes. What the workers know comes
-from the last load report of each, given by `samples` at scrape time.
+without a lock or a label look-up; Prometheus objects are made when somebody scrapes. What the workers know is given by
+`of_workers` then (server/worker_metrics.py).
 
 Counters that engines send in `LoadReport.totals` appear as `kvist:worker_<name>_total`; ENGINE_TOTALS explains the
 names in use. A name that is not there is exported too. docs/metrics.md lists everything.
@@ -11,6 +11,7 @@ names in use. A name that is not there is exported too. docs/metrics.md lists ev
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -88,12 +89,6 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "undecodable_messages": "messages dropped because they could not be decoded",
 }
 
-_STORAGE_GAUGES = {
-    "attached": "1 when a store is attached",
-    "breaker_open": "1 while the store is left alone because it hung or failed",
-    "quarantined_pages": "pages of the host tier that calls of the store which hang may still touch",
-    "stored_bytes": "bytes in the store, everybody's",
-}
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -119,44 +114,22 @@ class Histogram:
         return family
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSample:
-    """What one worker last reported."""
-
-    worker: str
-    role: str
-    alive: bool
-    num_running: int
-    num_waiting: int
-    num_pages: Mapping[str, int]  # by state: free, cached, owned, in_flight
-    totals: Mapping[str, float]
-    num_host_pages: Mapping[str, int] = field(default_factory=dict)  # by state: free, cached, in_flight
-    storage: Mapping[str, float] = field(default_factory=dict)  # by the names of _STORAGE_GAUGES
-    storage_errors: Mapping[str, int] = field(default_factory=dict)  # by errno
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class GatewayMetrics(Collector):
-    """Written by the server's event loop; `samples` is asked at each scrape."""
+    """Written by the server's event loop; `of_workers` is asked at each scrape."""
 
-    samples: Callable[[], Iterable[WorkerSample]] = tuple
+    of_workers: Callable[[], Iterable[Metric]] = tuple
     num_requests: int = 0  # engine requests in flight now
     num_prompt_tokens: int = 0
     num_cached_prompt_tokens: int = 0
     num_generation_tokens: int = 0
-    num_finished: dict[str, int] = field(default_factory=dict)  # by finish reason
-    num_failed: dict[str, int] = field(default_factory=dict)  # by error code
+    num_finished: Counter[str] = field(default_factory=Counter)  # by finish reason
+    num_failed: Counter[str] = field(default_factory=Counter)  # by error code
     num_disconnected: int = 0
     time_to_first_token_s: Histogram = field(default_factory=Histogram)
     inter_token_latency_s: Histogram = field(default_factory=Histogram)
     time_per_output_token_s: Histogram = field(default_factory=Histogram)
     e2e_latency_s: Histogram = field(default_factory=Histogram)
-
-    def finished(self, reason: str) -> None:
-        self.num_finished[reason] = self.num_finished.get(reason, 0) + 1
-
-    def failed(self, code: str) -> None:
-        self.num_failed[code] = self.num_failed.get(code, 0) + 1
 
     def exposition(self) -> bytes:
         """The text a Prometheus server scrapes."""
@@ -179,7 +152,7 @@ class GatewayMetrics(Collector):
         yield self.inter_token_latency_s.family("inter_token_latency_seconds", "between two pieces of one stream")
         yield self.time_per_output_token_s.family("time_per_output_token_seconds", "mean of a request after its first")
         yield self.e2e_latency_s.family("e2e_request_latency_seconds", "request read to last token")
-        yield from _worker_families(tuple(self.samples()))
+        yield from self.of_workers()
 
 
 def _counter(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
@@ -187,42 +160,3 @@ def _counter(name: str, text: str, label: str, counts: Mapping[str, int]) -> Met
     for value, count in sorted(counts.items()):
         family.add_metric([value], count)
     return family
-
-
-def _worker_families(samples: tuple[WorkerSample, ...]) -> Iterator[Metric]:
-    labels = ["worker", "role"]
-    alive = GaugeMetricFamily("kvist:worker_up", "1 when a request can be sent to it", labels=labels)
-    running = GaugeMetricFamily("kvist:num_requests_running", "requests in the running batch", labels=labels)
-    waiting = GaugeMetricFamily("kvist:num_requests_waiting", "requests in the waiting queue", labels=labels)
-    usage = GaugeMetricFamily("kvist:kv_cache_usage_perc", "share of pages in use by requests, 0 to 1", labels=labels)
-    pages = GaugeMetricFamily("kvist:kv_pages", "pages by state", labels=[*labels, "state"])
-    host_pages = GaugeMetricFamily("kvist:host_pages", "pages of the host tier by state", labels=[*labels, "state"])
-    storage = {
-        name: GaugeMetricFamily(f"kvist:storage_{name}", text, labels=labels) for name, text in _STORAGE_GAUGES.items()
-    }
-    errors = CounterMetricFamily(
-        "kvist:worker_storage_errors", "errors of the store's system calls", labels=[*labels, "errno"]
-    )
-    totals: dict[str, CounterMetricFamily] = {}
-    for sample in samples:
-        who = [sample.worker, sample.role]
-        alive.add_metric(who, float(sample.alive))
-        running.add_metric(who, sample.num_running)
-        waiting.add_metric(who, sample.num_waiting)
-        num_pages = sum(sample.num_pages.values())
-        unused = sample.num_pages.get("free", 0) + sample.num_pages.get("cached", 0)
-        usage.add_metric(who, 1 - unused / num_pages if num_pages else 0.0)
-        for state, count in sample.num_pages.items():
-            pages.add_metric([*who, state], count)
-        for state, count in sample.num_host_pages.items():
-            host_pages.add_metric([*who, state], count)
-        for name, state_now in sample.storage.items():
-            storage[name].add_metric(who, state_now)
-        for errno, count in sorted(sample.storage_errors.items()):
-            errors.add_metric([*who, errno], count)
-        for name, value in sorted(sample.totals.items()):
-            if name not in totals:
-                text = ENGINE_TOTALS.get(name, name)
-                totals[name] = CounterMetricFamily(f"kvist:worker_{name}", text, labels=labels)
-            totals[name].add_metric(who, value)
-    yield from (alive, running, waiting, usage, pages, host_pages, *storage.values(), errors, *totals.values())

@@ -15,15 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvist.bench.config import (
-    LOADS,
-    CustomConfig,
-    MultiturnConfig,
-    OfflineConfig,
-    RateConfig,
-    SingleConfig,
-    TargetConfig,
-)
+from kvist.bench.config import LOADS, CustomConfig, Load, TargetConfig
 from kvist.channel.security import ChannelConfig
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.plan import ClusterShape, share_threads, visible_gpus
@@ -124,36 +116,23 @@ class DemoSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _BenchSettings:
-    """A benchmark of a server, wherever that runs."""
+class BenchServerSettings:
+    """A benchmark of a server, wherever that runs. Each scenario has a subclass, whose `load` is its own config."""
 
     target: TargetConfig = group(TargetConfig)
     process: ProcessConfig = group(ProcessConfig, without=("stop_with_stdin",))
+    load: Load | CustomConfig
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchSingleSettings(_BenchSettings):
-    load: SingleConfig = group(SingleConfig)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchOfflineSettings(_BenchSettings):
-    load: OfflineConfig = group(OfflineConfig)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchRateSettings(_BenchSettings):
-    load: RateConfig = group(RateConfig)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchMultiturnSettings(_BenchSettings):
-    load: MultiturnConfig = group(MultiturnConfig)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchCustomSettings(_BenchSettings):
-    custom: CustomConfig = group(CustomConfig)
+def _bench_settings(load: type[Load | CustomConfig]) -> type[BenchServerSettings]:
+    return dataclasses.make_dataclass(
+        "BenchSettings",
+        [("load", load, group(load))],
+        bases=(BenchServerSettings,),
+        frozen=True,
+        slots=True,
+        kw_only=True,
+    )
 
 
 _AROUND_THE_ENGINE = (  # sockets, limits that the batch shapes set, and time-outs of requests nobody sends
@@ -179,9 +158,6 @@ class BenchEngineSettings:
     process: ProcessConfig = group(ProcessConfig, without=("stop_with_stdin",))
 
 
-BenchServerSettings = (
-    BenchSingleSettings | BenchOfflineSettings | BenchRateSettings | BenchMultiturnSettings | BenchCustomSettings
-)
 Settings = ServeSettings | RouterSettings | UpSettings | DemoSettings | BenchServerSettings | BenchEngineSettings
 
 _SETTINGS: dict[str, type[Settings]] = {
@@ -189,11 +165,8 @@ _SETTINGS: dict[str, type[Settings]] = {
     "router": RouterSettings,
     "up": UpSettings,
     "demo": DemoSettings,
-    "bench single": BenchSingleSettings,
-    "bench offline": BenchOfflineSettings,
-    "bench rate": BenchRateSettings,
-    "bench multiturn": BenchMultiturnSettings,
-    "bench custom": BenchCustomSettings,
+    **{f"bench {kind}": _bench_settings(load) for kind, load in LOADS.items()},
+    "bench custom": _bench_settings(CustomConfig),
     "bench engine": BenchEngineSettings,
 }
 
@@ -268,10 +241,11 @@ def with_tiers(settings: DemoSettings, folder: str) -> DemoSettings:
 def _run_bench(settings: BenchServerSettings) -> int:
     from kvist.bench.verbs import run_custom, run_scenario
 
-    if isinstance(settings, BenchCustomSettings):
-        return run_custom(settings.custom, settings.target)
-    kind = next(kind for kind, config in LOADS.items() if isinstance(settings.load, config))
-    return run_scenario(kind, settings.load, settings.target)
+    load = settings.load
+    if isinstance(load, CustomConfig):
+        return run_custom(load, settings.target)
+    kind = next(kind for kind, config in LOADS.items() if isinstance(load, config))
+    return run_scenario(kind, load, settings.target)
 
 
 def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str] = os.environ) -> ClusterShape:

@@ -289,7 +289,7 @@ GatewayToEngine = Hello | Submit | Abort | FlushCache | AskStorage
 EngineToGateway = Welcome | StepOutputs | LoadReport | Flushed | StorageAnswer
 TargetToSource = Grant | Ack | Revoke
 SourceToTarget = Done | Closed
-ToEngine = GatewayToEngine | Grant | Ack | Revoke  # what an engine's ROUTER socket receives
+ToEngine = GatewayToEngine | TargetToSource  # what an engine's ROUTER socket receives
 
 
 def encode(message: GatewayToEngine | EngineToGateway | TargetToSource | SourceToTarget) -> bytes:

@@ -9,11 +9,11 @@ from fake_server import FakeServer, Manner, answer_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.bench.completions import Answer, Ask, Asker, EventLines
+from kvist.bench.completions import Answer, Ask, Asker, EventLines, Row
 from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import MonotonicClock
 
-ASK = Ask(index=7, prompt=b"[3,4,5]", num_input=3, num_output=4)
+ASK = Ask(prompt=b"[3,4,5]", row=Row(index=7, num_input=3, num_output=4))
 
 
 async def ask(server: FakeServer, ask: Ask = ASK, *, timeout_s: float = 20.0) -> Answer:
@@ -54,7 +54,7 @@ async def test_a_good_answer_has_times_and_the_servers_counts(server: FakeServer
 
 
 async def test_token_ids_are_asked_for_and_read_only_when_wanted(server: FakeServer) -> None:
-    wanted = Ask(index=0, prompt=b"[3,4]", num_input=2, num_output=3, wants_ids=True)
+    wanted = Ask(prompt=b"[3,4]", row=Row(index=0, num_input=2, num_output=3), wants_ids=True)
     assert (await ask(server, wanted)).token_ids == answer_ids([3, 4], 3)
     assert server.asked[0].body["return_token_ids"] is True
 
@@ -66,7 +66,7 @@ async def test_a_server_that_does_not_report_cached_tokens_has_unknown_not_zero(
 
 
 async def test_one_token_has_no_time_per_further_token(server: FakeServer) -> None:
-    row = (await ask(server, Ask(index=0, prompt=b"[3]", num_input=1, num_output=1))).row
+    row = (await ask(server, Ask(prompt=b"[3]", row=Row(index=0, num_input=1, num_output=1)))).row
     assert (row.failure, row.tpot_s) == (None, None)
     assert row.ttft_s is not None
 

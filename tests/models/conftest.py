@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvist.checkpoint import Checkpoint, CheckpointKind
-from kvist.models import load_model, load_model_config
+from kvist.models import load_model_config
 from kvist.models.decoder import CausalLM
+from kvist.models.load import load_model
 from kvist.models.parallel import TensorParallel
 from kvist.models.weights import WHOLE, expected_tensors
 from kvist.models.weights_dummy import DummySource

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kvist.checkpoint import find_checkpoint
-from kvist.models import load_model, load_model_config
+from kvist.models import load_model_config
+from kvist.models.load import load_model
 from kvist.models.parallel import TensorParallel
 from kvist.models.weights import WHOLE, expected_tensors
 from kvist.models.weights_gguf import GgufSource

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from kvist.errors import ConfigError, ModelLoadError
-from kvist.models import load_model, load_model_config
+from kvist.models import load_model_config
+from kvist.models.load import load_model
 from kvist.models.parallel import TensorParallel
 
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ from kvist.request import EngineRequest, EpochId, FinishReason, Mode, Outcome, R
 from kvist.router.config import RouterConfig
 from kvist.router.dispatch import Dispatcher
 from kvist.router.fleet import EngineEvents
-from kvist.router.registry import Registry, Worker, WorkerAddress, WorkerUse
+from kvist.router.registry import Registry, Worker, WorkerUse
 from kvist.router.stream import StreamPart
 
 PROMPT = tuple(range(100))
@@ -43,9 +43,6 @@ class MemoryEngines:
     def start(self, events: EngineEvents) -> None:
         self.events = events
 
-    def add(self, address: WorkerAddress) -> Worker:
-        return self.registry.add(address, 0.0)
-
     def send(self, worker: Worker, message: wire.GatewayToEngine) -> bool:
         if worker in self.unreachable:
             return False
@@ -56,7 +53,7 @@ class MemoryEngines:
         self.closed = True
 
     def join(self, name: str, role: str, **spec: object) -> Worker:
-        worker = self.add(WorkerAddress(endpoint=name))
+        worker = self.registry.add(name, None, 0.0)
         worker.endpoint = f"tcp://{name}"
         made = make_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **spec)
         self.registry.welcomed(worker, wire.Welcome(spec=made), 0.0)
@@ -487,7 +484,7 @@ async def test_a_unified_worker_steps_in_when_the_pair_is_broken() -> None:
 
 async def test_a_unified_worker_named_for_prefill_is_paired() -> None:
     world = World()
-    worker = world.engines.add(WorkerAddress(url="http://u", use=WorkerUse.PREFILL))
+    worker = world.engines.registry.add("http://u", WorkerUse.PREFILL, 0.0)
     world.engines.registry.welcomed(worker, wire.Welcome(spec=make_spec(worker_id=WorkerId("u"))), 0.0)
     world.engines.join("d", "decode")
     task = await world.begin()

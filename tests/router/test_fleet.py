@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 import httpx
 import msgspec
@@ -33,11 +34,11 @@ async def connect() -> AsyncIterator[Connect]:
         api_key: str | None = None,
         **config,
     ):
+        urls = {f"e{number}": engine for number, engine in enumerate(engines)}
         dispatcher = build_dispatcher(
-            RouterConfig(**{"keepalive_s": 0.05, **config}),
+            RouterConfig(**{"keepalive_s": 0.05, "worker_urls": tuple(f"http://{host}:1" for host in urls), **config}),
             ChannelConfig(cluster_key=key),
-            engine_endpoints=[engine.channel.endpoint for engine in engines],
-            transport=transport,
+            transport=transport or serve({host: partial(info_of, engine) for host, engine in urls.items()}),
             api_key=api_key,
         )
         started.append(dispatcher)
@@ -69,6 +70,10 @@ async def ask(dispatcher: Dispatcher, first_token: int = 1000, max_tokens: int =
 
 def spec(name: str, role: str = "unified", **changes: object) -> wire.EngineSpec:
     return make_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **changes)
+
+
+def known_pages(dispatcher: Dispatcher) -> set[bytes]:
+    return dispatcher._registry.workers[0].known_pages
 
 
 def in_flight(dispatcher: Dispatcher) -> int:
@@ -171,11 +176,11 @@ async def test_a_missed_report_brings_a_snapshot(start_engine: StartEngine, conn
     await until(dispatcher.ready)
     page = b"p" * 16
     engine.report(cached_added=(page,))
-    await until(lambda: dispatcher.snapshot().workers[0].num_known_pages == 1)
+    await until(lambda: known_pages(dispatcher) == {page})
     asked = engine.num_resyncs
     engine.report(skip=2)
     await until(lambda: engine.num_resyncs > asked)
-    await until(lambda: dispatcher.snapshot().workers[0].num_known_pages == 0)  # the snapshot was empty
+    await until(lambda: not known_pages(dispatcher))  # the snapshot was empty
 
 
 async def test_flush_reaches_every_worker(start_engine: StartEngine, connect: Connect) -> None:
@@ -206,6 +211,10 @@ async def test_a_gateway_with_the_cluster_key_comes_in_and_one_without_is_told(
 
 def serve(answers: dict[str, Callable[[], httpx.Response]]) -> httpx.MockTransport:
     return httpx.MockTransport(lambda request: answers[request.url.host]())
+
+
+def info_of(engine: FakeEngine) -> httpx.Response:
+    return info(engine.spec)
 
 
 def info(engine: wire.EngineSpec | None) -> httpx.Response:

@@ -12,7 +12,9 @@ import torch
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.models import load_model_config
 from kvist.request import RequestId, SampledToken, SamplingParams
-from kvist.runner import Runner, RunnerConfig, build_runner
+from kvist.runner.build import build_runner
+from kvist.runner.config import RunnerConfig
+from kvist.runner.runner import Runner
 from kvist.scheduler.plan import Batch, BatchItem
 
 PAGE_SIZE = 4
@@ -75,7 +77,7 @@ class HandDriven:
 
     def step(self, *items: BatchItem) -> dict[RequestId, SampledToken]:
         self._steps += 1
-        sampled = self.runner.execute(Batch(step_id=self._steps, items=items))
+        sampled = self.runner.launch(Batch(step_id=self._steps, items=items)).result()
         request_ids = [item.request_id for item in items if item.sampling is not None]
         return {request_id: sampled[place] for place, request_id in enumerate(request_ids)}
 

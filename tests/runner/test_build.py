@@ -10,7 +10,9 @@ import torch
 from kvist.checkpoint import Checkpoint
 from kvist.errors import ConfigError
 from kvist.models import load_model_config
-from kvist.runner import RunnerConfig, build, build_runner
+from kvist.runner import build
+from kvist.runner.build import build_runner
+from kvist.runner.config import RunnerConfig
 
 
 def build_tiny(checkpoint: Checkpoint, runtime_dir: Path, **options: object) -> None:

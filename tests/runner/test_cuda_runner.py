@@ -21,15 +21,17 @@ from torch import Tensor
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.kernels.sampling import nucleus_floor, nucleus_floor_torch
 from kvist.kv.cache import PageCache
-from kvist.models import load_model, load_model_config
+from kvist.models import load_model_config
+from kvist.models.load import load_model
 from kvist.models.parallel import TensorParallel
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, SampledToken, SamplingParams
-from kvist.runner import AnyRunner, InFlight, RunnerConfig, build_runner
-from kvist.runner.inputs import ForwardItem, build_inputs
-from kvist.runner.runner import forward
+from kvist.runner.build import build_runner
+from kvist.runner.config import RunnerConfig
+from kvist.runner.inputs import build_inputs
+from kvist.runner.runner import AnyRunner, InFlight, forward
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.events import Event, StepFinished
-from kvist.scheduler.plan import Batch
+from kvist.scheduler.plan import Batch, BatchItem
 from kvist.wire import PoolAddress, Submit
 
 pytestmark = [
@@ -93,7 +95,7 @@ def graphs(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def eager(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AnyRunner]:
-    runner = make_runner(checkpoint, tmp_path_factory.mktemp("run"), use_graphs=False)
+    runner = make_runner(checkpoint, tmp_path_factory.mktemp("run"), disable_cuda_graph=True)
     yield runner
     runner.close()
 
@@ -200,8 +202,14 @@ def test_logits_are_those_of_fp32(checkpoint: Checkpoint, eager: AnyRunner) -> N
         parts = [(0, 128), (128, 256), (256, 299), (299, 300)]  # chunks, then a decode
         found = []
         for start, end in parts:
-            item = ForwardItem(token_ids[start:end], start, pages, end in (256, 300))
-            logits = forward(eager._model, eager._attention, build_inputs([item], device))  # type: ignore[attr-defined]
+            item = BatchItem(
+                request_id=RequestId("r"),
+                token_ids=token_ids[start:end],
+                start=start,
+                page_ids=pages,
+                sampling=GREEDY if end in (256, 300) else None,
+            )
+            logits = forward(eager._model, eager._attention, build_inputs([item], {}, device))  # type: ignore[attr-defined]
             if logits is not None:
                 found.append(logits)
     for row, want in zip(torch.cat(found), expected, strict=True):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kvist.attention.flashinfer import workspace_bytes
 from kvist.models import ModelConfig
-from kvist.runner.build import COLLECTIVES_BYTES, RunnerConfig, gpu_reserve_bytes
+from kvist.runner.build import COLLECTIVES_BYTES, gpu_reserve_bytes
+from kvist.runner.config import RunnerConfig
 from kvist.runner.graph_sizes import MAX_MIXED_TOKENS, decode_sizes, graphs_bytes, mixed_sizes
 
 
@@ -66,7 +67,6 @@ QWEN2_7B = ModelConfig(
     attention_output_bias=False,
     qk_norm=False,
     eos_token_ids=(0,),
-    bos_token_id=None,
 )
 
 
@@ -84,16 +84,16 @@ def test_memory_is_set_aside_for_what_will_be_made_after_the_pool() -> None:
 
 
 def test_nothing_is_set_aside_for_graphs_where_none_is_recorded() -> None:
-    assert reserve(use_graphs=False) == reserve(attention_backend="torch") == 0
-    assert reserve(use_graphs=False, attention_backend="torch", tp=2) == COLLECTIVES_BYTES
+    assert reserve(disable_cuda_graph=True) == reserve(attention_backend="torch") == 0
+    assert reserve(disable_cuda_graph=True, attention_backend="torch", tp=2) == COLLECTIVES_BYTES
 
 
 def test_flashinfer_has_its_workspaces_and_no_recordings_of_mixed_steps() -> None:
     eager = workspace_bytes(28, 4, 128, 132) + 8 * MIB
-    assert reserve(attention_backend="flashinfer", use_graphs=False) == eager
+    assert reserve(attention_backend="flashinfer", disable_cuda_graph=True) == eager
     num_decodes = len(decode_sizes(256))
     graphs = 256 * MIB + num_decodes * 16 * MIB + 256 * 152_064 * 4
     planners = workspace_bytes(28, 4, 128, 132, 256) + num_decodes * MIB
     assert reserve(attention_backend="flashinfer") == eager + graphs + planners
     two_ranks = workspace_bytes(14, 2, 128, 132) + 8 * MIB + COLLECTIVES_BYTES
-    assert reserve(attention_backend="flashinfer", use_graphs=False, tp=2) == two_ranks
+    assert reserve(attention_backend="flashinfer", disable_cuda_graph=True, tp=2) == two_ranks

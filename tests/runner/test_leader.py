@@ -137,10 +137,10 @@ def test_asking_whether_it_is_done_notices_a_rank_that_is_gone(world: World) -> 
 def test_a_step_that_fails_at_rank_0_alone_is_the_last(world: World, when: str) -> None:
     world.fails, world.fails_late = when == "launch", when == "result"
     with pytest.raises(EngineError, match=r"out of memory|illegal memory access"):
-        world.leader.execute(BATCH)
+        world.leader.launch(BATCH).result()
     world.fails = world.fails_late = False
     with pytest.raises(EngineError, match="out of step"):
-        world.leader.execute(BATCH)
+        world.leader.launch(BATCH).result()
     assert world.order.count("send") == 1, "the others must not be told of a step that rank 0 does not take"
 
 

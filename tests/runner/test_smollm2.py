@@ -11,7 +11,9 @@ import torch
 from kvist.checkpoint import find_checkpoint
 from kvist.models import load_model_config
 from kvist.request import RequestId, SamplingParams
-from kvist.runner import Runner, RunnerConfig, build_runner
+from kvist.runner.build import build_runner
+from kvist.runner.config import RunnerConfig
+from kvist.runner.runner import Runner
 from kvist.scheduler.plan import Batch, BatchItem
 from kvist.text import load_tokenizer
 
@@ -66,7 +68,7 @@ def generate(runner: Runner, prompts: list[list[int]]) -> list[list[int]]:
             computed[index] = end
         items.sort(key=lambda item: len(item.token_ids))
         names = [item.request_id for item in items if item.sampling is not None]
-        sampled = runner.execute(Batch(step_id=step, items=tuple(items)))
+        sampled = runner.launch(Batch(step_id=step, items=tuple(items))).result()
         for name, token_id in zip(names, sampled.token_ids, strict=True):
             tokens[int(name)].append(token_id)
     return [known[-NUM_TOKENS:] for known in tokens]

@@ -22,8 +22,10 @@ from kvist.errors import ConfigError, EngineError
 from kvist.models import load_model_config
 from kvist.models.weights import expected_tensors
 from kvist.request import RequestId, SamplingParams
-from kvist.runner import Runner, RunnerConfig, build_runner, tp
-from kvist.runner.build import num_weights, page_layout
+from kvist.runner import tp
+from kvist.runner.build import build_runner, num_weights, page_layout
+from kvist.runner.config import RunnerConfig
+from kvist.runner.runner import Runner
 from kvist.runner.tp import FollowerProcesses, Meeting
 from kvist.scheduler.plan import Batch, BatchItem
 
@@ -59,7 +61,7 @@ def test_a_dead_rank_is_an_error_that_says_so(
         process.wait()
         item = BatchItem(request_id=RequestId("r"), token_ids=[1, 2], start=0, page_ids=[0], sampling=SAMPLING)
         with pytest.raises(EngineError, match="rank 1 ended with status -9"):
-            runner.execute(Batch(step_id=1, items=(item,)))
+            runner.launch(Batch(step_id=1, items=(item,))).result()
     finally:
         runner.close()
 

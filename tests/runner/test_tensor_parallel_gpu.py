@@ -25,8 +25,8 @@ from kvist.checkpoint import Checkpoint
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
 from kvist.request import RequestId, SamplingParams
-from kvist.runner import AnyRunner
 from kvist.runner.leader import LeadingRunner
+from kvist.runner.runner import AnyRunner
 from kvist.scheduler.plan import Batch, BatchItem
 
 pytestmark = [
@@ -81,7 +81,7 @@ def logits_and_tokens(runner: AnyRunner) -> tuple[Tensor, list[int]]:
             page_ids=pages,
             sampling=sampling if end >= 70 else None,
         )
-        found = runner.execute(Batch(step_id=step, items=(item,)))
+        found = runner.launch(Batch(step_id=step, items=(item,))).result()
         start = end
         if found:
             (token,) = found
@@ -117,7 +117,7 @@ def test_graphs_give_the_tokens_of_eager_steps_on_two_gpus(
 ) -> None:
     streams = {}
     for use_graphs in (False, True):
-        with engine(one_gpu, checkpoint, tmp_path / "run", tp=2, use_graphs=use_graphs) as runner:
+        with engine(one_gpu, checkpoint, tmp_path / "run", tp=2, disable_cuda_graph=not use_graphs) as runner:
             if use_graphs:
                 assert runner._runner._decodes is not None, f"{runner.attention_name} cannot be captured"  # type: ignore[attr-defined]
             for count in (1, 5, 13):
@@ -159,7 +159,8 @@ from kvist.checkpoint import find_checkpoint
 from kvist.errors import EngineError
 from kvist.models import load_model_config
 from kvist.request import RequestId, SamplingParams
-from kvist.runner import RunnerConfig, build_runner
+from kvist.runner.build import build_runner
+from kvist.runner.config import RunnerConfig
 from kvist.scheduler.plan import Batch, BatchItem
 
 checkpoint = find_checkpoint(sys.argv[1])
@@ -170,7 +171,7 @@ sampling = SamplingParams(max_tokens=9, temperature=0.0)
 try:
     for step in range(10**9):
         item = BatchItem(request_id=RequestId("r"), token_ids=[1, 2, 3], start=0, page_ids=[0], sampling=sampling)
-        runner.execute(Batch(step_id=step, items=(item,)))
+        runner.launch(Batch(step_id=step, items=(item,))).result()
         if step == 0:
             print("serving", flush=True)
 except EngineError as error:

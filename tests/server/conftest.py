@@ -19,7 +19,7 @@ from kvist.router.stream import ClusterSnapshot, StreamPart, WorkerSnapshot
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.text.chat import ChatTemplate
-from kvist.text.tokenizer import Alphabet, SpecialTokens, Tokenizer
+from kvist.text.tokenizer import Alphabet, Tokenizer
 from kvist.wire import (
     AskStorage,
     EngineSpec,
@@ -49,7 +49,6 @@ def letters_tokenizer() -> Tokenizer:
     return Tokenizer(
         backend,
         alphabet=Alphabet.BYTE_LEVEL,
-        special=SpecialTokens(eos_token_ids=(256,)),
         chat_template=ChatTemplate(TEMPLATE, special_tokens={}),
     )
 

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from kvist.text.tokenizer import Alphabet, SpecialTokens, Tokenizer
+from kvist.text.tokenizer import Alphabet, Tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -21,5 +21,4 @@ def byte_tokenizer() -> Tokenizer:
     backend.add_special_tokens(
         [AddedToken("<|end|>", normalized=False), AddedToken("<|naïve sign|>", normalized=False)]
     )
-    special = SpecialTokens(eos_token_ids=(len(vocabulary),))
-    return Tokenizer(backend, alphabet=Alphabet.BYTE_LEVEL, special=special, chat_template=None)
+    return Tokenizer(backend, alphabet=Alphabet.BYTE_LEVEL, chat_template=None)

@@ -67,9 +67,10 @@ def test_sweeping_leaves_the_living_and_removes_who_died_long_ago(tmp_path: Path
     living = EpochLock(tmp_path, EpochId("living"))
     EpochLock(tmp_path, EpochId("dead")).close()
     os.utime(lock_path(tmp_path, EpochId("dead")), (0, 0))  # a long life: the file is old, the death is new
-    assert sweep(tmp_path) == 0
+    sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
     assert num_live_epochs(tmp_path) == 1
     os.utime(lock_path(tmp_path, EpochId("dead")), (0, 0))  # found dead long ago
-    assert sweep(tmp_path) == 1
+    sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["epoch-living.lock"]
     living.close()

@@ -26,8 +26,9 @@ from kvist.kv.host_tier import HostTier
 from kvist.kv.layout import PageLayout, namespace
 from kvist.kv.mover import PageMover
 from kvist.kv.storage_tier import PrefetchConfig, StorageTier
-from kvist.models import load_model, load_model_config
+from kvist.models import load_model_config
 from kvist.models.decoder import CausalLM
+from kvist.models.load import load_model
 from kvist.models.parallel import TensorParallel
 from kvist.request import (
     EngineRequest,

@@ -14,7 +14,8 @@ from kvist.checkpoint import find_checkpoint
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
 from kvist.models import load_model_config
-from kvist.runner.build import RunnerConfig, build_runner
+from kvist.runner.build import build_runner
+from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler.budget import step_tokens
 from kvist.scheduler.events import SampledTokens
@@ -44,9 +45,6 @@ class Watched:
         self.num_under_way += 1
         self.max_under_way = max(self.max_under_way, self.num_under_way)
         return _Read(self, self._runner.launch(batch))
-
-    def execute(self, batch: Batch) -> SampledTokens:
-        return self.launch(batch).result()
 
     def close(self) -> None:
         self._runner.close()

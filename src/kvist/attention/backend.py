@@ -25,7 +25,8 @@ from torch import Tensor
 
 from kvist.kernels.rotary import Rotary
 
-# attend(layer, q, k, v) -> out; q, out [num_tokens, num_q_heads, head_dim], k, v [num_tokens, num_kv_heads, head_dim]
+# attend(layer, q, k, v) -> out; q, out [num_tokens, num_q_heads, head_dim], k, v [num_tokens, num_kv_heads, head_dim],
+# this rank's heads, q and k already rotated; they may be strided views. It writes k and v to their pages first.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 

@@ -50,14 +50,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 class Ask:
     """One request to make. `prompt` is a JSON list of token ids."""
 
-    index: int
     prompt: bytes
-    num_input: int
-    num_output: int
-    client: int | None = None
-    turn: int | None = None
+    row: Row  # as far as it is known before
     wants_ids: bool = False
-    num_ceiling_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,10 +178,10 @@ class _Reading:
             return "empty", "the stream carried no token"
         if self.usage is None:
             return "no_usage", "the stream ended without usage: its tokens cannot be counted"
-        got, wanted = self.usage.prompt_tokens, ask.num_input
+        got, wanted = self.usage.prompt_tokens, ask.row.num_input
         if got != wanted:
             return "wrong_input_count", f"the server counted {got} prompt tokens of the {wanted} that were sent"
-        got, wanted = self.usage.completion_tokens, ask.num_output
+        got, wanted = self.usage.completion_tokens, ask.row.num_output
         if got != wanted:
             return "wrong_output_count", f"the server counted {got} output tokens of the {wanted} that were asked for"
         return None
@@ -219,7 +214,7 @@ class Asker:
                 self._model,
                 b',"prompt":',
                 ask.prompt,
-                b',"max_tokens":%d,"temperature":0,"ignore_eos":true,"stream":true' % ask.num_output,
+                b',"max_tokens":%d,"temperature":0,"ignore_eos":true,"stream":true' % ask.row.num_output,
                 b',"stream_options":{"include_usage":true}',
                 b',"kvist":{"usage":true}' if self._by_tier else b"",
                 b',"return_token_ids":true}' if ask.wants_ids else b"}",
@@ -244,7 +239,7 @@ class Asker:
             failure = error.kind, str(error)
         end_s = self._clock.now_s()
         late_s = 0.0 if planned_s is None else sent_s - planned_s
-        row = replace(_row(ask), sent_s=sent_s - start_s, late_s=late_s, retried=retried)
+        row = replace(ask.row, sent_s=sent_s - start_s, late_s=late_s, retried=retried)
         if failure is not None:
             return Answer(row=replace(row, failure=failure[0], message=failure[1]))
         return _succeeded(row, reading, sent_s, end_s)
@@ -267,19 +262,3 @@ def _succeeded(row: Row, reading: _Reading, sent_s: float, end_s: float) -> Answ
         num_events=len(reading.gaps_s) + 1,
     )
     return Answer(row=whole, gaps_s=reading.gaps_s, token_ids=reading.token_ids)
-
-
-def not_sent(ask: Ask, why: str) -> Row:
-    """A request that was due and could not be made."""
-    return replace(_row(ask), failure="not_sent", message=why)
-
-
-def _row(ask: Ask) -> Row:
-    return Row(
-        index=ask.index,
-        client=ask.client,
-        turn=ask.turn,
-        num_input=ask.num_input,
-        num_output=ask.num_output,
-        num_ceiling_tokens=ask.num_ceiling_tokens,
-    )

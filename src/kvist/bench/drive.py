@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from kvist.bench.ceiling import Ceiling
-from kvist.bench.completions import Answer, Ask, Asker, Row, not_sent
-from kvist.bench.config import DRAWN, SERVER, MultiturnConfig, OfflineConfig, RateConfig, Scenario, SingleConfig
+from kvist.bench.completions import Answer, Ask, Asker, Row
+from kvist.bench.config import DRAWN, SERVER, Load, MultiturnConfig, RateConfig, Scenario, SingleConfig
 from kvist.bench.http import HttpFailure
 from kvist.bench.load import Conversation, Drawn, Source, Turns
 from kvist.clock import Clock, cpu_s
@@ -34,7 +34,6 @@ class ClientLoad:
     """What measuring cost this process."""
 
     cpu_s: float
-    wall_s: float
     lags_s: list[float]  # how late the event loop woke up, sampled
     num_connections: int
     num_retries: int
@@ -77,7 +76,7 @@ class Driver:
         if isinstance(load, MultiturnConfig):
             turns = self._turns(load, from_server=answers_by == SERVER)
             return await self._watched(scenario, load.clients * load.rounds, turns, answers_by)
-        asks = self._asks(load)
+        asks = self._asks(load, load.requests, Drawn.PROMPT)
         if isinstance(load, RateConfig):
             return await self._watched(scenario, len(asks), self._open(asks, load.rate))
         parallel = 1 if isinstance(load, SingleConfig) else load.parallel or load.requests
@@ -89,9 +88,7 @@ class Driver:
         if not self._warmup:
             return
         load = scenario.load
-        num_input = self._source.lengths(load.input_span, self._warmup, Drawn.INPUT_LENGTHS)
-        num_output = self._source.lengths(load.output_span, self._warmup, Drawn.OUTPUT_LENGTHS)
-        asks = [self._ask(index, num_input[index], num_output[index], Drawn.WARM_UP) for index in range(self._warmup)]
+        asks = self._asks(load, self._warmup, Drawn.WARM_UP)
         parallel = 1 if isinstance(load, SingleConfig) else self._warmup
         watch = _Watch()
         answers = await self._closed(asks, parallel)(watch)
@@ -107,7 +104,7 @@ class Driver:
             return DRAWN
         ask = self._ask(0, 16, 2, Drawn.PROBE, wants_ids=True)
         answer = await self._asker.ask(ask, start_s=self._clock.now_s())
-        if len(answer.token_ids) == ask.num_output:
+        if len(answer.token_ids) == ask.row.num_output:
             return SERVER
         why = answer.row.message or "it ignored return_token_ids"
         if load.answers == SERVER:
@@ -115,21 +112,20 @@ class Driver:
         log.warning("conversations append drawn ids for answers, whose K/V cannot be cached: %s", why)
         return DRAWN
 
-    def _asks(self, load: SingleConfig | OfflineConfig | RateConfig) -> list[Ask]:
-        num_input = self._source.lengths(load.input_span, load.requests, Drawn.INPUT_LENGTHS)
-        num_output = self._source.lengths(load.output_span, load.requests, Drawn.OUTPUT_LENGTHS)
-        return [self._ask(index, num_input[index], num_output[index], Drawn.PROMPT) for index in range(load.requests)]
+    def _lengths(self, load: Load, count: int) -> tuple[list[int], list[int]]:
+        """Of prompts and answers."""
+        num_input = self._source.lengths(load.input_span, count, Drawn.INPUT_LENGTHS)
+        return num_input, self._source.lengths(load.output_span, count, Drawn.OUTPUT_LENGTHS)
+
+    def _asks(self, load: Load, count: int, what: Drawn) -> list[Ask]:
+        lengths = zip(*self._lengths(load, count), strict=True)
+        return [self._ask(index, *num_tokens, what) for index, num_tokens in enumerate(lengths)]
 
     def _ask(self, index: int, num_input: int, num_output: int, what: Drawn, *, wants_ids: bool = False) -> Ask:
         conversation = Conversation()
         conversation.append(self._source.token_ids(num_input, what, index))
-        return Ask(
-            index=index,
-            prompt=conversation.as_json(),
-            num_input=num_input,
-            num_output=num_output,
-            wants_ids=wants_ids,
-        )
+        row = Row(index=index, num_input=num_input, num_output=num_output)
+        return Ask(prompt=conversation.as_json(), row=row, wants_ids=wants_ids)
 
     # ------------------------------------------------------------ while
 
@@ -171,8 +167,7 @@ class Driver:
 
     def _turns(self, load: MultiturnConfig, *, from_server: bool) -> Callable[[_Watch], Awaitable[list[Answer]]]:
         count = load.clients * load.rounds
-        num_input = self._source.lengths(load.input_span, count, Drawn.INPUT_LENGTHS)
-        num_output = self._source.lengths(load.output_span, count, Drawn.OUTPUT_LENGTHS)
+        num_input, num_output = self._lengths(load, count)
         conversations = [Conversation() for _ in range(load.clients)]
         ceiling = Ceiling(load.clients, load.page_size)
         turns = Turns(
@@ -187,15 +182,9 @@ class Driver:
             token_ids = self._source.token_ids(num_input[index], Drawn.PROMPT, client, turn)
             conversations[client].append(token_ids)
             ceiling.append(client, token_ids)
-            return Ask(
-                index=index,
-                client=client,
-                turn=turn,
-                prompt=conversations[client].as_json(),
-                num_input=conversations[client].num_tokens,
-                num_output=num_output[index],
-                wants_ids=from_server,
-            )
+            num_tokens = conversations[client].num_tokens
+            row = Row(index=index, client=client, turn=turn, num_input=num_tokens, num_output=num_output[index])
+            return Ask(prompt=conversations[client].as_json(), row=row, wants_ids=from_server)
 
         async def drive(watch: _Watch) -> list[Answer]:
             start_s = self._clock.now_s()
@@ -204,7 +193,8 @@ class Driver:
             while True:
                 while (turn := turns.start()) is not None:
                     ask = make(*turn)
-                    ask = dataclasses.replace(ask, num_ceiling_tokens=ceiling.sent(turn[0]))
+                    row = replace(ask.row, num_ceiling_tokens=ceiling.sent(turn[0]))
+                    ask = dataclasses.replace(ask, row=row)
                     tasks.add(asyncio.create_task(self._asker.ask(ask, start_s=start_s)))
                 if not tasks:
                     return answers
@@ -231,7 +221,8 @@ class Driver:
         left = turns.end(row.client, ok=row.failure is None)
         if row.failure is not None:
             why = f"turn {row.turn} of this conversation failed ({row.failure})"
-            return [Answer(row=not_sent(make(row.client, turn), why)) for turn in left]
+            unsent = [make(row.client, turn).row for turn in left]
+            return [Answer(row=replace(each, failure="not_sent", message=why)) for each in unsent]
         drawn = answer.token_ids or self._source.token_ids(row.num_output, Drawn.ANSWER, row.client, row.turn)
         conversations[row.client].append(drawn)
         ceiling.append(row.client, drawn)
@@ -270,7 +261,6 @@ class Driver:
             wall_s=wall_s,
             client=ClientLoad(
                 cpu_s=spent_cpu_s,
-                wall_s=wall_s,
                 lags_s=watch.lags_s,
                 num_connections=client.num_connections - connections,
                 num_retries=client.num_retries - retries,

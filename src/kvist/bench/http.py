@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import httptools
 
 MAX_IDLE_CONNECTIONS = 4096
+CONNECT_TIMEOUT_S = 30.0
 
 
 class HttpFailure(Exception):
@@ -144,14 +145,13 @@ class _Connection(asyncio.Protocol):
 class HttpClient:
     """Keeps idle connections to one server. Mutable; used by one event loop."""
 
-    def __init__(self, base_url: str, *, api_key: str | None, connect_timeout_s: float = 30.0) -> None:
+    def __init__(self, base_url: str, *, api_key: str | None) -> None:
         url = urlsplit(base_url)
         assert url.hostname is not None, "checked with the settings"
         self._host, self._secure = url.hostname, url.scheme == "https"
         self._port = url.port or (443 if self._secure else 80)
         self._root = url.path.rstrip("/").removesuffix("/v1")
         self._ssl = ssl.create_default_context() if self._secure else None
-        self._connect_timeout_s = connect_timeout_s
         key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
         self._common = f"Host: {url.netloc.rpartition('@')[2]}\r\nAccept: */*\r\n{key}".encode()
         self._idle: list[_Connection] = []
@@ -202,10 +202,10 @@ class HttpClient:
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._ssl)
         except TimeoutError as error:
-            message = f"no connection to {self._host}:{self._port} in {self._connect_timeout_s:g} s"
+            message = f"no connection to {self._host}:{self._port} in {CONNECT_TIMEOUT_S:g} s"
             raise HttpFailure("connect", message) from error
         except OSError as error:
             raise HttpFailure("connect", f"cannot connect to {self._host}:{self._port}: {error}") from error

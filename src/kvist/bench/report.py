@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 
 from kvist.bench.completions import Row
 from kvist.bench.drive import Measured
@@ -71,31 +73,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     runs: list[Run]
 
 
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """Of ascending values, between neighbours in proportion, as numpy's default does. `share` is in [0, 1]."""
-    assert ordered, "nothing has no percentile"
-    position = share * (len(ordered) - 1)
-    below = min(int(position), len(ordered) - 1)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
-
-
 def distribution(values: Sequence[float]) -> Distribution | None:
     if not values:
         return None
-    ordered = sorted(values)
-    return Distribution(
-        count=len(ordered),
-        mean=sum(ordered) / len(ordered),
-        p50=percentile(ordered, 0.5),
-        p90=percentile(ordered, 0.9),
-        p99=percentile(ordered, 0.99),
-        max=ordered[-1],
-    )
+    p50, p90, p99 = np.quantile(values, (0.5, 0.9, 0.99)).tolist()
+    return Distribution(count=len(values), mean=statistics.fmean(values), p50=p50, p90=p90, p99=p99, max=max(values))
 
 
 def _p99(values: Sequence[float]) -> float:
-    return percentile(sorted(values), 0.99) if values else 0.0
+    return float(np.quantile(values, 0.99)) if values else 0.0
 
 
 def summarise(measured: Measured) -> Summary:
@@ -133,7 +119,7 @@ def summarise(measured: Measured) -> Summary:
         tokens_per_event=num_output / num_events if num_events else None,
         num_connections=client.num_connections,
         num_retries=client.num_retries,
-        client_cpu_share=client.cpu_s / max(client.wall_s, 1e-9),
+        client_cpu_share=client.cpu_s / wall_s,
         client_cpu_s_per_token=client.cpu_s / num_output if num_output else None,
         client_lag_p99_s=_p99(client.lags_s),
         late_p99_s=_p99([row.late_s for row in measured.rows]),

@@ -40,7 +40,7 @@ def run_custom(config: CustomConfig, target: TargetConfig) -> int:
 
 def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
     """The exit status. Raises `ConfigError`, or `Unavailable` when the server cannot be measured at all."""
-    baseline = None if target.baseline is None else _read_baseline(target.baseline)
+    baseline = None if target.baseline is None else {run.name: run for run in _read_baseline(target.baseline).runs}
     if target.json_path is not None:
         _check_writable(target.json_path)
     runs: list[Run] = []
@@ -48,22 +48,19 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
     async def main() -> None:
         client = HttpClient(target.base_url, api_key=target.api_key)
         try:
-            model = target.model or await _first_model(client)
-            asker = Asker(
-                client,
-                model=model,
-                clock=MonotonicClock(),
-                timeout_s=target.request_timeout_s,
-                by_tier=await _is_kvist(client),
-            )
+            model, is_kvist = await _find_model(client, target.model)
+            clock, timeout_s = MonotonicClock(), target.request_timeout_s
+            asker = Asker(client, model=model, clock=clock, timeout_s=timeout_s, by_tier=is_kvist)
             first = Source(seed=target.seed, vocab_low=target.vocab_low, vocab_high=target.vocab_high)
             for number, scenario in enumerate(scenarios):
                 source = dataclasses.replace(first, scenario=number)
-                driver = Driver(asker, source, MonotonicClock(), warmup=target.warmup)
+                driver = Driver(asker, source, clock, warmup=target.warmup)
                 run = _as_run(await driver.run(scenario), target, model)
                 runs.append(run)
-                print(reports.table(run, _find(baseline, run)), flush=True)
-                _say_differences(baseline, run)
+                before = None if baseline is None else baseline.get(run.name)
+                print(reports.table(run, before), flush=True)
+                if baseline is not None:
+                    _say_differences(before, run)
         finally:
             client.close()
 
@@ -77,23 +74,23 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
     return 1 if any(run.summary.failures for run in runs) else 0
 
 
-async def _first_model(client: HttpClient) -> str:
-    """Raises `HttpFailure`."""
-    status, body = await read_whole(client, "/v1/models", timeout_s=30.0)
+async def _find_model(client: HttpClient, named: str | None) -> tuple[str, bool]:
+    """Its name, and whether the server is a Kvist: others may refuse a field that they do not know. Raises
+    `HttpFailure` when the name is the server's to tell, and it does not."""
     try:
-        return str(json.loads(body)["data"][0]["id"])
-    except (ValueError, LookupError, TypeError) as error:
+        status, body = await read_whole(client, "/v1/models", timeout_s=30.0)
+    except HttpFailure:
+        if named is None:
+            raise
+        return named, False
+    try:
+        first = json.loads(body)["data"][0]
+        return named or str(first["id"]), first.get("owned_by") == "kvist"
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        if named is not None:
+            return named, False
         told = body[:200].decode("utf-8", "replace")
         raise HttpFailure("no_model", f"/v1/models names no model (status {status}): {told}; give --model") from error
-
-
-async def _is_kvist(client: HttpClient) -> bool:
-    """Others may refuse a field that they do not know."""
-    try:
-        _, body = await read_whole(client, "/v1/models", timeout_s=30.0)
-        return bool(json.loads(body)["data"][0]["owned_by"] == "kvist")
-    except (HttpFailure, ValueError, LookupError, TypeError):
-        return False
 
 
 # ---------------------------------------------------------------- custom scenarios
@@ -217,16 +214,7 @@ def _read_baseline(path: Path) -> Report:
         raise ConfigError(f"--baseline {path} is no file that --json wrote: {error}", param="baseline") from error
 
 
-def _find(baseline: Report | None, run: Run) -> Run | None:
-    if baseline is None:
-        return None
-    return next((before for before in baseline.runs if before.name == run.name), None)
-
-
-def _say_differences(baseline: Report | None, run: Run) -> None:
-    if baseline is None:
-        return
-    before = _find(baseline, run)
+def _say_differences(before: Run | None, run: Run) -> None:
     if before is None:
         print(f"  the baseline has no run named {run.name!r}")
         return

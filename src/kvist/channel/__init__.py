@@ -9,6 +9,6 @@ This room moves messages. It does not know what they mean; liveness is judged by
 
 from kvist.channel.engine import EngineChannel
 from kvist.channel.gateway import GatewayLink
-from kvist.channel.security import WILDCARD_HOSTS, ChannelConfig, bracketed, is_loopback
+from kvist.channel.security import ChannelConfig, bracketed, host_to_name, is_loopback
 
-__all__ = ["WILDCARD_HOSTS", "ChannelConfig", "EngineChannel", "GatewayLink", "bracketed", "is_loopback"]
+__all__ = ["ChannelConfig", "EngineChannel", "GatewayLink", "bracketed", "host_to_name", "is_loopback"]

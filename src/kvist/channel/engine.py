@@ -55,7 +55,6 @@ class EngineChannel:
         self._from_peer = wire.Decoder(wire.SourceToTarget)
         self._poller = zmq.Poller()
         self.num_undecodable = 0
-        self.num_unsent = 0
         self.endpoint = self._bind(bind, advertise_host)
 
     def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]:
@@ -85,7 +84,6 @@ class EngineChannel:
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
-            self.num_unsent += 1
             return False
         return True
 
@@ -96,7 +94,6 @@ class EngineChannel:
             peer.send(wire.encode(message), zmq.NOBLOCK)
         except (zmq.ZMQError, ConfigError) as error:  # the endpoint came over the wire: it must not stop the engine
             logger.error("cannot send %s to the prefill engine at %s: %s", type(message).__name__, endpoint, error)
-            self.num_unsent += 1
             return False
         return True
 

@@ -76,6 +76,11 @@ def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def host_to_name(host: str, instead: str) -> str:
+    """As `bracketed`; `instead` of an address that stands for all."""
+    return instead if not host or host in WILDCARD_HOSTS else bracketed(host)
+
+
 def is_loopback(endpoint: str) -> bool:
     """Whether nothing outside this machine can reach the endpoint."""
     address = split_tcp_endpoint(endpoint)

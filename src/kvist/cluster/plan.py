@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
-from kvist.channel import WILDCARD_HOSTS, bracketed
+from kvist.channel import host_to_name
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.processes import ChildPlan
 
@@ -83,7 +83,7 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
             *(*kvist, "router", *shape.router_argv, *remote),
             *(f"--host={shape.router_host}", f"--port={shape.router_port}", "--stop-with-stdin"),
         ),
-        url=f"http://{_reachable(shape.router_host)}:{shape.router_port}",
+        url=f"http://{host_to_name(shape.router_host, LOOPBACK)}:{shape.router_port}",
         environ=shape.router_environ,
     )
     return [*plans, router]
@@ -101,13 +101,6 @@ def plan_on_free_ports(shape: ClusterShape) -> list[ChildPlan]:
     """`plan_cluster` with ports found now; the router keeps its own unless it is 0."""
     *worker_ports, spare = free_ports(shape.config.num_workers + 1)
     return plan_cluster(replace(shape, router_port=shape.router_port or spare), worker_ports)
-
-
-def _reachable(host: str) -> str:
-    """The address by which we ourselves reach a server bound to `host`."""
-    if not host or host in WILDCARD_HOSTS:
-        return LOOPBACK
-    return bracketed(host)
 
 
 def free_ports(count: int) -> list[int]:

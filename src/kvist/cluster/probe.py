@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import httpx
 
-from kvist.clock import Clock, MonotonicClock
+from kvist.clock import MonotonicClock
 from kvist.cluster.processes import Child, ChildState, Processes
 
 PROBE_TIMEOUT_S = 1.0
+REPORT_INTERVAL_S = 2.0
 LONGEST_PROGRESS_CHARS = 40
 
 
@@ -24,18 +25,10 @@ def is_ready(url: str) -> bool:
 class StartReport:
     """Prints who is ready and what the others say they are doing: on every change, and every few seconds."""
 
-    def __init__(
-        self,
-        processes: Processes,
-        say: Callable[[str], None],
-        *,
-        interval_s: float = 2.0,
-        clock: Clock | None = None,
-    ) -> None:
+    def __init__(self, processes: Processes, say: Callable[[str], None]) -> None:
         self._processes = processes
-        self._clock = clock or MonotonicClock()
+        self._clock = MonotonicClock()
         self._say = say
-        self._interval_s = interval_s
         self._start_s = self._clock.now_s()
         self._last_s = float("-inf")
         self._last_states: dict[str, ChildState] = {}
@@ -43,7 +36,7 @@ class StartReport:
     def __call__(self) -> None:
         states = {name: child.state for name, child in self._processes.children.items()}
         now_s = self._clock.now_s()
-        if states == self._last_states and now_s - self._last_s < self._interval_s:
+        if states == self._last_states and now_s - self._last_s < REPORT_INTERVAL_S:
             return
         self._last_states, self._last_s = states, now_s
         words = ", ".join(_word(child) for child in self._processes.children.values())

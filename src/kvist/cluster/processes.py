@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
-from kvist.clock import Clock, MonotonicClock
+from kvist.clock import MonotonicClock
 from kvist.errors import Timeout, Unavailable
 from kvist.worker.child import FORGIVE_AFTER_S, restart_wait_s
 
@@ -115,11 +115,11 @@ class Child:
 class Processes:
     """Starts every planned child and keeps it running until `stop`. Use as a context manager."""
 
-    def __init__(self, plans: Sequence[ChildPlan], *, probe: Probe, sink: Sink, clock: Clock | None = None) -> None:
+    def __init__(self, plans: Sequence[ChildPlan], *, probe: Probe, sink: Sink) -> None:
         self.children = {plan.name: Child(plan) for plan in plans}
         self._probe = probe
         self._sink = sink
-        self._clock = clock or MonotonicClock()
+        self._clock = MonotonicClock()
         self._selector = selectors.DefaultSelector()
         self._stopping = threading.Event()
         self._changed = threading.Condition()

@@ -21,8 +21,8 @@ import httpx
 import msgspec
 import uvicorn
 
-from kvist.channel import WILDCARD_HOSTS, ChannelConfig, bracketed, is_loopback
-from kvist.checkpoint import Checkpoint, find_checkpoint
+from kvist.channel import ChannelConfig, bracketed, host_to_name, is_loopback
+from kvist.checkpoint import find_checkpoint
 from kvist.cluster.lifeline import signals_to, stop_at_end_of_stdin
 from kvist.errors import ConfigError
 from kvist.event_loop import run_in_loop
@@ -58,13 +58,8 @@ def serve_worker(
 ) -> int:
     """Until SIGINT or SIGTERM: 0. Raises `KvistError` when the engine cannot start, or the port is taken."""
     os.environ["KVIST_LOG_LEVEL"] = log_level  # our engine's, which inherits our environment
-    stop = _StopSignals()
-    with signals_to(stop, (signal.SIGINT, signal.SIGTERM)), listen(server) as listener:
-        if stop_with_stdin:
-            stop_at_end_of_stdin()
+    with _listening(server, stop_with_stdin) as (stop, listener, name):
         checkpoint = find_checkpoint(engine.model_path)
-        port = listener.getsockname()[1]
-        name = WorkerId(f"{_public_host(server.host)}:{port}")
         url = f"http://{name}"
         engine = replace(engine, worker_id=name)
         own = OwnEngine()
@@ -75,7 +70,7 @@ def serve_worker(
             dispatcher=dispatcher,
             tokenizer=tokenizer,
             config=server,
-            model_name=_served_name(checkpoint, engine.served_model_name),
+            model_name=checkpoint.name,
             own_engine=lambda: own.spec,
         )
         supervisor = EngineSupervisor(engine, on_change=own.set)
@@ -94,23 +89,29 @@ def serve_router(
     stop_with_stdin: bool = False,
 ) -> int:
     """Until SIGINT or SIGTERM: 0. Raises `ConfigError` for a bad URL, a missing tokenizer, a port that is taken."""
-    stop = _StopSignals()
-    with signals_to(stop, (signal.SIGINT, signal.SIGTERM)), listen(server) as listener:
-        if stop_with_stdin:
-            stop_at_end_of_stdin()
+    with _listening(server, stop_with_stdin) as (stop, listener, name):
         checkpoint = find_checkpoint(model_path)
         dispatcher = build_dispatcher(router, channel, api_key=server.api_key)  # one key for router and workers
         app = build_app(
             dispatcher=dispatcher,
             tokenizer=load_tokenizer(checkpoint),
             config=server,
-            model_name=_served_name(checkpoint, server.served_model_name),
+            model_name=checkpoint.name,
         )
-        port = listener.getsockname()[1]
-        log.info("router at http://%s:%d for %s", _public_host(server.host), port, checkpoint.name)
+        log.info("router at http://%s for %s", name, checkpoint.name)
         stop.http = http_server(app, server)
         run_in_loop(_serve(stop.http, listener, dispatcher, None))
     return 0
+
+
+@contextlib.contextmanager
+def _listening(server: ServerConfig, stop_with_stdin: bool) -> Iterator[tuple[_StopSignals, socket.socket, WorkerId]]:
+    """The way to be told to stop, the socket of the HTTP server, and HOST:PORT, by which others name it."""
+    stop = _StopSignals()
+    with signals_to(stop, (signal.SIGINT, signal.SIGTERM)), listen(server) as listener:
+        if stop_with_stdin:
+            stop_at_end_of_stdin()
+        yield stop, listener, WorkerId(f"{host_to_name(server.host, socket.gethostname())}:{listener.getsockname()[1]}")
 
 
 async def _serve(
@@ -151,16 +152,6 @@ def listen(server: ServerConfig) -> Iterator[socket.socket]:
         if server.api_key is None and not is_loopback(f"tcp://{bracketed(address)}:{port}"):
             log.warning("HTTP on %s is open to whoever can reach it: --api-key closes it", server.host)
         yield listener
-
-
-def _served_name(checkpoint: Checkpoint, renamed: str | None) -> str:
-    return renamed or checkpoint.name
-
-
-def _public_host(host: str) -> str:
-    if not host or host in WILDCARD_HOSTS:
-        return socket.gethostname()
-    return bracketed(host)
 
 
 class _StopSignals:

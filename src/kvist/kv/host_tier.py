@@ -18,31 +18,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
+@dataclass(slots=True, eq=False)
 class HostPage:
     """One slot in use. Mutable; its one owner is the `HostTier`."""
 
-    __slots__ = (
-        "digest",
-        "from_storage",
-        "last_use",
-        "num_children",
-        "num_moves",
-        "parent",
-        "resident",
-        "slot",
-        "stored",
-    )
-
-    def __init__(self, digest: bytes, slot: int, parent: HostPage | None, last_use: int) -> None:
-        self.digest = digest
-        self.slot = slot
-        self.parent = parent  # the page it continues; None for the first of a prefix
-        self.last_use = last_use
-        self.num_children = 0
-        self.num_moves = 0  # that read or write it, and prefetches that keep it
-        self.resident = False  # its bytes are there
-        self.stored = False  # in the storage tier, or on its way there; as far as is known
-        self.from_storage = False  # its bytes came from there, and nobody has loaded them yet
+    digest: bytes
+    slot: int
+    parent: HostPage | None  # the page it continues; None for the first of a prefix
+    last_use: int
+    num_children: int = 0
+    num_moves: int = 0  # that read or write it, and prefetches that keep it
+    resident: bool = False  # its bytes are there
+    stored: bool = False  # in the storage tier, or on its way there; as far as is known
+    from_storage: bool = False  # its bytes came from there, and nobody has loaded them yet
 
     @property
     def lost(self) -> bool:

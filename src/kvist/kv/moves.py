@@ -121,3 +121,5 @@ class StorageAttached:
 
 StoreJob = FindPages | FetchPages | StorePages | CancelFetch
 TierJob = LoadPages | BackUpPages | ForgetPages | StoreJob
+PageReport = PagesLoaded | PagesBackedUp | PagesForgotten
+TierReport = PageReport | PagesFound | PagesFetched | PagesStored | StorageAttached

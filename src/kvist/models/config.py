@@ -60,11 +60,17 @@ class ModelConfig:
     attention_output_bias: bool  # on o_proj
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
 
 
-def check_heads(fields: ConfigFields, *, num_heads: int, num_kv_heads: int, head_dim: int, kv_heads_field: str) -> None:
+def read_heads(
+    fields: ConfigFields, names: tuple[str, str, str], hidden_size: int, default_head_dim: int | None = None
+) -> tuple[int, int, int]:
+    """(num_heads, num_kv_heads, head_dim), by these names."""
+    num_heads = fields.integer(names[0])
+    num_kv_heads = fields.integer(names[1], num_heads)
+    head_dim = fields.integer(names[2], default_head_dim or max(1, hidden_size // num_heads))
     if num_heads % num_kv_heads:
-        raise fields.error(kv_heads_field, f"is {num_kv_heads}, which does not divide {num_heads} attention heads")
+        raise fields.error(names[1], f"is {num_kv_heads}, which does not divide {num_heads} attention heads")
     if head_dim % 2:
         raise fields.error("head_dim", f"is {head_dim}; the rotation needs an even number")
+    return num_heads, num_kv_heads, head_dim

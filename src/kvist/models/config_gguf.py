@@ -13,10 +13,10 @@ from kvist.models.config import (
     LinearRope,
     ModelConfig,
     RopeScaling,
-    check_heads,
+    read_heads,
 )
+from kvist.models.family import family_named
 from kvist.models.fields import ConfigFields
-from kvist.models.registry import family_named
 
 ROPE_DIVISORS = "rope_freqs.weight"  # a tensor that is configuration: it never reaches the layers
 _F32 = 0
@@ -36,19 +36,10 @@ def config_from_gguf(path: Path) -> ModelConfig:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelLoadError(f"{path}: tensor token_embd.weight is missing")
-    num_heads = fields.integer("attention.head_count")
-    num_kv_heads = fields.integer("attention.head_count_kv", num_heads)
     hidden_size = fields.integer("embedding_length")
-    head_dim = fields.integer("attention.key_length", max(1, hidden_size // num_heads))
+    names = ("attention.head_count", "attention.head_count_kv", "attention.key_length")
+    num_heads, num_kv_heads, head_dim = read_heads(fields, names, hidden_size)
     _check_head_dims(fields, head_dim)
-    check_heads(
-        fields,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        kv_heads_field="attention.head_count_kv",
-    )
-    bos_token_ids = metadata.token_ids("tokenizer.ggml.bos_token_id")
     return ModelConfig(
         family=family.name,
         num_layers=fields.integer("block_count"),
@@ -67,7 +58,6 @@ def config_from_gguf(path: Path) -> ModelConfig:
         attention_output_bias="blk.0.attn_output.bias" in header.tensors,
         qk_norm=family.qk_norm,
         eos_token_ids=_eos_token_ids(metadata),
-        bos_token_id=bos_token_ids[0] if bos_token_ids else None,
     )
 
 

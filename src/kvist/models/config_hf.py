@@ -9,11 +9,10 @@ from kvist.models.config import (
     Llama3Rope,
     ModelConfig,
     RopeScaling,
-    check_heads,
+    read_heads,
 )
-from kvist.models.family import Family
+from kvist.models.family import Family, family_named
 from kvist.models.fields import ConfigFields
-from kvist.models.registry import family_named
 
 
 def config_from_hf(checkpoint: Checkpoint) -> ModelConfig:
@@ -22,21 +21,12 @@ def config_from_hf(checkpoint: Checkpoint) -> ModelConfig:
     family = family_named(fields.text("model_type"), field="model_type", origin=str(path))
     num_layers = fields.integer("num_hidden_layers")
     _refuse_unsupported(fields, family, num_layers)
-    num_heads = fields.integer("num_attention_heads")
-    num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     hidden_size = fields.integer("hidden_size")
-    head_dim = fields.integer("head_dim", family.default_head_dim or max(1, hidden_size // num_heads))
-    check_heads(
-        fields,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        kv_heads_field="num_key_value_heads",
-    )
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    num_heads, num_kv_heads, head_dim = read_heads(fields, names, hidden_size, family.default_head_dim)
     max_positions = fields.integer("max_position_embeddings")
     rope_theta, rope_scaling = _rope_from_hf(fields, max_positions)
     bias = fields.flag("attention_bias", False) if family.qkv_bias is None else family.qkv_bias
-    bos_token_ids = fields.token_ids("bos_token_id")
     return ModelConfig(
         family=family.name,
         num_layers=num_layers,
@@ -55,7 +45,6 @@ def config_from_hf(checkpoint: Checkpoint) -> ModelConfig:
         attention_output_bias=bias and family.output_bias_with_qkv,
         qk_norm=family.qk_norm,
         eos_token_ids=_eos_from_hf(checkpoint, fields),
-        bos_token_id=bos_token_ids[0] if bos_token_ids else None,
     )
 
 

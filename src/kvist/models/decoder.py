@@ -10,32 +10,26 @@ What it does not do: batching, pages, sampling. Callers run it under torch.infer
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvist.attention.backend import RotatingAttend
+from kvist.attention.backend import Attend, RotatingAttend
 from kvist.kernels.norm import add_rms_norm
 from kvist.kernels.rotary import Rotary, norm_and_rotate, rotation
 from kvist.models.config import ModelConfig
 from kvist.models.parallel import (
-    ColumnParallelLinear,
-    GatedParallelLinear,
-    Projection,
     RowParallelLinear,
     TensorParallel,
     VocabParallelEmbedding,
     VocabParallelHead,
     VocabShare,
+    column_parallel,
+    gated_parallel,
 )
 from kvist.models.rope import inverse_frequencies
 from kvist.models.weights import WeightReader
-
-# attend(layer, q, k, v) -> out. q and out [T, num_q_heads_local, head_dim]; k, v [T, num_kv_heads_local, head_dim],
-# k already rotated. It writes k and v to the cache, then attends over it. The tensors may be strided views.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Attention:
@@ -48,11 +42,8 @@ class Attention:
         self._eps = config.rms_norm_eps
         q_rows, kv_rows = _scaled(q_heads, config.head_dim), _scaled(kv_heads, config.head_dim)
         rows = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}
-        self._qkv = ColumnParallelLinear(
-            reader,
-            [Projection(name=f"{prefix}.{name}", rows=part) for name, part in rows.items()],
-            bias=config.attention_bias,
-        )
+        named_rows = {f"{prefix}.{name}": part for name, part in rows.items()}
+        self._qkv = column_parallel(reader, named_rows, bias=config.attention_bias)
         self._output = RowParallelLinear(reader, f"{prefix}.o_proj", q_rows, tp, bias=config.attention_output_bias)
         self._qk_weight = self._read_qk_norm(reader, prefix) if config.qk_norm else None
 
@@ -81,8 +72,7 @@ class Attention:
 class GatedMlp:
     def __init__(self, config: ModelConfig, reader: WeightReader, prefix: str, tp: TensorParallel) -> None:
         rows = tp.share(config.intermediate_size, "MLP rows")
-        projections = [Projection(name=f"{prefix}.{name}", rows=rows) for name in ("gate_proj", "up_proj")]
-        self._gated = GatedParallelLinear(reader, projections)
+        self._gated = gated_parallel(reader, {f"{prefix}.{name}": rows for name in ("gate_proj", "up_proj")})
         self._down = RowParallelLinear(reader, f"{prefix}.down_proj", rows, tp, bias=False)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -130,7 +120,7 @@ class Unfinished:
     """A step before the last layer's output projection and MLP. Most rows of a prompt end here: nobody asks for the
     token that follows them, and their K/V is written."""
 
-    heads: Tensor  # [num_rows, num_q_heads_local * head_dim]
+    heads: Tensor  # [num_rows, this rank's heads * head_dim]
     residual: Tensor  # [num_rows, hidden_size]
 
     def select(self, rows: Tensor) -> Unfinished:
@@ -141,12 +131,8 @@ class Unfinished:
 class CausalLM:
     """This rank's part of a model, ready to run. Immutable once built, so any number of callers may share it."""
 
-    def __init__(
-        self, config: ModelConfig, ends: VocabularyEnds, layers: list[DecoderLayer], tp: TensorParallel
-    ) -> None:
+    def __init__(self, config: ModelConfig, ends: VocabularyEnds, layers: list[DecoderLayer]) -> None:
         self.config = config
-        self.num_q_heads_local = _length(tp.share(config.num_heads, "attention heads"))
-        self.num_kv_heads_local = _length(tp.kv_heads(config.num_kv_heads))
         self._ends = ends
         self._layers = layers
         self._frequencies = inverse_frequencies(config).to(ends.norm.device)
@@ -177,7 +163,3 @@ class CausalLM:
 
 def _scaled(heads: slice, head_dim: int) -> slice:
     return slice(heads.start * head_dim, heads.stop * head_dim)
-
-
-def _length(part: slice) -> int:
-    return int(part.stop - part.start)

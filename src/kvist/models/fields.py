@@ -25,34 +25,26 @@ class ConfigFields:
         return self._values.get(name)
 
     def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
-        value = self._values.get(name)
-        if value is None:
-            value = self._default(name, default)
+        value = self._given(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.error(name, f"must be an integer of at least {minimum}, not {value!r}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """A number above zero."""
-        value = self._values.get(name)
-        if value is None:
-            value = self._default(name, default)
+        value = self._given(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise self.error(name, f"must be a number above 0, not {value!r}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        value = self._values.get(name)
-        if value is None:
-            return default
+        value = self._given(name, default)
         if not isinstance(value, bool):
             raise self.error(name, f"must be true or false, not {value!r}")
         return value
 
     def text(self, name: str, default: str | None = None) -> str:
-        value = self._values.get(name)
-        if value is None:
-            value = self._default(name, default)
+        value = self._given(name, default)
         if not isinstance(value, str):
             raise self.error(name, f"must be a string, not {value!r}")
         return value
@@ -75,7 +67,8 @@ class ConfigFields:
             raise self.error(name, f"must be a token id or a list of them, not {value!r}")
         return tuple(ids)
 
-    def _default(self, name: str, default: object) -> object:
-        if default is None:
+    def _given(self, name: str, default: object) -> object:
+        value = self._values.get(name)
+        if value is None and default is None:
             raise self.error(name, "is missing")
-        return default
+        return default if value is None else value

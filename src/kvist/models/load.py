@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,22 +26,31 @@ LoadFormat = Literal["auto", "dummy"]  # auto: what the checkpoint holds; dummy:
 Progress = Callable[[int, int], None]  # (tensors loaded, tensors in all), called on the caller's thread
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    dtype: torch.dtype
-    device: torch.device
-    tp: TensorParallel
-    load_format: LoadFormat
-    seed: int
+def load_model(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,  # float32 or bfloat16
+    device: torch.device,
+    tp: TensorParallel,
+    load_format: LoadFormat = "auto",
+    seed: int = 0,  # of dummy weights
+    progress: Progress | None = None,
+) -> CausalLM:
+    """Read this rank's share of the weights. Raises `ModelLoadError` naming the tensor, `ConfigError` for a TP size."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"dtype {dtype} is not served; float32 and bfloat16 are", param="dtype")
+    check_split(config, tp)  # before reading anything
+    source: WeightSource
+    if load_format == "dummy":
+        from kvist.models.weights_dummy import DummySource
 
-
-def load_weights(checkpoint: Checkpoint, config: ModelConfig, options: LoadOptions, progress: Progress) -> CausalLM:
-    if options.dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"dtype {options.dtype} is not served; float32 and bfloat16 are", param="dtype")
-    check_split(config, options.tp)  # before reading anything
-    source = _open_source(checkpoint, config, options)
+        source = DummySource(config, seed=seed, device=device)
+    else:
+        source = _open_source(checkpoint, config)
     check_tensors(source, config)
-    return _build(config, WeightReader(source, dtype=options.dtype, device=options.device), options.tp, progress)
+    reader = WeightReader(source, dtype=dtype, device=device)
+    return _build(config, reader, tp, progress or (lambda _done, _total: None))
 
 
 def check_split(config: ModelConfig, tp: TensorParallel) -> None:
@@ -52,11 +60,7 @@ def check_split(config: ModelConfig, tp: TensorParallel) -> None:
     tp.share(config.intermediate_size, "MLP rows")
 
 
-def _open_source(checkpoint: Checkpoint, config: ModelConfig, options: LoadOptions) -> WeightSource:
-    if options.load_format == "dummy":
-        from kvist.models.weights_dummy import DummySource
-
-        return DummySource(config, seed=options.seed, device=options.device)
+def _open_source(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
     if checkpoint.kind is CheckpointKind.GGUF:
         from kvist.models.weights_gguf import GgufSource
 
@@ -76,7 +80,7 @@ def _build(config: ModelConfig, reader: WeightReader, tp: TensorParallel, progre
             for layer in pending:
                 layers.append(layer.result())
                 progress(min(reader.num_read, num_tensors), num_tensors)
-            model = CausalLM(config, ends.result(), layers, tp)
+            model = CausalLM(config, ends.result(), layers)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

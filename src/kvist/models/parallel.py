@@ -9,7 +9,7 @@ Size 1 is the same code and never touches torch.distributed.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from kvist.errors import ConfigError
-from kvist.models.linear import make_gated_linear, make_linear
+from kvist.models.linear import Linear, make_gated_linear, make_linear
 from kvist.models.weights import WeightReader
 
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # since torch 2.13, and before
@@ -94,36 +94,19 @@ def leave_tensor_parallel(*, abort: bool = False) -> None:
         dist.destroy_process_group()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Projection:
-    """One matrix of the checkpoint and the output rows of it that this rank computes."""
+def column_parallel(reader: WeightReader, rows: Mapping[str, slice], *, bias: bool) -> Linear:
+    """Split by output rows; several projections of one input are fused into one product (q+k+v).
 
-    name: str  # without .weight or .bias
-    rows: slice
-
-
-class ColumnParallelLinear:
-    """Split by output rows; several projections of one input are fused into one product (q+k+v, gate+up)."""
-
-    def __init__(self, reader: WeightReader, projections: Sequence[Projection], *, bias: bool) -> None:
-        weights = [reader.read(f"{p.name}.weight", p.rows) for p in projections]
-        biases = [reader.read(f"{p.name}.bias", p.rows) for p in projections] if bias else None
-        self._linear = make_linear(torch.cat(weights), None if biases is None else torch.cat(biases))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, in_features] -> [T, this rank's rows of all projections]."""
-        return self._linear(x)
+    `rows`: matrices of the checkpoint, without .weight or .bias, and the output rows of each that this rank computes.
+    x [T, in_features] -> [T, this rank's rows of all of them]."""
+    weights = [reader.read(f"{name}.weight", part) for name, part in rows.items()]
+    biases = [reader.read(f"{name}.bias", part) for name, part in rows.items()] if bias else None
+    return make_linear(torch.cat(weights), None if biases is None else torch.cat(biases))
 
 
-class GatedParallelLinear:
-    """Gate and up, split by output rows: SiLU(gate) * up."""
-
-    def __init__(self, reader: WeightReader, projections: Sequence[Projection]) -> None:
-        self._linear = make_gated_linear(torch.cat([reader.read(f"{p.name}.weight", p.rows) for p in projections]))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, in_features] -> [T, this rank's rows of one projection]."""
-        return self._linear(x)
+def gated_parallel(reader: WeightReader, rows: Mapping[str, slice]) -> Linear:
+    """Gate and up, split by output rows. x [T, in_features] -> SiLU(gate) * up [T, this rank's rows of one]."""
+    return make_gated_linear(torch.cat([reader.read(f"{name}.weight", part) for name, part in rows.items()]))
 
 
 class RowParallelLinear:

@@ -21,7 +21,7 @@ from kvist.checkpoint import GgufTensor, read_gguf_header
 from kvist.errors import ModelLoadError
 from kvist.models.config import ModelConfig
 from kvist.models.config_gguf import ROPE_DIVISORS
-from kvist.models.registry import family_named
+from kvist.models.family import family_named
 from kvist.models.weights import Shape
 
 _ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

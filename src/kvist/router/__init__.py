@@ -5,45 +5,36 @@ Choose workers (policies, route), know them (registry, discovery, fleet), carry 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import httpx
 
 from kvist.channel import ChannelConfig
-from kvist.clock import Clock, MonotonicClock
-from kvist.errors import ConfigError
+from kvist.clock import MonotonicClock
 from kvist.router.config import RouterConfig
 from kvist.router.discovery import normal_url
 from kvist.router.dispatch import Dispatcher
 from kvist.router.fleet import Fleet
-from kvist.router.registry import Registry, WorkerAddress, WorkerUse
+from kvist.router.registry import Registry, WorkerUse
 
-__all__ = ["Dispatcher", "RouterConfig", "WorkerAddress", "WorkerUse", "build_dispatcher"]
+__all__ = ["Dispatcher", "RouterConfig", "WorkerUse", "build_dispatcher"]
 
 
 def build_dispatcher(
     config: RouterConfig,
     channel: ChannelConfig,
     *,
-    engine_endpoints: Sequence[str] = (),
-    clock: Clock | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
     api_key: str | None = None,
 ) -> Dispatcher:
-    """A dispatcher over the workers that the config names by URL, and engines of our own named by endpoint.
+    """A dispatcher over the workers that the config names.
 
     Not started: `await dispatcher.start()` inside the loop. Raises `ConfigError` on a bad URL or a worker named twice.
     `transport` is how /server_info is fetched; None is the network. `api_key` is what the workers' HTTP asks for.
     """
-    clock = clock or MonotonicClock()
+    clock = MonotonicClock()
     registry = Registry(config)
     fleet = Fleet(registry=registry, config=config, channel=channel, clock=clock, transport=transport, api_key=api_key)
     named = ((config.worker_urls, None), (config.prefill, WorkerUse.PREFILL), (config.decode, WorkerUse.DECODE))
     for urls, use in named:
         for url in urls:
-            fleet.add(WorkerAddress(url=normal_url(url), use=use))
-    for endpoint in engine_endpoints:
-        if not endpoint:
-            raise ConfigError("an engine's endpoint is empty")
-        fleet.add(WorkerAddress(endpoint=endpoint))
+            registry.add(normal_url(url), use, clock.now_s())
     return Dispatcher(config=config, registry=registry, engines=fleet, clock=clock)

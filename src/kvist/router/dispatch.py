@@ -25,7 +25,8 @@ from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, Wo
 from kvist.router.config import RouterConfig
 from kvist.router.fleet import EngineEvents
 from kvist.router.flight import Flight
-from kvist.router.registry import Registry, Worker, WorkerAddress, WorkerState
+from kvist.router.merge import ChunkMerger
+from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.router.route import Route, Router
 from kvist.router.stream import ClusterSnapshot, StreamPart
 
@@ -36,8 +37,6 @@ class Engines(Protocol):
     """What the dispatcher needs of fleet.py; tests give it one without sockets."""
 
     def start(self, events: EngineEvents) -> None: ...
-
-    def add(self, address: WorkerAddress) -> Worker: ...
 
     def send(self, worker: Worker, message: wire.GatewayToEngine) -> bool: ...
 
@@ -97,15 +96,13 @@ class Dispatcher:
     def snapshot(self) -> ClusterSnapshot:
         return self._registry.snapshot()
 
-    async def generate(
-        self, request: EngineRequest, *, timeout_s: float | None = None
-    ) -> AsyncGenerator[StreamPart, None]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
         """The request's output. Closing or cancelling the iterator aborts it everywhere at once.
 
         Raises, before the first part: `Unavailable`, `Overloaded`; at any time: what an engine reported, `WorkerLost`,
         `HandoffFailed`, `Timeout`. A failure before the first token is tried once more on other workers."""
         loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + (timeout_s or self._config.request_timeout_s)
+        deadline_s = loop.time() + self._config.request_timeout_s
         flight = self._launch(request, self._router.choose(request))
         may_retry, delivered = True, False
         while True:
@@ -215,7 +212,8 @@ class Dispatcher:
 
     def _launch(self, request: EngineRequest, route: Route) -> Flight:
         request_id = RequestId(f"{request.request_id}.{secrets.token_hex(4)}")
-        flight = Flight(request_id, request, route.prefill, route.decode)
+        merger = ChunkMerger(request.request_id, len(request.output_token_ids))
+        flight = Flight(request_id=request_id, prefill=route.prefill, decode=route.decode, merger=merger)
         self._flights[request_id] = flight
         sent = msgspec.structs.replace(request, request_id=request_id)
         if route.mode is Mode.FULL:

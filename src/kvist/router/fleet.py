@@ -21,7 +21,7 @@ from kvist.clock import Clock
 from kvist.errors import ConfigError, KvistError
 from kvist.router import discovery
 from kvist.router.config import RouterConfig
-from kvist.router.registry import Registry, Worker, WorkerAddress, WorkerState
+from kvist.router.registry import Registry, Worker, WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Fleet:
         self._num_links = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[Worker, GatewayLink] = {}
-        self._tasks: dict[Worker, asyncio.Task[None]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
         self._events: EngineEvents | None = None
         self._http: httpx.AsyncClient | None = None
 
@@ -69,13 +69,7 @@ class Fleet:
         self._events = events
         self._http = httpx.AsyncClient(transport=self._transport, headers=self._headers, trust_env=False)
         for worker in self._registry.workers:
-            self._supervise(worker)
-
-    def add(self, address: WorkerAddress) -> Worker:
-        worker = self._registry.add(address, self._clock.now_s())
-        if self._events is not None:
-            self._supervise(worker)
-        return worker
+            self._tasks.append(asyncio.create_task(self._keep(worker), name=f"worker {worker.url}"))
 
     def send(self, worker: Worker, message: wire.GatewayToEngine) -> bool:
         """False: the worker is not connected, or its queue is full."""
@@ -83,41 +77,32 @@ class Fleet:
         return link is not None and link.send(message)
 
     async def close(self) -> None:
-        for task in self._tasks.values():
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
         if self._http is not None:
             await self._http.aclose()
         self._context.destroy(linger=0)
 
-    def _supervise(self, worker: Worker) -> None:
-        name = f"worker {worker.address.name}"
-        self._tasks[worker] = asyncio.get_running_loop().create_task(self._keep(worker), name=name)
-
     async def _keep(self, worker: Worker) -> None:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                worker.endpoint = await self._find(worker)
+                assert self._http is not None
+                timeout_s = self._config.discovery_timeout_s
+                worker.endpoint = await discovery.find_engine(self._http, worker.url, timeout_s=timeout_s)
                 reason = await self._hold(worker)
                 if worker.state is WorkerState.READY:
                     pause_s = _FIRST_PAUSE_S
             except KvistError as error:
                 reason = error.message
             except Exception as error:  # our bug: the worker is out until it is mended, the gateway serves on
-                logger.exception("cannot keep worker %s", worker.address.name)
+                logger.exception("cannot keep worker %s", worker.url)
                 reason = f"internal error: {error}"
             self._lose(worker, reason)
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
-
-    async def _find(self, worker: Worker) -> str:
-        if worker.address.endpoint is not None:
-            return worker.address.endpoint
-        assert worker.address.url is not None
-        assert self._http is not None
-        return await discovery.find_engine(self._http, worker.address.url, timeout_s=self._config.discovery_timeout_s)
 
     async def _hold(self, worker: Worker) -> str:
         """Talk to the engine until it cannot be talked to; returns why."""

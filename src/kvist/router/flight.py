@@ -7,45 +7,31 @@ lost) → forgotten. Engines push in, one reader waits; the reader is woken once
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 
 from kvist.errors import KvistError
-from kvist.request import EngineRequest, RequestId
+from kvist.request import RequestId
 from kvist.router.merge import ChunkMerger
 from kvist.router.registry import Worker
 from kvist.router.stream import StreamPart
 from kvist.wire import TokenChunk
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
 class Flight:
-    """Mutable; owned by the dispatcher."""
+    """Mutable; owned by the dispatcher. Prefill and decode are the same worker for mode FULL."""
 
-    __slots__ = (
-        "_waiter",
-        "aborted",
-        "closed_at_s",
-        "culprit",
-        "decode",
-        "decode_began",
-        "error",
-        "merger",
-        "open",
-        "prefill",
-        "request_id",
-    )
-
-    def __init__(self, request_id: RequestId, request: EngineRequest, prefill: Worker, decode: Worker) -> None:
-        """`request_id`: the engines' name for this attempt. Prefill and decode are the same worker for mode FULL."""
-        self.request_id = request_id
-        self.prefill = prefill
-        self.decode = decode
-        self.open: set[Worker] = set()  # have the request and did not say Ended
-        self.merger = ChunkMerger(request.request_id, len(request.output_token_ids))
-        self.decode_began = False  # decode has the pages: prefill's fate does not matter any more
-        self.aborted = False
-        self.error: KvistError | None = None
-        self.culprit: Worker | None = None  # whose failure `error` is
-        self.closed_at_s: float | None = None  # the reader is gone
-        self._waiter: asyncio.Future[None] | None = None
+    request_id: RequestId  # the engines' name for this attempt
+    prefill: Worker
+    decode: Worker
+    merger: ChunkMerger
+    open: set[Worker] = field(default_factory=set)  # have the request and did not say Ended
+    decode_began: bool = False  # decode has the pages: prefill's fate does not matter any more
+    aborted: bool = False
+    error: KvistError | None = None
+    culprit: Worker | None = None  # whose failure `error` is
+    closed_at_s: float | None = None  # the reader is gone
+    _waiter: asyncio.Future[None] | None = None
 
     @property
     def settled(self) -> bool:

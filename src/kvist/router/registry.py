@@ -33,26 +33,12 @@ class WorkerUse(enum.Enum):
     DECODE = "decode"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerAddress:
-    """How the operator named a worker: the URL of its HTTP server, or (its own gateway) its engine's endpoint."""
-
-    url: str | None = None
-    endpoint: str | None = None
-    use: WorkerUse | None = None  # None: the role it was started with
-
-    @property
-    def name(self) -> str:
-        name = self.url or self.endpoint
-        assert name, "a worker has a url or an endpoint"
-        return name
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class Worker:
     """Mutable; owned by the registry."""
 
-    address: WorkerAddress
+    url: str  # of its HTTP server, as the operator named it
+    wanted_use: WorkerUse | None  # None: the role it was started with
     state: WorkerState = WorkerState.JOINING
     problem: str = ""  # why it is not READY, for people
     endpoint: str = ""  # where we reach its engine
@@ -68,12 +54,12 @@ class Worker:
 
     @property
     def worker_id(self) -> WorkerId:
-        return self.spec.worker_id if self.spec is not None else WorkerId(self.address.name)
+        return self.spec.worker_id if self.spec is not None else WorkerId(self.url)
 
     @property
     def use(self) -> WorkerUse | None:
-        if self.address.use is not None:
-            return self.address.use
+        if self.wanted_use is not None:
+            return self.wanted_use
         return WorkerUse(self.spec.role) if self.spec is not None else None
 
     @property
@@ -115,11 +101,10 @@ class Registry:
     def workers(self) -> tuple[Worker, ...]:
         return tuple(self._workers.values())
 
-    def add(self, address: WorkerAddress, now_s: float) -> Worker:
-        if address.name in self._workers:
-            raise ConfigError(f"the worker {address.name} is named twice")
-        worker = Worker(address=address, last_heard_s=now_s, problem="not heard of yet")
-        self._workers[address.name] = worker
+    def add(self, url: str, use: WorkerUse | None, now_s: float) -> Worker:
+        if url in self._workers:
+            raise ConfigError(f"the worker {url} is named twice")
+        worker = self._workers[url] = Worker(url=url, wanted_use=use, last_heard_s=now_s, problem="not heard of yet")
         return worker
 
     def ready(self, use: WorkerUse) -> list[Worker]:
@@ -182,8 +167,6 @@ class Registry:
             state=worker.state.value,
             problem=worker.problem,
             num_in_flight=len(worker.in_flight),
-            num_known_pages=len(worker.known_pages),
-            known_pages_limited=worker.pages_limited,
         )
 
     @staticmethod
@@ -217,7 +200,7 @@ class Registry:
             )
         if spec.role not in {use.value for use in WorkerUse}:
             return f"worker {spec.worker_id} has an unknown role {spec.role!r}"
-        use = worker.address.use
+        use = worker.wanted_use
         if use is not None and spec.role != use.value and (use, spec.role) != (WorkerUse.PREFILL, "unified"):
             return (
                 f"worker {spec.worker_id} was started as {spec.role} and cannot be used for {use.value}:"
@@ -226,7 +209,7 @@ class Registry:
         others = [o for o in self._workers.values() if o is not worker and o.state is WorkerState.READY]
         for other in others:
             if other.worker_id == spec.worker_id:
-                return f"{worker.address.name} is the same worker as {other.address.name}: name it once"
+                return f"{worker.url} is the same worker as {other.url}: name it once"
         reference = others[0].spec if others else None
         return _mismatch(spec, reference) if reference is not None else ""
 

@@ -83,7 +83,7 @@ class Router:
         else:
             problem = "no worker is ready: start one with `kvist serve`, or a prefill and a decode worker"
         known = [
-            f"{worker.address.name} is {worker.state.value} ({worker.problem})"
+            f"{worker.url} is {worker.state.value} ({worker.problem})"
             for worker in self._registry.workers
             if worker.state is not WorkerState.READY
         ]

@@ -34,8 +34,6 @@ class WorkerSnapshot:
     state: str = "ready"  # registry.WorkerState
     problem: str = ""  # why it is not ready, for people
     num_in_flight: int = 0  # requests of this gateway that have not ended there
-    num_known_pages: int = 0  # cached pages that routing counts on
-    known_pages_limited: bool = False  # it has more than --max-known-pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -24,11 +24,12 @@ from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
 from kvist.kv.device import DTYPES, DevicePool, PoolSize, available_memory_bytes, default_runtime_dir, plan_pool_size
 from kvist.kv.layout import PageLayout
-from kvist.models import ModelConfig, load_model
+from kvist.models import ModelConfig
 from kvist.models.decoder import CausalLM
-from kvist.models.load import check_split
+from kvist.models.load import check_split, load_model
 from kvist.models.parallel import TensorParallel
 from kvist.models.weights import expected_tensors
+from kvist.runner.config import RunnerConfig
 from kvist.runner.graph_sizes import decode_sizes, graphs_bytes
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.runner import AnyRunner, Runner
@@ -40,28 +41,6 @@ CPU_CAP_TOKENS = 65_536  # a laptop's memory would hold absurdly many; --max-tot
 log = logging.getLogger(__name__)
 
 LoadProgress = Callable[[int, int], None]  # (tensors loaded, tensors in all)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerConfig:
-    """The worker's settings that the runner needs; what is still "auto" is resolved here, once."""
-
-    dtype: str = "auto"  # float32 on a CPU, bfloat16 on a GPU
-    device: str = "auto"
-    base_gpu_id: int = 0  # rank 0's GPU; rank n has the n-th after it
-    load_format: str = "auto"
-    attention_backend: str = "auto"
-    tp: int = 1
-    mem_fraction_static: float = 0.8
-    max_total_tokens: int | None = None
-    min_total_tokens: int = 1  # refuse to start with a smaller pool
-    page_size: int = 16
-    num_threads: int = 0  # of the whole engine, shared by its ranks; 0: torch's own choice
-    random_seed: int = 0  # of dummy weights
-    max_running_requests: int = 128  # what GPU buffers and graphs are made for
-    max_batch_tokens: int = 1024
-    context_length: int | None = None  # None: the model's
-    use_graphs: bool = True
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,7 +156,7 @@ def _on_gpu(
         pool=pool,
         attention=attention,
         limits=limits,
-        use_graphs=config.use_graphs,
+        use_graphs=not config.disable_cuda_graph,
         pool_reason=pool_reason,
     )
 
@@ -271,13 +250,13 @@ def gpu_reserve_bytes(model_config: ModelConfig, config: RunnerConfig, num_sms: 
     """Device memory of a rank for what is made after the pool; `config` with every "auto" resolved."""
     num_bytes = COLLECTIVES_BYTES if config.tp > 1 else 0
     num_rows, backend = config.max_running_requests, config.attention_backend
-    if config.use_graphs and backend != "torch":  # which cannot be recorded
+    if not config.disable_cuda_graph and backend != "torch":  # which cannot be recorded
         max_mixed_tokens = config.max_batch_tokens if backend == "fa3" else 0  # others record steps of decodes only
         num_bytes += graphs_bytes(num_rows, max_mixed_tokens, model_config.vocab_size)
     if backend == "flashinfer":
         num_kv_heads = page_layout(model_config, config).num_kv_heads
         sizes = model_config.num_heads // config.tp, num_kv_heads, model_config.head_dim, num_sms
-        num_bytes += planners_bytes(*sizes, decode_sizes(num_rows) if config.use_graphs else ())
+        num_bytes += planners_bytes(*sizes, () if config.disable_cuda_graph else decode_sizes(num_rows))
     return num_bytes
 
 
@@ -302,7 +281,7 @@ def _pool_size(
         mem_fraction_static=config.mem_fraction_static,
         max_total_tokens=config.max_total_tokens,
         cap_tokens=None if on_gpu else CPU_CAP_TOKENS,
-        min_tokens=config.min_total_tokens,
+        min_tokens=config.context_length or 2 * config.page_size,
     )
     if on_gpu and config.tp > 1:
         return replace(size, reason=f"{size.reason}; on each of {config.tp} GPUs")

@@ -114,9 +114,6 @@ class CudaRunner:
         self._former = columns.roster
         return Launched(tokens=tokens, measured=measured, done=done)
 
-    def execute(self, batch: Batch) -> SampledTokens:
-        return self.launch(batch).result()
-
     def close(self) -> None:
         """Drop the graphs and the pool."""
         torch.cuda.synchronize()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,16 +12,7 @@ from torch import Tensor
 from kvist.attention.backend import Span
 from kvist.request import RequestId
 from kvist.runner.sampler import SamplingRow
-from kvist.scheduler.plan import Batch
-
-
-class ForwardItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What a forward must know of a batch item."""
-
-    token_ids: Sequence[int]
-    start: int
-    page_ids: Sequence[int]
-    wants_token: bool  # the logits of its last token are needed
+from kvist.scheduler.plan import Batch, BatchItem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,19 +21,6 @@ class ForwardInputs:
     positions: Tensor  # [num_tokens], int64
     spans: tuple[Span, ...]
     sampled_rows: Tensor | None  # [num_sampled], int64: rows whose logits are wanted, in item order; None: all rows
-
-
-def forward_items(batch: Batch, former: Mapping[RequestId, int]) -> list[ForwardItem]:
-    """`former`: the tokens of the batch before, which items with `takes_sampled` go on from."""
-    return [
-        ForwardItem(
-            (former[item.request_id],) if item.takes_sampled else item.token_ids,
-            item.start,
-            item.page_ids,
-            item.sampling is not None,
-        )
-        for item in batch.items
-    ]
 
 
 def sampling_rows(batch: Batch) -> list[SamplingRow]:
@@ -55,19 +32,20 @@ def sampling_rows(batch: Batch) -> list[SamplingRow]:
     ]
 
 
-def build_inputs(items: Sequence[ForwardItem], device: torch.device) -> ForwardInputs:
-    num_tokens = sum(len(item.token_ids) for item in items)
+def build_inputs(items: Sequence[BatchItem], former: Mapping[RequestId, int], device: torch.device) -> ForwardInputs:
+    """`former`: the tokens of the batch before, which items with `takes_sampled` go on from."""
+    num_tokens = sum(item.num_tokens for item in items)
     token_ids = np.empty(num_tokens, dtype=np.int64)
     positions = np.empty(num_tokens, dtype=np.int64)
     spans, sampled_rows = [], []
     row = 0
     for item in items:
-        count = len(item.token_ids)
-        token_ids[row : row + count] = item.token_ids
+        count = item.num_tokens
+        token_ids[row : row + count] = former[item.request_id] if item.takes_sampled else item.token_ids
         positions[row : row + count] = np.arange(item.start, item.start + count)
         spans.append(Span(start=item.start, num_tokens=count, page_ids=item.page_ids))
         row += count
-        if item.wants_token:
+        if item.sampling is not None:
             sampled_rows.append(row - 1)
     every_row = len(sampled_rows) == num_tokens
     return ForwardInputs(

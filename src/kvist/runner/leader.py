@@ -57,9 +57,6 @@ class LeadingRunner:
             self._last = Watched(self._runner.launch(batch), self)
         return self._last
 
-    def execute(self, batch: Batch) -> SampledTokens:
-        return self.launch(batch).result()
-
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
         """Whatever goes wrong inside, goes wrong for good."""

@@ -21,7 +21,7 @@ from kvist.attention.backend import Attend, AttentionBackend
 from kvist.kv.device import DevicePool
 from kvist.models.decoder import Unfinished
 from kvist.request import RequestId
-from kvist.runner.inputs import ForwardInputs, build_inputs, forward_items, sampling_rows
+from kvist.runner.inputs import ForwardInputs, build_inputs, sampling_rows
 from kvist.runner.sampler import sample
 from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.plan import Batch
@@ -57,8 +57,6 @@ class AnyRunner(Protocol):
 
     def launch(self, batch: Batch) -> InFlight: ...
 
-    def execute(self, batch: Batch) -> SampledTokens: ...
-
     def close(self) -> None: ...
 
 
@@ -89,19 +87,15 @@ class Runner:
     def launch(self, batch: Batch) -> InFlight:
         """What it raises is a broken device or our bug."""
         assert batch.items, "an empty batch is no batch"
-        items = forward_items(batch, self._former)
-        self._former = {}
+        former, self._former = self._former, {}
         with torch.inference_mode():
-            logits = forward(self._model, self._attention, build_inputs(items, self._device))
+            logits = forward(self._model, self._attention, build_inputs(batch.items, former, self._device))
             if logits is None:
                 return Finished(SampledTokens(token_ids=()))
             sampled = sample(logits, sampling_rows(batch))
         request_ids = (item.request_id for item in batch.items if item.sampling is not None)
         self._former = dict(zip(request_ids, sampled.token_ids, strict=True))
         return Finished(sampled)
-
-    def execute(self, batch: Batch) -> SampledTokens:
-        return self.launch(batch).result()
 
     def close(self) -> None:
         """Drop the pool."""

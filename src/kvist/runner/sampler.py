@@ -20,8 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvist.kernels.sampling import choose_tokens, nucleus_floor
-from kvist.kernels.sampling import gumbel_noise as hashed_noise
+from kvist.kernels.sampling import choose_tokens, gumbel_noise, nucleus_floor
 from kvist.request import SamplingParams, TokenLogprobs
 from kvist.scheduler.events import SampledTokens
 
@@ -170,7 +169,7 @@ def _pick(values: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> Ten
     if any(row.params.min_p > 0 for row in rows):
         floors = [math.log(row.params.min_p) if row.params.min_p > 0 else _NEG_INF for row in rows]
         values = values.masked_fill(values < _column(floors, values), _NEG_INF)
-    best = (values + gumbel_noise(rows, token_ids)).argmax(dim=-1, keepdim=True)
+    best = (values + gumbel_noise(noise_keys(rows, values.device), token_ids)).argmax(dim=-1, keepdim=True)
     return token_ids.expand(values.shape).gather(1, best).squeeze(1)
 
 
@@ -216,11 +215,6 @@ def _mix_64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-def gumbel_noise(rows: Sequence[SamplingRow], token_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise [num_rows, n] for `token_ids` [num_rows or 1, n]; a hash, the same bits everywhere."""
-    return hashed_noise(noise_keys(rows, token_ids.device), token_ids)
 
 
 # ---------------------------------------------------------------- logprobs

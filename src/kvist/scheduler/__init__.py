@@ -10,20 +10,14 @@ something happens or `wake_at_s` comes. Transport reports are collected between 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
-from kvist.kv.cache import PageCache
-from kvist.request import EpochId
 from kvist.scheduler.config import SchedulerConfig
-from kvist.scheduler.decode import decode_scheduler
 from kvist.scheduler.events import Event
 from kvist.scheduler.load import SchedulerLoad
 from kvist.scheduler.plan import Plan
-from kvist.scheduler.prefill import prefill_scheduler
-from kvist.scheduler.steps import RoleParts, Steps
-from kvist.scheduler.unified import unified_scheduler
-from kvist.wire import PoolAddress
+from kvist.scheduler.roles import build_scheduler
 
 __all__ = ["Scheduler", "SchedulerConfig", "SchedulerLoad", "build_scheduler"]
 
@@ -37,17 +31,3 @@ class Scheduler(Protocol):
         """A request is live or a handoff is open."""
 
     def load(self) -> SchedulerLoad: ...
-
-
-_ROLES: dict[str, Callable[[RoleParts], Steps]] = {
-    "unified": unified_scheduler,
-    "prefill": prefill_scheduler,
-    "decode": decode_scheduler,
-}
-
-
-def build_scheduler(
-    role: str, config: SchedulerConfig, cache: PageCache, epoch: EpochId, pool_address: PoolAddress
-) -> Scheduler:
-    """`role` is "unified", "prefill" or "decode"; `pool_address` is where peers find our pages."""
-    return _ROLES[role](RoleParts(config=config, cache=cache, epoch=epoch, pool=pool_address))

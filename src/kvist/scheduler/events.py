@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvist.kv.moves import (
-    PagesBackedUp,
-    PagesFetched,
-    PagesForgotten,
-    PagesFound,
-    PagesLoaded,
-    PagesStored,
-    StorageAttached,
-)
+from kvist.kv.moves import TierReport
 from kvist.request import EpochId, HandoffId, SampledToken, TokenLogprobs
-from kvist.wire import Abort, Ack, Closed, Done, FlushCache, Grant, Revoke, Submit
+from kvist.wire import Abort, FlushCache, SourceToTarget, Submit, TargetToSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,26 +83,8 @@ class PeerDied:
     epoch: EpochId
 
 
+StepReport = StepFinished | StepFailed
+TransferReport = WritesCompleted | WritesFailed | PagesVerified
 Event = (
-    Submit
-    | Abort
-    | StepFinished
-    | StepFailed
-    | Grant
-    | Ack
-    | Revoke
-    | WritesCompleted
-    | WritesFailed
-    | Done
-    | Closed
-    | PagesVerified
-    | PeerDied
-    | FlushCache
-    | PagesLoaded
-    | PagesBackedUp
-    | PagesForgotten
-    | PagesFound
-    | PagesFetched
-    | PagesStored
-    | StorageAttached
+    Submit | Abort | FlushCache | TargetToSource | SourceToTarget | StepReport | TransferReport | PeerDied | TierReport
 )

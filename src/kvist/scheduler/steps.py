@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kvist.kv.cache import PageCache
 from kvist.kv.moves import (
     PagesBackedUp,
     PagesFetched,
@@ -18,23 +16,12 @@ from kvist.kv.moves import (
 )
 from kvist.request import EpochId, HandoffId
 from kvist.scheduler.batching import Batcher
-from kvist.scheduler.config import SchedulerConfig
 from kvist.scheduler.events import Event, StepFailed, StepFinished
 from kvist.scheduler.load import SchedulerLoad
 from kvist.scheduler.plan import Flush, Plan
 from kvist.scheduler.requests import HandoffHalf, RequestTable
 from kvist.scheduler.timers import TimerKind
-from kvist.wire import Abort, FlushCache, PoolAddress, Submit
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoleParts:
-    """What a role's scheduler is made of (unified.py, prefill.py, decode.py)."""
-
-    config: SchedulerConfig
-    cache: PageCache
-    epoch: EpochId
-    pool: PoolAddress  # where peers find our pages
+from kvist.wire import Abort, FlushCache, Submit
 
 
 class StepHalf(HandoffHalf, Protocol):

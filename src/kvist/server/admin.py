@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 from urllib.parse import parse_qsl
 
@@ -12,14 +12,14 @@ from starlette.types import Receive, Scope, Send
 from kvist import __version__, metrics
 from kvist.clock import unix_time_s
 from kvist.errors import RequestError, Unavailable, error_from_wire
-from kvist.metrics import WorkerSample
-from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
+from kvist.router.stream import WorkerSnapshot
 from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import Gateway
 from kvist.server.http import send_bytes, send_json
 from kvist.server.sampling import check_token_ids
 from kvist.server.schemas import DetokenizeRequest, TokenizeRequest
-from kvist.wire import AskStorage, FlushTier, LoadReport, StoreWish
+from kvist.server.worker_metrics import pages_by_state
+from kvist.wire import AskStorage, FlushTier, StoreWish
 
 _TOKENIZE = BodyDecoder(TokenizeRequest)
 _DETOKENIZE = BodyDecoder(DetokenizeRequest)
@@ -180,51 +180,9 @@ def _worker_info(worker: WorkerSnapshot) -> dict[str, object]:
         else {
             "num_running": load.num_running,
             "num_waiting": load.num_waiting,
-            "num_pages": _num_pages(worker),
+            "num_pages": pages_by_state(load),
             "num_host_pages": load.num_host_pages,
             "storage": load.storage,
             "totals": load.totals,
         },
     }
-
-
-def _num_pages(worker: WorkerSnapshot) -> dict[str, int]:
-    load = worker.load
-    if load is None:
-        return {}
-    return {
-        "free": load.num_free_pages,
-        "cached": load.num_cached_pages,
-        "owned": load.num_owned_pages,
-        "in_flight": load.num_in_flight_pages,
-    }
-
-
-def _storage_gauges(load: LoadReport | None) -> dict[str, float]:
-    if load is None or load.storage is None:
-        return {}
-    storage = load.storage
-    return {
-        "attached": float(storage.state == "attached"),
-        "breaker_open": float(storage.breaker != "closed"),
-        "quarantined_pages": storage.num_quarantined_pages,
-        "stored_bytes": storage.stored_bytes,
-    }
-
-
-def worker_samples(snapshot: ClusterSnapshot) -> Iterable[WorkerSample]:
-    """What /metrics says of each worker."""
-    for worker in snapshot.workers:
-        load = worker.load
-        yield WorkerSample(
-            worker=worker.worker_id,
-            role=worker.role,
-            alive=worker.alive,
-            num_running=load.num_running if load is not None else 0,
-            num_waiting=load.num_waiting if load is not None else 0,
-            num_pages=_num_pages(worker),
-            num_host_pages=load.num_host_pages if load is not None else {},
-            storage=_storage_gauges(load),
-            storage_errors=load.storage.errors if load is not None and load.storage is not None else {},
-            totals=load.totals if load is not None else {},
-        )

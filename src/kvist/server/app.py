@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import EngineError, KvistError, RequestError, Unauthorized
 from kvist.metrics import GatewayMetrics
-from kvist.server.admin import Admin, worker_samples
+from kvist.server.admin import Admin
 from kvist.server.config import ServerConfig
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Dispatcher
@@ -29,6 +29,7 @@ from kvist.server.native import native_job
 from kvist.server.openai import chat_job, completion_job
 from kvist.server.respond import Job, respond
 from kvist.server.sampling import MAX_SEED
+from kvist.server.worker_metrics import worker_families
 from kvist.text import Tokenizer
 from kvist.wire import EngineSpec
 
@@ -61,7 +62,7 @@ def build_app(
         tokenizer=tokenizer,
         config=config,
         model_name=config.served_model_name or model_name,
-        metrics=GatewayMetrics(samples=lambda: worker_samples(dispatcher.snapshot())),
+        metrics=GatewayMetrics(of_workers=lambda: worker_families(dispatcher.snapshot())),
         clock=clock or MonotonicClock(),
         draw_seed=draw_seed,
         own_engine=own_engine,

@@ -63,7 +63,6 @@ class Choice:
         request: EngineRequest,
         *,
         index: int,
-        prompt_index: int,
         repeats_prompt: bool,
         tokenizer: Tokenizer,
         stops: Sequence[str] = (),
@@ -71,7 +70,6 @@ class Choice:
     ) -> None:
         self.request = request
         self.index = index
-        self.prompt_index = prompt_index
         self.repeats_prompt = repeats_prompt  # another choice already counts this prompt in `usage`
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self._stops = StopMatcher(stops) if stops else None
@@ -205,7 +203,7 @@ def _count_finished(choice: Choice, metrics: GatewayMetrics, start_s: float) -> 
     assert choice.first_token_s is not None
     assert choice.last_token_s is not None
     assert choice.finish_reason is not None
-    metrics.finished(choice.finish_reason)
+    metrics.num_finished[choice.finish_reason] += 1
     metrics.num_prompt_tokens += choice.request.num_prompt_tokens
     metrics.num_cached_prompt_tokens += choice.num_cached_tokens
     metrics.e2e_latency_s.observe(choice.last_token_s - start_s)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvist.request import EngineRequest, RequestId, SamplingParams
+from kvist.request import EngineRequest, RequestId
+from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice
-from kvist.server.sampling import MAX_SEED
-from kvist.text import Tokenizer
+from kvist.server.sampling import MAX_SEED, num_choices, sampling_params, stop_strings
+from kvist.server.schemas import SamplingFields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +23,11 @@ class Prompt:
 class Plan:
     job_id: str
     prompts: Sequence[Prompt]
-    num_choices: int  # for each prompt
-    seed: int  # of the first answer to each prompt; the next ones count up
-    cache_salt: str
-    stops: tuple[str, ...]
-    sampling: Callable[[int, int], SamplingParams]  # (max_tokens, seed) → params
+    fields: SamplingFields
+    seed: int | None  # of the first answer to each prompt; the next ones count up. None: drawn
+    cache_salt: str | None
+    min_tokens: int | None
+    num_logprobs: int | None
     skip_special_tokens: bool = True
 
 
@@ -34,25 +35,35 @@ def new_job_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def make_choices(plan: Plan, tokenizer: Tokenizer) -> list[Choice]:
-    """Answers in the order of OpenAI's `index`: all of the first prompt, then all of the second."""
+def make_choices(gateway: Gateway, plan: Plan) -> list[Choice]:
+    """Answers in the order of OpenAI's `index`: all of the first prompt, then all of the second. Raises `RequestError`
+    for anything the fields have wrong."""
+    num_repeats = num_choices(plan.fields.n, len(plan.prompts), gateway.config.max_choices)
+    tokenizer, stops = gateway.require_tokenizer(), stop_strings(plan.fields.stop)
+    first_seed = gateway.draw_seed() if plan.seed is None else plan.seed
     choices: list[Choice] = []
-    for prompt_index, prompt in enumerate(plan.prompts):
-        for repeat in range(plan.num_choices):
+    for prompt in plan.prompts:
+        for repeat in range(num_repeats):
             index = len(choices)
             request = EngineRequest(
                 request_id=RequestId(f"{plan.job_id}-{index}"),
                 prompt_token_ids=prompt.token_ids,
-                sampling=plan.sampling(prompt.max_tokens, (plan.seed + repeat) % MAX_SEED),
-                cache_salt=plan.cache_salt,
+                sampling=sampling_params(
+                    plan.fields,
+                    seed=(first_seed + repeat) % MAX_SEED,
+                    max_tokens=prompt.max_tokens,
+                    min_tokens=plan.min_tokens or 0,
+                    num_logprobs=plan.num_logprobs,
+                    vocab_size=gateway.vocab_size(),
+                ),
+                cache_salt=plan.cache_salt or "",
             )
             choice = Choice(
                 request,
                 index=index,
-                prompt_index=prompt_index,
                 repeats_prompt=repeat > 0,
                 tokenizer=tokenizer,
-                stops=plan.stops,
+                stops=stops,
                 skip_special_tokens=plan.skip_special_tokens,
             )
             choices.append(choice)

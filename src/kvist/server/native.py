@@ -19,8 +19,6 @@ from kvist.server.sampling import (
     check_token_ids,
     num_choices,
     output_limit,
-    sampling_params,
-    stop_strings,
     token_lists,
 )
 from kvist.server.schemas import NativeRequest, NativeSampling
@@ -33,7 +31,7 @@ _json = msgspec.json.Encoder().encode
 
 async def native_job(gateway: Gateway, body: bytes) -> Job:
     """Raises `RequestError` for anything the request has wrong."""
-    tokenizer = gateway.require_tokenizer()
+    gateway.require_tokenizer()
     request = _NATIVE.decode(body)
     fields = request.sampling_params or NativeSampling()
     refuse_unsupported(fields, _WHERE)
@@ -41,25 +39,17 @@ async def native_job(gateway: Gateway, body: bytes) -> Job:
     top_logprobs = check_num_logprobs(request.top_logprobs_num, "top_logprobs_num")
     if request.top_logprobs_num and not request.return_logprob:
         raise RequestError("`top_logprobs_num` needs `return_logprob` to be true", param="top_logprobs_num")
-    seed = check_seed(fields.sampling_seed, _WHERE + "sampling_seed")
     plan = Plan(
         job_id=new_job_id("gen"),
         prompts=[_limited(gateway, fields, token_ids, param) for token_ids in token_lists],
-        num_choices=num_choices(fields.n, len(token_lists), gateway.config.max_choices),
-        seed=gateway.draw_seed() if seed is None else seed,
-        cache_salt=request.cache_salt or "",
-        stops=stop_strings(fields.stop),
-        sampling=lambda max_tokens, seed: sampling_params(
-            fields,
-            seed=seed,
-            max_tokens=max_tokens,
-            min_tokens=fields.min_new_tokens or 0,
-            num_logprobs=top_logprobs if request.return_logprob else None,
-            vocab_size=gateway.vocab_size(),
-        ),
+        fields=fields,
+        seed=check_seed(fields.sampling_seed, _WHERE + "sampling_seed"),
+        cache_salt=request.cache_salt,
+        min_tokens=fields.min_new_tokens,
+        num_logprobs=top_logprobs if request.return_logprob else None,
         skip_special_tokens=fields.skip_special_tokens,
     )
-    choices = make_choices(plan, tokenizer)
+    choices = make_choices(gateway, plan)
     form = NativeFormat(
         several=batched or len(choices) > 1,
         logprobs=request.return_logprob,

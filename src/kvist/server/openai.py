@@ -20,8 +20,6 @@ from kvist.server.sampling import (
     check_token_ids,
     num_choices,
     output_limit,
-    sampling_params,
-    stop_strings,
     token_lists,
 )
 from kvist.server.schemas import ChatRequest, CompletionRequest
@@ -47,7 +45,7 @@ async def chat_job(gateway: Gateway, body: bytes) -> Job:
     token_ids = await gateway.encode(text, add_special_tokens=False, param="messages")
     prompts = [_prompt(gateway, request, token_ids, default=None, name="messages")]
     job_id = new_job_id("chatcmpl")
-    choices = _choices(gateway, request, tokenizer, prompts, job_id=job_id, num_logprobs=num_logprobs)
+    choices = _choices(gateway, request, prompts, job_id, num_logprobs)
     shape = _Shape.of(gateway, request, job_id, "chat.completion")
     form = ChatFormat(shape, tokenizer, logprobs=num_logprobs is not None)
     return Job(choices=choices, format=form, stream=bool(request.stream))
@@ -64,7 +62,7 @@ async def completion_job(gateway: Gateway, body: bytes) -> Job:
         for token_ids in await _prompt_token_ids(gateway, request)
     ]
     job_id = new_job_id("cmpl")
-    choices = _choices(gateway, request, tokenizer, prompts, job_id=job_id, num_logprobs=num_logprobs)
+    choices = _choices(gateway, request, prompts, job_id, num_logprobs)
     shape = _Shape.of(gateway, request, job_id, "text_completion")
     form = CompletionFormat(
         shape, tokenizer, logprobs=num_logprobs is not None, token_ids=bool(request.return_token_ids)
@@ -112,32 +110,22 @@ def _prompt(
 def _choices(
     gateway: Gateway,
     request: ChatRequest | CompletionRequest,
-    tokenizer: Tokenizer,
     prompts: list[Prompt],
-    *,
     job_id: str,
     num_logprobs: int | None,
 ) -> list[Choice]:
     if request.stream_options is not None and not request.stream:
         raise RequestError("`stream_options` needs `stream` to be true", param="stream_options")
-    seed = check_seed(request.seed)
     plan = Plan(
         job_id=job_id,
         prompts=prompts,
-        num_choices=num_choices(request.n, len(prompts), gateway.config.max_choices),
-        seed=gateway.draw_seed() if seed is None else seed,
-        cache_salt=request.cache_salt or "",
-        stops=stop_strings(request.stop),
-        sampling=lambda max_tokens, seed: sampling_params(
-            request,
-            seed=seed,
-            max_tokens=max_tokens,
-            min_tokens=request.min_tokens or 0,
-            num_logprobs=num_logprobs,
-            vocab_size=gateway.vocab_size(),
-        ),
+        fields=request,
+        seed=check_seed(request.seed),
+        cache_salt=request.cache_salt,
+        min_tokens=request.min_tokens,
+        num_logprobs=num_logprobs,
     )
-    return make_choices(plan, tokenizer)
+    return make_choices(gateway, plan)
 
 
 # ---------------------------------------------------------------- responses
@@ -234,7 +222,7 @@ class ChatFormat:
 
 
 class CompletionFormat:
-    def __init__(self, shape: _Shape, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool = False) -> None:
+    def __init__(self, shape: _Shape, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool) -> None:
         self._shape = shape
         self._tokenizer = tokenizer
         self._logprobs = logprobs

@@ -70,7 +70,7 @@ async def _whole(gateway: Gateway, job: Job, send: Send) -> None:
             async for _ in deltas:
                 pass
     except KvistError as error:
-        gateway.metrics.failed(error.code)
+        gateway.metrics.num_failed[error.code] += 1
         raise
     await send_bytes(send, job.format.whole(job.choices))
 
@@ -89,7 +89,7 @@ async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
             return
     except Exception as error:
         known = error if isinstance(error, KvistError) else EngineError("internal error in the gateway; see its log")
-        gateway.metrics.failed(known.code)
+        gateway.metrics.num_failed[known.code] += 1
         if not started:
             raise
         if known is not error:

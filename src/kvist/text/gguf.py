@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from kvist.checkpoint import read_gguf_header
 from kvist.errors import ModelLoadError
 from kvist.text.chat import ChatTemplate
-from kvist.text.tokenizer import Alphabet, SpecialTokens, Tokenizer
+from kvist.text.tokenizer import Alphabet, Tokenizer
 
 PreTokenizer = pre_tokenizers.PreTokenizer
 
@@ -87,8 +87,11 @@ def _build(metadata: Mapping[str, Any]) -> Tokenizer:
     return Tokenizer(
         backend,
         alphabet=Alphabet.BYTE_LEVEL,
-        special=_special_tokens(metadata),
         chat_template=_chat_template(metadata, tokens),
+        # llama.cpp's rule: the flag when it is there, else only Llama 3 starts with bos
+        prompt_start_id=metadata.get("tokenizer.ggml.bos_token_id")
+        if metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")
+        else None,
     )
 
 
@@ -98,16 +101,6 @@ def _add_special(backend: Backend, tokens: list[str], kinds: list[int]) -> None:
             backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         elif kind == _USER_DEFINED:
             backend.add_tokens([AddedToken(token, normalized=False, special=False)])
-
-
-def _special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:
-    eos = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    return SpecialTokens(
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=tuple(dict.fromkeys(token_id for token_id in eos if token_id is not None)),
-        # llama.cpp's rule: the flag when it is there, else only Llama 3 starts with bos
-        add_bos=metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") == "llama-bpe"),
-    )
 
 
 def _chat_template(metadata: Mapping[str, Any], tokens: list[str]) -> ChatTemplate | None:

@@ -1,5 +1,5 @@
 """A tokenizer from a Hugging Face model folder: tokenizer.json, and beside it tokenizer_config.json,
-special_tokens_map.json, generation_config.json, config.json and chat_template.jinja where they are.
+special_tokens_map.json and chat_template.jinja where they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from kvist.checkpoint import read_json
 from kvist.errors import ModelLoadError
 from kvist.text.chat import ChatTemplate
-from kvist.text.tokenizer import Alphabet, SpecialTokens, Tokenizer
+from kvist.text.tokenizer import Alphabet, Tokenizer
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -33,16 +33,11 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     config = _optional_json(folder / "tokenizer_config.json")
     special = {**_named_tokens(_optional_json(folder / "special_tokens_map.json")), **_named_tokens(config)}
     bos = special.get("bos_token")
-    eos = special.get("eos_token")
     return Tokenizer(
         backend,
         alphabet=_alphabet(backend, path),
-        special=SpecialTokens(
-            bos_token_id=backend.token_to_id(bos) if bos else None,
-            eos_token_ids=_eos_token_ids(folder, backend.token_to_id(eos) if eos else None),
-            add_bos=bool(config.get("add_bos_token", False)),
-        ),
         chat_template=_chat_template(folder, config, special),
+        prompt_start_id=backend.token_to_id(bos) if bos and config.get("add_bos_token", False) else None,
     )
 
 
@@ -59,15 +54,6 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(content, str):
             named[name] = content
     return named
-
-
-def _eos_token_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
-    """All that may end an answer: generation_config.json's and config.json's too, which often know more."""
-    found = [] if tokenizer_eos is None else [tokenizer_eos]
-    for file in ("generation_config.json", "config.json"):
-        value = _optional_json(folder / file).get("eos_token_id")
-        found += value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(dict.fromkeys(found))
 
 
 def _alphabet(backend: Backend, path: Path) -> Alphabet:

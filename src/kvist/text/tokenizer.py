@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import tokenizers
 
@@ -22,13 +21,6 @@ class Alphabet(enum.Enum):
 
     BYTE_LEVEL = "byte_level"  # GPT-2: every byte has a printable character
     SENTENCEPIECE = "sentencepiece"  # ▁ is a space, <0xE4> is a byte
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpecialTokens:
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    add_bos: bool = False  # plain prompts start with bos
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -49,12 +41,12 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         *,
         alphabet: Alphabet,
-        special: SpecialTokens,
         chat_template: ChatTemplate | None,
+        prompt_start_id: int | None = None,  # what every plain prompt begins with
     ) -> None:
         self._backend = backend
         self._alphabet = alphabet
-        self._special = special
+        self._prompt_start_id = prompt_start_id
         self.chat_template = chat_template
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
@@ -62,21 +54,13 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self._bytes_of: dict[int, bytes] = {}  # filled as tokens are met; bounded by the vocabulary
 
-    @property
-    def bos_token_id(self) -> int | None:
-        return self._special.bos_token_id
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        return self._special.eos_token_ids
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens spelled out in it are recognised. Lets go of the GIL while it works."""
         # a batch of one, because the library's `encode` keeps the GIL and a long prompt would hold up every stream
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        bos = self._special.bos_token_id
-        if add_special_tokens and self._special.add_bos and bos is not None and ids[:1] != [bos]:
-            return [bos, *ids]
+        start = self._prompt_start_id
+        if add_special_tokens and start is not None and ids[:1] != [start]:
+            return [start, *ids]
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:

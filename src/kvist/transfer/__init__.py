@@ -20,12 +20,10 @@ from typing import Protocol
 
 from kvist.kv.device import CUDA_IPC, DevicePool
 from kvist.request import EpochId, HandoffId
-from kvist.scheduler.events import PagesVerified, WritesCompleted, WritesFailed
+from kvist.scheduler.events import TransferReport
 from kvist.scheduler.plan import VerifyPages, WritePages
 
 __all__ = ["TransferReport", "Transport", "make_transport"]
-
-TransferReport = WritesCompleted | WritesFailed | PagesVerified
 
 
 class Transport(Protocol):

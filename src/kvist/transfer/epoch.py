@@ -20,6 +20,7 @@ import re
 import secrets
 import stat
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 from kvist.clock import unix_time_s
@@ -115,31 +116,29 @@ class EpochWatch:
         self._seen[epoch] = descriptor
 
 
-def num_live_epochs(runtime_dir: Path) -> int:
-    """How many engines of this runtime folder are alive now."""
+def _lives(runtime_dir: Path) -> Iterator[tuple[Path, bool]]:
+    """The lock file of each life that was here, and whether it is over."""
     watch = EpochWatch(runtime_dir)
-    try:
-        lives = [EpochId(path.stem.removeprefix("epoch-")) for path in runtime_dir.glob("epoch-*.lock")]
-        return sum(not watch.is_dead(epoch) for epoch in lives)
-    finally:
-        watch.close()
-
-
-def sweep(runtime_dir: Path) -> int:
-    """Remove the lock files of lives that ended long ago. Returns how many."""
-    watch = EpochWatch(runtime_dir)
-    removed = 0
     try:
         for path in sorted(runtime_dir.glob("epoch-*.lock")):
-            if not watch.is_dead(EpochId(path.stem.removeprefix("epoch-"))):
-                continue
-            with contextlib.suppress(FileNotFoundError):  # another engine may be sweeping too
-                if path.stat().st_mode & _BURIED == 0:
-                    path.chmod(0o600 | _BURIED)
-                    os.utime(path)  # its death is news: the wait counts from when it was first found dead
-                elif unix_time_s() - path.stat().st_mtime > KEEP_DEAD_S:
-                    path.unlink()
-                    removed += 1
+            yield path, watch.is_dead(EpochId(path.stem.removeprefix("epoch-")))
     finally:
         watch.close()
-    return removed
+
+
+def num_live_epochs(runtime_dir: Path) -> int:
+    """How many engines of this runtime folder are alive now."""
+    return sum(not is_dead for _, is_dead in _lives(runtime_dir))
+
+
+def sweep(runtime_dir: Path) -> None:
+    """Remove the lock files of lives that ended long ago."""
+    for path, is_dead in _lives(runtime_dir):
+        if not is_dead:
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another engine may be sweeping too
+            if path.stat().st_mode & _BURIED == 0:
+                path.chmod(0o600 | _BURIED)
+                os.utime(path)  # its death is news: the wait counts from when it was first found dead
+            elif unix_time_s() - path.stat().st_mtime > KEEP_DEAD_S:
+                path.unlink()

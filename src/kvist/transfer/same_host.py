@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import Generic
 
 from kvist.errors import Unavailable
-from kvist.request import EpochId, HandoffId
-from kvist.scheduler.plan import VerifyPages, WritePages
-from kvist.transfer import TransferReport
+from kvist.request import EpochId
 from kvist.transfer.epoch import EpochWatch, try_lock
 from kvist.transfer.jobs import OwnPages, PeerT, TransferJobs
 from kvist.wire import PoolAddress
@@ -46,7 +44,7 @@ class _PeerMap(Generic[PeerT]):
     descriptor: int
 
 
-class SameHostTransport(Generic[PeerT]):
+class SameHostTransport(TransferJobs[PeerT]):
     def __init__(
         self,
         *,
@@ -56,26 +54,14 @@ class SameHostTransport(Generic[PeerT]):
         runtime_dir: Path,
         wakeup: Callable[[], None],
     ) -> None:
+        super().__init__(address=address, pages=pages, open_peer=self._pages_of, wakeup=wakeup)
         self._runtime_dir = runtime_dir.resolve()
         self._map_pool = map_pool
         self._watch = EpochWatch(self._runtime_dir)
         self._maps: OrderedDict[Path, _PeerMap[PeerT]] = OrderedDict()  # least recently written to first
         self._maps_lock = threading.Lock()
-        self._jobs = TransferJobs(address=address, pages=pages, open_peer=self._open_peer, wakeup=wakeup)
         self._thread = threading.Thread(target=self._work, name="kvist-transfer", daemon=True)
         self._thread.start()
-
-    def write(self, job: WritePages) -> None:
-        self._jobs.write(job)
-
-    def verify(self, job: VerifyPages) -> None:
-        self._jobs.verify(job)
-
-    def stop(self, handoff_id: HandoffId) -> None:
-        self._jobs.stop(handoff_id)
-
-    def poll(self) -> list[TransferReport]:
-        return self._jobs.poll()
 
     def peer_is_dead(self, epoch: EpochId) -> bool:
         dead = self._watch.is_dead(epoch)
@@ -85,7 +71,7 @@ class SameHostTransport(Generic[PeerT]):
         return dead
 
     def close(self) -> None:
-        self._jobs.close()
+        super().close()
         self._thread.join()  # at most one group of pages, or one handoff's checksum
         self._watch.close()
         with self._maps_lock:
@@ -93,12 +79,12 @@ class SameHostTransport(Generic[PeerT]):
                 self._drop(path)
 
     def _work(self) -> None:
-        while self._jobs.work_one(wait=True):
+        while self.work_one(wait=True):
             pass
 
     # ------------------------------------------------------------ peer pools; on the worker thread
 
-    def _open_peer(self, address: PoolAddress) -> PeerT:
+    def _pages_of(self, address: PoolAddress) -> PeerT:
         path = Path(address.location)
         if path.parent != self._runtime_dir:
             raise Unavailable(

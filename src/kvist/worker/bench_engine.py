@@ -133,9 +133,9 @@ def check_fits(shape: Shape, config: StepsConfig, runner: AnyRunner, max_positio
 class PromptSource:
     """Random prompts, no two of which share a page. Mutable; owned by the bench of one shape."""
 
-    def __init__(self, vocab_size: int, seed: int = 0) -> None:
+    def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._generator = np.random.default_rng(seed)
+        self._generator = np.random.default_rng(0)
         self._num_drawn = 0
 
     def arrival(self, num_tokens: int, max_tokens: int) -> Submit:
@@ -245,7 +245,7 @@ class ShapeBench:
             plan = self._scheduler.step(self._clock.now_s(), events)
             assert plan.batch is not None, "there is work, and nothing is under way"
             num_ready += sum(item.end == context for item in plan.batch.items)
-            sampled = self._runner.execute(plan.batch)
+            sampled = self._runner.launch(plan.batch).result()
             events = [StepFinished(step_id=plan.batch.step_id, sampled=sampled)]
             if num_ready == self._shape.num_decodes:
                 return events

@@ -8,6 +8,7 @@ from kvist.channel import ChannelConfig
 from kvist.config import option
 from kvist.errors import ConfigError
 from kvist.kv.storage_tier import PREFETCH_POLICIES, PrefetchConfig
+from kvist.runner.config import RunnerOptions
 from kvist.scheduler.config import SchedulerOptions
 
 DEFAULT_RATIO, DEFAULT_POLICY = 2.0, "write_through"
@@ -123,7 +124,7 @@ class StorageConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(RunnerOptions):
     """Travels from `kvist serve` to its engine as JSON. Raises `ConfigError` when settings contradict each other."""
 
     model_path: str | None = option(
@@ -137,60 +138,11 @@ class EngineConfig:
         "prefill reads prompts and hands pages over, decode writes answers, unified does both",
         choices=(UNIFIED, PREFILL, DECODE),
     )
-    dtype: str = option(
-        "auto",
-        "type of weights and KV pages; auto is float32 on a CPU, bfloat16 on a GPU",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    load_format: str = option(
-        "auto",
-        "where weights come from; dummy makes random ones from the config alone",
-        choices=("auto", "safetensors", "gguf", "dummy"),
-    )
-    device: str = option(
-        "auto", "where the model runs; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda")
-    )
-    base_gpu_id: int = option(0, "the first GPU of this worker, counted from 0; --tp N takes N in a row", minimum=0)
-    context_length: int | None = option(
-        None, "longest prompt and answer together; by default what the model was trained for", unit="tokens", minimum=2
-    )
-    tp: int = option(
-        1,
-        "tensor parallel size: ranks that share each layer, on GPUs one each",
-        aliases=("tp-size", "tensor-parallel-size"),
-        minimum=1,
-    )
-    mem_fraction_static: float = option(
-        0.8,
-        "share of the memory for weights and KV pages together: of all that a GPU has, of what is free on a CPU; "
-        "kvist up divides the default among the workers of one GPU",
-        minimum=0.01,
-        maximum=1.0,
-    )
-    max_total_tokens: int | None = option(
-        None,
-        "tokens in the page pool; by default what the memory holds, on a CPU at most 65536",
-        unit="tokens",
-        minimum=1,
-    )
-    page_size: int = option(16, "tokens in one KV page; equal on all workers", unit="tokens", minimum=1, maximum=256)
-    attention_backend: str = option(
-        "auto",
-        "implementation of attention; auto takes the quickest here",
-        choices=("auto", "torch", "fa3", "flashinfer"),
-    )
-    disable_cuda_graph: bool = option(
-        False, "on a GPU, launch a step kernel by kernel instead of replaying a CUDA graph"
-    )
-    num_threads: int = option(
-        0, "CPU threads of the engine; 0 shares the cores with the workers that this host runs already", minimum=0
-    )
     cpu_affinity: bool = option(
         False,
         "on a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores; of an engine "
         "with --tp this is about rank 0, and the other ranks, which launch the same steps, run where they like",
     )
-    random_seed: int = option(0, "seed of dummy weights", minimum=0)
     engine_host: str = option(
         "127.0.0.1", "address that the engine's own socket binds; not loopback needs a cluster key"
     )

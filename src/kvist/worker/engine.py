@@ -1,8 +1,8 @@
 """Builds one engine from its settings: model, pages, scheduler, sockets, transport, loop; and takes it apart again.
 
-The role changes one thing only, the scheduler (scheduler/unified.py, prefill.py, decode.py): the loop and everything
-around it are the same. What is made here is closed here, in the opposite order: first mover and transport (nothing is
-copied any more), then sockets, runner and pool, and last the epoch's lock, which tells the peers that it is over.
+The role changes one thing only, the scheduler (scheduler/roles.py): the loop and everything around it are the same.
+What is made here is closed here, in the opposite order: first mover and transport (nothing is copied any more), then
+sockets, runner and pool, and last the epoch's lock, which tells the peers that it is over.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from kvist.kv.storage_tier import StorageTier
 from kvist.kv.store_mover import StoreMover
 from kvist.models import ModelConfig, load_model_config
 from kvist.request import EpochId, RequestId, SamplingParams, WorkerId
-from kvist.runner.build import RunnerConfig, build_runner, device_type
+from kvist.runner.build import build_runner, device_type
+from kvist.runner.config import RunnerConfig, RunnerOptions
 from kvist.runner.runner import AnyRunner
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.plan import Batch, BatchItem
@@ -156,23 +157,10 @@ def load_runner(
             last_tenth = tenth
             progress(f"loading weights {10 * tenth}%")
 
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunnerOptions)}
+    options["num_threads"] = config.num_threads or _share_of_cores(runtime_dir)
     runner_config = RunnerConfig(
-        dtype=config.dtype,
-        device=config.device,
-        base_gpu_id=config.base_gpu_id,
-        load_format=config.load_format,
-        attention_backend=config.attention_backend,
-        tp=config.tp,
-        mem_fraction_static=config.mem_fraction_static,
-        max_total_tokens=config.max_total_tokens,
-        min_total_tokens=config.context_length or 2 * config.page_size,
-        page_size=config.page_size,
-        num_threads=config.num_threads or _share_of_cores(runtime_dir),
-        random_seed=config.random_seed,
-        max_running_requests=limits.max_running_requests,
-        max_batch_tokens=limits.max_prefill_tokens,
-        context_length=config.context_length,
-        use_graphs=not config.disable_cuda_graph,
+        **options, max_running_requests=limits.max_running_requests, max_batch_tokens=limits.max_prefill_tokens
     )
     return build_runner(served.checkpoint, served.config, runner_config, runtime_dir=runtime_dir, progress=on_tensor)
 
@@ -191,7 +179,7 @@ def warm_up(runner: AnyRunner, progress: Callable[[str], None]) -> None:
                 page_ids=(0,),
                 sampling=sampling,
             )
-            runner.execute(Batch(step_id=0, items=(item,)))
+            runner.launch(Batch(step_id=0, items=(item,))).result()
 
 
 # ---------------------------------------------------------------- everything around them

@@ -10,8 +10,8 @@ is known within a millisecond or so, and comes while this batch is computed, not
 One thread, no `await`. Without overlap a batch is read at once: while it is computed nothing else happens here. With
 overlap (on a GPU) the next batch is planned and launched before this one is read, so the device never waits for us;
 tokens are told while it computes the next. With no batch under way the loop sleeps in `recv` until a message, a
-transfer report (by `wakeup`), or a time that somebody asked for. The same loop serves every role; unified.py,
-prefill.py and decode.py wire it.
+transfer report (by `wakeup`), or a time that somebody asked for. The same loop serves every role; what
+those differ in is in scheduler/roles.py.
 
 It decides nothing about requests. Its own care is liveness: gateways that fall silent, peers that die, reports.
 """

@@ -17,35 +17,27 @@ class StepTimes:
     """Mutable; owned by the engine loop. Its numbers only grow."""
 
     def __init__(self) -> None:
-        self._plan_s = self._launch_s = self._read_s = 0.0
+        self._spent_s = dict.fromkeys(("plan_cpu_seconds", "launch_cpu_seconds", "read_cpu_seconds"), 0.0)
         self._before_s = thread_cpu_s()  # spent on loading, by the thread that is the loop's from here on
 
-    @contextlib.contextmanager
-    def planning(self) -> Iterator[None]:
-        started_s = thread_cpu_s()
-        yield
-        self._plan_s += thread_cpu_s() - started_s
+    def planning(self) -> contextlib.AbstractContextManager[None]:
+        return self._spent_on("plan_cpu_seconds")
+
+    def launching(self) -> contextlib.AbstractContextManager[None]:
+        return self._spent_on("launch_cpu_seconds")
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        return self._spent_on("read_cpu_seconds")
 
     @contextlib.contextmanager
-    def launching(self) -> Iterator[None]:
-        started_s = thread_cpu_s()
-        yield
-        self._launch_s += thread_cpu_s() - started_s
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
+    def _spent_on(self, name: str) -> Iterator[None]:
         started_s = thread_cpu_s()
         try:
             yield
         finally:
-            self._read_s += thread_cpu_s() - started_s
+            self._spent_s[name] += thread_cpu_s() - started_s
 
     def totals(self) -> dict[str, float]:
         """Asked by the loop's thread."""
-        return {
-            "plan_cpu_seconds": self._plan_s,
-            "launch_cpu_seconds": self._launch_s,
-            "read_cpu_seconds": self._read_s,
-            "loop_cpu_seconds": thread_cpu_s() - self._before_s,
-            "process_cpu_seconds": cpu_s(),
-        }
+        since_s = thread_cpu_s() - self._before_s
+        return {**self._spent_s, "loop_cpu_seconds": since_s, "process_cpu_seconds": cpu_s()}

@@ -1,0 +1,72 @@
+"""The runner's settings. No torch here: they are read by processes that have none.
+
+`RunnerOptions` are what a user may set. `RunnerConfig` is what a runner is given; what is still "auto" in it build.py
+resolves, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvist.config import option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerOptions:
+    dtype: str = option(
+        "auto",
+        "type of weights and KV pages; auto is float32 on a CPU, bfloat16 on a GPU",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    load_format: str = option(
+        "auto",
+        "where weights come from; dummy makes random ones from the config alone",
+        choices=("auto", "safetensors", "gguf", "dummy"),
+    )
+    device: str = option(
+        "auto", "where the model runs; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda")
+    )
+    base_gpu_id: int = option(0, "the first GPU of this worker, counted from 0; --tp N takes N in a row", minimum=0)
+    context_length: int | None = option(
+        None, "longest prompt and answer together; by default what the model was trained for", unit="tokens", minimum=2
+    )
+    tp: int = option(
+        1,
+        "tensor parallel size: ranks that share each layer, on GPUs one each",
+        aliases=("tp-size", "tensor-parallel-size"),
+        minimum=1,
+    )
+    mem_fraction_static: float = option(
+        0.8,
+        "share of the memory for weights and KV pages together: of all that a GPU has, of what is free on a CPU; "
+        "kvist up divides the default among the workers of one GPU",
+        minimum=0.01,
+        maximum=1.0,
+    )
+    max_total_tokens: int | None = option(
+        None,
+        "tokens in the page pool; by default what the memory holds, on a CPU at most 65536",
+        unit="tokens",
+        minimum=1,
+    )
+    page_size: int = option(16, "tokens in one KV page; equal on all workers", unit="tokens", minimum=1, maximum=256)
+    attention_backend: str = option(
+        "auto",
+        "implementation of attention; auto takes the quickest here",
+        choices=("auto", "torch", "fa3", "flashinfer"),
+    )
+    disable_cuda_graph: bool = option(
+        False, "on a GPU, launch a step kernel by kernel instead of replaying a CUDA graph"
+    )
+    num_threads: int = option(
+        0, "CPU threads of the engine; 0 shares the cores with the workers that this host runs already", minimum=0
+    )
+    random_seed: int = option(0, "seed of dummy weights", minimum=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerConfig(RunnerOptions):
+    """`num_threads` are the whole engine's, shared by its ranks; 0: torch's own choice."""
+
+    max_running_requests: int = 128  # what GPU buffers and graphs are made for
+    max_batch_tokens: int = 1024

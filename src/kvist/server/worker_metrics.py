@@ -1,0 +1,71 @@
+"""What /metrics says of the workers: what each one last reported, by worker and role."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from kvist.metrics import ENGINE_TOTALS
+from kvist.router.stream import ClusterSnapshot
+from kvist.wire import LoadReport
+
+_STORAGE_GAUGES = (
+    ("attached", "1 when a store is attached"),
+    ("breaker_open", "1 while the store is left alone because it hung or failed"),
+    ("quarantined_pages", "pages of the host tier that calls of the store which hang may still touch"),
+    ("stored_bytes", "bytes in the store, everybody's"),
+)
+
+
+def pages_by_state(load: LoadReport | None) -> dict[str, int]:
+    if load is None:
+        return {}
+    return {
+        "free": load.num_free_pages,
+        "cached": load.num_cached_pages,
+        "owned": load.num_owned_pages,
+        "in_flight": load.num_in_flight_pages,
+    }
+
+
+def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
+    labels = ["worker", "role"]
+    alive = GaugeMetricFamily("kvist:worker_up", "1 when a request can be sent to it", labels=labels)
+    running = GaugeMetricFamily("kvist:num_requests_running", "requests in the running batch", labels=labels)
+    waiting = GaugeMetricFamily("kvist:num_requests_waiting", "requests in the waiting queue", labels=labels)
+    usage = GaugeMetricFamily("kvist:kv_cache_usage_perc", "share of pages in use by requests, 0 to 1", labels=labels)
+    pages = GaugeMetricFamily("kvist:kv_pages", "pages by state", labels=[*labels, "state"])
+    host_pages = GaugeMetricFamily("kvist:host_pages", "pages of the host tier by state", labels=[*labels, "state"])
+    storage = [GaugeMetricFamily(f"kvist:storage_{name}", text, labels=labels) for name, text in _STORAGE_GAUGES]
+    errors = CounterMetricFamily(
+        "kvist:worker_storage_errors", "errors of the store's system calls", labels=[*labels, "errno"]
+    )
+    totals: dict[str, CounterMetricFamily] = {}
+    for worker in snapshot.workers:
+        who, load = [worker.worker_id, worker.role], worker.load
+        alive.add_metric(who, float(worker.alive))
+        running.add_metric(who, 0 if load is None else load.num_running)
+        waiting.add_metric(who, 0 if load is None else load.num_waiting)
+        by_state = pages_by_state(load)
+        num_pages = sum(by_state.values())
+        unused = by_state.get("free", 0) + by_state.get("cached", 0)
+        usage.add_metric(who, 1 - unused / num_pages if num_pages else 0.0)
+        for state, count in by_state.items():
+            pages.add_metric([*who, state], count)
+        if load is None:
+            continue
+        for state, count in load.num_host_pages.items():
+            host_pages.add_metric([*who, state], count)
+        if (tier := load.storage) is not None:
+            now = tier.state == "attached", tier.breaker != "closed", tier.num_quarantined_pages, tier.stored_bytes
+            for gauge, state_now in zip(storage, now, strict=True):
+                gauge.add_metric(who, float(state_now))
+            for errno, count in sorted(tier.errors.items()):
+                errors.add_metric([*who, errno], count)
+        for name, value in sorted(load.totals.items()):
+            if name not in totals:
+                text = ENGINE_TOTALS.get(name, name)
+                totals[name] = CounterMetricFamily(f"kvist:worker_{name}", text, labels=labels)
+            totals[name].add_metric(who, value)
+    yield from (alive, running, waiting, usage, pages, host_pages, *storage, errors, *totals.values())
