@@ -67,7 +67,8 @@ class RightPages:
 class ManualLane:
     """mover.py's lane without its thread: one page a step, when it is told to."""
 
-    def __init__(self, _name: str, *, source: torch.Tensor, target: torch.Tensor, **_: object) -> None:
+    def __init__(self, _name: str, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], _clock: FakeClock) -> None:
+        ((source, target),) = pieces
         self.num_jobs = 0
         self.num_bytes = self.seconds = 0.0
         self._source, self._target = source.numpy(), target.numpy()
@@ -195,7 +196,7 @@ class ByteEngine:
             write_policy=policy,
             storage=self.storage,
         )
-        device: Any = SimpleNamespace(tensor=self.device, num_pages=num_pages)
+        device: Any = SimpleNamespace(pieces=lambda: [(0, self.device)])
         with mock.patch("kvist.kv.mover._Lane", ManualLane):
             self.mover = PageMover(device, self.host_pool, wakeup=lambda: None, clock=self.clock)
         self.loads: Any = self.mover._loads

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,46 @@ def test_pages_come_back_from_the_host_byte_for_byte(moving: Moving) -> None:
     assert totals["host_backup_seconds"] > 0
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=["cpu", "cuda"])
+@pytest.mark.parametrize("offsets", [(0, 1, 2), (0, 1, 1), (0, 0, 0)], ids=["apart", "two share", "all share"])
+def test_the_hosts_page_is_put_together_of_the_ranks_pieces_and_each_gets_its_own_back(
+    device: torch.device, offsets: tuple[int, ...]
+) -> None:
+    @dataclass
+    class Ranks:
+        tensors: list[torch.Tensor]
+
+        def pieces(self) -> list[tuple[int, torch.Tensor]]:
+            return [(64 * offset, tensor) for offset, tensor in zip(offsets, self.tensors, strict=True)]
+
+    heads = torch.randint(0, 255, (3, 8, 64), dtype=torch.uint8)  # of each page; ranks at one offset have the same
+    ranks = Ranks([heads[offset].clone().to(device) for offset in offsets])
+    num_host_bytes = 64 * (max(offsets) + 1)
+    host = HostPool(16, num_host_bytes, pinned=device.type == "cuda")
+    host.tensor.fill_(255)
+    woken = threading.Event()
+    mover = PageMover(ranks, host, wakeup=woken.set, clock=MonotonicClock())  # type: ignore[arg-type]
+    mover.start(BackUpPages(job_id=1, page_ids=(1, 2, 3, 6), host_slots=(4, 5, 6, 0)))
+    assert woken.wait(20)
+    woken.clear()
+    for page, slot in ((1, 4), (2, 5), (3, 6), (6, 0)):
+        assert torch.equal(host.tensor[slot], heads[: max(offsets) + 1, page].flatten())
+    assert (host.tensor[[1, 2, 3, 7]] == 255).all()
+    for tensor in ranks.tensors:
+        tensor.zero_()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    mover.start(LoadPages(job_id=2, host_slots=(5, 6, 0), page_ids=(0, 1, 7)))
+    assert woken.wait(20)
+    assert [type(report) for report in mover.poll()] == [PagesBackedUp, PagesLoaded]
+    for offset, tensor in zip(offsets, ranks.tensors, strict=True):
+        assert torch.equal(tensor[[0, 1, 7]].cpu(), heads[offset, [2, 3, 6]])
+        assert not tensor[2:7].any()
+    assert mover.totals()["host_backup_bytes"] == 4 * num_host_bytes
+    mover.close()
+    host.close()
+
+
 def test_a_copy_that_raises_is_reported_and_the_next_one_works(moving: Moving, monkeypatch: pytest.MonkeyPatch) -> None:
     lane = moving.mover._loads
     real = lane._copy
@@ -102,6 +143,7 @@ def test_pages_that_follow_each_other_on_both_sides_are_copied_at_once() -> None
     assert list(runs((3, 4, 5, 9), (0, 1, 2, 3))) == [(3, 0, 3), (9, 3, 1)]
     assert list(runs((3, 4), (1, 0))) == [(3, 1, 1), (4, 0, 1)]
     assert list(runs((6,), (2,))) == [(6, 2, 1)]
+    assert list(runs((3, 4, 5), (0, 1, 2), 2)) == [(3, 0, 2), (5, 2, 1)]
 
 
 def plan(**changes: object) -> int:

@@ -31,11 +31,6 @@ def test_settings_that_mean_nothing_together_are_refused(settings: dict[str, obj
         HostTierConfig(**settings)  # type: ignore[arg-type]
 
 
-def test_tensor_parallel_ranks_have_no_host_tier() -> None:
-    with pytest.raises(ConfigError, match="--tp 2 with --enable-hierarchical-cache"):
-        EngineConfig(tp=2, host_tier=HostTierConfig(enable_hierarchical_cache=True))
-
-
 def test_both_pools_of_a_cpu_must_fit_into_its_memory_and_what_does_not_fit_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

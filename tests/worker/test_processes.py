@@ -327,6 +327,44 @@ def test_two_ranks_answer_as_one_does_and_end_together(cluster: Cluster) -> None
     assert two.process.wait(timeout=30) == 0, "it waits for its ranks to end"
 
 
+def assert_ranks_give_the_same_tokens_with_a_host_tier(cluster: Cluster, **settings: object) -> None:
+    """As for one rank; whatever its answers were when they were computed, a page that came back gives the same."""
+    storage = StorageConfig(hicache_storage_backend="memory")
+    small = {**settings, "max_total_tokens": 1024, "host_tier": HOST_TIER, "storage": storage}
+    (engine,) = cluster.start("unified", tp=2, **small)
+    answers: list[list[int]] = []
+    for length in (700, 800, 900, 700, 800, 900):
+        engine.chunks.clear()
+        engine.ended.clear()
+        request = make_request(f"{len(answers)}", length)
+        engine.send(wire.Submit(request=request, mode=Mode.FULL))
+        until(lambda: engine.ended, engine)
+        assert [ended.outcome for ended in engine.ended] == [Outcome.FINISHED], engine.ended
+        assert engine.chunks[0].num_cached_tokens == ((length - 1) // 16 * 16 if len(answers) > 2 else 0)
+        answers.append(tokens(engine))
+    assert answers[:3] == answers[3:]
+    assert all(len(set(answer)) > 5 for answer in answers)
+
+
+def test_two_ranks_that_share_a_pool_have_its_pages_back_from_the_host(cluster: Cluster) -> None:
+    assert_ranks_give_the_same_tokens_with_a_host_tier(cluster)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)  # kernels may have to be compiled
+@pytest.mark.parametrize("num_kv_heads", [2, 1])  # with one, both ranks have it
+def test_two_gpus_have_their_pieces_of_the_pages_back_from_the_host(
+    gpu_cluster: Cluster, model_path: Path, num_kv_heads: int
+) -> None:
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU here")
+    config = msgspec.json.decode((model_path / "config.json").read_bytes())
+    (model_path / "config.json").write_bytes(msgspec.json.encode({**config, "num_key_value_heads": num_kv_heads}))
+    assert_ranks_give_the_same_tokens_with_a_host_tier(gpu_cluster, mem_fraction_static=0.1, **ON_GPU)
+
+
 def test_a_rank_that_is_killed_ends_its_engine_which_tells_its_requests(cluster: Cluster, tmp_path: Path) -> None:
     [engine] = cluster.start("unified", tp=2)
     children = Path(f"/proc/{engine.process.pid}/task/{engine.process.pid}/children").read_text().split()

@@ -68,9 +68,10 @@ def _call(function: str, *arguments: object) -> None:
 
 
 class _Allocation:
-    """What torch makes a tensor of, and keeps for as long as there is one."""
+    """What torch makes a tensor of, and keeps for as long as there is one. `owner`: what must live as long."""
 
-    def __init__(self, address: int, num_bytes: int) -> None:
+    def __init__(self, address: int, num_bytes: int, owner: object = None) -> None:
+        self.owner = owner
         self.__cuda_array_interface__ = {
             "shape": (num_bytes,),
             "typestr": "|u1",
@@ -143,6 +144,15 @@ class OpenedMemory:
         assert address.value is not None
         self.address = address.value
         weakref.finalize(self, _close, address, device).atexit = False
+
+
+def open_tensor(content: bytes, device: torch.device) -> Tensor:
+    """[num_bytes] uint8 of another process on that very GPU; `content`: its `ExportedMemory`. Raises `EngineError`."""
+    exported = read_export(content)
+    if exported.error:
+        raise EngineError(exported.error)
+    memory = OpenedMemory(exported.handle, device)
+    return torch.as_tensor(_Allocation(memory.address, exported.num_bytes, memory), device=device)
 
 
 def _close(address: ctypes.c_void_p, device: torch.device) -> None:

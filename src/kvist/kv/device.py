@@ -8,7 +8,8 @@ On a CPU the file is the pool, sparse and mapped into memory, so that
 - tensor-parallel ranks map it too, each working on its own heads of every page (`attach`),
 - a page that was never touched costs nothing.
 
-On CUDA the pool is device memory, and the file holds the handle that opens it (cuda_memory.py).
+On CUDA the pool is device memory, and the file holds the handle that opens it (cuda_memory.py). There each
+tensor-parallel rank has its own, with its heads of every page; rank 0 reaches the others' too (`join_ranks`, `pieces`).
 
 The creator holds an flock on the file while it lives; `create` first removes files whose creator is gone, because a
 killed engine cannot.
@@ -19,12 +20,13 @@ It decides nothing about pages: who owns which is kv/cache.py's.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import mmap
 import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +47,18 @@ _GIB = 1 << 30
 _PREFIX, _SUFFIX = "pool-", ".pages"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPool:
+    """Another rank's pool on a GPU."""
+
+    path: str  # of its file
+    device: torch.device
+    first_head: int  # of a page; as many as rank 0 has, one of them on several ranks when there are few
+
+
 class DevicePool:
-    """Pages of one engine. `tensor` is [num_pages, num_kv_heads, num_layers, 2, page_size, head_dim]."""
+    """Pages of one engine, or of one rank on a GPU. `tensor` is [num_pages, num_kv_heads, num_layers, 2, page_size,
+    head_dim]; `whole_layout` is that of the engine's pages, of all ranks together."""
 
     def __init__(
         self,
@@ -59,7 +71,7 @@ class DevicePool:
         export_error: str = "",
     ) -> None:
         self.tensor = tensor
-        self.layout = layout
+        self.layout = self.whole_layout = layout
         self.num_pages = int(tensor.shape[0])
         self.export_error = export_error  # why no peer can reach the pages, if so
         self.address = PoolAddress(  # where a peer on this host finds them
@@ -72,6 +84,7 @@ class DevicePool:
         self._path = path
         self._lock_fd = lock_fd  # None: attached, not created here
         self._mapped = mapped  # None on CUDA
+        self._others: Sequence[RankPool] = ()
 
     @classmethod
     def create(
@@ -115,6 +128,27 @@ class DevicePool:
         mapped = mmap.mmap(fd, num_pages * layout.page_bytes)
         flat = torch.frombuffer(mapped, dtype=DTYPES[layout.dtype])
         return cls(tensor=flat.view(num_pages, *layout.shape), layout=layout, path=path, lock_fd=lock_fd, mapped=mapped)
+
+    def join_ranks(self, num_kv_heads: int, others: Sequence[RankPool]) -> None:
+        """This is rank 0's pool, and these are the others' of the same engine; its pages have so many heads in all."""
+        self.whole_layout = dataclasses.replace(self.layout, num_kv_heads=num_kv_heads)
+        self._others = others
+
+    def pieces(self) -> list[tuple[int, Tensor]]:
+        """All that its pages are made of: (offset in the whole page, [num_pages, piece bytes] uint8 on its rank's GPU).
+
+        Opens what is another process's: it stays mapped as long as the tensor. Raises `EngineError` if it cannot."""
+        head_bytes = self.layout.page_bytes // self.layout.num_kv_heads
+        pieces = [(0, self.tensor.view(self.num_pages, -1).view(torch.uint8))]
+        for other in self._others:
+            try:
+                memory = cuda_memory.open_tensor(Path(other.path).read_bytes(), other.device)
+            except EngineError as error:
+                raise EngineError(
+                    f"the pages on {other.device} cannot be reached from rank 0: {error}. Use --tp 1, or no host tier"
+                ) from error
+            pieces.append((other.first_head * head_bytes, memory.view(self.num_pages, self.layout.page_bytes)))
+        return pieces
 
     @property
     def bytes(self) -> npt.NDArray[np.uint8]:

@@ -1,10 +1,12 @@
 """Copies pages between the device pool and the host pool, whole pages each, on threads of its own.
 
-    engine loop: start ──► loads   ──► thread, on a GPU with a stream ──► reports ──► engine loop: poll
+    engine loop: start ──► loads   ──► thread, on GPUs with a stream  ──► reports ──► engine loop: poll
                      └───► backups ──► thread, the same               ──┘   (after a call of `wakeup`)
 
 Two lanes, because the two directions of a link do not disturb each other, and since a request waits for a load but
 nobody for a backup. Within a lane jobs are carried out in order. Every job is answered, until `close`.
+
+Of tensor-parallel ranks on GPUs each has a piece of every page: the host has the whole page, put together of them.
 
 Why no stream waits for another. A page is backed up after the step that computed it was read by the host, and reading
 waits for the whole step. A page is loaded into a device page that nobody has: who had it before gave it up after the
@@ -19,9 +21,9 @@ It decides nothing: which page goes where, and when either may be used again, is
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -53,9 +55,10 @@ class PageMover:
 
     def __init__(self, device: DevicePool, host: HostPool, *, wakeup: Callable[[], None], clock: Clock) -> None:
         self._reports: deque[PagesLoaded | PagesBackedUp | PagesForgotten] = deque()
-        pages = device.tensor.view(device.num_pages, -1).view(torch.uint8)
-        self._loads = _Lane("kvist-load", source=host.tensor, target=pages, clock=clock)
-        self._backups = _Lane("kvist-backup", source=pages, target=host.tensor, clock=clock)
+        pieces = [(piece, host.tensor[:, at : at + piece.shape[1]]) for at, piece in device.pieces()]
+        once = {on_host.data_ptr(): (piece, on_host) for piece, on_host in pieces}  # several ranks may have one head
+        self._loads = _Lane("kvist-load", [(on_host, piece) for piece, on_host in pieces], clock)
+        self._backups = _Lane("kvist-backup", list(once.values()), clock)
         self._wakeup = wakeup
         self._persistent = host.persistent
 
@@ -109,15 +112,15 @@ class PageMover:
 class _Lane:
     """One direction. The counters are written by its thread alone."""
 
-    def __init__(self, name: str, *, source: Tensor, target: Tensor, clock: Clock) -> None:
+    def __init__(self, name: str, pieces: Sequence[tuple[Tensor, Tensor]], clock: Clock) -> None:
+        """`pieces`: (source, target), each [num_pages, piece bytes] uint8; one of the two is on the host."""
         self.num_jobs = 0
         self.num_bytes = 0.0
         self.seconds = 0.0
-        self._source = source  # [num_pages, page_bytes] uint8, like `_target`; one of the two is on the host
-        self._target = target
+        self._pieces = pieces
         self._clock = clock
-        gpu = next((pages.device for pages in (source, target) if pages.is_cuda), None)
-        self._stream = None if gpu is None else torch.cuda.Stream(gpu)  # type: ignore[no-untyped-call]
+        gpus = {side.device for sides in pieces for side in sides if side.is_cuda}
+        self._streams = {gpu: torch.cuda.Stream(gpu) for gpu in gpus}  # type: ignore[no-untyped-call]
         self._closed = False
         # None: the end. Bounded by the pages that the cache lets be in flight, and the flushes that it is asked for.
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -132,8 +135,9 @@ class _Lane:
         begin: Callable[[], None] = lambda: None,
     ) -> None:
         assert len(source_ids) == len(target_ids), "one destination for each page"
-        assert max(source_ids) < self._source.shape[0], "a page outside the pool"
-        assert max(target_ids) < self._target.shape[0], "a page outside the pool"
+        source, target = self._pieces[0]
+        assert max(source_ids) < source.shape[0], "a page outside the pool"
+        assert max(target_ids) < target.shape[0], "a page outside the pool"
         self.run(partial(self._carry_out, source_ids, target_ids, done, begin))
 
     def run(self, job: Callable[[], None]) -> None:
@@ -167,31 +171,37 @@ class _Lane:
             done(False)
             return
         self.num_jobs += 1
-        self.num_bytes += len(source_ids) * self._source.shape[1]
+        self.num_bytes += len(source_ids) * sum(source.shape[1] for source, _ in self._pieces)
         self.seconds += self._clock.now_s() - start_s
         done(True)
 
     def _copy(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
         """Every byte is in place when it returns."""
-        if self._stream is None:
-            source, target = self._source.numpy(), self._target.numpy()  # torch would use the model's threads for it
-            for first, to, count in runs(source_ids, target_ids):
-                np.copyto(target[to : to + count], source[first : first + count])
-            return
-        with contextlib.ExitStack() as on_stream:
-            on_stream.enter_context(torch.cuda.stream(self._stream))
-            for first, to, count in runs(source_ids, target_ids):
-                self._target[to : to + count].copy_(self._source[first : first + count], non_blocking=True)
-        self._stream.synchronize()
+        for source, target in self._pieces:
+            stream = self._streams.get(source.device) or self._streams.get(target.device)
+            if stream is None:
+                for first, to, count in runs(source_ids, target_ids):  # torch would use the model's threads for it
+                    np.copyto(target.numpy()[to : to + count], source.numpy()[first : first + count])
+                continue
+            # Pieces do not follow each other in the host's pages: torch would put several together first.
+            longest = len(source_ids) if source.is_contiguous() and target.is_contiguous() else 1
+            with torch.cuda.stream(stream):
+                for first, to, count in runs(source_ids, target_ids, longest):
+                    target[to : to + count].copy_(source[first : first + count], non_blocking=True)
+        for stream in self._streams.values():
+            stream.synchronize()
 
 
-def runs(source_ids: Sequence[int], target_ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(source, target, count): pages that follow each other on both sides are copied at once."""
+def runs(
+    source_ids: Sequence[int], target_ids: Sequence[int], longest: int = sys.maxsize
+) -> Iterator[tuple[int, int, int]]:
+    """(source, target, count): pages that follow each other on both sides are copied at once, up to so many."""
     start = 0
     for index in range(1, len(source_ids) + 1):
         length = index - start
         if (
             index < len(source_ids)
+            and length < longest
             and source_ids[index] == source_ids[start] + length
             and target_ids[index] == target_ids[start] + length
         ):

@@ -22,7 +22,15 @@ from kvist.attention.backend import AttentionBackend
 from kvist.attention.flashinfer import planners_bytes
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
-from kvist.kv.device import DTYPES, DevicePool, PoolSize, available_memory_bytes, default_runtime_dir, plan_pool_size
+from kvist.kv.device import (
+    DTYPES,
+    DevicePool,
+    PoolSize,
+    RankPool,
+    available_memory_bytes,
+    default_runtime_dir,
+    plan_pool_size,
+)
 from kvist.kv.layout import PageLayout
 from kvist.models import ModelConfig
 from kvist.models.decoder import CausalLM
@@ -133,10 +141,19 @@ def build_rank(
     holds_all_heads = pool.layout.num_kv_heads == model_config.num_kv_heads
     attention.bind(pool.tensor[:, tp.kv_heads(model_config.num_kv_heads)] if holds_all_heads else pool.tensor)
     if meeting is not None:
+        meeting.tell("pool", pool.address.location)
         meeting.wait_for_all("loaded")
-    if device.type == "cuda":
-        return _on_gpu(model, pool, attention, config, pool_reason)
-    return Runner(model=model, pool=pool, attention=attention, pool_reason=pool_reason)
+    if device.type != "cuda":
+        return Runner(model=model, pool=pool, attention=attention, pool_reason=pool_reason)
+    if meeting is not None and spec.rank == 0:
+        others = [_pool_of(rank, meeting, model_config, config) for rank in range(1, config.tp)]
+        pool.join_ranks(model_config.num_kv_heads, others)
+    return _on_gpu(model, pool, attention, config, pool_reason)
+
+
+def _pool_of(rank: int, meeting: Meeting, model_config: ModelConfig, config: RunnerConfig) -> RankPool:
+    heads = TensorParallel(rank=rank, size=config.tp).kv_heads(model_config.num_kv_heads)
+    return RankPool(path=meeting.told("pool", rank), device=_rank_device(config, rank), first_head=heads.start)
 
 
 def _on_gpu(

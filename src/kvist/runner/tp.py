@@ -63,6 +63,14 @@ class Meeting:
                 raise EngineError(f"not every tensor-parallel rank was {stage} within {_MEET_TIMEOUT_S:.0f} s")
             time.sleep(_POLL_S)
 
+    def tell(self, what: str, value: str) -> None:
+        """Everybody, for `told`."""
+        self._store.set(f"{what} of {self._rank}", value)
+
+    def told(self, what: str, rank: int) -> str:
+        """What that rank has told. Call it after a stage that comes later there."""
+        return bytes(self._store.get(f"{what} of {rank}")).decode()
+
     def join(self, device: torch.device) -> TensorParallel:
         """The group for collectives on `device`; once all are at hand, so that nobody waits for one that has failed."""
         self.wait_for_all("started")

@@ -171,12 +171,6 @@ class EngineConfig(RunnerOptions):
                 "use --tp 1, or --role unified",
                 param="tp",
             )
-        if self.tp > 1 and self.host_tier.enable_hierarchical_cache:
-            raise ConfigError(
-                f"--tp {self.tp} with --enable-hierarchical-cache: the ranks' pages cannot be kept in host memory yet; "
-                "use --tp 1, or leave the host tier out",
-                param="enable_hierarchical_cache",
-            )
         if self.storage != StorageConfig() and not self.host_tier.enable_hierarchical_cache:
             raise ConfigError(
                 "the --hicache-storage options are of a store behind the host tier, and there is none: add "

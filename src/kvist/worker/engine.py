@@ -268,7 +268,7 @@ def make_host_pool(
     """Raises `ConfigError` when the host has no room for it."""
     if not config.enable_hierarchical_cache:
         return None
-    page_bytes = pool.layout.page_bytes
+    page_bytes = pool.whole_layout.page_bytes
     on_gpu = pool.tensor.is_cuda
     available_bytes = available_host_bytes() - (0 if on_gpu else pool.num_pages * page_bytes)  # not resident yet
     folder = None if config.hicache_persist is None else Path(config.hicache_persist).expanduser()
@@ -336,7 +336,7 @@ def _describe(
         ),
         page_size=config.page_size,
         num_pages=pool.num_pages,
-        namespace=namespace(served.fingerprint, pool.layout),
+        namespace=namespace(served.fingerprint, pool.whole_layout),
         dtype=pool.layout.dtype,
         tp_size=config.tp,
         max_running_requests=limits.max_running_requests,
