@@ -61,7 +61,7 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "storage_miss_pages": "those that it has not, as it said",
     "storage_fetched_pages": "pages copied from the storage tier to the host tier",
     "storage_stored_pages": "pages stored in the storage tier, or found to be there",
-    "storage_skipped_pages": "pages due to be stored and left out: too many under way",
+    "storage_skipped_pages": "pages due to be stored, and evicted from the host tier before there was room",
     "storage_failed_pages": "pages in fetches and stores that failed",
     "storage_finds": "calls that asked the store what it has",
     "storage_find_seconds": "time of those",

@@ -210,22 +210,60 @@ def test_a_page_fetched_from_a_former_store_is_not_known_to_be_in_the_next() -> 
     assert [page.stored for page in host.match(digests)] == [False] * 4
 
 
-def test_stores_are_bounded_in_jobs_and_in_their_part_of_the_host_tier() -> None:
+def stores(storage: StorageTier) -> list[StorePages]:
+    return [job for job in storage.drain_jobs() if isinstance(job, StorePages)]
+
+
+def test_stores_are_bounded_in_jobs_and_in_their_part_of_the_host_tier_and_what_is_beyond_waits() -> None:
     host, storage = tier(8 * MAX_STORES)
     for number in range(MAX_STORES + 5):
         storage.store(keep(host, chain(f"{number}-", 1)))
-    assert len(storage.drain_jobs()) == MAX_STORES
-    assert storage.totals["storage_skipped_pages"] == 5
+    jobs = stores(storage)
+    assert len(jobs) == MAX_STORES
+    for job in jobs[:2]:
+        storage.stored(PagesStored(job_id=job.job_id, num_pages=1))
+    assert [len(job.digests) for job in stores(storage)] == [5], "the next job takes all that wait"
     host, storage = tier(40)
     pages = keep(host, chain("a", 30))
     storage.store(pages)
-    (job,) = storage.drain_jobs()
-    assert isinstance(job, StorePages)
-    assert len(job.digests) == 10
-    assert storage.totals["storage_skipped_pages"] == 20
-    storage.stored(PagesStored(job_id=job.job_id, num_pages=10))
     storage.store(pages)
-    assert len(storage.drain_jobs()) == 1
+    stored: list[bytes] = []
+    while jobs := stores(storage):
+        (job,) = jobs
+        assert len(job.digests) == 10
+        stored += job.digests
+        storage.stored(PagesStored(job_id=job.job_id, num_pages=10))
+    assert stored == [page.digest for page in pages]
+    assert (storage.totals["storage_stored_pages"], storage.totals["storage_skipped_pages"]) == (30, 0)
+
+
+def test_what_waits_to_be_stored_is_skipped_if_it_is_evicted_first_or_the_store_goes() -> None:
+    host, storage = tier(40)
+    pages = keep(host, chain("a", 30))
+    storage.store(pages)
+    (job,) = stores(storage)
+    keep(host, chain("b", 25))  # evicts 15 of the 20 that wait
+    storage.stored(PagesStored(job_id=job.job_id, num_pages=10))
+    (job,) = stores(storage)
+    assert job.digests == tuple(page.digest for page in pages[10:15])
+    assert storage.totals["storage_skipped_pages"] == 15
+    storage.store(host.match(chain("b", 25)))
+    (more,) = stores(storage)
+    assert len(more.digests) == 5
+    storage.attach(False)
+    storage.attach(True)
+    for each in (job, more):
+        storage.stored(PagesStored(job_id=each.job_id, num_pages=5))
+    assert stores(storage) == []
+
+
+def test_what_waits_to_be_stored_is_never_more_than_the_host_tier_holds() -> None:
+    host, storage = tier(40)
+    storage.store(keep(host, chain("a", 10)))
+    for number in range(20):  # the store hangs; the tier goes on
+        storage.store(keep(host, chain(f"{number}-", 10)))
+        assert len(storage._due) <= 40
+    assert storage.totals["storage_skipped_pages"] == 20 * 10 - 40
 
 
 def test_questions_are_bounded() -> None:

@@ -1,6 +1,7 @@
 """What is asked of the storage tier (L3): which pages are stored there, and which a request waits for. Pure.
 
-    resident in the host tier, not known to be stored ──store──► StorePages ──stored──► marked `stored`
+    resident in the host tier, not known to be stored ──store──► (due, until there is room) ──► StorePages ──stored──►
+              marked `stored`
     begin ──► FindPages ──found──► (in line until the share of the host tier has room) ──► FetchPages ──fetched──►
               resident in the host tier, kept there for the request until `close`
 
@@ -36,7 +37,7 @@ from kvist.kv.moves import (
 PREFETCH_POLICIES = ("best_effort", "wait_complete", "timeout")
 FETCH_PAGES = 16  # of one job: somebody waits, and several threads share what is longer
 MAX_FINDS = 1024  # under way; requests beyond find nothing
-MAX_STORES = 64  # jobs under way; what is beyond has its chance when it is hit again
+MAX_STORES = 64  # jobs under way; what is beyond waits
 MAX_PAGES_STORED = 2048  # in these together
 
 STORAGE_COUNTERS = (
@@ -44,7 +45,7 @@ STORAGE_COUNTERS = (
     "storage_miss_pages",  # of which the store said that it has them not
     "storage_fetched_pages",
     "storage_stored_pages",
-    "storage_skipped_pages",  # due to be stored and left out: too many under way
+    "storage_skipped_pages",  # due to be stored, and evicted from the host tier before there was room
     "storage_failed_pages",  # in fetches and stores that failed; those of cancelled fetches are none
 )
 
@@ -116,6 +117,7 @@ class StorageTier:
         self._finds: dict[int, Prefetch] = {}  # by job id, as the two below
         self._fetches: dict[int, _Fetch] = {}
         self._stores: dict[int, tuple[int, list[HostPage]]] = {}  # with the life they began in
+        self._due: dict[HostPage, None] = {}  # to be stored, in the order of their coming; some are evicted meanwhile
         self._fetching: dict[HostPage, _Fetch] = {}
         self._line: deque[Prefetch] = deque()  # what they need is found; the share has no room for it
         self._refused: tuple[Prefetch, int] | None = None  # the head of the line, and what was taken then
@@ -130,6 +132,7 @@ class StorageTier:
         """Nothing is known of a new store. Without one nothing new begins, and nobody waits any more."""
         self._attached = attached
         self._life += 1
+        self._due.clear()
         self._host.forget_stored()
         if not attached:
             for prefetch in [each for each in self._open if not each.done]:
@@ -142,11 +145,17 @@ class StorageTier:
         """Those of a path, a prefix first, that are resident and not known to be stored."""
         if not self._attached:
             return
-        due = [page for page in pages if page.resident and not page.stored]
-        room = self._max_stored - self._num_stored
-        while due and room > 0 and len(self._stores) < MAX_STORES:
-            piece, due = due[: min(room, PIECE_PAGES)], due[min(room, PIECE_PAGES) :]
-            room -= len(piece)
+        self._due.update(dict.fromkeys(page for page in pages if page.resident and not page.stored))
+        while len(self._due) > self._host.num_pages:  # there are evicted ones among them
+            del self._due[next(iter(self._due))]
+            self.totals["storage_skipped_pages"] += 1
+        self._begin_stores()
+
+    def _begin_stores(self) -> None:
+        while self._num_stored < self._max_stored and len(self._stores) < MAX_STORES:
+            piece = self._next_due(min(PIECE_PAGES, self._max_stored - self._num_stored))
+            if not piece:
+                return
             self._num_stored += len(piece)
             for page in piece:
                 page.stored = True  # until it turns out otherwise: nobody else begins it
@@ -160,7 +169,17 @@ class StorageTier:
                     host_slots=tuple(page.slot for page in piece),
                 )
             )
-        self.totals["storage_skipped_pages"] += len(due)
+
+    def _next_due(self, num_pages: int) -> list[HostPage]:
+        piece: list[HostPage] = []
+        while self._due and len(piece) < num_pages:
+            page = next(iter(self._due))
+            del self._due[page]
+            if self._host.get(page.digest) is page:
+                piece.append(page)
+            else:
+                self.totals["storage_skipped_pages"] += 1
+        return piece
 
     def stored(self, event: PagesStored) -> None:
         life, pages = self._stores.pop(event.job_id)
@@ -171,6 +190,7 @@ class StorageTier:
                 page.stored = False
         self.totals["storage_stored_pages"] += event.num_pages
         self.totals["storage_failed_pages"] += len(pages) - event.num_pages
+        self._begin_stores()
 
     # ---------------------------------------------------------------- from the store
 
