@@ -158,7 +158,7 @@ class SteppedStoreMover:
         with (
             mock.patch("kvist.kv.store_mover.threading.Thread", make),
             mock.patch("kvist.kv.store_mover.num_readers", return_value=2),
-            mock.patch("kvist.kv.store_mover.NUM_WRITERS", 1),
+            mock.patch("kvist.kv.store_mover.num_writers", return_value=1),
         ):
             self.mover.attach(store, store.stats())
         session: Any = self.mover._session

@@ -118,6 +118,17 @@ def test_a_damaged_page_is_a_miss_counted_and_removed_and_can_be_stored_again(
     assert get(store, 0, 3) == 3
 
 
+def test_every_damaged_page_of_a_call_is_removed_so_that_one_more_put_heals_the_prefix(tmp_path: Path) -> None:
+    store = open_files(tmp_path)
+    put(store, 0, 8)
+    for index in (1, 2, 6):
+        flip(-1)(file_of(tmp_path, index))
+    assert get(store, 0, 8) == 1
+    assert store.stats().num_broken == 3
+    assert put(store, 0, 8) == 8
+    assert get(store, 0, 8) == 8
+
+
 def test_a_file_of_the_wrong_size_does_not_exist_and_put_replaces_it(tmp_path: Path) -> None:
     store = open_files(tmp_path)
     put(store, 0, 1)

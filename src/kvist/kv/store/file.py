@@ -74,10 +74,12 @@ class FileStore:
 
     def get(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> int:
         now_ns, num_hits = unix_time_ns(), 0
-        for key, page in zip(keys, into, strict=True):
-            if not self._read(key, page, now_ns - num_hits * _STEP_NS):
+        for index, (key, page) in enumerate(zip(keys, into, strict=True)):
+            is_whole = self._read(key, page, now_ns - index * _STEP_NS)
+            if is_whole is None:
                 break
-            num_hits += 1
+            # Behind a damaged page the others are read, too: else each that is damaged would cost a miss of its own.
+            num_hits += is_whole and num_hits == index
         self._tally.add(num_hits=num_hits, num_misses=len(keys) - num_hits)
         return num_hits
 
@@ -124,7 +126,8 @@ class FileStore:
             return status if status.st_size == self._file_bytes else None
         return None
 
-    def _read(self, key: bytes, page: memoryview, used_ns: int) -> bool:
+    def _read(self, key: bytes, page: memoryview, used_ns: int) -> bool | None:
+        """False: it was damaged, and is removed. None: it is not there."""
         path, header = self._path(key), bytearray(_HEADER_BYTES)
         with self._tally.tolerating():
             fd = os.open(path, os.O_RDONLY)
@@ -138,7 +141,8 @@ class FileStore:
                 return True
             self._tally.add(num_broken=1)
             os.unlink(path)
-        return False
+            return False
+        return None
 
     def _touch(self, path: str, status: os.stat_result, used_ns: int) -> None:
         if abs(used_ns - status.st_mtime_ns) > _TOUCH_NS:
