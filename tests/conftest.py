@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kvist.checkpoint import find_checkpoint
+
+# How long one example takes is a matter of the machine and of what else runs on it.
+settings.register_profile("kvist", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvist")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

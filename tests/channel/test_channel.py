@@ -15,7 +15,7 @@ from kvist.channel import ChannelConfig, EngineChannel, GatewayLink, is_loopback
 from kvist.errors import ConfigError
 from kvist.request import EpochId, HandoffId, RequestId
 
-BOUND_S = 5.0
+BOUND_S = 60.0
 HELLO = wire.Hello(gateway_id="g")
 FLUSHED = wire.Flushed(call_id="c", num_pages=3)
 ACK = wire.Ack(handoff_id=HandoffId("h"), target_epoch=EpochId("decode"))

@@ -75,4 +75,5 @@ if __name__ == "__main__":
     number = int(sys.argv[3])
     while True:
         writer.write(number)
+        print(number, flush=True)
         number += 1

@@ -154,9 +154,11 @@ def test_whenever_a_worker_is_killed_every_restored_page_is_whole(tmp_path: Path
         )
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
-        time.sleep(0.05 + 0.0137 * attempt)  # in the middle of something, each time of something else
+        for written in range(number, number + 2 + attempt):
+            assert child.stdout.readline() == b"%d\n" % written
+        time.sleep(0.0007 * attempt)  # in the middle of something, each time of something else
         child.kill()
-        child.wait(timeout=10)
+        child.wait(timeout=60)
         child.stdout.close()
         persistent = open_folder(folder)
         restored = checked(persistent)

@@ -404,8 +404,9 @@ class World:
 
     def run(self) -> None:
         self.step_until(
-            lambda: not any(each.waits_for for each in self.streams.values())
-            and all(each.idle for each in self.engines)
+            lambda: (
+                not any(each.waits_for for each in self.streams.values()) and all(each.idle for each in self.engines)
+            )
         )
 
     def check_ledgers(self) -> None:
