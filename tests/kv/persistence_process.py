@@ -80,8 +80,8 @@ def write_until_killed(folder: Path, pools: Path, number: int) -> None:
 
 
 def main() -> None:
-    """For each number read, one more life that begins with it, in a process of its own: a fork, as importing torch takes
-    a second. Says its process id, each number written, and "over" when it has been killed."""
+    """For each number read, one more life that begins with it, in a process of its own: a fork, as importing torch
+    takes a second. Says its process id, each number written, and "over" when it has been killed."""
     for line in sys.stdin:
         process_id = os.fork()
         if process_id == 0:

@@ -402,12 +402,11 @@ class World:
             assert time.monotonic() < give_up_s, f"stuck: {self.streams}, {[e.scheduler.load() for e in self.engines]}"
             self.step(step_s)
 
-    def run(self) -> None:
-        self.step_until(
-            lambda: (
-                not any(each.waits_for for each in self.streams.values()) and all(each.idle for each in self.engines)
-            )
-        )
+    def run(self, step_s: float = 0.001) -> None:
+        def is_over() -> bool:
+            return not any(each.waits_for for each in self.streams.values()) and all(each.idle for each in self.engines)
+
+        self.step_until(is_over, step_s)
 
     def check_ledgers(self) -> None:
         """Nothing is held for anybody: every page is free or cached."""

@@ -234,7 +234,7 @@ def test_engines_that_die_and_come_back_leave_nothing_held_at_the_others(
             world.clock.advance(draw.choice((0.0, 1.0)))
     last = world.submit_pair(pair["prefill"], pair["decode"], request_of("last", prompt(30), max_tokens=5))
     world.clock.advance(1.0)
-    world.run()
+    world.run(step_s=0.02)  # what was promised by the dead is waited for
     assert [ended.outcome for ended in last.ended] == [Outcome.FINISHED] * 2
     outcomes = {ended.outcome for stream in world.streams.values() for ended in stream.ended}
     assert outcomes == {Outcome.FINISHED, Outcome.FAILED}
