@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+from unittest import mock
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kvist.checkpoint import find_checkpoint
+
+# How long one example takes is a matter of the machine and of what else runs on it.
+settings.register_profile("kvist", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvist")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,9 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def transformers_smollm2() -> Any:
-    """transformers' own reading of the embedded SmolLM2 GGUF, fp32: half a minute, once a session."""
+    """transformers' own reading of the embedded SmolLM2 GGUF, fp32: some ten seconds, once a session."""
+    import gguf
     import torch
     import transformers
 
     path = find_checkpoint(None).path
-    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # It parses the file twice, and makes the map of names anew for each tensor: half of the time.
+    with (
+        mock.patch("gguf.GGUFReader", functools.cache(gguf.GGUFReader)),
+        mock.patch("gguf.get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+    ):
+        return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

@@ -29,6 +29,7 @@ class Manner:
     until_eof: bool = False  # no framing: the end of the connection ends the body
     split_bytes: int | None = None  # write the body in pieces of this size
     pace_s: float = 0.0
+    until_in_flight: int = 0  # keep the answer back until so many requests have been open at once
     error_body: bytes = b'{"error": {"message": "later"}}'
     knows_ids: bool = True
 
@@ -102,6 +103,8 @@ class FakeServer:
             await asyncio.Event().wait()
         if manner.die_before_byte:
             return False
+        while self.max_in_flight < manner.until_in_flight:
+            await asyncio.sleep(0.001)
         if manner.status != 200:
             head = f"HTTP/1.1 {manner.status} No\r\nContent-Length: {len(manner.error_body)}\r\n\r\n"
             writer.write(head.encode() + manner.error_body)
@@ -179,10 +182,10 @@ def running() -> Iterator[FakeServer]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert ready.wait(5)
+    assert ready.wait(60)
     try:
         yield server
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(5)
+        thread.join(60)
         assert not thread.is_alive()

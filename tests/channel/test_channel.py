@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from kvist.channel import ChannelConfig, EngineChannel, GatewayLink, is_loopback
 from kvist.errors import ConfigError
 from kvist.request import EpochId, HandoffId, RequestId
 
-BOUND_S = 5.0
+BOUND_S = 60.0
 HELLO = wire.Hello(gateway_id="g")
 FLUSHED = wire.Flushed(call_id="c", num_pages=3)
 ACK = wire.Ack(handoff_id=HandoffId("h"), target_epoch=EpochId("decode"))
@@ -240,19 +241,20 @@ async def test_a_link_tells_once_that_the_engine_is_gone(make_channel: MakeChann
     assert inbox.lost.empty()
 
 
-async def test_a_link_waits_for_an_engine_that_is_not_there_yet(make_channel: MakeChannel, make_link) -> None:
-    first = make_channel()
-    endpoint = first.endpoint
-    first.close()
-    link, inbox = make_link(endpoint)
-    link.send(HELLO)
-    late = EngineChannel(endpoint, epoch=EpochId("late"))
-    try:
-        assert await in_thread(late) == [(b"gw", HELLO)]
-        assert inbox.lost.empty()
-    finally:
-        link.close()
-        late.close()
+async def test_a_link_waits_for_an_engine_that_is_not_there_yet(make_link) -> None:
+    with socket.socket() as held:  # bound and not listened to: nobody else is given the port meanwhile
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        endpoint = f"tcp://127.0.0.1:{held.getsockname()[1]}"
+        link, inbox = make_link(endpoint)
+        link.send(HELLO)
+        late = EngineChannel(endpoint, epoch=EpochId("late"))
+        try:
+            assert await in_thread(late) == [(b"gw", HELLO)]
+            assert inbox.lost.empty()
+        finally:
+            link.close()
+            late.close()
 
 
 def test_a_reconnecting_identity_takes_over_from_its_dead_connection(make_channel: MakeChannel, context) -> None:

@@ -54,7 +54,7 @@ class Side:
 
     def wait_for(self, num_reports: int) -> list[TransferReport]:
         while len(self.reports) < num_reports:
-            assert self.woken.wait(timeout=10), f"only {self.reports} came"
+            assert self.woken.wait(timeout=60), f"only {self.reports} came"
             self.woken.clear()
             self.reports += self.transport.poll()
         return self.reports

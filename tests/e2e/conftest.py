@@ -38,7 +38,7 @@ class Cluster:
     def metric(self, name: str, *, url: str | None = None, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""
         total = 0.0
-        for line in httpx.get(f"{url or self.router}/metrics").text.splitlines():
+        for line in httpx.get(f"{url or self.router}/metrics", timeout=60).text.splitlines():
             match = re.fullmatch(r"([^{ ]+)(\{.*\})? (\S+)", line)
             if (
                 match
@@ -59,7 +59,7 @@ class Cluster:
     def wait_idle(self) -> None:
         self.wait_until(
             lambda: self.num_running() == 0 and self.num_pages("in_flight") == 0 and self.num_pages("owned") == 0,
-            within_s=10,
+            within_s=60,
         )
 
     def wait_until(self, condition: Callable[[], bool], *, within_s: float) -> float:

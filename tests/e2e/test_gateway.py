@@ -70,17 +70,23 @@ def test_every_process_is_healthy_and_says_who_it_is(settled):
         assert engine is None if name == "router" else engine["role"] == name
 
 
-def test_a_disconnect_aborts_everywhere_within_a_second(settled):
+def test_a_disconnect_aborts_everywhere_long_before_the_answer_is_over(settled):
+    def num_tokens() -> float:
+        return settled.metric("kvist:worker_generation_tokens_total", url=settled.decode)
+
     body = {"messages": HELLO, "max_tokens": 2000, "ignore_eos": True, "stream": True}
-    with httpx.Client(timeout=30) as client, client.stream("POST", settled.router + CHAT, json=body) as response:
+    before = num_tokens()
+    with httpx.Client(timeout=60) as client, client.stream("POST", settled.router + CHAT, json=body) as response:
         pieces = response.iter_lines()
         for _event in range(10):
             next(pieces)
         assert settled.num_running() > 0
-    assert settled.wait_until(lambda: settled.metric("kvist:gateway_requests_in_flight") == 0, within_s=1.0) < 1.0
+    settled.wait_until(lambda: settled.metric("kvist:gateway_requests_in_flight") == 0, within_s=20)
+    settled.wait_until(lambda: num_tokens() > before, within_s=20)  # a report of this answer
     for url in (settled.prefill, settled.decode):  # each engine's own word, through its own gateway
-        settled.wait_until(lambda url=url: settled.metric("kvist:num_requests_running", url=url) == 0, within_s=2.0)
-    settled.wait_until(lambda: settled.num_pages("in_flight") == 0, within_s=2.0)
+        settled.wait_until(lambda url=url: settled.metric("kvist:num_requests_running", url=url) == 0, within_s=20)
+    settled.wait_until(lambda: settled.num_pages("in_flight") == 0, within_s=20)
+    assert num_tokens() - before < 200, "tokens, not seconds: a machine slow to abort is slow to decode, too"
 
 
 def test_a_disconnect_while_the_prompt_is_read_aborts_too(settled):
@@ -97,9 +103,9 @@ def test_flush_cache_empties_every_worker(settled):
     }
     assert httpx.post(settled.router + NATIVE, json=ask, timeout=60).status_code == 200
     settled.wait_idle()
-    settled.wait_until(lambda: settled.num_pages("cached") > 0, within_s=5)
+    settled.wait_until(lambda: settled.num_pages("cached") > 0, within_s=60)
     assert httpx.post(settled.router + "/flush_cache").status_code == 200
-    settled.wait_until(lambda: settled.num_pages("cached") == 0, within_s=5)
+    settled.wait_until(lambda: settled.num_pages("cached") == 0, within_s=60)
 
 
 def test_metrics_count_what_was_answered(settled):

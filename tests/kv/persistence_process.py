@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from pathlib import Path
@@ -69,10 +70,25 @@ class Writer:
         self._device.close()
 
 
-if __name__ == "__main__":
-    writer = Writer(Path(sys.argv[1]), Path(sys.argv[2]))
-    print("ready", flush=True)
-    number = int(sys.argv[3])
+def write_until_killed(folder: Path, pools: Path, number: int) -> None:
+    writer = Writer(folder, pools)
+    print(os.getpid(), flush=True)
     while True:
         writer.write(number)
+        print(number, flush=True)
         number += 1
+
+
+def main() -> None:
+    """For each number read, one more life that begins with it, in a process of its own: a fork, as importing torch
+    takes a second. Says its process id, each number written, and "over" when it has been killed."""
+    for line in sys.stdin:
+        process_id = os.fork()
+        if process_id == 0:
+            write_until_killed(Path(sys.argv[1]), Path(sys.argv[2]), int(line))
+        os.waitpid(process_id, 0)
+        print("over", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -506,7 +506,7 @@ def test_after_a_kill_at_any_moment_every_page_is_whole_or_absent(tmp_path: Path
         for _ in range(attempt % 3 + 1):
             assert process.stdout.readline() == "20\n"
         process.kill()
-        process.wait(timeout=10)
+        process.wait(timeout=60)
         process.stdout.close()
         num_killed_writing += bool(unfinished_in(tmp_path))
         for path in unfinished_in(tmp_path):

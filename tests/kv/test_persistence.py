@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -148,23 +149,27 @@ def test_a_page_whose_backup_failed_is_not_restored(
 
 def test_whenever_a_worker_is_killed_every_restored_page_is_whole(tmp_path: Path) -> None:
     folder, num_seen, number = tmp_path / "kept", 0, 0
-    for attempt in range(8):
-        child = subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), str(tmp_path / "run"), str(number)], stdout=subprocess.PIPE
-        )
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"ready\n"
-        time.sleep(0.05 + 0.0137 * attempt)  # in the middle of something, each time of something else
-        child.kill()
-        child.wait(timeout=10)
-        child.stdout.close()
-        persistent = open_folder(folder)
-        restored = checked(persistent)
-        num_seen += len(restored)
-        assert len(restored) <= NUM_PAGES
-        persistent.close()
-        number += 1000
-    assert num_seen > 8 * 2  # at most two are being written
+    command = [sys.executable, str(SCRIPT), str(folder), str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as lives:
+        assert lives.stdin is not None
+        assert lives.stdout is not None
+        for attempt in range(16):
+            print(number, file=lives.stdin, flush=True)
+            process_id = int(lives.stdout.readline())
+            for written in range(number, number + 2 + attempt):
+                assert lives.stdout.readline() == f"{written}\n"
+            time.sleep(0.0007 * attempt)  # in the middle of something, each time of something else
+            os.kill(process_id, signal.SIGKILL)
+            while lives.stdout.readline() != "over\n":
+                assert lives.poll() is None
+            persistent = open_folder(folder)
+            restored = checked(persistent)
+            num_seen += len(restored)
+            assert len(restored) <= NUM_PAGES
+            persistent.close()
+            number += 1000
+        lives.stdin.close()
+    assert num_seen > 16 * 2  # at most two are being written
 
 
 # ---------------------------------------------------------------- damage

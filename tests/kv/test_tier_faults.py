@@ -258,6 +258,6 @@ def test_pages_that_another_process_evicts_and_writes_meanwhile_are_read_whole_o
         assert (store.stats().num_broken, store.stats().errors) == (0, {})
     finally:
         process.kill()
-        process.wait(timeout=10)
+        process.wait(timeout=60)
         assert process.stdout is not None
         process.stdout.close()

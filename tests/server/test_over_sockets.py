@@ -13,19 +13,22 @@ import pytest
 from kvist.errors import WorkerLost
 from kvist.server.serve import http_server
 
+BOUND_S = 60.0
+
 
 @asynccontextmanager
 async def served(bench: Any) -> AsyncIterator[str]:
     server = http_server(bench.app, bench.config)
     task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(BOUND_S):
+        while not server.started:
+            await asyncio.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, BOUND_S)
 
 
 async def test_a_connection_that_breaks_closes_the_engines_stream(make_bench: Callable[..., Any]) -> None:
@@ -35,7 +38,7 @@ async def test_a_connection_that_breaks_closes_the_engines_stream(make_bench: Ca
         async with client.stream("POST", f"{url}/v1/completions", json={"prompt": "x", "stream": True}) as response:
             async for _ in response.aiter_bytes():
                 break
-        await asyncio.wait_for(bench.dispatcher.closed.wait(), 1)
+        await asyncio.wait_for(bench.dispatcher.closed.wait(), BOUND_S)
     assert bench.dispatcher.num_closed_early == 1
 
 

@@ -48,7 +48,7 @@ async def test_a_client_that_leaves_closes_every_engine_stream(bench: Any, strea
     if stream:
         await client.first_body.wait()
     client.leave()
-    ended, _ = await asyncio.wait({task}, timeout=1)
+    ended, _ = await asyncio.wait({task}, timeout=60)
     assert task in ended
     assert bench.dispatcher.num_open == 0
     assert bench.dispatcher.num_closed_early == n
@@ -101,7 +101,7 @@ async def test_a_client_that_reads_nothing_is_let_go_at_the_time_limit(make_benc
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()  # as uvicorn while the client's buffers are full
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await bench.app(client.scope, client._inbox.get, send)
     assert bench.dispatcher.num_open == 0
     assert "kvist:gateway_requests_in_flight 0.0" in (await bench.client.get("/metrics")).text

@@ -34,7 +34,7 @@ def test_a_killed_process_is_dead_and_a_living_one_is_not(tmp_path: Path) -> Non
         watch = EpochWatch(tmp_path)
         assert not watch.is_dead(epoch)
         process.kill()
-        process.wait(timeout=10)
+        process.wait(timeout=60)
     assert watch.is_dead(epoch)
 
 

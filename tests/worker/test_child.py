@@ -112,12 +112,12 @@ async def test_the_supervisor_starts_a_dead_engine_again_and_tells_each_change(
     changes: asyncio.Queue[EngineSpec | None] = asyncio.Queue()
     supervisor = EngineSupervisor(config("well"), on_change=changes.put_nowait, command=COMMAND)
     running = asyncio.create_task(supervisor.run())
-    first = await asyncio.wait_for(changes.get(), 20)
+    first = await asyncio.wait_for(changes.get(), 60)
     assert first is not None
     assert supervisor.state is EngineState.RUNNING
     os.kill(int(first.epoch), 9)
-    assert await asyncio.wait_for(changes.get(), 20) is None
-    second = await asyncio.wait_for(changes.get(), 20)
+    assert await asyncio.wait_for(changes.get(), 60) is None
+    second = await asyncio.wait_for(changes.get(), 60)
     assert second is not None
     assert second.epoch != first.epoch
     assert supervisor.num_restarts == 1
@@ -139,11 +139,11 @@ async def test_the_parent_runs_where_its_engine_says_and_anywhere_without_one(
     changes: asyncio.Queue[EngineSpec | None] = asyncio.Queue()
     supervisor = EngineSupervisor(config(play), on_change=changes.put_nowait, command=COMMAND)
     running = asyncio.create_task(supervisor.run())
-    first = await asyncio.wait_for(changes.get(), 20)
+    first = await asyncio.wait_for(changes.get(), 60)
     assert first is not None
     os.kill(int(first.epoch), 9)
     for _ in range(2):
-        await asyncio.wait_for(changes.get(), 20)
+        await asyncio.wait_for(changes.get(), 60)
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running

@@ -234,7 +234,7 @@ def test_engines_that_die_and_come_back_leave_nothing_held_at_the_others(
             world.clock.advance(draw.choice((0.0, 1.0)))
     last = world.submit_pair(pair["prefill"], pair["decode"], request_of("last", prompt(30), max_tokens=5))
     world.clock.advance(1.0)
-    world.run()
+    world.run(step_s=0.02)  # what was promised by the dead is waited for
     assert [ended.outcome for ended in last.ended] == [Outcome.FINISHED] * 2
     outcomes = {ended.outcome for stream in world.streams.values() for ended in stream.ended}
     assert outcomes == {Outcome.FINISHED, Outcome.FAILED}
@@ -270,8 +270,7 @@ def test_aborts_at_any_moment_end_everything_once_and_leak_nothing(world: World,
 def test_a_prefill_engine_that_dies_fails_its_handoffs_and_frees_their_pages(world: World, request_of: Any) -> None:
     prefill, decode = world.engine("prefill"), world.engine("decode")
     stream = world.submit_pair(prefill, decode, request_of("r", prompt(60)))
-    while decode.scheduler.load().pages.in_flight == 0:
-        world.step()
+    world.step_until(lambda: decode.scheduler.load().pages.in_flight)
     world.kill(prefill)
     world.clock.advance(1.0)
     world.run()
@@ -285,8 +284,7 @@ def test_a_prefill_engine_that_dies_fails_its_handoffs_and_frees_their_pages(wor
 def test_a_decode_engine_that_dies_leaves_prefill_without_held_pages(world: World, request_of: Any) -> None:
     prefill, decode = world.engine("prefill"), world.engine("decode")
     world.submit_pair(prefill, decode, request_of("r", prompt(60)))
-    while decode.scheduler.load().pages.in_flight == 0:
-        world.step()
+    world.step_until(lambda: decode.scheduler.load().pages.in_flight)
     world.step()
     world.kill(decode)
     world.clock.advance(1.0)

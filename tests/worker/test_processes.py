@@ -17,6 +17,7 @@ import pytest
 import zmq
 
 from kvist import wire
+from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, SamplingParams
 from kvist.scheduler.config import SchedulerOptions
 from kvist.worker.config import EngineConfig, HostTierConfig, StorageConfig
@@ -61,21 +62,20 @@ class Engine:
         self.socket.send(wire.encode(message))
 
     def listen(self) -> None:
-        """One message, if one comes soon."""
-        if not self.socket.poll(100):
-            return
-        match self._decoder.decode(self.socket.recv()):
-            case wire.StepOutputs() as outputs:
-                self.chunks += outputs.chunks
-                self.ended += outputs.ended
-            case wire.LoadReport() as report:
-                self.load = report
-            case wire.StorageAnswer() as answer:
-                self.storage = answer
+        """To all that has come."""
+        while self.socket.poll(0):
+            match self._decoder.decode(self.socket.recv()):
+                case wire.StepOutputs() as outputs:
+                    self.chunks += outputs.chunks
+                    self.ended += outputs.ended
+                case wire.LoadReport() as report:
+                    self.load = report
+                case wire.StorageAnswer() as answer:
+                    self.storage = answer
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=60)
 
     def close(self) -> None:
         self.kill()
@@ -144,8 +144,12 @@ def gpu_cluster(model_path: Path, tmp_path: Path) -> Iterator[Cluster]:
 
 def until(condition: Callable[[], object], *engines: Engine) -> None:
     give_up_s = time.monotonic() + DEADLINE_S
+    poller = zmq.Poller()
+    for engine in engines:
+        poller.register(engine.socket, zmq.POLLIN)
     while not condition():
         assert time.monotonic() < give_up_s, [(engine.chunks, engine.ended, engine.load) for engine in engines]
+        poller.poll(20)  # not for ever: some conditions are of files
         for engine in engines:
             engine.listen()
 
@@ -324,7 +328,7 @@ def test_two_ranks_answer_as_one_does_and_end_together(cluster: Cluster) -> None
     assert tokens(one) == tokens(two)
     assert two.process.stdin is not None
     two.process.stdin.close()
-    assert two.process.wait(timeout=30) == 0, "it waits for its ranks to end"
+    assert two.process.wait(timeout=60) == 0, "it waits for its ranks to end"
 
 
 def assert_ranks_give_the_same_tokens_with_a_host_tier(cluster: Cluster, **settings: object) -> None:
@@ -373,7 +377,7 @@ def test_a_rank_that_is_killed_ends_its_engine_which_tells_its_requests(cluster:
     engine.send(wire.Submit(request=make_request("r", 100), mode=Mode.FULL))
     until(lambda: engine.ended, engine)
     assert [(ended.outcome, ended.error_code) for ended in engine.ended] == [(Outcome.FAILED, "unavailable")]
-    assert engine.process.wait(timeout=30) == 1
+    assert engine.process.wait(timeout=60) == 1
     assert list((tmp_path / "run").glob("pool-*")) == list((tmp_path / "run").glob("tp-*")) == []
 
 
@@ -399,7 +403,7 @@ def test_sigterm_fails_what_is_open_and_leaves_no_pool_behind(cluster: Cluster, 
     engine.process.send_signal(signal.SIGTERM)
     until(lambda: engine.ended, engine)
     assert [(ended.outcome, ended.error_code) for ended in engine.ended] == [(Outcome.FAILED, "unavailable")]
-    assert engine.process.wait(timeout=20) == 0
+    assert engine.process.wait(timeout=60) == 0
     assert list((tmp_path / "run").glob("pool-*")) == []
 
 
@@ -407,7 +411,7 @@ def test_an_engine_ends_when_its_parent_does(cluster: Cluster) -> None:
     [engine] = cluster.start("unified")
     assert engine.process.stdin is not None
     engine.process.stdin.close()
-    assert engine.process.wait(timeout=20) == 0
+    assert engine.process.wait(timeout=60) == 0
 
 
 def test_a_killed_engine_s_pool_is_removed_by_the_next_start(cluster: Cluster, tmp_path: Path) -> None:
@@ -452,7 +456,7 @@ def test_a_start_that_fails_says_why_in_one_line_and_exits_with_1(settings: byte
         else:
             process.stdin.close()
         failed = [each for line in process.stdout if isinstance(each := decode_line(line), StartFailed)]
-        assert process.wait(timeout=20) == 1
+        assert process.wait(timeout=60) == 1
     assert [each.code for each in failed] == [code]
     assert says in failed[0].message
 
@@ -501,7 +505,8 @@ def test_an_engine_killed_while_it_copies_pages_leaves_only_whole_ones(cluster: 
 
     (engine,) = cluster.start("unified", host_tier=host_tier)
     ask(engine)
-    until(lambda: len({chunk.request_id for chunk in engine.chunks}) >= 3, engine)  # each chunk of a prompt is copied
+    engine.send(wire.Submit(request=make_request("copied meanwhile", 5000), mode=Mode.FULL))
+    until(lambda: engine.load is not None and engine.load.totals["host_backed_up_pages"] > 0, engine)
     engine.kill()
     (again,) = cluster.start("unified", host_tier=host_tier)
     restored, num_cached = answers(again)
@@ -525,7 +530,7 @@ def test_an_engine_without_room_for_its_host_tier_says_so_and_ends(model_path: P
     engine = Engine(config)
     assert engine.process.stdout is not None
     told = [each for line in engine.process.stdout if isinstance(each := decode_line(line), StartFailed)]
-    assert engine.process.wait(timeout=20) == 1
+    assert engine.process.wait(timeout=60) == 1
     engine.close()
     assert [each.code for each in told] == ["config_error"]
     assert "lower --hicache-size" in told[0].message
@@ -541,19 +546,23 @@ def test_a_worker_killed_while_it_stores_pages_leaves_them_for_one_that_attaches
         request = msgspec.structs.replace(make_request(request_id, 4000), **changes)
         engine.send(wire.Submit(request=request, mode=Mode.FULL))
 
-    def num_stored() -> int:
-        return sum(1 for _ in (tmp_path / "pages").rglob("*.page"))
+    def num_leading() -> int:
+        """Pages of the prompt without a salt that are stored, from its beginning: what a fetch could find."""
+        stored = {path.stem for path in (tmp_path / "pages").rglob("*.page")}
+        digests = page_digests(make_request("r", 4000).prompt_token_ids, 16, engine.spec.namespace)
+        return next((index for index, digest in enumerate(digests) if digest.hex() not in stored), len(digests))
 
     storage = StorageConfig(hicache_storage_backend="file", hicache_storage_path=str(tmp_path / "pages"))
     (engine,) = cluster.start("unified", host_tier=HOST_TIER, storage=storage)
     answer(engine, "all of it", cache_salt="another")
     until(lambda: engine.ended, engine)
-    computed, num_others = tokens(engine), num_stored()
+    computed = tokens(engine)
     answer(engine, "cut short")
-    until(lambda: num_stored() >= num_others + 40, engine)
+    until(lambda: num_leading() >= 30, engine)
     engine.kill()
 
-    (engine,) = cluster.start("unified", host_tier=HOST_TIER)
+    patient = StorageConfig(hicache_storage_prefetch_policy="wait_complete")
+    (engine,) = cluster.start("unified", host_tier=HOST_TIER, storage=patient)
     wish = wire.StoreWish(hicache_storage_backend="file", hicache_storage_path=str(tmp_path / "pages"))
     engine.send(wire.AskStorage(call_id="c", action="attach", wish=wish))
     until(lambda: engine.storage, engine)

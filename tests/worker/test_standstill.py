@@ -52,23 +52,24 @@ def test_it_looks_from_start_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
 
     watch = StandstillWatch(num_turns, lambda: pytest.fail("it was ended"))
     watch.start()
-    assert seen.wait(10)
+    assert seen.wait(60)
     watch.stop()
     assert "kvist-standstill" not in [thread.name for thread in threading.enumerate()]
 
 
 STUCK = """
-import threading
+import itertools, sys, threading
 from kvist.worker import standstill
 standstill.LOOK_INTERVAL_S, standstill.STEP_LIMIT_S = 0.01, 0.05
-standstill.StandstillWatch(lambda: 1).start()
-threading.Event().wait(20)
+main, turns = sys._getframe(), itertools.count()
+standstill.StandstillWatch(lambda: -1 if main.f_lineno == 7 else next(turns)).start()
+threading.Event().wait(60)
 """
 
 
 def test_a_process_that_is_stuck_ends_with_1_and_the_places_of_its_threads() -> None:
-    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "no step has ended" in done.stderr
     assert "threading.py" in done.stderr
-    assert 'File "<string>", line 6' in done.stderr
+    assert 'File "<string>", line 7' in done.stderr

@@ -9,7 +9,6 @@ import errno
 import os
 import random
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,12 +213,12 @@ class HangingStore(MemoryStore):
 
     def get(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> int:
         self.num_gets += 1
-        assert self.go.wait(20)
+        assert self.go.wait(120)
         return super().get(keys, into)
 
     def put(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
         self.num_puts += 1
-        assert self.go.wait(20)
+        assert self.go.wait(120)
         return super().put(keys, pages)
 
 
@@ -238,10 +237,7 @@ def hang(world: World, engine: Any, store: HangingStore, request: Any) -> None:
     """Answer the request, and let the store hang over its pages: they are stored when a thread comes to it."""
     store.go.clear()
     num_puts, stream = store.num_puts, world.submit_full(engine, request)
-    give_up_s = time.monotonic() + 20
-    while stream.waits_for or store.num_puts == num_puts:
-        assert time.monotonic() < give_up_s
-        world.step()
+    world.step_until(lambda: not stream.waits_for and store.num_puts > num_puts)
 
 
 def test_while_a_store_hangs_requests_are_answered_and_what_it_may_still_touch_is_nobodys(
@@ -253,19 +249,15 @@ def test_while_a_store_hangs_requests_are_answered_and_what_it_may_still_touch_i
     engine = restart(world, first, storage, queue_timeout_s=4 * DEADLINE_S)
     hanging.go.clear()
     stream = world.submit_full(engine, request_of("2", prompt(33)))
-    while not hanging.num_gets:
-        world.step()
-    while stream.waits_for:
-        world.step()
-        world.clock.advance(0.1)
+    world.step_until(lambda: hanging.num_gets)
+    world.step_until(lambda: not stream.waits_for, step_s=0.1)
     assert (stream.token_ids, stream.cached) == (tokens, 0)
     status = engine.storage.status()
     assert status.breaker != "closed"  # after the pause a write is tried
     assert status.num_quarantined_pages == 8
     assert engine.scheduler.load().host_pages.in_flight >= 8
     begun = world.submit_full(engine, request_of("3", prompt(60)))  # the store is not even asked
-    while begun.waits_for:
-        world.step()
+    world.step_until(lambda: not begun.waits_for)
     assert engine.scheduler.load().totals["prefetch_timeouts"] == 1
     hanging.go.set()
     world.run()
@@ -379,7 +371,7 @@ def test_a_store_that_hangs_when_it_is_detached_is_left_behind(
 ) -> None:
     engine = start(world, file_store(tmp_path, deadline_s=DEADLINE_S))
     hang(world, engine, hanging, request_of("1", prompt(33)))
-    told = world.ask_storage(engine, "detach").status
+    told = world.ask_storage(engine, "detach", step_s=0.1).status
     assert (told.state, told.note) == ("detached", "left behind: a call of the store hangs")
     assert engine.scheduler.load().host_pages.in_flight > 0
     hanging.go.set()
@@ -394,7 +386,7 @@ def test_another_store_is_detached_at_once_while_one_hangs_and_after_two_that_ha
 
     def hang_and_detach(name: str, first_token: int) -> str:
         hang(world, engine, hanging, request_of(name, [first_token, *prompt(17)]))
-        return world.ask_storage(engine, "detach").status.note
+        return world.ask_storage(engine, "detach", step_s=0.1).status.note
 
     assert "hangs" in hang_and_detach("1", 1)
     world.ask_storage(engine, "attach", backend="memory")
