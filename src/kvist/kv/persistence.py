@@ -75,8 +75,9 @@ class PersistentPages:
                 self._index[: _HEADER.size] = header
                 pages = _map(folder / "pages", num_pages * page_bytes)
             except OSError as error:
+                reason = "it is not a folder" if isinstance(error, FileExistsError) else error
                 raise ConfigError(
-                    f"--hicache-persist {folder} cannot keep {num_pages} pages of {page_bytes} bytes: {error}. Name a "
+                    f"--hicache-persist {folder} cannot keep {num_pages} pages of {page_bytes} bytes: {reason}. Name a "
                     "folder of your own with room for them, or lower --hicache-size",
                     param="hicache_persist",
                 ) from error

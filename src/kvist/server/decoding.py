@@ -46,6 +46,8 @@ class BodyDecoder(Generic[T]):
         unknown = _UNKNOWN_FIELD.match(message)
         if unknown is None:
             found = _PATH.search(message)
+            if found is None and message.startswith("Expected"):  # of the body itself, which has no name
+                return RequestError(f"the request body must be a JSON object: {message}")
             param = _param(found["path"]) if found else None
             return RequestError(f"{_PATH.sub('', message)}{f' at `{param}`' if param else ''}", param=param)
         path = _param(unknown["path"] or "$")

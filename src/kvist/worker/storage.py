@@ -234,7 +234,11 @@ class EngineStorage:
             )
         size_gb = self._config.hicache_storage_size if wish.hicache_storage_size is None else wish.hicache_storage_size
         if not 0 < size_gb < _MAX_GB:
-            raise RequestError(f"a store of {size_gb:g} GB cannot be", param="hicache_storage_size")
+            raise RequestError(
+                f"a store of {size_gb:g} GB cannot be: it must hold a page of {self._page_bytes} bytes at least, and "
+                f"less than {_MAX_GB} GB",
+                param="hicache_storage_size",
+            )
         return Choice(backend=backend, path=_folder(backend, path), size_gb=size_gb)
 
     def _open(self, choice: Choice) -> tuple[PageStore, StoreStats]:
