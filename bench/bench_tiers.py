@@ -98,7 +98,7 @@ PRESETS = {
     "performance": CONVERSATIONS,
     "article": Setup(
         clients=150, rounds=14, parallel=8, num_input=2048, num_output=64, device_share=0.07, host_share=0.23
-    ).scaled(12),
+    ).scaled(4),
     "cpu": Setup(clients=10, rounds=5, parallel=2, num_input=96, num_output=8, device_share=0.2, host_share=0.5),
     "no-hits": replace(CONVERSATIONS, rounds=1, device_share=1.0),
     "restart": CONVERSATIONS,
@@ -422,7 +422,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--rows", default=",".join(STRATEGIES), help="strategies to run; the first is the baseline")
     parser.add_argument(
-        "--scale", type=int, default=1, help="divide all lengths by so much (article: beyond its own 12)"
+        "--scale", type=int, default=1, help="divide all lengths by so much (article: beyond its own 4)"
     )
     parser.add_argument("--repetitions", type=int, default=4, help="of no-hits")
     parser.add_argument("--start-timeout", type=float, default=120.0, help="seconds from start to ready")
