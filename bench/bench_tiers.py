@@ -38,7 +38,8 @@ from typing import Any
 
 from json_report import write_report
 from kvist.checkpoint import find_checkpoint
-from kvist.cluster.plan import available_cores, visible_gpus
+from kvist.cluster.plan import visible_gpus
+from kvist.cores import num_usable_cores
 from kvist.kv.device import available_host_bytes
 from kvist.kv.layout import PageLayout
 from kvist.models import load_model_config
@@ -170,9 +171,9 @@ class Machine:
         flags += [f"--load-format={args.load_format}", f"--max-total-tokens={setup.device_tokens}"]
         flags += [f"--context-length={setup.longest_tokens + PAGE_SIZE}"]
         if self.device == "cpu":
-            flags += [f"--num-threads={available_cores()}"]  # else a second server gets fewer
+            flags += [f"--num-threads={num_usable_cores()}"]  # else a second server gets fewer
         elif num_servers > 1:
-            flags += [f"--num-threads={max(1, available_cores() // num_servers)}"]
+            flags += [f"--num-threads={max(1, num_usable_cores() // num_servers)}"]
         if strategy != L1:
             flags += ["--enable-hierarchical-cache", f"--hicache-size={self.host_bytes(setup) / 1e9:.6f}"]
         if strategy == L3:
