@@ -16,8 +16,8 @@ from kvist.errors import ConfigError
 from kvist.kv.device import DevicePool
 from kvist.kv.host import HostPool, plan_host_pages
 from kvist.kv.layout import PageLayout
-from kvist.kv.mover import PageMover, runs
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
+from kvist.kv.mover import MOST_UNDER_WAY, PageMover, runs
+from kvist.kv.moves import BackUpPages, ForgetPages, LoadPages, PagesBackedUp, PagesForgotten, PagesLoaded
 
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=3, page_size=4, head_dim=8, dtype="float32")
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)]
@@ -30,15 +30,21 @@ class Moving:
         self.host.tensor.fill_(255)
         self.woken = threading.Event()
         self.mover = PageMover(self.pool, self.host, wakeup=self.woken.set, clock=MonotonicClock())
+        self._unseen: list[PagesLoaded | PagesBackedUp | PagesForgotten] = []
 
-    def reports(self, number: int = 1) -> list[PagesLoaded | PagesBackedUp]:
-        found: list[PagesLoaded | PagesBackedUp] = []
+    def reports(self, number: int = 1) -> list[PagesLoaded | PagesBackedUp | PagesForgotten]:
+        found = self.first_reports(number)
+        assert self._unseen == []
+        return found
+
+    def first_reports(self, number: int) -> list[PagesLoaded | PagesBackedUp | PagesForgotten]:
         give_up_s = time.monotonic() + 60
-        while len(found) < number:
+        while len(self._unseen) < number:
             assert time.monotonic() < give_up_s
             self.woken.wait(0.5)
             self.woken.clear()
-            found += self.mover.poll()
+            self._unseen += self.mover.poll()
+        found, self._unseen = self._unseen[:number], self._unseen[number:]
         return found
 
     def close(self) -> None:
@@ -49,7 +55,7 @@ class Moving:
 
 @pytest.fixture(params=DEVICES, ids=["cpu", "cuda"])
 def moving(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Moving]:
-    made = Moving(request.param, tmp_path)
+    made = Moving(request.param, tmp_path, num_host_pages=32)
     yield made
     made.close()
 
@@ -129,6 +135,25 @@ def test_a_copy_that_raises_is_reported_and_the_next_one_works(moving: Moving, m
     moving.mover.start(LoadPages(job_id=2, host_slots=(1,), page_ids=(1,)))
     assert moving.reports(2) == [PagesLoaded(job_id=1, ok=False), PagesLoaded(job_id=2, ok=True)]
     assert moving.mover.totals()["host_loads"] == 1
+
+
+def test_jobs_ordered_together_are_reported_in_order_each_when_its_bytes_are_there(moving: Moving) -> None:
+    num_jobs = 3 * MOST_UNDER_WAY
+    moving.pool.tensor.copy_(torch.randn(moving.pool.tensor.shape))
+    written = moving.pool.tensor.cpu().view(8, -1).view(torch.uint8)
+    if moving.pool.tensor.is_cuda:
+        torch.cuda.synchronize()
+    for job_id in range(num_jobs):
+        page_ids = (job_id % 8, (job_id + 3) % 8)
+        moving.mover.start(BackUpPages(job_id=job_id, page_ids=page_ids, host_slots=(job_id, num_jobs + job_id)))
+    moving.mover.start(ForgetPages(job_id=num_jobs, host_slots=(0,)))
+    for job_id in range(num_jobs):
+        [report] = moving.first_reports(1)
+        assert report == PagesBackedUp(job_id=job_id, ok=True)
+        assert torch.equal(moving.host.tensor[job_id], written[job_id % 8])
+        assert torch.equal(moving.host.tensor[num_jobs + job_id], written[(job_id + 3) % 8])
+    assert moving.reports() == [PagesForgotten(job_id=num_jobs)]
+    assert moving.mover.totals()["host_backups"] == num_jobs
 
 
 def test_closing_ends_both_threads_and_drops_what_waits(moving: Moving) -> None:

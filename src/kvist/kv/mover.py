@@ -4,7 +4,8 @@
                      └───► backups ──► thread, the same               ──┘   (after a call of `wakeup`)
 
 Two lanes, because the two directions of a link do not disturb each other, and since a request waits for a load but
-nobody for a backup. Within a lane jobs are carried out in order. Every job is answered, until `close`.
+nobody for a backup. Within a lane jobs are carried out in order; a GPU is given the next ones while it copies, so that
+the link has no pause between small jobs. Every job is answered, until `close`.
 
 Of tensor-parallel ranks on GPUs each has a piece of every page: the host has the whole page, put together of them.
 
@@ -21,12 +22,15 @@ It decides nothing: which page goes where, and when either may be used again, is
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import queue
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -46,6 +50,9 @@ MOVE_COUNTERS = (
     "host_backup_bytes",
     "host_backup_seconds",
 )
+
+MOST_UNDER_WAY = 4  # jobs that a GPU has been given
+COPIES_A_CALL = 32
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +116,16 @@ class PageMover:
         self._wakeup()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Copies:
+    """A job whose copies have been ordered."""
+
+    num_bytes: int
+    start_s: float
+    copied: tuple[torch.cuda.Event, ...]  # of each GPU; none where the bytes are in place already
+    done: Callable[[bool], None]
+
+
 class _Lane:
     """One direction. The counters are written by its thread alone."""
 
@@ -116,7 +133,7 @@ class _Lane:
         """`pieces`: (source, target), each [num_pages, piece bytes] uint8; one of the two is on the host."""
         self.num_jobs = 0
         self.num_bytes = 0.0
-        self.seconds = 0.0
+        self.seconds = 0.0  # with a job under way
         self._pieces = pieces
         self._clock = clock
         gpus = {side.device for sides in pieces for side in sides if side.is_cuda}
@@ -124,6 +141,8 @@ class _Lane:
         self._closed = False
         # None: the end. Bounded by the pages that the cache lets be in flight, and the flushes that it is asked for.
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._under_way: deque[_Copies] = deque()  # the thread's
+        self._last_end_s = 0.0
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -138,22 +157,37 @@ class _Lane:
         source, target = self._pieces[0]
         assert max(source_ids) < source.shape[0], "a page outside the pool"
         assert max(target_ids) < target.shape[0], "a page outside the pool"
-        self.run(partial(self._carry_out, source_ids, target_ids, done, begin))
+        self._jobs.put(partial(self._carry_out, source_ids, target_ids, done, begin))
 
     def run(self, job: Callable[[], None]) -> None:
-        """In its turn, on the lane's thread."""
-        self._jobs.put(job)
+        """In its turn, on the lane's thread, when all before it have ended."""
+        self._jobs.put(partial(self._run, job))
 
     def stop(self) -> None:
         self._closed = True
         self._jobs.put(None)
 
     def join(self) -> None:
-        self._thread.join()  # at most one job
+        self._thread.join()  # at most the jobs under way
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None and not self._closed:
+        while (job := self._next()) is not None and not self._closed:
             job()
+        while self._under_way:
+            self._end_oldest()
+
+    def _next(self) -> Callable[[], None] | None:
+        while self._under_way:
+            if len(self._under_way) < MOST_UNDER_WAY:
+                with contextlib.suppress(queue.Empty):
+                    return self._jobs.get_nowait()
+            self._end_oldest()
+        return self._jobs.get()
+
+    def _run(self, job: Callable[[], None]) -> None:
+        while self._under_way:
+            self._end_oldest()
+        job()
 
     def _carry_out(
         self,
@@ -165,18 +199,20 @@ class _Lane:
         start_s = self._clock.now_s()
         try:
             begin()
-            self._copy(source_ids, target_ids)
+            copied = self._copy(source_ids, target_ids)
         except Exception:  # the thread must outlive any one job
             log.exception("copying %d pages between device and host", len(source_ids))
+            for stream in self._streams.values():  # some of its copies may be under way
+                with contextlib.suppress(Exception):
+                    stream.synchronize()
             done(False)
             return
-        self.num_jobs += 1
-        self.num_bytes += len(source_ids) * sum(source.shape[1] for source, _ in self._pieces)
-        self.seconds += self._clock.now_s() - start_s
-        done(True)
+        num_bytes = len(source_ids) * sum(source.shape[1] for source, _ in self._pieces)
+        self._under_way.append(_Copies(num_bytes=num_bytes, start_s=start_s, copied=copied, done=done))
+        if not copied:
+            self._end_oldest()
 
-    def _copy(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
-        """Every byte is in place when it returns."""
+    def _copy(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> tuple[torch.cuda.Event, ...]:
         for source, target in self._pieces:
             stream = self._streams.get(source.device) or self._streams.get(target.device)
             if stream is None:
@@ -185,11 +221,33 @@ class _Lane:
                 continue
             # Pieces do not follow each other in the host's pages: torch would put several together first.
             longest = len(source_ids) if source.is_contiguous() and target.is_contiguous() else 1
+            copies = runs(source_ids, target_ids, longest)
             with torch.cuda.stream(stream):
-                for first, to, count in runs(source_ids, target_ids, longest):
-                    target[to : to + count].copy_(source[first : first + count], non_blocking=True)
-        for stream in self._streams.values():
-            stream.synchronize()
+                # Many in one call, which does without the interpreter: other threads do not hold them up.
+                while some := list(itertools.islice(copies, COPIES_A_CALL)):
+                    torch._foreach_copy_(
+                        [target.narrow(0, to, count) for _, to, count in some],
+                        [source.narrow(0, first, count) for first, _, count in some],
+                        non_blocking=True,
+                    )
+        return tuple(stream.record_event() for stream in self._streams.values())
+
+    def _end_oldest(self) -> None:
+        """Every byte of it is in place when it is reported."""
+        job = self._under_way.popleft()
+        try:
+            for event in job.copied:
+                event.synchronize()
+        except Exception:
+            log.exception("copying pages between device and host")
+            job.done(False)
+            return
+        now_s = self._clock.now_s()
+        self.num_jobs += 1
+        self.num_bytes += job.num_bytes
+        self.seconds += now_s - max(job.start_s, self._last_end_s)
+        self._last_end_s = now_s
+        job.done(True)
 
 
 def runs(

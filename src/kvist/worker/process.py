@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 LAST_WORDS_S = 8.0  # from a request to stop, or from the loop's end, until the process ends whatever it is doing
 _MAX_SETTINGS_BYTES = 1 << 20
+# The interpreter's own 5 ms are half a step: so long would each thread that reads a page wait, several times a page,
+# whenever the loop plans or launches.
+_SWITCH_S = 0.0002
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch is imported. Threads that spin while they wait would take the cores of the other workers of this
     # host: a step of 48 ms was seen to take 630 (models/linear.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    sys.setswitchinterval(_SWITCH_S)
     announce = _announcer()
     ending = _Ending()
     try:
