@@ -135,6 +135,8 @@ class _Lane:
         self.num_bytes = 0.0
         self.seconds = 0.0  # with a job under way
         self._pieces = pieces
+        # A view of each page, made once: each call that makes one gives the interpreter up and waits to get it back.
+        self._pages = [(source.unbind(), target.unbind()) for source, target in pieces]
         self._clock = clock
         gpus = {side.device for sides in pieces for side in sides if side.is_cuda}
         self._streams = {gpu: torch.cuda.Stream(gpu) for gpu in gpus}  # type: ignore[no-untyped-call]
@@ -213,7 +215,7 @@ class _Lane:
             self._end_oldest()
 
     def _copy(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> tuple[torch.cuda.Event, ...]:
-        for source, target in self._pieces:
+        for (source, target), (source_pages, target_pages) in zip(self._pieces, self._pages, strict=True):
             stream = self._streams.get(source.device) or self._streams.get(target.device)
             if stream is None:
                 for first, to, count in runs(source_ids, target_ids):  # torch would use the model's threads for it
@@ -226,8 +228,8 @@ class _Lane:
                 # Many in one call, which does without the interpreter: other threads do not hold them up.
                 while some := list(itertools.islice(copies, COPIES_A_CALL)):
                     torch._foreach_copy_(
-                        [target.narrow(0, to, count) for _, to, count in some],
-                        [source.narrow(0, first, count) for first, _, count in some],
+                        [target_pages[to] if count == 1 else target[to : to + count] for _, to, count in some],
+                        [source_pages[at] if count == 1 else source[at : at + count] for at, _, count in some],
                         non_blocking=True,
                     )
         return tuple(stream.record_event() for stream in self._streams.values())

@@ -33,7 +33,7 @@ LAST_WORDS_S = 8.0  # from a request to stop, or from the loop's end, until the 
 _MAX_SETTINGS_BYTES = 1 << 20
 # The interpreter's own 5 ms are half a step: so long would each thread that reads a page wait, several times a page,
 # whenever the loop plans or launches.
-_SWITCH_S = 0.0002
+_SWITCH_S = 0.0001
 
 log = logging.getLogger(__name__)
 
