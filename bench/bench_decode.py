@@ -33,7 +33,7 @@ from kvist.models.weights_gguf import GgufSource
 from kvist.request import RequestId, SamplingParams
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
-from kvist.runner.runner import Runner
+from kvist.runner.runner import AnyRunner
 from kvist.scheduler.plan import Batch, BatchItem
 
 NUM_STREAMS = 8
@@ -54,12 +54,12 @@ def transformers_model(config: ModelConfig) -> Any:
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         rms_norm_eps=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
         dtype="float32",
     )
-    model = LlamaForCausalLM(hf_config).eval()
+    model = LlamaForCausalLM(hf_config).eval()  # type: ignore[no-untyped-call]
     source = GgufSource(find_checkpoint(None).path, config)
     weights = {name: source.read(name, WHOLE, WHOLE) for name in expected_tensors(config)}
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -89,7 +89,7 @@ def transformers_decode(model: Any, prompt: list[int], num_tokens: int) -> tuple
     return whole_s - first_s, tokens
 
 
-def our_decode(runner: Runner, prompts: list[list[int]], num_tokens: int) -> tuple[float, list[list[int]]]:
+def our_decode(runner: AnyRunner, prompts: list[list[int]], num_tokens: int) -> tuple[float, list[list[int]]]:
     """(seconds for `num_tokens` of each stream after its first, all tokens of each stream)."""
     num_pages = -(-(len(prompts[0]) + num_tokens + 1) // runner.pool.layout.page_size)
     tokens = [list(prompt) for prompt in prompts]
@@ -118,7 +118,7 @@ def our_decode(runner: Runner, prompts: list[list[int]], num_tokens: int) -> tup
     return seconds, [known[len(prompts[0]) :] for known in tokens]
 
 
-def measure(runner: Runner, reference: Any, args: argparse.Namespace) -> list[dict[str, object]]:
+def measure(runner: AnyRunner, reference: Any, args: argparse.Namespace) -> list[dict[str, object]]:
     generator = torch.Generator().manual_seed(args.seed)
     prompts = torch.randint(100, 40_000, (NUM_STREAMS, args.prompt), generator=generator).tolist()
     answers: dict[str, list[int]] = {}

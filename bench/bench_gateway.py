@@ -23,10 +23,16 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from json_report import write_report
 from kvist import wire
-from kvist.request import EpochId, FinishReason, Outcome, WorkerId
+from kvist.request import EpochId, FinishReason, Outcome, RequestId, WorkerId
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from kvist.channel import EngineChannel
 
 PROMISED_TOKENS_PER_S = 15_000
 HOST = "127.0.0.1"
@@ -44,7 +50,7 @@ def run_engine(offered_tokens_per_s: float) -> None:
     tokens = load_tokenizer(find_checkpoint(None)).encode(WORDS)
     channel = EngineChannel(f"tcp://{HOST}:0", epoch=EpochId("bench"))
     print(channel.endpoint, flush=True)
-    streams: dict[str, tuple[bytes, int, int]] = {}  # request → gateway, position, max_tokens
+    streams: dict[RequestId, tuple[bytes, int, int]] = {}  # request → gateway, position, max_tokens
     next_step_s = time.monotonic()
     while True:
         wait_s = next_step_s - time.monotonic() if offered_tokens_per_s else 0.0
@@ -82,12 +88,9 @@ def engine_spec(endpoint: str) -> wire.EngineSpec:
     )
 
 
-def step(channel: object, streams: dict[str, tuple[bytes, int, int]], tokens: list[int]) -> None:
+def step(channel: EngineChannel, streams: dict[RequestId, tuple[bytes, int, int]], tokens: list[int]) -> None:
     """One token for each stream, one message for each gateway; a gateway that is full gets it in the next step."""
-    from kvist.channel import EngineChannel
-
-    assert isinstance(channel, EngineChannel)
-    by_gateway: dict[bytes, list[str]] = {}
+    by_gateway: dict[bytes, list[RequestId]] = {}
     for request_id, (gateway, _, _) in streams.items():
         by_gateway.setdefault(gateway, []).append(request_id)
     for gateway, request_ids in by_gateway.items():
@@ -148,20 +151,20 @@ def run_gateway(endpoint: str, port: int) -> None:
     run_in_loop(main())
 
 
-def with_baseline(app: object) -> object:
+def with_baseline(app: ASGIApp) -> ASGIApp:
     """/baseline/N writes N chunks of the size of an event, one send each, and nothing else."""
     body = b'data: {"id":"chatcmpl-' + b"x" * 160 + b'"}\n\n'
 
-    async def outer(scope: dict[str, object], receive: object, send: object) -> None:
+    async def outer(scope: Scope, receive: Receive, send: Send) -> None:
         path = str(scope.get("path", ""))
         if not path.startswith("/baseline/"):
-            await app(scope, receive, send)  # type: ignore[operator]
+            await app(scope, receive, send)
             return
-        await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[operator]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
         for _ in range(int(path.rsplit("/", 1)[1])):
-            await send({"type": "http.response.body", "body": body, "more_body": True})  # type: ignore[operator]
+            await send({"type": "http.response.body", "body": body, "more_body": True})
             await asyncio.sleep(0)  # as a stream that waits for its next token does
-        await send({"type": "http.response.body", "body": b"", "more_body": False})  # type: ignore[operator]
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     return outer
 

@@ -12,6 +12,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,28 +28,31 @@ from kvist.models.linear import Linear, make_gated_linear, make_linear
 HIDDEN, INNER, VOCAB, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 3584, 18_944, 152_064, 28, 4, 128, 16
 QKV = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
 EPS = 1e-6
+MAX_PAGES = 1024  # of one request
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 Row = dict[str, str | int | float]
 
 
-def time_us(work: Callable[[], object], repeats: int = 9) -> float:
-    """Median microseconds of one replay of what `work` launches."""
+def time_us(work: Callable[[], object], *, num_calls: int = 1, repeats: int = 9) -> float:
+    """Median microseconds of what one call of `work` launches, in a replay of `num_calls` in a row."""
     for _ in range(2):  # compiles what capturing cannot
         work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        work()
-    times = []
+        for _ in range(num_calls):
+            work()
+    times: list[float] = []
     for _ in range(repeats + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times[1:])
+    return statistics.median(times[1:]) / num_calls
 
 
 def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -68,31 +72,31 @@ def small_kernels() -> list[Row]:
         turn = rotary.Rotary(cos=cos, sin=sin)
         pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
             "add_rms_norm": (
-                lambda x=x, r=residual: norm.add_rms_norm(x, r, weight, EPS),
-                lambda x=x, r=residual: norm.add_rms_norm_torch(x, r, weight, EPS),
+                partial(norm.add_rms_norm, x, residual, weight, EPS),
+                partial(norm.add_rms_norm_torch, x, residual, weight, EPS),
             ),
             "silu_mul": (
-                lambda g=gate_up: activation.silu_mul(g),
-                lambda g=gate_up: activation.silu_mul_torch(g),
+                partial(activation.silu_mul, gate_up),
+                partial(activation.silu_mul_torch, gate_up),
             ),
             "rotation": (
-                lambda p=positions: rotary.rotation(p, frequencies),
-                lambda p=positions: rotary.rotation_torch(p, frequencies),
+                partial(rotary.rotation, positions, frequencies),
+                partial(rotary.rotation_torch, positions, frequencies),
             ),
             "rotate_and_write": (
-                lambda h=heads, t=turn, s=slots: rotary.rotate_and_write(h, t, pages, s),
-                lambda h=heads, t=turn, s=slots: _rotate_and_write_in_torch(h, t, pages, s),
+                partial(rotary.rotate_and_write, heads, turn, pages, slots),
+                partial(_rotate_and_write_in_torch, heads, turn, pages, slots),
             ),
         }
         if m <= 256:
             logits, temperatures = torch.randn(m, VOCAB, device=CUDA), torch.ones(m, device=CUDA)
             keys = torch.randint(0, 2**31 - 1, (m, 2), dtype=torch.int32, device=CUDA)
             pairs["choose_tokens"] = (
-                lambda a=logits, t=temperatures, k=keys: sampling.choose_tokens(a, t, k),
-                lambda a=logits, t=temperatures, k=keys: sampling.choose_tokens_torch(a, t, k),
+                partial(sampling.choose_tokens, logits, temperatures, keys),
+                partial(sampling.choose_tokens_torch, logits, temperatures, keys),
             )
         for name, (kernel, twin) in pairs.items():
-            times = [time_us(lambda f=f: [f() for _ in range(50)]) / 50 for f in (kernel, twin)]
+            times = [time_us(work, num_calls=50) for work in (kernel, twin)]
             rows.append({"kernel": name, "rows": m, "us": round(times[0], 2), "torch_us": round(times[1], 2)})
     return rows
 
@@ -165,18 +169,17 @@ def whole_steps(weights: Weights) -> list[Row]:
     backend.bind(pool)
     scale, frequencies = random(HIDDEN), torch.rand(HEAD_DIM // 2, device=CUDA)
     rows: list[Row] = []
-    for m, context in ((1, 256), (1, 4096), (8, 2048), (64, 1024), (128, 600), (256, 600)):
-        plan = backend.plan_graph(m, 1024)
-        if plan is None:
-            print(f"attention backend {choice.name} ({choice.reason}) cannot be captured: no whole steps")
-            return rows
+    cases = ((1, 256), (1, 4096), (8, 2048), (64, 1024), (128, 600), (256, 600))
+    plan = backend.plan_decode_graph(max(m for m, _ in cases), MAX_PAGES)  # one for all sizes, as a server has it
+    if plan is None:
+        print(f"attention backend {choice.name} ({choice.reason}) cannot be captured: no whole steps")
+        return rows
+    for m, context in cases:
         num_pages = -(-context // PAGE_SIZE)
-        plan.fill(
-            [
-                Span(start=context - 1, num_tokens=1, page_ids=list(range(i * num_pages, (i + 1) * num_pages)))
-                for i in range(m)
-            ]
-        )
+        spans = [
+            Span(start=context - 1, num_tokens=1, page_ids=list(range(i * num_pages, (i + 1) * num_pages)))
+            for i in range(m)
+        ]
         hidden, positions = random(m, HIDDEN), torch.full((m,), context - 1, device=CUDA)
         noise = torch.ones(m, device=CUDA), torch.zeros(m, 2, dtype=torch.int32, device=CUDA)
 
@@ -201,8 +204,11 @@ def whole_steps(weights: Weights) -> list[Row]:
             logits = head(norm.add_rms_norm(x, residual, scale, EPS)[0])
             sampling.choose_tokens(logits, *noise)
 
+        plan.fill([])
+        step()  # a plan takes spans for sizes that have run once
+        plan.fill(spans)
         whole = time_us(step) / 1e3
-        without = time_us(lambda step=step: step(parts="no attention")) / 1e3
+        without = time_us(partial(step, parts="no attention")) / 1e3
         rows.append({"batch": m, "context": context, "step_ms": round(whole, 3), "no_attention_ms": round(without, 3)})
     return rows
 

@@ -370,7 +370,8 @@ def no_hits_table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row["name"] for row in rows))
     speeds = {name: [row["summary"]["input_tokens_per_s"] for row in rows if row["name"] == name] for name in names}
     base, lines = speeds[names[0]], []
-    for name in names:
+    compared = [name for name in names if len(speeds[name]) == len(base)]
+    for name in compared:
         ratios = [speed / old for speed, old in zip(speeds[name], base, strict=True)]
         ratio = statistics.median(ratios)
         verdict = "" if name == names[0] else f"bar {NO_HITS_BAR}: {'met' if ratio >= NO_HITS_BAR else 'MISSED'}"
@@ -378,7 +379,13 @@ def no_hits_table(rows: Sequence[Row]) -> str:
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         median = f"{statistics.median(speeds[name]):,.0f}"
         lines.append((name, median, f"{ratio:.3f}", spread, f"{backed_up / 1e9:.2f}", verdict))
-    return table(("tiers", "input tok/s, median", "ratio, median", "ratios", "GB backed up", "verdict"), lines)
+    told = [table(("tiers", "input tok/s, median", "ratio, median", "ratios", "GB backed up", "verdict"), lines)]
+    for name in names:
+        if name not in compared:
+            counts = f"{len(speeds[name])} of {name}, {len(base)} of {names[0]}"
+            median = f"{statistics.median(speeds[name]):,.0f}"
+            told.append(f"{name}: {median} input tok/s, not compared: a run failed, rows measured are {counts}")
+    return "\n".join(told)
 
 
 def hit_rate_within(row: Row, seconds: float) -> float | None:
