@@ -50,6 +50,38 @@ def test_two_ranks_give_the_tokens_and_pages_of_one(
     assert list((tmp_path / "two").iterdir()) == []
 
 
+SLOW_FOLLOWER = """
+import runpy, time
+from kvist.models.decoder import DecoderLayer
+attend = DecoderLayer.attend
+DecoderLayer.attend = lambda *args: time.sleep(0.2) or attend(*args)
+runpy.run_module("kvist.runner.follower", run_name="__main__")
+"""
+
+
+@pytest.mark.e2e
+def test_a_step_that_chooses_no_token_is_over_when_the_slowest_rank_has_written_its_pages(
+    engine: Any,
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+    runner_factory: Callable[..., Runner],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tp, "FOLLOWER", (sys.executable, "-c", SLOW_FOLLOWER))
+    runner = runner_factory(tiny_checkpoint, tmp_path / "two", tp=2)
+    try:
+        runner.pool.tensor.zero_()
+        pages = engine.pages(8)
+        item = BatchItem(
+            request_id=RequestId("r"), token_ids=list(range(3, 11)), start=0, page_ids=pages, sampling=None
+        )
+        for each in (engine.runner, runner):
+            each.launch(Batch(step_id=1, items=(item,))).result()
+        torch.testing.assert_close(runner.pool.tensor[pages], engine.runner.pool.tensor[pages])
+    finally:
+        runner.close()
+
+
 @pytest.mark.e2e
 def test_a_dead_rank_is_an_error_that_says_so(
     tiny_checkpoint: Checkpoint, tmp_path: Path, runner_factory: Callable[..., Runner]

@@ -10,9 +10,9 @@ the link has no pause between small jobs. Every job is answered, until `close`.
 Of tensor-parallel ranks on GPUs each has a piece of every page: the host has the whole page, put together of them.
 
 Why no stream waits for another. A page is backed up after the step that computed it was read by the host, and reading
-waits for the whole step. A page is loaded into a device page that nobody has: who had it before gave it up after the
-last step that used it was read (`RequestTable.is_written`). And the step that uses what was loaded is launched after
-the report, which a lane makes after it has waited for its own stream.
+waits for the whole step, on all ranks. A page is loaded into a device page that nobody has: who had it before gave it
+up after the last step that used it was read (`RequestTable.is_written`). And the step that uses what was loaded is
+launched after the report, which a lane makes after it has waited for its own stream.
 
 The records of a host pool that persists (persistence.py) are kept by the backups' thread: the engine loop computes no
 checksum and waits for no disk.

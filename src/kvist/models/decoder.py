@@ -113,6 +113,7 @@ class VocabularyEnds:
         head_weight = weight if config.tie_word_embeddings else share.read(reader, "lm_head.weight")
         self.head = VocabParallelHead(head_weight, config.vocab_size, tp)
         self.norm = reader.read("model.norm.weight")
+        self.tp = tp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +139,7 @@ class CausalLM:
         self._frequencies = inverse_frequencies(config).to(ends.norm.device)
 
     def begin(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Unfinished:
-        """token_ids, positions [T] int64: everything up to the last layer's attention, so all K/V is in the cache."""
+        """token_ids, positions [T] int64: up to the last layer's attention, so all K/V of this rank is in the cache."""
         cos, sin = rotation(positions, self._frequencies)
         *layers, last = self._layers
         x, residual = self._ends.embed(token_ids), None
@@ -152,8 +153,13 @@ class CausalLM:
         x, residual = self._layers[-1].finish(unfinished.heads, unfinished.residual)
         return add_rms_norm(x, residual, self._ends.norm, self.config.rms_norm_eps)[0]
 
+    def meet(self, unfinished: Unfinished) -> None:
+        """For a step that nobody finishes: wait, as finishing does, until every rank's K/V is in the cache."""
+        if self._ends.tp.size > 1:
+            self._ends.tp.all_reduce(unfinished.residual.new_zeros(1))
+
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Both, for all rows: [T, hidden_size]."""
+        """Begin and finish, for all rows: [T, hidden_size]."""
         return self.finish(self.begin(token_ids, positions, attend))
 
     def logits(self, hidden: Tensor) -> Tensor:

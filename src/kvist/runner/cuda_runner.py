@@ -160,6 +160,7 @@ class CudaRunner:
             words = self._staging.views(num_tokens, num_sampled)
             unfinished = self._model.begin(words.token_ids(), words.positions, self._attention.prepare(spans))
         if not num_sampled:
+            self._model.meet(unfinished)
             return None
         logits = self._model.logits(self._model.finish(unfinished.select(words.rows)))
         if rows is not None:

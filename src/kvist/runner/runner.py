@@ -34,6 +34,8 @@ class Model(Protocol):
 
     def finish(self, unfinished: Unfinished) -> Tensor: ...
 
+    def meet(self, unfinished: Unfinished) -> None: ...
+
     def logits(self, hidden: Tensor) -> Tensor: ...
 
 
@@ -44,8 +46,8 @@ class InFlight(Protocol):
         """Whether `result` would not wait."""
 
     def result(self) -> SampledTokens:
-        """Waits until the K/V of every token of the batch is in the pages. Raises what the device raised. Once, and in
-        the order of the launches."""
+        """Waits until the K/V of every token of the batch is in the pages of all ranks. Raises what the device raised.
+        Once, and in the order of the launches."""
 
 
 class AnyRunner(Protocol):
@@ -107,6 +109,7 @@ def forward(model: Model, attention: AttentionBackend, inputs: ForwardInputs) ->
     unfinished = model.begin(inputs.token_ids, inputs.positions, attention.prepare(inputs.spans))
     if inputs.sampled_rows is not None:
         if not len(inputs.sampled_rows):
+            model.meet(unfinished)
             return None
         unfinished = unfinished.select(inputs.sampled_rows)
     return model.logits(model.finish(unfinished))
