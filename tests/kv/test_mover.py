@@ -17,7 +17,7 @@ from kvist.kv.device import DevicePool
 from kvist.kv.host import HostPool, plan_host_pages
 from kvist.kv.layout import PageLayout
 from kvist.kv.mover import MOST_UNDER_WAY, PageMover, runs
-from kvist.kv.moves import BackUpPages, ForgetPages, LoadPages, PagesBackedUp, PagesForgotten, PagesLoaded
+from kvist.kv.moves import BackUpPages, ForgetPages, LoadPages, PageReport, PagesBackedUp, PagesForgotten, PagesLoaded
 
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=3, page_size=4, head_dim=8, dtype="float32")
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)]
@@ -30,14 +30,14 @@ class Moving:
         self.host.tensor.fill_(255)
         self.woken = threading.Event()
         self.mover = PageMover(self.pool, self.host, wakeup=self.woken.set, clock=MonotonicClock())
-        self._unseen: list[PagesLoaded | PagesBackedUp | PagesForgotten] = []
+        self._unseen: list[PageReport] = []
 
-    def reports(self, number: int = 1) -> list[PagesLoaded | PagesBackedUp | PagesForgotten]:
+    def reports(self, number: int = 1) -> list[PageReport]:
         found = self.first_reports(number)
         assert self._unseen == []
         return found
 
-    def first_reports(self, number: int) -> list[PagesLoaded | PagesBackedUp | PagesForgotten]:
+    def first_reports(self, number: int) -> list[PageReport]:
         give_up_s = time.monotonic() + 60
         while len(self._unseen) < number:
             assert time.monotonic() < give_up_s

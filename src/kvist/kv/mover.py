@@ -40,7 +40,7 @@ from torch import Tensor
 from kvist.clock import Clock
 from kvist.kv.device import DevicePool
 from kvist.kv.host import HostPool
-from kvist.kv.moves import BackUpPages, ForgetPages, LoadPages, PagesBackedUp, PagesForgotten, PagesLoaded
+from kvist.kv.moves import BackUpPages, ForgetPages, LoadPages, PageReport, PagesBackedUp, PagesForgotten, PagesLoaded
 
 MOVE_COUNTERS = (
     "host_loads",
@@ -61,7 +61,7 @@ class PageMover:
     """`start`, `poll`, `totals` and `close` are the engine loop's; `wakeup` is called by any thread."""
 
     def __init__(self, device: DevicePool, host: HostPool, *, wakeup: Callable[[], None], clock: Clock) -> None:
-        self._reports: deque[PagesLoaded | PagesBackedUp | PagesForgotten] = deque()
+        self._reports: deque[PageReport] = deque()
         pieces = [(piece, host.tensor[:, at : at + piece.shape[1]]) for at, piece in device.pieces()]
         once = {on_host.data_ptr(): (piece, on_host) for piece, on_host in pieces}  # several ranks may have one head
         self._loads = _Lane("kvist-load", [(on_host, piece) for piece, on_host in pieces], clock)
@@ -80,7 +80,7 @@ class PageMover:
                 job.page_ids, job.host_slots, partial(self._backed_up, job), partial(self._before_backup, job)
             )
 
-    def poll(self) -> list[PagesLoaded | PagesBackedUp | PagesForgotten]:
+    def poll(self) -> list[PageReport]:
         """What happened since the last call."""
         return [self._reports.popleft() for _ in range(len(self._reports))]
 
@@ -111,7 +111,7 @@ class PageMover:
             self._persistent.record(job.host_slots, job.names)
         self._report(PagesBackedUp(job_id=job.job_id, ok=ok))
 
-    def _report(self, report: PagesLoaded | PagesBackedUp | PagesForgotten) -> None:
+    def _report(self, report: PageReport) -> None:
         self._reports.append(report)
         self._wakeup()
 
@@ -135,10 +135,10 @@ class _Lane:
         self.num_bytes = 0.0
         self.seconds = 0.0  # with a job under way
         self._pieces = pieces
-        # A view of each page, made once: each call that makes one gives the interpreter up and waits to get it back.
-        self._pages = [(source.unbind(), target.unbind()) for source, target in pieces]
         self._clock = clock
         gpus = {side.device for sides in pieces for side in sides if side.is_cuda}
+        # A view of each page, made once: each call that makes one gives the interpreter up and waits to get it back.
+        self._pages = [(source.unbind(), target.unbind()) for source, target in pieces] if gpus else []
         self._streams = {gpu: torch.cuda.Stream(gpu) for gpu in gpus}  # type: ignore[no-untyped-call]
         self._closed = False
         # None: the end. Bounded by the pages that the cache lets be in flight, and the flushes that it is asked for.
@@ -215,7 +215,7 @@ class _Lane:
             self._end_oldest()
 
     def _copy(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> tuple[torch.cuda.Event, ...]:
-        for (source, target), (source_pages, target_pages) in zip(self._pieces, self._pages, strict=True):
+        for number, (source, target) in enumerate(self._pieces):
             stream = self._streams.get(source.device) or self._streams.get(target.device)
             if stream is None:
                 for first, to, count in runs(source_ids, target_ids):  # torch would use the model's threads for it
@@ -224,6 +224,7 @@ class _Lane:
             # Pieces do not follow each other in the host's pages: torch would put several together first.
             longest = len(source_ids) if source.is_contiguous() and target.is_contiguous() else 1
             copies = runs(source_ids, target_ids, longest)
+            source_pages, target_pages = self._pages[number]
             with torch.cuda.stream(stream):
                 # Many in one call, which does without the interpreter: other threads do not hold them up.
                 while some := list(itertools.islice(copies, COPIES_A_CALL)):
