@@ -63,10 +63,7 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
     verb, *rest = words
     if verb != BENCH or not rest or rest[0].startswith("-"):
         return verb, rest
-    verb, rest = f"{BENCH} {rest[0]}", rest[1:]
-    if verb == "bench custom" and rest and not rest[0].startswith("-"):
-        rest = ["--file", *rest]
-    return verb, rest
+    return f"{BENCH} {rest[0]}", rest[1:]
 
 
 def _overview() -> str:
@@ -75,7 +72,7 @@ def _overview() -> str:
     return (
         "usage: kvist VERB [options]\n\n"
         "Serves large language models with prefill and decode apart, over a radix-shared KV cache.\n\n"
-        f"{verbs}\n\nkvist VERB --help lists a verb's options; kvist --version prints the version."
+        f"{verbs}\n\nkvist VERB --help shows a verb's common options, --help-all every one; kvist --version prints the version."
     )
 
 
@@ -92,8 +89,9 @@ def _run(verb: str, argv: list[str]) -> int:
         raise ConfigError(f"there is no such verb{nearest(verb, list(VERBS))} Known: {', '.join(VERBS)}")
     from kvist import settings
 
-    if "-h" in argv or "--help" in argv:
-        _show(settings.help_for(verb, VERBS[verb]))
+    if asked := {"-h", "--help", "--help-all"}.intersection(argv):
+        bold = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        _show(settings.help_for(verb, VERBS[verb], everything="--help-all" in asked, bold=bold))
         return 0
     read = settings.read(verb, argv, os.environ)
     from kvist.log import setup_logging

@@ -1,31 +1,55 @@
-"""Writes `--help` from the options of a settings class: default, unit, choices and text, grouped by room."""
+"""Writes `--help` and `--help-all` from the options of a settings class: default, unit, choices and text, by group."""
 
 from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvist.flags import Option, Shorthand, options_of
 
 _PLACEHOLDERS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+_MAX_WIDTH, _FLAG_COLUMN = 110, 30
+_TITLES = {
+    "channel": "Messages between processes",
+    "cluster": "Workers to start",
+    "engine": "Engine",
+    "host_tier": "Host tier of the cache",
+    "load": "Load",
+    "process": "Process",
+    "router": "Router",
+    "scheduler": "Scheduler",
+    "server": "HTTP server",
+    "storage": "Storage tier of the cache",
+    "target": "Server under test",
+}
 
 
-def help_text(settings_class: type, *, usage: str, summary: str, shorthands: Sequence[Shorthand] = ()) -> str:
-    """The whole page. One option a paragraph: its flags, then its text, its limits, its default, its variable."""
-    width = min(110, shutil.get_terminal_size().columns)
-    options = options_of(settings_class)
-    lines = [f"usage: {usage}", "", *textwrap.wrap(summary, width), ""]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HelpPage:
+    """What a page says besides its options. With `only`, it is the short page: these options, a line or two each."""
+
+    usage: str
+    summary: str
+    shorthands: Sequence[Shorthand] = ()
+    only: Collection[str] | None = None  # keys of options
+    bold: bool = False  # flags and titles, for a terminal
+
+
+def help_text(settings_class: type, page: HelpPage) -> str:
+    width = min(_MAX_WIDTH, shutil.get_terminal_size().columns)
+    options = [option for option in options_of(settings_class) if page.only is None or option.key in page.only]
+    lines = [f"usage: {page.usage}", "", *textwrap.wrap(page.summary, width), ""]
     for group in dict.fromkeys(option.group for option in options):
-        lines.append(f"{group}:")
+        lines.append(_bold(_TITLES.get(group, group.capitalize()) + ":", page))
         for option in options:
             if option.group == group:
-                lines += _paragraph(option, width)
-                for short in shorthands:
-                    if short.key == option.key:
-                        lines += _entry(short.flag + ("" if short.value else " TEXT"), short.text, width)
+                lines += _short(option, width, page) if page.only is not None else _full(option, width, page)
         lines.append("")
+    if page.only is not None:
+        lines.append("--help-all shows every option, with its unit, its limits and its other names.")
     lines += textwrap.wrap(
         "Every option can also be set by the environment variable KVIST_<NAME> (--page-size is KVIST_PAGE_SIZE) or by "
         "its name with underscores in the TOML file named by --config. Flags win over the environment, the "
@@ -35,14 +59,22 @@ def help_text(settings_class: type, *, usage: str, summary: str, shorthands: Seq
     return "\n".join(lines)
 
 
-def _paragraph(option: Option, width: int) -> list[str]:
-    head = ", ".join(option.flags)
-    if not option.is_switch:
-        unit = option.help.unit.upper().replace(" ", "_")
-        placeholder = unit or _PLACEHOLDERS[option.kinds[-1]]
-        if option.choices:
-            placeholder = "{" + ",".join(str(choice) for choice in option.choices) + "}"
-        head += f" {placeholder}" + (" ..." if option.many else "")
+def _bold(text: str, page: HelpPage) -> str:
+    return f"\x1b[1m{text}\x1b[0m" if page.bold else text
+
+
+def _short(option: Option, width: int, page: HelpPage) -> list[str]:
+    head = option.flags[0] + _placeholder(option)
+    text = f"{option.help.text} (default: {_shown(option)})"
+    indent = " " * _FLAG_COLUMN
+    lines = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
+    if len(head) + 4 <= _FLAG_COLUMN:
+        lines[0] = f"  {_bold(head, page)}{' ' * (_FLAG_COLUMN - len(head) - 2)}{lines[0].strip()}"
+        return lines
+    return [f"  {_bold(head, page)}", *lines]
+
+
+def _full(option: Option, width: int, page: HelpPage) -> list[str]:
     notes = [f"default: {_shown(option)}"]
     if option.help.unit:
         notes.append(f"unit: {option.help.unit}")
@@ -50,11 +82,26 @@ def _paragraph(option: Option, width: int) -> list[str]:
         low = "" if option.help.minimum is None else f"{option.help.minimum:g}"
         high = "" if option.help.maximum is None else f"{option.help.maximum:.0f}"
         notes.append(f"allowed: {low}..{high}")
-    return _entry(head, f"{option.help.text} ({'; '.join(notes)})", width)
+    head = ", ".join(option.flags) + _placeholder(option)
+    lines = _entry(head, f"{option.help.text} ({'; '.join(notes)})", width, page)
+    for short in page.shorthands:
+        if short.key == option.key:
+            lines += _entry(short.flag + ("" if short.value else " TEXT"), short.text, width, page)
+    return lines
 
 
-def _entry(head: str, text: str, width: int) -> list[str]:
-    return [f"  {head}", *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+def _placeholder(option: Option) -> str:
+    if option.is_switch:
+        return ""
+    word = option.help.unit.upper().replace(" ", "_") or _PLACEHOLDERS[option.kinds[-1]]
+    if option.choices:
+        word = "{" + ",".join(str(choice) for choice in option.choices) + "}"
+    return f" {word}" + (" ..." if option.many else "")
+
+
+def _entry(head: str, text: str, width: int, page: HelpPage) -> list[str]:
+    indent = " " * 8
+    return [f"  {_bold(head, page)}", *textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)]
 
 
 def _shown(option: Option) -> str:

@@ -201,10 +201,19 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-class _Flags:
-    """Walks one argument list. Lives for one call of `from_arguments`."""
+def nearest_flag(flag: str, known: Sequence[str]) -> str:
+    """As `nearest`, for words of which most begin and end alike: only a slip of the fingers is close enough."""
+    matches = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
-    def __init__(self, options: Sequence[Option], shorthands: Sequence[Shorthand]) -> None:
+
+class _Flags:
+    """Walks one argument list. Lives for one call of `read_settings`."""
+
+    def __init__(self, options: Sequence[Option], sources: Sources) -> None:
+        shorthands = sources.shorthands
+        self._positional, self._remedies = sources.positional, sources.remedies
+        self._had_word = False
         self._by_flag = {flag: option for option in options for flag in option.flags}
         self._by_key = {option.key: option for option in options}
         self._short = {item.flag: item for item in shorthands if item.key in self._by_key}
@@ -220,10 +229,19 @@ class _Flags:
         while left:
             word = left.pop(0)
             if not word.startswith("-"):
-                raise ConfigError(f"unexpected argument {word!r}: options start with --")
+                self._word(word)
+                continue
             flag, equals, inline = word.partition("=")
             self._one(flag, inline if equals else None, left)
         return self.given
+
+    def _word(self, word: str) -> None:
+        """A value without a flag."""
+        option = self._by_key.get(self._positional or "")
+        if option is None or self._had_word:
+            raise ConfigError(f"unexpected argument {word!r}: options start with --")
+        self._had_word = True
+        self._set(option, f"the argument {word!r}", _read(option, option.flags[0], word))
 
     def _one(self, flag: str, inline: str | None, left: list[str]) -> None:
         if flag in self._negated and flag not in self._by_flag:
@@ -245,8 +263,9 @@ class _Flags:
             else:
                 self._set(option, flag, _read(option, flag, _value_after(flag, inline, left, option)))
         else:
-            known = [*self._by_flag, *self._short]
-            raise ConfigError(f"unknown flag {flag}{nearest(flag, known)}", param=flag.lstrip("-"))
+            remedy = self._remedies.get(flag)
+            hint = f"; {remedy}" if remedy else nearest_flag(flag, [*self._by_flag, *self._short])
+            raise ConfigError(f"unknown flag {flag}{hint}", param=flag.lstrip("-"))
 
     def _shorthand(self, short: Shorthand, inline: str | None, left: list[str]) -> None:
         option = self._by_key[short.key]
@@ -314,12 +333,14 @@ class Sources:
     environ: Mapping[str, str]
     shorthands: Sequence[Shorthand] = ()
     other_keys: Sequence[str] = ()  # options of other verbs: one TOML file may serve all of them
+    positional: str | None = None  # the option that a word without a flag sets
+    remedies: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what to do instead of a flag we lack
 
 
 def read_settings(settings_class: type[T], sources: Sources) -> T:
     """Compose `settings_class`. Raises `ConfigError` naming the flag, variable or key, the value, what is allowed."""
     options = options_of(settings_class)
-    flags = _Flags(options, sources.shorthands).read(sources.argv)
+    flags = _Flags(options, sources).read(sources.argv)
     environment = _from_environment(options, sources.environ)
     given = {**environment, **flags}
     config = given.get("config")  # the option that names the TOML file

@@ -22,8 +22,9 @@ from kvist.cluster.plan import ClusterShape, share_threads, visible_gpus
 from kvist.config import option
 from kvist.cores import num_usable_cores
 from kvist.errors import ConfigError
-from kvist.flag_help import help_text
+from kvist.flag_help import HelpPage, help_text
 from kvist.flags import ENV_PREFIX, Shorthand, Sources, group, nearest, options_of, read_settings, to_argv
+from kvist.foreign_flags import REMEDIES
 from kvist.log import LogConfig
 from kvist.router.config import RouterConfig
 from kvist.scheduler.config import SchedulerOptions
@@ -39,7 +40,6 @@ SHORTHANDS = (
         renamed=(("null", "unified"),),
         text="the same as --role, as SGLang names it; null means unified",
     ),
-    Shorthand(flag="--max-model-len", key="context_length", text="the same as --context-length, as vLLM names it"),
 )
 
 _WORKER_LISTS = ("prefill", "decode", "worker_urls")
@@ -171,9 +171,28 @@ _SETTINGS: dict[str, type[Settings]] = {
 }
 
 
-def help_for(verb: str, summary: str) -> str:
-    sentence = summary[0].upper() + summary[1:] + "."
-    return help_text(_SETTINGS[verb], usage=f"kvist {verb} [options]", summary=sentence, shorthands=SHORTHANDS)
+_POSITIONAL = {"serve": "model_path", "router": "model_path", "up": "model_path", "bench custom": "file"}
+_COMMON = {  # what `--help` lists; `--help-all` has everything
+    *("model_path", "served_model_name", "host", "port", "api_key", "role", "tp", "mem_fraction_static", "dtype"),
+    *("context_length", "max_running_requests", "enable_hierarchical_cache", "hicache_storage_backend", "log_level"),
+    *("prefill", "decode", "unified", "worker_urls", "policy", "question", "base_url", "model", "seed", "config"),
+}
+
+
+def help_for(verb: str, summary: str, *, everything: bool = True, bold: bool = False) -> str:
+    """The verb's `--help-all`, or with less than `everything` its `--help`: the options that most users need."""
+    argument = {"model_path": " [MODEL]", "file": " [FILE]", None: ""}[_POSITIONAL.get(verb)]
+    shown = None if everything or verb.startswith("bench") else _COMMON
+    return help_text(
+        _SETTINGS[verb],
+        HelpPage(
+            usage=f"kvist {verb}{argument} [options]",
+            summary=summary[0].upper() + summary[1:] + ".",
+            shorthands=SHORTHANDS,
+            only=shown,
+            bold=bold,
+        ),
+    )
 
 
 def read(verb: str, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -183,8 +202,16 @@ def read(verb: str, argv: Sequence[str], environ: Mapping[str, str]) -> Settings
         key = name.removeprefix(ENV_PREFIX).lower()
         if name.startswith(ENV_PREFIX) and key not in known:
             # not an error: others (a Kubernetes Service named kvist) put variables there too
-            print(f"kvist: the variable {name} sets no option{nearest(key, sorted(known))}", file=sys.stderr)
-    sources = Sources(argv=argv, environ=environ, shorthands=SHORTHANDS, other_keys=sorted(known))
+            names = [ENV_PREFIX + each.upper() for each in sorted(known)]
+            print(f"kvist: the variable {name} sets no option{nearest(name, names)}", file=sys.stderr)
+    sources = Sources(
+        argv=argv,
+        environ=environ,
+        shorthands=SHORTHANDS,
+        other_keys=sorted(known),
+        positional=_POSITIONAL.get(verb),
+        remedies=REMEDIES,
+    )
     return read_settings(_SETTINGS[verb], sources)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from kvist.config import option
 from kvist.errors import ConfigError
-from kvist.flag_help import help_text
+from kvist.flag_help import HelpPage, help_text
 from kvist.flags import Shorthand, Sources, options_of, read_settings, to_argv
 
 
@@ -181,7 +181,7 @@ def test_a_refused_secret_is_not_quoted(tmp_path: Path) -> None:
 
 
 def test_help_tells_default_unit_choices_and_text_of_every_option() -> None:
-    page = help_text(Settings, usage="kvist test", summary="A test.", shorthands=SHORTHANDS)
+    page = help_text(Settings, HelpPage(usage="kvist test", summary="A test.", shorthands=SHORTHANDS))
     for option_ in options_of(Settings):
         assert all(flag in page for flag in option_.flags)
         assert option_.help.text.split()[0] in page

@@ -147,7 +147,7 @@ def test_a_variable_that_sets_nothing_is_told_with_the_nearest_name(capsys: pyte
     settings.read("serve", [], {"KVIST_PAGE_SISE": "16"})
     shown = capsys.readouterr().err
     assert "KVIST_PAGE_SISE" in shown
-    assert "page_size" in shown
+    assert "KVIST_PAGE_SIZE" in shown
 
 
 def test_a_variable_of_another_verb_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:

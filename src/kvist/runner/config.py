@@ -28,18 +28,23 @@ class RunnerOptions:
     )
     base_gpu_id: int = option(0, "the first GPU of this worker, counted from 0; --tp N takes N in a row", minimum=0)
     context_length: int | None = option(
-        None, "longest prompt and answer together; by default what the model was trained for", unit="tokens", minimum=2
+        None,
+        "longest prompt and answer together; by default what the model was trained for",
+        unit="tokens",
+        aliases=("max-model-len",),
+        minimum=2,
     )
     tp: int = option(
         1,
         "tensor parallel size: ranks that share each layer, on GPUs one each",
-        aliases=("tp-size", "tensor-parallel-size"),
+        aliases=("tp-size", "tensor-parallel-size", "-tp"),
         minimum=1,
     )
     mem_fraction_static: float = option(
         0.8,
         "share of the memory for weights and KV pages together: of all that a GPU has, of what is free on a CPU; "
         "kvist up divides the default among the workers of one GPU",
+        aliases=("gpu-memory-utilization",),
         minimum=0.01,
         maximum=1.0,
     )
@@ -49,19 +54,28 @@ class RunnerOptions:
         unit="tokens",
         minimum=1,
     )
-    page_size: int = option(16, "tokens in one KV page; equal on all workers", unit="tokens", minimum=1, maximum=256)
+    page_size: int = option(
+        16,
+        "tokens in one KV page; equal on all workers",
+        unit="tokens",
+        aliases=("block-size",),
+        minimum=1,
+        maximum=256,
+    )
     attention_backend: str = option(
         "auto",
         "implementation of attention; auto takes the quickest here",
         choices=("auto", "torch", "fa3", "flashinfer"),
     )
     disable_cuda_graph: bool = option(
-        False, "on a GPU, launch a step kernel by kernel instead of replaying a CUDA graph"
+        False,
+        "on a GPU, launch a step kernel by kernel instead of replaying a CUDA graph",
+        aliases=("enforce-eager",),
     )
     num_threads: int = option(
         0, "CPU threads of the engine; 0 shares the cores with the workers that this host runs already", minimum=0
     )
-    random_seed: int = option(0, "seed of dummy weights", minimum=0)
+    random_seed: int = option(0, "seed of dummy weights", aliases=("seed",), minimum=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ class SchedulerOptions:
         None,
         "requests computed together; more of them wait; auto is 128 on a CPU, 256 on a GPU",
         unit="requests",
+        aliases=("max-num-seqs",),
         minimum=1,
         unset=AUTO,
     )
@@ -32,6 +33,7 @@ class SchedulerOptions:
         None,
         "tokens of a step as a rule, when many streams wait for it; auto is made for the device and the role",
         unit="tokens",
+        aliases=("max-num-batched-tokens",),
         minimum=1,
         unset=AUTO,
     )
