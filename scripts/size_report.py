@@ -1,7 +1,7 @@
 """Prints how large each room is, and fails when one outgrows what a person can hold in their head.
 
-Limits: 500 lines a file, everything counted; 3,500 lines of code in a core room and 2,000 in any other; and no file with
-a name that says nothing (utils.py). Lines of code are those with something to run or declare: a docstring, a comment or
+Limits: 500 lines a file, everything counted; 3,500 lines of code in a core room and 2,000 in any other; and no file
+whose name says nothing (utils.py). Lines of code are those with something to run or declare: a docstring, a comment or
 a blank line makes a room longer and easier to read, and must not be what is cut to stay within a limit.
 """
 

@@ -72,7 +72,8 @@ def _overview() -> str:
     return (
         "usage: kvist VERB [options]\n\n"
         "Serves large language models with prefill and decode apart, over a radix-shared KV cache.\n\n"
-        f"{verbs}\n\nkvist VERB --help shows a verb's common options, --help-all every one; kvist --version prints the version."
+        f"{verbs}\n\n"
+        "kvist VERB --help shows a verb's common options, --help-all every one; kvist --version prints the version."
     )
 
 
