@@ -30,6 +30,15 @@ class OptionHelp:
     unset: str = ""  # the word for None, in --help and as a value
 
 
+def check_api_key(key: str) -> None:
+    """Raises `ValueError` for a key that no client could send in a header; the key is not quoted."""
+    if not key or not all("!" <= letter <= "~" for letter in key):
+        raise ValueError(
+            "--api-key is empty or has characters that cannot be sent in an HTTP header: "
+            "use ASCII letters, digits and punctuation, without spaces"
+        )
+
+
 def option(
     default: T,
     text: str,

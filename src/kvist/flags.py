@@ -159,6 +159,13 @@ def _read_scalar(option: Option, source: str, raw: object) -> object:
     raise _bad_value(option, source, raw)
 
 
+def _check_secret(option: Option, source: str, raw: object) -> None:
+    """An empty secret, as an unset shell variable gives it, would leave the door open without a word. Raises
+    `ConfigError`."""
+    if isinstance(raw, str) and not raw.strip():
+        raise ConfigError(f"{source} is empty: give it a value, or leave it out", param=option.key)
+
+
 def _as_kind(kind: type, raw: object) -> object | None:
     if kind is bool:
         if isinstance(raw, str):
@@ -185,10 +192,15 @@ def _within(note: OptionHelp, value: object) -> bool:
 
 def _read(option: Option, source: str, raw: object) -> object:
     if not option.many:
+        if option.help.secret:
+            _check_secret(option, source, raw)
         return _read_scalar(option, source, raw)
     items = raw.replace(",", " ").split() if isinstance(raw, str) else raw
     if not isinstance(items, list | tuple):
         raise _bad_value(option, source, raw)
+    if option.help.secret:
+        for item in items or ("",):
+            _check_secret(option, source, item)
     return tuple(_read_scalar(option, source, item) for item in items)
 
 
@@ -395,7 +407,7 @@ def to_argv(settings: object, target_class: type, *, without: Sequence[str] = ()
         if option.key in without or value == option.default or value is None:
             continue
         if option.help.secret:
-            environ[option.env] = str(value)
+            environ[option.env] = " ".join(value) if isinstance(value, tuple) else str(value)
         elif option.is_switch:
             argv.append(option.flags[0] if value else "--no-" + option.flags[0][2:])
         elif option.many:

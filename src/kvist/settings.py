@@ -288,7 +288,7 @@ def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str
         "hicache_persist",
         *(["base_gpu_id"] if num_gpus else []),
     )
-    worker_argv, worker_environ = to_argv(settings, ServeSettings, without=(*dealt_out, *_PLANNED, "api_key"))
+    worker_argv, worker_environ = to_argv(settings, ServeSettings, without=(*dealt_out, *_PLANNED))
     router_argv, router_environ = to_argv(settings, RouterSettings, without=(*dealt_out, *_WORKER_LISTS))
     server = settings.server if isinstance(settings, UpSettings) else ServerConfig(port=0)
     threads = engine.num_threads or share_threads(settings.cluster.num_workers, num_usable_cores())

@@ -15,7 +15,7 @@ from kvist.server.config import ServerConfig
     ("server", "warned"),
     [
         (ServerConfig(host="0.0.0.0", port=0), True),
-        (ServerConfig(host="0.0.0.0", port=0, api_key="k"), False),
+        (ServerConfig(host="0.0.0.0", port=0, api_key=("k",)), False),
         (ServerConfig(host="127.0.0.1", port=0), False),
     ],
 )

@@ -57,7 +57,7 @@ async def test_stopping_is_bounded_and_closes_what_is_open(make_bench: Callable[
 
 async def test_the_openai_client_chats_streams_and_understands_errors(make_bench: Callable[..., Any]) -> None:
     openai = pytest.importorskip("openai")
-    bench = make_bench(port=0, api_key="sesam")
+    bench = make_bench(port=0, api_key=("sesam",))
     messages = [{"role": "user", "content": "hi"}]
     async with (
         served(bench) as url,

@@ -123,7 +123,7 @@ async def test_a_body_that_never_ends_is_a_timeout(make_bench: Callable[..., Any
 
 
 async def test_the_api_key_guards_all_but_health_and_ready(make_bench: Callable[..., Any]) -> None:
-    bench = make_bench(api_key="sesam")
+    bench = make_bench(api_key=("sesam",))
     for path in ("/v1/models", "/server_info", "/metrics", "/nowhere"):
         assert (await bench.client.get(path)).status_code == 401
         assert (await bench.client.get(path, headers={"authorization": "Bearer wrong"})).status_code == 401

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kvist.config import option
+from kvist.config import check_api_key, option
 from kvist.errors import ConfigError
 
 SERVER, DRAWN, AUTO = "server", "drawn", "auto"
@@ -49,6 +49,8 @@ class TargetConfig:
     baseline: Path | None = option(None, "an earlier --json file: print ratios to it")
 
     def __post_init__(self) -> None:
+        if self.api_key is not None:
+            check_api_key(self.api_key)
         if self.vocab_high < self.vocab_low:
             raise ConfigError("--vocab-high is below --vocab-low", param="vocab_high")
         url = urlsplit(self.base_url)

@@ -91,7 +91,8 @@ def serve_router(
     """Until SIGINT or SIGTERM: 0. Raises `ConfigError` for a bad URL, a missing tokenizer, a port that is taken."""
     with _listening(server, stop_with_stdin) as (stop, listener, name):
         checkpoint = find_checkpoint(model_path)
-        dispatcher = build_dispatcher(router, channel, api_key=server.api_key)  # one key for router and workers
+        key = server.api_key[0] if server.api_key else None  # one of its workers' keys, too
+        dispatcher = build_dispatcher(router, channel, api_key=key)
         app = build_app(
             dispatcher=dispatcher,
             tokenizer=load_tokenizer(checkpoint),
@@ -149,7 +150,7 @@ def listen(server: ServerConfig) -> Iterator[socket.socket]:
                 f"cannot listen on --host {server.host} --port {server.port}: {error.strerror}"
             ) from error
         address, port = listener.getsockname()[:2]
-        if server.api_key is None and not is_loopback(f"tcp://{bracketed(address)}:{port}"):
+        if not server.api_key and not is_loopback(f"tcp://{bracketed(address)}:{port}"):
             log.warning("HTTP on %s is open to whoever can reach it: --api-key closes it", server.host)
         yield listener
 

@@ -7,7 +7,6 @@ left gets nothing.
 
 from __future__ import annotations
 
-import hmac
 import logging
 import secrets
 import uuid
@@ -18,9 +17,10 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvist.clock import Clock, MonotonicClock
-from kvist.errors import EngineError, KvistError, RequestError, Unauthorized
+from kvist.errors import EngineError, KvistError, RequestError
 from kvist.metrics import GatewayMetrics
 from kvist.server.admin import Admin
+from kvist.server.caller import Caller, Keys, caller_of
 from kvist.server.config import ServerConfig
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Dispatcher
@@ -102,10 +102,10 @@ class _Raw:
         await self._endpoint(scope, receive, send)
 
 
-def _generation(gateway: Gateway, make_job: Callable[[Gateway, bytes], Awaitable[Job]]) -> Endpoint:
+def _generation(gateway: Gateway, make_job: Callable[[Gateway, bytes, Caller], Awaitable[Job]]) -> Endpoint:
     async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
         body = await gateway.read_body(scope, receive)
-        await respond(gateway, await make_job(gateway, body), receive, send)
+        await respond(gateway, await make_job(gateway, body, caller_of(scope)), receive, send)
 
     return endpoint
 
@@ -115,7 +115,7 @@ class Front:
 
     def __init__(self, router: Router, config: ServerConfig) -> None:
         self._router = router
-        self._key = config.api_key.encode() if config.api_key else None
+        self._keys = Keys(config.api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -138,7 +138,8 @@ class Front:
 
         scope["app"] = self  # so that the router raises for an unknown path, instead of answering in its own shape
         try:
-            self._check_key(scope)
+            if scope["path"] not in _OPEN_PATHS:
+                self._keys.admit(scope)
             await self._router(scope, receive, send_with_id)
         except ClientGone:
             log.debug("client left: %s %s", scope["method"], scope["path"])
@@ -150,14 +151,6 @@ class Front:
             if started:
                 raise  # too late for a status: the server breaks the connection off
             await send_error(send_with_id, known, more_headers=_allowed_methods(error))
-
-    def _check_key(self, scope: Scope) -> None:
-        if self._key is None or scope["path"] in _OPEN_PATHS:
-            return
-        given = header(scope, b"authorization") or b""
-        scheme, _, key = given.partition(b" ")
-        if not hmac.compare_digest(key.strip(), self._key) or scheme.lower() != b"bearer":
-            raise Unauthorized("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
 
 
 def _known(error: Exception) -> KvistError | None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvist.config import option
+from kvist.config import check_api_key, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     host: str = option("127.0.0.1", "address to listen on; anything but loopback should have --api-key")
     port: int = option(30000, "port to listen on", minimum=0, maximum=65535)
-    api_key: str | None = option(
-        None,
-        "clients must send it as 'Authorization: Bearer KEY'; /health and /ready stay open. "
-        "A router sends its own to its workers",
+    api_key: tuple[str, ...] = option(
+        (),
+        "clients must send it, or one of several, as 'Authorization: Bearer KEY'; /health and /ready stay open. "
+        "A router sends the first one to its workers. Several are separated by spaces or commas",
         secret=True,
     )
     served_model_name: str | None = option(None, "model name in the API; default: the model's own name")
@@ -27,3 +27,7 @@ class ServerConfig:
     shutdown_timeout_s: float = option(
         10.0, "on shutdown, how long open requests may go on before they are cut", unit="s", minimum=0
     )
+
+    def __post_init__(self) -> None:
+        for key in self.api_key:
+            check_api_key(key)

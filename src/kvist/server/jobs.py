@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvist.request import EngineRequest, RequestId
+from kvist.server.caller import Caller
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice
 from kvist.server.sampling import MAX_SEED, num_choices, sampling_params, stop_strings
@@ -21,6 +22,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
+    caller: Caller
     job_id: str
     prompts: Sequence[Prompt]
     fields: SamplingFields

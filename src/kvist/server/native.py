@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from kvist.errors import RequestError
+from kvist.server.caller import Caller
 from kvist.server.decoding import BodyDecoder, refuse_unsupported
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice, Delta
@@ -29,7 +30,7 @@ _WHERE = "sampling_params."
 _json = msgspec.json.Encoder().encode
 
 
-async def native_job(gateway: Gateway, body: bytes) -> Job:
+async def native_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
     """Raises `RequestError` for anything the request has wrong."""
     gateway.require_tokenizer()
     request = _NATIVE.decode(body)
@@ -40,6 +41,7 @@ async def native_job(gateway: Gateway, body: bytes) -> Job:
     if request.top_logprobs_num and not request.return_logprob:
         raise RequestError("`top_logprobs_num` needs `return_logprob` to be true", param="top_logprobs_num")
     plan = Plan(
+        caller=caller,
         job_id=new_job_id("gen"),
         prompts=[_limited(gateway, fields, token_ids, param) for token_ids in token_lists],
         fields=fields,

@@ -8,6 +8,7 @@ import msgspec
 
 from kvist.clock import unix_time_s
 from kvist.errors import RequestError
+from kvist.server.caller import Caller
 from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice, Delta
@@ -33,7 +34,7 @@ _json = msgspec.json.Encoder().encode
 # ---------------------------------------------------------------- requests
 
 
-async def chat_job(gateway: Gateway, body: bytes) -> Job:
+async def chat_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
     """Raises `RequestError` for anything the request has wrong."""
     tokenizer = gateway.require_tokenizer()
     request = _CHAT.decode(body)
@@ -45,13 +46,13 @@ async def chat_job(gateway: Gateway, body: bytes) -> Job:
     token_ids = await gateway.encode(text, add_special_tokens=False, param="messages")
     prompts = [_prompt(gateway, request, token_ids, default=None, name="messages")]
     job_id = new_job_id("chatcmpl")
-    choices = _choices(gateway, request, prompts, job_id, num_logprobs)
+    choices = _choices(gateway, request, caller, prompts, job_id, num_logprobs)
     shape = _Shape.of(gateway, request, job_id, "chat.completion")
     form = ChatFormat(shape, tokenizer, logprobs=num_logprobs is not None)
     return Job(choices=choices, format=form, stream=bool(request.stream))
 
 
-async def completion_job(gateway: Gateway, body: bytes) -> Job:
+async def completion_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
     """Raises `RequestError` for anything the request has wrong."""
     tokenizer = gateway.require_tokenizer()
     request = _COMPLETION.decode(body)
@@ -62,7 +63,7 @@ async def completion_job(gateway: Gateway, body: bytes) -> Job:
         for token_ids in await _prompt_token_ids(gateway, request)
     ]
     job_id = new_job_id("cmpl")
-    choices = _choices(gateway, request, prompts, job_id, num_logprobs)
+    choices = _choices(gateway, request, caller, prompts, job_id, num_logprobs)
     shape = _Shape.of(gateway, request, job_id, "text_completion")
     form = CompletionFormat(
         shape, tokenizer, logprobs=num_logprobs is not None, token_ids=bool(request.return_token_ids)
@@ -110,6 +111,7 @@ def _prompt(
 def _choices(
     gateway: Gateway,
     request: ChatRequest | CompletionRequest,
+    caller: Caller,
     prompts: list[Prompt],
     job_id: str,
     num_logprobs: int | None,
@@ -117,6 +119,7 @@ def _choices(
     if request.stream_options is not None and not request.stream:
         raise RequestError("`stream_options` needs `stream` to be true", param="stream_options")
     plan = Plan(
+        caller=caller,
         job_id=job_id,
         prompts=prompts,
         fields=request,

@@ -1,0 +1,64 @@
+"""Says who asks: the API key that a request carries, and the connection that it came on.
+
+`Keys` is built once from the settings; app.py lets it look at every request. What it found goes with the request in its
+scope; `caller_of` reads it where a job is made. The key itself goes no further than this module.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from starlette.types import Scope
+
+from kvist.errors import Unauthorized
+from kvist.server.http import header
+
+_SCOPE_KEY = "kvist.caller"
+_ID_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    key_id: str | None  # names an accepted API key, the same at every start; None: no key is asked for
+    connection: str  # the client's HOST:PORT
+
+
+class Keys:
+    """The API keys that are accepted; none: everybody is."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._ids = [_digest(key.encode()) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._ids)
+
+    def admit(self, scope: Scope) -> None:
+        """Notes the caller in the scope. Raises `Unauthorized` when keys are asked for and the request has none of
+        them."""
+        key_id = None
+        if self._ids:
+            scheme, _, key = (header(scope, b"authorization") or b"").partition(b" ")
+            asked = _digest(key.strip())
+            known = [hmac.compare_digest(asked, one) for one in self._ids]  # all of them: time tells nothing
+            if not any(known) or scheme.lower() != b"bearer":
+                raise Unauthorized("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
+            key_id = asked
+        scope[_SCOPE_KEY] = Caller(key_id=key_id, connection=_connection(scope))
+
+
+def caller_of(scope: Scope) -> Caller:
+    """Of a request that `Keys.admit` has let pass."""
+    caller: Caller = scope[_SCOPE_KEY]
+    return caller
+
+
+def _digest(key: bytes) -> str:
+    return blake2b(key, digest_size=_ID_BYTES, person=b"kvist api key").hexdigest()
+
+
+def _connection(scope: Scope) -> str:
+    host, port = scope.get("client") or ("?", 0)
+    return f"{host}:{port}"
