@@ -97,5 +97,5 @@ def _run(verb: str, argv: list[str]) -> int:
     read = settings.read(verb, argv, os.environ)
     from kvist.log import setup_logging
 
-    setup_logging(read.process.log_level)
+    setup_logging(read.process)
     return settings.run(read)

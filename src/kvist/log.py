@@ -1,29 +1,91 @@
-"""Log lines: one format for every process, to standard error.
+"""Log lines, to standard error: text for people (`--log-format text`) or one JSON object a line (`json`).
 
 `kvist.` loggers carry what operators read; libraries are shown from WARNING up. Secrets are never given to a logger.
+Text that a client sent may stand in a message: control characters are escaped, so that one record is one line and
+cannot pass for another. Processes that share standard error write whole lines: a line is cut to what a pipe takes at
+once.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from kvist.config import option
 
 LEVELS = ("debug", "info", "warning", "error")
+FORMATS = ("text", "json")
+MAX_LINE_BYTES = 4096  # PIPE_BUF: what a pipe takes without mixing it with another process's line
+_CUT = "..."
+_ESCAPED = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F, *range(0x80, 0xA0))}
+_ESCAPED |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\t", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
     log_level: str = option("info", "the least severe log lines to show", choices=LEVELS)
+    log_format: str = option("text", "text for people, or json: one JSON object a line", choices=FORMATS)
 
 
-def setup_logging(level: str) -> None:
-    """Call once, first thing in a process. A second call only changes the level."""
+def setup_logging(config: LogConfig) -> None:
+    """Call once, first thing in a process. A later call changes level and format."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_JsonFormatter() if config.log_format == "json" else _TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("kvist").setLevel(level.upper())
+    logging.getLogger("kvist").setLevel(config.log_level.upper())
+
+
+def one_line(text: str) -> str:
+    """`text` with its control characters escaped."""
+    return text.translate(_ESCAPED)
+
+
+def _cut(line: str, limit_bytes: int = MAX_LINE_BYTES - 1) -> str:
+    """`line` within `limit_bytes` of UTF-8, a newline not counted."""
+    if len(line) * 4 <= limit_bytes:
+        return line
+    encoded = line.encode("utf-8", "replace")
+    if len(encoded) <= limit_bytes:
+        return line
+    return encoded[: limit_bytes - len(_CUT)].decode("utf-8", "ignore") + _CUT
+
+
+class _TextFormatter(logging.Formatter):
+    """`2026-11-29 17:03:21.042 INFO    kvist.router.fleet: message`; the lines of a traceback are indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created).strftime("%Y-%m-%d %H:%M:%S")
+        head = f"{time}.{int(record.msecs):03d} {record.levelname:<7} {record.name}: "
+        lines = [head + one_line(record.getMessage())]
+        if record.exc_info:
+            lines += [f"    {one_line(line)}" for line in self.formatException(record.exc_info).splitlines()]
+        return "\n".join(map(_cut, lines))
+
+
+class _JsonFormatter(logging.Formatter):
+    """Keys: time (UTC), level, logger, message, pid, and exception where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        line = json.dumps(fields)
+        if len(line) < MAX_LINE_BYTES:
+            return line
+        room = (MAX_LINE_BYTES - 600) // 12  # a character becomes up to 12 bytes; the other fields take the rest
+        for key in ("message", "exception"):
+            text = str(fields.get(key, ""))
+            if len(text) > room:
+                fields[key] = text[:room] + _CUT if key == "message" else _CUT + text[-room:]  # where it was raised
+        return json.dumps(fields)

@@ -224,7 +224,6 @@ def run(settings: Settings) -> int:
             engine=settings.engine,
             server=settings.server,
             router=settings.router,
-            log_level=settings.process.log_level,
             stop_with_stdin=settings.process.stop_with_stdin,
         )
     if isinstance(settings, RouterSettings):

@@ -445,7 +445,6 @@ def test_a_start_that_fails_says_why_in_one_line_and_exits_with_1(settings: byte
         [sys.executable, "-m", "kvist.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "KVIST_LOG_LEVEL": "error"},
     )
     assert process.stdin is not None
     assert process.stdout is not None

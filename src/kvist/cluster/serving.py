@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -54,10 +53,9 @@ class OwnEngine(httpx.AsyncBaseTransport):
 
 
 def serve_worker(
-    *, engine: EngineConfig, server: ServerConfig, router: RouterConfig, log_level: str, stop_with_stdin: bool = False
+    *, engine: EngineConfig, server: ServerConfig, router: RouterConfig, stop_with_stdin: bool = False
 ) -> int:
     """Until SIGINT or SIGTERM: 0. Raises `KvistError` when the engine cannot start, or the port is taken."""
-    os.environ["KVIST_LOG_LEVEL"] = log_level  # our engine's, which inherits our environment
     with _listening(server, stop_with_stdin) as (stop, listener, name):
         checkpoint = find_checkpoint(engine.model_path)
         url = f"http://{name}"

@@ -8,6 +8,7 @@ from kvist.channel import ChannelConfig
 from kvist.config import option
 from kvist.errors import ConfigError
 from kvist.kv.storage_tier import PREFETCH_POLICIES, PrefetchConfig
+from kvist.log import LogConfig
 from kvist.runner.config import RunnerOptions
 from kvist.scheduler.config import SchedulerOptions
 
@@ -161,6 +162,7 @@ class EngineConfig(RunnerOptions):
     channel: ChannelConfig = field(default_factory=ChannelConfig)
     host_tier: HostTierConfig = field(default_factory=HostTierConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     worker_id: str = ""  # the worker's public name; its engine endpoint when empty
 

@@ -22,7 +22,7 @@ import msgspec
 
 from kvist.checkpoint import find_checkpoint
 from kvist.errors import ConfigError, EngineError, KvistError
-from kvist.log import setup_logging
+from kvist.log import LogConfig, setup_logging
 from kvist.worker.config import EngineConfig
 from kvist.worker.messages import Announcement, Progress, Ready, StartFailed, encode_line
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    setup_logging(os.environ.get("KVIST_LOG_LEVEL", "info"))
+    setup_logging(LogConfig())
     # Read when torch is imported. Threads that spin while they wait would take the cores of the other workers of this
     # host: a step of 48 ms was seen to take 630 (models/linear.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(arguments) > 1:
             raise ConfigError("python -m kvist.worker takes one argument: the engine's settings as JSON")
         config = parse_config(arguments[0].encode() if arguments else _read_first_line())
+        setup_logging(config.log)
         if not arguments:
             threading.Thread(target=ending.with_stdin, name="kvist-parent-watch", daemon=True).start()
         engine = _build(config, announce)
