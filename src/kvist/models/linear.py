@@ -27,10 +27,15 @@ On GPUs a few rows go to our own kernels (kernels/skinny.py), more to cuBLAS, an
 our own again (kernels/gated.py).
 
 The hint that packing takes (rows expected) hardly matters: 4, 8, 16 and 32 are within the noise of each other.
+
+oneDNN compiles a kernel of half a megabyte for each pair of a weight's shape and a number of rows, and keeps a thousand
+of them, as torch's own table of them does. Steps have ever other numbers of rows, so both keep `MAX_COMPILED_KERNELS`:
+making the 5 kernels of a step anew takes 2 to 3 ms, which is below 2% of any step that has many rows.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 import torch
@@ -43,6 +48,7 @@ from kvist.kernels.skinny import GATED_ROWS, LINEAR_ROWS, skinny_gated, skinny_l
 
 PACK_ROWS_HINT = 16
 MIN_PACKED_ROWS = 4
+MAX_COMPILED_KERNELS = 32
 
 
 class Linear(Protocol):
@@ -123,8 +129,15 @@ def make_linear(weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.
     if weight.is_cuda:
         return GpuLinear(weight, bias, out_dtype or weight.dtype)
     if weight.device.type == "cpu" and _can_pack(weight.dtype):
+        _bound_compiled_kernels()
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)
+
+
+def _bound_compiled_kernels() -> None:
+    """Before the first of them is made: oneDNN and torch read these once, and offer no call."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(MAX_COMPILED_KERNELS))
 
 
 def _can_pack(dtype: torch.dtype) -> bool:
