@@ -83,7 +83,7 @@ class _JsonFormatter(logging.Formatter):
         line = json.dumps(fields)
         if len(line) < MAX_LINE_BYTES:
             return line
-        room = (MAX_LINE_BYTES - 600) // 12  # a character becomes up to 12 bytes; the other fields take the rest
+        room = (MAX_LINE_BYTES - 600) // 2 // 12  # for each of two; a character becomes up to 12 bytes
         for key in ("message", "exception"):
             text = str(fields.get(key, ""))
             if len(text) > room:
