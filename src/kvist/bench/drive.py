@@ -21,10 +21,10 @@ from kvist.bench.completions import Answer, Ask, Asker, Row
 from kvist.bench.config import DRAWN, SERVER, Load, MultiturnConfig, RateConfig, Scenario, SingleConfig
 from kvist.bench.http import HttpFailure
 from kvist.bench.load import Conversation, Drawn, Source, Turns
+from kvist.bench.progress import Progress
 from kvist.clock import Clock, cpu_s
 
 PROBE_INTERVAL_S = 0.01  # how often the event loop is asked how late it is
-PROGRESS_INTERVAL_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +47,20 @@ class Measured:
     gaps_s: list[float]
     wall_s: float  # first request sent to last answer ended
     client: ClientLoad
+    interrupted: bool = False  # by Ctrl-C: these are the requests that had ended
 
 
 @dataclass(slots=True, kw_only=True)
 class _Watch:
     """Owned by `_watched`; counts while a scenario runs."""
 
-    num_done: int = 0
+    answers: list[Answer] = field(default_factory=list)
+    num_done: int = 0  # requests that were sent; those that a failure left unsent are answers, too
     lags_s: list[float] = field(default_factory=list)
+
+    def add(self, answer: Answer) -> None:
+        self.answers.append(answer)
+        self.num_done += 1
 
 
 class Driver:
@@ -67,7 +73,8 @@ class Driver:
         self._warmup = warmup
 
     async def run(self, scenario: Scenario) -> Measured:
-        """Raises `HttpFailure` if not even a warm-up request succeeds; later failures are rows."""
+        """Raises `HttpFailure` if not even a warm-up request succeeds; later failures are rows. Cancelling it ends the
+        measurement: what has been answered is returned."""
         load = scenario.load
         answers_by = None
         if isinstance(load, MultiturnConfig):
@@ -91,12 +98,12 @@ class Driver:
         asks = self._asks(load, self._warmup, Drawn.WARM_UP)
         parallel = 1 if isinstance(load, SingleConfig) else self._warmup
         watch = _Watch()
-        answers = await self._closed(asks, parallel)(watch)
-        failed = [answer.row for answer in answers if answer.row.failure]
-        if len(failed) == len(answers):
+        await self._closed(asks, parallel)(watch)
+        failed = [answer.row for answer in watch.answers if answer.row.failure]
+        if len(failed) == len(watch.answers):
             raise HttpFailure(failed[0].failure or "", f"every warm-up request failed, the first: {failed[0].message}")
         if failed:
-            log.warning("%d of %d warm-up requests failed: %s", len(failed), len(answers), failed[0].message)
+            log.warning("%d of %d warm-up requests failed: %s", len(failed), len(watch.answers), failed[0].message)
 
     async def _who_answers(self, load: MultiturnConfig) -> str:
         """Whether the server gives the ids of its answers, asked with a short request."""
@@ -129,43 +136,38 @@ class Driver:
 
     # ------------------------------------------------------------ while
 
-    def _closed(self, asks: Sequence[Ask], parallel: int) -> Callable[[_Watch], Awaitable[list[Answer]]]:
-        async def drive(watch: _Watch) -> list[Answer]:
+    def _closed(self, asks: Sequence[Ask], parallel: int) -> Callable[[_Watch], Awaitable[None]]:
+        async def drive(watch: _Watch) -> None:
             start_s = self._clock.now_s()
             left = iter(asks)
-            answers: list[Answer] = []
 
             async def one_after_another() -> None:
                 for ask in left:
-                    answers.append(await self._asker.ask(ask, start_s=start_s))
-                    watch.num_done += 1
+                    watch.add(await self._asker.ask(ask, start_s=start_s))
 
             await asyncio.gather(*(one_after_another() for _ in range(min(parallel, len(asks)))))
-            return answers
 
         return drive
 
-    def _open(self, asks: Sequence[Ask], rate: float) -> Callable[[_Watch], Awaitable[list[Answer]]]:
+    def _open(self, asks: Sequence[Ask], rate: float) -> Callable[[_Watch], Awaitable[None]]:
         times_s = self._source.arrivals_s(rate, len(asks))
 
-        async def drive(watch: _Watch) -> list[Answer]:
+        async def drive(watch: _Watch) -> None:
             start_s = self._clock.now_s()
 
-            async def at(ask: Ask, planned_s: float) -> Answer:
-                answer = await self._asker.ask(ask, start_s=start_s, planned_s=planned_s)
-                watch.num_done += 1
-                return answer
+            async def at(ask: Ask, planned_s: float) -> None:
+                watch.add(await self._asker.ask(ask, start_s=start_s, planned_s=planned_s))
 
             tasks = []
             for ask, time_s in zip(asks, times_s, strict=True):
                 if (wait_s := start_s + time_s - self._clock.now_s()) > 0:
                     await asyncio.sleep(wait_s)
                 tasks.append(asyncio.create_task(at(ask, start_s + time_s)))
-            return list(await asyncio.gather(*tasks))
+            await asyncio.gather(*tasks)
 
         return drive
 
-    def _turns(self, load: MultiturnConfig, *, from_server: bool) -> Callable[[_Watch], Awaitable[list[Answer]]]:
+    def _turns(self, load: MultiturnConfig, *, from_server: bool) -> Callable[[_Watch], Awaitable[None]]:
         count = load.clients * load.rounds
         num_input, num_output = self._lengths(load, count)
         conversations = [Conversation() for _ in range(load.clients)]
@@ -186,9 +188,8 @@ class Driver:
             row = Row(index=index, client=client, turn=turn, num_input=num_tokens, num_output=num_output[index])
             return Ask(prompt=conversations[client].as_json(), row=row, wants_ids=from_server)
 
-        async def drive(watch: _Watch) -> list[Answer]:
+        async def drive(watch: _Watch) -> None:
             start_s = self._clock.now_s()
-            answers: list[Answer] = []
             tasks: set[asyncio.Task[Answer]] = set()
             while True:
                 while (turn := turns.start()) is not None:
@@ -197,12 +198,12 @@ class Driver:
                     ask = dataclasses.replace(ask, row=row)
                     tasks.add(asyncio.create_task(self._asker.ask(ask, start_s=start_s)))
                 if not tasks:
-                    return answers
+                    return
                 done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in sorted(done, key=lambda task: task.result().row.index):
                     answer = _checked(task.result(), from_server=from_server)
-                    answers += [answer, *self._next_turn(answer, turns, conversations, make, ceiling)]
-                    watch.num_done += 1
+                    watch.add(answer)
+                    watch.answers += self._next_turn(answer, turns, conversations, make, ceiling)
 
         return drive
 
@@ -234,31 +235,36 @@ class Driver:
         self,
         scenario: Scenario,
         count: int,
-        drive: Callable[[_Watch], Awaitable[list[Answer]]],
+        drive: Callable[[_Watch], Awaitable[None]],
         answers_by: str | None = None,
     ) -> Measured:
         client = self._asker.client
         connections, retries = client.num_connections, client.num_retries
-        watch = _Watch()
-        prober = asyncio.create_task(self._probe(watch, scenario.name, count))
+        watch, interrupted = _Watch(), False
+        progress = Progress(scenario.name, count, start_s=self._clock.now_s())
+        prober = asyncio.create_task(self._probe(watch, progress))
         gc.collect()
         gc.freeze()
         gc.disable()  # a collection would be taken for a pause of the server
         start_s, start_cpu_s = self._clock.now_s(), cpu_s()
         try:
-            answers = await drive(watch)
+            await drive(watch)
+        except asyncio.CancelledError:
+            interrupted = True
         finally:
             spent_cpu_s, wall_s = cpu_s() - start_cpu_s, self._clock.now_s() - start_s
             gc.enable()
             gc.unfreeze()
             prober.cancel()
-        answers.sort(key=lambda answer: answer.row.index)
+            progress.close()
+        answers = sorted(watch.answers, key=lambda answer: answer.row.index)
         return Measured(
             scenario=scenario,
             answers_by=answers_by,
             rows=[answer.row for answer in answers],
             gaps_s=[gap_s for answer in answers for gap_s in answer.gaps_s],
             wall_s=wall_s,
+            interrupted=interrupted,
             client=ClientLoad(
                 cpu_s=spent_cpu_s,
                 lags_s=watch.lags_s,
@@ -267,16 +273,13 @@ class Driver:
             ),
         )
 
-    async def _probe(self, watch: _Watch, name: str, count: int) -> None:
-        next_progress_s = self._clock.now_s() + PROGRESS_INTERVAL_S
+    async def _probe(self, watch: _Watch, progress: Progress) -> None:
         while True:
             before_s = self._clock.now_s()
             await asyncio.sleep(PROBE_INTERVAL_S)
             now_s = self._clock.now_s()
             watch.lags_s.append(max(0.0, now_s - before_s - PROBE_INTERVAL_S))
-            if now_s >= next_progress_s:
-                next_progress_s = now_s + PROGRESS_INTERVAL_S
-                log.info("%s: %d of %d requests have ended", name, watch.num_done, count)
+            progress.show(watch.num_done, now_s)
 
 
 def _checked(answer: Answer, *, from_server: bool) -> Answer:

@@ -39,13 +39,18 @@ def run_custom(config: CustomConfig, target: TargetConfig) -> int:
 
 
 def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
-    """The exit status. Raises `ConfigError`, or `Unavailable` when the server cannot be measured at all."""
+    """The exit status. Raises `ConfigError`, or `Unavailable` when the server cannot be measured at all.
+
+    Ctrl-C ends the measurement: what was measured is shown and kept, then `KeyboardInterrupt` is raised.
+    """
     baseline = None if target.baseline is None else {run.name: run for run in _read_baseline(target.baseline).runs}
     if target.json_path is not None:
         _check_writable(target.json_path)
     runs: list[Run] = []
+    interrupted = False
 
     async def main() -> None:
+        nonlocal interrupted
         client = HttpClient(target.base_url, api_key=target.api_key)
         try:
             model, is_kvist = await _find_model(client, target.model)
@@ -55,12 +60,15 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
             for number, scenario in enumerate(scenarios):
                 source = dataclasses.replace(first, scenario=number)
                 driver = Driver(asker, source, clock, warmup=target.warmup)
-                run = _as_run(await driver.run(scenario), target, model)
+                measured = await driver.run(scenario)
+                run = _as_run(measured, target, model)
                 runs.append(run)
                 before = None if baseline is None else baseline.get(run.name)
                 print(reports.table(run, before), flush=True)
                 if baseline is not None:
                     _say_differences(before, run)
+                if interrupted := measured.interrupted:
+                    break
         finally:
             client.close()
 
@@ -71,6 +79,8 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
     finally:
         if target.json_path is not None and runs:  # what was measured before a failure is kept
             target.json_path.write_bytes(reports.encode(_as_report(runs, target)))
+    if interrupted:
+        raise KeyboardInterrupt
     return 1 if any(run.summary.failures for run in runs) else 0
 
 
@@ -143,9 +153,15 @@ def _as_run(measured: Measured, target: TargetConfig, model: str) -> Run:
         kind=scenario.kind,
         settings=settings,
         summary=summary,
-        warnings=reports.warnings_of(summary, scenario.kind),
+        warnings=[*_interrupted(measured), *reports.warnings_of(summary, scenario.kind)],
         rows=measured.rows,
     )
+
+
+def _interrupted(measured: Measured) -> list[str]:
+    if not measured.interrupted:
+        return []
+    return [f"interrupted: these are the {len(measured.rows)} requests that had ended"]
 
 
 def _as_report(runs: list[Run], target: TargetConfig) -> Report:

@@ -1,0 +1,54 @@
+"""How far a scenario is, on standard error: one changing line on a terminal, elsewhere a log line now and then.
+
+The line is written by the measuring loop itself and costs it microseconds. A library's progress bar takes milliseconds
+for each picture, which would be measured as a pause of the server.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TextIO
+
+LINE_INTERVAL_S, LOG_INTERVAL_S = 0.5, 10.0
+_CLEAR = "\r\x1b[2K"
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Owned by one scenario; call `show` as often as you like, `close` once."""
+
+    def __init__(self, name: str, count: int, *, start_s: float, stream: TextIO | None = None) -> None:
+        self._name = name
+        self._count = count
+        self._start_s = start_s
+        self._stream = stream or sys.stderr
+        self._on_terminal = self._stream.isatty()
+        self._interval_s = LINE_INTERVAL_S if self._on_terminal else LOG_INTERVAL_S
+        self._next_s = start_s + self._interval_s
+
+    def show(self, num_done: int, now_s: float) -> None:
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + self._interval_s
+        estimate = _estimate(num_done, self._count, now_s - self._start_s)
+        text = f"{self._name}: {num_done} of {self._count} requests, {estimate}"
+        if self._on_terminal:
+            self._stream.write(_CLEAR + text)
+            self._stream.flush()
+        else:
+            log.info("%s", text)
+
+    def close(self) -> None:
+        """The line goes: what comes next begins where it stood."""
+        if self._on_terminal:
+            self._stream.write(_CLEAR)
+            self._stream.flush()
+
+
+def _estimate(num_done: int, count: int, elapsed_s: float) -> str:
+    """As if the rest went as the requests so far did."""
+    if not num_done:
+        return f"{elapsed_s:.0f} s so far"
+    return f"{elapsed_s:.0f} s so far, about {elapsed_s / num_done * (count - num_done):.0f} s left"

@@ -1,0 +1,67 @@
+"""How far a scenario is, and what an interrupted one keeps."""
+
+from __future__ import annotations
+
+import io
+import logging
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_server import FakeServer
+
+from kvist.bench import report as reports
+from kvist.bench.progress import LINE_INTERVAL_S, LOG_INTERVAL_S, Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_has_one_changing_line_with_an_estimate_that_goes_at_the_end() -> None:
+    terminal = Terminal()
+    progress = Progress("rate", 40, start_s=0.0, stream=terminal)
+    progress.show(10, LINE_INTERVAL_S / 2)
+    assert terminal.getvalue() == ""  # not so often
+    progress.show(10, 5.0)
+    progress.close()
+    assert "rate: 10 of 40 requests, 5 s so far, about 15 s left" in terminal.getvalue()
+    assert "\n" not in terminal.getvalue()
+    assert terminal.getvalue().endswith("\r\x1b[2K")
+
+
+def test_elsewhere_a_log_line_comes_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    stream = io.StringIO()
+    progress = Progress("rate", 40, start_s=0.0, stream=stream)
+    with caplog.at_level(logging.INFO, "kvist.bench"):
+        for now_s in range(1, 26):
+            progress.show(0, float(now_s))
+    progress.close()
+    assert [record.message for record in caplog.records] == [
+        f"rate: 0 of 40 requests, {LOG_INTERVAL_S:.0f} s so far",
+        f"rate: 0 of 40 requests, {2 * LOG_INTERVAL_S:.0f} s so far",
+    ]
+    assert stream.getvalue() == ""
+
+
+def test_an_interrupted_benchmark_shows_and_keeps_what_it_has(server: FakeServer, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    command = [sys.executable, "-m", "kvist", "bench", "single", "--base-url", server.url, "--warmup=0"]
+    command += ["--requests=100000", "--input-tokens=8", "--output-tokens=4", f"--json={file}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline_s = time.monotonic() + 60
+        while len(server.asked) < 10 and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "interrupted: these are the" in shown
+    (run,) = reports.decode(file.read_bytes()).runs
+    assert 5 <= len(run.rows) < 100_000
+    assert all(row.failure is None for row in run.rows)
+    assert run.warnings[0].startswith("interrupted")
