@@ -16,6 +16,7 @@ VERBS = {
     "serve": "start one worker: an engine and its HTTP",
     "router": "start the gateway over remote workers",
     "up": "start a router, prefill workers and decode workers on this machine",
+    "chat": "hold a conversation with a server, or with one that is started for it",
     "demo": "start a small cluster, ask it questions, show what the handoff moved, stop it",
     "bench single": "measure a server: one stream at a time",
     "bench offline": "measure a server: all requests at once",

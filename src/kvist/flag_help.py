@@ -18,6 +18,7 @@ _TITLES = {
     "engine": "Engine",
     "host_tier": "Host tier of the cache",
     "load": "Load",
+    "log": "Log lines",
     "process": "Process",
     "router": "Router",
     "scheduler": "Scheduler",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kvist.bench.config import LOADS, CustomConfig, Load, TargetConfig
 from kvist.channel.security import ChannelConfig
-from kvist.cluster.config import ClusterConfig
+from kvist.cluster.config import ChatConfig, ClusterConfig
 from kvist.cluster.plan import ClusterShape, share_threads, visible_gpus
 from kvist.config import option
 from kvist.cores import num_usable_cores
@@ -116,6 +116,27 @@ class DemoSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChatSettings:
+    chat: ChatConfig = group(ChatConfig)
+    engine: EngineConfig = group(EngineConfig, without=(*_PLANNED, "served_model_name"))
+    process: ProcessConfig = group(ProcessConfig, without=("stop_with_stdin",))
+
+    def __post_init__(self) -> None:
+        if self.chat.target and self.engine.model_path:
+            raise ConfigError(
+                f"--model-path {self.engine.model_path} and {self.chat.target} both name what to talk to: give one",
+                param="target",
+            )
+
+    def serve_argv(self) -> list[str]:
+        """Options of the server that is started for the chat."""
+        argv, _secrets = to_argv(self, ServeSettings, without=("config", "api_key"))
+        if self.chat.target is not None and self.chat.url is None:
+            argv.append(f"--model-path={self.chat.target}")
+        return argv
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchServerSettings:
     """A benchmark of a server, wherever that runs. Each scenario has a subclass, whose `load` is its own config."""
 
@@ -158,30 +179,48 @@ class BenchEngineSettings:
     process: ProcessConfig = group(ProcessConfig, without=("stop_with_stdin",))
 
 
-Settings = ServeSettings | RouterSettings | UpSettings | DemoSettings | BenchServerSettings | BenchEngineSettings
+Settings = (
+    ServeSettings
+    | RouterSettings
+    | UpSettings
+    | DemoSettings
+    | ChatSettings
+    | BenchServerSettings
+    | BenchEngineSettings
+)
 
 _SETTINGS: dict[str, type[Settings]] = {
     "serve": ServeSettings,
     "router": RouterSettings,
     "up": UpSettings,
     "demo": DemoSettings,
+    "chat": ChatSettings,
     **{f"bench {kind}": _bench_settings(load) for kind, load in LOADS.items()},
     "bench custom": _bench_settings(CustomConfig),
     "bench engine": BenchEngineSettings,
 }
 
 
-_POSITIONAL = {"serve": "model_path", "router": "model_path", "up": "model_path", "bench custom": "file"}
+_POSITIONAL = {
+    "serve": "model_path",
+    "router": "model_path",
+    "up": "model_path",
+    "chat": "target",
+    "bench custom": "file",
+}
 _COMMON = {  # what `--help` lists; `--help-all` has everything
     *("model_path", "served_model_name", "host", "port", "api_key", "role", "tp", "mem_fraction_static", "dtype"),
     *("context_length", "max_running_requests", "enable_hierarchical_cache", "hicache_storage_backend", "log_level"),
     *("prefill", "decode", "unified", "worker_urls", "policy", "question", "base_url", "model", "seed", "config"),
+    *("target", "system", "max_tokens", "temperature", "stats"),
 }
 
 
 def help_for(verb: str, summary: str, *, everything: bool = True, bold: bool = False) -> str:
     """The verb's `--help-all`, or with less than `everything` its `--help`: the options that most users need."""
-    argument = {"model_path": " [MODEL]", "file": " [FILE]", None: ""}[_POSITIONAL.get(verb)]
+    argument = {"model_path": " [MODEL]", "file": " [FILE]", "target": " [URL or MODEL]", None: ""}[
+        _POSITIONAL.get(verb)
+    ]
     shown = None if everything or verb.startswith("bench") else _COMMON
     return help_text(
         _SETTINGS[verb],
@@ -240,6 +279,10 @@ def run(settings: Settings) -> int:
         from kvist.cluster.up import run_up
 
         return run_up(cluster_shape(settings), stop_with_stdin=settings.process.stop_with_stdin)
+    if isinstance(settings, ChatSettings):
+        from kvist.cluster.converse import converse
+
+        return converse(settings.chat, settings.serve_argv())
     if isinstance(settings, BenchServerSettings):
         return _run_bench(settings)
     if isinstance(settings, BenchEngineSettings):

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from kvist.clock import FakeClock
-from kvist.cluster.chat import TurnReport, stream_turn
+from kvist.cluster.chat import TurnOptions, TurnReport, stream_turn
 from kvist.cluster.demo import FROM_HOST, FROM_STORE, broken_promises, table, who_did_what, who_remembered
 from kvist.cluster.processes import Child, ChildPlan
 from kvist.errors import EngineError
@@ -50,7 +50,11 @@ def ask(body: str, clock: FakeClock, status: int = 200) -> tuple[TurnReport, lis
 
     with httpx.Client(base_url="http://router", transport=httpx.MockTransport(answer)) as client:
         messages = [{"role": "user", "content": "Hello"}]
-        return stream_turn(client, messages, max_tokens=8, clock=clock, show=show), shown, sent
+        return (
+            stream_turn(client, messages, TurnOptions(max_tokens=8, temperature=0), clock=clock, show=show),
+            shown,
+            sent,
+        )
 
 
 def test_a_turn_is_shown_piece_by_piece_and_measured() -> None:
@@ -71,7 +75,7 @@ def test_a_turn_is_shown_piece_by_piece_and_measured() -> None:
     [
         ('{"error": {"message": "no worker"}}', 503, "no worker"),
         (piece("Bon") + event(error={"message": "lost"}), 200, "lost"),
-        ("data: [DONE]\n\n", 200, "empty"),
+        ("data: [DONE]\n\n", 200, "without its usage"),
     ],
 )
 def test_an_answer_that_fails_is_an_error_that_says_why(body: str, status: int, word: str) -> None:

@@ -15,10 +15,33 @@ Message = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TurnOptions:
+    """What is asked besides the messages. None leaves a field to the server."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    model: str | None = None
+    with_report: bool = True  # ask for Kvist's own figures, which other servers refuse
+
+    def body(self, messages: Sequence[Message]) -> dict[str, object]:
+        fields: dict[str, object] = {
+            "model": self.model,
+            "messages": list(messages),
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "kvist": {"report": True, "usage": True} if self.with_report else None,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TurnReport:
     """What one turn cost. Times are the client's; pages and workers are what the response reports of itself."""
 
     text: str
+    finish_reason: str | None
     ttft_s: float
     tpot_s: float | None  # None: a single token
     num_prompt_tokens: int
@@ -30,8 +53,8 @@ class TurnReport:
     num_bytes: int
     handoff_s: float
     handoff_wait_s: float
-    prefill_worker: str
-    decode_worker: str
+    prefill_worker: str | None  # None: the server does not say
+    decode_worker: str | None
 
 
 @dataclass(slots=True)
@@ -39,6 +62,7 @@ class _Seen:
     """What the events have said so far. Owned by one call of `stream_turn`."""
 
     text: str = ""
+    finish_reason: str | None = None
     first_s: float | None = None
     last_s: float = 0.0
     usage: Mapping[str, object] | None = None
@@ -46,26 +70,25 @@ class _Seen:
 
 
 def stream_turn(
-    client: httpx.Client, messages: Sequence[Message], *, max_tokens: int, clock: Clock, show: Callable[[str], None]
+    client: httpx.Client,
+    messages: Sequence[Message],
+    options: TurnOptions,
+    *,
+    clock: Clock,
+    show: Callable[[str], None],
 ) -> TurnReport:
-    """Greedy, so that every run tells the same. `show` gets each piece as it comes. Raises `EngineError`."""
-    body = {
-        "messages": list(messages),
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "kvist": {"report": True, "usage": True},
-    }
+    """`show` gets each piece as it comes. Raises `EngineError`."""
     seen = _Seen()
     start_s = clock.now_s()
-    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+    with client.stream("POST", "/v1/chat/completions", json=options.body(messages)) as response:
         if response.status_code != httpx.codes.OK:
-            raise EngineError(f"the router answered {response.status_code}: {response.read().decode()}")
+            raise EngineError(f"the server answered {response.status_code}: {response.read().decode()}")
         for line in response.iter_lines():
             if line.startswith("data: ") and line != "data: [DONE]":
                 _take(seen, json.loads(line.removeprefix("data: ")), clock.now_s(), show)
-    return _report(seen, start_s)
+    if seen.usage is None or (options.with_report and seen.report is None):
+        raise EngineError("the answer came without its usage and report")
+    return _report(seen, start_s, clock.now_s())
 
 
 def _take(seen: _Seen, event: Mapping[str, object], now_s: float, show: Callable[[str], None]) -> None:
@@ -76,6 +99,7 @@ def _take(seen: _Seen, event: Mapping[str, object], now_s: float, show: Callable
     choices = event.get("choices")
     if isinstance(choices, list) and choices:
         piece = choices[0]["delta"].get("content")
+        seen.finish_reason = choices[0].get("finish_reason") or seen.finish_reason
         if piece:
             seen.first_s = now_s if seen.first_s is None else seen.first_s
             seen.last_s = now_s
@@ -93,18 +117,24 @@ def _number(value: Mapping[str, object], key: str) -> float:
     return float(found) if isinstance(found, int | float) else 0.0
 
 
-def _report(seen: _Seen, start_s: float) -> TurnReport:
-    if seen.first_s is None or seen.usage is None or seen.report is None:
-        raise EngineError("the answer was empty, or came without usage and report")
-    num_output_tokens = int(_number(seen.usage, "completion_tokens"))
-    handoff = _table(seen.report, "handoff")
-    by_tier = _table(_table(seen.usage, "kvist"), "cached_tokens")
+def _name(value: Mapping[str, object], key: str) -> str | None:
+    found = value.get(key)
+    return found if isinstance(found, str) else None
+
+
+def _report(seen: _Seen, start_s: float, end_s: float) -> TurnReport:
+    usage, report = seen.usage or {}, seen.report or {}
+    num_output_tokens = int(_number(usage, "completion_tokens"))
+    handoff = _table(report, "handoff")
+    by_tier = _table(_table(usage, "kvist"), "cached_tokens")
+    first_s = end_s if seen.first_s is None else seen.first_s  # an answer may be empty
     return TurnReport(
         text=seen.text,
-        ttft_s=seen.first_s - start_s,
-        tpot_s=(seen.last_s - seen.first_s) / (num_output_tokens - 1) if num_output_tokens > 1 else None,
-        num_prompt_tokens=int(_number(seen.usage, "prompt_tokens")),
-        num_cached_tokens=int(_number(_table(seen.usage, "prompt_tokens_details"), "cached_tokens")),
+        finish_reason=seen.finish_reason,
+        ttft_s=first_s - start_s,
+        tpot_s=(seen.last_s - first_s) / (num_output_tokens - 1) if num_output_tokens > 1 and seen.text else None,
+        num_prompt_tokens=int(_number(usage, "prompt_tokens")),
+        num_cached_tokens=int(_number(_table(usage, "prompt_tokens_details"), "cached_tokens")),
         num_cached_by_tier={tier: int(_number(by_tier, tier)) for tier in by_tier},
         num_output_tokens=num_output_tokens,
         num_pages=int(_number(handoff, "num_pages")),
@@ -112,6 +142,6 @@ def _report(seen: _Seen, start_s: float) -> TurnReport:
         num_bytes=int(_number(handoff, "num_bytes")),
         handoff_s=_number(handoff, "duration_ms") / 1e3,
         handoff_wait_s=_number(handoff, "wait_ms") / 1e3,
-        prefill_worker=str(seen.report.get("prefill_worker")),
-        decode_worker=str(seen.report.get("decode_worker")),
+        prefill_worker=_name(report, "prefill_worker"),
+        decode_worker=_name(report, "decode_worker"),
     )

@@ -1,4 +1,4 @@
-"""How many workers `kvist up` starts. The rest of its options are those of the workers and of the router."""
+"""How many workers `kvist up` starts, and with whom `kvist chat` talks."""
 
 from __future__ import annotations
 
@@ -30,3 +30,31 @@ class ClusterConfig:
     @property
     def num_workers(self) -> int:
         return self.prefill + self.decode + self.unified
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatConfig:
+    target: str | None = option(
+        None,
+        "URL of a running server, or a model to start a server for; without it, a server of the embedded model is "
+        "started",
+    )
+    system: str | None = option(None, "the system prompt", aliases=("system-prompt",))
+    max_tokens: int | None = option(
+        None, "longest answer", unit="tokens", minimum=1, unset="as long as the model's context allows"
+    )
+    temperature: float | None = option(
+        None, "0 gives the likeliest answer every time", minimum=0, unset="the server's default"
+    )
+    served_model_name: str | None = option(
+        None, "the model to ask for, where a server has several", unset="the server's first"
+    )
+    api_key: str | None = option(None, "the running server's key", secret=True)
+    stats: bool = option(True, "show what each answer took")
+    start_timeout_s: float = option(600.0, "the longest wait for a server that is started here", unit="s", minimum=1)
+
+    @property
+    def url(self) -> str | None:
+        """The running server's; None when one is to be started."""
+        target = self.target or ""
+        return target.rstrip("/").removesuffix("/v1") if target.startswith(("http://", "https://")) else None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import httpx
 
 from kvist.clock import MonotonicClock
-from kvist.cluster.chat import Message, TurnReport, stream_turn
+from kvist.cluster.chat import Message, TurnOptions, TurnReport, stream_turn
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.probe import StartReport, is_ready
 from kvist.cluster.processes import Child, Processes
@@ -140,7 +140,8 @@ def _say_next(client: httpx.Client, messages: list[Message], text: str) -> TurnR
 def _ask(client: httpx.Client, messages: Sequence[Message]) -> TurnReport:
     say(f"you   > {messages[-1]['content']}")
     show_piece("model > ")
-    report = stream_turn(client, messages, max_tokens=MAX_TOKENS, clock=MonotonicClock(), show=show_piece)
+    options = TurnOptions(max_tokens=MAX_TOKENS, temperature=0)  # greedy, so that every run tells the same
+    report = stream_turn(client, messages, options, clock=MonotonicClock(), show=show_piece)
     say("\n")
     return report
 
@@ -185,8 +186,8 @@ def _row(name: str, report: TurnReport) -> tuple[str, ...]:
 def who_did_what(rows: Sequence[tuple[str, TurnReport]], children: Sequence[Child]) -> str:
     """Names the processes behind the worker ids of the reports."""
     names = {child.plan.url.removeprefix("http://"): f"{child.plan.name} (process {child.pid})" for child in children}
-    prefill = sorted({names.get(report.prefill_worker, report.prefill_worker) for _name, report in rows})
-    decode = sorted({names.get(report.decode_worker, report.decode_worker) for _name, report in rows})
+    prefill = sorted({names.get(worker, worker) for _name, report in rows if (worker := report.prefill_worker)})
+    decode = sorted({names.get(worker, worker) for _name, report in rows if (worker := report.decode_worker)})
     return (
         f"Prompts were read by {', '.join(prefill)}; answers were written by {', '.join(decode)}; "
         "the router tokenised, chose the workers and merged their tokens."

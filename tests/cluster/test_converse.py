@@ -1,0 +1,140 @@
+"""A chat at the terminal, against a server that answers from a script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from kvist import settings
+from kvist.cluster.chat import TurnOptions
+from kvist.cluster.config import ChatConfig
+from kvist.cluster.converse import COMMANDS, Conversation, Terminal
+from kvist.errors import ConfigError
+
+Answer = Callable[[httpx.Request], httpx.Response]
+
+
+def events(*pieces: str, finish_reason: str = "stop") -> str:
+    usage = {"prompt_tokens": 20, "completion_tokens": len(pieces), "prompt_tokens_details": {"cached_tokens": 16}}
+    said = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces]
+    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}]}
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in [*said, last, {"choices": [], "usage": usage}])
+
+
+class Chat:
+    def __init__(self, answer: Answer, config: ChatConfig) -> None:
+        self.asked: list[dict[str, object]] = []
+        self.shown = ""
+
+        def handle(request: httpx.Request) -> httpx.Response:
+            self.asked.append(json.loads(request.content))
+            return answer(request)
+
+        client = httpx.Client(base_url="http://server", transport=httpx.MockTransport(handle))
+        options = TurnOptions(model="m", with_report=False)
+        terminal = Terminal(read=lambda _prompt: "", write=self._show)
+        self.conversation = Conversation(client, config, options, terminal)
+
+    def _show(self, text: str) -> None:
+        self.shown += text
+
+    def say(self, *lines: str) -> list[bool]:
+        return [self.conversation.handle(line) for line in lines]
+
+    def roles(self) -> list[str]:
+        return [message["role"] for message in self.conversation.messages]
+
+
+def chat(answer: Answer | None = None, **config: object) -> Chat:
+    return Chat(answer or (lambda _request: httpx.Response(200, text=events("Bon", "jour"))), ChatConfig(**config))  # type: ignore[arg-type]
+
+
+def test_each_turn_sends_the_whole_history_and_shows_what_it_took() -> None:
+    here = chat(system="Be brief.")
+    assert here.say("Hello", "", "And now?") == [True, True, True]
+    assert [len(asked["messages"]) for asked in here.asked] == [2, 4]  # type: ignore[arg-type]
+    assert here.roles() == ["system", "user", "assistant", "user", "assistant"]
+    assert here.conversation.messages[2]["content"] == "Bonjour"
+    assert "20 of prompt, 16 of them cached" in here.shown
+    assert "kvist" not in here.asked[0]
+    assert "temperature" not in here.asked[0]
+
+
+def test_commands_change_the_history_and_ask_nothing() -> None:
+    here = chat(system="Be brief.")
+    here.say("Hello", "/undo")
+    assert here.roles() == ["system"]
+    here.say("Hello", "/reset")
+    assert here.roles() == ["system"]
+    here.say("/system Be kind.")
+    assert here.conversation.messages == [{"role": "system", "content": "Be kind."}]
+    here.say("/system", "/undo")
+    assert here.roles() == []
+    here.shown = ""
+    here.say("/nonsense")
+    assert all(command in here.shown for command in COMMANDS)
+    here.say("Hello")
+    here.shown = ""
+    here.say("/history")
+    assert here.shown == "user: Hello\nassistant: Bonjour\n"
+    assert here.say("/quit") == [False]
+    assert len(here.asked) == 3
+
+
+def test_figures_can_be_turned_off() -> None:
+    here = chat()
+    here.say("/stats", "Hello")
+    assert "first token" not in here.shown
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda _request: httpx.Response(429, text='{"error": {"message": "full"}}'),
+        lambda _request: (_ for _ in ()).throw(httpx.ConnectError("refused")),
+    ],
+)
+def test_a_question_that_gets_no_answer_is_not_in_the_history(answer: Answer) -> None:
+    here = chat(answer)
+    assert here.say("Hello") == [True]
+    assert here.roles() == []
+    assert "no answer" in here.shown
+
+
+def test_an_answer_that_breaks_off_stays_as_far_as_it_came() -> None:
+    text = events("Bon").partition("\n\n")[0] + '\n\ndata: {"error": {"message": "lost"}}\n\n'
+    here = chat(lambda _request: httpx.Response(200, text=text))
+    here.say("Hello")
+    assert here.conversation.messages[-1] == {"role": "assistant", "content": "Bon"}
+    assert "lost" in here.shown
+
+
+def test_an_answer_that_was_cut_at_its_limit_says_so() -> None:
+    here = chat(lambda _request: httpx.Response(200, text=events("Bon", finish_reason="length")))
+    here.say("Hello")
+    assert "cut at its limit" in here.shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "url", "serve_argv"),
+    [
+        (["http://h:1/v1/"], "http://h:1", []),
+        (["/models/m", "--dtype", "bfloat16"], None, ["--dtype=bfloat16", "--model-path=/models/m"]),
+        (["--model-path", "m", "--system", "x"], None, ["--model-path=m"]),
+        ([], None, []),
+    ],
+)
+def test_a_chat_is_with_a_url_or_with_a_server_of_its_own(
+    argv: list[str], url: str | None, serve_argv: list[str]
+) -> None:
+    read = settings.read("chat", argv, {})
+    assert isinstance(read, settings.ChatSettings)
+    assert (read.chat.url, read.serve_argv() if url is None else []) == (url, serve_argv)
+
+
+def test_two_servers_for_one_chat_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="both name what to talk to"):
+        settings.read("chat", ["http://h:1", "--model-path", "m"], {})
