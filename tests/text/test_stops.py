@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import re
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.text import StopMatcher
+from kvist.text import StopMatcher, special_token_marks
 
 ALPHABET = st.text(alphabet="ab\n", max_size=25)
 STOPS = st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3)
@@ -52,3 +54,37 @@ def test_a_stop_string_across_pieces_is_found() -> None:
     assert [matcher.push(piece) for piece in ("Hi.", "\n", "\nUs", "er: x")] == ["Hi.", "", "", ""]
     assert matcher.matched == "\n\nUser:"
     assert matcher.push("more") == ""
+
+
+@settings(max_examples=500)
+@given(exempt=st.lists(ALPHABET, max_size=4), pieces=st.lists(ALPHABET, max_size=4), stops=STOPS)
+def test_a_stop_string_that_ends_in_exempt_text_does_not_count(
+    exempt: list[str], pieces: list[str], stops: list[str]
+) -> None:
+    matcher = StopMatcher(stops)
+    shown = "".join([matcher.push(piece, armed=False) for piece in exempt])
+    shown += "".join([matcher.push(piece) for piece in pieces])
+    if matcher.matched is None:
+        shown += matcher.flush()
+    text, num_exempt = "".join([*exempt, *pieces]), len("".join(exempt))
+    ends = [
+        (end, -len(stop), stop)
+        for end in range(num_exempt + 1, len(text) + 1)
+        for stop in stops
+        if text[:end].endswith(stop)
+    ]
+    expected = (text[: min(ends)[0] + min(ends)[1]], min(ends)[2]) if ends else (text, None)
+    assert (shown, matcher.matched) == expected
+
+
+def test_the_stop_string_is_shown_when_asked_for() -> None:
+    matcher = StopMatcher(["--"], include_match=True)
+    assert [matcher.push(piece) for piece in ("a-", "-b")] == ["a", "--"]
+
+
+def test_marks_are_matched_and_never_shown() -> None:
+    marks = special_token_marks(["<e>x", "y"], re.compile("<e>|<f>"))
+    assert list(marks) == ["<e>"]
+    matcher = StopMatcher(["<e>x", "y"], marks=marks)
+    assert [matcher.push(piece) for piece in ("a" + marks["<e>"], "b", marks["<e>"], "x")] == ["a", "b", "", ""]
+    assert matcher.matched == "<e>x"

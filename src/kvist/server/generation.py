@@ -18,8 +18,8 @@ from kvist.errors import EngineError
 from kvist.metrics import GatewayMetrics
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.stream import ClusterSnapshot, StreamPart
-from kvist.text import IncrementalDetokenizer, StopMatcher, Tokenizer
-from kvist.wire import AskStorage, EngineSpec, FlushTier, HandoffReport, StorageAnswer
+from kvist.text import IncrementalDetokenizer, StopMatcher, Tokenizer, special_token_marks
+from kvist.wire import AskStorage, EngineSpec, FlushTier, HandoffReport, StorageAnswer, TokenChunk
 
 _QUEUE_PARTS = 64  # parts that may wait between the choices of one job and its reader
 
@@ -53,6 +53,7 @@ class Delta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     finished: bool
+    text_offsets: tuple[int, ...] = ()  # with logprobs: see `Choice.text_offsets`
 
 
 class Choice:
@@ -67,15 +68,27 @@ class Choice:
         tokenizer: Tokenizer,
         stops: Sequence[str] = (),
         skip_special_tokens: bool = True,
+        include_stop_str_in_output: bool = False,
     ) -> None:
+        """`stops` count once there are more tokens than the request's `min_tokens`, as its stop tokens do."""
         self.request = request
         self.index = index
         self.repeats_prompt = repeats_prompt  # another choice already counts this prompt in `usage`
-        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
-        self._stops = StopMatcher(stops) if stops else None
+        marks = special_token_marks(stops, tokenizer.special_token_pattern) if skip_special_tokens else {}
+        self._marks = {tokenizer.special_tokens[token]: mark for token, mark in marks.items()}
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, skip_special_tokens=skip_special_tokens, marks=self._marks
+        )
+        self._stops = StopMatcher(stops, marks=marks, include_match=include_stop_str_in_output) if stops else None
+        self._shows_stop_token = include_stop_str_in_output
+        self._counts_chars = request.sampling.num_logprobs is not None
+        self._num_chars = 0  # of the text so far, what a stop string cuts off later included
         self.texts: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        # With logprobs, for each token: how many characters were complete before it. A token of a stop string may be
+        # beyond the end of the text.
+        self.text_offsets: list[int] = []
         self.finish_reason: str | None = None
         self.matched: int | str | None = None  # the stop token or stop string
         self.num_cached_tokens = 0
@@ -94,35 +107,53 @@ class Choice:
         chunk = part.chunk
         if self.prefill_worker is None or chunk.handoff is not None or chunk.num_cached_tokens is not None:
             self._remember_route(part)
-        token_ids = chunk.token_ids
-        logprobs = chunk.logprobs or ()
+        if chunk.finish_reason is not None or self._stops is not None or self._counts_chars:
+            return self._absorb_each(chunk)
+        token_ids = chunk.token_ids  # nearly every part
         self.token_ids.extend(token_ids)
-        self.logprobs.extend(logprobs)
-        reason = chunk.finish_reason
-        if reason is None and self._stops is None:  # nearly every part
-            text = self._detokenizer.push(token_ids)
-            self.texts.append(text)
-            return Delta(text, token_ids, logprobs, False)
-        stopped = reason is FinishReason.STOP
-        # the token that ended the answer is no part of it
-        text = self._detokenizer.push(token_ids[:-1] if stopped else token_ids)
-        if reason is not None:
-            self.finish_reason = reason.value
-            self.matched = token_ids[-1] if stopped else None
-            text += self._detokenizer.flush()
-        text = self._cut_at_stop(text)
+        text = self._detokenizer.push(token_ids)
         self.texts.append(text)
-        return Delta(text, token_ids, logprobs, self.finish_reason is not None)
+        return Delta(text, token_ids, (), False)
 
-    def _cut_at_stop(self, text: str) -> str:
+    def _absorb_each(self, chunk: TokenChunk) -> Delta:
+        """Token by token, so that what follows a stop string in the same part is no part of the answer."""
+        reason, num_before = chunk.finish_reason, len(self.token_ids)
+        shown: list[str] = []
+        offsets: list[int] = []
+        for place, token_id in enumerate(chunk.token_ids):
+            self.token_ids.append(token_id)
+            offsets.append(self._num_chars)
+            is_stop_token = reason is FinishReason.STOP and place == len(chunk.token_ids) - 1
+            if not is_stop_token or self._shows_stop_token:
+                shown.append(self._show(self._detokenizer.push((token_id,)), is_mark=token_id in self._marks))
+            if self._cut_at_stop():
+                break
+        if reason is not None and self.finish_reason is None:
+            shown.append(self._show(self._detokenizer.flush()))
+            if not self._cut_at_stop():
+                self.finish_reason = reason.value
+                self.matched = chunk.token_ids[-1] if reason is FinishReason.STOP else None
+                shown.append("" if self._stops is None else self._stops.flush())
+        token_ids = chunk.token_ids[: len(self.token_ids) - num_before]
+        logprobs = (chunk.logprobs or ())[: len(token_ids)]
+        self.logprobs.extend(logprobs)
+        self.text_offsets.extend(offsets)
+        text = "".join(shown)
+        self.texts.append(text)
+        return Delta(text, token_ids, logprobs, self.finish_reason is not None, tuple(offsets))
+
+    def _show(self, text: str, *, is_mark: bool = False) -> str:
+        """What of `text`, and of what was withheld before it, belongs to the answer for sure."""
+        self._num_chars += 0 if is_mark else len(text)
         if self._stops is None:
             return text
-        text = self._stops.push(text)
-        if self._stops.matched is not None:
-            self.finish_reason, self.matched = FinishReason.STOP.value, self._stops.matched
-        elif self.finish_reason is not None:
-            text += self._stops.flush()
-        return text
+        return self._stops.push(text, armed=len(self.token_ids) > self.request.sampling.min_tokens)
+
+    def _cut_at_stop(self) -> bool:
+        if self._stops is None or self._stops.matched is None:
+            return False
+        self.finish_reason, self.matched = FinishReason.STOP.value, self._stops.matched
+        return True
 
     def _remember_route(self, part: StreamPart) -> None:
         self.prefill_worker, self.decode_worker = part.prefill_worker, part.decode_worker

@@ -31,6 +31,7 @@ class Plan:
     min_tokens: int | None
     num_logprobs: int | None
     skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
 
 
 def new_job_id(prefix: str) -> str:
@@ -67,6 +68,7 @@ def make_choices(gateway: Gateway, plan: Plan) -> list[Choice]:
                 tokenizer=tokenizer,
                 stops=stops,
                 skip_special_tokens=plan.skip_special_tokens,
+                include_stop_str_in_output=plan.include_stop_str_in_output,
             )
             choices.append(choice)
     return choices

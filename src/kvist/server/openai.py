@@ -8,6 +8,7 @@ import msgspec
 
 from kvist.clock import unix_time_s
 from kvist.errors import RequestError
+from kvist.request import TokenLogprobs
 from kvist.server.caller import Caller
 from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import Gateway
@@ -224,6 +225,26 @@ class ChatFormat:
         }
 
 
+class _Untold:
+    """Tokens of a stream with logprobs that no event has told. A token is told once its `text_offset` is certain: with
+    the text before it, which may be withheld because a stop string may begin there."""
+
+    def __init__(self) -> None:
+        self._tokens: list[tuple[int, TokenLogprobs, int]] = []
+        self._num_chars = 0  # told
+
+    def add(self, delta: Delta) -> None:
+        self._tokens.extend(zip(delta.token_ids, delta.logprobs, delta.text_offsets, strict=True))
+        self._num_chars += len(delta.text)
+
+    def take(self, *, finished: bool) -> tuple[list[int], list[TokenLogprobs], list[int]]:
+        told, limit = self._tokens, self._num_chars
+        if not finished:
+            told = [token for token in self._tokens if token[2] <= limit]  # offsets never shrink
+        self._tokens = self._tokens[len(told) :]
+        return [token[0] for token in told], [token[1] for token in told], [min(token[2], limit) for token in told]
+
+
 class CompletionFormat:
     def __init__(self, shape: _Shape, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool) -> None:
         self._shape = shape
@@ -232,7 +253,7 @@ class CompletionFormat:
         self._token_ids = token_ids
         self._only_text = not logprobs and not token_ids
         self._ends: dict[int, tuple[bytes, bytes, bytes]] = {}
-        self._num_chars: dict[int, int] = {}  # of the tokens told so far, for text_offset
+        self._untold: dict[int, _Untold] = {}  # with logprobs
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
         ends = self._ends.get(choice.index)
@@ -245,10 +266,9 @@ class CompletionFormat:
             return before + _json(delta.text) + after_text  # without text too: a token is told when it is there
         rest: dict[str, object] = {"logprobs": None, "finish_reason": choice.finish_reason if delta.finished else None}
         if self._logprobs:
-            start = self._num_chars.get(choice.index, 0)
-            rest["logprobs"] = completion_logprobs(self._tokenizer, delta.token_ids, delta.logprobs, start)
-            told = sum(len(self._tokenizer.token_text(token_id)) for token_id in delta.token_ids)
-            self._num_chars[choice.index] = start + told
+            untold = self._untold.setdefault(choice.index, _Untold())
+            untold.add(delta)
+            rest["logprobs"] = completion_logprobs(self._tokenizer, *untold.take(finished=delta.finished))
         if self._token_ids:
             rest["token_ids"] = delta.token_ids
             if first:
@@ -264,7 +284,9 @@ class CompletionFormat:
     def _answer(self, choice: Choice) -> dict[str, object]:
         logprobs = None
         if self._logprobs:
-            logprobs = completion_logprobs(self._tokenizer, choice.token_ids, choice.logprobs, 0)
+            num_chars = len(choice.text)
+            offsets = [min(offset, num_chars) for offset in choice.text_offsets]
+            logprobs = completion_logprobs(self._tokenizer, choice.token_ids, choice.logprobs, offsets)
         answer: dict[str, object] = {
             "index": choice.index,
             "text": choice.text,

@@ -55,7 +55,8 @@ def _report_one(choice: Choice) -> dict[str, object]:
 
 
 def finite(logprob: float) -> float:
-    return max(logprob, _LEAST_LOGPROB)
+    """A number that JSON has: not a number is as unlikely as minus infinity."""
+    return logprob if logprob >= _LEAST_LOGPROB else _LEAST_LOGPROB
 
 
 def chat_logprobs(
@@ -65,7 +66,7 @@ def chat_logprobs(
 
     def entry(token_id: int, logprob: float) -> dict[str, object]:
         raw = tokenizer.token_bytes(token_id)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
+        return {"token": tokenizer.token_text(token_id), "logprob": finite(logprob), "bytes": list(raw)}
 
     return [
         {
@@ -79,23 +80,27 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], text_offset: int
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    logprobs: Sequence[TokenLogprobs],
+    text_offsets: Sequence[int],
 ) -> dict[str, object]:
-    """The older shape of /v1/completions. `text_offset` is where the first token begins, in characters."""
-    tokens = [tokenizer.token_text(token_id) for token_id in token_ids]
-    offsets = []
-    for token in tokens:
-        offsets.append(text_offset)
-        text_offset += len(token)
+    """The older shape of /v1/completions."""
     return {
-        "tokens": tokens,
+        "tokens": [tokenizer.token_text(token_id) for token_id in token_ids],
         "token_logprobs": [finite(found.logprob) for found in logprobs],
         "top_logprobs": [
-            {
-                tokenizer.token_text(token_id): finite(top)
-                for token_id, top in zip(found.top_token_ids, found.top_logprobs, strict=True)
-            }
-            for found in logprobs
+            _by_text(tokenizer, token_id, found) for token_id, found in zip(token_ids, logprobs, strict=True)
         ],
-        "text_offset": offsets,
+        "text_offset": text_offsets,
     }
+
+
+def _by_text(tokenizer: Tokenizer, chosen_id: int, found: TokenLogprobs) -> dict[str, float]:
+    """The likeliest tokens, and the chosen one in any case. Of several with the same text the likeliest counts, unless
+    the chosen one is among them."""
+    entries: dict[str, float] = {}
+    for token_id, logprob in zip(found.top_token_ids, found.top_logprobs, strict=True):  # from the likeliest on
+        entries.setdefault(tokenizer.token_text(token_id), finite(logprob))
+    entries[tokenizer.token_text(chosen_id)] = finite(found.logprob)
+    return entries

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.text.detokenizer import IncrementalDetokenizer
-from kvist.text.stops import StopMatcher
+from kvist.text.stops import StopMatcher, special_token_marks
 from kvist.text.tokenizer import Tokenizer
 
-__all__ = ["IncrementalDetokenizer", "StopMatcher", "Tokenizer", "load_tokenizer"]
+__all__ = ["IncrementalDetokenizer", "StopMatcher", "Tokenizer", "load_tokenizer", "special_token_marks"]
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -1,48 +1,91 @@
 """Finds stop strings in a text that arrives in pieces. One instance for each stream; its owner pushes all text.
 
-Text that may be the beginning of a stop string is withheld until that is decided. The cut is before the stop string
-that is complete first (of those complete at the same character, the one that began first), so the result does not
-depend on how the text was cut into pieces.
+Text that may be the beginning of a stop string is withheld until that is decided. The cut is at the stop string that
+is complete first (of those complete at the same character, the one that began first), so the result does not depend on
+how the text was cut into pieces.
+
+A stop string may spell special tokens, which are no part of the text. Each of those stands in the pushed text, and in
+the stop string that is looked for, as one character that no text can hold (a lone surrogate); none is ever shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+
+_FIRST_MARK, _NUM_MARKS = 0xD800, 0x800  # the surrogates: UTF-8 has none, so neither a model nor a client sends one
+
+
+def special_token_marks(stops: Sequence[str], special_tokens: re.Pattern[str] | None) -> dict[str, str]:
+    """Special tokens that `stops` spell → their marks. `special_tokens` matches any of the tokenizer's."""
+    if special_tokens is None:
+        return {}
+    found = dict.fromkeys(token for stop in stops for token in special_tokens.findall(stop))
+    return {token: chr(_FIRST_MARK + number) for number, token in enumerate(found) if number < _NUM_MARKS}
 
 
 class StopMatcher:
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(
+        self, stops: Sequence[str], *, marks: Mapping[str, str] | None = None, include_match: bool = False
+    ) -> None:
+        """`marks`: what stands for special tokens in the pushed text. `include_match`: show the stop string too."""
         assert all(stops), "an empty stop string would match everywhere"
-        self._stops = tuple(stops)
-        self._longest = max(map(len, stops), default=0)
+        self._stops = tuple((_marked(stop, marks or {}), stop) for stop in stops)
+        self._unmark = dict.fromkeys(map(ord, (marks or {}).values()))
+        self._longest = max((len(pattern) for pattern, _ in self._stops), default=0)
+        self._include_match = include_match
         self._pending = ""
+        self._num_exempt = 0  # of the pending characters: no stop string that ends in them counts
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
-        """The text that may be shown now. After a match: what stood before it, then nothing more."""
+    def push(self, text: str, *, armed: bool = True) -> str:
+        """The text that may be shown now. After a match: what stood before it, then nothing more.
+
+        `armed` False: stop strings that end in this text do not count; one that ends later may begin in it."""
         if not self._stops:
             return text
         if self.matched is not None:
             return ""
         text = self._pending + text
-        ends = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if ends:
-            _, start, self.matched = min(ends)
+        if not armed:
+            self._num_exempt = len(text)
+        found = self._first(text)
+        if found is not None:
+            start, self.matched = found
             self._pending = ""
-            return text[:start]
-        shown = len(text) - self._num_withheld(text)
-        self._pending = text[shown:]
-        return text[:shown]
+            return self._shown(text[:start]) + (self.matched if self._include_match else "")
+        num_decided = len(text) - self._num_withheld(text)
+        self._pending = text[num_decided:]
+        self._num_exempt = max(0, self._num_exempt - num_decided)
+        return self._shown(text[:num_decided])
+
+    def _first(self, text: str) -> tuple[int, str] | None:
+        ends = []
+        for pattern, stop in self._stops:
+            start = text.find(pattern, max(0, self._num_exempt + 1 - len(pattern)))
+            if start >= 0:
+                ends.append((start + len(pattern), start, stop))
+        return min(ends)[1:] if ends else None
 
     def _num_withheld(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""
         for start in range(max(0, len(text) - self._longest + 1), len(text)):
             tail = text[start:]
-            if any(stop.startswith(tail) for stop in self._stops):
+            if any(pattern.startswith(tail) for pattern, _ in self._stops):
                 return len(tail)
         return 0
+
+    def _shown(self, text: str) -> str:
+        return text.translate(self._unmark) if self._unmark else text
 
     def flush(self) -> str:
         """The stream is over: what was withheld is ordinary text."""
         rest, self._pending = self._pending, ""
-        return rest
+        return self._shown(rest)
+
+
+def _marked(stop: str, marks: Mapping[str, str]) -> str:
+    if not marks:
+        return stop
+    longest_first = sorted(marks, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda found: marks[found[0]], stop)

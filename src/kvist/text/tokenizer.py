@@ -9,7 +9,8 @@ It does not clean up spaces (`clean_up_tokenization_spaces`): a streamed text co
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 import tokenizers
 
@@ -51,6 +52,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special_tokens = {self._added[token_id]: token_id for token_id in self.special_token_ids}  # by text
+        self.special_token_pattern = _any_of(self.special_tokens)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self._bytes_of: dict[int, bytes] = {}  # filled as tokens are met; bounded by the vocabulary
 
@@ -91,5 +94,16 @@ class Tokenizer:
         return raw.decode("utf-8", "replace")
 
     def token_text(self, token_id: int) -> str:
-        """How one token is shown in logprobs."""
-        return self.token_bytes(token_id).decode("utf-8", "replace")
+        r"""How one token is shown by itself, in logprobs above all: a part of a character as `bytes:\xe4\xb8`, so that
+        two different parts are never the same text."""
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """Matches any of them, the longest first; None when there is none."""
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None

@@ -1,0 +1,281 @@
+"""Stop strings, logprobs and text offsets: what the gateway makes of tokens, in every API that tells them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from kvist.request import EngineRequest, EpochId, FinishReason, TokenLogprobs, WorkerId
+from kvist.router.stream import StreamPart
+from kvist.server.app import build_app
+from kvist.server.config import ServerConfig
+from kvist.text.chat import ChatTemplate
+from kvist.text.tokenizer import Alphabet, Tokenizer
+from kvist.wire import EngineSpec, TokenChunk
+
+WORKER = WorkerId("w:1")
+SPEC = EngineSpec(
+    worker_id=WORKER,
+    epoch=EpochId("e"),
+    role="unified",
+    endpoint="tcp://127.0.0.1:1",
+    model_fingerprint="f",
+    model_name="tiny",
+    vocab_size=300,
+    max_model_len=200,
+    page_size=16,
+    num_pages=10,
+    namespace="n",
+    dtype="fp32",
+    tp_size=1,
+    max_running_requests=8,
+    max_queued_requests=8,
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A token a byte, then `<|end|>` and `<|turn|>`, which are special."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in ("<|end|>", "<|turn|>")])
+    template = ChatTemplate("{{ messages[0].content }}", special_tokens={})
+    return Tokenizer(backend, alphabet=Alphabet.BYTE_LEVEL, chat_template=template)
+
+
+@dataclass
+class Model:
+    """Answers with `answer`, some tokens a part, until max_tokens or `<|end|>`."""
+
+    tokenizer: Tokenizer
+    answer: str
+    tokens_per_part: int = 1
+    logprobs: Sequence[TokenLogprobs] = ()  # of each token, where they matter
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
+        sampling = request.sampling
+        ids = self.tokenizer.encode(self.answer)[: sampling.max_tokens]
+        eos = 256  # `<|end|>`
+        stopped = eos in ids and not sampling.ignore_eos
+        ids = ids[: ids.index(eos) + 1] if stopped else ids
+        for start in range(0, len(ids), self.tokens_per_part):
+            part = tuple(ids[start : start + self.tokens_per_part])
+            is_last = start + len(part) == len(ids)
+            chunk = TokenChunk(
+                request_id=request.request_id,
+                position=start,
+                token_ids=part,
+                logprobs=tuple(self._logprobs(start + place, token) for place, token in enumerate(part))
+                if sampling.num_logprobs is not None
+                else None,
+                finish_reason=(FinishReason.STOP if stopped else FinishReason.LENGTH) if is_last else None,
+                num_cached_tokens=0 if start == 0 else None,
+            )
+            yield StreamPart(chunk=chunk, prefill_worker=WORKER, decode_worker=WORKER)
+
+    def _logprobs(self, position: int, token_id: int) -> TokenLogprobs:
+        if self.logprobs:
+            return self.logprobs[position]
+        return TokenLogprobs(logprob=-0.5, top_token_ids=(token_id,), top_logprobs=(-0.5,))
+
+    def model(self) -> EngineSpec:
+        return SPEC
+
+    def ready(self) -> bool:
+        return True
+
+
+PATHS = {
+    "completions": ("/v1/completions", {"prompt": "p"}),
+    "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "p"}]}),
+    "native": ("/generate", {"text": "p"}),
+}
+
+
+def body_for(api: str, *, stream: bool, **fields: Any) -> dict[str, Any]:
+    """The fields by OpenAI's names; /generate has its own for two of them."""
+    body: dict[str, Any] = {**PATHS[api][1], "stream": stream}
+    if api != "native":
+        return {**body, **fields}
+    renamed = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
+    return {**body, "sampling_params": {renamed.get(name, name): value for name, value in fields.items()}}
+
+
+async def post(model: Model, path: str, body: dict[str, Any]) -> httpx.Response:
+    app: Any = build_app(
+        dispatcher=model,  # type: ignore[arg-type]  # what generation needs of one
+        tokenizer=model.tokenizer,
+        config=ServerConfig(),
+        model_name="tiny",
+    )
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+        headers = {"content-type": "application/json"}
+        response = await client.post(path, content=msgspec.json.encode(body), headers=headers)
+    assert response.status_code == 200, response.text
+    return response
+
+
+def events(response: httpx.Response) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    return [msgspec.json.decode(line) for line in lines if line != "[DONE]"]
+
+
+@dataclass(frozen=True)
+class Told:
+    text: str
+    num_tokens: int
+    finish: str
+
+
+async def answers(api: str, model: Model, *, stream: bool, **fields: Any) -> list[Told]:
+    """Of each choice, whichever way it was told."""
+    num_choices = fields.get("n", 1)
+    extra = {"stream_options": {"include_usage": True}} if stream and api != "native" else {}
+    response = await post(model, PATHS[api][0], {**body_for(api, stream=stream, **fields), **extra})
+    told = events(response) if stream else [response.json()]
+    if api == "native":
+        whole = told if stream else (told[0] if isinstance(told[0], list) else told)
+        last = {one.get("index", 0): one for one in whole}
+        return [
+            Told(one["text"], one["meta_info"]["completion_tokens"], one["meta_info"]["finish_reason"]["type"])
+            for _, one in sorted(last.items())
+        ]
+    texts, finishes = dict.fromkeys(range(num_choices), ""), dict.fromkeys(range(num_choices), "")
+    for choice in (choice for one in told for choice in one["choices"]):
+        piece = choice["text"] if api == "completions" else choice.get("delta", choice.get("message")).get("content")
+        texts[choice["index"]] += piece or ""
+        finishes[choice["index"]] = choice["finish_reason"] or finishes[choice["index"]]
+    num_tokens = told[-1]["usage"]["completion_tokens"] // num_choices
+    return [Told(texts[index], num_tokens, finishes[index]) for index in range(num_choices)]
+
+
+each_api = pytest.mark.parametrize("api", list(PATHS))
+each_way = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+each_cut = pytest.mark.parametrize("tokens_per_part", [1, 3, 50])
+
+
+@pytest.mark.case("min-tokens-stop")
+@each_api
+@each_way
+@each_cut
+@pytest.mark.parametrize("n", [1, 2])
+async def test_stop_strings_count_after_min_tokens_only(api: str, stream: bool, tokens_per_part: int, n: int) -> None:
+    model = Model(byte_tokenizer(), "DEFGHIJKLGHIMN", tokens_per_part)
+    fields = {"stop": "GHI", "max_tokens": 14, "n": n, "stream": stream}
+    for min_tokens, text, num_tokens, finish in [
+        (0, "DEF", 6, "stop"),
+        (5, "DEF", 6, "stop"),  # the stop string begins before min_tokens, and ends after
+        (6, "DEFGHIJKL", 12, "stop"),
+        (12, "DEFGHIJKLGHIMN", 14, "length"),
+        (14, "DEFGHIJKLGHIMN", 14, "length"),
+    ]:
+        expected = [Told(text, num_tokens, finish)] * n
+        assert await answers(api, model, min_tokens=min_tokens, **fields) == expected, min_tokens
+
+
+@pytest.mark.case("special-token-as-stop")
+@each_api
+@each_way
+@each_cut
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        ("<|turn|>", Told("Hi", 3, "stop")),
+        (["x", "<|turn|>"], Told("Hi", 3, "stop")),
+        ("\n<|end|>", Told("Hiho", 7, "stop")),  # mixed with text, and the model's own end token
+        ("ho\n<|end|>\n", Told("Hi", 8, "stop")),
+        ("i<|turn|>h", Told("H", 4, "stop")),
+        ("o<|turn|>", Told("Hiho\n\nyou", 11, "length")),
+    ],
+)
+async def test_a_stop_string_may_spell_special_tokens_which_are_in_no_text(
+    api: str, stream: bool, tokens_per_part: int, stop: str | list[str], expected: Told
+) -> None:
+    model = Model(byte_tokenizer(), "Hi<|turn|>ho\n<|end|>\nyou", tokens_per_part)
+    assert await answers(api, model, stream=stream, stop=stop, ignore_eos=True, max_tokens=60) == [expected]
+
+
+async def offsets_of(model: Model, *, stream: bool, **fields: Any) -> tuple[str, list[str], list[int]]:
+    """The text, its tokens and their offsets, of /v1/completions."""
+    body = {"prompt": "p", "max_tokens": 20, "logprobs": 1, "stream": stream, **fields}
+    response = await post(model, "/v1/completions", body)
+    told = events(response) if stream else [response.json()]
+    choices = [one["choices"][0] for one in told if one["choices"]]
+    tokens = [token for choice in choices for token in choice["logprobs"]["tokens"]]
+    offsets = [offset for choice in choices for offset in choice["logprobs"]["text_offset"]]
+    return "".join(choice["text"] for choice in choices), tokens, offsets
+
+
+@pytest.mark.case("text-offset")
+@each_way
+@each_cut
+@pytest.mark.parametrize(
+    ("answer", "fields", "text", "offsets"),
+    [
+        ("aéb", {}, "aéb", [0, 1, 1, 2]),  # é has two tokens
+        ("🦙 🦙", {"max_tokens": 6}, "🦙 \ufffd", [0, 0, 0, 0, 1, 2]),  # ends inside a character
+        ("a<|turn|>b<|end|>", {}, "ab", [0, 1, 1, 2]),  # special tokens have no text
+        ("ab--cd", {"stop": "--c"}, "ab", [0, 1, 2, 2, 2]),  # tokens of the stop string are where the text ends
+        ("ab--dd", {"stop": "--c"}, "ab--dd", [0, 1, 2, 3, 4, 5]),  # withheld for a while
+    ],
+)
+async def test_text_offsets_are_places_in_the_text_that_is_told(
+    stream: bool, tokens_per_part: int, answer: str, fields: dict[str, Any], text: str, offsets: list[int]
+) -> None:
+    model = Model(byte_tokenizer(), answer, tokens_per_part)
+    told_text, tokens, told = await offsets_of(model, stream=stream, **fields)
+    assert (told_text, told) == (text, offsets)
+    assert len(tokens) == len(offsets)
+
+
+def ids(tokenizer: Tokenizer, raw: bytes) -> list[int]:
+    by_bytes = {tokenizer.token_bytes(token_id): token_id for token_id in range(256)}
+    return [by_bytes[bytes([byte])] for byte in raw]
+
+
+@pytest.mark.case("top-logprobs-collapse")
+async def test_logprobs_by_text_keep_the_chosen_token_and_tell_parts_of_characters_apart() -> None:
+    tokenizer = byte_tokenizer()
+    first, second, third, letter = ids(tokenizer, "中".encode() + b"x")
+    chosen_outside = TokenLogprobs(logprob=-7.0, top_token_ids=(second, third), top_logprobs=(-0.1, -3.0))
+    # two ids that no token has, both without text
+    equal_texts = TokenLogprobs(logprob=-0.25, top_token_ids=(second, 298, 299), top_logprobs=(-0.25, -2.0, -6.5))
+    chosen_of_equals = TokenLogprobs(
+        logprob=-4.0, top_token_ids=(third, letter, first), top_logprobs=(-4.0, -5.0, float("-inf"))
+    )
+    model = Model(tokenizer, "中", logprobs=[chosen_outside, equal_texts, chosen_of_equals])
+    body = {"prompt": "p", "max_tokens": 3, "logprobs": 3}
+    logprobs = (await post(model, "/v1/completions", body)).json()["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == [r"bytes:\xe4", r"bytes:\xb8", r"bytes:\xad"]
+    assert logprobs["top_logprobs"] == [
+        {r"bytes:\xb8": -0.1, r"bytes:\xad": -3.0, r"bytes:\xe4": -7.0},
+        {r"bytes:\xb8": -0.25, "": -2.0},
+        {r"bytes:\xad": -4.0, "x": -5.0, r"bytes:\xe4": -9999.0},
+    ]
+    assert logprobs["token_logprobs"] == [-7.0, -0.25, -4.0]
+
+
+@pytest.mark.case("nan-logits")
+@each_api
+async def test_json_holds_numbers_only_even_where_an_engine_reports_none(api: str) -> None:
+    nan = float("nan")
+    found = TokenLogprobs(logprob=nan, top_token_ids=(0, 1), top_logprobs=(nan, float("-inf")))
+    asked = {
+        "completions": {"logprobs": 2},
+        "chat": {"logprobs": True, "top_logprobs": 2},
+        "native": {"return_logprob": True, "top_logprobs_num": 2},
+    }
+    path, body = PATHS[api]
+    response = await post(Model(byte_tokenizer(), "a", logprobs=[found]), path, {**body, **asked[api]})
+    assert "-9999.0" in response.text
+    assert 'logprob":null' not in response.text
+    assert "null,0" not in response.text
+    assert "[null" not in response.text
