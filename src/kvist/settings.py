@@ -343,6 +343,7 @@ def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str
         router_environ=router_environ,
         router_host=server.host,
         router_port=server.port,
+        api_keys=server.api_key,
         threads_per_worker=threads,
         num_gpus=num_gpus,
         base_gpu_id=engine.base_gpu_id,

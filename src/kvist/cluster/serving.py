@@ -12,7 +12,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import FrameType
 
@@ -22,6 +22,7 @@ import uvicorn
 
 from kvist.channel import ChannelConfig, bracketed, host_to_name, is_loopback
 from kvist.checkpoint import find_checkpoint
+from kvist.cluster.announce import announce, curl_example, router_example, shown_key
 from kvist.cluster.lifeline import signals_to, stop_at_end_of_stdin
 from kvist.errors import ConfigError
 from kvist.event_loop import run_in_loop
@@ -74,7 +75,12 @@ def serve_worker(
         supervisor = EngineSupervisor(engine, on_change=own.set)
         log.info("%s worker at %s is loading %s", engine.role, url, checkpoint.path)
         stop.http = http_server(app, server)
-        run_in_loop(_serve(stop.http, listener, dispatcher, supervisor))
+        if engine.role == UNIFIED:
+            example = curl_example(url, api_key=shown_key(server.api_key))
+        else:
+            example = router_example(url, engine.role)
+        ready = _say_ready(url, None if stop_with_stdin else example)
+        run_in_loop(_serve(stop.http, listener, dispatcher, supervisor, ready))
     return 0
 
 
@@ -99,7 +105,10 @@ def serve_router(
         )
         log.info("router at http://%s for %s", name, checkpoint.name)
         stop.http = http_server(app, server)
-        run_in_loop(_serve(stop.http, listener, dispatcher, None))
+        url = f"http://{name}"
+        example = curl_example(url, api_key=shown_key(server.api_key))
+        ready = _say_ready(url, None if stop_with_stdin else example)
+        run_in_loop(_serve(stop.http, listener, dispatcher, None, ready))
     return 0
 
 
@@ -113,10 +122,26 @@ def _listening(server: ServerConfig, stop_with_stdin: bool) -> Iterator[tuple[_S
         yield stop, listener, WorkerId(f"{host_to_name(server.host, socket.gethostname())}:{listener.getsockname()[1]}")
 
 
+def _say_ready(url: str, example: str | None) -> Callable[[], None]:
+    """`example` is a command for whoever started us at a terminal; None under `kvist up`, which has its own."""
+
+    def say() -> None:
+        log.info("ready at %s", url)
+        if example is not None:
+            print(f"Ready at {url}    (Ctrl-C stops it). Try:\n{example}", flush=True)
+
+    return say
+
+
 async def _serve(
-    http: uvicorn.Server, listener: socket.socket, dispatcher: Dispatcher, supervisor: EngineSupervisor | None
+    http: uvicorn.Server,
+    listener: socket.socket,
+    dispatcher: Dispatcher,
+    supervisor: EngineSupervisor | None,
+    say_ready: Callable[[], None],
 ) -> None:
     await dispatcher.start()
+    announcer = asyncio.create_task(announce(dispatcher, say_ready), name="announcer")
     serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
     tasks: list[asyncio.Task[None]] = [serving]
     if supervisor is not None:
@@ -124,6 +149,7 @@ async def _serve(
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
+        announcer.cancel()
         http.should_exit = True
         await serving
         await dispatcher.close()

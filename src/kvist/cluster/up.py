@@ -7,6 +7,7 @@ import signal
 import threading
 from types import FrameType
 
+from kvist.cluster.announce import curl_example, shown_key
 from kvist.cluster.lifeline import signals_to, stop_at_end_of_stdin
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.probe import StartReport, is_ready
@@ -59,11 +60,5 @@ def _start_and_wait(processes: Processes, shape: ClusterShape, show: Sink, stop_
     )
     url = processes.children["router"].plan.url
     show("kvist", f"ready at {url}    (Ctrl-C stops everything). Try:")
-    for line in curl_example(url):
-        show("kvist", line)
+    show("kvist", curl_example(url, api_key=shown_key(shape.api_keys)))
     threading.Event().wait()
-
-
-def curl_example(url: str) -> list[str]:
-    question = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
-    return [f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'"]

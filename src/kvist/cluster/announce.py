@@ -1,0 +1,76 @@
+"""Says when a server is ready, with a command that asks it something, and until then what it waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from kvist.router.stream import ClusterSnapshot
+
+LOOK_INTERVAL_S = 0.2
+REPORT_INTERVAL_S = 5.0
+MAX_NAMED = 8
+_QUESTION = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
+
+log = logging.getLogger(__name__)
+
+
+class Watched(Protocol):
+    """What is known of the workers (router/dispatch.py)."""
+
+    def ready(self) -> bool: ...
+
+    def snapshot(self) -> ClusterSnapshot: ...
+
+
+def curl_example(url: str, *, api_key: str | None = None) -> str:
+    """One line to paste into a shell."""
+    key = "" if api_key is None else f" -H 'Authorization: Bearer {api_key}'"
+    return f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{_QUESTION}'"
+
+
+def router_example(url: str, role: str) -> str:
+    """How a worker that does one part of a request is used."""
+    urls = {"prefill": "PREFILL_URL", "decode": "DECODE_URL", role: url}
+    return f"kvist router --prefill {urls['prefill']} --decode {urls['decode']}"
+
+
+def shown_key(api_keys: Sequence[str]) -> str | None:
+    """The key for an example: itself on a terminal, whose user gave it; nowhere else is a secret printed."""
+    if not api_keys:
+        return None
+    return api_keys[0] if sys.stdout.isatty() else "YOUR_KEY"
+
+
+def waiting_for(snapshot: ClusterSnapshot) -> str:
+    """The workers that are not ready, each with its reason."""
+    missing = [f"{each.worker_id} ({each.problem or each.state})" for each in snapshot.workers if not each.alive]
+    if len(missing) > MAX_NAMED:
+        missing[MAX_NAMED:] = [f"{len(missing) - MAX_NAMED} more"]
+    return "; ".join(missing) or "a worker of the other role"
+
+
+async def announce(watched: Watched, say_ready: Callable[[], None]) -> None:
+    """Calls `say_ready` at the first time; what is waited for, and readiness lost and regained, is logged. Until
+    cancelled."""
+    loop = asyncio.get_running_loop()
+    was_ready, said, told, next_report_s = False, False, "", loop.time() + REPORT_INTERVAL_S
+    while True:
+        ready = watched.ready()
+        if ready and not said:
+            said = True
+            say_ready()
+        elif ready and not was_ready:
+            log.info("ready again")
+        elif was_ready and not ready:
+            log.warning("not ready any more: %s", waiting_for(watched.snapshot()))
+        elif not ready and loop.time() >= next_report_s:
+            next_report_s = loop.time() + REPORT_INTERVAL_S
+            if (text := waiting_for(watched.snapshot())) != told:
+                told = text
+                log.info("waiting for %s", text)
+        was_ready = ready
+        await asyncio.sleep(LOOK_INTERVAL_S)

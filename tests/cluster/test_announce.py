@@ -1,0 +1,90 @@
+"""What a server says while it starts, and when it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shlex
+
+import pytest
+
+from kvist.cluster import announce as module
+from kvist.cluster.announce import announce, curl_example, router_example, shown_key, waiting_for
+from kvist.request import WorkerId
+from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
+
+
+def worker(name: str, *, alive: bool = False, problem: str = "") -> WorkerSnapshot:
+    return WorkerSnapshot(
+        worker_id=WorkerId(name), role="unified", alive=alive, spec=None, load=None, state="lost", problem=problem
+    )
+
+
+class Script:
+    """Ready, or not, at each look; the last entry stays."""
+
+    def __init__(self, *looks: bool) -> None:
+        self._looks = list(looks)
+        self.num_looks = 0
+
+    def ready(self) -> bool:
+        self.num_looks += 1
+        return self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
+
+    def snapshot(self) -> ClusterSnapshot:
+        return ClusterSnapshot(workers=(worker("a:1", problem="still loading"), worker("b:2", alive=True)))
+
+
+async def watch(script: Script, num_looks: int) -> int:
+    """How often it was said to be ready."""
+    said = 0
+
+    def say() -> None:
+        nonlocal said
+        said += 1
+
+    task = asyncio.create_task(announce(script, say))
+    while script.num_looks < num_looks:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return said
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_INTERVAL_S", 0.001)
+    monkeypatch.setattr(module, "REPORT_INTERVAL_S", 0.0)
+
+
+async def test_readiness_is_said_once_and_its_loss_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "kvist.cluster.announce"):
+        assert await watch(Script(False, False, True, False, True), 6) == 1
+    assert [record.message for record in caplog.records] == [
+        "waiting for a:1 (still loading)",  # once, although nothing changed at the second look
+        "not ready any more: a:1 (still loading)",
+        "ready again",
+    ]
+
+
+def test_a_router_names_the_workers_that_it_waits_for_but_not_hundreds() -> None:
+    snapshot = ClusterSnapshot(workers=tuple(worker(f"w:{port}", problem="no answer") for port in range(100)))
+    text = waiting_for(snapshot)
+    assert text.startswith("w:0 (no answer); w:1 (no answer)")
+    assert text.endswith("92 more")
+    assert waiting_for(ClusterSnapshot(workers=(worker("a:1", alive=True),))) == "a worker of the other role"
+
+
+def test_the_example_is_a_command_that_a_shell_reads_as_meant() -> None:
+    words = shlex.split(curl_example("http://h:1", api_key="s3cret"))
+    assert words[:2] == ["curl", "http://h:1/v1/chat/completions"]
+    assert "Authorization: Bearer s3cret" in words
+    assert "Authorization" not in curl_example("http://h:1")
+    assert router_example("http://h:1", "decode") == "kvist router --prefill PREFILL_URL --decode http://h:1"
+
+
+def test_a_key_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown_key([]) is None
+    assert shown_key(["s3cret"]) == "YOUR_KEY"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert shown_key(["s3cret", "other"]) == "s3cret"
