@@ -125,12 +125,14 @@ def test_a_child_deaf_to_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_nothing_is_left_behind_when_the_parent_is_killed() -> None:
     program = textwrap.dedent(f"""
-        import sys, time
+        import os, sys, time
         from kvist.cluster.processes import ChildPlan, Processes
+        def say(line):  # one write a line, whole, from either thread
+            os.write(1, line.encode() + bytes([10]))
         child = ChildPlan(name="a", argv=(sys.executable, "-c", {STAYS!r}), url="a")
-        processes = Processes([child], probe=lambda url: True, sink=lambda name, line: print(line, flush=True))
+        processes = Processes([child], probe=lambda url: True, sink=lambda name, line: say(line))
         processes.start()
-        print("pid", processes.children["a"].pid, flush=True)
+        say(f"pid {{processes.children['a'].pid}}")
         time.sleep(60)
     """)
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
