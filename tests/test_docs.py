@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -66,6 +67,16 @@ def test_every_flag_that_a_page_names_is_one(page: str) -> None:
     known |= {f"--no-{flag[2:]}" for option in options if option.is_switch for flag in option.flags}
     text = re.sub(r"`numactl[^`]*`", "", (ROOT / page).read_text(encoding="utf-8"))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) <= known
+
+
+def test_the_table_of_request_fields_is_what_the_schemas_say() -> None:
+    spec = importlib.util.spec_from_file_location("api_fields", ROOT / "scripts" / "api_fields.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    _, rest = (ROOT / "docs/api.md").read_text(encoding="utf-8").split(script.BEGIN)
+    assert rest.split(script.END)[0] == script.table(), "run: python scripts/api_fields.py"
 
 
 def exported_metrics() -> set[str]:

@@ -21,6 +21,8 @@ async def test_a_chat_answers_in_openais_shape(bench: Any) -> None:
             "message": {"role": "assistant", "content": "hello", "refusal": None},
             "logprobs": None,
             "finish_reason": "stop",
+            "stop_reason": None,
+            "matched_stop": 256,
         }
     ]
     num_prompt = len("<user>hi<assistant>")

@@ -175,7 +175,7 @@ async def test_tokenize_and_detokenize_are_inverse(bench: Any) -> None:
     found = (await bench.post("/tokenize", {"prompt": "hé<|end|>", "return_token_strs": True})).json()
     assert (found["count"], found["max_model_len"]) == (4, 200)
     assert found["token_strs"][0] == "h"
-    assert (await bench.post("/detokenize", {"tokens": found["tokens"]})).json() == {"prompt": "hé<|end|>"}
+    assert (await bench.post("/detokenize", {"tokens": found["tokens"]})).json()["prompt"] == "hé<|end|>"
     chat = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"mood": "!"}}
     assert (await bench.post("/tokenize", chat)).json()["count"] == len("<user>a<assistant>!")
     assert (await bench.post("/tokenize", {})).status_code == 400

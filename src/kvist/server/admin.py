@@ -14,9 +14,9 @@ from kvist.clock import unix_time_s
 from kvist.errors import RequestError, Unavailable, error_from_wire
 from kvist.router.stream import WorkerSnapshot
 from kvist.server.decoding import BodyDecoder
-from kvist.server.gateway import Gateway
+from kvist.server.gateway import Gateway, template_options
 from kvist.server.http import send_bytes, send_json
-from kvist.server.sampling import check_token_ids
+from kvist.server.sampling import check_token_ids, num_choices, token_lists
 from kvist.server.schemas import DetokenizeRequest, TokenizeRequest
 from kvist.server.worker_metrics import pages_by_state
 from kvist.wire import AskStorage, FlushTier, StoreWish
@@ -70,38 +70,61 @@ class Admin:
             "created": self._started_unix_s,
             "owned_by": "kvist",
             "root": spec.model_name if spec is not None else None,
+            "parent": None,
             "max_model_len": spec.max_model_len if spec is not None else None,
         }
 
     async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """vLLM's and SGLang's: of one prompt, of several (then `tokens`, `count` and `token_strs` are lists), or of a
+        chat."""
         gateway = self._gateway
         tokenizer = gateway.require_tokenizer()
-        request = _TOKENIZE.decode(await gateway.read_body(scope, receive))
+        request, headers = _TOKENIZE.decode(await gateway.read_body(scope, receive))
         gateway.check_model(request.model)
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("give one of `prompt` and `messages`", param="prompt")
-        text, param, add_special_tokens = request.prompt, "prompt", True
+        texts, param, add_special_tokens = request.prompt, "prompt", True
         if request.messages is not None:
             param, add_special_tokens = "messages", False
-            text = gateway.chat_prompt(
+            texts = gateway.chat_prompt(
                 request.messages,
-                options=request.chat_template_kwargs,
-                add_generation_prompt=request.add_generation_prompt,
+                options=template_options(request),
+                add_generation_prompt=request.add_generation_prompt is not False,
             )
-        assert text is not None
         if request.add_special_tokens is not None:
             add_special_tokens = request.add_special_tokens
-        tokens = await gateway.encode(text, add_special_tokens=add_special_tokens, param=param)
-        spellings = [tokenizer.token_text(token_id) for token_id in tokens] if request.return_token_strs else None
-        limit = gateway.max_model_len()
-        await send_json(send, {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": spellings})
+        several = isinstance(texts, list)
+        num_choices(None, len(texts) if isinstance(texts, list) else 1, gateway.config.max_choices)
+        ids = [
+            await gateway.encode(text, add_special_tokens=add_special_tokens, param=param)
+            for text in (texts if isinstance(texts, list) else [texts or ""])
+        ]
+        spellings = (
+            [[tokenizer.token_text(one) for one in tokens] for tokens in ids] if request.return_token_strs else None
+        )
+        counts = [len(tokens) for tokens in ids]
+        answer = {
+            "count": counts if several else counts[0],
+            "max_model_len": gateway.max_model_len(),
+            "tokens": ids if several else ids[0],
+            "token_strs": spellings if several or spellings is None else spellings[0],
+        }
+        await send_json(send, answer, headers=headers)
 
     async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The text under vLLM's name and under SGLang's; a list of texts for several lists of ids."""
         tokenizer = self._gateway.require_tokenizer()
-        request = _DETOKENIZE.decode(await self._gateway.read_body(scope, receive))
+        request, headers = _DETOKENIZE.decode(await self._gateway.read_body(scope, receive))
         self._gateway.check_model(request.model)
-        check_token_ids(request.tokens, tokenizer.vocab_size, "tokens")
-        await send_json(send, {"prompt": tokenizer.decode(request.tokens, skip_special_tokens=False)})
+        lists = token_lists(request.tokens) if request.tokens else [[]]
+        if lists is None:
+            raise RequestError("`tokens` mixes token ids and lists of token ids", param="tokens")
+        num_choices(None, len(lists), self._gateway.config.max_choices)
+        for one in lists:
+            check_token_ids(one, tokenizer.vocab_size, "tokens")
+        texts = [tokenizer.decode(one, skip_special_tokens=bool(request.skip_special_tokens)) for one in lists]
+        told = texts if request.tokens and isinstance(request.tokens[0], list) else texts[0]
+        await send_json(send, {"prompt": told, "text": told}, headers=headers)
 
     async def server_info(self, scope: Scope, receive: Receive, send: Send) -> None:
         """`engine` is this worker's own engine (a router reads it to connect), null while it loads or on a router."""
@@ -126,7 +149,7 @@ class Admin:
         """GET tells of every worker's storage tier, PUT attaches a store to it, DELETE detaches it."""
         ask = AskStorage(call_id="", action=_STORAGE_ACTIONS[scope["method"]])
         if ask.action == "attach":
-            wish = _STORE_WISH.decode(await self._gateway.read_body(scope, receive))
+            wish, _ = _STORE_WISH.decode(await self._gateway.read_body(scope, receive))
             ask = msgspec.structs.replace(ask, wish=wish)
         answers = await self._gateway.dispatcher.ask_storage(ask)
         if not answers:

@@ -81,6 +81,8 @@ def _routes(gateway: Gateway) -> list[Route]:
         ("/v1/models/{model:path}", admin.model, get),
         ("/tokenize", admin.tokenize, post),
         ("/detokenize", admin.detokenize, post),
+        ("/v1/tokenize", admin.tokenize, post),
+        ("/v1/detokenize", admin.detokenize, post),
         ("/health", admin.health, get),
         ("/ready", admin.ready, get),
         ("/server_info", admin.server_info, get),

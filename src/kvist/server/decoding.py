@@ -1,20 +1,23 @@
 """HTTP body → typed struct. Every way it can be wrong is a 400 that names the field, in OpenAI's vocabulary.
 
-Nothing is ignored: a field we do not know is refused with the nearest one we do; a field of the API that we cannot
-honour (typed `object`) is refused unless it has a value that asks for nothing.
+Nothing is ignored in silence: an unknown field is refused with the nearest one that is known, a field that would change
+the answer and cannot be honoured is refused with what works instead, and a field without effect is named in the
+response header `x-kvist-ignored` (fields.py has the classes).
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Generic, TypeVar
 
 import msgspec
 
 from kvist.errors import RequestError, UnsupportedField
-from kvist.server.schemas import NEUTRAL
+from kvist.server.fields import Honoured, Looker, Refused, classes_of
+from kvist.server.http import Headers
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -28,9 +31,10 @@ class BodyDecoder(Generic[T]):
 
     def __init__(self, struct: type[T]) -> None:
         self._decoder = msgspec.json.Decoder(struct)
-        self._known = _field_names(struct).difference(_unsupported(struct))
+        self._known = _known_names(struct)
 
-    def decode(self, body: bytes) -> T:
+    def decode(self, body: bytes) -> tuple[T, Headers]:
+        """The request, and the response header that names its fields without effect, where it has such."""
         if not body:
             raise RequestError("the request body is empty; it must be a JSON object")
         try:
@@ -39,8 +43,8 @@ class BodyDecoder(Generic[T]):
             raise self._invalid(str(error)) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RequestError(f"the request body is not valid JSON in UTF-8: {error}") from error
-        refuse_unsupported(value)
-        return value
+        ignored = dict.fromkeys(_without_effect(value, "", ""))
+        return value, [(b"x-kvist-ignored", ", ".join(ignored).encode())] if ignored else []
 
     def _invalid(self, message: str) -> RequestError:
         unknown = _UNKNOWN_FIELD.match(message)
@@ -52,23 +56,40 @@ class BodyDecoder(Generic[T]):
             return RequestError(f"{_PATH.sub('', message)}{f' at `{param}`' if param else ''}", param=param)
         path = _param(unknown["path"] or "$")
         name = f"{path}.{unknown['name']}" if path else unknown["name"]
-        near = difflib.get_close_matches(unknown["name"][:_MAX_NAME_CHARS], sorted(self._known), n=1)
-        hint = f"; did you mean `{near[0]}`?" if near else ""
-        return RequestError(f"unknown field `{name}`{hint}", param=name)
+        return RequestError(f"unknown field `{name}`{self._hint(unknown['name'])}", param=name)
+
+    def _hint(self, name: str) -> str:
+        near = difflib.get_close_matches(name[:_MAX_NAME_CHARS], list(self._known), n=1)
+        return f"; did you mean `{self._known[near[0]]}`?" if near else ""
+
+
+def _without_effect(value: msgspec.Struct, where: str, kind: str) -> Iterator[str]:
+    """The advisory fields that ask for something, by their path without indices. Raises for the first refused one,
+    by its path with them."""
+    plan = _plan(type(value))
+    for name, cls in plan.looker.asked(value):
+        if isinstance(cls, Refused):
+            raise UnsupportedField(f"`{where}{name}` is not supported: {cls.instead}", param=where + name)
+        yield kind + name
+    for name in plan.inside:
+        found = getattr(value, name)
+        if isinstance(found, msgspec.Struct):
+            yield from _without_effect(found, f"{where}{name}.", f"{kind}{name}.")
+        elif isinstance(found, list):
+            for index, one in enumerate(found):
+                if isinstance(one, msgspec.Struct):
+                    yield from _without_effect(one, f"{where}{name}[{index}].", f"{kind}{name}[].")
+
+
+class _Plan(msgspec.Struct, frozen=True):
+    looker: Looker
+    inside: Sequence[str]  # the fields that hold structs
 
 
 @cache
-def _unsupported(struct: type[msgspec.Struct]) -> tuple[str, ...]:
-    """The fields that we cannot honour (schemas.py)."""
-    return tuple(field.name for field in msgspec.structs.fields(struct) if field.type is object)
-
-
-def refuse_unsupported(value: msgspec.Struct, prefix: str = "") -> None:
-    """Unless what is asked for is nothing; null always is."""
-    for name in _unsupported(type(value)):
-        asked = getattr(value, name)
-        if asked is not None and asked not in NEUTRAL.get(name, ()):
-            raise UnsupportedField(f"`{prefix}{name}` is not supported; leave it out", param=prefix + name)
+def _plan(struct: type[msgspec.Struct]) -> _Plan:
+    inside = [field.name for field in msgspec.structs.fields(struct) if any(_structs_in(field.type))]
+    return _Plan(Looker(struct), inside)
 
 
 def _param(path: str) -> str | None:
@@ -76,16 +97,25 @@ def _param(path: str) -> str | None:
     return path.removeprefix("$").removeprefix(".") or None
 
 
-def _field_names(struct: type[msgspec.Struct]) -> set[str]:
-    """Names of its fields and of the structs inside them."""
-    names: set[str] = set()
-    pending: list[object] = [struct]
+def _known_names(struct: type[msgspec.Struct]) -> dict[str, str]:
+    """Of the fields of `struct` and of the structs inside: name → path. Of several with the same name it is the one
+    that is honoured, the outermost first."""
+    names: dict[str, str] = {}
+    others: dict[str, str] = {}
+    pending = [(struct, "")]
     while pending:
-        kind = pending.pop()
-        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            for one in msgspec.structs.fields(kind):
-                names.add(one.encode_name)
-                pending.append(one.type)
-        else:
-            pending.extend(getattr(kind, "__args__", ()))
-    return names
+        kind, where = pending.pop(0)
+        classes = classes_of(kind)
+        for field in msgspec.structs.fields(kind):
+            name = field.encode_name
+            honoured = isinstance(classes.get(field.name, Honoured("")), Honoured)
+            (names if honoured else others).setdefault(name, where + name)
+            pending.extend((inner, f"{where}{name}.") for inner in _structs_in(field.type))
+    return others | names
+
+
+def _structs_in(kind: object) -> Iterator[type[msgspec.Struct]]:
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        yield kind
+    for inner in getattr(kind, "__args__", ()):
+        yield from _structs_in(inner)

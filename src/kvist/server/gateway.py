@@ -16,10 +16,9 @@ from kvist.clock import Clock
 from kvist.errors import Overloaded, PromptTooLong, RequestError, Unavailable, UnknownModel, UnsupportedField
 from kvist.metrics import GatewayMetrics
 from kvist.server.config import ServerConfig
-from kvist.server.decoding import refuse_unsupported
 from kvist.server.generation import Dispatcher
 from kvist.server.http import read_body
-from kvist.server.schemas import ChatMessage
+from kvist.server.schemas import ChatMessage, ChatRequest, TokenizeRequest
 from kvist.text import Tokenizer
 from kvist.wire import EngineSpec
 
@@ -119,22 +118,33 @@ class Gateway:
         return template.render(plain, add_generation_prompt=add_generation_prompt, options=options)
 
 
+def template_options(request: ChatRequest | TokenizeRequest) -> dict[str, object]:
+    """Names for the chat template beside its own."""
+    effort = request.reasoning_effort
+    asked: dict[str, object] = (
+        {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    )
+    return asked | (request.chat_template_kwargs or {})
+
+
 def _plain_message(message: ChatMessage, where: str) -> dict[str, object]:
     if message.role not in _ROLES:
         known = ", ".join(_ROLES)
         raise UnsupportedField(f"`{where}.role` is {message.role!r}; supported are {known}", param=f"{where}.role")
-    for name in ("tool_calls", "tool_call_id", "function_call", "audio", "refusal", "annotations"):
-        if getattr(message, name) not in (None, []):
-            raise UnsupportedField(f"`{where}.{name}` is not supported; leave it out", param=f"{where}.{name}")
     plain: dict[str, object] = {"role": _ROLES[message.role], "content": _text_of(message, f"{where}.content")}
     if message.name is not None:
         plain["name"] = message.name
+    thoughts = message.reasoning_content if message.reasoning is None else message.reasoning
+    if thoughts is not None:  # vLLM's name and SGLang's: templates read one of them
+        plain |= {"reasoning": thoughts, "reasoning_content": thoughts}
     return plain
 
 
 def _text_of(message: ChatMessage, where: str) -> str:
     """Content as one text; several text parts become lines."""
     if message.content is None:
+        if message.role == "assistant":  # of tool calls, or of an answer that was cut before its first word
+            return ""
         raise RequestError(f"`{where}` is missing", param=where)
     if isinstance(message.content, str):
         return message.content
@@ -142,7 +152,6 @@ def _text_of(message: ChatMessage, where: str) -> str:
     for index, part in enumerate(message.content):
         if part.type != "text":
             raise UnsupportedField(f"`{where}[{index}].type` is {part.type!r}; only text is supported", param=where)
-        refuse_unsupported(part, f"{where}[{index}].")
         if part.text is None:
             raise RequestError(f"`{where}[{index}].text` is missing", param=where)
         texts.append(part.text)

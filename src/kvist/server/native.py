@@ -8,7 +8,7 @@ import msgspec
 
 from kvist.errors import RequestError
 from kvist.server.caller import Caller
-from kvist.server.decoding import BodyDecoder, refuse_unsupported
+from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice, Delta
 from kvist.server.jobs import Plan, Prompt, make_choices, new_job_id
@@ -20,6 +20,7 @@ from kvist.server.sampling import (
     check_token_ids,
     num_choices,
     output_limit,
+    shows_stop,
     token_lists,
 )
 from kvist.server.schemas import NativeRequest, NativeSampling
@@ -33,11 +34,11 @@ _json = msgspec.json.Encoder().encode
 async def native_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
     """Raises `RequestError` for anything the request has wrong."""
     gateway.require_tokenizer()
-    request = _NATIVE.decode(body)
+    request, headers = _NATIVE.decode(body)
+    gateway.check_model(request.model)
     fields = request.sampling_params or NativeSampling()
-    refuse_unsupported(fields, _WHERE)
     token_lists, batched, param = await _prompts(gateway, request, fields)
-    top_logprobs = check_num_logprobs(request.top_logprobs_num, "top_logprobs_num")
+    top_logprobs = check_num_logprobs(request.top_logprobs_num or 0, "top_logprobs_num")
     if request.top_logprobs_num and not request.return_logprob:
         raise RequestError("`top_logprobs_num` needs `return_logprob` to be true", param="top_logprobs_num")
     plan = Plan(
@@ -49,15 +50,16 @@ async def native_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
         cache_salt=request.cache_salt,
         min_tokens=fields.min_new_tokens,
         num_logprobs=top_logprobs if request.return_logprob else None,
-        skip_special_tokens=fields.skip_special_tokens,
+        skip_special_tokens=fields.skip_special_tokens is not False,
+        include_stop_str_in_output=shows_stop(fields),
     )
     choices = make_choices(gateway, plan)
     form = NativeFormat(
         several=batched or len(choices) > 1,
-        logprobs=request.return_logprob,
-        with_report=request.kvist is not None and request.kvist.report,
+        logprobs=bool(request.return_logprob),
+        with_report=request.kvist is not None and bool(request.kvist.report),
     )
-    return Job(choices=choices, format=form, stream=request.stream)
+    return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
 
 
 async def _prompts(

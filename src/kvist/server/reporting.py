@@ -28,6 +28,17 @@ def usage(choices: Sequence[Choice], *, by_tier: bool = False) -> dict[str, obje
     return told
 
 
+def usage_so_far(choice: Choice, num_output: int) -> dict[str, object]:
+    """`usage` in an event of one choice, as vLLM has it: of that choice alone."""
+    num_prompt = choice.request.num_prompt_tokens
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": choice.num_cached_tokens},
+    }
+
+
 def report(choices: Sequence[Choice]) -> dict[str, object]:
     """The `kvist` field: of the first answer, and of each one when there are several."""
     reports = [_report_one(choice) for choice in choices]

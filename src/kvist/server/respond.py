@@ -20,7 +20,7 @@ from starlette.types import Receive, Send
 from kvist.errors import EngineError, KvistError, Timeout
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice, Delta, run_choices
-from kvist.server.http import ClientGone, cancelled_on_disconnect, error_object, send_bytes
+from kvist.server.http import JSON_TYPE, ClientGone, Headers, cancelled_on_disconnect, error_object, send_bytes
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Job:
     choices: Sequence[Choice]
     format: Format
     stream: bool
+    headers: Headers = ()  # beside those of every response
 
 
 async def respond(gateway: Gateway, job: Job, receive: Receive, send: Send) -> None:
@@ -72,7 +73,7 @@ async def _whole(gateway: Gateway, job: Job, send: Send) -> None:
     except KvistError as error:
         gateway.metrics.num_failed[error.code] += 1
         raise
-    await send_bytes(send, job.format.whole(job.choices))
+    await send_bytes(send, job.format.whole(job.choices), headers=[JSON_TYPE, *job.headers])
 
 
 async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
@@ -82,7 +83,7 @@ async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
             async for choice, delta in deltas:
                 event = job.format.event(choice, delta)
                 if not started:
-                    await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+                    await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *job.headers]})
                     started = True
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": job.format.closing(job.choices), "more_body": False})

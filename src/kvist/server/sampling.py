@@ -13,6 +13,9 @@ MAX_SEED = 2**63
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
+DRAWN_SEED = -1  # vLLM's and SGLang's way to ask for a seed of the server's choice
+_MAX_TEMPERATURE = 1e6  # flat already; far larger ones leave the range of float32
+_GREEDY_TEMPERATURE = 1e-5  # below it, dividing by it leaves that range; vLLM's limit
 
 
 def sampling_params(
@@ -23,8 +26,9 @@ def sampling_params(
     top_p = 1.0 if fields.top_p is None else fields.top_p
     min_p = 0.0 if fields.min_p is None else fields.min_p
     top_k = 0 if fields.top_k is None else fields.top_k
-    _require(0 <= temperature <= 2, "temperature", "must be between 0 and 2", temperature)
-    _require(0 < top_p <= 1, "top_p", "must be over 0 and at most 1", top_p)
+    wide = f"must be between 0 and {_MAX_TEMPERATURE:.0f}"
+    _require(0 <= temperature <= _MAX_TEMPERATURE, "temperature", wide, temperature)
+    _require(0 <= top_p <= 1, "top_p", "must be between 0 and 1", top_p)
     _require(0 <= min_p <= 1, "min_p", "must be between 0 and 1", min_p)
     _require(-1 <= top_k < 2**31, "top_k", "must be positive, or 0 or -1 for off", top_k)
     _require(
@@ -32,11 +36,12 @@ def sampling_params(
     )
     stop_token_ids = fields.stop_token_ids or []
     check_token_ids(stop_token_ids, vocab_size, "stop_token_ids")
+    greedy = temperature < _GREEDY_TEMPERATURE or top_p == 0  # no probability but the first: the likeliest token alone
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=temperature,
+        temperature=0.0 if greedy else temperature,
         top_k=max(top_k, 0),
-        top_p=top_p,
+        top_p=top_p or 1.0,
         min_p=min_p,
         seed=seed,
         min_tokens=min_tokens,
@@ -66,8 +71,10 @@ def token_lists(items: Sequence[object]) -> list[list[int]] | None:
 
 
 def check_seed(seed: int | None, param: str = "seed") -> int | None:
-    _require(seed is None or 0 <= seed < MAX_SEED, param, f"must be between 0 and {MAX_SEED - 1}", seed)
-    return seed
+    """None: the server draws one."""
+    rule = f"must be between 0 and {MAX_SEED - 1}, or -1 for a seed of the server's choice"
+    _require(seed is None or -1 <= seed < MAX_SEED, param, rule, seed)
+    return None if seed == DRAWN_SEED else seed
 
 
 def check_num_logprobs(count: int | None, param: str) -> int | None:
@@ -81,6 +88,11 @@ def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
     for one in stops:
         _require(0 < len(one) <= MAX_STOP_CHARS, "stop", f"strings have 1 to {MAX_STOP_CHARS} characters", len(one))
     return tuple(stops)
+
+
+def shows_stop(fields: SamplingFields) -> bool:
+    """Whether the text ends with the stop string or token: vLLM's name for it, and SGLang's."""
+    return bool(fields.include_stop_str_in_output or fields.no_stop_trim)
 
 
 def num_choices(n: int | None, num_prompts: int, limit: int) -> int:

@@ -1,207 +1,159 @@
-"""What clients send, field by field. OpenAI's names, then vLLM's and SGLang's where OpenAI has none.
+"""What clients send, endpoint by endpoint: the fields that each honours, with their types.
 
-Fields typed `object` belong to the API but cannot be honoured; `NEUTRAL` gives the values of some that ask for nothing.
-`user` is accepted and has no effect by its definition (it identifies an end user to the provider).
+OpenAI's names, then vLLM's and SGLang's where OpenAI has none. Every request knows all names of fields.py; those it
+does not declare here are advisory or refused as said there. Null is always the same as absent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Annotated
 
 import msgspec
 
+from kvist.server.fields import Advisory, Honoured, KnownFields, Refused
+
+TemplateOptions = Annotated[dict[str, object] | None, Honoured("names that the chat template reads; any JSON")]
+Salt = Annotated[str | None, Honoured("prompts with different salts share no cached page")]
+_NO_TOOLS = "tool calling is not supported yet; write calls and results into the messages as text"
+_NO_MEDIA = "only text is taken"
+
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    include_usage: bool = False
+    include_usage: Annotated[bool | None, Honoured("one more event, with the usage of the whole request")] = None
+    continuous_usage_stats: Annotated[bool | None, Honoured("every event says the usage so far")] = None
+    include_obfuscation: Annotated[object, Advisory("events are not padded", (False,))] = None
 
 
 class KvistOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    report: bool = False  # say which workers answered and what their handoff moved
-    usage: bool = False  # say in `usage` which tiers the cached tokens came from; /generate always says it
+    report: Annotated[bool | None, Honoured("say which workers answered and what their handoff moved")] = None
+    usage: Annotated[
+        bool | None, Honoured("say in `usage` which tiers the cached tokens came from; /generate always says it")
+    ] = None
 
 
 class ContentPart(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Only parts of type "text" are accepted; the others' fields are here so that they can be refused by type."""
-
-    type: str
-    text: str | None = None
-    image_url: object = None
-    input_audio: object = None
-    audio_url: object = None
-    video_url: object = None
-    file: object = None
-    refusal: object = None
+    type: Annotated[str, Honoured('"text"')]
+    text: Annotated[str | None, Honoured("several parts become lines")] = None
+    cache_control: Annotated[object, Advisory("prefixes are always cached")] = None
+    prompt_cache_breakpoint: Annotated[object, Advisory("prefixes are always cached")] = None
+    annotations: Annotated[object, Advisory("the text is what counts", ([],))] = None
+    image_url: Annotated[object, Refused(_NO_MEDIA)] = None
+    input_audio: Annotated[object, Refused(_NO_MEDIA)] = None
+    audio_url: Annotated[object, Refused(_NO_MEDIA)] = None
+    video_url: Annotated[object, Refused(_NO_MEDIA)] = None
+    file: Annotated[object, Refused(_NO_MEDIA)] = None
+    refusal: Annotated[object, Refused("write it as text")] = None
 
 
 class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    role: str
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_calls: object = None
-    tool_call_id: object = None
-    function_call: object = None
-    refusal: object = None
-    audio: object = None
-    annotations: object = None
+    role: Annotated[str, Honoured("system, developer (as system), user or assistant")]
+    content: Annotated[
+        str | list[ContentPart] | None, Honoured("text, or a list of text parts; null is an empty text, of assistants")
+    ] = None
+    name: Annotated[str | None, Honoured("given to the chat template")] = None
+    reasoning: Annotated[str | None, Honoured("given to the chat template, as `reasoning_content` too")] = None
+    reasoning_content: Annotated[str | None, Honoured("given to the chat template, as `reasoning` too")] = None
+    annotations: Annotated[object, Advisory("the text is what counts", ([],))] = None
+    cache_control: Annotated[object, Advisory("prefixes are always cached")] = None
+    phase: Annotated[object, Advisory("no model served here has phases")] = None
+    tools: Annotated[object, Refused(_NO_TOOLS, ([],))] = None
+    tool_calls: Annotated[object, Refused(_NO_TOOLS, ([],))] = None
+    tool_call_id: Annotated[object, Refused(_NO_TOOLS, ("",))] = None
+    function_call: Annotated[object, Refused(_NO_TOOLS)] = None
+    refusal: Annotated[object, Refused("write it as `content`", ("",))] = None
+    audio: Annotated[object, Refused(_NO_MEDIA)] = None
+    prefix: Annotated[object, Refused("`continue_final_message` of the request does it", (False,))] = None
 
 
-class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class SamplingFields(KnownFields, forbid_unknown_fields=True, kw_only=True):
     """What OpenAI's requests and SGLang's `sampling_params` have in common."""
 
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    # known, not supported
-    frequency_penalty: object = None
-    presence_penalty: object = None
-    repetition_penalty: object = None
-    logit_bias: object = None
+    n: Annotated[int | None, Honoured("answers to each prompt; their seeds count up")] = None
+    temperature: Annotated[float | None, Honoured("0, or below 0.00001: greedy; over 2 is allowed")] = None
+    top_p: Annotated[float | None, Honoured("0: the likeliest token alone")] = None
+    top_k: Annotated[int | None, Honoured("0 and -1: off")] = None
+    min_p: Annotated[float | None, Honoured("0: off")] = None
+    stop: Annotated[str | list[str] | None, Honoured("up to 16 strings")] = None
+    stop_token_ids: Annotated[list[int] | None, Honoured("tokens that end the answer")] = None
+    ignore_eos: Annotated[bool | None, Honoured("end-of-sequence tokens do not end the answer")] = None
+    skip_special_tokens: Annotated[bool | None, Honoured("false: the text shows special tokens")] = None
+    include_stop_str_in_output: Annotated[bool | None, Honoured("the text ends with what stopped it")] = None
+    no_stop_trim: Annotated[bool | None, Honoured("the same as `include_stop_str_in_output`")] = None
 
 
 class _Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     """What both OpenAI endpoints share."""
 
-    model: str | None = None
-    max_tokens: int | None = None
-    seed: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    # vLLM's and SGLang's
-    min_tokens: int | None = None
-    cache_salt: str | None = None
-    # ours
-    kvist: KvistOptions | None = None
-    # known, not supported
-    metadata: object = None
-    store: object = None
-    service_tier: object = None
+    max_tokens: Annotated[int | None, Honoured("most tokens of the answer")] = None
+    max_completion_tokens: Annotated[int | None, Honoured("the same as `max_tokens`")] = None
+    min_tokens: Annotated[int | None, Honoured("nothing ends the answer before so many tokens")] = None
+    seed: Annotated[int | None, Honoured("the same seed gives the same answer; -1: drawn, as without it")] = None
+    stream: Annotated[bool | None, Honoured("server-sent events")] = None
+    stream_options: Annotated[StreamOptions | None, Honoured("see `stream_options.*`")] = None
+    return_token_ids: Annotated[bool | None, Honoured("token ids beside the text; the prompt's in the first event")] = (
+        None
+    )
+    add_special_tokens: Annotated[
+        bool | None, Honoured("whether the tokenizer puts its own tokens around the prompt")
+    ] = None
+    cache_salt: Salt = None
+    kvist: Annotated[KvistOptions | None, Honoured("see `kvist.*`")] = None
 
 
 class ChatRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
-    messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
-    # known, not supported
-    tools: object = None
-    tool_choice: object = None
-    parallel_tool_calls: object = None
-    functions: object = None
-    function_call: object = None
-    response_format: object = None
-    modalities: object = None
-    audio: object = None
-    prediction: object = None
-    reasoning_effort: object = None
-    verbosity: object = None
-    web_search_options: object = None
+    messages: Annotated[list[ChatMessage], Honoured("see `messages[].*`")]
+    logprobs: Annotated[bool | None, Honoured("logprobs of the output tokens")] = None
+    top_logprobs: Annotated[int | None, Honoured("0 to 20 of the likeliest tokens beside each")] = None
+    chat_template_kwargs: TemplateOptions = None
+    reasoning_effort: Annotated[
+        str | None, Honoured("given to the chat template, which may read it; `enable_thinking` follows from it")
+    ] = None
 
 
 class CompletionRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
-    prompt: str | list[str | int | list[int]]
-    max_completion_tokens: int | None = None
-    logprobs: int | None = None
-    return_token_ids: bool | None = None  # vLLM's and SGLang's: ids beside the text, the prompt's in the first event
-    # known, not supported
-    suffix: object = None
-    best_of: object = None
-    echo: object = None
-    response_format: object = None
+    prompt: Annotated[
+        str | list[str | int | list[int]], Honoured("a text, several, token ids, or several lists of them")
+    ]
+    logprobs: Annotated[int | None, Honoured("logprobs of the output tokens, and 0 to 20 of the likeliest")] = None
 
 
 class NativeSampling(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     """SGLang's `sampling_params`."""
 
-    max_new_tokens: int | None = None
-    min_new_tokens: int | None = None
-    sampling_seed: int | None = None
-    skip_special_tokens: bool = True
-    # known, not supported
-    json_schema: object = None
-    regex: object = None
-    ebnf: object = None
-    structural_tag: object = None
-    custom_params: object = None
-    no_stop_trim: object = None
-    spaces_between_special_tokens: object = None
-    stop_regex: object = None
+    max_new_tokens: Annotated[int | None, Honoured("most tokens of the answer; 128 unless set")] = None
+    min_new_tokens: Annotated[int | None, Honoured("nothing ends the answer before so many tokens")] = None
+    sampling_seed: Annotated[int | None, Honoured("the same seed gives the same answer; -1: drawn")] = None
 
 
-class NativeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class NativeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     """SGLang's `/generate`: one of `text` and `input_ids`."""
 
-    text: str | list[str] | None = None
-    input_ids: list[int | list[int]] | None = None
-    sampling_params: NativeSampling | None = None
-    stream: bool = False
-    return_logprob: bool = False
-    top_logprobs_num: int = 0
-    cache_salt: str | None = None
-    kvist: KvistOptions | None = None
-    # known, not supported
-    rid: object = None
-    image_data: object = None
-    audio_data: object = None
-    video_data: object = None
-    lora_path: object = None
-    logprob_start_len: object = None
-    token_ids_logprob: object = None
-    return_text_in_logprobs: object = None
-    return_hidden_states: object = None
-    return_routed_experts: object = None
+    text: Annotated[str | list[str] | None, Honoured("a prompt, or several")] = None
+    input_ids: Annotated[list[int | list[int]] | None, Honoured("a prompt's token ids, or several lists")] = None
+    sampling_params: Annotated[NativeSampling | None, Honoured("see `sampling_params.*`")] = None
+    stream: Annotated[bool | None, Honoured("server-sent events; the text is cumulative")] = None
+    return_logprob: Annotated[bool | None, Honoured("logprobs of the output tokens")] = None
+    top_logprobs_num: Annotated[int | None, Honoured("0 to 20 of the likeliest tokens beside each")] = None
+    cache_salt: Salt = None
+    kvist: Annotated[KvistOptions | None, Honoured("see `kvist.*`")] = None
 
 
-class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """vLLM's `/tokenize`: one of `prompt` and `messages`."""
+class TokenizeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
+    """One of `prompt` and `messages`."""
 
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    add_special_tokens: bool | None = None  # default: true for a prompt, false for messages
-    add_generation_prompt: bool = True
-    return_token_strs: bool = False
-    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+    prompt: Annotated[str | list[str] | None, Honoured("a text, or several")] = None
+    messages: Annotated[list[ChatMessage] | None, Honoured("see `messages[].*`")] = None
+    add_special_tokens: Annotated[
+        bool | None, Honoured("whether the tokenizer puts its own tokens around the prompt")
+    ] = None
+    add_generation_prompt: Annotated[bool | None, Honoured("default true: the assistant's turn is opened")] = None
+    return_token_strs: Annotated[bool | None, Honoured("the tokens as texts, too")] = None
+    chat_template_kwargs: TemplateOptions = None
+    reasoning_effort: Annotated[
+        str | None, Honoured("given to the chat template, which may read it; `enable_thinking` follows from it")
+    ] = None
 
 
-class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    model: str | None = None
-    tokens: list[int]
-
-
-NEUTRAL: Mapping[str, tuple[object, ...]] = {  # a field means the same wherever it stands
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "metadata": ({},),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "suffix": ("",),
-    "best_of": (1,),
-    "echo": (False,),
-    "custom_params": ({},),
-    "no_stop_trim": (False,),
-    "spaces_between_special_tokens": (True,),
-    "stop_regex": ([], ""),
-    "image_data": ([],),
-    "audio_data": ([],),
-    "video_data": ([],),
-    "logprob_start_len": (-1,),  # logprobs of the output alone
-    "return_text_in_logprobs": (False,),
-    "return_hidden_states": (False,),
-    "return_routed_experts": (False,),
-}
+class DetokenizeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
+    tokens: Annotated[list[int | list[int]], Honoured("token ids, or several lists")]
+    skip_special_tokens: Annotated[bool | None, Honoured("true: the text leaves special tokens out")] = None

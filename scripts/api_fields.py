@@ -1,0 +1,89 @@
+"""Writes the table of request fields into docs/api.md, from the schemas.
+
+    python scripts/api_fields.py
+
+tests/test_docs.py fails while the page says anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from kvist.server import schemas
+from kvist.server.fields import Advisory, FieldClass, Honoured, KnownFields, classes_of
+
+PAGE = Path(__file__).parents[1] / "docs" / "api.md"
+BEGIN, END = "<!-- fields: made by scripts/api_fields.py -->\n", "<!-- end of fields -->\n"
+
+# The requests, under the name that the column "where" has for them; and the objects inside requests.
+ENDPOINTS: dict[str, type[msgspec.Struct]] = {
+    "chat": schemas.ChatRequest,
+    "completions": schemas.CompletionRequest,
+    "/generate": schemas.NativeRequest,
+    "sampling_params": schemas.NativeSampling,
+    "/tokenize": schemas.TokenizeRequest,
+    "/detokenize": schemas.DetokenizeRequest,
+}
+INSIDE: dict[str, type[msgspec.Struct]] = {
+    "stream_options.": schemas.StreamOptions,
+    "kvist.": schemas.KvistOptions,
+    "messages[].": schemas.ChatMessage,
+    "messages[].content[].": schemas.ContentPart,
+}
+
+
+def table() -> str:
+    rows = [*_honoured(), *_others()]
+    for prefix, struct in INSIDE.items():
+        rows.extend((prefix + name, _class_name(cls), "", _says(cls)) for name, cls in classes_of(struct).items())
+    order = {"honoured": 0, "advisory": 1, "refused": 2}
+    rows.sort(key=lambda row: (order[row[1]], row[0]))
+    lines = [f"| `{name}` | {kind} | {where} | {says} |" for name, kind, where, says in rows]
+    return "\n".join(["| Field | Class | Where | Effect, reason, or what works |", "|---|---|---|---|", *lines]) + "\n"
+
+
+def _honoured() -> Iterator[tuple[str, str, str, str]]:
+    """One row for each field and effect, with the endpoints that honour it so."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for where, struct in ENDPOINTS.items():
+        for name, cls in classes_of(struct).items():
+            if isinstance(cls, Honoured):
+                found.setdefault((name, cls.effect), []).append(where)
+    for (name, effect), places in found.items():
+        yield name, "honoured", "everywhere" if len(places) == len(ENDPOINTS) else ", ".join(places), effect
+
+
+def _others() -> Iterator[tuple[str, str, str, str]]:
+    for name, cls in classes_of(KnownFields).items():
+        if isinstance(cls, Honoured):
+            continue
+        takes = [where for where, one in ENDPOINTS.items() if isinstance(classes_of(one)[name], Honoured)]
+        yield name, _class_name(cls), "elsewhere" if takes else "everywhere", _says(cls)
+
+
+def _class_name(cls: FieldClass) -> str:
+    return type(cls).__name__.lower()
+
+
+def _says(cls: FieldClass) -> str:
+    if isinstance(cls, Honoured):
+        return cls.effect
+    said = cls.reason if isinstance(cls, Advisory) else cls.instead
+    values = ", ".join(f"`{msgspec.json.encode(value).decode()}`" for value in cls.neutral)
+    if not values:
+        return said
+    return f"{said}. {'Not named with' if isinstance(cls, Advisory) else 'Taken:'} {values}"
+
+
+def main() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(before + BEGIN + table() + END + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Every request field of OpenAI, vLLM and SGLang that Kvist knows, and which of three classes it is in.
+
+A field's class is part of its type, and nothing else says it:
+
+    Honoured   it has the effect that its name promises
+    Advisory   accepted without effect, and named in the response header `x-kvist-ignored`
+    Refused    it would change the answer and cannot be honoured: a 400 that names what works instead
+
+`KnownFields` has all names of all endpoints, so that null is accepted for each of them everywhere. A request
+(schemas.py) declares again, with a type, what its endpoint honours. docs/api.md has the table, made by
+scripts/api_fields.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from operator import attrgetter
+from typing import Annotated, Any, get_args, get_type_hints
+
+import msgspec
+
+
+@dataclass(frozen=True, slots=True)
+class Honoured:
+    effect: str
+
+
+@dataclass(frozen=True, slots=True)
+class Advisory:
+    reason: str
+    neutral: tuple[object, ...] = ()  # besides null: they ask for nothing, and the header does not name them
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    instead: str
+    neutral: tuple[object, ...] = ()  # besides null: they ask for nothing, and are accepted
+
+
+FieldClass = Honoured | Advisory | Refused
+
+_BOTH, _OFF, _ON = (True, False), (False,), (True,)
+_EMPTY: tuple[object, ...] = ([], {}, "")
+
+# What works instead.
+_TOOLS = "tool calling is not supported yet; describe the tools in the messages and read the call from the text"
+_FORMAT = "constrained output is not supported yet; describe the format in the prompt and check the answer"
+_PENALTY = "not supported yet; `temperature`, `top_p`, `top_k` and `min_p` shape the choice of tokens"
+_TEXT = "only text is taken and given; leave it out"
+_BEAM = "there is no beam search; `n` gives several sampled answers"
+_LOGPROBS = "logprobs are those of the output: `logprobs` (`return_logprob` in /generate)"
+_LORA = "adapters are not supported yet; serve the merged model"
+_TOKENS = "`return_token_ids` of /v1/completions and /v1/chat/completions gives token ids; /generate always does"
+_ROUTING = "Kvist finds prefill and decode workers itself; leave it out"
+_INTERNAL = "the model's internal values are not given; leave it out"
+_PROCESSOR = "code or parameters for a logits processor are not taken; `temperature`, `top_p`, `top_k`, `min_p` are"
+_THINKING = 'a model that can be told takes it as `chat_template_kwargs`, often {"enable_thinking": false}'
+_SAMPLING = "it belongs to requests that generate; in /generate, to `sampling_params`"
+_OUTPUT = "it belongs to /v1/chat/completions and /v1/completions"
+_CHAT = "it belongs to /v1/chat/completions"
+_LIMIT = "the limit is `max_tokens` in /v1, `sampling_params.max_new_tokens` in /generate"
+_LEAST = "the minimum is `min_tokens` in /v1, `sampling_params.min_new_tokens` in /generate"
+_SEED = "the seed is `seed` in /v1, `sampling_params.sampling_seed` in /generate"
+
+# Why there is no effect.
+_LOCAL = "nothing is kept or billed by it"
+_CACHING = "prefixes are always cached; `cache_salt` keeps callers apart"
+_PLACING = "the router places requests by cache and load"
+_LOGGING = "logging and metrics are the server's own"
+
+
+class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """All names. `object`: any JSON value, which is looked at by its field's class alone."""
+
+    model: Annotated[str | None, Honoured("must be the served model, or absent")] = None
+
+    # -------- without effect on the answer
+    user: Annotated[object, Advisory(_LOCAL)] = None
+    metadata: Annotated[object, Advisory(_LOCAL, _EMPTY)] = None
+    store: Annotated[object, Advisory(_LOCAL, _OFF)] = None
+    safety_identifier: Annotated[object, Advisory(_LOCAL)] = None
+    service_tier: Annotated[object, Advisory("there is one tier", ("default",))] = None
+    moderation: Annotated[object, Advisory("nothing is moderated")] = None
+    verbosity: Annotated[object, Advisory("no model served here has it", ("medium",))] = None
+    prediction: Annotated[object, Advisory("it would only save time")] = None
+    prompt_cache_key: Annotated[object, Advisory(_CACHING)] = None
+    prompt_cache_retention: Annotated[object, Advisory(_CACHING)] = None
+    prompt_cache_options: Annotated[object, Advisory(_CACHING)] = None
+    kv_hints: Annotated[object, Advisory(_CACHING, _EMPTY)] = None
+    priority: Annotated[object, Advisory("requests are served in their order", (0,))] = None
+    session_id: Annotated[object, Advisory(_PLACING)] = None
+    conversation_id: Annotated[object, Advisory(_PLACING)] = None
+    routing_key: Annotated[object, Advisory(_PLACING)] = None
+    data_parallel_rank: Annotated[object, Advisory(_PLACING)] = None
+    routed_dp_rank: Annotated[object, Advisory(_PLACING)] = None
+    stream_interval: Annotated[object, Advisory("tokens are sent as they come", (1,))] = None
+    log_metrics: Annotated[object, Advisory(_LOGGING, _ON)] = None
+    no_logs: Annotated[object, Advisory(_LOGGING, _OFF)] = None
+    custom_labels: Annotated[object, Advisory(_LOGGING, _EMPTY)] = None
+    external_trace_header: Annotated[object, Advisory(_LOGGING, _EMPTY)] = None
+    received_time: Annotated[object, Advisory(_LOGGING)] = None
+    return_token_offsets: Annotated[object, Advisory("only a rendering endpoint would give them", _OFF)] = None
+    return_mm_kwargs: Annotated[object, Advisory("only a rendering endpoint would give them", _BOTH)] = None
+    spaces_between_special_tokens: Annotated[object, Advisory("no spaces are put between tokens", _BOTH)] = None
+    guided_decoding_backend: Annotated[object, Advisory("there is no constrained output to choose it for")] = None
+    truncation_side: Annotated[object, Advisory("prompts are never cut", ("left", "right"))] = None
+
+    # -------- tools
+    tools: Annotated[object, Refused(_TOOLS, ([],))] = None
+    tool_choice: Annotated[object, Refused(_TOOLS, ("none", "auto"))] = None
+    parallel_tool_calls: Annotated[object, Refused(_TOOLS, _BOTH)] = None
+    functions: Annotated[object, Refused(_TOOLS, ([],))] = None
+    function_call: Annotated[object, Refused(_TOOLS, ("none", "auto"))] = None
+    web_search_options: Annotated[object, Refused("there is no web search; leave it out")] = None
+
+    # -------- the form of the answer
+    response_format: Annotated[object, Refused(_FORMAT, ({"type": "text"},))] = None
+    structured_outputs: Annotated[object, Refused(_FORMAT, ({},))] = None
+    guided_json: Annotated[object, Refused(_FORMAT)] = None
+    guided_regex: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
+    guided_choice: Annotated[object, Refused(_FORMAT, ([],))] = None
+    guided_grammar: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
+    guided_whitespace_pattern: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
+    json_schema: Annotated[object, Refused(_FORMAT, ("",))] = None
+    regex: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
+    ebnf: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
+    ebnf_full_assistant: Annotated[object, Refused(_FORMAT, _OFF)] = None
+    structural_tag: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
+
+    # -------- how tokens are chosen
+    frequency_penalty: Annotated[object, Refused(_PENALTY, (0,))] = None
+    presence_penalty: Annotated[object, Refused(_PENALTY, (0,))] = None
+    repetition_penalty: Annotated[object, Refused(_PENALTY, (1,))] = None
+    repetition_detection: Annotated[object, Refused("`max_tokens` bounds an answer that repeats itself", ({},))] = None
+    logit_bias: Annotated[object, Refused(_PENALTY, ({},))] = None
+    allowed_token_ids: Annotated[object, Refused(_PENALTY)] = None
+    bad_words: Annotated[object, Refused(_PENALTY, ([],))] = None
+    logits_processors: Annotated[object, Refused(_PROCESSOR, ([],))] = None
+    custom_logit_processor: Annotated[object, Refused(_PROCESSOR, ("",))] = None
+    custom_params: Annotated[object, Refused(_PROCESSOR, ({},))] = None
+    vllm_xargs: Annotated[object, Refused(_PROCESSOR, ({},))] = None
+    watermark: Annotated[object, Refused("answers are not watermarked; leave it out", (False, {}))] = None
+    watermarking: Annotated[object, Refused("answers are not watermarked; leave it out", _OFF)] = None
+    use_beam_search: Annotated[object, Refused(_BEAM, _OFF)] = None
+    beam_width: Annotated[object, Refused(_BEAM, (1,))] = None
+    best_of: Annotated[object, Refused(_BEAM, (1,))] = None
+    length_penalty: Annotated[object, Refused(_BEAM, (1,))] = None
+    early_stopping: Annotated[object, Refused(_BEAM, _OFF)] = None
+    stop_regex: Annotated[object, Refused("`stop` takes strings, `stop_token_ids` tokens", _EMPTY)] = None
+
+    # -------- thinking
+    reasoning_effort: Annotated[object, Refused("it belongs to requests with `messages`")] = None
+    thinking: Annotated[object, Refused(_THINKING, ({},))] = None
+    thinking_token_budget: Annotated[object, Refused("`max_tokens` bounds the whole answer", (-1,))] = None
+    max_thinking_tokens: Annotated[object, Refused("`max_tokens` bounds the whole answer", (-1,))] = None
+    include_reasoning: Annotated[object, Refused("thoughts are part of the text; cut them off there", _ON)] = None
+    separate_reasoning: Annotated[object, Advisory("thoughts are part of the text", _BOTH)] = None
+    stream_reasoning: Annotated[object, Advisory("thoughts are part of the text", _BOTH)] = None
+    require_reasoning: Annotated[object, Refused(_FORMAT, _OFF)] = None
+
+    # -------- the prompt
+    suffix: Annotated[object, Refused("write the prompt with the model's own tokens for filling in", ("",))] = None
+    documents: Annotated[object, Refused("write the documents into the messages", ([],))] = None
+    task: Annotated[object, Refused("write the task into the messages")] = None
+    chat_template: Annotated[object, Refused("the server's template is used: `kvist serve --chat-template`")] = None
+    truncate_prompt_tokens: Annotated[object, Refused("shorten the prompt; /tokenize counts its tokens")] = None
+    session_params: Annotated[object, Refused("send the whole prompt; its cached prefix costs nothing", ({},))] = None
+    extra_key: Annotated[object, Refused("`cache_salt` keeps cached prefixes apart", ("",))] = None
+    input_embeds: Annotated[object, Refused("send a text or token ids", ([],))] = None
+    prompt_embeds: Annotated[object, Refused("send a text or token ids", ([], ""))] = None
+    positional_embed_overrides: Annotated[object, Refused("send a text or token ids", ([],))] = None
+    multi_item_delimiter_indices: Annotated[object, Refused("send one request for each item", ([],))] = None
+    token_indices_to_pool: Annotated[object, Refused(_INTERNAL, ([],))] = None
+
+    # -------- other media
+    modalities: Annotated[object, Refused(_TEXT, (["text"], []))] = None
+    audio: Annotated[object, Refused(_TEXT)] = None
+    image_data: Annotated[object, Refused(_TEXT, ([],))] = None
+    audio_data: Annotated[object, Refused(_TEXT, ([],))] = None
+    video_data: Annotated[object, Refused(_TEXT, ([],))] = None
+    mm_hashes: Annotated[object, Refused(_TEXT, ([],))] = None
+    mm_content_hashes: Annotated[object, Refused(_TEXT, ([],))] = None
+    mm_processor_kwargs: Annotated[object, Refused(_TEXT, ({},))] = None
+    media_io_kwargs: Annotated[object, Refused(_TEXT, ({},))] = None
+    images_config: Annotated[object, Refused(_TEXT, ({},))] = None
+    video_config: Annotated[object, Refused(_TEXT, ({},))] = None
+    use_audio_in_video: Annotated[object, Refused(_TEXT, _OFF)] = None
+    max_dynamic_patch: Annotated[object, Refused(_TEXT)] = None
+    min_dynamic_patch: Annotated[object, Refused(_TEXT)] = None
+    image_max_dynamic_patch: Annotated[object, Refused(_TEXT)] = None
+    video_max_dynamic_patch: Annotated[object, Refused(_TEXT)] = None
+    need_wait_for_mm_inputs: Annotated[object, Refused(_TEXT, _OFF)] = None
+    num_items_assigned: Annotated[object, Refused(_TEXT, ({},))] = None
+    encoder_urls: Annotated[object, Refused(_TEXT, ([],))] = None
+
+    # -------- more in the response
+    prompt_logprobs: Annotated[object, Refused(_LOGPROBS)] = None
+    logprob_start_len: Annotated[object, Refused(_LOGPROBS, (-1,))] = None
+    logprob_token_ids: Annotated[object, Refused(_LOGPROBS, ([],))] = None
+    token_ids_logprob: Annotated[object, Refused(_LOGPROBS, ([],))] = None
+    return_tokens_as_token_ids: Annotated[object, Refused(_TOKENS, _OFF)] = None
+    return_text_in_logprobs: Annotated[object, Refused("/detokenize says what a token is", _OFF)] = None
+    return_prompt_token_ids: Annotated[object, Refused(_TOKENS, _OFF)] = None
+    return_input_ids_in_sglext: Annotated[object, Refused(_TOKENS, _OFF)] = None
+    return_output_ids_in_sglext: Annotated[object, Refused(_TOKENS, _OFF)] = None
+    return_prompt_text: Annotated[object, Refused("/tokenize and /detokenize show the rendered prompt", _OFF)] = None
+    return_meta_info: Annotated[object, Refused("`kvist.report` says how a request was served", _OFF)] = None
+    return_cached_tokens_details: Annotated[object, Refused("`kvist.usage` says it", _OFF)] = None
+    return_spec_tokens_details: Annotated[object, Refused(_INTERNAL, _OFF)] = None
+    return_hidden_states: Annotated[object, Refused(_INTERNAL, _OFF)] = None
+    return_routed_experts: Annotated[object, Refused(_INTERNAL, _OFF)] = None
+    routed_experts_start_len: Annotated[object, Refused(_INTERNAL, (0,))] = None
+    routed_experts_prompt_start: Annotated[object, Refused(_INTERNAL, (0,))] = None
+    return_indexer_topk: Annotated[object, Refused(_INTERNAL, _OFF)] = None
+    return_sampling_mask: Annotated[object, Refused(_INTERNAL, _OFF)] = None
+    sampling_logprobs_mode: Annotated[object, Refused(_INTERNAL)] = None
+    return_entropy: Annotated[object, Refused(_INTERNAL, _OFF)] = None
+    return_flat_raw_top_logprobs: Annotated[object, Refused(_LOGPROBS, _OFF)] = None
+    return_flat_raw_output_top_logprobs: Annotated[object, Refused(_LOGPROBS, _OFF)] = None
+    return_flat_raw_top_logprobs_b64: Annotated[object, Refused(_LOGPROBS, _BOTH)] = None
+    return_bytes: Annotated[object, Refused("responses are JSON; leave it out", _OFF)] = None
+    detokenize: Annotated[object, Refused("text is always made; leave it out", _ON)] = None
+    background: Annotated[object, Refused("wait for the answer, or stream it", _OFF)] = None
+
+    # -------- adapters, placing
+    lora_path: Annotated[object, Refused(_LORA, ([], ""))] = None
+    lora_id: Annotated[object, Refused(_LORA, ([], ""))] = None
+    kv_transfer_params: Annotated[object, Refused(_ROUTING, ({},))] = None
+    ec_transfer_params: Annotated[object, Refused(_ROUTING, ({},))] = None
+    bootstrap_host: Annotated[object, Refused(_ROUTING)] = None
+    bootstrap_port: Annotated[object, Refused(_ROUTING)] = None
+    bootstrap_room: Annotated[object, Refused(_ROUTING)] = None
+    bootstrap_pair_key: Annotated[object, Refused(_ROUTING)] = None
+    decode_tp_size: Annotated[object, Refused(_ROUTING)] = None
+    disagg_prefill_dp_rank: Annotated[object, Refused(_ROUTING)] = None
+    http_worker_ipc: Annotated[object, Refused(_ROUTING)] = None
+
+    # -------- honoured at some endpoints (schemas.py), refused at the others
+    messages: Annotated[object, Refused(_CHAT)] = None
+    prompt: Annotated[object, Refused("it belongs to /v1/completions and /tokenize")] = None
+    text: Annotated[object, Refused("it belongs to /generate; the prompt is `prompt` or `messages` here")] = None
+    input_ids: Annotated[object, Refused("it belongs to /generate; /v1/completions takes ids as `prompt`")] = None
+    tokens: Annotated[object, Refused("it belongs to /detokenize")] = None
+    sampling_params: Annotated[object, Refused("its fields belong to the body here", ({},))] = None
+    n: Annotated[object, Refused(_SAMPLING, (1,))] = None
+    temperature: Annotated[object, Refused(_SAMPLING)] = None
+    top_p: Annotated[object, Refused(_SAMPLING)] = None
+    top_k: Annotated[object, Refused(_SAMPLING)] = None
+    min_p: Annotated[object, Refused(_SAMPLING)] = None
+    stop: Annotated[object, Refused(_SAMPLING, ([],))] = None
+    stop_token_ids: Annotated[object, Refused(_SAMPLING, ([],))] = None
+    ignore_eos: Annotated[object, Refused(_SAMPLING, _OFF)] = None
+    skip_special_tokens: Annotated[object, Refused(_SAMPLING, _ON)] = None
+    include_stop_str_in_output: Annotated[object, Refused(_SAMPLING, _OFF)] = None
+    no_stop_trim: Annotated[object, Refused(_SAMPLING, _OFF)] = None
+    max_tokens: Annotated[object, Refused(_LIMIT)] = None
+    max_completion_tokens: Annotated[object, Refused(_LIMIT)] = None
+    max_new_tokens: Annotated[object, Refused(_LIMIT)] = None
+    min_tokens: Annotated[object, Refused(_LEAST, (0,))] = None
+    min_new_tokens: Annotated[object, Refused(_LEAST, (0,))] = None
+    seed: Annotated[object, Refused(_SEED)] = None
+    sampling_seed: Annotated[object, Refused(_SEED)] = None
+    stream: Annotated[object, Refused("nothing is streamed here", _OFF)] = None
+    stream_options: Annotated[object, Refused(_OUTPUT, ({},))] = None
+    logprobs: Annotated[object, Refused(_LOGPROBS, _OFF)] = None
+    top_logprobs: Annotated[object, Refused("it belongs to chats; /v1/completions has `logprobs`", (0,))] = None
+    return_logprob: Annotated[object, Refused(_LOGPROBS, _OFF)] = None
+    top_logprobs_num: Annotated[object, Refused(_LOGPROBS, (0,))] = None
+    return_token_ids: Annotated[object, Refused(_TOKENS, _OFF)] = None
+    echo: Annotated[object, Refused("it belongs to /v1/completions", _OFF)] = None
+    rid: Annotated[object, Refused("it belongs to requests that generate")] = None
+    request_id: Annotated[object, Refused("it belongs to requests that generate")] = None
+    cache_salt: Annotated[object, Refused("it belongs to requests that generate", ("",))] = None
+    kvist: Annotated[object, Refused("it belongs to requests that generate", ({},))] = None
+    chat_template_kwargs: Annotated[object, Refused("it belongs to requests with `messages`", ({},))] = None
+    add_generation_prompt: Annotated[object, Refused("it belongs to requests with `messages`", _ON)] = None
+    continue_final_message: Annotated[object, Refused("it belongs to requests with `messages`", _OFF)] = None
+    add_special_tokens: Annotated[object, Refused("it belongs to requests with `prompt` or `messages`")] = None
+    return_token_strs: Annotated[object, Refused("it belongs to /tokenize", _OFF)] = None
+
+
+def field_class(annotation: object) -> FieldClass | None:
+    return next((note for note in get_args(annotation)[1:] if isinstance(note, FieldClass)), None)
+
+
+@cache
+def classes_of(struct: type[msgspec.Struct]) -> dict[str, FieldClass]:
+    """By field, in the struct's order. A field without a class is a bug, which a test finds."""
+    hints = get_type_hints(struct, include_extras=True)
+    found = {name: field_class(hints[name]) for name in struct.__struct_fields__}
+    return {name: given for name, given in found.items() if given is not None}
+
+
+class Looker:
+    """Looks at the fields of one struct that are not honoured; made once for each struct."""
+
+    def __init__(self, struct: type[msgspec.Struct]) -> None:
+        self.others = [(name, cls) for name, cls in classes_of(struct).items() if not isinstance(cls, Honoured)]
+        self._absent = (None,) * len(self.others)
+        self._values: Any = attrgetter(*[name for name, _ in self.others]) if len(self.others) > 1 else None
+
+    def asked(self, value: msgspec.Struct) -> list[tuple[str, Advisory | Refused]]:
+        """The fields of `value` that ask for something which they do not get."""
+        if self._values is None:
+            values: tuple[object, ...] = tuple(getattr(value, name) for name, _ in self.others)
+        else:
+            values = self._values(value)
+        if values == self._absent:  # nearly always
+            return []
+        pairs = zip(self.others, values, strict=True)
+        return [(name, cls) for (name, cls), asked in pairs if asked is not None and asked not in cls.neutral]

@@ -1,0 +1,215 @@
+"""How /v1/chat/completions and /v1/completions say what came: events of a stream, and whole answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from kvist.clock import unix_time_s
+from kvist.errors import RequestError
+from kvist.request import TokenLogprobs
+from kvist.server.gateway import Gateway
+from kvist.server.generation import Choice, Delta
+from kvist.server.reporting import chat_logprobs, completion_logprobs, report, usage, usage_so_far
+from kvist.server.schemas import ChatRequest, CompletionRequest, KvistOptions, StreamOptions
+from kvist.text import Tokenizer
+
+_json = msgspec.json.Encoder().encode
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True):
+    """What all events of a response share."""
+
+    head: dict[str, object]  # id, created, model
+    kind: str  # the `object` of a whole response
+    include_usage: bool  # in an event of its own at the end
+    continuous_usage: bool  # in every event
+    include_report: bool
+    by_tier: bool
+
+    @staticmethod
+    def of(gateway: Gateway, request: ChatRequest | CompletionRequest, job_id: str, kind: str) -> Shape:
+        asked = request.stream_options or StreamOptions()
+        ours = request.kvist or KvistOptions()
+        if ours.usage and request.stream and not asked.include_usage:
+            message = "`kvist.usage` says more in `usage`, which a stream has with `stream_options.include_usage`"
+            raise RequestError(message, param="kvist.usage")
+        return Shape(
+            head={"id": job_id, "created": unix_time_s(), "model": gateway.model_name},
+            kind=kind,
+            include_usage=bool(asked.include_usage),
+            continuous_usage=bool(asked.continuous_usage_stats),
+            by_tier=bool(ours.usage),
+            include_report=bool(ours.report),
+        )
+
+    def event_ends(self, kind: str, choice_head: bytes) -> tuple[bytes, bytes]:
+        """Bytes before and after what changes from event to event, which goes at the end of `choice_head`."""
+        before = b"data: " + _json({**self.head, "object": kind})[:-1] + b',"choices":[' + choice_head
+        return before, b"}]" + (b',"usage":null' if self.include_usage else b"") + b"}\n\n"
+
+    def closing(self, kind: str, choices: Sequence[Choice]) -> bytes:
+        last: dict[str, object] = {**self.head, "object": kind, "choices": []}
+        if self.include_usage:
+            last["usage"] = usage(choices, by_tier=self.by_tier)
+        if self.include_report:
+            last["kvist"] = report(choices)
+        told = self.include_usage or self.include_report
+        return (b"data: " + _json(last) + b"\n\n" if told else b"") + b"data: [DONE]\n\n"
+
+    def whole(self, choices: Sequence[Choice], answers: list[dict[str, object]]) -> bytes:
+        told = usage(choices, by_tier=self.by_tier)
+        body = {**self.head, "object": self.kind, "choices": answers, "usage": told}
+        if self.include_report:
+            body["kvist"] = report(choices)
+        return _json(body)
+
+
+class _Format:
+    """What chats and completions have in common."""
+
+    def __init__(self, shape: Shape, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool) -> None:
+        self._shape = shape
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+        self._token_ids = token_ids
+        self._only_text = not logprobs and not token_ids and not shape.continuous_usage
+        self._ends: dict[int, tuple[bytes, bytes, bytes]] = {}  # by choice: before, after, after plain text
+        self._num_told: dict[int, int] = {}  # tokens, by choice; counted for continuous usage
+
+    def _end(self, choice: Choice, after: bytes, num_new_tokens: int) -> bytes:
+        """Of one event."""
+        if not self._shape.continuous_usage:
+            return after
+        told = self._num_told[choice.index] = self._num_told.get(choice.index, 0) + num_new_tokens
+        return b'}],"usage":' + _json(usage_so_far(choice, told)) + b"}\n\n"
+
+    def _rest(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
+        """Of an event's choice, beside its text and its logprobs."""
+        rest: dict[str, object] = {"logprobs": None, "finish_reason": None}
+        if delta.finished:
+            rest |= _ending(choice)
+        if self._token_ids:
+            rest["token_ids"] = delta.token_ids
+            if first:
+                rest["prompt_token_ids"] = choice.request.prompt_token_ids
+        return rest
+
+    def _whole_ids(self, choice: Choice) -> dict[str, object]:
+        if not self._token_ids:
+            return {}
+        return {"token_ids": choice.token_ids, "prompt_token_ids": choice.request.prompt_token_ids}
+
+
+def _ending(choice: Choice) -> dict[str, object]:
+    """Why an answer ended. `stop_reason` is vLLM's, null for an end-of-sequence token; `matched_stop` SGLang's."""
+    asked_for = isinstance(choice.matched, str) or choice.matched in choice.request.sampling.stop_token_ids
+    return {
+        "finish_reason": choice.finish_reason,
+        "stop_reason": choice.matched if asked_for else None,
+        "matched_stop": choice.matched,
+    }
+
+
+class ChatFormat(_Format):
+    _CHUNK = "chat.completion.chunk"
+
+    def event(self, choice: Choice, delta: Delta) -> bytes:
+        ends = self._ends.get(choice.index)
+        first, opening = ends is None, b""
+        if ends is None:
+            before, after = self._shape.event_ends(self._CHUNK, b'{"index":%d,"delta":' % choice.index)
+            ends = self._ends[choice.index] = (before, after, b'},"logprobs":null,"finish_reason":null' + after)
+            role = b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+            opening = before + role + self._end(choice, after, 0)
+        before, after, after_text = ends
+        if not delta.finished and self._only_text:
+            return b"".join((opening, before, b'{"content":', _json(delta.text), after_text))
+        rest = self._rest(choice, delta, first=first)
+        if self._logprobs:
+            rest["logprobs"] = {"content": chat_logprobs(self._tokenizer, delta.token_ids, delta.logprobs)}
+        content = {"content": delta.text} if delta.text else {}
+        end = self._end(choice, after, len(delta.token_ids))
+        return b"".join((opening, before, _json(content), b",", _json(rest)[1:-1], end))
+
+    def closing(self, choices: Sequence[Choice]) -> bytes:
+        return self._shape.closing(self._CHUNK, choices)
+
+    def whole(self, choices: Sequence[Choice]) -> bytes:
+        return self._shape.whole(choices, [self._answer(choice) for choice in choices])
+
+    def _answer(self, choice: Choice) -> dict[str, object]:
+        logprobs = None
+        if self._logprobs:
+            logprobs = {"content": chat_logprobs(self._tokenizer, choice.token_ids, choice.logprobs)}
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": logprobs,
+            **_ending(choice),
+            **self._whole_ids(choice),
+        }
+
+
+class _Untold:
+    """Tokens of a stream with logprobs that no event has told. A token is told once its `text_offset` is certain: with
+    the text before it, which may be withheld because a stop string may begin there."""
+
+    def __init__(self) -> None:
+        self._tokens: list[tuple[int, TokenLogprobs, int]] = []
+        self._num_chars = 0  # told
+
+    def add(self, delta: Delta) -> None:
+        self._tokens.extend(zip(delta.token_ids, delta.logprobs, delta.text_offsets, strict=True))
+        self._num_chars += len(delta.text)
+
+    def take(self, *, finished: bool) -> tuple[list[int], list[TokenLogprobs], list[int]]:
+        told, limit = self._tokens, self._num_chars
+        if not finished:
+            told = [token for token in self._tokens if token[2] <= limit]  # offsets never shrink
+        self._tokens = self._tokens[len(told) :]
+        return [token[0] for token in told], [token[1] for token in told], [min(token[2], limit) for token in told]
+
+
+class CompletionFormat(_Format):
+    def __init__(self, shape: Shape, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool) -> None:
+        super().__init__(shape, tokenizer, logprobs=logprobs, token_ids=token_ids)
+        self._untold: dict[int, _Untold] = {}  # with logprobs
+
+    def event(self, choice: Choice, delta: Delta) -> bytes:
+        ends = self._ends.get(choice.index)
+        first = ends is None
+        if ends is None:
+            before, after = self._shape.event_ends(self._shape.kind, b'{"index":%d,"text":' % choice.index)
+            ends = self._ends[choice.index] = (before, after, b',"logprobs":null,"finish_reason":null' + after)
+        before, after, after_text = ends
+        if not delta.finished and self._only_text:
+            return before + _json(delta.text) + after_text  # without text too: a token is told when it is there
+        rest = self._rest(choice, delta, first=first)
+        if self._logprobs:
+            untold = self._untold.setdefault(choice.index, _Untold())
+            untold.add(delta)
+            rest["logprobs"] = completion_logprobs(self._tokenizer, *untold.take(finished=delta.finished))
+        end = self._end(choice, after, len(delta.token_ids))
+        return b"".join((before, _json(delta.text), b",", _json(rest)[1:-1], end))
+
+    def closing(self, choices: Sequence[Choice]) -> bytes:
+        return self._shape.closing(self._shape.kind, choices)
+
+    def whole(self, choices: Sequence[Choice]) -> bytes:
+        return self._shape.whole(choices, [self._answer(choice) for choice in choices])
+
+    def _answer(self, choice: Choice) -> dict[str, object]:
+        logprobs = None
+        if self._logprobs:
+            num_chars = len(choice.text)
+            offsets = [min(offset, num_chars) for offset in choice.text_offsets]
+            logprobs = completion_logprobs(self._tokenizer, choice.token_ids, choice.logprobs, offsets)
+        return {
+            "index": choice.index,
+            "text": choice.text,
+            "logprobs": logprobs,
+            **_ending(choice),
+            **self._whole_ids(choice),
+        }

@@ -1,0 +1,74 @@
+"""Every known request field is honoured, advisory or refused, at every endpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvist.server import schemas
+from kvist.server.fields import Advisory, Honoured, KnownFields, Refused, classes_of
+
+USER = {"role": "user", "content": "hi"}
+ENDPOINTS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [USER], "max_tokens": 2},
+    "/v1/completions": {"prompt": "a", "max_tokens": 2},
+    "/generate": {"text": "a", "sampling_params": {"max_new_tokens": 2}},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [65]},
+}
+STRUCTS: dict[str, type[msgspec.Struct]] = {
+    "/v1/chat/completions": schemas.ChatRequest,
+    "/v1/completions": schemas.CompletionRequest,
+    "/generate": schemas.NativeRequest,
+    "/tokenize": schemas.TokenizeRequest,
+    "/detokenize": schemas.DetokenizeRequest,
+}
+INSIDE = [schemas.StreamOptions, schemas.KvistOptions, schemas.ChatMessage, schemas.ContentPart, schemas.NativeSampling]
+
+
+def ignored(response: Any) -> set[str]:
+    named: str = response.headers.get("x-kvist-ignored", "")
+    return set(named.split(", ")) - {""}
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+async def test_null_is_accepted_for_every_known_field_at_every_endpoint(bench: Any, path: str) -> None:
+    nulls = {name: None for struct in STRUCTS.values() for name in classes_of(struct) if name not in ENDPOINTS[path]}
+    assert len(nulls) > 150
+    response = await bench.post(path, nulls | ENDPOINTS[path])
+    assert response.status_code == 200, response.text
+    assert ignored(response) == set()
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+async def test_neutral_values_are_accepted_at_every_endpoint(bench: Any, path: str) -> None:
+    for name, cls in classes_of(KnownFields).items():
+        if name in ENDPOINTS[path] or isinstance(cls, Honoured):
+            continue
+        for value in cls.neutral:
+            if not isinstance(classes_of(STRUCTS[path])[name], Honoured):
+                response = await bench.post(path, {**ENDPOINTS[path], name: value})
+                assert response.status_code == 200, (name, value, response.text)
+                assert ignored(response) == set()
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+async def test_what_is_refused_is_named_with_what_works_and_what_has_no_effect_is_in_the_header(
+    bench: Any, path: str
+) -> None:
+    for name, cls in classes_of(STRUCTS[path]).items():
+        response = await bench.post(path, {**ENDPOINTS[path], name: {"odd": 1}})
+        if isinstance(cls, Refused):
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (400, name)
+            assert cls.instead in error["message"]
+        elif isinstance(cls, Advisory):
+            assert response.status_code == 200, response.text
+            assert ignored(response) == {name}
+
+
+def test_every_field_has_a_class() -> None:
+    for struct in [*STRUCTS.values(), *INSIDE]:
+        assert set(classes_of(struct)) == set(struct.__struct_fields__), struct
