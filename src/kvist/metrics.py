@@ -36,6 +36,7 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "requests_failed": "requests ended by an error",
     "requests_aborted": "requests ended by their gateway",
     "requests_refused": "requests refused, by a full queue or as invalid",
+    "requests_displaced": "waiting requests that gave way, in a full queue, to a caller that had fewer there",
     "handoffs_sent": "handoffs that this worker wrote and the other acknowledged",
     "handoffs_received": "handoffs that this worker granted and verified",
     "handoffs_failed": "handoffs that failed, were refused or timed out",

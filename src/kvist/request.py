@@ -66,6 +66,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     sampling: SamplingParams
     output_token_ids: tuple[int, ...] = ()  # already produced elsewhere: generation continues after them
     cache_salt: str = ""  # prompts with different salts share no page
+    client: str = ""  # whose it is, for turns among callers (fairness.py): "KEY/HOST/CONNECTION", all opaque
 
     @property
     def num_prompt_tokens(self) -> int:

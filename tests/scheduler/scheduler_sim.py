@@ -301,8 +301,7 @@ class SimEngine:
 
     def _check(self, plan: Plan) -> None:
         waiting = self.scheduler._table.waiting  # type: ignore[attr-defined]
-        queued = [entry[3] for entry in waiting._heap if entry[3].ticket == entry[2]]
-        to_compute = sum(len(each.token_ids) for each in queued if not each.awaits_grant_of_pages)
+        to_compute = sum(len(each.token_ids) for each in waiting if not each.awaits_grant_of_pages)
         assert waiting.num_tokens == to_compute, "the backlog is what waits to be computed here"
         for request in self.scheduler._table.fetching.values():  # type: ignore[attr-defined]
             assert self.world.now_s < request.arrived_s + self.config.queue_timeout_s / 2, "nobody waits for ever"
@@ -449,6 +448,8 @@ class World:
         for ended in plan.ended:
             self.ended[ended.request_id, engine.epoch].append(ended)
             assert len(self.ended[ended.request_id, engine.epoch]) == 1, "a request ends once at one engine"
+            if ended.error_code in ("timeout", "overloaded"):
+                assert not self.chunks[ended.request_id], "a stream that began is not ended by a queue"
         for sent in plan.messages:
             message = sent.message
             if isinstance(sent, ToSource):
@@ -591,12 +592,14 @@ def make_request(
     stop_token_ids: tuple[int, ...] = (),
     outputs: tuple[int, ...] = (),
     cache_salt: str = "",
+    client: str = "",
 ) -> EngineRequest:
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=tuple(prompt),
         output_token_ids=outputs,
         cache_salt=cache_salt,
+        client=client,
         sampling=SamplingParams(
             max_tokens=max_tokens,
             seed=seed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from fake_device import EOS, reference_stream
 from scheduler_sim import SimEngine, World, make_request, small_config
@@ -186,12 +188,17 @@ def test_the_oldest_is_never_preempted() -> None:
 
 
 def test_a_full_queue_refuses_with_overloaded_and_says_when_to_come_back() -> None:
-    engine = unified(max_running_requests=1, max_queued_requests=2, overload_retry_s=3.0)
+    engine = unified(max_running_requests=1, max_queued_requests=2)
     step(engine, arrived("a"))
     plan = step(engine, arrived("b"), arrived("c"), arrived("d"))
     (ended,) = plan.ended
     assert (ended.request_id, ended.outcome, ended.error_code) == ("d", Outcome.FAILED, "overloaded")
-    assert ended.retry_after_s == 3.0
+    assert ended.retry_after_s == 1.0, "nothing has ended yet"
+    engine.world.now_s = 24.0
+    while not step(engine).ended:
+        pass
+    (ended,) = step(engine, arrived("e"), arrived("f")).ended
+    assert ended.retry_after_s == 16.0, "two of three requests wait, and lately each took 24 s in all"
 
 
 @pytest.mark.parametrize("num_tokens", [16, 40])
@@ -201,12 +208,14 @@ def test_a_prompt_that_can_never_fit_fails_at_once(num_tokens: int) -> None:
     assert (ended.outcome, ended.error_code) == (Outcome.FAILED, "context_length_exceeded")
 
 
-def test_an_answer_ends_with_length_at_the_context_even_when_more_was_asked() -> None:
-    engine = unified(num_pages=4)
-    engine.world.submit(make_request("a", [1] * 13, max_tokens=100, ignore_eos=True), engine)
-    run_out(engine)
-    tokens, finish = engine.world.stream("a")
-    assert (len(tokens), finish) == (3, FinishReason.LENGTH)
+@pytest.mark.parametrize(
+    ("num_pages", "limit"), [(4, r"16 .*page pool \(--max-total-tokens\)"), (12, r"40 .*length \(--context-length\)")]
+)
+def test_an_answer_that_cannot_fit_is_refused_and_never_shortened(num_pages: int, limit: str) -> None:
+    engine = unified(num_pages=num_pages)
+    (ended,) = step(engine, arrived("a", 13, max_tokens=100)).ended
+    assert ended.error_code == "context_length_exceeded"
+    assert re.search(f"needs 113 tokens; this worker holds {limit}", ended.message)
 
 
 @pytest.mark.parametrize(

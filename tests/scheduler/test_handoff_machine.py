@@ -88,11 +88,19 @@ class Cluster(RuleBasedStateMachine):
         prompt=PROMPTS,
         max_tokens=st.integers(1, 8),
         resumed=st.sampled_from([0, 0, 2]),
+        client=st.sampled_from(["k/h/1", "k/h/2", "l/h/1"]),
     )
-    def submit(self, prefill: str, decode: str, prompt: list[int], max_tokens: int, resumed: int) -> None:
+    def submit(
+        self, prefill: str, decode: str, prompt: list[int], max_tokens: int, resumed: int, client: str = ""
+    ) -> None:
         self.count += 1
         request = make_request(
-            f"r{self.count}", prompt, max_tokens=max_tokens, seed=self.count, outputs=tuple(range(10, 10 + resumed))
+            f"r{self.count}",
+            prompt,
+            max_tokens=max_tokens,
+            seed=self.count,
+            outputs=tuple(range(10, 10 + resumed)),
+            client=client,
         )
         self.world.submit_pair(request, self.engine(prefill), self.engine(decode))
 

@@ -68,13 +68,14 @@ def test_pages_are_written_as_chunks_finish_and_the_partial_page_last() -> None:
     assert not messages(second)
 
 
-def test_the_first_token_goes_to_the_gateway_before_any_page_is_written() -> None:
+def test_the_first_token_goes_to_the_gateway_before_any_page_is_written_but_never_before_the_grant() -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
     bench.step(prefill_arrived())
-    plan = bench.finish()
+    assert not bench.finish().chunks
+    plan = bench.step(grant())
     (chunk,) = plan.chunks
     assert (chunk.position, chunk.token_ids, chunk.num_cached_tokens) == (0, (5,), 0)
-    assert not plan.transfers
+    assert len(plan.transfers) == 1, "which begins after the plan's tokens were told"
     assert not plan.ended
 
 
@@ -336,7 +337,7 @@ def test_waiting_for_an_ack_is_bounded_but_the_pages_stay() -> None:
 def test_a_prompt_without_a_grant_gives_way_to_one_with_and_tells_its_first_token_once() -> None:
     bench = Bench("prefill", num_pages=4, chunked_prefill_size=10, max_model_len=16)
     bench.step(prefill_arrived("eager", HandoffId("e")))
-    assert len(bench.finish().chunks) == 1
+    assert not bench.finish().chunks
     plan = bench.step(prefill_arrived("granted", H, range(20, 30)), grant())
     assert plan.batch is not None
     assert [item.request_id for item in plan.batch.items] == ["granted"]
@@ -345,6 +346,7 @@ def test_a_prompt_without_a_grant_gives_way_to_one_with_and_tells_its_first_toke
     bench.step(Ack(handoff_id=H, target_epoch=D))
     assert bench.plan.batch is None  # it waits for its own Grant now
     plan = bench.step(grant(handoff_id=HandoffId("e")))
+    assert [chunk.request_id for chunk in plan.chunks] == ["eager"], "computed before its pages were evicted"
     assert plan.batch is not None
     assert plan.batch.items[0].sampling is None
     plan = bench.finish()

@@ -66,6 +66,7 @@ class OneEngine(RuleBasedStateMachine):
         stops=st.sampled_from([(), (3,), (3, 11, 12)]),
         resumed=st.integers(0, 3),
         salt=st.sampled_from(["", "", "other"]),
+        client=st.sampled_from(["k/h/1", "k/h/2", "k/i/3", "l/h/1"]),
     )
     def submit(
         self,
@@ -76,8 +77,11 @@ class OneEngine(RuleBasedStateMachine):
         stops: tuple[int, ...],
         resumed: int,
         salt: str,
+        client: str = "",
     ) -> None:
         self.count += 1
+        if self.count % 4:  # else it may be too long
+            max_tokens = max(1, min(max_tokens, self.engine.context_len - len(prompt)))
         request = make_request(
             f"r{self.count}",
             prompt,
@@ -87,6 +91,7 @@ class OneEngine(RuleBasedStateMachine):
             stop_token_ids=stops,
             outputs=tuple(range(13, 13 + resumed)),
             cache_salt=salt,
+            client=client,
             seed=self.count,
         )
         self.world.submit(request, self.engine)

@@ -212,10 +212,12 @@ def test_an_abort_while_the_store_is_asked_leaves_nothing_but_the_job() -> None:
 
 def test_who_waits_for_the_store_counts_as_waiting_and_is_refused_beyond_the_queue() -> None:
     world = World()
-    engine = start(world, config=small_config(max_queued_requests=1))
+    engine = start(world, config=small_config(max_running_requests=1, max_queued_requests=1))
     begin_find(world, engine)
+    ask(world, engine, "one that could run")
     ask(world, engine, "more")
     engine.step()
+    assert not world.ended["one that could run", engine.epoch]
     (ended,) = world.ended["more", engine.epoch]
     assert ended.error_code == "overloaded"
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from kvist.fairness import CallerPath, caller_path
 from kvist.kv.lease import PageLease
 from kvist.kv.storage_tier import Prefetch
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, RequestId, SampledToken, SamplingParams
@@ -80,11 +81,14 @@ class ActiveRequest:
     loading: bool = False  # the mover may touch its pages, even when it has ended
     in_handoff: bool = False  # a peer or the transport may touch its pages
     granted: bool = False  # PREFILL: decode's Grant has come, so others wait for it rather than evict it
-    ticket: int = 0  # of its place in the queue
-    first_token: SampledToken | None = None  # PREFILL
+    ticket: int = 0  # of its newest place in the queue
+    admitted_s: float | None = None  # when it had its first turn
+    first_token: SampledToken | None = None  # PREFILL; told when it is known and granted
+    first_token_told: bool = False
     first_token_finish: FinishReason | None = None
     report: HandoffReport | None = None  # DECODE: goes with the first chunk
     request_id: RequestId = field(init=False)
+    caller: CallerPath = field(init=False)
     num_prompt: int = field(init=False)
     sampling: SamplingParams = field(init=False)
     suppressed_ids: tuple[int, ...] = field(init=False)
@@ -92,6 +96,7 @@ class ActiveRequest:
 
     def __post_init__(self) -> None:
         self.request_id = self.request.request_id
+        self.caller = caller_path(self.request.client)
         self.sampling = self.request.sampling
         self.num_prompt = len(self.request.prompt_token_ids)
         self.suppressed_ids = tuple(sorted(self.stop_ids))
@@ -105,6 +110,10 @@ class ActiveRequest:
     def eager(self) -> bool:
         """A PREFILL whose Grant has not come: it computes only with pages that nobody else needs."""
         return self.mode is Mode.PREFILL and not self.granted
+
+    @property
+    def had_its_turn(self) -> bool:
+        return self.admitted_s is not None
 
     @property
     def awaits_grant_of_pages(self) -> bool:

@@ -222,7 +222,7 @@ class Batcher:
                 break
             if request.state is RequestState.FETCHING:
                 continue
-            table.waiting.remove(request)
+            table.waiting.take(request)
             if request.loading:
                 request.move(RequestState.LOADING)
                 continue
@@ -278,9 +278,10 @@ class Batcher:
 
     def _count_admission(self, request: ActiveRequest) -> None:
         """Once a request: later admissions (after preemption) are not news."""
-        if request.num_cached_tokens is not None:
+        if request.had_its_turn:
             return
         table = self._table
+        request.admitted_s = table.now_s
         table.timers.cancel(TimerKind.QUEUE, request.request_id)
         lease = request.lease
         assert lease is not None

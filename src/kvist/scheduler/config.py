@@ -63,7 +63,6 @@ class SchedulerOptions:
     ack_timeout_s: float = option(
         1.0, "Done and Revoke are said again after this long without an answer", unit="s", minimum=0.001
     )
-    overload_retry_s: float = option(1.0, "Retry-After of a request refused as overloaded", unit="s", minimum=0.0)
     max_remembered_handoffs: int = option(
         4096, "early grants, and closed handoffs whose peers may still ask, kept at most", unit="handoffs", minimum=1
     )

@@ -14,6 +14,7 @@ COUNTERS = (
     "requests_failed",
     "requests_aborted",
     "requests_refused",  # failed before they were queued: overloaded, too long, not for this role
+    "requests_displaced",  # failed when the queue was full and a caller with fewer requests came
     "prompt_tokens",  # of requests whose prompt this engine read
     "cached_prompt_tokens",  # of those: found in the cache
     "ceiling_prompt_tokens",  # of those: what a cache that forgets nothing would have had

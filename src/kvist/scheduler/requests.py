@@ -1,8 +1,8 @@
-"""Every live request of one engine, from `Arrived` to `Ended`: who may enter, what a step's tokens mean, how each ends.
+"""Every live request of one engine, from `Arrived` to `Ended`: what a step's tokens mean, how each ends.
 
-It owns the requests, their leases' closing and the page counters. It does not choose what runs (batching.py) and
-knows of handoffs only that a peer may hold a request's pages (`in_handoff`): a lease is closed when the request has
-ended, no step under way writes it, no load fills it and no handoff holds it.
+It owns the requests, their leases' closing and the page counters. Who may enter is decided by entry.py, what runs by
+batching.py. It knows of handoffs only that a peer may hold a request's pages (`in_handoff`): a lease is closed when the
+request has ended, no step under way writes it, no load fills it and no handoff holds it.
 
 Whose pages may be in the store waits for them before its turn (FETCHING): until they have come or failed, at most for
 as long as the policy says, and never for more than half of what a request may wait in all. A store that hangs costs
@@ -23,11 +23,13 @@ from kvist.kv.storage_tier import Prefetch
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, SampledToken
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.config import SchedulerConfig
+from kvist.scheduler.entry import fault_of, gives_way_to
 from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.load import COUNTERS
 from kvist.scheduler.outbox import Outbox
 from kvist.scheduler.timers import TimerKind, Timers
 from kvist.scheduler.waiting import WaitingQueue
+from kvist.service_time import ServiceTime
 from kvist.wire import Ended, Submit, TokenChunk
 
 _OUTCOME_COUNTERS = {
@@ -81,6 +83,7 @@ class RequestTable:
         self.last_finished_id = 0  # of the steps that came back, finished or failed
         self.timers = Timers()
         self.out = Outbox()
+        self.service_time = ServiceTime()
         self.totals: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self.waiting = WaitingQueue()
         self.live: dict[RequestId, ActiveRequest] = {}
@@ -103,15 +106,15 @@ class RequestTable:
         """Queue it, or refuse it with `Ended`. A second Submit of a live request is ignored: one end answers both."""
         if event.request.request_id in self.live:
             return
-        refusal = self._refusal(event)
-        if refusal is not None:
-            code, message = refusal
-            self.totals["requests_refused"] += 1
-            self._send_end(event.request.request_id, Outcome.FAILED, code, message)
-            if event.handoff_id is not None:
-                self.half.refused(event.handoff_id, code, message)
+        fault = fault_of(event, self.cache, context_len=self.context_len, wrong_mode=self._refuse_mode(event))
+        if fault is not None:
+            self._refuse(event, *fault)
             return
         request = self._accept(event)
+        no_place = self._give_place(request)
+        if no_place is not None:
+            self._refuse(event, "overloaded", no_place)
+            return
         self.live[request.request_id] = request
         self.timers.set(TimerKind.QUEUE, request.request_id, self.now_s + self.config.queue_timeout_s)
         if not self._fetch(request):
@@ -119,27 +122,23 @@ class RequestTable:
         if request.handoff_id is not None:
             self.half.arrived(request)
 
-    def _refusal(self, event: Submit) -> tuple[str, str] | None:
-        request = event.request
-        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-        wrong_mode = self._refuse_mode(event)
-        if wrong_mode is not None:
-            return "invalid_request", wrong_mode
-        if event.mode is not Mode.FULL and event.handoff_id is None:
-            return "invalid_request", f"a {event.mode.value} request needs a handoff_id"
-        if event.mode is Mode.DECODE and event.prefill is None:
-            return "invalid_request", "a decode request must name its prefill worker"
-        if not request.prompt_token_ids:
-            return "invalid_request", "the prompt is empty"
-        if len(request.output_token_ids) >= request.sampling.max_tokens:
-            return "invalid_request", "nothing is left to generate: output_token_ids has max_tokens tokens already"
-        if num_tokens >= self.context_len:
-            return "context_length_exceeded", (
-                f"{num_tokens} tokens leave no room for an answer: this worker holds {self.context_len} tokens of "
-                "prompt and answer together"
-            )
-        if self.num_waiting >= self.config.max_queued_requests:
-            return "overloaded", f"{self.num_waiting} requests wait already, the most this worker queues"
+    def _refuse(self, event: Submit, code: str, message: str) -> None:
+        self.totals["requests_refused"] += 1
+        self._send_end(event.request.request_id, Outcome.FAILED, code, message)
+        if event.handoff_id is not None:
+            self.half.refused(event.handoff_id, code, message)
+
+    def _give_place(self, request: ActiveRequest) -> str | None:
+        """Why there is none for it in the queue. It may be another's."""
+        if self.num_waiting < self.config.max_queued_requests + self._num_free_places():
+            return None
+        other = gives_way_to(request, self.live.values())
+        if other is None:
+            most = self.config.max_queued_requests
+            return f"{self.num_waiting} requests wait already, the most that this worker queues is {most}"
+        message = "the queue is full, and a caller with fewer requests in it came: retry later, or send fewer at once"
+        self.totals["requests_displaced"] += 1
+        self.end(other, Outcome.FAILED, "overloaded", message)
         return None
 
     def _accept(self, event: Submit) -> ActiveRequest:
@@ -156,7 +155,7 @@ class RequestTable:
             arrived_s=self.now_s,
             token_ids=[*request.prompt_token_ids, *request.output_token_ids],
             num_given=len(request.prompt_token_ids) + len(request.output_token_ids),
-            max_len=min(self.context_len, len(request.prompt_token_ids) + sampling.max_tokens),
+            max_len=len(request.prompt_token_ids) + sampling.max_tokens,
             stop_ids=frozenset(eos) | frozenset(sampling.stop_token_ids),
         )
 
@@ -226,6 +225,11 @@ class RequestTable:
     def num_waiting(self) -> int:
         return len(self.waiting) + len(self.fetching) + len(self.behind_load) + self.num_parked
 
+    def _num_free_places(self) -> int:
+        """To run in: a burst on an idle engine fills them, and the queue beside them."""
+        num_running = sum(request.state is RequestState.RUNNING for request in self.running)
+        return self.config.max_running_requests - num_running - self.num_granted - len(self.loading)
+
     def is_written(self, request: ActiveRequest) -> bool:
         """A step under way writes its pages."""
         return request.last_step_id > self.last_finished_id
@@ -265,6 +269,7 @@ class RequestTable:
     def grant_came(self, request: ActiveRequest) -> None:
         """PREFILL: from now on it may claim pages and keeps them."""
         request.granted = request.in_handoff = True
+        self._tell_first_token(request)
         if request.state is RequestState.PARKED:
             request.move(RequestState.WAITING)
             self.num_parked -= 1
@@ -340,28 +345,28 @@ class RequestTable:
         assert request.lease is not None
         request.num_computed = request.num_planned = request.num_given
         self.cache.commit(request.lease, request.token_ids, request.num_given)
-        position = request.next_position
         request.token_ids.append(token.token_id)
         if finish is not None:  # prefill told it with the token
-            self.end(request, Outcome.FINISHED)
-            return
-        own_finish = request.finish_reason(token.token_id, len(request.token_ids))
-        if own_finish is not None:  # our context is shorter than prefill's, which did not see the end
-            self.send_chunk(request, position, token, own_finish)
             self.end(request, Outcome.FINISHED)
             return
         self.num_granted -= 1
         self.start_running(request)
 
     def _prefill_complete(self, request: ActiveRequest, token: SampledToken | None) -> None:
-        if request.first_token is None:  # else it was told before its pages were evicted
+        if request.first_token is None:  # else its pages were evicted since
             assert token is not None
             request.first_token = token
             request.first_token_finish = request.finish_reason(token.token_id, len(request.token_ids) + 1)
-            self.send_chunk(request, request.next_position, token, request.first_token_finish)
         request.move(RequestState.HELD)
         self.held[request.request_id] = request
+        self._tell_first_token(request)
         self.half.computed(request)
+
+    def _tell_first_token(self, request: ActiveRequest) -> None:
+        """PREFILL: once it is known, and decode has a place for the rest: a stream that began waits in no queue."""
+        if request.granted and request.first_token is not None and not request.first_token_told:
+            request.first_token_told = True
+            self.send_chunk(request, request.next_position, request.first_token, request.first_token_finish)
 
     def send_chunk(
         self, request: ActiveRequest, position: int, token: SampledToken, finish: FinishReason | None
@@ -400,6 +405,7 @@ class RequestTable:
         self.close_prefetch(request)
         del self.live[request.request_id]
         self.timers.cancel(TimerKind.QUEUE, request.request_id)
+        self.service_time.note(self.now_s - request.arrived_s)
         self._send_end(request.request_id, outcome, code, message)
         if request.handoff_id is not None:
             self.half.ended(request, message or outcome.value)
@@ -426,7 +432,9 @@ class RequestTable:
 
     def _send_end(self, request_id: RequestId, outcome: Outcome, code: str | None, message: str) -> None:
         self.totals[_OUTCOME_COUNTERS[outcome]] += 1
-        retry_after_s = self.config.overload_retry_s if code == "overloaded" else None
+        retry_after_s = None
+        if code == "overloaded":
+            retry_after_s = self.service_time.retry_after_s(num_ahead=self.num_waiting, num_present=len(self.live))
         self.out.ended.append(
             Ended(
                 request_id=request_id,

@@ -1,49 +1,92 @@
-"""The queue of requests without pages: strictly first come, first served within a rank.
+"""The queue of requests without pages: callers take turns within a rank (fairness.py), each caller's own in order.
 
 Rank 0 may claim pages: everything but an eager PREFILL (one whose Grant has not come), which is rank 1 and is looked
-at only when rank 0 is empty. A preempted request keeps its arrival number, so it returns to the head.
+at only when rank 0 is empty. A request that had its turn already, and gave its pages up, takes no new turn: it returns
+to the head of its rank, the oldest first.
 """
 
 from __future__ import annotations
 
-import heapq
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from operator import attrgetter
 
+from kvist.fairness import Turns
 from kvist.scheduler.active import ActiveRequest, RequestState
+
+_number = attrgetter("number")
+
+
+class _Rank:
+    def __init__(self) -> None:
+        self._returned: list[ActiveRequest] = []  # oldest first
+        self._turns: Turns[ActiveRequest] = Turns(_number)
+
+    def __iter__(self) -> Iterator[ActiveRequest]:
+        yield from self._returned
+        yield from self._turns
+
+    def add(self, request: ActiveRequest) -> None:
+        if request.had_its_turn:
+            insort(self._returned, request, key=_number)
+        else:
+            self._turns.add(request.caller, request)
+
+    def head(self) -> ActiveRequest | None:
+        return self._returned[0] if self._returned else self._turns.head()
+
+    def remove(self, request: ActiveRequest, *, has_its_turn: bool) -> None:
+        if request.had_its_turn:
+            del self._returned[bisect_left(self._returned, request.number, key=_number)]
+        elif has_its_turn:
+            self._turns.take(request.caller, request)
+        else:
+            self._turns.remove(request.caller, request)
 
 
 class WaitingQueue:
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, int, ActiveRequest]] = []  # rank, number, ticket, request
+        self._ranks = (_Rank(), _Rank())
+        self._rank_of: dict[ActiveRequest, _Rank] = {}
         self._tickets = 0
-        self._size = 0
         self.num_tokens = 0  # of all that wait to be computed here
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._rank_of)
+
+    def __iter__(self) -> Iterator[ActiveRequest]:
+        return iter(self._rank_of)
 
     def push(self, request: ActiveRequest) -> None:
         """Also moves a request that waits already to the rank it has now."""
-        if request.ticket == 0:
-            self._size += 1
+        former = self._rank_of.get(request)
+        if former is not None:
+            former.remove(request, has_its_turn=False)
+        else:
             self.num_tokens += _num_to_compute(request)
         self._tickets += 1
         request.ticket = self._tickets
-        heapq.heappush(self._heap, (int(request.eager), request.number, request.ticket, request))
+        rank = self._rank_of[request] = self._ranks[request.eager]
+        rank.add(request)
 
     def head(self) -> ActiveRequest | None:
-        while self._heap:
-            _, _, ticket, request = self._heap[0]
-            if request.ticket == ticket:
+        for rank in self._ranks:
+            if (request := rank.head()) is not None:
                 assert request.state is RequestState.WAITING
                 return request
-            heapq.heappop(self._heap)  # moved or removed since
         return None
 
+    def take(self, request: ActiveRequest) -> None:
+        """It has its turn."""
+        self._remove(request, has_its_turn=True)
+
     def remove(self, request: ActiveRequest) -> None:
-        if request.ticket:
-            request.ticket = 0
-            self._size -= 1
-            self.num_tokens -= _num_to_compute(request)
+        """It leaves without a turn."""
+        self._remove(request, has_its_turn=False)
+
+    def _remove(self, request: ActiveRequest, *, has_its_turn: bool) -> None:
+        self._rank_of.pop(request).remove(request, has_its_turn=has_its_turn)
+        self.num_tokens -= _num_to_compute(request)
 
 
 def _num_to_compute(request: ActiveRequest) -> int:

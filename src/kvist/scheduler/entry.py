@@ -1,0 +1,49 @@
+"""Who may enter an engine: what is refused at once, and who gives way when the queue is full.
+
+When it is full, the newest waiting request of the caller that has clearly most of them gives way to a caller that has
+fewer; never one that had a turn already, whose client may have seen a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvist.fairness import gives_way
+from kvist.fit import limit_text, num_tokens_needed
+from kvist.kv.cache import PageCache
+from kvist.request import Mode
+from kvist.scheduler.active import ActiveRequest, RequestState
+from kvist.wire import Submit
+
+Refusal = tuple[str, str]  # error code, message
+
+
+def fault_of(event: Submit, cache: PageCache, *, context_len: int, wrong_mode: str | None) -> Refusal | None:
+    """What no wait would mend. `context_len`: the tokens that an engine with this cache holds of one request."""
+    request = event.request
+    if wrong_mode is not None:
+        return "invalid_request", wrong_mode
+    if event.mode is not Mode.FULL and event.handoff_id is None:
+        return "invalid_request", f"a {event.mode.value} request needs a handoff_id"
+    if event.mode is Mode.DECODE and event.prefill is None:
+        return "invalid_request", "a decode request must name its prefill worker"
+    if not request.prompt_token_ids:
+        return "invalid_request", "the prompt is empty"
+    if len(request.output_token_ids) >= request.sampling.max_tokens:
+        return "invalid_request", "nothing is left to generate: output_token_ids has max_tokens tokens already"
+    num_tokens = num_tokens_needed(request, event.mode)
+    if num_tokens > context_len:
+        limit = limit_text(context_len, cache.num_pages, cache.page_size)
+        return "context_length_exceeded", f"the request needs {num_tokens} tokens; this worker holds {limit}"
+    return None
+
+
+def gives_way_to(newcomer: ActiveRequest, live: Iterable[ActiveRequest]) -> ActiveRequest | None:
+    """One of those that wait for their first turn. `live` is in the order of arrival."""
+    waiting = [request for request in live if _awaits_first_turn(request)]
+    caller = gives_way(newcomer.caller, (request.caller for request in waiting))
+    return next((request for request in reversed(waiting) if request.caller == caller), None)
+
+
+def _awaits_first_turn(request: ActiveRequest) -> bool:
+    return request.state in (RequestState.WAITING, RequestState.FETCHING) and not request.had_its_turn

@@ -1,0 +1,118 @@
+"""One client's flood leaves room for others, and a queue ends no stream that began."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from kvist.kv.cache import PageCache
+from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SamplingParams, WorkerId
+from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
+from kvist.scheduler.events import Event, SampledTokens, StepFinished
+from kvist.scheduler.plan import Batch, Plan
+from kvist.wire import Grant, PoolAddress, PrefillPeer, Submit
+
+POOL = PoolAddress(transport="t", location="x", num_pages=4096, page_bytes=64, layout="l")
+PREFILL, DECODE = EpochId("prefill"), EpochId("decode")
+
+
+class Engine:
+    """A scheduler, and a device that computes each step at once."""
+
+    def __init__(self, role: str = "unified", **limits: object) -> None:
+        config = SchedulerConfig(
+            **{"max_running_requests": 4, "chunked_prefill_size": 64, "max_prefill_tokens": 64, **limits}  # type: ignore[arg-type]
+        )
+        cache = PageCache(num_pages=4096, page_size=4, namespace="t")
+        epoch = DECODE if role == "decode" else PREFILL
+        self.scheduler: Scheduler = build_scheduler(role, config, cache, epoch, POOL)
+        self.now_s = 0.0
+        self.batch: Batch | None = None
+
+    def step(self, *events: Event) -> Plan:
+        done: list[Event] = []
+        if self.batch is not None:
+            sampled = [1 for item in self.batch.items if item.sampling]
+            done = [StepFinished(step_id=self.batch.step_id, sampled=SampledTokens(token_ids=sampled))]
+        plan = self.scheduler.step(self.now_s, [*done, *events])
+        self.batch = plan.batch
+        return plan
+
+
+def whole(name: str, client: str = "", max_tokens: int = 4) -> Submit:
+    return Submit(request=_request(name, client, max_tokens), mode=Mode.FULL)
+
+
+def _request(name: str, client: str, max_tokens: int = 4) -> EngineRequest:
+    prompt = tuple(name.encode())
+    sampling = SamplingParams(max_tokens=max_tokens)
+    asked = EngineRequest(request_id=RequestId(name), prompt_token_ids=prompt, sampling=sampling)
+    return msgspec.structs.replace(asked, client=client) if client else asked
+
+
+@pytest.mark.case("burst-on-idle")
+def test_a_burst_on_an_idle_scheduler_fills_the_places_to_run_and_the_queue_beside_them() -> None:
+    engine = Engine(max_queued_requests=6)
+    plan = engine.step(*(whole(f"r{index}") for index in range(11)))
+    assert [ended.request_id for ended in plan.ended] == ["r10"]
+    assert plan.batch is not None
+    assert len(plan.batch.items) == 4
+
+
+@pytest.mark.case("fairness")
+@pytest.mark.parametrize("flood_from", ["one connection", "many connections", "another host of the same key"])
+def test_the_scheduler_gives_a_caller_its_turn_at_once_whatever_another_has_queued(flood_from: str) -> None:
+    flooder = {
+        "one connection": lambda _: "k/h/1",
+        "many connections": lambda index: f"k/h/{index}",
+        "another host of the same key": lambda index: f"l/i/{index}",
+    }[flood_from]
+    engine = Engine(max_queued_requests=600)
+    engine.step(*(whole(f"flood{index}", flooder(index)) for index in range(600)))
+    engine.step()
+    plan = engine.step(whole("other", "l/h/1"))
+    turns: list[str] = []
+    while "other" not in turns:
+        assert plan.batch is not None
+        turns += [item.request_id for item in plan.batch.items if item.start == 0]
+        plan = engine.step()
+    assert len(turns) <= 1 + 4, "the others of one step, at most"
+
+
+@pytest.mark.case("fairness")
+def test_in_a_full_queue_the_flooder_loses_its_newest_request_and_the_other_caller_is_queued() -> None:
+    engine = Engine(max_queued_requests=6)
+    engine.step(*(whole(f"flood{index}", "k/h/1") for index in range(10)))
+    plan = engine.step(whole("other", "l/i/1"), whole("flood10", "k/h/2"))
+    assert [(ended.request_id, ended.error_code) for ended in plan.ended] == [
+        ("flood9", "overloaded"),
+        ("flood8", "overloaded"),  # by its own key's other connection
+    ]
+    assert all(ended.retry_after_s is not None for ended in plan.ended)
+    assert engine.scheduler.load().num_waiting == 6
+    assert engine.scheduler.load().totals["requests_displaced"] == 2
+
+
+@pytest.mark.case("fairness")
+def test_prefill_tells_no_token_before_decode_has_a_place_for_the_stream() -> None:
+    prefill, decode = Engine("prefill"), Engine("decode", max_running_requests=1, queue_timeout_s=60.0)
+    told: list[str] = []
+    peer = PrefillPeer(worker_id=WorkerId("p"), endpoint="tcp://p", epoch=PREFILL)
+    first_grants = decode.step(*(_decode_side(name, peer) for name in ("first", "second"))).messages
+    plan = prefill.step(*(_prefill_side(name) for name in ("first", "second")), *(m.message for m in first_grants))  # type: ignore[misc]
+    for _ in range(3):
+        told += [chunk.request_id for chunk in plan.chunks]
+        plan = prefill.step()
+    assert [m.message.handoff_id for m in first_grants if isinstance(m.message, Grant)] == ["first"]
+    assert told == ["first"], "decode has one place"
+    decode.now_s = 60.0
+    (ended,) = decode.step().ended
+    assert (ended.request_id, ended.error_code) == ("second", "timeout"), "so its client has seen nothing of it"
+
+
+def _prefill_side(name: str) -> Submit:
+    return Submit(request=_request(name, ""), mode=Mode.PREFILL, handoff_id=HandoffId(name))
+
+
+def _decode_side(name: str, peer: PrefillPeer) -> Submit:
+    return Submit(request=_request(name, ""), mode=Mode.DECODE, handoff_id=HandoffId(name), prefill=peer)

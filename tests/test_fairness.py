@@ -1,0 +1,93 @@
+"""Turns among callers, for any order of what comes and goes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import count
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvist.fairness import CallerPath, Turns, caller_path, gives_way
+from kvist.service_time import ServiceTime
+
+CALLERS = st.tuples(st.sampled_from("kl"), st.sampled_from("hi"), st.sampled_from("123"))
+
+
+def test_a_tag_has_three_names_and_what_is_missing_is_empty() -> None:
+    assert [caller_path(tag) for tag in ("", "k", "k/h", "k/h/c", "k/h/c/more")] == [
+        ("", "", ""),
+        ("k", "", ""),
+        ("k", "h", ""),
+        ("k", "h", "c"),
+        ("k", "h", "c"),
+    ]
+
+
+@given(st.lists(st.one_of(CALLERS, st.sampled_from(["take", "remove"])), max_size=60))
+def test_whoever_waits_has_a_turn_within_a_round_at_each_level_and_nobody_is_lost(script: list[object]) -> None:
+    turns: Turns[tuple[CallerPath, int]] = Turns(lambda item: item[1])
+    waiting: list[tuple[CallerPath, int]] = []
+    passed: Counter[tuple[str, ...]] = Counter()  # turns of others since a key that waits had its own
+    numbers = count()
+    for event in script:
+        if isinstance(event, tuple):
+            item = (event, next(numbers))
+            turns.add(event, item)
+            waiting.append(item)
+        elif waiting and event == "remove":
+            item = waiting.pop(len(waiting) // 2)
+            turns.remove(item[0], item)
+        elif waiting:
+            item = turns.head()
+            assert item is not None
+            caller = item[0]
+            assert item == min((each for each in waiting if each[0] == caller), key=lambda each: each[1])
+            turns.take(caller, item)
+            waiting.remove(item)
+            for level in (1, 2, 3):
+                rivals = {each[0][:level] for each in waiting if each[0][: level - 1] == caller[: level - 1]}
+                for rival in rivals - {caller[:level]}:
+                    passed[rival] += 1
+                    most = {1: 1, 2: 1, 3: 2}[level]
+                    assert passed[rival] <= most, "every other one of this level had at most one turn meanwhile"
+                passed.pop(caller[:level], None)
+            passed = Counter(
+                {path: num for path, num in passed.items() if any(w[0][: len(path)] == path for w in waiting)}
+            )
+        assert sorted(turns, key=str) == sorted(waiting, key=str)
+    assert (turns.head() is None) == (not waiting)
+
+
+@given(st.lists(CALLERS, min_size=1, max_size=12), CALLERS)
+def test_nobody_gives_way_to_a_caller_who_would_then_have_to_give_way_back(
+    places: list[CallerPath], newcomer: CallerPath
+) -> None:
+    loser = gives_way(newcomer, places)
+    if loser is None:
+        for level in (1, 2, 3):
+            counts = Counter(path[:level] for path in places if path[: level - 1] == newcomer[: level - 1])
+            assert max(counts.values(), default=0) <= counts[newcomer[:level]] + 1
+        return
+    assert loser in places
+    after = [*places, newcomer]
+    after.remove(loser)
+    assert gives_way(loser, after) is None or gives_way(loser, after) != newcomer
+
+
+def test_a_key_gives_way_by_its_busiest_host_and_that_by_its_busiest_connection() -> None:
+    places = [("k", "h", "1"), ("k", "i", "2"), ("k", "i", "3"), ("k", "i", "3"), ("l", "h", "4")]
+    assert gives_way(("m", "x", "9"), places) == ("k", "i", "3")
+    assert gives_way(("l", "h", "4"), places) == ("k", "i", "3")
+    assert gives_way(("k", "h", "1"), places) == ("k", "i", "3")
+    assert gives_way(("k", "i", "3"), places) is None
+
+
+@pytest.mark.parametrize(("num_ahead", "wait_s"), [(0, 1.0), (10, 5.0), (100, 50.0), (1000, 60.0)])
+def test_a_wait_is_what_is_ahead_by_the_time_that_requests_took_lately(num_ahead: int, wait_s: float) -> None:
+    service = ServiceTime()
+    assert service.retry_after_s(num_ahead=10, num_present=20) == 1.0, "nothing is known yet"
+    for _ in range(100):
+        service.note(10.0)
+    assert service.retry_after_s(num_ahead=num_ahead, num_present=20) == pytest.approx(wait_s)
