@@ -29,6 +29,7 @@ from kvist.log import LogConfig
 from kvist.router.config import RouterConfig
 from kvist.scheduler.config import SchedulerOptions
 from kvist.server.config import ServerConfig
+from kvist.text.config import TextConfig
 from kvist.worker.bench_shapes import StepsConfig
 from kvist.worker.config import EngineConfig, StorageConfig
 
@@ -67,6 +68,7 @@ class TokenizerConfig:
 class ServeSettings:
     engine: EngineConfig = group(EngineConfig)
     server: ServerConfig = group(ServerConfig)
+    text: TextConfig = group(TextConfig)
     router: RouterConfig = group(RouterConfig, without=_WORKER_LISTS + _CHOICE)
     process: ProcessConfig = group(ProcessConfig)
 
@@ -76,6 +78,7 @@ class RouterSettings:
     router: RouterConfig = group(RouterConfig)
     tokenizer: TokenizerConfig = group(TokenizerConfig)
     server: ServerConfig = group(ServerConfig)
+    text: TextConfig = group(TextConfig)
     channel: ChannelConfig = group(ChannelConfig)
     process: ProcessConfig = group(ProcessConfig)
 
@@ -96,6 +99,7 @@ _PLANNED = ("role", "engine_host", "engine_port", "engine_advertise_host")
 class UpSettings:
     cluster: ClusterConfig = group(ClusterConfig)
     server: ServerConfig = group(ServerConfig)
+    text: TextConfig = group(TextConfig)
     router: RouterConfig = group(RouterConfig, without=_WORKER_LISTS)
     engine: EngineConfig = group(EngineConfig, without=_PLANNED)
     process: ProcessConfig = group(ProcessConfig)
@@ -262,6 +266,7 @@ def run(settings: Settings) -> int:
         return serve_worker(
             engine=settings.engine,
             server=settings.server,
+            text=settings.text,
             router=settings.router,
             stop_with_stdin=settings.process.stop_with_stdin,
         )
@@ -272,6 +277,7 @@ def run(settings: Settings) -> int:
             router=settings.router,
             model_path=settings.tokenizer.model_path,
             server=settings.server,
+            text=settings.text,
             channel=settings.channel,
             stop_with_stdin=settings.process.stop_with_stdin,
         )

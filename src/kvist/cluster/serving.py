@@ -31,7 +31,7 @@ from kvist.router import Dispatcher, RouterConfig, build_dispatcher
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.server.serve import http_server
-from kvist.text import load_tokenizer
+from kvist.text import TextConfig, load_tokenizer
 from kvist.wire import EngineSpec
 from kvist.worker.child import EngineSupervisor
 from kvist.worker.config import UNIFIED, EngineConfig
@@ -54,7 +54,12 @@ class OwnEngine(httpx.AsyncBaseTransport):
 
 
 def serve_worker(
-    *, engine: EngineConfig, server: ServerConfig, router: RouterConfig, stop_with_stdin: bool = False
+    *,
+    engine: EngineConfig,
+    server: ServerConfig,
+    text: TextConfig,
+    router: RouterConfig,
+    stop_with_stdin: bool = False,
 ) -> int:
     """Until SIGINT or SIGTERM: 0. Raises `KvistError` when the engine cannot start, or the port is taken."""
     with _listening(server, stop_with_stdin) as (stop, listener, name):
@@ -64,7 +69,7 @@ def serve_worker(
         own = OwnEngine()
         dispatcher = build_dispatcher(replace(router, worker_urls=(url,)), engine.channel, transport=own)
         # prefill and decode are answered through a router, which has the tokenizer
-        tokenizer = load_tokenizer(checkpoint) if engine.role == UNIFIED else None
+        tokenizer = load_tokenizer(checkpoint, text) if engine.role == UNIFIED else None
         app = build_app(
             dispatcher=dispatcher,
             tokenizer=tokenizer,
@@ -89,6 +94,7 @@ def serve_router(
     router: RouterConfig,
     model_path: str | None,
     server: ServerConfig,
+    text: TextConfig,
     channel: ChannelConfig,
     stop_with_stdin: bool = False,
 ) -> int:
@@ -99,7 +105,7 @@ def serve_router(
         dispatcher = build_dispatcher(router, channel, api_key=key)
         app = build_app(
             dispatcher=dispatcher,
-            tokenizer=load_tokenizer(checkpoint),
+            tokenizer=load_tokenizer(checkpoint, text),
             config=server,
             model_name=checkpoint.name,
         )

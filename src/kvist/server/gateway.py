@@ -109,12 +109,13 @@ class Gateway:
         for name in _TEMPLATE_OWN_NAMES & (options or {}).keys():
             where = f"chat_template_kwargs.{name}"
             raise RequestError(f"`{where}` cannot be set: the request itself says what it is", param=where)
-        template = self.require_tokenizer().chat_template
+        tokenizer = self.require_tokenizer()
+        template = tokenizer.chat_template
         if template is None:
-            raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+            raise RequestError(tokenizer.no_chat_template, param="messages")
         if not messages:
             raise RequestError("`messages` is empty", param="messages")
-        plain = [_plain_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        plain = [_plain_message(message, f"messages[{index}]", tokenizer) for index, message in enumerate(messages)]
         return template.render(plain, add_generation_prompt=add_generation_prompt, options=options)
 
 
@@ -127,15 +128,17 @@ def template_options(request: ChatRequest | TokenizeRequest) -> dict[str, object
     return asked | (request.chat_template_kwargs or {})
 
 
-def _plain_message(message: ChatMessage, where: str) -> dict[str, object]:
+def _plain_message(message: ChatMessage, where: str, tokenizer: Tokenizer) -> dict[str, object]:
     if message.role not in _ROLES:
         known = ", ".join(_ROLES)
         raise UnsupportedField(f"`{where}.role` is {message.role!r}; supported are {known}", param=f"{where}.role")
-    plain: dict[str, object] = {"role": _ROLES[message.role], "content": _text_of(message, f"{where}.content")}
+    content = tokenizer.protect(_text_of(message, f"{where}.content"))
+    plain: dict[str, object] = {"role": _ROLES[message.role], "content": content}
     if message.name is not None:
-        plain["name"] = message.name
+        plain["name"] = tokenizer.protect(message.name)
     thoughts = message.reasoning_content if message.reasoning is None else message.reasoning
     if thoughts is not None:  # vLLM's name and SGLang's: templates read one of them
+        thoughts = tokenizer.protect(thoughts)
         plain |= {"reasoning": thoughts, "reasoning_content": thoughts}
     return plain
 

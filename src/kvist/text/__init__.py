@@ -6,19 +6,32 @@
 from __future__ import annotations
 
 from kvist.checkpoint import Checkpoint, CheckpointKind
+from kvist.text.config import TextConfig
 from kvist.text.detokenizer import IncrementalDetokenizer
+from kvist.text.sampling_defaults import SamplingDefaults, load_sampling_defaults
 from kvist.text.stops import StopMatcher, special_token_marks
 from kvist.text.tokenizer import Tokenizer
 
-__all__ = ["IncrementalDetokenizer", "StopMatcher", "Tokenizer", "load_tokenizer", "special_token_marks"]
+__all__ = [
+    "IncrementalDetokenizer",
+    "SamplingDefaults",
+    "StopMatcher",
+    "TextConfig",
+    "Tokenizer",
+    "load_sampling_defaults",
+    "load_tokenizer",
+    "special_token_marks",
+]
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Raises `ModelLoadError` naming the file and what is missing or unknown in it."""
+def load_tokenizer(checkpoint: Checkpoint, config: TextConfig | None = None) -> Tokenizer:
+    """Raises `ModelLoadError` naming the file and what is missing or unknown in it, and `ConfigError` for a wrong
+    option."""
+    config = config or TextConfig()
     if checkpoint.kind is CheckpointKind.GGUF:
         from kvist.text.gguf import tokenizer_from_gguf
 
-        return tokenizer_from_gguf(checkpoint.path)
+        return tokenizer_from_gguf(checkpoint.path, config)
     from kvist.text.hf import tokenizer_from_folder
 
-    return tokenizer_from_folder(checkpoint.path)
+    return tokenizer_from_folder(checkpoint.path, config)

@@ -1,26 +1,41 @@
 """Chat templates: messages → the prompt text the model was trained on.
 
-Templates come with the model and are foreign code: they run in jinja2's immutable sandbox, with the names that
-Hugging Face promises them (`raise_exception`, `strftime_now`, `tojson`, loop controls).
+Templates come with the model and are foreign code: they run in jinja2's immutable sandbox, with the names and tags
+that Hugging Face promises them (`raise_exception`, `strftime_now`, `tojson`, loop controls, `generation`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
 import jinja2
+import jinja2.ext
 import jinja2.sandbox
+from jinja2 import nodes
+from jinja2.parser import Parser
 
 from kvist.errors import ModelLoadError, RequestError
 
 Message = Mapping[str, object]  # role, content, and whatever else the template reads
 
+_END_OF_FINAL = "\udfff"  # where the final message ends; a lone surrogate, so no text can hold it
+# JSON escapes for all that is not ASCII, but not for the marks that stand for special tokens (tokenizer.py)
+_ESCAPED = re.compile("[^\x00-\x7f\ud800-\udfff]")
 
-def _to_json(value: object, indent: int | None = None) -> str:
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # not jinja's own filter, which escapes <, > and & for HTML
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return _ESCAPED.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
 
 def _raise_exception(message: str) -> None:
@@ -31,37 +46,74 @@ def _local_now() -> datetime:
     return datetime.now().astimezone()
 
 
+class _GenerationTag(jinja2.ext.Extension):
+    """{% generation %} marks for training what the assistant says. Here its body is what it is, in a scope of its own
+    as in transformers."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja's own declaration
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
 class ChatTemplate:
     """Compiled once, rendered for each chat. `special_tokens` are the names templates use: bos_token, eos_token..."""
 
     def __init__(
         self, source: str, *, special_tokens: Mapping[str, str], now: Callable[[], datetime] = _local_now
     ) -> None:
+        """Raises `ModelLoadError` when `source` is no template."""
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
+        self.source = source
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ModelLoadError(f"the model's chat template is not valid jinja: {error}") from error
+        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
+            raise ModelLoadError(f"the chat template is not valid jinja: {error}") from error
 
     def render(
         self,
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         options: Mapping[str, object] | None = None,
     ) -> str:
-        """The prompt text. `options` are extra names for the template (`enable_thinking`...). Raises `RequestError`."""
-        names = {**self._special_tokens, **(options or {})}
+        """The prompt text. `continue_final_message`: it ends with the final message's content, for the model to go on
+        from there. `options` are extra names for the template (`enable_thinking`...). Raises `RequestError`."""
+        if continue_final_message:
+            messages = [*messages[:-1], _open_ended(messages[-1])]
+        names = {"tools": None, "documents": None, **self._special_tokens, **(options or {})}
         names |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(names)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+            text = self._template.render(names)
+        except Exception as error:  # a template may do anything
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
+        return _up_to_final(text) if continue_final_message else text
+
+
+def _open_ended(message: Message) -> Message:
+    content = message.get("content")
+    if not isinstance(content, str):
+        problem = "`continue_final_message` needs a final message with text to go on from"
+        raise RequestError(problem, param="continue_final_message")
+    return {**message, "content": f"{content}{_END_OF_FINAL} "}  # the space shows whether the template trims
+
+
+def _up_to_final(text: str) -> str:
+    before, mark, after = text.rpartition(_END_OF_FINAL)
+    if not mark:
+        problem = (
+            "the model's chat template leaves out the final message, so `continue_final_message` cannot be honoured"
+        )
+        raise RequestError(problem, param="continue_final_message")
+    before = before.replace(_END_OF_FINAL, "")  # a template may write the message twice
+    return before if after.startswith(" ") else before.rstrip()

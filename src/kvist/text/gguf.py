@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as Backend
 
 from kvist.checkpoint import read_gguf_header
 from kvist.errors import ModelLoadError
-from kvist.text.chat import ChatTemplate
+from kvist.text.config import TextConfig
+from kvist.text.template_source import find_chat_template
 from kvist.text.tokenizer import Alphabet, Tokenizer
 
 PreTokenizer = pre_tokenizers.PreTokenizer
@@ -49,17 +50,17 @@ _IGNORE_MERGES = frozenset({"llama-bpe"})  # a piece that is a whole token needs
 _NFC = frozenset({"qwen2"})
 
 
-def tokenizer_from_gguf(path: Path) -> Tokenizer:
+def tokenizer_from_gguf(path: Path, options: TextConfig) -> Tokenizer:
     metadata = read_gguf_header(path).metadata
     try:
-        return _build(metadata)
+        return _build(metadata, options)
     except ModelLoadError as error:
         raise ModelLoadError(f"{path}: {error.message}") from error
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ModelLoadError(f"{path}: its tokenizer metadata is broken: {error!r}") from error
 
 
-def _build(metadata: Mapping[str, Any]) -> Tokenizer:
+def _build(metadata: Mapping[str, Any], options: TextConfig) -> Tokenizer:
     model = metadata.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise ModelLoadError(
@@ -84,10 +85,15 @@ def _build(metadata: Mapping[str, Any]) -> Tokenizer:
     if pre in _NFC:
         backend.normalizer = normalizers.NFC()
     _add_special(backend, tokens, metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens)))
+    chat_template, no_chat_template = find_chat_template(
+        options, metadata.get("tokenizer.chat_template"), _template_tokens(metadata, tokens)
+    )
     return Tokenizer(
         backend,
         alphabet=Alphabet.BYTE_LEVEL,
-        chat_template=_chat_template(metadata, tokens),
+        chat_template=chat_template,
+        no_chat_template=no_chat_template,
+        content_is_text=options.special_tokens_in_content == "text",
         # llama.cpp's rule: the flag when it is there, else only Llama 3 starts with bos
         prompt_start_id=metadata.get("tokenizer.ggml.bos_token_id")
         if metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")
@@ -103,12 +109,9 @@ def _add_special(backend: Backend, tokens: list[str], kinds: list[int]) -> None:
             backend.add_tokens([AddedToken(token, normalized=False, special=False)])
 
 
-def _chat_template(metadata: Mapping[str, Any], tokens: list[str]) -> ChatTemplate | None:
-    source = metadata.get("tokenizer.chat_template")
-    if source is None:
-        return None
+def _template_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TEMPLATE_NAMES.items()}
-    return ChatTemplate(source, special_tokens={name: tokens[i] for name, i in ids.items() if i is not None})
+    return {name: tokens[i] for name, i in ids.items() if i is not None}
 
 
 _TEMPLATE_NAMES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}

@@ -13,13 +13,14 @@ from tokenizers import Tokenizer as Backend
 
 from kvist.checkpoint import read_json
 from kvist.errors import ModelLoadError
-from kvist.text.chat import ChatTemplate
+from kvist.text.config import TextConfig
+from kvist.text.template_source import find_chat_template
 from kvist.text.tokenizer import Alphabet, Tokenizer
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def tokenizer_from_folder(folder: Path) -> Tokenizer:
+def tokenizer_from_folder(folder: Path, options: TextConfig) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ModelLoadError(
@@ -33,10 +34,13 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     config = _optional_json(folder / "tokenizer_config.json")
     special = {**_named_tokens(_optional_json(folder / "special_tokens_map.json")), **_named_tokens(config)}
     bos = special.get("bos_token")
+    chat_template, no_chat_template = find_chat_template(options, _own_template(folder, config), special)
     return Tokenizer(
         backend,
         alphabet=_alphabet(backend, path),
-        chat_template=_chat_template(folder, config, special),
+        chat_template=chat_template,
+        no_chat_template=no_chat_template,
+        content_is_text=options.special_tokens_in_content == "text",
         prompt_start_id=backend.token_to_id(bos) if bos and config.get("add_bos_token", False) else None,
     )
 
@@ -68,9 +72,9 @@ def _alphabet(backend: Backend, path: Path) -> Alphabet:
     )
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any], special: Mapping[str, str]) -> ChatTemplate | None:
+def _own_template(folder: Path, config: Mapping[str, Any]) -> object:
     file = folder / "chat_template.jinja"
     source: object = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if isinstance(source, list):  # several named templates: the one for plain chats
-        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-    return ChatTemplate(source, special_tokens=special) if isinstance(source, str) else None
+        return next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+    return source

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import tokenizers
 
 from kvist.text.chat import ChatTemplate
+from kvist.text.plain_content import PlainContent
 
 
 class Alphabet(enum.Enum):
@@ -43,12 +44,17 @@ class Tokenizer:
         *,
         alphabet: Alphabet,
         chat_template: ChatTemplate | None,
+        no_chat_template: str = "this model has no chat template; use /v1/completions",
         prompt_start_id: int | None = None,  # what every plain prompt begins with
+        content_is_text: bool = False,
     ) -> None:
+        """`no_chat_template`: why chats are refused, when there is none. `content_is_text`: special tokens that are
+        spelled in the content of a chat are plain text (`protect`)."""
         self._backend = backend
         self._alphabet = alphabet
         self._prompt_start_id = prompt_start_id
         self.chat_template = chat_template
+        self.no_chat_template = no_chat_template
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -56,15 +62,35 @@ class Tokenizer:
         self.special_token_pattern = _any_of(self.special_tokens)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self._bytes_of: dict[int, bytes] = {}  # filled as tokens are met; bounded by the vocabulary
+        self._plain: PlainContent | None = None
+        if content_is_text:
+            self._plain = PlainContent(backend, self.special_tokens, self.special_token_pattern)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens spelled out in it are recognised. Lets go of the GIL while it works."""
-        # a batch of one, because the library's `encode` keeps the GIL and a long prompt would hold up every stream
-        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        if self._plain is None:
+            ids = self._encode(text, add_special_tokens=add_special_tokens)
+        else:
+            ids = []
+            for place, piece in enumerate(self._plain.split(text)):
+                if place % 2:
+                    ids += self._plain.ids_of(piece)
+                elif piece or place == 0:
+                    ids += self._encode(piece, add_special_tokens=add_special_tokens and place == 0)
         start = self._prompt_start_id
         if add_special_tokens and start is not None and ids[:1] != [start]:
             return [start, *ids]
         return ids
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # a batch of one, because the library's `encode` keeps the GIL and a long prompt would hold up every stream
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def protect(self, content: str) -> str:
+        """What a template is given for the content of a message: special tokens that are spelled in it reach `encode`
+        as plain text, if this tokenizer was made so."""
+        return content if self._plain is None else self._plain.protect(content)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; empty for an id that no token has (models pad their vocabulary)."""

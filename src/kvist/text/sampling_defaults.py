@@ -1,0 +1,68 @@
+"""The sampling that a model's makers recommend: generation_config.json of a folder, `general.sampling.*` of a GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvist.checkpoint import Checkpoint, CheckpointKind, read_gguf_header, read_json
+from kvist.errors import ModelLoadError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """For requests that do not say. None: the makers say nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+
+
+_GGUF_NAMES = {
+    "temperature": "general.sampling.temp",
+    "top_p": "general.sampling.top_p",
+    "top_k": "general.sampling.top_k",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+
+
+def load_sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults:
+    """Raises `ModelLoadError` naming the file and the field that cannot be meant."""
+    if checkpoint.kind is CheckpointKind.GGUF:
+        metadata = read_gguf_header(checkpoint.path).metadata
+        return _read({name: metadata.get(key) for name, key in _GGUF_NAMES.items()}, str(checkpoint.path))
+    path = checkpoint.path / "generation_config.json"
+    return _read(read_json(path), str(path)) if path.is_file() else SamplingDefaults()
+
+
+def _read(values: Mapping[str, object], origin: str) -> SamplingDefaults:
+    return SamplingDefaults(
+        temperature=_number(values, "temperature", origin, 0.0, 100.0),
+        top_p=_number(values, "top_p", origin, 0.0, 1.0),
+        top_k=_integer(values, "top_k", origin, -1),
+        min_p=_number(values, "min_p", origin, 0.0, 1.0),
+        repetition_penalty=_number(values, "repetition_penalty", origin, 0.0, 100.0),
+        max_new_tokens=_integer(values, "max_new_tokens", origin, 1),
+    )
+
+
+def _number(values: Mapping[str, object], name: str, origin: str, low: float, high: float) -> float | None:
+    value = values.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ModelLoadError(f"{origin}: {name} must be a number from {low:g} to {high:g}, not {value!r}")
+    return float(value)
+
+
+def _integer(values: Mapping[str, object], name: str, origin: str, least: int) -> int | None:
+    value = values.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise ModelLoadError(f"{origin}: {name} must be an integer of at least {least}, not {value!r}")
+    return value

@@ -1,0 +1,45 @@
+"""Which chat template is used: the operator's (`--chat-template`), else the model's own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from kvist.errors import ConfigError, ModelLoadError
+from kvist.text.chat import ChatTemplate
+from kvist.text.config import TextConfig
+
+log = logging.getLogger(__name__)
+
+
+def find_chat_template(
+    config: TextConfig, own_source: object, special_tokens: Mapping[str, str]
+) -> tuple[ChatTemplate | None, str]:
+    """The template, or None and why chats are refused. `own_source`: the model's, if it has one.
+
+    A model whose own template is broken still serves completions. Raises `ConfigError` for a wrong --chat-template."""
+    if config.chat_template is not None:
+        try:
+            return ChatTemplate(_read(config.chat_template), special_tokens=special_tokens), ""
+        except ModelLoadError as error:
+            raise ConfigError(f"--chat-template: {error.message}", param="chat_template") from error
+    if not isinstance(own_source, str):
+        return None, "this model has no chat template; use /v1/completions, or start with --chat-template"
+    try:
+        return ChatTemplate(own_source, special_tokens=special_tokens), ""
+    except ModelLoadError as error:
+        log.warning("%s. Chats are refused; --chat-template replaces the model's own", error.message)
+        return None, f"{error.message}; use /v1/completions, or start with --chat-template"
+
+
+def _read(path_or_text: str) -> str:
+    if "{" in path_or_text:  # no file is named so, and every template has it
+        return path_or_text
+    path = Path(path_or_text).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        message = f"--chat-template {path_or_text}: {reason}; name a jinja file, or give the template itself"
+        raise ConfigError(message, param="chat_template") from error
