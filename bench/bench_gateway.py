@@ -137,8 +137,8 @@ def run_gateway(endpoint: str, port: int) -> None:
         from kvist.text import load_tokenizer
 
         config = ServerConfig(host=HOST, port=port)
-        own = OwnEngine()
-        own.set(engine_spec(endpoint))
+        spec = engine_spec(endpoint)
+        own = OwnEngine(lambda: spec)
         dispatcher = build_dispatcher(RouterConfig(worker_urls=("http://own:1",)), ChannelConfig(), transport=own)
         await dispatcher.start()
         tokenizer = load_tokenizer(find_checkpoint(None))

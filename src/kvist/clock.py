@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -48,3 +49,29 @@ def cpu_s() -> float:
 def thread_cpu_s() -> float:
     """CPU seconds the calling thread has used."""
     return time.thread_time()
+
+
+def thread_cpu_clock(thread_id: int) -> Callable[[], float]:
+    """CPU seconds that another thread of this process (`threading.get_ident()`) has used so far."""
+    clock_id = time.pthread_getcpuclockid(thread_id)
+    return lambda: time.clock_gettime(clock_id)
+
+
+class Oversleep:
+    """Finds the time in which we did not look, because this process was stopped, or its loop held up, or the machine
+    slept.
+
+    Then many seconds are gone at once and messages are still unread: who judges others by their silence must not count
+    that time, or it takes them for dead. Mutable; one owner.
+    """
+
+    def __init__(self, now_s: float, *, longest_s: float) -> None:
+        """`longest_s`: looks are usually not farther apart."""
+        self._last_look_s = now_s
+        self._longest_s = longest_s
+
+    def look(self, now_s: float) -> float:
+        """Seconds since the last look, beyond `longest_s`."""
+        late_s = max(0.0, now_s - self._last_look_s - self._longest_s)
+        self._last_look_s = now_s
+        return late_s

@@ -119,6 +119,14 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_queued_requests: int
 
 
+class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """What the parent of an engine process knows of it. In `/server_info`, beside the spec."""
+
+    turn_s: float = 0.0  # how long the loop's turn has lasted; a step of a large model on a CPU may take long
+    stalled_s: float = 0.0  # how long there has been no sign of progress: the process is stopped, or its loop hangs
+    problem: str = ""  # why there is no engine now, for people
+
+
 class Welcome(_Message, frozen=True):
     """Answer to `Hello`; sent once the engine can produce tokens."""
 
@@ -199,6 +207,7 @@ class LoadReport(_Message, frozen=True):
     num_in_flight_pages: int
     num_host_pages: dict[str, int] = {}  # by state: free, cached, in_flight; empty without a host tier
     storage: StorageStatus | None = None  # None without a host tier
+    draining: bool = False  # it takes no new request, and ends after its last one
     snapshot: bool = False
     cached_added: tuple[bytes, ...] = ()  # page digests, 16 bytes each
     cached_removed: tuple[bytes, ...] = ()

@@ -24,7 +24,7 @@ from kvist.errors import (
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, EpochId, FinishReason, Mode, Outcome, RequestId, SamplingParams, WorkerId
 from kvist.router.config import RouterConfig
-from kvist.router.dispatch import Dispatcher
+from kvist.router.dispatch import WRITE_OFF_S, Dispatcher
 from kvist.router.fleet import EngineEvents
 from kvist.router.registry import Registry, Worker, WorkerUse
 from kvist.router.stream import StreamPart
@@ -261,7 +261,7 @@ async def test_an_engine_that_never_says_ended_is_written_off() -> None:
     await task
     world.dispatcher.sweep()
     assert not world.idle(), "it may still say so"
-    world.clock.advance(world.config.worker_timeout_s + 1)
+    world.clock.advance(WRITE_OFF_S + 1)
     world.dispatcher.sweep()
     assert world.idle()
     assert len(world.engines.aborts(worker)) == 1

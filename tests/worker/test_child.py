@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 
 import pytest
@@ -20,10 +21,10 @@ pytestmark = pytest.mark.e2e
 
 # Reads its settings as the engine does; `model_path` says how to behave.
 SCRIPT = """
-import os, signal, sys, time
+import os, select, signal, sys, time
 from kvist.request import EpochId, WorkerId
 from kvist.wire import EngineSpec
-from kvist.worker.messages import Progress, Ready, StartFailed, encode_line
+from kvist.worker.messages import DRAIN, Beat, Progress, Ready, StartFailed, encode_line
 from kvist.worker.process import parse_config
 play = parse_config(sys.stdin.buffer.readline()).model_path
 def say(announcement):
@@ -36,15 +37,21 @@ if play == "crash":
     os.kill(os.getpid(), signal.SIGKILL)
 if play == "hang":
     time.sleep(60)
-if play == "stubborn":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 say(Progress(text="loading weights 40%"))
 print("a library says hello", flush=True)
 say(Ready(spec=EngineSpec(worker_id=WorkerId("w"), epoch=EpochId(str(os.getpid())), role="unified", endpoint="tcp://x:1",
     model_fingerprint="f", model_name="m", vocab_size=1, max_model_len=1, page_size=1, num_pages=1, namespace="n",
     dtype="float32", tp_size=1, max_running_requests=1, max_queued_requests=1),
     gateway_cores=(1, 3) if play == "bound" else ()))
-sys.stdin.buffer.read()
+while play in ("beating", "blocked"):
+    say(Beat(turn_s=9.0, stalled_s=9.0 if play == "blocked" else 0.0))
+    if select.select([0], [], [], 0.05)[0]:
+        break
+if play == "stubborn":
+    time.sleep(60)
+for line in sys.stdin.buffer:
+    if line == DRAIN + b"\\n":
+        break
 """
 COMMAND = (sys.executable, "-c", SCRIPT)
 
@@ -99,7 +106,7 @@ async def test_a_start_that_takes_too_long_is_given_up_and_leaves_no_process(mon
     assert not is_running(pids[0])
 
 
-async def test_an_engine_that_ignores_sigterm_is_killed() -> None:
+async def test_an_engine_that_does_not_end_is_killed() -> None:
     engine = await start("stubborn")
     await engine.stop(grace_s=0.2)
     assert await engine.wait() == -9
@@ -160,3 +167,40 @@ async def test_a_first_start_that_fails_is_not_tried_again() -> None:
 
 def test_restart_waits_double_up_to_a_limit() -> None:
     assert [restart_wait_s(deaths) for deaths in (1, 2, 3, 7, 1000)] == [0.5, 1.0, 2.0, 30.0, 30.0]
+
+
+async def until_killed(play: str, stop_it: bool) -> tuple[EngineSupervisor, EngineSpec]:
+    changes: asyncio.Queue[EngineSpec | None] = asyncio.Queue()
+    supervisor = EngineSupervisor(config(play, stall_restart_s=1.0), on_change=changes.put_nowait, command=COMMAND)
+    running = asyncio.create_task(supervisor.run())
+    first = await asyncio.wait_for(changes.get(), 60)
+    assert first is not None
+    if stop_it:
+        os.kill(int(first.epoch), signal.SIGSTOP)
+    assert await asyncio.wait_for(changes.get(), 60) is None
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    return supervisor, first
+
+
+@pytest.mark.case("stopped-engine")
+@pytest.mark.parametrize(("play", "stop_it"), [("beating", True), ("blocked", False)])
+async def test_an_engine_that_makes_no_progress_is_killed_after_the_limit_and_named(
+    play: str, stop_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "_OWN_WORDS_S", 0.0)
+    supervisor, first = await until_killed(play, stop_it)
+    assert "made no progress" in str(supervisor.failure)
+    assert supervisor.health.problem == str(supervisor.failure)
+    assert not is_running(int(first.epoch))
+
+
+@pytest.mark.case("signal-to-all")
+async def test_a_supervisor_that_drains_tells_its_engine_and_starts_no_other() -> None:
+    changes: asyncio.Queue[EngineSpec | None] = asyncio.Queue()
+    supervisor = EngineSupervisor(config("well"), on_change=changes.put_nowait, command=COMMAND)
+    running = asyncio.create_task(supervisor.run())
+    assert await asyncio.wait_for(changes.get(), 60) is not None
+    supervisor.drain()
+    await asyncio.wait_for(running, 60)
+    assert supervisor.num_restarts == 0

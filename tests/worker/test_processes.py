@@ -21,7 +21,7 @@ from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, SamplingParams
 from kvist.scheduler.config import SchedulerOptions
 from kvist.worker.config import EngineConfig, HostTierConfig, StorageConfig
-from kvist.worker.messages import Ready, StartFailed, decode_line
+from kvist.worker.messages import DRAIN, STOP, Ready, StartFailed, decode_line
 
 pytestmark = pytest.mark.e2e
 
@@ -60,6 +60,11 @@ class Engine:
 
     def send(self, message: wire.GatewayToEngine) -> None:
         self.socket.send(wire.encode(message))
+
+    def tell(self, word: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(word + b"\n")
+        self.process.stdin.flush()
 
     def listen(self) -> None:
         """To all that has come."""
@@ -396,14 +401,32 @@ def test_prefill_killed_during_a_transfer_fails_the_request_at_decode_and_frees_
     assert decode.load.num_free_pages + decode.load.num_cached_pages == decode.spec.num_pages
 
 
-def test_sigterm_fails_what_is_open_and_leaves_no_pool_behind(cluster: Cluster, tmp_path: Path) -> None:
+def test_an_engine_told_to_stop_fails_what_is_open_and_leaves_no_pool_behind(cluster: Cluster, tmp_path: Path) -> None:
     [engine] = cluster.start("unified", scheduler=SLOW)
     engine.send(wire.Submit(request=make_request("r", 7000), mode=Mode.FULL))
     until(lambda: engine.load is not None and engine.load.num_running == 1, engine)
-    engine.process.send_signal(signal.SIGTERM)
+    engine.tell(STOP)
     until(lambda: engine.ended, engine)
     assert [(ended.outcome, ended.error_code) for ended in engine.ended] == [(Outcome.FAILED, "unavailable")]
     assert engine.process.wait(timeout=60) == 0
+    assert list((tmp_path / "run").glob("pool-*")) == []
+
+
+@pytest.mark.case("signal-to-all")
+def test_an_engine_with_a_parent_ignores_signals_and_drains_when_told(cluster: Cluster, tmp_path: Path) -> None:
+    [engine] = cluster.start("unified")
+    engine.send(wire.Submit(request=make_request("open", 300, max_tokens=100), mode=Mode.FULL))
+    until(lambda: engine.chunks, engine)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        engine.process.send_signal(number)
+    engine.tell(DRAIN)
+    until(lambda: engine.load is not None and engine.load.draining, engine)
+    engine.send(wire.Submit(request=make_request("late", 10), mode=Mode.FULL))
+    assert engine.process.wait(timeout=60) == 0
+    engine.listen()
+    ended = {each.request_id: (each.outcome, each.error_code) for each in engine.ended}
+    assert ended["open"] == (Outcome.FINISHED, None)
+    assert ended.get("late", (Outcome.FAILED, "unavailable")) == (Outcome.FAILED, "unavailable")
     assert list((tmp_path / "run").glob("pool-*")) == []
 
 

@@ -19,6 +19,7 @@ import zmq
 
 from kvist import wire
 from kvist.channel import security
+from kvist.channel.keepalive import notice_vanished_hosts
 from kvist.channel.security import ChannelConfig
 from kvist.errors import ConfigError, WireError
 from kvist.request import EpochId
@@ -30,7 +31,6 @@ Outbound = wire.EngineToGateway | wire.SourceToTarget
 
 _MAX_MESSAGES_A_RECV = 4096  # then the engine takes a step before it reads on
 _LINGER_MS = 500  # a last Ended or Ack may still leave
-_HEARTBEAT_IVL_MS, _HEARTBEAT_TIMEOUT_MS = 5_000, 20_000  # notices a peer whose network vanished without a close
 
 
 class EngineChannel:
@@ -128,8 +128,7 @@ class EngineChannel:
         made.linger = _LINGER_MS
         made.sndhwm = made.rcvhwm = self._config.send_queue_messages
         made.maxmsgsize = self._config.max_message_bytes
-        made.heartbeat_ivl = _HEARTBEAT_IVL_MS
-        made.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
+        notice_vanished_hosts(made)
         if kind == zmq.ROUTER:
             made.router_mandatory = True  # a send to a peer that is gone is an error, not a silent drop
             made.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who reconnects takes its identity over from its dead connection

@@ -19,13 +19,13 @@ from zmq.utils.monitor import parse_monitor_message
 
 from kvist import wire
 from kvist.channel import security
+from kvist.channel.keepalive import notice_vanished_hosts
 from kvist.channel.security import ChannelConfig
 from kvist.errors import ConfigError, WireError
 
 logger = logging.getLogger(__name__)
 
 _RECONNECT_IVL_MS, _RECONNECT_IVL_MAX_MS = 50, 400
-_HEARTBEAT_IVL_MS, _HEARTBEAT_TIMEOUT_MS = 5_000, 20_000
 _MAX_MESSAGES_A_DRAIN = 32  # then the readers of the streams get their turn
 _HANDSHAKE_FAILURES = frozenset(
     {
@@ -75,8 +75,7 @@ class GatewayLink:
         dealer.maxmsgsize = self._config.max_message_bytes
         dealer.reconnect_ivl = _RECONNECT_IVL_MS
         dealer.reconnect_ivl_max = _RECONNECT_IVL_MAX_MS
-        dealer.heartbeat_ivl = _HEARTBEAT_IVL_MS
-        dealer.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
+        notice_vanished_hosts(dealer)
         dealer.setsockopt(zmq.IDENTITY, self._identity)
         if self._config.cluster_key:
             security.secure_client(dealer, security.member_keys(self._config.cluster_key))

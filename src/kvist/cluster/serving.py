@@ -32,7 +32,7 @@ from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.server.serve import http_server
 from kvist.text import TextConfig, load_tokenizer
-from kvist.wire import EngineSpec
+from kvist.wire import EngineHealth, EngineSpec
 from kvist.worker.child import EngineSupervisor
 from kvist.worker.config import UNIFIED, EngineConfig
 
@@ -41,16 +41,16 @@ log = logging.getLogger(__name__)
 
 class OwnEngine(httpx.AsyncBaseTransport):
     """Answers the dispatcher's /server_info in the process itself: a worker's gateway finds its engine as a router
-    does, through its restarts, without a call to its own HTTP. Changed by the engine's supervisor only."""
+    does, through its restarts, without a call to its own HTTP."""
 
-    def __init__(self) -> None:
-        self.spec: EngineSpec | None = None
-
-    def set(self, spec: EngineSpec | None) -> None:
-        self.spec = spec
+    def __init__(
+        self, spec: Callable[[], EngineSpec | None], health: Callable[[], EngineHealth] = EngineHealth
+    ) -> None:
+        self._spec, self._health = spec, health
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, content=msgspec.json.encode({"engine": self.spec}), request=request)
+        told = {"engine": self._spec(), "engine_health": self._health()}
+        return httpx.Response(200, content=msgspec.json.encode(told), request=request)
 
 
 def serve_worker(
@@ -66,7 +66,8 @@ def serve_worker(
         checkpoint = find_checkpoint(engine.model_path)
         url = f"http://{name}"
         engine = replace(engine, worker_id=name)
-        own = OwnEngine()
+        supervisor = EngineSupervisor(engine)
+        own = OwnEngine(lambda: supervisor.spec, lambda: supervisor.health)
         dispatcher = build_dispatcher(replace(router, worker_urls=(url,)), engine.channel, transport=own)
         # prefill and decode are answered through a router, which has the tokenizer
         tokenizer = load_tokenizer(checkpoint, text) if engine.role == UNIFIED else None
@@ -75,9 +76,9 @@ def serve_worker(
             tokenizer=tokenizer,
             config=server,
             model_name=checkpoint.name,
-            own_engine=lambda: own.spec,
+            own_engine=lambda: supervisor.spec,
+            own_health=lambda: supervisor.health,
         )
-        supervisor = EngineSupervisor(engine, on_change=own.set)
         log.info("%s worker at %s is loading %s", engine.role, url, checkpoint.path)
         stop.http = http_server(app, server)
         if engine.role == UNIFIED:

@@ -33,8 +33,9 @@ class RouterConfig:
     )
     keepalive_s: float = option(2.0, "time between keep-alives to each engine", unit="seconds", minimum=0.05)
     worker_timeout_s: float = option(
-        30.0,
-        "a worker silent for this long is lost (a closed connection is noticed at once)",
+        5.0,
+        "an engine that is silent for this long, and makes no progress, is lost (a closed connection is noticed at "
+        "once; a long step on a CPU is progress)",
         unit="seconds",
         minimum=0.1,
     )

@@ -1,11 +1,13 @@
 """Finds a remote worker's engine: GET its /server_info until it names one.
 
-The HTTP server of a worker answers before its engine has loaded, with `engine: null`. Owns no state; fleet.py decides
-when to ask again.
+The HTTP server of a worker answers before its engine has loaded, with `engine: null`. It is asked
+again when the engine falls silent: the process that started it knows whether it computes or hangs. Owns no state;
+fleet.py decides when to ask.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx
@@ -13,13 +15,14 @@ import msgspec
 
 from kvist.channel.security import WILDCARD_HOSTS, bracketed, split_tcp_endpoint
 from kvist.errors import ConfigError, Unavailable
-from kvist.wire import EngineSpec
+from kvist.wire import EngineHealth, EngineSpec
 
 _MAX_ANSWER_BYTES = 16 << 20
 
 
 class _ServerInfo(msgspec.Struct, frozen=True):
     engine: EngineSpec | None = None
+    engine_health: EngineHealth | None = None
 
 
 _decoder = msgspec.json.Decoder(_ServerInfo)
@@ -49,8 +52,15 @@ def reachable_endpoint(url: str, endpoint: str) -> str:
     return f"tcp://{bracketed(host)}:{address[1]}"
 
 
-async def find_engine(client: httpx.AsyncClient, url: str, *, timeout_s: float) -> str:
-    """The endpoint of the engine behind a worker's URL. Raises `Unavailable` saying why there is none now."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundEngine:
+    endpoint: str
+    health: EngineHealth | None  # None: its worker does not tell
+
+
+async def find_engine(client: httpx.AsyncClient, url: str, *, timeout_s: float, stalled_s: float) -> FoundEngine:
+    """The engine behind a worker's URL. Raises `Unavailable` saying why there is none now, or that it has made no
+    progress for `stalled_s`."""
     try:
         response = await client.get(f"{url}/server_info", timeout=timeout_s)
     except httpx.HTTPError as error:
@@ -62,9 +72,15 @@ async def find_engine(client: httpx.AsyncClient, url: str, *, timeout_s: float) 
     if len(response.content) > _MAX_ANSWER_BYTES:
         raise Unavailable(f"{url}/server_info answers more than {_MAX_ANSWER_BYTES} bytes: it is no Kvist worker")
     try:
-        spec = _decoder.decode(response.content).engine
+        info = _decoder.decode(response.content)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise Unavailable(f"{url}/server_info is not that of a Kvist worker: {error}") from error
-    if spec is None:
-        raise Unavailable(f"the engine at {url} is still loading")
-    return reachable_endpoint(url, spec.endpoint)
+    health = info.engine_health
+    if info.engine is None:
+        problem = health.problem if health is not None else ""
+        raise Unavailable(f"the engine at {url} is down: {problem}" if problem else f"the engine at {url} is loading")
+    if health is not None and health.stalled_s >= stalled_s:
+        raise Unavailable(
+            f"the engine at {url} has made no progress for {health.stalled_s:.0f} s: its process is stopped or hangs"
+        )
+    return FoundEngine(endpoint=reachable_endpoint(url, info.engine.endpoint), health=health)

@@ -32,6 +32,8 @@ from kvist.router.stream import ClusterSnapshot, StreamPart
 
 logger = logging.getLogger(__name__)
 
+WRITE_OFF_S = 30.0  # for an engine to say Ended after it was told to abort, which it does between two steps
+
 
 class Engines(Protocol):
     """What the dispatcher needs of fleet.py; tests give it one without sockets."""
@@ -78,12 +80,16 @@ class Dispatcher:
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep_forever(), name="flight sweeper")
 
     async def close(self) -> None:
-        for flight in list(self._flights.values()):
-            self._fail(flight, Unavailable("the gateway is shutting down"), None)
+        self.cut(Unavailable("the gateway is shutting down"))
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
         await self._engines.close()
+
+    def cut(self, error: KvistError) -> None:
+        """End every request that is open with this error."""
+        for flight in list(self._flights.values()):
+            self._fail(flight, error, None)
 
     def ready(self) -> bool:
         """A token can really be produced: a unified worker, or a prefill and a decode worker, are READY."""
@@ -278,7 +284,7 @@ class Dispatcher:
 
     def sweep(self) -> None:
         """Write off engines that never said Ended long after the reader left: their message was lost."""
-        oldest_s = self._clock.now_s() - self._config.worker_timeout_s
+        oldest_s = self._clock.now_s() - WRITE_OFF_S
         for flight in list(self._flights.values()):
             if flight.closed_at_s is None or flight.closed_at_s > oldest_s:
                 continue

@@ -1,7 +1,8 @@
 """Keeps one connection to each worker's engine, and the registry true.
 
 For each worker one task: find the engine (discovery.py) → open a link → Hello → keep-alives until the connection
-breaks, the worker falls silent, or it is refused → close the link, tell the dispatcher → again, with growing pauses.
+breaks, the engine hangs, or it is refused → close the link, tell the dispatcher → again, with growing pauses. An engine
+that is silent may compute a long step: its worker's HTTP tells.
 A new link has a new identity, so an engine sees a reconnecting gateway as a new one and lets the old one's requests go.
 """
 
@@ -17,8 +18,8 @@ import zmq
 
 from kvist import wire
 from kvist.channel import ChannelConfig, GatewayLink
-from kvist.clock import Clock
-from kvist.errors import ConfigError, KvistError
+from kvist.clock import Clock, Oversleep
+from kvist.errors import ConfigError, KvistError, Unavailable
 from kvist.router import discovery
 from kvist.router.config import RouterConfig
 from kvist.router.registry import Registry, Worker, WorkerState
@@ -26,6 +27,7 @@ from kvist.router.registry import Registry, Worker, WorkerState
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.5
+_ASK_S = 0.5  # for the worker of a silent engine to say what it knows
 
 
 class EngineEvents(Protocol):
@@ -89,9 +91,8 @@ class Fleet:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                assert self._http is not None
                 timeout_s = self._config.discovery_timeout_s
-                worker.endpoint = await discovery.find_engine(self._http, worker.url, timeout_s=timeout_s)
+                worker.endpoint = (await self._find(worker, timeout_s)).endpoint
                 reason = await self._hold(worker)
                 if worker.state is WorkerState.READY:
                     pause_s = _FIRST_PAUSE_S
@@ -128,20 +129,48 @@ class Fleet:
             on_lost=on_lost,
             config=self._channel,
         )
-        worker.last_heard_s = self._clock.now_s()
+        now_s = worker.last_heard_s = next_hello_s = self._clock.now_s()
+        look_s = min(self._config.keepalive_s, self._config.worker_timeout_s / 10)
+        oversleep = Oversleep(now_s, longest_s=2 * look_s)
         self._links[worker] = link
         try:
             link.open()
             while not lost.done():
-                link.send(wire.Hello(gateway_id=self._gateway_id, resync=worker.needs_snapshot))
-                await asyncio.wait((lost,), timeout=self._config.keepalive_s)
-                silent_s = self._clock.now_s() - worker.last_heard_s
-                if silent_s > self._config.worker_timeout_s:
-                    on_lost(_silence(worker, silent_s))
+                if now_s >= next_hello_s:
+                    next_hello_s = now_s + self._config.keepalive_s
+                    link.send(wire.Hello(gateway_id=self._gateway_id, resync=worker.needs_snapshot))
+                await asyncio.wait((lost,), timeout=look_s)
+                now_s = self._clock.now_s()
+                worker.last_heard_s += oversleep.look(now_s)
+                silent_s = now_s - worker.last_heard_s
+                if silent_s > self._config.worker_timeout_s and not lost.done():
+                    if reason := await self._why_silent(worker, silent_s):
+                        on_lost(reason)
+                    oversleep.look(self._clock.now_s())
             return lost.result()
         finally:
             del self._links[worker]
             link.close()
+
+    async def _find(self, worker: Worker, timeout_s: float) -> discovery.FoundEngine:
+        assert self._http is not None
+        stalled_s = self._config.worker_timeout_s / 2  # what its worker tells is a second old, or so
+        return await discovery.find_engine(self._http, worker.url, timeout_s=timeout_s, stalled_s=stalled_s)
+
+    async def _why_silent(self, worker: Worker, silent_s: float) -> str:
+        """Why the engine is lost; "" when it is in the middle of a long step."""
+        reason = f"the engine at {worker.endpoint} has been silent for {silent_s:.1f} s"
+        if worker.state is WorkerState.JOINING:
+            return f"{reason}: it is still loading, or not there"
+        try:
+            found = await self._find(worker, min(_ASK_S, self._config.discovery_timeout_s))
+        except Unavailable as error:
+            return f"{reason}: {error.message}"
+        if found.health is None or found.endpoint != worker.endpoint:
+            return reason
+        if found.health.turn_s < silent_s / 2:
+            return f"{reason}, but it works: its messages do not reach us"
+        return ""
 
     def _receive(self, worker: Worker, message: wire.EngineToGateway) -> None:
         assert self._events is not None
@@ -164,9 +193,3 @@ class Fleet:
         assert self._events is not None
         self._registry.lost(worker, reason)
         self._events.on_lost(worker, reason)
-
-
-def _silence(worker: Worker, silent_s: float) -> str:
-    if worker.state is WorkerState.READY:
-        return f"the engine at {worker.endpoint} has been silent for {silent_s:.1f} s"
-    return f"the engine at {worker.endpoint} has not answered for {silent_s:.1f} s: it is still loading, or not there"

@@ -1,8 +1,8 @@
 """The workers a gateway knows: who they are, what they hold, how busy they are, whether they live.
 
-Life of a worker: JOINING (named by the operator, not heard yet, or refused) → READY (it said Welcome) → LOST (silent,
-or its connection broke) → READY again, in a new epoch or the same. No sockets and no clock here: fleet.py tells what
-happened and when.
+Life of a worker: JOINING (named by the operator, not heard yet, or refused) → READY (it said Welcome) → DRAINING (it is
+about to end, and takes nothing new) → LOST (silent, or its connection broke) → READY again, in a new epoch or the same.
+No sockets and no clock here: fleet.py tells what happened and when.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 class WorkerState(enum.Enum):
     JOINING = "joining"
     READY = "ready"
+    DRAINING = "draining"
     LOST = "lost"
 
 
@@ -118,7 +119,8 @@ class Registry:
         """Raises `ConfigError` when the worker cannot serve here; it then stays out, with its problem told."""
         worker.last_heard_s = now_s
         spec = welcome.spec
-        if worker.state is WorkerState.READY and worker.spec is not None and worker.spec.epoch == spec.epoch:
+        joined = worker.state in (WorkerState.READY, WorkerState.DRAINING)
+        if joined and worker.spec is not None and worker.spec.epoch == spec.epoch:
             return
         problem = self._problem(worker, welcome)
         if problem:
@@ -134,6 +136,9 @@ class Registry:
         in_order = worker.sequence is not None and report.sequence == worker.sequence + 1
         worker.sequence = report.sequence
         worker.load = report
+        if report.draining and worker.state is WorkerState.READY:
+            logger.info("worker %s is stopping: it takes no new request", worker.worker_id)
+            worker.state, worker.problem = WorkerState.DRAINING, "it is stopping"
         if report.snapshot:
             worker.known_pages.clear()
             worker.pages_limited = False
@@ -147,8 +152,9 @@ class Registry:
 
     def lost(self, worker: Worker, reason: str) -> None:
         """The worker cannot be used (any more). Its requests are the dispatcher's to fail."""
-        if worker.state is WorkerState.READY:
-            logger.warning("worker %s is lost: %s", worker.worker_id, reason)
+        if worker.state in (WorkerState.READY, WorkerState.DRAINING):
+            if worker.state is WorkerState.READY:
+                logger.warning("worker %s is lost: %s", worker.worker_id, reason)
             worker.state = WorkerState.LOST
             self._forget_contents(worker)
         worker.problem = reason

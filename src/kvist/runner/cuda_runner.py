@@ -61,7 +61,7 @@ class Launched:
         return bool(self.done.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> SampledTokens:
-        self.done.synchronize()  # without limit; worker/standstill.py has one
+        self.done.synchronize()  # without limit; worker/progress.py has one
         return sampled_tokens(self.tokens, self.measured)
 
 

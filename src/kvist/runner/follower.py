@@ -62,7 +62,8 @@ def _build(spec: RankSpec) -> AnyRunner:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; rank 0 decides when we end
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they may reach the whole group
+        signal.signal(number, signal.SIG_IGN)  # rank 0 decides when we end
     status = 1
     try:
         follow(sys.stdin.buffer)

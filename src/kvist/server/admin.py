@@ -136,6 +136,7 @@ class Admin:
             "ready": gateway.ready(),
             "requests_in_flight": gateway.metrics.num_requests,
             "engine": gateway.own_engine(),
+            "engine_health": gateway.own_health(),
             "workers": [_worker_info(worker) for worker in self._workers()],
         }
         await send_json(send, info)

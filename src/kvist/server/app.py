@@ -31,7 +31,7 @@ from kvist.server.respond import Job, respond
 from kvist.server.sampling import MAX_SEED
 from kvist.server.worker_metrics import worker_families
 from kvist.text import Tokenizer
-from kvist.wire import EngineSpec
+from kvist.wire import EngineHealth, EngineSpec
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ _MAX_REQUEST_ID_CHARS = 128
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-def no_engine() -> EngineSpec | None:
+def no_engine() -> None:
     """A router has no engine of its own."""
-    return None
+    return
 
 
 def build_app(
@@ -52,11 +52,13 @@ def build_app(
     config: ServerConfig,
     model_name: str,
     own_engine: Callable[[], EngineSpec | None] = no_engine,
+    own_health: Callable[[], EngineHealth | None] = no_engine,
     clock: Clock | None = None,
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED),
 ) -> ASGIApp:
     """`model_name` is used unless the config renames it. Without a tokenizer (a prefill or decode worker's own HTTP)
-    generation is refused with a pointer to the router. `own_engine` is what /server_info calls `engine`."""
+    generation is refused with a pointer to the router. `own_engine` and `own_health` are what /server_info calls
+    `engine` and `engine_health`."""
     gateway = Gateway(
         dispatcher=dispatcher,
         tokenizer=tokenizer,
@@ -66,6 +68,7 @@ def build_app(
         clock=clock or MonotonicClock(),
         draw_seed=draw_seed,
         own_engine=own_engine,
+        own_health=own_health,
     )
     return Front(Router(_routes(gateway)), config)
 

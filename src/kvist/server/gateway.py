@@ -20,7 +20,7 @@ from kvist.server.generation import Dispatcher
 from kvist.server.http import read_body
 from kvist.server.schemas import ChatMessage, ChatRequest, TokenizeRequest
 from kvist.text import Tokenizer
-from kvist.wire import EngineSpec
+from kvist.wire import EngineHealth, EngineSpec
 
 _INLINE_CHARS = 4096  # longer texts are tokenised on a thread (about 1 µs a character, without the GIL)
 _MAX_CHARS_PER_TOKEN = 256  # no vocabulary we serve has longer tokens; protects the tokenizer from hopeless prompts
@@ -38,6 +38,7 @@ class Gateway:
     clock: Clock
     draw_seed: Callable[[], int]
     own_engine: Callable[[], EngineSpec | None]
+    own_health: Callable[[], EngineHealth | None]
 
     def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -66,7 +67,9 @@ class Gateway:
 
     def ready(self) -> bool:
         """A worker that only does its part is ready when its engine is; a gateway when a token can be produced."""
-        return self.dispatcher.ready() if self.tokenizer is not None else self.own_engine() is not None
+        if self.tokenizer is not None:
+            return self.dispatcher.ready()
+        return self.own_engine() is not None and all(worker.alive for worker in self.dispatcher.snapshot().workers)
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model_name:

@@ -1,10 +1,13 @@
 """The engine process as its parent (`kvist serve`) sees it: started, watched, restarted, stopped.
 
-    STARTING ──Ready──► RUNNING ──it died──► WAITING ──backoff──► STARTING         stop(): from any state ──► STOPPED
+    STARTING ──Ready──► RUNNING ──died, or killed──► WAITING ──backoff──► STARTING     cancelled: ──► STOPPED
         └──StartFailed, or too slow──► the first time: run() raises; later: WAITING
 
 `EngineProcess` is one life; `EngineSupervisor` is all of them. Each life has its own epoch, so nothing that was sent to
 one can be taken for the next one's. The engine's log goes to our own standard error; its announcements come by pipe.
+
+A running engine beats twice a second (progress.py). Beats that tell of a standstill, or no beats at all, are what
+`health` shows; after `--stall-restart-s` of that the engine is killed, which starts the next life.
 """
 
 from __future__ import annotations
@@ -18,17 +21,19 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from kvist.clock import Clock, MonotonicClock
+from kvist.clock import Clock, MonotonicClock, Oversleep
 from kvist.cores import bind_process, usable_cores
 from kvist.errors import EngineError, KvistError, Timeout, WorkerLost, error_from_wire
-from kvist.wire import EngineSpec
+from kvist.wire import EngineHealth, EngineSpec
 from kvist.worker.config import EngineConfig
-from kvist.worker.messages import Progress, Ready, StartFailed, decode_line
+from kvist.worker.messages import DRAIN, STOP, Beat, Progress, Ready, StartFailed, decode_line
 
 FIRST_RESTART_WAIT_S = 0.5
 LONGEST_RESTART_WAIT_S = 30.0
 FORGIVE_AFTER_S = 60.0  # a life this long makes the next wait short again
 STOP_GRACE_S = 10.0
+LOOK_INTERVAL_S = 0.5  # between two looks whether the engine makes progress
+_OWN_WORDS_S = 2.0  # an engine whose threads run ends itself at the limit, and says where it hangs: let it
 _MAX_LINE_BYTES = 1 << 20
 ENGINE_COMMAND = (sys.executable, "-m", "kvist.worker")
 
@@ -42,8 +47,11 @@ class EngineProcess:
         self.spec = ready.spec
         self.gateway_cores = ready.gateway_cores
         self._process = process
-        assert process.stdout is not None
-        self._drain = asyncio.create_task(_drain(process.stdout))
+        self._clock = MonotonicClock()
+        now_s = self._clock.now_s()
+        self._last_beat_s, self._beat = now_s, Beat(turn_s=0.0, stalled_s=0.0)
+        self._oversleep = Oversleep(now_s, longest_s=2 * LOOK_INTERVAL_S)
+        self._listening = asyncio.create_task(self._listen(), name="engine's beats")
 
     @classmethod
     async def start(
@@ -78,10 +86,35 @@ class EngineProcess:
         """Its exit status, negative for a signal."""
         return await self._process.wait()
 
+    def look(self) -> EngineHealth:
+        """Call it every `LOOK_INTERVAL_S`."""
+        now_s = self._clock.now_s()
+        self._last_beat_s += self._oversleep.look(now_s)
+        silent_s = now_s - self._last_beat_s
+        return EngineHealth(turn_s=self._beat.turn_s + silent_s, stalled_s=self._beat.stalled_s + silent_s)
+
+    def drain(self) -> None:
+        """Ask it to take no new request and to end after its last one."""
+        _tell(self._process, DRAIN)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """SIGTERM, then SIGKILL after `grace_s`. Harmless when it has ended."""
+        """Ask it to end now; SIGKILL after `grace_s`. Harmless when it has ended."""
         await _end(self._process, grace_s=grace_s)
-        await self._drain
+        await self._listening
+
+    async def _listen(self) -> None:
+        stdout = self._process.stdout
+        assert stdout is not None
+        while line := await _read_line(stdout):
+            match decode_line(line):
+                case Beat() as beat:
+                    self._beat, self._last_beat_s = beat, self._clock.now_s()
+                case None:
+                    log.warning("the engine printed %r", line)
 
 
 async def _await_ready(
@@ -92,7 +125,7 @@ async def _await_ready(
     with contextlib.suppress(ConnectionError):  # it died at once: its silence is reported below
         process.stdin.write(msgspec.json.encode(config) + b"\n")
         await process.stdin.drain()
-    while line := await process.stdout.readline():
+    while line := await _read_line(process.stdout):
         match decode_line(line):
             case Progress(text=text):
                 on_progress(text)
@@ -107,8 +140,9 @@ async def _await_ready(
 
 async def _end(process: asyncio.subprocess.Process, *, grace_s: float) -> None:
     if process.returncode is None and grace_s > 0:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
+        _tell(process, STOP)
+        if process.stdin is not None:
+            process.stdin.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), grace_s)
     if process.returncode is None:
@@ -119,9 +153,18 @@ async def _end(process: asyncio.subprocess.Process, *, grace_s: float) -> None:
         process.stdin.close()
 
 
-async def _drain(stdout: asyncio.StreamReader) -> None:
-    while await stdout.read(1 << 16):
-        pass
+def _tell(process: asyncio.subprocess.Process, word: bytes) -> None:
+    if process.stdin is not None and not process.stdin.is_closing():
+        process.stdin.write(word + b"\n")  # a few bytes: the pipe takes them, or the engine is dead
+
+
+async def _read_line(stdout: asyncio.StreamReader) -> bytes:
+    """Empty at the end. What is no line of ours, however long, is passed over."""
+    while True:
+        try:
+            return await stdout.readline()
+        except ValueError:  # longer than the limit; the reader has dropped it
+            continue
 
 
 class EngineState(enum.Enum):
@@ -141,7 +184,7 @@ class EngineSupervisor:
         self,
         config: EngineConfig,
         *,
-        on_change: Callable[[EngineSpec | None], None],
+        on_change: Callable[[EngineSpec | None], None] = lambda _spec: None,
         command: Sequence[str] = ENGINE_COMMAND,
         clock: Clock | None = None,
     ) -> None:
@@ -149,15 +192,24 @@ class EngineSupervisor:
         self.spec: EngineSpec | None = None
         self.failure: KvistError | None = None  # why the last life ended
         self.num_restarts = 0
+        self.health = EngineHealth()
         self._config = config
         self._command = command
         self._on_change = on_change
         self._clock = clock or MonotonicClock()
         self._cores = usable_cores()
+        self._engine: EngineProcess | None = None
+        self._draining = False
+
+    def drain(self) -> None:
+        """Ask the engine to take no new request and to end after its last one; `run` returns then."""
+        self._draining = True
+        if self._engine is not None:
+            self._engine.drain()
 
     async def run(self) -> None:
-        """Until cancelled; the engine is stopped then. Raises `KvistError` when the very first start fails: trying
-        again would hardly help. What has worked once is tried again for ever, every `LONGEST_RESTART_WAIT_S`."""
+        """Until cancelled or drained; the engine is stopped then. Raises `KvistError` when the very first start fails:
+        trying again would hardly help. What has worked once is tried again for ever, every `LONGEST_RESTART_WAIT_S`."""
         num_quick_deaths = 0
         try:
             while True:
@@ -167,7 +219,9 @@ class EngineSupervisor:
                 except KvistError as error:
                     if self.num_restarts == 0 and self.failure is None:
                         raise
-                    self.failure = error
+                    self._failed(error)
+                if self._draining:
+                    return
                 lived_s = self._clock.now_s() - started_s
                 num_quick_deaths = 1 if lived_s >= FORGIVE_AFTER_S else num_quick_deaths + 1
                 wait_s = restart_wait_s(num_quick_deaths)
@@ -182,17 +236,35 @@ class EngineSupervisor:
         self.state = EngineState.STARTING
         engine = await EngineProcess.start(self._config, on_progress=lambda _text: None, command=self._command)
         try:
-            self.state = EngineState.RUNNING
+            self.state, self._engine = EngineState.RUNNING, engine
             if engine.gateway_cores:
                 bind_process(engine.gateway_cores)
             self._set_spec(engine.spec)
-            status = await engine.wait()
-            self.failure = WorkerLost(f"the engine (pid {engine.pid}) ended with status {status}")
+            self._failed(WorkerLost(await self._watch(engine)))
         finally:
+            self._engine = None
             self._set_spec(None)
             if engine.gateway_cores:
                 bind_process(self._cores)  # which the next engine inherits, and loads on
             await asyncio.shield(engine.stop())
+
+    async def _watch(self, engine: EngineProcess) -> str:
+        """Until it has ended; returns how. Kills it when it stands still."""
+        if self._draining:
+            engine.drain()
+        ending = asyncio.create_task(engine.wait(), name="engine's end")
+        limit_s = self._config.stall_restart_s + _OWN_WORDS_S
+        killed = ""
+        while not ending.done():
+            await asyncio.wait((ending,), timeout=LOOK_INTERVAL_S)
+            self.health = engine.look()
+            if self.health.stalled_s >= limit_s and not killed:
+                killed = f", killed because it made no progress for {self.health.stalled_s:.0f} s (--stall-restart-s)"
+                engine.kill()
+        return f"the engine (pid {engine.pid}) ended with status {ending.result()}{killed}"
+
+    def _failed(self, error: KvistError) -> None:
+        self.failure, self.health = error, EngineHealth(problem=error.message)
 
     def _set_spec(self, spec: EngineSpec | None) -> None:
         self.spec = spec

@@ -158,6 +158,13 @@ class EngineConfig(RunnerOptions):
         15.0, "a gateway silent for this long has its requests aborted", unit="s", minimum=0.1
     )
     engine_start_timeout_s: float = option(600.0, "the longest wait for the model to load", unit="s", minimum=1)
+    stall_restart_s: float = option(
+        30.0,
+        "a process that makes no progress for this long (stopped, blocked, or waiting for a device that hangs) is "
+        "killed and started again",
+        unit="s",
+        minimum=1,
+    )
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     channel: ChannelConfig = field(default_factory=ChannelConfig)
     host_tier: HostTierConfig = field(default_factory=HostTierConfig)

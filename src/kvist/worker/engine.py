@@ -12,13 +12,14 @@ import dataclasses
 import gc
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvist.channel import EngineChannel, bracketed
 from kvist.checkpoint import Checkpoint, find_checkpoint, fingerprint
-from kvist.clock import Clock, MonotonicClock
+from kvist.clock import Clock, MonotonicClock, thread_cpu_clock
 from kvist.cores import num_usable_cores, separate
 from kvist.errors import ConfigError
 from kvist.kv.cache import PageCache
@@ -43,8 +44,8 @@ from kvist.wire import EngineSpec
 from kvist.worker.config import UNIFIED, EngineConfig, HostTierConfig, StorageConfig
 from kvist.worker.limits import resolve_limits
 from kvist.worker.loop import EngineLoop, LoopParts
+from kvist.worker.progress import ProgressWatch
 from kvist.worker.reports import LoadReports
-from kvist.worker.standstill import StandstillWatch
 from kvist.worker.storage import EngineStorage
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ log = logging.getLogger(__name__)
 class Engine:
     spec: EngineSpec
     loop: EngineLoop
+    progress: ProgressWatch  # of the loop; not started
     gateway_cores: frozenset[int]  # where our parent should run; empty: anywhere
     closing: contextlib.ExitStack
 
@@ -255,11 +257,13 @@ def _assemble(
         if pool.tensor.is_cuda and config.cpu_affinity:
             gateway_cores = separate(num_live_epochs(runtime_dir))
         loop = EngineLoop(parts)
-        if pool.tensor.is_cuda:
-            watch = StandstillWatch(lambda: loop.num_turns)
-            watch.start()
-            closing.callback(watch.stop)
-        return Engine(spec=spec, loop=loop, gateway_cores=gateway_cores, closing=closing.pop_all())
+        watch = ProgressWatch(
+            lambda: loop.num_turns,
+            limit_s=config.stall_restart_s,
+            loop_cpu_s=None if pool.tensor.is_cuda else thread_cpu_clock(threading.get_ident()),
+        )
+        closing.callback(watch.stop)
+        return Engine(spec=spec, loop=loop, progress=watch, gateway_cores=gateway_cores, closing=closing.pop_all())
 
 
 def make_host_pool(

@@ -66,6 +66,11 @@ class Gateways:
         silent = [known.identity for known in self if now_s - known.last_heard_s > self._timeout_s]
         return [request_id for identity in silent for request_id in self.forget(identity)]
 
+    @property
+    def num_requests(self) -> int:
+        """Not ended yet."""
+        return len(self._owners)
+
     def all_requests(self) -> list[tuple[RequestId, bytes]]:
         return list(self._owners.items())
 

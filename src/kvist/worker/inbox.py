@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kvist import wire
 from kvist.channel.engine import Inbound
-from kvist.errors import KvistError, Overloaded, RequestError
+from kvist.errors import KvistError, Overloaded, RequestError, Unavailable
 from kvist.request import Outcome, RequestId
 from kvist.scheduler.events import Event
 from kvist.worker.gateways import MAX_GATEWAYS, Gateway, Gateways
@@ -36,6 +36,7 @@ class Inbox:
         self._ask_storage = ask_storage
         self._gateways = gateways
         self._flushes: OrderedDict[str, bytes] = OrderedDict()  # call id → who asked
+        self.draining = False  # new requests are refused
 
     def open(self, received: Iterable[tuple[bytes, Inbound]], now_s: float) -> tuple[list[Event], list[Reply]]:
         events: list[Event] = []
@@ -87,6 +88,9 @@ class Inbox:
 
     def _submitted(self, gateway: Gateway, submit: wire.Submit) -> Event | Reply:
         request = submit.request
+        if self.draining:
+            error: KvistError = Unavailable("this worker is stopping: send the request to another", retry_after_s=1.0)
+            return refusal(gateway.identity, request.request_id, error)
         for token_ids in (request.prompt_token_ids, request.output_token_ids, request.sampling.stop_token_ids):
             # One id outside the vocabulary would fail the whole batch it is computed in.
             if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._spec.vocab_size:

@@ -116,7 +116,7 @@ class LoopParts:
 
 
 class EngineLoop:
-    """Mutable; used by the engine's main thread, but for `request_stop`."""
+    """Mutable; used by the engine's main thread, but for `request_stop` and `request_drain`."""
 
     def __init__(self, parts: LoopParts) -> None:
         self._parts = parts
@@ -129,21 +129,31 @@ class EngineLoop:
         self._next_watch_s = parts.clock.now_s()
         self.num_turns = 0  # begun; read by any thread
         self._stop = threading.Event()
+        self._drain = threading.Event()
         self._in_flight: deque[tuple[Batch, LaunchedStep | Exception]] = deque()  # an error: the launch failed
         self._num_failed_steps = 0
         self._num_failed_in_a_row = 0
         self._spent = StepTimes()
 
     def run(self) -> None:
-        """Serve until `request_stop`; then tell every gateway that its requests have failed.
+        """Serve until `request_stop`, or after `request_drain` until no request is open; then tell every gateway that
+        those left have failed.
 
         Raises `EngineError` when the runner does, and after `MAX_FAILED_STEPS_IN_A_ROW`: a new process may have better
         luck."""
         try:
-            while not self._stop.is_set():
+            while not self._stop.is_set() and not self._is_drained():
                 self.turn(self._idle_s())
         finally:
             self._fail_open_requests()
+
+    def _is_drained(self) -> bool:
+        """Asked to drain, with no request left, and the gateways know it."""
+        if self._drain.is_set() and not self._inbox.draining:
+            self._inbox.draining = True
+            self._parts.reports.urge()
+            return False
+        return self._inbox.draining and not self._gateways.num_requests
 
     def _fail_open_requests(self) -> None:
         for request_id, identity in self._gateways.all_requests():
@@ -153,6 +163,11 @@ class EngineLoop:
     def request_stop(self) -> None:
         """Safe from any thread and from a signal handler."""
         self._stop.set()
+        self._parts.channel.wakeup()
+
+    def request_drain(self) -> None:
+        """Take no new request, and end after the last one. Safe from any thread and from a signal handler."""
+        self._drain.set()
         self._parts.channel.wakeup()
 
     def turn(self, timeout_s: float) -> None:
@@ -341,7 +356,9 @@ class EngineLoop:
             **({} if self._parts.storage is None else self._parts.storage.totals()),
         }
         storage = None if self._parts.storage is None else self._parts.storage.status()
-        for identity, report in reports.make(self._gateways, self._parts.scheduler.load(), totals, now_s, storage):
+        load = self._parts.scheduler.load()
+        draining = self._inbox.draining
+        for identity, report in reports.make(self._gateways, load, totals, now_s, storage, draining=draining):
             self._send(identity, report)
 
 

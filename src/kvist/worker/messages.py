@@ -1,9 +1,10 @@
-"""What an engine process tells the process that started it: JSON lines on standard output, until it serves.
+"""What an engine process tells the process that started it: JSON lines on standard output.
 
-    Progress*  then  Ready | StartFailed
+    Progress*  then  StartFailed, or  Ready Beat Beat ...
 
 And the other way: the first line of standard input is the `EngineConfig` as JSON (not an argument, which any user of
-the host could read: it may hold the cluster key); then the pipe stays open, and its end means that the parent is gone.
+the host could read: it may hold the cluster key). A line `DRAIN` asks the engine to take no new request and to end
+after its last one; a line `STOP`, to end now. The pipe stays open: its end means that the parent is gone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import msgspec
 
 from kvist.wire import EngineSpec
+
+DRAIN, STOP = b"drain", b"stop"
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -27,7 +30,14 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     message: str
 
 
-Announcement = Progress | Ready | StartFailed
+class Beat(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Sent twice a second while the engine serves, by a thread of its own (progress.py)."""
+
+    turn_s: float  # how long the loop's turn has lasted
+    stalled_s: float  # how long there has been no sign of progress
+
+
+Announcement = Progress | Ready | StartFailed | Beat
 
 
 _DECODER: msgspec.json.Decoder[Announcement] = msgspec.json.Decoder(type=Announcement)

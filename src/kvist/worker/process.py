@@ -1,10 +1,11 @@
 """`python -m kvist.worker`: one engine process, from its settings to its last message.
 
-    settings ─► load (progress lines) ─► Ready on standard output ─► serve ─► SIGTERM ─► requests failed, all closed
+    settings ─► load (progress lines) ─► Ready on standard output ─► serve ─► asked to end ─► all closed
 
-Settings come as JSON: as the only argument (start it by hand), or as the first line of standard input (a parent
-starts it: messages.py). In the second case the process ends when standard input does: its parent is gone.
-Exit status: 0 after a clean end, 1 when the start failed or the device broke.
+Settings come as JSON: as the only argument (started by hand), or as the first line of standard input (started by a
+parent: messages.py). By hand, a signal ends it. With a parent, signals are ignored, since they may reach the whole
+group at once and the parent decides how long open requests may go on; it says so on standard input, and the end of
+that means that the parent is gone. Exit status: 0 after a clean end, 1 when the start failed or the device broke.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ import msgspec
 from kvist.checkpoint import find_checkpoint
 from kvist.errors import ConfigError, EngineError, KvistError
 from kvist.log import LogConfig, setup_logging
+from kvist.parent import continue_when_parent_dies
 from kvist.worker.config import EngineConfig
-from kvist.worker.messages import Announcement, Progress, Ready, StartFailed, encode_line
+from kvist.worker.messages import DRAIN, STOP, Announcement, Beat, Progress, Ready, StartFailed, encode_line
 
 if TYPE_CHECKING:
     from kvist.worker.engine import Engine
+    from kvist.worker.loop import EngineLoop
 
 LAST_WORDS_S = 8.0  # from a request to stop, or from the loop's end, until the process ends whatever it is doing
 _MAX_SETTINGS_BYTES = 1 << 20
@@ -45,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # host: a step of 48 ms was seen to take 630 (models/linear.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.setswitchinterval(_SWITCH_S)
+    continue_when_parent_dies()
     announce = _announcer()
     ending = _Ending()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, ending.with_signal if arguments else signal.SIG_IGN)
     try:
         if len(arguments) > 1:
             raise ConfigError("python -m kvist.worker takes one argument: the engine's settings as JSON")
@@ -56,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             threading.Thread(target=ending.with_stdin, name="kvist-parent-watch", daemon=True).start()
         engine = _build(config, announce)
     except KvistError as error:
-        log.error("the engine cannot start: %s", error.message)
+        if arguments:  # else the parent says it
+            log.error("the engine cannot start: %s", error.message)
         announce(StartFailed(code=error.code, message=error.message))
         return 1
     except Exception as error:  # our bug or a broken device: the parent must hear of it all the same
@@ -64,11 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         announce(StartFailed(code=EngineError.code, message=f"{type(error).__name__}: {error}"))
         return 1
     try:
-        ending.ask = engine.loop.request_stop
-        signal.signal(signal.SIGTERM, ending.with_signal)
-        # Ctrl-C reaches the whole terminal group; a parent will tell us itself when to stop.
-        signal.signal(signal.SIGINT, ending.with_signal if arguments else signal.SIG_IGN)
+        ending.loop = engine.loop
         announce(Ready(spec=engine.spec, gateway_cores=tuple(sorted(engine.gateway_cores))))
+        engine.progress.start(lambda turn_s, stalled_s: announce(Beat(turn_s=turn_s, stalled_s=stalled_s)))
         engine.loop.run()
     except EngineError as error:
         log.error("the engine ends: %s", error.message)
@@ -100,27 +105,36 @@ def _build(config: EngineConfig, announce: Callable[[Announcement], None]) -> En
 
 
 class _Ending:
-    """How the process is asked to end. `ask` is set once there is a loop to ask; before that it ends at once."""
+    """How the process is asked to end. `loop` is set once there is one to ask; before that it ends at once."""
 
     def __init__(self) -> None:
-        self.ask: Callable[[], None] | None = None
+        self.loop: EngineLoop | None = None
+        self._begun = False
 
     def with_signal(self, _signal: int, _frame: FrameType | None) -> None:
         self._begin()
 
     def with_stdin(self) -> None:
-        """Waits for the parent's end, which closes our standard input. Not through `sys.stdin`: its lock would be held
-        by this thread when the interpreter ends."""
-        while os.read(0, 1 << 16):
-            pass
-        log.warning("standard input is closed: whoever started this engine is gone, so it ends")
-        self._begin()
+        """Does what the parent says. Not through `sys.stdin`: its lock would be held by this thread when the
+        interpreter ends."""
+        pending = b""
+        while piece := os.read(0, 1 << 16):
+            *lines, pending = (pending + piece).split(b"\n")
+            for line in lines:
+                if line == STOP:
+                    self._begin()
+                elif line == DRAIN and self.loop is not None:
+                    self.loop.request_drain()
+        if not self._begun:
+            log.warning("standard input is closed: the process that started this engine is gone, so the engine ends")
+            self._begin()
 
     def _begin(self) -> None:
-        if self.ask is None:
+        if self.loop is None:
             os._exit(1)
+        self._begun = True
         self.set_limit()
-        self.ask()
+        self.loop.request_stop()
 
     def set_limit(self) -> None:
         """The process ends soon, whatever hangs on a broken device."""
@@ -143,13 +157,17 @@ def _announcer() -> Callable[[Announcement], None]:
     """Keeps the real standard output for announcements, and sends what libraries print to standard error."""
     sys.stdout.flush()
     descriptor = os.dup(1)
+    os.set_blocking(descriptor, False)
     os.dup2(2, 1)
 
     def announce(announcement: Announcement) -> None:
         line = encode_line(announcement)
         try:
             os.write(descriptor, line)  # a pipe takes a line of this size at once
+        except BlockingIOError:  # a parent that is stopped: it needs no more beats than fill the pipe
+            pass
         except BrokenPipeError:
-            log.warning("nobody reads our announcements: %s", line)
+            if not isinstance(announcement, Beat):  # the parent is gone; the end of standard input tells it
+                log.warning("the parent does not read our announcements: %s", line)
 
     return announce

@@ -32,6 +32,10 @@ class LoadReports:
         for digest in added:
             self._note_one(digest, now_cached=True)
 
+    def urge(self) -> None:
+        """There is something that the gateways should know at once."""
+        self._last_sent_s = float("-inf")
+
     def due_at_s(self, gateways: Gateways) -> float:
         urgent = self._changes or any(gateway.wants_snapshot for gateway in gateways)
         return self._last_sent_s + (MIN_INTERVAL_S if urgent else MAX_INTERVAL_S)
@@ -43,6 +47,8 @@ class LoadReports:
         totals: dict[str, float],
         now_s: float,
         storage: wire.StorageStatus | None = None,
+        *,
+        draining: bool = False,
     ) -> Iterator[tuple[bytes, wire.LoadReport]]:
         """One report for each gateway. Exhaust the iterator: the pending changes are told with this."""
         added = tuple(digest for digest, cached in self._changes.items() if cached)
@@ -63,6 +69,7 @@ class LoadReports:
                 num_in_flight_pages=load.pages.in_flight,
                 num_host_pages=_by_state(load.host_pages),
                 storage=storage,
+                draining=draining,
                 snapshot=gateway.wants_snapshot,
                 cached_added=everything or () if gateway.wants_snapshot else added,
                 cached_removed=() if gateway.wants_snapshot else removed,

@@ -1,0 +1,142 @@
+"""An engine that makes no progress is lost with its reason; one that computes a long step is not."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+import zmq
+
+from kvist import wire
+from kvist.channel import ChannelConfig, EngineChannel, GatewayLink
+from kvist.errors import WorkerLost
+from kvist.request import EngineRequest, EpochId, RequestId, SamplingParams, WorkerId
+from kvist.router import Dispatcher, RouterConfig, build_dispatcher
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "router"))
+
+from fake_engine import FakeEngine, make_spec
+
+TIMEOUT_S = 0.5
+
+
+@pytest.fixture
+def engine() -> Iterator[FakeEngine]:
+    made = FakeEngine(spec=make_spec(worker_id=WorkerId("u"), epoch=EpochId("e"))).start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+async def ask_worker(engine: FakeEngine) -> AsyncIterator[tuple[Dispatcher, Callable[..., None]]]:
+    """A gateway with a `--worker-timeout-s` of half a second, and what its worker's HTTP will tell of the engine."""
+    told: dict[str, object] = {"engine": engine.spec, "engine_health": wire.EngineHealth()}
+
+    def tell(**health: float) -> None:
+        told["engine_health"] = wire.EngineHealth(**health)  # type: ignore[arg-type]
+
+    dispatcher = build_dispatcher(
+        RouterConfig(worker_urls=("http://u:1",), keepalive_s=0.05, worker_timeout_s=TIMEOUT_S),
+        ChannelConfig(),
+        transport=httpx.MockTransport(lambda _request: httpx.Response(200, content=msgspec.json.encode(told))),
+    )
+    await dispatcher.start()
+    await until(dispatcher.ready)
+    yield dispatcher, tell
+    await dispatcher.close()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def stream(dispatcher: Dispatcher) -> None:
+    request = EngineRequest(
+        request_id=RequestId("r"), prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=1_000)
+    )
+    async for _part in dispatcher.generate(request):
+        pass
+
+
+@pytest.mark.case("stopped-engine")
+async def test_the_streams_of_an_engine_without_progress_end_with_the_reason(
+    engine: FakeEngine, ask_worker: tuple[Dispatcher, Callable[..., None]]
+) -> None:
+    dispatcher, tell = ask_worker
+    engine.stop_after = 3
+    streaming = asyncio.create_task(stream(dispatcher))
+    await until(lambda: engine.submitted)
+    engine.silent = True
+    tell(turn_s=8.0, stalled_s=8.0)
+    with pytest.raises(WorkerLost, match="no progress for 8 s"):
+        await streaming
+    assert not dispatcher.ready()
+    await until(lambda: "no progress for 8 s" in dispatcher.snapshot().workers[0].problem)
+
+
+@pytest.mark.case("stopped-engine")
+async def test_an_engine_in_the_middle_of_a_long_step_keeps_its_streams(
+    engine: FakeEngine, ask_worker: tuple[Dispatcher, Callable[..., None]]
+) -> None:
+    dispatcher, tell = ask_worker
+    engine.stop_after = 3
+    streaming = asyncio.create_task(stream(dispatcher))
+    await until(lambda: engine.submitted)
+    tell(turn_s=60.0, stalled_s=0.0)
+    engine.silent = True
+    await asyncio.sleep(4 * TIMEOUT_S)
+    assert dispatcher.ready()
+    assert not streaming.done()
+    streaming.cancel()
+    with suppress(asyncio.CancelledError):
+        await streaming
+
+
+async def test_an_engine_that_works_but_does_not_reach_its_gateway_is_lost(
+    engine: FakeEngine, ask_worker: tuple[Dispatcher, Callable[..., None]]
+) -> None:
+    dispatcher, tell = ask_worker
+    tell(turn_s=0.0, stalled_s=0.0)
+    engine.silent = True
+    await until(lambda: not dispatcher.ready())
+    assert "do not reach us" in dispatcher.snapshot().workers[0].problem
+
+
+async def test_a_gateway_that_was_stopped_itself_does_not_take_its_engines_for_lost(
+    ask_worker: tuple[Dispatcher, Callable[..., None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatcher, tell = ask_worker
+    tell(turn_s=0.0, stalled_s=60.0)  # nothing else would keep it
+    worker = dispatcher._registry.workers[0]
+    before_s = worker.last_heard_s
+    clock, jumped_s = dispatcher._clock, 0.0
+    now_s = clock.now_s
+    monkeypatch.setattr(type(clock), "now_s", lambda _self: now_s() + jumped_s)
+    jumped_s = 3600.0  # all of an hour's messages are still unread
+    await until(lambda: worker.last_heard_s > before_s + 3600.0)
+    assert dispatcher.ready()
+
+
+@pytest.mark.case("heartbeat-not-option")
+async def test_no_socket_has_a_limit_of_its_own_for_silent_processes() -> None:
+    channel = EngineChannel("tcp://127.0.0.1:0", epoch=EpochId("e"))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    link = GatewayLink(
+        context, channel.endpoint, identity=b"g", on_message=lambda _message: None, on_lost=lambda _reason: None
+    )
+    link.open()
+    sockets = [link._socket, channel._router, channel._peer(channel.endpoint)]
+    try:
+        assert [socket.getsockopt(zmq.HEARTBEAT_IVL) for socket in sockets if socket is not None] == [0, 0, 0]
+    finally:
+        link.close()
+        channel.close()
+        context.destroy(linger=0)

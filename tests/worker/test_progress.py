@@ -1,0 +1,101 @@
+"""A loop that makes no progress ends its process, and no other does; the parent hears of it all the while."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from kvist.clock import Oversleep
+from kvist.worker import progress
+from kvist.worker.progress import LEAST_CPU_S, LOOK_INTERVAL_S, ProgressWatch
+
+LIMIT_S = 30.0
+LOOKS = int(LIMIT_S / LOOK_INTERVAL_S)
+
+
+def never() -> None:
+    pytest.fail("it was ended")
+
+
+def test_a_turn_that_never_ends_ends_the_process_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    ends: list[str] = []
+    watch = ProgressWatch(lambda: 7, limit_s=LIMIT_S, end=lambda: ends.append("now"))
+    for _ in range(LOOKS - 1):
+        watch.look()
+    assert not ends
+    with caplog.at_level(logging.CRITICAL):
+        watch.look()
+    assert ends == ["now"]
+    assert "no progress for 30 s (--stall-restart-s)" in caplog.text
+
+
+def test_a_loop_that_takes_turns_however_slowly_is_left_alone() -> None:
+    turns = (number // (LOOKS - 1) for number in itertools.count())  # just quick enough
+    watch = ProgressWatch(lambda: next(turns), limit_s=LIMIT_S, end=never)
+    for _ in range(10 * LOOKS):
+        watch.look()
+
+
+def test_a_long_step_that_uses_the_cpu_is_progress_and_one_that_waits_is_none() -> None:
+    told: list[tuple[float, float]] = []
+    cpu_s = itertools.count(start=0.0, step=2 * LEAST_CPU_S)
+    watch = ProgressWatch(lambda: 7, limit_s=LIMIT_S, loop_cpu_s=lambda: next(cpu_s), end=never)
+    watch.start(lambda turn_s, stalled_s: told.append((turn_s, stalled_s)))
+    watch.stop()
+    told.clear()
+    for _ in range(3 * LOOKS):
+        watch.look()
+    assert told[-1] == (pytest.approx(3 * LIMIT_S, abs=2 * LOOK_INTERVAL_S), 0.0)
+
+    blocked = ProgressWatch(lambda: 7, limit_s=LIMIT_S, loop_cpu_s=lambda: 1.0, end=never)
+    blocked.start(lambda turn_s, stalled_s: told.append((turn_s, stalled_s)))
+    blocked.stop()
+    for _ in range(4):
+        blocked.look()
+    assert told[-1] == (pytest.approx(4 * LOOK_INTERVAL_S, abs=2 * LOOK_INTERVAL_S),) * 2
+
+
+def test_time_in_which_we_were_stopped_ourselves_is_told_apart() -> None:
+    oversleep = Oversleep(100.0, longest_s=1.0)
+    assert oversleep.look(100.5) == 0.0
+    assert oversleep.look(160.5) == 59.0
+    assert oversleep.look(161.0) == 0.0
+
+
+def test_it_looks_from_start_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOOK_INTERVAL_S", 0.001)
+    looks, seen = itertools.count(), threading.Event()
+
+    def num_turns() -> int:
+        look = next(looks)
+        if look == 20:
+            seen.set()
+        return look
+
+    watch = ProgressWatch(num_turns, limit_s=LIMIT_S, end=never)
+    watch.start()
+    assert seen.wait(60)
+    watch.stop()
+
+
+STUCK = """
+import itertools, sys, threading
+from kvist.worker import progress
+progress.LOOK_INTERVAL_S = 0.01
+main, turns = sys._getframe(), itertools.count()
+progress.ProgressWatch(lambda: -1 if main.f_lineno == 7 else next(turns), limit_s=0.05).start()
+threading.Event().wait(60)
+"""
+
+
+def test_a_process_that_is_stuck_ends_with_1_and_the_places_of_its_threads() -> None:
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "no progress" in done.stderr
+    assert "threading.py" in done.stderr
+    assert 'File "<string>", line 7' in done.stderr
