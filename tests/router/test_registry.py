@@ -144,14 +144,16 @@ def test_the_view_counts_our_requests_and_what_the_worker_reports() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker, max_running_requests=1, max_queued_requests=1)
-    worker.take(RequestId("1"), 100)
-    assert not worker.is_full
-    worker.take(RequestId("2"), 50)
-    assert worker.is_full
+    caller = ("k", "h", "c")
+    worker.take(RequestId("1"), 100, caller, 0.0)
+    assert worker.has_room_for(caller)
+    worker.take(RequestId("2"), 50, caller, 0.0)
+    assert not worker.has_room_for(caller)
+    assert worker.has_room_for(("another", "h", "c")), "the first one's newest gives way to it"
     assert (worker.view().num_requests, worker.view().num_pending_tokens) == (2, 150)
     worker.prompt_done(RequestId("1"))
-    worker.release(RequestId("1"))
-    worker.release(RequestId("2"))
-    worker.release(RequestId("2"))
+    for request_id in ("1", "2", "2"):
+        worker.release(RequestId(request_id), 4.0)
+    assert worker.retry_after_s() == 4.0
     registry.reported(worker, make_load(0, snapshot=True, num_running=5, num_waiting=2), 1.0)
     assert (worker.view().num_requests, worker.view().num_pending_tokens) == (7, 0)

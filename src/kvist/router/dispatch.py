@@ -21,6 +21,7 @@ import msgspec
 from kvist import wire
 from kvist.clock import Clock
 from kvist.errors import EngineError, KvistError, Timeout, Unavailable, WorkerLost, error_from_wire
+from kvist.fairness import caller_path
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.fleet import EngineEvents
@@ -96,7 +97,7 @@ class Dispatcher:
         return self._router.can_serve()
 
     def model(self) -> wire.EngineSpec | None:
-        """The spec of one READY worker (all agree on model, dtype and page size); None while there is none."""
+        """What all READY workers agree on, with the limits of the best route; None while no worker is ready."""
         return self._registry.reference()
 
     def snapshot(self) -> ClusterSnapshot:
@@ -105,8 +106,9 @@ class Dispatcher:
     async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
         """The request's output. Closing or cancelling the iterator aborts it everywhere at once.
 
-        Raises, before the first part: `Unavailable`, `Overloaded`; at any time: what an engine reported, `WorkerLost`,
-        `HandoffFailed`, `Timeout`. A failure before the first token is tried once more on other workers."""
+        Raises, before the first part: `PromptTooLong`, `Unavailable`, `Overloaded`; at any time: what an engine
+        reported, `WorkerLost`, `HandoffFailed`, `Timeout`. A failure before the first token is tried once more on other
+        workers."""
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self._config.request_timeout_s
         flight = self._launch(request, self._router.choose(request))
@@ -190,7 +192,7 @@ class Dispatcher:
             call.settle(worker, None)
         for request_id in list(worker.in_flight):
             flight = self._flights.get(request_id)
-            worker.release(request_id)
+            worker.release(request_id, self._clock.now_s())
             if flight is None:
                 continue
             flight.open.discard(worker)
@@ -202,7 +204,7 @@ class Dispatcher:
 
     def _on_ended(self, flight: Flight, worker: Worker, ended: wire.Ended) -> None:
         flight.open.discard(worker)
-        worker.release(flight.request_id)
+        worker.release(flight.request_id, self._clock.now_s())
         needed = worker is flight.decode or not flight.decode_began
         if ended.outcome is Outcome.FAILED and needed:
             error = error_from_wire(ended.error_code or EngineError.code, ended.message)
@@ -239,7 +241,7 @@ class Dispatcher:
     def _submit(self, flight: Flight, worker: Worker, num_tokens: int, submit: wire.Submit) -> None:
         if self._engines.send(worker, submit):
             flight.open.add(worker)
-            worker.take(flight.request_id, num_tokens)
+            worker.take(flight.request_id, num_tokens, caller_path(submit.request.client), self._clock.now_s())
         else:
             self._fail(flight, WorkerLost(f"worker {worker.worker_id} cannot be reached"), worker)
 
@@ -291,6 +293,6 @@ class Dispatcher:
             for worker in list(flight.open):
                 logger.warning("worker %s never ended request %s: written off", worker.worker_id, flight.request_id)
                 self._engines.send(worker, wire.Abort(request_id=flight.request_id))
-                worker.release(flight.request_id)
+                worker.release(flight.request_id, self._clock.now_s())
             flight.open.clear()
             self._forget_if_over(flight)

@@ -12,13 +12,17 @@ import logging
 from dataclasses import dataclass, field
 
 from kvist.errors import ConfigError
+from kvist.fairness import CallerPath, gives_way
 from kvist.request import RequestId, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.policies import WorkerView
 from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
+from kvist.service_time import ServiceTime
 from kvist.wire import PROTOCOL_VERSION, EngineSpec, LoadReport, Welcome
 
 logger = logging.getLogger(__name__)
+
+_SHARE_ON_THE_WAY = 8  # an eighth of a worker's places
 
 
 class WorkerState(enum.Enum):
@@ -32,6 +36,15 @@ class WorkerUse(enum.Enum):
     UNIFIED = "unified"
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A request that has not ended at a worker. Mutable; owned by the worker's entry."""
+
+    num_pending_tokens: int  # of the prompt, not computed yet as far as we know
+    caller: CallerPath
+    since_s: float
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -50,8 +63,9 @@ class Worker:
     pages_limited: bool = False  # it has more pages than we remember
     sequence: int | None = None  # of the last report
     needs_snapshot: bool = True
-    in_flight: dict[RequestId, int] = field(default_factory=dict)  # not ended there → prompt tokens still to compute
-    num_pending_tokens: int = 0  # sum of the above
+    in_flight: dict[RequestId, InFlight] = field(default_factory=dict)
+    num_pending_tokens: int = 0  # of all in flight
+    service_time: ServiceTime = field(default_factory=ServiceTime)
 
     @property
     def worker_id(self) -> WorkerId:
@@ -63,22 +77,42 @@ class Worker:
             return self.wanted_use
         return WorkerUse(self.spec.role) if self.spec is not None else None
 
-    @property
-    def is_full(self) -> bool:
+    def holds(self, num_tokens: int) -> bool:
         assert self.spec is not None
-        return len(self.in_flight) >= self.spec.max_running_requests + self.spec.max_queued_requests
+        return num_tokens <= self.spec.max_model_len
 
-    def take(self, request_id: RequestId, num_tokens: int) -> None:
-        self.in_flight[request_id] = num_tokens
+    def has_room_for(self, caller: CallerPath) -> bool:
+        """It has a place, or is about to give one of a caller that has more there (scheduler/entry.py): then a little
+        beyond what it queues may be under way to it."""
+        assert self.spec is not None
+        num_places = self.spec.max_running_requests + self.spec.max_queued_requests
+        if len(self.in_flight) < num_places:
+            return True
+        if len(self.in_flight) >= num_places + max(1, num_places // _SHARE_ON_THE_WAY):
+            return False
+        return gives_way(caller, (each.caller for each in self.in_flight.values())) is not None
+
+    def retry_after_s(self) -> float:
+        assert self.spec is not None
+        num_present = len(self.in_flight)
+        num_waiting = num_present - self.spec.max_running_requests
+        return self.service_time.retry_after_s(num_ahead=max(1, num_waiting), num_present=num_present)
+
+    def take(self, request_id: RequestId, num_tokens: int, caller: CallerPath, now_s: float) -> None:
+        self.in_flight[request_id] = InFlight(num_tokens, caller, now_s)
         self.num_pending_tokens += num_tokens
 
     def prompt_done(self, request_id: RequestId) -> None:
-        if request_id in self.in_flight:
-            self.num_pending_tokens -= self.in_flight[request_id]
-            self.in_flight[request_id] = 0
+        found = self.in_flight.get(request_id)
+        if found is not None:
+            self.num_pending_tokens -= found.num_pending_tokens
+            found.num_pending_tokens = 0
 
-    def release(self, request_id: RequestId) -> None:
-        self.num_pending_tokens -= self.in_flight.pop(request_id, 0)
+    def release(self, request_id: RequestId, now_s: float) -> None:
+        found = self.in_flight.pop(request_id, None)
+        if found is not None:
+            self.num_pending_tokens -= found.num_pending_tokens
+            self.service_time.note(now_s - found.since_s)
 
     def view(self) -> WorkerView:
         assert self.spec is not None
@@ -112,8 +146,14 @@ class Registry:
         return [w for w in self._workers.values() if w.state is WorkerState.READY and w.use is use]
 
     def reference(self) -> EngineSpec | None:
-        """What every READY worker agrees on: model, layout, dtype."""
-        return next((w.spec for w in self._workers.values() if w.state is WorkerState.READY), None)
+        """What every READY worker agrees on (model, layout, dtype), with the limits of the one that holds the longest
+        answers: of the fleet's best route, if it has one."""
+        ready = [w for w in self.workers if w.state is WorkerState.READY]  # a copy: threads ask, too, which only read
+        writers = [w for w in ready if w.use is WorkerUse.UNIFIED]
+        if any(w.use is WorkerUse.PREFILL for w in ready):
+            writers += [w for w in ready if w.use is WorkerUse.DECODE]
+        specs = [w.spec for w in writers or ready if w.spec is not None]
+        return max(specs, key=lambda spec: spec.max_model_len, default=None)
 
     def welcomed(self, worker: Worker, welcome: Welcome, now_s: float) -> None:
         """Raises `ConfigError` when the worker cannot serve here; it then stays out, with its problem told."""
@@ -160,7 +200,7 @@ class Registry:
         worker.problem = reason
 
     def snapshot(self) -> ClusterSnapshot:
-        return ClusterSnapshot(workers=tuple(self._snapshot_of(worker) for worker in self._workers.values()))
+        return ClusterSnapshot(workers=tuple(self._snapshot_of(worker) for worker in self.workers))
 
     @staticmethod
     def _snapshot_of(worker: Worker) -> WorkerSnapshot:

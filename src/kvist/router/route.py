@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvist.errors import KvistError, Overloaded, Unavailable
+from kvist.errors import KvistError, Overloaded, PromptTooLong, Unavailable
+from kvist.fairness import CallerPath, caller_path
+from kvist.fit import limit_text, num_tokens_needed
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, Mode
 from kvist.router.config import RouterConfig
@@ -26,6 +28,53 @@ class Route:
     num_prompt_tokens_left: int  # to compute at `prefill`, by what we know of its cache
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """Workers by what they may do for a request."""
+
+    unified: Sequence[Worker]
+    prefill: Sequence[Worker]
+    decode: Sequence[Worker]
+
+    @staticmethod
+    def of(registry: Registry, state: WorkerState, excluded: frozenset[Worker]) -> Candidates:
+        found = [w for w in registry.workers if w.state is state and w.spec is not None and w not in excluded]
+        return Candidates(
+            unified=[w for w in found if w.use is WorkerUse.UNIFIED],
+            prefill=[w for w in found if w.use is WorkerUse.PREFILL],
+            decode=[w for w in found if w.use is WorkerUse.DECODE],
+        )
+
+    def all(self) -> Sequence[Worker]:
+        return [*self.unified, *self.prefill, *self.decode]
+
+    def has_route(self, *, single: bool) -> bool:
+        return bool(self.unified) or bool(self.prefill and (self.decode or single))
+
+    def that_hold(self, request: EngineRequest) -> Candidates:
+        """The whole request, or a prefill worker its prompt."""
+        whole, prompt = num_tokens_needed(request, Mode.FULL), num_tokens_needed(request, Mode.PREFILL)
+        return Candidates(
+            unified=[w for w in self.unified if w.holds(whole)],
+            prefill=[w for w in self.prefill if w.holds(prompt)],
+            decode=[w for w in self.decode if w.holds(whole)],
+        )
+
+    def with_room_for(self, caller: CallerPath) -> Candidates:
+        return Candidates(
+            unified=[w for w in self.unified if w.has_room_for(caller)],
+            prefill=[w for w in self.prefill if w.has_room_for(caller)],
+            decode=[w for w in self.decode if w.has_room_for(caller)],
+        )
+
+    def joined_by(self, others: Candidates) -> Candidates:
+        return Candidates(
+            unified=[*self.unified, *others.unified],
+            prefill=[*self.prefill, *others.prefill],
+            decode=[*self.decode, *others.decode],
+        )
+
+
 class Router:
     def __init__(self, config: RouterConfig, registry: Registry) -> None:
         self._config = config
@@ -39,25 +88,30 @@ class Router:
         return bool(ready(WorkerUse.UNIFIED)) or bool(ready(WorkerUse.PREFILL) and ready(WorkerUse.DECODE))
 
     def choose(self, request: EngineRequest, excluded: frozenset[Worker] = frozenset()) -> Route:
-        """Raises `Unavailable` naming the missing role, or `Overloaded` when all that could take it are full."""
-        unified, prefill, decode = (
-            [w for w in self._registry.ready(use) if w not in excluded]
-            for use in (WorkerUse.UNIFIED, WorkerUse.PREFILL, WorkerUse.DECODE)
-        )
+        """Raises `PromptTooLong` when no route holds it, `Unavailable` naming the missing role or the lost worker that
+        would, `Overloaded` when all that could take it are full."""
+        ready = Candidates.of(self._registry, WorkerState.READY, excluded)
         # One token needs no handoff: a prefill worker answers it alone.
         single = request.sampling.max_tokens == 1 and not request.output_token_ids
-        open_decode = [w for w in decode if not w.is_full]
-        first = [w for w in unified if not w.is_full]
-        if open_decode or single:
-            first += [w for w in prefill if not w.is_full]
-        if not first:
-            raise self._refusal(unified, prefill, decode, single)
-        prompt = self._prompt(request, first + open_decode)
+        if not ready.has_route(single=single):
+            raise self._nobody(ready)
+        fit = ready.that_hold(request)
+        if not fit.has_route(single=single):
+            raise self._too_long(request, ready)
+        free = fit.with_room_for(caller_path(request.client))
+        if not free.has_route(single=single):
+            retry_after_s = min(w.retry_after_s() for w in fit.all() if w not in free.all())
+            raise Overloaded(
+                "every worker that could take the request has its queue full: retry later, or add workers",
+                retry_after_s=retry_after_s,
+            )
+        first = [*free.unified, *(free.prefill if free.decode or single else ())]
+        prompt = self._prompt(request, [*first, *free.decode])
         chosen = _pick(self._prompt_policy, prompt, first)
         left = max(1, prompt.num_tokens - num_hit_tokens(prompt, chosen.view()))
         if single or chosen.use is WorkerUse.UNIFIED:
             return Route(mode=Mode.FULL, prefill=chosen, decode=chosen, num_prompt_tokens_left=left)
-        partner = _pick(self._decode_policy, prompt, open_decode)
+        partner = _pick(self._decode_policy, prompt, free.decode)
         return Route(mode=Mode.PREFILL, prefill=chosen, decode=partner, num_prompt_tokens_left=left)
 
     def _prompt(self, request: EngineRequest, workers: Sequence[Worker]) -> Prompt:
@@ -70,15 +124,9 @@ class Router:
                 )
         return Prompt(num_tokens=request.num_prompt_tokens, digests=digests)
 
-    def _refusal(self, unified: list[Worker], prefill: list[Worker], decode: list[Worker], single: bool) -> KvistError:
-        retry_after_s = self._config.retry_after_s
-        if unified or (prefill and (decode or single)):
-            return Overloaded(
-                "every worker that could take the request has its queue full: retry later, or add workers",
-                retry_after_s=retry_after_s,
-            )
-        if prefill or decode:
-            missing = WorkerUse.DECODE if prefill else WorkerUse.PREFILL
+    def _nobody(self, ready: Candidates) -> Unavailable:
+        if ready.prefill or ready.decode:
+            missing = WorkerUse.DECODE if ready.prefill else WorkerUse.PREFILL
             problem = f"no {missing.value} worker is ready: {_START[missing]}"
         else:
             problem = "no worker is ready: start one with `kvist serve`, or a prefill and a decode worker"
@@ -87,7 +135,35 @@ class Router:
             for worker in self._registry.workers
             if worker.state is not WorkerState.READY
         ]
-        return Unavailable("; ".join([problem, *known[:4]]), retry_after_s=retry_after_s)
+        return Unavailable("; ".join([problem, *known[:4]]), retry_after_s=self._config.retry_after_s)
+
+    def _too_long(self, request: EngineRequest, ready: Candidates) -> KvistError:
+        """For the ready ones. A lost worker that holds it may come back."""
+        single = request.sampling.max_tokens == 1 and not request.output_token_ids
+        known = ready.joined_by(Candidates.of(self._registry, WorkerState.LOST, frozenset()))
+        if known.that_hold(request).has_route(single=single):
+            lost = ", ".join(worker.worker_id for worker in self._registry.workers if worker.state is WorkerState.LOST)
+            return Unavailable(
+                f"only workers that are lost at present hold a request of this length ({lost}): retry later",
+                retry_after_s=self._config.retry_after_s,
+            )
+        num_prompt, num_output = request.num_prompt_tokens, request.sampling.max_tokens
+        writers = [*ready.unified, *(ready.decode if ready.prefill else ready.prefill)]
+        best = max((worker.spec for worker in writers if worker.spec is not None), key=lambda spec: spec.max_model_len)
+        whole = num_tokens_needed(request, Mode.FULL)
+        if whole > best.max_model_len:
+            limit = limit_text(best.max_model_len, best.num_pages, best.page_size)
+            return PromptTooLong(
+                f"the prompt has {num_prompt} tokens and the request asks for {num_output} more; the largest worker "
+                f"({best.worker_id}) holds {limit}"
+            )
+        readers = [worker.spec for worker in ready.prefill if worker.spec is not None]
+        reader = max(readers, key=lambda spec: spec.max_model_len)
+        limit = limit_text(reader.max_model_len, reader.num_pages, reader.page_size)
+        return PromptTooLong(
+            f"the prompt has {num_prompt} tokens; the largest prefill worker ({reader.worker_id}) holds {limit}, and "
+            f"no unified worker holds all {whole} tokens of the request"
+        )
 
 
 def _pick(policy: Policy, prompt: Prompt, workers: Sequence[Worker]) -> Worker:

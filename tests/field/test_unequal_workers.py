@@ -1,0 +1,169 @@
+"""Workers of unequal pools or context lengths in one fleet: a request runs where it fits, or is refused at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import httpx
+import msgspec
+import pytest
+
+from kvist import wire
+from kvist.clock import FakeClock
+from kvist.request import EpochId, FinishReason, Mode, Outcome, WorkerId
+from kvist.router.config import RouterConfig
+from kvist.router.dispatch import Dispatcher
+from kvist.router.fleet import EngineEvents
+from kvist.router.registry import Registry, Worker
+from kvist.server.app import build_app
+from kvist.server.config import ServerConfig
+from kvist.text import Tokenizer
+from kvist.wire import EngineSpec, GatewayToEngine, StepOutputs, Submit, TokenChunk, Welcome
+
+PAGE_SIZE = 16
+TRAINED_FOR = 8192
+
+
+class Engines:
+    """Engines that answer at once, and that hold what their specs say: the rest they would have to refuse."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.submits: list[tuple[WorkerId, Mode]] = []
+        self._events: EngineEvents | None = None
+
+    def start(self, events: EngineEvents) -> None:
+        self._events = events
+
+    async def close(self) -> None: ...
+
+    def join(self, name: str, role: str, *, pool: int, context: int = TRAINED_FOR) -> Worker:
+        worker = self.registry.add(f"http://{name}", None, 0.0)
+        spec = EngineSpec(
+            worker_id=WorkerId(name),
+            epoch=EpochId(name),
+            role=role,
+            endpoint="tcp://x",
+            model_fingerprint="f",
+            model_name="tiny",
+            vocab_size=300,
+            max_model_len=min(pool, context),
+            page_size=PAGE_SIZE,
+            num_pages=pool // PAGE_SIZE,
+            namespace="n",
+            dtype="float32",
+            tp_size=1,
+            max_running_requests=64,
+            max_queued_requests=64,
+        )
+        self.registry.welcomed(worker, Welcome(spec=spec), 0.0)
+        return worker
+
+    def lose(self, worker: Worker) -> None:
+        assert self._events is not None
+        self.registry.lost(worker, "it died")
+        self._events.on_lost(worker, "it died")
+
+    def send(self, worker: Worker, message: GatewayToEngine) -> bool:
+        if isinstance(message, Submit):
+            spec, request = worker.spec, message.request
+            assert spec is not None
+            needed = request.num_prompt_tokens + (1 if message.mode is Mode.PREFILL else request.sampling.max_tokens)
+            assert needed <= spec.max_model_len, f"{spec.worker_id} cannot hold {needed} tokens"
+            self.submits.append((spec.worker_id, message.mode))
+            asyncio.get_running_loop().call_soon(self._answer, worker, message)
+        return True
+
+    def _answer(self, worker: Worker, submit: Submit) -> None:
+        assert self._events is not None
+        request_id, count = submit.request.request_id, submit.request.sampling.max_tokens
+        first, last = submit.mode is Mode.DECODE, 1 if submit.mode is Mode.PREFILL else count
+        finish = FinishReason.LENGTH if last == count else None
+        chunk = TokenChunk(
+            request_id=request_id, position=first, token_ids=(65,) * (last - first), finish_reason=finish
+        )
+        ended = wire.Ended(request_id=request_id, outcome=Outcome.FINISHED)
+        self._events.on_outputs(worker, StepOutputs(chunks=(chunk,), ended=(ended,)))
+
+
+class Fleet:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        config = RouterConfig(policy="round_robin")
+        registry = Registry(config)
+        self.engines = Engines(registry)
+        dispatcher = Dispatcher(config=config, registry=registry, engines=self.engines, clock=FakeClock())
+        self.engines.start(dispatcher)
+        app = build_app(dispatcher=dispatcher, tokenizer=tokenizer, config=ServerConfig(), model_name="tiny")
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
+
+    async def complete(self, num_prompt: int, max_tokens: int | None) -> httpx.Response:
+        body = {"prompt": [65] * num_prompt, "max_tokens": max_tokens}
+        return await self.client.post("/v1/completions", content=msgspec.json.encode(body))
+
+    async def max_model_len(self) -> int:
+        return int((await self.client.get("/v1/models")).json()["data"][0]["max_model_len"])
+
+
+@pytest.fixture
+async def fleet(letters: Tokenizer) -> AsyncIterator[Fleet]:
+    made = Fleet(letters)
+    async with made.client:
+        yield made
+
+
+def error_of(response: httpx.Response) -> str:
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    return str(response.json()["error"]["message"])
+
+
+@pytest.mark.case("unequal-pools")
+async def test_an_answer_that_decode_cannot_hold_is_refused_before_anything_runs(fleet: Fleet) -> None:
+    fleet.engines.join("p", "prefill", pool=2048)
+    fleet.engines.join("d", "decode", pool=1024)
+    response = await fleet.complete(1000, 100)
+    assert response.status_code == 400
+    assert "1024" in error_of(response)
+    assert not fleet.engines.submits
+    assert (await fleet.complete(1000, 24)).status_code == 200
+    assert await fleet.max_model_len() == 1024
+
+
+@pytest.mark.case("unequal-pools")
+@pytest.mark.parametrize(
+    ("prefills", "decodes", "used"),
+    [
+        ([4096], [1024, 4096], {"p0", "d1"}),
+        ([1024, 4096], [4096], {"p1", "d0"}),
+        ([1024, 4096], [4096, 1024], {"p1", "d0"}),
+    ],
+)
+async def test_the_router_uses_only_workers_that_hold_the_request(
+    fleet: Fleet, prefills: list[int], decodes: list[int], used: set[str]
+) -> None:
+    for role, pools in (("prefill", prefills), ("decode", decodes)):
+        for index, pool in enumerate(pools):
+            fleet.engines.join(f"{role[0]}{index}", role, pool=pool)
+    for _ in range(4):  # in turn
+        response = await fleet.complete(1200, 100)
+        assert response.status_code == 200
+        assert response.json()["usage"]["completion_tokens"] == 100
+    assert {worker for worker, _ in fleet.engines.submits} == used
+    assert await fleet.max_model_len() == 4096
+    await fleet.complete(100, 10)
+    await fleet.complete(100, 10)
+    assert len({worker for worker, _ in fleet.engines.submits}) == len(prefills) + len(decodes), (
+        "short ones go anywhere"
+    )
+
+
+@pytest.mark.case("unequal-pools")
+async def test_a_prompt_that_no_prefill_worker_holds_goes_to_a_unified_one_or_is_refused(fleet: Fleet) -> None:
+    fleet.engines.join("p", "prefill", pool=1024)
+    fleet.engines.join("d", "decode", pool=4096)
+    assert "prefill worker (p) holds 1024 tokens" in error_of(await fleet.complete(2000, 10))
+    assert (await fleet.complete(1000, 2000)).status_code == 200
+    fleet.engines.join("u", "unified", pool=2048)
+    assert (await fleet.complete(2000, 10)).status_code == 200
+    assert fleet.engines.submits[-1] == ("u", Mode.FULL)
+    assert await fleet.max_model_len() == 4096
