@@ -15,6 +15,7 @@ from kvist.models.config import (
     RopeScaling,
     read_heads,
 )
+from kvist.models.end_tokens import end_tokens_by_text
 from kvist.models.family import family_named
 from kvist.models.fields import ConfigFields
 
@@ -62,9 +63,15 @@ def config_from_gguf(path: Path) -> ModelConfig:
 
 
 def _eos_token_ids(metadata: ConfigFields) -> tuple[int, ...]:
-    """End of sequence, end of turn and end of message: any of them ends an answer."""
+    """End of sequence, end of turn and end of message: any of them ends an answer. A file that names no end of turn may
+    have one all the same."""
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    return tuple(dict.fromkeys(token for name in names for token in metadata.token_ids(f"tokenizer.ggml.{name}")))
+    ids = [token for name in names for token in metadata.token_ids(f"tokenizer.ggml.{name}")]
+    if "tokenizer.ggml.eot_token_id" not in metadata:
+        tokens, kinds = metadata.value("tokenizer.ggml.tokens"), metadata.value("tokenizer.ggml.token_type")
+        if isinstance(tokens, list) and isinstance(kinds, list):
+            ids += end_tokens_by_text(tokens, kinds)
+    return tuple(dict.fromkeys(ids))
 
 
 def _refuse_unsupported(fields: ConfigFields) -> None:

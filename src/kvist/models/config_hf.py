@@ -11,6 +11,7 @@ from kvist.models.config import (
     RopeScaling,
     read_heads,
 )
+from kvist.models.end_tokens import end_tokens_of_tokenizer
 from kvist.models.family import Family, family_named
 from kvist.models.fields import ConfigFields
 
@@ -49,12 +50,13 @@ def config_from_hf(checkpoint: Checkpoint) -> ModelConfig:
 
 
 def _eos_from_hf(checkpoint: Checkpoint, fields: ConfigFields) -> tuple[int, ...]:
-    """Chat models often name their end-of-turn token only in generation_config.json: both files count."""
+    """Chat models often name their end-of-turn token only in generation_config.json, or only in the tokenizer: each
+    of them counts."""
     eos = fields.token_ids("eos_token_id")
     path = checkpoint.path / "generation_config.json"
     if path.is_file():
         eos += ConfigFields(read_json(path), origin=str(path)).token_ids("eos_token_id")
-    return tuple(dict.fromkeys(eos))
+    return tuple(dict.fromkeys(eos + end_tokens_of_tokenizer(checkpoint.path)))
 
 
 def _refuse_unsupported(fields: ConfigFields, family: Family, num_layers: int) -> None:
