@@ -58,7 +58,15 @@ def test_every_class_of_the_glossary_exists() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/bench.md", "docs/cache.md", "docs/failure-modes.md", "docs/metrics.md", "docs/performance.md"],
+    [
+        "README.md",
+        "docs/api.md",
+        "docs/bench.md",
+        "docs/cache.md",
+        "docs/failure-modes.md",
+        "docs/metrics.md",
+        "docs/performance.md",
+    ],
 )
 def test_every_flag_that_a_page_names_is_one(page: str) -> None:
     options = [option for settings_class in settings._SETTINGS.values() for option in options_of(settings_class)]

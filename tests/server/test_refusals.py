@@ -86,7 +86,9 @@ async def test_a_field_we_cannot_honour_is_refused_unless_it_asks_for_nothing(
     assert (await bench.chat(**{name: None})).status_code == 200
 
 
-@pytest.mark.parametrize("fields", [{"suffix": "x"}, {"best_of": 2}, {"echo": True}, {"use_beam_search": True}])
+@pytest.mark.parametrize(
+    "fields", [{"suffix": "x"}, {"best_of": 2}, {"echo": True, "logprobs": 1}, {"use_beam_search": True}]
+)
 async def test_completions_refuse_what_they_cannot_do(bench: Any, fields: dict[str, object]) -> None:
     response = await bench.post("/v1/completions", {"prompt": "x", **fields})
     assert error_of(response)["code"] == "unsupported_field"

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from kvist.config import check_api_key, option
+from kvist.errors import ConfigError
+
+
+class StreamForm(enum.Enum):
+    """What an event of a /generate stream repeats of those before it."""
+
+    TEXT = "text"  # text and ids, not logprobs
+    CUMULATIVE = "cumulative"  # everything: SGLang's form
+    INCREMENTAL = "incremental"  # nothing: SGLang's form with --incremental-streaming-output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +37,29 @@ class ServerConfig:
     shutdown_timeout_s: float = option(
         10.0, "on shutdown, how long open requests may go on before they are cut", unit="s", minimum=0
     )
+    incremental_streaming_output: bool = option(
+        False,
+        "each event of a /generate stream has only what is new; without it, all text and all ids so far, and the "
+        "logprobs of new tokens",
+        aliases=("stream_output",),
+    )
+    cumulative_logprobs: bool = option(
+        False,
+        "each event of a /generate stream repeats all logprobs so far, as in SGLang; such a stream grows with the "
+        "square of its length",
+    )
 
     def __post_init__(self) -> None:
         for key in self.api_key:
             check_api_key(key)
+        if self.incremental_streaming_output and self.cumulative_logprobs:
+            raise ConfigError(
+                "--incremental-streaming-output repeats nothing and --cumulative-logprobs repeats logprobs: give one",
+                param="cumulative_logprobs",
+            )
+
+    @property
+    def stream_form(self) -> StreamForm:
+        if self.incremental_streaming_output:
+            return StreamForm.INCREMENTAL
+        return StreamForm.CUMULATIVE if self.cumulative_logprobs else StreamForm.TEXT

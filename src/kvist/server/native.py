@@ -1,4 +1,4 @@
-"""/generate: SGLang's own API. One of `text` and `input_ids`, single or batched; streamed text is cumulative."""
+"""/generate: SGLang's own API. One of `text` and `input_ids`, single or batched."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import msgspec
 
 from kvist.errors import RequestError
+from kvist.request import TokenLogprobs
 from kvist.server.caller import Caller
+from kvist.server.config import StreamForm
 from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice, Delta
@@ -17,6 +19,7 @@ from kvist.server.respond import Job
 from kvist.server.sampling import (
     check_num_logprobs,
     check_seed,
+    check_shown_id,
     check_token_ids,
     num_choices,
     output_limit,
@@ -58,6 +61,8 @@ async def native_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
         several=batched or len(choices) > 1,
         logprobs=bool(request.return_logprob),
         with_report=request.kvist is not None and bool(request.kvist.report),
+        stream_form=gateway.config.stream_form,
+        rid=check_shown_id(request.rid, "rid"),
     )
     return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
 
@@ -102,26 +107,47 @@ def _limited(gateway: Gateway, fields: NativeSampling, token_ids: list[int], par
 
 
 class NativeFormat:
-    def __init__(self, *, several: bool, logprobs: bool, with_report: bool) -> None:
+    """Text and ids of an event are all so far, as SGLang's clients expect. Logprobs, far larger, are those of the new
+    tokens, and in a choice's last event all of them: a stream's size would grow with the square of its length."""
+
+    def __init__(self, *, several: bool, logprobs: bool, with_report: bool, stream_form: StreamForm, rid: str | None):
         self._several = several
         self._logprobs = logprobs
         self._with_report = with_report
+        self._stream_form = stream_form
+        self._rid = rid
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
-        return b"data: " + _json(self._answer(choice, finished=delta.finished)) + b"\n\n"
+        form, finished = self._stream_form, delta.finished
+        if form is StreamForm.INCREMENTAL:
+            answer = self._answer(choice, delta.text, delta.token_ids, delta.logprobs, finished=finished)
+        elif form is StreamForm.CUMULATIVE or finished:
+            answer = self._answer(choice, choice.text, choice.token_ids, choice.logprobs, finished=finished)
+        else:
+            answer = self._answer(choice, choice.text, choice.token_ids, delta.logprobs, finished=False)
+        return b"data: " + _json(answer) + b"\n\n"
 
     def closing(self, choices: Sequence[Choice]) -> bytes:
         del choices  # each one's last event has said everything
         return b"data: [DONE]\n\n"
 
     def whole(self, choices: Sequence[Choice]) -> bytes:
-        answers = [self._answer(choice, finished=True) for choice in choices]
+        answers = [self._answer(one, one.text, one.token_ids, one.logprobs, finished=True) for one in choices]
         return _json(answers if self._several else answers[0])
 
-    def _answer(self, choice: Choice, *, finished: bool) -> dict[str, object]:
-        """`finished`: this is the choice's last event. A choice may be ahead of its events when there are several."""
+    def _answer(
+        self,
+        choice: Choice,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs],
+        *,
+        finished: bool,
+    ) -> dict[str, object]:
+        """`logprobs` are of the last of `token_ids`. `finished`: this is the choice's last event. A choice may be
+        ahead of its events when there are several."""
         meta: dict[str, object] = {
-            "id": choice.request.request_id,
+            "id": self._id(choice),
             "finish_reason": _finish_reason(choice) if finished else None,
             "prompt_tokens": choice.request.num_prompt_tokens,
             "completion_tokens": len(choice.token_ids),
@@ -131,18 +157,23 @@ class NativeFormat:
         if self._logprobs:
             meta["output_token_logprobs"] = [
                 (finite(found.logprob), token_id, None)
-                for token_id, found in zip(choice.token_ids, choice.logprobs, strict=True)
+                for token_id, found in zip(token_ids[len(token_ids) - len(logprobs) :], logprobs, strict=True)
             ]
             meta["output_top_logprobs"] = [
                 [(finite(top), top_id, None) for top_id, top in zip(one.top_token_ids, one.top_logprobs, strict=True)]
-                for one in choice.logprobs
+                for one in logprobs
             ]
-        answer: dict[str, object] = {"text": choice.text, "output_ids": choice.token_ids, "meta_info": meta}
+        answer: dict[str, object] = {"text": text, "output_ids": token_ids, "meta_info": meta}
         if self._several:
             answer["index"] = choice.index
         if self._with_report and finished:
             answer["kvist"] = report([choice])
         return answer
+
+    def _id(self, choice: Choice) -> str:
+        if self._rid is None:
+            return choice.request.request_id
+        return f"{self._rid}_{choice.index}" if self._several else self._rid
 
 
 def _finish_reason(choice: Choice) -> dict[str, object]:

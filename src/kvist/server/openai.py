@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import msgspec
+from collections.abc import Sequence
 
-from kvist.errors import RequestError
+from kvist.errors import RequestError, UnsupportedField
 from kvist.server.caller import Caller
 from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import Gateway, template_options
@@ -22,13 +22,11 @@ from kvist.server.sampling import (
     token_lists,
 )
 from kvist.server.schemas import ChatRequest, CompletionRequest
+from kvist.text import Tokenizer
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 _CHAT = BodyDecoder(ChatRequest)
 _COMPLETION = BodyDecoder(CompletionRequest)
-_json = msgspec.json.Encoder().encode
-
-# ---------------------------------------------------------------- requests
 
 
 async def chat_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
@@ -64,9 +62,29 @@ async def completion_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
     choices = _choices(gateway, request, caller, prompts, job_id, num_logprobs)
     shape = Shape.of(gateway, request, job_id, "text_completion")
     form = CompletionFormat(
-        shape, tokenizer, logprobs=num_logprobs is not None, token_ids=bool(request.return_token_ids)
+        shape,
+        tokenizer,
+        logprobs=num_logprobs is not None,
+        token_ids=bool(request.return_token_ids),
+        echoes=_echoes(request, tokenizer, choices),
     )
     return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
+
+
+def _echoes(request: CompletionRequest, tokenizer: Tokenizer, choices: Sequence[Choice]) -> list[str]:
+    """The prompt of each choice as a text, where they are to begin with it."""
+    if not request.echo:
+        return []
+    if request.logprobs is not None:
+        message = "`echo` with `logprobs` needs logprobs of the prompt, which are not supported yet; give one of them"
+        raise UnsupportedField(message, param="echo")
+    texts = (
+        [request.prompt] if isinstance(request.prompt, str) else [one for one in request.prompt if isinstance(one, str)]
+    )
+    if not texts:
+        skip = request.skip_special_tokens is not False
+        return [tokenizer.decode(choice.request.prompt_token_ids, skip_special_tokens=skip) for choice in choices]
+    return [texts[choice.index * len(texts) // len(choices)] for choice in choices]
 
 
 async def _prompt_token_ids(gateway: Gateway, request: CompletionRequest) -> list[list[int]]:

@@ -12,6 +12,7 @@ from kvist.request import TokenLogprobs
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice, Delta
 from kvist.server.reporting import chat_logprobs, completion_logprobs, report, usage, usage_so_far
+from kvist.server.sampling import check_shown_id
 from kvist.server.schemas import ChatRequest, CompletionRequest, KvistOptions, StreamOptions
 from kvist.text import Tokenizer
 
@@ -36,7 +37,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
             message = "`kvist.usage` says more in `usage`, which a stream has with `stream_options.include_usage`"
             raise RequestError(message, param="kvist.usage")
         return Shape(
-            head={"id": job_id, "created": unix_time_s(), "model": gateway.model_name},
+            head={"id": _shown_id(request, job_id), "created": unix_time_s(), "model": gateway.model_name},
             kind=kind,
             include_usage=bool(asked.include_usage),
             continuous_usage=bool(asked.continuous_usage_stats),
@@ -64,6 +65,15 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         if self.include_report:
             body["kvist"] = report(choices)
         return _json(body)
+
+
+def _shown_id(request: ChatRequest | CompletionRequest, job_id: str) -> str:
+    """The client's own, by SGLang's name for it or by vLLM's."""
+    if request.rid is not None:
+        return check_shown_id(request.rid, "rid") or job_id
+    if request.request_id is not None:
+        return f"{job_id.partition('-')[0]}-{check_shown_id(request.request_id, 'request_id')}"
+    return job_id
 
 
 class _Format:
@@ -173,8 +183,12 @@ class _Untold:
 
 
 class CompletionFormat(_Format):
-    def __init__(self, shape: Shape, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool) -> None:
+    def __init__(
+        self, shape: Shape, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool, echoes: Sequence[str] = ()
+    ) -> None:
+        """`echoes`: by choice, the prompt that its text begins with; empty: none does."""
         super().__init__(shape, tokenizer, logprobs=logprobs, token_ids=token_ids)
+        self._echoes = echoes
         self._untold: dict[int, _Untold] = {}  # with logprobs
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
@@ -184,15 +198,16 @@ class CompletionFormat(_Format):
             before, after = self._shape.event_ends(self._shape.kind, b'{"index":%d,"text":' % choice.index)
             ends = self._ends[choice.index] = (before, after, b',"logprobs":null,"finish_reason":null' + after)
         before, after, after_text = ends
+        text = self._echoes[choice.index] + delta.text if first and self._echoes else delta.text
         if not delta.finished and self._only_text:
-            return before + _json(delta.text) + after_text  # without text too: a token is told when it is there
+            return before + _json(text) + after_text  # without text too: a token is told when it is there
         rest = self._rest(choice, delta, first=first)
         if self._logprobs:
             untold = self._untold.setdefault(choice.index, _Untold())
             untold.add(delta)
             rest["logprobs"] = completion_logprobs(self._tokenizer, *untold.take(finished=delta.finished))
         end = self._end(choice, after, len(delta.token_ids))
-        return b"".join((before, _json(delta.text), b",", _json(rest)[1:-1], end))
+        return b"".join((before, _json(text), b",", _json(rest)[1:-1], end))
 
     def closing(self, choices: Sequence[Choice]) -> bytes:
         return self._shape.closing(self._shape.kind, choices)
@@ -208,7 +223,7 @@ class CompletionFormat(_Format):
             logprobs = completion_logprobs(self._tokenizer, choice.token_ids, choice.logprobs, offsets)
         return {
             "index": choice.index,
-            "text": choice.text,
+            "text": self._echoes[choice.index] + choice.text if self._echoes else choice.text,
             "logprobs": logprobs,
             **_ending(choice),
             **self._whole_ids(choice),

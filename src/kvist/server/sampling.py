@@ -13,6 +13,7 @@ MAX_SEED = 2**63
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
+MAX_ID_CHARS = 256
 DRAWN_SEED = -1  # vLLM's and SGLang's way to ask for a seed of the server's choice
 _MAX_TEMPERATURE = 1e6  # flat already; far larger ones leave the range of float32
 _GREEDY_TEMPERATURE = 1e-5  # below it, dividing by it leaves that range; vLLM's limit
@@ -75,6 +76,13 @@ def check_seed(seed: int | None, param: str = "seed") -> int | None:
     rule = f"must be between 0 and {MAX_SEED - 1}, or -1 for a seed of the server's choice"
     _require(seed is None or -1 <= seed < MAX_SEED, param, rule, seed)
     return None if seed == DRAWN_SEED else seed
+
+
+def check_shown_id(given: str | None, param: str) -> str | None:
+    """An id of the client's choice, which the response repeats."""
+    rule = f"must have 1 to {MAX_ID_CHARS} characters"
+    _require(given is None or 0 < len(given) <= MAX_ID_CHARS, param, rule, 0 if given is None else len(given))
+    return given
 
 
 def check_num_logprobs(count: int | None, param: str) -> int | None:

@@ -96,6 +96,8 @@ class _Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     add_special_tokens: Annotated[
         bool | None, Honoured("whether the tokenizer puts its own tokens around the prompt")
     ] = None
+    request_id: Annotated[str | None, Honoured("the response's id, after `chatcmpl-` or `cmpl-`")] = None
+    rid: Annotated[str | None, Honoured("the response's id")] = None
     cache_salt: Salt = None
     kvist: Annotated[KvistOptions | None, Honoured("see `kvist.*`")] = None
 
@@ -115,6 +117,7 @@ class CompletionRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
         str | list[str | int | list[int]], Honoured("a text, several, token ids, or several lists of them")
     ]
     logprobs: Annotated[int | None, Honoured("logprobs of the output tokens, and 0 to 20 of the likeliest")] = None
+    echo: Annotated[bool | None, Honoured("the text begins with the prompt; not together with `logprobs`")] = None
 
 
 class NativeSampling(SamplingFields, forbid_unknown_fields=True, kw_only=True):
@@ -134,6 +137,7 @@ class NativeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     stream: Annotated[bool | None, Honoured("server-sent events; the text is cumulative")] = None
     return_logprob: Annotated[bool | None, Honoured("logprobs of the output tokens")] = None
     top_logprobs_num: Annotated[int | None, Honoured("0 to 20 of the likeliest tokens beside each")] = None
+    rid: Annotated[str | None, Honoured("the response's id; of several answers, with `_` and the index")] = None
     cache_salt: Salt = None
     kvist: Annotated[KvistOptions | None, Honoured("see `kvist.*`")] = None
 

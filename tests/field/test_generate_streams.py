@@ -1,0 +1,110 @@
+"""Streams of /generate: what each event repeats of those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvist.errors import ConfigError
+from kvist.server.config import ServerConfig
+
+BODY = {"text": "x", "stream": True, "return_logprob": True, "top_logprobs_num": 2}
+EOS = 256
+
+
+async def events(bench: Any, read_events: Callable[[Any], list[Any]], **fields: object) -> list[dict[str, Any]]:
+    *found, done = read_events(await bench.post("/generate", {**BODY, **fields}))
+    assert done == "[DONE]"
+    return found
+
+
+def logprobs(event: dict[str, Any]) -> list[int]:
+    """The ids whose logprobs an event has."""
+    meta = event["meta_info"]
+    assert len(meta["output_top_logprobs"]) == len(meta["output_token_logprobs"])
+    return [token_id for _, token_id, _ in meta["output_token_logprobs"]]
+
+
+@pytest.mark.case("logprobs-quadratic")
+async def test_an_event_has_the_logprobs_of_its_new_tokens_and_the_last_one_has_all(
+    bench: Any, read_events: Callable[[Any], list[Any]]
+) -> None:
+    found = await events(bench, read_events)
+    ids = found[-1]["output_ids"]
+    assert [logprobs(event) for event in found[:-1]] == [[token_id] for token_id in ids[:-1]]
+    assert logprobs(found[-1]) == ids
+    assert [event["text"] for event in found] == ["h", "he", "hel", "hell", "hello", "hello"]
+
+
+@pytest.mark.case("logprobs-quadratic")
+async def test_what_logprobs_add_to_a_stream_grows_with_its_length(bench: Any) -> None:
+    async def added(num_tokens: int) -> int:
+        bench.dispatcher.answer = "a" * num_tokens
+        body = {**BODY, "sampling_params": {"max_new_tokens": num_tokens}}
+        plain = {**body, "return_logprob": False, "top_logprobs_num": 0}
+        sizes = [len((await bench.post("/generate", one)).content) for one in (body, plain)]
+        return sizes[0] - sizes[1]
+
+    assert await added(160) < 2.1 * await added(80)
+
+
+async def test_every_event_repeats_all_logprobs_when_the_server_is_asked_to(
+    make_bench: Callable[..., Any], read_events: Callable[[Any], list[Any]]
+) -> None:
+    bench = make_bench(cumulative_logprobs=True)
+    found = await events(bench, read_events)
+    assert [len(logprobs(event)) for event in found] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_an_incremental_stream_repeats_nothing(
+    make_bench: Callable[..., Any], read_events: Callable[[Any], list[Any]]
+) -> None:
+    bench = make_bench(incremental_streaming_output=True)
+    bench.dispatcher.cuts = (2, 1)
+    found = await events(bench, read_events)
+    assert [event["text"] for event in found] == ["he", "l", "l", "o", ""]
+    assert [len(event["output_ids"]) for event in found] == [2, 1, 1, 1, 1]
+    assert [logprobs(event) for event in found] == [event["output_ids"] for event in found]
+    assert [event["meta_info"]["completion_tokens"] for event in found] == [2, 3, 4, 5, 6]
+
+
+def test_the_two_forms_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="give one"):
+        ServerConfig(incremental_streaming_output=True, cumulative_logprobs=True)
+
+
+async def test_a_response_has_the_id_that_the_client_gave(bench: Any, read_events: Callable[[Any], list[Any]]) -> None:
+    assert (await events(bench, read_events, rid="mine"))[0]["meta_info"]["id"] == "mine"
+    several = (await bench.post("/generate", {"text": ["a", "b"], "rid": "mine"})).json()
+    assert [answer["meta_info"]["id"] for answer in several] == ["mine_0", "mine_1"]
+    assert (await bench.chat(request_id="r")).json()["id"] == "chatcmpl-r"
+    assert (await bench.post("/v1/completions", {"prompt": "a", "request_id": "r"})).json()["id"] == "cmpl-r"
+    assert (await bench.post("/v1/completions", {"prompt": "a", "rid": "r"})).json()["id"] == "r"
+    ids = [request.request_id for request in bench.dispatcher.requests]
+    assert len(set(ids)) == len(ids), "two clients may choose the same id"
+    assert not any("mine" in one for one in ids)
+    assert (await bench.chat(rid="")).status_code == 400
+    assert (await bench.chat(request_id="x" * 257)).status_code == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_echo_begins_the_text_with_its_prompt(
+    bench: Any, read_events: Callable[[Any], list[Any]], stream: bool
+) -> None:
+    async def texts(**fields: object) -> list[str]:
+        response = await bench.post("/v1/completions", {"echo": True, "stream": stream, **fields})
+        if not stream:
+            return [choice["text"] for choice in response.json()["choices"]]
+        told: dict[int, str] = {}
+        for event in read_events(response)[:-1]:
+            for choice in event["choices"]:
+                told[choice["index"]] = told.get(choice["index"], "") + choice["text"]
+        return [told[index] for index in sorted(told)]
+
+    assert await texts(prompt="ab ", max_tokens=1) == ["ab h"]
+    assert await texts(prompt=["a ", "b "], n=2) == ["a hello", "a hello", "b hello", "b hello"]
+    ids = bench.dispatcher.tokenizer.encode("xy")
+    assert await texts(prompt=[ids, [*ids, EOS]]) == ["xyhello", "xyhello"]
+    assert await texts(prompt=[*ids, EOS], skip_special_tokens=False) == ["xy<|end|>hello"]
