@@ -6,6 +6,7 @@
     │   ├── PromptTooLong           more tokens than the model or the pool holds
     │   ├── UnknownModel            a model name that is not served (404)
     │   ├── BodyTooLarge            the HTTP body is over the limit (413)
+    │   ├── SlowBody                the HTTP body did not arrive in time (408)
     │   ├── Conflict                it contradicts what is so already (409)
     │   └── Unauthorized            the API key is missing or wrong (401)
     ├── Overloaded                  a bounded queue is full (429, retry later)
@@ -60,6 +61,11 @@ class UnknownModel(RequestError):
 class BodyTooLarge(RequestError):
     code = "body_too_large"
     http_status = 413
+
+
+class SlowBody(RequestError):
+    code = "body_timeout"
+    http_status = 408
 
 
 class Conflict(RequestError):

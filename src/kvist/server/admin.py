@@ -15,7 +15,7 @@ from kvist.errors import RequestError, Unavailable, error_from_wire
 from kvist.router.stream import WorkerSnapshot
 from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import Gateway, template_options
-from kvist.server.http import send_bytes, send_json
+from kvist.server.http import JSON_TYPE, Headers, send_bytes, send_json
 from kvist.server.sampling import check_token_ids, num_choices, token_lists
 from kvist.server.schemas import DetokenizeRequest, TokenizeRequest
 from kvist.server.worker_metrics import pages_by_state
@@ -77,9 +77,14 @@ class Admin:
     async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         """vLLM's and SGLang's: of one prompt, of several (then `tokens`, `count` and `token_strs` are lists), or of a
         chat."""
+        self._gateway.require_tokenizer()
+        answer, headers = await self._gateway.prepare(scope, receive, self._tokenized)
+        await send_bytes(send, answer, headers=[JSON_TYPE, *headers])
+
+    def _tokenized(self, body: bytes) -> tuple[bytes, Headers]:
         gateway = self._gateway
         tokenizer = gateway.require_tokenizer()
-        request, headers = _TOKENIZE.decode(await gateway.read_body(scope, receive))
+        request, headers = _TOKENIZE.decode(body)
         gateway.check_model(request.model)
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("give one of `prompt` and `messages`", param="prompt")
@@ -94,11 +99,9 @@ class Admin:
         if request.add_special_tokens is not None:
             add_special_tokens = request.add_special_tokens
         several = isinstance(texts, list)
-        num_choices(None, len(texts) if isinstance(texts, list) else 1, gateway.config.max_choices)
-        ids = [
-            await gateway.encode(text, add_special_tokens=add_special_tokens, param=param)
-            for text in (texts if isinstance(texts, list) else [texts or ""])
-        ]
+        texts = texts if isinstance(texts, list) else [texts or ""]
+        num_choices(None, len(texts), gateway.config.max_choices)
+        ids = gateway.encode_to_show(texts, add_special_tokens=add_special_tokens, param=param)
         spellings = (
             [[tokenizer.token_text(one) for one in tokens] for tokens in ids] if request.return_token_strs else None
         )
@@ -109,22 +112,31 @@ class Admin:
             "tokens": ids if several else ids[0],
             "token_strs": spellings if several or spellings is None else spellings[0],
         }
-        await send_json(send, answer, headers=headers)
+        return msgspec.json.encode(answer), headers
 
     async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The text under vLLM's name and under SGLang's; a list of texts for several lists of ids."""
-        tokenizer = self._gateway.require_tokenizer()
-        request, headers = _DETOKENIZE.decode(await self._gateway.read_body(scope, receive))
-        self._gateway.check_model(request.model)
+        self._gateway.require_tokenizer()
+        answer, headers = await self._gateway.prepare(scope, receive, self._detokenized)
+        await send_bytes(send, answer, headers=[JSON_TYPE, *headers])
+
+    def _detokenized(self, body: bytes) -> tuple[bytes, Headers]:
+        gateway = self._gateway
+        tokenizer = gateway.require_tokenizer()
+        request, headers = _DETOKENIZE.decode(body)
+        gateway.check_model(request.model)
         lists = token_lists(request.tokens) if request.tokens else [[]]
         if lists is None:
             raise RequestError("`tokens` mixes token ids and lists of token ids", param="tokens")
-        num_choices(None, len(lists), self._gateway.config.max_choices)
+        num_choices(None, len(lists), gateway.config.max_choices)
+        limit, num_tokens = gateway.max_tokens_shown(), sum(map(len, lists))
+        if num_tokens > limit:
+            raise RequestError(f"`tokens` holds {num_tokens} ids; at most {limit} are taken", param="tokens")
         for one in lists:
             check_token_ids(one, tokenizer.vocab_size, "tokens")
         texts = [tokenizer.decode(one, skip_special_tokens=bool(request.skip_special_tokens)) for one in lists]
         told = texts if request.tokens and isinstance(request.tokens[0], list) else texts[0]
-        await send_json(send, {"prompt": told, "text": told}, headers=headers)
+        return msgspec.json.encode({"prompt": told, "text": told}), headers
 
     async def server_info(self, scope: Scope, receive: Receive, send: Send) -> None:
         """`engine` is this worker's own engine (a router reads it to connect), null while it loads or on a router."""
@@ -150,7 +162,7 @@ class Admin:
         """GET tells of every worker's storage tier, PUT attaches a store to it, DELETE detaches it."""
         ask = AskStorage(call_id="", action=_STORAGE_ACTIONS[scope["method"]])
         if ask.action == "attach":
-            wish, _ = _STORE_WISH.decode(await self._gateway.read_body(scope, receive))
+            wish, _ = await self._gateway.prepare(scope, receive, _STORE_WISH.decode)
             ask = msgspec.structs.replace(ask, wish=wish)
         answers = await self._gateway.dispatcher.ask_storage(ask)
         if not answers:

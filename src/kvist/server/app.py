@@ -11,6 +11,7 @@ import logging
 import secrets
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
@@ -29,6 +30,7 @@ from kvist.server.native import native_job
 from kvist.server.openai import chat_job, completion_job
 from kvist.server.respond import Job, respond
 from kvist.server.sampling import MAX_SEED
+from kvist.server.work import BodyBudget, WorkPool
 from kvist.server.worker_metrics import worker_families
 from kvist.text import Tokenizer
 from kvist.wire import EngineHealth, EngineSpec
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no key
 _MAX_REQUEST_ID_CHARS = 128
+_FREE_BODY_BYTES = 64 << 10  # about what uvicorn reads ahead of us
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -69,6 +72,8 @@ def build_app(
         draw_seed=draw_seed,
         own_engine=own_engine,
         own_health=own_health,
+        work=WorkPool(num_threads=config.tokenizer_threads, max_jobs=config.max_concurrent_requests),
+        bodies=BodyBudget(limit_bytes=config.max_total_body_bytes, free_bytes=_FREE_BODY_BYTES),
     )
     return Front(Router(_routes(gateway)), config)
 
@@ -107,10 +112,10 @@ class _Raw:
         await self._endpoint(scope, receive, send)
 
 
-def _generation(gateway: Gateway, make_job: Callable[[Gateway, bytes, Caller], Awaitable[Job]]) -> Endpoint:
+def _generation(gateway: Gateway, make_job: Callable[[Gateway, Caller, bytes], Job]) -> Endpoint:
     async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
-        body = await gateway.read_body(scope, receive)
-        await respond(gateway, await make_job(gateway, body, caller_of(scope)), receive, send)
+        job = await gateway.prepare(scope, receive, partial(make_job, gateway, caller_of(scope)))
+        await respond(gateway, job, receive, send)
 
     return endpoint
 

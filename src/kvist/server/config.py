@@ -29,6 +29,19 @@ class ServerConfig:
     )
     served_model_name: str | None = option(None, "model name in the API; default: the model's own name")
     max_body_bytes: int = option(8 << 20, "largest HTTP body accepted", unit="bytes", minimum=1024)
+    max_total_body_bytes: int = option(
+        256 << 20,
+        "bytes that the bodies of all requests may hold while they are read and tokenised, the first 64 KiB of each "
+        "not counted; more get 429",
+        unit="bytes",
+        minimum=1024,
+    )
+    body_timeout_s: float = option(
+        60.0, "longest time a request's body may take to arrive; slower ones get 408", unit="s", minimum=0.001
+    )
+    tokenizer_threads: int = option(
+        2, "threads that tokenise long prompts, fill in chat templates and read large bodies", minimum=1, maximum=64
+    )
     max_concurrent_requests: int = option(
         1024, "generations open at once, each of a request's n counted; more get 429", minimum=1
     )

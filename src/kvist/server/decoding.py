@@ -18,6 +18,7 @@ import msgspec
 from kvist.errors import RequestError, UnsupportedField
 from kvist.server.fields import Honoured, Looker, Refused, classes_of
 from kvist.server.http import Headers
+from kvist.server.shape import check_shape
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -37,11 +38,14 @@ class BodyDecoder(Generic[T]):
         """The request, and the response header that names its fields without effect, where it has such."""
         if not body:
             raise RequestError("the request body is empty; it must be a JSON object")
+        check_shape(body)
         try:
             value = self._decoder.decode(body)
         except msgspec.ValidationError as error:
             raise self._invalid(str(error)) from error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except RecursionError as error:
+            raise RequestError("lists and objects of the request body are nested too deeply") from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"the request body is not valid JSON in UTF-8: {error}") from error
         ignored = dict.fromkeys(_without_effect(value, "", ""))
         return value, [(b"x-kvist-ignored", ", ".join(ignored).encode())] if ignored else []

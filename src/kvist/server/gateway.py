@@ -5,10 +5,11 @@ Its only state is the number of engine requests in flight, kept in `metrics` and
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from starlette.types import Receive, Scope
 
@@ -17,13 +18,17 @@ from kvist.errors import Overloaded, PromptTooLong, RequestError, Unavailable, U
 from kvist.metrics import GatewayMetrics
 from kvist.server.config import ServerConfig
 from kvist.server.generation import Dispatcher
-from kvist.server.http import read_body
+from kvist.server.http import cancelled_on_disconnect, read_body
 from kvist.server.schemas import ChatMessage, ChatRequest, TokenizeRequest
-from kvist.text import Tokenizer
+from kvist.server.work import INLINE_BYTES, BodyBudget, WorkPool
+from kvist.text import Tokenizer, encode_up_to
 from kvist.wire import EngineHealth, EngineSpec
 
-_INLINE_CHARS = 4096  # longer texts are tokenised on a thread (about 1 µs a character, without the GIL)
+T = TypeVar("T")
+
 _MAX_CHARS_PER_TOKEN = 256  # no vocabulary we serve has longer tokens; protects the tokenizer from hopeless prompts
+_MAX_TOKENS_SHOWN = 1 << 18  # where the model's context is smaller
+_MAX_JOB_TOKENS = 1 << 20  # prompt tokens that one request may send to engines, each answer's counted
 _TEMPLATE_OWN_NAMES = frozenset({"messages", "add_generation_prompt"})
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -39,6 +44,8 @@ class Gateway:
     draw_seed: Callable[[], int]
     own_engine: Callable[[], EngineSpec | None]
     own_health: Callable[[], EngineHealth | None]
+    work: WorkPool
+    bodies: BodyBudget
 
     def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -48,12 +55,27 @@ class Gateway:
             )
         return self.tokenizer
 
-    async def read_body(self, scope: Scope, receive: Receive) -> bytes:
+    async def prepare(self, scope: Scope, receive: Receive, make: Callable[[bytes], T]) -> T:
+        """Reads the body and makes of it what the endpoint needs, on a thread when it is long. The body is let go of
+        before the request waits for anything else. `make` must not touch what belongs to the event loop."""
         config = self.config
-        return await read_body(scope, receive, limit_bytes=config.max_body_bytes, timeout_s=config.request_timeout_s)
+        with self.bodies.open() as share:
+            body = await read_body(
+                scope, receive, share, limit_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s
+            )
+            if len(body) <= INLINE_BYTES:
+                return make(body)
+            self.check_room(1)
+            async with cancelled_on_disconnect(receive):
+                return await self.work.run(partial(make, body))
 
     def max_model_len(self) -> int:
         return self._spec().max_model_len
+
+    def max_tokens_shown(self) -> int:
+        """By /tokenize and /detokenize, which also serve to see by how much a text is too long."""
+        spec = self.dispatcher.model()
+        return max(_MAX_TOKENS_SHOWN, spec.max_model_len if spec is not None else 0)
 
     def vocab_size(self) -> int:
         """The model's: it may be padded beyond the tokenizer's, and may answer with such an id."""
@@ -78,28 +100,69 @@ class Gateway:
     @contextlib.contextmanager
     def admit(self, num_choices: int) -> Iterator[None]:
         """Takes places for engine requests, or raises `Overloaded` at once: the gateway has no queue of its own."""
-        limit = self.config.max_concurrent_requests
-        if self.metrics.num_requests + num_choices > limit:
-            raise Overloaded(
-                f"{self.metrics.num_requests} generations are open and {num_choices} more would be over the limit of "
-                f"{limit} (--max-concurrent-requests)"
-            )
+        self.check_room(num_choices)
         self.metrics.num_requests += num_choices
         try:
             yield
         finally:
             self.metrics.num_requests -= num_choices
 
-    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        tokenizer, limit = self.require_tokenizer(), self.max_model_len()
-        if len(text) > limit * _MAX_CHARS_PER_TOKEN:
+    def check_room(self, num_choices: int) -> None:
+        limit = self.config.max_concurrent_requests
+        if self.metrics.num_requests + num_choices > limit:
+            raise Overloaded(
+                f"{self.metrics.num_requests} generations are open and {num_choices} more would be over the limit of "
+                f"{limit} (--max-concurrent-requests)"
+            )
+
+    def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        """Token ids of a prompt. A long text is tokenised only until it is known to be too long."""
+        limit = self.max_model_len()
+        ids = self._encode_up_to(text, limit, add_special_tokens)
+        if ids is None:
             raise PromptTooLong(
-                f"the prompt has {len(text)} characters; this model holds {limit} tokens, prompt and answer together",
+                f"the prompt of {len(text)} characters has over {limit} tokens, more than this model holds, prompt and "
+                "answer together",
                 param=param,
             )
-        if len(text) <= _INLINE_CHARS:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return ids
+
+    def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool, param: str) -> list[list[int]]:
+        """The same of several prompts of one request."""
+        found: list[list[int]] = []
+        num_tokens = 0
+        for text in texts:
+            found.append(self.encode(text, add_special_tokens=add_special_tokens, param=param))
+            num_tokens += len(found[-1])
+            self.check_job_tokens(num_tokens, param)
+        return found
+
+    def encode_to_show(self, texts: Sequence[str], *, add_special_tokens: bool, param: str) -> list[list[int]]:
+        """The same for people, who may want to see by how much a prompt is too long."""
+        found: list[list[int]] = []
+        limit = room = self.max_tokens_shown()
+        for text in texts:
+            ids = self._encode_up_to(text, room, add_special_tokens)
+            room -= 0 if ids is None else len(ids)
+            if ids is None or room < 0:
+                raise RequestError(f"`{param}` has over {limit} tokens, the most that are shown", param=param)
+            found.append(ids)
+        return found
+
+    def _encode_up_to(self, text: str, max_tokens: int, add_special_tokens: bool) -> list[int] | None:
+        if len(text) > max_tokens * _MAX_CHARS_PER_TOKEN:
+            return None
+        return encode_up_to(self.require_tokenizer(), text, max_tokens, add_special_tokens=add_special_tokens)
+
+    def check_job_tokens(self, num_tokens: int, param: str) -> None:
+        """Of all prompts of one request, as often as they are sent to engines."""
+        limit = max(_MAX_JOB_TOKENS, self.max_model_len())
+        if num_tokens > limit:
+            raise RequestError(
+                f"the request's prompts, counted once for each answer, have over {limit} tokens: ask for fewer answers "
+                "at once",
+                param=param,
+            )
 
     def chat_prompt(
         self,
@@ -119,7 +182,8 @@ class Gateway:
         if not messages:
             raise RequestError("`messages` is empty", param="messages")
         plain = [_plain_message(message, f"messages[{index}]", tokenizer) for index, message in enumerate(messages)]
-        return template.render(plain, add_generation_prompt=add_generation_prompt, options=options)
+        limit = self.max_model_len() * _MAX_CHARS_PER_TOKEN
+        return template.render(plain, add_generation_prompt=add_generation_prompt, options=options, max_chars=limit)
 
 
 def template_options(request: ChatRequest | TokenizeRequest) -> dict[str, object]:

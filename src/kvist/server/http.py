@@ -9,12 +9,14 @@ from contextlib import asynccontextmanager
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from kvist.errors import BodyTooLarge, KvistError, RequestError, Timeout
+from kvist.errors import BodyTooLarge, KvistError, RequestError, SlowBody
+from kvist.server.work import BodyShare
 
 Headers = Sequence[tuple[bytes, bytes]]
 
 _DEFAULT_RETRY_AFTER_S = 1.0
 _MAX_ERROR_CHARS = 2000
+_MAX_LENGTH_DIGITS = 18  # of a declared length; more than any limit has
 JSON_TYPE = (b"content-type", b"application/json")
 
 
@@ -27,20 +29,22 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return next((value for key, value in headers if key == name), None)
 
 
-async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int, timeout_s: float) -> bytes:
-    """The whole body. Raises `BodyTooLarge` as soon as it is known to be, `ClientGone` when it breaks off, `Timeout`
-    when it does not arrive in time."""
+async def read_body(scope: Scope, receive: Receive, share: BodyShare, *, limit_bytes: int, timeout_s: float) -> bytes:
+    """The whole body. Raises `BodyTooLarge` as soon as it is known to be, `Overloaded` when the server holds too many
+    bytes of bodies already, `ClientGone` when it breaks off, `SlowBody` when it does not arrive in time."""
     declared = header(scope, b"content-length")
-    if declared is not None and declared.isdigit() and int(declared) > limit_bytes:
-        raise _too_large(limit_bytes)
+    if declared is not None and declared.isdigit():
+        if len(declared) > _MAX_LENGTH_DIGITS or int(declared) > limit_bytes:
+            raise _too_large(limit_bytes)
+        share.grow_to(int(declared))  # all of it, so that bodies that have begun can end
     try:
         async with asyncio.timeout(timeout_s):
-            return await _collect_body(receive, limit_bytes)
+            return await _collect_body(receive, share, limit_bytes)
     except TimeoutError as error:
-        raise Timeout(f"the request body did not arrive within {timeout_s:g} s") from error
+        raise SlowBody(f"the request body did not arrive within {timeout_s:g} s (--body-timeout-s)") from error
 
 
-async def _collect_body(receive: Receive, limit_bytes: int) -> bytes:
+async def _collect_body(receive: Receive, share: BodyShare, limit_bytes: int) -> bytes:
     pieces, num_bytes = [], 0
     while True:
         message = await receive()
@@ -50,6 +54,7 @@ async def _collect_body(receive: Receive, limit_bytes: int) -> bytes:
         num_bytes += len(piece)
         if num_bytes > limit_bytes:
             raise _too_large(limit_bytes)
+        share.grow_to(num_bytes)
         pieces.append(piece)
         if not message.get("more_body", False):
             return b"".join(pieces)

@@ -6,11 +6,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from kvist.request import EngineRequest, RequestId
 from kvist.server.caller import Caller
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice
-from kvist.server.sampling import MAX_SEED, num_choices, sampling_params, stop_strings
+from kvist.server.sampling import MAX_SEED, num_choices, salt_digest, sampling_params, stop_ids, stop_strings
 from kvist.server.schemas import SamplingFields
 
 
@@ -42,24 +44,26 @@ def make_choices(gateway: Gateway, plan: Plan) -> list[Choice]:
     """Answers in the order of OpenAI's `index`: all of the first prompt, then all of the second. Raises `RequestError`
     for anything the fields have wrong."""
     num_repeats = num_choices(plan.fields.n, len(plan.prompts), gateway.config.max_choices)
+    gateway.check_job_tokens(num_repeats * sum(len(prompt.token_ids) for prompt in plan.prompts), "n")
     tokenizer, stops = gateway.require_tokenizer(), stop_strings(plan.fields.stop)
+    stop_token_ids, salt = stop_ids(plan.fields, gateway.vocab_size()), salt_digest(plan.cache_salt)
     first_seed = gateway.draw_seed() if plan.seed is None else plan.seed
     choices: list[Choice] = []
     for prompt in plan.prompts:
+        sampling = sampling_params(
+            plan.fields,
+            max_tokens=prompt.max_tokens,
+            min_tokens=plan.min_tokens or 0,
+            num_logprobs=plan.num_logprobs,
+            stop_token_ids=stop_token_ids,
+        )
         for repeat in range(num_repeats):
             index = len(choices)
             request = EngineRequest(
                 request_id=RequestId(f"{plan.job_id}-{index}"),
                 prompt_token_ids=prompt.token_ids,
-                sampling=sampling_params(
-                    plan.fields,
-                    seed=(first_seed + repeat) % MAX_SEED,
-                    max_tokens=prompt.max_tokens,
-                    min_tokens=plan.min_tokens or 0,
-                    num_logprobs=plan.num_logprobs,
-                    vocab_size=gateway.vocab_size(),
-                ),
-                cache_salt=plan.cache_salt or "",
+                sampling=msgspec.structs.replace(sampling, seed=(first_seed + repeat) % MAX_SEED),
+                cache_salt=salt,
             )
             choice = Choice(
                 request,

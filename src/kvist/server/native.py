@@ -34,13 +34,13 @@ _WHERE = "sampling_params."
 _json = msgspec.json.Encoder().encode
 
 
-async def native_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
+def native_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
     """Raises `RequestError` for anything the request has wrong."""
     gateway.require_tokenizer()
     request, headers = _NATIVE.decode(body)
     gateway.check_model(request.model)
     fields = request.sampling_params or NativeSampling()
-    token_lists, batched, param = await _prompts(gateway, request, fields)
+    token_lists, batched, param = _prompts(gateway, request, fields)
     top_logprobs = check_num_logprobs(request.top_logprobs_num or 0, "top_logprobs_num")
     if request.top_logprobs_num and not request.return_logprob:
         raise RequestError("`top_logprobs_num` needs `return_logprob` to be true", param="top_logprobs_num")
@@ -67,9 +67,7 @@ async def native_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
     return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
 
 
-async def _prompts(
-    gateway: Gateway, request: NativeRequest, fields: NativeSampling
-) -> tuple[list[list[int]], bool, str]:
+def _prompts(gateway: Gateway, request: NativeRequest, fields: NativeSampling) -> tuple[list[list[int]], bool, str]:
     """Token ids of every prompt, whether they came as a batch, and the field they came in."""
     if (request.text is None) == (request.input_ids is None):
         raise RequestError("give one of `text` and `input_ids`", param="text")
@@ -77,13 +75,17 @@ async def _prompts(
         texts = [request.text] if isinstance(request.text, str) else request.text
         _require_some(texts, "text")
         num_choices(fields.n, len(texts), gateway.config.max_choices)
-        encoded = [await gateway.encode(text, add_special_tokens=True, param="text") for text in texts]
-        return encoded, not isinstance(request.text, str), "text"
+        return (
+            gateway.encode_all(texts, add_special_tokens=True, param="text"),
+            not isinstance(request.text, str),
+            "text",
+        )
     ids = request.input_ids or []
     _require_some(ids, "input_ids")
     found = token_lists(ids)
     if found is None:
         raise RequestError("`input_ids` mixes token ids and lists of token ids", param="input_ids")
+    num_choices(fields.n, len(found), gateway.config.max_choices)
     for one in found:
         check_token_ids(one, gateway.vocab_size(), "input_ids")
     return found, isinstance(ids[0], list), "input_ids"

@@ -29,7 +29,7 @@ _CHAT = BodyDecoder(ChatRequest)
 _COMPLETION = BodyDecoder(CompletionRequest)
 
 
-async def chat_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
+def chat_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
     """Raises `RequestError` for anything the request has wrong."""
     tokenizer = gateway.require_tokenizer()
     request, headers = _CHAT.decode(body)
@@ -38,7 +38,7 @@ async def chat_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
         raise RequestError("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
     num_logprobs = check_num_logprobs(request.top_logprobs or 0, "top_logprobs") if request.logprobs else None
     text = gateway.chat_prompt(request.messages, options=template_options(request))
-    prompt_ids = await gateway.encode(text, add_special_tokens=bool(request.add_special_tokens), param="messages")
+    prompt_ids = gateway.encode(text, add_special_tokens=bool(request.add_special_tokens), param="messages")
     prompts = [_prompt(gateway, request, prompt_ids, default=None, name="messages")]
     job_id = new_job_id("chatcmpl")
     choices = _choices(gateway, request, caller, prompts, job_id, num_logprobs)
@@ -48,7 +48,7 @@ async def chat_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
     return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
 
 
-async def completion_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
+def completion_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
     """Raises `RequestError` for anything the request has wrong."""
     tokenizer = gateway.require_tokenizer()
     request, headers = _COMPLETION.decode(body)
@@ -56,7 +56,7 @@ async def completion_job(gateway: Gateway, body: bytes, caller: Caller) -> Job:
     num_logprobs = check_num_logprobs(request.logprobs, "logprobs")
     prompts = [
         _prompt(gateway, request, token_ids, default=_DEFAULT_COMPLETION_TOKENS, name="prompt")
-        for token_ids in await _prompt_token_ids(gateway, request)
+        for token_ids in _prompt_token_ids(gateway, request)
     ]
     job_id = new_job_id("cmpl")
     choices = _choices(gateway, request, caller, prompts, job_id, num_logprobs)
@@ -87,11 +87,11 @@ def _echoes(request: CompletionRequest, tokenizer: Tokenizer, choices: Sequence[
     return [texts[choice.index * len(texts) // len(choices)] for choice in choices]
 
 
-async def _prompt_token_ids(gateway: Gateway, request: CompletionRequest) -> list[list[int]]:
+def _prompt_token_ids(gateway: Gateway, request: CompletionRequest) -> list[list[int]]:
     """A text, several texts, token ids, or several lists of them; never a mixture."""
     prompt, add_special_tokens = request.prompt, request.add_special_tokens is not False
     if isinstance(prompt, str):
-        return [await gateway.encode(prompt, add_special_tokens=add_special_tokens, param="prompt")]
+        return [gateway.encode(prompt, add_special_tokens=add_special_tokens, param="prompt")]
     if not prompt:
         raise RequestError("`prompt` is an empty list", param="prompt")
     num_choices(request.n, 1 if isinstance(prompt[0], int) else len(prompt), gateway.config.max_choices)
@@ -100,7 +100,7 @@ async def _prompt_token_ids(gateway: Gateway, request: CompletionRequest) -> lis
         texts = [item for item in prompt if isinstance(item, str)]
         if len(texts) < len(prompt):
             raise RequestError("`prompt` mixes texts, token ids and lists of token ids; use one kind", param="prompt")
-        return [await gateway.encode(text, add_special_tokens=add_special_tokens, param="prompt") for text in texts]
+        return gateway.encode_all(texts, add_special_tokens=add_special_tokens, param="prompt")
     for one in found:
         check_token_ids(one, gateway.vocab_size(), "prompt")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import cast
 
 from kvist.errors import PromptTooLong, RequestError
@@ -15,14 +16,22 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_ID_CHARS = 256
 DRAWN_SEED = -1  # vLLM's and SGLang's way to ask for a seed of the server's choice
+MAX_SALT_BYTES = 256
+_SALT_DIGEST_BYTES = 16
 _MAX_TEMPERATURE = 1e6  # flat already; far larger ones leave the range of float32
 _GREEDY_TEMPERATURE = 1e-5  # below it, dividing by it leaves that range; vLLM's limit
 
 
 def sampling_params(
-    fields: SamplingFields, *, seed: int, max_tokens: int, min_tokens: int, num_logprobs: int | None, vocab_size: int
+    fields: SamplingFields,
+    *,
+    max_tokens: int,
+    min_tokens: int,
+    num_logprobs: int | None,
+    stop_token_ids: tuple[int, ...],
 ) -> SamplingParams:
-    """`max_tokens` and `num_logprobs` have been checked; the rest is checked here. Raises `RequestError`."""
+    """Without a seed. `max_tokens`, `num_logprobs` and the ids have been checked; the rest is checked here. Raises
+    `RequestError`."""
     temperature = 1.0 if fields.temperature is None else fields.temperature
     top_p = 1.0 if fields.top_p is None else fields.top_p
     min_p = 0.0 if fields.min_p is None else fields.min_p
@@ -35,8 +44,6 @@ def sampling_params(
     _require(
         0 <= min_tokens <= max_tokens, "min_tokens", f"must be between 0 and max_tokens ({max_tokens})", min_tokens
     )
-    stop_token_ids = fields.stop_token_ids or []
-    check_token_ids(stop_token_ids, vocab_size, "stop_token_ids")
     greedy = temperature < _GREEDY_TEMPERATURE or top_p == 0  # no probability but the first: the likeliest token alone
     return SamplingParams(
         max_tokens=max_tokens,
@@ -44,10 +51,9 @@ def sampling_params(
         top_k=max(top_k, 0),
         top_p=top_p or 1.0,
         min_p=min_p,
-        seed=seed,
         min_tokens=min_tokens,
         ignore_eos=bool(fields.ignore_eos),
-        stop_token_ids=tuple(stop_token_ids),
+        stop_token_ids=stop_token_ids,
         num_logprobs=num_logprobs,
     )
 
@@ -88,6 +94,22 @@ def check_shown_id(given: str | None, param: str) -> str | None:
 def check_num_logprobs(count: int | None, param: str) -> int | None:
     _require(count is None or 0 <= count <= MAX_TOP_LOGPROBS, param, f"must be 0 to {MAX_TOP_LOGPROBS}", count)
     return count
+
+
+def stop_ids(fields: SamplingFields, vocab_size: int) -> tuple[int, ...]:
+    """Each once."""
+    asked = fields.stop_token_ids or []
+    check_token_ids(asked, vocab_size, "stop_token_ids")
+    return tuple(dict.fromkeys(asked))
+
+
+def salt_digest(cache_salt: str | None) -> str:
+    """What stands for the client's salt from here on: of one length, however long the salt is; empty for none."""
+    if not cache_salt:
+        return ""
+    salt = cache_salt.encode()
+    _require(len(salt) <= MAX_SALT_BYTES, "cache_salt", f"may have {MAX_SALT_BYTES} bytes in UTF-8", len(salt))
+    return blake2b(salt, digest_size=_SALT_DIGEST_BYTES, person=b"kvist salt").hexdigest()
 
 
 def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:

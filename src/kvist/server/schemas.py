@@ -12,8 +12,10 @@ import msgspec
 
 from kvist.server.fields import Advisory, Honoured, KnownFields, Refused
 
-TemplateOptions = Annotated[dict[str, object] | None, Honoured("names that the chat template reads; any JSON")]
-Salt = Annotated[str | None, Honoured("prompts with different salts share no cached page")]
+StopTokenIds = Annotated[list[int], msgspec.Meta(max_length=256)]  # each one is looked for after every token
+TemplateNames = Annotated[dict[str, object], msgspec.Meta(max_length=64)]
+TemplateOptions = Annotated[TemplateNames | None, Honoured("names that the chat template reads; any JSON")]
+Salt = Annotated[str | None, Honoured("prompts with different salts share no cached page; at most 256 bytes")]
 _NO_TOOLS = "tool calling is not supported yet; write calls and results into the messages as text"
 _NO_MEDIA = "only text is taken"
 
@@ -65,6 +67,10 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     prefix: Annotated[object, Refused("`continue_final_message` of the request does it", (False,))] = None
 
 
+# A template's time may grow with their square.
+Messages = Annotated[list[ChatMessage], msgspec.Meta(max_length=4096)]
+
+
 class SamplingFields(KnownFields, forbid_unknown_fields=True, kw_only=True):
     """What OpenAI's requests and SGLang's `sampling_params` have in common."""
 
@@ -74,7 +80,7 @@ class SamplingFields(KnownFields, forbid_unknown_fields=True, kw_only=True):
     top_k: Annotated[int | None, Honoured("0 and -1: off")] = None
     min_p: Annotated[float | None, Honoured("0: off")] = None
     stop: Annotated[str | list[str] | None, Honoured("up to 16 strings")] = None
-    stop_token_ids: Annotated[list[int] | None, Honoured("tokens that end the answer")] = None
+    stop_token_ids: Annotated[StopTokenIds | None, Honoured("tokens that end the answer, up to 256")] = None
     ignore_eos: Annotated[bool | None, Honoured("end-of-sequence tokens do not end the answer")] = None
     skip_special_tokens: Annotated[bool | None, Honoured("false: the text shows special tokens")] = None
     include_stop_str_in_output: Annotated[bool | None, Honoured("the text ends with what stopped it")] = None
@@ -103,7 +109,7 @@ class _Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
 
 
 class ChatRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
-    messages: Annotated[list[ChatMessage], Honoured("see `messages[].*`")]
+    messages: Annotated[Messages, Honoured("see `messages[].*`")]
     logprobs: Annotated[bool | None, Honoured("logprobs of the output tokens")] = None
     top_logprobs: Annotated[int | None, Honoured("0 to 20 of the likeliest tokens beside each")] = None
     chat_template_kwargs: TemplateOptions = None
@@ -146,7 +152,7 @@ class TokenizeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     """One of `prompt` and `messages`."""
 
     prompt: Annotated[str | list[str] | None, Honoured("a text, or several")] = None
-    messages: Annotated[list[ChatMessage] | None, Honoured("see `messages[].*`")] = None
+    messages: Annotated[Messages | None, Honoured("see `messages[].*`")] = None
     add_special_tokens: Annotated[
         bool | None, Honoured("whether the tokenizer puts its own tokens around the prompt")
     ] = None

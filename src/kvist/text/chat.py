@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
@@ -17,7 +18,9 @@ import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
 
-from kvist.errors import ModelLoadError, RequestError
+from kvist.errors import ModelLoadError, PromptTooLong, RequestError
+
+_MAX_PIECES = 1 << 19  # what a template writes at once, mostly a few for each message: bounds its loops
 
 Message = Mapping[str, object]  # role, content, and whatever else the template reads
 
@@ -84,20 +87,36 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         options: Mapping[str, object] | None = None,
+        max_chars: int = sys.maxsize,
     ) -> str:
         """The prompt text. `continue_final_message`: it ends with the final message's content, for the model to go on
-        from there. `options` are extra names for the template (`enable_thinking`...). Raises `RequestError`."""
+        from there. `options` are extra names for the template (`enable_thinking`...). Raises `RequestError`, and
+        `PromptTooLong` as soon as the text has more than `max_chars`."""
         if continue_final_message:
             messages = [*messages[:-1], _open_ended(messages[-1])]
         names = {"tools": None, "documents": None, **self._special_tokens, **(options or {})}
         names |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         try:
-            text = self._template.render(names)
+            text = self._render(names, max_chars)
+        except PromptTooLong:
+            raise
         except Exception as error:  # a template may do anything
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
         return _up_to_final(text) if continue_final_message else text
+
+    def _render(self, names: Mapping[str, object], max_chars: int) -> str:
+        pieces: list[str] = []
+        num_chars = 0
+        for piece in self._template.generate(names):
+            pieces.append(piece)
+            num_chars += len(piece)
+            if num_chars > max_chars or len(pieces) > _MAX_PIECES:
+                raise PromptTooLong(
+                    "the model's chat template makes a prompt of these messages that is far too long", param="messages"
+                )
+        return "".join(pieces)
 
 
 def _open_ended(message: Message) -> Message:

@@ -51,7 +51,7 @@ class Tokenizer:
         """`no_chat_template`: why chats are refused, when there is none. `content_is_text`: special tokens that are
         spelled in the content of a chat are plain text (`protect`)."""
         self._backend = backend
-        self._alphabet = alphabet
+        self.alphabet = alphabet
         self._prompt_start_id = prompt_start_id
         self.chat_template = chat_template
         self.no_chat_template = no_chat_template
@@ -105,7 +105,7 @@ class Tokenizer:
         spelling = self._backend.id_to_token(token_id) if token_id >= 0 else None
         if spelling is None:
             return b""
-        if self._alphabet is Alphabet.BYTE_LEVEL:
+        if self.alphabet is Alphabet.BYTE_LEVEL:
             if all(char in _BYTE_OF for char in spelling):
                 return bytes(_BYTE_OF[char] for char in spelling)
             return spelling.encode("utf-8")
