@@ -1,0 +1,323 @@
+"""The gateway's work for one request is bounded in time and memory, and holds up no other client's stream."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from kvist.request import EngineRequest, EpochId, FinishReason, TokenLogprobs, WorkerId
+from kvist.router.stream import StreamPart
+from kvist.server.app import build_app
+from kvist.server.config import ServerConfig
+from kvist.text.chat import ChatTemplate
+from kvist.text.tokenizer import Alphabet, Tokenizer
+from kvist.wire import EngineSpec, TokenChunk
+
+BODY_BYTES = 8 << 20
+MAX_HOLD_S = 0.05
+JSON = {"content-type": "application/json"}
+WORKER = WorkerId("w:1")
+SPEC = EngineSpec(
+    worker_id=WORKER,
+    epoch=EpochId("e"),
+    role="unified",
+    endpoint="tcp://127.0.0.1:1",
+    model_fingerprint="f",
+    model_name="tiny",
+    vocab_size=300,
+    max_model_len=8192,
+    page_size=16,
+    num_pages=1000,
+    namespace="n",
+    dtype="fp32",
+    tp_size=1,
+    max_running_requests=8,
+    max_queued_requests=8,
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|end|>", normalized=False)])
+    template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", special_tokens={})
+    return Tokenizer(backend, alphabet=Alphabet.BYTE_LEVEL, chat_template=template)
+
+
+@dataclass
+class Engine:
+    """Answers `num_tokens` tokens, each with `num_logprobs` likely ones where they are asked for."""
+
+    num_tokens: int = 3
+    spec: EngineSpec = SPEC
+    requests: list[EngineRequest] = field(default_factory=list)
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
+        self.requests.append(request)
+        count = min(self.num_tokens, request.sampling.max_tokens)
+        top = request.sampling.num_logprobs
+        found = None if top is None else _logprobs(top)
+        for position in range(count):
+            chunk = TokenChunk(
+                request_id=request.request_id,
+                position=position,
+                token_ids=(65 + position % 26,),
+                logprobs=None if found is None else (found,),
+                finish_reason=FinishReason.LENGTH if position + 1 == count else None,
+                num_cached_tokens=0 if position == 0 else None,
+            )
+            yield StreamPart(chunk=chunk, prefill_worker=WORKER, decode_worker=WORKER)
+            if position % 64 == 0:
+                await asyncio.sleep(0)
+
+    def model(self) -> EngineSpec:
+        return self.spec
+
+    def ready(self) -> bool:
+        return True
+
+
+def _logprobs(count: int) -> TokenLogprobs:
+    return TokenLogprobs(logprob=-0.5, top_token_ids=tuple(range(40, 40 + count)), top_logprobs=(-0.5,) * count)
+
+
+@asynccontextmanager
+async def server(engine: Engine | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+    app: Any = build_app(
+        dispatcher=engine or Engine(),  # type: ignore[arg-type]  # what generation needs of one
+        tokenizer=byte_tokenizer(),
+        config=replace(ServerConfig(), **settings),
+        model_name="tiny",
+    )
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://127.0.0.1", headers=JSON, timeout=60
+    ) as client:
+        yield client
+
+
+class LoopWatch:
+    """The longest time for which the event loop could not run, as far as this process was the reason: time in which
+    other processes had the processors is not counted."""
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+
+    async def watch(self) -> None:
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        while True:
+            await asyncio.sleep(0.001)
+            now_s, now_cpu_s = time.perf_counter(), time.process_time()
+            self.longest_s = max(self.longest_s, min(now_s - wall_s, now_cpu_s - cpu_s))
+            wall_s, cpu_s = now_s, now_cpu_s
+
+
+@asynccontextmanager
+async def loop_watch() -> AsyncIterator[LoopWatch]:
+    watch = LoopWatch()
+    gc.collect()
+    gc.freeze()  # as a server does; a collection of all that the tests have imported would be counted
+    task = asyncio.create_task(watch.watch())
+    await asyncio.sleep(0.01)
+    try:
+        yield watch
+        await asyncio.sleep(0.005)
+    finally:
+        task.cancel()
+        gc.unfreeze()
+
+
+async def test_the_watch_sees_a_loop_that_is_held() -> None:
+    async with loop_watch() as watch:
+        end_s = time.process_time() + 0.06
+        while time.process_time() < end_s:
+            pass
+    assert watch.longest_s > 0.05
+
+
+def filled(start: str, item: str, end: str, num_bytes: int = BODY_BYTES) -> bytes:
+    """JSON of about so many bytes: `item` repeated between `start` and `end`."""
+    count = (num_bytes - len(start) - len(end)) // len(item.encode())
+    return (start + item * count).encode().rstrip(b",") + end.encode()
+
+
+EMPTY_MESSAGE = '{"role":"user","content":""},'
+ONE_MESSAGE = '{"messages":[{"role":"user","content":"'
+IDS = '{"prompt":"x","n":128,"stop_token_ids":['
+HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "stop ids": ("/v1/completions", lambda: filled(IDS, "5,", "]}", 3 << 20)),
+    "some stop ids": ("/v1/completions", lambda: filled(IDS, "5,", "]}", 2000)),
+    "empty messages": ("/v1/chat/completions", lambda: filled('{"messages":[', EMPTY_MESSAGE, "]}")),
+    "some messages": ("/v1/chat/completions", lambda: filled('{"messages":[', EMPTY_MESSAGE, "]}", 1 << 20)),
+    "ids to detokenize": ("/detokenize", lambda: filled('{"tokens":[', "1,", "]}")),
+    "some ids to detokenize": ("/detokenize", lambda: filled('{"tokens":[', "1,", "]}", 1 << 20)),
+    "prompts of one token": ("/v1/completions", lambda: filled('{"prompt":[', "[1],", "]}")),
+    "batch of one token": ("/generate", lambda: filled('{"input_ids":[', "[1],", "]}")),
+    "texts": ("/v1/completions", lambda: filled('{"prompt":[', '"ab",', "]}")),
+    "logit bias": ("/v1/completions", lambda: bias(700_000)),
+    "empty lists": ("/v1/completions", lambda: filled('{"prompt":"x","logit_bias":[', "[],", "]}")),
+    "template options": ("/v1/chat/completions", lambda: filled('{"chat_template_kwargs":{', '"a":1,', "}}", 1 << 19)),
+    "depth": ("/v1/completions", lambda: b'{"prompt":' + b"[" * (BODY_BYTES - 20)),
+    "emoji": ("/v1/completions", lambda: filled('{"prompt":"', "😀", '"}')),
+    "emoji to tokenize": ("/tokenize", lambda: filled('{"prompt":"', "😀", '"}')),
+    "digits": ("/tokenize", lambda: filled('{"prompt":"', "7", '"}', 2 << 20)),
+    "quotes": ("/v1/completions", lambda: filled('{"prompt":"', '\\"', '"}')),
+    "one message": ("/v1/chat/completions", lambda: filled(ONE_MESSAGE, "é", '"}]}')),
+}  # fmt: skip
+
+
+def bias(count: int) -> bytes:
+    return b'{"prompt":"x","logit_bias":{' + b",".join(b'"%d":1' % one for one in range(count)) + b"}}"
+
+
+@pytest.mark.case("stop-ids-amplified")
+@pytest.mark.case("large-bodies")
+@pytest.mark.case("tokenise-unbounded")
+@pytest.mark.parametrize("kind", HOSTILE)
+async def test_a_body_that_would_cost_too_much_is_refused_and_holds_up_nobody(kind: str) -> None:
+    path, make = HOSTILE[kind]
+    body = make()
+    assert len(body) <= BODY_BYTES
+    engine = Engine()
+    async with server(engine) as client:
+        await client.post("/v1/completions", json={"prompt": "x"})
+        engine.requests.clear()
+        async with loop_watch() as watch:
+            response = await client.post(path, content=body)
+    assert response.status_code == 400, response.text[:200]
+    assert len(response.content) < 1000
+    assert not engine.requests
+    assert watch.longest_s < MAX_HOLD_S
+
+
+class Upload:
+    """A client, without sockets, whose body arrives as the test says."""
+
+    def __init__(self, app: Any, path: str, declared: int | None, pieces: list[bytes]) -> None:
+        headers = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
+        if declared is not None:
+            headers.append((b"content-length", str(declared).encode()))
+        self.sent: list[dict[str, Any]] = []
+        self._pieces = pieces
+        self._scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": headers,
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+            "scheme": "http",
+            "http_version": "1.1",
+            "root_path": "",
+        }
+        self.task = asyncio.create_task(app(self._scope, self._receive, self._send))
+
+    @property
+    def status(self) -> int | None:
+        return self.sent[0]["status"] if self.sent else None
+
+    async def _receive(self) -> dict[str, Any]:
+        if not self._pieces:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": self._pieces.pop(0), "more_body": True}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        self.sent.append(message)
+
+
+@pytest.mark.case("large-bodies")
+@pytest.mark.parametrize("is_declared", [True, False])
+async def test_bodies_held_open_share_a_budget_and_small_requests_still_get_in(is_declared: bool) -> None:
+    budget_bytes = 64 << 20
+    async with server(max_total_body_bytes=budget_bytes, body_timeout_s=30.0) as client:
+        app = client._transport.app  # type: ignore[attr-defined]
+        piece = b" " * (1 << 20)
+        declared = BODY_BYTES if is_declared else None
+        uploads = [Upload(app, "/v1/completions", declared, [piece] * 7 + [piece[:-8192]]) for _ in range(60)]
+        await asyncio.sleep(0.1)
+        refused = [upload for upload in uploads if upload.sent]
+        assert {upload.status for upload in refused} == {429}
+        assert b"retry-after" in dict(refused[0].sent[0]["headers"])
+        held_bytes = (len(uploads) - len(refused)) * (BODY_BYTES - 8192)
+        assert budget_bytes / 2 < held_bytes <= budget_bytes + len(uploads) * (64 << 10)
+        small = await client.post("/v1/completions", json={"prompt": "x" * 1000})
+        assert small.status_code == 200
+        large = await client.post("/v1/completions", json={"prompt": "x" * (1 << 20)})
+        assert large.status_code == 429
+        for upload in uploads:
+            upload.task.cancel()
+        await asyncio.gather(*(upload.task for upload in uploads), return_exceptions=True)
+        large = await client.post("/v1/completions", json={"prompt": "x" * (1 << 20)})
+        assert large.status_code == 400  # read, and far too long for the model
+
+
+@pytest.mark.case("large-bodies")
+async def test_a_body_that_stops_arriving_is_a_408_and_gives_its_bytes_back() -> None:
+    async with server(max_total_body_bytes=BODY_BYTES, body_timeout_s=0.05) as client:
+        app = client._transport.app  # type: ignore[attr-defined]
+        upload = Upload(app, "/v1/completions", BODY_BYTES, [b" " * 1024])
+        await upload.task
+        assert upload.status == 408
+        assert b"--body-timeout-s" in upload.sent[1]["body"]
+        response = await client.post("/v1/completions", content=b'{"prompt":"' + b"x" * (BODY_BYTES - 100) + b'"}')
+        assert response.status_code == 400
+
+
+@pytest.mark.case("salt-length")
+async def test_a_cache_salt_is_at_most_256_bytes_and_engines_get_a_hash_of_one_length() -> None:
+    engine = Engine()
+    async with server(engine) as client:
+        for salt in ("a", "é" * 128, "b" * 256):
+            assert (await client.post("/v1/completions", json={"prompt": "x", "cache_salt": salt})).status_code == 200
+        native = await client.post("/generate", json={"text": "x", "cache_salt": "a"})
+        assert native.status_code == 200
+        for salt in ("c" * 257, "é" * 129, "d" * (BODY_BYTES - 100)):
+            refused = await client.post("/v1/completions", json={"prompt": "x", "cache_salt": salt})
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == "cache_salt"
+    salts = [request.cache_salt for request in engine.requests]
+    assert {len(salt) for salt in salts} == {32}
+    assert salts[0] == salts[3]
+    assert len(set(salts)) == 3
+
+
+@pytest.mark.case("stop-ids-amplified")
+async def test_lists_are_checked_once_a_job_and_all_its_answers_share_them() -> None:
+    engine = Engine()
+    async with server(engine) as client:
+        response = await client.post(
+            "/v1/completions", json={"prompt": [[1, 2, 3]], "n": 16, "seed": 7, "stop_token_ids": [5] * 200 + [6]}
+        )
+    assert response.status_code == 200
+    requests = sorted(engine.requests, key=lambda request: request.sampling.seed)
+    assert [request.sampling.seed for request in requests] == list(range(7, 23))
+    assert {request.sampling.stop_token_ids for request in requests} == {(5, 6)}
+    assert len({id(request.sampling.stop_token_ids) for request in requests}) == 1
+    assert len({id(request.prompt_token_ids) for request in requests}) == 1
+
+
+async def test_prompts_times_answers_are_bounded_in_tokens() -> None:
+    engine = Engine(spec=msgspec.structs.replace(SPEC, max_model_len=1 << 17))
+    async with server(engine) as client:
+        response = await client.post("/v1/completions", json={"prompt": [1] * 100_000, "n": 11})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "n"
+        assert not engine.requests
+        response = await client.post("/v1/completions", json={"prompt": ["a" * 100_000] * 11})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "prompt"
+        assert (await client.post("/v1/completions", json={"prompt": [1] * 100_000, "n": 10})).status_code == 200
