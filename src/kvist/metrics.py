@@ -75,7 +75,7 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "storage_slow_calls": "calls of the store that outran the deadline",
     "storage_raised_calls": "calls of the store that failed by a bug of it",
     "storage_unasked_jobs": "finds, reads and writes left out because the store hangs (the breaker is open)",
-    "storage_broken_pages": "stored pages whose header, size or checksum was wrong: misses",
+    "storage_broken_pages": "stored pages whose header, size, owner or seal was wrong: misses",
     "storage_refused_pages": "pages for which the store had no room",
     "storage_evicted_pages": "pages that this worker made the store drop, to keep its size",
     "prefetches": "requests that asked the storage tier for pages, or waited for what others had asked for",

@@ -209,7 +209,7 @@ class LoadReport(_Message, frozen=True):
     storage: StorageStatus | None = None  # None without a host tier
     draining: bool = False  # it takes no new request, and ends after its last one
     snapshot: bool = False
-    cached_added: tuple[bytes, ...] = ()  # page digests, 16 bytes each
+    cached_added: tuple[bytes, ...] = ()  # page digests, 32 bytes each
     cached_removed: tuple[bytes, ...] = ()
     totals: dict[str, float] = {}
 

@@ -21,7 +21,7 @@ ONE_ROW = 16
 
 
 def digest(number: int) -> bytes:
-    return number.to_bytes(8, "little") + (number + 1).to_bytes(8, "little")
+    return (number + 1).to_bytes(8, "little") + number.to_bytes(24, "little")
 
 
 def test_the_count_ends_at_the_first_page_that_was_never_evicted() -> None:

@@ -37,7 +37,7 @@ finally:
     sys.path.pop(0)
 
 SCRIPT = Path(__file__).with_name("persistence_process.py")
-HEADER_BYTES, RECORD_BYTES = 64, 64
+HEADER_BYTES, RECORD_BYTES = 64, 96
 
 
 def fill(folder: Path, pools: Path, num_prefixes: int = 4) -> None:

@@ -35,7 +35,7 @@ GIVE_UP_S = 60.0
 
 
 def digest(number: int) -> bytes:
-    return number.to_bytes(16, "big")
+    return number.to_bytes(32, "big")
 
 
 class TrickyStore(MemoryStore):

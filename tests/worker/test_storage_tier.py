@@ -273,7 +273,7 @@ def test_while_a_store_hangs_requests_are_answered_and_what_it_may_still_touch_i
 def test_a_store_is_attached_and_detached_while_requests_are_served(
     world: World, request_of: Any, tmp_path: Path
 ) -> None:
-    engine = start(world, StorageConfig())
+    engine = start(world, StorageConfig(hicache_storage_roots=(str(tmp_path),)))
     asked = world.ask_storage(engine, "tell").status
     assert (asked.state, asked.hicache_storage_backend) == ("detached", None)
     streams = [world.submit_full(engine, request_of(f"a{n}", prompt(n))) for n in LENGTHS]
@@ -288,7 +288,7 @@ def test_a_store_is_attached_and_detached_while_requests_are_served(
     assert (other.error_code, other.param) == ("conflict", "hicache_storage_backend")
     assert "a file store in" in other.message
 
-    fresh = start(world, StorageConfig())
+    fresh = start(world, StorageConfig(hicache_storage_roots=(str(tmp_path),)))
     streams = [world.submit_full(fresh, request_of(f"c{n}", prompt(n))) for n in LENGTHS[:3]]
     world.ask_storage(fresh, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0)
     tokens, cached = answer(world, fresh, request_of("c60", prompt(60)))
@@ -311,7 +311,7 @@ def test_what_cannot_be_attached_is_refused_with_the_field_and_nothing_has_chang
     world: World, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    engine = start(world, StorageConfig())
+    engine = start(world, StorageConfig(hicache_storage_roots=(str(tmp_path),)))
     for wanted, param in (
         ({}, "hicache_storage_backend"),
         ({"backend": "mooncake"}, "hicache_storage_backend"),

@@ -8,8 +8,9 @@ had of a prompt is what was found in the tiers, and after it the leading pages w
 until one has been forgotten; from then on it is a lower bound.
 
 It costs 16 MiB, one look-up for each page that is evicted (1.7 µs) and one, at admission, for each page that would have
-been found (0.9 µs). The table is rows of 16 half digests, the newest first: no step waits until something has been
-resized. Rows fill unevenly: the first digest is forgotten when 600,000 are known, and of a million one in 2,000 is.
+been found (0.9 µs). The table is rows of 16 entries, each 8 bytes of a digest, the newest first: no step waits until
+something has been resized. Rows fill unevenly: the first digest is forgotten when 600,000 are known, and of a million
+one in 2,000 is.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Ceiling:
 
     def remember(self, digest: bytes) -> None:
         """It was evicted just now."""
-        table, entry, start = self._table, digest[_ENTRY_BYTES:], self._row(digest)
+        table, entry, start = self._table, digest[:_ENTRY_BYTES], self._row(digest)
         end = start + _ROW_BYTES
         # A match across two entries is as unlikely as one of two different digests.
         at = table.find(entry, start, end)
@@ -51,7 +52,7 @@ class Ceiling:
         table, count = self._table, 0
         for digest in digests:
             start = self._row(digest)
-            if table.find(digest[_ENTRY_BYTES:], start, start + _ROW_BYTES) < 0:
+            if table.find(digest[:_ENTRY_BYTES], start, start + _ROW_BYTES) < 0:
                 break
             count += 1
         return count

@@ -1,11 +1,11 @@
 """The names of pages: what a page holds, as bytes, and the digest by which other processes know it.
 
-    digest_i = xxh3_128(digest_{i-1} + tokens of page i as int32 little-endian)
-    digest_{-1} = xxh3_128(namespace + "\\0" + cache_salt)
+    digest_i = BLAKE3(tokens of page i as int32 little-endian, keyed with digest_{i-1})
+    digest_{-1} = BLAKE3(cache_salt, keyed with BLAKE3(namespace))
 
 So a digest names the whole prefix, not one page's tokens, and pages of another model, layout, adapter or salt never
-meet. Digests guide routing and tiers; the radix tree itself compares the tokens. xxh3 is quick, not cryptographic: a
-forged collision can mislead a router, never a match in the tree.
+meet. Tiers, the store and routing trust a digest alone, and the tokens are a client's to choose: 32 bytes of BLAKE3
+withstand somebody who looks for two prompts of one digest (docs/adr/0012-digests-withstand-people.md).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import functools
 import struct
 from collections.abc import Iterator, Sequence
 
-import xxhash
+from blake3 import blake3
 
+DIGEST_BYTES = 32  # BLAKE3's own length, and that of its keys: a digest is the key of the next
 _TOKEN_BYTES = 4
 _PAGES_AT_ONCE = 64  # encoded together: enough to amortise the call, few enough to stay in the nearest CPU cache
 
@@ -47,14 +48,12 @@ def iter_page_keys(token_ids: Sequence[int], page_size: int, num_pages: int, fir
 
 def root_digest(namespace: str, cache_salt: str = "") -> bytes:
     """The digest before the first page."""
-    assert "\0" not in namespace, "a NUL in the namespace would let two (namespace, salt) pairs meet"
-    return chain_digest(namespace.encode() + b"\0", cache_salt.encode())
+    return chain_digest(blake3(namespace.encode()).digest(), cache_salt.encode())
 
 
 def chain_digest(parent_digest: bytes, page_key: bytes) -> bytes:
     """The digest of the page whose tokens are `page_key` after the prefix named by `parent_digest`."""
-    digest: bytes = xxhash.xxh3_128_digest(parent_digest + page_key)
-    return digest
+    return blake3(page_key, key=parent_digest).digest()
 
 
 def iter_page_digests(

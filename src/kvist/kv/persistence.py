@@ -37,12 +37,13 @@ from kvist.clock import MonotonicClock
 from kvist.cores import num_usable_cores
 from kvist.errors import ConfigError
 from kvist.kv.host_tier import SavedPage
+from kvist.kv.keys import DIGEST_BYTES
 
-_MAGIC, _VERSION = b"kvist-l2", 1
+_MAGIC, _VERSION = b"kvist-l2", 2
 _HEADER = struct.Struct("<8sI4xQ16s24x")  # magic, version, page_bytes, namespace
-_RECORD = struct.Struct("<16s16s16sQ")  # digest, parent's digest, the page's checksum, number; then its own checksum
-_RECORD_BYTES = 64
-_NO_PARENT, _NO_RECORD = bytes(16), bytes(_RECORD_BYTES)
+_RECORD = struct.Struct("<32s32s16sQ")  # digest, parent's digest, the page's checksum, number; then its own checksum
+_RECORD_BYTES = 96
+_NO_PARENT, _NO_RECORD = bytes(DIGEST_BYTES), bytes(_RECORD_BYTES)
 _MAX_THREADS = 8  # that verify; memory gives no more
 _NOT_A_FILE_OF_OURS = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)  # a link, another user's, a socket
 

@@ -77,6 +77,18 @@ class StorageConfig:
     hicache_storage_path: str | None = option(
         None, "folder of the file store; it is made if it is missing", unset="kvist/pages in the user's cache folder"
     )
+    hicache_storage_roots: tuple[str, ...] = option(
+        (),
+        "folders below which PUT /hicache/storage-backend may name one; unless given, only the folder above and what "
+        "is below it",
+        unset="the folder above",
+    )
+    hicache_storage_secret_file: str | None = option(
+        None,
+        "file with the secret that all workers of a file store share: a page written without it is never used. Needed "
+        "where others may write to the disk",
+        unset="a file in the store's folder",
+    )
     hicache_storage_size: float = option(DEFAULT_STORAGE_GB, "the most that the store takes", unit="GB", minimum=0.001)
     hicache_storage_prefetch_policy: str = option(
         "timeout",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from kvist.kv.moves import StorageAttached, StoreJob
 from kvist.kv.store import open_store
 from kvist.kv.store.backend import PageStore, StoreSpec, StoreStats
 from kvist.kv.store_mover import Report, StoreMover
+from kvist.own_files import cache_folder
 from kvist.worker.config import STORAGE_BACKENDS, StorageConfig
 
 LEAVE_S = 5.0
@@ -214,7 +215,7 @@ class EngineStorage:
         if wish.hicache_storage_prefetch_policy not in (None, policy):
             raise RequestError(
                 f"this worker was started with the prefetch policy {policy}: leave the field out, or start it with "
-                f"--hicache-storage-prefetch-policy {wish.hicache_storage_prefetch_policy}",
+                f"--hicache-storage-prefetch-policy {wish.hicache_storage_prefetch_policy!r}",
                 param="hicache_storage_prefetch_policy",
             )
         backend = wish.hicache_storage_backend or self._config.hicache_storage_backend
@@ -224,14 +225,11 @@ class EngineStorage:
             raise RequestError(f"{named}: known are {known}", param="hicache_storage_backend")
         if backend == "memory" and wish.hicache_storage_path is not None:
             raise RequestError("a store in memory has no folder: leave the path out", param="hicache_storage_path")
-        path = self._config.hicache_storage_path if wish.hicache_storage_path is None else wish.hicache_storage_path
-        if path is not None and (not path or "\0" in path):
-            raise RequestError("the path is empty, or has a null byte in it", param="hicache_storage_path")
-        if wish.hicache_storage_path and not os.path.isabs(os.path.expanduser(wish.hicache_storage_path)):
-            raise RequestError(
-                f"{wish.hicache_storage_path!r} is no full path: name the folder from / on",
-                param="hicache_storage_path",
-            )
+        path = None
+        if backend == "file":
+            path = self._default_folder()
+            if wish.hicache_storage_path is not None:
+                path = asked_folder(wish.hicache_storage_path, self._config.hicache_storage_roots or (str(path),))
         size_gb = self._config.hicache_storage_size if wish.hicache_storage_size is None else wish.hicache_storage_size
         if not 0 < size_gb < _MAX_GB:
             raise RequestError(
@@ -239,14 +237,25 @@ class EngineStorage:
                 f"less than {_MAX_GB} GB",
                 param="hicache_storage_size",
             )
-        return Choice(backend=backend, path=_folder(backend, path), size_gb=size_gb)
+        return Choice(backend=backend, path=path, size_gb=size_gb)
+
+    def _default_folder(self) -> Path:
+        """Raises `RequestError` naming the field."""
+        path = self._config.hicache_storage_path
+        if path is None:
+            return cache_folder() / "pages"
+        if not path or not path.isprintable():
+            raise RequestError(f"{path!r} is no path of a folder", param="hicache_storage_path")
+        return Path(os.path.realpath(os.path.expanduser(path)))
 
     def _open(self, choice: Choice) -> tuple[PageStore, StoreStats]:
+        secret_file = self._config.hicache_storage_secret_file
         spec = StoreSpec(
             namespace=self._namespace,
             page_bytes=self._page_bytes,
             capacity_bytes=int(choice.size_gb * _GB),
             path=choice.path,
+            secret_path=None if secret_file is None else Path(os.path.expanduser(secret_file)),
         )
         store = open_store(choice.backend, spec)
         return store, store.stats()
@@ -294,17 +303,29 @@ class EngineStorage:
         self._answers.append((identity, refused))
 
 
-def _folder(backend: str, path: str | None) -> Path | None:
-    if backend != "file":
-        return None
-    if path is not None:
-        return Path(os.path.expanduser(path)).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")).absolute() / "kvist" / "pages"
+def asked_folder(asked: str, roots: Sequence[str]) -> Path:
+    """The folder that a caller of our HTTP asked for, links followed. Nothing is opened. Raises `RequestError` unless
+    it is below one of the folders that the operator allowed, as it is written and as it is."""
+    param = "hicache_storage_path"
+    if not asked or not asked.isprintable() or not os.path.isabs(asked):
+        raise RequestError(f"{asked!r} is no full path: name the folder from / on", param=param)
+    full_roots = [os.path.abspath(os.path.expanduser(root)) for root in roots]
+    real_roots = [os.path.realpath(root) for root in full_roots]
+    written = Path(os.path.normpath(asked))
+    if any(map(written.is_relative_to, full_roots + real_roots)):
+        folder = Path(os.path.realpath(asked))
+        if any(map(folder.is_relative_to, real_roots)):
+            return folder
+    raise RequestError(
+        f"{asked!r} is not below {' or '.join(full_roots)}: start the worker with a folder above it as "
+        "--hicache-storage-roots",
+        param=param,
+    )
 
 
 def _param(error: KvistError) -> str:
-    """A store that cannot be had is too small, or its folder is at fault."""
-    return "hicache_storage_path" if isinstance(error, StoreError) else "hicache_storage_size"
+    """A store that cannot be had is too small, or its folder is at fault, unless the error says more."""
+    return error.param or ("hicache_storage_path" if isinstance(error, StoreError) else "hicache_storage_size")
 
 
 def _words(choice: Choice) -> str:

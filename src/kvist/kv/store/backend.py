@@ -33,6 +33,7 @@ class StoreSpec:
     page_bytes: int
     capacity_bytes: int  # of the whole store, other namespaces included
     path: Path | None = None  # the folder, for a store that has one
+    secret_path: Path | None = None  # the file with its secret; None: in the folder itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class StoreStats:
     errors: Mapping[str, int]  # by the name of the errno
     num_hits: int = 0  # read and verified; hits + misses = pages asked for
     num_misses: int = 0  # the first page of a call that was not there, and those behind it
-    num_broken: int = 0  # of the misses: header, size or checksum was wrong, and the page was removed
+    num_broken: int = 0  # of the misses: header, size, owner or seal was wrong, and the page was removed
     num_written: int = 0
     num_refused: int = 0  # no room could be made for the page
     num_evicted: int = 0

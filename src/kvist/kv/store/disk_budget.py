@@ -33,12 +33,13 @@ from pathlib import Path
 
 from kvist.clock import unix_time_ns
 from kvist.kv.store.backend import Tally
+from kvist.own_files import open_own, own_folder
 
 PAGE_SUFFIX, UNFINISHED_SUFFIX = ".page", ".new"
 _OUR_NAMES = (  # namespace / first byte of the key / page, or a page being written
     re.compile("[0-9a-f]{32}"),
     re.compile("[0-9a-f]{2}"),
-    re.compile(rf"[0-9a-f]{{32}}(\{PAGE_SUFFIX}|\.[0-9a-f]{{8}}\{UNFINISHED_SUFFIX})"),
+    re.compile(rf"[0-9a-f]{{64}}(\{PAGE_SUFFIX}|\.[0-9a-f]{{8}}\{UNFINISHED_SUFFIX})"),
 )
 _LOCK_NAME = "in-use.lock"
 _NUMBER_BYTES = 8
@@ -61,12 +62,12 @@ class DiskBudget:
         self._num_timeouts = 0
         self._oldest: list[tuple[int, str]] = []  # heap of (mtime_ns when we looked, path)
         self._newest_known_ns = 0  # beyond it there may be files that we do not know
-        with self._exclusive(_OPEN_WAIT_S) as fd:
+        with self.exclusive(_OPEN_WAIT_S) as fd:
             in_use = self._scan(_load(fd))
             _save(fd, in_use)
         before = in_use + 1
         while capacity_bytes < in_use < before:  # the cap may have been higher before
-            with self._exclusive(_OPEN_WAIT_S) as fd:
+            with self.exclusive(_OPEN_WAIT_S) as fd:
                 before, in_use = in_use, self._evict(_load(fd), 0, set())
                 if in_use >= before:  # what was known is used up
                     in_use = self._evict(self._scan(in_use), 0, set())
@@ -74,7 +75,7 @@ class DiskBudget:
 
     def reserve(self, num_bytes: int, keep: set[str]) -> bool:
         """Counts `num_bytes` as used, evicting what is not in `keep`. False: no room could be made."""
-        with self._exclusive() as fd:
+        with self.exclusive() as fd:
             in_use = self._evict(_load(fd), num_bytes, keep)
             if in_use + num_bytes > self._limit_bytes:
                 in_use = self._evict(self._scan(in_use), num_bytes, keep)
@@ -85,7 +86,7 @@ class DiskBudget:
     def release(self, num_bytes: int, *, is_disk_full: bool) -> None:
         """What was reserved was not written. On a full disk the cap is, until the next scan, less than what we have:
         else nothing new could ever be stored again."""
-        with self._exclusive() as fd:
+        with self.exclusive() as fd:
             in_use = max(0, _load(fd) - num_bytes)
             _save(fd, in_use)
             if is_disk_full:
@@ -93,8 +94,11 @@ class DiskBudget:
 
     def in_use_bytes(self) -> int:
         """As of now, without waiting for who holds the lock."""
-        with open(self._lock_path, "rb") as file:
-            return _load(file.fileno())
+        fd = open_own(self._lock_path, os.O_RDONLY)
+        try:
+            return _load(fd)
+        finally:
+            os.close(fd)
 
     def _evict(self, in_use: int, num_bytes: int, keep: set[str]) -> int:
         """Deletes the oldest files, as far as they are known, to make room; returns how many bytes are still in use."""
@@ -152,7 +156,7 @@ class DiskBudget:
     # ------------------------------------------------------------ the lock file
 
     @contextlib.contextmanager
-    def _exclusive(self, wait_s: float = _WAIT_S) -> Iterator[int]:
+    def exclusive(self, wait_s: float = _WAIT_S) -> Iterator[int]:
         """The lock file: no other thread or process counts or evicts meanwhile. Opened anew each time, because the
         folder may have been removed and made again."""
         num_timeouts = self._num_timeouts
@@ -177,10 +181,10 @@ class DiskBudget:
 def open_making_folder(path: str, flags: int) -> int:
     """For this user alone: the file, and its folder where there is none."""
     try:
-        return os.open(path, flags, 0o600)
+        return open_own(path, flags)
     except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        return os.open(path, flags, 0o600)
+        own_folder(os.path.dirname(path))
+        return open_own(path, flags)
 
 
 def _load(fd: int) -> int:

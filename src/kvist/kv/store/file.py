@@ -1,7 +1,11 @@
 """The embedded store: a folder of files, one a page, that any number of processes use at once.
 
-    <path>/<namespace hash>/<first byte of the key>/<key>.page       header (4 KiB), then the page's bytes
-                                                    <key>.<random>.new    being written, renamed when complete
+    <path>/secret                                                    of this store (secret.py), unless one is named
+           <hash>/<first byte of the key>/<key>.page                 header (4 KiB), then the page's bytes
+                                          <key>.<random>.new         being written, renamed when complete
+
+The folder `<hash>` belongs to one namespace and one secret. Every page carries a seal, a keyed BLAKE3 of its header and
+bytes: only who has the secret can write one that is taken. And only plain files of this user are read at all.
 
 A page comes into being by a rename, so a reader sees all of it or nothing; two writers of one key write the same bytes,
 and the last rename wins. Nothing is synced: after a power loss a torn page fails its checksum, and is a miss.
@@ -23,17 +27,20 @@ import struct
 import tempfile
 from collections.abc import Sequence
 
-import xxhash
+from blake3 import blake3
 
 from kvist.clock import Clock, MonotonicClock, unix_time_ns
 from kvist.errors import ConfigError, StoreError
+from kvist.kv.keys import DIGEST_BYTES
 from kvist.kv.store.backend import StoreSpec, StoreStats, Tally
 from kvist.kv.store.disk_budget import PAGE_SUFFIX, UNFINISHED_SUFFIX, DiskBudget, open_making_folder
+from kvist.kv.store.secret import has_secret, keep_secret, page_key, read_secret, secret_of
+from kvist.own_files import is_own_file, own_folder
 
 _HEADER_BYTES = 4096
-_MAGIC, _VERSION = b"kvist-kv", 1
-_HEADER = struct.Struct("<8sIQ16s16s16s")  # magic, version, page_bytes, namespace, key, checksum; then the namespace
-_KEY_BYTES = 16
+_MAGIC, _VERSION = b"kvist-kv", 2
+_HEADER = struct.Struct("<8sIQ16s32s")  # magic, version, page_bytes, folder, key; then the seal, then the namespace
+_FOLDER_BYTES = 16
 _TOUCH_NS = 60 * 10**9  # a page in use says so once a minute: an mtime is a write too
 _STEP_NS = 1000  # each page of a call counts as used this much before the one in front of it
 _SUSPEND_S = 5.0
@@ -50,20 +57,26 @@ class FileStore:
         self._page_bytes = spec.page_bytes
         self._file_bytes = _HEADER_BYTES + spec.page_bytes
         self._namespace = spec.namespace.encode()
-        self._namespace_hash: bytes = xxhash.xxh3_128_digest(self._namespace)
-        self._folder = str(spec.path.absolute() / self._namespace_hash.hex())
+        self._root = spec.path.absolute()
         self._clock = clock or MonotonicClock()
         self._suspended_until_s = 0.0
         self._tally = Tally()
+        secret = None if spec.secret_path is None else read_secret(spec.secret_path)
         try:
-            self._budget = DiskBudget(spec.path.absolute(), spec.capacity_bytes, self._tally)
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)
-            if os.stat(self._folder).st_uid != os.geteuid():  # its pages could be forged
-                raise PermissionError(errno.EPERM, "belongs to another user", self._folder)
+            own_folder(self._root)  # before anything is opened in it
+            self._budget = DiskBudget(self._root, spec.capacity_bytes, self._tally)
+            with self._budget.exclusive():
+                self._own_secret = None if secret else secret_of(self._root)
+            key = page_key(secret or self._own_secret or b"", spec.namespace)
+            self._names_key, self._seal_key = blake3(b"names", key=key).digest(), blake3(b"seals", key=key).digest()
+            self._folder_id = blake3(self._namespace, key=self._names_key).digest(length=_FOLDER_BYTES)
+            self._folder = str(self._root / self._folder_id.hex())
+            own_folder(self._folder)
             tempfile.TemporaryFile(dir=self._folder).close()  # may we write?
         except OSError as error:
             raise StoreError(
-                f"cannot open the file store in {spec.path}: {error}. Name a folder that this user may write"
+                f"cannot open the file store in {spec.path}: {error}. Name a folder that this user may write, and "
+                "nobody else"
             ) from error
 
     def exists(self, keys: Sequence[bytes]) -> int:
@@ -109,31 +122,34 @@ class FileStore:
     # ------------------------------------------------------------ one page
 
     def _path(self, key: bytes) -> str:
-        assert len(key) == _KEY_BYTES, "a key is a page digest"
+        assert len(key) == DIGEST_BYTES, "a key is a page digest"
         name = key.hex()
         return f"{self._folder}/{name[:2]}/{name}{PAGE_SUFFIX}"
 
     def _header(self, key: bytes, page: memoryview) -> bytes:
         assert page.nbytes == self._page_bytes
-        checksum = xxhash.xxh3_128_digest(page)
-        fields = _HEADER.pack(_MAGIC, _VERSION, self._page_bytes, self._namespace_hash, key, checksum)
-        return (fields + self._namespace)[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0")
+        fields = _HEADER.pack(_MAGIC, _VERSION, self._page_bytes, self._folder_id, key)
+        seal = blake3(fields, key=self._seal_key).update(page).digest()
+        return (fields + seal + self._namespace)[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0")
 
     def _stat(self, path: str) -> os.stat_result | None:
-        """None: there is no such page, or not a whole one."""
+        """None: there is no such page, or not a whole one of ours."""
         with self._tally.tolerating():
-            status = os.stat(path)
-            return status if status.st_size == self._file_bytes else None
+            status = os.lstat(path)
+            return status if self._is_whole(status) else None
         return None
 
+    def _is_whole(self, status: os.stat_result) -> bool:
+        return status.st_size == self._file_bytes and is_own_file(status)
+
     def _read(self, key: bytes, page: memoryview, used_ns: int) -> bool | None:
-        """False: it was damaged, and is removed. None: it is not there."""
+        """False: it was damaged or another user's, and is removed. None: it is not there."""
         path, header = self._path(key), bytearray(_HEADER_BYTES)
         with self._tally.tolerating():
-            fd = os.open(path, os.O_RDONLY)
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 status = os.fstat(fd)
-                num_read = os.readv(fd, [header, page]) if status.st_size == self._file_bytes else 0
+                num_read = os.readv(fd, [header, page]) if self._is_whole(status) else 0
             finally:
                 os.close(fd)
             if num_read == self._file_bytes and header == self._header(key, page):
@@ -147,7 +163,7 @@ class FileStore:
     def _touch(self, path: str, status: os.stat_result, used_ns: int) -> None:
         if abs(used_ns - status.st_mtime_ns) > _TOUCH_NS:
             with self._tally.tolerating():
-                os.utime(path, ns=(used_ns, used_ns))
+                os.utime(path, ns=(used_ns, used_ns), follow_symlinks=False)
 
     def _write(self, key: bytes, page: memoryview, used_ns: int, keep: set[str]) -> bool:
         if self._clock.now_s() < self._suspended_until_s:
@@ -157,6 +173,7 @@ class FileStore:
                 self._tally.add(num_refused=1)
                 return False
             try:
+                self._keep_secret()
                 self._write_file(self._path(key), [self._header(key, page), page], used_ns)
             except OSError as error:
                 is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -169,6 +186,11 @@ class FileStore:
             return False
         self._tally.add(num_written=1)
         return True
+
+    def _keep_secret(self) -> None:
+        if self._own_secret is not None and not has_secret(self._root):
+            with self._budget.exclusive():
+                keep_secret(self._root, self._own_secret)
 
     def _write_file(self, path: str, content: list[bytes | memoryview], used_ns: int) -> None:
         unfinished = f"{path.removesuffix(PAGE_SUFFIX)}.{secrets.token_hex(4)}{UNFINISHED_SUFFIX}"
