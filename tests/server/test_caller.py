@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from starlette.types import Scope
 
@@ -34,3 +37,20 @@ def test_where_no_key_is_asked_for_a_key_makes_no_caller() -> None:
     Keys(()).admit(scope)
     assert caller_of(scope).key_id is None
     assert caller_of(scope).connection == "127.0.0.1:5"
+
+
+async def test_every_generating_endpoint_salts_by_the_callers_key(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(api_key=("k1", "k2"), tenant_by="api-key")
+    salts: dict[str, list[str]] = {"k1": [], "k2": []}
+    async with bench.client:
+        for path, body in (
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+            ("/v1/completions", {"prompt": "hi"}),
+            ("/generate", {"text": "hi"}),
+        ):
+            for key, seen in salts.items():
+                response = await bench.post(path, {**body, "cache_salt": "s"}, authorization=f"Bearer {key}")
+                assert response.status_code == 200, response.text
+                seen.append(bench.dispatcher.requests[-1].cache_salt)
+    assert len(set(salts["k1"])) == len(set(salts["k2"])) == 1
+    assert salts["k1"] != salts["k2"]

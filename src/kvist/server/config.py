@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from kvist.config import check_api_key, option
 from kvist.errors import ConfigError
 
+TENANT_NONE, TENANT_API_KEY = "none", "api-key"
+
 
 class StreamForm(enum.Enum):
     """What an event of a /generate stream repeats of those before it."""
@@ -26,6 +28,12 @@ class ServerConfig:
         "clients must send it, or one of several, as 'Authorization: Bearer KEY'; /health and /ready stay open. "
         "A router sends the first one to its workers. Several are separated by spaces or commas",
         secret=True,
+    )
+    tenant_by: str = option(
+        TENANT_NONE,
+        "whose cached prefixes a request may use: everybody's who sends the same cache_salt, or only those of requests "
+        "with the same API key",
+        choices=(TENANT_NONE, TENANT_API_KEY),
     )
     served_model_name: str | None = option(None, "model name in the API; default: the model's own name")
     max_body_bytes: int = option(8 << 20, "largest HTTP body accepted", unit="bytes", minimum=1024)
@@ -65,6 +73,11 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for key in self.api_key:
             check_api_key(key)
+        if self.tenant_by == TENANT_API_KEY and not self.api_key:
+            raise ConfigError(
+                "--tenant-by api-key keeps the pages of API keys apart, and none is asked for: add --api-key",
+                param="tenant_by",
+            )
         if self.incremental_streaming_output and self.cumulative_logprobs:
             raise ConfigError(
                 "--incremental-streaming-output repeats nothing and --cumulative-logprobs repeats logprobs: give one",

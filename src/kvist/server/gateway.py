@@ -16,7 +16,8 @@ from starlette.types import Receive, Scope
 from kvist.clock import Clock
 from kvist.errors import Overloaded, PromptTooLong, RequestError, Unavailable, UnknownModel, UnsupportedField
 from kvist.metrics import GatewayMetrics
-from kvist.server.config import ServerConfig
+from kvist.server.caller import Caller
+from kvist.server.config import TENANT_API_KEY, ServerConfig
 from kvist.server.generation import Dispatcher
 from kvist.server.http import cancelled_on_disconnect, read_body
 from kvist.server.schemas import ChatMessage, ChatRequest, TokenizeRequest
@@ -92,6 +93,10 @@ class Gateway:
         if self.tokenizer is not None:
             return self.dispatcher.ready()
         return self.own_engine() is not None and all(worker.alive for worker in self.dispatcher.snapshot().workers)
+
+    def tenant(self, caller: Caller) -> str:
+        """Whose cached pages the caller may use; "": everybody's."""
+        return (caller.key_id or "") if self.config.tenant_by == TENANT_API_KEY else ""
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model_name:

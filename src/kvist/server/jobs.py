@@ -46,7 +46,8 @@ def make_choices(gateway: Gateway, plan: Plan) -> list[Choice]:
     num_repeats = num_choices(plan.fields.n, len(plan.prompts), gateway.config.max_choices)
     gateway.check_job_tokens(num_repeats * sum(len(prompt.token_ids) for prompt in plan.prompts), "n")
     tokenizer, stops = gateway.require_tokenizer(), stop_strings(plan.fields.stop)
-    stop_token_ids, salt = stop_ids(plan.fields, gateway.vocab_size()), salt_digest(plan.cache_salt)
+    stop_token_ids = stop_ids(plan.fields, gateway.vocab_size())
+    salt = salt_digest(plan.cache_salt, gateway.tenant(plan.caller))
     first_seed = gateway.draw_seed() if plan.seed is None else plan.seed
     choices: list[Choice] = []
     for prompt in plan.prompts:

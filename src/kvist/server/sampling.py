@@ -17,7 +17,7 @@ MAX_STOP_CHARS = 256
 MAX_ID_CHARS = 256
 DRAWN_SEED = -1  # vLLM's and SGLang's way to ask for a seed of the server's choice
 MAX_SALT_BYTES = 256
-_SALT_DIGEST_BYTES = 16
+_SALT_DIGEST_BYTES = 32
 _MAX_TEMPERATURE = 1e6  # flat already; far larger ones leave the range of float32
 _GREEDY_TEMPERATURE = 1e-5  # below it, dividing by it leaves that range; vLLM's limit
 
@@ -103,13 +103,15 @@ def stop_ids(fields: SamplingFields, vocab_size: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(asked))
 
 
-def salt_digest(cache_salt: str | None) -> str:
-    """What stands for the client's salt from here on: of one length, however long the salt is; empty for none."""
-    if not cache_salt:
+def salt_digest(cache_salt: str | None, tenant: str = "") -> str:
+    """What stands for tenant and client's salt from here on, in every tier: of one length, however long the salt is;
+    empty when there is neither. No salt of one tenant gives what another tenant's gives."""
+    if not cache_salt and not tenant:
         return ""
-    salt = cache_salt.encode()
+    salt = (cache_salt or "").encode()
     _require(len(salt) <= MAX_SALT_BYTES, "cache_salt", f"may have {MAX_SALT_BYTES} bytes in UTF-8", len(salt))
-    return blake2b(salt, digest_size=_SALT_DIGEST_BYTES, person=b"kvist salt").hexdigest()
+    key = tenant.encode()
+    return blake2b(salt, digest_size=_SALT_DIGEST_BYTES, key=key, person=b"kvist salt").hexdigest()
 
 
 def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:

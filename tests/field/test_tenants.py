@@ -1,0 +1,37 @@
+"""With --tenant-by api-key nobody hits, in any tier, what another API key's requests have cached."""
+
+from __future__ import annotations
+
+import pytest
+from starlette.types import Scope
+
+from kvist import settings
+from kvist.errors import ConfigError
+from kvist.server.caller import Keys, caller_of
+from kvist.server.sampling import salt_digest
+
+
+def tenant(key: str) -> str:
+    scope: Scope = {"type": "http", "path": "/", "headers": [(b"authorization", f"Bearer {key}".encode())]}
+    Keys(("k1", "k2")).admit(scope)
+    key_id = caller_of(scope).key_id
+    assert key_id is not None
+    return key_id
+
+
+def test_equal_salts_of_different_keys_never_meet_and_those_of_one_key_do() -> None:
+    one, other = tenant("k1"), tenant("k2")
+    salts = [salt_digest(salt, whose) for whose in (one, other, "") for salt in (None, "a", one, other)]
+    assert len(set(salts)) == len(salts)
+    assert salt_digest("a", one) == salt_digest("a", tenant("k1"))
+    assert salt_digest("", one) == salt_digest(None, one)
+
+
+@pytest.mark.parametrize("verb", ["serve", "up", "router"])
+def test_tenants_by_key_where_no_key_is_asked_for_are_refused_at_start(verb: str) -> None:
+    argv = ["--worker-urls", "http://127.0.0.1:1"] if verb == "router" else []
+    with pytest.raises(ConfigError, match=r"--tenant-by api-key .* add --api-key"):
+        settings.read(verb, [*argv, "--tenant-by", "api-key"], {})
+    read = settings.read(verb, [*argv, "--tenant-by", "api-key", "--api-key", "k1"], {})
+    assert not isinstance(read, settings.DemoSettings | settings.BenchServerSettings | settings.BenchEngineSettings)
+    assert read.server.tenant_by == "api-key"
