@@ -183,6 +183,27 @@ def test_greedy_takes_the_first_of_equals() -> None:
     assert choose_tokens(logits.bfloat16(), zeros, keys).tolist() == [4, 2048, 2047]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_that_is_no_numbers_has_no_token_and_the_others_are_as_without_it(
+    rng: torch.Generator, temperature: float, dtype: torch.dtype
+) -> None:
+    logits = torch.randn(8, 5000, generator=rng).to(dtype)
+    temperatures, keys = torch.full((8,), temperature), random_keys(rng, 8)
+    whole = choose_tokens(logits.to(CUDA), temperatures.to(CUDA), keys.to(CUDA)).cpu()
+    logits[1, 4999] = float("nan")
+    logits[2, 2048] = float("inf")
+    logits[3] = float("-inf")
+    logits[4] = float("nan")
+    logits[5, :4096] = float("-inf")
+    got = choose_tokens(logits.to(CUDA), temperatures.to(CUDA), keys.to(CUDA)).cpu()
+    broken = torch.tensor([1, 2, 3, 4])
+    assert got[broken].tolist() == [-1] * 4
+    assert choose_tokens_torch(logits, temperatures, keys)[broken].tolist() == [-1] * 4
+    assert got[5] >= 4096
+    assert torch.equal(got[[0, 6, 7]], whole[[0, 6, 7]])
+
+
 LENGTHS = {
     "one short": [5],
     "one long": [9_000],

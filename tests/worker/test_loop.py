@@ -132,6 +132,7 @@ class FakeRunner:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self.fails = self.fails_late = False
+        self.broken_places: frozenset[int] = frozenset()
         self.error: Exception = RuntimeError("the device is on fire")
         self.order: list[str] = []
 
@@ -153,7 +154,7 @@ class FakeLaunched:
         self.runner.order.append(f"read {self.batch.step_id}")
         if self.fails:
             raise self.runner.error
-        return SampledTokens(token_ids=[9] * len(self.batch.items))
+        return SampledTokens(token_ids=[9] * len(self.batch.items), broken_places=self.runner.broken_places)
 
 
 class FakeTransport:
@@ -713,3 +714,20 @@ def test_every_total_that_is_reported_is_explained_in_the_metrics(engine: Engine
     engine.turn((G1, HELLO))
     told = {*reports(engine, G1)[0].totals, *COUNTERS, *TIER_COUNTERS, *MOVE_COUNTERS, *STORE_COUNTERS}
     assert told == set(ENGINE_TOTALS)
+
+
+@pytest.mark.case("nan-logits")
+def test_a_step_with_logits_that_are_no_numbers_is_counted_and_logged(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.turn((G1, HELLO))
+    engine.runner.broken_places = frozenset({0})
+    for step_id in range(1, 12):  # as often as an engine whose device fails would end
+        engine.turn(plan=Plan(batch=batch("a", step_id)))
+        (finished,) = engine.turn()
+        assert isinstance(finished, StepFinished)
+        assert finished.sampled.broken_places == {0}
+    assert "step 1: the logits of 1 of its 1 requests are no numbers" in caplog.text
+    engine.clock.advance(2.0)
+    engine.turn()
+    assert reports(engine, G1)[-1].totals["failed_steps"] == 11.0

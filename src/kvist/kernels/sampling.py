@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NO_TOKEN = -1  # chosen where a row's logits are no numbers
+
 
 def _signed_32(value: int) -> int:
     value &= 0xFFFFFFFF
@@ -41,6 +43,7 @@ def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
 
 def choose_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
     """[num_rows] int64: for each row the token with the largest logit / temperature + noise; the first of equals.
+    NO_TOKEN for a row that has NaN, or whose largest logit is infinite: nobody need look at the logits to learn of it.
 
     logits [num_rows, vocab_size] fp32 or bf16, -inf is impossible; temperatures [num_rows] fp32, 0 is greedy;
     keys [num_rows, 2] int32, unread where greedy. Needs no host: it may be captured into a graph.
@@ -59,7 +62,13 @@ def choose_tokens_torch(logits: Tensor, temperatures: Tensor, keys: Tensor) -> T
     greedy = temperatures[:, None] == 0
     scaled = shifted / torch.where(greedy, 1.0, temperatures[:, None])
     token_ids = torch.arange(logits.shape[1], device=logits.device)[None, :]
-    return torch.where(greedy, shifted, scaled + gumbel_noise(keys, token_ids)).argmax(dim=-1)
+    chosen = torch.where(greedy, shifted, scaled + gumbel_noise(keys, token_ids)).argmax(dim=-1)
+    return without_broken_rows(chosen, logits)
+
+
+def without_broken_rows(chosen: Tensor, logits: Tensor) -> Tensor:
+    """`chosen` [num_rows], but NO_TOKEN where that row of `logits` has NaN or an infinite maximum."""
+    return chosen.masked_fill(~logits.amax(dim=-1).isfinite(), NO_TOKEN)  # amax keeps NaN
 
 
 def nucleus_floor(probabilities: Tensor, top_p: Tensor) -> Tensor:

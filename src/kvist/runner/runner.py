@@ -96,7 +96,8 @@ class Runner:
                 return Finished(SampledTokens(token_ids=()))
             sampled = sample(logits, sampling_rows(batch))
         request_ids = (item.request_id for item in batch.items if item.sampling is not None)
-        self._former = dict(zip(request_ids, sampled.token_ids, strict=True))
+        # 0 for a request that got no token: it fails, and what is computed of it meanwhile is dropped
+        self._former = {name: max(0, token) for name, token in zip(request_ids, sampled.token_ids, strict=True)}
         return Finished(sampled)
 
     def close(self) -> None:

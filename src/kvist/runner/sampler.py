@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvist.kernels.sampling import choose_tokens, gumbel_noise, nucleus_floor
+from kvist.kernels.sampling import choose_tokens, gumbel_noise, nucleus_floor, without_broken_rows
 from kvist.request import SamplingParams, TokenLogprobs
 from kvist.scheduler.events import SampledTokens
 
@@ -42,7 +42,13 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
 
 
 def sampled_tokens(chosen: Tensor, measured: Measured | None) -> SampledTokens:
-    return SampledTokens(token_ids=chosen.tolist(), logprobs={} if measured is None else measured.logprobs())
+    token_ids: list[int] = chosen.tolist()
+    broken = frozenset[int]()
+    if token_ids and min(token_ids) < 0:  # NO_TOKEN
+        broken = frozenset(place for place, token_id in enumerate(token_ids) if token_id < 0)
+    return SampledTokens(
+        token_ids=token_ids, logprobs={} if measured is None else measured.logprobs(), broken_places=broken
+    )
 
 
 def is_plain(params: SamplingParams) -> bool:
@@ -52,11 +58,11 @@ def is_plain(params: SamplingParams) -> bool:
 
 
 def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """[num_rows] int64 token ids. On a GPU the host waits for nothing."""
+    """[num_rows] int64 token ids, NO_TOKEN where the logits are no numbers. On a GPU the host waits for nothing."""
     assert logits.shape[0] == len(rows)
     if all(row.params.greedy and not row.suppressed_token_ids for row in rows):
-        return logits.argmax(dim=-1)
-    return _choose(_suppress(logits, rows), rows)
+        return without_broken_rows(logits.argmax(dim=-1), logits)
+    return without_broken_rows(_choose(_suppress(logits, rows), rows), logits)
 
 
 def _on_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -252,7 +258,7 @@ def measure(logits: Tensor, rows: Sequence[SamplingRow], chosen: Tensor) -> Meas
         return None
     places = _on_device([i for i, _ in wanted], torch.int64, logits.device)
     logprobs = logits.index_select(0, places).log_softmax(dim=-1)
-    of_chosen = logprobs.gather(1, chosen.index_select(0, places)[:, None]).squeeze(1)
+    of_chosen = logprobs.gather(1, chosen.index_select(0, places).clamp_(min=0)[:, None]).squeeze(1)  # NO_TOKEN
     top_values, top_ids = logprobs.topk(min(max(n for _, n in wanted), logits.shape[1]), dim=-1)
     return Measured(
         rows=[i for i, _ in wanted],

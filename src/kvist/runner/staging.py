@@ -66,8 +66,9 @@ class DeviceWords:
     keys: Tensor  # [R, 2]
 
     def token_ids(self) -> Tensor:
-        """[T]; reads the slots as they are when it runs."""
-        return self.known.index_select(0, self.sources)
+        """[T]; reads the slots as they are when it runs. A slot without a token (NO_TOKEN) counts as token 0: what is
+        computed from it belongs to a request that fails once the host has seen the slot."""
+        return self.known.index_select(0, self.sources).clamp_(min=0)
 
 
 class Staging:

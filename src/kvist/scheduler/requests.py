@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvist.errors import EngineError
 from kvist.kv.cache import PageCache
 from kvist.kv.storage_tier import Prefetch
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, SampledToken
@@ -32,6 +33,10 @@ from kvist.scheduler.waiting import WaitingQueue
 from kvist.service_time import ServiceTime
 from kvist.wire import Ended, Submit, TokenChunk
 
+_BROKEN_LOGITS = (
+    "the model's output for this request is not a number (NaN or infinity). If other requests fail in the same way, "
+    "the weights or the device are damaged: check the model's files"
+)
 _OUTCOME_COUNTERS = {
     Outcome.FINISHED: "requests_finished",
     Outcome.FAILED: "requests_failed",
@@ -281,6 +286,8 @@ class RequestTable:
     def take_tokens(self, step: StepUnderWay, sampled: SampledTokens) -> None:
         """A step is finished: its K/V is in the pages, and these tokens were chosen."""
         num_told = len(self.out.chunks)
+        if sampled.broken_places:
+            self._end_broken(step, sampled.broken_places)
         self._take_decoded(step.decodes, sampled)
         place = len(step.decodes)
         for request, end, gets_token in step.chunks:
@@ -291,6 +298,13 @@ class RequestTable:
             place += gets_token
         assert place == len(sampled), "one token for each item that wants one"
         self.totals["generation_tokens"] += len(self.out.chunks) - num_told
+
+    def _end_broken(self, step: StepUnderWay, places: frozenset[int]) -> None:
+        """Only their requests: no row of a step depends on another. What the step wrote for them is not committed."""
+        takers = [*step.decodes, *(request for request, _, gets_token in step.chunks if gets_token)]
+        for place in sorted(places):
+            if takers[place].state is not RequestState.ENDED:
+                self.end(takers[place], Outcome.FAILED, EngineError.code, _BROKEN_LOGITS)
 
     def _take_decoded(self, decodes: list[ActiveRequest], sampled: SampledTokens) -> None:
         """This loop runs for every stream in every step: what is rare is left to others."""

@@ -298,6 +298,14 @@ class EngineLoop:
                 ) from error
             return StepFailed(step_id=batch.step_id, message=f"{type(error).__name__}: {error}")
         self._num_failed_in_a_row = 0
+        if sampled.broken_places:
+            self._num_failed_steps += 1
+            log.error(
+                "step %d: the logits of %d of its %d requests are no numbers (NaN or infinity); those requests fail",
+                batch.step_id,
+                len(sampled.broken_places),
+                len(batch.items),
+            )
         return StepFinished(step_id=batch.step_id, sampled=sampled)
 
     def _send_outputs(self, plan: Plan) -> None:

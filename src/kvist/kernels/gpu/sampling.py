@@ -1,5 +1,6 @@
 """Sampling in three small kernels over blocks of the vocabulary: the row's maximum, the noisy argmax of each block
-against it, and the best block. The hash is that of kernels/sampling.py, bit for bit."""
+against it, and the best block. The hash is that of kernels/sampling.py, bit for bit. A block with NaN has NaN for its
+maximum, by which the last kernel knows the row."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def _block_maxima(logits, row_stride, vocab_size, maxima, num_blocks, BLOCK: tl.
     tokens = block * BLOCK + tl.arange(0, BLOCK)
     wait_for_inputs(DEPENDENT)
     values = tl.load(logits + row * row_stride + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
-    tl.store(maxima + row * num_blocks + block, tl.max(values, axis=0))
+    num_broken = tl.sum((values != values).to(tl.int32), axis=0)
+    tl.store(maxima + row * num_blocks + block, tl.where(num_broken > 0, float("nan"), tl.max(values, axis=0)))
 
 
 @triton.jit
@@ -68,13 +70,17 @@ def _block_best(
 
 
 @triton.jit
-def _row_best(best, best_token, chosen, num_blocks, BLOCKS: tl.constexpr, DEPENDENT: tl.constexpr):
+def _row_best(maxima, best, best_token, chosen, num_blocks, BLOCKS: tl.constexpr, DEPENDENT: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     nth = tl.arange(0, BLOCKS)
     wait_for_inputs(DEPENDENT)
     values = tl.load(best + row * num_blocks + nth, mask=nth < num_blocks, other=float("-inf"))
     winner = tl.argmax(values, axis=0)
-    tl.store(chosen + row, tl.load(best_token + row * num_blocks + winner).to(tl.int64))
+    token = tl.load(best_token + row * num_blocks + winner).to(tl.int64)
+    peaks = tl.load(maxima + row * num_blocks + nth, mask=nth < num_blocks, other=float("-inf"))
+    num_broken = tl.sum(((peaks != peaks) | (peaks == float("inf"))).to(tl.int32), axis=0)
+    num_possible = tl.sum((peaks > float("-inf")).to(tl.int32), axis=0)
+    tl.store(chosen + row, tl.where((num_broken == 0) & (num_possible > 0), token, -1))
 
 
 def choose_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
@@ -96,7 +102,9 @@ def choose_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
         logits, logits.stride(0), vocab_size, temperatures, keys, maxima, best, best_token, num_blocks,
         _NOISE_SPAN, blocks, _BLOCK, dependent, launch_pdl=dependent,
     )  # fmt: skip
-    _row_best[(num_rows,)](best, best_token, chosen, num_blocks, blocks, dependent, num_warps=1, launch_pdl=dependent)
+    _row_best[(num_rows,)](
+        maxima, best, best_token, chosen, num_blocks, blocks, dependent, num_warps=1, launch_pdl=dependent
+    )
     return chosen
 
 
