@@ -24,6 +24,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ENGINE_TOTALS: Mapping[str, str] = {
     "steps": "engine steps that were finished",
     "failed_steps": "engine steps that the model or the device failed, or in which the model computed NaN",
+    "abandoned_steps": "engine steps given up half-way on a CPU, because every client of theirs had left",
     "prompt_tokens": "prompt tokens of admitted requests",
     "cached_prompt_tokens": "prompt tokens found in the page cache",
     "ceiling_prompt_tokens": "prompt tokens that a page cache which forgets nothing would have had",

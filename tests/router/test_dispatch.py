@@ -240,9 +240,15 @@ async def test_a_reader_who_leaves_aborts_both_engines_at_once(how: str) -> None
     (request_id,) = world.engines.aborts(prefill)
     assert world.engines.aborts(decode) == [request_id]
     world.engines.end(prefill, Outcome.ABORTED)
+    world.clock.advance(0.3)
+    assert world.dispatcher.snapshot().cancelled.num_held == 1, "decode has not said so"
     world.engines.say(decode, 1, 8)  # was on its way: ignored
     world.engines.end(decode, Outcome.ABORTED)
     assert world.idle()
+    cancelled = world.dispatcher.snapshot().cancelled
+    samples = {sample.name: sample.value for sample in cancelled.release_s.family("release", "").samples}
+    assert cancelled.num_held == 0
+    assert (samples["kvist:release_count"], samples["kvist:release_sum"]) == (1, 0.3)
 
 
 async def test_a_request_that_takes_too_long_times_out_and_is_aborted() -> None:

@@ -97,7 +97,7 @@ def test_a_worker_that_does_not_match_is_refused_and_shown(field: str, value: ob
     with pytest.raises(ConfigError, match=f"serves another {word}"):
         welcome(registry, second, **{field: value})
     assert registry.ready(WorkerUse.UNIFIED) == [first]
-    assert "http://a" in registry.snapshot().workers[1].problem
+    assert "http://a" in registry.snapshot()[1].problem
 
 
 def test_another_model_may_come_once_the_first_is_gone() -> None:

@@ -135,3 +135,21 @@ def test_greedy_tokens_depend_on_the_prompt(engine: Any) -> None:
     """Guards the others: a model that always says the same would pass them."""
     answers = {tuple(token.token_id for token in engine.generate(prompt_of(9, seed), GREEDY)) for seed in range(5)}
     assert len(answers) == 5
+
+
+def test_a_step_that_is_given_up_between_two_layers_leaves_the_runner_fit_for_the_next(engine: Any) -> None:
+    prompt = prompt_of(9)
+    expected = engine.generate(prompt, GREEDY)
+    num_breaks = 0
+
+    def give_up_before_the_second_layer() -> None:
+        nonlocal num_breaks
+        num_breaks += 1
+        if num_breaks == 2:
+            raise TimeoutError("nobody waits for it")
+
+    engine.runner.between_layers = give_up_before_the_second_layer
+    with pytest.raises(TimeoutError, match="nobody"):
+        engine.generate(prompt, GREEDY)
+    engine.runner.between_layers = None
+    assert_same(engine.generate(prompt, GREEDY), expected)

@@ -22,6 +22,7 @@ from kvist import wire
 from kvist.clock import Clock
 from kvist.errors import EngineError, KvistError, Timeout, Unavailable, WorkerLost, error_from_wire
 from kvist.fairness import caller_path
+from kvist.metrics import Histogram
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.fleet import EngineEvents
@@ -29,7 +30,7 @@ from kvist.router.flight import Flight
 from kvist.router.merge import ChunkMerger
 from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.router.route import Route, Router
-from kvist.router.stream import ClusterSnapshot, StreamPart
+from kvist.router.stream import Cancelled, ClusterSnapshot, StreamPart
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Dispatcher:
         self._flights: dict[RequestId, Flight] = {}
         self._calls: dict[str, _Call] = {}
         self._sweeper: asyncio.Task[None] | None = None
+        self._release_s = Histogram()  # from a reader's leaving to the end at every engine
 
     async def start(self) -> None:
         """Begin to look for the workers. Returns at once; `ready` tells when one is there."""
@@ -101,7 +103,9 @@ class Dispatcher:
         return self._registry.reference()
 
     def snapshot(self) -> ClusterSnapshot:
-        return self._registry.snapshot()
+        num_held = sum(flight.cancelled for flight in self._flights.values())
+        cancelled = Cancelled(num_held=num_held, release_s=self._release_s)
+        return ClusterSnapshot(workers=self._registry.snapshot(), cancelled=cancelled)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
         """The request's output. Closing or cancelling the iterator aborts it everywhere at once.
@@ -262,13 +266,16 @@ class Dispatcher:
     def _leave(self, flight: Flight) -> None:
         """The reader is gone: at the end, on an error, or in the middle."""
         if not flight.settled:
+            flight.cancelled = True
             self._abort(flight)
         flight.closed_at_s = self._clock.now_s()
         self._forget_if_over(flight)
 
     def _forget_if_over(self, flight: Flight) -> None:
-        if not flight.open and flight.closed_at_s is not None:
-            self._flights.pop(flight.request_id, None)
+        if flight.open or flight.closed_at_s is None or self._flights.pop(flight.request_id, None) is None:
+            return
+        if flight.cancelled:
+            self._release_s.observe(self._clock.now_s() - flight.closed_at_s)
 
     def _other_route(self, request: EngineRequest, flight: Flight, error: KvistError) -> Route | None:
         """Other workers for a request of which the client has seen nothing; None when it should hear of the error."""

@@ -28,6 +28,7 @@ class Flight:
     open: set[Worker] = field(default_factory=set)  # have the request and did not say Ended
     decode_began: bool = False  # decode has the pages: prefill's fate does not matter any more
     aborted: bool = False
+    cancelled: bool = False  # by its reader, before the end
     error: KvistError | None = None
     culprit: Worker | None = None  # whose failure `error` is
     closed_at_s: float | None = None  # the reader is gone

@@ -16,7 +16,7 @@ from kvist.fairness import CallerPath, gives_way
 from kvist.request import RequestId, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.policies import WorkerView
-from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
+from kvist.router.stream import WorkerSnapshot
 from kvist.service_time import ServiceTime
 from kvist.wire import PROTOCOL_VERSION, EngineSpec, LoadReport, Welcome
 
@@ -199,8 +199,8 @@ class Registry:
             self._forget_contents(worker)
         worker.problem = reason
 
-    def snapshot(self) -> ClusterSnapshot:
-        return ClusterSnapshot(workers=tuple(self._snapshot_of(worker) for worker in self.workers))
+    def snapshot(self) -> tuple[WorkerSnapshot, ...]:
+        return tuple(self._snapshot_of(worker) for worker in self.workers)
 
     @staticmethod
     def _snapshot_of(worker: Worker) -> WorkerSnapshot:

@@ -5,8 +5,9 @@ Pure vocabulary between router/dispatch.py, which fills it in, and server/ and m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from kvist.metrics import Histogram
 from kvist.request import WorkerId
 from kvist.wire import EngineSpec, LoadReport, TokenChunk
 
@@ -37,5 +38,14 @@ class WorkerSnapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cancelled:
+    """Requests whose reader left before the end."""
+
+    num_held: int = 0  # that some worker has not ended yet
+    release_s: Histogram = field(default_factory=Histogram)  # of the others: from leaving to the end at every worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSnapshot:
     workers: tuple[WorkerSnapshot, ...]
+    cancelled: Cancelled = field(default_factory=Cancelled)

@@ -10,7 +10,7 @@ It does not know requests beyond that: who runs, in which pages and until when i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,13 +85,15 @@ class Runner:
         self._attention = attention
         self._device = pool.tensor.device
         self._former: Mapping[RequestId, int] = {}  # the tokens that the batch before chose
+        self.between_layers: Callable[[], None] | None = None  # what it raises ends the step
 
     def launch(self, batch: Batch) -> InFlight:
         """What it raises is a broken device or our bug."""
         assert batch.items, "an empty batch is no batch"
         former, self._former = self._former, {}
         with torch.inference_mode():
-            logits = forward(self._model, self._attention, build_inputs(batch.items, former, self._device))
+            inputs = build_inputs(batch.items, former, self._device)
+            logits = forward(self._model, self._attention, inputs, self.between_layers)
             if logits is None:
                 return Finished(SampledTokens(token_ids=()))
             sampled = sample(logits, sampling_rows(batch))
@@ -105,12 +107,28 @@ class Runner:
         self.pool.close()
 
 
-def forward(model: Model, attention: AttentionBackend, inputs: ForwardInputs) -> Tensor | None:
+def forward(
+    model: Model,
+    attention: AttentionBackend,
+    inputs: ForwardInputs,
+    between_layers: Callable[[], None] | None = None,
+) -> Tensor | None:
     """[num_sampled, vocab_size] fp32 logits, or None when no row wants a token."""
-    unfinished = model.begin(inputs.token_ids, inputs.positions, attention.prepare(inputs.spans))
+    attend = attention.prepare(inputs.spans)
+    if between_layers is not None:
+        attend = _with_breaks(attend, between_layers)
+    unfinished = model.begin(inputs.token_ids, inputs.positions, attend)
     if inputs.sampled_rows is not None:
         if not len(inputs.sampled_rows):
             model.meet(unfinished)
             return None
         unfinished = unfinished.select(inputs.sampled_rows)
     return model.logits(model.finish(unfinished))
+
+
+def _with_breaks(attend: Attend, between_layers: Callable[[], None]) -> Attend:
+    def attend_after_a_break(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        between_layers()
+        return attend(layer, q, k, v)
+
+    return attend_after_a_break

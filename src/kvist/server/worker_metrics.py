@@ -68,4 +68,9 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
                 text = ENGINE_TOTALS.get(name, name)
                 totals[name] = CounterMetricFamily(f"kvist:worker_{name}", text, labels=labels)
             totals[name].add_metric(who, value)
+    yield GaugeMetricFamily(
+        "kvist:cancelled_requests_held", "requests whose client left and that some worker has not ended yet",
+        snapshot.cancelled.num_held,
+    )  # fmt: skip
+    yield snapshot.cancelled.release_s.family("cancel_release_seconds", "client gone to the end at every worker")
     yield from (alive, running, waiting, usage, pages, host_pages, *storage, errors, *totals.values())

@@ -35,7 +35,7 @@ from kvist.models import ModelConfig, load_model_config
 from kvist.request import EpochId, RequestId, SamplingParams, WorkerId
 from kvist.runner.build import build_runner, device_type
 from kvist.runner.config import RunnerConfig, RunnerOptions
-from kvist.runner.runner import AnyRunner
+from kvist.runner.runner import AnyRunner, Runner
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.plan import Batch, BatchItem
 from kvist.transfer import make_transport
@@ -257,6 +257,8 @@ def _assemble(
         if pool.tensor.is_cuda and config.cpu_affinity:
             gateway_cores = separate(num_live_epochs(runtime_dir))
         loop = EngineLoop(parts)
+        if isinstance(runner, Runner):  # the other ranks of a --tp engine, or a GPU, would go on
+            runner.between_layers = loop.between_layers
         watch = ProgressWatch(
             lambda: loop.num_turns,
             limit_s=config.stall_restart_s,

@@ -46,6 +46,7 @@ from kvist.scheduler import Scheduler
 from kvist.scheduler.events import Event, PeerDied, SampledTokens, StepFailed, StepFinished
 from kvist.scheduler.plan import Batch, Plan, StopWrites, ToSource, VerifyPages, WritePages
 from kvist.transfer import Transport
+from kvist.worker.abandon import Abandonment, StepAbandoned
 from kvist.worker.gateways import Gateways
 from kvist.worker.inbox import Inbox, refusal
 from kvist.worker.reports import LoadReports
@@ -134,6 +135,8 @@ class EngineLoop:
         self._num_failed_steps = 0
         self._num_failed_in_a_row = 0
         self._spent = StepTimes()
+        self._abandonment = Abandonment(parts.channel, self._gateways.owner, parts.clock)
+        self.between_layers = self._abandonment.check  # for a runner that computes in this thread
 
     def run(self) -> None:
         """Serve until `request_stop`, or after `request_drain` until no request is open; then tell every gateway that
@@ -201,7 +204,8 @@ class EngineLoop:
 
     def _hear(self, timeout_s: float) -> tuple[float, list[Event]]:
         """The time, and what has happened; waits for it at most so long."""
-        received = self._parts.channel.recv(timeout_s)
+        kept = self._abandonment.take_kept()
+        received = [*kept, *self._parts.channel.recv(0.0 if kept else timeout_s)]
         now_s = self._parts.clock.now_s()
         events, replies = self._inbox.open(received, now_s)
         for reply in replies:
@@ -269,10 +273,11 @@ class EngineLoop:
             self._launch(batch)
         may_wait = 1 if self._parts.overlap and batch is not None else 0
         if len(self._in_flight) > may_wait:
-            self._carried.append(self._read(*self._in_flight.popleft()))
+            self._carried += self._read(*self._in_flight.popleft())
 
     def _launch(self, batch: Batch) -> None:
         launched: LaunchedStep | Exception
+        self._abandonment.begin(batch)
         with self._spent.launching():
             try:
                 launched = self._parts.runner.launch(batch)
@@ -280,12 +285,15 @@ class EngineLoop:
                 launched = error
         self._in_flight.append((batch, launched))
 
-    def _read(self, batch: Batch, launched: LaunchedStep | Exception) -> StepFinished | StepFailed:
+    def _read(self, batch: Batch, launched: LaunchedStep | Exception) -> list[Event]:
         try:
             with self._spent.reading():
                 if isinstance(launched, Exception):
                     raise launched
                 sampled = launched.result()
+        except StepAbandoned as error:  # the aborts first: the requests have not failed
+            aborts = [wire.Abort(request_id=item.request_id) for item in batch.items]
+            return [*aborts, StepFailed(step_id=batch.step_id, message=str(error))]
         except EngineError:  # the runner is broken for good: a tensor-parallel rank is gone
             raise
         except Exception as error:  # whatever the model or the device raised: these requests fail, the engine goes on
@@ -296,7 +304,7 @@ class EngineLoop:
                 raise EngineError(
                     f"{self._num_failed_in_a_row} steps in a row failed, the last with: {error}"
                 ) from error
-            return StepFailed(step_id=batch.step_id, message=f"{type(error).__name__}: {error}")
+            return [StepFailed(step_id=batch.step_id, message=f"{type(error).__name__}: {error}")]
         self._num_failed_in_a_row = 0
         if sampled.broken_places:
             self._num_failed_steps += 1
@@ -306,7 +314,7 @@ class EngineLoop:
                 len(sampled.broken_places),
                 len(batch.items),
             )
-        return StepFinished(step_id=batch.step_id, sampled=sampled)
+        return [StepFinished(step_id=batch.step_id, sampled=sampled)]
 
     def _send_outputs(self, plan: Plan) -> None:
         """One message to each gateway that this step has something for."""
@@ -359,6 +367,7 @@ class EngineLoop:
         totals = {
             "undecodable_messages": float(self._parts.channel.num_undecodable),
             "failed_steps": float(self._num_failed_steps),
+            "abandoned_steps": float(self._abandonment.num_abandoned),
             **self._spent.totals(),
             **({} if self._parts.mover is None else self._parts.mover.totals()),
             **({} if self._parts.storage is None else self._parts.storage.totals()),

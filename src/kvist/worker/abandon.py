@@ -1,0 +1,62 @@
+"""Gives a step up between two layers once every request of it was aborted: on a CPU a step may take seconds.
+
+While the loop computes, its mail waits. `check`, which the runner calls between layers, looks into it a few dozen times
+a second and keeps what came for the loop's next turn. A step with one request that somebody still waits for goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from kvist import wire
+from kvist.channel.engine import Inbound
+from kvist.clock import Clock
+from kvist.request import RequestId
+from kvist.scheduler.plan import Batch
+
+LOOK_INTERVAL_S = 0.025
+MAX_KEPT_MESSAGES = 1024  # more of them wait in the socket, as they would without a look
+
+
+class Receiver(Protocol):
+    def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]: ...
+
+
+class StepAbandoned(Exception):
+    """Nobody waits for the batch under way any more. What it wrote is not to be trusted."""
+
+
+class Abandonment:
+    """Mutable; owned by the engine loop. `owner`: the gateway that a request belongs to."""
+
+    def __init__(self, channel: Receiver, owner: Callable[[RequestId], bytes | None], clock: Clock) -> None:
+        self._channel = channel
+        self._owner = owner
+        self._clock = clock
+        self._kept: list[tuple[bytes, Inbound]] = []
+        self._wanted: set[RequestId] = set()  # of the batch under way
+        self._next_look_s = 0.0
+        self.num_abandoned = 0
+
+    def begin(self, batch: Batch) -> None:
+        self._wanted = {item.request_id for item in batch.items}
+        self._next_look_s = self._clock.now_s() + LOOK_INTERVAL_S
+
+    def check(self) -> None:
+        """Raises `StepAbandoned`. Costs well under a microsecond between two looks."""
+        now_s = self._clock.now_s()
+        if now_s < self._next_look_s or len(self._kept) >= MAX_KEPT_MESSAGES:
+            return
+        self._next_look_s = now_s + LOOK_INTERVAL_S
+        for identity, message in self._channel.recv(0.0):
+            self._kept.append((identity, message))
+            if isinstance(message, wire.Abort) and self._owner(message.request_id) == identity:
+                self._wanted.discard(message.request_id)
+        if not self._wanted:
+            self.num_abandoned += 1
+            raise StepAbandoned("every request of the step was aborted")
+
+    def take_kept(self) -> list[tuple[bytes, Inbound]]:
+        kept, self._kept = self._kept, []
+        return kept
