@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 PROMISED_TOKENS_PER_S = 15_000
 HOST = "127.0.0.1"
+CLUSTER_KEY = "of the processes of this benchmark"
 WORDS = "The capital of France is Paris, and it has been so since 987. "
 
 
@@ -43,12 +44,12 @@ WORDS = "The capital of France is Paris, and it has been so since 987. "
 
 
 def run_engine(offered_tokens_per_s: float) -> None:
-    from kvist.channel import EngineChannel
+    from kvist.channel import EngineChannel, Member
     from kvist.checkpoint import find_checkpoint
     from kvist.text import load_tokenizer
 
     tokens = load_tokenizer(find_checkpoint(None)).encode(WORDS)
-    channel = EngineChannel(f"tcp://{HOST}:0", epoch=EpochId("bench"))
+    channel = EngineChannel(f"tcp://{HOST}:0", member=Member(CLUSTER_KEY))
     print(channel.endpoint, flush=True)
     streams: dict[RequestId, tuple[bytes, int, int]] = {}  # request → gateway, position, max_tokens
     next_step_s = time.monotonic()
@@ -139,7 +140,8 @@ def run_gateway(endpoint: str, port: int) -> None:
         config = ServerConfig(host=HOST, port=port)
         spec = engine_spec(endpoint)
         own = OwnEngine(lambda: spec)
-        dispatcher = build_dispatcher(RouterConfig(worker_urls=("http://own:1",)), ChannelConfig(), transport=own)
+        channel = ChannelConfig(cluster_key=CLUSTER_KEY)
+        dispatcher = build_dispatcher(RouterConfig(worker_urls=("http://own:1",)), channel, transport=own)
         await dispatcher.start()
         tokenizer = load_tokenizer(find_checkpoint(None))
         app = build_app(dispatcher=dispatcher, tokenizer=tokenizer, config=config, model_name="fake")

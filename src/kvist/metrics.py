@@ -41,6 +41,7 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "handoffs_sent": "handoffs that this worker wrote and the other acknowledged",
     "handoffs_received": "handoffs that this worker granted and verified",
     "handoffs_failed": "handoffs that failed, were refused or timed out",
+    "foreign_grants": "grants refused because the gateway had named another decode worker",
     "handoff_pages": "pages written by handoffs",
     "handoff_bytes": "bytes written by handoffs",
     "plan_cpu_seconds": "processor time spent planning steps",
@@ -89,6 +90,7 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "host_backup_bytes": "bytes copied to the host tier",
     "host_backup_seconds": "time of copies to the host tier",
     "undecodable_messages": "messages dropped because they could not be decoded",
+    "unexpected_messages": "messages dropped: this role takes none such, or their sender may not send them",
 }
 
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)

@@ -14,9 +14,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from kvist.bench.config import LOADS, CustomConfig, Load, TargetConfig
-from kvist.channel.security import ChannelConfig
+from kvist.channel import ChannelConfig, with_private_key
 from kvist.cluster.config import ChatConfig, ClusterConfig
 from kvist.cluster.plan import ClusterShape, share_threads, visible_gpus
 from kvist.config import option
@@ -284,7 +285,7 @@ def run(settings: Settings) -> int:
     if isinstance(settings, UpSettings):
         from kvist.cluster.up import run_up
 
-        return run_up(cluster_shape(settings), stop_with_stdin=settings.process.stop_with_stdin)
+        return run_up(cluster_shape(with_own_key(settings)), stop_with_stdin=settings.process.stop_with_stdin)
     if isinstance(settings, ChatSettings):
         from kvist.cluster.converse import converse
 
@@ -298,8 +299,17 @@ def run(settings: Settings) -> int:
     from kvist.cluster.demo import run_demo
 
     with tempfile.TemporaryDirectory(prefix="kvist-demo-") as folder:
-        shape = cluster_shape(with_tiers(settings, folder))
+        shape = cluster_shape(with_own_key(with_tiers(settings, folder)))
         return run_demo(shape, question=settings.demo.question, expect=settings.demo.expect)
+
+
+ClusterSettings = TypeVar("ClusterSettings", UpSettings, DemoSettings)
+
+
+def with_own_key(settings: ClusterSettings) -> ClusterSettings:
+    """A cluster that we start has a key of its own, unless the user named one; children get it by environment."""
+    engine = dataclasses.replace(settings.engine, channel=with_private_key(settings.engine.channel))
+    return dataclasses.replace(settings, engine=engine)
 
 
 def with_tiers(settings: DemoSettings, folder: str) -> DemoSettings:

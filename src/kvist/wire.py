@@ -29,7 +29,7 @@ from kvist.request import (
     WorkerId,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
@@ -64,6 +64,7 @@ class Submit(_Message, frozen=True):
     mode: Mode
     handoff_id: HandoffId | None = None  # set for PREFILL and DECODE
     prefill: PrefillPeer | None = None  # set for DECODE
+    target_epoch: EpochId | None = None  # set for PREFILL: the decode life whose Grant will be honoured, and no other's
 
 
 class Abort(_Message, frozen=True):
@@ -314,5 +315,6 @@ class Decoder:
     def decode(self, payload: bytes | memoryview) -> object:
         try:
             return self._decoder.decode(payload)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
-            raise WireError(f"cannot decode a message of {len(payload)} bytes: {error}") from error
+        except Exception as error:  # msgspec's own, and UnicodeDecodeError, RecursionError, OverflowError, MemoryError
+            message = f"cannot decode a message of {len(payload)} bytes: {type(error).__name__}: {error}"
+            raise WireError(message) from None

@@ -12,27 +12,38 @@ import pytest
 import zmq
 
 from kvist import wire
-from kvist.channel import ChannelConfig, EngineChannel, GatewayLink, is_loopback, security
+from kvist.channel import ChannelConfig, EngineChannel, GatewayLink, Member, is_loopback
 from kvist.errors import ConfigError
 from kvist.request import EpochId, HandoffId, RequestId
 
 BOUND_S = 60.0
 HELLO = wire.Hello(gateway_id="g")
 FLUSHED = wire.Flushed(call_id="c", num_pages=3)
-ACK = wire.Ack(handoff_id=HandoffId("h"), target_epoch=EpochId("decode"))
+KEY = "the key of this cluster"
 CLOSED = wire.Closed(handoff_id=HandoffId("h"), target_epoch=EpochId("decode"), source_epoch=EpochId("prefill"))
 
 MakeChannel = Callable[..., EngineChannel]
+
+
+class Engine(EngineChannel):
+    """A channel that knows the name of its own life, as the engine around it does."""
+
+    def __init__(self, cluster_key: str = KEY, bind: str = "tcp://127.0.0.1:0", **config: int) -> None:
+        member = Member(cluster_key)
+        super().__init__(bind, member=member, config=ChannelConfig(**config))
+        self.epoch = member.epoch
+
+    @property
+    def ack(self) -> wire.Ack:
+        return wire.Ack(handoff_id=HandoffId("h"), target_epoch=self.epoch)
 
 
 @pytest.fixture
 def make_channel() -> Iterator[MakeChannel]:
     with ExitStack() as stack:
 
-        def make(epoch: str = "e", cluster_key: str = "", **config: int) -> EngineChannel:
-            channel = EngineChannel(
-                "tcp://127.0.0.1:0", epoch=EpochId(epoch), config=ChannelConfig(cluster_key=cluster_key, **config)
-            )
+        def make(cluster_key: str = KEY, **config: int) -> Engine:
+            channel = Engine(cluster_key, **config)
             stack.callback(channel.close)
             return channel
 
@@ -55,9 +66,13 @@ def recv_some(channel: EngineChannel, bound_s: float = BOUND_S) -> list[tuple[by
     return []
 
 
-def raw_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes = b"gw") -> zmq.Socket[bytes]:
+def raw_dealer(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, address: bytes | None = None, member: Member | None = None
+) -> zmq.Socket[bytes]:
+    member = member or Member(KEY)
     dealer = context.socket(zmq.DEALER)
-    dealer.setsockopt(zmq.IDENTITY, identity)
+    dealer.setsockopt(zmq.IDENTITY, address or member.new_address())
+    member.secure_client(dealer)
     dealer.linger = 0
     dealer.connect(endpoint)
     return dealer
@@ -81,15 +96,14 @@ class Inbox:
 async def make_link(context: zmq.Context[zmq.Socket[bytes]]) -> AsyncIterator[Callable[..., tuple[GatewayLink, Inbox]]]:
     links: list[GatewayLink] = []
 
-    def make(endpoint: str, identity: bytes = b"gw", cluster_key: str = "") -> tuple[GatewayLink, Inbox]:
+    def make(endpoint: str, cluster_key: str = KEY) -> tuple[GatewayLink, Inbox]:
         inbox = Inbox()
         link = GatewayLink(
             context,
             endpoint,
-            identity=identity,
+            member=Member(cluster_key),
             on_message=inbox.messages.put_nowait,
             on_lost=inbox.lost.put_nowait,
-            config=ChannelConfig(cluster_key=cluster_key),
         )
         links.append(link)
         link.open()
@@ -108,8 +122,9 @@ async def test_a_gateway_and_an_engine_exchange_messages(make_channel: MakeChann
     channel = make_channel()
     link, inbox = make_link(channel.endpoint)
     assert link.send(HELLO)
-    assert await in_thread(channel) == [(b"gw", HELLO)]
-    assert channel.send(b"gw", FLUSHED)
+    [(gateway, message)] = await in_thread(channel)
+    assert message == HELLO
+    assert channel.send(gateway, FLUSHED)
     assert await inbox.message() == FLUSHED
 
 
@@ -119,14 +134,15 @@ async def test_one_recv_drains_all_that_waits_and_keeps_the_order(make_channel: 
     aborts = [wire.Abort(request_id=RequestId(str(i))) for i in range(500)]
     for abort in aborts:
         assert link.send(abort)
-    received: list[object] = []
+    received: list[tuple[bytes, object]] = []
     for _ in range(20):
-        received += [message for _, message in await in_thread(channel)]
+        received += await in_thread(channel)
         if len(received) >= 500:
             break
-    assert received == aborts
+    assert [message for _, message in received] == aborts
+    gateway = received[0][0]
     answers = [wire.Flushed(call_id=str(i), num_pages=i) for i in range(600)]  # more than one drain takes
-    assert all(channel.send(b"gw", answer) for answer in answers)
+    assert all(channel.send(gateway, answer) for answer in answers)
     assert [await inbox.message() for _ in answers] == answers
 
 
@@ -138,17 +154,19 @@ def test_a_send_to_a_peer_that_is_gone_is_reported(make_channel: MakeChannel) ->
 def test_a_peer_that_does_not_read_fails_sends_instead_of_blocking(make_channel: MakeChannel, context) -> None:
     channel = make_channel(send_queue_messages=16)
     lazy = context.socket(zmq.DEALER)
-    lazy.setsockopt(zmq.IDENTITY, b"lazy")
+    member = Member(KEY)
+    lazy.setsockopt(zmq.IDENTITY, member.new_address())
+    member.secure_client(lazy)
     lazy.rcvhwm = 1
     lazy.linger = 0
     lazy.connect(channel.endpoint)
     lazy.send(wire.encode(HELLO))
-    assert recv_some(channel)
+    [(address, _)] = recv_some(channel)
     big = wire.LoadReport(
         sequence=0, num_running=0, num_waiting=0, num_free_pages=0, num_cached_pages=0, num_owned_pages=0,
         num_in_flight_pages=0, cached_added=(b"x" * 16,) * 50_000,
     )  # fmt: skip
-    assert not all(channel.send(b"lazy", big) for _ in range(100))
+    assert not all(channel.send(address, big) for _ in range(100))
 
 
 def test_undecodable_messages_are_dropped_and_counted_and_the_next_is_read(make_channel, context) -> None:
@@ -161,21 +179,42 @@ def test_undecodable_messages_are_dropped_and_counted_and_the_next_is_read(make_
     received = recv_some(channel)
     while not received:
         received = recv_some(channel)
-    assert received == [(b"gw", HELLO)]
+    assert [message for _, message in received] == [HELLO]
     assert channel.num_undecodable == 3
 
 
-async def test_a_link_drops_what_it_cannot_decode(context, make_link) -> None:
-    router = context.socket(zmq.ROUTER)
-    router.linger = 0
-    port = router.bind_to_random_port("tcp://127.0.0.1")
-    link, inbox = make_link(f"tcp://127.0.0.1:{port}")
+async def test_a_link_drops_what_it_cannot_decode(make_channel: MakeChannel, make_link) -> None:
+    channel = make_channel()
+    link, inbox = make_link(channel.endpoint)
     link.send(HELLO)
-    identity, _ = await asyncio.to_thread(router.recv_multipart)
-    router.send_multipart([identity, b"\xc1"])
-    router.send_multipart([identity, wire.encode(FLUSHED)])
+    [(gateway, _)] = await in_thread(channel)
+    channel._router.send_multipart([gateway, b"\xc1"])
+    channel.send(gateway, FLUSHED)
     assert await inbox.message() == FLUSHED
-    assert link.num_undecodable == 1
+    assert link.num_dropped == 1
+
+
+async def test_a_message_that_cannot_be_taken_does_not_hold_up_those_behind_it(
+    make_channel: MakeChannel, context
+) -> None:
+    channel, taken = make_channel(), asyncio.Event()
+
+    def on_message(message: object) -> None:
+        if isinstance(message, wire.Flushed) and message.num_pages < 0:
+            raise ZeroDivisionError("our bug")
+        taken.set()
+
+    link = GatewayLink(context, channel.endpoint, member=Member(KEY), on_message=on_message, on_lost=print)
+    link.open()
+    try:
+        link.send(HELLO)
+        [(gateway, _)] = await in_thread(channel)
+        channel.send(gateway, wire.Flushed(call_id="c", num_pages=-1))
+        channel.send(gateway, FLUSHED)
+        await asyncio.wait_for(taken.wait(), BOUND_S)
+        assert link.num_dropped == 1
+    finally:
+        link.close()
 
 
 def test_wakeup_from_another_thread_ends_a_waiting_recv(make_channel: MakeChannel) -> None:
@@ -197,43 +236,49 @@ def test_many_wakeups_count_as_one_and_none_is_needed_after_close(make_channel: 
 
 
 def test_decode_and_prefill_engines_exchange_handoff_messages(make_channel: MakeChannel) -> None:
-    prefill, decode = make_channel("prefill"), make_channel("decode")
-    assert decode.send_to_peer(prefill.endpoint, ACK)
-    assert recv_some(prefill) == [(b"decode", ACK)]
-    assert prefill.send(b"decode", CLOSED)
+    prefill, decode = make_channel(), make_channel()
+    assert decode.send_to_peer(prefill.endpoint, decode.ack)
+    assert recv_some(prefill) == [(decode.epoch.encode(), decode.ack)]
+    assert prefill.send(decode.epoch.encode(), CLOSED)
     assert recv_some(decode) == [(prefill.endpoint.encode(), CLOSED)]
 
 
 def test_connections_to_peers_are_bounded_and_the_least_recent_goes_first(make_channel: MakeChannel) -> None:
-    decode = make_channel("decode", max_peers=2)
-    prefills = [make_channel(f"p{i}") for i in range(3)]
+    decode = make_channel(max_peers=2)
+    name, ack = decode.epoch.encode(), decode.ack
+    prefills = [make_channel() for _ in range(3)]
     for prefill in prefills:
-        assert decode.send_to_peer(prefill.endpoint, ACK)
-        assert recv_some(prefill) == [(b"decode", ACK)]
-    assert prefills[2].send(b"decode", CLOSED)
-    assert prefills[1].send(b"decode", CLOSED)
+        assert decode.send_to_peer(prefill.endpoint, ack)
+        assert recv_some(prefill) == [(name, ack)]
+    assert prefills[2].send(name, CLOSED)
+    assert prefills[1].send(name, CLOSED)
     for _ in range(100):
         prefills[0].recv(0.05)
-        if not prefills[0].send(b"decode", CLOSED):
+        if not prefills[0].send(name, CLOSED):
             break
     else:
         pytest.fail("the first connection is still there")
-    assert decode.send_to_peer(prefills[0].endpoint, ACK)  # a new connection
-    assert recv_some(prefills[0]) == [(b"decode", ACK)]
+    assert decode.send_to_peer(prefills[0].endpoint, ack)  # a new connection
+    assert recv_some(prefills[0]) == [(name, ack)]
+    assert prefills[0].send(name, CLOSED)
 
 
 def test_a_bad_peer_endpoint_does_not_stop_the_engine(make_channel: MakeChannel) -> None:
-    decode = make_channel("decode")
-    assert decode.send_to_peer("nonsense", ACK) is False
-    assert decode.send_to_peer("tcp://192.0.2.1:5", ACK) is False  # off loopback, and there is no key
+    decode = make_channel()
+    for endpoint in (
+        "nonsense",
+        "inproc://zeromq.zap.01",
+        "tcp://127.0.0.1:*",
+    ):
+        assert decode.send_to_peer(endpoint, decode.ack) is False, endpoint
 
 
 async def test_a_link_tells_once_that_the_engine_is_gone(make_channel: MakeChannel, make_link) -> None:
     channel = make_channel()
     link, inbox = make_link(channel.endpoint)
     link.send(HELLO)
-    assert await in_thread(channel)
-    channel.send(b"gw", FLUSHED)
+    [(gateway, _)] = await in_thread(channel)
+    channel.send(gateway, FLUSHED)
     assert await inbox.message() == FLUSHED
     channel.close()
     assert "broke" in await inbox.lost_reason()
@@ -248,24 +293,25 @@ async def test_a_link_waits_for_an_engine_that_is_not_there_yet(make_link) -> No
         endpoint = f"tcp://127.0.0.1:{held.getsockname()[1]}"
         link, inbox = make_link(endpoint)
         link.send(HELLO)
-        late = EngineChannel(endpoint, epoch=EpochId("late"))
+        late = Engine(bind=endpoint)
         try:
-            assert await in_thread(late) == [(b"gw", HELLO)]
+            assert [message for _, message in await in_thread(late)] == [HELLO]
             assert inbox.lost.empty()
         finally:
             link.close()
             late.close()
 
 
-def test_a_reconnecting_identity_takes_over_from_its_dead_connection(make_channel: MakeChannel, context) -> None:
-    channel = make_channel()
-    first = raw_dealer(context, channel.endpoint)
+def test_a_client_that_comes_back_takes_over_from_its_dead_connection(make_channel: MakeChannel, context) -> None:
+    channel, member = make_channel(), Member(KEY)
+    address = member.new_address()
+    first = raw_dealer(context, channel.endpoint, address, member)
     first.send(wire.encode(HELLO))
-    assert recv_some(channel)
-    second = raw_dealer(context, channel.endpoint)
+    assert recv_some(channel) == [(address, HELLO)]
+    second = raw_dealer(context, channel.endpoint, address, member)
     second.send(wire.encode(HELLO))
-    assert recv_some(channel)
-    assert channel.send(b"gw", FLUSHED)
+    assert recv_some(channel) == [(address, HELLO)]
+    assert channel.send(address, FLUSHED)
     assert second.poll(int(BOUND_S * 1000))
 
 
@@ -275,7 +321,7 @@ def test_a_reconnecting_identity_takes_over_from_its_dead_connection(make_channe
 def test_a_taken_port_is_a_clear_error(make_channel: MakeChannel) -> None:
     channel = make_channel()
     with pytest.raises(ConfigError, match="cannot bind"):
-        EngineChannel(channel.endpoint, epoch=EpochId("x"))
+        Engine(bind=channel.endpoint)
 
 
 @pytest.mark.parametrize(
@@ -303,76 +349,44 @@ def test_what_is_no_endpoint_is_refused(endpoint: str) -> None:
         is_loopback(endpoint)
 
 
-def test_binding_off_loopback_needs_a_cluster_key() -> None:
-    with pytest.raises(ConfigError, match="--cluster-key"):
-        EngineChannel("tcp://0.0.0.0:0", epoch=EpochId("e"))
-
-
-def test_connecting_off_loopback_needs_a_cluster_key(context) -> None:
-    with pytest.raises(ConfigError, match="--cluster-key"):
-        GatewayLink(context, "tcp://192.0.2.1:1", identity=b"g", on_message=print, on_lost=print)
+@pytest.mark.parametrize("key", [None, ""])
+def test_no_process_speaks_without_a_cluster_key(key: str | None) -> None:
+    with pytest.raises(ConfigError, match="--cluster-key-file"):
+        Member(key)
 
 
 def test_a_wildcard_bind_advertises_the_host_it_is_given() -> None:
-    channel = EngineChannel(
-        "tcp://0.0.0.0:0", epoch=EpochId("e"), config=ChannelConfig(cluster_key="k"), advertise_host="192.0.2.7"
-    )
+    channel = EngineChannel("tcp://0.0.0.0:0", member=Member(KEY), advertise_host="192.0.2.7")
     channel.close()
     assert channel.endpoint.startswith("tcp://192.0.2.7:")
 
 
-async def test_members_of_the_cluster_come_in(make_channel: MakeChannel, make_link) -> None:
-    prefill, decode = make_channel("prefill", "secret"), make_channel("decode", "secret")
-    link, inbox = make_link(prefill.endpoint, cluster_key="secret")
-    link.send(HELLO)
-    assert await in_thread(prefill) == [(b"gw", HELLO)]
-    prefill.send(b"gw", FLUSHED)
-    assert await inbox.message() == FLUSHED
-    assert decode.send_to_peer(prefill.endpoint, ACK)
-    assert await in_thread(prefill) == [(b"decode", ACK)]
-
-
-@pytest.mark.parametrize("stranger_key", ["wrong", ""])
-def test_a_stranger_and_a_plain_client_stay_out(make_channel: MakeChannel, context, stranger_key: str) -> None:
-    channel = make_channel("e", "secret")
-    stranger = context.socket(zmq.DEALER)
-    if stranger_key:
-        security.secure_client(stranger, security.member_keys(stranger_key))
-    stranger.linger = 0
-    stranger.connect(channel.endpoint)
+@pytest.mark.parametrize("kind", ["another cluster's key", "no key"])
+def test_a_stranger_and_a_plain_client_stay_out(make_channel: MakeChannel, context, kind: str) -> None:
+    channel = make_channel()
+    if kind == "no key":
+        stranger = context.socket(zmq.DEALER)
+        stranger.linger = 0
+        stranger.connect(channel.endpoint)
+    else:
+        stranger = raw_dealer(context, channel.endpoint, member=Member(kind))
     stranger.send(wire.encode(HELLO))
-    member = context.socket(zmq.DEALER)
-    member.setsockopt(zmq.IDENTITY, b"member")
-    security.secure_client(member, security.member_keys("secret"))
-    member.linger = 0
-    member.connect(channel.endpoint)
-    member.send(wire.encode(HELLO))
-    assert recv_some(channel) == [(b"member", HELLO)]
+    member = Member(KEY)
+    address = member.new_address()
+    client = raw_dealer(context, channel.endpoint, address, member)
+    client.send(wire.encode(HELLO))
+    assert recv_some(channel) == [(address, HELLO)]
     assert recv_some(channel, 0.3) == []
 
 
-def test_knowing_the_public_key_is_not_enough(make_channel: MakeChannel, context) -> None:
-    channel = make_channel("e", "secret")
-    stranger = context.socket(zmq.DEALER)
-    stranger.curve_publickey, stranger.curve_secretkey = zmq.curve_keypair()
-    stranger.curve_serverkey = security.member_keys("secret").public
-    stranger.linger = 0
-    stranger.connect(channel.endpoint)
-    stranger.send(wire.encode(HELLO))
-    for _ in range(100):
-        assert channel.recv(0.05) == []
-        if channel._gate is not None and channel._gate.num_refused:
-            break
-    else:
-        pytest.fail("the gate was never asked")
-
-
 async def test_a_refused_link_says_what_to_check(make_channel: MakeChannel, make_link) -> None:
-    channel = make_channel("e", "secret")
-    link, inbox = make_link(channel.endpoint, cluster_key="another")
+    channel = make_channel()
+    link, inbox = make_link(channel.endpoint, cluster_key="the key of another cluster")
     link.send(HELLO)
-    assert "--cluster-key" in await inbox.lost_reason()
+    assert "--cluster-key-file" in await inbox.lost_reason()
 
 
-def test_the_secret_is_not_shown() -> None:
-    assert security.member_keys("hush").secret.decode() not in repr(security.member_keys("hush"))
+def test_no_secret_is_shown() -> None:
+    member = Member(KEY)
+    assert member._own.secret.decode() not in repr(member._own)
+    assert KEY not in repr(ChannelConfig(cluster_key_file="f"))

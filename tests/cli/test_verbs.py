@@ -173,9 +173,7 @@ def test_up_gives_each_child_the_options_it_knows_and_secrets_by_environment() -
     shape = settings.cluster_shape(read)
     assert shape.worker_argv == ("--page-size=32",)
     assert shape.router_argv == ("--policy=round_robin",)
-    assert shape.worker_environ == {
-        "KVIST_CLUSTER_KEY": "hist"
-    }  # workers listen on loopback, and the router has no key
+    assert shape.worker_environ == {"KVIST_CLUSTER_KEY": "hist", "KVIST_API_KEY": "hush"}
     assert shape.router_environ == {"KVIST_CLUSTER_KEY": "hist", "KVIST_API_KEY": "hush"}
     assert (shape.router_host, shape.router_port, shape.threads_per_worker) == ("0.0.0.0", 8000, 3)
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import msgspec
 
 from kvist import wire
-from kvist.channel import ChannelConfig, EngineChannel
+from kvist.channel import ChannelConfig, EngineChannel, Member
 from kvist.request import EpochId, FinishReason, Mode, Outcome, RequestId, WorkerId
 
 RECV_TIMEOUT_S = 0.05
+CLUSTER_KEY = "the key of the fake engines"
 
 
 def make_spec(**changes: object) -> wire.EngineSpec:
@@ -86,10 +87,11 @@ class FakeEngine:
         spec: wire.EngineSpec | None = None,
         bind: str = "tcp://127.0.0.1:0",
         config: ChannelConfig | None = None,
+        cluster_key: str = CLUSTER_KEY,
         tokens_per_message: int = 1,
     ) -> None:
         spec = spec or make_spec()
-        self.channel = EngineChannel(bind, epoch=spec.epoch, config=config)
+        self.channel = EngineChannel(bind, member=Member(cluster_key), config=config)
         self.spec = msgspec.structs.replace(spec, endpoint=self.channel.endpoint)
         self.tokens_per_message = tokens_per_message
         self.hold = False

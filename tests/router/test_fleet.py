@@ -10,7 +10,7 @@ from functools import partial
 import httpx
 import msgspec
 import pytest
-from fake_engine import FakeEngine, make_spec
+from fake_engine import CLUSTER_KEY, FakeEngine, make_spec
 
 from kvist import wire
 from kvist.channel import ChannelConfig
@@ -30,7 +30,7 @@ async def connect() -> AsyncIterator[Connect]:
 
     async def make(
         *engines: FakeEngine,
-        key: str = "",
+        key: str = CLUSTER_KEY,
         transport: httpx.AsyncBaseTransport | None = None,
         api_key: str | None = None,
         **config,
@@ -206,8 +206,8 @@ async def test_another_model_is_kept_out_and_shown(start_engine: StartEngine, co
 async def test_a_gateway_with_the_cluster_key_comes_in_and_one_without_is_told(
     start_engine: StartEngine, connect: Connect
 ) -> None:
-    engine = start_engine(spec=spec("u"), config=ChannelConfig(cluster_key="k"))
-    member, stranger = await connect(engine, key="k"), await connect(engine, key="other")
+    engine = start_engine(spec=spec("u"))
+    member, stranger = await connect(engine), await connect(engine, key="another key than the engines'")
     await until(member.ready)
     assert await ask(member, 5, 2) == [5, 6]
     await until(lambda: "--cluster-key" in stranger.snapshot().workers[0].problem)
@@ -270,7 +270,7 @@ async def test_workers_behind_an_api_key_are_found_with_the_routers_own(
 @pytest.mark.parametrize("url", ["", "ftp://h:1", "http://", "http://h:99999", "30001", "worker"])
 def test_a_bad_url_is_refused_at_start(url: str) -> None:
     with pytest.raises(ConfigError, match="no worker URL"):
-        build_dispatcher(RouterConfig(worker_urls=(url,)), ChannelConfig())
+        build_dispatcher(RouterConfig(worker_urls=(url,)), ChannelConfig(cluster_key=CLUSTER_KEY))
 
 
 def test_urls_are_forgiven_their_slashes_and_missing_scheme() -> None:

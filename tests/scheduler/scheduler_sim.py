@@ -414,6 +414,12 @@ class World:
             prefetch=engine.prefetch,
         )
 
+    def break_connection(self, engine: SimEngine) -> None:
+        """What it has on its way to other engines is lost; both sides live on, and connect again."""
+        for (source, target), queue in self.wires.items():
+            if source == engine.epoch and target != "gateway":
+                queue.clear()
+
     # ---------------------------------------------------------------- messages
 
     def submit(self, request: EngineRequest, engine: SimEngine) -> None:
@@ -425,7 +431,11 @@ class World:
         handoff_id = HandoffId(f"h-{request.request_id}")
         self.submitted[request.request_id] = Submitted(request, [(prefill, Mode.PREFILL), (decode, Mode.DECODE)])
         peer = PrefillPeer(worker_id="w", endpoint=prefill.name, epoch=prefill.epoch)
-        self._send("gateway", prefill.name, Submit(request=request, mode=Mode.PREFILL, handoff_id=handoff_id))
+        self._send(
+            "gateway",
+            prefill.name,
+            Submit(request=request, mode=Mode.PREFILL, handoff_id=handoff_id, target_epoch=decode.epoch),
+        )
         self._send(
             "gateway",
             decode.name,

@@ -63,7 +63,7 @@ def one_run(seed: int) -> World:
 
 def make_trouble(world: World, dice: random.Random) -> None:
     engine = world.engines[dice.choice(list(world.engines))]
-    what = dice.randrange(6)
+    what = dice.randrange(7)
     if what == 0 and world.submitted:
         world.abort(dice.choice(list(world.submitted)), dice.choice([None, engine]))
     elif what == 1:
@@ -74,6 +74,8 @@ def make_trouble(world: World, dice: random.Random) -> None:
         engine.transport.fail_next = True
     elif what == 4:
         engine.transport.corrupt_next = True
+    elif what == 5:
+        world.break_connection(engine)
     else:
         world.now_s += dice.choice([0.3, 1.1, 7.0, 13.0])
 
@@ -90,7 +92,7 @@ def test_clusters_in_all_kinds_of_trouble_keep_their_promises_and_try_every_move
             return _original(self, handoff, trigger, *args)
 
         monkeypatch.setattr(half, "_fire", fire)
-    for seed in range(320):
+    for seed in (*range(320), 508, 716, 809):  # the last three have what is rarest: a stop overtaken by a failed write
         one_run(seed)
     moves: set[object] = {(state, t) for state, row in SOURCE_TRANSITIONS.items() for t in row}
     moves |= {(state, t) for state, row in TARGET_TRANSITIONS.items() for t in row}

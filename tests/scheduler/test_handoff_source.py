@@ -17,7 +17,7 @@ from kvist.wire import Abort, Ack, Closed, Done, Grant, Revoke, Submit
 
 def prefill_arrived(request_id: str = "r", handoff_id: HandoffId = H, prompt: Sequence[int] = PROMPT) -> Submit:
     request = make_request(request_id, list(prompt), ignore_eos=True)
-    return Submit(request=request, mode=Mode.PREFILL, handoff_id=handoff_id)
+    return Submit(request=request, mode=Mode.PREFILL, handoff_id=handoff_id, target_epoch=D)
 
 
 def grant(first_page: int = 0, *, page_ids: Sequence[int] | None = None, handoff_id: HandoffId = H) -> Grant:
@@ -90,7 +90,7 @@ def test_done_carries_the_first_token_and_the_checksum_once_every_page_is_writte
 def test_done_says_that_the_first_token_was_the_last() -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
     request = make_request("r", PROMPT, max_tokens=1)
-    bench.step(Submit(request=request, mode=Mode.PREFILL, handoff_id=H), grant())
+    bench.step(Submit(request=request, mode=Mode.PREFILL, handoff_id=H, target_epoch=D), grant())
     bench.finish()
     (done,) = messages(bench.step(written(3)))
     assert isinstance(done, Done)
@@ -380,7 +380,7 @@ def test_a_granted_prompt_that_gets_no_room_times_out_and_tells_decode() -> None
 def test_a_prefill_of_a_resumed_stream_hands_over_prompt_and_answer_so_far() -> None:
     bench = Bench("prefill", chunked_prefill_size=20)
     request = make_request("r", PROMPT[:8], outputs=(3, 4), max_tokens=9)
-    bench.step(Submit(request=request, mode=Mode.PREFILL, handoff_id=H), grant())
+    bench.step(Submit(request=request, mode=Mode.PREFILL, handoff_id=H, target_epoch=D), grant())
     plan = bench.finish()
     assert plan.chunks[0].position == 2
     assert [page for job in plan.transfers for page in job.peer_page_ids] == [7, 8, 9]

@@ -119,7 +119,7 @@ class Stream:
 
 class MemoryChannel:
     def __init__(self, world: World, epoch: EpochId, endpoint: str) -> None:
-        self.num_undecodable = 0
+        self.num_undecodable = self.num_unexpected = 0
         self.waiting: list[tuple[bytes, Inbound]] = []
         self.epoch, self.endpoint = epoch, endpoint
         self._world = world
@@ -342,7 +342,9 @@ class World:
             endpoint=prefill.channel.endpoint,
             epoch=prefill.channel.epoch,
         )
-        to_prefill = wire.Submit(request=request, mode=Mode.PREFILL, handoff_id=handoff)
+        to_prefill = wire.Submit(
+            request=request, mode=Mode.PREFILL, handoff_id=handoff, target_epoch=decode.channel.epoch
+        )
         to_decode = wire.Submit(request=request, mode=Mode.DECODE, handoff_id=handoff, prefill=peer)
         prefill.channel.waiting.append((GATEWAY, to_prefill))
         decode.channel.waiting.append((GATEWAY, to_decode))

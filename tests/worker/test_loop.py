@@ -77,7 +77,7 @@ SPEC = wire.EngineSpec(
 
 class FakeChannel:
     def __init__(self) -> None:
-        self.num_undecodable = 0
+        self.num_undecodable = self.num_unexpected = 0
         self.waiting: list[tuple[bytes, Inbound]] = []
         self.sent: list[tuple[bytes, Outbound]] = []
         self.to_peers: list[tuple[str, wire.TargetToSource]] = []
@@ -302,7 +302,6 @@ def test_every_message_reaches_the_scheduler_as_its_event(engine: Engine) -> Non
         first_page=0,
         page_ids=(1,),
     )
-    closed = wire.Closed(handoff_id=handoff, target_epoch=target, source_epoch=source)
     request = submit("r")
     events = engine.turn(
         (G1, request),
@@ -311,7 +310,6 @@ def test_every_message_reaches_the_scheduler_as_its_event(engine: Engine) -> Non
         (b"d", grant),
         (b"d", wire.Ack(handoff_id=handoff, target_epoch=target)),
         (b"d", wire.Revoke(handoff_id=handoff, target_epoch=target, reason="late")),
-        (b"tcp://p", closed),
     )
     assert events == [
         Submit(request=request.request, mode=Mode.FULL),
@@ -320,7 +318,6 @@ def test_every_message_reaches_the_scheduler_as_its_event(engine: Engine) -> Non
         grant,
         Ack(handoff_id=handoff, target_epoch=target),
         Revoke(handoff_id=handoff, target_epoch=target, reason="late"),
-        closed,
     ]
 
 
@@ -564,6 +561,8 @@ def test_a_grant_that_cannot_be_sent_counts_as_refused(engine: Engine) -> None:
         page_ids=(1,),
     )
     engine.channel.unreachable.add("tcp://p")
+    engine.turn(plan=Plan(messages=(ToSource(endpoint="tcp://p", message=grant, repeated=True),)))
+    assert engine.turn() == []  # the one before may have arrived: prefill may be writing
     engine.turn(plan=Plan(messages=(ToSource(endpoint="tcp://p", message=grant),)))
     [event] = engine.turn()
     assert isinstance(event, Closed)

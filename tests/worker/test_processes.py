@@ -17,6 +17,7 @@ import pytest
 import zmq
 
 from kvist import wire
+from kvist.channel import ChannelConfig, Member
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, SamplingParams
 from kvist.scheduler.config import SchedulerOptions
@@ -26,6 +27,7 @@ from kvist.worker.messages import DRAIN, STOP, Ready, StartFailed, decode_line
 pytestmark = pytest.mark.e2e
 
 DEADLINE_S = 60.0
+KEY = "the key of this cluster"
 SLOW = SchedulerOptions(chunked_prefill_size=1)  # one token a step: a long prompt takes seconds
 
 
@@ -55,6 +57,9 @@ class Engine:
             raise AssertionError("the engine did not start")
         self.socket = context.socket(zmq.DEALER)
         self.socket.linger = 0
+        member = Member(KEY)
+        member.secure_client(self.socket)
+        self.socket.setsockopt(zmq.IDENTITY, member.new_address())
         self.socket.connect(self.spec.endpoint)
         self.send(wire.Hello(gateway_id="test"))
 
@@ -106,6 +111,7 @@ class Cluster:
             tp=tp,
             runtime_dir=str(self._runtime_dir),
             scheduler=scheduler or SchedulerOptions(),
+            channel=ChannelConfig(cluster_key=KEY),
         )
         started = [Engine(replace(config, role=role, **settings)) for role in roles]  # type: ignore[arg-type]
         self.engines += started
@@ -172,7 +178,7 @@ def make_request(request_id: str, num_prompt_tokens: int, **sampling: object) ->
 def submit_pair(prefill: Engine, decode: Engine, request: EngineRequest) -> None:
     handoff_id = HandoffId(f"h-{request.request_id}")
     peer = wire.PrefillPeer(worker_id=prefill.spec.worker_id, endpoint=prefill.spec.endpoint, epoch=prefill.spec.epoch)
-    prefill.send(wire.Submit(request=request, mode=Mode.PREFILL, handoff_id=handoff_id))
+    prefill.send(wire.Submit(request=request, mode=Mode.PREFILL, handoff_id=handoff_id, target_epoch=decode.spec.epoch))
     decode.send(wire.Submit(request=request, mode=Mode.DECODE, handoff_id=handoff_id, prefill=peer))
 
 

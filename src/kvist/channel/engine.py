@@ -5,6 +5,9 @@ Life: bind (port 0 finds a free one; `endpoint` tells it), then the engine loop 
 
 A send never blocks. `False` means that the peer no longer gets what we send (it is gone, or so slow that its queue is
 full): what it asked for should be aborted, since a lost message would leave it waiting.
+
+What comes from a process that is no member, and what a member says in another's name, is dropped and counted before
+anybody else sees it (security.py).
 """
 
 from __future__ import annotations
@@ -14,73 +17,82 @@ import logging
 import socket
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import TypeVar
 
 import zmq
 
 from kvist import wire
+from kvist.bounded_log import BoundedLog
 from kvist.channel import security
 from kvist.channel.keepalive import notice_vanished_hosts
-from kvist.channel.security import ChannelConfig
+from kvist.channel.security import ChannelConfig, KeyGate, Member
 from kvist.errors import ConfigError, WireError
-from kvist.request import EpochId
 
 logger = logging.getLogger(__name__)
 
 Inbound = wire.ToEngine | wire.SourceToTarget
 Outbound = wire.EngineToGateway | wire.SourceToTarget
+V = TypeVar("V")
 
 _MAX_MESSAGES_A_RECV = 4096  # then the engine takes a step before it reads on
+_MAX_CLIENTS = 4096  # whose addresses are remembered; one forgotten is checked again, or heard of with its next message
 _LINGER_MS = 500  # a last Ended or Ack may still leave
 
 
 class EngineChannel:
     def __init__(
-        self, bind: str, *, epoch: EpochId, config: ChannelConfig | None = None, advertise_host: str | None = None
+        self, bind: str, *, member: Member, config: ChannelConfig | None = None, advertise_host: str | None = None
     ) -> None:
         """`bind`: "tcp://127.0.0.1:0". `advertise_host`: how other machines name this one, when bound to a wildcard.
 
-        Raises `ConfigError` when the address is taken, or leaves loopback without a cluster key."""
+        Raises `ConfigError` when the address is taken, or none."""
+        security.split_tcp_endpoint(bind)
         self._config = config or ChannelConfig()
-        security.require_key_off_loopback(bind, self._config.cluster_key)
-        self._identity = epoch.encode()
+        self._member = member
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._keys = security.member_keys(self._config.cluster_key) if self._config.cluster_key else None
-        self._gate = security.MemberGate(self._context, self._keys) if self._keys else None
+        self._gate = KeyGate(self._context)
         self._router = self._new_socket(zmq.ROUTER)
         self._peers: OrderedDict[str, zmq.Socket[bytes]] = OrderedDict()  # endpoint → DEALER, least recently used first
+        self._admitted: OrderedDict[bytes, str] = OrderedDict()  # address → the key it was checked with
+        self._sources: OrderedDict[bytes, str] = OrderedDict()  # prefill engine's epoch → where we sent it a Grant
+        self._targets: OrderedDict[bytes, bytes] = OrderedDict()  # decode engine's epoch → its address, as last used
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
         self._from_router = wire.Decoder(wire.ToEngine)
         self._from_peer = wire.Decoder(wire.SourceToTarget)
         self._poller = zmq.Poller()
+        self._log = BoundedLog(logger)
         self.num_undecodable = 0
+        self.num_unexpected = 0  # from no member, or in another's name
         self.endpoint = self._bind(bind, advertise_host)
 
     def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]:
         """Everything that waits, as (sender, message), after at most `timeout_s`. The sender is the identity to answer
-        by `send`; for a prefill peer (`Done`, `Closed`) it is its endpoint. Empty after a timeout or a `wakeup`."""
+        by `send`: of a gateway its address, of a decode engine its epoch; for a prefill peer (`Done`, `Closed`) it is
+        its endpoint. Empty after a timeout or a `wakeup`."""
         ready = dict(self._poller.poll(max(0, int(timeout_s * 1000 + 0.999))))
         if self._wake_out.fileno() in ready:
             with contextlib.suppress(BlockingIOError):
                 while self._wake_out.recv(4096):
                     pass
-        if self._gate is not None and self._gate.socket in ready:
+        if self._gate.socket in ready:
             self._gate.answer_waiting()
         received: list[tuple[bytes, Inbound]] = []
         if self._router in ready:
-            for identity, *frames in _waiting_on(self._router):
-                self._decode(identity, frames, self._from_router, received)
+            for frames in _waiting_on(self._router):
+                self._receive(frames, received)
         for endpoint, peer in self._peers.items():
             if peer in ready:
                 for frames in _waiting_on(peer):
-                    self._decode(endpoint.encode(), frames, self._from_peer, received)
+                    self._receive_from_peer(endpoint, frames, received)
         return received
 
     def send(self, identity: bytes, message: Outbound) -> bool:
-        """To a gateway (the identity that `recv` gave) or a decode engine (its epoch's bytes)."""
+        """To a gateway or a decode engine, by the identity that `recv` gave."""
+        address = self._targets.get(identity, identity)
         try:
-            self._router.send_multipart((identity, wire.encode(message)), zmq.NOBLOCK)
+            self._router.send_multipart((address, wire.encode(message)), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
@@ -91,9 +103,11 @@ class EngineChannel:
         """To the prefill engine whose ROUTER is at `endpoint`; connects on first use."""
         try:
             peer = self._peer(endpoint)
+            if isinstance(message, wire.Grant):
+                _remember(self._sources, message.source_epoch.encode(), endpoint)
             peer.send(wire.encode(message), zmq.NOBLOCK)
         except (zmq.ZMQError, ConfigError) as error:  # the endpoint came over the wire: it must not stop the engine
-            logger.error("cannot send %s to the prefill engine at %s: %s", type(message).__name__, endpoint, error)
+            self._log.warning("cannot send %s to the prefill engine at %s: %s", type(message).__name__, endpoint, error)
             return False
         return True
 
@@ -115,8 +129,7 @@ class EngineChannel:
             raise ConfigError(f"cannot bind the engine socket to {bind}: {error}") from error
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._wake_out, zmq.POLLIN)
-        if self._gate is not None:
-            self._poller.register(self._gate.socket, zmq.POLLIN)
+        self._poller.register(self._gate.socket, zmq.POLLIN)
         bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         address = security.split_tcp_endpoint(bound)
         if advertise_host and address is not None:
@@ -131,20 +144,18 @@ class EngineChannel:
         notice_vanished_hosts(made)
         if kind == zmq.ROUTER:
             made.router_mandatory = True  # a send to a peer that is gone is an error, not a silent drop
-            made.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who reconnects takes its identity over from its dead connection
-            if self._keys is not None:
-                security.secure_server(made, self._keys)
+            made.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who reconnects takes its address over from its dead connection
+            self._member.secure_server(made)
         else:
-            made.setsockopt(zmq.IDENTITY, self._identity)
-            if self._keys is not None:
-                security.secure_client(made, self._keys)
+            made.setsockopt(zmq.IDENTITY, self._member.new_address())
+            self._member.secure_client(made)
         return made
 
     def _peer(self, endpoint: str) -> zmq.Socket[bytes]:
         if endpoint in self._peers:
             self._peers.move_to_end(endpoint)
             return self._peers[endpoint]
-        security.require_key_off_loopback(endpoint, self._config.cluster_key)
+        security.split_tcp_endpoint(endpoint)
         peer = self._new_socket(zmq.DEALER)
         try:
             peer.connect(endpoint)
@@ -159,24 +170,71 @@ class EngineChannel:
         self._poller.register(peer, zmq.POLLIN)
         return peer
 
-    def _decode(
-        self, sender: bytes, frames: list[bytes], decoder: wire.Decoder, received: list[tuple[bytes, Inbound]]
-    ) -> None:
+    def _receive(self, frames: list[zmq.Frame], received: list[tuple[bytes, Inbound]]) -> None:
+        """One message of the ROUTER: address first."""
+        address = frames[0].bytes
+        if not self._is_member(address, frames):
+            self._drop("it is from no member of the cluster", security.shown(address))
+            return
+        message = self._decode(security.shown(address), frames[1:], self._from_router)
+        if isinstance(message, wire.Grant | wire.Ack | wire.Revoke):
+            epoch = security.epoch_of(address)
+            if message.target_epoch != epoch:
+                self._drop(f"it is in the name of {message.target_epoch}, and from {epoch}", security.shown(address))
+                return
+            sender = epoch.encode()
+            _remember(self._targets, sender, address)
+            received.append((sender, message))
+        elif message is not None:
+            received.append((address, message))
+
+    def _receive_from_peer(self, endpoint: str, frames: list[zmq.Frame], received: list[tuple[bytes, Inbound]]) -> None:
+        message = self._decode(endpoint, frames, self._from_peer)
+        if not isinstance(message, wire.Done | wire.Closed):
+            return
+        if self._sources.get(message.source_epoch.encode(), endpoint) != endpoint:
+            self._drop(f"it is in the name of {message.source_epoch}, which is elsewhere", endpoint)
+        else:
+            received.append((endpoint.encode(), message))
+
+    def _is_member(self, address: bytes, frames: list[zmq.Frame]) -> bool:
+        try:
+            proved_key = str(frames[-1].get("User-Id"))
+        except zmq.ZMQError:  # not set by our gate
+            return False
+        if self._admitted.get(address) == proved_key:
+            return True
+        if not self._member.admits(address, proved_key):
+            return False
+        _remember(self._admitted, address, proved_key)
+        return True
+
+    def _drop(self, why: str, sender: str) -> None:
+        self.num_unexpected += 1
+        self._log.warning("dropped a message from %s: %s", sender, why)
+
+    def _decode(self, sender: str, frames: list[zmq.Frame], decoder: wire.Decoder) -> Inbound | None:
         try:
             if len(frames) != 1:
                 raise WireError(f"a message has one frame, not {len(frames)}")
-            message = decoder.decode(frames[0])
+            return decoder.decode(frames[0].buffer)  # type: ignore[return-value]  # the decoder was built for this union
         except WireError as error:
             self.num_undecodable += 1
-            logger.warning("dropped a message from %r: %s", sender, error)
-            return
-        received.append((sender, message))  # type: ignore[arg-type]  # the decoder was built for this union
+            self._log.warning("dropped a message from %s: %s", sender, error)
+            return None
 
 
-def _waiting_on(socket: zmq.Socket[bytes]) -> Iterator[list[bytes]]:
+def _waiting_on(socket: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:
     """The frames of each message that is there, as far as one `recv` goes."""
     for _ in range(_MAX_MESSAGES_A_RECV):
         try:
-            yield socket.recv_multipart(zmq.NOBLOCK)
+            yield socket.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return
+
+
+def _remember(memory: OrderedDict[bytes, V], key: bytes, value: V) -> None:
+    memory[key] = value
+    memory.move_to_end(key)
+    if len(memory) > _MAX_CLIENTS:
+        memory.popitem(last=False)

@@ -2,7 +2,7 @@
 
 Life: `open` connects in the background (ZeroMQ retries until the engine is there); messages arrive at `on_message`;
 `on_lost` is called once when an established connection breaks or the engine refuses our key. A link is one connection:
-after `on_lost` its owner closes it and makes another, with another identity, so that nothing queued for a dead engine
+after `on_lost` its owner closes it and makes another, with another address, so that nothing queued for a dead engine
 reaches its successor.
 
 The socket's file descriptor is watched directly and drained whole: one callback a burst, no future per message.
@@ -18,9 +18,10 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvist import wire
+from kvist.bounded_log import BoundedLog
 from kvist.channel import security
 from kvist.channel.keepalive import notice_vanished_hosts
-from kvist.channel.security import ChannelConfig
+from kvist.channel.security import ChannelConfig, Member
 from kvist.errors import ConfigError, WireError
 
 logger = logging.getLogger(__name__)
@@ -46,17 +47,17 @@ class GatewayLink:
         context: zmq.Context[zmq.Socket[bytes]],
         endpoint: str,
         *,
-        identity: bytes,
+        member: Member,
         on_message: Callable[[wire.EngineToGateway], None],
         on_lost: Callable[[str], None],
         config: ChannelConfig | None = None,
     ) -> None:
-        """Raises `ConfigError` when the endpoint leaves loopback without a cluster key, or is none."""
+        """Raises `ConfigError` when the endpoint is none."""
         self._config = config or ChannelConfig()
-        security.require_key_off_loopback(endpoint, self._config.cluster_key)
+        security.split_tcp_endpoint(endpoint)
         self.endpoint = endpoint
         self._context = context
-        self._identity = identity
+        self._member = member
         self._on_message = on_message
         self._on_lost = on_lost
         self._decoder = wire.Decoder(wire.EngineToGateway)
@@ -64,7 +65,8 @@ class GatewayLink:
         self._monitor: zmq.Socket[bytes] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connected = False
-        self.num_undecodable = 0
+        self._log = BoundedLog(logger)
+        self.num_dropped = 0  # messages that could not be decoded, or not be taken
 
     def open(self) -> None:
         """Begin to connect. Call inside the running loop, once."""
@@ -76,9 +78,8 @@ class GatewayLink:
         dealer.reconnect_ivl = _RECONNECT_IVL_MS
         dealer.reconnect_ivl_max = _RECONNECT_IVL_MAX_MS
         notice_vanished_hosts(dealer)
-        dealer.setsockopt(zmq.IDENTITY, self._identity)
-        if self._config.cluster_key:
-            security.secure_client(dealer, security.member_keys(self._config.cluster_key))
+        dealer.setsockopt(zmq.IDENTITY, self._member.new_address())
+        self._member.secure_client(dealer)
         self._loop = asyncio.get_running_loop()
         self._monitor = dealer.get_monitor_socket()
         self._socket = dealer
@@ -133,12 +134,13 @@ class GatewayLink:
         try:
             if len(frames) != 1:
                 raise WireError(f"a message has one frame, not {len(frames)}")
-            message = self._decoder.decode(frames[0])
+            self._on_message(self._decoder.decode(frames[0]))  # type: ignore[arg-type]  # the decoder's union
         except WireError as error:
-            self.num_undecodable += 1
-            logger.warning("dropped a message from the engine at %s: %s", self.endpoint, error)
-            return True
-        self._on_message(message)  # type: ignore[arg-type]  # the decoder was built for this union
+            self.num_dropped += 1
+            self._log.warning("dropped a message from the engine at %s: %s", self.endpoint, error)
+        except Exception:  # our bug: the messages behind this one belong to other requests
+            self.num_dropped += 1
+            logger.exception("cannot take a message from the engine at %s", self.endpoint)
         return True
 
     def _read_monitor(self) -> None:
@@ -151,7 +153,10 @@ class GatewayLink:
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 self._connected = True
             elif event in _HANDSHAKE_FAILURES:
-                self._lose(f"the engine at {self.endpoint} refused us: do both sides have the same --cluster-key?")
+                self._lose(
+                    f"the engine at {self.endpoint} refused us: it has another cluster key. Give both sides the same "
+                    "--cluster-key-file; without it, they share a key when one user runs both on one machine"
+                )
             elif event == zmq.Event.DISCONNECTED and self._connected:
                 while self._receive():  # what arrived before the break may end a stream that would fail otherwise
                     pass

@@ -1,9 +1,20 @@
-"""Who may speak on an engine socket: everybody on loopback, else only holders of the cluster key.
+"""Who may speak on an engine socket: holders of the cluster key, each under a name that nobody else can have.
 
-With a cluster key every socket of the cluster is CurveZMQ: encrypted, and authenticated in both directions. All members
-share one keypair derived from the key, so a peer proves membership, not who it is. A client must know the server's
-public key to say hello at all, and the engine checks the client's own key again (ZAP): a stranger who learnt the public
-key still stays out.
+Every socket is CurveZMQ: encrypted, and authenticated in both directions. From the cluster key all members derive one
+key pair for their servers, whose public half is never sent: without the cluster key no connection gets past its first
+packet. As a client each process has a key pair of its own, drawn at its start and never written down.
+
+A client's *address* (its ZeroMQ routing id) is made of three parts: the client's public key, a secret nonce, and a MAC
+of both under the cluster key. The engine compares the key with the one that the connection has proved (ZAP's User-Id)
+and checks the MAC before it reads a word. So
+
+- an address proves membership, and is of no use to another key;
+- nobody can take a connection over by its address, which only its two ends know (ROUTER_HANDOVER stays on for the one
+  who has it: a client whose network vanished comes back under the same address);
+- the name of an engine's life, its epoch, is a hash of its public key: a Grant in the name of an epoch is believed only
+  from the process with that key, and there is no table of names to keep.
+
+Members are not protected from each other beyond that: docs/security.md says what a member can do.
 """
 
 from __future__ import annotations
@@ -11,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import logging
+import secrets
 from dataclasses import dataclass, field
 
 import zmq
@@ -19,21 +30,28 @@ from zmq.utils import z85
 
 from kvist.config import option
 from kvist.errors import ConfigError
-
-logger = logging.getLogger(__name__)
+from kvist.request import EpochId
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
 ZAP_DOMAIN = b"kvist"
 _ZAP_FRAMES = 7  # version, request id, domain, address, identity, mechanism, and CURVE's one credential
 WILDCARD_HOSTS = frozenset({"*", "0.0.0.0", "::"})
+_KEY_BYTES, _NONCE_BYTES, _MAC_BYTES = 32, 16, 16
+ADDRESS_BYTES = _KEY_BYTES + _NONCE_BYTES + _MAC_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelConfig:
-    cluster_key: str = option(
-        "",
-        "secret shared by every gateway and engine of the cluster; needed as soon as an engine socket leaves loopback",
+    cluster_key: str | None = option(
+        None,
+        "secret shared by every gateway and engine of the cluster; others can read a command line, so better give "
+        "--cluster-key-file or the variable",
         secret=True,
+    )
+    cluster_key_file: str | None = option(
+        None,
+        "file with the cluster key, yours and readable by nobody else; without it kvist/cluster.key in your "
+        "configuration folder (~/.config), which is made when it is missing",
     )
     max_message_bytes: int = option(
         64 << 20, "largest message an engine socket accepts", unit="bytes", minimum=1 << 16, maximum=1 << 30
@@ -44,24 +62,10 @@ class ChannelConfig:
     max_peers: int = option(64, "prefill engines one decode engine keeps connections to", minimum=1, maximum=1024)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemberKeys:
-    """The cluster's keypair in ZeroMQ's Z85 text form."""
-
-    public: bytes
-    secret: bytes = field(repr=False)
-
-
-def member_keys(cluster_key: str) -> MemberKeys:
-    digest = hashlib.blake2b(cluster_key.encode(), digest_size=32, person=b"kvist-curve").digest()
-    secret = z85.encode(digest)
-    return MemberKeys(public=zmq.curve_public(secret), secret=secret)
-
-
 def split_tcp_endpoint(endpoint: str) -> tuple[str, str] | None:
     """("host", "port") of a tcp endpoint, the host without brackets; None for other transports."""
     scheme, separator, address = endpoint.partition("://")
-    if not separator or scheme not in ("tcp", "ipc", "inproc") or not address:
+    if not separator or scheme not in ("tcp", "ipc") or not address:
         raise ConfigError(f"{endpoint!r} is no engine endpoint; write tcp://HOST:PORT or ipc://PATH")
     if scheme != "tcp":
         return None
@@ -92,37 +96,81 @@ def is_loopback(endpoint: str) -> bool:
         return False
 
 
-def require_key_off_loopback(endpoint: str, cluster_key: str) -> None:
-    """Raises `ConfigError` when the endpoint leaves loopback and there is no cluster key."""
-    if not cluster_key and not is_loopback(endpoint):
-        raise ConfigError(
-            f"{endpoint} can be reached from other machines: give every gateway and engine the same --cluster-key,"
-            " or keep engine sockets on 127.0.0.1",
-            param="cluster_key",
+class Member:
+    """One process on the cluster's sockets. Raises `ConfigError` without a cluster key: see cluster_key.py."""
+
+    def __init__(self, cluster_key: str | None) -> None:
+        if not cluster_key:
+            raise ConfigError("engine sockets need a cluster key: give --cluster-key-file", param="cluster_key")
+        server_secret = z85.encode(_derived(cluster_key, b"kvist-curve"))
+        self._server = _KeyPair(public=zmq.curve_public(server_secret), secret=server_secret)
+        public, secret = zmq.curve_keypair()
+        self._own = _KeyPair(public=public, secret=secret)
+        self._mac_key = _derived(cluster_key, b"kvist-member")
+
+    @property
+    def epoch(self) -> EpochId:
+        """The name of this process's life."""
+        return epoch_of(z85.decode(self._own.public))
+
+    def new_address(self) -> bytes:
+        """For one client socket."""
+        claim = z85.decode(self._own.public) + secrets.token_bytes(_NONCE_BYTES)
+        return claim + self._mac(claim)
+
+    def admits(self, address: bytes, proved_key: str) -> bool:
+        """Whether a member with that key (in Z85) made the address."""
+        claim = address[:-_MAC_BYTES]
+        return (
+            len(address) == ADDRESS_BYTES
+            and z85.encode(address[:_KEY_BYTES]) == proved_key.encode()
+            and hmac.compare_digest(self._mac(claim), address[-_MAC_BYTES:])
         )
 
+    def secure_server(self, socket: zmq.Socket[bytes]) -> None:
+        socket.curve_secretkey = self._server.secret
+        socket.curve_publickey = self._server.public
+        socket.curve_server = True
+        socket.zap_domain = ZAP_DOMAIN
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no answer from our gate is a no
 
-def secure_server(socket: zmq.Socket[bytes], keys: MemberKeys) -> None:
-    socket.curve_secretkey = keys.secret
-    socket.curve_publickey = keys.public
-    socket.curve_server = True
-    socket.zap_domain = ZAP_DOMAIN
-    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no answer from our gate is a no
+    def secure_client(self, socket: zmq.Socket[bytes]) -> None:
+        socket.curve_secretkey = self._own.secret
+        socket.curve_publickey = self._own.public
+        socket.curve_serverkey = self._server.public
+
+    def _mac(self, claim: bytes) -> bytes:
+        return hashlib.blake2b(claim, key=self._mac_key, digest_size=_MAC_BYTES).digest()
 
 
-def secure_client(socket: zmq.Socket[bytes], keys: MemberKeys) -> None:
-    socket.curve_secretkey = keys.secret
-    socket.curve_publickey = keys.public
-    socket.curve_serverkey = keys.public
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KeyPair:
+    """In ZeroMQ's Z85 text form."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
 
 
-class MemberGate:
-    """Answers ZeroMQ's question "may this client in?" (ZAP, RFC 27). It lives in its owner's loop: poll `socket` and
-    call `answer_waiting`; a client's handshake waits until then."""
+def _derived(cluster_key: str, purpose: bytes) -> bytes:
+    return hashlib.blake2b(cluster_key.encode(), digest_size=32, person=purpose).digest()
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: MemberKeys) -> None:
-        self._public = z85.decode(keys.public)
-        self.num_refused = 0
+
+def epoch_of(address: bytes) -> EpochId:
+    """The epoch of the process whose key the address (or the key alone) names."""
+    return EpochId(hashlib.blake2b(address[:_KEY_BYTES], digest_size=16, person=b"kvist-epoch").hexdigest())
+
+
+def shown(address: bytes) -> str:
+    """An address as logs may show it: the rest of it is a secret."""
+    return address[:4].hex()
+
+
+class KeyGate:
+    """Answers ZeroMQ's question "may this client in?" (ZAP, RFC 27): any key that CURVE has proved, which from then on
+    stands beside each message as its User-Id. It lives in its owner's loop: poll `socket` and call `answer_waiting`; a
+    client's handshake waits until then."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self.socket = context.socket(zmq.REP)
         self.socket.linger = 0
         self.socket.bind(ZAP_ENDPOINT)
@@ -133,18 +181,11 @@ class MemberGate:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self.socket.send_multipart(self._answer(frames))
+            self.socket.send_multipart(_zap_answer(frames))
 
-    def _answer(self, frames: list[bytes]) -> list[bytes]:
-        member = (
-            len(frames) == _ZAP_FRAMES
-            and frames[5] == b"CURVE"
-            and frames[2] == ZAP_DOMAIN
-            and hmac.compare_digest(frames[6], self._public)
-        )
-        request_id = frames[1] if len(frames) > 1 else b""
-        if member:
-            return [b"1.0", request_id, b"200", b"OK", b"member", b""]
-        self.num_refused += 1
-        logger.warning("refused a connection from %s: it does not hold the cluster key", frames[3:4])
-        return [b"1.0", request_id, b"400", b"not a member", b"", b""]
+
+def _zap_answer(frames: list[bytes]) -> list[bytes]:
+    request_id = frames[1] if len(frames) > 1 else b""
+    if len(frames) == _ZAP_FRAMES and (frames[2], frames[5], len(frames[6])) == (ZAP_DOMAIN, b"CURVE", _KEY_BYTES):
+        return [b"1.0", request_id, b"200", b"OK", z85.encode(frames[6]), b""]
+    return [b"1.0", request_id, b"400", b"not a member", b"", b""]

@@ -20,7 +20,13 @@ import httpx
 import msgspec
 import uvicorn
 
-from kvist.channel import ChannelConfig, bracketed, host_to_name, is_loopback
+from kvist.channel import (
+    ChannelConfig,
+    bracketed,
+    host_to_name,
+    is_loopback,
+    with_cluster_key,
+)
 from kvist.checkpoint import find_checkpoint
 from kvist.cluster.announce import announce, curl_example, router_example, shown_key
 from kvist.cluster.lifeline import signals_to, stop_at_end_of_stdin
@@ -62,13 +68,14 @@ def serve_worker(
     stop_with_stdin: bool = False,
 ) -> int:
     """Until SIGINT or SIGTERM: 0. Raises `KvistError` when the engine cannot start, or the port is taken."""
+    channel = with_cluster_key(engine.channel, serves_alone=engine.role == UNIFIED)
     with _listening(server, stop_with_stdin) as (stop, listener, name):
         checkpoint = find_checkpoint(engine.model_path)
         url = f"http://{name}"
-        engine = replace(engine, worker_id=name)
+        engine = replace(engine, worker_id=name, channel=channel)
         supervisor = EngineSupervisor(engine)
         own = OwnEngine(lambda: supervisor.spec, lambda: supervisor.health)
-        dispatcher = build_dispatcher(replace(router, worker_urls=(url,)), engine.channel, transport=own)
+        dispatcher = build_dispatcher(replace(router, worker_urls=(url,)), channel, transport=own)
         # prefill and decode are answered through a router, which has the tokenizer
         tokenizer = load_tokenizer(checkpoint, text) if engine.role == UNIFIED else None
         app = build_app(
@@ -100,6 +107,7 @@ def serve_router(
     stop_with_stdin: bool = False,
 ) -> int:
     """Until SIGINT or SIGTERM: 0. Raises `ConfigError` for a bad URL, a missing tokenizer, a port that is taken."""
+    channel = with_cluster_key(channel)
     with _listening(server, stop_with_stdin) as (stop, listener, name):
         checkpoint = find_checkpoint(model_path)
         key = server.api_key[0] if server.api_key else None  # one of its workers' keys, too

@@ -231,12 +231,13 @@ class Dispatcher:
         if route.mode is Mode.FULL:
             self._submit(flight, route.prefill, route.num_prompt_tokens_left, wire.Submit(request=sent, mode=Mode.FULL))
             return flight
-        spec = route.prefill.spec
+        spec, target = route.prefill.spec, route.decode.spec
         assert spec is not None
+        assert target is not None
         handoff_id = HandoffId(secrets.token_hex(8))
         peer = wire.PrefillPeer(worker_id=spec.worker_id, endpoint=route.prefill.endpoint, epoch=spec.epoch)
         ask_decode = wire.Submit(request=sent, mode=Mode.DECODE, handoff_id=handoff_id, prefill=peer)
-        ask_prefill = wire.Submit(request=sent, mode=Mode.PREFILL, handoff_id=handoff_id)
+        ask_prefill = wire.Submit(request=sent, mode=Mode.PREFILL, handoff_id=handoff_id, target_epoch=target.epoch)
         self._submit(flight, route.prefill, route.num_prompt_tokens_left, ask_prefill)
         if flight.error is None:
             self._submit(flight, route.decode, 0, ask_decode)

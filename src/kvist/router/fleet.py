@@ -3,7 +3,7 @@
 For each worker one task: find the engine (discovery.py) → open a link → Hello → keep-alives until the connection
 breaks, the engine hangs, or it is refused → close the link, tell the dispatcher → again, with growing pauses. An engine
 that is silent may compute a long step: its worker's HTTP tells.
-A new link has a new identity, so an engine sees a reconnecting gateway as a new one and lets the old one's requests go.
+A new link has a new address, so an engine sees a reconnecting gateway as a new one and lets the old one's requests go.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import httpx
 import zmq
 
 from kvist import wire
-from kvist.channel import ChannelConfig, GatewayLink
+from kvist.channel import ChannelConfig, GatewayLink, Member
 from kvist.clock import Clock, Oversleep
 from kvist.errors import ConfigError, KvistError, Unavailable
 from kvist.router import discovery
@@ -51,15 +51,16 @@ class Fleet:
         transport: httpx.AsyncBaseTransport | None = None,
         api_key: str | None = None,
     ) -> None:
-        """`transport`: how /server_info is fetched; None is the network. `api_key`: the workers' HTTP asks for it."""
+        """`transport`: how /server_info is fetched; None is the network. `api_key`: the workers' HTTP asks for it.
+        Raises `ConfigError` when the channel's config has no cluster key."""
         self._registry = registry
         self._config = config
         self._channel = channel
+        self._member = Member(channel.cluster_key)
         self._clock = clock
         self._transport = transport
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._gateway_id = secrets.token_hex(6)
-        self._num_links = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[Worker, GatewayLink] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -119,12 +120,10 @@ class Fleet:
             except ConfigError as error:
                 on_lost(error.message)
 
-        self._num_links += 1
-        identity = f"{self._gateway_id}/{self._num_links}".encode()
         link = GatewayLink(
             self._context,
             worker.endpoint,
-            identity=identity,
+            member=self._member,
             on_message=on_message,
             on_lost=on_lost,
             config=self._channel,

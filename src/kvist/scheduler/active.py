@@ -18,7 +18,16 @@ from dataclasses import dataclass, field
 from kvist.fairness import CallerPath, caller_path
 from kvist.kv.lease import PageLease
 from kvist.kv.storage_tier import Prefetch
-from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, RequestId, SampledToken, SamplingParams
+from kvist.request import (
+    EngineRequest,
+    EpochId,
+    FinishReason,
+    HandoffId,
+    Mode,
+    RequestId,
+    SampledToken,
+    SamplingParams,
+)
 from kvist.wire import HandoffReport, PrefillPeer
 
 
@@ -61,7 +70,8 @@ class ActiveRequest:
     request: EngineRequest
     mode: Mode
     handoff_id: HandoffId | None
-    prefill: PrefillPeer | None
+    prefill: PrefillPeer | None  # DECODE: who may be granted pages
+    target_epoch: EpochId | None  # PREFILL: who may grant pages
     arrived_s: float
     token_ids: list[int]  # prompt and output tokens; a PREFILL's first token is kept apart
     num_given: int  # tokens the request came with: [0, num_given) is what a handoff moves

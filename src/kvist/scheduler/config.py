@@ -61,7 +61,7 @@ class SchedulerOptions:
         minimum=0.001,
     )
     ack_timeout_s: float = option(
-        1.0, "Done and Revoke are said again after this long without an answer", unit="s", minimum=0.001
+        1.0, "Grant, Done and Revoke are said again after this long without an answer", unit="s", minimum=0.001
     )
     max_remembered_handoffs: int = option(
         4096, "early grants, and closed handoffs whose peers may still ask, kept at most", unit="handoffs", minimum=1

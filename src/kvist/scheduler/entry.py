@@ -27,6 +27,8 @@ def fault_of(event: Submit, cache: PageCache, *, context_len: int, wrong_mode: s
         return "invalid_request", f"a {event.mode.value} request needs a handoff_id"
     if event.mode is Mode.DECODE and event.prefill is None:
         return "invalid_request", "a decode request must name its prefill worker"
+    if event.mode is Mode.PREFILL and event.target_epoch is None:
+        return "invalid_request", "a prefill request must name its decode worker"
     if not request.prompt_token_ids:
         return "invalid_request", "the prompt is empty"
     if len(request.output_token_ids) >= request.sampling.max_tokens:

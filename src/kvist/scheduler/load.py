@@ -28,6 +28,7 @@ COUNTERS = (
     "handoffs_sent",  # prefill: acknowledged by decode
     "handoffs_received",  # decode: verified and taken over
     "handoffs_failed",  # either side: closed in any other way
+    "foreign_grants",  # prefill: refused, as the gateway named another decode engine
     "handoff_pages",  # in handoffs sent or received
     "handoff_bytes",
     "handoff_seconds",  # Grant to verified (decode), Grant to Ack (prefill)

@@ -21,8 +21,8 @@ class Outbox:
         self.messages: list[ToSource | ToTarget] = []
         self.transfers: list[WritePages | VerifyPages | StopWrites] = []
 
-    def to_source(self, endpoint: str, message: TargetToSource) -> None:
-        self.messages.append(ToSource(endpoint=endpoint, message=message))
+    def to_source(self, endpoint: str, message: TargetToSource, *, repeated: bool = False) -> None:
+        self.messages.append(ToSource(endpoint=endpoint, message=message, repeated=repeated))
 
     def to_target(self, target_epoch: EpochId, message: SourceToTarget) -> None:
         self.messages.append(ToTarget(target_epoch=target_epoch, message=message))

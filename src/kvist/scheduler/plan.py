@@ -83,6 +83,7 @@ class ToSource:
 
     endpoint: str
     message: TargetToSource
+    repeated: bool = False  # it was sent before, and may have arrived
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,6 +157,7 @@ class RequestTable:
             mode=event.mode,
             handoff_id=event.handoff_id if event.mode is not Mode.FULL else None,
             prefill=event.prefill,
+            target_epoch=event.target_epoch,
             arrived_s=self.now_s,
             token_ids=[*request.prompt_token_ids, *request.output_token_ids],
             num_given=len(request.prompt_token_ids) + len(request.output_token_ids),

@@ -4,8 +4,10 @@ It holds a request's pages (`in_handoff`) from its Grant until decode acknowledg
 transport has stopped, or decode's process is certainly dead. The request itself may end earlier: the gateway is told
 at once, the handoff closes behind it. Moves are in handoff.py; which request computes when is batching.py's affair.
 
-A Grant may come before its request (they travel on different sockets): it is kept for `grant_timeout_s`, at most
-`max_remembered_handoffs` of them. What is closed is remembered as long, so that a late Grant or Revoke is answered.
+Only the decode engine that the gateway named in `Submit` may grant pages: another's Grant is refused, and changes
+nothing. A Grant may come before its request (they travel on different sockets): it is kept for `grant_timeout_s`, at
+most `max_remembered_handoffs` of them. What is closed is remembered as long, so that a late Grant or Revoke is
+answered.
 """
 
 from __future__ import annotations
@@ -101,7 +103,7 @@ class SourceHalf:
         early = self._early_grants.pop(handoff_id, None)
         if early is not None:
             self._table.timers.cancel(TimerKind.EARLY_GRANT, handoff_id)
-            self._take_grant(self._open[handoff_id], early)
+            self._hear_grant(self._open[handoff_id], early)
 
     def refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
         if handoff_id not in self._open:
@@ -130,7 +132,7 @@ class SourceHalf:
         elif closed is not None:
             self._say_closed(grant.handoff_id, grant.target_epoch, closed)
         elif handoff is not None:
-            self._take_grant(handoff, grant)
+            self._hear_grant(handoff, grant)
         elif grant.handoff_id not in self._early_grants:
             self._keep_early(grant)
 
@@ -148,10 +150,9 @@ class SourceHalf:
             refusal = self._closed.get(event.handoff_id) or refusal
             self._closed.put(event.handoff_id, refusal, self._table.now_s)
             self._say_closed(event.handoff_id, event.target_epoch, refusal)
-        elif handoff.grant is None:
-            self._say_closed(event.handoff_id, event.target_epoch, refusal)
-            self._fire(handoff, SourceTrigger.REVOKE, refusal)
-        elif handoff.grant.target_epoch == event.target_epoch:
+        elif handoff.request.target_epoch == event.target_epoch:
+            if handoff.grant is None:
+                self._say_closed(event.handoff_id, event.target_epoch, refusal)
             self._fire(handoff, SourceTrigger.REVOKE, refusal)
 
     def on_peer_died(self, event: PeerDied) -> None:
@@ -244,9 +245,15 @@ class SourceHalf:
         if grant is not None and not handoff.peer_dead:
             self._say_closed(handoff_id, grant.target_epoch, handoff.refusal)
 
+    def _hear_grant(self, handoff: SourceHandoff, grant: Grant) -> None:
+        if grant.target_epoch != handoff.request.target_epoch:
+            self._table.totals["foreign_grants"] += 1
+            refusal = ("handoff_failed", "the gateway has named another decode worker for this request")
+            self._say_closed(grant.handoff_id, grant.target_epoch, refusal)
+        elif handoff.state is SourceState.AWAITING_GRANT:  # else it is said again, and was taken
+            self._take_grant(handoff, grant)
+
     def _take_grant(self, handoff: SourceHandoff, grant: Grant) -> None:
-        if handoff.state is not SourceState.AWAITING_GRANT:
-            return
         handoff.grant = grant
         handoff.granted_s = self._table.now_s
         self._table.timers.cancel(TimerKind.GRANT, handoff.handoff_id)
@@ -275,6 +282,8 @@ class SourceHalf:
             return f"the grant ends at page {grant.first_page + len(grant.page_ids)}, the prompt at {num_pages}"
         if any(not 0 <= page_id < grant.pool.num_pages for page_id in grant.page_ids):
             return f"the grant names a page outside decode's {grant.pool.num_pages} pages"
+        if len(set(grant.page_ids)) != len(grant.page_ids):
+            return "the grant names a page twice"
         return None
 
     def _push(self, handoff: SourceHandoff) -> None:

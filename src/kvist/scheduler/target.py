@@ -1,12 +1,15 @@
 """The decode side of every handoff of one engine: grants pages, verifies what came, takes the request over.
 
-Granted pages are IN_FLIGHT until prefill said that it writes no more (Done, Closed) or its process is certainly dead.
+Grant is said again, less and less often, until prefill's answer comes: one that was lost with a connection costs a
+second or two. Granted pages are IN_FLIGHT until prefill said that it writes no more (Done, Closed) or its process is
+certainly dead.
 The request may end earlier: the gateway is told at once, and Revoke is repeated until the pages are free to use.
 Moves are in handoff.py. What is closed is remembered for a while, so that a repeated Done gets its answer again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +24,8 @@ from kvist.scheduler.requests import RequestTable
 from kvist.scheduler.timers import TimerKind
 from kvist.wire import Ack, Closed, Done, Grant, HandoffReport, PoolAddress, PrefillPeer, Revoke
 
+MAX_KNOWN_SOURCES = 4096  # lives of prefill engines
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class TargetHandoff:
@@ -32,6 +37,8 @@ class TargetHandoff:
     num_pages_reused: int
     page_ids: tuple[int, ...]  # granted
     granted_s: float
+    grant: Grant
+    num_grants_sent: int = 1
     state: TargetState = TargetState.GRANTED
     done: Done | None = None
     done_s: float = 0.0
@@ -52,9 +59,8 @@ class TargetHalf:
         self._closed: ShortMemory[HandoffId, tuple[str | None]] = ShortMemory(
             capacity=config.max_remembered_handoffs, max_age_s=memory_s
         )
-        self._endpoints: ShortMemory[EpochId, str] = ShortMemory(
-            capacity=config.max_remembered_handoffs, max_age_s=memory_s
-        )
+        # However late its Done comes, a prefill engine must get an answer: it keeps pages until then.
+        self._endpoints: ShortMemory[EpochId, str] = ShortMemory(capacity=MAX_KNOWN_SOURCES, max_age_s=math.inf)
 
     def handlers(self) -> Mapping[type[Event], Callable[[Any], None]]:
         """What `Steps` calls for each event of this side."""
@@ -99,27 +105,29 @@ class TargetHalf:
         assert request.lease is not None
         table, source = self._table, request.prefill
         first_page = request.num_computed // table.cache.page_size
-        handoff = TargetHandoff(
-            handoff_id=request.handoff_id,
-            request=request,
-            source=source,
-            num_pages_reused=first_page,
-            page_ids=tuple(request.lease.page_ids[first_page:]),
-            granted_s=table.now_s,
-        )
-        self._open[handoff.handoff_id] = handoff
-        request.granted = request.in_handoff = True
-        table.cache.begin_transfer(request.lease, first_page)
         grant = Grant(
-            handoff_id=handoff.handoff_id,
+            handoff_id=request.handoff_id,
             request_id=request.request_id,
             target_epoch=self._epoch,
             source_epoch=source.epoch,
             pool=self._pool,
             first_page=first_page,
-            page_ids=handoff.page_ids,
+            page_ids=tuple(request.lease.page_ids[first_page:]),
         )
+        handoff = TargetHandoff(
+            handoff_id=request.handoff_id,
+            request=request,
+            source=source,
+            num_pages_reused=first_page,
+            page_ids=grant.page_ids,
+            granted_s=table.now_s,
+            grant=grant,
+        )
+        self._open[handoff.handoff_id] = handoff
+        request.granted = request.in_handoff = True
+        table.cache.begin_transfer(request.lease, first_page)
         table.out.to_source(source.endpoint, grant)
+        self._repeat_later(handoff.handoff_id, table.config.ack_timeout_s)
         table.timers.set(TimerKind.HANDOFF, handoff.handoff_id, table.now_s + table.config.handoff_timeout_s)
 
     def computed(self, request: ActiveRequest) -> None:
@@ -172,8 +180,7 @@ class TargetHalf:
     def on_timer(self, kind: TimerKind, handoff_id: HandoffId) -> None:
         handoff = self._open[handoff_id]
         if kind is TimerKind.REPEAT:
-            self._say_revoke(handoff.source.endpoint, handoff_id, handoff.reason)
-            self._repeat_later(handoff_id)
+            self._say_again(handoff)
             return
         message = f"the prefill worker did not hand over the pages within {self._table.config.handoff_timeout_s:g} s"
         self._table.end(handoff.request, Outcome.FAILED, "handoff_failed", message)
@@ -188,11 +195,12 @@ class TargetHalf:
         endpoint = handoff.source.endpoint
         handoff.state, handoff.reason = to, reason
         if to is TargetState.VERIFYING:
+            self._table.timers.cancel(TimerKind.REPEAT, handoff.handoff_id)
             self._verify(handoff)
         elif to is TargetState.REVOKED:
             self._table.timers.cancel(TimerKind.HANDOFF, handoff.handoff_id)
             self._say_revoke(endpoint, handoff.handoff_id, reason)
-            self._repeat_later(handoff.handoff_id)
+            self._repeat_later(handoff.handoff_id, self._table.config.ack_timeout_s)
         elif trigger is TargetTrigger.VERIFIED:
             self._take_over(handoff)
         else:
@@ -263,6 +271,17 @@ class TargetHalf:
     def _say_revoke(self, endpoint: str, handoff_id: HandoffId, reason: str) -> None:
         self._table.out.to_source(endpoint, Revoke(handoff_id=handoff_id, target_epoch=self._epoch, reason=reason))
 
-    def _repeat_later(self, handoff_id: HandoffId) -> None:
-        table = self._table
-        table.timers.set(TimerKind.REPEAT, handoff_id, table.now_s + table.config.ack_timeout_s)
+    def _say_again(self, handoff: TargetHandoff) -> None:
+        """A Revoke as often as it takes. A Grant after 1, 2, 4 ... times `ack_timeout_s`: prefill, which may be at work
+        for long, says nothing until it is done."""
+        wait_s, endpoint = self._table.config.ack_timeout_s, handoff.source.endpoint
+        if handoff.state is TargetState.GRANTED:
+            self._table.out.to_source(endpoint, handoff.grant, repeated=True)
+            wait_s *= 2.0**handoff.num_grants_sent
+            handoff.num_grants_sent += 1
+        else:
+            self._say_revoke(endpoint, handoff.handoff_id, handoff.reason)
+        self._repeat_later(handoff.handoff_id, wait_s)
+
+    def _repeat_later(self, handoff_id: HandoffId, wait_s: float) -> None:
+        self._table.timers.set(TimerKind.REPEAT, handoff_id, self._table.now_s + wait_s)

@@ -12,7 +12,7 @@ class TimerKind(enum.Enum):
     GRANT = "grant"  # prefill waits for the Grant
     EARLY_GRANT = "early grant"  # a Grant waits for its request
     HANDOFF = "handoff"  # either side waits for the other to complete the handoff
-    REPEAT = "repeat"  # Done or Revoke is said again
+    REPEAT = "repeat"  # Grant, Done or Revoke is said again
 
 
 TimerKey = tuple[TimerKind, str]  # the id is a request's or a handoff's

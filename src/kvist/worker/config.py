@@ -156,9 +156,7 @@ class EngineConfig(RunnerOptions):
         "on a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores; of an engine "
         "with --tp this is about rank 0, and the other ranks, which launch the same steps, run where they like",
     )
-    engine_host: str = option(
-        "127.0.0.1", "address that the engine's own socket binds; not loopback needs a cluster key"
-    )
+    engine_host: str = option("127.0.0.1", "address that the engine's own socket binds")
     engine_port: int = option(0, "port of the engine's own socket; 0 finds a free one", minimum=0, maximum=65535)
     engine_advertise_host: str | None = option(
         None, "how other hosts name this one, when the engine's socket binds a wildcard address"

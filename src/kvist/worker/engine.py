@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvist.channel import EngineChannel, bracketed
+from kvist.channel import EngineChannel, Member, bracketed, with_cluster_key
 from kvist.checkpoint import Checkpoint, find_checkpoint, fingerprint
 from kvist.clock import Clock, MonotonicClock, thread_cpu_clock
 from kvist.cores import num_usable_cores, separate
@@ -39,7 +39,7 @@ from kvist.runner.runner import AnyRunner, Runner
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.plan import Batch, BatchItem
 from kvist.transfer import make_transport
-from kvist.transfer.epoch import EpochLock, new_epoch, num_live_epochs, sweep
+from kvist.transfer.epoch import EpochLock, num_live_epochs, sweep
 from kvist.wire import EngineSpec
 from kvist.worker.config import UNIFIED, EngineConfig, HostTierConfig, StorageConfig
 from kvist.worker.limits import resolve_limits
@@ -78,8 +78,9 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
     with contextlib.ExitStack() as closing:
         runtime_dir = prepare_runtime_dir(config.runtime_dir)
         sweep(runtime_dir)
-        epoch = new_epoch()
-        closing.callback(EpochLock(runtime_dir, epoch).close)
+        config = dataclasses.replace(config, channel=with_cluster_key(config.channel))
+        member = Member(config.channel.cluster_key)
+        closing.callback(EpochLock(runtime_dir, member.epoch).close)
         served = find_served_model(config)
         limits = resolve_limits(config.scheduler, device=device_type(config.device), role=config.role)
         log.info(
@@ -94,7 +95,7 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         log.info("page pool: %s", runner.pool_reason)
         warm_up(runner, progress)
         calm_collector()
-        return _assemble(config, limits, served, runner, epoch, runtime_dir, closing.pop_all())
+        return _assemble(config, limits, served, runner, member, runtime_dir, closing.pop_all())
 
 
 def calm_collector() -> None:
@@ -192,7 +193,7 @@ def _assemble(
     limits: SchedulerConfig,
     served: Served,
     runner: AnyRunner,
-    epoch: EpochId,
+    member: Member,
     runtime_dir: Path,
     closing: contextlib.ExitStack,
 ) -> Engine:
@@ -200,7 +201,7 @@ def _assemble(
         pool = runner.pool
         channel = EngineChannel(
             f"tcp://{bracketed(config.engine_host)}:{config.engine_port or '*'}",
-            epoch=epoch,
+            member=member,
             config=config.channel,
             advertise_host=config.engine_advertise_host,
         )
@@ -211,7 +212,7 @@ def _assemble(
             )
         transport = make_transport(pool, runtime_dir=runtime_dir, wakeup=channel.wakeup)
         closing.callback(transport.close)
-        spec = _describe(config, limits, served, pool, epoch, channel.endpoint)
+        spec = _describe(config, limits, served, pool, member.epoch, channel.endpoint)
         scheduler_config = dataclasses.replace(
             limits, max_model_len=spec.max_model_len, eos_token_ids=served.config.eos_token_ids
         )
@@ -242,7 +243,7 @@ def _assemble(
         )
         parts = LoopParts(
             spec=spec,
-            scheduler=build_scheduler(config.role, scheduler_config, cache, epoch, pool.address),
+            scheduler=build_scheduler(config.role, scheduler_config, cache, member.epoch, pool.address),
             runner=runner,
             channel=channel,
             transport=transport,

@@ -1,19 +1,31 @@
-"""Turns what arrived on the socket into events for the scheduler, and answers at once what needs no scheduler."""
+"""Turns what arrived on the socket into events for the scheduler, and answers at once what needs no scheduler.
+
+Nothing that arrives may end the engine: a message of the other role is dropped and counted, a request that cannot be
+computed is refused alone, before its values reach a batch that others share.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvist import wire
+from kvist.bounded_log import BoundedLog
 from kvist.channel.engine import Inbound
-from kvist.errors import KvistError, Overloaded, RequestError, Unavailable
-from kvist.request import Outcome, RequestId
+from kvist.errors import HandoffFailed, KvistError, Overloaded, RequestError, Unavailable
+from kvist.request import EngineRequest, Outcome, RequestId
 from kvist.scheduler.events import Event
+from kvist.worker.config import DECODE
 from kvist.worker.gateways import MAX_GATEWAYS, Gateway, Gateways
 
 MAX_OPEN_FLUSHES = 1024
+MAX_REQUEST_ID_CHARS = 1024
+_MAX_SEED = 2**63 - 1
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +48,8 @@ class Inbox:
         self._ask_storage = ask_storage
         self._gateways = gateways
         self._flushes: OrderedDict[str, bytes] = OrderedDict()  # call id → who asked
+        self._log = BoundedLog(log)
+        self.num_unexpected = 0  # messages of the other role's side of a handoff
         self.draining = False  # new requests are refused
 
     def open(self, received: Iterable[tuple[bytes, Inbound]], now_s: float) -> tuple[list[Event], list[Reply]]:
@@ -63,8 +77,28 @@ class Inbox:
                     error = Overloaded(f"this engine serves {MAX_GATEWAYS} gateways already")
                     return refusal(identity, message.request.request_id, error)
                 return None
-            case _:
-                return message  # between engines: the scheduler's as it is
+            case wire.Grant() | wire.Ack() | wire.Revoke():
+                if self._spec.role != DECODE:
+                    return message
+            case wire.Done() | wire.Closed():
+                if self._spec.role == DECODE:
+                    return self._from_prefill(message)
+        self.num_unexpected += 1
+        self._log.warning("dropped a message: a %s engine takes no %s", self._spec.role, type(message).__name__)
+        return None
+
+    def _from_prefill(self, message: wire.SourceToTarget) -> Event:
+        if isinstance(message, wire.Done) and not 0 <= message.first_token.token_id < self._spec.vocab_size:
+            self.num_unexpected += 1
+            # No byte will be written after it all the same; computed with, the token would fail a whole batch.
+            return wire.Closed(
+                handoff_id=message.handoff_id,
+                target_epoch=message.target_epoch,
+                source_epoch=message.source_epoch,
+                error_code=HandoffFailed.code,
+                message=f"prefill sent a first token outside the vocabulary of {self._spec.vocab_size}",
+            )
+        return message
 
     def _from_gateway(self, gateway: Gateway, message: wire.GatewayToEngine) -> Event | Reply | None:
         match message:
@@ -91,15 +125,37 @@ class Inbox:
         if self.draining:
             error: KvistError = Unavailable("this worker is stopping: send the request to another", retry_after_s=1.0)
             return refusal(gateway.identity, request.request_id, error)
-        for token_ids in (request.prompt_token_ids, request.output_token_ids, request.sampling.stop_token_ids):
-            # One id outside the vocabulary would fail the whole batch it is computed in.
-            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._spec.vocab_size:
-                error = RequestError(f"a token id is outside the vocabulary of {self._spec.vocab_size}")
-                return refusal(gateway.identity, request.request_id, error)
+        fault = _fault_of(request, self._spec.vocab_size)
+        if fault is not None:
+            return refusal(gateway.identity, request.request_id, RequestError(fault))
         if not self._gateways.add_request(gateway, request.request_id):
             error = RequestError(f"the request id {request.request_id} is in use at this engine")
             return refusal(gateway.identity, request.request_id, error)
         return submit
+
+
+def _fault_of(request: EngineRequest, vocab_size: int) -> str | None:
+    """Why it would fail the whole batch it is computed in, or None. A gateway sends no such request: it has checked
+    each field under the client's name for it."""
+    sampling = request.sampling
+    for token_ids in (request.prompt_token_ids, request.output_token_ids, sampling.stop_token_ids):
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            return f"a token id is outside the vocabulary of {vocab_size}"
+    if len(request.request_id) > MAX_REQUEST_ID_CHARS:
+        return f"the request id has {len(request.request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
+    num_logprobs = sampling.num_logprobs
+    for name, value, allowed in (
+        ("temperature", sampling.temperature, math.isfinite(sampling.temperature) and sampling.temperature >= 0),
+        ("top_k", sampling.top_k, sampling.top_k >= 0),
+        ("top_p", sampling.top_p, 0 <= sampling.top_p <= 1),
+        ("min_p", sampling.min_p, 0 <= sampling.min_p <= 1),
+        ("seed", sampling.seed, 0 <= sampling.seed <= _MAX_SEED),
+        ("min_tokens", sampling.min_tokens, sampling.min_tokens >= 0),
+        ("num_logprobs", num_logprobs, num_logprobs is None or 0 <= num_logprobs <= vocab_size),
+    ):
+        if not allowed:
+            return f"{name} is {value}, which no gateway may send: run the same version of Kvist everywhere"
+    return None
 
 
 def _no_host_tier(call: wire.AskStorage) -> wire.StorageAnswer:

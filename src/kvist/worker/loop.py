@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvist import wire
+from kvist.channel import shown
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
 from kvist.errors import EngineError, HandoffFailed, Unavailable
@@ -63,6 +64,7 @@ class Channel(Protocol):
     """channel.EngineChannel, or a fake."""
 
     num_undecodable: int
+    num_unexpected: int
 
     def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]: ...
     def send(self, identity: bytes, message: Outbound) -> bool: ...
@@ -339,7 +341,7 @@ class EngineLoop:
             # It would miss this message for ever: its streams cannot be made whole.
             lost = self._gateways.forget(identity)
             if lost:
-                log.warning("gateway %r does not take its messages: %d requests aborted", identity, len(lost))
+                log.warning("gateway %s does not take its messages: %d requests aborted", shown(identity), len(lost))
             self._carried += [wire.Abort(request_id=request_id) for request_id in lost]
 
     def _send_to_peers(self, plan: Plan) -> None:
@@ -366,6 +368,7 @@ class EngineLoop:
             return
         totals = {
             "undecodable_messages": float(self._parts.channel.num_undecodable),
+            "unexpected_messages": float(self._parts.channel.num_unexpected + self._inbox.num_unexpected),
             "failed_steps": float(self._num_failed_steps),
             "abandoned_steps": float(self._abandonment.num_abandoned),
             **self._spent.totals(),
@@ -382,7 +385,7 @@ class EngineLoop:
 def _never_granted(order: ToSource) -> list[Event]:
     """A Grant that could not even be queued gave no leave to write: it is as good as refused."""
     grant = order.message
-    if not isinstance(grant, wire.Grant):
+    if not isinstance(grant, wire.Grant) or order.repeated:
         return []
     refused = wire.Closed(
         handoff_id=grant.handoff_id,

@@ -1,0 +1,129 @@
+"""Where the cluster key comes from: the setting itself, the file that it names, or this user's own file.
+
+The last is made at the first use, so that one user's processes on one machine find each other without an option, and
+find no one else's. A key file is believed when it is a regular file, belongs to this user (or to root, who mounts
+secrets into containers) and nobody else may read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import stat
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from kvist.channel.security import ChannelConfig
+from kvist.errors import ConfigError
+
+MIN_KEY_CHARS = 16
+_MAX_FILE_BYTES = 4096
+_MAKE_ONE = "(umask 077; python3 -c 'import secrets; print(secrets.token_hex(32))' > FILE)"
+
+
+log = logging.getLogger(__name__)
+
+
+def with_cluster_key(config: ChannelConfig, *, serves_alone: bool = False) -> ChannelConfig:
+    """The config with its key read. Raises `ConfigError` for a key that cannot be had or trusted, with the remedy.
+
+    A process that `serves_alone` needs no key file: where none can be kept it has a key for itself."""
+    if config.cluster_key is not None and config.cluster_key_file is not None:
+        raise ConfigError(
+            "--cluster-key and --cluster-key-file both say the key: give one of them", param="cluster_key_file"
+        )
+    if config.cluster_key is not None:
+        key = _checked(config.cluster_key, "--cluster-key")
+    elif config.cluster_key_file is not None:
+        key = _read(Path(config.cluster_key_file).expanduser())
+    else:
+        try:
+            key = _own_key()
+        except OSError as error:
+            if not serves_alone:
+                raise ConfigError(
+                    f"the cluster key cannot be kept in your configuration folder: {error}. Make a key file elsewhere "
+                    f"and give it to every process of the cluster: {_MAKE_ONE}, then --cluster-key-file FILE",
+                    param="cluster_key_file",
+                ) from error
+            log.info("no router can join this worker: %s, and there is no --cluster-key-file", error)
+            key = secrets.token_hex(32)
+    return replace(config, cluster_key=key, cluster_key_file=None)
+
+
+def with_private_key(config: ChannelConfig) -> ChannelConfig:
+    """As `with_cluster_key`; without a setting a new key, which only those who are handed it have."""
+    if config.cluster_key is None and config.cluster_key_file is None:
+        return replace(config, cluster_key=secrets.token_hex(32))
+    return with_cluster_key(config)
+
+
+def _own_key_file() -> Path:
+    folder = os.environ.get("XDG_CONFIG_HOME")
+    try:
+        return (Path(folder) if folder else Path.home() / ".config") / "kvist" / "cluster.key"
+    except RuntimeError as error:
+        raise FileNotFoundError("this user has no home folder") from error
+
+
+def _own_key() -> str:
+    """Raises `OSError` when there is no place for it."""
+    path = _own_key_file()
+    if not path.exists():
+        _make(path)
+    return _read(path)
+
+
+def _make(path: Path) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, unpublished = tempfile.mkstemp(dir=path.parent, prefix=".cluster.key.")  # for us alone
+    try:
+        with open(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32) + "\n")
+        with contextlib.suppress(FileExistsError):  # another process was first: its key is the key
+            os.link(unpublished, path)
+    finally:
+        os.unlink(unpublished)
+
+
+def _read(path: Path) -> str:
+    where = f"the cluster key file {path}"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        hint = f"; make one: {_MAKE_ONE}" if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{where} cannot be read: {error.strerror}{hint}", param="cluster_key_file") from error
+    try:
+        fault = _fault_of(os.fstat(descriptor), path)
+        content = b"" if fault else os.read(descriptor, _MAX_FILE_BYTES + 1)
+    finally:
+        os.close(descriptor)
+    if fault:
+        raise ConfigError(f"{where} {fault}", param="cluster_key_file")
+    if len(content) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{where} is larger than {_MAX_FILE_BYTES} bytes: it is no key", param="cluster_key_file")
+    return _checked(content.decode("utf-8", "replace"), where)
+
+
+def _fault_of(found: os.stat_result, path: Path) -> str | None:
+    if not stat.S_ISREG(found.st_mode):
+        return "is no regular file"
+    if found.st_uid not in (os.geteuid(), 0):
+        return "belongs to another user, who could know the key: name a file of your own"
+    if found.st_mode & 0o077:
+        return f"is open to other users: chmod 600 {path}"
+    return None
+
+
+def _checked(key: str, where: str) -> str:
+    key = key.strip()
+    if len(key) < MIN_KEY_CHARS:
+        raise ConfigError(
+            f"{where} has {len(key)} characters, which could be guessed; at least {MIN_KEY_CHARS} are needed. "
+            f"Make a key: {_MAKE_ONE}",
+            param="cluster_key",
+        )
+    return key

@@ -1,0 +1,177 @@
+"""What a socket brings, whoever sent it, ends neither an engine nor a gateway's link."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import msgspec
+import pytest
+
+from kvist import wire
+from kvist.bounded_log import BoundedLog
+from kvist.clock import FakeClock
+from kvist.errors import WireError
+from kvist.request import (
+    EngineRequest,
+    EpochId,
+    HandoffId,
+    Mode,
+    Outcome,
+    RequestId,
+    SampledToken,
+    SamplingParams,
+    WorkerId,
+)
+from kvist.worker.gateways import Gateways
+from kvist.worker.inbox import Inbox, Reply
+
+SPEC = wire.EngineSpec(
+    worker_id=WorkerId("w"),
+    epoch=EpochId("e"),
+    role="unified",
+    endpoint="tcp://127.0.0.1:1",
+    model_fingerprint="f",
+    model_name="m",
+    vocab_size=100,
+    max_model_len=64,
+    page_size=16,
+    num_pages=4,
+    namespace="n",
+    dtype="float32",
+    tp_size=1,
+    max_running_requests=4,
+    max_queued_requests=4,
+)
+HANDOFF, DECODE_EPOCH, PREFILL_EPOCH = HandoffId("h"), EpochId("d"), EpochId("p")
+GRANT = wire.Grant(
+    handoff_id=HANDOFF,
+    request_id=RequestId("r"),
+    target_epoch=DECODE_EPOCH,
+    source_epoch=PREFILL_EPOCH,
+    pool=wire.PoolAddress(transport="shm", location="/x", num_pages=4, page_bytes=64, layout="l"),
+    first_page=0,
+    page_ids=(1,),
+)
+ACK = wire.Ack(handoff_id=HANDOFF, target_epoch=DECODE_EPOCH)
+REVOKE = wire.Revoke(handoff_id=HANDOFF, target_epoch=DECODE_EPOCH, reason="")
+CLOSED = wire.Closed(handoff_id=HANDOFF, target_epoch=DECODE_EPOCH, source_epoch=PREFILL_EPOCH)
+DONE = wire.Done(
+    handoff_id=HANDOFF,
+    target_epoch=DECODE_EPOCH,
+    source_epoch=PREFILL_EPOCH,
+    num_pages=1,
+    checksum="s",
+    first_token=SampledToken(token_id=7),
+)
+
+
+def inbox_of(role: str) -> Inbox:
+    spec = msgspec.structs.replace(SPEC, role=role)
+    return Inbox(spec=spec, gateways=Gateways(timeout_s=10.0), ask_storage=None)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        pytest.param(b"\x82\xa4type\xa5Hello\xaagateway_id\xa1\xff", marks=pytest.mark.case("message-bad-utf8")),
+        pytest.param(b"\x82\xa4type\xa5Hello\xa1x" + b"\x81\xa1a" * 1000, marks=pytest.mark.case("message-deep")),
+        b"",
+        b"\xc1",
+        b"\xdd\xff\xff\xff\xff",  # a list of four thousand million
+        b"\x91" * 5000,
+        b"\x82\xa4type\xa5Abort\xaarequest_id\xcf" + b"\xff" * 8,
+        b"\x82\xa4type\xa7Unheard\xa1x\x01",
+        msgspec.msgpack.encode({"type": "Hello", "gateway_id": "g", "resync": 1}),
+        msgspec.msgpack.encode({"type": "Submit", "request": [["request_id"]], "mode": "full"}),
+    ],
+)
+def test_what_cannot_be_decoded_is_dropped_and_counted(payload: bytes) -> None:
+    with pytest.raises(WireError, match="cannot decode"):  # which both kinds of sockets count
+        wire.Decoder(wire.ToEngine).decode(payload)
+
+
+@pytest.mark.case("message-other-role")
+@pytest.mark.parametrize(
+    ("role", "messages", "number_of_events"),
+    [
+        ("decode", [GRANT, ACK, REVOKE], 0),
+        ("decode", [DONE, CLOSED], 2),
+        ("prefill", [DONE, CLOSED], 0),
+        ("unified", [DONE, CLOSED], 0),
+        ("prefill", [GRANT, ACK, REVOKE], 3),
+        ("unified", [GRANT, ACK, REVOKE], 3),
+    ],
+)
+def test_a_message_of_the_other_role_is_dropped_and_counted(
+    role: str, messages: list[wire.TargetToSource | wire.SourceToTarget], number_of_events: int
+) -> None:
+    inbox = inbox_of(role)
+    events, replies = inbox.open([(b"peer", message) for message in messages], 1.0)
+    assert len(events) == number_of_events
+    assert replies == []
+    assert inbox.num_unexpected == len(messages) - number_of_events
+
+
+@pytest.mark.case("message-bad-values")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", -1),
+        ("seed", 2**63),
+        ("num_logprobs", -1),
+        ("num_logprobs", 101),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", -0.5),
+        ("top_k", -2),
+        ("top_p", math.nan),
+        ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("min_p", math.nan),
+        ("min_tokens", -1),
+        ("stop_token_ids", (100,)),
+        ("stop_token_ids", (-1,)),
+    ],
+)
+def test_a_request_with_a_value_that_cannot_be_computed_is_refused_alone(name: str, value: object) -> None:
+    good = EngineRequest(request_id=RequestId("good"), prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=2))
+    sampling = msgspec.structs.replace(good.sampling, **{name: value})
+    bad = msgspec.structs.replace(good, request_id=RequestId("bad"), sampling=sampling)
+    sent = [wire.Submit(request=request, mode=Mode.FULL) for request in (bad, good)]
+    arrived = [wire.Decoder(wire.ToEngine).decode(wire.encode(submit)) for submit in sent]
+    events, replies = inbox_of("unified").open([(b"gateway", message) for message in arrived], 1.0)  # type: ignore[misc]
+    assert events == [sent[1]]
+    (reply,) = replies
+    assert isinstance(reply, Reply)
+    assert isinstance(reply.message, wire.StepOutputs)
+    (ended,) = reply.message.ended
+    assert (ended.request_id, ended.outcome, ended.error_code) == ("bad", Outcome.FAILED, "invalid_request")
+    assert "token id" in ended.message or name in ended.message
+
+
+@pytest.mark.parametrize("token_id", [-1, 100, 2**40])
+def test_a_first_token_outside_the_vocabulary_fails_its_handoff_alone(token_id: int) -> None:
+    inbox = inbox_of("decode")
+    done = msgspec.structs.replace(DONE, first_token=SampledToken(token_id=token_id))
+    (event,), _replies = inbox.open([(b"tcp://p", done)], 1.0)
+    assert isinstance(event, wire.Closed)  # prefill writes no more, and the request fails
+    assert (event.handoff_id, event.source_epoch, event.error_code) == (HANDOFF, PREFILL_EPOCH, "handoff_failed")
+    assert inbox.num_unexpected == 1
+
+
+def test_lines_that_others_can_cause_are_bounded_in_each_period_and_those_left_out_are_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = FakeClock(100.0)
+    log = BoundedLog(logging.getLogger("kvist.test"), max_lines=3, period_s=10.0, clock=clock)
+    for number in range(1000):
+        log.warning("bad message %d", number)
+    assert [record.getMessage() for record in caplog.records] == [f"bad message {number}" for number in range(3)]
+    caplog.clear()
+    clock.advance(10.0)
+    log.warning("one more")
+    assert [record.getMessage() for record in caplog.records] == [
+        "997 lines like the next one were left out",
+        "one more",
+    ]

@@ -1,0 +1,131 @@
+"""A Grant lets prefill write into decode's memory: whose is honoured, and what becomes of one that is lost."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from kvist.kv.cache import PageCache
+from kvist.request import EngineRequest, EpochId, HandoffId, Mode, Outcome, RequestId, SampledToken, SamplingParams
+from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
+from kvist.scheduler.events import SampledTokens, StepFinished
+from kvist.scheduler.plan import Plan, ToSource, WritePages
+from kvist.wire import Closed, Done, Grant, PoolAddress, PrefillPeer, Revoke, Submit
+
+P, D, THIEF = EpochId("prefill"), EpochId("decode"), EpochId("thief")
+H = HandoffId("h")
+POOL = PoolAddress(transport="shm", location="/pool", num_pages=12, page_bytes=64, layout="l")
+
+
+def scheduler_of(role: str) -> Scheduler:
+    config = SchedulerConfig(max_running_requests=4, chunked_prefill_size=32, max_prefill_tokens=32, max_model_len=40)
+    cache = PageCache(num_pages=12, page_size=4, namespace="n")
+    return build_scheduler(role, config, cache, D if role == "decode" else P, POOL)
+
+
+def submit(mode: Mode, **fields: object) -> Submit:
+    request = EngineRequest(
+        request_id=RequestId("r"), prompt_token_ids=tuple(range(10)), sampling=SamplingParams(max_tokens=4)
+    )
+    return Submit(request=request, mode=mode, handoff_id=H, **fields)  # type: ignore[arg-type]
+
+
+TO_PREFILL = submit(Mode.PREFILL, target_epoch=D)
+TO_DECODE = submit(Mode.DECODE, prefill=PrefillPeer(worker_id="p", endpoint="tcp://p", epoch=P))  # type: ignore[arg-type]
+GRANT = Grant(
+    handoff_id=H,
+    request_id=RequestId("r"),
+    target_epoch=D,
+    source_epoch=P,
+    pool=POOL,
+    first_page=0,
+    page_ids=(9, 10, 11),
+)
+FORGED = msgspec.structs.replace(GRANT, target_epoch=THIEF, page_ids=(0, 1, 2))
+
+
+def said(plan: Plan) -> list[object]:
+    return [order.message for order in plan.messages]
+
+
+@pytest.mark.case("forged-grant")
+@pytest.mark.parametrize("forged_first", [True, False])
+def test_prefill_honours_the_grant_of_the_decode_engine_that_the_gateway_named_and_no_other(forged_first: bool) -> None:
+    prefill = scheduler_of("prefill")
+    plan = prefill.step(0.0, [FORGED, TO_PREFILL] if forged_first else [TO_PREFILL, FORGED])
+    (refused,) = said(plan)
+    assert isinstance(refused, Closed)
+    assert (refused.target_epoch, refused.error_code) == (THIEF, "handoff_failed")
+    assert prefill.load().totals["foreign_grants"] == 1
+    assert plan.ended == ()  # the request waits on for the Grant that counts
+    assert prefill.step(0.1, [GRANT]).watched_epochs == {D}
+
+
+@pytest.mark.case("forged-grant")
+def test_prefill_writes_to_no_page_but_those_of_the_named_grant() -> None:
+    prefill = scheduler_of("prefill")
+    batch = prefill.step(0.0, [TO_PREFILL, GRANT, FORGED]).batch
+    assert batch is not None
+    plan = prefill.step(0.1, [StepFinished(step_id=batch.step_id, sampled=SampledTokens(token_ids=[5])), FORGED])
+    assert [(job.pool, job.peer_page_ids) for job in plan.transfers if isinstance(job, WritePages)] == [
+        (POOL, (9, 10, 11))
+    ]
+
+
+@pytest.mark.parametrize("page_ids", [(9, 10, 10), (9, 10, 12), (-1, 10, 11), (9, 10), (8, 9, 10, 11)])
+def test_a_grant_of_pages_that_cannot_be_meant_fails_its_request_alone(page_ids: tuple[int, ...]) -> None:
+    prefill = scheduler_of("prefill")
+    prefill.step(0.0, [TO_PREFILL])
+    plan = prefill.step(0.1, [msgspec.structs.replace(GRANT, page_ids=page_ids)])
+    assert [(ended.outcome, ended.error_code) for ended in plan.ended] == [(Outcome.FAILED, "handoff_failed")]
+    assert plan.transfers == ()
+
+
+def test_another_engine_s_revoke_does_not_end_a_request_that_waits_for_its_grant() -> None:
+    prefill = scheduler_of("prefill")
+    prefill.step(0.0, [TO_PREFILL])
+    plan = prefill.step(0.1, [Revoke(handoff_id=H, target_epoch=THIEF, reason="because")])
+    assert (plan.ended, plan.messages) == ((), ())
+    assert prefill.step(0.2, [GRANT]).watched_epochs == {D}
+
+
+def test_a_prefill_request_that_names_no_decode_worker_is_refused() -> None:
+    plan = scheduler_of("prefill").step(0.0, [submit(Mode.PREFILL)])
+    assert [(ended.outcome, ended.error_code) for ended in plan.ended] == [(Outcome.FAILED, "invalid_request")]
+
+
+# ---------------------------------------------------------------- lost ones
+
+
+@pytest.mark.case("stolen-identity")
+def test_decode_says_a_grant_again_less_and_less_often_until_it_is_answered() -> None:
+    decode = scheduler_of("decode")
+    (first,) = decode.step(0.0, [TO_DECODE]).messages
+    again = []
+    for tenth in range(1, 100):
+        for order in decode.step(tenth / 10, []).messages:
+            assert isinstance(order, ToSource)
+            assert order == ToSource(endpoint="tcp://p", message=first.message, repeated=True)
+            again.append(tenth / 10)
+    assert again == [1.0, 3.0, 7.0]
+    done = Done(
+        handoff_id=H, target_epoch=D, source_epoch=P, num_pages=3, checksum="s", first_token=SampledToken(token_id=1)
+    )
+    decode.step(10.0, [done])
+    assert all(decode.step(10.0 + second, []).messages == () for second in range(1, 60))
+
+
+@pytest.mark.case("stolen-identity")
+def test_a_grant_that_is_said_again_changes_nothing_at_prefill() -> None:
+    prefill = scheduler_of("prefill")
+    prefill.step(0.0, [TO_PREFILL, GRANT])
+    plan = prefill.step(1.0, [GRANT])
+    assert (plan.messages, plan.transfers, plan.ended) == ((), (), ())
+
+
+@pytest.mark.case("stolen-identity")
+def test_a_refusal_that_was_lost_is_heard_when_the_grant_is_said_again() -> None:
+    prefill = scheduler_of("prefill")
+    bad = msgspec.structs.replace(GRANT, page_ids=(1,))
+    (lost,) = said(prefill.step(0.0, [TO_PREFILL, bad]))
+    assert said(prefill.step(1.0, [bad])) == [lost]
