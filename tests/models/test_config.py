@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 
@@ -6,7 +7,7 @@ import pytest
 
 from kvist.errors import ModelLoadError
 from kvist.models import load_model_config
-from kvist.models.config import LinearRope, Llama3Rope
+from kvist.models.config import LinearRope, Llama3Rope, YarnRope
 
 LLAMA3 = {
     "factor": 8.0,
@@ -77,6 +78,16 @@ def test_a_sliding_window_that_is_switched_off_is_ignored(write_config):
     assert load_model_config(checkpoint).family == "qwen2"
 
 
+def test_yarn_rope_tells_how_far_the_model_reaches(write_config):
+    rope = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    config = load_model_config(write_config(max_position_embeddings=128, rope_scaling=rope))
+    assert config.max_position_embeddings == 512
+    assert isinstance(config.rope_scaling, YarnRope)
+    assert config.rope_scaling.attention_factor == pytest.approx(0.1 * math.log(4.0) + 1.0)
+    already = load_model_config(write_config(max_position_embeddings=600, rope_scaling=rope))
+    assert already.max_position_embeddings == 600
+
+
 @pytest.mark.parametrize(
     ("field", "changes"),
     [
@@ -98,9 +109,10 @@ def test_a_sliding_window_that_is_switched_off_is_ignored(write_config):
         ("sliding_window", {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 1}),
         ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
         ("layer_types", {"layer_types": "full_attention"}),
-        ("rope_scaling.rope_type", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+        ("rope_scaling.rope_type", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}),
         ("rope_scaling.type", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}),
         ("rope_scaling.factor", {"rope_scaling": {"type": "linear"}}),
+        ("rope_scaling.beta_fast", {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": "x"}}),
         (
             "rope_parameters.high_freq_factor",
             {"rope_parameters": LLAMA3 | {"rope_type": "llama3", "high_freq_factor": 0}},

@@ -12,6 +12,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
 CASES = {
     "llama, GQA": ("Llama", {"num_key_value_heads": 2}),
     "llama, MHA, tied": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -20,6 +21,15 @@ CASES = {
     "llama, linear rope": (
         "Llama",
         {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}},
+    ),
+    "llama, yarn rope": ("Llama", {"num_key_value_heads": 2, "rope_parameters": YARN}),
+    "qwen3, yarn rope": (
+        "Qwen3",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.3, "truncate": False},
+        },
     ),
     "qwen2, GQA": ("Qwen2", {"num_key_value_heads": 2}),
     "qwen2, MHA, tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),

@@ -150,10 +150,22 @@ def test_linear_scaling_is_read(write_model, tmp_path):
     assert load_model_config(file).rope_scaling == LinearRope(factor=4.0)
 
 
+def test_yarn_is_read_as_from_a_folder(write_model, tmp_path):
+    rope = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    folder, tensors = write_model(rope_scaling=rope)
+    metadata = {
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 4,
+        "llama.rope.scaling.original_context_length": 64,
+    }
+    file = write_gguf(tmp_path / "tiny.gguf", load_model_config(folder), tensors, metadata=metadata)
+    assert load_model_config(file).rope_scaling == load_model_config(folder).rope_scaling
+
+
 @pytest.mark.parametrize(
     ("field", "metadata"),
     [
-        ("llama.rope.scaling.type", {"llama.rope.scaling.type": "yarn"}),
+        ("llama.rope.scaling.type", {"llama.rope.scaling.type": "longrope"}),
         ("llama.expert_count", {"llama.expert_count": 8}),
         ("llama.attention.sliding_window", {"llama.attention.sliding_window": 4096}),
         ("llama.rope.dimension_count", {"llama.rope.dimension_count": 8}),

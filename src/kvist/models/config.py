@@ -7,6 +7,7 @@ in weights.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kvist.models.fields import ConfigFields
@@ -38,7 +39,30 @@ class DividedRope:
     divisors: tuple[float, ...]
 
 
-RopeScaling = LinearRope | Llama3Rope | DividedRope
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YarnRope:
+    """Dimensions that turn fewer than `beta_slow` times over the original context are divided by `factor`, those that
+    turn more than `beta_fast` times kept, those between blended; q and k grow by `attention_factor` (YaRN,
+    https://arxiv.org/abs/2309.00071)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float
+    truncate: bool = True  # the ends of the blend are whole dimensions
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """What the model can hold with it."""
+        return int(self.factor * self.original_max_position_embeddings)
+
+
+def yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
+    return 1.0 if factor <= 1.0 else 0.1 * scale * math.log(factor) + 1.0
+
+
+RopeScaling = LinearRope | Llama3Rope | DividedRope | YarnRope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

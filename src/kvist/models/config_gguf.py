@@ -13,7 +13,9 @@ from kvist.models.config import (
     LinearRope,
     ModelConfig,
     RopeScaling,
+    YarnRope,
     read_heads,
+    yarn_attention_factor,
 )
 from kvist.models.end_tokens import end_tokens_by_text
 from kvist.models.family import family_named
@@ -41,6 +43,10 @@ def config_from_gguf(path: Path) -> ModelConfig:
     names = ("attention.head_count", "attention.head_count_kv", "attention.key_length")
     num_heads, num_kv_heads, head_dim = read_heads(fields, names, hidden_size)
     _check_head_dims(fields, head_dim)
+    rope_scaling = _rope_scaling(path, header, fields, head_dim)
+    max_positions = fields.integer("context_length")
+    if isinstance(rope_scaling, YarnRope):  # files name the length with it or without it
+        max_positions = max(max_positions, rope_scaling.max_position_embeddings)
     return ModelConfig(
         family=family.name,
         num_layers=fields.integer("block_count"),
@@ -52,8 +58,8 @@ def config_from_gguf(path: Path) -> ModelConfig:
         vocab_size=embedding.shape[0],
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
         rope_theta=fields.number("rope.freq_base", DEFAULT_ROPE_THETA),
-        rope_scaling=_rope_scaling(path, header, fields, head_dim),
-        max_position_embeddings=fields.integer("context_length"),
+        rope_scaling=rope_scaling,
+        max_position_embeddings=max_positions,
         tie_word_embeddings="output.weight" not in header.tensors,
         attention_bias=bool(family.qkv_bias) or "blk.0.attn_q.bias" in header.tensors,
         attention_output_bias="blk.0.attn_output.bias" in header.tensors,
@@ -90,8 +96,12 @@ def _check_head_dims(fields: ConfigFields, head_dim: int) -> None:
 
 def _rope_scaling(path: Path, header: GgufHeader, fields: ConfigFields, head_dim: int) -> RopeScaling | None:
     kind = fields.text("rope.scaling.type", "none")
+    if kind == "yarn":
+        if ROPE_DIVISORS in header.tensors:
+            raise fields.error("rope.scaling.type", f"is yarn in a file that also has {ROPE_DIVISORS}")
+        return _yarn(fields)
     if kind not in ("none", "linear"):
-        raise fields.error("rope.scaling.type", f"is {kind!r}; none and linear are served")
+        raise fields.error("rope.scaling.type", f"is {kind!r}; none, linear and yarn are served")
     factor_field = "rope.scaling.factor" if "rope.scaling.factor" in fields else "rope.scale_linear"
     factor = fields.number(factor_field, 1.0)
     if ROPE_DIVISORS not in header.tensors:
@@ -99,6 +109,24 @@ def _rope_scaling(path: Path, header: GgufHeader, fields: ConfigFields, head_dim
     if kind == "linear":
         raise fields.error("rope.scaling.type", f"is linear in a file that also has {ROPE_DIVISORS}")
     return _read_divisors(path, header, head_dim)
+
+
+def _yarn(fields: ConfigFields) -> YarnRope:
+    if fields.value("rope.scaling.yarn_ext_factor") not in (None, 1, 1.0):
+        raise fields.error("rope.scaling.yarn_ext_factor", "is not 1: another share of extrapolation is not served")
+    if fields.value("rope.scaling.yarn_log_multiplier") not in (None, 0, 0.0):
+        raise fields.error("rope.scaling.yarn_log_multiplier", "is set: it is not served")
+    factor = fields.number("rope.scaling.factor")
+    given = fields.number("rope.scaling.yarn_attn_factor", fields.number("rope.scaling.attn_factor", 1.0))
+    return YarnRope(
+        factor=factor,
+        original_max_position_embeddings=fields.integer(
+            "rope.scaling.original_context_length", fields.integer("context_length")
+        ),
+        beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
+        attention_factor=given * yarn_attention_factor(factor),
+    )
 
 
 def _read_divisors(path: Path, header: GgufHeader, head_dim: int) -> DividedRope:

@@ -9,7 +9,9 @@ from kvist.models.config import (
     Llama3Rope,
     ModelConfig,
     RopeScaling,
+    YarnRope,
     read_heads,
+    yarn_attention_factor,
 )
 from kvist.models.end_tokens import end_tokens_of_tokenizer
 from kvist.models.family import Family, family_named
@@ -27,6 +29,8 @@ def config_from_hf(checkpoint: Checkpoint) -> ModelConfig:
     num_heads, num_kv_heads, head_dim = read_heads(fields, names, hidden_size, family.default_head_dim)
     max_positions = fields.integer("max_position_embeddings")
     rope_theta, rope_scaling = _rope_from_hf(fields, max_positions)
+    if isinstance(rope_scaling, YarnRope):  # configs name the length with it or without it
+        max_positions = max(max_positions, rope_scaling.max_position_embeddings)
     bias = fields.flag("attention_bias", False) if family.qkv_bias is None else family.qkv_bias
     return ModelConfig(
         family=family.name,
@@ -118,4 +122,26 @@ def _rope_from_hf(fields: ConfigFields, max_positions: int) -> tuple[float, Rope
             high_freq_factor=rope.number("high_freq_factor"),
             original_max_position_embeddings=rope.integer("original_max_position_embeddings", max_positions),
         )
-    raise rope.error(kind_field, f"is {kind!r}; default, linear and llama3 are served")
+    if kind == "yarn":
+        return theta, _yarn_from_hf(fields, rope, max_positions)
+    raise rope.error(kind_field, f"is {kind!r}; default, linear, llama3 and yarn are served")
+
+
+def _yarn_from_hf(fields: ConfigFields, rope: ConfigFields, max_positions: int) -> YarnRope:
+    original = rope.integer("original_max_position_embeddings", max_positions)
+    if "original_max_position_embeddings" in fields:
+        original = fields.integer("original_max_position_embeddings")
+    factor = rope.number("factor", max_positions / original)
+    if "mscale" in rope and "mscale_all_dim" in rope:
+        scales = (yarn_attention_factor(factor, rope.number(name)) for name in ("mscale", "mscale_all_dim"))
+        attention_factor = next(scales) / next(scales)
+    else:
+        attention_factor = yarn_attention_factor(factor)
+    return YarnRope(
+        factor=factor,
+        original_max_position_embeddings=original,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        attention_factor=rope.number("attention_factor", attention_factor),
+        truncate=rope.flag("truncate", True),
+    )

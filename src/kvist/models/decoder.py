@@ -28,7 +28,7 @@ from kvist.models.parallel import (
     column_parallel,
     gated_parallel,
 )
-from kvist.models.rope import inverse_frequencies
+from kvist.models.rope import inverse_frequencies, rotation_scale
 from kvist.models.weights import WeightReader
 
 
@@ -137,10 +137,13 @@ class CausalLM:
         self._ends = ends
         self._layers = layers
         self._frequencies = inverse_frequencies(config).to(ends.norm.device)
+        self._rotation_scale = rotation_scale(config)
 
     def begin(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Unfinished:
         """token_ids, positions [T] int64: up to the last layer's attention, so all K/V of this rank is in the cache."""
         cos, sin = rotation(positions, self._frequencies)
+        if self._rotation_scale != 1.0:
+            cos, sin = cos * self._rotation_scale, sin * self._rotation_scale
         *layers, last = self._layers
         x, residual = self._ends.embed(token_ids), None
         for layer in layers:
