@@ -62,7 +62,7 @@ class ServerConfig:
         False,
         "each event of a /generate stream has only what is new; without it, all text and all ids so far, and the "
         "logprobs of new tokens",
-        aliases=("stream_output",),
+        aliases=("stream-output",),
     )
     cumulative_logprobs: bool = option(
         False,
