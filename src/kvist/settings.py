@@ -42,6 +42,12 @@ SHORTHANDS = (
         renamed=(("null", "unified"),),
         text="the same as --role, as SGLang names it; null means unified",
     ),
+    Shorthand(
+        flag="--sampling-defaults",
+        key="generation_config",
+        renamed=(("model", "auto"), ("openai", "vllm")),
+        text="the same as --generation-config, as SGLang names it: model or openai",
+    ),
 )
 
 _WORKER_LISTS = ("prefill", "decode", "worker_urls")

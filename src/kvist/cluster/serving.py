@@ -13,7 +13,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import FrameType
 
 import httpx
@@ -27,7 +27,7 @@ from kvist.channel import (
     is_loopback,
     with_cluster_key,
 )
-from kvist.checkpoint import find_checkpoint
+from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.cluster.announce import announce, curl_example, router_example, shown_key
 from kvist.cluster.lifeline import signals_to, stop_at_end_of_stdin
 from kvist.errors import ConfigError
@@ -37,7 +37,7 @@ from kvist.router import Dispatcher, RouterConfig, build_dispatcher
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.server.serve import http_server
-from kvist.text import TextConfig, load_tokenizer
+from kvist.text import SamplingDefaults, TextConfig, load_sampling_defaults, load_tokenizer
 from kvist.wire import EngineHealth, EngineSpec
 from kvist.worker.child import EngineSupervisor
 from kvist.worker.config import UNIFIED, EngineConfig
@@ -78,11 +78,14 @@ def serve_worker(
         dispatcher = build_dispatcher(replace(router, worker_urls=(url,)), channel, transport=own)
         # prefill and decode are answered through a router, which has the tokenizer
         tokenizer = load_tokenizer(checkpoint, text) if engine.role == UNIFIED else None
+        defaults = _sampling_defaults(checkpoint, text) if engine.role == UNIFIED else None
         app = build_app(
             dispatcher=dispatcher,
             tokenizer=tokenizer,
             config=server,
             model_name=checkpoint.name,
+            model_path=str(checkpoint.path),
+            sampling_defaults=defaults,
             own_engine=lambda: supervisor.spec,
             own_health=lambda: supervisor.health,
         )
@@ -117,6 +120,8 @@ def serve_router(
             tokenizer=load_tokenizer(checkpoint, text),
             config=server,
             model_name=checkpoint.name,
+            model_path=str(checkpoint.path),
+            sampling_defaults=_sampling_defaults(checkpoint, text),
         )
         log.info("router at http://%s for %s", name, checkpoint.name)
         stop.http = http_server(app, server)
@@ -125,6 +130,19 @@ def serve_router(
         ready = _say_ready(url, None if stop_with_stdin else example)
         run_in_loop(_serve(stop.http, listener, dispatcher, None, ready))
     return 0
+
+
+def _sampling_defaults(checkpoint: Checkpoint, text: TextConfig) -> SamplingDefaults:
+    """Of requests that do not say; the log says what they are, and what of them cannot be done."""
+    defaults = load_sampling_defaults(checkpoint, text.generation_config)
+    given = {name: value for name, value in asdict(defaults).items() if value is not None}
+    penalty = given.pop("repetition_penalty", None)
+    if given:
+        said = ", ".join(f"{name} {value:g}" for name, value in given.items())
+        log.info("sampling defaults of the model: %s (--generation-config)", said)
+    if penalty not in (None, 1.0):
+        log.warning("the model recommends repetition_penalty %g, which Kvist does not apply yet", penalty)
+    return defaults
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Endpoints beside generation: models, tokenizing, health, readiness, state, metrics, cache."""
+"""Endpoints beside generation: tokenizing, health, readiness, state, metrics, cache."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from kvist import __version__, metrics
-from kvist.clock import unix_time_s
 from kvist.errors import RequestError, Unavailable, error_from_wire
 from kvist.router.stream import WorkerSnapshot
 from kvist.server.decoding import BodyDecoder
-from kvist.server.gateway import Gateway, template_options
+from kvist.server.gateway import Gateway
 from kvist.server.http import JSON_TYPE, Headers, send_bytes, send_json
 from kvist.server.sampling import check_token_ids, num_choices, token_lists
 from kvist.server.schemas import DetokenizeRequest, TokenizeRequest
@@ -39,7 +38,6 @@ class Admin:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._started_unix_s = unix_time_s()
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         """This process answers. Says nothing of the engines: see `ready`."""
@@ -52,27 +50,6 @@ class Admin:
             problems = [f"{w.worker_id}: {w.problem or w.state}" for w in self._workers() if not w.alive]
             raise Unavailable("not ready" + (f" ({'; '.join(problems)})" if problems else ": no worker is known yet"))
         await send_json(send, {"status": "ready"})
-
-    async def models(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del scope, receive
-        await send_json(send, {"object": "list", "data": [self._model()]})
-
-    async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del receive
-        self._gateway.check_model(scope["path_params"]["model"])
-        await send_json(send, self._model())
-
-    def _model(self) -> dict[str, object]:
-        spec = self._gateway.dispatcher.model()
-        return {
-            "id": self._gateway.model_name,
-            "object": "model",
-            "created": self._started_unix_s,
-            "owned_by": "kvist",
-            "root": spec.model_name if spec is not None else None,
-            "parent": None,
-            "max_model_len": spec.max_model_len if spec is not None else None,
-        }
 
     async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         """vLLM's and SGLang's: of one prompt, of several (then `tokens`, `count` and `token_strs` are lists), or of a
@@ -91,11 +68,7 @@ class Admin:
         texts, param, add_special_tokens = request.prompt, "prompt", True
         if request.messages is not None:
             param, add_special_tokens = "messages", False
-            texts = gateway.chat_prompt(
-                request.messages,
-                options=template_options(request),
-                add_generation_prompt=request.add_generation_prompt is not False,
-            )
+            texts = gateway.chat_prompt(request.messages, request)
         if request.add_special_tokens is not None:
             add_special_tokens = request.add_special_tokens
         several = isinstance(texts, list)

@@ -26,13 +26,15 @@ from kvist.server.config import ServerConfig
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Dispatcher
 from kvist.server.http import ClientGone, header, send_error
+from kvist.server.later import NOT_SERVED, NotServed
+from kvist.server.model_pages import ModelPages
 from kvist.server.native import native_job
 from kvist.server.openai import chat_job, completion_job
 from kvist.server.respond import Job, respond
 from kvist.server.sampling import MAX_SEED
 from kvist.server.work import BodyBudget, WorkPool
 from kvist.server.worker_metrics import worker_families
-from kvist.text import Tokenizer
+from kvist.text import SamplingDefaults, Tokenizer
 from kvist.wire import EngineHealth, EngineSpec
 
 log = logging.getLogger(__name__)
@@ -54,14 +56,16 @@ def build_app(
     tokenizer: Tokenizer | None,
     config: ServerConfig,
     model_name: str,
+    model_path: str | None = None,
+    sampling_defaults: SamplingDefaults | None = None,
     own_engine: Callable[[], EngineSpec | None] = no_engine,
     own_health: Callable[[], EngineHealth | None] = no_engine,
     clock: Clock | None = None,
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED),
 ) -> ASGIApp:
     """`model_name` is used unless the config renames it. Without a tokenizer (a prefill or decode worker's own HTTP)
-    generation is refused with a pointer to the router. `own_engine` and `own_health` are what /server_info calls
-    `engine` and `engine_health`."""
+    generation is refused with a pointer to the router. `model_path` is what clients on this host may read the tokenizer
+    from. `own_engine` and `own_health` are what /server_info calls `engine` and `engine_health`."""
     gateway = Gateway(
         dispatcher=dispatcher,
         tokenizer=tokenizer,
@@ -73,20 +77,25 @@ def build_app(
         own_engine=own_engine,
         own_health=own_health,
         work=WorkPool(num_threads=config.tokenizer_threads, max_jobs=config.max_concurrent_requests),
+        sampling_defaults=sampling_defaults or SamplingDefaults(),
         bodies=BodyBudget(limit_bytes=config.max_total_body_bytes, free_bytes=_FREE_BODY_BYTES),
     )
-    return Front(Router(_routes(gateway)), config)
+    return Front(Router(_routes(gateway, model_path)), config)
 
 
-def _routes(gateway: Gateway) -> list[Route]:
-    admin = Admin(gateway)
+def _routes(gateway: Gateway, model_path: str | None) -> list[Route]:
+    admin, model = Admin(gateway), ModelPages(gateway, model_path)
     get, post, both = ["GET"], ["POST"], ["GET", "POST"]
     table: list[tuple[str, Endpoint, list[str]]] = [
         ("/v1/chat/completions", _generation(gateway, chat_job), post),
         ("/v1/completions", _generation(gateway, completion_job), post),
         ("/generate", _generation(gateway, native_job), post),
-        ("/v1/models", admin.models, get),
-        ("/v1/models/{model:path}", admin.model, get),
+        ("/v1/models", model.models, get),
+        ("/v1/models/{model:path}", model.model, get),
+        ("/model_info", model.model_info, get),
+        ("/get_model_info", model.model_info, get),
+        ("/tokenizer_info", model.tokenizer_info, get),
+        ("/health_generate", model.health_generate, get),
         ("/tokenize", admin.tokenize, post),
         ("/detokenize", admin.detokenize, post),
         ("/v1/tokenize", admin.tokenize, post),
@@ -99,7 +108,8 @@ def _routes(gateway: Gateway) -> list[Route]:
         ("/hicache/storage-backend", admin.storage_backend, ["GET", "PUT", "DELETE"]),
         ("/metrics", admin.metrics, get),
     ]
-    return [Route(path, _Raw(endpoint), methods=methods) for path, endpoint, methods in table]
+    served = [Route(path, _Raw(endpoint), methods=methods) for path, endpoint, methods in table]
+    return [*served, *(Route(path, NotServed(instead)) for path, instead in NOT_SERVED.items())]
 
 
 class _Raw:

@@ -6,7 +6,7 @@ Its only state is the number of engine requests in flight, kept in `metrics` and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -22,7 +22,7 @@ from kvist.server.generation import Dispatcher
 from kvist.server.http import cancelled_on_disconnect, read_body
 from kvist.server.schemas import ChatMessage, ChatRequest, TokenizeRequest
 from kvist.server.work import INLINE_BYTES, BodyBudget, WorkPool
-from kvist.text import Tokenizer, encode_up_to
+from kvist.text import SamplingDefaults, Tokenizer, encode_up_to
 from kvist.wire import EngineHealth, EngineSpec
 
 T = TypeVar("T")
@@ -45,6 +45,7 @@ class Gateway:
     draw_seed: Callable[[], int]
     own_engine: Callable[[], EngineSpec | None]
     own_health: Callable[[], EngineHealth | None]
+    sampling_defaults: SamplingDefaults  # of OpenAI's endpoints
     work: WorkPool
     bodies: BodyBudget
 
@@ -169,15 +170,11 @@ class Gateway:
                 param=param,
             )
 
-    def chat_prompt(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        options: Mapping[str, object] | None,
-        add_generation_prompt: bool = True,
-    ) -> str:
-        """The model's template over the messages. Raises `RequestError` naming the message at fault."""
-        for name in _TEMPLATE_OWN_NAMES & (options or {}).keys():
+    def chat_prompt(self, messages: Sequence[ChatMessage], request: ChatRequest | TokenizeRequest) -> str:
+        """The model's template over the messages, as the request's other fields ask. Raises `RequestError` naming the
+        message at fault."""
+        options = _template_options(request)
+        for name in _TEMPLATE_OWN_NAMES & options.keys():
             where = f"chat_template_kwargs.{name}"
             raise RequestError(f"`{where}` cannot be set: the request itself says what it is", param=where)
         tokenizer = self.require_tokenizer()
@@ -188,10 +185,20 @@ class Gateway:
             raise RequestError("`messages` is empty", param="messages")
         plain = [_plain_message(message, f"messages[{index}]", tokenizer) for index, message in enumerate(messages)]
         limit = self.max_model_len() * _MAX_CHARS_PER_TOKEN
-        return template.render(plain, add_generation_prompt=add_generation_prompt, options=options, max_chars=limit)
+        going_on = bool(request.continue_final_message)
+        if going_on and request.add_generation_prompt:
+            message = "`continue_final_message` goes on with the last turn and `add_generation_prompt` opens a new one"
+            raise RequestError(f"{message}; give one of them", param="continue_final_message")
+        return template.render(
+            plain,
+            add_generation_prompt=request.add_generation_prompt is not False and not going_on,
+            continue_final_message=going_on,
+            options=options,
+            max_chars=limit,
+        )
 
 
-def template_options(request: ChatRequest | TokenizeRequest) -> dict[str, object]:
+def _template_options(request: ChatRequest | TokenizeRequest) -> dict[str, object]:
     """Names for the chat template beside its own."""
     effort = request.reasoning_effort
     asked: dict[str, object] = (

@@ -14,6 +14,7 @@ from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice
 from kvist.server.sampling import MAX_SEED, num_choices, salt_digest, sampling_params, stop_ids, stop_strings
 from kvist.server.schemas import SamplingFields
+from kvist.text import SamplingDefaults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,7 @@ class Plan:
     cache_salt: str | None
     min_tokens: int | None
     num_logprobs: int | None
+    defaults: SamplingDefaults  # for what the fields do not say
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -53,6 +55,7 @@ def make_choices(gateway: Gateway, plan: Plan) -> list[Choice]:
     for prompt in plan.prompts:
         sampling = sampling_params(
             plan.fields,
+            defaults=plan.defaults,
             max_tokens=prompt.max_tokens,
             min_tokens=plan.min_tokens or 0,
             num_logprobs=plan.num_logprobs,

@@ -27,6 +27,7 @@ from kvist.server.sampling import (
     token_lists,
 )
 from kvist.server.schemas import NativeRequest, NativeSampling
+from kvist.text import SamplingDefaults
 
 _DEFAULT_NEW_TOKENS = 128  # SGLang's
 _NATIVE = BodyDecoder(NativeRequest)
@@ -53,6 +54,7 @@ def native_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
         cache_salt=request.cache_salt,
         min_tokens=fields.min_new_tokens,
         num_logprobs=top_logprobs if request.return_logprob else None,
+        defaults=SamplingDefaults(),  # as in SGLang: those of the model are for chats and completions
         skip_special_tokens=fields.skip_special_tokens is not False,
         include_stop_str_in_output=shows_stop(fields),
     )

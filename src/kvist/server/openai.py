@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kvist.errors import RequestError, UnsupportedField
 from kvist.server.caller import Caller
 from kvist.server.decoding import BodyDecoder
-from kvist.server.gateway import Gateway, template_options
+from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice
 from kvist.server.jobs import Plan, Prompt, make_choices, new_job_id
 from kvist.server.openai_format import ChatFormat, CompletionFormat, Shape
@@ -37,9 +37,10 @@ def chat_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
     if request.top_logprobs and not request.logprobs:
         raise RequestError("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
     num_logprobs = check_num_logprobs(request.top_logprobs or 0, "top_logprobs") if request.logprobs else None
-    text = gateway.chat_prompt(request.messages, options=template_options(request))
+    text = gateway.chat_prompt(request.messages, request)
     prompt_ids = gateway.encode(text, add_special_tokens=bool(request.add_special_tokens), param="messages")
-    prompts = [_prompt(gateway, request, prompt_ids, default=None, name="messages")]
+    default = gateway.sampling_defaults.max_new_tokens
+    prompts = [_prompt(gateway, request, prompt_ids, default=default, name="messages")]
     job_id = new_job_id("chatcmpl")
     choices = _choices(gateway, request, caller, prompts, job_id, num_logprobs)
     shape = Shape.of(gateway, request, job_id, "chat.completion")
@@ -144,6 +145,7 @@ def _choices(
         cache_salt=request.cache_salt,
         min_tokens=request.min_tokens,
         num_logprobs=num_logprobs,
+        defaults=gateway.sampling_defaults,
         skip_special_tokens=request.skip_special_tokens is not False,
         include_stop_str_in_output=shows_stop(request),
     )

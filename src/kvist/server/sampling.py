@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import cast
+from typing import TypeVar, cast
 
 from kvist.errors import PromptTooLong, RequestError
 from kvist.request import SamplingParams
 from kvist.server.schemas import SamplingFields
+from kvist.text import SamplingDefaults
+
+T = TypeVar("T")
 
 MAX_SEED = 2**63
 MAX_TOP_LOGPROBS = 20
@@ -25,6 +28,7 @@ _GREEDY_TEMPERATURE = 1e-5  # below it, dividing by it leaves that range; vLLM's
 def sampling_params(
     fields: SamplingFields,
     *,
+    defaults: SamplingDefaults,
     max_tokens: int,
     min_tokens: int,
     num_logprobs: int | None,
@@ -32,10 +36,10 @@ def sampling_params(
 ) -> SamplingParams:
     """Without a seed. `max_tokens`, `num_logprobs` and the ids have been checked; the rest is checked here. Raises
     `RequestError`."""
-    temperature = 1.0 if fields.temperature is None else fields.temperature
-    top_p = 1.0 if fields.top_p is None else fields.top_p
-    min_p = 0.0 if fields.min_p is None else fields.min_p
-    top_k = 0 if fields.top_k is None else fields.top_k
+    temperature = _first(fields.temperature, defaults.temperature, 1.0)
+    top_p = _first(fields.top_p, defaults.top_p, 1.0)
+    min_p = _first(fields.min_p, defaults.min_p, 0.0)
+    top_k = _first(fields.top_k, defaults.top_k, 0)
     wide = f"must be between 0 and {_MAX_TEMPERATURE:.0f}"
     _require(0 <= temperature <= _MAX_TEMPERATURE, "temperature", wide, temperature)
     _require(0 <= top_p <= 1, "top_p", "must be between 0 and 1", top_p)
@@ -56,6 +60,12 @@ def sampling_params(
         stop_token_ids=stop_token_ids,
         num_logprobs=num_logprobs,
     )
+
+
+def _first(asked: T | None, default: T | None, otherwise: T) -> T:
+    if asked is not None:
+        return asked
+    return otherwise if default is None else default
 
 
 def _require(holds: bool, param: str, rule: str, value: object) -> None:

@@ -74,7 +74,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
         self.source = source
-        self._special_tokens = dict(special_tokens)
+        self.special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
@@ -94,7 +94,7 @@ class ChatTemplate:
         `PromptTooLong` as soon as the text has more than `max_chars`."""
         if continue_final_message:
             messages = [*messages[:-1], _open_ended(messages[-1])]
-        names = {"tools": None, "documents": None, **self._special_tokens, **(options or {})}
+        names = {"tools": None, "documents": None, **self.special_tokens, **(options or {})}
         names |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         try:
             text = self._render(names, max_chars)

@@ -6,9 +6,16 @@ from dataclasses import dataclass
 
 from kvist.config import option
 
+AUTO_CONFIG, NO_CONFIG = "auto", "vllm"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextConfig:
+    generation_config: str = option(
+        AUTO_CONFIG,
+        "where the temperature, top_p, top_k and min_p of requests come from that do not say: 'auto' is the model's "
+        "own generation_config.json, 'vllm' is OpenAI's defaults, a folder is one with another generation_config.json",
+    )
     chat_template: str | None = option(
         None,
         "chat template (jinja) to use instead of the model's own: a file, or the template itself",

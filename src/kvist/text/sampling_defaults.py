@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvist.checkpoint import Checkpoint, CheckpointKind, read_gguf_header, read_json
-from kvist.errors import ModelLoadError
+from kvist.errors import ConfigError, ModelLoadError
+from kvist.text.config import AUTO_CONFIG, NO_CONFIG
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +32,17 @@ _GGUF_NAMES = {
 }
 
 
-def load_sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults:
-    """Raises `ModelLoadError` naming the file and the field that cannot be meant."""
+def load_sampling_defaults(checkpoint: Checkpoint, source: str = AUTO_CONFIG) -> SamplingDefaults:
+    """`source`: `TextConfig.generation_config`. Raises `ConfigError` when it names no folder that has them,
+    `ModelLoadError` naming the file and the field that cannot be meant."""
+    if source == NO_CONFIG:
+        return SamplingDefaults()
+    if source != AUTO_CONFIG:
+        path = Path(source).expanduser() / "generation_config.json"
+        if not path.is_file():
+            message = f"--generation-config {source}: there is no {path}; give a folder that has one, 'auto' or 'vllm'"
+            raise ConfigError(message, param="generation_config")
+        return _read(read_json(path), str(path))
     if checkpoint.kind is CheckpointKind.GGUF:
         metadata = read_gguf_header(checkpoint.path).metadata
         return _read({name: metadata.get(key) for name, key in _GGUF_NAMES.items()}, str(checkpoint.path))

@@ -1,0 +1,103 @@
+"""What a server says of its model and of itself, as clients of vLLM and SGLang ask for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvist.errors import WorkerLost
+from kvist.server.later import NOT_SERVED
+
+
+async def test_the_list_of_models_has_vllms_fields(bench: Any) -> None:
+    (model,) = (await bench.client.get("/v1/models")).json()["data"]
+    assert (model["id"], model["root"], model["parent"], model["max_model_len"]) == ("tiny", "tiny", None, 200)
+    assert model["permission"][0]["allow_sampling"] is True
+
+
+@pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
+async def test_the_model_is_described_as_sglang_does(bench: Any, path: str) -> None:
+    info = (await bench.client.get(path)).json()
+    assert (info["model_path"], info["served_model_name"], info["is_generation"]) == ("tiny", "tiny", True)
+    assert info["tokenizer_path"] == "tiny"
+
+
+async def test_the_tokenizer_is_described_as_vllm_does(bench: Any) -> None:
+    info = (await bench.client.get("/tokenizer_info")).json()
+    assert info["chat_template"] == bench.dispatcher.tokenizer.chat_template.source
+    assert info["added_tokens_decoder"] == {"256": {"content": "<|end|>", "special": True}}
+    assert (info["vocab_size"], info["model_max_length"]) == (257, 200)
+
+
+async def test_the_probe_generates_one_token_and_fails_when_there_is_none(bench: Any) -> None:
+    assert (await bench.client.get("/health_generate")).status_code == 200
+    (request,) = bench.dispatcher.requests
+    assert request.sampling.max_tokens == 1
+    assert bench.dispatcher.num_open == 0
+    bench.dispatcher.error = WorkerLost("worker d:1 was lost")
+    response = await bench.client.get("/health_generate")
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_lost")
+
+
+async def test_probes_at_the_same_time_share_one_token(bench: Any) -> None:
+    answers = await asyncio.gather(*(bench.client.get("/health_generate") for _ in range(5)))
+    assert [answer.status_code for answer in answers] == [200] * 5
+    assert len(bench.dispatcher.requests) == 1
+
+
+async def test_a_probe_without_a_token_ends_in_bounded_time(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvist.server.model_pages._PROBE_TIMEOUT_S", 0.01)
+    never = asyncio.Event()
+
+    async def silent(_request: object) -> Any:
+        try:
+            await never.wait()
+            yield None
+        finally:
+            bench.dispatcher.num_closed_early += 1
+
+    bench.dispatcher.generate = silent
+    response = await bench.client.get("/health_generate")
+    assert response.status_code == 503
+    assert "within 0.01 s" in response.json()["error"]["message"]
+    assert bench.dispatcher.num_closed_early == 1
+
+
+async def test_a_worker_that_does_its_part_only_names_the_router(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(tokenizer=None)
+    for path in ("/health_generate", "/tokenizer_info"):
+        response = await bench.client.get(path)
+        assert response.status_code == 400
+        assert "router" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "works"),
+    [
+        ("/v1/responses", "/v1/chat/completions"),
+        ("/v1/responses/resp_1/cancel", "/v1/chat/completions"),
+        ("/v1/messages", "/v1/chat/completions"),
+        ("/v1/messages/count_tokens", "/tokenize"),
+        ("/v1/embeddings", "/v1/completions"),
+        ("/v1/audio/transcriptions", "only text"),
+        ("/rerank", "only text"),
+        ("/update_weights_from_tensor", "--model-path"),
+    ],
+)
+async def test_an_endpoint_that_is_not_served_is_a_404_that_says_what_works(bench: Any, path: str, works: str) -> None:
+    response = await bench.post(path, {"model": "tiny", "input": "x"})
+    assert response.status_code == 404
+    message = response.json()["error"]["message"]
+    assert message.startswith(f"{path} is not served here")
+    assert works in message
+
+
+async def test_every_path_that_an_answer_points_to_is_served(bench: Any) -> None:
+    for instead in NOT_SERVED.values():
+        for word in instead.replace(",", " ").replace(";", " ").split():
+            if word.startswith("/"):
+                status = (await bench.post(word, {})).status_code
+                assert status in (200, 400, 405), f"{word} in: {instead}"
