@@ -25,7 +25,7 @@ class BoundedLog:
         self._num_shown = 0
         self._num_left_out = 0
 
-    def warning(self, message: str, *arguments: object) -> None:
+    def warning(self, message: str, *arguments: object, exc_info: bool = False) -> None:
         now_s = self._clock.now_s()
         if now_s - self._period_began_s >= self._period_s:
             self._period_began_s, self._num_shown = now_s, 0
@@ -36,4 +36,4 @@ class BoundedLog:
         if self._num_left_out:
             self._logger.warning("%d lines like the next one were left out", self._num_left_out)
             self._num_left_out = 0
-        self._logger.warning(message, *arguments)
+        self._logger.warning(message, *arguments, exc_info=exc_info)

@@ -11,7 +11,7 @@ be decoded is logged and dropped by its receiver: its sender's own bounded wait 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -192,6 +192,9 @@ class StorageStatus(_Message, frozen=True, tag=False):
     note: str = ""  # for people
 
 
+PageDigest = Annotated[bytes, msgspec.Meta(max_length=32)]  # 32 bytes; a gateway remembers many
+
+
 class LoadReport(_Message, frozen=True):
     """Sent at least once a second, and with the step in which the cached pages changed.
 
@@ -210,8 +213,8 @@ class LoadReport(_Message, frozen=True):
     storage: StorageStatus | None = None  # None without a host tier
     draining: bool = False  # it takes no new request, and ends after its last one
     snapshot: bool = False
-    cached_added: tuple[bytes, ...] = ()  # page digests, 32 bytes each
-    cached_removed: tuple[bytes, ...] = ()
+    cached_added: tuple[PageDigest, ...] = ()
+    cached_removed: tuple[PageDigest, ...] = ()
     totals: dict[str, float] = {}
 
 

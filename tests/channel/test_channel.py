@@ -96,7 +96,9 @@ class Inbox:
 async def make_link(context: zmq.Context[zmq.Socket[bytes]]) -> AsyncIterator[Callable[..., tuple[GatewayLink, Inbox]]]:
     links: list[GatewayLink] = []
 
-    def make(endpoint: str, cluster_key: str = KEY) -> tuple[GatewayLink, Inbox]:
+    def make(
+        endpoint: str, cluster_key: str = KEY, on_rejected: Callable[[], None] = lambda: None
+    ) -> tuple[GatewayLink, Inbox]:
         inbox = Inbox()
         link = GatewayLink(
             context,
@@ -104,6 +106,7 @@ async def make_link(context: zmq.Context[zmq.Socket[bytes]]) -> AsyncIterator[Ca
             member=Member(cluster_key),
             on_message=inbox.messages.put_nowait,
             on_lost=inbox.lost.put_nowait,
+            on_rejected=on_rejected,
         )
         links.append(link)
         link.open()
@@ -184,27 +187,34 @@ def test_undecodable_messages_are_dropped_and_counted_and_the_next_is_read(make_
 
 
 async def test_a_link_drops_what_it_cannot_decode(make_channel: MakeChannel, make_link) -> None:
-    channel = make_channel()
-    link, inbox = make_link(channel.endpoint)
+    channel, rejected = make_channel(), []
+    link, inbox = make_link(channel.endpoint, on_rejected=lambda: rejected.append(1))
     link.send(HELLO)
     [(gateway, _)] = await in_thread(channel)
     channel._router.send_multipart([gateway, b"\xc1"])
     channel.send(gateway, FLUSHED)
     assert await inbox.message() == FLUSHED
-    assert link.num_dropped == 1
+    assert rejected == [1]
 
 
 async def test_a_message_that_cannot_be_taken_does_not_hold_up_those_behind_it(
     make_channel: MakeChannel, context
 ) -> None:
-    channel, taken = make_channel(), asyncio.Event()
+    channel, taken, rejected = make_channel(), asyncio.Event(), []
 
     def on_message(message: object) -> None:
         if isinstance(message, wire.Flushed) and message.num_pages < 0:
             raise ZeroDivisionError("our bug")
         taken.set()
 
-    link = GatewayLink(context, channel.endpoint, member=Member(KEY), on_message=on_message, on_lost=print)
+    link = GatewayLink(
+        context,
+        channel.endpoint,
+        member=Member(KEY),
+        on_message=on_message,
+        on_lost=print,
+        on_rejected=lambda: rejected.append(1),
+    )
     link.open()
     try:
         link.send(HELLO)
@@ -212,7 +222,7 @@ async def test_a_message_that_cannot_be_taken_does_not_hold_up_those_behind_it(
         channel.send(gateway, wire.Flushed(call_id="c", num_pages=-1))
         channel.send(gateway, FLUSHED)
         await asyncio.wait_for(taken.wait(), BOUND_S)
-        assert link.num_dropped == 1
+        assert rejected == [1]
     finally:
         link.close()
 

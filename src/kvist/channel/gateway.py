@@ -50,9 +50,11 @@ class GatewayLink:
         member: Member,
         on_message: Callable[[wire.EngineToGateway], None],
         on_lost: Callable[[str], None],
+        on_rejected: Callable[[], None] = lambda: None,
         config: ChannelConfig | None = None,
     ) -> None:
-        """Raises `ConfigError` when the endpoint is none."""
+        """`on_rejected`: a message could not be decoded, or `on_message` raised. Raises `ConfigError` when the endpoint
+        is none."""
         self._config = config or ChannelConfig()
         security.split_tcp_endpoint(endpoint)
         self.endpoint = endpoint
@@ -60,13 +62,13 @@ class GatewayLink:
         self._member = member
         self._on_message = on_message
         self._on_lost = on_lost
+        self._on_rejected = on_rejected
         self._decoder = wire.Decoder(wire.EngineToGateway)
         self._socket: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connected = False
         self._log = BoundedLog(logger)
-        self.num_dropped = 0  # messages that could not be decoded, or not be taken
 
     def open(self) -> None:
         """Begin to connect. Call inside the running loop, once."""
@@ -136,11 +138,11 @@ class GatewayLink:
                 raise WireError(f"a message has one frame, not {len(frames)}")
             self._on_message(self._decoder.decode(frames[0]))  # type: ignore[arg-type]  # the decoder's union
         except WireError as error:
-            self.num_dropped += 1
+            self._on_rejected()
             self._log.warning("dropped a message from the engine at %s: %s", self.endpoint, error)
         except Exception:  # our bug: the messages behind this one belong to other requests
-            self.num_dropped += 1
-            logger.exception("cannot take a message from the engine at %s", self.endpoint)
+            self._on_rejected()
+            self._log.warning("cannot take a message from the engine at %s", self.endpoint, exc_info=True)
         return True
 
     def _read_monitor(self) -> None:

@@ -19,11 +19,13 @@ from typing import Protocol
 import msgspec
 
 from kvist import wire
+from kvist.bounded_log import BoundedLog
 from kvist.clock import Clock
 from kvist.errors import EngineError, KvistError, Timeout, Unavailable, WorkerLost, error_from_wire
 from kvist.fairness import caller_path
 from kvist.metrics import Histogram
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, WorkerId
+from kvist.router.checks import checked_retry_after_s, fault_of_chunk
 from kvist.router.config import RouterConfig
 from kvist.router.fleet import EngineEvents
 from kvist.router.flight import Flight
@@ -72,6 +74,7 @@ class Dispatcher:
         self._engines = engines
         self._clock = clock
         self._router = Router(config, registry)
+        self._log = BoundedLog(logger)
         self._flights: dict[RequestId, Flight] = {}
         self._calls: dict[str, _Call] = {}
         self._sweeper: asyncio.Task[None] | None = None
@@ -176,15 +179,27 @@ class Dispatcher:
 
     def on_outputs(self, worker: Worker, outputs: wire.StepOutputs) -> None:
         flights = self._flights
+        assert worker.spec is not None
+        vocab_size = worker.spec.vocab_size
         for chunk in outputs.chunks:
             flight = flights.get(chunk.request_id)
-            if flight is not None:
-                worker.prompt_done(chunk.request_id)
-                flight.push(worker, chunk)
+            if flight is None or worker not in (flight.prefill, flight.decode):
+                continue
+            fault = fault_of_chunk(chunk, max_tokens=flight.max_tokens, vocab_size=vocab_size)
+            if fault is not None:
+                self._reject(worker, fault)
+                self._fail(flight, EngineError(f"worker {worker.worker_id} sent {fault}; this is a bug in it"), worker)
+                continue
+            worker.prompt_done(chunk.request_id)
+            flight.push(worker, chunk)
         for ended in outputs.ended:
             flight = flights.get(ended.request_id)
             if flight is not None and worker in flight.open:
                 self._on_ended(flight, worker, ended)
+
+    def _reject(self, worker: Worker, fault: str) -> None:
+        worker.num_rejected_messages += 1
+        self._log.warning("rejected a message of worker %s: %s", worker.worker_id, fault)
 
     def on_answer(self, worker: Worker, answer: wire.Flushed | wire.StorageAnswer) -> None:
         call = self._calls.get(answer.call_id)
@@ -212,7 +227,7 @@ class Dispatcher:
         needed = worker is flight.decode or not flight.decode_began
         if ended.outcome is Outcome.FAILED and needed:
             error = error_from_wire(ended.error_code or EngineError.code, ended.message)
-            error.retry_after_s = ended.retry_after_s
+            error.retry_after_s = checked_retry_after_s(ended.retry_after_s)
             self._fail(flight, error, worker)
         elif ended.outcome is Outcome.ABORTED and needed and not flight.aborted:
             self._fail(flight, Unavailable(f"worker {worker.worker_id} gave the request up: {ended.message}"), worker)
@@ -225,7 +240,13 @@ class Dispatcher:
     def _launch(self, request: EngineRequest, route: Route) -> Flight:
         request_id = RequestId(f"{request.request_id}.{secrets.token_hex(4)}")
         merger = ChunkMerger(request.request_id, len(request.output_token_ids))
-        flight = Flight(request_id=request_id, prefill=route.prefill, decode=route.decode, merger=merger)
+        flight = Flight(
+            request_id=request_id,
+            prefill=route.prefill,
+            decode=route.decode,
+            merger=merger,
+            max_tokens=request.sampling.max_tokens,
+        )
         self._flights[request_id] = flight
         sent = msgspec.structs.replace(request, request_id=request_id)
         if route.mode is Mode.FULL:

@@ -114,6 +114,9 @@ class Fleet:
             if not lost.done():
                 lost.set_result(reason)
 
+        def on_rejected() -> None:
+            worker.num_rejected_messages += 1
+
         def on_message(message: wire.EngineToGateway) -> None:
             try:
                 self._receive(worker, message)
@@ -126,6 +129,7 @@ class Fleet:
             member=self._member,
             on_message=on_message,
             on_lost=on_lost,
+            on_rejected=on_rejected,
             config=self._channel,
         )
         now_s = worker.last_heard_s = next_hello_s = self._clock.now_s()
@@ -176,7 +180,8 @@ class Fleet:
         now_s = self._clock.now_s()
         worker.last_heard_s = now_s
         if isinstance(message, wire.StepOutputs):
-            self._events.on_outputs(worker, message)
+            if worker.spec is not None:  # else it has not said Welcome, and was sent no request
+                self._events.on_outputs(worker, message)
         elif isinstance(message, wire.LoadReport):
             if self._registry.reported(worker, message, now_s):
                 logger.info("missed a load report of worker %s: asking for a snapshot", worker.worker_id)

@@ -25,6 +25,7 @@ class Flight:
     prefill: Worker
     decode: Worker
     merger: ChunkMerger
+    max_tokens: int  # of the answer
     open: set[Worker] = field(default_factory=set)  # have the request and did not say Ended
     decode_began: bool = False  # decode has the pages: prefill's fate does not matter any more
     aborted: bool = False

@@ -11,9 +11,11 @@ import enum
 import logging
 from dataclasses import dataclass, field
 
+from kvist.bounded_log import BoundedLog
 from kvist.errors import ConfigError
 from kvist.fairness import CallerPath, gives_way
 from kvist.request import RequestId, WorkerId
+from kvist.router.checks import fault_of_report, fault_of_spec
 from kvist.router.config import RouterConfig
 from kvist.router.policies import WorkerView
 from kvist.router.stream import WorkerSnapshot
@@ -63,6 +65,7 @@ class Worker:
     pages_limited: bool = False  # it has more pages than we remember
     sequence: int | None = None  # of the last report
     needs_snapshot: bool = True
+    num_rejected_messages: int = 0  # dropped, or the end of the request that they were about
     in_flight: dict[RequestId, InFlight] = field(default_factory=dict)
     num_pending_tokens: int = 0  # of all in flight
     service_time: ServiceTime = field(default_factory=ServiceTime)
@@ -130,6 +133,7 @@ class Worker:
 class Registry:
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
+        self._log = BoundedLog(logger)
         self._workers: dict[str, Worker] = {}
 
     @property
@@ -173,6 +177,11 @@ class Registry:
     def reported(self, worker: Worker, report: LoadReport, now_s: float) -> bool:
         """Take a load report in. True: we missed one, ask for a snapshot."""
         worker.last_heard_s = now_s
+        fault = fault_of_report(report)
+        if fault is not None:
+            worker.num_rejected_messages += 1
+            self._log.warning("rejected a load report of worker %s: it has %s", worker.worker_id, fault)
+            return False
         in_order = worker.sequence is not None and report.sequence == worker.sequence + 1
         worker.sequence = report.sequence
         worker.load = report
@@ -213,6 +222,7 @@ class Registry:
             state=worker.state.value,
             problem=worker.problem,
             num_in_flight=len(worker.in_flight),
+            num_rejected_messages=worker.num_rejected_messages,
         )
 
     @staticmethod
@@ -244,6 +254,9 @@ class Registry:
                 f"worker {spec.worker_id} speaks protocol {welcome.protocol_version}, this gateway {PROTOCOL_VERSION}:"
                 " run the same version of Kvist on both"
             )
+        fault = fault_of_spec(spec)
+        if fault is not None:
+            return f"worker {spec.worker_id} announces {fault}, which cannot be"
         if spec.role not in {use.value for use in WorkerUse}:
             return f"worker {spec.worker_id} has an unknown role {spec.role!r}"
         use = worker.wanted_use

@@ -35,6 +35,7 @@ class WorkerSnapshot:
     state: str = "ready"  # registry.WorkerState
     problem: str = ""  # why it is not ready, for people
     num_in_flight: int = 0  # requests of this gateway that have not ended there
+    num_rejected_messages: int = 0  # that could not be decoded, or could not be meant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,10 +41,14 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     errors = CounterMetricFamily(
         "kvist:worker_storage_errors", "errors of the store's system calls", labels=[*labels, "errno"]
     )
+    rejected = CounterMetricFamily(
+        "kvist:worker_rejected_messages", "messages of the worker that this gateway could not believe", labels=labels
+    )
     totals: dict[str, CounterMetricFamily] = {}
     for worker in snapshot.workers:
         who, load = [worker.worker_id, worker.role], worker.load
         alive.add_metric(who, float(worker.alive))
+        rejected.add_metric(who, worker.num_rejected_messages)
         running.add_metric(who, 0 if load is None else load.num_running)
         waiting.add_metric(who, 0 if load is None else load.num_waiting)
         by_state = pages_by_state(load)
@@ -73,4 +77,4 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
         snapshot.cancelled.num_held,
     )  # fmt: skip
     yield snapshot.cancelled.release_s.family("cancel_release_seconds", "client gone to the end at every worker")
-    yield from (alive, running, waiting, usage, pages, host_pages, *storage, errors, *totals.values())
+    yield from (alive, running, waiting, usage, pages, host_pages, *storage, errors, rejected, *totals.values())

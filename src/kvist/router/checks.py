@@ -1,0 +1,67 @@
+"""PURE: what engines may say. An engine is a member of the cluster, and may still be broken or of another build: what
+cannot be meant costs the request it is about, or is dropped; never a neighbour's stream, and never the gateway.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from kvist.wire import EngineSpec, LoadReport, TokenChunk
+
+_LONGEST_RETRY_AFTER_S = 3600.0
+_MAX_TOTALS = 512
+_TOTAL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")  # it becomes the name of a metric
+
+
+def fault_of_chunk(chunk: TokenChunk, *, max_tokens: int, vocab_size: int) -> str | None:
+    """Asked for each token of each stream: the common case comes first. None: none."""
+    token_ids, num_tokens = chunk.token_ids, len(chunk.token_ids)
+    if not 0 <= chunk.position <= max_tokens - num_tokens:
+        return f"{num_tokens} tokens from position {chunk.position} on, of an answer of at most {max_tokens}"
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            return f"the token {token_id}, outside the vocabulary of {vocab_size}"
+    if chunk.logprobs is not None:
+        if len(chunk.logprobs) != num_tokens:
+            return f"{len(chunk.logprobs)} logprobs for {num_tokens} tokens"
+        for each in chunk.logprobs:
+            if len(each.top_token_ids) != len(each.top_logprobs):
+                return f"{len(each.top_logprobs)} likeliest logprobs for {len(each.top_token_ids)} tokens"
+            if each.top_token_ids and not 0 <= min(each.top_token_ids) <= max(each.top_token_ids) < vocab_size:
+                return f"likeliest tokens outside the vocabulary of {vocab_size}"
+    return None
+
+
+def fault_of_report(report: LoadReport) -> str | None:
+    counts = (
+        report.sequence,
+        report.num_running,
+        report.num_waiting,
+        report.num_free_pages,
+        report.num_cached_pages,
+        report.num_owned_pages,
+        report.num_in_flight_pages,
+        *report.num_host_pages.values(),
+    )
+    if min(counts) < 0:
+        return "a negative count"
+    if len(report.totals) > _MAX_TOTALS:
+        return f"{len(report.totals)} counters"
+    wrong = next((name for name in report.totals if not _TOTAL_NAME.fullmatch(name)), None)
+    return None if wrong is None else f"a counter named {wrong[:64]!r}"
+
+
+def fault_of_spec(spec: EngineSpec) -> str | None:
+    for name in ("vocab_size", "max_model_len", "page_size", "num_pages", "tp_size", "max_running_requests"):
+        if getattr(spec, name) < 1:
+            return f"a {name} of {getattr(spec, name)}"
+    if spec.max_queued_requests < 0:
+        return f"a max_queued_requests of {spec.max_queued_requests}"
+    return None
+
+
+def checked_retry_after_s(told_s: float | None) -> float | None:
+    if told_s is None or not math.isfinite(told_s):
+        return None
+    return min(max(told_s, 0.0), _LONGEST_RETRY_AFTER_S)

@@ -1,0 +1,207 @@
+"""What an engine says is checked at the gateway: a broken one costs its own requests, and nobody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+
+from kvist import wire
+from kvist.clock import FakeClock
+from kvist.errors import ConfigError, EngineError, Overloaded
+from kvist.request import (
+    EngineRequest,
+    EpochId,
+    FinishReason,
+    Outcome,
+    RequestId,
+    SamplingParams,
+    TokenLogprobs,
+    WorkerId,
+)
+from kvist.router.config import RouterConfig
+from kvist.router.dispatch import Dispatcher
+from kvist.router.fleet import EngineEvents
+from kvist.router.registry import Registry, Worker
+
+SPEC = wire.EngineSpec(
+    worker_id=WorkerId("w"),
+    epoch=EpochId("e"),
+    role="unified",
+    endpoint="tcp://127.0.0.1:1",
+    model_fingerprint="f",
+    model_name="m",
+    vocab_size=100,
+    max_model_len=64,
+    page_size=16,
+    num_pages=4,
+    namespace="n",
+    dtype="float32",
+    tp_size=1,
+    max_running_requests=4,
+    max_queued_requests=4,
+)
+REPORT = wire.LoadReport(
+    sequence=0,
+    num_running=0,
+    num_waiting=0,
+    num_free_pages=4,
+    num_cached_pages=0,
+    num_owned_pages=0,
+    num_in_flight_pages=0,
+    snapshot=True,
+    totals={"steps": 1.0},
+)
+
+
+@dataclass
+class Engines:
+    sent: list[tuple[Worker, wire.GatewayToEngine]] = field(default_factory=list)
+
+    def start(self, events: EngineEvents) -> None: ...
+
+    def send(self, worker: Worker, message: wire.GatewayToEngine) -> bool:
+        self.sent.append((worker, message))
+        return True
+
+    async def close(self) -> None: ...
+
+
+class World:
+    """Two workers, and a gateway with a stream at each."""
+
+    def __init__(self) -> None:
+        self.registry, self.engines = Registry(RouterConfig()), Engines()
+        self.workers = [self.registry.add(name, None, 0.0) for name in ("a", "b")]
+        for worker in self.workers:
+            spec = msgspec.structs.replace(SPEC, worker_id=WorkerId(worker.url))
+            self.registry.welcomed(worker, wire.Welcome(spec=spec), 0.0)
+        self.dispatcher = Dispatcher(
+            config=RouterConfig(), registry=self.registry, engines=self.engines, clock=FakeClock()
+        )
+
+    async def begin(self, name: str) -> tuple[asyncio.Task[list[int]], Worker, RequestId]:
+        request = EngineRequest(
+            request_id=RequestId(name), prompt_token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=3)
+        )
+
+        async def read() -> list[int]:
+            return [token async for part in self.dispatcher.generate(request) for token in part.chunk.token_ids]
+
+        task = asyncio.create_task(read())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        worker, submit = self.engines.sent[-1]
+        assert isinstance(submit, wire.Submit)
+        return task, worker, submit.request.request_id
+
+
+RIGHT = wire.TokenChunk(request_id=RequestId(""), position=0, token_ids=(7, 8, 9), finish_reason=FinishReason.LENGTH)
+LOGPROBS = TokenLogprobs(logprob=-1.0, top_token_ids=(1,), top_logprobs=(-1.0,))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"position": -1},
+        {"position": 1},  # beyond max_tokens
+        {"position": 2**62},
+        {"token_ids": (7, 8, 100)},
+        {"token_ids": (7, -8, 9)},
+        {"token_ids": (7, 8, 2**63)},
+        {"token_ids": (7,) * 4},
+        {"logprobs": (LOGPROBS,)},
+        {"logprobs": (TokenLogprobs(logprob=-1.0, top_token_ids=(100,), top_logprobs=(-1.0,)),) * 3},
+        {"logprobs": (TokenLogprobs(logprob=-1.0, top_token_ids=(1, 2), top_logprobs=(-1.0,)),) * 3},
+    ],
+)
+async def test_a_chunk_that_cannot_be_meant_fails_its_own_request_alone(wrong: dict[str, object]) -> None:
+    world = World()
+    bad, worker, bad_id = await world.begin("bad")
+    good, other, good_id = await world.begin("good")
+    chunks = (
+        msgspec.structs.replace(RIGHT, request_id=bad_id, **wrong),
+        msgspec.structs.replace(RIGHT, request_id=RequestId("unheard of"), **wrong),
+    )
+    world.dispatcher.on_outputs(worker, wire.StepOutputs(chunks=chunks))
+    world.dispatcher.on_outputs(other, wire.StepOutputs(chunks=(msgspec.structs.replace(RIGHT, request_id=good_id),)))
+    with pytest.raises(EngineError, match="this is a bug in it"):
+        await bad
+    assert await good == [7, 8, 9]
+    assert (worker.num_rejected_messages, other.num_rejected_messages) == (1, 0)
+    assert (worker, wire.Abort(request_id=bad_id)) in world.engines.sent
+
+
+async def test_a_worker_cannot_speak_for_another_one_s_request() -> None:
+    world = World()
+    task, worker, request_id = await world.begin("r")
+    (other,) = set(world.workers) - {worker}
+    stolen = msgspec.structs.replace(RIGHT, request_id=request_id, token_ids=(1, 1, 1))
+    ended = wire.Ended(request_id=request_id, outcome=Outcome.FAILED, message="because")
+    world.dispatcher.on_outputs(other, wire.StepOutputs(chunks=(stolen,), ended=(ended,)))
+    world.dispatcher.on_outputs(
+        worker, wire.StepOutputs(chunks=(msgspec.structs.replace(RIGHT, request_id=request_id),))
+    )
+    assert await task == [7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("told_s", "taken_s"), [(math.nan, None), (math.inf, None), (-5.0, 0.0), (1e300, 3600.0), (2.0, 2.0)]
+)
+async def test_a_time_to_retry_after_is_one_that_a_header_can_hold(told_s: float, taken_s: float | None) -> None:
+    world = World()
+    task, worker, request_id = await world.begin("r")
+    ended = wire.Ended(
+        request_id=request_id, outcome=Outcome.FAILED, error_code="overloaded", message="full", retry_after_s=told_s
+    )
+    world.dispatcher.on_outputs(worker, wire.StepOutputs(ended=(ended,)))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    other, retried = world.engines.sent[-1]  # another worker is tried once
+    assert isinstance(retried, wire.Submit)
+    again = msgspec.structs.replace(ended, request_id=retried.request.request_id)
+    world.dispatcher.on_outputs(other, wire.StepOutputs(ended=(again,)))
+    with pytest.raises(Overloaded) as caught:
+        await task
+    assert caught.value.retry_after_s == taken_s
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_free_pages": -1},
+        {"num_running": -(2**63)},
+        {"sequence": -1},
+        {"num_host_pages": {"free": -1}},
+        {"totals": {"steps total": 1.0}},
+        {"totals": {"": 1.0}},
+        {"totals": {"x\n": 1.0}},
+        {"totals": {f"t{number}": 1.0 for number in range(1000)}},
+    ],
+)
+def test_a_load_report_that_cannot_be_meant_is_dropped_and_counted(wrong: dict[str, object]) -> None:
+    world = World()
+    worker = world.workers[0]
+    assert world.registry.reported(worker, REPORT, 1.0) is False
+    assert world.registry.reported(worker, msgspec.structs.replace(REPORT, **wrong), 2.0) is False
+    assert worker.load == REPORT
+    assert worker.num_rejected_messages == 1
+
+
+def test_digests_that_are_too_long_are_not_decoded() -> None:
+    payload = wire.encode(msgspec.structs.replace(REPORT, cached_added=(b"x" * 33,)))
+    with pytest.raises(ConfigError, match="cannot decode"):
+        wire.Decoder(wire.EngineToGateway).decode(payload)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "max_model_len", "page_size", "num_pages", "tp_size"])
+def test_an_engine_with_impossible_numbers_does_not_join(name: str) -> None:
+    registry = Registry(RouterConfig())
+    worker = registry.add("a", None, 0.0)
+    spec = msgspec.structs.replace(SPEC, **{name: 0})
+    with pytest.raises(ConfigError, match=f"announces a {name} of 0"):
+        registry.welcomed(worker, wire.Welcome(spec=spec), 0.0)
+    assert registry.reference() is None
