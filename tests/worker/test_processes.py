@@ -589,7 +589,7 @@ def test_a_worker_killed_while_it_stores_pages_leaves_them_for_one_that_attaches
     until(lambda: num_leading() >= 30, engine)
     engine.kill()
 
-    patient = StorageConfig(hicache_storage_prefetch_policy="wait_complete")
+    patient = StorageConfig(hicache_storage_prefetch_policy="wait_complete", hicache_storage_roots=(str(tmp_path),))
     (engine,) = cluster.start("unified", host_tier=HOST_TIER, storage=patient)
     wish = wire.StoreWish(hicache_storage_backend="file", hicache_storage_path=str(tmp_path / "pages"))
     engine.send(wire.AskStorage(call_id="c", action="attach", wish=wish))

@@ -33,11 +33,12 @@ from kvist.cluster.lifeline import signals_to, stop_at_end_of_stdin
 from kvist.errors import ConfigError
 from kvist.event_loop import run_in_loop
 from kvist.request import WorkerId
-from kvist.router import Dispatcher, RouterConfig, build_dispatcher
+from kvist.router import Dispatcher, GatewayTokenizer, RouterConfig, build_dispatcher
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.server.serve import http_server
 from kvist.text import SamplingDefaults, TextConfig, load_sampling_defaults, load_tokenizer
+from kvist.text.fingerprint import vocabulary_fingerprint
 from kvist.wire import EngineHealth, EngineSpec
 from kvist.worker.child import EngineSupervisor
 from kvist.worker.config import UNIFIED, EngineConfig
@@ -114,10 +115,12 @@ def serve_router(
     with _listening(server, stop_with_stdin) as (stop, listener, name):
         checkpoint = find_checkpoint(model_path)
         key = server.api_key[0] if server.api_key else None  # one of its workers' keys, too
-        dispatcher = build_dispatcher(router, channel, api_key=key)
+        tokenizer = load_tokenizer(checkpoint, text)
+        named = GatewayTokenizer(name=checkpoint.name, fingerprint=vocabulary_fingerprint(tokenizer))
+        dispatcher = build_dispatcher(router, channel, api_key=key, tokenizer=named)
         app = build_app(
             dispatcher=dispatcher,
-            tokenizer=load_tokenizer(checkpoint, text),
+            tokenizer=tokenizer,
             config=server,
             model_name=checkpoint.name,
             model_path=str(checkpoint.path),

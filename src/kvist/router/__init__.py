@@ -13,9 +13,9 @@ from kvist.router.config import RouterConfig
 from kvist.router.discovery import normal_url
 from kvist.router.dispatch import Dispatcher
 from kvist.router.fleet import Fleet
-from kvist.router.registry import Registry, WorkerUse
+from kvist.router.registry import GatewayTokenizer, Registry, WorkerUse
 
-__all__ = ["Dispatcher", "RouterConfig", "WorkerUse", "build_dispatcher"]
+__all__ = ["Dispatcher", "GatewayTokenizer", "RouterConfig", "WorkerUse", "build_dispatcher"]
 
 
 def build_dispatcher(
@@ -24,14 +24,16 @@ def build_dispatcher(
     *,
     transport: httpx.AsyncBaseTransport | None = None,
     api_key: str | None = None,
+    tokenizer: GatewayTokenizer | None = None,
 ) -> Dispatcher:
     """A dispatcher over the workers that the config names.
 
     Not started: `await dispatcher.start()` inside the loop. Raises `ConfigError` on a bad URL or a worker named twice.
     `transport` is how /server_info is fetched; None is the network. `api_key` is what the workers' HTTP asks for.
+    Workers of another vocabulary than that of `tokenizer` are refused.
     """
     clock = MonotonicClock()
-    registry = Registry(config)
+    registry = Registry(config, tokenizer)
     fleet = Fleet(registry=registry, config=config, channel=channel, clock=clock, transport=transport, api_key=api_key)
     named = ((config.worker_urls, None), (config.prefill, WorkerUse.PREFILL), (config.decode, WorkerUse.DECODE))
     for urls, use in named:

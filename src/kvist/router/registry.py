@@ -130,9 +130,18 @@ class Worker:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayTokenizer:
+    """What prompts become tokens with, here."""
+
+    name: str  # of the model that it belongs to
+    fingerprint: str
+
+
 class Registry:
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, tokenizer: GatewayTokenizer | None = None) -> None:
         self._config = config
+        self._tokenizer = tokenizer
         self._log = BoundedLog(logger)
         self._workers: dict[str, Worker] = {}
 
@@ -266,6 +275,12 @@ class Registry:
                 f" start it with --role {use.value}"
             )
         others = [o for o in self._workers.values() if o is not worker and o.state is WorkerState.READY]
+        if self._tokenizer is not None and spec.tokenizer_fingerprint not in ("", self._tokenizer.fingerprint):
+            return (
+                f"worker {spec.worker_id} serves {spec.model_name}, whose vocabulary is {spec.tokenizer_fingerprint},"
+                f" and this gateway tokenises with that of {self._tokenizer.name}, {self._tokenizer.fingerprint}: start"
+                " the router with the --model-path of its workers"
+            )
         for other in others:
             if other.worker_id == spec.worker_id:
                 return f"{worker.url} is the same worker as {other.url}: name it once"

@@ -92,6 +92,11 @@ class Tokenizer:
         as plain text, if this tokenizer was made so."""
         return content if self._plain is None else self._plain.protect(content)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Spelling → id, added tokens included."""
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return vocabulary
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; empty for an id that no token has (models pad their vocabulary)."""
         known = self._bytes_of.get(token_id)

@@ -15,13 +15,15 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kvist.channel import EngineChannel, Member, bracketed, with_cluster_key
-from kvist.checkpoint import Checkpoint, find_checkpoint, fingerprint
+from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.clock import Clock, MonotonicClock, thread_cpu_clock
 from kvist.cores import num_usable_cores, separate
 from kvist.errors import ConfigError
+from kvist.fingerprint import Background, model_fingerprint
 from kvist.kv.cache import PageCache
 from kvist.kv.device import DevicePool, available_host_bytes, default_runtime_dir
 from kvist.kv.host import HostPool, plan_host_pages
@@ -38,6 +40,7 @@ from kvist.runner.config import RunnerConfig, RunnerOptions
 from kvist.runner.runner import AnyRunner, Runner
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.plan import Batch, BatchItem
+from kvist.text.fingerprint import tokenizer_fingerprint
 from kvist.transfer import make_transport
 from kvist.transfer.epoch import EpochLock, num_live_epochs, sweep
 from kvist.wire import EngineSpec
@@ -70,7 +73,14 @@ class Served:
 
     checkpoint: Checkpoint
     config: ModelConfig
-    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprints:
+    """What must be equal where engines or a router serve together."""
+
+    model: str
+    tokenizer: str  # "": there is none
 
 
 def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> Engine:
@@ -82,6 +92,8 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         member = Member(config.channel.cluster_key)
         closing.callback(EpochLock(runtime_dir, member.epoch).close)
         served = find_served_model(config)
+        # Beside the loading, which reads the same files and leaves cores idle.
+        taking = Background(partial(take_fingerprints, served.checkpoint, config), "kvist-fingerprint")
         limits = resolve_limits(config.scheduler, device=device_type(config.device), role=config.role)
         log.info(
             "a step takes up to %d requests, %d tokens as a rule and at most %d; the next is planned %s",
@@ -95,7 +107,8 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         log.info("page pool: %s", runner.pool_reason)
         warm_up(runner, progress)
         calm_collector()
-        return _assemble(config, limits, served, runner, member, runtime_dir, closing.pop_all())
+        fingerprints = taking.result()
+        return _assemble(config, limits, served, fingerprints, runner, member, runtime_dir, closing.pop_all())
 
 
 def calm_collector() -> None:
@@ -140,9 +153,18 @@ def find_served_model(config: EngineConfig) -> Served:
             f"--context-length {config.context_length} is more than the model was trained for ({trained_for} tokens)",
             param="context_length",
         )
+    return Served(checkpoint=checkpoint, config=model_config)
+
+
+def take_fingerprints(checkpoint: Checkpoint, config: EngineConfig) -> Fingerprints:
+    """Raises `ModelLoadError`."""
+    is_dummy = config.load_format == "dummy"
     # Dummy weights of another seed make other pages of the same checkpoint.
-    suffix = f"-dummy-{config.random_seed}" if config.load_format == "dummy" else ""
-    return Served(checkpoint=checkpoint, config=model_config, fingerprint=fingerprint(checkpoint) + suffix)
+    suffix = f"-dummy-{config.random_seed}" if is_dummy else ""
+    return Fingerprints(
+        model=model_fingerprint(checkpoint, with_weights=not is_dummy) + suffix,
+        tokenizer=tokenizer_fingerprint(checkpoint),
+    )
 
 
 def load_runner(
@@ -192,6 +214,7 @@ def _assemble(
     config: EngineConfig,
     limits: SchedulerConfig,
     served: Served,
+    fingerprints: Fingerprints,
     runner: AnyRunner,
     member: Member,
     runtime_dir: Path,
@@ -212,7 +235,7 @@ def _assemble(
             )
         transport = make_transport(pool, runtime_dir=runtime_dir, wakeup=channel.wakeup)
         closing.callback(transport.close)
-        spec = _describe(config, limits, served, pool, member.epoch, channel.endpoint)
+        spec = _describe(config, limits, served, fingerprints, pool, member.epoch, channel.endpoint)
         scheduler_config = dataclasses.replace(
             limits, max_model_len=spec.max_model_len, eos_token_ids=served.config.eos_token_ids
         )
@@ -328,14 +351,21 @@ def _close_storage(storage: EngineStorage, pool_closing: contextlib.ExitStack) -
 
 
 def _describe(
-    config: EngineConfig, limits: SchedulerConfig, served: Served, pool: DevicePool, epoch: EpochId, endpoint: str
+    config: EngineConfig,
+    limits: SchedulerConfig,
+    served: Served,
+    fingerprints: Fingerprints,
+    pool: DevicePool,
+    epoch: EpochId,
+    endpoint: str,
 ) -> EngineSpec:
     return EngineSpec(
         worker_id=WorkerId(config.worker_id or endpoint.removeprefix("tcp://")),
         epoch=epoch,
         role=config.role,
         endpoint=endpoint,
-        model_fingerprint=served.fingerprint,
+        model_fingerprint=fingerprints.model,
+        tokenizer_fingerprint=fingerprints.tokenizer,
         model_name=config.served_model_name or served.checkpoint.name,
         vocab_size=served.config.vocab_size,
         max_model_len=min(
@@ -343,7 +373,7 @@ def _describe(
         ),
         page_size=config.page_size,
         num_pages=pool.num_pages,
-        namespace=namespace(served.fingerprint, pool.whole_layout),
+        namespace=namespace(fingerprints.model, pool.whole_layout),
         dtype=pool.layout.dtype,
         tp_size=config.tp,
         max_running_requests=limits.max_running_requests,

@@ -1,0 +1,132 @@
+"""Names a model by its content: every byte of its weights, and what `config.json` says of them.
+
+Two models of one name, size and configuration that differ anywhere have different fingerprints; the same files have the
+same one on every host. Hashing takes a core 0.13 s for each GB that is in memory, else as long as the disk takes; so a
+digest is remembered in the user's cache folder, under the file's path, and holds while inode, size and times of change
+do. The folder with the model is not written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+from blake3 import blake3
+
+from kvist.checkpoint import Checkpoint, CheckpointKind
+from kvist.clock import MonotonicClock, unix_time_ns
+from kvist.cores import num_usable_cores
+from kvist.errors import ModelLoadError
+from kvist.own_files import cache_folder, open_own, own_folder, write_new
+
+T = TypeVar("T")
+
+_MAX_THREADS = 4
+_MAX_NOTE_BYTES = 1 << 16
+_SETTLED_NS = 2 * 10**9  # what was changed just now may be changed again within one tick of the file system's clock
+
+log = logging.getLogger(__name__)
+
+
+class _Note(msgspec.Struct, frozen=True, kw_only=True):
+    path: str
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int  # also changes when somebody puts the mtime back
+    digest: str
+
+
+def model_fingerprint(checkpoint: Checkpoint, *, with_weights: bool = True) -> str:
+    """64 hex digits. Without weights: of the configuration alone, where that is a file of its own. Raises
+    `ModelLoadError`."""
+    files = [checkpoint.path]
+    digest = blake3(b"")
+    try:
+        if checkpoint.kind is CheckpointKind.HF:
+            digest.update((checkpoint.path / "config.json").read_bytes())
+            files = sorted(checkpoint.path.glob("*.safetensors")) if with_weights else []
+        for file in files:
+            digest.update(b"\0" + remembered("content", file, partial(_hash_file, file)).encode())
+    except OSError as error:
+        raise ModelLoadError(f"cannot read the model in {checkpoint.path}: {error}") from error
+    return digest.hexdigest()
+
+
+def remembered(kind: str, file: Path, compute: Callable[[], str]) -> str:
+    """What `compute` says of the file's content: from the user's cache folder, if the file has not changed since."""
+    path = os.path.realpath(file)
+    note_path = cache_folder() / "digests" / blake3(f"{kind}\0{path}".encode()).hexdigest(length=16)
+    before = _identity(path, "")
+    note = _read_note(note_path)
+    if note is not None and msgspec.structs.replace(note, digest="") == before:
+        return note.digest
+    digest = compute()
+    if _identity(path, "") == before and unix_time_ns() - max(before.mtime_ns, before.ctime_ns) > _SETTLED_NS:
+        with contextlib.suppress(OSError):  # no home, or a full or read-only one: hashed again at the next start
+            own_folder(note_path.parent)
+            write_new(note_path, msgspec.json.encode(msgspec.structs.replace(before, digest=digest)))
+    return digest
+
+
+class Background(Generic[T]):
+    """A value that a thread works out while others are busy. The thread does not keep the process alive."""
+
+    def __init__(self, compute: Callable[[], T], name: str) -> None:
+        self._compute = compute
+        self._outcome: list[T] = []
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def result(self) -> T:
+        """Waits for it. Raises what `compute` raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._outcome[0]
+
+    def _run(self) -> None:
+        try:
+            self._outcome.append(self._compute())
+        except Exception as error:  # raised where the value is asked for
+            self._error = error
+
+
+def _hash_file(path: Path) -> str:
+    clock = MonotonicClock()
+    start_s = clock.now_s()
+    digest = blake3(max_threads=min(_MAX_THREADS, num_usable_cores())).update_mmap(path).hexdigest()
+    gb, seconds = path.stat().st_size / 1e9, clock.now_s() - start_s
+    if seconds > 1:
+        log.info("hashed %s: %.1f GB in %.1f s", path, gb, seconds)
+    return digest
+
+
+def _identity(path: str, digest: str) -> _Note:
+    status = os.stat(path)
+    return _Note(
+        path=path,
+        inode=status.st_ino,
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        ctime_ns=status.st_ctime_ns,
+        digest=digest,
+    )
+
+
+def _read_note(path: Path) -> _Note | None:
+    with contextlib.suppress(OSError, msgspec.DecodeError):  # a ValidationError is one
+        fd = open_own(path, os.O_RDONLY)
+        try:
+            return msgspec.json.decode(os.read(fd, _MAX_NOTE_BYTES), type=_Note)
+        finally:
+            os.close(fd)
+    return None

@@ -1,0 +1,250 @@
+"""Two models of one name, configuration and size that differ somewhere never serve together or share a page; and a
+router never tokenises for a model with another vocabulary than its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as Backend
+
+from kvist import fingerprint
+from kvist.checkpoint import Checkpoint, find_checkpoint
+from kvist.errors import ConfigError, ModelLoadError
+from kvist.fingerprint import model_fingerprint
+from kvist.kv.keys import page_digests
+from kvist.kv.layout import PageLayout, namespace
+from kvist.kv.persistence import PersistentPages
+from kvist.kv.store.backend import StoreSpec
+from kvist.kv.store.file import FileStore
+from kvist.request import EpochId, WorkerId
+from kvist.router.config import RouterConfig
+from kvist.router.registry import GatewayTokenizer, Registry, WorkerState, WorkerUse
+from kvist.text.fingerprint import tokenizer_fingerprint, vocabulary_fingerprint
+from kvist.text.tokenizer import Alphabet, Tokenizer
+from kvist.wire import EngineSpec, Welcome
+
+LAYOUT = PageLayout(num_kv_heads=1, num_layers=1, page_size=4, head_dim=4, dtype="float32")
+NUM_BYTES = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def hf(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(np.random.default_rng(1).bytes(NUM_BYTES))
+    return folder
+
+
+def gguf(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    writer = GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_tensor("middle", np.random.default_rng(1).random(NUM_BYTES // 4, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "model.gguf"
+
+
+def change_the_middle(weights: Path, *, keeping_mtime: bool = False) -> None:
+    before = weights.stat()
+    with weights.open("r+b") as file:
+        file.seek(NUM_BYTES // 2)
+        byte = file.read(1)
+        file.seek(NUM_BYTES // 2)
+        file.write(bytes([byte[0] ^ 1]))
+    if keeping_mtime:
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def weights_of(checkpoint: Checkpoint) -> Path:
+    return next(checkpoint.path.glob("*.safetensors")) if checkpoint.path.is_dir() else checkpoint.path
+
+
+Maker = Callable[[Path], Path]
+both = pytest.mark.parametrize("make", [hf, gguf])
+
+
+def two_models(make: Maker, tmp_path: Path) -> tuple[Checkpoint, Checkpoint]:
+    """Of one name, configuration and size; one byte in the middle of the second differs."""
+    a, b = (find_checkpoint(str(make(tmp_path / side / "model"))) for side in ("a", "b"))
+    change_the_middle(weights_of(b))
+    assert (a.name, weights_of(a).stat().st_size) == (b.name, weights_of(b).stat().st_size)
+    return a, b
+
+
+def spec_of(checkpoint: Checkpoint, role: str, tokenizer: str = "") -> EngineSpec:
+    name = model_fingerprint(checkpoint)
+    return EngineSpec(
+        worker_id=WorkerId(f"{role}:1"),
+        epoch=EpochId(role),
+        role=role,
+        endpoint="tcp://127.0.0.1:1",
+        model_fingerprint=name,
+        tokenizer_fingerprint=tokenizer,
+        model_name=checkpoint.name,
+        vocab_size=100,
+        max_model_len=64,
+        page_size=4,
+        num_pages=16,
+        namespace=namespace(name, LAYOUT),
+        dtype="float32",
+        tp_size=1,
+        max_running_requests=4,
+        max_queued_requests=4,
+    )
+
+
+@pytest.mark.case("two-models-one-name")
+@both
+def test_the_registry_never_joins_them_and_names_both_fingerprints(make: Maker, tmp_path: Path) -> None:
+    a, b = two_models(make, tmp_path)
+    prefill, decode = spec_of(a, "prefill"), spec_of(b, "decode")
+    registry = Registry(RouterConfig())
+    workers = [registry.add(f"http://{use.value}:1", use, 0.0) for use in (WorkerUse.PREFILL, WorkerUse.DECODE)]
+    registry.welcomed(workers[0], Welcome(spec=prefill), 1.0)
+    with pytest.raises(ConfigError, match="another model") as refused:
+        registry.welcomed(workers[1], Welcome(spec=decode), 1.0)
+    assert prefill.model_fingerprint in refused.value.message
+    assert decode.model_fingerprint in refused.value.message
+    assert [worker.state for worker in workers] == [WorkerState.READY, WorkerState.JOINING]
+
+
+@pytest.mark.case("two-models-one-store")
+@both
+def test_neither_store_nor_persistence_gives_one_the_pages_of_the_other(make: Maker, tmp_path: Path) -> None:
+    spaces = [spec_of(checkpoint, "unified").namespace for checkpoint in two_models(make, tmp_path)]
+    prompt = list(range(12))
+    pages = [memoryview(bytes([number]) * LAYOUT.page_bytes) for number in range(3)]
+    stores = [
+        FileStore(StoreSpec(namespace=space, page_bytes=LAYOUT.page_bytes, capacity_bytes=1 << 20, path=tmp_path / "s"))
+        for space in spaces
+    ]
+    digests = [page_digests(prompt, 4, space) for space in spaces]
+    assert not set(digests[0]) & set(digests[1])
+    assert stores[0].put(digests[0], pages) == 3
+    assert [stores[1].exists(names) for names in digests] == [0, 0]
+    assert [stores[1].get(names, [memoryview(bytearray(page)) for page in pages]) for names in digests] == [0, 0]
+
+    first = PersistentPages(tmp_path / "p", namespace=spaces[0], num_pages=3, page_bytes=LAYOUT.page_bytes)
+    first.record([0], [(digests[0][0], None)])
+    first.close()
+    other = PersistentPages(tmp_path / "p", namespace=spaces[1], num_pages=3, page_bytes=LAYOUT.page_bytes)
+    assert other.restore() == []
+    other.close()
+
+
+# ---------------------------------------------------------------- a model's fingerprint
+
+
+@both
+def test_a_fingerprint_is_the_same_for_equal_files_and_remembered_until_they_change(
+    make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "_SETTLED_NS", -(10**12))  # the files have just been made
+    checkpoint = find_checkpoint(str(make(tmp_path / "a" / "model")))
+    first = model_fingerprint(checkpoint)
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "a", copy)
+    assert model_fingerprint(find_checkpoint(str(copy / "model"))) == first
+    hashed: list[Path] = []
+    hash_file = fingerprint._hash_file
+    monkeypatch.setattr(fingerprint, "_hash_file", lambda path: hashed.append(path) or hash_file(path))
+    assert model_fingerprint(checkpoint) == first
+    assert hashed == []
+    change_the_middle(weights_of(checkpoint), keeping_mtime=True)
+    assert model_fingerprint(checkpoint) != first
+    assert len(hashed) == 1
+
+
+def test_a_file_that_was_changed_just_now_is_not_remembered(tmp_path: Path, cache: Path) -> None:
+    model_fingerprint(find_checkpoint(str(hf(tmp_path / "model"))))
+    assert not cache.exists()
+
+
+def test_a_note_that_is_damaged_or_somebody_elses_counts_for_nothing(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "_SETTLED_NS", -(10**12))
+    checkpoint = find_checkpoint(str(hf(tmp_path / "model")))
+    first = model_fingerprint(checkpoint)
+    (note,) = (cache / "kvist" / "digests").iterdir()
+    content = note.read_bytes()
+    forged = content.replace(json.loads(content)["digest"].encode(), b"0" * 64)
+    for damage in (content[:-9], b"", forged):
+        note.write_bytes(damage)
+        note.chmod(0o666)  # others may write it
+        assert model_fingerprint(checkpoint) == first
+
+
+def test_without_a_home_to_write_to_the_model_is_hashed_each_time(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "_SETTLED_NS", -(10**12))
+    cache.write_text("no folder")
+    checkpoint = find_checkpoint(str(hf(tmp_path / "model")))
+    assert model_fingerprint(checkpoint) == model_fingerprint(checkpoint)
+
+
+def test_the_configuration_counts_and_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    folder = hf(tmp_path / "model")
+    checkpoint = find_checkpoint(str(folder))
+    first = model_fingerprint(checkpoint)
+    (folder / "config.json").write_text('{"rope_theta": 1.0}')
+    assert model_fingerprint(checkpoint) != first
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelLoadError, match="cannot read the model in"):
+        model_fingerprint(checkpoint)
+
+
+# ---------------------------------------------------------------- a tokenizer's
+
+
+def tokenizer(*words: str, special: tuple[str, ...] = ("</s>",)) -> Tokenizer:
+    backend = Backend(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    return Tokenizer(backend, alphabet=Alphabet.BYTE_LEVEL, chat_template=None)
+
+
+@pytest.mark.case("router-other-tokenizer")
+@pytest.mark.parametrize(
+    "other", [tokenizer("b", "a"), tokenizer("a"), tokenizer("a", "b", "c"), tokenizer("a", "b", special=("<s>",))]
+)
+def test_workers_of_another_vocabulary_are_refused_at_joining_and_both_are_named(
+    other: Tokenizer, tmp_path: Path
+) -> None:
+    ours, theirs = vocabulary_fingerprint(tokenizer("a", "b")), vocabulary_fingerprint(other)
+    registry = Registry(RouterConfig(), GatewayTokenizer(name="our-model", fingerprint=ours))
+    worker = registry.add("http://w:1", None, 0.0)
+    checkpoint = find_checkpoint(str(hf(tmp_path / "their-model")))
+    with pytest.raises(ConfigError, match="--model-path of its workers") as refused:
+        registry.welcomed(worker, Welcome(spec=spec_of(checkpoint, "unified", theirs)), 1.0)
+    for name in ("our-model", ours, "their-model", theirs):
+        assert name in refused.value.message
+    assert worker.state is WorkerState.JOINING
+    registry.welcomed(worker, Welcome(spec=spec_of(checkpoint, "unified", ours)), 2.0)
+    assert worker.state is WorkerState.READY
+
+
+def test_the_padding_of_a_gguf_and_the_order_of_a_file_make_no_other_vocabulary() -> None:
+    plain = vocabulary_fingerprint(tokenizer("a", "b", "c", special=()))
+    assert vocabulary_fingerprint(tokenizer("a", "b", "c", "[PAD3]", "[PAD4]", special=())) == plain
+    assert vocabulary_fingerprint(tokenizer("a", "b", "c", "[PAD4]", special=())) != plain
+
+
+def test_a_checkpoint_without_a_tokenizer_has_no_name_for_it(tmp_path: Path) -> None:
+    assert tokenizer_fingerprint(find_checkpoint(str(hf(tmp_path / "model")))) == ""
