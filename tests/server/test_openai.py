@@ -116,7 +116,7 @@ async def test_every_sampling_field_reaches_the_engine(bench: Any) -> None:
     assert request.sampling.max_tokens == 9
     assert request.sampling.stop_token_ids == (65,)
     assert request.sampling.num_logprobs == 0
-    assert len(request.cache_salt) == 32  # the hash of it
+    assert len(request.cache_salt) == 64  # the hash of it
     await bench.chat(top_k=-1)
     assert bench.dispatcher.requests[1].sampling.top_k == 0
 
