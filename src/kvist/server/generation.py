@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvist.clock import Clock
-from kvist.errors import EngineError
+from kvist.errors import EngineError, RequestError
 from kvist.metrics import GatewayMetrics
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.text import IncrementalDetokenizer, StopMatcher, Tokenizer, special_token_marks
 from kvist.wire import AskStorage, EngineSpec, FlushTier, HandoffReport, StorageAnswer, TokenChunk
 
+_LONG_PROMPT_TOKENS = 512  # to route and send it takes a tenth of a millisecond, or more
 _QUEUE_PARTS = 64  # parts that may wait between the choices of one job and its reader
 
 
@@ -69,8 +70,10 @@ class Choice:
         stops: Sequence[str] = (),
         skip_special_tokens: bool = True,
         include_stop_str_in_output: bool = False,
+        max_kept_logprobs: int = 0,
     ) -> None:
-        """`stops` count once there are more tokens than the request's `min_tokens`, as its stop tokens do."""
+        """`stops` count once there are more tokens than the request's `min_tokens`, as its stop tokens do. `logprobs`
+        holds all that came, if any are to be kept: at most so many, those of the likeliest tokens counted."""
         self.request = request
         self.index = index
         self.repeats_prompt = repeats_prompt  # another choice already counts this prompt in `usage`
@@ -82,6 +85,7 @@ class Choice:
         self._stops = StopMatcher(stops, marks=marks, include_match=include_stop_str_in_output) if stops else None
         self._shows_stop_token = include_stop_str_in_output
         self._counts_chars = request.sampling.num_logprobs is not None
+        self._max_kept_logprobs = max_kept_logprobs
         self._num_chars = 0  # of the text so far, what a stop string cuts off later included
         self.texts: list[str] = []
         self.token_ids: list[int] = []
@@ -136,11 +140,26 @@ class Choice:
                 shown.append("" if self._stops is None else self._stops.flush())
         token_ids = chunk.token_ids[: len(self.token_ids) - num_before]
         logprobs = (chunk.logprobs or ())[: len(token_ids)]
-        self.logprobs.extend(logprobs)
-        self.text_offsets.extend(offsets)
+        if self._max_kept_logprobs:
+            self._keep(logprobs, offsets)
         text = "".join(shown)
         self.texts.append(text)
         return Delta(text, token_ids, logprobs, self.finish_reason is not None, tuple(offsets))
+
+    def _keep(self, logprobs: Sequence[TokenLogprobs], offsets: Sequence[int]) -> None:
+        self.logprobs.extend(logprobs)
+        self.text_offsets.extend(offsets)
+        if self.num_logprobs > self._max_kept_logprobs:
+            raise RequestError(
+                f"the answer has over {self._max_kept_logprobs} logprobs, the most that one answer of this request may "
+                "keep: set a lower `max_tokens`, ask for fewer answers or fewer likely tokens, or stream",
+                param="logprobs",
+            )
+
+    @property
+    def num_logprobs(self) -> int:
+        """Numbers in `logprobs`."""
+        return len(self.logprobs) * (1 + (self.request.sampling.num_logprobs or 0))
 
     def _show(self, text: str, *, is_mark: bool = False) -> str:
         """What of `text`, and of what was withheld before it, belongs to the answer for sure."""
@@ -177,8 +196,12 @@ async def run_choices(
                 yield choice, delta
         return
     queue: asyncio.Queue[tuple[Choice, Delta | BaseException]] = asyncio.Queue(_QUEUE_PARTS)
-    tasks = [asyncio.create_task(_feed(queue, dispatcher, choice, metrics, clock)) for choice in choices]
+    tasks: list[asyncio.Task[None]] = []
     try:
+        for choice in choices:
+            tasks.append(asyncio.create_task(_feed(queue, dispatcher, choice, metrics, clock)))
+            if choice.request.num_prompt_tokens > _LONG_PROMPT_TOKENS:
+                await asyncio.sleep(0)  # it is sent now, and others have their turn before the next one
         num_open = len(choices)
         while num_open:
             choice, found = await queue.get()

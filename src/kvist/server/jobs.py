@@ -16,6 +16,8 @@ from kvist.server.sampling import MAX_SEED, num_choices, salt_digest, sampling_p
 from kvist.server.schemas import SamplingFields
 from kvist.text import SamplingDefaults
 
+_MAX_KEPT_LOGPROBS = 1 << 20  # by one request: about 150 MB, as numbers and then as JSON
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -36,6 +38,7 @@ class Plan:
     defaults: SamplingDefaults  # for what the fields do not say
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    keeps_logprobs: bool = True  # until the end; a stream whose events say them once need not
 
 
 def new_job_id(prefix: str) -> str:
@@ -50,6 +53,7 @@ def make_choices(gateway: Gateway, plan: Plan) -> list[Choice]:
     tokenizer, stops = gateway.require_tokenizer(), stop_strings(plan.fields.stop)
     stop_token_ids = stop_ids(plan.fields, gateway.vocab_size())
     salt = salt_digest(plan.cache_salt, gateway.tenant(plan.caller))
+    max_kept_logprobs = _MAX_KEPT_LOGPROBS // (num_repeats * len(plan.prompts)) if plan.keeps_logprobs else 0
     first_seed = gateway.draw_seed() if plan.seed is None else plan.seed
     choices: list[Choice] = []
     for prompt in plan.prompts:
@@ -77,6 +81,7 @@ def make_choices(gateway: Gateway, plan: Plan) -> list[Choice]:
                 stops=stops,
                 skip_special_tokens=plan.skip_special_tokens,
                 include_stop_str_in_output=plan.include_stop_str_in_output,
+                max_kept_logprobs=max_kept_logprobs,
             )
             choices.append(choice)
     return choices

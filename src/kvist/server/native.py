@@ -53,6 +53,7 @@ def native_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
         seed=check_seed(fields.sampling_seed, _WHERE + "sampling_seed"),
         cache_salt=request.cache_salt,
         min_tokens=fields.min_new_tokens,
+        keeps_logprobs=not request.stream or gateway.config.stream_form is not StreamForm.INCREMENTAL,
         num_logprobs=top_logprobs if request.return_logprob else None,
         defaults=SamplingDefaults(),  # as in SGLang: those of the model are for chats and completions
         skip_special_tokens=fields.skip_special_tokens is not False,

@@ -146,6 +146,7 @@ def _choices(
         min_tokens=request.min_tokens,
         num_logprobs=num_logprobs,
         defaults=gateway.sampling_defaults,
+        keeps_logprobs=not request.stream,
         skip_special_tokens=request.skip_special_tokens is not False,
         include_stop_str_in_output=shows_stop(request),
     )

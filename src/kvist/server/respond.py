@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -24,6 +25,7 @@ from kvist.server.http import JSON_TYPE, ClientGone, Headers, cancelled_on_disco
 
 log = logging.getLogger(__name__)
 
+_INLINE_SIZE = 2048  # token ids and logprobs: a millisecond or two
 _PARTING_S = 10.0  # how long a client may take to make room for the event that tells of an error
 
 _SSE_HEADERS = [
@@ -73,7 +75,8 @@ async def _whole(gateway: Gateway, job: Job, send: Send) -> None:
     except KvistError as error:
         gateway.metrics.num_failed[error.code] += 1
         raise
-    await send_bytes(send, job.format.whole(job.choices), headers=[JSON_TYPE, *job.headers])
+    body = await _written(gateway, sum(map(_size, job.choices)), partial(job.format.whole, job.choices))
+    await send_bytes(send, body, headers=[JSON_TYPE, *job.headers])
 
 
 async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
@@ -81,7 +84,8 @@ async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
     try:
         async with _time_limit(gateway), _running(gateway, job) as deltas:
             async for choice, delta in deltas:
-                event = job.format.event(choice, delta)
+                write = partial(job.format.event, choice, delta)
+                event = await _written(gateway, _size(choice), write) if delta.finished else write()
                 if not started:
                     await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *job.headers]})
                     started = True
@@ -101,6 +105,15 @@ async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
             await send({"type": "http.response.body", "body": last, "more_body": False})
     except TimeoutError:  # it reads nothing: its places are for others
         raise ClientGone from None
+
+
+def _size(choice: Choice) -> int:
+    return len(choice.token_ids) + choice.num_logprobs
+
+
+async def _written(gateway: Gateway, size: int, write: Callable[[], bytes]) -> bytes:
+    """What is long is written on a thread. Its choices have ended: nobody changes them meanwhile."""
+    return write() if size <= _INLINE_SIZE else await gateway.work.finish(write)
 
 
 def _running(gateway: Gateway, job: Job) -> contextlib.aclosing[AsyncGenerator[tuple[Choice, Delta], None]]:
