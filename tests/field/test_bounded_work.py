@@ -333,7 +333,7 @@ async def test_a_cache_salt_is_at_most_256_bytes_and_engines_get_a_hash_of_one_l
             assert refused.status_code == 400
             assert refused.json()["error"]["param"] == "cache_salt"
     salts = [request.cache_salt for request in engine.requests]
-    assert {len(salt) for salt in salts} == {32}
+    assert {len(salt) for salt in salts} == {64}
     assert salts[0] == salts[3]
     assert len(set(salts)) == 3
 

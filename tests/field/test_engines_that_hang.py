@@ -15,13 +15,14 @@ import zmq
 
 from kvist import wire
 from kvist.channel import ChannelConfig, EngineChannel, GatewayLink
+from kvist.channel.security import Member
 from kvist.errors import WorkerLost
 from kvist.request import EngineRequest, EpochId, RequestId, SamplingParams, WorkerId
 from kvist.router import Dispatcher, RouterConfig, build_dispatcher
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "router"))
 
-from fake_engine import FakeEngine, make_spec
+from fake_engine import CLUSTER_KEY, FakeEngine, make_spec
 
 TIMEOUT_S = 0.5
 
@@ -43,7 +44,7 @@ async def ask_worker(engine: FakeEngine) -> AsyncIterator[tuple[Dispatcher, Call
 
     dispatcher = build_dispatcher(
         RouterConfig(worker_urls=("http://u:1",), keepalive_s=0.05, worker_timeout_s=TIMEOUT_S),
-        ChannelConfig(),
+        ChannelConfig(cluster_key=CLUSTER_KEY),
         transport=httpx.MockTransport(lambda _request: httpx.Response(200, content=msgspec.json.encode(told))),
     )
     await dispatcher.start()
@@ -127,10 +128,15 @@ async def test_a_gateway_that_was_stopped_itself_does_not_take_its_engines_for_l
 
 @pytest.mark.case("heartbeat-not-option")
 async def test_no_socket_has_a_limit_of_its_own_for_silent_processes() -> None:
-    channel = EngineChannel("tcp://127.0.0.1:0", epoch=EpochId("e"))
+    channel = EngineChannel("tcp://127.0.0.1:0", member=Member(CLUSTER_KEY))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link = GatewayLink(
-        context, channel.endpoint, identity=b"g", on_message=lambda _message: None, on_lost=lambda _reason: None
+        context,
+        channel.endpoint,
+        member=Member(CLUSTER_KEY),
+        on_message=lambda _message: None,
+        on_lost=lambda _reason: None,
+        on_rejected=lambda: None,
     )
     link.open()
     sockets = [link._socket, channel._router, channel._peer(channel.endpoint)]

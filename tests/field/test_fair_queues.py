@@ -111,7 +111,7 @@ def test_prefill_tells_no_token_before_decode_has_a_place_for_the_stream() -> No
 
 
 def _prefill_side(name: str) -> Submit:
-    return Submit(request=_request(name, ""), mode=Mode.PREFILL, handoff_id=HandoffId(name))
+    return Submit(request=_request(name, ""), mode=Mode.PREFILL, handoff_id=HandoffId(name), target_epoch=DECODE)
 
 
 def _decode_side(name: str, peer: PrefillPeer) -> Submit:
