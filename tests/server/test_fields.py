@@ -6,6 +6,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import (
+    ChatCompletionAssistantMessageParam,
+    ChatCompletionContentPartTextParam,
+    ChatCompletionStreamOptionsParam,
+)
+from openai.types.chat import completion_create_params as chat_params
 
 from kvist.server import schemas
 from kvist.server.fields import Advisory, Honoured, KnownFields, Refused, classes_of
@@ -67,6 +74,21 @@ async def test_what_is_refused_is_named_with_what_works_and_what_has_no_effect_i
         elif isinstance(cls, Advisory):
             assert response.status_code == 200, response.text
             assert ignored(response) == {name}
+
+
+async def test_null_inside_an_object_is_the_same_as_absent(bench: Any) -> None:
+    for value in ({"type": "text", "json_schema": None}, {"type": "text"}):
+        assert (await bench.chat(response_format=value)).status_code == 200
+    assert (await bench.chat(structured_outputs={"json": None, "regex": None})).status_code == 200
+    assert (await bench.chat(structured_outputs={"json": {}, "regex": None})).status_code == 400
+
+
+def test_every_field_of_openais_library_is_known() -> None:
+    params = [chat_params.CompletionCreateParamsBase, completion_params.CompletionCreateParamsBase]
+    assert {name for kind in params for name in kind.__annotations__} <= set(KnownFields.__struct_fields__)
+    assert set(ChatCompletionAssistantMessageParam.__annotations__) <= set(schemas.ChatMessage.__struct_fields__)
+    assert set(ChatCompletionContentPartTextParam.__annotations__) <= set(schemas.ContentPart.__struct_fields__)
+    assert set(ChatCompletionStreamOptionsParam.__annotations__) <= set(schemas.StreamOptions.__struct_fields__)
 
 
 def test_every_field_has_a_class() -> None:

@@ -309,4 +309,11 @@ class Looker:
         if values == self._absent:  # nearly always
             return []
         pairs = zip(self.others, values, strict=True)
-        return [(name, cls) for (name, cls), asked in pairs if asked is not None and asked not in cls.neutral]
+        return [(name, cls) for (name, cls), asked in pairs if asked is not None and _bare(asked) not in cls.neutral]
+
+
+def _bare(asked: object) -> object:
+    """Without what is null inside: clients write out the fields of an object that they do not set."""
+    if not isinstance(asked, dict):
+        return asked
+    return {name: value for name, value in asked.items() if value is not None}
