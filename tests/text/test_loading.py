@@ -67,7 +67,7 @@ def test_llama3_starts_with_bos_unless_told_otherwise(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model is 'llama'"),
+        ({"model": "t5"}, "tokenizer.ggml.model is 't5'"),
         ({"pre": "martian"}, "tokenizer.ggml.pre is 'martian'"),
         ({"merges": ["a z"]}, "vocabulary and merges"),
         ({"token_type": [1]}, "broken"),

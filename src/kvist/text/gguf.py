@@ -1,5 +1,5 @@
 """A tokenizer from the metadata of a GGUF file: byte-level BPE (`tokenizer.ggml.model` = "gpt2"), whose rules to cut a
-text are in gguf_pre_tokenizers.py.
+text are in gguf_pre_tokenizers.py, or SentencePiece ("llama", gguf_sentencepiece.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from kvist.checkpoint import read_gguf_header
 from kvist.errors import ModelLoadError
 from kvist.text.config import TextConfig
 from kvist.text.gguf_pre_tokenizers import RULES
+from kvist.text.gguf_sentencepiece import sentencepiece_backend
 from kvist.text.template_source import find_chat_template
 from kvist.text.tokenizer import Alphabet, Tokenizer
 
@@ -33,11 +34,40 @@ def tokenizer_from_gguf(path: Path, options: TextConfig) -> Tokenizer:
 
 def _build(metadata: Mapping[str, Any], options: TextConfig) -> Tokenizer:
     model = metadata.get("tokenizer.ggml.model")
-    if model != "gpt2":
+    if model not in ("gpt2", "llama"):
         raise ModelLoadError(
-            f"tokenizer.ggml.model is {model!r}; from GGUF only byte-level BPE ('gpt2') can be read. "
-            "Use the model's Hugging Face folder instead"
+            f"tokenizer.ggml.model is {model!r}; from GGUF byte-level BPE ('gpt2') and SentencePiece ('llama') can be "
+            "read. Use the model's Hugging Face folder instead"
         )
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    kinds: list[int] = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    bos = metadata.get("tokenizer.ggml.bos_token_id")
+    try:
+        if model == "gpt2":
+            alphabet, adds_bos, backend = Alphabet.BYTE_LEVEL, *_byte_level(metadata, tokens)
+        else:
+            alphabet, adds_bos, backend = Alphabet.SENTENCEPIECE, True, sentencepiece_backend(metadata, tokens, kinds)
+            bos = 1 if bos is None else bos
+    except (ModelLoadError, KeyError, TypeError, ValueError):
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise ModelLoadError(f"its vocabulary and merges do not fit: {error}") from error
+    _add_special(backend, tokens, kinds)
+    chat_template, no_chat_template = find_chat_template(
+        options, metadata.get("tokenizer.chat_template"), _template_tokens(metadata, tokens)
+    )
+    return Tokenizer(
+        backend,
+        alphabet=alphabet,
+        chat_template=chat_template,
+        no_chat_template=no_chat_template,
+        content_is_text=options.special_tokens_in_content == "text",
+        prompt_start_id=bos if metadata.get("tokenizer.ggml.add_bos_token", adds_bos) else None,
+    )
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[bool, Backend]:
+    """Whether prompts begin with bos unless the file says, and the backend."""
     pre = metadata.get("tokenizer.ggml.pre", "default")
     rules = RULES.get(pre)
     if rules is None:
@@ -45,31 +75,14 @@ def _build(metadata: Mapping[str, Any], options: TextConfig) -> Tokenizer:
             f"tokenizer.ggml.pre is {pre!r}; known are {', '.join(sorted(RULES))}. "
             "Use the model's Hugging Face folder instead"
         )
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    try:
-        backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rules.ignores_merges))
-    except Exception as error:  # the library raises bare Exception
-        raise ModelLoadError(f"its vocabulary and merges do not fit: {error}") from error
+    backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rules.ignores_merges))
     backend.pre_tokenizer = rules.pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     if rules.nfc:
         backend.normalizer = normalizers.NFC()
-    _add_special(backend, tokens, metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens)))
-    chat_template, no_chat_template = find_chat_template(
-        options, metadata.get("tokenizer.chat_template"), _template_tokens(metadata, tokens)
-    )
-    return Tokenizer(
-        backend,
-        alphabet=Alphabet.BYTE_LEVEL,
-        chat_template=chat_template,
-        no_chat_template=no_chat_template,
-        content_is_text=options.special_tokens_in_content == "text",
-        prompt_start_id=metadata.get("tokenizer.ggml.bos_token_id")
-        if metadata.get("tokenizer.ggml.add_bos_token", rules.adds_bos)
-        else None,
-    )
+    return rules.adds_bos, backend
 
 
 def _add_special(backend: Backend, tokens: list[str], kinds: list[int]) -> None:
