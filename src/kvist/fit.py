@@ -6,7 +6,23 @@ writes one token.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from kvist.request import EngineRequest, Mode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What a fleet holds of one request: prompt and answer together."""
+
+    num_tokens: int
+    text: str  # the same with the limit that binds, and its option
+    num_tokens_lost: int = 0  # what a worker holds that is lost at present
+
+    @property
+    def most(self) -> int:
+        """A longer request would not even fit if every worker were there."""
+        return max(self.num_tokens, self.num_tokens_lost)
 
 
 def num_tokens_needed(request: EngineRequest, mode: Mode) -> int:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Backend
 from kvist import wire
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, EpochId, FinishReason, Mode, TokenLogprobs, WorkerId
-from kvist.router.stream import StreamPart
+from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.text.chat import ChatTemplate
@@ -69,6 +69,9 @@ class Engine:
     sends: bool = False  # whether it does what a dispatcher does with a prompt
     spec: EngineSpec = SPEC
     requests: list[EngineRequest] = field(default_factory=list)
+
+    def snapshot(self) -> ClusterSnapshot:
+        return ClusterSnapshot(workers=())
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
         self.requests.append(request)

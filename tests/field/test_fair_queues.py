@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httpx
 import msgspec
 import pytest
 
+from kvist.errors import Overloaded
+from kvist.fairness import caller_path
 from kvist.kv.cache import PageCache
 from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SamplingParams, WorkerId
+from kvist.router.config import RouterConfig
+from kvist.router.registry import Registry
+from kvist.router.route import Router
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.scheduler.events import Event, SampledTokens, StepFinished
 from kvist.scheduler.plan import Batch, Plan
-from kvist.wire import Grant, PoolAddress, PrefillPeer, Submit
+from kvist.wire import EngineSpec, Grant, PoolAddress, PrefillPeer, Submit, Welcome
 
 POOL = PoolAddress(transport="t", location="x", num_pages=4096, page_bytes=64, layout="l")
 PREFILL, DECODE = EpochId("prefill"), EpochId("decode")
@@ -116,3 +126,81 @@ def _prefill_side(name: str) -> Submit:
 
 def _decode_side(name: str, peer: PrefillPeer) -> Submit:
     return Submit(request=_request(name, ""), mode=Mode.DECODE, handoff_id=HandoffId(name), prefill=peer)
+
+
+def _requests_of(bench: Any, num: int, key: str, host: str) -> list[asyncio.Task[httpx.Response]]:
+    transport = httpx.ASGITransport(bench.app, client=(host, 40_000))
+    client = httpx.AsyncClient(transport=transport, base_url="http://gateway")
+    headers = {"Authorization": f"Bearer {key}"}
+    body = msgspec.json.encode({"prompt": "a", "max_tokens": 2})
+    return [asyncio.create_task(client.post("/v1/completions", content=body, headers=headers)) for _ in range(num)]
+
+
+@pytest.mark.case("fairness")
+@pytest.mark.parametrize("other", [("k2", "10.0.0.1"), ("k1", "10.0.0.2")])
+async def test_the_gateway_keeps_places_for_others_and_tags_requests_by_caller(
+    make_bench: Callable[..., Any], other: tuple[str, str]
+) -> None:
+    bench = make_bench(max_concurrent_requests=16, api_key=("k1", "k2"))
+    bench.dispatcher.hold = asyncio.Event()
+    flood = _requests_of(bench, 20, "k1", "10.0.0.1")
+    await _until(lambda: sum(task.done() for task in flood) == 6)
+    refused = [task.result() for task in flood if task.done()]
+    assert {response.status_code for response in refused} == {429}
+    assert all(int(response.headers["retry-after"]) >= 1 for response in refused)
+    (let_in,) = _requests_of(bench, 1, *other)
+    await _until(lambda: len(bench.dispatcher.requests) == 15)
+    bench.dispatcher.hold.set()
+    assert (await let_in).status_code == 200
+    await asyncio.gather(*flood)
+    paths = {caller_path(request.client) for request in bench.dispatcher.requests}
+    assert len(paths) == 2, "one tag a caller"
+    assert not any(secret in request.client for request in bench.dispatcher.requests for secret in ("k1", "10.0.0"))
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.sleep(0)
+
+
+@pytest.mark.case("fairness")
+async def test_the_router_sends_a_caller_s_request_to_a_full_worker_that_will_make_another_s_give_way() -> None:
+    registry = Registry(RouterConfig())
+    worker = registry.add("http://w", None, 0.0)
+    spec = EngineSpec(
+        worker_id=WorkerId("w"),
+        epoch=EpochId("e"),
+        role="unified",
+        endpoint="tcp://w",
+        model_fingerprint="f",
+        model_name="m",
+        vocab_size=300,
+        max_model_len=64,
+        page_size=4,
+        num_pages=64,
+        namespace="n",
+        dtype="float32",
+        tp_size=1,
+        max_running_requests=4,
+        max_queued_requests=12,
+    )
+    registry.welcomed(worker, Welcome(spec=spec), 0.0)
+    router = Router(RouterConfig(), registry)
+    for index in range(16):
+        worker.take(RequestId(f"flood{index}"), 10, ("k", "h", "1"), 0.0)
+    with pytest.raises(Overloaded) as refused:
+        router.choose(_request("more", "k/h/1"))
+    assert refused.value.retry_after_s == 1.0
+    for index in range(2):  # an eighth of its places may be under way beyond what it queues
+        assert router.choose(_request("other", "l/h/1")).prefill is worker
+        worker.take(RequestId(f"other{index}"), 10, ("l", "h", "1"), 0.0)
+    with pytest.raises(Overloaded):
+        router.choose(_request("other", "l/h/1"))
+    for index in range(8):
+        worker.release(RequestId(f"flood{index}"), 32.0)
+    for index in range(8, 16):
+        worker.take(RequestId(f"flood{index + 8}"), 10, ("k", "h", "1"), 32.0)
+    with pytest.raises(Overloaded) as later:
+        router.choose(_request("more", "k/h/1"))
+    assert later.value.retry_after_s == pytest.approx(32.0 * 14 / 18), "14 of 18 wait, and lately each took 32 s"

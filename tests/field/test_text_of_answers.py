@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from kvist.request import EngineRequest, EpochId, FinishReason, TokenLogprobs, WorkerId
-from kvist.router.stream import StreamPart
+from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.text.chat import ChatTemplate
@@ -59,6 +59,9 @@ class Model:
     answer: str
     tokens_per_part: int = 1
     logprobs: Sequence[TokenLogprobs] = ()  # of each token, where they matter
+
+    def snapshot(self) -> ClusterSnapshot:
+        return ClusterSnapshot(workers=())
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
         sampling = request.sampling

@@ -167,3 +167,33 @@ async def test_a_prompt_that_no_prefill_worker_holds_goes_to_a_unified_one_or_is
     assert (await fleet.complete(2000, 10)).status_code == 200
     assert fleet.engines.submits[-1] == ("u", Mode.FULL)
     assert await fleet.max_model_len() == 4096
+
+
+@pytest.mark.case("unequal-pools")
+async def test_a_request_that_only_a_lost_worker_holds_may_be_tried_again(fleet: Fleet) -> None:
+    fleet.engines.join("small", "unified", pool=1024)
+    large = fleet.engines.join("large", "unified", pool=4096)
+    assert (await fleet.complete(1000, None)).status_code == 200
+    fleet.engines.lose(large)
+    for max_tokens, status in ((10, 200), (100, 503)):
+        response = await fleet.complete(1000, max_tokens)
+        assert response.status_code == status
+    assert "lost at present" in response.json()["error"]["message"]
+    assert "retry-after" in response.headers
+    assert (await fleet.complete(1000, 5000)).status_code == 400, "nor did that one hold so much"
+
+
+@pytest.mark.case("limit-named")
+@pytest.mark.parametrize(
+    ("pool", "context", "limit", "option"),
+    [(1024, 8192, 1024, "page pool (--max-total-tokens)"), (4096, 512, 512, "context length (--context-length)")],
+)
+@pytest.mark.parametrize("prompt", [[65] * 2000, "A" * 2000, "A" * 300_000, [[65], [65] * 2000]])
+async def test_a_prompt_that_is_too_long_names_the_limit_that_binds_and_its_option(
+    fleet: Fleet, pool: int, context: int, limit: int, option: str, prompt: object
+) -> None:
+    fleet.engines.join("u", "unified", pool=pool, context=context)
+    response = await fleet.client.post("/v1/completions", content=msgspec.json.encode({"prompt": prompt}))
+    message = error_of(response)
+    assert f" {limit} tokens" in message
+    assert option in message

@@ -125,7 +125,7 @@ async def test_prompt_and_answer_over_the_context_say_what_fits(bench: Any) -> N
     body = {"prompt": "x" * 150, "max_tokens": 51}
     error = error_of(await bench.post("/v1/completions", body))
     assert error["code"] == "context_length_exceeded"
-    assert "at most 50 fit" in error["message"]
+    assert "of which at most 50 fit: this server holds 200 tokens" in error["message"]
     assert (await bench.post("/v1/completions", {**body, "max_tokens": 50})).status_code == 200
 
 

@@ -78,6 +78,7 @@ class Dispatcher:
         self._flights: dict[RequestId, Flight] = {}
         self._calls: dict[str, _Call] = {}
         self._sweeper: asyncio.Task[None] | None = None
+        self._num_cancelled_held = 0
         self._release_s = Histogram()  # from a reader's leaving to the end at every engine
 
     async def start(self) -> None:
@@ -106,8 +107,7 @@ class Dispatcher:
         return self._registry.reference()
 
     def snapshot(self) -> ClusterSnapshot:
-        num_held = sum(flight.cancelled for flight in self._flights.values())
-        cancelled = Cancelled(num_held=num_held, release_s=self._release_s)
+        cancelled = Cancelled(num_held=self._num_cancelled_held, release_s=self._release_s)
         return ClusterSnapshot(workers=self._registry.snapshot(), cancelled=cancelled)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
@@ -289,6 +289,7 @@ class Dispatcher:
         """The reader is gone: at the end, on an error, or in the middle."""
         if not flight.settled:
             flight.cancelled = True
+            self._num_cancelled_held += 1
             self._abort(flight)
         flight.closed_at_s = self._clock.now_s()
         self._forget_if_over(flight)
@@ -297,6 +298,7 @@ class Dispatcher:
         if flight.open or flight.closed_at_s is None or self._flights.pop(flight.request_id, None) is None:
             return
         if flight.cancelled:
+            self._num_cancelled_held -= 1
             self._release_s.observe(self._clock.now_s() - flight.closed_at_s)
 
     def _other_route(self, request: EngineRequest, flight: Flight, error: KvistError) -> Route | None:

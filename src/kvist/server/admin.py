@@ -81,7 +81,7 @@ class Admin:
         counts = [len(tokens) for tokens in ids]
         answer = {
             "count": counts if several else counts[0],
-            "max_model_len": gateway.max_model_len(),
+            "max_model_len": gateway.limit().num_tokens,
             "tokens": ids if several else ids[0],
             "token_strs": spellings if several or spellings is None else spellings[0],
         }

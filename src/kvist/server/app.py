@@ -21,6 +21,7 @@ from kvist.clock import Clock, MonotonicClock
 from kvist.errors import EngineError, KvistError, RequestError
 from kvist.metrics import GatewayMetrics
 from kvist.server.admin import Admin
+from kvist.server.admission import Admission
 from kvist.server.caller import Caller, Keys, caller_of
 from kvist.server.config import ServerConfig
 from kvist.server.gateway import Gateway
@@ -66,16 +67,19 @@ def build_app(
     """`model_name` is used unless the config renames it. Without a tokenizer (a prefill or decode worker's own HTTP)
     generation is refused with a pointer to the router. `model_path` is what clients on this host may read the tokenizer
     from. `own_engine` and `own_health` are what /server_info calls `engine` and `engine_health`."""
+    clock = clock or MonotonicClock()
+    gateway_metrics = GatewayMetrics(of_workers=lambda: worker_families(dispatcher.snapshot()))
     gateway = Gateway(
         dispatcher=dispatcher,
         tokenizer=tokenizer,
         config=config,
         model_name=config.served_model_name or model_name,
-        metrics=GatewayMetrics(of_workers=lambda: worker_families(dispatcher.snapshot())),
-        clock=clock or MonotonicClock(),
+        metrics=gateway_metrics,
+        clock=clock,
         draw_seed=draw_seed,
         own_engine=own_engine,
         own_health=own_health,
+        admission=Admission(limit=config.max_concurrent_requests, metrics=gateway_metrics, clock=clock),
         work=WorkPool(num_threads=config.tokenizer_threads, max_jobs=config.max_concurrent_requests),
         sampling_defaults=sampling_defaults or SamplingDefaults(),
         bodies=BodyBudget(limit_bytes=config.max_total_body_bytes, free_bytes=_FREE_BODY_BYTES),

@@ -14,16 +14,29 @@ from hashlib import blake2b
 from starlette.types import Scope
 
 from kvist.errors import Unauthorized
+from kvist.fairness import CallerPath, caller_path
 from kvist.server.http import header
 
 _SCOPE_KEY = "kvist.caller"
 _ID_BYTES = 16
+_TAG_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
     key_id: str | None  # names an accepted API key, the same at every start; None: no key is asked for
     connection: str  # the client's HOST:PORT
+
+    @property
+    def tag(self) -> str:
+        """What engines call it, to serve callers in turn (fairness.py): they learn no key and no address."""
+        host, _, port = self.connection.rpartition(":")
+        host_id = blake2b(host.encode(), digest_size=_TAG_BYTES).hexdigest()
+        return f"{(self.key_id or '')[: 2 * _TAG_BYTES]}/{host_id}/{port}"
+
+    @property
+    def path(self) -> CallerPath:
+        return caller_path(self.tag)
 
 
 class Keys:

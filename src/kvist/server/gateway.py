@@ -1,12 +1,11 @@
 """What every endpoint shares: the dispatcher, the tokenizer, the limits, the clock. Built once by app.py.
 
-Its only state is the number of engine requests in flight, kept in `metrics` and bounded by `admit`.
+What is under way here is bounded by its parts: generations by `admission`, other work by `work`, bodies by `bodies`.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -14,9 +13,11 @@ from typing import TypeVar
 from starlette.types import Receive, Scope
 
 from kvist.clock import Clock
-from kvist.errors import Overloaded, PromptTooLong, RequestError, Unavailable, UnknownModel, UnsupportedField
+from kvist.errors import PromptTooLong, RequestError, Unavailable, UnknownModel, UnsupportedField
+from kvist.fit import Limit, limit_text
 from kvist.metrics import GatewayMetrics
-from kvist.server.caller import Caller
+from kvist.server.admission import Admission
+from kvist.server.caller import Caller, caller_of
 from kvist.server.config import TENANT_API_KEY, ServerConfig
 from kvist.server.generation import Dispatcher
 from kvist.server.http import cancelled_on_disconnect, read_body
@@ -46,6 +47,7 @@ class Gateway:
     own_engine: Callable[[], EngineSpec | None]
     own_health: Callable[[], EngineHealth | None]
     sampling_defaults: SamplingDefaults  # of OpenAI's endpoints
+    admission: Admission
     work: WorkPool
     bodies: BodyBudget
 
@@ -67,12 +69,19 @@ class Gateway:
             )
             if len(body) <= INLINE_BYTES:
                 return make(body)
-            self.check_room(1)
+            self.admission.check(caller_of(scope).path, 1)
             async with cancelled_on_disconnect(receive):
                 return await self.work.run(partial(make, body))
 
-    def max_model_len(self) -> int:
-        return self._spec().max_model_len
+    def limit(self) -> Limit:
+        """Of the fleet's best route."""
+        spec = self._spec()
+        lost = (each.spec for each in self.dispatcher.snapshot().workers if not each.alive)
+        return Limit(
+            num_tokens=spec.max_model_len,
+            text=limit_text(spec.max_model_len, spec.num_pages, spec.page_size),
+            num_tokens_lost=max((each.max_model_len for each in lost if each is not None), default=0),
+        )
 
     def max_tokens_shown(self) -> int:
         """By /tokenize and /detokenize, which also serve to see by how much a text is too long."""
@@ -103,32 +112,13 @@ class Gateway:
         if name is not None and name != self.model_name:
             raise UnknownModel(f"the model `{name}` is not served here; `{self.model_name}` is", param="model")
 
-    @contextlib.contextmanager
-    def admit(self, num_choices: int) -> Iterator[None]:
-        """Takes places for engine requests, or raises `Overloaded` at once: the gateway has no queue of its own."""
-        self.check_room(num_choices)
-        self.metrics.num_requests += num_choices
-        try:
-            yield
-        finally:
-            self.metrics.num_requests -= num_choices
-
-    def check_room(self, num_choices: int) -> None:
-        limit = self.config.max_concurrent_requests
-        if self.metrics.num_requests + num_choices > limit:
-            raise Overloaded(
-                f"{self.metrics.num_requests} generations are open and {num_choices} more would be over the limit of "
-                f"{limit} (--max-concurrent-requests)"
-            )
-
     def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids of a prompt. A long text is tokenised only until it is known to be too long."""
-        limit = self.max_model_len()
-        ids = self._encode_up_to(text, limit, add_special_tokens)
+        limit = self.limit()
+        ids = self._encode_up_to(text, limit.most, add_special_tokens)
         if ids is None:
             raise PromptTooLong(
-                f"the prompt of {len(text)} characters has over {limit} tokens, more than this model holds, prompt and "
-                "answer together",
+                f"the prompt of {len(text)} characters has over {limit.most} tokens; this server holds {limit.text}",
                 param=param,
             )
         return ids
@@ -162,7 +152,7 @@ class Gateway:
 
     def check_job_tokens(self, num_tokens: int, param: str) -> None:
         """Of all prompts of one request, as often as they are sent to engines."""
-        limit = max(_MAX_JOB_TOKENS, self.max_model_len())
+        limit = max(_MAX_JOB_TOKENS, self.limit().most)
         if num_tokens > limit:
             raise RequestError(
                 f"the request's prompts, counted once for each answer, have over {limit} tokens: ask for fewer answers "
@@ -184,7 +174,7 @@ class Gateway:
         if not messages:
             raise RequestError("`messages` is empty", param="messages")
         plain = [_plain_message(message, f"messages[{index}]", tokenizer) for index, message in enumerate(messages)]
-        limit = self.max_model_len() * _MAX_CHARS_PER_TOKEN
+        limit = self.limit().most * _MAX_CHARS_PER_TOKEN
         going_on = bool(request.continue_final_message)
         if going_on and request.add_generation_prompt:
             message = "`continue_final_message` goes on with the last turn and `add_generation_prompt` opens a new one"

@@ -72,6 +72,7 @@ def make_choices(gateway: Gateway, plan: Plan) -> list[Choice]:
                 prompt_token_ids=prompt.token_ids,
                 sampling=msgspec.structs.replace(sampling, seed=(first_seed + repeat) % MAX_SEED),
                 cache_salt=salt,
+                client=plan.caller.tag,
             )
             choice = Choice(
                 request,

@@ -101,7 +101,7 @@ class ModelPages:
         info = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "vocab_size": tokenizer.vocab_size,
-            "model_max_length": self._gateway.max_model_len(),
+            "model_max_length": self._gateway.limit().num_tokens,
             "clean_up_tokenization_spaces": False,
             "chat_template": template.source if template is not None else None,
             "added_tokens_decoder": added,

@@ -102,7 +102,7 @@ def _require_some(values: Sequence[object], param: str) -> None:
 def _limited(gateway: Gateway, fields: NativeSampling, token_ids: list[int], param: str) -> Prompt:
     max_tokens = output_limit(
         len(token_ids),
-        gateway.max_model_len(),
+        gateway.limit(),
         asked=fields.max_new_tokens,
         default=_DEFAULT_NEW_TOKENS,
         param=_WHERE + "max_new_tokens",

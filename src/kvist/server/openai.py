@@ -120,7 +120,7 @@ def _prompt(
         if asked is not None and asked != request.max_completion_tokens:
             raise RequestError("`max_tokens` and `max_completion_tokens` disagree; give one", param="max_tokens")
         asked, param = request.max_completion_tokens, "max_completion_tokens"
-    limit = gateway.max_model_len()
+    limit = gateway.limit()
     max_tokens = output_limit(len(token_ids), limit, asked=asked, default=default, param=param, prompt=name)
     return Prompt(token_ids=tuple(token_ids), max_tokens=max_tokens)
 

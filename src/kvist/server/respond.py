@@ -1,7 +1,8 @@
 """Runs a job and writes its response, streamed (server-sent events) or whole.
 
-Life of a job: places are taken (`admit`) → choices run → the first delta decides the status: an error before it is an
-ordinary HTTP error, after it an `error` event → events, one ASGI send for each part the engine had ready → the end.
+Life of a job: places are taken (admission.py) → choices run → the first delta decides the status: an error before it
+is an ordinary HTTP error, after it an `error` event → events, one ASGI send for each part the engine had ready → the
+end.
 A client that leaves ends all of it at once; so does the request's time limit.
 """
 
@@ -19,6 +20,7 @@ import msgspec
 from starlette.types import Receive, Send
 
 from kvist.errors import EngineError, KvistError, Timeout
+from kvist.fairness import caller_path
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice, Delta, run_choices
 from kvist.server.http import JSON_TYPE, ClientGone, Headers, cancelled_on_disconnect, error_object, send_bytes
@@ -59,7 +61,8 @@ class Job:
 async def respond(gateway: Gateway, job: Job, receive: Receive, send: Send) -> None:
     """Raises `KvistError` only when no byte of the response has been sent."""
     try:
-        with gateway.admit(len(job.choices)):
+        caller = caller_path(job.choices[0].request.client)
+        with gateway.admission.places(caller, len(job.choices)):
             async with cancelled_on_disconnect(receive):
                 await (_stream if job.stream else _whole)(gateway, job, send)
     except ClientGone:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import TypeVar, cast
 
-from kvist.errors import PromptTooLong, RequestError
+from kvist.errors import PromptTooLong, RequestError, Unavailable
+from kvist.fit import Limit
 from kvist.request import SamplingParams
 from kvist.server.schemas import SamplingFields
 from kvist.text import SamplingDefaults
@@ -150,18 +151,23 @@ def num_choices(n: int | None, num_prompts: int, limit: int) -> int:
 
 
 def output_limit(
-    num_prompt_tokens: int, max_model_len: int, *, asked: int | None, default: int | None, param: str, prompt: str
+    num_prompt_tokens: int, limit: Limit, *, asked: int | None, default: int | None, param: str, prompt: str
 ) -> int:
     """The request's max_tokens: what was asked, else `default` as far as there is room, else all the room.
 
-    Raises `PromptTooLong` when prompt and answer cannot both fit.
+    Raises `PromptTooLong` when prompt and answer cannot both fit, `Unavailable` when they would on a lost worker.
     """
-    room = max_model_len - num_prompt_tokens
+    room = limit.num_tokens - num_prompt_tokens
     if num_prompt_tokens == 0:
         raise RequestError(f"`{prompt}` is empty: there is no token to continue from", param=prompt)
+    if room < (asked or 1) <= limit.num_tokens_lost - num_prompt_tokens:
+        raise Unavailable(
+            f"the only worker that holds a request of this length ({limit.num_tokens_lost} tokens) is lost at present; "
+            f"the others hold {limit.num_tokens}: retry later, or send a shorter one"
+        )
     if room < 1:
         raise PromptTooLong(
-            f"the prompt has {num_prompt_tokens} tokens; this model holds {max_model_len}, prompt and answer together",
+            f"the prompt has {num_prompt_tokens} tokens; this server holds {limit.text}",
             param=prompt,
         )
     if asked is None:
@@ -169,8 +175,8 @@ def output_limit(
     _require(asked >= 1, param, "must be at least 1", asked)
     if asked > room:
         raise PromptTooLong(
-            f"the prompt has {num_prompt_tokens} tokens and `{param}` asks for {asked} more; this model holds "
-            f"{max_model_len} together, so at most {room} fit",
+            f"the prompt has {num_prompt_tokens} tokens and `{param}` asks for {asked} more, of which at most "
+            f"{room} fit: this server holds {limit.text}",
             param=param,
         )
     return asked

@@ -1,0 +1,68 @@
+"""How many generations this gateway has open at once, and how many of them may be one caller's.
+
+There is no queue here: what is over the limit is refused at once, with the time after which places will be free. The
+last eighth of the places is for callers that have less than their share, so that a flood leaves room for others. A
+caller is an API key and a host here; connections cost nothing, and count for nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+from kvist.clock import Clock
+from kvist.errors import Overloaded
+from kvist.fairness import CallerPath
+from kvist.metrics import GatewayMetrics
+from kvist.service_time import ServiceTime
+
+_RESERVE_SHARE = 8
+
+
+class Admission:
+    """Mutable; owned by the event loop. The number of open generations is kept in the metrics."""
+
+    def __init__(self, *, limit: int, metrics: GatewayMetrics, clock: Clock) -> None:
+        self._limit = limit
+        self._metrics = metrics
+        self._clock = clock
+        self._open: Counter[tuple[str, str]] = Counter()  # by caller; none without a generation
+        self._service_time = ServiceTime()
+
+    def check(self, caller: CallerPath, num_choices: int) -> None:
+        """Raises `Overloaded` when there is no place for so many."""
+        num_open = self._metrics.num_requests
+        num_after = num_open + num_choices
+        if num_after > self._limit:
+            problem = f"{num_open} generations are open and {num_choices} more would be over the limit of {self._limit}"
+        elif num_after > self._limit - self._limit // _RESERVE_SHARE and self._has_its_share(caller, num_choices):
+            problem = (
+                f"{self._open[caller[:2]]} generations of yours are open, of {num_open} in all: the last of "
+                f"{self._limit} places are for others"
+            )
+        else:
+            return
+        retry_after_s = self._service_time.retry_after_s(num_ahead=num_choices, num_present=num_open)
+        raise Overloaded(f"{problem} (--max-concurrent-requests)", retry_after_s=retry_after_s)
+
+    @contextlib.contextmanager
+    def places(self, caller: CallerPath, num_choices: int) -> Iterator[None]:
+        """Takes them, or raises `Overloaded` at once."""
+        self.check(caller, num_choices)
+        began_s, who = self._clock.now_s(), caller[:2]
+        self._metrics.num_requests += num_choices
+        self._open[who] += num_choices
+        try:
+            yield
+        finally:
+            self._metrics.num_requests -= num_choices
+            self._open[who] -= num_choices
+            if not self._open[who]:
+                del self._open[who]
+            self._service_time.note(self._clock.now_s() - began_s)
+
+    def _has_its_share(self, caller: CallerPath, num_choices: int) -> bool:
+        """With one more caller expected than there are."""
+        num_callers = len(self._open) + (caller[:2] not in self._open) + 1
+        return self._open[caller[:2]] + num_choices > self._limit // num_callers
