@@ -34,6 +34,7 @@ REMEDIES: Mapping[str, str] = {
     "--enable-lora": _NO_LORA,
     "--enable-metrics": "leave it out: /metrics is always there",
     "--enable-prefix-caching": _ALWAYS_ON,
+    "--enable-tokenizer-info-endpoint": "leave it out: /tokenizer_info always answers",
     "--enable-torch-compile": "leave it out: steps run as CUDA graphs of hand-written kernels",
     "--kv-cache-dtype": "KV pages have the type of the weights (--dtype); leave it out",
     "--kv-transfer-config": _ROLES,
@@ -44,6 +45,8 @@ REMEDIES: Mapping[str, str] = {
     "--nnodes": "a worker lives on one host; start workers on each host and one router over all of them",
     "--no-enable-prefix-caching": "prefixes are always shared; give each request its own cache_salt to keep them apart",
     "--num-gpu-blocks-override": "set the page pool in tokens with --max-total-tokens",
+    "--override-generation-config": "write them into a generation_config.json and name its folder with "
+    "--generation-config",
     "--pipeline-parallel-size": "layers are not split over workers; split them over GPUs with --tp N",
     "--quantization": _NO_WEIGHTS,
     "--reasoning-parser": _NO_TOOLS,
