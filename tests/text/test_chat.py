@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from kvist.errors import ModelLoadError, RequestError
+from kvist.errors import ModelLoadError, PromptTooLong, RequestError
 from kvist.text.chat import ChatTemplate
 
 HELLO = [{"role": "user", "content": "a <b> & 'c'"}]
@@ -49,3 +49,13 @@ def test_the_sandbox_holds(source: str) -> None:
 def test_a_broken_template_fails_at_load() -> None:
     with pytest.raises(ModelLoadError, match="chat template"):
         template("{% if %}")
+
+
+def test_a_template_that_writes_far_too_much_is_stopped() -> None:
+    long = [{"role": "user", "content": "x" * 1000}] * 50
+    repeated = template("{% for m in messages %}{% for n in messages %}{{ m.content }}{% endfor %}{% endfor %}")
+    with pytest.raises(PromptTooLong, match="far too long"):
+        repeated.render(long, max_chars=100_000)
+    with pytest.raises(PromptTooLong):  # writes nothing at all, a hundred million times
+        template("{% for m in range(10000) %}{% for n in range(10000) %}{{ '' }}{% endfor %}{% endfor %}").render(HELLO)
+    assert len(repeated.render(long[:5], max_chars=100_000)) == 25_000
