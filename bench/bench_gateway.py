@@ -146,7 +146,7 @@ def run_gateway(endpoint: str, port: int) -> None:
         tokenizer = load_tokenizer(find_checkpoint(None))
         app = build_app(dispatcher=dispatcher, tokenizer=tokenizer, config=config, model_name="fake")
         try:
-            await http_server(with_baseline(app), config).serve()
+            await http_server(with_baseline(app), app.traffic, config).serve()
         finally:
             await dispatcher.close()
 

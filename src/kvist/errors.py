@@ -8,7 +8,11 @@
     │   ├── BodyTooLarge            the HTTP body is over the limit (413)
     │   ├── SlowBody                the HTTP body did not arrive in time (408)
     │   ├── Conflict                it contradicts what is so already (409)
-    │   └── Unauthorized            the API key is missing or wrong (401)
+    │   ├── Unauthorized            the API key is missing or wrong (401)
+    │   ├── Forbidden               a web page asks that is not allowed to (403)
+    │   ├── SlowHeader              the HTTP header did not arrive in time (408)
+    │   ├── UnsupportedMediaType    the body's type or coding is not one we read (415)
+    │   └── HeaderTooLarge          too many header lines or bytes (431)
     ├── Overloaded                  a bounded queue is full (429, retry later)
     ├── Unavailable                 no worker can take it now (503, retry later)
     │   ├── WorkerLost              the worker died or fell silent while it held the request
@@ -76,6 +80,26 @@ class Conflict(RequestError):
 class Unauthorized(RequestError):
     code = "invalid_api_key"
     http_status = 401
+
+
+class Forbidden(RequestError):
+    code = "forbidden"
+    http_status = 403
+
+
+class SlowHeader(RequestError):
+    code = "header_timeout"
+    http_status = 408
+
+
+class UnsupportedMediaType(RequestError):
+    code = "unsupported_media_type"
+    http_status = 415
+
+
+class HeaderTooLarge(RequestError):
+    code = "header_too_large"
+    http_status = 431
 
 
 class Overloaded(KvistError):

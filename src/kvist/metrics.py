@@ -130,6 +130,8 @@ class GatewayMetrics(Collector):
     num_finished: Counter[str] = field(default_factory=Counter)  # by finish reason
     num_failed: Counter[str] = field(default_factory=Counter)  # by error code
     num_disconnected: int = 0
+    num_http_requests: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # by method, path and status
+    num_refused_connections: int = 0
     time_to_first_token_s: Histogram = field(default_factory=Histogram)
     inter_token_latency_s: Histogram = field(default_factory=Histogram)
     time_per_output_token_s: Histogram = field(default_factory=Histogram)
@@ -152,11 +154,25 @@ class GatewayMetrics(Collector):
         yield _counter("request_success", "answered requests", "finished_reason", self.num_finished)
         yield _counter("request_failure", "requests that ended in an error", "code", self.num_failed)
         yield CounterMetricFamily("kvist:client_disconnects", "clients that left before the end", self.num_disconnected)
+        yield _http_requests(self.num_http_requests)
+        yield CounterMetricFamily(
+            "kvist:http_connections_refused",
+            "connections closed because too many were open",
+            self.num_refused_connections,
+        )
         yield self.time_to_first_token_s.family("time_to_first_token_seconds", "request read to first token")
         yield self.inter_token_latency_s.family("inter_token_latency_seconds", "between two pieces of one stream")
         yield self.time_per_output_token_s.family("time_per_output_token_seconds", "mean of a request after its first")
         yield self.e2e_latency_s.family("e2e_request_latency_seconds", "request read to last token")
         yield from self.of_workers()
+
+
+def _http_requests(counts: Mapping[tuple[str, str, str], int]) -> Metric:
+    labels = ["method", "path", "status"]
+    family = CounterMetricFamily("kvist:http_requests", "HTTP requests answered or refused", labels=labels)
+    for values, count in sorted(counts.items()):
+        family.add_metric(values, count)
+    return family
 
 
 def _counter(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:

@@ -241,7 +241,7 @@ def make_bench(letters: Tokenizer) -> Callable[..., Bench]:
             clock=FakeClock(),
             draw_seed=lambda: 1000,
         )
-        client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
         return Bench(dispatcher, client, app, config)
 
     return make

@@ -18,7 +18,7 @@ BOUND_S = 60.0
 
 @asynccontextmanager
 async def served(bench: Any) -> AsyncIterator[str]:
-    server = http_server(bench.app, bench.config)
+    server = http_server(bench.app, bench.app.traffic, bench.config)
     task = asyncio.create_task(server.serve())
     async with asyncio.timeout(BOUND_S):
         while not server.started:

@@ -91,7 +91,7 @@ def serve_worker(
             own_health=lambda: supervisor.health,
         )
         log.info("%s worker at %s is loading %s", engine.role, url, checkpoint.path)
-        stop.http = http_server(app, server)
+        stop.http = http_server(app, app.traffic, server)
         if engine.role == UNIFIED:
             example = curl_example(url, api_key=shown_key(server.api_key))
         else:
@@ -127,7 +127,7 @@ def serve_router(
             sampling_defaults=_sampling_defaults(checkpoint, text),
         )
         log.info("router at http://%s for %s", name, checkpoint.name)
-        stop.http = http_server(app, server)
+        stop.http = http_server(app, app.traffic, server)
         url = f"http://{name}"
         example = curl_example(url, api_key=shown_key(server.api_key))
         ready = _say_ready(url, None if stop_with_stdin else example)

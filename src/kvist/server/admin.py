@@ -29,6 +29,11 @@ _STORAGE_ACTIONS: Mapping[str, Literal["tell", "attach", "detach"]] = {
     "PUT": "attach",
     "DELETE": "detach",
 }
+_WELCOME = {
+    "server": "Kvist, which serves a large language model",
+    "generate": ["POST /v1/chat/completions", "POST /v1/completions", "POST /generate"],
+    "look": ["GET /v1/models", "GET /ready", "GET /server_info", "GET /metrics"],
+}
 _TIERS: dict[str, FlushTier] = {"device": "device", "host": "host"}
 _TEXT = [(b"content-type", metrics.CONTENT_TYPE.encode())]
 
@@ -38,6 +43,12 @@ class Admin:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+
+    async def root(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What somebody reads who opens the address in a browser."""
+        del scope, receive
+        needs_key = bool(self._gateway.config.api_key)
+        await send_json(send, {"api_key": "required" if needs_key else "not required", **_WELCOME})
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         """This process answers. Says nothing of the engines: see `ready`."""

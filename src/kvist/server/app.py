@@ -1,8 +1,10 @@
-"""The gateway's HTTP application: routes, the API key, request ids, and errors in OpenAI's shape.
+"""The gateway's HTTP application: routes, request ids, the checks at the door, and errors in OpenAI's shape.
+
+    Front: request id, access log, counts → CORS, where pages are allowed → Door: Host, key, page, type → routes
 
 `build_app` composes it; nothing here keeps state. Endpoints are raw ASGI callables, because a token must not pay for a
-response object. A KvistError that no endpoint handled becomes its status and body here, in one place; a client that
-left gets nothing.
+response object. A KvistError that no endpoint handled becomes its status and body in `Door`, in one place; a client
+that left gets nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,8 +34,10 @@ from kvist.server.later import NOT_SERVED, NotServed
 from kvist.server.model_pages import ModelPages
 from kvist.server.native import native_job
 from kvist.server.openai import chat_job, completion_job
+from kvist.server.pages import PageGuard, check_host_header
 from kvist.server.respond import Job, respond
 from kvist.server.sampling import MAX_SEED
+from kvist.server.traffic import TokenCounts, Traffic, exchange_of
 from kvist.server.work import BodyBudget, WorkPool
 from kvist.server.worker_metrics import worker_families
 from kvist.text import SamplingDefaults, Tokenizer
@@ -40,7 +45,9 @@ from kvist.wire import EngineHealth, EngineSpec
 
 log = logging.getLogger(__name__)
 
-_OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no key
+_OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # probes carry no key, and / says that one is needed
+_PAGE_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
+_PAGE_HEADERS = ("x-request-id", "x-kvist-ignored", "retry-after")  # of a response, for scripts of a page
 _MAX_REQUEST_ID_CHARS = 128
 _FREE_BODY_BYTES = 64 << 10  # about what uvicorn reads ahead of us
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -63,7 +70,7 @@ def build_app(
     own_health: Callable[[], EngineHealth | None] = no_engine,
     clock: Clock | None = None,
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED),
-) -> ASGIApp:
+) -> Front:
     """`model_name` is used unless the config renames it. Without a tokenizer (a prefill or decode worker's own HTTP)
     generation is refused with a pointer to the router. `model_path` is what clients on this host may read the tokenizer
     from. `own_engine` and `own_health` are what /server_info calls `engine` and `engine_health`."""
@@ -84,12 +91,23 @@ def build_app(
         sampling_defaults=sampling_defaults or SamplingDefaults(),
         bodies=BodyBudget(limit_bytes=config.max_total_body_bytes, free_bytes=_FREE_BODY_BYTES),
     )
-    return Front(Router(_routes(gateway, model_path)), config)
+    routes = _routes(gateway, model_path)
+    door: ASGIApp = Door(Router(routes), config)
+    if config.allowed_origins:
+        door = CORSMiddleware(
+            door,
+            allow_origins=config.allowed_origins,
+            allow_methods=_PAGE_METHODS,
+            allow_headers=("*",),
+            expose_headers=_PAGE_HEADERS,
+        )
+    paths = [route.path.replace(":path", "") for route in routes]
+    return Front(door, Traffic(gateway.metrics, gateway.clock, paths=paths, access_log=config.access_log))
 
 
 def _routes(gateway: Gateway, model_path: str | None) -> list[Route]:
     admin, model = Admin(gateway), ModelPages(gateway, model_path)
-    get, post, both = ["GET"], ["POST"], ["GET", "POST"]
+    get, post = ["GET"], ["POST"]
     table: list[tuple[str, Endpoint, list[str]]] = [
         ("/v1/chat/completions", _generation(gateway, chat_job), post),
         ("/v1/completions", _generation(gateway, completion_job), post),
@@ -104,11 +122,12 @@ def _routes(gateway: Gateway, model_path: str | None) -> list[Route]:
         ("/detokenize", admin.detokenize, post),
         ("/v1/tokenize", admin.tokenize, post),
         ("/v1/detokenize", admin.detokenize, post),
+        ("/", admin.root, get),
         ("/health", admin.health, get),
         ("/ready", admin.ready, get),
         ("/server_info", admin.server_info, get),
         ("/get_server_info", admin.server_info, get),
-        ("/flush_cache", admin.flush_cache, both),
+        ("/flush_cache", admin.flush_cache, post),
         ("/hicache/storage-backend", admin.storage_backend, ["GET", "PUT", "DELETE"]),
         ("/metrics", admin.metrics, get),
     ]
@@ -129,52 +148,86 @@ class _Raw:
 def _generation(gateway: Gateway, make_job: Callable[[Gateway, Caller, bytes], Job]) -> Endpoint:
     async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
         job = await gateway.prepare(scope, receive, partial(make_job, gateway, caller_of(scope)))
-        await respond(gateway, job, receive, send)
+        try:
+            await respond(gateway, job, receive, send)
+        finally:
+            exchange_of(scope).tokens = _counted(job)
 
     return endpoint
+
+
+def _counted(job: Job) -> TokenCounts:
+    first = [choice for choice in job.choices if not choice.repeats_prompt]
+    return TokenCounts(
+        num_prompt=sum(choice.request.num_prompt_tokens for choice in first),
+        num_output=sum(len(choice.token_ids) for choice in job.choices),
+        num_cached=sum(choice.num_cached_tokens for choice in first),
+    )
 
 
 class Front:
     """The outermost layer: every request passes it once, every response gets its request id here."""
 
+    def __init__(self, inner: ASGIApp, traffic: Traffic) -> None:
+        self.traffic = traffic
+        self._inner = inner
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})  # before it is accepted
+        else:
+            await self._inner(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = _request_id(scope)
+        exchange = self.traffic.begin(scope, request_id.decode())
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
+            await send(message)
+
+        try:
+            await self._inner(scope, receive, send_with_id)
+        except ClientGone:
+            log.debug("client left: %s %s", scope["method"], scope["path"])
+        finally:
+            self.traffic.end(scope, exchange)
+
+
+class Door:
+    """Lets a request through to the routes, and turns an error into its response."""
+
     def __init__(self, router: Router, config: ServerConfig) -> None:
         self._router = router
         self._keys = Keys(config.api_key)
+        self._pages = PageGuard(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._router(scope, receive, send)
-        elif scope["type"] == "http":
-            await self._http(scope, receive, send)
-        else:  # a websocket: closed before it is accepted
-            await send({"type": "websocket.close", "code": 1000})
-
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = (b"x-request-id", _request_id(scope))
-        started = False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message = {**message, "headers": [*message["headers"], request_id]}
-            await send(message)
-
         scope["app"] = self  # so that the router raises for an unknown path, instead of answering in its own shape
         try:
-            if scope["path"] not in _OPEN_PATHS:
-                self._keys.admit(scope)
-            await self._router(scope, receive, send_with_id)
+            if scope["type"] == "http":
+                self._check(scope)
+            await self._router(scope, receive, send)
         except ClientGone:
-            log.debug("client left: %s %s", scope["method"], scope["path"])
+            raise
         except Exception as error:
             known = _known(error)
             if known is None:
                 log.exception("bug while answering %s %s", scope["method"], scope["path"])
                 known = EngineError("internal error in the gateway; see its log")
-            if started:
+            if exchange_of(scope).status is not None:
                 raise  # too late for a status: the server breaks the connection off
-            await send_error(send_with_id, known, more_headers=_allowed_methods(error))
+            await send_error(send, known, more_headers=_allowed_methods(error))
+
+    def _check(self, scope: Scope) -> None:
+        check_host_header(scope)
+        if scope["path"] not in _OPEN_PATHS:
+            self._keys.admit(scope)
+            self._pages.check(scope)
 
 
 def _known(error: Exception) -> KvistError | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from kvist.config import check_api_key, option
 from kvist.errors import ConfigError
@@ -34,6 +35,18 @@ class ServerConfig:
         "whose cached prefixes a request may use: everybody's who sends the same cache_salt, or only those of requests "
         "with the same API key",
         choices=(TENANT_NONE, TENANT_API_KEY),
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (),
+        "web pages that may use this server, as https://HOST[:PORT]; * allows all pages. Without this option browsers "
+        "let no other page read an answer",
+    )
+    access_log: bool = option(
+        True, "log one line for each HTTP request; successful /health, /ready and /metrics only at --log-level debug"
+    )
+    max_connections: int = option(2048, "HTTP connections open at once; more are answered 503 and closed", minimum=1)
+    header_timeout_s: float = option(
+        30.0, "longest time a request's header may take to arrive; slower ones get 408", unit="s", minimum=0.001
     )
     served_model_name: str | None = option(None, "model name in the API; default: the model's own name")
     max_body_bytes: int = option(8 << 20, "largest HTTP body accepted", unit="bytes", minimum=1024)
@@ -83,9 +96,21 @@ class ServerConfig:
                 "--incremental-streaming-output repeats nothing and --cumulative-logprobs repeats logprobs: give one",
                 param="cumulative_logprobs",
             )
+        for origin in self.allowed_origins:
+            _check_origin(origin)
 
     @property
     def stream_form(self) -> StreamForm:
         if self.incremental_streaming_output:
             return StreamForm.INCREMENTAL
         return StreamForm.CUMULATIVE if self.cumulative_logprobs else StreamForm.TEXT
+
+
+def _check_origin(origin: str) -> None:
+    parts = urlsplit(origin)
+    exact = parts.scheme in ("http", "https") and parts.hostname and origin == f"{parts.scheme}://{parts.netloc}"
+    if origin != "*" and not exact:
+        raise ConfigError(
+            f"--allowed-origins: {origin!r} is not an origin; write https://HOST or https://HOST:PORT, or * for all",
+            param="allowed_origins",
+        )

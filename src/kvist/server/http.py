@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from kvist.errors import BodyTooLarge, KvistError, RequestError, SlowBody
+from kvist.errors import KvistError, RequestError, SlowBody
+from kvist.server.encoding import body_decoder, body_too_large
 from kvist.server.work import BodyShare
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -30,18 +31,21 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 
 async def read_body(scope: Scope, receive: Receive, share: BodyShare, *, limit_bytes: int, timeout_s: float) -> bytes:
-    """The whole body. Raises `BodyTooLarge` as soon as it is known to be, `Overloaded` when the server holds too many
-    bytes of bodies already, `ClientGone` when it breaks off, `SlowBody` when it does not arrive in time."""
+    """The whole body, decompressed. Raises `BodyTooLarge` as soon as it is known to be, `Overloaded` when the server
+    holds too many bytes of bodies already, `ClientGone` when it breaks off, `SlowBody` when it does not arrive in time,
+    `UnsupportedMediaType` for a coding that we do not read."""
+    decode = body_decoder(header(scope, b"content-encoding"), share, limit_bytes)
     declared = header(scope, b"content-length")
     if declared is not None and declared.isdigit():
         if len(declared) > _MAX_LENGTH_DIGITS or int(declared) > limit_bytes:
-            raise _too_large(limit_bytes)
+            raise body_too_large(limit_bytes)
         share.grow_to(int(declared))  # all of it, so that bodies that have begun can end
     try:
         async with asyncio.timeout(timeout_s):
-            return await _collect_body(receive, share, limit_bytes)
+            body = await _collect_body(receive, share, limit_bytes)
     except TimeoutError as error:
         raise SlowBody(f"the request body did not arrive within {timeout_s:g} s (--body-timeout-s)") from error
+    return body if decode is None else await decode(body)
 
 
 async def _collect_body(receive: Receive, share: BodyShare, limit_bytes: int) -> bytes:
@@ -53,15 +57,11 @@ async def _collect_body(receive: Receive, share: BodyShare, limit_bytes: int) ->
         piece: bytes = message.get("body", b"")
         num_bytes += len(piece)
         if num_bytes > limit_bytes:
-            raise _too_large(limit_bytes)
+            raise body_too_large(limit_bytes)
         share.grow_to(num_bytes)
         pieces.append(piece)
         if not message.get("more_body", False):
             return b"".join(pieces)
-
-
-def _too_large(limit_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the request body is over the limit of {limit_bytes} bytes (--max-body-bytes)")
 
 
 async def send_bytes(send: Send, body: bytes, *, status: int = 200, headers: Headers = (JSON_TYPE,)) -> None:
@@ -86,13 +86,18 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MAX_ERROR_CHARS else f"{text[:_MAX_ERROR_CHARS]}…"
 
 
-async def send_error(send: Send, error: KvistError, *, more_headers: Headers = ()) -> None:
-    headers = [*more_headers]
+def error_headers(error: KvistError) -> list[tuple[bytes, bytes]]:
+    headers = []
     if error.retryable or error.retry_after_s is not None:
         retry_after_s = _DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
         headers.append((b"retry-after", str(max(1, round(retry_after_s))).encode()))
     if error.http_status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    return headers
+
+
+async def send_error(send: Send, error: KvistError, *, more_headers: Headers = ()) -> None:
+    headers = [*more_headers, *error_headers(error)]
     await send_json(send, error_object(error), status=error.http_status, headers=headers)
 
 

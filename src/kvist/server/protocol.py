@@ -1,0 +1,265 @@
+"""uvicorn's HTTP protocol with bounds on what a client may send before anybody has looked at it.
+
+    connected ──first byte──► header ──complete──► request (app.py) ──answered──► idle ──first byte──► header ...
+        │ too many: 503         │ too large: 431        │ the body never ended: closed
+        └ silent: closed        └ too slow: 408, broken: 400
+
+httptools keeps an unfinished line as long as it grows, in a header, a trailer or a chunk's extension alike: whatever
+the parser swallows without telling of it is counted, and bounded. A connection that is refused is read on for a moment
+without listening, since closing at once would take the answer away from a client that still sends.
+
+It also answers HTTP/1.0, which has no chunked coding: there the end of the connection ends a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httptools
+import msgspec
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from kvist.errors import HeaderTooLarge, KvistError, RequestError, SlowHeader, Unavailable
+from kvist.server.http import JSON_TYPE, Headers, error_headers, error_object
+from kvist.server.traffic import Traffic
+
+MAX_HEADER_BYTES = 64 << 10
+MAX_HEADER_LINES = 100
+_MAX_PIPELINED = 16  # requests that may wait for the one before them on their connection
+_PIECE_BYTES = 64 << 10  # fed to the parser at once
+_LINGER_S = 1.0  # how long a refused client may go on sending
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    max_connections: int
+    header_timeout_s: float
+
+
+def bounded_protocol(bounds: Bounds, traffic: Traffic) -> Callable[..., asyncio.Protocol]:
+    """What uvicorn calls for each connection."""
+
+    def make(*args: Any, **kwargs: Any) -> asyncio.Protocol:
+        return BoundedProtocol(bounds, traffic, *args, **kwargs)
+
+    return make
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    def __init__(self, bounds: Bounds, traffic: Traffic, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._bounds = bounds
+        self._traffic = traffic
+        self._error: KvistError | None = None  # raised through the parser, which does not keep it
+        self._deaf = False  # nothing that comes is looked at any more
+        self._in_header = False
+        self._has_progress = False  # the parser has told of something in this piece
+        self._num_silent_bytes = 0  # swallowed since it last did
+        self._num_header_bytes = 0
+        self._header_timer: asyncio.TimerHandle | None = None
+
+    # ---------------------------------------------------------------- the connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._bounds.max_connections:
+            error = Unavailable(
+                f"{self._bounds.max_connections} connections are open, the most this server takes (--max-connections)"
+            )
+            self._deaf = True
+            self._traffic.connection_refused(self.client, error.message)
+            transport.write(_response(error))
+            transport.close()
+            return
+        self._time_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_header_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
+        self._unset_keepalive_if_required()
+        for start in range(0, len(data), _PIECE_BYTES):
+            self._feed(data[start : start + _PIECE_BYTES])
+            if self._deaf:
+                return
+
+    def _feed(self, piece: bytes) -> None:
+        self._has_progress = False
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade:  # to a protocol we do not speak: answered as the plain request it also is
+            self._deaf = True
+        except httptools.HttpParserError:
+            self._refuse(self._error or RequestError("what came is not valid HTTP/1.1"))
+        else:
+            self._num_silent_bytes = 0 if self._has_progress else self._num_silent_bytes + len(piece)
+            if self._num_silent_bytes > MAX_HEADER_BYTES:
+                self._refuse(_too_large())
+
+    # ---------------------------------------------------------------- what the parser tells
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_header, self._num_header_bytes = True, 0
+        self._has_progress = True
+        if self._header_timer is None:
+            self._time_header()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count_header(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:  # a trailer, too
+        super().on_header(name, value)
+        self._count_header(len(name) + len(value) + len(": \r\n"))
+
+    def on_headers_complete(self) -> None:
+        self._has_progress = True
+        self._stop_header_timer()
+        if len(self.pipeline) >= _MAX_PIPELINED:
+            self._fail(RequestError(f"more than {_MAX_PIPELINED} requests wait on one connection"))
+        super().on_headers_complete()
+        self._in_header = False
+        if self.parser.should_upgrade():
+            self.cycle.keep_alive = False
+
+    def on_chunk_header(self) -> None:
+        self._has_progress = True
+
+    def on_body(self, body: bytes) -> None:
+        self._has_progress = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._has_progress = True
+        super().on_message_complete()
+
+    def _count_header(self, num_bytes: int) -> None:
+        self._num_header_bytes += num_bytes
+        if self._num_header_bytes > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADER_LINES:
+            self._fail(_too_large())
+
+    def _fail(self, error: KvistError) -> None:
+        self._error = error
+        raise error
+
+    # ---------------------------------------------------------------- answers
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        super()._start_asgi_task(cycle, app if cycle.scope["http_version"] != "1.0" else _until_close(app, cycle))
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.more_body and not self.pipeline and not self.transport.is_closing():
+            self._close_gently()  # answered before the body had come: what still comes is nobody's
+
+    def _refuse(self, error: KvistError) -> None:
+        """Ends what cannot be read any further. A response that has begun is finished first."""
+        self._deaf = True
+        self._stop_header_timer()
+        self._traffic.refused(error.http_status, self.client, error.message)
+        if self.pipeline:
+            self.transport.close()
+            return
+        under_way = self.cycle is not None and not self.cycle.response_complete
+        if under_way and (self._in_header or self.cycle.response_started):
+            self.cycle.keep_alive = False
+            return
+        if under_way:  # its own body is broken
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.write(_response(error))
+        self._close_gently()
+
+    def _close_gently(self) -> None:
+        self._deaf = True
+        self.flow.resume_reading()
+        self._unset_keepalive_if_required()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.loop.call_later(_LINGER_S, self.transport.close)
+        else:
+            self.transport.close()
+
+    # ---------------------------------------------------------------- time
+
+    def _time_header(self) -> None:
+        self._header_timer = self.loop.call_later(self._bounds.header_timeout_s, self._header_is_late)
+
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _header_is_late(self) -> None:
+        self._header_timer = None
+        if self._in_header:
+            limit_s = self._bounds.header_timeout_s
+            self._refuse(SlowHeader(f"the request header did not arrive within {limit_s:g} s (--header-timeout-s)"))
+        else:  # not a byte has come
+            self.transport.close()
+
+
+def _too_large() -> HeaderTooLarge:
+    return HeaderTooLarge(
+        f"the request header is over the limit of {MAX_HEADER_BYTES} bytes or {MAX_HEADER_LINES} lines"
+    )
+
+
+def _response(error: KvistError) -> bytes:
+    body = msgspec.json.encode(error_object(error))
+    headers: Headers = [
+        JSON_TYPE,
+        *error_headers(error),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    return _head(error.http_status, headers) + body
+
+
+def _head(status: int, headers: Headers) -> bytes:
+    return STATUS_LINE[status] + b"".join(name + b": " + value + b"\r\n" for name, value in headers) + b"\r\n"
+
+
+def _until_close(app: Any, cycle: RequestResponseCycle) -> Any:
+    """`app` for an HTTP/1.0 request: a response of unknown length is sent as it is, and its end closes."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        is_raw = False
+
+        async def send_raw(message: Message) -> None:
+            nonlocal is_raw
+            if message["type"] == "http.response.start":
+                headers: Headers = [*cycle.default_headers, *message["headers"]]
+                is_raw = scope["method"] != "HEAD" and all(name != b"content-length" for name, _ in headers)
+                if is_raw and not cycle.disconnected:
+                    cycle.response_started = True
+                    cycle.transport.write(_head(message["status"], [*headers, (b"connection", b"close")]))
+            if not is_raw:
+                await send(message)
+            elif message["type"] == "http.response.body":
+                await _send_piece(cycle, message)
+
+        await app(scope, receive, send_raw)
+
+    return answer
+
+
+async def _send_piece(cycle: RequestResponseCycle, message: Message) -> None:
+    if cycle.flow.write_paused and not cycle.disconnected:
+        await cycle.flow.drain()
+    if cycle.disconnected:
+        return
+    cycle.transport.write(message.get("body", b""))
+    if not message.get("more_body", False):
+        cycle.response_complete = True
+        cycle.message_event.set()
+        cycle.transport.close()
+        cycle.on_response()

@@ -1,0 +1,106 @@
+"""What became of every HTTP request, answered or refused: a line in the access log and a count in /metrics.
+
+app.py keeps an `Exchange` for each request it sees; protocol.py reports what it refuses before there is a request. The
+query string is not logged: it may hold what others should not read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from starlette.types import Scope
+
+from kvist.clock import Clock
+from kvist.metrics import GatewayMetrics
+
+CLIENT_LEFT = 499  # nginx's status for a client that closed before there was an answer
+_SCOPE_KEY = "kvist.exchange"
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
+_QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds
+_MAX_PATH_CHARS = 256
+
+log = logging.getLogger("kvist.access")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCounts:
+    num_prompt: int
+    num_output: int
+    num_cached: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Exchange:
+    """One request and its answer. Written by the task that answers it."""
+
+    request_id: str
+    start_s: float
+    status: int | None = None  # None: nothing has been answered yet
+    tokens: TokenCounts | None = None
+
+
+def exchange_of(scope: Scope) -> Exchange:
+    exchange: Exchange = scope[_SCOPE_KEY]
+    return exchange
+
+
+class Traffic:
+    def __init__(
+        self, metrics: GatewayMetrics, clock: Clock, *, paths: Collection[str], access_log: bool = True
+    ) -> None:
+        """`paths` become label values; all others are counted as "other"."""
+        self._metrics = metrics
+        self._clock = clock
+        self._paths = frozenset(path for path in paths if "{" not in path)
+        self._prefixes = [path.partition("{")[0] for path in paths if "{" in path]
+        self._access_log = access_log
+
+    def begin(self, scope: Scope, request_id: str) -> Exchange:
+        exchange = Exchange(request_id=request_id, start_s=self._clock.now_s())
+        scope[_SCOPE_KEY] = exchange
+        return exchange
+
+    def end(self, scope: Scope, exchange: Exchange) -> None:
+        status = CLIENT_LEFT if exchange.status is None else exchange.status
+        method, path = scope["method"], scope["path"]
+        label = self._label(path)
+        self._metrics.num_http_requests[method if method in _METHODS else "other", label, str(status)] += 1
+        level = logging.DEBUG if path in _QUIET_PATHS and status < 400 else logging.INFO
+        if not self._access_log or not log.isEnabledFor(level):
+            return
+        took_ms = (self._clock.now_s() - exchange.start_s) * 1000
+        tokens = exchange.tokens
+        counted = "" if tokens is None else " in=%d out=%d cached=%d"
+        numbers = () if tokens is None else (tokens.num_prompt, tokens.num_output, tokens.num_cached)
+        log.log(
+            level,
+            "%s %s %d %.1f ms" + counted + " id=%s client=%s",
+            method,
+            path[:_MAX_PATH_CHARS],
+            status,
+            took_ms,
+            *numbers,
+            exchange.request_id,
+            _address(scope.get("client")),
+        )
+
+    def refused(self, status: int, client: tuple[str, int] | None, why: str) -> None:
+        """What the client sent never became a request."""
+        self._metrics.num_http_requests["other", "other", str(status)] += 1
+        if self._access_log:
+            log.info("- - %d client=%s: %s", status, _address(client), why)
+
+    def connection_refused(self, client: tuple[str, int] | None, why: str) -> None:
+        self._metrics.num_refused_connections += 1
+        self.refused(503, client, why)
+
+    def _label(self, path: str) -> str:
+        if path in self._paths:
+            return path
+        return next((f"{prefix}*" for prefix in self._prefixes if path.startswith(prefix)), "other")
+
+
+def _address(client: tuple[str, int] | None) -> str:
+    return "?" if client is None else f"{client[0]}:{client[1]}"

@@ -1,0 +1,97 @@
+"""Every HTTP request leaves a line and a count, refused ones too; the root says what answers here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+CHAT = b'{"messages":[{"role":"user","content":"hi"}]}'
+
+
+def lines(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[str]:
+    found = [record for record in caplog.records if record.name == "kvist.access" and record.levelno >= level]
+    return [record.getMessage() for record in found]
+
+
+async def test_a_request_leaves_a_line_with_its_tokens_and_id(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        await bench.client.post("/v1/chat/completions?secret=1", content=CHAT, headers={"x-request-id": "abc"})
+    (line,) = lines(caplog)
+    assert line.startswith("POST /v1/chat/completions 200 ")
+    assert " ms in=19 out=6 cached=4 id=abc client=" in line
+    assert "secret" not in line
+
+
+async def test_a_client_that_left_is_a_499(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def gone() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        raise AssertionError(message)
+
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost")],
+        "client": None,
+    }
+    with caplog.at_level(logging.INFO):
+        await bench.app(scope, gone, send)
+    assert lines(caplog)[0].startswith("POST /v1/completions 499 ")
+
+
+async def test_refused_requests_are_seen_and_counted_by_route_and_status(
+    make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = make_bench(api_key=("k",))
+    keyed = {"authorization": "Bearer k"}
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            await bench.client.post("/v1/chat/completions", content=CHAT)
+        await bench.client.post("/v1/completions", content=b"x", headers={**keyed, "content-type": "text/plain"})
+        await bench.client.get("/v1/models/a/b", headers=keyed)
+        await bench.client.get("/made/up", headers=keyed)
+        await bench.client.request("BREW", "/pot", headers=keyed)
+        await bench.client.get("/health")
+    assert [line.split()[2] for line in lines(caplog)] == ["401", "401", "415", "404", "404", "404"]
+    told = (await bench.client.get("/metrics", headers=keyed)).text
+    for labels, count in (
+        ('method="POST",path="/v1/chat/completions",status="401"', 2),
+        ('method="POST",path="/v1/completions",status="415"', 1),
+        ('method="GET",path="/v1/models/*",status="404"', 1),
+        ('method="GET",path="other",status="404"', 1),
+        ('method="other",path="other",status="404"', 1),
+        ('method="GET",path="/health",status="200"', 1),
+    ):
+        assert f"kvist:http_requests_total{{{labels}}} {count}.0" in told
+
+
+async def test_probes_are_logged_when_they_fail_and_the_log_can_be_switched_off(
+    make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = make_bench()
+    bench.dispatcher.can_serve = False
+    with caplog.at_level(logging.INFO):
+        await bench.client.get("/health")
+        await bench.client.get("/ready")
+        assert [line.split()[:3] for line in lines(caplog)] == [["GET", "/ready", "503"]]
+        await make_bench(access_log=False).client.get("/nowhere")
+    assert len(lines(caplog)) == 1
+
+
+async def test_the_root_says_what_answers_here_and_where_to_look(make_bench: Callable[..., Any]) -> None:
+    told = (await make_bench().client.get("/")).json()
+    assert "Kvist" in told["server"]
+    assert "POST /v1/chat/completions" in told["generate"]
+    bench = make_bench(api_key=("k",))
+    assert (await bench.client.get("/")).json()["api_key"] == "required"
+    for entry in [*told["generate"], *told["look"]]:
+        method, path = entry.split()
+        response = await bench.client.request(method, path, headers={"authorization": "Bearer k"})
+        assert response.status_code not in (404, 405), entry

@@ -1,0 +1,147 @@
+"""Pages in a browser: those that the operator named may use the server, no other page can make it do anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from kvist import settings
+from kvist.errors import ConfigError
+
+PAGE = "https://chat.example"
+EVIL = "https://evil.example"
+CHAT = b'{"messages":[{"role":"user","content":"hi"}]}'
+JSON = {"content-type": "application/json"}
+
+
+def message_of(response: httpx.Response) -> str:
+    message: str = response.json()["error"]["message"]
+    return message
+
+
+# ---------------------------------------------------------------- pages that nobody named
+
+
+@pytest.mark.case("cross-site")
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate", "/tokenize", "/flush_cache"])
+async def test_a_body_of_a_type_that_any_page_can_send_is_a_415_that_names_the_header(
+    bench: Any, path: str, kind: str
+) -> None:
+    response = await bench.client.post(path, content=CHAT, headers={"content-type": kind})
+    assert response.status_code == 415
+    assert "'Content-Type: application/json'" in message_of(response)
+    assert bench.dispatcher.requests == []
+    assert bench.dispatcher.flushed == []
+
+
+@pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8", "application/x.y+json", None])
+async def test_json_needs_no_exact_spelling_and_a_type_may_be_left_out(bench: Any, kind: str | None) -> None:
+    headers = {} if kind is None else {"content-type": kind}
+    response = await bench.client.post("/v1/chat/completions", content=CHAT, headers=headers)
+    assert response.status_code == 200
+
+
+@pytest.mark.case("cross-site")
+async def test_nothing_changes_by_get(bench: Any) -> None:
+    response = await bench.client.get("/flush_cache")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    assert bench.dispatcher.flushed == []
+
+
+@pytest.mark.case("cross-site")
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+@pytest.mark.parametrize("origin", [EVIL, "null", "https://localhost.evil.example", "http://[", "file://"])
+async def test_on_loopback_without_a_key_a_foreign_origin_is_refused(
+    make_bench: Callable[..., Any], host: str, origin: str
+) -> None:
+    bench = make_bench(host=host)
+    response = await bench.client.post("/flush_cache", headers={"origin": origin})
+    assert response.status_code == 403
+    assert bench.dispatcher.flushed == []
+
+
+@pytest.mark.case("cross-site")
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:30000", "127.0.0.1.evil.example", "", "[", "10.0.0.1"])
+async def test_on_loopback_without_a_key_a_foreign_host_is_refused(bench: Any, host: str) -> None:
+    for path, method in (("/v1/models", "GET"), ("/metrics", "GET"), ("/hicache/storage-backend", "PUT")):
+        response = await bench.client.request(method, path, headers={**JSON, "host": host}, content=b"{}")
+        assert response.status_code == 403
+        assert "--api-key" in message_of(response)
+    assert bench.dispatcher.storage_asked == []
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:30000", "127.0.0.1:1", "[::1]:30000", "LOCALHOST.", "a.localhost"]
+)
+async def test_every_name_of_this_machine_is_its_own_host_and_origin(bench: Any, host: str) -> None:
+    response = await bench.client.get("/v1/models", headers={"host": host, "origin": f"http://{host}"})
+    assert response.status_code == 200
+
+
+async def test_where_a_key_is_asked_for_or_the_address_is_public_names_are_free(
+    make_bench: Callable[..., Any],
+) -> None:
+    foreign = {"host": "kvist.example", "origin": "https://kvist.example"}
+    keyed = {**foreign, "authorization": "Bearer k"}
+    assert (await make_bench(host="0.0.0.0").client.get("/v1/models", headers=foreign)).status_code == 200
+    assert (await make_bench(api_key=("k",)).client.get("/v1/models", headers=keyed)).status_code == 200
+    named = make_bench(allowed_origins=("https://kvist.example",))
+    assert (await named.client.get("/v1/models", headers=foreign)).status_code == 200
+
+
+# ---------------------------------------------------------------- pages that are named
+
+
+def preflight(origin: str, headers: str = "authorization, content-type, x-stainless-os") -> dict[str, str]:
+    return {
+        "origin": origin,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": headers,
+    }
+
+
+@pytest.mark.case("cors")
+@pytest.mark.parametrize(("allowed", "answered"), [((PAGE,), PAGE), ((PAGE, "http://b"), PAGE), (("*",), "*")])
+async def test_a_page_of_an_allowed_origin_may_ask_and_read_streams_and_errors(
+    make_bench: Callable[..., Any], allowed: tuple[str, ...], answered: str
+) -> None:
+    bench = make_bench(allowed_origins=allowed, api_key=("k",))
+    asked = await bench.client.options("/v1/chat/completions", headers=preflight(PAGE))  # carries no key
+    assert asked.status_code == 200
+    assert asked.headers["access-control-allow-origin"] == answered
+    assert "POST" in asked.headers["access-control-allow-methods"]
+    assert "authorization" in asked.headers["access-control-allow-headers"]
+    body = CHAT[:-1] + b',"stream":true}'
+    keyed = {**JSON, "origin": PAGE, "authorization": "Bearer k"}
+    stream = await bench.client.post("/v1/chat/completions", content=body, headers=keyed)
+    assert stream.text.endswith("data: [DONE]\n\n")
+    unkeyed = await bench.client.post("/v1/chat/completions", content=body, headers={**JSON, "origin": PAGE})
+    assert unkeyed.status_code == 401
+    for response in (stream, unkeyed):
+        assert response.headers["access-control-allow-origin"] == answered
+        assert "x-request-id" in response.headers["access-control-expose-headers"].lower()
+
+
+@pytest.mark.case("cors")
+async def test_other_origins_get_no_permission(make_bench: Callable[..., Any]) -> None:
+    for bench in (make_bench(), make_bench(allowed_origins=(PAGE,)), make_bench(host="0.0.0.0")):
+        asked = await bench.client.options("/v1/chat/completions", headers=preflight(EVIL))
+        assert asked.status_code in (400, 403, 405)
+        answer = await bench.client.post("/v1/chat/completions", content=CHAT, headers={**JSON, "origin": EVIL})
+        for response in (asked, answer):
+            assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.case("cors")
+def test_an_origin_that_is_none_is_refused_at_start() -> None:
+    read = settings.read("serve", ["--allowed-origins", PAGE, "http://localhost:3000"], {})
+    assert isinstance(read, settings.ServeSettings)
+    assert read.server.allowed_origins == (PAGE, "http://localhost:3000")
+    for wrong in ("chat.example", PAGE + "/", PAGE + "/page", "ftp://a", '["*"]', "https://"):
+        with pytest.raises(ConfigError, match="--allowed-origins"):
+            settings.read("serve", ["--allowed-origins", wrong], {})
