@@ -1,0 +1,560 @@
+"""Mutated messages by the thousand: no engine and no gateway is ended by one, and what they hold is given back.
+
+As a script it takes more of them: python tests/field/test_mutated_messages.py --messages 400000 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import logging
+import random
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+
+from kvist import wire
+from kvist.channel import EngineChannel, Member
+from kvist.clock import FakeClock
+from kvist.errors import ConfigError, KvistError, WireError
+from kvist.kv.cache import PageCache
+from kvist.request import (
+    EngineRequest,
+    EpochId,
+    FinishReason,
+    HandoffId,
+    Mode,
+    Outcome,
+    RequestId,
+    SampledToken,
+    SamplingParams,
+    WorkerId,
+)
+from kvist.router.config import RouterConfig
+from kvist.router.dispatch import Dispatcher
+from kvist.router.registry import Registry, Worker
+from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
+from kvist.scheduler.events import (
+    Event,
+    PagesVerified,
+    PeerDied,
+    SampledTokens,
+    StepFailed,
+    StepFinished,
+    WritesCompleted,
+)
+from kvist.scheduler.plan import Batch, Plan, StopWrites, VerifyPages, WritePages
+from kvist.worker.gateways import Gateways
+from kvist.worker.inbox import Inbox
+from kvist.worker.loop import EngineLoop, LoopParts
+from kvist.worker.reports import LoadReports
+
+VOCAB, NUM_PAGES, PAGE_SIZE = 50, 24, 4
+LATER_S = 1e4  # every time-out is over
+EPOCHS = {"unified": EpochId("P"), "prefill": EpochId("P"), "decode": EpochId("D")}
+POOL = wire.PoolAddress(transport="shm", location="/pool", num_pages=NUM_PAGES, page_bytes=64, layout="l")
+WEIRD: tuple[Any, ...] = (
+    *(0, 1, -1, 49, 50, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, -(2**63)),
+    *(float("nan"), float("inf"), -float("inf"), 1e308, 5e-324, -0.0, 0.5),
+    *("", "\0", "h0", "r0", "D", "P", "x" * 5000, b"", b"\xff" * 40, None, True, False),
+    *([], {}, [[]], [0] * 300, [-1], {"type": "Hello"}, ["stop"]),
+)  # fmt: skip
+
+
+def spec_of(role: str, name: str = "w") -> wire.EngineSpec:
+    return wire.EngineSpec(
+        worker_id=WorkerId(name),
+        epoch=EPOCHS[role],
+        role=role,
+        endpoint="tcp://127.0.0.1:1",
+        model_fingerprint="f",
+        model_name="m",
+        vocab_size=VOCAB,
+        max_model_len=64,
+        page_size=PAGE_SIZE,
+        num_pages=NUM_PAGES,
+        namespace="n",
+        dtype="float32",
+        tp_size=1,
+        max_running_requests=8,
+        max_queued_requests=8,
+    )
+
+
+def scheduler_of(role: str) -> Scheduler:
+    config = SchedulerConfig(
+        max_running_requests=8, max_queued_requests=8, chunked_prefill_size=8, max_prefill_tokens=16, max_model_len=64
+    )
+    cache = PageCache(num_pages=NUM_PAGES, page_size=PAGE_SIZE, namespace="n")
+    return build_scheduler(role, config, cache, EPOCHS[role], POOL)
+
+
+# ---------------------------------------------------------------- messages, right and wrong
+
+
+class Messages:
+    """Right ones whose names meet, and mutations of them."""
+
+    def __init__(self, seed: int) -> None:
+        self.dice = random.Random(seed)
+
+    def _name(self, kind: str, count: int = 12) -> str:
+        return f"{kind}{self.dice.randrange(count)}"
+
+    def to_engine(self) -> Any:
+        dice, handoff, request = self.dice, HandoffId(self._name("h")), RequestId(self._name("r"))
+        target, source = EpochId(dice.choice(("D", "D", "E"))), EpochId(dice.choice(("P", "P", "Q")))
+        kind = dice.randrange(16)
+        if kind < 8:
+            return self._submit(request, handoff, target, source)
+        page_ids = tuple(dice.sample(range(NUM_PAGES), dice.randint(0, 6)))
+        done = wire.Done(
+            handoff_id=handoff, target_epoch=target, source_epoch=source, num_pages=len(page_ids), checksum="s",
+            first_token=SampledToken(token_id=dice.randrange(VOCAB)),
+            finish_reason=dice.choice((None, FinishReason.STOP)),
+        )  # fmt: skip
+        grant = wire.Grant(
+            handoff_id=handoff, request_id=request, target_epoch=target, source_epoch=source, pool=POOL, first_page=0,
+            page_ids=page_ids,
+        )  # fmt: skip
+        return (
+            wire.Hello(gateway_id="g", resync=dice.random() < 0.1),
+            wire.Abort(request_id=request),
+            dice.choice((wire.FlushCache(call_id="c"), wire.AskStorage(call_id="c", action="attach"))),
+            grant,
+            wire.Ack(handoff_id=handoff, target_epoch=target),
+            wire.Revoke(handoff_id=handoff, target_epoch=target, reason="x"),
+            done,
+            wire.Closed(handoff_id=handoff, target_epoch=target, source_epoch=source, error_code="overloaded"),
+        )[kind - 8]
+
+    def _submit(self, request_id: RequestId, handoff: HandoffId, target: EpochId, source: EpochId) -> wire.Submit:
+        dice = self.dice
+        request = EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=tuple(dice.randrange(3) for _ in range(dice.randint(1, 20))),
+            sampling=SamplingParams(
+                max_tokens=dice.randint(1, 8), temperature=dice.random(), seed=dice.randrange(2**63),
+                num_logprobs=dice.choice((None, 0, 3)), stop_token_ids=(7,), min_tokens=dice.randrange(3),
+            ),
+            cache_salt=dice.choice(("", "s")),
+        )  # fmt: skip
+        peer = wire.PrefillPeer(worker_id=WorkerId("p"), endpoint="tcp://p", epoch=source)
+        return wire.Submit(
+            request=request, mode=dice.choice(tuple(Mode)), handoff_id=handoff, prefill=peer, target_epoch=target
+        )
+
+    def to_gateway(self, request_id: RequestId) -> Any:
+        dice = self.dice
+        chunk = wire.TokenChunk(request_id=request_id, position=dice.randrange(3), token_ids=(dice.randrange(VOCAB),))
+        ended = wire.Ended(request_id=request_id, outcome=dice.choice(tuple(Outcome)), error_code="overloaded")
+        report = wire.LoadReport(
+            sequence=dice.randrange(9), num_running=1, num_waiting=1, num_free_pages=1, num_cached_pages=1,
+            num_owned_pages=1, num_in_flight_pages=0, cached_added=(b"x" * 32,), totals={"steps": 1.0},
+        )  # fmt: skip
+        outputs = wire.StepOutputs(chunks=(chunk,), ended=(ended,) if dice.random() < 0.2 else ())
+        flushed = wire.Flushed(call_id="c", num_pages=1)
+        return dice.choice((outputs, outputs, outputs, report, wire.Welcome(spec=spec_of("unified")), flushed))
+
+    def mutated(self, message: Any) -> bytes:
+        payload = wire.encode(message)
+        kind = self.dice.random()
+        if kind < 0.4:
+            return payload
+        return self._values(payload) if kind < 0.85 else self._bytes(payload)
+
+    def _values(self, payload: bytes) -> bytes:
+        tree = msgspec.msgpack.decode(payload)
+        for _ in range(self.dice.choice((1, 1, 1, 2, 4))):
+            place = self.dice.choice(list(_places(tree)))
+            holder, key = place
+            if isinstance(holder, dict) and self.dice.random() < 0.1:
+                del holder[key]
+            else:
+                holder[key] = copy.deepcopy(self.dice.choice(WEIRD))
+            if not tree:
+                break
+        return msgspec.msgpack.encode(tree)
+
+    def _bytes(self, payload: bytes) -> bytes:
+        dice, content = self.dice, bytearray(payload)
+        for _ in range(dice.choice((1, 1, 2, 8))):
+            at = dice.randrange(len(content) + 1)
+            match dice.randrange(5):
+                case 0 if at < len(content):
+                    content[at] ^= 1 << dice.randrange(8)
+                case 1:
+                    content[at:at] = dice.randbytes(dice.randint(1, 9))
+                case 2:
+                    del content[at : at + dice.randint(1, 9)]
+                case 3:
+                    del content[at:]
+                case _:
+                    content[at:at] = content[dice.randrange(len(content) + 1) :][:400]
+        return bytes(content)
+
+
+def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
+    for key in keys:
+        yield tree, key
+        yield from _places(tree[key])
+
+
+# ---------------------------------------------------------------- an engine without sockets
+
+
+class OfflineEngine:
+    """Decoder, inbox and scheduler of one role; we are the runner, the transport and the clock."""
+
+    def __init__(self, role: str, seed: int) -> None:
+        self.dice = random.Random(seed)
+        self.gateways = Gateways(timeout_s=1e9)
+        self.inbox = Inbox(spec=spec_of(role), gateways=self.gateways, ask_storage=None)
+        self.scheduler = scheduler_of(role)
+        union: object = wire.ToEngine | wire.SourceToTarget
+        self.decoder, self.now_s, self.num_taken = wire.Decoder(union), 1.0, 0
+        self.plan = Plan()
+        self.reports: list[Event] = []
+        self.num_written: dict[HandoffId, int] = {}
+        self.answers: list[Any] = []  # of a peer that plays its part, to be mutated in their turn
+
+    def take(self, payload: bytes) -> None:
+        received = []
+        try:
+            received.append((b"gateway", self.decoder.decode(payload)))
+            self.num_taken += 1
+        except WireError:
+            pass
+        if received and isinstance(submit := received[0][1], wire.Submit) and submit.mode is Mode.PREFILL:
+            self.answers.append(grant_for(submit))
+        events, replies = self.inbox.open(received, self.now_s)  # type: ignore[arg-type]
+        for reply in replies:
+            wire.encode(reply.message)
+        self.step(events)
+
+    def step(self, events: list[Event]) -> None:
+        self.now_s += self.dice.choice((0.001, 0.01, 0.2))
+        self.plan = self.scheduler.step(self.now_s, [*self.reports, *events])
+        self.reports = []
+        self._carry_out(self.plan)
+
+    def _carry_out(self, plan: Plan) -> None:
+        for ended in plan.ended:
+            self.gateways.end_request(ended.request_id)
+        wire.encode(wire.StepOutputs(chunks=plan.chunks, ended=plan.ended))
+        for order in plan.messages:
+            wire.encode(order.message)
+            if isinstance(order.message, wire.Grant):
+                assert all(0 <= page_id < NUM_PAGES for page_id in order.message.page_ids)
+                self.answers.append(done_for(order.message))
+            elif isinstance(order.message, wire.Done):
+                self.answers.append(wire.Ack(handoff_id=order.message.handoff_id, target_epoch=EpochId("D")))
+        for job in plan.transfers:
+            self._transfer(job)
+        if plan.batch is not None:
+            self.reports.append(self._computed(plan.batch))
+
+    def _transfer(self, job: WritePages | VerifyPages | StopWrites) -> None:
+        written = self.num_written
+        if isinstance(job, VerifyPages):
+            self.reports.append(PagesVerified(handoff_id=job.handoff_id, checksum=self.dice.choice("sx")))
+            return
+        if isinstance(job, WritePages):
+            assert len(job.page_ids) == len(job.peer_page_ids)
+            assert all(0 <= page_id < NUM_PAGES for page_id in job.page_ids)
+            assert all(0 <= page_id < job.pool.num_pages for page_id in job.peer_page_ids)
+            written[job.handoff_id] = written.get(job.handoff_id, 0) + len(job.page_ids)
+        count = written.get(job.handoff_id, 0)
+        self.reports.append(WritesCompleted(handoff_id=job.handoff_id, num_pages=count, checksum="s"))
+
+    def _computed(self, batch: Batch) -> Event:
+        check_computable(batch)
+        if self.dice.random() < 0.02:
+            return StepFailed(step_id=batch.step_id, message="the device is on fire")
+        num_tokens = sum(item.sampling is not None for item in batch.items)
+        token_ids = [self.dice.randrange(VOCAB) for _ in range(num_tokens)]
+        return StepFinished(step_id=batch.step_id, sampled=SampledTokens(token_ids=token_ids))
+
+    def settle(self) -> None:
+        """Every request is aborted, every peer dies: nothing may be held for anybody."""
+        self.step([wire.Abort(request_id=request_id) for request_id, _ in self.gateways.all_requests()])
+        for _ in range(4):
+            self.now_s += LATER_S
+            self.step([PeerDied(epoch=epoch) for epoch in sorted(self.plan.watched_epochs)])
+        # A peer that answers: what is in quarantine comes back. Prefill holds pages until decode has answered Done.
+        pages = self.scheduler.load().pages
+        assert (pages.owned, pages.in_flight) == (0, 0), pages
+        assert pages.free + pages.cached == pages.total
+        assert not self.scheduler.has_work()
+
+
+def grant_for(submit: wire.Submit) -> wire.Grant:
+    num_tokens = len(submit.request.prompt_token_ids) + len(submit.request.output_token_ids)
+    return wire.Grant(
+        handoff_id=submit.handoff_id or HandoffId(""),
+        request_id=submit.request.request_id,
+        target_epoch=EpochId("D"),
+        source_epoch=EpochId("P"),
+        pool=POOL,
+        first_page=0,
+        page_ids=tuple(range(-(-num_tokens // PAGE_SIZE))),
+    )
+
+
+def done_for(grant: wire.Grant) -> wire.Done:
+    return wire.Done(
+        handoff_id=grant.handoff_id,
+        target_epoch=grant.target_epoch,
+        source_epoch=grant.source_epoch,
+        num_pages=len(grant.page_ids),
+        checksum="s",
+        first_token=SampledToken(token_id=1),
+    )
+
+
+def check_computable(batch: Batch) -> None:
+    """As a runner needs it: one bad value would fail the whole batch."""
+    from kvist.runner.columns import Roster
+    from kvist.runner.sampler import noise_key_words
+
+    Roster.of([item.request_id for item in batch.items], [item.sampling for item in batch.items])
+    wanted = [item for item in batch.items if item.sampling is not None]
+    noise_key_words([item.sampling.seed for item in wanted if item.sampling], [item.end for item in wanted])
+    for item in batch.items:
+        assert all(0 <= token_id < VOCAB for token_id in item.token_ids)
+        assert all(0 <= page_id < NUM_PAGES for page_id in item.page_ids)
+        assert len(item.page_ids) * PAGE_SIZE >= item.end
+        if item.sampling is not None:
+            assert (item.sampling.num_logprobs or 0) >= 0
+
+
+def fuzz_engine(role: str, seed: int, num_messages: int) -> OfflineEngine:
+    messages, engine = Messages(seed), OfflineEngine(role, seed)
+    for number in range(num_messages):
+        answers, engine.answers = engine.answers, []
+        for message in [*answers[:4], messages.to_engine()]:
+            engine.take(messages.mutated(message))
+        if number % 500 == 499:
+            engine.settle()
+    engine.settle()
+    return engine
+
+
+# ---------------------------------------------------------------- a gateway without sockets
+
+
+class Engines:
+    def __init__(self) -> None:
+        self.submitted: list[tuple[Worker, RequestId]] = []
+
+    def start(self, events: object) -> None: ...
+
+    def send(self, worker: Worker, message: wire.GatewayToEngine) -> bool:
+        if isinstance(message, wire.Submit):
+            self.submitted.append((worker, message.request.request_id))
+        return True
+
+    async def close(self) -> None: ...
+
+
+async def fuzz_gateway(seed: int, num_messages: int) -> int:
+    """Returns how many messages could be decoded."""
+    messages, registry, engines = Messages(seed), Registry(RouterConfig()), Engines()
+    dispatcher = Dispatcher(config=RouterConfig(), registry=registry, engines=engines, clock=FakeClock())
+    worker = registry.add("w", None, 0.0)
+    registry.welcomed(worker, wire.Welcome(spec=spec_of("unified")), 0.0)
+    decoder, num_taken = wire.Decoder(wire.EngineToGateway), 0
+
+    async def read(name: str) -> list[int]:
+        request = EngineRequest(
+            request_id=RequestId(name), prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=3)
+        )
+        return [token for part in [p async for p in dispatcher.generate(request)] for token in part.chunk.token_ids]
+
+    def rejoin(life: int) -> None:
+        """As fleet.py does for a new life of the engine."""
+        registry.lost(worker, "it was restarted")
+        dispatcher.on_lost(worker, "it was restarted")
+        spec = msgspec.structs.replace(spec_of("unified"), epoch=EpochId(f"life{life}"))
+        registry.welcomed(worker, wire.Welcome(spec=spec), 0.0)
+
+    reader: asyncio.Task[list[int]] | None = None
+    for number in range(num_messages):
+        if reader is None or reader.done():
+            if reader is not None and (error := reader.exception()) is not None:
+                assert isinstance(error, KvistError), error
+            for _, request_id in engines.submitted:  # a real engine says so of each, sooner or later
+                over = wire.Ended(request_id=request_id, outcome=Outcome.ABORTED)
+                dispatcher.on_outputs(worker, wire.StepOutputs(ended=(over,)))
+            del engines.submitted[:-1]
+            reader = asyncio.create_task(read(f"r{number}"))
+            for _ in range(4):
+                await asyncio.sleep(0)
+        payload = messages.mutated(messages.to_gateway(engines.submitted[-1][1]))
+        try:
+            message: Any = decoder.decode(payload)
+        except WireError:
+            continue
+        num_taken += 1
+        if isinstance(message, wire.StepOutputs):
+            dispatcher.on_outputs(worker, message)
+        elif isinstance(message, wire.LoadReport):
+            registry.reported(worker, message, 0.0)
+        elif isinstance(message, wire.Welcome):
+            with contextlib.suppress(ConfigError):  # it stays out, and its problem is told
+                registry.welcomed(worker, message, 0.0)
+            rejoin(number)
+        else:
+            dispatcher.on_answer(worker, message)
+        await asyncio.sleep(0)
+    rejoin(num_messages)
+    last = asyncio.create_task(read("last"))
+    for _ in range(4):
+        await asyncio.sleep(0)
+    chunk = wire.TokenChunk(
+        request_id=engines.submitted[-1][1], position=0, token_ids=(1, 2, 3), finish_reason=FinishReason.LENGTH
+    )
+    dispatcher.on_outputs(worker, wire.StepOutputs(chunks=(chunk,)))
+    assert await last == [1, 2, 3]
+    if reader is not None:
+        reader.cancel()
+    return num_taken
+
+
+# ---------------------------------------------------------------- a real loop behind real sockets
+
+
+class FakeRunner:
+    def launch(self, batch: Batch) -> FakeStep:
+        check_computable(batch)
+        return FakeStep(batch)
+
+
+class FakeStep:
+    def __init__(self, batch: Batch) -> None:
+        self._num_tokens = sum(item.sampling is not None for item in batch.items)
+
+    def is_ready(self) -> bool:
+        return True
+
+    def result(self) -> SampledTokens:
+        return SampledTokens(token_ids=[5] * self._num_tokens)
+
+
+class FakeTransport:
+    def __init__(self) -> None:
+        self._reports: list[Any] = []
+
+    def write(self, job: WritePages) -> None: ...
+
+    def verify(self, job: VerifyPages) -> None:
+        self._reports.append(PagesVerified(handoff_id=job.handoff_id, checksum="s"))
+
+    def stop(self, handoff_id: HandoffId) -> None:
+        self._reports.append(WritesCompleted(handoff_id=handoff_id, num_pages=0, checksum=""))
+
+    def poll(self) -> list[Any]:
+        reports, self._reports = self._reports, []
+        return reports
+
+    def peer_is_dead(self, epoch: EpochId) -> bool:  # noqa: ARG002
+        return False
+
+    def close(self) -> None: ...
+
+
+def fuzz_loop(role: str, seed: int, num_messages: int) -> float:
+    """The messages go through a member's socket to a live loop, which then answers a right one. Returns how many it
+    could not decode, as it says."""
+    member, messages, context = Member("the key of this cluster"), Messages(seed), zmq.Context()
+    channel, clock = EngineChannel("tcp://127.0.0.1:0", member=Member("the key of this cluster")), FakeClock(1.0)
+    scheduler = scheduler_of(role)
+    parts = LoopParts(
+        spec=spec_of(role),
+        scheduler=scheduler,
+        runner=FakeRunner(),
+        channel=channel,
+        transport=FakeTransport(),
+        reports=LoadReports(cached_digests=list),
+        clock=clock,
+        gateway_timeout_s=1e9,
+    )
+    loop, decoder = EngineLoop(parts), wire.Decoder(wire.EngineToGateway)
+    dealer = context.socket(zmq.DEALER)
+    try:
+        dealer.setsockopt(zmq.IDENTITY, member.new_address())
+        dealer.linger = 0
+        dealer.sndhwm = dealer.rcvhwm = 0
+        member.secure_client(dealer)
+        dealer.connect(channel.endpoint)
+        for number in range(num_messages):
+            dealer.send(messages.mutated(messages.to_engine()))
+            if number % 50 == 49:
+                loop.turn(0.0)
+                clock.advance(0.01)
+        dealer.send(wire.encode(wire.Hello(gateway_id="last")))
+        give_up_s, heard = time.monotonic() + 60.0, None
+        welcomes = 0
+        while heard is None or not welcomes:
+            assert time.monotonic() < give_up_s
+            loop.turn(0.0)
+            clock.advance(0.02)
+            while dealer.poll(0):
+                message = decoder.decode(dealer.recv())
+                welcomes += isinstance(message, wire.Welcome) and channel.num_undecodable > 0
+                heard = message if isinstance(message, wire.LoadReport) else heard
+        assert isinstance(heard, wire.LoadReport)
+        return heard.totals["undecodable_messages"]
+    finally:
+        channel.close()
+        context.destroy(linger=0)
+
+
+# ---------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize(("role", "seed"), [("unified", 1), ("prefill", 2), ("decode", 3)])
+def test_an_engine_survives_mutated_messages_and_gives_back_all_that_they_made_it_hold(role: str, seed: int) -> None:
+    engine = fuzz_engine(role, seed, 1200)
+    assert 400 < engine.num_taken < 1600, "mutations are to be wrong in all ways, not in one"
+    totals = engine.scheduler.load().totals
+    assert totals["requests_finished"] > 0
+    if role != "unified":
+        assert totals["handoffs_sent" if role == "prefill" else "handoffs_received"] > 0
+
+
+async def test_a_gateway_survives_mutated_messages_and_serves_on() -> None:
+    assert await fuzz_gateway(4, 1000) > 300
+
+
+@pytest.mark.parametrize(("role", "seed"), [("prefill", 5), ("decode", 6)])
+def test_a_live_loop_survives_mutated_messages_from_a_member_and_answers_the_next_right_one(
+    role: str, seed: int
+) -> None:
+    assert fuzz_loop(role, seed, 500) > 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--messages", type=int, default=400_000)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    share = args.messages // 8
+    for role in ("unified", "prefill", "decode"):
+        print(role, "offline:", fuzz_engine(role, args.seed, share).num_taken, "of", share, "taken", flush=True)
+        print(role, "live:", fuzz_loop(role, args.seed, share), "of", share, "not decoded", flush=True)
+    taken = asyncio.run(fuzz_gateway(args.seed, 2 * share))
+    print("gateway:", taken, "of", 2 * share, "taken", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
