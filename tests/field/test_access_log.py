@@ -72,15 +72,19 @@ async def test_refused_requests_are_seen_and_counted_by_route_and_status(
         assert f"kvist:http_requests_total{{{labels}}} {count}.0" in told
 
 
-async def test_probes_are_logged_when_they_fail_and_the_log_can_be_switched_off(
+async def test_polls_are_logged_at_debug_only_and_the_log_can_be_switched_off(
     make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench = make_bench()
+    bench = make_bench(api_key=("k",))
     bench.dispatcher.can_serve = False
-    with caplog.at_level(logging.INFO):
-        await bench.client.get("/health")
-        await bench.client.get("/ready")
-        assert [line.split()[:3] for line in lines(caplog)] == [["GET", "/ready", "503"]]
+    keyed = {"authorization": "Bearer k"}
+    with caplog.at_level(logging.DEBUG, "kvist.access"):
+        for path in ("/health", "/ready", "/server_info", "/metrics"):
+            await bench.client.get(path, headers=keyed)
+        assert [line.split()[2] for line in lines(caplog, logging.DEBUG)] == ["200", "503", "200", "200"]
+        assert lines(caplog) == []
+        await bench.client.get("/metrics")
+        assert [line.split()[1:3] for line in lines(caplog)] == [["/metrics", "401"]]
         await make_bench(access_log=False).client.get("/nowhere")
     assert len(lines(caplog)) == 1
 

@@ -42,7 +42,9 @@ class ServerConfig:
         "let no other page read an answer",
     )
     access_log: bool = option(
-        True, "log one line for each HTTP request; successful /health, /ready and /metrics only at --log-level debug"
+        True,
+        "log one line for each HTTP request; those that poll (/health, /ready, /server_info, /metrics) only at "
+        "--log-level debug",
     )
     max_connections: int = option(2048, "HTTP connections open at once; more are answered 503 and closed", minimum=1)
     header_timeout_s: float = option(

@@ -18,7 +18,8 @@ from kvist.metrics import GatewayMetrics
 CLIENT_LEFT = 499  # nginx's status for a client that closed before there was an answer
 _SCOPE_KEY = "kvist.exchange"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
-_QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds
+_POLLED_PATHS = frozenset({"/health", "/ready", "/server_info", "/metrics"})  # asked all the time, by machines
+_POLLED_STATUSES = (200, 503)  # 503: not ready yet
 _MAX_PATH_CHARS = 256
 
 log = logging.getLogger("kvist.access")
@@ -67,7 +68,8 @@ class Traffic:
         method, path = scope["method"], scope["path"]
         label = self._label(path)
         self._metrics.num_http_requests[method if method in _METHODS else "other", label, str(status)] += 1
-        level = logging.DEBUG if path in _QUIET_PATHS and status < 400 else logging.INFO
+        is_poll = path in _POLLED_PATHS and status in _POLLED_STATUSES
+        level = logging.DEBUG if is_poll else logging.INFO
         if not self._access_log or not log.isEnabledFor(level):
             return
         took_ms = (self._clock.now_s() - exchange.start_s) * 1000
