@@ -17,6 +17,8 @@ _ONE_WORKER = "one worker is one engine: start several behind a router with `kvi
 _ROLES = "say which part of a request this worker does with --role prefill or --role decode (docs/handoff.md)"
 
 REMEDIES: Mapping[str, str] = {
+    "--allowed-headers": "leave it out: pages of --allowed-origins may send every header",
+    "--allowed-methods": "leave it out: pages of --allowed-origins may use every method",
     "--cpu-offload-gb": "weights stay on one device; for more KV cache use --enable-hierarchical-cache",
     "--data-parallel-size": _ONE_WORKER,
     "--disable-chunked-prefix-cache": "leave it out: prefixes are always shared, and /flush_cache empties the cache",
@@ -25,6 +27,7 @@ REMEDIES: Mapping[str, str] = {
     "--disaggregation-bootstrap-port": "leave it out: the router tells workers about each other",
     "--disaggregation-ib-device": "pages travel within one host for now; leave it out",
     "--disaggregation-transfer-backend": "leave it out: shared memory or CUDA IPC is chosen by the device",
+    "--disable-uvicorn-access-log": "use --no-access-log",
     "--distributed-executor-backend": "leave it out: tensor-parallel ranks are processes of this host",
     "--download-dir": "nothing is downloaded: name a model folder or a GGUF file with --model-path",
     "--dp": _ONE_WORKER,

@@ -105,7 +105,7 @@ _PLANNED = ("role", "engine_host", "engine_port", "engine_advertise_host")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpSettings:
     cluster: ClusterConfig = group(ClusterConfig)
-    server: ServerConfig = group(ServerConfig)
+    server: ServerConfig = group(ServerConfig, without=("ssl_certfile", "ssl_keyfile"))
     text: TextConfig = group(TextConfig)
     router: RouterConfig = group(RouterConfig, without=_WORKER_LISTS)
     engine: EngineConfig = group(EngineConfig, without=_PLANNED)

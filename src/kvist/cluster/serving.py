@@ -72,7 +72,7 @@ def serve_worker(
     channel = with_cluster_key(engine.channel, serves_alone=engine.role == UNIFIED)
     with _listening(server, stop_with_stdin) as (stop, listener, name):
         checkpoint = find_checkpoint(engine.model_path)
-        url = f"http://{name}"
+        url = f"{server.scheme}://{name}"
         engine = replace(engine, worker_id=name, channel=channel)
         supervisor = EngineSupervisor(engine)
         own = OwnEngine(lambda: supervisor.spec, lambda: supervisor.health)
@@ -126,9 +126,9 @@ def serve_router(
             model_path=str(checkpoint.path),
             sampling_defaults=_sampling_defaults(checkpoint, text),
         )
-        log.info("router at http://%s for %s", name, checkpoint.name)
+        log.info("router at %s://%s for %s", server.scheme, name, checkpoint.name)
         stop.http = http_server(app, app.traffic, server)
-        url = f"http://{name}"
+        url = f"{server.scheme}://{name}"
         example = curl_example(url, api_key=shown_key(server.api_key))
         ready = _say_ready(url, None if stop_with_stdin else example)
         run_in_loop(_serve(stop.http, listener, dispatcher, None, ready))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from kvist.config import check_api_key, option
@@ -50,6 +51,8 @@ class ServerConfig:
     header_timeout_s: float = option(
         30.0, "longest time a request's header may take to arrive; slower ones get 408", unit="s", minimum=0.001
     )
+    ssl_certfile: Path | None = option(None, "PEM file with the certificate chain: HTTPS instead of HTTP")
+    ssl_keyfile: Path | None = option(None, "PEM file with the private key of --ssl-certfile, without a password")
     served_model_name: str | None = option(None, "model name in the API; default: the model's own name")
     max_body_bytes: int = option(8 << 20, "largest HTTP body accepted", unit="bytes", minimum=1024)
     max_total_body_bytes: int = option(
@@ -100,6 +103,12 @@ class ServerConfig:
             )
         for origin in self.allowed_origins:
             _check_origin(origin)
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("--ssl-certfile and --ssl-keyfile need each other: give both", param="ssl_certfile")
+
+    @property
+    def scheme(self) -> str:
+        return "http" if self.ssl_certfile is None else "https"
 
     @property
     def stream_form(self) -> StreamForm:

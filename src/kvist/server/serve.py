@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import ssl
 from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from kvist.errors import ConfigError
 from kvist.server.config import ServerConfig
 from kvist.server.protocol import Bounds, bounded_protocol
 from kvist.server.traffic import Traffic
@@ -22,7 +24,7 @@ _OTHER_FILES = 256  # open in this process beside HTTP connections, at most
 
 def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn.Server:
     """A server that is not started: `await serve()` runs it, `should_exit = True` stops it. `traffic` hears of what is
-    refused before the app sees it.
+    refused before the app sees it. Raises `ConfigError` for a certificate that cannot be used.
 
     Stopping is bounded: open requests have `shutdown_timeout_s`, then they are cancelled, which aborts them at the
     engines. It installs signal handlers only when run in the main thread.
@@ -42,7 +44,15 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(config.shutdown_timeout_s)),
         backlog=2048,
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_keyfile_password="",  # else OpenSSL asks the terminal
     )
+    try:
+        settings.load()
+    except (OSError, ssl.SSLError) as error:
+        files = f"--ssl-certfile {config.ssl_certfile} --ssl-keyfile {config.ssl_keyfile}"
+        raise ConfigError(f"cannot serve HTTPS with {files}: {error}", param="ssl_certfile") from error
     return uvicorn.Server(settings)
 
 
