@@ -31,6 +31,7 @@ class Engines:
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self.submits: list[tuple[WorkerId, Mode]] = []
+        self.full: set[str] = set()  # after all: they refuse what they are sent
         self._events: EngineEvents | None = None
 
     def start(self, events: EngineEvents) -> None:
@@ -78,6 +79,10 @@ class Engines:
     def _answer(self, worker: Worker, submit: Submit) -> None:
         assert self._events is not None
         request_id, count = submit.request.request_id, submit.request.sampling.max_tokens
+        if worker.worker_id in self.full:
+            refused = wire.Ended(request_id=request_id, outcome=Outcome.FAILED, error_code="overloaded")
+            self._events.on_outputs(worker, StepOutputs(ended=(refused,)))
+            return
         first, last = submit.mode is Mode.DECODE, 1 if submit.mode is Mode.PREFILL else count
         finish = FinishReason.LENGTH if last == count else None
         chunk = TokenChunk(
@@ -170,6 +175,17 @@ async def test_a_prompt_that_no_prefill_worker_holds_goes_to_a_unified_one_or_is
 
 
 @pytest.mark.case("unequal-pools")
+async def test_a_second_attempt_goes_to_a_worker_that_holds_the_request_too(fleet: Fleet) -> None:
+    for name, pool in (("a", 2048), ("b", 1024), ("c", 2048)):
+        fleet.engines.join(name, "unified", pool=pool)
+    fleet.engines.full = {"a"}
+    assert (await fleet.complete(1500, 10)).status_code == 200
+    assert [worker for worker, _ in fleet.engines.submits] == ["a", "c"]
+    fleet.engines.full = {"a", "c"}
+    assert (await fleet.complete(1500, 10)).status_code == 429
+
+
+@pytest.mark.case("unequal-pools")
 async def test_a_request_that_only_a_lost_worker_holds_may_be_tried_again(fleet: Fleet) -> None:
     fleet.engines.join("small", "unified", pool=1024)
     large = fleet.engines.join("large", "unified", pool=4096)
@@ -178,7 +194,7 @@ async def test_a_request_that_only_a_lost_worker_holds_may_be_tried_again(fleet:
     for max_tokens, status in ((10, 200), (100, 503)):
         response = await fleet.complete(1000, max_tokens)
         assert response.status_code == status
-    assert "lost at present" in response.json()["error"]["message"]
+    assert "is lost or drains at present" in response.json()["error"]["message"]
     assert "retry-after" in response.headers
     assert (await fleet.complete(1000, 5000)).status_code == 400, "nor did that one hold so much"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from kvist.errors import KvistError, Overloaded, PromptTooLong, Unavailable
@@ -14,6 +14,7 @@ from kvist.router.config import RouterConfig
 from kvist.router.policies import Policy, Prompt, decode_policy, num_hit_tokens, prompt_policy
 from kvist.router.registry import Registry, Worker, WorkerState, WorkerUse
 
+_AWAY = frozenset({WorkerState.LOST, WorkerState.DRAINING})
 _START = {
     WorkerUse.PREFILL: "start one with `kvist serve --role prefill`",
     WorkerUse.DECODE: "start one with `kvist serve --decode-only`",
@@ -37,8 +38,8 @@ class Candidates:
     decode: Sequence[Worker]
 
     @staticmethod
-    def of(registry: Registry, state: WorkerState, excluded: frozenset[Worker]) -> Candidates:
-        found = [w for w in registry.workers if w.state is state and w.spec is not None and w not in excluded]
+    def of(registry: Registry, states: Container[WorkerState], excluded: frozenset[Worker]) -> Candidates:
+        found = [w for w in registry.workers if w.state in states and w.spec is not None and w not in excluded]
         return Candidates(
             unified=[w for w in found if w.use is WorkerUse.UNIFIED],
             prefill=[w for w in found if w.use is WorkerUse.PREFILL],
@@ -90,7 +91,7 @@ class Router:
     def choose(self, request: EngineRequest, excluded: frozenset[Worker] = frozenset()) -> Route:
         """Raises `PromptTooLong` when no route holds it, `Unavailable` naming the missing role or the lost worker that
         would, `Overloaded` when all that could take it are full."""
-        ready = Candidates.of(self._registry, WorkerState.READY, excluded)
+        ready = Candidates.of(self._registry, {WorkerState.READY}, excluded)
         # One token needs no handoff: a prefill worker answers it alone.
         single = request.sampling.max_tokens == 1 and not request.output_token_ids
         if not ready.has_route(single=single):
@@ -138,13 +139,13 @@ class Router:
         return Unavailable("; ".join([problem, *known[:4]]), retry_after_s=self._config.retry_after_s)
 
     def _too_long(self, request: EngineRequest, ready: Candidates) -> KvistError:
-        """For the ready ones. A lost worker that holds it may come back."""
+        """For the ready ones. A worker that holds it, and is lost or drains, may come back."""
         single = request.sampling.max_tokens == 1 and not request.output_token_ids
-        known = ready.joined_by(Candidates.of(self._registry, WorkerState.LOST, frozenset()))
-        if known.that_hold(request).has_route(single=single):
-            lost = ", ".join(worker.worker_id for worker in self._registry.workers if worker.state is WorkerState.LOST)
+        away = Candidates.of(self._registry, _AWAY, frozenset())
+        if ready.joined_by(away).that_hold(request).has_route(single=single):
+            names = ", ".join(f"{worker.worker_id} is {worker.state.value}" for worker in away.all())
             return Unavailable(
-                f"only workers that are lost at present hold a request of this length ({lost}): retry later",
+                f"no worker that is ready holds a request of this length, and {names}: retry later",
                 retry_after_s=self._config.retry_after_s,
             )
         num_prompt, num_output = request.num_prompt_tokens, request.sampling.max_tokens

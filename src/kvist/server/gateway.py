@@ -76,11 +76,11 @@ class Gateway:
     def limit(self) -> Limit:
         """Of the fleet's best route."""
         spec = self._spec()
-        lost = (each.spec for each in self.dispatcher.snapshot().workers if not each.alive)
+        away = (each.spec for each in self.dispatcher.snapshot().workers if not each.alive)
         return Limit(
             num_tokens=spec.max_model_len,
             text=limit_text(spec.max_model_len, spec.num_pages, spec.page_size),
-            num_tokens_lost=max((each.max_model_len for each in lost if each is not None), default=0),
+            num_tokens_away=max((each.max_model_len for each in away if each is not None), default=0),
         )
 
     def max_tokens_shown(self) -> int:

@@ -155,15 +155,16 @@ def output_limit(
 ) -> int:
     """The request's max_tokens: what was asked, else `default` as far as there is room, else all the room.
 
-    Raises `PromptTooLong` when prompt and answer cannot both fit, `Unavailable` when they would on a lost worker.
+    Raises `PromptTooLong` when prompt and answer cannot both fit, `Unavailable` when they would on a worker that is
+    away.
     """
     room = limit.num_tokens - num_prompt_tokens
     if num_prompt_tokens == 0:
         raise RequestError(f"`{prompt}` is empty: there is no token to continue from", param=prompt)
-    if room < (asked or 1) <= limit.num_tokens_lost - num_prompt_tokens:
+    if room < (asked or 1) <= limit.num_tokens_away - num_prompt_tokens:
         raise Unavailable(
-            f"the only worker that holds a request of this length ({limit.num_tokens_lost} tokens) is lost at present; "
-            f"the others hold {limit.num_tokens}: retry later, or send a shorter one"
+            f"a worker that holds {limit.num_tokens_away} tokens is lost or drains at present, and the others hold "
+            f"{limit.num_tokens}: retry later, or send a shorter request"
         )
     if room < 1:
         raise PromptTooLong(
