@@ -196,13 +196,13 @@ def chat_request(num_tokens: int) -> bytes:
         }
     ).encode()
     head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
     )
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def baseline_request(num_chunks: int) -> bytes:
-    return f"GET /baseline/{num_chunks} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n".encode()
+    return f"GET /baseline/{num_chunks} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
 
 
 def check_answer(answer: bytes, num_tokens: int) -> None:
@@ -240,7 +240,7 @@ async def one_round(gateway_pid: int, port: int, what: str, num_streams: int, nu
 
 async def wait_until_ready(port: int, timeout_s: float = 30.0) -> None:
     deadline_s = time.monotonic() + timeout_s
-    request = b"GET /ready HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
+    request = b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     while time.monotonic() < deadline_s:
         try:
             if (await exchange(port, request)).startswith(b"HTTP/1.1 200"):

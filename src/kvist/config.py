@@ -64,5 +64,5 @@ def option(
         secret=secret,
         unset=unset,
     )
-    field: T = dataclasses.field(default=default, metadata={"option": note})
+    field: T = dataclasses.field(default=default, repr=not secret, metadata={"option": note})
     return field

@@ -399,4 +399,4 @@ async def test_a_refused_link_says_what_to_check(make_channel: MakeChannel, make
 def test_no_secret_is_shown() -> None:
     member = Member(KEY)
     assert member._own.secret.decode() not in repr(member._own)
-    assert KEY not in repr(ChannelConfig(cluster_key_file="f"))
+    assert KEY not in repr(ChannelConfig(cluster_key=KEY))
