@@ -2,8 +2,8 @@
 
 `kvist.` loggers carry what operators read; libraries are shown from WARNING up. Secrets are never given to a logger.
 Text that a client sent may stand in a message: control characters are escaped, so that one record is one line and
-cannot pass for another. Processes that share standard error write whole lines: a line is cut to what a pipe takes at
-once.
+cannot pass for another. No record waits for the reader of standard error (output.py). Processes that share it write
+whole lines: a line is cut to what a pipe takes at once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from kvist.config import option
+from kvist.output import LineOutput, output_to
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
@@ -32,12 +33,39 @@ class LogConfig:
 
 def setup_logging(config: LogConfig) -> None:
     """Call once, first thing in a process. A later call changes level and format."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _handler()
     handler.setFormatter(_JsonFormatter() if config.log_format == "json" else _TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("kvist").setLevel(config.log_level.upper())
+
+
+class _LineHandler(logging.Handler):
+    """To standard error, without ever waiting for its reader."""
+
+    def __init__(self, output: LineOutput) -> None:
+        super().__init__()
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+        except Exception:  # a record whose arguments do not fit its message: a bug, not to be raised at its caller
+            self.handleError(record)
+            return
+        for line in text.split("\n"):
+            self._output.write(line)
+
+    def flush(self) -> None:
+        self._output.flush()
+
+
+def _handler() -> logging.Handler:
+    try:
+        return _LineHandler(output_to(sys.stderr.fileno()))
+    except (AttributeError, OSError, ValueError):  # none, or one that a test captures
+        return logging.StreamHandler(sys.stderr)
 
 
 def one_line(text: str) -> str:

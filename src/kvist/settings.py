@@ -105,7 +105,7 @@ _PLANNED = ("role", "engine_host", "engine_port", "engine_advertise_host")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpSettings:
     cluster: ClusterConfig = group(ClusterConfig)
-    server: ServerConfig = group(ServerConfig, without=("ssl_certfile", "ssl_keyfile"))
+    server: ServerConfig = group(ServerConfig, without=("instance_id", "ssl_certfile", "ssl_keyfile"))
     text: TextConfig = group(TextConfig)
     router: RouterConfig = group(RouterConfig, without=_WORKER_LISTS)
     engine: EngineConfig = group(EngineConfig, without=_PLANNED)
@@ -289,8 +289,10 @@ def run(settings: Settings) -> int:
             stop_with_stdin=settings.process.stop_with_stdin,
         )
     if isinstance(settings, UpSettings):
+        from kvist.checkpoint import find_checkpoint
         from kvist.cluster.up import run_up
 
+        find_checkpoint(settings.engine.model_path)  # a wrong path is said once, before anything starts
         return run_up(cluster_shape(with_own_key(settings)), stop_with_stdin=settings.process.stop_with_stdin)
     if isinstance(settings, ChatSettings):
         from kvist.cluster.converse import converse
@@ -372,4 +374,6 @@ def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str
         gpus_per_worker=engine.tp,
         persist_folder=engine.host_tier.hicache_persist,
         memory_share=engine.mem_fraction_static if untold else None,
+        drain_s=max(server.shutdown_timeout_s, server.drain_grace_s),
+        stall_restart_s=engine.stall_restart_s,
     )

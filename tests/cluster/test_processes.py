@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from kvist.cluster.processes import ChildPlan, ChildState, Processes, restart_wait_s
-from kvist.errors import Timeout, Unavailable
+from kvist.cluster.processes import Answer, ChildPlan, ChildState, Patience, Processes, restart_wait_s
+from kvist.errors import ConfigError, Timeout, Unavailable
 
 STAYS = "import sys; print('up', flush=True); sys.stdin.read()"
 DIES = "import sys; print('no such model', flush=True); sys.exit(3)"
@@ -42,6 +42,14 @@ class Lines:
             )
 
 
+def ready(_url: str, _instance_id: str) -> Answer:
+    return Answer.READY
+
+
+def alive(_url: str, _instance_id: str) -> Answer:
+    return Answer.ALIVE
+
+
 def plan(name: str, program: str) -> ChildPlan:
     return ChildPlan(name=name, argv=(sys.executable, "-c", program), url=name)
 
@@ -59,7 +67,7 @@ def test_the_wait_before_a_restart_doubles_up_to_a_limit() -> None:
 
 def test_children_are_started_relayed_and_stopped() -> None:
     lines = Lines()
-    with Processes([plan("a", STAYS), plan("b", STAYS)], probe=lambda _url: True, sink=lines) as processes:
+    with Processes([plan("a", STAYS), plan("b", STAYS)], probe=ready, sink=lines) as processes:
         processes.wait_ready(60)
         lines.wait_for("up", times=2)
         pids = [child.pid for child in processes.children.values()]
@@ -74,14 +82,14 @@ def test_a_child_gets_its_own_settings_and_none_of_ours(monkeypatch: pytest.Monk
     )
     child = ChildPlan(name="a", argv=(sys.executable, "-c", says), url="a", environ={"KVIST_API_KEY": "hush"})
     lines = Lines()
-    with Processes([child], probe=lambda _url: True, sink=lines):
+    with Processes([child], probe=ready, sink=lines):
         lines.wait_for("KVIST_API_KEY")
-    assert lines.seen == [("a", "KVIST_API_KEY")]
+    assert lines.seen == [("a", "KVIST_API_KEY KVIST_INSTANCE_ID")]
 
 
 def test_a_killed_child_is_reported_and_started_again() -> None:
     lines = Lines()
-    with Processes([plan("a", STAYS)], probe=lambda _url: True, sink=lines) as processes:
+    with Processes([plan("a", STAYS)], probe=ready, sink=lines) as processes:
         processes.wait_ready(60)
         lines.wait_for("up")
         first = processes.children["a"].pid
@@ -96,7 +104,7 @@ def test_a_killed_child_is_reported_and_started_again() -> None:
 
 def test_a_child_that_cannot_start_fails_the_wait_with_its_last_words() -> None:
     with (
-        Processes([plan("a", DIES)], probe=lambda _url: False, sink=Lines()) as processes,
+        Processes([plan("a", DIES)], probe=alive, sink=Lines()) as processes,
         pytest.raises(Unavailable, match="no such model"),
     ):
         processes.wait_ready(60)
@@ -104,16 +112,16 @@ def test_a_child_that_cannot_start_fails_the_wait_with_its_last_words() -> None:
 
 def test_waiting_for_a_child_that_never_gets_ready_ends() -> None:
     with (
-        Processes([plan("a", STAYS)], probe=lambda _url: False, sink=Lines()) as processes,
+        Processes([plan("a", STAYS)], probe=alive, sink=Lines()) as processes,
         pytest.raises(Timeout, match="not ready: a"),
     ):
         processes.wait_ready(0.2)
 
 
 def test_a_child_deaf_to_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvist.cluster.processes.STOP_GRACE_S", 0.3)
+    monkeypatch.setattr("kvist.cluster.processes.STOP_GRACE_S", 0.5)
     lines = Lines()
-    processes = Processes([plan("a", DEAF)], probe=lambda _url: True, sink=lines)
+    processes = Processes([plan("a", DEAF)], probe=ready, sink=lines)
     processes.start()
     lines.wait_for("up")
     pid = processes.children["a"].pid
@@ -126,11 +134,11 @@ def test_a_child_deaf_to_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> N
 def test_nothing_is_left_behind_when_the_parent_is_killed() -> None:
     program = textwrap.dedent(f"""
         import os, sys, time
-        from kvist.cluster.processes import ChildPlan, Processes
+        from kvist.cluster.processes import Answer, ChildPlan, Processes
         def say(line):  # one write a line, whole, from either thread
             os.write(1, line.encode() + bytes([10]))
         child = ChildPlan(name="a", argv=(sys.executable, "-c", {STAYS!r}), url="a")
-        processes = Processes([child], probe=lambda url: True, sink=lambda name, line: say(line))
+        processes = Processes([child], probe=lambda url, instance_id: Answer.READY, sink=lambda name, line: say(line))
         processes.start()
         say(f"pid {{processes.children['a'].pid}}")
         time.sleep(60)
@@ -147,3 +155,87 @@ def test_nothing_is_left_behind_when_the_parent_is_killed() -> None:
     while is_alive(pid):
         assert time.monotonic() < give_up_s, f"process {pid} outlived its parent"
         time.sleep(0.02)
+
+
+REFUSES = "import sys; print('cannot listen on --port 1', flush=True); sys.exit(2)"
+DRAINS = """
+import signal, sys, threading
+count = 0
+ended = threading.Event()
+def on(number, frame):
+    global count
+    count += 1
+    print("signal", count, flush=True)
+    if count == 2:
+        ended.set()
+signal.signal(signal.SIGTERM, on)
+print("up", flush=True)
+while not ended.wait(0.01):
+    pass
+print("x" * 300_000, flush=True)  # more than a pipe holds: somebody must read it
+print("last word", flush=True)
+"""
+
+
+@pytest.mark.case("port-of-another")
+def test_a_child_that_refuses_its_settings_ends_the_start_at_once_and_is_not_started_again() -> None:
+    lines = Lines()
+    with Processes([plan("a", REFUSES)], probe=alive, sink=lines, lines_are_shown=True) as processes:
+        with pytest.raises(ConfigError, match="a refused its settings") as caught:
+            processes.wait_ready(60)
+        assert processes.children["a"].state is ChildState.REFUSED
+        assert processes.children["a"].num_restarts == 0
+    said = [line for _name, line in lines.seen] + [caught.value.message]
+    assert sum("cannot listen" in line for line in said) == 1
+
+
+@pytest.mark.case("stopped-engine")
+def test_a_ready_child_that_is_stopped_is_named_killed_and_started_again() -> None:
+    lines = Lines()
+
+    def answers(_url: str, _instance_id: str) -> Answer:
+        return Answer.NONE if stopped else Answer.READY
+
+    stopped = False
+    patience = Patience(stall_restart_s=1.0)
+    with Processes([plan("a", STAYS)], probe=answers, sink=lines, patience=patience) as processes:
+        processes.wait_ready(60)
+        first = processes.children["a"].pid
+        assert first is not None
+        stopped = True
+        os.kill(first, signal.SIGSTOP)
+        lines.wait_for("has answered nothing for 1 s (--stall-restart-s)")
+        lines.wait_for("was killed by signal 9")
+        stopped = False
+        processes.wait_ready(60)
+        assert not is_alive(first)
+
+
+@pytest.mark.case("shutdown-timeout-of-up")
+def test_a_child_has_the_time_of_its_open_requests_and_a_second_signal_shortens_it() -> None:
+    lines = Lines()
+    processes = Processes([plan("a", DRAINS)], probe=ready, sink=lines, patience=Patience(drain_s=3600))
+    processes.start()
+    lines.wait_for("up")
+    stopping = threading.Thread(target=processes.stop)
+    stopping.start()
+    lines.wait_for("signal 1")
+    assert stopping.is_alive()
+    processes.hurry()
+    stopping.join(60)
+    assert not stopping.is_alive()
+    assert lines.seen[-1] == ("a", "last word")
+
+
+@pytest.mark.case("shutdown-timeout-of-up")
+def test_a_child_that_is_stopped_by_a_signal_hears_that_it_should_end() -> None:
+    ends = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('up', flush=True); input()"
+    lines = Lines()
+    processes = Processes([plan("a", ends)], probe=ready, sink=lines, patience=Patience(drain_s=3600))
+    processes.start()
+    lines.wait_for("up")
+    pid = processes.children["a"].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    processes.stop()
+    assert not is_alive(pid)

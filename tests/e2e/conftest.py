@@ -17,7 +17,7 @@ import pytest
 
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.plan import ClusterShape, free_ports, plan_on_free_ports
-from kvist.cluster.probe import is_ready
+from kvist.cluster.probe import ask, is_ready
 from kvist.cluster.processes import ChildPlan, Processes
 
 START_TIMEOUT_S = 120.0
@@ -94,7 +94,7 @@ def cluster() -> Iterator[Cluster]:
     serve = (sys.executable, "-m", "kvist", "serve", "--stop-with-stdin", "--num-threads=1", f"--port={port}")
     plans.append(ChildPlan(name="unified", argv=(*serve, *WORKER_ARGV), url=f"http://127.0.0.1:{port}"))
     urls = {plan.name.removesuffix("-0"): plan.url for plan in plans}
-    with Processes(plans, probe=is_ready, sink=lambda name, line: lines.append(f"[{name}] {line}")) as processes:
+    with Processes(plans, probe=ask, sink=lambda name, line: lines.append(f"[{name}] {line}")) as processes:
         processes.wait_ready(START_TIMEOUT_S)
         yield Cluster(processes=processes, lines=lines, **urls)
 

@@ -103,6 +103,7 @@ class FakeEngine:
         self.num_resyncs = 0
         self.gateways: dict[bytes, int] = {}  # → sequence of the next load report
         self._streams: deque[_Stream] = deque()
+        self._streams_that_hang: deque[_Stream] = deque()
         self._held: dict[RequestId, bytes] = {}
         self._reports: deque[wire.LoadReport | int] = deque()
         self._stopping = threading.Event()
@@ -124,6 +125,20 @@ class FakeEngine:
         """Send a load report to every gateway; `skip` sequence numbers are lost before it."""
         self._reports.append(skip)
         self._reports.append(make_load(0, **changes))
+        self.channel.wakeup()
+
+    @property
+    def num_hanging(self) -> int:
+        """Streams that wait after `stop_after` tokens."""
+        return len(self._streams_that_hang)
+
+    def finish_streams(self) -> None:
+        """Those that hang after `stop_after` tokens go on to their end."""
+        self.stop_after = None
+        for stream in self._streams_that_hang:
+            stream.end = stream.submit.request.sampling.max_tokens
+        self._streams.extend(self._streams_that_hang)
+        self._streams_that_hang.clear()
         self.channel.wakeup()
 
     def run(self) -> None:
@@ -178,7 +193,9 @@ class FakeEngine:
         for stream in [s for s in self._streams if s.position >= s.end]:
             self._streams.remove(stream)
             request_id = stream.submit.request.request_id
-            if self.stop_after is None:
+            if self.stop_after is not None:
+                self._streams_that_hang.append(stream)
+            else:
                 self._held.pop(request_id, None)
                 end = wire.Ended(request_id=request_id, outcome=Outcome.FINISHED)
                 ended.setdefault(stream.gateway, []).append(end)

@@ -42,19 +42,6 @@ async def test_a_connection_that_breaks_closes_the_engines_stream(make_bench: Ca
     assert bench.dispatcher.num_closed_early == 1
 
 
-async def test_stopping_is_bounded_and_closes_what_is_open(make_bench: Callable[..., Any]) -> None:
-    bench = make_bench(port=0, shutdown_timeout_s=0.1)
-    bench.dispatcher.hold = asyncio.Event()
-    async with httpx.AsyncClient() as client:
-        async with served(bench) as url:
-            asking = asyncio.create_task(client.post(f"{url}/v1/completions", json={"prompt": "x"}))
-            while not bench.dispatcher.num_open:
-                await asyncio.sleep(0)
-        with pytest.raises(httpx.HTTPError):
-            (await asking).raise_for_status()
-    assert bench.dispatcher.num_open == 0
-
-
 async def test_the_openai_client_chats_streams_and_understands_errors(make_bench: Callable[..., Any]) -> None:
     openai = pytest.importorskip("openai")
     bench = make_bench(port=0, api_key=("sesam",))

@@ -19,7 +19,7 @@ from kvist.clock import Clock, MonotonicClock
 from kvist.cluster.chat import TurnOptions, TurnReport, stream_turn
 from kvist.cluster.config import ChatConfig
 from kvist.cluster.plan import LOOPBACK, free_ports
-from kvist.cluster.probe import StartReport, is_ready
+from kvist.cluster.probe import StartReport, ask
 from kvist.cluster.processes import ChildPlan, Processes
 from kvist.cluster.up import stop_signals
 from kvist.errors import EngineError, Unavailable
@@ -216,8 +216,8 @@ def _own_server(serve_argv: list[str], timeout_s: float) -> Iterator[str]:
     url = f"http://{LOOPBACK}:{free_ports(1)[0]}"
     argv = (*(sys.executable, "-m", "kvist", "serve", *serve_argv), f"--port={url.rpartition(':')[2]}")
     plan = ChildPlan(name="serve", argv=(*argv, "--stop-with-stdin"), url=url)
-    processes = Processes([plan], probe=is_ready, sink=lambda _name, _line: None)
-    with stop_signals():
+    processes = Processes([plan], probe=ask, sink=lambda _name, _line: None)
+    with stop_signals(processes):
         try:
             processes.start()
             processes.wait_ready(timeout_s, each_second=StartReport(processes, lambda text: _write(f"{text}\n")))

@@ -17,7 +17,7 @@ import httpx
 from kvist.clock import MonotonicClock
 from kvist.cluster.chat import Message, TurnOptions, TurnReport, stream_turn
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
-from kvist.cluster.probe import StartReport, is_ready
+from kvist.cluster.probe import StartReport, ask
 from kvist.cluster.processes import Child, Processes
 from kvist.cluster.up import stop_signals
 from kvist.errors import KvistError
@@ -68,9 +68,9 @@ def show_piece(piece: str) -> None:
 
 def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
     """0 when the answer has `expect` in it, 1 when not. Raises `KvistError` when the cluster fails."""
-    processes = Processes(plan_on_free_ports(shape), probe=is_ready, sink=lambda _name, _line: None)
+    processes = Processes(plan_on_free_ports(shape), probe=ask, sink=lambda _name, _line: None)
     acts = [FROM_HOST, FROM_STORE] if _has_store(shape) else [FROM_HOST]
-    with stop_signals(), contextlib.ExitStack() as stack:
+    with stop_signals(processes), contextlib.ExitStack() as stack:
         stack.callback(processes.stop)
         config = shape.config
         say(f"Starting {config.prefill} prefill worker(s), {config.decode} decode worker(s) and a router ...")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvist.channel import host_to_name
 from kvist.cluster.config import ClusterConfig
-from kvist.cluster.processes import ChildPlan
+from kvist.cluster.processes import STALL_RESTART_S, ChildPlan
 
 LOOPBACK = "127.0.0.1"
 
@@ -37,6 +37,8 @@ class ClusterShape:
     base_gpu_id: int = 0
     gpus_per_worker: int = 1
     persist_folder: str | None = None  # of the host tiers
+    drain_s: float = 10.0  # what each process gives its open requests when it stops
+    stall_restart_s: float = STALL_RESTART_S
     memory_share: float | None = None  # of one GPU, for the workers on it together; None: each has been told its own
     python: str = sys.executable
 

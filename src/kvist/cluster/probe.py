@@ -7,7 +7,7 @@ from collections.abc import Callable
 import httpx
 
 from kvist.clock import MonotonicClock
-from kvist.cluster.processes import Child, ChildState, Processes
+from kvist.cluster.processes import Answer, Child, ChildState, Processes
 
 PROBE_TIMEOUT_S = 1.0
 REPORT_INTERVAL_S = 2.0
@@ -20,6 +20,18 @@ def is_ready(url: str) -> bool:
         return httpx.get(f"{url}/ready", timeout=PROBE_TIMEOUT_S, trust_env=False).status_code == httpx.codes.OK
     except httpx.HTTPError:
         return False
+
+
+def ask(url: str, instance_id: str) -> Answer:
+    """How the server that was started with this instance id answers. Never raises, never takes longer than a second or
+    so. That another server is ready says nothing."""
+    try:
+        response = httpx.get(f"{url}/ready", timeout=PROBE_TIMEOUT_S, trust_env=False)
+        if response.status_code != httpx.codes.OK:
+            return Answer.ALIVE
+        return Answer.READY if response.json().get("instance_id") == instance_id else Answer.NONE
+    except (httpx.HTTPError, ValueError, AttributeError):
+        return Answer.NONE
 
 
 class StartReport:

@@ -1,14 +1,17 @@
 """Child processes of one `kvist up` or `kvist demo`: started, watched, restarted, stopped; none left behind.
 
-Life cycle of a child: STARTING until its `/ready` answers 200, then READY. When it dies on its own it is reported and
-started again after a wait that doubles with each death in a row (a minute of health forgives the past). `stop` asks
-every child to end, waits, and kills what is left, each with its whole process group.
+Life cycle of a child: STARTING until its own `/ready` answers 200, then READY. A child is known by the instance id that
+it was started with: a port that another server holds is never ready. A child that dies is reported and started again
+after a wait that doubles with each death in a row (a minute of health forgives the past), but for one that says, before
+it was ever ready, that its settings are wrong (exit status 2): REFUSED, since a restart would not heal that. A child
+that was ready and answers nothing for `stall_restart_s`, stopped or blocked, is killed, which starts it again.
 
-Nothing outlives us even if we are killed with -9: each child holds the read end of a pipe as its standard input, runs
-with `--stop-with-stdin`, and stops when our end closes.
+`stop` asks every child to end, waits as long as their requests may take, and kills what is left, each with its whole
+process group. Nothing outlives us even if we are killed with -9: each child holds the read end of a pipe as its
+standard input, runs with `--stop-with-stdin`, and stops when our end closes.
 
-One thread relays output, notices deaths and probes readiness, so that the caller may block on other things. It does not
-decide what to run: that is the plan (plan.py).
+One thread relays output and notices deaths, one for each child asks whether it answers, and the caller may block on
+other things. They do not decide what to run: that is the plan (plan.py).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import secrets
 import selectors
 import signal
 import subprocess
@@ -25,13 +29,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
-from kvist.clock import MonotonicClock
-from kvist.errors import Timeout, Unavailable
+from kvist.clock import MonotonicClock, Oversleep
+from kvist.errors import ConfigError, Timeout, Unavailable
 from kvist.worker.child import FORGIVE_AFTER_S, restart_wait_s
 
-PROBE_INTERVAL_S = 0.25
-STOP_GRACE_S = 10.0
+LOOK_INTERVAL_S = 0.1
+PROBE_INTERVAL_S = 0.25  # of a child that is starting
+HEALTH_INTERVAL_S = 1.0  # of one that was ready
+SILENT_AFTER_S = 5.0  # then it is said
+STALL_RESTART_S = 30.0
+STOP_GRACE_S = 15.0  # for a child to end, beyond what its open requests may take
+HURRY_GRACE_S = 8.0
+KILLED_S = 10.0  # for the kernel to end a process that was killed
 NUM_LAST_LINES = 60
+REFUSED_STATUS = 2  # cli.py's for a mistake in the settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +59,18 @@ class ChildState(enum.Enum):
     STARTING = "starting"
     READY = "ready"
     WAITING = "waiting to restart"
+    REFUSED = "refused to start"
     STOPPED = "stopped"
 
 
-Probe = Callable[[str], bool]  # url -> does it say it is ready; must not block for more than a second or so
-Sink = Callable[[str, str], None]  # (child's name, one line of its output)
+class Answer(enum.Enum):
+    NONE = "none"
+    ALIVE = "alive"
+    READY = "ready"
+
+
+Probe = Callable[[str, str], Answer]  # (url, instance id) -> how it answers; blocks for no more than a second or so
+Sink = Callable[[str, str], None]  # (child's name, one line of its output); must not block
 
 
 def _inherited() -> dict[str, str]:
@@ -61,7 +79,7 @@ def _inherited() -> dict[str, str]:
 
 
 class Child:
-    """One planned process through all its lives. Changed only by `Processes`: its watching thread, then `stop`."""
+    """One planned process through all its lives. Changed only by `Processes`, under its lock."""
 
     def __init__(self, plan: ChildPlan) -> None:
         self.plan = plan
@@ -69,7 +87,11 @@ class Child:
         self.num_restarts = 0
         self.last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
         self.process: subprocess.Popen[bytes] | None = None
+        self.instance_id = ""  # of this life
+        self.was_ready = False  # in any life
         self.started_s = 0.0
+        self.answered_s = 0.0
+        self.silence_told = False
         self.restart_at_s = 0.0
         self.num_deaths_in_a_row = 0
         self.partial_line = b""
@@ -79,18 +101,25 @@ class Child:
         return self.process.pid if self.process is not None else None
 
     def start(self, now_s: float) -> None:
+        self.instance_id = secrets.token_hex(8)
         self.process = subprocess.Popen(
             self.plan.argv,
             stdin=subprocess.PIPE,  # held open and never written: its end is the sign to stop
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**_inherited(), **self.plan.environ},
+            env={**_inherited(), **self.plan.environ, "KVIST_INSTANCE_ID": self.instance_id},
             start_new_session=True,  # Ctrl-C reaches us alone; we stop children in order
         )
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
         self.partial_line = b""
-        self.state, self.started_s = ChildState.STARTING, now_s
+        self.state, self.started_s, self.silence_told = ChildState.STARTING, now_s, False
+
+    def ask_to_end(self) -> None:
+        """Once more for haste."""
+        if self.process is not None:
+            self.process.terminate()
+            self.process.send_signal(signal.SIGCONT)  # a process that is stopped would not hear
 
     def signal_group(self, number: signal.Signals) -> None:
         if self.process is not None:
@@ -104,6 +133,9 @@ class Child:
             for pipe in (self.process.stdin, self.process.stdout):
                 if pipe is not None:
                     pipe.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=1.0)
+        self.process = None
 
     def take_lines(self, chunk: bytes) -> list[str]:
         *lines, self.partial_line = (self.partial_line + chunk).split(b"\n")
@@ -112,19 +144,42 @@ class Child:
         return texts
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long children may take."""
+
+    drain_s: float = 0.0  # to finish their open requests when they are asked to end
+    stall_restart_s: float = STALL_RESTART_S  # to answer again
+
+
 class Processes:
     """Starts every planned child and keeps it running until `stop`. Use as a context manager."""
 
-    def __init__(self, plans: Sequence[ChildPlan], *, probe: Probe, sink: Sink) -> None:
+    def __init__(
+        self,
+        plans: Sequence[ChildPlan],
+        *,
+        probe: Probe,
+        sink: Sink,
+        patience: Patience | None = None,
+        lines_are_shown: bool = False,
+    ) -> None:
+        """`lines_are_shown`: the sink puts them before the user's eyes, so that no error need repeat them."""
         self.children = {plan.name: Child(plan) for plan in plans}
         self._probe = probe
         self._sink = sink
+        self._patience = patience or Patience()
+        self._lines_are_shown = lines_are_shown
         self._clock = MonotonicClock()
         self._selector = selectors.DefaultSelector()
         self._stopping = threading.Event()
+        self._hurried = threading.Event()
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._watch, name="watch-children", daemon=True)
-        self._next_probe_s = 0.0
+        self._threads = [threading.Thread(target=self._watch, name="watch-children", daemon=True)]
+        self._threads += [
+            threading.Thread(target=self._ask, args=(child,), name=f"ask-{child.plan.name}", daemon=True)
+            for child in self.children.values()
+        ]
 
     def __enter__(self) -> Processes:
         self.start()
@@ -133,13 +188,20 @@ class Processes:
     def __exit__(self, *_exc: object) -> None:
         self.stop()
 
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
     def start(self) -> None:
-        for child in self.children.values():
-            self._start_child(child)
-        self._thread.start()
+        with self._changed:
+            for child in self.children.values():
+                self._start_child(child)
+        for thread in self._threads:
+            thread.start()
 
     def wait_ready(self, timeout_s: float, *, each_second: Callable[[], None] = lambda: None) -> None:
-        """Until every child is ready. Raises `Timeout`, or `Unavailable` with its last lines if one died twice."""
+        """Until every child is ready. Raises `ConfigError` when one refuses its settings, `Unavailable` when one died
+        twice, `Timeout`; with the child's last lines, where they are not shown."""
         deadline_s = self._clock.now_s() + timeout_s
         while True:
             with self._changed:
@@ -149,53 +211,78 @@ class Processes:
             if not waiting:
                 return
             for child in waiting:
+                if child.state is ChildState.REFUSED:
+                    raise ConfigError(f"{child.plan.name} refused its settings{self._last_words(child)}")
                 if child.num_deaths_in_a_row >= 2:
-                    raise Unavailable(f"{child.plan.name} does not start. It said last:\n" + _quoted(child))
+                    raise Unavailable(f"{child.plan.name} does not start{self._last_words(child)}")
             if self._clock.now_s() > deadline_s:
                 names = ", ".join(child.plan.name for child in waiting)
-                quoted = "\n".join(_quoted(child) for child in waiting)
-                raise Timeout(f"after {timeout_s:.0f} s not ready: {names}. They said last:\n{quoted}")
+                words = "".join(map(self._last_words, waiting))
+                raise Timeout(f"after {timeout_s:.0f} s not ready: {names}{words}")
+
+    def _last_words(self, child: Child) -> str:
+        if self._lines_are_shown:
+            return f": see what it said above, in the lines of {child.plan.name}"
+        name = child.plan.name
+        return "; its last lines:\n" + ("\n".join(f"  [{name}] {line}" for line in child.last_lines) or "  none")
 
     def stop(self) -> None:
-        """The last child first, as it leans on the others; then those together. Each gets SIGTERM, and SIGKILL with its
-        whole group when `STOP_GRACE_S` have passed. Harmless when already stopped."""
+        """The last child first, as it leans on the others; then those together. Each is asked to end, and killed with
+        its whole group when its time is over. Harmless when already stopped."""
         self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=STOP_GRACE_S)
-        deadline_s = self._clock.now_s() + STOP_GRACE_S
         *others, last = self.children.values()
         for children in ((last,), others):
-            for child in children:
-                if child.process is not None:
-                    child.process.terminate()
-            for child in children:
-                self._bury(child, deadline_s)
+            with self._changed:
+                for child in children:
+                    child.ask_to_end()
+            self._wait_ended(children)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=STOP_GRACE_S)
+        with self._changed:
+            for child in self.children.values():  # those whose watching thread never ran
+                child.reap()
+                child.state = ChildState.STOPPED
         self._selector.close()
 
-    def _bury(self, child: Child, deadline_s: float) -> None:
-        if child.process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.process.wait(timeout=max(0.1, deadline_s - self._clock.now_s()))
-            child.signal_group(signal.SIGKILL)
-            child.process.wait()
-            self._drain(child)
-            child.reap()
-        child.process, child.state = None, ChildState.STOPPED
+    def hurry(self) -> None:
+        """Shorten a stop that is under way. Safe in a signal handler."""
+        self._hurried.set()
+
+    def _wait_ended(self, children: Sequence[Child]) -> None:
+        end_s = self._clock.now_s() + self._patience.drain_s + STOP_GRACE_S
+        hurried = False
+        while self._threads[0].is_alive() and any(child.process is not None for child in children):
+            now_s = self._clock.now_s()
+            if self._hurried.is_set() and not hurried:
+                hurried, end_s = True, min(end_s, now_s + HURRY_GRACE_S)
+                with self._changed:
+                    for child in children:
+                        child.ask_to_end()
+            if now_s > end_s:
+                with self._changed:
+                    for child in children:
+                        child.signal_group(signal.SIGKILL)
+            if now_s > end_s + KILLED_S:
+                return
+            with self._changed:
+                self._changed.wait(timeout=LOOK_INTERVAL_S)
 
     # ---- the watching thread
 
     def _watch(self) -> None:
-        while not self._stopping.is_set():
-            for key, _events in self._selector.select(timeout=0.1):
-                child = key.data
-                if not self._relay(child, key.fileobj):
-                    self._selector.unregister(key.fileobj)
-            now_s = self._clock.now_s()
-            for child in self.children.values():
-                self._tend(child, now_s)
-            if now_s >= self._next_probe_s:
-                self._next_probe_s = now_s + PROBE_INTERVAL_S
-                self._probe_one()
+        oversleep = Oversleep(self._clock.now_s(), longest_s=1.0)
+        while not (self._stopping.is_set() and all(child.process is None for child in self.children.values())):
+            ready = self._selector.select(timeout=LOOK_INTERVAL_S)
+            with self._changed:
+                for key, _events in ready:
+                    if not self._relay(key.data, key.fileobj):
+                        self._selector.unregister(key.fileobj)
+                now_s = self._clock.now_s()
+                late_s = oversleep.look(now_s)
+                for child in self.children.values():
+                    child.answered_s += late_s
+                    self._tend(child, now_s)
 
     def _relay(self, child: Child, pipe: object) -> bool:
         """Pass on what the child wrote. False at end of file."""
@@ -214,26 +301,45 @@ class Processes:
                 pass
 
     def _tend(self, child: Child, now_s: float) -> None:
-        if child.state is ChildState.WAITING:
-            if now_s >= child.restart_at_s:
+        if child.process is None:
+            if child.state is ChildState.WAITING and now_s >= child.restart_at_s and not self._stopping.is_set():
                 child.num_restarts += 1
                 self._start_child(child)
             return
-        assert child.process is not None
-        if child.state is ChildState.READY and now_s - child.started_s > FORGIVE_AFTER_S:
-            child.num_deaths_in_a_row = 0
         status = child.process.poll()
-        if status is None:
-            return
+        if status is not None:
+            self._bury(child, status, now_s)
+        elif child.state is ChildState.READY and not self._stopping.is_set():
+            if now_s - child.started_s > FORGIVE_AFTER_S:
+                child.num_deaths_in_a_row = 0
+            self._judge_silence(child, now_s - child.answered_s)
+
+    def _bury(self, child: Child, status: int, now_s: float) -> None:
+        assert child.process is not None
         self._drain(child)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(child.process.stdout)  # type: ignore[arg-type]
         child.reap()
-        child.num_deaths_in_a_row += 1
-        wait_s = restart_wait_s(child.num_deaths_in_a_row)
-        child.state, child.restart_at_s = ChildState.WAITING, now_s + wait_s
-        how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
-        self._say(child, f"{how}; starting it again in {wait_s:g} s")
+        if self._stopping.is_set():
+            child.state = ChildState.STOPPED
+        elif status == REFUSED_STATUS and not child.was_ready:
+            child.state = ChildState.REFUSED
+        else:
+            child.num_deaths_in_a_row += 1
+            wait_s = restart_wait_s(child.num_deaths_in_a_row)
+            child.state, child.restart_at_s = ChildState.WAITING, now_s + wait_s
+            how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+            self._sink(child.plan.name, f"{how}; starting it again in {wait_s:g} s")
+        self._changed.notify_all()
+
+    def _judge_silence(self, child: Child, silent_s: float) -> None:
+        if silent_s >= self._patience.stall_restart_s:
+            self._sink(child.plan.name, f"has answered nothing for {silent_s:.0f} s (--stall-restart-s): it is killed")
+            child.signal_group(signal.SIGKILL)
+        elif (silent_s >= SILENT_AFTER_S) is not child.silence_told:
+            child.silence_told = not child.silence_told
+            told = f"has answered nothing for {silent_s:.0f} s: it is stopped or blocked"
+            self._sink(child.plan.name, told if child.silence_told else "answers again")
 
     def _start_child(self, child: Child) -> None:
         child.start(self._clock.now_s())
@@ -241,19 +347,17 @@ class Processes:
         assert child.process.stdout is not None
         self._selector.register(child.process.stdout, selectors.EVENT_READ, child)
 
-    def _probe_one(self) -> None:
-        """Ask the children that are starting whether they are ready."""
-        for child in self.children.values():
-            if child.state is ChildState.STARTING and self._probe(child.plan.url):
-                child.state = ChildState.READY
-                with self._changed:
+    # ---- a thread for each child
+
+    def _ask(self, child: Child) -> None:
+        """Ask it for its state: until it is ready, and then whether it still answers."""
+        while not self._stopping.wait(HEALTH_INTERVAL_S if child.state is ChildState.READY else PROBE_INTERVAL_S):
+            instance_id = child.instance_id
+            answer = self._probe(child.plan.url, instance_id) if child.process is not None else Answer.NONE
+            with self._changed:
+                if answer is Answer.NONE or child.process is None or child.instance_id != instance_id:
+                    continue
+                child.answered_s = self._clock.now_s()
+                if answer is Answer.READY and child.state is ChildState.STARTING:
+                    child.state, child.was_ready = ChildState.READY, True
                     self._changed.notify_all()
-
-    def _say(self, child: Child, text: str) -> None:
-        self._sink(child.plan.name, text)
-        with self._changed:
-            self._changed.notify_all()
-
-
-def _quoted(child: Child) -> str:
-    return "\n".join(f"  [{child.plan.name}] {line}" for line in child.last_lines) or f"  [{child.plan.name}] nothing"

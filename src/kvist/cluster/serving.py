@@ -1,8 +1,8 @@
 """`kvist serve` and `kvist router`: one gateway process, over its own engine or over remote ones.
 
 A worker: HTTP answers at once (`/server_info` says `engine: null`) → the engine process loads → the gateway connects to
-it as to any engine → `/ready`. When the engine dies its supervisor starts another, and the gateway finds that one. When
-the first start fails, or a signal comes, HTTP stops, open requests have a bounded time, then the engine stops.
+it as to any engine → `/ready`. When the engine dies its supervisor starts another, and the gateway finds that one. At a
+stop what is open has a bounded time (stopping.py); then, or when the first start fails, HTTP and the engine end.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from types import FrameType
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 
 import httpx
 import msgspec
@@ -29,13 +27,15 @@ from kvist.channel import (
 )
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.cluster.announce import announce, curl_example, router_example, shown_key
-from kvist.cluster.lifeline import signals_to, stop_at_end_of_stdin
-from kvist.errors import ConfigError
+from kvist.cluster.lifeline import STOP_SIGNALS, signals_to, stop_at_end_of_stdin
+from kvist.cluster.listener import bound_socket
+from kvist.cluster.stopping import Drain, StopSignals
 from kvist.event_loop import run_in_loop
 from kvist.request import WorkerId
 from kvist.router import Dispatcher, GatewayTokenizer, RouterConfig, build_dispatcher
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
+from kvist.server.lifecycle import Lifecycle
 from kvist.server.serve import http_server
 from kvist.text import SamplingDefaults, TextConfig, load_sampling_defaults, load_tokenizer
 from kvist.text.fingerprint import vocabulary_fingerprint
@@ -74,7 +74,7 @@ def serve_worker(
         checkpoint = find_checkpoint(engine.model_path)
         url = f"{server.scheme}://{name}"
         engine = replace(engine, worker_id=name, channel=channel)
-        supervisor = EngineSupervisor(engine)
+        supervisor, lifecycle = EngineSupervisor(engine), Lifecycle()
         own = OwnEngine(lambda: supervisor.spec, lambda: supervisor.health)
         dispatcher = build_dispatcher(replace(router, worker_urls=(url,)), channel, transport=own)
         # prefill and decode are answered through a router, which has the tokenizer
@@ -89,15 +89,24 @@ def serve_worker(
             sampling_defaults=defaults,
             own_engine=lambda: supervisor.spec,
             own_health=lambda: supervisor.health,
+            lifecycle=lifecycle,
         )
         log.info("%s worker at %s is loading %s", engine.role, url, checkpoint.path)
-        stop.http = http_server(app, app.traffic, server)
         if engine.role == UNIFIED:
             example = curl_example(url, api_key=shown_key(server.api_key))
         else:
             example = router_example(url, engine.role)
-        ready = _say_ready(url, None if stop_with_stdin else example)
-        run_in_loop(_serve(stop.http, listener, dispatcher, supervisor, ready))
+        serving = Serving(
+            http=http_server(app, app.traffic, server),
+            listener=listener,
+            dispatcher=dispatcher,
+            supervisor=supervisor,
+            lifecycle=lifecycle,
+            config=server,
+            stop=stop,
+            say_ready=_say_ready(url, None if stop_with_stdin else example),
+        )
+        run_in_loop(serving.run())
     return 0
 
 
@@ -118,6 +127,7 @@ def serve_router(
         tokenizer = load_tokenizer(checkpoint, text)
         named = GatewayTokenizer(name=checkpoint.name, fingerprint=vocabulary_fingerprint(tokenizer))
         dispatcher = build_dispatcher(router, channel, api_key=key, tokenizer=named)
+        lifecycle = Lifecycle()
         app = build_app(
             dispatcher=dispatcher,
             tokenizer=tokenizer,
@@ -125,13 +135,21 @@ def serve_router(
             model_name=checkpoint.name,
             model_path=str(checkpoint.path),
             sampling_defaults=_sampling_defaults(checkpoint, text),
+            lifecycle=lifecycle,
         )
         log.info("router at %s://%s for %s", server.scheme, name, checkpoint.name)
-        stop.http = http_server(app, app.traffic, server)
         url = f"{server.scheme}://{name}"
         example = curl_example(url, api_key=shown_key(server.api_key))
-        ready = _say_ready(url, None if stop_with_stdin else example)
-        run_in_loop(_serve(stop.http, listener, dispatcher, None, ready))
+        serving = Serving(
+            http=http_server(app, app.traffic, server),
+            listener=listener,
+            dispatcher=dispatcher,
+            lifecycle=lifecycle,
+            config=server,
+            stop=stop,
+            say_ready=_say_ready(url, None if stop_with_stdin else example),
+        )
+        run_in_loop(serving.run())
     return 0
 
 
@@ -149,12 +167,16 @@ def _sampling_defaults(checkpoint: Checkpoint, text: TextConfig) -> SamplingDefa
 
 
 @contextlib.contextmanager
-def _listening(server: ServerConfig, stop_with_stdin: bool) -> Iterator[tuple[_StopSignals, socket.socket, WorkerId]]:
+def _listening(server: ServerConfig, stop_with_stdin: bool) -> Iterator[tuple[StopSignals, socket.socket, WorkerId]]:
     """The way to be told to stop, the socket of the HTTP server, and HOST:PORT, by which others name it."""
-    stop = _StopSignals()
-    with signals_to(stop, (signal.SIGINT, signal.SIGTERM)), listen(server) as listener:
+    stop = StopSignals()
+    with (
+        signals_to(stop, STOP_SIGNALS),
+        contextlib.suppress(KeyboardInterrupt),  # told to stop during the start
+        listen(server) as listener,
+    ):
         if stop_with_stdin:
-            stop_at_end_of_stdin()
+            stop_at_end_of_stdin(max(server.shutdown_timeout_s, server.drain_grace_s))
         yield stop, listener, WorkerId(f"{host_to_name(server.host, socket.gethostname())}:{listener.getsockname()[1]}")
 
 
@@ -169,60 +191,65 @@ def _say_ready(url: str, example: str | None) -> Callable[[], None]:
     return say
 
 
-async def _serve(
-    http: uvicorn.Server,
-    listener: socket.socket,
-    dispatcher: Dispatcher,
-    supervisor: EngineSupervisor | None,
-    say_ready: Callable[[], None],
-) -> None:
-    await dispatcher.start()
-    announcer = asyncio.create_task(announce(dispatcher, say_ready), name="announcer")
-    serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
-    tasks: list[asyncio.Task[None]] = [serving]
-    if supervisor is not None:
-        tasks.append(asyncio.create_task(supervisor.run(), name="engine"))
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        announcer.cancel()
-        http.should_exit = True
-        await serving
-        await dispatcher.close()
-        for task in tasks[1:]:
-            task.cancel()
-        results = await asyncio.gather(*tasks[1:], return_exceptions=True)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """One process that answers HTTP, over its own engine or over remote ones: from its first request to its last."""
+
+    http: uvicorn.Server
+    listener: socket.socket
+    dispatcher: Dispatcher
+    supervisor: EngineSupervisor | None = None
+    lifecycle: Lifecycle
+    config: ServerConfig
+    stop: StopSignals
+    say_ready: Callable[[], None]
+
+    async def run(self) -> None:
+        """Until it is told to stop and has drained. Raises what ended the engine's first start."""
+        self.stop.watch()
+        await self.dispatcher.start()
+        announcer = asyncio.create_task(announce(self.dispatcher, self.say_ready), name="announcer")
+        serving = asyncio.create_task(self.http.serve(sockets=[self.listener]), name="http")
+        asked = asyncio.create_task(self.stop.asked.wait(), name="asked to stop")
+        engine = None if self.supervisor is None else asyncio.create_task(self.supervisor.run(), name="engine")
+        waited_for = {serving, asked, *([] if engine is None else [engine])}
+        try:
+            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+            announcer.cancel()
+            drain = Drain(
+                lifecycle=self.lifecycle,
+                config=self.config,
+                hurried=self.stop.hurried,
+                cut=self.dispatcher.cut,
+                engine=self._drained(engine),
+            )
+            await (drain.run() if asked.done() else drain.end_open_requests())
+        finally:
+            self.lifecycle.stop()
+            announcer.cancel()
+            asked.cancel()
+            self.http.should_exit = True
+            await serving
+            await self.dispatcher.close()
+            if engine is not None:
+                engine.cancel()
+                await asyncio.gather(engine, return_exceptions=True)
+            self.stop.unwatch()
+        if engine is not None and not engine.cancelled() and (error := engine.exception()) is not None:
+            raise error
+
+    def _drained(self, engine: asyncio.Task[None] | None) -> Awaitable[object] | None:
+        """Asks the engine to drain; None when it holds no request, as while it loads."""
+        if self.supervisor is None or engine is None or not self.supervisor.drain():
+            return None
+        return asyncio.wait((engine,))
 
 
 @contextlib.contextmanager
 def listen(server: ServerConfig) -> Iterator[socket.socket]:
     """The socket of the HTTP server, bound before anything slow starts. Raises `ConfigError` when it is taken."""
-    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart must not wait for old connections
-        try:
-            listener.bind((server.host, server.port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on --host {server.host} --port {server.port}: {error.strerror}"
-            ) from error
+    with bound_socket(server.host, server.port) as listener:
         address, port = listener.getsockname()[:2]
         if not server.api_key and not is_loopback(f"tcp://{bracketed(address)}:{port}"):
             log.warning("HTTP on %s is open to whoever can reach it: --api-key closes it", server.host)
         yield listener
-
-
-class _StopSignals:
-    """SIGINT and SIGTERM: before there is an HTTP server they end the start; then they stop it. uvicorn takes them over
-    while it runs and raises them again afterwards, which must not end the process before the engine is stopped."""
-
-    def __init__(self) -> None:
-        self.http: uvicorn.Server | None = None
-
-    def __call__(self, _number: int, _frame: FrameType | None) -> None:
-        if self.http is None:
-            raise KeyboardInterrupt
-        self.http.should_exit = True

@@ -3,53 +3,58 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import sys
 import threading
 from types import FrameType
 
 from kvist.cluster.announce import curl_example, shown_key
-from kvist.cluster.lifeline import signals_to, stop_at_end_of_stdin
+from kvist.cluster.lifeline import STOP_SIGNALS, signals_to, stop_at_end_of_stdin
+from kvist.cluster.listener import bound_socket
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
-from kvist.cluster.probe import StartReport, is_ready
-from kvist.cluster.processes import Processes, Sink
+from kvist.cluster.probe import StartReport, ask
+from kvist.cluster.processes import Patience, Processes, Sink
+from kvist.output import output_to
 
 
-def stop_signals() -> contextlib.AbstractContextManager[None]:
-    """SIGINT, SIGTERM and SIGHUP (the terminal closed) end the body by `KeyboardInterrupt`.
-
-    SIGINT too: a script's background process inherits it ignored, and `kill -INT` would do nothing."""
+def stop_signals(processes: Processes) -> contextlib.AbstractContextManager[None]:
+    """Signals that ask for a stop end the body by `KeyboardInterrupt`; when the processes are stopping already, they
+    shorten that."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        if not processes.stopping:
+            raise KeyboardInterrupt
+        processes.hurry()
 
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    return signals_to(interrupt, numbers)
+    return signals_to(interrupt, STOP_SIGNALS)
 
 
 def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
     """Returns when told to stop: 0. Raises `KvistError` when the cluster does not come up."""
+    with bound_socket(shape.router_host, shape.router_port):
+        pass  # a port that another server holds is said once, before anything starts
     width = max(len("decode-00"), len("prefill-00"))
+    output = output_to(sys.stdout.fileno())
 
     def show(name: str, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # our own reader left; the cluster runs on
-            print(f"{name:<{width}} | {line}", flush=True)
+        output.write(f"{name:<{width}} | {line}")
 
-    processes = Processes(plan_on_free_ports(shape), probe=is_ready, sink=show)
-    with stop_signals():
+    patience = Patience(drain_s=shape.drain_s, stall_restart_s=shape.stall_restart_s)
+    processes = Processes(plan_on_free_ports(shape), probe=ask, sink=show, patience=patience, lines_are_shown=True)
+    with stop_signals(processes):
         try:
             _start_and_wait(processes, shape, show, stop_with_stdin)
         except KeyboardInterrupt:
-            show("kvist", "stopping")
+            show("kvist", f"stopping: open requests may go on for {shape.drain_s:g} s (once more ends them now)")
         finally:
-            with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C: the children see our end of the pipe close
-                processes.stop()
+            processes.stop()
     show("kvist", "stopped")
+    output.flush()
     return 0
 
 
 def _start_and_wait(processes: Processes, shape: ClusterShape, show: Sink, stop_with_stdin: bool) -> None:
     if stop_with_stdin:
-        stop_at_end_of_stdin()
+        stop_at_end_of_stdin(2 * shape.drain_s)  # the router's requests, then those that workers have of others
     workers = f"{shape.config.prefill} prefill, {shape.config.decode} decode, {shape.config.unified} unified"
     show("kvist", f"starting a router and workers ({workers}), {shape.threads_per_worker} thread(s) each")
     processes.start()

@@ -53,14 +53,19 @@ class Admin:
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         """This process answers. Says nothing of the engines: see `ready`."""
         del scope, receive
-        await send_json(send, {"status": "ok"})
+        await send_json(send, {"status": "ok", **self._instance()})
 
     async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope, receive
+        self._gateway.lifecycle.check()
         if not self._gateway.ready():
             problems = [f"{w.worker_id}: {w.problem or w.state}" for w in self._workers() if not w.alive]
             raise Unavailable("not ready" + (f" ({'; '.join(problems)})" if problems else ": no worker is known yet"))
-        await send_json(send, {"status": "ready"})
+        await send_json(send, {"status": "ready", **self._instance()})
+
+    def _instance(self) -> dict[str, str]:
+        instance_id = self._gateway.config.instance_id
+        return {} if instance_id is None else {"instance_id": instance_id}
 
     async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         """vLLM's and SGLang's: of one prompt, of several (then `tokens`, `count` and `token_strs` are lists), or of a

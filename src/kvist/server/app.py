@@ -9,6 +9,7 @@ that left gets nothing.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import uuid
@@ -31,6 +32,7 @@ from kvist.server.gateway import Gateway
 from kvist.server.generation import Dispatcher
 from kvist.server.http import ClientGone, header, send_error
 from kvist.server.later import NOT_SERVED, NotServed
+from kvist.server.lifecycle import Lifecycle
 from kvist.server.model_pages import ModelPages
 from kvist.server.native import native_job
 from kvist.server.openai import chat_job, completion_job
@@ -68,6 +70,7 @@ def build_app(
     sampling_defaults: SamplingDefaults | None = None,
     own_engine: Callable[[], EngineSpec | None] = no_engine,
     own_health: Callable[[], EngineHealth | None] = no_engine,
+    lifecycle: Lifecycle | None = None,
     clock: Clock | None = None,
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED),
 ) -> Front:
@@ -89,10 +92,11 @@ def build_app(
         admission=Admission(limit=config.max_concurrent_requests, metrics=gateway_metrics, clock=clock),
         work=WorkPool(num_threads=config.tokenizer_threads, max_jobs=config.max_concurrent_requests),
         sampling_defaults=sampling_defaults or SamplingDefaults(),
+        lifecycle=lifecycle or Lifecycle(),
         bodies=BodyBudget(limit_bytes=config.max_total_body_bytes, free_bytes=_FREE_BODY_BYTES),
     )
     routes = _routes(gateway, model_path)
-    door: ASGIApp = Door(Router(routes), config)
+    door: ASGIApp = Door(Router(routes), config, gateway.lifecycle)
     if config.allowed_origins:
         door = CORSMiddleware(
             door,
@@ -147,9 +151,11 @@ class _Raw:
 
 def _generation(gateway: Gateway, make_job: Callable[[Gateway, Caller, bytes], Job]) -> Endpoint:
     async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+        gateway.lifecycle.check()
         job = await gateway.prepare(scope, receive, partial(make_job, gateway, caller_of(scope)))
         try:
-            await respond(gateway, job, receive, send)
+            with gateway.lifecycle.open_request():
+                await respond(gateway, job, receive, send)
         finally:
             exchange_of(scope).tokens = _counted(job)
 
@@ -201,8 +207,9 @@ class Front:
 class Door:
     """Lets a request through to the routes, and turns an error into its response."""
 
-    def __init__(self, router: Router, config: ServerConfig) -> None:
+    def __init__(self, router: Router, config: ServerConfig, lifecycle: Lifecycle) -> None:
         self._router = router
+        self._lifecycle = lifecycle
         self._keys = Keys(config.api_key)
         self._pages = PageGuard(config)
 
@@ -214,6 +221,10 @@ class Door:
             await self._router(scope, receive, send)
         except ClientGone:
             raise
+        except asyncio.CancelledError:
+            if not self._lifecycle.stopping:
+                raise
+            log.warning("stopped: the client of %s %s did not take its end in time", scope["method"], scope["path"])
         except Exception as error:
             known = _known(error)
             if known is None:

@@ -53,6 +53,9 @@ class ServerConfig:
     )
     ssl_certfile: Path | None = option(None, "PEM file with the certificate chain: HTTPS instead of HTTP")
     ssl_keyfile: Path | None = option(None, "PEM file with the private key of --ssl-certfile, without a password")
+    instance_id: str | None = option(
+        None, "shown by /health and /ready, so that whatever started this server knows whose port it asks"
+    )
     served_model_name: str | None = option(None, "model name in the API; default: the model's own name")
     max_body_bytes: int = option(8 << 20, "largest HTTP body accepted", unit="bytes", minimum=1024)
     max_total_body_bytes: int = option(
@@ -74,7 +77,18 @@ class ServerConfig:
     max_choices: int = option(128, "most answers one request may ask for (its prompts times n)", minimum=1)
     request_timeout_s: float = option(600.0, "longest time one request may take", unit="s", minimum=0.001)
     shutdown_timeout_s: float = option(
-        10.0, "on shutdown, how long open requests may go on before they are cut", unit="s", minimum=0
+        10.0,
+        "on shutdown, how long open requests may go on before they are cut with an error; a second signal cuts them "
+        "at once",
+        unit="s",
+        minimum=0,
+    )
+    drain_grace_s: float = option(
+        0.0,
+        "on shutdown, how long the port answers at least (/ready with 503), so that a load balancer notices; 5 is "
+        "usual in Kubernetes",
+        unit="s",
+        minimum=0,
     )
     incremental_streaming_output: bool = option(
         False,

@@ -21,6 +21,7 @@ from kvist.server.caller import Caller, caller_of
 from kvist.server.config import TENANT_API_KEY, ServerConfig
 from kvist.server.generation import Dispatcher
 from kvist.server.http import cancelled_on_disconnect, read_body
+from kvist.server.lifecycle import Lifecycle
 from kvist.server.schemas import ChatMessage, ChatRequest, TokenizeRequest
 from kvist.server.work import INLINE_BYTES, BodyBudget, WorkPool
 from kvist.text import SamplingDefaults, Tokenizer, encode_up_to
@@ -50,6 +51,7 @@ class Gateway:
     admission: Admission
     work: WorkPool
     bodies: BodyBudget
+    lifecycle: Lifecycle
 
     def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -100,6 +102,8 @@ class Gateway:
 
     def ready(self) -> bool:
         """A worker that only does its part is ready when its engine is; a gateway when a token can be produced."""
+        if self.lifecycle.stopping:
+            return False
         if self.tokenizer is not None:
             return self.dispatcher.ready()
         return self.own_engine() is not None and all(worker.alive for worker in self.dispatcher.snapshot().workers)

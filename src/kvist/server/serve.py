@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import resource
 import ssl
+from collections.abc import Iterator
 from typing import cast
 
 import uvicorn
@@ -20,14 +22,22 @@ log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 30
 _OTHER_FILES = 256  # open in this process beside HTTP connections, at most
+CLOSE_TIMEOUT_S = 2
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn would take the first signal for the end of the port, and raise it again afterwards."""
+        yield
 
 
 def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn.Server:
     """A server that is not started: `await serve()` runs it, `should_exit = True` stops it. `traffic` hears of what is
     refused before the app sees it. Raises `ConfigError` for a certificate that cannot be used.
 
-    Stopping is bounded: open requests have `shutdown_timeout_s`, then they are cancelled, which aborts them at the
-    engines. It installs signal handlers only when run in the main thread.
+    The caller ends open requests first; those left have `CLOSE_TIMEOUT_S`, then they are cancelled. Signals are the
+    caller's, too.
     """
     bounds = Bounds(max_connections=_affordable(config.max_connections), header_timeout_s=config.header_timeout_s)
     settings = uvicorn.Config(
@@ -42,7 +52,7 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn
         access_log=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=max(1, round(config.shutdown_timeout_s)),
+        timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         backlog=2048,
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
@@ -53,7 +63,7 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn
     except (OSError, ssl.SSLError) as error:
         files = f"--ssl-certfile {config.ssl_certfile} --ssl-keyfile {config.ssl_keyfile}"
         raise ConfigError(f"cannot serve HTTPS with {files}: {error}", param="ssl_certfile") from error
-    return uvicorn.Server(settings)
+    return _Server(settings)
 
 
 def _affordable(max_connections: int) -> int:

@@ -201,11 +201,13 @@ class EngineSupervisor:
         self._engine: EngineProcess | None = None
         self._draining = False
 
-    def drain(self) -> None:
-        """Ask the engine to take no new request and to end after its last one; `run` returns then."""
+    def drain(self) -> bool:
+        """Ask the engine to take no new request and to end after its last one; `run` returns then. False: there is no
+        engine that serves now."""
         self._draining = True
         if self._engine is not None:
             self._engine.drain()
+        return self._engine is not None
 
     async def run(self) -> None:
         """Until cancelled or drained; the engine is stopped then. Raises `KvistError` when the very first start fails:

@@ -1,0 +1,167 @@
+"""A server that is told to stop: unready at once, open requests finished or told of their end, then the port closed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kvist.channel import ChannelConfig
+from kvist.checkpoint import find_checkpoint
+from kvist.cluster.listener import bound_socket
+from kvist.cluster.serving import OwnEngine, Serving
+from kvist.cluster.stopping import StopSignals
+from kvist.request import EpochId, WorkerId
+from kvist.router import RouterConfig, build_dispatcher
+from kvist.server.app import build_app
+from kvist.server.config import ServerConfig
+from kvist.server.lifecycle import Lifecycle
+from kvist.server.serve import http_server
+from kvist.text import TextConfig, Tokenizer, load_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "router"))
+
+from fake_engine import FakeEngine, make_spec
+
+ASK = {"prompt": [5, 6], "max_tokens": 1000, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(find_checkpoint(None), TextConfig())
+
+
+class Server:
+    """`kvist serve` without its engine process; a fake engine answers."""
+
+    def __init__(self, engine: FakeEngine, url: str, stop: StopSignals, running: asyncio.Task[None]) -> None:
+        self.engine = engine
+        self.client = httpx.AsyncClient(base_url=url, timeout=60)
+        self._stop = stop
+        self._running = running
+
+    def signal(self) -> None:
+        self._stop(signal.SIGTERM, None)
+
+    async def ended(self) -> None:
+        await asyncio.wait_for(asyncio.shield(self._running), 60)
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(60):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def serve(tokenizer: Tokenizer) -> Callable[..., object]:
+    @asynccontextmanager
+    async def made(**settings: float) -> AsyncIterator[Server]:
+        engine = FakeEngine(spec=make_spec(worker_id=WorkerId("u"), epoch=EpochId("e"), vocab_size=49152)).start()
+        config = ServerConfig(port=0, **settings)  # type: ignore[arg-type]
+        router = RouterConfig(worker_urls=("http://own:1",), keepalive_s=0.05)
+        dispatcher = build_dispatcher(router, ChannelConfig(), transport=OwnEngine(lambda: engine.spec))
+        lifecycle, stop = Lifecycle(), StopSignals()
+        app = build_app(
+            dispatcher=dispatcher, tokenizer=tokenizer, config=config, model_name="fake", lifecycle=lifecycle
+        )
+        ready = asyncio.Event()
+        with bound_socket("127.0.0.1", 0) as listener:
+            serving = Serving(
+                http=http_server(app, config),
+                listener=listener,
+                dispatcher=dispatcher,
+                lifecycle=lifecycle,
+                config=config,
+                stop=stop,
+                say_ready=ready.set,
+            )
+            running = asyncio.create_task(serving.run())
+            await asyncio.wait_for(ready.wait(), 60)
+            server = Server(engine, f"http://127.0.0.1:{listener.getsockname()[1]}", stop, running)
+            try:
+                async with server.client:
+                    yield server
+            finally:
+                for _ in range(2):
+                    if not running.done():
+                        server.signal()
+                await server.ended()
+                engine.stop()
+
+    return made
+
+
+async def read(server: Server, ask: dict[str, object]) -> str:
+    async with server.client.stream("POST", "/v1/completions", json=ask) as response:
+        return (await response.aread()).decode()
+
+
+@pytest.mark.case("drain-timeout")
+async def test_a_stream_beyond_the_shutdown_timeout_ends_with_an_error_event_and_one_log_line(
+    serve: Callable[..., object], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(shutdown_timeout_s=0.5) as server:  # type: ignore[attr-defined]
+        server.engine.stop_after = 3
+        streaming = asyncio.create_task(read(server, ASK))
+        whole = asyncio.create_task(server.client.post("/v1/completions", json={**ASK, "stream": False}))
+        await server.until(lambda: server.engine.num_hanging == 2)
+        server.signal()
+        last_event = (await streaming).strip().split("\n\n")[-1]
+        assert last_event.startswith("event: error\n")
+        assert '"code":"unavailable"' in last_event
+        answer = await whole
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        assert "retry-after" in answer.headers
+        await server.ended()
+    told = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record.getMessage() for record in told] == ["2 requests were still open and are cut (--shutdown-timeout-s)"]
+
+
+@pytest.mark.case("drain-timeout")
+async def test_a_stream_within_the_shutdown_timeout_is_finished_and_new_requests_are_refused(
+    serve: Callable[..., object],
+) -> None:
+    async with serve(shutdown_timeout_s=60) as server:  # type: ignore[attr-defined]
+        server.engine.stop_after = 3
+        streaming = asyncio.create_task(read(server, ASK))
+        await server.until(lambda: server.engine.num_hanging)
+        server.signal()
+        await server.until(lambda: server._stop.asked.is_set())
+        refused = await server.client.post("/v1/completions", json=ASK)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+        assert "retry-after" in refused.headers
+        server.engine.finish_streams()
+        assert (await streaming).endswith("data: [DONE]\n\n")
+        await server.ended()
+
+
+async def test_a_second_signal_cuts_open_requests_at_once(serve: Callable[..., object]) -> None:
+    async with serve(shutdown_timeout_s=3600, drain_grace_s=3600) as server:  # type: ignore[attr-defined]
+        server.engine.stop_after = 3
+        streaming = asyncio.create_task(read(server, ASK))
+        await server.until(lambda: server.engine.num_hanging)
+        server.signal()
+        server.signal()
+        assert "event: error" in await streaming
+        await server.ended()
+
+
+@pytest.mark.case("ready-before-close")
+async def test_the_port_answers_unready_for_the_drain_grace_and_closes_then(serve: Callable[..., object]) -> None:
+    async with serve(drain_grace_s=1.0, shutdown_timeout_s=0) as server:  # type: ignore[attr-defined]
+        assert (await server.client.get("/ready")).status_code == 200
+        server.signal()
+        await server.until(lambda: server._stop.asked.is_set())
+        ready = await server.client.get("/ready")
+        assert (ready.status_code, "stopping" in ready.text) == (503, True)
+        assert (await server.client.get("/health")).status_code == 200
+        await server.ended()
+        with pytest.raises(httpx.ConnectError):
+            await server.client.get("/ready")
