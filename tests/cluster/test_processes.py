@@ -16,11 +16,9 @@ import pytest
 from kvist.cluster.processes import Answer, ChildPlan, ChildState, Patience, Processes, restart_wait_s
 from kvist.errors import ConfigError, Timeout, Unavailable
 
-STAYS = "import sys; print('up', flush=True); sys.stdin.read()"
+STAYS = "import sys; print('up', flush=True); sys.stdin.readline()"
 DIES = "import sys; print('no such model', flush=True); sys.exit(3)"
-DEAF = (
-    "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); sys.stdin.read()"
-)
+DEAF = "import time; print('up', flush=True); time.sleep(60)"
 
 
 class Lines:
@@ -77,9 +75,7 @@ def test_children_are_started_relayed_and_stopped() -> None:
 
 def test_a_child_gets_its_own_settings_and_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVIST_PORT", "8000")  # meant for us: the child's is on its command line
-    says = (
-        "import os, sys; print(*sorted(k for k in os.environ if k.startswith('KVIST_')), flush=True); sys.stdin.read()"
-    )
+    says = "import os; print(*sorted(k for k in os.environ if k.startswith('KVIST_')), flush=True); input()"
     child = ChildPlan(name="a", argv=(sys.executable, "-c", says), url="a", environ={"KVIST_API_KEY": "hush"})
     lines = Lines()
     with Processes([child], probe=ready, sink=lines):
@@ -118,7 +114,7 @@ def test_waiting_for_a_child_that_never_gets_ready_ends() -> None:
         processes.wait_ready(0.2)
 
 
-def test_a_child_deaf_to_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvist.cluster.processes.STOP_GRACE_S", 0.5)
     lines = Lines()
     processes = Processes([plan("a", DEAF)], probe=ready, sink=lines)
@@ -159,19 +155,12 @@ def test_nothing_is_left_behind_when_the_parent_is_killed() -> None:
 
 REFUSES = "import sys; print('cannot listen on --port 1', flush=True); sys.exit(2)"
 DRAINS = """
-import signal, sys, threading
-count = 0
-ended = threading.Event()
-def on(number, frame):
-    global count
-    count += 1
-    print("signal", count, flush=True)
-    if count == 2:
-        ended.set()
-signal.signal(signal.SIGTERM, on)
+import sys
 print("up", flush=True)
-while not ended.wait(0.01):
-    pass
+for line in sys.stdin:
+    print("told", line.strip(), flush=True)
+    if line == "hurry\\n":
+        break
 print("x" * 300_000, flush=True)  # more than a pipe holds: somebody must read it
 print("last word", flush=True)
 """
@@ -212,14 +201,14 @@ def test_a_ready_child_that_is_stopped_is_named_killed_and_started_again() -> No
 
 
 @pytest.mark.case("shutdown-timeout-of-up")
-def test_a_child_has_the_time_of_its_open_requests_and_a_second_signal_shortens_it() -> None:
+def test_a_child_has_the_time_of_its_open_requests_and_haste_shortens_it() -> None:
     lines = Lines()
     processes = Processes([plan("a", DRAINS)], probe=ready, sink=lines, patience=Patience(drain_s=3600))
     processes.start()
     lines.wait_for("up")
     stopping = threading.Thread(target=processes.stop)
     stopping.start()
-    lines.wait_for("signal 1")
+    lines.wait_for("told stop")
     assert stopping.is_alive()
     processes.hurry()
     stopping.join(60)
@@ -229,9 +218,8 @@ def test_a_child_has_the_time_of_its_open_requests_and_a_second_signal_shortens_
 
 @pytest.mark.case("shutdown-timeout-of-up")
 def test_a_child_that_is_stopped_by_a_signal_hears_that_it_should_end() -> None:
-    ends = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('up', flush=True); input()"
     lines = Lines()
-    processes = Processes([plan("a", ends)], probe=ready, sink=lines, patience=Patience(drain_s=3600))
+    processes = Processes([plan("a", STAYS)], probe=ready, sink=lines, patience=Patience(drain_s=3600))
     processes.start()
     lines.wait_for("up")
     pid = processes.children["a"].pid

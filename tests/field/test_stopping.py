@@ -28,7 +28,7 @@ from kvist.text import TextConfig, Tokenizer, load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "router"))
 
-from fake_engine import FakeEngine, make_spec
+from fake_engine import CLUSTER_KEY, FakeEngine, make_spec
 
 ASK = {"prompt": [5, 6], "max_tokens": 1000, "stream": True}
 
@@ -66,7 +66,9 @@ def serve(tokenizer: Tokenizer) -> Callable[..., object]:
         engine = FakeEngine(spec=make_spec(worker_id=WorkerId("u"), epoch=EpochId("e"), vocab_size=49152)).start()
         config = ServerConfig(port=0, **settings)  # type: ignore[arg-type]
         router = RouterConfig(worker_urls=("http://own:1",), keepalive_s=0.05)
-        dispatcher = build_dispatcher(router, ChannelConfig(), transport=OwnEngine(lambda: engine.spec))
+        dispatcher = build_dispatcher(
+            router, ChannelConfig(cluster_key=CLUSTER_KEY), transport=OwnEngine(lambda: engine.spec)
+        )
         lifecycle, stop = Lifecycle(), StopSignals()
         app = build_app(
             dispatcher=dispatcher, tokenizer=tokenizer, config=config, model_name="fake", lifecycle=lifecycle
@@ -74,7 +76,7 @@ def serve(tokenizer: Tokenizer) -> Callable[..., object]:
         ready = asyncio.Event()
         with bound_socket("127.0.0.1", 0) as listener:
             serving = Serving(
-                http=http_server(app, config),
+                http=http_server(app, app.traffic, config),
                 listener=listener,
                 dispatcher=dispatcher,
                 lifecycle=lifecycle,
@@ -121,7 +123,9 @@ async def test_a_stream_beyond_the_shutdown_timeout_ends_with_an_error_event_and
         assert "retry-after" in answer.headers
         await server.ended()
     told = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [record.getMessage() for record in told] == ["2 requests were still open and are cut (--shutdown-timeout-s)"]
+    assert [record.getMessage() for record in told] == [
+        "requests still open, now cut with an error: 2 (--shutdown-timeout-s)"
+    ]
 
 
 @pytest.mark.case("drain-timeout")
@@ -165,3 +169,20 @@ async def test_the_port_answers_unready_for_the_drain_grace_and_closes_then(serv
         await server.ended()
         with pytest.raises(httpx.ConnectError):
             await server.client.get("/ready")
+
+
+@pytest.mark.case("signal-to-all")
+@pytest.mark.parametrize("parent_first", [True, False])
+async def test_a_signal_beside_the_word_of_the_parent_asks_for_no_haste(parent_first: bool) -> None:
+    """A service manager signals every process of the group; the parent, which is one of them, tells its children."""
+    stop = StopSignals()
+    stop.watch()
+    asks: list[Callable[[], None]] = [stop.stop, lambda: stop(signal.SIGTERM, None)]
+    for ask in asks if parent_first else reversed(asks):
+        ask()
+        await asyncio.sleep(0)
+    assert stop.asked.is_set()
+    assert not stop.hurried.is_set()
+    stop(signal.SIGTERM, None)
+    await asyncio.sleep(0)
+    assert stop.hurried.is_set()

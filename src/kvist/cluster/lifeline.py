@@ -1,5 +1,4 @@
-"""How this process is told to end: by signals, or because the one that started it is gone, and its end of our standard
-input closes with it."""
+"""How this process is told to end: by signals, or by the process that started it, on our standard input."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ from types import FrameType
 from kvist.parent import continue_when_parent_dies
 
 LAST_WORDS_S = 15.0  # beyond what open requests may take, from SIGTERM until the process ends whatever goes on
+STOP, HURRY = b"stop", b"hurry"  # lines on the standard input of a child
 STOP_SIGNALS = tuple(
     # The terminal closed (SIGHUP) is a stop, too, unless `nohup` has it ignored. SIGINT is one even when ignored: the
     # background processes of a script inherit it so, and `kill -INT` would do nothing.
@@ -34,21 +34,36 @@ def signals_to(handler: Callable[[int, FrameType | None], None], numbers: Sequen
             signal.signal(number, former)
 
 
-def stop_at_end_of_stdin(drain_s: float) -> None:
-    """From now on, end of file on standard input is SIGTERM to ourselves; the process ends after `drain_s` and
-    `LAST_WORDS_S` more at the latest. A process that is stopped (SIGSTOP) goes on when its parent dies."""
+def obey_stdin(*, stop: Callable[[], None], hurry: Callable[[], None], drain_s: float) -> None:
+    """From now on a parent speaks on standard input: `STOP`, once more `HURRY`, each a line; its end means that the
+    parent is gone, which is a stop, too. Unlike a signal the word may come beside others: a service manager signals
+    parent and child at once. After `drain_s` and `LAST_WORDS_S` more the process ends whatever it does. A process that
+    is stopped (SIGSTOP) goes on when its parent dies. `stop` and `hurry` are called on a thread."""
     continue_when_parent_dies()
     descriptor = os.dup(sys.stdin.fileno())  # children we start get no part of it
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    threading.Thread(target=_watch, args=(descriptor, drain_s), name="watch-stdin", daemon=True).start()
+
+    def listen() -> None:
+        pending = b""
+        while piece := os.read(descriptor, 1 << 12):
+            *lines, pending = (pending + piece).split(b"\n")
+            for line in lines:
+                if line == STOP:
+                    begin()
+                elif line == HURRY:
+                    hurry()
+        begin()
+
+    def begin() -> None:
+        last_words = threading.Timer(drain_s + LAST_WORDS_S, os._exit, args=(1,))
+        last_words.daemon = True
+        last_words.start()
+        stop()
+
+    threading.Thread(target=listen, name="obey-stdin", daemon=True).start()
 
 
-def _watch(descriptor: int, drain_s: float) -> None:
-    while os.read(descriptor, 1 << 12):
-        pass
-    last_words = threading.Timer(drain_s + LAST_WORDS_S, os._exit, args=(1,))
-    last_words.daemon = True
-    last_words.start()
+def signal_ourselves() -> None:
     os.kill(os.getpid(), signal.SIGTERM)

@@ -7,8 +7,8 @@ it was ever ready, that its settings are wrong (exit status 2): REFUSED, since a
 that was ready and answers nothing for `stall_restart_s`, stopped or blocked, is killed, which starts it again.
 
 `stop` asks every child to end, waits as long as their requests may take, and kills what is left, each with its whole
-process group. Nothing outlives us even if we are killed with -9: each child holds the read end of a pipe as its
-standard input, runs with `--stop-with-stdin`, and stops when our end closes.
+process group. Children run with `--stop-with-stdin`: what they are told comes by a pipe, so that nothing outlives us
+even if we are killed with -9.
 
 One thread relays output and notices deaths, one for each child asks whether it answers, and the caller may block on
 other things. They do not decide what to run: that is the plan (plan.py).
@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from kvist.clock import MonotonicClock, Oversleep
+from kvist.cluster.lifeline import HURRY, STOP
 from kvist.errors import ConfigError, Timeout, Unavailable
 from kvist.worker.child import FORGIVE_AFTER_S, restart_wait_s
 
@@ -104,7 +105,7 @@ class Child:
         self.instance_id = secrets.token_hex(8)
         self.process = subprocess.Popen(
             self.plan.argv,
-            stdin=subprocess.PIPE,  # held open and never written: its end is the sign to stop
+            stdin=subprocess.PIPE,  # for lifeline.py's words; its end means that we are gone
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**_inherited(), **self.plan.environ, "KVIST_INSTANCE_ID": self.instance_id},
@@ -115,10 +116,10 @@ class Child:
         self.partial_line = b""
         self.state, self.started_s, self.silence_told = ChildState.STARTING, now_s, False
 
-    def ask_to_end(self) -> None:
-        """Once more for haste."""
-        if self.process is not None:
-            self.process.terminate()
+    def tell(self, word: bytes) -> None:
+        if self.process is not None and self.process.stdin is not None:
+            with contextlib.suppress(OSError):
+                os.write(self.process.stdin.fileno(), word + b"\n")  # a few bytes: the pipe takes them, or it is dead
             self.process.send_signal(signal.SIGCONT)  # a process that is stopped would not hear
 
     def signal_group(self, number: signal.Signals) -> None:
@@ -234,7 +235,7 @@ class Processes:
         for children in ((last,), others):
             with self._changed:
                 for child in children:
-                    child.ask_to_end()
+                    child.tell(STOP)
             self._wait_ended(children)
         for thread in self._threads:
             if thread.is_alive():
@@ -258,7 +259,7 @@ class Processes:
                 hurried, end_s = True, min(end_s, now_s + HURRY_GRACE_S)
                 with self._changed:
                     for child in children:
-                        child.ask_to_end()
+                        child.tell(HURRY)
             if now_s > end_s:
                 with self._changed:
                     for child in children:

@@ -27,12 +27,13 @@ from kvist.channel import (
 )
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.cluster.announce import announce, curl_example, router_example, shown_key
-from kvist.cluster.lifeline import STOP_SIGNALS, signals_to, stop_at_end_of_stdin
+from kvist.cluster.lifeline import STOP_SIGNALS, obey_stdin, signals_to
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.stopping import Drain, StopSignals
 from kvist.event_loop import run_in_loop
 from kvist.request import WorkerId
 from kvist.router import Dispatcher, GatewayTokenizer, RouterConfig, build_dispatcher
+from kvist.router.stream import ClusterSnapshot
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.server.lifecycle import Lifecycle
@@ -101,6 +102,7 @@ def serve_worker(
             listener=listener,
             dispatcher=dispatcher,
             supervisor=supervisor,
+            answers_alone=engine.role == UNIFIED,
             lifecycle=lifecycle,
             config=server,
             stop=stop,
@@ -176,7 +178,8 @@ def _listening(server: ServerConfig, stop_with_stdin: bool) -> Iterator[tuple[St
         listen(server) as listener,
     ):
         if stop_with_stdin:
-            stop_at_end_of_stdin(max(server.shutdown_timeout_s, server.drain_grace_s))
+            drain_s = max(server.shutdown_timeout_s, server.drain_grace_s)
+            obey_stdin(stop=stop.stop, hurry=stop.hurry, drain_s=drain_s)
         yield stop, listener, WorkerId(f"{host_to_name(server.host, socket.gethostname())}:{listener.getsockname()[1]}")
 
 
@@ -191,6 +194,19 @@ def _say_ready(url: str, example: str | None) -> Callable[[], None]:
     return say
 
 
+class EngineOnly:
+    """What a worker that does its part of a request waits for: its own engine."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    def ready(self) -> bool:
+        return all(worker.alive for worker in self.snapshot().workers)
+
+    def snapshot(self) -> ClusterSnapshot:
+        return self._dispatcher.snapshot()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
     """One process that answers HTTP, over its own engine or over remote ones: from its first request to its last."""
@@ -203,12 +219,14 @@ class Serving:
     config: ServerConfig
     stop: StopSignals
     say_ready: Callable[[], None]
+    answers_alone: bool = True  # False: it does its part of a request, prefill or decode
 
     async def run(self) -> None:
         """Until it is told to stop and has drained. Raises what ended the engine's first start."""
         self.stop.watch()
         await self.dispatcher.start()
-        announcer = asyncio.create_task(announce(self.dispatcher, self.say_ready), name="announcer")
+        watched = self.dispatcher if self.answers_alone else EngineOnly(self.dispatcher)
+        announcer = asyncio.create_task(announce(watched, self.say_ready), name="announcer")
         serving = asyncio.create_task(self.http.serve(sockets=[self.listener]), name="http")
         asked = asyncio.create_task(self.stop.asked.wait(), name="asked to stop")
         engine = None if self.supervisor is None else asyncio.create_task(self.supervisor.run(), name="engine")

@@ -15,24 +15,27 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import FrameType
 
+from kvist.cluster.lifeline import signal_ourselves
 from kvist.errors import KvistError, Unavailable
 from kvist.server.config import ServerConfig
 from kvist.server.lifecycle import Lifecycle
 
+SAME_STOP_S = 2.0
 PARTING_S = 2.0  # for clients to take the error that tells them of their end
-HTTP_CLOSE_S = 2  # then for connections to close
 
 log = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """Signals to this process. Before `watch` each of them ends the start by `KeyboardInterrupt`; from then on the
-    first asks for a stop, and the others for haste."""
+    """What asks this process to stop: signals, and its parent. Before `watch` a signal ends the start by
+    `KeyboardInterrupt`; from then on the first asks for a stop, and one more for haste. The parent's word and a signal
+    within `SAME_STOP_S` after it are one: both may come from the same service manager."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.hurried = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._asked_s: float | None = None
         self._num_signals = 0
 
     def watch(self) -> None:
@@ -46,8 +49,25 @@ class StopSignals:
         if self._loop is None:
             raise KeyboardInterrupt
         self._num_signals += 1
-        event = self.asked if self._num_signals == 1 else self.hurried
-        self._loop.call_soon_threadsafe(event.set)
+        again = self._num_signals > 1 or (self._asked_s is not None and self._loop.time() > self._asked_s + SAME_STOP_S)
+        self._loop.call_soon_threadsafe(self._ask if not again else self.hurried.set)
+
+    def stop(self) -> None:
+        """From the parent, on any thread."""
+        if self._loop is None:
+            signal_ourselves()
+        else:
+            self._loop.call_soon_threadsafe(self._ask)
+
+    def hurry(self) -> None:
+        """From the parent, on any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.hurried.set)
+
+    def _ask(self) -> None:
+        if self._asked_s is None:
+            self._asked_s = asyncio.get_running_loop().time()
+        self.asked.set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +86,7 @@ class Drain:
         lifecycle.stop()
         limit_s = max(config.shutdown_timeout_s, config.drain_grace_s)
         log.info(
-            "stopping: new requests are refused; %d open ones may go on for %g s (a second signal ends them now)",
+            "stopping: new requests are refused; open requests: %d, for %g s at most (a second signal cuts them)",
             lifecycle.num_open,
             limit_s,
         )
@@ -88,7 +108,7 @@ class Drain:
         num_left = self.lifecycle.num_open
         if not num_left:
             return
-        log.warning("%d requests were still open and are cut (--shutdown-timeout-s)", num_left)
+        log.warning("requests still open, now cut with an error: %d (--shutdown-timeout-s)", num_left)
         self.cut(Unavailable("the server stopped before the answer was complete: send the request again"))
         idle = asyncio.ensure_future(self.lifecycle.wait_idle())
         await asyncio.wait((idle,), timeout=PARTING_S)

@@ -8,7 +8,7 @@ import threading
 from types import FrameType
 
 from kvist.cluster.announce import curl_example, shown_key
-from kvist.cluster.lifeline import STOP_SIGNALS, signals_to, stop_at_end_of_stdin
+from kvist.cluster.lifeline import STOP_SIGNALS, obey_stdin, signal_ourselves, signals_to
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.probe import StartReport, ask
@@ -44,7 +44,7 @@ def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
         try:
             _start_and_wait(processes, shape, show, stop_with_stdin)
         except KeyboardInterrupt:
-            show("kvist", f"stopping: open requests may go on for {shape.drain_s:g} s (once more ends them now)")
+            show("kvist", f"stopping: open requests have {shape.drain_s:g} s (a second signal cuts them)")
         finally:
             processes.stop()
     show("kvist", "stopped")
@@ -52,9 +52,15 @@ def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
     return 0
 
 
+def _stop(processes: Processes) -> None:
+    if not processes.stopping:
+        signal_ourselves()
+
+
 def _start_and_wait(processes: Processes, shape: ClusterShape, show: Sink, stop_with_stdin: bool) -> None:
     if stop_with_stdin:
-        stop_at_end_of_stdin(2 * shape.drain_s)  # the router's requests, then those that workers have of others
+        # the router's requests, then those that workers have of other routers
+        obey_stdin(stop=lambda: _stop(processes), hurry=processes.hurry, drain_s=2 * shape.drain_s)
     workers = f"{shape.config.prefill} prefill, {shape.config.decode} decode, {shape.config.unified} unified"
     show("kvist", f"starting a router and workers ({workers}), {shape.threads_per_worker} thread(s) each")
     processes.start()

@@ -1,0 +1,69 @@
+"""`kvist up` knows its own children, and says once what a restart cannot heal."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from kvist.cluster.probe import ask
+from kvist.cluster.processes import Answer
+
+KVIST = (sys.executable, "-m", "kvist")
+
+
+class _Ready(BaseHTTPRequestHandler):
+    """A Kvist that was started with the instance id `ours`."""
+
+    def do_GET(self) -> None:
+        body = b'{"status":"ready","instance_id":"ours"}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), _Ready)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.case("port-of-another")
+def test_a_server_on_the_port_of_a_child_is_never_taken_for_it(url: str) -> None:
+    assert ask(url, "ours") is Answer.READY
+    assert ask(url, "another") is Answer.NONE
+
+
+def start_up(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*KVIST, "up", *options], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.case("port-of-another")
+def test_up_on_a_port_that_is_taken_says_so_once_and_starts_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = start_up(f"--port={port}")
+    assert done.returncode == 2
+    assert done.stderr.count(f"cannot listen on --host 127.0.0.1 --port {port}") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.case("port-of-another")
+def test_up_with_a_model_that_is_not_there_says_so_once_and_starts_nothing() -> None:
+    done = start_up("--port=0", "--model-path=/nowhere")
+    assert done.returncode == 2
+    assert (done.stderr + done.stdout).count("/nowhere") == 1
