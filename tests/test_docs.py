@@ -67,6 +67,7 @@ def test_every_class_of_the_glossary_exists() -> None:
         "docs/metrics.md",
         "docs/operations.md",
         "docs/performance.md",
+        "docs/security.md",
     ],
 )
 def test_every_flag_that_a_page_names_is_one(page: str) -> None:

@@ -28,7 +28,8 @@ class ServerConfig:
     api_key: tuple[str, ...] = option(
         (),
         "clients must send it, or one of several, as 'Authorization: Bearer KEY'; /health and /ready stay open. "
-        "A router sends the first one to its workers. Several are separated by spaces or commas",
+        "A router sends the first one to its workers. Several are separated by spaces or commas. Others can read a "
+        "command line, so better give the variable",
         secret=True,
     )
     tenant_by: str = option(
