@@ -74,6 +74,18 @@ async def test_a_worker_that_does_its_part_only_names_the_router(make_bench: Cal
         assert "router" in response.json()["error"]["message"]
 
 
+async def test_benchmarks_of_sglang_and_vllm_empty_the_cache_their_way(bench: Any) -> None:
+    sglang = await bench.client.post("/flush_cache?timeout=60.0")
+    assert (sglang.status_code, sglang.headers["x-kvist-ignored"]) == (200, "timeout")
+    assert (await bench.client.post("/reset_prefix_cache")).json()["success"] is True
+    assert (await bench.client.post("/reset_prefix_cache?reset_external=false")).status_code == 200
+    assert bench.dispatcher.flushed == [None] * 3
+    for query in ("reset_running_requests=true", "tier=device&tier=host", "timeuot=1"):
+        assert (await bench.client.post(f"/reset_prefix_cache?{query}")).status_code == 400
+    assert (await bench.client.post("/flush_cache?tier=host&timeout=1")).status_code == 200
+    assert bench.dispatcher.flushed[3:] == ["host"]
+
+
 @pytest.mark.parametrize(
     ("path", "works"),
     [

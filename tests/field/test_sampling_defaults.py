@@ -26,7 +26,9 @@ def with_defaults(bench: Any, **defaults: Any) -> Any:
         model_name="tiny",
         sampling_defaults=SamplingDefaults(**defaults),
     )
-    bench.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
+    bench.client = httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url=bench.client.base_url, headers=bench.client.headers
+    )
     return bench
 
 

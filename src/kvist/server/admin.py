@@ -35,6 +35,7 @@ _WELCOME = {
     "look": ["GET /v1/models", "GET /ready", "GET /server_info", "GET /metrics"],
 }
 _TIERS: dict[str, FlushTier] = {"device": "device", "host": "host"}
+_RESET_FLAGS = frozenset({"reset_running_requests", "reset_external", "reset_connector"})  # vLLM's; false only
 _TEXT = [(b"content-type", metrics.CONTENT_TYPE.encode())]
 
 
@@ -144,8 +145,10 @@ class Admin:
 
     async def flush_cache(self, scope: Scope, receive: Receive, send: Send) -> None:
         del receive
-        dropped = await self._gateway.dispatcher.flush_cache(_tier(scope))
-        await send_json(send, {"success": True, "num_pages": sum(dropped.values()), "workers": dropped})
+        tier, headers = _flush_query(scope)
+        dropped = await self._gateway.dispatcher.flush_cache(tier)
+        answer = {"success": True, "num_pages": sum(dropped.values()), "workers": dropped}
+        await send_json(send, answer, headers=headers)
 
     async def storage_backend(self, scope: Scope, receive: Receive, send: Send) -> None:
         """GET tells of every worker's storage tier, PUT attaches a store to it, DELETE detaches it."""
@@ -174,20 +177,32 @@ class Admin:
         return self._gateway.dispatcher.snapshot().workers
 
 
-def _tier(scope: Scope) -> FlushTier | None:
-    """Of /flush_cache?tier=. None: the device and the host."""
+def _flush_query(scope: Scope) -> tuple[FlushTier | None, Headers]:
+    """The tier of /flush_cache?tier=, None for the device and the host; and the header that names what is ignored."""
     query: bytes = scope["query_string"]
-    asked = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
-    for name, value in asked:
-        if name != "tier" or len(asked) > 1:
-            raise RequestError(f"/flush_cache takes `tier`, once, and nothing else: not `{name}`", param=name)
-        if value in ("storage", "all"):
-            message = "the storage tier cannot be flushed: detach it from its workers and remove its folder"
-            raise RequestError(f"{message}; leave `tier` out for the device and the host", param="tier")
-        if value not in _TIERS:
-            raise RequestError(f"`tier` is {value!r}: one of device and host, or leave it out for both", param="tier")
-        return _TIERS[value]
-    return None
+    tier: FlushTier | None = None
+    headers: Headers = []
+    names: set[str] = set()
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name in names:
+            raise RequestError(f"give `{name}` once", param=name)
+        names.add(name)
+        if name == "tier":
+            tier = _tier(value)
+        elif name == "timeout":  # SGLang waits until no request runs; here a page in use stays, and the others go now
+            headers = [(b"x-kvist-ignored", b"timeout")]
+        elif name not in _RESET_FLAGS or value.lower() not in ("false", "0"):
+            raise RequestError(f"{scope['path']} takes `tier` and nothing else: not `{name}`", param=name)
+    return tier, headers
+
+
+def _tier(value: str) -> FlushTier:
+    if value in ("storage", "all"):
+        message = "the storage tier cannot be flushed: detach it from its workers and remove its folder"
+        raise RequestError(f"{message}; leave `tier` out for the device and the host", param="tier")
+    if value not in _TIERS:
+        raise RequestError(f"`tier` is {value!r}: one of device and host, or leave it out for both", param="tier")
+    return _TIERS[value]
 
 
 def _worker_info(worker: WorkerSnapshot) -> dict[str, object]:

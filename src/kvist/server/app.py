@@ -131,6 +131,7 @@ def _routes(gateway: Gateway, model_path: str | None) -> list[Route]:
         ("/ready", admin.ready, get),
         ("/server_info", admin.server_info, get),
         ("/get_server_info", admin.server_info, get),
+        ("/reset_prefix_cache", admin.flush_cache, post),
         ("/flush_cache", admin.flush_cache, post),
         ("/hicache/storage-backend", admin.storage_backend, ["GET", "PUT", "DELETE"]),
         ("/metrics", admin.metrics, get),

@@ -57,7 +57,6 @@ NOT_SERVED: Mapping[str, str] = {
     "/resume": _RUNNING,
     "/pause_generation": _RUNNING,
     "/continue_generation": _RUNNING,
-    "/reset_prefix_cache": "use POST /flush_cache",
     "/open_session": "send the whole prompt each time: its cached prefix costs nothing",
     "/close_session": "send the whole prompt each time: its cached prefix costs nothing",
     "/set_internal_state": "options are those of the start; /server_info shows the state",
