@@ -1,4 +1,4 @@
-"""How long a queue takes, by how long requests took lately: what a refused client is told to wait. Pure."""
+"""How long a queue takes, by how long requests were served lately: what a refused client is told to wait. Pure."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 
 
 class ServiceTime:
-    """The recent mean of a request's time from arrival to end. Mutable; its one owner notes each end."""
+    """The recent mean of a request's time from its first turn to its end. Mutable; its one owner notes each end."""
 
     def __init__(self) -> None:
-        self._mean_s: float | None = None
+        self.mean_s: float | None = None
 
     def note(self, duration_s: float) -> None:
-        self._mean_s = duration_s if self._mean_s is None else self._mean_s + _WEIGHT * (duration_s - self._mean_s)
+        self.mean_s = duration_s if self.mean_s is None else self.mean_s + _WEIGHT * (duration_s - self.mean_s)
 
-    def retry_after_s(self, *, num_ahead: int, num_present: int) -> float:
-        """Until `num_ahead` of the `num_present` requests will have ended.
 
-        By Little's law `num_present` requests end in the mean time of one of them."""
-        if self._mean_s is None:
-            return SHORTEST_WAIT_S
-        wait_s = self._mean_s * num_ahead / max(1, num_present)
-        return min(LONGEST_WAIT_S, max(SHORTEST_WAIT_S, wait_s))
+def retry_after_s(service_s: float | None, *, num_ahead: int, num_served: int) -> float:
+    """Until `num_ahead` requests have had their turn, when `num_served` at once take `service_s` each."""
+    if service_s is None:
+        return SHORTEST_WAIT_S
+    return min(LONGEST_WAIT_S, max(SHORTEST_WAIT_S, service_s * num_ahead / max(1, num_served)))

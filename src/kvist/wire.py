@@ -210,6 +210,7 @@ class LoadReport(_Message, frozen=True):
     num_cached_pages: int
     num_owned_pages: int
     num_in_flight_pages: int
+    service_s: float | None = None  # of a request lately, from its first turn to its end
     num_host_pages: dict[str, int] = {}  # by state: free, cached, in_flight; empty without a host tier
     storage: StorageStatus | None = None  # None without a host tier
     draining: bool = False  # it takes no new request, and ends after its last one

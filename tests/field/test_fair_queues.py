@@ -20,7 +20,7 @@ from kvist.router.route import Router
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.scheduler.events import Event, SampledTokens, StepFinished
 from kvist.scheduler.plan import Batch, Plan
-from kvist.wire import EngineSpec, Grant, PoolAddress, PrefillPeer, Submit, Welcome
+from kvist.wire import EngineSpec, Grant, LoadReport, PoolAddress, PrefillPeer, Submit, Welcome
 
 POOL = PoolAddress(transport="t", location="x", num_pages=4096, page_bytes=64, layout="l")
 PREFILL, DECODE = EpochId("prefill"), EpochId("decode")
@@ -130,7 +130,9 @@ def _decode_side(name: str, peer: PrefillPeer) -> Submit:
 
 def _requests_of(bench: Any, num: int, key: str, host: str) -> list[asyncio.Task[httpx.Response]]:
     transport = httpx.ASGITransport(bench.app, client=(host, 40_000))
-    client = httpx.AsyncClient(transport=transport, base_url="http://gateway")
+    client = httpx.AsyncClient(
+        transport=transport, base_url="http://127.0.0.1", headers={"content-type": "application/json"}
+    )
     headers = {"Authorization": f"Bearer {key}"}
     body = msgspec.json.encode({"prompt": "a", "max_tokens": 2})
     return [asyncio.create_task(client.post("/v1/completions", content=body, headers=headers)) for _ in range(num)]
@@ -188,19 +190,26 @@ async def test_the_router_sends_a_caller_s_request_to_a_full_worker_that_will_ma
     registry.welcomed(worker, Welcome(spec=spec), 0.0)
     router = Router(RouterConfig(), registry)
     for index in range(16):
-        worker.take(RequestId(f"flood{index}"), 10, ("k", "h", "1"), 0.0)
+        worker.take(RequestId(f"flood{index}"), 10, ("k", "h", "1"))
     with pytest.raises(Overloaded) as refused:
         router.choose(_request("more", "k/h/1"))
     assert refused.value.retry_after_s == 1.0
     for index in range(2):  # an eighth of its places may be under way beyond what it queues
         assert router.choose(_request("other", "l/h/1")).prefill is worker
-        worker.take(RequestId(f"other{index}"), 10, ("l", "h", "1"), 0.0)
+        worker.take(RequestId(f"other{index}"), 10, ("l", "h", "1"))
     with pytest.raises(Overloaded):
         router.choose(_request("other", "l/h/1"))
-    for index in range(8):
-        worker.release(RequestId(f"flood{index}"), 32.0)
-    for index in range(8, 16):
-        worker.take(RequestId(f"flood{index + 8}"), 10, ("k", "h", "1"), 32.0)
+    load = LoadReport(
+        sequence=0,
+        num_running=4,
+        num_waiting=12,
+        num_free_pages=0,
+        num_cached_pages=0,
+        num_owned_pages=64,
+        num_in_flight_pages=0,
+        service_s=10.0,
+    )
+    registry.reported(worker, load, 1.0)
     with pytest.raises(Overloaded) as later:
         router.choose(_request("more", "k/h/1"))
-    assert later.value.retry_after_s == pytest.approx(32.0 * 14 / 18), "14 of 18 wait, and lately each took 32 s"
+    assert later.value.retry_after_s == 35.0, "14 wait for one of 4 places, each taken for 10 s"

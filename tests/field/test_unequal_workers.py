@@ -100,7 +100,11 @@ class Fleet:
         dispatcher = Dispatcher(config=config, registry=registry, engines=self.engines, clock=FakeClock())
         self.engines.start(dispatcher)
         app = build_app(dispatcher=dispatcher, tokenizer=tokenizer, config=ServerConfig(), model_name="tiny")
-        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
+        self.client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(app),
+            base_url="http://127.0.0.1",
+            headers={"content-type": "application/json"},
+        )
 
     async def complete(self, num_prompt: int, max_tokens: int | None) -> httpx.Response:
         body = {"prompt": [65] * num_prompt, "max_tokens": max_tokens}

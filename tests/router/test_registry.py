@@ -145,15 +145,15 @@ def test_the_view_counts_our_requests_and_what_the_worker_reports() -> None:
     worker = add(registry)
     welcome(registry, worker, max_running_requests=1, max_queued_requests=1)
     caller = ("k", "h", "c")
-    worker.take(RequestId("1"), 100, caller, 0.0)
+    worker.take(RequestId("1"), 100, caller)
     assert worker.has_room_for(caller)
-    worker.take(RequestId("2"), 50, caller, 0.0)
+    worker.take(RequestId("2"), 50, caller)
     assert not worker.has_room_for(caller)
     assert worker.has_room_for(("another", "h", "c")), "the first one's newest gives way to it"
     assert (worker.view().num_requests, worker.view().num_pending_tokens) == (2, 150)
     worker.prompt_done(RequestId("1"))
     for request_id in ("1", "2", "2"):
-        worker.release(RequestId(request_id), 4.0)
-    assert worker.retry_after_s() == 4.0
-    registry.reported(worker, make_load(0, snapshot=True, num_running=5, num_waiting=2), 1.0)
+        worker.release(RequestId(request_id))
+    registry.reported(worker, make_load(0, snapshot=True, num_running=5, num_waiting=2, service_s=20.0), 1.0)
+    assert worker.retry_after_s() == 8.0, "two wait for one of five places, each taken for 20 s"
     assert (worker.view().num_requests, worker.view().num_pending_tokens) == (7, 0)

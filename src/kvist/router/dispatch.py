@@ -211,7 +211,7 @@ class Dispatcher:
             call.settle(worker, None)
         for request_id in list(worker.in_flight):
             flight = self._flights.get(request_id)
-            worker.release(request_id, self._clock.now_s())
+            worker.release(request_id)
             if flight is None:
                 continue
             flight.open.discard(worker)
@@ -223,7 +223,7 @@ class Dispatcher:
 
     def _on_ended(self, flight: Flight, worker: Worker, ended: wire.Ended) -> None:
         flight.open.discard(worker)
-        worker.release(flight.request_id, self._clock.now_s())
+        worker.release(flight.request_id)
         needed = worker is flight.decode or not flight.decode_began
         if ended.outcome is Outcome.FAILED and needed:
             error = error_from_wire(ended.error_code or EngineError.code, ended.message)
@@ -267,7 +267,7 @@ class Dispatcher:
     def _submit(self, flight: Flight, worker: Worker, num_tokens: int, submit: wire.Submit) -> None:
         if self._engines.send(worker, submit):
             flight.open.add(worker)
-            worker.take(flight.request_id, num_tokens, caller_path(submit.request.client), self._clock.now_s())
+            worker.take(flight.request_id, num_tokens, caller_path(submit.request.client))
         else:
             self._fail(flight, WorkerLost(f"worker {worker.worker_id} cannot be reached"), worker)
 
@@ -324,6 +324,6 @@ class Dispatcher:
             for worker in list(flight.open):
                 logger.warning("worker %s never ended request %s: written off", worker.worker_id, flight.request_id)
                 self._engines.send(worker, wire.Abort(request_id=flight.request_id))
-                worker.release(flight.request_id, self._clock.now_s())
+                worker.release(flight.request_id)
             flight.open.clear()
             self._forget_if_over(flight)

@@ -19,7 +19,7 @@ from kvist.router.checks import fault_of_report, fault_of_spec
 from kvist.router.config import RouterConfig
 from kvist.router.policies import WorkerView
 from kvist.router.stream import WorkerSnapshot
-from kvist.service_time import ServiceTime
+from kvist.service_time import SHORTEST_WAIT_S, retry_after_s
 from kvist.wire import PROTOCOL_VERSION, EngineSpec, LoadReport, Welcome
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ class InFlight:
 
     num_pending_tokens: int  # of the prompt, not computed yet as far as we know
     caller: CallerPath
-    since_s: float
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -68,7 +67,6 @@ class Worker:
     num_rejected_messages: int = 0  # dropped, or the end of the request that they were about
     in_flight: dict[RequestId, InFlight] = field(default_factory=dict)
     num_pending_tokens: int = 0  # of all in flight
-    service_time: ServiceTime = field(default_factory=ServiceTime)
 
     @property
     def worker_id(self) -> WorkerId:
@@ -96,13 +94,15 @@ class Worker:
         return gives_way(caller, (each.caller for each in self.in_flight.values())) is not None
 
     def retry_after_s(self) -> float:
+        """By what it last reported of itself, and the requests that we know of."""
         assert self.spec is not None
-        num_present = len(self.in_flight)
-        num_waiting = num_present - self.spec.max_running_requests
-        return self.service_time.retry_after_s(num_ahead=max(1, num_waiting), num_present=num_present)
+        if self.load is None:
+            return SHORTEST_WAIT_S
+        num_ahead = max(1, len(self.in_flight) - self.spec.max_running_requests, self.load.num_waiting)
+        return retry_after_s(self.load.service_s, num_ahead=num_ahead, num_served=self.load.num_running)
 
-    def take(self, request_id: RequestId, num_tokens: int, caller: CallerPath, now_s: float) -> None:
-        self.in_flight[request_id] = InFlight(num_tokens, caller, now_s)
+    def take(self, request_id: RequestId, num_tokens: int, caller: CallerPath) -> None:
+        self.in_flight[request_id] = InFlight(num_tokens, caller)
         self.num_pending_tokens += num_tokens
 
     def prompt_done(self, request_id: RequestId) -> None:
@@ -111,11 +111,10 @@ class Worker:
             self.num_pending_tokens -= found.num_pending_tokens
             found.num_pending_tokens = 0
 
-    def release(self, request_id: RequestId, now_s: float) -> None:
+    def release(self, request_id: RequestId) -> None:
         found = self.in_flight.pop(request_id, None)
         if found is not None:
             self.num_pending_tokens -= found.num_pending_tokens
-            self.service_time.note(now_s - found.since_s)
 
     def view(self) -> WorkerView:
         assert self.spec is not None

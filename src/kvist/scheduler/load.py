@@ -41,4 +41,5 @@ class SchedulerLoad:
     num_waiting: int  # without pages
     pages: PageCounts
     totals: Mapping[str, float]  # COUNTERS, and the cache's TIER_COUNTERS
+    service_s: float | None = None  # of a request lately, from its first turn to its end; None: none has ended
     host_pages: HostCounts | None = None  # None: there is no host tier

@@ -30,7 +30,7 @@ from kvist.scheduler.load import COUNTERS
 from kvist.scheduler.outbox import Outbox
 from kvist.scheduler.timers import TimerKind, Timers
 from kvist.scheduler.waiting import WaitingQueue
-from kvist.service_time import ServiceTime
+from kvist.service_time import ServiceTime, retry_after_s
 from kvist.wire import Ended, Submit, TokenChunk
 
 _BROKEN_LOGITS = (
@@ -420,7 +420,8 @@ class RequestTable:
         self.close_prefetch(request)
         del self.live[request.request_id]
         self.timers.cancel(TimerKind.QUEUE, request.request_id)
-        self.service_time.note(self.now_s - request.arrived_s)
+        if request.admitted_s is not None:
+            self.service_time.note(self.now_s - request.admitted_s)
         self._send_end(request.request_id, outcome, code, message)
         if request.handoff_id is not None:
             self.half.ended(request, message or outcome.value)
@@ -447,15 +448,17 @@ class RequestTable:
 
     def _send_end(self, request_id: RequestId, outcome: Outcome, code: str | None, message: str) -> None:
         self.totals[_OUTCOME_COUNTERS[outcome]] += 1
-        retry_after_s = None
+        wait_s = None
         if code == "overloaded":
-            retry_after_s = self.service_time.retry_after_s(num_ahead=self.num_waiting, num_present=len(self.live))
+            num_waiting = self.num_waiting
+            num_served = len(self.live) - num_waiting
+            wait_s = retry_after_s(self.service_time.mean_s, num_ahead=num_waiting, num_served=num_served)
         self.out.ended.append(
             Ended(
                 request_id=request_id,
                 outcome=outcome,
                 error_code=code,
                 message=message,
-                retry_after_s=retry_after_s,
+                retry_after_s=wait_s,
             )
         )

@@ -96,6 +96,7 @@ class Steps:
             num_running=len(table.live) - table.num_waiting,
             num_waiting=table.num_waiting,
             pages=table.cache.counts(),
+            service_s=table.service_time.mean_s,
             host_pages=table.cache.host_counts(),
             totals={**table.totals, **table.cache.totals()},
         )

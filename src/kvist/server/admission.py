@@ -15,7 +15,7 @@ from kvist.clock import Clock
 from kvist.errors import Overloaded
 from kvist.fairness import CallerPath
 from kvist.metrics import GatewayMetrics
-from kvist.service_time import ServiceTime
+from kvist.service_time import ServiceTime, retry_after_s
 
 _RESERVE_SHARE = 8
 
@@ -43,8 +43,8 @@ class Admission:
             )
         else:
             return
-        retry_after_s = self._service_time.retry_after_s(num_ahead=num_choices, num_present=num_open)
-        raise Overloaded(f"{problem} (--max-concurrent-requests)", retry_after_s=retry_after_s)
+        wait_s = retry_after_s(self._service_time.mean_s, num_ahead=num_choices, num_served=num_open)
+        raise Overloaded(f"{problem} (--max-concurrent-requests)", retry_after_s=wait_s)
 
     @contextlib.contextmanager
     def places(self, caller: CallerPath, num_choices: int) -> Iterator[None]:

@@ -67,6 +67,7 @@ class LoadReports:
                 num_cached_pages=load.pages.cached,
                 num_owned_pages=load.pages.owned,
                 num_in_flight_pages=load.pages.in_flight,
+                service_s=load.service_s,
                 num_host_pages=_by_state(load.host_pages),
                 storage=storage,
                 draining=draining,
