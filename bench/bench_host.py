@@ -109,7 +109,7 @@ class ImaginedStep:
 
 
 class ImaginedSockets:
-    num_undecodable = num_unexpected = 0
+    num_undecodable = num_unexpected = num_refused = 0
 
     def __init__(self, watch: Stopwatch) -> None:
         self._watch = watch

@@ -90,6 +90,7 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "host_backup_bytes": "bytes copied to the host tier",
     "host_backup_seconds": "time of copies to the host tier",
     "undecodable_messages": "messages dropped because they could not be decoded",
+    "refused_connections": "connections to the engine's socket that had another cluster key, or none",
     "unexpected_messages": "messages dropped: this role takes none such, or their sender may not send them",
 }
 

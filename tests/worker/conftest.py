@@ -119,7 +119,7 @@ class Stream:
 
 class MemoryChannel:
     def __init__(self, world: World, epoch: EpochId, endpoint: str) -> None:
-        self.num_undecodable = self.num_unexpected = 0
+        self.num_undecodable = self.num_unexpected = self.num_refused = 0
         self.waiting: list[tuple[bytes, Inbound]] = []
         self.epoch, self.endpoint = epoch, endpoint
         self._world = world

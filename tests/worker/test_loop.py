@@ -77,7 +77,7 @@ SPEC = wire.EngineSpec(
 
 class FakeChannel:
     def __init__(self) -> None:
-        self.num_undecodable = self.num_unexpected = 0
+        self.num_undecodable = self.num_unexpected = self.num_refused = 0
         self.waiting: list[tuple[bytes, Inbound]] = []
         self.sent: list[tuple[bytes, Outbound]] = []
         self.to_peers: list[tuple[str, wire.TargetToSource]] = []

@@ -16,12 +16,11 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from kvist.channel.security import ChannelConfig
+from kvist.channel.security import MAKE_A_KEY, ChannelConfig
 from kvist.errors import ConfigError
 
 MIN_KEY_CHARS = 16
 _MAX_FILE_BYTES = 4096
-_MAKE_ONE = "(umask 077; python3 -c 'import secrets; print(secrets.token_hex(32))' > FILE)"
 
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def with_cluster_key(config: ChannelConfig, *, serves_alone: bool = False) -> Ch
             if not serves_alone:
                 raise ConfigError(
                     f"the cluster key cannot be kept in your configuration folder: {error}. Make a key file elsewhere "
-                    f"and give it to every process of the cluster: {_MAKE_ONE}, then --cluster-key-file FILE",
+                    f"and give it to every process of the cluster: {MAKE_A_KEY}, then --cluster-key-file FILE",
                     param="cluster_key_file",
                 ) from error
             log.info("no router can join this worker: %s, and there is no --cluster-key-file", error)
@@ -94,7 +93,7 @@ def _read(path: Path) -> str:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
-        hint = f"; make one: {_MAKE_ONE}" if isinstance(error, FileNotFoundError) else ""
+        hint = f"; make one: {MAKE_A_KEY}" if isinstance(error, FileNotFoundError) else ""
         raise ConfigError(f"{where} cannot be read: {error.strerror}{hint}", param="cluster_key_file") from error
     try:
         fault = _fault_of(os.fstat(descriptor), path)
@@ -123,7 +122,7 @@ def _checked(key: str, where: str) -> str:
     if len(key) < MIN_KEY_CHARS:
         raise ConfigError(
             f"{where} has {len(key)} characters, which could be guessed; at least {MIN_KEY_CHARS} are needed. "
-            f"Make a key: {_MAKE_ONE}",
+            f"Make a key: {MAKE_A_KEY}",
             param="cluster_key",
         )
     return key

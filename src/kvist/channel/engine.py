@@ -36,6 +36,7 @@ V = TypeVar("V")
 
 _MAX_MESSAGES_A_RECV = 4096  # then the engine takes a step before it reads on
 _MAX_CLIENTS = 4096  # whose addresses are remembered; one forgotten is checked again, or heard of with its next message
+_HANDSHAKE_FAILURES = zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
 _LINGER_MS = 500  # a last Ended or Ack may still leave
 
 
@@ -59,12 +60,14 @@ class EngineChannel:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
+        self._refusals = self._router.get_monitor_socket(_HANDSHAKE_FAILURES)
         self._from_router = wire.Decoder(wire.ToEngine)
         self._from_peer = wire.Decoder(wire.SourceToTarget)
         self._poller = zmq.Poller()
         self._log = BoundedLog(logger)
         self.num_undecodable = 0
         self.num_unexpected = 0  # from no member, or in another's name
+        self.num_refused = 0  # connections
         self.endpoint = self._bind(bind, advertise_host)
 
     def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]:
@@ -78,6 +81,8 @@ class EngineChannel:
                     pass
         if self._gate.socket in ready:
             self._gate.answer_waiting()
+        if self._refusals in ready:
+            self._count_refusals()
         received: list[tuple[bytes, Inbound]] = []
         if self._router in ready:
             for frames in _waiting_on(self._router):
@@ -130,6 +135,7 @@ class EngineChannel:
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._wake_out, zmq.POLLIN)
         self._poller.register(self._gate.socket, zmq.POLLIN)
+        self._poller.register(self._refusals, zmq.POLLIN)
         bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         address = security.split_tcp_endpoint(bound)
         if advertise_host and address is not None:
@@ -196,6 +202,11 @@ class EngineChannel:
             self._drop(f"it is in the name of {message.source_epoch}, which is elsewhere", endpoint)
         else:
             received.append((endpoint.encode(), message))
+
+    def _count_refusals(self) -> None:
+        for _ in _waiting_on(self._refusals):
+            self.num_refused += 1
+            self._log.warning("refused a connection to %s: it has another cluster key, or none", self.endpoint)
 
     def _is_member(self, address: bytes, frames: list[zmq.Frame]) -> bool:
         try:

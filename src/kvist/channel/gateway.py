@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 _RECONNECT_IVL_MS, _RECONNECT_IVL_MAX_MS = 50, 400
 _MAX_MESSAGES_A_DRAIN = 32  # then the readers of the streams get their turn
+_REFUSED = (
+    "the engine at {} refused us: it has another cluster key. One user's processes on one machine share a key; else give "
+    f"all of them the same --cluster-key-file FILE, made by {security.MAKE_A_KEY}"
+)
 _HANDSHAKE_FAILURES = frozenset(
     {
         zmq.Event.HANDSHAKE_FAILED_AUTH,
@@ -155,10 +159,7 @@ class GatewayLink:
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 self._connected = True
             elif event in _HANDSHAKE_FAILURES:
-                self._lose(
-                    f"the engine at {self.endpoint} refused us: it has another cluster key. Give both sides the same "
-                    "--cluster-key-file; without it, they share a key when one user runs both on one machine"
-                )
+                self._lose(_REFUSED.format(self.endpoint))
             elif event == zmq.Event.DISCONNECTED and self._connected:
                 while self._receive():  # what arrived before the break may end a stream that would fail otherwise
                     pass

@@ -37,6 +37,7 @@ ZAP_DOMAIN = b"kvist"
 _ZAP_FRAMES = 7  # version, request id, domain, address, identity, mechanism, and CURVE's one credential
 WILDCARD_HOSTS = frozenset({"*", "0.0.0.0", "::"})
 _KEY_BYTES, _NONCE_BYTES, _MAC_BYTES = 32, 16, 16
+MAKE_A_KEY = "(umask 077; head -c 32 /dev/urandom | base64 > FILE)"
 ADDRESS_BYTES = _KEY_BYTES + _NONCE_BYTES + _MAC_BYTES
 
 

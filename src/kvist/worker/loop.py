@@ -65,6 +65,7 @@ class Channel(Protocol):
 
     num_undecodable: int
     num_unexpected: int
+    num_refused: int
 
     def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]: ...
     def send(self, identity: bytes, message: Outbound) -> bool: ...
@@ -368,6 +369,7 @@ class EngineLoop:
             return
         totals = {
             "undecodable_messages": float(self._parts.channel.num_undecodable),
+            "refused_connections": float(self._parts.channel.num_refused),
             "unexpected_messages": float(self._parts.channel.num_unexpected + self._inbox.num_unexpected),
             "failed_steps": float(self._num_failed_steps),
             "abandoned_steps": float(self._abandonment.num_abandoned),
