@@ -36,7 +36,9 @@ V = TypeVar("V")
 
 _MAX_MESSAGES_A_RECV = 4096  # then the engine takes a step before it reads on
 _MAX_CLIENTS = 4096  # whose addresses are remembered; one forgotten is checked again, or heard of with its next message
-_HANDSHAKE_FAILURES = zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
+_HANDSHAKE_FAILURES = (  # the second when the other side was first to see that the two do not fit
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_AUTH
+)
 _LINGER_MS = 500  # a last Ended or Ack may still leave
 
 
