@@ -8,10 +8,12 @@ import pytest
 from kvist.errors import Overloaded, RequestError
 from kvist.server.work import BodyBudget, WorkPool
 
+ANN, BOB = ("", "ann", "1"), ("", "bob", "1")
+
 
 async def test_jobs_run_on_a_few_threads_and_what_they_raise_arrives() -> None:
-    pool = WorkPool(num_threads=2, max_jobs=100)
-    names = await asyncio.gather(*(pool.run(lambda: threading.current_thread().name) for _ in range(20)))
+    pool = WorkPool(num_threads=2, max_waiting=100)
+    names = await asyncio.gather(*(pool.run(ANN, lambda: threading.current_thread().name) for _ in range(20)))
     assert len(set(names)) <= 2
     assert threading.current_thread().name not in names
 
@@ -19,36 +21,67 @@ async def test_jobs_run_on_a_few_threads_and_what_they_raise_arrives() -> None:
         raise RequestError("wrong")
 
     with pytest.raises(RequestError, match="wrong"):
-        await pool.run(fail)
-    assert pool.num_jobs == 0
+        await pool.run(ANN, fail)
+    assert pool.num_waiting == 0
 
 
-async def test_more_jobs_than_may_wait_are_refused_but_not_what_an_answer_needs() -> None:
-    pool, go = WorkPool(num_threads=1, max_jobs=2), threading.Event()
-    waiting = [asyncio.create_task(pool.run(lambda: go.wait(30))) for _ in range(2)]
-    await asyncio.sleep(0)
+class Busy:
+    """A pool of one thread, which is at work until `go` is set; jobs note their names in the order of their turns."""
+
+    def __init__(self, max_waiting: int) -> None:
+        self.pool, self.go = WorkPool(num_threads=1, max_waiting=max_waiting), threading.Event()
+        self.order: list[str] = []
+        self.tasks = [asyncio.create_task(self.pool.run(ANN, lambda: self.go.wait(30)))]
+
+    async def ask(self, caller: tuple[str, str, str], name: str) -> asyncio.Task[None]:
+        self.tasks.append(asyncio.create_task(self.pool.run(caller, lambda: self.order.append(name))))
+        await asyncio.sleep(0)
+        return self.tasks[-1]
+
+    async def finish(self) -> list[object]:
+        self.go.set()
+        return await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+async def test_callers_take_turns() -> None:
+    busy = Busy(max_waiting=10)
+    for name in ("a1", "a2", "a3"):
+        await busy.ask(ANN, name)
+    await busy.ask(BOB, "b1")
+    await busy.finish()
+    assert busy.order == ["a1", "b1", "a2", "a3"]
+
+
+async def test_in_a_full_queue_the_caller_with_most_jobs_gives_way_to_another() -> None:
+    busy = Busy(max_waiting=2)
+    await busy.ask(ANN, "a1")
+    loser = await busy.ask(ANN, "a2")
     with pytest.raises(Overloaded, match="--tokenizer-threads"):
-        await pool.run(int)
-    needed = asyncio.create_task(pool.finish(lambda: "written"))
-    go.set()
-    assert await asyncio.gather(*waiting) == [True, True]
+        await busy.pool.run(ANN, int)
+    await busy.ask(BOB, "b1")
+    with pytest.raises(Overloaded):
+        await loser
+    await busy.finish()
+    assert busy.order == ["a1", "b1"]
+
+
+async def test_what_an_answer_needs_is_never_refused() -> None:
+    busy = Busy(max_waiting=1)
+    await busy.ask(ANN, "a1")
+    needed = asyncio.create_task(busy.pool.finish(ANN, lambda: "written"))
+    await busy.finish()
     assert await needed == "written"
-    assert await pool.run(lambda: 1) == 1
 
 
 async def test_a_client_that_leaves_takes_its_waiting_job_along() -> None:
-    pool, go = WorkPool(num_threads=1, max_jobs=2), threading.Event()
-    ran: list[str] = []
-    first = asyncio.create_task(pool.run(lambda: go.wait(30)))
-    second = asyncio.create_task(pool.run(lambda: ran.append("second")))
-    await asyncio.sleep(0)
-    second.cancel()
-    await asyncio.gather(second, return_exceptions=True)
-    assert pool.num_jobs == 1
-    go.set()
-    await first
-    await pool.run(lambda: ran.append("third"))
-    assert ran == ["third"]
+    busy = Busy(max_waiting=1)
+    gone = await busy.ask(ANN, "gone")
+    gone.cancel()
+    await asyncio.gather(gone, return_exceptions=True)
+    assert busy.pool.num_waiting == 0
+    await busy.ask(ANN, "next")
+    await busy.finish()
+    assert busy.order == ["next"]
 
 
 def test_a_budget_counts_what_is_beyond_the_free_part_of_each_body() -> None:

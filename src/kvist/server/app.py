@@ -90,7 +90,7 @@ def build_app(
         own_engine=own_engine,
         own_health=own_health,
         admission=Admission(limit=config.max_concurrent_requests, metrics=gateway_metrics, clock=clock),
-        work=WorkPool(num_threads=config.tokenizer_threads, max_jobs=config.max_concurrent_requests),
+        work=WorkPool(num_threads=config.tokenizer_threads, max_waiting=config.max_concurrent_requests),
         sampling_defaults=sampling_defaults or SamplingDefaults(),
         lifecycle=lifecycle or Lifecycle(),
         bodies=BodyBudget(limit_bytes=config.max_total_body_bytes, free_bytes=_FREE_BODY_BYTES),

@@ -71,9 +71,10 @@ class Gateway:
             )
             if len(body) <= INLINE_BYTES:
                 return make(body)
-            self.admission.check(caller_of(scope).path, 1)
+            caller = caller_of(scope).path
+            self.admission.check(caller, 1)
             async with cancelled_on_disconnect(receive):
-                return await self.work.run(partial(make, body))
+                return await self.work.run(caller, partial(make, body))
 
     def limit(self) -> Limit:
         """Of the fleet's best route."""

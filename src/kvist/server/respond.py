@@ -20,7 +20,7 @@ import msgspec
 from starlette.types import Receive, Send
 
 from kvist.errors import EngineError, KvistError, Timeout
-from kvist.fairness import caller_path
+from kvist.fairness import CallerPath, caller_path
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice, Delta, run_choices
 from kvist.server.http import JSON_TYPE, ClientGone, Headers, cancelled_on_disconnect, error_object, send_bytes
@@ -57,12 +57,15 @@ class Job:
     stream: bool
     headers: Headers = ()  # beside those of every response
 
+    @property
+    def caller(self) -> CallerPath:
+        return caller_path(self.choices[0].request.client)
+
 
 async def respond(gateway: Gateway, job: Job, receive: Receive, send: Send) -> None:
     """Raises `KvistError` only when no byte of the response has been sent."""
     try:
-        caller = caller_path(job.choices[0].request.client)
-        with gateway.admission.places(caller, len(job.choices)):
+        with gateway.admission.places(job.caller, len(job.choices)):
             async with cancelled_on_disconnect(receive):
                 await (_stream if job.stream else _whole)(gateway, job, send)
     except ClientGone:
@@ -78,7 +81,8 @@ async def _whole(gateway: Gateway, job: Job, send: Send) -> None:
     except KvistError as error:
         gateway.metrics.num_failed[error.code] += 1
         raise
-    body = await _written(gateway, sum(map(_size, job.choices)), partial(job.format.whole, job.choices))
+    size, write = sum(map(_size, job.choices)), partial(job.format.whole, job.choices)
+    body = await _written(gateway, job.caller, size, write)
     await send_bytes(send, body, headers=[JSON_TYPE, *job.headers])
 
 
@@ -88,7 +92,7 @@ async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
         async with _time_limit(gateway), _running(gateway, job) as deltas:
             async for choice, delta in deltas:
                 write = partial(job.format.event, choice, delta)
-                event = await _written(gateway, _size(choice), write) if delta.finished else write()
+                event = await _written(gateway, job.caller, _size(choice), write) if delta.finished else write()
                 if not started:
                     await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *job.headers]})
                     started = True
@@ -114,9 +118,9 @@ def _size(choice: Choice) -> int:
     return len(choice.token_ids) + choice.num_logprobs
 
 
-async def _written(gateway: Gateway, size: int, write: Callable[[], bytes]) -> bytes:
+async def _written(gateway: Gateway, caller: CallerPath, size: int, write: Callable[[], bytes]) -> bytes:
     """What is long is written on a thread. Its choices have ended: nobody changes them meanwhile."""
-    return write() if size <= _INLINE_SIZE else await gateway.work.finish(write)
+    return write() if size <= _INLINE_SIZE else await gateway.work.finish(caller, write)
 
 
 def _running(gateway: Gateway, job: Job) -> contextlib.aclosing[AsyncGenerator[tuple[Choice, Delta], None]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import ssl
+import sys
 from collections.abc import Iterator
 from typing import cast
 
@@ -21,6 +23,7 @@ from kvist.server.traffic import Traffic
 log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 30
+_SWITCH_S = 0.0005  # after which a thread lets the event loop have the interpreter; Python's own is 5 ms
 _OTHER_FILES = 256  # open in this process beside HTTP connections, at most
 CLOSE_TIMEOUT_S = 2
 
@@ -39,6 +42,7 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn
     The caller ends open requests first; those left have `CLOSE_TIMEOUT_S`, then they are cancelled. Signals are the
     caller's, too.
     """
+    _calm_interpreter()
     bounds = Bounds(max_connections=_affordable(config.max_connections), header_timeout_s=config.header_timeout_s)
     settings = uvicorn.Config(
         app,
@@ -64,6 +68,14 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn
         files = f"--ssl-certfile {config.ssl_certfile} --ssl-keyfile {config.ssl_keyfile}"
         raise ConfigError(f"cannot serve HTTPS with {files}: {error}", param="ssl_certfile") from error
     return _Server(settings)
+
+
+def _calm_interpreter() -> None:
+    """So that streams do not wait for what other threads of this process do (work.py), nor for the garbage collector to
+    look at the tokenizer once more."""
+    sys.setswitchinterval(_SWITCH_S)
+    gc.collect()
+    gc.freeze()
 
 
 def _affordable(max_connections: int) -> int:

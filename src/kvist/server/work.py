@@ -14,53 +14,102 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 from kvist.errors import Overloaded
+from kvist.fairness import CallerPath, Turns, gives_way
 
 T = TypeVar("T")
 
 INLINE_BYTES = 4096  # a body of this size costs less than the way to a thread and back
 
 
+@dataclass(slots=True, eq=False)
+class _Job:
+    number: int
+    caller: CallerPath
+    call: Callable[[], Any]
+    result: asyncio.Future[Any]
+    is_waiting: bool = True
+
+
 class WorkPool:
-    """Used by one event loop."""
+    """Owned by one event loop. Callers take turns, so that a flood of one's long prompts does not delay another's."""
 
-    def __init__(self, *, num_threads: int, max_jobs: int) -> None:
+    def __init__(self, *, num_threads: int, max_waiting: int) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="kvist-work")
-        self._max_jobs = max_jobs
-        self._lock = threading.Lock()
-        self._num_jobs = 0  # waiting or running; changed by the loop and by the threads
+        self._num_idle = num_threads
+        self._max_waiting = max_waiting
+        self._waiting: Turns[_Job] = Turns(lambda job: job.number)
+        self._num_jobs = 0  # so far
+        self.num_waiting = 0
 
-    @property
-    def num_jobs(self) -> int:
-        return self._num_jobs
+    async def run(self, caller: CallerPath, call: Callable[[], T]) -> T:
+        """What `call` returns or raises. Raises `Overloaded` when too many jobs wait: at once for a caller that has its
+        share of the places, else later for the last one of a caller that has more. Cancelling takes a job that has not
+        begun out of the line; one that has goes on to its end, unheard."""
+        if self.num_waiting >= self._max_waiting:
+            self._make_room(caller)
+        return await self.finish(caller, call)
 
-    async def run(self, call: Callable[[], T]) -> T:
-        """What `call` returns or raises. Raises `Overloaded` at once when too many jobs wait. Cancelling takes a job
-        that has not begun out of the line; one that has goes on to its end, unheard."""
-        if self._num_jobs >= self._max_jobs:
-            raise Overloaded(
-                f"{self._num_jobs} requests wait to be tokenised, the most this server lets wait: retry later, or give "
-                "it more --tokenizer-threads"
-            )
-        return await self.finish(call)
-
-    async def finish(self, call: Callable[[], T]) -> T:
+    async def finish(self, caller: CallerPath, call: Callable[[], T]) -> T:
         """As `run`, for what a request that was admitted needs in order to end: never refused."""
-        with self._lock:
-            self._num_jobs += 1
-        future = self._threads.submit(call)
-        future.add_done_callback(self._ended)
-        return await asyncio.wrap_future(future)
+        self._num_jobs += 1
+        job = _Job(self._num_jobs, caller, call, asyncio.get_running_loop().create_future())
+        self._waiting.add(caller, job)
+        self.num_waiting += 1
+        self._start()
+        try:
+            result: T = await job.result
+        finally:
+            if job.is_waiting:
+                self._drop(job)
+        return result
 
-    def _ended(self, future: Future[T]) -> None:
-        del future
-        with self._lock:
-            self._num_jobs -= 1
+    def _make_room(self, newcomer: CallerPath) -> None:
+        loser = gives_way(newcomer, (job.caller for job in self._waiting))
+        refused = Overloaded(
+            f"{self.num_waiting} long requests wait to be tokenised, the most this server lets wait: retry later, or "
+            "give it more --tokenizer-threads"
+        )
+        if loser is None:
+            raise refused
+        last = max((job for job in self._waiting if job.caller == loser), key=lambda job: job.number)
+        self._drop(last)
+        if not last.result.done():
+            last.result.set_exception(refused)
+
+    def _drop(self, job: _Job) -> None:
+        job.is_waiting = False
+        self._waiting.remove(job.caller, job)
+        self.num_waiting -= 1
+
+    def _start(self) -> None:
+        while self._num_idle and (job := self._waiting.head()) is not None:
+            self._waiting.take(job.caller, job)
+            job.is_waiting = False
+            self.num_waiting -= 1
+            self._num_idle -= 1
+            self._threads.submit(job.call).add_done_callback(partial(self._tell_loop, job.result.get_loop(), job))
+
+    def _tell_loop(self, loop: asyncio.AbstractEventLoop, job: _Job, done: Future[Any]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(self._ended, job, done)
+
+    def _ended(self, job: _Job, done: Future[Any]) -> None:
+        self._num_idle += 1
+        self._start()
+        if job.result.done():  # cancelled
+            return
+        error = done.exception()
+        if error is None:
+            job.result.set_result(done.result())
+        else:
+            job.result.set_exception(error)
 
 
 class BodyBudget:
