@@ -121,9 +121,11 @@ class Histogram:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class GatewayMetrics(Collector):
-    """Written by the server's event loop; `of_workers` is asked at each scrape."""
+    """Written by the server's event loop; what is called here is asked at each scrape."""
 
     of_workers: Callable[[], Iterable[Metric]] = tuple
+    num_long_requests_waiting: Callable[[], int] = int
+    num_body_bytes: Callable[[], int] = int
     num_requests: int = 0  # engine requests in flight now
     num_prompt_tokens: int = 0
     num_cached_prompt_tokens: int = 0
@@ -133,6 +135,7 @@ class GatewayMetrics(Collector):
     num_disconnected: int = 0
     num_http_requests: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # by method, path and status
     num_refused_connections: int = 0
+    loop_lag_s: Histogram = field(default_factory=Histogram)
     time_to_first_token_s: Histogram = field(default_factory=Histogram)
     inter_token_latency_s: Histogram = field(default_factory=Histogram)
     time_per_output_token_s: Histogram = field(default_factory=Histogram)
@@ -161,6 +164,17 @@ class GatewayMetrics(Collector):
             "connections closed because too many were open",
             self.num_refused_connections,
         )
+        yield GaugeMetricFamily(
+            "kvist:gateway_long_requests_waiting",
+            "long requests that wait for a thread to tokenise them",
+            self.num_long_requests_waiting(),
+        )
+        yield GaugeMetricFamily(
+            "kvist:gateway_body_bytes",
+            "bytes that bodies of large requests hold until they are tokenised",
+            self.num_body_bytes(),
+        )
+        yield self.loop_lag_s.family("gateway_loop_lag_seconds", "how late the event loop woke up, ten times a second")
         yield self.time_to_first_token_s.family("time_to_first_token_seconds", "request read to first token")
         yield self.inter_token_latency_s.family("inter_token_latency_seconds", "between two pieces of one stream")
         yield self.time_per_output_token_s.family("time_per_output_token_seconds", "mean of a request after its first")

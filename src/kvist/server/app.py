@@ -78,7 +78,13 @@ def build_app(
     generation is refused with a pointer to the router. `model_path` is what clients on this host may read the tokenizer
     from. `own_engine` and `own_health` are what /server_info calls `engine` and `engine_health`."""
     clock = clock or MonotonicClock()
-    gateway_metrics = GatewayMetrics(of_workers=lambda: worker_families(dispatcher.snapshot()))
+    work = WorkPool(num_threads=config.tokenizer_threads, max_waiting=config.max_concurrent_requests)
+    bodies = BodyBudget(limit_bytes=config.max_total_body_bytes, free_bytes=_FREE_BODY_BYTES)
+    gateway_metrics = GatewayMetrics(
+        of_workers=lambda: worker_families(dispatcher.snapshot()),
+        num_long_requests_waiting=lambda: work.num_waiting,
+        num_body_bytes=lambda: bodies.num_bytes,
+    )
     gateway = Gateway(
         dispatcher=dispatcher,
         tokenizer=tokenizer,
@@ -90,10 +96,10 @@ def build_app(
         own_engine=own_engine,
         own_health=own_health,
         admission=Admission(limit=config.max_concurrent_requests, metrics=gateway_metrics, clock=clock),
-        work=WorkPool(num_threads=config.tokenizer_threads, max_waiting=config.max_concurrent_requests),
+        work=work,
         sampling_defaults=sampling_defaults or SamplingDefaults(),
         lifecycle=lifecycle or Lifecycle(),
-        bodies=BodyBudget(limit_bytes=config.max_total_body_bytes, free_bytes=_FREE_BODY_BYTES),
+        bodies=bodies,
     )
     routes = _routes(gateway, model_path)
     door: ASGIApp = Door(Router(routes), config, gateway.lifecycle)

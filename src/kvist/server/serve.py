@@ -7,14 +7,16 @@ import contextlib
 import gc
 import logging
 import resource
+import socket
 import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from kvist.clock import Clock, MonotonicClock
 from kvist.errors import ConfigError
 from kvist.server.config import ServerConfig
 from kvist.server.protocol import Bounds, bounded_protocol
@@ -23,12 +25,25 @@ from kvist.server.traffic import Traffic
 log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 30
+_WATCH_S = 0.1
 _SWITCH_S = 0.0005  # after which a thread lets the event loop have the interpreter; Python's own is 5 ms
 _OTHER_FILES = 256  # open in this process beside HTTP connections, at most
 CLOSE_TIMEOUT_S = 2
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, settings: uvicorn.Config, traffic: Traffic) -> None:
+        super().__init__(settings)
+        self._traffic = traffic
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Notes meanwhile how late the event loop wakes up: every stream waits for as long."""
+        watch = asyncio.create_task(watch_loop(self._traffic.loop_was_late, MonotonicClock()), name="loop lag")
+        try:
+            await super().serve(sockets)
+        finally:
+            watch.cancel()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn would take the first signal for the end of the port, and raise it again afterwards."""
@@ -67,7 +82,15 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn
     except (OSError, ssl.SSLError) as error:
         files = f"--ssl-certfile {config.ssl_certfile} --ssl-keyfile {config.ssl_keyfile}"
         raise ConfigError(f"cannot serve HTTPS with {files}: {error}", param="ssl_certfile") from error
-    return _Server(settings)
+    return _Server(settings, traffic)
+
+
+async def watch_loop(note_lag_s: Callable[[float], None], clock: Clock) -> None:
+    """Until it is cancelled."""
+    while True:
+        due_s = clock.now_s() + _WATCH_S
+        await asyncio.sleep(_WATCH_S)
+        note_lag_s(max(0.0, clock.now_s() - due_s))
 
 
 def _calm_interpreter() -> None:

@@ -58,6 +58,9 @@ class Traffic:
         self._prefixes = [path.partition("{")[0] for path in paths if "{" in path]
         self._access_log = access_log
 
+    def loop_was_late(self, by_s: float) -> None:
+        self._metrics.loop_lag_s.observe(by_s)
+
     def begin(self, scope: Scope, request_id: str) -> Exchange:
         exchange = Exchange(request_id=request_id, start_s=self._clock.now_s())
         scope[_SCOPE_KEY] = exchange

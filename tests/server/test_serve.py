@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from kvist.clock import FakeClock
+from kvist.server.serve import watch_loop
+
+
+async def test_the_watch_notes_by_how_much_the_loop_was_late() -> None:
+    clock, lags_s = FakeClock(), list[float]()
+    watch = asyncio.create_task(watch_loop(lags_s.append, clock))
+    await asyncio.sleep(0)
+    clock.advance(3.1)  # while the watch slept for a tenth of a second
+    while not lags_s:
+        await asyncio.sleep(0.01)
+    watch.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watch
+    assert round(lags_s[0], 6) == 3.0
