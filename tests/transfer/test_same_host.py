@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvist.clock import FakeClock
 from kvist.kv.device import DevicePool
 from kvist.kv.layout import PageLayout
 from kvist.request import EpochId, HandoffId
@@ -53,7 +54,7 @@ class SlowPages:
 
 
 class Writer:
-    def __init__(self, runtime_dir: Path) -> None:
+    def __init__(self, runtime_dir: Path, settle_s: float = 0.0, clock: FakeClock | None = None) -> None:
         self.pages = SlowPages()
         self.mappings: list[weakref.ref[Mapping]] = []
         self.woken = threading.Event()
@@ -61,8 +62,9 @@ class Writer:
             transport="shm", location="", num_pages=8, page_bytes=LAYOUT.page_bytes, layout=LAYOUT.describe()
         )
         self.transport = SameHostTransport(
-            address=own, pages=self.pages, map_pool=self._map, runtime_dir=runtime_dir, wakeup=self.woken.set
-        )
+            address=own, pages=self.pages, map_pool=self._map, runtime_dir=runtime_dir, wakeup=self.woken.set,
+            settle_s=settle_s, clock=clock,
+        )  # fmt: skip
 
     def _map(self, _descriptor: int, _address: PoolAddress) -> Mapping:
         mapping = Mapping()
@@ -126,6 +128,24 @@ def test_a_pool_is_mapped_once_and_let_go_when_its_engine_is_dead(writer: Writer
     peer.die()
     assert writer.transport.peer_is_dead(peer.epoch)
     writer.wait_until_mapped([False])
+
+
+def test_a_peer_whose_last_writes_may_still_arrive_is_dead_only_when_they_have_settled(
+    tmp_path: Path, peer: Peer
+) -> None:
+    clock = FakeClock(5.0)
+    writer = Writer(tmp_path.resolve(), settle_s=0.5, clock=clock)
+    try:
+        assert not writer.transport.peer_is_dead(peer.epoch)
+        clock.advance(9.0)
+        peer.die()
+        told = []
+        for _ in range(7):
+            told.append(writer.transport.peer_is_dead(peer.epoch))
+            clock.advance(0.125)
+        assert told == [False] * 4 + [True] * 3
+    finally:
+        writer.transport.close()
 
 
 def test_memory_that_is_being_written_to_stays_mapped_until_the_group_is_copied(writer: Writer, peer: Peer) -> None:

@@ -455,7 +455,16 @@ def test_a_killed_engine_s_pool_is_removed_by_the_next_start(cluster: Cluster, t
 def test_an_unreadable_message_is_dropped_and_counted(cluster: Cluster) -> None:
     [engine] = cluster.start("unified")
     engine.socket.send(b"\xc1 this is no message")
-    until(lambda: engine.load is not None and engine.load.totals["undecodable_messages"] == 1, engine)
+    engine.socket.send(b"\x82\xa4type\xa5Hello\xaagateway_id\xa1\xff")  # bad UTF-8
+    engine.socket.send(b"\x82\xa4type\xa5Hello\xa1x" + b"\x81\xa1a" * 1000)  # too deep
+    engine.send(wire.Submit(request=make_request("bad", 5, seed=-1), mode=Mode.FULL))
+    engine.send(wire.Submit(request=make_request("good", 5), mode=Mode.FULL))
+    until(lambda: engine.load is not None and engine.load.totals["undecodable_messages"] == 3, engine)
+    until(lambda: len(engine.ended) == 2, engine)
+    assert {(ended.request_id, ended.outcome) for ended in engine.ended} == {
+        ("bad", Outcome.FAILED),
+        ("good", Outcome.FINISHED),
+    }
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ from kvist.transfer.same_host import SameHostTransport, wrong_size
 from kvist.wire import PoolAddress
 
 _MAX_FILE_BYTES = 4096
+# The kernel takes a killed process's locks away before the driver has stopped its GPU work: a copy that was under way,
+# some milliseconds at most, could write pages that were given to others meanwhile.
+SETTLE_S = 0.5
 
 
 def cuda_ipc_transport(pool: DevicePool, runtime_dir: Path, wakeup: Callable[[], None]) -> SameHostTransport[Mapped]:
@@ -30,6 +33,7 @@ def cuda_ipc_transport(pool: DevicePool, runtime_dir: Path, wakeup: Callable[[],
         map_pool=lambda descriptor, address: open_memory(read_file(descriptor, address), device),
         runtime_dir=runtime_dir,
         wakeup=wakeup,
+        settle_s=SETTLE_S,
     )
 
 
