@@ -20,7 +20,7 @@ help:
 	@echo 'make setup      install everything that development needs into $(VENV)'
 	@echo 'make test       every test; make test-fast: those without a model or processes'
 	@echo 'make test-gpu   the tests that need a CUDA device; fails where there is none'
-	@echo 'make check      format, lint, strict types, import layers, sizes; make format mends the first'
+	@echo 'make check      format, lint, strict types, import layers, sizes, pins and licences; make format mends the first'
 	@echo 'make bench      the benchmarks, at quick settings'
 	@echo 'make clean      remove caches and $(VENV)'
 
@@ -64,6 +64,7 @@ check: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/size_report.py
+	$(BIN)/python scripts/audit.py
 
 format: $(DEV_STAMP)
 	$(BIN)/ruff format .

@@ -1,0 +1,85 @@
+"""scripts/audit.py finds what is not pinned, not installed as pinned, or under a licence nobody has looked at."""
+
+from __future__ import annotations
+
+import sys
+from email.message import Message
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import audit
+import packages
+
+
+class Package(metadata.Distribution):
+    def __init__(self, version: str = "1.0", **fields: str | list[str]) -> None:
+        self._message = Message()
+        self._message["Version"] = version
+        for name, values in fields.items():
+            for value in [values] if isinstance(values, str) else values:
+                self._message[name.replace("_", "-")] = value
+
+    @property
+    def metadata(self) -> Any:
+        return self._message
+
+    def read_text(self, filename: str) -> str | None:
+        raise NotImplementedError(filename)
+
+    def locate_file(self, path: Any) -> Any:
+        raise NotImplementedError(path)
+
+
+GOOD = Package(License_Expression="MIT")
+
+
+def problems(**changes: Any) -> list[str]:
+    told: dict[str, Any] = {
+        "asked": {"a": Requirement("a>=1")},
+        "pinned": {"a": Version("1.0"), "b": Version("1.0")},
+        "hashed": {"a": Version("1.0"), "b": Version("1.0")},
+        "installed": {"a": GOOD, "b": GOOD},
+    }
+    return audit.problems(**{**told, **changes})
+
+
+def test_what_is_pinned_hashed_installed_and_allowed_is_fine() -> None:
+    assert problems() == []
+    assert problems(installed={"a": Package("1.0+cpu", License_Expression="MIT")}) == []  # another build of the same
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pinned": {}}, "a is in pyproject.toml and not pinned"),
+        ({"pinned": {"a": Version("0.9")}}, "not within pyproject.toml's a>=1"),
+        ({"installed": {}}, "a is not installed"),
+        ({"hashed": {"b": Version("1.0")}}, "a==1.0 has no hash"),
+        ({"pinned": {"a": Version("1.0")}}, "b is installed because others need it, and not pinned"),
+        ({"installed": {"a": Package("1.1", License_Expression="MIT")}}, "a 1.1 is installed and 1.0 is pinned"),
+        ({"installed": {"a": Package(License_Expression="AGPL-3.0")}}, "a is under 'AGPL-3.0'"),
+        ({"installed": {"a": Package(License_Expression="MIT AND (GPL-3.0 OR MIT)")}}, "a is under 'GPL-3.0'"),
+        ({"installed": {"a": Package(License="Ask my lawyer\nMIT")}}, "a is under 'Ask my lawyer'"),
+        ({"installed": {"a": Package()}}, "a is under 'no licence'"),
+        ({"installed": {"a": Package(Classifier=["License :: OSI Approved :: Secret"])}}, "a is under 'Secret'"),
+    ],
+)
+def test_each_way_to_be_wrong_is_named(changes: dict[str, Any], said: str) -> None:
+    assert any(said in line for line in problems(**changes)), problems(**changes)
+
+
+def test_the_repository_s_own_files_are_read(tmp_path: Path) -> None:
+    asked, pinned, hashed = packages.asked_for(), packages.pins(packages.CONSTRAINTS), packages.pins(packages.HASHES)
+    assert {"uvicorn", "mypy", "pytest", "torch"} <= asked.keys() <= pinned.keys()
+    assert pinned.keys() - {"torch"} <= hashed.keys()
+    lines = packages.HASHES.read_text(encoding="utf-8").splitlines()
+    assert all("--hash=sha256:" in line for line in lines if not line.startswith("#"))
+    file = tmp_path / "some.txt"
+    file.write_text("# head\nA_b==1.0 --hash=sha256:0\n\nc==2 # why\n")
+    assert packages.pins(file) == {"a-b": Version("1.0"), "c": Version("2")}
