@@ -373,6 +373,7 @@ def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str
         base_gpu_id=engine.base_gpu_id,
         gpus_per_worker=engine.tp,
         persist_folder=engine.host_tier.hicache_persist,
+        runtime_dir=engine.runtime_dir,
         memory_share=engine.mem_fraction_static if untold else None,
         drain_s=max(server.shutdown_timeout_s, server.drain_grace_s),
         stall_restart_s=engine.stall_restart_s,

@@ -12,7 +12,7 @@ import torch
 
 from kvist.errors import ConfigError, EngineError
 from kvist.kv import device
-from kvist.kv.device import DevicePool, available_memory_bytes, plan_pool_size, remove_abandoned_pools
+from kvist.kv.device import DevicePool, plan_pool_size
 from kvist.kv.layout import PageLayout
 
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=3, page_size=4, head_dim=8, dtype="float32")
@@ -63,36 +63,20 @@ def test_a_pool_of_another_layout_is_not_attached(tmp_path: Path) -> None:
     pool.close()
 
 
-def test_the_file_is_ours_alone_and_sparse(tmp_path: Path) -> None:
-    pool = DevicePool.create(LAYOUT, 50_000, device=CPU, directory=tmp_path)
+def test_the_file_is_ours_alone_and_has_all_its_room(tmp_path: Path) -> None:
+    pool = DevicePool.create(LAYOUT, 500, device=CPU, directory=tmp_path)
     status = os.stat(pool.address.location)
     assert status.st_mode & 0o777 == 0o600
-    assert status.st_size == 50_000 * LAYOUT.page_bytes
-    assert status.st_blocks * 512 < LAYOUT.page_bytes * 10
+    assert status.st_size == 500 * LAYOUT.page_bytes
+    assert status.st_blocks * 512 >= status.st_size
     pool.close()
 
 
 def test_no_room_is_said_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_free_bytes", lambda _: LAYOUT.page_bytes * 9)
-    with pytest.raises(ConfigError, match="lower --max-total-tokens"):
+    monkeypatch.setattr(device, "free_bytes", lambda _: LAYOUT.page_bytes * 9)
+    with pytest.raises(ConfigError, match=r"--runtime-dir.*lower --max-total-tokens"):
         DevicePool.create(LAYOUT, 10, device=CPU, directory=tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_engines_pool_is_removed_and_a_living_ones_kept(tmp_path: Path) -> None:
-    living = DevicePool.create(LAYOUT, 2, device=CPU, directory=tmp_path)
-    abandoned = tmp_path / "pool-1-dead.pages"
-    abandoned.write_bytes(b"\0" * 100)
-    assert remove_abandoned_pools(tmp_path) == 1
-    assert list(tmp_path.iterdir()) == [Path(living.address.location)]
-    living.close()
-
-
-def test_a_runtime_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(os, "getuid", lambda: 4242)
-    with pytest.raises(ConfigError, match="belongs to somebody else"):
-        device.default_runtime_dir()
 
 
 # ---------------------------------------------------------------- size
@@ -154,11 +138,3 @@ def test_a_pool_that_was_asked_for_too_small_names_the_flag_that_asked() -> None
             max_total_tokens=1,
             min_tokens=2 * LAYOUT.page_size,
         )
-
-
-def test_available_memory_is_what_the_file_system_can_hold_at_most(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert available_memory_bytes(CPU, tmp_path) > 1 << 20
-    monkeypatch.setattr(device, "_free_bytes", lambda _: 12345)
-    assert available_memory_bytes(CPU, tmp_path) == 12345

@@ -31,12 +31,12 @@ def test_settings_that_mean_nothing_together_are_refused(settings: dict[str, obj
         HostTierConfig(**settings)  # type: ignore[arg-type]
 
 
-def test_both_pools_of_a_cpu_must_fit_into_its_memory_and_what_does_not_fit_leaves_nothing_behind(
+def test_a_host_pool_must_fit_into_what_the_device_pool_left_and_one_that_does_not_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = DevicePool.create(LAYOUT, 8, device=torch.device("cpu"), directory=tmp_path / "run")
     config = HostTierConfig(enable_hierarchical_cache=True, hicache_persist=str(tmp_path / "kept"))  # 16 pages
-    available_bytes = 24 * LAYOUT.page_bytes
+    available_bytes = 16 * LAYOUT.page_bytes
     monkeypatch.setattr("kvist.worker.engine.available_host_bytes", lambda: available_bytes)
     with contextlib.ExitStack() as closing:
         available_bytes -= 1

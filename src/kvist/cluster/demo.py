@@ -16,6 +16,7 @@ import httpx
 
 from kvist.clock import MonotonicClock
 from kvist.cluster.chat import Message, TurnOptions, TurnReport, stream_turn
+from kvist.cluster.leftovers import stop_and_clear
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.probe import StartReport, ask
 from kvist.cluster.processes import Child, Processes
@@ -71,7 +72,7 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
     processes = Processes(plan_on_free_ports(shape), probe=ask, sink=lambda _name, _line: None)
     acts = [FROM_HOST, FROM_STORE] if _has_store(shape) else [FROM_HOST]
     with stop_signals(processes), contextlib.ExitStack() as stack:
-        stack.callback(processes.stop)
+        stack.callback(stop_and_clear, processes, shape.runtime_dir)
         config = shape.config
         say(f"Starting {config.prefill} prefill worker(s), {config.decode} decode worker(s) and a router ...")
         processes.start()

@@ -39,6 +39,7 @@ class ClusterShape:
     persist_folder: str | None = None  # of the host tiers
     drain_s: float = 10.0  # what each process gives its open requests when it stops
     stall_restart_s: float = STALL_RESTART_S
+    runtime_dir: str | None = None  # of the engines; None: the user's own
     memory_share: float | None = None  # of one GPU, for the workers on it together; None: each has been told its own
     python: str = sys.executable
 

@@ -8,6 +8,7 @@ import threading
 from types import FrameType
 
 from kvist.cluster.announce import curl_example, shown_key
+from kvist.cluster.leftovers import stop_and_clear
 from kvist.cluster.lifeline import STOP_SIGNALS, obey_stdin, signal_ourselves, signals_to
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
@@ -46,7 +47,7 @@ def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
         except KeyboardInterrupt:
             show("kvist", f"stopping: open requests have {shape.drain_s:g} s (a second signal cuts them)")
         finally:
-            processes.stop()
+            stop_and_clear(processes, shape.runtime_dir)
     show("kvist", "stopped")
     output.flush()
     return 0

@@ -2,17 +2,19 @@
 
 Life cycle: `plan_pool_size` decides the page count, `DevicePool.create` makes the pool before the first step,
 `close` drops it when the engine stops. Every pool has a file, by which peers on this host reach its pages (transfer/).
-On a CPU the file is the pool, sparse and mapped into memory, so that
+On a CPU the file is the pool, mapped into memory, so that
 
 - a peer engine maps the same file and writes granted pages in place,
-- tensor-parallel ranks map it too, each working on its own heads of every page (`attach`),
-- a page that was never touched costs nothing.
+- tensor-parallel ranks map it too, each working on its own heads of every page (`attach`).
+
+All of it is allocated at the start (0.8 s for a GiB of shared memory on two busy cores): where there is no room the
+engine says so then, instead of being killed when it first touches a page.
 
 On CUDA the pool is device memory, and the file holds the handle that opens it (cuda_memory.py). There each
 tensor-parallel rank has its own, with its heads of every page; rank 0 reaches the others' too (`join_ranks`, `pieces`).
 
-The creator holds an flock on the file while it lives; `create` first removes files whose creator is gone, because a
-killed engine cannot.
+The creator holds an flock on the file while it lives; `create` first removes what dead engines have left
+(runtime_dir.py).
 
 It decides nothing about pages: who owns which is kv/cache.py's.
 """
@@ -21,11 +23,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import mmap
 import os
-import secrets
-import stat
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +38,13 @@ from torch import Tensor
 from kvist.errors import ConfigError, EngineError
 from kvist.kv import cuda_memory
 from kvist.kv.layout import PageLayout
+from kvist.kv.runtime_dir import free_bytes, publish_pool, remove_leftovers, room_remedy, runtime_dir
+from kvist.own_files import open_own
 from kvist.wire import PoolAddress
 
 SHM, CUDA_IPC = "shm", "cuda-ipc"  # how peers reach a pool: `PoolAddress.transport`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SHARED_MEMORY = Path("/dev/shm")
 _GIB = 1 << 30
-_PREFIX, _SUFFIX = "pool-", ".pages"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +90,12 @@ class DevicePool:
     def create(
         cls, layout: PageLayout, num_pages: int, *, device: torch.device, directory: Path | None = None
     ) -> DevicePool:
-        """A new pool of zero pages. `directory` is for its file (default: `default_runtime_dir()`).
+        """A new pool of zero pages. `directory` is for its file (default: the user's `runtime_dir()`).
 
         Raises `ConfigError` when there is no room for it.
         """
-        directory = directory or default_runtime_dir()
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        remove_abandoned_pools(directory)
+        directory = runtime_dir(None if directory is None else str(directory))
+        remove_leftovers(directory)
         num_bytes = num_pages * layout.page_bytes
         if device.type != "cpu":
             memory = _allocate(num_bytes, device)
@@ -105,7 +104,7 @@ class DevicePool:
             tensor = memory.view(DTYPES[layout.dtype]).view(num_pages, *layout.shape)
             return cls(tensor=tensor, layout=layout, path=path, lock_fd=fd, mapped=None, export_error=exported.error)
         _check_room(directory, num_bytes)
-        path, fd = _publish(directory, lambda fd: os.ftruncate(fd, num_bytes))
+        path, fd = _publish(directory, lambda fd: _take_room(fd, num_bytes))
         return cls._map(fd, layout, num_pages, path=path, lock_fd=fd)
 
     @classmethod
@@ -115,7 +114,7 @@ class DevicePool:
             raise EngineError(f"cannot map pool {address.location}: it is {address.layout}, not {layout.describe()}")
         path = Path(address.location)
         try:
-            fd = os.open(path, os.O_RDWR)
+            fd = open_own(path, os.O_RDWR)
         except OSError as error:
             raise EngineError(f"cannot map the page pool {path}: {error}") from error
         try:
@@ -179,83 +178,42 @@ def _allocate(num_bytes: int, device: torch.device) -> Tensor:
 
 
 def _publish(directory: Path, fill: Callable[[int], object]) -> tuple[Path, int]:
-    """A new pool file, filled and locked: (path, descriptor that holds the lock)."""
-    path = directory / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
-    unnamed = path.with_suffix(".new")  # takes its name once locked, so that no sweep sees it unlocked
-    fd = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        fill(fd)
-        _try_lock(fd)
-        os.rename(unnamed, path)
+        return publish_pool(directory, fill)
     except OSError as error:
-        os.close(fd)
-        unnamed.unlink(missing_ok=True)
-        raise ConfigError(f"cannot make the page pool {path}: {error}") from error
-    return path, fd
+        remedy = f": {room_remedy(directory)}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise ConfigError(
+            f"cannot make the page pool in {directory}: {error.strerror}{remedy}", param="runtime_dir"
+        ) from error
 
 
-# ---------------------------------------------------------------- the runtime directory
-
-
-def default_runtime_dir() -> Path:
-    """This user's own directory for pools, on shared memory where there is some. Raises `ConfigError` if another
-    user made it first: what lies in it could not be trusted."""
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    on_memory = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
-    base = _SHARED_MEMORY if on_memory else Path(tempfile.gettempdir())
-    directory = base / f"kvist-{user}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    status = directory.lstat()
-    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != user):
-        raise ConfigError(f"{directory} belongs to somebody else: remove it, or name another runtime directory")
-    return directory
-
-
-def remove_abandoned_pools(directory: Path) -> int:
-    """Delete pool files whose creator is dead (its flock is gone); returns how many."""
-    removed = 0
-    for path in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
-        with contextlib.suppress(OSError):  # another starting engine may sweep at the same time
-            fd = os.open(path, os.O_RDWR)
-            try:
-                if _try_lock(fd):
-                    path.unlink()
-                    removed += 1
-            finally:
-                os.close(fd)
-    return removed
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        import fcntl  # not on every system; without it no file is ever taken for abandoned
-    except ImportError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _free_bytes(directory: Path) -> int:
-    if not hasattr(os, "statvfs"):
-        return 1 << 62
-    status = os.statvfs(directory)
-    return status.f_bavail * status.f_frsize
+def _take_room(fd: int, num_bytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, num_bytes)
+    else:  # macOS: the file stays sparse
+        os.ftruncate(fd, num_bytes)
 
 
 def _check_room(directory: Path, num_bytes: int) -> None:
-    free = _free_bytes(directory)
+    free = free_bytes(directory)
     if num_bytes > free:
         raise ConfigError(
             f"the page pool needs {num_bytes / _GIB:.2f} GiB and {directory} has {free / _GIB:.2f} GiB free: "
-            "lower --max-total-tokens or --mem-fraction-static, or give the container more shared memory",
-            param="max_total_tokens",
+            f"{room_remedy(directory)}; or lower --max-total-tokens",
+            param="runtime_dir",
         )
 
 
 # ---------------------------------------------------------------- how many pages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """The file system for a pool that is a file."""
+
+    free_bytes: int
+    directory: Path
+    enough_tokens: int  # that the pool must have, unless memory or the user's own number gives fewer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,6 +233,7 @@ def plan_pool_size(
     max_total_tokens: int | None = None,  # the user's own number
     cap_tokens: int | None = None,  # the device's default limit, where memory alone would give absurdly many
     min_tokens: int = 1,  # below this the engine could not serve one request
+    room: Room | None = None,  # for the pool alone, where it is a file
 ) -> PoolSize:
     """Weights, reserve and pool take `mem_fraction_static` of the available memory, unless a token limit is lower.
 
@@ -297,6 +256,8 @@ def plan_pool_size(
     elif cap_tokens is not None and -(-cap_tokens // layout.page_size) < fitting:
         num_pages = -(-cap_tokens // layout.page_size)
         reason = f"default limit of {cap_tokens} tokens; {memory}"
+    if room is not None and num_pages > room.free_bytes // layout.page_bytes:
+        num_pages, reason = _in_room(layout, room, num_pages, asked=max_total_tokens is not None)
     if num_pages * layout.page_size < min_tokens:
         asked = max_total_tokens is not None  # and there is memory for it: see above
         remedy = "--max-total-tokens" if asked else "--mem-fraction-static, or serve a smaller model"
@@ -320,11 +281,19 @@ def plan_pool_size(
     )
 
 
-def available_memory_bytes(device: torch.device, directory: Path | None = None) -> int:
-    """Free device memory; for the CPU what the kernel, the cgroup and the runtime directory's file system allow."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return min(_free_bytes(directory or default_runtime_dir()), available_host_bytes())
+def _in_room(layout: PageLayout, room: Room, wanted_pages: int, *, asked: bool) -> tuple[int, str]:
+    """Fewer pages than memory would give, and why. Raises `ConfigError` when they are too few, or fewer than asked."""
+    fitting = room.free_bytes // layout.page_bytes
+    has = f"{room.directory} has {room.free_bytes / _GIB:.2f} GiB free, which hold {fitting * layout.page_size} tokens"
+    enough_pages = min(wanted_pages, -(-room.enough_tokens // layout.page_size))
+    if asked or fitting < enough_pages:
+        needed = wanted_pages if asked else enough_pages
+        raise ConfigError(
+            f"a page pool of {needed * layout.page_size} tokens needs {needed * layout.page_bytes / _GIB:.2f} GiB, and "
+            f"{has}: {room_remedy(room.directory)}; or lower --max-total-tokens",
+            param="runtime_dir",
+        )
+    return fitting, has
 
 
 def available_host_bytes() -> int:

@@ -2,7 +2,7 @@
 
 Life cycle: `plan_host_pages` decides the count and refuses what does not fit; `HostPool` makes the buffer before the
 engine is ready, for a GPU pinned, so that copies run beside everything else; `close` unpins it after the mover has
-stopped. On a CPU the memory becomes resident as it is first written.
+stopped. All of its memory is taken at the start: what lacks then is an error, and no death of the engine later.
 
 It decides nothing about pages: which slot holds what is kv/host_tier.py's.
 """
@@ -10,6 +10,7 @@ It decides nothing about pages: which slot holds what is kv/host_tier.py's.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -72,6 +73,8 @@ class HostPool:
                 f"no memory for the host tier: {error}; lower --hicache-size", param="hicache_size"
             ) from error
         self._pinned = False
+        if persistent is None or pinned:
+            _make_resident(self.tensor)
         if pinned:
             _pin(self.tensor)
             self._pinned = True
@@ -86,7 +89,6 @@ class HostPool:
 
 def _pin(memory: Tensor) -> None:
     """In place: torch's own pinned memory comes in powers of two, which may be twice as much as was asked for."""
-    _make_resident(memory)
     status = _cuda().cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)
     if int(status):
         raise ConfigError(
@@ -98,18 +100,24 @@ def _pin(memory: Tensor) -> None:
 
 
 def _make_resident(memory: Tensor) -> None:
-    """What it holds stays. Pinning makes it so too, but in one thread and in small pages, at 3 GB/s."""
+    """What it holds stays. Pinning makes it so too, but in one thread and in small pages, at 3 GB/s. Raises
+    `ConfigError` when the system has no more."""
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
     start -= start % mmap.PAGESIZE
 
-    def populate(first: int) -> None:
-        madvise(first, min(_SLICE_BYTES, end - first), _POPULATE_WRITE)  # where it is not known, pinning does the work
+    def populate(first: int) -> int:
+        failed = madvise(first, min(_SLICE_BYTES, end - first), _POPULATE_WRITE)
+        return ctypes.get_errno() if failed else 0  # EINVAL: not known here; memory is taken as it is first written
 
     madvise(start, end - start, mmap.MADV_HUGEPAGE)
     with ThreadPoolExecutor(min(16, num_usable_cores())) as threads:
-        list(threads.map(populate, range(start, end, _SLICE_BYTES)))
+        errors = set(threads.map(populate, range(start, end, _SLICE_BYTES)))
+    if errors & {errno.ENOMEM, errno.EFAULT}:
+        raise ConfigError(
+            f"no memory for the host tier: {memory.nbytes / _GIB:.2f} GiB; lower --hicache-size", param="hicache_size"
+        )
 
 
 def _cuda() -> Any:

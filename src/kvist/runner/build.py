@@ -27,11 +27,13 @@ from kvist.kv.device import (
     DevicePool,
     PoolSize,
     RankPool,
-    available_memory_bytes,
-    default_runtime_dir,
+    Room,
+    available_host_bytes,
     plan_pool_size,
 )
 from kvist.kv.layout import PageLayout
+from kvist.kv.runtime_dir import free_bytes, turn
+from kvist.kv.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.models import ModelConfig
 from kvist.models.decoder import CausalLM
 from kvist.models.load import check_split, load_model
@@ -45,7 +47,9 @@ from kvist.runner.tp import FollowerProcesses, Meeting, new_meeting
 from kvist.wire import PoolAddress
 
 COLLECTIVES_BYTES = 512 << 20  # NCCL's buffers on a GPU, about
-CPU_CAP_TOKENS = 65_536  # a laptop's memory would hold absurdly many; --max-total-tokens overrides it
+# Of the pool of a CPU, unless --max-total-tokens is given: a laptop's memory would hold absurdly many, and all of the
+# pool is taken when the engine starts.
+CPU_CAP_TOKENS, CPU_CAP_SHARE = 32_768, 1 / 8
 log = logging.getLogger(__name__)
 
 LoadProgress = Callable[[int, int], None]  # (tensors loaded, tensors in all)
@@ -78,10 +82,11 @@ def build_runner(
     """Raises `ConfigError` (or its `ModelLoadError`) for what does not fit together, saying which flag to change."""
     config = _resolve(config, checkpoint, model_config)
     device = _rank_device(config, 0)
-    runtime_dir = runtime_dir or default_runtime_dir()
+    runtime_dir = user_runtime_dir(None if runtime_dir is None else str(runtime_dir))
     layout = page_layout(model_config, config)
-    size = _pool_size(model_config, layout, config, device, runtime_dir)
-    pool = DevicePool.create(layout, size.num_pages, device=device, directory=runtime_dir)
+    with turn(runtime_dir):  # what is free must still be free when it is taken
+        size = _pool_size(model_config, layout, config, device, runtime_dir)
+        pool = DevicePool.create(layout, size.num_pages, device=device, directory=runtime_dir)
     spec = RankSpec(
         config=config,
         checkpoint_path=str(checkpoint.path),
@@ -286,19 +291,23 @@ def _pool_size(
 ) -> PoolSize:
     """Planned for rank 0, and the same for all: the GPUs of one engine are alike, and a rank whose GPU has less room
     says so when it starts."""
-    runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     on_gpu = device.type == "cuda"
-    free_bytes = available_memory_bytes(device, runtime_dir)
+    free, total = torch.cuda.mem_get_info(device) if on_gpu else (available_host_bytes(), 0)
+    context_tokens = config.context_length or model_config.max_position_embeddings
+    share_tokens = int(free * CPU_CAP_SHARE) // layout.page_bytes * layout.page_size
+    cap_tokens = max(min(CPU_CAP_TOKENS, max(share_tokens, context_tokens)), config.context_length or 0)
+    room = Room(free_bytes=free_bytes(runtime_dir), directory=runtime_dir, enough_tokens=context_tokens)
     size = plan_pool_size(
         layout,
-        available_bytes=torch.cuda.mem_get_info(device)[1] if on_gpu else free_bytes,
-        free_bytes=free_bytes,
+        available_bytes=total if on_gpu else free,
+        free_bytes=free,
         weights_bytes=num_weights(model_config, config.tp if on_gpu else 1) * DTYPES[layout.dtype].itemsize,
         reserve_bytes=gpu_reserve_bytes(model_config, config, _num_sms(device)) if on_gpu else 0,
         mem_fraction_static=config.mem_fraction_static,
         max_total_tokens=config.max_total_tokens,
-        cap_tokens=None if on_gpu else CPU_CAP_TOKENS,
+        cap_tokens=None if on_gpu else cap_tokens,
         min_tokens=config.context_length or 2 * config.page_size,
+        room=None if on_gpu else room,
     )
     if on_gpu and config.tp > 1:
         return replace(size, reason=f"{size.reason}; on each of {config.tp} GPUs")

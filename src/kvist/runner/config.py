@@ -50,7 +50,8 @@ class RunnerOptions:
     )
     max_total_tokens: int | None = option(
         None,
-        "tokens in the page pool; by default what the memory holds, on a CPU at most 65536",
+        "tokens in the page pool; by default what the memory holds, on a CPU at most 32768 and an eighth of what is "
+        "free",
         unit="tokens",
         minimum=1,
     )

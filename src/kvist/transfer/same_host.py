@@ -24,6 +24,7 @@ from typing import Generic
 
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import Unavailable
+from kvist.own_files import open_own
 from kvist.request import EpochId
 from kvist.transfer.epoch import MAX_WATCHED, EpochWatch, try_lock
 from kvist.transfer.jobs import OwnPages, PeerT, TransferJobs
@@ -119,7 +120,7 @@ class SameHostTransport(TransferJobs[PeerT]):
 
     def _map(self, path: Path, address: PoolAddress) -> _PeerMap[PeerT]:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            descriptor = open_own(path, os.O_RDWR)
         except OSError as error:
             raise Unavailable(f"the peer is gone: its pool {path} cannot be opened ({error.strerror})") from error
         try:

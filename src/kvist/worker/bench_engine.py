@@ -25,6 +25,7 @@ import numpy as np
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import ConfigError
 from kvist.kv.cache import PageCache
+from kvist.kv.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler import SchedulerConfig, build_scheduler
@@ -34,7 +35,7 @@ from kvist.transfer.epoch import EpochLock, new_epoch, sweep
 from kvist.wire import Submit
 from kvist.worker.bench_shapes import Shape, StepsConfig
 from kvist.worker.config import EngineConfig
-from kvist.worker.engine import calm_collector, find_served_model, load_runner, prepare_runtime_dir, warm_up
+from kvist.worker.engine import calm_collector, find_served_model, load_runner, warm_up
 
 PREFILL_STEP_TOKENS = 2048  # of the steps before the measured ones, which fill the context of the decodes
 MAX_STEPS_BEFORE = 100_000  # such steps; more mean that the scheduler is stuck
@@ -63,7 +64,7 @@ def run_bench_engine(engine: EngineConfig, config: StepsConfig) -> int:
     """Prints a table; the exit status. Raises `ConfigError`, also when a shape does not fit the model or the pool."""
     limits = scheduler_limits(config.parsed)  # the runner makes its buffers and graphs as large as these
     with contextlib.ExitStack() as closing:
-        runtime_dir = prepare_runtime_dir(engine.runtime_dir)
+        runtime_dir = user_runtime_dir(engine.runtime_dir)
         sweep(runtime_dir)
         closing.callback(EpochLock(runtime_dir, new_epoch()).close)
         served = find_served_model(engine)

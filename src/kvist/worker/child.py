@@ -23,7 +23,8 @@ import msgspec
 
 from kvist.clock import Clock, MonotonicClock, Oversleep
 from kvist.cores import bind_process, usable_cores
-from kvist.errors import EngineError, KvistError, Timeout, WorkerLost, error_from_wire
+from kvist.errors import ConfigError, EngineError, KvistError, Timeout, WorkerLost, error_from_wire
+from kvist.kv.runtime_dir import remove_leftovers, runtime_dir
 from kvist.wire import EngineHealth, EngineSpec
 from kvist.worker.config import EngineConfig
 from kvist.worker.messages import DRAIN, STOP, Beat, Progress, Ready, StartFailed, decode_line
@@ -235,6 +236,16 @@ class EngineSupervisor:
             self.state = EngineState.STOPPED
 
     async def _one_life(self) -> None:
+        try:
+            await self._start_and_watch()
+        finally:  # an engine that was killed, by whomever, could not remove its files
+            await asyncio.shield(asyncio.to_thread(self._remove_leftovers))
+
+    def _remove_leftovers(self) -> None:
+        with contextlib.suppress(ConfigError, OSError):  # the engine has said what is wrong with the folder
+            remove_leftovers(runtime_dir(self._config.runtime_dir))
+
+    async def _start_and_watch(self) -> None:
         self.state = EngineState.STARTING
         engine = await EngineProcess.start(self._config, on_progress=lambda _text: None, command=self._command)
         try:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import gc
 import logging
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +24,14 @@ from kvist.cores import num_usable_cores, separate
 from kvist.errors import ConfigError
 from kvist.fingerprint import Background, model_fingerprint
 from kvist.kv.cache import PageCache
-from kvist.kv.device import DevicePool, available_host_bytes, default_runtime_dir
+from kvist.kv.device import DevicePool, available_host_bytes
 from kvist.kv.host import HostPool, plan_host_pages
 from kvist.kv.host_tier import HostTier
 from kvist.kv.layout import namespace
 from kvist.kv.mover import PageMover
 from kvist.kv.persistence import PersistentPages, reusable_bytes
+from kvist.kv.runtime_dir import remove_leftovers, turn
+from kvist.kv.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.kv.storage_tier import StorageTier
 from kvist.kv.store_mover import StoreMover
 from kvist.models import ModelConfig, load_model_config
@@ -86,8 +87,9 @@ class Fingerprints:
 def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> Engine:
     """Ready to serve when it returns. Raises `ConfigError` or `ModelLoadError`, and leaves nothing behind then."""
     with contextlib.ExitStack() as closing:
-        runtime_dir = prepare_runtime_dir(config.runtime_dir)
+        runtime_dir = user_runtime_dir(config.runtime_dir)
         sweep(runtime_dir)
+        closing.callback(remove_leftovers, runtime_dir)  # after our own lock
         config = dataclasses.replace(config, channel=with_cluster_key(config.channel))
         member = Member(config.channel.cluster_key)
         closing.callback(EpochLock(runtime_dir, member.epoch).close)
@@ -118,23 +120,6 @@ def calm_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
-
-
-def prepare_runtime_dir(runtime_dir: str | None) -> Path:
-    """The folder that all engines of this user on this host share. Raises `ConfigError` if it cannot be trusted."""
-    if runtime_dir is None:
-        return default_runtime_dir().resolve()
-    path = Path(runtime_dir).expanduser()
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = path.stat().st_uid
-    except OSError as error:
-        raise ConfigError(f"--runtime-dir {path} cannot be used: {error}", param="runtime_dir") from error
-    if hasattr(os, "getuid") and owner != os.getuid():
-        # Whoever owns the folder can put files there that we would map and trust.
-        message = f"--runtime-dir {path} belongs to another user: name a folder of your own"
-        raise ConfigError(message, param="runtime_dir")
-    return path.resolve()
 
 
 def _share_of_cores(runtime_dir: Path) -> int:
@@ -241,7 +226,8 @@ def _assemble(
         )
         clock = MonotonicClock()
         pool_closing = closing.enter_context(contextlib.ExitStack())
-        host_pool = make_host_pool(config.host_tier, pool, spec.namespace, pool_closing)
+        with turn(runtime_dir):
+            host_pool = make_host_pool(config.host_tier, pool, spec.namespace, pool_closing)
         host_tier: HostTier | None = None
         mover: PageMover | None = None
         storage: EngineStorage | None = None
@@ -300,7 +286,7 @@ def make_host_pool(
         return None
     page_bytes = pool.whole_layout.page_bytes
     on_gpu = pool.tensor.is_cuda
-    available_bytes = available_host_bytes() - (0 if on_gpu else pool.num_pages * page_bytes)  # not resident yet
+    available_bytes = available_host_bytes()
     folder = None if config.hicache_persist is None else Path(config.hicache_persist).expanduser()
     if folder is not None:
         available_bytes += reusable_bytes(folder)

@@ -1,0 +1,156 @@
+"""The folder in which the engines of one user on one host keep what they share: pool files, epoch locks.
+
+Every file in it is held by an flock of the process that made it, from before it has its name until the kernel takes the
+lock away. So whoever can take the lock knows that the owner is dead, and `remove_leftovers` removes what dead owners
+left: pools at once, since a pool may be gigabytes; the rest when nobody is alive who could ask for it. It runs when an
+engine starts, when one has ended, and in its parent after a kill.
+
+What lies in the folder is mapped and trusted, so the folder must be this user's, and closed to others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kvist.clock import MonotonicClock, unix_time_s
+from kvist.errors import ConfigError
+from kvist.own_files import open_own, own_folder
+
+_SHARED_MEMORY = Path("/dev/shm")
+POOL_PREFIX, _POOL_SUFFIX = "pool-", ".pages"
+_POOL = re.compile(r"pool-\d+-[0-9a-f]{8}\.pages")
+_UNFINISHED = re.compile(r"pool-\d+-[0-9a-f]{8}\.new|\.epoch-[\w-]{1,64}\.lock\.new")
+_EPOCH = re.compile(r"epoch-[\w-]{1,64}\.lock")
+_MEETING = re.compile(r"tp-\d+-[0-9a-f]{8}.*")  # of tensor-parallel ranks; rank 0 has a pool
+_UNFINISHED_S = 60.0  # a file younger than this may not be locked yet
+_TURN_S, _PAUSE_S = 60.0, 0.01
+
+
+def runtime_dir(named: str | None = None) -> Path:
+    """The folder, made where there is none. Raises `ConfigError` if what lies in it could not be trusted."""
+    path = _default() if named is None else Path(named).expanduser()
+    which = f"--runtime-dir {path}" if named is not None else f"the runtime directory {path}"
+    try:
+        own_folder(path)
+        if named is None and path.is_symlink():  # /dev/shm and /tmp are everybody's
+            raise NotADirectoryError(0, "it is a link")
+    except OSError as error:
+        raise ConfigError(
+            f"{which} cannot be used: {error.strerror}. Pages of requests lie there; name a folder of your own with "
+            "--runtime-dir",
+            param="runtime_dir",
+        ) from error
+    return path.resolve()
+
+
+def _default() -> Path:
+    """On shared memory where there is some."""
+    user = os.geteuid() if hasattr(os, "geteuid") else 0
+    on_memory = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
+    return (_SHARED_MEMORY if on_memory else Path(tempfile.gettempdir())) / f"kvist-{user}"
+
+
+def free_bytes(directory: Path) -> int:
+    """Of the folder's file system."""
+    if not hasattr(os, "statvfs"):
+        return 1 << 62
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
+def room_remedy(directory: Path) -> str:
+    """What an operator can do where the folder's file system is too small."""
+    remedy = f"{_mount_point(directory)} is too small: name a folder on a larger file system with --runtime-dir"
+    if directory.is_relative_to(_SHARED_MEMORY):
+        remedy += ", or give the container more shared memory (docker run --shm-size=8g)"
+    return remedy
+
+
+def _mount_point(directory: Path) -> Path:
+    return next(path for path in (directory, *directory.parents) if path.is_mount() or path == path.parent)
+
+
+def publish_pool(directory: Path, fill: Callable[[int], object]) -> tuple[Path, int]:
+    """A new pool file, locked and filled: (path, descriptor that holds the lock). Raises `OSError`."""
+    path = directory / f"{POOL_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{_POOL_SUFFIX}"
+    unnamed = path.with_suffix(".new")  # takes its name once it is whole
+    fd = open_own(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        _try_lock(fd)
+        fill(fd)
+        os.rename(unnamed, path)
+    except OSError:
+        os.close(fd)
+        unnamed.unlink(missing_ok=True)
+        raise
+    return path, fd
+
+
+@contextlib.contextmanager
+def turn(directory: Path) -> Iterator[None]:
+    """One engine at a time looks how much memory is free, and takes it."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        clock = MonotonicClock()
+        give_up_s = clock.now_s() + _TURN_S  # the other one may be stopped
+        while not _try_lock(fd) and clock.now_s() < give_up_s:
+            time.sleep(_PAUSE_S)
+        yield
+    finally:
+        os.close(fd)
+
+
+def remove_leftovers(directory: Path) -> int:
+    """What dead engines left; returns how many files. Others may do the same at the same time."""
+    names = sorted(os.listdir(directory)) if directory.is_dir() else []
+    dead, num_alive = list[Path](), 0
+    for name in names:
+        if _POOL.fullmatch(name) or _EPOCH.fullmatch(name) or _UNFINISHED.fullmatch(name):
+            path = directory / name
+            match _is_dead(path, old_only=_UNFINISHED.fullmatch(name) is not None):
+                case True:
+                    dead.append(path)
+                case False:
+                    num_alive += 1
+    if not num_alive:
+        dead += [directory / name for name in names if _MEETING.fullmatch(name)]
+    removed = 0
+    for path in dead:
+        if num_alive and _EPOCH.fullmatch(path.name):  # a living peer may ask whether that life is over
+            continue
+        with contextlib.suppress(OSError):
+            path.unlink()
+            removed += 1
+    return removed
+
+
+def _is_dead(path: Path, *, old_only: bool) -> bool | None:
+    """None: it is gone, or no file of ours."""
+    with contextlib.suppress(OSError):
+        fd = open_own(path, os.O_RDWR)
+        try:
+            if old_only and unix_time_s() - os.fstat(fd).st_mtime < _UNFINISHED_S:
+                return False
+            return _try_lock(fd, shared=True)  # any number may ask at once
+        finally:
+            os.close(fd)
+    return None
+
+
+def _try_lock(fd: int, *, shared: bool = False) -> bool:
+    try:
+        import fcntl  # not on every system; without it no file is ever taken for abandoned
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
