@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from tokenizers import Tokenizer as Backend
 
 from kvist.checkpoint import find_checkpoint
-from kvist.text import encode_up_to, load_tokenizer
+from kvist.text import encode_up_to, load_tokenizer, plain_content
 from kvist.text.bounded import PIECE_CHARS
 from kvist.text.gguf_pre_tokenizers import RULES, Rules
+from kvist.text.plain_content import PlainContent
 from kvist.text.tokenizer import Alphabet, Tokenizer
 
 PLENTY = 1 << 24
@@ -123,3 +125,17 @@ def test_a_tokenizer_that_merges_across_words_gets_the_whole_text() -> None:
     text = "word " * 20_000
     assert encode_up_to(tokenizer, text, PLENTY) == counting().encode(text)
     assert tokenizer.longest == len(text)
+
+
+@pytest.mark.parametrize("place", [0, 1, 5, 9, 10])
+def test_control_tokens_are_made_plain_where_one_piece_of_a_long_content_ends(place: int) -> None:
+    special = {"<s>": 256, "<s><s>": 258, "<two words>": 259}
+    backend = byte_backend()
+    plain = PlainContent(backend, special, re.compile("<two words>|<s><s>|<s>"))
+    start = "x" * (plain_content._PIECE_CHARS - place)
+    for token in special:
+        text = start + token + "y" * 10
+        protected = plain.protect(text)
+        assert token not in protected
+        assert protected == start + plain.protect(token) + "y" * 10
+        assert len(protected) == len(text) - len(token) + 1

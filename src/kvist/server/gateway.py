@@ -178,8 +178,13 @@ class Gateway:
             raise RequestError(tokenizer.no_chat_template, param="messages")
         if not messages:
             raise RequestError("`messages` is empty", param="messages")
-        plain = [_plain_message(message, f"messages[{index}]", tokenizer) for index, message in enumerate(messages)]
         limit = self.limit().most * _MAX_CHARS_PER_TOKEN
+        num_chars = sum(map(_num_chars, messages))
+        if num_chars > limit:
+            raise PromptTooLong(
+                f"the messages have {num_chars} characters; this server holds {self.limit().text}", param="messages"
+            )
+        plain = [_plain_message(message, f"messages[{index}]", tokenizer) for index, message in enumerate(messages)]
         going_on = bool(request.continue_final_message)
         if going_on and request.add_generation_prompt:
             message = "`continue_final_message` goes on with the last turn and `add_generation_prompt` opens a new one"
@@ -215,6 +220,12 @@ def _plain_message(message: ChatMessage, where: str, tokenizer: Tokenizer) -> di
         thoughts = tokenizer.protect(thoughts)
         plain |= {"reasoning": thoughts, "reasoning_content": thoughts}
     return plain
+
+
+def _num_chars(message: ChatMessage) -> int:
+    content = message.content or ""
+    texts = [content] if isinstance(content, str) else [part.text or "" for part in content]
+    return sum(map(len, texts)) + len(message.reasoning or message.reasoning_content or "")
 
 
 def _text_of(message: ChatMessage, where: str) -> str:

@@ -14,6 +14,7 @@ import tokenizers
 
 from kvist.errors import ModelLoadError
 
+_PIECE_CHARS = 1 << 16  # searched in a few milliseconds, for which no other thread can run
 _FIRST_MARK, _NUM_MARKS = 0xD800, 0x7FF  # all surrogates but the last, which is chat.py's
 
 
@@ -27,6 +28,7 @@ class PlainContent:
                 f"{len(special_tokens)}"
             )
         self._any_special = any_special
+        self._longest = max(map(len, special_tokens), default=0)
         self._mark_of = {token: chr(_FIRST_MARK + number) for number, token in enumerate(sorted(special_tokens))}
         plain = tokenizers.Tokenizer.from_str(backend.to_str())
         plain.encode_special_tokens = True
@@ -38,7 +40,18 @@ class PlainContent:
     def protect(self, content: str) -> str:
         if self._any_special is None:
             return content
-        return self._any_special.sub(lambda found: self._mark_of[found[0]], content)
+        pieces: list[str] = []
+        place = 0
+        while place < len(content):
+            end = place + _PIECE_CHARS
+            found = self._any_special.search(content, place, end + self._longest)
+            if found is None or found.start() >= end:
+                pieces.append(content[place:end])
+                place = end
+            else:
+                pieces += content[place : found.start()], self._mark_of[found[0]]
+                place = found.end()
+        return "".join(pieces)
 
     def split(self, text: str) -> list[str]:
         """Texts and marks in turn; first and last a text."""
