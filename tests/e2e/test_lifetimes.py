@@ -112,7 +112,7 @@ def test_kvist_up_leaves_nothing_behind_however_it_ends(number, code, tmp_path):
             command, stdout=stream, stderr=stream, env={**os.environ, "KVIST_RUNTIME_DIR": str(tmp_path)}
         )
     try:
-        wait_until(lambda: "ready at http" in log.read_text(), within_s=180, what="kvist up says it is ready")
+        wait_until(lambda: "Ctrl-C stops everything" in log.read_text(), within_s=180, what="kvist up says it is ready")
         family = family_of(up.pid)
         assert len(family) == 6, "kvist up, three children, two engines"
         answer = httpx.post(f"http://127.0.0.1:{port}/generate", json=ASK, timeout=60)
