@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from kvist.errors import WorkerLost
+
 CHAT = b'{"messages":[{"role":"user","content":"hi"}]}'
 
 
@@ -23,6 +25,15 @@ async def test_a_request_leaves_a_line_with_its_tokens_and_id(bench: Any, caplog
     assert line.startswith("POST /v1/chat/completions 200 ")
     assert " ms in=19 out=6 cached=4 id=abc client=" in line
     assert "secret" not in line
+
+
+async def test_a_stream_that_an_error_ended_says_so(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
+    bench.dispatcher.error, bench.dispatcher.error_after = WorkerLost("gone"), 2
+    with caplog.at_level(logging.INFO):
+        await bench.client.post("/v1/chat/completions", content=CHAT[:-1] + b',"stream":true}')
+    (line,) = lines(caplog)
+    assert line.startswith("POST /v1/chat/completions 200 ")
+    assert " in=19 out=2 cached=4 unfinished id=" in line
 
 
 async def test_a_client_that_left_is_a_499(bench: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -157,6 +157,67 @@ async def test_a_body_nobody_wants_does_not_hold_the_connection(make_bench: Call
     assert status == 401
 
 
+async def test_a_small_body_that_comes_after_its_answer_does_not_cost_the_connection(
+    make_bench: Callable[..., Any],
+) -> None:
+    bench = make_bench(port=0, api_key=("sesam",))
+    head = request(b"Host: localhost", b"Content-Length: 2", method=b"POST /v1/completions")
+    async with served(bench) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.timeout(BOUND_S):
+            writer.write(head)
+            assert b"401" in await reader.readuntil(b"}}")
+            writer.write(b"{}" + request(b"Host: localhost"))
+            assert b"200" in await reader.readuntil(b"}")
+        writer.close()
+
+
+async def test_a_request_that_began_before_the_last_answer_ended_is_not_taken_for_idle(
+    make_bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvist.server.serve._KEEP_ALIVE_S", 0.1)
+    bench = make_bench(port=0)
+    bench.dispatcher.hold = asyncio.Event()
+    ask = request(b"Host: localhost", b"Content-Length: %d" % len(PROMPT), method=b"POST /v1/completions", body=PROMPT)
+    async with served(bench) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.timeout(BOUND_S):
+            writer.write(ask + ask[:20])
+            await reader.readuntil(b"data: ")
+            bench.dispatcher.hold.set()
+            await reader.readuntil(b"[DONE]")
+            bench.dispatcher.hold = asyncio.Event()
+            writer.write(ask[20:])
+            await reader.readuntil(b"data: ")
+            await asyncio.sleep(0.3)
+            bench.dispatcher.hold.set()
+            await reader.readuntil(b"[DONE]")
+        writer.close()
+
+
+async def test_a_client_cannot_call_itself_another_one(
+    make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        async with served(make_bench(port=0)) as port:
+            await exchange(
+                port, request(b"Host: localhost", b"X-Forwarded-For: 6.6.6.6", method=b"GET /", version=b"1.0")
+            )
+    assert "client=127.0.0.1:" in caplog.text
+    assert "6.6.6.6" not in caplog.text
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n", b"\r\n\r\n"])
+async def test_an_idle_connection_ends_whatever_empty_lines_come(
+    make_bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr("kvist.server.serve._KEEP_ALIVE_S", 0.2)
+    async with served(make_bench(port=0)) as port:
+        answer = await exchange(port, request(b"Host: localhost"), sent)  # returns: the server closes
+    assert answer.count(b"HTTP/1.1 200") == 1
+    assert answer.count(b"HTTP/1.1") == 1
+
+
 async def test_connections_beyond_the_limit_are_told_so_and_counted(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(port=0, max_connections=2)
     async with served(bench) as port:

@@ -175,6 +175,7 @@ def _counted(job: Job) -> TokenCounts:
         num_prompt=sum(choice.request.num_prompt_tokens for choice in first),
         num_output=sum(len(choice.token_ids) for choice in job.choices),
         num_cached=sum(choice.num_cached_tokens for choice in first),
+        is_complete=all(choice.finish_reason is not None for choice in job.choices),
     )
 
 

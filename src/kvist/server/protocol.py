@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import httptools
 import msgspec
@@ -24,13 +24,14 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from kvist.errors import HeaderTooLarge, KvistError, RequestError, SlowHeader, Unavailable
-from kvist.server.http import JSON_TYPE, Headers, error_headers, error_object
+from kvist.server.http import JSON_TYPE, Headers, error_headers, error_object, header
 from kvist.server.traffic import Traffic
 
 MAX_HEADER_BYTES = 64 << 10
 MAX_HEADER_LINES = 100
 _MAX_PIPELINED = 16  # requests that may wait for the one before them on their connection
 _PIECE_BYTES = 64 << 10  # fed to the parser at once
+_MAX_UNREAD_BYTES = 64 << 10  # of a body that was answered unread: the rest may come while the connection is kept alive
 _LINGER_S = 1.0  # how long a refused client may go on sending
 
 
@@ -84,7 +85,6 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
-        self._unset_keepalive_if_required()
         for start in range(0, len(data), _PIECE_BYTES):
             self._feed(data[start : start + _PIECE_BYTES])
             if self._deaf:
@@ -106,6 +106,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # ---------------------------------------------------------------- what the parser tells
 
     def on_message_begin(self) -> None:
+        self._unset_keepalive_if_required()  # not before: an empty line is no request
         super().on_message_begin()
         self._in_header, self._num_header_bytes = True, 0
         self._has_progress = True
@@ -123,6 +124,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._has_progress = True
         self._stop_header_timer()
+        self._unset_keepalive_if_required()  # armed, if the response before this one ended after this one's first byte
         if len(self.pipeline) >= _MAX_PIPELINED:
             self._fail(RequestError(f"more than {_MAX_PIPELINED} requests wait on one connection"))
         super().on_headers_complete()
@@ -156,9 +158,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app if cycle.scope["http_version"] != "1.0" else _until_close(app, cycle))
 
     def on_response_complete(self) -> None:
+        is_last = not self.pipeline  # else the next one begins now, and is `self.cycle`, or comes after it
         super().on_response_complete()
-        if self.cycle.more_body and not self.pipeline and not self.transport.is_closing():
-            self._close_gently()  # answered before the body had come: what still comes is nobody's
+        if is_last and self.cycle.more_body and not self.transport.is_closing():
+            length = header(cast(Scope, self.scope), b"content-length")
+            if length is None or int(length) > _MAX_UNREAD_BYTES:
+                self._close_gently()  # answered before the body had come: what still comes is nobody's
 
     def _refuse(self, error: KvistError) -> None:
         """Ends what cannot be read any further. A response that has begun is finished first."""

@@ -70,6 +70,7 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn
         log_config=None,  # log.py has set logging up
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # anybody on this machine could call himself another client
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         backlog=2048,

@@ -30,6 +30,7 @@ class TokenCounts:
     num_prompt: int
     num_output: int
     num_cached: int
+    is_complete: bool  # every answer came to its end
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -78,6 +79,8 @@ class Traffic:
         took_ms = (self._clock.now_s() - exchange.start_s) * 1000
         tokens = exchange.tokens
         counted = "" if tokens is None else " in=%d out=%d cached=%d"
+        if tokens is not None and status == 200 and not tokens.is_complete:
+            counted += " unfinished"  # a stream that an error or its client ended
         numbers = () if tokens is None else (tokens.num_prompt, tokens.num_output, tokens.num_cached)
         log.log(
             level,
