@@ -14,6 +14,7 @@ from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError, StoreError
 from kvist.kv.host import HostPool
 from kvist.kv.keys import chain_digest, page_digests, page_keys
+from kvist.kv.persistence import PersistentPages
 from kvist.kv.store.backend import StoreSpec
 from kvist.kv.store.file import FileStore
 from kvist.kv.store_mover import StoreMover
@@ -184,6 +185,16 @@ def test_a_folder_that_others_may_write_is_refused_before_the_first_write(tmp_pa
     folder.chmod(mode)
     with pytest.raises(StoreError, match="other users may write there: chmod 700"):
         open_store(folder)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_folder_for_pages_that_survive_is_refused_when_others_may_write_it(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(ConfigError, match=r"--hicache-persist .* other users may write there"):
+        PersistentPages(folder, namespace="model", num_pages=2, page_bytes=PAGE_BYTES)
     assert list(folder.iterdir()) == []
 
 

@@ -23,7 +23,6 @@ import itertools
 import logging
 import mmap
 import os
-import stat
 import struct
 from collections import defaultdict
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from kvist.cores import num_usable_cores
 from kvist.errors import ConfigError
 from kvist.kv.host_tier import SavedPage
 from kvist.kv.keys import DIGEST_BYTES
+from kvist.own_files import open_own, own_folder
 
 _MAGIC, _VERSION = b"kvist-l2", 2
 _HEADER = struct.Struct("<8sI4xQ16s24x")  # magic, version, page_bytes, namespace
@@ -65,9 +65,7 @@ class PersistentPages:
         header = _HEADER.pack(_MAGIC, _VERSION, page_bytes, xxhash.xxh3_128_digest(namespace.encode()))
         with contextlib.ExitStack() as closing:
             try:
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                if folder.stat().st_uid != os.geteuid():  # its pages could be forged
-                    raise PermissionError(errno.EPERM, "it belongs to another user")
+                own_folder(folder)  # else its pages could be forged
                 lock_fd = _open(folder / "lock")
                 closing.callback(os.close, lock_fd)
                 _lock(lock_fd, folder)
@@ -196,20 +194,15 @@ def _checksum_of_record(fields: bytes, slot: int) -> bytes:
 
 def _open(path: Path) -> int:
     """A file of this user's that can be read and written; what else has the name makes way."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    flags = os.O_RDWR | os.O_CREAT
     try:
-        fd = os.open(path, flags, 0o600)
+        return open_own(path, flags)
     except OSError as error:
         if error.errno not in _NOT_A_FILE_OF_OURS:  # a disk that fails, or too many open files: no reason to lose it
             raise
-    else:
-        status = os.fstat(fd)
-        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
-            return fd
-        os.close(fd)
     log.warning("host tier: %s is not a file that this user may use: it is replaced", path)
     path.unlink(missing_ok=True)
-    return os.open(path, flags | os.O_EXCL, 0o600)
+    return open_own(path, flags | os.O_EXCL)
 
 
 def _map(path: Path, num_bytes: int) -> mmap.mmap:
