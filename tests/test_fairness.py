@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.fairness import CallerPath, Turns, caller_path, gives_way
+from kvist.fairness import CallerCounts, CallerPath, Turns, caller_path
 from kvist.service_time import ServiceTime, retry_after_s
 
 CALLERS = st.tuples(st.sampled_from("kl"), st.sampled_from("hi"), st.sampled_from("123"))
@@ -64,24 +64,39 @@ def test_whoever_waits_has_a_turn_within_a_round_at_each_level_and_nobody_is_los
 def test_nobody_gives_way_to_a_caller_who_would_then_have_to_give_way_back(
     places: list[CallerPath], newcomer: CallerPath
 ) -> None:
-    loser = gives_way(newcomer, places)
+    counts_of = _counts(places)
+    loser = counts_of.gives_way_to(newcomer)
     if loser is None:
         for level in (1, 2, 3):
             counts = Counter(path[:level] for path in places if path[: level - 1] == newcomer[: level - 1])
             assert max(counts.values(), default=0) <= counts[newcomer[:level]] + 1
         return
     assert loser in places
-    after = [*places, newcomer]
-    after.remove(loser)
-    assert gives_way(loser, after) is None or gives_way(loser, after) != newcomer
+    counts_of.remove(loser)
+    counts_of.add(newcomer)
+    assert counts_of.gives_way_to(loser) != newcomer
+    for caller in [*places, newcomer]:
+        if caller != loser:
+            counts_of.remove(caller)
+    for _ in range(places.count(loser) + (newcomer == loser) - 1):
+        counts_of.remove(loser)
+    assert not counts_of._below, "nothing is kept of callers that have no place"
 
 
 def test_a_key_gives_way_by_its_busiest_host_and_that_by_its_busiest_connection() -> None:
     places = [("k", "h", "1"), ("k", "i", "2"), ("k", "i", "3"), ("k", "i", "3"), ("l", "h", "4")]
-    assert gives_way(("m", "x", "9"), places) == ("k", "i", "3")
-    assert gives_way(("l", "h", "4"), places) == ("k", "i", "3")
-    assert gives_way(("k", "h", "1"), places) == ("k", "i", "3")
-    assert gives_way(("k", "i", "3"), places) is None
+    counts = _counts(places)
+    assert counts.gives_way_to(("m", "x", "9")) == ("k", "i", "3")
+    assert counts.gives_way_to(("l", "h", "4")) == ("k", "i", "3")
+    assert counts.gives_way_to(("k", "h", "1")) == ("k", "i", "3")
+    assert counts.gives_way_to(("k", "i", "3")) is None
+
+
+def _counts(places: list[CallerPath]) -> CallerCounts:
+    counts = CallerCounts()
+    for caller in places:
+        counts.add(caller)
+    return counts
 
 
 @pytest.mark.parametrize(("num_ahead", "wait_s"), [(0, 1.0), (10, 5.0), (100, 50.0), (1000, 60.0)])

@@ -8,8 +8,8 @@ connections, thus leaves its share to everybody else. The names are opaque here:
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -85,33 +85,43 @@ class Turns(Generic[Item]):
         return levels
 
 
-def gives_way(newcomer: CallerPath, callers: Iterable[CallerPath]) -> CallerPath | None:
-    """Of those that have the places of a full queue, one each: who should lose one to the newcomer; None: nobody.
+class CallerCounts:
+    """How many of some places each caller has. Mutable; its one owner counts them.
 
-    A key gives way when it would still have more than the newcomer's afterwards; among the hosts of one key, and the
-    connections of one host, the same. So two callers can never push each other out in turn."""
-    counts = Counter(callers)
-    for depth in range(1, _DEPTH + 1):
-        shared = newcomer[: depth - 1]
-        totals = _totals({path: count for path, count in counts.items() if path[: depth - 1] == shared}, depth)
-        own = totals.pop(newcomer[:depth], 0)
-        if totals:
-            heaviest = max(totals, key=lambda prefix: (totals[prefix], prefix))
-            if totals[heaviest] >= own + 2:
-                return _heaviest_below(counts, heaviest)
-    return None
+    Asked for each request that finds a queue full, so nothing here looks at every place."""
 
+    def __init__(self) -> None:
+        self._below: dict[tuple[str, ...], dict[str, int]] = {}  # a key's, or a key and host's → of each name below it
 
-def _totals(counts: Mapping[CallerPath, int], depth: int) -> Counter[tuple[str, ...]]:
-    totals: Counter[tuple[str, ...]] = Counter()
-    for path, count in counts.items():
-        totals[path[:depth]] += count
-    return totals
+    def add(self, caller: CallerPath) -> None:
+        for depth in range(_DEPTH):
+            counts = self._below.setdefault(caller[:depth], {})
+            counts[caller[depth]] = counts.get(caller[depth], 0) + 1
 
+    def remove(self, caller: CallerPath) -> None:
+        for depth in range(_DEPTH):
+            counts = self._below[caller[:depth]]
+            counts[caller[depth]] -= 1
+            if not counts[caller[depth]]:
+                del counts[caller[depth]]
+            if not counts:
+                del self._below[caller[:depth]]
 
-def _heaviest_below(counts: Mapping[CallerPath, int], prefix: tuple[str, ...]) -> CallerPath:
-    for depth in range(len(prefix) + 1, _DEPTH + 1):
-        totals = _totals({path: count for path, count in counts.items() if path[: depth - 1] == prefix}, depth)
-        prefix = max(totals, key=lambda each: (totals[each], each))
-    key, host, connection = prefix
-    return key, host, connection
+    def gives_way_to(self, newcomer: CallerPath) -> CallerPath | None:
+        """Who should lose a place to the newcomer; None: nobody.
+
+        A key gives way when it would still have more than the newcomer's afterwards; among the hosts of one key, and
+        the connections of one host, the same. So two callers can never push each other out in turn."""
+        for depth in range(_DEPTH):
+            counts = self._below.get(newcomer[:depth], {})
+            most = max(counts.values(), default=0)
+            if most >= counts.get(newcomer[depth], 0) + 2:
+                return self._heaviest_below(newcomer[:depth])
+        return None
+
+    def _heaviest_below(self, prefix: tuple[str, ...]) -> CallerPath:
+        while len(prefix) < _DEPTH:
+            counts = self._below[prefix]
+            prefix = (*prefix, max(counts, key=counts.__getitem__))
+        key, host, connection = prefix
+        return key, host, connection

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from kvist.bounded_log import BoundedLog
 from kvist.errors import ConfigError
-from kvist.fairness import CallerPath, gives_way
+from kvist.fairness import CallerCounts, CallerPath
 from kvist.request import RequestId, WorkerId
 from kvist.router.checks import fault_of_report, fault_of_spec
 from kvist.router.config import RouterConfig
@@ -67,6 +67,7 @@ class Worker:
     num_rejected_messages: int = 0  # dropped, or the end of the request that they were about
     in_flight: dict[RequestId, InFlight] = field(default_factory=dict)
     num_pending_tokens: int = 0  # of all in flight
+    callers: CallerCounts = field(default_factory=CallerCounts)  # of all in flight
 
     @property
     def worker_id(self) -> WorkerId:
@@ -91,7 +92,7 @@ class Worker:
             return True
         if len(self.in_flight) >= num_places + max(1, num_places // _SHARE_ON_THE_WAY):
             return False
-        return gives_way(caller, (each.caller for each in self.in_flight.values())) is not None
+        return self.callers.gives_way_to(caller) is not None
 
     def retry_after_s(self) -> float:
         """By what it last reported of itself, and the requests that we know of."""
@@ -103,6 +104,7 @@ class Worker:
 
     def take(self, request_id: RequestId, num_tokens: int, caller: CallerPath) -> None:
         self.in_flight[request_id] = InFlight(num_tokens, caller)
+        self.callers.add(caller)
         self.num_pending_tokens += num_tokens
 
     def prompt_done(self, request_id: RequestId) -> None:
@@ -115,6 +117,7 @@ class Worker:
         found = self.in_flight.pop(request_id, None)
         if found is not None:
             self.num_pending_tokens -= found.num_pending_tokens
+            self.callers.remove(found.caller)
 
     def view(self) -> WorkerView:
         assert self.spec is not None

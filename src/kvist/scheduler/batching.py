@@ -282,6 +282,7 @@ class Batcher:
             return
         table = self._table
         request.admitted_s = table.now_s
+        table.first_turns.remove(request.caller)
         table.timers.cancel(TimerKind.QUEUE, request.request_id)
         lease = request.lease
         assert lease is not None

@@ -27,7 +27,11 @@ class SchedulerOptions:
         unset=AUTO,
     )
     max_queued_requests: int = option(
-        512, "requests that may wait; one more is refused as overloaded", unit="requests", minimum=1
+        512,
+        "requests that may wait, beside those that run; one more is refused as overloaded, or the newest one of the "
+        "caller with the most of them",
+        unit="requests",
+        minimum=1,
     )
     chunked_prefill_size: int | None = option(
         None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvist.fairness import gives_way
+from kvist.fairness import CallerPath
 from kvist.fit import limit_text, num_tokens_needed
 from kvist.kv.cache import PageCache
 from kvist.request import Mode
@@ -40,12 +40,10 @@ def fault_of(event: Submit, cache: PageCache, *, context_len: int, wrong_mode: s
     return None
 
 
-def gives_way_to(newcomer: ActiveRequest, live: Iterable[ActiveRequest]) -> ActiveRequest | None:
-    """One of those that wait for their first turn. `live` is in the order of arrival."""
-    waiting = [request for request in live if _awaits_first_turn(request)]
-    caller = gives_way(newcomer.caller, (request.caller for request in waiting))
-    return next((request for request in reversed(waiting) if request.caller == caller), None)
-
-
-def _awaits_first_turn(request: ActiveRequest) -> bool:
-    return request.state in (RequestState.WAITING, RequestState.FETCHING) and not request.had_its_turn
+def newest_waiting(caller: CallerPath, newest_first: Iterable[ActiveRequest]) -> ActiveRequest | None:
+    """The caller's newest request of those that wait for their first turn and hold no page."""
+    waiting = (RequestState.WAITING, RequestState.FETCHING)
+    return next(
+        (r for r in newest_first if r.caller == caller and r.state in waiting and not r.had_its_turn),
+        None,
+    )

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvist.errors import EngineError
+from kvist.fairness import CallerCounts
 from kvist.kv.cache import PageCache
 from kvist.kv.storage_tier import Prefetch
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, SampledToken
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.config import SchedulerConfig
-from kvist.scheduler.entry import fault_of, gives_way_to
+from kvist.scheduler.entry import fault_of, newest_waiting
 from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.load import COUNTERS
 from kvist.scheduler.outbox import Outbox
@@ -91,6 +92,7 @@ class RequestTable:
         self.service_time = ServiceTime()
         self.totals: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self.waiting = WaitingQueue()
+        self.first_turns = CallerCounts()  # of the live requests that have not had theirs
         self.live: dict[RequestId, ActiveRequest] = {}
         self.running: list[ActiveRequest] = []  # by arrival; those that ended are dropped by `compact`
         self.held: dict[RequestId, ActiveRequest] = {}
@@ -121,6 +123,7 @@ class RequestTable:
             self._refuse(event, "overloaded", no_place)
             return
         self.live[request.request_id] = request
+        self.first_turns.add(request.caller)
         self.timers.set(TimerKind.QUEUE, request.request_id, self.now_s + self.config.queue_timeout_s)
         if not self._fetch(request):
             self.waiting.push(request)
@@ -137,7 +140,8 @@ class RequestTable:
         """Why there is none for it in the queue. It may be another's."""
         if self.num_waiting < self.config.max_queued_requests + self._num_free_places():
             return None
-        other = gives_way_to(request, self.live.values())
+        caller = self.first_turns.gives_way_to(request.caller)
+        other = None if caller is None else newest_waiting(caller, reversed(self.live.values()))
         if other is None:
             most = self.config.max_queued_requests
             return f"{self.num_waiting} requests wait already, the most that this worker queues is {most}"
@@ -420,7 +424,9 @@ class RequestTable:
         self.close_prefetch(request)
         del self.live[request.request_id]
         self.timers.cancel(TimerKind.QUEUE, request.request_id)
-        if request.admitted_s is not None:
+        if request.admitted_s is None:
+            self.first_turns.remove(request.caller)
+        else:
             self.service_time.note(self.now_s - request.admitted_s)
         self._send_end(request.request_id, outcome, code, message)
         if request.handoff_id is not None:

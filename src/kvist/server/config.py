@@ -73,7 +73,10 @@ class ServerConfig:
         2, "threads that tokenise long prompts, fill in chat templates and read large bodies", minimum=1, maximum=64
     )
     max_concurrent_requests: int = option(
-        1024, "generations open at once, each of a request's n counted; more get 429", minimum=1
+        1024,
+        "generations open at once, each of a request's n counted; more get 429. The last eighth of the places is for "
+        "callers that have less than their share",
+        minimum=1,
     )
     max_choices: int = option(128, "most answers one request may ask for (its prompts times n)", minimum=1)
     request_timeout_s: float = option(600.0, "longest time one request may take", unit="s", minimum=0.001)

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kvist.errors import Overloaded
-from kvist.fairness import CallerPath, Turns, gives_way
+from kvist.fairness import CallerCounts, CallerPath, Turns
 
 T = TypeVar("T")
 
@@ -45,6 +45,7 @@ class WorkPool:
         self._num_idle = num_threads
         self._max_waiting = max_waiting
         self._waiting: Turns[_Job] = Turns(lambda job: job.number)
+        self._places = CallerCounts()  # of those that wait
         self._num_jobs = 0  # so far
         self.num_waiting = 0
 
@@ -61,6 +62,7 @@ class WorkPool:
         self._num_jobs += 1
         job = _Job(self._num_jobs, caller, call, asyncio.get_running_loop().create_future())
         self._waiting.add(caller, job)
+        self._places.add(caller)
         self.num_waiting += 1
         self._start()
         try:
@@ -71,7 +73,7 @@ class WorkPool:
         return result
 
     def _make_room(self, newcomer: CallerPath) -> None:
-        loser = gives_way(newcomer, (job.caller for job in self._waiting))
+        loser = self._places.gives_way_to(newcomer)
         refused = Overloaded(
             f"{self.num_waiting} long requests wait to be tokenised, the most this server lets wait: retry later, or "
             "give it more --tokenizer-threads"
@@ -86,11 +88,13 @@ class WorkPool:
     def _drop(self, job: _Job) -> None:
         job.is_waiting = False
         self._waiting.remove(job.caller, job)
+        self._places.remove(job.caller)
         self.num_waiting -= 1
 
     def _start(self) -> None:
         while self._num_idle and (job := self._waiting.head()) is not None:
             self._waiting.take(job.caller, job)
+            self._places.remove(job.caller)
             job.is_waiting = False
             self.num_waiting -= 1
             self._num_idle -= 1
