@@ -42,9 +42,9 @@ class LineOutput:
         self._num_dropped_untold = 0
         self._drainer: threading.Thread | None = None
 
-    def write(self, line: str) -> None:
-        """`line` without its newline."""
-        data = line.encode("utf-8", "replace") + b"\n"
+    def write(self, line: str, *, end: str = "\n") -> None:
+        """`line` without its `end`."""
+        data = (line + end).encode("utf-8", "replace")
         with self._lock:
             if not self._pending:
                 data = self._write_now(data)

@@ -368,6 +368,7 @@ def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str
         router_host=server.host,
         router_port=server.port,
         api_keys=server.api_key,
+        shows_all_lines=settings.process.log_level == "debug",
         threads_per_worker=threads,
         num_gpus=num_gpus,
         base_gpu_id=engine.base_gpu_id,

@@ -127,6 +127,7 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     turn_s: float = 0.0  # how long the loop's turn has lasted; a step of a large model on a CPU may take long
     stalled_s: float = 0.0  # how long there has been no sign of progress: the process is stopped, or its loop hangs
     problem: str = ""  # why there is no engine now, for people
+    doing: str = ""  # while it starts, for people: "loading weights 40%"
 
 
 class Welcome(_Message, frozen=True):

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from kvist.cluster.processes import Answer, ChildPlan, ChildState, Patience, Processes, restart_wait_s
+from kvist.cluster.processes import (
+    ALIVE,
+    NO_ANSWER,
+    READY,
+    Answer,
+    ChildPlan,
+    ChildState,
+    Patience,
+    Processes,
+    restart_wait_s,
+)
 from kvist.errors import ConfigError, Timeout, Unavailable
 
 STAYS = "import sys; print('up', flush=True); sys.stdin.readline()"
@@ -41,11 +51,11 @@ class Lines:
 
 
 def ready(_url: str, _instance_id: str) -> Answer:
-    return Answer.READY
+    return READY
 
 
 def alive(_url: str, _instance_id: str) -> Answer:
-    return Answer.ALIVE
+    return ALIVE
 
 
 def plan(name: str, program: str) -> ChildPlan:
@@ -130,11 +140,11 @@ def test_a_child_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) ->
 def test_nothing_is_left_behind_when_the_parent_is_killed() -> None:
     program = textwrap.dedent(f"""
         import os, sys, time
-        from kvist.cluster.processes import Answer, ChildPlan, Processes
+        from kvist.cluster.processes import READY, ChildPlan, Processes
         def say(line):  # one write a line, whole, from either thread
             os.write(1, line.encode() + bytes([10]))
         child = ChildPlan(name="a", argv=(sys.executable, "-c", {STAYS!r}), url="a")
-        processes = Processes([child], probe=lambda url, instance_id: Answer.READY, sink=lambda name, line: say(line))
+        processes = Processes([child], probe=lambda url, instance_id: READY, sink=lambda name, line: say(line))
         processes.start()
         say(f"pid {{processes.children['a'].pid}}")
         time.sleep(60)
@@ -183,7 +193,7 @@ def test_a_ready_child_that_is_stopped_is_named_killed_and_started_again() -> No
     lines = Lines()
 
     def answers(_url: str, _instance_id: str) -> Answer:
-        return Answer.NONE if stopped else Answer.READY
+        return NO_ANSWER if stopped else READY
 
     stopped = False
     patience = Patience(stall_restart_s=1.0)

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from kvist.cluster.probe import ask
-from kvist.cluster.processes import Answer
+from kvist.cluster.processes import NO_ANSWER, READY
 
 KVIST = (sys.executable, "-m", "kvist")
 
@@ -44,8 +44,8 @@ def url() -> Iterator[str]:
 
 @pytest.mark.case("port-of-another")
 def test_a_server_on_the_port_of_a_child_is_never_taken_for_it(url: str) -> None:
-    assert ask(url, "ours") is Answer.READY
-    assert ask(url, "another") is Answer.NONE
+    assert ask(url, "ours") is READY
+    assert ask(url, "another") is NO_ANSWER
 
 
 def start_up(*options: str) -> subprocess.CompletedProcess[str]:

@@ -117,11 +117,19 @@ async def test_the_supervisor_starts_a_dead_engine_again_and_tells_each_change(
 ) -> None:
     monkeypatch.setattr(child, "FIRST_RESTART_WAIT_S", 0.01)
     changes: asyncio.Queue[EngineSpec | None] = asyncio.Queue()
-    supervisor = EngineSupervisor(config("well"), on_change=changes.put_nowait, command=COMMAND)
+    doings: list[str] = []
+
+    def on_progress(_text: str) -> None:
+        doings.append(supervisor.health.doing)
+
+    supervisor = EngineSupervisor(
+        config("well"), on_change=changes.put_nowait, on_progress=on_progress, command=COMMAND
+    )
     running = asyncio.create_task(supervisor.run())
     first = await asyncio.wait_for(changes.get(), 60)
     assert first is not None
     assert supervisor.state is EngineState.RUNNING
+    assert (doings, supervisor.health.doing) == (["loading weights 40%"], "")
     os.kill(int(first.epoch), 9)
     assert await asyncio.wait_for(changes.get(), 60) is None
     second = await asyncio.wait_for(changes.get(), 60)

@@ -53,9 +53,9 @@ def waiting_for(snapshot: ClusterSnapshot) -> str:
     return "; ".join(missing) or "a worker of the other role"
 
 
-async def announce(watched: Watched, say_ready: Callable[[], None]) -> None:
-    """Calls `say_ready` at the first time; what is waited for, and readiness lost and regained, is logged. Until
-    cancelled."""
+async def announce(watched: Watched, say_ready: Callable[[], None], *, says_waiting: bool = True) -> None:
+    """Calls `say_ready` at the first time; readiness lost and regained is logged, and what is waited for, unless
+    another does that (`says_waiting`). Until cancelled."""
     loop = asyncio.get_running_loop()
     was_ready, said, told, next_report_s = False, False, "", loop.time() + REPORT_INTERVAL_S
     while True:
@@ -67,7 +67,7 @@ async def announce(watched: Watched, say_ready: Callable[[], None]) -> None:
             log.info("ready again")
         elif was_ready and not ready:
             log.warning("not ready any more: %s", waiting_for(watched.snapshot()))
-        elif not ready and loop.time() >= next_report_s:
+        elif says_waiting and not ready and loop.time() >= next_report_s:
             next_report_s = loop.time() + REPORT_INTERVAL_S
             if (text := waiting_for(watched.snapshot())) != told:
                 told = text

@@ -19,8 +19,9 @@ from kvist.clock import Clock, MonotonicClock
 from kvist.cluster.chat import TurnOptions, TurnReport, stream_turn
 from kvist.cluster.config import ChatConfig
 from kvist.cluster.plan import LOOPBACK, free_ports
-from kvist.cluster.probe import StartReport, ask
+from kvist.cluster.probe import ask
 from kvist.cluster.processes import ChildPlan, Processes
+from kvist.cluster.start_display import StartLines, start_block
 from kvist.cluster.up import stop_signals
 from kvist.errors import EngineError, Unavailable
 
@@ -220,7 +221,12 @@ def _own_server(serve_argv: list[str], timeout_s: float) -> Iterator[str]:
     with stop_signals(processes):
         try:
             processes.start()
-            processes.wait_ready(timeout_s, each_second=StartReport(processes, lambda text: _write(f"{text}\n")))
+            if sys.stdout.isatty():
+                with start_block(processes.children, show_all=False) as block:
+                    processes.wait_ready(timeout_s, each_second=block)
+            else:
+                report = StartLines(processes.children, lambda text: _write(f"{text}\n"))
+                processes.wait_ready(timeout_s, each_second=report)
             yield url
         finally:
             processes.stop()

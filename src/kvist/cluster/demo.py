@@ -18,8 +18,9 @@ from kvist.clock import MonotonicClock
 from kvist.cluster.chat import Message, TurnOptions, TurnReport, stream_turn
 from kvist.cluster.leftovers import stop_and_clear
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
-from kvist.cluster.probe import StartReport, ask
+from kvist.cluster.probe import ask
 from kvist.cluster.processes import Child, Processes
+from kvist.cluster.start_display import StartLines
 from kvist.cluster.up import stop_signals
 from kvist.errors import KvistError
 
@@ -76,7 +77,8 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
         config = shape.config
         say(f"Starting {config.prefill} prefill worker(s), {config.decode} decode worker(s) and a router ...")
         processes.start()
-        processes.wait_ready(config.start_timeout_s, each_second=StartReport(processes, lambda text: say("  " + text)))
+        report = StartLines(processes.children, lambda text: say("  " + text))
+        processes.wait_ready(config.start_timeout_s, each_second=report)
         router = processes.children["router"]
         say(f"Ready at {router.plan.url}\n")
         try:

@@ -31,6 +31,7 @@ class ClusterShape:
     router_environ: dict[str, str] = field(default_factory=dict)
     router_host: str = LOOPBACK
     router_port: int = 30000
+    shows_all_lines: bool = False  # also those of a start that goes well
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # for the example of a request only
     threads_per_worker: int = 1
     num_gpus: int = 0  # to be dealt out, from `base_gpu_id` on

@@ -64,11 +64,16 @@ class ChildState(enum.Enum):
     STOPPED = "stopped"
 
 
-class Answer(enum.Enum):
-    NONE = "none"
-    ALIVE = "alive"
-    READY = "ready"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """How a child answers when it is asked for its state."""
 
+    alive: bool = False
+    ready: bool = False
+    doing: str = ""  # while it starts, for people
+
+
+NO_ANSWER, ALIVE, READY = Answer(), Answer(alive=True), Answer(alive=True, ready=True)
 
 Probe = Callable[[str, str], Answer]  # (url, instance id) -> how it answers; blocks for no more than a second or so
 Sink = Callable[[str, str], None]  # (child's name, one line of its output); must not block
@@ -89,6 +94,7 @@ class Child:
         self.last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
         self.process: subprocess.Popen[bytes] | None = None
         self.instance_id = ""  # of this life
+        self.doing = ""  # while it starts, for people
         self.was_ready = False  # in any life
         self.started_s = 0.0
         self.answered_s = 0.0
@@ -354,11 +360,14 @@ class Processes:
         """Ask it for its state: until it is ready, and then whether it still answers."""
         while not self._stopping.wait(HEALTH_INTERVAL_S if child.state is ChildState.READY else PROBE_INTERVAL_S):
             instance_id = child.instance_id
-            answer = self._probe(child.plan.url, instance_id) if child.process is not None else Answer.NONE
+            answer = self._probe(child.plan.url, instance_id) if child.process is not None else NO_ANSWER
             with self._changed:
-                if answer is Answer.NONE or child.process is None or child.instance_id != instance_id:
+                if not answer.alive or child.process is None or child.instance_id != instance_id:
                     continue
                 child.answered_s = self._clock.now_s()
-                if answer is Answer.READY and child.state is ChildState.STARTING:
-                    child.state, child.was_ready = ChildState.READY, True
+                is_news = answer.doing != child.doing
+                child.doing = answer.doing
+                if answer.ready and child.state is ChildState.STARTING:
+                    child.state, child.was_ready, is_news = ChildState.READY, True, True
+                if is_news:
                     self._changed.notify_all()

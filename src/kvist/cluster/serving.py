@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -31,6 +32,7 @@ from kvist.cluster.lifeline import STOP_SIGNALS, obey_stdin, signals_to
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.stopping import Drain, StopSignals
 from kvist.event_loop import run_in_loop
+from kvist.output import output_to
 from kvist.request import WorkerId
 from kvist.router import Dispatcher, GatewayTokenizer, RouterConfig, build_dispatcher
 from kvist.router.stream import ClusterSnapshot
@@ -75,7 +77,8 @@ def serve_worker(
         checkpoint = find_checkpoint(engine.model_path)
         url = f"{server.scheme}://{name}"
         engine = replace(engine, worker_id=name, channel=channel)
-        supervisor, lifecycle = EngineSupervisor(engine), Lifecycle()
+        supervisor = EngineSupervisor(engine, on_progress=StartProgress())
+        lifecycle = Lifecycle()
         own = OwnEngine(lambda: supervisor.spec, lambda: supervisor.health)
         dispatcher = build_dispatcher(replace(router, worker_urls=(url,)), channel, transport=own)
         # prefill and decode are answered through a router, which has the tokenizer
@@ -183,6 +186,23 @@ def _listening(server: ServerConfig, stop_with_stdin: bool) -> Iterator[tuple[St
         yield stop, listener, WorkerId(f"{host_to_name(server.host, socket.gethostname())}:{listener.getsockname()[1]}")
 
 
+class StartProgress:
+    """What the engine does while it starts: on a terminal one changing line, elsewhere a log line for each part."""
+
+    def __init__(self) -> None:
+        self._part = ""
+
+    def __call__(self, text: str) -> None:
+        part, _, share = text.rpartition(" ")
+        part = part if share.endswith("%") else text
+        if sys.stderr.isatty():
+            # the cursor stays at its start, so that the next log line takes its place
+            output_to(sys.stderr.fileno()).write(f"\x1b[2K{text}\r", end="")
+        elif part != self._part:
+            log.info("%s", part)
+        self._part = part
+
+
 def _say_ready(url: str, example: str | None) -> Callable[[], None]:
     """`example` is a command for whoever started us at a terminal; None under `kvist up`, which has its own."""
 
@@ -226,7 +246,9 @@ class Serving:
         self.stop.watch()
         await self.dispatcher.start()
         watched = self.dispatcher if self.answers_alone else EngineOnly(self.dispatcher)
-        announcer = asyncio.create_task(announce(watched, self.say_ready), name="announcer")
+        announcer = asyncio.create_task(
+            announce(watched, self.say_ready, says_waiting=self.supervisor is None), name="announcer"
+        )
         serving = asyncio.create_task(self.http.serve(sockets=[self.listener]), name="http")
         asked = asyncio.create_task(self.stop.asked.wait(), name="asked to stop")
         engine = None if self.supervisor is None else asyncio.create_task(self.supervisor.run(), name="engine")

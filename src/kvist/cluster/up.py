@@ -12,8 +12,9 @@ from kvist.cluster.leftovers import stop_and_clear
 from kvist.cluster.lifeline import STOP_SIGNALS, obey_stdin, signal_ourselves, signals_to
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
-from kvist.cluster.probe import StartReport, ask
-from kvist.cluster.processes import Patience, Processes, Sink
+from kvist.cluster.probe import ask
+from kvist.cluster.processes import Patience, Processes
+from kvist.cluster.start_display import StartBlock, StartLines, start_block
 from kvist.output import output_to
 
 
@@ -29,27 +30,61 @@ def stop_signals(processes: Processes) -> contextlib.AbstractContextManager[None
     return signals_to(interrupt, STOP_SIGNALS)
 
 
+class Screen:
+    """Where the cluster's lines go: below each other, or while it starts on a terminal above the changing lines."""
+
+    def __init__(self) -> None:
+        self._width = max(len("decode-00"), len("prefill-00"))
+        self._output = output_to(sys.stdout.fileno())
+        self._block: StartBlock | None = None
+
+    def show(self, name: str, line: str) -> None:
+        text = f"{name:<{self._width}} | {line}"
+        block = self._block
+        if block is None:
+            self._output.write(text)
+        else:
+            block.pass_on(text)
+
+    def wait_ready(self, processes: Processes, shape: ClusterShape) -> None:
+        """Raises `KvistError` when the cluster does not come up."""
+        children, timeout_s = processes.children, shape.config.start_timeout_s
+        if not sys.stdout.isatty():
+            report = StartLines(children, lambda text: self.show("kvist", text))
+            processes.wait_ready(timeout_s, each_second=report)
+            return
+        with start_block(children, show_all=shape.shows_all_lines) as block:
+            self._block = block
+            try:
+                processes.wait_ready(timeout_s, each_second=block)
+            finally:
+                self._block = None
+
+    def flush(self) -> None:
+        self._output.flush()
+
+
 def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
     """Returns when told to stop: 0. Raises `KvistError` when the cluster does not come up."""
     with bound_socket(shape.router_host, shape.router_port):
         pass  # a port that another server holds is said once, before anything starts
-    width = max(len("decode-00"), len("prefill-00"))
-    output = output_to(sys.stdout.fileno())
-
-    def show(name: str, line: str) -> None:
-        output.write(f"{name:<{width}} | {line}")
-
-    patience = Patience(drain_s=shape.drain_s, stall_restart_s=shape.stall_restart_s)
-    processes = Processes(plan_on_free_ports(shape), probe=ask, sink=show, patience=patience, lines_are_shown=True)
+    screen = Screen()
+    processes = Processes(
+        plan_on_free_ports(shape),
+        probe=ask,
+        sink=screen.show,
+        patience=Patience(drain_s=shape.drain_s, stall_restart_s=shape.stall_restart_s),
+        lines_are_shown=shape.shows_all_lines or not sys.stdout.isatty(),
+    )
     with stop_signals(processes):
         try:
-            _start_and_wait(processes, shape, show, stop_with_stdin)
+            _start_and_wait(processes, shape, screen, stop_with_stdin)
         except KeyboardInterrupt:
-            show("kvist", f"stopping: open requests have {shape.drain_s:g} s (a second signal cuts them)")
+            screen.show("kvist", f"stopping: open requests have {shape.drain_s:g} s (a second signal cuts them)")
         finally:
             stop_and_clear(processes, shape.runtime_dir)
-    show("kvist", "stopped")
-    output.flush()
+    screen.show("kvist", "stopped")
+    screen.flush()
     return 0
 
 
@@ -58,19 +93,19 @@ def _stop(processes: Processes) -> None:
         signal_ourselves()
 
 
-def _start_and_wait(processes: Processes, shape: ClusterShape, show: Sink, stop_with_stdin: bool) -> None:
+def _start_and_wait(processes: Processes, shape: ClusterShape, screen: Screen, stop_with_stdin: bool) -> None:
     if stop_with_stdin:
         # the router's requests, then those that workers have of other routers
         obey_stdin(stop=lambda: _stop(processes), hurry=processes.hurry, drain_s=2 * shape.drain_s)
-    workers = f"{shape.config.prefill} prefill, {shape.config.decode} decode, {shape.config.unified} unified"
-    show("kvist", f"starting a router and workers ({workers}), {shape.threads_per_worker} thread(s) each")
+    config = shape.config
+    workers = f"{config.prefill} prefill, {config.decode} decode, {config.unified} unified"
+    screen.show("kvist", f"starting a router and workers ({workers}), {shape.threads_per_worker} thread(s) each")
     processes.start()
-    for name, child in processes.children.items():
-        show("kvist", f"{name} is process {child.pid} at {child.plan.url}")
-    processes.wait_ready(
-        shape.config.start_timeout_s, each_second=StartReport(processes, lambda text: show("kvist", text))
-    )
+    screen.wait_ready(processes, shape)
     url = processes.children["router"].plan.url
-    show("kvist", f"ready at {url}    (Ctrl-C stops everything). Try:")
-    show("kvist", curl_example(url, api_key=shown_key(shape.api_keys)))
+    for name, child in processes.children.items():
+        if name != "router":
+            screen.show("kvist", f"{name} is process {child.pid} at {child.plan.url}")
+    screen.show("kvist", f"ready at {url}    (Ctrl-C stops everything). Try:")
+    screen.show("kvist", curl_example(url, api_key=shown_key(shape.api_keys)))
     threading.Event().wait()

@@ -77,8 +77,10 @@ async def find_engine(client: httpx.AsyncClient, url: str, *, timeout_s: float, 
         raise Unavailable(f"{url}/server_info is not that of a Kvist worker: {error}") from error
     health = info.engine_health
     if info.engine is None:
-        problem = health.problem if health is not None else ""
-        raise Unavailable(f"the engine at {url} is down: {problem}" if problem else f"the engine at {url} is loading")
+        problem, doing = (health.problem, health.doing) if health is not None else ("", "")
+        if problem:
+            raise Unavailable(f"the engine at {url} is down: {problem}")
+        raise Unavailable(f"the engine at {url} is starting" + (f": {doing}" if doing else ""))
     if health is not None and health.stalled_s >= stalled_s:
         raise Unavailable(
             f"the engine at {url} has made no progress for {health.stalled_s:.0f} s: its process is stopped or hangs"

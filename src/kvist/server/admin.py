@@ -60,6 +60,9 @@ class Admin:
         del scope, receive
         self._gateway.lifecycle.check()
         if not self._gateway.ready():
+            health = self._gateway.own_health()
+            if health is not None and health.doing:
+                raise Unavailable(f"not ready: {health.doing}")
             problems = [f"{w.worker_id}: {w.problem or w.state}" for w in self._workers() if not w.alive]
             raise Unavailable("not ready" + (f" ({'; '.join(problems)})" if problems else ": no worker is known yet"))
         await send_json(send, {"status": "ready", **self._instance()})

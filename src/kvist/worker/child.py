@@ -179,6 +179,7 @@ class EngineSupervisor:
     """Keeps one engine alive. Mutable; owned by the task that runs `run`; others read `state` and `spec`.
 
     `on_change` is called whenever `spec` becomes another life's, or None: the gateway then connects or lets go.
+    `on_progress` gets each step of a start, as `health.doing` has it.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class EngineSupervisor:
         config: EngineConfig,
         *,
         on_change: Callable[[EngineSpec | None], None] = lambda _spec: None,
+        on_progress: Callable[[str], None] = lambda _text: None,
         command: Sequence[str] = ENGINE_COMMAND,
         clock: Clock | None = None,
     ) -> None:
@@ -197,6 +199,7 @@ class EngineSupervisor:
         self._config = config
         self._command = command
         self._on_change = on_change
+        self._on_progress = on_progress
         self._clock = clock or MonotonicClock()
         self._cores = usable_cores()
         self._engine: EngineProcess | None = None
@@ -247,11 +250,12 @@ class EngineSupervisor:
 
     async def _start_and_watch(self) -> None:
         self.state = EngineState.STARTING
-        engine = await EngineProcess.start(self._config, on_progress=lambda _text: None, command=self._command)
+        engine = await EngineProcess.start(self._config, on_progress=self._starting, command=self._command)
         try:
             self.state, self._engine = EngineState.RUNNING, engine
             if engine.gateway_cores:
                 bind_process(engine.gateway_cores)
+            self.health = EngineHealth()
             self._set_spec(engine.spec)
             self._failed(WorkerLost(await self._watch(engine)))
         finally:
@@ -275,6 +279,10 @@ class EngineSupervisor:
                 killed = f", killed because it made no progress for {self.health.stalled_s:.0f} s (--stall-restart-s)"
                 engine.kill()
         return f"the engine (pid {engine.pid}) ended with status {ending.result()}{killed}"
+
+    def _starting(self, text: str) -> None:
+        self.health = EngineHealth(doing=text)
+        self._on_progress(text)
 
     def _failed(self, error: KvistError) -> None:
         self.failure, self.health = error, EngineHealth(problem=error.message)

@@ -24,7 +24,6 @@ import msgspec
 from kvist.checkpoint import find_checkpoint
 from kvist.errors import ConfigError, EngineError, KvistError
 from kvist.log import LogConfig, setup_logging
-from kvist.output import output_to
 from kvist.parent import continue_when_parent_dies
 from kvist.worker.config import EngineConfig
 from kvist.worker.messages import DRAIN, STOP, Announcement, Beat, Progress, Ready, StartFailed, encode_line
@@ -98,7 +97,6 @@ def _build(config: EngineConfig, announce: Callable[[Announcement], None]) -> En
     from kvist.worker.engine import build_engine
 
     def progress(text: str) -> None:
-        output_to(sys.stderr.fileno()).write(text)
         announce(Progress(text=text))
 
     progress("starting the engine")

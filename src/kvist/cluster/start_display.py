@@ -1,0 +1,95 @@
+"""How far the start of several processes is: on a terminal one changing line for each, elsewhere a few lines.
+
+On a terminal the log lines of a start that goes well are left out (at `--log-level debug` they are shown); warnings and
+errors always pass above the changing lines. When a start fails, its error quotes what was left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from kvist.clock import MonotonicClock
+from kvist.cluster.processes import Child, ChildState
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+Say = Callable[[str], None]
+
+REPORT_INTERVAL_S = 10.0
+MAX_DOING_CHARS = 60
+_ROUTINE = re.compile(r'^(\S+ \S+ (INFO|DEBUG) |\{"time": "[^"]*", "level": "(info|debug)")')
+
+
+def is_routine(line: str) -> bool:
+    """Whether it is a log line that says only that all is well."""
+    return _ROUTINE.match(line) is not None
+
+
+class StartLines:
+    """A line for each process that is ready, and one now and then about the others. Call it as often as you like."""
+
+    def __init__(self, children: Mapping[str, Child], say: Say) -> None:
+        self._children = children
+        self._say = say
+        self._clock = MonotonicClock()
+        self._start_s = self._clock.now_s()
+        self._next_s = self._start_s + REPORT_INTERVAL_S
+        self._told: set[str] = set()
+
+    def __call__(self) -> None:
+        after_s = self._clock.now_s() - self._start_s
+        for name, child in self._children.items():
+            if child.state is ChildState.READY and name not in self._told:
+                self._told.add(name)
+                self._say(f"{name} is ready after {after_s:.1f} s")
+        if self._clock.now_s() >= self._next_s:
+            self._next_s = self._clock.now_s() + REPORT_INTERVAL_S
+            left = [child for name, child in self._children.items() if name not in self._told]
+            if left:
+                self._say(f"after {after_s:.0f} s: " + ", ".join(f"{child.plan.name} {doing(child)}" for child in left))
+
+
+class StartBlock:
+    """The changing lines of a terminal, redrawn at each call; made by `start_block`."""
+
+    def __init__(self, children: Mapping[str, Child], live: Live, *, show_all: bool) -> None:
+        self._children = children
+        self._live = live
+        self._show_all = show_all
+        self._clock = MonotonicClock()
+        self._start_s = self._clock.now_s()
+
+    def __call__(self) -> None:
+        from rich.text import Text
+
+        width = max(map(len, self._children))
+        after_s = self._clock.now_s() - self._start_s
+        lines = [f"{name:<{width}}  {doing(child)}" for name, child in self._children.items()]
+        self._live.update(Text("\n".join([*lines, f"{'':<{width}}  {after_s:.0f} s"])), refresh=True)
+
+    def pass_on(self, line: str) -> None:
+        """A line of output, above the changing ones."""
+        if self._show_all or not is_routine(line.partition(" | ")[2]):
+            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def start_block(children: Mapping[str, Child], *, show_all: bool) -> Iterator[StartBlock]:
+    """On standard output, which must be a terminal. The lines go when the body ends."""
+    from rich.console import Console  # not for `kvist serve`, which has no use for it
+    from rich.live import Live
+
+    with Live(console=Console(), auto_refresh=False, transient=True) as live:
+        yield StartBlock(children, live, show_all=show_all)
+
+
+def doing(child: Child) -> str:
+    """ "starting: loading weights 40%", "ready"."""
+    if child.state is not ChildState.STARTING or not child.doing:
+        return child.state.value
+    text = child.doing if len(child.doing) <= MAX_DOING_CHARS else child.doing[: MAX_DOING_CHARS - 1] + "…"
+    return f"{child.state.value}: {text}"

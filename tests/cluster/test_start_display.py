@@ -1,0 +1,124 @@
+"""How a start of several processes is shown, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from rich.console import Console
+from rich.live import Live
+
+from kvist.clock import FakeClock
+from kvist.cluster import start_display
+from kvist.cluster.probe import ask
+from kvist.cluster.processes import NO_ANSWER, Answer, Child, ChildPlan, ChildState
+from kvist.cluster.start_display import REPORT_INTERVAL_S, StartBlock, StartLines, doing, is_routine
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock()
+    monkeypatch.setattr(start_display, "MonotonicClock", lambda: clock)
+    return clock
+
+
+def children(**doings: str) -> dict[str, Child]:
+    made = {}
+    for name, text in doings.items():
+        made[name] = Child(ChildPlan(name=name, argv=(), url=""))
+        made[name].state, made[name].doing = ChildState.STARTING, text
+    return made
+
+
+def test_elsewhere_a_line_comes_for_each_ready_process_and_seldom_for_the_rest(clock: FakeClock) -> None:
+    started, said = children(decode="loading weights 40%", router=""), list[str]()
+    report = StartLines(started, said.append)
+    report()
+    clock.advance(3.0)
+    started["router"].state = ChildState.READY
+    report()
+    report()
+    assert said == ["router is ready after 3.0 s"]
+    clock.advance(REPORT_INTERVAL_S)
+    report()
+    report()
+    assert said[1:] == ["after 13 s: decode starting: loading weights 40%"]
+
+
+def test_a_terminal_has_a_changing_line_for_each_process_and_only_important_lines_above(clock: FakeClock) -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=100)
+    started = children(decode="loading weights 40%", router="")
+    routine = "decode     | 2026-11-29 17:00:00.000 INFO    kvist.worker: loading"
+    warning = "decode     | 2026-11-29 17:00:00.000 WARNING kvist.worker: [red]little room"
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        block = StartBlock(started, live, show_all=False)
+        clock.advance(2.0)
+        block()
+        block.pass_on(routine)
+        block.pass_on(warning)
+        StartBlock(started, live, show_all=True).pass_on("decode     | shown at debug")
+    text = written.getvalue()
+    assert "decode  starting: loading weights 40%" in text
+    assert "router  starting" in text
+    assert "        2 s" in text
+    assert routine not in text
+    assert warning in text, "a client's text is no markup"
+    assert "shown at debug" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "routine"),
+    [
+        ("2026-11-29 17:00:00.000 INFO    kvist.worker: loading", True),
+        ('{"time": "2026-11-29T17:00:00.000+00:00", "level": "info", "logger": "kvist"}', True),
+        ("2026-11-29 17:00:00.000 ERROR   kvist.worker: lost", False),
+        ('{"time": "2026-11-29T17:00:00.000+00:00", "level": "warning", "logger": "kvist"}', False),
+        ("    Traceback (most recent call last):", False),
+        ("was killed by signal 9; starting it again in 0.5 s", False),
+    ],
+)
+def test_routine_lines_are_told_from_important_ones_in_both_formats(line: str, routine: bool) -> None:
+    assert is_routine(line) is routine
+
+
+def test_a_long_text_of_a_child_stays_on_its_line() -> None:
+    assert len(doing(children(a="x" * 500)["a"])) < 80
+
+
+class _Starting(BaseHTTPRequestHandler):
+    bodies = {  # noqa: RUF012
+        "/loading/ready": b'{"error":{"message":"not ready: loading weights 40%"}}',
+        "/waiting/ready": b'{"error":{"message":"not ready (a:1: no answer)"}}',
+        "/other/ready": b"<html>",
+    }
+
+    def do_GET(self) -> None:
+        body = self.bodies[self.path]
+        self.send_response(503)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), _Starting)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_child_that_starts_is_alive_and_says_what_it_does(url: str) -> None:
+    assert ask(f"{url}/loading", "id") == Answer(alive=True, doing="loading weights 40%")
+    assert ask(f"{url}/waiting", "id") == Answer(alive=True)
+    assert ask(f"{url}/other", "id") == NO_ANSWER
