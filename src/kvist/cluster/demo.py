@@ -77,8 +77,8 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
         config = shape.config
         say(f"Starting {config.prefill} prefill worker(s), {config.decode} decode worker(s) and a router ...")
         processes.start()
-        report = StartLines(processes.children, lambda text: say("  " + text))
-        processes.wait_ready(config.start_timeout_s, each_second=report)
+        start_lines = StartLines(processes.children, lambda text: say("  " + text))
+        processes.wait_ready(config.start_timeout_s, each_second=start_lines)
         router = processes.children["router"]
         say(f"Ready at {router.plan.url}\n")
         try:
