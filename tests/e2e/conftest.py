@@ -18,10 +18,11 @@ import pytest
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.plan import ClusterShape, free_ports, plan_on_free_ports
 from kvist.cluster.probe import ask, is_ready
-from kvist.cluster.processes import ChildPlan, Processes
+from kvist.cluster.processes import ChildPlan, Patience, Processes
 
 START_TIMEOUT_S = 120.0
-WORKER_ARGV = ("--max-total-tokens=16384",)
+STALL_RESTART_S = 8.0  # soon enough for a test, late enough for a machine that does much else
+WORKER_ARGV = ("--max-total-tokens=16384", f"--stall-restart-s={STALL_RESTART_S}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,10 @@ def cluster() -> Iterator[Cluster]:
     serve = (sys.executable, "-m", "kvist", "serve", "--stop-with-stdin", "--num-threads=1", f"--port={port}")
     plans.append(ChildPlan(name="unified", argv=(*serve, *WORKER_ARGV), url=f"http://127.0.0.1:{port}"))
     urls = {plan.name.removesuffix("-0"): plan.url for plan in plans}
-    with Processes(plans, probe=ask, sink=lambda name, line: lines.append(f"[{name}] {line}")) as processes:
+    patience = Patience(stall_restart_s=STALL_RESTART_S)
+    with Processes(
+        plans, probe=ask, sink=lambda name, line: lines.append(f"[{name}] {line}"), patience=patience
+    ) as processes:
         processes.wait_ready(START_TIMEOUT_S)
         yield Cluster(processes=processes, lines=lines, **urls)
 

@@ -102,8 +102,11 @@ def test_two_terminals_and_a_router_answer_a_curl():
     wait_until(lambda: not any(map(is_alive, families)), within_s=60, what="every process has ended")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -9)])
-def test_kvist_up_leaves_nothing_behind_however_it_ends(number, code, tmp_path):
+@pytest.mark.case("signal-to-all")
+@pytest.mark.parametrize(
+    ("number", "to_all", "code"), [(signal.SIGINT, False, 0), (signal.SIGTERM, True, 0), (signal.SIGKILL, False, -9)]
+)
+def test_kvist_up_leaves_nothing_behind_however_it_ends(number, to_all, code, tmp_path):
     port = free_ports(1)[0]
     log = tmp_path / "up.log"
     command = (*KVIST, "up", "--prefill", "1", "--decode", "1", "--port", str(port), "--max-total-tokens", "8192")
@@ -118,8 +121,14 @@ def test_kvist_up_leaves_nothing_behind_however_it_ends(number, code, tmp_path):
         answer = httpx.post(f"http://127.0.0.1:{port}/generate", json=ASK, timeout=60)
         assert "Paris" in answer.json()["text"]
     finally:
-        up.send_signal(number)
+        for pid in family if to_all else [up.pid]:  # as a service manager does, or a terminal
+            os.kill(pid, number)
         assert up.wait(timeout=60) == code, log.read_text()
     wait_until(lambda: not any(map(is_alive, family)), within_s=60, what="every process has ended")
+    if code == 0:
+        told = log.read_text()
+        assert "Traceback" not in told
+        assert "next start" not in told
+        assert "starting it again" not in told
     # a dead life's lock file, empty, stays for a while so that peers can tell "dead" from "unknown"
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size and path != log] == []

@@ -1,0 +1,71 @@
+"""Real processes that are stopped (SIGSTOP) under load: noticed, named, and started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+
+from kvist.cluster.probe import is_ready
+
+ASK = {"prompt": "1 2 3", "max_tokens": 4000, "stream": True, "ignore_eos": True}
+
+
+def engine_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+class Stream:
+    """A stream that is read on a thread, to whatever end."""
+
+    def __init__(self, url: str) -> None:
+        self.events: list[str] = []
+        self._url = url
+        self._thread = Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with httpx.stream("POST", f"{self._url}/v1/completions", json=ASK, timeout=120) as response:
+            self.events.extend(line for line in response.iter_lines() if line)
+
+    def wait(self) -> list[str]:
+        self._thread.join(120)
+        assert not self._thread.is_alive()
+        return self.events
+
+
+@pytest.mark.case("stopped-engine")
+def test_an_engine_a_worker_and_a_router_that_are_stopped_are_noticed_and_started_again(settled: Any) -> None:
+    """All three at once: an engine under its own worker, which tells of it; another worker's HTTP; and the router."""
+    children = settled.processes.children
+    pids = {name: children[name].pid for name in ("router", "decode-0", "unified")}
+    restarts = {name: children[name].num_restarts for name in pids}
+    engine = engine_of(pids["unified"])
+    stream = Stream(settled.unified)
+    settled.wait_until(lambda: settled.metric("kvist:num_requests_running", url=settled.unified) == 1, within_s=60)
+    stopped_s = time.monotonic()
+    for pid in (engine, pids["decode-0"], pids["router"]):
+        os.kill(pid, signal.SIGSTOP)
+    settled.wait_until(lambda: not is_ready(settled.unified), within_s=60)
+    noticed_s = time.monotonic() - stopped_s
+    reason = httpx.get(f"{settled.unified}/ready", timeout=60).json()["error"]["message"]
+    assert "no progress" in reason or "down" in reason, reason
+    *_, kind, error = stream.wait()
+    assert kind == "event: error"
+    assert '"code":"worker_lost"' in error
+    assert time.monotonic() - stopped_s < noticed_s + 30, "the stream ended long after its engine was lost"
+    settled.wait_until(lambda: not Path(f"/proc/{engine}").exists(), within_s=60)
+    for name in ("router", "decode-0"):
+        settled.wait_until(lambda name=name: children[name].num_restarts > restarts[name], within_s=60)
+        assert any(line.startswith(f"[{name}] has answered nothing for") for line in settled.lines)
+    assert children["unified"].num_restarts == restarts["unified"], "its HTTP was never stopped"
+    settled.wait_ready()
+    settled.wait_until(lambda: is_ready(settled.unified), within_s=60)
+    answer = httpx.post(f"{settled.unified}/v1/completions", json={"prompt": "1 2", "max_tokens": 2}, timeout=60)
+    assert answer.status_code == 200
