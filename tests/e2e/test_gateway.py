@@ -25,7 +25,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
         (CHAT, {"messages": HELLO, "temperature": "hot"}, 400, "temperature"),
         (CHAT, {"messages": HELLO, "temperature": -1}, 400, "temperature"),
         (CHAT, {"messages": HELLO, "max_tokens": 0}, 400, "max_tokens"),
-        (CHAT, {"messages": HELLO, "top_p": 0}, 400, "top_p"),
+        (CHAT, {"messages": HELLO, "top_p": 1.5}, 400, "top_p"),
         (CHAT, {"messages": HELLO, "n": 0}, 400, "n"),
         (CHAT, {"messages": HELLO, "model": "gpt-4"}, 404, "gpt-4"),
         (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools"),
