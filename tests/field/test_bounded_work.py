@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -66,6 +67,7 @@ class Engine:
 
     num_tokens: int = 3
     tokens_per_part: int = 1
+    blocked_until: threading.Event | None = None  # what asks for its model waits for it
     sends: bool = False  # whether it does what a dispatcher does with a prompt
     spec: EngineSpec = SPEC
     requests: list[EngineRequest] = field(default_factory=list)
@@ -95,6 +97,8 @@ class Engine:
             await asyncio.sleep(0)
 
     def model(self) -> EngineSpec:
+        if self.blocked_until is not None:
+            self.blocked_until.wait(30)
         return self.spec
 
     def ready(self) -> bool:
@@ -427,3 +431,23 @@ async def test_a_hostile_body_costs_at_most_64_mb(kind: str) -> None:
             response = await client.post(path, content=body)
     assert response.status_code == 400
     assert peak.num_bytes < 64 << 20
+
+
+async def test_what_a_slow_client_finds_waiting_is_written_beside_the_loop() -> None:
+    body = {"prompt": "x", "logprobs": 20, "max_tokens": 6000, "stream": True}
+    async with server(Engine(num_tokens=6000, tokens_per_part=3000)) as client:
+        response = await post_unnoticed(client, "/v1/completions", json=body)
+    assert response.status_code == 200
+
+
+async def test_a_long_request_waits_for_a_thread_no_longer_than_a_request_may_take() -> None:
+    go = threading.Event()
+    engine = Engine()
+    async with server(engine, tokenizer_threads=1, request_timeout_s=0.05) as client:
+        engine.blocked_until = go  # in the thread that asks for the model's limits
+        try:
+            response = await client.post("/v1/completions", json={"prompt": "x" * 5000})
+        finally:
+            go.set()
+    assert response.status_code == 504
+    assert "--request-timeout-s" in response.json()["error"]["message"]

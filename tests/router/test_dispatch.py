@@ -17,6 +17,7 @@ from kvist.errors import (
     KvistError,
     Overloaded,
     PromptTooLong,
+    RequestError,
     Timeout,
     Unavailable,
     WorkerLost,
@@ -24,7 +25,7 @@ from kvist.errors import (
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, EpochId, FinishReason, Mode, Outcome, RequestId, SamplingParams, WorkerId
 from kvist.router.config import RouterConfig
-from kvist.router.dispatch import WRITE_OFF_S, Dispatcher
+from kvist.router.dispatch import MAX_WAITING_LOGPROBS, WRITE_OFF_S, Dispatcher
 from kvist.router.fleet import EngineEvents
 from kvist.router.registry import Registry, Worker, WorkerUse
 from kvist.router.stream import StreamPart
@@ -545,3 +546,25 @@ async def test_a_worker_that_does_not_answer_for_its_storage_in_time_is_named() 
     world.pair()
     with pytest.raises(Timeout, match="d, p did not answer"):
         await world.dispatcher.ask_storage(wire.AskStorage(call_id="", action="tell"))
+
+
+async def test_a_stream_whose_client_does_not_read_keeps_a_bounded_number_of_logprobs() -> None:
+    world = World()
+    worker = world.engines.join("w", "unified")
+    stream = world.generate(max_tokens=10_000)
+    first = asyncio.create_task(anext(stream))
+    await settle()
+    logprobs = wire.TokenLogprobs(logprob=-1.0, top_token_ids=tuple(range(20)), top_logprobs=(-1.0,) * 20)
+    request_id = world.engines.submits(worker)[-1].request.request_id
+    for position in range(0, 4000, 100):
+        chunk = wire.TokenChunk(
+            request_id=request_id, position=position, token_ids=(1,) * 100, logprobs=(logprobs,) * 100
+        )
+        world.engines.events.on_outputs(worker, wire.StepOutputs(chunks=(chunk,)))
+        if position == 0:
+            await first  # the last that it reads
+    assert world.engines.aborts(worker) == [request_id]
+    waited = await anext(stream)
+    assert len(waited.chunk.token_ids) * 21 < MAX_WAITING_LOGPROBS + 100 * 21
+    with pytest.raises(RequestError, match="read faster"):
+        await anext(stream)

@@ -21,7 +21,7 @@ import msgspec
 from kvist import wire
 from kvist.bounded_log import BoundedLog
 from kvist.clock import Clock
-from kvist.errors import EngineError, KvistError, Timeout, Unavailable, WorkerLost, error_from_wire
+from kvist.errors import EngineError, KvistError, RequestError, Timeout, Unavailable, WorkerLost, error_from_wire
 from kvist.fairness import caller_path
 from kvist.metrics import Histogram
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, WorkerId
@@ -37,6 +37,17 @@ from kvist.router.stream import Cancelled, ClusterSnapshot, StreamPart
 logger = logging.getLogger(__name__)
 
 WRITE_OFF_S = 30.0  # for an engine to say Ended after it was told to abort, which it does between two steps
+
+
+MAX_WAITING_LOGPROBS = 1 << 16  # of one stream, for its client to read: 5 MB
+
+
+def _slow_reader() -> KvistError:
+    return RequestError(
+        f"the client reads its stream so slowly that over {MAX_WAITING_LOGPROBS} logprobs wait for it: read faster, or "
+        "ask for fewer likely tokens",
+        param="logprobs",
+    )
 
 
 class Engines(Protocol):
@@ -192,6 +203,8 @@ class Dispatcher:
                 continue
             worker.prompt_done(chunk.request_id)
             flight.push(worker, chunk)
+            if flight.merger.num_logprobs > MAX_WAITING_LOGPROBS:
+                self._fail(flight, _slow_reader(), None)
         for ended in outputs.ended:
             flight = flights.get(ended.request_id)
             if flight is not None and worker in flight.open:

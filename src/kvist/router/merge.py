@@ -15,13 +15,14 @@ from kvist.wire import TokenChunk
 class ChunkMerger:
     """Owned by one flight. Holds at most the tokens of one answer."""
 
-    __slots__ = ("_early", "_next_position", "_ready", "_request_id", "complete")
+    __slots__ = ("_early", "_next_position", "_ready", "_request_id", "complete", "num_logprobs")
 
     def __init__(self, request_id: RequestId, first_position: int) -> None:
         self._request_id = request_id  # the client's: what `take` writes on its chunks
         self._next_position = first_position
         self._ready: list[TokenChunk] = []  # in order, not taken yet
         self._early: dict[int, TokenChunk] = {}  # by position
+        self.num_logprobs = 0  # numbers that wait to be taken
         self.complete = False  # the chunk with the finish reason is in order; nothing comes after it
 
     @property
@@ -51,6 +52,7 @@ class ChunkMerger:
         if not chunks:
             return None
         self._ready = []
+        self.num_logprobs = 0
         first, last = chunks[0], chunks[-1]
         cached = next((chunk for chunk in chunks if chunk.num_cached_tokens is not None), first)
         if len(chunks) == 1:
@@ -83,6 +85,8 @@ class ChunkMerger:
             )
         self._next_position += len(chunk.token_ids)
         self._ready.append(chunk)
+        if chunk.logprobs is not None:
+            self.num_logprobs += sum(1 + len(one.top_logprobs) for one in chunk.logprobs)
         if chunk.finish_reason is not None:
             self.complete = True
         return True

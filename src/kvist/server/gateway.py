@@ -5,6 +5,7 @@ What is under way here is bounded by its parts: generations by `admission`, othe
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from typing import TypeVar
 from starlette.types import Receive, Scope
 
 from kvist.clock import Clock
-from kvist.errors import PromptTooLong, RequestError, Unavailable, UnknownModel, UnsupportedField
+from kvist.errors import PromptTooLong, RequestError, Timeout, Unavailable, UnknownModel, UnsupportedField
 from kvist.fit import Limit, limit_text
 from kvist.metrics import GatewayMetrics
 from kvist.server.admission import Admission
@@ -73,8 +74,11 @@ class Gateway:
                 return make(body)
             caller = caller_of(scope).path
             self.admission.check(caller, 1)
-            async with cancelled_on_disconnect(receive):
-                return await self.work.run(caller, partial(make, body))
+            try:
+                async with asyncio.timeout(config.request_timeout_s), cancelled_on_disconnect(receive):
+                    return await self.work.run(caller, partial(make, body))
+            except TimeoutError as error:
+                raise Timeout("no thread was free to tokenise the prompt within --request-timeout-s") from error
 
     def limit(self) -> Limit:
         """Of the fleet's best route."""

@@ -159,7 +159,11 @@ class Choice:
     @property
     def num_logprobs(self) -> int:
         """Numbers in `logprobs`."""
-        return len(self.logprobs) * (1 + (self.request.sampling.num_logprobs or 0))
+        return len(self.logprobs) * self.num_logprobs_per_token
+
+    @property
+    def num_logprobs_per_token(self) -> int:
+        return 1 + (self.request.sampling.num_logprobs or 0)
 
     def _show(self, text: str, *, is_mark: bool = False) -> str:
         """What of `text`, and of what was withheld before it, belongs to the answer for sure."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -27,7 +27,9 @@ from kvist.server.http import JSON_TYPE, ClientGone, Headers, cancelled_on_disco
 
 log = logging.getLogger(__name__)
 
-_INLINE_SIZE = 2048  # token ids and logprobs: a millisecond or two
+_INLINE_SIZE = (
+    2048  # token ids and logprobs that are written at once: a millisecond or two; more are written on a thread
+)
 _PARTING_S = 10.0  # how long a client may take to make room for the event that tells of an error
 
 _SSE_HEADERS = [
@@ -81,18 +83,24 @@ async def _whole(gateway: Gateway, job: Job, send: Send) -> None:
     except KvistError as error:
         gateway.metrics.num_failed[error.code] += 1
         raise
-    size, write = sum(map(_size, job.choices)), partial(job.format.whole, job.choices)
-    body = await _written(gateway, job.caller, size, write)
+    if sum(map(_size, job.choices)) <= _INLINE_SIZE:
+        body = job.format.whole(job.choices)
+    else:
+        body = await gateway.work.finish(job.caller, partial(job.format.whole, job.choices))
     await send_bytes(send, body, headers=[JSON_TYPE, *job.headers])
 
 
 async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
     started = False
+    logprobs_per_token = job.choices[0].num_logprobs_per_token
     try:
         async with _time_limit(gateway), _running(gateway, job) as deltas:
             async for choice, delta in deltas:
-                write = partial(job.format.event, choice, delta)
-                event = await _written(gateway, job.caller, _size(choice), write) if delta.finished else write()
+                size = _size(choice) if delta.finished else len(delta.logprobs) * logprobs_per_token
+                if size <= _INLINE_SIZE:
+                    event = job.format.event(choice, delta)
+                else:
+                    event = await gateway.work.finish(job.caller, partial(job.format.event, choice, delta))
                 if not started:
                     await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *job.headers]})
                     started = True
@@ -116,11 +124,6 @@ async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
 
 def _size(choice: Choice) -> int:
     return len(choice.token_ids) + choice.num_logprobs
-
-
-async def _written(gateway: Gateway, caller: CallerPath, size: int, write: Callable[[], bytes]) -> bytes:
-    """What is long is written on a thread. Its choices have ended: nobody changes them meanwhile."""
-    return write() if size <= _INLINE_SIZE else await gateway.work.finish(caller, write)
 
 
 def _running(gateway: Gateway, job: Job) -> contextlib.aclosing[AsyncGenerator[tuple[Choice, Delta], None]]:
