@@ -14,7 +14,7 @@ import zmq
 from kvist import wire
 from kvist.channel import ChannelConfig, EngineChannel, GatewayLink, Member, is_loopback
 from kvist.errors import ConfigError
-from kvist.request import EpochId, HandoffId, RequestId
+from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SamplingParams
 
 BOUND_S = 60.0
 HELLO = wire.Hello(gateway_id="g")
@@ -147,6 +147,25 @@ async def test_one_recv_drains_all_that_waits_and_keeps_the_order(make_channel: 
     answers = [wire.Flushed(call_id=str(i), num_pages=i) for i in range(600)]  # more than one drain takes
     assert all(channel.send(gateway, answer) for answer in answers)
     assert [await inbox.message() for _ in answers] == answers
+
+
+async def test_one_recv_takes_about_a_megabyte_so_that_streams_go_on_between_long_prompts(
+    make_channel: MakeChannel, make_link
+) -> None:
+    channel = make_channel()
+    link, _ = make_link(channel.endpoint)
+    ids = tuple(range(1000, 31_000))  # 90 kB
+    for number in range(40):
+        request = EngineRequest(
+            request_id=RequestId(str(number)), prompt_token_ids=ids, sampling=SamplingParams(max_tokens=1)
+        )
+        assert link.send(wire.Submit(request=request, mode=Mode.FULL))
+    await asyncio.sleep(0.3)
+    counts: list[int] = []
+    while sum(counts) < 40:
+        counts.append(len(await in_thread(channel)))
+    assert max(counts) <= 13
+    assert len(counts) >= 4
 
 
 def test_a_send_to_a_peer_that_is_gone_is_reported(make_channel: MakeChannel) -> None:

@@ -35,6 +35,7 @@ Outbound = wire.EngineToGateway | wire.SourceToTarget
 V = TypeVar("V")
 
 _MAX_MESSAGES_A_RECV = 4096  # then the engine takes a step before it reads on
+_MAX_BYTES_A_RECV = 1 << 20  # as well: 300,000 token ids take some 20 ms to decode and to check
 _MAX_CLIENTS = 4096  # whose addresses are remembered; one forgotten is checked again, or heard of with its next message
 _HANDSHAKE_FAILURES = (  # the second when the other side was first to see that the two do not fit
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_AUTH
@@ -73,9 +74,9 @@ class EngineChannel:
         self.endpoint = self._bind(bind, advertise_host)
 
     def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]:
-        """Everything that waits, as (sender, message), after at most `timeout_s`. The sender is the identity to answer
-        by `send`: of a gateway its address, of a decode engine its epoch; for a prefill peer (`Done`, `Closed`) it is
-        its endpoint. Empty after a timeout or a `wakeup`."""
+        """What waits, up to a megabyte or so, as (sender, message), after at most `timeout_s`. The sender is the
+        identity to answer by `send`: of a gateway its address, of a decode engine its epoch; for a prefill peer
+        (`Done`, `Closed`) it is its endpoint. Empty after a timeout or a `wakeup`."""
         ready = dict(self._poller.poll(max(0, int(timeout_s * 1000 + 0.999))))
         if self._wake_out.fileno() in ready:
             with contextlib.suppress(BlockingIOError):
@@ -239,10 +240,15 @@ class EngineChannel:
 
 def _waiting_on(socket: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:
     """The frames of each message that is there, as far as one `recv` goes."""
+    num_bytes = 0
     for _ in range(_MAX_MESSAGES_A_RECV):
         try:
-            yield socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
+            return
+        yield frames
+        num_bytes += sum(map(len, frames))
+        if num_bytes > _MAX_BYTES_A_RECV:
             return
 
 

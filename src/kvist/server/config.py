@@ -70,7 +70,11 @@ class ServerConfig:
         60.0, "longest time a request's body may take to arrive; slower ones get 408", unit="s", minimum=0.001
     )
     tokenizer_threads: int = option(
-        2, "threads that tokenise long prompts, fill in chat templates and read large bodies", minimum=1, maximum=64
+        2,
+        "threads that tokenise long prompts, fill in chat templates and read large bodies",
+        aliases=("tokenizer-worker-num",),
+        minimum=1,
+        maximum=64,
     )
     max_concurrent_requests: int = option(
         1024,
