@@ -41,6 +41,7 @@ class Wire:
     sent: list[tuple[float, Outbound]] = field(default_factory=list)
     num_undecodable: int = 0
     num_unexpected: int = 0
+    num_refused: int = 0
 
     def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]:  # noqa: ARG002 (a test does not sleep)
         now_s = self.clock.now_s()
