@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -24,6 +24,7 @@ from kvist.errors import (
 )
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, EpochId, FinishReason, Mode, Outcome, RequestId, SamplingParams, WorkerId
+from kvist.router import route
 from kvist.router.config import RouterConfig
 from kvist.router.dispatch import MAX_WAITING_LOGPROBS, WRITE_OFF_S, Dispatcher
 from kvist.router.fleet import EngineEvents
@@ -568,3 +569,22 @@ async def test_a_stream_whose_client_does_not_read_keeps_a_bounded_number_of_log
     assert len(waited.chunk.token_ids) * 21 < MAX_WAITING_LOGPROBS + 100 * 21
     with pytest.raises(RequestError, match="read faster"):
         await anext(stream)
+
+
+async def test_a_prompt_of_many_answers_is_digested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    worker = world.engines.join("w", "unified")
+    worker.known_pages = {b"some page"}
+    digested: list[tuple[object, str]] = []
+
+    def note(token_ids: Sequence[int], page_size: int, namespace: str, salt: str = "") -> list[bytes]:
+        digested.append((token_ids, salt))
+        return page_digests(token_ids, page_size, namespace, salt)
+
+    monkeypatch.setattr(route, "page_digests", note)
+    prompt = tuple(range(200))
+    for _ in range(3):
+        await world.begin(prompt=prompt)
+    await world.begin(prompt=prompt, cache_salt="s")
+    await world.begin(prompt=tuple(range(200)))
+    assert [(one[0] == prompt, one[1]) for one in digested] == [(True, ""), (True, "s"), (True, "")]

@@ -82,6 +82,8 @@ class Router:
         self._registry = registry
         self._prompt_policy = prompt_policy(config)
         self._decode_policy = decode_policy(config)
+        # The last prompt with its salt, and its digests by namespace: n answers are routed one after the other.
+        self._digested: tuple[tuple[int, ...], str, dict[str, list[bytes]]] = ((), "", {})
 
     def can_serve(self) -> bool:
         """A request of any length of answer has somewhere to go (which may be full now)."""
@@ -116,13 +118,14 @@ class Router:
         return Route(mode=Mode.PREFILL, prefill=chosen, decode=partner, num_prompt_tokens_left=left)
 
     def _prompt(self, request: EngineRequest, workers: Sequence[Worker]) -> Prompt:
-        digests: dict[str, list[bytes]] = {}
+        token_ids, salt = request.prompt_token_ids, request.cache_salt
+        if token_ids is not self._digested[0] or salt != self._digested[1]:  # answers to one prompt share its tuple
+            self._digested = (token_ids, salt, {})
+        digests = self._digested[2]
         for worker in workers:
             spec = worker.spec
             if spec is not None and worker.known_pages and spec.namespace not in digests:
-                digests[spec.namespace] = page_digests(
-                    request.prompt_token_ids, spec.page_size, spec.namespace, request.cache_salt
-                )
+                digests[spec.namespace] = page_digests(token_ids, spec.page_size, spec.namespace, salt)
         return Prompt(num_tokens=request.num_prompt_tokens, digests=digests)
 
     def _nobody(self, ready: Candidates) -> Unavailable:
