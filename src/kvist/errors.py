@@ -29,6 +29,12 @@ Errors cross a process as (code, message): `error_from_wire` rebuilds the class 
 
 from __future__ import annotations
 
+import msgspec
+
+# What msgspec raises for bytes that are not what they should be. A ValidationError is a DecodeError; the other two come
+# with bytes that are no UTF-8, and with lists in lists without end.
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 
 class KvistError(Exception):
     """Base of all. `message` says what happened and what to do about it, in one or two sentences."""

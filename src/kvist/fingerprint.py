@@ -23,7 +23,7 @@ from blake3 import blake3
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.clock import MonotonicClock, unix_time_ns
 from kvist.cores import num_usable_cores
-from kvist.errors import ModelLoadError
+from kvist.errors import UNDECODABLE, ModelLoadError
 from kvist.own_files import cache_folder, open_own, own_folder, write_new
 
 T = TypeVar("T")
@@ -123,7 +123,7 @@ def _identity(path: str, digest: str) -> _Note:
 
 
 def _read_note(path: Path) -> _Note | None:
-    with contextlib.suppress(OSError, msgspec.DecodeError):  # a ValidationError is one
+    with contextlib.suppress(OSError, *UNDECODABLE):
         fd = open_own(path, os.O_RDONLY)
         try:
             return msgspec.json.decode(os.read(fd, _MAX_NOTE_BYTES), type=_Note)

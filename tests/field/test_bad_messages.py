@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 
+import httpx
 import msgspec
 import pytest
 
 from kvist import wire
 from kvist.bounded_log import BoundedLog
 from kvist.clock import FakeClock
-from kvist.errors import WireError
+from kvist.errors import Unavailable, WireError
 from kvist.request import (
     EngineRequest,
     EpochId,
@@ -23,8 +24,10 @@ from kvist.request import (
     SamplingParams,
     WorkerId,
 )
+from kvist.router.discovery import find_engine
 from kvist.worker.gateways import Gateways
 from kvist.worker.inbox import Inbox, Reply
+from kvist.worker.messages import decode_line
 
 SPEC = wire.EngineSpec(
     worker_id=WorkerId("w"),
@@ -89,6 +92,21 @@ def inbox_of(role: str) -> Inbox:
 def test_what_cannot_be_decoded_is_dropped_and_counted(payload: bytes) -> None:
     with pytest.raises(WireError, match="cannot decode"):  # which both kinds of sockets count
         wire.Decoder(wire.ToEngine).decode(payload)
+
+
+@pytest.mark.parametrize("content", [b'{"engine": "\xff"}', b'{"x": ' + b"[" * 100_000, b"x" * ((16 << 20) + 1), b"{}"])
+async def test_a_worker_url_that_answers_nonsense_says_so_and_is_asked_again(content: bytes) -> None:
+    transport = httpx.MockTransport(lambda _request: httpx.Response(200, content=content))
+    async with httpx.AsyncClient(transport=transport) as client:
+        with pytest.raises(Unavailable, match="http://w:1"):
+            await find_engine(client, "http://w:1", timeout_s=60.0, stalled_s=60.0)
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"type": "Progress", "text": "\xff"}\n', b'{"type": "Ready", "x": ' + b"[" * 100_000]
+)
+def test_a_line_that_a_library_prints_is_not_taken_for_the_engine_s(line: bytes) -> None:
+    assert decode_line(line) is None
 
 
 @pytest.mark.case("message-other-role")

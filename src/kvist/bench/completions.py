@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import Clock
+from kvist.errors import UNDECODABLE
 
 MAX_EVENT_BYTES = 16 << 20
 MAX_ERROR_BYTES = 64 << 10
@@ -151,7 +152,7 @@ class _Reading:
     def _event(self, content: bytes, now_s: float) -> None:
         try:
             event = _decode(content)
-        except msgspec.DecodeError as error:
+        except UNDECODABLE as error:
             raise HttpFailure("bad_stream", f"{error} in event {_text(content)}") from error
         if event.error and bytes(event.error) != b"null":
             raise HttpFailure("error_event", _text(content))

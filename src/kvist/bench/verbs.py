@@ -14,8 +14,6 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
 import kvist
 from kvist.bench import report as reports
 from kvist.bench.completions import Asker
@@ -25,7 +23,7 @@ from kvist.bench.http import HttpClient, HttpFailure, read_whole
 from kvist.bench.load import Source
 from kvist.bench.report import Report, Run
 from kvist.clock import MonotonicClock
-from kvist.errors import ConfigError, Unavailable
+from kvist.errors import UNDECODABLE, ConfigError, Unavailable
 from kvist.event_loop import run_in_loop
 from kvist.flags import Sources, given_values, nearest, read_settings
 
@@ -226,7 +224,7 @@ def _check_writable(path: Path) -> None:
 def _read_baseline(path: Path) -> Report:
     try:
         return reports.decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *UNDECODABLE) as error:
         raise ConfigError(f"--baseline {path} is no file that --json wrote: {error}", param="baseline") from error
 
 

@@ -21,7 +21,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from kvist.errors import ConfigError, EngineError
+from kvist.errors import UNDECODABLE, ConfigError, EngineError
 
 HANDLE_BYTES = 64
 _GRANULE_BYTES = 2 << 20  # the driver's own: smaller allocations share one, and would be exported together
@@ -119,7 +119,7 @@ def read_export(content: bytes) -> ExportedMemory:
     """Raises `EngineError` for what `encode` cannot have written."""
     try:
         exported = msgspec.json.decode(content, type=ExportedMemory)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except UNDECODABLE as error:
         raise EngineError(f"it does not describe GPU memory: {error}") from error
     if len(exported.handle) != (0 if exported.error else HANDLE_BYTES):
         raise EngineError(f"a handle has {HANDLE_BYTES} bytes, this one {len(exported.handle)}")

@@ -7,6 +7,7 @@ fleet.py decides when to ask.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -14,7 +15,7 @@ import httpx
 import msgspec
 
 from kvist.channel.security import WILDCARD_HOSTS, bracketed, split_tcp_endpoint
-from kvist.errors import ConfigError, Unavailable
+from kvist.errors import UNDECODABLE, ConfigError, Unavailable
 from kvist.wire import EngineHealth, EngineSpec
 
 _MAX_ANSWER_BYTES = 16 << 20
@@ -62,18 +63,19 @@ async def find_engine(client: httpx.AsyncClient, url: str, *, timeout_s: float, 
     """The engine behind a worker's URL. Raises `Unavailable` saying why there is none now, or that it has made no
     progress for `stalled_s`."""
     try:
-        response = await client.get(f"{url}/server_info", timeout=timeout_s)
-    except httpx.HTTPError as error:
-        raise Unavailable(f"no answer from {url}/server_info: {error or type(error).__name__}") from error
-    if response.status_code == httpx.codes.UNAUTHORIZED:
+        async with asyncio.timeout(timeout_s):
+            status, content = await _get(client, f"{url}/server_info")
+    except (httpx.HTTPError, TimeoutError) as error:
+        raise Unavailable(f"no answer from {url}/server_info: {str(error) or type(error).__name__}") from error
+    if status == httpx.codes.UNAUTHORIZED:
         raise Unavailable(f"{url} wants another API key: start the router with the --api-key of its workers")
-    if response.status_code != httpx.codes.OK:
-        raise Unavailable(f"{url}/server_info answers {response.status_code}")
-    if len(response.content) > _MAX_ANSWER_BYTES:
+    if status != httpx.codes.OK:
+        raise Unavailable(f"{url}/server_info answers {status}")
+    if len(content) > _MAX_ANSWER_BYTES:
         raise Unavailable(f"{url}/server_info answers more than {_MAX_ANSWER_BYTES} bytes: it is no Kvist worker")
     try:
-        info = _decoder.decode(response.content)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        info = _decoder.decode(content)
+    except UNDECODABLE as error:
         raise Unavailable(f"{url}/server_info is not that of a Kvist worker: {error}") from error
     health = info.engine_health
     if info.engine is None:
@@ -86,3 +88,14 @@ async def find_engine(client: httpx.AsyncClient, url: str, *, timeout_s: float, 
             f"the engine at {url} has made no progress for {health.stalled_s:.0f} s: its process is stopped or hangs"
         )
     return FoundEngine(endpoint=reachable_endpoint(url, info.engine.endpoint), health=health)
+
+
+async def _get(client: httpx.AsyncClient, url: str) -> tuple[int, bytes]:
+    """Status and body, of which no more is read than a worker may answer."""
+    content = bytearray()
+    async with client.stream("GET", url, headers={"Accept-Encoding": "identity"}, timeout=None) as response:
+        async for piece in response.aiter_bytes():
+            content += piece
+            if len(content) > _MAX_ANSWER_BYTES:
+                break
+        return response.status_code, bytes(content)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
+from kvist.errors import UNDECODABLE
 from kvist.wire import EngineSpec
 
 DRAIN, STOP = b"drain", b"stop"
@@ -51,5 +52,5 @@ def decode_line(line: bytes) -> Announcement | None:
     """None: the line is something else, printed by a library."""
     try:
         return _DECODER.decode(line)
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         return None

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kvist.checkpoint import find_checkpoint
-from kvist.errors import ConfigError, EngineError, KvistError
+from kvist.errors import UNDECODABLE, ConfigError, EngineError, KvistError
 from kvist.log import LogConfig, setup_logging
 from kvist.parent import continue_when_parent_dies
 from kvist.worker.config import EngineConfig
@@ -88,7 +88,7 @@ def parse_config(settings: bytes) -> EngineConfig:
     """Raises `ConfigError` for what is no JSON object of `EngineConfig`'s fields."""
     try:
         return msgspec.json.decode(settings, type=EngineConfig)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except UNDECODABLE as error:
         raise ConfigError(f"the engine's settings cannot be read: {error}") from error
 
 
