@@ -19,11 +19,13 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from kvist import wire
+from kvist.checkpoint import find_checkpoint
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, EpochId, FinishReason, Mode, TokenLogprobs, WorkerId
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
+from kvist.text import load_tokenizer
 from kvist.text.chat import ChatTemplate
 from kvist.text.tokenizer import Alphabet, Tokenizer
 from kvist.wire import EngineSpec, TokenChunk
@@ -110,10 +112,12 @@ def _logprobs(count: int) -> TokenLogprobs:
 
 
 @asynccontextmanager
-async def server(engine: Engine | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def server(
+    engine: Engine | None = None, *, tokenizer: Tokenizer | None = None, **settings: Any
+) -> AsyncIterator[httpx.AsyncClient]:
     app: Any = build_app(
         dispatcher=engine or Engine(),  # type: ignore[arg-type]  # what generation needs of one
-        tokenizer=byte_tokenizer(),
+        tokenizer=tokenizer or byte_tokenizer(),
         config=replace(ServerConfig(), **settings),
         model_name="tiny",
     )
@@ -451,3 +455,19 @@ async def test_a_long_request_waits_for_a_thread_no_longer_than_a_request_may_ta
             go.set()
     assert response.status_code == 504
     assert "--request-timeout-s" in response.json()["error"]["message"]
+
+
+@pytest.mark.model
+@pytest.mark.case("tokenise-unbounded")
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="the peak of a process's memory is asked of Linux")
+@pytest.mark.parametrize("kind", ["emoji", "emoji to tokenize", "digits", "one message"])
+async def test_the_real_tokenizer_takes_at_most_64_mb_for_each_of_six_hostile_texts(kind: str) -> None:
+    path, make = HOSTILE[kind]
+    body = make()
+    tokenizer = load_tokenizer(find_checkpoint(None))
+    async with server(tokenizer=tokenizer) as client:
+        await client.post(path, json={"prompt": "x"})
+        with peak_of_memory() as peak:
+            responses = await asyncio.gather(*(client.post(path, content=body) for _ in range(6)))
+    assert [response.status_code for response in responses] == [400] * 6
+    assert peak.num_bytes < 6 * (64 << 20)
