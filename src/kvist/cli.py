@@ -88,7 +88,7 @@ def _run(verb: str, argv: list[str]) -> int:
     if verb not in VERBS:
         from kvist.flags import nearest
 
-        raise ConfigError(f"there is no such verb{nearest(verb, list(VERBS))} Known: {', '.join(VERBS)}")
+        raise ConfigError(f"there is no such verb{nearest(verb, list(VERBS)) or '.'} Known: {', '.join(VERBS)}")
     from kvist import settings
 
     if asked := {"-h", "--help", "--help-all"}.intersection(argv):

@@ -108,6 +108,20 @@ def test_a_mistake_is_one_line_on_standard_error_and_status_2(
         assert word in shown
 
 
+@pytest.mark.parametrize(
+    ("verb", "answer"),
+    [
+        ("xyzzy", "kvist xyzzy: there is no such verb. Known: serve, "),
+        ("serv", "kvist serv: there is no such verb; did you mean serve? Known: serve, "),
+    ],
+)
+def test_an_unknown_verb_is_answered_by_whole_sentences(
+    verb: str, answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([verb]) == 2
+    assert capsys.readouterr().err.startswith(answer)
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_option_of_a_verb_has_its_own_flags(verb: str) -> None:
     flags = [flag for option in options_of(settings._SETTINGS[verb]) for flag in option.flags]

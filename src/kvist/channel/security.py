@@ -45,14 +45,14 @@ ADDRESS_BYTES = _KEY_BYTES + _NONCE_BYTES + _MAC_BYTES
 class ChannelConfig:
     cluster_key: str | None = option(
         None,
-        "secret shared by every gateway and engine of the cluster; others can read a command line, so better give "
-        "--cluster-key-file or the variable",
+        "secret shared by every gateway and engine of the cluster. Other users can read a command line: "
+        "--cluster-key-file or KVIST_CLUSTER_KEY is safer",
         secret=True,
     )
     cluster_key_file: str | None = option(
         None,
-        "file with the cluster key, yours and readable by nobody else; without it kvist/cluster.key in your "
-        "configuration folder (~/.config), which is made when it is missing",
+        "file with the cluster key, readable by you alone; by default kvist/cluster.key in your configuration folder "
+        "(~/.config), made if missing",
     )
     max_message_bytes: int = option(
         64 << 20, "largest message an engine socket accepts", unit="bytes", minimum=1 << 16, maximum=1 << 30
@@ -60,7 +60,9 @@ class ChannelConfig:
     send_queue_messages: int = option(
         10_000, "messages that may wait for one peer before sending to it fails", unit="messages", minimum=16
     )
-    max_peers: int = option(64, "prefill engines one decode engine keeps connections to", minimum=1, maximum=1024)
+    max_peers: int = option(
+        64, "most prefill engines to which one decode engine keeps connections", minimum=1, maximum=1024
+    )
 
 
 def split_tcp_endpoint(endpoint: str) -> tuple[str, str] | None:

@@ -36,21 +36,21 @@ class ClusterConfig:
 class ChatConfig:
     target: str | None = option(
         None,
-        "URL of a running server, or a model to start a server for; without it, a server of the embedded model is "
-        "started",
+        "URL of a running server, or a model for which a server is started; by default a server of the embedded model "
+        "is started",
     )
     system: str | None = option(None, "the system prompt", aliases=("system-prompt",))
     max_tokens: int | None = option(
         None, "longest answer", unit="tokens", minimum=1, unset="as long as the model's context allows"
     )
     temperature: float | None = option(
-        None, "0 gives the likeliest answer every time", minimum=0, unset="the server's default"
+        None, "0 always takes the likeliest token", minimum=0, unset="the server's default"
     )
     served_model_name: str | None = option(
-        None, "the model to ask for, where a server has several", unset="the server's first"
+        None, "the model to use, if the server has several", unset="the server's first"
     )
-    api_key: str | None = option(None, "the running server's key", secret=True)
-    stats: bool = option(True, "show what each answer took")
+    api_key: str | None = option(None, "API key of the running server", secret=True)
+    stats: bool = option(True, "show figures after each answer")
     start_timeout_s: float = option(600.0, "the longest wait for a server that is started here", unit="s", minimum=1)
 
     @property

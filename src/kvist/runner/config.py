@@ -29,20 +29,20 @@ class RunnerOptions:
     base_gpu_id: int = option(0, "the first GPU of this worker, counted from 0; --tp N takes N in a row", minimum=0)
     context_length: int | None = option(
         None,
-        "longest prompt and answer together; by default what the model was trained for",
+        "longest prompt and answer together; by default the length that the model was trained for",
         unit="tokens",
         aliases=("max-model-len",),
         minimum=2,
     )
     tp: int = option(
         1,
-        "tensor parallel size: ranks that share each layer, on GPUs one each",
+        "tensor parallel size: how many ranks share each layer; on GPUs each rank has its own",
         aliases=("tp-size", "tensor-parallel-size", "-tp"),
         minimum=1,
     )
     mem_fraction_static: float = option(
         0.8,
-        "share of the memory for weights and KV pages together: of all that a GPU has, of what is free on a CPU; "
+        "share of the memory for weights and KV pages together: of a GPU's total memory, of a CPU's free memory; "
         "kvist up divides the default among the workers of one GPU",
         aliases=("gpu-memory-utilization",),
         minimum=0.01,
@@ -50,8 +50,8 @@ class RunnerOptions:
     )
     max_total_tokens: int | None = option(
         None,
-        "tokens in the page pool; by default what the memory holds, on a CPU at most 32768 and an eighth of what is "
-        "free",
+        "tokens in the page pool; by default as many as the memory holds, but on a CPU at most 32768, and at most an "
+        "eighth of the free memory",
         unit="tokens",
         minimum=1,
     )
@@ -65,7 +65,7 @@ class RunnerOptions:
     )
     attention_backend: str = option(
         "auto",
-        "implementation of attention; auto takes the quickest here",
+        "implementation of attention; auto takes the fastest that this machine has",
         choices=("auto", "torch", "fa3", "flashinfer"),
     )
     disable_cuda_graph: bool = option(
@@ -74,7 +74,9 @@ class RunnerOptions:
         aliases=("enforce-eager",),
     )
     num_threads: int = option(
-        0, "CPU threads of the engine; 0 shares the cores with the workers that this host runs already", minimum=0
+        0,
+        "CPU threads of the engine; 0 takes an even share of the cores, with the workers already running on this host",
+        minimum=0,
     )
     random_seed: int = option(0, "seed of dummy weights", aliases=("seed",), minimum=0)
 

@@ -20,7 +20,7 @@ class SchedulerOptions:
 
     max_running_requests: int | None = option(
         None,
-        "requests computed together; more of them wait; auto is 128 on a CPU, 256 on a GPU",
+        "most requests computed together, further ones wait; auto is 128 on a CPU, 256 on a GPU",
         unit="requests",
         aliases=("max-num-seqs",),
         minimum=1,
@@ -28,14 +28,15 @@ class SchedulerOptions:
     )
     max_queued_requests: int = option(
         512,
-        "requests that may wait, beside those that run; one more is refused as overloaded, or the newest one of the "
-        "caller with the most of them",
+        "most requests that may wait, besides those running. When the queue is full, the new request is refused as "
+        "overloaded, or the newest one of the caller with the most waiting requests",
         unit="requests",
         minimum=1,
     )
     chunked_prefill_size: int | None = option(
         None,
-        "tokens of a step as a rule, when many streams wait for it; auto is made for the device and the role",
+        "usual size of a step, decodes included; larger steps are made only when few streams or many prompts wait "
+        "(--max-prefill-tokens); auto depends on the device and the role",
         unit="tokens",
         aliases=("max-num-batched-tokens",),
         minimum=1,
@@ -43,32 +44,37 @@ class SchedulerOptions:
     )
     max_prefill_tokens: int | None = option(
         None,
-        "the most tokens of one step, decodes (one each) first: taken when few streams wait for it or many prompts do; "
-        "auto is made for the device and the role",
+        "largest size of a step, used when few streams or many prompts wait; decodes (one token each) come first; "
+        "auto depends on the device and the role",
         unit="tokens",
         minimum=1,
         unset=AUTO,
     )
     overlap: bool | None = option(
         None,
-        "plan the next step while one is computed; auto does so on a GPU, where the CPU has the time",
+        "plan the next step while the current one is computed; auto does so on a GPU only",
         unset=AUTO,
     )
-    queue_timeout_s: float = option(60.0, "the longest wait for a first turn", unit="s", minimum=0.001)
+    queue_timeout_s: float = option(60.0, "longest wait of a request for its first step", unit="s", minimum=0.001)
     grant_timeout_s: float = option(
-        90.0, "prefill: the longest wait for the decode worker's pages", unit="s", minimum=0.001
+        90.0, "prefill: longest wait for the decode worker to grant pages", unit="s", minimum=0.001
     )
     handoff_timeout_s: float = option(
         120.0,
-        "decode: from granting pages to having them verified; prefill: from the last page computed to the Ack",
+        "longest handoff; decode counts from granting the pages until all are verified, prefill from the last "
+        "computed page until the Ack",
         unit="s",
         minimum=0.001,
     )
     ack_timeout_s: float = option(
-        1.0, "Grant, Done and Revoke are said again after this long without an answer", unit="s", minimum=0.001
+        1.0, "Grant, Done and Revoke are sent again when no answer has come for this long", unit="s", minimum=0.001
     )
     max_remembered_handoffs: int = option(
-        4096, "early grants, and closed handoffs whose peers may still ask, kept at most", unit="handoffs", minimum=1
+        4096,
+        "most handoffs to remember: grants that arrived before their request, and closed handoffs that a peer may "
+        "still ask about",
+        unit="handoffs",
+        minimum=1,
     )
 
     def __post_init__(self) -> None:

@@ -27,42 +27,43 @@ class ServerConfig:
     port: int = option(30000, "port to listen on", minimum=0, maximum=65535)
     api_key: tuple[str, ...] = option(
         (),
-        "clients must send it, or one of several, as 'Authorization: Bearer KEY'; /health and /ready stay open. "
-        "A router sends the first one to its workers. Several are separated by spaces or commas. Others can read a "
-        "command line, so better give the variable",
+        "one or several keys, separated by spaces or commas; clients must send one of them as 'Authorization: Bearer "
+        "KEY', except to /, /health and /ready. A router sends the first one to its workers. Other users can read a "
+        "command line: KVIST_API_KEY is safer",
         secret=True,
     )
     tenant_by: str = option(
         TENANT_NONE,
-        "whose cached prefixes a request may use: everybody's who sends the same cache_salt, or only those of requests "
-        "with the same API key",
+        "whose cached prefixes a request may use: those of everybody who sends the same cache_salt, or only those of "
+        "requests with the same API key",
         choices=(TENANT_NONE, TENANT_API_KEY),
     )
     allowed_origins: tuple[str, ...] = option(
         (),
-        "web pages that may use this server, as https://HOST[:PORT]; * allows all pages. Without this option browsers "
-        "let no other page read an answer",
+        "origins of the web pages that may use this server, as https://HOST[:PORT]; * allows all. By default a "
+        "browser lets no page of another origin read an answer",
     )
     access_log: bool = option(
         True,
-        "log one line for each HTTP request; those that poll (/health, /ready, /server_info, /metrics) only at "
-        "--log-level debug",
+        "log one line for each HTTP request; polls (/health, /ready, /server_info, /metrics) only at --log-level debug",
     )
-    max_connections: int = option(2048, "HTTP connections open at once; more are answered 503 and closed", minimum=1)
+    max_connections: int = option(
+        2048, "most HTTP connections open at once; more are answered with 503 and closed", minimum=1
+    )
     header_timeout_s: float = option(
         30.0, "longest time a request's header may take to arrive; slower ones get 408", unit="s", minimum=0.001
     )
     ssl_certfile: Path | None = option(None, "PEM file with the certificate chain: HTTPS instead of HTTP")
     ssl_keyfile: Path | None = option(None, "PEM file with the private key of --ssl-certfile, without a password")
     instance_id: str | None = option(
-        None, "shown by /health and /ready, so that whatever started this server knows whose port it asks"
+        None, "name shown by /health and /ready, so that a supervisor can tell this server from another one on its port"
     )
-    served_model_name: str | None = option(None, "model name in the API; default: the model's own name")
+    served_model_name: str | None = option(None, "the model's name in the API; by default the model's own name")
     max_body_bytes: int = option(8 << 20, "largest HTTP body accepted", unit="bytes", minimum=1024)
     max_total_body_bytes: int = option(
         256 << 20,
-        "bytes that the bodies of all requests may hold while they are read and tokenised, the first 64 KiB of each "
-        "not counted; more get 429",
+        "most bytes of request bodies held at once, while they are read and tokenised, not counting the first 64 KiB "
+        "of each; further requests get 429",
         unit="bytes",
         minimum=1024,
     )
@@ -78,8 +79,8 @@ class ServerConfig:
     )
     max_concurrent_requests: int = option(
         1024,
-        "generations open at once, each of a request's n counted; more get 429. The last eighth of the places is for "
-        "callers that have less than their share",
+        "most answers generated at once (a request with n=4 counts four times); more get 429. The last eighth of the "
+        "places is kept for callers that have less than their share",
         minimum=1,
     )
     max_choices: int = option(128, "most answers one request may ask for (its prompts times n)", minimum=1)
@@ -93,15 +94,15 @@ class ServerConfig:
     )
     drain_grace_s: float = option(
         0.0,
-        "on shutdown, how long the port answers at least (/ready with 503), so that a load balancer notices; 5 is "
+        "on shutdown, how long the port answers at least (with 503 for /ready), so that a load balancer notices; 5 is "
         "usual in Kubernetes",
         unit="s",
         minimum=0,
     )
     incremental_streaming_output: bool = option(
         False,
-        "each event of a /generate stream has only what is new; without it, all text and all ids so far, and the "
-        "logprobs of new tokens",
+        "each event of a /generate stream has only the new text, ids and logprobs; by default an event has all text "
+        "and ids so far, and only the new logprobs",
         aliases=("stream-output",),
     )
     cumulative_logprobs: bool = option(

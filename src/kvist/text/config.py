@@ -13,8 +13,8 @@ AUTO_CONFIG, NO_CONFIG = "auto", "vllm"
 class TextConfig:
     generation_config: str = option(
         AUTO_CONFIG,
-        "where the temperature, top_p, top_k and min_p of requests come from that do not say: 'auto' is the model's "
-        "own generation_config.json, 'vllm' is OpenAI's defaults, a folder is one with another generation_config.json",
+        "source of temperature, top_p, top_k and min_p for requests that do not set them: 'auto' is the model's "
+        "generation_config.json, 'vllm' is OpenAI's defaults, a folder is one with another generation_config.json",
     )
     chat_template: str | None = option(
         None,
@@ -22,7 +22,7 @@ class TextConfig:
     )
     special_tokens_in_content: str = option(
         "special",
-        "control tokens such as <|im_start|>, spelled in the content of chat messages: 'special' lets them work as "
-        "such, as other servers do; 'text' makes them plain text, so that a message cannot forge another role",
+        "control tokens such as <|im_start|>, spelled in the content of chat messages: 'special' keeps their effect, "
+        "as other servers do; 'text' makes them plain text, so that a message cannot forge another role",
         choices=("special", "text"),
     )

@@ -33,8 +33,8 @@ class HostTierConfig:
     )
     hicache_write_policy: str = option(
         DEFAULT_POLICY,
-        "when a page is copied to the host: as soon as it is computed, (selective) after its second hit, or "
-        "(write_back) when the device pool is about to need its room",
+        "when a page is copied to the host tier: as soon as it is computed (write_through), after its second hit "
+        "(write_through_selective), or when the device pool will soon need its room (write_back)",
         choices=("write_through", "write_through_selective", "write_back"),
     )
     hicache_persist: str | None = option(
@@ -69,44 +69,45 @@ class StorageConfig:
 
     hicache_storage_backend: str | None = option(
         None,
-        "keep the host tier's pages in a store, too: file is a folder that workers share and that outlives them, "
-        "memory (for tests) this worker's own",
+        "also keep the host tier's pages in a store: file is a folder that workers share and that outlives them; "
+        "memory, for tests, belongs to this worker alone",
         choices=STORAGE_BACKENDS,
         unset="none",
     )
     hicache_storage_path: str | None = option(
-        None, "folder of the file store; it is made if it is missing", unset="kvist/pages in the user's cache folder"
+        None, "folder of the file store; it is made if missing", unset="kvist/pages in the user's cache folder"
     )
     hicache_storage_roots: tuple[str, ...] = option(
         (),
-        "folders below which PUT /hicache/storage-backend may name one; unless given, only the folder above and what "
-        "is below it",
-        unset="the folder above",
+        "PUT /hicache/storage-backend may name only these folders and folders below them",
+        unset="--hicache-storage-path",
     )
     hicache_storage_secret_file: str | None = option(
         None,
-        "file with the secret that all workers of a file store share: a page written without it is never used. Needed "
-        "where others may write to the disk",
+        "file with the secret that all workers of a file store share: a page written without this secret is never "
+        "used. Needed where others may write to the disk",
         unset="a file in the store's folder",
     )
-    hicache_storage_size: float = option(DEFAULT_STORAGE_GB, "the most that the store takes", unit="GB", minimum=0.001)
+    hicache_storage_size: float = option(
+        DEFAULT_STORAGE_GB, "largest total size of the pages in the store", unit="GB", minimum=0.001
+    )
     hicache_storage_prefetch_policy: str = option(
         "timeout",
-        "how long a request waits for its pages to come from the store: not at all, until all have come, or until "
-        "they have or the time below is over",
+        "how long a request waits for its pages from the store: not at all (best_effort), until all have come "
+        "(wait_complete), or until all have come or the time set below is over (timeout)",
         choices=PREFETCH_POLICIES,
     )
     hicache_storage_prefetch_threshold: int = option(
-        256, "fewer tokens are computed rather than fetched", unit="tokens", minimum=1
+        256, "fewest tokens worth fetching; fewer are computed again", unit="tokens", minimum=1
     )
     hicache_storage_prefetch_timeout_base_s: float = option(
-        1.0, "policy timeout: the longest wait, whatever is fetched", unit="s", minimum=0
+        1.0, "policy timeout: longest wait, before the time for each 1000 tokens is added", unit="s", minimum=0
     )
     hicache_storage_prefetch_timeout_per_1k_s: float = option(
-        0.25, "policy timeout: so much more for each 1000 tokens", unit="s", minimum=0
+        0.25, "policy timeout: added to the longest wait for each 1000 tokens", unit="s", minimum=0
     )
     hicache_storage_deadline_s: float = option(
-        10.0, "a store that takes longer for 128 pages is left alone for a while", unit="s", minimum=0.1
+        10.0, "a store that takes longer than this for 128 pages is not used for a while", unit="s", minimum=0.1
     )
 
     def __post_init__(self) -> None:
@@ -153,21 +154,21 @@ class EngineConfig(RunnerOptions):
     )
     cpu_affinity: bool = option(
         False,
-        "on a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores; of an engine "
-        "with --tp this is about rank 0, and the other ranks, which launch the same steps, run where they like",
+        "on a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores; with --tp "
+        "only rank 0 of the engine is bound to its half",
     )
-    engine_host: str = option("127.0.0.1", "address that the engine's own socket binds")
+    engine_host: str = option("127.0.0.1", "address on which the engine's own socket listens")
     engine_port: int = option(0, "port of the engine's own socket; 0 finds a free one", minimum=0, maximum=65535)
     engine_advertise_host: str | None = option(
-        None, "how other hosts name this one, when the engine's socket binds a wildcard address"
+        None, "this host's name or address for other hosts, when --engine-host is a wildcard such as 0.0.0.0"
     )
     runtime_dir: str | None = option(
         None, "folder for page pools and lock files, shared by the workers of this host; by default in shared memory"
     )
     gateway_timeout_s: float = option(
-        15.0, "a gateway silent for this long has its requests aborted", unit="s", minimum=0.1
+        15.0, "requests of a gateway that is silent for this long are aborted", unit="s", minimum=0.1
     )
-    engine_start_timeout_s: float = option(600.0, "the longest wait for the model to load", unit="s", minimum=1)
+    engine_start_timeout_s: float = option(600.0, "longest time to load the model", unit="s", minimum=1)
     stall_restart_s: float = option(
         30.0,
         "a process that makes no progress for this long (stopped, blocked, or waiting for a device that hangs) is "
