@@ -186,3 +186,24 @@ async def test_a_signal_beside_the_word_of_the_parent_asks_for_no_haste(parent_f
     stop(signal.SIGTERM, None)
     await asyncio.sleep(0)
     assert stop.hurried.is_set()
+
+
+@pytest.mark.case("signal-to-all")
+async def test_a_worker_that_drains_gets_nothing_new_and_finishes_what_it_has(serve: Callable[..., object]) -> None:
+    """As a router sees it when one worker of several is told to stop."""
+    async with serve() as server:  # type: ignore[attr-defined]
+        server.engine.stop_after = 3
+        streaming = asyncio.create_task(read(server, ASK))
+        await server.until(lambda: server.engine.num_hanging)
+        server.engine.report(draining=True)
+        ready = await server.client.get("/ready")
+        async with asyncio.timeout(60):
+            while ready.status_code == 200:
+                ready = await server.client.get("/ready")
+        assert "it is stopping" in ready.text
+        num_submitted = len(server.engine.submitted)
+        refused = await server.client.post("/v1/completions", json=ASK)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+        assert len(server.engine.submitted) == num_submitted
+        server.engine.finish_streams()
+        assert (await streaming).endswith("data: [DONE]\n\n")
