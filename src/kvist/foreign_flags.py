@@ -54,7 +54,7 @@ REMEDIES: Mapping[str, str] = {
     "--quantization": _NO_WEIGHTS,
     "--reasoning-parser": _NO_TOOLS,
     "--revision": "nothing is downloaded: name the folder of that revision with --model-path",
-    "--schedule-policy": "requests are taken in the order of their arrival; leave it out",
+    "--schedule-policy": "callers take turns, and a caller's requests are taken in the order of arrival; leave it out",
     "--skip-tokenizer-init": "send token ids instead of text: every endpoint takes them",
     "--speculative-algorithm": _NO_SPECULATION,
     "--speculative-config": _NO_SPECULATION,

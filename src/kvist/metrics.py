@@ -22,76 +22,76 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ENGINE_TOTALS: Mapping[str, str] = {
-    "steps": "engine steps that were finished",
+    "steps": "engine steps finished",
     "failed_steps": "engine steps that the model or the device failed, or in which the model computed NaN",
-    "abandoned_steps": "engine steps given up half-way on a CPU, because every client of theirs had left",
+    "abandoned_steps": "engine steps abandoned half-way on a CPU because every client of the step had left",
     "prompt_tokens": "prompt tokens of admitted requests",
     "cached_prompt_tokens": "prompt tokens found in the page cache",
-    "ceiling_prompt_tokens": "prompt tokens that a page cache which forgets nothing would have had",
-    "ceiling_remembered_pages": "evicted pages whose digests are remembered, to know the ceiling of the hits",
-    "ceiling_forgotten_pages": "of those, forgotten: from the first on the ceiling is a lower bound",
+    "ceiling_prompt_tokens": "prompt tokens that would have been cached if no page had ever been evicted",
+    "ceiling_remembered_pages": "evicted pages whose digests were remembered, to count the ceiling of the hits",
+    "ceiling_forgotten_pages": "remembered digests that were forgotten again; above 0 the ceiling is a lower bound",
     "computed_prompt_tokens": "prompt tokens computed by the model",
     "generation_tokens": "output tokens produced",
     "preemptions": "requests sent back to waiting because pages ran out",
     "requests_finished": "requests ended with all their tokens",
     "requests_failed": "requests ended by an error",
-    "requests_aborted": "requests ended by their gateway",
-    "requests_refused": "requests refused, by a full queue or as invalid",
-    "requests_displaced": "waiting requests that gave way, in a full queue, to a caller that had fewer there",
-    "handoffs_sent": "handoffs that this worker wrote and the other acknowledged",
-    "handoffs_received": "handoffs that this worker granted and verified",
+    "requests_aborted": "requests aborted by their gateway",
+    "requests_refused": "requests refused because the queue was full or the request invalid",
+    "requests_displaced": "waiting requests removed from a full queue in favour of a caller with fewer requests in it",
+    "handoffs_sent": "handoffs sent by this prefill worker and acknowledged by the decode worker",
+    "handoffs_received": "handoffs granted and verified by this decode worker",
     "handoffs_failed": "handoffs that failed, were refused or timed out",
     "foreign_grants": "grants refused because the gateway had named another decode worker",
     "handoff_pages": "pages written by handoffs",
     "handoff_bytes": "bytes written by handoffs",
     "plan_cpu_seconds": "processor time spent planning steps",
     "launch_cpu_seconds": "processor time spent launching steps (on a CPU: computing them)",
-    "read_cpu_seconds": "processor time spent reading steps back; on a GPU mostly waiting for it",
-    "loop_cpu_seconds": "processor time of the engine's loop, the three above and its messages included",
+    "read_cpu_seconds": "processor time spent reading results of steps back; on a GPU mostly waiting for the device",
+    "loop_cpu_seconds": "processor time of the engine's loop: steps planned, launched and read, and messages",
     "process_cpu_seconds": "processor time of the engine process, all threads",
-    "handoff_seconds": "time of handoffs from grant to acknowledged (sent) or verified (received)",
+    "handoff_seconds": "total time of handoffs, from the Grant to the Ack (sent) or to verified pages (received)",
     "device_hit_pages": "pages of admitted requests found in the device pool (L1)",
-    "device_miss_pages": "pages of admitted requests not found there",
+    "device_miss_pages": "pages of admitted requests not found in the device pool (L1)",
     "device_evicted_pages": "cached pages dropped from the device pool",
-    "host_hit_pages": "of the pages not found there, those found in the host tier (L2)",
-    "host_miss_pages": "of the pages not found there, those not found in the host tier either",
+    "host_hit_pages": "pages not found in the device pool but found in the host tier (L2)",
+    "host_miss_pages": "pages found neither in the device pool nor in the host tier (L2)",
     "host_evicted_pages": "pages dropped from the host tier",
-    "host_loaded_pages": "pages taken back from the host tier",
+    "host_loaded_pages": "pages copied from the host tier back to the device pool",
     "host_backed_up_pages": "pages copied to the host tier",
-    "host_skipped_pages": "pages due for a copy and left out: too many under way, or no room",
-    "host_failed_pages": "pages in copies that failed, either way",
-    "storage_hit_pages": "pages of arriving requests that the host tier lacked and the storage tier (L3) has",
-    "storage_miss_pages": "those that it has not, as it said",
+    "host_skipped_pages": "pages not copied to the host tier: too many copies under way, or no room there",
+    "host_failed_pages": "pages of failed copies to or from the host tier",
+    "storage_hit_pages": "pages that the host tier lacked when a request arrived, found in the storage tier (L3)",
+    "storage_miss_pages": "pages that the host tier lacked when a request arrived, not found in the storage tier (L3)",
     "storage_fetched_pages": "pages copied from the storage tier to the host tier",
-    "storage_stored_pages": "pages stored in the storage tier, or found to be there",
-    "storage_skipped_pages": "pages due to be stored, and evicted from the host tier before there was room",
-    "storage_failed_pages": "pages in fetches and stores that failed",
-    "storage_finds": "calls that asked the store what it has",
-    "storage_find_seconds": "time of those",
-    "storage_reads": "copies from the store to the host tier",
-    "storage_read_bytes": "bytes of those",
-    "storage_read_seconds": "time of those",
-    "storage_writes": "copies from the host tier to the store",
-    "storage_write_bytes": "bytes of those, found to be there included",
-    "storage_write_seconds": "time of those",
-    "storage_slow_calls": "calls of the store that outran the deadline",
-    "storage_raised_calls": "calls of the store that failed by a bug of it",
-    "storage_unasked_jobs": "finds, reads and writes left out because the store hangs (the breaker is open)",
-    "storage_broken_pages": "stored pages whose header, size, owner or seal was wrong: misses",
+    "storage_stored_pages": "pages written to the storage tier, or found there already",
+    "storage_skipped_pages": "pages not stored because the host tier evicted them before the store had room",
+    "storage_failed_pages": "pages of failed copies to or from the storage tier",
+    "storage_finds": "calls that looked up pages in the store",
+    "storage_find_seconds": "total time of calls that looked up pages in the store",
+    "storage_reads": "copies from the storage tier to the host tier",
+    "storage_read_bytes": "bytes copied from the storage tier to the host tier",
+    "storage_read_seconds": "total time of copies from the storage tier to the host tier",
+    "storage_writes": "copies from the host tier to the storage tier",
+    "storage_write_bytes": "bytes copied from the host tier to the storage tier, pages found there already included",
+    "storage_write_seconds": "total time of copies from the host tier to the storage tier",
+    "storage_slow_calls": "calls of the store that took longer than the deadline",
+    "storage_raised_calls": "calls of the store that failed by a bug in the store",
+    "storage_unasked_jobs": "finds, reads and writes skipped because the store hangs (its breaker is open)",
+    "storage_broken_pages": "stored pages with a wrong header, size, owner or seal; each counts as a miss",
     "storage_refused_pages": "pages for which the store had no room",
-    "storage_evicted_pages": "pages that this worker made the store drop, to keep its size",
-    "prefetches": "requests that asked the storage tier for pages, or waited for what others had asked for",
-    "prefetch_timeouts": "of those, went on before all had come",
-    "prefetch_wait_seconds": "time of those from arrival to the queue",
+    "storage_evicted_pages": "pages that this worker evicted from the store to keep the size limit",
+    "prefetches": "requests that fetched pages from the storage tier, or waited for pages that others were fetching",
+    "prefetch_timeouts": "requests that stopped waiting for the storage tier before all their pages had come",
+    "prefetch_wait_seconds": "total time that requests waited for the storage tier, from arrival to the queue",
     "host_loads": "copies from the host tier",
     "host_load_bytes": "bytes copied from the host tier",
-    "host_load_seconds": "time of copies from the host tier",
+    "host_load_seconds": "total time of copies from the host tier",
     "host_backups": "copies to the host tier",
     "host_backup_bytes": "bytes copied to the host tier",
-    "host_backup_seconds": "time of copies to the host tier",
+    "host_backup_seconds": "total time of copies to the host tier",
     "undecodable_messages": "messages dropped because they could not be decoded",
-    "refused_connections": "connections to the engine's socket that had another cluster key, or none",
-    "unexpected_messages": "messages dropped: this role takes none such, or their sender may not send them",
+    "refused_connections": "connections to the engine's socket refused because they had another cluster key, or none",
+    "unexpected_messages": "messages dropped because this role does not take them or their sender may not send them",
 }
 
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -149,13 +149,17 @@ class GatewayMetrics(Collector):
         return generate_latest(registry)
 
     def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily("kvist:gateway_requests_in_flight", "engine requests open here", self.num_requests)
+        yield GaugeMetricFamily(
+            "kvist:gateway_requests_in_flight", "engine requests in flight at this gateway", self.num_requests
+        )
         yield CounterMetricFamily("kvist:prompt_tokens", "prompt tokens of answered requests", self.num_prompt_tokens)
         yield CounterMetricFamily(
-            "kvist:cached_prompt_tokens", "of those, found in a page cache", self.num_cached_prompt_tokens
+            "kvist:cached_prompt_tokens",
+            "prompt tokens of answered requests that were found in a page cache",
+            self.num_cached_prompt_tokens,
         )
         yield CounterMetricFamily("kvist:generation_tokens", "output tokens received", self.num_generation_tokens)
-        yield _counter("request_success", "answered requests", "finished_reason", self.num_finished)
+        yield _counter("request_success", "requests answered in full", "finished_reason", self.num_finished)
         yield _counter("request_failure", "requests that ended in an error", "code", self.num_failed)
         yield CounterMetricFamily("kvist:client_disconnects", "clients that left before the end", self.num_disconnected)
         yield _http_requests(self.num_http_requests)
@@ -174,11 +178,19 @@ class GatewayMetrics(Collector):
             "bytes that bodies of large requests hold until they are tokenised",
             self.num_body_bytes(),
         )
-        yield self.loop_lag_s.family("gateway_loop_lag_seconds", "how late the event loop woke up, ten times a second")
-        yield self.time_to_first_token_s.family("time_to_first_token_seconds", "request read to first token")
-        yield self.inter_token_latency_s.family("inter_token_latency_seconds", "between two pieces of one stream")
-        yield self.time_per_output_token_s.family("time_per_output_token_seconds", "mean of a request after its first")
-        yield self.e2e_latency_s.family("e2e_request_latency_seconds", "request read to last token")
+        yield self.loop_lag_s.family(
+            "gateway_loop_lag_seconds", "how late the event loop wakes up, measured ten times a second"
+        )
+        yield self.time_to_first_token_s.family(
+            "time_to_first_token_seconds", "time from reading the request to its first token"
+        )
+        yield self.inter_token_latency_s.family("inter_token_latency_seconds", "time between two pieces of one stream")
+        yield self.time_per_output_token_s.family(
+            "time_per_output_token_seconds", "mean time per output token of a request, after its first token"
+        )
+        yield self.e2e_latency_s.family(
+            "e2e_request_latency_seconds", "time from reading the request to its last token"
+        )
         yield from self.of_workers()
 
 

@@ -135,7 +135,7 @@ class ChatSettings:
     def __post_init__(self) -> None:
         if self.chat.target and self.engine.model_path:
             raise ConfigError(
-                f"--model-path {self.engine.model_path} and {self.chat.target} both name what to talk to: give one",
+                f"--model-path {self.engine.model_path} and {self.chat.target} are two targets for the chat: give one",
                 param="target",
             )
 

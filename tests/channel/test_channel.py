@@ -374,7 +374,7 @@ def test_loopback_is_told_from_the_rest(endpoint: str, inside: bool) -> None:
 
 @pytest.mark.parametrize("endpoint", ["", "127.0.0.1:80", "udp://127.0.0.1:1", "tcp://127.0.0.1", "tcp://h:port"])
 def test_what_is_no_endpoint_is_refused(endpoint: str) -> None:
-    with pytest.raises(ConfigError, match="no engine endpoint"):
+    with pytest.raises(ConfigError, match="not an engine endpoint"):
         is_loopback(endpoint)
 
 

@@ -136,5 +136,5 @@ def test_a_chat_is_with_a_url_or_with_a_server_of_its_own(
 
 
 def test_two_servers_for_one_chat_are_an_error() -> None:
-    with pytest.raises(ConfigError, match="both name what to talk to"):
+    with pytest.raises(ConfigError, match="are two targets for the chat"):
         settings.read("chat", ["http://h:1", "--model-path", "m"], {})

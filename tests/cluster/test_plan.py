@@ -42,7 +42,7 @@ def test_a_router_on_all_interfaces_is_probed_through_loopback() -> None:
 
 @pytest.mark.parametrize(("prefill", "decode"), [(1, 0), (0, 2)])
 def test_prefill_without_decode_is_refused(prefill: int, decode: int) -> None:
-    with pytest.raises(ConfigError, match="no use without the other"):
+    with pytest.raises(ConfigError, match="useless without the other"):
         ClusterConfig(prefill=prefill, decode=decode)
 
 

@@ -163,7 +163,7 @@ def test_a_key_file_is_read_without_its_line_end_and_taken_out_of_the_config(tmp
         ("a key of some length", 0o604, "chmod 600"),
         ("short", 0o600, "could be guessed"),
         (" " * 64, 0o600, "could be guessed"),
-        ("k" * 5000, 0o600, "it is no key"),
+        ("k" * 5000, 0o600, "not a key"),
         (None, 0o600, "make one: (umask 077"),
     ],
 )
@@ -184,7 +184,7 @@ def test_a_folder_a_pipe_and_another_user_s_file_are_no_key_files(
 ) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(ConfigError, match="no regular file"):
+        with pytest.raises(ConfigError, match="not a regular file"):
             with_cluster_key(ChannelConfig(cluster_key_file=str(path)))
     path = tmp_path / "key"
     path.write_text("a key of some length")

@@ -108,7 +108,7 @@ async def test_an_engine_that_works_but_does_not_reach_its_gateway_is_lost(
     tell(turn_s=0.0, stalled_s=0.0)
     engine.silent = True
     await until(lambda: not dispatcher.ready())
-    assert "do not reach us" in dispatcher.snapshot().workers[0].problem
+    assert "do not reach this gateway" in dispatcher.snapshot().workers[0].problem
 
 
 async def test_a_gateway_that_was_stopped_itself_does_not_take_its_engines_for_lost(

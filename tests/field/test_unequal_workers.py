@@ -198,7 +198,7 @@ async def test_a_request_that_only_a_lost_worker_holds_may_be_tried_again(fleet:
     for max_tokens, status in ((10, 200), (100, 503)):
         response = await fleet.complete(1000, max_tokens)
         assert response.status_code == status
-    assert "is lost or drains at present" in response.json()["error"]["message"]
+    assert "is lost or stopping" in response.json()["error"]["message"]
     assert "retry-after" in response.headers
     assert (await fleet.complete(1000, 5000)).status_code == 400, "nor did that one hold so much"
 

@@ -726,7 +726,7 @@ def test_a_step_with_logits_that_are_no_numbers_is_counted_and_logged(
         (finished,) = engine.turn()
         assert isinstance(finished, StepFinished)
         assert finished.sampled.broken_places == {0}
-    assert "step 1: the logits of 1 of its 1 requests are no numbers" in caplog.text
+    assert "step 1: the logits of 1 of its 1 requests are not numbers" in caplog.text
     engine.clock.advance(2.0)
     engine.turn()
     assert reports(engine, G1)[-1].totals["failed_steps"] == 11.0

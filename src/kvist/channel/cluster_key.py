@@ -32,7 +32,7 @@ def with_cluster_key(config: ChannelConfig, *, serves_alone: bool = False) -> Ch
     A process that `serves_alone` needs no key file: where none can be kept it has a key for itself."""
     if config.cluster_key is not None and config.cluster_key_file is not None:
         raise ConfigError(
-            "--cluster-key and --cluster-key-file both say the key: give one of them", param="cluster_key_file"
+            "--cluster-key and --cluster-key-file both give a key: use one of them", param="cluster_key_file"
         )
     if config.cluster_key is not None:
         key = _checked(config.cluster_key, "--cluster-key")
@@ -48,7 +48,7 @@ def with_cluster_key(config: ChannelConfig, *, serves_alone: bool = False) -> Ch
                     f"and give it to every process of the cluster: {MAKE_A_KEY}, then --cluster-key-file FILE",
                     param="cluster_key_file",
                 ) from error
-            log.info("no router can join this worker: %s, and there is no --cluster-key-file", error)
+            log.info("no router can use this worker: %s, and --cluster-key-file is not set", error)
             key = secrets.token_hex(32)
     return replace(config, cluster_key=key, cluster_key_file=None)
 
@@ -103,13 +103,13 @@ def _read(path: Path) -> str:
     if fault:
         raise ConfigError(f"{where} {fault}", param="cluster_key_file")
     if len(content) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{where} is larger than {_MAX_FILE_BYTES} bytes: it is no key", param="cluster_key_file")
+        raise ConfigError(f"{where} has over {_MAX_FILE_BYTES} bytes: that is not a key", param="cluster_key_file")
     return _checked(content.decode("utf-8", "replace"), where)
 
 
 def _fault_of(found: os.stat_result, path: Path) -> str | None:
     if not stat.S_ISREG(found.st_mode):
-        return "is no regular file"
+        return "is not a regular file"
     if found.st_uid not in (os.geteuid(), 0):
         return "belongs to another user, who could know the key: name a file of your own"
     if found.st_mode & 0o077:

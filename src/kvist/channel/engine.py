@@ -183,13 +183,13 @@ class EngineChannel:
         """One message of the ROUTER: address first."""
         address = frames[0].bytes
         if not self._is_member(address, frames):
-            self._drop("it is from no member of the cluster", security.shown(address))
+            self._drop("its sender is not a member of the cluster", security.shown(address))
             return
         message = self._decode(security.shown(address), frames[1:], self._from_router)
         if isinstance(message, wire.Grant | wire.Ack | wire.Revoke):
             epoch = security.epoch_of(address)
             if message.target_epoch != epoch:
-                self._drop(f"it is in the name of {message.target_epoch}, and from {epoch}", security.shown(address))
+                self._drop(f"it names {message.target_epoch} as its sender, not {epoch}", security.shown(address))
                 return
             sender = epoch.encode()
             _remember(self._targets, sender, address)
@@ -202,7 +202,7 @@ class EngineChannel:
         if not isinstance(message, wire.Done | wire.Closed):
             return
         if self._sources.get(message.source_epoch.encode(), endpoint) != endpoint:
-            self._drop(f"it is in the name of {message.source_epoch}, which is elsewhere", endpoint)
+            self._drop(f"it names {message.source_epoch} as its sender, which has another address", endpoint)
         else:
             received.append((endpoint.encode(), message))
 

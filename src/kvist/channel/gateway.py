@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 _RECONNECT_IVL_MS, _RECONNECT_IVL_MAX_MS = 50, 400
 _MAX_MESSAGES_A_DRAIN = 32  # then the readers of the streams get their turn
 _REFUSED = (
-    "the engine at {} refused us: it has another cluster key. One user's processes on one machine share a key; else "
-    f"give all of them the same --cluster-key-file FILE, made by {security.MAKE_A_KEY}"
+    "the engine at {} refused this gateway: the engine has another cluster key. One user's processes on one machine "
+    f"share a key; else give all of them the same --cluster-key-file FILE, made by {security.MAKE_A_KEY}"
 )
 _HANDSHAKE_FAILURES = frozenset(
     {

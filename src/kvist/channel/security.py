@@ -69,12 +69,12 @@ def split_tcp_endpoint(endpoint: str) -> tuple[str, str] | None:
     """("host", "port") of a tcp endpoint, the host without brackets; None for other transports."""
     scheme, separator, address = endpoint.partition("://")
     if not separator or scheme not in ("tcp", "ipc") or not address:
-        raise ConfigError(f"{endpoint!r} is no engine endpoint; write tcp://HOST:PORT or ipc://PATH")
+        raise ConfigError(f"{endpoint!r} is not an engine endpoint; write tcp://HOST:PORT or ipc://PATH")
     if scheme != "tcp":
         return None
     host, separator, port = address.rpartition(":")
     if not separator or not host or not (port == "*" or port.isdigit()):
-        raise ConfigError(f"{endpoint!r} is no engine endpoint; write tcp://HOST:PORT")
+        raise ConfigError(f"{endpoint!r} is not an engine endpoint; write tcp://HOST:PORT")
     return host.strip("[]"), port
 
 

@@ -20,7 +20,7 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if (self.prefill == 0) != (self.decode == 0):
             raise ConfigError(
-                f"--prefill {self.prefill} --decode {self.decode}: the one is no use without the other; "
+                f"--prefill {self.prefill} --decode {self.decode}: one is useless without the other; "
                 "give both, or --unified N",
                 param="prefill",
             )

@@ -33,7 +33,7 @@ COMMANDS = {
     "/system TEXT": "set the system prompt and forget the conversation; without TEXT there is none",
     "/undo": "forget the last question and its answer",
     "/history": "show the conversation so far",
-    "/stats": "show what the answers took, or stop showing it",
+    "/stats": "switch the figures after each answer on or off",
     "/quit": "leave; so does Ctrl-D",
 }
 
@@ -83,6 +83,8 @@ class Conversation:
             self._stats = not self._stats
             self._write(f"figures after each answer: {'on' if self._stats else 'off'}\n")
         elif name not in ("/quit", "/exit", "/bye"):
+            if name not in ("/help", "/?"):
+                self._write(f"unknown command {name}\n")
             width = max(map(len, COMMANDS))
             self._write("".join(f"  {command:<{width}}  {help_text}\n" for command, help_text in COMMANDS.items()))
         return name not in ("/quit", "/exit", "/bye")

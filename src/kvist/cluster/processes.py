@@ -229,7 +229,7 @@ class Processes:
 
     def _last_words(self, child: Child) -> str:
         if self._lines_are_shown:
-            return f": see what it said above, in the lines of {child.plan.name}"
+            return f": see the lines of {child.plan.name} above"
         name = child.plan.name
         return "; its last lines:\n" + ("\n".join(f"  [{name}] {line}" for line in child.last_lines) or "  none")
 

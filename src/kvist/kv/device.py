@@ -290,7 +290,7 @@ def _in_room(layout: PageLayout, room: Room, wanted_pages: int, *, asked: bool) 
         needed = wanted_pages if asked else enough_pages
         raise ConfigError(
             f"a page pool of {needed * layout.page_size} tokens needs {needed * layout.page_bytes / _GIB:.2f} GiB, and "
-            f"{has}: {room_remedy(room.directory)}; or make do with --max-total-tokens {fitting * layout.page_size}",
+            f"{has}: {room_remedy(room.directory)}; or set --max-total-tokens {fitting * layout.page_size}",
             param="runtime_dir",
         )
     return fitting, has

@@ -43,8 +43,8 @@ def runtime_dir(named: str | None = None) -> Path:
             raise NotADirectoryError(0, "it is a link")
     except OSError as error:
         raise ConfigError(
-            f"{which} cannot be used: {error.strerror}. Pages of requests lie there; name a folder of your own with "
-            "--runtime-dir",
+            f"{which} cannot be used: {error.strerror}. This folder holds pages of requests: name a folder of your "
+            "own with --runtime-dir",
             param="runtime_dir",
         ) from error
     return path.resolve()

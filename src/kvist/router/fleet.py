@@ -172,7 +172,7 @@ class Fleet:
         if found.health is None or found.endpoint != worker.endpoint:
             return reason
         if found.health.turn_s < silent_s / 2:
-            return f"{reason}, but it works: its messages do not reach us"
+            return f"{reason}, but the worker is well: its messages do not reach this gateway"
         return ""
 
     def _receive(self, worker: Worker, message: wire.EngineToGateway) -> None:

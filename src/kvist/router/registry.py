@@ -267,7 +267,7 @@ class Registry:
             )
         fault = fault_of_spec(spec)
         if fault is not None:
-            return f"worker {spec.worker_id} announces {fault}, which cannot be"
+            return f"worker {spec.worker_id} announces {fault}, which is impossible"
         if spec.role not in {use.value for use in WorkerUse}:
             return f"worker {spec.worker_id} has an unknown role {spec.role!r}"
         use = worker.wanted_use

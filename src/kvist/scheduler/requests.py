@@ -144,8 +144,8 @@ class RequestTable:
         other = None if caller is None else newest_waiting(caller, reversed(self.live.values()))
         if other is None:
             most = self.config.max_queued_requests
-            return f"{self.num_waiting} requests wait already, the most that this worker queues is {most}"
-        message = "the queue is full, and a caller with fewer requests in it came: retry later, or send fewer at once"
+            return f"{self.num_waiting} requests wait already, and this worker queues at most {most}"
+        message = "removed from the full queue for a caller with fewer requests: retry later, or send fewer at once"
         self.totals["requests_displaced"] += 1
         self.end(other, Outcome.FAILED, "overloaded", message)
         return None
@@ -449,7 +449,7 @@ class RequestTable:
 
     def queue_timed_out(self, request_id: str) -> None:
         request = self.live[RequestId(request_id)]
-        message = f"no room for it within {self.config.queue_timeout_s:g} s: the worker is overloaded"
+        message = f"no room for the request within {self.config.queue_timeout_s:g} s (--queue-timeout-s)"
         self.end(request, Outcome.FAILED, "timeout", message)
 
     def _send_end(self, request_id: RequestId, outcome: Outcome, code: str | None, message: str) -> None:

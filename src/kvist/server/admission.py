@@ -38,8 +38,8 @@ class Admission:
             problem = f"{num_open} generations are open and {num_choices} more would be over the limit of {self._limit}"
         elif num_after > self._limit - self._limit // _RESERVE_SHARE and self._has_its_share(caller, num_choices):
             problem = (
-                f"{self._open[caller[:2]]} generations of yours are open, of {num_open} in all: the last of "
-                f"{self._limit} places are for others"
+                f"{self._open[caller[:2]]} of the {num_open} open generations are yours, and the last of "
+                f"{self._limit} places are kept for other callers"
             )
         else:
             return

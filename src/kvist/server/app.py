@@ -232,7 +232,7 @@ class Door:
         except asyncio.CancelledError:
             if not self._lifecycle.stopping:
                 raise
-            log.warning("stopped: the client of %s %s did not take its end in time", scope["method"], scope["path"])
+            log.warning("stopping: the client of %s %s did not read its answer in time", scope["method"], scope["path"])
         except Exception as error:
             known = _known(error)
             if known is None:

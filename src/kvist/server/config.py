@@ -116,12 +116,12 @@ class ServerConfig:
             check_api_key(key)
         if self.tenant_by == TENANT_API_KEY and not self.api_key:
             raise ConfigError(
-                "--tenant-by api-key keeps the pages of API keys apart, and none is asked for: add --api-key",
+                "--tenant-by api-key tells tenants apart by API key, and no key is set: add --api-key",
                 param="tenant_by",
             )
         if self.incremental_streaming_output and self.cumulative_logprobs:
             raise ConfigError(
-                "--incremental-streaming-output repeats nothing and --cumulative-logprobs repeats logprobs: give one",
+                "--incremental-streaming-output and --cumulative-logprobs contradict each other: give one of them",
                 param="cumulative_logprobs",
             )
         for origin in self.allowed_origins:

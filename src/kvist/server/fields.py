@@ -46,7 +46,7 @@ _EMPTY: tuple[object, ...] = ([], {}, "")
 # What works instead.
 _TOOLS = "tool calling is not supported yet; describe the tools in the messages and read the call from the text"
 _FORMAT = "constrained output is not supported yet; describe the format in the prompt and check the answer"
-_PENALTY = "not supported yet; `temperature`, `top_p`, `top_k` and `min_p` shape the choice of tokens"
+_PENALTY = "use `temperature`, `top_p`, `top_k` and `min_p` to shape the choice of tokens"
 _TEXT = "only text is taken and given; leave it out"
 _BEAM = "there is no beam search; `n` gives several sampled answers"
 _LOGPROBS = "logprobs are those of the output: `logprobs` (`return_logprob` in /generate)"
@@ -54,8 +54,8 @@ _LORA = "adapters are not supported yet; serve the merged model"
 _TOKENS = "`return_token_ids` of /v1/completions and /v1/chat/completions gives token ids; /generate always does"
 _ROUTING = "Kvist finds prefill and decode workers itself; leave it out"
 _INTERNAL = "the model's internal values are not given; leave it out"
-_PROCESSOR = "code or parameters for a logits processor are not taken; `temperature`, `top_p`, `top_k`, `min_p` are"
-_THINKING = 'a model that can be told takes it as `chat_template_kwargs`, often {"enable_thinking": false}'
+_PROCESSOR = "there are no logits processors; use `temperature`, `top_p`, `top_k` and `min_p`"
+_THINKING = 'models that support it read `chat_template_kwargs`, often {"enable_thinking": false}'
 _SAMPLING = "it belongs to requests that generate; in /generate, to `sampling_params`"
 _OUTPUT = "it belongs to /v1/chat/completions and /v1/completions"
 _CHAT = "it belongs to /v1/chat/completions"
@@ -64,7 +64,7 @@ _LEAST = "the minimum is `min_tokens` in /v1, `sampling_params.min_new_tokens` i
 _SEED = "the seed is `seed` in /v1, `sampling_params.sampling_seed` in /generate"
 
 # Why there is no effect.
-_LOCAL = "nothing is kept or billed by it"
+_LOCAL = "no record or bill is kept"
 _CACHING = "prefixes are always cached; `cache_salt` keeps callers apart"
 _PLACING = "the router places requests by cache and load"
 _LOGGING = "logging and metrics are the server's own"
@@ -82,13 +82,13 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: Annotated[object, Advisory(_LOCAL)] = None
     service_tier: Annotated[object, Advisory("there is one tier", ("default",))] = None
     moderation: Annotated[object, Advisory("nothing is moderated")] = None
-    verbosity: Annotated[object, Advisory("no model served here has it", ("medium",))] = None
-    prediction: Annotated[object, Advisory("it would only save time")] = None
+    verbosity: Annotated[object, Advisory("no model served here has this setting", ("medium",))] = None
+    prediction: Annotated[object, Advisory("a prediction would only save time")] = None
     prompt_cache_key: Annotated[object, Advisory(_CACHING)] = None
     prompt_cache_retention: Annotated[object, Advisory(_CACHING)] = None
     prompt_cache_options: Annotated[object, Advisory(_CACHING)] = None
     kv_hints: Annotated[object, Advisory(_CACHING, _EMPTY)] = None
-    priority: Annotated[object, Advisory("requests are served in their order", (0,))] = None
+    priority: Annotated[object, Advisory("callers take turns, and no request goes first", (0,))] = None
     session_id: Annotated[object, Advisory(_PLACING)] = None
     conversation_id: Annotated[object, Advisory(_PLACING)] = None
     routing_key: Annotated[object, Advisory(_PLACING)] = None
@@ -154,9 +154,9 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     thinking: Annotated[object, Refused(_THINKING, ({},))] = None
     thinking_token_budget: Annotated[object, Refused("`max_tokens` bounds the whole answer", (-1,))] = None
     max_thinking_tokens: Annotated[object, Refused("`max_tokens` bounds the whole answer", (-1,))] = None
-    include_reasoning: Annotated[object, Refused("thoughts are part of the text; cut them off there", _ON)] = None
-    separate_reasoning: Annotated[object, Advisory("thoughts are part of the text", _BOTH)] = None
-    stream_reasoning: Annotated[object, Advisory("thoughts are part of the text", _BOTH)] = None
+    include_reasoning: Annotated[object, Refused("reasoning is part of the text; cut it off there", _ON)] = None
+    separate_reasoning: Annotated[object, Advisory("reasoning is part of the text", _BOTH)] = None
+    stream_reasoning: Annotated[object, Advisory("reasoning is part of the text", _BOTH)] = None
     require_reasoning: Annotated[object, Refused(_FORMAT, _OFF)] = None
 
     # -------- the prompt
@@ -206,7 +206,7 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     return_output_ids_in_sglext: Annotated[object, Refused(_TOKENS, _OFF)] = None
     return_prompt_text: Annotated[object, Refused("/tokenize and /detokenize show the rendered prompt", _OFF)] = None
     return_meta_info: Annotated[object, Refused("`kvist.report` says how a request was served", _OFF)] = None
-    return_cached_tokens_details: Annotated[object, Refused("`kvist.usage` says it", _OFF)] = None
+    return_cached_tokens_details: Annotated[object, Refused("`kvist.usage` adds the details", _OFF)] = None
     return_spec_tokens_details: Annotated[object, Refused(_INTERNAL, _OFF)] = None
     return_hidden_states: Annotated[object, Refused(_INTERNAL, _OFF)] = None
     return_routed_experts: Annotated[object, Refused(_INTERNAL, _OFF)] = None

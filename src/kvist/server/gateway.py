@@ -150,7 +150,7 @@ class Gateway:
             ids = self._encode_up_to(text, room, add_special_tokens)
             room -= 0 if ids is None else len(ids)
             if ids is None or room < 0:
-                raise RequestError(f"`{param}` has over {limit} tokens, the most that are shown", param=param)
+                raise RequestError(f"`{param}` has over {limit} tokens, the most that are returned", param=param)
             found.append(ids)
         return found
 

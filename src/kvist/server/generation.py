@@ -152,7 +152,7 @@ class Choice:
         if self.num_logprobs > self._max_kept_logprobs:
             raise RequestError(
                 f"the answer has over {self._max_kept_logprobs} logprobs, the most that one answer of this request may "
-                "keep: set a lower `max_tokens`, ask for fewer answers or fewer likely tokens, or stream",
+                "keep: lower `max_tokens`, ask for fewer answers or fewer likely tokens, or stream the answer",
                 param="logprobs",
             )
 

@@ -28,7 +28,7 @@ class Lifecycle:
         """Raises `Unavailable` when the server is stopping."""
         if self.stopping:
             raise Unavailable(
-                "this server is stopping and takes no new request: send it to another, or again in a moment",
+                "this server is stopping and takes no new request: retry in a moment, or ask another server",
                 retry_after_s=_RETRY_AFTER_S,
             )
 

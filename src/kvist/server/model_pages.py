@@ -112,7 +112,7 @@ class ModelPages:
     async def health_generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope, receive
         if self._gateway.tokenizer is None:
-            raise RequestError("this worker does its part of a request only: ask the router's /health_generate")
+            raise RequestError("a prefill or decode worker alone cannot generate: ask the router's /health_generate")
         if self._probe is None or self._probe.done():
             self._probe = asyncio.create_task(self._generate(), name="health_generate")
         await asyncio.shield(self._probe)  # others may wait for it when this client leaves

@@ -97,7 +97,7 @@ class BoundedProtocol(HttpToolsProtocol):
         except httptools.HttpParserUpgrade:  # to a protocol we do not speak: answered as the plain request it also is
             self._deaf = True
         except httptools.HttpParserError:
-            self._refuse(self._error or RequestError("what came is not valid HTTP/1.1"))
+            self._refuse(self._error or RequestError("the request is not valid HTTP/1.1"))
         else:
             self._num_silent_bytes = 0 if self._has_progress else self._num_silent_bytes + len(piece)
             if self._num_silent_bytes > MAX_HEADER_BYTES:

@@ -120,7 +120,7 @@ def salt_digest(cache_salt: str | None, tenant: str = "") -> str:
     if not cache_salt and not tenant:
         return ""
     salt = (cache_salt or "").encode()
-    _require(len(salt) <= MAX_SALT_BYTES, "cache_salt", f"may have {MAX_SALT_BYTES} bytes in UTF-8", len(salt))
+    _require(len(salt) <= MAX_SALT_BYTES, "cache_salt", f"may have at most {MAX_SALT_BYTES} bytes in UTF-8", len(salt))
     key = tenant.encode()
     return blake2b(salt, digest_size=_SALT_DIGEST_BYTES, key=key, person=b"kvist salt").hexdigest()
 
@@ -163,7 +163,7 @@ def output_limit(
         raise RequestError(f"`{prompt}` is empty: there is no token to continue from", param=prompt)
     if room < (asked or 1) <= limit.num_tokens_away - num_prompt_tokens:
         raise Unavailable(
-            f"a worker that holds {limit.num_tokens_away} tokens is lost or drains at present, and the others hold "
+            f"a worker that holds {limit.num_tokens_away} tokens is lost or stopping, and the others hold "
             f"{limit.num_tokens}: retry later, or send a shorter request"
         )
     if room < 1:

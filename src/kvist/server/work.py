@@ -75,8 +75,8 @@ class WorkPool:
     def _make_room(self, newcomer: CallerPath) -> None:
         loser = self._places.gives_way_to(newcomer)
         refused = Overloaded(
-            f"{self.num_waiting} long requests wait to be tokenised, the most this server lets wait: retry later, or "
-            "give it more --tokenizer-threads"
+            f"{self.num_waiting} long requests wait to be tokenised, the most this server allows: retry later, or "
+            "start the server with more --tokenizer-threads"
         )
         if loser is None:
             raise refused

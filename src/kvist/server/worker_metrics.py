@@ -12,9 +12,9 @@ from kvist.wire import LoadReport
 
 _STORAGE_GAUGES = (
     ("attached", "1 when a store is attached"),
-    ("breaker_open", "1 while the store is left alone because it hung or failed"),
-    ("quarantined_pages", "pages of the host tier that calls of the store which hang may still touch"),
-    ("stored_bytes", "bytes in the store, everybody's"),
+    ("breaker_open", "1 while the store is not used because its calls hung or failed"),
+    ("quarantined_pages", "pages of the host tier that hanging calls of the store may still touch"),
+    ("stored_bytes", "bytes in the store, of all workers"),
 )
 
 
@@ -31,7 +31,7 @@ def pages_by_state(load: LoadReport | None) -> dict[str, int]:
 
 def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     labels = ["worker", "role"]
-    alive = GaugeMetricFamily("kvist:worker_up", "1 when a request can be sent to it", labels=labels)
+    alive = GaugeMetricFamily("kvist:worker_up", "1 when requests can be sent to this worker", labels=labels)
     running = GaugeMetricFamily("kvist:num_requests_running", "requests in the running batch", labels=labels)
     waiting = GaugeMetricFamily("kvist:num_requests_waiting", "requests in the waiting queue", labels=labels)
     usage = GaugeMetricFamily("kvist:kv_cache_usage_perc", "share of pages in use by requests, 0 to 1", labels=labels)
@@ -39,10 +39,12 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     host_pages = GaugeMetricFamily("kvist:host_pages", "pages of the host tier by state", labels=[*labels, "state"])
     storage = [GaugeMetricFamily(f"kvist:storage_{name}", text, labels=labels) for name, text in _STORAGE_GAUGES]
     errors = CounterMetricFamily(
-        "kvist:worker_storage_errors", "errors of the store's system calls", labels=[*labels, "errno"]
+        "kvist:worker_storage_errors", "failed system calls of the store, by errno", labels=[*labels, "errno"]
     )
     rejected = CounterMetricFamily(
-        "kvist:worker_rejected_messages", "messages of the worker that this gateway could not believe", labels=labels
+        "kvist:worker_rejected_messages",
+        "messages of this worker that the gateway rejected as undecodable or impossible",
+        labels=labels,
     )
     totals: dict[str, CounterMetricFamily] = {}
     for worker in snapshot.workers:
@@ -73,8 +75,10 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
                 totals[name] = CounterMetricFamily(f"kvist:worker_{name}", text, labels=labels)
             totals[name].add_metric(who, value)
     yield GaugeMetricFamily(
-        "kvist:cancelled_requests_held", "requests whose client left and that some worker has not ended yet",
+        "kvist:cancelled_requests_held", "requests whose client has left but that are not yet ended at every worker",
         snapshot.cancelled.num_held,
     )  # fmt: skip
-    yield snapshot.cancelled.release_s.family("cancel_release_seconds", "client gone to the end at every worker")
+    yield snapshot.cancelled.release_s.family(
+        "cancel_release_seconds", "time from the client's leaving to the end of its request at every worker"
+    )
     yield from (alive, running, waiting, usage, pages, host_pages, *storage, errors, rejected, *totals.values())

@@ -52,13 +52,13 @@ class HostTierConfig:
             or self.hicache_persist is not None
         ):
             raise ConfigError(
-                "the --hicache options say how the host tier is, and there is none: add --enable-hierarchical-cache",
+                "the --hicache options describe the host tier, which is off: add --enable-hierarchical-cache",
                 param="enable_hierarchical_cache",
             )
         if sized and self.hicache_size is not None:
             raise ConfigError(
-                f"--hicache-ratio {self.hicache_ratio:g} and --hicache-size {self.hicache_size:g} both say how large "
-                "the host tier is: give one of them",
+                f"--hicache-ratio {self.hicache_ratio:g} and --hicache-size {self.hicache_size:g} both set the size of "
+                "the host tier: give one of them",
                 param="hicache_size",
             )
 
@@ -114,7 +114,7 @@ class StorageConfig:
         backend, path = self.hicache_storage_backend, self.hicache_storage_path
         if backend is None and (path is not None or self.hicache_storage_size != DEFAULT_STORAGE_GB):
             raise ConfigError(
-                "--hicache-storage-path and --hicache-storage-size say how the store is, and there is none: add "
+                "--hicache-storage-path and --hicache-storage-size describe the store, which is off: add "
                 "--hicache-storage-backend file",
                 param="hicache_storage_backend",
             )

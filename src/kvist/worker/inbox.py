@@ -84,7 +84,7 @@ class Inbox:
                 if self._spec.role == DECODE:
                     return self._from_prefill(message)
         self.num_unexpected += 1
-        self._log.warning("dropped a message: a %s engine takes no %s", self._spec.role, type(message).__name__)
+        self._log.warning("dropped a message: a %s engine does not take %s", self._spec.role, type(message).__name__)
         return None
 
     def _from_prefill(self, message: wire.SourceToTarget) -> Event:

@@ -312,7 +312,7 @@ class EngineLoop:
         if sampled.broken_places:
             self._num_failed_steps += 1
             log.error(
-                "step %d: the logits of %d of its %d requests are no numbers (NaN or infinity); those requests fail",
+                "step %d: the logits of %d of its %d requests are not numbers (NaN or infinity); those requests fail",
                 batch.step_id,
                 len(sampled.broken_places),
                 len(batch.items),
@@ -342,7 +342,7 @@ class EngineLoop:
             # It would miss this message for ever: its streams cannot be made whole.
             lost = self._gateways.forget(identity)
             if lost:
-                log.warning("gateway %s does not take its messages: %d requests aborted", shown(identity), len(lost))
+                log.warning("gateway %s does not read its messages: %d requests aborted", shown(identity), len(lost))
             self._carried += [wire.Abort(request_id=request_id) for request_id in lost]
 
     def _send_to_peers(self, plan: Plan) -> None:

@@ -167,6 +167,6 @@ def _announcer() -> Callable[[Announcement], None]:
             pass
         except BrokenPipeError:
             if not isinstance(announcement, Beat):  # the parent is gone; the end of standard input tells it
-                log.warning("the parent does not read our announcements: %s", line)
+                log.warning("the process that started this engine does not read its announcements: %s", line)
 
     return announce

@@ -74,7 +74,7 @@ class ProgressWatch:
         self._beat(self._num_looks_in_turn * LOOK_INTERVAL_S, stalled_s)
         if stalled_s >= self._limit_s:
             log.critical(
-                "the engine has made no progress for %.0f s (--stall-restart-s): it hangs, and ends", self._limit_s
+                "the engine has made no progress for %.0f s (--stall-restart-s): it hangs and is ended", self._limit_s
             )
             self._end()
 

@@ -214,7 +214,7 @@ class EngineStorage:
         policy = self._config.hicache_storage_prefetch_policy
         if wish.hicache_storage_prefetch_policy not in (None, policy):
             raise RequestError(
-                f"this worker was started with the prefetch policy {policy}: leave the field out, or start it with "
+                f"the prefetch policy of this worker is {policy}: leave the field out, or start the worker with "
                 f"--hicache-storage-prefetch-policy {wish.hicache_storage_prefetch_policy!r}",
                 param="hicache_storage_prefetch_policy",
             )
@@ -245,7 +245,7 @@ class EngineStorage:
         if path is None:
             return cache_folder() / "pages"
         if not path or not path.isprintable():
-            raise RequestError(f"{path!r} is no path of a folder", param="hicache_storage_path")
+            raise RequestError(f"{path!r} is not the path of a folder", param="hicache_storage_path")
         return Path(os.path.realpath(os.path.expanduser(path)))
 
     def _open(self, choice: Choice) -> tuple[PageStore, StoreStats]:
@@ -308,7 +308,7 @@ def asked_folder(asked: str, roots: Sequence[str]) -> Path:
     it is below one of the folders that the operator allowed, as it is written and as it is."""
     param = "hicache_storage_path"
     if not asked or not asked.isprintable() or not os.path.isabs(asked):
-        raise RequestError(f"{asked!r} is no full path: name the folder from / on", param=param)
+        raise RequestError(f"{asked!r} is not an absolute path: begin it with /", param=param)
     full_roots = [os.path.abspath(os.path.expanduser(root)) for root in roots]
     real_roots = [os.path.realpath(root) for root in full_roots]
     written = Path(os.path.normpath(asked))

@@ -75,8 +75,7 @@ class FileStore:
             tempfile.TemporaryFile(dir=self._folder).close()  # may we write?
         except OSError as error:
             raise StoreError(
-                f"cannot open the file store in {spec.path}: {error}. Name a folder that this user may write, and "
-                "nobody else"
+                f"cannot open the file store in {spec.path}: {error}. Name a folder that only this user may write"
             ) from error
 
     def exists(self, keys: Sequence[bytes]) -> int:
