@@ -205,7 +205,7 @@ def test_a_blank_or_short_cluster_key_is_refused(key: str) -> None:
 
 def test_the_key_and_its_file_together_are_a_contradiction(tmp_path: Path) -> None:
     config = ChannelConfig(cluster_key=KEY, cluster_key_file=str(tmp_path))
-    with pytest.raises(ConfigError, match="give one of them"):
+    with pytest.raises(ConfigError, match="use one of them"):
         with_cluster_key(config)
 
 
