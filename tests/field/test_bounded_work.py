@@ -197,9 +197,9 @@ async def post_unnoticed(client: httpx.AsyncClient, path: str, **request: Any) -
 
 async def test_the_watch_sees_a_loop_that_is_held() -> None:
     async with loop_watch() as watch:
-        end_s = time.process_time() + 0.06
-        while time.process_time() < end_s:
-            pass
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        while min(time.perf_counter() - wall_s, time.process_time() - cpu_s) < 0.06:
+            pass  # threads that other tests left behind use processor time of this process, too
     assert watch.longest_s > MAX_HOLD_S
 
 
