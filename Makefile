@@ -16,11 +16,11 @@ REQUIREMENTS := pyproject.toml constraints.txt
 .PHONY: help setup demo test test-fast test-gpu check format bench clean
 
 help:
-	@echo 'make demo       set up, start a small cluster, watch it answer, stop it'
+	@echo 'make demo       set up, start a small cluster, show its answers, stop it'
 	@echo 'make setup      install everything that development needs into $(VENV)'
 	@echo 'make test       every test; make test-fast: those without a model or processes'
-	@echo 'make test-gpu   the tests that need a CUDA device; fails where there is none'
-	@echo 'make check      format, lint, strict types, import layers, sizes, pins and licences; make format mends the first'
+	@echo 'make test-gpu   the tests that need a CUDA device; fails without one'
+	@echo 'make check      format, lint, strict types, import layers, sizes, pins and licences; make format reformats'
 	@echo 'make bench      the benchmarks, at quick settings'
 	@echo 'make clean      remove caches and $(VENV)'
 

@@ -72,7 +72,7 @@ def test_every_class_of_the_glossary_exists() -> None:
 )
 def test_every_flag_that_a_page_names_is_one(page: str) -> None:
     options = [option for settings_class in settings._SETTINGS.values() for option in options_of(settings_class)]
-    known = {"--help", "--version", *(short.flag for short in settings.SHORTHANDS)}
+    known = {"--help", "--help-all", "--version", *(short.flag for short in settings.SHORTHANDS)}
     known |= {flag for option in options for flag in option.flags}
     known |= {f"--no-{flag[2:]}" for option in options if option.is_switch for flag in option.flags}
     text = re.sub(r"`numactl[^`]*`|pip install [^\n]*", "", (ROOT / page).read_text(encoding="utf-8"))

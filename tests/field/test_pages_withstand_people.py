@@ -171,7 +171,7 @@ def test_a_lock_file_that_is_not_a_plain_file_of_ours_is_refused_and_nothing_is_
         "folder": lambda: lock.mkdir(),
     }
     make[kind]()
-    with pytest.raises(StoreError, match="Name a folder that this user may write, and nobody else"):
+    with pytest.raises(StoreError, match="Name a folder that only this user may write"):
         open_store(lock.parent)
     assert precious.read_bytes() == b"precious bytes"
     assert [path.name for path in lock.parent.iterdir()] == ["in-use.lock"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator
+from errno import EADDRINUSE
 
 from kvist.errors import ConfigError
 
@@ -18,7 +19,8 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
         try:
             listener.bind((host, port))
         except OSError as error:
+            remedy = "; choose another port, or stop the server that uses this one" if error.errno == EADDRINUSE else ""
             raise ConfigError(
-                f"cannot listen on --host {host} --port {port}: {error.strerror}", param="port"
+                f"cannot listen on --host {host} --port {port}: {error.strerror}{remedy}", param="port"
             ) from error
         yield listener

@@ -255,7 +255,7 @@ def plan_pool_size(
             raise ConfigError(f"--max-total-tokens {max_total_tokens}: {memory}", param="max_total_tokens")
     elif cap_tokens is not None and -(-cap_tokens // layout.page_size) < fitting:
         num_pages = -(-cap_tokens // layout.page_size)
-        reason = f"default limit of {cap_tokens} tokens; {memory}"
+        reason = f"default limit of {cap_tokens} tokens (raise it with --max-total-tokens); {memory}"
     if room is not None and num_pages > room.free_bytes // layout.page_bytes:
         num_pages, reason = _in_room(layout, room, num_pages, asked=max_total_tokens is not None)
     if num_pages * layout.page_size < min_tokens:

@@ -98,11 +98,11 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         taking = Background(partial(take_fingerprints, served.checkpoint, config), "kvist-fingerprint")
         limits = resolve_limits(config.scheduler, device=device_type(config.device), role=config.role)
         log.info(
-            "a step takes up to %d requests, %d tokens as a rule and at most %d; the next is planned %s",
+            "a step takes up to %d requests, usually %d tokens and at most %d; the next step is planned %s",
             limits.max_running_requests,
             limits.chunked_prefill_size,
             limits.max_prefill_tokens,
-            "while it is computed" if limits.overlap else "after it",
+            "during the current one" if limits.overlap else "after the current one",
         )
         runner = load_runner(config, limits, served, runtime_dir, progress)
         closing.callback(runner.close)

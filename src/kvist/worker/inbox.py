@@ -159,7 +159,9 @@ def _fault_of(request: EngineRequest, vocab_size: int) -> str | None:
 
 
 def _no_host_tier(call: wire.AskStorage) -> wire.StorageAnswer:
-    error = RequestError("this worker has no host tier for a store to stand behind: add --enable-hierarchical-cache")
+    error = RequestError(
+        "a store needs a host tier, and this worker has none: start it with --enable-hierarchical-cache"
+    )
     return wire.StorageAnswer(call_id=call.call_id, error_code=error.code, message=error.message)
 
 
