@@ -332,7 +332,7 @@ def test_what_cannot_be_attached_is_refused_with_the_field_and_nothing_has_chang
         assert (answered.error_code, answered.param) == ("invalid_request", param), wanted
         assert world.ask_storage(engine, "tell").status.state == "detached"
     without = world.engine("unified")
-    assert "add --enable-hierarchical-cache" in world.ask_storage(without, "attach", backend="memory").message
+    assert "start it with --enable-hierarchical-cache" in world.ask_storage(without, "attach", backend="memory").message
 
 
 def test_a_store_that_takes_for_ever_to_open_holds_nobody_and_can_be_given_up(
