@@ -157,6 +157,32 @@ async def test_a_body_nobody_wants_does_not_hold_the_connection(make_bench: Call
     assert status == 401
 
 
+async def send_then_read(port: int, *pieces: bytes) -> bytes:
+    """As most clients do it: an error while sending is the end, whatever has been answered."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        async with asyncio.timeout(BOUND_S):
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0.01)
+            return await reader.read()
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+async def test_a_client_that_closes_after_its_answer_is_told_why_its_body_was_not_read(
+    make_bench: Callable[..., Any], version: bytes
+) -> None:
+    bench = make_bench(port=0, api_key=("sesam",))
+    lines = (b"Host: localhost", b"Content-Length: 2000000", b"Connection: close")
+    head = request(*lines, method=b"POST /v1/completions", version=version)
+    async with served(bench) as port:
+        status, _ = error_of(await send_then_read(port, head, *[b"a" * 100_000] * 20))
+    assert status == 401
+
+
 async def test_a_small_body_that_comes_after_its_answer_does_not_cost_the_connection(
     make_bench: Callable[..., Any],
 ) -> None:
@@ -230,6 +256,18 @@ async def test_connections_beyond_the_limit_are_told_so_and_counted(make_bench: 
     assert "--max-connections" in message
     told = (await bench.client.get("/metrics")).text
     assert "kvist:http_connections_refused_total 1.0" in told
+
+
+async def test_a_connection_beyond_the_limit_is_told_so_though_it_sends_its_request(
+    make_bench: Callable[..., Any],
+) -> None:
+    async with served(make_bench(port=0, max_connections=1)) as port:
+        _, held = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.sleep(0.05)
+        status, message = error_of(await send_then_read(port, *[b"a" * 100_000] * 20))
+        held.close()
+    assert status == 503
+    assert "--max-connections" in message
 
 
 # ---------------------------------------------------------------- Host, methods, upgrades

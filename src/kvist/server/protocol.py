@@ -5,8 +5,8 @@
         └ silent: closed        └ too slow: 408, broken: 400
 
 httptools keeps an unfinished line as long as it grows, in a header, a trailer or a chunk's extension alike: whatever
-the parser swallows without telling of it is counted, and bounded. A connection that is refused is read on for a moment
-without listening, since closing at once would take the answer away from a client that still sends.
+the parser swallows without telling of it is counted, and bounded. A connection that ends before its client has sent
+everything is read on for a moment without listening, since closing at once would take the answer away from that client.
 
 It also answers HTTP/1.0, which has no chunked coding: there the end of the connection ends a stream.
 """
@@ -32,7 +32,8 @@ MAX_HEADER_LINES = 100
 _MAX_PIPELINED = 16  # requests that may wait for the one before them on their connection
 _PIECE_BYTES = 64 << 10  # fed to the parser at once
 _MAX_UNREAD_BYTES = 64 << 10  # of a body that was answered unread: the rest may come while the connection is kept alive
-_LINGER_S = 1.0  # how long a refused client may go on sending
+_LINGER_S = 1.0  # how long a client that has its answer may go on sending
+_MAX_LINGERING = 64  # connections beyond the limit that are read on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,15 @@ def bounded_protocol(bounds: Bounds, traffic: Traffic) -> Callable[..., asyncio.
     return make
 
 
+class _LastWords:
+    """The connection as uvicorn's response sees it, which closes it where the client has asked for that."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = close
+
+
 class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, bounds: Bounds, traffic: Traffic, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,6 +67,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._traffic = traffic
         self._error: KvistError | None = None  # raised through the parser, which does not keep it
         self._deaf = False  # nothing that comes is looked at any more
+        self._is_ending = False  # nothing is sent any more, either
         self._in_header = False
         self._has_progress = False  # the parser has told of something in this piece
         self._num_silent_bytes = 0  # swallowed since it last did
@@ -74,7 +85,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._deaf = True
             self._traffic.connection_refused(self.client, error.message)
             transport.write(_response(error))
-            transport.close()
+            if len(self.connections) > self._bounds.max_connections + _MAX_LINGERING:
+                transport.close()
+            else:
+                self._close_gently()
             return
         self._time_header()
 
@@ -155,9 +169,19 @@ class BoundedProtocol(HttpToolsProtocol):
     # ---------------------------------------------------------------- answers
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        cycle.transport = cast(asyncio.Transport, _LastWords(self.transport, self._close_after_response))
         super()._start_asgi_task(cycle, app if cycle.scope["http_version"] != "1.0" else _until_close(app, cycle))
 
+    def _close_after_response(self) -> None:
+        if self.cycle.more_body or self._deaf:
+            self._close_gently()
+        else:
+            self.transport.close()
+
     def on_response_complete(self) -> None:
+        if self._is_ending:
+            self.server_state.total_requests += 1
+            return
         is_last = not self.pipeline  # else the next one begins now, and is `self.cycle`, or comes after it
         super().on_response_complete()
         if is_last and self.cycle.more_body and not self.transport.is_closing():
@@ -184,14 +208,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._close_gently()
 
     def _close_gently(self) -> None:
-        self._deaf = True
+        self._deaf = self._is_ending = True
         self.flow.resume_reading()
         self._unset_keepalive_if_required()
         if self.transport.can_write_eof():
             self.transport.write_eof()
-            self.loop.call_later(_LINGER_S, self.transport.close)
-        else:
-            self.transport.close()
+        self.loop.call_later(_LINGER_S, self.transport.close)
 
     # ---------------------------------------------------------------- time
 
