@@ -13,7 +13,7 @@ from kvist import __version__
 from kvist.errors import ConfigError, KvistError
 
 VERBS = {
-    "serve": "start one worker: an engine and its HTTP",
+    "serve": "start one worker: an engine and its HTTP server",
     "router": "start the gateway over remote workers",
     "up": "start a router, prefill workers and decode workers on this machine",
     "chat": "hold a conversation with a server, or with one that is started for it",

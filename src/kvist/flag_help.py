@@ -66,7 +66,7 @@ def _bold(text: str, page: HelpPage) -> str:
 
 def _short(option: Option, width: int, page: HelpPage) -> list[str]:
     head = option.flags[0] + _placeholder(option)
-    text = f"{option.help.text} (default: {_shown(option)})"
+    text = _with_notes(option.help.text, _default(option))
     indent = " " * _FLAG_COLUMN
     lines = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
     if len(head) + 4 <= _FLAG_COLUMN:
@@ -76,7 +76,7 @@ def _short(option: Option, width: int, page: HelpPage) -> list[str]:
 
 
 def _full(option: Option, width: int, page: HelpPage) -> list[str]:
-    notes = [f"default: {_shown(option)}"]
+    notes = _default(option)
     if option.help.unit:
         notes.append(f"unit: {option.help.unit}")
     if option.help.minimum is not None or option.help.maximum is not None:
@@ -84,7 +84,7 @@ def _full(option: Option, width: int, page: HelpPage) -> list[str]:
         high = "" if option.help.maximum is None else f"{option.help.maximum:.0f}"
         notes.append(f"allowed: {low}..{high}")
     head = ", ".join(option.flags) + _placeholder(option)
-    lines = _entry(head, f"{option.help.text} ({'; '.join(notes)})", width, page)
+    lines = _entry(head, _with_notes(option.help.text, notes), width, page)
     for short in page.shorthands:
         if short.key == option.key:
             lines += _entry(short.flag + ("" if short.value else " TEXT"), short.text, width, page)
@@ -105,12 +105,22 @@ def _entry(head: str, text: str, width: int, page: HelpPage) -> list[str]:
     return [f"  {_bold(head, page)}", *textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)]
 
 
+def _with_notes(text: str, notes: list[str]) -> str:
+    return f"{text} ({'; '.join(notes)})" if notes else text
+
+
+def _default(option: Option) -> list[str]:
+    """No note for an option that is not set unless it is given: its text says what happens then, if anything does."""
+    shown = _shown(option)
+    return [f"default: {shown}"] if shown else []
+
+
 def _shown(option: Option) -> str:
     value = option.default
     if option.help.secret:
-        return "not set"
+        return ""
     if value is None or value in ((), ""):
-        return option.help.unset or "not set"
+        return option.help.unset
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):

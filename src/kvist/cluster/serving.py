@@ -291,5 +291,5 @@ def listen(server: ServerConfig) -> Iterator[socket.socket]:
     with bound_socket(server.host, server.port) as listener:
         address, port = listener.getsockname()[:2]
         if not server.api_key and not is_loopback(f"tcp://{bracketed(address)}:{port}"):
-            log.warning("HTTP on %s is open to whoever can reach it: --api-key closes it", server.host)
+            log.warning("HTTP on %s is open to every client that can reach it: set --api-key", server.host)
         yield listener

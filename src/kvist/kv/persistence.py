@@ -113,8 +113,8 @@ class PersistentPages:
             return restored
         self.clear([*set(slots) - {page.slot for page in restored}])
         log.info(
-            "host tier: %d pages restored from %s, %d dropped that were damaged or half written, %d that were there "
-            "twice or continued none; %.0f ms per GiB",
+            "host tier: %d pages restored from %s, %d dropped that were damaged or half written, %d that were "
+            "duplicates or continued no other page; %.0f ms per GiB",
             len(restored),
             self._folder,
             num_bad,

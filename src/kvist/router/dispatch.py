@@ -335,7 +335,7 @@ class Dispatcher:
             if flight.closed_at_s is None or flight.closed_at_s > oldest_s:
                 continue
             for worker in list(flight.open):
-                logger.warning("worker %s never ended request %s: written off", worker.worker_id, flight.request_id)
+                logger.warning("given up: worker %s did not end request %s", worker.worker_id, flight.request_id)
                 self._engines.send(worker, wire.Abort(request_id=flight.request_id))
                 worker.release(flight.request_id)
             flight.open.clear()

@@ -253,7 +253,7 @@ class Registry:
         if not worker.pages_limited:
             worker.pages_limited = True
             logger.warning(
-                "worker %s has more cached pages than the %d we remember: raise --max-known-pages for better routing",
+                "worker %s has more cached pages than the %d remembered: raise --max-known-pages for better routing",
                 worker.worker_id,
                 self._config.max_known_pages,
             )

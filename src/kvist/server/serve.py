@@ -113,5 +113,5 @@ def _affordable(max_connections: int) -> int:
     if allowed == wanted:
         return max_connections
     fewer = max(1, allowed - _OTHER_FILES)
-    log.warning("this process may open %d files (ulimit -n): --max-connections is %d", allowed, fewer)
+    log.warning("this process may open %d files (ulimit -n): --max-connections is lowered to %d", allowed, fewer)
     return fewer

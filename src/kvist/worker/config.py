@@ -154,7 +154,7 @@ class EngineConfig(RunnerOptions):
     )
     cpu_affinity: bool = option(
         False,
-        "on a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores; with --tp "
+        "with a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores; with --tp "
         "only rank 0 of the engine is bound to its half",
     )
     engine_host: str = option("127.0.0.1", "address on which the engine's own socket listens")
