@@ -75,6 +75,17 @@ async def test_logprobs_come_with_token_ids(bench: Any) -> None:
         ({"text": "a", "sampling_params": {"regex": "a+"}}, "sampling_params.regex"),
         ({"text": "a", "sampling_params": {"max_tokens": 1}}, "sampling_params.max_tokens"),
         ({"text": "a", "sampling_params": {"max_new_tokens": 500}}, "sampling_params.max_new_tokens"),
+        ({"text": "a", "sampling_params": {"temperature": -1}}, "sampling_params.temperature"),
+        ({"text": "a", "sampling_params": {"top_p": 2}}, "sampling_params.top_p"),
+        ({"text": "a", "sampling_params": {"top_k": 2**31}}, "sampling_params.top_k"),
+        ({"text": "a", "sampling_params": {"min_p": -1}}, "sampling_params.min_p"),
+        ({"text": "a", "sampling_params": {"stop": ""}}, "sampling_params.stop"),
+        ({"text": "a", "sampling_params": {"stop_token_ids": [-1]}}, "sampling_params.stop_token_ids"),
+        ({"text": "a", "sampling_params": {"min_new_tokens": -1}}, "sampling_params.min_new_tokens"),
+        ({"text": "a", "sampling_params": {"n": 0}}, "sampling_params.n"),
+        ({"text": ["a", "b"], "sampling_params": {"n": 100}}, "sampling_params.n"),
+        ({"text": ["a"] * 129}, "text"),
+        ({"input_ids": [[1]] * 129}, "input_ids"),
         ({"text": "a", "top_logprobs_num": 1}, "top_logprobs_num"),
         ({"text": "a", "logprob_start_len": 0}, "logprob_start_len"),
         ({"text": "a", "lora_path": "x"}, "lora_path"),
@@ -82,8 +93,10 @@ async def test_logprobs_come_with_token_ids(bench: Any) -> None:
 )
 async def test_what_is_wrong_is_named(bench: Any, body: dict[str, object], param: str) -> None:
     response = await bench.post("/generate", body)
+    error = response.json()["error"]
     assert response.status_code == 400
-    assert response.json()["error"]["param"] == param
+    assert error["param"] == param
+    assert "`min_tokens`" not in error["message"]
 
 
 async def test_special_tokens_are_shown_on_request(bench: Any) -> None:

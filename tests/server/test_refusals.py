@@ -27,6 +27,7 @@ def error_of(response: Any) -> dict[str, Any]:
         ({"top_p": -0.1}, "top_p", "between 0 and 1"),
         ({"min_p": 1.5}, "min_p", "between 0 and 1"),
         ({"top_k": -2}, "top_k", "positive"),
+        ({"top_k": 2**31}, "top_k", "below 2147483648"),
         ({"n": 0}, "n", "at least 1"),
         ({"n": 1000}, "n", "limit of 128"),
         ({"seed": -2}, "seed", "between 0"),
@@ -183,3 +184,17 @@ async def test_no_ready_worker_is_a_503_that_may_be_tried_again(bench: Any) -> N
     response = await bench.chat()
     assert response.status_code == 503
     assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("path", "param", "value"), [("/tokenize", "prompt", ["a"] * 129), ("/detokenize", "tokens", [[1]] * 129)]
+)
+async def test_more_texts_than_are_taken_at_once_are_refused_by_their_fields_name(
+    bench: Any, path: str, param: str, value: object
+) -> None:
+    response = await bench.post(path, {param: value})
+    error = error_of(response)
+    assert response.status_code == 400
+    assert error["param"] == param
+    assert "at most 128" in error["message"]
+    assert "n=1" not in error["message"]

@@ -15,7 +15,7 @@ from kvist.router.stream import WorkerSnapshot
 from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import Gateway
 from kvist.server.http import JSON_TYPE, Headers, send_bytes, send_json
-from kvist.server.sampling import check_token_ids, num_choices, token_lists
+from kvist.server.sampling import check_num_lists, check_token_ids, token_lists
 from kvist.server.schemas import DetokenizeRequest, TokenizeRequest
 from kvist.server.worker_metrics import pages_by_state
 from kvist.wire import AskStorage, FlushTier, StoreWish
@@ -93,7 +93,7 @@ class Admin:
             add_special_tokens = request.add_special_tokens
         several = isinstance(texts, list)
         texts = texts if isinstance(texts, list) else [texts or ""]
-        num_choices(None, len(texts), gateway.config.max_choices)
+        check_num_lists(len(texts), gateway.config.max_choices, param)
         ids = gateway.encode_to_show(texts, add_special_tokens=add_special_tokens, param=param)
         spellings = (
             [[tokenizer.token_text(one) for one in tokens] for tokens in ids] if request.return_token_strs else None
@@ -121,7 +121,7 @@ class Admin:
         lists = token_lists(request.tokens) if request.tokens else [[]]
         if lists is None:
             raise RequestError("`tokens` mixes token ids and lists of token ids", param="tokens")
-        num_choices(None, len(lists), gateway.config.max_choices)
+        check_num_lists(len(lists), gateway.config.max_choices, "tokens")
         limit, num_tokens = gateway.max_tokens_shown(), sum(map(len, lists))
         if num_tokens > limit:
             raise RequestError(f"`tokens` holds {num_tokens} ids; at most {limit} are taken", param="tokens")

@@ -12,7 +12,15 @@ from kvist.request import EngineRequest, RequestId
 from kvist.server.caller import Caller
 from kvist.server.gateway import Gateway
 from kvist.server.generation import Choice
-from kvist.server.sampling import MAX_SEED, num_choices, salt_digest, sampling_params, stop_ids, stop_strings
+from kvist.server.sampling import (
+    MAX_SEED,
+    FieldNames,
+    num_choices,
+    salt_digest,
+    sampling_params,
+    stop_ids,
+    stop_strings,
+)
 from kvist.server.schemas import SamplingFields
 from kvist.text import SamplingDefaults
 
@@ -31,6 +39,7 @@ class Plan:
     job_id: str
     prompts: Sequence[Prompt]
     fields: SamplingFields
+    names: FieldNames
     seed: int | None  # of the first answer to each prompt; the next ones count up. None: drawn
     cache_salt: str | None
     min_tokens: int | None
@@ -48,10 +57,11 @@ def new_job_id(prefix: str) -> str:
 def make_choices(gateway: Gateway, plan: Plan) -> list[Choice]:
     """Answers in the order of OpenAI's `index`: all of the first prompt, then all of the second. Raises `RequestError`
     for anything the fields have wrong."""
-    num_repeats = num_choices(plan.fields.n, len(plan.prompts), gateway.config.max_choices)
-    gateway.check_job_tokens(num_repeats * sum(len(prompt.token_ids) for prompt in plan.prompts), "n")
-    tokenizer, stops = gateway.require_tokenizer(), stop_strings(plan.fields.stop)
-    stop_token_ids = stop_ids(plan.fields, gateway.vocab_size())
+    names = plan.names
+    num_repeats = num_choices(plan.fields.n, len(plan.prompts), gateway.config.max_choices, names)
+    gateway.check_job_tokens(num_repeats * sum(len(prompt.token_ids) for prompt in plan.prompts), names.inside + "n")
+    tokenizer, stops = gateway.require_tokenizer(), stop_strings(plan.fields.stop, names)
+    stop_token_ids = stop_ids(plan.fields, gateway.vocab_size(), names)
     salt = salt_digest(plan.cache_salt, gateway.tenant(plan.caller))
     max_kept_logprobs = _MAX_KEPT_LOGPROBS // (num_repeats * len(plan.prompts)) if plan.keeps_logprobs else 0
     first_seed = gateway.draw_seed() if plan.seed is None else plan.seed
@@ -59,6 +69,7 @@ def make_choices(gateway: Gateway, plan: Plan) -> list[Choice]:
     for prompt in plan.prompts:
         sampling = sampling_params(
             plan.fields,
+            names=names,
             defaults=plan.defaults,
             max_tokens=prompt.max_tokens,
             min_tokens=plan.min_tokens or 0,

@@ -17,6 +17,7 @@ from kvist.server.jobs import Plan, Prompt, make_choices, new_job_id
 from kvist.server.reporting import finite, report
 from kvist.server.respond import Job
 from kvist.server.sampling import (
+    FieldNames,
     check_num_logprobs,
     check_seed,
     check_shown_id,
@@ -50,6 +51,7 @@ def native_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
         job_id=new_job_id("gen"),
         prompts=[_limited(gateway, fields, token_ids, param) for token_ids in token_lists],
         fields=fields,
+        names=_names(param),
         seed=check_seed(fields.sampling_seed, _WHERE + "sampling_seed"),
         cache_salt=request.cache_salt,
         min_tokens=fields.min_new_tokens,
@@ -77,7 +79,7 @@ def _prompts(gateway: Gateway, request: NativeRequest, fields: NativeSampling) -
     if request.text is not None:
         texts = [request.text] if isinstance(request.text, str) else request.text
         _require_some(texts, "text")
-        num_choices(fields.n, len(texts), gateway.config.max_choices)
+        num_choices(fields.n, len(texts), gateway.config.max_choices, _names("text"))
         return (
             gateway.encode_all(texts, add_special_tokens=True, param="text"),
             not isinstance(request.text, str),
@@ -88,10 +90,14 @@ def _prompts(gateway: Gateway, request: NativeRequest, fields: NativeSampling) -
     found = token_lists(ids)
     if found is None:
         raise RequestError("`input_ids` mixes token ids and lists of token ids", param="input_ids")
-    num_choices(fields.n, len(found), gateway.config.max_choices)
+    num_choices(fields.n, len(found), gateway.config.max_choices, _names("input_ids"))
     for one in found:
         check_token_ids(one, gateway.vocab_size(), "input_ids")
     return found, isinstance(ids[0], list), "input_ids"
+
+
+def _names(prompt: str) -> FieldNames:
+    return FieldNames(prompt=prompt, inside=_WHERE, max_tokens="max_new_tokens", min_tokens="min_new_tokens")
 
 
 def _require_some(values: Sequence[object], param: str) -> None:

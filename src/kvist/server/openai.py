@@ -13,6 +13,7 @@ from kvist.server.jobs import Plan, Prompt, make_choices, new_job_id
 from kvist.server.openai_format import ChatFormat, CompletionFormat, Shape
 from kvist.server.respond import Job
 from kvist.server.sampling import (
+    FieldNames,
     check_num_logprobs,
     check_seed,
     check_token_ids,
@@ -95,7 +96,8 @@ def _prompt_token_ids(gateway: Gateway, request: CompletionRequest) -> list[list
         return [gateway.encode(prompt, add_special_tokens=add_special_tokens, param="prompt")]
     if not prompt:
         raise RequestError("`prompt` is an empty list", param="prompt")
-    num_choices(request.n, 1 if isinstance(prompt[0], int) else len(prompt), gateway.config.max_choices)
+    num_prompts = 1 if isinstance(prompt[0], int) else len(prompt)
+    num_choices(request.n, num_prompts, gateway.config.max_choices, FieldNames(prompt="prompt"))
     found = token_lists(prompt)
     if found is None:
         texts = [item for item in prompt if isinstance(item, str)]
@@ -141,6 +143,7 @@ def _choices(
         job_id=job_id,
         prompts=prompts,
         fields=request,
+        names=FieldNames(prompt="messages" if isinstance(request, ChatRequest) else "prompt"),
         seed=check_seed(request.seed),
         cache_salt=request.cache_salt,
         min_tokens=request.min_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TypeVar, cast
 
@@ -26,9 +27,20 @@ _MAX_TEMPERATURE = 1e6  # flat already; far larger ones leave the range of float
 _GREEDY_TEMPERATURE = 1e-5  # below it, dividing by it leaves that range; vLLM's limit
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FieldNames:
+    """What an endpoint calls the fields that errors name."""
+
+    prompt: str
+    inside: str = ""  # the object that the fields of sampling are in, with its dot
+    max_tokens: str = "max_tokens"
+    min_tokens: str = "min_tokens"
+
+
 def sampling_params(
     fields: SamplingFields,
     *,
+    names: FieldNames,
     defaults: SamplingDefaults,
     max_tokens: int,
     min_tokens: int,
@@ -41,14 +53,14 @@ def sampling_params(
     top_p = _first(fields.top_p, defaults.top_p, 1.0)
     min_p = _first(fields.min_p, defaults.min_p, 0.0)
     top_k = _first(fields.top_k, defaults.top_k, 0)
+    inside = names.inside
     wide = f"must be between 0 and {_MAX_TEMPERATURE:.0f}"
-    _require(0 <= temperature <= _MAX_TEMPERATURE, "temperature", wide, temperature)
-    _require(0 <= top_p <= 1, "top_p", "must be between 0 and 1", top_p)
-    _require(0 <= min_p <= 1, "min_p", "must be between 0 and 1", min_p)
-    _require(-1 <= top_k < 2**31, "top_k", "must be positive, or 0 or -1 for off", top_k)
-    _require(
-        0 <= min_tokens <= max_tokens, "min_tokens", f"must be between 0 and max_tokens ({max_tokens})", min_tokens
-    )
+    _require(0 <= temperature <= _MAX_TEMPERATURE, inside + "temperature", wide, temperature)
+    _require(0 <= top_p <= 1, inside + "top_p", "must be between 0 and 1", top_p)
+    _require(0 <= min_p <= 1, inside + "min_p", "must be between 0 and 1", min_p)
+    _require(-1 <= top_k < 2**31, inside + "top_k", f"must be positive and below {2**31}, or 0 or -1 for off", top_k)
+    fits = f"must be between 0 and {names.max_tokens} ({max_tokens})"
+    _require(0 <= min_tokens <= max_tokens, inside + names.min_tokens, fits, min_tokens)
     greedy = temperature < _GREEDY_TEMPERATURE or top_p == 0  # no probability but the first: the likeliest token alone
     return SamplingParams(
         max_tokens=max_tokens,
@@ -107,10 +119,10 @@ def check_num_logprobs(count: int | None, param: str) -> int | None:
     return count
 
 
-def stop_ids(fields: SamplingFields, vocab_size: int) -> tuple[int, ...]:
+def stop_ids(fields: SamplingFields, vocab_size: int, names: FieldNames) -> tuple[int, ...]:
     """Each once."""
     asked = fields.stop_token_ids or []
-    check_token_ids(asked, vocab_size, "stop_token_ids")
+    check_token_ids(asked, vocab_size, names.inside + "stop_token_ids")
     return tuple(dict.fromkeys(asked))
 
 
@@ -125,11 +137,12 @@ def salt_digest(cache_salt: str | None, tenant: str = "") -> str:
     return blake2b(salt, digest_size=_SALT_DIGEST_BYTES, key=key, person=b"kvist salt").hexdigest()
 
 
-def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
+def stop_strings(stop: str | list[str] | None, names: FieldNames) -> tuple[str, ...]:
+    param = names.inside + "stop"
     stops = [stop] if isinstance(stop, str) else stop or []
-    _require(len(stops) <= MAX_STOPS, "stop", f"may hold {MAX_STOPS} strings", len(stops))
+    _require(len(stops) <= MAX_STOPS, param, f"may hold {MAX_STOPS} strings", len(stops))
     for one in stops:
-        _require(0 < len(one) <= MAX_STOP_CHARS, "stop", f"strings have 1 to {MAX_STOP_CHARS} characters", len(one))
+        _require(0 < len(one) <= MAX_STOP_CHARS, param, f"strings have 1 to {MAX_STOP_CHARS} characters", len(one))
     return tuple(stops)
 
 
@@ -138,16 +151,22 @@ def shows_stop(fields: SamplingFields) -> bool:
     return bool(fields.include_stop_str_in_output or fields.no_stop_trim)
 
 
-def num_choices(n: int | None, num_prompts: int, limit: int) -> int:
+def num_choices(n: int | None, num_prompts: int, limit: int, names: FieldNames) -> int:
     """How many answers each prompt gets."""
     count = 1 if n is None else n
-    _require(count >= 1, "n", "must be at least 1", count)
+    _require(count >= 1, names.inside + "n", "must be at least 1", count)
     if count * num_prompts > limit:
         raise RequestError(
             f"{num_prompts} prompts times n={count} is over the limit of {limit} answers (--max-choices)",
-            param="prompt" if count == 1 else "n",
+            param=names.prompt if count == 1 else names.inside + "n",
         )
     return count
+
+
+def check_num_lists(num_lists: int, limit: int, param: str) -> None:
+    """Of an endpoint that generates nothing."""
+    if num_lists > limit:
+        raise RequestError(f"`{param}` holds {num_lists} lists or texts; at most {limit} are taken", param=param)
 
 
 def output_limit(
