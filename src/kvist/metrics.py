@@ -41,6 +41,7 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "handoffs_sent": "handoffs sent by this prefill worker and acknowledged by the decode worker",
     "handoffs_received": "handoffs granted and verified by this decode worker",
     "handoffs_failed": "handoffs that failed, were refused or timed out",
+    "handoffs_cancelled": "handoffs given up because the request was aborted: its client or its gateway had left",
     "foreign_grants": "grants refused because the gateway had named another decode worker",
     "handoff_pages": "pages written by handoffs",
     "handoff_bytes": "bytes written by handoffs",

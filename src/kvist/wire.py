@@ -273,6 +273,7 @@ class Revoke(_Message, frozen=True):
     handoff_id: HandoffId
     target_epoch: EpochId  # who to answer, even when the handoff is not known
     reason: str
+    cancelled: bool = False  # the request was aborted at decode: nothing has failed
 
 
 # ---------------------------------------------------------------- prefill → decode
@@ -297,7 +298,7 @@ class Closed(_Message, frozen=True):
     handoff_id: HandoffId
     target_epoch: EpochId
     source_epoch: EpochId
-    error_code: str | None = None
+    error_code: str | None = None  # None: the request was aborted at prefill, or the handoff was acknowledged before
     message: str = ""
 
 

@@ -211,6 +211,21 @@ def test_a_revoke_with_nothing_under_copy_is_closed_at_once() -> None:
     assert bench.busy_pages == 0
 
 
+@pytest.mark.parametrize("first", ["abort", "revoke"])
+def test_a_handoff_whose_client_has_left_is_cancelled_at_prefill_and_not_failed(first: str) -> None:
+    bench = Bench("prefill", chunked_prefill_size=3)
+    bench.step(prefill_arrived(), grant())
+    event: Event = Abort(request_id="r") if first == "abort" else msgspec.structs.replace(revoke(), cancelled=True)
+    plan = bench.step(event)
+    (closed,) = messages(plan)
+    assert isinstance(closed, Closed)
+    assert closed.error_code is None
+    assert [outcome for outcome, _ in ends(plan)] == [Outcome.ABORTED]
+    totals = bench.scheduler.load().totals
+    assert (totals["handoffs_cancelled"], totals["handoffs_failed"]) == (1, 0)
+    assert (totals["requests_aborted"], totals["requests_failed"]) == (1, 0)
+
+
 def test_a_repeated_revoke_is_answered_each_time() -> None:
     bench = done_sent()
     for _ in range(3):

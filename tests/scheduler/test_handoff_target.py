@@ -151,6 +151,20 @@ def test_an_abort_after_the_grant_keeps_the_pages_in_flight_until_prefill_says_c
     assert not bench.scheduler.has_work()
 
 
+@pytest.mark.parametrize("first", ["abort", "closed"])
+def test_a_handoff_whose_client_has_left_is_cancelled_at_decode_and_not_failed(first: str) -> None:
+    bench = granted()
+    plan = bench.step(Abort(request_id="r") if first == "abort" else closed(code=None))
+    assert ends(plan) == [(Outcome.ABORTED, None)]
+    if first == "abort":
+        (revoke,) = messages(plan)
+        assert revoke.cancelled
+        bench.step(closed(code=None))
+    totals = bench.scheduler.load().totals
+    assert (totals["handoffs_cancelled"], totals["handoffs_failed"]) == (1, 0)
+    assert (totals["requests_aborted"], totals["requests_failed"]) == (1, 0)
+
+
 def test_done_after_revoke_frees_the_pages_too_for_nothing_is_written_after_it() -> None:
     bench = granted()
     bench.step(Abort(request_id="r"))

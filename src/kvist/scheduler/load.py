@@ -27,6 +27,7 @@ COUNTERS = (
     "prefetch_wait_seconds",  # from arrival to the queue
     "handoffs_sent",  # prefill: acknowledged by decode
     "handoffs_received",  # decode: verified and taken over
+    "handoffs_cancelled",  # either side: given up with its request, which was aborted
     "handoffs_failed",  # either side: closed in any other way
     "foreign_grants",  # prefill: refused, as the gateway named another decode engine
     "handoff_pages",  # in handoffs sent or received

@@ -68,7 +68,7 @@ class HandoffHalf(Protocol):
     def computed(self, request: ActiveRequest) -> None:
         """PREFILL: more of its K/V is in its pages, perhaps all."""
 
-    def ended(self, request: ActiveRequest, message: str) -> None:
+    def ended(self, request: ActiveRequest, outcome: Outcome, message: str) -> None:
         """It is over for a reason outside the handoff: break the handoff off."""
 
 
@@ -430,7 +430,7 @@ class RequestTable:
             self.service_time.note(self.now_s - request.admitted_s)
         self._send_end(request.request_id, outcome, code, message)
         if request.handoff_id is not None:
-            self.half.ended(request, message or outcome.value)
+            self.half.ended(request, outcome, message or outcome.value)
         self.release(request)
 
     def release(self, request: ActiveRequest) -> None:

@@ -27,7 +27,7 @@ from kvist.scheduler.requests import RequestTable
 from kvist.scheduler.timers import TimerKind
 from kvist.wire import Ack, Closed, Done, Grant, PoolAddress, Revoke
 
-_Refusal = tuple[str | None, str]  # error code, message
+_Refusal = tuple[str | None, str]  # error code, None when nothing failed; message
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -116,11 +116,12 @@ class SourceHalf:
         assert request.handoff_id is not None
         self._push(self._open[request.handoff_id])
 
-    def ended(self, request: ActiveRequest, message: str) -> None:
+    def ended(self, request: ActiveRequest, outcome: Outcome, message: str) -> None:
         assert request.handoff_id is not None
         handoff = self._open.get(request.handoff_id)
         if handoff is not None and handoff.request is request:
-            self._fire(handoff, SourceTrigger.REQUEST_ENDED, ("handoff_failed", f"prefill ended: {message}"))
+            code = None if outcome is Outcome.ABORTED else "handoff_failed"
+            self._fire(handoff, SourceTrigger.REQUEST_ENDED, (code, f"prefill ended: {message}"))
 
     # ---------------------------------------------------------------- from decode
 
@@ -143,7 +144,7 @@ class SourceHalf:
 
     def on_revoke(self, event: Revoke) -> None:
         handoff = self._open.get(event.handoff_id)
-        refusal: _Refusal = ("handoff_failed", f"revoked by decode: {event.reason}")
+        refusal: _Refusal = (None if event.cancelled else "handoff_failed", f"revoked by decode: {event.reason}")
         if handoff is None:
             self._early_grants.pop(event.handoff_id, None)
             self._table.timers.cancel(TimerKind.EARLY_GRANT, event.handoff_id)
@@ -223,7 +224,8 @@ class SourceHalf:
         elif to is SourceState.CLOSED and trigger is SourceTrigger.ACK:
             self._table.end(request, Outcome.FINISHED)
         elif to in (SourceState.STOPPING, SourceState.CLOSED):
-            self._table.end(request, Outcome.FAILED, refusal[0], refusal[1])
+            outcome = Outcome.ABORTED if refusal[0] is None else Outcome.FAILED
+            self._table.end(request, outcome, refusal[0], refusal[1])
 
     def _close(self, handoff: SourceHandoff, *, acknowledged: bool) -> None:
         table, handoff_id, grant = self._table, handoff.handoff_id, handoff.grant
@@ -241,7 +243,7 @@ class SourceHalf:
             table.totals["handoff_bytes"] += len(grant.page_ids) * self._pool.page_bytes
             table.totals["handoff_seconds"] += table.now_s - handoff.granted_s
             return
-        table.totals["handoffs_failed"] += 1
+        table.totals["handoffs_cancelled" if handoff.refusal[0] is None else "handoffs_failed"] += 1
         if grant is not None and not handoff.peer_dead:
             self._say_closed(handoff_id, grant.target_epoch, handoff.refusal)
 

@@ -43,6 +43,7 @@ class TargetHandoff:
     done: Done | None = None
     done_s: float = 0.0
     reason: str = ""  # what Revoke says
+    cancelled: bool = False  # its request was aborted, here or at prefill
 
 
 class TargetHalf:
@@ -133,10 +134,11 @@ class TargetHalf:
     def computed(self, request: ActiveRequest) -> None:
         raise AssertionError(f"{request.request_id}: a decode engine has no PREFILL requests")
 
-    def ended(self, request: ActiveRequest, message: str) -> None:
+    def ended(self, request: ActiveRequest, outcome: Outcome, message: str) -> None:
         assert request.handoff_id is not None
         handoff = self._open.get(request.handoff_id)
         if handoff is not None and handoff.request is request:
+            handoff.cancelled |= outcome is Outcome.ABORTED
             self._fire(handoff, TargetTrigger.REQUEST_ENDED, message)
 
     # ---------------------------------------------------------------- from prefill
@@ -157,6 +159,7 @@ class TargetHalf:
         if handoff is None or closed.target_epoch != self._epoch:
             return
         if closed.source_epoch == handoff.source.epoch:
+            handoff.cancelled |= closed.error_code is None
             self._fire(handoff, TargetTrigger.SOURCE_CLOSED, closed.message, closed.error_code)
         elif handoff.state is TargetState.GRANTED:
             # Another life answers at that address. The one we granted to may still be writing: its death frees the
@@ -199,17 +202,19 @@ class TargetHalf:
             self._verify(handoff)
         elif to is TargetState.REVOKED:
             self._table.timers.cancel(TimerKind.HANDOFF, handoff.handoff_id)
-            self._say_revoke(endpoint, handoff.handoff_id, reason)
+            self._say_revoke(endpoint, handoff.handoff_id, reason, cancelled=handoff.cancelled)
             self._repeat_later(handoff.handoff_id, self._table.config.ack_timeout_s)
         elif trigger is TargetTrigger.VERIFIED:
             self._take_over(handoff)
         else:
             if trigger in (TargetTrigger.MISMATCH, TargetTrigger.REQUEST_ENDED):
-                self._say_revoke(endpoint, handoff.handoff_id, reason)
+                self._say_revoke(endpoint, handoff.handoff_id, reason, cancelled=handoff.cancelled)
             self._close(handoff, (reason,))
-            self._table.totals["handoffs_failed"] += 1
+            self._table.totals["handoffs_cancelled" if handoff.cancelled else "handoffs_failed"] += 1
             if handoff.request.state is RequestState.ENDED:
                 self._table.release(handoff.request)
+            elif handoff.cancelled:
+                self._table.end(handoff.request, Outcome.ABORTED, None, reason)
             else:
                 self._table.end(handoff.request, Outcome.FAILED, code or "handoff_failed", reason)
 
@@ -268,8 +273,9 @@ class TargetHalf:
     def _say_ack(self, endpoint: str, handoff_id: HandoffId) -> None:
         self._table.out.to_source(endpoint, Ack(handoff_id=handoff_id, target_epoch=self._epoch))
 
-    def _say_revoke(self, endpoint: str, handoff_id: HandoffId, reason: str) -> None:
-        self._table.out.to_source(endpoint, Revoke(handoff_id=handoff_id, target_epoch=self._epoch, reason=reason))
+    def _say_revoke(self, endpoint: str, handoff_id: HandoffId, reason: str, *, cancelled: bool = False) -> None:
+        revoke = Revoke(handoff_id=handoff_id, target_epoch=self._epoch, reason=reason, cancelled=cancelled)
+        self._table.out.to_source(endpoint, revoke)
 
     def _say_again(self, handoff: TargetHandoff) -> None:
         """A Revoke as often as it takes. A Grant after 1, 2, 4 ... times `ack_timeout_s`: prefill, which may be at work
@@ -280,7 +286,7 @@ class TargetHalf:
             wait_s *= 2.0**handoff.num_grants_sent
             handoff.num_grants_sent += 1
         else:
-            self._say_revoke(endpoint, handoff.handoff_id, handoff.reason)
+            self._say_revoke(endpoint, handoff.handoff_id, handoff.reason, cancelled=handoff.cancelled)
         self._repeat_later(handoff.handoff_id, wait_s)
 
     def _repeat_later(self, handoff_id: HandoffId, wait_s: float) -> None:
