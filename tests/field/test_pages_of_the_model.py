@@ -32,17 +32,21 @@ async def test_the_tokenizer_is_described_as_vllm_does(bench: Any) -> None:
     assert (info["vocab_size"], info["model_max_length"]) == (257, 200)
 
 
-async def test_the_probe_generates_one_token_and_fails_when_there_is_none(bench: Any) -> None:
+@pytest.mark.parametrize("num_tokens_before", [0, 1])  # the first may come from prefill alone
+async def test_the_probe_generates_a_token_at_decode_too_and_fails_when_there_is_none(
+    bench: Any, num_tokens_before: int
+) -> None:
     assert (await bench.client.get("/health_generate")).status_code == 200
     (request,) = bench.dispatcher.requests
-    assert request.sampling.max_tokens == 1
-    assert bench.dispatcher.num_open == 0
+    assert request.sampling.max_tokens == 2
+    assert (bench.dispatcher.num_open, bench.dispatcher.num_closed_early) == (0, 0)
     bench.dispatcher.error = WorkerLost("worker d:1 was lost")
+    bench.dispatcher.error_after = num_tokens_before
     response = await bench.client.get("/health_generate")
     assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_lost")
 
 
-async def test_probes_at_the_same_time_share_one_token(bench: Any) -> None:
+async def test_probes_at_the_same_time_share_one_request(bench: Any) -> None:
     answers = await asyncio.gather(*(bench.client.get("/health_generate") for _ in range(5)))
     assert [answer.status_code for answer in answers] == [200] * 5
     assert len(bench.dispatcher.requests) == 1

@@ -1,6 +1,7 @@
 """What the gateway says of its model: in OpenAI's list, and as vLLM and SGLang say it. And a probe that generates.
 
-/health_generate makes one token, really: probes that come while one is under way share it, so that they cost no more.
+/health_generate makes two tokens, really: the first may come from a prefill worker, the second takes a handoff and a
+decode worker. Probes that come while one is under way share it, so that they cost no more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kvist.server.gateway import Gateway
 from kvist.server.http import send_json
 
 _PROBE_TIMEOUT_S = 20.0  # SGLang's
+_PROBE_TOKENS = 2
 _PROBE_PROMPT = (0,)  # any token will do
 
 
@@ -119,18 +121,20 @@ class ModelPages:
         await send_json(send, {"status": "ok"})
 
     async def _generate(self) -> None:
-        """One token. Raises `KvistError` when there is none in time."""
+        """`_PROBE_TOKENS` tokens. Raises `KvistError` when they do not come in time."""
         request = EngineRequest(
             request_id=RequestId(f"health-{uuid.uuid4().hex}"),
             prompt_token_ids=_PROBE_PROMPT,
-            sampling=SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True),
+            sampling=SamplingParams(max_tokens=_PROBE_TOKENS, temperature=0.0, ignore_eos=True),
         )
+        num_tokens = 0
         try:
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
                 async with contextlib.aclosing(self._gateway.dispatcher.generate(request)) as parts:
                     async for part in parts:
-                        if part.chunk.token_ids:
-                            return
+                        num_tokens += len(part.chunk.token_ids)
         except TimeoutError as error:
-            raise Unavailable(f"no token was generated within {_PROBE_TIMEOUT_S:g} s") from error
-        raise Unavailable("the stream of the probe ended without a token")
+            message = f"{num_tokens} of {_PROBE_TOKENS} tokens were generated within {_PROBE_TIMEOUT_S:g} s"
+            raise Unavailable(message) from error
+        if num_tokens < _PROBE_TOKENS:
+            raise Unavailable(f"the stream of the probe ended after {num_tokens} of {_PROBE_TOKENS} tokens")
