@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.fairness import CallerCounts, CallerPath, Turns, caller_path
+from kvist.fairness import CallerCounts, CallerPath, FairQueue, caller_path
 from kvist.service_time import ServiceTime, retry_after_s
 
 CALLERS = st.tuples(st.sampled_from("kl"), st.sampled_from("hi"), st.sampled_from("123"))
@@ -27,7 +27,7 @@ def test_a_tag_has_three_names_and_what_is_missing_is_empty() -> None:
 
 @given(st.lists(st.one_of(CALLERS, st.sampled_from(["take", "remove"])), max_size=60))
 def test_whoever_waits_has_a_turn_within_a_round_at_each_level_and_nobody_is_lost(script: list[object]) -> None:
-    turns: Turns[tuple[CallerPath, int]] = Turns(lambda item: item[1])
+    turns: FairQueue[tuple[CallerPath, int]] = FairQueue(lambda item: item[1])
     waiting: list[tuple[CallerPath, int]] = []
     passed: Counter[tuple[str, ...]] = Counter()  # turns of others since a key that waits had its own
     numbers = count()
@@ -65,7 +65,7 @@ def test_nobody_gives_way_to_a_caller_who_would_then_have_to_give_way_back(
     places: list[CallerPath], newcomer: CallerPath
 ) -> None:
     counts_of = _counts(places)
-    loser = counts_of.gives_way_to(newcomer)
+    loser = counts_of.displaced_by(newcomer)
     if loser is None:
         for level in (1, 2, 3):
             counts = Counter(path[:level] for path in places if path[: level - 1] == newcomer[: level - 1])
@@ -74,7 +74,7 @@ def test_nobody_gives_way_to_a_caller_who_would_then_have_to_give_way_back(
     assert loser in places
     counts_of.remove(loser)
     counts_of.add(newcomer)
-    assert counts_of.gives_way_to(loser) != newcomer
+    assert counts_of.displaced_by(loser) != newcomer
     for caller in [*places, newcomer]:
         if caller != loser:
             counts_of.remove(caller)
@@ -86,10 +86,10 @@ def test_nobody_gives_way_to_a_caller_who_would_then_have_to_give_way_back(
 def test_a_key_gives_way_by_its_busiest_host_and_that_by_its_busiest_connection() -> None:
     places = [("k", "h", "1"), ("k", "i", "2"), ("k", "i", "3"), ("k", "i", "3"), ("l", "h", "4")]
     counts = _counts(places)
-    assert counts.gives_way_to(("m", "x", "9")) == ("k", "i", "3")
-    assert counts.gives_way_to(("l", "h", "4")) == ("k", "i", "3")
-    assert counts.gives_way_to(("k", "h", "1")) == ("k", "i", "3")
-    assert counts.gives_way_to(("k", "i", "3")) is None
+    assert counts.displaced_by(("m", "x", "9")) == ("k", "i", "3")
+    assert counts.displaced_by(("l", "h", "4")) == ("k", "i", "3")
+    assert counts.displaced_by(("k", "h", "1")) == ("k", "i", "3")
+    assert counts.displaced_by(("k", "i", "3")) is None
 
 
 def _counts(places: list[CallerPath]) -> CallerCounts:

@@ -25,7 +25,7 @@ MIN_ENGINE_CORES = 4  # for each engine of the host: its loop, and threads that 
 _CPUS = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Place = tuple[int, int]  # package, physical core; a core has two CPUs where it runs two threads
 
@@ -73,7 +73,7 @@ def separate(num_engines: int) -> frozenset[int]:
     engine, gateway = split(read_places(cores)) if len(cores) >= MIN_CORES else (frozenset[int](), frozenset[int]())
     if not gateway or len(engine) < MIN_ENGINE_CORES * num_engines or not bind_process(engine):
         return frozenset()
-    log.info("the engine runs on cores %s, its gateway on %s", sorted(engine), sorted(gateway))
+    logger.info("the engine runs on cores %s, its gateway on %s", sorted(engine), sorted(gateway))
     return gateway
 
 
@@ -84,6 +84,6 @@ def bind_process(cores: Collection[int]) -> bool:
             with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
                 os.sched_setaffinity(int(thread), cores)
     except OSError as error:
-        log.warning("cannot bind this process to cores %s: %s", sorted(cores), error)
+        logger.warning("cannot bind this process to cores %s: %s", sorted(cores), error)
         return False
     return True

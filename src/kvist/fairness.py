@@ -35,7 +35,7 @@ class _Level(Generic[Item]):
             yield from level
 
 
-class Turns(Generic[Item]):
+class FairQueue(Generic[Item]):
     """Items of many callers, each caller's own in the order of `order`. Mutable; its one owner is a queue."""
 
     def __init__(self, order: Callable[[Item], int]) -> None:
@@ -107,7 +107,7 @@ class CallerCounts:
             if not counts:
                 del self._below[caller[:depth]]
 
-    def gives_way_to(self, newcomer: CallerPath) -> CallerPath | None:
+    def displaced_by(self, newcomer: CallerPath) -> CallerPath | None:
         """Who should lose a place to the newcomer; None: nobody.
 
         A key gives way when it would still have more than the newcomer's afterwards; among the hosts of one key, and

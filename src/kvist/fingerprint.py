@@ -2,7 +2,7 @@
 
 Two models of one name, size and configuration that differ anywhere have different fingerprints; the same files have the
 same one on every host. Hashing takes a core 0.13 s for each GB that is in memory, else as long as the disk takes; so a
-digest is remembered in the user's cache folder, under the file's path, and holds while inode, size and times of change
+digest is cached in the user's cache folder, under the file's path, and holds while inode, size and times of change
 do. The folder with the model is not written to.
 """
 
@@ -32,10 +32,10 @@ _MAX_THREADS = 4
 _MAX_NOTE_BYTES = 1 << 16
 _SETTLED_NS = 2 * 10**9  # what was changed just now may be changed again within one tick of the file system's clock
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-class _Note(msgspec.Struct, frozen=True, kw_only=True):
+class _DigestRecord(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     inode: int
     size: int
@@ -54,18 +54,18 @@ def model_fingerprint(checkpoint: Checkpoint, *, with_weights: bool = True) -> s
             digest.update((checkpoint.path / "config.json").read_bytes())
             files = sorted(checkpoint.path.glob("*.safetensors")) if with_weights else []
         for file in files:
-            digest.update(b"\0" + remembered("content", file, partial(_hash_file, file)).encode())
+            digest.update(b"\0" + cached_digest("content", file, partial(_hash_file, file)).encode())
     except OSError as error:
         raise ModelLoadError(f"cannot read the model in {checkpoint.path}: {error}") from error
     return digest.hexdigest()
 
 
-def remembered(kind: str, file: Path, compute: Callable[[], str]) -> str:
+def cached_digest(kind: str, file: Path, compute: Callable[[], str]) -> str:
     """What `compute` says of the file's content: from the user's cache folder, if the file has not changed since."""
     path = os.path.realpath(file)
     note_path = cache_folder() / "digests" / blake3(f"{kind}\0{path}".encode()).hexdigest(length=16)
     before = _identity(path, "")
-    note = _read_note(note_path)
+    note = _read_record(note_path)
     if note is not None and msgspec.structs.replace(note, digest="") == before:
         return note.digest
     digest = compute()
@@ -106,13 +106,13 @@ def _hash_file(path: Path) -> str:
     digest = blake3(max_threads=min(_MAX_THREADS, num_usable_cores())).update_mmap(path).hexdigest()
     gb, seconds = path.stat().st_size / 1e9, clock.now_s() - start_s
     if seconds > 1:
-        log.info("hashed %s: %.1f GB in %.1f s", path, gb, seconds)
+        logger.info("hashed %s: %.1f GB in %.1f s", path, gb, seconds)
     return digest
 
 
-def _identity(path: str, digest: str) -> _Note:
+def _identity(path: str, digest: str) -> _DigestRecord:
     status = os.stat(path)
-    return _Note(
+    return _DigestRecord(
         path=path,
         inode=status.st_ino,
         size=status.st_size,
@@ -122,11 +122,11 @@ def _identity(path: str, digest: str) -> _Note:
     )
 
 
-def _read_note(path: Path) -> _Note | None:
+def _read_record(path: Path) -> _DigestRecord | None:
     with contextlib.suppress(OSError, *UNDECODABLE):
         fd = open_own(path, os.O_RDONLY)
         try:
-            return msgspec.json.decode(os.read(fd, _MAX_NOTE_BYTES), type=_Note)
+            return msgspec.json.decode(os.read(fd, _MAX_NOTE_BYTES), type=_DigestRecord)
         finally:
             os.close(fd)
     return None

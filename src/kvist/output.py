@@ -39,7 +39,7 @@ class LineOutput:
         self._lock = threading.Lock()
         self._pending: deque[bytes] = deque()
         self._num_pending_bytes = 0
-        self._num_dropped_untold = 0
+        self._num_dropped_unreported = 0
         self._drainer: threading.Thread | None = None
 
     def write(self, line: str, *, end: str = "\n") -> None:
@@ -52,7 +52,7 @@ class LineOutput:
                 return
             if self._num_pending_bytes + len(data) > MAX_PENDING_BYTES:
                 self.num_dropped += 1
-                self._num_dropped_untold += 1
+                self._num_dropped_unreported += 1
                 return
             self._pending.append(data)
             self._num_pending_bytes += len(data)
@@ -89,9 +89,9 @@ class LineOutput:
                     self._num_pending_bytes -= len(self._pending[0]) - len(rest)
                     self._pending[0] = rest
                     continue
-                if self._num_dropped_untold:
-                    note = f"kvist: {self._num_dropped_untold} lines of output were dropped: nobody read them in time\n"
-                    self._num_dropped_untold = 0
+                if self._num_dropped_unreported:
+                    num_dropped, self._num_dropped_unreported = self._num_dropped_unreported, 0
+                    note = f"kvist: {num_dropped} lines of output were dropped: their reader was too slow\n"
                     self._pending.append(note.encode())
                     self._num_pending_bytes += len(note)
                     continue

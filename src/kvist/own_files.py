@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_NEVER_ON = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a link; a pipe that nobody writes to
+_SAFE_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a link; a pipe that nobody writes to
 
 
 def cache_folder() -> Path:
@@ -32,7 +32,7 @@ def own_folder(path: str | os.PathLike[str]) -> None:
 
 def open_own(path: str | os.PathLike[str], flags: int) -> int:
     """The descriptor of a plain file."""
-    fd = os.open(path, flags | _NEVER_ON, 0o600)
+    fd = os.open(path, flags | _SAFE_FLAGS, 0o600)
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
@@ -48,7 +48,7 @@ def open_own(path: str | os.PathLike[str], flags: int) -> int:
 
 def is_own_file(status: os.stat_result) -> bool:
     """Of an `lstat` or `fstat`: a plain file that nobody else may write."""
-    return stat.S_ISREG(status.st_mode) and not _is_strange(status) and not status.st_mode & _OTHERS_WRITE
+    return stat.S_ISREG(status.st_mode) and not _is_foreign(status) and not status.st_mode & _OTHERS_WRITE
 
 
 def write_new(path: Path, content: bytes) -> None:
@@ -66,12 +66,12 @@ def write_new(path: Path, content: bytes) -> None:
         raise
 
 
-def _is_strange(status: os.stat_result) -> bool:
+def _is_foreign(status: os.stat_result) -> bool:
     return hasattr(os, "geteuid") and status.st_uid != os.geteuid()
 
 
 def _refuse_others(status: os.stat_result, path: str | os.PathLike[str], remedy: str) -> None:
-    if _is_strange(status):
+    if _is_foreign(status):
         raise PermissionError(errno.EPERM, "it belongs to another user", os.fspath(path))
     if hasattr(os, "geteuid") and status.st_mode & _OTHERS_WRITE:
         raise PermissionError(errno.EPERM, f"other users may write there: {remedy}", os.fspath(path))

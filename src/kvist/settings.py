@@ -51,7 +51,7 @@ SHORTHANDS = (
 )
 
 _WORKER_LISTS = ("prefill", "decode", "worker_urls")
-_CHOICE = ("policy", "cache_threshold", "balance_abs_threshold", "balance_rel_threshold", "max_known_pages")
+_ROUTING_OPTIONS = ("policy", "cache_threshold", "balance_abs_threshold", "balance_rel_threshold", "max_known_pages")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class ServeSettings:
     engine: EngineConfig = group(EngineConfig)
     server: ServerConfig = group(ServerConfig)
     text: TextConfig = group(TextConfig)
-    router: RouterConfig = group(RouterConfig, without=_WORKER_LISTS + _CHOICE)
+    router: RouterConfig = group(RouterConfig, without=_WORKER_LISTS + _ROUTING_OPTIONS)
     process: ProcessConfig = group(ProcessConfig)
 
 
@@ -167,7 +167,7 @@ def _bench_settings(load: type[Load | CustomConfig]) -> type[BenchServerSettings
     )
 
 
-_AROUND_THE_ENGINE = (  # sockets, limits that the batch shapes set, and time-outs of requests nobody sends
+_UNUSED_BY_STEPS = (  # sockets, limits that the batch shapes set, and time-outs of requests nobody sends
     "served_model_name",
     "role",
     "context_length",
@@ -186,7 +186,7 @@ _AROUND_THE_ENGINE = (  # sockets, limits that the batch shapes set, and time-ou
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchEngineSettings:
     steps: StepsConfig = group(StepsConfig)
-    engine: EngineConfig = group(EngineConfig, without=_AROUND_THE_ENGINE)
+    engine: EngineConfig = group(EngineConfig, without=_UNUSED_BY_STEPS)
     process: ProcessConfig = group(ProcessConfig, without=("stop_with_stdin",))
 
 
@@ -345,7 +345,7 @@ def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str
     """What reaches each child: the options it knows, less those that the plan deals out itself."""
     engine = settings.engine
     num_gpus = 0 if engine.device == "cpu" else visible_gpus(environ)
-    dealt_out = (
+    planned = (
         "host",
         "port",
         "num_threads",
@@ -354,11 +354,11 @@ def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str
         "hicache_persist",
         *(["base_gpu_id"] if num_gpus else []),
     )
-    worker_argv, worker_environ = to_argv(settings, ServeSettings, without=(*dealt_out, *_PLANNED))
-    router_argv, router_environ = to_argv(settings, RouterSettings, without=(*dealt_out, *_WORKER_LISTS))
+    worker_argv, worker_environ = to_argv(settings, ServeSettings, without=(*planned, *_PLANNED))
+    router_argv, router_environ = to_argv(settings, RouterSettings, without=(*planned, *_WORKER_LISTS))
     server = settings.server if isinstance(settings, UpSettings) else ServerConfig(port=0)
     threads = engine.num_threads or share_threads(settings.cluster.num_workers, num_usable_cores())
-    untold = engine.mem_fraction_static == EngineConfig().mem_fraction_static
+    is_default = engine.mem_fraction_static == EngineConfig().mem_fraction_static
     return ClusterShape(
         config=settings.cluster,
         worker_argv=tuple(worker_argv),
@@ -375,7 +375,7 @@ def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str
         gpus_per_worker=engine.tp,
         persist_folder=engine.host_tier.hicache_persist,
         runtime_dir=engine.runtime_dir,
-        memory_share=engine.mem_fraction_static if untold else None,
+        memory_share=engine.mem_fraction_static if is_default else None,
         drain_s=max(server.shutdown_timeout_s, server.drain_grace_s),
         stall_restart_s=engine.stall_restart_s,
     )

@@ -1,6 +1,6 @@
 """The typed messages between processes: msgspec MessagePack, one union per direction, strict decode, never pickle.
 
-    gateway → engine   Hello Submit Abort FlushCache AskStorage
+    gateway → engine   Hello Submit Abort FlushCache StorageCommand
     engine → gateway   Welcome StepOutputs LoadReport Flushed StorageAnswer
     decode → prefill   Grant Ack Revoke            (docs/handoff.md tells the protocol)
     prefill → decode   Done Closed
@@ -80,7 +80,7 @@ class FlushCache(_Message, frozen=True):
     tier: FlushTier | None = None  # None: the device and the host
 
 
-class StoreWish(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class AttachStoreRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The body of `PUT /hicache/storage-backend`, with SGLang's names. What is None is as the engine's flags say."""
 
     hicache_storage_backend: str | None = None
@@ -89,12 +89,12 @@ class StoreWish(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
     hicache_storage_prefetch_policy: str | None = None
 
 
-class AskStorage(_Message, frozen=True):
+class StorageCommand(_Message, frozen=True):
     """Tell of the storage tier, attach a store to it, or detach it. Answered by `StorageAnswer`."""
 
     call_id: str
-    action: Literal["tell", "attach", "detach"]
-    wish: StoreWish = StoreWish()
+    action: Literal["status", "attach", "detach"]
+    wish: AttachStoreRequest = AttachStoreRequest()
 
 
 # ---------------------------------------------------------------- engine → gateway
@@ -302,7 +302,7 @@ class Closed(_Message, frozen=True):
     message: str = ""
 
 
-GatewayToEngine = Hello | Submit | Abort | FlushCache | AskStorage
+GatewayToEngine = Hello | Submit | Abort | FlushCache | StorageCommand
 EngineToGateway = Welcome | StepOutputs | LoadReport | Flushed | StorageAnswer
 TargetToSource = Grant | Ack | Revoke
 SourceToTarget = Done | Closed

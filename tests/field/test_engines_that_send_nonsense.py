@@ -78,7 +78,7 @@ class World:
         self.workers = [self.registry.add(name, None, 0.0) for name in ("a", "b")]
         for worker in self.workers:
             spec = msgspec.structs.replace(SPEC, worker_id=WorkerId(worker.url))
-            self.registry.welcomed(worker, wire.Welcome(spec=spec), 0.0)
+            self.registry.on_welcome(worker, wire.Welcome(spec=spec), 0.0)
         self.dispatcher = Dispatcher(
             config=RouterConfig(), registry=self.registry, engines=self.engines, clock=FakeClock()
         )
@@ -149,13 +149,13 @@ async def test_a_worker_cannot_speak_for_another_one_s_request() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told_s", "taken_s"), [(math.nan, None), (math.inf, None), (-5.0, 0.0), (1e300, 3600.0), (2.0, 2.0)]
+    ("reported_s", "taken_s"), [(math.nan, None), (math.inf, None), (-5.0, 0.0), (1e300, 3600.0), (2.0, 2.0)]
 )
-async def test_a_time_to_retry_after_is_one_that_a_header_can_hold(told_s: float, taken_s: float | None) -> None:
+async def test_a_time_to_retry_after_is_one_that_a_header_can_hold(reported_s: float, taken_s: float | None) -> None:
     world = World()
     task, worker, request_id = await world.begin("r")
     ended = wire.Ended(
-        request_id=request_id, outcome=Outcome.FAILED, error_code="overloaded", message="full", retry_after_s=told_s
+        request_id=request_id, outcome=Outcome.FAILED, error_code="overloaded", message="full", retry_after_s=reported_s
     )
     world.dispatcher.on_outputs(worker, wire.StepOutputs(ended=(ended,)))
     for _ in range(5):
@@ -185,8 +185,8 @@ async def test_a_time_to_retry_after_is_one_that_a_header_can_hold(told_s: float
 def test_a_load_report_that_cannot_be_meant_is_dropped_and_counted(wrong: dict[str, object]) -> None:
     world = World()
     worker = world.workers[0]
-    assert world.registry.reported(worker, REPORT, 1.0) is False
-    assert world.registry.reported(worker, msgspec.structs.replace(REPORT, **wrong), 2.0) is False
+    assert world.registry.on_report(worker, REPORT, 1.0) is False
+    assert world.registry.on_report(worker, msgspec.structs.replace(REPORT, **wrong), 2.0) is False
     assert worker.load == REPORT
     assert worker.num_rejected_messages == 1
 
@@ -203,5 +203,5 @@ def test_an_engine_with_impossible_numbers_does_not_join(name: str) -> None:
     worker = registry.add("a", None, 0.0)
     spec = msgspec.structs.replace(SPEC, **{name: 0})
     with pytest.raises(ConfigError, match=f"announces a {name} of 0"):
-        registry.welcomed(worker, wire.Welcome(spec=spec), 0.0)
+        registry.on_welcome(worker, wire.Welcome(spec=spec), 0.0)
     assert registry.reference() is None

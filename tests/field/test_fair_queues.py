@@ -187,7 +187,7 @@ async def test_the_router_sends_a_caller_s_request_to_a_full_worker_that_will_ma
         max_running_requests=4,
         max_queued_requests=12,
     )
-    registry.welcomed(worker, Welcome(spec=spec), 0.0)
+    registry.on_welcome(worker, Welcome(spec=spec), 0.0)
     router = Router(RouterConfig(), registry)
     for index in range(16):
         worker.take(RequestId(f"flood{index}"), 10, ("k", "h", "1"))
@@ -209,7 +209,7 @@ async def test_the_router_sends_a_caller_s_request_to_a_full_worker_that_will_ma
         num_in_flight_pages=0,
         service_s=10.0,
     )
-    registry.reported(worker, load, 1.0)
+    registry.on_report(worker, load, 1.0)
     with pytest.raises(Overloaded) as later:
         router.choose(_request("more", "k/h/1"))
     assert later.value.retry_after_s == 35.0, "14 wait for one of 4 places, each taken for 10 s"

@@ -115,9 +115,9 @@ def test_the_registry_never_joins_them_and_names_both_fingerprints(make: Maker, 
     prefill, decode = spec_of(a, "prefill"), spec_of(b, "decode")
     registry = Registry(RouterConfig())
     workers = [registry.add(f"http://{use.value}:1", use, 0.0) for use in (WorkerUse.PREFILL, WorkerUse.DECODE)]
-    registry.welcomed(workers[0], Welcome(spec=prefill), 1.0)
+    registry.on_welcome(workers[0], Welcome(spec=prefill), 1.0)
     with pytest.raises(ConfigError, match="another model") as refused:
-        registry.welcomed(workers[1], Welcome(spec=decode), 1.0)
+        registry.on_welcome(workers[1], Welcome(spec=decode), 1.0)
     assert prefill.model_fingerprint in refused.value.message
     assert decode.model_fingerprint in refused.value.message
     assert [worker.state for worker in workers] == [WorkerState.READY, WorkerState.JOINING]
@@ -232,11 +232,11 @@ def test_workers_of_another_vocabulary_are_refused_at_joining_and_both_are_named
     worker = registry.add("http://w:1", None, 0.0)
     checkpoint = find_checkpoint(str(hf(tmp_path / "their-model")))
     with pytest.raises(ConfigError, match="--model-path of its workers") as refused:
-        registry.welcomed(worker, Welcome(spec=spec_of(checkpoint, "unified", theirs)), 1.0)
+        registry.on_welcome(worker, Welcome(spec=spec_of(checkpoint, "unified", theirs)), 1.0)
     for name in ("our-model", ours, "their-model", theirs):
         assert name in refused.value.message
     assert worker.state is WorkerState.JOINING
-    registry.welcomed(worker, Welcome(spec=spec_of(checkpoint, "unified", ours)), 2.0)
+    registry.on_welcome(worker, Welcome(spec=spec_of(checkpoint, "unified", ours)), 2.0)
     assert worker.state is WorkerState.READY
 
 

@@ -127,7 +127,7 @@ class Messages:
         return (
             wire.Hello(gateway_id="g", resync=dice.random() < 0.1),
             wire.Abort(request_id=request),
-            dice.choice((wire.FlushCache(call_id="c"), wire.AskStorage(call_id="c", action="attach"))),
+            dice.choice((wire.FlushCache(call_id="c"), wire.StorageCommand(call_id="c", action="attach"))),
             grant,
             wire.Ack(handoff_id=handoff, target_epoch=target),
             wire.Revoke(handoff_id=handoff, target_epoch=target, reason="x"),
@@ -370,7 +370,7 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
     messages, registry, engines = Messages(seed), Registry(RouterConfig()), Engines()
     dispatcher = Dispatcher(config=RouterConfig(), registry=registry, engines=engines, clock=FakeClock())
     worker = registry.add("w", None, 0.0)
-    registry.welcomed(worker, wire.Welcome(spec=spec_of("unified")), 0.0)
+    registry.on_welcome(worker, wire.Welcome(spec=spec_of("unified")), 0.0)
     decoder, num_taken = wire.Decoder(wire.EngineToGateway), 0
 
     async def read(name: str) -> list[int]:
@@ -381,10 +381,10 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
 
     def rejoin(life: int) -> None:
         """As fleet.py does for a new life of the engine."""
-        registry.lost(worker, "it was restarted")
+        registry.on_lost(worker, "it was restarted")
         dispatcher.on_lost(worker, "it was restarted")
         spec = msgspec.structs.replace(spec_of("unified"), epoch=EpochId(f"life{life}"))
-        registry.welcomed(worker, wire.Welcome(spec=spec), 0.0)
+        registry.on_welcome(worker, wire.Welcome(spec=spec), 0.0)
 
     reader: asyncio.Task[list[int]] | None = None
     for number in range(num_messages):
@@ -407,10 +407,10 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
         if isinstance(message, wire.StepOutputs):
             dispatcher.on_outputs(worker, message)
         elif isinstance(message, wire.LoadReport):
-            registry.reported(worker, message, 0.0)
+            registry.on_report(worker, message, 0.0)
         elif isinstance(message, wire.Welcome):
             with contextlib.suppress(ConfigError):  # it stays out, and its problem is told
-                registry.welcomed(worker, message, 0.0)
+                registry.on_welcome(worker, message, 0.0)
             rejoin(number)
         else:
             dispatcher.on_answer(worker, message)

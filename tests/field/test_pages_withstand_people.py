@@ -208,8 +208,8 @@ def attach(root: Path, path: str, *more_roots: str) -> wire.StorageAnswer:
     clock = MonotonicClock()
     mover = StoreMover(HostPool(4, PAGE_BYTES, pinned=False), wakeup=lambda: None, clock=clock, deadline_s=10)
     storage = EngineStorage(mover, config, namespace="model", page_bytes=PAGE_BYTES, wakeup=lambda: None, clock=clock)
-    wish = wire.StoreWish(hicache_storage_backend="file", hicache_storage_path=path, hicache_storage_size=0.01)
-    storage.ask(b"gateway", wire.AskStorage(call_id="1", action="attach", wish=wish))
+    wish = wire.AttachStoreRequest(hicache_storage_backend="file", hicache_storage_path=path, hicache_storage_size=0.01)
+    storage.ask(b"gateway", wire.StorageCommand(call_id="1", action="attach", wish=wish))
     give_up_s = time.monotonic() + 20
     while not (answers := storage.answers()):
         assert time.monotonic() < give_up_s

@@ -58,12 +58,12 @@ class Engines:
             max_running_requests=64,
             max_queued_requests=64,
         )
-        self.registry.welcomed(worker, Welcome(spec=spec), 0.0)
+        self.registry.on_welcome(worker, Welcome(spec=spec), 0.0)
         return worker
 
     def lose(self, worker: Worker) -> None:
         assert self._events is not None
-        self.registry.lost(worker, "it died")
+        self.registry.on_lost(worker, "it died")
         self._events.on_lost(worker, "it died")
 
     def send(self, worker: Worker, message: GatewayToEngine) -> bool:

@@ -26,7 +26,7 @@ from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, EpochId, FinishReason, Mode, Outcome, RequestId, SamplingParams, WorkerId
 from kvist.router import route
 from kvist.router.config import RouterConfig
-from kvist.router.dispatch import MAX_WAITING_LOGPROBS, WRITE_OFF_S, Dispatcher
+from kvist.router.dispatch import END_TIMEOUT_S, MAX_WAITING_LOGPROBS, Dispatcher
 from kvist.router.fleet import EngineEvents
 from kvist.router.registry import Registry, Worker, WorkerUse
 from kvist.router.stream import StreamPart
@@ -58,11 +58,11 @@ class MemoryEngines:
         worker = self.registry.add(name, None, 0.0)
         worker.endpoint = f"tcp://{name}"
         made = make_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **spec)
-        self.registry.welcomed(worker, wire.Welcome(spec=made), 0.0)
+        self.registry.on_welcome(worker, wire.Welcome(spec=made), 0.0)
         return worker
 
     def lose(self, worker: Worker) -> None:
-        self.registry.lost(worker, "it died")
+        self.registry.on_lost(worker, "it died")
         self.events.on_lost(worker, "it died")
 
     def submits(self, worker: Worker) -> list[wire.Submit]:
@@ -212,7 +212,7 @@ async def test_cached_pages_attract_a_prompt_and_another_salt_does_not() -> None
     cold, warm = world.engines.join("a", "unified"), world.engines.join("b", "unified")
     digests = page_digests(PROMPT, 16, "fake", "salt")
     registry = world.engines.registry
-    registry.reported(warm, make_load(0, snapshot=True, cached_added=tuple(digests)), 0.0)
+    registry.on_report(warm, make_load(0, snapshot=True, cached_added=tuple(digests)), 0.0)
     first = await world.begin(cache_salt="salt")
     second = await world.begin()
     assert len(world.engines.submits(warm)) == len(world.engines.submits(cold)) == 1
@@ -269,7 +269,7 @@ async def test_an_engine_that_never_says_ended_is_written_off() -> None:
     await task
     world.dispatcher.sweep()
     assert not world.idle(), "it may still say so"
-    world.clock.advance(WRITE_OFF_S + 1)
+    world.clock.advance(END_TIMEOUT_S + 1)
     world.dispatcher.sweep()
     assert world.idle()
     assert len(world.engines.aborts(worker)) == 1
@@ -493,7 +493,7 @@ async def test_a_unified_worker_steps_in_when_the_pair_is_broken() -> None:
 async def test_a_unified_worker_named_for_prefill_is_paired() -> None:
     world = World()
     worker = world.engines.registry.add("http://u", WorkerUse.PREFILL, 0.0)
-    world.engines.registry.welcomed(worker, wire.Welcome(spec=make_spec(worker_id=WorkerId("u"))), 0.0)
+    world.engines.registry.on_welcome(worker, wire.Welcome(spec=make_spec(worker_id=WorkerId("u"))), 0.0)
     world.engines.join("d", "decode")
     task = await world.begin()
     assert world.engines.submits(worker)[0].mode is Mode.PREFILL
@@ -529,12 +529,12 @@ async def test_a_worker_that_does_not_answer_a_flush_is_named() -> None:
 async def test_storage_asks_every_worker_and_gives_each_answer_or_its_error() -> None:
     world = World()
     prefill, decode = world.pair()
-    ask = wire.AskStorage(call_id="", action="attach", wish=wire.StoreWish(hicache_storage_size=2.0))
+    ask = wire.StorageCommand(call_id="", action="attach", wish=wire.AttachStoreRequest(hicache_storage_size=2.0))
     task = asyncio.create_task(world.dispatcher.ask_storage(ask))
     await settle()
     answers = []
     for worker in (prefill, decode):
-        (call,) = [m for to, m in world.engines.sent if to is worker and isinstance(m, wire.AskStorage)]
+        (call,) = [m for to, m in world.engines.sent if to is worker and isinstance(m, wire.StorageCommand)]
         assert (call.action, call.wish) == (ask.action, ask.wish)
         answers.append(wire.StorageAnswer(call_id=call.call_id, error_code="conflict", message=worker.worker_id))
         world.dispatcher.on_answer(worker, answers[-1])
@@ -546,7 +546,7 @@ async def test_a_worker_that_does_not_answer_for_its_storage_in_time_is_named() 
     world = World(storage_timeout_s=0.01)
     world.pair()
     with pytest.raises(Timeout, match="d, p did not answer"):
-        await world.dispatcher.ask_storage(wire.AskStorage(call_id="", action="tell"))
+        await world.dispatcher.ask_storage(wire.StorageCommand(call_id="", action="status"))
 
 
 async def test_a_stream_whose_client_does_not_read_keeps_a_bounded_number_of_logprobs() -> None:

@@ -14,7 +14,7 @@ from kvist.router.policies import (
     CacheAware,
     LeastLoaded,
     Policy,
-    Prompt,
+    PromptDigests,
     RoundRobin,
     WorkerView,
     decode_policy,
@@ -23,7 +23,7 @@ from kvist.router.policies import (
 )
 
 PAGES = [bytes([i]) * 16 for i in range(20)]
-PROMPT = Prompt(num_tokens=330, digests={"ns": PAGES})
+PROMPT = PromptDigests(num_tokens=330, digests={"ns": PAGES})
 CACHE_AWARE = CacheAware(cache_threshold=0.1, balance_abs_threshold=32, balance_rel_threshold=1.5)
 
 
@@ -87,7 +87,7 @@ def test_a_long_prompt_in_line_outweighs_a_hit() -> None:
 
 
 def test_far_apart_loads_go_to_the_least_loaded_whatever_is_cached() -> None:
-    long = Prompt(num_tokens=32_000, digests={"ns": [i.to_bytes(16, "big") for i in range(2_000)]})
+    long = PromptDigests(num_tokens=32_000, digests={"ns": [i.to_bytes(16, "big") for i in range(2_000)]})
     owner = WorkerView(
         worker_id=WorkerId("a"),
         namespace="ns",

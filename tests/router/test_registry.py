@@ -20,7 +20,7 @@ def add(registry: Registry, name: str = "http://a", use: WorkerUse | None = None
 
 def welcome(registry: Registry, worker: Worker, **spec: object) -> None:
     fields = {"worker_id": WorkerId(worker.url), **spec}
-    registry.welcomed(worker, Welcome(spec=make_spec(**fields)), 1.0)
+    registry.on_welcome(worker, Welcome(spec=make_spec(**fields)), 1.0)
 
 
 def test_a_worker_joins_is_ready_is_lost_and_comes_back() -> None:
@@ -30,7 +30,7 @@ def test_a_worker_joins_is_ready_is_lost_and_comes_back() -> None:
     assert registry.ready(WorkerUse.UNIFIED) == []
     welcome(registry, worker)
     assert registry.ready(WorkerUse.UNIFIED) == [worker]
-    registry.lost(worker, "gone")
+    registry.on_lost(worker, "gone")
     assert (worker.state, worker.problem) == (WorkerState.LOST, "gone")
     assert registry.ready(WorkerUse.UNIFIED) == []
     welcome(registry, worker, epoch=EpochId("second"))
@@ -41,10 +41,10 @@ def test_reports_add_and_remove_pages_and_a_snapshot_replaces_them() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker)
-    assert not registry.reported(worker, make_load(0, snapshot=True, cached_added=(A, B)), 1.0)
-    assert not registry.reported(worker, make_load(1, cached_added=(C,), cached_removed=(A,)), 1.0)
+    assert not registry.on_report(worker, make_load(0, snapshot=True, cached_added=(A, B)), 1.0)
+    assert not registry.on_report(worker, make_load(1, cached_added=(C,), cached_removed=(A,)), 1.0)
     assert worker.known_pages == {B, C}
-    assert not registry.reported(worker, make_load(2, snapshot=True, cached_added=(A,)), 1.0)
+    assert not registry.on_report(worker, make_load(2, snapshot=True, cached_added=(A,)), 1.0)
     assert worker.known_pages == {A}
 
 
@@ -52,11 +52,11 @@ def test_a_gap_in_the_reports_asks_once_for_a_snapshot() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker)
-    registry.reported(worker, make_load(0, snapshot=True, cached_added=(A,)), 1.0)
-    assert registry.reported(worker, make_load(2), 1.0)
-    assert not registry.reported(worker, make_load(3), 1.0), "asked already"
+    registry.on_report(worker, make_load(0, snapshot=True, cached_added=(A,)), 1.0)
+    assert registry.on_report(worker, make_load(2), 1.0)
+    assert not registry.on_report(worker, make_load(3), 1.0), "asked already"
     assert worker.needs_snapshot
-    registry.reported(worker, make_load(4, snapshot=True), 1.0)
+    registry.on_report(worker, make_load(4, snapshot=True), 1.0)
     assert not worker.needs_snapshot
     assert worker.known_pages == set()
 
@@ -65,8 +65,8 @@ def test_a_lost_workers_pages_are_forgotten() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker)
-    registry.reported(worker, make_load(0, snapshot=True, cached_added=(A,)), 1.0)
-    registry.lost(worker, "gone")
+    registry.on_report(worker, make_load(0, snapshot=True, cached_added=(A,)), 1.0)
+    registry.on_lost(worker, "gone")
     assert worker.known_pages == set()
     assert worker.needs_snapshot
 
@@ -75,8 +75,8 @@ def test_remembered_pages_are_bounded_and_it_says_so(caplog: pytest.LogCaptureFi
     registry = Registry(RouterConfig(max_known_pages=2))
     worker = add(registry)
     welcome(registry, worker)
-    registry.reported(worker, make_load(0, snapshot=True, cached_added=(A, B, C)), 1.0)
-    registry.reported(worker, make_load(1, cached_added=(C,)), 1.0)
+    registry.on_report(worker, make_load(0, snapshot=True, cached_added=(A, B, C)), 1.0)
+    registry.on_report(worker, make_load(1, cached_added=(C,)), 1.0)
     assert worker.known_pages == {A, B}
     assert caplog.text.count("--max-known-pages") == 1
 
@@ -104,7 +104,7 @@ def test_another_model_may_come_once_the_first_is_gone() -> None:
     registry = Registry(RouterConfig())
     first, second = add(registry, "http://a"), add(registry, "http://b")
     welcome(registry, first)
-    registry.lost(first, "gone")
+    registry.on_lost(first, "gone")
     welcome(registry, second, model_fingerprint="new")
     assert registry.ready(WorkerUse.UNIFIED) == [second]
     with pytest.raises(ConfigError, match="another model"):
@@ -137,7 +137,7 @@ def test_a_worker_named_twice_is_used_once() -> None:
 def test_another_protocol_version_is_refused() -> None:
     registry = Registry(RouterConfig())
     with pytest.raises(ConfigError, match="protocol 99"):
-        registry.welcomed(add(registry), Welcome(spec=make_spec(), protocol_version=99), 0.0)
+        registry.on_welcome(add(registry), Welcome(spec=make_spec(), protocol_version=99), 0.0)
 
 
 def test_the_view_counts_our_requests_and_what_the_worker_reports() -> None:
@@ -154,6 +154,6 @@ def test_the_view_counts_our_requests_and_what_the_worker_reports() -> None:
     worker.prompt_done(RequestId("1"))
     for request_id in ("1", "2", "2"):
         worker.release(RequestId(request_id))
-    registry.reported(worker, make_load(0, snapshot=True, num_running=5, num_waiting=2, service_s=20.0), 1.0)
+    registry.on_report(worker, make_load(0, snapshot=True, num_running=5, num_waiting=2, service_s=20.0), 1.0)
     assert worker.retry_after_s() == 8.0, "two wait for one of five places, each taken for 20 s"
     assert (worker.view().num_requests, worker.view().num_pending_tokens) == (7, 0)

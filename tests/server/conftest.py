@@ -21,12 +21,12 @@ from kvist.server.config import ServerConfig
 from kvist.text.chat import ChatTemplate
 from kvist.text.tokenizer import Alphabet, Tokenizer
 from kvist.wire import (
-    AskStorage,
     EngineSpec,
     FlushTier,
     HandoffReport,
     LoadReport,
     StorageAnswer,
+    StorageCommand,
     StorageStatus,
     TokenChunk,
 )
@@ -107,7 +107,7 @@ class FakeDispatcher:
     num_closed_early: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     flushed: list[FlushTier | None] = field(default_factory=list)
-    storage_asked: list[AskStorage] = field(default_factory=list)
+    storage_asked: list[StorageCommand] = field(default_factory=list)
     storage_answers: dict[WorkerId, StorageAnswer] = field(default_factory=dict)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
@@ -164,7 +164,7 @@ class FakeDispatcher:
         self.flushed.append(tier)
         return {PREFILL: 5, DECODE: 7}
 
-    async def ask_storage(self, ask: AskStorage) -> dict[WorkerId, StorageAnswer]:
+    async def ask_storage(self, ask: StorageCommand) -> dict[WorkerId, StorageAnswer]:
         self.storage_asked.append(ask)
         return self.storage_answers
 

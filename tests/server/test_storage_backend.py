@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvist.request import WorkerId
-from kvist.wire import AskStorage, StorageAnswer, StorageStatus, StoreWish
+from kvist.wire import AttachStoreRequest, StorageAnswer, StorageCommand, StorageStatus
 
 URL = "/hicache/storage-backend"
 STATUS = StorageStatus(
@@ -31,7 +31,7 @@ def answers(**refused: tuple[str, str, str]) -> dict[WorkerId, StorageAnswer]:
     return made
 
 
-@pytest.mark.parametrize(("method", "action"), [("GET", "tell"), ("DELETE", "detach")])
+@pytest.mark.parametrize(("method", "action"), [("GET", "status"), ("DELETE", "detach")])
 async def test_every_worker_s_storage_is_told_with_sglangs_names(bench: Any, method: str, action: str) -> None:
     bench.dispatcher.storage_answers = answers()
     body = (await bench.client.request(method, URL)).json()
@@ -49,8 +49,8 @@ async def test_put_passes_on_what_was_given_and_leaves_the_rest_to_the_flags(ben
     assert (await bench.client.put(URL, json=wanted)).status_code == 200
     assert (await bench.client.put(URL, json={})).status_code == 200
     assert bench.dispatcher.storage_asked == [
-        AskStorage(call_id="", action="attach", wish=StoreWish(**{**wanted, "hicache_storage_size": 2.0})),
-        AskStorage(call_id="", action="attach"),
+        StorageCommand(call_id="", action="attach", wish=AttachStoreRequest(**{**wanted, "hicache_storage_size": 2.0})),
+        StorageCommand(call_id="", action="attach"),
     ]
 
 

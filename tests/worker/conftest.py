@@ -366,7 +366,7 @@ class World:
         """Without a step. The call's id."""
         self._num_made += 1
         names = {f"hicache_storage_{name}": value for name, value in fields.items()}
-        call = wire.AskStorage(call_id=str(self._num_made), action=action, wish=wire.StoreWish(**names))  # type: ignore[arg-type]
+        call = wire.StorageCommand(call_id=str(self._num_made), action=action, wish=wire.AttachStoreRequest(**names))  # type: ignore[arg-type]
         engine.channel.waiting.append((GATEWAY, call))
         return call.call_id
 

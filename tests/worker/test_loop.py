@@ -205,7 +205,7 @@ class FakeStorage:
     def answers(self) -> list[tuple[bytes, wire.StorageAnswer]]:
         return []
 
-    def ask(self, identity: bytes, call: wire.AskStorage) -> None: ...
+    def ask(self, identity: bytes, call: wire.StorageCommand) -> None: ...
     def status(self) -> wire.StorageStatus:
         return wire.StorageStatus(
             hicache_storage_backend="memory",

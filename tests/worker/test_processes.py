@@ -600,8 +600,8 @@ def test_a_worker_killed_while_it_stores_pages_leaves_them_for_one_that_attaches
 
     patient = StorageConfig(hicache_storage_prefetch_policy="wait_complete", hicache_storage_roots=(str(tmp_path),))
     (engine,) = cluster.start("unified", host_tier=HOST_TIER, storage=patient)
-    wish = wire.StoreWish(hicache_storage_backend="file", hicache_storage_path=str(tmp_path / "pages"))
-    engine.send(wire.AskStorage(call_id="c", action="attach", wish=wish))
+    wish = wire.AttachStoreRequest(hicache_storage_backend="file", hicache_storage_path=str(tmp_path / "pages"))
+    engine.send(wire.StorageCommand(call_id="c", action="attach", wish=wish))
     until(lambda: engine.storage, engine)
     assert engine.storage is not None
     assert engine.storage.status is not None, engine.storage.message

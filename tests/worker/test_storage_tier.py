@@ -274,7 +274,7 @@ def test_a_store_is_attached_and_detached_while_requests_are_served(
     world: World, request_of: Any, tmp_path: Path
 ) -> None:
     engine = start(world, StorageConfig(hicache_storage_roots=(str(tmp_path),)))
-    asked = world.ask_storage(engine, "tell").status
+    asked = world.ask_storage(engine, "status").status
     assert (asked.state, asked.hicache_storage_backend) == ("detached", None)
     streams = [world.submit_full(engine, request_of(f"a{n}", prompt(n))) for n in LENGTHS]
     told = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0).status
@@ -330,7 +330,7 @@ def test_what_cannot_be_attached_is_refused_with_the_field_and_nothing_has_chang
     ):
         answered = world.ask_storage(engine, "attach", **wanted)
         assert (answered.error_code, answered.param) == ("invalid_request", param), wanted
-        assert world.ask_storage(engine, "tell").status.state == "detached"
+        assert world.ask_storage(engine, "status").status.state == "detached"
     without = world.engine("unified")
     assert "start it with --enable-hierarchical-cache" in world.ask_storage(without, "attach", backend="memory").message
 
@@ -353,7 +353,7 @@ def test_a_store_that_takes_for_ever_to_open_holds_nobody_and_can_be_given_up(
     slow = world.ask_later(engine, "attach", backend="memory")
     answer(world, engine, request_of("1", prompt(33)))
     assert slow not in world.storage_answers
-    assert world.ask_storage(engine, "tell").status.state == "attaching"
+    assert world.ask_storage(engine, "status").status.state == "attaching"
     assert world.ask_storage(engine, "attach", backend="memory").error_code == "conflict"
     assert world.ask_storage(engine, "detach").status.state == "detached"
     assert world.storage_answers[slow].error_code == "conflict"

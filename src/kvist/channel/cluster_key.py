@@ -23,7 +23,7 @@ MIN_KEY_CHARS = 16
 _MAX_FILE_BYTES = 4096
 
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def with_cluster_key(config: ChannelConfig, *, serves_alone: bool = False) -> ChannelConfig:
@@ -48,7 +48,7 @@ def with_cluster_key(config: ChannelConfig, *, serves_alone: bool = False) -> Ch
                     f"and give it to every process of the cluster: {MAKE_A_KEY}, then --cluster-key-file FILE",
                     param="cluster_key_file",
                 ) from error
-            log.info("no router can use this worker: %s, and --cluster-key-file is not set", error)
+            logger.info("no router can use this worker: %s, and --cluster-key-file is not set", error)
             key = secrets.token_hex(32)
     return replace(config, cluster_key=key, cluster_key_file=None)
 

@@ -24,7 +24,7 @@ import zmq
 from kvist import wire
 from kvist.bounded_log import BoundedLog
 from kvist.channel import security
-from kvist.channel.keepalive import notice_vanished_hosts
+from kvist.channel.keepalive import enable_tcp_keepalive
 from kvist.channel.security import ChannelConfig, KeyGate, Member
 from kvist.errors import ConfigError, WireError
 
@@ -88,11 +88,11 @@ class EngineChannel:
             self._count_refusals()
         received: list[tuple[bytes, Inbound]] = []
         if self._router in ready:
-            for frames in _waiting_on(self._router):
+            for frames in _pending_messages(self._router):
                 self._receive(frames, received)
         for endpoint, peer in self._peers.items():
             if peer in ready:
-                for frames in _waiting_on(peer):
+                for frames in _pending_messages(peer):
                     self._receive_from_peer(endpoint, frames, received)
         return received
 
@@ -150,7 +150,7 @@ class EngineChannel:
         made.linger = _LINGER_MS
         made.sndhwm = made.rcvhwm = self._config.send_queue_messages
         made.maxmsgsize = self._config.max_message_bytes
-        notice_vanished_hosts(made)
+        enable_tcp_keepalive(made)
         if kind == zmq.ROUTER:
             made.router_mandatory = True  # a send to a peer that is gone is an error, not a silent drop
             made.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who reconnects takes its address over from its dead connection
@@ -207,7 +207,7 @@ class EngineChannel:
             received.append((endpoint.encode(), message))
 
     def _count_refusals(self) -> None:
-        for _ in _waiting_on(self._refusals):
+        for _ in _pending_messages(self._refusals):
             self.num_refused += 1
             self._log.warning("refused a connection to %s: it has another cluster key, or none", self.endpoint)
 
@@ -238,7 +238,7 @@ class EngineChannel:
             return None
 
 
-def _waiting_on(socket: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:
+def _pending_messages(socket: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:
     """The frames of each message that is there, as far as one `recv` goes."""
     num_bytes = 0
     for _ in range(_MAX_MESSAGES_A_RECV):

@@ -20,7 +20,7 @@ from zmq.utils.monitor import parse_monitor_message
 from kvist import wire
 from kvist.bounded_log import BoundedLog
 from kvist.channel import security
-from kvist.channel.keepalive import notice_vanished_hosts
+from kvist.channel.keepalive import enable_tcp_keepalive
 from kvist.channel.security import ChannelConfig, Member
 from kvist.errors import ConfigError, WireError
 
@@ -83,7 +83,7 @@ class GatewayLink:
         dealer.maxmsgsize = self._config.max_message_bytes
         dealer.reconnect_ivl = _RECONNECT_IVL_MS
         dealer.reconnect_ivl_max = _RECONNECT_IVL_MAX_MS
-        notice_vanished_hosts(dealer)
+        enable_tcp_keepalive(dealer)
         dealer.setsockopt(zmq.IDENTITY, self._member.new_address())
         self._member.secure_client(dealer)
         self._loop = asyncio.get_running_loop()

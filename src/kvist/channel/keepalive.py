@@ -11,7 +11,7 @@ import zmq
 _IDLE_S, _INTERVAL_S, _NUM_PROBES = 10, 5, 3
 
 
-def notice_vanished_hosts(socket: zmq.Socket[bytes]) -> None:
+def enable_tcp_keepalive(socket: zmq.Socket[bytes]) -> None:
     """Call it before the socket binds or connects."""
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _IDLE_S)

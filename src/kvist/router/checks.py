@@ -61,7 +61,7 @@ def fault_of_spec(spec: EngineSpec) -> str | None:
     return None
 
 
-def checked_retry_after_s(told_s: float | None) -> float | None:
-    if told_s is None or not math.isfinite(told_s):
+def checked_retry_after_s(reported_s: float | None) -> float | None:
+    if reported_s is None or not math.isfinite(reported_s):
         return None
-    return min(max(told_s, 0.0), _LONGEST_RETRY_AFTER_S)
+    return min(max(reported_s, 0.0), _LONGEST_RETRY_AFTER_S)

@@ -36,7 +36,7 @@ from kvist.router.stream import Cancelled, ClusterSnapshot, StreamPart
 
 logger = logging.getLogger(__name__)
 
-WRITE_OFF_S = 30.0  # for an engine to say Ended after it was told to abort, which it does between two steps
+END_TIMEOUT_S = 30.0  # for an engine to say Ended after it was told to abort, which it does between two steps
 
 
 MAX_WAITING_LOGPROBS = 1 << 16  # of one stream, for its client to read: 5 MB
@@ -139,14 +139,14 @@ class Dispatcher:
                     yield part
                 return
             except KvistError as error:
-                route = self._other_route(request, flight, error) if may_retry and not delivered else None
+                route = self._retry_route(request, flight, error) if may_retry and not delivered else None
                 if route is None:
                     raise
                 may_retry = False
                 logger.info("request %s is tried again elsewhere: %s", request.request_id, error.message)
             finally:
                 timer.cancel()
-                self._leave(flight)
+                self._on_reader_gone(flight)
             flight = self._launch(request, route)
 
     async def flush_cache(self, tier: wire.FlushTier | None = None) -> dict[WorkerId, int]:
@@ -159,7 +159,7 @@ class Dispatcher:
             worker_id: flushed.num_pages for worker_id, flushed in answers.items() if isinstance(flushed, wire.Flushed)
         }
 
-    async def ask_storage(self, ask: wire.AskStorage) -> dict[WorkerId, wire.StorageAnswer]:
+    async def ask_storage(self, ask: wire.StorageCommand) -> dict[WorkerId, wire.StorageAnswer]:
         """What every worker says to it; a worker that is lost meanwhile says nothing. Its `call_id` is ours to choose.
 
         Raises `Unavailable` when no worker is ready, `Timeout` naming those that did not answer."""
@@ -168,7 +168,7 @@ class Dispatcher:
         return {worker_id: told for worker_id, told in answers.items() if isinstance(told, wire.StorageAnswer)}
 
     async def _ask_all(
-        self, question: wire.FlushCache | wire.AskStorage, timeout_s: float
+        self, question: wire.FlushCache | wire.StorageCommand, timeout_s: float
     ) -> dict[WorkerId, wire.Flushed | wire.StorageAnswer]:
         workers = {w for w in self._registry.workers if w.state is WorkerState.READY}
         if not workers:
@@ -232,7 +232,7 @@ class Dispatcher:
                 error = WorkerLost(f"worker {worker.worker_id} was lost while it held the request: {reason}")
                 error.retry_after_s = self._config.retry_after_s
                 self._fail(flight, error, worker)
-            self._forget_if_over(flight)
+            self._forget_if_ended(flight)
 
     def _on_ended(self, flight: Flight, worker: Worker, ended: wire.Ended) -> None:
         flight.open.discard(worker)
@@ -246,7 +246,7 @@ class Dispatcher:
             self._fail(flight, Unavailable(f"worker {worker.worker_id} gave the request up: {ended.message}"), worker)
         elif not flight.open and not flight.settled:
             self._fail(flight, EngineError("every engine ended the request, but its last token never came"), worker)
-        self._forget_if_over(flight)
+        self._forget_if_ended(flight)
 
     # ---------------------------------------------------------------- a flight's ways
 
@@ -298,23 +298,23 @@ class Dispatcher:
         for worker in flight.open:
             self._engines.send(worker, wire.Abort(request_id=flight.request_id))
 
-    def _leave(self, flight: Flight) -> None:
+    def _on_reader_gone(self, flight: Flight) -> None:
         """The reader is gone: at the end, on an error, or in the middle."""
         if not flight.settled:
             flight.cancelled = True
             self._num_cancelled_held += 1
             self._abort(flight)
         flight.closed_at_s = self._clock.now_s()
-        self._forget_if_over(flight)
+        self._forget_if_ended(flight)
 
-    def _forget_if_over(self, flight: Flight) -> None:
+    def _forget_if_ended(self, flight: Flight) -> None:
         if flight.open or flight.closed_at_s is None or self._flights.pop(flight.request_id, None) is None:
             return
         if flight.cancelled:
             self._num_cancelled_held -= 1
             self._release_s.observe(self._clock.now_s() - flight.closed_at_s)
 
-    def _other_route(self, request: EngineRequest, flight: Flight, error: KvistError) -> Route | None:
+    def _retry_route(self, request: EngineRequest, flight: Flight, error: KvistError) -> Route | None:
         """Other workers for a request of which the client has seen nothing; None when it should hear of the error."""
         if not error.retryable or flight.culprit is None:
             return None
@@ -330,7 +330,7 @@ class Dispatcher:
 
     def sweep(self) -> None:
         """Write off engines that never said Ended long after the reader left: their message was lost."""
-        oldest_s = self._clock.now_s() - WRITE_OFF_S
+        oldest_s = self._clock.now_s() - END_TIMEOUT_S
         for flight in list(self._flights.values()):
             if flight.closed_at_s is None or flight.closed_at_s > oldest_s:
                 continue
@@ -339,4 +339,4 @@ class Dispatcher:
                 self._engines.send(worker, wire.Abort(request_id=flight.request_id))
                 worker.release(flight.request_id)
             flight.open.clear()
-            self._forget_if_over(flight)
+            self._forget_if_ended(flight)

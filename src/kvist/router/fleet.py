@@ -72,7 +72,7 @@ class Fleet:
         self._events = events
         self._http = httpx.AsyncClient(transport=self._transport, headers=self._headers, trust_env=False)
         for worker in self._registry.workers:
-            self._tasks.append(asyncio.create_task(self._keep(worker), name=f"worker {worker.url}"))
+            self._tasks.append(asyncio.create_task(self._supervise(worker), name=f"worker {worker.url}"))
 
     def send(self, worker: Worker, message: wire.GatewayToEngine) -> bool:
         """False: the worker is not connected, or its queue is full."""
@@ -88,13 +88,13 @@ class Fleet:
             await self._http.aclose()
         self._context.destroy(linger=0)
 
-    async def _keep(self, worker: Worker) -> None:
+    async def _supervise(self, worker: Worker) -> None:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
                 timeout_s = self._config.discovery_timeout_s
                 worker.endpoint = (await self._find(worker, timeout_s)).endpoint
-                reason = await self._hold(worker)
+                reason = await self._run_link(worker)
                 if worker.state is WorkerState.READY:
                     pause_s = _FIRST_PAUSE_S
             except KvistError as error:
@@ -102,11 +102,11 @@ class Fleet:
             except Exception as error:  # our bug: the worker is out until it is mended, the gateway serves on
                 logger.exception("cannot keep worker %s", worker.url)
                 reason = f"internal error: {error}"
-            self._lose(worker, reason)
+            self._mark_lost(worker, reason)
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
-    async def _hold(self, worker: Worker) -> str:
+    async def _run_link(self, worker: Worker) -> str:
         """Talk to the engine until it cannot be talked to; returns why."""
         lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -147,7 +147,7 @@ class Fleet:
                 worker.last_heard_s += oversleep.look(now_s)
                 silent_s = now_s - worker.last_heard_s
                 if silent_s > self._config.worker_timeout_s and not lost.done():
-                    if reason := await self._why_silent(worker, silent_s):
+                    if reason := await self._silence_reason(worker, silent_s):
                         on_lost(reason)
                     oversleep.look(self._clock.now_s())
             return lost.result()
@@ -160,7 +160,7 @@ class Fleet:
         stalled_s = self._config.worker_timeout_s / 2  # what its worker tells is a second old, or so
         return await discovery.find_engine(self._http, worker.url, timeout_s=timeout_s, stalled_s=stalled_s)
 
-    async def _why_silent(self, worker: Worker, silent_s: float) -> str:
+    async def _silence_reason(self, worker: Worker, silent_s: float) -> str:
         """Why the engine is lost; "" when it is in the middle of a long step."""
         reason = f"the engine at {worker.endpoint} has been silent for {silent_s:.1f} s"
         if worker.state is WorkerState.JOINING:
@@ -183,17 +183,17 @@ class Fleet:
             if worker.spec is not None:  # else it has not said Welcome, and was sent no request
                 self._events.on_outputs(worker, message)
         elif isinstance(message, wire.LoadReport):
-            if self._registry.reported(worker, message, now_s):
+            if self._registry.on_report(worker, message, now_s):
                 logger.info("missed a load report of worker %s: asking for a snapshot", worker.worker_id)
                 self.send(worker, wire.Hello(gateway_id=self._gateway_id, resync=True))
         elif isinstance(message, wire.Welcome):
             if worker.spec is not None and worker.spec.epoch != message.spec.epoch:
-                self._lose(worker, "it was restarted")  # whatever its former life was asked for is gone
-            self._registry.welcomed(worker, message, now_s)
+                self._mark_lost(worker, "it was restarted")  # whatever its former life was asked for is gone
+            self._registry.on_welcome(worker, message, now_s)
         else:
             self._events.on_answer(worker, message)
 
-    def _lose(self, worker: Worker, reason: str) -> None:
+    def _mark_lost(self, worker: Worker, reason: str) -> None:
         assert self._events is not None
-        self._registry.lost(worker, reason)
+        self._registry.on_lost(worker, reason)
         self._events.on_lost(worker, reason)

@@ -16,7 +16,7 @@ from kvist.router.config import RouterConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class PromptDigests:
     num_tokens: int
     digests: Mapping[str, Sequence[bytes]]  # by a worker's namespace: one for each full page, first to last
 
@@ -32,11 +32,11 @@ class WorkerView:
 
 
 class Policy(Protocol):
-    def choose(self, prompt: Prompt, candidates: Sequence[WorkerView]) -> WorkerId:
+    def choose(self, prompt: PromptDigests, candidates: Sequence[WorkerView]) -> WorkerId:
         """One of the candidates, of which there is at least one."""
 
 
-def num_hit_tokens(prompt: Prompt, worker: WorkerView) -> int:
+def num_hit_tokens(prompt: PromptDigests, worker: WorkerView) -> int:
     """Tokens of the longest leading run of pages that the worker has cached."""
     num_pages = 0
     for digest in prompt.digests.get(worker.namespace, ()):
@@ -52,7 +52,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._last: WorkerId | None = None
 
-    def choose(self, prompt: Prompt, candidates: Sequence[WorkerView]) -> WorkerId:  # noqa: ARG002 (any prompt, in turn)
+    def choose(self, prompt: PromptDigests, candidates: Sequence[WorkerView]) -> WorkerId:  # noqa: ARG002 (any prompt, in turn)
         names = sorted(worker.worker_id for worker in candidates)
         self._last = next((name for name in names if self._last is None or name > self._last), names[0])
         return self._last
@@ -61,7 +61,7 @@ class RoundRobin:
 class LeastLoaded:
     """Fewest requests, then fewest prompt tokens still to compute."""
 
-    def choose(self, prompt: Prompt, candidates: Sequence[WorkerView]) -> WorkerId:  # noqa: ARG002 (only load counts)
+    def choose(self, prompt: PromptDigests, candidates: Sequence[WorkerView]) -> WorkerId:  # noqa: ARG002 (only load counts)
         return min(candidates, key=lambda w: (w.num_requests, w.num_pending_tokens, w.worker_id)).worker_id
 
 
@@ -79,7 +79,7 @@ class CacheAware:
     hit_weight: float = 1.0  # what a cached token saves, in computed tokens
     request_penalty_tokens: int = 64  # what one more request there costs, in computed tokens
 
-    def choose(self, prompt: Prompt, candidates: Sequence[WorkerView]) -> WorkerId:
+    def choose(self, prompt: PromptDigests, candidates: Sequence[WorkerView]) -> WorkerId:
         loads = [worker.num_requests for worker in candidates]
         lowest, highest = min(loads), max(loads)
         if highest - lowest > self.balance_abs_threshold and highest > self.balance_rel_threshold * lowest:
@@ -87,7 +87,7 @@ class CacheAware:
         return min(candidates, key=lambda w: (self._cost(prompt, w), w.num_requests, len(w.cached_pages), w.worker_id)
         ).worker_id  # fmt: skip
 
-    def _cost(self, prompt: Prompt, worker: WorkerView) -> float:
+    def _cost(self, prompt: PromptDigests, worker: WorkerView) -> float:
         num_hit = num_hit_tokens(prompt, worker)
         if num_hit < self.cache_threshold * prompt.num_tokens:
             num_hit = 0

@@ -24,7 +24,7 @@ from kvist.wire import PROTOCOL_VERSION, EngineSpec, LoadReport, Welcome
 
 logger = logging.getLogger(__name__)
 
-_SHARE_ON_THE_WAY = 8  # an eighth of a worker's places
+_OVERCOMMIT_DIVISOR = 8  # an eighth of a worker's places
 
 
 class WorkerState(enum.Enum):
@@ -90,9 +90,9 @@ class Worker:
         num_places = self.spec.max_running_requests + self.spec.max_queued_requests
         if len(self.in_flight) < num_places:
             return True
-        if len(self.in_flight) >= num_places + max(1, num_places // _SHARE_ON_THE_WAY):
+        if len(self.in_flight) >= num_places + max(1, num_places // _OVERCOMMIT_DIVISOR):
             return False
-        return self.callers.gives_way_to(caller) is not None
+        return self.callers.displaced_by(caller) is not None
 
     def retry_after_s(self) -> float:
         """By what it last reported of itself, and the requests that we know of."""
@@ -170,7 +170,7 @@ class Registry:
         specs = [w.spec for w in writers or ready if w.spec is not None]
         return max(specs, key=lambda spec: spec.max_model_len, default=None)
 
-    def welcomed(self, worker: Worker, welcome: Welcome, now_s: float) -> None:
+    def on_welcome(self, worker: Worker, welcome: Welcome, now_s: float) -> None:
         """Raises `ConfigError` when the worker cannot serve here; it then stays out, with its problem told."""
         worker.last_heard_s = now_s
         spec = welcome.spec
@@ -181,11 +181,11 @@ class Registry:
         if problem:
             worker.state, worker.problem = WorkerState.JOINING, problem
             raise ConfigError(problem)
-        self._forget_contents(worker)
+        self._reset_reported_state(worker)
         worker.spec, worker.state, worker.problem = spec, WorkerState.READY, ""
         logger.info("worker %s is ready: %s, epoch %s", spec.worker_id, spec.role, spec.epoch)
 
-    def reported(self, worker: Worker, report: LoadReport, now_s: float) -> bool:
+    def on_report(self, worker: Worker, report: LoadReport, now_s: float) -> bool:
         """Take a load report in. True: we missed one, ask for a snapshot."""
         worker.last_heard_s = now_s
         fault = fault_of_report(report)
@@ -210,13 +210,13 @@ class Registry:
         worker.needs_snapshot = True  # until it comes the old set still guides: it is only a hint
         return True
 
-    def lost(self, worker: Worker, reason: str) -> None:
+    def on_lost(self, worker: Worker, reason: str) -> None:
         """The worker cannot be used (any more). Its requests are the dispatcher's to fail."""
         if worker.state in (WorkerState.READY, WorkerState.DRAINING):
             if worker.state is WorkerState.READY:
                 logger.warning("worker %s is lost: %s", worker.worker_id, reason)
             worker.state = WorkerState.LOST
-            self._forget_contents(worker)
+            self._reset_reported_state(worker)
         worker.problem = reason
 
     def snapshot(self) -> tuple[WorkerSnapshot, ...]:
@@ -237,7 +237,7 @@ class Registry:
         )
 
     @staticmethod
-    def _forget_contents(worker: Worker) -> None:
+    def _reset_reported_state(worker: Worker) -> None:
         worker.known_pages.clear()
         worker.pages_limited = False
         worker.sequence = None

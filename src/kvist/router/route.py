@@ -11,7 +11,7 @@ from kvist.fit import limit_text, num_tokens_needed
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, Mode
 from kvist.router.config import RouterConfig
-from kvist.router.policies import Policy, Prompt, decode_policy, num_hit_tokens, prompt_policy
+from kvist.router.policies import Policy, PromptDigests, decode_policy, num_hit_tokens, prompt_policy
 from kvist.router.registry import Registry, Worker, WorkerState, WorkerUse
 
 _AWAY = frozenset({WorkerState.LOST, WorkerState.DRAINING})
@@ -52,7 +52,7 @@ class Candidates:
     def has_route(self, *, single: bool) -> bool:
         return bool(self.unified) or bool(self.prefill and (self.decode or single))
 
-    def that_hold(self, request: EngineRequest) -> Candidates:
+    def that_fit(self, request: EngineRequest) -> Candidates:
         """The whole request, or a prefill worker its prompt."""
         whole, prompt = num_tokens_needed(request, Mode.FULL), num_tokens_needed(request, Mode.PREFILL)
         return Candidates(
@@ -97,10 +97,10 @@ class Router:
         # One token needs no handoff: a prefill worker answers it alone.
         single = request.sampling.max_tokens == 1 and not request.output_token_ids
         if not ready.has_route(single=single):
-            raise self._nobody(ready)
-        fit = ready.that_hold(request)
+            raise self._no_worker_error(ready)
+        fit = ready.that_fit(request)
         if not fit.has_route(single=single):
-            raise self._too_long(request, ready)
+            raise self._too_long_error(request, ready)
         free = fit.with_room_for(caller_path(request.client))
         if not free.has_route(single=single):
             retry_after_s = min(w.retry_after_s() for w in fit.all() if w not in free.all())
@@ -117,7 +117,7 @@ class Router:
         partner = _pick(self._decode_policy, prompt, free.decode)
         return Route(mode=Mode.PREFILL, prefill=chosen, decode=partner, num_prompt_tokens_left=left)
 
-    def _prompt(self, request: EngineRequest, workers: Sequence[Worker]) -> Prompt:
+    def _prompt(self, request: EngineRequest, workers: Sequence[Worker]) -> PromptDigests:
         token_ids, salt = request.prompt_token_ids, request.cache_salt
         if token_ids is not self._digested[0] or salt != self._digested[1]:  # answers to one prompt share its tuple
             self._digested = (token_ids, salt, {})
@@ -126,9 +126,9 @@ class Router:
             spec = worker.spec
             if spec is not None and worker.known_pages and spec.namespace not in digests:
                 digests[spec.namespace] = page_digests(token_ids, spec.page_size, spec.namespace, salt)
-        return Prompt(num_tokens=request.num_prompt_tokens, digests=digests)
+        return PromptDigests(num_tokens=request.num_prompt_tokens, digests=digests)
 
-    def _nobody(self, ready: Candidates) -> Unavailable:
+    def _no_worker_error(self, ready: Candidates) -> Unavailable:
         if ready.prefill or ready.decode:
             missing = WorkerUse.DECODE if ready.prefill else WorkerUse.PREFILL
             problem = f"no {missing.value} worker is ready: {_START[missing]}"
@@ -141,11 +141,11 @@ class Router:
         ]
         return Unavailable("; ".join([problem, *known[:4]]), retry_after_s=self._config.retry_after_s)
 
-    def _too_long(self, request: EngineRequest, ready: Candidates) -> KvistError:
+    def _too_long_error(self, request: EngineRequest, ready: Candidates) -> KvistError:
         """For the ready ones. A worker that holds it, and is lost or drains, may come back."""
         single = request.sampling.max_tokens == 1 and not request.output_token_ids
         away = Candidates.of(self._registry, _AWAY, frozenset())
-        if ready.joined_by(away).that_hold(request).has_route(single=single):
+        if ready.joined_by(away).that_fit(request).has_route(single=single):
             names = ", ".join(f"{worker.worker_id} is {worker.state.value}" for worker in away.all())
             return Unavailable(
                 f"no worker that is ready holds a request of this length, and {names}: retry later",
@@ -170,6 +170,6 @@ class Router:
         )
 
 
-def _pick(policy: Policy, prompt: Prompt, workers: Sequence[Worker]) -> Worker:
+def _pick(policy: Policy, prompt: PromptDigests, workers: Sequence[Worker]) -> Worker:
     worker_id = policy.choose(prompt, [worker.view() for worker in workers])
     return next(worker for worker in workers if worker.worker_id == worker_id)

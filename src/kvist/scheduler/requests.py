@@ -140,7 +140,7 @@ class RequestTable:
         """Why there is none for it in the queue. It may be another's."""
         if self.num_waiting < self.config.max_queued_requests + self._num_free_places():
             return None
-        caller = self.first_turns.gives_way_to(request.caller)
+        caller = self.first_turns.displaced_by(request.caller)
         other = None if caller is None else newest_waiting(caller, reversed(self.live.values()))
         if other is None:
             most = self.config.max_queued_requests

@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from operator import attrgetter
 
-from kvist.fairness import Turns
+from kvist.fairness import FairQueue
 from kvist.scheduler.active import ActiveRequest, RequestState
 
 _number = attrgetter("number")
@@ -20,7 +20,7 @@ _number = attrgetter("number")
 class _Rank:
     def __init__(self) -> None:
         self._returned: list[ActiveRequest] = []  # oldest first
-        self._turns: Turns[ActiveRequest] = Turns(_number)
+        self._turns: FairQueue[ActiveRequest] = FairQueue(_number)
 
     def __iter__(self) -> Iterator[ActiveRequest]:
         yield from self._returned

@@ -18,14 +18,14 @@ from kvist.server.http import JSON_TYPE, Headers, send_bytes, send_json
 from kvist.server.sampling import check_num_lists, check_token_ids, token_lists
 from kvist.server.schemas import DetokenizeRequest, TokenizeRequest
 from kvist.server.worker_metrics import pages_by_state
-from kvist.wire import AskStorage, FlushTier, StoreWish
+from kvist.wire import AttachStoreRequest, FlushTier, StorageCommand
 
 _TOKENIZE = BodyDecoder(TokenizeRequest)
 _DETOKENIZE = BodyDecoder(DetokenizeRequest)
-_STORE_WISH = BodyDecoder(StoreWish)
-_STORAGE_ACTIONS: Mapping[str, Literal["tell", "attach", "detach"]] = {
-    "GET": "tell",
-    "HEAD": "tell",  # which comes with every GET
+_STORE_WISH = BodyDecoder(AttachStoreRequest)
+_STORAGE_ACTIONS: Mapping[str, Literal["status", "attach", "detach"]] = {
+    "GET": "status",
+    "HEAD": "status",  # which comes with every GET
     "PUT": "attach",
     "DELETE": "detach",
 }
@@ -155,7 +155,7 @@ class Admin:
 
     async def storage_backend(self, scope: Scope, receive: Receive, send: Send) -> None:
         """GET tells of every worker's storage tier, PUT attaches a store to it, DELETE detaches it."""
-        ask = AskStorage(call_id="", action=_STORAGE_ACTIONS[scope["method"]])
+        ask = StorageCommand(call_id="", action=_STORAGE_ACTIONS[scope["method"]])
         if ask.action == "attach":
             wish, _ = await self._gateway.prepare(scope, receive, _STORE_WISH.decode)
             ask = msgspec.structs.replace(ask, wish=wish)

@@ -19,7 +19,7 @@ from kvist.metrics import GatewayMetrics
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.text import IncrementalDetokenizer, StopMatcher, Tokenizer, special_token_marks
-from kvist.wire import AskStorage, EngineSpec, FlushTier, HandoffReport, StorageAnswer, TokenChunk
+from kvist.wire import EngineSpec, FlushTier, HandoffReport, StorageAnswer, StorageCommand, TokenChunk
 
 _LONG_PROMPT_TOKENS = 512  # to route and send it takes a tenth of a millisecond, or more
 _QUEUE_PARTS = 64  # parts that may wait between the choices of one job and its reader
@@ -40,7 +40,7 @@ class Dispatcher(Protocol):
     async def flush_cache(self, tier: FlushTier | None = None) -> dict[WorkerId, int]:
         """Drops every cached page (of this tier) that no request uses; the number of pages dropped, by worker."""
 
-    async def ask_storage(self, ask: AskStorage) -> dict[WorkerId, StorageAnswer]:
+    async def ask_storage(self, ask: StorageCommand) -> dict[WorkerId, StorageAnswer]:
         """What every worker answers."""
 
     def snapshot(self) -> ClusterSnapshot: ...

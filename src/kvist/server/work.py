@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kvist.errors import Overloaded
-from kvist.fairness import CallerCounts, CallerPath, Turns
+from kvist.fairness import CallerCounts, CallerPath, FairQueue
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class WorkPool:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="kvist-work")
         self._num_idle = num_threads
         self._max_waiting = max_waiting
-        self._waiting: Turns[_Job] = Turns(lambda job: job.number)
+        self._waiting: FairQueue[_Job] = FairQueue(lambda job: job.number)
         self._places = CallerCounts()  # of those that wait
         self._num_jobs = 0  # so far
         self.num_waiting = 0
@@ -73,7 +73,7 @@ class WorkPool:
         return result
 
     def _make_room(self, newcomer: CallerPath) -> None:
-        loser = self._places.gives_way_to(newcomer)
+        loser = self._places.displaced_by(newcomer)
         refused = Overloaded(
             f"{self.num_waiting} long requests wait to be tokenised, the most this server allows: retry later, or "
             "start the server with more --tokenizer-threads"

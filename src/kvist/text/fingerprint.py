@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ModelLoadError
-from kvist.fingerprint import remembered
+from kvist.fingerprint import cached_digest
 from kvist.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -28,12 +28,12 @@ def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
-    """Of the checkpoint's own tokenizer, remembered beside its content's; "" when it has none that can be read."""
+    """Of the checkpoint's own tokenizer, cached beside its content's; "" when it has none that can be read."""
     from kvist.text import load_tokenizer
 
     file = checkpoint.path / "tokenizer.json" if checkpoint.kind is CheckpointKind.HF else checkpoint.path
     try:
-        return remembered("vocabulary", file, lambda: vocabulary_fingerprint(load_tokenizer(checkpoint)))
+        return cached_digest("vocabulary", file, lambda: vocabulary_fingerprint(load_tokenizer(checkpoint)))
     except (OSError, ModelLoadError) as error:
         log.info("the vocabulary of %s is not compared with a router's: %s", checkpoint.path, error)
         return ""

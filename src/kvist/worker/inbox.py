@@ -42,7 +42,7 @@ class Inbox:
         *,
         spec: wire.EngineSpec,
         gateways: Gateways,
-        ask_storage: Callable[[bytes, wire.AskStorage], None] | None,  # None: there is no host tier
+        ask_storage: Callable[[bytes, wire.StorageCommand], None] | None,  # None: there is no host tier
     ) -> None:
         self._spec = spec
         self._ask_storage = ask_storage
@@ -69,7 +69,7 @@ class Inbox:
 
     def _open_one(self, identity: bytes, message: Inbound, now_s: float) -> Event | Reply | None:
         match message:
-            case wire.Hello() | wire.Submit() | wire.Abort() | wire.FlushCache() | wire.AskStorage():
+            case wire.Hello() | wire.Submit() | wire.Abort() | wire.FlushCache() | wire.StorageCommand():
                 gateway = self._gateways.heard(identity, now_s)
                 if gateway is not None:
                     return self._from_gateway(gateway, message)
@@ -114,7 +114,7 @@ class Inbox:
                     self._flushes.popitem(last=False)
                 self._flushes[message.call_id] = gateway.identity
                 return message
-            case wire.AskStorage():
+            case wire.StorageCommand():
                 if self._ask_storage is None:
                     return Reply(identity=gateway.identity, message=_no_host_tier(message))
                 self._ask_storage(gateway.identity, message)
@@ -158,7 +158,7 @@ def _fault_of(request: EngineRequest, vocab_size: int) -> str | None:
     return None
 
 
-def _no_host_tier(call: wire.AskStorage) -> wire.StorageAnswer:
+def _no_host_tier(call: wire.StorageCommand) -> wire.StorageAnswer:
     error = RequestError(
         "a store needs a host tier, and this worker has none: start it with --enable-hierarchical-cache"
     )

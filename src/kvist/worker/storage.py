@@ -88,7 +88,7 @@ class EngineStorage:
         if self._config.hicache_storage_backend is None:
             return
         try:
-            choice = self._choice(wire.StoreWish())  # nothing but what the flags say
+            choice = self._choice(wire.AttachStoreRequest())  # nothing but what the flags say
             self._attach(choice, *self._open(choice))
         except KvistError as error:
             param = _param(error)
@@ -119,12 +119,12 @@ class EngineStorage:
         events, self._events = self._events, []
         return [*reports, *events]
 
-    def ask(self, identity: bytes, call: wire.AskStorage) -> None:
+    def ask(self, identity: bytes, call: wire.StorageCommand) -> None:
         """The answer is in `answers`, sooner or later."""
         asker = identity, call.call_id
         try:
             match call.action:
-                case "tell":
+                case "status":
                     self._answer(asker)
                 case "attach":
                     self._begin_attach(asker, call.wish)
@@ -165,7 +165,7 @@ class EngineStorage:
 
     # ------------------------------------------------------------ attach and detach
 
-    def _begin_attach(self, asker: _Asker, wish: wire.StoreWish) -> None:
+    def _begin_attach(self, asker: _Asker, wish: wire.AttachStoreRequest) -> None:
         choice = self._choice(wish)
         if self._attached == choice:
             self._answer(asker)
@@ -209,7 +209,7 @@ class EngineStorage:
         self._attached = choice
         self._events.append(StorageAttached(attached=True))
 
-    def _choice(self, wish: wire.StoreWish) -> Choice:
+    def _choice(self, wish: wire.AttachStoreRequest) -> Choice:
         """Raises `RequestError` naming the field."""
         policy = self._config.hicache_storage_prefetch_policy
         if wish.hicache_storage_prefetch_policy not in (None, policy):
