@@ -54,8 +54,8 @@ def test_what_the_generation_tag_sets_stays_inside_and_loop_controls_work_there(
 def test_a_model_whose_template_is_broken_serves_completions_and_names_the_template_to_chats(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(model_folder(tmp_path, "{% unknown %}"))
     assert tokenizer.chat_template is None
-    assert "unknown" in tokenizer.no_chat_template
-    assert "--chat-template" in tokenizer.no_chat_template
+    assert "unknown" in tokenizer.no_chat_template_reason
+    assert "--chat-template" in tokenizer.no_chat_template_reason
     assert tokenizer.encode("ab")
 
 

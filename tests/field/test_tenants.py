@@ -7,13 +7,13 @@ from starlette.types import Scope
 
 from kvist import settings
 from kvist.errors import ConfigError
-from kvist.server.caller import Keys, caller_of
+from kvist.server.caller import ApiKeys, caller_of
 from kvist.server.sampling import salt_digest
 
 
 def tenant(key: str) -> str:
     scope: Scope = {"type": "http", "path": "/", "headers": [(b"authorization", f"Bearer {key}".encode())]}
-    Keys(("k1", "k2")).admit(scope)
+    ApiKeys(("k1", "k2")).authenticate(scope)
     key_id = caller_of(scope).key_id
     assert key_id is not None
     return key_id

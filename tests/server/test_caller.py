@@ -7,7 +7,7 @@ import pytest
 from starlette.types import Scope
 
 from kvist.errors import Unauthorized
-from kvist.server.caller import Keys, caller_of
+from kvist.server.caller import ApiKeys, caller_of
 
 
 def scope_of(authorization: bytes | None = None) -> Scope:
@@ -16,25 +16,25 @@ def scope_of(authorization: bytes | None = None) -> Scope:
 
 
 def test_each_of_several_keys_is_a_caller_of_its_own_and_stays_so() -> None:
-    keys = Keys(("k1", "k2"))
+    keys = ApiKeys(("k1", "k2"))
     found = []
     for key in (b"Bearer k1", b"bearer  k2", b"Bearer k1"):
         scope = scope_of(key)
-        keys.admit(scope)
+        keys.authenticate(scope)
         found.append(caller_of(scope).key_id)
     assert found[0] == found[2] != found[1]
     assert "k1" not in str(found)
     scope = scope_of(b"Bearer k1")
-    Keys(("k1",)).admit(scope)  # another process, with other keys beside
+    ApiKeys(("k1",)).authenticate(scope)  # another process, with other keys beside
     assert caller_of(scope).key_id == found[0]
     for wrong in (None, b"", b"Bearer", b"Bearer k", b"Bearer k1k2", b"Basic k1", b"Bearer \xff"):
         with pytest.raises(Unauthorized):
-            keys.admit(scope_of(wrong))
+            keys.authenticate(scope_of(wrong))
 
 
 def test_where_no_key_is_asked_for_a_key_makes_no_caller() -> None:
     scope = scope_of(b"Bearer whatever")
-    Keys(()).admit(scope)
+    ApiKeys(()).authenticate(scope)
     assert caller_of(scope).key_id is None
     assert caller_of(scope).connection == "127.0.0.1:5"
 

@@ -4,12 +4,12 @@ import asyncio
 import contextlib
 
 from kvist.clock import FakeClock
-from kvist.server.serve import watch_loop
+from kvist.server.serve import watch_loop_lag
 
 
 async def test_the_watch_notes_by_how_much_the_loop_was_late() -> None:
     clock, lags_s = FakeClock(), list[float]()
-    watch = asyncio.create_task(watch_loop(lags_s.append, clock))
+    watch = asyncio.create_task(watch_loop_lag(lags_s.append, clock))
     await asyncio.sleep(0)
     clock.advance(3.1)  # while the watch slept for a tenth of a second
     while not lags_s:

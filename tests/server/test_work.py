@@ -68,7 +68,7 @@ async def test_in_a_full_queue_the_caller_with_most_jobs_gives_way_to_another() 
 async def test_what_an_answer_needs_is_never_refused() -> None:
     busy = Busy(max_waiting=1)
     await busy.ask(ANN, "a1")
-    needed = asyncio.create_task(busy.pool.finish(ANN, lambda: "written"))
+    needed = asyncio.create_task(busy.pool.run_admitted(ANN, lambda: "written"))
     await busy.finish()
     assert await needed == "written"
 
@@ -87,12 +87,12 @@ async def test_a_client_that_leaves_takes_its_waiting_job_along() -> None:
 def test_a_budget_counts_what_is_beyond_the_free_part_of_each_body() -> None:
     budget = BodyBudget(limit_bytes=100, free_bytes=10)
     with budget.open() as first, budget.open() as second:
-        first.grow_to(70)
-        first.grow_to(60)  # what it said to have
-        second.grow_to(50)
+        first.reserve_up_to(70)
+        first.reserve_up_to(60)  # what it said to have
+        second.reserve_up_to(50)
         assert budget.num_bytes == 100
         with pytest.raises(Overloaded, match="--max-total-body-bytes"):
-            second.grow_to(51)
+            second.reserve_up_to(51)
         with budget.open() as small:
-            small.grow_to(10)
+            small.reserve_up_to(10)
     assert budget.num_bytes == 0

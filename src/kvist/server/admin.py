@@ -13,7 +13,7 @@ from kvist import __version__, metrics
 from kvist.errors import RequestError, Unavailable, error_from_wire
 from kvist.router.stream import WorkerSnapshot
 from kvist.server.decoding import BodyDecoder
-from kvist.server.gateway import Gateway
+from kvist.server.gateway import GatewayContext
 from kvist.server.http import JSON_TYPE, Headers, send_bytes, send_json
 from kvist.server.sampling import check_num_lists, check_token_ids, token_lists
 from kvist.server.schemas import DetokenizeRequest, TokenizeRequest
@@ -29,7 +29,7 @@ _STORAGE_ACTIONS: Mapping[str, Literal["status", "attach", "detach"]] = {
     "PUT": "attach",
     "DELETE": "detach",
 }
-_WELCOME = {
+_ROOT_BODY = {
     "server": "Kvist, which serves a large language model",
     "generate": ["POST /v1/chat/completions", "POST /v1/completions", "POST /generate"],
     "look": ["GET /v1/models", "GET /ready", "GET /server_info", "GET /metrics"],
@@ -42,14 +42,14 @@ _TEXT = [(b"content-type", metrics.CONTENT_TYPE.encode())]
 class Admin:
     """Each method is one endpoint, raw ASGI."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: GatewayContext) -> None:
         self._gateway = gateway
 
     async def root(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What somebody reads who opens the address in a browser."""
         del scope, receive
         needs_key = bool(self._gateway.config.api_key)
-        await send_json(send, {"api_key": "required" if needs_key else "not required", **_WELCOME})
+        await send_json(send, {"api_key": "required" if needs_key else "not required", **_ROOT_BODY})
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         """This process answers. Says nothing of the engines: see `ready`."""

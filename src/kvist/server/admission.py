@@ -36,7 +36,7 @@ class Admission:
         num_after = num_open + num_choices
         if num_after > self._limit:
             problem = f"{num_open} generations are open and {num_choices} more would be over the limit of {self._limit}"
-        elif num_after > self._limit - self._limit // _RESERVE_SHARE and self._has_its_share(caller, num_choices):
+        elif num_after > self._limit - self._limit // _RESERVE_SHARE and self._exceeds_share(caller, num_choices):
             problem = (
                 f"{self._open[caller[:2]]} of the {num_open} open generations are yours, and the last of "
                 f"{self._limit} places are kept for other callers"
@@ -47,22 +47,22 @@ class Admission:
         raise Overloaded(f"{problem} (--max-concurrent-requests)", retry_after_s=wait_s)
 
     @contextlib.contextmanager
-    def places(self, caller: CallerPath, num_choices: int) -> Iterator[None]:
+    def reserve(self, caller: CallerPath, num_choices: int) -> Iterator[None]:
         """Takes them, or raises `Overloaded` at once."""
         self.check(caller, num_choices)
-        began_s, who = self._clock.now_s(), caller[:2]
+        began_s, key = self._clock.now_s(), caller[:2]
         self._metrics.num_requests += num_choices
-        self._open[who] += num_choices
+        self._open[key] += num_choices
         try:
             yield
         finally:
             self._metrics.num_requests -= num_choices
-            self._open[who] -= num_choices
-            if not self._open[who]:
-                del self._open[who]
+            self._open[key] -= num_choices
+            if not self._open[key]:
+                del self._open[key]
             self._service_time.note(self._clock.now_s() - began_s)
 
-    def _has_its_share(self, caller: CallerPath, num_choices: int) -> bool:
+    def _exceeds_share(self, caller: CallerPath, num_choices: int) -> bool:
         """With one more caller expected than there are."""
         num_callers = len(self._open) + (caller[:2] not in self._open) + 1
         return self._open[caller[:2]] + num_choices > self._limit // num_callers

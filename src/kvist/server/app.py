@@ -1,10 +1,11 @@
-"""The gateway's HTTP application: routes, request ids, the checks at the door, and errors in OpenAI's shape.
+"""The gateway's HTTP application: routes, request ids, checks before the routes, and errors in OpenAI's shape.
 
-    Front: request id, access log, counts → CORS, where pages are allowed → Door: Host, key, page, type → routes
+    TrafficMiddleware (request id, access log, counts) → CORS (with --allowed-origins)
+      → GuardMiddleware (Host, API key, Origin, Content-Type, errors) → routes
 
-`build_app` composes it; nothing here keeps state. Endpoints are raw ASGI callables, because a token must not pay for a
-response object. A KvistError that no endpoint handled becomes its status and body in `Door`, in one place; a client
-that left gets nothing.
+`build_app` composes the layers; nothing here keeps state. Endpoints are raw ASGI callables, because a token must not
+pay for a response object. `GuardMiddleware` turns every KvistError that no endpoint handled into its status and body.
+A client that has disconnected gets no response.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from kvist.errors import EngineError, KvistError, RequestError
 from kvist.metrics import GatewayMetrics
 from kvist.server.admin import Admin
 from kvist.server.admission import Admission
-from kvist.server.caller import Caller, Keys, caller_of
+from kvist.server.caller import ApiKeys, Caller, caller_of
 from kvist.server.config import ServerConfig
-from kvist.server.gateway import Gateway
-from kvist.server.generation import Dispatcher
-from kvist.server.http import ClientGone, header, send_error
+from kvist.server.gateway import GatewayContext
+from kvist.server.generation import EngineClient
+from kvist.server.http import ClientDisconnected, header, send_error
 from kvist.server.later import NOT_SERVED, NotServed
 from kvist.server.lifecycle import Lifecycle
-from kvist.server.model_pages import ModelPages
+from kvist.server.model_pages import ModelEndpoints
 from kvist.server.native import native_job
 from kvist.server.openai import chat_job, completion_job
-from kvist.server.pages import PageGuard, check_host_header
+from kvist.server.pages import OriginGuard, check_host_header
 from kvist.server.respond import Job, respond
 from kvist.server.sampling import MAX_SEED
 from kvist.server.traffic import TokenCounts, Traffic, exchange_of
@@ -45,11 +46,11 @@ from kvist.server.worker_metrics import worker_families
 from kvist.text import SamplingDefaults, Tokenizer
 from kvist.wire import EngineHealth, EngineSpec
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-_OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # probes carry no key, and / says that one is needed
-_PAGE_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
-_PAGE_HEADERS = ("x-request-id", "x-kvist-ignored", "retry-after")  # of a response, for scripts of a page
+_PATHS_WITHOUT_KEY = frozenset({"/", "/health", "/ready"})  # probes carry no key, and / says that one is needed
+_CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
+_CORS_HEADERS = ("x-request-id", "x-kvist-ignored", "retry-after")  # of a response, for scripts of a page
 _MAX_REQUEST_ID_CHARS = 128
 _FREE_BODY_BYTES = 64 << 10  # about what uvicorn reads ahead of us
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -62,7 +63,7 @@ def no_engine() -> None:
 
 def build_app(
     *,
-    dispatcher: Dispatcher,
+    dispatcher: EngineClient,
     tokenizer: Tokenizer | None,
     config: ServerConfig,
     model_name: str,
@@ -73,7 +74,7 @@ def build_app(
     lifecycle: Lifecycle | None = None,
     clock: Clock | None = None,
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED),
-) -> Front:
+) -> TrafficMiddleware:
     """`model_name` is used unless the config renames it. Without a tokenizer (a prefill or decode worker's own HTTP)
     generation is refused with a pointer to the router. `model_path` is what clients on this host may read the tokenizer
     from. `own_engine` and `own_health` are what /server_info calls `engine` and `engine_health`."""
@@ -85,7 +86,7 @@ def build_app(
         num_long_requests_waiting=lambda: work.num_waiting,
         num_body_bytes=lambda: bodies.num_bytes,
     )
-    gateway = Gateway(
+    gateway = GatewayContext(
         dispatcher=dispatcher,
         tokenizer=tokenizer,
         config=config,
@@ -102,21 +103,23 @@ def build_app(
         bodies=bodies,
     )
     routes = _routes(gateway, model_path)
-    door: ASGIApp = Door(Router(routes), config, gateway.lifecycle)
+    guarded: ASGIApp = GuardMiddleware(Router(routes), config, gateway.lifecycle)
     if config.allowed_origins:
-        door = CORSMiddleware(
-            door,
+        guarded = CORSMiddleware(
+            guarded,
             allow_origins=config.allowed_origins,
-            allow_methods=_PAGE_METHODS,
+            allow_methods=_CORS_METHODS,
             allow_headers=("*",),
-            expose_headers=_PAGE_HEADERS,
+            expose_headers=_CORS_HEADERS,
         )
     paths = [route.path.replace(":path", "") for route in routes]
-    return Front(door, Traffic(gateway.metrics, gateway.clock, paths=paths, access_log=config.access_log))
+    return TrafficMiddleware(
+        guarded, Traffic(gateway.metrics, gateway.clock, paths=paths, access_log=config.access_log)
+    )
 
 
-def _routes(gateway: Gateway, model_path: str | None) -> list[Route]:
-    admin, model = Admin(gateway), ModelPages(gateway, model_path)
+def _routes(gateway: GatewayContext, model_path: str | None) -> list[Route]:
+    admin, model = Admin(gateway), ModelEndpoints(gateway, model_path)
     get, post = ["GET"], ["POST"]
     table: list[tuple[str, Endpoint, list[str]]] = [
         ("/v1/chat/completions", _generation(gateway, chat_job), post),
@@ -156,7 +159,7 @@ class _Raw:
         await self._endpoint(scope, receive, send)
 
 
-def _generation(gateway: Gateway, make_job: Callable[[Gateway, Caller, bytes], Job]) -> Endpoint:
+def _generation(gateway: GatewayContext, make_job: Callable[[GatewayContext, Caller, bytes], Job]) -> Endpoint:
     async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
         gateway.lifecycle.check()
         job = await gateway.prepare(scope, receive, partial(make_job, gateway, caller_of(scope)))
@@ -179,7 +182,7 @@ def _counted(job: Job) -> TokenCounts:
     )
 
 
-class Front:
+class TrafficMiddleware:
     """The outermost layer: every request passes it once, every response gets its request id here."""
 
     def __init__(self, inner: ASGIApp, traffic: Traffic) -> None:
@@ -206,20 +209,20 @@ class Front:
 
         try:
             await self._inner(scope, receive, send_with_id)
-        except ClientGone:
-            log.debug("client left: %s %s", scope["method"], scope["path"])
+        except ClientDisconnected:
+            logger.debug("client left: %s %s", scope["method"], scope["path"])
         finally:
             self.traffic.end(scope, exchange)
 
 
-class Door:
+class GuardMiddleware:
     """Lets a request through to the routes, and turns an error into its response."""
 
     def __init__(self, router: Router, config: ServerConfig, lifecycle: Lifecycle) -> None:
         self._router = router
         self._lifecycle = lifecycle
-        self._keys = Keys(config.api_key)
-        self._pages = PageGuard(config)
+        self._keys = ApiKeys(config.api_key)
+        self._pages = OriginGuard(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # so that the router raises for an unknown path, instead of answering in its own shape
@@ -227,16 +230,18 @@ class Door:
             if scope["type"] == "http":
                 self._check(scope)
             await self._router(scope, receive, send)
-        except ClientGone:
+        except ClientDisconnected:
             raise
         except asyncio.CancelledError:
             if not self._lifecycle.stopping:
                 raise
-            log.warning("stopping: the client of %s %s did not read its answer in time", scope["method"], scope["path"])
+            logger.warning(
+                "stopping: the client of %s %s did not read its answer in time", scope["method"], scope["path"]
+            )
         except Exception as error:
             known = _known(error)
             if known is None:
-                log.exception("bug while answering %s %s", scope["method"], scope["path"])
+                logger.exception("bug while answering %s %s", scope["method"], scope["path"])
                 known = EngineError("internal error in the gateway; see its log")
             if exchange_of(scope).status is not None:
                 raise  # too late for a status: the server breaks the connection off
@@ -244,8 +249,8 @@ class Door:
 
     def _check(self, scope: Scope) -> None:
         check_host_header(scope)
-        if scope["path"] not in _OPEN_PATHS:
-            self._keys.admit(scope)
+        if scope["path"] not in _PATHS_WITHOUT_KEY:
+            self._keys.authenticate(scope)
             self._pages.check(scope)
 
 

@@ -1,7 +1,7 @@
-"""Says who asks: the API key that a request carries, and the connection that it came on.
+"""Identify the caller of a request: the API key that the request carries, and its connection.
 
-`Keys` is built once from the settings; app.py lets it look at every request. What it found goes with the request in its
-scope; `caller_of` reads it where a job is made. The key itself goes no further than this module.
+`ApiKeys` is built once from the settings; app.py checks every request with it. The caller is stored in the request's
+scope, where `caller_of` reads it when a job is made. The key itself stays in this module.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Caller:
         return caller_path(self.tag)
 
 
-class Keys:
+class ApiKeys:
     """The API keys that are accepted; none: everybody is."""
 
     def __init__(self, keys: Iterable[str]) -> None:
@@ -48,7 +48,7 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._ids)
 
-    def admit(self, scope: Scope) -> None:
+    def authenticate(self, scope: Scope) -> None:
         """Notes the caller in the scope. Raises `Unauthorized` when keys are asked for and the request has none of
         them."""
         key_id = None
@@ -63,7 +63,7 @@ class Keys:
 
 
 def caller_of(scope: Scope) -> Caller:
-    """Of a request that `Keys.admit` has let pass."""
+    """Of a request that `ApiKeys.authenticate` has let pass."""
     caller: Caller = scope[_SCOPE_KEY]
     return caller
 

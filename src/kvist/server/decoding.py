@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from kvist.errors import RequestError, UnsupportedField
-from kvist.server.fields import Honoured, Looker, Refused, classes_of
+from kvist.server.fields import Honoured, Refused, UnmetFieldFinder, classes_of
 from kvist.server.http import Headers
 from kvist.server.shape import check_shape
 
@@ -70,12 +70,12 @@ class BodyDecoder(Generic[T]):
 def _without_effect(value: msgspec.Struct, where: str, kind: str) -> Iterator[str]:
     """The advisory fields that ask for something, by their path without indices. Raises for the first refused one,
     by its path with them."""
-    plan = _plan(type(value))
-    for name, cls in plan.looker.asked(value):
+    checks = _field_checks(type(value))
+    for name, cls in checks.unmet.find(value):
         if isinstance(cls, Refused):
             raise UnsupportedField(f"`{where}{name}` is not supported: {cls.instead}", param=where + name)
         yield kind + name
-    for name in plan.inside:
+    for name in checks.inside:
         found = getattr(value, name)
         if isinstance(found, msgspec.Struct):
             yield from _without_effect(found, f"{where}{name}.", f"{kind}{name}.")
@@ -85,15 +85,15 @@ def _without_effect(value: msgspec.Struct, where: str, kind: str) -> Iterator[st
                     yield from _without_effect(one, f"{where}{name}[{index}].", f"{kind}{name}[].")
 
 
-class _Plan(msgspec.Struct, frozen=True):
-    looker: Looker
+class _FieldChecks(msgspec.Struct, frozen=True):
+    unmet: UnmetFieldFinder
     inside: Sequence[str]  # the fields that hold structs
 
 
 @cache
-def _plan(struct: type[msgspec.Struct]) -> _Plan:
+def _field_checks(struct: type[msgspec.Struct]) -> _FieldChecks:
     inside = [field.name for field in msgspec.structs.fields(struct) if any(_structs_in(field.type))]
-    return _Plan(Looker(struct), inside)
+    return _FieldChecks(UnmetFieldFinder(struct), inside)
 
 
 def _param(path: str) -> str | None:

@@ -47,18 +47,18 @@ async def _inflate(body: bytes, coding: str, share: BodyShare, limit_bytes: int)
         try:
             piece = inflater.decompress(rest, _PIECE_BYTES)
         except zlib.error as error:
-            raise _not_so(coding) from error
+            raise _invalid_encoding(coding) from error
         rest = inflater.unconsumed_tail
         num_bytes += len(piece)
         if num_bytes > limit_bytes:
             raise body_too_large(limit_bytes)
-        share.grow_to(len(body) + num_bytes)
+        share.reserve_up_to(len(body) + num_bytes)
         if not piece and not rest and not inflater.eof:
-            raise _not_so(coding)  # it breaks off
+            raise _invalid_encoding(coding)  # it breaks off
         pieces.append(piece)
         await asyncio.sleep(0)
     if inflater.unused_data:
-        raise _not_so(coding)
+        raise _invalid_encoding(coding)
     return b"".join(pieces)
 
 
@@ -68,5 +68,5 @@ def _deflate_bits(body: bytes) -> int:
     return _ZLIB if zlib_header else _RAW
 
 
-def _not_so(coding: str) -> RequestError:
+def _invalid_encoding(coding: str) -> RequestError:
     return RequestError(f"the request body is not valid {coding}, as its Content-Encoding says")

@@ -66,7 +66,7 @@ _SEED = "the seed is `seed` in /v1, `sampling_params.sampling_seed` in /generate
 # Why there is no effect.
 _LOCAL = "no record or bill is kept"
 _CACHING = "prefixes are always cached; `cache_salt` keeps callers apart"
-_PLACING = "the router places requests by cache and load"
+_ROUTED = "the router places requests by cache and load"
 _LOGGING = "logging and metrics are the server's own"
 
 
@@ -89,11 +89,11 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     prompt_cache_options: Annotated[object, Advisory(_CACHING)] = None
     kv_hints: Annotated[object, Advisory(_CACHING, _EMPTY)] = None
     priority: Annotated[object, Advisory("callers take turns, and no request goes first", (0,))] = None
-    session_id: Annotated[object, Advisory(_PLACING)] = None
-    conversation_id: Annotated[object, Advisory(_PLACING)] = None
-    routing_key: Annotated[object, Advisory(_PLACING)] = None
-    data_parallel_rank: Annotated[object, Advisory(_PLACING)] = None
-    routed_dp_rank: Annotated[object, Advisory(_PLACING)] = None
+    session_id: Annotated[object, Advisory(_ROUTED)] = None
+    conversation_id: Annotated[object, Advisory(_ROUTED)] = None
+    routing_key: Annotated[object, Advisory(_ROUTED)] = None
+    data_parallel_rank: Annotated[object, Advisory(_ROUTED)] = None
+    routed_dp_rank: Annotated[object, Advisory(_ROUTED)] = None
     stream_interval: Annotated[object, Advisory("tokens are sent as they come", (1,))] = None
     log_metrics: Annotated[object, Advisory(_LOGGING, _ON)] = None
     no_logs: Annotated[object, Advisory(_LOGGING, _OFF)] = None
@@ -292,27 +292,33 @@ def classes_of(struct: type[msgspec.Struct]) -> dict[str, FieldClass]:
     return {name: given for name, given in found.items() if given is not None}
 
 
-class Looker:
+class UnmetFieldFinder:
     """Looks at the fields of one struct that are not honoured; made once for each struct."""
 
     def __init__(self, struct: type[msgspec.Struct]) -> None:
-        self.others = [(name, cls) for name, cls in classes_of(struct).items() if not isinstance(cls, Honoured)]
-        self._absent = (None,) * len(self.others)
-        self._values: Any = attrgetter(*[name for name, _ in self.others]) if len(self.others) > 1 else None
+        self._not_honoured = [(name, cls) for name, cls in classes_of(struct).items() if not isinstance(cls, Honoured)]
+        self._absent = (None,) * len(self._not_honoured)
+        self._values: Any = (
+            attrgetter(*[name for name, _ in self._not_honoured]) if len(self._not_honoured) > 1 else None
+        )
 
-    def asked(self, value: msgspec.Struct) -> list[tuple[str, Advisory | Refused]]:
+    def find(self, value: msgspec.Struct) -> list[tuple[str, Advisory | Refused]]:
         """The fields of `value` that ask for something which they do not get."""
         if self._values is None:
-            values: tuple[object, ...] = tuple(getattr(value, name) for name, _ in self.others)
+            values: tuple[object, ...] = tuple(getattr(value, name) for name, _ in self._not_honoured)
         else:
             values = self._values(value)
         if values == self._absent:  # nearly always
             return []
-        pairs = zip(self.others, values, strict=True)
-        return [(name, cls) for (name, cls), asked in pairs if asked is not None and _bare(asked) not in cls.neutral]
+        pairs = zip(self._not_honoured, values, strict=True)
+        return [
+            (name, cls)
+            for (name, cls), asked in pairs
+            if asked is not None and _without_nulls(asked) not in cls.neutral
+        ]
 
 
-def _bare(asked: object) -> object:
+def _without_nulls(asked: object) -> object:
     """Without what is null inside: clients write out the fields of an object that they do not set."""
     if not isinstance(asked, dict):
         return asked

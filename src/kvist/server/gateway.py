@@ -20,8 +20,8 @@ from kvist.metrics import GatewayMetrics
 from kvist.server.admission import Admission
 from kvist.server.caller import Caller, caller_of
 from kvist.server.config import TENANT_API_KEY, ServerConfig
-from kvist.server.generation import Dispatcher
-from kvist.server.http import cancelled_on_disconnect, read_body
+from kvist.server.generation import EngineClient
+from kvist.server.http import cancel_on_disconnect, read_body
 from kvist.server.lifecycle import Lifecycle
 from kvist.server.schemas import ChatMessage, ChatRequest, TokenizeRequest
 from kvist.server.work import INLINE_BYTES, BodyBudget, WorkPool
@@ -38,8 +38,8 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gateway:
-    dispatcher: Dispatcher
+class GatewayContext:
+    dispatcher: EngineClient
     tokenizer: Tokenizer | None  # None: a prefill or decode worker's own HTTP, which cannot generate
     config: ServerConfig
     model_name: str
@@ -75,7 +75,7 @@ class Gateway:
             caller = caller_of(scope).path
             self.admission.check(caller, 1)
             try:
-                async with asyncio.timeout(config.request_timeout_s), cancelled_on_disconnect(receive):
+                async with asyncio.timeout(config.request_timeout_s), cancel_on_disconnect(receive):
                     return await self.work.run(caller, partial(make, body))
             except TimeoutError as error:
                 raise Timeout("no thread was free to tokenise the prompt within --request-timeout-s") from error
@@ -179,7 +179,7 @@ class Gateway:
         tokenizer = self.require_tokenizer()
         template = tokenizer.chat_template
         if template is None:
-            raise RequestError(tokenizer.no_chat_template, param="messages")
+            raise RequestError(tokenizer.no_chat_template_reason, param="messages")
         if not messages:
             raise RequestError("`messages` is empty", param="messages")
         limit = self.limit().most * _MAX_CHARS_PER_TOKEN

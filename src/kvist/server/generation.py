@@ -1,8 +1,8 @@
-"""From engine tokens to text: one `Choice` for each engine request, and the merged stream of all of a job's choices.
+"""From engine tokens to text: one `ChoiceState` per engine request, and the merged stream of all choices of a job.
 
-The dispatcher yields tokens (router/stream.py); a choice detokenizes them, looks for stop strings, and remembers what
-the response will report. Leaving `run_choices` early (a stop string, a client that left, a timeout) closes the
-dispatcher's iterators, and they abort at every engine.
+The dispatcher yields tokens (router/stream.py). A choice detokenizes its tokens, searches for stop strings, and keeps
+what the response will report. Leaving `run_choices` early (a stop string, a disconnected client, a timeout) closes the
+dispatcher's iterators, which aborts the requests at every engine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LONG_PROMPT_TOKENS = 512  # to route and send it takes a tenth of a millisecond
 _QUEUE_PARTS = 64  # parts that may wait between the choices of one job and its reader
 
 
-class Dispatcher(Protocol):
+class EngineClient(Protocol):
     """What the server needs of the router (router/dispatch.py)."""
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
@@ -54,10 +54,10 @@ class Delta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     finished: bool
-    text_offsets: tuple[int, ...] = ()  # with logprobs: see `Choice.text_offsets`
+    text_offsets: tuple[int, ...] = ()  # with logprobs: see `ChoiceState.text_offsets`
 
 
-class Choice:
+class ChoiceState:
     """One answer in the making. Owned by the job that runs it; `absorb` is its only writer."""
 
     def __init__(
@@ -190,8 +190,8 @@ class Choice:
 
 
 async def run_choices(
-    dispatcher: Dispatcher, choices: Sequence[Choice], metrics: GatewayMetrics, clock: Clock
-) -> AsyncGenerator[tuple[Choice, Delta], None]:
+    dispatcher: EngineClient, choices: Sequence[ChoiceState], metrics: GatewayMetrics, clock: Clock
+) -> AsyncGenerator[tuple[ChoiceState, Delta], None]:
     """Every delta of every choice, in order within a choice. Raises the first `KvistError` of any of them."""
     if len(choices) == 1:
         choice = choices[0]
@@ -199,7 +199,7 @@ async def run_choices(
             async for delta in deltas:
                 yield choice, delta
         return
-    queue: asyncio.Queue[tuple[Choice, Delta | BaseException]] = asyncio.Queue(_QUEUE_PARTS)
+    queue: asyncio.Queue[tuple[ChoiceState, Delta | BaseException]] = asyncio.Queue(_QUEUE_PARTS)
     tasks: list[asyncio.Task[None]] = []
     try:
         for choice in choices:
@@ -220,9 +220,9 @@ async def run_choices(
 
 
 async def _feed(
-    queue: asyncio.Queue[tuple[Choice, Delta | BaseException]],
-    dispatcher: Dispatcher,
-    choice: Choice,
+    queue: asyncio.Queue[tuple[ChoiceState, Delta | BaseException]],
+    dispatcher: EngineClient,
+    choice: ChoiceState,
     metrics: GatewayMetrics,
     clock: Clock,
 ) -> None:
@@ -235,7 +235,7 @@ async def _feed(
 
 
 async def _run(
-    dispatcher: Dispatcher, choice: Choice, metrics: GatewayMetrics, clock: Clock
+    dispatcher: EngineClient, choice: ChoiceState, metrics: GatewayMetrics, clock: Clock
 ) -> AsyncGenerator[Delta, None]:
     start_s = clock.now_s()
     async with contextlib.aclosing(dispatcher.generate(choice.request)) as parts:
@@ -257,7 +257,7 @@ async def _run(
     raise EngineError("the engine's stream ended without a finish reason; this is a bug in Kvist")
 
 
-def _count_finished(choice: Choice, metrics: GatewayMetrics, start_s: float) -> None:
+def _count_finished(choice: ChoiceState, metrics: GatewayMetrics, start_s: float) -> None:
     assert choice.first_token_s is not None
     assert choice.last_token_s is not None
     assert choice.finish_reason is not None

@@ -21,7 +21,7 @@ _MAX_LENGTH_DIGITS = 18  # of a declared length; more than any limit has
 JSON_TYPE = (b"content-type", b"application/json")
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """The client closed the connection before the response was complete: there is nobody to tell."""
 
 
@@ -31,15 +31,17 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 
 async def read_body(scope: Scope, receive: Receive, share: BodyShare, *, limit_bytes: int, timeout_s: float) -> bytes:
-    """The whole body, decompressed. Raises `BodyTooLarge` as soon as it is known to be, `Overloaded` when the server
-    holds too many bytes of bodies already, `ClientGone` when it breaks off, `SlowBody` when it does not arrive in time,
-    `UnsupportedMediaType` for a coding that we do not read."""
+    """Read the whole body and decompress it.
+
+    Raises `BodyTooLarge` as soon as the body is known to exceed `limit_bytes`, `Overloaded` when the server already
+    holds too many bytes of bodies, `ClientDisconnected` when the body breaks off, `SlowBody` when the body does not
+    arrive within `timeout_s`, and `UnsupportedMediaType` for a content coding that the server does not read."""
     decode = body_decoder(header(scope, b"content-encoding"), share, limit_bytes)
     declared = header(scope, b"content-length")
     if declared is not None and declared.isdigit():
         if len(declared) > _MAX_LENGTH_DIGITS or int(declared) > limit_bytes:
             raise body_too_large(limit_bytes)
-        share.grow_to(int(declared))  # all of it, so that bodies that have begun can end
+        share.reserve_up_to(int(declared))  # all of it, so that bodies that have begun can end
     try:
         async with asyncio.timeout(timeout_s):
             body = await _collect_body(receive, share, limit_bytes)
@@ -53,12 +55,12 @@ async def _collect_body(receive: Receive, share: BodyShare, limit_bytes: int) ->
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ClientGone
+            raise ClientDisconnected
         piece: bytes = message.get("body", b"")
         num_bytes += len(piece)
         if num_bytes > limit_bytes:
             raise body_too_large(limit_bytes)
-        share.grow_to(num_bytes)
+        share.reserve_up_to(num_bytes)
         pieces.append(piece)
         if not message.get("more_body", False):
             return b"".join(pieces)
@@ -102,8 +104,8 @@ async def send_error(send: Send, error: KvistError, *, more_headers: Headers = (
 
 
 @asynccontextmanager
-async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
-    """Cancels the body of the `async with` when the client leaves, and raises `ClientGone` instead."""
+async def cancel_on_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Cancels the body of the `async with` when the client leaves, and raises `ClientDisconnected` instead."""
     task = asyncio.current_task()
     assert task is not None
     gone = False
@@ -120,7 +122,7 @@ async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
         yield
     except asyncio.CancelledError:
         if gone and task.uncancel() == 0:  # else somebody above us cancels as well
-            raise ClientGone from None
+            raise ClientDisconnected from None
         raise
     finally:
         watcher.cancel()

@@ -10,8 +10,8 @@ import msgspec
 
 from kvist.request import EngineRequest, RequestId
 from kvist.server.caller import Caller
-from kvist.server.gateway import Gateway
-from kvist.server.generation import Choice
+from kvist.server.gateway import GatewayContext
+from kvist.server.generation import ChoiceState
 from kvist.server.sampling import (
     MAX_SEED,
     FieldNames,
@@ -28,16 +28,16 @@ _MAX_KEPT_LOGPROBS = 1 << 20  # by one request: about 150 MB, as numbers and the
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class TokenizedPrompt:
     token_ids: tuple[int, ...]
     max_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class JobSpec:
     caller: Caller
     job_id: str
-    prompts: Sequence[Prompt]
+    prompts: Sequence[TokenizedPrompt]
     fields: SamplingFields
     names: FieldNames
     seed: int | None  # of the first answer to each prompt; the next ones count up. None: drawn
@@ -54,45 +54,45 @@ def new_job_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def make_choices(gateway: Gateway, plan: Plan) -> list[Choice]:
+def make_choices(gateway: GatewayContext, spec: JobSpec) -> list[ChoiceState]:
     """Answers in the order of OpenAI's `index`: all of the first prompt, then all of the second. Raises `RequestError`
     for anything the fields have wrong."""
-    names = plan.names
-    num_repeats = num_choices(plan.fields.n, len(plan.prompts), gateway.config.max_choices, names)
-    gateway.check_job_tokens(num_repeats * sum(len(prompt.token_ids) for prompt in plan.prompts), names.inside + "n")
-    tokenizer, stops = gateway.require_tokenizer(), stop_strings(plan.fields.stop, names)
-    stop_token_ids = stop_ids(plan.fields, gateway.vocab_size(), names)
-    salt = salt_digest(plan.cache_salt, gateway.tenant(plan.caller))
-    max_kept_logprobs = _MAX_KEPT_LOGPROBS // (num_repeats * len(plan.prompts)) if plan.keeps_logprobs else 0
-    first_seed = gateway.draw_seed() if plan.seed is None else plan.seed
-    choices: list[Choice] = []
-    for prompt in plan.prompts:
+    names = spec.names
+    num_repeats = num_choices(spec.fields.n, len(spec.prompts), gateway.config.max_choices, names)
+    gateway.check_job_tokens(num_repeats * sum(len(prompt.token_ids) for prompt in spec.prompts), names.inside + "n")
+    tokenizer, stops = gateway.require_tokenizer(), stop_strings(spec.fields.stop, names)
+    stop_token_ids = stop_ids(spec.fields, gateway.vocab_size(), names)
+    salt = salt_digest(spec.cache_salt, gateway.tenant(spec.caller))
+    max_kept_logprobs = _MAX_KEPT_LOGPROBS // (num_repeats * len(spec.prompts)) if spec.keeps_logprobs else 0
+    first_seed = gateway.draw_seed() if spec.seed is None else spec.seed
+    choices: list[ChoiceState] = []
+    for prompt in spec.prompts:
         sampling = sampling_params(
-            plan.fields,
+            spec.fields,
             names=names,
-            defaults=plan.defaults,
+            defaults=spec.defaults,
             max_tokens=prompt.max_tokens,
-            min_tokens=plan.min_tokens or 0,
-            num_logprobs=plan.num_logprobs,
+            min_tokens=spec.min_tokens or 0,
+            num_logprobs=spec.num_logprobs,
             stop_token_ids=stop_token_ids,
         )
         for repeat in range(num_repeats):
             index = len(choices)
             request = EngineRequest(
-                request_id=RequestId(f"{plan.job_id}-{index}"),
+                request_id=RequestId(f"{spec.job_id}-{index}"),
                 prompt_token_ids=prompt.token_ids,
                 sampling=msgspec.structs.replace(sampling, seed=(first_seed + repeat) % MAX_SEED),
                 cache_salt=salt,
-                client=plan.caller.tag,
+                client=spec.caller.tag,
             )
-            choice = Choice(
+            choice = ChoiceState(
                 request,
                 index=index,
                 repeats_prompt=repeat > 0,
                 tokenizer=tokenizer,
                 stops=stops,
-                skip_special_tokens=plan.skip_special_tokens,
-                include_stop_str_in_output=plan.include_stop_str_in_output,
+                skip_special_tokens=spec.skip_special_tokens,
+                include_stop_str_in_output=spec.include_stop_str_in_output,
                 max_kept_logprobs=max_kept_logprobs,
             )
             choices.append(choice)

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from kvist.clock import unix_time_s
 from kvist.errors import RequestError, Unavailable
 from kvist.request import EngineRequest, RequestId, SamplingParams
-from kvist.server.gateway import Gateway
+from kvist.server.gateway import GatewayContext
 from kvist.server.http import send_json
 
 _PROBE_TIMEOUT_S = 20.0  # SGLang's
@@ -24,10 +24,10 @@ _PROBE_TOKENS = 2
 _PROBE_PROMPT = (0,)  # any token will do
 
 
-class ModelPages:
+class ModelEndpoints:
     """Each public method is one endpoint, raw ASGI."""
 
-    def __init__(self, gateway: Gateway, model_path: str | None) -> None:
+    def __init__(self, gateway: GatewayContext, model_path: str | None) -> None:
         self._gateway = gateway
         self._model_path = model_path
         self._started_unix_s = unix_time_s()

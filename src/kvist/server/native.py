@@ -11,9 +11,9 @@ from kvist.request import TokenLogprobs
 from kvist.server.caller import Caller
 from kvist.server.config import StreamForm
 from kvist.server.decoding import BodyDecoder
-from kvist.server.gateway import Gateway
-from kvist.server.generation import Choice, Delta
-from kvist.server.jobs import Plan, Prompt, make_choices, new_job_id
+from kvist.server.gateway import GatewayContext
+from kvist.server.generation import ChoiceState, Delta
+from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
 from kvist.server.reporting import finite, report
 from kvist.server.respond import Job
 from kvist.server.sampling import (
@@ -36,7 +36,7 @@ _WHERE = "sampling_params."
 _json = msgspec.json.Encoder().encode
 
 
-def native_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
+def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     """Raises `RequestError` for anything the request has wrong."""
     gateway.require_tokenizer()
     request, headers = _NATIVE.decode(body)
@@ -46,7 +46,7 @@ def native_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
     top_logprobs = check_num_logprobs(request.top_logprobs_num or 0, "top_logprobs_num")
     if request.top_logprobs_num and not request.return_logprob:
         raise RequestError("`top_logprobs_num` needs `return_logprob` to be true", param="top_logprobs_num")
-    plan = Plan(
+    spec = JobSpec(
         caller=caller,
         job_id=new_job_id("gen"),
         prompts=[_limited(gateway, fields, token_ids, param) for token_ids in token_lists],
@@ -61,7 +61,7 @@ def native_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
         skip_special_tokens=fields.skip_special_tokens is not False,
         include_stop_str_in_output=shows_stop(fields),
     )
-    choices = make_choices(gateway, plan)
+    choices = make_choices(gateway, spec)
     form = NativeFormat(
         several=batched or len(choices) > 1,
         logprobs=bool(request.return_logprob),
@@ -72,7 +72,9 @@ def native_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
     return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
 
 
-def _prompts(gateway: Gateway, request: NativeRequest, fields: NativeSampling) -> tuple[list[list[int]], bool, str]:
+def _prompts(
+    gateway: GatewayContext, request: NativeRequest, fields: NativeSampling
+) -> tuple[list[list[int]], bool, str]:
     """Token ids of every prompt, whether they came as a batch, and the field they came in."""
     if (request.text is None) == (request.input_ids is None):
         raise RequestError("give one of `text` and `input_ids`", param="text")
@@ -105,7 +107,7 @@ def _require_some(values: Sequence[object], param: str) -> None:
         raise RequestError(f"`{param}` is empty", param=param)
 
 
-def _limited(gateway: Gateway, fields: NativeSampling, token_ids: list[int], param: str) -> Prompt:
+def _limited(gateway: GatewayContext, fields: NativeSampling, token_ids: list[int], param: str) -> TokenizedPrompt:
     max_tokens = output_limit(
         len(token_ids),
         gateway.limit(),
@@ -114,7 +116,7 @@ def _limited(gateway: Gateway, fields: NativeSampling, token_ids: list[int], par
         param=_WHERE + "max_new_tokens",
         prompt=param,
     )
-    return Prompt(token_ids=tuple(token_ids), max_tokens=max_tokens)
+    return TokenizedPrompt(token_ids=tuple(token_ids), max_tokens=max_tokens)
 
 
 class NativeFormat:
@@ -128,7 +130,7 @@ class NativeFormat:
         self._stream_form = stream_form
         self._rid = rid
 
-    def event(self, choice: Choice, delta: Delta) -> bytes:
+    def event(self, choice: ChoiceState, delta: Delta) -> bytes:
         form, finished = self._stream_form, delta.finished
         if form is StreamForm.INCREMENTAL:
             answer = self._answer(choice, delta.text, delta.token_ids, delta.logprobs, finished=finished)
@@ -138,17 +140,17 @@ class NativeFormat:
             answer = self._answer(choice, choice.text, choice.token_ids, delta.logprobs, finished=False)
         return b"data: " + _json(answer) + b"\n\n"
 
-    def closing(self, choices: Sequence[Choice]) -> bytes:
+    def closing(self, choices: Sequence[ChoiceState]) -> bytes:
         del choices  # each one's last event has said everything
         return b"data: [DONE]\n\n"
 
-    def whole(self, choices: Sequence[Choice]) -> bytes:
+    def whole(self, choices: Sequence[ChoiceState]) -> bytes:
         answers = [self._answer(one, one.text, one.token_ids, one.logprobs, finished=True) for one in choices]
         return _json(answers if self._several else answers[0])
 
     def _answer(
         self,
-        choice: Choice,
+        choice: ChoiceState,
         text: str,
         token_ids: Sequence[int],
         logprobs: Sequence[TokenLogprobs],
@@ -181,13 +183,13 @@ class NativeFormat:
             answer["kvist"] = report([choice])
         return answer
 
-    def _id(self, choice: Choice) -> str:
+    def _id(self, choice: ChoiceState) -> str:
         if self._rid is None:
             return choice.request.request_id
         return f"{self._rid}_{choice.index}" if self._several else self._rid
 
 
-def _finish_reason(choice: Choice) -> dict[str, object]:
+def _finish_reason(choice: ChoiceState) -> dict[str, object]:
     if choice.matched is not None:
         return {"type": choice.finish_reason, "matched": choice.matched}
     return {"type": choice.finish_reason, "length": len(choice.token_ids)}

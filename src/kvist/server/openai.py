@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from kvist.errors import RequestError, UnsupportedField
 from kvist.server.caller import Caller
 from kvist.server.decoding import BodyDecoder
-from kvist.server.gateway import Gateway
-from kvist.server.generation import Choice
-from kvist.server.jobs import Plan, Prompt, make_choices, new_job_id
-from kvist.server.openai_format import ChatFormat, CompletionFormat, Shape
+from kvist.server.gateway import GatewayContext
+from kvist.server.generation import ChoiceState
+from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
+from kvist.server.openai_format import ChatFormat, CompletionFormat, Envelope
 from kvist.server.respond import Job
 from kvist.server.sampling import (
     FieldNames,
@@ -30,7 +30,7 @@ _CHAT = BodyDecoder(ChatRequest)
 _COMPLETION = BodyDecoder(CompletionRequest)
 
 
-def chat_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
+def chat_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     """Raises `RequestError` for anything the request has wrong."""
     tokenizer = gateway.require_tokenizer()
     request, headers = _CHAT.decode(body)
@@ -44,13 +44,13 @@ def chat_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
     prompts = [_prompt(gateway, request, prompt_ids, default=default, name="messages")]
     job_id = new_job_id("chatcmpl")
     choices = _choices(gateway, request, caller, prompts, job_id, num_logprobs)
-    shape = Shape.of(gateway, request, job_id, "chat.completion")
+    envelope = Envelope.of(gateway, request, job_id, "chat.completion")
     token_ids = bool(request.return_token_ids)
-    form = ChatFormat(shape, tokenizer, logprobs=num_logprobs is not None, token_ids=token_ids)
+    form = ChatFormat(envelope, tokenizer, logprobs=num_logprobs is not None, token_ids=token_ids)
     return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
 
 
-def completion_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
+def completion_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     """Raises `RequestError` for anything the request has wrong."""
     tokenizer = gateway.require_tokenizer()
     request, headers = _COMPLETION.decode(body)
@@ -62,9 +62,9 @@ def completion_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
     ]
     job_id = new_job_id("cmpl")
     choices = _choices(gateway, request, caller, prompts, job_id, num_logprobs)
-    shape = Shape.of(gateway, request, job_id, "text_completion")
+    envelope = Envelope.of(gateway, request, job_id, "text_completion")
     form = CompletionFormat(
-        shape,
+        envelope,
         tokenizer,
         logprobs=num_logprobs is not None,
         token_ids=bool(request.return_token_ids),
@@ -73,7 +73,7 @@ def completion_job(gateway: Gateway, caller: Caller, body: bytes) -> Job:
     return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
 
 
-def _echoes(request: CompletionRequest, tokenizer: Tokenizer, choices: Sequence[Choice]) -> list[str]:
+def _echoes(request: CompletionRequest, tokenizer: Tokenizer, choices: Sequence[ChoiceState]) -> list[str]:
     """The prompt of each choice as a text, where they are to begin with it."""
     if not request.echo:
         return []
@@ -89,7 +89,7 @@ def _echoes(request: CompletionRequest, tokenizer: Tokenizer, choices: Sequence[
     return [texts[choice.index * len(texts) // len(choices)] for choice in choices]
 
 
-def _prompt_token_ids(gateway: Gateway, request: CompletionRequest) -> list[list[int]]:
+def _prompt_token_ids(gateway: GatewayContext, request: CompletionRequest) -> list[list[int]]:
     """A text, several texts, token ids, or several lists of them; never a mixture."""
     prompt, add_special_tokens = request.prompt, request.add_special_tokens is not False
     if isinstance(prompt, str):
@@ -110,13 +110,13 @@ def _prompt_token_ids(gateway: Gateway, request: CompletionRequest) -> list[list
 
 
 def _prompt(
-    gateway: Gateway,
+    gateway: GatewayContext,
     request: ChatRequest | CompletionRequest,
     token_ids: list[int],
     *,
     default: int | None,
     name: str,
-) -> Prompt:
+) -> TokenizedPrompt:
     asked, param = request.max_tokens, "max_tokens"
     if request.max_completion_tokens is not None:
         if asked is not None and asked != request.max_completion_tokens:
@@ -124,21 +124,21 @@ def _prompt(
         asked, param = request.max_completion_tokens, "max_completion_tokens"
     limit = gateway.limit()
     max_tokens = output_limit(len(token_ids), limit, asked=asked, default=default, param=param, prompt=name)
-    return Prompt(token_ids=tuple(token_ids), max_tokens=max_tokens)
+    return TokenizedPrompt(token_ids=tuple(token_ids), max_tokens=max_tokens)
 
 
 def _choices(
-    gateway: Gateway,
+    gateway: GatewayContext,
     request: ChatRequest | CompletionRequest,
     caller: Caller,
-    prompts: list[Prompt],
+    prompts: list[TokenizedPrompt],
     job_id: str,
     num_logprobs: int | None,
-) -> list[Choice]:
+) -> list[ChoiceState]:
     asked = request.stream_options
     if asked is not None and not request.stream and (asked.include_usage or asked.continuous_usage_stats):
         raise RequestError("`stream_options` needs `stream` to be true", param="stream_options")
-    plan = Plan(
+    spec = JobSpec(
         caller=caller,
         job_id=job_id,
         prompts=prompts,
@@ -153,4 +153,4 @@ def _choices(
         skip_special_tokens=request.skip_special_tokens is not False,
         include_stop_str_in_output=shows_stop(request),
     )
-    return make_choices(gateway, plan)
+    return make_choices(gateway, spec)

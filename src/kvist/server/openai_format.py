@@ -9,8 +9,8 @@ import msgspec
 from kvist.clock import unix_time_s
 from kvist.errors import RequestError
 from kvist.request import TokenLogprobs
-from kvist.server.gateway import Gateway
-from kvist.server.generation import Choice, Delta
+from kvist.server.gateway import GatewayContext
+from kvist.server.generation import ChoiceState, Delta
 from kvist.server.reporting import chat_logprobs, completion_logprobs, report, usage, usage_so_far
 from kvist.server.sampling import check_shown_id
 from kvist.server.schemas import ChatRequest, CompletionRequest, KvistOptions, StreamOptions
@@ -19,7 +19,7 @@ from kvist.text import Tokenizer
 _json = msgspec.json.Encoder().encode
 
 
-class Shape(msgspec.Struct, frozen=True, kw_only=True):
+class Envelope(msgspec.Struct, frozen=True, kw_only=True):
     """What all events of a response share."""
 
     head: dict[str, object]  # id, created, model
@@ -30,13 +30,13 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     by_tier: bool
 
     @staticmethod
-    def of(gateway: Gateway, request: ChatRequest | CompletionRequest, job_id: str, kind: str) -> Shape:
+    def of(gateway: GatewayContext, request: ChatRequest | CompletionRequest, job_id: str, kind: str) -> Envelope:
         asked = request.stream_options or StreamOptions()
         ours = request.kvist or KvistOptions()
         if ours.usage and request.stream and not asked.include_usage:
             message = "`kvist.usage` says more in `usage`, which a stream has with `stream_options.include_usage`"
             raise RequestError(message, param="kvist.usage")
-        return Shape(
+        return Envelope(
             head={"id": _shown_id(request, job_id), "created": unix_time_s(), "model": gateway.model_name},
             kind=kind,
             include_usage=bool(asked.include_usage),
@@ -50,7 +50,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         before = b"data: " + _json({**self.head, "object": kind})[:-1] + b',"choices":[' + choice_head
         return before, b"}]" + (b',"usage":null' if self.include_usage else b"") + b"}\n\n"
 
-    def closing(self, kind: str, choices: Sequence[Choice]) -> bytes:
+    def closing(self, kind: str, choices: Sequence[ChoiceState]) -> bytes:
         last: dict[str, object] = {**self.head, "object": kind, "choices": []}
         if self.include_usage:
             last["usage"] = usage(choices, by_tier=self.by_tier)
@@ -59,7 +59,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         told = self.include_usage or self.include_report
         return (b"data: " + _json(last) + b"\n\n" if told else b"") + b"data: [DONE]\n\n"
 
-    def whole(self, choices: Sequence[Choice], answers: list[dict[str, object]]) -> bytes:
+    def whole(self, choices: Sequence[ChoiceState], answers: list[dict[str, object]]) -> bytes:
         told = usage(choices, by_tier=self.by_tier)
         body = {**self.head, "object": self.kind, "choices": answers, "usage": told}
         if self.include_report:
@@ -79,23 +79,23 @@ def _shown_id(request: ChatRequest | CompletionRequest, job_id: str) -> str:
 class _Format:
     """What chats and completions have in common."""
 
-    def __init__(self, shape: Shape, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool) -> None:
-        self._shape = shape
+    def __init__(self, envelope: Envelope, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool) -> None:
+        self._envelope = envelope
         self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._token_ids = token_ids
-        self._only_text = not logprobs and not token_ids and not shape.continuous_usage
+        self._only_text = not logprobs and not token_ids and not envelope.continuous_usage
         self._ends: dict[int, tuple[bytes, bytes, bytes]] = {}  # by choice: before, after, after plain text
-        self._num_told: dict[int, int] = {}  # tokens, by choice; counted for continuous usage
+        self._num_sent: dict[int, int] = {}  # tokens, by choice; counted for continuous usage
 
-    def _end(self, choice: Choice, after: bytes, num_new_tokens: int) -> bytes:
+    def _end(self, choice: ChoiceState, after: bytes, num_new_tokens: int) -> bytes:
         """Of one event."""
-        if not self._shape.continuous_usage:
+        if not self._envelope.continuous_usage:
             return after
-        told = self._num_told[choice.index] = self._num_told.get(choice.index, 0) + num_new_tokens
+        told = self._num_sent[choice.index] = self._num_sent.get(choice.index, 0) + num_new_tokens
         return b'}],"usage":' + _json(usage_so_far(choice, told)) + b"}\n\n"
 
-    def _rest(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
+    def _rest(self, choice: ChoiceState, delta: Delta, *, first: bool) -> dict[str, object]:
         """Of an event's choice, beside its text and its logprobs."""
         rest: dict[str, object] = {"logprobs": None, "finish_reason": None}
         if delta.finished:
@@ -106,13 +106,13 @@ class _Format:
                 rest["prompt_token_ids"] = choice.request.prompt_token_ids
         return rest
 
-    def _whole_ids(self, choice: Choice) -> dict[str, object]:
+    def _whole_ids(self, choice: ChoiceState) -> dict[str, object]:
         if not self._token_ids:
             return {}
         return {"token_ids": choice.token_ids, "prompt_token_ids": choice.request.prompt_token_ids}
 
 
-def _ending(choice: Choice) -> dict[str, object]:
+def _ending(choice: ChoiceState) -> dict[str, object]:
     """Why an answer ended. `stop_reason` is vLLM's, null for an end-of-sequence token; `matched_stop` SGLang's."""
     asked_for = isinstance(choice.matched, str) or choice.matched in choice.request.sampling.stop_token_ids
     return {
@@ -125,11 +125,11 @@ def _ending(choice: Choice) -> dict[str, object]:
 class ChatFormat(_Format):
     _CHUNK = "chat.completion.chunk"
 
-    def event(self, choice: Choice, delta: Delta) -> bytes:
+    def event(self, choice: ChoiceState, delta: Delta) -> bytes:
         ends = self._ends.get(choice.index)
         first, opening = ends is None, b""
         if ends is None:
-            before, after = self._shape.event_ends(self._CHUNK, b'{"index":%d,"delta":' % choice.index)
+            before, after = self._envelope.event_ends(self._CHUNK, b'{"index":%d,"delta":' % choice.index)
             ends = self._ends[choice.index] = (before, after, b'},"logprobs":null,"finish_reason":null' + after)
             role = b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
             opening = before + role + self._end(choice, after, 0)
@@ -143,13 +143,13 @@ class ChatFormat(_Format):
         end = self._end(choice, after, len(delta.token_ids))
         return b"".join((opening, before, _json(content), b",", _json(rest)[1:-1], end))
 
-    def closing(self, choices: Sequence[Choice]) -> bytes:
-        return self._shape.closing(self._CHUNK, choices)
+    def closing(self, choices: Sequence[ChoiceState]) -> bytes:
+        return self._envelope.closing(self._CHUNK, choices)
 
-    def whole(self, choices: Sequence[Choice]) -> bytes:
-        return self._shape.whole(choices, [self._answer(choice) for choice in choices])
+    def whole(self, choices: Sequence[ChoiceState]) -> bytes:
+        return self._envelope.whole(choices, [self._answer(choice) for choice in choices])
 
-    def _answer(self, choice: Choice) -> dict[str, object]:
+    def _answer(self, choice: ChoiceState) -> dict[str, object]:
         logprobs = None
         if self._logprobs:
             logprobs = {"content": chat_logprobs(self._tokenizer, choice.token_ids, choice.logprobs)}
@@ -162,7 +162,7 @@ class ChatFormat(_Format):
         }
 
 
-class _Untold:
+class _PendingTokens:
     """Tokens of a stream with logprobs that no event has told. A token is told once its `text_offset` is certain: with
     the text before it, which may be withheld because a stop string may begin there."""
 
@@ -184,18 +184,18 @@ class _Untold:
 
 class CompletionFormat(_Format):
     def __init__(
-        self, shape: Shape, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool, echoes: Sequence[str] = ()
+        self, envelope: Envelope, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool, echoes: Sequence[str] = ()
     ) -> None:
         """`echoes`: by choice, the prompt that its text begins with; empty: none does."""
-        super().__init__(shape, tokenizer, logprobs=logprobs, token_ids=token_ids)
+        super().__init__(envelope, tokenizer, logprobs=logprobs, token_ids=token_ids)
         self._echoes = echoes
-        self._untold: dict[int, _Untold] = {}  # with logprobs
+        self._pending: dict[int, _PendingTokens] = {}  # with logprobs
 
-    def event(self, choice: Choice, delta: Delta) -> bytes:
+    def event(self, choice: ChoiceState, delta: Delta) -> bytes:
         ends = self._ends.get(choice.index)
         first = ends is None
         if ends is None:
-            before, after = self._shape.event_ends(self._shape.kind, b'{"index":%d,"text":' % choice.index)
+            before, after = self._envelope.event_ends(self._envelope.kind, b'{"index":%d,"text":' % choice.index)
             ends = self._ends[choice.index] = (before, after, b',"logprobs":null,"finish_reason":null' + after)
         before, after, after_text = ends
         text = self._echoes[choice.index] + delta.text if first and self._echoes else delta.text
@@ -203,19 +203,19 @@ class CompletionFormat(_Format):
             return before + _json(text) + after_text  # without text too: a token is told when it is there
         rest = self._rest(choice, delta, first=first)
         if self._logprobs:
-            untold = self._untold.setdefault(choice.index, _Untold())
-            untold.add(delta)
-            rest["logprobs"] = completion_logprobs(self._tokenizer, *untold.take(finished=delta.finished))
+            pending = self._pending.setdefault(choice.index, _PendingTokens())
+            pending.add(delta)
+            rest["logprobs"] = completion_logprobs(self._tokenizer, *pending.take(finished=delta.finished))
         end = self._end(choice, after, len(delta.token_ids))
         return b"".join((before, _json(text), b",", _json(rest)[1:-1], end))
 
-    def closing(self, choices: Sequence[Choice]) -> bytes:
-        return self._shape.closing(self._shape.kind, choices)
+    def closing(self, choices: Sequence[ChoiceState]) -> bytes:
+        return self._envelope.closing(self._envelope.kind, choices)
 
-    def whole(self, choices: Sequence[Choice]) -> bytes:
-        return self._shape.whole(choices, [self._answer(choice) for choice in choices])
+    def whole(self, choices: Sequence[ChoiceState]) -> bytes:
+        return self._envelope.whole(choices, [self._answer(choice) for choice in choices])
 
-    def _answer(self, choice: Choice) -> dict[str, object]:
+    def _answer(self, choice: ChoiceState) -> dict[str, object]:
         logprobs = None
         if self._logprobs:
             num_chars = len(choice.text)

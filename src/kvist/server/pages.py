@@ -19,7 +19,7 @@ from kvist.server.http import header
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
 
-class PageGuard:
+class OriginGuard:
     def __init__(self, config: ServerConfig) -> None:
         self._origins = frozenset(config.allowed_origins)
         self._hosts = {config.host.lower(), *(_host_of(origin) for origin in config.allowed_origins)}

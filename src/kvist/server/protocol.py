@@ -51,7 +51,7 @@ def bounded_protocol(bounds: Bounds, traffic: Traffic) -> Callable[..., asyncio.
     return make
 
 
-class _LastWords:
+class _GracefulTransport:
     """The connection as uvicorn's response sees it, which closes it where the client has asked for that."""
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
@@ -66,8 +66,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._bounds = bounds
         self._traffic = traffic
         self._error: KvistError | None = None  # raised through the parser, which does not keep it
-        self._deaf = False  # nothing that comes is looked at any more
-        self._is_ending = False  # nothing is sent any more, either
+        self._ignores_input = False  # nothing that comes is looked at any more
+        self._is_closing = False  # nothing is sent any more, either
         self._in_header = False
         self._has_progress = False  # the parser has told of something in this piece
         self._num_silent_bytes = 0  # swallowed since it last did
@@ -82,13 +82,13 @@ class BoundedProtocol(HttpToolsProtocol):
             error = Unavailable(
                 f"{self._bounds.max_connections} connections are open, the most this server takes (--max-connections)"
             )
-            self._deaf = True
+            self._ignores_input = True
             self._traffic.connection_refused(self.client, error.message)
             transport.write(_response(error))
             if len(self.connections) > self._bounds.max_connections + _MAX_LINGERING:
                 transport.close()
             else:
-                self._close_gently()
+                self._close_lingering()
             return
         self._time_header()
 
@@ -97,11 +97,11 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
+        if self._ignores_input:
             return
         for start in range(0, len(data), _PIECE_BYTES):
             self._feed(data[start : start + _PIECE_BYTES])
-            if self._deaf:
+            if self._ignores_input:
                 return
 
     def _feed(self, piece: bytes) -> None:
@@ -109,7 +109,7 @@ class BoundedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:  # to a protocol we do not speak: answered as the plain request it also is
-            self._deaf = True
+            self._ignores_input = True
         except httptools.HttpParserError:
             self._refuse(self._error or RequestError("the request is not valid HTTP/1.1"))
         else:
@@ -169,17 +169,17 @@ class BoundedProtocol(HttpToolsProtocol):
     # ---------------------------------------------------------------- answers
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        cycle.transport = cast(asyncio.Transport, _LastWords(self.transport, self._close_after_response))
+        cycle.transport = cast(asyncio.Transport, _GracefulTransport(self.transport, self._close_after_response))
         super()._start_asgi_task(cycle, app if cycle.scope["http_version"] != "1.0" else _until_close(app, cycle))
 
     def _close_after_response(self) -> None:
-        if self.cycle.more_body or self._deaf:
-            self._close_gently()
+        if self.cycle.more_body or self._ignores_input:
+            self._close_lingering()
         else:
             self.transport.close()
 
     def on_response_complete(self) -> None:
-        if self._is_ending:
+        if self._is_closing:
             self.server_state.total_requests += 1
             return
         is_last = not self.pipeline  # else the next one begins now, and is `self.cycle`, or comes after it
@@ -187,11 +187,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if is_last and self.cycle.more_body and not self.transport.is_closing():
             length = header(cast(Scope, self.scope), b"content-length")
             if length is None or int(length) > _MAX_UNREAD_BYTES:
-                self._close_gently()  # answered before the body had come: what still comes is nobody's
+                self._close_lingering()  # answered before the body had come: what still comes is nobody's
 
     def _refuse(self, error: KvistError) -> None:
         """Ends what cannot be read any further. A response that has begun is finished first."""
-        self._deaf = True
+        self._ignores_input = True
         self._stop_header_timer()
         self._traffic.refused(error.http_status, self.client, error.message)
         if self.pipeline:
@@ -205,10 +205,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.write(_response(error))
-        self._close_gently()
+        self._close_lingering()
 
-    def _close_gently(self) -> None:
-        self._deaf = self._is_ending = True
+    def _close_lingering(self) -> None:
+        self._ignores_input = self._is_closing = True
         self.flow.resume_reading()
         self._unset_keepalive_if_required()
         if self.transport.can_write_eof():

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import msgspec
 
 from kvist.request import TokenLogprobs
-from kvist.server.generation import Choice
+from kvist.server.generation import ChoiceState
 from kvist.text import Tokenizer
 
 _LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have; OpenAI's number
 
 
-def usage(choices: Sequence[Choice], *, by_tier: bool = False) -> dict[str, object]:
+def usage(choices: Sequence[ChoiceState], *, by_tier: bool = False) -> dict[str, object]:
     """OpenAI's `usage`. A prompt answered n times counts once."""
     first = [choice for choice in choices if not choice.repeats_prompt]
     num_prompt = sum(choice.request.num_prompt_tokens for choice in first)
@@ -30,7 +30,7 @@ def usage(choices: Sequence[Choice], *, by_tier: bool = False) -> dict[str, obje
     return told
 
 
-def usage_so_far(choice: Choice, num_output: int) -> dict[str, object]:
+def usage_so_far(choice: ChoiceState, num_output: int) -> dict[str, object]:
     """`usage` in an event of one choice, as vLLM has it: of that choice alone."""
     num_prompt = choice.request.num_prompt_tokens
     return {
@@ -41,13 +41,13 @@ def usage_so_far(choice: Choice, num_output: int) -> dict[str, object]:
     }
 
 
-def report(choices: Sequence[Choice]) -> dict[str, object]:
+def report(choices: Sequence[ChoiceState]) -> dict[str, object]:
     """The `kvist` field: of the first answer, and of each one when there are several."""
     reports = [_report_one(choice) for choice in choices]
     return reports[0] if len(reports) == 1 else {**reports[0], "choices": reports}
 
 
-def _report_one(choice: Choice) -> dict[str, object]:
+def _report_one(choice: ChoiceState) -> dict[str, object]:
     handoff = choice.handoff
     return {
         "index": choice.index,

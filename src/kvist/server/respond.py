@@ -21,16 +21,16 @@ from starlette.types import Receive, Send
 
 from kvist.errors import EngineError, KvistError, Timeout
 from kvist.fairness import CallerPath, caller_path
-from kvist.server.gateway import Gateway
-from kvist.server.generation import Choice, Delta, run_choices
-from kvist.server.http import JSON_TYPE, ClientGone, Headers, cancelled_on_disconnect, error_object, send_bytes
+from kvist.server.gateway import GatewayContext
+from kvist.server.generation import ChoiceState, Delta, run_choices
+from kvist.server.http import JSON_TYPE, ClientDisconnected, Headers, cancel_on_disconnect, error_object, send_bytes
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _INLINE_SIZE = (
     2048  # token ids and logprobs that are written at once: a millisecond or two; more are written on a thread
 )
-_PARTING_S = 10.0  # how long a client may take to make room for the event that tells of an error
+_ERROR_EVENT_TIMEOUT_S = 10.0  # how long a client may take to make room for the event that tells of an error
 
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -42,19 +42,19 @@ _SSE_HEADERS = [
 class Format(Protocol):
     """One API's way of saying the same thing. Holds the bytes that all events of a response share."""
 
-    def event(self, choice: Choice, delta: Delta) -> bytes:
+    def event(self, choice: ChoiceState, delta: Delta) -> bytes:
         """Server-sent events for a delta, never none: one without text tells that a token came."""
 
-    def closing(self, choices: Sequence[Choice]) -> bytes:
+    def closing(self, choices: Sequence[ChoiceState]) -> bytes:
         """What follows the last delta, `[DONE]` included."""
 
-    def whole(self, choices: Sequence[Choice]) -> bytes:
+    def whole(self, choices: Sequence[ChoiceState]) -> bytes:
         """The JSON body of a response that is not streamed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    choices: Sequence[Choice]
+    choices: Sequence[ChoiceState]
     format: Format
     stream: bool
     headers: Headers = ()  # beside those of every response
@@ -64,18 +64,18 @@ class Job:
         return caller_path(self.choices[0].request.client)
 
 
-async def respond(gateway: Gateway, job: Job, receive: Receive, send: Send) -> None:
+async def respond(gateway: GatewayContext, job: Job, receive: Receive, send: Send) -> None:
     """Raises `KvistError` only when no byte of the response has been sent."""
     try:
-        with gateway.admission.places(job.caller, len(job.choices)):
-            async with cancelled_on_disconnect(receive):
+        with gateway.admission.reserve(job.caller, len(job.choices)):
+            async with cancel_on_disconnect(receive):
                 await (_stream if job.stream else _whole)(gateway, job, send)
-    except ClientGone:
+    except ClientDisconnected:
         gateway.metrics.num_disconnected += 1
         raise
 
 
-async def _whole(gateway: Gateway, job: Job, send: Send) -> None:
+async def _whole(gateway: GatewayContext, job: Job, send: Send) -> None:
     try:
         async with _time_limit(gateway), _running(gateway, job) as deltas:
             async for _ in deltas:
@@ -86,11 +86,11 @@ async def _whole(gateway: Gateway, job: Job, send: Send) -> None:
     if sum(map(_size, job.choices)) <= _INLINE_SIZE:
         body = job.format.whole(job.choices)
     else:
-        body = await gateway.work.finish(job.caller, partial(job.format.whole, job.choices))
+        body = await gateway.work.run_admitted(job.caller, partial(job.format.whole, job.choices))
     await send_bytes(send, body, headers=[JSON_TYPE, *job.headers])
 
 
-async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
+async def _stream(gateway: GatewayContext, job: Job, send: Send) -> None:
     started = False
     logprobs_per_token = job.choices[0].num_logprobs_per_token
     try:
@@ -100,7 +100,7 @@ async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
                 if size <= _INLINE_SIZE:
                     event = job.format.event(choice, delta)
                 else:
-                    event = await gateway.work.finish(job.caller, partial(job.format.event, choice, delta))
+                    event = await gateway.work.run_admitted(job.caller, partial(job.format.event, choice, delta))
                 if not started:
                     await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *job.headers]})
                     started = True
@@ -113,25 +113,25 @@ async def _stream(gateway: Gateway, job: Job, send: Send) -> None:
         if not started:
             raise
         if known is not error:
-            log.exception("a stream failed in the gateway")
+            logger.exception("a stream failed in the gateway")
         last = b"event: error\ndata: " + msgspec.json.encode(error_object(known)) + b"\n\n"
     try:
-        async with asyncio.timeout(min(_PARTING_S, gateway.config.request_timeout_s)):
+        async with asyncio.timeout(min(_ERROR_EVENT_TIMEOUT_S, gateway.config.request_timeout_s)):
             await send({"type": "http.response.body", "body": last, "more_body": False})
     except TimeoutError:  # it reads nothing: its places are for others
-        raise ClientGone from None
+        raise ClientDisconnected from None
 
 
-def _size(choice: Choice) -> int:
+def _size(choice: ChoiceState) -> int:
     return len(choice.token_ids) + choice.num_logprobs
 
 
-def _running(gateway: Gateway, job: Job) -> contextlib.aclosing[AsyncGenerator[tuple[Choice, Delta], None]]:
+def _running(gateway: GatewayContext, job: Job) -> contextlib.aclosing[AsyncGenerator[tuple[ChoiceState, Delta], None]]:
     return contextlib.aclosing(run_choices(gateway.dispatcher, job.choices, gateway.metrics, gateway.clock))
 
 
 @contextlib.asynccontextmanager
-async def _time_limit(gateway: Gateway) -> AsyncIterator[None]:
+async def _time_limit(gateway: GatewayContext) -> AsyncIterator[None]:
     limit_s = gateway.config.request_timeout_s
     try:
         async with asyncio.timeout(limit_s):

@@ -15,8 +15,8 @@ from kvist.server.fields import Advisory, Honoured, KnownFields, Refused
 StopTokenIds = Annotated[list[int], msgspec.Meta(max_length=256)]  # each one is looked for after every token
 TemplateNames = Annotated[dict[str, object], msgspec.Meta(max_length=64)]
 TemplateOptions = Annotated[TemplateNames | None, Honoured("names that the chat template reads; any JSON")]
-OpensTurn = Annotated[bool | None, Honoured("default true: the assistant's turn is opened")]
-GoesOn = Annotated[bool | None, Honoured("the answer goes on where the last message ends")]
+AddGenerationPrompt = Annotated[bool | None, Honoured("default true: the assistant's turn is opened")]
+ContinueFinalMessage = Annotated[bool | None, Honoured("the answer goes on where the last message ends")]
 Salt = Annotated[str | None, Honoured("prompts with different salts share no cached page; at most 256 bytes")]
 _NO_TOOLS = "tool calling is not supported yet; write calls and results into the messages as text"
 _NO_MEDIA = "only text is taken"
@@ -114,8 +114,8 @@ class ChatRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
     messages: Annotated[Messages, Honoured("see `messages[].*`")]
     logprobs: Annotated[bool | None, Honoured("logprobs of the output tokens")] = None
     top_logprobs: Annotated[int | None, Honoured("0 to 20 of the likeliest tokens beside each")] = None
-    add_generation_prompt: OpensTurn = None
-    continue_final_message: GoesOn = None
+    add_generation_prompt: AddGenerationPrompt = None
+    continue_final_message: ContinueFinalMessage = None
     chat_template_kwargs: TemplateOptions = None
     reasoning_effort: Annotated[
         str | None, Honoured("given to the chat template, which may read it; `enable_thinking` follows from it")
@@ -160,8 +160,8 @@ class TokenizeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     add_special_tokens: Annotated[
         bool | None, Honoured("whether the tokenizer puts its own tokens around the prompt")
     ] = None
-    add_generation_prompt: OpensTurn = None
-    continue_final_message: GoesOn = None
+    add_generation_prompt: AddGenerationPrompt = None
+    continue_final_message: ContinueFinalMessage = None
     return_token_strs: Annotated[bool | None, Honoured("the tokens as texts, too")] = None
     chat_template_kwargs: TemplateOptions = None
     reasoning_effort: Annotated[

@@ -22,7 +22,7 @@ from kvist.server.config import ServerConfig
 from kvist.server.protocol import Bounds, bounded_protocol
 from kvist.server.traffic import Traffic
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 30
 _WATCH_S = 0.1
@@ -38,7 +38,7 @@ class _Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Notes meanwhile how late the event loop wakes up: every stream waits for as long."""
-        watch = asyncio.create_task(watch_loop(self._traffic.loop_was_late, MonotonicClock()), name="loop lag")
+        watch = asyncio.create_task(watch_loop_lag(self._traffic.observe_loop_lag, MonotonicClock()), name="loop lag")
         try:
             await super().serve(sockets)
         finally:
@@ -57,8 +57,8 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn
     The caller ends open requests first; those left have `CLOSE_TIMEOUT_S`, then they are cancelled. Signals are the
     caller's, too.
     """
-    _calm_interpreter()
-    bounds = Bounds(max_connections=_affordable(config.max_connections), header_timeout_s=config.header_timeout_s)
+    _tune_interpreter()
+    bounds = Bounds(max_connections=_connection_limit(config.max_connections), header_timeout_s=config.header_timeout_s)
     settings = uvicorn.Config(
         app,
         host=config.host,
@@ -86,7 +86,7 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn
     return _Server(settings, traffic)
 
 
-async def watch_loop(note_lag_s: Callable[[float], None], clock: Clock) -> None:
+async def watch_loop_lag(note_lag_s: Callable[[float], None], clock: Clock) -> None:
     """Until it is cancelled."""
     while True:
         due_s = clock.now_s() + _WATCH_S
@@ -94,7 +94,7 @@ async def watch_loop(note_lag_s: Callable[[float], None], clock: Clock) -> None:
         note_lag_s(max(0.0, clock.now_s() - due_s))
 
 
-def _calm_interpreter() -> None:
+def _tune_interpreter() -> None:
     """So that streams do not wait for what other threads of this process do (work.py), nor for the garbage collector to
     look at the tokenizer once more."""
     sys.setswitchinterval(_SWITCH_S)
@@ -102,7 +102,7 @@ def _calm_interpreter() -> None:
     gc.freeze()
 
 
-def _affordable(max_connections: int) -> int:
+def _connection_limit(max_connections: int) -> int:
     """As many connections as this process may have files for: its limit is raised as far as it goes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max_connections + _OTHER_FILES
@@ -113,5 +113,5 @@ def _affordable(max_connections: int) -> int:
     if allowed == wanted:
         return max_connections
     fewer = max(1, allowed - _OTHER_FILES)
-    log.warning("this process may open %d files (ulimit -n): --max-connections is lowered to %d", allowed, fewer)
+    logger.warning("this process may open %d files (ulimit -n): --max-connections is lowered to %d", allowed, fewer)
     return fewer

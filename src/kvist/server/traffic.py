@@ -15,14 +15,14 @@ from starlette.types import Scope
 from kvist.clock import Clock
 from kvist.metrics import GatewayMetrics
 
-CLIENT_LEFT = 499  # nginx's status for a client that closed before there was an answer
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that closed before there was an answer
 _SCOPE_KEY = "kvist.exchange"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 _POLLED_PATHS = frozenset({"/health", "/ready", "/server_info", "/metrics"})  # asked all the time, by machines
 _POLLED_STATUSES = (200, 503)  # 503: not ready yet
 _MAX_PATH_CHARS = 256
 
-log = logging.getLogger("kvist.access")
+logger = logging.getLogger("kvist.access")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class Traffic:
         self._prefixes = [path.partition("{")[0] for path in paths if "{" in path]
         self._access_log = access_log
 
-    def loop_was_late(self, by_s: float) -> None:
+    def observe_loop_lag(self, by_s: float) -> None:
         self._metrics.loop_lag_s.observe(by_s)
 
     def begin(self, scope: Scope, request_id: str) -> Exchange:
@@ -68,13 +68,13 @@ class Traffic:
         return exchange
 
     def end(self, scope: Scope, exchange: Exchange) -> None:
-        status = CLIENT_LEFT if exchange.status is None else exchange.status
+        status = CLIENT_CLOSED_REQUEST if exchange.status is None else exchange.status
         method, path = scope["method"], scope["path"]
         label = self._label(path)
         self._metrics.num_http_requests[method if method in _METHODS else "other", label, str(status)] += 1
         is_poll = path in _POLLED_PATHS and status in _POLLED_STATUSES
         level = logging.DEBUG if is_poll else logging.INFO
-        if not self._access_log or not log.isEnabledFor(level):
+        if not self._access_log or not logger.isEnabledFor(level):
             return
         took_ms = (self._clock.now_s() - exchange.start_s) * 1000
         tokens = exchange.tokens
@@ -82,7 +82,7 @@ class Traffic:
         if tokens is not None and status == 200 and not tokens.is_complete:
             counted += " unfinished"  # a stream that an error or its client ended
         numbers = () if tokens is None else (tokens.num_prompt, tokens.num_output, tokens.num_cached)
-        log.log(
+        logger.log(
             level,
             "%s %s %d %.1f ms" + counted + " id=%s client=%s",
             method,
@@ -98,7 +98,7 @@ class Traffic:
         """What the client sent never became a request."""
         self._metrics.num_http_requests["other", "other", str(status)] += 1
         if self._access_log:
-            log.info("- - %d client=%s: %s", status, _address(client), why)
+            logger.info("- - %d client=%s: %s", status, _address(client), why)
 
     def connection_refused(self, client: tuple[str, int] | None, why: str) -> None:
         self._metrics.num_refused_connections += 1

@@ -45,7 +45,7 @@ class WorkPool:
         self._num_idle = num_threads
         self._max_waiting = max_waiting
         self._waiting: FairQueue[_Job] = FairQueue(lambda job: job.number)
-        self._places = CallerCounts()  # of those that wait
+        self._waiting_by_caller = CallerCounts()  # of those that wait
         self._num_jobs = 0  # so far
         self.num_waiting = 0
 
@@ -54,15 +54,15 @@ class WorkPool:
         share of the places, else later for the last one of a caller that has more. Cancelling takes a job that has not
         begun out of the line; one that has goes on to its end, unheard."""
         if self.num_waiting >= self._max_waiting:
-            self._make_room(caller)
-        return await self.finish(caller, call)
+            self._refuse_one(caller)
+        return await self.run_admitted(caller, call)
 
-    async def finish(self, caller: CallerPath, call: Callable[[], T]) -> T:
+    async def run_admitted(self, caller: CallerPath, call: Callable[[], T]) -> T:
         """As `run`, for what a request that was admitted needs in order to end: never refused."""
         self._num_jobs += 1
         job = _Job(self._num_jobs, caller, call, asyncio.get_running_loop().create_future())
         self._waiting.add(caller, job)
-        self._places.add(caller)
+        self._waiting_by_caller.add(caller)
         self.num_waiting += 1
         self._start()
         try:
@@ -72,8 +72,8 @@ class WorkPool:
                 self._drop(job)
         return result
 
-    def _make_room(self, newcomer: CallerPath) -> None:
-        loser = self._places.displaced_by(newcomer)
+    def _refuse_one(self, newcomer: CallerPath) -> None:
+        loser = self._waiting_by_caller.displaced_by(newcomer)
         refused = Overloaded(
             f"{self.num_waiting} long requests wait to be tokenised, the most this server allows: retry later, or "
             "start the server with more --tokenizer-threads"
@@ -88,19 +88,19 @@ class WorkPool:
     def _drop(self, job: _Job) -> None:
         job.is_waiting = False
         self._waiting.remove(job.caller, job)
-        self._places.remove(job.caller)
+        self._waiting_by_caller.remove(job.caller)
         self.num_waiting -= 1
 
     def _start(self) -> None:
         while self._num_idle and (job := self._waiting.head()) is not None:
             self._waiting.take(job.caller, job)
-            self._places.remove(job.caller)
+            self._waiting_by_caller.remove(job.caller)
             job.is_waiting = False
             self.num_waiting -= 1
             self._num_idle -= 1
-            self._threads.submit(job.call).add_done_callback(partial(self._tell_loop, job.result.get_loop(), job))
+            self._threads.submit(job.call).add_done_callback(partial(self._post_result, job.result.get_loop(), job))
 
-    def _tell_loop(self, loop: asyncio.AbstractEventLoop, job: _Job, done: Future[Any]) -> None:
+    def _post_result(self, loop: asyncio.AbstractEventLoop, job: _Job, done: Future[Any]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(self._ended, job, done)
 
@@ -154,7 +154,7 @@ class BodyShare:
         self._budget = budget
         self.num_bytes = 0  # taken from the budget
 
-    def grow_to(self, num_bytes: int) -> None:
+    def reserve_up_to(self, num_bytes: int) -> None:
         """The body has, or says that it will have, so many bytes. Raises `Overloaded` when there is no room."""
         more = self._budget.counted(num_bytes) - self.num_bytes
         if more > 0:

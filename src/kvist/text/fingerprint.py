@@ -15,7 +15,7 @@ from kvist.errors import ModelLoadError
 from kvist.fingerprint import cached_digest
 from kvist.text.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
@@ -35,5 +35,5 @@ def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
     try:
         return cached_digest("vocabulary", file, lambda: vocabulary_fingerprint(load_tokenizer(checkpoint)))
     except (OSError, ModelLoadError) as error:
-        log.info("the vocabulary of %s is not compared with a router's: %s", checkpoint.path, error)
+        logger.info("the vocabulary of %s is not compared with a router's: %s", checkpoint.path, error)
         return ""

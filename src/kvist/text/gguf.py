@@ -53,14 +53,14 @@ def _build(metadata: Mapping[str, Any], options: TextConfig) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise ModelLoadError(f"its vocabulary and merges do not fit: {error}") from error
     _add_special(backend, tokens, kinds)
-    chat_template, no_chat_template = find_chat_template(
+    chat_template, no_chat_template_reason = find_chat_template(
         options, metadata.get("tokenizer.chat_template"), _template_tokens(metadata, tokens)
     )
     return Tokenizer(
         backend,
         alphabet=alphabet,
         chat_template=chat_template,
-        no_chat_template=no_chat_template,
+        no_chat_template_reason=no_chat_template_reason,
         content_is_text=options.special_tokens_in_content == "text",
         prompt_start_id=bos if metadata.get("tokenizer.ggml.add_bos_token", adds_bos) else None,
     )

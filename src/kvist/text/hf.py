@@ -34,12 +34,12 @@ def tokenizer_from_folder(folder: Path, options: TextConfig) -> Tokenizer:
     config = _optional_json(folder / "tokenizer_config.json")
     special = {**_named_tokens(_optional_json(folder / "special_tokens_map.json")), **_named_tokens(config)}
     bos = special.get("bos_token")
-    chat_template, no_chat_template = find_chat_template(options, _own_template(folder, config), special)
+    chat_template, no_chat_template_reason = find_chat_template(options, _own_template(folder, config), special)
     return Tokenizer(
         backend,
         alphabet=_alphabet(backend, path),
         chat_template=chat_template,
-        no_chat_template=no_chat_template,
+        no_chat_template_reason=no_chat_template_reason,
         content_is_text=options.special_tokens_in_content == "text",
         prompt_start_id=backend.token_to_id(bos) if bos and config.get("add_bos_token", False) else None,
     )

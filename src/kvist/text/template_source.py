@@ -10,7 +10,7 @@ from kvist.errors import ConfigError, ModelLoadError
 from kvist.text.chat import ChatTemplate
 from kvist.text.config import TextConfig
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def find_chat_template(
@@ -29,7 +29,7 @@ def find_chat_template(
     try:
         return ChatTemplate(own_source, special_tokens=special_tokens), ""
     except ModelLoadError as error:
-        log.warning("%s. Chats are refused; --chat-template replaces the model's own", error.message)
+        logger.warning("%s. Chats are refused; --chat-template replaces the model's own", error.message)
         return None, f"{error.message}; use /v1/completions, or start with --chat-template"
 
 

@@ -44,17 +44,17 @@ class Tokenizer:
         *,
         alphabet: Alphabet,
         chat_template: ChatTemplate | None,
-        no_chat_template: str = "this model has no chat template; use /v1/completions",
+        no_chat_template_reason: str = "this model has no chat template; use /v1/completions",
         prompt_start_id: int | None = None,  # what every plain prompt begins with
         content_is_text: bool = False,
     ) -> None:
-        """`no_chat_template`: why chats are refused, when there is none. `content_is_text`: special tokens that are
-        spelled in the content of a chat are plain text (`protect`)."""
+        """`no_chat_template_reason` tells the client why chats are refused when there is no template. With
+        `content_is_text`, special tokens spelled in the content of a chat are plain text (`protect`)."""
         self._backend = backend
         self.alphabet = alphabet
         self._prompt_start_id = prompt_start_id
         self.chat_template = chat_template
-        self.no_chat_template = no_chat_template
+        self.no_chat_template_reason = no_chat_template_reason
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
