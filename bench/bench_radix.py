@@ -44,7 +44,7 @@ def filled_cache(prompts: list[list[int]], *, page_size: int, num_spare_pages: i
 def written_lease(cache: PageCache, tokens: list[int]) -> PageLease:
     lease = cache.open(tokens, max_tokens=len(tokens))
     assert cache.grow(lease, len(tokens))
-    cache.commit(lease, tokens, len(tokens))
+    cache.insert(lease, tokens, len(tokens))
     return lease
 
 
@@ -75,7 +75,7 @@ def fill_cases(num_tokens: int, page_size: int, num_rounds: int, rng: random.Ran
         prompt = random_tokens(rng, num_tokens)
         lease = cache.open(prompt, max_tokens=num_tokens)
         yield "grow by 32k tokens, all by eviction", timed(partial(cache.grow, lease, num_tokens))
-        yield "commit 32k new tokens", timed(partial(cache.commit, lease, prompt, num_tokens))
+        yield "commit 32k new tokens", timed(partial(cache.insert, lease, prompt, num_tokens))
         cache.close(lease)
 
 
@@ -90,7 +90,7 @@ def decode_cases(
     def step() -> None:
         for lease, stream in zip(leases, streams, strict=True):
             assert cache.grow(lease, len(stream) + 1)
-            cache.commit(lease, stream, len(stream))
+            cache.insert(lease, stream, len(stream))
 
     for _ in range(num_steps):
         yield "decode step, grow + commit", timed(step)

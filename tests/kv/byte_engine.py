@@ -64,8 +64,8 @@ class RightPages:
         return digests
 
 
-class ManualLane:
-    """mover.py's lane without its thread: one page a step, when it is told to."""
+class ManualCopyQueue:
+    """the copy queue of mover.py without its thread: one page a step, when it is told to."""
 
     def __init__(self, _name: str, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], _clock: FakeClock) -> None:
         ((source, target),) = pieces
@@ -197,7 +197,7 @@ class ByteEngine:
             storage=self.storage,
         )
         device: Any = SimpleNamespace(pieces=lambda: [(0, self.device)])
-        with mock.patch("kvist.kv.mover._Lane", ManualLane):
+        with mock.patch("kvist.kv.mover._CopyQueue", ManualCopyQueue):
             self.mover = PageMover(device, self.host_pool, wakeup=lambda: None, clock=self.clock)
         self.loads: Any = self.mover._loads
         self.backups: Any = self.mover._backups
@@ -250,7 +250,7 @@ class ByteEngine:
             self.start_moves()
             return None
         self.device[lease.page_ids[num_found:]] = NONSENSE
-        load_id = self.cache.follow(lease, token_ids, max_tokens=len(token_ids))
+        load_id = self.cache.start_load(lease, token_ids, max_tokens=len(token_ids))
         request = Request(lease, cache_salt, token_ids, num_found * PAGE_SIZE, load_id)
         self.requests.append(request)
         self.start_moves()
@@ -265,7 +265,7 @@ class ByteEngine:
         for page, right in enumerate(self.right_pages(request)):
             if page >= first:
                 self.device[request.lease.page_ids[page]] = torch.frombuffer(bytearray(right), dtype=torch.uint8)
-        self.cache.commit(request.lease, request.token_ids, request.num_written)
+        self.cache.insert(request.lease, request.token_ids, request.num_written)
         self.start_moves()
 
     def close(self, request: Request) -> None:
@@ -300,9 +300,9 @@ class ByteEngine:
         """All that is under way is carried out and heard."""
         self.hear()
         while self.loads.busy or self.backups.busy or self.store_mover.busy() or self.mover._reports:
-            for lane in (self.loads, self.backups):
-                if lane.busy:
-                    lane.step()
+            for copies in (self.loads, self.backups):
+                if copies.busy:
+                    copies.step()
             for fiber in self.store_mover.fibers:
                 fiber.step()
             self.hear()

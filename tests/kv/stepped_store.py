@@ -161,37 +161,37 @@ class SteppedStoreMover:
             mock.patch("kvist.kv.store_mover.num_writers", return_value=1),
         ):
             self.mover.attach(store, store.stats())
-        session: Any = self.mover._session
-        real_next = session._next
+        attached: Any = self.mover._attached
+        real_next = attached._next_call
 
-        def next_(lane: Any) -> Any:
+        def next_(queue: Any) -> Any:
             fiber = in_fiber()
             assert fiber is not None
             fiber.is_idle = True
-            while not (session._stopped or lane.waiting):
+            while not (attached._stopped or queue.waiting):
                 pause()
             fiber.is_idle = False
-            return real_next(lane)
+            return real_next(queue)
 
-        session._next = next_
+        attached._next_call = next_
         self.fibers = [fiber for fiber in self.fibers if not fiber.is_over] + made
 
     @property
     def is_attached(self) -> bool:
-        return self.mover._session is not None
+        return self.mover._attached is not None
 
     def detach(self) -> None:
         if self.is_attached:
             self.mover.detach()
 
     def busy(self) -> bool:
-        sessions: Any = self.mover._sessions()
-        waiting = any(session._reads.waiting or session._writes.waiting for session in sessions)
+        stores: Any = self.mover._stores()
+        waiting = any(store._reads.waiting or store._writes.waiting for store in stores)
         return waiting or bool(self.mover._reports) or any(not fiber.is_idle for fiber in self.fibers)
 
     def slots_under_call(self) -> set[int]:
-        sessions: Any = self.mover._sessions()
-        return {slot for session in sessions for call in session._calls() for slot in call.slots}
+        stores: Any = self.mover._stores()
+        return {slot for store in stores for call in store._calls() for slot in call.slots}
 
     def kill(self) -> None:
         for fiber in self.fibers:

@@ -21,7 +21,7 @@ def write(cache: PageCache, tokens: Sequence[int], *, cache_salt: str = "") -> P
     """A request that has computed all its tokens."""
     lease = cache.open(tokens, cache_salt=cache_salt, max_tokens=len(tokens))
     assert cache.grow(lease, len(tokens))
-    cache.commit(lease, tokens, len(tokens))
+    cache.insert(lease, tokens, len(tokens))
     return lease
 
 
@@ -115,7 +115,7 @@ def test_commit_shares_full_pages_only_and_goes_on_where_it_stopped() -> None:
     lease = cache.open(range(11), max_tokens=10)
     cache.grow(lease, 11)
     for num_tokens, cached in [(3, 0), (4, 4), (4, 4), (7, 4), (11, 8)]:
-        cache.commit(lease, range(11), num_tokens)
+        cache.insert(lease, range(11), num_tokens)
         assert cache.probe(range(11)) == cached
     assert cache.counts().owned == 1
 
@@ -134,7 +134,7 @@ def test_a_page_computed_twice_stays_with_its_request_while_the_first_is_used() 
     first, second = cache.open(range(8), max_tokens=7), cache.open(range(8), max_tokens=7)
     for lease in (first, second):
         cache.grow(lease, 8)
-        cache.commit(lease, range(8), 8)
+        cache.insert(lease, range(8), 8)
     assert not set(first.page_ids) & set(second.page_ids)
     assert (cache.counts().cached, cache.counts().owned) == (2, 2)
     assert cache.open(range(8), max_tokens=8).page_ids == first.page_ids
@@ -146,7 +146,7 @@ def test_twins_closed_in_any_order_leave_one_copy(order: tuple[int, ...]) -> Non
     leases = [cache.open(range(8), max_tokens=7) for _ in range(3)]
     for lease in leases:
         cache.grow(lease, 8)
-        cache.commit(lease, range(8), 8)
+        cache.insert(lease, range(8), 8)
     cache.drain_changes()
     for index in order:
         cache.close(leases[index])
@@ -161,7 +161,7 @@ def test_a_lone_request_can_use_the_whole_pool_though_its_twin_wrote_the_prefix_
     twin, lease = cache.open(range(16), max_tokens=15), cache.open(range(16), max_tokens=15)
     for one in (twin, lease):
         assert cache.grow(one, 16)
-        cache.commit(one, range(16), 16)
+        cache.insert(one, range(16), 16)
     cache.close(twin)
     assert cache.grow(lease, 32)
     assert len(set(lease.page_ids)) == 8
@@ -172,7 +172,7 @@ def test_a_page_computed_again_replaces_the_unused_copy() -> None:
     cache.close(write(cache, range(8)))
     lease = cache.open(range(8), max_tokens=7)  # must compute its last token, so it computes the last page
     cache.grow(lease, 8)
-    cache.commit(lease, range(8), 8)
+    cache.insert(lease, range(8), 8)
     counts = cache.counts()
     assert (counts.cached, counts.owned, counts.evictable) == (2, 0, 0)
     assert cache.open(range(8), max_tokens=8).page_ids == lease.page_ids
@@ -198,7 +198,7 @@ def test_granted_pages_are_in_flight_until_the_transfer_ends_and_then_can_be_sha
     cache.begin_transfer(lease, 1)
     assert (cache.counts().in_flight, cache.counts().owned) == (2, 0)
     cache.end_transfer(lease)
-    cache.commit(lease, range(10), 10)
+    cache.insert(lease, range(10), 10)
     assert (cache.counts().in_flight, cache.counts().owned, cache.counts().cached) == (0, 1, 2)
 
 
@@ -208,7 +208,7 @@ def test_pages_in_flight_can_be_neither_shared_nor_freed() -> None:
     cache.grow(lease, 8)
     cache.begin_transfer(lease, 0)
     with pytest.raises(AssertionError, match="end the transfer"):
-        cache.commit(lease, range(8), 8)
+        cache.insert(lease, range(8), 8)
     with pytest.raises(AssertionError, match="end the transfer"):
         cache.close(lease)
     assert cache.flush() == (0, None)
@@ -232,7 +232,7 @@ def test_a_transfer_of_committed_pages_leaves_them_cached_and_held() -> None:
     cache = make_cache(num_pages=3)
     lease = cache.open(range(10), max_tokens=9)
     cache.grow(lease, 10)
-    cache.commit(lease, range(10), 10)
+    cache.insert(lease, range(10), 10)
     cache.begin_transfer(lease, 0)
     assert (cache.counts().cached, cache.counts().in_flight, cache.counts().evictable) == (2, 1, 0)
 
@@ -281,4 +281,4 @@ def test_a_step_in_which_no_page_fills_costs_no_work_in_the_tree() -> None:
     cache = make_cache()
     lease = write(cache, range(10))
     assert cache.grow(lease, 12)
-    cache.commit(lease, Untouchable(range(11)), 11)
+    cache.insert(lease, Untouchable(range(11)), 11)

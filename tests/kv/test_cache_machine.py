@@ -102,7 +102,7 @@ class CacheMachine(RuleBasedStateMachine):
         for page in request.written_pages():
             if (page + 1) * PAGE_SIZE > start:
                 self.content[request.lease.page_ids[page]] = request.content(page)
-        self.cache.commit(request.lease, request.token_ids, request.num_written)
+        self.cache.insert(request.lease, request.token_ids, request.num_written)
         request.num_committed_pages = request.num_written // PAGE_SIZE
 
     @precondition(lambda self: self.open_requests)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvist.kv.cache import PageCache
-from kvist.kv.ceiling import Ceiling
+from kvist.kv.ceiling import EvictionHistory
 from kvist.kv.host_tier import HostTier
 from kvist.kv.keys import page_digests
 from kvist.kv.lease import PageLease
@@ -25,33 +25,33 @@ def digest(number: int) -> bytes:
 
 
 def test_the_count_ends_at_the_first_page_that_was_never_evicted() -> None:
-    ceiling = Ceiling()
+    history = EvictionHistory()
     for number in (1, 2, 4):
-        ceiling.remember(digest(number))
-    assert ceiling.num_leading(map(digest, (1, 2, 3, 4))) == 2
-    assert ceiling.num_leading(map(digest, (3, 4))) == 0
-    assert (ceiling.num_remembered, ceiling.num_forgotten) == (3, 0)
+        history.remember(digest(number))
+    assert history.num_leading(map(digest, (1, 2, 3, 4))) == 2
+    assert history.num_leading(map(digest, (3, 4))) == 0
+    assert (history.num_remembered, history.num_forgotten) == (3, 0)
 
 
 @given(st.lists(st.integers(0, ONE_ROW + 4), max_size=80))
 def test_when_there_are_too_many_the_one_evicted_longest_ago_is_forgotten_and_counted(numbers: list[int]) -> None:
-    ceiling, model, num_new = Ceiling(ONE_ROW), OrderedDict[int, None](), 0
+    history, model, num_new = EvictionHistory(ONE_ROW), OrderedDict[int, None](), 0
     for number in numbers:
         num_new += number not in model
         model[number] = None
         model.move_to_end(number)
         if len(model) > ONE_ROW:
             model.popitem(last=False)
-        ceiling.remember(digest(number))
-    assert {number for number in range(ONE_ROW + 5) if ceiling.num_leading([digest(number)])} == set(model)
-    assert (ceiling.num_remembered, ceiling.num_forgotten) == (num_new, num_new - len(model))
+        history.remember(digest(number))
+    assert {number for number in range(ONE_ROW + 5) if history.num_leading([digest(number)])} == set(model)
+    assert (history.num_remembered, history.num_forgotten) == (num_new, num_new - len(model))
 
 
 def test_two_hundred_thousand_digests_are_all_known() -> None:
-    ceiling = Ceiling()
+    history = EvictionHistory()
     for number in range(200_000):
-        ceiling.remember(page_digests((number,), 1, "space")[0])
-    assert (ceiling.num_remembered, ceiling.num_forgotten) == (200_000, 0)
+        history.remember(page_digests((number,), 1, "space")[0])
+    assert (history.num_remembered, history.num_forgotten) == (200_000, 0)
 
 
 # ---- in the cache
@@ -91,14 +91,14 @@ def test_the_ceiling_is_what_was_ever_cached_and_no_hit_exceeds_it(seed: int, nu
         if not cache.grow(lease, len(tokens)):
             cache.close(lease)
             continue
-        cache.follow(lease, tokens, max_tokens=len(tokens) - 1)
+        cache.start_load(lease, tokens, max_tokens=len(tokens) - 1)
         named = page_digests(tokens[:-1], PAGE_SIZE, "space")
         expected = next((index for index, name in enumerate(named) if name not in ever), len(named)) * PAGE_SIZE
         assert lease.num_ceiling_tokens == expected
         num_hit = carry_out(cache, lease, tokens, moves_work=random.random() < 0.8)
         assert num_hit <= expected
         assert num_hit == expected or cache.totals()["device_evicted_pages"]
-        cache.commit(lease, tokens, len(tokens))
+        cache.insert(lease, tokens, len(tokens))
         ever |= set(page_digests(tokens, PAGE_SIZE, "space"))
         carry_out(cache, lease, tokens, moves_work=random.random() < 0.8)
         held.append(lease)
@@ -110,8 +110,8 @@ def test_what_a_flush_dropped_more_memory_would_not_have_kept() -> None:
     for expected in (0, 0):
         lease = cache.open(tokens, max_tokens=8)
         assert cache.grow(lease, 9)
-        cache.follow(lease, tokens, max_tokens=8)
+        cache.start_load(lease, tokens, max_tokens=8)
         assert lease.num_ceiling_tokens == expected
-        cache.commit(lease, tokens, 9)
+        cache.insert(lease, tokens, 9)
         cache.close(lease)
         cache.flush()

@@ -47,9 +47,9 @@ def test_a_page_that_a_move_uses_is_not_evicted_nor_is_the_prefix_that_grows() -
     (a,) = keep(tier, b"a")
     (b,) = keep(tier, b"b", parent=a)
     assert tier.reserve(b, b"c") is None  # only its own prefix could go
-    tier.begin(b)
+    tier.pin(b)
     assert tier.reserve(None, b"x") is None
-    tier.end(b)
+    tier.unpin(b)
     assert tier.reserve(None, b"x") is not None
     assert tier.get(b"b") is None
 
@@ -71,10 +71,10 @@ def test_a_flush_leaves_what_a_move_uses_and_what_it_continues() -> None:
     tier = HostTier(6)
     keep(tier, b"x", b"y")
     a, b, _ = keep(tier, b"a", b"b", b"c")
-    tier.begin(b)
+    tier.pin(b)
     assert len(tier.flush()) == 3
     assert tier.digests() == [b"a", b"b"]
-    tier.end(b)
+    tier.unpin(b)
     assert sorted(tier.flush()) == sorted({a.slot, b.slot})
     assert (tier.counts().free, tier.counts().cached) == (6, 0)
     assert a.num_children == 0
@@ -97,14 +97,14 @@ def test_any_order_of_uses_keeps_whole_prefixes_and_every_slot_accounted_for() -
         elif action < 0.6 and tier._pages:
             page = draw.choice(list(tier._pages.values()))
             if page.resident:
-                tier.begin(page)
+                tier.pin(page)
                 moving.append((page, False))
         elif action < 0.9 and moving:
             page, written = moving.pop(draw.randrange(len(moving)))
             if written:
                 tier.written(page, ok=draw.random() < 0.8)
             else:
-                tier.end(page)
+                tier.unpin(page)
         elif tier._pages:
             tier.touch([draw.choice(list(tier._pages.values()))])
         counts = tier.counts()

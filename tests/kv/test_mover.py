@@ -16,7 +16,7 @@ from kvist.errors import ConfigError
 from kvist.kv.device import DevicePool
 from kvist.kv.host import HostPool, plan_host_pages
 from kvist.kv.layout import PageLayout
-from kvist.kv.mover import MOST_UNDER_WAY, PageMover, runs
+from kvist.kv.mover import MAX_JOBS_UNDER_WAY, PageMover, runs
 from kvist.kv.moves import BackUpPages, ForgetPages, LoadPages, PageReport, PagesBackedUp, PagesForgotten, PagesLoaded
 
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=3, page_size=4, head_dim=8, dtype="float32")
@@ -123,14 +123,14 @@ def test_the_hosts_page_is_put_together_of_the_ranks_pieces_and_each_gets_its_ow
 
 
 def test_a_copy_that_raises_is_reported_and_the_next_one_works(moving: Moving, monkeypatch: pytest.MonkeyPatch) -> None:
-    lane = moving.mover._loads
-    real = lane._copy
+    copies = moving.mover._loads
+    real = copies._copy
 
     def broken(*_: object) -> None:
-        monkeypatch.setattr(lane, "_copy", real)
+        monkeypatch.setattr(copies, "_copy", real)
         raise RuntimeError("a bus error")
 
-    monkeypatch.setattr(lane, "_copy", broken)
+    monkeypatch.setattr(copies, "_copy", broken)
     moving.mover.start(LoadPages(job_id=1, host_slots=(0,), page_ids=(0,)))
     moving.mover.start(LoadPages(job_id=2, host_slots=(1,), page_ids=(1,)))
     assert moving.reports(2) == [PagesLoaded(job_id=1, ok=False), PagesLoaded(job_id=2, ok=True)]
@@ -138,7 +138,7 @@ def test_a_copy_that_raises_is_reported_and_the_next_one_works(moving: Moving, m
 
 
 def test_jobs_ordered_together_are_reported_in_order_each_when_its_bytes_are_there(moving: Moving) -> None:
-    num_jobs = 3 * MOST_UNDER_WAY
+    num_jobs = 3 * MAX_JOBS_UNDER_WAY
     moving.pool.tensor.copy_(torch.randn(moving.pool.tensor.shape))
     written = moving.pool.tensor.cpu().view(8, -1).view(torch.uint8)
     if moving.pool.tensor.is_cuda:

@@ -304,10 +304,10 @@ def test_a_detached_store_is_closed_when_its_last_call_has_returned(moving: Movi
     moving.mover.attach(other, other.stats())
     moving.start(StorePages, 3)
     assert not moving.store.closed
-    assert moving.mover.num_leaving() == 1
+    assert moving.mover.num_detached() == 1
     moving.store.go.set()
     assert len(moving.reports(2 * NUM_READERS + 2)) == 2 * NUM_READERS + 2
-    moving.until(lambda: moving.mover.poll() == [] and moving.mover.num_leaving() == 0)
+    moving.until(lambda: moving.mover.poll() == [] and moving.mover.num_detached() == 0)
     assert moving.store.closed
     assert not other.closed
     assert moving.mover.totals()["storage_reads"] >= 1, "what the former store did is not forgotten"
@@ -315,7 +315,7 @@ def test_a_detached_store_is_closed_when_its_last_call_has_returned(moving: Movi
 
 def test_a_store_that_has_left_is_not_counted_as_leaving_before_anybody_has_looked(moving: Moving) -> None:
     assert moving.mover.detach().wait(20)
-    assert moving.mover.num_leaving() == 0
+    assert moving.mover.num_detached() == 0
 
 
 def test_a_hung_call_does_not_hold_the_end_of_the_engine(moving: Moving, monkeypatch: pytest.MonkeyPatch) -> None:

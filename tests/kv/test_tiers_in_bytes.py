@@ -211,10 +211,10 @@ class TiersInBytes(RuleBasedStateMachine):
     def back_up(self, num_steps: int, fails: bool, heard: bool) -> None:
         self.steps(self.engine.backups, num_steps, fails, heard)
 
-    def steps(self, lane: object, num_steps: int, fails: bool, heard: bool) -> None:
+    def steps(self, copies: object, num_steps: int, fails: bool, heard: bool) -> None:
         for number in range(num_steps):
-            if lane.busy:  # type: ignore[attr-defined]
-                lane.step(fails=fails and number == num_steps - 1)  # type: ignore[attr-defined]
+            if copies.busy:  # type: ignore[attr-defined]
+                copies.step(fails=fails and number == num_steps - 1)  # type: ignore[attr-defined]
         if heard:
             self.engine.hear()
 

@@ -98,7 +98,7 @@ class TiersMachine(RuleBasedStateMachine):
         for page_id in lease.page_ids[num_found:]:
             self.device[page_id] = NONSENSE
         resident = {page.digest for page in self.tier._pages.values() if page.resident}
-        load_id = self.cache.follow(lease, token_ids, max_tokens=len(token_ids))
+        load_id = self.cache.start_load(lease, token_ids, max_tokens=len(token_ids))
         assert (load_id is not None) == (num_found < len(digests) and digests[num_found] in resident)
         self.requests.append(Request(lease, token_ids, num_found * PAGE_SIZE, load_id))
         self.take_jobs()
@@ -147,7 +147,7 @@ class TiersMachine(RuleBasedStateMachine):
         for page, digest in enumerate(request.digests()):
             if page >= first:
                 self.device[request.lease.page_ids[page]] = digest
-        self.cache.commit(request.lease, request.token_ids, request.num_written)
+        self.cache.insert(request.lease, request.token_ids, request.num_written)
         self.take_jobs()
 
     @precondition(lambda self: self.jobs)

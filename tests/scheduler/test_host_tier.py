@@ -224,8 +224,8 @@ def test_a_page_that_is_hit_while_it_is_copied_is_not_the_next_to_go() -> None:
     def use(token_id: int) -> None:
         lease = cache.open([token_id], max_tokens=1)
         assert cache.grow(lease, 1)
-        cache.follow(lease, [token_id], max_tokens=1)
-        cache.commit(lease, [token_id], 1)
+        cache.start_load(lease, [token_id], max_tokens=1)
+        cache.insert(lease, [token_id], 1)
         cache.close(lease)
 
     for token_id in (1, 2, 3):
@@ -337,7 +337,7 @@ def test_backups_beyond_the_limit_are_left_out_and_counted(num_jobs: int, num_pa
         token_ids = [job] * num_pages
         lease = cache.open(token_ids, max_tokens=0)
         assert cache.grow(lease, num_pages)
-        cache.commit(lease, token_ids, num_pages)
+        cache.insert(lease, token_ids, num_pages)
         cache.close(lease)
     jobs = cache.drain_jobs()
     asked = sum(len(job.page_ids) for job in jobs)
@@ -389,9 +389,9 @@ def test_a_page_that_others_hold_is_not_backed_up_for_who_has_its_duplicate() ->
         lease = cache.open([token_id], max_tokens=0)
         assert cache.grow(lease, 1)
         leases.append(lease)
-    cache.commit(leases[0], [1], 1)
-    cache.commit(leases[1], [2], 1)
+    cache.insert(leases[0], [1], 1)
+    cache.insert(leases[1], [2], 1)
     (job,) = cache.drain_jobs()
     cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=True))
-    cache.commit(leases[2], [2], 1)
+    cache.insert(leases[2], [2], 1)
     assert cache.drain_jobs() == []

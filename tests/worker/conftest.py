@@ -187,8 +187,8 @@ class SmallEngine:
             return True
         if self.storage is None:
             return False
-        sessions = self.storage._mover._sessions()
-        asked = any(lane.waiting or lane.calls for each in sessions for lane in (each._reads, each._writes))
+        stores = self.storage._mover._stores()
+        asked = any(queue.waiting or queue.calls for each in stores for queue in (each._reads, each._writes))
         return asked or self.storage.status().state in ("attaching", "detaching")
 
     def die(self) -> None:

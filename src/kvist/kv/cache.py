@@ -1,7 +1,7 @@
 """The page cache: what a scheduler asks for pages. It joins the ledger (pages.py) and the radix tree (radix.py).
 
 A request's life here: `open` pins the longest cached prefix; `grow` gives it pages of its own, evicting unused cached
-pages when none is free; `commit` says how much K/V is written, and its full pages enter the tree for others to match;
+pages when none is free; `insert` says how much K/V is written, and its full pages enter the tree for others to match;
 `close` lets go of everything. While a peer may touch its pages, `begin_transfer` … `end_transfer` keep them IN_FLIGHT.
 
 With a host tier (host_tier.py) the same page may be there, too:
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kvist.kv.ceiling import Ceiling
+from kvist.kv.ceiling import EvictionHistory
 from kvist.kv.host_tier import HostCounts, HostPage, HostTier
 from kvist.kv.keys import iter_page_digests, iter_page_keys, page_keys, root_digest
 from kvist.kv.lease import PageLease
@@ -45,7 +45,7 @@ from kvist.kv.moves import (
     TierJob,
 )
 from kvist.kv.pages import PageCounts, PageLedger, PageState
-from kvist.kv.radix import Moves, PageNode, RadixTree, Root
+from kvist.kv.radix import OwnershipChange, PageNode, RadixTree, Root
 from kvist.kv.storage_tier import STORAGE_COUNTERS, Prefetch, StorageTier
 
 # Hits that make a page due for a backup; None: being evicted does.
@@ -93,13 +93,13 @@ class PageCache:
         self._namespace = namespace
         self._host = host
         self._storage = storage
-        self._ceiling = Ceiling()
+        self._history = EvictionHistory()
         self._hits_to_back_up = WRITE_POLICIES[write_policy]
         self._loads: dict[int, tuple[PageLease, list[HostPage]]] = {}  # under way, by job id
         self._loading: dict[HostPage, int] = {}  # in `_loads`: by which of them
         self._backups: dict[int, tuple[PageLease, list[HostPage]]] = {}
         self._num_pages_backed_up = 0  # in `_backups`
-        self._num_held = 0  # pages that write_back's own leases keep from being evicted
+        self._num_pinned_for_backup = 0  # pages that write_back's own leases keep from being evicted
         self._low_water = num_pages // LOW_WATER_SHARE + 1
         self._jobs: list[TierJob] = []  # since the last `drain_jobs`
         self._num_tiers: dict[bytes, int] = {}  # that hold the page, as last told; with a host tier only
@@ -140,15 +140,15 @@ class PageCache:
         return True
 
     @property
-    def num_to_be_had(self) -> int:
+    def num_reclaimable(self) -> int:
         """Pages that are free or can be evicted, some of them (`write_back`) when their copies are reported."""
-        return self._ledger.num_free + self._tree.num_evictable + self._num_held
+        return self._ledger.num_free + self._tree.num_evictable + self._num_pinned_for_backup
 
     def waits_for_copies(self, lease: PageLease, num_tokens: int) -> bool:
         """After `grow` gave none: it will, when the copies under way are reported, if nobody is quicker."""
-        return -(-num_tokens // self._page_size) - len(lease.page_ids) <= self.num_to_be_had
+        return -(-num_tokens // self._page_size) - len(lease.page_ids) <= self.num_reclaimable
 
-    def commit(self, lease: PageLease, token_ids: Sequence[int], num_tokens: int) -> None:
+    def insert(self, lease: PageLease, token_ids: Sequence[int], num_tokens: int) -> None:
         """K/V of `token_ids[:num_tokens]` is written: its full pages enter the tree, pinned by this lease.
 
         Called again with more tokens as they come; the lease remembers how far it is. A page that another request
@@ -179,8 +179,8 @@ class PageCache:
             self._unpin(lease)
 
     def _unpin(self, lease: PageLease) -> None:
-        self._apply(self._tree.unpin(lease._pin, cold=lease._num_held is not None))
-        self._num_held -= lease._num_held or 0
+        self._apply(self._tree.unpin(lease._pin, prepared=lease._num_pinned_for_backup is not None))
+        self._num_pinned_for_backup -= lease._num_pinned_for_backup or 0
         self._ledger.move([*lease._pin.duplicates.values()], PageState.OWNED, PageState.FREE)
 
     def begin_transfer(self, lease: PageLease, first_page: int) -> None:
@@ -202,7 +202,7 @@ class PageCache:
 
     # ---------------------------------------------------------------- the host tier
 
-    def follow(self, lease: PageLease, token_ids: Sequence[int], *, max_tokens: int) -> int | None:
+    def start_load(self, lease: PageLease, token_ids: Sequence[int], *, max_tokens: int) -> int | None:
         """The lease is in use from now on, grown over `max_tokens` tokens at least: counts its hits and their ceiling,
         and begins to load what the host tier has after them. The id of that job: then the lease is left alone until
         `loaded`."""
@@ -236,7 +236,7 @@ class PageCache:
         lease.num_loaded_tokens = len(found) * self._page_size - lease.num_fetched_tokens
         job_id = host.next_job_id()
         for page in found:
-            host.begin(page)
+            host.pin(page)
             page.from_storage = False
             self._loading[page] = job_id
         self._loads[job_id] = lease, found
@@ -245,7 +245,7 @@ class PageCache:
         )
         return job_id
 
-    def load_under_way(self, lease: PageLease, token_ids: Sequence[int], *, max_tokens: int) -> int | None:
+    def pending_load(self, lease: PageLease, token_ids: Sequence[int], *, max_tokens: int) -> int | None:
         """Another lease's load of the page that comes next, if there is one: after `loaded` it is in the tree."""
         first = lease._pin.num_pages
         if not self._loads or (first + 1) * self._page_size > min(len(token_ids), max_tokens):
@@ -255,16 +255,16 @@ class PageCache:
         return None if page is None else self._loading.get(page)
 
     def loaded(self, event: PagesLoaded, token_ids: Sequence[int]) -> int:
-        """A load of `follow` is over; returns how many tokens' K/V the lease has. What failed is simply not there."""
+        """End a load that `start_load` began; return how many tokens of K/V the lease has. A failed load adds none."""
         lease, found = self._loads.pop(event.job_id)
         assert self._host is not None
         for page in found:
-            self._host.end(page)
+            self._host.unpin(page)
             self._loading.pop(page, None)
         self.end_transfer(lease)
         self._totals["host_loaded_pages" if event.ok else "host_failed_pages"] += len(found)
         if event.ok:
-            self.commit(lease, token_ids, (lease._pin.num_pages + len(found)) * self._page_size)
+            self.insert(lease, token_ids, (lease._pin.num_pages + len(found)) * self._page_size)
         return lease._pin.num_pages * self._page_size
 
     def backed_up(self, event: PagesBackedUp) -> None:
@@ -296,8 +296,8 @@ class PageCache:
             **self._totals,
             **({} if self._storage is None else self._storage.totals),
             "host_evicted_pages": num_evicted,
-            "ceiling_remembered_pages": self._ceiling.num_remembered,
-            "ceiling_forgotten_pages": self._ceiling.num_forgotten,
+            "ceiling_remembered_pages": self._history.num_remembered,
+            "ceiling_forgotten_pages": self._history.num_forgotten,
         }
 
     def _make_evictable(self, num_pages: int) -> bool:
@@ -305,21 +305,21 @@ class PageCache:
         tree, host = self._tree, self._host
         if host is None or self._hits_to_back_up is not None:
             return num_pages <= tree.num_evictable
-        while tree.num_cold + self._num_held < num_pages and (node := tree.coldest_idle()) is not None:
+        while tree.num_prepared + self._num_pinned_for_backup < num_pages and (node := tree.oldest_idle()) is not None:
             known = host.get(node.digest)
             if known is not None and known.resident:
-                tree.cool(node)
+                tree.mark_prepared(node)
             elif len(self._backups) < MAX_BACKUPS and self._num_pages_backed_up < MAX_PAGES_BACKED_UP:
                 self._write_back(node)
             else:
                 break
-        return num_pages <= tree.num_cold
+        return num_pages <= tree.num_prepared
 
     def _write_back(self, leaf: PageNode) -> None:
         """Copies what the host lacks of the path to it, from its head on: the host holds whole prefixes only."""
-        pin, num_held = self._tree.hold(leaf)
-        lease = PageLease(page_ids=[], num_cached_tokens=0, _pin=pin, _closed=True, _num_held=num_held)
-        self._num_held += num_held
+        pin, num_pinned = self._tree.pin_path(leaf)
+        lease = PageLease(page_ids=[], num_cached_tokens=0, _pin=pin, _closed=True, _num_pinned_for_backup=num_pinned)
+        self._num_pinned_for_backup += num_pinned
         nodes = self._tree.tail(pin, pin.num_pages)
         for node in nodes:
             node.num_hits = 0
@@ -339,7 +339,7 @@ class PageCache:
             if node.num_hits < (self._hits_to_back_up or 0) or node in lease._pin.duplicates:
                 break  # a duplicate: the page in the tree is for its readers to hold
             parent = None if isinstance(node.parent, Root) else host.get(node.parent.digest)
-            may_begin = lease._num_held is not None or (
+            may_begin = lease._num_pinned_for_backup is not None or (
                 len(self._backups) < MAX_BACKUPS and self._num_pages_backed_up + len(pages) < MAX_PAGES_BACKED_UP
             )
             has_parent = parent is not None or isinstance(node.parent, Root)
@@ -368,7 +368,7 @@ class PageCache:
         self, lease: PageLease, digest: bytes, token_ids: Sequence[int], num_found: int, last: int
     ) -> None:
         """`num_found` pages are in a tier, the last of them named `digest`: an infinite cache would have these too."""
-        num_more = self._ceiling.num_leading(self._digests_after(digest, token_ids, num_found, last))
+        num_more = self._history.num_leading(self._digests_after(digest, token_ids, num_found, last))
         lease.num_ceiling_tokens = (num_found + num_more) * self._page_size
 
     def _digests_after(self, digest: bytes, token_ids: Sequence[int], first: int, last: int) -> Iterator[bytes]:
@@ -378,7 +378,7 @@ class PageCache:
 
     def prefetch(self, token_ids: Sequence[int], *, cache_salt: str = "", max_tokens: int) -> Prefetch | None:
         """Asks the store for those pages that neither tier has; None if that is no use. To be closed when the request
-        is admitted (after `follow`) or has ended."""
+        is admitted (after `start_load`) or has ended."""
         num_pages = min(len(token_ids), max_tokens) // self._page_size
         if self._storage is None or not self._storage.may_fetch(num_pages):
             return None
@@ -431,7 +431,7 @@ class PageCache:
         if tier != "host":
             num_pages = self._tree.num_evictable
             self._evict(num_pages)
-            self._ceiling.clear()
+            self._history.clear()
         if tier != "device" and self._host is not None:
             slots = self._host.flush()
         if not slots:
@@ -480,11 +480,11 @@ class PageCache:
     def _evict(self, num_pages: int) -> None:
         nodes = [self._tree.evict() for _ in range(num_pages)]
         for node in nodes:
-            self._ceiling.remember(node.digest)
+            self._history.remember(node.digest)
         self._ledger.move([node.page_id for node in nodes], PageState.CACHED, PageState.FREE)
         self._totals["device_evicted_pages"] += num_pages
 
-    def _apply(self, moves: Moves) -> None:
-        self._ledger.move(moves.taken, PageState.OWNED, PageState.CACHED)
-        if moves.released:
-            self._ledger.move(moves.released, PageState.CACHED, PageState.FREE)
+    def _apply(self, change: OwnershipChange) -> None:
+        self._ledger.move(change.taken, PageState.OWNED, PageState.CACHED)
+        if change.released:
+            self._ledger.move(change.released, PageState.CACHED, PageState.FREE)

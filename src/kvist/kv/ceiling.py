@@ -24,7 +24,7 @@ _ROW_BYTES = _ROW_ENTRIES * _ENTRY_BYTES
 _EMPTY = bytes(_ENTRY_BYTES)
 
 
-class Ceiling:
+class EvictionHistory:
     """Mutable; its one owner is `PageCache`."""
 
     def __init__(self, max_digests: int = MAX_DIGESTS) -> None:

@@ -27,7 +27,7 @@ class HostPage:
     parent: HostPage | None  # the page it continues; None for the first of a prefix
     last_use: int
     num_children: int = 0
-    num_moves: int = 0  # that read or write it, and prefetches that keep it
+    num_pins: int = 0  # that read or write it, and prefetches that keep it
     resident: bool = False  # its bytes are there
     stored: bool = False  # in the storage tier, or on its way there; as far as is known
     from_storage: bool = False  # its bytes came from there, and nobody has loaded them yet
@@ -35,7 +35,7 @@ class HostPage:
     @property
     def lost(self) -> bool:
         """Its bytes are neither there nor on their way."""
-        return not self.resident and not self.num_moves
+        return not self.resident and not self.num_pins
 
     @property
     def name(self) -> tuple[bytes, bytes | None]:
@@ -133,23 +133,23 @@ class HostTier:
                 parent.num_children += 1
         else:
             assert page.lost, "a page is written once"
-        self.begin(page)
+        self.pin(page)
         return page
 
     def written(self, page: HostPage, *, ok: bool) -> None:
         page.resident = ok
         if ok:
             self._changes.append((page.digest, True))
-        self.end(page)
+        self.unpin(page)
 
-    def begin(self, page: HostPage) -> None:
+    def pin(self, page: HostPage) -> None:
         """A move uses it from now on."""
-        self._num_in_flight += not page.num_moves
-        page.num_moves += 1
+        self._num_in_flight += not page.num_pins
+        page.num_pins += 1
 
-    def end(self, page: HostPage) -> None:
-        page.num_moves -= 1
-        self._num_in_flight -= not page.num_moves
+    def unpin(self, page: HostPage) -> None:
+        page.num_pins -= 1
+        self._num_in_flight -= not page.num_pins
         self._offer(page)
 
     def forget_stored(self) -> None:
@@ -184,11 +184,11 @@ class HostTier:
         """A prefix is not cut off at the end that is about to grow."""
         if parent is None:
             return self._evict()
-        self.begin(parent)
+        self.pin(parent)
         try:
             return self._evict()
         finally:
-            self.end(parent)
+            self.unpin(parent)
 
     def _evict(self) -> bool:
         while self._leaves:
@@ -211,7 +211,7 @@ class HostTier:
             self._offer(parent)
 
     def _offer(self, page: HostPage) -> None:
-        if page.num_children or page.num_moves:
+        if page.num_children or page.num_pins:
             return
         self._num_pushed += 1
         heapq.heappush(self._leaves, (page.last_use, self._num_pushed, page))
@@ -223,6 +223,6 @@ class HostTier:
         return (
             page.last_use == last_use
             and not page.num_children
-            and not page.num_moves
+            and not page.num_pins
             and self._pages.get(page.digest) is page
         )

@@ -51,10 +51,10 @@ MOVE_COUNTERS = (
     "host_backup_seconds",
 )
 
-MOST_UNDER_WAY = 4  # jobs that a GPU has been given
-COPIES_A_CALL = 32
+MAX_JOBS_UNDER_WAY = 4  # jobs that a GPU has been given
+COPIES_PER_CALL = 32
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class PageMover:
@@ -64,8 +64,8 @@ class PageMover:
         self._reports: deque[PageReport] = deque()
         pieces = [(piece, host.tensor[:, at : at + piece.shape[1]]) for at, piece in device.pieces()]
         once = {on_host.data_ptr(): (piece, on_host) for piece, on_host in pieces}  # several ranks may have one head
-        self._loads = _Lane("kvist-load", [(on_host, piece) for piece, on_host in pieces], clock)
-        self._backups = _Lane("kvist-backup", list(once.values()), clock)
+        self._loads = _CopyQueue("kvist-load", [(on_host, piece) for piece, on_host in pieces], clock)
+        self._backups = _CopyQueue("kvist-backup", list(once.values()), clock)
         self._wakeup = wakeup
         self._persistent = host.persistent
 
@@ -92,10 +92,10 @@ class PageMover:
 
     def close(self) -> None:
         """No byte is moved once this returns. What has not begun is dropped without a report."""
-        for lane in (self._loads, self._backups):
-            lane.stop()
-        for lane in (self._loads, self._backups):
-            lane.join()
+        for copies in (self._loads, self._backups):
+            copies.stop()
+        for copies in (self._loads, self._backups):
+            copies.join()
 
     def _forget(self, job: ForgetPages) -> None:
         if self._persistent is not None:
@@ -126,7 +126,7 @@ class _Copies:
     done: Callable[[bool], None]
 
 
-class _Lane:
+class _CopyQueue:
     """One direction. The counters are written by its thread alone."""
 
     def __init__(self, name: str, pieces: Sequence[tuple[Tensor, Tensor]], clock: Clock) -> None:
@@ -145,7 +145,7 @@ class _Lane:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._under_way: deque[_Copies] = deque()  # the thread's
         self._last_end_s = 0.0
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
     def start(
@@ -159,11 +159,11 @@ class _Lane:
         source, target = self._pieces[0]
         assert max(source_ids) < source.shape[0], "a page outside the pool"
         assert max(target_ids) < target.shape[0], "a page outside the pool"
-        self._jobs.put(partial(self._carry_out, source_ids, target_ids, done, begin))
+        self._jobs.put(partial(self._order_copies, source_ids, target_ids, done, begin))
 
     def run(self, job: Callable[[], None]) -> None:
         """In its turn, on the lane's thread, when all before it have ended."""
-        self._jobs.put(partial(self._run, job))
+        self._jobs.put(partial(self._run_when_idle, job))
 
     def stop(self) -> None:
         self._closed = True
@@ -172,7 +172,7 @@ class _Lane:
     def join(self) -> None:
         self._thread.join()  # at most the jobs under way
 
-    def _work(self) -> None:
+    def _serve(self) -> None:
         while (job := self._next()) is not None and not self._closed:
             job()
         while self._under_way:
@@ -180,18 +180,18 @@ class _Lane:
 
     def _next(self) -> Callable[[], None] | None:
         while self._under_way:
-            if len(self._under_way) < MOST_UNDER_WAY:
+            if len(self._under_way) < MAX_JOBS_UNDER_WAY:
                 with contextlib.suppress(queue.Empty):
                     return self._jobs.get_nowait()
             self._end_oldest()
         return self._jobs.get()
 
-    def _run(self, job: Callable[[], None]) -> None:
+    def _run_when_idle(self, job: Callable[[], None]) -> None:
         while self._under_way:
             self._end_oldest()
         job()
 
-    def _carry_out(
+    def _order_copies(
         self,
         source_ids: Sequence[int],
         target_ids: Sequence[int],
@@ -203,7 +203,7 @@ class _Lane:
             begin()
             copied = self._copy(source_ids, target_ids)
         except Exception:  # the thread must outlive any one job
-            log.exception("copying %d pages between device and host", len(source_ids))
+            logger.exception("copying %d pages between device and host", len(source_ids))
             for stream in self._streams.values():  # some of its copies may be under way
                 with contextlib.suppress(Exception):
                     stream.synchronize()
@@ -227,7 +227,7 @@ class _Lane:
             source_pages, target_pages = self._pages[number]
             with torch.cuda.stream(stream):
                 # Many in one call, which does without the interpreter: other threads do not hold them up.
-                while some := list(itertools.islice(copies, COPIES_A_CALL)):
+                while some := list(itertools.islice(copies, COPIES_PER_CALL)):
                     torch._foreach_copy_(
                         [target_pages[to] if count == 1 else target[to : to + count] for _, to, count in some],
                         [source_pages[at] if count == 1 else source[at : at + count] for at, _, count in some],
@@ -242,7 +242,7 @@ class _Lane:
             for event in job.copied:
                 event.synchronize()
         except Exception:
-            log.exception("copying pages between device and host")
+            logger.exception("copying pages between device and host")
             job.done(False)
             return
         now_s = self._clock.now_s()

@@ -47,7 +47,7 @@ _NO_PARENT, _NO_RECORD = bytes(DIGEST_BYTES), bytes(_RECORD_BYTES)
 _MAX_THREADS = 8  # that verify; memory gives no more
 _NOT_A_FILE_OF_OURS = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)  # a link, another user's, a socket
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class PersistentPages:
@@ -112,7 +112,7 @@ class PersistentPages:
         if not slots:
             return restored
         self.clear([*set(slots) - {page.slot for page in restored}])
-        log.info(
+        logger.info(
             "host tier: %d pages restored from %s, %d dropped that were damaged or half written, %d that were "
             "duplicates or continued no other page; %.0f ms per GiB",
             len(restored),
@@ -154,7 +154,7 @@ class PersistentPages:
             if there != header:
                 if there:
                     is_ours = there[:12] == header[:12]
-                    log.warning(
+                    logger.warning(
                         "host tier: the pages in %s are not restored: they were written %s",
                         self._folder,
                         "for another model, layout, page size or tensor-parallel slice"
@@ -200,7 +200,7 @@ def _open(path: Path) -> int:
     except OSError as error:
         if error.errno not in _NOT_A_FILE_OF_OURS:  # a disk that fails, or too many open files: no reason to lose it
             raise
-    log.warning("host tier: %s is not a file that this user may use: it is replaced", path)
+    logger.warning("host tier: %s is not a file that this user may use: it is replaced", path)
     path.unlink(missing_ok=True)
     return open_own(path, flags | os.O_EXCL)
 

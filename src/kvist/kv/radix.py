@@ -11,12 +11,12 @@ become unused, the deepest of a path first. A node is never unused while a desce
 stands before it, and the head of the queue is always a leaf and the one unused for longest. Order is the order of
 calls; no clock is read.
 
-With `write_back` (cache.py) eviction takes from a second queue first: `_cold`, the pages whose eviction was prepared.
-A page enters it from the head of `_idle`, or when the hold on the path that prepared it ends, and in either case behind
-all of its descendants. Who is hit leaves it.
+With `write_back` (cache.py) eviction takes from a second queue first: `_prepared`, the pages that the host tier has or
+cannot get. A page enters it from the head of `_idle`, or when the pin for its backup ends, in either case behind all of
+its descendants. A hit takes the page out of the queue.
 
 One root per cache salt, dropped when its last page is. The tree names page ids and reports which ones it took and gave
-up (`Moves`); the states of pages are the ledger's.
+up (`OwnershipChange`); the states of pages are the ledger's.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Pin:
 
 
 @dataclass(slots=True, eq=False)
-class Moves:
+class OwnershipChange:
     """What a call did to pages: `taken` are the tree's from now on, `released` are no longer."""
 
     taken: list[int] = field(default_factory=list)
@@ -84,18 +84,18 @@ class RadixTree:
         self._namespace = namespace
         self._roots: dict[str, Root] = {}
         self._idle: OrderedDict[PageNode, None] = OrderedDict()  # nodes no pin uses; the next victim first
-        self._cold: OrderedDict[PageNode, None] = OrderedDict()  # the same, and they go before those
+        self._prepared: OrderedDict[PageNode, None] = OrderedDict()  # the same, and they go before those
         # Digests that came and went since the last `drain_changes`, netted: a digest is in at most one of the two.
         self._added: dict[bytes, None] = {}
         self._removed: dict[bytes, None] = {}
 
     @property
     def num_evictable(self) -> int:
-        return len(self._cold) + len(self._idle)
+        return len(self._prepared) + len(self._idle)
 
     @property
-    def num_cold(self) -> int:
-        return len(self._cold)
+    def num_prepared(self) -> int:
+        return len(self._prepared)
 
     def match(self, keys: Iterable[bytes], cache_salt: str) -> list[PageNode]:
         """The longest path that spells a prefix of `keys`."""
@@ -121,7 +121,7 @@ class RadixTree:
             self._read(node)
         return Pin(path[-1] if path else root, [node.page_id for node in path], len(path))
 
-    def hold(self, leaf: PageNode) -> tuple[Pin, int]:
+    def pin_path(self, leaf: PageNode) -> tuple[Pin, int]:
         """Pins the path to a page; and how many of its pages nobody used."""
         path, num_unused = list[PageNode](), 0
         node: Node = leaf
@@ -137,30 +137,30 @@ class RadixTree:
         node.num_readers += 1
         if node.num_readers > 1:
             return False
-        if node in self._cold:
-            del self._cold[node]
+        if node in self._prepared:
+            del self._prepared[node]
         else:
             del self._idle[node]
         return True
 
-    def extend(self, pin: Pin, keys: Sequence[bytes], page_ids: Sequence[int]) -> Moves:
-        """Moves the pin down along `keys`; `page_ids` are the request's own pages with those tokens' K/V.
+    def extend(self, pin: Pin, keys: Sequence[bytes], page_ids: Sequence[int]) -> OwnershipChange:
+        """OwnershipChange the pin down along `keys`; `page_ids` are the request's own pages with those tokens' K/V.
 
         A page new to the tree is taken. Where the tree has the page already: in use by others, the request keeps its
         own as a duplicate; unused, the tree takes the request's page and releases its own.
         """
-        moves = Moves()
+        change = OwnershipChange()
         for key, page_id in zip(keys, page_ids, strict=True):
             parent = pin.node
             node = parent.children.get(key)
             if node is None:
                 node = parent.children[key] = PageNode(parent, key, page_id)
-                moves.taken.append(page_id)
+                change.taken.append(page_id)
                 self._log_added(node.digest)
             elif node.num_readers == 0:
                 self._read(node)
-                moves.released.append(node.page_id)
-                moves.taken.append(page_id)
+                change.released.append(node.page_id)
+                change.taken.append(page_id)
                 node.page_id = page_id
             else:
                 pin.duplicates[node] = page_id
@@ -169,13 +169,13 @@ class RadixTree:
                 node.duplicates.append(pin)
             pin.node = node
             pin.num_pages += 1
-        return moves
+        return change
 
-    def unpin(self, pin: Pin, *, cold: bool = False) -> Moves:
+    def unpin(self, pin: Pin, *, prepared: bool = False) -> OwnershipChange:
         """Lets go of the whole path, deepest page first. The pin's remaining `duplicates` stay the caller's.
 
-        `cold`: its pages go next, but for those that were hit (`num_hits`) and what these continue."""
-        moves = Moves()
+        `prepared`: its pages go next, but for those that were hit (`num_hits`) and what these continue."""
+        change = OwnershipChange()
         node = pin.node
         while isinstance(node, PageNode):
             if pin.duplicates and node in pin.duplicates:
@@ -185,16 +185,18 @@ class RadixTree:
                 node.num_readers -= 1
                 if node.num_readers == 0:
                     if node.duplicates:
-                        self._hand_over(node, node.duplicates.pop(), moves)  # the newest is likely to stay longest
-                    elif cold and not node.num_hits and all(map(self._cold.__contains__, node.children.values())):
-                        self._cold[node] = None
+                        self._hand_over(node, node.duplicates.pop(), change)  # the newest is likely to stay longest
+                    elif (
+                        prepared and not node.num_hits and all(map(self._prepared.__contains__, node.children.values()))
+                    ):
+                        self._prepared[node] = None
                     else:
                         self._idle[node] = None
             node = node.parent
         assert isinstance(node, Root)
         node.num_readers -= 1
         self._drop_root_if_unused(node)
-        return moves
+        return change
 
     def tail(self, pin: Pin, num_pages: int) -> list[PageNode]:
         """The deepest `num_pages` pages of the pin's path, a prefix before what continues it."""
@@ -207,18 +209,18 @@ class RadixTree:
         nodes.reverse()
         return nodes
 
-    def coldest_idle(self) -> PageNode | None:
+    def oldest_idle(self) -> PageNode | None:
         """The one that goes after the cold ones."""
         return next(iter(self._idle), None)
 
-    def cool(self, node: PageNode) -> None:
-        """`coldest_idle` becomes the last of the cold ones."""
+    def mark_prepared(self, node: PageNode) -> None:
+        """`oldest_idle` becomes the last of the cold ones."""
         del self._idle[node]
-        self._cold[node] = None
+        self._prepared[node] = None
 
     def evict(self) -> PageNode:
         """Removes the least recently used leaf that no pin uses, and returns it. One must be evictable."""
-        node, _ = (self._cold or self._idle).popitem(last=False)
+        node, _ = (self._prepared or self._idle).popitem(last=False)
         assert not node.children, "a page is evicted before the prefix it continues"
         parent = node.parent
         del parent.children[node.key]
@@ -242,11 +244,11 @@ class RadixTree:
         self._removed.clear()
         return added, removed
 
-    def _hand_over(self, node: PageNode, heir: Pin, moves: Moves) -> None:
+    def _hand_over(self, node: PageNode, heir: Pin, change: OwnershipChange) -> None:
         """The last reader left: the node takes the heir's duplicate, and the heir becomes its reader."""
-        moves.released.append(node.page_id)
+        change.released.append(node.page_id)
         node.page_id = heir.duplicates.pop(node)
-        moves.taken.append(node.page_id)
+        change.taken.append(node.page_id)
         node.num_readers = 1
 
     def _drop_root_if_unused(self, root: Root) -> None:

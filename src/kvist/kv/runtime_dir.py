@@ -28,9 +28,9 @@ POOL_PREFIX, _POOL_SUFFIX = "pool-", ".pages"
 _POOL = re.compile(r"pool-\d+-[0-9a-f]{8}\.pages")
 _UNFINISHED = re.compile(r"pool-\d+-[0-9a-f]{8}\.new|\.epoch-[\w-]{1,64}\.lock\.new")
 _EPOCH = re.compile(r"epoch-[\w-]{1,64}\.lock")
-_MEETING = re.compile(r"tp-\d+-[0-9a-f]{8}.*")  # of tensor-parallel ranks; rank 0 has a pool
+_RENDEZVOUS = re.compile(r"tp-\d+-[0-9a-f]{8}.*")  # of tensor-parallel ranks; rank 0 has a pool
 _UNFINISHED_S = 60.0  # a file younger than this may not be locked yet
-_TURN_S, _PAUSE_S = 60.0, 0.01
+_LOCK_WAIT_S, _PAUSE_S = 60.0, 0.01
 
 
 def runtime_dir(named: str | None = None) -> Path:
@@ -94,12 +94,12 @@ def publish_pool(directory: Path, fill: Callable[[int], object]) -> tuple[Path, 
 
 
 @contextlib.contextmanager
-def turn(directory: Path) -> Iterator[None]:
+def allocation_lock(directory: Path) -> Iterator[None]:
     """One engine at a time looks how much memory is free, and takes it."""
     fd = os.open(directory, os.O_RDONLY)
     try:
         clock = MonotonicClock()
-        give_up_s = clock.now_s() + _TURN_S  # the other one may be stopped
+        give_up_s = clock.now_s() + _LOCK_WAIT_S  # the other one may be stopped
         while not _try_lock(fd) and clock.now_s() < give_up_s:
             time.sleep(_PAUSE_S)
         yield
@@ -120,7 +120,7 @@ def remove_leftovers(directory: Path) -> int:
                 case False:
                     num_alive += 1
     if not num_alive:
-        dead += [directory / name for name in names if _MEETING.fullmatch(name)]
+        dead += [directory / name for name in names if _RENDEZVOUS.fullmatch(name)]
     removed = 0
     for path in dead:
         if num_alive and _EPOCH.fullmatch(path.name):  # a living peer may ask whether that life is over

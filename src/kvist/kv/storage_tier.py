@@ -159,7 +159,7 @@ class StorageTier:
             self._num_stored += len(piece)
             for page in piece:
                 page.stored = True  # until it turns out otherwise: nobody else begins it
-                self._host.begin(page)
+                self._host.pin(page)
             job_id = self._host.next_job_id()
             self._stores[job_id] = self._life, piece
             self._jobs.append(
@@ -185,7 +185,7 @@ class StorageTier:
         life, pages = self._stores.pop(event.job_id)
         self._num_stored -= len(pages)
         for index, page in enumerate(pages):
-            self._host.end(page)
+            self._host.unpin(page)
             if index >= event.num_pages and life == self._life:
                 page.stored = False
         self.totals["storage_stored_pages"] += event.num_pages
@@ -281,7 +281,7 @@ class StorageTier:
         prefetch._closed = True
         self._num_taken -= prefetch._num_kept
         if prefetch._kept is not None:
-            self._host.end(prefetch._kept)
+            self._host.unpin(prefetch._kept)
 
     def drain_done(self) -> list[Prefetch]:
         """Those for which there is nothing more to wait, since the last call; each once, perhaps closed meanwhile."""
@@ -364,7 +364,7 @@ class StorageTier:
             last = page
             prefetch._depth += 1
         if last is not None and last is not prefetch._kept:
-            self._host.begin(last)
+            self._host.pin(last)
             if prefetch._kept is not None:
-                self._host.end(prefetch._kept)
+                self._host.unpin(prefetch._kept)
             prefetch._kept = last

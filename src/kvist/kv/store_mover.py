@@ -3,7 +3,7 @@
     engine loop: start ──► reads (FindPages, FetchPages) ──► threads: exists, get ──► reports ──► engine loop: poll
                      └───► writes (StorePages) ────────────► threads: put ─────────┘   (after a call of `wakeup`)
 
-    attach(store) ──► a session: the store, its threads, its breaker ──detach──► no new calls ──the last one is back──►
+    attach(store) ──► a store: the store, its threads, its breaker ──detach──► no new calls ──the last one is back──►
                                                                                  the store is closed
 
 Reads do not queue behind writes: a request waits for the ones, nobody for the others. Every job is answered once, by 0
@@ -59,7 +59,7 @@ BREAKER_CLOSED, BREAKER_OPEN, BREAKER_HALF_OPEN = "closed", "open", "half_open"
 PAUSE_S = 5.0  # between two tries of a store that hangs
 CLOSE_S = 2.0  # for the calls under way when the engine ends
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _Job = FindPages | FetchPages | StorePages
 _COUNTED = {FindPages: "storage_find", FetchPages: "storage_read", StorePages: "storage_write"}
@@ -73,7 +73,7 @@ class _Call:
     """A job that a thread carries out. Mutable; the thread's, but for `is_slow`, which the loop sets."""
 
     job: _Job
-    began_s: float  # its present call of the store
+    started_s: float  # its present call of the store
     is_slow: bool = False  # it has outrun the deadline
     answered: bool = False  # the store has said of every page whether it has it
 
@@ -101,83 +101,83 @@ class StoreMover:
         self.clock = clock
         self.deadline_s = deadline_s
         self._reports: deque[Report] = deque()
-        self._session: _Session | None = None
-        self._leaving: list[_Session] = []  # detached, with calls under way
+        self._attached: _AttachedStore | None = None
+        self._detached: list[_AttachedStore] = []  # detached, with calls under way
         self._totals: dict[str, float] = dict.fromkeys(STORE_COUNTERS, 0)  # of the sessions that are over
         self._errors: Counter[str] = Counter()  # the same
 
     def attach(self, store: PageStore, stats: StoreStats) -> None:
         """It is ours to close from now on. `stats` are its own, as of now: asking may take time."""
-        assert self._session is None, "detach the other store first"
-        self._session = _Session(store, stats, self)
+        assert self._attached is None, "detach the other store first"
+        self._attached = _AttachedStore(store, stats, self)
 
     def detach(self) -> threading.Event:
         """No new calls; what has not begun is answered. The store is closed when its last call has returned: then the
         event is set."""
-        assert self._session is not None
-        session, self._session = self._session, None
-        session.stop()
-        self._leaving.append(session)
-        return session.over
+        assert self._attached is not None
+        store, self._attached = self._attached, None
+        store.stop()
+        self._detached.append(store)
+        return store.closed
 
     def start(self, job: StoreJob) -> None:
         if isinstance(job, CancelFetch):
-            if self._session is not None:
-                self._session.cancel(job.job_id)
-        elif self._session is None:
+            if self._attached is not None:
+                self._attached.cancel(job.job_id)
+        elif self._attached is None:
             self.report(job, 0)
         else:
-            self._session.start(job)
+            self._attached.start(job)
 
     def poll(self) -> list[Report]:
         """What happened since the last call. To be called once a second at least: it is what notices the deadline."""
         now_s = self.clock.now_s()
-        for session in self._sessions():
-            session.notice_deadline(now_s)
-        for session in [each for each in self._leaving if each.over.is_set()]:
-            self._leaving.remove(session)
-            session.add_to(self._totals)
-            self._errors.update(session.stats.errors)
+        for store in self._stores():
+            store.notice_deadline(now_s)
+        for store in [each for each in self._detached if each.closed.is_set()]:
+            self._detached.remove(store)
+            store.add_to(self._totals)
+            self._errors.update(store.stats.errors)
         return [self._reports.popleft() for _ in range(len(self._reports))]
 
-    def num_leaving(self) -> int:
+    def num_detached(self) -> int:
         """Stores that were detached, and have calls under way."""
-        return sum(not session.over.is_set() for session in self._leaving)
+        return sum(not store.closed.is_set() for store in self._detached)
 
     def breaker(self) -> str:
-        return BREAKER_CLOSED if self._session is None else self._session.breaker()
+        return BREAKER_CLOSED if self._attached is None else self._attached.breaker()
 
     def num_quarantined_pages(self) -> int:
         """Slots of calls that hang."""
-        return sum(session.num_quarantined_pages() for session in self._sessions())
+        return sum(store.num_quarantined_pages() for store in self._stores())
 
     def stats(self) -> StoreStats | None:
         """As of the last call of the store that is attached."""
-        return None if self._session is None else self._session.stats
+        return None if self._attached is None else self._attached.stats
 
     def totals(self) -> dict[str, float]:
         """STORE_COUNTERS, of all stores so far."""
         totals = dict(self._totals)
-        for session in self._sessions():
-            session.add_to(totals)
+        for store in self._stores():
+            store.add_to(totals)
         return totals
 
     def errors(self) -> dict[str, int]:
         """By the name of the errno, of all stores so far."""
         errors = self._errors.copy()
-        for session in self._sessions():
-            errors.update(session.stats.errors)
+        for store in self._stores():
+            errors.update(store.stats.errors)
         return dict(errors)
 
     def close(self) -> bool:
         """What has not begun is dropped. False: a call hangs, and may still write into the host pool."""
-        if self._session is not None:
+        if self._attached is not None:
             self.detach()
         give_up_s = self.clock.now_s() + CLOSE_S
-        return all(session.over.wait(max(0.0, give_up_s - self.clock.now_s())) for session in self._leaving)
+        return all(store.closed.wait(max(0.0, give_up_s - self.clock.now_s())) for store in self._detached)
 
-    def _sessions(self) -> list[_Session]:
-        return [*self._leaving, *([] if self._session is None else [self._session])]
+    def _stores(self) -> list[_AttachedStore]:
+        return [*self._detached, *([] if self._attached is None else [self._attached])]
 
     def report(self, job: _Job, num_pages: int, answered: bool = False) -> None:
         """By any thread."""
@@ -186,8 +186,8 @@ class StoreMover:
         self.wakeup()
 
 
-class _Lane:
-    """One kind of job and the threads for it. Mutable; guarded by its session's lock."""
+class _WorkerQueue:
+    """One kind of job and the threads for it. Mutable; guarded by its store's lock."""
 
     def __init__(self, lock: threading.Lock, num_threads: int) -> None:
         self.num_threads = num_threads
@@ -196,33 +196,33 @@ class _Lane:
         self.calls: list[_Call] = []
 
 
-class _Session:
+class _AttachedStore:
     """One attached store. `_lock` guards what changes; neither the store nor the mover is called under it."""
 
     def __init__(self, store: PageStore, stats: StoreStats, mover: StoreMover) -> None:
         self.stats = stats
-        self.over = threading.Event()  # every call has returned, and the store is closed
+        self.closed = threading.Event()  # every call has returned, and the store is closed
         self._store = store
         self._pages = mover.host.tensor.numpy()  # [num_pages, page_bytes] uint8
         self._mover = mover
         self._clock = mover.clock
         self._lock = threading.Lock()
-        self._reads, self._writes = _Lane(self._lock, num_readers()), _Lane(self._lock, num_writers())
-        self._try_again_s: float | None = None  # the breaker is open
+        self._reads, self._writes = _WorkerQueue(self._lock, num_readers()), _WorkerQueue(self._lock, num_writers())
+        self._retry_at_s: float | None = None  # the breaker is open
         self._stopped = False
         self._counts: dict[str, float] = dict.fromkeys(STORE_COUNTERS, 0)
         self._num_threads = self._reads.num_threads + self._writes.num_threads
-        for lane, name in ((self._reads, "kvist-store-read"), (self._writes, "kvist-store-write")):
-            for _ in range(lane.num_threads):
-                threading.Thread(target=self._work, args=(lane,), name=name, daemon=True).start()
+        for queue, name in ((self._reads, "kvist-store-read"), (self._writes, "kvist-store-write")):
+            for _ in range(queue.num_threads):
+                threading.Thread(target=self._serve, args=(queue,), name=name, daemon=True).start()
 
     def start(self, job: _Job) -> None:
-        lane = self._writes if isinstance(job, StorePages) else self._reads
+        queue = self._writes if isinstance(job, StorePages) else self._reads
         with self._lock:
-            admitted = self._admits(lane)
+            admitted = self._admits(queue)
             if admitted:
-                lane.waiting.append(job)
-                lane.has_work.notify()
+                queue.waiting.append(job)
+                queue.has_work.notify()
             else:
                 self._counts["storage_unasked_jobs"] += 1
         if not admitted:
@@ -239,28 +239,28 @@ class _Session:
         with self._lock:
             self._stopped = True
             dropped = self._drop_waiting()
-            for lane in (self._reads, self._writes):
-                lane.has_work.notify_all()
+            for queue in (self._reads, self._writes):
+                queue.has_work.notify_all()
         self._answer(dropped)
 
     def notice_deadline(self, now_s: float) -> None:
         dropped: list[_Job] = []
         with self._lock:
             for call in self._calls():
-                if call.is_slow or now_s - call.began_s <= self._mover.deadline_s:
+                if call.is_slow or now_s - call.started_s <= self._mover.deadline_s:
                     continue
                 call.is_slow = True
                 self._counts["storage_slow_calls"] += 1
                 dropped += self._open_breaker(now_s)
-                log.warning("storage tier: %s takes longer than %g s", _words(call.job), self._mover.deadline_s)
+                logger.warning("storage tier: %s takes longer than %g s", _describe(call.job), self._mover.deadline_s)
         self._answer(dropped)
 
     def breaker(self) -> str:
         with self._lock:
-            if self._try_again_s is None:
+            if self._retry_at_s is None:
                 return BREAKER_CLOSED
-            may_try = self._clock.now_s() >= self._try_again_s
-            return BREAKER_HALF_OPEN if may_try and self._is_trying() else BREAKER_OPEN
+            may_probe = self._clock.now_s() >= self._retry_at_s
+            return BREAKER_HALF_OPEN if may_probe and self._is_probing() else BREAKER_OPEN
 
     def num_quarantined_pages(self) -> int:
         with self._lock:
@@ -276,18 +276,18 @@ class _Session:
 
     # ------------------------------------------------------------ the breaker; the lock is held
 
-    def _admits(self, lane: _Lane) -> bool:
-        if self._try_again_s is None:
+    def _admits(self, queue: _WorkerQueue) -> bool:
+        if self._retry_at_s is None:
             return True
-        is_idle = len(lane.calls) < lane.num_threads
-        return is_idle and not self._is_trying() and self._clock.now_s() >= self._try_again_s
+        is_idle = len(queue.calls) < queue.num_threads
+        return is_idle and not self._is_probing() and self._clock.now_s() >= self._retry_at_s
 
-    def _is_trying(self) -> bool:
+    def _is_probing(self) -> bool:
         return bool(self._reads.waiting or self._writes.waiting) or any(not call.is_slow for call in self._calls())
 
     def _open_breaker(self, now_s: float) -> list[_Job]:
         """Returns the jobs that must be answered."""
-        self._try_again_s = now_s + PAUSE_S
+        self._retry_at_s = now_s + PAUSE_S
         dropped = self._drop_waiting()
         self._counts["storage_unasked_jobs"] += len(dropped)
         return dropped
@@ -303,16 +303,16 @@ class _Session:
 
     # ------------------------------------------------------------ the threads
 
-    def _work(self, lane: _Lane) -> None:
-        while (call := self._next(lane)) is not None:
-            begin_s = call.began_s
+    def _serve(self, queue: _WorkerQueue) -> None:
+        while (call := self._next_call(queue)) is not None:
+            started_s = call.started_s
             num_pages, has_raised = 0, False
             try:
-                num_pages = self._carry_out(call)
+                num_pages = self._run_job(call)
             except Exception:  # the thread must outlive any one job, and the job be answered
-                log.exception("storage tier: %s", _words(call.job))
+                logger.exception("storage tier: %s", _describe(call.job))
                 has_raised = True
-            self._answer(self._note_end(lane, call, num_pages, begin_s, has_raised))
+            self._answer(self._finish_call(queue, call, num_pages, started_s, has_raised))
             self._mover.report(call.job, num_pages, call.answered and not has_raised)
         with self._lock:
             self._num_threads -= 1
@@ -320,19 +320,19 @@ class _Session:
         if is_last:
             with contextlib.suppress(Exception):  # nobody is left to tell
                 self._store.close()
-            self.over.set()
+            self.closed.set()
             self._mover.wakeup()
 
-    def _next(self, lane: _Lane) -> _Call | None:
+    def _next_call(self, queue: _WorkerQueue) -> _Call | None:
         with self._lock:
-            lane.has_work.wait_for(lambda: self._stopped or lane.waiting)
+            queue.has_work.wait_for(lambda: self._stopped or queue.waiting)
             if self._stopped:
                 return None
-            call = _Call(lane.waiting.popleft(), self._clock.now_s())
-            lane.calls.append(call)
+            call = _Call(queue.waiting.popleft(), self._clock.now_s())
+            queue.calls.append(call)
             return call
 
-    def _carry_out(self, call: _Call) -> int:
+    def _run_job(self, call: _Call) -> int:
         """Returns how many leading pages are there, in their slots, or stored."""
         job, num_done = call.job, 0
         assert max(call.slots, default=0) < len(self._pages), "a page outside the pool"
@@ -341,8 +341,8 @@ class _Session:
             persistent.clear(call.slots)
         for first in range(0, len(job.digests), PIECE_PAGES):
             digests = job.digests[first : first + PIECE_PAGES]
-            call.began_s = self._clock.now_s()
-            num_pages = self._ask(job, digests, call.slots[first : first + PIECE_PAGES])
+            call.started_s = self._clock.now_s()
+            num_pages = self._call_store(job, digests, call.slots[first : first + PIECE_PAGES])
             num_done += num_pages
             call.answered = num_pages < len(digests) or num_done == len(job.digests)
             if num_pages < len(digests) or call.is_slow or self._stopped:
@@ -354,7 +354,7 @@ class _Session:
         self.stats = self._store.stats()
         return num_done
 
-    def _ask(self, job: _Job, digests: Sequence[bytes], slots: Sequence[int]) -> int:
+    def _call_store(self, job: _Job, digests: Sequence[bytes], slots: Sequence[int]) -> int:
         pages = [self._pages[slot].data for slot in slots]
         match job:
             case FindPages():
@@ -367,22 +367,24 @@ class _Session:
             raise StoreError(f"the store says {num_pages} pages of {len(digests)}")
         return num_pages
 
-    def _note_end(self, lane: _Lane, call: _Call, num_pages: int, begin_s: float, has_raised: bool) -> list[_Job]:
+    def _finish_call(
+        self, queue: _WorkerQueue, call: _Call, num_pages: int, started_s: float, has_raised: bool
+    ) -> list[_Job]:
         """Returns the jobs that must be answered."""
         name = _COUNTED[type(call.job)]
         with self._lock:
             now_s = self._clock.now_s()
-            lane.calls.remove(call)
+            queue.calls.remove(call)
             self._counts[f"{name}s"] += 1
-            self._counts[f"{name}_seconds"] += now_s - begin_s
+            self._counts[f"{name}_seconds"] += now_s - started_s
             if call.slots:
                 self._counts[f"{name}_bytes"] += num_pages * self._pages.shape[1]
             if has_raised:
                 self._counts["storage_raised_calls"] += 1
                 return self._open_breaker(now_s)
-            if self._try_again_s is not None and not call.is_slow and now_s >= self._try_again_s:
-                self._try_again_s = None
-                log.info("storage tier: the store answers again")
+            if self._retry_at_s is not None and not call.is_slow and now_s >= self._retry_at_s:
+                self._retry_at_s = None
+                logger.info("storage tier: the store answers again")
         return []
 
     def _answer(self, dropped: Sequence[_Job]) -> None:
@@ -390,5 +392,5 @@ class _Session:
             self._mover.report(job, 0)
 
 
-def _words(job: _Job) -> str:
+def _describe(job: _Job) -> str:
     return f"{type(job).__name__} of {len(job.digests)} pages"

@@ -32,7 +32,7 @@ from kvist.kv.device import (
     plan_pool_size,
 )
 from kvist.kv.layout import PageLayout
-from kvist.kv.runtime_dir import free_bytes, turn
+from kvist.kv.runtime_dir import allocation_lock, free_bytes
 from kvist.kv.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.models import ModelConfig
 from kvist.models.decoder import CausalLM
@@ -84,7 +84,7 @@ def build_runner(
     device = _rank_device(config, 0)
     runtime_dir = user_runtime_dir(None if runtime_dir is None else str(runtime_dir))
     layout = page_layout(model_config, config)
-    with turn(runtime_dir):  # what is free must still be free when it is taken
+    with allocation_lock(runtime_dir):  # what is free must still be free when it is taken
         size = _pool_size(model_config, layout, config, device, runtime_dir)
         pool = DevicePool.create(layout, size.num_pages, device=device, directory=runtime_dir)
     spec = RankSpec(

@@ -250,26 +250,26 @@ class Batcher:
         table, prefill = self._table, Mode.PREFILL
         growing = sum(other.mode is not prefill for other in table.running)
         reserve = table.num_granted + len(table.loading) + growing
-        unchanged = self._head_did_not_fit == (request.ticket, cache.num_to_be_had - reserve)
+        unchanged = self._head_did_not_fit == (request.ticket, cache.num_reclaimable - reserve)
         if unchanged and (request.eager or self._youngest_eager() is None):
             return False  # matching a long prompt once more, each step, would cost more than it finds
         max_cached = request.max_cached_tokens
         lease = cache.open(request.token_ids, cache_salt=request.request.cache_salt, max_tokens=max_cached)
-        load = cache.load_under_way(lease, request.token_ids, max_tokens=max_cached)
+        load = cache.pending_load(lease, request.token_ids, max_tokens=max_cached)
         if load is not None:
             cache.close(lease)
             self._table.wait_behind(request, load)
             return True
         num_needed = -(-num_tokens // cache.page_size) - len(lease.page_ids)
-        while (too_few := cache.num_to_be_had - num_needed < reserve) or not cache.grow(lease, num_tokens):
+        while (too_few := cache.num_reclaimable - num_needed < reserve) or not cache.grow(lease, num_tokens):
             victim = self._youngest_eager() if too_few and not request.eager else None  # else copies make room
             if victim is None or not self._preempt(victim):
                 cache.close(lease)
-                self._head_did_not_fit = (request.ticket, cache.num_to_be_had - reserve) if too_few else None
+                self._head_did_not_fit = (request.ticket, cache.num_reclaimable - reserve) if too_few else None
                 return False
         request.lease = lease
         request.num_computed = request.num_planned = lease.num_cached_tokens
-        load = cache.follow(lease, request.token_ids, max_tokens=max_cached)
+        load = cache.start_load(lease, request.token_ids, max_tokens=max_cached)
         table.close_prefetch(request)
         if load is not None:
             table.loading[load] = request

@@ -323,7 +323,7 @@ class RequestTable:
             request.num_computed = end = len(token_ids)
             if not end % page_size:
                 assert request.lease is not None
-                self.cache.commit(request.lease, token_ids, end)
+                self.cache.insert(request.lease, token_ids, end)
             position = end - request.num_prompt
             if (
                 position
@@ -340,7 +340,7 @@ class RequestTable:
     def _take_chunk(self, request: ActiveRequest, end: int, token: SampledToken | None) -> None:
         request.num_computed = end
         assert request.lease is not None
-        self.cache.commit(request.lease, request.token_ids, end)
+        self.cache.insert(request.lease, request.token_ids, end)
         is_whole = end == len(request.token_ids)
         if request.mode is Mode.PREFILL:
             if is_whole:
@@ -363,7 +363,7 @@ class RequestTable:
         """DECODE: the given tokens' K/V is in its pages, and prefill has told `token` to the gateway."""
         assert request.lease is not None
         request.num_computed = request.num_planned = request.num_given
-        self.cache.commit(request.lease, request.token_ids, request.num_given)
+        self.cache.insert(request.lease, request.token_ids, request.num_given)
         request.token_ids.append(token.token_id)
         if finish is not None:  # prefill told it with the token
             self.end(request, Outcome.FINISHED)

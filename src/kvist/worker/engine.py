@@ -30,7 +30,7 @@ from kvist.kv.host_tier import HostTier
 from kvist.kv.layout import namespace
 from kvist.kv.mover import PageMover
 from kvist.kv.persistence import PersistentPages, reusable_bytes
-from kvist.kv.runtime_dir import remove_leftovers, turn
+from kvist.kv.runtime_dir import allocation_lock, remove_leftovers
 from kvist.kv.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.kv.storage_tier import StorageTier
 from kvist.kv.store_mover import StoreMover
@@ -226,7 +226,7 @@ def _assemble(
         )
         clock = MonotonicClock()
         pool_closing = closing.enter_context(contextlib.ExitStack())
-        with turn(runtime_dir):
+        with allocation_lock(runtime_dir):
             host_pool = make_host_pool(config.host_tier, pool, spec.namespace, pool_closing)
         host_tier: HostTier | None = None
         mover: PageMover | None = None

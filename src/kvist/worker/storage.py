@@ -178,7 +178,7 @@ class EngineStorage:
             raise Conflict(
                 "a store is being attached or detached: try again in a while", param="hicache_storage_backend"
             )
-        elif self._mover.num_leaving() + self._num_left_opening() >= MAX_LEFT_BEHIND:
+        elif self._mover.num_detached() + self._num_left_opening() >= MAX_LEFT_BEHIND:
             raise Conflict(
                 f"{MAX_LEFT_BEHIND} stores were left behind with calls that hang: mend them, or start the worker anew",
                 param="hicache_storage_backend",

@@ -45,7 +45,7 @@ _TOUCH_NS = 60 * 10**9  # a page in use says so once a minute: an mtime is a wri
 _STEP_NS = 1000  # each page of a call counts as used this much before the one in front of it
 _SUSPEND_S = 5.0
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class FileStore:
@@ -181,7 +181,7 @@ class FileStore:
         except OSError as error:
             self._tally.error(error)
             self._suspended_until_s = max(self._suspended_until_s, self._clock.now_s() + _SUSPEND_S)
-            log.warning("the file store writes nothing for %g s: %s", _SUSPEND_S, error)
+            logger.warning("the file store writes nothing for %g s: %s", _SUSPEND_S, error)
             return False
         self._tally.add(num_written=1)
         return True
