@@ -49,7 +49,7 @@ def problems(**changes: Any) -> list[str]:
     return audit.problems(**{**told, **changes})
 
 
-def test_what_is_pinned_hashed_installed_and_allowed_is_fine() -> None:
+def test_the_audit_accepts_pinned_hashed_and_allowed_packages() -> None:
     assert problems() == []
     assert problems(installed={"a": Package("1.0+cpu", License_Expression="MIT")}) == []  # another build of the same
 
@@ -70,11 +70,11 @@ def test_what_is_pinned_hashed_installed_and_allowed_is_fine() -> None:
         ({"installed": {"a": Package(Classifier=["License :: OSI Approved :: Secret"])}}, "a is under 'Secret'"),
     ],
 )
-def test_each_way_to_be_wrong_is_named(changes: dict[str, Any], said: str) -> None:
+def test_the_audit_names_each_kind_of_problem(changes: dict[str, Any], said: str) -> None:
     assert any(said in line for line in problems(**changes)), problems(**changes)
 
 
-def test_the_repository_s_own_files_are_read(tmp_path: Path) -> None:
+def test_the_audit_reads_the_files_of_this_repository(tmp_path: Path) -> None:
     asked, pinned, hashed = packages.asked_for(), packages.pins(packages.CONSTRAINTS), packages.pins(packages.HASHES)
     assert {"uvicorn", "mypy", "pytest", "torch"} <= asked.keys() <= pinned.keys()
     assert pinned.keys() - {"torch"} <= hashed.keys()

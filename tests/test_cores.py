@@ -25,7 +25,7 @@ def machine(num_packages: int, cores_each: int, threads: int) -> dict[int, Place
 
 
 @given(st.integers(1, 4), st.integers(2, 32), st.integers(1, 2), st.data())
-def test_every_core_is_on_one_side_with_its_sibling_and_every_package_on_both(
+def test_both_threads_of_a_core_are_on_one_side_and_each_package_on_both(
     num_packages: int, cores_each: int, threads: int, data: st.DataObject
 ) -> None:
     places = machine(num_packages, cores_each, threads)
@@ -42,7 +42,7 @@ def test_every_core_is_on_one_side_with_its_sibling_and_every_package_on_both(
     assert not engine & gateway
 
 
-def test_two_workers_of_one_host_come_to_the_same_halves() -> None:
+def test_two_workers_of_one_host_compute_the_same_split() -> None:
     places = machine(2, 8, 2)
     assert split(places) == split(dict(reversed(places.items())))
 
@@ -58,18 +58,18 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> list[Collection[int]]:
     return calls
 
 
-def test_the_engine_takes_its_half_and_tells_the_gateway_s(bound: list[Collection[int]]) -> None:
+def test_the_engine_binds_to_its_half_and_returns_the_gateways_cores(bound: list[Collection[int]]) -> None:
     assert separate(2) == {1, 3, 5, 7, 9, 11, 13, 15}
     assert bound == [{0, 2, 4, 6, 8, 10, 12, 14}]
 
 
-def test_more_engines_than_the_half_has_room_for_are_left_to_the_system(bound: list[Collection[int]]) -> None:
+def test_too_many_engines_for_the_cores_are_not_bound(bound: list[Collection[int]]) -> None:
     assert separate(3) == frozenset()
     assert bound == []
 
 
 @pytest.mark.parametrize("num_usable", [1, 7])
-def test_few_cores_are_left_to_the_system(
+def test_a_process_with_few_cores_is_not_bound(
     num_usable: int, bound: list[Collection[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cores, "usable_cores", lambda: frozenset(range(num_usable)))
@@ -77,7 +77,7 @@ def test_few_cores_are_left_to_the_system(
     assert bound == []
 
 
-def test_a_system_that_does_not_say_how_its_cores_lie_is_left_alone(
+def test_without_a_core_topology_nothing_is_bound(
     bound: list[Collection[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cores, "read_places", lambda _asked: {})
@@ -85,7 +85,7 @@ def test_a_system_that_does_not_say_how_its_cores_lie_is_left_alone(
     assert bound == []
 
 
-def test_a_system_that_refuses_leaves_the_gateway_alone_too(
+def test_a_refused_binding_leaves_the_gateway_unbound(
     bound: list[Collection[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cores, "bind_process", lambda _cores: False)
@@ -105,13 +105,13 @@ def test_a_system_that_refuses_leaves_the_gateway_alone_too(
     ],
 )
 @pytest.mark.usefixtures("bound")
-def test_a_quota_of_cpu_time_counts_as_so_many_cores(quota: str, expected: int, tmp_path: Path) -> None:
+def test_a_cpu_quota_limits_the_number_of_usable_cores(quota: str, expected: int, tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text(quota + "\n")
     assert num_usable_cores(tmp_path / "cpu.max") == expected
     assert num_usable_cores(tmp_path / "none") == 16
 
 
-def test_places_are_read_as_linux_tells_them(tmp_path: Path) -> None:
+def test_core_places_are_read_from_sysfs(tmp_path: Path) -> None:
     for core, siblings in enumerate(("0-1", "0-1", "2,6", "nonsense")):
         topology = tmp_path / f"cpu{core}" / "topology"
         topology.mkdir(parents=True)
@@ -123,7 +123,7 @@ def test_places_are_read_as_linux_tells_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(len(usable_cores()) < 2, reason="needs two cores")
-def test_binding_moves_every_thread_and_those_to_come() -> None:
+def test_binding_applies_to_running_and_new_threads() -> None:
     code = """
 import os, threading
 from kvist.cores import bind_process, usable_cores
@@ -143,7 +143,7 @@ assert seen == [one, one] and usable_cores() == one, seen
 
 
 @pytest.mark.skipif(len(usable_cores()) < 2, reason="needs two cores")
-def test_the_threads_of_the_tiers_are_for_the_cores_of_now(tmp_path: Path) -> None:
+def test_the_tiers_start_as_many_threads_as_cores_are_usable_now(tmp_path: Path) -> None:
     """As many as the host has, at import, would be many more in a container that may use a few."""
     code = f"""
 import os

@@ -37,14 +37,14 @@ def _resolve(name: str) -> object:
 
 
 @pytest.mark.parametrize(("page", "at_least"), [("follow-one-request.md", 40), ("performance.md", 10)])
-def test_every_name_that_a_page_gives_exists(page: str, at_least: int) -> None:
+def test_every_name_in_a_page_of_the_docs_exists(page: str, at_least: int) -> None:
     names = re.findall(r"`(kvist(?:\.\w+)+)`", (ROOT / "docs" / page).read_text(encoding="utf-8"))
     assert len(names) > at_least
     for name in names:
         _resolve(name)
 
 
-def test_a_name_that_does_not_exist_is_noticed() -> None:
+def test_a_missing_name_in_the_docs_is_found() -> None:
     with pytest.raises(AttributeError):
         _resolve("kvist.wire.NoSuchMessage")
 
@@ -70,7 +70,7 @@ def test_every_class_of_the_glossary_exists() -> None:
         "docs/security.md",
     ],
 )
-def test_every_flag_that_a_page_names_is_one(page: str) -> None:
+def test_every_flag_in_the_docs_exists(page: str) -> None:
     options = [option for settings_class in settings._SETTINGS.values() for option in options_of(settings_class)]
     known = {"--help", "--help-all", "--version", *(short.flag for short in settings.SHORTHANDS)}
     known |= {flag for option in options for flag in option.flags}
@@ -79,7 +79,7 @@ def test_every_flag_that_a_page_names_is_one(page: str) -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) <= known
 
 
-def test_the_table_of_request_fields_is_what_the_schemas_say() -> None:
+def test_the_table_of_request_fields_matches_the_schemas() -> None:
     spec = importlib.util.spec_from_file_location("api_fields", ROOT / "scripts" / "api_fields.py")
     assert spec is not None
     assert spec.loader is not None
@@ -106,13 +106,13 @@ def exported_metrics() -> set[str]:
     return {name for name in re.findall(r"^# TYPE (\S+) ", exported, re.MULTILINE) if name.startswith("kvist:")}
 
 
-def test_the_page_of_metrics_lists_all_that_are_exported_and_no_other() -> None:
+def test_the_metrics_page_lists_exactly_the_exported_metrics() -> None:
     listed = re.findall(r"`(kvist:\w+)(?:\{[\w,]+\})?`", (ROOT / "docs/metrics.md").read_text(encoding="utf-8"))
     assert sorted(listed) == sorted(exported_metrics())
 
 
 @pytest.mark.parametrize("page", ["failure-modes.md", "performance.md"])
-def test_every_metric_that_trouble_or_tuning_is_told_by_is_exported(page: str) -> None:
+def test_every_metric_in_the_docs_is_exported(page: str) -> None:
     named = re.findall(r"kvist:\w+", (ROOT / "docs" / page).read_text(encoding="utf-8"))
     assert len(set(named)) > 5
     assert set(named) <= exported_metrics()
@@ -130,7 +130,7 @@ def defined_in(path: Path) -> set[str]:
     return {name for name in names if name.lower().startswith("test")}
 
 
-def test_every_test_that_proves_a_failure_mode_exists() -> None:
+def test_every_test_named_in_the_failure_modes_exists() -> None:
     text = (ROOT / "docs/failure-modes.md").read_text(encoding="utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
     assert len(named) > 100
@@ -138,7 +138,7 @@ def test_every_test_that_proves_a_failure_mode_exists() -> None:
     assert missing == []
 
 
-def test_every_row_of_the_failure_modes_has_a_test_and_says_what_the_client_sees() -> None:
+def test_every_row_of_the_failure_modes_is_complete_and_names_a_test() -> None:
     lines = (ROOT / "docs/failure-modes.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("|") and not line.startswith(("| fault", "|---"))]
     assert len(rows) > 60
@@ -150,6 +150,6 @@ def test_every_row_of_the_failure_modes_has_a_test_and_says_what_the_client_sees
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
+def test_links_between_pages_of_the_docs_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"

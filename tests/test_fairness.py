@@ -15,7 +15,7 @@ from kvist.service_time import ServiceTime, retry_after_s
 CALLERS = st.tuples(st.sampled_from("kl"), st.sampled_from("hi"), st.sampled_from("123"))
 
 
-def test_a_tag_has_three_names_and_what_is_missing_is_empty() -> None:
+def test_a_caller_path_has_three_names_and_missing_ones_are_empty() -> None:
     assert [caller_path(tag) for tag in ("", "k", "k/h", "k/h/c", "k/h/c/more")] == [
         ("", "", ""),
         ("k", "", ""),
@@ -26,7 +26,7 @@ def test_a_tag_has_three_names_and_what_is_missing_is_empty() -> None:
 
 
 @given(st.lists(st.one_of(CALLERS, st.sampled_from(["take", "remove"])), max_size=60))
-def test_whoever_waits_has_a_turn_within_a_round_at_each_level_and_nobody_is_lost(script: list[object]) -> None:
+def test_a_fair_queue_serves_every_caller_within_a_round_and_loses_no_item(script: list[object]) -> None:
     turns: FairQueue[tuple[CallerPath, int]] = FairQueue(lambda item: item[1])
     waiting: list[tuple[CallerPath, int]] = []
     passed: Counter[tuple[str, ...]] = Counter()  # turns of others since a key that waits had its own
@@ -61,9 +61,7 @@ def test_whoever_waits_has_a_turn_within_a_round_at_each_level_and_nobody_is_los
 
 
 @given(st.lists(CALLERS, min_size=1, max_size=12), CALLERS)
-def test_nobody_gives_way_to_a_caller_who_would_then_have_to_give_way_back(
-    places: list[CallerPath], newcomer: CallerPath
-) -> None:
+def test_two_callers_never_displace_each_other_in_turn(places: list[CallerPath], newcomer: CallerPath) -> None:
     counts_of = _counts(places)
     loser = counts_of.displaced_by(newcomer)
     if loser is None:
@@ -83,7 +81,7 @@ def test_nobody_gives_way_to_a_caller_who_would_then_have_to_give_way_back(
     assert not counts_of._below, "nothing is kept of callers that have no place"
 
 
-def test_a_key_gives_way_by_its_busiest_host_and_that_by_its_busiest_connection() -> None:
+def test_the_busiest_connection_of_the_busiest_host_of_a_key_is_displaced() -> None:
     places = [("k", "h", "1"), ("k", "i", "2"), ("k", "i", "3"), ("k", "i", "3"), ("l", "h", "4")]
     counts = _counts(places)
     assert counts.displaced_by(("m", "x", "9")) == ("k", "i", "3")
@@ -100,7 +98,7 @@ def _counts(places: list[CallerPath]) -> CallerCounts:
 
 
 @pytest.mark.parametrize(("num_ahead", "wait_s"), [(0, 1.0), (10, 5.0), (100, 50.0), (1000, 60.0)])
-def test_a_wait_is_what_is_ahead_by_the_time_that_requests_took_lately(num_ahead: int, wait_s: float) -> None:
+def test_retry_after_is_the_queue_length_times_the_recent_service_time(num_ahead: int, wait_s: float) -> None:
     service = ServiceTime()
     assert retry_after_s(service.mean_s, num_ahead=10, num_served=20) == 1.0, "nothing is known yet"
     service.note(100.0)

@@ -34,13 +34,13 @@ def results(path: Path, *, tests: int, skipped: int = 0, failures: int = 0, erro
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_fails_and_says_so() -> None:
+def test_the_gpu_test_script_fails_without_a_gpu() -> None:
     done = subprocess.run([sys.executable, ROOT / "scripts" / "gpu_tests.py"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "sees no CUDA device" in done.stderr
 
 
-def test_it_succeeds_only_if_tests_ran_and_none_failed(script: ModuleType, tmp_path: Path) -> None:
+def test_the_gpu_test_script_succeeds_only_if_tests_ran_and_none_failed(script: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "results.xml"
     assert script.verdict(0, results(file, tests=5, skipped=2)) == (0, "passed: 3 GPU tests ran, 0 failed, 2 skipped")
     assert script.verdict(0, results(file, tests=2, skipped=2))[0] == 1
@@ -52,13 +52,13 @@ def test_it_succeeds_only_if_tests_ran_and_none_failed(script: ModuleType, tmp_p
     assert script.verdict(0, file)[0] == 1
 
 
-def test_it_collects_every_file_with_a_gpu_mark_and_no_other(script: ModuleType) -> None:
+def test_the_gpu_test_script_collects_exactly_the_files_with_a_gpu_mark(script: ModuleType) -> None:
     found = {path.relative_to(ROOT).as_posix() for path in script.marked_files(ROOT / "tests")}
     assert {"tests/runner/test_cuda_runner.py", "tests/conformance/test_attention.py"} <= found
     assert "tests/scheduler/test_batching.py" not in found
 
 
-def test_what_pytest_says_is_kept_and_its_status_returned(script: ModuleType, tmp_path: Path) -> None:
+def test_the_gpu_test_script_keeps_the_output_and_status_of_pytest(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "test_bad.py").write_text("def test_bad(): assert False, 'seen'\n")
     file = tmp_path / "results.xml"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={file}", str(tmp_path)]

@@ -37,7 +37,7 @@ def test_long_files_vague_names_and_large_rooms_are_problems(tmp_path: Path) -> 
     ]
 
 
-def test_words_about_the_code_do_not_count_as_code(tmp_path: Path) -> None:
+def test_comments_and_docstrings_do_not_count_as_code(tmp_path: Path) -> None:
     documented = '# why\n\n\ndef f() -> str:\n    """Says so.\n\n    At length.\n    """\n    return "x"\n'
     (tmp_path / "room.py").write_text(documented * 1_000)  # 2,000 lines of code, 9,000 in all
     assert problems_of(tmp_path) == ["room.py: 9000 lines; at most 500"]

@@ -24,7 +24,7 @@ def read_until(descriptor: int, text: str) -> str:
 
 @pytest.mark.case("unread-output")
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
-def test_lines_that_nobody_reads_are_dropped_counted_and_told_of_later(kind: str) -> None:
+def test_lines_over_the_output_limit_are_dropped_counted_and_reported_later(kind: str) -> None:
     if kind == "pipe":
         reader, writer = os.pipe()
     else:
@@ -48,7 +48,7 @@ def test_lines_that_nobody_reads_are_dropped_counted_and_told_of_later(kind: str
     os.close(writer)
 
 
-def test_a_file_is_written_at_its_end(tmp_path: Path) -> None:
+def test_output_to_a_file_is_appended(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("before\n")
     with path.open("a") as file:

@@ -131,7 +131,7 @@ async def test_a_gateway_and_an_engine_exchange_messages(make_channel: MakeChann
     assert await inbox.message() == FLUSHED
 
 
-async def test_one_recv_drains_all_that_waits_and_keeps_the_order(make_channel: MakeChannel, make_link) -> None:
+async def test_one_recv_returns_all_waiting_messages_in_order(make_channel: MakeChannel, make_link) -> None:
     channel = make_channel()
     link, inbox = make_link(channel.endpoint)
     aborts = [wire.Abort(request_id=RequestId(str(i))) for i in range(500)]
@@ -149,9 +149,7 @@ async def test_one_recv_drains_all_that_waits_and_keeps_the_order(make_channel: 
     assert [await inbox.message() for _ in answers] == answers
 
 
-async def test_one_recv_takes_about_a_megabyte_so_that_streams_go_on_between_long_prompts(
-    make_channel: MakeChannel, make_link
-) -> None:
+async def test_one_recv_is_limited_to_about_a_megabyte(make_channel: MakeChannel, make_link) -> None:
     channel = make_channel()
     link, _ = make_link(channel.endpoint)
     ids = tuple(range(1000, 31_000))  # 90 kB
@@ -168,7 +166,7 @@ async def test_one_recv_takes_about_a_megabyte_so_that_streams_go_on_between_lon
     assert len(counts) >= 4
 
 
-def test_a_send_to_a_peer_that_is_gone_is_reported(make_channel: MakeChannel) -> None:
+def test_a_send_to_a_disconnected_peer_returns_false(make_channel: MakeChannel) -> None:
     channel = make_channel()
     assert channel.send(b"nobody", FLUSHED) is False
 
@@ -205,7 +203,7 @@ def test_undecodable_messages_are_dropped_and_counted_and_the_next_is_read(make_
     assert channel.num_undecodable == 3
 
 
-async def test_a_link_drops_what_it_cannot_decode(make_channel: MakeChannel, make_link) -> None:
+async def test_a_link_drops_and_counts_undecodable_messages(make_channel: MakeChannel, make_link) -> None:
     channel, rejected = make_channel(), []
     link, inbox = make_link(channel.endpoint, on_rejected=lambda: rejected.append(1))
     link.send(HELLO)
@@ -216,9 +214,7 @@ async def test_a_link_drops_what_it_cannot_decode(make_channel: MakeChannel, mak
     assert rejected == [1]
 
 
-async def test_a_message_that_cannot_be_taken_does_not_hold_up_those_behind_it(
-    make_channel: MakeChannel, context
-) -> None:
+async def test_a_message_whose_handler_raises_does_not_block_the_next_ones(make_channel: MakeChannel, context) -> None:
     channel, taken, rejected = make_channel(), asyncio.Event(), []
 
     def on_message(message: object) -> None:
@@ -255,7 +251,7 @@ def test_wakeup_from_another_thread_ends_a_waiting_recv(make_channel: MakeChanne
     assert channel.recv(0.0) == []
 
 
-def test_many_wakeups_count_as_one_and_none_is_needed_after_close(make_channel: MakeChannel) -> None:
+def test_many_wakeups_end_one_recv_and_a_wakeup_after_close_is_harmless(make_channel: MakeChannel) -> None:
     channel = make_channel()
     for _ in range(100_000):  # more than the pipe holds
         channel.wakeup()
@@ -272,7 +268,7 @@ def test_decode_and_prefill_engines_exchange_handoff_messages(make_channel: Make
     assert recv_some(decode) == [(prefill.endpoint.encode(), CLOSED)]
 
 
-def test_connections_to_peers_are_bounded_and_the_least_recent_goes_first(make_channel: MakeChannel) -> None:
+def test_peer_connections_are_bounded_and_the_least_recently_used_closes(make_channel: MakeChannel) -> None:
     decode = make_channel(max_peers=2)
     name, ack = decode.epoch.encode(), decode.ack
     prefills = [make_channel() for _ in range(3)]
@@ -302,7 +298,7 @@ def test_a_bad_peer_endpoint_does_not_stop_the_engine(make_channel: MakeChannel)
         assert decode.send_to_peer(endpoint, decode.ack) is False, endpoint
 
 
-async def test_a_link_tells_once_that_the_engine_is_gone(make_channel: MakeChannel, make_link) -> None:
+async def test_a_link_reports_a_lost_engine_once(make_channel: MakeChannel, make_link) -> None:
     channel = make_channel()
     link, inbox = make_link(channel.endpoint)
     link.send(HELLO)
@@ -315,7 +311,7 @@ async def test_a_link_tells_once_that_the_engine_is_gone(make_channel: MakeChann
     assert inbox.lost.empty()
 
 
-async def test_a_link_waits_for_an_engine_that_is_not_there_yet(make_link) -> None:
+async def test_a_link_connects_once_its_engine_starts(make_link) -> None:
     with socket.socket() as held:  # bound and not listened to: nobody else is given the port meanwhile
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
@@ -331,7 +327,7 @@ async def test_a_link_waits_for_an_engine_that_is_not_there_yet(make_link) -> No
             late.close()
 
 
-def test_a_client_that_comes_back_takes_over_from_its_dead_connection(make_channel: MakeChannel, context) -> None:
+def test_a_reconnecting_client_takes_over_its_address(make_channel: MakeChannel, context) -> None:
     channel, member = make_channel(), Member(KEY)
     address = member.new_address()
     first = raw_dealer(context, channel.endpoint, address, member)
@@ -347,7 +343,7 @@ def test_a_client_that_comes_back_takes_over_from_its_dead_connection(make_chann
 # ---------------------------------------------------------------- who may in
 
 
-def test_a_taken_port_is_a_clear_error(make_channel: MakeChannel) -> None:
+def test_a_port_in_use_is_a_config_error(make_channel: MakeChannel) -> None:
     channel = make_channel()
     with pytest.raises(ConfigError, match="cannot bind"):
         Engine(bind=channel.endpoint)
@@ -368,18 +364,18 @@ def test_a_taken_port_is_a_clear_error(make_channel: MakeChannel) -> None:
         ("tcp://[::]:77", False),
     ],
 )
-def test_loopback_is_told_from_the_rest(endpoint: str, inside: bool) -> None:
+def test_loopback_endpoints_are_recognised(endpoint: str, inside: bool) -> None:
     assert is_loopback(endpoint) is inside
 
 
 @pytest.mark.parametrize("endpoint", ["", "127.0.0.1:80", "udp://127.0.0.1:1", "tcp://127.0.0.1", "tcp://h:port"])
-def test_what_is_no_endpoint_is_refused(endpoint: str) -> None:
+def test_an_invalid_endpoint_is_refused(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="not an engine endpoint"):
         is_loopback(endpoint)
 
 
 @pytest.mark.parametrize("key", [None, ""])
-def test_no_process_speaks_without_a_cluster_key(key: str | None) -> None:
+def test_a_member_needs_a_cluster_key(key: str | None) -> None:
     with pytest.raises(ConfigError, match="--cluster-key-file"):
         Member(key)
 
@@ -391,7 +387,7 @@ def test_a_wildcard_bind_advertises_the_host_it_is_given() -> None:
 
 
 @pytest.mark.parametrize("kind", ["another cluster's key", "no key"])
-def test_a_stranger_and_a_plain_client_stay_out(make_channel: MakeChannel, context, kind: str) -> None:
+def test_clients_without_the_cluster_key_are_refused(make_channel: MakeChannel, context, kind: str) -> None:
     channel = make_channel()
     if kind == "no key":
         stranger = context.socket(zmq.DEALER)
@@ -412,14 +408,14 @@ def test_a_stranger_and_a_plain_client_stay_out(make_channel: MakeChannel, conte
     pytest.fail("the refused connection was not counted")
 
 
-async def test_a_refused_link_says_what_to_check(make_channel: MakeChannel, make_link) -> None:
+async def test_a_refused_link_reports_the_cluster_key_as_the_reason(make_channel: MakeChannel, make_link) -> None:
     channel = make_channel()
     link, inbox = make_link(channel.endpoint, cluster_key="the key of another cluster")
     link.send(HELLO)
     assert "--cluster-key-file" in await inbox.lost_reason()
 
 
-def test_no_secret_is_shown() -> None:
+def test_secrets_are_not_in_a_repr() -> None:
     member = Member(KEY)
     assert member._own.secret.decode() not in repr(member._own)
     assert KEY not in repr(ChannelConfig(cluster_key=KEY))

@@ -51,7 +51,7 @@ def read(*argv: str, environ: dict[str, str] | None = None) -> Settings:
     return read_settings(Settings, Sources(argv=argv, environ=environ or {}, shorthands=SHORTHANDS))
 
 
-def test_no_source_gives_the_defaults() -> None:
+def test_settings_without_a_source_are_the_defaults() -> None:
     assert read() == Settings()
 
 
@@ -130,18 +130,18 @@ def test_a_toml_value_of_the_wrong_type_is_refused_not_converted(tmp_path: Path)
         read("--config", str(file))
 
 
-def test_lists_take_spaces_commas_and_repetition() -> None:
+def test_list_options_accept_spaces_commas_and_repetition() -> None:
     urls = read("--worker-urls", "http://a", "http://b", "--port", "1", "--worker-urls", "http://c,http://d").web
     assert urls.worker_urls == ("http://a", "http://b", "http://c", "http://d")
 
 
-def test_switches_turn_on_off_and_take_words() -> None:
+def test_switches_accept_a_negated_flag_and_words() -> None:
     assert read("--access-log").web.access_log
     assert not read("--no-access-log", environ={"KVIST_ACCESS_LOG": "1"}).web.access_log
     assert not read("--access-log=false").web.access_log
 
 
-def test_decode_only_is_role_decode_and_sglangs_name_works() -> None:
+def test_decode_only_and_disaggregation_mode_set_the_role() -> None:
     assert read("--decode-only").engine.role == "decode"
     assert read("--disaggregation-mode", "prefill").engine.role == "prefill"
     assert read("--disaggregation-mode", "null").engine.role == "unified"
@@ -180,7 +180,7 @@ def test_a_refused_secret_is_not_quoted(tmp_path: Path) -> None:
     assert "123456789" not in str(caught.value)
 
 
-def test_help_tells_default_unit_choices_and_text_of_every_option() -> None:
+def test_help_shows_default_unit_choices_and_text_of_every_option() -> None:
     page = help_text(Settings, HelpPage(usage="kvist test", summary="A test.", shorthands=SHORTHANDS))
     for option_ in options_of(Settings):
         assert all(flag in page for flag in option_.flags)

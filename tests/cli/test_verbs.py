@@ -24,7 +24,7 @@ def loaded_after(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_the_version_loads_nothing_heavy() -> None:
+def test_the_version_does_not_import_torch() -> None:
     assert loaded_after("import kvist; print(kvist.__version__)") == set()
 
 
@@ -41,7 +41,7 @@ def test_the_version_loads_nothing_heavy() -> None:
         ["bench", "engine", "--help"],
     ],
 )
-def test_help_version_and_mistakes_in_flags_load_no_torch(argv: list[str]) -> None:
+def test_help_version_and_flag_errors_do_not_import_torch(argv: list[str]) -> None:
     assert not loaded_after(f"from kvist.cli import main; main({argv!r})") & {"torch", "transformers"}
 
 
@@ -64,7 +64,7 @@ def test_help_into_a_pipe_that_closes_early_leaves_no_traceback() -> None:
     assert child.wait(30) == 0
 
 
-def test_no_verb_shows_the_verbs_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+def test_kvist_without_a_command_shows_the_commands_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == cli.USAGE_ERROR
     shown = capsys.readouterr().out
     assert all(verb in shown for verb in cli.VERBS)
@@ -98,7 +98,7 @@ def test_no_verb_shows_the_verbs_and_fails(capsys: pytest.CaptureFixture[str]) -
         (["serve", "--kv-cache-dtype", "fp8_e4m3"], ["unknown flag --kv-cache-dtype"]),
     ],
 )
-def test_a_mistake_is_one_line_on_standard_error_and_status_2(
+def test_a_config_error_is_one_line_on_standard_error_and_status_2(
     argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(argv) == cli.USAGE_ERROR
@@ -115,7 +115,7 @@ def test_a_mistake_is_one_line_on_standard_error_and_status_2(
         ("serv", "kvist serv: there is no such verb; did you mean serve? Known: serve, "),
     ],
 )
-def test_an_unknown_verb_is_answered_by_whole_sentences(
+def test_an_unknown_command_is_answered_with_the_nearest_one(
     verb: str, answer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([verb]) == 2
@@ -135,7 +135,7 @@ def test_every_option_of_a_verb_is_in_its_help(verb: str) -> None:
     assert all(flag in page for option in options_of(settings._SETTINGS[verb]) for flag in option.flags)
 
 
-def test_the_articles_two_commands_are_understood() -> None:
+def test_the_two_commands_of_the_sglang_article_are_parsed() -> None:
     common = ["--model-path", "M", "--host", "127.0.0.1", "--tp", "1", "--mem-fraction-static", "0.8"]
     first = settings.read("serve", [*common, "--port", "30001"], {})
     second = settings.read("serve", [*common, "--port", "30002", "--decode-only"], {})
@@ -157,14 +157,14 @@ def test_a_router_takes_several_urls_after_one_flag() -> None:
     assert read.router.decode == ("http://c:1",)
 
 
-def test_a_variable_that_sets_nothing_is_told_with_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_environment_variable_is_reported_with_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
     settings.read("serve", [], {"KVIST_PAGE_SISE": "16"})
     shown = capsys.readouterr().err
     assert "KVIST_PAGE_SISE" in shown
     assert "KVIST_PAGE_SIZE" in shown
 
 
-def test_a_variable_of_another_verb_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_environment_variable_of_another_command_is_not_reported(capsys: pytest.CaptureFixture[str]) -> None:
     settings.read("router", ["--worker-urls", "http://a:1"], {"KVIST_PAGE_SIZE": "16"})
     assert capsys.readouterr().err == ""
 
@@ -192,7 +192,7 @@ def test_up_gives_each_child_the_options_it_knows_and_secrets_by_environment() -
     assert (shape.router_host, shape.router_port, shape.threads_per_worker) == ("0.0.0.0", 8000, 3)
 
 
-def test_the_demo_has_small_tiers_unless_told_how_large() -> None:
+def test_the_demo_uses_small_tiers_by_default() -> None:
     read = settings.read("demo", [], {})
     assert isinstance(read, settings.DemoSettings)
     assert settings.cluster_shape(settings.with_tiers(read, "/here")).worker_argv == (
@@ -206,7 +206,7 @@ def test_the_demo_has_small_tiers_unless_told_how_large() -> None:
     assert own.storage.hicache_storage_path is None
 
 
-def test_up_gives_each_worker_a_folder_of_its_own_to_persist_in_and_one_store_to_share() -> None:
+def test_up_gives_workers_separate_persistence_folders_and_one_shared_store() -> None:
     argv = ["--enable-hierarchical-cache", "--hicache-persist", "/kept", "--hicache-storage-backend", "file"]
 
     def folders(*more: str) -> list[str]:
@@ -223,7 +223,7 @@ def test_up_gives_each_worker_a_folder_of_its_own_to_persist_in_and_one_store_to
     assert folders("--prefill", "0", "--decode", "0", "--unified", "1") == ["/kept"]
 
 
-def test_the_limits_of_a_step_are_auto_unless_set_and_say_so() -> None:
+def test_the_limits_of_a_step_are_shown_as_auto_unless_set() -> None:
     read = settings.read("serve", ["--max-running-requests", "auto", "--chunked-prefill-size", "64"], {})
     assert isinstance(read, settings.ServeSettings)
     limits = read.engine.scheduler
@@ -243,7 +243,7 @@ def test_the_limits_of_a_step_are_auto_unless_set_and_say_so() -> None:
         (["--device", "cpu"], (0, 0, 1, 0.8)),
     ],
 )
-def test_up_counts_the_gpus_and_shares_memory_unless_told_how(flags: list[str], expected: tuple[object, ...]) -> None:
+def test_up_counts_the_gpus_and_divides_their_memory_by_default(flags: list[str], expected: tuple[object, ...]) -> None:
     read = settings.read("up", flags, {})
     assert isinstance(read, settings.UpSettings)
     shape = settings.cluster_shape(read, {"CUDA_VISIBLE_DEVICES": "0,1,2"})

@@ -89,13 +89,13 @@ def inbox_of(role: str) -> Inbox:
         msgspec.msgpack.encode({"type": "Submit", "request": [["request_id"]], "mode": "full"}),
     ],
 )
-def test_what_cannot_be_decoded_is_dropped_and_counted(payload: bytes) -> None:
+def test_the_engine_drops_and_counts_undecodable_messages(payload: bytes) -> None:
     with pytest.raises(WireError, match="cannot decode"):  # which both kinds of sockets count
         wire.Decoder(wire.ToEngine).decode(payload)
 
 
 @pytest.mark.parametrize("content", [b'{"engine": "\xff"}', b'{"x": ' + b"[" * 100_000, b"x" * ((16 << 20) + 1), b"{}"])
-async def test_a_worker_url_that_answers_nonsense_says_so_and_is_asked_again(content: bytes) -> None:
+async def test_a_worker_url_with_an_invalid_answer_is_reported_and_retried(content: bytes) -> None:
     transport = httpx.MockTransport(lambda _request: httpx.Response(200, content=content))
     async with httpx.AsyncClient(transport=transport) as client:
         with pytest.raises(Unavailable, match="http://w:1"):
@@ -105,7 +105,7 @@ async def test_a_worker_url_that_answers_nonsense_says_so_and_is_asked_again(con
 @pytest.mark.parametrize(
     "line", [b'{"type": "Progress", "text": "\xff"}\n', b'{"type": "Ready", "x": ' + b"[" * 100_000]
 )
-def test_a_line_that_a_library_prints_is_not_taken_for_the_engine_s(line: bytes) -> None:
+def test_a_line_printed_by_a_library_is_not_parsed_as_an_engine_message(line: bytes) -> None:
     assert decode_line(line) is None
 
 
@@ -178,7 +178,7 @@ def test_a_first_token_outside_the_vocabulary_fails_its_handoff_alone(token_id: 
     assert inbox.num_unexpected == 1
 
 
-def test_lines_that_others_can_cause_are_bounded_in_each_period_and_those_left_out_are_counted(
+def test_the_bounded_log_limits_lines_per_period_and_counts_the_rest(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock = FakeClock(100.0)

@@ -79,7 +79,7 @@ def until_dropped(channel: EngineChannel, num_messages: int) -> None:
 
 
 @pytest.mark.case("forged-grant")
-def test_a_local_user_without_the_cluster_key_is_not_heard(sockets: Sockets) -> None:
+def test_messages_of_a_local_user_without_the_cluster_key_are_dropped(sockets: Sockets) -> None:
     epoch = sockets.decode_member.epoch
     stranger = sockets.dealer(epoch.encode(), None)
     stranger.send(wire.encode(sockets.grant(epoch)))
@@ -90,7 +90,7 @@ def test_a_local_user_without_the_cluster_key_is_not_heard(sockets: Sockets) -> 
 
 
 @pytest.mark.case("forged-grant")
-def test_a_member_s_grant_in_the_name_of_another_engine_is_dropped_and_counted(sockets: Sockets) -> None:
+def test_a_grant_with_the_epoch_of_another_engine_is_dropped_and_counted(sockets: Sockets) -> None:
     thief = Member(KEY)
     dealer = sockets.dealer(thief.new_address(), thief)
     dealer.send(wire.encode(sockets.grant(sockets.decode_member.epoch)))
@@ -100,7 +100,7 @@ def test_a_member_s_grant_in_the_name_of_another_engine_is_dropped_and_counted(s
 
 
 @pytest.mark.case("stolen-identity")
-def test_a_member_under_another_s_name_is_refused_and_the_link_stays(sockets: Sockets) -> None:
+def test_a_client_with_the_address_of_another_member_is_refused(sockets: Sockets) -> None:
     epoch = sockets.decode_member.epoch
     sockets.decode.send_to_peer(sockets.prefill.endpoint, sockets.grant(epoch))
     assert hear(sockets.prefill) == [sockets.grant(epoch)]
@@ -114,7 +114,7 @@ def test_a_member_under_another_s_name_is_refused_and_the_link_stays(sockets: So
     assert hear(sockets.decode) == [closed]
 
 
-def test_a_prefill_engine_cannot_speak_for_another_one(sockets: Sockets) -> None:
+def test_a_done_with_the_epoch_of_another_prefill_engine_is_dropped(sockets: Sockets) -> None:
     other = EngineChannel("tcp://127.0.0.1:0", member=Member(KEY))
     try:
         epoch = sockets.decode_member.epoch
@@ -139,7 +139,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_processes_of_one_user_share_a_key_file_that_the_first_one_makes(home: Path) -> None:
+def test_processes_of_one_user_share_a_key_file(home: Path) -> None:
     first, second = with_cluster_key(ChannelConfig()), with_cluster_key(ChannelConfig())
     assert first.cluster_key == second.cluster_key
     assert len(first.cluster_key or "") == 64
@@ -179,7 +179,7 @@ def test_a_key_file_that_cannot_be_trusted_is_refused_with_the_remedy(
     assert says in caught.value.message
 
 
-def test_a_folder_a_pipe_and_another_user_s_file_are_no_key_files(
+def test_a_folder_a_pipe_and_a_file_of_another_user_are_refused_as_key_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
@@ -209,7 +209,7 @@ def test_the_key_and_its_file_together_are_a_contradiction(tmp_path: Path) -> No
         with_cluster_key(config)
 
 
-def test_without_a_place_for_a_key_only_a_worker_that_serves_alone_starts(home: Path) -> None:
+def test_without_a_writable_key_folder_only_a_unified_worker_starts(home: Path) -> None:
     (home / "kvist").write_text("a file where the folder would be")
     alone = with_cluster_key(ChannelConfig(), serves_alone=True)
     assert len(alone.cluster_key or "") == 64

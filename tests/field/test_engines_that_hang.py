@@ -101,7 +101,7 @@ async def test_an_engine_in_the_middle_of_a_long_step_keeps_its_streams(
         await streaming
 
 
-async def test_an_engine_that_works_but_does_not_reach_its_gateway_is_lost(
+async def test_an_engine_whose_messages_do_not_arrive_is_lost(
     engine: FakeEngine, ask_worker: tuple[Dispatcher, Callable[..., None]]
 ) -> None:
     dispatcher, tell = ask_worker
@@ -111,7 +111,7 @@ async def test_an_engine_that_works_but_does_not_reach_its_gateway_is_lost(
     assert "do not reach this gateway" in dispatcher.snapshot().workers[0].problem
 
 
-async def test_a_gateway_that_was_stopped_itself_does_not_take_its_engines_for_lost(
+async def test_a_gateway_that_was_stopped_does_not_mark_its_engines_lost(
     ask_worker: tuple[Dispatcher, Callable[..., None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dispatcher, tell = ask_worker
@@ -127,7 +127,7 @@ async def test_a_gateway_that_was_stopped_itself_does_not_take_its_engines_for_l
 
 
 @pytest.mark.case("heartbeat-not-option")
-async def test_no_socket_has_a_limit_of_its_own_for_silent_processes() -> None:
+async def test_no_socket_uses_zeromq_heartbeats() -> None:
     channel = EngineChannel("tcp://127.0.0.1:0", member=Member(CLUSTER_KEY))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link = GatewayLink(

@@ -118,7 +118,7 @@ LOGPROBS = TokenLogprobs(logprob=-1.0, top_token_ids=(1,), top_logprobs=(-1.0,))
         {"logprobs": (TokenLogprobs(logprob=-1.0, top_token_ids=(1, 2), top_logprobs=(-1.0,)),) * 3},
     ],
 )
-async def test_a_chunk_that_cannot_be_meant_fails_its_own_request_alone(wrong: dict[str, object]) -> None:
+async def test_an_impossible_chunk_fails_only_its_own_request(wrong: dict[str, object]) -> None:
     world = World()
     bad, worker, bad_id = await world.begin("bad")
     good, other, good_id = await world.begin("good")
@@ -135,7 +135,7 @@ async def test_a_chunk_that_cannot_be_meant_fails_its_own_request_alone(wrong: d
     assert (worker, wire.Abort(request_id=bad_id)) in world.engines.sent
 
 
-async def test_a_worker_cannot_speak_for_another_one_s_request() -> None:
+async def test_chunks_of_a_request_that_runs_on_another_worker_are_ignored() -> None:
     world = World()
     task, worker, request_id = await world.begin("r")
     (other,) = set(world.workers) - {worker}
@@ -151,7 +151,9 @@ async def test_a_worker_cannot_speak_for_another_one_s_request() -> None:
 @pytest.mark.parametrize(
     ("reported_s", "taken_s"), [(math.nan, None), (math.inf, None), (-5.0, 0.0), (1e300, 3600.0), (2.0, 2.0)]
 )
-async def test_a_time_to_retry_after_is_one_that_a_header_can_hold(reported_s: float, taken_s: float | None) -> None:
+async def test_retry_after_of_an_engine_is_limited_to_a_valid_header_value(
+    reported_s: float, taken_s: float | None
+) -> None:
     world = World()
     task, worker, request_id = await world.begin("r")
     ended = wire.Ended(
@@ -182,7 +184,7 @@ async def test_a_time_to_retry_after_is_one_that_a_header_can_hold(reported_s: f
         {"totals": {f"t{number}": 1.0 for number in range(1000)}},
     ],
 )
-def test_a_load_report_that_cannot_be_meant_is_dropped_and_counted(wrong: dict[str, object]) -> None:
+def test_an_impossible_load_report_is_dropped_and_counted(wrong: dict[str, object]) -> None:
     world = World()
     worker = world.workers[0]
     assert world.registry.on_report(worker, REPORT, 1.0) is False
@@ -191,7 +193,7 @@ def test_a_load_report_that_cannot_be_meant_is_dropped_and_counted(wrong: dict[s
     assert worker.num_rejected_messages == 1
 
 
-def test_digests_that_are_too_long_are_not_decoded() -> None:
+def test_page_digests_over_32_bytes_are_not_decoded() -> None:
     payload = wire.encode(msgspec.structs.replace(REPORT, cached_added=(b"x" * 33,)))
     with pytest.raises(ConfigError, match="cannot decode"):
         wire.Decoder(wire.EngineToGateway).decode(payload)

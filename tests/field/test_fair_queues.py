@@ -61,7 +61,7 @@ def _request(name: str, client: str, max_tokens: int = 4) -> EngineRequest:
 
 
 @pytest.mark.case("burst-on-idle")
-def test_a_burst_on_an_idle_scheduler_fills_the_places_to_run_and_the_queue_beside_them() -> None:
+def test_a_burst_on_an_idle_scheduler_fills_all_running_places_and_the_queue() -> None:
     engine = Engine(max_queued_requests=6)
     plan = engine.step(*(whole(f"r{index}") for index in range(11)))
     assert [ended.request_id for ended in plan.ended] == ["r10"]
@@ -71,7 +71,7 @@ def test_a_burst_on_an_idle_scheduler_fills_the_places_to_run_and_the_queue_besi
 
 @pytest.mark.case("fairness")
 @pytest.mark.parametrize("flood_from", ["one connection", "many connections", "another host of the same key"])
-def test_the_scheduler_gives_a_caller_its_turn_at_once_whatever_another_has_queued(flood_from: str) -> None:
+def test_the_scheduler_serves_a_new_caller_next_whatever_another_has_queued(flood_from: str) -> None:
     flooder = {
         "one connection": lambda _: "k/h/1",
         "many connections": lambda index: f"k/h/{index}",
@@ -90,7 +90,7 @@ def test_the_scheduler_gives_a_caller_its_turn_at_once_whatever_another_has_queu
 
 
 @pytest.mark.case("fairness")
-def test_in_a_full_queue_the_flooder_loses_its_newest_request_and_the_other_caller_is_queued() -> None:
+def test_a_full_queue_displaces_the_newest_request_of_the_busiest_caller() -> None:
     engine = Engine(max_queued_requests=6)
     engine.step(*(whole(f"flood{index}", "k/h/1") for index in range(10)))
     plan = engine.step(whole("other", "l/i/1"), whole("flood10", "k/h/2"))
@@ -104,7 +104,7 @@ def test_in_a_full_queue_the_flooder_loses_its_newest_request_and_the_other_call
 
 
 @pytest.mark.case("fairness")
-def test_prefill_tells_no_token_before_decode_has_a_place_for_the_stream() -> None:
+def test_prefill_sends_no_token_before_decode_has_a_place_for_the_stream() -> None:
     prefill, decode = Engine("prefill"), Engine("decode", max_running_requests=1, queue_timeout_s=60.0)
     told: list[str] = []
     peer = PrefillPeer(worker_id=WorkerId("p"), endpoint="tcp://p", epoch=PREFILL)
@@ -140,7 +140,7 @@ def _requests_of(bench: Any, num: int, key: str, host: str) -> list[asyncio.Task
 
 @pytest.mark.case("fairness")
 @pytest.mark.parametrize("other", [("k2", "10.0.0.1"), ("k1", "10.0.0.2")])
-async def test_the_gateway_keeps_places_for_others_and_tags_requests_by_caller(
+async def test_the_gateway_reserves_places_for_other_callers_and_tags_requests_by_caller(
     make_bench: Callable[..., Any], other: tuple[str, str]
 ) -> None:
     bench = make_bench(max_concurrent_requests=16, api_key=("k1", "k2"))
@@ -167,7 +167,7 @@ async def _until(holds: Callable[[], bool]) -> None:
 
 
 @pytest.mark.case("fairness")
-async def test_the_router_sends_a_caller_s_request_to_a_full_worker_that_will_make_another_s_give_way() -> None:
+async def test_the_router_sends_a_request_to_a_full_worker_that_can_displace_another_callers() -> None:
     registry = Registry(RouterConfig())
     worker = registry.add("http://w", None, 0.0)
     spec = EngineSpec(

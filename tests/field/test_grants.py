@@ -50,7 +50,7 @@ def said(plan: Plan) -> list[object]:
 
 @pytest.mark.case("forged-grant")
 @pytest.mark.parametrize("forged_first", [True, False])
-def test_prefill_honours_the_grant_of_the_decode_engine_that_the_gateway_named_and_no_other(forged_first: bool) -> None:
+def test_prefill_accepts_a_grant_only_from_the_decode_engine_that_the_gateway_named(forged_first: bool) -> None:
     prefill = scheduler_of("prefill")
     plan = prefill.step(0.0, [FORGED, TO_PREFILL] if forged_first else [TO_PREFILL, FORGED])
     (refused,) = said(plan)
@@ -62,7 +62,7 @@ def test_prefill_honours_the_grant_of_the_decode_engine_that_the_gateway_named_a
 
 
 @pytest.mark.case("forged-grant")
-def test_prefill_writes_to_no_page_but_those_of_the_named_grant() -> None:
+def test_prefill_writes_only_to_the_pages_of_the_accepted_grant() -> None:
     prefill = scheduler_of("prefill")
     batch = prefill.step(0.0, [TO_PREFILL, GRANT, FORGED]).batch
     assert batch is not None
@@ -73,7 +73,7 @@ def test_prefill_writes_to_no_page_but_those_of_the_named_grant() -> None:
 
 
 @pytest.mark.parametrize("page_ids", [(9, 10, 10), (9, 10, 12), (-1, 10, 11), (9, 10), (8, 9, 10, 11)])
-def test_a_grant_of_pages_that_cannot_be_meant_fails_its_request_alone(page_ids: tuple[int, ...]) -> None:
+def test_a_grant_with_impossible_pages_fails_only_its_own_request(page_ids: tuple[int, ...]) -> None:
     prefill = scheduler_of("prefill")
     prefill.step(0.0, [TO_PREFILL])
     plan = prefill.step(0.1, [msgspec.structs.replace(GRANT, page_ids=page_ids)])
@@ -98,7 +98,7 @@ def test_a_prefill_request_that_names_no_decode_worker_is_refused() -> None:
 
 
 @pytest.mark.case("stolen-identity")
-def test_decode_says_a_grant_again_less_and_less_often_until_it_is_answered() -> None:
+def test_decode_repeats_a_grant_at_growing_intervals_until_it_is_answered() -> None:
     decode = scheduler_of("decode")
     (first,) = decode.step(0.0, [TO_DECODE]).messages
     again = []
@@ -116,7 +116,7 @@ def test_decode_says_a_grant_again_less_and_less_often_until_it_is_answered() ->
 
 
 @pytest.mark.case("stolen-identity")
-def test_a_grant_that_is_said_again_changes_nothing_at_prefill() -> None:
+def test_a_repeated_grant_changes_nothing_at_prefill() -> None:
     prefill = scheduler_of("prefill")
     prefill.step(0.0, [TO_PREFILL, GRANT])
     plan = prefill.step(1.0, [GRANT])
@@ -124,7 +124,7 @@ def test_a_grant_that_is_said_again_changes_nothing_at_prefill() -> None:
 
 
 @pytest.mark.case("stolen-identity")
-def test_a_refusal_that_was_lost_is_heard_when_the_grant_is_said_again() -> None:
+def test_a_lost_refusal_is_sent_again_for_a_repeated_grant() -> None:
     prefill = scheduler_of("prefill")
     bad = msgspec.structs.replace(GRANT, page_ids=(1,))
     (lost,) = said(prefill.step(0.0, [TO_PREFILL, bad]))

@@ -110,7 +110,7 @@ def spec_of(checkpoint: Checkpoint, role: str, tokenizer: str = "") -> EngineSpe
 
 @pytest.mark.case("two-models-one-name")
 @both
-def test_the_registry_never_joins_them_and_names_both_fingerprints(make: Maker, tmp_path: Path) -> None:
+def test_the_registry_refuses_a_second_model_and_names_both_fingerprints(make: Maker, tmp_path: Path) -> None:
     a, b = two_models(make, tmp_path)
     prefill, decode = spec_of(a, "prefill"), spec_of(b, "decode")
     registry = Registry(RouterConfig())
@@ -125,7 +125,7 @@ def test_the_registry_never_joins_them_and_names_both_fingerprints(make: Maker, 
 
 @pytest.mark.case("two-models-one-store")
 @both
-def test_neither_store_nor_persistence_gives_one_the_pages_of_the_other(make: Maker, tmp_path: Path) -> None:
+def test_store_and_persistence_never_return_pages_of_another_model(make: Maker, tmp_path: Path) -> None:
     spaces = [spec_of(checkpoint, "unified").namespace for checkpoint in two_models(make, tmp_path)]
     prompt = list(range(12))
     pages = [memoryview(bytes([number]) * LAYOUT.page_bytes) for number in range(3)]
@@ -151,7 +151,7 @@ def test_neither_store_nor_persistence_gives_one_the_pages_of_the_other(make: Ma
 
 
 @both
-def test_a_fingerprint_is_the_same_for_equal_files_and_remembered_until_they_change(
+def test_equal_files_have_one_fingerprint_which_is_cached_until_they_change(
     make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fingerprint, "_SETTLED_NS", -(10**12))  # the files have just been made
@@ -170,12 +170,12 @@ def test_a_fingerprint_is_the_same_for_equal_files_and_remembered_until_they_cha
     assert len(hashed) == 1
 
 
-def test_a_file_that_was_changed_just_now_is_not_remembered(tmp_path: Path, cache: Path) -> None:
+def test_the_digest_of_a_file_changed_just_now_is_not_cached(tmp_path: Path, cache: Path) -> None:
     model_fingerprint(find_checkpoint(str(hf(tmp_path / "model"))))
     assert not cache.exists()
 
 
-def test_a_note_that_is_damaged_or_somebody_elses_counts_for_nothing(
+def test_a_cached_digest_that_is_damaged_or_of_another_user_is_ignored(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fingerprint, "_SETTLED_NS", -(10**12))
@@ -190,7 +190,7 @@ def test_a_note_that_is_damaged_or_somebody_elses_counts_for_nothing(
         assert model_fingerprint(checkpoint) == first
 
 
-def test_without_a_home_to_write_to_the_model_is_hashed_each_time(
+def test_without_a_writable_home_the_model_is_hashed_at_each_start(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fingerprint, "_SETTLED_NS", -(10**12))
@@ -199,7 +199,7 @@ def test_without_a_home_to_write_to_the_model_is_hashed_each_time(
     assert model_fingerprint(checkpoint) == model_fingerprint(checkpoint)
 
 
-def test_the_configuration_counts_and_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+def test_the_fingerprint_covers_the_configuration_and_names_unreadable_files(tmp_path: Path) -> None:
     folder = hf(tmp_path / "model")
     checkpoint = find_checkpoint(str(folder))
     first = model_fingerprint(checkpoint)
@@ -224,7 +224,7 @@ def tokenizer(*words: str, special: tuple[str, ...] = ("</s>",)) -> Tokenizer:
 @pytest.mark.parametrize(
     "other", [tokenizer("b", "a"), tokenizer("a"), tokenizer("a", "b", "c"), tokenizer("a", "b", special=("<s>",))]
 )
-def test_workers_of_another_vocabulary_are_refused_at_joining_and_both_are_named(
+def test_a_worker_with_another_vocabulary_is_refused_and_both_models_are_named(
     other: Tokenizer, tmp_path: Path
 ) -> None:
     ours, theirs = vocabulary_fingerprint(tokenizer("a", "b")), vocabulary_fingerprint(other)
@@ -240,11 +240,11 @@ def test_workers_of_another_vocabulary_are_refused_at_joining_and_both_are_named
     assert worker.state is WorkerState.READY
 
 
-def test_the_padding_of_a_gguf_and_the_order_of_a_file_make_no_other_vocabulary() -> None:
+def test_gguf_padding_and_file_order_do_not_change_the_vocabulary_fingerprint() -> None:
     plain = vocabulary_fingerprint(tokenizer("a", "b", "c", special=()))
     assert vocabulary_fingerprint(tokenizer("a", "b", "c", "[PAD3]", "[PAD4]", special=())) == plain
     assert vocabulary_fingerprint(tokenizer("a", "b", "c", "[PAD4]", special=())) != plain
 
 
-def test_a_checkpoint_without_a_tokenizer_has_no_name_for_it(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_tokenizer_has_an_empty_vocabulary_fingerprint(tmp_path: Path) -> None:
     assert tokenizer_fingerprint(find_checkpoint(str(hf(tmp_path / "model")))) == ""

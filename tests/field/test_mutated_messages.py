@@ -522,7 +522,7 @@ def fuzz_loop(role: str, seed: int, num_messages: int) -> float:
 
 
 @pytest.mark.parametrize(("role", "seed"), [("unified", 1), ("prefill", 2), ("decode", 3)])
-def test_an_engine_survives_mutated_messages_and_gives_back_all_that_they_made_it_hold(role: str, seed: int) -> None:
+def test_an_engine_survives_mutated_messages_and_releases_everything_they_held(role: str, seed: int) -> None:
     engine = fuzz_engine(role, seed, 1200)
     assert 400 < engine.num_taken < 1600, "mutations are to be wrong in all ways, not in one"
     totals = engine.scheduler.load().totals
@@ -536,9 +536,7 @@ async def test_a_gateway_survives_mutated_messages_and_serves_on() -> None:
 
 
 @pytest.mark.parametrize(("role", "seed"), [("prefill", 5), ("decode", 6)])
-def test_a_live_loop_survives_mutated_messages_from_a_member_and_answers_the_next_right_one(
-    role: str, seed: int
-) -> None:
+def test_an_engine_loop_survives_mutated_messages_and_answers_the_next_valid_one(role: str, seed: int) -> None:
     assert fuzz_loop(role, seed, 500) > 0
 
 

@@ -147,7 +147,7 @@ async def test_an_answer_that_decode_cannot_hold_is_refused_before_anything_runs
         ([1024, 4096], [4096, 1024], {"p1", "d0"}),
     ],
 )
-async def test_the_router_uses_only_workers_that_hold_the_request(
+async def test_the_router_uses_only_workers_that_the_request_fits(
     fleet: Fleet, prefills: list[int], decodes: list[int], used: set[str]
 ) -> None:
     for role, pools in (("prefill", prefills), ("decode", decodes)):
@@ -167,7 +167,7 @@ async def test_the_router_uses_only_workers_that_hold_the_request(
 
 
 @pytest.mark.case("unequal-pools")
-async def test_a_prompt_that_no_prefill_worker_holds_goes_to_a_unified_one_or_is_refused(fleet: Fleet) -> None:
+async def test_a_prompt_too_long_for_every_prefill_worker_runs_unified_or_is_refused(fleet: Fleet) -> None:
     fleet.engines.join("p", "prefill", pool=1024)
     fleet.engines.join("d", "decode", pool=4096)
     assert "prefill worker (p) holds 1024 tokens" in error_of(await fleet.complete(2000, 10))
@@ -179,7 +179,7 @@ async def test_a_prompt_that_no_prefill_worker_holds_goes_to_a_unified_one_or_is
 
 
 @pytest.mark.case("unequal-pools")
-async def test_a_second_attempt_goes_to_a_worker_that_holds_the_request_too(fleet: Fleet) -> None:
+async def test_a_retry_goes_to_a_worker_that_the_request_fits(fleet: Fleet) -> None:
     for name, pool in (("a", 2048), ("b", 1024), ("c", 2048)):
         fleet.engines.join(name, "unified", pool=pool)
     fleet.engines.full = {"a"}
@@ -190,7 +190,7 @@ async def test_a_second_attempt_goes_to_a_worker_that_holds_the_request_too(flee
 
 
 @pytest.mark.case("unequal-pools")
-async def test_a_request_that_only_a_lost_worker_holds_may_be_tried_again(fleet: Fleet) -> None:
+async def test_a_request_that_fits_only_a_lost_worker_is_refused_as_retryable(fleet: Fleet) -> None:
     fleet.engines.join("small", "unified", pool=1024)
     large = fleet.engines.join("large", "unified", pool=4096)
     assert (await fleet.complete(1000, None)).status_code == 200
@@ -209,7 +209,7 @@ async def test_a_request_that_only_a_lost_worker_holds_may_be_tried_again(fleet:
     [(1024, 8192, 1024, "page pool (--max-total-tokens)"), (4096, 512, 512, "context length (--context-length)")],
 )
 @pytest.mark.parametrize("prompt", [[65] * 2000, "A" * 2000, "A" * 300_000, [[65], [65] * 2000]])
-async def test_a_prompt_that_is_too_long_names_the_limit_that_binds_and_its_option(
+async def test_the_error_for_a_long_prompt_names_the_binding_limit_and_its_option(
     fleet: Fleet, pool: int, context: int, limit: int, option: str, prompt: object
 ) -> None:
     fleet.engines.join("u", "unified", pool=pool, context=context)

@@ -53,14 +53,14 @@ def test_two_models_are_an_error() -> None:
         ("--tool-call-parser", "not parsed yet"),
     ],
 )
-def test_an_option_that_kvist_lacks_is_answered_by_meaning_not_by_spelling(flag: str, remedy: str) -> None:
+def test_an_unsupported_option_of_another_server_is_answered_with_its_remedy(flag: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as caught:
         serve(flag, "8")
     assert remedy in caught.value.message
     assert "did you mean" not in caught.value.message
 
 
-def test_a_flag_that_is_like_none_gets_no_hint_and_a_slip_gets_one() -> None:
+def test_only_a_flag_close_to_a_known_one_gets_a_hint() -> None:
     with pytest.raises(ConfigError, match=r"^unknown flag --frobnicate-threads$"):
         serve("--frobnicate-threads", "2")
     with pytest.raises(ConfigError, match=r"did you mean --page-size\?"):
@@ -73,7 +73,7 @@ def test_an_unknown_variable_is_a_warning_that_names_the_nearest_variable(capsys
     assert "KVIST_PAGESIZE sets no option; did you mean KVIST_PAGE_SIZE?" in capsys.readouterr().err
 
 
-def test_every_remedy_is_for_a_flag_that_no_verb_has() -> None:
+def test_every_remedy_is_for_a_flag_that_kvist_lacks() -> None:
     known = {
         flag for verb in cli.VERBS for option in settings.options_of(settings._SETTINGS[verb]) for flag in option.flags
     }

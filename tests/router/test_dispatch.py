@@ -126,7 +126,7 @@ async def settle() -> None:
 # ---------------------------------------------------------------- the straight ways
 
 
-async def test_a_unified_worker_does_it_all() -> None:
+async def test_a_unified_worker_serves_the_whole_request() -> None:
     world = World()
     worker = world.engines.join("u", "unified")
     task = await world.begin()
@@ -141,7 +141,7 @@ async def test_a_unified_worker_does_it_all() -> None:
     assert world.engines.aborts(worker) == []
 
 
-async def test_a_pair_is_asked_with_one_handoff_and_its_chunks_are_merged() -> None:
+async def test_a_pair_gets_one_handoff_id_and_its_chunks_are_merged() -> None:
     world = World()
     prefill, decode = world.pair()
     stream = world.generate()
@@ -166,7 +166,7 @@ async def test_a_pair_is_asked_with_one_handoff_and_its_chunks_are_merged() -> N
     assert world.idle()
 
 
-async def test_a_slow_reader_gets_what_waited_as_one_part() -> None:
+async def test_chunks_that_wait_for_a_slow_reader_are_merged_into_one_part() -> None:
     world = World()
     worker = world.engines.join("u", "unified")
     stream = world.generate()
@@ -178,7 +178,7 @@ async def test_a_slow_reader_gets_what_waited_as_one_part() -> None:
     await stream.aclose()
 
 
-async def test_one_token_is_answered_by_a_prefill_worker_alone() -> None:
+async def test_a_request_for_one_token_runs_on_a_prefill_worker_alone() -> None:
     world = World()
     prefill, decode = world.pair()
     task = await world.begin(max_tokens=1)
@@ -188,7 +188,7 @@ async def test_one_token_is_answered_by_a_prefill_worker_alone() -> None:
     assert await task == [7]
 
 
-async def test_a_first_token_that_ends_the_answer_needs_no_word_from_decode() -> None:
+async def test_a_first_token_that_ends_the_answer_does_not_wait_for_decode() -> None:
     world = World()
     prefill, decode = world.pair()
     task = await world.begin()
@@ -199,7 +199,7 @@ async def test_a_first_token_that_ends_the_answer_needs_no_word_from_decode() ->
     assert world.idle()
 
 
-async def test_a_continued_request_counts_from_its_tokens() -> None:
+async def test_a_continued_request_starts_at_the_position_after_its_output_tokens() -> None:
     world = World()
     worker = world.engines.join("u", "unified")
     task = await world.begin(output_token_ids=(1, 2))
@@ -207,7 +207,7 @@ async def test_a_continued_request_counts_from_its_tokens() -> None:
     assert await task == [3]
 
 
-async def test_cached_pages_attract_a_prompt_and_another_salt_does_not() -> None:
+async def test_a_prompt_goes_to_the_worker_that_caches_its_pages_under_the_same_salt() -> None:
     world = World()
     cold, warm = world.engines.join("a", "unified"), world.engines.join("b", "unified")
     digests = page_digests(PROMPT, 16, "fake", "salt")
@@ -225,7 +225,7 @@ async def test_cached_pages_attract_a_prompt_and_another_salt_does_not() -> None
 
 
 @pytest.mark.parametrize("how", ["aclose", "cancel"])
-async def test_a_reader_who_leaves_aborts_both_engines_at_once(how: str) -> None:
+async def test_a_reader_that_disconnects_aborts_both_engines_at_once(how: str) -> None:
     world = World()
     prefill, decode = world.pair()
     if how == "cancel":
@@ -253,7 +253,7 @@ async def test_a_reader_who_leaves_aborts_both_engines_at_once(how: str) -> None
     assert (samples["kvist:release_count"], samples["kvist:release_sum"]) == (1, 0.3)
 
 
-async def test_a_request_that_takes_too_long_times_out_and_is_aborted() -> None:
+async def test_a_request_over_the_time_limit_fails_with_timeout_and_is_aborted() -> None:
     world = World(request_timeout_s=0.01)
     prefill, decode = world.pair()
     with pytest.raises(Timeout):
@@ -261,7 +261,7 @@ async def test_a_request_that_takes_too_long_times_out_and_is_aborted() -> None:
     assert len(world.engines.aborts(prefill)) == len(world.engines.aborts(decode)) == 1
 
 
-async def test_an_engine_that_never_says_ended_is_written_off() -> None:
+async def test_a_request_whose_engine_never_sends_ended_is_given_up() -> None:
     world = World()
     worker = world.engines.join("u", "unified")
     task = await world.begin()
@@ -302,7 +302,7 @@ async def test_a_refusal_by_one_engine_reaches_the_client_and_aborts_the_other(r
     assert world.idle()
 
 
-async def test_tokens_that_came_before_the_failure_are_delivered_then_the_error() -> None:
+async def test_tokens_received_before_a_failure_are_delivered_before_the_error() -> None:
     world = World()
     prefill, decode = world.pair()
     stream = world.generate()
@@ -316,7 +316,7 @@ async def test_tokens_that_came_before_the_failure_are_delivered_then_the_error(
     assert caught.value.retry_after_s == 3.0
 
 
-async def test_prefills_failure_after_decode_began_does_not_matter() -> None:
+async def test_a_prefill_failure_after_decode_began_is_ignored() -> None:
     world = World()
     prefill, decode = world.pair()
     task = await world.begin()
@@ -329,7 +329,7 @@ async def test_prefills_failure_after_decode_began_does_not_matter() -> None:
     assert world.idle()
 
 
-async def test_an_end_without_a_last_token_is_our_bug_and_said_so() -> None:
+async def test_ended_without_a_last_token_fails_the_request_as_an_engine_error() -> None:
     world = World()
     worker = world.engines.join("u", "unified")
     task = await world.begin()
@@ -339,7 +339,7 @@ async def test_an_end_without_a_last_token_is_our_bug_and_said_so() -> None:
         await task
 
 
-async def test_an_abort_we_did_not_ask_for_fails_the_request() -> None:
+async def test_an_abort_that_the_gateway_did_not_request_fails_the_request() -> None:
     world = World()
     worker = world.engines.join("u", "unified")
     task = await world.begin()
@@ -365,7 +365,7 @@ async def test_a_worker_lost_mid_stream_fails_the_request_and_aborts_its_partner
     assert world.idle()
 
 
-async def test_a_worker_lost_before_the_first_token_is_replaced_once() -> None:
+async def test_a_request_whose_worker_is_lost_before_the_first_token_is_retried_once() -> None:
     world = World()
     prefill, decode = world.pair()
     spare = world.engines.join("d2", "decode")
@@ -383,7 +383,7 @@ async def test_a_worker_lost_before_the_first_token_is_replaced_once() -> None:
         await task
 
 
-async def test_a_full_engine_is_passed_over_for_another() -> None:
+async def test_a_request_refused_by_a_full_engine_is_retried_on_another() -> None:
     world = World(policy="round_robin")
     full, free = world.engines.join("a", "unified"), world.engines.join("b", "unified")
     task = await world.begin()
@@ -393,7 +393,7 @@ async def test_a_full_engine_is_passed_over_for_another() -> None:
     assert await task == [7]
 
 
-async def test_the_callers_mistake_is_not_retried() -> None:
+async def test_a_request_error_is_not_retried() -> None:
     world = World(policy="round_robin")
     first, second = world.engines.join("a", "unified"), world.engines.join("b", "unified")
     task = await world.begin()
@@ -403,7 +403,7 @@ async def test_the_callers_mistake_is_not_retried() -> None:
     assert world.engines.submits(second) == []
 
 
-async def test_an_unreachable_decode_worker_releases_prefill() -> None:
+async def test_an_unreachable_decode_worker_aborts_the_prefill_request() -> None:
     world = World()
     prefill, decode = world.pair()
     world.engines.unreachable.add(decode)
@@ -415,7 +415,7 @@ async def test_an_unreachable_decode_worker_releases_prefill() -> None:
 # ---------------------------------------------------------------- nobody there, everybody full
 
 
-async def test_no_worker_of_a_role_names_the_role_and_what_to_start() -> None:
+async def test_a_missing_role_is_named_with_the_command_that_starts_it() -> None:
     world = World()
     with pytest.raises(Unavailable, match="kvist serve"):
         await read_all(world.generate())
@@ -428,7 +428,7 @@ async def test_no_worker_of_a_role_names_the_role_and_what_to_start() -> None:
         await read_all(world.generate())
 
 
-async def test_ready_needs_a_pair_or_a_unified_worker() -> None:
+async def test_the_router_is_ready_with_a_pair_or_a_unified_worker() -> None:
     world = World()
     assert not world.dispatcher.ready()
     world.engines.join("p", "prefill")
@@ -461,7 +461,7 @@ async def test_full_workers_refuse_before_anything_is_sent(full_role: str) -> No
         task.cancel()
 
 
-async def test_a_full_unified_worker_refuses_too() -> None:
+async def test_a_full_unified_worker_refuses_before_anything_is_sent() -> None:
     world = World()
     worker = world.engines.join("u", "unified", max_running_requests=1, max_queued_requests=0)
     task = await world.begin()
@@ -471,7 +471,7 @@ async def test_a_full_unified_worker_refuses_too() -> None:
     task.cancel()
 
 
-async def test_prompt_tokens_are_in_line_at_prefill_until_the_first_token() -> None:
+async def test_prompt_tokens_are_pending_at_prefill_until_the_first_token() -> None:
     world = World()
     prefill, decode = world.pair()
     task = await world.begin()
@@ -481,7 +481,7 @@ async def test_prompt_tokens_are_in_line_at_prefill_until_the_first_token() -> N
     task.cancel()
 
 
-async def test_a_unified_worker_steps_in_when_the_pair_is_broken() -> None:
+async def test_a_unified_worker_serves_the_request_when_the_pair_is_incomplete() -> None:
     world = World()
     world.engines.join("p", "prefill")
     unified = world.engines.join("u", "unified")
@@ -503,7 +503,7 @@ async def test_a_unified_worker_named_for_prefill_is_paired() -> None:
 # ---------------------------------------------------------------- flush
 
 
-async def test_flush_asks_every_worker_and_sums_up() -> None:
+async def test_flush_reaches_every_worker_and_returns_pages_by_worker() -> None:
     world = World()
     prefill, decode = world.pair()
     task = asyncio.create_task(world.dispatcher.flush_cache("host"))
@@ -526,7 +526,7 @@ async def test_a_worker_that_does_not_answer_a_flush_is_named() -> None:
         await World().dispatcher.flush_cache()
 
 
-async def test_storage_asks_every_worker_and_gives_each_answer_or_its_error() -> None:
+async def test_a_storage_command_returns_the_answer_or_error_of_every_worker() -> None:
     world = World()
     prefill, decode = world.pair()
     ask = wire.StorageCommand(call_id="", action="attach", wish=wire.AttachStoreRequest(hicache_storage_size=2.0))
@@ -542,14 +542,14 @@ async def test_storage_asks_every_worker_and_gives_each_answer_or_its_error() ->
     assert await task == {"p": answers[0], "d": answers[1]}
 
 
-async def test_a_worker_that_does_not_answer_for_its_storage_in_time_is_named() -> None:
+async def test_a_worker_that_does_not_answer_a_storage_command_is_named() -> None:
     world = World(storage_timeout_s=0.01)
     world.pair()
     with pytest.raises(Timeout, match="d, p did not answer"):
         await world.dispatcher.ask_storage(wire.StorageCommand(call_id="", action="status"))
 
 
-async def test_a_stream_whose_client_does_not_read_keeps_a_bounded_number_of_logprobs() -> None:
+async def test_logprobs_that_wait_for_a_client_that_does_not_read_are_bounded() -> None:
     world = World()
     worker = world.engines.join("w", "unified")
     stream = world.generate(max_tokens=10_000)
@@ -571,7 +571,9 @@ async def test_a_stream_whose_client_does_not_read_keeps_a_bounded_number_of_log
         await anext(stream)
 
 
-async def test_a_prompt_of_many_answers_is_digested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_page_digests_of_a_prompt_with_many_answers_are_computed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     world = World()
     worker = world.engines.join("w", "unified")
     worker.known_pages = {b"some page"}

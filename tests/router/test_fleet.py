@@ -81,7 +81,7 @@ def in_flight(dispatcher: Dispatcher) -> int:
     return sum(worker.num_in_flight for worker in dispatcher.snapshot().workers)
 
 
-async def test_many_streams_through_a_pair_come_out_whole(start_engine: StartEngine, connect: Connect) -> None:
+async def test_a_pair_delivers_many_streams_complete_and_in_order(start_engine: StartEngine, connect: Connect) -> None:
     dispatcher = await connect(start_engine(spec=spec("p", "prefill")), start_engine(spec=spec("d", "decode")))
     await until(dispatcher.ready)
     answers = await asyncio.gather(*(ask(dispatcher, 1000 * i, name=str(i)) for i in range(40)))
@@ -100,7 +100,7 @@ async def test_two_gateways_share_the_engines_even_with_equal_request_ids(
     assert answers == [list(range(1000 * i, 1000 * i + 50)) for i in range(10)]
 
 
-async def test_leaving_a_stream_reaches_both_engines(start_engine: StartEngine, connect: Connect) -> None:
+async def test_closing_a_stream_aborts_the_request_at_both_engines(start_engine: StartEngine, connect: Connect) -> None:
     prefill, decode = start_engine(spec=spec("p", "prefill")), start_engine(spec=spec("d", "decode"))
     dispatcher = await connect(prefill, decode)
     await until(dispatcher.ready)
@@ -145,7 +145,7 @@ async def test_a_worker_that_dies_mid_stream_fails_its_request(start_engine: Sta
     assert in_flight(dispatcher) == 0
 
 
-async def test_a_silent_worker_is_lost_and_comes_back_when_it_speaks(
+async def test_a_silent_worker_is_lost_and_is_ready_after_its_next_message(
     start_engine: StartEngine, connect: Connect
 ) -> None:
     engine = start_engine(spec=spec("u"))
@@ -164,7 +164,7 @@ async def test_a_silent_worker_is_lost_and_comes_back_when_it_speaks(
     await until(has_one_gateway)  # the connection that was given up is closed
 
 
-async def test_an_engine_in_a_new_life_does_not_keep_the_old_ones_requests(
+async def test_requests_of_an_engine_that_restarted_fail_as_worker_lost(
     start_engine: StartEngine, connect: Connect
 ) -> None:
     engine = start_engine(spec=spec("u"))
@@ -197,13 +197,15 @@ async def test_flush_reaches_every_worker(start_engine: StartEngine, connect: Co
     assert await dispatcher.flush_cache() == {"p": 7, "d": 7}
 
 
-async def test_another_model_is_kept_out_and_shown(start_engine: StartEngine, connect: Connect) -> None:
+async def test_a_worker_with_another_model_is_listed_and_gets_no_request(
+    start_engine: StartEngine, connect: Connect
+) -> None:
     dispatcher = await connect(start_engine(spec=spec("a")), start_engine(spec=spec("b", model_fingerprint="x")))
     await until(lambda: any("another model" in w.problem for w in dispatcher.snapshot().workers))
     assert sum(worker.alive for worker in dispatcher.snapshot().workers) == 1
 
 
-async def test_a_gateway_with_the_cluster_key_comes_in_and_one_without_is_told(
+async def test_an_engine_admits_a_gateway_with_its_cluster_key_only(
     start_engine: StartEngine, connect: Connect
 ) -> None:
     engine = start_engine(spec=spec("u"))
@@ -243,7 +245,7 @@ async def test_workers_named_by_url_are_found_once_they_have_loaded(
     assert [worker.role for worker in dispatcher.snapshot().workers] == ["prefill", "decode"]
 
 
-async def test_a_worker_that_cannot_be_found_says_why(connect: Connect) -> None:
+async def test_a_worker_that_cannot_be_reached_shows_the_reason(connect: Connect) -> None:
     def refuse() -> httpx.Response:
         raise httpx.ConnectError("connection refused")
 
@@ -253,9 +255,7 @@ async def test_a_worker_that_cannot_be_found_says_why(connect: Connect) -> None:
         await ask(dispatcher)
 
 
-async def test_workers_behind_an_api_key_are_found_with_the_routers_own(
-    start_engine: StartEngine, connect: Connect
-) -> None:
+async def test_the_router_sends_its_api_key_to_find_workers(start_engine: StartEngine, connect: Connect) -> None:
     engine = start_engine(spec=spec("w", "unified"))
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -273,7 +273,7 @@ def test_a_bad_url_is_refused_at_start(url: str) -> None:
         build_dispatcher(RouterConfig(worker_urls=(url,)), ChannelConfig(cluster_key=CLUSTER_KEY))
 
 
-def test_urls_are_forgiven_their_slashes_and_missing_scheme() -> None:
+def test_worker_urls_may_have_a_trailing_slash_and_no_scheme() -> None:
     assert normal_url("h:1/") == normal_url("http://h:1") == "http://h:1"
 
 

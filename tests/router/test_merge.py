@@ -23,7 +23,7 @@ def merger(first_position: int = 0) -> ChunkMerger:
     return ChunkMerger(CLIENT_ID, first_position)
 
 
-def test_chunks_that_wait_are_handed_over_as_one_under_the_clients_id() -> None:
+def test_waiting_chunks_are_merged_into_one_with_the_clients_request_id() -> None:
     merged = merger()
     cached = {"num_cached_tokens": 3, "num_cached_host_tokens": 2, "num_cached_storage_tokens": 1}
     assert merged.push(chunk(0, 10, **cached))
@@ -41,7 +41,7 @@ def test_chunks_that_wait_are_handed_over_as_one_under_the_clients_id() -> None:
     assert merged.take() is None
 
 
-def test_decodes_chunk_waits_for_prefills() -> None:
+def test_a_chunk_of_decode_waits_for_the_first_token_of_prefill() -> None:
     merged = merger()
     assert not merged.push(chunk(1, 11, handoff=REPORT))
     assert merged.take() is None
@@ -51,7 +51,7 @@ def test_decodes_chunk_waits_for_prefills() -> None:
     assert (taken.token_ids, taken.handoff) == ((10, 11), REPORT)
 
 
-def test_a_finish_that_came_early_ends_the_stream_only_in_its_turn() -> None:
+def test_an_early_finish_reason_ends_the_stream_only_after_the_missing_tokens() -> None:
     merged = merger()
     merged.push(chunk(1, 11, finish_reason=FinishReason.LENGTH))
     assert not merged.complete
@@ -78,7 +78,7 @@ def test_the_longer_of_two_early_chunks_is_kept() -> None:
     assert taken.token_ids == (10, 11, 12, 13)
 
 
-def test_an_overlap_keeps_only_what_is_new_with_its_logprobs() -> None:
+def test_only_the_new_tokens_of_an_overlapping_chunk_are_kept_with_their_logprobs() -> None:
     merged = merger(first_position=5)
     ones = tuple(TokenLogprobs(logprob=-float(i)) for i in range(3))
     merged.push(chunk(5, 10, logprobs=ones[:1]))

@@ -40,14 +40,14 @@ def view(
     )
 
 
-def test_round_robin_takes_each_in_turn_while_workers_come_and_go() -> None:
+def test_round_robin_visits_every_worker_while_workers_join_and_leave() -> None:
     policy = RoundRobin()
     a, b, c = view("a"), view("b"), view("c")
     assert [policy.choose(PROMPT, [c, a, b]) for _ in range(4)] == ["a", "b", "c", "a"]
     assert [policy.choose(PROMPT, [a, c]) for _ in range(3)] == ["c", "a", "c"]
 
 
-def test_least_loaded_counts_requests_then_prompt_tokens_in_line() -> None:
+def test_least_loaded_compares_requests_then_pending_prompt_tokens() -> None:
     policy = LeastLoaded()
     assert policy.choose(PROMPT, [view("a", num_requests=2), view("b", num_requests=1)]) == "b"
     assert policy.choose(PROMPT, [view("a", num_requests=1, pending=900), view("b", num_requests=1)]) == "b"
@@ -57,7 +57,7 @@ def test_cache_aware_prefers_the_longest_cached_prefix() -> None:
     assert CACHE_AWARE.choose(PROMPT, [view("a", num_pages=4), view("b", num_pages=9), view("c")]) == "b"
 
 
-def test_only_the_leading_run_of_pages_counts() -> None:
+def test_only_a_leading_run_of_cached_pages_is_a_hit() -> None:
     torn = WorkerView(
         worker_id=WorkerId("torn"),
         namespace="ns",
@@ -74,19 +74,19 @@ def test_pages_of_another_namespace_do_not_count() -> None:
     assert num_hit_tokens(PROMPT, view("a", num_pages=9, namespace="other")) == 0
 
 
-def test_a_hit_below_the_threshold_does_not_attract() -> None:
+def test_a_hit_below_the_threshold_is_ignored() -> None:
     short = view("a", num_pages=2, num_requests=1)  # 32 of 330 tokens
     assert CACHE_AWARE.choose(PROMPT, [short, view("b", num_requests=0)]) == "b"
     everything_counts = CacheAware(cache_threshold=0.0, balance_abs_threshold=32, balance_rel_threshold=1.5)
     assert everything_counts.choose(PROMPT, [view("a"), view("b", num_pages=1)]) == "b"
 
 
-def test_a_long_prompt_in_line_outweighs_a_hit() -> None:
+def test_a_long_pending_prompt_outweighs_a_hit() -> None:
     """One slow prompt delays nobody who could go elsewhere."""
     assert CACHE_AWARE.choose(PROMPT, [view("a", num_pages=10, pending=30_000), view("b")]) == "b"
 
 
-def test_far_apart_loads_go_to_the_least_loaded_whatever_is_cached() -> None:
+def test_loads_that_differ_much_send_the_request_to_the_least_loaded_worker() -> None:
     long = PromptDigests(num_tokens=32_000, digests={"ns": [i.to_bytes(16, "big") for i in range(2_000)]})
     owner = WorkerView(
         worker_id=WorkerId("a"),
@@ -101,7 +101,7 @@ def test_far_apart_loads_go_to_the_least_loaded_whatever_is_cached() -> None:
     assert CACHE_AWARE.choose(long, [owner, view("b", num_requests=30)]) == "a"
 
 
-def test_equal_workers_are_told_apart_by_room_then_by_name() -> None:
+def test_equal_workers_are_ordered_by_cached_pages_then_by_name() -> None:
     full_elsewhere = WorkerView(
         worker_id=WorkerId("a"),
         namespace="ns",

@@ -61,7 +61,7 @@ def test_a_gap_in_the_reports_asks_once_for_a_snapshot() -> None:
     assert worker.known_pages == set()
 
 
-def test_a_lost_workers_pages_are_forgotten() -> None:
+def test_the_pages_of_a_lost_worker_are_forgotten() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker)
@@ -71,7 +71,7 @@ def test_a_lost_workers_pages_are_forgotten() -> None:
     assert worker.needs_snapshot
 
 
-def test_remembered_pages_are_bounded_and_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_remembered_pages_are_bounded_and_a_warning_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     registry = Registry(RouterConfig(max_known_pages=2))
     worker = add(registry)
     welcome(registry, worker)
@@ -90,7 +90,9 @@ def test_remembered_pages_are_bounded_and_it_says_so(caplog: pytest.LogCaptureFi
         ("page_size", 32, "page"),
     ],
 )
-def test_a_worker_that_does_not_match_is_refused_and_shown(field: str, value: object, word: str) -> None:
+def test_a_worker_that_does_not_match_is_refused_and_listed_with_the_reason(
+    field: str, value: object, word: str
+) -> None:
     registry = Registry(RouterConfig())
     first, second = add(registry, "http://a"), add(registry, "http://b")
     welcome(registry, first)
@@ -100,7 +102,7 @@ def test_a_worker_that_does_not_match_is_refused_and_shown(field: str, value: ob
     assert "http://a" in registry.snapshot()[1].problem
 
 
-def test_another_model_may_come_once_the_first_is_gone() -> None:
+def test_a_worker_with_another_model_may_join_once_the_first_is_lost() -> None:
     registry = Registry(RouterConfig())
     first, second = add(registry, "http://a"), add(registry, "http://b")
     welcome(registry, first)
@@ -140,7 +142,7 @@ def test_another_protocol_version_is_refused() -> None:
         registry.on_welcome(add(registry), Welcome(spec=make_spec(), protocol_version=99), 0.0)
 
 
-def test_the_view_counts_our_requests_and_what_the_worker_reports() -> None:
+def test_the_view_counts_the_larger_of_own_and_reported_requests() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker, max_running_requests=1, max_queued_requests=1)
