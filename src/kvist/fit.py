@@ -17,12 +17,12 @@ class Limit:
 
     num_tokens: int
     text: str  # the same with the limit that binds, and its option
-    num_tokens_away: int = 0  # what a worker holds that is lost or drains at present
+    num_tokens_offline: int = 0  # what a worker holds that is lost or drains at present
 
     @property
     def most(self) -> int:
         """A longer request would not even fit if every worker were there."""
-        return max(self.num_tokens, self.num_tokens_away)
+        return max(self.num_tokens, self.num_tokens_offline)
 
 
 def num_tokens_needed(request: EngineRequest, mode: Mode) -> int:

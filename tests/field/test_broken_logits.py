@@ -166,7 +166,7 @@ def test_the_sampler_names_the_rows_whose_logits_are_no_numbers(params: Sampling
     logits[5, 5] = -INF  # an impossible token is no fault
     rows = [SamplingRow(params=params, position=4) for _ in range(7)]
     sampled = sample(logits, rows)
-    assert sampled.broken_places == {1, 2, 3, 4}
+    assert sampled.invalid_rows == {1, 2, 3, 4}
     for place in (0, 5, 6):
         alone = sample(logits[place : place + 1], rows[:1])
         assert alone.token_ids == [sampled.token_ids[place]]

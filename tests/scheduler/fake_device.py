@@ -66,7 +66,7 @@ class FakeDevice:
         self._page_size = cache.page_size
         self._ledger = cache._ledger
         self.pages: list[list[Slot | None]] = [[None] * cache.page_size for _ in range(cache.num_pages)]
-        self._former: dict[str, int] = {}  # what the batch before chose: `takes_sampled` means these
+        self._last_sampled: dict[str, int] = {}  # what the batch before chose: `takes_sampled` means these
         self._broken: frozenset[str] = frozenset()  # its requests, if it failed
 
     def execute(self, batch: Batch) -> SampledTokens:
@@ -79,7 +79,7 @@ class FakeDevice:
                     sampled[item.request_id] = 0
                 continue
             prefix = self._check_prefix(item.page_ids, item.start)
-            token_ids = [self._former[item.request_id]] if item.takes_sampled else item.token_ids
+            token_ids = [self._last_sampled[item.request_id]] if item.takes_sampled else item.token_ids
             for offset, token_id in enumerate(token_ids):
                 page, slot = divmod(item.start + offset, self._page_size)
                 state = self._ledger.state(item.page_ids[page])
@@ -89,7 +89,7 @@ class FakeDevice:
             if item.sampling is not None:
                 token_id = next_token(prefix, item.sampling, item.end, item.suppressed_token_ids)
                 sampled[item.request_id] = token_id
-        self._former, self._broken = sampled, frozenset()
+        self._last_sampled, self._broken = sampled, frozenset()
         return SampledTokens(token_ids=list(sampled.values()))
 
     def fail(self, batch: Batch) -> None:
@@ -99,7 +99,7 @@ class FakeDevice:
             for position in range(item.start, item.end):
                 page, slot = divmod(position, self._page_size)
                 self.pages[item.page_ids[page]][slot] = (-1, -1)
-        self._former, self._broken = {}, frozenset(item.request_id for item in batch.items)
+        self._last_sampled, self._broken = {}, frozenset(item.request_id for item in batch.items)
 
     def _check_owned(self, item: BatchItem) -> None:
         for page in range(item.start // self._page_size, (item.end - 1) // self._page_size + 1):

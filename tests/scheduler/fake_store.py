@@ -39,7 +39,7 @@ class SimStore:
         self.hung: set[int] = set()  # they are answered when they return
         self.fetched: list[bytes] = []  # every page that was asked for
         self.fail_next = False
-        self.lies = False  # it has everything, it says
+        self.overclaims = False  # it has everything, it says
 
     def take(self, job: StoreJob) -> None:
         if isinstance(job, CancelFetch):
@@ -77,10 +77,10 @@ class SimStore:
         job, asked = self._jobs.pop(ready[-1 if newest else 0])
         most, self.fail_next = (len(job.digests) // 2 if self.fail_next else len(job.digests)), False
         if isinstance(job, FindPages):
-            num_pages = len(job.digests) if self.lies else self._num_leading(job.digests)
+            num_pages = len(job.digests) if self.overclaims else self._num_leading_pages(job.digests)
             self._reports.append(PagesFound(job_id=job.job_id, num_pages=min(num_pages, most)))
         elif isinstance(job, FetchPages):
-            num_pages = 0 if job.job_id in self._cancelled else min(self._num_leading(job.digests), most)
+            num_pages = 0 if job.job_id in self._cancelled else min(self._num_leading_pages(job.digests), most)
             self._write(job.host_slots, [self._pages[digest] for digest in job.digests[:num_pages]])
             self._reports.append(PagesFetched(job_id=job.job_id, num_pages=num_pages))
         else:
@@ -93,7 +93,7 @@ class SimStore:
         reports, self._reports = self._reports, []
         return reports
 
-    def _num_leading(self, digests: Sequence[bytes]) -> int:
+    def _num_leading_pages(self, digests: Sequence[bytes]) -> int:
         return next((place for place, digest in enumerate(digests) if digest not in self._pages), len(digests))
 
     def _read(self, slots: Sequence[int]) -> list[Page]:

@@ -306,8 +306,8 @@ class SimEngine:
         for request in self.scheduler._table.fetching.values():  # type: ignore[attr-defined]
             assert self.world.now_s < request.arrived_s + self.config.queue_timeout_s / 2, "nobody waits for ever"
         live = self.scheduler._table.live.values()  # type: ignore[attr-defined]
-        counted = self.scheduler._table.first_turns._below.get((), {})  # type: ignore[attr-defined]
-        assert sum(counted.values()) == sum(not request.had_its_turn for request in live)
+        counted = self.scheduler._table.unadmitted._below.get((), {})  # type: ignore[attr-defined]
+        assert sum(counted.values()) == sum(not request.was_admitted for request in live)
         for request in live:
             assert request.prefetch is None or request.state.value in ("waiting", "fetching"), "admitted: closed"
         counts = self.scheduler.load().pages

@@ -41,7 +41,7 @@ def run_out(engine: SimEngine) -> None:
     engine.world.check_settled()
 
 
-def test_a_long_prompt_is_read_in_chunks_and_only_the_last_asks_for_a_token() -> None:
+def test_a_long_prompt_runs_in_chunks_and_only_the_last_chunk_samples() -> None:
     engine = unified(chunked_prefill_size=6)
     plans = [step(engine, arrived("a", 14)), step(engine), step(engine)]
     assert [items(plan) for plan in plans] == [[("a", 0, 6)], [("a", 6, 12)], [("a", 12, 14)]]
@@ -50,7 +50,7 @@ def test_a_long_prompt_is_read_in_chunks_and_only_the_last_asks_for_a_token() ->
     assert step(engine).chunks[0].position == 0
 
 
-def test_decodes_come_first_and_prompts_share_what_is_left_of_the_budget_oldest_first() -> None:
+def test_decodes_come_first_then_prompt_chunks_share_the_budget_oldest_first() -> None:
     engine = unified(chunked_prefill_size=10)
     step(engine, arrived("a", 3))
     assert items(step(engine, arrived("b", 5), arrived("c", 9))) == [("a", 3, 4), ("b", 0, 5), ("c", 0, 4)]
@@ -65,19 +65,19 @@ def two_streams(**config: object) -> SimEngine:
     return engine
 
 
-def test_a_prompt_alone_takes_the_largest_step_and_beside_streams_the_usual_one() -> None:
+def test_a_prompt_alone_takes_the_largest_step_and_with_streams_the_usual_one() -> None:
     alone = unified(chunked_prefill_size=8, max_prefill_tokens=16)
     assert items(step(alone, arrived("c", 20))) == [("c", 0, 16)]
     beside = items(step(two_streams(max_prefill_tokens=16), arrived("c", 20)))
     assert beside[2:] == [("c", 0, 6)]
 
 
-def test_a_little_more_than_the_usual_step_ends_a_prompt() -> None:
+def test_a_prompt_slightly_above_the_budget_is_finished_in_one_step() -> None:
     assert items(step(two_streams(max_prefill_tokens=16), arrived("c", 7)))[2:] == [("c", 0, 7)]
     assert items(step(two_streams(max_prefill_tokens=8), arrived("c", 7)))[2:] == [("c", 0, 6)], "never above the limit"
 
 
-def test_prompts_that_run_and_those_that_wait_make_a_step_larger_together() -> None:
+def test_running_and_waiting_prompts_together_enlarge_a_step() -> None:
     def chunk_of_c(*others: Submit) -> int:
         engine = two_streams(max_prefill_tokens=256, num_pages=600, max_model_len=1000)
         step(engine, arrived("c", 900))
@@ -90,7 +90,7 @@ def test_prompts_that_run_and_those_that_wait_make_a_step_larger_together() -> N
     assert chunk_of_c(*waiting[:1]) == 6
 
 
-def test_nothing_is_planned_while_a_batch_is_under_way() -> None:
+def test_without_overlap_no_batch_is_planned_while_one_is_pending() -> None:
     engine = unified()
     assert step(engine, arrived("a")).batch is not None
     engine.events.append(arrived("b"))
@@ -107,7 +107,7 @@ def test_the_head_of_the_queue_is_never_overtaken() -> None:
     assert {name for name, _, _ in items(plan)} == {"big", "tiny"}
 
 
-def test_an_answer_says_how_much_of_its_prompt_was_cached_with_position_0_only() -> None:
+def test_only_the_chunk_of_position_0_reports_the_cached_tokens() -> None:
     engine = unified()
     engine.world.submit(make_request("a", list(range(9))), engine)
     run_out(engine)
@@ -120,7 +120,7 @@ def test_an_answer_says_how_much_of_its_prompt_was_cached_with_position_0_only()
     assert (totals["prompt_tokens"], totals["cached_prompt_tokens"], totals["computed_prompt_tokens"]) == (18, 8, 10)
 
 
-def test_the_ceiling_counts_what_was_evicted_once_a_request_and_by_the_rule_of_the_hits() -> None:
+def test_the_ceiling_counts_evicted_tokens_once_per_request_by_the_rule_of_hits() -> None:
     engine = unified(num_pages=4, max_model_len=16)
     for name, first in (("a", 0), ("b", 100), ("c", 0)):  # two pages and a token each; b evicts a's
         engine.world.submit(make_request(name, list(range(first, first + 9)), max_tokens=4), engine)
@@ -132,7 +132,7 @@ def test_the_ceiling_counts_what_was_evicted_once_a_request_and_by_the_rule_of_t
     assert totals["cached_prompt_tokens"] == 4 + 4  # of c's two pages, one was still there
 
 
-def test_neither_hits_nor_their_ceiling_count_tokens_of_a_resumed_answer() -> None:
+def test_hits_and_ceiling_exclude_output_tokens_of_a_resumed_request() -> None:
     engine = unified()
     for name in "ab":
         engine.world.submit(make_request(name, list(range(5)), outputs=tuple(range(30, 35)), max_tokens=7), engine)
@@ -158,7 +158,7 @@ def test_prompts_with_another_salt_share_nothing() -> None:
     assert items(plan)[0][1] == 0
 
 
-def test_the_youngest_gives_up_its_pages_and_its_stream_does_not_show_it() -> None:
+def test_the_youngest_request_is_preempted_and_its_stream_is_unchanged() -> None:
     engine = unified(num_pages=6, max_model_len=24)
     world = engine.world
     for index, name in enumerate("ab"):
@@ -187,7 +187,7 @@ def test_the_oldest_is_never_preempted() -> None:
     assert positions == list(range(14))
 
 
-def test_a_full_queue_refuses_with_overloaded_and_says_when_to_come_back() -> None:
+def test_a_full_queue_refuses_as_overloaded_with_a_retry_after() -> None:
     engine = unified(max_running_requests=1, max_queued_requests=2)
     step(engine, arrived("a"))
     plan = step(engine, arrived("b"), arrived("c"), arrived("d"))
@@ -232,7 +232,7 @@ def test_an_answer_that_cannot_fit_is_refused_and_never_shortened(num_pages: int
         (make_request("a", [1]), Mode.DECODE, "decode"),  # no handoff_id, no prefill worker
     ],
 )
-def test_what_a_role_cannot_do_is_refused_by_name(request_: object, mode: Mode, role: str) -> None:
+def test_each_role_refuses_the_modes_it_does_not_serve(request_: object, mode: Mode, role: str) -> None:
     engine = World().start("e", role, small_config())
     (ended,) = step(engine, Submit(request=request_, mode=mode)).ended
     assert (ended.outcome, ended.error_code) == (Outcome.FAILED, "invalid_request")
@@ -264,7 +264,7 @@ def sampled(plan: Plan, token_id: int) -> StepFinished:
         (SamplingParams(max_tokens=2), [1, 1], FinishReason.LENGTH),
     ],
 )
-def test_each_way_an_answer_ends_is_told_with_its_last_token(
+def test_the_chunk_of_the_last_token_carries_the_finish_reason(
     sampling: SamplingParams, tokens: list[int], reason: FinishReason
 ) -> None:
     engine = unified()
@@ -291,7 +291,7 @@ def test_stop_tokens_are_impossible_before_min_tokens() -> None:
     assert suppressed == [(3, EOS), (3, EOS), ()]
 
 
-def test_a_stream_continued_from_the_middle_gives_the_same_tokens() -> None:
+def test_a_resumed_stream_gives_the_same_tokens() -> None:
     engine = unified()
     whole = make_request("whole", [4, 5, 6, 1, 2], max_tokens=10, ignore_eos=True)
     expected, _ = reference_stream(whole, engine.config, engine.context_len)
@@ -334,7 +334,7 @@ def test_a_failed_step_fails_its_requests_and_caches_nothing_it_wrote() -> None:
     run_out(engine)
 
 
-def test_waiting_too_long_for_a_first_turn_is_a_timeout_and_wake_at_says_when_to_look() -> None:
+def test_a_request_not_admitted_within_the_queue_timeout_ends_as_timeout() -> None:
     engine = unified(max_running_requests=1, queue_timeout_s=2.0)
     step(engine, arrived("a", max_tokens=30))
     plan = step(engine, arrived("b"))
@@ -352,7 +352,7 @@ def test_a_second_submit_of_a_live_request_is_ignored() -> None:
     assert len(engine.world.ended["a", engine.epoch]) == 1
 
 
-def test_flush_frees_what_no_request_uses_and_says_how_much() -> None:
+def test_flush_frees_unused_pages_and_reports_their_number() -> None:
     engine = unified()
     engine.world.submit(make_request("a", list(range(9)), max_tokens=1), engine)
     run_out(engine)

@@ -15,32 +15,32 @@ def tokens(num_decodes: int, backlog_tokens: int) -> int:
     return step_tokens(CONFIG, num_decodes=num_decodes, backlog_tokens=backlog_tokens)
 
 
-def test_a_step_is_of_the_usual_size_when_many_streams_wait_for_it() -> None:
+def test_a_step_has_the_usual_size_when_many_streams_run() -> None:
     assert tokens(num_decodes=20, backlog_tokens=4000) == 512
 
 
-def test_the_fewer_streams_wait_the_larger_is_the_step() -> None:
+def test_a_step_is_larger_when_fewer_streams_run() -> None:
     sizes = [tokens(num_decodes, 4000) for num_decodes in (0, 4, 8, 12, 16)]
     assert sizes == [2048, 2048, 1024, 640, 512]
 
 
-def test_a_burst_of_prompts_makes_steps_large_whoever_waits() -> None:
+def test_a_burst_of_prompts_enlarges_steps_for_any_number_of_streams() -> None:
     assert tokens(num_decodes=100, backlog_tokens=20_000) == 1152
     assert tokens(num_decodes=100, backlog_tokens=200_000) == 2048
 
 
-def test_prompts_get_on_beside_more_decodes_than_a_usual_step_has_room_for() -> None:
+def test_a_step_leaves_tokens_for_prompts_when_decodes_exceed_the_usual_size() -> None:
     assert tokens(num_decodes=500, backlog_tokens=100) > 500
 
 
-def test_a_little_more_than_the_budget_ends_the_prompt() -> None:
+def test_a_chunk_slightly_above_the_budget_finishes_the_prompt() -> None:
     assert chunk_tokens(left=550, budget=500, step=512, most=2048) == 550
     assert chunk_tokens(left=600, budget=500, step=512, most=2048) == 500
     assert chunk_tokens(left=40, budget=10, step=512, most=2048) == 10, "a little budget is not stretched much"
 
 
 @given(st.integers(1, 3000), st.integers(0, 3000), st.integers(0, 256), st.integers(0, 10**6), st.integers(1, 10**5))
-def test_no_step_is_above_the_limit_and_every_step_gets_prompts_on(
+def test_no_step_exceeds_the_limit_and_every_step_has_tokens_for_prompts(
     usual: int, more: int, num_decodes: int, backlog: int, left: int
 ) -> None:
     most = max(usual + more, 257)

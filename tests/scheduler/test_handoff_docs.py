@@ -27,7 +27,7 @@ DIAGRAMS = re.findall(r"```mermaid\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize(("index", "table"), [(0, SOURCE_TRANSITIONS), (1, TARGET_TRANSITIONS)])
-def test_each_diagram_draws_exactly_the_moves_of_its_table(
+def test_each_diagram_shows_exactly_the_transitions_of_its_table(
     index: int, table: Mapping[enum.Enum, Mapping[enum.Enum, enum.Enum]]
 ) -> None:
     drawn = set(re.findall(r"(\w+) --> (\w+) : (.+)", DIAGRAMS[index]))

@@ -8,8 +8,8 @@ import pytest
 from scheduler_sim import World, make_request, small_config
 
 from kvist.scheduler.handoff import SOURCE_TRANSITIONS, TARGET_TRANSITIONS, SourceTrigger, TargetTrigger
-from kvist.scheduler.source import SourceHalf
-from kvist.scheduler.target import TargetHalf
+from kvist.scheduler.source import SourceSide
+from kvist.scheduler.target import TargetSide
 
 
 def one_run(seed: int) -> World:
@@ -30,7 +30,7 @@ def one_run(seed: int) -> World:
     trouble = dice.choice([0.0, 0.01, 0.04])
     for _ in range(300):
         if dice.random() < trouble:
-            make_trouble(world, dice)
+            inject_fault(world, dice)
         turn = dice.random()
         if turn < 0.1 and len(world.submitted) < 12:
             count = len(world.submitted)
@@ -61,7 +61,7 @@ def one_run(seed: int) -> World:
     return world
 
 
-def make_trouble(world: World, dice: random.Random) -> None:
+def inject_fault(world: World, dice: random.Random) -> None:
     engine = world.engines[dice.choice(list(world.engines))]
     what = dice.randrange(7)
     if what == 0 and world.submitted:
@@ -80,18 +80,18 @@ def make_trouble(world: World, dice: random.Random) -> None:
         world.now_s += dice.choice([0.3, 1.1, 7.0, 13.0])
 
 
-def test_clusters_in_all_kinds_of_trouble_keep_their_promises_and_try_every_move_of_the_tables(
+def test_clusters_keep_their_promises_under_random_faults_and_take_every_transition(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tried: set[object] = set()
-    for half in (SourceHalf, TargetHalf):
-        original = half._fire
+    for side in (SourceSide, TargetSide):
+        original = side._fire
 
         def fire(self, handoff, trigger, *args, _original=original):  # type: ignore[no-untyped-def]
             tried.add((handoff.state, trigger))
             return _original(self, handoff, trigger, *args)
 
-        monkeypatch.setattr(half, "_fire", fire)
+        monkeypatch.setattr(side, "_fire", fire)
     for seed in (*range(320), 508, 716, 809):  # the last three have what is rarest: a stop overtaken by a failed write
         one_run(seed)
     moves: set[object] = {(state, t) for state, row in SOURCE_TRANSITIONS.items() for t in row}
@@ -101,7 +101,7 @@ def test_clusters_in_all_kinds_of_trouble_keep_their_promises_and_try_every_move
     assert TargetTrigger.MISMATCH in {trigger for _, trigger in tried}
 
 
-def test_without_trouble_every_stream_is_finished_and_equal_to_unified() -> None:
+def test_without_faults_every_stream_finishes_and_equals_unified() -> None:
     for seed in range(20):
         world = World()
         config = small_config(max_queued_requests=20, overlap=seed % 2 == 1)

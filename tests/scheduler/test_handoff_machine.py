@@ -24,13 +24,13 @@ class Cluster(RuleBasedStateMachine):
         super().__init__()
         self.world = World()
         self.count = 0
-        self.gateway_minds = False
+        self.gateway_aborts = False
 
     @initialize(
         prefill_pages=st.integers(6, 14),
         decode_pages=st.integers(6, 14),
         unified=st.booleans(),
-        gateway_minds=st.booleans(),
+        gateway_aborts=st.booleans(),
         remembered=st.sampled_from([1, 64]),
         overlap=st.booleans(),
         num_host_pages=st.sampled_from([0, 4, 30]),
@@ -42,7 +42,7 @@ class Cluster(RuleBasedStateMachine):
         prefill_pages: int,
         decode_pages: int,
         unified: bool,
-        gateway_minds: bool,
+        gateway_aborts: bool,
         remembered: int,
         overlap: bool,
         num_host_pages: int,
@@ -77,7 +77,7 @@ class Cluster(RuleBasedStateMachine):
                 write_policy=write_policy,
                 prefetch=prefetch,
             )
-        self.gateway_minds = gateway_minds
+        self.gateway_aborts = gateway_aborts
 
     def engine(self, name: str) -> SimEngine:
         return self.world.engines[name]
@@ -152,59 +152,59 @@ class Cluster(RuleBasedStateMachine):
         self.world.now_s += by_s
 
     @rule(name=NAMES)
-    def dies_and_returns(self, name: str) -> None:
+    def kill_and_restart(self, name: str) -> None:
         self.world.kill(self.engine(name))
 
     @rule(name=st.sampled_from(PREFILLS), how=st.sampled_from(["corrupt_next", "fail_next"]))
-    def link_breaks(self, name: str, how: str) -> None:
+    def break_transfer(self, name: str, how: str) -> None:
         setattr(self.engine(name).transport, how, True)
 
     @rule(prefill=st.sampled_from(PREFILLS), decode=st.sampled_from(DECODES), host=st.booleans())
-    def ask_again(self, prefill: str, decode: str, host: bool) -> None:
+    def repeat_prompt(self, prefill: str, decode: str, host: bool) -> None:
         """What was cached may be in the host tier only by now, or in the store."""
-        self.all_get_done()
+        self.settle_all()
         for name in (prefill, decode):
             self.world.forget(self.engine(name), host=host)
         self.submit(prefill, decode, [1] * 13, 3, 0)
 
     @rule()
-    def all_get_done(self) -> None:
+    def settle_all(self) -> None:
         self.world.settle(max_rounds=2000)
 
     @rule(name=NAMES)
-    def cached_pages_go_from_the_device(self, name: str) -> None:
+    def evict_device_pages(self, name: str) -> None:
         self.world.forget(self.engine(name), host=False)
 
     @rule(name=NAMES)
-    def move_fails(self, name: str) -> None:
+    def fail_next_copy(self, name: str) -> None:
         self.engine(name).mover.fail_next = True
 
-    @rule(name=NAMES, hangs=st.booleans(), lies=st.booleans())
-    def store_is_in_trouble(self, name: str, hangs: bool, lies: bool) -> None:
+    @rule(name=NAMES, hangs=st.booleans(), overclaims=st.booleans())
+    def store_fault(self, name: str, hangs: bool, overclaims: bool) -> None:
         store = self.engine(name).store
         if store is not None:
-            store.fail_next, store.lies = True, lies
+            store.fail_next, store.overclaims = True, overclaims
             if hangs:
                 store.hang()
             else:
                 store.hung.clear()
 
     @rule(name=NAMES)
-    def step_fails(self, name: str) -> None:
+    def fail_step(self, name: str) -> None:
         self.engine(name).fail_next_step = True
 
     def teardown(self) -> None:
         if self.world.engines:
             for engine in self.world.by_epoch.values():
                 engine.fail_next_step = engine.transport.fail_next = engine.transport.corrupt_next = False
-            if self.gateway_minds:
+            if self.gateway_aborts:
                 for request_id in self.world.submitted:
                     self.world.abort(request_id)
             self.world.settle(max_rounds=2000)
             self.world.check_settled()
 
 
-def test_a_handoff_keeps_its_promises_over_any_wire() -> None:
+def test_handoffs_keep_their_promises_over_a_lossy_wire() -> None:
     run_state_machine_as_test(
         Cluster,
         settings=settings(

@@ -54,7 +54,7 @@ def done_sent(**config: object) -> Bench:
     return bench
 
 
-def test_pages_are_written_as_chunks_finish_and_the_partial_page_last() -> None:
+def test_prefill_writes_pages_as_chunks_finish_and_the_partial_page_last() -> None:
     bench = Bench("prefill", chunked_prefill_size=5)
     bench.step(prefill_arrived(), grant())
     first = bench.finish()
@@ -68,7 +68,7 @@ def test_pages_are_written_as_chunks_finish_and_the_partial_page_last() -> None:
     assert not messages(second)
 
 
-def test_the_first_token_goes_to_the_gateway_before_any_page_is_written_but_never_before_the_grant() -> None:
+def test_prefill_sends_the_first_token_before_any_write_but_never_before_the_grant() -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
     bench.step(prefill_arrived())
     assert not bench.finish().chunks
@@ -87,7 +87,7 @@ def test_done_carries_the_first_token_and_the_checksum_once_every_page_is_writte
     assert (done.num_pages, done.checksum, done.first_token, done.finish_reason) == (3, "sum3", FIRST, None)
 
 
-def test_done_says_that_the_first_token_was_the_last() -> None:
+def test_done_carries_the_finish_reason_of_a_one_token_answer() -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
     request = make_request("r", PROMPT, max_tokens=1)
     bench.step(Submit(request=request, mode=Mode.PREFILL, handoff_id=H, target_epoch=D), grant())
@@ -98,7 +98,7 @@ def test_done_says_that_the_first_token_was_the_last() -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "during", "after"])
-def test_a_grant_may_come_before_during_or_after_the_computing(when: str) -> None:
+def test_a_grant_may_arrive_before_during_or_after_the_prompt_is_computed(when: str) -> None:
     bench = Bench("prefill", chunked_prefill_size=5)
     came = grant()
     plans = [
@@ -112,7 +112,7 @@ def test_a_grant_may_come_before_during_or_after_the_computing(when: str) -> Non
     assert isinstance(messages(bench.step(written(3)))[0], Done)
 
 
-def test_pages_that_decode_has_are_not_written() -> None:
+def test_prefill_does_not_write_pages_that_decode_has_cached() -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
     bench.step(prefill_arrived(), grant(first_page=2))
     (job,) = bench.finish().transfers
@@ -120,7 +120,7 @@ def test_pages_that_decode_has_are_not_written() -> None:
     assert job.peer_page_ids == (9,)
 
 
-def test_a_grant_of_no_pages_is_done_without_a_write() -> None:
+def test_an_empty_grant_is_answered_with_done_without_a_write() -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
     bench.step(prefill_arrived(prompt=range(8)), grant(first_page=2, page_ids=()))
     plan = bench.finish()
@@ -130,7 +130,7 @@ def test_a_grant_of_no_pages_is_done_without_a_write() -> None:
     assert done.num_pages == 0
 
 
-def test_pages_that_prefill_had_cached_are_written_before_the_rest_is_computed() -> None:
+def test_prefill_writes_cached_pages_before_it_computes_the_rest() -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
     bench.step(Submit(request=make_request("old", PROMPT, max_tokens=1), mode=Mode.FULL))
     bench.finish()
@@ -153,7 +153,7 @@ def test_the_ack_ends_the_request_and_frees_its_pages() -> None:
     assert (totals["handoffs_sent"], totals["handoff_pages"], totals["handoff_bytes"]) == (1, 3, 3 * PAGE_BYTES)
 
 
-def test_an_ack_from_another_life_is_ignored() -> None:
+def test_an_ack_from_another_epoch_is_ignored() -> None:
     bench = done_sent()
     assert not bench.step(Ack(handoff_id=H, target_epoch=EpochId("D#0"))).ended
 
@@ -191,14 +191,14 @@ def test_pages_under_copy_are_kept_until_the_transport_has_stopped(what: str) ->
     assert bench.busy_pages == 0
 
 
-def test_a_report_of_the_step_that_stops_the_writes_is_not_the_answer_to_the_stop() -> None:
+def test_a_report_made_before_stop_writes_does_not_close_the_handoff() -> None:
     bench = computed()
     assert not messages(bench.step(revoke(), written(1)))
     assert bench.busy_pages == 3
     assert isinstance(messages(bench.step(written(2)))[0], Closed)
 
 
-def test_a_revoke_with_nothing_under_copy_is_closed_at_once() -> None:
+def test_a_revoke_without_pending_writes_is_answered_with_closed_at_once() -> None:
     bench = Bench("prefill", chunked_prefill_size=3)
     bench.step(prefill_arrived(), grant())
     plan = bench.step(revoke())
@@ -232,7 +232,7 @@ def test_a_repeated_revoke_is_answered_each_time() -> None:
         assert isinstance(messages(bench.step(revoke()))[0], Closed)
 
 
-def test_a_revoke_that_overtakes_the_request_closes_it_before_it_begins() -> None:
+def test_a_revoke_that_arrives_before_its_request_fails_the_request() -> None:
     bench = Bench("prefill")
     bench.step(grant())
     assert isinstance(messages(bench.step(revoke()))[0], Closed)
@@ -241,7 +241,7 @@ def test_a_revoke_that_overtakes_the_request_closes_it_before_it_begins() -> Non
     assert plan.batch is None
 
 
-def test_a_revoked_early_grant_takes_no_room_among_those_that_wait() -> None:
+def test_a_revoked_early_grant_frees_its_place() -> None:
     bench = Bench("prefill", max_remembered_handoffs=1)
     bench.step(grant(), revoke())
     assert not messages(bench.step(grant(handoff_id=HandoffId("next"))))
@@ -254,7 +254,7 @@ def test_a_grant_after_the_end_is_answered_with_closed() -> None:
     assert isinstance(closed, Closed)
 
 
-def test_a_grant_for_another_life_is_answered_by_this_one() -> None:
+def test_a_grant_for_another_epoch_is_answered_with_closed() -> None:
     bench = Bench("prefill")
     stale = msgspec.structs.replace(grant(), source_epoch=EpochId("P#0"))
     (closed,) = messages(bench.step(prefill_arrived(), stale))
@@ -263,7 +263,7 @@ def test_a_grant_for_another_life_is_answered_by_this_one() -> None:
     assert bench.scheduler.has_work()
 
 
-def test_an_early_grant_whose_request_never_comes_is_refused_in_time() -> None:
+def test_an_early_grant_without_a_request_is_closed_after_the_grant_timeout() -> None:
     bench = Bench("prefill", grant_timeout_s=5.0)
     assert bench.step(grant()).wake_at_s == 5.0
     bench.now_s = 5.0
@@ -272,7 +272,7 @@ def test_an_early_grant_whose_request_never_comes_is_refused_in_time() -> None:
     assert closed.error_code == "handoff_failed"
 
 
-def test_early_grants_are_bounded_and_the_oldest_is_told() -> None:
+def test_early_grants_are_bounded_and_the_oldest_is_closed() -> None:
     bench = Bench("prefill", max_remembered_handoffs=2)
     plan = bench.step(*(grant(handoff_id=HandoffId(name)) for name in "xyz"))
     (closed,) = messages(plan)
@@ -301,7 +301,7 @@ def test_a_refused_request_closes_its_early_grant_with_the_same_code() -> None:
         msgspec.structs.replace(grant(), first_page=-1, page_ids=(7, 8, 9, 10)),
     ],
 )
-def test_a_grant_that_does_not_fit_is_refused_before_a_byte_is_written(bad: Grant) -> None:
+def test_an_unusable_grant_is_refused_before_a_byte_is_written(bad: Grant) -> None:
     bench = Bench("prefill", chunked_prefill_size=10)
     plan = bench.step(prefill_arrived(), bad)
     assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
@@ -329,7 +329,7 @@ def test_a_failed_step_closes_the_handoff_and_caches_nothing() -> None:
     assert bench.scheduler.load().pages.free == 12
 
 
-def test_waiting_for_a_grant_is_bounded_even_when_the_prompt_is_read() -> None:
+def test_waiting_for_a_grant_is_bounded_also_after_the_prompt_is_computed() -> None:
     bench = Bench("prefill", chunked_prefill_size=10, grant_timeout_s=5.0)
     bench.step(prefill_arrived())
     bench.finish()
@@ -349,7 +349,7 @@ def test_waiting_for_an_ack_is_bounded_but_the_pages_stay() -> None:
     assert bench.busy_pages == 0
 
 
-def test_a_prompt_without_a_grant_gives_way_to_one_with_and_tells_its_first_token_once() -> None:
+def test_an_ungranted_prefill_is_preempted_for_a_granted_one_and_sends_its_first_token_once() -> None:
     bench = Bench("prefill", num_pages=4, chunked_prefill_size=10, max_model_len=16)
     bench.step(prefill_arrived("eager", HandoffId("e")))
     assert not bench.finish().chunks
@@ -370,7 +370,7 @@ def test_a_prompt_without_a_grant_gives_way_to_one_with_and_tells_its_first_toke
     assert pages[-1] == 9
 
 
-def test_a_running_stream_takes_the_pages_of_a_prompt_without_a_grant_rather_than_wait() -> None:
+def test_a_running_stream_preempts_an_ungranted_prefill() -> None:
     bench = Bench("unified", num_pages=5, chunked_prefill_size=10, max_model_len=20)
     bench.step(prefill_arrived())
     bench.finish()
@@ -382,7 +382,7 @@ def test_a_running_stream_takes_the_pages_of_a_prompt_without_a_grant_rather_tha
     assert bench.scheduler.load().num_waiting == 1
 
 
-def test_a_granted_prompt_that_gets_no_room_times_out_and_tells_decode() -> None:
+def test_a_granted_prefill_without_pages_times_out_and_sends_closed() -> None:
     bench = Bench("unified", num_pages=4, max_model_len=16, queue_timeout_s=5.0)
     stream = make_request("s", [20, 21, 22, 23, 24, 25, 26], max_tokens=9, ignore_eos=True)
     bench.step(Submit(request=stream, mode=Mode.FULL), prefill_arrived(), grant())
@@ -392,7 +392,7 @@ def test_a_granted_prompt_that_gets_no_room_times_out_and_tells_decode() -> None
     assert isinstance(messages(plan)[0], Closed)
 
 
-def test_a_prefill_of_a_resumed_stream_hands_over_prompt_and_answer_so_far() -> None:
+def test_prefill_of_a_resumed_request_hands_over_prompt_and_output_so_far() -> None:
     bench = Bench("prefill", chunked_prefill_size=20)
     request = make_request("r", PROMPT[:8], outputs=(3, 4), max_tokens=9)
     bench.step(Submit(request=request, mode=Mode.PREFILL, handoff_id=H, target_epoch=D), grant())

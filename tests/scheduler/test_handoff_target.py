@@ -46,7 +46,7 @@ def verifying(**config: object) -> Bench:
     return bench
 
 
-def test_decode_grants_pages_for_what_it_does_not_have() -> None:
+def test_decode_grants_pages_for_the_uncached_part_of_the_prompt() -> None:
     bench = granted()
     (sent,) = bench.plan.messages
     assert sent.endpoint == "tcp://p"
@@ -58,7 +58,7 @@ def test_decode_grants_pages_for_what_it_does_not_have() -> None:
     assert bench.plan.batch is None
 
 
-def test_a_second_turn_grants_only_the_pages_that_are_new() -> None:
+def test_a_second_request_grants_only_uncached_pages() -> None:
     bench = verifying()
     bench.step(VERIFIED)
     bench.step(Abort(request_id="r"))
@@ -69,7 +69,7 @@ def test_a_second_turn_grants_only_the_pages_that_are_new() -> None:
     assert (message.first_page, len(message.page_ids)) == (2, 1)
 
 
-def test_done_is_verified_before_anything_else() -> None:
+def test_decode_verifies_the_pages_before_it_answers_done() -> None:
     bench = granted()
     (grant_message,) = messages(bench.plan)
     assert isinstance(grant_message, Grant)
@@ -79,7 +79,7 @@ def test_done_is_verified_before_anything_else() -> None:
     assert plan.batch is None
 
 
-def test_verified_pages_are_acknowledged_cached_and_decoded_from() -> None:
+def test_verified_pages_are_acknowledged_cached_and_used() -> None:
     bench = granted()
     bench.now_s = 2.0
     bench.step(done())
@@ -98,7 +98,7 @@ def test_verified_pages_are_acknowledged_cached_and_decoded_from() -> None:
     assert bench.finish(token_id=6).chunks[0].handoff is None
 
 
-def test_done_twice_is_verified_once_and_acknowledged_each_time_after() -> None:
+def test_a_repeated_done_is_verified_once_and_acknowledged_each_time() -> None:
     bench = verifying()
     assert not bench.step(done()).transfers
     bench.step(VERIFIED)
@@ -106,7 +106,7 @@ def test_done_twice_is_verified_once_and_acknowledged_each_time_after() -> None:
     assert messages(bench.step(done())) == [Ack(handoff_id=H, target_epoch=D)]
 
 
-def test_a_first_token_that_was_the_last_ends_the_request_without_a_chunk() -> None:
+def test_done_with_a_finish_reason_ends_the_request_without_a_chunk() -> None:
     bench = granted()
     bench.step(done(finish_reason=FinishReason.STOP))
     plan = bench.step(VERIFIED)
@@ -118,7 +118,7 @@ def test_a_first_token_that_was_the_last_ends_the_request_without_a_chunk() -> N
 
 
 @pytest.mark.parametrize("damage", ["checksum", "count"])
-def test_pages_that_are_not_what_was_sent_fail_the_request_and_both_sides_are_clean(damage: str) -> None:
+def test_pages_that_differ_from_those_sent_fail_the_request_on_both_sides(damage: str) -> None:
     bench = granted()
     if damage == "count":
         plan = bench.step(done(num_pages=2))
@@ -137,7 +137,7 @@ def test_closed_fails_the_request_with_prefills_reason_and_frees_the_pages() -> 
     assert bench.scheduler.load().pages.free == 12
 
 
-def test_an_abort_after_the_grant_keeps_the_pages_in_flight_until_prefill_says_closed() -> None:
+def test_an_abort_after_the_grant_keeps_the_pages_in_flight_until_closed_arrives() -> None:
     bench = granted()
     plan = bench.step(Abort(request_id="r"))
     assert ends(plan) == [(Outcome.ABORTED, None)]
@@ -165,7 +165,7 @@ def test_a_handoff_whose_client_has_left_is_cancelled_at_decode_and_not_failed(f
     assert (totals["requests_aborted"], totals["requests_failed"]) == (1, 0)
 
 
-def test_done_after_revoke_frees_the_pages_too_for_nothing_is_written_after_it() -> None:
+def test_done_after_revoke_frees_the_granted_pages() -> None:
     bench = granted()
     bench.step(Abort(request_id="r"))
     plan = bench.step(done())
@@ -184,19 +184,19 @@ def test_waiting_for_done_is_bounded_but_the_pages_stay_in_flight() -> None:
     assert bench.scheduler.load().pages.free == 12
 
 
-def test_the_death_of_prefill_fails_a_grant_and_frees_its_pages() -> None:
+def test_the_death_of_prefill_before_done_fails_the_request_and_frees_its_pages() -> None:
     bench = granted()
     assert ends(bench.step(PeerDied(epoch=P))) == [(Outcome.FAILED, "worker_lost")]
     assert bench.scheduler.load().pages.free == 12
 
 
-def test_the_death_of_prefill_after_done_costs_nothing() -> None:
+def test_the_death_of_prefill_after_done_does_not_affect_the_request() -> None:
     bench = verifying()
     assert not bench.step(PeerDied(epoch=P)).ended
     assert bench.step(VERIFIED).batch is not None
 
 
-def test_closed_by_another_life_fails_the_request_but_does_not_free_the_pages() -> None:
+def test_closed_from_another_epoch_fails_the_request_but_does_not_free_its_pages() -> None:
     bench = granted()
     plan = bench.step(closed(source_epoch=EpochId("P#2")))
     assert ends(plan) == [(Outcome.FAILED, "worker_lost")]
@@ -208,20 +208,20 @@ def test_closed_by_another_life_fails_the_request_but_does_not_free_the_pages() 
 
 
 @pytest.mark.parametrize("fields", [{"source_epoch": EpochId("P#0")}, {"target_epoch": EpochId("D#0")}])
-def test_a_done_of_another_life_is_ignored(fields: dict[str, EpochId]) -> None:
+def test_a_done_from_another_epoch_is_ignored(fields: dict[str, EpochId]) -> None:
     bench = granted()
     plan = bench.step(done(**fields))
     assert not plan.transfers
     assert not plan.messages
 
 
-def test_a_done_for_an_unknown_handoff_is_revoked_so_that_prefill_can_let_go() -> None:
+def test_a_done_for_an_unknown_handoff_is_answered_with_revoke() -> None:
     bench = granted()
     (message,) = messages(bench.step(done(handoff_id=HandoffId("ghost"))))
     assert isinstance(message, Revoke)
 
 
-def test_an_abort_while_verifying_lets_both_sides_go() -> None:
+def test_an_abort_while_verifying_frees_the_pages_and_sends_revoke() -> None:
     bench = verifying()
     plan = bench.step(Abort(request_id="r"))
     assert ends(plan) == [(Outcome.ABORTED, None)]
@@ -230,7 +230,7 @@ def test_an_abort_while_verifying_lets_both_sides_go() -> None:
     assert not bench.step(VERIFIED).ended
 
 
-def test_a_preempted_stream_computes_its_pages_itself_and_is_not_handed_over_again() -> None:
+def test_decode_recomputes_a_preempted_stream_without_a_second_handoff() -> None:
     world = World()
     config = small_config(max_model_len=24)
     prefill = world.start("p", "prefill", config, num_pages=12)
@@ -246,7 +246,7 @@ def test_a_preempted_stream_computes_its_pages_itself_and_is_not_handed_over_aga
     assert totals["handoffs_received"] == totals["requests_finished"] == 3
 
 
-def test_a_grant_waits_until_running_streams_have_room_to_grow() -> None:
+def test_decode_keeps_a_page_for_each_running_stream_before_it_grants() -> None:
     bench = Bench("decode", num_pages=4, max_model_len=16)
     bench.step(decode_arrived())
     bench.step(done(), VERIFIED)

@@ -40,23 +40,23 @@ def begin_load(world: World, engine: SimEngine, beside: Sequence[EngineRequest] 
     assert len(load.page_ids) == 3
 
 
-def told_cached(world: World, request_id: str) -> int | None:
+def reported_cached(world: World, request_id: str) -> int | None:
     return world.chunks[request_id][0][1].num_cached_tokens
 
 
-def test_pages_that_left_the_device_come_back_from_the_host() -> None:
+def test_evicted_pages_are_loaded_from_the_host_tier() -> None:
     world = World()
     engine = start(world)
     begin_load(world, engine)
     assert engine.scheduler.load().pages.in_flight == 3
     world.settle()
     world.check_settled()
-    assert told_cached(world, "again") == 12
+    assert reported_cached(world, "again") == 12
     totals = engine.scheduler.load().totals
     assert (totals["host_loaded_pages"], totals["cached_prompt_tokens"]) == (3, 12)
 
 
-def test_a_request_that_loads_holds_nobody_back() -> None:
+def test_a_loading_request_does_not_block_other_requests() -> None:
     world = World()
     engine = start(world)
     begin_load(world, engine, [make_request("beside", [2] * 6, max_tokens=1)])
@@ -70,7 +70,7 @@ def test_a_request_that_loads_holds_nobody_back() -> None:
     assert not world.chunks["again"]
 
 
-def test_a_failed_load_is_a_miss_and_no_error() -> None:
+def test_a_failed_load_is_a_miss_and_not_an_error() -> None:
     world = World()
     engine = start(world)
     begin_load(world, engine)
@@ -78,7 +78,7 @@ def test_a_failed_load_is_a_miss_and_no_error() -> None:
     world.settle()
     world.check_settled()
     assert world.outcome("again", engine) is Outcome.FINISHED
-    assert told_cached(world, "again") == 0
+    assert reported_cached(world, "again") == 0
     assert engine.scheduler.load().totals["host_failed_pages"] == 3
 
 
@@ -113,7 +113,7 @@ def test_pages_under_backup_are_neither_freed_nor_evicted_until_it_is_reported()
     assert world.outcome("next", engine) is Outcome.FINISHED
 
 
-def test_a_failed_backup_is_written_again_when_the_page_is_hit() -> None:
+def test_a_failed_backup_is_repeated_when_the_page_is_hit() -> None:
     world = World()
     engine = start(world)
     engine.mover.fail_next = True
@@ -147,7 +147,7 @@ def fill_device(world: World, engine: SimEngine) -> None:
     assert engine.scheduler.load().totals["host_backed_up_pages"] == 0
 
 
-def test_write_back_copies_whole_prefixes_when_their_room_is_about_to_be_needed() -> None:
+def test_write_back_copies_whole_prefixes_before_they_are_evicted() -> None:
     world = World()
     engine = start(world, write_policy="write_back")
     fill_device(world, engine)
@@ -159,7 +159,7 @@ def test_write_back_copies_whole_prefixes_when_their_room_is_about_to_be_needed(
     world.submit(make_request("again", PROMPT, max_tokens=1), engine)
     world.settle()
     world.check_settled()
-    assert told_cached(world, "again") == 12
+    assert reported_cached(world, "again") == 12
     (_, chunk), *_ = world.chunks["again"]
     assert (chunk.num_cached_host_tokens, chunk.num_cached_storage_tokens) == (4, 0)  # two pages had stayed
 
@@ -180,7 +180,7 @@ def check_nothing_was_lost(world: World, engine: SimEngine) -> None:
     assert totals["host_skipped_pages"] == totals["host_failed_pages"] == 0
 
 
-def test_who_grows_into_pages_being_copied_waits_and_preempts_nobody() -> None:
+def test_a_growing_request_waits_for_pending_backups_and_preempts_no_request() -> None:
     world = World()
     engine = start(world, write_policy="write_back")
     fill_device(world, engine)
@@ -192,7 +192,7 @@ def test_who_grows_into_pages_being_copied_waits_and_preempts_nobody() -> None:
     check_nothing_was_lost(world, engine)
 
 
-def test_who_leaves_the_queue_for_pages_being_copied_waits_and_preempts_nobody() -> None:
+def test_a_queued_request_waits_for_pending_backups_and_preempts_no_request() -> None:
     world = World()
     engine, decode = start(world, write_policy="write_back"), start(world, "decode", "d")
     fill_device(world, engine)
@@ -205,7 +205,7 @@ def test_who_leaves_the_queue_for_pages_being_copied_waits_and_preempts_nobody()
 
 
 @pytest.mark.parametrize("trouble", ["no slot", "copies fail"])
-def test_write_back_drops_what_cannot_be_copied_and_nobody_waits_for_it(trouble: str) -> None:
+def test_write_back_evicts_pages_that_cannot_be_copied_without_a_wait(trouble: str) -> None:
     world = World()
     engine = start(world, write_policy="write_back", num_host_pages=2)
     fill_device(world, engine)
@@ -218,7 +218,7 @@ def test_write_back_drops_what_cannot_be_copied_and_nobody_waits_for_it(trouble:
     assert totals["host_skipped_pages" if trouble == "no slot" else "host_failed_pages"] > 0
 
 
-def test_a_page_that_is_hit_while_it_is_copied_is_not_the_next_to_go() -> None:
+def test_a_page_hit_during_its_backup_is_not_evicted_next() -> None:
     cache = PageCache(num_pages=3, page_size=1, namespace="n", host=HostTier(9), write_policy="write_back")
 
     def use(token_id: int) -> None:
@@ -251,7 +251,7 @@ def test_one_tier_can_be_flushed_alone() -> None:
         assert flushes == [Flush(call_id=tier, num_pages=3)]
         world.submit(make_request(f"after {tier}", PROMPT, max_tokens=1), engine)
         world.settle()
-        assert told_cached(world, f"after {tier}") == cached
+        assert reported_cached(world, f"after {tier}") == cached
         (_, chunk), *_ = world.chunks[f"after {tier}"]
         assert chunk.num_cached_host_tokens == tokens_from_host
     nothing_below = start(world, name="v", num_host_pages=0)
@@ -259,7 +259,7 @@ def test_one_tier_can_be_flushed_alone() -> None:
     assert nothing_below.step().flushes == (Flush(call_id="f", num_pages=0),)
 
 
-def test_pages_that_were_fetched_count_as_the_storages_the_first_time() -> None:
+def test_fetched_pages_count_as_storage_hits_once() -> None:
     world = World()
     engine = start(world)
     world.submit(make_request("first", PROMPT, max_tokens=1), engine)
@@ -289,10 +289,10 @@ def test_a_flush_empties_both_tiers() -> None:
     assert engine.step().flushes == (Flush(call_id="f", num_pages=6),)
     world.submit(make_request("again", PROMPT, max_tokens=1), engine)
     world.settle()
-    assert told_cached(world, "again") == 0
+    assert reported_cached(world, "again") == 0
 
 
-def test_a_page_is_told_as_cached_while_any_tier_has_it() -> None:
+def test_a_page_is_reported_cached_while_any_tier_has_it() -> None:
     world = World()
     engine = start(world)
     world.submit(make_request("first", PROMPT, max_tokens=1), engine)
@@ -303,7 +303,7 @@ def test_a_page_is_told_as_cached_while_any_tier_has_it() -> None:
     assert len(engine.step().cached_removed) == 3
 
 
-def test_prefill_and_decode_load_before_they_compute_and_grant() -> None:
+def test_prefill_and_decode_load_host_pages_before_they_compute_and_grant() -> None:
     world = World()
     prefill, decode = start(world, "prefill", "p"), start(world, "decode", "d")
     for number in range(2):
@@ -317,7 +317,7 @@ def test_prefill_and_decode_load_before_they_compute_and_grant() -> None:
     assert decode.scheduler.load().totals["handoff_pages"] == 4 + 1
 
 
-def test_pages_that_decode_generated_come_back_to_it() -> None:
+def test_pages_of_generated_tokens_are_loaded_from_the_host_tier() -> None:
     world = World()
     engine = start(world)
     world.submit(make_request("first", PROMPT, max_tokens=9, ignore_eos=True), engine)
@@ -327,11 +327,11 @@ def test_pages_that_decode_generated_come_back_to_it() -> None:
     world.submit(make_request("turn2", [*PROMPT, *answer], max_tokens=1), engine)
     world.settle()
     world.check_settled()
-    assert told_cached(world, "turn2") == 20
+    assert reported_cached(world, "turn2") == 20
 
 
 @pytest.mark.parametrize(("num_jobs", "num_pages"), [(MAX_BACKUPS + 3, 1), (2, MAX_PAGES_BACKED_UP // 2 + 1)])
-def test_backups_beyond_the_limit_are_left_out_and_counted(num_jobs: int, num_pages: int) -> None:
+def test_backups_beyond_the_limit_are_skipped_and_counted(num_jobs: int, num_pages: int) -> None:
     cache = PageCache(num_pages=4096, page_size=1, namespace="n", host=HostTier(4096))
     for job in range(num_jobs):
         token_ids = [job] * num_pages
@@ -351,7 +351,7 @@ def test_backups_beyond_the_limit_are_left_out_and_counted(num_jobs: int, num_pa
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_small_device_pool_under_load_takes_much_from_the_host_and_tells_no_wrong_token(seed: int) -> None:
+def test_a_small_device_pool_under_load_reads_from_the_host_tier_without_a_wrong_token(seed: int) -> None:
     draw = random.Random(seed)
     world = World()
     config = small_config(max_queued_requests=1000, overlap=bool(seed % 2), queue_timeout_s=1e6)
@@ -382,7 +382,7 @@ def test_a_small_device_pool_under_load_takes_much_from_the_host_and_tells_no_wr
     assert totals["host_failed_pages"] > 0
 
 
-def test_a_page_that_others_hold_is_not_backed_up_for_who_has_its_duplicate() -> None:
+def test_a_page_is_not_backed_up_for_a_request_that_holds_its_duplicate() -> None:
     cache = PageCache(num_pages=8, page_size=1, namespace="n", host=HostTier(1))
     leases = []
     for token_id in (1, 2, 2):  # the second finds the only slot in use, the third has a duplicate of its page

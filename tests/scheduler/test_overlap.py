@@ -42,7 +42,7 @@ def follow(bench: Bench) -> Batch:
     return batch
 
 
-def test_the_next_step_takes_the_token_that_the_one_under_way_chooses() -> None:
+def test_the_next_step_takes_the_token_that_the_pending_step_samples() -> None:
     bench = overlapped()
     first = begin(bench, make_request("a", [1, 2, 3]))
     second = follow(bench)
@@ -56,7 +56,7 @@ def test_the_next_step_takes_the_token_that_the_one_under_way_chooses() -> None:
     assert plan.batch.items[0].start == 4
 
 
-def test_without_overlap_nothing_is_planned_while_a_step_is_under_way() -> None:
+def test_without_overlap_the_next_step_is_planned_with_a_known_token() -> None:
     bench = Bench("unified")
     first = begin(bench, make_request("a", [1, 2, 3]))
     assert bench.step().batch is None
@@ -65,14 +65,14 @@ def test_without_overlap_nothing_is_planned_while_a_step_is_under_way() -> None:
     assert (plan.batch.items[0].token_ids, plan.batch.items[0].takes_sampled) == ((5,), False)
 
 
-def test_at_most_two_steps_are_under_way() -> None:
+def test_at_most_two_steps_are_pending() -> None:
     bench = overlapped()
     begin(bench, make_request("a", [1, 2, 3]))
     follow(bench)
     assert bench.step().batch is None
 
 
-def test_a_prompts_second_chunk_is_planned_behind_its_first() -> None:
+def test_the_second_chunk_of_a_prompt_is_planned_while_its_first_is_pending() -> None:
     bench = overlapped()
     first = begin(bench, make_request("a", list(range(9))))
     second = follow(bench)
@@ -80,7 +80,7 @@ def test_a_prompts_second_chunk_is_planned_behind_its_first() -> None:
     assert [(item.start, item.end, item.sampling is None) for item in second.items] == [(6, 9, False)]
 
 
-def test_no_step_is_wasted_on_a_request_whose_last_token_is_under_way() -> None:
+def test_a_request_whose_last_token_is_pending_is_not_planned_again() -> None:
     bench = overlapped()
     first = begin(bench, make_request("a", [1, 2, 3], max_tokens=2))
     second = follow(bench)
@@ -92,7 +92,7 @@ def test_no_step_is_wasted_on_a_request_whose_last_token_is_under_way() -> None:
     assert bench.busy_pages == 0
 
 
-def test_a_stop_token_is_noticed_one_step_late_and_what_came_behind_it_is_dropped() -> None:
+def test_a_stop_token_is_noticed_one_step_late_and_the_token_after_it_is_dropped() -> None:
     bench = overlapped()
     first = begin(bench, make_request("a", [1, 2, 3]))
     second = follow(bench)
@@ -106,7 +106,7 @@ def test_a_stop_token_is_noticed_one_step_late_and_what_came_behind_it_is_droppe
     assert bench.scheduler.load().totals["generation_tokens"] == 1
 
 
-def test_min_tokens_counts_the_tokens_that_are_not_known_yet() -> None:
+def test_min_tokens_counts_tokens_of_pending_steps() -> None:
     bench = overlapped()
     first = begin(bench, make_request("a", [1, 2, 3], min_tokens=2))
     second = follow(bench)
@@ -115,7 +115,7 @@ def test_min_tokens_counts_the_tokens_that_are_not_known_yet() -> None:
     assert [batch.items[0].suppressed_token_ids for batch in (first, second, third)] == [(EOS,), (EOS,), ()]
 
 
-def test_an_aborted_requests_pages_wait_for_both_steps() -> None:
+def test_pages_of_an_aborted_request_are_kept_until_both_steps_finish() -> None:
     bench = overlapped()
     first = begin(bench, make_request("a", [1, 2, 3]))
     second = follow(bench)
@@ -126,7 +126,7 @@ def test_an_aborted_requests_pages_wait_for_both_steps() -> None:
     assert bench.busy_pages == 0
 
 
-def test_a_failed_step_fails_its_requests_and_the_step_behind_it_frees_their_pages() -> None:
+def test_a_failed_step_fails_its_requests_and_the_next_report_frees_their_pages() -> None:
     bench = overlapped()
     first = begin(bench, make_request("a", [1, 2, 3]))
     second = follow(bench)
@@ -137,7 +137,7 @@ def test_a_failed_step_fails_its_requests_and_the_step_behind_it_frees_their_pag
     assert bench.busy_pages == 0
 
 
-def test_a_victim_under_way_is_left_out_of_one_step_and_gives_its_pages_up_in_the_next() -> None:
+def test_a_victim_in_a_pending_step_skips_one_step_and_is_preempted_in_the_next() -> None:
     bench = overlapped(num_pages=4, max_running_requests=2)
     older = make_request("a", [1, 2, 3, 4, 5, 6], max_tokens=9, ignore_eos=True)
     younger = make_request("b", [2, 3, 4, 5], max_tokens=9, ignore_eos=True)

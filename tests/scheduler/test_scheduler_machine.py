@@ -111,25 +111,27 @@ class OneEngine(RuleBasedStateMachine):
         self.world.now_s += 0.01
 
     @rule(newest=st.booleans())
-    def pages_move(self, newest: bool) -> None:
+    def advance_mover(self, newest: bool) -> None:
         self.engine.mover.advance(newest)
 
     @rule()
-    def move_fails(self) -> None:
+    def fail_next_copy(self) -> None:
         self.engine.mover.fail_next = True
 
     @precondition(lambda self: self.engine.store is not None)
     @rule(newest=st.booleans(), times=st.integers(1, 3))
-    def store_works(self, newest: bool, times: int) -> None:
+    def advance_store(self, newest: bool, times: int) -> None:
         for _ in range(times):
             self.engine.store.advance(newest)
 
     @precondition(lambda self: self.engine.store is not None)
     @rule(
-        how=st.sampled_from(["fails", "hangs", "returns", "lies", "tells the truth", "forgets some", "forgets all"]),
+        how=st.sampled_from(
+            ["fails", "hangs", "returns", "overclaims", "reports correctly", "forgets some", "forgets all"]
+        ),
         which=st.integers(0, 9),
     )
-    def store_is_in_trouble(self, how: str, which: int) -> None:
+    def store_fault(self, how: str, which: int) -> None:
         store, stored = self.engine.store, self.world.stored
         if how == "fails":
             store.fail_next = True
@@ -137,15 +139,15 @@ class OneEngine(RuleBasedStateMachine):
             store.hang()
         elif how == "returns":
             store.hung.clear()
-        elif how in ("lies", "tells the truth"):
-            store.lies = how == "lies"
+        elif how in ("overclaims", "reports correctly"):
+            store.overclaims = how == "overclaims"
         else:
             for digest in list(stored)[which::3] if how == "forgets some" else list(stored):
                 del stored[digest]
 
     @precondition(lambda self: self.engine.store is not None)
     @rule(attached=st.sampled_from([True, True, False]))
-    def store_comes_or_goes(self, attached: bool) -> None:
+    def attach_or_detach_store(self, attached: bool) -> None:
         self.engine.events.append(StorageAttached(attached=attached))
 
     @rule(
@@ -154,11 +156,11 @@ class OneEngine(RuleBasedStateMachine):
         times=st.integers(1, 3),
         trouble=st.sampled_from(["", "", "hangs", "fails", "aborts"]),
     )
-    def ask_again(self, token_id: int, gone_from: str, times: int, trouble: str) -> None:
+    def repeat_prompt(self, token_id: int, gone_from: str, times: int, trouble: str) -> None:
         """What was cached may be in the host tier only by now, or in the store."""
         if gone_from != "nowhere":
             self.submit([token_id] * 17, 2, 0, True, (), 0, "")
-            self.all_get_done()
+            self.settle_all()
             self.world.forget(self.engine, host=gone_from == "host")
         for _ in range(times):
             self.submit([token_id] * 17, 2, 0, True, (), 0, "")
@@ -170,24 +172,24 @@ class OneEngine(RuleBasedStateMachine):
             if trouble == "aborts":
                 self.abort(self.count)
             else:
-                self.store_is_in_trouble(trouble, 0)
+                self.store_fault(trouble, 0)
 
     @rule()
-    def all_get_done(self) -> None:
+    def settle_all(self) -> None:
         """Starvation would show here: a few dozen requests of a few dozen tokens need far fewer rounds. Time passes
         only for those who wait for a store that hangs."""
         hangs = self.engine.store is not None and bool(self.engine.store.hung)
         self.world.settle(max_rounds=100 + 400 * hangs + 80 * self.count, dt_s=0.05 if hangs else 0.0)
 
     @rule(all_tiers=st.sampled_from([False, False, False, True]))
-    def cached_pages_go(self, all_tiers: bool) -> None:
+    def evict_cached_pages(self, all_tiers: bool) -> None:
         if all_tiers:
             self.engine.events.append(FlushCache(call_id="f"))
         else:
             self.engine.cache._evict(self.engine.cache.counts().evictable)
 
     @rule()
-    def step_fails(self) -> None:
+    def fail_step(self) -> None:
         self.engine.fail_next_step = bool(self.engine.under_way)
 
     @rule(by_s=st.sampled_from([0.5, 2.0, 40.0]))
@@ -196,11 +198,11 @@ class OneEngine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):
-            self.all_get_done()
+            self.settle_all()
             self.world.check_settled()
             if self.engine.store is not None:
                 self.engine.store.hung.clear()
-                self.all_get_done()
+                self.settle_all()
                 self.world.check_settled()
 
 

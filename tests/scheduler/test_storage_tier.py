@@ -45,7 +45,7 @@ def begin_fetch(world: World, engine: SimEngine) -> FetchPages:
     return fetch
 
 
-def told_cached(world: World, request_id: str) -> int | None:
+def reported_cached(world: World, request_id: str) -> int | None:
     return world.chunks[request_id][0][1].num_cached_tokens
 
 
@@ -53,7 +53,7 @@ def totals(engine: SimEngine) -> dict[str, float]:
     return dict(engine.scheduler.load().totals)
 
 
-def test_pages_that_only_the_store_has_come_back_before_the_turn_of_who_asks() -> None:
+def test_pages_only_in_the_store_are_fetched_before_the_request_is_admitted() -> None:
     world = World()
     engine = start(world)
     begin_fetch(world, engine)
@@ -63,7 +63,7 @@ def test_pages_that_only_the_store_has_come_back_before_the_turn_of_who_asks() -
     assert load.host_pages.in_flight == 3
     world.settle()
     world.check_settled()
-    assert told_cached(world, "again") == 12
+    assert reported_cached(world, "again") == 12
     told = totals(engine)
     assert (told["storage_stored_pages"], told["storage_hit_pages"], told["storage_fetched_pages"]) == (3, 3, 3)
     assert (told["storage_miss_pages"], told["storage_failed_pages"], told["host_loaded_pages"]) == (3, 0, 3)
@@ -71,7 +71,7 @@ def test_pages_that_only_the_store_has_come_back_before_the_turn_of_who_asks() -
     assert told["prefetch_wait_seconds"] > 0
 
 
-def test_another_worker_finds_what_this_one_stored_and_tells_it_as_cached_only_when_fetched() -> None:
+def test_a_second_worker_reports_stored_pages_as_cached_only_when_fetched() -> None:
     world = World()
     one, other = start(world), start(world, name="v")
     world.submit(make_request("first", PROMPT, max_tokens=1), one)
@@ -80,11 +80,11 @@ def test_another_worker_finds_what_this_one_stored_and_tells_it_as_cached_only_w
     ask(world, other)
     world.settle()
     world.check_settled()
-    assert told_cached(world, "again") == 12
+    assert reported_cached(world, "again") == 12
     assert len(other.digests) == 3
 
 
-def test_a_request_that_waits_for_the_store_holds_nobody_back() -> None:
+def test_a_request_waiting_for_the_store_does_not_block_other_requests() -> None:
     world = World()
     engine = start(world)
     begin_fetch(world, engine)
@@ -99,7 +99,7 @@ def test_a_request_that_waits_for_the_store_holds_nobody_back() -> None:
     assert not world.chunks["again"]
 
 
-def test_who_waited_takes_its_place_by_arrival() -> None:
+def test_a_request_returns_from_a_prefetch_to_its_place_by_arrival() -> None:
     world = World()
     engine = start(world, config=small_config(max_running_requests=1))
     begin_fetch(world, engine)
@@ -130,12 +130,12 @@ def test_a_prefetch_that_takes_too_long_is_cancelled_and_the_pages_are_computed(
     assert plan.batch is not None
     world.settle()
     world.check_settled()
-    assert told_cached(world, "again") == 0
+    assert reported_cached(world, "again") == 0
     assert totals(engine)["prefetch_timeouts"] == 1
     assert totals(engine)["storage_failed_pages"] == 0  # it was cancelled
 
 
-def test_pages_that_are_heard_of_with_the_time_out_have_come_in_time() -> None:
+def test_pages_reported_together_with_the_prefetch_timeout_are_used() -> None:
     world = World()
     engine = start(world)
     begin_fetch(world, engine)
@@ -146,12 +146,12 @@ def test_pages_that_are_heard_of_with_the_time_out_have_come_in_time() -> None:
     assert not any(isinstance(move, CancelFetch) for move in plan.moves)
     world.settle()
     world.check_settled()
-    assert told_cached(world, "again") == 12
+    assert reported_cached(world, "again") == 12
     assert totals(engine)["prefetch_timeouts"] == 0
 
 
 @pytest.mark.parametrize("policy", ["timeout", "wait_complete", "best_effort"])
-def test_a_store_that_hangs_costs_its_slots_and_no_request(policy: str) -> None:
+def test_a_hung_store_keeps_its_host_slots_but_fails_no_request(policy: str) -> None:
     world = World()
     engine = start(world, prefetch=PrefetchConfig(policy=policy, base_s=2.0, threshold_tokens=8))
     begin_find(world, engine)
@@ -170,7 +170,7 @@ def test_a_store_that_hangs_costs_its_slots_and_no_request(policy: str) -> None:
     assert host.in_flight == 0
 
 
-def test_best_effort_waits_for_its_turn_only_and_takes_what_has_come() -> None:
+def test_best_effort_prefetches_only_while_the_request_is_queued() -> None:
     world = World()
     best_effort = PrefetchConfig(policy="best_effort", threshold_tokens=8)
     engine = start(world, prefetch=best_effort, config=small_config(max_running_requests=1))
@@ -181,7 +181,7 @@ def test_best_effort_waits_for_its_turn_only_and_takes_what_has_come() -> None:
     engine.step()
     assert engine.under_way
     world.settle()
-    assert told_cached(world, "idle") == 0
+    assert reported_cached(world, "idle") == 0
     world.forget(engine, host=True)
     ask(world, engine, "before", [2] * 6)
     ask(world, engine, "behind")
@@ -191,10 +191,10 @@ def test_best_effort_waits_for_its_turn_only_and_takes_what_has_come() -> None:
         engine.store.advance()
     world.settle()
     world.check_settled()
-    assert told_cached(world, "behind") == 12
+    assert reported_cached(world, "behind") == 12
 
 
-def test_an_abort_while_the_store_is_asked_leaves_nothing_but_the_job() -> None:
+def test_an_abort_during_a_fetch_leaves_only_the_cancelled_job() -> None:
     world = World()
     engine = start(world)
     fetch = begin_fetch(world, engine)
@@ -210,7 +210,7 @@ def test_an_abort_while_the_store_is_asked_leaves_nothing_but_the_job() -> None:
     world.check_settled()
 
 
-def test_who_waits_for_the_store_counts_as_waiting_and_is_refused_beyond_the_queue() -> None:
+def test_requests_waiting_for_the_store_count_against_the_queue_limit() -> None:
     world = World()
     engine = start(world, config=small_config(max_running_requests=1, max_queued_requests=1))
     begin_find(world, engine)
@@ -222,20 +222,20 @@ def test_who_waits_for_the_store_counts_as_waiting_and_is_refused_beyond_the_que
     assert ended.error_code == "overloaded"
 
 
-def test_two_requests_that_want_the_same_pages_fetch_them_once_and_load_them_once() -> None:
+def test_two_requests_for_the_same_pages_fetch_and_load_them_once() -> None:
     world = World()
     engine = start(world)
     begin_find(world, engine)
     ask(world, engine, "also")
     world.settle()
     world.check_settled()
-    assert [told_cached(world, each) for each in ("again", "also")] == [12, 12]
+    assert [reported_cached(world, each) for each in ("again", "also")] == [12, 12]
     assert engine.store is not None
     assert len(engine.store.fetched) == 3
     assert totals(engine)["host_loaded_pages"] == 3
 
 
-def test_who_waits_for_what_another_asked_for_gets_it_though_the_other_is_aborted() -> None:
+def test_a_shared_fetch_continues_when_the_request_that_began_it_is_aborted() -> None:
     world = World()
     engine = start(world)
     begin_fetch(world, engine)
@@ -244,12 +244,12 @@ def test_who_waits_for_what_another_asked_for_gets_it_though_the_other_is_aborte
     world.abort("again")
     world.settle()
     world.check_settled()
-    assert told_cached(world, "also") == 12
+    assert reported_cached(world, "also") == 12
     assert engine.store is not None
     assert len(engine.store.fetched) == 3
 
 
-def test_a_failed_load_that_two_wait_for_is_a_miss_for_one_and_tried_again_for_the_other() -> None:
+def test_a_failed_shared_load_is_a_miss_for_one_request_and_retried_for_the_other() -> None:
     world = World()
     engine = start(world, prefetch=None)
     world.submit(make_request("first", PROMPT, max_tokens=1), engine)
@@ -260,10 +260,10 @@ def test_a_failed_load_that_two_wait_for_is_a_miss_for_one_and_tried_again_for_t
     engine.mover.fail_next = True
     world.settle()
     world.check_settled()
-    assert sorted([told_cached(world, "one") or 0, told_cached(world, "two") or 0]) == [0, 12]
+    assert sorted([reported_cached(world, "one") or 0, reported_cached(world, "two") or 0]) == [0, 12]
 
 
-def test_a_piece_that_fails_is_computed_again_and_what_came_before_it_is_not() -> None:
+def test_pages_after_a_failed_fetch_are_computed_and_those_before_it_are_used() -> None:
     world = World()
     engine = start(world)
     begin_fetch(world, engine)
@@ -271,7 +271,7 @@ def test_a_piece_that_fails_is_computed_again_and_what_came_before_it_is_not() -
     engine.store.fail_next = True  # after one page of three
     world.settle()
     world.check_settled()
-    assert told_cached(world, "again") == 4
+    assert reported_cached(world, "again") == 4
     assert totals(engine)["storage_failed_pages"] == 2
 
 
@@ -282,7 +282,7 @@ def test_a_page_missing_in_the_middle_ends_the_hit() -> None:
     del world.stored[list(world.stored)[2]]
     world.settle()
     world.check_settled()
-    assert told_cached(world, "again") == 8
+    assert reported_cached(world, "again") == 8
     assert totals(engine)["storage_miss_pages"] == 3 + 1
 
 
@@ -293,7 +293,7 @@ def test_too_few_pages_are_computed_rather_than_fetched() -> None:
     for digest in list(world.stored)[1:]:
         del world.stored[digest]
     world.settle()
-    assert told_cached(world, "again") == 0
+    assert reported_cached(world, "again") == 0
     assert engine.store is not None
     assert engine.store.fetched == []
     world.submit(make_request("short", [5] * 7, max_tokens=1), engine)
@@ -302,7 +302,7 @@ def test_too_few_pages_are_computed_rather_than_fetched() -> None:
     world.settle()
 
 
-def test_without_a_store_nobody_asks_and_who_waits_goes_on() -> None:
+def test_after_a_detach_no_request_queries_or_waits_for_the_store() -> None:
     world = World()
     engine = start(world)
     begin_fetch(world, engine)
@@ -322,7 +322,7 @@ def test_without_a_store_nobody_asks_and_who_waits_goes_on() -> None:
     assert len(world.stored) == 3
 
 
-def test_a_preempted_request_does_not_ask_again() -> None:
+def test_a_preempted_request_does_not_query_the_store_again() -> None:
     world = World()
     engine = start(world, num_pages=8)
     for number in range(2):
@@ -348,7 +348,7 @@ def test_prefill_and_decode_both_fetch_before_they_compute_and_grant() -> None:
     assert totals(decode)["handoff_pages"] == 3  # of the first alone
 
 
-def test_a_grant_that_comes_while_prefill_waits_for_the_store_is_kept() -> None:
+def test_a_grant_that_arrives_during_a_prefetch_is_kept() -> None:
     world = World()
     prefill, decode = start(world, "prefill", "p"), start(world, "decode", "d", prefetch=None)
     world.submit(make_request("first", PROMPT, max_tokens=1), prefill)
@@ -368,7 +368,7 @@ def test_a_grant_that_comes_while_prefill_waits_for_the_store_is_kept() -> None:
     world.settle()
     world.check_settled()
     assert world.outcome("pair", decode) is Outcome.FINISHED
-    assert told_cached(world, "pair") == 12
+    assert reported_cached(world, "pair") == 12
 
 
 def test_pages_of_another_salt_are_not_hit_in_the_store() -> None:
@@ -383,10 +383,10 @@ def test_pages_of_another_salt_are_not_hit_in_the_store() -> None:
     world.submit(make_request("same", PROMPT, max_tokens=1, cache_salt="a"), engine)
     world.settle()
     world.check_settled()
-    assert (told_cached(world, "other"), told_cached(world, "same")) == (0, 12)
+    assert (reported_cached(world, "other"), reported_cached(world, "same")) == (0, 12)
 
 
-def test_a_page_that_was_not_stored_is_tried_again_when_it_is_hit() -> None:
+def test_a_page_that_failed_to_store_is_stored_again_when_it_is_hit() -> None:
     world = World()
     engine = start(world)
     assert engine.store is not None

@@ -132,7 +132,7 @@ class FakeRunner:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self.fails = self.fails_late = False
-        self.broken_places: frozenset[int] = frozenset()
+        self.invalid_rows: frozenset[int] = frozenset()
         self.error: Exception = RuntimeError("the device is on fire")
         self.order: list[str] = []
 
@@ -154,7 +154,7 @@ class FakeLaunched:
         self.runner.order.append(f"read {self.batch.step_id}")
         if self.fails:
             raise self.runner.error
-        return SampledTokens(token_ids=[9] * len(self.batch.items), broken_places=self.runner.broken_places)
+        return SampledTokens(token_ids=[9] * len(self.batch.items), invalid_rows=self.runner.invalid_rows)
 
 
 class FakeTransport:
@@ -720,12 +720,12 @@ def test_a_step_with_logits_that_are_no_numbers_is_counted_and_logged(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.turn((G1, HELLO))
-    engine.runner.broken_places = frozenset({0})
+    engine.runner.invalid_rows = frozenset({0})
     for step_id in range(1, 12):  # as often as an engine whose device fails would end
         engine.turn(plan=Plan(batch=batch("a", step_id)))
         (finished,) = engine.turn()
         assert isinstance(finished, StepFinished)
-        assert finished.sampled.broken_places == {0}
+        assert finished.sampled.invalid_rows == {0}
     assert "step 1: the logits of 1 of its 1 requests are not numbers" in caplog.text
     engine.clock.advance(2.0)
     engine.turn()

@@ -47,7 +47,7 @@ def sampled_tokens(chosen: Tensor, measured: Measured | None) -> SampledTokens:
     if token_ids and min(token_ids) < 0:  # NO_TOKEN
         broken = frozenset(place for place, token_id in enumerate(token_ids) if token_id < 0)
     return SampledTokens(
-        token_ids=token_ids, logprobs={} if measured is None else measured.logprobs(), broken_places=broken
+        token_ids=token_ids, logprobs={} if measured is None else measured.logprobs(), invalid_rows=broken
     )
 
 

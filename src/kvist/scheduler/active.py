@@ -1,13 +1,13 @@
 """One request inside a scheduler: its state, its tokens and its pages.
 
-    WAITING ──► RUNNING ──► ENDED          FULL; a chunk or a token a step; preempted: back to WAITING
-    WAITING ──► RUNNING ──► HELD ──► ENDED          PREFILL: computed, its pages stay until the handoff closes
-                   └─────────┴──► PARKED ──► WAITING   evicted before its Grant came: returns when it comes
-    WAITING ──► GRANTED ──► RUNNING ──► ENDED       DECODE: its pages are being filled by the prefill worker
-    WAITING ──► LOADING ──► RUNNING | GRANTED       some of its pages come from the host tier first
-    WAITING ──► FETCHING ──► WAITING                before its turn: some come from the storage tier to the host's
+    WAITING ──► RUNNING ──► ENDED                       FULL: a chunk or a token a step; preempted: back to WAITING
+    WAITING ──► RUNNING ──► AWAITING_TRANSFER ──► ENDED PREFILL: computed; keeps its pages until the handoff closes
+                   └──────────────┴──► SUSPENDED ──► WAITING    preempted before its Grant; WAITING again with the Grant
+    WAITING ──► GRANTED ──► RUNNING ──► ENDED           DECODE: the prefill worker fills its pages
+    WAITING ──► LOADING ──► RUNNING | GRANTED           some of its pages are copied from the host tier first
+    WAITING ──► FETCHING ──► WAITING                    before admission: some pages are fetched from the storage tier
 
-Every state may go to ENDED. This file decides nothing; it knows which moves exist.
+Each state may change to ENDED. This file lists the allowed transitions; it makes no decisions.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from kvist.wire import HandoffReport, PrefillPeer
 class RequestState(enum.Enum):
     WAITING = "waiting"  # in the queue, without pages
     FETCHING = "fetching"  # out of the queue, without pages: the store, or another's load, brings some
-    PARKED = "parked"  # PREFILL without a Grant, evicted: out of the queue until the Grant comes
+    SUSPENDED = "parked"  # PREFILL without a Grant, evicted: out of the queue until the Grant comes
     GRANTED = "granted"  # DECODE: its pages are granted to the prefill worker
     LOADING = "loading"  # has pages; the mover copies the host tier's into the first of them
     RUNNING = "running"  # has pages; takes part in steps
-    HELD = "held"  # PREFILL: computed; its pages stay for the handoff
+    AWAITING_TRANSFER = "awaiting_transfer"  # PREFILL: computed; its pages stay for the handoff
     ENDED = "ended"  # `Ended` was sent; its pages may linger while a step or a peer still uses them
 
 
@@ -53,18 +53,20 @@ TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
         }
     ),
     RequestState.FETCHING: frozenset({RequestState.WAITING, RequestState.ENDED}),
-    RequestState.PARKED: frozenset({RequestState.WAITING, RequestState.ENDED}),
+    RequestState.SUSPENDED: frozenset({RequestState.WAITING, RequestState.ENDED}),
     RequestState.GRANTED: frozenset({RequestState.RUNNING, RequestState.ENDED}),
     RequestState.LOADING: frozenset({RequestState.RUNNING, RequestState.GRANTED, RequestState.ENDED}),
-    RequestState.RUNNING: frozenset({RequestState.WAITING, RequestState.PARKED, RequestState.HELD, RequestState.ENDED}),
-    RequestState.HELD: frozenset({RequestState.PARKED, RequestState.ENDED}),
+    RequestState.RUNNING: frozenset(
+        {RequestState.WAITING, RequestState.SUSPENDED, RequestState.AWAITING_TRANSFER, RequestState.ENDED}
+    ),
+    RequestState.AWAITING_TRANSFER: frozenset({RequestState.SUSPENDED, RequestState.ENDED}),
     RequestState.ENDED: frozenset(),
 }
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class ActiveRequest:
-    """Mutable; its one owner is the `RequestTable`. The handoff half sets `granted`, `in_handoff` and `report`."""
+    """Mutable; its one owner is the `RequestTable`. The `HandoffSide` sets `granted`, `in_handoff` and `report`."""
 
     number: int  # arrival order: the greatest is the youngest
     request: EngineRequest
@@ -74,7 +76,7 @@ class ActiveRequest:
     target_epoch: EpochId | None  # PREFILL: who may grant pages
     arrived_s: float
     token_ids: list[int]  # prompt and output tokens; a PREFILL's first token is kept apart
-    num_given: int  # tokens the request came with: [0, num_given) is what a handoff moves
+    num_handoff_tokens: int  # tokens the request came with: [0, num_handoff_tokens) is what a handoff moves
     max_len: int  # the answer ends with LENGTH when there are this many tokens
     stop_ids: frozenset[int]
     state: RequestState = RequestState.WAITING
@@ -94,7 +96,7 @@ class ActiveRequest:
     ticket: int = 0  # of its newest place in the queue
     admitted_s: float | None = None  # when it had its first turn
     first_token: SampledToken | None = None  # PREFILL; told when it is known and granted
-    first_token_told: bool = False
+    first_token_sent: bool = False
     first_token_finish: FinishReason | None = None
     report: HandoffReport | None = None  # DECODE: goes with the first chunk
     request_id: RequestId = field(init=False)
@@ -117,12 +119,12 @@ class ActiveRequest:
         self.state = to
 
     @property
-    def eager(self) -> bool:
+    def ungranted(self) -> bool:
         """A PREFILL whose Grant has not come: it computes only with pages that nobody else needs."""
         return self.mode is Mode.PREFILL and not self.granted
 
     @property
-    def had_its_turn(self) -> bool:
+    def was_admitted(self) -> bool:
         return self.admitted_s is not None
 
     @property

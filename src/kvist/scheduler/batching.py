@@ -29,7 +29,7 @@ from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.budget import chunk_tokens, step_tokens
 from kvist.scheduler.events import StepFailed, StepFinished
 from kvist.scheduler.plan import Batch, BatchItem
-from kvist.scheduler.requests import RequestTable, StepUnderWay
+from kvist.scheduler.requests import PendingStep, RequestTable
 from kvist.scheduler.timers import TimerKind
 
 
@@ -42,79 +42,79 @@ class Batcher:
         self._config = table.config
         self._step_id = 0
         self._step_tokens = 0  # what the step being planned may compute
-        self._max_under_way = 2 if table.config.overlap else 1
-        self._under_way: deque[StepUnderWay] = deque()
-        self._yielding: set[ActiveRequest] = set()  # victims that the step under way still writes for
-        self._short_of_pages = False
-        self._head_did_not_fit: tuple[int, int] | None = None  # its ticket, and how many pages could be had
+        self._max_pending_steps = 2 if table.config.overlap else 1
+        self._pending_steps: deque[PendingStep] = deque()
+        self._deferred_victims: set[ActiveRequest] = set()  # victims that the step under way still writes for
+        self._out_of_pages = False
+        self._last_failed_allocation: tuple[int, int] | None = None  # its ticket, and how many pages could be had
 
     # ---------------------------------------------------------------- the step comes back
 
-    def finished(self, event: StepFinished) -> None:
-        step = self._take_under_way(event.step_id)
+    def on_step_finished(self, event: StepFinished) -> None:
+        step = self._pop_pending_step(event.step_id)
         self._table.totals["steps"] += 1
-        self._table.take_tokens(step, event.sampled)
+        self._table.apply_sampled(step, event.sampled)
 
-    def failed(self, event: StepFailed) -> None:
-        step = self._take_under_way(event.step_id)
+    def on_step_failed(self, event: StepFailed) -> None:
+        step = self._pop_pending_step(event.step_id)
         for request in (*step.decodes, *(request for request, *_ in step.chunks)):
             if request.state is RequestState.ENDED:
                 self._table.release(request)
             else:
                 self._table.end(request, Outcome.FAILED, "engine_error", event.message)
 
-    def loaded(self, event: PagesLoaded) -> None:
+    def on_pages_loaded(self, event: PagesLoaded) -> None:
         """A request has what the host tier had for it; or has not, and computes it."""
         table = self._table
         request = table.loading.pop(event.job_id)
         request.loading = False
         num_tokens = self._cache.loaded(event, request.token_ids)
-        table.load_is_over(event.job_id)
+        table.on_load_finished(event.job_id)
         if request.state is RequestState.ENDED:
             table.release(request)
             return
         request.num_computed = request.num_planned = num_tokens
-        self._enter(request)
+        self._start(request)
 
-    def _take_under_way(self, step_id: int) -> StepUnderWay:
-        assert self._under_way, "no step is under way"
-        assert step_id == self._step_id - len(self._under_way) + 1, "steps are reported once, in their order"
+    def _pop_pending_step(self, step_id: int) -> PendingStep:
+        assert self._pending_steps, "no step is under way"
+        assert step_id == self._step_id - len(self._pending_steps) + 1, "steps are reported once, in their order"
         self._table.last_finished_id = step_id
-        return self._under_way.popleft()
+        return self._pending_steps.popleft()
 
     # ---------------------------------------------------------------- the next step
 
     def plan(self) -> Batch | None:
-        if len(self._under_way) == self._max_under_way:
+        if len(self._pending_steps) == self._max_pending_steps:
             return None
-        self._short_of_pages = False
-        self._yielding.clear()
+        self._out_of_pages = False
+        self._deferred_victims.clear()
         items: list[BatchItem] = []
-        step = StepUnderWay(decodes=[], chunks=[])
+        step = PendingStep(decodes=[], chunks=[])
         prompts = self._add_decodes(items, step.decodes)
         backlog = self._table.waiting.num_tokens + sum(len(each.token_ids) - each.num_planned for each in prompts)
         self._step_tokens = step_tokens(self._config, num_decodes=len(items), backlog_tokens=backlog)
         budget = self._step_tokens - len(items)
-        for eager in (False, True):
+        for ungranted in (False, True):
             for request in prompts:
-                if request.eager is eager and self._may_run(request):  # else its pages were taken
+                if request.ungranted is ungranted and self._may_run(request):  # else its pages were taken
                     budget -= self._add_chunk(request, budget, items, step)
-            budget = self._admit(eager, budget, items, step)
+            budget = self._admit(ungranted, budget, items, step)
         if not items:
             return None
         self._step_id += 1
-        self._under_way.append(step)
+        self._pending_steps.append(step)
         return Batch(step_id=self._step_id, items=tuple(items))
 
     def _add_decodes(self, items: list[BatchItem], decodes: list[ActiveRequest]) -> list[ActiveRequest]:
         """One token of each request that has one left to compute; returns the others, oldest first.
 
         This loop runs for every stream in every step."""
-        page_size, step_id, yielding = self._cache.page_size, self._step_id + 1, self._yielding
+        page_size, step_id, deferred = self._cache.page_size, self._step_id + 1, self._deferred_victims
         running, prefill = RequestState.RUNNING, Mode.PREFILL
         prompts: list[ActiveRequest] = []
         for request in list(self._table.compact()):
-            if request.state is not running or (yielding and request in yielding):
+            if request.state is not running or (deferred and request in deferred):
                 continue  # an older one took its pages
             token_ids, start = request.token_ids, request.num_planned
             num_known = len(token_ids) - start  # 0: the step under way chooses the token
@@ -143,7 +143,7 @@ class Batcher:
             )
         return prompts
 
-    def _add_chunk(self, request: ActiveRequest, budget: int, items: list[BatchItem], step: StepUnderWay) -> int:
+    def _add_chunk(self, request: ActiveRequest, budget: int, items: list[BatchItem], step: PendingStep) -> int:
         start, num_tokens = request.num_planned, len(request.token_ids)
         if budget <= 0 or start == num_tokens:
             return 0
@@ -174,10 +174,10 @@ class Batcher:
         lease = request.lease
         assert lease is not None
         while not self._cache.grow(lease, num_tokens):
-            self._short_of_pages = True
+            self._out_of_pages = True
             if self._cache.waits_for_copies(lease, num_tokens):
                 return False
-            victim = self._youngest_eager() or self._youngest_running()
+            victim = self._youngest_ungranted() or self._youngest_running()
             if victim is None:
                 return False  # the oldest waits for pages that handoffs hold, which is bounded
             if not self._preempt(victim) or victim is request:
@@ -185,21 +185,23 @@ class Batcher:
         return True
 
     def _may_run(self, request: ActiveRequest) -> bool:
-        return request.state is RequestState.RUNNING and request not in self._yielding
+        return request.state is RequestState.RUNNING and request not in self._deferred_victims
 
     def _preempt(self, victim: ActiveRequest) -> bool:
         """Whether its pages are given up now. Else they are when the next step is planned, if still needed."""
-        if self._table.is_written(victim):
-            self._yielding.add(victim)
+        if self._table.in_pending_step(victim):
+            self._deferred_victims.add(victim)
             return False
         self._table.preempt(victim)
         return True
 
-    def _youngest_eager(self) -> ActiveRequest | None:
+    def _youngest_ungranted(self) -> ActiveRequest | None:
         prefill = Mode.PREFILL  # none of hundreds, on most engines
-        prefills = [each for each in (*self._table.running, *self._table.held.values()) if each.mode is prefill]
-        eager = [each for each in prefills if each.eager and each.state is not RequestState.ENDED]
-        return max(eager, key=lambda request: request.number, default=None)
+        prefills = [
+            each for each in (*self._table.running, *self._table.awaiting_transfer.values()) if each.mode is prefill
+        ]
+        ungranted = [each for each in prefills if each.ungranted and each.state is not RequestState.ENDED]
+        return max(ungranted, key=lambda request: request.number, default=None)
 
     def _youngest_running(self) -> ActiveRequest | None:
         """Never the only one left. Called for a request that is not in the batch yet, so no younger one is."""
@@ -208,17 +210,17 @@ class Batcher:
 
     # ---------------------------------------------------------------- pages for the queue's head
 
-    def _admit(self, eager: bool, budget: int, items: list[BatchItem], step: StepUnderWay) -> int:
+    def _admit(self, ungranted: bool, budget: int, items: list[BatchItem], step: PendingStep) -> int:
         """Takes from the queue's head while pages and budget last; returns the budget left."""
         table = self._table
         most = self._config.max_running_requests
-        while not self._short_of_pages and len(table.running) + table.num_granted + len(table.loading) < most:
+        while not self._out_of_pages and len(table.running) + table.num_granted + len(table.loading) < most:
             request = table.waiting.head()
-            if request is None or request.eager is not eager:
+            if request is None or request.ungranted is not ungranted:
                 break
             if budget <= 0 and not request.awaits_grant_of_pages:
                 break
-            if not self._take_pages(request):
+            if not self._allocate(request):
                 break
             if request.state is RequestState.FETCHING:
                 continue
@@ -226,12 +228,12 @@ class Batcher:
             if request.loading:
                 request.move(RequestState.LOADING)
                 continue
-            self._enter(request)
+            self._start(request)
             if request.state is RequestState.RUNNING:
                 budget -= self._add_chunk(request, budget, items, step)
         return budget
 
-    def _enter(self, request: ActiveRequest) -> None:
+    def _start(self, request: ActiveRequest) -> None:
         """It has its pages, and in the first of them all that the cache had for it."""
         table = self._table
         self._count_admission(request)
@@ -241,31 +243,31 @@ class Batcher:
         else:
             table.start_running(request)
         if request.handoff_id is not None:
-            table.half.pages_taken(request)
+            table.handoff_side.on_allocated(request)
 
-    def _take_pages(self, request: ActiveRequest) -> bool:
+    def _allocate(self, request: ActiveRequest) -> bool:
         """A lease over all its tokens; or it waits for another to load some of them, out of the queue. Leaves one page
         for each request that grows, so that few are preempted."""
         cache, num_tokens = self._cache, len(request.token_ids)
         table, prefill = self._table, Mode.PREFILL
         growing = sum(other.mode is not prefill for other in table.running)
         reserve = table.num_granted + len(table.loading) + growing
-        unchanged = self._head_did_not_fit == (request.ticket, cache.num_reclaimable - reserve)
-        if unchanged and (request.eager or self._youngest_eager() is None):
+        unchanged = self._last_failed_allocation == (request.ticket, cache.num_reclaimable - reserve)
+        if unchanged and (request.ungranted or self._youngest_ungranted() is None):
             return False  # matching a long prompt once more, each step, would cost more than it finds
         max_cached = request.max_cached_tokens
         lease = cache.open(request.token_ids, cache_salt=request.request.cache_salt, max_tokens=max_cached)
         load = cache.pending_load(lease, request.token_ids, max_tokens=max_cached)
         if load is not None:
             cache.close(lease)
-            self._table.wait_behind(request, load)
+            self._table.wait_for_load(request, load)
             return True
         num_needed = -(-num_tokens // cache.page_size) - len(lease.page_ids)
         while (too_few := cache.num_reclaimable - num_needed < reserve) or not cache.grow(lease, num_tokens):
-            victim = self._youngest_eager() if too_few and not request.eager else None  # else copies make room
+            victim = self._youngest_ungranted() if too_few and not request.ungranted else None  # else copies make room
             if victim is None or not self._preempt(victim):
                 cache.close(lease)
-                self._head_did_not_fit = (request.ticket, cache.num_reclaimable - reserve) if too_few else None
+                self._last_failed_allocation = (request.ticket, cache.num_reclaimable - reserve) if too_few else None
                 return False
         request.lease = lease
         request.num_computed = request.num_planned = lease.num_cached_tokens
@@ -278,11 +280,11 @@ class Batcher:
 
     def _count_admission(self, request: ActiveRequest) -> None:
         """Once a request: later admissions (after preemption) are not news."""
-        if request.had_its_turn:
+        if request.was_admitted:
             return
         table = self._table
         request.admitted_s = table.now_s
-        table.first_turns.remove(request.caller)
+        table.unadmitted.remove(request.caller)
         table.timers.cancel(TimerKind.QUEUE, request.request_id)
         lease = request.lease
         assert lease is not None

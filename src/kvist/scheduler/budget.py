@@ -1,37 +1,39 @@
-"""How many tokens a step takes: what streams wait for, against what prompts wait for.
+"""Chooses how many tokens a step computes, from the number of running streams and of waiting prompt tokens.
 
-Every stream waits for the prompt tokens that its step computes beside it. Small steps keep that short, and carry the
-streams along nearly for free, since a GPU reads its weights for a step of 512 tokens only once; but prompts pay each
-step's fixed cost more often. So a step takes `chunked_prefill_size` tokens as a rule, and up to `max_prefill_tokens`
+Every stream waits for the prompt tokens that its step computes beside it. Small steps keep that wait short, and carry
+the streams nearly for free, since a GPU reads its weights only once for a step of 512 tokens; but in small steps a
+prompt pays the fixed cost of a step more often. As a rule a step takes `chunked_prefill_size` tokens. A step takes
+more, up to `max_prefill_tokens`
 
-- when few streams wait for them: the product of streams and tokens is bounded, at `_PATIENCE` usual steps;
-- when many prompts wait: a `_BACKLOG_STEPS`th of their tokens, so that a burst does not pay for the streams it has yet
-  to become.
+- when few streams run: streams x tokens is bounded by `_STREAMS_PER_USUAL_STEP` x `chunked_prefill_size`;
+- when many prompt tokens wait: a step takes a `_BACKLOG_STEPS`th of them, so that the prompts of a burst are not
+  slowed down for the sake of streams that the burst has yet to become.
 
-docs/performance.md has what each rule brings.
+docs/performance.md has the gain of each rule.
 """
 
 from __future__ import annotations
 
 from kvist.scheduler.config import SchedulerConfig
 
-_PATIENCE = 16  # streams that wait for a step of the usual size; with fewer of them, the step is larger
+_STREAMS_PER_USUAL_STEP = 16  # with fewer streams a step is larger than the usual one
 _BACKLOG_STEPS = 16
-_ROUND_TO = 128  # tokens; the tiles of a GPU's matrix products
-_TAIL = 8  # an eighth of a step is not worth a step of its own
+_ROUND_TO = 128  # tokens: the tile size of a GPU's matrix products
+_TAIL_FRACTION = 8  # a rest of up to 1/8 of a step is added to this step, not left to the next
 
 
 def step_tokens(config: SchedulerConfig, *, num_decodes: int, backlog_tokens: int) -> int:
-    """The budget of a step that has so many decodes already, they included. `backlog_tokens`: of prompts that run or
-    wait, not computed yet."""
+    """Return the size of a step, its `num_decodes` decodes included. `backlog_tokens` are the tokens of running and
+    waiting prompts that are not computed yet."""
     usual, most = config.chunked_prefill_size, config.max_prefill_tokens
-    patient = _PATIENCE * usual // max(1, num_decodes)
-    wanted = max(patient, backlog_tokens // _BACKLOG_STEPS) // _ROUND_TO * _ROUND_TO
-    # with hundreds of decodes, too, prompts get on
+    by_streams = _STREAMS_PER_USUAL_STEP * usual // max(1, num_decodes)
+    wanted = max(by_streams, backlog_tokens // _BACKLOG_STEPS) // _ROUND_TO * _ROUND_TO
+    # the last term leaves tokens for prompts beside hundreds of decodes
     return min(most, max(usual, wanted, num_decodes + max(1, usual // 4)))
 
 
 def chunk_tokens(left: int, budget: int, step: int, most: int) -> int:
-    """Tokens of a prompt, of which `left` are not computed yet, in a step of `step` tokens that has `budget` to give.
-    A little more than the budget ends the prompt, rather than leave that little to another step."""
-    return left if left <= budget + min(budget, step // _TAIL, most - step) else budget
+    """Return how many of the `left` uncomputed tokens of a prompt a step of `step` tokens computes when `budget` of
+    them are free. A prompt that is only slightly longer than the budget is finished, so that it needs no further step;
+    `most` is the limit of a step."""
+    return left if left <= budget + min(budget, step // _TAIL_FRACTION, most - step) else budget

@@ -18,7 +18,7 @@ from kvist.wire import Submit
 Refusal = tuple[str, str]  # error code, message
 
 
-def fault_of(event: Submit, cache: PageCache, *, context_len: int, wrong_mode: str | None) -> Refusal | None:
+def find_refusal(event: Submit, cache: PageCache, *, context_len: int, wrong_mode: str | None) -> Refusal | None:
     """What no wait would mend. `context_len`: the tokens that an engine with this cache holds of one request."""
     request = event.request
     if wrong_mode is not None:
@@ -44,6 +44,6 @@ def newest_waiting(caller: CallerPath, newest_first: Iterable[ActiveRequest]) ->
     """The caller's newest request of those that wait for their first turn and hold no page."""
     waiting = (RequestState.WAITING, RequestState.FETCHING)
     return next(
-        (r for r in newest_first if r.caller == caller and r.state in waiting and not r.had_its_turn),
+        (r for r in newest_first if r.caller == caller and r.state in waiting and not r.was_admitted),
         None,
     )

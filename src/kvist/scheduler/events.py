@@ -17,7 +17,7 @@ class SampledTokens:
 
     token_ids: Sequence[int]
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # by place, of those that want them
-    broken_places: frozenset[int] = frozenset()  # their logits were no numbers, so what `token_ids` has there is none
+    invalid_rows: frozenset[int] = frozenset()  # their logits were no numbers, so what `token_ids` has there is none
 
     def __len__(self) -> int:
         return len(self.token_ids)

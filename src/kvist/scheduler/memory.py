@@ -9,7 +9,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class ShortMemory(Generic[K, V]):
+class ExpiringMap(Generic[K, V]):
     """The newest `capacity` entries that are younger than `max_age_s`."""
 
     def __init__(self, *, capacity: int, max_age_s: float) -> None:

@@ -25,7 +25,7 @@ from kvist.kv.storage_tier import Prefetch
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, SampledToken
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.config import SchedulerConfig
-from kvist.scheduler.entry import fault_of, newest_waiting
+from kvist.scheduler.entry import find_refusal, newest_waiting
 from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.load import COUNTERS
 from kvist.scheduler.outbox import Outbox
@@ -46,29 +46,29 @@ _OUTCOME_COUNTERS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepUnderWay:
+class PendingStep:
     """Whose K/V a step computes."""
 
     decodes: list[ActiveRequest]  # of the last known token, or of one that the step before chooses; each gets another
     chunks: list[tuple[ActiveRequest, int, bool]]  # up to this position; whether it gets a token
 
 
-class HandoffHalf(Protocol):
+class HandoffHooks(Protocol):
     """One engine's side of its handoffs (source.py, target.py), as the requests see it."""
 
-    def arrived(self, request: ActiveRequest) -> None:
+    def on_arrived(self, request: ActiveRequest) -> None:
         """It was accepted; it may be ended in this call."""
 
-    def refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
+    def on_refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
         """It was ended before it was accepted."""
 
-    def pages_taken(self, request: ActiveRequest) -> None:
+    def on_allocated(self, request: ActiveRequest) -> None:
         """Its lease now covers all its tokens (PREFILL: some are cached already; DECODE: the pages to grant)."""
 
-    def computed(self, request: ActiveRequest) -> None:
+    def on_computed(self, request: ActiveRequest) -> None:
         """PREFILL: more of its K/V is in its pages, perhaps all."""
 
-    def ended(self, request: ActiveRequest, outcome: Outcome, message: str) -> None:
+    def on_ended(self, request: ActiveRequest, outcome: Outcome, message: str) -> None:
         """It is over for a reason outside the handoff: break the handoff off."""
 
 
@@ -92,16 +92,16 @@ class RequestTable:
         self.service_time = ServiceTime()
         self.totals: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self.waiting = WaitingQueue()
-        self.first_turns = CallerCounts()  # of the live requests that have not had theirs
+        self.unadmitted = CallerCounts()  # of the live requests that have not had theirs
         self.live: dict[RequestId, ActiveRequest] = {}
         self.running: list[ActiveRequest] = []  # by arrival; those that ended are dropped by `compact`
-        self.held: dict[RequestId, ActiveRequest] = {}
+        self.awaiting_transfer: dict[RequestId, ActiveRequest] = {}
         self.loading: dict[int, ActiveRequest] = {}  # by load; some may have ended
         self.fetching: dict[Prefetch, ActiveRequest] = {}
-        self.behind_load: dict[ActiveRequest, int] = {}  # that another began
+        self.awaiting_load: dict[ActiveRequest, int] = {}  # that another began
         self.num_granted = 0
-        self.num_parked = 0
-        self.half: HandoffHalf  # set by the scheduler that composes both
+        self.num_suspended = 0
+        self.handoff_side: HandoffHooks  # set by the scheduler that composes both
         self._refuse_mode = refuse_mode
         self._num_arrived = 0
         # The longest sequence whose K/V the pool can hold when nothing else is in it.
@@ -109,38 +109,38 @@ class RequestTable:
 
     # ---------------------------------------------------------------- arrival
 
-    def arrive(self, event: Submit) -> None:
+    def on_submit(self, event: Submit) -> None:
         """Queue it, or refuse it with `Ended`. A second Submit of a live request is ignored: one end answers both."""
         if event.request.request_id in self.live:
             return
-        fault = fault_of(event, self.cache, context_len=self.context_len, wrong_mode=self._refuse_mode(event))
+        fault = find_refusal(event, self.cache, context_len=self.context_len, wrong_mode=self._refuse_mode(event))
         if fault is not None:
             self._refuse(event, *fault)
             return
         request = self._accept(event)
-        no_place = self._give_place(request)
-        if no_place is not None:
-            self._refuse(event, "overloaded", no_place)
+        no_room = self._make_queue_room(request)
+        if no_room is not None:
+            self._refuse(event, "overloaded", no_room)
             return
         self.live[request.request_id] = request
-        self.first_turns.add(request.caller)
+        self.unadmitted.add(request.caller)
         self.timers.set(TimerKind.QUEUE, request.request_id, self.now_s + self.config.queue_timeout_s)
         if not self._fetch(request):
             self.waiting.push(request)
         if request.handoff_id is not None:
-            self.half.arrived(request)
+            self.handoff_side.on_arrived(request)
 
     def _refuse(self, event: Submit, code: str, message: str) -> None:
         self.totals["requests_refused"] += 1
         self._send_end(event.request.request_id, Outcome.FAILED, code, message)
         if event.handoff_id is not None:
-            self.half.refused(event.handoff_id, code, message)
+            self.handoff_side.on_refused(event.handoff_id, code, message)
 
-    def _give_place(self, request: ActiveRequest) -> str | None:
+    def _make_queue_room(self, request: ActiveRequest) -> str | None:
         """Why there is none for it in the queue. It may be another's."""
-        if self.num_waiting < self.config.max_queued_requests + self._num_free_places():
+        if self.num_waiting < self.config.max_queued_requests + self._num_free_run_slots():
             return None
-        caller = self.first_turns.displaced_by(request.caller)
+        caller = self.unadmitted.displaced_by(request.caller)
         other = None if caller is None else newest_waiting(caller, reversed(self.live.values()))
         if other is None:
             most = self.config.max_queued_requests
@@ -164,7 +164,7 @@ class RequestTable:
             target_epoch=event.target_epoch,
             arrived_s=self.now_s,
             token_ids=[*request.prompt_token_ids, *request.output_token_ids],
-            num_given=len(request.prompt_token_ids) + len(request.output_token_ids),
+            num_handoff_tokens=len(request.prompt_token_ids) + len(request.output_token_ids),
             max_len=len(request.prompt_token_ids) + sampling.max_tokens,
             stop_ids=frozenset(eos) | frozenset(sampling.stop_token_ids),
         )
@@ -187,36 +187,36 @@ class RequestTable:
         self.timers.set(TimerKind.PREFETCH, request.request_id, self.now_s + wait_s)
         return True
 
-    def take_prefetched(self) -> None:
+    def requeue_prefetched(self) -> None:
         """To the queue with those that need not wait for the store any more."""
         for prefetch in self.cache.drain_prefetches():
             if prefetch in self.fetching:
-                self._to_queue(self.fetching[prefetch])
+                self._requeue(self.fetching[prefetch])
 
-    def prefetch_timed_out(self, request_id: str) -> None:
+    def on_prefetch_timeout(self, request_id: str) -> None:
         request = self.live[RequestId(request_id)]
         assert request.prefetch is not None
         self.totals["prefetch_timeouts"] += 1
         self.cache.give_up_prefetch(request.prefetch)
-        self._to_queue(request)
+        self._requeue(request)
 
-    def wait_behind(self, request: ActiveRequest, load: int) -> None:
+    def wait_for_load(self, request: ActiveRequest, load: int) -> None:
         """Another loads the pages that it needs next: it will find them in the device pool."""
         self.waiting.remove(request)
         request.move(RequestState.FETCHING)
-        self.behind_load[request] = load
+        self.awaiting_load[request] = load
 
-    def load_is_over(self, load: int) -> None:
-        for request in [request for request, job_id in self.behind_load.items() if job_id == load]:
-            self._to_queue(request)
+    def on_load_finished(self, load: int) -> None:
+        for request in [request for request, job_id in self.awaiting_load.items() if job_id == load]:
+            self._requeue(request)
 
-    def _to_queue(self, request: ActiveRequest) -> None:
+    def _requeue(self, request: ActiveRequest) -> None:
         self._stop_fetching(request)
         request.move(RequestState.WAITING)
         self.waiting.push(request)
 
     def _stop_fetching(self, request: ActiveRequest) -> None:
-        if self.behind_load.pop(request, None) is not None:
+        if self.awaiting_load.pop(request, None) is not None:
             return
         assert request.prefetch is not None
         del self.fetching[request.prefetch]
@@ -233,14 +233,14 @@ class RequestTable:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting) + len(self.fetching) + len(self.behind_load) + self.num_parked
+        return len(self.waiting) + len(self.fetching) + len(self.awaiting_load) + self.num_suspended
 
-    def _num_free_places(self) -> int:
+    def _num_free_run_slots(self) -> int:
         """To run in: a burst on an idle engine fills them, and the queue beside them."""
         num_running = sum(request.state is RequestState.RUNNING for request in self.running)
         return self.config.max_running_requests - num_running - self.num_granted - len(self.loading)
 
-    def is_written(self, request: ActiveRequest) -> bool:
+    def in_pending_step(self, request: ActiveRequest) -> bool:
         """A step under way writes its pages."""
         return request.last_step_id > self.last_finished_id
 
@@ -258,60 +258,60 @@ class RequestTable:
 
     def preempt(self, request: ActiveRequest) -> None:
         """Its full pages are in the tree for as long as nobody needs the room; the rest is given up."""
-        assert not self.is_written(request), "a step under way writes its pages"
+        assert not self.in_pending_step(request), "a step under way writes its pages"
         assert not request.in_handoff
         assert request.lease is not None
         self.totals["preemptions"] += 1
-        if request.state is RequestState.HELD:
-            del self.held[request.request_id]
+        if request.state is RequestState.AWAITING_TRANSFER:
+            del self.awaiting_transfer[request.request_id]
         else:
             self.running.remove(request)
         self.cache.close(request.lease)
         request.lease = None
         request.num_computed = request.num_planned = 0
-        if request.eager:
-            request.move(RequestState.PARKED)
-            self.num_parked += 1
+        if request.ungranted:
+            request.move(RequestState.SUSPENDED)
+            self.num_suspended += 1
         else:
             request.move(RequestState.WAITING)
             self.waiting.push(request)
 
-    def grant_came(self, request: ActiveRequest) -> None:
+    def on_grant(self, request: ActiveRequest) -> None:
         """PREFILL: from now on it may claim pages and keeps them."""
         request.granted = request.in_handoff = True
-        self._tell_first_token(request)
-        if request.state is RequestState.PARKED:
+        self._send_first_token(request)
+        if request.state is RequestState.SUSPENDED:
             request.move(RequestState.WAITING)
-            self.num_parked -= 1
+            self.num_suspended -= 1
         if request.state is RequestState.WAITING:
             self.waiting.push(request)
 
     # ---------------------------------------------------------------- tokens
 
-    def take_tokens(self, step: StepUnderWay, sampled: SampledTokens) -> None:
+    def apply_sampled(self, step: PendingStep, sampled: SampledTokens) -> None:
         """A step is finished: its K/V is in the pages, and these tokens were chosen."""
-        num_told = len(self.out.chunks)
-        if sampled.broken_places:
-            self._end_broken(step, sampled.broken_places)
-        self._take_decoded(step.decodes, sampled)
+        num_chunks_before = len(self.out.chunks)
+        if sampled.invalid_rows:
+            self._fail_invalid_rows(step, sampled.invalid_rows)
+        self._apply_decodes(step.decodes, sampled)
         place = len(step.decodes)
-        for request, end, gets_token in step.chunks:
+        for request, end, samples in step.chunks:
             if request.state is RequestState.ENDED:
                 self.release(request)
             else:
-                self._take_chunk(request, end, sampled[place] if gets_token else None)
-            place += gets_token
+                self._apply_chunk(request, end, sampled[place] if samples else None)
+            place += samples
         assert place == len(sampled), "one token for each item that wants one"
-        self.totals["generation_tokens"] += len(self.out.chunks) - num_told
+        self.totals["generation_tokens"] += len(self.out.chunks) - num_chunks_before
 
-    def _end_broken(self, step: StepUnderWay, places: frozenset[int]) -> None:
+    def _fail_invalid_rows(self, step: PendingStep, places: frozenset[int]) -> None:
         """Only their requests: no row of a step depends on another. What the step wrote for them is not committed."""
-        takers = [*step.decodes, *(request for request, _, gets_token in step.chunks if gets_token)]
+        sampled_requests = [*step.decodes, *(request for request, _, samples in step.chunks if samples)]
         for place in sorted(places):
-            if takers[place].state is not RequestState.ENDED:
-                self.end(takers[place], Outcome.FAILED, EngineError.code, _BROKEN_LOGITS)
+            if sampled_requests[place].state is not RequestState.ENDED:
+                self.end(sampled_requests[place], Outcome.FAILED, EngineError.code, _BROKEN_LOGITS)
 
-    def _take_decoded(self, decodes: list[ActiveRequest], sampled: SampledTokens) -> None:
+    def _apply_decodes(self, decodes: list[ActiveRequest], sampled: SampledTokens) -> None:
         """This loop runs for every stream in every step: what is rare is left to others."""
         page_size, ended, chunks = self.cache.page_size, RequestState.ENDED, self.out.chunks
         logprobs = sampled.logprobs
@@ -337,16 +337,16 @@ class RequestTable:
             else:
                 self._append(request, sampled[place])
 
-    def _take_chunk(self, request: ActiveRequest, end: int, token: SampledToken | None) -> None:
+    def _apply_chunk(self, request: ActiveRequest, end: int, token: SampledToken | None) -> None:
         request.num_computed = end
         assert request.lease is not None
         self.cache.insert(request.lease, request.token_ids, end)
         is_whole = end == len(request.token_ids)
         if request.mode is Mode.PREFILL:
             if is_whole:
-                self._prefill_complete(request, token)
+                self._complete_prefill(request, token)
             else:
-                self.half.computed(request)
+                self.handoff_side.on_computed(request)
         elif is_whole:
             assert token is not None
             self._append(request, token)
@@ -359,11 +359,11 @@ class RequestTable:
         if finish is not None:
             self.end(request, Outcome.FINISHED)
 
-    def adopt(self, request: ActiveRequest, token: SampledToken, finish: FinishReason | None) -> None:
+    def start_decoding(self, request: ActiveRequest, token: SampledToken, finish: FinishReason | None) -> None:
         """DECODE: the given tokens' K/V is in its pages, and prefill has told `token` to the gateway."""
         assert request.lease is not None
-        request.num_computed = request.num_planned = request.num_given
-        self.cache.insert(request.lease, request.token_ids, request.num_given)
+        request.num_computed = request.num_planned = request.num_handoff_tokens
+        self.cache.insert(request.lease, request.token_ids, request.num_handoff_tokens)
         request.token_ids.append(token.token_id)
         if finish is not None:  # prefill told it with the token
             self.end(request, Outcome.FINISHED)
@@ -371,34 +371,34 @@ class RequestTable:
         self.num_granted -= 1
         self.start_running(request)
 
-    def _prefill_complete(self, request: ActiveRequest, token: SampledToken | None) -> None:
+    def _complete_prefill(self, request: ActiveRequest, token: SampledToken | None) -> None:
         if request.first_token is None:  # else its pages were evicted since
             assert token is not None
             request.first_token = token
             request.first_token_finish = request.finish_reason(token.token_id, len(request.token_ids) + 1)
-        request.move(RequestState.HELD)
-        self.held[request.request_id] = request
-        self._tell_first_token(request)
-        self.half.computed(request)
+        request.move(RequestState.AWAITING_TRANSFER)
+        self.awaiting_transfer[request.request_id] = request
+        self._send_first_token(request)
+        self.handoff_side.on_computed(request)
 
-    def _tell_first_token(self, request: ActiveRequest) -> None:
+    def _send_first_token(self, request: ActiveRequest) -> None:
         """PREFILL: once it is known, and decode has a place for the rest: a stream that began waits in no queue."""
-        if request.granted and request.first_token is not None and not request.first_token_told:
-            request.first_token_told = True
+        if request.granted and request.first_token is not None and not request.first_token_sent:
+            request.first_token_sent = True
             self.send_chunk(request, request.next_position, request.first_token, request.first_token_finish)
 
     def send_chunk(
         self, request: ActiveRequest, position: int, token: SampledToken, finish: FinishReason | None
     ) -> None:
-        tells_cached = position == 0 and request.mode is not Mode.DECODE  # decode did not read the prompt
-        by_tier = (request.num_cached_host_tokens, request.num_cached_storage_tokens) if tells_cached else (0, 0)
+        reports_cached = position == 0 and request.mode is not Mode.DECODE  # decode did not read the prompt
+        by_tier = (request.num_cached_host_tokens, request.num_cached_storage_tokens) if reports_cached else (0, 0)
         chunk = TokenChunk(
             request_id=request.request_id,
             position=position,
             token_ids=(token.token_id,),
             logprobs=None if token.logprobs is None else (token.logprobs,),
             finish_reason=finish,
-            num_cached_tokens=request.num_cached_tokens if tells_cached else None,
+            num_cached_tokens=request.num_cached_tokens if reports_cached else None,
             num_cached_host_tokens=by_tier[0],
             num_cached_storage_tokens=by_tier[1],
             handoff=request.report,
@@ -414,27 +414,27 @@ class RequestTable:
             self.waiting.remove(request)
         elif request.state is RequestState.FETCHING:
             self._stop_fetching(request)
-        elif request.state is RequestState.HELD:
-            del self.held[request.request_id]
+        elif request.state is RequestState.AWAITING_TRANSFER:
+            del self.awaiting_transfer[request.request_id]
         elif request.state is RequestState.GRANTED:
             self.num_granted -= 1
-        elif request.state is RequestState.PARKED:
-            self.num_parked -= 1
+        elif request.state is RequestState.SUSPENDED:
+            self.num_suspended -= 1
         request.move(RequestState.ENDED)
         self.close_prefetch(request)
         del self.live[request.request_id]
         self.timers.cancel(TimerKind.QUEUE, request.request_id)
         if request.admitted_s is None:
-            self.first_turns.remove(request.caller)
+            self.unadmitted.remove(request.caller)
         else:
             self.service_time.note(self.now_s - request.admitted_s)
         self._send_end(request.request_id, outcome, code, message)
         if request.handoff_id is not None:
-            self.half.ended(request, outcome, message or outcome.value)
+            self.handoff_side.on_ended(request, outcome, message or outcome.value)
         self.release(request)
 
     def release(self, request: ActiveRequest) -> None:
-        if request.state is not RequestState.ENDED or self.is_written(request):
+        if request.state is not RequestState.ENDED or self.in_pending_step(request):
             return
         if request.in_handoff or request.loading:
             return
@@ -442,12 +442,12 @@ class RequestTable:
             self.cache.close(request.lease)
             request.lease = None
 
-    def abort(self, request_id: RequestId) -> None:
+    def on_abort(self, request_id: RequestId) -> None:
         request = self.live.get(request_id)
         if request is not None:
             self.end(request, Outcome.ABORTED)
 
-    def queue_timed_out(self, request_id: str) -> None:
+    def on_queue_timeout(self, request_id: str) -> None:
         request = self.live[RequestId(request_id)]
         message = f"no room for the request within {self.config.queue_timeout_s:g} s (--queue-timeout-s)"
         self.end(request, Outcome.FAILED, "timeout", message)

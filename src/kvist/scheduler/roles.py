@@ -13,9 +13,9 @@ from kvist.kv.cache import PageCache
 from kvist.request import EpochId, Mode
 from kvist.scheduler.config import SchedulerConfig
 from kvist.scheduler.requests import RequestTable
-from kvist.scheduler.source import SourceHalf
+from kvist.scheduler.source import SourceSide
 from kvist.scheduler.steps import Steps
-from kvist.scheduler.target import TargetHalf
+from kvist.scheduler.target import TargetSide
 from kvist.wire import PoolAddress, Submit
 
 
@@ -37,10 +37,10 @@ def _refuse_decode(event: Submit) -> str | None:
     return "this is a decode worker: it does not read prompts; send the request to the router"
 
 
-_ROLES: dict[str, tuple[type[SourceHalf | TargetHalf], Callable[[Submit], str | None]]] = {
-    "unified": (SourceHalf, _refuse_unified),
-    "prefill": (SourceHalf, _refuse_prefill),
-    "decode": (TargetHalf, _refuse_decode),
+_ROLES: dict[str, tuple[type[SourceSide | TargetSide], Callable[[Submit], str | None]]] = {
+    "unified": (SourceSide, _refuse_unified),
+    "prefill": (SourceSide, _refuse_prefill),
+    "decode": (TargetSide, _refuse_decode),
 }
 
 
@@ -48,7 +48,7 @@ def build_scheduler(
     role: str, config: SchedulerConfig, cache: PageCache, epoch: EpochId, pool_address: PoolAddress
 ) -> Steps:
     """`role` is "unified", "prefill" or "decode"; `pool_address` is where peers find our pages."""
-    half_of, refuse_mode = _ROLES[role]
+    side_type, refuse_mode = _ROLES[role]
     table = RequestTable(config, cache, refuse_mode=refuse_mode)
-    half = half_of(table, epoch=epoch, pool=pool_address)
-    return Steps(table, half, half.handlers())
+    side = side_type(table, epoch=epoch, pool=pool_address)
+    return Steps(table, side, side.handlers())

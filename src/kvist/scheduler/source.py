@@ -21,7 +21,7 @@ from kvist.request import EpochId, HandoffId, Outcome
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.events import Event, PeerDied, WritesCompleted, WritesFailed
 from kvist.scheduler.handoff import SOURCE_TRANSITIONS, SourceState, SourceTrigger
-from kvist.scheduler.memory import ShortMemory
+from kvist.scheduler.memory import ExpiringMap
 from kvist.scheduler.plan import StopWrites, WritePages
 from kvist.scheduler.requests import RequestTable
 from kvist.scheduler.timers import TimerKind
@@ -32,7 +32,7 @@ _Refusal = tuple[str | None, str]  # error code, None when nothing failed; messa
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class SourceHandoff:
-    """Mutable; its one owner is the `SourceHalf`. Pages are counted along the sequence: page 0 holds token 0."""
+    """Mutable; its one owner is the `SourceSide`. Pages are counted along the sequence: page 0 holds token 0."""
 
     handoff_id: HandoffId
     request: ActiveRequest
@@ -45,11 +45,11 @@ class SourceHandoff:
     checksum: str = ""
     complete: bool = False  # every page is computed and asked to be written
     peer_dead: bool = False
-    stop_planned_in: int | None = None  # the step; a report in the same step was under way before
+    stop_step: int | None = None  # the step; a report in the same step was under way before
     refusal: _Refusal = (None, "")  # what Closed will say
 
 
-class SourceHalf:
+class SourceSide:
     """Mutable; its one owner is the scheduler."""
 
     def __init__(self, table: RequestTable, *, epoch: EpochId, pool: PoolAddress) -> None:
@@ -59,7 +59,7 @@ class SourceHalf:
         self._pool = pool
         self._open: dict[HandoffId, SourceHandoff] = {}
         self._early_grants: OrderedDict[HandoffId, Grant] = OrderedDict()
-        self._closed: ShortMemory[HandoffId, _Refusal] = ShortMemory(
+        self._closed: ExpiringMap[HandoffId, _Refusal] = ExpiringMap(
             capacity=config.max_remembered_handoffs, max_age_s=2 * config.handoff_timeout_s + config.grant_timeout_s
         )
 
@@ -86,9 +86,9 @@ class SourceHalf:
             if handoff.grant is not None and not handoff.peer_dead
         )
 
-    # ---------------------------------------------------------------- from the requests (HandoffHalf)
+    # ---------------------------------------------------------------- from the requests (HandoffHooks)
 
-    def arrived(self, request: ActiveRequest) -> None:
+    def on_arrived(self, request: ActiveRequest) -> None:
         handoff_id = request.handoff_id
         assert handoff_id is not None
         revoked = self._closed.get(handoff_id)
@@ -97,26 +97,26 @@ class SourceHalf:
             code = "invalid_request" if revoked is None else "handoff_failed"
             self._table.end(request, Outcome.FAILED, code, f"handoff {handoff_id} {reason}")
             return
-        num_pages = -(-request.num_given // self._table.cache.page_size)
+        num_pages = -(-request.num_handoff_tokens // self._table.cache.page_size)
         self._open[handoff_id] = SourceHandoff(handoff_id=handoff_id, request=request, num_pages=num_pages)
-        self._timer(TimerKind.GRANT, handoff_id, self._table.config.grant_timeout_s)
+        self._set_timer(TimerKind.GRANT, handoff_id, self._table.config.grant_timeout_s)
         early = self._early_grants.pop(handoff_id, None)
         if early is not None:
             self._table.timers.cancel(TimerKind.EARLY_GRANT, handoff_id)
-            self._hear_grant(self._open[handoff_id], early)
+            self._receive_grant(self._open[handoff_id], early)
 
-    def refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
+    def on_refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
         if handoff_id not in self._open:
-            self._refuse_early(handoff_id, code, message)
+            self._refuse_early_grant(handoff_id, code, message)
 
-    def pages_taken(self, request: ActiveRequest) -> None:
-        self.computed(request)
+    def on_allocated(self, request: ActiveRequest) -> None:
+        self.on_computed(request)
 
-    def computed(self, request: ActiveRequest) -> None:
+    def on_computed(self, request: ActiveRequest) -> None:
         assert request.handoff_id is not None
-        self._push(self._open[request.handoff_id])
+        self._write_ready_pages(self._open[request.handoff_id])
 
-    def ended(self, request: ActiveRequest, outcome: Outcome, message: str) -> None:
+    def on_ended(self, request: ActiveRequest, outcome: Outcome, message: str) -> None:
         assert request.handoff_id is not None
         handoff = self._open.get(request.handoff_id)
         if handoff is not None and handoff.request is request:
@@ -129,13 +129,13 @@ class SourceHalf:
         closed = self._closed.get(grant.handoff_id)
         handoff = self._open.get(grant.handoff_id)
         if grant.source_epoch != self._epoch:
-            self._say_closed(grant.handoff_id, grant.target_epoch, ("worker_lost", "the prefill worker has restarted"))
+            self._send_closed(grant.handoff_id, grant.target_epoch, ("worker_lost", "the prefill worker has restarted"))
         elif closed is not None:
-            self._say_closed(grant.handoff_id, grant.target_epoch, closed)
+            self._send_closed(grant.handoff_id, grant.target_epoch, closed)
         elif handoff is not None:
-            self._hear_grant(handoff, grant)
+            self._receive_grant(handoff, grant)
         elif grant.handoff_id not in self._early_grants:
-            self._keep_early(grant)
+            self._store_early_grant(grant)
 
     def on_ack(self, event: Ack) -> None:
         handoff = self._open.get(event.handoff_id)
@@ -150,10 +150,10 @@ class SourceHalf:
             self._table.timers.cancel(TimerKind.EARLY_GRANT, event.handoff_id)
             refusal = self._closed.get(event.handoff_id) or refusal
             self._closed.put(event.handoff_id, refusal, self._table.now_s)
-            self._say_closed(event.handoff_id, event.target_epoch, refusal)
+            self._send_closed(event.handoff_id, event.target_epoch, refusal)
         elif handoff.request.target_epoch == event.target_epoch:
             if handoff.grant is None:
-                self._say_closed(event.handoff_id, event.target_epoch, refusal)
+                self._send_closed(event.handoff_id, event.target_epoch, refusal)
             self._fire(handoff, SourceTrigger.REVOKE, refusal)
 
     def on_peer_died(self, event: PeerDied) -> None:
@@ -174,10 +174,10 @@ class SourceHalf:
         handoff.num_written = event.num_pages
         handoff.checksum = event.checksum
         if handoff.state is SourceState.STOPPING:
-            if self._nothing_outstanding(handoff) or handoff.stop_planned_in != self._table.step_count:
+            if self._all_written(handoff) or handoff.stop_step != self._table.step_count:
                 self._fire(handoff, SourceTrigger.WRITES_STOPPED, handoff.refusal)
         else:
-            self._say_done_if_written(handoff)
+            self._send_done_if_written(handoff)
 
     def on_writes_failed(self, event: WritesFailed) -> None:
         handoff = self._open.get(event.handoff_id)
@@ -188,11 +188,11 @@ class SourceHalf:
         config = self._table.config
         if kind is TimerKind.EARLY_GRANT:
             message = f"the request did not reach the prefill worker within {config.grant_timeout_s:g} s"
-            self._refuse_early(handoff_id, "handoff_failed", message)
+            self._refuse_early_grant(handoff_id, "handoff_failed", message)
             return
         handoff = self._open[handoff_id]
         if kind is TimerKind.REPEAT:
-            self._say_done(handoff)
+            self._send_done(handoff)
         elif handoff.request.state is not RequestState.ENDED:
             waited_for = "grant its pages" if kind is TimerKind.GRANT else "acknowledge the pages"
             limit_s = config.grant_timeout_s if kind is TimerKind.GRANT else config.handoff_timeout_s
@@ -209,13 +209,13 @@ class SourceHalf:
         handoff.state = to
         handoff.refusal = refusal
         if to is SourceState.DONE_SENT:
-            self._say_done(handoff)
+            self._send_done(handoff)
             return
-        if to is SourceState.STOPPING and self._nothing_outstanding(handoff):
+        if to is SourceState.STOPPING and self._all_written(handoff):
             to = handoff.state = SOURCE_TRANSITIONS[to][SourceTrigger.WRITES_STOPPED]
         if to is SourceState.STOPPING:
             self._table.out.transfers.append(StopWrites(handoff_id=handoff.handoff_id))
-            handoff.stop_planned_in = self._table.step_count
+            handoff.stop_step = self._table.step_count
         elif to is SourceState.CLOSED:
             self._close(handoff, acknowledged=trigger is SourceTrigger.ACK)
         request = handoff.request
@@ -245,30 +245,30 @@ class SourceHalf:
             return
         table.totals["handoffs_cancelled" if handoff.refusal[0] is None else "handoffs_failed"] += 1
         if grant is not None and not handoff.peer_dead:
-            self._say_closed(handoff_id, grant.target_epoch, handoff.refusal)
+            self._send_closed(handoff_id, grant.target_epoch, handoff.refusal)
 
-    def _hear_grant(self, handoff: SourceHandoff, grant: Grant) -> None:
+    def _receive_grant(self, handoff: SourceHandoff, grant: Grant) -> None:
         if grant.target_epoch != handoff.request.target_epoch:
             self._table.totals["foreign_grants"] += 1
             refusal = ("handoff_failed", "the gateway has named another decode worker for this request")
-            self._say_closed(grant.handoff_id, grant.target_epoch, refusal)
+            self._send_closed(grant.handoff_id, grant.target_epoch, refusal)
         elif handoff.state is SourceState.AWAITING_GRANT:  # else it is said again, and was taken
-            self._take_grant(handoff, grant)
+            self._accept_grant(handoff, grant)
 
-    def _take_grant(self, handoff: SourceHandoff, grant: Grant) -> None:
+    def _accept_grant(self, handoff: SourceHandoff, grant: Grant) -> None:
         handoff.grant = grant
         handoff.granted_s = self._table.now_s
         self._table.timers.cancel(TimerKind.GRANT, handoff.handoff_id)
-        fault = self._fault_of(grant, handoff.num_pages)
+        fault = self._grant_error(grant, handoff.num_pages)
         if fault is not None:
             self._fire(handoff, SourceTrigger.BAD_GRANT, ("handoff_failed", fault))
             return
         self._fire(handoff, SourceTrigger.GRANT, (None, ""))
         handoff.next_page = grant.first_page
-        self._table.grant_came(handoff.request)
-        self._push(handoff)
+        self._table.on_grant(handoff.request)
+        self._write_ready_pages(handoff)
 
-    def _fault_of(self, grant: Grant, num_pages: int) -> str | None:
+    def _grant_error(self, grant: Grant, num_pages: int) -> str | None:
         if grant.pool.transport != self._pool.transport:
             return (
                 f"decode's pages are reached by {grant.pool.transport!r}, prefill's by {self._pool.transport!r}: start "
@@ -288,13 +288,13 @@ class SourceHalf:
             return "the grant names a page twice"
         return None
 
-    def _push(self, handoff: SourceHandoff) -> None:
+    def _write_ready_pages(self, handoff: SourceHandoff) -> None:
         """Ask for every page that is computed, granted and not yet asked for: full pages, and at the end the last."""
         request, grant = handoff.request, handoff.grant
         if handoff.state is not SourceState.WRITING or request.lease is None:
             return
         assert grant is not None
-        complete = request.state is RequestState.HELD
+        complete = request.state is RequestState.AWAITING_TRANSFER
         ready = handoff.num_pages if complete else request.num_computed // self._table.cache.page_size
         if ready > handoff.next_page:
             self._table.out.transfers.append(
@@ -309,18 +309,18 @@ class SourceHalf:
         if complete and not handoff.complete:
             handoff.complete = True
             self._table.cache.begin_transfer(request.lease, 0)  # the last page, if partial: the others are in the tree
-            self._timer(TimerKind.HANDOFF, handoff.handoff_id, self._table.config.handoff_timeout_s)
-            self._say_done_if_written(handoff)
+            self._set_timer(TimerKind.HANDOFF, handoff.handoff_id, self._table.config.handoff_timeout_s)
+            self._send_done_if_written(handoff)
 
-    def _nothing_outstanding(self, handoff: SourceHandoff) -> bool:
+    def _all_written(self, handoff: SourceHandoff) -> bool:
         assert handoff.grant is not None
         return handoff.num_written == handoff.next_page - handoff.grant.first_page
 
-    def _say_done_if_written(self, handoff: SourceHandoff) -> None:
-        if handoff.complete and self._nothing_outstanding(handoff):
+    def _send_done_if_written(self, handoff: SourceHandoff) -> None:
+        if handoff.complete and self._all_written(handoff):
             self._fire(handoff, SourceTrigger.ALL_WRITTEN, (None, ""))
 
-    def _say_done(self, handoff: SourceHandoff) -> None:
+    def _send_done(self, handoff: SourceHandoff) -> None:
         """Again and again until decode answers: one answer may be lost with a connection."""
         grant, request = handoff.grant, handoff.request
         assert grant is not None
@@ -335,23 +335,23 @@ class SourceHalf:
             finish_reason=request.first_token_finish,
         )
         self._table.out.to_target(grant.target_epoch, done)
-        self._timer(TimerKind.REPEAT, handoff.handoff_id, self._table.config.ack_timeout_s)
+        self._set_timer(TimerKind.REPEAT, handoff.handoff_id, self._table.config.ack_timeout_s)
 
-    def _keep_early(self, grant: Grant) -> None:
+    def _store_early_grant(self, grant: Grant) -> None:
         if len(self._early_grants) >= self._table.config.max_remembered_handoffs:
             oldest = next(iter(self._early_grants))
-            self._refuse_early(oldest, "overloaded", "too many grants wait for their requests")
+            self._refuse_early_grant(oldest, "overloaded", "too many grants wait for their requests")
         self._early_grants[grant.handoff_id] = grant
-        self._timer(TimerKind.EARLY_GRANT, grant.handoff_id, self._table.config.grant_timeout_s)
+        self._set_timer(TimerKind.EARLY_GRANT, grant.handoff_id, self._table.config.grant_timeout_s)
 
-    def _refuse_early(self, handoff_id: HandoffId, code: str, message: str) -> None:
+    def _refuse_early_grant(self, handoff_id: HandoffId, code: str, message: str) -> None:
         self._closed.put(handoff_id, (code, message), self._table.now_s)
         self._table.timers.cancel(TimerKind.EARLY_GRANT, handoff_id)
         grant = self._early_grants.pop(handoff_id, None)
         if grant is not None:
-            self._say_closed(handoff_id, grant.target_epoch, (code, message))
+            self._send_closed(handoff_id, grant.target_epoch, (code, message))
 
-    def _say_closed(self, handoff_id: HandoffId, target_epoch: EpochId, refusal: _Refusal) -> None:
+    def _send_closed(self, handoff_id: HandoffId, target_epoch: EpochId, refusal: _Refusal) -> None:
         closed = Closed(
             handoff_id=handoff_id,
             target_epoch=target_epoch,
@@ -361,5 +361,5 @@ class SourceHalf:
         )
         self._table.out.to_target(target_epoch, closed)
 
-    def _timer(self, kind: TimerKind, handoff_id: HandoffId, after_s: float) -> None:
+    def _set_timer(self, kind: TimerKind, handoff_id: HandoffId, after_s: float) -> None:
         self._table.timers.set(kind, handoff_id, self._table.now_s + after_s)

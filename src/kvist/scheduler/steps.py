@@ -19,12 +19,12 @@ from kvist.scheduler.batching import Batcher
 from kvist.scheduler.events import Event, StepFailed, StepFinished
 from kvist.scheduler.load import SchedulerLoad
 from kvist.scheduler.plan import Flush, Plan
-from kvist.scheduler.requests import HandoffHalf, RequestTable
+from kvist.scheduler.requests import HandoffHooks, RequestTable
 from kvist.scheduler.timers import TimerKind
 from kvist.wire import Abort, FlushCache, Submit
 
 
-class StepHalf(HandoffHalf, Protocol):
+class HandoffSide(HandoffHooks, Protocol):
     """One side of the handoffs, as a step sees it."""
 
     @property
@@ -40,20 +40,20 @@ class Steps:
     """A role's scheduler. Mutable; its one owner is the loop. `handlers` are the handoff events of that role."""
 
     def __init__(
-        self, table: RequestTable, half: StepHalf, handlers: Mapping[type[Event], Callable[[Any], None]]
+        self, table: RequestTable, side: HandoffSide, handlers: Mapping[type[Event], Callable[[Any], None]]
     ) -> None:
-        table.half = half
+        table.handoff_side = side
         self._table = table
-        self._half = half
+        self._handoff_side = side
         self._batcher = Batcher(table)
         self._flushing: dict[int, Flush] = {}  # by the job that must be reported before the answer is true
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
-            Submit: table.arrive,
-            Abort: lambda event: table.abort(event.request_id),
-            StepFinished: self._batcher.finished,
-            StepFailed: self._batcher.failed,
+            Submit: table.on_submit,
+            Abort: lambda event: table.on_abort(event.request_id),
+            StepFinished: self._batcher.on_step_finished,
+            StepFailed: self._batcher.on_step_failed,
             FlushCache: self._flush,
-            PagesLoaded: self._batcher.loaded,
+            PagesLoaded: self._batcher.on_pages_loaded,
             PagesBackedUp: table.cache.backed_up,
             PagesForgotten: lambda event: table.out.flushes.append(self._flushing.pop(event.job_id)),
             **dict.fromkeys((PagesFound, PagesFetched, PagesStored, StorageAttached), table.cache.storage_event),
@@ -67,28 +67,28 @@ class Steps:
         table.step_count += 1
         for event in events:
             self._handlers[type(event)](event)
-        table.take_prefetched()  # first: what came with this step, however late, is no time-out
+        table.requeue_prefetched()  # first: what came with this step, however late, is no time-out
         while (due := table.timers.pop_due(now_s)) is not None:
             kind, key = due
             if kind is TimerKind.QUEUE:
-                table.queue_timed_out(key)
+                table.on_queue_timeout(key)
             elif kind is TimerKind.PREFETCH:
-                table.prefetch_timed_out(key)
+                table.on_prefetch_timeout(key)
             else:
-                self._half.on_timer(kind, HandoffId(key))
-        table.take_prefetched()
+                self._handoff_side.on_timer(kind, HandoffId(key))
+        table.requeue_prefetched()
         batch = self._batcher.plan() if with_batch else None
         return table.out.take(
             batch=batch,
             moves=table.cache.drain_jobs(),
-            watched_epochs=self._half.watched_epochs,
+            watched_epochs=self._handoff_side.watched_epochs,
             cache_changes=table.cache.drain_changes(),
             wake_at_s=table.timers.next_at_s(),
         )
 
     def has_work(self) -> bool:
         """A request is live or a handoff is open: shutting down now would lose something."""
-        return bool(self._table.live) or self._half.num_open > 0
+        return bool(self._table.live) or self._handoff_side.num_open > 0
 
     def load(self) -> SchedulerLoad:
         table = self._table

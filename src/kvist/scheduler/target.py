@@ -18,7 +18,7 @@ from kvist.request import EpochId, HandoffId, Outcome
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.events import Event, PagesVerified, PeerDied
 from kvist.scheduler.handoff import TARGET_TRANSITIONS, TargetState, TargetTrigger
-from kvist.scheduler.memory import ShortMemory
+from kvist.scheduler.memory import ExpiringMap
 from kvist.scheduler.plan import VerifyPages
 from kvist.scheduler.requests import RequestTable
 from kvist.scheduler.timers import TimerKind
@@ -29,7 +29,7 @@ MAX_KNOWN_SOURCES = 4096  # lives of prefill engines
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class TargetHandoff:
-    """Mutable; its one owner is the `TargetHalf`."""
+    """Mutable; its one owner is the `TargetSide`."""
 
     handoff_id: HandoffId
     request: ActiveRequest
@@ -46,7 +46,7 @@ class TargetHandoff:
     cancelled: bool = False  # its request was aborted, here or at prefill
 
 
-class TargetHalf:
+class TargetSide:
     """Mutable; its one owner is the scheduler."""
 
     def __init__(self, table: RequestTable, *, epoch: EpochId, pool: PoolAddress) -> None:
@@ -57,11 +57,11 @@ class TargetHalf:
         self._open: dict[HandoffId, TargetHandoff] = {}
         memory_s = 2 * config.handoff_timeout_s + config.grant_timeout_s
         # None: it was taken over, say Ack again; else the reason to say Revoke again
-        self._closed: ShortMemory[HandoffId, tuple[str | None]] = ShortMemory(
+        self._closed: ExpiringMap[HandoffId, tuple[str | None]] = ExpiringMap(
             capacity=config.max_remembered_handoffs, max_age_s=memory_s
         )
         # However late its Done comes, a prefill engine must get an answer: it keeps pages until then.
-        self._endpoints: ShortMemory[EpochId, str] = ShortMemory(capacity=MAX_KNOWN_SOURCES, max_age_s=math.inf)
+        self._endpoints: ExpiringMap[EpochId, str] = ExpiringMap(capacity=MAX_KNOWN_SOURCES, max_age_s=math.inf)
 
     def handlers(self) -> Mapping[type[Event], Callable[[Any], None]]:
         """What `Steps` calls for each event of this side."""
@@ -80,9 +80,9 @@ class TargetHalf:
     def watched_epochs(self) -> frozenset[EpochId]:
         return frozenset(handoff.source.epoch for handoff in self._open.values())
 
-    # ---------------------------------------------------------------- from the requests (HandoffHalf)
+    # ---------------------------------------------------------------- from the requests (HandoffHooks)
 
-    def arrived(self, request: ActiveRequest) -> None:
+    def on_arrived(self, request: ActiveRequest) -> None:
         handoff_id, prefill = request.handoff_id, request.prefill
         assert handoff_id is not None
         assert prefill is not None
@@ -95,10 +95,10 @@ class TargetHalf:
         ):
             self._table.end(request, Outcome.FAILED, "invalid_request", f"handoff {handoff_id} was used before")
 
-    def refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
+    def on_refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
         """Nothing was granted: prefill's wait for a Grant, or the gateway's Abort, ends the other side."""
 
-    def pages_taken(self, request: ActiveRequest) -> None:
+    def on_allocated(self, request: ActiveRequest) -> None:
         if request.granted:
             return  # it was preempted after it was taken over, and computes its pages itself
         assert request.handoff_id is not None
@@ -128,13 +128,13 @@ class TargetHalf:
         request.granted = request.in_handoff = True
         table.cache.begin_transfer(request.lease, first_page)
         table.out.to_source(source.endpoint, grant)
-        self._repeat_later(handoff.handoff_id, table.config.ack_timeout_s)
+        self._schedule_resend(handoff.handoff_id, table.config.ack_timeout_s)
         table.timers.set(TimerKind.HANDOFF, handoff.handoff_id, table.now_s + table.config.handoff_timeout_s)
 
-    def computed(self, request: ActiveRequest) -> None:
+    def on_computed(self, request: ActiveRequest) -> None:
         raise AssertionError(f"{request.request_id}: a decode engine has no PREFILL requests")
 
-    def ended(self, request: ActiveRequest, outcome: Outcome, message: str) -> None:
+    def on_ended(self, request: ActiveRequest, outcome: Outcome, message: str) -> None:
         assert request.handoff_id is not None
         handoff = self._open.get(request.handoff_id)
         if handoff is not None and handoff.request is request:
@@ -148,7 +148,7 @@ class TargetHalf:
         if done.target_epoch != self._epoch:
             return
         if handoff is None:
-            self._answer_again(done)
+            self._repeat_answer(done)
         elif handoff.source.epoch == done.source_epoch:
             if handoff.state is TargetState.GRANTED:
                 handoff.done, handoff.done_s = done, self._table.now_s
@@ -183,7 +183,7 @@ class TargetHalf:
     def on_timer(self, kind: TimerKind, handoff_id: HandoffId) -> None:
         handoff = self._open[handoff_id]
         if kind is TimerKind.REPEAT:
-            self._say_again(handoff)
+            self._resend(handoff)
             return
         message = f"the prefill worker did not hand over the pages within {self._table.config.handoff_timeout_s:g} s"
         self._table.end(handoff.request, Outcome.FAILED, "handoff_failed", message)
@@ -202,13 +202,13 @@ class TargetHalf:
             self._verify(handoff)
         elif to is TargetState.REVOKED:
             self._table.timers.cancel(TimerKind.HANDOFF, handoff.handoff_id)
-            self._say_revoke(endpoint, handoff.handoff_id, reason, cancelled=handoff.cancelled)
-            self._repeat_later(handoff.handoff_id, self._table.config.ack_timeout_s)
+            self._send_revoke(endpoint, handoff.handoff_id, reason, cancelled=handoff.cancelled)
+            self._schedule_resend(handoff.handoff_id, self._table.config.ack_timeout_s)
         elif trigger is TargetTrigger.VERIFIED:
             self._take_over(handoff)
         else:
             if trigger in (TargetTrigger.MISMATCH, TargetTrigger.REQUEST_ENDED):
-                self._say_revoke(endpoint, handoff.handoff_id, reason, cancelled=handoff.cancelled)
+                self._send_revoke(endpoint, handoff.handoff_id, reason, cancelled=handoff.cancelled)
             self._close(handoff, (reason,))
             self._table.totals["handoffs_cancelled" if handoff.cancelled else "handoffs_failed"] += 1
             if handoff.request.state is RequestState.ENDED:
@@ -233,7 +233,7 @@ class TargetHalf:
         table, done, request = self._table, handoff.done, handoff.request
         assert done is not None
         self._close(handoff, (None,))
-        self._say_ack(handoff.source.endpoint, handoff.handoff_id)
+        self._send_ack(handoff.source.endpoint, handoff.handoff_id)
         num_bytes = len(handoff.page_ids) * self._pool.page_bytes
         request.report = HandoffReport(
             num_pages=len(handoff.page_ids),
@@ -246,7 +246,7 @@ class TargetHalf:
         table.totals["handoff_pages"] += len(handoff.page_ids)
         table.totals["handoff_bytes"] += num_bytes
         table.totals["handoff_seconds"] += table.now_s - handoff.granted_s
-        table.adopt(request, done.first_token, done.finish_reason)
+        table.start_decoding(request, done.first_token, done.finish_reason)
 
     def _close(self, handoff: TargetHandoff, answer: tuple[str | None]) -> None:
         """No write can come any more: the pages are the request's own."""
@@ -259,25 +259,25 @@ class TargetHalf:
         assert request.lease is not None
         table.cache.end_transfer(request.lease)
 
-    def _answer_again(self, done: Done) -> None:
+    def _repeat_answer(self, done: Done) -> None:
         endpoint = self._endpoints.get(done.source_epoch)
         if endpoint is None:
             return  # no request here ever named that prefill worker: nothing to let go of, nowhere to answer
         answer = self._closed.get(done.handoff_id)
         reason = "the handoff is not known" if answer is None else answer[0]
         if reason is None:
-            self._say_ack(endpoint, done.handoff_id)
+            self._send_ack(endpoint, done.handoff_id)
         else:
-            self._say_revoke(endpoint, done.handoff_id, reason)
+            self._send_revoke(endpoint, done.handoff_id, reason)
 
-    def _say_ack(self, endpoint: str, handoff_id: HandoffId) -> None:
+    def _send_ack(self, endpoint: str, handoff_id: HandoffId) -> None:
         self._table.out.to_source(endpoint, Ack(handoff_id=handoff_id, target_epoch=self._epoch))
 
-    def _say_revoke(self, endpoint: str, handoff_id: HandoffId, reason: str, *, cancelled: bool = False) -> None:
+    def _send_revoke(self, endpoint: str, handoff_id: HandoffId, reason: str, *, cancelled: bool = False) -> None:
         revoke = Revoke(handoff_id=handoff_id, target_epoch=self._epoch, reason=reason, cancelled=cancelled)
         self._table.out.to_source(endpoint, revoke)
 
-    def _say_again(self, handoff: TargetHandoff) -> None:
+    def _resend(self, handoff: TargetHandoff) -> None:
         """A Revoke as often as it takes. A Grant after 1, 2, 4 ... times `ack_timeout_s`: prefill, which may be at work
         for long, says nothing until it is done."""
         wait_s, endpoint = self._table.config.ack_timeout_s, handoff.source.endpoint
@@ -286,8 +286,8 @@ class TargetHalf:
             wait_s *= 2.0**handoff.num_grants_sent
             handoff.num_grants_sent += 1
         else:
-            self._say_revoke(endpoint, handoff.handoff_id, handoff.reason, cancelled=handoff.cancelled)
-        self._repeat_later(handoff.handoff_id, wait_s)
+            self._send_revoke(endpoint, handoff.handoff_id, handoff.reason, cancelled=handoff.cancelled)
+        self._schedule_resend(handoff.handoff_id, wait_s)
 
-    def _repeat_later(self, handoff_id: HandoffId, wait_s: float) -> None:
+    def _schedule_resend(self, handoff_id: HandoffId, wait_s: float) -> None:
         self._table.timers.set(TimerKind.REPEAT, handoff_id, self._table.now_s + wait_s)

@@ -27,7 +27,7 @@ class _Rank:
         yield from self._turns
 
     def add(self, request: ActiveRequest) -> None:
-        if request.had_its_turn:
+        if request.was_admitted:
             insort(self._returned, request, key=_number)
         else:
             self._turns.add(request.caller, request)
@@ -35,10 +35,10 @@ class _Rank:
     def head(self) -> ActiveRequest | None:
         return self._returned[0] if self._returned else self._turns.head()
 
-    def remove(self, request: ActiveRequest, *, has_its_turn: bool) -> None:
-        if request.had_its_turn:
+    def remove(self, request: ActiveRequest, *, takes_turn: bool) -> None:
+        if request.was_admitted:
             del self._returned[bisect_left(self._returned, request.number, key=_number)]
-        elif has_its_turn:
+        elif takes_turn:
             self._turns.take(request.caller, request)
         else:
             self._turns.remove(request.caller, request)
@@ -61,12 +61,12 @@ class WaitingQueue:
         """Also moves a request that waits already to the rank it has now."""
         former = self._rank_of.get(request)
         if former is not None:
-            former.remove(request, has_its_turn=False)
+            former.remove(request, takes_turn=False)
         else:
             self.num_tokens += _num_to_compute(request)
         self._tickets += 1
         request.ticket = self._tickets
-        rank = self._rank_of[request] = self._ranks[request.eager]
+        rank = self._rank_of[request] = self._ranks[request.ungranted]
         rank.add(request)
 
     def head(self) -> ActiveRequest | None:
@@ -78,14 +78,14 @@ class WaitingQueue:
 
     def take(self, request: ActiveRequest) -> None:
         """It has its turn."""
-        self._remove(request, has_its_turn=True)
+        self._remove(request, takes_turn=True)
 
     def remove(self, request: ActiveRequest) -> None:
         """It leaves without a turn."""
-        self._remove(request, has_its_turn=False)
+        self._remove(request, takes_turn=False)
 
-    def _remove(self, request: ActiveRequest, *, has_its_turn: bool) -> None:
-        self._rank_of.pop(request).remove(request, has_its_turn=has_its_turn)
+    def _remove(self, request: ActiveRequest, *, takes_turn: bool) -> None:
+        self._rank_of.pop(request).remove(request, takes_turn=takes_turn)
         self.num_tokens -= _num_to_compute(request)
 
 

@@ -87,7 +87,7 @@ class GatewayContext:
         return Limit(
             num_tokens=spec.max_model_len,
             text=limit_text(spec.max_model_len, spec.num_pages, spec.page_size),
-            num_tokens_away=max((each.max_model_len for each in away if each is not None), default=0),
+            num_tokens_offline=max((each.max_model_len for each in away if each is not None), default=0),
         )
 
     def max_tokens_shown(self) -> int:

@@ -180,9 +180,9 @@ def output_limit(
     room = limit.num_tokens - num_prompt_tokens
     if num_prompt_tokens == 0:
         raise RequestError(f"`{prompt}` is empty: there is no token to continue from", param=prompt)
-    if room < (asked or 1) <= limit.num_tokens_away - num_prompt_tokens:
+    if room < (asked or 1) <= limit.num_tokens_offline - num_prompt_tokens:
         raise Unavailable(
-            f"a worker that holds {limit.num_tokens_away} tokens is lost or stopping, and the others hold "
+            f"a worker that holds {limit.num_tokens_offline} tokens is lost or stopping, and the others hold "
             f"{limit.num_tokens}: retry later, or send a shorter request"
         )
     if room < 1:

@@ -309,12 +309,12 @@ class EngineLoop:
                 ) from error
             return [StepFailed(step_id=batch.step_id, message=f"{type(error).__name__}: {error}")]
         self._num_failed_in_a_row = 0
-        if sampled.broken_places:
+        if sampled.invalid_rows:
             self._num_failed_steps += 1
             log.error(
                 "step %d: the logits of %d of its %d requests are not numbers (NaN or infinity); those requests fail",
                 batch.step_id,
-                len(sampled.broken_places),
+                len(sampled.invalid_rows),
                 len(batch.items),
             )
         return [StepFinished(step_id=batch.step_id, sampled=sampled)]
