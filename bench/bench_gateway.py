@@ -131,7 +131,7 @@ def run_gateway(endpoint: str, port: int) -> None:
     async def main() -> None:
         from kvist.channel import ChannelConfig
         from kvist.checkpoint import find_checkpoint
-        from kvist.cluster.serving import OwnEngine
+        from kvist.cluster.serving import LocalEngineTransport
         from kvist.router import RouterConfig, build_dispatcher
         from kvist.server.app import build_app
         from kvist.server.config import ServerConfig
@@ -139,7 +139,7 @@ def run_gateway(endpoint: str, port: int) -> None:
 
         config = ServerConfig(host=HOST, port=port)
         spec = engine_spec(endpoint)
-        own = OwnEngine(lambda: spec)
+        own = LocalEngineTransport(lambda: spec)
         channel = ChannelConfig(cluster_key=CLUSTER_KEY)
         dispatcher = build_dispatcher(RouterConfig(worker_urls=("http://own:1",)), channel, transport=own)
         await dispatcher.start()

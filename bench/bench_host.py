@@ -43,7 +43,7 @@ from kvist.runner.sampler import sampled_tokens
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.plan import Batch, BatchItem
-from kvist.worker.engine import calm_collector
+from kvist.worker.engine import freeze_gc
 from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
 
@@ -218,15 +218,15 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
         if sockets.num_chunks - told == args.running:
             break
         told = sockets.num_chunks
-        loop.turn(0.0)
-    calm_collector()
+        loop.iterate(0.0)
+    freeze_gc()
     watch.times_us.clear()
     told = sockets.num_chunks
     for _ in range(args.steps):
         with watch("objects"):
             make_objects(args.running)
         with watch("turn"):
-            loop.turn(0.0)
+            loop.iterate(0.0)
     assert sockets.num_chunks - told == args.running * args.steps, "every turn told one token of each stream"
     return dict(watch.times_us)
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 from kvist.bench.config import LOADS, CustomConfig, Load, TargetConfig
 from kvist.channel import ChannelConfig, with_private_key
 from kvist.cluster.config import ChatConfig, ClusterConfig
-from kvist.cluster.plan import ClusterShape, share_threads, visible_gpus
+from kvist.cluster.plan import ClusterShape, threads_for_each, visible_gpus
 from kvist.config import option
 from kvist.cores import num_usable_cores
 from kvist.errors import ConfigError
@@ -99,7 +99,7 @@ class RouterSettings:
 
 
 DEMO_HOST_TIER_GB = 0.25
-_PLANNED = ("role", "engine_host", "engine_port", "engine_advertise_host")
+_ASSIGNED_BY_PLAN = ("role", "engine_host", "engine_port", "engine_advertise_host")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ class UpSettings:
     server: ServerConfig = group(ServerConfig, without=("instance_id", "ssl_certfile", "ssl_keyfile"))
     text: TextConfig = group(TextConfig)
     router: RouterConfig = group(RouterConfig, without=_WORKER_LISTS)
-    engine: EngineConfig = group(EngineConfig, without=_PLANNED)
+    engine: EngineConfig = group(EngineConfig, without=_ASSIGNED_BY_PLAN)
     process: ProcessConfig = group(ProcessConfig)
 
 
@@ -122,14 +122,14 @@ class DemoConfig:
 class DemoSettings:
     demo: DemoConfig = group(DemoConfig)
     cluster: ClusterConfig = group(ClusterConfig, without=("unified",))
-    engine: EngineConfig = group(EngineConfig, without=_PLANNED)
+    engine: EngineConfig = group(EngineConfig, without=_ASSIGNED_BY_PLAN)
     process: ProcessConfig = group(ProcessConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatSettings:
     chat: ChatConfig = group(ChatConfig)
-    engine: EngineConfig = group(EngineConfig, without=(*_PLANNED, "served_model_name"))
+    engine: EngineConfig = group(EngineConfig, without=(*_ASSIGNED_BY_PLAN, "served_model_name"))
     process: ProcessConfig = group(ProcessConfig, without=("stop_with_stdin",))
 
     def __post_init__(self) -> None:
@@ -354,10 +354,10 @@ def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str
         "hicache_persist",
         *(["base_gpu_id"] if num_gpus else []),
     )
-    worker_argv, worker_environ = to_argv(settings, ServeSettings, without=(*planned, *_PLANNED))
+    worker_argv, worker_environ = to_argv(settings, ServeSettings, without=(*planned, *_ASSIGNED_BY_PLAN))
     router_argv, router_environ = to_argv(settings, RouterSettings, without=(*planned, *_WORKER_LISTS))
     server = settings.server if isinstance(settings, UpSettings) else ServerConfig(port=0)
-    threads = engine.num_threads or share_threads(settings.cluster.num_workers, num_usable_cores())
+    threads = engine.num_threads or threads_for_each(settings.cluster.num_workers, num_usable_cores())
     is_default = engine.mem_fraction_static == EngineConfig().mem_fraction_static
     return ClusterShape(
         config=settings.cluster,

@@ -53,7 +53,7 @@ async def watch(script: Script, num_looks: int) -> int:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOOK_INTERVAL_S", 0.001)
+    monkeypatch.setattr(module, "CHECK_INTERVAL_S", 0.001)
     monkeypatch.setattr(module, "REPORT_INTERVAL_S", 0.0)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from kvist.clock import FakeClock
 from kvist.cluster.chat import TurnOptions, TurnReport, stream_turn
-from kvist.cluster.demo import FROM_HOST, FROM_STORE, broken_promises, table, who_did_what, who_remembered
+from kvist.cluster.demo import FROM_HOST, FROM_STORE, cache_summary, process_summary, table, unmet_expectations
 from kvist.cluster.processes import Child, ChildPlan
 from kvist.errors import EngineError
 
@@ -92,10 +92,10 @@ def test_the_table_has_one_line_a_turn_and_the_processes_are_named() -> None:
     for cell in ("100.0 ms", "50 tok", "48 tok", "3.00 MiB", "12.5 ms"):
         assert cell in lines[2]
     child = Child(ChildPlan(name="prefill-0", argv=(), url="http://127.0.0.1:1"))
-    said = who_did_what([("question", report)], [child])
+    said = process_summary([("question", report)], [child])
     assert "read by prefill-0" in said
     assert "written by 127.0.0.1:2" in said
-    told = who_remembered(FROM_HOST, report)
+    told = cache_summary(FROM_HOST, report)
     assert "48 of 50 prompt tokens" in told
     assert "(16 from the device pool, 32 from host memory, 0 from storage)" in told
 
@@ -104,11 +104,11 @@ def test_the_demo_fails_without_the_expected_word_or_when_a_tier_gives_nothing_b
     body = piece("It is Paris") + event(choices=[], usage=USAGE, kvist=REPORT)
     report = ask(body, FakeClock())[0]
     rows = [("question", report), (FROM_HOST.name, report), (FROM_STORE.name, report)]
-    assert broken_promises(rows, [FROM_HOST], question="Where?", expect="paris") == []
-    assert "Rome" in broken_promises(rows, [FROM_HOST], question="Where?", expect="Rome")[0]
-    (said,) = broken_promises(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")  # 0 from storage
+    assert unmet_expectations(rows, [FROM_HOST], question="Where?", expect="paris") == []
+    assert "Rome" in unmet_expectations(rows, [FROM_HOST], question="Where?", expect="Rome")[0]
+    (said,) = unmet_expectations(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")  # 0 from storage
     assert "host memory, and nothing came back" in said
     stored = dataclasses.replace(report, num_cached_by_tier={"device": 48, "host": 0, "storage": 16})
     rows[1:] = [(FROM_HOST.name, stored), (FROM_STORE.name, stored)]
-    (said,) = broken_promises(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")
+    (said,) = unmet_expectations(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")
     assert "device pools, and nothing came back" in said

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvist.cluster.config import ClusterConfig
-from kvist.cluster.plan import ClusterShape, free_ports, plan_cluster, share_threads, visible_gpus
+from kvist.cluster.plan import ClusterShape, free_ports, plan_cluster, threads_for_each, visible_gpus
 from kvist.errors import ConfigError
 
 
@@ -53,7 +53,7 @@ def test_a_cluster_of_nothing_is_refused() -> None:
 
 @pytest.mark.parametrize(("workers", "cores", "each"), [(2, 2, 1), (2, 8, 4), (3, 8, 2), (5, 2, 1)])
 def test_cores_are_dealt_out_evenly_and_nobody_goes_without(workers: int, cores: int, each: int) -> None:
-    assert share_threads(workers, cores) == each
+    assert threads_for_each(workers, cores) == each
 
 
 def test_free_ports_are_all_different() -> None:

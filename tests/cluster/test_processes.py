@@ -20,7 +20,7 @@ from kvist.cluster.processes import (
     Answer,
     ChildPlan,
     ChildState,
-    Patience,
+    Limits,
     Processes,
     restart_wait_s,
 )
@@ -196,8 +196,8 @@ def test_a_ready_child_that_is_stopped_is_named_killed_and_started_again() -> No
         return NO_ANSWER if stopped else READY
 
     stopped = False
-    patience = Patience(stall_restart_s=1.0)
-    with Processes([plan("a", STAYS)], probe=answers, sink=lines, patience=patience) as processes:
+    limits = Limits(stall_restart_s=1.0)
+    with Processes([plan("a", STAYS)], probe=answers, sink=lines, limits=limits) as processes:
         processes.wait_ready(60)
         first = processes.children["a"].pid
         assert first is not None
@@ -213,7 +213,7 @@ def test_a_ready_child_that_is_stopped_is_named_killed_and_started_again() -> No
 @pytest.mark.case("shutdown-timeout-of-up")
 def test_a_child_has_the_time_of_its_open_requests_and_haste_shortens_it() -> None:
     lines = Lines()
-    processes = Processes([plan("a", DRAINS)], probe=ready, sink=lines, patience=Patience(drain_s=3600))
+    processes = Processes([plan("a", DRAINS)], probe=ready, sink=lines, limits=Limits(drain_s=3600))
     processes.start()
     lines.wait_for("up")
     stopping = threading.Thread(target=processes.stop)
@@ -229,7 +229,7 @@ def test_a_child_has_the_time_of_its_open_requests_and_haste_shortens_it() -> No
 @pytest.mark.case("shutdown-timeout-of-up")
 def test_a_child_that_is_stopped_by_a_signal_hears_that_it_should_end() -> None:
     lines = Lines()
-    processes = Processes([plan("a", STAYS)], probe=ready, sink=lines, patience=Patience(drain_s=3600))
+    processes = Processes([plan("a", STAYS)], probe=ready, sink=lines, limits=Limits(drain_s=3600))
     processes.start()
     lines.wait_for("up")
     pid = processes.children["a"].pid

@@ -13,9 +13,9 @@ from rich.live import Live
 
 from kvist.clock import FakeClock
 from kvist.cluster import start_display
-from kvist.cluster.probe import ask
+from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import NO_ANSWER, Answer, Child, ChildPlan, ChildState
-from kvist.cluster.start_display import REPORT_INTERVAL_S, StartBlock, StartLines, doing, is_routine
+from kvist.cluster.start_display import REPORT_INTERVAL_S, StartBlock, StartLines, describe, is_routine
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_routine_lines_are_told_from_important_ones_in_both_formats(line: str, r
 
 
 def test_a_long_text_of_a_child_stays_on_its_line() -> None:
-    assert len(doing(children(a="x" * 500)["a"])) < 80
+    assert len(describe(children(a="x" * 500)["a"])) < 80
 
 
 class _Starting(BaseHTTPRequestHandler):
@@ -119,6 +119,6 @@ def url() -> Iterator[str]:
 
 
 def test_a_child_that_starts_is_alive_and_says_what_it_does(url: str) -> None:
-    assert ask(f"{url}/loading", "id") == Answer(alive=True, doing="loading weights 40%")
-    assert ask(f"{url}/waiting", "id") == Answer(alive=True)
-    assert ask(f"{url}/other", "id") == NO_ANSWER
+    assert probe_child(f"{url}/loading", "id") == Answer(alive=True, doing="loading weights 40%")
+    assert probe_child(f"{url}/waiting", "id") == Answer(alive=True)
+    assert probe_child(f"{url}/other", "id") == NO_ANSWER

@@ -17,8 +17,8 @@ import pytest
 
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.plan import ClusterShape, free_ports, plan_on_free_ports
-from kvist.cluster.probe import ask, is_ready
-from kvist.cluster.processes import ChildPlan, Patience, Processes
+from kvist.cluster.probe import is_ready, probe_child
+from kvist.cluster.processes import ChildPlan, Limits, Processes
 
 START_TIMEOUT_S = 120.0
 STALL_RESTART_S = 8.0  # soon enough for a test, late enough for a machine that does much else
@@ -95,9 +95,9 @@ def cluster() -> Iterator[Cluster]:
     serve = (sys.executable, "-m", "kvist", "serve", "--stop-with-stdin", "--num-threads=1", f"--port={port}")
     plans.append(ChildPlan(name="unified", argv=(*serve, *WORKER_ARGV), url=f"http://127.0.0.1:{port}"))
     urls = {plan.name.removesuffix("-0"): plan.url for plan in plans}
-    patience = Patience(stall_restart_s=STALL_RESTART_S)
+    limits = Limits(stall_restart_s=STALL_RESTART_S)
     with Processes(
-        plans, probe=ask, sink=lambda name, line: lines.append(f"[{name}] {line}"), patience=patience
+        plans, probe=probe_child, sink=lambda name, line: lines.append(f"[{name}] {line}"), limits=limits
     ) as processes:
         processes.wait_ready(START_TIMEOUT_S)
         yield Cluster(processes=processes, lines=lines, **urls)

@@ -163,7 +163,7 @@ def test_a_step_whose_client_has_left_is_given_up_within_100_ms_and_the_next_pro
     engine.at(1.0 + after_s, left("long"))
     engine.at(1.0 + after_s, prompt("next", 20))
     while len(engine.runner.began) < 1 or engine.runner.began[-1][1] != ["next"]:
-        engine.loop.turn(0.0)
+        engine.loop.iterate(0.0)
     ((ended_s, name, outcome),) = engine.wire.ended()
     assert (name, outcome) == ("long", Outcome.ABORTED)
     assert ended_s - (1.0 + after_s) < 0.1
@@ -180,9 +180,9 @@ def test_forty_clients_that_leave_at_once_are_released_together_with_all_their_p
         engine.at(0.0, prompt(f"long{index}", 3000 - index))
         engine.at(3.5, left(f"long{index}"))
     while len(engine.wire.ended()) < 40:
-        engine.loop.turn(0.0)
+        engine.loop.iterate(0.0)
     assert max(at_s for at_s, _, _ in engine.wire.ended()) < 3.6
-    engine.loop.turn(0.0)
+    engine.loop.iterate(0.0)
     load = engine.scheduler.load()
     assert (load.num_running, load.num_waiting, load.pages.owned) == (0, 0, 0)
 
@@ -194,8 +194,8 @@ def test_a_step_that_somebody_still_waits_for_goes_on_and_the_one_who_left_is_re
     engine.at(0.0, prompt("stays", 100))
     engine.at(1.5, left("leaves"))
     engine.at(1.5, left("stays"), STRANGER)
-    engine.loop.turn(0.0)
-    engine.loop.turn(0.0)
+    engine.loop.iterate(0.0)
+    engine.loop.iterate(0.0)
     assert engine.loop._abandonment.num_abandoned == 0
     ((ended_s, name, _),) = engine.wire.ended()
     assert name == "leaves"

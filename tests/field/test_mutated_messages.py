@@ -498,14 +498,14 @@ def fuzz_loop(role: str, seed: int, num_messages: int) -> float:
         for number in range(num_messages):
             dealer.send(messages.mutated(messages.to_engine()))
             if number % 50 == 49:
-                loop.turn(0.0)
+                loop.iterate(0.0)
                 clock.advance(0.01)
         dealer.send(wire.encode(wire.Hello(gateway_id="last")))
         give_up_s, heard = time.monotonic() + 60.0, None
         welcomes = 0
         while heard is None or not welcomes:
             assert time.monotonic() < give_up_s
-            loop.turn(0.0)
+            loop.iterate(0.0)
             clock.advance(0.02)
             while dealer.poll(0):
                 message = decoder.decode(dealer.recv())

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from kvist.cluster.probe import ask
+from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import NO_ANSWER, READY
 
 KVIST = (sys.executable, "-m", "kvist")
@@ -44,8 +44,8 @@ def url() -> Iterator[str]:
 
 @pytest.mark.case("port-of-another")
 def test_a_server_on_the_port_of_a_child_is_never_taken_for_it(url: str) -> None:
-    assert ask(url, "ours") is READY
-    assert ask(url, "another") is NO_ANSWER
+    assert probe_child(url, "ours") is READY
+    assert probe_child(url, "another") is NO_ANSWER
 
 
 def start_up(*options: str) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ import pytest
 from kvist.channel import ChannelConfig
 from kvist.checkpoint import find_checkpoint
 from kvist.cluster.listener import bound_socket
-from kvist.cluster.serving import OwnEngine, Serving
+from kvist.cluster.serving import LocalEngineTransport, Serving
 from kvist.cluster.stopping import StopSignals
 from kvist.request import EpochId, WorkerId
 from kvist.router import RouterConfig, build_dispatcher
@@ -67,7 +67,7 @@ def serve(tokenizer: Tokenizer) -> Callable[..., object]:
         config = ServerConfig(port=0, **settings)  # type: ignore[arg-type]
         router = RouterConfig(worker_urls=("http://own:1",), keepalive_s=0.05)
         dispatcher = build_dispatcher(
-            router, ChannelConfig(cluster_key=CLUSTER_KEY), transport=OwnEngine(lambda: engine.spec)
+            router, ChannelConfig(cluster_key=CLUSTER_KEY), transport=LocalEngineTransport(lambda: engine.spec)
         )
         lifecycle, stop = Lifecycle(), StopSignals()
         app = build_app(
@@ -82,7 +82,7 @@ def serve(tokenizer: Tokenizer) -> Callable[..., object]:
                 lifecycle=lifecycle,
                 config=config,
                 stop=stop,
-                say_ready=ready.set,
+                on_ready=ready.set,
             )
             running = asyncio.create_task(serving.run())
             await asyncio.wait_for(ready.wait(), 60)
@@ -137,7 +137,7 @@ async def test_a_stream_within_the_shutdown_timeout_is_finished_and_new_requests
         streaming = asyncio.create_task(read(server, ASK))
         await server.until(lambda: server.engine.num_hanging)
         server.signal()
-        await server.until(lambda: server._stop.asked.is_set())
+        await server.until(lambda: server._stop.requested.is_set())
         refused = await server.client.post("/v1/completions", json=ASK)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
         assert "retry-after" in refused.headers
@@ -162,7 +162,7 @@ async def test_the_port_answers_unready_for_the_drain_grace_and_closes_then(serv
     async with serve(drain_grace_s=1.0, shutdown_timeout_s=0) as server:  # type: ignore[attr-defined]
         assert (await server.client.get("/ready")).status_code == 200
         server.signal()
-        await server.until(lambda: server._stop.asked.is_set())
+        await server.until(lambda: server._stop.requested.is_set())
         ready = await server.client.get("/ready")
         assert (ready.status_code, "stopping" in ready.text) == (503, True)
         assert (await server.client.get("/health")).status_code == 200
@@ -181,7 +181,7 @@ async def test_a_signal_beside_the_word_of_the_parent_asks_for_no_haste(parent_f
     for ask in asks if parent_first else reversed(asks):
         ask()
         await asyncio.sleep(0)
-    assert stop.asked.is_set()
+    assert stop.requested.is_set()
     assert not stop.hurried.is_set()
     stop(signal.SIGTERM, None)
     await asyncio.sleep(0)

@@ -172,7 +172,7 @@ class SmallEngine:
             and (host is None or host.in_flight == 0)
             and not self.channel.waiting
             and not self.loop._in_flight
-            and not self.loop._carried
+            and not self.loop._pending_events
         )
 
     @property
@@ -397,7 +397,7 @@ class World:
 
     def step(self, step_s: float = 0.001) -> None:
         for engine in self.engines:
-            engine.loop.turn(0.0)
+            engine.loop.iterate(0.0)
         if all(each.sleeps for each in self.engines) and any(each.threads_work for each in self.engines):
             self.woken.wait(0.001)
             self.woken.clear()

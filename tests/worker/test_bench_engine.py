@@ -97,9 +97,9 @@ def test_every_measured_step_has_the_shape(text: str, overlap: bool, runner: Wat
     shape = parse_shape(text)
     bench = bench_of(shape, runner)
     if overlap:
-        assert bench.overlapped() > 0
+        assert bench.measure_overlapped() > 0
     else:
-        assert len(bench.taken_apart()) == STEPS.steps
+        assert len(bench.measure_parts()) == STEPS.steps
     measured = runner.batches[-STEPS.steps :]
     for batch in measured:
         decodes = [start for num_tokens, start in sizes(batch) if num_tokens == 1]
@@ -116,17 +116,17 @@ def test_decodes_that_are_ready_early_last_until_the_others_have_been_read(overl
     shape = parse_shape("9@15+1x6")
     limits = dataclasses.replace(scheduler_limits([shape]), chunked_prefill_size=16, max_prefill_tokens=25)
     bench = ShapeBench(shape, STEPS, runner, limits, PromptSource(VOCABULARY), MonotonicClock())
-    assert bench.overlapped() > 0 if overlap else len(bench.taken_apart()) == STEPS.steps
+    assert bench.measure_overlapped() > 0 if overlap else len(bench.measure_parts()) == STEPS.steps
 
 
 def test_a_first_token_is_no_decode_of_a_long_context(runner: Watched) -> None:
-    bench_of(parse_shape("2@33"), runner).taken_apart()
+    bench_of(parse_shape("2@33"), runner).measure_parts()
     first_measured = runner.batches[-STEPS.steps - STEPS.warmup_steps]
     assert sizes(first_measured) == [(1, 32), (1, 32)]  # with the new one the context is 33
 
 
 def test_the_parts_of_a_step_are_its_time(runner: Watched) -> None:
-    for step in bench_of(parse_shape("2@8"), runner).taken_apart():
+    for step in bench_of(parse_shape("2@8"), runner).measure_parts():
         assert min(step.plan_s, step.launch_s, step.compute_s, step.read_back_s) >= 0
         assert step.step_s == step.plan_s + step.launch_s + step.compute_s + step.read_back_s
         assert step.launch_s > 0

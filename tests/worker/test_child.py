@@ -196,7 +196,7 @@ async def until_killed(play: str, stop_it: bool) -> tuple[EngineSupervisor, Engi
 async def test_an_engine_that_makes_no_progress_is_killed_after_the_limit_and_named(
     play: str, stop_it: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(child, "_OWN_WORDS_S", 0.0)
+    monkeypatch.setattr(child, "_SELF_EXIT_GRACE_S", 0.0)
     supervisor, first = await until_killed(play, stop_it)
     assert "made no progress" in str(supervisor.failure)
     assert supervisor.health.problem == str(supervisor.failure)

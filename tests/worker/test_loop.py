@@ -51,7 +51,7 @@ from kvist.scheduler.plan import (
 from kvist.transfer import TransferReport
 from kvist.wire import Abort, Ack, Closed, FlushCache, Revoke, Submit
 from kvist.worker import gateways
-from kvist.worker.loop import MAX_FAILED_STEPS_IN_A_ROW, SEARCH_S, EngineLoop, LoopParts
+from kvist.worker.loop import MAX_FAILED_STEPS_IN_A_ROW, STORE_PROBE_S, EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
 
 G1, G2 = b"gateway-1", b"gateway-2"
@@ -244,12 +244,12 @@ class Engine:
         )
         self.loop = EngineLoop(parts)
 
-    def turn(self, *messages: tuple[bytes, Inbound], plan: Plan | None = None) -> list[Event]:
+    def iterate(self, *messages: tuple[bytes, Inbound], plan: Plan | None = None) -> list[Event]:
         """One turn with these messages; the scheduler answers with `plan`. Returns the events it saw."""
         self.channel.waiting += messages
         if plan is not None:
             self.scheduler.script.append(plan)
-        self.loop.turn(0.0)
+        self.loop.iterate(0.0)
         return self.scheduler.seen[-1]
 
     def sent(self, kind: type, to: bytes | None = None) -> list[object]:
@@ -303,7 +303,7 @@ def test_every_message_reaches_the_scheduler_as_its_event(engine: Engine) -> Non
         page_ids=(1,),
     )
     request = submit("r")
-    events = engine.turn(
+    events = engine.iterate(
         (G1, request),
         (G1, wire.Abort(request_id=RequestId("r"))),
         (G1, wire.FlushCache(call_id="c")),
@@ -322,30 +322,30 @@ def test_every_message_reaches_the_scheduler_as_its_event(engine: Engine) -> Non
 
 
 def test_hello_is_answered_with_the_spec(engine: Engine) -> None:
-    engine.turn((G1, HELLO))
+    engine.iterate((G1, HELLO))
     assert engine.sent(wire.Welcome, G1) == [wire.Welcome(spec=SPEC)]
 
 
 def test_a_gateway_cannot_abort_the_requests_of_another(engine: Engine) -> None:
-    engine.turn((G1, submit("r")))
-    assert engine.turn((G2, wire.Abort(request_id=RequestId("r")))) == []
+    engine.iterate((G1, submit("r")))
+    assert engine.iterate((G2, wire.Abort(request_id=RequestId("r")))) == []
 
 
 @pytest.mark.parametrize("token_ids", [(1, 100), (-1, 5)])
 def test_a_token_outside_the_vocabulary_is_refused_before_it_can_fail_a_batch(
     engine: Engine, token_ids: tuple[int, ...]
 ) -> None:
-    assert engine.turn((G1, submit("r", *token_ids))) == []
+    assert engine.iterate((G1, submit("r", *token_ids))) == []
     [outputs] = engine.sent(wire.StepOutputs, G1)
     assert isinstance(outputs, wire.StepOutputs)
     assert [(end.outcome, end.error_code) for end in outputs.ended] == [(Outcome.FAILED, "invalid_request")]
 
 
 def test_a_request_id_in_use_is_refused_and_the_first_request_keeps_its_gateway(engine: Engine) -> None:
-    engine.turn((G1, submit("r")))
-    assert engine.turn((G2, submit("r"))) == []
+    engine.iterate((G1, submit("r")))
+    assert engine.iterate((G2, submit("r"))) == []
     assert len(engine.sent(wire.StepOutputs, G2)) == 1
-    engine.turn(plan=Plan(chunks=(chunk("r"),)))
+    engine.iterate(plan=Plan(chunks=(chunk("r"),)))
     assert engine.sent(wire.StepOutputs, G1) == [wire.StepOutputs(chunks=(chunk("r"),))]
 
 
@@ -353,34 +353,34 @@ def test_one_gateway_too_many_is_told_so_and_one_that_left_makes_room(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gateways, "MAX_GATEWAYS", 1)
-    engine.turn((G1, submit("a")))
-    assert engine.turn((G2, submit("b"))) == []
+    engine.iterate((G1, submit("a")))
+    assert engine.iterate((G2, submit("b"))) == []
     [outputs] = engine.sent(wire.StepOutputs, G2)
     assert isinstance(outputs, wire.StepOutputs)
     assert outputs.ended[0].error_code == "overloaded"
     engine.clock.advance(11)
-    engine.turn()
-    assert len(engine.turn((G2, submit("b")))) == 1
+    engine.iterate()
+    assert len(engine.iterate((G2, submit("b")))) == 1
 
 
 def test_a_request_id_may_be_used_again_after_its_end(engine: Engine) -> None:
-    engine.turn((G1, submit("r")))
-    engine.turn(plan=Plan(ended=(ended("r"),)))
-    assert len(engine.turn((G1, submit("r")))) == 1
+    engine.iterate((G1, submit("r")))
+    engine.iterate(plan=Plan(ended=(ended("r"),)))
+    assert len(engine.iterate((G1, submit("r")))) == 1
 
 
 # ---------------------------------------------------------------- a plan is carried out
 
 
 def test_a_step_sends_one_message_to_each_gateway_however_many_streams_it_advances(engine: Engine) -> None:
-    engine.turn((G1, submit("a")), (G1, submit("b")), (G2, submit("c")))
-    engine.turn(plan=Plan(chunks=(chunk("a"), chunk("b"), chunk("c")), ended=(ended("b"),)))
+    engine.iterate((G1, submit("a")), (G1, submit("b")), (G2, submit("c")))
+    engine.iterate(plan=Plan(chunks=(chunk("a"), chunk("b"), chunk("c")), ended=(ended("b"),)))
     assert engine.sent(wire.StepOutputs, G1) == [wire.StepOutputs(chunks=(chunk("a"), chunk("b")), ended=(ended("b"),))]
     assert engine.sent(wire.StepOutputs, G2) == [wire.StepOutputs(chunks=(chunk("c"),))]
 
 
 def test_what_belongs_to_nobody_is_told_to_nobody(engine: Engine) -> None:
-    engine.turn((G1, HELLO), plan=Plan(chunks=(chunk("ghost"),), ended=(ended("ghost"),)))
+    engine.iterate((G1, HELLO), plan=Plan(chunks=(chunk("ghost"),), ended=(ended("ghost"),)))
     assert not engine.sent(wire.StepOutputs)
 
 
@@ -389,23 +389,23 @@ def test_tokens_leave_before_the_next_batch_is_computed(engine: Engine, monkeypa
     monkeypatch.setattr(engine.channel, "send", lambda *_: order.append("send") or True)
     launched = FakeLaunched(engine.runner, batch("a"), False)
     monkeypatch.setattr(engine.runner, "launch", lambda _: order.append("launch") or launched)
-    engine.turn((G1, submit("a")), plan=Plan(chunks=(chunk("a"),), batch=batch("a")))
+    engine.iterate((G1, submit("a")), plan=Plan(chunks=(chunk("a"),), batch=batch("a")))
     assert order[0] == "send"
     assert order[-1] == "launch"
 
 
 def test_a_finished_batch_is_told_to_the_next_step_which_is_not_kept_waiting(engine: Engine) -> None:
-    engine.turn(plan=Plan(batch=batch("a")))
+    engine.iterate(plan=Plan(batch=batch("a")))
     assert engine.loop._idle_s() == 0.0
-    assert engine.turn() == [StepFinished(step_id=1, sampled=SampledTokens(token_ids=[9]))]
+    assert engine.iterate() == [StepFinished(step_id=1, sampled=SampledTokens(token_ids=[9]))]
 
 
 def test_with_overlap_the_next_batch_is_launched_before_this_one_is_read() -> None:
     engine = Engine(overlap=True)
-    engine.turn(plan=Plan(batch=batch("a", 1)))
+    engine.iterate(plan=Plan(batch=batch("a", 1)))
     assert engine.loop._idle_s() == 0.0, "the next can be planned at once"
-    assert engine.turn(plan=Plan(batch=batch("a", 2))) == []
-    (finished,) = engine.turn()
+    assert engine.iterate(plan=Plan(batch=batch("a", 2))) == []
+    (finished,) = engine.iterate()
     assert isinstance(finished, StepFinished)
     assert finished.step_id == 1
     assert engine.runner.order == ["launch 1", "launch 2", "read 1", "read 2"]
@@ -413,10 +413,10 @@ def test_with_overlap_the_next_batch_is_launched_before_this_one_is_read() -> No
 
 def test_with_overlap_a_batch_that_nothing_can_follow_is_read_at_once() -> None:
     engine = Engine(overlap=True)
-    engine.turn(plan=Plan(batch=batch("a")))
-    engine.turn()
+    engine.iterate(plan=Plan(batch=batch("a")))
+    engine.iterate()
     assert engine.runner.order == ["launch 1", "read 1"]
-    assert [type(event) for event in engine.turn()] == [StepFinished]
+    assert [type(event) for event in engine.iterate()] == [StepFinished]
 
 
 def find(job_id: int) -> FindPages:
@@ -428,12 +428,12 @@ def test_who_arrives_is_searched_for_in_the_store_before_the_batch_is_planned_an
     engine = Engine(storage=storage)
     fetch = FetchPages(job_id=3, digests=(b"d",), host_slots=(0,))
     engine.scheduler.script = [Plan(moves=(find(1), find(2))), Plan(moves=(fetch,), batch=batch("a"))]
-    engine.turn((G1, submit("r")), (G1, submit("s")))
+    engine.iterate((G1, submit("r")), (G1, submit("s")))
     assert [len(events) for events in engine.scheduler.seen] == [2, 2]
     assert engine.scheduler.seen[1] == [PagesFound(job_id=1, num_pages=1), PagesFound(job_id=2, num_pages=1)]
     assert engine.scheduler.with_batch == [False, True]
     assert (storage.jobs, engine.runner.order) == ([find(1), find(2), fetch], ["launch 1", "read 1"])
-    engine.turn((G1, wire.Abort(request_id=RequestId("r"))))
+    engine.iterate((G1, wire.Abort(request_id=RequestId("r"))))
     assert engine.scheduler.with_batch == [False, True, True], "nobody arrived"
 
 
@@ -444,11 +444,11 @@ def test_a_store_that_says_nothing_holds_the_batch_up_for_two_milliseconds_and_n
         recv(timeout_s),
     )[1]
     engine.scheduler.script = [Plan(moves=(find(1), find(2), find(3))), Plan(batch=batch("a"))]
-    engine.turn((G1, submit("r")))
-    assert engine.channel.timeouts == pytest.approx([0.0, SEARCH_S])
+    engine.iterate((G1, submit("r")))
+    assert engine.channel.timeouts == pytest.approx([0.0, STORE_PROBE_S])
     assert engine.runner.order == ["launch 1", "read 1"]
-    engine.turn()
-    assert engine.channel.timeouts == pytest.approx([0.0, SEARCH_S, 0.0])
+    engine.iterate()
+    assert engine.channel.timeouts == pytest.approx([0.0, STORE_PROBE_S, 0.0])
 
 
 def test_what_is_heard_while_the_store_is_asked_is_not_lost() -> None:
@@ -462,7 +462,7 @@ def test_what_is_heard_while_the_store_is_asked_is_not_lost() -> None:
         return real_step(now_s, events, with_batch=with_batch)
 
     engine.scheduler.step = step  # type: ignore[method-assign]
-    assert engine.turn((G1, submit("r"))) == [
+    assert engine.iterate((G1, submit("r"))) == [
         PagesFound(job_id=1, num_pages=1),
         wire.Abort(request_id=RequestId("r")),
     ]
@@ -470,34 +470,34 @@ def test_what_is_heard_while_the_store_is_asked_is_not_lost() -> None:
 
 def test_a_launch_that_fails_is_told_after_the_batch_before_it() -> None:
     engine = Engine(overlap=True)
-    engine.turn(plan=Plan(batch=batch("a", 1)))
+    engine.iterate(plan=Plan(batch=batch("a", 1)))
     engine.runner.fails = True
-    engine.turn(plan=Plan(batch=batch("a", 2)))
-    (first,) = engine.turn()
-    (second,) = engine.turn()
+    engine.iterate(plan=Plan(batch=batch("a", 2)))
+    (first,) = engine.iterate()
+    (second,) = engine.iterate()
     assert isinstance(first, StepFinished)
     assert second == StepFailed(step_id=2, message="RuntimeError: the device is on fire")
 
 
 def test_a_batch_may_fail_when_it_is_read(engine: Engine) -> None:
     engine.runner.fails_late = True
-    engine.turn(plan=Plan(batch=batch("a")))
-    assert engine.turn() == [StepFailed(step_id=1, message="RuntimeError: the device is on fire")]
+    engine.iterate(plan=Plan(batch=batch("a")))
+    assert engine.iterate() == [StepFailed(step_id=1, message="RuntimeError: the device is on fire")]
 
 
 def test_a_runner_that_raises_fails_the_step_and_the_engine_goes_on(engine: Engine) -> None:
     engine.runner.fails = True
-    engine.turn(plan=Plan(batch=batch("a")))
-    [failed] = engine.turn()
+    engine.iterate(plan=Plan(batch=batch("a")))
+    [failed] = engine.iterate()
     assert isinstance(failed, StepFailed)
     assert "on fire" in failed.message
     engine.runner.fails = False
-    engine.turn(plan=Plan(batch=batch("b", step_id=2)))
-    assert isinstance(engine.turn()[0], StepFinished)
+    engine.iterate(plan=Plan(batch=batch("b", step_id=2)))
+    assert isinstance(engine.iterate()[0], StepFinished)
 
 
 def test_an_engine_whose_every_step_fails_ends_and_tells_its_gateways(engine: Engine) -> None:
-    engine.turn((G1, submit("a")))
+    engine.iterate((G1, submit("a")))
     engine.runner.fails = True
     engine.scheduler.script += [Plan(batch=batch("a", step_id)) for step_id in range(20)]
     with pytest.raises(EngineError, match="on fire"):
@@ -508,7 +508,7 @@ def test_an_engine_whose_every_step_fails_ends_and_tells_its_gateways(engine: En
 
 @pytest.mark.parametrize("late", [False, True], ids=["at the launch", "when it is read"])
 def test_a_runner_that_is_broken_for_good_ends_the_engine_with_its_first_word(engine: Engine, late: bool) -> None:
-    engine.turn((G1, submit("a")))
+    engine.iterate((G1, submit("a")))
     engine.runner.fails, engine.runner.fails_late = not late, late
     engine.runner.error = EngineError("tensor-parallel rank 1 ended")
     engine.scheduler.script += [Plan(batch=batch("a", step_id)) for step_id in range(20)]
@@ -519,9 +519,9 @@ def test_a_runner_that_is_broken_for_good_ends_the_engine_with_its_first_word(en
 
 
 def test_every_turn_is_counted_so_that_somebody_can_see_the_loop_go_on(engine: Engine) -> None:
-    engine.turn()
-    engine.turn((G1, submit("a")))
-    assert engine.loop.num_turns == 2
+    engine.iterate()
+    engine.iterate((G1, submit("a")))
+    assert engine.loop.num_iterations == 2
 
 
 def test_transfers_and_peer_messages_go_where_the_plan_says(engine: Engine) -> None:
@@ -537,7 +537,7 @@ def test_transfers_and_peer_messages_go_where_the_plan_says(engine: Engine) -> N
         ToSource(endpoint="tcp://p", message=ack),
         ToTarget(target_epoch=EpochId("d"), message=closed),
     )
-    engine.turn(plan=Plan(transfers=jobs, messages=messages))
+    engine.iterate(plan=Plan(transfers=jobs, messages=messages))
     assert engine.transport.jobs == list(jobs)
     assert engine.channel.to_peers == [("tcp://p", ack)]
     assert engine.sent(wire.Closed, b"d") == [closed]
@@ -546,7 +546,7 @@ def test_transfers_and_peer_messages_go_where_the_plan_says(engine: Engine) -> N
 def test_transfer_reports_come_before_the_messages_of_the_same_turn(engine: Engine) -> None:
     """The scheduler takes the first completion after a stop for its answer, so an older one must not come later."""
     engine.transport.reports = [WritesCompleted(handoff_id=HandoffId("h"), num_pages=1, checksum="c")]
-    events = engine.turn((b"d", wire.Revoke(handoff_id=HandoffId("h"), target_epoch=EpochId("d"), reason="x")))
+    events = engine.iterate((b"d", wire.Revoke(handoff_id=HandoffId("h"), target_epoch=EpochId("d"), reason="x")))
     assert [type(event) for event in events] == [WritesCompleted, Revoke]
 
 
@@ -561,10 +561,10 @@ def test_a_grant_that_cannot_be_sent_counts_as_refused(engine: Engine) -> None:
         page_ids=(1,),
     )
     engine.channel.unreachable.add("tcp://p")
-    engine.turn(plan=Plan(messages=(ToSource(endpoint="tcp://p", message=grant, repeated=True),)))
-    assert engine.turn() == []  # the one before may have arrived: prefill may be writing
-    engine.turn(plan=Plan(messages=(ToSource(endpoint="tcp://p", message=grant),)))
-    [event] = engine.turn()
+    engine.iterate(plan=Plan(messages=(ToSource(endpoint="tcp://p", message=grant, repeated=True),)))
+    assert engine.iterate() == []  # the one before may have arrived: prefill may be writing
+    engine.iterate(plan=Plan(messages=(ToSource(endpoint="tcp://p", message=grant),)))
+    [event] = engine.iterate()
     assert isinstance(event, Closed)
     assert event.error_code == "handoff_failed"
     assert (event.handoff_id, event.source_epoch) == ("h", "p")
@@ -572,7 +572,7 @@ def test_a_grant_that_cannot_be_sent_counts_as_refused(engine: Engine) -> None:
 
 def test_a_flush_is_answered_to_who_asked(engine: Engine) -> None:
     flushed = Plan(flushes=(Flush(call_id="c", num_pages=3),))
-    [event] = engine.turn((G2, wire.FlushCache(call_id="c", tier="device")), plan=flushed)
+    [event] = engine.iterate((G2, wire.FlushCache(call_id="c", tier="device")), plan=flushed)
     assert event == FlushCache(call_id="c", tier="device")
     assert engine.sent(wire.Flushed) == engine.sent(wire.Flushed, G2) == [wire.Flushed(call_id="c", num_pages=3)]
 
@@ -581,63 +581,63 @@ def test_a_flush_is_answered_to_who_asked(engine: Engine) -> None:
 
 
 def test_the_requests_of_a_silent_gateway_are_aborted_once(engine: Engine) -> None:
-    engine.turn((G1, submit("a")), (G2, submit("b")))
+    engine.iterate((G1, submit("a")), (G2, submit("b")))
     engine.clock.advance(6)
-    engine.turn((G2, HELLO))
+    engine.iterate((G2, HELLO))
     engine.clock.advance(6)
-    assert engine.turn() == [Abort(request_id=RequestId("a"))]
+    assert engine.iterate() == [Abort(request_id=RequestId("a"))]
     engine.clock.advance(2)
-    assert engine.turn((G2, HELLO)) == []
+    assert engine.iterate((G2, HELLO)) == []
 
 
 def test_a_gateway_that_comes_back_is_told_how_its_aborted_requests_ended(engine: Engine) -> None:
-    engine.turn((G1, submit("a")))
+    engine.iterate((G1, submit("a")))
     engine.clock.advance(11)
-    engine.turn()
-    engine.turn((G1, HELLO), plan=Plan(ended=(ended("a"),)))
+    engine.iterate()
+    engine.iterate((G1, HELLO), plan=Plan(ended=(ended("a"),)))
     assert engine.sent(wire.StepOutputs, G1) == [wire.StepOutputs(ended=(ended("a"),))]
 
 
 def test_a_gateway_that_takes_no_message_has_its_requests_aborted(engine: Engine) -> None:
-    engine.turn((G1, submit("a")), (G1, submit("b")))
+    engine.iterate((G1, submit("a")), (G1, submit("b")))
     engine.channel.unreachable.add(G1)
-    engine.turn(plan=Plan(chunks=(chunk("a"),)))
-    assert engine.turn() == [Abort(request_id=RequestId("a")), Abort(request_id=RequestId("b"))]
-    assert engine.turn() == []
+    engine.iterate(plan=Plan(chunks=(chunk("a"),)))
+    assert engine.iterate() == [Abort(request_id=RequestId("a")), Abort(request_id=RequestId("b"))]
+    assert engine.iterate() == []
 
 
 def test_watched_peers_are_looked_at_at_once_and_then_each_second(engine: Engine) -> None:
     watching = Plan(watched_epochs=frozenset({EpochId("p")}))
-    engine.turn(plan=watching)
+    engine.iterate(plan=watching)
     assert engine.transport.asked == ["p"]
-    engine.turn(plan=watching)
+    engine.iterate(plan=watching)
     assert engine.transport.asked == ["p"]
     engine.transport.dead.add(EpochId("p"))
     engine.clock.advance(1.0)
-    assert engine.turn(plan=watching) == [PeerDied(epoch=EpochId("p"))]
+    assert engine.iterate(plan=watching) == [PeerDied(epoch=EpochId("p"))]
 
 
 def test_a_peer_that_is_dead_already_is_reported_in_the_next_step(engine: Engine) -> None:
     engine.transport.dead.add(EpochId("p"))
-    engine.turn(plan=Plan(watched_epochs=frozenset({EpochId("p")})))
-    assert engine.turn() == [PeerDied(epoch=EpochId("p"))]
+    engine.iterate(plan=Plan(watched_epochs=frozenset({EpochId("p")})))
+    assert engine.iterate() == [PeerDied(epoch=EpochId("p"))]
 
 
 def test_the_loop_sleeps_until_the_time_that_the_plan_names(engine: Engine) -> None:
-    engine.turn(plan=Plan(wake_at_s=100.25))
+    engine.iterate(plan=Plan(wake_at_s=100.25))
     assert engine.loop._idle_s() == pytest.approx(0.25)
-    engine.turn(plan=Plan(wake_at_s=None))
+    engine.iterate(plan=Plan(wake_at_s=None))
     assert 0.25 < engine.loop._idle_s() <= 1.0
 
 
 def test_a_transfer_report_is_an_event(engine: Engine) -> None:
     verified = PagesVerified(handoff_id=HandoffId("h"), checksum="c")
     engine.transport.reports = [verified]
-    assert engine.turn() == [verified]
+    assert engine.iterate() == [verified]
 
 
 def test_stopping_fails_what_is_open_and_says_why(engine: Engine) -> None:
-    engine.turn((G1, submit("a")), (G2, submit("b")))
+    engine.iterate((G1, submit("a")), (G2, submit("b")))
     engine.loop.request_stop()
     engine.loop.run()
     for gateway in (G1, G2):
@@ -656,9 +656,9 @@ def reports(engine: Engine, to: bytes) -> list[wire.LoadReport]:
 
 def test_a_new_gateway_gets_a_snapshot_and_then_changes_with_growing_sequence(engine: Engine) -> None:
     engine.digests = [b"d1", b"d2"]
-    engine.turn((G1, HELLO))
+    engine.iterate((G1, HELLO))
     engine.clock.advance(0.05)
-    engine.turn(plan=Plan(cached_added=(b"d3",), cached_removed=(b"d1",)))
+    engine.iterate(plan=Plan(cached_added=(b"d3",), cached_removed=(b"d1",)))
     first, second = reports(engine, G1)
     assert (first.sequence, first.snapshot, first.cached_added) == (0, True, (b"d1", b"d2"))
     assert (second.sequence, second.snapshot) == (1, False)
@@ -667,50 +667,50 @@ def test_a_new_gateway_gets_a_snapshot_and_then_changes_with_growing_sequence(en
 
 
 def test_reports_come_each_second_and_changes_no_quicker_than_the_limit(engine: Engine) -> None:
-    engine.turn((G1, HELLO))
-    engine.turn(plan=Plan(cached_added=(b"d1",)))
-    engine.turn(plan=Plan(cached_added=(b"d2",)))
+    engine.iterate((G1, HELLO))
+    engine.iterate(plan=Plan(cached_added=(b"d1",)))
+    engine.iterate(plan=Plan(cached_added=(b"d2",)))
     assert len(reports(engine, G1)) == 1
     assert engine.loop._idle_s() == pytest.approx(0.05)
     engine.clock.advance(0.05)
-    engine.turn()
+    engine.iterate()
     assert reports(engine, G1)[-1].cached_added == (b"d1", b"d2")
     engine.clock.advance(0.9)
-    engine.turn()
+    engine.iterate()
     assert len(reports(engine, G1)) == 2
     engine.clock.advance(0.1)
-    engine.turn()
+    engine.iterate()
     assert len(reports(engine, G1)) == 3
 
 
 def test_a_page_that_came_and_went_between_two_reports_is_not_mentioned(engine: Engine) -> None:
-    engine.turn((G1, HELLO))
-    engine.turn(plan=Plan(cached_added=(b"d1", b"d2")))
-    engine.turn(plan=Plan(cached_removed=(b"d1",)))
+    engine.iterate((G1, HELLO))
+    engine.iterate(plan=Plan(cached_added=(b"d1", b"d2")))
+    engine.iterate(plan=Plan(cached_removed=(b"d1",)))
     engine.clock.advance(0.05)
-    engine.turn()
+    engine.iterate()
     last = reports(engine, G1)[-1]
     assert (last.cached_added, last.cached_removed) == ((b"d2",), ())
 
 
 def test_resync_gets_everything_again_without_a_gap_for_the_others(engine: Engine) -> None:
-    engine.turn((G1, HELLO), (G2, HELLO))
+    engine.iterate((G1, HELLO), (G2, HELLO))
     engine.clock.advance(0.05)
     engine.digests = [b"d1"]
-    engine.turn((G1, wire.Hello(gateway_id="g", resync=True)), plan=Plan(cached_added=(b"d1",)))
+    engine.iterate((G1, wire.Hello(gateway_id="g", resync=True)), plan=Plan(cached_added=(b"d1",)))
     assert [(r.snapshot, r.sequence, r.cached_added) for r in reports(engine, G1)][1:] == [(True, 1, (b"d1",))]
     assert [(r.snapshot, r.sequence, r.cached_added) for r in reports(engine, G2)][1:] == [(False, 1, (b"d1",))]
 
 
 def test_undecodable_messages_and_failed_steps_are_counted_in_the_report(engine: Engine) -> None:
     engine.channel.num_undecodable = 4
-    engine.turn((G1, HELLO))
+    engine.iterate((G1, HELLO))
     assert reports(engine, G1)[0].totals["undecodable_messages"] == 4.0
     assert reports(engine, G1)[0].totals["failed_steps"] == 0.0
 
 
 def test_every_total_that_is_reported_is_explained_in_the_metrics(engine: Engine) -> None:
-    engine.turn((G1, HELLO))
+    engine.iterate((G1, HELLO))
     told = {*reports(engine, G1)[0].totals, *COUNTERS, *TIER_COUNTERS, *MOVE_COUNTERS, *STORE_COUNTERS}
     assert told == set(ENGINE_TOTALS)
 
@@ -719,14 +719,14 @@ def test_every_total_that_is_reported_is_explained_in_the_metrics(engine: Engine
 def test_a_step_with_logits_that_are_no_numbers_is_counted_and_logged(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine.turn((G1, HELLO))
+    engine.iterate((G1, HELLO))
     engine.runner.invalid_rows = frozenset({0})
     for step_id in range(1, 12):  # as often as an engine whose device fails would end
-        engine.turn(plan=Plan(batch=batch("a", step_id)))
-        (finished,) = engine.turn()
+        engine.iterate(plan=Plan(batch=batch("a", step_id)))
+        (finished,) = engine.iterate()
         assert isinstance(finished, StepFinished)
         assert finished.sampled.invalid_rows == {0}
     assert "step 1: the logits of 1 of its 1 requests are not numbers" in caplog.text
     engine.clock.advance(2.0)
-    engine.turn()
+    engine.iterate()
     assert reports(engine, G1)[-1].totals["failed_steps"] == 11.0

@@ -12,10 +12,10 @@ import pytest
 
 from kvist.clock import Oversleep
 from kvist.worker import progress
-from kvist.worker.progress import LEAST_CPU_S, LOOK_INTERVAL_S, ProgressWatch
+from kvist.worker.progress import CHECK_INTERVAL_S, LEAST_CPU_S, ProgressWatch
 
 LIMIT_S = 30.0
-LOOKS = int(LIMIT_S / LOOK_INTERVAL_S)
+LOOKS = int(LIMIT_S / CHECK_INTERVAL_S)
 
 
 def never() -> None:
@@ -26,10 +26,10 @@ def test_a_turn_that_never_ends_ends_the_process_and_says_why(caplog: pytest.Log
     ends: list[str] = []
     watch = ProgressWatch(lambda: 7, limit_s=LIMIT_S, end=lambda: ends.append("now"))
     for _ in range(LOOKS - 1):
-        watch.look()
+        watch.check()
     assert not ends
     with caplog.at_level(logging.CRITICAL):
-        watch.look()
+        watch.check()
     assert ends == ["now"]
     assert "no progress for 30 s (--stall-restart-s)" in caplog.text
 
@@ -38,7 +38,7 @@ def test_a_loop_that_takes_turns_however_slowly_is_left_alone() -> None:
     turns = (number // (LOOKS - 1) for number in itertools.count())  # just quick enough
     watch = ProgressWatch(lambda: next(turns), limit_s=LIMIT_S, end=never)
     for _ in range(10 * LOOKS):
-        watch.look()
+        watch.check()
 
 
 def test_a_long_step_that_uses_the_cpu_is_progress_and_one_that_waits_is_none() -> None:
@@ -49,15 +49,15 @@ def test_a_long_step_that_uses_the_cpu_is_progress_and_one_that_waits_is_none() 
     watch.stop()
     told.clear()
     for _ in range(3 * LOOKS):
-        watch.look()
-    assert told[-1] == (pytest.approx(3 * LIMIT_S, abs=2 * LOOK_INTERVAL_S), 0.0)
+        watch.check()
+    assert told[-1] == (pytest.approx(3 * LIMIT_S, abs=2 * CHECK_INTERVAL_S), 0.0)
 
     blocked = ProgressWatch(lambda: 7, limit_s=LIMIT_S, loop_cpu_s=lambda: 1.0, end=never)
     blocked.start(lambda turn_s, stalled_s: told.append((turn_s, stalled_s)))
     blocked.stop()
     for _ in range(4):
-        blocked.look()
-    assert told[-1] == (pytest.approx(4 * LOOK_INTERVAL_S, abs=2 * LOOK_INTERVAL_S),) * 2
+        blocked.check()
+    assert told[-1] == (pytest.approx(4 * CHECK_INTERVAL_S, abs=2 * CHECK_INTERVAL_S),) * 2
 
 
 def test_time_in_which_we_were_stopped_ourselves_is_told_apart() -> None:
@@ -68,16 +68,16 @@ def test_time_in_which_we_were_stopped_ourselves_is_told_apart() -> None:
 
 
 def test_it_looks_from_start_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "LOOK_INTERVAL_S", 0.001)
+    monkeypatch.setattr(progress, "CHECK_INTERVAL_S", 0.001)
     looks, seen = itertools.count(), threading.Event()
 
-    def num_turns() -> int:
+    def num_iterations() -> int:
         look = next(looks)
         if look == 20:
             seen.set()
         return look
 
-    watch = ProgressWatch(num_turns, limit_s=LIMIT_S, end=never)
+    watch = ProgressWatch(num_iterations, limit_s=LIMIT_S, end=never)
     watch.start()
     assert seen.wait(60)
     watch.stop()
@@ -86,7 +86,7 @@ def test_it_looks_from_start_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
 STUCK = """
 import itertools, sys, threading
 from kvist.worker import progress
-progress.LOOK_INTERVAL_S = 0.01
+progress.CHECK_INTERVAL_S = 0.01
 main, turns = sys._getframe(), itertools.count()
 progress.ProgressWatch(lambda: -1 if main.f_lineno == 7 else next(turns), limit_s=0.05).start()
 threading.Event().wait(60)

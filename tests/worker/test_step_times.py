@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from kvist.worker.step_times import StepTimes
+from kvist.worker.step_times import StepCpuTimes
 
 SLACK_S = 0.004  # less than any part
 
@@ -23,14 +23,14 @@ class StepFailed(Exception):
     """After so many seconds."""
 
 
-def fail(spent: StepTimes) -> None:
+def fail(spent: StepCpuTimes) -> None:
     with spent.reading():
         raise StepFailed(busy(0.02))
 
 
 def test_each_part_of_a_step_is_counted_apart_and_waiting_not_at_all() -> None:
     busy(0.02)  # before there was a loop
-    spent = StepTimes()
+    spent = StepCpuTimes()
     before = spent.totals()
     began_s = time.thread_time()
     with spent.planning():

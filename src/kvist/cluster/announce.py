@@ -10,15 +10,15 @@ from typing import Protocol
 
 from kvist.router.stream import ClusterSnapshot
 
-LOOK_INTERVAL_S = 0.2
+CHECK_INTERVAL_S = 0.2
 REPORT_INTERVAL_S = 5.0
 MAX_NAMED = 8
 _QUESTION = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-class Watched(Protocol):
+class Readiness(Protocol):
     """What is known of the workers (router/dispatch.py)."""
 
     def ready(self) -> bool: ...
@@ -53,24 +53,24 @@ def waiting_for(snapshot: ClusterSnapshot) -> str:
     return "; ".join(missing) or "a worker of the other role"
 
 
-async def announce(watched: Watched, say_ready: Callable[[], None], *, says_waiting: bool = True) -> None:
-    """Calls `say_ready` at the first time; readiness lost and regained is logged, and what is waited for, unless
-    another does that (`says_waiting`). Until cancelled."""
+async def announce(readiness: Readiness, on_ready: Callable[[], None], *, reports_waiting: bool = True) -> None:
+    """Calls `on_ready` at the first time; readiness lost and regained is logged, and what is waited for, unless
+    another does that (`reports_waiting`). Until cancelled."""
     loop = asyncio.get_running_loop()
-    was_ready, said, told, next_report_s = False, False, "", loop.time() + REPORT_INTERVAL_S
+    was_ready, was_announced, last_reported, next_report_s = False, False, "", loop.time() + REPORT_INTERVAL_S
     while True:
-        ready = watched.ready()
-        if ready and not said:
-            said = True
-            say_ready()
+        ready = readiness.ready()
+        if ready and not was_announced:
+            was_announced = True
+            on_ready()
         elif ready and not was_ready:
-            log.info("ready again")
+            logger.info("ready again")
         elif was_ready and not ready:
-            log.warning("not ready any more: %s", waiting_for(watched.snapshot()))
-        elif says_waiting and not ready and loop.time() >= next_report_s:
+            logger.warning("not ready any more: %s", waiting_for(readiness.snapshot()))
+        elif reports_waiting and not ready and loop.time() >= next_report_s:
             next_report_s = loop.time() + REPORT_INTERVAL_S
-            if (text := waiting_for(watched.snapshot())) != told:
-                told = text
-                log.info("waiting for %s", text)
+            if (text := waiting_for(readiness.snapshot())) != last_reported:
+                last_reported = text
+                logger.info("waiting for %s", text)
         was_ready = ready
-        await asyncio.sleep(LOOK_INTERVAL_S)
+        await asyncio.sleep(CHECK_INTERVAL_S)

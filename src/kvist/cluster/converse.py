@@ -19,10 +19,10 @@ from kvist.clock import Clock, MonotonicClock
 from kvist.cluster.chat import TurnOptions, TurnReport, stream_turn
 from kvist.cluster.config import ChatConfig
 from kvist.cluster.plan import LOOPBACK, free_ports
-from kvist.cluster.probe import ask
+from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildPlan, Processes
 from kvist.cluster.start_display import StartLines, start_block
-from kvist.cluster.up import stop_signals
+from kvist.cluster.up import interrupt_on_stop_signals
 from kvist.errors import EngineError, Unavailable
 
 TURN_TIMEOUT_S = 600.0  # between two pieces of an answer
@@ -219,8 +219,8 @@ def _own_server(serve_argv: list[str], timeout_s: float) -> Iterator[str]:
     url = f"http://{LOOPBACK}:{free_ports(1)[0]}"
     argv = (*(sys.executable, "-m", "kvist", "serve", *serve_argv), f"--port={url.rpartition(':')[2]}")
     plan = ChildPlan(name="serve", argv=(*argv, "--stop-with-stdin"), url=url)
-    processes = Processes([plan], probe=ask, sink=lambda _name, _line: None)
-    with stop_signals(processes):
+    processes = Processes([plan], probe=probe_child, sink=lambda _name, _line: None)
+    with interrupt_on_stop_signals(processes):
         try:
             processes.start()
             if sys.stdout.isatty():

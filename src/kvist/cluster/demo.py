@@ -18,10 +18,10 @@ from kvist.clock import MonotonicClock
 from kvist.cluster.chat import Message, TurnOptions, TurnReport, stream_turn
 from kvist.cluster.leftovers import stop_and_clear
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
-from kvist.cluster.probe import ask
+from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import Child, Processes
 from kvist.cluster.start_display import StartLines
-from kvist.cluster.up import stop_signals
+from kvist.cluster.up import interrupt_on_stop_signals
 from kvist.errors import KvistError
 
 MAX_TOKENS = 64
@@ -34,33 +34,33 @@ CHAT = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Act:
+class TierCheck:
     """A turn of the chat after a flush: the pages must come from `source`."""
 
     name: str
     flushed: Mapping[str, str]  # the query of /flush_cache
-    told: str
+    described: str
     text: str
     source: str
 
 
-FROM_HOST = Act(
+FROM_HOST = TierCheck(
     name="from host",
     flushed={"tier": "device"},
-    told="their device pools",
+    described="their device pools",
     text="And what does it need light for?",
     source="host",
 )
-FROM_STORE = Act(
+FROM_STORE = TierCheck(
     name="from store",
     flushed={},
-    told="their device pools and of host memory",
+    described="their device pools and of host memory",
     text="What happens to it in the dark?",
     source="storage",
 )
 
 
-def say(text: str) -> None:
+def show_line(text: str) -> None:
     print(text, flush=True)
 
 
@@ -70,31 +70,31 @@ def show_piece(piece: str) -> None:
 
 def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
     """0 when the answer has `expect` in it, 1 when not. Raises `KvistError` when the cluster fails."""
-    processes = Processes(plan_on_free_ports(shape), probe=ask, sink=lambda _name, _line: None)
-    acts = [FROM_HOST, FROM_STORE] if _has_store(shape) else [FROM_HOST]
-    with stop_signals(processes), contextlib.ExitStack() as stack:
+    processes = Processes(plan_on_free_ports(shape), probe=probe_child, sink=lambda _name, _line: None)
+    checks = [FROM_HOST, FROM_STORE] if _has_store(shape) else [FROM_HOST]
+    with interrupt_on_stop_signals(processes), contextlib.ExitStack() as stack:
         stack.callback(stop_and_clear, processes, shape.runtime_dir)
         config = shape.config
-        say(f"Starting {config.prefill} prefill worker(s), {config.decode} decode worker(s) and a router ...")
+        show_line(f"Starting {config.prefill} prefill worker(s), {config.decode} decode worker(s) and a router ...")
         processes.start()
-        start_lines = StartLines(processes.children, lambda text: say("  " + text))
+        start_lines = StartLines(processes.children, lambda text: show_line("  " + text))
         processes.wait_ready(config.start_timeout_s, each_second=start_lines)
         router = processes.children["router"]
-        say(f"Ready at {router.plan.url}\n")
+        show_line(f"Ready at {router.plan.url}\n")
         try:
-            rows = _talk(router.plan.url, question, acts)
+            rows = _talk(router.plan.url, question, checks)
         except (KvistError, httpx.HTTPError):
-            say("\nWhat the processes said last:")
+            show_line("\nWhat the processes said last:")
             for child in processes.children.values():
-                say("\n".join(f"  [{child.plan.name}] {line}" for line in list(child.last_lines)[-15:]))
+                show_line("\n".join(f"  [{child.plan.name}] {line}" for line in list(child.last_lines)[-15:]))
             raise
-        say(table(rows))
-        say(LEGEND)
-        say(who_did_what(rows, list(processes.children.values())))
-        for act, (_name, report) in zip(acts, rows[-len(acts) :], strict=True):
-            say(who_remembered(act, report))
-    say("Everything that was started is stopped.")
-    failures = broken_promises(rows, acts, question=question, expect=expect)
+        show_line(table(rows))
+        show_line(LEGEND)
+        show_line(process_summary(rows, list(processes.children.values())))
+        for check, (_name, report) in zip(checks, rows[-len(checks) :], strict=True):
+            show_line(cache_summary(check, report))
+    show_line("Everything that was started is stopped.")
+    failures = unmet_expectations(rows, checks, question=question, expect=expect)
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0
@@ -104,35 +104,35 @@ def _has_store(shape: ClusterShape) -> bool:
     return any(argument.startswith("--hicache-storage-backend") for argument in shape.worker_argv)
 
 
-def broken_promises(
-    rows: Sequence[tuple[str, TurnReport]], acts: Sequence[Act], *, question: str, expect: str
+def unmet_expectations(
+    rows: Sequence[tuple[str, TurnReport]], checks: Sequence[TierCheck], *, question: str, expect: str
 ) -> list[str]:
     """What the demo should have shown, and did not."""
     found = []
     if expect and expect.lower() not in rows[0][1].text.lower():
         found.append(f"The answer to {question!r} does not name {expect}.")
     reports = dict(rows)
-    for act in acts:
-        if not reports[act.name].num_cached_by_tier.get(act.source):
-            found.append(f"The workers forgot the pages of {act.told}, and nothing came back ({act.name}).")
+    for check in checks:
+        if not reports[check.name].num_cached_by_tier.get(check.source):
+            found.append(f"The workers forgot the pages of {check.described}, and nothing came back ({check.name}).")
     return found
 
 
-def _talk(url: str, question: str, acts: Sequence[Act]) -> list[tuple[str, TurnReport]]:
+def _talk(url: str, question: str, checks: Sequence[TierCheck]) -> list[tuple[str, TurnReport]]:
     """(what the row is called, its report) of the question, of each turn of the chat, and of the acts."""
     with httpx.Client(base_url=url, timeout=TURN_TIMEOUT_S, trust_env=False) as client:
         rows = [("question", _ask(client, [{"role": "user", "content": question}]))]
         messages: list[Message] = []
         for index, text in enumerate(CHAT):
-            rows.append((f"chat {index + 1}", _say_next(client, messages, text)))
-        for act in acts:
-            answer = client.post("/flush_cache", params=act.flushed).raise_for_status().json()
-            say(f"The workers forget the {answer['num_pages']} pages of {act.told}; the chat goes on all the same.\n")
-            rows.append((act.name, _say_next(client, messages, act.text)))
+            rows.append((f"chat {index + 1}", _next_turn(client, messages, text)))
+        for check in checks:
+            answer = client.post("/flush_cache", params=check.flushed).raise_for_status().json()
+            show_line(f"The workers forget the {answer['num_pages']} pages of {check.described}; the chat goes on.\n")
+            rows.append((check.name, _next_turn(client, messages, check.text)))
     return rows
 
 
-def _say_next(client: httpx.Client, messages: list[Message], text: str) -> TurnReport:
+def _next_turn(client: httpx.Client, messages: list[Message], text: str) -> TurnReport:
     """The conversation grows by this and the answer."""
     messages.append({"role": "user", "content": text})
     report = _ask(client, messages)
@@ -141,11 +141,11 @@ def _say_next(client: httpx.Client, messages: list[Message], text: str) -> TurnR
 
 
 def _ask(client: httpx.Client, messages: Sequence[Message]) -> TurnReport:
-    say(f"you   > {messages[-1]['content']}")
+    show_line(f"you   > {messages[-1]['content']}")
     show_piece("model > ")
     options = TurnOptions(max_tokens=MAX_TOKENS, temperature=0)  # greedy, so that every run tells the same
     report = stream_turn(client, messages, options, clock=MonotonicClock(), show=show_piece)
-    say("\n")
+    show_line("\n")
     return report
 
 
@@ -186,7 +186,7 @@ def _row(name: str, report: TurnReport) -> tuple[str, ...]:
     )
 
 
-def who_did_what(rows: Sequence[tuple[str, TurnReport]], children: Sequence[Child]) -> str:
+def process_summary(rows: Sequence[tuple[str, TurnReport]], children: Sequence[Child]) -> str:
     """Names the processes behind the worker ids of the reports."""
     names = {child.plan.url.removeprefix("http://"): f"{child.plan.name} (process {child.pid})" for child in children}
     prefill = sorted({names.get(worker, worker) for _name, report in rows if (worker := report.prefill_worker)})
@@ -197,11 +197,11 @@ def who_did_what(rows: Sequence[tuple[str, TurnReport]], children: Sequence[Chil
     )
 
 
-def who_remembered(act: Act, report: TurnReport) -> str:
+def cache_summary(check: TierCheck, report: TurnReport) -> str:
     """Where the cached tokens of a turn came from."""
     places = {"device": "from the device pool", "host": "from host memory", "storage": "from storage"}
-    told = [f"{report.num_cached_by_tier.get(tier, 0)} {words}" for tier, words in places.items()]
+    described = [f"{report.num_cached_by_tier.get(tier, 0)} {words}" for tier, words in places.items()]
     return (
-        f"{act.name.capitalize()}: {report.num_cached_tokens} of {report.num_prompt_tokens} prompt tokens were not "
-        f"computed again ({', '.join(told)})."
+        f"{check.name.capitalize()}: {report.num_cached_tokens} of {report.num_prompt_tokens} prompt tokens were not "
+        f"computed again ({', '.join(described)})."
     )

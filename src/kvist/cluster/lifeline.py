@@ -12,7 +12,7 @@ from types import FrameType
 
 from kvist.parent import continue_when_parent_dies
 
-LAST_WORDS_S = 15.0  # beyond what open requests may take, from SIGTERM until the process ends whatever goes on
+SHUTDOWN_DEADLINE_S = 15.0  # beyond what open requests may take, from SIGTERM until the process ends whatever goes on
 STOP, HURRY = b"stop", b"hurry"  # lines on the standard input of a child
 STOP_SIGNALS = tuple(
     # The terminal closed (SIGHUP) is a stop, too, unless `nohup` has it ignored. SIGINT is one even when ignored: the
@@ -24,21 +24,25 @@ STOP_SIGNALS = tuple(
 
 
 @contextlib.contextmanager
-def signals_to(handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
+def handle_signals(
+    handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]
+) -> Iterator[None]:
     """The body's signals of these numbers are the handler's."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, former in before.items():
-            signal.signal(number, former)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
-def obey_stdin(*, stop: Callable[[], None], hurry: Callable[[], None], drain_s: float) -> None:
-    """From now on a parent speaks on standard input: `STOP`, once more `HURRY`, each a line; its end means that the
-    parent is gone, which is a stop, too. Unlike a signal the word may come beside others: a service manager signals
-    parent and child at once. After `drain_s` and `LAST_WORDS_S` more the process ends whatever it does. A process that
-    is stopped (SIGSTOP) goes on when its parent dies. `stop` and `hurry` are called on a thread."""
+def stop_with_parent(*, stop: Callable[[], None], hurry: Callable[[], None], drain_s: float) -> None:
+    """Obey a parent's lines on standard input from now on: `STOP`, and later `HURRY` to shorten the stop.
+
+    The end of standard input means that the parent is gone, and also asks for a stop. A line, unlike a signal, is known
+    to come from the parent: a service manager may signal parent and child at once. The process exits at the latest
+    `drain_s` + `SHUTDOWN_DEADLINE_S` after a stop began. If the process is suspended (SIGSTOP) when its parent dies, it
+    is continued. `stop` and `hurry` are called on a thread."""
     continue_when_parent_dies()
     descriptor = os.dup(sys.stdin.fileno())  # children we start get no part of it
     null = os.open(os.devnull, os.O_RDONLY)
@@ -57,13 +61,13 @@ def obey_stdin(*, stop: Callable[[], None], hurry: Callable[[], None], drain_s: 
         begin()
 
     def begin() -> None:
-        last_words = threading.Timer(drain_s + LAST_WORDS_S, os._exit, args=(1,))
-        last_words.daemon = True
-        last_words.start()
+        timer = threading.Timer(drain_s + SHUTDOWN_DEADLINE_S, os._exit, args=(1,))
+        timer.daemon = True
+        timer.start()
         stop()
 
     threading.Thread(target=listen, name="obey-stdin", daemon=True).start()
 
 
-def signal_ourselves() -> None:
+def signal_self() -> None:
     os.kill(os.getpid(), signal.SIGTERM)

@@ -57,7 +57,7 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
     kvist = (shape.python, "-m", "kvist")
     plans = []
     urls: dict[str, list[str]] = {"prefill": [], "decode": [], "unified": []}
-    gpus = deal_gpus(shape)
+    gpus = assign_gpus(shape)
     for index, ((name, role), port) in enumerate(zip(worker_names(shape.config), worker_ports, strict=True)):
         url = f"http://{LOOPBACK}:{port}"
         urls[role].append(url)
@@ -117,7 +117,7 @@ def free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def deal_gpus(shape: ClusterShape) -> list[tuple[str, ...]]:
+def assign_gpus(shape: ClusterShape) -> list[tuple[str, ...]]:
     """Options for each worker: its GPU, round-robin, and its share of the memory where several have the same one.
 
     Nothing is dealt out where there are no GPUs. Where there are fewer than one worker asks for, all are told the first
@@ -126,13 +126,13 @@ def deal_gpus(shape: ClusterShape) -> list[tuple[str, ...]]:
         return []
     num_places = max(1, (shape.num_gpus - shape.base_gpu_id) // shape.gpus_per_worker)
     places = [index % num_places for index in range(shape.config.num_workers)]
-    dealt = []
+    assigned = []
     for place in places:
         options = [f"--base-gpu-id={shape.base_gpu_id + place * shape.gpus_per_worker}"]
         if shape.memory_share is not None and places.count(place) > 1:
             options.append(f"--mem-fraction-static={shape.memory_share / places.count(place):.4f}")
-        dealt.append(tuple(options))
-    return dealt
+        assigned.append(tuple(options))
+    return assigned
 
 
 def visible_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int:
@@ -144,6 +144,6 @@ def visible_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> in
     return len(list(takewhile(lambda name: name not in ("", "-1"), names)))  # CUDA stops at the first that is no GPU
 
 
-def share_threads(num_workers: int, num_cores: int) -> int:
+def threads_for_each(num_workers: int, num_cores: int) -> int:
     """Compute threads for each worker: the cores dealt out evenly, at least one."""
     return max(1, num_cores // num_workers)

@@ -18,7 +18,7 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def ask(url: str, instance_id: str) -> Answer:
+def probe_child(url: str, instance_id: str) -> Answer:
     """How the server that was started with this instance id answers. Never raises, never takes longer than a second or
     so. That another server is ready says nothing."""
     try:

@@ -32,16 +32,16 @@ from typing import IO
 from kvist.clock import MonotonicClock, Oversleep
 from kvist.cluster.lifeline import HURRY, STOP
 from kvist.errors import ConfigError, Timeout, Unavailable
-from kvist.worker.child import FORGIVE_AFTER_S, restart_wait_s
+from kvist.worker.child import BACKOFF_RESET_S, restart_wait_s
 
-LOOK_INTERVAL_S = 0.1
+CHECK_INTERVAL_S = 0.1
 PROBE_INTERVAL_S = 0.25  # of a child that is starting
 HEALTH_INTERVAL_S = 1.0  # of one that was ready
 SILENT_AFTER_S = 5.0  # then it is said
 STALL_RESTART_S = 30.0
 STOP_GRACE_S = 15.0  # for a child to end, beyond what its open requests may take
 HURRY_GRACE_S = 8.0
-KILLED_S = 10.0  # for the kernel to end a process that was killed
+KILL_TIMEOUT_S = 10.0  # for the kernel to end a process that was killed
 NUM_LAST_LINES = 60
 REFUSED_STATUS = 2  # cli.py's for a mistake in the settings
 
@@ -97,8 +97,8 @@ class Child:
         self.doing = ""  # while it starts, for people
         self.was_ready = False  # in any life
         self.started_s = 0.0
-        self.answered_s = 0.0
-        self.silence_told = False
+        self.last_answer_s = 0.0
+        self.silence_reported = False
         self.restart_at_s = 0.0
         self.num_deaths_in_a_row = 0
         self.partial_line = b""
@@ -120,9 +120,9 @@ class Child:
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
         self.partial_line = b""
-        self.state, self.started_s, self.silence_told = ChildState.STARTING, now_s, False
+        self.state, self.started_s, self.silence_reported = ChildState.STARTING, now_s, False
 
-    def tell(self, word: bytes) -> None:
+    def send(self, word: bytes) -> None:
         if self.process is not None and self.process.stdin is not None:
             with contextlib.suppress(OSError):
                 os.write(self.process.stdin.fileno(), word + b"\n")  # a few bytes: the pipe takes them, or it is dead
@@ -152,7 +152,7 @@ class Child:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
+class Limits:
     """How long children may take."""
 
     drain_s: float = 0.0  # to finish their open requests when they are asked to end
@@ -168,14 +168,14 @@ class Processes:
         *,
         probe: Probe,
         sink: Sink,
-        patience: Patience | None = None,
+        limits: Limits | None = None,
         lines_are_shown: bool = False,
     ) -> None:
         """`lines_are_shown`: the sink puts them before the user's eyes, so that no error need repeat them."""
         self.children = {plan.name: Child(plan) for plan in plans}
         self._probe = probe
         self._sink = sink
-        self._patience = patience or Patience()
+        self._limits = limits or Limits()
         self._lines_are_shown = lines_are_shown
         self._clock = MonotonicClock()
         self._selector = selectors.DefaultSelector()
@@ -184,7 +184,7 @@ class Processes:
         self._changed = threading.Condition()
         self._threads = [threading.Thread(target=self._watch, name="watch-children", daemon=True)]
         self._threads += [
-            threading.Thread(target=self._ask, args=(child,), name=f"ask-{child.plan.name}", daemon=True)
+            threading.Thread(target=self._probe_child, args=(child,), name=f"ask-{child.plan.name}", daemon=True)
             for child in self.children.values()
         ]
 
@@ -219,15 +219,15 @@ class Processes:
                 return
             for child in waiting:
                 if child.state is ChildState.REFUSED:
-                    raise ConfigError(f"{child.plan.name} refused its settings{self._last_words(child)}")
+                    raise ConfigError(f"{child.plan.name} refused its settings{self._quote_last_lines(child)}")
                 if child.num_deaths_in_a_row >= 2:
-                    raise Unavailable(f"{child.plan.name} does not start{self._last_words(child)}")
+                    raise Unavailable(f"{child.plan.name} does not start{self._quote_last_lines(child)}")
             if self._clock.now_s() > deadline_s:
                 names = ", ".join(child.plan.name for child in waiting)
-                words = "".join(map(self._last_words, waiting))
-                raise Timeout(f"after {timeout_s:.0f} s not ready: {names}{words}")
+                quoted = "".join(map(self._quote_last_lines, waiting))
+                raise Timeout(f"after {timeout_s:.0f} s not ready: {names}{quoted}")
 
-    def _last_words(self, child: Child) -> str:
+    def _quote_last_lines(self, child: Child) -> str:
         if self._lines_are_shown:
             return f": see the lines of {child.plan.name} above"
         name = child.plan.name
@@ -241,7 +241,7 @@ class Processes:
         for children in ((last,), others):
             with self._changed:
                 for child in children:
-                    child.tell(STOP)
+                    child.send(STOP)
             self._wait_ended(children)
         for thread in self._threads:
             if thread.is_alive():
@@ -257,7 +257,7 @@ class Processes:
         self._hurried.set()
 
     def _wait_ended(self, children: Sequence[Child]) -> None:
-        end_s = self._clock.now_s() + self._patience.drain_s + STOP_GRACE_S
+        end_s = self._clock.now_s() + self._limits.drain_s + STOP_GRACE_S
         hurried = False
         while self._threads[0].is_alive() and any(child.process is not None for child in children):
             now_s = self._clock.now_s()
@@ -265,22 +265,22 @@ class Processes:
                 hurried, end_s = True, min(end_s, now_s + HURRY_GRACE_S)
                 with self._changed:
                     for child in children:
-                        child.tell(HURRY)
+                        child.send(HURRY)
             if now_s > end_s:
                 with self._changed:
                     for child in children:
                         child.signal_group(signal.SIGKILL)
-            if now_s > end_s + KILLED_S:
+            if now_s > end_s + KILL_TIMEOUT_S:
                 return
             with self._changed:
-                self._changed.wait(timeout=LOOK_INTERVAL_S)
+                self._changed.wait(timeout=CHECK_INTERVAL_S)
 
     # ---- the watching thread
 
     def _watch(self) -> None:
         oversleep = Oversleep(self._clock.now_s(), longest_s=1.0)
         while not (self._stopping.is_set() and all(child.process is None for child in self.children.values())):
-            ready = self._selector.select(timeout=LOOK_INTERVAL_S)
+            ready = self._selector.select(timeout=CHECK_INTERVAL_S)
             with self._changed:
                 for key, _events in ready:
                     if not self._relay(key.data, key.fileobj):
@@ -288,8 +288,8 @@ class Processes:
                 now_s = self._clock.now_s()
                 late_s = oversleep.look(now_s)
                 for child in self.children.values():
-                    child.answered_s += late_s
-                    self._tend(child, now_s)
+                    child.last_answer_s += late_s
+                    self._supervise(child, now_s)
 
     def _relay(self, child: Child, pipe: object) -> bool:
         """Pass on what the child wrote. False at end of file."""
@@ -299,7 +299,7 @@ class Processes:
             self._sink(child.plan.name, line)
         return bool(chunk)
 
-    def _drain(self, child: Child) -> None:
+    def _relay_rest(self, child: Child) -> None:
         pipe: IO[bytes] | None = child.process.stdout if child.process is not None else None
         if pipe is None or pipe.closed:
             return
@@ -307,7 +307,7 @@ class Processes:
             while self._relay(child, pipe):
                 pass
 
-    def _tend(self, child: Child, now_s: float) -> None:
+    def _supervise(self, child: Child, now_s: float) -> None:
         if child.process is None:
             if child.state is ChildState.WAITING and now_s >= child.restart_at_s and not self._stopping.is_set():
                 child.num_restarts += 1
@@ -315,15 +315,15 @@ class Processes:
             return
         status = child.process.poll()
         if status is not None:
-            self._bury(child, status, now_s)
+            self._handle_exit(child, status, now_s)
         elif child.state is ChildState.READY and not self._stopping.is_set():
-            if now_s - child.started_s > FORGIVE_AFTER_S:
+            if now_s - child.started_s > BACKOFF_RESET_S:
                 child.num_deaths_in_a_row = 0
-            self._judge_silence(child, now_s - child.answered_s)
+            self._check_silence(child, now_s - child.last_answer_s)
 
-    def _bury(self, child: Child, status: int, now_s: float) -> None:
+    def _handle_exit(self, child: Child, status: int, now_s: float) -> None:
         assert child.process is not None
-        self._drain(child)
+        self._relay_rest(child)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(child.process.stdout)  # type: ignore[arg-type]
         child.reap()
@@ -339,14 +339,14 @@ class Processes:
             self._sink(child.plan.name, f"{how}; starting it again in {wait_s:g} s")
         self._changed.notify_all()
 
-    def _judge_silence(self, child: Child, silent_s: float) -> None:
-        if silent_s >= self._patience.stall_restart_s:
+    def _check_silence(self, child: Child, silent_s: float) -> None:
+        if silent_s >= self._limits.stall_restart_s:
             self._sink(child.plan.name, f"has answered nothing for {silent_s:.0f} s (--stall-restart-s): it is killed")
             child.signal_group(signal.SIGKILL)
-        elif (silent_s >= SILENT_AFTER_S) is not child.silence_told:
-            child.silence_told = not child.silence_told
-            told = f"has answered nothing for {silent_s:.0f} s: it is stopped or blocked"
-            self._sink(child.plan.name, told if child.silence_told else "answers again")
+        elif (silent_s >= SILENT_AFTER_S) is not child.silence_reported:
+            child.silence_reported = not child.silence_reported
+            text = f"has answered nothing for {silent_s:.0f} s: it is stopped or blocked"
+            self._sink(child.plan.name, text if child.silence_reported else "answers again")
 
     def _start_child(self, child: Child) -> None:
         child.start(self._clock.now_s())
@@ -356,7 +356,7 @@ class Processes:
 
     # ---- a thread for each child
 
-    def _ask(self, child: Child) -> None:
+    def _probe_child(self, child: Child) -> None:
         """Ask it for its state: until it is ready, and then whether it still answers."""
         while not self._stopping.wait(HEALTH_INTERVAL_S if child.state is ChildState.READY else PROBE_INTERVAL_S):
             instance_id = child.instance_id
@@ -364,7 +364,7 @@ class Processes:
             with self._changed:
                 if not answer.alive or child.process is None or child.instance_id != instance_id:
                     continue
-                child.answered_s = self._clock.now_s()
+                child.last_answer_s = self._clock.now_s()
                 is_news = answer.doing != child.doing
                 child.doing = answer.doing
                 if answer.ready and child.state is ChildState.STARTING:

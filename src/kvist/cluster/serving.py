@@ -28,7 +28,7 @@ from kvist.channel import (
 )
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.cluster.announce import announce, curl_example, router_example, shown_key
-from kvist.cluster.lifeline import STOP_SIGNALS, obey_stdin, signals_to
+from kvist.cluster.lifeline import STOP_SIGNALS, handle_signals, stop_with_parent
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.stopping import Drain, StopSignals
 from kvist.event_loop import run_in_loop
@@ -46,10 +46,10 @@ from kvist.wire import EngineHealth, EngineSpec
 from kvist.worker.child import EngineSupervisor
 from kvist.worker.config import UNIFIED, EngineConfig
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-class OwnEngine(httpx.AsyncBaseTransport):
+class LocalEngineTransport(httpx.AsyncBaseTransport):
     """Answers the dispatcher's /server_info in the process itself: a worker's gateway finds its engine as a router
     does, through its restarts, without a call to its own HTTP."""
 
@@ -59,8 +59,8 @@ class OwnEngine(httpx.AsyncBaseTransport):
         self._spec, self._health = spec, health
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        told = {"engine": self._spec(), "engine_health": self._health()}
-        return httpx.Response(200, content=msgspec.json.encode(told), request=request)
+        body = {"engine": self._spec(), "engine_health": self._health()}
+        return httpx.Response(200, content=msgspec.json.encode(body), request=request)
 
 
 def serve_worker(
@@ -79,8 +79,8 @@ def serve_worker(
         engine = replace(engine, worker_id=name, channel=channel)
         supervisor = EngineSupervisor(engine, on_progress=StartProgress())
         lifecycle = Lifecycle()
-        own = OwnEngine(lambda: supervisor.spec, lambda: supervisor.health)
-        dispatcher = build_dispatcher(replace(router, worker_urls=(url,)), channel, transport=own)
+        transport = LocalEngineTransport(lambda: supervisor.spec, lambda: supervisor.health)
+        dispatcher = build_dispatcher(replace(router, worker_urls=(url,)), channel, transport=transport)
         # prefill and decode are answered through a router, which has the tokenizer
         tokenizer = load_tokenizer(checkpoint, text) if engine.role == UNIFIED else None
         defaults = _sampling_defaults(checkpoint, text) if engine.role == UNIFIED else None
@@ -95,7 +95,7 @@ def serve_worker(
             own_health=lambda: supervisor.health,
             lifecycle=lifecycle,
         )
-        log.info("%s worker at %s is loading %s", engine.role, url, checkpoint.path)
+        logger.info("%s worker at %s is loading %s", engine.role, url, checkpoint.path)
         if engine.role == UNIFIED:
             example = curl_example(url, api_key=shown_key(server.api_key))
         else:
@@ -109,7 +109,7 @@ def serve_worker(
             lifecycle=lifecycle,
             config=server,
             stop=stop,
-            say_ready=_say_ready(url, None if stop_with_stdin else example),
+            on_ready=_ready_announcer(url, None if stop_with_stdin else example),
         )
         run_in_loop(serving.run())
     return 0
@@ -142,7 +142,7 @@ def serve_router(
             sampling_defaults=_sampling_defaults(checkpoint, text),
             lifecycle=lifecycle,
         )
-        log.info("router at %s://%s for %s", server.scheme, name, checkpoint.name)
+        logger.info("router at %s://%s for %s", server.scheme, name, checkpoint.name)
         url = f"{server.scheme}://{name}"
         example = curl_example(url, api_key=shown_key(server.api_key))
         serving = Serving(
@@ -152,7 +152,7 @@ def serve_router(
             lifecycle=lifecycle,
             config=server,
             stop=stop,
-            say_ready=_say_ready(url, None if stop_with_stdin else example),
+            on_ready=_ready_announcer(url, None if stop_with_stdin else example),
         )
         run_in_loop(serving.run())
     return 0
@@ -164,10 +164,10 @@ def _sampling_defaults(checkpoint: Checkpoint, text: TextConfig) -> SamplingDefa
     given = {name: value for name, value in asdict(defaults).items() if value is not None}
     penalty = given.pop("repetition_penalty", None)
     if given:
-        said = ", ".join(f"{name} {value:g}" for name, value in given.items())
-        log.info("sampling defaults of the model: %s (--generation-config)", said)
+        listed = ", ".join(f"{name} {value:g}" for name, value in given.items())
+        logger.info("sampling defaults of the model: %s (--generation-config)", listed)
     if penalty not in (None, 1.0):
-        log.warning("the model recommends repetition_penalty %g, which Kvist does not apply yet", penalty)
+        logger.warning("the model recommends repetition_penalty %g, which Kvist does not apply yet", penalty)
     return defaults
 
 
@@ -176,13 +176,13 @@ def _listening(server: ServerConfig, stop_with_stdin: bool) -> Iterator[tuple[St
     """The way to be told to stop, the socket of the HTTP server, and HOST:PORT, by which others name it."""
     stop = StopSignals()
     with (
-        signals_to(stop, STOP_SIGNALS),
+        handle_signals(stop, STOP_SIGNALS),
         contextlib.suppress(KeyboardInterrupt),  # told to stop during the start
         listen(server) as listener,
     ):
         if stop_with_stdin:
             drain_s = max(server.shutdown_timeout_s, server.drain_grace_s)
-            obey_stdin(stop=stop.stop, hurry=stop.hurry, drain_s=drain_s)
+            stop_with_parent(stop=stop.stop, hurry=stop.hurry, drain_s=drain_s)
         yield stop, listener, WorkerId(f"{host_to_name(server.host, socket.gethostname())}:{listener.getsockname()[1]}")
 
 
@@ -199,22 +199,22 @@ class StartProgress:
             # the cursor stays at its start, so that the next log line takes its place
             output_to(sys.stderr.fileno()).write(f"\x1b[2K{text}\r", end="")
         elif part != self._part:
-            log.info("%s", part)
+            logger.info("%s", part)
         self._part = part
 
 
-def _say_ready(url: str, example: str | None) -> Callable[[], None]:
+def _ready_announcer(url: str, example: str | None) -> Callable[[], None]:
     """`example` is a command for whoever started us at a terminal; None under `kvist up`, which has its own."""
 
     def say() -> None:
-        log.info("ready at %s", url)
+        logger.info("ready at %s", url)
         if example is not None:
             print(f"Ready at {url}    (Ctrl-C stops it). Try:\n{example}", flush=True)
 
     return say
 
 
-class EngineOnly:
+class LocalEngineView:
     """What a worker that does its part of a request waits for: its own engine."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
@@ -238,23 +238,23 @@ class Serving:
     lifecycle: Lifecycle
     config: ServerConfig
     stop: StopSignals
-    say_ready: Callable[[], None]
+    on_ready: Callable[[], None]
     answers_alone: bool = True  # False: it does its part of a request, prefill or decode
 
     async def run(self) -> None:
         """Until it is told to stop and has drained. Raises what ended the engine's first start."""
         self.stop.watch()
         await self.dispatcher.start()
-        watched = self.dispatcher if self.answers_alone else EngineOnly(self.dispatcher)
+        watched = self.dispatcher if self.answers_alone else LocalEngineView(self.dispatcher)
         announcer = asyncio.create_task(
-            announce(watched, self.say_ready, says_waiting=self.supervisor is None), name="announcer"
+            announce(watched, self.on_ready, reports_waiting=self.supervisor is None), name="announcer"
         )
         serving = asyncio.create_task(self.http.serve(sockets=[self.listener]), name="http")
-        asked = asyncio.create_task(self.stop.asked.wait(), name="asked to stop")
+        stop_requested = asyncio.create_task(self.stop.requested.wait(), name="asked to stop")
         engine = None if self.supervisor is None else asyncio.create_task(self.supervisor.run(), name="engine")
-        waited_for = {serving, asked, *([] if engine is None else [engine])}
+        ends = {serving, stop_requested, *([] if engine is None else [engine])}
         try:
-            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             announcer.cancel()
             drain = Drain(
                 lifecycle=self.lifecycle,
@@ -263,11 +263,11 @@ class Serving:
                 cut=self.dispatcher.cut,
                 engine=self._drained(engine),
             )
-            await (drain.run() if asked.done() else drain.end_open_requests())
+            await (drain.run() if stop_requested.done() else drain.end_open_requests())
         finally:
             self.lifecycle.stop()
             announcer.cancel()
-            asked.cancel()
+            stop_requested.cancel()
             self.http.should_exit = True
             await serving
             await self.dispatcher.close()
@@ -291,5 +291,5 @@ def listen(server: ServerConfig) -> Iterator[socket.socket]:
     with bound_socket(server.host, server.port) as listener:
         address, port = listener.getsockname()[:2]
         if not server.api_key and not is_loopback(f"tcp://{bracketed(address)}:{port}"):
-            log.warning("HTTP on %s is open to every client that can reach it: set --api-key", server.host)
+            logger.warning("HTTP on %s is open to every client that can reach it: set --api-key", server.host)
         yield listener

@@ -17,7 +17,7 @@ from kvist.cluster.processes import Child, ChildState
 if TYPE_CHECKING:
     from rich.live import Live
 
-Say = Callable[[str], None]
+Show = Callable[[str], None]
 
 REPORT_INTERVAL_S = 10.0
 MAX_DOING_CHARS = 60
@@ -32,25 +32,27 @@ def is_routine(line: str) -> bool:
 class StartLines:
     """A line for each process that is ready, and one now and then about the others. Call it as often as you like."""
 
-    def __init__(self, children: Mapping[str, Child], say: Say) -> None:
+    def __init__(self, children: Mapping[str, Child], show: Show) -> None:
         self._children = children
-        self._say = say
+        self._show_line = show
         self._clock = MonotonicClock()
         self._start_s = self._clock.now_s()
         self._next_s = self._start_s + REPORT_INTERVAL_S
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def __call__(self) -> None:
         after_s = self._clock.now_s() - self._start_s
         for name, child in self._children.items():
-            if child.state is ChildState.READY and name not in self._told:
-                self._told.add(name)
-                self._say(f"{name} is ready after {after_s:.1f} s")
+            if child.state is ChildState.READY and name not in self._reported:
+                self._reported.add(name)
+                self._show_line(f"{name} is ready after {after_s:.1f} s")
         if self._clock.now_s() >= self._next_s:
             self._next_s = self._clock.now_s() + REPORT_INTERVAL_S
-            left = [child for name, child in self._children.items() if name not in self._told]
+            left = [child for name, child in self._children.items() if name not in self._reported]
             if left:
-                self._say(f"after {after_s:.0f} s: " + ", ".join(f"{child.plan.name} {doing(child)}" for child in left))
+                self._show_line(
+                    f"after {after_s:.0f} s: " + ", ".join(f"{child.plan.name} {describe(child)}" for child in left)
+                )
 
 
 class StartBlock:
@@ -59,7 +61,7 @@ class StartBlock:
     def __init__(self, children: Mapping[str, Child], live: Live, *, show_all: bool) -> None:
         self._children = children
         self._live = live
-        self._show_all = show_all
+        self._shows_all = show_all
         self._clock = MonotonicClock()
         self._start_s = self._clock.now_s()
 
@@ -68,12 +70,12 @@ class StartBlock:
 
         width = max(map(len, self._children))
         after_s = self._clock.now_s() - self._start_s
-        lines = [f"{name:<{width}}  {doing(child)}" for name, child in self._children.items()]
+        lines = [f"{name:<{width}}  {describe(child)}" for name, child in self._children.items()]
         self._live.update(Text("\n".join([*lines, f"{'':<{width}}  {after_s:.0f} s"])), refresh=True)
 
     def pass_on(self, line: str) -> None:
         """A line of output, above the changing ones."""
-        if self._show_all or not is_routine(line.partition(" | ")[2]):
+        if self._shows_all or not is_routine(line.partition(" | ")[2]):
             self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -87,7 +89,7 @@ def start_block(children: Mapping[str, Child], *, show_all: bool) -> Iterator[St
         yield StartBlock(children, live, show_all=show_all)
 
 
-def doing(child: Child) -> str:
+def describe(child: Child) -> str:
     """ "starting: loading weights 40%", "ready"."""
     if child.state is not ChildState.STARTING or not child.doing:
         return child.state.value

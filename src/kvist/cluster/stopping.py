@@ -15,15 +15,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import FrameType
 
-from kvist.cluster.lifeline import signal_ourselves
+from kvist.cluster.lifeline import signal_self
 from kvist.errors import KvistError, Unavailable
 from kvist.server.config import ServerConfig
 from kvist.server.lifecycle import Lifecycle
 
-SAME_STOP_S = 2.0
-PARTING_S = 2.0  # for clients to take the error that tells them of their end
+SAME_REQUEST_S = 2.0
+CUT_GRACE_S = 2.0  # for clients to take the error that tells them of their end
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class StopSignals:
@@ -32,10 +32,10 @@ class StopSignals:
     within `SAME_STOP_S` after it are one: both may come from the same service manager."""
 
     def __init__(self) -> None:
-        self.asked = asyncio.Event()
+        self.requested = asyncio.Event()
         self.hurried = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._asked_s: float | None = None
+        self._requested_s: float | None = None
         self._num_signals = 0
 
     def watch(self) -> None:
@@ -49,25 +49,27 @@ class StopSignals:
         if self._loop is None:
             raise KeyboardInterrupt
         self._num_signals += 1
-        again = self._num_signals > 1 or (self._asked_s is not None and self._loop.time() > self._asked_s + SAME_STOP_S)
-        self._loop.call_soon_threadsafe(self._ask if not again else self.hurried.set)
+        again = self._num_signals > 1 or (
+            self._requested_s is not None and self._loop.time() > self._requested_s + SAME_REQUEST_S
+        )
+        self._loop.call_soon_threadsafe(self._request if not again else self.hurried.set)
 
     def stop(self) -> None:
         """From the parent, on any thread."""
         if self._loop is None:
-            signal_ourselves()
+            signal_self()
         else:
-            self._loop.call_soon_threadsafe(self._ask)
+            self._loop.call_soon_threadsafe(self._request)
 
     def hurry(self) -> None:
         """From the parent, on any thread."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.hurried.set)
 
-    def _ask(self) -> None:
-        if self._asked_s is None:
-            self._asked_s = asyncio.get_running_loop().time()
-        self.asked.set()
+    def _request(self) -> None:
+        if self._requested_s is None:
+            self._requested_s = asyncio.get_running_loop().time()
+        self.requested.set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ class Drain:
         config, lifecycle = self.config, self.lifecycle
         lifecycle.stop()
         limit_s = max(config.shutdown_timeout_s, config.drain_grace_s)
-        log.info(
+        logger.info(
             "stopping: new requests are refused; open requests: %d, for %g s at most (a second signal cuts them)",
             lifecycle.num_open,
             limit_s,
@@ -108,8 +110,8 @@ class Drain:
         num_left = self.lifecycle.num_open
         if not num_left:
             return
-        log.warning("requests still open, now cut with an error: %d (--shutdown-timeout-s)", num_left)
+        logger.warning("requests still open, now cut with an error: %d (--shutdown-timeout-s)", num_left)
         self.cut(Unavailable("the server stopped before the answer was complete: send the request again"))
         idle = asyncio.ensure_future(self.lifecycle.wait_idle())
-        await asyncio.wait((idle,), timeout=PARTING_S)
+        await asyncio.wait((idle,), timeout=CUT_GRACE_S)
         idle.cancel()

@@ -9,16 +9,16 @@ from types import FrameType
 
 from kvist.cluster.announce import curl_example, shown_key
 from kvist.cluster.leftovers import stop_and_clear
-from kvist.cluster.lifeline import STOP_SIGNALS, obey_stdin, signal_ourselves, signals_to
+from kvist.cluster.lifeline import STOP_SIGNALS, handle_signals, signal_self, stop_with_parent
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
-from kvist.cluster.probe import ask
-from kvist.cluster.processes import Patience, Processes
+from kvist.cluster.probe import probe_child
+from kvist.cluster.processes import Limits, Processes
 from kvist.cluster.start_display import StartBlock, StartLines, start_block
 from kvist.output import output_to
 
 
-def stop_signals(processes: Processes) -> contextlib.AbstractContextManager[None]:
+def interrupt_on_stop_signals(processes: Processes) -> contextlib.AbstractContextManager[None]:
     """Signals that ask for a stop end the body by `KeyboardInterrupt`; when the processes are stopping already, they
     shorten that."""
 
@@ -27,7 +27,7 @@ def stop_signals(processes: Processes) -> contextlib.AbstractContextManager[None
             raise KeyboardInterrupt
         processes.hurry()
 
-    return signals_to(interrupt, STOP_SIGNALS)
+    return handle_signals(interrupt, STOP_SIGNALS)
 
 
 class Screen:
@@ -71,12 +71,12 @@ def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
     screen = Screen()
     processes = Processes(
         plan_on_free_ports(shape),
-        probe=ask,
+        probe=probe_child,
         sink=screen.show,
-        patience=Patience(drain_s=shape.drain_s, stall_restart_s=shape.stall_restart_s),
+        limits=Limits(drain_s=shape.drain_s, stall_restart_s=shape.stall_restart_s),
         lines_are_shown=shape.shows_all_lines or not sys.stdout.isatty(),
     )
-    with stop_signals(processes):
+    with interrupt_on_stop_signals(processes):
         try:
             _start_and_wait(processes, shape, screen, stop_with_stdin)
         except KeyboardInterrupt:
@@ -90,13 +90,13 @@ def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
 
 def _stop(processes: Processes) -> None:
     if not processes.stopping:
-        signal_ourselves()
+        signal_self()
 
 
 def _start_and_wait(processes: Processes, shape: ClusterShape, screen: Screen, stop_with_stdin: bool) -> None:
     if stop_with_stdin:
         # the router's requests, then those that workers have of other routers
-        obey_stdin(stop=lambda: _stop(processes), hurry=processes.hurry, drain_s=2 * shape.drain_s)
+        stop_with_parent(stop=lambda: _stop(processes), hurry=processes.hurry, drain_s=2 * shape.drain_s)
     config = shape.config
     workers = f"{config.prefill} prefill, {config.decode} decode, {config.unified} unified"
     screen.show("kvist", f"starting a router and workers ({workers}), {shape.threads_per_worker} thread(s) each")

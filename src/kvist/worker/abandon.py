@@ -15,8 +15,8 @@ from kvist.clock import Clock
 from kvist.request import RequestId
 from kvist.scheduler.plan import Batch
 
-LOOK_INTERVAL_S = 0.025
-MAX_KEPT_MESSAGES = 1024  # more of them wait in the socket, as they would without a look
+CHECK_INTERVAL_S = 0.025
+MAX_BUFFERED_MESSAGES = 1024  # more of them wait in the socket, as they would without a look
 
 
 class Receiver(Protocol):
@@ -34,29 +34,29 @@ class Abandonment:
         self._channel = channel
         self._owner = owner
         self._clock = clock
-        self._kept: list[tuple[bytes, Inbound]] = []
-        self._wanted: set[RequestId] = set()  # of the batch under way
-        self._next_look_s = 0.0
+        self._buffered: list[tuple[bytes, Inbound]] = []
+        self._open_request_ids: set[RequestId] = set()  # of the batch under way
+        self._next_check_s = 0.0
         self.num_abandoned = 0
 
     def begin(self, batch: Batch) -> None:
-        self._wanted = {item.request_id for item in batch.items}
-        self._next_look_s = self._clock.now_s() + LOOK_INTERVAL_S
+        self._open_request_ids = {item.request_id for item in batch.items}
+        self._next_check_s = self._clock.now_s() + CHECK_INTERVAL_S
 
     def check(self) -> None:
         """Raises `StepAbandoned`. Costs well under a microsecond between two looks."""
         now_s = self._clock.now_s()
-        if now_s < self._next_look_s or len(self._kept) >= MAX_KEPT_MESSAGES:
+        if now_s < self._next_check_s or len(self._buffered) >= MAX_BUFFERED_MESSAGES:
             return
-        self._next_look_s = now_s + LOOK_INTERVAL_S
+        self._next_check_s = now_s + CHECK_INTERVAL_S
         for identity, message in self._channel.recv(0.0):
-            self._kept.append((identity, message))
+            self._buffered.append((identity, message))
             if isinstance(message, wire.Abort) and self._owner(message.request_id) == identity:
-                self._wanted.discard(message.request_id)
-        if not self._wanted:
+                self._open_request_ids.discard(message.request_id)
+        if not self._open_request_ids:
             self.num_abandoned += 1
             raise StepAbandoned("every request of the step was aborted")
 
-    def take_kept(self) -> list[tuple[bytes, Inbound]]:
-        kept, self._kept = self._kept, []
-        return kept
+    def take_buffered(self) -> list[tuple[bytes, Inbound]]:
+        buffered, self._buffered = self._buffered, []
+        return buffered

@@ -35,14 +35,14 @@ from kvist.transfer.epoch import EpochLock, new_epoch, sweep
 from kvist.wire import Submit
 from kvist.worker.bench_shapes import Shape, StepsConfig
 from kvist.worker.config import EngineConfig
-from kvist.worker.engine import calm_collector, find_served_model, load_runner, warm_up
+from kvist.worker.engine import find_served_model, freeze_gc, load_runner, warm_up
 
 PREFILL_STEP_TOKENS = 2048  # of the steps before the measured ones, which fill the context of the decodes
 MAX_STEPS_BEFORE = 100_000  # such steps; more mean that the scheduler is stuck
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepTimes:
+class StepParts:
     plan_s: float
     launch_s: float
     compute_s: float
@@ -54,9 +54,9 @@ class StepTimes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timed:
+class ShapeResult:
     shape: Shape
-    steps: list[StepTimes]
+    steps: list[StepParts]
     overlapped_s: float | None  # wall time of a step with the next one planned and launched meanwhile
 
 
@@ -71,23 +71,23 @@ def run_bench_engine(engine: EngineConfig, config: StepsConfig) -> int:
         runner = load_runner(engine, limits, served, runtime_dir, lambda _text: None)
         closing.callback(runner.close)
         warm_up(runner, lambda _text: None)
-        calm_collector()
+        freeze_gc()
         device = runner.pool.tensor.device
         ranks = f", {engine.tp} ranks" if engine.tp > 1 else ""
         name, dtype = served.checkpoint.name, runner.pool.layout.dtype
         print(f"{name} in {dtype} on {device}{ranks}, attention {runner.attention_name}")
         print(f"pool: {runner.pool_reason}")
         print(_HEAD)
-        timed = []
+        results = []
         for shape in config.parsed:
             check_fits(shape, config, runner, served.config.max_position_embeddings)
             source = PromptSource(served.config.vocab_size)
             bench = ShapeBench(shape, config, runner, limits, source, MonotonicClock())
-            overlapped_s = bench.overlapped() if device.type == "cuda" else None
-            timed.append(Timed(shape=shape, steps=bench.taken_apart(), overlapped_s=overlapped_s))
-            print(line(timed[-1]), flush=True)
+            overlapped_s = bench.measure_overlapped() if device.type == "cuda" else None
+            results.append(ShapeResult(shape=shape, steps=bench.measure_parts(), overlapped_s=overlapped_s))
+            print(line(results[-1]), flush=True)
     if config.json_path is not None:
-        _write(config.json_path, timed, {"model": served.checkpoint.name, "device": str(device), "tp": engine.tp})
+        _write(config.json_path, results, {"model": served.checkpoint.name, "device": str(device), "tp": engine.tp})
     return 0
 
 
@@ -104,7 +104,7 @@ def scheduler_limits(shapes: Sequence[Shape]) -> SchedulerConfig:
     )
 
 
-def most_answered(shape: Shape, config: StepsConfig, limits: SchedulerConfig) -> int:
+def max_decode_tokens(shape: Shape, config: StepsConfig, limits: SchedulerConfig) -> int:
     """Tokens that a decode may write: in the steps that count, and while the prompts of others are still read."""
     room_for_prompts = max(1, limits.max_prefill_tokens - shape.num_decodes)
     num_reading_steps = -(-shape.num_decodes * shape.context // room_for_prompts)
@@ -113,7 +113,7 @@ def most_answered(shape: Shape, config: StepsConfig, limits: SchedulerConfig) ->
 
 def check_fits(shape: Shape, config: StepsConfig, runner: AnyRunner, max_positions: int) -> None:
     """Raises `ConfigError`."""
-    num_steps = most_answered(shape, config, scheduler_limits([shape]))
+    num_steps = max_decode_tokens(shape, config, scheduler_limits([shape]))
     page_size = runner.pool.layout.page_size
     longest = max(shape.context + num_steps if shape.num_decodes else 0, shape.prompt + 1)
     if longest > max_positions:
@@ -167,13 +167,13 @@ class ShapeBench:
         self._limits = limits
         self._source = source
         self._clock = clock
-        self._start(overlap=False)
+        self._new_scheduler(overlap=False)
 
-    def taken_apart(self) -> list[StepTimes]:
+    def measure_parts(self) -> list[StepParts]:
         """One step after another, the measured ones only."""
-        self._start(overlap=False)
+        self._new_scheduler(overlap=False)
         times = []
-        events = self._decodes_ready()
+        events = self._prefill_decodes()
         for number in range(self._config.warmup_steps + self._config.steps):
             events = [*events, *self._new_prompts()]
             start_s = self._clock.now_s()
@@ -190,7 +190,7 @@ class ShapeBench:
             self._check(batch)
             if number >= self._config.warmup_steps:
                 times.append(
-                    StepTimes(
+                    StepParts(
                         plan_s=planned_s - start_s,
                         launch_s=launched_s - planned_s,
                         compute_s=computed_s - launched_s,
@@ -199,10 +199,10 @@ class ShapeBench:
                 )
         return times
 
-    def overlapped(self) -> float:
+    def measure_overlapped(self) -> float:
         """Seconds a step, with each planned and launched while the one before is computed."""
-        self._start(overlap=True)
-        events = self._decodes_ready()
+        self._new_scheduler(overlap=True)
+        events = self._prefill_decodes()
         under_way: deque[tuple[Batch, InFlight]] = deque()
         start_s = 0.0
         for number in range(self._config.warmup_steps + self._config.steps + 1):
@@ -212,9 +212,9 @@ class ShapeBench:
             under_way.append((batch, self._runner.launch(batch)))
             events = []
             if len(under_way) == 2:
-                former, flight = under_way.popleft()
-                events = [StepFinished(step_id=former.step_id, sampled=flight.result())]
-                self._check(former)
+                previous, flight = under_way.popleft()
+                events = [StepFinished(step_id=previous.step_id, sampled=flight.result())]
+                self._check(previous)
         wall_s = self._clock.now_s() - start_s
         for _, flight in under_way:
             flight.result()
@@ -222,7 +222,7 @@ class ShapeBench:
 
     # ------------------------------------------------------------ the scheduler
 
-    def _start(self, *, overlap: bool) -> None:
+    def _new_scheduler(self, *, overlap: bool) -> None:
         pool = self._runner.pool
         config = dataclasses.replace(
             self._limits, max_model_len=pool.num_pages * pool.layout.page_size, overlap=overlap
@@ -233,13 +233,13 @@ class ShapeBench:
     def _new_prompts(self) -> list[Event]:
         return [self._source.arrival(self._shape.prompt, 1) for _ in range(self._shape.num_prompts)]
 
-    def _decodes_ready(self) -> list[Event]:
+    def _prefill_decodes(self) -> list[Event]:
         """Runs the steps that give every decode its context. The events that the first measured step begins with."""
         if not self._shape.num_decodes:
             return []
         # one of the context is the first token that prefill chose
         context = max(1, self._shape.context - 1)
-        max_tokens = most_answered(self._shape, self._config, self._limits)
+        max_tokens = max_decode_tokens(self._shape, self._config, self._limits)
         events: list[Event] = [self._source.arrival(context, max_tokens) for _ in range(self._shape.num_decodes)]
         num_ready = 0
         for _ in range(MAX_STEPS_BEFORE):
@@ -271,20 +271,20 @@ def _median_ms(values: Sequence[float]) -> float:
     return 1e3 * statistics.median(values)
 
 
-def line(timed: Timed) -> str:
-    steps, tokens = timed.steps, timed.shape.num_step_tokens
+def line(result: ShapeResult) -> str:
+    steps, tokens = result.steps, result.shape.num_step_tokens
     step_ms = _median_ms([step.step_s for step in steps])
-    best_ms = step_ms if timed.overlapped_s is None else 1e3 * timed.overlapped_s
-    overlapped = "-" if timed.overlapped_s is None else f"{1e3 * timed.overlapped_s:.3f}"
+    best_ms = step_ms if result.overlapped_s is None else 1e3 * result.overlapped_s
+    overlapped = "-" if result.overlapped_s is None else f"{1e3 * result.overlapped_s:.3f}"
     return (
-        f"{timed.shape.text:<16} {tokens:>6} | {_median_ms([step.plan_s for step in steps]):6.3f} "
+        f"{result.shape.text:<16} {tokens:>6} | {_median_ms([step.plan_s for step in steps]):6.3f} "
         f"{_median_ms([step.launch_s for step in steps]):8.3f} {_median_ms([step.compute_s for step in steps]):8.3f} "
         f"{_median_ms([step.read_back_s for step in steps]):10.3f} = {step_ms:11.3f} | {overlapped:>13} "
         f"{1e3 * tokens / best_ms:11,.0f}"
     )
 
 
-def _write(path: Path, timed: Sequence[Timed], about: dict[str, str | int]) -> None:
+def _write(path: Path, results: Sequence[ShapeResult], about: dict[str, str | int]) -> None:
     runs = [
         {
             "shape": each.shape.text,
@@ -292,6 +292,6 @@ def _write(path: Path, timed: Sequence[Timed], about: dict[str, str | int]) -> N
             "overlapped_s": each.overlapped_s,
             "rows": [dataclasses.asdict(step) for step in each.steps],
         }
-        for each in timed
+        for each in results
     ]
     path.write_text(json.dumps({**about, "runs": runs}, indent=1))

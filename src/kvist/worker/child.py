@@ -31,14 +31,14 @@ from kvist.worker.messages import DRAIN, STOP, Beat, Progress, Ready, StartFaile
 
 FIRST_RESTART_WAIT_S = 0.5
 LONGEST_RESTART_WAIT_S = 30.0
-FORGIVE_AFTER_S = 60.0  # a life this long makes the next wait short again
+BACKOFF_RESET_S = 60.0  # a life this long makes the next wait short again
 STOP_GRACE_S = 10.0
-LOOK_INTERVAL_S = 0.5  # between two looks whether the engine makes progress
-_OWN_WORDS_S = 2.0  # an engine whose threads run ends itself at the limit, and says where it hangs: let it
+CHECK_INTERVAL_S = 0.5  # between two looks whether the engine makes progress
+_SELF_EXIT_GRACE_S = 2.0  # an engine whose threads run ends itself at the limit, and says where it hangs: let it
 _MAX_LINE_BYTES = 1 << 20
 ENGINE_COMMAND = (sys.executable, "-m", "kvist.worker")
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class EngineProcess:
@@ -51,8 +51,8 @@ class EngineProcess:
         self._clock = MonotonicClock()
         now_s = self._clock.now_s()
         self._last_beat_s, self._beat = now_s, Beat(turn_s=0.0, stalled_s=0.0)
-        self._oversleep = Oversleep(now_s, longest_s=2 * LOOK_INTERVAL_S)
-        self._listening = asyncio.create_task(self._listen(), name="engine's beats")
+        self._oversleep = Oversleep(now_s, longest_s=2 * CHECK_INTERVAL_S)
+        self._reader = asyncio.create_task(self._read_messages(), name="engine's beats")
 
     @classmethod
     async def start(
@@ -87,8 +87,8 @@ class EngineProcess:
         """Its exit status, negative for a signal."""
         return await self._process.wait()
 
-    def look(self) -> EngineHealth:
-        """Call it every `LOOK_INTERVAL_S`."""
+    def check_health(self) -> EngineHealth:
+        """Call it every `CHECK_INTERVAL_S`."""
         now_s = self._clock.now_s()
         self._last_beat_s += self._oversleep.look(now_s)
         silent_s = now_s - self._last_beat_s
@@ -96,7 +96,7 @@ class EngineProcess:
 
     def drain(self) -> None:
         """Ask it to take no new request and to end after its last one."""
-        _tell(self._process, DRAIN)
+        _send_line(self._process, DRAIN)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -105,9 +105,9 @@ class EngineProcess:
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Ask it to end now; SIGKILL after `grace_s`. Harmless when it has ended."""
         await _end(self._process, grace_s=grace_s)
-        await self._listening
+        await self._reader
 
-    async def _listen(self) -> None:
+    async def _read_messages(self) -> None:
         stdout = self._process.stdout
         assert stdout is not None
         while line := await _read_line(stdout):
@@ -115,7 +115,7 @@ class EngineProcess:
                 case Beat() as beat:
                     self._beat, self._last_beat_s = beat, self._clock.now_s()
                 case None:
-                    log.warning("the engine printed %r", line)
+                    logger.warning("the engine printed %r", line)
 
 
 async def _await_ready(
@@ -135,13 +135,13 @@ async def _await_ready(
             case StartFailed(code=code, message=message):
                 raise error_from_wire(code, message)
             case None:
-                log.warning("the engine printed %r", line)
+                logger.warning("the engine printed %r", line)
     raise EngineError(f"the engine ended with status {await process.wait()} before it was ready: see its log")
 
 
 async def _end(process: asyncio.subprocess.Process, *, grace_s: float) -> None:
     if process.returncode is None and grace_s > 0:
-        _tell(process, STOP)
+        _send_line(process, STOP)
         if process.stdin is not None:
             process.stdin.close()
         with contextlib.suppress(TimeoutError):
@@ -154,7 +154,7 @@ async def _end(process: asyncio.subprocess.Process, *, grace_s: float) -> None:
         process.stdin.close()
 
 
-def _tell(process: asyncio.subprocess.Process, word: bytes) -> None:
+def _send_line(process: asyncio.subprocess.Process, word: bytes) -> None:
     if process.stdin is not None and not process.stdin.is_closing():
         process.stdin.write(word + b"\n")  # a few bytes: the pipe takes them, or the engine is dead
 
@@ -216,29 +216,29 @@ class EngineSupervisor:
     async def run(self) -> None:
         """Until cancelled or drained; the engine is stopped then. Raises `KvistError` when the very first start fails:
         trying again would hardly help. What has worked once is tried again for ever, every `LONGEST_RESTART_WAIT_S`."""
-        num_quick_deaths = 0
+        num_early_exits = 0
         try:
             while True:
                 started_s = self._clock.now_s()
                 try:
-                    await self._one_life()
+                    await self._run_once()
                 except KvistError as error:
                     if self.num_restarts == 0 and self.failure is None:
                         raise
-                    self._failed(error)
+                    self._record_failure(error)
                 if self._draining:
                     return
                 lived_s = self._clock.now_s() - started_s
-                num_quick_deaths = 1 if lived_s >= FORGIVE_AFTER_S else num_quick_deaths + 1
-                wait_s = restart_wait_s(num_quick_deaths)
-                log.error("%s; the next start is in %g s", self.failure, wait_s)
+                num_early_exits = 1 if lived_s >= BACKOFF_RESET_S else num_early_exits + 1
+                wait_s = restart_wait_s(num_early_exits)
+                logger.error("%s; the next start is in %g s", self.failure, wait_s)
                 self.state = EngineState.WAITING
                 await asyncio.sleep(wait_s)
                 self.num_restarts += 1
         finally:
             self.state = EngineState.STOPPED
 
-    async def _one_life(self) -> None:
+    async def _run_once(self) -> None:
         try:
             await self._start_and_watch()
         finally:  # an engine that was killed, by whomever, could not remove its files
@@ -257,7 +257,7 @@ class EngineSupervisor:
                 bind_process(engine.gateway_cores)
             self.health = EngineHealth()
             self._set_spec(engine.spec)
-            self._failed(WorkerLost(await self._watch(engine)))
+            self._record_failure(WorkerLost(await self._watch(engine)))
         finally:
             self._engine = None
             self._set_spec(None)
@@ -270,11 +270,11 @@ class EngineSupervisor:
         if self._draining:
             engine.drain()
         ending = asyncio.create_task(engine.wait(), name="engine's end")
-        limit_s = self._config.stall_restart_s + _OWN_WORDS_S
+        limit_s = self._config.stall_restart_s + _SELF_EXIT_GRACE_S
         killed = ""
         while not ending.done():
-            await asyncio.wait((ending,), timeout=LOOK_INTERVAL_S)
-            self.health = engine.look()
+            await asyncio.wait((ending,), timeout=CHECK_INTERVAL_S)
+            self.health = engine.check_health()
             if self.health.stalled_s >= limit_s and not killed:
                 killed = f", killed because it made no progress for {self.health.stalled_s:.0f} s (--stall-restart-s)"
                 engine.kill()
@@ -284,7 +284,7 @@ class EngineSupervisor:
         self.health = EngineHealth(doing=text)
         self._on_progress(text)
 
-    def _failed(self, error: KvistError) -> None:
+    def _record_failure(self, error: KvistError) -> None:
         self.failure, self.health = error, EngineHealth(problem=error.message)
 
     def _set_spec(self, spec: EngineSpec | None) -> None:
@@ -292,6 +292,6 @@ class EngineSupervisor:
         self._on_change(spec)
 
 
-def restart_wait_s(num_quick_deaths: int) -> float:
+def restart_wait_s(num_early_exits: int) -> float:
     """0.5, 1, 2, ... 30 s."""
-    return float(min(LONGEST_RESTART_WAIT_S, FIRST_RESTART_WAIT_S * 2.0 ** min(num_quick_deaths - 1, 16)))
+    return float(min(LONGEST_RESTART_WAIT_S, FIRST_RESTART_WAIT_S * 2.0 ** min(num_early_exits - 1, 16)))

@@ -52,7 +52,7 @@ from kvist.worker.progress import ProgressWatch
 from kvist.worker.reports import LoadReports
 from kvist.worker.storage import EngineStorage
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class ServedModel:
     """The model that this engine serves, as its checkpoint names it."""
 
     checkpoint: Checkpoint
@@ -95,9 +95,9 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         closing.callback(EpochLock(runtime_dir, member.epoch).close)
         served = find_served_model(config)
         # Beside the loading, which reads the same files and leaves cores idle.
-        taking = Background(partial(take_fingerprints, served.checkpoint, config), "kvist-fingerprint")
+        fingerprinting = Background(partial(compute_fingerprints, served.checkpoint, config), "kvist-fingerprint")
         limits = resolve_limits(config.scheduler, device=device_type(config.device), role=config.role)
-        log.info(
+        logger.info(
             "a step takes up to %d requests, usually %d tokens and at most %d; the next step is planned %s",
             limits.max_running_requests,
             limits.chunked_prefill_size,
@@ -106,14 +106,14 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         )
         runner = load_runner(config, limits, served, runtime_dir, progress)
         closing.callback(runner.close)
-        log.info("page pool: %s", runner.pool_reason)
+        logger.info("page pool: %s", runner.pool_reason)
         warm_up(runner, progress)
-        calm_collector()
-        fingerprints = taking.result()
+        freeze_gc()
+        fingerprints = fingerprinting.result()
         return _assemble(config, limits, served, fingerprints, runner, member, runtime_dir, closing.pop_all())
 
 
-def calm_collector() -> None:
+def freeze_gc() -> None:
     """What is there stays, the model and the libraries above all: the collector need not look at it while serving. A
     step makes and drops a thousand objects that are in no cycle; to look every 700 would cost it a tenth of its time.
     """
@@ -122,14 +122,14 @@ def calm_collector() -> None:
     gc.set_threshold(20_000)
 
 
-def _share_of_cores(runtime_dir: Path) -> int:
+def _num_cores_for_us(runtime_dir: Path) -> int:
     return max(1, num_usable_cores() // num_live_epochs(runtime_dir))
 
 
 # ---------------------------------------------------------------- model and pages
 
 
-def find_served_model(config: EngineConfig) -> Served:
+def find_served_model(config: EngineConfig) -> ServedModel:
     checkpoint = find_checkpoint(config.model_path)
     model_config = load_model_config(checkpoint)
     trained_for = model_config.max_position_embeddings
@@ -138,10 +138,10 @@ def find_served_model(config: EngineConfig) -> Served:
             f"--context-length {config.context_length} is more than the model was trained for ({trained_for} tokens)",
             param="context_length",
         )
-    return Served(checkpoint=checkpoint, config=model_config)
+    return ServedModel(checkpoint=checkpoint, config=model_config)
 
 
-def take_fingerprints(checkpoint: Checkpoint, config: EngineConfig) -> Fingerprints:
+def compute_fingerprints(checkpoint: Checkpoint, config: EngineConfig) -> Fingerprints:
     """Raises `ModelLoadError`."""
     is_dummy = config.load_format == "dummy"
     # Dummy weights of another seed make other pages of the same checkpoint.
@@ -155,7 +155,7 @@ def take_fingerprints(checkpoint: Checkpoint, config: EngineConfig) -> Fingerpri
 def load_runner(
     config: EngineConfig,
     limits: SchedulerConfig,
-    served: Served,
+    served: ServedModel,
     runtime_dir: Path,
     progress: Callable[[str], None],
 ) -> AnyRunner:
@@ -168,7 +168,7 @@ def load_runner(
             progress(f"loading weights {10 * tenth}%")
 
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunnerOptions)}
-    options["num_threads"] = config.num_threads or _share_of_cores(runtime_dir)
+    options["num_threads"] = config.num_threads or _num_cores_for_us(runtime_dir)
     runner_config = RunnerConfig(
         **options, max_running_requests=limits.max_running_requests, max_batch_tokens=limits.max_prefill_tokens
     )
@@ -198,7 +198,7 @@ def warm_up(runner: AnyRunner, progress: Callable[[str], None]) -> None:
 def _assemble(
     config: EngineConfig,
     limits: SchedulerConfig,
-    served: Served,
+    served: ServedModel,
     fingerprints: Fingerprints,
     runner: AnyRunner,
     member: Member,
@@ -270,7 +270,7 @@ def _assemble(
         if isinstance(runner, Runner):  # the other ranks of a --tp engine, or a GPU, would go on
             runner.between_layers = loop.between_layers
         watch = ProgressWatch(
-            lambda: loop.num_turns,
+            lambda: loop.num_iterations,
             limit_s=config.stall_restart_s,
             loop_cpu_s=None if pool.tensor.is_cuda else thread_cpu_clock(threading.get_ident()),
         )
@@ -297,7 +297,7 @@ def make_host_pool(
         size_gb=config.hicache_size,
         available_bytes=available_bytes,
     )
-    log.info(
+    logger.info(
         "host tier: %d tokens (%d pages), %.2f GiB, %s",
         num_pages * pool.layout.page_size,
         num_pages,
@@ -332,14 +332,14 @@ def _close_storage(storage: EngineStorage, pool_closing: contextlib.ExitStack) -
     if not storage.close():
         # A call that hangs may write into the pool until this process has ended, and only then may another one have
         # its folder: the lock on that stays.
-        log.warning("the storage tier hangs: the host pool is left as it is")
+        logger.warning("the storage tier hangs: the host pool is left as it is")
         pool_closing.pop_all()
 
 
 def _describe(
     config: EngineConfig,
     limits: SchedulerConfig,
-    served: Served,
+    served: ServedModel,
     fingerprints: Fingerprints,
     pool: DevicePool,
     epoch: EpochId,

@@ -15,11 +15,11 @@ MAX_GATEWAYS = 256
 
 
 @dataclass(slots=True)
-class Gateway:
+class ConnectedGateway:
     """Mutable; owned by `Gateways`."""
 
     identity: bytes
-    last_heard_s: float
+    last_contact_s: float
     next_sequence: int = 0  # of its next LoadReport
     wants_snapshot: bool = True
     request_ids: set[RequestId] = field(default_factory=set)
@@ -30,21 +30,21 @@ class Gateways:
 
     def __init__(self, *, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._gateways: dict[bytes, Gateway] = {}
+        self._gateways: dict[bytes, ConnectedGateway] = {}
         self._owners: dict[RequestId, bytes] = {}
         self.owner = self._owners.get  # of a request: its gateway's identity, or None; asked for each token
 
-    def heard(self, identity: bytes, now_s: float) -> Gateway | None:
+    def note_contact(self, identity: bytes, now_s: float) -> ConnectedGateway | None:
         """Note a sign of life. None: there are `MAX_GATEWAYS` already and this is a new one."""
         gateway = self._gateways.get(identity)
         if gateway is None:
             if len(self._gateways) >= MAX_GATEWAYS:
                 return None
-            gateway = self._gateways[identity] = Gateway(identity, now_s)
-        gateway.last_heard_s = now_s
+            gateway = self._gateways[identity] = ConnectedGateway(identity, now_s)
+        gateway.last_contact_s = now_s
         return gateway
 
-    def add_request(self, gateway: Gateway, request_id: RequestId) -> bool:
+    def add_request(self, gateway: ConnectedGateway, request_id: RequestId) -> bool:
         """False: the id is in use."""
         if request_id in self._owners:
             return False
@@ -63,7 +63,7 @@ class Gateways:
         return sorted(gateway.request_ids) if gateway else []
 
     def forget_silent(self, now_s: float) -> list[RequestId]:
-        silent = [known.identity for known in self if now_s - known.last_heard_s > self._timeout_s]
+        silent = [gateway.identity for gateway in self if now_s - gateway.last_contact_s > self._timeout_s]
         return [request_id for identity in silent for request_id in self.forget(identity)]
 
     @property
@@ -74,7 +74,7 @@ class Gateways:
     def all_requests(self) -> list[tuple[RequestId, bytes]]:
         return list(self._owners.items())
 
-    def __iter__(self) -> Iterator[Gateway]:
+    def __iter__(self) -> Iterator[ConnectedGateway]:
         return iter(list(self._gateways.values()))
 
     def __len__(self) -> int:

@@ -19,13 +19,13 @@ from kvist.errors import HandoffFailed, KvistError, Overloaded, RequestError, Un
 from kvist.request import EngineRequest, Outcome, RequestId
 from kvist.scheduler.events import Event
 from kvist.worker.config import DECODE
-from kvist.worker.gateways import MAX_GATEWAYS, Gateway, Gateways
+from kvist.worker.gateways import MAX_GATEWAYS, ConnectedGateway, Gateways
 
 MAX_OPEN_FLUSHES = 1024
 MAX_REQUEST_ID_CHARS = 1024
 _MAX_SEED = 2**63 - 1
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Inbox:
         self._ask_storage = ask_storage
         self._gateways = gateways
         self._flushes: OrderedDict[str, bytes] = OrderedDict()  # call id → who asked
-        self._log = BoundedLog(log)
+        self._log = BoundedLog(logger)
         self.num_unexpected = 0  # messages of the other role's side of a handoff
         self.draining = False  # new requests are refused
 
@@ -70,7 +70,7 @@ class Inbox:
     def _open_one(self, identity: bytes, message: Inbound, now_s: float) -> Event | Reply | None:
         match message:
             case wire.Hello() | wire.Submit() | wire.Abort() | wire.FlushCache() | wire.StorageCommand():
-                gateway = self._gateways.heard(identity, now_s)
+                gateway = self._gateways.note_contact(identity, now_s)
                 if gateway is not None:
                     return self._from_gateway(gateway, message)
                 if isinstance(message, wire.Submit):
@@ -100,7 +100,7 @@ class Inbox:
             )
         return message
 
-    def _from_gateway(self, gateway: Gateway, message: wire.GatewayToEngine) -> Event | Reply | None:
+    def _from_gateway(self, gateway: ConnectedGateway, message: wire.GatewayToEngine) -> Event | Reply | None:
         match message:
             case wire.Hello():
                 gateway.wants_snapshot = gateway.wants_snapshot or message.resync
@@ -120,21 +120,21 @@ class Inbox:
                 self._ask_storage(gateway.identity, message)
                 return None
 
-    def _submitted(self, gateway: Gateway, submit: wire.Submit) -> Event | Reply:
+    def _submitted(self, gateway: ConnectedGateway, submit: wire.Submit) -> Event | Reply:
         request = submit.request
         if self.draining:
             error: KvistError = Unavailable("this worker is stopping: send the request to another", retry_after_s=1.0)
             return refusal(gateway.identity, request.request_id, error)
-        fault = _fault_of(request, self._spec.vocab_size)
-        if fault is not None:
-            return refusal(gateway.identity, request.request_id, RequestError(fault))
+        problem = _find_invalid_field(request, self._spec.vocab_size)
+        if problem is not None:
+            return refusal(gateway.identity, request.request_id, RequestError(problem))
         if not self._gateways.add_request(gateway, request.request_id):
             error = RequestError(f"the request id {request.request_id} is in use at this engine")
             return refusal(gateway.identity, request.request_id, error)
         return submit
 
 
-def _fault_of(request: EngineRequest, vocab_size: int) -> str | None:
+def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
     """Why it would fail the whole batch it is computed in, or None. A gateway sends no such request: it has checked
     each field under the client's name for it."""
     sampling = request.sampling

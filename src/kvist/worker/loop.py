@@ -51,13 +51,13 @@ from kvist.worker.abandon import Abandonment, StepAbandoned
 from kvist.worker.gateways import Gateways
 from kvist.worker.inbox import Inbox, refusal
 from kvist.worker.reports import LoadReports
-from kvist.worker.step_times import StepTimes
+from kvist.worker.step_times import StepCpuTimes
 
 MAX_FAILED_STEPS_IN_A_ROW = 8  # then the device is broken for good
-SEARCH_S = 0.002  # that a batch may be planned later, for the store to say what it has
-WATCH_INTERVAL_S = 1.0  # between two looks whether watched peers and known gateways are alive
+STORE_PROBE_S = 0.002  # that a batch may be planned later, for the store to say what it has
+LIVENESS_INTERVAL_S = 1.0  # between two looks whether watched peers and known gateways are alive
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Channel(Protocol):
@@ -127,17 +127,17 @@ class EngineLoop:
         self._gateways = Gateways(timeout_s=parts.gateway_timeout_s)
         ask_storage = None if parts.storage is None else parts.storage.ask
         self._inbox = Inbox(spec=parts.spec, gateways=self._gateways, ask_storage=ask_storage)
-        self._carried: list[Event] = []  # made by ourselves, for the next step
-        self._watched: frozenset[EpochId] = frozenset()
+        self._pending_events: list[Event] = []  # made by ourselves, for the next step
+        self._watched_epochs: frozenset[EpochId] = frozenset()
         self._wake_at_s: float | None = None
-        self._next_watch_s = parts.clock.now_s()
-        self.num_turns = 0  # begun; read by any thread
+        self._next_check_s = parts.clock.now_s()
+        self.num_iterations = 0  # begun; read by any thread
         self._stop = threading.Event()
         self._drain = threading.Event()
         self._in_flight: deque[tuple[Batch, LaunchedStep | Exception]] = deque()  # an error: the launch failed
         self._num_failed_steps = 0
         self._num_failed_in_a_row = 0
-        self._spent = StepTimes()
+        self._step_times = StepCpuTimes()
         self._abandonment = Abandonment(parts.channel, self._gateways.owner, parts.clock)
         self.between_layers = self._abandonment.check  # for a runner that computes in this thread
 
@@ -149,7 +149,7 @@ class EngineLoop:
         luck."""
         try:
             while not self._stop.is_set() and not self._is_drained():
-                self.turn(self._idle_s())
+                self.iterate(self._idle_s())
         finally:
             self._fail_open_requests()
 
@@ -157,7 +157,7 @@ class EngineLoop:
         """Asked to drain, with no request left, and the gateways know it."""
         if self._drain.is_set() and not self._inbox.draining:
             self._inbox.draining = True
-            self._parts.reports.urge()
+            self._parts.reports.make_due()
             return False
         return self._inbox.draining and not self._gateways.num_requests
 
@@ -176,82 +176,88 @@ class EngineLoop:
         self._drain.set()
         self._parts.channel.wakeup()
 
-    def turn(self, timeout_s: float) -> None:
+    def iterate(self, timeout_s: float) -> None:
         """Wait for news at most so long, then one step of the scheduler and all that it asks for."""
-        self.num_turns += 1
-        now_s, events = self._hear(timeout_s)
+        self.num_iterations += 1
+        now_s, events = self._receive(timeout_s)
         if self._parts.storage is not None and any(type(event) is wire.Submit for event in events):
-            now_s, events = self._search(now_s, events)
+            now_s, events = self._probe_store(now_s, events)
         plan = self._plan(now_s, events)
-        self._start(plan, now_s)
+        self._carry_out(plan, now_s)
         self._compute(plan.batch)
 
-    def _search(self, now_s: float, events: list[Event]) -> tuple[float, list[Event]]:
+    def _probe_store(self, now_s: float, events: list[Event]) -> tuple[float, list[Event]]:
         """Let the store be asked after the pages of those who arrived, and wait a moment for what it says. Returns what
         was heard meanwhile."""
         plan = self._plan(now_s, events, with_batch=False)
-        self._start(plan, now_s)
-        num_asked = sum(isinstance(move, FindPages) for move in plan.moves)
-        give_up_s = now_s + SEARCH_S
-        heard: list[Event] = []
-        for _ in range(num_asked):
-            now_s, more = self._hear(max(0.0, give_up_s - self._parts.clock.now_s()))
-            heard += more
-            if now_s >= give_up_s or sum(isinstance(event, PagesFound) for event in heard) >= num_asked:
+        self._carry_out(plan, now_s)
+        num_queries = sum(isinstance(move, FindPages) for move in plan.moves)
+        deadline_s = now_s + STORE_PROBE_S
+        received: list[Event] = []
+        for _ in range(num_queries):
+            now_s, more = self._receive(max(0.0, deadline_s - self._parts.clock.now_s()))
+            received += more
+            if now_s >= deadline_s or sum(isinstance(event, PagesFound) for event in received) >= num_queries:
                 break
-        return now_s, heard
+        return now_s, received
 
     def _plan(self, now_s: float, events: list[Event], *, with_batch: bool = True) -> Plan:
-        with self._spent.planning():
+        with self._step_times.planning():
             return self._parts.scheduler.step(now_s, events, with_batch=with_batch)
 
-    def _hear(self, timeout_s: float) -> tuple[float, list[Event]]:
+    def _receive(self, timeout_s: float) -> tuple[float, list[Event]]:
         """The time, and what has happened; waits for it at most so long."""
-        kept = self._abandonment.take_kept()
-        received = [*kept, *self._parts.channel.recv(0.0 if kept else timeout_s)]
+        buffered = self._abandonment.take_buffered()
+        received = [*buffered, *self._parts.channel.recv(0.0 if buffered else timeout_s)]
         now_s = self._parts.clock.now_s()
         events, replies = self._inbox.open(received, now_s)
         for reply in replies:
             self._send(reply.identity, reply.message)
         # Transfer reports first: one made before a Revoke arrived must not be taken for the answer to its StopWrites.
-        moved = self._moved()
-        events = [*self._parts.transport.poll(), *moved, *self._carried, *events, *self._deaths(now_s)]
-        self._carried = []
+        tier_reports = self._tier_reports()
+        events = [
+            *self._parts.transport.poll(),
+            *tier_reports,
+            *self._pending_events,
+            *events,
+            *self._check_liveness(now_s),
+        ]
+        self._pending_events = []
         return now_s, events
 
-    def _moved(self) -> list[Event]:
+    def _tier_reports(self) -> list[Event]:
         mover, storage = self._parts.mover, self._parts.storage
-        moved: list[Event] = [] if mover is None else [*mover.poll()]
+        tier_reports: list[Event] = [] if mover is None else [*mover.poll()]
         if storage is not None:
-            moved += storage.poll()
+            tier_reports += storage.poll()
             for identity, answer in storage.answers():
                 self._send(identity, answer)
-        return moved
+        return tier_reports
 
     # ------------------------------------------------------------ waiting
 
     def _idle_s(self) -> float:
         """How long nothing needs to happen of itself."""
-        if self._carried or self._in_flight:
+        if self._pending_events or self._in_flight:
             return 0.0
-        times = [self._parts.reports.due_at_s(self._gateways), self._next_watch_s]
+        times = [self._parts.reports.due_at_s(self._gateways), self._next_check_s]
         if self._wake_at_s is not None:
             times.append(self._wake_at_s)
         return max(0.0, min(times) - self._parts.clock.now_s())
 
-    def _deaths(self, now_s: float) -> list[Event]:
-        if now_s < self._next_watch_s:
+    def _check_liveness(self, now_s: float) -> list[Event]:
+        if now_s < self._next_check_s:
             return []
-        self._next_watch_s = now_s + WATCH_INTERVAL_S
+        self._next_check_s = now_s + LIVENESS_INTERVAL_S
         silent: list[Event] = [wire.Abort(request_id=each) for each in self._gateways.forget_silent(now_s)]
-        return silent + self._dead_peers(self._watched)
+        return silent + self._dead_peers(self._watched_epochs)
 
     def _dead_peers(self, epochs: frozenset[EpochId]) -> list[Event]:
         return [PeerDied(epoch=epoch) for epoch in sorted(epochs) if self._parts.transport.peer_is_dead(epoch)]
 
     # ------------------------------------------------------------ carrying out
 
-    def _start(self, plan: Plan, now_s: float) -> None:
+    def _carry_out(self, plan: Plan, now_s: float) -> None:
         """All of the plan but its batch."""
         self._send_outputs(plan)
         self._send_to_peers(plan)
@@ -265,8 +271,8 @@ class EngineLoop:
                 assert self._parts.storage is not None
                 self._parts.storage.start(move)
         # Look at once at peers that are new: a lock file seen while its owner lives tells of its death for sure.
-        self._carried += self._dead_peers(plan.watched_epochs - self._watched)
-        self._watched = plan.watched_epochs
+        self._pending_events += self._dead_peers(plan.watched_epochs - self._watched_epochs)
+        self._watched_epochs = plan.watched_epochs
         self._wake_at_s = plan.wake_at_s
         self._report(plan, now_s)
 
@@ -276,12 +282,12 @@ class EngineLoop:
             self._launch(batch)
         may_wait = 1 if self._parts.overlap and batch is not None else 0
         if len(self._in_flight) > may_wait:
-            self._carried += self._read(*self._in_flight.popleft())
+            self._pending_events += self._read(*self._in_flight.popleft())
 
     def _launch(self, batch: Batch) -> None:
         launched: LaunchedStep | Exception
         self._abandonment.begin(batch)
-        with self._spent.launching():
+        with self._step_times.launching():
             try:
                 launched = self._parts.runner.launch(batch)
             except Exception as error:  # reported in its turn, after the batch before
@@ -290,7 +296,7 @@ class EngineLoop:
 
     def _read(self, batch: Batch, launched: LaunchedStep | Exception) -> list[Event]:
         try:
-            with self._spent.reading():
+            with self._step_times.reading():
                 if isinstance(launched, Exception):
                     raise launched
                 sampled = launched.result()
@@ -300,7 +306,7 @@ class EngineLoop:
         except EngineError:  # the runner is broken for good: a tensor-parallel rank is gone
             raise
         except Exception as error:  # whatever the model or the device raised: these requests fail, the engine goes on
-            log.exception("step %d with %d tokens failed", batch.step_id, batch.num_tokens)
+            logger.exception("step %d with %d tokens failed", batch.step_id, batch.num_tokens)
             self._num_failed_steps += 1
             self._num_failed_in_a_row += 1
             if self._num_failed_in_a_row >= MAX_FAILED_STEPS_IN_A_ROW:
@@ -311,7 +317,7 @@ class EngineLoop:
         self._num_failed_in_a_row = 0
         if sampled.invalid_rows:
             self._num_failed_steps += 1
-            log.error(
+            logger.error(
                 "step %d: the logits of %d of its %d requests are not numbers (NaN or infinity); those requests fail",
                 batch.step_id,
                 len(sampled.invalid_rows),
@@ -333,17 +339,17 @@ class EngineLoop:
             if identity is not None:  # else their gateway is unknown
                 self._send(identity, wire.StepOutputs(chunks=tuple(chunks[identity]), ended=tuple(ended[identity])))
         for flush in plan.flushes:
-            asker = self._inbox.take_flush(flush.call_id)
-            if asker is not None:
-                self._send(asker, wire.Flushed(call_id=flush.call_id, num_pages=flush.num_pages))
+            caller = self._inbox.take_flush(flush.call_id)
+            if caller is not None:
+                self._send(caller, wire.Flushed(call_id=flush.call_id, num_pages=flush.num_pages))
 
     def _send(self, identity: bytes, message: wire.EngineToGateway) -> None:
         if not self._parts.channel.send(identity, message):
             # It would miss this message for ever: its streams cannot be made whole.
             lost = self._gateways.forget(identity)
             if lost:
-                log.warning("gateway %s does not read its messages: %d requests aborted", shown(identity), len(lost))
-            self._carried += [wire.Abort(request_id=request_id) for request_id in lost]
+                logger.warning("gateway %s does not read its messages: %d requests aborted", shown(identity), len(lost))
+            self._pending_events += [wire.Abort(request_id=request_id) for request_id in lost]
 
     def _send_to_peers(self, plan: Plan) -> None:
         for order in plan.messages:
@@ -351,7 +357,7 @@ class EngineLoop:
                 # Unsent means that the peer's connection is down: it asks again, or its epoch is found dead.
                 self._parts.channel.send(order.target_epoch.encode(), order.message)
             elif not self._parts.channel.send_to_peer(order.endpoint, order.message):
-                self._carried += _never_granted(order)
+                self._pending_events += _never_granted(order)
 
     def _start_transfer(self, job: WritePages | VerifyPages | StopWrites) -> None:
         match job:
@@ -364,7 +370,7 @@ class EngineLoop:
 
     def _report(self, plan: Plan, now_s: float) -> None:
         reports = self._parts.reports
-        reports.note(plan.cached_added, plan.cached_removed)
+        reports.record_changes(plan.cached_added, plan.cached_removed)
         if now_s < reports.due_at_s(self._gateways):
             return
         totals = {
@@ -373,7 +379,7 @@ class EngineLoop:
             "unexpected_messages": float(self._parts.channel.num_unexpected + self._inbox.num_unexpected),
             "failed_steps": float(self._num_failed_steps),
             "abandoned_steps": float(self._abandonment.num_abandoned),
-            **self._spent.totals(),
+            **self._step_times.totals(),
             **({} if self._parts.mover is None else self._parts.mover.totals()),
             **({} if self._parts.storage is None else self._parts.storage.totals()),
         }

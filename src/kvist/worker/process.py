@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from kvist.worker.engine import Engine
     from kvist.worker.loop import EngineLoop
 
-LAST_WORDS_S = 8.0  # from a request to stop, or from the loop's end, until the process ends whatever it is doing
+SHUTDOWN_DEADLINE_S = 8.0  # from a request to stop, or from the loop's end, until the process ends whatever it is doing
 _MAX_SETTINGS_BYTES = 1 << 20
 # The interpreter's own 5 ms are half a step: so long would each thread that reads a page wait, several times a page,
 # whenever the loop plans or launches.
-_SWITCH_S = 0.0001
+_SWITCH_INTERVAL_S = 0.0001
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,39 +47,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch is imported. Threads that spin while they wait would take the cores of the other workers of this
     # host: a step of 48 ms was seen to take 630 (models/linear.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    sys.setswitchinterval(_SWITCH_S)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     continue_when_parent_dies()
     announce = _announcer()
-    ending = _Ending()
+    shutdown = _Shutdown()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, ending.with_signal if arguments else signal.SIG_IGN)
+        signal.signal(number, shutdown.on_signal if arguments else signal.SIG_IGN)
     try:
         if len(arguments) > 1:
             raise ConfigError("python -m kvist.worker takes one argument: the engine's settings as JSON")
         config = parse_config(arguments[0].encode() if arguments else _read_first_line())
         setup_logging(config.log)
         if not arguments:
-            threading.Thread(target=ending.with_stdin, name="kvist-parent-watch", daemon=True).start()
+            threading.Thread(target=shutdown.follow_stdin, name="kvist-parent-watch", daemon=True).start()
         engine = _build(config, announce)
     except KvistError as error:
         if arguments:  # else the parent says it
-            log.error("the engine cannot start: %s", error.message)
+            logger.error("the engine cannot start: %s", error.message)
         announce(StartFailed(code=error.code, message=error.message))
         return 1
     except Exception as error:  # our bug or a broken device: the parent must hear of it all the same
-        log.exception("the engine cannot start")
+        logger.exception("the engine cannot start")
         announce(StartFailed(code=EngineError.code, message=f"{type(error).__name__}: {error}"))
         return 1
     try:
-        ending.loop = engine.loop
+        shutdown.loop = engine.loop
         announce(Ready(spec=engine.spec, gateway_cores=tuple(sorted(engine.gateway_cores))))
         engine.progress.start(lambda turn_s, stalled_s: announce(Beat(turn_s=turn_s, stalled_s=stalled_s)))
         engine.loop.run()
     except EngineError as error:
-        log.error("the engine ends: %s", error.message)
+        logger.error("the engine ends: %s", error.message)
         return 1
     finally:
-        ending.set_limit()
+        shutdown.set_deadline()
         engine.close()
     return 0
 
@@ -103,17 +103,17 @@ def _build(config: EngineConfig, announce: Callable[[Announcement], None]) -> En
     return build_engine(config, progress=progress)
 
 
-class _Ending:
+class _Shutdown:
     """How the process is asked to end. `loop` is set once there is one to ask; before that it ends at once."""
 
     def __init__(self) -> None:
         self.loop: EngineLoop | None = None
         self._begun = False
 
-    def with_signal(self, _signal: int, _frame: FrameType | None) -> None:
+    def on_signal(self, _signal: int, _frame: FrameType | None) -> None:
         self._begin()
 
-    def with_stdin(self) -> None:
+    def follow_stdin(self) -> None:
         """Does what the parent says. Not through `sys.stdin`: its lock would be held by this thread when the
         interpreter ends."""
         pending = b""
@@ -125,21 +125,21 @@ class _Ending:
                 elif line == DRAIN and self.loop is not None:
                     self.loop.request_drain()
         if not self._begun:
-            log.warning("standard input is closed: the process that started this engine is gone, so the engine ends")
+            logger.warning("standard input is closed: the process that started this engine is gone, so the engine ends")
             self._begin()
 
     def _begin(self) -> None:
         if self.loop is None:
             os._exit(1)
         self._begun = True
-        self.set_limit()
+        self.set_deadline()
         self.loop.request_stop()
 
-    def set_limit(self) -> None:
+    def set_deadline(self) -> None:
         """The process ends soon, whatever hangs on a broken device."""
-        last_words = threading.Timer(LAST_WORDS_S, os._exit, args=(1,))
-        last_words.daemon = True
-        last_words.start()
+        timer = threading.Timer(SHUTDOWN_DEADLINE_S, os._exit, args=(1,))
+        timer.daemon = True
+        timer.start()
 
 
 def _read_first_line() -> bytes:
@@ -167,6 +167,6 @@ def _announcer() -> Callable[[Announcement], None]:
             pass
         except BrokenPipeError:
             if not isinstance(announcement, Beat):  # the parent is gone; the end of standard input tells it
-                log.warning("the process that started this engine does not read its announcements: %s", line)
+                logger.warning("the process that started this engine does not read its announcements: %s", line)
 
     return announce

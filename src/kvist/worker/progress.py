@@ -17,10 +17,10 @@ import os
 import threading
 from collections.abc import Callable
 
-LOOK_INTERVAL_S = 0.5
+CHECK_INTERVAL_S = 0.5
 LEAST_CPU_S = 0.01  # of the loop's thread between two looks: then it computes, also where cores are scarce
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def _end_process() -> None:
@@ -33,23 +33,24 @@ class ProgressWatch:
 
     def __init__(
         self,
-        num_turns: Callable[[], int],
+        num_iterations: Callable[[], int],
         *,
         limit_s: float,
         loop_cpu_s: Callable[[], float] | None = None,
         end: Callable[[], None] = _end_process,
     ) -> None:
-        """`num_turns` that the loop has begun. `limit_s` without progress: the process is ended. `loop_cpu_s` that the
-        loop's thread has used; None with a GPU, where waiting for the device uses the CPU, too."""
-        self._num_turns = num_turns
+        """Watch a loop. `num_iterations` counts the iterations begun; after `limit_s` with no progress
+        the process is ended. `loop_cpu_s` is the CPU time of the loop's thread; None with a GPU, because waiting for a
+        GPU also uses the CPU."""
+        self._num_iterations = num_iterations
         self._limit_s = limit_s
         self._loop_cpu_s = loop_cpu_s
         self._end = end
         self._beat: Callable[[float, float], None] = lambda _turn_s, _stalled_s: None
-        self._former_turns = num_turns()
-        self._former_cpu_s = 0.0 if loop_cpu_s is None else loop_cpu_s()
-        self._num_looks_in_turn = 0
-        self._num_looks_stalled = 0
+        self._last_num_iterations = num_iterations()
+        self._last_cpu_s = 0.0 if loop_cpu_s is None else loop_cpu_s()
+        self._num_checks_in_iteration = 0
+        self._num_checks_stalled = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="kvist-progress", daemon=True)
 
@@ -62,29 +63,29 @@ class ProgressWatch:
     def stop(self) -> None:
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=2 * LOOK_INTERVAL_S)  # it may wait for a parent that reads nothing
+            self._thread.join(timeout=2 * CHECK_INTERVAL_S)  # it may wait for a parent that reads nothing
 
-    def look(self) -> None:
-        turns, computes = self._num_turns(), self._computes()
-        same_turn = turns == self._former_turns
-        self._former_turns = turns
-        self._num_looks_in_turn = self._num_looks_in_turn + 1 if same_turn else 0
-        self._num_looks_stalled = self._num_looks_stalled + 1 if same_turn and not computes else 0
-        stalled_s = self._num_looks_stalled * LOOK_INTERVAL_S
-        self._beat(self._num_looks_in_turn * LOOK_INTERVAL_S, stalled_s)
+    def check(self) -> None:
+        num_iterations_now, is_computing = self._num_iterations(), self._is_computing()
+        same_iteration = num_iterations_now == self._last_num_iterations
+        self._last_num_iterations = num_iterations_now
+        self._num_checks_in_iteration = self._num_checks_in_iteration + 1 if same_iteration else 0
+        self._num_checks_stalled = self._num_checks_stalled + 1 if same_iteration and not is_computing else 0
+        stalled_s = self._num_checks_stalled * CHECK_INTERVAL_S
+        self._beat(self._num_checks_in_iteration * CHECK_INTERVAL_S, stalled_s)
         if stalled_s >= self._limit_s:
-            log.critical(
+            logger.critical(
                 "the engine has made no progress for %.0f s (--stall-restart-s): it hangs and is ended", self._limit_s
             )
             self._end()
 
-    def _computes(self) -> bool:
+    def _is_computing(self) -> bool:
         if self._loop_cpu_s is None:
             return False
         cpu_s = self._loop_cpu_s()
-        used_s, self._former_cpu_s = cpu_s - self._former_cpu_s, cpu_s
+        used_s, self._last_cpu_s = cpu_s - self._last_cpu_s, cpu_s
         return used_s >= LEAST_CPU_S
 
     def _watch(self) -> None:
-        while not self._stopped.wait(LOOK_INTERVAL_S):
-            self.look()
+        while not self._stopped.wait(CHECK_INTERVAL_S):
+            self.check()

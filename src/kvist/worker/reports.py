@@ -26,13 +26,13 @@ class LoadReports:
         self._changes: dict[bytes, bool] = {}  # digest → now cached; since the last report, at most one a page
         self._last_sent_s = float("-inf")
 
-    def note(self, added: Sequence[bytes], removed: Sequence[bytes]) -> None:
+    def record_changes(self, added: Sequence[bytes], removed: Sequence[bytes]) -> None:
         for digest in removed:
-            self._note_one(digest, now_cached=False)
+            self._record_change(digest, now_cached=False)
         for digest in added:
-            self._note_one(digest, now_cached=True)
+            self._record_change(digest, now_cached=True)
 
-    def urge(self) -> None:
+    def make_due(self) -> None:
         """There is something that the gateways should know at once."""
         self._last_sent_s = float("-inf")
 
@@ -80,7 +80,7 @@ class LoadReports:
             gateway.wants_snapshot = False
             yield gateway.identity, report
 
-    def _note_one(self, digest: bytes, *, now_cached: bool) -> None:
+    def _record_change(self, digest: bytes, *, now_cached: bool) -> None:
         # A digest's changes alternate, so a second one takes the first back.
         if self._changes.get(digest, now_cached) is not now_cached:
             del self._changes[digest]

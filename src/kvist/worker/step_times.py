@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from kvist.clock import cpu_s, thread_cpu_s
 
 
-class StepTimes:
+class StepCpuTimes:
     """Mutable; owned by the engine loop. Its numbers only grow."""
 
     def __init__(self) -> None:

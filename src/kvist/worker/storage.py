@@ -3,9 +3,10 @@
     DETACHED ──attach──► ATTACHING ──opened──► ATTACHED ──detach──► DETACHING ──its calls are back──► DETACHED
                              └──cannot be opened, or detached meanwhile──► DETACHED
 
-Opening may scan a disk, and takes a thread of its own; a store that was asked for with the flags is opened before the
-engine is ready. The scheduler hears of both ends by `StorageAttached`. A detached store whose calls hang is left
-behind after `LEAVE_S`: its slots stay in flight until they return. It moves no pages: that is kv/store_mover.py's.
+Opening a store may scan a disk, so a separate thread does it; the store named by the flags is opened before the engine
+is ready. The scheduler receives a `StorageAttached` event when a store is attached and when it is detached. A detached
+store whose calls hang is abandoned after `DETACH_TIMEOUT_S`: its host pages stay in flight until the calls return. The
+pages themselves are moved by kv/store_mover.py.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from kvist.kv.store_mover import Report, StoreMover
 from kvist.own_files import cache_folder
 from kvist.worker.config import STORAGE_BACKENDS, StorageConfig
 
-LEAVE_S = 5.0
-MAX_LEFT_BEHIND = 2  # stores that were detached while a call, or their opening, hung; each keeps threads and slots
+DETACH_TIMEOUT_S = 5.0
+MAX_HUNG_STORES = 2  # stores that were detached while a call, or their opening, hung; each keeps threads and slots
 _GB, _MAX_GB = 10**9, 10**9
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class StoreChoice:
     """A store that may be attached."""
 
     backend: str
@@ -43,15 +44,15 @@ class Choice:
     size_gb: float
 
 
-_Asker = tuple[bytes, str]  # the gateway, and the id of its call
+_Caller = tuple[bytes, str]  # the gateway, and the id of its call
 
 
 class _Opening:
     """A store on its way. Mutable; its thread sets the outcome, then `done`; the loop may abandon it."""
 
-    def __init__(self, choice: Choice, asker: _Asker) -> None:
+    def __init__(self, choice: StoreChoice, caller: _Caller) -> None:
         self.choice = choice
-        self.asker = asker
+        self.caller = caller
         self.outcome: tuple[PageStore, StoreStats] | KvistError | None = None
         self.abandoned = False
         self.lock = threading.Lock()
@@ -76,10 +77,12 @@ class EngineStorage:
         self._page_bytes = page_bytes
         self._wakeup = wakeup
         self._clock = clock
-        self._attached: Choice | None = None
+        self._attached: StoreChoice | None = None
         self._opening: _Opening | None = None
         self._abandoned: list[_Opening] = []
-        self._leaving: tuple[list[_Asker], float, threading.Event] | None = None  # who waits for that, and until when
+        self._detaching: tuple[list[_Caller], float, threading.Event] | None = (
+            None  # who waits for that, and until when
+        )
         self._events: list[StorageAttached] = []
         self._answers: list[tuple[bytes, wire.StorageAnswer]] = []
 
@@ -88,7 +91,7 @@ class EngineStorage:
         if self._config.hicache_storage_backend is None:
             return
         try:
-            choice = self._choice(wire.AttachStoreRequest())  # nothing but what the flags say
+            choice = self._resolve_choice(wire.AttachStoreRequest())  # nothing but what the flags say
             self._attach(choice, *self._open(choice))
         except KvistError as error:
             param = _param(error)
@@ -105,33 +108,33 @@ class EngineStorage:
             self._opening = None
             if isinstance(opening.outcome, KvistError):
                 error = RequestError(opening.outcome.message, param=_param(opening.outcome))
-                self._refuse(opening.asker, error)
+                self._refuse(opening.caller, error)
             else:
                 self._attach(opening.choice, *opening.outcome)
-                self._answer(opening.asker)
-        if self._leaving is not None:
-            askers, give_up_s, over = self._leaving
+                self._answer(opening.caller)
+        if self._detaching is not None:
+            callers, deadline_s, over = self._detaching
             is_over = over.is_set()
-            if is_over or self._clock.now_s() >= give_up_s:
-                self._leaving = None
-                for asker in askers:
-                    self._answer(asker, note="" if is_over else "left behind: a call of the store hangs")
+            if is_over or self._clock.now_s() >= deadline_s:
+                self._detaching = None
+                for caller in callers:
+                    self._answer(caller, note="" if is_over else "left behind: a call of the store hangs")
         events, self._events = self._events, []
         return [*reports, *events]
 
     def ask(self, identity: bytes, call: wire.StorageCommand) -> None:
         """The answer is in `answers`, sooner or later."""
-        asker = identity, call.call_id
+        caller = identity, call.call_id
         try:
             match call.action:
                 case "status":
-                    self._answer(asker)
+                    self._answer(caller)
                 case "attach":
-                    self._begin_attach(asker, call.wish)
+                    self._begin_attach(caller, call.wish)
                 case "detach":
-                    self._begin_detach(asker)
+                    self._begin_detach(caller)
         except KvistError as error:
-            self._refuse(asker, error)
+            self._refuse(caller, error)
 
     def answers(self) -> list[tuple[bytes, wire.StorageAnswer]]:
         """(gateway, message), since the last call."""
@@ -165,79 +168,83 @@ class EngineStorage:
 
     # ------------------------------------------------------------ attach and detach
 
-    def _begin_attach(self, asker: _Asker, wish: wire.AttachStoreRequest) -> None:
-        choice = self._choice(wish)
+    def _begin_attach(self, caller: _Caller, request: wire.AttachStoreRequest) -> None:
+        choice = self._resolve_choice(request)
         if self._attached == choice:
-            self._answer(asker)
+            self._answer(caller)
         elif self._attached is not None:
             raise Conflict(
-                f"{_words(self._attached)} is attached already: detach it first (DELETE)",
+                f"{_describe(self._attached)} is attached already: detach it first (DELETE)",
                 param="hicache_storage_backend",
             )
-        elif self._opening is not None or self._leaving is not None:
+        elif self._opening is not None or self._detaching is not None:
             raise Conflict(
                 "a store is being attached or detached: try again in a while", param="hicache_storage_backend"
             )
-        elif self._mover.num_detached() + self._num_left_opening() >= MAX_LEFT_BEHIND:
+        elif self._mover.num_detached() + self._num_hung_opens() >= MAX_HUNG_STORES:
             raise Conflict(
-                f"{MAX_LEFT_BEHIND} stores were left behind with calls that hang: mend them, or start the worker anew",
+                f"{MAX_HUNG_STORES} stores were left behind with calls that hang: mend them, or start the worker anew",
                 param="hicache_storage_backend",
             )
         else:
-            opening = self._opening = _Opening(choice, asker)
-            threading.Thread(target=self._open_beside, args=(opening,), name="kvist-store-open", daemon=True).start()
+            opening = self._opening = _Opening(choice, caller)
+            threading.Thread(target=self._open_in_thread, args=(opening,), name="kvist-store-open", daemon=True).start()
 
-    def _begin_detach(self, asker: _Asker) -> None:
+    def _begin_detach(self, caller: _Caller) -> None:
         if self._opening is not None:
             self._abandon(self._opening)
-            self._refuse(self._opening.asker, Conflict("the store was detached before it was open"))
+            self._refuse(self._opening.caller, Conflict("the store was detached before it was open"))
             self._opening = None
         if self._attached is not None:
-            log.info("storage tier: %s is detached", _words(self._attached))
+            logger.info("storage tier: %s is detached", _describe(self._attached))
             over = self._mover.detach()
             self._attached = None
             self._events.append(StorageAttached(attached=False))
-            self._leaving = [], self._clock.now_s() + LEAVE_S, over
-        if self._leaving is None:
-            self._answer(asker)
+            self._detaching = [], self._clock.now_s() + DETACH_TIMEOUT_S, over
+        if self._detaching is None:
+            self._answer(caller)
         else:
-            self._leaving[0].append(asker)
+            self._detaching[0].append(caller)
 
-    def _attach(self, choice: Choice, store: PageStore, stats: StoreStats) -> None:
-        log.info("storage tier: %s, %.2f GB in use", _words(choice), stats.stored_bytes / _GB)
+    def _attach(self, choice: StoreChoice, store: PageStore, stats: StoreStats) -> None:
+        logger.info("storage tier: %s, %.2f GB in use", _describe(choice), stats.stored_bytes / _GB)
         self._mover.attach(store, stats)
         self._attached = choice
         self._events.append(StorageAttached(attached=True))
 
-    def _choice(self, wish: wire.AttachStoreRequest) -> Choice:
+    def _resolve_choice(self, request: wire.AttachStoreRequest) -> StoreChoice:
         """Raises `RequestError` naming the field."""
         policy = self._config.hicache_storage_prefetch_policy
-        if wish.hicache_storage_prefetch_policy not in (None, policy):
+        if request.hicache_storage_prefetch_policy not in (None, policy):
             raise RequestError(
                 f"the prefetch policy of this worker is {policy}: leave the field out, or start the worker with "
-                f"--hicache-storage-prefetch-policy {wish.hicache_storage_prefetch_policy!r}",
+                f"--hicache-storage-prefetch-policy {request.hicache_storage_prefetch_policy!r}",
                 param="hicache_storage_prefetch_policy",
             )
-        backend = wish.hicache_storage_backend or self._config.hicache_storage_backend
+        backend = request.hicache_storage_backend or self._config.hicache_storage_backend
         if backend not in STORAGE_BACKENDS:
             named = "no store is named" if backend is None else f"{backend!r} is not a store"
             known = ", ".join(STORAGE_BACKENDS)
             raise RequestError(f"{named}: known are {known}", param="hicache_storage_backend")
-        if backend == "memory" and wish.hicache_storage_path is not None:
+        if backend == "memory" and request.hicache_storage_path is not None:
             raise RequestError("a store in memory has no folder: leave the path out", param="hicache_storage_path")
         path = None
         if backend == "file":
             path = self._default_folder()
-            if wish.hicache_storage_path is not None:
-                path = asked_folder(wish.hicache_storage_path, self._config.hicache_storage_roots or (str(path),))
-        size_gb = self._config.hicache_storage_size if wish.hicache_storage_size is None else wish.hicache_storage_size
+            if request.hicache_storage_path is not None:
+                path = requested_folder(
+                    request.hicache_storage_path, self._config.hicache_storage_roots or (str(path),)
+                )
+        size_gb = (
+            self._config.hicache_storage_size if request.hicache_storage_size is None else request.hicache_storage_size
+        )
         if not 0 < size_gb < _MAX_GB:
             raise RequestError(
                 f"a store of {size_gb:g} GB cannot be: it must hold a page of {self._page_bytes} bytes at least, and "
                 f"less than {_MAX_GB} GB",
                 param="hicache_storage_size",
             )
-        return Choice(backend=backend, path=path, size_gb=size_gb)
+        return StoreChoice(backend=backend, path=path, size_gb=size_gb)
 
     def _default_folder(self) -> Path:
         """Raises `RequestError` naming the field."""
@@ -248,7 +255,7 @@ class EngineStorage:
             raise RequestError(f"{path!r} is not the path of a folder", param="hicache_storage_path")
         return Path(os.path.realpath(os.path.expanduser(path)))
 
-    def _open(self, choice: Choice) -> tuple[PageStore, StoreStats]:
+    def _open(self, choice: StoreChoice) -> tuple[PageStore, StoreStats]:
         secret_file = self._config.hicache_storage_secret_file
         spec = StoreSpec(
             namespace=self._namespace,
@@ -260,14 +267,14 @@ class EngineStorage:
         store = open_store(choice.backend, spec)
         return store, store.stats()
 
-    def _open_beside(self, opening: _Opening) -> None:
+    def _open_in_thread(self, opening: _Opening) -> None:
         outcome: tuple[PageStore, StoreStats] | KvistError
         try:
             outcome = self._open(opening.choice)
         except KvistError as error:
             outcome = error
         except Exception as error:  # a bug of the store, or of its library: whoever asked must hear of it
-            log.exception("opening %s", _words(opening.choice))
+            logger.exception("opening %s", _describe(opening.choice))
             outcome = StoreError(f"the store cannot be opened: {type(error).__name__}: {error}")
         with opening.lock:
             opening.outcome = outcome
@@ -282,42 +289,42 @@ class EngineStorage:
             if opening.outcome is not None and not isinstance(opening.outcome, KvistError):
                 opening.outcome[0].close()
 
-    def _num_left_opening(self) -> int:
+    def _num_hung_opens(self) -> int:
         self._abandoned = [each for each in self._abandoned if each.outcome is None]
         return len(self._abandoned)
 
     def _state(self) -> str:
         if self._opening is not None:
             return "attaching"
-        if self._leaving is not None:
+        if self._detaching is not None:
             return "detaching"
         return "detached" if self._attached is None else "attached"
 
-    def _answer(self, asker: _Asker, note: str = "") -> None:
-        identity, call_id = asker
+    def _answer(self, caller: _Caller, note: str = "") -> None:
+        identity, call_id = caller
         self._answers.append((identity, wire.StorageAnswer(call_id=call_id, status=self.status(note))))
 
-    def _refuse(self, asker: _Asker, error: KvistError) -> None:
-        identity, call_id = asker
+    def _refuse(self, caller: _Caller, error: KvistError) -> None:
+        identity, call_id = caller
         refused = wire.StorageAnswer(call_id=call_id, error_code=error.code, message=error.message, param=error.param)
         self._answers.append((identity, refused))
 
 
-def asked_folder(asked: str, roots: Sequence[str]) -> Path:
+def requested_folder(requested: str, roots: Sequence[str]) -> Path:
     """The folder that a caller of our HTTP asked for, links followed. Nothing is opened. Raises `RequestError` unless
     it is below one of the folders that the operator allowed, as it is written and as it is."""
     param = "hicache_storage_path"
-    if not asked or not asked.isprintable() or not os.path.isabs(asked):
-        raise RequestError(f"{asked!r} is not an absolute path: begin it with /", param=param)
+    if not requested or not requested.isprintable() or not os.path.isabs(requested):
+        raise RequestError(f"{requested!r} is not an absolute path: begin it with /", param=param)
     full_roots = [os.path.abspath(os.path.expanduser(root)) for root in roots]
     real_roots = [os.path.realpath(root) for root in full_roots]
-    written = Path(os.path.normpath(asked))
+    written = Path(os.path.normpath(requested))
     if any(map(written.is_relative_to, full_roots + real_roots)):
-        folder = Path(os.path.realpath(asked))
+        folder = Path(os.path.realpath(requested))
         if any(map(folder.is_relative_to, real_roots)):
             return folder
     raise RequestError(
-        f"{asked!r} is not below {' or '.join(full_roots)}: start the worker with a folder above it as "
+        f"{requested!r} is not below {' or '.join(full_roots)}: start the worker with a folder above it as "
         "--hicache-storage-roots",
         param=param,
     )
@@ -328,6 +335,6 @@ def _param(error: KvistError) -> str:
     return error.param or ("hicache_storage_path" if isinstance(error, StoreError) else "hicache_storage_size")
 
 
-def _words(choice: Choice) -> str:
+def _describe(choice: StoreChoice) -> str:
     place = "" if choice.path is None else f" in {choice.path}"
     return f"a {choice.backend} store{place} of at most {choice.size_gb:g} GB"
