@@ -23,6 +23,7 @@ from json_report import write_report
 from kvist.attention import build_attention, choose_attention
 from kvist.attention.backend import GraphPlan, RotatingAttend, Span
 from kvist.kernels import activation, norm, rotary, sampling
+from kvist.kernels.operands import Rotary
 from kvist.models.linear import Linear, make_gated_linear, make_linear
 
 HIDDEN, INNER, VOCAB, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 3584, 18_944, 152_064, 28, 4, 128, 16
@@ -69,7 +70,7 @@ def small_kernels() -> list[Row]:
         heads = heads.view(m, -1, HEAD_DIM)
         positions, slots = torch.arange(m, device=CUDA), torch.arange(m, dtype=torch.int32, device=CUDA)
         cos, sin = rotary.rotation_torch(positions, frequencies)
-        turn = rotary.Rotary(cos=cos, sin=sin)
+        turn = Rotary(cos=cos, sin=sin)
         pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
             "add_rms_norm": (
                 partial(norm.add_rms_norm, x, residual, weight, EPS),
@@ -101,7 +102,7 @@ def small_kernels() -> list[Row]:
     return rows
 
 
-def _rotate_and_write_in_torch(heads: Tensor, turn: rotary.Rotary, pages: Tensor, slots: Tensor) -> Tensor:
+def _rotate_and_write_in_torch(heads: Tensor, turn: Rotary, pages: Tensor, slots: Tensor) -> Tensor:
     """The twin without padding rows, whose number a graph could not know."""
     qk = rotary.norm_and_rotate(heads[:, : Q_HEADS + KV_HEADS], turn)
     page_ids, offsets = (slots // PAGE_SIZE).long(), (slots % PAGE_SIZE).long()
@@ -194,7 +195,7 @@ def whole_steps(weights: Weights) -> list[Row]:
             attend = plan.attend(m)
             assert isinstance(attend, RotatingAttend)
             cos, sin = rotary.rotation(positions, frequencies)
-            turn, residual = rotary.Rotary(cos=cos, sin=sin), None
+            turn, residual = Rotary(cos=cos, sin=sin), None
             for layer, (qkv, o, gated, down) in enumerate(layers):
                 x, residual = norm.add_rms_norm(x, residual, scale, EPS)
                 heads = qkv(x).view(m, -1, HEAD_DIM)

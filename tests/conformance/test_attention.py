@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvist.attention import build_attention
 from kvist.attention.backend import Attend, AttentionBackend, RotatingAttend, Span
-from kvist.kernels.rotary import Rotary, rotate, rotation_torch
+from kvist.kernels.operands import Rotary
+from kvist.kernels.rotary import rotate, rotation_torch
 
 NUM_LAYERS = 3
 

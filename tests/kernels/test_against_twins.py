@@ -14,9 +14,10 @@ from kvist.kernels.decode_attention import (
     plan_decodes_torch,
 )
 from kvist.kernels.norm import add_rms_norm, add_rms_norm_torch
+from kvist.kernels.operands import Rotary
 from kvist.kernels.page_lists import read_page_lists, read_page_lists_torch
 from kvist.kernels.pages import copy_pages, sum_pages, sum_pages_torch
-from kvist.kernels.rotary import Rotary, rotate_and_write, rotate_and_write_torch, rotation, rotation_torch
+from kvist.kernels.rotary import rotate_and_write, rotate_and_write_torch, rotation, rotation_torch
 from kvist.kernels.sampling import choose_tokens, choose_tokens_torch, gumbel_noise, hash_tokens
 from kvist.kernels.skinny import GATED_ROWS, skinny_gated, skinny_gated_torch, skinny_linear, skinny_linear_torch
 

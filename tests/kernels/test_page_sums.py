@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvist.kernels.pages import SPREAD, copy_pages, sum_pages, sum_pages_torch
+from kvist.kernels.operands import MIX_CONSTANTS
+from kvist.kernels.pages import copy_pages, sum_pages, sum_pages_torch
 
 MASK = (1 << 64) - 1
 
@@ -25,7 +26,7 @@ def sums(words: Tensor) -> tuple[int, int]:
 
 
 def test_the_sums_are_what_the_module_says_they_are(pages: Tensor) -> None:
-    a, b, c = SPREAD
+    a, b, c = MIX_CONSTANTS
     first = second = 0
     for place, word in enumerate(pages[0].tolist(), start=1):
         x = (word & MASK) ^ (place * a & MASK)

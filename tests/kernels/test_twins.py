@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.kernels.decode_attention import ITEM_MULTIPLE, TARGET_ITEMS, decode_attention, plan_decodes
+from kvist.kernels.decode_attention import decode_attention, plan_decodes
+from kvist.kernels.operands import ITEM_MULTIPLE, TARGET_ITEMS
 from kvist.kernels.sampling import choose_tokens, hash_tokens
 from kvist.kernels.skinny import skinny_gated, skinny_linear
 from kvist.request import SamplingParams

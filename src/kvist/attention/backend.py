@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from kvist.kernels.rotary import Rotary
+from kvist.kernels.operands import Rotary
 
 # attend(layer, q, k, v) -> out; q, out [num_tokens, num_q_heads, head_dim], k, v [num_tokens, num_kv_heads, head_dim],
 # this rank's heads, q and k already rotated; they may be strided views. It writes k and v to their pages first.

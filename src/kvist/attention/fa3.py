@@ -22,8 +22,9 @@ from kvist.attention.backend import Attend, GraphPlan, Span, SpanColumns
 from kvist.attention.page_tables import PageTables
 from kvist.attention.pinned import PinnedRing
 from kvist.errors import ConfigError
-from kvist.kernels.decode_attention import DecodeItems, decode_attention, plan_decodes
-from kvist.kernels.rotary import Rotary, rotate_and_write
+from kvist.kernels.decode_attention import decode_attention, plan_decodes
+from kvist.kernels.operands import DecodeItems, Rotary
+from kvist.kernels.rotary import rotate_and_write
 
 REMEDY = "pip install tokenspeed-fa3 (Hopper GPUs, CUDA 12.8 or newer)"
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from kvist.attention.backend import Attend, GraphPlan, Span, SpanColumns
 from kvist.attention.page_tables import PageTables
 from kvist.errors import ConfigError
-from kvist.kernels.rotary import Rotary, rotate_and_write
+from kvist.kernels.operands import Rotary
+from kvist.kernels.rotary import rotate_and_write
 
 log = logging.getLogger(__name__)
 

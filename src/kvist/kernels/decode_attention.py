@@ -11,23 +11,10 @@ Measured on an H200: docs/performance.md, and the other tilings in docs/log.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-TARGET_ITEMS = 128  # items a step is cut into, at least, when its contexts are long enough
-MIN_ITEM_TOKENS = 128
-ITEM_MULTIPLE = 64  # tokens of an item are a multiple of it, except at a context's end
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeItems:
-    """What `plan_decodes` found; every tensor int32 on the device of the lengths."""
-
-    lengths: Tensor  # [num_rows]
-    firsts: Tensor  # [num_rows + 2]: each row's first item, the number of items, the tokens of an item
-    rows: Tensor  # [num_rows + TARGET_ITEMS]: each item's row; behind the number of items undefined
+from kvist.kernels.operands import ITEM_MULTIPLE, MIN_ITEM_TOKENS, TARGET_ITEMS, DecodeItems
 
 
 def plan_decodes(lengths: Tensor) -> DecodeItems:

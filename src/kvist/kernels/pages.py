@@ -17,8 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SPREAD = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # A, B, C
-WORD_BYTES = 8
+from kvist.kernels.operands import MIX_CONSTANTS, WORD_BYTES
 
 
 def sum_pages(pages: Tensor, page_ids: Sequence[int]) -> Tensor:
@@ -44,7 +43,7 @@ def copy_pages(pages: Tensor, page_ids: Sequence[int], target: int, target_ids: 
 
 def sum_pages_torch(words: Tensor) -> Tensor:
     """[num_pages, 2]; words [num_pages, num_words] int64."""
-    a, b, c = (_signed_64(constant) for constant in SPREAD)
+    a, b, c = (_signed_64(constant) for constant in MIX_CONSTANTS)
     mixed = words ^ (torch.arange(1, words.shape[1] + 1, device=words.device) * a)
     mixed = _folded(_folded(mixed, 32).mul_(b), 29)
     first = mixed.sum(dim=1)

@@ -6,21 +6,11 @@ A model prepares `Rotary`; an attention backend that knows where the pages are c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rotary:
-    """What happens to q and k between their projection and attention."""
-
-    cos: Tensor  # [num_tokens, 1, head_dim], fp32
-    sin: Tensor  # the same; the first half is negated
-    qk_weight: Tensor | None = None  # [num_q_heads + num_kv_heads, head_dim]: RMSNorm of each head before it turns
-    eps: float = 0.0
+from kvist.kernels.operands import Rotary
 
 
 def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kvist.attention.backend import Attend, RotatingAttend
 from kvist.kernels.norm import add_rms_norm
-from kvist.kernels.rotary import Rotary, norm_and_rotate, rotation
+from kvist.kernels.operands import Rotary
+from kvist.kernels.rotary import norm_and_rotate, rotation
 from kvist.models.config import ModelConfig
 from kvist.models.parallel import (
     RowParallelLinear,

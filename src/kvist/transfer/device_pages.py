@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvist.kernels.pages import WORD_BYTES, copy_pages, sum_pages
+from kvist.kernels.operands import WORD_BYTES
+from kvist.kernels.pages import copy_pages, sum_pages
 
 GROUP_BYTES = 64 << 20  # copied between two looks whether to stop: a third of a millisecond
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvist.kernels.decode_attention import ITEM_MULTIPLE, MIN_ITEM_TOKENS, TARGET_ITEMS, DecodeItems
 from kvist.kernels.gpu.launch import has_dependent_launch, wait_for_inputs
+from kvist.kernels.operands import ITEM_MULTIPLE, MIN_ITEM_TOKENS, TARGET_ITEMS, DecodeItems
 
 _MERGED_TILE = 64  # parts that a merging program takes at a time, over all its heads
 _BLOCK, _WARPS, _STAGES = 64, 4, 3  # the quickest of nine for large batches; five such programs fit a multiprocessor

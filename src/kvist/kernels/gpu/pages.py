@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvist.kernels.pages import SPREAD, WORD_BYTES
+from kvist.kernels.operands import MIX_CONSTANTS, WORD_BYTES
 
 _BLOCK = 2048  # words
-_A, _B, _C = (tl.constexpr(constant) for constant in SPREAD)
+_A, _B, _C = (tl.constexpr(constant) for constant in MIX_CONSTANTS)
 
 
 @triton.jit

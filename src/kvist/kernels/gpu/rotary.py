@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvist.kernels.gpu.launch import has_dependent_launch, wait_for_inputs
-from kvist.kernels.rotary import Rotary
+from kvist.kernels.operands import Rotary
 
 _HEADS_PER_PROGRAM = 4
 
