@@ -38,7 +38,7 @@ from kvist.attention.pinned import PinnedRing
 from kvist.clock import FakeClock
 from kvist.kv.cache import PageCache
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams, WorkerId
-from kvist.runner.columns import NOBODY, read_batch
+from kvist.runner.columns import EMPTY_BATCH, read_batch
 from kvist.runner.sampler import sampled_tokens
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.events import SampledTokens
@@ -81,20 +81,20 @@ class ImaginedGpu:
         self._tables, self._ring = PageTables(cpu, PAGE_SIZE), PinnedRing(cpu)
         self._tables.reserve(num_requests, 2048)
         self._index = _Index.allocate(num_requests, num_requests, cpu)
-        self._former = NOBODY
+        self._previous = EMPTY_BATCH
         self._tokens = torch.randint(0, 32_000, (num_requests,), dtype=torch.int32)
 
     def launch(self, batch: Batch) -> ImaginedStep:
         with self._watch("columns"):
-            columns = read_batch(batch.items, self._former)
-        num_tokens, num_sampled = len(columns.words.token_ids), len(columns.words.rows)
+            columns = read_batch(batch.items, self._previous)
+        num_tokens, num_sampled = len(columns.inputs.token_ids), len(columns.inputs.rows)
         with self._watch("pack"):
             words = self._words[: 3 * num_tokens + 4 * num_sampled]
-            columns.words.pack(words, num_tokens, num_sampled, self._num_requests)
+            columns.inputs.pack(words, num_tokens, num_sampled, self._num_requests)
         if columns.only_decodes:
             with self._watch("index"):
                 self._index.fill(columns.spans, self._tables, self._ring)
-        self._former = columns.roster
+        self._previous = columns.persistent
         return ImaginedStep(self._watch, self._tokens[:num_sampled])
 
 

@@ -28,7 +28,7 @@ def read(tables: PageTables, spans: SpanColumns) -> list[list[int]]:
     """Each span's pages, as the device finds them and as the host does."""
     num_pages = -(-spans.ends // PAGE_SIZE)
     pages = torch.full((len(spans), int(num_pages.max())), -7, dtype=torch.int32)
-    rows = tables.seat(spans)
+    rows = tables.assign_rows(spans)
     tables.read(torch.from_numpy(rows), torch.from_numpy(spans.ends), pages)
     found = [row[:n] for row, n in zip(pages.tolist(), num_pages.tolist(), strict=True)]
     assert tables.pages(rows, num_pages).tolist() == [page for row in found for page in row]
@@ -36,7 +36,7 @@ def read(tables: PageTables, spans: SpanColumns) -> list[list[int]]:
 
 
 def test_a_list_that_grew_is_written_from_where_it_was() -> None:
-    tables = PageTables(CPU, PAGE_SIZE, num_seats=2, max_pages=4)
+    tables = PageTables(CPU, PAGE_SIZE, num_rows=2, max_pages=4)
     pages = [7, 8]
     assert read(tables, decodes([pages], [8])) == [[7, 8]]
     pages.append(9)
@@ -45,7 +45,7 @@ def test_a_list_that_grew_is_written_from_where_it_was() -> None:
 
 
 def test_equal_lists_of_two_requests_are_two_rows() -> None:
-    tables = PageTables(CPU, PAGE_SIZE, num_seats=2, max_pages=4)
+    tables = PageTables(CPU, PAGE_SIZE, num_rows=2, max_pages=4)
     first, second = [3], [3]
     read(tables, decodes([first, second], [4, 4]))
     assert read(tables, decodes([second, first], [4, 4])) == [[3], [3]]
@@ -56,26 +56,26 @@ def test_equal_lists_of_two_requests_are_two_rows() -> None:
 
 def test_a_row_of_the_last_two_steps_is_not_given_away() -> None:
     """The GPU may read it yet: it has not begun those steps, perhaps."""
-    tables = PageTables(CPU, PAGE_SIZE, num_seats=1, max_pages=1)
+    tables = PageTables(CPU, PAGE_SIZE, num_rows=1, max_pages=1)
     tables.reserve(1, 1)
-    former: list[int] = []
+    previous: list[int] = []
     for page in range(20):
-        (row,) = tables.seat(decodes([[page]], [1])).tolist()
-        assert row not in former[-2:]
-        former.append(row)
-    assert set(former) == {0, 1, 2}, "it was reserved for good"
+        (row,) = tables.assign_rows(decodes([[page]], [1])).tolist()
+        assert row not in previous[-2:]
+        previous.append(row)
+    assert set(previous) == {0, 1, 2}, "it was reserved for good"
 
 
 def test_a_table_that_a_graph_reads_never_moves() -> None:
-    tables = PageTables(CPU, PAGE_SIZE, num_seats=1, max_pages=1)
+    tables = PageTables(CPU, PAGE_SIZE, num_rows=1, max_pages=1)
     tables.reserve(2, 3)
     with pytest.raises(AssertionError, match="captured"):
-        tables.seat(decodes([[1, 2, 3, 4]], [16]))
+        tables.assign_rows(decodes([[1, 2, 3, 4]], [16]))
 
 
 @given(st.data())
 def test_every_step_reads_what_its_spans_say(data: st.DataObject) -> None:
-    tables = PageTables(CPU, PAGE_SIZE, num_seats=2, max_pages=1)
+    tables = PageTables(CPU, PAGE_SIZE, num_rows=2, max_pages=1)
     requests: list[list[int]] = [[i] for i in range(12)]
     next_page = 100
     for _ in range(data.draw(st.integers(1, 12))):
@@ -109,7 +109,7 @@ def test_slots_are_the_pages_of_the_positions(ranges: list[tuple[int, int]]) -> 
         for position in range(span.start, span.end)
     ]
     tables, columns = PageTables(CPU, PAGE_SIZE), SpanColumns.of(spans)
-    assert tables.slots(columns, tables.seat(columns)).tolist() == expected
+    assert tables.slots(columns, tables.assign_rows(columns)).tolist() == expected
 
 
 @given(RANGES)

@@ -15,7 +15,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def test_what_was_filled_arrives_however_long_it_is(device: str) -> None:
     ring = PinnedRing(torch.device(device), 4)
     for length in (1, 4, 9, 3, 100, 5, 7):
-        ring.words(length)[:] = np.arange(length) + length
+        ring.next_buffer(length)[:] = np.arange(length) + length
         out = torch.zeros(length, dtype=torch.int32, device=device)
         ring.send(out)
         assert out.tolist() == list(range(length, 2 * length))
@@ -27,7 +27,7 @@ def test_the_memory_of_the_last_two_sends_is_left_alone(device: str) -> None:
     out = torch.zeros(2, 2, dtype=torch.int32, device=device)
     addresses = []
     for _ in range(6):
-        words = ring.words(4)
+        words = ring.next_buffer(4)
         addresses.append(words.ctypes.data)
         ring.send(out)
     assert len(set(addresses[:3])) == 3
@@ -40,6 +40,6 @@ def test_a_copy_that_waits_for_the_device_is_not_overwritten() -> None:
     outs = [torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(8)]
     torch.cuda._sleep(50_000_000)  # the copies queue up behind it
     for number, out in enumerate(outs):
-        ring.words(1)[:] = number
+        ring.next_buffer(1)[:] = number
         ring.send(out)
     assert [int(out) for out in outs] == list(range(8))

@@ -204,9 +204,9 @@ def test_a_write_to_a_peer_that_is_gone_fails(source: Side, target: Side) -> Non
 def test_a_peer_is_dead_only_after_its_end(source: Side, target: Side) -> None:
     assert not source.transport.peer_is_dead(target.epoch)
     target.kill()
-    give_up_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 60
     while not source.transport.peer_is_dead(target.epoch):  # on a GPU its last writes may still be on their way
-        assert time.monotonic() < give_up_s
+        assert time.monotonic() < deadline_s
         time.sleep(0.01)
     assert source.transport.peer_is_dead(target.epoch)
 

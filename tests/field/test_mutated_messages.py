@@ -322,10 +322,10 @@ def done_for(grant: wire.Grant) -> wire.Done:
 
 def check_computable(batch: Batch) -> None:
     """As a runner needs it: one bad value would fail the whole batch."""
-    from kvist.runner.columns import Roster
+    from kvist.runner.columns import PersistentBatch
     from kvist.runner.sampler import noise_key_words
 
-    Roster.of([item.request_id for item in batch.items], [item.sampling for item in batch.items])
+    PersistentBatch.of([item.request_id for item in batch.items], [item.sampling for item in batch.items])
     wanted = [item for item in batch.items if item.sampling is not None]
     noise_key_words([item.sampling.seed for item in wanted if item.sampling], [item.end for item in wanted])
     for item in batch.items:
@@ -501,10 +501,10 @@ def fuzz_loop(role: str, seed: int, num_messages: int) -> float:
                 loop.iterate(0.0)
                 clock.advance(0.01)
         dealer.send(wire.encode(wire.Hello(gateway_id="last")))
-        give_up_s, heard = time.monotonic() + 60.0, None
+        deadline_s, heard = time.monotonic() + 60.0, None
         welcomes = 0
         while heard is None or not welcomes:
-            assert time.monotonic() < give_up_s
+            assert time.monotonic() < deadline_s
             loop.iterate(0.0)
             clock.advance(0.02)
             while dealer.poll(0):

@@ -48,7 +48,7 @@ H200_CLUSTERS = 66  # of two of its 132 multiprocessors
     ],
 )
 def test_the_kernel_pays_where_its_tiles_fill_the_multiprocessors(n: int, pays: bool) -> None:
-    assert gated.pays(2 * n, H200_CLUSTERS) == pays
+    assert gated.fills_gpu(2 * n, H200_CLUSTERS) == pays
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_nothing_is_compiled_for_a_weight_that_the_kernel_does_not_fit(
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=2 * H200_CLUSTERS)
     )
-    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    monkeypatch.setattr(cuda, "missing_library", lambda: None)
     monkeypatch.setattr(gated, "GatedProduct", lambda each: made.append(each) or made)
     assert (make_gated_product(weight) is made) == is_made  # type: ignore[arg-type]
     assert made == [weight] * is_made

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvist.errors import ConfigError
-from kvist.models.parallel import TensorParallel, VocabShare
+from kvist.models.parallel import TensorParallel, VocabShard
 
 TP_CASES: dict[str, dict[str, object]] = {
     "kv_heads_split": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
@@ -22,8 +22,8 @@ def ranks(size):
     return [TensorParallel(rank=rank, size=size) for rank in range(size)]
 
 
-def test_shares_cover_everything_once():
-    assert [tp.share(12, "things") for tp in ranks(4)] == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12)]
+def test_shards_cover_everything_once():
+    assert [tp.shard(12, "things") for tp in ranks(4)] == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12)]
 
 
 def test_kv_heads_are_replicated_when_ranks_outnumber_them():
@@ -36,15 +36,15 @@ def test_each_rank_holds_the_kv_heads_its_q_heads_attend_over(size):
     num_heads, num_kv_heads = 8, 4
     group = num_heads // num_kv_heads
     for tp in ranks(size):
-        q_heads, kv_heads = tp.share(num_heads, "heads"), tp.kv_heads(num_kv_heads)
+        q_heads, kv_heads = tp.shard(num_heads, "heads"), tp.kv_heads(num_kv_heads)
         needed = {head // group for head in range(q_heads.start, q_heads.stop)}
         assert needed == set(range(kv_heads.start, kv_heads.stop))
 
 
 def test_a_vocabulary_that_does_not_divide_is_covered_once():
-    shares = [VocabShare.of(101, tp) for tp in ranks(4)]
-    assert [(share.start, share.stop) for share in shares] == [(0, 26), (26, 52), (52, 78), (78, 101)]
-    assert {share.num_rows for share in shares} == {26}
+    shards = [VocabShard.of(101, tp) for tp in ranks(4)]
+    assert [(shard.start, shard.stop) for shard in shards] == [(0, 26), (26, 52), (52, 78), (78, 101)]
+    assert {shard.num_rows for shard in shards} == {26}
 
 
 @pytest.mark.parametrize(("size", "what"), [(3, "attention heads"), (8, "attention heads")])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvist.request import RequestId, SamplingParams
-from kvist.runner.columns import NOBODY, BatchColumns, Roster, read_batch
+from kvist.runner.columns import EMPTY_BATCH, BatchColumns, PersistentBatch, read_batch
 from kvist.runner.sampler import noise_key_words
 from kvist.runner.staging import Staging
 from kvist.scheduler.plan import BatchItem
@@ -38,11 +38,11 @@ def chunk(name: str, start: int, tokens: list[int], sampling: SamplingParams | N
 def device_words(columns: BatchColumns, slots: list[int], *, padding: int = 0) -> dict[str, list[object]]:
     """What kernels find after the one copy, with the tokens of the step before in their slots."""
     staging = Staging(num_rows=NUM_SLOTS, num_tokens=NUM_TOKENS, device=torch.device("cpu"))
-    num_tokens, num_sampled = len(columns.words.token_ids) + padding, len(columns.words.rows) + padding
-    staging._ring.words(3 * NUM_TOKENS + 4 * NUM_SLOTS)[:] = -99  # what an earlier step left
-    staging._ring.words(1), staging._ring.words(1)
-    staging.keep(torch.tensor(slots + [-1] * (NUM_SLOTS - len(slots))))
-    staging.send(columns.words, num_tokens, num_sampled)
+    num_tokens, num_sampled = len(columns.inputs.token_ids) + padding, len(columns.inputs.rows) + padding
+    staging._ring.next_buffer(3 * NUM_TOKENS + 4 * NUM_SLOTS)[:] = -99  # what an earlier step left
+    staging._ring.next_buffer(1), staging._ring.next_buffer(1)
+    staging.write_sampled(torch.tensor(slots + [-1] * (NUM_SLOTS - len(slots))))
+    staging.send(columns.inputs, num_tokens, num_sampled)
     words = staging.views(num_tokens, num_sampled)
     found = {name: getattr(words, name).tolist() for name in ("positions", "rows", "temperatures", "keys")}
     return {"token_ids": words.token_ids().tolist(), **found}
@@ -81,9 +81,9 @@ def test_the_device_finds_what_the_items_say(
     before = [decode(f"r{number}", 1, item.sampling or WARM, 1) for number, item in enumerate(items)]
     if not same_order:
         before.reverse()
-    former = read_batch(before, NOBODY).roster
+    previous = read_batch(before, EMPTY_BATCH).persistent
     slots = [100 * int(item.request_id[1:]) for item in before]  # the token that the step before chose for each
-    columns = read_batch(items, former)
+    columns = read_batch(items, previous)
     padding = min(padding, NUM_SLOTS - len(rows))
     found = device_words(columns, slots, padding=padding)
     zeros = [0] * padding
@@ -95,7 +95,7 @@ def test_the_device_finds_what_the_items_say(
     if any(each.temperature for each in params):
         keys = noise_key_words([each.seed for each in params], [item.end for item in sampled])
         assert found["keys"][: len(rows)] == keys.tolist()
-    assert list(columns.roster.slots) == [item.request_id for item in sampled]
+    assert list(columns.persistent.slots) == [item.request_id for item in sampled]
     assert [(span.start, span.end, span.page_ids) for span in columns.spans] == [
         (item.start, item.end, item.page_ids) for item in items
     ]
@@ -104,21 +104,24 @@ def test_the_device_finds_what_the_items_say(
 
 
 def test_the_same_requests_again_are_not_looked_at_again() -> None:
-    first = read_batch([decode("a", 3, WARM, 1), decode("b", 5, GREEDY, 2)], NOBODY)
-    second = read_batch([decode("a", 4, WARM), decode("b", 6, GREEDY)], first.roster)
-    assert second.roster is first.roster
-    assert read_batch([decode("b", 7, GREEDY), decode("a", 5, WARM)], second.roster).roster is not second.roster
+    first = read_batch([decode("a", 3, WARM, 1), decode("b", 5, GREEDY, 2)], EMPTY_BATCH)
+    second = read_batch([decode("a", 4, WARM), decode("b", 6, GREEDY)], first.persistent)
+    assert second.persistent is first.persistent
+    assert (
+        read_batch([decode("b", 7, GREEDY), decode("a", 5, WARM)], second.persistent).persistent
+        is not second.persistent
+    )
 
 
 def test_a_name_that_is_used_again_brings_its_own_parameters() -> None:
-    first = read_batch([decode("a", 3, WARM, 1)], NOBODY)
-    again = read_batch([decode("a", 3, TOP_K, 1)], first.roster)
+    first = read_batch([decode("a", 3, WARM, 1)], EMPTY_BATCH)
+    again = read_batch([decode("a", 3, TOP_K, 1)], first.persistent)
     assert (first.is_plain, again.is_plain) == (True, False)
 
 
 def test_suppressed_tokens_are_noticed_step_by_step() -> None:
     item = decode("a", 3, GREEDY, 1)
-    first = read_batch([item], NOBODY)
+    first = read_batch([item], EMPTY_BATCH)
     assert first.is_plain
     suppressed = BatchItem(
         request_id=item.request_id,
@@ -128,20 +131,20 @@ def test_suppressed_tokens_are_noticed_step_by_step() -> None:
         sampling=GREEDY,
         suppressed_token_ids=(2,),
     )
-    assert not read_batch([suppressed], first.roster).is_plain
+    assert not read_batch([suppressed], first.persistent).is_plain
 
 
 def test_a_token_that_no_step_chose_is_an_error() -> None:
     with pytest.raises(KeyError):
-        read_batch([decode("a", 3)], NOBODY)
+        read_batch([decode("a", 3)], EMPTY_BATCH)
     with pytest.raises(KeyError):
-        read_batch([decode("a", 3), decode("b", 3)], Roster.of([RequestId("a")], [GREEDY]))
+        read_batch([decode("a", 3), decode("b", 3)], PersistentBatch.of([RequestId("a")], [GREEDY]))
 
 
 def test_chosen_tokens_reach_the_host_in_memory_of_their_own() -> None:
     staging = Staging(num_rows=2, num_tokens=2, device=torch.device("cpu"))
     reads = []
     for step in range(3):
-        staging.keep(torch.tensor([step, step + 10]))
+        staging.write_sampled(torch.tensor([step, step + 10]))
         reads.append(staging.start_read(2))
     assert np.array(reads).tolist() == [[0, 10], [1, 11], [2, 12]]

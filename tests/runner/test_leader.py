@@ -27,7 +27,7 @@ TOKENS = SampledTokens(token_ids=[9])
 @dataclass
 class FakeFollowers:
     order: list[str]
-    told: list[Batch] = field(default_factory=list)
+    sent: list[Batch] = field(default_factory=list)
     is_gone: bool = False
     looks: int = 0
 
@@ -37,7 +37,7 @@ class FakeFollowers:
     def send(self, payload: bytes) -> None:
         self.check_alive()
         self.order.append("send")
-        self.told.append(self.decoder.decode(payload))
+        self.sent.append(self.decoder.decode(payload))
 
     def check_alive(self) -> None:
         self.looks += 1
@@ -98,7 +98,7 @@ def world() -> World:
 def test_the_others_are_told_before_rank_0_begins(world: World) -> None:
     assert world.leader.launch(BATCH).result() == TOKENS
     assert world.order == ["send", "launch 1"]
-    assert [list(each.token_ids) for each in world.followers.told[0].items] == [[1, 2]]
+    assert [list(each.token_ids) for each in world.followers.sent[0].items] == [[1, 2]]
     assert world.leader.attention_name == "fake"
 
 
@@ -141,7 +141,7 @@ def test_a_step_that_fails_at_rank_0_alone_is_the_last(world: World, when: str) 
     world.fails = world.fails_late = False
     with pytest.raises(EngineError, match="out of step"):
         world.leader.launch(BATCH).result()
-    assert world.order.count("send") == 1, "the others must not be told of a step that rank 0 does not take"
+    assert world.order.count("send") == 1, "the others must not receive a step that rank 0 does not take"
 
 
 def test_a_failure_here_is_laid_to_a_rank_that_is_gone(world: World) -> None:

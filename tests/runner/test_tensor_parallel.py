@@ -26,7 +26,7 @@ from kvist.runner import tp
 from kvist.runner.build import build_runner, num_weights, page_layout
 from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import Runner
-from kvist.runner.tp import FollowerProcesses, Meeting
+from kvist.runner.tp import FollowerProcesses, Rendezvous
 from kvist.scheduler.plan import Batch, BatchItem
 
 SAMPLING = SamplingParams(max_tokens=6, temperature=0.8, seed=5)
@@ -113,7 +113,7 @@ def test_a_rank_that_cannot_start_is_told_by_the_others_at_once(
 
 @pytest.fixture
 def followers(tmp_path: Path) -> Iterator[FollowerProcesses]:
-    followers = FollowerProcesses(tmp_path / "meeting")
+    followers = FollowerProcesses(tmp_path / "rendezvous")
     yield followers
     followers.close(kill=True)
 
@@ -145,7 +145,7 @@ def test_a_rank_that_takes_nothing_any_more_is_given_up(
 @pytest.mark.e2e
 def test_a_rank_that_is_stuck_ends_soon_after_rank_0() -> None:
     program = (
-        "import sys, threading; from kvist.runner import tp; tp._GRACE_S = 0.1; tp.end_with_rank_0(0); "
+        "import sys, threading; from kvist.runner import tp; tp._GRACE_S = 0.1; tp.exit_with_rank_0(0); "
         "sys.stdout.write('.'); sys.stdout.flush(); threading.Event().wait(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -171,16 +171,16 @@ def test_ranks_wait_for_each_other_until_one_is_gone(tmp_path: Path) -> None:
             raise EngineError("rank 1 is gone")
 
     is_gone = threading.Event()
-    path = str(tmp_path / "meeting")
-    mine = Meeting(path, rank=0, size=2, check=check)
-    other = threading.Thread(target=Meeting(path, rank=1, size=2).wait_for_all, args=("started",))
+    path = str(tmp_path / "rendezvous")
+    mine = Rendezvous(path, rank=0, size=2, check=check)
+    other = threading.Thread(target=Rendezvous(path, rank=1, size=2).barrier, args=("started",))
     other.start()
-    mine.wait_for_all("started")
+    mine.barrier("started")
     other.join(timeout=10)
     assert not other.is_alive()
     is_gone.set()
     with pytest.raises(EngineError, match="rank 1 is gone"):
-        mine.wait_for_all("loaded")
+        mine.barrier("loaded")
 
 
 # ---------------------------------------------------------------- on GPUs, as far as that needs none

@@ -85,9 +85,9 @@ class Writer:
 
     def wait_until_mapped(self, expected: list[bool]) -> None:
         """The transport's thread lets go of what it wrote to last only after it has told us of it."""
-        give_up_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + 20
         while self.mapped() != expected:
-            assert time.monotonic() < give_up_s, self.mapped()
+            assert time.monotonic() < deadline_s, self.mapped()
             time.sleep(0.001)
 
 

@@ -41,7 +41,7 @@ class RotatingAttend(Protocol):
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One request's new tokens: positions [start, start + num_tokens). Their rows follow the former span's.
+    """One request's new tokens: positions [start, start + num_tokens). Their rows follow the previous span's.
 
     A struct and not a dataclass: hundreds are made in each step, at a sixth of the price.
     """

@@ -61,7 +61,7 @@ class Fa3Attention:
         num_decodes = _count_decodes(columns)
         index = _Index.allocate(len(columns), columns.num_tokens, self._device)
         index.fill(columns, self._tables, self._ring)
-        table = index.seats.new_zeros(len(columns), -(-int(columns.ends.max()) // self._pool.page_size))
+        table = index.table_rows.new_zeros(len(columns), -(-int(columns.ends.max()) // self._pool.page_size))
         longest_chunk = int(columns.counts[num_decodes:].max(initial=0))
         return _Step(self._pool, index, self._tables, table, num_decodes=num_decodes, longest_chunk=longest_chunk)
 
@@ -71,7 +71,7 @@ class Fa3Attention:
     def plan_mixed_graph(self, max_batch: int, max_pages: int, max_tokens: int) -> GraphPlan:
         self._tables.reserve(max_batch, max_pages)
         index = _Index.allocate(max_batch, max(max_batch, max_tokens), self._device)
-        table = index.seats.new_zeros(max_batch, max_pages)
+        table = index.table_rows.new_zeros(max_batch, max_pages)
         return _GraphPlan(self._pool, self._tables, self._ring, index, table, has_chunks=max_tokens > 0)
 
 
@@ -103,7 +103,7 @@ class _Index:
     ends: Tensor  # [max_spans] keys of each span, its new tokens included
     decode_lengths: Tensor  # [max_spans] the same, of decodes only
     chunk_lengths: Tensor  # [max_spans] the same, of chunks only
-    seats: Tensor  # [max_spans] rows of the page tables
+    table_rows: Tensor  # [max_spans] rows of the page tables
     cumulative: Tensor  # [max_spans + 1]: the first row of each chunk; of a decode, that of the first chunk
     slots: Tensor  # [max_rows] where each row's K and V go; below zero: nowhere
 
@@ -111,33 +111,33 @@ class _Index:
     def allocate(cls, max_spans: int, max_rows: int, device: torch.device) -> _Index:
         packed = torch.zeros(5 * max_spans + 1 + max_rows, dtype=torch.int32, device=device)
         sizes = [max_spans, max_spans, max_spans, max_spans, max_spans + 1, max_rows]
-        ends, decode_lengths, chunk_lengths, seats, cumulative, slots = torch.split(packed, sizes)
+        ends, decode_lengths, chunk_lengths, table_rows, cumulative, slots = torch.split(packed, sizes)
         return cls(
             packed=packed,
             ends=ends,
             decode_lengths=decode_lengths,
             chunk_lengths=chunk_lengths,
-            seats=seats,
+            table_rows=table_rows,
             cumulative=cumulative,
             slots=slots,
         )
 
     def fill(self, columns: SpanColumns, tables: PageTables, ring: PinnedRing) -> None:
-        count, num_decodes, size = len(columns), _count_decodes(columns), self.seats.shape[0]
+        count, num_decodes, size = len(columns), _count_decodes(columns), self.table_rows.shape[0]
         assert count <= size, "a graph is captured for the largest batch it replays"
-        packed = ring.words(self.packed.shape[0])
+        packed = ring.next_buffer(self.packed.shape[0])
         rows, cumulative = packed[: 4 * size].reshape(4, size), packed[4 * size : 5 * size + 1]
         slots = packed[5 * size + 1 :]
         rows[:] = 0
         rows[0, :count] = columns.ends
         rows[1, :num_decodes] = columns.ends[:num_decodes]
         rows[2, num_decodes:count] = columns.ends[num_decodes:]
-        rows[3, :count] = seats = tables.seat(columns)
+        rows[3, :count] = table_rows = tables.assign_rows(columns)
         cumulative[:] = num_decodes
         if num_decodes < count:
             cumulative[num_decodes + 1 : count + 1] += columns.counts[num_decodes:].cumsum(dtype=np.int32)
             cumulative[count + 1 :] = cumulative[count]
-        written = tables.slots(columns, seats)
+        written = tables.slots(columns, table_rows)
         slots[: len(written)] = written
         slots[len(written) :] = -1
         ring.send(self.packed)
@@ -151,7 +151,7 @@ class _Step:
     ) -> None:
         """`table` [max_spans, max_pages] int32 gets the pages of each span. `num_decodes`: at most so many of the first
         rows are decodes. `longest_chunk`: tokens; 0: no chunk."""
-        tables.read(index.seats, index.ends, table)
+        tables.read(index.table_rows, index.ends, table)
         self._pool = pool
         self._index = index
         self._table = table
@@ -181,7 +181,7 @@ class _Step:
         pool, index = self._pool, self._index
         if self._metadata is None:
             self._metadata = pool.library.get_scheduler_metadata(  # type: ignore[attr-defined]
-                index.seats.shape[0],
+                index.table_rows.shape[0],
                 self._longest_chunk,
                 self._table.shape[1] * pool.page_size,
                 q.shape[1],

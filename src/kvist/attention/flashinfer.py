@@ -32,7 +32,7 @@ from kvist.errors import ConfigError
 from kvist.kernels.operands import Rotary
 from kvist.kernels.rotary import rotate_and_write
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 REMEDY = (
     "pip install 'flashinfer-python>=0.6.12', which compiles its kernels: it needs nvcc (CUDA_HOME names the toolkit),"
@@ -67,7 +67,7 @@ class FlashInferAttention:
 
     def _compile(self, q: Tensor) -> None:
         """Attend for one token, whatever the first page holds."""
-        log.info("FlashInfer: making its kernels for heads of %d; the first time takes a minute", q.shape[2])
+        logger.info("FlashInfer: making its kernels for heads of %d; the first time takes a minute", q.shape[2])
         start_s = time.perf_counter()
         try:
             planner = Planner(self._pool, self._pool.workspace(q.shape[1]))
@@ -77,7 +77,7 @@ class FlashInferAttention:
         except Exception as error:  # whatever it is, it would come with every step
             reason = "; ".join(str(error).splitlines()[-5:])
             raise _refusal(f"cannot run here: {reason}. It takes {REMEDY}; or use torch") from error
-        log.info("FlashInfer %s: ready after %.1f s", self._library.__version__, time.perf_counter() - start_s)
+        logger.info("FlashInfer %s: ready after %.1f s", self._library.__version__, time.perf_counter() - start_s)
 
     def prepare(self, spans: Sequence[Span]) -> Attend:
         indices = self._pool.indices(spans, len(spans))
@@ -129,15 +129,15 @@ class Pool:
         """Rows beyond the spans are padding: one token each, which writes nothing and attends to nothing."""
         columns, size = SpanColumns.of(spans), self.page_size
         padding = np.zeros(num_rows - len(columns), dtype=np.int32)
-        seats, num_pages = self._tables.seat(columns), -(-columns.ends // size)
+        table_rows, num_pages = self._tables.assign_rows(columns), -(-columns.ends // size)
         num_tokens = np.concatenate((columns.counts, padding + 1))
         parts = (
             _starts(num_tokens),
             _starts(np.concatenate((num_pages, padding))),
             np.concatenate(((columns.ends - 1) % size + 1, padding)),
             np.concatenate((columns.ends, padding)),
-            np.concatenate((self._tables.slots(columns, seats), padding - 1)),
-            self._tables.pages(seats, num_pages),
+            np.concatenate((self._tables.slots(columns, table_rows), padding - 1)),
+            self._tables.pages(table_rows, num_pages),
         )
         packed = torch.from_numpy(np.concatenate(parts))
         if self.device.type == "cuda":

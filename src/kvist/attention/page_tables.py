@@ -26,9 +26,9 @@ _STEPS_UNDER_WAY = 2
 
 
 class PageTables:
-    """Mutable; owned by the backend. Steps are launched in the order of their calls of `seat`."""
+    """Mutable; owned by the backend. Steps are launched in the order of their calls of `assign_rows`."""
 
-    def __init__(self, device: torch.device, page_size: int, *, num_seats: int = 64, max_pages: int = 64) -> None:
+    def __init__(self, device: torch.device, page_size: int, *, num_rows: int = 64, max_pages: int = 64) -> None:
         self._device = device
         self._page_size = page_size
         self._table = torch.zeros(0, max_pages, dtype=torch.int32)
@@ -39,26 +39,26 @@ class PageTables:
         self._row_of: dict[int, int] = {}  # by identity
         self._free: list[int] = []
         self._step = 0
-        self._former: Sequence[Sequence[int]] = ()  # the lists of the step before
-        self._former_rows: list[int] = []
+        self._previous: Sequence[Sequence[int]] = ()  # the lists of the step before
+        self._previous_rows: list[int] = []
         self._rows = np.zeros(0, dtype=np.int32)  # the same
         self._is_lasting = False
-        self._grow(num_seats, max_pages)
+        self._grow(num_rows, max_pages)
 
     def reserve(self, max_batch: int, max_pages: int) -> None:
         """Room for good: the table moves no more, so a captured graph may read it."""
         self._grow((1 + _STEPS_UNDER_WAY) * max_batch, max_pages)
         self._is_lasting = True
 
-    def seat(self, spans: SpanColumns) -> npt.NDArray[np.int32]:
+    def assign_rows(self, spans: SpanColumns) -> npt.NDArray[np.int32]:
         """Each span's row, in which its pages are written now."""
         lists = spans.page_ids
-        if lists != self._former:  # seldom: mostly they are the same objects, which costs no look into them
+        if lists != self._previous:  # seldom: mostly they are the same objects, which costs no look into them
             self._change(lists)
         self._step += 1
         rows = self._rows
         for place in np.flatnonzero(spans.ends > self._num_tokens[rows]).tolist():  # one in a page's tokens
-            self._write(self._former_rows[place], lists[place], int(spans.ends[place]))
+            self._write(self._previous_rows[place], lists[place], int(spans.ends[place]))
         return rows
 
     def slots(self, spans: SpanColumns, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
@@ -78,15 +78,15 @@ class PageTables:
 
     def _change(self, lists: Sequence[Sequence[int]]) -> None:
         known = [self._row_of.get(id(pages)) for pages in lists]
-        for row in (*self._former_rows, *(row for row in known if row is not None)):
+        for row in (*self._previous_rows, *(row for row in known if row is not None)):
             self._last_step[row] = self._step  # so that no new one gets their seats
-        self._former_rows = [
-            self._new_seat(pages) if row is None else row for row, pages in zip(known, lists, strict=True)
+        self._previous_rows = [
+            self._new_row(pages) if row is None else row for row, pages in zip(known, lists, strict=True)
         ]
-        self._rows = np.array(self._former_rows, dtype=np.int32)
-        self._former = lists
+        self._rows = np.array(self._previous_rows, dtype=np.int32)
+        self._previous = lists
 
-    def _new_seat(self, pages: Sequence[int]) -> int:
+    def _new_row(self, pages: Sequence[int]) -> int:
         if not self._free:
             self._free = [row for row, step in enumerate(self._last_step) if step <= self._step - _STEPS_UNDER_WAY]
             for row in self._free:
@@ -111,20 +111,20 @@ class PageTables:
             self._host[row, first:end] = pages[first:end]
         self._num_tokens[row] = end * self._page_size
 
-    def _grow(self, num_seats: int, max_pages: int) -> None:
+    def _grow(self, num_rows: int, max_pages: int) -> None:
         """To at least so many."""
-        seats, pages = self._host.shape
-        num_seats, max_pages = max(num_seats, seats), max(max_pages, pages)
-        if (num_seats, max_pages) == (seats, pages):
+        rows, pages = self._host.shape
+        num_rows, max_pages = max(num_rows, rows), max(max_pages, pages)
+        if (num_rows, max_pages) == (rows, pages):
             return
         assert not self._is_lasting, "a captured graph reads the table"
         is_gpu = self._device.type == "cuda"
         if is_gpu:
             torch.cuda.synchronize()  # steps under way read the old memory
-        table = torch.zeros(num_seats, max_pages, dtype=torch.int32, pin_memory=is_gpu)
-        table[:seats, :pages] = self._table
+        table = torch.zeros(num_rows, max_pages, dtype=torch.int32, pin_memory=is_gpu)
+        table[:rows, :pages] = self._table
         self._table, self._host = table, table.numpy()
-        self._lists += [()] * (num_seats - seats)
-        self._num_tokens = np.pad(self._num_tokens, (0, num_seats - seats))
-        self._last_step += [0] * (num_seats - seats)
-        self._free += range(seats, num_seats)
+        self._lists += [()] * (num_rows - rows)
+        self._num_tokens = np.pad(self._num_tokens, (0, num_rows - rows))
+        self._last_step += [0] * (num_rows - rows)
+        self._free += range(rows, num_rows)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvist.kernels.gpu import cuda, gated
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 GatedProduct = Callable[[Tensor], Tensor | None]
 
@@ -31,9 +31,9 @@ def make_gated_product(weight: Tensor) -> GatedProduct | None:
     if weight.dtype not in (torch.bfloat16, torch.float16) or weight.shape[0] % 16 or weight.shape[1] % 8:
         return None
     # Two multiprocessors run a cluster. Where no weight fills them, nothing is compiled.
-    if not gated.pays(weight.shape[0], torch.cuda.get_device_properties(weight.device).multi_processor_count // 2):
+    if not gated.fills_gpu(weight.shape[0], torch.cuda.get_device_properties(weight.device).multi_processor_count // 2):
         return None
-    if (reason := cuda.why_not()) is not None:
-        log.warning("gate and up stay with cuBLAS: %s", reason)
+    if (reason := cuda.missing_library()) is not None:
+        logger.warning("gate and up stay with cuBLAS: %s", reason)
         return None
     return gated.GatedProduct(weight)

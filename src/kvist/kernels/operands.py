@@ -34,7 +34,5 @@ class Rotary:
 
     cos: Tensor  # [num_tokens, 1, head_dim], fp32
     sin: Tensor  # [num_tokens, 1, head_dim], fp32; the first half is negated
-    qk_weight: Tensor | None = (
-        None  # [num_q_heads + num_kv_heads, head_dim]: RMSNorm of each head, before the rotation
-    )
+    qk_weight: Tensor | None = None  # [num_q_heads + num_kv_heads, head_dim]: RMSNorm of each head, before the rotation
     eps: float = 0.0

@@ -25,7 +25,7 @@ from kvist.models.parallel import (
     TensorParallel,
     VocabParallelEmbedding,
     VocabParallelHead,
-    VocabShare,
+    VocabShard,
     column_parallel,
     gated_parallel,
 )
@@ -35,7 +35,7 @@ from kvist.models.weights import WeightReader
 
 class Attention:
     def __init__(self, config: ModelConfig, reader: WeightReader, prefix: str, tp: TensorParallel) -> None:
-        q_heads = tp.share(config.num_heads, "attention heads")
+        q_heads = tp.shard(config.num_heads, "attention heads")
         kv_heads = tp.kv_heads(config.num_kv_heads)
         self._num_q_heads = q_heads.stop - q_heads.start
         self._num_kv_heads = kv_heads.stop - kv_heads.start
@@ -72,7 +72,7 @@ class Attention:
 
 class GatedMlp:
     def __init__(self, config: ModelConfig, reader: WeightReader, prefix: str, tp: TensorParallel) -> None:
-        rows = tp.share(config.intermediate_size, "MLP rows")
+        rows = tp.shard(config.intermediate_size, "MLP rows")
         self._gated = gated_parallel(reader, {f"{prefix}.{name}": rows for name in ("gate_proj", "up_proj")})
         self._down = RowParallelLinear(reader, f"{prefix}.down_proj", rows, tp, bias=False)
 
@@ -104,14 +104,14 @@ class DecoderLayer:
         return self._mlp(x), residual
 
 
-class VocabularyEnds:
+class EmbeddingAndHead:
     """The embedding and the head. When they are tied the checkpoint has one matrix for both."""
 
     def __init__(self, config: ModelConfig, reader: WeightReader, tp: TensorParallel) -> None:
-        share = VocabShare.of(config.vocab_size, tp)
-        weight = share.read(reader, "model.embed_tokens.weight")
-        self.embed = VocabParallelEmbedding(weight, share, tp)
-        head_weight = weight if config.tie_word_embeddings else share.read(reader, "lm_head.weight")
+        shard = VocabShard.of(config.vocab_size, tp)
+        weight = shard.read(reader, "model.embed_tokens.weight")
+        self.embed = VocabParallelEmbedding(weight, shard, tp)
+        head_weight = weight if config.tie_word_embeddings else shard.read(reader, "lm_head.weight")
         self.head = VocabParallelHead(head_weight, config.vocab_size, tp)
         self.norm = reader.read("model.norm.weight")
         self.tp = tp
@@ -133,11 +133,11 @@ class Unfinished:
 class CausalLM:
     """This rank's part of a model, ready to run. Immutable once built, so any number of callers may share it."""
 
-    def __init__(self, config: ModelConfig, ends: VocabularyEnds, layers: list[DecoderLayer]) -> None:
+    def __init__(self, config: ModelConfig, vocab: EmbeddingAndHead, layers: list[DecoderLayer]) -> None:
         self.config = config
-        self._ends = ends
+        self._vocab = vocab
         self._layers = layers
-        self._frequencies = inverse_frequencies(config).to(ends.norm.device)
+        self._frequencies = inverse_frequencies(config).to(vocab.norm.device)
         self._rotation_scale = rotation_scale(config)
 
     def begin(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Unfinished:
@@ -146,7 +146,7 @@ class CausalLM:
         if self._rotation_scale != 1.0:
             cos, sin = cos * self._rotation_scale, sin * self._rotation_scale
         *layers, last = self._layers
-        x, residual = self._ends.embed(token_ids), None
+        x, residual = self._vocab.embed(token_ids), None
         for layer in layers:
             x, residual = layer.finish(*layer.attend(x, residual, cos, sin, attend))
         heads, residual = last.attend(x, residual, cos, sin, attend)
@@ -155,12 +155,12 @@ class CausalLM:
     def finish(self, unfinished: Unfinished) -> Tensor:
         """hidden [num_rows, hidden_size] after the last norm, in the model's dtype."""
         x, residual = self._layers[-1].finish(unfinished.heads, unfinished.residual)
-        return add_rms_norm(x, residual, self._ends.norm, self.config.rms_norm_eps)[0]
+        return add_rms_norm(x, residual, self._vocab.norm, self.config.rms_norm_eps)[0]
 
-    def meet(self, unfinished: Unfinished) -> None:
+    def sync_ranks(self, unfinished: Unfinished) -> None:
         """For a step that nobody finishes: wait, as finishing does, until every rank's K/V is in the cache."""
-        if self._ends.tp.size > 1:
-            self._ends.tp.all_reduce(unfinished.residual.new_zeros(1))
+        if self._vocab.tp.size > 1:
+            self._vocab.tp.all_reduce(unfinished.residual.new_zeros(1))
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Begin and finish, for all rows: [T, hidden_size]."""
@@ -168,7 +168,7 @@ class CausalLM:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden_size]: the rows a token is chosen for -> [R, vocab_size] fp32, whole on every rank."""
-        return self._ends.head(hidden)
+        return self._vocab.head(hidden)
 
 
 def _scaled(heads: slice, head_dim: int) -> slice:

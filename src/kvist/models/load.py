@@ -16,7 +16,7 @@ import torch
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
 from kvist.models.config import ModelConfig
-from kvist.models.decoder import CausalLM, DecoderLayer, VocabularyEnds
+from kvist.models.decoder import CausalLM, DecoderLayer, EmbeddingAndHead
 from kvist.models.parallel import TensorParallel
 from kvist.models.weights import WeightReader, WeightSource, check_tensors, expected_tensors
 
@@ -55,9 +55,9 @@ def load_model(
 
 def check_split(config: ModelConfig, tp: TensorParallel) -> None:
     """Raises `ConfigError` when the model cannot be shared by so many ranks."""
-    tp.share(config.num_heads, "attention heads")
+    tp.shard(config.num_heads, "attention heads")
     tp.kv_heads(config.num_kv_heads)
-    tp.share(config.intermediate_size, "MLP rows")
+    tp.shard(config.intermediate_size, "MLP rows")
 
 
 def _open_source(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
@@ -73,14 +73,14 @@ def _open_source(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
 def _build(config: ModelConfig, reader: WeightReader, tp: TensorParallel, progress: Progress) -> CausalLM:
     num_tensors = len(expected_tensors(config))
     with _one_torch_thread(), ThreadPoolExecutor(NUM_LOADING_THREADS, thread_name_prefix="load") as pool:
-        ends = pool.submit(VocabularyEnds, config, reader, tp)
+        vocab = pool.submit(EmbeddingAndHead, config, reader, tp)
         pending = [pool.submit(DecoderLayer, config, reader, layer, tp) for layer in range(config.num_layers)]
         try:
             layers = []
             for layer in pending:
                 layers.append(layer.result())
                 progress(min(reader.num_read, num_tensors), num_tensors)
-            model = CausalLM(config, ends.result(), layers)
+            model = CausalLM(config, vocab.result(), layers)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -48,7 +48,7 @@ class TensorParallel:
         _gather(parts, x.contiguous(), group=self.group)
         return parts.view(self.size, num_rows, n).transpose(0, 1).reshape(num_rows, self.size * n)
 
-    def share(self, total: int, what: str) -> slice:
+    def shard(self, total: int, what: str) -> slice:
         """This rank's [start, stop) of `total` equal things."""
         if total % self.size:
             raise ConfigError(f"--tp {self.size} does not divide the model's {total} {what}", param="tp")
@@ -58,7 +58,7 @@ class TensorParallel:
     def kv_heads(self, num_kv_heads: int) -> slice:
         """This rank's KV heads: a share of them, or one that it has in common with its neighbours."""
         if self.size <= num_kv_heads:
-            return self.share(num_kv_heads, "KV heads")
+            return self.shard(num_kv_heads, "KV heads")
         if self.size % num_kv_heads:
             raise ConfigError(
                 f"--tp {self.size} is above the model's {num_kv_heads} KV heads and not a multiple of them", param="tp"
@@ -125,7 +125,7 @@ class RowParallelLinear:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VocabShare:
+class VocabShard:
     """Rows [start, stop) of the vocabulary; the last rank's are padded with zeros to `num_rows`."""
 
     start: int
@@ -133,7 +133,7 @@ class VocabShare:
     num_rows: int
 
     @classmethod
-    def of(cls, vocab_size: int, tp: TensorParallel) -> VocabShare:
+    def of(cls, vocab_size: int, tp: TensorParallel) -> VocabShard:
         num_rows = -(-vocab_size // tp.size)
         start = min(tp.rank * num_rows, vocab_size)
         return cls(start=start, stop=min(start + num_rows, vocab_size), num_rows=num_rows)
@@ -145,17 +145,17 @@ class VocabShare:
 
 
 class VocabParallelEmbedding:
-    def __init__(self, weight: Tensor, share: VocabShare, tp: TensorParallel) -> None:
-        self._weight = weight  # [share.num_rows, hidden_size]
-        self._share = share
+    def __init__(self, weight: Tensor, shard: VocabShard, tp: TensorParallel) -> None:
+        self._weight = weight  # [shard.num_rows, hidden_size]
+        self._shard = shard
         self._tp = tp
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """token_ids [T] int64 -> [T, hidden_size]."""
         if self._tp.size == 1:
             return F.embedding(token_ids, self._weight)
-        foreign = (token_ids < self._share.start) | (token_ids >= self._share.stop)
-        local_ids = (token_ids - self._share.start).masked_fill(foreign, 0)
+        foreign = (token_ids < self._shard.start) | (token_ids >= self._shard.stop)
+        local_ids = (token_ids - self._shard.start).masked_fill(foreign, 0)
         rows = F.embedding(local_ids, self._weight).masked_fill(foreign.unsqueeze(1), 0.0)
         return self._tp.all_reduce(rows)
 

@@ -1,7 +1,7 @@
 """A batch as rank 0 tells it to the other ranks: what is new since the batch before.
 
 Most items of a step go on from the step before: one token further, perhaps a page more. So a message refers to the
-message before it (`former`), and carries whole page lists and sampling parameters only where a request is new. Both
+message before it (`previous`), and carries whole page lists and sampling parameters only where a request is new. Both
 ends remember one batch and no more; a request that leaves one out is told anew. 256 decodes take about 1.5 kB.
 
 Page lists keep their identity at the receiver, too: one that was told before grows, one that was replaced is another
@@ -23,7 +23,7 @@ class BatchMessage(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The first lists have an entry an item, in order; the last three name the places that they are about."""
 
     step_id: int
-    former: list[int | None]  # its place in the batch before; None: it was not there
+    previous: list[int | None]  # its place in the batch before; None: it was not there
     starts: list[int]
     token_ids: list[Sequence[int]]  # empty: it takes the token that the batch before chooses
     wants_token: list[bool]
@@ -33,7 +33,7 @@ class BatchMessage(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 @dataclass(slots=True)
-class _Told:
+class _KnownRequest:
     """What the other ranks know of a request. Owned by `BatchEncoder`."""
 
     place: int
@@ -46,12 +46,12 @@ class BatchEncoder:
     """Rank 0's end. Every message must reach every rank, in order."""
 
     def __init__(self) -> None:
-        self._told: dict[RequestId, _Told] = {}  # of the batch before
+        self._told: dict[RequestId, _KnownRequest] = {}  # of the batch before
         self._encoder = msgspec.msgpack.Encoder()
 
     def encode(self, batch: Batch) -> bytes:
         before, told = self._told, {}
-        former: list[int | None] = []
+        previous: list[int | None] = []
         pages: list[tuple[int, int, Sequence[int]]] = []
         sampling: list[tuple[int, SamplingParams]] = []
         suppressed: list[tuple[int, tuple[int, ...]]] = []
@@ -59,10 +59,10 @@ class BatchEncoder:
         for place, item in enumerate(items):  # nearly always: nothing to add
             known = before.get(item.request_id)
             if known is None:
-                former.append(None)
-                known = _Told(place, item.page_ids)
+                previous.append(None)
+                known = _KnownRequest(place, item.page_ids)
             else:
-                former.append(known.place)
+                previous.append(known.place)
                 known.place = place
                 if known.page_ids is not item.page_ids:
                     known.page_ids, known.num_pages = item.page_ids, 0
@@ -78,7 +78,7 @@ class BatchEncoder:
         self._told = told
         message = BatchMessage(
             batch.step_id,
-            former,
+            previous,
             [item.start for item in items],
             [item.token_ids for item in items],
             [item.sampling is not None for item in items],
@@ -109,7 +109,7 @@ class BatchDecoder:
     def decode(self, payload: bytes) -> Batch:
         message = self._decoder.decode(payload)
         before = self._requests
-        requests = [self._new() if place is None else before[place] for place in message.former]
+        requests = [self._new() if place is None else before[place] for place in message.previous]
         for place, num_known, page_ids in message.pages:
             request = requests[place]
             if num_known == 0:

@@ -43,14 +43,14 @@ from kvist.runner.config import RunnerConfig
 from kvist.runner.graph_sizes import decode_sizes, graphs_bytes
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.runner import AnyRunner, Runner
-from kvist.runner.tp import FollowerProcesses, Meeting, new_meeting
+from kvist.runner.tp import FollowerProcesses, Rendezvous, new_rendezvous_path
 from kvist.wire import PoolAddress
 
 COLLECTIVES_BYTES = 512 << 20  # NCCL's buffers on a GPU, about
 # Of the pool of a CPU, unless --max-total-tokens is given: a laptop's memory would hold absurdly many, and all of the
 # pool is taken when the engine starts.
 CPU_CAP_TOKENS, CPU_CAP_SHARE = 32_768, 1 / 8
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LoadProgress = Callable[[int, int], None]  # (tensors loaded, tensors in all)
 
@@ -63,7 +63,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_kind: CheckpointKind
     num_pages: int
     pool: PoolAddress | None  # that all ranks share, on a CPU; None: each has its own
-    meeting: str  # the file where the ranks meet
+    rendezvous: str  # the file where the ranks meet
     rank: int = 0
 
     @property
@@ -93,17 +93,17 @@ def build_runner(
         checkpoint_kind=checkpoint.kind,
         num_pages=size.num_pages,
         pool=pool.address if config.tp > 1 and device.type == "cpu" else None,
-        meeting=str(new_meeting(runtime_dir)),
+        rendezvous=str(new_rendezvous_path(runtime_dir)),
     )
     followers: FollowerProcesses | None = None
-    meeting: Meeting | None = None
+    rendezvous: Rendezvous | None = None
     try:
         if config.tp > 1:
             specs = [msgspec.msgpack.encode(msgspec.structs.replace(spec, rank=rank)) for rank in range(1, config.tp)]
-            followers = FollowerProcesses(Path(spec.meeting))
+            followers = FollowerProcesses(Path(spec.rendezvous))
             followers.start(specs)
-            meeting = Meeting(spec.meeting, rank=0, size=config.tp, check=followers.check_alive)
-        runner = build_rank(checkpoint, model_config, spec, pool, meeting, progress, pool_reason=size.reason)
+            rendezvous = Rendezvous(spec.rendezvous, rank=0, size=config.tp, check=followers.check_alive)
+        runner = build_rank(checkpoint, model_config, spec, pool, rendezvous, progress, pool_reason=size.reason)
     except BaseException as error:
         if followers is not None:
             followers.close(kill=True)
@@ -123,16 +123,16 @@ def build_rank(
     model_config: ModelConfig,
     spec: RankSpec,
     pool: DevicePool,
-    meeting: Meeting | None,
+    rendezvous: Rendezvous | None,
     progress: LoadProgress | None = None,
     pool_reason: str = "",
 ) -> AnyRunner:
-    """The runner of one rank's share. With a `meeting` a collective: all its ranks call it."""
+    """The runner of one rank's share. With a `rendezvous` a collective: all its ranks call it."""
     config, device = spec.config, spec.device
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     attention = build_attention(config.attention_backend, device)  # before minutes of loading, if it cannot run here
-    tp = TensorParallel() if meeting is None else meeting.join(device)
+    tp = TensorParallel() if rendezvous is None else rendezvous.join(device)
     model = load_model(
         checkpoint,
         model_config,
@@ -145,20 +145,20 @@ def build_rank(
     )
     holds_all_heads = pool.layout.num_kv_heads == model_config.num_kv_heads
     attention.bind(pool.tensor[:, tp.kv_heads(model_config.num_kv_heads)] if holds_all_heads else pool.tensor)
-    if meeting is not None:
-        meeting.tell("pool", pool.address.location)
-        meeting.wait_for_all("loaded")
+    if rendezvous is not None:
+        rendezvous.put("pool", pool.address.location)
+        rendezvous.barrier("loaded")
     if device.type != "cuda":
         return Runner(model=model, pool=pool, attention=attention, pool_reason=pool_reason)
-    if meeting is not None and spec.rank == 0:
-        others = [_pool_of(rank, meeting, model_config, config) for rank in range(1, config.tp)]
+    if rendezvous is not None and spec.rank == 0:
+        others = [_pool_of(rank, rendezvous, model_config, config) for rank in range(1, config.tp)]
         pool.join_ranks(model_config.num_kv_heads, others)
     return _on_gpu(model, pool, attention, config, pool_reason)
 
 
-def _pool_of(rank: int, meeting: Meeting, model_config: ModelConfig, config: RunnerConfig) -> RankPool:
+def _pool_of(rank: int, rendezvous: Rendezvous, model_config: ModelConfig, config: RunnerConfig) -> RankPool:
     heads = TensorParallel(rank=rank, size=config.tp).kv_heads(model_config.num_kv_heads)
-    return RankPool(path=meeting.told("pool", rank), device=_rank_device(config, rank), first_head=heads.start)
+    return RankPool(path=rendezvous.get("pool", rank), device=_rank_device(config, rank), first_head=heads.start)
 
 
 def _on_gpu(
@@ -216,7 +216,7 @@ def _resolve_device(config: RunnerConfig) -> str:
                 param="base_gpu_id",
             )
         if config.base_gpu_id:  # `kvist up` deals GPUs out that torch, as it is installed, cannot use
-            log.warning("torch sees no GPU here, so --base-gpu-id %d is not used", config.base_gpu_id)
+            logger.warning("torch sees no GPU here, so --base-gpu-id %d is not used", config.base_gpu_id)
         return name
     if not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu or auto", param="device")

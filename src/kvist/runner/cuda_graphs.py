@@ -26,7 +26,7 @@ from kvist.attention.backend import GraphPlan, Span
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 Result = TypeVar("Result")
@@ -70,7 +70,7 @@ class StepGraphs(Generic[Result]):
         self._sizes = list(sizes)
         used_mib = (free_bytes - torch.cuda.mem_get_info()[0]) >> 20
         seconds = time.perf_counter() - start_s
-        log.info(
+        logger.info(
             "CUDA graphs of %s: %d sizes up to %d in %.1f s, %d MiB", what, len(sizes), sizes[-1], seconds, used_mib
         )
 

@@ -25,16 +25,16 @@ from kvist.attention.backend import AttentionBackend, GraphPlan
 from kvist.kernels.sampling import choose_tokens
 from kvist.kv.device import DevicePool
 from kvist.models.decoder import Unfinished
-from kvist.runner.columns import NOBODY, BatchColumns, read_batch
+from kvist.runner.columns import EMPTY_BATCH, BatchColumns, read_batch
 from kvist.runner.cuda_graphs import StepGraphs
 from kvist.runner.graph_sizes import decode_sizes, mixed_sizes
 from kvist.runner.inputs import sampling_rows
 from kvist.runner.runner import InFlight, Model
 from kvist.runner.sampler import (
-    Measured,
+    LogprobTensors,
     SamplingRow,
     choose,
-    measure,
+    compute_logprobs,
     sampled_tokens,
 )
 from kvist.runner.staging import Staging
@@ -54,7 +54,7 @@ class StepLimits:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launched:
     tokens: Tensor  # int32, pinned
-    measured: Measured | None
+    logprobs: LogprobTensors | None
     done: torch.cuda.Event
 
     def is_done(self) -> bool:
@@ -62,7 +62,7 @@ class Launched:
 
     def result(self) -> SampledTokens:
         self.done.synchronize()  # without limit; worker/progress.py has one
-        return sampled_tokens(self.tokens, self.measured)
+        return sampled_tokens(self.tokens, self.logprobs)
 
 
 class CudaRunner:
@@ -87,7 +87,7 @@ class CudaRunner:
             num_tokens=max(limits.max_tokens, limits.max_requests),
             device=pool.tensor.device,
         )
-        self._former = NOBODY  # of the batch launched last
+        self._previous = EMPTY_BATCH  # of the batch launched last
         self._decodes: StepGraphs[Tensor] | None = None
         self._mixed: StepGraphs[Unfinished] | None = None
         if use_graphs:
@@ -97,22 +97,22 @@ class CudaRunner:
     def launch(self, batch: Batch) -> InFlight:
         """Raises when the device refused the work; what the device meets on the way is raised by `result`."""
         assert batch.items, "an empty batch is no batch"
-        former, self._former = self._former, NOBODY
-        columns = read_batch(batch.items, former)
+        previous, self._previous = self._previous, EMPTY_BATCH
+        columns = read_batch(batch.items, previous)
         rows = None if columns.is_plain else sampling_rows(batch)
         try:
             with torch.inference_mode():
-                measured = self._compute(columns, rows)
-                tokens = self._staging.start_read(len(columns.words.rows))
-                if measured is not None:
-                    measured = measured.start_copy()
+                logprobs = self._compute(columns, rows)
+                tokens = self._staging.start_read(len(columns.inputs.rows))
+                if logprobs is not None:
+                    logprobs = logprobs.start_copy()
         except BaseException:
             torch.cuda.synchronize()  # what was queued writes pages that the scheduler is about to give away
             raise
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        self._former = columns.roster
-        return Launched(tokens=tokens, measured=measured, done=done)
+        self._previous = columns.persistent
+        return Launched(tokens=tokens, logprobs=logprobs, done=done)
 
     def close(self) -> None:
         """Drop the graphs and the pool."""
@@ -133,42 +133,42 @@ class CudaRunner:
         self._decodes.capture(decode_sizes(limits.max_requests), "decodes")
 
     def _begin(self, plan: GraphPlan, size: int) -> Unfinished:
-        words = self._staging.views(size, 0)
-        return self._model.begin(words.token_ids(), words.positions, plan.attend(size))
+        inputs = self._staging.views(size, 0)
+        return self._model.begin(inputs.token_ids(), inputs.positions, plan.attend(size))
 
     def _decode(self, plan: GraphPlan, size: int) -> Tensor:
         """hidden [size, hidden_size]; the chosen tokens are in their slots."""
         hidden = self._model.finish(self._begin(plan, size))
-        words = self._staging.views(size, size)
-        self._staging.keep(choose_tokens(self._model.logits(hidden), words.temperatures, words.keys))
+        inputs = self._staging.views(size, size)
+        self._staging.write_sampled(choose_tokens(self._model.logits(hidden), inputs.temperatures, inputs.keys))
         return hidden
 
-    def _compute(self, columns: BatchColumns, rows: Sequence[SamplingRow] | None) -> Measured | None:
+    def _compute(self, columns: BatchColumns, rows: Sequence[SamplingRow] | None) -> LogprobTensors | None:
         """`rows` None: every row is content with what temperature sampling chooses."""
-        host, spans = columns.words, columns.spans
+        host, spans = columns.inputs, columns.spans
         num_tokens, num_sampled = len(host.token_ids), len(host.rows)
         if columns.only_decodes and self._decodes and (size := self._decodes.size_for(num_tokens)):
             self._staging.send(host, size, size)
             hidden = self._decodes.replay(size, spans)
-            return None if rows is None else self._choose_and_measure(self._model.logits(hidden[:num_sampled]), rows)
+            return None if rows is None else self._choose_with_logprobs(self._model.logits(hidden[:num_sampled]), rows)
         if self._mixed and (size := self._mixed.size_for(num_tokens)):
             self._staging.send(host, size, num_sampled)
             unfinished = self._mixed.replay(size, spans)
-            words = self._staging.views(size, num_sampled)
+            inputs = self._staging.views(size, num_sampled)
         else:
             self._staging.send(host, num_tokens, num_sampled)
-            words = self._staging.views(num_tokens, num_sampled)
-            unfinished = self._model.begin(words.token_ids(), words.positions, self._attention.prepare(spans))
+            inputs = self._staging.views(num_tokens, num_sampled)
+            unfinished = self._model.begin(inputs.token_ids(), inputs.positions, self._attention.prepare(spans))
         if not num_sampled:
-            self._model.meet(unfinished)
+            self._model.sync_ranks(unfinished)
             return None
-        logits = self._model.logits(self._model.finish(unfinished.select(words.rows)))
+        logits = self._model.logits(self._model.finish(unfinished.select(inputs.rows)))
         if rows is not None:
-            return self._choose_and_measure(logits, rows)
-        self._staging.keep(choose_tokens(logits, words.temperatures, words.keys))
+            return self._choose_with_logprobs(logits, rows)
+        self._staging.write_sampled(choose_tokens(logits, inputs.temperatures, inputs.keys))
         return None
 
-    def _choose_and_measure(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Measured | None:
+    def _choose_with_logprobs(self, logits: Tensor, rows: Sequence[SamplingRow]) -> LogprobTensors | None:
         chosen = choose(logits, rows)
-        self._staging.keep(chosen)
-        return measure(logits, rows, chosen)
+        self._staging.write_sampled(chosen)
+        return compute_logprobs(logits, rows, chosen)

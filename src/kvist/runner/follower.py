@@ -24,7 +24,7 @@ from kvist.models.parallel import leave_tensor_parallel
 from kvist.runner.batch_message import BatchDecoder
 from kvist.runner.build import RankSpec, build_rank, page_layout
 from kvist.runner.runner import AnyRunner
-from kvist.runner.tp import Meeting, end_with_rank_0, frames
+from kvist.runner.tp import Rendezvous, exit_with_rank_0, frames
 
 
 def follow(stream: BinaryIO) -> None:
@@ -33,7 +33,7 @@ def follow(stream: BinaryIO) -> None:
     first = next(messages, None)
     if first is None:
         return
-    end_with_rank_0(stream.fileno())
+    exit_with_rank_0(stream.fileno())
     spec = msgspec.msgpack.decode(first, type=RankSpec)
     runner = _build(spec)
     gc.collect()
@@ -56,9 +56,9 @@ def _build(spec: RankSpec) -> AnyRunner:
     if spec.pool is not None:
         pool = DevicePool.attach(spec.pool, layout)
     else:
-        pool = DevicePool.create(layout, spec.num_pages, device=spec.device, directory=Path(spec.meeting).parent)
-    meeting = Meeting(spec.meeting, rank=spec.rank, size=spec.config.tp)
-    return build_rank(checkpoint, model_config, spec, pool, meeting)
+        pool = DevicePool.create(layout, spec.num_pages, device=spec.device, directory=Path(spec.rendezvous).parent)
+    rendezvous = Rendezvous(spec.rendezvous, rank=spec.rank, size=spec.config.tp)
+    return build_rank(checkpoint, model_config, spec, pool, rendezvous)
 
 
 if __name__ == "__main__":

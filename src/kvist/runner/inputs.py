@@ -32,8 +32,8 @@ def sampling_rows(batch: Batch) -> list[SamplingRow]:
     ]
 
 
-def build_inputs(items: Sequence[BatchItem], former: Mapping[RequestId, int], device: torch.device) -> ForwardInputs:
-    """`former`: the tokens of the batch before, which items with `takes_sampled` go on from."""
+def build_inputs(items: Sequence[BatchItem], previous: Mapping[RequestId, int], device: torch.device) -> ForwardInputs:
+    """`previous`: the tokens of the batch before, which items with `takes_sampled` go on from."""
     num_tokens = sum(item.num_tokens for item in items)
     token_ids = np.empty(num_tokens, dtype=np.int64)
     positions = np.empty(num_tokens, dtype=np.int64)
@@ -41,7 +41,7 @@ def build_inputs(items: Sequence[BatchItem], former: Mapping[RequestId, int], de
     row = 0
     for item in items:
         count = item.num_tokens
-        token_ids[row : row + count] = former[item.request_id] if item.takes_sampled else item.token_ids
+        token_ids[row : row + count] = previous[item.request_id] if item.takes_sampled else item.token_ids
         positions[row : row + count] = np.arange(item.start, item.start + count)
         spans.append(Span(start=item.start, num_tokens=count, page_ids=item.page_ids))
         row += count

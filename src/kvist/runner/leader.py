@@ -48,13 +48,13 @@ class LeadingRunner:
         self._followers = followers
         self._clock = clock or MonotonicClock()
         self._encoder = BatchEncoder()
-        self._last: Watched | None = None  # the batch launched last
+        self._last: WatchedBatch | None = None  # the batch launched last
         self._is_in_step = True
 
     def launch(self, batch: Batch) -> InFlight:
         with self.in_step():
             self._followers.send(self._encoder.encode(batch))
-            self._last = Watched(self._runner.launch(batch), self)
+            self._last = WatchedBatch(self._runner.launch(batch), self)
         return self._last
 
     @contextlib.contextmanager
@@ -80,10 +80,10 @@ class LeadingRunner:
 
     def wait(self, flight: InFlight) -> None:
         """Until its result is there."""
-        give_up_s = self._clock.now_s() + COLLECTIVE_TIMEOUT_S
+        deadline_s = self._clock.now_s() + COLLECTIVE_TIMEOUT_S
         while not self.is_done(flight):
             with self.in_step():
-                if self._clock.now_s() > give_up_s:
+                if self._clock.now_s() > deadline_s:
                     raise EngineError(
                         f"a tensor-parallel step took more than {COLLECTIVE_TIMEOUT_S:.0f} s. Restart the worker"
                     )
@@ -102,7 +102,7 @@ class LeadingRunner:
             self._runner.close()
 
 
-class Watched:
+class WatchedBatch:
     """A batch under way on all ranks."""
 
     def __init__(self, flight: InFlight, leader: LeadingRunner) -> None:

@@ -34,7 +34,7 @@ class Model(Protocol):
 
     def finish(self, unfinished: Unfinished) -> Tensor: ...
 
-    def meet(self, unfinished: Unfinished) -> None: ...
+    def sync_ranks(self, unfinished: Unfinished) -> None: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -84,22 +84,22 @@ class Runner:
         self._model = model
         self._attention = attention
         self._device = pool.tensor.device
-        self._former: Mapping[RequestId, int] = {}  # the tokens that the batch before chose
+        self._previous: Mapping[RequestId, int] = {}  # the tokens that the batch before chose
         self.between_layers: Callable[[], None] | None = None  # what it raises ends the step
 
     def launch(self, batch: Batch) -> InFlight:
         """What it raises is a broken device or our bug."""
         assert batch.items, "an empty batch is no batch"
-        former, self._former = self._former, {}
+        previous, self._previous = self._previous, {}
         with torch.inference_mode():
-            inputs = build_inputs(batch.items, former, self._device)
+            inputs = build_inputs(batch.items, previous, self._device)
             logits = forward(self._model, self._attention, inputs, self.between_layers)
             if logits is None:
                 return Finished(SampledTokens(token_ids=()))
             sampled = sample(logits, sampling_rows(batch))
         request_ids = (item.request_id for item in batch.items if item.sampling is not None)
         # 0 for a request that got no token: it fails, and what is computed of it meanwhile is dropped
-        self._former = {name: max(0, token) for name, token in zip(request_ids, sampled.token_ids, strict=True)}
+        self._previous = {name: max(0, token) for name, token in zip(request_ids, sampled.token_ids, strict=True)}
         return Finished(sampled)
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ def forward(
     unfinished = model.begin(inputs.token_ids, inputs.positions, attend)
     if inputs.sampled_rows is not None:
         if not len(inputs.sampled_rows):
-            model.meet(unfinished)
+            model.sync_ranks(unfinished)
             return None
         unfinished = unfinished.select(inputs.sampled_rows)
     return model.logits(model.finish(unfinished))

@@ -38,16 +38,16 @@ class SamplingRow:
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
     """One token for each row of `logits` [num_rows, vocab_size], fp32. Leaves `logits` as they are."""
     chosen = choose(logits, rows)
-    return sampled_tokens(chosen, measure(logits, rows, chosen))
+    return sampled_tokens(chosen, compute_logprobs(logits, rows, chosen))
 
 
-def sampled_tokens(chosen: Tensor, measured: Measured | None) -> SampledTokens:
+def sampled_tokens(chosen: Tensor, logprobs: LogprobTensors | None) -> SampledTokens:
     token_ids: list[int] = chosen.tolist()
     broken = frozenset[int]()
     if token_ids and min(token_ids) < 0:  # NO_TOKEN
         broken = frozenset(place for place, token_id in enumerate(token_ids) if token_id < 0)
     return SampledTokens(
-        token_ids=token_ids, logprobs={} if measured is None else measured.logprobs(), invalid_rows=broken
+        token_ids=token_ids, logprobs={} if logprobs is None else logprobs.by_row(), invalid_rows=broken
     )
 
 
@@ -227,7 +227,7 @@ def _mix_64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class LogprobTensors:
     """Logprobs of some rows, as tensors; on a GPU perhaps not computed yet."""
 
     rows: Sequence[int]
@@ -236,13 +236,13 @@ class Measured:
     top_values: Tensor  # [len(rows), max(counts)]
     top_ids: Tensor
 
-    def start_copy(self) -> Measured:
+    def start_copy(self) -> LogprobTensors:
         """On its way to the host: readable once the stream has got there."""
         tensors = (self.of_chosen, self.top_values, self.top_ids)
         of_chosen, top_values, top_ids = (tensor.to("cpu", non_blocking=True) for tensor in tensors)
         return replace(self, of_chosen=of_chosen, top_values=top_values, top_ids=top_ids)
 
-    def logprobs(self) -> dict[int, TokenLogprobs]:
+    def by_row(self) -> dict[int, TokenLogprobs]:
         """By row; waits for the tensors, if they are on a GPU."""
         table = zip(self.of_chosen.tolist(), self.top_values.tolist(), self.top_ids.tolist(), strict=True)
         return {
@@ -251,7 +251,7 @@ class Measured:
         }
 
 
-def measure(logits: Tensor, rows: Sequence[SamplingRow], chosen: Tensor) -> Measured | None:
+def compute_logprobs(logits: Tensor, rows: Sequence[SamplingRow], chosen: Tensor) -> LogprobTensors | None:
     """Of the model's own distribution: before suppression, temperature and truncation. None: no row wants it."""
     wanted = [(i, row.params.num_logprobs) for i, row in enumerate(rows) if row.params.num_logprobs is not None]
     if not wanted:
@@ -260,7 +260,7 @@ def measure(logits: Tensor, rows: Sequence[SamplingRow], chosen: Tensor) -> Meas
     logprobs = logits.index_select(0, places).log_softmax(dim=-1)
     of_chosen = logprobs.gather(1, chosen.index_select(0, places).clamp_(min=0)[:, None]).squeeze(1)  # NO_TOKEN
     top_values, top_ids = logprobs.topk(min(max(n for _, n in wanted), logits.shape[1]), dim=-1)
-    return Measured(
+    return LogprobTensors(
         rows=[i for i, _ in wanted],
         counts=[n for _, n in wanted],
         of_chosen=of_chosen,

@@ -3,7 +3,7 @@
     rank 0: start ─► meet ─► send(batch) a step ─► close: their standard input ends, and so do they
     rank n: spec on standard input ─► meet ─► launch for each frame ─► end of input: exit
 
-Frames go over standard input: a pipe that the kernel closes when rank 0 is gone, however it went; `end_with_rank_0`
+Frames go over standard input: a pipe that the kernel closes when rank 0 is gone, however it went; `exit_with_rank_0`
 sees to it that a rank which is stuck on its device ends then, too. Tensors travel in collectives of torch.distributed:
 gloo between CPUs, NCCL between GPUs, on this host only. Nobody waits for ever for a rank that has ended: rank 0 looks
 after its processes whenever it waits (leader.py).
@@ -34,14 +34,14 @@ from kvist.models.parallel import TensorParallel, join_tensor_parallel, leave_te
 COLLECTIVE_TIMEOUT_S = 120.0  # the longest step
 CLOSE_TIMEOUT_S = 10.0
 _GRACE_S = 5.0  # from rank 0's end to the end of a rank that does not notice by itself
-_MEET_TIMEOUT_S = 3600.0  # to load the weights; who starts the engine waits less (engine_start_timeout_s)
+_BARRIER_TIMEOUT_S = 3600.0  # to load the weights; who starts the engine waits less (engine_start_timeout_s)
 _POLL_S = 0.01
 _FRAME = struct.Struct("<I")  # the length of what follows
 _LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 FOLLOWER = (sys.executable, "-m", "kvist.runner.follower")
 
 
-class Meeting:
+class Rendezvous:
     """A file through which the ranks tell each other how far they are; not through sockets, which anybody may join."""
 
     def __init__(self, path: str, *, rank: int, size: int, check: Callable[[], None] = lambda: None) -> None:
@@ -52,28 +52,28 @@ class Meeting:
         self._clock = MonotonicClock()
         self._store = FileStore(path, -1)
 
-    def wait_for_all(self, stage: str) -> None:
+    def barrier(self, stage: str) -> None:
         """Until every rank has called it for this stage. Collectives have no such patience."""
         self._store.set(f"{stage}/{self._rank}", "here")
         everybody = [f"{stage}/{rank}" for rank in range(self._size)]
-        give_up_s = self._clock.now_s() + _MEET_TIMEOUT_S
+        deadline_s = self._clock.now_s() + _BARRIER_TIMEOUT_S
         while not self._store.check(everybody):
             self._check()
-            if self._clock.now_s() > give_up_s:
-                raise EngineError(f"not every tensor-parallel rank was {stage} within {_MEET_TIMEOUT_S:.0f} s")
+            if self._clock.now_s() > deadline_s:
+                raise EngineError(f"not every tensor-parallel rank was {stage} within {_BARRIER_TIMEOUT_S:.0f} s")
             time.sleep(_POLL_S)
 
-    def tell(self, what: str, value: str) -> None:
+    def put(self, what: str, value: str) -> None:
         """Everybody, for `told`."""
         self._store.set(f"{what} of {self._rank}", value)
 
-    def told(self, what: str, rank: int) -> str:
+    def get(self, what: str, rank: int) -> str:
         """What that rank has told. Call it after a stage that comes later there."""
         return bytes(self._store.get(f"{what} of {rank}")).decode()
 
     def join(self, device: torch.device) -> TensorParallel:
         """The group for collectives on `device`; once all are at hand, so that nobody waits for one that has failed."""
-        self.wait_for_all("started")
+        self.barrier("started")
         if sys.platform in _LOOPBACK:  # their sockets are not authenticated: they must not leave the host
             os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK[sys.platform]
             os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK[sys.platform])
@@ -85,9 +85,9 @@ class Meeting:
 class FollowerProcesses:
     """Rank 0's hold on the others."""
 
-    def __init__(self, meeting: Path) -> None:
-        """`meeting`: the file where they meet; it goes when they do."""
-        self._meeting = meeting
+    def __init__(self, rendezvous: Path) -> None:
+        """`rendezvous`: the file where they meet; it goes when they do."""
+        self._rendezvous = rendezvous
         self._processes: list[subprocess.Popen[bytes]] = []
         self._clock = MonotonicClock()
 
@@ -119,13 +119,13 @@ class FollowerProcesses:
     def _write(self, rank: int, frame: bytes) -> None:
         process = self._processes[rank - 1]
         assert process.stdin is not None
-        left, give_up_s = memoryview(frame), self._clock.now_s() + COLLECTIVE_TIMEOUT_S
+        left, deadline_s = memoryview(frame), self._clock.now_s() + COLLECTIVE_TIMEOUT_S
         while left:
             try:
                 left = left[os.write(process.stdin.fileno(), left) :]
             except BlockingIOError:  # it is still at the frames before
                 self.check_alive()
-                if self._clock.now_s() > give_up_s:
+                if self._clock.now_s() > deadline_s:
                     message = f"tensor-parallel rank {rank} took no step for {COLLECTIVE_TIMEOUT_S:.0f} s"
                     raise EngineError(f"{message}. Restart the worker") from None
                 time.sleep(_POLL_S / 10)
@@ -142,22 +142,22 @@ class FollowerProcesses:
             target=leave_tensor_parallel, kwargs={"abort": kill}, name="kvist-leave", daemon=True
         )
         leaving.start()  # a thread, because it may wait for a rank that does not answer
-        give_up_s = self._clock.now_s() + CLOSE_TIMEOUT_S
+        deadline_s = self._clock.now_s() + CLOSE_TIMEOUT_S
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.close()
         for process in self._processes:
             try:
-                process.wait(0 if kill else max(0.0, give_up_s - self._clock.now_s()))
+                process.wait(0 if kill else max(0.0, deadline_s - self._clock.now_s()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
         self._processes = []
         leaving.join(1.0 if kill else CLOSE_TIMEOUT_S)
-        self._meeting.unlink(missing_ok=True)
+        self._rendezvous.unlink(missing_ok=True)
 
 
-def new_meeting(runtime_dir: Path) -> Path:
+def new_rendezvous_path(runtime_dir: Path) -> Path:
     return runtime_dir / f"tp-{os.getpid()}-{secrets.token_hex(4)}"
 
 
@@ -174,7 +174,7 @@ def frames(stream: BinaryIO) -> Iterator[bytes]:
         yield payload
 
 
-def end_with_rank_0(descriptor: int) -> None:
+def exit_with_rank_0(descriptor: int) -> None:
     """From now on this process ends soon after the other end of its pipe was closed, whatever it waits for then."""
 
     def watch() -> None:

@@ -29,7 +29,7 @@ from kvist.request import EpochId
 
 KEEP_DEAD_S = 600.0
 MAX_WATCHED = 256  # lock files kept open; the least recently asked for is closed first
-_BURIED = stat.S_IXUSR  # mark on the file: `sweep` found this life dead, at the file's mtime
+_FOUND_DEAD = stat.S_IXUSR  # mark on the file: `sweep` found this life dead, at the file's mtime
 _EPOCH_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes part of a path, and it comes from a peer
 
 
@@ -116,7 +116,7 @@ class EpochWatch:
         self._seen[epoch] = descriptor
 
 
-def _lives(runtime_dir: Path) -> Iterator[tuple[Path, bool]]:
+def _epochs(runtime_dir: Path) -> Iterator[tuple[Path, bool]]:
     """The lock file of each life that was here, and whether it is over."""
     watch = EpochWatch(runtime_dir)
     try:
@@ -128,17 +128,17 @@ def _lives(runtime_dir: Path) -> Iterator[tuple[Path, bool]]:
 
 def num_live_epochs(runtime_dir: Path) -> int:
     """How many engines of this runtime folder are alive now."""
-    return sum(not is_dead for _, is_dead in _lives(runtime_dir))
+    return sum(not is_dead for _, is_dead in _epochs(runtime_dir))
 
 
 def sweep(runtime_dir: Path) -> None:
     """Remove the lock files of lives that ended long ago."""
-    for path, is_dead in _lives(runtime_dir):
+    for path, is_dead in _epochs(runtime_dir):
         if not is_dead:
             continue
         with contextlib.suppress(FileNotFoundError):  # another engine may be sweeping too
-            if path.stat().st_mode & _BURIED == 0:
-                path.chmod(0o600 | _BURIED)
+            if path.stat().st_mode & _FOUND_DEAD == 0:
+                path.chmod(0o600 | _FOUND_DEAD)
                 os.utime(path)  # its death is news: the wait counts from when it was first found dead
             elif unix_time_s() - path.stat().st_mtime > KEEP_DEAD_S:
                 path.unlink()

@@ -33,7 +33,7 @@ from kvist.wire import PoolAddress
 MAX_QUEUED_WRITES = 4096
 MAX_HANDOFFS = 8192
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 PeerT = TypeVar("PeerT")
@@ -180,7 +180,7 @@ class TransferJobs(Generic[PeerT]):
                 handoff.num_pages += len(digests)
         except Exception as error:  # the thread must outlive any one handoff
             if not isinstance(error, KvistError):
-                log.exception("copying pages for handoff %s", job.handoff_id)
+                logger.exception("copying pages for handoff %s", job.handoff_id)
             self._fail(job.handoff_id, handoff, str(error) or type(error).__name__)
             return
         with self._lock:
@@ -192,7 +192,7 @@ class TransferJobs(Generic[PeerT]):
         try:
             return fold(self._pages.digests(job.page_ids))
         except Exception:
-            log.exception("the checksum of the pages of handoff %s", job.handoff_id)
+            logger.exception("the checksum of the pages of handoff %s", job.handoff_id)
             return ""  # equals no writer's: the handoff fails
 
     def _open_checked(self, address: PoolAddress, page_ids: tuple[int, ...]) -> PeerT:

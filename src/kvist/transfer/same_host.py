@@ -75,7 +75,7 @@ class SameHostTransport(TransferJobs[PeerT]):
         dead = self._watch.is_dead(epoch)
         if dead:
             with self._maps_lock:
-                self._drop_maps_of_the_dead()
+                self._drop_dead_maps()
         return dead and self._has_settled(epoch)
 
     def _has_settled(self, epoch: EpochId) -> bool:
@@ -106,7 +106,7 @@ class SameHostTransport(TransferJobs[PeerT]):
                 "start both workers on one host with the same --runtime-dir"
             )
         with self._maps_lock:
-            self._drop_maps_of_the_dead()
+            self._drop_dead_maps()
             peer = self._maps.get(path)
             if peer is None:
                 peer = self._map(path, address)
@@ -134,7 +134,7 @@ class SameHostTransport(TransferJobs[PeerT]):
     def _drop(self, path: Path) -> None:
         os.close(self._maps.pop(path).descriptor)
 
-    def _drop_maps_of_the_dead(self) -> None:
+    def _drop_dead_maps(self) -> None:
         for path in [path for path, peer in self._maps.items() if _owner_is_gone(peer.descriptor)]:
             self._drop(path)
 

@@ -56,7 +56,7 @@ def _nvrtc() -> ctypes.CDLL:
 
 
 @cache
-def why_not() -> str | None:
+def missing_library() -> str | None:
     """Which library is missing."""
     try:
         _driver(), _nvrtc()

@@ -37,7 +37,7 @@ __device__ void arrive_at(u32 barrier, u32 cta) {
         "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(cta) : "memory");
 }
 
-__device__ void meet_cluster() { asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory"); }
+__device__ void sync_cluster() { asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory"); }
 
 __device__ void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
@@ -80,12 +80,12 @@ gated(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMa
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    meet_cluster();
+    sync_cluster();
 
     if (thread >= MULTIPLIERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (thread == MULTIPLIERS) {
-            auto ask_for_weight = [&](const Cursor& at) {  // half of it, for both
+            auto load_weight = [&](const Cursor& at) {  // half of it, for both
                 asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + 8 * at.stage),
                              "r"(STAGE_BYTES) : "memory");
                 asm volatile(
@@ -94,7 +94,7 @@ gated(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMa
                     "l"(&weight), "r"(at.block * DEPTH), "r"(0), "r"(at.tile * GROUPS + rank * GROUPS / 2), "r"(full + 8 * at.stage),
                     "h"(static_cast<u16>(3)) : "memory");
             };
-            auto ask_for_x = [&](const Cursor& at) {
+            auto load_x = [&](const Cursor& at) {
                 asm volatile(
                     "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
                     "[%0], [%1, {%2, %3}], [%4];" ::"r"(buffers + at.stage * STAGE_BYTES + WEIGHT_BYTES), "l"(&x),
@@ -103,13 +103,13 @@ gated(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMa
             // The first blocks of the weight do not wait for the kernel that makes x.
             int early = min(STAGES, shape.blocks);
             Cursor x_at = at;
-            for (int i = 0; i < early; ++i, at.advance(shape)) ask_for_weight(at);
+            for (int i = 0; i < early; ++i, at.advance(shape)) load_weight(at);
             wait_for_inputs();
-            for (int i = 0; i < early; ++i, x_at.advance(shape)) ask_for_x(x_at);
+            for (int i = 0; i < early; ++i, x_at.advance(shape)) load_x(x_at);
             for (; at.tile < shape.tiles; at.advance(shape)) {
                 if (at.round) wait(empty + 8 * at.stage, (at.round - 1) & 1);
-                ask_for_weight(at);
-                ask_for_x(at);
+                load_weight(at);
+                load_x(at);
             }
         }
     } else {
@@ -121,7 +121,7 @@ gated(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMa
             if (thread % 128 < 2) arrive_at(empty + 8 * stage, thread % 128);
         };
         while (at.tile < shape.tiles) {
-            int tile = at.tile, former = 0;
+            int tile = at.tile, previous = 0;
             for (int i = 0; i < shape.blocks; ++i, at.advance(shape)) {
                 wait(full + 8 * at.stage, at.round & 1);
                 u32 buffer = buffers + at.stage * STAGE_BYTES;
@@ -130,11 +130,11 @@ gated(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMa
 #pragma unroll
                 for (int k = 0; k < DEPTH / 16; ++k) multiply(sums, a + 2 * k, b + 2 * k, i != 0 || k != 0);
                 asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
-                if (i != 0) release(former);
-                former = at.stage;
+                if (i != 0) release(previous);
+                previous = at.stage;
             }
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            release(former);
+            release(previous);
             // A thread has rows lane / 4 of G and of U, two tokens of each eight; transposed, one token and two outputs.
             int rows = tile * GROUPS + warp, width = shape.num_outputs / 2, token = rank * TOKENS + lane / 4;
             u32* place = out + static_cast<u64>(token) * width + rows * 4 + lane % 4;
@@ -147,5 +147,5 @@ gated(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMa
             }
         }
     }
-    meet_cluster();  // the other CTA may still arrive at our barriers
+    sync_cluster();  // the other CTA may still arrive at our barriers
 }

@@ -48,7 +48,7 @@ __device__ void multiply(float (&d)[{count}], unsigned long long a, unsigned lon
 {Path(__file__).with_suffix(".cu").read_text()}"""
 
 
-def pays(num_rows: int, max_clusters: int) -> bool:
+def fills_gpu(num_rows: int, max_clusters: int) -> bool:
     """Whether the tiles of so many rows of the weight fill as many clusters as run at a time."""
     tiles = -(-num_rows // TILE_ROWS)
     return tiles >= MIN_USE * -(-tiles // max_clusters) * max_clusters
@@ -80,7 +80,7 @@ class GatedProduct:
         self._map = map_tensor(weight, sizes, strides, (DEPTH, 8, 2, TILE_ROWS // 2 // 16))
         self._kernels, self._max_clusters = _kernels(weight.dtype, weight.device)
         self._tiles = -(-num_rows // TILE_ROWS)
-        self._fits = pays(num_rows, self._max_clusters)
+        self._fits = fills_gpu(num_rows, self._max_clusters)
 
     def __call__(self, x: Tensor) -> Tensor | None:
         (num_tokens, num_in), num_outputs = x.shape, self._weight.shape[0] // 2
