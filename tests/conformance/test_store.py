@@ -87,14 +87,14 @@ def get(store: PageStore, keys: Sequence[bytes]) -> int:
     return num_hits
 
 
-def test_what_was_put_is_read_back_and_nothing_else_is(place: Place) -> None:
+def test_get_returns_only_pages_that_were_put(place: Place) -> None:
     store = place.open()
     assert (store.exists(KEYS[:3]), get(store, KEYS[:3])) == (0, 0)
     assert put(store, KEYS[:3]) == 3
     assert (store.exists(KEYS[:5]), get(store, KEYS[:5])) == (3, 3)
 
 
-def test_no_keys_are_no_pages(place: Place) -> None:
+def test_an_empty_list_of_keys_gives_zero_pages(place: Place) -> None:
     store = place.open()
     assert (store.exists([]), store.get([], []), store.put([], [])) == (0, 0, 0)
 
@@ -116,7 +116,7 @@ def test_a_page_is_read_straight_into_a_row_of_an_array(place: Place) -> None:
     assert not pool[2].any()
 
 
-def test_a_key_that_is_there_is_not_written_again(place: Place) -> None:
+def test_a_stored_key_is_not_written_again(place: Place) -> None:
     store = place.open()
     put(store, KEYS[:2])
     assert store.put(KEYS[:2], buffers(2)) == 2
@@ -130,7 +130,7 @@ def test_pages_of_another_namespace_are_misses(place: Place) -> None:
     assert (other.exists(KEYS[:2]), get(other, KEYS[:2])) == (0, 0)
 
 
-def test_what_was_used_longest_ago_goes_first(place: Place) -> None:
+def test_the_least_recently_used_page_is_evicted_first(place: Place) -> None:
     store = place.open(num_pages=3)
     for key in KEYS[:3]:
         put(store, [key])
@@ -143,7 +143,7 @@ def test_what_was_used_longest_ago_goes_first(place: Place) -> None:
 
 
 @pytest.mark.parametrize("is_read", [False, True])
-def test_of_the_pages_of_one_call_the_last_goes_first(place: Place, is_read: bool) -> None:
+def test_the_last_page_of_a_call_is_evicted_first(place: Place, is_read: bool) -> None:
     store = place.open(num_pages=4)
     put(store, KEYS[:4])
     if is_read:
@@ -154,7 +154,7 @@ def test_of_the_pages_of_one_call_the_last_goes_first(place: Place, is_read: boo
     assert store.exists(KEYS[10:12]) == 2
 
 
-def test_of_more_pages_than_fit_the_first_stay(place: Place) -> None:
+def test_the_first_pages_of_a_put_that_does_not_fit_are_stored(place: Place) -> None:
     store = place.open(num_pages=3)
     put(store, KEYS[20:22])
     assert put(store, KEYS[:5]) == 3
@@ -219,7 +219,9 @@ ranges = st.tuples(st.integers(0, 12), st.integers(0, 6)).map(lambda pair: KEYS[
 @settings(max_examples=40, deadline=None)
 @given(steps=st.lists(st.tuples(st.sampled_from(["put", "get", "reopen"]), ranges), max_size=25))
 @pytest.mark.parametrize("kind", ["memory", "file"])
-def test_whatever_happens_pages_are_right_and_the_cap_holds(kind: str, steps: list[tuple[str, list[bytes]]]) -> None:
+def test_pages_are_right_and_the_cap_holds_under_any_order_of_calls(
+    kind: str, steps: list[tuple[str, list[bytes]]]
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Place(kind, Path(folder))
         store = place.open(num_pages=5)
@@ -237,7 +239,7 @@ def test_whatever_happens_pages_are_right_and_the_cap_holds(kind: str, steps: li
         place.close()
 
 
-def test_an_unknown_name_names_the_known() -> None:
+def test_an_unknown_store_name_is_refused_with_the_known_names() -> None:
     with pytest.raises(ConfigError, match="memory, file"):
         open_store("tape", StoreSpec(namespace="n", page_bytes=1, capacity_bytes=1))
 

@@ -380,13 +380,13 @@ class ByteEngine:
         moving = [page for jobs in (cache._loads, cache._backups) for _, found in jobs.values() for page in found]
         moving += [page for fetch in storage._fetches.values() for page in fetch.pages]
         moving += [page for _, pages in storage._stores.values() for page in pages]
-        kept = [prefetch._kept for prefetch in storage._open if prefetch._kept is not None]
+        kept = [prefetch._pinned for prefetch in storage._open if prefetch._pinned is not None]
         assert host.in_flight == len({page.slot for page in [*moving, *kept]})
         slots = [page.slot for page in self.tier._pages.values()]
         assert sorted([*slots, *self.tier._free]) == [*range(host.total)], "each slot is in one place"
         num_fetching = sum(len(fetch.pages) for fetch in storage._fetches.values())
-        num_kept = sum(prefetch._num_kept for prefetch in storage._open)
-        assert storage._num_taken == num_fetching + num_kept <= max(1, host.total // 2)
+        num_kept = sum(prefetch._num_fetched for prefetch in storage._open)
+        assert storage._num_reserved == num_fetching + num_kept <= max(1, host.total // 2)
         assert storage._num_stored == sum(len(pages) for _, pages in storage._stores.values())
         assert {prefetch for prefetch, _, _ in self.fetching} == set(storage._open)
         moving_slots = {page.slot for page in moving}

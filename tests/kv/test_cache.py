@@ -58,7 +58,7 @@ def test_salts_do_not_mix() -> None:
     assert len(set(cache.digests())) == 4
 
 
-def test_cached_pages_go_by_the_digests_that_the_gateway_computes() -> None:
+def test_cached_pages_have_the_digests_that_the_gateway_computes() -> None:
     cache = make_cache()
     write(cache, range(10), cache_salt="s")
     assert cache.digests() == page_digests(range(10), PAGE_SIZE, "space", "s")
@@ -86,7 +86,7 @@ def test_a_failed_grow_evicts_nothing() -> None:
     assert held.page_ids
 
 
-def test_grow_evicts_only_what_it_lacks_and_never_what_is_used() -> None:
+def test_grow_evicts_only_the_pages_it_lacks_and_never_pages_in_use() -> None:
     cache = make_cache(num_pages=6)
     used = write(cache, range(8))
     cache.close(write(cache, range(50, 58)))
@@ -110,7 +110,7 @@ def test_the_prefix_of_a_used_page_is_never_evicted() -> None:
 # ---- commit
 
 
-def test_commit_shares_full_pages_only_and_goes_on_where_it_stopped() -> None:
+def test_insert_shares_full_pages_only_and_continues_where_it_stopped() -> None:
     cache = make_cache()
     lease = cache.open(range(11), max_tokens=10)
     cache.grow(lease, 11)
@@ -120,7 +120,7 @@ def test_commit_shares_full_pages_only_and_goes_on_where_it_stopped() -> None:
     assert cache.counts().owned == 1
 
 
-def test_uncommitted_pages_are_never_shared() -> None:
+def test_pages_not_inserted_are_never_shared() -> None:
     cache = make_cache()
     lease = cache.open(range(8), max_tokens=7)
     cache.grow(lease, 8)
@@ -141,7 +141,7 @@ def test_a_page_computed_twice_stays_with_its_request_while_the_first_is_used() 
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (2, 0, 1)])
-def test_twins_closed_in_any_order_leave_one_copy(order: tuple[int, ...]) -> None:
+def test_equal_requests_closed_in_any_order_leave_one_copy(order: tuple[int, ...]) -> None:
     cache = make_cache()
     leases = [cache.open(range(8), max_tokens=7) for _ in range(3)]
     for lease in leases:
@@ -155,7 +155,7 @@ def test_twins_closed_in_any_order_leave_one_copy(order: tuple[int, ...]) -> Non
     assert cache.drain_changes() == ([], [])
 
 
-def test_a_lone_request_can_use_the_whole_pool_though_its_twin_wrote_the_prefix_first() -> None:
+def test_a_lone_request_can_use_the_whole_pool_after_an_equal_one_wrote_its_prefix() -> None:
     """Else the oldest request could wait for ever for pages that only it pins."""
     cache = make_cache(num_pages=8)
     twin, lease = cache.open(range(16), max_tokens=15), cache.open(range(16), max_tokens=15)
@@ -228,7 +228,7 @@ def test_a_transfer_can_be_widened_and_ended_twice() -> None:
     assert (cache.counts().in_flight, cache.counts().owned) == (0, 3)
 
 
-def test_a_transfer_of_committed_pages_leaves_them_cached_and_held() -> None:
+def test_a_transfer_of_cached_pages_leaves_them_cached_and_pinned() -> None:
     cache = make_cache(num_pages=3)
     lease = cache.open(range(10), max_tokens=9)
     cache.grow(lease, 10)
@@ -248,7 +248,7 @@ def test_a_lease_is_closed_once() -> None:
         cache.close(lease)
 
 
-def test_flush_frees_all_but_what_is_used() -> None:
+def test_flush_frees_all_pages_except_those_in_use() -> None:
     cache = make_cache()
     cache.close(write(cache, range(12)))
     reader = cache.open(range(4), max_tokens=4)
@@ -271,7 +271,7 @@ def test_changes_replayed_equal_the_snapshot() -> None:
     assert len(replayed) == 4
 
 
-def test_a_step_in_which_no_page_fills_costs_no_work_in_the_tree() -> None:
+def test_insert_without_a_newly_full_page_does_not_read_the_tokens() -> None:
     """O(1): commit may not even look at the tokens."""
 
     class Untouchable(list[int]):

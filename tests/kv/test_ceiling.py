@@ -34,7 +34,7 @@ def test_the_count_ends_at_the_first_page_that_was_never_evicted() -> None:
 
 
 @given(st.lists(st.integers(0, ONE_ROW + 4), max_size=80))
-def test_when_there_are_too_many_the_one_evicted_longest_ago_is_forgotten_and_counted(numbers: list[int]) -> None:
+def test_a_full_row_forgets_and_counts_the_digest_evicted_longest_ago(numbers: list[int]) -> None:
     history, model, num_new = EvictionHistory(ONE_ROW), OrderedDict[int, None](), 0
     for number in numbers:
         num_new += number not in model
@@ -104,7 +104,7 @@ def test_the_ceiling_is_what_was_ever_cached_and_no_hit_exceeds_it(seed: int, nu
         held.append(lease)
 
 
-def test_what_a_flush_dropped_more_memory_would_not_have_kept() -> None:
+def test_flushed_pages_are_not_part_of_the_ceiling() -> None:
     cache = PageCache(num_pages=NUM_PAGES, page_size=PAGE_SIZE, namespace="space")
     tokens = list(range(9))
     for expected in (0, 0):

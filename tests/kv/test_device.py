@@ -63,7 +63,7 @@ def test_a_pool_of_another_layout_is_not_attached(tmp_path: Path) -> None:
     pool.close()
 
 
-def test_the_file_is_ours_alone_and_has_all_its_room(tmp_path: Path) -> None:
+def test_the_pool_file_is_private_and_fully_allocated(tmp_path: Path) -> None:
     pool = DevicePool.create(LAYOUT, 500, device=CPU, directory=tmp_path)
     status = os.stat(pool.address.location)
     assert status.st_mode & 0o777 == 0o600
@@ -72,7 +72,9 @@ def test_the_file_is_ours_alone_and_has_all_its_room(tmp_path: Path) -> None:
     pool.close()
 
 
-def test_no_room_is_said_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_space_is_an_error_before_any_file_is_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(device, "free_bytes", lambda _: LAYOUT.page_bytes * 9)
     with pytest.raises(ConfigError, match=r"--runtime-dir.*lower --max-total-tokens"):
         DevicePool.create(LAYOUT, 10, device=CPU, directory=tmp_path)
@@ -116,7 +118,7 @@ def test_too_little_memory_is_an_error(weights_bytes: int) -> None:
         )
 
 
-def test_what_others_have_left_must_hold_it_and_is_not_what_it_is_measured_by() -> None:
+def test_the_pool_must_fit_free_memory_but_is_sized_by_total_memory() -> None:
     """Workers that share a GPU get the same pools in whichever order they start, or are told."""
     common = {"available_bytes": 10 * GIB, "weights_bytes": GIB, "mem_fraction_static": 0.5}
     first = plan_pool_size(LAYOUT, **common, free_bytes=10 * GIB)
@@ -128,7 +130,7 @@ def test_what_others_have_left_must_hold_it_and_is_not_what_it_is_measured_by() 
     assert small.num_pages == 250
 
 
-def test_a_pool_that_was_asked_for_too_small_names_the_flag_that_asked() -> None:
+def test_a_requested_pool_that_is_too_small_is_refused_with_its_flag() -> None:
     with pytest.raises(ConfigError, match="raise --max-total-tokens"):
         plan_pool_size(
             LAYOUT,

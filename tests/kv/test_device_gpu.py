@@ -23,7 +23,7 @@ def assert_torch_is_well() -> None:
     assert torch.ones(1000, device=CUDA).sum().item() == 1000
 
 
-def test_a_pool_is_zero_pages_and_its_file_holds_what_opens_them(tmp_path: Path) -> None:
+def test_a_new_pool_is_zeroed_and_its_file_holds_the_ipc_handle(tmp_path: Path) -> None:
     pool = DevicePool.create(LAYOUT, 5, device=CUDA, directory=tmp_path)
     assert pool.tensor.shape == (5, 2, 3, 2, 4, 8)
     assert (pool.tensor.device, pool.tensor.dtype) == (CUDA, torch.bfloat16)
@@ -40,7 +40,7 @@ def test_a_pool_is_zero_pages_and_its_file_holds_what_opens_them(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_goes_with_the_last_tensor_over_it() -> None:
+def test_memory_is_freed_with_the_last_tensor_over_it() -> None:
     torch.cuda.synchronize()
     before = torch.cuda.mem_get_info(CUDA)[0]
     memory = allocate(1 << 30, CUDA)

@@ -119,7 +119,7 @@ def test_a_damaged_page_is_a_miss_counted_and_removed_and_can_be_stored_again(
     assert get(store, 0, 3) == 3
 
 
-def test_every_damaged_page_of_a_call_is_removed_so_that_one_more_put_heals_the_prefix(tmp_path: Path) -> None:
+def test_every_damaged_page_of_a_call_is_removed_so_that_one_put_restores_the_prefix(tmp_path: Path) -> None:
     store = open_files(tmp_path)
     put(store, 0, 8)
     for index in (1, 2, 6):
@@ -139,7 +139,7 @@ def test_a_file_of_the_wrong_size_does_not_exist_and_put_replaces_it(tmp_path: P
     assert get(store, 0, 1) == 1
 
 
-def test_a_page_of_another_namespace_is_not_taken_even_from_our_own_folder(tmp_path: Path) -> None:
+def test_a_page_of_another_namespace_is_not_accepted_even_from_our_own_folder(tmp_path: Path) -> None:
     put(open_files(tmp_path / "a"), 0, 1)
     other = FileStore(
         StoreSpec(namespace="other", page_bytes=PAGE_BYTES, capacity_bytes=9 * FILE_BYTES, path=tmp_path / "b")
@@ -234,7 +234,7 @@ def test_with_permission_taken_away_pages_are_misses_and_nothing_is_written_for_
     assert store.stats().stored_bytes == 3 * FILE_BYTES
 
 
-def test_names_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
+def test_foreign_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     ours = tmp_path / ("0" * 32) / "ab"
     strangers = [tmp_path / "photo.page", tmp_path / "a" / "b" / "c.new", ours / "notes.new", ours / "x.page"]
     for path in strangers:
@@ -278,9 +278,7 @@ def test_on_a_full_disk_put_stores_fewer_and_tries_again_later(
     assert put(store, 10, 14) == 4
 
 
-def test_a_disk_that_stays_full_gets_new_pages_in_place_of_old_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_disk_that_stays_full_new_pages_replace_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock()
     store = open_files(tmp_path, num_pages=64, clock=clock)
     write = os.writev
@@ -322,7 +320,7 @@ def age(path: Path, seconds: float) -> int:
     return path.stat().st_mtime_ns
 
 
-def test_a_page_in_use_says_so_once_a_minute(tmp_path: Path) -> None:
+def test_reading_a_page_updates_its_mtime_at_most_once_a_minute(tmp_path: Path) -> None:
     store = open_files(tmp_path)
     put(store, 0, 2)
     recent, old = age(file_of(tmp_path, 0), 30), age(file_of(tmp_path, 1), 90)
@@ -331,7 +329,7 @@ def test_a_page_in_use_says_so_once_a_minute(tmp_path: Path) -> None:
     assert file_of(tmp_path, 1).stat().st_mtime_ns > old + 60 * 10**9
 
 
-def test_eviction_knows_what_another_process_wrote_and_used(tmp_path: Path) -> None:
+def test_eviction_respects_the_writes_and_reads_of_another_process(tmp_path: Path) -> None:
     a, b = open_files(tmp_path, num_pages=4), open_files(tmp_path, num_pages=4)
     put(a, 0, 1)
     put(b, 1, 2)
@@ -345,7 +343,7 @@ def test_eviction_knows_what_another_process_wrote_and_used(tmp_path: Path) -> N
     assert [b.exists([key]) for key in KEYS[:6]] == [1, 0, 0, 1, 1, 1]
 
 
-def test_a_page_used_since_the_scan_is_not_taken_for_old(tmp_path: Path) -> None:
+def test_a_page_used_since_the_scan_is_not_evicted_as_old(tmp_path: Path) -> None:
     put(open_files(tmp_path, num_pages=2), 0, 2)
     age(file_of(tmp_path, 0), 7200)
     age(file_of(tmp_path, 1), 3600)
@@ -355,7 +353,7 @@ def test_a_page_used_since_the_scan_is_not_taken_for_old(tmp_path: Path) -> None
     assert [store.exists([key]) for key in KEYS[:3]] == [1, 0, 1]
 
 
-def test_a_page_that_another_process_wrote_since_the_scan_goes_before_one_used_later(tmp_path: Path) -> None:
+def test_a_page_written_elsewhere_since_the_scan_is_evicted_before_one_used_later(tmp_path: Path) -> None:
     put(open_files(tmp_path, num_pages=3), 0, 2)
     age(file_of(tmp_path, 0), 7200)
     age(file_of(tmp_path, 1), 3600)
@@ -384,26 +382,26 @@ def test_a_smaller_cap_than_before_holds_from_the_start(tmp_path: Path) -> None:
     assert store.stats().stored_bytes == 3 * FILE_BYTES
 
 
-def test_a_much_smaller_cap_is_reached_with_one_look_at_the_folder(
+def test_a_much_smaller_cap_is_reached_with_one_scan_of_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(open_files(tmp_path), 0, 20)
     scans: list[object] = []
     scan = disk_budget.DiskBudget._scan
     monkeypatch.setattr(disk_budget.DiskBudget, "_scan", lambda *of: scans.append(of) or scan(*of))
-    monkeypatch.setattr(disk_budget, "_MAX_LOOKS", 2)
+    monkeypatch.setattr(disk_budget, "_MAX_STATS_PER_RESERVE", 2)
     store = open_files(tmp_path, num_pages=4)
     assert (store.exists(KEYS[:20]), store.stats().stored_bytes, len(scans)) == (4, 4 * FILE_BYTES, 1)
 
 
-def test_a_wrong_number_in_the_lock_file_is_put_right(tmp_path: Path) -> None:
+def test_a_wrong_number_in_the_lock_file_is_corrected(tmp_path: Path) -> None:
     put(open_files(tmp_path, num_pages=4), 0, 2)
     for wrong in (b"", b"\xff" * 16, b"torn"):
         (tmp_path / "in-use.lock").write_bytes(wrong)
         assert open_files(tmp_path, num_pages=4).stats().stored_bytes == 2 * FILE_BYTES
 
 
-def test_what_a_dead_process_left_unfinished_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+def test_unfinished_files_of_dead_processes_are_removed_and_those_being_written_kept(tmp_path: Path) -> None:
     put(open_files(tmp_path), 0, 1)
     folder = file_of(tmp_path, 0).parent
     dead, writing = folder / f"{KEYS[9].hex()}.01234567.new", folder / f"{KEYS[9].hex()}.89abcdef.new"
@@ -415,7 +413,7 @@ def test_what_a_dead_process_left_unfinished_is_removed_and_what_is_being_writte
     assert store.stats().stored_bytes == FILE_BYTES + 1000
 
 
-def test_a_lock_that_is_never_let_go_stops_writing_after_five_seconds_and_nothing_else(
+def test_a_lock_that_is_never_released_only_stops_writing_after_five_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept_s: list[float] = []
@@ -431,7 +429,7 @@ def test_a_lock_that_is_never_let_go_stops_writing_after_five_seconds_and_nothin
     assert sum(slept_s) == pytest.approx(5.0)
 
 
-def test_threads_that_wait_for_the_lock_behind_each_other_wait_five_seconds_together(
+def test_threads_waiting_for_the_lock_wait_five_seconds_in_total(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_files(tmp_path)

@@ -19,7 +19,7 @@ def _resident_bytes() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
-def test_memory_becomes_resident_and_keeps_what_it_holds() -> None:
+def test_memory_becomes_resident_and_keeps_its_content() -> None:
     memory = torch.frombuffer(mmap.mmap(-1, _NUM_BYTES), dtype=torch.uint8)
     memory[:3] = torch.tensor([1, 2, 3], dtype=torch.uint8)
     before = _resident_bytes()

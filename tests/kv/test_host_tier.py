@@ -30,7 +30,7 @@ def test_a_match_ends_at_the_first_page_that_is_not_resident() -> None:
     assert tier.match([b"c"]) == [writing]
 
 
-def test_the_prefix_used_longest_ago_goes_first_and_its_end_before_its_beginning() -> None:
+def test_the_least_recently_used_prefix_is_evicted_first_from_its_leaf_up() -> None:
     tier = HostTier(5)
     keep(tier, b"a1", b"a2", b"a3")
     old = keep(tier, b"b1", b"b2")
@@ -42,7 +42,7 @@ def test_the_prefix_used_longest_ago_goes_first_and_its_end_before_its_beginning
     assert tier.num_evicted == 3
 
 
-def test_a_page_that_a_move_uses_is_not_evicted_nor_is_the_prefix_that_grows() -> None:
+def test_pinned_pages_and_the_prefix_being_extended_are_not_evicted() -> None:
     tier = HostTier(2)
     (a,) = keep(tier, b"a")
     (b,) = keep(tier, b"b", parent=a)
@@ -54,7 +54,7 @@ def test_a_page_that_a_move_uses_is_not_evicted_nor_is_the_prefix_that_grows() -
     assert tier.get(b"b") is None
 
 
-def test_a_page_whose_write_failed_is_not_found_and_its_slot_serves_again() -> None:
+def test_a_page_whose_write_failed_is_not_matched_and_its_slot_is_reused() -> None:
     tier = HostTier(1)
     page = tier.reserve(None, b"a")
     assert page is not None
@@ -67,7 +67,7 @@ def test_a_page_whose_write_failed_is_not_found_and_its_slot_serves_again() -> N
     assert tier.drain_changes() == [(b"b", True)]  # nobody was told of the other
 
 
-def test_a_flush_leaves_what_a_move_uses_and_what_it_continues() -> None:
+def test_a_flush_keeps_pinned_pages_and_their_prefixes() -> None:
     tier = HostTier(6)
     keep(tier, b"x", b"y")
     a, b, _ = keep(tier, b"a", b"b", b"c")

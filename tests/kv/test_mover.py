@@ -84,7 +84,7 @@ def test_pages_come_back_from_the_host_byte_for_byte(moving: Moving) -> None:
 
 @pytest.mark.parametrize("device", DEVICES, ids=["cpu", "cuda"])
 @pytest.mark.parametrize("offsets", [(0, 1, 2), (0, 1, 1), (0, 0, 0)], ids=["apart", "two share", "all share"])
-def test_the_hosts_page_is_put_together_of_the_ranks_pieces_and_each_gets_its_own_back(
+def test_a_host_page_is_assembled_from_the_ranks_pieces_and_split_again_on_load(
     device: torch.device, offsets: tuple[int, ...]
 ) -> None:
     @dataclass
@@ -137,7 +137,7 @@ def test_a_copy_that_raises_is_reported_and_the_next_one_works(moving: Moving, m
     assert moving.mover.totals()["host_loads"] == 1
 
 
-def test_jobs_ordered_together_are_reported_in_order_each_when_its_bytes_are_there(moving: Moving) -> None:
+def test_queued_jobs_are_reported_in_order_once_their_bytes_are_copied(moving: Moving) -> None:
     num_jobs = 3 * MAX_JOBS_UNDER_WAY
     moving.pool.tensor.copy_(torch.randn(moving.pool.tensor.shape))
     written = moving.pool.tensor.cpu().view(8, -1).view(torch.uint8)
@@ -156,14 +156,14 @@ def test_jobs_ordered_together_are_reported_in_order_each_when_its_bytes_are_the
     assert moving.mover.totals()["host_backups"] == num_jobs
 
 
-def test_closing_ends_both_threads_and_drops_what_waits(moving: Moving) -> None:
+def test_close_ends_both_threads_and_drops_waiting_jobs(moving: Moving) -> None:
     moving.mover.close()
     moving.mover.start(LoadPages(job_id=1, host_slots=(0,), page_ids=(0,)))
     assert not moving.mover._loads._thread.is_alive()
     assert moving.mover.poll() == []
 
 
-def test_pages_that_follow_each_other_on_both_sides_are_copied_at_once() -> None:
+def test_pages_consecutive_on_both_sides_are_copied_at_once() -> None:
     assert list(runs((3, 4, 5, 9), (0, 1, 2, 3))) == [(3, 0, 3), (9, 3, 1)]
     assert list(runs((3, 4), (1, 0))) == [(3, 1, 1), (4, 0, 1)]
     assert list(runs((6,), (2,))) == [(6, 2, 1)]
@@ -175,7 +175,7 @@ def plan(**changes: object) -> int:
     return plan_host_pages(1000, **{**sizes, **changes})  # type: ignore[arg-type]
 
 
-def test_the_size_is_a_multiple_of_the_device_pool_or_what_is_said() -> None:
+def test_the_host_pool_size_is_a_multiple_of_the_device_pool_or_set_directly() -> None:
     assert plan() == 200
     assert plan(ratio=0.5) == 50
     assert plan(size_gb=0.5) == 500_000
@@ -190,7 +190,9 @@ def test_the_size_is_a_multiple_of_the_device_pool_or_what_is_said() -> None:
         ({"ratio": 0.001}, "--hicache-ratio 0.001 holds no page"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_flag_and_what_is_free(changes: dict[str, object], words: str) -> None:
+def test_a_host_pool_that_does_not_fit_is_refused_with_flag_and_free_memory(
+    changes: dict[str, object], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         plan(**changes)
 

@@ -48,7 +48,7 @@ def test_pages_restored_from_a_folder_are_found_with_their_own_salt_only(tmp_pat
     engine.kill()
 
 
-def test_a_folder_of_another_model_gives_nothing_and_its_owner_finds_nothing_of_that_models(tmp_path: Path) -> None:
+def test_a_folder_used_by_two_models_in_turn_restores_no_page_of_the_other(tmp_path: Path) -> None:
     right = RightPages()
     for model in (MODEL, OTHER_MODEL, MODEL):
         engine = ByteEngine(right, namespace=model, folder=tmp_path)
@@ -95,7 +95,7 @@ def test_two_models_share_a_store_s_folder_and_no_page(tmp_path: Path) -> None:
         store.close()
 
 
-def test_an_engine_finds_in_the_store_what_has_its_own_model_and_salt_and_nothing_else(tmp_path: Path) -> None:
+def test_an_engine_finds_only_pages_of_its_own_model_and_salt_in_the_store(tmp_path: Path) -> None:
     right = RightPages()
 
     def start(model: str) -> ByteEngine:

@@ -78,7 +78,7 @@ def test_a_page_in_flight_can_only_return_to_its_owner() -> None:
     assert {target for source, target in TRANSITIONS if source is PageState.IN_FLIGHT} == {PageState.OWNED}
 
 
-def test_pages_never_needed_are_never_handed_out() -> None:
+def test_pages_never_needed_are_never_allocated() -> None:
     ledger = PageLedger(1000)
     for _ in range(50):
         page_ids = ledger.allocate(4)
@@ -86,7 +86,7 @@ def test_pages_never_needed_are_never_handed_out() -> None:
         ledger.move(page_ids, PageState.OWNED, PageState.FREE)
 
 
-def test_the_page_freed_last_is_taken_first() -> None:
+def test_the_page_freed_last_is_allocated_first() -> None:
     ledger = PageLedger(10)
     page_ids = ledger.allocate(5)
     ledger.move([page_ids[3]], PageState.OWNED, PageState.FREE)

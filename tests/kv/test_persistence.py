@@ -71,7 +71,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "kept"
 
 
-def test_pages_come_back_with_their_prefixes_and_in_the_order_of_writing(folder: Path) -> None:
+def test_pages_are_restored_with_their_prefixes_in_the_order_of_writing(folder: Path) -> None:
     persistent = open_folder(folder)
     restored = {page.slot: page for page in checked(persistent)}
     assert {slot: page.digest for slot, page in restored.items()} == {slot: digest_of(slot) for slot in range(8)}
@@ -82,7 +82,7 @@ def test_pages_come_back_with_their_prefixes_and_in_the_order_of_writing(folder:
     persistent.close()
 
 
-def test_what_is_written_after_a_restart_is_newer_than_what_was_restored(folder: Path, tmp_path: Path) -> None:
+def test_pages_written_after_a_restart_are_newer_than_restored_pages(folder: Path, tmp_path: Path) -> None:
     writer = Writer(folder, tmp_path / "run")
     assert len(writer.restored) == 8
     writer.write(4)
@@ -111,9 +111,7 @@ def test_the_restored_tier_matches_evicts_and_reports_its_pages() -> None:
     assert slots == [3, 1, 0]  # the free one; the leaf written first; and then the page it continued
 
 
-def test_what_is_forgotten_does_not_come_back_and_what_is_written_there_afterwards_does(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_flushed_pages_are_not_restored_but_later_pages_in_their_slots_are(folder: Path, tmp_path: Path) -> None:
     writer = Writer(folder, tmp_path / "run")
     writer.forget(2, 3, 4, 5)
     writer.write(2)  # into slots 4 and 5
@@ -147,7 +145,7 @@ def test_a_page_whose_backup_failed_is_not_restored(
 # ---------------------------------------------------------------- killed
 
 
-def test_whenever_a_worker_is_killed_every_restored_page_is_whole(tmp_path: Path) -> None:
+def test_every_restored_page_is_whole_after_a_kill_at_any_moment(tmp_path: Path) -> None:
     folder, num_seen, number = tmp_path / "kept", 0, 0
     command = [sys.executable, str(SCRIPT), str(folder), str(tmp_path / "run")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as lives:
@@ -184,7 +182,7 @@ def flip(path: Path, offset: int) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1, PAGE_BYTES // 2, PAGE_BYTES - 1])
-def test_a_flipped_bit_in_a_page_drops_it_and_what_continues_it(folder: Path, offset: int) -> None:
+def test_a_flipped_bit_in_a_page_drops_the_page_and_its_descendants(folder: Path, offset: int) -> None:
     flip(folder / "pages", 2 * PAGE_BYTES + offset)
     assert restored_slots(folder) == {0, 1, 4, 5, 6, 7}
     assert restored_slots(folder) == {0, 1, 4, 5, 6, 7}
@@ -196,7 +194,7 @@ def test_a_flipped_bit_in_a_record_drops_its_page(folder: Path, offset: int) -> 
     assert restored_slots(folder) == {0, 1, 2, 4, 5, 6, 7}
 
 
-def test_a_record_in_another_slot_is_none(folder: Path) -> None:
+def test_a_record_copied_to_another_slot_is_ignored(folder: Path) -> None:
     content = bytearray((folder / "index").read_bytes())
     pages = bytearray((folder / "pages").read_bytes())
     content[HEADER_BYTES + 8 * RECORD_BYTES :][:RECORD_BYTES] = b""
@@ -208,7 +206,7 @@ def test_a_record_in_another_slot_is_none(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("offset", range(0, HEADER_BYTES, 5))
-def test_a_flipped_bit_in_the_header_starts_empty_and_says_so(
+def test_a_flipped_bit_in_the_header_empties_the_pool_and_logs_a_warning(
     folder: Path, offset: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     flip(folder / "index", offset)
@@ -240,7 +238,7 @@ def relink(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "left"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_what_is_left_after_damage_is_restored_and_nothing_else(
+def test_only_undamaged_pages_are_restored(
     folder: Path, tmp_path: Path, damage: Callable[[Path], object], left: set[int]
 ) -> None:
     damage(folder)
@@ -281,7 +279,7 @@ def test_pages_of_another_size_are_not_restored(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("num_pages", "left"), [(5, set(range(5))), (1, {0}), (40, set(range(8)))])
-def test_a_pool_of_another_number_of_pages_keeps_what_fits(folder: Path, num_pages: int, left: set[int]) -> None:
+def test_a_resized_pool_keeps_the_pages_that_fit(folder: Path, num_pages: int, left: set[int]) -> None:
     assert restored_slots(folder, num_pages=num_pages) == left
     assert (folder / "pages").stat().st_size == num_pages * PAGE_BYTES
     assert restored_slots(folder) == left
@@ -300,7 +298,7 @@ def test_two_workers_never_share_a_folder(folder: Path) -> None:
 # ---------------------------------------------------------------- folders that cannot be used
 
 
-def test_a_full_disk_is_an_error_at_the_start_and_takes_no_page_that_was_there(
+def test_a_full_disk_is_an_error_at_the_start_and_loses_no_stored_page(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allocate = os.posix_fallocate
@@ -319,7 +317,7 @@ def test_a_full_disk_is_an_error_at_the_start_and_takes_no_page_that_was_there(
     assert restored_slots(folder) == set(range(8))
 
 
-def test_more_pages_than_the_file_system_has_room_for_are_refused_and_their_room_given_back(tmp_path: Path) -> None:
+def test_a_pool_larger_than_the_file_system_is_refused_and_its_space_released(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--hicache-persist"):
         PersistentPages(tmp_path / "kept", namespace="n", num_pages=1 << 20, page_bytes=1 << 30)
     assert (tmp_path / "kept" / "pages").stat().st_blocks == 0
@@ -370,7 +368,7 @@ def test_a_gpus_pool_in_shared_memory_is_pinned_copied_to_and_restored(tmp_path:
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no shared memory")
-def test_memory_that_the_folder_holds_already_can_be_used_again(tmp_path: Path) -> None:
+def test_memory_that_the_folder_already_uses_counts_as_reusable(tmp_path: Path) -> None:
     folder = Path("/dev/shm") / f"kvist-test-{os.getpid()}"
     try:
         assert reusable_bytes(folder) == 0
@@ -381,7 +379,7 @@ def test_memory_that_the_folder_holds_already_can_be_used_again(tmp_path: Path) 
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_lock_that_nobody_holds_is_no_hindrance(folder: Path) -> None:
+def test_a_leftover_unlocked_lock_file_does_not_prevent_a_start(folder: Path) -> None:
     with contextlib.closing(os.fdopen(os.open(folder / "lock", os.O_RDWR))) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         fcntl.flock(lock, fcntl.LOCK_UN)

@@ -169,7 +169,7 @@ def insert(tree: RadixTree, word: str, first_page_id: int, salt: str = "") -> No
     tree.unpin(pin)
 
 
-def test_the_leaf_unused_for_longest_goes_first_and_its_prefix_after_it() -> None:
+def test_the_least_recently_used_leaf_is_evicted_first_and_its_prefix_after_it() -> None:
     tree = RadixTree("space")
     insert(tree, "ab", 10)
     insert(tree, "ac", 20)
@@ -206,7 +206,7 @@ def test_when_the_last_reader_leaves_the_newest_duplicate_takes_its_place() -> N
     assert tree.evict().page_id == 20
 
 
-def test_what_came_and_went_between_two_drains_is_in_neither_list() -> None:
+def test_digests_added_and_removed_between_two_drains_are_in_neither_list() -> None:
     tree = RadixTree("space")
     insert(tree, "a", 10)
     tree.evict()

@@ -57,13 +57,13 @@ def fetches(storage: StorageTier) -> list[FetchPages]:
     return [job for job in storage.drain_jobs() if isinstance(job, FetchPages)]
 
 
-def test_the_policies_say_how_long_to_wait() -> None:
+def test_each_prefetch_policy_sets_the_longest_wait() -> None:
     assert PrefetchConfig().wait_s(8000) == 1.0 + 8 * 0.25
     assert PrefetchConfig(policy="best_effort").wait_s(8000) == 0
     assert PrefetchConfig(policy="wait_complete").wait_s(8000) == math.inf
 
 
-def test_a_long_prefix_is_fetched_in_pieces_behind_what_the_host_has() -> None:
+def test_a_long_prefix_is_fetched_in_pieces_after_the_pages_in_the_host_tier() -> None:
     host, storage = tier(1000)
     digests = chain("a", 300)
     head = keep(host, digests[:10])
@@ -82,7 +82,7 @@ def test_a_long_prefix_is_fetched_in_pieces_behind_what_the_host_has() -> None:
     assert [page.from_storage for page in host.match(digests)] == [False] * 10 + [True] * 280
 
 
-def test_a_page_is_a_miss_only_if_the_store_said_so() -> None:
+def test_a_page_counts_as_a_miss_only_if_the_store_reported_it_missing() -> None:
     _, storage = tier(100)
     for answered, num_misses in ((False, 0), (True, 10)):
         _, find = begin(storage, chain("a", 10))
@@ -90,7 +90,7 @@ def test_a_page_is_a_miss_only_if_the_store_said_so() -> None:
         assert storage.totals["storage_miss_pages"] == num_misses
 
 
-def test_what_the_device_has_is_not_worth_fetching_but_fetched_if_it_is_in_the_way() -> None:
+def test_pages_in_the_device_pool_are_fetched_only_as_the_prefix_of_missing_pages() -> None:
     _, storage = tier(100, threshold_tokens=4)
     digests = chain("a", 10)
     assert storage.begin(digests, 7) is None
@@ -120,7 +120,7 @@ def test_fetched_pages_stay_until_their_request_is_admitted() -> None:
     assert host.match(digests) == []
 
 
-def test_at_most_half_of_the_host_tier_is_taken_and_who_waits_is_served_in_turn() -> None:
+def test_prefetches_use_at_most_half_of_the_host_tier_and_queue_for_it_in_order() -> None:
     _, storage = tier(16)
     opened = [begin(storage, chain(name, 6)) for name in "abc"]
     for _, find in opened:
@@ -141,12 +141,12 @@ def test_at_most_half_of_the_host_tier_is_taken_and_who_waits_is_served_in_turn(
     assert len(long.digests) == 8
     storage.close(prefetch)
     assert storage.drain_jobs() == [CancelFetch(job_id=long.job_id)]
-    assert storage._num_taken == 8
+    assert storage._num_reserved == 8
     storage.fetched(PagesFetched(job_id=long.job_id, num_pages=2))
-    assert storage._num_taken == 0
+    assert storage._num_reserved == 0
 
 
-def test_a_fetch_that_others_wait_for_is_cancelled_by_the_last_of_them() -> None:
+def test_a_shared_fetch_is_cancelled_when_its_last_request_leaves() -> None:
     _, storage = tier(16)
     digests = chain("a", 4)
     first, find = begin(storage, digests)
@@ -163,7 +163,7 @@ def test_a_fetch_that_others_wait_for_is_cancelled_by_the_last_of_them() -> None
     assert storage.drain_done() == []
 
 
-def test_a_prefix_that_was_evicted_while_the_store_was_asked_is_fetched_with_the_rest() -> None:
+def test_a_prefix_evicted_during_the_store_lookup_is_fetched_with_the_rest() -> None:
     host, storage = tier(20)
     digests = chain("a", 6)
     keep(host, digests[:3])
@@ -174,7 +174,7 @@ def test_a_prefix_that_was_evicted_while_the_store_was_asked_is_fetched_with_the
     assert job.digests == tuple(digests)
 
 
-def test_pages_are_stored_once_and_again_only_where_that_failed_or_the_store_is_another() -> None:
+def test_pages_are_stored_again_only_after_a_failure_or_in_another_store() -> None:
     host, storage = tier(40)
     pages = keep(host, chain("a", 4))
     storage.store(pages)
@@ -199,7 +199,7 @@ def test_pages_are_stored_once_and_again_only_where_that_failed_or_the_store_is_
     assert len(job.digests) == 4
 
 
-def test_a_page_fetched_from_a_former_store_is_not_known_to_be_in_the_next() -> None:
+def test_a_page_fetched_from_a_detached_store_is_not_assumed_in_the_next() -> None:
     host, storage = tier(40)
     digests = chain("a", 4)
     _, find = begin(storage, digests)
@@ -214,7 +214,7 @@ def stores(storage: StorageTier) -> list[StorePages]:
     return [job for job in storage.drain_jobs() if isinstance(job, StorePages)]
 
 
-def test_stores_are_bounded_in_jobs_and_in_their_part_of_the_host_tier_and_what_is_beyond_waits() -> None:
+def test_writes_to_the_store_are_bounded_in_jobs_and_in_host_pages() -> None:
     host, storage = tier(8 * MAX_STORES)
     for number in range(MAX_STORES + 5):
         storage.store(keep(host, chain(f"{number}-", 1)))
@@ -237,7 +237,7 @@ def test_stores_are_bounded_in_jobs_and_in_their_part_of_the_host_tier_and_what_
     assert (storage.totals["storage_stored_pages"], storage.totals["storage_skipped_pages"]) == (30, 0)
 
 
-def test_what_waits_to_be_stored_is_skipped_if_it_is_evicted_first_or_the_store_goes() -> None:
+def test_pages_waiting_to_be_stored_are_skipped_after_an_eviction_or_a_detach() -> None:
     host, storage = tier(40)
     pages = keep(host, chain("a", 30))
     storage.store(pages)
@@ -257,7 +257,7 @@ def test_what_waits_to_be_stored_is_skipped_if_it_is_evicted_first_or_the_store_
     assert stores(storage) == []
 
 
-def test_what_waits_to_be_stored_is_never_more_than_the_host_tier_holds() -> None:
+def test_pages_waiting_to_be_stored_never_outnumber_the_host_tier() -> None:
     host, storage = tier(40)
     storage.store(keep(host, chain("a", 10)))
     for number in range(20):  # the store hangs; the tier goes on
@@ -266,7 +266,7 @@ def test_what_waits_to_be_stored_is_never_more_than_the_host_tier_holds() -> Non
     assert storage.totals["storage_skipped_pages"] == 20 * 10 - 40
 
 
-def test_questions_are_bounded() -> None:
+def test_store_lookups_under_way_are_bounded() -> None:
     _, storage = tier(8)
     for number in range(MAX_FINDS):
         prefetch = storage.begin(chain(f"{number}-", 2), 0)

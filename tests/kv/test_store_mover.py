@@ -126,7 +126,7 @@ def moving() -> Iterator[Moving]:
     assert made.mover.close()
 
 
-def test_pages_come_back_from_the_store_byte_for_byte_as_far_as_they_are_there(moving: Moving) -> None:
+def test_the_leading_stored_pages_come_back_byte_for_byte(moving: Moving) -> None:
     moving.start(StorePages, 5)
     assert moving.reports() == [PagesStored(job_id=1, num_pages=5)]
     moving.start(FindPages, 9)
@@ -140,7 +140,7 @@ def test_pages_come_back_from_the_store_byte_for_byte_as_far_as_they_are_there(m
     assert [totals[f"storage_{name}_bytes"] for name in ("read", "write")] == [5 * PAGE_BYTES] * 2
 
 
-def test_a_long_job_is_many_calls_so_that_the_deadline_means_the_same_for_each(moving: Moving) -> None:
+def test_a_long_job_is_split_into_calls_with_a_deadline_each(moving: Moving) -> None:
     moving.start(StorePages, 2 * PIECE_PAGES + 1)
     assert moving.reports() == [PagesStored(job_id=1, num_pages=2 * PIECE_PAGES + 1)]
     assert moving.store.calls == ["put"] * 3
@@ -157,7 +157,7 @@ def test_a_page_missing_in_the_first_call_of_a_long_job_ends_it_there(moving: Mo
     assert [report.num_pages for report in reports if not isinstance(report, PagesStored)] == [5, 5, 5]
 
 
-def test_without_a_store_every_job_is_answered_with_nothing(moving: Moving) -> None:
+def test_without_a_store_every_job_is_answered_with_zero_pages(moving: Moving) -> None:
     moving.mover.detach()
     for kind in (FindPages, FetchPages, StorePages):
         moving.start(kind, 3)
@@ -168,7 +168,7 @@ def test_without_a_store_every_job_is_answered_with_nothing(moving: Moving) -> N
     ]
 
 
-def test_reads_do_not_wait_for_writes_that_take_long(moving: Moving) -> None:
+def test_reads_do_not_wait_for_slow_writes(moving: Moving) -> None:
     moving.store.go.clear()
     for _ in range(10):
         moving.start(StorePages, 3)
@@ -180,7 +180,7 @@ def test_reads_do_not_wait_for_writes_that_take_long(moving: Moving) -> None:
 
 
 @pytest.mark.parametrize("answer", [-1, 4, 10**9])
-def test_a_store_that_says_it_has_more_than_was_asked_for_is_not_believed(moving: Moving, answer: int) -> None:
+def test_a_store_that_reports_more_pages_than_asked_for_counts_as_failed(moving: Moving, answer: int) -> None:
     moving.store.answer = lambda: answer
     moving.start(FetchPages, 3)
     assert moving.reports() == [PagesFetched(job_id=1, num_pages=0)]
@@ -201,7 +201,7 @@ def test_a_fetch_that_has_not_begun_can_be_cancelled_and_is_answered_at_once(mov
     assert len(moving.store.calls) == NUM_READERS
 
 
-def test_an_exception_is_an_answer_of_nothing_and_opens_the_breaker(moving: Moving) -> None:
+def test_an_exception_counts_as_zero_pages_and_opens_the_breaker(moving: Moving) -> None:
     def fail() -> int:
         raise OSError("the disk is gone")
 
@@ -233,7 +233,7 @@ def test_a_hung_call_opens_the_breaker_and_keeps_its_slots_until_it_returns(movi
     assert moving.mover.totals()["storage_slow_calls"] == 1
 
 
-def test_what_waits_behind_a_hung_call_is_answered_when_the_breaker_opens(moving: Moving) -> None:
+def test_jobs_waiting_behind_a_hung_call_are_answered_when_the_breaker_opens(moving: Moving) -> None:
     moving.store.go.clear()
     for _ in range(NUM_READERS + 5):
         moving.start(FetchPages, 1)
@@ -245,7 +245,7 @@ def test_what_waits_behind_a_hung_call_is_answered_when_the_breaker_opens(moving
     assert {report.job_id for report in moving.reports(NUM_READERS)} == set(range(1, NUM_READERS + 1))
 
 
-def test_what_a_store_did_not_say_is_told_from_what_it_said_it_has_not(moving: Moving) -> None:
+def test_an_unanswered_lookup_is_reported_apart_from_a_miss(moving: Moving) -> None:
     moving.start(StorePages, PIECE_PAGES)
     moving.reports()
     moving.start(FindPages, PIECE_PAGES + 5)
@@ -259,7 +259,7 @@ def test_what_a_store_did_not_say_is_told_from_what_it_said_it_has_not(moving: M
     assert moving.reports() == [PagesFound(job_id=3, num_pages=PIECE_PAGES, answered=False)]
 
 
-def test_after_a_pause_one_job_is_tried_and_closes_the_breaker_when_it_returns_in_time(moving: Moving) -> None:
+def test_the_breaker_tries_one_job_after_a_pause_and_closes_when_it_returns_in_time(moving: Moving) -> None:
     moving.hang()
     moving.clock.advance(PAUSE_S - 1)
     moving.start(FindPages, 3)
@@ -277,7 +277,7 @@ def test_after_a_pause_one_job_is_tried_and_closes_the_breaker_when_it_returns_i
     assert moving.reports() == [PagesStored(job_id=5, num_pages=3)]
 
 
-def test_a_store_that_hangs_for_good_takes_no_more_than_its_threads(moving: Moving) -> None:
+def test_a_store_that_hangs_for_good_occupies_only_its_own_threads(moving: Moving) -> None:
     def num_answered_or_called() -> float:
         return moving.mover.totals()["storage_unasked_jobs"] + len(moving.store.calls)
 
@@ -313,12 +313,12 @@ def test_a_detached_store_is_closed_when_its_last_call_has_returned(moving: Movi
     assert moving.mover.totals()["storage_reads"] >= 1, "what the former store did is not forgotten"
 
 
-def test_a_store_that_has_left_is_not_counted_as_leaving_before_anybody_has_looked(moving: Moving) -> None:
+def test_a_closed_store_is_not_counted_as_detached_even_before_a_poll(moving: Moving) -> None:
     assert moving.mover.detach().wait(20)
     assert moving.mover.num_detached() == 0
 
 
-def test_a_hung_call_does_not_hold_the_end_of_the_engine(moving: Moving, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_call_does_not_delay_the_end_of_the_engine(moving: Moving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvist.kv.store_mover.CLOSE_S", 0.1)
     moving.store.go.clear()
     moving.start(FetchPages, 3)
@@ -328,7 +328,7 @@ def test_a_hung_call_does_not_hold_the_end_of_the_engine(moving: Moving, monkeyp
     moving.until(lambda: moving.store.closed)
 
 
-def test_fetched_pages_are_recorded_before_they_are_reported_and_others_records_cleared(tmp_path: Path) -> None:
+def test_fetched_pages_are_recorded_and_failed_ones_cleared_before_the_report(tmp_path: Path) -> None:
     def persistent() -> PersistentPages:
         return PersistentPages(tmp_path / "kept", namespace="n", num_pages=8, page_bytes=PAGE_BYTES)
 
@@ -365,7 +365,7 @@ def test_fetched_pages_are_recorded_before_they_are_reported_and_others_records_
     assert [page.digest for page in persistent().restore()] == [digest(0), digest(1), digest(2)]
 
 
-def test_what_the_store_counts_is_told_as_of_its_last_call(moving: Moving) -> None:
+def test_store_statistics_are_those_of_its_last_call(moving: Moving) -> None:
     moving.store.stats = lambda: StoreStats(  # type: ignore[method-assign]
         stored_bytes=7, errors={"EIO": 2}, num_broken=3, num_refused=4, num_evicted=5
     )

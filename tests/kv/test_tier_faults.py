@@ -73,9 +73,7 @@ def write_page(folder: Path, slot: int, digest: bytes, parent: bytes | None) -> 
     persistent.close()
 
 
-def test_an_index_from_before_beside_the_pages_of_now_restores_only_what_is_still_the_same(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_an_old_index_beside_newer_pages_restores_only_unchanged_pages(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "index", tmp_path / "index")
     write_page(folder, 2, digest_of(100), None)
     write_page(folder, 6, digest_of(101), None)
@@ -92,7 +90,7 @@ def test_a_page_that_two_slots_hold_is_restored_once(folder: Path) -> None:
     assert restored_slots(folder) == slots
 
 
-def test_pages_that_continue_each_other_in_a_ring_are_dropped(folder: Path) -> None:
+def test_pages_whose_parents_form_a_cycle_are_dropped(folder: Path) -> None:
     ring = [digest_of(number) for number in (100, 101, 102)]
     persistent = open_folder(folder)
     persistent.restore()
@@ -126,7 +124,7 @@ def test_a_folder_on_a_broken_disk_is_refused_at_the_start_and_nothing_in_it_is_
 
 
 @pytest.mark.parametrize("which", range(4), ids=["lock", "index", "index again", "pages"])
-def test_a_file_that_cannot_be_opened_for_the_moment_is_not_replaced(
+def test_a_file_that_temporarily_cannot_be_opened_is_not_replaced(
     folder: Path, monkeypatch: pytest.MonkeyPatch, which: int
 ) -> None:
     """Another worker may hold that lock, and pages are worth a second start."""
@@ -149,7 +147,7 @@ def test_a_file_that_cannot_be_opened_for_the_moment_is_not_replaced(
 
 
 @pytest.mark.usefixtures("as_somebody")
-def test_a_read_only_folder_is_refused_with_the_flag() -> None:
+def test_a_read_only_folder_is_refused_with_an_error_that_names_the_flag() -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "kept"
         path.mkdir(mode=0o500)
@@ -159,7 +157,7 @@ def test_a_read_only_folder_is_refused_with_the_flag() -> None:
         assert list(path.iterdir()) == []
 
 
-def test_memory_that_the_system_does_not_give_is_an_error_with_the_flag() -> None:
+def test_a_failed_memory_allocation_is_an_error_that_names_the_flag() -> None:
     with pytest.raises(ConfigError, match=r"no memory for the host tier: .*lower --hicache-size") as caught:
         HostPool(1 << 30, 1 << 30, pinned=False)
     assert caught.value.param == "hicache_size"
@@ -186,7 +184,7 @@ def makes_nothing(_path: object, flags: int, *_: object) -> bool:
 
 @pytest.mark.parametrize("number", BROKEN, ids=BROKEN_IDS)
 @pytest.mark.parametrize("call", ["open", "makedirs", "pwrite", "writev", "utime", "replace"])
-def test_whichever_call_a_broken_disk_refuses_put_stores_fewer_and_what_is_there_is_read(
+def test_put_stores_fewer_pages_and_get_still_reads_when_any_disk_call_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
     clock = FakeClock()
@@ -210,7 +208,7 @@ def test_whichever_call_a_broken_disk_refuses_put_stores_fewer_and_what_is_there
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
 @pytest.mark.parametrize("call", ["open", "fstat", "readv"])
-def test_a_disk_that_cannot_be_read_gives_misses_and_its_pages_are_kept(
+def test_an_unreadable_disk_gives_misses_and_keeps_its_pages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
     store = FileStore(spec_of(tmp_path, 64 * FILE_BYTES))
@@ -225,7 +223,7 @@ def test_a_disk_that_cannot_be_read_gives_misses_and_its_pages_are_kept(
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
 @pytest.mark.parametrize("depth", range(3))
-def test_a_disk_that_cannot_be_looked_through_holds_the_cap_all_the_same(
+def test_the_cap_holds_on_a_disk_that_cannot_be_scanned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int, number: int
 ) -> None:
     store = FileStore(spec_of(tmp_path, 4 * FILE_BYTES))
@@ -242,7 +240,7 @@ def test_a_disk_that_cannot_be_looked_through_holds_the_cap_all_the_same(
     assert store.stats().stored_bytes == 4 * FILE_BYTES
 
 
-def test_pages_that_another_process_evicts_and_writes_meanwhile_are_read_whole_or_missed(tmp_path: Path) -> None:
+def test_pages_rewritten_by_another_process_are_read_whole_or_missed(tmp_path: Path) -> None:
     arguments = [str(tmp_path), str(6 * FILE_BYTES), "0", "20", "1000000"]  # each round evicts and writes all of them
     process = subprocess.Popen([sys.executable, str(STORE_SCRIPT), *arguments], stdout=subprocess.PIPE, text=True)
     try:

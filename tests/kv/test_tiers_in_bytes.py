@@ -329,7 +329,7 @@ class TiersInBytes(RuleBasedStateMachine):
                 assert into == right
 
 
-def test_a_slot_that_goes_from_a_backup_to_a_fetch_is_recorded_as_the_page_that_it_holds(tmp_path: Path) -> None:
+def test_a_slot_reused_by_a_fetch_after_a_backup_is_recorded_with_the_fetched_page(tmp_path: Path) -> None:
     """The thread that backed a page up is stopped at the worst moment: the page is told, evicted, its slot taken."""
     right = RightPages()
 

@@ -345,11 +345,11 @@ class TiersMachine(RuleBasedStateMachine):
         written = [slot for slot, is_written in used if is_written]
         assert len(written) == len(set(written)), "a slot is written twice at once"
         assert not set(written) & {slot for slot, is_written in used if not is_written}, "a slot is read and written"
-        kept = {prefetch._kept.slot for prefetch, _ in self.prefetches if prefetch._kept is not None}
+        kept = {prefetch._pinned.slot for prefetch, _ in self.prefetches if prefetch._pinned is not None}
         assert host.in_flight == len({slot for slot, _ in used} | kept)
         fetching = sum(len(job.host_slots) for job in self.store_jobs if isinstance(job, FetchPages))
-        num_kept = sum(prefetch._num_kept for prefetch, _ in self.prefetches)
-        assert self.storage._num_taken == fetching + num_kept <= max(1, host.total // 2)
+        num_kept = sum(prefetch._num_fetched for prefetch, _ in self.prefetches)
+        assert self.storage._num_reserved == fetching + num_kept <= max(1, host.total // 2)
         storing = sum(len(job.host_slots) for job in self.store_jobs if isinstance(job, StorePages))
         assert self.storage._num_stored == storing <= max(1, host.total // 4)
         for page in self.tier._pages.values():  # no slot holds what no match can reach
@@ -379,7 +379,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.store_works_off()
         assert not self.storage._open
         assert not self.storage._fetching
-        assert self.storage._num_taken == 0
+        assert self.storage._num_reserved == 0
         for request in self.requests:
             self.cache.close(request.lease)
         self.cache.flush()

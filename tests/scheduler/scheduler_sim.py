@@ -547,7 +547,7 @@ class World:
             hung = [] if engine.store is None else engine.store.slots
             assert host is None or host.in_flight == len({slot for _, slot in hung}), f"{engine.epoch} leaks host pages"
             if (storage := engine.cache._storage) is not None:
-                assert storage._num_taken == sum(is_written for is_written, _ in hung), (
+                assert storage._num_reserved == sum(is_written for is_written, _ in hung), (
                     f"{engine.epoch} leaks its share"
                 )
                 assert not storage._open, f"{engine.epoch} leaks prefetches"

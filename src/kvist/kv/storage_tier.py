@@ -76,20 +76,20 @@ class Prefetch:
     wait_s: float
     _digests: Sequence[bytes] = field(repr=False)  # of the pages from the first of its prompt on
     _num_cached: int  # leading ones in the device pool: nothing is gained by fetching these
-    _first: int  # asked after from here on
-    _end: int = 0  # there up to here, as far as is known
+    _find_start: int  # asked after from here on
+    _find_end: int = 0  # there up to here, as far as is known
     _finding: bool = False
-    _in_line: bool = False
+    _queued: bool = False
     _fetches: list[_Fetch] = field(default_factory=list)  # under way, of others too, that it waits for
-    _num_kept: int = 0  # pages fetched for it, which count in the share until it is closed
-    _depth: int = 0  # leading pages that are resident, with something kept
-    _kept: HostPage | None = None  # the last of these: it is held, and so is all that it continues
+    _num_fetched: int = 0  # pages fetched for it, which count in the share until it is closed
+    _num_resident: int = 0  # leading pages that are resident, with something kept
+    _pinned: HostPage | None = None  # the last of these: it is held, and so is all that it continues
     _closed: bool = False
 
     @property
     def done(self) -> bool:
         """There is nothing to wait for."""
-        return not (self._finding or self._in_line or self._fetches)
+        return not (self._finding or self._queued or self._fetches)
 
 
 @dataclass(slots=True, eq=False)
@@ -98,7 +98,7 @@ class _Fetch:
     pages: list[HostPage]
     owner: Prefetch
     waiters: list[Prefetch]
-    life: int
+    generation: int
     cancelled: bool = False
 
 
@@ -110,19 +110,19 @@ class StorageTier:
         self._config = config
         self._page_size = page_size
         self._min_pages = max(1, -(-config.threshold_tokens // page_size))
-        self._max_taken = max(1, host.num_pages // 2)
+        self._max_reserved = max(1, host.num_pages // 2)
         self._max_stored = min(MAX_PAGES_STORED, max(1, host.num_pages // 4))
         self._attached = False
-        self._life = 0  # of the store: what is known of one means nothing to the next
+        self._generation = 0  # of the store: what is known of one means nothing to the next
         self._finds: dict[int, Prefetch] = {}  # by job id, as the two below
         self._fetches: dict[int, _Fetch] = {}
-        self._stores: dict[int, tuple[int, list[HostPage]]] = {}  # with the life they began in
+        self._stores: dict[int, tuple[int, list[HostPage]]] = {}  # with the generation they began in
         self._due: dict[HostPage, None] = {}  # to be stored, in the order of their coming; some are evicted meanwhile
         self._fetching: dict[HostPage, _Fetch] = {}
-        self._line: deque[Prefetch] = deque()  # what they need is found; the share has no room for it
-        self._refused: tuple[Prefetch, int] | None = None  # the head of the line, and what was taken then
+        self._queue: deque[Prefetch] = deque()  # what they need is found; the share has no room for it
+        self._blocked_head: tuple[Prefetch, int] | None = None  # the head of the line, and what was taken then
         self._open: dict[Prefetch, None] = {}  # in the order of their coming
-        self._num_taken = 0  # pages being fetched, and those kept
+        self._num_reserved = 0  # pages being fetched, and those kept
         self._num_stored = 0  # in `_stores`
         self._jobs: list[StoreJob] = []
         self._done: list[Prefetch] = []
@@ -131,7 +131,7 @@ class StorageTier:
     def attach(self, attached: bool) -> None:
         """Nothing is known of a new store. Without one nothing new begins, and nobody waits any more."""
         self._attached = attached
-        self._life += 1
+        self._generation += 1
         self._due.clear()
         self._host.forget_stored()
         if not attached:
@@ -161,7 +161,7 @@ class StorageTier:
                 page.stored = True  # until it turns out otherwise: nobody else begins it
                 self._host.pin(page)
             job_id = self._host.next_job_id()
-            self._stores[job_id] = self._life, piece
+            self._stores[job_id] = self._generation, piece
             self._jobs.append(
                 StorePages(
                     job_id=job_id,
@@ -182,11 +182,11 @@ class StorageTier:
         return piece
 
     def stored(self, event: PagesStored) -> None:
-        life, pages = self._stores.pop(event.job_id)
+        generation, pages = self._stores.pop(event.job_id)
         self._num_stored -= len(pages)
         for index, page in enumerate(pages):
             self._host.unpin(page)
-            if index >= event.num_pages and life == self._life:
+            if index >= event.num_pages and generation == self._generation:
                 page.stored = False
         self.totals["storage_stored_pages"] += event.num_pages
         self.totals["storage_failed_pages"] += len(pages) - event.num_pages
@@ -201,7 +201,7 @@ class StorageTier:
         """For a request whose pages these are, `num_cached` of them in the device pool. None: there is nothing to wait
         for. Whoever gets one closes it."""
         host = self._host
-        prefetch = Prefetch(wait_s=0.0, _digests=digests, _num_cached=num_cached, _first=0)
+        prefetch = Prefetch(wait_s=0.0, _digests=digests, _num_cached=num_cached, _find_start=0)
         known: list[HostPage] = []
         for digest in digests:
             page = host.get(digest)
@@ -210,7 +210,7 @@ class StorageTier:
             known.append(page)
             self._join(prefetch, page)
         host.touch(known)
-        prefetch._first = len(known)
+        prefetch._find_start = len(known)
         num_more = len(digests) - max(len(known), num_cached)
         if self.may_fetch(num_more) and len(self._finds) < MAX_FINDS:
             prefetch._finding = True
@@ -227,14 +227,14 @@ class StorageTier:
         prefetch = self._finds.pop(event.job_id)
         self.totals["storage_hit_pages"] += event.num_pages
         if event.answered:
-            self.totals["storage_miss_pages"] += len(prefetch._digests) - prefetch._first - event.num_pages
+            self.totals["storage_miss_pages"] += len(prefetch._digests) - prefetch._find_start - event.num_pages
         if not prefetch._finding:
             return  # nobody waits for it any more
         prefetch._finding = False
-        prefetch._end = prefetch._first + event.num_pages
-        if self.may_fetch(prefetch._end - max(prefetch._first, prefetch._num_cached)):
-            prefetch._in_line = True
-            self._line.append(prefetch)
+        prefetch._find_end = prefetch._find_start + event.num_pages
+        if self.may_fetch(prefetch._find_end - max(prefetch._find_start, prefetch._num_cached)):
+            prefetch._queued = True
+            self._queue.append(prefetch)
         elif prefetch.done:
             self._done.append(prefetch)
 
@@ -244,17 +244,17 @@ class StorageTier:
         for index, page in enumerate(fetch.pages):
             del self._fetching[page]
             page.from_storage = index < num_pages
-            page.stored = index < num_pages and fetch.life == self._life
+            page.stored = index < num_pages and fetch.generation == self._generation
             self._host.written(page, ok=index < num_pages)
         self.totals["storage_fetched_pages"] += num_pages
         if not fetch.cancelled:
             self.totals["storage_failed_pages"] += len(fetch.pages) - num_pages
         if owner._closed:
-            self._num_taken -= len(fetch.pages)
+            self._num_reserved -= len(fetch.pages)
         else:
-            self._num_taken -= len(fetch.pages) - num_pages
-            owner._num_kept += num_pages
-            self._keep(owner)
+            self._num_reserved -= len(fetch.pages) - num_pages
+            owner._num_fetched += num_pages
+            self._pin_prefix(owner)
         for prefetch in fetch.waiters:
             prefetch._fetches.remove(fetch)
             if prefetch.done:
@@ -263,9 +263,9 @@ class StorageTier:
     def give_up(self, prefetch: Prefetch) -> None:
         """It is not waited for any more: what has not begun need not. What has come is kept until `close`."""
         prefetch._finding = False
-        if prefetch._in_line:
-            prefetch._in_line = False
-            self._line.remove(prefetch)
+        if prefetch._queued:
+            prefetch._queued = False
+            self._queue.remove(prefetch)
         for fetch in prefetch._fetches:
             fetch.waiters.remove(prefetch)
             if not fetch.waiters and not fetch.cancelled:
@@ -279,35 +279,35 @@ class StorageTier:
         self.give_up(prefetch)
         del self._open[prefetch]
         prefetch._closed = True
-        self._num_taken -= prefetch._num_kept
-        if prefetch._kept is not None:
-            self._host.unpin(prefetch._kept)
+        self._num_reserved -= prefetch._num_fetched
+        if prefetch._pinned is not None:
+            self._host.unpin(prefetch._pinned)
 
     def drain_done(self) -> list[Prefetch]:
         """Those for which there is nothing more to wait, since the last call; each once, perhaps closed meanwhile."""
-        self._serve_line()
+        self._serve_queue()
         done, self._done = self._done, []
         return done
 
     def drain_jobs(self) -> list[StoreJob]:
-        self._serve_line()
+        self._serve_queue()
         jobs, self._jobs = self._jobs, []
         return jobs
 
-    def _serve_line(self) -> None:
+    def _serve_queue(self) -> None:
         """First come, first served: each waits for room for all it wants, or for half of the share, and gets less than
         all only then."""
-        while self._line:
-            prefetch = self._line[0]
-            if self._refused == (prefetch, self._num_taken):
+        while self._queue:
+            prefetch = self._queue[0]
+            if self._blocked_head == (prefetch, self._num_reserved):
                 return
-            pages = map(self._host.get, prefetch._digests[: prefetch._end])
+            pages = map(self._host.get, prefetch._digests[: prefetch._find_end])
             num_wanted = sum(page is None or page.lost for page in pages)
-            if self._num_taken + min(num_wanted, -(-self._max_taken // 2)) > self._max_taken:
-                self._refused = prefetch, self._num_taken
+            if self._num_reserved + min(num_wanted, -(-self._max_reserved // 2)) > self._max_reserved:
+                self._blocked_head = prefetch, self._num_reserved
                 return
-            self._line.popleft()
-            prefetch._in_line = False
+            self._queue.popleft()
+            prefetch._queued = False
             self._fetch(prefetch)
             if prefetch.done:
                 self._done.append(prefetch)
@@ -317,10 +317,10 @@ class StorageTier:
         was asked after may have been evicted meanwhile: they are fetched, too."""
         parent: HostPage | None = None
         pages: list[HostPage] = []
-        for digest in prefetch._digests[: prefetch._end]:
+        for digest in prefetch._digests[: prefetch._find_end]:
             page = self._host.get(digest)
             if page is None or page.lost:
-                has_room = self._num_taken + len(pages) < self._max_taken
+                has_room = self._num_reserved + len(pages) < self._max_reserved
                 page = self._host.reserve(parent, digest) if has_room else None
                 if page is None:
                     break
@@ -328,12 +328,12 @@ class StorageTier:
             else:
                 self._join(prefetch, page)
             parent = page
-        self._num_taken += len(pages)
+        self._num_reserved += len(pages)
         for start in range(0, len(pages), FETCH_PAGES):
             self._begin_fetch(prefetch, pages[start : start + FETCH_PAGES])
 
     def _begin_fetch(self, prefetch: Prefetch, pages: list[HostPage]) -> None:
-        fetch = _Fetch(self._host.next_job_id(), pages, prefetch, [prefetch], self._life)
+        fetch = _Fetch(self._host.next_job_id(), pages, prefetch, [prefetch], self._generation)
         prefetch._fetches.append(fetch)
         self._fetches[fetch.job_id] = fetch
         self._fetching.update(dict.fromkeys(pages, fetch))
@@ -352,19 +352,19 @@ class StorageTier:
             fetch.waiters.append(prefetch)
             prefetch._fetches.append(fetch)
 
-    def _keep(self, prefetch: Prefetch) -> None:
+    def _pin_prefix(self, prefetch: Prefetch) -> None:
         """Hold the last of its leading pages: a page is not evicted before what continues it."""
-        if not prefetch._num_kept:
+        if not prefetch._num_fetched:
             return
-        last = prefetch._kept
-        while prefetch._depth < len(prefetch._digests):
-            page = self._host.get(prefetch._digests[prefetch._depth])
+        last = prefetch._pinned
+        while prefetch._num_resident < len(prefetch._digests):
+            page = self._host.get(prefetch._digests[prefetch._num_resident])
             if page is None or not page.resident:
                 break
             last = page
-            prefetch._depth += 1
-        if last is not None and last is not prefetch._kept:
+            prefetch._num_resident += 1
+        if last is not None and last is not prefetch._pinned:
             self._host.pin(last)
-            if prefetch._kept is not None:
-                self._host.unpin(prefetch._kept)
-            prefetch._kept = last
+            if prefetch._pinned is not None:
+                self._host.unpin(prefetch._pinned)
+            prefetch._pinned = last

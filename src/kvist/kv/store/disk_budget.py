@@ -13,7 +13,7 @@ written, so the cap may be exceeded by one page a writer.
 
 What was written or used since the last scan is newer than all that scan found: so a process evicts what it knows, in
 order, and scans again when that is used up. A scan looks at every file, and pays for as many evictions as it found
-files; the rest of a `reserve` is bounded by `_MAX_LOOKS`. Names that are not ours are never touched.
+files; the rest of a `reserve` is bounded by `_MAX_STATS_PER_RESERVE`. Names that are not ours are never touched.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LOCK_NAME = "in-use.lock"
 _NUMBER_BYTES = 8
 _WAIT_S, _OPEN_WAIT_S, _PAUSE_S = 5.0, 60.0, 0.002  # for the lock: who holds it may be scanning, or stopped
 _MAX_KNOWN = 1 << 16  # files remembered for eviction, about 20 MB
-_MAX_LOOKS = 1024  # files looked at before one is written
+_MAX_STATS_PER_RESERVE = 1024  # files looked at before one is written
 _ABANDONED_NS = 60 * 10**9  # no page takes a minute to write: who wrote this is dead
 
 
@@ -102,7 +102,7 @@ class DiskBudget:
 
     def _evict(self, in_use: int, num_bytes: int, keep: set[str]) -> int:
         """Deletes the oldest files, as far as they are known, to make room; returns how many bytes are still in use."""
-        for _ in range(_MAX_LOOKS):
+        for _ in range(_MAX_STATS_PER_RESERVE):
             if in_use + num_bytes <= self._limit_bytes:
                 break
             if not self._oldest or self._oldest[0][0] > self._newest_known_ns:
@@ -120,8 +120,8 @@ class DiskBudget:
 
     # ------------------------------------------------------------ what is there
 
-    def _scan(self, told_bytes: int) -> int:
-        """Learns the oldest files; returns how many bytes there are, `told_bytes` at least if not all could be seen."""
+    def _scan(self, recorded_bytes: int) -> int:
+        """Find the oldest files; return the bytes of all files, at least `recorded_bytes` after an error."""
         abandoned_ns, num_bytes, errors = unix_time_ns() - _ABANDONED_NS, 0, self._tally.stats(0).errors
 
         def pages() -> Iterator[tuple[int, str]]:
@@ -139,7 +139,7 @@ class DiskBudget:
         self._oldest = heapq.nsmallest(_MAX_KNOWN, pages())  # sorted, and so a heap
         self._newest_known_ns = self._oldest[-1][0] if self._oldest else 0
         self._limit_bytes = self._capacity_bytes
-        return num_bytes if self._tally.stats(0).errors == errors else max(num_bytes, told_bytes)
+        return num_bytes if self._tally.stats(0).errors == errors else max(num_bytes, recorded_bytes)
 
     def _files(self) -> Iterable[os.DirEntry[str]]:
         """Our files of every namespace, folder by folder."""
@@ -163,7 +163,7 @@ class DiskBudget:
         with self._lock:
             # Behind a thread that waited in vain we have waited, too.
             num_tries = round(wait_s / _PAUSE_S) if self._num_timeouts == num_timeouts else 1
-            fd = open_making_folder(self._lock_path, os.O_RDWR | os.O_CREAT)
+            fd = open_with_folder(self._lock_path, os.O_RDWR | os.O_CREAT)
             try:
                 for _ in range(num_tries):
                     with contextlib.suppress(BlockingIOError):
@@ -178,7 +178,7 @@ class DiskBudget:
                 os.close(fd)
 
 
-def open_making_folder(path: str, flags: int) -> int:
+def open_with_folder(path: str, flags: int) -> int:
     """For this user alone: the file, and its folder where there is none."""
     try:
         return open_own(path, flags)

@@ -33,7 +33,7 @@ from kvist.clock import Clock, MonotonicClock, unix_time_ns
 from kvist.errors import ConfigError, StoreError
 from kvist.kv.keys import DIGEST_BYTES
 from kvist.kv.store.backend import StoreSpec, StoreStats, Tally
-from kvist.kv.store.disk_budget import PAGE_SUFFIX, UNFINISHED_SUFFIX, DiskBudget, open_making_folder
+from kvist.kv.store.disk_budget import PAGE_SUFFIX, UNFINISHED_SUFFIX, DiskBudget, open_with_folder
 from kvist.kv.store.secret import has_secret, keep_secret, page_key, read_secret, secret_of
 from kvist.own_files import is_own_file, own_folder
 
@@ -193,7 +193,7 @@ class FileStore:
 
     def _write_file(self, path: str, content: list[bytes | memoryview], used_ns: int) -> None:
         unfinished = f"{path.removesuffix(PAGE_SUFFIX)}.{secrets.token_hex(4)}{UNFINISHED_SUFFIX}"
-        fd = open_making_folder(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        fd = open_with_folder(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             try:
                 if os.writev(fd, content) < self._file_bytes:
