@@ -1,28 +1,28 @@
-"""Every error Kvist raises on purpose.
+"""All errors that Kvist raises on purpose.
 
     KvistError                      .code .retryable .http_status .remedy .param
-    ├── RequestError                the caller can mend it (400)
-    │   ├── UnsupportedField        a field we know but cannot honour
-    │   ├── PromptTooLong           more tokens than the model or the pool holds
+    ├── RequestError                the caller can correct it (400)
+    │   ├── UnsupportedField        a known field that is not supported
+    │   ├── PromptTooLong           the request has more tokens than the model or the page pool can hold
     │   ├── UnknownModel            a model name that is not served (404)
     │   ├── BodyTooLarge            the HTTP body is over the limit (413)
     │   ├── SlowBody                the HTTP body did not arrive in time (408)
-    │   ├── Conflict                it contradicts what is so already (409)
+    │   ├── Conflict                the request conflicts with the current state (409)
     │   ├── Unauthorized            the API key is missing or wrong (401)
-    │   ├── Forbidden               a web page asks that is not allowed to (403)
+    │   ├── Forbidden               a web page of another origin sent the request (403)
     │   ├── SlowHeader              the HTTP header did not arrive in time (408)
-    │   ├── UnsupportedMediaType    the body's type or coding is not one we read (415)
+    │   ├── UnsupportedMediaType    the type or coding of the body is not supported (415)
     │   └── HeaderTooLarge          too many header lines or bytes (431)
     ├── Overloaded                  a bounded queue is full (429, retry later)
-    ├── Unavailable                 no worker can take it now (503, retry later)
-    │   ├── WorkerLost              the worker died or fell silent while it held the request
+    ├── Unavailable                 no worker can serve the request now (503, retry later)
+    │   ├── WorkerLost              the worker died or became silent while it had the request
     │   ├── HandoffFailed           the pages did not reach the decode worker
-    │   └── StoreError              the storage tier cannot be opened; once open it never raises
-    ├── Timeout                     a bounded wait ran out (504)
-    ├── EngineError                 our bug or a broken device (500)
-    └── ConfigError                 a flag, a setting, a model folder: at start, never while serving
-        ├── ModelLoadError          the checkpoint is missing, broken or of an unknown family
-        └── WireError               the peer speaks another protocol version or sent what we cannot decode
+    │   └── StoreError              the storage tier cannot be opened; never raised after that
+    ├── Timeout                     a time limit expired (504)
+    ├── EngineError                 a bug in Kvist or a broken device (500)
+    └── ConfigError                 a wrong flag, setting or model folder; raised at start only
+        ├── ModelLoadError          the checkpoint is missing, broken or of an unknown model family
+        └── WireError               the peer has another protocol version or sent undecodable bytes
 
 Errors cross a process as (code, message): `error_from_wire` rebuilds the class from its code.
 """
@@ -31,13 +31,13 @@ from __future__ import annotations
 
 import msgspec
 
-# What msgspec raises for bytes that are not what they should be. A ValidationError is a DecodeError; the other two come
-# with bytes that are no UTF-8, and with lists in lists without end.
+# msgspec raises these for invalid input. ValidationError is a DecodeError; UnicodeDecodeError comes from bytes that are
+# not UTF-8, RecursionError from very deep nesting.
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class KvistError(Exception):
-    """Base of all. `message` says what happened and what to do about it, in one or two sentences."""
+    """Base class. `message` says what happened and what to do about it, in one or two sentences."""
 
     code = "internal_error"
     http_status = 500
@@ -159,7 +159,7 @@ def _all_classes(root: type[KvistError]) -> list[type[KvistError]]:
 
 
 def error_from_wire(code: str, message: str) -> KvistError:
-    """Rebuild the error a peer reported; an unknown code becomes `EngineError` and keeps its message."""
+    """Rebuild an error reported by a peer. An unknown code becomes an `EngineError` with the same message."""
     for cls in _all_classes(KvistError):
         if cls.code == code:
             return cls(message)

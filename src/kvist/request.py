@@ -1,7 +1,7 @@
-"""What one generation request is, from the gateway to the last worker that touches it.
+"""The data of one generation request, shared by the gateway and every worker that serves it.
 
-A stream is a pure function of (prompt, sampling, seed, position): an `EngineRequest` holds all of it, so any engine
-can start it, or continue it from `output_token_ids`, and produce the same tokens.
+A stream is a pure function of (prompt, sampling, seed, position): an `EngineRequest` holds all four, and any
+engine can start the request, or continue it from `output_token_ids`, and produce the same tokens.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ import msgspec
 
 RequestId = NewType("RequestId", str)
 HandoffId = NewType("HandoffId", str)  # one attempt to move one request's pages; never reused
-EpochId = NewType("EpochId", str)  # one life of one engine process; a restart gets a new one
+EpochId = NewType("EpochId", str)  # one run of an engine process; a restart gets a new id
 WorkerId = NewType("WorkerId", str)  # "127.0.0.1:30001": the worker's public name
 
 
 class FinishReason(enum.Enum):
-    STOP = "stop"  # an end-of-sequence or stop token, which is the last token; or a stop string
+    STOP = "stop"  # an end-of-sequence or stop token (kept as the last token), or a stop string
     LENGTH = "length"  # max_tokens or the context length
 
 
 class Outcome(enum.Enum):
-    """How a request ends at one engine: exactly one of these."""
+    """How a request ended at one engine."""
 
-    FINISHED = "finished"  # all its tokens were produced, or (mode PREFILL) its pages were handed over
+    FINISHED = "finished"  # all tokens were produced, or (mode PREFILL) the pages were handed off
     FAILED = "failed"
     ABORTED = "aborted"
 
 
 class Mode(enum.Enum):
-    """What an engine is asked to do with a request."""
+    """Part of a request that one engine runs."""
 
-    FULL = "full"  # read the prompt and write the answer
-    PREFILL = "prefill"  # read the prompt, write the first token, push the pages to the decode engine
-    DECODE = "decode"  # grant pages, wait for them and the first token, write the rest
+    FULL = "full"  # prefill and decode
+    PREFILL = "prefill"  # prefill, sample the first token, write the pages to the decode engine
+    DECODE = "decode"  # grant pages, wait for them and the first token, decode the rest
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How each next token is chosen. Validated at the gateway; engines trust it.
+    """Parameters for sampling each token. The gateway validates them.
 
-    `seed` is always set by the gateway (drawn there when the client gave none). `temperature == 0` is greedy.
+    The gateway always sets `seed` (drawn there when the client gave none). `temperature == 0` is greedy.
     """
 
     max_tokens: int  # output tokens, >= 1
@@ -50,10 +50,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     top_p: float = 1.0  # (0, 1]
     min_p: float = 0.0  # [0, 1]
     seed: int = 0  # [0, 2**63)
-    min_tokens: int = 0  # end-of-sequence and stop tokens are impossible before this many
+    min_tokens: int = 0  # no end-of-sequence or stop token is sampled before this many
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    num_logprobs: int | None = None  # None: none; k >= 0: the chosen token's and the k likeliest
+    num_logprobs: int | None = None  # None: no logprobs; k >= 0: of the chosen token and the k most likely ones
 
     @property
     def greedy(self) -> bool:
@@ -64,9 +64,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     request_id: RequestId
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
-    output_token_ids: tuple[int, ...] = ()  # already produced elsewhere: generation continues after them
-    cache_salt: str = ""  # prompts with different salts share no page
-    client: str = ""  # whose it is, for turns among callers (fairness.py): "KEY/HOST/CONNECTION", all opaque
+    output_token_ids: tuple[int, ...] = ()  # produced earlier by another engine; generation continues after them
+    cache_salt: str = ""  # prompts with different salts share no pages
+    client: str = ""  # caller path for fair queueing (fairness.py): "KEY/HOST/CONNECTION", all opaque
 
     @property
     def num_prompt_tokens(self) -> int:

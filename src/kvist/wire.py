@@ -2,11 +2,11 @@
 
     gateway → engine   Hello Submit Abort FlushCache StorageCommand
     engine → gateway   Welcome StepOutputs LoadReport Flushed StorageAnswer
-    decode → prefill   Grant Ack Revoke            (docs/handoff.md tells the protocol)
+    decode → prefill   Grant Ack Revoke            (protocol: docs/handoff.md)
     prefill → decode   Done Closed
 
-Every engine binds one ROUTER socket; gateways and decode engines connect DEALER sockets to it. A message that cannot
-be decoded is logged and dropped by its receiver: its sender's own bounded wait then reports the failure.
+Every engine binds one ROUTER socket; gateways and decode engines connect DEALER sockets to it. A receiver
+logs and drops a message that it cannot decode; the sender's own bounded wait then reports the failure.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ FlushTier = Literal["device", "host"]
 
 
 class Hello(_Message, frozen=True):
-    """First message and keep-alive. An engine that has not heard one for `gateway_timeout_s` aborts the gateway's
-    requests. `resync` asks for all cached page digests again."""
+    """First message of a gateway, and its keep-alive. Without one for `gateway_timeout_s` the engine aborts the
+    gateway's requests. `resync` requests a snapshot of all cached page digests."""
 
     gateway_id: str
     protocol_version: int = PROTOCOL_VERSION
@@ -52,7 +52,7 @@ class Hello(_Message, frozen=True):
 
 
 class PrefillPeer(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the prefill half of a request runs; sent to the decode engine."""
+    """The prefill engine of a request; sent to its decode engine."""
 
     worker_id: WorkerId
     endpoint: str  # the prefill engine's ROUTER address
@@ -64,24 +64,25 @@ class Submit(_Message, frozen=True):
     mode: Mode
     handoff_id: HandoffId | None = None  # set for PREFILL and DECODE
     prefill: PrefillPeer | None = None  # set for DECODE
-    target_epoch: EpochId | None = None  # set for PREFILL: the decode life whose Grant will be honoured, and no other's
+    target_epoch: EpochId | None = None  # set for PREFILL: only a Grant of this decode engine is accepted
 
 
 class Abort(_Message, frozen=True):
-    """The client left. Unknown ids are ignored: the request may have ended already."""
+    """Abort a request whose client has disconnected. Unknown ids are ignored: the request may have ended already."""
 
     request_id: RequestId
 
 
 class FlushCache(_Message, frozen=True):
-    """Drop every cached page that no request uses. Answered by `Flushed`, when no restart can bring them back."""
+    """Drop every cached page that no request uses. `Flushed` answers once no restart can restore the pages."""
 
     call_id: str
     tier: FlushTier | None = None  # None: the device and the host
 
 
 class AttachStoreRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The body of `PUT /hicache/storage-backend`, with SGLang's names. What is None is as the engine's flags say."""
+    """The body of `PUT /hicache/storage-backend`, with SGLang's names. Fields left None fall back to the engine's
+    flags."""
 
     hicache_storage_backend: str | None = None
     hicache_storage_path: str | None = None
@@ -90,7 +91,7 @@ class AttachStoreRequest(msgspec.Struct, frozen=True, kw_only=True, omit_default
 
 
 class StorageCommand(_Message, frozen=True):
-    """Tell of the storage tier, attach a store to it, or detach it. Answered by `StorageAnswer`."""
+    """Return the status of the storage tier, attach a store to it, or detach the store. Answered by `StorageAnswer`."""
 
     call_id: str
     action: Literal["status", "attach", "detach"]
@@ -101,20 +102,20 @@ class StorageCommand(_Message, frozen=True):
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a gateway must know of an engine before it sends a request. Also in `/server_info`."""
+    """Properties of an engine that a gateway needs before it sends a request. Also in `/server_info`."""
 
     worker_id: WorkerId
     epoch: EpochId
     role: str  # "unified" | "prefill" | "decode"
     endpoint: str
     model_fingerprint: str
-    tokenizer_fingerprint: str = ""  # of the model's own vocabulary; "": not known
+    tokenizer_fingerprint: str = ""  # of the model's own vocabulary; "" if unknown
     model_name: str
     vocab_size: int
     max_model_len: int  # tokens, prompt and answer together
     page_size: int  # tokens
     num_pages: int
-    namespace: str  # prefix of every page digest: same tokens and same namespace, same page
+    namespace: str  # prefix of every page digest: equal tokens in one namespace have equal pages
     dtype: str
     tp_size: int
     max_running_requests: int
@@ -122,48 +123,48 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
-    """What the parent of an engine process knows of it. In `/server_info`, beside the spec."""
+    """State of an engine process as its parent sees it. In `/server_info`, beside the spec."""
 
-    turn_s: float = 0.0  # how long the loop's turn has lasted; a step of a large model on a CPU may take long
-    stalled_s: float = 0.0  # how long there has been no sign of progress: the process is stopped, or its loop hangs
-    problem: str = ""  # why there is no engine now, for people
+    turn_s: float = 0.0  # duration of the loop's current iteration; a step of a large model on a CPU may take long
+    stalled_s: float = 0.0  # time without progress: the process is stopped, or its loop hangs
+    problem: str = ""  # why the engine is down, for people
     doing: str = ""  # while it starts, for people: "loading weights 40%"
 
 
 class Welcome(_Message, frozen=True):
-    """Answer to `Hello`; sent once the engine can produce tokens."""
+    """Answer to `Hello`, sent once the engine can produce tokens."""
 
     spec: EngineSpec
     protocol_version: int = PROTOCOL_VERSION
 
 
 class HandoffReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What one handoff moved, as the decode engine saw it."""
+    """Pages, bytes and times of one handoff, as measured by the decode engine."""
 
     num_pages: int  # pages written by prefill
-    num_pages_reused: int  # pages decode already had
+    num_pages_reused: int  # pages that decode had cached already
     num_bytes: int
     duration_s: float  # grant sent → pages verified
-    wait_s: float  # of that: Done received → pages verified (what the stream waited for beyond prefill)
+    wait_s: float  # the last part of it: Done received → pages verified (delay of the stream after prefill)
 
 
-class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in each step; none holds another
+class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in each step, none in a reference cycle
     """Consecutive output tokens of one request. `position` counts output tokens from 0, across engines, so that the
-    gateway can merge and de-duplicate what prefill and decode send."""
+    gateway can merge and de-duplicate the chunks of prefill and decode."""
 
     request_id: RequestId
     position: int
     token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] | None = None  # one a token, when asked for
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # one per token, if requested
     finish_reason: FinishReason | None = None  # with STOP the last token is the stop token
-    num_cached_tokens: int | None = None  # with position 0: prompt tokens not computed, by the engine that computed
-    num_cached_host_tokens: int = 0  # of those: from the host tier, and
-    num_cached_storage_tokens: int = 0  # from the storage tier; the rest was in the device pool
-    handoff: HandoffReport | None = None  # with decode's first chunk
+    num_cached_tokens: int | None = None  # with position 0: cached prompt tokens at the engine that ran prefill
+    num_cached_host_tokens: int = 0  # the part of the cached tokens that came from the host tier
+    num_cached_storage_tokens: int = 0  # the part from the storage tier; the rest was in the device pool
+    handoff: HandoffReport | None = None  # in the first chunk of decode
 
 
 class Ended(_Message, frozen=True, tag=False):
-    """The request is over at this engine; exactly one for each `Submit` that arrived."""
+    """The request has ended at this engine. Sent exactly once for each `Submit` received."""
 
     request_id: RequestId
     outcome: Outcome
@@ -173,7 +174,7 @@ class Ended(_Message, frozen=True, tag=False):
 
 
 class StepOutputs(_Message, frozen=True):
-    """All that one engine step has for one gateway: one message, however many streams it advances."""
+    """Output of one engine step for one gateway: one message for all its streams."""
 
     chunks: tuple[TokenChunk, ...] = ()
     ended: tuple[Ended, ...] = ()
@@ -188,9 +189,9 @@ class StorageStatus(_Message, frozen=True, tag=False):
     hicache_storage_prefetch_policy: str
     state: str  # "detached" | "attaching" | "attached" | "detaching"
     breaker: str  # "closed" | "open" | "half_open"
-    num_quarantined_pages: int  # host pages that calls which hang may still touch
-    stored_bytes: int  # everybody's, as of the last call of the store
-    errors: dict[str, int]  # by the name of the errno
+    num_quarantined_pages: int  # host pages that a hung store call may still read or write
+    stored_bytes: int  # by all workers, as of the last store call
+    errors: dict[str, int]  # count by errno name
     note: str = ""  # for people
 
 
@@ -200,8 +201,8 @@ PageDigest = Annotated[bytes, msgspec.Meta(max_length=32)]  # 32 bytes; a gatewa
 class LoadReport(_Message, frozen=True):
     """Sent at least once a second, and with the step in which the cached pages changed.
 
-    `sequence` grows by one each report to one gateway; a gap, or `snapshot`, means the digest set must be replaced.
-    Counters in `totals` only grow (see metrics.py for the names).
+    `sequence` grows by one with each report to one gateway; after a gap, or with `snapshot`, the gateway must replace
+    its set of digests. Counters in `totals` only grow (names: metrics.py).
     """
 
     sequence: int
@@ -211,10 +212,10 @@ class LoadReport(_Message, frozen=True):
     num_cached_pages: int
     num_owned_pages: int
     num_in_flight_pages: int
-    service_s: float | None = None  # of a request lately, from its first turn to its end
+    service_s: float | None = None  # recent mean time of a request from its first admission to its end
     num_host_pages: dict[str, int] = {}  # by state: free, cached, in_flight; empty without a host tier
     storage: StorageStatus | None = None  # None without a host tier
-    draining: bool = False  # it takes no new request, and ends after its last one
+    draining: bool = False  # takes no new request; the engine exits after its last one
     snapshot: bool = False
     cached_added: tuple[PageDigest, ...] = ()
     cached_removed: tuple[PageDigest, ...] = ()
@@ -228,8 +229,8 @@ class Flushed(_Message, frozen=True):
 
 class StorageAnswer(_Message, frozen=True):
     call_id: str
-    status: StorageStatus | None = None  # None: refused, or it failed
-    error_code: str | None = None  # errors.py's
+    status: StorageStatus | None = None  # None: the command was refused or failed
+    error_code: str | None = None  # of errors.py
     message: str = ""
     param: str | None = None
 
@@ -238,8 +239,8 @@ class StorageAnswer(_Message, frozen=True):
 
 
 class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a page pool can be written by a peer. `transport` names the door ("shm", "cuda-ipc"); `location`
-    is its own address (for both: the path of the pool's file)."""
+    """How a peer can write to a page pool. `transport` names the backend ("shm", "cuda-ipc"); `location` is the pool's
+    address in that backend (for both: the path of the pool's file)."""
 
     transport: str
     location: str
@@ -249,29 +250,30 @@ class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Grant(_Message, frozen=True):
-    """Decode's leave to write. `page_ids` are decode's pages for prompt pages [first_page, first_page + len)."""
+    """Permission of decode to write. `page_ids` are decode's pages for the prompt pages
+    [first_page, first_page + len(page_ids))."""
 
     handoff_id: HandoffId
     request_id: RequestId
-    target_epoch: EpochId  # decode's life
-    source_epoch: EpochId  # the prefill life this is meant for
+    target_epoch: EpochId  # of the decode engine
+    source_epoch: EpochId  # of the prefill engine that the Grant is for
     pool: PoolAddress
-    first_page: int  # pages [0, first_page) are already in decode's cache
+    first_page: int  # decode has pages [0, first_page) cached already
     page_ids: tuple[int, ...]
 
 
 class Ack(_Message, frozen=True):
-    """The pages arrived and were verified: prefill may let go of its own."""
+    """The pages have arrived and are verified: prefill may release its own."""
 
     handoff_id: HandoffId
     target_epoch: EpochId
 
 
 class Revoke(_Message, frozen=True):
-    """Stop writing and say `Closed`; until then decode keeps the pages out of use."""
+    """Stop writing and answer `Closed`; until then decode does not reuse the pages."""
 
     handoff_id: HandoffId
-    target_epoch: EpochId  # who to answer, even when the handoff is not known
+    target_epoch: EpochId  # whom to answer, even if the handoff is unknown
     reason: str
     cancelled: bool = False  # the request was aborted at decode: nothing has failed
 
@@ -280,7 +282,7 @@ class Revoke(_Message, frozen=True):
 
 
 class Done(_Message, frozen=True):
-    """Every granted page is written. Repeated until acknowledged; receiving it twice is harmless."""
+    """All granted pages are written. Repeated until acknowledged; duplicates are harmless."""
 
     handoff_id: HandoffId
     target_epoch: EpochId
@@ -288,17 +290,17 @@ class Done(_Message, frozen=True):
     num_pages: int
     checksum: str  # transfer.checksum over the written pages, in order
     first_token: SampledToken
-    finish_reason: FinishReason | None = None  # set: the first token was the last
+    finish_reason: FinishReason | None = None  # set: the first token is the last one
 
 
 class Closed(_Message, frozen=True):
-    """No byte will be written for this handoff any more: refused, failed, or in answer to `Revoke`. Also the answer
-    to a Grant or Revoke for a handoff that prefill does not know."""
+    """Prefill writes no more bytes for this handoff: refused, failed, or in answer to `Revoke`. Also the answer to a
+    Grant or Revoke for a handoff that prefill does not know."""
 
     handoff_id: HandoffId
     target_epoch: EpochId
     source_epoch: EpochId
-    error_code: str | None = None  # None: the request was aborted at prefill, or the handoff was acknowledged before
+    error_code: str | None = None  # None: aborted at prefill, or acknowledged before
     message: str = ""
 
 
@@ -314,7 +316,7 @@ def encode(message: GatewayToEngine | EngineToGateway | TargetToSource | SourceT
 
 
 class Decoder:
-    """Decodes one direction's union. Raises `WireError` on anything that is not exactly one of its messages."""
+    """Decoder of the messages of one direction. Raises `WireError` for any other bytes."""
 
     def __init__(self, union: object) -> None:
         self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(type=union)

@@ -269,7 +269,7 @@ async def test_the_router_sends_its_api_key_to_find_workers(start_engine: StartE
 
 @pytest.mark.parametrize("url", ["", "ftp://h:1", "http://", "http://h:99999", "30001", "worker"])
 def test_a_bad_url_is_refused_at_start(url: str) -> None:
-    with pytest.raises(ConfigError, match="no worker URL"):
+    with pytest.raises(ConfigError, match="not a worker URL"):
         build_dispatcher(RouterConfig(worker_urls=(url,)), ChannelConfig(cluster_key=CLUSTER_KEY))
 
 

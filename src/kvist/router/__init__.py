@@ -1,6 +1,7 @@
-"""The gateway's way to engines.
+"""The router: connects the gateway to engines.
 
-Choose workers (policies, route), know them (registry, discovery, fleet), carry requests (dispatch, flight, merge).
+Chooses workers (policies, route), tracks them (registry, discovery, fleet), and dispatches requests (dispatch, flight,
+merge).
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ def build_dispatcher(
     api_key: str | None = None,
     tokenizer: GatewayTokenizer | None = None,
 ) -> Dispatcher:
-    """A dispatcher over the workers that the config names.
+    """Build a dispatcher over the workers named in the config.
 
-    Not started: `await dispatcher.start()` inside the loop. Raises `ConfigError` on a bad URL or a worker named twice.
-    `transport` is how /server_info is fetched; None is the network. `api_key` is what the workers' HTTP asks for.
-    Workers of another vocabulary than that of `tokenizer` are refused.
+    The caller starts it with `await dispatcher.start()` inside the loop. Raises `ConfigError` for an invalid URL or a
+    worker named twice. `transport` fetches /server_info (None: the network). `api_key` is sent to the workers' HTTP
+    servers. Workers with another vocabulary than `tokenizer` are refused.
     """
     clock = MonotonicClock()
     registry = Registry(config, tokenizer)

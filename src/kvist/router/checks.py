@@ -1,5 +1,7 @@
-"""PURE: what engines may say. An engine is a member of the cluster, and may still be broken or of another build: what
-cannot be meant costs the request it is about, or is dropped; never a neighbour's stream, and never the gateway.
+"""PURE checks of the messages that engines send.
+
+An engine is a member of the cluster, but may be broken or of another build. An impossible message fails its own request
+or is dropped; other streams and the gateway are not affected.
 """
 
 from __future__ import annotations
@@ -11,25 +13,25 @@ from kvist.wire import EngineSpec, LoadReport, TokenChunk
 
 _LONGEST_RETRY_AFTER_S = 3600.0
 _MAX_TOTALS = 512
-_TOTAL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")  # it becomes the name of a metric
+_TOTAL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")  # becomes part of a metric name
 
 
 def fault_of_chunk(chunk: TokenChunk, *, max_tokens: int, vocab_size: int) -> str | None:
-    """Asked for each token of each stream: the common case comes first. None: none."""
+    """Return what is impossible in the chunk, or None. Called for every chunk of every stream: must be cheap."""
     token_ids, num_tokens = chunk.token_ids, len(chunk.token_ids)
     if not 0 <= chunk.position <= max_tokens - num_tokens:
-        return f"{num_tokens} tokens from position {chunk.position} on, of an answer of at most {max_tokens}"
+        return f"{num_tokens} tokens from position {chunk.position}, in an answer of at most {max_tokens} tokens"
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
-            return f"the token {token_id}, outside the vocabulary of {vocab_size}"
+            return f"token {token_id}, outside the vocabulary of {vocab_size}"
     if chunk.logprobs is not None:
         if len(chunk.logprobs) != num_tokens:
             return f"{len(chunk.logprobs)} logprobs for {num_tokens} tokens"
         for each in chunk.logprobs:
             if len(each.top_token_ids) != len(each.top_logprobs):
-                return f"{len(each.top_logprobs)} likeliest logprobs for {len(each.top_token_ids)} tokens"
+                return f"{len(each.top_logprobs)} top logprobs for {len(each.top_token_ids)} top tokens"
             if each.top_token_ids and not 0 <= min(each.top_token_ids) <= max(each.top_token_ids) < vocab_size:
-                return f"likeliest tokens outside the vocabulary of {vocab_size}"
+                return f"top tokens outside the vocabulary of {vocab_size}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The router's settings: which workers it has, how it chooses among them, and how long it waits."""
+"""Settings of the router: its workers, its routing policy and its time limits."""
 
 from __future__ import annotations
 
@@ -11,55 +11,60 @@ POLICIES = ("cache_aware", "least_loaded", "round_robin")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
-    prefill: tuple[str, ...] = option(
-        (), "URLs of prefill workers, http://HOST:PORT (a unified worker may prefill too)"
-    )
+    prefill: tuple[str, ...] = option((), "URLs of prefill workers, http://HOST:PORT (unified workers are allowed too)")
     decode: tuple[str, ...] = option((), "URLs of decode workers, http://HOST:PORT")
-    worker_urls: tuple[str, ...] = option((), "URLs of workers, each used in the role that it was started with")
+    worker_urls: tuple[str, ...] = option((), "URLs of workers; each is used in the role that it was started with")
     policy: str = option(
-        "cache_aware", "how a worker is chosen: by cached prefix and load, by load alone, or in turn", choices=POLICIES
+        "cache_aware",
+        "routing policy: cached prefix and load, load alone, or each worker in turn",
+        choices=POLICIES,
     )
     cache_threshold: float = option(
         0.1,
-        "a cached prefix shorter than this share of the prompt does not count when a worker is chosen",
+        "cache_aware ignores a cached prefix shorter than this fraction of the prompt",
         minimum=0.0,
         maximum=1.0,
     )
     balance_abs_threshold: int = option(
         32,
-        "cache_aware chooses the least loaded worker when the highest and the lowest load differ by more requests "
-        "than this ...",
+        "cache_aware chooses the least loaded worker if the highest load exceeds the lowest by more requests than "
+        "this, and also by more than the factor --balance-rel-threshold",
         unit="requests",
         minimum=0,
     )
     balance_rel_threshold: float = option(
-        1.5, "... and the highest load is more than this many times the lowest", minimum=1.0
+        1.5,
+        "cache_aware chooses the least loaded worker if the highest load is more than this many times the lowest, and "
+        "also exceeds it by more than --balance-abs-threshold",
+        minimum=1.0,
     )
     max_known_pages: int = option(
         262_144,
-        "most cached pages remembered for each worker; further pages do not count when a worker is chosen",
+        "maximum number of cached pages tracked for each worker; routing ignores further pages",
         unit="pages",
         minimum=0,
     )
-    keepalive_s: float = option(2.0, "time between keep-alives to each engine", unit="seconds", minimum=0.05)
+    keepalive_s: float = option(
+        2.0, "interval between keep-alive messages to each engine", unit="seconds", minimum=0.05
+    )
     worker_timeout_s: float = option(
         5.0,
-        "an engine that is silent for this long, and makes no progress, is lost (a closed connection is noticed at "
-        "once; a long step on a CPU is progress)",
+        "an engine without messages and without progress for this long is considered lost (a closed connection is "
+        "detected at once; a long step on a CPU counts as progress)",
         unit="seconds",
         minimum=0.1,
     )
     discovery_timeout_s: float = option(
-        5.0, "longest time for one GET /server_info to a worker", unit="seconds", minimum=0.1
+        5.0, "time limit for one GET /server_info request to a worker", unit="seconds", minimum=0.1
     )
-    request_timeout_s: float = option(600.0, "longest time one request may take", unit="seconds", minimum=0.1)
+    request_timeout_s: float = option(600.0, "time limit for one request", unit="seconds", minimum=0.1)
     storage_timeout_s: float = option(
         90.0,
-        "longest time for /hicache/storage-backend over all workers; a store may have to be scanned",
+        "time limit for /hicache/storage-backend over all workers; attaching may include a scan of the store",
         unit="seconds",
         minimum=0.1,
     )
-    flush_timeout_s: float = option(10.0, "longest time for /flush_cache over all workers", unit="seconds", minimum=0.1)
+    flush_timeout_s: float = option(10.0, "time limit for /flush_cache over all workers", unit="seconds", minimum=0.1)
     retry_after_s: float = option(
-        1.0, "Retry-After sent with a refusal when there is no better estimate", unit="seconds", minimum=0.0
+        1.0, "Retry-After of a refusal if there is no better estimate", unit="seconds", minimum=0.0
     )

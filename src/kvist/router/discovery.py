@@ -1,8 +1,8 @@
-"""Finds a remote worker's engine: GET its /server_info until it names one.
+"""Finds the engine of a remote worker through GET /server_info.
 
-The HTTP server of a worker answers before its engine has loaded, with `engine: null`. It is asked
-again when the engine falls silent: the process that started it knows whether it computes or hangs. Owns no state;
-fleet.py decides when to ask.
+The HTTP server of a worker answers before its engine has loaded, with `engine: null`. The same request is sent when an
+engine becomes silent: the parent process knows whether the engine computes or hangs. Owns no state; fleet.py decides
+when to send the request.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ _decoder = msgspec.json.Decoder(_ServerInfo)
 
 
 def normal_url(url: str) -> str:
-    """ "host:port" and a trailing slash are forgiven; without http:// the port must be there, or any word would do.
-    Raises `ConfigError` on what is no http address."""
+    """Add a missing "http://" and remove a trailing slash. Without "http://" a port is required, or any word would
+    pass.
+
+    Raises `ConfigError` if the URL is not an HTTP address."""
     full = (url if "://" in url else f"http://{url}").rstrip("/")
     try:
         parts = urlsplit(full)
@@ -40,12 +42,12 @@ def normal_url(url: str) -> str:
     except ValueError:
         valid = False
     if not valid:
-        raise ConfigError(f"{url!r} is no worker URL; write http://HOST:PORT")
+        raise ConfigError(f"{url!r} is not a worker URL; use http://HOST:PORT")
     return full
 
 
 def reachable_endpoint(url: str, endpoint: str) -> str:
-    """The engine's endpoint; an engine that bound every interface is reached where its HTTP server is."""
+    """Return the engine's endpoint; for a wildcard bind, with the host of the worker's URL."""
     address = split_tcp_endpoint(endpoint)
     if address is None or address[0] not in WILDCARD_HOSTS:
         return endpoint
@@ -56,27 +58,27 @@ def reachable_endpoint(url: str, endpoint: str) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundEngine:
     endpoint: str
-    health: EngineHealth | None  # None: its worker does not tell
+    health: EngineHealth | None  # None: the worker does not report it
 
 
 async def find_engine(client: httpx.AsyncClient, url: str, *, timeout_s: float, stalled_s: float) -> FoundEngine:
-    """The engine behind a worker's URL. Raises `Unavailable` saying why there is none now, or that it has made no
-    progress for `stalled_s`."""
+    """Return the engine of the worker at `url`. Raises `Unavailable` with the reason if there is no engine now, or if
+    the engine has made no progress for `stalled_s`."""
     try:
         async with asyncio.timeout(timeout_s):
             status, content = await _get(client, f"{url}/server_info")
     except (httpx.HTTPError, TimeoutError) as error:
         raise Unavailable(f"no answer from {url}/server_info: {str(error) or type(error).__name__}") from error
     if status == httpx.codes.UNAUTHORIZED:
-        raise Unavailable(f"{url} wants another API key: start the router with the --api-key of its workers")
+        raise Unavailable(f"{url} refused the API key: start the router with the --api-key of its workers")
     if status != httpx.codes.OK:
-        raise Unavailable(f"{url}/server_info answers {status}")
+        raise Unavailable(f"{url}/server_info answered with status {status}")
     if len(content) > _MAX_ANSWER_BYTES:
-        raise Unavailable(f"{url}/server_info answers more than {_MAX_ANSWER_BYTES} bytes: it is no Kvist worker")
+        raise Unavailable(f"{url}/server_info sent more than {_MAX_ANSWER_BYTES} bytes: this is not a Kvist worker")
     try:
         info = _decoder.decode(content)
     except UNDECODABLE as error:
-        raise Unavailable(f"{url}/server_info is not that of a Kvist worker: {error}") from error
+        raise Unavailable(f"{url}/server_info does not match a Kvist worker: {error}") from error
     health = info.engine_health
     if info.engine is None:
         problem, doing = (health.problem, health.doing) if health is not None else ("", "")
@@ -85,13 +87,13 @@ async def find_engine(client: httpx.AsyncClient, url: str, *, timeout_s: float, 
         raise Unavailable(f"the engine at {url} is starting" + (f": {doing}" if doing else ""))
     if health is not None and health.stalled_s >= stalled_s:
         raise Unavailable(
-            f"the engine at {url} has made no progress for {health.stalled_s:.0f} s: its process is stopped or hangs"
+            f"the engine at {url} has made no progress for {health.stalled_s:.0f} s: the process is stopped or hangs"
         )
     return FoundEngine(endpoint=reachable_endpoint(url, info.engine.endpoint), health=health)
 
 
 async def _get(client: httpx.AsyncClient, url: str) -> tuple[int, bytes]:
-    """Status and body, of which no more is read than a worker may answer."""
+    """Return status and body; stop reading after `_MAX_ANSWER_BYTES`."""
     content = bytearray()
     async with client.stream("GET", url, headers={"Accept-Encoding": "identity"}, timeout=None) as response:
         async for piece in response.aiter_bytes():

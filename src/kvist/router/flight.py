@@ -1,7 +1,7 @@
-"""One attempt to serve one request: the engines that hold it, what they sent, and its reader.
+"""One attempt to serve one request: its engines, their output, and its reader.
 
-Life: launched (Submit sent) → chunks arrive → complete, failed, or left by its reader → every engine said Ended (or is
-lost) → forgotten. Engines push in, one reader waits; the reader is woken once however many chunks arrive meanwhile.
+Life: launched (Submit sent) → chunks arrive → complete, failed, or closed by its reader → every engine sent Ended (or
+is lost) → removed. Engines push chunks and one reader waits for them; chunks that arrive together wake the reader once.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from kvist.wire import TokenChunk
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Flight:
-    """Mutable; owned by the dispatcher. Prefill and decode are the same worker for mode FULL."""
+    """State of one attempt. Mutable; owned by the dispatcher. In mode FULL prefill and decode are the same worker."""
 
-    request_id: RequestId  # the engines' name for this attempt
+    request_id: RequestId  # id of this attempt at the engines
     prefill: Worker
     decode: Worker
     merger: ChunkMerger
     max_tokens: int  # of the answer
-    open: set[Worker] = field(default_factory=set)  # have the request and did not say Ended
-    decode_began: bool = False  # decode has the pages: prefill's fate does not matter any more
+    open: set[Worker] = field(default_factory=set)  # engines that have the request and have not sent Ended
+    decode_began: bool = False  # decode has the pages: a failure of prefill no longer matters
     aborted: bool = False
-    cancelled: bool = False  # by its reader, before the end
+    cancelled: bool = False  # closed by its reader before the end
     error: KvistError | None = None
-    culprit: Worker | None = None  # whose failure `error` is
-    closed_at_s: float | None = None  # the reader is gone
+    culprit: Worker | None = None  # the worker that failed with `error`
+    closed_at_s: float | None = None  # when the reader ended or closed the stream
     _waiter: asyncio.Future[None] | None = None
 
     @property
     def settled(self) -> bool:
-        """Nothing more can change for the reader."""
+        """Whether the reader's outcome is final."""
         return self.merger.complete or self.error is not None or self.closed_at_s is not None
 
     def push(self, worker: Worker, chunk: TokenChunk) -> None:
@@ -54,7 +54,8 @@ class Flight:
             self._wake()
 
     async def next_part(self) -> StreamPart | None:
-        """The next output; None after the last. Raises the flight's error once what came before it was read."""
+        """Return the next output; None after the last. Raises the flight's error once earlier output was
+        returned."""
         while not self.merger.has_ready:
             if self.error is not None:
                 raise self.error

@@ -1,7 +1,7 @@
-"""PURE: one ordered stream out of what two engines send about one request.
+"""PURE: merges the chunks that two engines send for one request into one ordered stream.
 
-Chunks carry the position of their first token. Early ones wait, repeated tokens are dropped, and what the reader has
-not taken yet is handed over as one chunk.
+Chunks carry the position of their first token. Early chunks wait, repeated tokens are dropped, and all tokens that the
+reader has not taken yet are returned as one chunk.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from kvist.wire import TokenChunk
 
 
 class ChunkMerger:
-    """Owned by one flight. Holds at most the tokens of one answer."""
+    """Merger of one request's chunks. Owned by one flight; stores at most the tokens of one answer."""
 
     __slots__ = ("_early", "_next_position", "_ready", "_request_id", "complete", "num_logprobs")
 
     def __init__(self, request_id: RequestId, first_position: int) -> None:
-        self._request_id = request_id  # the client's: what `take` writes on its chunks
+        self._request_id = request_id  # the client's id, set in the chunks that `take` returns
         self._next_position = first_position
         self._ready: list[TokenChunk] = []  # in order, not taken yet
         self._early: dict[int, TokenChunk] = {}  # by position
-        self.num_logprobs = 0  # numbers that wait to be taken
-        self.complete = False  # the chunk with the finish reason is in order; nothing comes after it
+        self.num_logprobs = 0  # logprob values waiting to be taken
+        self.complete = False  # the chunk with the finish reason has been appended
 
     @property
     def has_ready(self) -> bool:
         return bool(self._ready)
 
     def push(self, chunk: TokenChunk) -> bool:
-        """Whether something became ready."""
+        """Add a chunk. Return whether tokens became ready."""
         if self.complete:
             return False
         if chunk.position > self._next_position:
@@ -47,7 +47,7 @@ class ChunkMerger:
         return advanced
 
     def take(self) -> TokenChunk | None:
-        """Everything that is ready, as one chunk."""
+        """Remove and return all ready tokens as one chunk; None if there are none."""
         chunks = self._ready
         if not chunks:
             return None

@@ -1,7 +1,7 @@
-"""PURE choice of a worker for a request: one door, `Policy.choose`, three policies.
+"""PURE choice of a worker for a request: one interface, `Policy.choose`, and three policies.
 
-A policy sees `WorkerView`s of workers that may take the request now; it never sees lost or full ones. The same views
-in the same order of calls give the same choices. Round robin is the only one with a memory: whom it chose last.
+A policy gets `WorkerView`s of the workers that can serve the request now, never of lost or full ones. Equal views in an
+equal order of calls give equal choices. Round robin is the only policy with state: the last worker it chose.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvist.router.config import RouterConfig
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptDigests:
     num_tokens: int
-    digests: Mapping[str, Sequence[bytes]]  # by a worker's namespace: one for each full page, first to last
+    digests: Mapping[str, Sequence[bytes]]  # by namespace of a worker: one per full page, in order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,17 +27,17 @@ class WorkerView:
     namespace: str
     page_size: int  # tokens
     num_requests: int  # running or waiting there
-    num_pending_tokens: int  # prompt tokens sent there and not computed yet, as far as we know
+    num_pending_tokens: int  # prompt tokens sent there by this gateway and not known to be computed
     cached_pages: AbstractSet[bytes]  # digests
 
 
 class Policy(Protocol):
     def choose(self, prompt: PromptDigests, candidates: Sequence[WorkerView]) -> WorkerId:
-        """One of the candidates, of which there is at least one."""
+        """Return the id of one candidate. `candidates` is not empty."""
 
 
 def num_hit_tokens(prompt: PromptDigests, worker: WorkerView) -> int:
-    """Tokens of the longest leading run of pages that the worker has cached."""
+    """Return the number of tokens in the longest leading run of pages that the worker has cached."""
     num_pages = 0
     for digest in prompt.digests.get(worker.namespace, ()):
         if digest not in worker.cached_pages:
@@ -47,7 +47,7 @@ def num_hit_tokens(prompt: PromptDigests, worker: WorkerView) -> int:
 
 
 class RoundRobin:
-    """Workers in the order of their names, each in turn, however the set of candidates changes."""
+    """Chooses the workers in turn, in the order of their names, also while the set of candidates changes."""
 
     def __init__(self) -> None:
         self._last: WorkerId | None = None
@@ -59,7 +59,7 @@ class RoundRobin:
 
 
 class LeastLoaded:
-    """Fewest requests, then fewest prompt tokens still to compute."""
+    """Chooses the worker with the fewest requests, then with the fewest pending prompt tokens."""
 
     def choose(self, prompt: PromptDigests, candidates: Sequence[WorkerView]) -> WorkerId:  # noqa: ARG002 (only load counts)
         return min(candidates, key=lambda w: (w.num_requests, w.num_pending_tokens, w.worker_id)).worker_id
@@ -67,17 +67,17 @@ class LeastLoaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheAware:
-    """The worker where the prompt's tokens are soonest ready: those not cached there, and those before them in line.
+    """Chooses the worker with the fewest tokens to compute before the first token: uncached ones plus queued ones.
 
-    When loads are far apart the least loaded is chosen, whatever it has cached: a popular prefix must not pile all its
-    users on one worker.
+    If loads differ too much, the least loaded worker is chosen regardless of its cache: a popular prefix must not send
+    all its requests to one worker.
     """
 
-    cache_threshold: float  # share of the prompt; shorter hits do not count
+    cache_threshold: float  # fraction of the prompt; shorter hits are ignored
     balance_abs_threshold: int  # requests
     balance_rel_threshold: float
-    hit_weight: float = 1.0  # what a cached token saves, in computed tokens
-    request_penalty_tokens: int = 64  # what one more request there costs, in computed tokens
+    hit_weight: float = 1.0  # saving of a cached token, in computed tokens
+    request_penalty_tokens: int = 64  # cost of each request at the worker, in computed tokens
 
     def choose(self, prompt: PromptDigests, candidates: Sequence[WorkerView]) -> WorkerId:
         loads = [worker.num_requests for worker in candidates]
@@ -96,13 +96,14 @@ class CacheAware:
 
 
 def prompt_policy(config: RouterConfig) -> Policy:
-    """Who reads the prompt."""
+    """Build the policy that chooses the worker for prefill, or the unified worker."""
     return _build(config, hit_weight=1.0)
 
 
 def decode_policy(config: RouterConfig) -> Policy:
-    """Who writes the answer. A page that decode has need not be moved, which costs far less than computing it: load
-    weighs more here."""
+    """Build the policy that chooses the worker for decode.
+
+    A cached page saves a transfer there, which costs far less than computing the page: load weighs more."""
     return _build(config, hit_weight=0.25)
 
 

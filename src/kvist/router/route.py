@@ -1,4 +1,4 @@
-"""Which workers serve a request: the policies applied to what the registry knows. Changes nothing."""
+"""Chooses the workers for a request by applying a policy to the registry's workers. Changes no state."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Route:
     mode: Mode  # FULL, or PREFILL for a pair
     prefill: Worker
     decode: Worker  # the same worker with FULL
-    num_prompt_tokens_left: int  # to compute at `prefill`, by what we know of its cache
+    num_prompt_tokens_left: int  # still to compute at `prefill`, by the cached pages known here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """Workers by what they may do for a request."""
+    """Workers that may serve a request, by use."""
 
     unified: Sequence[Worker]
     prefill: Sequence[Worker]
@@ -53,7 +53,7 @@ class Candidates:
         return bool(self.unified) or bool(self.prefill and (self.decode or single))
 
     def that_fit(self, request: EngineRequest) -> Candidates:
-        """The whole request, or a prefill worker its prompt."""
+        """Keep the workers that can hold the request; for prefill workers, the prompt and one token."""
         whole, prompt = num_tokens_needed(request, Mode.FULL), num_tokens_needed(request, Mode.PREFILL)
         return Candidates(
             unified=[w for w in self.unified if w.holds(whole)],
@@ -82,19 +82,21 @@ class Router:
         self._registry = registry
         self._prompt_policy = prompt_policy(config)
         self._decode_policy = decode_policy(config)
-        # The last prompt with its salt, and its digests by namespace: n answers are routed one after the other.
+        # The last prompt, its salt, and its digests by namespace: the n answers to one prompt are routed in sequence.
         self._digested: tuple[tuple[int, ...], str, dict[str, list[bytes]]] = ((), "", {})
 
     def can_serve(self) -> bool:
-        """A request of any length of answer has somewhere to go (which may be full now)."""
+        """Return whether the ready workers can serve a request with an answer of any length. They may be full."""
         ready = self._registry.ready
         return bool(ready(WorkerUse.UNIFIED)) or bool(ready(WorkerUse.PREFILL) and ready(WorkerUse.DECODE))
 
     def choose(self, request: EngineRequest, excluded: frozenset[Worker] = frozenset()) -> Route:
-        """Raises `PromptTooLong` when no route holds it, `Unavailable` naming the missing role or the lost worker that
-        would, `Overloaded` when all that could take it are full."""
+        """Choose the workers for a request.
+
+        Raises `PromptTooLong` if no route can hold the request, `Unavailable` naming the missing role or the lost
+        worker that could hold it, `Overloaded` if the queues of all suitable workers are full."""
         ready = Candidates.of(self._registry, {WorkerState.READY}, excluded)
-        # One token needs no handoff: a prefill worker answers it alone.
+        # A request for one token needs no handoff: a prefill worker serves it alone.
         single = request.sampling.max_tokens == 1 and not request.output_token_ids
         if not ready.has_route(single=single):
             raise self._no_worker_error(ready)
@@ -105,7 +107,7 @@ class Router:
         if not free.has_route(single=single):
             retry_after_s = min(w.retry_after_s() for w in fit.all() if w not in free.all())
             raise Overloaded(
-                "every worker that could take the request has its queue full: retry later, or add workers",
+                "the queues of all workers that could serve the request are full: retry later, or add workers",
                 retry_after_s=retry_after_s,
             )
         first = [*free.unified, *(free.prefill if free.decode or single else ())]
@@ -119,7 +121,7 @@ class Router:
 
     def _prompt(self, request: EngineRequest, workers: Sequence[Worker]) -> PromptDigests:
         token_ids, salt = request.prompt_token_ids, request.cache_salt
-        if token_ids is not self._digested[0] or salt != self._digested[1]:  # answers to one prompt share its tuple
+        if token_ids is not self._digested[0] or salt != self._digested[1]:  # all answers to one prompt share the tuple
             self._digested = (token_ids, salt, {})
         digests = self._digested[2]
         for worker in workers:
@@ -142,13 +144,13 @@ class Router:
         return Unavailable("; ".join([problem, *known[:4]]), retry_after_s=self._config.retry_after_s)
 
     def _too_long_error(self, request: EngineRequest, ready: Candidates) -> KvistError:
-        """For the ready ones. A worker that holds it, and is lost or drains, may come back."""
+        """Build the error for a request that fits no ready route; retryable if a lost or draining worker would fit."""
         single = request.sampling.max_tokens == 1 and not request.output_token_ids
         away = Candidates.of(self._registry, _AWAY, frozenset())
         if ready.joined_by(away).that_fit(request).has_route(single=single):
             names = ", ".join(f"{worker.worker_id} is {worker.state.value}" for worker in away.all())
             return Unavailable(
-                f"no worker that is ready holds a request of this length, and {names}: retry later",
+                f"no ready worker can hold a request of this length, and {names}: retry later",
                 retry_after_s=self._config.retry_after_s,
             )
         num_prompt, num_output = request.num_prompt_tokens, request.sampling.max_tokens
@@ -159,14 +161,14 @@ class Router:
             limit = limit_text(best.max_model_len, best.num_pages, best.page_size)
             return PromptTooLong(
                 f"the prompt has {num_prompt} tokens and the request asks for {num_output} more; the largest worker "
-                f"({best.worker_id}) holds {limit}"
+                f"({best.worker_id}) can hold {limit}"
             )
         readers = [worker.spec for worker in ready.prefill if worker.spec is not None]
         reader = max(readers, key=lambda spec: spec.max_model_len)
         limit = limit_text(reader.max_model_len, reader.num_pages, reader.page_size)
         return PromptTooLong(
-            f"the prompt has {num_prompt} tokens; the largest prefill worker ({reader.worker_id}) holds {limit}, and "
-            f"no unified worker holds all {whole} tokens of the request"
+            f"the prompt has {num_prompt} tokens; the largest prefill worker ({reader.worker_id}) can hold {limit}, "
+            f"and no unified worker can hold all {whole} tokens of the request"
         )
 
 

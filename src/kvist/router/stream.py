@@ -1,6 +1,6 @@
-"""What the dispatcher tells the server: merged output with the workers behind it, and the state of every worker.
+"""Data that the dispatcher returns to the server: merged output with its workers, and the state of every worker.
 
-Pure vocabulary between router/dispatch.py, which fills it in, and server/ and metrics.py, which read it.
+Pure data types. router/dispatch.py creates them; server/ and metrics.py read them.
 """
 
 from __future__ import annotations
@@ -14,36 +14,38 @@ from kvist.wire import EngineSpec, LoadReport, TokenChunk
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamPart:
-    """The next output tokens of a request: all that were waiting when the reader asked, as one chunk.
+    """The next output tokens of a request: all tokens that were waiting for the reader, as one chunk.
 
-    Parts come in order of `chunk.position`, without gaps or repeats; the part whose chunk has a `finish_reason` is the
-    last. `chunk.num_cached_tokens` and `chunk.handoff` are in the first part that covers the chunk which had them.
+    Parts are in order of `chunk.position`, without gaps or repeats; the part whose chunk has a `finish_reason` is the
+    last. `chunk.num_cached_tokens` and `chunk.handoff` are in the part that covers the chunk which carried them.
     """
 
     chunk: TokenChunk
-    prefill_worker: WorkerId  # who reads the prompt; with a unified worker both names are the same
-    decode_worker: WorkerId  # who writes the answer
+    prefill_worker: WorkerId  # runs prefill; with a unified worker both ids are equal
+    decode_worker: WorkerId  # runs decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSnapshot:
     worker_id: WorkerId
-    role: str  # what the router uses it for: "unified" | "prefill" | "decode"
-    alive: bool  # a request can be sent to it now
-    spec: EngineSpec | None  # None until it has said Welcome once
-    load: LoadReport | None  # the last report; its digests may be left out
+    role: str  # how the router uses the worker: "unified" | "prefill" | "decode"
+    alive: bool  # requests can be sent to the worker now
+    spec: EngineSpec | None  # None before the first Welcome
+    load: LoadReport | None  # the last report, possibly without its digests
     state: str = "ready"  # registry.WorkerState
-    problem: str = ""  # why it is not ready, for people
-    num_in_flight: int = 0  # requests of this gateway that have not ended there
-    num_rejected_messages: int = 0  # that could not be decoded, or could not be meant
+    problem: str = ""  # why the worker is not ready, for people
+    num_in_flight: int = 0  # requests of this gateway that have not ended at the worker
+    num_rejected_messages: int = 0  # undecodable or impossible messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancelled:
-    """Requests whose reader left before the end."""
+    """Counts of the requests whose client disconnected before the end."""
 
-    num_held: int = 0  # that some worker has not ended yet
-    release_s: Histogram = field(default_factory=Histogram)  # of the others: from leaving to the end at every worker
+    num_held: int = 0  # requests that some worker has not ended yet
+    release_s: Histogram = field(
+        default_factory=Histogram
+    )  # of the others: from the disconnect to the end at every worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
