@@ -11,30 +11,30 @@ from kvist.errors import ConfigError
 CPU = torch.device("cpu")
 
 
-def test_auto_is_torch_on_a_cpu_and_says_why() -> None:
+def test_auto_chooses_torch_on_a_cpu_with_a_reason() -> None:
     choice = choose_attention("auto", CPU, torch.bfloat16)
     assert choice.name == "torch"
     assert "cpu" in choice.reason
     assert build_attention(choice.name, CPU).name == "torch"
 
 
-def test_auto_is_torch_for_float32_on_a_gpu_and_says_why() -> None:
+def test_auto_chooses_torch_for_float32_on_a_gpu_with_a_reason() -> None:
     choice = choose_attention("auto", torch.device("cuda"), torch.float32)
     assert choice.name == "torch"
     assert "float32" in choice.reason
 
 
-def test_a_named_backend_is_taken_as_it_is() -> None:
+def test_a_named_backend_is_chosen_unchanged() -> None:
     assert choose_attention("fa3", CPU, torch.float32).name == "fa3"
 
 
 @pytest.mark.parametrize("name", ["fa3", "flashinfer"])
-def test_gpu_backends_on_a_cpu_are_refused_with_the_remedy(name: str) -> None:
+def test_gpu_backends_on_a_cpu_are_refused_with_a_remedy(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} needs .* GPU, and this is cpu: use auto"):
         build_attention(name, CPU)
 
 
-def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_backend_is_refused_with_the_known_names() -> None:
     with pytest.raises(ConfigError, match="known are auto, torch, fa3, flashinfer"):
         choose_attention("flash", CPU, torch.float32)
     with pytest.raises(ConfigError, match="known are auto, torch, fa3, flashinfer"):
@@ -51,7 +51,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
         (7, {"flashinfer"}, "torch", "do not run on"),
     ],
 )
-def test_auto_on_a_gpu_is_the_quickest_installed_that_runs_there(
+def test_auto_on_a_gpu_chooses_the_fastest_installed_backend(
     monkeypatch: pytest.MonkeyPatch, generation: int, installed: set[str], name: str, reason: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU")
@@ -63,7 +63,7 @@ def test_auto_on_a_gpu_is_the_quickest_installed_that_runs_there(
 
 
 @pytest.mark.gpu
-def test_auto_on_hopper_in_16_bits_is_fa3() -> None:
+def test_auto_on_hopper_in_16_bits_chooses_fa3() -> None:
     pytest.importorskip("flash_attn_interface")
     choice = choose_attention("auto", torch.device("cuda"), torch.bfloat16)
     assert choice.name == "fa3"

@@ -160,13 +160,13 @@ class World:
 PROMPTS = [(0, 0, 11), (1, 0, 33), (2, 0, 8), (3, 0, 1), (4, 0, 20)]
 
 
-def test_steps_are_those_of_the_torch_backend() -> None:
+def test_flashinfer_steps_equal_the_torch_backend() -> None:
     world = World()
     for ranges in (PROMPTS, [(0, 11, 12), (1, 33, 34), (2, 8, 9), (5, 0, 7), (4, 20, 31)], [(3, 1, 2)]):
         world.check(world.tested.prepare(world.spans(ranges)), ranges)
 
 
-def test_a_step_prepared_later_does_not_disturb_one_in_use() -> None:
+def test_preparing_a_step_does_not_change_a_step_in_use() -> None:
     world = World()
     world.check(world.tested.prepare(world.spans(PROMPTS)), PROMPTS)
     first, second = [(0, 11, 12), (1, 33, 34)], [(2, 8, 9)]
@@ -176,7 +176,7 @@ def test_a_step_prepared_later_does_not_disturb_one_in_use() -> None:
     world.check(attends[0], first)
 
 
-def test_replays_of_any_size_are_steps_of_the_torch_backend() -> None:
+def test_replayed_steps_of_any_size_equal_the_torch_backend() -> None:
     world = World()
     world.check(world.tested.prepare(world.spans(PROMPTS)), PROMPTS)
     plan = world.tested.plan_decode_graph(5, 10)
@@ -193,7 +193,7 @@ def test_replays_of_any_size_are_steps_of_the_torch_backend() -> None:
         world.check(replays[size], ranges, num_rows=size)
 
 
-def test_more_requests_than_any_captured_size_are_our_bug() -> None:
+def test_more_requests_than_the_largest_captured_size_fail_an_assertion() -> None:
     world = World()
     plan = world.tested.plan_decode_graph(2, 10)
     plan.attend(2)(0, *(torch.zeros(2, n, HEAD_DIM).bfloat16() for n in (Q_HEADS, KV_HEADS, KV_HEADS)))
@@ -205,12 +205,12 @@ def test_more_requests_than_any_captured_size_are_our_bug() -> None:
     ("dtype", "head_dim", "words"),
     [(torch.float32, 64, "not torch.float32: use --dtype bfloat16"), (torch.float16, 80, "not 80: use torch")],
 )
-def test_pools_it_cannot_read_are_refused(dtype: torch.dtype, head_dim: int, words: str) -> None:
+def test_unsupported_pools_are_refused(dtype: torch.dtype, head_dim: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         FlashInferAttention(GPU).bind(torch.zeros(2, 2, 2, 2, 4, head_dim, dtype=dtype))
 
 
-def test_kernels_that_do_not_compile_are_refused_at_the_start_with_the_end_of_the_log(
+def test_kernels_that_fail_to_compile_are_refused_at_start_with_the_end_of_the_log(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_args: object, **_kwargs: object) -> None:
@@ -224,7 +224,7 @@ def test_kernels_that_do_not_compile_are_refused_at_the_start_with_the_end_of_th
     assert len(str(raised.value)) < 600
 
 
-def test_a_library_that_cannot_be_imported_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_cannot_be_imported_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     with pytest.raises(ConfigError, match="pip install 'flashinfer-python"):
         build_attention("flashinfer", GPU)
@@ -242,7 +242,7 @@ def test_gpus_older_than_ampere_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     requests=st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 4000)), min_size=1, max_size=40),
     is_graph=st.booleans(),
 )
-def test_the_workspace_holds_what_the_library_asks_for(
+def test_the_workspace_is_as_large_as_the_library_requires(
     group: int, num_kv_heads: int, requests: list[tuple[int, int]], is_graph: bool
 ) -> None:
     """Its planner (`PrefillSplitQOKVIndptr`, 0.6.12) in a few lines: requests of (new tokens, pages of 16)."""

@@ -22,7 +22,7 @@ def test_every_request_is_in_one_group_and_padding_is_bounded(lengths: list[int]
         assert padding <= max(_PADDING_PAGES_FREE, _PADDING_SHARE * sum(pages))
 
 
-def test_requests_of_one_length_stay_in_order_in_one_group() -> None:
+def test_requests_of_equal_length_stay_in_order_in_one_group() -> None:
     spans = [Span(start=100, num_tokens=1, page_ids=[]) for _ in range(5)]
     assert _group_by_length(spans, PAGE_SIZE) == [[0, 1, 2, 3, 4]]
 

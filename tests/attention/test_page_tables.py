@@ -35,7 +35,7 @@ def read(tables: PageTables, spans: SpanColumns) -> list[list[int]]:
     return found
 
 
-def test_a_list_that_grew_is_written_from_where_it_was() -> None:
+def test_a_grown_page_list_is_written_from_its_old_end() -> None:
     tables = PageTables(CPU, PAGE_SIZE, num_rows=2, max_pages=4)
     pages = [7, 8]
     assert read(tables, decodes([pages], [8])) == [[7, 8]]
@@ -44,7 +44,7 @@ def test_a_list_that_grew_is_written_from_where_it_was() -> None:
     assert read(tables, decodes([pages], [9])) == [[7, 8, 9]]
 
 
-def test_equal_lists_of_two_requests_are_two_rows() -> None:
+def test_equal_page_lists_of_two_requests_get_two_rows() -> None:
     tables = PageTables(CPU, PAGE_SIZE, num_rows=2, max_pages=4)
     first, second = [3], [3]
     read(tables, decodes([first, second], [4, 4]))
@@ -54,7 +54,7 @@ def test_equal_lists_of_two_requests_are_two_rows() -> None:
     assert read(tables, decodes([second, first], [5, 5])) == [[3, 5], [3, 4]]
 
 
-def test_a_row_of_the_last_two_steps_is_not_given_away() -> None:
+def test_a_row_used_in_the_last_two_steps_is_not_reused() -> None:
     """The GPU may read it yet: it has not begun those steps, perhaps."""
     tables = PageTables(CPU, PAGE_SIZE, num_rows=1, max_pages=1)
     tables.reserve(1, 1)
@@ -66,7 +66,7 @@ def test_a_row_of_the_last_two_steps_is_not_given_away() -> None:
     assert set(previous) == {0, 1, 2}, "it was reserved for good"
 
 
-def test_a_table_that_a_graph_reads_never_moves() -> None:
+def test_a_reserved_page_table_never_moves() -> None:
     tables = PageTables(CPU, PAGE_SIZE, num_rows=1, max_pages=1)
     tables.reserve(2, 3)
     with pytest.raises(AssertionError, match="captured"):
@@ -74,7 +74,7 @@ def test_a_table_that_a_graph_reads_never_moves() -> None:
 
 
 @given(st.data())
-def test_every_step_reads_what_its_spans_say(data: st.DataObject) -> None:
+def test_every_step_reads_the_pages_of_its_spans(data: st.DataObject) -> None:
     tables = PageTables(CPU, PAGE_SIZE, num_rows=2, max_pages=1)
     requests: list[list[int]] = [[i] for i in range(12)]
     next_page = 100
@@ -101,7 +101,7 @@ def spans_of(ranges: list[tuple[int, int]]) -> list[Span]:
 
 
 @given(RANGES)
-def test_slots_are_the_pages_of_the_positions(ranges: list[tuple[int, int]]) -> None:
+def test_slots_follow_from_the_pages_and_the_positions(ranges: list[tuple[int, int]]) -> None:
     spans = spans_of(ranges)
     expected = [
         span.page_ids[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
@@ -113,7 +113,7 @@ def test_slots_are_the_pages_of_the_positions(ranges: list[tuple[int, int]]) -> 
 
 
 @given(RANGES)
-def test_columns_are_the_spans_they_were_made_of(ranges: list[tuple[int, int]]) -> None:
+def test_span_columns_equal_their_spans(ranges: list[tuple[int, int]]) -> None:
     spans = spans_of(ranges)
     columns = SpanColumns.of(spans)
     assert SpanColumns.of(columns) is columns
@@ -122,7 +122,7 @@ def test_columns_are_the_spans_they_were_made_of(ranges: list[tuple[int, int]]) 
     assert columns.positions().tolist() == [at for span in spans for at in range(span.start, span.end)]
 
 
-def test_a_captured_step_finds_lengths_slots_and_pages_where_they_were_under_capture() -> None:
+def test_a_captured_step_reads_lengths_slots_and_pages_at_fixed_addresses() -> None:
     tables, index = PageTables(CPU, PAGE_SIZE), _Index.allocate(4, 12, CPU)
     tables.reserve(4, 3)
     table = torch.zeros(4, 3, dtype=torch.int32)

@@ -12,7 +12,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_was_filled_arrives_however_long_it_is(device: str) -> None:
+def test_a_sent_array_of_any_length_arrives(device: str) -> None:
     ring = PinnedRing(torch.device(device), 4)
     for length in (1, 4, 9, 3, 100, 5, 7):
         ring.next_buffer(length)[:] = np.arange(length) + length
@@ -22,7 +22,7 @@ def test_what_was_filled_arrives_however_long_it_is(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_memory_of_the_last_two_sends_is_left_alone(device: str) -> None:
+def test_the_buffers_of_the_last_two_sends_are_not_overwritten(device: str) -> None:
     ring = PinnedRing(torch.device(device), 4)
     out = torch.zeros(2, 2, dtype=torch.int32, device=device)
     addresses = []
@@ -35,7 +35,7 @@ def test_the_memory_of_the_last_two_sends_is_left_alone(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_copy_that_waits_for_the_device_is_not_overwritten() -> None:
+def test_the_buffer_of_a_pending_copy_is_not_overwritten() -> None:
     ring = PinnedRing(torch.device("cuda"), 1)
     outs = [torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(8)]
     torch.cuda._sleep(50_000_000)  # the copies queue up behind it

@@ -134,7 +134,7 @@ PAGE_EDGES = [1, 3, 4, 5, 8, 9, 23]
 
 
 @pytest.mark.parametrize("length", PAGE_EDGES)
-def test_whole_prompt_then_decode_equals_dense(backend: Backend, length: int) -> None:
+def test_a_whole_prompt_and_a_decode_equal_dense_attention(backend: Backend, length: int) -> None:
     world = World(backend, lengths=[length + 6])
     world.check([(0, 0, length)])
     for position in range(length, length + 6):
@@ -142,35 +142,35 @@ def test_whole_prompt_then_decode_equals_dense(backend: Backend, length: int) ->
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 7, 8])
-def test_chunks_equal_dense(backend: Backend, chunk: int) -> None:
+def test_prompt_chunks_equal_dense_attention(backend: Backend, chunk: int) -> None:
     world = World(backend, lengths=[21])
     for start in range(0, 21, chunk):
         world.check([(0, start, min(start + chunk, 21))])
 
 
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (4, 1), (9, 3), (14, 2)])
-def test_grouped_query_heads(backend: Backend, q_heads: int, kv_heads: int) -> None:
+def test_grouped_query_heads_equal_dense_attention(backend: Backend, q_heads: int, kv_heads: int) -> None:
     world = World(backend, lengths=[13, 9], q_heads=q_heads, kv_heads=kv_heads)
     world.check([(0, 0, 11), (1, 0, 5)])
     world.check([(0, 11, 12), (1, 5, 9)])
 
 
 @pytest.mark.parametrize("lengths", [[5, 5, 5], PAGE_EDGES, [1, 200, 2, 190, 3, 60, 64, 200, 4, 1]])
-def test_batched_decodes_of_unlike_lengths(backend: Backend, lengths: list[int]) -> None:
+def test_batched_decodes_of_different_lengths_equal_dense_attention(backend: Backend, lengths: list[int]) -> None:
     world = World(backend, lengths=[length + 2 for length in lengths])
     world.check([(i, 0, length) for i, length in enumerate(lengths)])
     for step in range(2):
         world.check([(i, length + step, length + step + 1) for i, length in enumerate(lengths)])
 
 
-def test_decodes_and_chunks_in_one_batch(backend: Backend) -> None:
+def test_decodes_and_chunks_in_one_batch_equal_dense_attention(backend: Backend) -> None:
     world = World(backend, lengths=[12, 40, 17, 30, 6])
     world.check([(0, 0, 11), (1, 0, 33), (2, 0, 8)])
     # three decodes of unlike lengths, a chunk behind a prefix, a whole prompt, and a last chunk of one token
     world.check([(0, 11, 12), (1, 33, 34), (2, 8, 9), (2, 9, 16), (3, 0, 30), (4, 0, 1)])
 
 
-def test_chunks_longer_than_a_block_of_queries(backend: Backend) -> None:
+def test_chunks_longer_than_a_query_block_equal_dense_attention(backend: Backend) -> None:
     world = World(backend, lengths=[900], page_size=16)
     world.check([(0, 0, 300)])
     world.check([(0, 300, 813)])
@@ -178,19 +178,19 @@ def test_chunks_longer_than_a_block_of_queries(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
-def test_stale_bytes_behind_a_sequence_do_not_matter(backend: Backend, garbage: float) -> None:
+def test_stale_bytes_beyond_the_length_of_a_request_do_not_change_the_result(backend: Backend, garbage: float) -> None:
     world = World(backend, lengths=[3, 10, 6], garbage=garbage)
     world.check([(0, 0, 2), (1, 0, 9), (2, 0, 5)])
     world.check([(0, 2, 3), (1, 9, 10), (2, 5, 6)])
 
 
-def test_bf16_is_as_close_as_bf16_can_be(backend: Backend) -> None:
+def test_bf16_attention_is_within_bf16_rounding(backend: Backend) -> None:
     world = World(backend, lengths=[40, 18, 25], dtype=torch.bfloat16)
     world.check([(0, 0, 39), (1, 0, 17)], tolerance=3e-2)
     world.check([(0, 39, 40), (1, 17, 18), (2, 0, 25)], tolerance=3e-2)
 
 
-def test_only_the_new_tokens_slots_are_written(backend: Backend) -> None:
+def test_only_the_slots_of_new_tokens_are_written(backend: Backend) -> None:
     world = World(backend, lengths=[9], garbage=7.0)
     world.step([(0, 0, 6)])
     before = world.pool.clone()
@@ -204,7 +204,7 @@ def test_only_the_new_tokens_slots_are_written(backend: Backend) -> None:
         assert torch.equal(world.pool[page, :, layer, 1, offset].cpu(), sequence.v[layer, 6])
 
 
-def test_a_rank_works_on_its_own_heads_of_every_page(backend: Backend) -> None:
+def test_a_rank_reads_and_writes_only_its_own_heads_of_every_page(backend: Backend) -> None:
     whole = World(backend, lengths=[11, 7], q_heads=8, kv_heads=4)
     halves = World(backend, lengths=[11, 7], q_heads=8, kv_heads=4)
     for batch in ([(0, 0, 10), (1, 0, 6)], [(0, 10, 11), (1, 6, 7)]):
@@ -230,7 +230,7 @@ def test_a_rank_works_on_its_own_heads_of_every_page(backend: Backend) -> None:
             assert torch.equal(whole.pool[page], halves.pool[page])
 
 
-def test_new_tokens_are_rotated_on_their_way_as_the_twin_rotates_them(backend: Backend) -> None:
+def test_rotated_attention_equals_rotation_by_the_torch_twin(backend: Backend) -> None:
     """A backend that rotates q and k itself gives what it gives for rotated ones."""
     plain, fused = World(backend, lengths=[30, 9]), World(backend, lengths=[30, 9])
     if not isinstance(fused.backend.prepare([Span(start=0, num_tokens=1, page_ids=[0])]), RotatingAttend):
@@ -256,7 +256,7 @@ def test_new_tokens_are_rotated_on_their_way_as_the_twin_rotates_them(backend: B
             assert (got - want).float().norm() / want.float().norm() < 1e-2
 
 
-def test_a_captured_step_equals_a_prepared_one(backend: Backend) -> None:
+def test_a_captured_step_equals_a_prepared_step(backend: Backend) -> None:
     lengths = [17, 300, 5, 64, 2]
     world = World(backend, lengths=lengths)
     plan = world.backend.plan_decode_graph(8, 100)
@@ -294,7 +294,7 @@ def test_a_captured_step_equals_a_prepared_one(backend: Backend) -> None:
         assert set(written.tolist()) == {span.page_ids[span.start // 4] for span in spans}
 
 
-def test_a_captured_step_of_chunks_and_decodes_equals_the_dense_one(backend: Backend) -> None:
+def test_a_captured_step_of_chunks_and_decodes_equals_dense_attention(backend: Backend) -> None:
     lengths = [17, 300, 5, 64, 90]
     world = World(backend, lengths=lengths)
     plan = world.backend.plan_mixed_graph(8, 100, 128)

@@ -94,7 +94,7 @@ def test_the_receiver_computes_the_checksum_that_the_writer_reports(source: Side
     assert verified == PagesVerified(handoff_id=A, checksum=sent.checksum)
 
 
-def test_a_changed_byte_or_another_order_is_another_checksum(source: Side, target: Side) -> None:
+def test_a_changed_byte_or_another_page_order_changes_the_checksum(source: Side, target: Side) -> None:
     source.transport.write(write(A, target, (0, 1)))
     [sent] = source.wait_for(1)
     assert isinstance(sent, WritesCompleted)
@@ -106,7 +106,7 @@ def test_a_changed_byte_or_another_order_is_another_checksum(source: Side, targe
     assert len(seen | {sent.checksum}) == 3
 
 
-def test_chunks_of_a_handoff_complete_in_order_and_add_up(source: Side, target: Side) -> None:
+def test_the_chunks_of_a_handoff_complete_in_order_with_cumulative_counts(source: Side, target: Side) -> None:
     for start in range(0, 12, 3):
         source.transport.write(write(A, target, tuple(range(start, start + 3))))
     reports = source.wait_for(4)
@@ -117,7 +117,7 @@ def test_chunks_of_a_handoff_complete_in_order_and_add_up(source: Side, target: 
     ]
 
 
-def test_concurrent_handoffs_keep_their_own_sums(source: Side, target: Side, host: Host) -> None:
+def test_concurrent_handoffs_have_separate_checksums(source: Side, target: Side, host: Host) -> None:
     other = host.side("other")
     for page_id in range(6):
         source.transport.write(write(A, target, (page_id,)))
@@ -170,7 +170,7 @@ def test_stop_of_an_unknown_handoff_is_answered_with_no_pages(source: Side) -> N
         ({"transport": "pigeon"}, "pigeon"),
     ],
 )
-def test_a_pool_that_is_not_what_we_expect_is_refused_before_the_first_byte(
+def test_an_unexpected_peer_pool_is_refused_before_the_first_byte_is_written(
     source: Side, target: Side, change: dict[str, object], says: str
 ) -> None:
     pool = msgspec.structs.replace(target.address, **change)
@@ -181,7 +181,7 @@ def test_a_pool_that_is_not_what_we_expect_is_refused_before_the_first_byte(
     assert untouched(target.pages())
 
 
-def test_after_a_failure_later_writes_of_the_handoff_are_not_done(source: Side, target: Side) -> None:
+def test_writes_after_a_failure_of_their_handoff_are_skipped(source: Side, target: Side) -> None:
     wrong = msgspec.structs.replace(target.address, layout="other")
     source.transport.write(WritePages(handoff_id=A, pool=wrong, page_ids=(0,), peer_page_ids=(0,)))
     source.transport.write(write(A, target, (1,)))
@@ -191,7 +191,7 @@ def test_after_a_failure_later_writes_of_the_handoff_are_not_done(source: Side, 
     assert untouched(target.pages()[1])
 
 
-def test_a_write_to_a_peer_that_is_gone_fails(source: Side, target: Side) -> None:
+def test_a_write_to_a_dead_peer_fails(source: Side, target: Side) -> None:
     source.transport.write(write(A, target, (0,)))
     source.wait_for(1)
     target.kill()
@@ -201,7 +201,7 @@ def test_a_write_to_a_peer_that_is_gone_fails(source: Side, target: Side) -> Non
     assert "gone" in report.message
 
 
-def test_a_peer_is_dead_only_after_its_end(source: Side, target: Side) -> None:
+def test_a_peer_is_dead_only_after_its_process_ended(source: Side, target: Side) -> None:
     assert not source.transport.peer_is_dead(target.epoch)
     target.kill()
     deadline_s = time.monotonic() + 60
@@ -211,7 +211,7 @@ def test_a_peer_is_dead_only_after_its_end(source: Side, target: Side) -> None:
     assert source.transport.peer_is_dead(target.epoch)
 
 
-def test_a_peer_never_seen_is_not_called_dead(source: Side) -> None:
+def test_a_peer_never_seen_is_not_reported_dead(source: Side) -> None:
     assert not source.transport.peer_is_dead(EpochId("never-here"))
     assert not source.transport.peer_is_dead(EpochId("../../etc/passwd"))
 

@@ -43,7 +43,9 @@ def assert_near(got: Tensor, want: Tensor, tolerance: float = 6e-3) -> None:
 @pytest.mark.parametrize("num_rows", [1, 3, 200])
 @pytest.mark.parametrize("width", [64, 576, 3584, 8192])
 @pytest.mark.parametrize("with_residual", [True, False])
-def test_add_rms_norm(rng: torch.Generator, num_rows: int, width: int, with_residual: bool) -> None:
+def test_add_rms_norm_equals_the_torch_twin(
+    rng: torch.Generator, num_rows: int, width: int, with_residual: bool
+) -> None:
     x, weight = random(rng, num_rows, width), random(rng, width)
     residual = random(rng, num_rows, width) if with_residual else None
     normed, total = add_rms_norm(x, residual, weight, 1e-6)
@@ -55,12 +57,12 @@ def test_add_rms_norm(rng: torch.Generator, num_rows: int, width: int, with_resi
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (5, 1536), (130, 18944)])
-def test_silu_mul(rng: torch.Generator, shape: tuple[int, int]) -> None:
+def test_silu_mul_equals_the_torch_twin(rng: torch.Generator, shape: tuple[int, int]) -> None:
     x = random(rng, shape[0], 2 * shape[1])
     assert_near(silu_mul(x), silu_mul_torch(x.float()))
 
 
-def test_rotation_is_exact_at_positions_far_out() -> None:
+def test_rotation_is_exact_at_large_positions() -> None:
     positions = torch.tensor([0, 1, 17, 4095, 32767, 131071, 1_000_000], device=CUDA)
     frequencies = 1.0 / 1e6 ** (torch.arange(0, 128, 2, device=CUDA).float() / 128)
     for got, want in zip(rotation(positions, frequencies), rotation_torch(positions, frequencies), strict=True):
@@ -70,7 +72,7 @@ def test_rotation_is_exact_at_positions_far_out() -> None:
 @pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(28, 4, 128), (4, 2, 64), (9, 3, 64), (7, 1, 80)])
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("turned", [True, False])
-def test_rotate_and_write(
+def test_rotate_and_write_equals_the_torch_twin(
     rng: torch.Generator, q_heads: int, kv_heads: int, head_dim: int, qk_norm: bool, turned: bool
 ) -> None:
     slots = torch.tensor([5, -1, 23, 0, 130], dtype=torch.int32, device=CUDA)
@@ -87,7 +89,7 @@ def test_rotate_and_write(
     assert (pool == 7.0).all(dim=-1).sum() == (want_pool == 7.0).all(dim=-1).sum()
 
 
-def test_page_lists_are_read_out_of_the_hosts_memory(rng: torch.Generator) -> None:
+def test_page_lists_are_read_from_host_memory(rng: torch.Generator) -> None:
     lists = torch.randint(0, 1 << 20, (9, 2500), dtype=torch.int32, generator=rng).pin_memory()
     rows = torch.tensor([4, 0, 8, 4, 0], dtype=torch.int32)
     lengths = torch.tensor([1, 16, 40_000, 16_385, 0], dtype=torch.int32)  # the last one is padding
@@ -101,7 +103,7 @@ def test_page_lists_are_read_out_of_the_hosts_memory(rng: torch.Generator) -> No
         assert (got_pages[row, used:] == -7).all()
 
 
-def test_a_graph_that_reads_page_lists_sees_what_the_host_wrote_since() -> None:
+def test_a_replayed_graph_reads_the_page_lists_the_host_wrote_last() -> None:
     lists = torch.zeros(2, 8, dtype=torch.int32).pin_memory()
     rows, lengths = (
         torch.tensor([1], dtype=torch.int32, device=CUDA),
@@ -121,7 +123,7 @@ def test_a_graph_that_reads_page_lists_sees_what_the_host_wrote_since() -> None:
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 15, 16, 17, GATED_ROWS])
 @pytest.mark.parametrize(("num_in", "num_out"), [(64, 96), (576, 193), (3584, 4608), (18944, 3584), (960, 49152)])
-def test_skinny_products(rng: torch.Generator, num_rows: int, num_in: int, num_out: int) -> None:
+def test_skinny_products_equal_the_torch_twin(rng: torch.Generator, num_rows: int, num_in: int, num_out: int) -> None:
     x, weight, bias = random(rng, num_rows, num_in), random(rng, num_out, num_in), random(rng, num_out)
     for own_bias in (bias, None):
         for dtype in (torch.bfloat16, torch.float32):
@@ -151,7 +153,7 @@ def test_the_hash_is_the_same_bits_on_both_devices(rng: torch.Generator) -> None
 
 
 @pytest.mark.parametrize("vocab_size", [100, 49_152, 152_064])
-def test_noise_alone_chooses_the_same_token_as_on_the_cpu(rng: torch.Generator, vocab_size: int) -> None:
+def test_noise_alone_gives_the_cpus_tokens(rng: torch.Generator, vocab_size: int) -> None:
     """With flat logits the choice is the hash's: a single wrong bit would show."""
     keys = random_keys(rng, 64)
     logits, ones = torch.zeros(64, vocab_size), torch.ones(64)
@@ -159,7 +161,7 @@ def test_noise_alone_chooses_the_same_token_as_on_the_cpu(rng: torch.Generator, 
     assert torch.equal(got.cpu(), choose_tokens_torch(logits, ones, keys))
 
 
-def test_rows_choose_as_on_the_cpu_at_any_temperature(rng: torch.Generator) -> None:
+def test_rows_at_any_temperature_give_the_cpus_tokens(rng: torch.Generator) -> None:
     logits = torch.randn(40, 152_064, generator=rng) * 4
     temperatures = torch.tensor([0.0, 1e-6, 0.7, 1.0, 2.0]).repeat(8)
     keys = random_keys(rng, 40)
@@ -172,7 +174,7 @@ def test_rows_choose_as_on_the_cpu_at_any_temperature(rng: torch.Generator) -> N
     torch.testing.assert_close(of_chosen, best, rtol=1e-4, atol=1e-4)  # where it differs, the two are equally good
 
 
-def test_greedy_takes_the_first_of_equals() -> None:
+def test_greedy_takes_the_first_of_equal_logits() -> None:
     logits = torch.full((3, 5000), -1.0, device=CUDA)
     logits[0, [4, 4999]] = 3.0
     logits[1, [2048, 2049]] = 3.0
@@ -186,7 +188,7 @@ def test_greedy_takes_the_first_of_equals() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_that_is_no_numbers_has_no_token_and_the_others_are_as_without_it(
+def test_a_row_with_nan_gets_no_token_and_does_not_change_other_rows(
     rng: torch.Generator, temperature: float, dtype: torch.dtype
 ) -> None:
     logits = torch.randn(8, 5000, generator=rng).to(dtype)
@@ -215,7 +217,7 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_the_items_of_decodes(lengths: list[int]) -> None:
+def test_planned_decode_items_equal_the_torch_twin(lengths: list[int]) -> None:
     lengths_tensor = torch.tensor(lengths, dtype=torch.int32)
     want, got = plan_decodes_torch(lengths_tensor), plan_decodes(lengths_tensor.to(CUDA))
     num_items = int(want.firsts[-2])
@@ -225,7 +227,9 @@ def test_the_items_of_decodes(lengths: list[int]) -> None:
 
 @pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(28, 4, 128), (4, 2, 64), (9, 3, 64), (32, 1, 80)])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_decode_attention(rng: torch.Generator, lengths: list[int], q_heads: int, kv_heads: int, head_dim: int) -> None:
+def test_decode_attention_equals_the_torch_twin(
+    rng: torch.Generator, lengths: list[int], q_heads: int, kv_heads: int, head_dim: int
+) -> None:
     needed = [-(-length // 16) for length in lengths]
     num_pages = sum(needed) + 3
     pool = torch.full((num_pages, kv_heads, 2, 2, 16, head_dim), float("nan"), dtype=torch.bfloat16, device=CUDA)
@@ -250,7 +254,7 @@ def test_decode_attention(rng: torch.Generator, lengths: list[int], q_heads: int
 
 
 @pytest.mark.parametrize("num_words", [4, 2048, 2049, 5000, 114_688])
-def test_page_sums_are_those_of_the_cpu_and_copies_land_where_they_should(rng: torch.Generator, num_words: int) -> None:
+def test_gpu_page_sums_and_copies_equal_the_cpu(rng: torch.Generator, num_words: int) -> None:
     pages = torch.randint(-(2**63), 2**63 - 1, (9, num_words), generator=rng)
     on_gpu, target = pages.to(CUDA), torch.zeros(7, num_words, dtype=torch.int64, device=CUDA)
     want = sum_pages_torch(pages[[3, 0, 8]])

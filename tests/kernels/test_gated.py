@@ -26,7 +26,7 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return (made * shape[-1] ** -0.5).to(CUDA, dtype)
 
 
-def test_only_hopper_has_the_kernel() -> None:
+def test_the_gated_kernel_is_made_on_hopper_only() -> None:
     assert make_gated_product(torch.zeros(64, 64, dtype=torch.bfloat16)) is None
 
 
@@ -47,7 +47,7 @@ H200_CLUSTERS = 66  # of two of its 132 multiprocessors
         (8, False),
     ],
 )
-def test_the_kernel_pays_where_its_tiles_fill_the_multiprocessors(n: int, pays: bool) -> None:
+def test_the_gated_kernel_is_used_where_its_tiles_fill_the_multiprocessors(n: int, pays: bool) -> None:
     assert gated.fills_gpu(2 * n, H200_CLUSTERS) == pays
 
 
@@ -62,7 +62,7 @@ def test_the_kernel_pays_where_its_tiles_fill_the_multiprocessors(n: int, pays: 
         (13_000, 3584, torch.bfloat16, False),
     ],
 )
-def test_nothing_is_compiled_for_a_weight_that_the_kernel_does_not_fit(
+def test_no_kernel_is_compiled_for_an_unsuitable_weight(
     n: int, num_in: int, dtype: torch.dtype, is_made: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=dtype, shape=(2 * n, num_in))
@@ -81,7 +81,7 @@ def test_nothing_is_compiled_for_a_weight_that_the_kernel_does_not_fit(
 @hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "num_in"), SHAPES)
-def test_any_number_of_rows_is_near_the_twin_and_the_same_bits_every_time(
+def test_the_gated_kernel_is_close_to_its_twin_and_deterministic_at_any_number_of_rows(
     n: int, num_in: int, dtype: torch.dtype
 ) -> None:
     weight = random(2 * n, num_in, dtype=dtype)
@@ -98,7 +98,7 @@ def test_any_number_of_rows_is_near_the_twin_and_the_same_bits_every_time(
 
 @pytest.mark.gpu
 @hopper
-def test_rows_of_a_wider_matrix_are_taken_where_they_lie() -> None:
+def test_strided_rows_of_a_wider_matrix_are_read_in_place() -> None:
     x, weight = random(100, 1024)[:, 512:], random(2 * 12_608, 512)
     product = make_gated_product(weight)
     assert product is not None
@@ -109,7 +109,7 @@ def test_rows_of_a_wider_matrix_are_taken_where_they_lie() -> None:
 
 @pytest.mark.gpu
 @hopper
-def test_a_graph_computes_what_a_launch_does() -> None:
+def test_a_replayed_graph_equals_a_plain_launch() -> None:
     linear = make_gated_linear(random(2 * 18_944, 3584))
     x = 8 * random(192, 3584)
     want = linear(x)
@@ -124,7 +124,7 @@ def test_a_graph_computes_what_a_launch_does() -> None:
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize(("num_rows", "n"), [(257, 18_944), (64, 13_000)])
-def test_what_does_not_pay_is_left_to_cublas(num_rows: int, n: int) -> None:
+def test_unsuitable_shapes_are_left_to_cublas(num_rows: int, n: int) -> None:
     weight = random(2 * n, 256)
     product = make_gated_product(weight)
     x = random(num_rows, 256)

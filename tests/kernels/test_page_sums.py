@@ -25,7 +25,7 @@ def sums(words: Tensor) -> tuple[int, int]:
     return first & MASK, second & MASK
 
 
-def test_the_sums_are_what_the_module_says_they_are(pages: Tensor) -> None:
+def test_page_sums_equal_the_documented_formula(pages: Tensor) -> None:
     a, b, c = MIX_CONSTANTS
     first = second = 0
     for place, word in enumerate(pages[0].tolist(), start=1):
@@ -40,7 +40,7 @@ def test_the_sums_are_what_the_module_says_they_are(pages: Tensor) -> None:
     assert sums(pages[0]) == (first & MASK, second & MASK)
 
 
-def test_every_bit_of_a_page_is_in_both_sums(pages: Tensor) -> None:
+def test_every_bit_of_a_page_changes_both_sums(pages: Tensor) -> None:
     page, before = pages[0], sums(pages[0])
     for place, bit in itertools.product(range(len(page)), range(64)):
         changed = page.clone()
@@ -51,7 +51,7 @@ def test_every_bit_of_a_page_is_in_both_sums(pages: Tensor) -> None:
 
 
 @pytest.mark.parametrize("bit", [0, 31, 32, 62, 63])
-def test_the_same_bit_of_two_words_does_not_cancel(pages: Tensor, bit: int) -> None:
+def test_flipping_the_same_bit_of_two_words_changes_the_sums(pages: Tensor, bit: int) -> None:
     """With a plain weighted sum the highest bits would."""
     page, before = pages[0], sums(pages[0])
     flip = torch.tensor(1 << bit if bit < 63 else -(1 << 63))
@@ -61,7 +61,7 @@ def test_the_same_bit_of_two_words_does_not_cancel(pages: Tensor, bit: int) -> N
         assert sums(changed) != before
 
 
-def test_words_that_change_places_change_the_sums(pages: Tensor) -> None:
+def test_swapping_two_words_changes_the_sums(pages: Tensor) -> None:
     page = pages[0]
     assert sums(page.roll(1)) != sums(page)
     assert sums(page.flip(0)) != sums(page)
@@ -70,12 +70,12 @@ def test_words_that_change_places_change_the_sums(pages: Tensor) -> None:
     assert sums(constant) != sums(constant.roll(1))
 
 
-def test_zeros_of_another_length_have_other_sums() -> None:
+def test_pages_of_zeros_of_different_lengths_have_different_sums() -> None:
     seen = {sums(torch.zeros(length, dtype=torch.int64)) for length in range(20)}
     assert len(seen) == 20
 
 
-def test_pages_are_summed_and_copied_in_the_order_they_are_named_in(pages: Tensor) -> None:
+def test_pages_are_summed_and_copied_in_the_given_order(pages: Tensor) -> None:
     target = torch.zeros_like(pages)
     copied = copy_pages(pages, (4, 0), target.data_ptr(), (1, 5))
     assert torch.equal(copied, sum_pages(pages, (4, 0)))

@@ -14,7 +14,7 @@ from kvist.request import SamplingParams
 from kvist.runner.sampler import SamplingRow, noise_keys, sample
 
 
-def test_choosing_tokens_is_what_the_sampler_does() -> None:
+def test_choose_tokens_equals_the_sampler() -> None:
     logits = torch.randn(6, 1000, generator=torch.Generator().manual_seed(1)) * 3
     rows = [
         SamplingRow(params=SamplingParams(temperature=t, seed=100 + i, max_tokens=1), position=7 * i)
@@ -25,7 +25,7 @@ def test_choosing_tokens_is_what_the_sampler_does() -> None:
     assert choose_tokens(logits, temperatures, keys).tolist() == [token.token_id for token in sample(logits, rows)]
 
 
-def test_the_hash_has_31_bits_that_both_words_of_the_key_change() -> None:
+def test_both_words_of_the_key_change_all_31_bits_of_the_hash() -> None:
     tokens = torch.arange(4096)[None, :]
     keys = torch.tensor([[1, 2], [1, 3], [2, 2]], dtype=torch.int32)
     hashed = hash_tokens(keys, tokens)
@@ -35,14 +35,14 @@ def test_the_hash_has_31_bits_that_both_words_of_the_key_change() -> None:
         assert abs(((hashed[a] ^ hashed[b]) & 1).float().mean() - 0.5) < 0.05
 
 
-def test_gated_is_the_two_products_and_their_gate() -> None:
+def test_skinny_gated_equals_two_products_and_a_gate() -> None:
     x, weight = torch.randn(3, 8), torch.randn(10, 8)
     gate, up = skinny_linear(x, weight, None, torch.float32).chunk(2, dim=-1)
     torch.testing.assert_close(skinny_gated(x, weight), torch.nn.functional.silu(gate) * up)
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=40))
-def test_items_of_decodes_cover_every_context_once_and_are_bounded(lengths: list[int]) -> None:
+def test_decode_items_cover_every_context_once_and_are_bounded(lengths: list[int]) -> None:
     items = plan_decodes(torch.tensor(lengths, dtype=torch.int32))
     *firsts, num_items, item_tokens = items.firsts.tolist()
     assert num_items <= len(lengths) + TARGET_ITEMS
@@ -55,7 +55,7 @@ def test_items_of_decodes_cover_every_context_once_and_are_bounded(lengths: list
     assert covered == lengths
 
 
-def test_decode_attention_is_softmax_attention_over_the_pages() -> None:
+def test_decode_attention_equals_softmax_attention_over_the_pages() -> None:
     rng = torch.Generator().manual_seed(3)
     lengths, pages = [5, 0, 9], [[4, 1], [], [0, 3, 2]]
     pool = torch.randn(6, 2, 2, 4, 8, generator=rng)

@@ -17,7 +17,7 @@ LLAMA3 = {
 }
 
 
-def test_a_config_is_read_whole(write_config):
+def test_every_field_of_a_config_is_read(write_config):
     config = load_model_config(write_config())
     assert (config.family, config.num_layers, config.hidden_size, config.head_dim) == ("llama", 2, 64, 16)
     assert (config.num_heads, config.num_kv_heads, config.intermediate_size, config.vocab_size) == (4, 2, 96, 101)
@@ -42,7 +42,7 @@ def test_the_older_name_of_the_rope_type_is_read(write_config):
     assert config.rope_scaling == LinearRope(factor=4.0)
 
 
-def test_rope_parameters_of_the_default_type_are_no_scaling(write_config):
+def test_default_rope_parameters_mean_no_scaling(write_config):
     config = load_model_config(write_config(rope_parameters={"rope_type": "default", "rope_theta": 7.0}))
     assert (config.rope_theta, config.rope_scaling) == (7.0, None)
 
@@ -78,7 +78,7 @@ def test_a_sliding_window_that_is_switched_off_is_ignored(write_config):
     assert load_model_config(checkpoint).family == "qwen2"
 
 
-def test_yarn_rope_tells_how_far_the_model_reaches(write_config):
+def test_yarn_rope_sets_the_maximum_position(write_config):
     rope = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     config = load_model_config(write_config(max_position_embeddings=128, rope_scaling=rope))
     assert config.max_position_embeddings == 512
@@ -127,7 +127,7 @@ def test_yarn_rope_tells_how_far_the_model_reaches(write_config):
         ("tie_word_embeddings", {"tie_word_embeddings": "no"}),
     ],
 )
-def test_what_we_cannot_serve_is_refused_by_the_name_of_its_field(write_config, field, changes):
+def test_unsupported_features_are_refused_by_the_name_of_their_field(write_config, field, changes):
     with pytest.raises(ModelLoadError, match=rf"config\.json: {field.replace('.', '[.]')} "):
         load_model_config(write_config(**changes))
 

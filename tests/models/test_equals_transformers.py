@@ -75,22 +75,24 @@ def saved_model(request, tmp_path_factory):
     return folder, sharded, prompt, logits
 
 
-def test_whole_prompt(saved_model, as_hf, load_tiny, logits_of, relative_error):
+def test_a_whole_prompt_gives_the_logits_of_transformers(saved_model, as_hf, load_tiny, logits_of, relative_error):
     folder, _, prompt, expected = saved_model
     assert relative_error(logits_of(load_tiny(as_hf(folder)), prompt), expected) < 1e-4
 
 
-def test_chunked_prompt(saved_model, as_hf, load_tiny, logits_of, relative_error):
+def test_a_chunked_prompt_gives_the_logits_of_transformers(saved_model, as_hf, load_tiny, logits_of, relative_error):
     folder, _, prompt, expected = saved_model
     assert relative_error(logits_of(load_tiny(as_hf(folder)), prompt, [16, 1, 27, 17]), expected) < 1e-4
 
 
-def test_token_by_token_after_a_cached_prefix(saved_model, as_hf, load_tiny, logits_of, relative_error):
+def test_decoding_after_a_cached_prefix_gives_the_logits_of_transformers(
+    saved_model, as_hf, load_tiny, logits_of, relative_error
+):
     folder, _, prompt, expected = saved_model
     assert relative_error(logits_of(load_tiny(as_hf(folder)), prompt, [48] + [1] * 13), expected) < 1e-4
 
 
-def test_sharded_folder_is_the_same_model(saved_model, as_hf, load_tiny, logits_of):
+def test_a_sharded_folder_gives_the_same_logits(saved_model, as_hf, load_tiny, logits_of):
     folder, sharded, prompt, _ = saved_model
     assert not (sharded / "model.safetensors").exists()
     ours = [logits_of(load_tiny(as_hf(path)), prompt) for path in (folder, sharded)]

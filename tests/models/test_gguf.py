@@ -99,7 +99,7 @@ def tiny_gguf(write_model, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gguf_is_the_same_model_as_its_safetensors(tiny_gguf, load_tiny, logits_of, prompt, family):
+def test_a_gguf_gives_the_logits_of_its_safetensors(tiny_gguf, load_tiny, logits_of, prompt, family):
     folder, _, file = tiny_gguf(FAMILIES[family])
     assert torch.equal(logits_of(load_tiny(file), prompt), logits_of(load_tiny(folder), prompt))
 
@@ -114,7 +114,7 @@ def test_gguf_metadata_gives_the_same_config_and_every_end_token(tiny_gguf):
 
 
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_1, Kind.F16, Kind.BF16])
-def test_quantised_tensors_are_what_the_gguf_library_makes_of_them(tiny_gguf, load_tiny, logits_of, prompt, kind):
+def test_quantised_tensors_equal_the_gguf_library(tiny_gguf, load_tiny, logits_of, prompt, kind):
     folder, tensors, file = tiny_gguf(kind=kind)
     rounded = {
         name: torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(value.numpy(), kind), kind))
@@ -126,7 +126,7 @@ def test_quantised_tensors_are_what_the_gguf_library_makes_of_them(tiny_gguf, lo
     assert torch.equal(logits_of(load_tiny(file), prompt), logits_of(load_tiny(folder), prompt))
 
 
-def test_rope_divisors_of_a_gguf_are_the_llama3_scaling(tiny_gguf, load_tiny, logits_of, prompt, relative_error):
+def test_rope_divisors_of_a_gguf_equal_the_llama3_scaling(tiny_gguf, load_tiny, logits_of, prompt, relative_error):
     scaling = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -143,14 +143,14 @@ def test_rope_divisors_of_a_gguf_are_the_llama3_scaling(tiny_gguf, load_tiny, lo
     assert relative_error(logits_of(load_tiny(file), prompt), logits_of(load_tiny(folder), prompt)) < 1e-5
 
 
-def test_linear_scaling_is_read(write_model, tmp_path):
+def test_linear_rope_scaling_of_a_gguf_is_read(write_model, tmp_path):
     folder, tensors = write_model()
     metadata = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4}
     file = write_gguf(tmp_path / "tiny.gguf", load_model_config(folder), tensors, metadata=metadata)
     assert load_model_config(file).rope_scaling == LinearRope(factor=4.0)
 
 
-def test_yarn_is_read_as_from_a_folder(write_model, tmp_path):
+def test_yarn_of_a_gguf_equals_that_of_a_folder(write_model, tmp_path):
     rope = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     folder, tensors = write_model(rope_scaling=rope)
     metadata = {
@@ -171,7 +171,7 @@ def test_yarn_is_read_as_from_a_folder(write_model, tmp_path):
         ("llama.rope.dimension_count", {"llama.rope.dimension_count": 8}),
     ],
 )
-def test_gguf_features_we_cannot_serve_are_refused_by_name(tiny_gguf, field, metadata):
+def test_unsupported_gguf_features_are_refused_by_name(tiny_gguf, field, metadata):
     _, _, file = tiny_gguf(metadata=metadata)
     with pytest.raises(ModelLoadError, match=field.replace(".", "[.]")):
         load_model_config(file)
@@ -188,7 +188,7 @@ def test_unknown_gguf_architecture_is_named(tmp_path):
         load_model_config(find_checkpoint(str(path)))
 
 
-def test_a_gguf_cut_short_names_the_tensor(tiny_gguf, load_tiny):
+def test_a_truncated_gguf_names_the_tensor(tiny_gguf, load_tiny):
     _, _, file = tiny_gguf()
     file.path.write_bytes(file.path.read_bytes()[:-4096])
     with pytest.raises(ModelLoadError, match="the file ends inside tensor"):

@@ -71,7 +71,7 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-def test_logits_are_those_of_the_fp32_reference(
+def test_gpu_logits_are_close_to_the_fp32_reference(
     family: dict[str, Any],
     prompts: list[list[int]],
     write_model: Callable[..., Any],
@@ -96,7 +96,7 @@ def test_logits_are_those_of_the_fp32_reference(
         assert error(gpu.logits(prompts, ranges), want) < tolerance
 
 
-def test_a_captured_step_has_the_logits_of_an_eager_one(
+def test_a_captured_step_gives_the_logits_of_an_eager_step(
     family: dict[str, Any],
     prompts: list[list[int]],
     write_model: Callable[..., Any],

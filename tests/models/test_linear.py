@@ -13,7 +13,7 @@ def weight_and_bias():
 
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 4, 5, 8, 33])
 @pytest.mark.parametrize("biased", [True, False])
-def test_packed_product_equals_the_plain_one_at_any_number_of_rows(weight_and_bias, num_rows, biased):
+def test_packed_product_equals_the_plain_product_at_any_number_of_rows(weight_and_bias, num_rows, biased):
     weight, bias = weight_and_bias
     own_bias = bias if biased else None
     x = torch.randn(num_rows, 64, generator=torch.Generator().manual_seed(2))
@@ -43,7 +43,7 @@ def test_cpu_weights_are_packed_and_other_devices_stay_plain(weight_and_bias):
     assert isinstance(make_linear(weight.half(), None), PlainLinear)
 
 
-def test_bf16_stays_bf16_and_close(weight_and_bias):
+def test_bf16_products_stay_bf16_and_close_to_fp32(weight_and_bias):
     weight, bias = weight_and_bias
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
     y = make_linear(weight.bfloat16(), bias.bfloat16())(x.bfloat16())

@@ -22,7 +22,7 @@ def ranks(size):
     return [TensorParallel(rank=rank, size=size) for rank in range(size)]
 
 
-def test_shards_cover_everything_once():
+def test_shards_cover_every_element_once():
     assert [tp.shard(12, "things") for tp in ranks(4)] == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12)]
 
 
@@ -41,7 +41,7 @@ def test_each_rank_holds_the_kv_heads_its_q_heads_attend_over(size):
         assert needed == set(range(kv_heads.start, kv_heads.stop))
 
 
-def test_a_vocabulary_that_does_not_divide_is_covered_once():
+def test_an_indivisible_vocabulary_is_covered_once():
     shards = [VocabShard.of(101, tp) for tp in ranks(4)]
     assert [(shard.start, shard.stop) for shard in shards] == [(0, 26), (26, 52), (52, 78), (78, 101)]
     assert {shard.num_rows for shard in shards} == {26}
@@ -54,14 +54,14 @@ def test_a_tp_size_that_does_not_fit_is_a_config_error(write_model, load_tiny, s
     assert caught.value.param == "tp"
 
 
-def test_kv_heads_that_neither_divide_nor_repeat_are_a_config_error(write_model, load_tiny):
+def test_kv_heads_that_can_neither_be_split_nor_replicated_are_a_config_error(write_model, load_tiny):
     checkpoint, _ = write_model(num_attention_heads=12, num_key_value_heads=4, head_dim=8)
     with pytest.raises(ConfigError, match="4 KV heads"):
         load_tiny(checkpoint, tp=TensorParallel(rank=0, size=6))
 
 
 @pytest.mark.e2e
-def test_two_ranks_compute_what_one_does(write_tiny_in, load_tiny, logits_of, prompt, relative_error, tmp_path):
+def test_two_ranks_give_the_logits_of_one_rank(write_tiny_in, load_tiny, logits_of, prompt, relative_error, tmp_path):
     checkpoints = {name: write_tiny_in(tmp_path / name, **changes) for name, changes in TP_CASES.items()}
     folders = [str(checkpoint.path) for checkpoint in checkpoints.values()]
     command = [sys.executable, str(RANK_SCRIPT), str(tmp_path / "meeting"), ",".join(map(str, prompt))]

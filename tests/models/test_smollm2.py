@@ -40,7 +40,7 @@ def test_logits_equal_transformers(transformers_smollm2, smollm2, logits_of, rel
     assert relative_error(logits_of(smollm2, prompt, [32, 1, 1, 6]), expected) < 1e-4
 
 
-def test_loading_takes_seconds():
+def test_loading_smollm2_takes_seconds():
     checkpoint = find_checkpoint(None)
     start = time.process_time()
     config = load_model_config(checkpoint)

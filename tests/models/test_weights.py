@@ -31,7 +31,7 @@ def shard(checkpoint, tensors):
     return weight_map
 
 
-def test_shards_load_as_one_file_does(write_model, load_tiny, logits_of, prompt):
+def test_a_sharded_checkpoint_loads_like_one_file(write_model, load_tiny, logits_of, prompt):
     checkpoint, tensors = write_model()
     single = logits_of(load_tiny(checkpoint), prompt)
     shard(checkpoint, tensors)
@@ -68,7 +68,7 @@ def test_a_tensor_of_integers_is_refused(write_model, load_tiny):
         load_tiny(checkpoint)
 
 
-def test_old_rope_buffers_and_a_second_copy_of_a_tied_head_are_left_out(write_model, load_tiny):
+def test_old_rope_buffers_and_a_copy_of_a_tied_head_are_ignored(write_model, load_tiny):
     checkpoint, tensors = write_model(tie_word_embeddings=True)
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8), "lm_head.weight": torch.zeros(101, 64)}
     save(checkpoint, tensors | extra)
@@ -83,7 +83,7 @@ def test_an_untied_model_without_a_head_is_refused(write_model, load_tiny):
         load_tiny(checkpoint)
 
 
-def test_a_folder_without_weights_says_what_is_read(write_config, load_tiny):
+def test_a_folder_without_weights_names_the_expected_files(write_config, load_tiny):
     with pytest.raises(ModelLoadError, match=r"neither model\.safetensors nor"):
         load_tiny(write_config())
 
@@ -95,7 +95,7 @@ def test_a_broken_file_is_named(write_config, load_tiny):
         load_tiny(checkpoint)
 
 
-def test_a_shard_that_is_not_there_is_named(write_model, load_tiny):
+def test_a_missing_shard_is_named(write_model, load_tiny):
     checkpoint, tensors = write_model()
     shard(checkpoint, tensors)
     (checkpoint.path / "b.safetensors").unlink()
@@ -122,7 +122,7 @@ def test_an_index_cannot_point_outside_its_folder(write_model, load_tiny):
         load_tiny(checkpoint)
 
 
-def test_dtypes_we_do_not_compute_in_are_refused(write_model, load_tiny):
+def test_unsupported_dtypes_are_refused(write_model, load_tiny):
     with pytest.raises(ConfigError, match="float16"):
         load_tiny(write_model()[0], dtype=torch.float16)
 
@@ -146,7 +146,7 @@ def test_bf16_checkpoint_loads_as_fp32_exactly(write_model, load_tiny, logits_of
     assert torch.equal(from_bf16, logits_of(load_tiny(checkpoint), prompt))
 
 
-def test_dummy_weights_depend_on_the_seed_only_and_keep_logits_sane(write_config, load_tiny, logits_of, prompt):
+def test_dummy_weights_depend_on_the_seed_only_and_give_finite_logits(write_config, load_tiny, logits_of, prompt):
     checkpoint = write_config(num_hidden_layers=8)
     first, again, other = (
         logits_of(load_tiny(checkpoint, load_format="dummy", seed=seed), prompt) for seed in (1, 1, 2)
@@ -175,7 +175,7 @@ def test_progress_counts_up_to_every_tensor(write_model, tp):
     assert len(seen) >= 5
 
 
-def test_loading_leaves_the_number_of_threads_as_it_was(write_model, load_tiny):
+def test_loading_restores_the_number_of_threads(write_model, load_tiny):
     checkpoint, tensors = write_model()
     torch.set_num_threads(2)
     load_tiny(checkpoint)

@@ -41,7 +41,7 @@ def same(found: BatchItem, sent: BatchItem) -> bool:
     )
 
 
-def test_every_batch_of_a_busy_scheduler_arrives_as_it_was_planned() -> None:
+def test_decoded_batches_of_a_busy_scheduler_equal_the_planned_ones() -> None:
     dice = random.Random(3)
     config = SchedulerConfig(
         max_running_requests=12, chunked_prefill_size=16, max_prefill_tokens=24, max_model_len=256, overlap=True
@@ -80,7 +80,7 @@ def test_every_batch_of_a_busy_scheduler_arrives_as_it_was_planned() -> None:
     assert min(seen[what] for what in ("went on", "took a token unknown", "chunks")) > 100
 
 
-def test_a_list_that_grows_stays_the_same_list_and_costs_its_growth_only() -> None:
+def test_a_grown_page_list_keeps_its_identity_and_sends_only_the_new_pages() -> None:
     pair, pages = Pair(), list(range(1000, 2000))
     (first,) = pair.carry(item("a", pages)).items
     assert pair.num_bytes > 2000
@@ -91,7 +91,7 @@ def test_a_list_that_grows_stays_the_same_list_and_costs_its_growth_only() -> No
     assert pair.num_bytes < 30
 
 
-def test_a_list_that_was_replaced_is_another_list() -> None:
+def test_a_replaced_page_list_is_a_new_list_at_the_receiver() -> None:
     pair = Pair()
     (first,) = pair.carry(item("a", [1, 2, 3])).items
     (second,) = pair.carry(item("a", [1, 2, 3, 4])).items
@@ -100,7 +100,7 @@ def test_a_list_that_was_replaced_is_another_list() -> None:
     assert second.request_id == first.request_id
 
 
-def test_a_request_that_left_a_batch_out_is_told_anew() -> None:
+def test_a_request_that_skipped_a_batch_is_sent_again_in_full() -> None:
     pair, pages = Pair(), [1, 2]
     first, other = pair.carry(item("a", pages), item("b", [3])).items
     pair.carry(item("b", [4]))
@@ -109,7 +109,7 @@ def test_a_request_that_left_a_batch_out_is_told_anew() -> None:
     assert again.request_id not in (first.request_id, other.request_id)
 
 
-def test_parameters_come_with_the_first_token_that_is_wanted() -> None:
+def test_sampling_parameters_are_sent_with_the_first_sampled_token() -> None:
     pair, pages = Pair(), [1, 2]
     (chunk,) = pair.carry(item("a", pages, token_ids=(1, 2, 3), sampling=None)).items
     assert chunk.sampling is None
@@ -121,7 +121,7 @@ def test_parameters_come_with_the_first_token_that_is_wanted() -> None:
     assert again.sampling is None, "computed once more, no token wanted"
 
 
-def test_a_step_of_256_decodes_is_a_few_bytes_each() -> None:
+def test_a_message_of_256_decodes_takes_a_few_bytes_per_request() -> None:
     pair, pages = Pair(), [list(range(index, index + 40)) for index in range(256)]
     for start in (600, 601):
         pair.carry(*(item(str(index), pages[index], start=start, token_ids=()) for index in range(256)))

@@ -21,13 +21,13 @@ def build_tiny(checkpoint: Checkpoint, runtime_dir: Path, **options: object) -> 
     build_runner(checkpoint, load_model_config(checkpoint), config, runtime_dir=runtime_dir).close()
 
 
-def test_a_gpu_that_is_counted_for_a_model_on_a_cpu_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_base_gpu_id_with_device_cpu_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--base-gpu-id 1 .* --device cpu takes none") as refusal:
         build_tiny(tiny_checkpoint, tmp_path, base_gpu_id=1)
     assert refusal.value.param == "base_gpu_id"
 
 
-def test_a_gpu_that_torch_does_not_see_is_missed_in_the_log(
+def test_base_gpu_id_without_a_visible_gpu_is_logged_as_unused(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -35,7 +35,7 @@ def test_a_gpu_that_torch_does_not_see_is_missed_in_the_log(
     assert "--base-gpu-id 1 is not used" in caplog.text
 
 
-def test_attention_that_cannot_run_here_is_refused_before_the_weights_are_loaded(
+def test_an_unusable_attention_backend_is_refused_before_the_weights_are_loaded(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "load_model", lambda *_args, **_options: pytest.fail("minutes of loading"))
@@ -44,7 +44,7 @@ def test_attention_that_cannot_run_here_is_refused_before_the_weights_are_loaded
     assert not list(tmp_path.glob("pool-*")), "the pool is gone with the engine"
 
 
-def test_memory_that_runs_out_behind_the_pool_names_the_flag_to_lower(
+def test_running_out_of_memory_after_the_pool_names_the_flag_to_lower(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_out(*_args: object, **_options: object) -> None:

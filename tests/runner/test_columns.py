@@ -61,7 +61,7 @@ ITEMS = st.lists(
 
 
 @given(ITEMS, st.booleans(), st.integers(0, 3))
-def test_the_device_finds_what_the_items_say(
+def test_device_inputs_equal_the_items_of_the_batch(
     drawn: list[tuple[str, int, int, SamplingParams]], same_order: bool, padding: int
 ) -> None:
     items, tokens, positions, rows, sampled = [], [], [], [], []
@@ -103,7 +103,7 @@ def test_the_device_finds_what_the_items_say(
     assert columns.is_plain is all(each is not TOP_K for each in params)
 
 
-def test_the_same_requests_again_are_not_looked_at_again() -> None:
+def test_an_unchanged_batch_reuses_its_columns() -> None:
     first = read_batch([decode("a", 3, WARM, 1), decode("b", 5, GREEDY, 2)], EMPTY_BATCH)
     second = read_batch([decode("a", 4, WARM), decode("b", 6, GREEDY)], first.persistent)
     assert second.persistent is first.persistent
@@ -113,13 +113,13 @@ def test_the_same_requests_again_are_not_looked_at_again() -> None:
     )
 
 
-def test_a_name_that_is_used_again_brings_its_own_parameters() -> None:
+def test_a_reused_request_id_brings_its_own_parameters() -> None:
     first = read_batch([decode("a", 3, WARM, 1)], EMPTY_BATCH)
     again = read_batch([decode("a", 3, TOP_K, 1)], first.persistent)
     assert (first.is_plain, again.is_plain) == (True, False)
 
 
-def test_suppressed_tokens_are_noticed_step_by_step() -> None:
+def test_suppressed_tokens_are_read_at_every_step() -> None:
     item = decode("a", 3, GREEDY, 1)
     first = read_batch([item], EMPTY_BATCH)
     assert first.is_plain
@@ -134,14 +134,14 @@ def test_suppressed_tokens_are_noticed_step_by_step() -> None:
     assert not read_batch([suppressed], first.persistent).is_plain
 
 
-def test_a_token_that_no_step_chose_is_an_error() -> None:
+def test_reading_a_token_that_no_step_sampled_is_an_error() -> None:
     with pytest.raises(KeyError):
         read_batch([decode("a", 3)], EMPTY_BATCH)
     with pytest.raises(KeyError):
         read_batch([decode("a", 3), decode("b", 3)], PersistentBatch.of([RequestId("a")], [GREEDY]))
 
 
-def test_chosen_tokens_reach_the_host_in_memory_of_their_own() -> None:
+def test_each_step_copies_its_sampled_tokens_to_a_buffer_of_its_own() -> None:
     staging = Staging(num_rows=2, num_tokens=2, device=torch.device("cpu"))
     reads = []
     for step in range(3):

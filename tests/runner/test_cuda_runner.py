@@ -172,7 +172,7 @@ def check_alike(found: Streams, reference: Streams) -> None:
     assert compared >= len(reference) * 5, "too few tokens are clear to say anything"
 
 
-def test_logits_are_those_of_fp32(checkpoint: Checkpoint, eager: AnyRunner) -> None:
+def test_gpu_logits_are_close_to_fp32(checkpoint: Checkpoint, eager: AnyRunner) -> None:
     config = load_model_config(checkpoint)
     exact = load_model(
         checkpoint,
@@ -219,7 +219,7 @@ def test_logits_are_those_of_fp32(checkpoint: Checkpoint, eager: AnyRunner) -> N
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 13, 32])
-def test_graphs_give_the_tokens_of_eager_steps(graphs: AnyRunner, eager: AnyRunner, count: int) -> None:
+def test_replayed_graphs_give_the_tokens_of_eager_steps(graphs: AnyRunner, eager: AnyRunner, count: int) -> None:
     requests = make_requests(count, GREEDY, seed=count)
     check_alike(serve(graphs, requests, overlap=False), serve(eager, requests, overlap=False))
 
@@ -230,7 +230,7 @@ def test_overlap_changes_no_token(graphs: AnyRunner, sampling: SamplingParams) -
     assert ids(serve(graphs, requests, overlap=True)) == ids(serve(graphs, requests, overlap=False))
 
 
-def test_plain_rows_chosen_in_the_graph_are_those_chosen_from_the_logits(graphs: AnyRunner) -> None:
+def test_plain_rows_sampled_in_the_graph_equal_those_sampled_from_the_logits(graphs: AnyRunner) -> None:
     for sampling in (replace_params(GREEDY, num_logprobs=None), SEEDED):
         plain = serve(graphs, make_requests(8, sampling), overlap=True)
         measured = serve(graphs, make_requests(8, replace_params(sampling, num_logprobs=2)), overlap=True)
@@ -250,14 +250,14 @@ def test_mixed_batches_give_the_tokens_of_separate_ones(graphs: AnyRunner) -> No
     check_alike(serve(graphs, requests, overlap=True, apart=True), alone)
 
 
-def test_requests_that_come_and_go_find_their_own_pages(graphs: AnyRunner, eager: AnyRunner) -> None:
+def test_requests_that_join_and_leave_read_their_own_pages(graphs: AnyRunner, eager: AnyRunner) -> None:
     """More of them than there are rows for page lists: rows change hands while steps are under way."""
     requests = make_requests(150, replace_params(GREEDY, max_tokens=12), seed=9)
     found = serve(graphs, requests, overlap=True, apart=True)
     check_alike(found, serve(eager, requests, overlap=False, apart=True))
 
 
-def test_a_stop_token_that_is_noticed_late_spoils_nobody(graphs: AnyRunner) -> None:
+def test_a_stop_token_noticed_one_step_late_does_not_change_other_requests(graphs: AnyRunner) -> None:
     first = ids(serve(graphs, make_requests(6, SEEDED), overlap=False))
     stop = first["r2"][5]
     requests = make_requests(6, replace_params(SEEDED, stop_token_ids=(stop,)))
@@ -267,7 +267,7 @@ def test_a_stop_token_that_is_noticed_late_spoils_nobody(graphs: AnyRunner) -> N
         assert stopped[name][:end] == tokens[:end]
 
 
-def test_the_floor_of_a_nucleus_is_the_one_its_twin_finds() -> None:
+def test_the_gpu_nucleus_floor_equals_the_torch_twin() -> None:
     generator = torch.Generator("cuda").manual_seed(2)
     logits = torch.randn(40, 152_064, device="cuda", generator=generator)
     spread = torch.linspace(0.1, 12, 40, device="cuda")[:, None]

@@ -16,14 +16,14 @@ from kvist.runner.graph_sizes import MAX_MIXED_TOKENS, decode_sizes, graphs_byte
 
 
 @given(st.integers(1, 20_000))
-def test_sizes_rise_without_repetition_to_the_largest_step_that_is_replayed(limit: int) -> None:
+def test_graph_sizes_rise_strictly_to_the_largest_replayed_step(limit: int) -> None:
     for sizes, largest in ((decode_sizes(limit), limit), (mixed_sizes(limit), min(limit, MAX_MIXED_TOKENS))):
         assert sizes == sorted(set(sizes))
         assert sizes[0] >= 1
         assert sizes[-1] == largest
 
 
-def test_decodes_are_padded_to_the_next_multiple_of_8_at_most_up_to_256_of_them() -> None:
+def test_up_to_256_decodes_are_padded_to_at_most_the_next_multiple_of_8() -> None:
     assert decode_sizes(256) == [1, 2, 4, *range(8, 257, 8)]
     assert decode_sizes(1) == [1]
     assert decode_sizes(9) == [1, 2, 4, 8, 9]
@@ -36,12 +36,12 @@ def test_no_large_step_is_padded_by_more_than_a_quarter(limit: int) -> None:
         assert all(gap <= 0.25 for gap in gaps)
 
 
-def test_thousands_of_requests_do_not_want_hundreds_of_recordings() -> None:
+def test_thousands_of_requests_do_not_need_hundreds_of_graphs() -> None:
     assert len(decode_sizes(4096)) < 110
     assert graphs_bytes(4096, 8192, 1) < 3 << 30
 
 
-def test_more_requests_or_tokens_never_want_less_memory() -> None:
+def test_graph_memory_never_falls_with_more_requests_or_tokens() -> None:
     limits = [1, 8, 100, 256, 1000, 4096]
     for of_requests in (True, False):
         needs = [graphs_bytes(*((limit, 512) if of_requests else (256, limit)), vocab_size=1000) for limit in limits]
@@ -77,18 +77,18 @@ def reserve(**changes: object) -> int:
     return gpu_reserve_bytes(QWEN2_7B, dataclasses.replace(config, **changes), 132)  # type: ignore[arg-type]
 
 
-def test_memory_is_set_aside_for_what_will_be_made_after_the_pool() -> None:
+def test_memory_is_reserved_for_graphs_and_buffers_made_after_the_pool() -> None:
     num_graphs = len(decode_sizes(256)) + len(mixed_sizes(2048))
     assert reserve() == 256 * MIB + num_graphs * 16 * MIB + 256 * 152_064 * 4
     assert reserve(tp=2) == reserve() + COLLECTIVES_BYTES
 
 
-def test_nothing_is_set_aside_for_graphs_where_none_is_recorded() -> None:
+def test_no_memory_is_reserved_for_graphs_when_none_is_captured() -> None:
     assert reserve(disable_cuda_graph=True) == reserve(attention_backend="torch") == 0
     assert reserve(disable_cuda_graph=True, attention_backend="torch", tp=2) == COLLECTIVES_BYTES
 
 
-def test_flashinfer_has_its_workspaces_and_no_recordings_of_mixed_steps() -> None:
+def test_flashinfer_reserves_workspaces_and_no_graphs_of_mixed_steps() -> None:
     eager = workspace_bytes(28, 4, 128, 132) + 8 * MIB
     assert reserve(attention_backend="flashinfer", disable_cuda_graph=True) == eager
     num_decodes = len(decode_sizes(256))

@@ -95,14 +95,14 @@ def world() -> World:
     return World()
 
 
-def test_the_others_are_told_before_rank_0_begins(world: World) -> None:
+def test_a_batch_is_sent_to_the_followers_before_rank_0_launches_it(world: World) -> None:
     assert world.leader.launch(BATCH).result() == TOKENS
     assert world.order == ["send", "launch 1"]
     assert [list(each.token_ids) for each in world.followers.sent[0].items] == [[1, 2]]
     assert world.leader.attention_name == "fake"
 
 
-def test_a_rank_that_ends_during_a_step_ends_the_wait(world: World) -> None:
+def test_a_follower_that_ends_during_a_step_ends_the_wait(world: World) -> None:
     def never() -> bool:
         world.followers.is_gone = world.followers.looks > 5
         return False
@@ -113,7 +113,7 @@ def test_a_rank_that_ends_during_a_step_ends_the_wait(world: World) -> None:
         flight.result()
 
 
-def test_a_step_that_takes_too_long_ends_the_wait(world: World) -> None:
+def test_a_step_over_the_time_limit_ends_the_wait(world: World) -> None:
     def slow() -> bool:
         world.clock.advance(1.0)
         return False
@@ -125,7 +125,7 @@ def test_a_step_that_takes_too_long_ends_the_wait(world: World) -> None:
     assert COLLECTIVE_TIMEOUT_S <= world.clock.now_s() <= COLLECTIVE_TIMEOUT_S + 3
 
 
-def test_asking_whether_it_is_done_notices_a_rank_that_is_gone(world: World) -> None:
+def test_is_done_raises_when_a_follower_has_ended(world: World) -> None:
     flight = world.leader.launch(BATCH)
     assert not flight.is_done()
     world.followers.is_gone = True
@@ -134,7 +134,7 @@ def test_asking_whether_it_is_done_notices_a_rank_that_is_gone(world: World) -> 
 
 
 @pytest.mark.parametrize("when", ["launch", "result"])
-def test_a_step_that_fails_at_rank_0_alone_is_the_last(world: World, when: str) -> None:
+def test_a_step_that_fails_only_at_rank_0_is_the_last(world: World, when: str) -> None:
     world.fails, world.fails_late = when == "launch", when == "result"
     with pytest.raises(EngineError, match=r"out of memory|illegal memory access"):
         world.leader.launch(BATCH).result()
@@ -144,21 +144,21 @@ def test_a_step_that_fails_at_rank_0_alone_is_the_last(world: World, when: str) 
     assert world.order.count("send") == 1, "the others must not receive a step that rank 0 does not take"
 
 
-def test_a_failure_here_is_laid_to_a_rank_that_is_gone(world: World) -> None:
+def test_a_failure_at_rank_0_is_attributed_to_a_follower_that_has_ended(world: World) -> None:
     flight = world.leader.launch(BATCH)
     world.polls_left, world.fails_late, world.followers.is_gone = 0, True, True
     with pytest.raises(EngineError, match="rank 1 ended"):
         flight.result()
 
 
-def test_closing_waits_for_the_last_step_and_drops_the_graphs_before_the_group_ends(world: World) -> None:
+def test_close_waits_for_the_last_step_and_drops_the_graphs_before_the_group(world: World) -> None:
     world.leader.launch(BATCH)
     world.leader.close()
     assert world.polls_left < 0
     assert world.order[2:] == ["drop graphs", "let end"]
 
 
-def test_closing_out_of_step_waits_for_nothing(world: World) -> None:
+def test_close_after_a_failed_step_does_not_wait(world: World) -> None:
     world.leader.launch(BATCH)
     world.followers.is_gone = True
     world.leader.close()

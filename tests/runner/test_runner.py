@@ -33,7 +33,9 @@ def assert_same(left: list[SampledToken], right: list[SampledToken]) -> None:
 
 @BOTH
 @pytest.mark.parametrize("length", LENGTHS)
-def test_chunked_prefill_gives_the_tokens_of_a_whole_one(engine: Any, length: int, sampling: SamplingParams) -> None:
+def test_chunked_prefill_gives_the_tokens_of_a_whole_prefill(
+    engine: Any, length: int, sampling: SamplingParams
+) -> None:
     prompt = prompt_of(length)
     whole = engine.generate(prompt, sampling)
     for size in (1, 3, 4, 5, 16):
@@ -54,7 +56,7 @@ def test_a_cached_prefix_gives_the_tokens_of_a_cold_start(engine: Any, length: i
 
 @BOTH
 @pytest.mark.parametrize("produced", [1, 4, 9])
-def test_a_stream_continues_from_its_tokens_in_a_fresh_engine(
+def test_a_stream_resumes_from_its_tokens_in_a_new_engine(
     engine: Any, fresh_engine: Any, produced: int, sampling: SamplingParams
 ) -> None:
     prompt = prompt_of(9)
@@ -71,7 +73,7 @@ def test_a_stream_continues_from_its_tokens_in_a_fresh_engine(
 
 
 @BOTH
-def test_pages_written_elsewhere_serve_as_well_as_our_own(
+def test_pages_written_by_another_engine_give_the_same_tokens(
     engine: Any, fresh_engine: Any, sampling: SamplingParams
 ) -> None:
     """A handoff without its protocol: whole pages copied byte by byte into another engine's pool."""
@@ -93,7 +95,7 @@ def test_pages_written_elsewhere_serve_as_well_as_our_own(
 
 
 @BOTH
-def test_company_changes_nothing(engine: Any, sampling: SamplingParams) -> None:
+def test_other_requests_in_the_batch_change_no_token(engine: Any, sampling: SamplingParams) -> None:
     """Requests that start at different steps, in chunks, mixed with the decodes of those before."""
     prompts = {RequestId(f"r{length}"): prompt_of(length) for length in (1, 4, 17, 5, 40, 9)}
     alone = {name: engine.generate(prompt, sampling) for name, prompt in prompts.items()}
@@ -121,7 +123,7 @@ def test_company_changes_nothing(engine: Any, sampling: SamplingParams) -> None:
         assert_same(together[name], alone[name])
 
 
-def test_a_chunk_that_ends_no_sequence_gives_no_token(engine: Any) -> None:
+def test_a_chunk_that_is_not_the_last_samples_no_token(engine: Any) -> None:
     item = BatchItem(request_id=RequestId("r"), token_ids=[1, 2, 3], start=0, page_ids=engine.pages(8))
     assert engine.step(item) == {}
 
@@ -137,7 +139,7 @@ def test_greedy_tokens_depend_on_the_prompt(engine: Any) -> None:
     assert len(answers) == 5
 
 
-def test_a_step_that_is_given_up_between_two_layers_leaves_the_runner_fit_for_the_next(engine: Any) -> None:
+def test_a_step_aborted_between_layers_leaves_the_runner_usable(engine: Any) -> None:
     prompt = prompt_of(9)
     expected = engine.generate(prompt, GREEDY)
     num_breaks = 0

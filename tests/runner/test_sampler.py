@@ -85,25 +85,25 @@ def assert_fits(counts: Tensor, expected: list[float]) -> None:
     ],
     ids=str,
 )
-def test_frequencies_are_the_softmax_of_what_truncation_leaves(by: str, params: dict[str, float]) -> None:
+def test_sampled_frequencies_equal_the_softmax_after_truncation(by: str, params: dict[str, float]) -> None:
     logits = random_logits(1, 60, seed=3)[0]
     assert_fits(draw(logits, 40_000, by=by, **params), reference_distribution(logits, **params))  # type: ignore[arg-type]
 
 
-def test_a_nucleus_wider_than_the_first_try_is_cut_at_the_right_token() -> None:
+def test_a_nucleus_wider_than_the_first_topk_is_cut_at_the_right_token() -> None:
     logits = random_logits(1, 900, seed=5, spread=0.3)[0]
     expected = reference_distribution(logits, top_p=0.7)
     assert sum(p > 0 for p in expected) > 300
     assert_fits(draw(logits, 40_000, top_p=0.7), expected)
 
 
-def test_neighbouring_positions_are_independent() -> None:
+def test_noise_at_neighbouring_positions_is_independent() -> None:
     logits = torch.zeros(8)
     drawn = torch.tensor(tokens(sample(logits.expand(20_001, -1), [row(n, seed=1) for n in range(20_001)])))
     assert_fits((drawn[:-1] * 8 + drawn[1:]).bincount(minlength=64), [1 / 64] * 64)
 
 
-def test_neighbouring_seeds_are_independent() -> None:
+def test_noise_of_neighbouring_seeds_is_independent() -> None:
     logits = torch.zeros(8)
     drawn = torch.tensor(tokens(sample(logits.expand(20_001, -1), [row(0, seed=n) for n in range(20_001)])))
     assert_fits((drawn[:-1] * 8 + drawn[1:]).bincount(minlength=64), [1 / 64] * 64)
@@ -131,7 +131,7 @@ def test_noise_has_the_moments_of_gumbel_over_a_large_vocabulary() -> None:
     vocab_size=st.sampled_from([2, 50, 700]),
     spread=st.sampled_from([0.01, 2.0, 10.0]),
 )
-def test_the_drawn_token_is_one_that_truncation_leaves(
+def test_the_sampled_token_is_among_the_tokens_after_truncation(
     seed: int,
     position: int,
     temperature: float,
@@ -163,7 +163,7 @@ def mixed_rows() -> list[SamplingRow]:
     ]
 
 
-def test_a_row_gives_the_same_token_whatever_the_batch() -> None:
+def test_a_row_samples_the_same_token_in_any_batch() -> None:
     rows = mixed_rows()
     logits = random_logits(len(rows), 2000, seed=8)
     together = sample(logits, rows)
@@ -174,13 +174,13 @@ def test_a_row_gives_the_same_token_whatever_the_batch() -> None:
     assert tokens(shuffled) == [alone[i].token_id for i in order]
 
 
-def test_seed_and_position_both_change_the_draw() -> None:
+def test_seed_and_position_both_change_the_sampled_token() -> None:
     logits = torch.zeros(1, 50_000)
     drawn = {tokens(sample(logits, [row(p, seed=s)]))[0] for p in range(5) for s in (0, 1, 2**62, 2**63 - 1)}
     assert len(drawn) == 20
 
 
-def test_greedy_is_argmax_and_leaves_the_logits_alone() -> None:
+def test_greedy_sampling_is_argmax_and_does_not_change_the_logits() -> None:
     logits = random_logits(4, 100)
     before = logits.clone()
     rows = [row(temperature=0.0), row(temperature=0.0, suppressed=(5,)), row(seed=1), row(seed=1, top_p=0.5)]
@@ -189,7 +189,7 @@ def test_greedy_is_argmax_and_leaves_the_logits_alone() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-30, 1.0])
-def test_a_suppressed_token_is_never_chosen(temperature: float) -> None:
+def test_a_suppressed_token_is_never_sampled(temperature: float) -> None:
     logits = torch.zeros(1, 10)
     logits[0, 4] = 50.0
     (token,) = sample(logits, [row(temperature=temperature, suppressed=(4, 99_999, -1), num_logprobs=1)])
@@ -198,7 +198,7 @@ def test_a_suppressed_token_is_never_chosen(temperature: float) -> None:
     assert token.logprobs.top_token_ids == (4,)  # logprobs are the model's own
 
 
-def test_logprobs_are_of_the_model_itself_and_as_many_as_asked() -> None:
+def test_logprobs_are_of_the_unmodified_distribution_in_the_requested_number() -> None:
     logits = random_logits(3, 500, seed=4)
     rows = [
         row(temperature=0.0, num_logprobs=0),

@@ -84,7 +84,7 @@ def greedy_after_each(model: Any, prompt: list[int], answer: list[int]) -> list[
     return told
 
 
-def test_greedy_tokens_equal_transformers_alone_and_together(runner: Runner, transformers_smollm2: Any) -> None:
+def test_greedy_tokens_equal_transformers_alone_and_in_a_batch(runner: Runner, transformers_smollm2: Any) -> None:
     tokenizer = load_tokenizer(find_checkpoint(None))
     prompts = [tokenizer.encode(text) for text in PROMPTS]
     answers = generate(runner, prompts)

@@ -33,7 +33,7 @@ SAMPLING = SamplingParams(max_tokens=6, temperature=0.8, seed=5)
 
 
 @pytest.mark.e2e
-def test_two_ranks_give_the_tokens_and_pages_of_one(
+def test_two_ranks_give_the_tokens_and_pages_of_one_rank(
     engine: Any, tiny_checkpoint: Checkpoint, tmp_path: Path, runner_factory: Callable[..., Runner]
 ) -> None:
     prompt = list(range(3, 25))
@@ -60,7 +60,7 @@ runpy.run_module("kvist.runner.follower", run_name="__main__")
 
 
 @pytest.mark.e2e
-def test_a_step_that_chooses_no_token_is_over_when_the_slowest_rank_has_written_its_pages(
+def test_a_step_without_sampled_tokens_ends_when_every_rank_has_written_its_pages(
     engine: Any,
     tiny_checkpoint: Checkpoint,
     tmp_path: Path,
@@ -83,7 +83,7 @@ def test_a_step_that_chooses_no_token_is_over_when_the_slowest_rank_has_written_
 
 
 @pytest.mark.e2e
-def test_a_dead_rank_is_an_error_that_says_so(
+def test_a_dead_rank_raises_an_error_that_names_it(
     tiny_checkpoint: Checkpoint, tmp_path: Path, runner_factory: Callable[..., Runner]
 ) -> None:
     runner = runner_factory(tiny_checkpoint, tmp_path, tp=2)
@@ -99,7 +99,7 @@ def test_a_dead_rank_is_an_error_that_says_so(
 
 
 @pytest.mark.e2e
-def test_a_rank_that_cannot_start_is_told_by_the_others_at_once(
+def test_a_rank_that_cannot_start_fails_the_engine_start_at_once(
     tiny_checkpoint: Checkpoint,
     tmp_path: Path,
     runner_factory: Callable[..., Runner],
@@ -119,7 +119,7 @@ def followers(tmp_path: Path) -> Iterator[FollowerProcesses]:
 
 
 @pytest.mark.e2e
-def test_frames_arrive_whole_and_in_order(followers: FollowerProcesses, tmp_path: Path) -> None:
+def test_frames_arrive_complete_and_in_order(followers: FollowerProcesses, tmp_path: Path) -> None:
     program = (
         "import sys; from kvist.runner.tp import frames; "
         f"open({str(tmp_path / 'got')!r}, 'wb').write(b'|'.join(frames(sys.stdin.buffer)))"
@@ -133,7 +133,7 @@ def test_frames_arrive_whole_and_in_order(followers: FollowerProcesses, tmp_path
 
 
 @pytest.mark.e2e
-def test_a_rank_that_takes_nothing_any_more_is_given_up(
+def test_a_rank_that_stops_reading_frames_raises_after_a_timeout(
     followers: FollowerProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tp, "COLLECTIVE_TIMEOUT_S", 0.2)
@@ -143,7 +143,7 @@ def test_a_rank_that_takes_nothing_any_more_is_given_up(
 
 
 @pytest.mark.e2e
-def test_a_rank_that_is_stuck_ends_soon_after_rank_0() -> None:
+def test_a_stuck_rank_exits_soon_after_rank_0() -> None:
     program = (
         "import sys, threading; from kvist.runner import tp; tp._GRACE_S = 0.1; tp.exit_with_rank_0(0); "
         "sys.stdout.write('.'); sys.stdout.flush(); threading.Event().wait(60)"
@@ -165,7 +165,7 @@ def test_a_rank_that_is_stuck_ends_soon_after_rank_0() -> None:
         process.stdout.close()
 
 
-def test_ranks_wait_for_each_other_until_one_is_gone(tmp_path: Path) -> None:
+def test_the_barrier_waits_for_every_rank_and_fails_when_one_has_ended(tmp_path: Path) -> None:
     def check() -> None:
         if is_gone.is_set():
             raise EngineError("rank 1 is gone")
@@ -210,7 +210,7 @@ def test_more_ranks_than_gpus_are_refused(
     assert caught.value.param == param
 
 
-def test_a_size_that_does_not_divide_the_model_is_refused_before_a_process_starts(
+def test_a_tp_size_that_does_not_divide_the_model_is_refused_before_a_process_starts(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "Popen", lambda *_: pytest.fail("it started a process"))
@@ -221,14 +221,16 @@ def test_a_size_that_does_not_divide_the_model_is_refused_before_a_process_start
 
 
 @pytest.mark.parametrize(("ranks", "heads"), [(1, 2), (2, 1), (4, 1)])
-def test_a_gpu_s_pages_hold_its_own_heads_and_a_cpu_s_all(tiny_checkpoint: Checkpoint, ranks: int, heads: int) -> None:
+def test_pages_hold_one_ranks_heads_on_a_gpu_and_all_heads_on_a_cpu(
+    tiny_checkpoint: Checkpoint, ranks: int, heads: int
+) -> None:
     model = load_model_config(tiny_checkpoint)
     config = RunnerConfig(device="cuda", dtype="bfloat16", tp=ranks)
     assert page_layout(model, config).num_kv_heads == heads
     assert page_layout(model, replace(config, device="cpu")).num_kv_heads == 2
 
 
-def test_the_weights_of_a_rank_are_counted_as_they_are_shared(tiny_checkpoint: Checkpoint) -> None:
+def test_weights_are_counted_per_rank_with_replicated_tensors_in_full(tiny_checkpoint: Checkpoint) -> None:
     model = load_model_config(tiny_checkpoint)
     whole = sum(math.prod(shape) for shape in expected_tensors(model).values())
     norms = 64 * (2 * 3 + 1)
@@ -238,7 +240,7 @@ def test_the_weights_of_a_rank_are_counted_as_they_are_shared(tiny_checkpoint: C
     assert num_weights(model, 4) == (whole - norms - key_and_value) // 4 + norms + key_and_value // 2
 
 
-def test_a_load_format_that_the_checkpoint_is_not_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_load_format_other_than_the_checkpoints_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="hf checkpoint"):
         build_runner(
             tiny_checkpoint,

@@ -94,7 +94,7 @@ def logits_and_tokens(runner: AnyRunner) -> tuple[Tensor, list[int]]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
-def test_two_gpus_give_the_logits_of_one(
+def test_two_gpus_give_the_logits_of_one_gpu(
     one_gpu: ModuleType, checkpoint: Checkpoint, tmp_path: Path, dtype: str, tolerance: float
 ) -> None:
     found = {}
@@ -112,7 +112,7 @@ def test_two_gpus_give_the_logits_of_one(
         assert got_tokens == tokens
 
 
-def test_graphs_give_the_tokens_of_eager_steps_on_two_gpus(
+def test_replayed_graphs_give_the_tokens_of_eager_steps_on_two_gpus(
     one_gpu: ModuleType, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     streams = {}
@@ -136,7 +136,7 @@ def test_overlap_changes_no_token_on_two_gpus(one_gpu: ModuleType, checkpoint: C
             assert ahead == one_gpu.ids(one_gpu.serve(runner, requests, overlap=False)), name
 
 
-def test_requests_that_come_and_go_on_two_gpus_are_those_of_one(
+def test_requests_that_join_and_leave_give_equal_tokens_on_one_and_two_gpus(
     one_gpu: ModuleType, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     requests = one_gpu.make_requests(10, one_gpu.GREEDY, seed=4)
@@ -182,7 +182,7 @@ os._exit(3)
 """
 
 
-def test_a_rank_that_is_killed_ends_the_engine_within_a_bound(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_engine_within_a_bound(checkpoint: Checkpoint, tmp_path: Path) -> None:
     clock = MonotonicClock()
     command = [sys.executable, "-c", VICTIM, str(checkpoint.path), str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -203,7 +203,7 @@ def test_a_rank_that_is_killed_ends_the_engine_within_a_bound(checkpoint: Checkp
         process.stdout.close()
 
 
-def test_a_rank_ends_when_rank_0_is_killed(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_rank_exits_when_rank_0_is_killed(checkpoint: Checkpoint, tmp_path: Path) -> None:
     command = [sys.executable, "-c", VICTIM, str(checkpoint.path), str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -26,7 +26,7 @@ def read(tmp_path: Path, content: bytes) -> ExportedMemory:
         os.close(descriptor)
 
 
-def test_what_was_exported_is_read_back_byte_for_byte(tmp_path: Path) -> None:
+def test_an_exported_handle_is_read_back_byte_for_byte(tmp_path: Path) -> None:
     assert read(tmp_path, GOOD.encode()) == GOOD
 
 
@@ -44,18 +44,18 @@ def test_what_was_exported_is_read_back_byte_for_byte(tmp_path: Path) -> None:
         b" " * 5000 + GOOD.encode(),
     ],
 )
-def test_a_file_that_no_gpu_pool_has_written_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_no_gpu_pool_wrote_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(Unavailable, match=r"the peer's pool /run/pool cannot be opened"):
         read(tmp_path, content)
     with pytest.raises(EngineError):
         read_export(content[:4096])
 
 
-def test_a_pool_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_a_pool_of_another_size_than_its_address_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="has 256 bytes, which is not the 4 pages of 32 bytes it claims"):
         read(tmp_path, ExportedMemory(num_bytes=256, handle=GOOD.handle).encode())
 
 
-def test_memory_that_could_not_be_exported_says_why(tmp_path: Path) -> None:
+def test_memory_that_could_not_be_exported_gives_the_reason(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="cannot be shared: not on WSL"):
         read(tmp_path, ExportedMemory(num_bytes=128, handle=b"", error="not on WSL").encode())

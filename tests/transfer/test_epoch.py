@@ -17,12 +17,12 @@ HOLD = "import sys; from pathlib import Path; from kvist.transfer.epoch import E
 )
 
 
-def test_epochs_are_never_the_same() -> None:
+def test_new_epochs_are_unique() -> None:
     assert len({new_epoch() for _ in range(100)}) == 100
 
 
 @pytest.mark.e2e
-def test_a_killed_process_is_dead_and_a_living_one_is_not(tmp_path: Path) -> None:
+def test_the_epoch_of_a_killed_process_is_dead_and_of_a_running_one_is_not(tmp_path: Path) -> None:
     epoch = new_epoch()
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path), epoch], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -38,7 +38,7 @@ def test_a_killed_process_is_dead_and_a_living_one_is_not(tmp_path: Path) -> Non
     assert watch.is_dead(epoch)
 
 
-def test_a_life_stays_alive_when_a_cleaner_removes_its_file_and_dies_all_the_same(tmp_path: Path) -> None:
+def test_an_epoch_whose_file_was_removed_is_alive_until_its_process_ends(tmp_path: Path) -> None:
     lock, watch = EpochLock(tmp_path, EpochId("e1")), EpochWatch(tmp_path)
     assert not watch.is_dead(EpochId("e1"))
     lock_path(tmp_path, EpochId("e1")).unlink()
@@ -47,13 +47,13 @@ def test_a_life_stays_alive_when_a_cleaner_removes_its_file_and_dies_all_the_sam
     assert watch.is_dead(EpochId("e1"))
 
 
-def test_who_asks_late_still_learns_of_the_death(tmp_path: Path) -> None:
+def test_a_late_watch_still_finds_a_dead_epoch(tmp_path: Path) -> None:
     EpochLock(tmp_path, EpochId("e1")).close()
     sweep(tmp_path)  # a restart
     assert EpochWatch(tmp_path).is_dead(EpochId("e1"))
 
 
-def test_two_who_ask_at_once_do_not_take_each_other_for_the_owner(tmp_path: Path) -> None:
+def test_two_concurrent_watches_are_not_mistaken_for_the_owner(tmp_path: Path) -> None:
     EpochLock(tmp_path, EpochId("e1")).close()
     held = os.open(lock_path(tmp_path, EpochId("e1")), os.O_RDONLY)
     import fcntl
@@ -63,7 +63,7 @@ def test_two_who_ask_at_once_do_not_take_each_other_for_the_owner(tmp_path: Path
     os.close(held)
 
 
-def test_sweeping_leaves_the_living_and_removes_who_died_long_ago(tmp_path: Path) -> None:
+def test_sweep_keeps_live_epochs_and_removes_those_dead_for_long(tmp_path: Path) -> None:
     living = EpochLock(tmp_path, EpochId("living"))
     EpochLock(tmp_path, EpochId("dead")).close()
     os.utime(lock_path(tmp_path, EpochId("dead")), (0, 0))  # a long life: the file is old, the death is new

@@ -56,7 +56,7 @@ class Copier:
         self.jobs.write(job)
 
 
-def test_a_full_queue_fails_the_handoff_that_found_it_full_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_fails_only_the_handoff_that_was_added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "MAX_QUEUED_WRITES", 2)
     copier = Copier()
     copier.write("a", 0)
@@ -71,7 +71,7 @@ def test_a_full_queue_fails_the_handoff_that_found_it_full_and_no_other(monkeypa
     assert not copier.target[1:].any(), "a failed handoff writes nothing any more, not even what was queued"
 
 
-def test_every_report_wakes_the_loop() -> None:
+def test_every_transfer_report_wakes_the_loop() -> None:
     copier = Copier()
     copier.write("a", 0)
     copier.jobs.stop(HandoffId("b"))
@@ -79,7 +79,7 @@ def test_every_report_wakes_the_loop() -> None:
 
 
 @pytest.mark.parametrize("pages_at_once", [1, 2])
-def test_a_stop_in_the_middle_of_a_job_ends_it_at_the_group_and_tells_how_far_it_came(pages_at_once: int) -> None:
+def test_a_stop_during_a_write_ends_it_after_the_group_and_reports_the_pages_written(pages_at_once: int) -> None:
     copier = Copier(pages_at_once)
     copier.while_copying = lambda: copier.jobs.stop(HandoffId("a"))
     copier.write("a", 0, 1, 2)
@@ -90,7 +90,7 @@ def test_a_stop_in_the_middle_of_a_job_ends_it_at_the_group_and_tells_how_far_it
     assert not copier.target[pages_at_once:].any()
 
 
-def test_a_close_in_the_middle_of_a_job_ends_it_at_the_group_without_a_word() -> None:
+def test_a_close_during_a_write_ends_it_after_the_group_without_a_report() -> None:
     copier = Copier(2)
     copier.while_copying = copier.jobs.close
     copier.write("a", 0, 1, 2)
@@ -98,7 +98,7 @@ def test_a_close_in_the_middle_of_a_job_ends_it_at_the_group_without_a_word() ->
     assert copier.copied == [(0, 1)]
 
 
-def test_groups_change_neither_the_order_nor_the_checksum() -> None:
+def test_group_size_changes_neither_the_order_nor_the_checksum() -> None:
     alone, grouped = Copier(1), Copier(3)
     for copier in (alone, grouped):
         copier.write("a", 3, 1, 0, 2)
@@ -107,7 +107,7 @@ def test_groups_change_neither_the_order_nor_the_checksum() -> None:
     assert grouped.copied == [(3, 1, 0), (2,), (0,)]
 
 
-def test_pages_that_cannot_be_read_have_a_checksum_that_nobody_sent() -> None:
+def test_unreadable_pages_get_a_checksum_that_matches_no_writer() -> None:
     copier = Copier()
     copier.digests = None  # type: ignore[method-assign, assignment]
     copier.jobs.verify(VerifyPages(handoff_id=HandoffId("a"), page_ids=(0,)))

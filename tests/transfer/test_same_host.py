@@ -118,7 +118,7 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
     made.die()
 
 
-def test_a_pool_is_mapped_once_and_let_go_when_its_engine_is_dead(writer: Writer, peer: Peer) -> None:
+def test_a_pool_is_mapped_once_and_unmapped_when_its_engine_is_dead(writer: Writer, peer: Peer) -> None:
     writer.pages.go_on.set()
     writer.write_and_wait(peer.address)
     writer.write_and_wait(peer.address)
@@ -130,9 +130,7 @@ def test_a_pool_is_mapped_once_and_let_go_when_its_engine_is_dead(writer: Writer
     writer.wait_until_mapped([False])
 
 
-def test_a_peer_whose_last_writes_may_still_arrive_is_dead_only_when_they_have_settled(
-    tmp_path: Path, peer: Peer
-) -> None:
+def test_a_peer_is_dead_only_after_its_last_writes_have_settled(tmp_path: Path, peer: Peer) -> None:
     clock = FakeClock(5.0)
     writer = Writer(tmp_path.resolve(), settle_s=0.5, clock=clock)
     try:
@@ -148,7 +146,7 @@ def test_a_peer_whose_last_writes_may_still_arrive_is_dead_only_when_they_have_s
         writer.transport.close()
 
 
-def test_memory_that_is_being_written_to_stays_mapped_until_the_group_is_copied(writer: Writer, peer: Peer) -> None:
+def test_a_pool_being_written_stays_mapped_until_the_group_is_copied(writer: Writer, peer: Peer) -> None:
     """A GPU kernel that writes to memory that is no longer mapped takes the whole process with it."""
     writer.write(peer.address)
     assert writer.pages.begun.wait(timeout=60)
@@ -159,7 +157,7 @@ def test_memory_that_is_being_written_to_stays_mapped_until_the_group_is_copied(
     assert writer.pages.mapped_after_the_wait
 
 
-def test_the_least_recently_written_pools_are_let_go_when_there_are_too_many(
+def test_the_least_recently_written_pools_are_unmapped_above_the_limit(
     writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(same_host, "MAX_PEER_MAPS", 2)
@@ -172,7 +170,7 @@ def test_the_least_recently_written_pools_are_let_go_when_there_are_too_many(
         each.die()
 
 
-def test_a_pool_whose_engine_is_dead_is_not_even_mapped(writer: Writer, tmp_path: Path) -> None:
+def test_a_pool_of_a_dead_engine_is_never_mapped(writer: Writer, tmp_path: Path) -> None:
     abandoned = tmp_path.resolve() / "pool-1-dead.pages"
     abandoned.write_bytes(b"\0" * 8 * LAYOUT.page_bytes)
     address = PoolAddress(
