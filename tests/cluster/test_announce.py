@@ -57,7 +57,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REPORT_INTERVAL_S", 0.0)
 
 
-async def test_readiness_is_said_once_and_its_loss_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_readiness_is_announced_once_and_its_loss_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "kvist.cluster.announce"):
         assert await watch(Script(False, False, True, False, True), 6) == 1
     assert [record.message for record in caplog.records] == [
@@ -67,7 +67,7 @@ async def test_readiness_is_said_once_and_its_loss_is_logged(caplog: pytest.LogC
     ]
 
 
-def test_a_router_names_the_workers_that_it_waits_for_but_not_hundreds() -> None:
+def test_a_router_names_a_limited_number_of_missing_workers() -> None:
     snapshot = ClusterSnapshot(workers=tuple(worker(f"w:{port}", problem="no answer") for port in range(100)))
     text = waiting_for(snapshot)
     assert text.startswith("w:0 (no answer); w:1 (no answer)")
@@ -75,7 +75,7 @@ def test_a_router_names_the_workers_that_it_waits_for_but_not_hundreds() -> None
     assert waiting_for(ClusterSnapshot(workers=(worker("a:1", alive=True),))) == "a worker of the other role"
 
 
-def test_the_example_is_a_command_that_a_shell_reads_as_meant() -> None:
+def test_the_curl_example_is_a_valid_shell_command() -> None:
     words = shlex.split(curl_example("http://h:1", api_key="s3cret"))
     assert words[:2] == ["curl", "http://h:1/v1/chat/completions"]
     assert "Authorization: Bearer s3cret" in words
@@ -83,7 +83,7 @@ def test_the_example_is_a_command_that_a_shell_reads_as_meant() -> None:
     assert router_example("http://h:1", "decode") == "kvist router --prefill PREFILL_URL --decode http://h:1"
 
 
-def test_a_key_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_api_key_is_printed_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown_key([]) is None
     assert shown_key(["s3cret"]) == "YOUR_KEY"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)

@@ -52,7 +52,7 @@ def chat(answer: Answer | None = None, **config: object) -> Chat:
     return Chat(answer or (lambda _request: httpx.Response(200, text=events("Bon", "jour"))), ChatConfig(**config))  # type: ignore[arg-type]
 
 
-def test_each_turn_sends_the_whole_history_and_shows_what_it_took() -> None:
+def test_each_chat_turn_sends_the_whole_history_and_shows_its_figures() -> None:
     here = chat(system="Be brief.")
     assert here.say("Hello", "", "And now?") == [True, True, True]
     assert [len(asked["messages"]) for asked in here.asked] == [2, 4]  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def test_each_turn_sends_the_whole_history_and_shows_what_it_took() -> None:
     assert "temperature" not in here.asked[0]
 
 
-def test_commands_change_the_history_and_ask_nothing() -> None:
+def test_chat_commands_change_the_history_and_send_no_request() -> None:
     here = chat(system="Be brief.")
     here.say("Hello", "/undo")
     assert here.roles() == ["system"]
@@ -97,14 +97,14 @@ def test_figures_can_be_turned_off() -> None:
         lambda _request: (_ for _ in ()).throw(httpx.ConnectError("refused")),
     ],
 )
-def test_a_question_that_gets_no_answer_is_not_in_the_history(answer: Answer) -> None:
+def test_a_question_without_an_answer_is_removed_from_the_history(answer: Answer) -> None:
     here = chat(answer)
     assert here.say("Hello") == [True]
     assert here.roles() == []
     assert "no answer" in here.shown
 
 
-def test_an_answer_that_breaks_off_stays_as_far_as_it_came() -> None:
+def test_the_received_part_of_a_broken_answer_stays_in_the_history() -> None:
     text = events("Bon").partition("\n\n")[0] + '\n\ndata: {"error": {"message": "lost"}}\n\n'
     here = chat(lambda _request: httpx.Response(200, text=text))
     here.say("Hello")
@@ -112,7 +112,7 @@ def test_an_answer_that_breaks_off_stays_as_far_as_it_came() -> None:
     assert "lost" in here.shown
 
 
-def test_an_answer_that_was_cut_at_its_limit_says_so() -> None:
+def test_the_figures_name_an_answer_cut_at_its_limit() -> None:
     here = chat(lambda _request: httpx.Response(200, text=events("Bon", finish_reason="length")))
     here.say("Hello")
     assert "cut at its limit" in here.shown
@@ -127,9 +127,7 @@ def test_an_answer_that_was_cut_at_its_limit_says_so() -> None:
         ([], None, []),
     ],
 )
-def test_a_chat_is_with_a_url_or_with_a_server_of_its_own(
-    argv: list[str], url: str | None, serve_argv: list[str]
-) -> None:
+def test_a_chat_uses_a_url_or_starts_its_own_server(argv: list[str], url: str | None, serve_argv: list[str]) -> None:
     read = settings.read("chat", argv, {})
     assert isinstance(read, settings.ChatSettings)
     assert (read.chat.url, read.serve_argv() if url is None else []) == (url, serve_argv)

@@ -78,12 +78,12 @@ def test_a_turn_is_shown_piece_by_piece_and_measured() -> None:
         ("data: [DONE]\n\n", 200, "without its usage"),
     ],
 )
-def test_an_answer_that_fails_is_an_error_that_says_why(body: str, status: int, word: str) -> None:
+def test_a_failed_answer_is_an_error_with_the_reason(body: str, status: int, word: str) -> None:
     with pytest.raises(EngineError, match=word):
         ask(body, FakeClock(), status)
 
 
-def test_the_table_has_one_line_a_turn_and_the_processes_are_named() -> None:
+def test_the_demo_table_has_one_line_per_turn_and_the_summary_names_the_processes() -> None:
     body = piece("a") + piece("b") + piece("c") + event(choices=[], usage=USAGE, kvist=REPORT)
     report = ask(body, FakeClock())[0]
     lines = table([("question", report), ("chat 1", report)]).splitlines()
@@ -100,7 +100,7 @@ def test_the_table_has_one_line_a_turn_and_the_processes_are_named() -> None:
     assert "(16 from the device pool, 32 from host memory, 0 from storage)" in told
 
 
-def test_the_demo_fails_without_the_expected_word_or_when_a_tier_gives_nothing_back() -> None:
+def test_the_demo_fails_without_the_expected_word_or_without_pages_from_a_tier() -> None:
     body = piece("It is Paris") + event(choices=[], usage=USAGE, kvist=REPORT)
     report = ask(body, FakeClock())[0]
     rows = [("question", report), (FROM_HOST.name, report), (FROM_STORE.name, report)]

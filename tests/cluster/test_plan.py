@@ -46,13 +46,13 @@ def test_prefill_without_decode_is_refused(prefill: int, decode: int) -> None:
         ClusterConfig(prefill=prefill, decode=decode)
 
 
-def test_a_cluster_of_nothing_is_refused() -> None:
+def test_a_cluster_without_workers_is_refused() -> None:
     with pytest.raises(ConfigError, match="starts nothing"):
         ClusterConfig(prefill=0, decode=0)
 
 
 @pytest.mark.parametrize(("workers", "cores", "each"), [(2, 2, 1), (2, 8, 4), (3, 8, 2), (5, 2, 1)])
-def test_cores_are_dealt_out_evenly_and_nobody_goes_without(workers: int, cores: int, each: int) -> None:
+def test_cores_are_shared_evenly_and_every_worker_gets_one(workers: int, cores: int, each: int) -> None:
     assert threads_for_each(workers, cores) == each
 
 
@@ -69,7 +69,7 @@ def options_of(shape: ClusterShape) -> list[tuple[str | None, str | None]]:
     return dealt
 
 
-def test_workers_get_gpus_in_turn_and_those_on_one_share_its_memory() -> None:
+def test_gpus_are_assigned_round_robin_and_workers_on_one_gpu_share_its_memory() -> None:
     three = ClusterConfig(prefill=2, decode=1)
     assert options_of(ClusterShape(config=three, num_gpus=2, memory_share=0.8)) == [
         ("0", "0.4000"),
@@ -83,7 +83,7 @@ def test_workers_get_gpus_in_turn_and_those_on_one_share_its_memory() -> None:
     ]
 
 
-def test_a_share_of_memory_that_the_user_has_set_is_everybodys() -> None:
+def test_a_memory_fraction_set_by_the_user_reaches_every_worker_unchanged() -> None:
     shape = ClusterShape(config=ClusterConfig(), num_gpus=1, worker_argv=("--mem-fraction-static=0.3",))
     assert options_of(shape) == [("0", "0.3"), ("0", "0.3")]
 
@@ -93,13 +93,13 @@ def test_a_tensor_parallel_worker_gets_its_gpus_in_a_row() -> None:
     assert options_of(shape) == [("0", None), ("2", None)]
 
 
-def test_where_there_are_no_gpus_nothing_is_dealt_out() -> None:
+def test_without_gpus_no_gpu_options_are_assigned() -> None:
     shape = ClusterShape(config=ClusterConfig(), num_gpus=0, gpus_per_worker=2, memory_share=0.8)
     assert options_of(shape) == [(None, None), (None, None)]
 
 
 @pytest.mark.parametrize(("first", "size"), [(0, 2), (1, 1), (7, 1)])
-def test_gpus_that_are_not_there_are_asked_for_all_the_same_so_that_the_worker_refuses(first: int, size: int) -> None:
+def test_missing_gpus_are_assigned_so_that_the_worker_refuses_with_a_reason(first: int, size: int) -> None:
     shape = ClusterShape(config=ClusterConfig(), num_gpus=1, base_gpu_id=first, gpus_per_worker=size)
     assert options_of(shape) == [(str(first), None), (str(first), None)]
 

@@ -73,7 +73,7 @@ def test_the_wait_before_a_restart_doubles_up_to_a_limit() -> None:
     assert [restart_wait_s(deaths) for deaths in (1, 2, 3, 20)] == [0.5, 1.0, 2.0, 30.0]
 
 
-def test_children_are_started_relayed_and_stopped() -> None:
+def test_children_are_started_their_output_relayed_and_stopped() -> None:
     lines = Lines()
     with Processes([plan("a", STAYS), plan("b", STAYS)], probe=ready, sink=lines) as processes:
         processes.wait_ready(60)
@@ -83,7 +83,7 @@ def test_children_are_started_relayed_and_stopped() -> None:
     assert not any(is_alive(pid) for pid in pids if pid is not None)
 
 
-def test_a_child_gets_its_own_settings_and_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_gets_its_own_environment_settings_and_none_of_the_parents(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVIST_PORT", "8000")  # meant for us: the child's is on its command line
     says = "import os; print(*sorted(k for k in os.environ if k.startswith('KVIST_')), flush=True); input()"
     child = ChildPlan(name="a", argv=(sys.executable, "-c", says), url="a", environ={"KVIST_API_KEY": "hush"})
@@ -108,7 +108,7 @@ def test_a_killed_child_is_reported_and_started_again() -> None:
         assert processes.children["a"].pid != first
 
 
-def test_a_child_that_cannot_start_fails_the_wait_with_its_last_words() -> None:
+def test_a_child_that_cannot_start_fails_the_wait_and_its_last_lines_are_quoted() -> None:
     with (
         Processes([plan("a", DIES)], probe=alive, sink=Lines()) as processes,
         pytest.raises(Unavailable, match="no such model"),
@@ -116,7 +116,7 @@ def test_a_child_that_cannot_start_fails_the_wait_with_its_last_words() -> None:
         processes.wait_ready(60)
 
 
-def test_waiting_for_a_child_that_never_gets_ready_ends() -> None:
+def test_waiting_for_a_child_that_never_gets_ready_times_out() -> None:
     with (
         Processes([plan("a", STAYS)], probe=alive, sink=Lines()) as processes,
         pytest.raises(Timeout, match="not ready: a"),
@@ -177,7 +177,7 @@ print("last word", flush=True)
 
 
 @pytest.mark.case("port-of-another")
-def test_a_child_that_refuses_its_settings_ends_the_start_at_once_and_is_not_started_again() -> None:
+def test_a_child_that_refuses_its_settings_ends_the_start_and_is_not_restarted() -> None:
     lines = Lines()
     with Processes([plan("a", REFUSES)], probe=alive, sink=lines, lines_are_shown=True) as processes:
         with pytest.raises(ConfigError, match="a refused its settings") as caught:
@@ -189,7 +189,7 @@ def test_a_child_that_refuses_its_settings_ends_the_start_at_once_and_is_not_sta
 
 
 @pytest.mark.case("stopped-engine")
-def test_a_ready_child_that_is_stopped_is_named_killed_and_started_again() -> None:
+def test_a_ready_child_that_hangs_is_logged_killed_and_restarted() -> None:
     lines = Lines()
 
     def answers(_url: str, _instance_id: str) -> Answer:
@@ -211,7 +211,7 @@ def test_a_ready_child_that_is_stopped_is_named_killed_and_started_again() -> No
 
 
 @pytest.mark.case("shutdown-timeout-of-up")
-def test_a_child_has_the_time_of_its_open_requests_and_haste_shortens_it() -> None:
+def test_a_child_may_finish_its_open_requests_unless_the_stop_is_hurried() -> None:
     lines = Lines()
     processes = Processes([plan("a", DRAINS)], probe=ready, sink=lines, limits=Limits(drain_s=3600))
     processes.start()
@@ -227,7 +227,7 @@ def test_a_child_has_the_time_of_its_open_requests_and_haste_shortens_it() -> No
 
 
 @pytest.mark.case("shutdown-timeout-of-up")
-def test_a_child_that_is_stopped_by_a_signal_hears_that_it_should_end() -> None:
+def test_a_suspended_child_is_continued_so_that_it_can_end() -> None:
     lines = Lines()
     processes = Processes([plan("a", STAYS)], probe=ready, sink=lines, limits=Limits(drain_s=3600))
     processes.start()

@@ -19,14 +19,14 @@ from kvist.server.config import ServerConfig
         (ServerConfig(host="127.0.0.1", port=0), False),
     ],
 )
-def test_an_open_address_without_a_key_is_warned_of(
+def test_an_open_address_without_an_api_key_is_logged_as_a_warning(
     server: ServerConfig, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with listen(server):
         assert any("--api-key" in record.message for record in caplog.records) is warned
 
 
-def test_a_port_that_is_taken_is_named() -> None:
+def test_the_error_for_a_port_in_use_names_the_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--port {port}"), listen(ServerConfig(port=port)):

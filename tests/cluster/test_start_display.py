@@ -33,7 +33,7 @@ def children(**doings: str) -> dict[str, Child]:
     return made
 
 
-def test_elsewhere_a_line_comes_for_each_ready_process_and_seldom_for_the_rest(clock: FakeClock) -> None:
+def test_without_a_terminal_each_ready_process_gets_a_line_and_the_rest_few(clock: FakeClock) -> None:
     started, said = children(decode="loading weights 40%", router=""), list[str]()
     report = StartLines(started, said.append)
     report()
@@ -48,7 +48,7 @@ def test_elsewhere_a_line_comes_for_each_ready_process_and_seldom_for_the_rest(c
     assert said[1:] == ["after 13 s: decode starting: loading weights 40%"]
 
 
-def test_a_terminal_has_a_changing_line_for_each_process_and_only_important_lines_above(clock: FakeClock) -> None:
+def test_a_terminal_shows_a_changing_line_per_process_and_important_lines_above(clock: FakeClock) -> None:
     written = io.StringIO()
     console = Console(file=written, force_terminal=True, width=100)
     started = children(decode="loading weights 40%", router="")
@@ -81,11 +81,11 @@ def test_a_terminal_has_a_changing_line_for_each_process_and_only_important_line
         ("was killed by signal 9; starting it again in 0.5 s", False),
     ],
 )
-def test_routine_lines_are_told_from_important_ones_in_both_formats(line: str, routine: bool) -> None:
+def test_routine_log_lines_are_recognized_in_both_log_formats(line: str, routine: bool) -> None:
     assert is_routine(line) is routine
 
 
-def test_a_long_text_of_a_child_stays_on_its_line() -> None:
+def test_a_long_progress_text_is_cut_to_one_line() -> None:
     assert len(describe(children(a="x" * 500)["a"])) < 80
 
 
@@ -118,7 +118,7 @@ def url() -> Iterator[str]:
     server.server_close()
 
 
-def test_a_child_that_starts_is_alive_and_says_what_it_does(url: str) -> None:
+def test_a_starting_child_is_alive_and_its_progress_is_read(url: str) -> None:
     assert probe_child(f"{url}/loading", "id") == Answer(alive=True, doing="loading weights 40%")
     assert probe_child(f"{url}/waiting", "id") == Answer(alive=True)
     assert probe_child(f"{url}/other", "id") == NO_ANSWER

@@ -55,13 +55,13 @@ def test_a_body_over_the_limit_is_refused(settled):
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_half_worker_names_the_router_to_who_asks_it_for_an_answer(settled, role):
+def test_a_prefill_or_decode_worker_refuses_generation_and_names_the_router(settled, role):
     answer = httpx.post(getattr(settled, role) + CHAT, json={"messages": HELLO})
     assert 400 <= answer.status_code < 500
     assert "router" in answer.json()["error"]["message"]
 
 
-def test_every_process_is_healthy_and_says_who_it_is(settled):
+def test_every_process_is_healthy_and_reports_its_role(settled):
     for name in ("router", "prefill", "decode", "unified"):
         url = getattr(settled, name)
         assert httpx.get(f"{url}/health").status_code == 200
@@ -70,7 +70,7 @@ def test_every_process_is_healthy_and_says_who_it_is(settled):
         assert engine is None if name == "router" else engine["role"] == name
 
 
-def test_a_disconnect_aborts_everywhere_long_before_the_answer_is_over(settled):
+def test_a_disconnect_aborts_at_every_worker_long_before_the_answer_ends(settled):
     def num_tokens() -> float:
         return settled.metric("kvist:worker_generation_tokens_total", url=settled.decode)
 
@@ -89,7 +89,7 @@ def test_a_disconnect_aborts_everywhere_long_before_the_answer_is_over(settled):
     assert num_tokens() - before < 200, "tokens, not seconds: a machine slow to abort is slow to decode, too"
 
 
-def test_a_disconnect_while_the_prompt_is_read_aborts_too(settled):
+def test_a_disconnect_during_prefill_aborts_at_every_worker(settled):
     prompt = {"text": "word " * 1800, "sampling_params": {"max_new_tokens": 64, "ignore_eos": True}}
     with contextlib.suppress(httpx.ReadTimeout):
         httpx.post(settled.router + NATIVE, json=prompt, timeout=0.3)
@@ -117,7 +117,7 @@ def test_metrics_count_what_was_answered(settled):
     assert settled.metric("kvist:time_to_first_token_seconds_count") > 0
 
 
-def test_tokenize_and_detokenize_undo_each_other(settled):
+def test_detokenize_is_the_inverse_of_tokenize(settled):
     text = "Kvist: en gren, två löv — 枝 🌿"
     tokens = httpx.post(settled.router + "/tokenize", json={"prompt": text}).json()["tokens"]
     assert len(tokens) > 3
@@ -125,7 +125,7 @@ def test_tokenize_and_detokenize_undo_each_other(settled):
     assert text in json.dumps(back, ensure_ascii=False)
 
 
-def test_workers_without_a_host_tier_refuse_a_store_and_say_what_to_add(settled):
+def test_workers_without_a_host_tier_refuse_a_store_and_name_the_flag(settled):
     for method in ("GET", "PUT", "DELETE"):
         answer = httpx.request(method, settled.router + "/hicache/storage-backend", json={}, timeout=60)
         assert answer.status_code == 400

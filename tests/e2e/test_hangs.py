@@ -41,7 +41,7 @@ class Stream:
 
 
 @pytest.mark.case("stopped-engine")
-def test_an_engine_a_worker_and_a_router_that_are_stopped_are_noticed_and_started_again(settled: Any) -> None:
+def test_a_suspended_engine_worker_and_router_are_noticed_and_restarted(settled: Any) -> None:
     """All three at once: an engine under its own worker, which tells of it; another worker's HTTP; and the router."""
     children = settled.processes.children
     pids = {name: children[name].pid for name in ("router", "decode-0", "unified")}

@@ -67,7 +67,7 @@ def test_a_killed_decode_worker_is_a_503_until_it_is_back(settled, victim):
     settled.wait_ready()
 
 
-def test_two_terminals_and_a_router_answer_a_curl():
+def test_two_workers_and_a_router_started_by_hand_answer_a_curl():
     prefill, decode, router = free_ports(3)
     model = str(find_checkpoint(None).path)
     flags = ("--model-path", model, "--host", "127.0.0.1", "--tp", "1", "--mem-fraction-static", "0.8")

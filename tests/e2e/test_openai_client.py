@@ -30,7 +30,7 @@ def test_the_model_list_names_the_served_model(client):
     assert [model.id for model in client.models.list()] == [MODEL]
 
 
-def test_a_stream_says_the_same_as_the_whole_answer_piece_by_piece(client):
+def test_a_stream_gives_the_text_of_the_whole_answer_in_pieces(client):
     asked = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 24}
     whole = client.chat.completions.create(**asked)
     events = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))

@@ -195,7 +195,7 @@ async def post_unnoticed(client: httpx.AsyncClient, path: str, **request: Any) -
     pytest.fail(f"the event loop was held for {holds_s} s")
 
 
-async def test_the_watch_sees_a_loop_that_is_held() -> None:
+async def test_the_watch_notices_a_blocked_event_loop() -> None:
     async with loop_watch() as watch:
         wall_s, cpu_s = time.perf_counter(), time.process_time()
         while min(time.perf_counter() - wall_s, time.process_time() - cpu_s) < 0.06:

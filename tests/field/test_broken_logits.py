@@ -109,7 +109,7 @@ def submit(name: str, prompt: list[int]) -> Submit:
 
 @pytest.mark.case("nan-logits")
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_model_with_nan_weights_fails_every_request_with_an_error_that_says_so(tmp_path: Path, overlap: bool) -> None:
+def test_a_model_with_nan_weights_fails_every_request_with_a_clear_error(tmp_path: Path, overlap: bool) -> None:
     engine = Engine(llama_folder(tmp_path, "norm"), overlap=overlap)
     for name in ("first", "second"):
         outputs, ended = engine.run(**{name: [1, 2, 3]})
@@ -121,9 +121,7 @@ def test_a_model_with_nan_weights_fails_every_request_with_an_error_that_says_so
 
 @pytest.mark.case("nan-logits")
 @pytest.mark.parametrize("overlap", [False, True])
-def test_other_requests_of_the_batch_go_on_unharmed_and_nothing_of_the_broken_one_is_cached(
-    tmp_path: Path, overlap: bool
-) -> None:
+def test_nan_logits_fail_one_request_of_a_batch_and_cache_none_of_its_pages(tmp_path: Path, overlap: bool) -> None:
     engine = Engine(llama_folder(tmp_path, "embedding"), overlap=overlap)
     good, other = [1, 2, 3, 4, 5], [9, 8, 6]
     alone = {name: engine.run(**{name: prompt})[0][name] for name, prompt in {"x": good, "y": other}.items()}
@@ -157,7 +155,7 @@ def test_other_requests_of_the_batch_go_on_unharmed_and_nothing_of_the_broken_on
     ],
     ids=str,
 )
-def test_the_sampler_names_the_rows_whose_logits_are_no_numbers(params: SamplingParams) -> None:
+def test_the_sampler_returns_the_rows_with_nan_or_infinite_logits(params: SamplingParams) -> None:
     logits = torch.randn(7, 300, generator=torch.Generator().manual_seed(2))
     logits[1, 299] = NAN
     logits[2, 0] = INF

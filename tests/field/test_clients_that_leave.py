@@ -157,7 +157,7 @@ def left(name: str) -> wire.Abort:
 
 @pytest.mark.case("cancel-in-prefill")
 @pytest.mark.parametrize("after_s", [0.2, 0.7, 1.15, 3.0])
-def test_a_step_whose_client_has_left_is_given_up_within_100_ms_and_the_next_prompt_starts(after_s: float) -> None:
+def test_a_step_without_a_client_is_abandoned_within_100_ms_and_the_next_prompt_starts(after_s: float) -> None:
     engine = Engine()
     engine.at(0.0, prompt("long", 3000))
     engine.at(1.0 + after_s, left("long"))
@@ -174,7 +174,7 @@ def test_a_step_whose_client_has_left_is_given_up_within_100_ms_and_the_next_pro
 
 
 @pytest.mark.case("cancel-in-prefill")
-def test_forty_clients_that_leave_at_once_are_released_together_with_all_their_pages() -> None:
+def test_the_pages_of_forty_clients_that_leave_at_once_are_freed_together() -> None:
     engine = Engine()
     for index in range(40):
         engine.at(0.0, prompt(f"long{index}", 3000 - index))
@@ -188,7 +188,7 @@ def test_forty_clients_that_leave_at_once_are_released_together_with_all_their_p
 
 
 @pytest.mark.case("cancel-in-prefill")
-def test_a_step_that_somebody_still_waits_for_goes_on_and_the_one_who_left_is_released_at_its_end() -> None:
+def test_a_step_with_one_client_left_goes_on_and_aborted_requests_end_with_it() -> None:
     engine = Engine()
     engine.at(0.0, prompt("leaves", 100))
     engine.at(0.0, prompt("stays", 100))

@@ -32,7 +32,7 @@ print(seen[31], seen[-1])
 @pytest.mark.model
 @pytest.mark.case("memory-by-length")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_for_numbers_of_rows_that_the_products_have_not_seen_levels_off() -> None:
+def test_memory_for_new_numbers_of_rows_in_matrix_products_levels_off() -> None:
     done = subprocess.run([sys.executable, "-c", _STEPS], capture_output=True, text=True, check=True, timeout=60)
     after_32, after_96 = map(float, done.stdout.split())
     assert after_96 - after_32 < 40, "64 more numbers of rows, three products each, used to take 110 MiB"

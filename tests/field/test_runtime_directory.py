@@ -70,7 +70,7 @@ def test_a_runtime_directory_of_another_user_is_refused(tmp_path: Path, monkeypa
         runtime_dir(str(tmp_path))
 
 
-def test_the_users_own_directory_is_made_for_him_alone_and_never_through_a_link(
+def test_the_users_runtime_directory_is_private_and_never_made_through_a_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SHARED_MEMORY", tmp_path)
@@ -88,7 +88,7 @@ def test_the_users_own_directory_is_made_for_him_alone_and_never_through_a_link(
 
 @pytest.mark.case("small-shm")
 @pytest.mark.parametrize("max_total_tokens", [None, 10_000])
-def test_a_small_shared_memory_is_named_with_its_remedies(max_total_tokens: int | None) -> None:
+def test_a_runtime_directory_that_is_too_small_is_an_error_with_its_remedies(max_total_tokens: int | None) -> None:
     """Memory is plenty, and weights do not count against the file system of the pool."""
     room = Room(free_bytes=MIB, directory=Path("/dev/shm/kvist-0"), enough_tokens=8192)
     with pytest.raises(ConfigError) as refused:
@@ -106,7 +106,7 @@ def test_a_small_shared_memory_is_named_with_its_remedies(max_total_tokens: int 
     assert "weights" not in refused.value.message
 
 
-def test_a_shared_memory_that_holds_a_whole_context_is_used_and_said_to_be_the_limit() -> None:
+def test_a_pool_limited_by_shared_memory_is_logged_as_limited() -> None:
     room = Room(free_bytes=100 * LAYOUT.page_bytes, directory=Path("/dev/shm/kvist-0"), enough_tokens=400)
     common = {"available_bytes": 1000 * MIB, "weights_bytes": MIB, "mem_fraction_static": 0.8, "cap_tokens": 800}
     size = plan_pool_size(LAYOUT, **common, room=room)
@@ -116,14 +116,14 @@ def test_a_shared_memory_that_holds_a_whole_context_is_used_and_said_to_be_the_l
 
 
 @pytest.mark.case("small-shm")
-def test_a_pool_has_all_its_memory_from_the_start(tmp_path: Path) -> None:
+def test_a_pool_reserves_all_its_memory_at_the_start(tmp_path: Path) -> None:
     pool = DevicePool.create(LAYOUT, 1000, device=CPU, directory=tmp_path)
     assert os.stat(pool.address.location).st_blocks * 512 >= 1000 * LAYOUT.page_bytes
     pool.close()
 
 
 @pytest.mark.case("small-shm")
-def test_a_file_system_that_fills_up_is_an_error_at_the_start_and_nothing_stays(
+def test_a_full_file_system_is_an_error_at_the_start_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_fd: int, _offset: int, _length: int) -> None:
@@ -135,7 +135,7 @@ def test_a_file_system_that_fills_up_is_an_error_at_the_start_and_nothing_stays(
     assert names_in(tmp_path) == []
 
 
-def test_one_engine_at_a_time_takes_memory(tmp_path: Path) -> None:
+def test_engines_reserve_memory_one_at_a_time(tmp_path: Path) -> None:
     with module.turn(tmp_path):
         fd = os.open(tmp_path, os.O_RDONLY)
         with pytest.raises(BlockingIOError):
@@ -157,7 +157,7 @@ def leave(directory: Path, name: str, *, age_s: float = 0.0) -> Path:
 
 
 @pytest.mark.case("pool-file-left")
-def test_when_nobody_is_alive_everything_of_ours_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_without_living_engines_all_of_our_leftovers_and_nothing_else_are_removed(tmp_path: Path) -> None:
     for name in ("pool-1-0123abcd.pages", "epoch-e1.lock", "tp-1-0123abcd", "tp-1-0123abcd.pool.0"):
         leave(tmp_path, name)
     leave(tmp_path, "pool-2-0123abcd.new", age_s=100)
@@ -172,7 +172,7 @@ def test_when_nobody_is_alive_everything_of_ours_is_removed_and_nothing_else(tmp
 
 
 @pytest.mark.case("pool-file-left")
-def test_while_somebody_is_alive_the_pools_of_the_dead_go_and_their_epochs_stay_for_him(tmp_path: Path) -> None:
+def test_while_an_engine_lives_the_pools_of_dead_engines_go_and_their_epochs_stay(tmp_path: Path) -> None:
     lock = EpochLock(tmp_path, EpochId("alive"))
     pool = DevicePool.create(LAYOUT, 2, device=CPU, directory=tmp_path)
     leave(tmp_path, "pool-1-0123abcd.pages")
@@ -194,7 +194,7 @@ def test_a_link_among_the_leftovers_is_not_followed(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.case("pool-file-left")
-async def test_the_parent_of_an_engine_that_was_killed_removes_its_pool(tmp_path: Path) -> None:
+async def test_the_parent_of_a_killed_engine_removes_its_pool(tmp_path: Path) -> None:
     """However it ends, killed by others, by its parent after the grace, or by its own limit: here by others."""
     engine = subprocess.Popen(
         [sys.executable, "-c", ENGINE, str(tmp_path)], stdout=subprocess.PIPE, start_new_session=True

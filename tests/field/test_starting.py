@@ -43,7 +43,7 @@ def url() -> Iterator[str]:
 
 
 @pytest.mark.case("port-of-another")
-def test_a_server_on_the_port_of_a_child_is_never_taken_for_it(url: str) -> None:
+def test_another_server_on_the_port_of_a_child_is_not_mistaken_for_the_child(url: str) -> None:
     assert probe_child(url, "ours") is READY
     assert probe_child(url, "another") is NO_ANSWER
 
@@ -53,7 +53,7 @@ def start_up(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.case("port-of-another")
-def test_up_on_a_port_that_is_taken_says_so_once_and_starts_nothing() -> None:
+def test_up_on_a_port_in_use_prints_one_error_and_starts_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = start_up(f"--port={port}")
@@ -63,7 +63,7 @@ def test_up_on_a_port_that_is_taken_says_so_once_and_starts_nothing() -> None:
 
 
 @pytest.mark.case("port-of-another")
-def test_up_with_a_model_that_is_not_there_says_so_once_and_starts_nothing() -> None:
+def test_up_with_a_missing_model_prints_one_error_and_starts_nothing() -> None:
     done = start_up("--port=0", "--model-path=/nowhere")
     assert done.returncode == 2
     assert (done.stderr + done.stdout).count("/nowhere") == 1

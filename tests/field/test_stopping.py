@@ -106,7 +106,7 @@ async def read(server: Server, ask: dict[str, object]) -> str:
 
 
 @pytest.mark.case("drain-timeout")
-async def test_a_stream_beyond_the_shutdown_timeout_ends_with_an_error_event_and_one_log_line(
+async def test_a_stream_over_the_shutdown_timeout_ends_with_an_error_event_and_one_log_line(
     serve: Callable[..., object], caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serve(shutdown_timeout_s=0.5) as server:  # type: ignore[attr-defined]
@@ -129,7 +129,7 @@ async def test_a_stream_beyond_the_shutdown_timeout_ends_with_an_error_event_and
 
 
 @pytest.mark.case("drain-timeout")
-async def test_a_stream_within_the_shutdown_timeout_is_finished_and_new_requests_are_refused(
+async def test_open_streams_finish_within_the_shutdown_timeout_and_new_requests_are_refused(
     serve: Callable[..., object],
 ) -> None:
     async with serve(shutdown_timeout_s=60) as server:  # type: ignore[attr-defined]
@@ -158,7 +158,7 @@ async def test_a_second_signal_cuts_open_requests_at_once(serve: Callable[..., o
 
 
 @pytest.mark.case("ready-before-close")
-async def test_the_port_answers_unready_for_the_drain_grace_and_closes_then(serve: Callable[..., object]) -> None:
+async def test_the_port_answers_unready_for_the_drain_grace_and_then_closes(serve: Callable[..., object]) -> None:
     async with serve(drain_grace_s=1.0, shutdown_timeout_s=0) as server:  # type: ignore[attr-defined]
         assert (await server.client.get("/ready")).status_code == 200
         server.signal()
@@ -173,7 +173,7 @@ async def test_the_port_answers_unready_for_the_drain_grace_and_closes_then(serv
 
 @pytest.mark.case("signal-to-all")
 @pytest.mark.parametrize("parent_first", [True, False])
-async def test_a_signal_beside_the_word_of_the_parent_asks_for_no_haste(parent_first: bool) -> None:
+async def test_a_signal_beside_the_stop_of_the_parent_does_not_hurry(parent_first: bool) -> None:
     """A service manager signals every process of the group; the parent, which is one of them, tells its children."""
     stop = StopSignals()
     stop.watch()
@@ -189,7 +189,7 @@ async def test_a_signal_beside_the_word_of_the_parent_asks_for_no_haste(parent_f
 
 
 @pytest.mark.case("signal-to-all")
-async def test_a_worker_that_drains_gets_nothing_new_and_finishes_what_it_has(serve: Callable[..., object]) -> None:
+async def test_a_draining_worker_gets_no_new_request_and_finishes_its_open_ones(serve: Callable[..., object]) -> None:
     """As a router sees it when one worker of several is told to stop."""
     async with serve() as server:  # type: ignore[attr-defined]
         server.engine.stop_after = 3

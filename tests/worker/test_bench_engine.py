@@ -74,7 +74,7 @@ def runner(tiny_model_path: Path, tmp_path: Path) -> Iterator[Watched]:
 
 
 @pytest.mark.parametrize("text", ["300@128+1x2048", "8@1024+4x512", "64@512+1x960", "1x4096"])
-def test_the_scheduler_has_room_for_a_whole_shape_in_one_step(text: str) -> None:
+def test_the_bench_scheduler_fits_a_whole_shape_into_one_step(text: str) -> None:
     shape = parse_shape(text)
     limits = scheduler_limits([parse_shape("1@8"), shape])
     num_prompt_tokens = shape.num_prompts * shape.prompt
@@ -93,7 +93,7 @@ def sizes(batch: Batch) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["alone", "overlapped"])
 @pytest.mark.parametrize("text", ["1@8", "3@40", "2x24", "3@20+2x9"])
-def test_every_measured_step_has_the_shape(text: str, overlap: bool, runner: Watched) -> None:
+def test_every_measured_step_has_the_batch_shape(text: str, overlap: bool, runner: Watched) -> None:
     shape = parse_shape(text)
     bench = bench_of(shape, runner)
     if overlap:
@@ -112,20 +112,20 @@ def test_every_measured_step_has_the_shape(text: str, overlap: bool, runner: Wat
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["alone", "overlapped"])
-def test_decodes_that_are_ready_early_last_until_the_others_have_been_read(overlap: bool, runner: Watched) -> None:
+def test_decodes_prefilled_first_last_until_the_others_are_prefilled(overlap: bool, runner: Watched) -> None:
     shape = parse_shape("9@15+1x6")
     limits = dataclasses.replace(scheduler_limits([shape]), chunked_prefill_size=16, max_prefill_tokens=25)
     bench = ShapeBench(shape, STEPS, runner, limits, PromptSource(VOCABULARY), MonotonicClock())
     assert bench.measure_overlapped() > 0 if overlap else len(bench.measure_parts()) == STEPS.steps
 
 
-def test_a_first_token_is_no_decode_of_a_long_context(runner: Watched) -> None:
+def test_the_first_token_of_a_prompt_does_not_count_as_a_decode(runner: Watched) -> None:
     bench_of(parse_shape("2@33"), runner).measure_parts()
     first_measured = runner.batches[-STEPS.steps - STEPS.warmup_steps]
     assert sizes(first_measured) == [(1, 32), (1, 32)]  # with the new one the context is 33
 
 
-def test_the_parts_of_a_step_are_its_time(runner: Watched) -> None:
+def test_the_parts_of_a_measured_step_add_up_to_its_time(runner: Watched) -> None:
     for step in bench_of(parse_shape("2@8"), runner).measure_parts():
         assert min(step.plan_s, step.launch_s, step.compute_s, step.read_back_s) >= 0
         assert step.step_s == step.plan_s + step.launch_s + step.compute_s + step.read_back_s
@@ -135,18 +135,18 @@ def test_the_parts_of_a_step_are_its_time(runner: Watched) -> None:
 @pytest.mark.parametrize(
     ("text", "words"), [("1@200", "trained for"), ("1x300", "trained for"), ("40@100", "raise --max-total-tokens")]
 )
-def test_a_shape_that_does_not_fit_is_told(text: str, words: str, runner: Watched) -> None:
+def test_a_shape_that_does_not_fit_is_an_error_with_the_numbers(text: str, words: str, runner: Watched) -> None:
     with pytest.raises(ConfigError, match=words):
         check_fits(parse_shape(text), STEPS, runner, 128)
 
 
 @pytest.mark.parametrize("text", ["", "8", "8@", "0@5", "5x0", "1@2+3@4", "1@2 +3x4", "1@2+", "x@y"])
-def test_a_shape_that_cannot_be_read_is_told(text: str) -> None:
+def test_an_invalid_shape_is_an_error_that_shows_valid_ones(text: str) -> None:
     with pytest.raises(ConfigError, match="--shapes"):
         StepsConfig(shapes=(text,))
 
 
-def test_the_verb_prints_a_line_for_each_shape_and_writes_every_step(
+def test_bench_engine_prints_a_line_per_shape_and_writes_every_step(
     tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine = EngineConfig(

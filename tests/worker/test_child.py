@@ -72,7 +72,7 @@ def is_running(pid: int) -> bool:
     return False
 
 
-async def test_a_start_relays_progress_and_returns_the_spec() -> None:
+async def test_starting_an_engine_relays_progress_and_returns_the_spec() -> None:
     progress: list[str] = []
     engine = await start("well", progress)
     assert progress == ["loading weights 40%"]
@@ -81,17 +81,17 @@ async def test_a_start_relays_progress_and_returns_the_spec() -> None:
     assert not is_running(engine.pid)
 
 
-async def test_a_refusal_comes_back_as_the_error_it_was() -> None:
+async def test_an_engine_error_at_start_is_raised_in_the_parent() -> None:
     with pytest.raises(ModelLoadError, match="no such model"):
         await start("refuse")
 
 
-async def test_a_death_without_a_word_tells_the_status() -> None:
+async def test_an_engine_that_dies_at_start_raises_with_its_exit_status() -> None:
     with pytest.raises(EngineError, match="status -9"):
         await start("crash")
 
 
-async def test_a_start_that_takes_too_long_is_given_up_and_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_start_over_its_timeout_fails_and_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     pids: list[int] = []
     ended = child._end
 
@@ -112,7 +112,7 @@ async def test_an_engine_that_does_not_end_is_killed() -> None:
     assert await engine.wait() == -9
 
 
-async def test_the_supervisor_starts_a_dead_engine_again_and_tells_each_change(
+async def test_the_supervisor_restarts_a_dead_engine_and_reports_each_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(child, "FIRST_RESTART_WAIT_S", 0.01)
@@ -145,7 +145,7 @@ async def test_the_supervisor_starts_a_dead_engine_again_and_tells_each_change(
 
 
 @pytest.mark.parametrize("play", ["bound", "well"])
-async def test_the_parent_runs_where_its_engine_says_and_anywhere_without_one(
+async def test_the_parent_uses_the_cores_named_by_its_engine_and_all_cores_without_one(
     play: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child, "FIRST_RESTART_WAIT_S", 0.01)
@@ -166,7 +166,7 @@ async def test_the_parent_runs_where_its_engine_says_and_anywhere_without_one(
     assert bound == ([{1, 3}, everywhere, {1, 3}, everywhere] if play == "bound" else [])
 
 
-async def test_a_first_start_that_fails_is_not_tried_again() -> None:
+async def test_a_failed_first_start_is_not_retried() -> None:
     supervisor = EngineSupervisor(config("refuse"), on_change=lambda _spec: None, command=COMMAND)
     with pytest.raises(ModelLoadError):
         await supervisor.run()
@@ -193,7 +193,7 @@ async def until_killed(play: str, stop_it: bool) -> tuple[EngineSupervisor, Engi
 
 @pytest.mark.case("stopped-engine")
 @pytest.mark.parametrize(("play", "stop_it"), [("beating", True), ("blocked", False)])
-async def test_an_engine_that_makes_no_progress_is_killed_after_the_limit_and_named(
+async def test_the_supervisor_kills_and_logs_an_engine_without_progress(
     play: str, stop_it: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child, "_SELF_EXIT_GRACE_S", 0.0)
@@ -204,7 +204,7 @@ async def test_an_engine_that_makes_no_progress_is_killed_after_the_limit_and_na
 
 
 @pytest.mark.case("signal-to-all")
-async def test_a_supervisor_that_drains_tells_its_engine_and_starts_no_other() -> None:
+async def test_a_draining_supervisor_drains_its_engine_and_starts_no_other() -> None:
     changes: asyncio.Queue[EngineSpec | None] = asyncio.Queue()
     supervisor = EngineSupervisor(config("well"), on_change=changes.put_nowait, command=COMMAND)
     running = asyncio.create_task(supervisor.run())

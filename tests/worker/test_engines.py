@@ -41,7 +41,7 @@ def expected(
 
 
 @SAMPLING
-def test_prefill_and_decode_apart_give_the_tokens_of_one_engine(
+def test_separate_prefill_and_decode_give_the_tokens_of_one_engine(
     world: World, request_of: Any, sampling: dict[str, Any]
 ) -> None:
     prompts = [prompt(length) for length in LENGTHS]
@@ -59,7 +59,9 @@ def test_prefill_and_decode_apart_give_the_tokens_of_one_engine(
 
 
 @SAMPLING
-def test_many_at_once_give_the_tokens_of_each_alone(world: World, request_of: Any, sampling: dict[str, Any]) -> None:
+def test_concurrent_requests_get_the_tokens_of_each_alone(
+    world: World, request_of: Any, sampling: dict[str, Any]
+) -> None:
     prompts = [prompt(length, seed=1) for length in LENGTHS]
     answers = expected(world, request_of, sampling, prompts)
     unified = world.engine("unified", num_pages=256)
@@ -99,7 +101,7 @@ def test_a_prompt_found_in_the_cache_gives_the_same_tokens(
 
 
 @SAMPLING
-def test_a_second_turn_moves_only_the_pages_that_decode_lacks(
+def test_a_second_turn_transfers_only_the_pages_that_decode_lacks(
     world: World, request_of: Any, sampling: dict[str, Any]
 ) -> None:
     prefill, decode = world.engine("prefill"), world.engine("decode")
@@ -144,7 +146,7 @@ def test_preempted_requests_resume_with_the_same_tokens(
 
 
 @SAMPLING
-def test_a_stream_goes_on_in_a_fresh_engine_from_any_token(
+def test_a_stream_resumes_in_a_fresh_engine_from_any_token(
     world: World, request_of: Any, sampling: dict[str, Any]
 ) -> None:
     request = request_of("whole", prompt(10, seed=6), **sampling)
@@ -160,7 +162,7 @@ def test_a_stream_goes_on_in_a_fresh_engine_from_any_token(
         world.kill(fresh)
 
 
-def test_a_stream_goes_on_apart_from_any_token(world: World, request_of: Any) -> None:
+def test_a_stream_resumes_on_a_prefill_and_decode_pair_from_any_token(world: World, request_of: Any) -> None:
     request = request_of("whole", prompt(10, seed=6), **SEEDED)
     whole = world.answer(world.engine("unified"), request).token_ids
     prefill, decode = world.engine("prefill"), world.engine("decode")
@@ -175,7 +177,7 @@ def test_a_stream_goes_on_apart_from_any_token(world: World, request_of: Any) ->
     world.check_ledgers()
 
 
-def test_logprobs_are_the_same_however_the_work_was_split(world: World, request_of: Any) -> None:
+def test_logprobs_do_not_depend_on_how_the_work_was_split(world: World, request_of: Any) -> None:
     prefill, decode, unified = world.engine("prefill"), world.engine("decode"), world.engine("unified")
     sampling = {**SEEDED, "num_logprobs": 3}
     for length in (3, 8, 13, 21):
@@ -202,7 +204,7 @@ def test_an_answer_of_one_token_needs_no_decode_step(world: World, request_of: A
     world.check_ledgers()
 
 
-def test_stop_tokens_end_both_ways_at_the_same_place(world: World, request_of: Any) -> None:
+def test_stop_tokens_end_unified_and_split_requests_at_the_same_token(world: World, request_of: Any) -> None:
     prefill, decode, unified = world.engine("prefill"), world.engine("decode"), world.engine("unified")
     free = world.answer(unified, request_of("free", prompt(9, seed=8), **SEEDED)).token_ids
     for position in (0, 3, 11):
@@ -216,7 +218,7 @@ def test_stop_tokens_end_both_ways_at_the_same_place(world: World, request_of: A
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_engines_that_die_and_come_back_leave_nothing_held_at_the_others(
+def test_engines_that_die_and_restart_leave_no_page_held_at_their_peers(
     world: World, request_of: Any, role: str
 ) -> None:
     draw = random.Random(role)
@@ -242,7 +244,7 @@ def test_engines_that_die_and_come_back_leave_nothing_held_at_the_others(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_aborts_at_any_moment_end_everything_once_and_leak_nothing(world: World, request_of: Any, seed: int) -> None:
+def test_aborts_at_any_moment_end_each_request_once_and_leak_no_page(world: World, request_of: Any, seed: int) -> None:
     draw = random.Random(seed)
     prefill, decode = world.engine("prefill", num_pages=40), world.engine("decode", num_pages=40)
     unified = world.engine("unified", num_pages=40)
@@ -299,7 +301,7 @@ def fill(world: World, engine: Any, request_of: Any, seed: int) -> None:
 
 
 @SAMPLING
-def test_pages_from_the_host_tier_give_the_tokens_of_computing_again(
+def test_pages_from_the_host_tier_give_the_tokens_of_recomputing(
     world: World, request_of: Any, sampling: dict[str, Any]
 ) -> None:
     prompts = [prompt(length, seed=4) for length in (8, 17, 32, 33)]

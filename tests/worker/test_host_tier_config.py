@@ -26,12 +26,12 @@ LAYOUT = PageLayout(num_kv_heads=1, num_layers=1, page_size=4, head_dim=8, dtype
         ({"enable_hierarchical_cache": True, "hicache_ratio": 3.0, "hicache_size": 1.0}, "give one of them"),
     ],
 )
-def test_settings_that_mean_nothing_together_are_refused(settings: dict[str, object], words: str) -> None:
+def test_contradicting_host_tier_settings_are_refused(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         HostTierConfig(**settings)  # type: ignore[arg-type]
 
 
-def test_a_host_pool_must_fit_into_what_the_device_pool_left_and_one_that_does_not_leaves_nothing_behind(
+def test_a_host_pool_over_the_available_memory_is_refused_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = DevicePool.create(LAYOUT, 8, device=torch.device("cpu"), directory=tmp_path / "run")
@@ -60,7 +60,7 @@ def test_a_host_pool_must_fit_into_what_the_device_pool_left_and_one_that_does_n
         ({"hicache_storage_backend": "memory", "hicache_storage_path": "/pages"}, "has no folder"),
     ],
 )
-def test_settings_of_a_store_that_mean_nothing_together_are_refused(settings: dict[str, object], words: str) -> None:
+def test_contradicting_store_settings_are_refused(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         StorageConfig(**settings)  # type: ignore[arg-type]
 
@@ -68,14 +68,14 @@ def test_settings_of_a_store_that_mean_nothing_together_are_refused(settings: di
 @pytest.mark.parametrize(
     "settings", [{"hicache_storage_backend": "file"}, {"hicache_storage_prefetch_policy": "best_effort"}]
 )
-def test_a_store_needs_a_host_tier_in_front_of_it(settings: dict[str, object]) -> None:
+def test_store_settings_without_a_host_tier_are_refused(settings: dict[str, object]) -> None:
     storage = StorageConfig(**settings)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="add --enable-hierarchical-cache"):
         EngineConfig(storage=storage)
     EngineConfig(storage=storage, host_tier=HostTierConfig(enable_hierarchical_cache=True))
 
 
-def test_the_prefetch_flags_reach_whoever_waits() -> None:
+def test_the_prefetch_flags_become_the_prefetch_config() -> None:
     prefetch = StorageConfig(
         hicache_storage_prefetch_policy="wait_complete",
         hicache_storage_prefetch_threshold=32,

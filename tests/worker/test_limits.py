@@ -42,7 +42,7 @@ def test_every_auto_budget_holds_the_running_requests_and_a_whole_chunk(device: 
     assert budget % 128 == 0
 
 
-def test_what_was_set_is_kept_and_auto_adapts_to_it() -> None:
+def test_limits_set_by_the_user_are_kept_and_auto_limits_adapt() -> None:
     def resolve(**options: int | bool) -> SchedulerConfig:
         return resolve_limits(SchedulerOptions(**options), device="cpu", role=UNIFIED)  # type: ignore[arg-type]
 
@@ -57,7 +57,7 @@ _SIZE = st.none() | st.integers(1, 20_000)
 
 
 @given(st.sampled_from(PLACES), _SIZE, _SIZE, _SIZE)
-def test_only_two_numbers_that_the_user_gave_can_contradict_each_other(
+def test_only_limits_set_by_the_user_can_contradict_each_other(
     place: tuple[str, str], num_running: int | None, chunk: int | None, budget: int | None
 ) -> None:
     given_by_user = {"max_running_requests": num_running, "chunked_prefill_size": chunk, "max_prefill_tokens": budget}

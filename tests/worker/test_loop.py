@@ -321,7 +321,7 @@ def test_every_message_reaches_the_scheduler_as_its_event(engine: Engine) -> Non
     ]
 
 
-def test_hello_is_answered_with_the_spec(engine: Engine) -> None:
+def test_the_engine_answers_hello_with_its_spec(engine: Engine) -> None:
     engine.iterate((G1, HELLO))
     assert engine.sent(wire.Welcome, G1) == [wire.Welcome(spec=SPEC)]
 
@@ -349,7 +349,7 @@ def test_a_request_id_in_use_is_refused_and_the_first_request_keeps_its_gateway(
     assert engine.sent(wire.StepOutputs, G1) == [wire.StepOutputs(chunks=(chunk("r"),))]
 
 
-def test_one_gateway_too_many_is_told_so_and_one_that_left_makes_room(
+def test_a_gateway_over_the_limit_is_refused_until_another_one_leaves(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gateways, "MAX_GATEWAYS", 1)
@@ -372,14 +372,14 @@ def test_a_request_id_may_be_used_again_after_its_end(engine: Engine) -> None:
 # ---------------------------------------------------------------- a plan is carried out
 
 
-def test_a_step_sends_one_message_to_each_gateway_however_many_streams_it_advances(engine: Engine) -> None:
+def test_a_step_sends_each_gateway_one_message_for_all_its_streams(engine: Engine) -> None:
     engine.iterate((G1, submit("a")), (G1, submit("b")), (G2, submit("c")))
     engine.iterate(plan=Plan(chunks=(chunk("a"), chunk("b"), chunk("c")), ended=(ended("b"),)))
     assert engine.sent(wire.StepOutputs, G1) == [wire.StepOutputs(chunks=(chunk("a"), chunk("b")), ended=(ended("b"),))]
     assert engine.sent(wire.StepOutputs, G2) == [wire.StepOutputs(chunks=(chunk("c"),))]
 
 
-def test_what_belongs_to_nobody_is_told_to_nobody(engine: Engine) -> None:
+def test_chunks_of_unknown_requests_are_dropped(engine: Engine) -> None:
     engine.iterate((G1, HELLO), plan=Plan(chunks=(chunk("ghost"),), ended=(ended("ghost"),)))
     assert not engine.sent(wire.StepOutputs)
 
@@ -394,7 +394,7 @@ def test_tokens_leave_before_the_next_batch_is_computed(engine: Engine, monkeypa
     assert order[-1] == "launch"
 
 
-def test_a_finished_batch_is_told_to_the_next_step_which_is_not_kept_waiting(engine: Engine) -> None:
+def test_a_finished_batch_is_an_event_of_the_next_step_without_a_wait(engine: Engine) -> None:
     engine.iterate(plan=Plan(batch=batch("a")))
     assert engine.loop._idle_s() == 0.0
     assert engine.iterate() == [StepFinished(step_id=1, sampled=SampledTokens(token_ids=[9]))]
@@ -411,7 +411,7 @@ def test_with_overlap_the_next_batch_is_launched_before_this_one_is_read() -> No
     assert engine.runner.order == ["launch 1", "launch 2", "read 1", "read 2"]
 
 
-def test_with_overlap_a_batch_that_nothing_can_follow_is_read_at_once() -> None:
+def test_with_overlap_a_batch_without_a_successor_is_read_at_once() -> None:
     engine = Engine(overlap=True)
     engine.iterate(plan=Plan(batch=batch("a")))
     engine.iterate()
@@ -423,7 +423,7 @@ def find(job_id: int) -> FindPages:
     return FindPages(job_id=job_id, digests=(b"d",))
 
 
-def test_who_arrives_is_searched_for_in_the_store_before_the_batch_is_planned_and_launched() -> None:
+def test_a_new_request_is_looked_up_in_the_store_before_its_batch_is_planned() -> None:
     storage = FakeStorage(answers_now=lambda: True)
     engine = Engine(storage=storage)
     fetch = FetchPages(job_id=3, digests=(b"d",), host_slots=(0,))
@@ -437,7 +437,7 @@ def test_who_arrives_is_searched_for_in_the_store_before_the_batch_is_planned_an
     assert engine.scheduler.with_batch == [False, True, True], "nobody arrived"
 
 
-def test_a_store_that_says_nothing_holds_the_batch_up_for_two_milliseconds_and_no_turn_again() -> None:
+def test_a_store_that_does_not_answer_delays_one_batch_by_two_milliseconds() -> None:
     engine = Engine(storage=FakeStorage(answers_now=lambda: False))
     engine.channel.recv = lambda timeout_s, recv=engine.channel.recv: (  # type: ignore[method-assign, misc]
         engine.clock.advance(timeout_s),
@@ -451,7 +451,7 @@ def test_a_store_that_says_nothing_holds_the_batch_up_for_two_milliseconds_and_n
     assert engine.channel.timeouts == pytest.approx([0.0, STORE_PROBE_S, 0.0])
 
 
-def test_what_is_heard_while_the_store_is_asked_is_not_lost() -> None:
+def test_messages_that_arrive_during_the_store_lookup_are_not_lost() -> None:
     engine = Engine(storage=FakeStorage(answers_now=lambda: bool(engine.scheduler.seen)))
     engine.scheduler.script = [Plan(moves=(find(1),))]
     real_step = engine.scheduler.step
@@ -468,7 +468,7 @@ def test_what_is_heard_while_the_store_is_asked_is_not_lost() -> None:
     ]
 
 
-def test_a_launch_that_fails_is_told_after_the_batch_before_it() -> None:
+def test_a_failed_launch_is_reported_after_the_batch_before_it() -> None:
     engine = Engine(overlap=True)
     engine.iterate(plan=Plan(batch=batch("a", 1)))
     engine.runner.fails = True
@@ -479,7 +479,7 @@ def test_a_launch_that_fails_is_told_after_the_batch_before_it() -> None:
     assert second == StepFailed(step_id=2, message="RuntimeError: the device is on fire")
 
 
-def test_a_batch_may_fail_when_it_is_read(engine: Engine) -> None:
+def test_a_batch_that_fails_when_read_is_a_failed_step(engine: Engine) -> None:
     engine.runner.fails_late = True
     engine.iterate(plan=Plan(batch=batch("a")))
     assert engine.iterate() == [StepFailed(step_id=1, message="RuntimeError: the device is on fire")]
@@ -496,7 +496,7 @@ def test_a_runner_that_raises_fails_the_step_and_the_engine_goes_on(engine: Engi
     assert isinstance(engine.iterate()[0], StepFinished)
 
 
-def test_an_engine_whose_every_step_fails_ends_and_tells_its_gateways(engine: Engine) -> None:
+def test_an_engine_ends_after_repeated_failed_steps_and_fails_its_requests(engine: Engine) -> None:
     engine.iterate((G1, submit("a")))
     engine.runner.fails = True
     engine.scheduler.script += [Plan(batch=batch("a", step_id)) for step_id in range(20)]
@@ -507,7 +507,7 @@ def test_an_engine_whose_every_step_fails_ends_and_tells_its_gateways(engine: En
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at the launch", "when it is read"])
-def test_a_runner_that_is_broken_for_good_ends_the_engine_with_its_first_word(engine: Engine, late: bool) -> None:
+def test_an_engine_error_of_the_runner_ends_the_engine_at_once(engine: Engine, late: bool) -> None:
     engine.iterate((G1, submit("a")))
     engine.runner.fails, engine.runner.fails_late = not late, late
     engine.runner.error = EngineError("tensor-parallel rank 1 ended")
@@ -518,7 +518,7 @@ def test_a_runner_that_is_broken_for_good_ends_the_engine_with_its_first_word(en
     assert len(engine.sent(wire.StepOutputs, G1)) == 1
 
 
-def test_every_turn_is_counted_so_that_somebody_can_see_the_loop_go_on(engine: Engine) -> None:
+def test_every_iteration_of_the_loop_is_counted(engine: Engine) -> None:
     engine.iterate()
     engine.iterate((G1, submit("a")))
     assert engine.loop.num_iterations == 2
@@ -543,7 +543,7 @@ def test_transfers_and_peer_messages_go_where_the_plan_says(engine: Engine) -> N
     assert engine.sent(wire.Closed, b"d") == [closed]
 
 
-def test_transfer_reports_come_before_the_messages_of_the_same_turn(engine: Engine) -> None:
+def test_transfer_reports_come_before_the_messages_of_the_same_iteration(engine: Engine) -> None:
     """The scheduler takes the first completion after a stop for its answer, so an older one must not come later."""
     engine.transport.reports = [WritesCompleted(handoff_id=HandoffId("h"), num_pages=1, checksum="c")]
     events = engine.iterate((b"d", wire.Revoke(handoff_id=HandoffId("h"), target_epoch=EpochId("d"), reason="x")))
@@ -570,7 +570,7 @@ def test_a_grant_that_cannot_be_sent_counts_as_refused(engine: Engine) -> None:
     assert (event.handoff_id, event.source_epoch) == ("h", "p")
 
 
-def test_a_flush_is_answered_to_who_asked(engine: Engine) -> None:
+def test_a_flush_is_answered_to_the_gateway_that_sent_it(engine: Engine) -> None:
     flushed = Plan(flushes=(Flush(call_id="c", num_pages=3),))
     [event] = engine.iterate((G2, wire.FlushCache(call_id="c", tier="device")), plan=flushed)
     assert event == FlushCache(call_id="c", tier="device")
@@ -590,7 +590,7 @@ def test_the_requests_of_a_silent_gateway_are_aborted_once(engine: Engine) -> No
     assert engine.iterate((G2, HELLO)) == []
 
 
-def test_a_gateway_that_comes_back_is_told_how_its_aborted_requests_ended(engine: Engine) -> None:
+def test_a_gateway_that_returns_gets_the_endings_of_its_aborted_requests(engine: Engine) -> None:
     engine.iterate((G1, submit("a")))
     engine.clock.advance(11)
     engine.iterate()
@@ -598,7 +598,7 @@ def test_a_gateway_that_comes_back_is_told_how_its_aborted_requests_ended(engine
     assert engine.sent(wire.StepOutputs, G1) == [wire.StepOutputs(ended=(ended("a"),))]
 
 
-def test_a_gateway_that_takes_no_message_has_its_requests_aborted(engine: Engine) -> None:
+def test_the_requests_of_a_gateway_that_does_not_read_are_aborted(engine: Engine) -> None:
     engine.iterate((G1, submit("a")), (G1, submit("b")))
     engine.channel.unreachable.add(G1)
     engine.iterate(plan=Plan(chunks=(chunk("a"),)))
@@ -606,7 +606,7 @@ def test_a_gateway_that_takes_no_message_has_its_requests_aborted(engine: Engine
     assert engine.iterate() == []
 
 
-def test_watched_peers_are_looked_at_at_once_and_then_each_second(engine: Engine) -> None:
+def test_watched_peers_are_checked_at_once_and_then_each_second(engine: Engine) -> None:
     watching = Plan(watched_epochs=frozenset({EpochId("p")}))
     engine.iterate(plan=watching)
     assert engine.transport.asked == ["p"]
@@ -623,7 +623,7 @@ def test_a_peer_that_is_dead_already_is_reported_in_the_next_step(engine: Engine
     assert engine.iterate() == [PeerDied(epoch=EpochId("p"))]
 
 
-def test_the_loop_sleeps_until_the_time_that_the_plan_names(engine: Engine) -> None:
+def test_the_loop_sleeps_until_the_wake_time_of_the_plan(engine: Engine) -> None:
     engine.iterate(plan=Plan(wake_at_s=100.25))
     assert engine.loop._idle_s() == pytest.approx(0.25)
     engine.iterate(plan=Plan(wake_at_s=None))
@@ -636,7 +636,7 @@ def test_a_transfer_report_is_an_event(engine: Engine) -> None:
     assert engine.iterate() == [verified]
 
 
-def test_stopping_fails_what_is_open_and_says_why(engine: Engine) -> None:
+def test_stopping_the_loop_fails_open_requests_with_the_reason(engine: Engine) -> None:
     engine.iterate((G1, submit("a")), (G2, submit("b")))
     engine.loop.request_stop()
     engine.loop.run()
@@ -666,7 +666,7 @@ def test_a_new_gateway_gets_a_snapshot_and_then_changes_with_growing_sequence(en
     assert (first.num_running, first.num_waiting, first.num_free_pages, first.totals["steps"]) == (3, 5, 1, 7.0)
 
 
-def test_reports_come_each_second_and_changes_no_quicker_than_the_limit(engine: Engine) -> None:
+def test_load_reports_are_sent_each_second_and_changes_at_most_every_50_ms(engine: Engine) -> None:
     engine.iterate((G1, HELLO))
     engine.iterate(plan=Plan(cached_added=(b"d1",)))
     engine.iterate(plan=Plan(cached_added=(b"d2",)))
@@ -683,7 +683,7 @@ def test_reports_come_each_second_and_changes_no_quicker_than_the_limit(engine: 
     assert len(reports(engine, G1)) == 3
 
 
-def test_a_page_that_came_and_went_between_two_reports_is_not_mentioned(engine: Engine) -> None:
+def test_a_page_cached_and_evicted_between_two_reports_is_not_reported(engine: Engine) -> None:
     engine.iterate((G1, HELLO))
     engine.iterate(plan=Plan(cached_added=(b"d1", b"d2")))
     engine.iterate(plan=Plan(cached_removed=(b"d1",)))
@@ -693,7 +693,7 @@ def test_a_page_that_came_and_went_between_two_reports_is_not_mentioned(engine: 
     assert (last.cached_added, last.cached_removed) == ((b"d2",), ())
 
 
-def test_resync_gets_everything_again_without_a_gap_for_the_others(engine: Engine) -> None:
+def test_a_resync_sends_a_snapshot_and_other_gateways_miss_no_change(engine: Engine) -> None:
     engine.iterate((G1, HELLO), (G2, HELLO))
     engine.clock.advance(0.05)
     engine.digests = [b"d1"]
@@ -716,9 +716,7 @@ def test_every_total_that_is_reported_is_explained_in_the_metrics(engine: Engine
 
 
 @pytest.mark.case("nan-logits")
-def test_a_step_with_logits_that_are_no_numbers_is_counted_and_logged(
-    engine: Engine, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_step_with_nan_logits_is_counted_and_logged(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     engine.iterate((G1, HELLO))
     engine.runner.invalid_rows = frozenset({0})
     for step_id in range(1, 12):  # as often as an engine whose device fails would end

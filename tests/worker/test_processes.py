@@ -187,12 +187,12 @@ def tokens(*engines: Engine) -> list[int]:
     return [token_id for chunk in chunks for token_id in chunk.token_ids]
 
 
-def test_the_spec_that_gateways_get_has_numbers_for_what_was_left_to_auto(cluster: Cluster) -> None:
+def test_the_engine_spec_has_numbers_for_every_limit_left_to_auto(cluster: Cluster) -> None:
     (engine,) = cluster.start("unified", scheduler=SchedulerOptions(max_prefill_tokens=96))
     assert engine.spec.max_running_requests == 96
 
 
-def test_two_processes_answer_as_one_does(cluster: Cluster) -> None:
+def test_prefill_and_decode_processes_give_the_tokens_of_one_engine(cluster: Cluster) -> None:
     unified, prefill, decode = cluster.start("unified", "prefill", "decode")
     request = make_request("r", 700)
     unified.send(wire.Submit(request=request, mode=Mode.FULL))
@@ -274,16 +274,14 @@ def assert_host_tier_gives_the_same_tokens(
 
 
 @pytest.mark.parametrize("write_policy", ["write_through", "write_back"])
-def test_pages_that_come_back_from_the_host_tier_give_the_same_tokens(cluster: Cluster, write_policy: str) -> None:
+def test_pages_loaded_from_the_host_tier_give_the_same_tokens(cluster: Cluster, write_policy: str) -> None:
     assert_host_tier_gives_the_same_tokens(cluster, write_policy)
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(300)  # kernels may have to be compiled
 @pytest.mark.parametrize("write_policy", ["write_through", "write_back"])
-def test_pages_of_a_gpu_that_come_back_from_the_host_tier_give_the_same_tokens(
-    gpu_cluster: Cluster, write_policy: str
-) -> None:
+def test_gpu_pages_loaded_from_the_host_tier_give_the_same_tokens(gpu_cluster: Cluster, write_policy: str) -> None:
     assert_host_tier_gives_the_same_tokens(gpu_cluster, write_policy, mem_fraction_static=0.1, **ON_GPU)
 
 
@@ -328,7 +326,7 @@ def test_pages_on_a_gpu_are_not_handed_to_a_cpu(gpu_cluster: Cluster) -> None:
         assert "start both with the same --device" in (engine.ended[0].message or "")
 
 
-def test_two_ranks_answer_as_one_does_and_end_together(cluster: Cluster) -> None:
+def test_two_tensor_parallel_ranks_give_the_tokens_of_one_and_end_together(cluster: Cluster) -> None:
     [one] = cluster.start("unified")
     [two] = cluster.start("unified", tp=2)
     assert (two.spec.tp_size, two.spec.namespace) == (2, one.spec.namespace)
@@ -361,14 +359,14 @@ def assert_ranks_give_the_same_tokens_with_a_host_tier(cluster: Cluster, **setti
     assert all(len(set(answer)) > 5 for answer in answers)
 
 
-def test_two_ranks_that_share_a_pool_have_its_pages_back_from_the_host(cluster: Cluster) -> None:
+def test_two_ranks_that_share_a_pool_load_its_pages_from_the_host_tier(cluster: Cluster) -> None:
     assert_ranks_give_the_same_tokens_with_a_host_tier(cluster)
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(300)  # kernels may have to be compiled
 @pytest.mark.parametrize("num_kv_heads", [2, 1])  # with one, both ranks have it
-def test_two_gpus_have_their_pieces_of_the_pages_back_from_the_host(
+def test_two_gpus_load_their_slices_of_the_pages_from_the_host_tier(
     gpu_cluster: Cluster, model_path: Path, num_kv_heads: int
 ) -> None:
     import torch
@@ -380,7 +378,7 @@ def test_two_gpus_have_their_pieces_of_the_pages_back_from_the_host(
     assert_ranks_give_the_same_tokens_with_a_host_tier(gpu_cluster, mem_fraction_static=0.1, **ON_GPU)
 
 
-def test_a_rank_that_is_killed_ends_its_engine_which_tells_its_requests(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_its_engine_and_fails_the_open_requests(cluster: Cluster, tmp_path: Path) -> None:
     [engine] = cluster.start("unified", tp=2)
     children = Path(f"/proc/{engine.process.pid}/task/{engine.process.pid}/children").read_text().split()
     followers = [pid for pid in children if b"kvist.runner.follower" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -392,7 +390,7 @@ def test_a_rank_that_is_killed_ends_its_engine_which_tells_its_requests(cluster:
     assert list((tmp_path / "run").glob("pool-*")) == list((tmp_path / "run").glob("tp-*")) == []
 
 
-def test_prefill_killed_during_a_transfer_fails_the_request_at_decode_and_frees_its_pages(cluster: Cluster) -> None:
+def test_prefill_killed_during_a_transfer_fails_the_decode_request_and_frees_its_pages(cluster: Cluster) -> None:
     prefill, decode = cluster.start("prefill", "decode", scheduler=SLOW)
     submit_pair(prefill, decode, make_request("r", 7000))
     until(lambda: decode.load is not None and decode.load.num_in_flight_pages > 0, decode)
@@ -407,7 +405,7 @@ def test_prefill_killed_during_a_transfer_fails_the_request_at_decode_and_frees_
     assert decode.load.num_free_pages + decode.load.num_cached_pages == decode.spec.num_pages
 
 
-def test_an_engine_told_to_stop_fails_what_is_open_and_leaves_no_pool_behind(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_stopped_engine_fails_its_open_requests_and_removes_its_pool(cluster: Cluster, tmp_path: Path) -> None:
     [engine] = cluster.start("unified", scheduler=SLOW)
     engine.send(wire.Submit(request=make_request("r", 7000), mode=Mode.FULL))
     until(lambda: engine.load is not None and engine.load.num_running == 1, engine)
@@ -419,7 +417,9 @@ def test_an_engine_told_to_stop_fails_what_is_open_and_leaves_no_pool_behind(clu
 
 
 @pytest.mark.case("signal-to-all")
-def test_an_engine_with_a_parent_ignores_signals_and_drains_when_told(cluster: Cluster, tmp_path: Path) -> None:
+def test_an_engine_with_a_parent_ignores_signals_and_drains_on_a_line_of_stdin(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     [engine] = cluster.start("unified")
     engine.send(wire.Submit(request=make_request("open", 300, max_tokens=100), mode=Mode.FULL))
     until(lambda: engine.chunks, engine)
@@ -436,14 +436,14 @@ def test_an_engine_with_a_parent_ignores_signals_and_drains_when_told(cluster: C
     assert list((tmp_path / "run").glob("pool-*")) == []
 
 
-def test_an_engine_ends_when_its_parent_does(cluster: Cluster) -> None:
+def test_an_engine_ends_when_its_parent_dies(cluster: Cluster) -> None:
     [engine] = cluster.start("unified")
     assert engine.process.stdin is not None
     engine.process.stdin.close()
     assert engine.process.wait(timeout=60) == 0
 
 
-def test_a_killed_engine_s_pool_is_removed_by_the_next_start(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_next_start_removes_the_pool_of_a_killed_engine(cluster: Cluster, tmp_path: Path) -> None:
     [engine] = cluster.start("unified")
     engine.kill()
     left = set((tmp_path / "run").glob("pool-*"))
@@ -478,7 +478,7 @@ def test_an_unreadable_message_is_dropped_and_counted(cluster: Cluster) -> None:
         (b"", "config_error", "standard input"),
     ],
 )
-def test_a_start_that_fails_says_why_in_one_line_and_exits_with_1(settings: bytes, code: str, says: str) -> None:
+def test_a_failed_start_logs_one_line_with_the_reason_and_exits_with_1(settings: bytes, code: str, says: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "kvist.worker"],
         stdin=subprocess.PIPE,
@@ -498,7 +498,7 @@ def test_a_start_that_fails_says_why_in_one_line_and_exits_with_1(settings: byte
     assert says in failed[0].message
 
 
-def test_a_killed_engine_that_starts_again_has_its_pages_and_gives_the_same_tokens(
+def test_a_restarted_engine_restores_its_persisted_pages_and_gives_the_same_tokens(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     host_tier = HostTierConfig(enable_hierarchical_cache=True, hicache_persist=str(tmp_path / "kept"))
@@ -521,7 +521,7 @@ def test_a_killed_engine_that_starts_again_has_its_pages_and_gives_the_same_toke
     assert answer(700 // 16 * 16) == computed
 
 
-def test_an_engine_killed_while_it_copies_pages_leaves_only_whole_ones(cluster: Cluster, tmp_path: Path) -> None:
+def test_an_engine_killed_during_a_backup_leaves_only_whole_pages(cluster: Cluster, tmp_path: Path) -> None:
     host_tier = HostTierConfig(enable_hierarchical_cache=True, hicache_persist=str(tmp_path / "kept"))
     requests = [make_request(f"r{length}", length) for length in range(200, 210)]
 
@@ -555,7 +555,7 @@ def test_an_engine_killed_while_it_copies_pages_leaves_only_whole_ones(cluster: 
     assert all(len(token_ids) == 20 for token_ids in computed.values())
 
 
-def test_an_engine_without_room_for_its_host_tier_says_so_and_ends(model_path: Path, tmp_path: Path) -> None:
+def test_an_engine_without_memory_for_its_host_tier_names_the_flag_and_ends(model_path: Path, tmp_path: Path) -> None:
     config = EngineConfig(
         model_path=str(model_path),
         load_format="dummy",
@@ -574,7 +574,7 @@ def test_an_engine_without_room_for_its_host_tier_says_so_and_ends(model_path: P
     assert list((tmp_path / "run").glob("pool-*")) == []
 
 
-def test_a_worker_killed_while_it_stores_pages_leaves_them_for_one_that_attaches_the_store_later(
+def test_pages_stored_before_a_worker_was_killed_serve_a_worker_that_attaches_the_store(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     def answer(engine: Engine, request_id: str, **changes: object) -> None:

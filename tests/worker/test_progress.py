@@ -22,7 +22,7 @@ def never() -> None:
     pytest.fail("it was ended")
 
 
-def test_a_turn_that_never_ends_ends_the_process_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_watch_ends_a_process_whose_loop_hangs_and_logs_why(caplog: pytest.LogCaptureFixture) -> None:
     ends: list[str] = []
     watch = ProgressWatch(lambda: 7, limit_s=LIMIT_S, end=lambda: ends.append("now"))
     for _ in range(LOOKS - 1):
@@ -34,14 +34,14 @@ def test_a_turn_that_never_ends_ends_the_process_and_says_why(caplog: pytest.Log
     assert "no progress for 30 s (--stall-restart-s)" in caplog.text
 
 
-def test_a_loop_that_takes_turns_however_slowly_is_left_alone() -> None:
+def test_the_watch_leaves_a_slow_loop_alone() -> None:
     turns = (number // (LOOKS - 1) for number in itertools.count())  # just quick enough
     watch = ProgressWatch(lambda: next(turns), limit_s=LIMIT_S, end=never)
     for _ in range(10 * LOOKS):
         watch.check()
 
 
-def test_a_long_step_that_uses_the_cpu_is_progress_and_one_that_waits_is_none() -> None:
+def test_a_long_step_is_progress_only_while_it_uses_the_cpu() -> None:
     told: list[tuple[float, float]] = []
     cpu_s = itertools.count(start=0.0, step=2 * LEAST_CPU_S)
     watch = ProgressWatch(lambda: 7, limit_s=LIMIT_S, loop_cpu_s=lambda: next(cpu_s), end=never)
@@ -60,14 +60,14 @@ def test_a_long_step_that_uses_the_cpu_is_progress_and_one_that_waits_is_none() 
     assert told[-1] == (pytest.approx(4 * CHECK_INTERVAL_S, abs=2 * CHECK_INTERVAL_S),) * 2
 
 
-def test_time_in_which_we_were_stopped_ourselves_is_told_apart() -> None:
+def test_oversleep_counts_the_time_in_which_the_process_was_stopped() -> None:
     oversleep = Oversleep(100.0, longest_s=1.0)
     assert oversleep.look(100.5) == 0.0
     assert oversleep.look(160.5) == 59.0
     assert oversleep.look(161.0) == 0.0
 
 
-def test_it_looks_from_start_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watch_checks_from_start_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "CHECK_INTERVAL_S", 0.001)
     looks, seen = itertools.count(), threading.Event()
 
@@ -93,7 +93,7 @@ threading.Event().wait(60)
 """
 
 
-def test_a_process_that_is_stuck_ends_with_1_and_the_places_of_its_threads() -> None:
+def test_a_hung_process_exits_with_1_and_prints_the_stacks_of_its_threads() -> None:
     done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "no progress" in done.stderr

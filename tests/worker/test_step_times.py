@@ -28,7 +28,7 @@ def fail(spent: StepCpuTimes) -> None:
         raise StepFailed(busy(0.02))
 
 
-def test_each_part_of_a_step_is_counted_apart_and_waiting_not_at_all() -> None:
+def test_the_cpu_time_of_each_part_of_a_step_is_counted_and_waiting_is_not() -> None:
     busy(0.02)  # before there was a loop
     spent = StepCpuTimes()
     before = spent.totals()

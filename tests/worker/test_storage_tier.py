@@ -76,7 +76,7 @@ def file_of(folder: Path, engine: Any, token_ids: tuple[int, ...], index: int) -
 
 
 @SAMPLING
-def test_after_a_restart_pages_from_the_store_give_the_tokens_of_computing_them(
+def test_pages_from_the_store_after_a_restart_give_the_same_tokens(
     world: World, request_of: Any, tmp_path: Path, sampling: dict[str, Any]
 ) -> None:
     storage = file_store(tmp_path / "pages")
@@ -93,7 +93,7 @@ def test_after_a_restart_pages_from_the_store_give_the_tokens_of_computing_them(
 
 
 @SAMPLING
-def test_apart_both_sides_take_their_pages_from_the_store_that_they_share(
+def test_prefill_and_decode_both_fetch_their_pages_from_a_shared_store(
     world: World, request_of: Any, tmp_path: Path, sampling: dict[str, Any]
 ) -> None:
     storage = file_store(tmp_path / "pages")
@@ -124,7 +124,7 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
-def test_a_page_that_is_damaged_or_missing_is_a_miss_and_cuts_the_prefix_there(
+def test_a_damaged_or_missing_page_in_the_store_ends_the_cached_prefix(
     world: World, request_of: Any, tmp_path: Path, damage: Any
 ) -> None:
     storage = file_store(tmp_path / "pages")
@@ -138,7 +138,7 @@ def test_a_page_that_is_damaged_or_missing_is_a_miss_and_cuts_the_prefix_there(
     assert answer(world, third, request_of("3", prompt(33), max_tokens=1)) == (tokens, 8 * 4)
 
 
-def test_on_a_full_disk_nothing_is_stored_and_every_request_is_answered(
+def test_with_a_full_disk_no_page_is_stored_and_every_request_is_answered(
     world: World, request_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> int:
@@ -155,9 +155,7 @@ def test_on_a_full_disk_nothing_is_stored_and_every_request_is_answered(
     assert answer(world, engine, request_of("2", prompt(33))) == (tokens, 32)
 
 
-def test_a_path_that_is_missing_is_made_and_one_that_cannot_be_a_folder_names_its_flag(
-    world: World, tmp_path: Path
-) -> None:
+def test_a_missing_store_path_is_created_and_an_impossible_one_names_its_flag(world: World, tmp_path: Path) -> None:
     start(world, file_store(tmp_path / "a" / "b"))
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").write_text("mine")
@@ -169,7 +167,7 @@ def test_a_path_that_is_missing_is_made_and_one_that_cannot_be_a_folder_names_it
         start(world, file_store(tmp_path / "small", hicache_storage_size=1e-6))
 
 
-def test_two_workers_that_write_the_same_pages_at_once_leave_them_whole_for_a_third(
+def test_two_workers_that_store_the_same_pages_at_once_leave_whole_pages(
     world: World, request_of: Any, tmp_path: Path
 ) -> None:
     storage = file_store(tmp_path / "pages")
@@ -186,9 +184,7 @@ def test_two_workers_that_write_the_same_pages_at_once_leave_them_whole_for_a_th
         assert answer(world, third, request_of(f"3-{n}", prompt(n))) == (one.token_ids, hits(n))
 
 
-def test_another_model_and_another_salt_find_nothing_of_each_other(
-    world: World, request_of: Any, tmp_path: Path
-) -> None:
+def test_another_model_or_cache_salt_finds_no_page_in_the_store(world: World, request_of: Any, tmp_path: Path) -> None:
     storage = file_store(tmp_path / "pages")
 
     def salted(name: str, salt: str) -> Any:
@@ -240,7 +236,7 @@ def hang(world: World, engine: Any, store: HangingStore, request: Any) -> None:
     world.step_until(lambda: not stream.waits_for and store.num_puts > num_puts)
 
 
-def test_while_a_store_hangs_requests_are_answered_and_what_it_may_still_touch_is_nobodys(
+def test_while_a_store_hangs_requests_are_answered_and_its_host_pages_stay_in_flight(
     world: World, request_of: Any, tmp_path: Path, hanging: HangingStore
 ) -> None:
     storage = file_store(tmp_path, deadline_s=DEADLINE_S)
@@ -307,9 +303,7 @@ def test_a_store_is_attached_and_detached_while_requests_are_served(
     world.check_ledgers()
 
 
-def test_what_cannot_be_attached_is_refused_with_the_field_and_nothing_has_changed(
-    world: World, tmp_path: Path
-) -> None:
+def test_a_refused_attach_names_the_field_and_changes_nothing(world: World, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     engine = start(world, StorageConfig(hicache_storage_roots=(str(tmp_path),)))
     for wanted, param in (
@@ -335,7 +329,7 @@ def test_what_cannot_be_attached_is_refused_with_the_field_and_nothing_has_chang
     assert "start it with --enable-hierarchical-cache" in world.ask_storage(without, "attach", backend="memory").message
 
 
-def test_a_store_that_takes_for_ever_to_open_holds_nobody_and_can_be_given_up(
+def test_a_store_that_hangs_while_opening_blocks_no_request_and_can_be_detached(
     world: World, request_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, closed = threading.Event(), threading.Event()
@@ -366,7 +360,7 @@ def test_a_store_that_takes_for_ever_to_open_holds_nobody_and_can_be_given_up(
     assert world.ask_storage(engine, "attach", backend="memory").status.state == "attached"
 
 
-def test_a_store_that_hangs_when_it_is_detached_is_left_behind(
+def test_a_store_that_hangs_at_detach_is_abandoned_after_a_timeout(
     world: World, request_of: Any, tmp_path: Path, hanging: HangingStore
 ) -> None:
     engine = start(world, file_store(tmp_path, deadline_s=DEADLINE_S))
@@ -379,7 +373,7 @@ def test_a_store_that_hangs_when_it_is_detached_is_left_behind(
     assert engine.scheduler.load().host_pages.in_flight == 0
 
 
-def test_another_store_is_detached_at_once_while_one_hangs_and_after_two_that_hang_none_is_attached(
+def test_after_two_hung_stores_no_other_store_is_attached(
     world: World, request_of: Any, tmp_path: Path, hanging: HangingStore
 ) -> None:
     engine = start(world, file_store(tmp_path, deadline_s=DEADLINE_S))
