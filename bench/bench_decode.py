@@ -42,7 +42,7 @@ GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
 def transformers_model(config: ModelConfig) -> Any:
-    """transformers' own Llama, filled with the weights that our reader dequantises (its own takes half a minute)."""
+    """Return transformers' Llama with the weights that our reader dequantises (its own reader takes half a minute)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hf_config = LlamaConfig(
@@ -72,7 +72,7 @@ def transformers_model(config: ModelConfig) -> Any:
 
 
 def transformers_decode(model: Any, prompt: list[int], num_tokens: int) -> tuple[float, list[int]]:
-    """(seconds for `num_tokens` after the first, all tokens)."""
+    """Return the seconds for `num_tokens` after the first one, and all tokens."""
 
     def generate(count: int) -> tuple[float, list[int]]:
         start = time.perf_counter()
@@ -90,7 +90,7 @@ def transformers_decode(model: Any, prompt: list[int], num_tokens: int) -> tuple
 
 
 def our_decode(runner: AnyRunner, prompts: list[list[int]], num_tokens: int) -> tuple[float, list[list[int]]]:
-    """(seconds for `num_tokens` of each stream after its first, all tokens of each stream)."""
+    """Return the seconds for `num_tokens` of each stream after its first one, and all tokens of each stream."""
     num_pages = -(-(len(prompts[0]) + num_tokens + 1) // runner.pool.layout.page_size)
     tokens = [list(prompt) for prompt in prompts]
     pages = [range(index * num_pages, (index + 1) * num_pages) for index in range(len(prompts))]

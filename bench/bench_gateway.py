@@ -2,13 +2,13 @@
 
     python bench/bench_gateway.py [--streams 32] [--tokens 500] [--rounds 3] [--offered 0] [--json FILE]
 
-Three processes: a fake engine that speaks the real wire and answers at once, one token a stream a step; the gateway
+Three processes: a fake engine with the real wire protocol that answers at once, one token a stream a step; the gateway
 (real dispatcher, tokenizer, HTTP server); clients that read server-sent events over real sockets. Reported per round:
-tokens a second of wall time, and of the gateway's own CPU time, which is what one core would do were it free.
+tokens a second of wall time, and of the gateway's own CPU time, which is the throughput of one free core.
 
-`--offered N` makes the engine keep to N tokens a second in all; 0 is as fast as the gateway takes them, where tokens
-that wait together leave in one event. The baseline, measured in the same run, is the same number of chunks written by
-a bare ASGI application on the same server: what HTTP alone costs. `--json` writes {commit, hardware, settings, rows}.
+`--offered N` limits the engine to N tokens a second in all. With 0 there is no limit, and tokens that wait
+together leave in one event. The baseline, measured in the same run, is the same number of chunks written by
+a bare ASGI application on the same server: the cost of HTTP alone. `--json` writes {commit, hardware, settings, rows}.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def engine_spec(endpoint: str) -> wire.EngineSpec:
 
 
 def step(channel: EngineChannel, streams: dict[RequestId, tuple[bytes, int, int]], tokens: list[int]) -> None:
-    """One token for each stream, one message for each gateway; a gateway that is full gets it in the next step."""
+    """Send one token for each stream, one message for each gateway. A full gateway gets its message in the next step."""
     by_gateway: dict[bytes, list[RequestId]] = {}
     for request_id, (gateway, _, _) in streams.items():
         by_gateway.setdefault(gateway, []).append(request_id)
@@ -154,7 +154,7 @@ def run_gateway(endpoint: str, port: int) -> None:
 
 
 def with_baseline(app: ASGIApp) -> ASGIApp:
-    """/baseline/N writes N chunks of the size of an event, one send each, and nothing else."""
+    """Wrap `app`: /baseline/N writes N chunks of the size of an event, with one send each."""
     body = b'data: {"id":"chatcmpl-' + b"x" * 160 + b'"}\n\n'
 
     async def outer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -175,7 +175,7 @@ def with_baseline(app: ASGIApp) -> ASGIApp:
 
 
 async def exchange(port: int, request: bytes) -> bytes:
-    """One HTTP/1.1 exchange; the body as it came, chunk framing included."""
+    """Do one HTTP/1.1 exchange; return the response bytes, chunk framing included."""
     reader, writer = await asyncio.open_connection(HOST, port, limit=1 << 20)
     writer.write(request)
     received = deque[bytes]()
@@ -210,7 +210,7 @@ def check_answer(answer: bytes, num_tokens: int) -> None:
     text = answer.decode()
     assert text.startswith("HTTP/1.1 200"), text[:400]
     assert "data: [DONE]" in text, "the stream was cut off"
-    assert f'"completion_tokens":{num_tokens},' in text, "the tokens do not add up"
+    assert f'"completion_tokens":{num_tokens},' in text, "the usage does not count the requested tokens"
 
 
 def cpu_s(pid: int) -> float:

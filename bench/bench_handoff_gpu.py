@@ -1,4 +1,4 @@
-"""How long does a handoff of 2,048 tokens between two GPU workers take? Needs a CUDA device; with two, both ways.
+"""How long does a handoff of 2,048 tokens between two GPU workers take? Needs a CUDA device, measures both ways on two.
 
 The pages of Qwen2-7B (bf16, 16 tokens each), scattered over both pools, through the transport that engines use, between
 two processes: from the order to write until the report that all is written and summed, then the peer's own checksum.
@@ -55,7 +55,7 @@ class End:
                 return reports[-1]
 
     def verify(self, page_ids: tuple[int, ...]) -> tuple[str, float]:
-        """(checksum, milliseconds)"""
+        """Return the checksum, and the milliseconds it took."""
         start_s = time.perf_counter()
         self.transport.verify(VerifyPages(handoff_id=HandoffId("h"), page_ids=page_ids))
         report = self.wait()
@@ -68,7 +68,7 @@ class End:
 
 
 def be_the_peer(device: str, num_pages: int, runtime_dir: Path) -> None:
-    """Answers its address, then (checksum, milliseconds) to each line of page ids."""
+    """Print the address of the pool, then (checksum, milliseconds) for each line of page ids."""
     end = End(torch.device(device), num_pages, runtime_dir)
     print(msgspec.json.encode(end.pool.address).decode(), flush=True)
     for line in sys.stdin:

@@ -2,16 +2,16 @@
 
     python bench/bench_host.py [--running 256] [--steps 300] [--context 512] [--temperature 0] [--json out.json]
 
-The real loop, scheduler, wire format and the GPU runner's host code turn as with overlap on a GPU, two gateways
-listening; the device and the sockets are imagined, so copies, launches and sends cost nothing here. CPU microseconds,
-p10 since the machine may be shared, and as a multiple of the baseline measured beside every step: making the batch
-items and chunks alone, the least that one object an item can cost.
+The real loop, scheduler, wire format and host code of the GPU runner run as with overlap on a GPU and two gateways.
+The device and the sockets are fakes, so copies, launches and sends cost nothing here. CPU microseconds,
+p10 since the machine may be shared, and as a multiple of the baseline measured beside every step: creating the batch
+items and chunks alone, the least cost of a step with one object for each item.
 
     plan      scheduler.step, the tokens of the step before the last among its events
     columns   items -> arrays (runner/columns.py)
     pack      arrays -> the words of the step's copy (runner/staging.py)
     index     where the tokens and the pages lie, their copy begun (attention/fa3.py and page_tables.py)
-    result    the copied tokens -> what the scheduler is told
+    result    the copied tokens -> the events that the scheduler gets
     encode    outputs -> bytes
     turn      all of them, and the loop around
 """
@@ -48,7 +48,7 @@ from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
 
 PAGE_SIZE = 16
-MAX_TURNS_BEFORE = 1000  # those that are measured
+MAX_TURNS_BEFORE = 1000  # before the measured ones
 PARTS = ("turn", "plan", "columns", "pack", "index", "result", "encode", "objects")
 
 
@@ -71,7 +71,7 @@ class Stopwatch:
 
 
 class ImaginedGpu:
-    """What cuda_runner.py does on the host, in the order of a replayed graph."""
+    """The host work of cuda_runner.py, in the order of a replayed graph."""
 
     def __init__(self, watch: Stopwatch, num_requests: int, context: int) -> None:
         cpu = torch.device("cpu")
@@ -213,21 +213,21 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     sockets = ImaginedSockets(watch)
     loop = make_loop(watch, args, sockets)
     sockets.waiting = submits(args)
-    told = -1
-    for _ in range(MAX_TURNS_BEFORE):  # the prompts are read
-        if sockets.num_chunks - told == args.running:
+    num_seen = -1
+    for _ in range(MAX_TURNS_BEFORE):  # computes the prompts
+        if sockets.num_chunks - num_seen == args.running:
             break
-        told = sockets.num_chunks
+        num_seen = sockets.num_chunks
         loop.iterate(0.0)
     freeze_gc()
     watch.times_us.clear()
-    told = sockets.num_chunks
+    num_seen = sockets.num_chunks
     for _ in range(args.steps):
         with watch("objects"):
             make_objects(args.running)
         with watch("turn"):
             loop.iterate(0.0)
-    assert sockets.num_chunks - told == args.running * args.steps, "every turn told one token of each stream"
+    assert sockets.num_chunks - num_seen == args.running * args.steps, "every iteration sent one token of each stream"
     return dict(watch.times_us)
 
 

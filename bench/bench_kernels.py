@@ -1,4 +1,4 @@
-"""How long do the GPU kernels of a decode step take, beside torch's and cuBLAS's own? Needs a CUDA device.
+"""How long do the GPU kernels of a decode step take, compared with torch's and cuBLAS's? Needs a CUDA device.
 
 Shapes are those of Qwen2-7B, numbers random (seed 0), every time is the median of replays of a CUDA graph. Weights are
 read from memory, never from the cache: each layer has its own. `--json FILE` keeps all rows.
@@ -36,8 +36,8 @@ Row = dict[str, str | int | float]
 
 
 def time_us(work: Callable[[], object], *, num_calls: int = 1, repeats: int = 9) -> float:
-    """Median microseconds of what one call of `work` launches, in a replay of `num_calls` in a row."""
-    for _ in range(2):  # compiles what capturing cannot
+    """Return the median microseconds of the kernels of one call of `work`, from a replay of `num_calls` in a row."""
+    for _ in range(2):  # compiles kernels, which capture cannot
         work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -61,7 +61,7 @@ def random(*shape: int, scale: float = 1.0) -> Tensor:
 
 
 def small_kernels() -> list[Row]:
-    """One kernel, 50 times in a row: its share of a chain of small kernels."""
+    """Measure one kernel 50 times in a row: its share of a chain of small kernels."""
     weight, frequencies = random(HIDDEN), torch.rand(HEAD_DIM // 2, device=CUDA)
     pages = random(2048, KV_HEADS, 1, 2, PAGE_SIZE, HEAD_DIM)[:, :, 0]
     rows: list[Row] = []
@@ -113,7 +113,7 @@ def _rotate_and_write_in_torch(heads: Tensor, turn: Rotary, pages: Tensor, slots
 
 @dataclass
 class Weights:
-    """The matrices of a model, plain and as the model runs them."""
+    """The matrices of a model, plain and in the layout that the model runs with."""
 
     plain: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # qkv, o, gate over up, down of each layer
     head: Tensor
@@ -137,7 +137,7 @@ class Weights:
 
 
 def matrices_of_a_step(weights: Weights) -> list[Row]:
-    """All products of one step, and nothing else; ours have SiLU x up in them, cuBLAS's do not."""
+    """Measure all products of one step and nothing else. Ours include SiLU x up, cuBLAS's do not."""
     layers, head = weights.ours()
     rows: list[Row] = []
     for m in (1, 2, 4, 8, 16, 64, 128, 256):
@@ -161,7 +161,7 @@ def matrices_of_a_step(weights: Weights) -> list[Row]:
 
 
 def whole_steps(weights: Weights) -> list[Row]:
-    """A decode step from hidden states to chosen tokens, attention over `context` tokens included."""
+    """Measure a decode step from hidden states to chosen tokens, attention over `context` tokens included."""
     choice = choose_attention("auto", CUDA, BF16)
     backend = build_attention(choice.name, CUDA)
     layers, head = weights.ours()
@@ -171,7 +171,7 @@ def whole_steps(weights: Weights) -> list[Row]:
     scale, frequencies = random(HIDDEN), torch.rand(HEAD_DIM // 2, device=CUDA)
     rows: list[Row] = []
     cases = ((1, 256), (1, 4096), (8, 2048), (64, 1024), (128, 600), (256, 600))
-    plan = backend.plan_decode_graph(max(m for m, _ in cases), MAX_PAGES)  # one for all sizes, as a server has it
+    plan = backend.plan_decode_graph(max(m for m, _ in cases), MAX_PAGES)  # one plan for all sizes, as in a server
     if plan is None:
         print(f"attention backend {choice.name} ({choice.reason}) cannot be captured: no whole steps")
         return rows
@@ -206,7 +206,7 @@ def whole_steps(weights: Weights) -> list[Row]:
             sampling.choose_tokens(logits, *noise)
 
         plan.fill([])
-        step()  # a plan takes spans for sizes that have run once
+        step()  # a plan accepts spans only for sizes that have run once
         plan.fill(spans)
         whole = time_us(step) / 1e3
         without = time_us(partial(step, parts="no attention")) / 1e3

@@ -1,4 +1,4 @@
-"""How quickly do pages move between a GPU and the host tier, against plain copies over the same link? Needs CUDA.
+"""How fast are page copies between a GPU and the host tier, compared with plain copies over the same link? Needs CUDA.
 
 The engine's own `PageMover` carries jobs of Qwen2-7B pages (bf16, 16 tokens, 917,504 bytes each) between a device pool
 and a pinned host pool: pages that lie one behind another on both sides (one copy a job), and pages scattered over both
@@ -8,7 +8,7 @@ The baseline, measured between them, is one copy of as many bytes from or to one
 streams. Then every byte that was moved is compared.
 
     python bench/bench_moves_gpu.py [--pages 1024] [--repetitions 10] [--json FILE]
-    python bench/bench_moves_gpu.py --device cpu --pages 64        # only whether it works: there is no link to measure
+    python bench/bench_moves_gpu.py --device cpu --pages 64        # a smoke test: there is no link to measure
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Pools:
     """A device pool and a host pool of as many pages, half of them for loads and half for backups."""
 
     def __init__(self, num_pages: int, device: torch.device, runtime_dir: Path) -> None:
-        self.num_pages = num_pages  # moved in each direction
+        self.num_pages = num_pages  # copied in each direction
         self.device = device
         self._device_pool = DevicePool.create(LAYOUT, 2 * num_pages, device=device, directory=runtime_dir)
         self._host_pool = HostPool(2 * num_pages, LAYOUT.page_bytes, pinned=device.type == "cuda")
@@ -64,14 +64,14 @@ class Pools:
         return self._host_pool.tensor
 
     def page_ids(self, pattern: str, dice: random.Random) -> list[int]:
-        """Of either pool: the first half is for loads, the second for backups."""
+        """Page ids in either pool: the first half is for loads, the second for backups."""
         ids = list(range(2 * self.num_pages))
         if pattern == "scattered":
             dice.shuffle(ids)
         return ids
 
     def move(self, direction: str, device_ids: list[int], host_ids: list[int], job_pages: int) -> None:
-        """Returns when all is reported."""
+        """Run the jobs; return when all are reported."""
         half, waiting = self.num_pages, 0
         for start in range(0, half, job_pages):
             loaded, backed_up = slice(start, start + job_pages), slice(half + start, half + start + job_pages)
@@ -103,7 +103,7 @@ class Pools:
             waiting -= len(reports)
 
     def differing_pages(self, device_ids: list[int], host_ids: list[int]) -> int:
-        """How many of these pairs are not byte for byte the same."""
+        """Return how many of these pairs of pages differ in any byte."""
         return sum(
             not torch.equal(self.on_device[page], self.on_host[slot].to(self.device))
             for page, slot in zip(device_ids, host_ids, strict=True)
@@ -153,7 +153,7 @@ def seconds(call: Callable[[], None]) -> float:
 
 
 def measure(pools: Pools, plain: PlainCopies, repetitions: int) -> tuple[Times, int]:
-    """(times, how many pages differ in the end)"""
+    """Return the times, and how many pages differ at the end."""
     dice, times, num_differing = random.Random(0), Times(), 0
     for repetition in range(WARM_UP + repetitions):
         for direction in DIRECTIONS:
@@ -194,7 +194,7 @@ def print_table(times: Times, num_pages: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--pages", type=int, default=1024, help="moved in each direction in one repetition")
+    parser.add_argument("--pages", type=int, default=1024, help="pages copied in each direction in one repetition")
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -205,7 +205,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pools = Pools(args.pages, device, Path(folder).resolve())
         try:
-            for pool in (pools.on_host, pools.on_device):  # they differ, so a page that was not moved shows
+            for pool in (pools.on_host, pools.on_device):  # different contents, so that a missing copy is noticed
                 pool.view(torch.int64).random_()
             if device.type == "cuda":
                 torch.cuda.synchronize()

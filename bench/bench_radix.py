@@ -1,4 +1,4 @@
-"""What do the page cache's calls cost, for a 32k-token prompt and for a decode step of 256 requests?
+"""How long do the page cache's calls take, for a 32k-token prompt and for a decode step of 256 requests?
 
     python bench/bench_radix.py [--json FILE]
 
@@ -23,7 +23,7 @@ from kvist.kv.keys import page_digests
 from kvist.kv.lease import PageLease
 
 NAMESPACE = "bench"
-LIMITS_MS = {"match 32k prompt, all cached": 2.0, "decode step, grow + commit": 0.3}  # the promises of the docs
+LIMITS_MS = {"match 32k prompt, all cached": 2.0, "decode step, grow + commit": 0.3}  # the limits that the docs state
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -33,7 +33,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def filled_cache(prompts: list[list[int]], *, page_size: int, num_spare_pages: int) -> PageCache:
-    """A cache that holds every prompt, unused, and `num_spare_pages` free pages."""
+    """Return a cache that holds every prompt, unpinned, and `num_spare_pages` free pages."""
     num_pages = sum(len(prompt) // page_size for prompt in prompts) + num_spare_pages
     cache = PageCache(num_pages=num_pages, page_size=page_size, namespace=NAMESPACE)
     for prompt in prompts:

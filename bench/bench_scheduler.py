@@ -2,9 +2,9 @@
 
     python bench/bench_scheduler.py [--running 256] [--steps 400] [--context 512] [--json out.json]
 
-CPU time of the thread, since the machine may be shared. The device is imagined: every step's tokens are made up outside
-the measured time. The baseline, measured in the same run, is the least that a step with one object an item can cost
-here: making the batch items and chunks alone.
+CPU time of the thread, since the machine may be shared. There is no device: the tokens of each step are made up outside
+the measured time. The baseline, measured in the same run, is the least cost of a step with one object for each item:
+creating the batch items and chunks alone.
 """
 
 from __future__ import annotations

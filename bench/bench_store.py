@@ -1,11 +1,11 @@
-"""How fast does the file store write and read pages, beside plain files of the same size in the same folder?
+"""How fast does the file store write and read pages, compared with plain files of the same size in the same folder?
 
     python bench/bench_store.py [FOLDER ...] [--json FILE]
 
 Without folders: shared memory and the temporary folder. Store and plain files take turns, so that a noisy machine slows
-both; what is printed is the median of the rounds, in GB/s, and the ratio of the two. The first round is not counted: it
-makes the folders, which is slow on ext4 and happens once in a store's life. Files written are read back while they are
-in the kernel's page cache. `--json` writes {commit, hardware, settings, rows}, one row a round.
+both. Prints the median of the rounds in GB/s, and the ratio of the two. The first round is not counted: it creates the
+folders, which is slow on ext4 and happens once in a store's life. Files are read back while they are in the kernel's
+page cache. `--json` writes {commit, hardware, settings, rows}, one row a round.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAIRS = {"put": "plain write", "put, evicting": "plain write", "get": "plain rea
 
 
 def aligned_pages(num_pages: int, page_bytes: int) -> list[memoryview]:
-    """As a pool has them: one mapping, every page touched."""
+    """Return pages laid out as in a pool: one mapping, every page touched."""
     pool = np.frombuffer(mmap.mmap(-1, num_pages * page_bytes), np.uint8).reshape(num_pages, page_bytes)
     pool[:] = np.random.default_rng(0).integers(0, 256, page_bytes, np.uint8)
     return [row.data for row in pool]

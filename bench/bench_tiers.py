@@ -8,16 +8,16 @@
 
 For each row it starts `kvist serve`, runs `kvist bench multiturn` against it, reads the worker's counters before and
 after, and stops it. Rows are compared within one run; the first is the baseline. `no-hits` keeps all its servers up and
-asks them in turn, several times, with prompts nobody has seen. On a CPU that others use too, times drift from row to
-row: there the engine's processor seconds are the figure to compare.
+measures them in turn, several times, with new prompts. On a shared CPU, times drift from row to row:
+compare the engine's CPU seconds there.
 
     performance  80 conversations of 4 rounds, 16 in flight, 2048 + 64 tokens; L1 150,000 tokens, L2 all of them
     article      150 of 14 rounds, 8 in flight, 2048 + 64 tokens a round divided by the scale; of all these tokens L1
                  holds 7%, L2 23%, L3 everything
     cpu          10 of 5 rounds, 2 in flight, 96 + 8 tokens; L1 a fifth, L2 a half, L3 everything
 
-The scale divides every length and every tier alike, so the proportions stay. It is doubled until the host tier and the
-store fit into this machine, and the run says so.
+The scale divides every length and every tier alike, so the proportions stay. The run doubles the scale until the host
+tier and the store fit into this machine, and prints the scale.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from kvist.cores import num_usable_cores
 from kvist.kv.device import available_host_bytes
 from kvist.kv.layout import PageLayout
 from kvist.models import load_model_config
-from served import Report, Served, Trouble
+from served import BenchFailure, BenchServer, Report
 
 L1, L2, L3 = "L1", "L1+L2", "L1+L2+L3"
 STRATEGIES = (L1, L2, L3)
@@ -104,14 +104,14 @@ PRESETS = {
     "no-hits": replace(CONVERSATIONS, rounds=1, device_share=1.0),
     "restart": CONVERSATIONS,
 }
-CPU_PRESETS = {  # the last two where there is no GPU
+CPU_PRESETS = {  # replace the last two presets on a machine without a GPU
     "no-hits": Setup(clients=16, rounds=1, parallel=4, num_input=96, num_output=8, device_share=1.0, host_share=1.05),
     "restart": Setup(clients=10, rounds=4, parallel=2, num_input=96, num_output=8, device_share=0.3, host_share=1.05),
 }
 
 
 class Machine:
-    """What every server of a run is told: the model's flags, the sizes of the tiers, and where they lie."""
+    """Settings that all servers of a run share: the model's flags, the sizes of the tiers, and their folders."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args = args
@@ -143,7 +143,7 @@ class Machine:
         return setup
 
     def _lack(self, setup: Setup) -> str:
-        """What this machine has too little of, in words."""
+        """Return what this machine has too little of, in words; "" if everything fits."""
         tiers = [name for name in self.strategies if name != L1] or (self.args.preset == "restart" and [L2])
         in_memory = SPARE_BYTES if self.device == "cuda" else setup.device_tokens * self.token_bytes
         in_memory += self.host_bytes(setup) if tiers else 0
@@ -189,12 +189,12 @@ class Machine:
         path.mkdir(exist_ok=True, mode=0o700)
         return path
 
-    def serve(self, name: str, flags: Sequence[str]) -> Served:
+    def serve(self, name: str, flags: Sequence[str]) -> BenchServer:
         logs = Path(self.args.logs) if self.args.logs else self.folder
         logs.mkdir(exist_ok=True, parents=True)
-        return Served(name, flags, logs)
+        return BenchServer(name, flags, logs)
 
-    def bench(self, server: Served, argv: Sequence[str]) -> Report:
+    def bench(self, server: BenchServer, argv: Sequence[str]) -> Report:
         return server.bench(argv, self.folder / "bench.json", self.args.row_timeout)
 
 
@@ -211,20 +211,20 @@ def _is_memory(path: Path) -> bool:
 
 
 def hits_by_tier(summary: Row, counted: dict[str, float]) -> dict[str, float]:
-    """Shares of the prompt tokens, as the server told each request; else as its worker counted pages."""
-    if told := summary.get("hit_rate_by_tier"):
-        return {tier: told.get(name, 0.0) for tier, name in (("L1", "device"), ("L2", "host"), ("L3", "storage"))}
+    """Shares of the prompt tokens, by the usage of each answer; without it, by the worker's page counters."""
+    if by_tier := summary.get("hit_rate_by_tier"):
+        return {tier: by_tier.get(name, 0.0) for tier, name in (("L1", "device"), ("L2", "host"), ("L3", "storage"))}
     num_prompt = counted.get("prompt_tokens", 0.0)
     if not num_prompt:
         return {}
-    # what came from the store went through the host tier
+    # pages from the store pass through the host tier
     from_store = min(counted.get("storage_fetched_pages", 0.0), counted.get("host_hit_pages", 0.0))
     pages = {"L1": counted.get("device_hit_pages", 0.0), "L2": counted.get("host_hit_pages", 0.0) - from_store}
     pages["L3"] = from_store
     return {tier: PAGE_SIZE * count / num_prompt for tier, count in pages.items()}
 
 
-def measured(machine: Machine, server: Served, argv: Sequence[str]) -> Row:
+def measured(machine: Machine, server: BenchServer, argv: Sequence[str]) -> Row:
     """One run of `kvist bench`, and what the worker counted meanwhile."""
     before = server.metrics()
     report = machine.bench(server, argv)
@@ -244,15 +244,15 @@ def measured(machine: Machine, server: Served, argv: Sequence[str]) -> Row:
 
 def compare_strategies(machine: Machine) -> Iterator[Row]:
     for strategy in machine.strategies:
-        with _told(), machine.serve(strategy, machine.flags(strategy)) as server:
+        with _failures_printed(), machine.serve(strategy, machine.flags(strategy)) as server:
             server.start(machine.args.start_timeout)
             yield measured(machine, server, machine.setup.bench_argv(machine.args.seed))
 
 
 def compare_without_hits(machine: Machine) -> Iterator[Row]:
     """Repetition 0 is not measured: it touches the host tier's memory for the first time."""
-    with _told(), contextlib.ExitStack() as stack:
-        servers: list[Served] = []
+    with _failures_printed(), contextlib.ExitStack() as stack:
+        servers: list[BenchServer] = []
         for strategy in machine.strategies:
             flags = machine.flags(strategy, num_servers=len(machine.strategies))
             servers.append(stack.enter_context(machine.serve(strategy, flags)))
@@ -273,7 +273,7 @@ def compare_restarts(machine: Machine) -> Iterator[Row]:
     whole = setup.bench_argv(args.seed, answers="drawn")
     kept = machine.folder_for_store() / "persisted"
     persisting = machine.flags(L2, f"--hicache-persist={kept}")
-    with _told():
+    with _failures_printed():
         with machine.serve("before the kill", persisting) as server:
             server.start(args.start_timeout)
             yield measured(machine, server, half)
@@ -283,18 +283,18 @@ def compare_restarts(machine: Machine) -> Iterator[Row]:
             print("\n".join(line for line in server.log().splitlines() if "restored" in line))
             yield measured(machine, server, whole)
     shutil.rmtree(kept, ignore_errors=True)
-    with _told(), machine.serve("cold", machine.flags(L2)) as server:
+    with _failures_printed(), machine.serve("cold", machine.flags(L2)) as server:
         server.start(args.start_timeout)
         yield measured(machine, server, whole)
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """One row that fails does not take the others with it."""
+def _failures_printed() -> Iterator[None]:
+    """Print the failure of a row, so that the other rows are still measured."""
     try:
         yield
-    except Trouble as trouble:
-        print(f"FAILED {trouble}", flush=True)
+    except BenchFailure as failure:
+        print(f"FAILED {failure}", flush=True)
 
 
 # ---------------------------------------------------------------- tables
@@ -350,19 +350,19 @@ def strategies_table(rows: Sequence[Row]) -> str:
 
 
 def moves_lines(rows: Sequence[Row]) -> str:
-    """GB and GB/s of what was moved between tiers, where something was."""
+    """Return GB and GB/s of the copies between tiers, one line for each row that has any."""
     found = []
     for row in rows:
-        counted, told = row["counted"], []
+        counted, parts = row["counted"], []
         for kind in sorted(name.removesuffix("_bytes") for name in counted if name.endswith("_bytes")):
             num_bytes, seconds = counted[f"{kind}_bytes"], counted.get(f"{kind}_seconds", 0.0)
             if num_bytes and not kind.startswith("handoff"):
                 rate = f" at {num_bytes / seconds / 1e9:.1f} GB/s" if seconds else ""
-                told.append(f"{kind.replace('_', ' ')} {num_bytes / 1e9:.2f} GB{rate}")
+                parts.append(f"{kind.replace('_', ' ')} {num_bytes / 1e9:.2f} GB{rate}")
         for name in ("host_skipped_pages", "host_failed_pages", "storage_failed_pages", "prefetch_timeouts"):
             if counted.get(name):
-                told.append(f"{name.replace('_', ' ')} {counted[name]:,.0f}")
-        found += [f"{row['name']}: {', '.join(told)}"] if told else []
+                parts.append(f"{name.replace('_', ' ')} {counted[name]:,.0f}")
+        found += [f"{row['name']}: {', '.join(parts)}"] if parts else []
     return "\n".join(found)
 
 
@@ -379,17 +379,17 @@ def no_hits_table(rows: Sequence[Row]) -> str:
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         median = f"{statistics.median(speeds[name]):,.0f}"
         lines.append((name, median, f"{ratio:.3f}", spread, f"{backed_up / 1e9:.2f}", verdict))
-    told = [table(("tiers", "input tok/s, median", "ratio, median", "ratios", "GB backed up", "verdict"), lines)]
+    parts = [table(("tiers", "input tok/s, median", "ratio, median", "ratios", "GB backed up", "verdict"), lines)]
     for name in names:
         if name not in compared:
             counts = f"{len(speeds[name])} of {name}, {len(base)} of {names[0]}"
             median = f"{statistics.median(speeds[name]):,.0f}"
-            told.append(f"{name}: {median} input tok/s, not compared: a run failed, rows measured are {counts}")
-    return "\n".join(told)
+            parts.append(f"{name}: {median} input tok/s, not compared: a run failed, rows measured are {counts}")
+    return "\n".join(parts)
 
 
 def hit_rate_within(row: Row, seconds: float) -> float | None:
-    """Of the requests sent so early."""
+    """Return the hit rate of the requests that were sent in the first `seconds`."""
     early = [one for one in row["requests"] if one["sent_s"] is not None and one["sent_s"] <= seconds]
     num_prompt = sum(one["num_prompt_tokens"] or 0 for one in early)
     return sum(one["num_cached_tokens"] or 0 for one in early) / num_prompt if num_prompt else None
@@ -430,7 +430,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--rows", default=",".join(STRATEGIES), help="strategies to run; the first is the baseline")
     parser.add_argument(
-        "--scale", type=int, default=1, help="divide all lengths by so much (article: beyond its own 4)"
+        "--scale", type=int, default=1, help="divide all lengths by this factor (article: in addition to its own 4)"
     )
     parser.add_argument("--repetitions", type=int, default=4, help="of no-hits")
     parser.add_argument("--start-timeout", type=float, default=120.0, help="seconds from start to ready")
@@ -444,7 +444,7 @@ def parsed() -> argparse.Namespace:
     args = parser.parse_args()
     args.rows = args.rows.split(",")
     if unknown := set(args.rows) - set(STRATEGIES):
-        parser.error(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(STRATEGIES)}")
+        parser.error(f"--rows: {', '.join(sorted(unknown))} is not one of {', '.join(STRATEGIES)}")
     return args
 
 
@@ -463,7 +463,7 @@ def described(machine: Machine) -> str:
 
 def main() -> None:
     args = parsed()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was measured is shown, and nothing is left
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that finished rows are printed and no process is left
     with tempfile.TemporaryDirectory(prefix="kvist-bench-tiers-") as folder:
         machine = Machine(args, Path(folder))
         print(described(machine), flush=True)

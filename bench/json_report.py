@@ -1,4 +1,4 @@
-"""The file that `--json FILE` asks a benchmark for: where and how it was measured, and every row."""
+"""Writes the file of a benchmark's `--json FILE`: where and how it was measured, and every row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def write_report(path: Path, args: argparse.Namespace, **results: object) -> None:
-    """{commit, hardware, settings, **results}; `results` are `rows`, and what was made of them."""
+    """Write {commit, hardware, settings, **results}; `results` are `rows`, and figures derived from them."""
     settings = {name: value for name, value in vars(args).items() if name != "json" and value is not None}
     about = {"commit": _commit(), "hardware": _hardware(), "settings": settings}
     path.write_text(json.dumps({**about, **results}, indent=1, default=os.fspath), encoding="utf-8")
@@ -30,7 +30,7 @@ def _hardware() -> dict[str, object]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }
-    if torch := sys.modules.get("torch"):  # the benchmark computes
+    if torch := sys.modules.get("torch"):  # only if the benchmark uses torch
         hardware["torch"] = torch.__version__
         if torch.cuda.is_available():
             hardware["gpu"] = torch.cuda.get_device_name()

@@ -1,7 +1,7 @@
-"""A `kvist serve` that a benchmark starts, asks by `kvist bench`, watches through its metrics, and stops or kills.
+"""Starts a `kvist serve`, measures it by `kvist bench`, reads its metrics, and stops or kills it.
 
 The server runs in a process group of its own with its output in a file, and ends when this process ends, however that
-happens. Every wait has a limit; what goes wrong is a `Trouble` that ends with the server's last words.
+happens. Every wait has a limit. A failure raises `BenchFailure`, which ends with the last lines of the server's log.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import httpx
 from kvist.cluster.plan import free_ports
 
 STOP_TIMEOUT_S = 30.0
-REPORT_INTERVAL_S = 1.3  # workers report what they counted once a second
+REPORT_INTERVAL_S = 1.3  # workers report their counters once a second
 NUM_LAST_LINES = 20
 KVIST = (sys.executable, "-m", "kvist")
 Report = dict[str, Any]  # what `kvist bench --json` writes
 
 
-class Trouble(Exception):
-    """A row that cannot be measured, and why."""
+class BenchFailure(Exception):
+    """The reason why a row cannot be measured."""
 
 
-class Served:
-    """One life of a server. Use as a context manager: it is stopped at the end."""
+class BenchServer:
+    """One server process. Use as a context manager: leaving it stops the server."""
 
     def __init__(self, name: str, flags: Sequence[str], logs: Path) -> None:
         self.name = name
@@ -45,7 +45,7 @@ class Served:
         self._log_path = logs / f"{name.replace('+', '-').replace(' ', '-')}-{self.port}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Served:
+    def __enter__(self) -> BenchServer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,7 +56,7 @@ class Served:
         self.kill()
 
     def start(self, timeout_s: float) -> None:
-        """Returns when it is ready; `ready_s` says how long that took."""
+        """Return when the server is ready; `ready_s` is the time that took."""
         start_s = time.monotonic()
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
@@ -65,14 +65,16 @@ class Served:
         while not self._is_ready():
             self.ready_s = time.monotonic() - start_s
             if self._process.poll() is not None:
-                raise Trouble(f"{self.name}: the server ended with status {self._process.returncode}\n{self.said()}")
+                raise BenchFailure(
+                    f"{self.name}: the server ended with status {self._process.returncode}\n{self.log_tail()}"
+                )
             if self.ready_s > timeout_s:
-                raise Trouble(f"{self.name}: not ready after {timeout_s:g} s\n{self.said()}")
+                raise BenchFailure(f"{self.name}: not ready after {timeout_s:g} s\n{self.log_tail()}")
             time.sleep(0.05)
         self.ready_s = time.monotonic() - start_s
 
     def kill(self) -> None:
-        """SIGKILL to it and its engine, as a crash of both."""
+        """Send SIGKILL to the server and its engine, as a crash of both."""
         if self._process is not None:
             self._signal(signal.SIGKILL)
             self._process.wait(STOP_TIMEOUT_S)
@@ -81,29 +83,31 @@ class Served:
             self._process = None
 
     def metrics(self) -> dict[str, float]:
-        """The worker's own counters, by their names without `kvist:worker_` and `_total`."""
+        """Return the worker's own counters, by their names without `kvist:worker_` and `_total`."""
         time.sleep(REPORT_INTERVAL_S)
         text = httpx.get(f"{self.url}/metrics", timeout=10.0, trust_env=False).raise_for_status().text
         found = re.findall(r"^kvist:worker_(\w+)_total\{[^}]*\} (\S+)$", text, re.MULTILINE)
         return {name: float(value) for name, value in found}
 
     def bench(self, argv: Sequence[str], json_path: Path, timeout_s: float) -> Report:
-        """`kvist bench ARGV`: what it wrote. Failed requests are trouble."""
+        """Run `kvist bench ARGV` and return its report. Raises `BenchFailure` if a request fails."""
         command = (*KVIST, "bench", *argv, f"--base-url={self.url}", f"--json={json_path}")
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
         except subprocess.TimeoutExpired as error:
-            raise Trouble(f"{self.name}: kvist bench took longer than {timeout_s:g} s\n{self.said()}") from error
+            raise BenchFailure(
+                f"{self.name}: kvist bench took longer than {timeout_s:g} s\n{self.log_tail()}"
+            ) from error
         if done.returncode:
-            raise Trouble(f"{self.name}: {' '.join(command)}\n{done.stdout}\n{done.stderr}\n{self.said()}")
+            raise BenchFailure(f"{self.name}: {' '.join(command)}\n{done.stdout}\n{done.stderr}\n{self.log_tail()}")
         report: Report = json.loads(json_path.read_bytes())
         return report
 
     def log(self) -> str:
         return self._log_path.read_text(errors="replace") if self._log_path.exists() else ""
 
-    def said(self) -> str:
-        """The end of its log."""
+    def log_tail(self) -> str:
+        """Return the last lines of the server's log."""
         return "\n".join(f"  [{self.name}] {line}" for line in self.log().splitlines()[-NUM_LAST_LINES:])
 
     def _is_ready(self) -> bool:

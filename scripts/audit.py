@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 
-from packages import CONSTRAINTS, HASHES, asked_for, pins, with_their_own
+from packages import CONSTRAINTS, HASHES, direct_requirements, installed_closure, pins
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -89,20 +89,20 @@ def not_allowed(distribution: metadata.Distribution) -> list[str]:
 
 def licences(distribution: metadata.Distribution) -> list[str]:
     """The SPDX expression's, else the classifiers', else the first line of the licence field."""
-    told = distribution.metadata
-    expression = "".join(told.get_all("License-Expression") or [])
+    fields = distribution.metadata
+    expression = "".join(fields.get_all("License-Expression") or [])
     if not expression:
-        classes = [line.split(" :: ") for line in told.get_all("Classifier") or []]
+        classes = [line.split(" :: ") for line in fields.get_all("Classifier") or []]
         named = [words[-1] for words in classes if words[0] == "License" and words[-1].lower() not in _ABOUT_LICENCES]
         if named:
             return named
-        expression = "".join(told.get_all("License") or []).partition("\n")[0]
+        expression = "".join(fields.get_all("License") or []).partition("\n")[0]
     return [one.strip(" ()") for one in re.split(r" AND | OR ", expression) if one.strip(" ()")]
 
 
 def main() -> int:
-    asked = asked_for()
-    installed = with_their_own(asked)
+    asked = direct_requirements()
+    installed = installed_closure(asked)
     found = problems(asked=asked, pinned=pins(CONSTRAINTS), hashed=pins(HASHES), installed=installed)
     for line in found:
         print(f"audit: {line}")

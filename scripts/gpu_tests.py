@@ -34,7 +34,7 @@ def marked_files(tests: Path) -> list[Path]:
     return [path for path in sorted(tests.rglob("test_*.py")) if re.search(r"\bmark\.gpu\b", path.read_text("utf-8"))]
 
 
-def why_not() -> str | None:
+def missing_requirement() -> str | None:
     """What this machine lacks."""
     missing = [name for name in ("torch", "pytest") if importlib.util.find_spec(name) is None]
     if missing:
@@ -63,12 +63,12 @@ def verdict(status: int, results: Path) -> tuple[int, str]:
         counts = counts_of(results)
     except (OSError, ElementTree.ParseError):
         return status or 1, f"FAILED: pytest ended with status {status} and without results"
-    told = f"{counts.num_run} GPU tests ran, {counts.num_bad} failed, {counts.num_skipped} skipped"
+    result = f"{counts.num_run} GPU tests ran, {counts.num_bad} failed, {counts.num_skipped} skipped"
     if status != 0 or counts.num_bad:
-        return status or 1, f"FAILED: {told}"
+        return status or 1, f"FAILED: {result}"
     if not counts.num_run:
-        return 1, f"FAILED: {told}: nothing was tested"
-    return 0, f"passed: {told}"
+        return 1, f"FAILED: {result}: nothing was tested"
+    return 0, f"passed: {result}"
 
 
 def run(command: Sequence[str], output: Path, about: str) -> int:
@@ -94,7 +94,7 @@ def describe() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if problem := why_not():
+    if problem := missing_requirement():
         print(f"the GPU tests cannot run: {problem}", file=sys.stderr)
         return 1
     OUTPUT.parent.mkdir(exist_ok=True)
@@ -104,10 +104,10 @@ def main(arguments: Sequence[str]) -> int:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rsfE", f"--junitxml={results}", *arguments, *files]
     about = describe()
     print(about, end="", flush=True)
-    status, told = verdict(run(command, OUTPUT, about), results)
+    status, result = verdict(run(command, OUTPUT, about), results)
     with OUTPUT.open("a", encoding="utf-8") as kept:
-        kept.write(told + "\n")
-    print(f"{told}; see {OUTPUT.relative_to(ROOT)}")
+        kept.write(result + "\n")
+    print(f"{result}; see {OUTPUT.relative_to(ROOT)}")
     return status
 
 

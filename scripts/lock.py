@@ -28,11 +28,11 @@ _HEAD = """\
 def main() -> int:
     wanted = {name: str(version) for name, version in pins(CONSTRAINTS).items() if name != "torch"}
     with tempfile.TemporaryDirectory() as folder:
-        asked, told = Path(folder, "wanted.txt"), Path(folder, "report.json")
-        asked.write_text("".join(f"{name}=={version}\n" for name, version in wanted.items()), encoding="utf-8")
+        requirements, report_path = Path(folder, "wanted.txt"), Path(folder, "report.json")
+        requirements.write_text("".join(f"{name}=={version}\n" for name, version in wanted.items()), encoding="utf-8")
         pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet"]
-        subprocess.run([*pip, "--report", told, "-r", asked], check=True)
-        report = json.loads(told.read_text(encoding="utf-8"))
+        subprocess.run([*pip, "--report", report_path, "-r", requirements], check=True)
+        report = json.loads(report_path.read_text(encoding="utf-8"))
     lines = []
     for one in report["install"]:
         digest = one["download_info"]["archive_info"]["hashes"]["sha256"]

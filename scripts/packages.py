@@ -19,7 +19,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 HASHES = ROOT / "constraints-hashes.txt"
 
 
-def asked_for(pyproject: Path = ROOT / "pyproject.toml") -> dict[str, Requirement]:
+def direct_requirements(pyproject: Path = ROOT / "pyproject.toml") -> dict[str, Requirement]:
     """By name: every dependency of pyproject.toml, those of its extras included, that this platform needs."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
@@ -37,7 +37,7 @@ def pins(path: Path) -> dict[str, Version]:
     return {str(name): version for name, version in found.items()}
 
 
-def with_their_own(roots: Iterable[str]) -> dict[str, metadata.Distribution]:
+def installed_closure(roots: Iterable[str]) -> dict[str, metadata.Distribution]:
     """The installed ones of these packages and of all that they ask for."""
     found: dict[str, metadata.Distribution] = {}
     pending = list(roots)

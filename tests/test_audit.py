@@ -75,7 +75,11 @@ def test_the_audit_names_each_kind_of_problem(changes: dict[str, Any], said: str
 
 
 def test_the_audit_reads_the_files_of_this_repository(tmp_path: Path) -> None:
-    asked, pinned, hashed = packages.asked_for(), packages.pins(packages.CONSTRAINTS), packages.pins(packages.HASHES)
+    asked, pinned, hashed = (
+        packages.direct_requirements(),
+        packages.pins(packages.CONSTRAINTS),
+        packages.pins(packages.HASHES),
+    )
     assert {"uvicorn", "mypy", "pytest", "torch"} <= asked.keys() <= pinned.keys()
     assert pinned.keys() - {"torch"} <= hashed.keys()
     lines = packages.HASHES.read_text(encoding="utf-8").splitlines()

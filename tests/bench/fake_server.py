@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Manner:
+class Behaviour:
     """How to answer one request. The default is to answer well."""
 
     status: int = 200
@@ -35,21 +35,21 @@ class Manner:
 
 
 @dataclass
-class Asked:
+class ReceivedRequest:
     body: dict[str, object]
     connection: int
     nth_on_connection: int
-    manner: Manner
+    behaviour: Behaviour
     head: str
 
 
 @dataclass
 class FakeServer:
-    """`manners` are used one a completion request; then `default`. Everything asked is in `asked`."""
+    """`behaviours` are used one a completion request; then `default`. Everything asked is in `received`."""
 
-    manners: list[Manner] = field(default_factory=list)
-    default: Manner = field(default_factory=Manner)
-    asked: list[Asked] = field(default_factory=list)
+    behaviours: list[Behaviour] = field(default_factory=list)
+    default: Behaviour = field(default_factory=Behaviour)
+    received: list[ReceivedRequest] = field(default_factory=list)
     model: dict[str, str] = field(default_factory=lambda: {"id": "fake"})
     num_connections: int = 0
     max_in_flight: int = 0
@@ -62,7 +62,7 @@ class FakeServer:
 
     @property
     def prompts(self) -> list[list[int]]:
-        return [asked.body["prompt"] for asked in self.asked]  # type: ignore[misc]
+        return [request.body["prompt"] for request in self.received]  # type: ignore[misc]
 
     async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
         server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1024)
@@ -83,55 +83,55 @@ class FakeServer:
                     continue
                 length = int(head.lower().split("content-length:")[1].split("\r\n")[0])
                 nth += 1
-                manner = self.manners.pop(0) if self.manners else self.default
+                behaviour = self.behaviours.pop(0) if self.behaviours else self.default
                 body_json = json.loads(await reader.readexactly(length))
-                asked = Asked(body_json, connection, nth, manner, head)
-                self.asked.append(asked)
+                request = ReceivedRequest(body_json, connection, nth, behaviour, head)
+                self.received.append(request)
                 self._in_flight += 1
                 self.max_in_flight = max(self.max_in_flight, self._in_flight)
                 try:
-                    keep = await self._answer(asked, writer)
+                    keep = await self._answer(request, writer)
                 finally:
                     self._in_flight -= 1
                 if not keep:
                     break
         writer.transport.abort()
 
-    async def _answer(self, asked: Asked, writer: asyncio.StreamWriter) -> bool:
-        manner = asked.manner
-        if manner.never_answer:
+    async def _answer(self, request: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
+        behaviour = request.behaviour
+        if behaviour.never_answer:
             await asyncio.Event().wait()
-        if manner.die_before_byte:
+        if behaviour.die_before_byte:
             return False
-        while self.max_in_flight < manner.until_in_flight:
+        while self.max_in_flight < behaviour.until_in_flight:
             await asyncio.sleep(0.001)
-        if manner.status != 200:
-            head = f"HTTP/1.1 {manner.status} No\r\nContent-Length: {len(manner.error_body)}\r\n\r\n"
-            writer.write(head.encode() + manner.error_body)
+        if behaviour.status != 200:
+            head = f"HTTP/1.1 {behaviour.status} No\r\nContent-Length: {len(behaviour.error_body)}\r\n\r\n"
+            writer.write(head.encode() + behaviour.error_body)
             await writer.drain()
             return True
-        framing = "" if manner.until_eof else "Transfer-Encoding: chunked\r\n"
-        closing = "Connection: close\r\n" if manner.close_header else ""
+        framing = "" if behaviour.until_eof else "Transfer-Encoding: chunked\r\n"
+        closing = "Connection: close\r\n" if behaviour.close_header else ""
         writer.write(f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{framing}{closing}\r\n".encode())
-        for number, event in enumerate(events(asked)):
-            if number == manner.cut_after_events:
+        for number, event in enumerate(events(request)):
+            if number == behaviour.cut_after_events:
                 await writer.drain()
                 return False
-            step = manner.split_bytes or len(event)
+            step = behaviour.split_bytes or len(event)
             for start in range(0, len(event), step):
                 piece = event[start : start + step]
-                writer.write(piece if manner.until_eof else b"%x\r\n%s\r\n" % (len(piece), piece))
-                if manner.split_bytes:
+                writer.write(piece if behaviour.until_eof else b"%x\r\n%s\r\n" % (len(piece), piece))
+                if behaviour.split_bytes:
                     await writer.drain()
-            if manner.pace_s:
-                await asyncio.sleep(manner.pace_s)
-        if not manner.until_eof:
+            if behaviour.pace_s:
+                await asyncio.sleep(behaviour.pace_s)
+        if not behaviour.until_eof:
             writer.write(b"0\r\n\r\n")
         await writer.drain()
-        if manner.until_eof:
+        if behaviour.until_eof:
             writer.close()
             await writer.wait_closed()
-        return not (manner.close_header or manner.until_eof)
+        return not (behaviour.close_header or behaviour.until_eof)
 
 
 def answer_ids(prompt: list[int], count: int) -> list[int]:
@@ -139,29 +139,31 @@ def answer_ids(prompt: list[int], count: int) -> list[int]:
     return [(sum(prompt) + position) % 1000 + 5 for position in range(count)]
 
 
-def events(asked: Asked) -> list[bytes]:
-    manner, body = asked.manner, asked.body
-    if manner.instead is not None:
-        return [manner.instead]
+def events(request: ReceivedRequest) -> list[bytes]:
+    behaviour, body = request.behaviour, request.body
+    if behaviour.instead is not None:
+        return [behaviour.instead]
     prompt = body["prompt"]
     assert isinstance(prompt, list)
-    count = int(str(body["max_tokens"])) + manner.num_extra_tokens
+    count = int(str(body["max_tokens"])) + behaviour.num_extra_tokens
     found = []
     for token_id in answer_ids(prompt, count):
         choice: dict[str, object] = {"index": 0, "text": "x", "finish_reason": None}
-        if body.get("return_token_ids") and manner.knows_ids:
+        if body.get("return_token_ids") and behaviour.knows_ids:
             choice["token_ids"] = [token_id]
         found.append(b"data: " + json.dumps({"id": "c", "choices": [choice], "usage": None}).encode() + b"\n\n")
-    if manner.usage:
+    if behaviour.usage:
         usage: dict[str, object] = {
-            "prompt_tokens": len(prompt) + manner.num_extra_prompt_tokens,
+            "prompt_tokens": len(prompt) + behaviour.num_extra_prompt_tokens,
             "completion_tokens": count,
-            "prompt_tokens_details": None if manner.cached_tokens is None else {"cached_tokens": manner.cached_tokens},
+            "prompt_tokens_details": None
+            if behaviour.cached_tokens is None
+            else {"cached_tokens": behaviour.cached_tokens},
         }
         if body.get("kvist") == {"usage": True}:
-            usage["kvist"] = {"cached_tokens": manner.cached_by_tier}
+            usage["kvist"] = {"cached_tokens": behaviour.cached_by_tier}
         found.append(b"data: " + json.dumps({"id": "c", "choices": [], "usage": usage}).encode() + b"\n\n")
-    if manner.done:
+    if behaviour.done:
         found.append(b"data: [DONE]\n\n")
     return found
 

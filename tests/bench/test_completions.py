@@ -5,28 +5,28 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from fake_server import FakeServer, Manner, answer_ids
+from fake_server import Behaviour, FakeServer, answer_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.bench.completions import Answer, Ask, Asker, EventLines, Row
+from kvist.bench.completions import Answer, BenchRequest, CompletionClient, EventLines, Row
 from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import MonotonicClock
 
-ASK = Ask(prompt=b"[3,4,5]", row=Row(index=7, num_input=3, num_output=4))
+ASK = BenchRequest(prompt=b"[3,4,5]", row=Row(index=7, num_input=3, num_output=4))
 
 
-async def ask(server: FakeServer, ask: Ask = ASK, *, timeout_s: float = 20.0) -> Answer:
+async def ask(server: FakeServer, request: BenchRequest = ASK, *, timeout_s: float = 20.0) -> Answer:
     client = HttpClient(server.url, api_key=None)
-    asker = Asker(client, model="m", clock=MonotonicClock(), timeout_s=timeout_s)
-    answer = await asker.ask(ask, start_s=MonotonicClock().now_s())
+    completions = CompletionClient(client, model="m", clock=MonotonicClock(), timeout_s=timeout_s)
+    answer = await completions.send(request, start_s=MonotonicClock().now_s())
     client.close()
     return answer
 
 
 async def test_the_request_is_greedy_streamed_and_of_exactly_so_many_tokens(server: FakeServer) -> None:
     await ask(server)
-    assert server.asked[0].body == {
+    assert server.received[0].body == {
         "model": "m",
         "prompt": [3, 4, 5],
         "max_tokens": 4,
@@ -38,7 +38,7 @@ async def test_the_request_is_greedy_streamed_and_of_exactly_so_many_tokens(serv
 
 
 async def test_a_good_answer_has_times_and_the_servers_counts(server: FakeServer) -> None:
-    server.default = Manner(cached_tokens=2, pace_s=0.01)
+    server.default = Behaviour(cached_tokens=2, pace_s=0.01)
     answer = await ask(server)
     row = answer.row
     assert (row.index, row.failure, row.num_prompt_tokens, row.num_cached_tokens) == (7, None, 3, 2)
@@ -54,45 +54,45 @@ async def test_a_good_answer_has_times_and_the_servers_counts(server: FakeServer
 
 
 async def test_token_ids_are_asked_for_and_read_only_when_wanted(server: FakeServer) -> None:
-    wanted = Ask(prompt=b"[3,4]", row=Row(index=0, num_input=2, num_output=3), wants_ids=True)
+    wanted = BenchRequest(prompt=b"[3,4]", row=Row(index=0, num_input=2, num_output=3), wants_ids=True)
     assert (await ask(server, wanted)).token_ids == answer_ids([3, 4], 3)
-    assert server.asked[0].body["return_token_ids"] is True
+    assert server.received[0].body["return_token_ids"] is True
 
 
 async def test_a_server_that_does_not_report_cached_tokens_has_unknown_not_zero(server: FakeServer) -> None:
-    server.default = Manner(cached_tokens=None)
+    server.default = Behaviour(cached_tokens=None)
     row = (await ask(server)).row
     assert (row.failure, row.num_cached_tokens) == (None, None)
 
 
 async def test_one_token_has_no_time_per_further_token(server: FakeServer) -> None:
-    row = (await ask(server, Ask(prompt=b"[3]", row=Row(index=0, num_input=1, num_output=1)))).row
+    row = (await ask(server, BenchRequest(prompt=b"[3]", row=Row(index=0, num_input=1, num_output=1)))).row
     assert (row.failure, row.tpot_s) == (None, None)
     assert row.ttft_s is not None
 
 
 @pytest.mark.parametrize(
-    ("manner", "kind", "words"),
+    ("behaviour", "kind", "words"),
     [
-        (Manner(status=429), "http_429", "later"),
-        (Manner(status=500, error_body=b"<html>oops"), "http_500", "oops"),
-        (Manner(num_extra_tokens=-1), "wrong_output_count", "3 output tokens of the 4"),
-        (Manner(num_extra_tokens=1), "wrong_output_count", "5 output tokens of the 4"),
-        (Manner(num_extra_prompt_tokens=1), "wrong_input_count", "4 prompt tokens of the 3"),
-        (Manner(cut_after_events=2), "cut", "middle of the response"),
-        (Manner(die_before_byte=True), "dropped", "before the response"),
-        (Manner(done=False), "cut", "[DONE]"),
-        (Manner(usage=False), "no_usage", "usage"),
-        (Manner(instead=b"data: [DONE]\n\n"), "empty", "no token"),
-        (Manner(instead=b'event: error\ndata: {"message": "worker lost"}\n\n'), "error_event", "worker lost"),
-        (Manner(instead=b'data: {"error": {"message": "no memory"}}\n\n'), "error_event", "no memory"),
-        (Manner(instead=b"data: {not json\n\n"), "bad_stream", "{not json"),
-        (Manner(instead=b'data: {"choices": 3}\n\n'), "bad_stream", "choices"),
+        (Behaviour(status=429), "http_429", "later"),
+        (Behaviour(status=500, error_body=b"<html>oops"), "http_500", "oops"),
+        (Behaviour(num_extra_tokens=-1), "wrong_output_count", "3 output tokens of the 4"),
+        (Behaviour(num_extra_tokens=1), "wrong_output_count", "5 output tokens of the 4"),
+        (Behaviour(num_extra_prompt_tokens=1), "wrong_input_count", "4 prompt tokens of the 3"),
+        (Behaviour(cut_after_events=2), "cut", "middle of the response"),
+        (Behaviour(die_before_byte=True), "dropped", "before the response"),
+        (Behaviour(done=False), "cut", "[DONE]"),
+        (Behaviour(usage=False), "no_usage", "usage"),
+        (Behaviour(instead=b"data: [DONE]\n\n"), "empty", "no token"),
+        (Behaviour(instead=b'event: error\ndata: {"message": "worker lost"}\n\n'), "error_event", "worker lost"),
+        (Behaviour(instead=b'data: {"error": {"message": "no memory"}}\n\n'), "error_event", "no memory"),
+        (Behaviour(instead=b"data: {not json\n\n"), "bad_stream", "{not json"),
+        (Behaviour(instead=b'data: {"choices": 3}\n\n'), "bad_stream", "choices"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-async def test_each_way_to_fail_is_told_apart(server: FakeServer, manner: Manner, kind: str, words: str) -> None:
-    server.manners = [manner]
+async def test_each_way_to_fail_is_told_apart(server: FakeServer, behaviour: Behaviour, kind: str, words: str) -> None:
+    server.behaviours = [behaviour]
     row = (await ask(server)).row
     assert row.failure == kind
     assert words in (row.message or "")
@@ -101,13 +101,13 @@ async def test_each_way_to_fail_is_told_apart(server: FakeServer, manner: Manner
 
 
 async def test_a_first_byte_that_does_not_come_in_time_is_a_timeout(server: FakeServer) -> None:
-    server.manners = [Manner(never_answer=True)]
+    server.behaviours = [Behaviour(never_answer=True)]
     assert (await ask(server, timeout_s=0.05)).row.failure == "timeout"
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
 async def test_events_may_be_cut_anywhere(server: FakeServer, size: int) -> None:
-    server.default = Manner(split_bytes=size)
+    server.default = Behaviour(split_bytes=size)
     row = (await ask(server)).row
     assert (row.failure, row.num_events) == (None, 4)
 

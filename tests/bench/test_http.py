@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Coroutine
 
 import pytest
-from fake_server import FakeServer, Manner
+from fake_server import Behaviour, FakeServer
 
 from kvist.bench.http import HttpClient, HttpFailure
 
 BODY = json.dumps({"prompt": [1, 2], "max_tokens": 2}).encode()
-DIES = Manner(die_before_byte=True)
+DIES = Behaviour(die_before_byte=True)
 
 Post = Callable[[], Coroutine[object, object, tuple[int, bool, bytes]]]
 
@@ -34,53 +34,53 @@ def post(client: HttpClient) -> Post:
 async def test_a_connection_is_used_again(server: FakeServer, client: HttpClient, post: Post) -> None:
     assert (await post())[0] == 200
     assert (await post())[2].endswith(b"data: [DONE]\n\n")
-    assert [asked.nth_on_connection for asked in server.asked] == [1, 2]
+    assert [request.nth_on_connection for request in server.received] == [1, 2]
     assert client.num_connections == 1
-    assert "Authorization: Bearer hush\r\n" in server.asked[0].head
+    assert "Authorization: Bearer hush\r\n" in server.received[0].head
     client.close()
 
 
 async def test_a_request_that_meets_a_dying_idle_connection_is_sent_once_more(
     server: FakeServer, client: HttpClient, post: Post
 ) -> None:
-    server.manners = [Manner(), DIES]
+    server.behaviours = [Behaviour(), DIES]
     await post()
     assert (await post())[:2] == (200, True)
-    assert [asked.connection for asked in server.asked] == [1, 1, 2]
+    assert [request.connection for request in server.received] == [1, 1, 2]
     assert client.num_retries == 1
     client.close()
 
 
 async def test_a_request_is_never_sent_a_third_time(server: FakeServer, post: Post) -> None:
-    server.manners = [Manner(), DIES, DIES]
+    server.behaviours = [Behaviour(), DIES, DIES]
     await post()
     with pytest.raises(HttpFailure) as caught:
         await post()
     assert caught.value.kind == "dropped"
-    assert len(server.asked) == 3
+    assert len(server.received) == 3
 
 
 async def test_a_new_connection_that_dies_is_a_failure_and_no_race(server: FakeServer, post: Post) -> None:
-    server.manners = [DIES]
+    server.behaviours = [DIES]
     with pytest.raises(HttpFailure) as caught:
         await post()
     assert caught.value.kind == "dropped"
-    assert len(server.asked) == 1
+    assert len(server.received) == 1
 
 
 async def test_a_reused_connection_that_dies_in_the_response_is_not_tried_again(server: FakeServer, post: Post) -> None:
-    server.manners = [Manner(), Manner(cut_after_events=1)]
+    server.behaviours = [Behaviour(), Behaviour(cut_after_events=1)]
     await post()
     with pytest.raises(HttpFailure) as caught:
         await post()
     assert caught.value.kind == "cut"
-    assert len(server.asked) == 2
+    assert len(server.received) == 2
 
 
 async def test_a_connection_that_the_server_closes_is_not_kept(
     server: FakeServer, client: HttpClient, post: Post
 ) -> None:
-    server.default = Manner(close_header=True)
+    server.default = Behaviour(close_header=True)
     await post()
     await post()
     assert (client.num_connections, client.num_retries) == (2, 0)
@@ -89,16 +89,16 @@ async def test_a_connection_that_the_server_closes_is_not_kept(
 async def test_a_body_without_framing_ends_with_its_connection(
     server: FakeServer, client: HttpClient, post: Post
 ) -> None:
-    server.default = Manner(until_eof=True)
+    server.default = Behaviour(until_eof=True)
     assert (await post())[2].endswith(b"data: [DONE]\n\n")
     await post()
     assert (client.num_connections, client.num_retries) == (2, 0)
 
 
 async def test_what_is_no_http_is_a_failure(server: FakeServer, post: Post) -> None:
-    server.default = Manner(status=999, error_body=b"")
+    server.default = Behaviour(status=999, error_body=b"")
     assert (await post())[0] == 999
-    server.default = Manner(status=0)  # "HTTP/1.1 0": no status has one digit
+    server.default = Behaviour(status=0)  # "HTTP/1.1 0": no status has one digit
     with pytest.raises(HttpFailure) as caught:
         await post()
     assert caught.value.kind == "bad_response"
@@ -114,5 +114,5 @@ async def test_nobody_listening_is_a_failure_that_names_the_address() -> None:
 async def test_a_base_url_may_end_in_v1(server: FakeServer, suffix: str) -> None:
     client = HttpClient(server.url + suffix, api_key=None)
     await client.post("/v1/completions", BODY, lambda *_: None)
-    assert server.asked[0].head.startswith("POST /v1/completions HTTP/1.1\r\n")
+    assert server.received[0].head.startswith("POST /v1/completions HTTP/1.1\r\n")
     client.close()

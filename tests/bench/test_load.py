@@ -9,19 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.bench.config import Span, parse_span
-from kvist.bench.load import Conversation, Drawn, Source, Turns
+from kvist.bench.config import LengthRange, parse_length_range
+from kvist.bench.load import Conversation, DrawKind, Source, Turns
 from kvist.errors import ConfigError
 
 SOURCE = Source(seed=3, vocab_low=10, vocab_high=19)
 
 
 def test_a_prompt_depends_on_the_seed_and_its_place_alone() -> None:
-    first = SOURCE.token_ids(50, Drawn.PROMPT, 1, 2)
-    SOURCE.token_ids(9, Drawn.WARM_UP, 0)
-    assert SOURCE.token_ids(50, Drawn.PROMPT, 1, 2) == first
+    first = SOURCE.token_ids(50, DrawKind.PROMPT, 1, 2)
+    SOURCE.token_ids(9, DrawKind.WARM_UP, 0)
+    assert SOURCE.token_ids(50, DrawKind.PROMPT, 1, 2) == first
     others = [
-        SOURCE.token_ids(50, Drawn.PROMPT, 2, 1),
+        SOURCE.token_ids(50, DrawKind.PROMPT, 2, 1),
         Source(seed=4, vocab_low=10, vocab_high=19).token_ids(50, 0, 1, 2),
     ]
     assert first not in others
@@ -29,18 +29,18 @@ def test_a_prompt_depends_on_the_seed_and_its_place_alone() -> None:
 
 def test_what_a_seed_asks_stays_the_same_from_version_to_version() -> None:
     expected = np.random.default_rng([3, 0, 1, 2]).integers(10, 20, 50).tolist()
-    assert SOURCE.token_ids(50, Drawn.PROMPT, 1, 2) == expected
+    assert SOURCE.token_ids(50, DrawKind.PROMPT, 1, 2) == expected
     later = Source(seed=3, vocab_low=10, vocab_high=19, scenario=1)
-    assert later.token_ids(50, Drawn.PROMPT, 1, 2)[:4] != expected[:4]
+    assert later.token_ids(50, DrawKind.PROMPT, 1, 2)[:4] != expected[:4]
 
 
 def test_token_ids_cover_the_vocabulary_range_and_nothing_else() -> None:
-    assert set(SOURCE.token_ids(2000, Drawn.PROMPT, 0)) == set(range(10, 20))
+    assert set(SOURCE.token_ids(2000, DrawKind.PROMPT, 0)) == set(range(10, 20))
 
 
 def test_lengths_are_uniform_with_both_ends() -> None:
-    assert set(SOURCE.lengths(Span(low=3, high=5), 200, Drawn.INPUT_LENGTHS)) == {3, 4, 5}
-    assert SOURCE.lengths(Span(low=8, high=8), 3, Drawn.INPUT_LENGTHS) == [8, 8, 8]
+    assert set(SOURCE.lengths(LengthRange(low=3, high=5), 200, DrawKind.INPUT_LENGTHS)) == {3, 4, 5}
+    assert SOURCE.lengths(LengthRange(low=8, high=8), 3, DrawKind.INPUT_LENGTHS) == [8, 8, 8]
 
 
 def test_arrivals_are_a_poisson_process_that_begins_at_once() -> None:
@@ -54,13 +54,13 @@ def test_arrivals_are_a_poisson_process_that_begins_at_once() -> None:
 
 @pytest.mark.parametrize(("text", "span"), [("128", (128, 128)), ("100-1024", (100, 1024))])
 def test_lengths_are_one_number_or_two(text: str, span: tuple[int, int]) -> None:
-    assert parse_span(text, "input_tokens") == Span(low=span[0], high=span[1])
+    assert parse_length_range(text, "input_tokens") == LengthRange(low=span[0], high=span[1])
 
 
 @pytest.mark.parametrize("text", ["0", "5-4", "", "1-2-3", "x", "-4"])
 def test_other_lengths_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--input-tokens"):
-        parse_span(text, "input_tokens")
+        parse_length_range(text, "input_tokens")
 
 
 @given(st.lists(st.lists(st.integers(0, 2**31), max_size=5), max_size=6))

@@ -54,7 +54,7 @@ def test_an_interrupted_benchmark_shows_and_keeps_what_it_has(server: FakeServer
     command += ["--requests=100000", "--input-tokens=8", "--output-tokens=4", f"--json={file}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline_s = time.monotonic() + 60
-        while len(server.asked) < 10 and time.monotonic() < deadline_s:
+        while len(server.received) < 10 and time.monotonic() < deadline_s:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         shown, errors = process.communicate(timeout=60)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_server import FakeServer, Manner, answer_ids
+from fake_server import Behaviour, FakeServer, answer_ids
 
 from kvist.bench import report as reports
 from kvist.bench.config import (
@@ -59,7 +59,7 @@ def test_single_sends_one_after_another_on_one_connection(server: FakeServer, ta
 
 
 def test_offline_has_all_requests_in_flight_at_once(server: FakeServer, target: TargetConfig) -> None:
-    server.default = Manner(until_in_flight=20)
+    server.default = Behaviour(until_in_flight=20)
     _, report = run("offline", OfflineConfig(requests=20, input_tokens="5-9", output_tokens="3-6"), target)
     assert server.max_in_flight == 20
     rows = report.runs[0].rows
@@ -69,10 +69,10 @@ def test_offline_has_all_requests_in_flight_at_once(server: FakeServer, target: 
 
 
 def test_offline_keeps_to_its_limit(server: FakeServer, target: TargetConfig) -> None:
-    server.default = Manner(until_in_flight=3)
+    server.default = Behaviour(until_in_flight=3)
     run("offline", OfflineConfig(requests=9, parallel=3, input_tokens="5", output_tokens="3"), target)
     assert server.max_in_flight == 3
-    assert len(server.asked) == 9
+    assert len(server.received) == 9
 
 
 def test_the_same_seed_asks_the_same_and_another_seed_does_not(server: FakeServer, target: TargetConfig) -> None:
@@ -85,7 +85,7 @@ def test_the_same_seed_asks_the_same_and_another_seed_does_not(server: FakeServe
 
 
 def test_arrivals_do_not_wait_for_answers(server: FakeServer, target: TargetConfig) -> None:
-    server.default = Manner(until_in_flight=12)
+    server.default = Behaviour(until_in_flight=12)
     _, report = run("rate", RateConfig(requests=12, rate=400.0, input_tokens="5", output_tokens="4"), target)
     assert server.max_in_flight == 12
     sent = [row.sent_s for row in report.runs[0].rows]
@@ -96,8 +96,8 @@ def test_arrivals_do_not_wait_for_answers(server: FakeServer, target: TargetConf
 def test_a_turn_sends_the_whole_conversation_with_the_servers_own_answers(
     server: FakeServer, target: TargetConfig
 ) -> None:
-    server.manners = [Manner()]  # for the probe
-    server.default = Manner(until_in_flight=2)
+    server.behaviours = [Behaviour()]  # for the probe
+    server.default = Behaviour(until_in_flight=2)
     status, report = run("multiturn", SMALL, target)
     assert status == 0
     assert server.max_in_flight == 2
@@ -114,22 +114,22 @@ def test_a_turn_sends_the_whole_conversation_with_the_servers_own_answers(
     assert report.runs[0].settings["answers"] == "server"
 
 
-@pytest.mark.parametrize("manner", [Manner(knows_ids=False), Manner(status=400)], ids=["ignores", "refuses"])
+@pytest.mark.parametrize("behaviour", [Behaviour(knows_ids=False), Behaviour(status=400)], ids=["ignores", "refuses"])
 def test_without_the_servers_ids_drawn_ones_stand_for_the_answer(
-    server: FakeServer, target: TargetConfig, manner: Manner
+    server: FakeServer, target: TargetConfig, behaviour: Behaviour
 ) -> None:
-    server.manners = [manner]
-    server.default = Manner(knows_ids=False)
+    server.behaviours = [behaviour]
+    server.default = Behaviour(knows_ids=False)
     status, report = run("multiturn", SMALL, target)
     assert (status, report.runs[0].settings["answers"]) == (0, "drawn")
     longest = max(server.prompts, key=len)
     assert len(longest) == 26
     assert longest[6:10] != answer_ids(longest[:6], 4)
-    assert all("return_token_ids" not in asked.body for asked in server.asked[1:])
+    assert all("return_token_ids" not in request.body for request in server.received[1:])
 
 
 def test_the_servers_ids_can_be_insisted_on(server: FakeServer, target: TargetConfig) -> None:
-    server.default = Manner(knows_ids=False)
+    server.default = Behaviour(knows_ids=False)
     with pytest.raises(Unavailable, match="gives no token ids"):
         run_scenario("multiturn", replace(SMALL, answers="server"), target)
 
@@ -137,7 +137,7 @@ def test_the_servers_ids_can_be_insisted_on(server: FakeServer, target: TargetCo
 def test_a_conversation_that_fails_has_its_other_turns_counted_as_failures(
     server: FakeServer, target: TargetConfig
 ) -> None:
-    server.manners = [Manner(), Manner(), Manner(status=503)]  # the probe, a good turn, a bad one
+    server.behaviours = [Behaviour(), Behaviour(), Behaviour(status=503)]  # the probe, a good turn, a bad one
     load = replace(SMALL, parallel=1)
     status, report = run("multiturn", load, target)
     summary = report.runs[0].summary
@@ -155,14 +155,14 @@ def test_a_conversation_that_fails_has_its_other_turns_counted_as_failures(
 def test_warm_up_requests_come_first_and_are_in_no_figure(server: FakeServer, target: TargetConfig) -> None:
     load = SingleConfig(requests=2, input_tokens="8", output_tokens="4")
     _, report = run("single", load, replace(target, warmup=3))
-    assert len(server.asked) == 5
+    assert len(server.received) == 5
     assert len(report.runs[0].rows) == 2
     warm, measured = server.prompts[:3], server.prompts[3:]
     assert not {tuple(prompt) for prompt in warm} & {tuple(prompt) for prompt in measured}
 
 
 def test_a_server_that_answers_no_warm_up_request_is_not_measured(server: FakeServer, target: TargetConfig) -> None:
-    server.default = Manner(status=404)
+    server.default = Behaviour(status=404)
     with pytest.raises(Unavailable, match="every warm-up request failed"):
         run_scenario("single", SingleConfig(), replace(target, warmup=2))
     assert target.json_path is not None
@@ -172,7 +172,7 @@ def test_a_server_that_answers_no_warm_up_request_is_not_measured(server: FakeSe
 def test_failures_set_the_status_and_stay_in_the_file(
     server: FakeServer, target: TargetConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.manners = [Manner(status=429), Manner(cut_after_events=1)]
+    server.behaviours = [Behaviour(status=429), Behaviour(cut_after_events=1)]
     status, report = run("single", SingleConfig(requests=4, input_tokens="8", output_tokens="4"), target)
     assert status == 1
     assert report.runs[0].summary.failures == {"cut": 1, "http_429": 1}
@@ -207,7 +207,7 @@ def test_a_baseline_gives_ratios_and_what_differs(
 def test_a_baseline_with_failures_is_told(
     server: FakeServer, target: TargetConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.manners = [Manner(status=429)]
+    server.behaviours = [Behaviour(status=429)]
     load = SingleConfig(requests=3, input_tokens="8", output_tokens="4")
     run("single", load, target)
     capsys.readouterr()
@@ -226,7 +226,7 @@ def test_files_that_cannot_be_used_are_told_before_anything_is_sent(
     ):
         with pytest.raises(ConfigError, match=r"--(baseline|json)"):
             run_scenario("single", SingleConfig(), wrong)
-    assert server.asked == []
+    assert server.received == []
 
 
 def test_custom_scenarios_run_in_order_each_with_its_own_settings(server: FakeServer, target: TargetConfig) -> None:
@@ -262,7 +262,7 @@ def test_no_scenario_of_a_file_asks_what_an_earlier_one_asked(
     assert len(prompts) == 3 * (2 + 4)
     assert len({prompt[:2] for prompt in prompts}) == len(prompts)
     first = server.prompts[2:6]
-    server.asked.clear()
+    server.received.clear()
     run("single", SingleConfig(requests=4, input_tokens="9", output_tokens="2"), target)
     assert server.prompts == first, "the first scenario of a file is the one of its verb"
 
@@ -313,7 +313,7 @@ def test_an_answer_that_the_server_did_not_give_is_in_no_cache(target: TargetCon
 def test_more_hits_than_the_ceiling_are_warned_of(
     server: FakeServer, target: TargetConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.default = Manner(cached_tokens=6)
+    server.default = Behaviour(cached_tokens=6)
     run("multiturn", SMALL, target)
     assert "more was cached than this run had sent" in capsys.readouterr().out
 
@@ -321,11 +321,11 @@ def test_more_hits_than_the_ceiling_are_warned_of(
 def test_a_kvist_server_is_asked_from_which_tier_each_hit_came_and_no_other_is(
     server: FakeServer, target: TargetConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.default = Manner(cached_tokens=4, cached_by_tier={"device": 3, "host": 1})
+    server.default = Behaviour(cached_tokens=4, cached_by_tier={"device": 3, "host": 1})
     server.model = {"id": "fake", "owned_by": "somebody"}
     _, report = run("multiturn", SMALL, target)
     assert report.runs[0].summary.hit_rate_by_tier is None
-    assert not any("kvist" in asked.body for asked in server.asked)
+    assert not any("kvist" in request.body for request in server.received)
     server.model = {"id": "fake", "owned_by": "kvist"}
     _, report = run("multiturn", SMALL, target)
     summary = report.runs[0].summary

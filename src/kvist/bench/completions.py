@@ -1,9 +1,9 @@
-"""Asks for one completion, reads its server-sent events, and says in one `Row` what happened.
+"""Requests one completion, reads its server-sent events, and records the result in one `Row`.
 
-Times are of the client's clock: a request begins before a connection is taken or opened; its first token is the first
-event that carries a choice; it ends with the response. An answer counts as one only if it ended as a stream should, and
-if the server's own usage gives exactly the tokens that were asked for, in and out. Everything else is a failure of some
-kind, and a failure is a row too.
+All times are from the client's clock. A request begins before a connection is taken or opened. Its first token is the
+first event that carries a choice. It ends with the response. An answer succeeds only if its stream ended with [DONE]
+and the server's usage counts exactly the requested tokens, in and out. Anything else is a failure with a kind, and a
+failure is a row too.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ PATH = "/v1/completions"
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One request. A request that failed has a `failure` and no times but `sent_s`."""
+    """One request. A failed request has a `failure` and no times but `sent_s`."""
 
     index: int
     client: int | None = None  # of a conversation
     turn: int | None = None
-    num_input: int  # asked for
+    num_input: int  # requested
     num_output: int
-    sent_s: float | None = None  # after the scenario's start; None: never sent
-    late_s: float = 0.0  # sent so long after its planned time
+    sent_s: float | None = None  # since the scenario's start; None: never sent
+    late_s: float = 0.0  # delay from the planned time to the actual one
     ttft_s: float | None = None
     tpot_s: float | None = None  # None with one output token
     e2e_s: float | None = None
     num_prompt_tokens: int | None = None  # the server's counts
     num_cached_tokens: int | None = None
-    num_cached_by_tier: dict[str, int] | None = None  # if a Kvist server tells it
-    num_ceiling_tokens: int | None = None  # of multiturn: what a cache that forgets nothing would have had
+    num_cached_by_tier: dict[str, int] | None = None  # reported by Kvist servers only
+    num_ceiling_tokens: int | None = None  # multiturn only: cached tokens if nothing were ever evicted
     num_output_tokens: int | None = None
     num_events: int = 0
     retried: bool = False
@@ -48,11 +48,11 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """One request to make. `prompt` is a JSON list of token ids."""
+class BenchRequest:
+    """One request to send. `prompt` is a JSON list of token ids."""
 
     prompt: bytes
-    row: Row  # as far as it is known before
+    row: Row  # the fields known before sending
     wants_ids: bool = False
 
 
@@ -60,7 +60,7 @@ class Ask:
 class Answer:
     row: Row
     gaps_s: list[float] = field(default_factory=list)  # between events that carry tokens
-    token_ids: list[int] = field(default_factory=list)  # if they were asked for and given
+    token_ids: list[int] = field(default_factory=list)  # if requested, and given by the server
 
 
 # ---------------------------------------------------------------- the stream
@@ -95,7 +95,7 @@ _decode = msgspec.json.Decoder(_Event).decode
 
 
 class EventLines:
-    """Server-sent events from the pieces of a body, cut wherever the network cut them."""
+    """Parses server-sent events from the pieces of a body, which the network may cut anywhere."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -103,7 +103,7 @@ class EventLines:
         self._lines: list[bytes] = []
 
     def feed(self, piece: bytes) -> list[tuple[bytes, bytes]]:
-        """The events that are now whole, as (name or b"", content). Raises `HttpFailure` for one without end."""
+        """Return the events completed by `piece`, as (name or b"", content). Raises `HttpFailure` for one above the limit."""
         lines = (self._rest + piece).split(b"\n")
         self._rest = lines.pop()
         if len(self._rest) + sum(map(len, self._lines)) > MAX_EVENT_BYTES:
@@ -122,8 +122,8 @@ class EventLines:
         return found
 
 
-class _Reading:
-    """What one response has said so far. Its `on_body` is called with each piece of the body."""
+class _StreamReader:
+    """The state of one response. `on_body` is called with each piece of the body."""
 
     def __init__(self, clock: Clock) -> None:
         self._now_s = clock.now_s
@@ -169,8 +169,8 @@ class _Reading:
             if choice.token_ids:
                 self.token_ids += choice.token_ids
 
-    def failure(self, status: int, ask: Ask) -> tuple[str, str] | None:
-        """Kind and message if this is not the answer that was asked for."""
+    def failure(self, status: int, request: BenchRequest) -> tuple[str, str] | None:
+        """Return kind and message of the failure, or None for a complete answer with the requested counts."""
         if status != 200:
             return f"http_{status}", _text(self._error_body)
         if not self.done:
@@ -179,12 +179,12 @@ class _Reading:
             return "empty", "the stream carried no token"
         if self.usage is None:
             return "no_usage", "the stream ended without usage: its tokens cannot be counted"
-        got, wanted = self.usage.prompt_tokens, ask.row.num_input
+        got, wanted = self.usage.prompt_tokens, request.row.num_input
         if got != wanted:
-            return "wrong_input_count", f"the server counted {got} prompt tokens of the {wanted} that were sent"
-        got, wanted = self.usage.completion_tokens, ask.row.num_output
+            return "wrong_input_count", f"the server counted {got} prompt tokens, {wanted} were sent"
+        got, wanted = self.usage.completion_tokens, request.row.num_output
         if got != wanted:
-            return "wrong_output_count", f"the server counted {got} output tokens of the {wanted} that were asked for"
+            return "wrong_output_count", f"the server counted {got} output tokens, {wanted} were requested"
         return None
 
 
@@ -195,8 +195,8 @@ def _text(content: bytes) -> str:
 # ---------------------------------------------------------------- one request
 
 
-class Asker:
-    """Asks one server for completions of one model. `by_tier`: it knows Kvist's own fields."""
+class CompletionClient:
+    """Sends completion requests for one model to one server. `by_tier`: the server knows Kvist's own fields."""
 
     def __init__(
         self, client: HttpClient, *, model: str, clock: Clock, timeout_s: float, by_tier: bool = False
@@ -207,59 +207,59 @@ class Asker:
         self._timeout_s = timeout_s
         self._by_tier = by_tier
 
-    def body(self, ask: Ask) -> bytes:
-        """The request's JSON, put together around a prompt that is JSON already."""
+    def body(self, request: BenchRequest) -> bytes:
+        """Return the request's JSON, built around a prompt that is JSON already."""
         return b"".join(
             (
                 b'{"model":',
                 self._model,
                 b',"prompt":',
-                ask.prompt,
-                b',"max_tokens":%d,"temperature":0,"ignore_eos":true,"stream":true' % ask.row.num_output,
+                request.prompt,
+                b',"max_tokens":%d,"temperature":0,"ignore_eos":true,"stream":true' % request.row.num_output,
                 b',"stream_options":{"include_usage":true}',
                 b',"kvist":{"usage":true}' if self._by_tier else b"",
-                b',"return_token_ids":true}' if ask.wants_ids else b"}",
+                b',"return_token_ids":true}' if request.wants_ids else b"}",
             )
         )
 
-    async def ask(self, ask: Ask, *, start_s: float, planned_s: float | None = None) -> Answer:
-        """Never raises for what the world does. `start_s` and `planned_s` are times of the clock."""
-        body = self.body(ask)
-        reading = _Reading(self._clock)
+    async def send(self, request: BenchRequest, *, start_s: float, planned_s: float | None = None) -> Answer:
+        """Send a request and return its answer; a failure is an answer too. `start_s` and `planned_s` are clock times."""
+        body = self.body(request)
+        reader = _StreamReader(self._clock)
         sent_s = self._clock.now_s()
         failure: tuple[str, str] | None
         retried = False
         try:
             async with asyncio.timeout(self._timeout_s):
-                reply = await self.client.post(PATH, body, reading.on_body)
+                reply = await self.client.post(PATH, body, reader.on_body)
             retried = reply.retried
-            failure = reading.failure(reply.status, ask)
+            failure = reader.failure(reply.status, request)
         except TimeoutError:
-            failure = "timeout", f"no whole answer in {self._timeout_s:g} s"
+            failure = "timeout", f"no complete answer in {self._timeout_s:g} s"
         except HttpFailure as error:
             failure = error.kind, str(error)
         end_s = self._clock.now_s()
         late_s = 0.0 if planned_s is None else sent_s - planned_s
-        row = replace(ask.row, sent_s=sent_s - start_s, late_s=late_s, retried=retried)
+        row = replace(request.row, sent_s=sent_s - start_s, late_s=late_s, retried=retried)
         if failure is not None:
             return Answer(row=replace(row, failure=failure[0], message=failure[1]))
-        return _succeeded(row, reading, sent_s, end_s)
+        return _succeeded(row, reader, sent_s, end_s)
 
 
-def _succeeded(row: Row, reading: _Reading, sent_s: float, end_s: float) -> Answer:
-    assert reading.first_s is not None
-    assert reading.usage is not None
-    num_output = reading.usage.completion_tokens
-    details = reading.usage.prompt_tokens_details
+def _succeeded(row: Row, reader: _StreamReader, sent_s: float, end_s: float) -> Answer:
+    assert reader.first_s is not None
+    assert reader.usage is not None
+    num_output = reader.usage.completion_tokens
+    details = reader.usage.prompt_tokens_details
     whole = replace(
         row,
-        ttft_s=reading.first_s - sent_s,
-        tpot_s=(reading.last_s - reading.first_s) / (num_output - 1) if num_output > 1 else None,
+        ttft_s=reader.first_s - sent_s,
+        tpot_s=(reader.last_s - reader.first_s) / (num_output - 1) if num_output > 1 else None,
         e2e_s=end_s - sent_s,
-        num_prompt_tokens=reading.usage.prompt_tokens,
+        num_prompt_tokens=reader.usage.prompt_tokens,
         num_cached_tokens=None if details is None else details.cached_tokens,
-        num_cached_by_tier=None if reading.usage.kvist is None else reading.usage.kvist.cached_tokens,
+        num_cached_by_tier=None if reader.usage.kvist is None else reader.usage.kvist.cached_tokens,
         num_output_tokens=num_output,
-        num_events=len(reading.gaps_s) + 1,
+        num_events=len(reader.gaps_s) + 1,
     )
-    return Answer(row=whole, gaps_s=reading.gaps_s, token_ids=reading.token_ids)
+    return Answer(row=whole, gaps_s=reader.gaps_s, token_ids=reader.token_ids)

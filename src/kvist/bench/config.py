@@ -1,4 +1,4 @@
-"""What `kvist bench` can be told. The defaults are the scenarios of docs/bench.md."""
+"""The options of `kvist bench`. The defaults are the scenarios of docs/bench.md."""
 
 from __future__ import annotations
 
@@ -14,39 +14,42 @@ SERVER, DRAWN, AUTO = "server", "drawn", "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class LengthRange:
     """Lengths in [low, high], both included."""
 
     low: int
     high: int
 
 
-def parse_span(text: str, param: str) -> Span:
+def parse_length_range(text: str, param: str) -> LengthRange:
     """ "128" or "100-1024". Raises `ConfigError`."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= low <= high:
         flag = "--" + param.replace("_", "-")
         raise ConfigError(f"{flag}: {text!r} is not allowed; it must be N or LOW-HIGH, from 1 tokens up", param=param)
-    return Span(low=low, high=high)
+    return LengthRange(low=low, high=high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetConfig:
-    """Which server, and what all scenarios share. Raises `ConfigError`."""
+    """The server, and the settings that all scenarios share. Raises `ConfigError`."""
 
     base_url: str = option(
-        "http://127.0.0.1:30000", "the server; /v1/completions is asked below it, whether or not it ends in /v1"
+        "http://127.0.0.1:30000",
+        "URL of the server, with or without /v1 at the end; requests go to its /v1/completions",
     )
-    model: str | None = option(None, "the model's name there; without it the first that /v1/models names")
+    model: str | None = option(None, "name of the model on that server; by default the first one in /v1/models")
     api_key: str | None = option(None, "key sent as a bearer token", secret=True)
-    seed: int = option(0, "draws prompts, lengths, arrivals and turns", minimum=0)
+    seed: int = option(0, "seed that prompts, lengths, arrivals and turns are drawn with", minimum=0)
     vocab_low: int = option(1000, "the smallest token id of a prompt", minimum=0)
     vocab_high: int = option(30000, "the largest token id of a prompt", minimum=0)
-    warmup: int = option(4, "requests before the measured ones, of the same lengths", unit="requests", minimum=0)
-    request_timeout_s: float = option(600.0, "a request that takes longer has failed", unit="s", minimum=0.001)
-    json_path: Path | None = option(None, "write figures and one row a request here", flag="--json")
-    baseline: Path | None = option(None, "an earlier --json file: print ratios to it")
+    warmup: int = option(4, "requests of the same lengths before the measured ones", unit="requests", minimum=0)
+    request_timeout_s: float = option(
+        600.0, "limit of one request; a longer one counts as failed", unit="s", minimum=0.001
+    )
+    json_path: Path | None = option(None, "file for the figures and one row for each request", flag="--json")
+    baseline: Path | None = option(None, "an earlier --json file; ratios to its figures are printed")
 
     def __post_init__(self) -> None:
         if self.api_key is not None:
@@ -60,21 +63,21 @@ class TargetConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Load:
-    """What every scenario has."""
+    """The settings that every scenario has."""
 
     input_tokens: str
     output_tokens: str
 
     @property
-    def input_span(self) -> Span:
-        return parse_span(self.input_tokens, "input_tokens")
+    def input_range(self) -> LengthRange:
+        return parse_length_range(self.input_tokens, "input_tokens")
 
     @property
-    def output_span(self) -> Span:
-        return parse_span(self.output_tokens, "output_tokens")
+    def output_range(self) -> LengthRange:
+        return parse_length_range(self.output_tokens, "output_tokens")
 
     def __post_init__(self) -> None:
-        _ = self.input_span, self.output_span  # a mistake is told at start
+        _ = self.input_range, self.output_range  # raises at start, not in the middle of a run
 
 
 def _lengths(default: str, what: str) -> str:
@@ -91,7 +94,7 @@ class SingleConfig(_Load):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfflineConfig(_Load):
     requests: int = option(256, "requests in all", minimum=1)
-    parallel: int | None = option(None, "at most so many in flight; without it all are sent at once", minimum=1)
+    parallel: int | None = option(None, "limit of requests in flight; by default all are sent at once", minimum=1)
     input_tokens: str = _lengths("100-1024", "each prompt")
     output_tokens: str = _lengths("100-1024", "each answer")
 
@@ -100,7 +103,7 @@ class OfflineConfig(_Load):
 class RateConfig(_Load):
     requests: int = option(120, "requests in all", minimum=1)
     rate: float = option(
-        8.0, "arrivals a second, a Poisson process: they do not wait for answers", unit="1/s", minimum=1e-3
+        8.0, "requests sent per second, as a Poisson process; they do not wait for answers", unit="1/s", minimum=1e-3
     )
     input_tokens: str = _lengths("2048", "each prompt")
     output_tokens: str = _lengths("128", "each answer")
@@ -109,24 +112,24 @@ class RateConfig(_Load):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MultiturnConfig(_Load):
     clients: int = option(80, "conversations", minimum=1)
-    rounds: int = option(4, "turns of each", minimum=1)
-    parallel: int = option(16, "at most so many requests in flight", minimum=1)
+    rounds: int = option(4, "turns of each conversation", minimum=1)
+    parallel: int = option(16, "limit of requests in flight", minimum=1)
     page_size: int = option(
-        16, "the hit rate's ceiling is counted in whole pages of so many tokens", unit="tokens", minimum=1
+        16, "page size for the highest possible hit rate, which counts whole pages only", unit="tokens", minimum=1
     )
-    input_tokens: str = _lengths("2048", "what a turn appends")
+    input_tokens: str = _lengths("2048", "each turn's new input")
     output_tokens: str = _lengths("64", "each answer")
     answers: str = option(
         AUTO,
-        "which ids a conversation appends as the answer: the server's own (it must know return_token_ids), ids drawn "
-        "by the seed (their K/V cannot be cached), or the server's if it gives them",
+        "token ids that a conversation appends as the answer: server = from the server, which must know "
+        "return_token_ids; drawn = by the seed, so that their K/V cannot be cached; auto = from the server if possible",
         choices=(AUTO, SERVER, DRAWN),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CustomConfig:
-    file: Path = option(Path("bench.json"), "JSON list of scenarios: see docs/bench.md")
+    file: Path = option(Path("bench.json"), "JSON file with a list of scenarios: see docs/bench.md")
 
 
 Load = SingleConfig | OfflineConfig | RateConfig | MultiturnConfig
@@ -140,6 +143,6 @@ LOADS: dict[str, type[Load]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    name: str  # the row in tables and what a baseline is found by
+    name: str  # in tables; also the key that a baseline is found by
     kind: str  # key of LOADS
     load: Load

@@ -1,11 +1,11 @@
 """A small HTTP/1.1 client for streams: one `asyncio.Protocol` a connection, httptools for the parsing, nothing else.
 
-General clients cost 100 µs and more for each piece of a body, which is the whole budget of 256 streams at 60 tokens a
+General clients take 100 µs or more for each piece of a body, which is the whole budget of 256 streams at 60 tokens a
 second. Here a piece goes from the socket to the caller in one call.
 
-A connection is kept and used again. Servers close idle ones when they please, so a request can meet a connection that
-is just dying: if a *reused* connection dies before any byte of the response, the request is sent once more on a new
-one. Nothing else is ever sent twice. It does not follow redirects, decompress, or speak HTTP/2.
+Connections are reused. A server may close an idle connection at any time, also while a request is on its way: if a
+*reused* connection ends before any byte of the response, the request is sent once more on a new connection. Nothing
+else is ever sent twice. Redirects, compression and HTTP/2 are not supported.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ CONNECT_TIMEOUT_S = 30.0
 
 
 class HttpFailure(Exception):
-    """The exchange gave no whole response. `kind` is what failures are counted by."""
+    """Raised when an exchange gave no complete response. Failures are counted by `kind`."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
 
 
-class _Dropped(HttpFailure):
-    """The connection ended early; `any_byte` tells whether a part of the response had come."""
+class _ConnectionLost(HttpFailure):
+    """Raised when the connection ended early. `any_byte`: a part of the response had arrived."""
 
     def __init__(self, message: str, *, any_byte: bool) -> None:
         super().__init__("cut" if any_byte else "dropped", message)
@@ -45,7 +45,7 @@ class Reply:
     retried: bool
 
 
-OnBody = Callable[[int, bytes], None]  # (status, piece of the body), as it comes
+OnBody = Callable[[int, bytes], None]  # (status, piece of the body), called for each piece
 
 
 class _Connection(asyncio.Protocol):
@@ -55,19 +55,19 @@ class _Connection(asyncio.Protocol):
         self.used = False
         self.open = False
         self._transport: asyncio.Transport | None = None
-        self._done: asyncio.Future[bool] | None = None  # of the exchange: may the connection be kept?
+        self._done: asyncio.Future[bool] | None = None  # the end of the exchange; True: the connection can be reused
         self._on_body: OnBody | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._status = 0
         self._any_byte = False
-        self._framed = False  # the response says where it ends; else its end is the connection's
+        self._framed = False  # the response has a length or is chunked; else it ends with the connection
 
     async def exchange(self, request: bytes, on_body: OnBody) -> int:
-        """The status, after the last piece. Raises `HttpFailure`, or whatever `on_body` raised."""
+        """Return the status after the last piece. Raises `HttpFailure`, or an exception of `on_body`."""
         assert self._transport is not None
         assert self._done is None, "one exchange at a time"
         if not self.open:
-            raise _Dropped("the server had closed the connection", any_byte=False)
+            raise _ConnectionLost("the server had closed the connection", any_byte=False)
         self._done = asyncio.get_running_loop().create_future()
         self._on_body = on_body
         self._parser = httptools.HttpResponseParser(self)
@@ -93,12 +93,12 @@ class _Connection(asyncio.Protocol):
     # ------------------------------------------------------------ asyncio's calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's class has the methods, not the type
         self.open = True
 
     def data_received(self, data: bytes) -> None:
         if self._done is None or self._done.done():
-            self.abort()  # bytes that nobody asked for: the next response could not be told from them
+            self.abort()  # unexpected bytes: the next response could not be distinguished from them
             return
         self._any_byte = True
         try:
@@ -106,7 +106,7 @@ class _Connection(asyncio.Protocol):
         except httptools.HttpParserCallbackError as error:
             self._fail(error.__context__ or error)
         except httptools.HttpParserError as error:
-            self._fail(HttpFailure("bad_response", f"this is not HTTP: {error}"))
+            self._fail(HttpFailure("bad_response", f"not an HTTP response: {error}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open = False
@@ -116,7 +116,9 @@ class _Connection(asyncio.Protocol):
             self._done.set_result(False)
             return
         where = "in the middle of the response" if self._any_byte else "before the response"
-        self._fail(_Dropped(f"the connection ended {where}" + (f": {exc}" if exc else ""), any_byte=self._any_byte))
+        self._fail(
+            _ConnectionLost(f"the connection ended {where}" + (f": {exc}" if exc else ""), any_byte=self._any_byte)
+        )
 
     # ------------------------------------------------------------ the parser's calls
 
@@ -126,7 +128,7 @@ class _Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if status >= 200:  # 100 Continue and its like announce the response
+        if status >= 200:  # 1xx statuses only announce the response
             self._status = status
 
     def on_body(self, piece: bytes) -> None:
@@ -162,7 +164,7 @@ class HttpClient:
         return await self._send(self._head("GET", path) + b"\r\n", on_body)
 
     async def post(self, path: str, body: bytes, on_body: OnBody) -> Reply:
-        """Sends JSON. Raises `HttpFailure` when no whole response came, whatever its status."""
+        """Send JSON. Raises `HttpFailure` without a complete response; any status is a response."""
         head = self._head("POST", path) + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
         return await self._send(head + body, on_body)
 
@@ -180,7 +182,7 @@ class HttpClient:
         retried = False
         try:
             status = await connection.exchange(request, on_body)
-        except _Dropped as error:
+        except _ConnectionLost as error:
             if not reused or error.any_byte:
                 raise
             self.num_retries += 1
@@ -192,7 +194,7 @@ class HttpClient:
         return Reply(status=status, retried=retried)
 
     def _take_idle(self) -> _Connection | None:
-        """The one used last: the likeliest to be alive."""
+        """Return the most recently used connection, the most likely to be still open."""
         while self._idle:
             connection = self._idle.pop()
             if connection.open:
@@ -214,7 +216,7 @@ class HttpClient:
 
 
 async def read_whole(client: HttpClient, path: str, *, timeout_s: float) -> tuple[int, bytes]:
-    """A small GET. Raises `HttpFailure`."""
+    """GET a small body; return status and body. Raises `HttpFailure`."""
     pieces: list[bytes] = []
     try:
         async with asyncio.timeout(timeout_s):

@@ -1,8 +1,8 @@
-"""What is asked and in which order. Pure: everything is drawn from the seed, nothing here sends or waits.
+"""Prompts, lengths, arrivals and turns. Pure: everything is drawn from the seed, nothing here sends or waits.
 
-Each thing drawn has a generator of its own, keyed by (seed, what, which): a prompt is the same whatever order answers
-come in, and however many warm-up requests went before. The scenarios of one run have keys of their own: a prompt that
-an earlier one has asked would be answered from the server's cache.
+Each drawn value has its own generator, keyed by (seed, kind, indices): a prompt depends neither on the order of the
+answers nor on the number of warm-up requests. Each scenario of a run has its own keys: a prompt that an earlier
+scenario has sent would be answered from the server's cache.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from kvist.bench.config import Span
+from kvist.bench.config import LengthRange
 
 _json = msgspec.json.Encoder().encode
 
 
-class Drawn(enum.IntEnum):
-    """The second word of a generator's key. Values are part of what a seed means: never renumber."""
+class DrawKind(enum.IntEnum):
+    """The second word of a generator's key. Never renumber: the values decide which prompts belong to a seed."""
 
     PROMPT = 0
     INPUT_LENGTHS = 1
@@ -34,34 +34,34 @@ class Drawn(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Token ids and numbers by seed. Ids are in [vocab_low, vocab_high]."""
+    """Draws token ids and numbers by seed. Token ids are in [vocab_low, vocab_high], both included."""
 
     seed: int
-    scenario: int = 0  # its place among those of one run
+    scenario: int = 0  # its index in the run
     vocab_low: int
     vocab_high: int
 
-    def generator(self, what: Drawn, *which: int) -> np.random.Generator:
+    def generator(self, what: DrawKind, *which: int) -> np.random.Generator:
         spawn_key = (self.scenario,) if self.scenario else ()
         return np.random.default_rng(np.random.SeedSequence([self.seed, int(what), *which], spawn_key=spawn_key))
 
-    def token_ids(self, num_tokens: int, what: Drawn, *which: int) -> list[int]:
+    def token_ids(self, num_tokens: int, what: DrawKind, *which: int) -> list[int]:
         ids: list[int] = self.generator(what, *which).integers(self.vocab_low, self.vocab_high + 1, num_tokens).tolist()
         return ids
 
-    def lengths(self, span: Span, count: int, what: Drawn) -> list[int]:
+    def lengths(self, span: LengthRange, count: int, what: DrawKind) -> list[int]:
         drawn: list[int] = self.generator(what).integers(span.low, span.high + 1, count).tolist()
         return drawn
 
     def arrivals_s(self, rate: float, count: int) -> list[float]:
-        """Times of a Poisson process, the first at 0: a wait before it would measure nothing."""
-        gaps = self.generator(Drawn.ARRIVALS).exponential(1.0 / rate, count)
+        """Return the times of a Poisson process. The first is 0: a wait before it would measure nothing."""
+        gaps = self.generator(DrawKind.ARRIVALS).exponential(1.0 / rate, count)
         times: list[float] = (np.cumsum(gaps) - gaps[0]).tolist()
         return times
 
 
 class Conversation:
-    """One client's token ids, kept as the JSON that is sent: a long history is not encoded again each round."""
+    """The token ids of one client, kept as JSON, so that a long history is not encoded again in each round."""
 
     def __init__(self) -> None:
         self.num_tokens = 0
@@ -77,9 +77,9 @@ class Conversation:
 
 
 class Turns:
-    """Whose turn it is. A client waits while its request is in flight; the next one is drawn among those that do not.
+    """Chooses the next client. A client waits while its request is in flight; the next one is drawn among the others.
 
-    Every (client, round) comes up exactly once: as a start, or in the count that a failed `end` returns.
+    Every (client, round) occurs exactly once: returned by `start`, or in the range that a failed `end` returns.
     """
 
     def __init__(self, *, clients: int, rounds: int, parallel: int, generator: np.random.Generator) -> None:
@@ -95,7 +95,7 @@ class Turns:
         return len(self._waiting)
 
     def start(self) -> tuple[int, int] | None:
-        """(client, round), or None: as many as may be are in flight, or nobody is ready."""
+        """Return (client, round), or None when `parallel` requests are in flight or no client is ready."""
         if not self._ready or len(self._waiting) >= self._parallel:
             return None
         chosen = int(self._generator.integers(len(self._ready)))
@@ -107,7 +107,7 @@ class Turns:
         return client, turn
 
     def end(self, client: int, *, ok: bool) -> range:
-        """The rounds that will not be sent because this one failed: without its answer there is nothing to append."""
+        """End the client's request. Return the rounds that cannot be sent after a failure: they lack its answer."""
         self._waiting.remove(client)
         left = range(self._next_round[client], self._rounds)
         if not ok:

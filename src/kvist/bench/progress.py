@@ -1,7 +1,7 @@
-"""How far a scenario is, on standard error: one changing line on a terminal, elsewhere a log line now and then.
+"""Shows the progress of a scenario on standard error: one changing line on a terminal, else a log line every 10 s.
 
-The line is written by the measuring loop itself and costs it microseconds. A library's progress bar takes milliseconds
-for each picture, which would be measured as a pause of the server.
+The measuring loop writes the line itself, in microseconds. A library's progress bar takes milliseconds for each update,
+which would be measured as a pause of the server.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import TextIO
 LINE_INTERVAL_S, LOG_INTERVAL_S = 0.5, 10.0
 _CLEAR = "\r\x1b[2K"
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Owned by one scenario; call `show` as often as you like, `close` once."""
+    """Mutable; owned by one scenario. `show` may be called at any rate, `close` once."""
 
     def __init__(self, name: str, count: int, *, start_s: float, stream: TextIO | None = None) -> None:
         self._name = name
@@ -38,17 +38,17 @@ class Progress:
             self._stream.write(_CLEAR + text)
             self._stream.flush()
         else:
-            log.info("%s", text)
+            logger.info("%s", text)
 
     def close(self) -> None:
-        """The line goes: what comes next begins where it stood."""
+        """Erase the line, so that the next output begins there."""
         if self._on_terminal:
             self._stream.write(_CLEAR)
             self._stream.flush()
 
 
 def _estimate(num_done: int, count: int, elapsed_s: float) -> str:
-    """As if the rest went as the requests so far did."""
+    """Return elapsed and remaining time; the rest is assumed to be as fast as the requests so far."""
     if not num_done:
         return f"{elapsed_s:.0f} s so far"
     return f"{elapsed_s:.0f} s so far, about {elapsed_s / num_done * (count - num_done):.0f} s left"

@@ -1,4 +1,4 @@
-"""Rows → figures, a table, JSON, and ratios to an earlier JSON. Pure: reads no clock and writes no file."""
+"""Turns rows into figures, a table, JSON, and ratios to an earlier JSON. Pure: reads no clock, writes no file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kvist.bench.completions import Row
 from kvist.bench.drive import Measured
 
 FORMAT = "kvist-bench-1"
-BUSY_SHARE = 0.8  # of one core: above, the client may be what was measured
-MAX_LAG_S = 0.002  # p99: the error that each time may have; less does not matter,
-MAX_LAG_SHARE = 0.1  # nor does less than this share of the mean time of a token
-MAX_LATE_S = 0.010  # p99: above, the arrivals were not those that were asked for
+BUSY_SHARE = 0.8  # of one core; above, the client may have limited the figures
+MAX_LAG_S = 0.002  # p99: error of each time. A warning needs a lag above this
+MAX_LAG_SHARE = 0.1  # and above this share of the mean time per output token
+MAX_LATE_S = 0.010  # p99; above, the arrivals did not follow the requested rate
 
 
 class Distribution(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,7 +29,7 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """Times in seconds. Tokens are the server's own counts, of the requests that succeeded."""
+    """Figures of the requests that succeeded. Times are in seconds; token counts are the server's own."""
 
     num_requests: int
     num_succeeded: int
@@ -41,11 +41,11 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     e2e_s: Distribution | None
     requests_per_s: float
     input_tokens_per_s: float  # cached ones included
-    computed_tokens_per_s: float | None  # of the input, not cached; None: the server does not report it
+    computed_tokens_per_s: float | None  # input tokens that were not cached; None: not reported by the server
     output_tokens_per_s: float
     hit_rate: float | None
-    hit_rate_by_tier: dict[str, float] | None = None  # its parts; None: the server does not report them
-    hit_rate_ceiling: float | None = None  # of multiturn: that of a cache that forgets nothing
+    hit_rate_by_tier: dict[str, float] | None = None  # its parts; None: not reported by the server
+    hit_rate_ceiling: float | None = None  # multiturn only: the hit rate of a cache without eviction
     tokens_per_event: float | None
     num_connections: int
     num_retries: int
@@ -127,12 +127,12 @@ def summarise(measured: Measured) -> Summary:
 
 
 def warnings_of(summary: Summary, kind: str) -> list[str]:
-    """What a reader must know before believing the figures."""
+    """Return the reasons why the figures may be misleading."""
     found = []
     if summary.failures:
-        told = ", ".join(f"{count} {name}" for name, count in summary.failures.items())
+        kinds = ", ".join(f"{count} {name}" for name, count in summary.failures.items())
         found.append(
-            f"{summary.num_requests - summary.num_succeeded} requests failed ({told}): figures are of the rest"
+            f"{summary.num_requests - summary.num_succeeded} requests failed ({kinds}); the figures cover the others"
         )
     if summary.client_cpu_share > BUSY_SHARE:
         found.append(
@@ -141,22 +141,22 @@ def warnings_of(summary: Summary, kind: str) -> list[str]:
     token_s = summary.tpot_s.mean if summary.tpot_s is not None else 0.0
     if summary.client_lag_p99_s > max(MAX_LAG_S, MAX_LAG_SHARE * token_s):
         found.append(
-            f"the client woke up {1e3 * summary.client_lag_p99_s:.1f} ms late (p99): times may be that much too long"
+            f"the client woke up {1e3 * summary.client_lag_p99_s:.1f} ms late (p99); times may be too long by as much"
         )
     if summary.late_p99_s > MAX_LATE_S:
         found.append(
-            f"requests left {1e3 * summary.late_p99_s:.1f} ms after their time (p99): the client was the limit"
+            f"requests were sent {1e3 * summary.late_p99_s:.1f} ms after their time (p99): the client was the limit"
         )
     if kind != "multiturn" and summary.hit_rate:
         found.append(
-            f"{summary.hit_rate:.0%} of the prompt tokens were cached, though no two prompts are alike: this server "
-            "has seen them before; restart it, flush its cache, or change --seed"
+            f"{summary.hit_rate:.0%} of the prompt tokens were cached, though all prompts differ: the server has "
+            "seen them in an earlier run; restart it, flush its cache, or change --seed"
         )
     ceiling = summary.hit_rate_ceiling
     if summary.hit_rate is not None and ceiling is not None and summary.hit_rate > ceiling:
         found.append(
-            "more was cached than this run had sent: the server has seen the prompts before (restart it, flush its "
-            "cache, or change --seed), or its pages are smaller than --page-size"
+            "more tokens were cached than this run had sent: the server has seen the prompts in an earlier run (restart "
+            "it, flush its cache, or change --seed), or its pages are smaller than --page-size"
         )
     return found
 
@@ -173,7 +173,7 @@ _RATES = (
 
 
 def table(run: Run, baseline: Run | None = None) -> str:
-    """With `baseline`, every figure has its ratio to that one's beside it: ×0.90 of a time is a tenth less."""
+    """Return the table. With `baseline`, each figure is followed by its ratio: ×0.90 of a time is a tenth less."""
     summary, before = run.summary, None if baseline is None else baseline.summary
     width = 9 if before is None else 16
     lines = [
@@ -203,9 +203,7 @@ def table(run: Run, baseline: Run | None = None) -> str:
         parts = ", ".join(f"{tier} {share:.1%}" for tier, share in summary.hit_rate_by_tier.items())
         lines.append(f"  {'of that':<24}{parts:>14}")
     if summary.hit_rate_ceiling is not None:
-        lines.append(
-            f"  {'hit rate, at most':<24}{f'{summary.hit_rate_ceiling:.1%}':>14} (a cache that forgets nothing)"
-        )
+        lines.append(f"  {'hit rate, at most':<24}{f'{summary.hit_rate_ceiling:.1%}':>14} (a cache without eviction)")
     lines.append(f"  {_client_line(summary)}")
     lines += [f"  WARNING: {warning}" for warning in run.warnings]
     first = {row.failure: row.message for row in reversed(run.rows) if row.failure is not None}
@@ -237,7 +235,7 @@ def encode(report: Report) -> bytes:
 
 
 def decode(content: bytes) -> Report:
-    """Raises `msgspec.DecodeError` for anything that `encode` did not make."""
+    """Decode the result of `encode`. Raises `msgspec.DecodeError` for anything else."""
     report = msgspec.json.decode(content, type=Report)
     if report.format != FORMAT:
         raise msgspec.ValidationError(f"its format is {report.format!r}, not {FORMAT!r}")
@@ -245,7 +243,7 @@ def decode(content: bytes) -> Report:
 
 
 def differences(run: Run, baseline: Run) -> list[str]:
-    """Settings in which the two runs differ: their ratio compares different things then."""
+    """Return the settings in which the two runs differ; each makes their ratio harder to interpret."""
     keys = sorted({*run.settings, *baseline.settings})
     return [
         f"{key} {baseline.settings.get(key)} → {run.settings.get(key)}"

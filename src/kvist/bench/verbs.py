@@ -1,6 +1,6 @@
-"""What `kvist bench single|offline|rate|multiturn|custom` does: find the model, run, print, write.
+"""Implements `kvist bench single|offline|rate|multiturn|custom`: find the model, run, print, write.
 
-The status is 1 when a request failed, so that a script notices; the figures are printed all the same.
+The exit status is 1 if a request failed, so that scripts notice; the figures are printed in any case.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import kvist
 from kvist.bench import report as reports
-from kvist.bench.completions import Asker
+from kvist.bench.completions import CompletionClient
 from kvist.bench.config import LOADS, CustomConfig, Load, Scenario, TargetConfig
 from kvist.bench.drive import Driver, Measured
 from kvist.bench.http import HttpClient, HttpFailure, read_whole
@@ -37,9 +37,9 @@ def run_custom(config: CustomConfig, target: TargetConfig) -> int:
 
 
 def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
-    """The exit status. Raises `ConfigError`, or `Unavailable` when the server cannot be measured at all.
+    """Run the scenarios and return the exit status. Raises `ConfigError`, or `Unavailable` if nothing can be measured.
 
-    Ctrl-C ends the measurement: what was measured is shown and kept, then `KeyboardInterrupt` is raised.
+    Ctrl-C ends the measurement: the finished requests are shown and written, then `KeyboardInterrupt` is raised.
     """
     baseline = None if target.baseline is None else {run.name: run for run in _read_baseline(target.baseline).runs}
     if target.json_path is not None:
@@ -53,18 +53,18 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
         try:
             model, is_kvist = await _find_model(client, target.model)
             clock, timeout_s = MonotonicClock(), target.request_timeout_s
-            asker = Asker(client, model=model, clock=clock, timeout_s=timeout_s, by_tier=is_kvist)
+            completions = CompletionClient(client, model=model, clock=clock, timeout_s=timeout_s, by_tier=is_kvist)
             first = Source(seed=target.seed, vocab_low=target.vocab_low, vocab_high=target.vocab_high)
             for number, scenario in enumerate(scenarios):
                 source = dataclasses.replace(first, scenario=number)
-                driver = Driver(asker, source, clock, warmup=target.warmup)
+                driver = Driver(completions, source, clock, warmup=target.warmup)
                 measured = await driver.run(scenario)
                 run = _as_run(measured, target, model)
                 runs.append(run)
                 before = None if baseline is None else baseline.get(run.name)
                 print(reports.table(run, before), flush=True)
                 if baseline is not None:
-                    _say_differences(before, run)
+                    _print_differences(before, run)
                 if interrupted := measured.interrupted:
                     break
         finally:
@@ -75,7 +75,7 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
     except HttpFailure as error:
         raise Unavailable(f"{target.base_url} cannot be measured: {error}") from error
     finally:
-        if target.json_path is not None and runs:  # what was measured before a failure is kept
+        if target.json_path is not None and runs:  # also after a failure: keep the finished scenarios
             target.json_path.write_bytes(reports.encode(_as_report(runs, target)))
     if interrupted:
         raise KeyboardInterrupt
@@ -83,8 +83,10 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
 
 
 async def _find_model(client: HttpClient, named: str | None) -> tuple[str, bool]:
-    """Its name, and whether the server is a Kvist: others may refuse a field that they do not know. Raises
-    `HttpFailure` when the name is the server's to tell, and it does not."""
+    """Return the model's name, and whether the server is Kvist: other servers may refuse unknown fields.
+
+    Raises `HttpFailure` if no name was given and the server does not return one.
+    """
     try:
         status, body = await read_whole(client, "/v1/models", timeout_s=30.0)
     except HttpFailure:
@@ -97,15 +99,15 @@ async def _find_model(client: HttpClient, named: str | None) -> tuple[str, bool]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         if named is not None:
             return named, False
-        told = body[:200].decode("utf-8", "replace")
-        raise HttpFailure("no_model", f"/v1/models names no model (status {status}): {told}; give --model") from error
+        text = body[:200].decode("utf-8", "replace")
+        raise HttpFailure("no_model", f"/v1/models names no model (status {status}): {text}; give --model") from error
 
 
 # ---------------------------------------------------------------- custom scenarios
 
 
 def read_scenarios(path: Path) -> list[Scenario]:
-    """A JSON list of {"scenario": KIND, "name": TEXT, option: value, ...}. Raises `ConfigError` naming the place."""
+    """Read a JSON list of {"scenario": KIND, "name": TEXT, option: value, ...}. Raises `ConfigError` with the position."""
     try:
         entries = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -117,7 +119,7 @@ def read_scenarios(path: Path) -> list[Scenario]:
         kind = str(entry.pop("scenario", ""))
         if kind not in LOADS:
             known = list(LOADS)
-            message = f"{path}, scenario {number}: its `scenario` is {kind!r}{nearest(kind, known)}"
+            message = f"{path}, scenario {number}: unknown `scenario` {kind!r}{nearest(kind, known)}"
             raise ConfigError(f"{message} Known: {', '.join(known)}", param="file")
         name = str(entry.pop("name", f"{number} {kind}"))
         argv = [f"--{key.replace('_', '-')}={value}" for key, value in entry.items()]
@@ -144,8 +146,8 @@ def _as_run(measured: Measured, target: TargetConfig, model: str) -> Run:
         "vocab_high": target.vocab_high,
         "model": model,
     }
-    if measured.answers_by is not None:
-        settings["answers"] = measured.answers_by
+    if measured.answer_source is not None:
+        settings["answers"] = measured.answer_source
     return Run(
         name=scenario.name,
         kind=scenario.kind,
@@ -159,7 +161,7 @@ def _as_run(measured: Measured, target: TargetConfig, model: str) -> Run:
 def _interrupted(measured: Measured) -> list[str]:
     if not measured.interrupted:
         return []
-    return [f"interrupted: these are the {len(measured.rows)} requests that had ended"]
+    return [f"interrupted: the figures cover the {len(measured.rows)} requests that had ended"]
 
 
 def _as_report(runs: list[Run], target: TargetConfig) -> Report:
@@ -213,7 +215,7 @@ def _cpu_name() -> str:
 
 
 def _check_writable(path: Path) -> None:
-    """Before the measurement, not after it."""
+    """Raise `ConfigError` before the measurement, not after it."""
     if not path.parent.is_dir() or path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"--json {path} cannot be written", param="json_path")
 
@@ -225,14 +227,14 @@ def _read_baseline(path: Path) -> Report:
     try:
         return reports.decode(path.read_bytes())
     except (OSError, *UNDECODABLE) as error:
-        raise ConfigError(f"--baseline {path} is no file that --json wrote: {error}", param="baseline") from error
+        raise ConfigError(f"--baseline {path} is not a file written by --json: {error}", param="baseline") from error
 
 
-def _say_differences(before: Run | None, run: Run) -> None:
+def _print_differences(before: Run | None, run: Run) -> None:
     if before is None:
         print(f"  the baseline has no run named {run.name!r}")
         return
-    if told := reports.differences(run, before):
-        print(f"  NOTE: the baseline was asked something else: {'; '.join(told)}")
+    if changed := reports.differences(run, before):
+        print(f"  NOTE: the baseline had other settings: {'; '.join(changed)}")
     if num_failed := sum(before.summary.failures.values()):
-        print(f"  NOTE: {num_failed} requests of the baseline failed: its figures are of the rest")
+        print(f"  NOTE: {num_failed} requests of the baseline failed; its figures cover the others")

@@ -1,8 +1,9 @@
-"""What a cache that forgets nothing would have hit of the prompts that were sent, counted by who sends them.
+"""Counts, on the client's side, the prompt tokens that a cache without eviction would have hit.
 
-A page is known from when it is sent or answered, whoever did. Of an answer the server has the K/V of all tokens but the
-last, which nothing has read; of a prompt it must compute at least the last token. It knows the run alone: not what the
-server had cached before, and not the order in which it took what was in flight together.
+A page is cached once any client has sent it or received it in an answer. Of an answer, the server has the K/V of all
+tokens but the last, which was never an input; of a prompt, it must compute at least the last token. The count covers
+this run alone: it knows neither the earlier contents of the server's cache, nor the order in which the server took the
+requests that were in flight together.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _json = msgspec.json.Encoder().encode
 
 
 class _Pages:
-    """One conversation's whole pages by digest, which names the page and all before it."""
+    """The whole pages of one conversation. A digest names a page and all pages before it."""
 
     def __init__(self) -> None:
         self.num_tokens = 0
@@ -24,8 +25,8 @@ class _Pages:
         self.rest: list[int] = []  # tokens after the last whole page
 
 
-class Ceiling:
-    """Mutable; owned by one run of a scenario. A conversation is known by its client's number."""
+class InfiniteCache:
+    """Mutable; owned by one run of a scenario. Conversations are numbered by client."""
 
     def __init__(self, num_clients: int, page_size: int) -> None:
         self._page_size = page_size
@@ -33,7 +34,7 @@ class Ceiling:
         self._known: set[bytes] = set()
 
     def append(self, client: int, token_ids: Sequence[int]) -> None:
-        """The conversation goes on; nobody has seen these tokens yet."""
+        """Append tokens that no request has carried yet to the conversation."""
         size, pages = self._page_size, self._pages[client]
         tokens = [*pages.rest, *token_ids]
         end = len(tokens) - len(tokens) % size
@@ -43,8 +44,8 @@ class Ceiling:
         pages.rest = tokens[end:]
         pages.num_tokens += len(token_ids)
 
-    def sent(self, client: int) -> int:
-        """The whole conversation is a prompt: how many of its tokens were known. Now all its pages are."""
+    def record_prompt(self, client: int) -> int:
+        """Record the whole conversation as a sent prompt. Return how many of its tokens were cached before."""
         pages, num_known = self._pages[client], 0
         most = (pages.num_tokens - 1) // self._page_size
         while num_known < most and pages.digests[num_known] in self._known:
@@ -52,7 +53,7 @@ class Ceiling:
         self._known.update(pages.digests[num_known:])
         return num_known * self._page_size
 
-    def answered(self, client: int) -> None:
-        """The conversation ends with an answer by the server."""
+    def record_answer(self, client: int) -> None:
+        """Record that the conversation now ends with an answer of the server."""
         pages = self._pages[client]
         self._known.update(pages.digests[: (pages.num_tokens - 1) // self._page_size])
