@@ -90,7 +90,7 @@ def engine_spec(endpoint: str) -> wire.EngineSpec:
 
 
 def step(channel: EngineChannel, streams: dict[RequestId, tuple[bytes, int, int]], tokens: list[int]) -> None:
-    """Send one token for each stream, one message for each gateway. A full gateway gets its message in the next step."""
+    """Send one token for each stream, one message for each gateway. A full gateway gets it in the next step."""
     by_gateway: dict[bytes, list[RequestId]] = {}
     for request_id, (gateway, _, _) in streams.items():
         by_gateway.setdefault(gateway, []).append(request_id)
