@@ -1,4 +1,4 @@
-"""A tiny OpenAI-compatible server on a real socket, which misbehaves as it is told. Runs in a thread of its own."""
+"""A tiny OpenAI-compatible server on a real socket, which fails in the ways a test sets. Runs in its own thread."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Behaviour:
     """How to answer one request. The default is to answer well."""
 
     status: int = 200
-    num_extra_tokens: int = 0  # more (or fewer) than were asked for
+    num_extra_tokens: int = 0  # added to the requested number; may be negative
     num_extra_prompt_tokens: int = 0
     cached_tokens: int | None = 0
-    cached_by_tier: dict[str, int] | None = None  # told if asked for
+    cached_by_tier: dict[str, int] | None = None  # reported on request
     die_before_byte: bool = False
     cut_after_events: int | None = None
     never_answer: bool = False
@@ -29,7 +29,7 @@ class Behaviour:
     until_eof: bool = False  # no framing: the end of the connection ends the body
     split_bytes: int | None = None  # write the body in pieces of this size
     pace_s: float = 0.0
-    until_in_flight: int = 0  # keep the answer back until so many requests have been open at once
+    until_in_flight: int = 0  # answer only after this many requests have been open at once
     error_body: bytes = b'{"error": {"message": "later"}}'
     knows_ids: bool = True
 
@@ -45,7 +45,7 @@ class ReceivedRequest:
 
 @dataclass
 class FakeServer:
-    """`behaviours` are used one a completion request; then `default`. Everything asked is in `received`."""
+    """Each completion request takes the next of `behaviours`, then `default`. All requests are kept in `received`."""
 
     behaviours: list[Behaviour] = field(default_factory=list)
     default: Behaviour = field(default_factory=Behaviour)
@@ -135,7 +135,7 @@ class FakeServer:
 
 
 def answer_ids(prompt: list[int], count: int) -> list[int]:
-    """What the fake model says: a function of the prompt alone."""
+    """Return the answer of the fake model, a function of the prompt alone."""
     return [(sum(prompt) + position) % 1000 + 5 for position in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""One streamed answer becomes one row, and whatever is not the answer that was asked for is a failure of its kind."""
+"""One streamed answer becomes one row; an answer that differs from the request is a failure with a kind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def ask(server: FakeServer, request: BenchRequest = ASK, *, timeout_s: flo
     return answer
 
 
-async def test_the_request_is_greedy_streamed_and_of_exactly_so_many_tokens(server: FakeServer) -> None:
+async def test_the_request_is_greedy_streamed_and_of_exact_length(server: FakeServer) -> None:
     await ask(server)
     assert server.received[0].body == {
         "model": "m",
@@ -65,7 +65,7 @@ async def test_a_server_that_does_not_report_cached_tokens_has_unknown_not_zero(
     assert (row.failure, row.num_cached_tokens) == (None, None)
 
 
-async def test_one_token_has_no_time_per_further_token(server: FakeServer) -> None:
+async def test_an_answer_of_one_token_has_no_tpot(server: FakeServer) -> None:
     row = (await ask(server, BenchRequest(prompt=b"[3]", row=Row(index=0, num_input=1, num_output=1)))).row
     assert (row.failure, row.tpot_s) == (None, None)
     assert row.ttft_s is not None
@@ -76,9 +76,9 @@ async def test_one_token_has_no_time_per_further_token(server: FakeServer) -> No
     [
         (Behaviour(status=429), "http_429", "later"),
         (Behaviour(status=500, error_body=b"<html>oops"), "http_500", "oops"),
-        (Behaviour(num_extra_tokens=-1), "wrong_output_count", "3 output tokens of the 4"),
-        (Behaviour(num_extra_tokens=1), "wrong_output_count", "5 output tokens of the 4"),
-        (Behaviour(num_extra_prompt_tokens=1), "wrong_input_count", "4 prompt tokens of the 3"),
+        (Behaviour(num_extra_tokens=-1), "wrong_output_count", "3 output tokens, 4"),
+        (Behaviour(num_extra_tokens=1), "wrong_output_count", "5 output tokens, 4"),
+        (Behaviour(num_extra_prompt_tokens=1), "wrong_input_count", "4 prompt tokens, 3"),
         (Behaviour(cut_after_events=2), "cut", "middle of the response"),
         (Behaviour(die_before_byte=True), "dropped", "before the response"),
         (Behaviour(done=False), "cut", "[DONE]"),
@@ -91,7 +91,9 @@ async def test_one_token_has_no_time_per_further_token(server: FakeServer) -> No
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-async def test_each_way_to_fail_is_told_apart(server: FakeServer, behaviour: Behaviour, kind: str, words: str) -> None:
+async def test_each_kind_of_failure_is_distinguished(
+    server: FakeServer, behaviour: Behaviour, kind: str, words: str
+) -> None:
     server.behaviours = [behaviour]
     row = (await ask(server)).row
     assert row.failure == kind
@@ -100,13 +102,13 @@ async def test_each_way_to_fail_is_told_apart(server: FakeServer, behaviour: Beh
     assert (row.ttft_s, row.tpot_s, row.e2e_s) == (None, None, None)
 
 
-async def test_a_first_byte_that_does_not_come_in_time_is_a_timeout(server: FakeServer) -> None:
+async def test_a_missing_first_byte_is_a_timeout(server: FakeServer) -> None:
     server.behaviours = [Behaviour(never_answer=True)]
     assert (await ask(server, timeout_s=0.05)).row.failure == "timeout"
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
-async def test_events_may_be_cut_anywhere(server: FakeServer, size: int) -> None:
+async def test_events_are_read_wherever_the_network_cuts_them(server: FakeServer, size: int) -> None:
     server.default = Behaviour(split_bytes=size)
     row = (await ask(server)).row
     assert (row.failure, row.num_events) == (None, 4)
@@ -124,7 +126,7 @@ def test_the_events_of_a_stream_do_not_depend_on_where_it_is_cut(cuts: list[int]
     assert found == EVENTS
 
 
-def test_an_event_without_end_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_without_end_is_refused_above_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvist.bench.completions.MAX_EVENT_BYTES", 100)
     lines = EventLines()
     assert lines.feed(b"data: x\n" * 50) == []

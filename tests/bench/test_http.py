@@ -1,4 +1,4 @@
-"""Connections are used again, and nothing is sent twice but what a dying idle connection swallowed."""
+"""Connections are reused; only a request lost on a closing idle connection is sent twice."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_a_connection_is_used_again(server: FakeServer, client: HttpClient
     client.close()
 
 
-async def test_a_request_that_meets_a_dying_idle_connection_is_sent_once_more(
+async def test_a_request_on_a_closing_idle_connection_is_sent_once_more(
     server: FakeServer, client: HttpClient, post: Post
 ) -> None:
     server.behaviours = [Behaviour(), DIES]
@@ -60,7 +60,7 @@ async def test_a_request_is_never_sent_a_third_time(server: FakeServer, post: Po
     assert len(server.received) == 3
 
 
-async def test_a_new_connection_that_dies_is_a_failure_and_no_race(server: FakeServer, post: Post) -> None:
+async def test_a_new_connection_that_closes_early_is_a_failure_without_retry(server: FakeServer, post: Post) -> None:
     server.behaviours = [DIES]
     with pytest.raises(HttpFailure) as caught:
         await post()
@@ -68,7 +68,7 @@ async def test_a_new_connection_that_dies_is_a_failure_and_no_race(server: FakeS
     assert len(server.received) == 1
 
 
-async def test_a_reused_connection_that_dies_in_the_response_is_not_tried_again(server: FakeServer, post: Post) -> None:
+async def test_a_reused_connection_that_closes_in_the_response_is_not_retried(server: FakeServer, post: Post) -> None:
     server.behaviours = [Behaviour(), Behaviour(cut_after_events=1)]
     await post()
     with pytest.raises(HttpFailure) as caught:
@@ -95,7 +95,7 @@ async def test_a_body_without_framing_ends_with_its_connection(
     assert (client.num_connections, client.num_retries) == (2, 0)
 
 
-async def test_what_is_no_http_is_a_failure(server: FakeServer, post: Post) -> None:
+async def test_a_response_that_is_not_http_is_a_failure(server: FakeServer, post: Post) -> None:
     server.default = Behaviour(status=999, error_body=b"")
     assert (await post())[0] == 999
     server.default = Behaviour(status=0)  # "HTTP/1.1 0": no status has one digit
@@ -104,7 +104,7 @@ async def test_what_is_no_http_is_a_failure(server: FakeServer, post: Post) -> N
     assert caught.value.kind == "bad_response"
 
 
-async def test_nobody_listening_is_a_failure_that_names_the_address() -> None:
+async def test_a_refused_connection_is_a_failure_that_names_the_address() -> None:
     with pytest.raises(HttpFailure, match=r"127\.0\.0\.1:1") as caught:
         await HttpClient("http://127.0.0.1:1", api_key=None).get("/", lambda *_: None)
     assert caught.value.kind == "connect"

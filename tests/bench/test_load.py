@@ -1,4 +1,4 @@
-"""Prompts, arrivals and turns follow from the seed; every turn comes up exactly once, whatever fails."""
+"""Prompts, arrivals and turns follow from the seed; every turn occurs exactly once, also after failures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_prompt_depends_on_the_seed_and_its_place_alone() -> None:
     assert first not in others
 
 
-def test_what_a_seed_asks_stays_the_same_from_version_to_version() -> None:
+def test_the_prompts_of_a_seed_stay_the_same_from_version_to_version() -> None:
     expected = np.random.default_rng([3, 0, 1, 2]).integers(10, 20, 50).tolist()
     assert SOURCE.token_ids(50, DrawKind.PROMPT, 1, 2) == expected
     later = Source(seed=3, vocab_low=10, vocab_high=19, scenario=1)
@@ -106,12 +106,12 @@ def test_every_turn_is_started_in_order_or_given_up_exactly_once(
     assert sorted(seen) == [(client, number) for client in range(clients) for number in range(rounds)]
 
 
-def test_as_many_as_may_be_are_in_flight() -> None:
+def test_turns_start_up_to_the_limit_in_flight() -> None:
     turns = Turns(clients=5, rounds=2, parallel=3, generator=np.random.default_rng(0))
     assert [turns.start() is None for _ in range(4)] == [False, False, False, True]
 
 
-def test_the_next_client_is_drawn_and_not_taken_in_order() -> None:
+def test_turns_draw_the_next_client_in_random_order() -> None:
     orders = set()
     for seed in range(20):
         turns = Turns(clients=6, rounds=1, parallel=6, generator=np.random.default_rng(seed))

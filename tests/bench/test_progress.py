@@ -1,4 +1,4 @@
-"""How far a scenario is, and what an interrupted one keeps."""
+"""The progress line of a scenario, and the results of an interrupted one."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_has_one_changing_line_with_an_estimate_that_goes_at_the_end() -> None:
+def test_a_terminal_shows_one_line_with_an_estimate_and_erases_it_at_the_end() -> None:
     terminal = Terminal()
     progress = Progress("rate", 40, start_s=0.0, stream=terminal)
     progress.show(10, LINE_INTERVAL_S / 2)
-    assert terminal.getvalue() == ""  # not so often
+    assert terminal.getvalue() == ""  # below the interval
     progress.show(10, 5.0)
     progress.close()
     assert "rate: 10 of 40 requests, 5 s so far, about 15 s left" in terminal.getvalue()
@@ -34,7 +34,7 @@ def test_a_terminal_has_one_changing_line_with_an_estimate_that_goes_at_the_end(
     assert terminal.getvalue().endswith("\r\x1b[2K")
 
 
-def test_elsewhere_a_log_line_comes_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_terminal_progress_is_logged_at_intervals(caplog: pytest.LogCaptureFixture) -> None:
     stream = io.StringIO()
     progress = Progress("rate", 40, start_s=0.0, stream=stream)
     with caplog.at_level(logging.INFO, "kvist.bench"):
@@ -48,7 +48,7 @@ def test_elsewhere_a_log_line_comes_now_and_then(caplog: pytest.LogCaptureFixtur
     assert stream.getvalue() == ""
 
 
-def test_an_interrupted_benchmark_shows_and_keeps_what_it_has(server: FakeServer, tmp_path: Path) -> None:
+def test_an_interrupted_benchmark_shows_and_writes_its_finished_requests(server: FakeServer, tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     command = [sys.executable, "-m", "kvist", "bench", "single", "--base-url", server.url, "--warmup=0"]
     command += ["--requests=100000", "--input-tokens=8", "--output-tokens=4", f"--json={file}"]
@@ -60,7 +60,7 @@ def test_an_interrupted_benchmark_shows_and_keeps_what_it_has(server: FakeServer
         shown, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert "interrupted: these are the" in shown
+    assert "interrupted: the figures cover the" in shown
     (run,) = reports.decode(file.read_bytes()).runs
     assert 5 <= len(run.rows) < 100_000
     assert all(row.failure is None for row in run.rows)

@@ -1,4 +1,4 @@
-"""Figures follow from rows; nothing that failed is in them, and nothing that failed is forgotten."""
+"""Figures follow from rows; failed requests are counted, and left out of the times and rates."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run_of(*rows: Row, kind: str = "offline", client: ClientLoad = IDLE) -> Run:
     )
 
 
-def test_a_percentile_lies_between_its_neighbours_in_proportion() -> None:
+def test_percentiles_are_interpolated_between_neighbours() -> None:
     found = distribution([4.0, 1.0, 3.0, 2.0])
     assert found is not None
     assert (found.count, found.mean, found.p50, found.max) == (4, 2.5, 2.5, 4.0)
@@ -73,7 +73,7 @@ def test_every_row_is_a_success_or_a_failure_of_one_kind(kinds: list[str]) -> No
     assert (summary.ttft_s.count if summary.ttft_s else 0) == kinds.count("ok")
 
 
-def test_throughput_counts_cached_input_and_tells_what_was_computed() -> None:
+def test_throughput_counts_cached_input_and_reports_computed_input() -> None:
     summary = summarise(measured(good(0), good(1), bad(2)))
     assert summary.input_tokens_per_s == 200 / 2.0
     assert summary.computed_tokens_per_s == 150 / 2.0
@@ -82,14 +82,14 @@ def test_throughput_counts_cached_input_and_tells_what_was_computed() -> None:
     assert summary.client_cpu_s_per_token == pytest.approx(0.1 / 22)
 
 
-def test_a_hit_rate_that_one_answer_does_not_report_is_unknown() -> None:
+def test_the_hit_rate_is_unknown_if_one_answer_does_not_report_it() -> None:
     summary = summarise(measured(good(0), good(1, cached=None)))
     assert summary.hit_rate is None
     assert summary.computed_tokens_per_s is None
     assert "not reported by the server" in table(run_of(good(0, cached=None)))
 
 
-def test_failures_a_busy_client_and_a_warm_cache_are_warned_of() -> None:
+def test_the_report_warns_of_failures_a_busy_client_and_a_warm_cache() -> None:
     busy = ClientLoad(cpu_s=1.9, lags_s=[0.02] * 9, num_connections=1, num_retries=0)
     told = "\n".join(run_of(good(0), bad(1, "http_429"), bad(2, "http_429"), client=busy).warnings)
     assert "2 requests failed (2 http_429)" in told
@@ -100,7 +100,7 @@ def test_failures_a_busy_client_and_a_warm_cache_are_warned_of() -> None:
     assert run_of(good(0, cached=60), kind="multiturn").warnings == []
 
 
-def test_arrivals_that_came_late_are_warned_of() -> None:
+def test_the_report_warns_of_late_arrivals() -> None:
     late = msgspec.structs.replace(good(0, cached=0), late_s=0.5)
     assert any("500.0 ms after their time" in warning for warning in run_of(late).warnings)
 

@@ -1,4 +1,4 @@
-"""The scenarios, whole, against a server on a real socket: what is asked, how many at once, and what is written."""
+"""Runs whole scenarios against a server on a real socket; checks requests, concurrency and the written files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(kind: str, load: Load, target: TargetConfig) -> tuple[int, Report]:
     return status, reports.decode(target.json_path.read_bytes())
 
 
-def test_the_defaults_are_the_definitions() -> None:
+def test_default_options_equal_the_definitions_in_the_docs() -> None:
     single, offline, rate, turns = SingleConfig(), OfflineConfig(), RateConfig(), MultiturnConfig()
     assert (single.input_tokens, single.output_tokens) == ("128", "256")
     assert (offline.requests, offline.parallel) == (256, None)
@@ -75,7 +75,7 @@ def test_offline_keeps_to_its_limit(server: FakeServer, target: TargetConfig) ->
     assert len(server.received) == 9
 
 
-def test_the_same_seed_asks_the_same_and_another_seed_does_not(server: FakeServer, target: TargetConfig) -> None:
+def test_the_same_seed_sends_the_same_prompts_and_another_seed_others(server: FakeServer, target: TargetConfig) -> None:
     load = OfflineConfig(requests=4, parallel=1, input_tokens="5-50", output_tokens="3")
     for seed in (0, 0, 1):
         run("offline", load, replace(target, seed=seed))
@@ -115,7 +115,7 @@ def test_a_turn_sends_the_whole_conversation_with_the_servers_own_answers(
 
 
 @pytest.mark.parametrize("behaviour", [Behaviour(knows_ids=False), Behaviour(status=400)], ids=["ignores", "refuses"])
-def test_without_the_servers_ids_drawn_ones_stand_for_the_answer(
+def test_drawn_ids_replace_the_answer_if_the_server_gives_none(
     server: FakeServer, target: TargetConfig, behaviour: Behaviour
 ) -> None:
     server.behaviours = [behaviour]
@@ -128,7 +128,7 @@ def test_without_the_servers_ids_drawn_ones_stand_for_the_answer(
     assert all("return_token_ids" not in request.body for request in server.received[1:])
 
 
-def test_the_servers_ids_can_be_insisted_on(server: FakeServer, target: TargetConfig) -> None:
+def test_answers_server_requires_the_servers_ids(server: FakeServer, target: TargetConfig) -> None:
     server.default = Behaviour(knows_ids=False)
     with pytest.raises(Unavailable, match="gives no token ids"):
         run_scenario("multiturn", replace(SMALL, answers="server"), target)
@@ -152,7 +152,7 @@ def test_a_conversation_that_fails_has_its_other_turns_counted_as_failures(
     assert all(row.sent_s is None and row.client == failed.client for row in skipped)
 
 
-def test_warm_up_requests_come_first_and_are_in_no_figure(server: FakeServer, target: TargetConfig) -> None:
+def test_warm_up_requests_are_sent_first_and_not_counted(server: FakeServer, target: TargetConfig) -> None:
     load = SingleConfig(requests=2, input_tokens="8", output_tokens="4")
     _, report = run("single", load, replace(target, warmup=3))
     assert len(server.received) == 5
@@ -179,7 +179,9 @@ def test_failures_set_the_status_and_stay_in_the_file(
     assert "2 requests failed (1 cut, 1 http_429)" in capsys.readouterr().out
 
 
-def test_the_file_says_what_was_measured_where_and_how_and_no_secret(server: FakeServer, target: TargetConfig) -> None:
+def test_the_json_file_names_commit_hardware_and_settings_but_no_secret(
+    server: FakeServer, target: TargetConfig
+) -> None:
     _, report = run("single", SingleConfig(requests=1), replace(target, api_key="hush"))
     assert "hush" not in reports.encode(report).decode()
     assert report.settings["base_url"] == server.url
@@ -189,7 +191,7 @@ def test_the_file_says_what_was_measured_where_and_how_and_no_secret(server: Fak
     assert {"ttft_s", "tpot_s", "e2e_s", "num_cached_tokens", "failure"} <= set(row)
 
 
-def test_a_baseline_gives_ratios_and_what_differs(
+def test_a_baseline_gives_ratios_and_names_differing_settings(
     target: TargetConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     load = SingleConfig(requests=1, input_tokens="8", output_tokens="4")
@@ -204,7 +206,7 @@ def test_a_baseline_gives_ratios_and_what_differs(
     assert "no run named 'offline'" in capsys.readouterr().out
 
 
-def test_a_baseline_with_failures_is_told(
+def test_a_baseline_with_failures_is_reported(
     server: FakeServer, target: TargetConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.behaviours = [Behaviour(status=429)]
@@ -215,7 +217,7 @@ def test_a_baseline_with_failures_is_told(
     assert "1 requests of the baseline failed" in capsys.readouterr().out
 
 
-def test_files_that_cannot_be_used_are_told_before_anything_is_sent(
+def test_unusable_files_are_refused_before_anything_is_sent(
     server: FakeServer, target: TargetConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "other.json").write_text("{}")
@@ -246,7 +248,7 @@ def test_custom_scenarios_run_in_order_each_with_its_own_settings(server: FakeSe
     assert len(server.prompts[0]) == 7
 
 
-def test_no_scenario_of_a_file_asks_what_an_earlier_one_asked(
+def test_scenarios_of_one_file_never_send_the_same_prompt(
     server: FakeServer, target: TargetConfig, tmp_path: Path
 ) -> None:
     lengths = {"input_tokens": 9, "output_tokens": 2}
@@ -279,13 +281,13 @@ def test_no_scenario_of_a_file_asks_what_an_earlier_one_asked(
         ('[{"scenario": "rate", "name": "a"}, {"scenario": "single", "name": "a"}]', "same name"),
     ],
 )
-def test_mistakes_in_a_file_of_scenarios_name_their_place(tmp_path: Path, content: str, words: str) -> None:
+def test_errors_in_a_scenario_file_name_the_scenario(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "mine.json").write_text(content)
     with pytest.raises(ConfigError, match=words):
         read_scenarios(tmp_path / "mine.json")
 
 
-def test_the_ceiling_is_what_a_cache_that_forgets_nothing_would_have_hit(
+def test_the_ceiling_is_the_hit_rate_of_a_cache_without_eviction(
     target: TargetConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     load = MultiturnConfig(clients=6, rounds=5, parallel=3, input_tokens="500", output_tokens="20", page_size=4)
@@ -295,10 +297,10 @@ def test_the_ceiling_is_what_a_cache_that_forgets_nothing_would_have_hit(
     shown = next(line for line in capsys.readouterr().out.splitlines() if "at most" in line)
     assert f"{ceiling:.1%}" in shown
     turns = [row.num_ceiling_tokens for row in report.runs[0].rows[:3]]
-    assert turns == [0, 516, 1036]  # all but the page of the answer's last token, whose K/V nobody has computed
+    assert turns == [0, 516, 1036]  # all but the page of the answer's last token, whose K/V was not computed
 
 
-def test_an_answer_that_the_server_did_not_give_is_in_no_cache(target: TargetConfig) -> None:
+def test_drawn_answers_do_not_count_as_cached(target: TargetConfig) -> None:
     load = replace(SMALL, answers="drawn", page_size=3)
     _, report = run("multiturn", load, target)
     assert [row.num_ceiling_tokens for row in report.runs[0].rows[:3]] == [0, 6, 15]  # of 6, 16 and 26 tokens
@@ -310,15 +312,15 @@ def test_an_answer_that_the_server_did_not_give_is_in_no_cache(target: TargetCon
     )
 
 
-def test_more_hits_than_the_ceiling_are_warned_of(
+def test_the_report_warns_of_more_hits_than_the_ceiling(
     server: FakeServer, target: TargetConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.default = Behaviour(cached_tokens=6)
     run("multiturn", SMALL, target)
-    assert "more was cached than this run had sent" in capsys.readouterr().out
+    assert "more tokens were cached than this run had sent" in capsys.readouterr().out
 
 
-def test_a_kvist_server_is_asked_from_which_tier_each_hit_came_and_no_other_is(
+def test_only_kvist_servers_are_asked_for_hits_by_tier(
     server: FakeServer, target: TargetConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.default = Behaviour(cached_tokens=4, cached_by_tier={"device": 3, "host": 1})

@@ -1,7 +1,7 @@
 """Requests one completion, reads its server-sent events, and records the result in one `Row`.
 
 All times are from the client's clock. A request begins before a connection is taken or opened. Its first token is the
-first event that carries a choice. It ends with the response. An answer succeeds only if its stream ended with [DONE]
+first event that carries a choice. Its end is the end of the response. An answer succeeds only if its stream ended with [DONE]
 and the server's usage counts exactly the requested tokens, in and out. Anything else is a failure with a kind, and a
 failure is a row too.
 """
@@ -103,7 +103,7 @@ class EventLines:
         self._lines: list[bytes] = []
 
     def feed(self, piece: bytes) -> list[tuple[bytes, bytes]]:
-        """Return the events completed by `piece`, as (name or b"", content). Raises `HttpFailure` for one above the limit."""
+        """Return the events completed by `piece`, as (name or b"", content). Raises `HttpFailure` above the limit."""
         lines = (self._rest + piece).split(b"\n")
         self._rest = lines.pop()
         if len(self._rest) + sum(map(len, self._lines)) > MAX_EVENT_BYTES:
@@ -223,7 +223,7 @@ class CompletionClient:
         )
 
     async def send(self, request: BenchRequest, *, start_s: float, planned_s: float | None = None) -> Answer:
-        """Send a request and return its answer; a failure is an answer too. `start_s` and `planned_s` are clock times."""
+        """Send a request; return its answer, also for a failure. `start_s` and `planned_s` are clock times."""
         body = self.body(request)
         reader = _StreamReader(self._clock)
         sent_s = self._clock.now_s()

@@ -37,7 +37,7 @@ class TargetConfig:
 
     base_url: str = option(
         "http://127.0.0.1:30000",
-        "URL of the server, with or without /v1 at the end; requests go to its /v1/completions",
+        "URL of the server, with or without /v1 at the end",
     )
     model: str | None = option(None, "name of the model on that server; by default the first one in /v1/models")
     api_key: str | None = option(None, "key sent as a bearer token", secret=True)
@@ -46,7 +46,7 @@ class TargetConfig:
     vocab_high: int = option(30000, "the largest token id of a prompt", minimum=0)
     warmup: int = option(4, "requests of the same lengths before the measured ones", unit="requests", minimum=0)
     request_timeout_s: float = option(
-        600.0, "limit of one request; a longer one counts as failed", unit="s", minimum=0.001
+        600.0, "longest time for one request; then it has failed", unit="s", minimum=0.001
     )
     json_path: Path | None = option(None, "file for the figures and one row for each request", flag="--json")
     baseline: Path | None = option(None, "an earlier --json file; ratios to its figures are printed")

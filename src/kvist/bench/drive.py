@@ -108,7 +108,7 @@ class Driver:
             logger.warning("%d of %d warm-up requests failed: %s", len(failed), len(results.answers), failed[0].message)
 
     async def _find_answer_source(self, load: MultiturnConfig) -> str:
-        """Return SERVER if the server gives the token ids of its answers, which a short request finds out; else DRAWN."""
+        """Return SERVER if a short request shows that the server gives the token ids of its answers; else DRAWN."""
         if load.answers == DRAWN:
             return DRAWN
         request = self._request(0, 16, 2, DrawKind.PROBE, wants_ids=True)
@@ -118,9 +118,7 @@ class Driver:
         why = answer.row.message or "it ignored return_token_ids"
         if load.answers == SERVER:
             raise HttpFailure("no_token_ids", f"--answers server: the server gives no token ids: {why}")
-        logger.warning(
-            "conversations append drawn token ids as answers; the server cannot have cached their K/V: %s", why
-        )
+        logger.warning("conversations append drawn token ids, whose K/V the server cannot have cached: %s", why)
         return DRAWN
 
     def _lengths(self, load: Load, count: int) -> tuple[list[int], list[int]]:

@@ -155,8 +155,8 @@ def warnings_of(summary: Summary, kind: str) -> list[str]:
     ceiling = summary.hit_rate_ceiling
     if summary.hit_rate is not None and ceiling is not None and summary.hit_rate > ceiling:
         found.append(
-            "more tokens were cached than this run had sent: the server has seen the prompts in an earlier run (restart "
-            "it, flush its cache, or change --seed), or its pages are smaller than --page-size"
+            "more tokens were cached than this run had sent: the server has seen the prompts in an earlier run "
+            "(restart it, flush its cache, or change --seed), or its pages are smaller than --page-size"
         )
     return found
 

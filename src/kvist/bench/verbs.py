@@ -107,7 +107,7 @@ async def _find_model(client: HttpClient, named: str | None) -> tuple[str, bool]
 
 
 def read_scenarios(path: Path) -> list[Scenario]:
-    """Read a JSON list of {"scenario": KIND, "name": TEXT, option: value, ...}. Raises `ConfigError` with the position."""
+    """Read a JSON list of {"scenario": KIND, "name": TEXT, option: value, ...}. Raises `ConfigError`."""
     try:
         entries = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
