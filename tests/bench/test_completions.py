@@ -91,9 +91,7 @@ async def test_an_answer_of_one_token_has_no_tpot(server: FakeServer) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-async def test_each_kind_of_failure_is_distinguished(
-    server: FakeServer, behaviour: Behaviour, kind: str, words: str
-) -> None:
+async def test_each_failure_has_its_own_kind(server: FakeServer, behaviour: Behaviour, kind: str, words: str) -> None:
     server.behaviours = [behaviour]
     row = (await ask(server)).row
     assert row.failure == kind

@@ -179,9 +179,7 @@ def test_failures_set_the_status_and_stay_in_the_file(
     assert "2 requests failed (1 cut, 1 http_429)" in capsys.readouterr().out
 
 
-def test_the_json_file_names_commit_hardware_and_settings_but_no_secret(
-    server: FakeServer, target: TargetConfig
-) -> None:
+def test_the_json_file_names_commit_and_settings_but_no_secret(server: FakeServer, target: TargetConfig) -> None:
     _, report = run("single", SingleConfig(requests=1), replace(target, api_key="hush"))
     assert "hush" not in reports.encode(report).decode()
     assert report.settings["base_url"] == server.url

@@ -1,9 +1,9 @@
 """Requests one completion, reads its server-sent events, and records the result in one `Row`.
 
 All times are from the client's clock. A request begins before a connection is taken or opened. Its first token is the
-first event that carries a choice. Its end is the end of the response. An answer succeeds only if its stream ended with [DONE]
-and the server's usage counts exactly the requested tokens, in and out. Anything else is a failure with a kind, and a
-failure is a row too.
+first event that carries a choice. Its end is the end of the response. An answer succeeds only if its stream ended with
+[DONE] and the server's usage counts exactly the requested tokens, in and out. Anything else is a failure with a kind,
+and a failure is a row too.
 """
 
 from __future__ import annotations
