@@ -2,7 +2,7 @@
 
     python scripts/api_fields.py
 
-tests/test_docs.py fails while the page says anything else.
+tests/test_docs.py fails if the page has another table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvist.server.fields import Advisory, FieldClass, Honoured, KnownFields, cla
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 BEGIN, END = "<!-- fields: made by scripts/api_fields.py -->\n", "<!-- end of fields -->\n"
 
-# The requests, under the name that the column "where" has for them; and the objects inside requests.
+# The requests, under their names in the column "Where"; and the objects inside requests.
 ENDPOINTS: dict[str, type[msgspec.Struct]] = {
     "chat": schemas.ChatRequest,
     "completions": schemas.CompletionRequest,
@@ -46,7 +46,7 @@ def table() -> str:
 
 
 def _honoured() -> Iterator[tuple[str, str, str, str]]:
-    """One row for each field and effect, with the endpoints that honour it so."""
+    """Yield one row for each field and effect, with the endpoints where it has that effect."""
     found: dict[tuple[str, str], list[str]] = {}
     for where, struct in ENDPOINTS.items():
         for name, cls in classes_of(struct).items():

@@ -1,9 +1,9 @@
-"""Checks what is installed, without a network: each package is pinned, installed as pinned, and under a good licence.
+"""Checks the installed packages, without a network: each is pinned, installed as pinned, and under a known licence.
 
     python scripts/audit.py
 
-Licences are what the packages say of themselves. A licence that is not listed here is looked at by a person before it
-is added: Kvist is Apache-2.0, and whoever ships it with its dependencies must be able to keep to all of them.
+The licences come from the metadata of the packages. A person must read a new licence before it is added to the list:
+Kvist is Apache-2.0, and a distributor of Kvist with its dependencies must be able to comply with all of them.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ ALLOWED = frozenset(
         "isc license (iscl)",
         "mit",
         "mit license",
-        "mozilla public license 2.0 (mpl 2.0)",  # of its own files only, which Kvist does not change
+        "mozilla public license 2.0 (mpl 2.0)",  # applies to the package's own files, which Kvist does not change
         "mpl-2.0",
         "psf-2.0",
         "zlib",
     }
 )
-_ABOUT_LICENCES = frozenset({"dfsg approved", "osi approved"})  # classifiers that name none
-_OF_CUDA = re.compile(r"nvidia-.*|cuda-.*|triton")  # come with torch's CUDA builds, under NVIDIA's terms; not shipped
+_ABOUT_LICENCES = frozenset({"dfsg approved", "osi approved"})  # classifiers without a licence
+_OF_CUDA = re.compile(r"nvidia-.*|cuda-.*|triton")  # parts of torch's CUDA builds, under NVIDIA's terms; not shipped
 
 
 def problems(
@@ -55,11 +55,11 @@ def problems(
     hashed: Mapping[str, Version],
     installed: Mapping[str, metadata.Distribution],
 ) -> list[str]:
-    """One line for each thing that is not as it should be."""
+    """Return one line for each problem."""
     found = []
     for name, requirement in asked.items():
         if name not in pinned:
-            found.append(f"{name} is in pyproject.toml and not pinned: add {name}==VERSION to {CONSTRAINTS.name}")
+            found.append(f"{name} is in pyproject.toml but not pinned: add {name}==VERSION to {CONSTRAINTS.name}")
         elif not requirement.specifier.contains(pinned[name], prereleases=True):
             found.append(f"{name}=={pinned[name]} in {CONSTRAINTS.name} is not within pyproject.toml's {requirement}")
         if name not in installed:
@@ -72,13 +72,14 @@ def problems(
             continue
         wanted = pinned.get(name)
         if wanted is None and name not in asked:
-            found.append(f"{name} is installed because others need it, and not pinned: add it to {CONSTRAINTS.name}")
+            found.append(f"{name} is an indirect dependency and not pinned: add it to {CONSTRAINTS.name}")
         elif (
             wanted is not None and Version(distribution.version).public != wanted.public
-        ):  # a local version is another build of the same
-            found.append(f"{name} {distribution.version} is installed and {wanted} is pinned: make setup")
+        ):  # a local version is another build of the same code
+            found.append(f"{name} {distribution.version} is installed, but {wanted} is pinned: make setup")
         found += [
-            f"{name} is under {one!r}, which scripts/audit.py does not allow" for one in not_allowed(distribution)
+            f"{name} has the licence {one!r}, which scripts/audit.py does not allow"
+            for one in not_allowed(distribution)
         ]
     return found
 
@@ -88,7 +89,7 @@ def not_allowed(distribution: metadata.Distribution) -> list[str]:
 
 
 def licences(distribution: metadata.Distribution) -> list[str]:
-    """The SPDX expression's, else the classifiers', else the first line of the licence field."""
+    """Return the licences of the SPDX expression, else of the classifiers, else the first line of the licence field."""
     fields = distribution.metadata
     expression = "".join(fields.get_all("License-Expression") or [])
     if not expression:

@@ -1,10 +1,10 @@
-"""Runs every test that is marked `gpu`, with the Python that runs this, and keeps what they say in out/gpu-tests.txt.
+"""Runs every test marked `gpu` with the Python that runs this script, and writes the output to out/gpu-tests.txt.
 
     python3 scripts/gpu_tests.py [arguments for pytest, such as -k fa3]
 
-Needs torch, pytest and what Kvist imports; installs nothing, and Kvist itself need not be installed. Only files with
-such a mark are collected, so what other tests import may be missing. The status is 0 only if tests ran and none
-failed: without a GPU it is 1, not "all skipped".
+Needs torch, pytest and the packages that Kvist imports; installs nothing, and Kvist itself need not be installed. Only
+files with that mark are collected, so packages that other tests import may be missing. The exit status is 0 only if
+tests ran and none failed: without a GPU it is 1, not "all skipped".
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def marked_files(tests: Path) -> list[Path]:
 
 
 def missing_requirement() -> str | None:
-    """What this machine lacks."""
+    """Return the reason why the tests cannot run on this machine, or None."""
     missing = [name for name in ("torch", "pytest") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"{sys.executable} has no {' and no '.join(missing)}"
+        return f"{sys.executable} lacks {' and '.join(missing)}"
     import torch
 
     if not torch.cuda.is_available():
@@ -47,7 +47,7 @@ def missing_requirement() -> str | None:
 
 
 def counts_of(results: Path) -> Counts:
-    """Of pytest's JUnit file. Raises `OSError` or `ParseError` when pytest did not get to write it."""
+    """Count the results in pytest's JUnit file. Raises `OSError` or `ParseError` if pytest did not write it."""
     suites = list(ElementTree.parse(results).getroot().iter("testsuite"))
 
     def total(name: str) -> int:
@@ -58,7 +58,7 @@ def counts_of(results: Path) -> Counts:
 
 
 def verdict(status: int, results: Path) -> tuple[int, str]:
-    """The exit status, and the last line."""
+    """Return the exit status and the last line of the output."""
     try:
         counts = counts_of(results)
     except (OSError, ElementTree.ParseError):
@@ -72,7 +72,7 @@ def verdict(status: int, results: Path) -> tuple[int, str]:
 
 
 def run(command: Sequence[str], output: Path, about: str) -> int:
-    """The command's status. What it prints is shown and kept."""
+    """Run the command; show its output and write it to `output`. Return its exit status."""
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.getenv("PYTHONPATH")]))}
     with output.open("w", encoding="utf-8") as kept:
         kept.write(about)

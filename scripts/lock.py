@@ -1,8 +1,8 @@
-"""Writes constraints-hashes.txt: every package of constraints.txt, with the hash of the file that is installed here.
+"""Writes constraints-hashes.txt: every package of constraints.txt, with the hash of the file for this platform.
 
     python scripts/lock.py
 
-Asks the package index for the hashes. Run it after constraints.txt has changed, with the Python of the tests.
+Gets the hashes from the package index. Run it after constraints.txt has changed, with the Python of the tests.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What Kvist's packages are: those it asks for, those these ask for in turn, and what is installed of them.
+"""Lists the packages of Kvist: direct requirements, pinned versions, and installed packages with their requirements.
 
-Shared by audit.py and lock.py, which run with the Python that has them.
+Shared by audit.py and lock.py. Run them with the Python that has these packages.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ HASHES = ROOT / "constraints-hashes.txt"
 
 
 def direct_requirements(pyproject: Path = ROOT / "pyproject.toml") -> dict[str, Requirement]:
-    """By name: every dependency of pyproject.toml, those of its extras included, that this platform needs."""
+    """Return, by name, every dependency of pyproject.toml that this platform needs, extras included."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
     return {name: one for name, one in _named(lines) if name != "kvist"}
 
 
 def pins(path: Path) -> dict[str, Version]:
-    """The versions of a file with NAME==VERSION lines, hashes or not."""
+    """Return the versions in a file of NAME==VERSION lines, with or without hashes."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         words = line.partition("#")[0].split()
@@ -38,7 +38,7 @@ def pins(path: Path) -> dict[str, Version]:
 
 
 def installed_closure(roots: Iterable[str]) -> dict[str, metadata.Distribution]:
-    """The installed ones of these packages and of all that they ask for."""
+    """Return the installed packages among `roots` and all their requirements, direct or indirect."""
     found: dict[str, metadata.Distribution] = {}
     pending = list(roots)
     while pending:

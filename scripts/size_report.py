@@ -1,8 +1,8 @@
-"""Prints how large each room is, and fails when one outgrows what a person can hold in their head.
+"""Prints the size of each room, and fails if one is too large for a person to keep in mind.
 
 Limits: 500 lines a file, everything counted; 3,500 lines of code in a core room and 2,000 in any other; and no file
-whose name says nothing (utils.py). Lines of code are those with something to run or declare: a docstring, a comment or
-a blank line makes a room longer and easier to read, and must not be what is cut to stay within a limit.
+with a vague name (utils.py). Docstrings, comments and
+blank lines are not lines of code: they make a room easier to read, and must not be cut to stay within a limit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def num_code_lines(source: str) -> int:
-    """Lines that hold a token other than a comment or a docstring."""
+    """Return the number of lines that hold a token other than a comment or a docstring."""
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in _NO_CODE:
@@ -47,7 +47,7 @@ def num_code_lines(source: str) -> int:
 
 
 def problems_of(package: Path) -> tuple[Counter[str], list[str]]:
-    """Lines of code of each room (folder or top-level file), and what is over a limit."""
+    """Return the lines of code of each room (folder or top-level file), and one line for each broken limit."""
     rooms: Counter[str] = Counter()
     problems = []
     for path in sorted(package.rglob("*.py")):
@@ -58,7 +58,7 @@ def problems_of(package: Path) -> tuple[Counter[str], list[str]]:
         if num_lines > MAX_FILE_LINES:
             problems.append(f"{relative}: {num_lines} lines; at most {MAX_FILE_LINES}")
         if path.stem in VAGUE_NAMES:
-            problems.append(f"{relative}: name it after what it holds")
+            problems.append(f"{relative}: name it after its contents")
     for room, num_lines in rooms.items():
         limit = MAX_CORE_ROOM_LINES if room in CORE_ROOMS else MAX_ROOM_LINES
         if num_lines > limit:

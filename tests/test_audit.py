@@ -57,17 +57,17 @@ def test_the_audit_accepts_pinned_hashed_and_allowed_packages() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"pinned": {}}, "a is in pyproject.toml and not pinned"),
+        ({"pinned": {}}, "a is in pyproject.toml but not pinned"),
         ({"pinned": {"a": Version("0.9")}}, "not within pyproject.toml's a>=1"),
         ({"installed": {}}, "a is not installed"),
         ({"hashed": {"b": Version("1.0")}}, "a==1.0 has no hash"),
-        ({"pinned": {"a": Version("1.0")}}, "b is installed because others need it, and not pinned"),
-        ({"installed": {"a": Package("1.1", License_Expression="MIT")}}, "a 1.1 is installed and 1.0 is pinned"),
-        ({"installed": {"a": Package(License_Expression="AGPL-3.0")}}, "a is under 'AGPL-3.0'"),
-        ({"installed": {"a": Package(License_Expression="MIT AND (GPL-3.0 OR MIT)")}}, "a is under 'GPL-3.0'"),
-        ({"installed": {"a": Package(License="Ask my lawyer\nMIT")}}, "a is under 'Ask my lawyer'"),
-        ({"installed": {"a": Package()}}, "a is under 'no licence'"),
-        ({"installed": {"a": Package(Classifier=["License :: OSI Approved :: Secret"])}}, "a is under 'Secret'"),
+        ({"pinned": {"a": Version("1.0")}}, "b is an indirect dependency and not pinned"),
+        ({"installed": {"a": Package("1.1", License_Expression="MIT")}}, "a 1.1 is installed, but 1.0 is pinned"),
+        ({"installed": {"a": Package(License_Expression="AGPL-3.0")}}, "a has the licence 'AGPL-3.0'"),
+        ({"installed": {"a": Package(License_Expression="MIT AND (GPL-3.0 OR MIT)")}}, "a has the licence 'GPL-3.0'"),
+        ({"installed": {"a": Package(License="Ask my lawyer\nMIT")}}, "a has the licence 'Ask my lawyer'"),
+        ({"installed": {"a": Package()}}, "a has the licence 'no licence'"),
+        ({"installed": {"a": Package(Classifier=["License :: OSI Approved :: Secret"])}}, "a has the licence 'Secret'"),
     ],
 )
 def test_the_audit_names_each_kind_of_problem(changes: dict[str, Any], said: str) -> None:

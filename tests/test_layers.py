@@ -31,7 +31,7 @@ def test_long_files_vague_names_and_large_rooms_are_problems(tmp_path: Path) -> 
             (tmp_path / room / f"file{index}.py").write_text("x = 1\n" * 500)
     assert problems_of(tmp_path) == [
         "long.py: 501 lines; at most 500",
-        "utils.py: name it after what it holds",
+        "utils.py: name it after its contents",
         "kv: 4000 lines of code; at most 3500",
         "text: 2500 lines of code; at most 2000",
     ]
