@@ -128,7 +128,7 @@ async def test_an_impossible_chunk_fails_only_its_own_request(wrong: dict[str, o
     )
     world.dispatcher.on_outputs(worker, wire.StepOutputs(chunks=chunks))
     world.dispatcher.on_outputs(other, wire.StepOutputs(chunks=(msgspec.structs.replace(RIGHT, request_id=good_id),)))
-    with pytest.raises(EngineError, match="this is a bug in it"):
+    with pytest.raises(EngineError, match="this is a bug in the worker"):
         await bad
     assert await good == [7, 8, 9]
     assert (worker.num_rejected_messages, other.num_rejected_messages) == (1, 0)
@@ -204,6 +204,6 @@ def test_an_engine_with_impossible_numbers_does_not_join(name: str) -> None:
     registry = Registry(RouterConfig())
     worker = registry.add("a", None, 0.0)
     spec = msgspec.structs.replace(SPEC, **{name: 0})
-    with pytest.raises(ConfigError, match=f"announces a {name} of 0"):
+    with pytest.raises(ConfigError, match=f"reports a {name} of 0"):
         registry.on_welcome(worker, wire.Welcome(spec=spec), 0.0)
     assert registry.reference() is None

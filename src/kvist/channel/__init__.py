@@ -1,10 +1,10 @@
 """The sockets between processes: ZeroMQ carrying wire.py's messages.
 
-An engine owns one `EngineChannel` (synchronous, for its loop); a gateway owns one `GatewayLink` for each engine
-(asyncio). Both are bounded, never block on a send, and drop what cannot be decoded, with a log line and a count.
-Only holders of the cluster key are heard: see security.py.
+An engine owns one `EngineChannel` (synchronous, for its loop); a gateway owns one `GatewayLink` per engine (asyncio).
+Both are bounded, never block on a send, and drop undecodable messages with a log line and a count. Only messages from
+holders of the cluster key are accepted: see security.py.
 
-This room moves messages. It does not know what they mean; liveness is judged by its users.
+The channel does not interpret messages; its users judge liveness.
 """
 
 from kvist.channel.cluster_key import with_cluster_key, with_private_key

@@ -1,8 +1,8 @@
-"""Where the cluster key comes from: the setting itself, the file that it names, or this user's own file.
+"""Reads the cluster key: from the setting, from the file named by a setting, or from the user's own key file.
 
-The last is made at the first use, so that one user's processes on one machine find each other without an option, and
-find no one else's. A key file is believed when it is a regular file, belongs to this user (or to root, who mounts
-secrets into containers) and nobody else may read it.
+The user's own file is created at first use: processes of one user on one machine connect to each other without an
+option, and to no other user's processes. A key file is accepted if it is a regular file, belongs to this user (or to
+root, who mounts secrets into containers), and no other user can read it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def with_cluster_key(config: ChannelConfig, *, serves_alone: bool = False) -> ChannelConfig:
-    """The config with its key read. Raises `ConfigError` for a key that cannot be had or trusted, with the remedy.
+    """Return the config with its key. Raises `ConfigError`, with the remedy, for a missing or untrusted key.
 
-    A process that `serves_alone` needs no key file: where none can be kept it has a key for itself."""
+    A process that `serves_alone` needs no key file: if none can be written it uses a key of its own."""
     if config.cluster_key is not None and config.cluster_key_file is not None:
         raise ConfigError(
-            "--cluster-key and --cluster-key-file both give a key: use one of them", param="cluster_key_file"
+            "--cluster-key and --cluster-key-file are both set: use one of them", param="cluster_key_file"
         )
     if config.cluster_key is not None:
         key = _checked(config.cluster_key, "--cluster-key")
@@ -44,17 +44,17 @@ def with_cluster_key(config: ChannelConfig, *, serves_alone: bool = False) -> Ch
         except OSError as error:
             if not serves_alone:
                 raise ConfigError(
-                    f"the cluster key cannot be kept in your configuration folder: {error}. Make a key file elsewhere "
+                    f"cannot write the cluster key to your configuration folder: {error}. Make a key file elsewhere "
                     f"and give it to every process of the cluster: {MAKE_A_KEY}, then --cluster-key-file FILE",
                     param="cluster_key_file",
                 ) from error
-            logger.info("no router can use this worker: %s, and --cluster-key-file is not set", error)
+            logger.info("routers cannot use this worker: %s, and --cluster-key-file is not set", error)
             key = secrets.token_hex(32)
     return replace(config, cluster_key=key, cluster_key_file=None)
 
 
 def with_private_key(config: ChannelConfig) -> ChannelConfig:
-    """As `with_cluster_key`; without a setting a new key, which only those who are handed it have."""
+    """Return the config with its key, as `with_cluster_key` does; without a setting, with a new random key."""
     if config.cluster_key is None and config.cluster_key_file is None:
         return replace(config, cluster_key=secrets.token_hex(32))
     return with_cluster_key(config)
@@ -69,7 +69,7 @@ def _own_key_file() -> Path:
 
 
 def _own_key() -> str:
-    """Raises `OSError` when there is no place for it."""
+    """Return the key of the user's own file, which is created if missing. Raises `OSError` if that is impossible."""
     path = _own_key_file()
     if not path.exists():
         _make(path)
@@ -78,11 +78,11 @@ def _own_key() -> str:
 
 def _make(path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, unpublished = tempfile.mkstemp(dir=path.parent, prefix=".cluster.key.")  # for us alone
+    descriptor, unpublished = tempfile.mkstemp(dir=path.parent, prefix=".cluster.key.")  # mode 0600
     try:
         with open(descriptor, "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32) + "\n")
-        with contextlib.suppress(FileExistsError):  # another process was first: its key is the key
+        with contextlib.suppress(FileExistsError):  # another process was first: use its key
             os.link(unpublished, path)
     finally:
         os.unlink(unpublished)
@@ -103,7 +103,7 @@ def _read(path: Path) -> str:
     if fault:
         raise ConfigError(f"{where} {fault}", param="cluster_key_file")
     if len(content) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{where} has over {_MAX_FILE_BYTES} bytes: that is not a key", param="cluster_key_file")
+        raise ConfigError(f"{where} has over {_MAX_FILE_BYTES} bytes and is not a key file", param="cluster_key_file")
     return _checked(content.decode("utf-8", "replace"), where)
 
 
@@ -111,9 +111,9 @@ def _fault_of(found: os.stat_result, path: Path) -> str | None:
     if not stat.S_ISREG(found.st_mode):
         return "is not a regular file"
     if found.st_uid not in (os.geteuid(), 0):
-        return "belongs to another user, who could know the key: name a file of your own"
+        return "belongs to another user, who may know the key: use a file of your own"
     if found.st_mode & 0o077:
-        return f"is open to other users: chmod 600 {path}"
+        return f"is readable by other users: run chmod 600 {path}"
     return None
 
 
@@ -121,7 +121,7 @@ def _checked(key: str, where: str) -> str:
     key = key.strip()
     if len(key) < MIN_KEY_CHARS:
         raise ConfigError(
-            f"{where} has {len(key)} characters, which could be guessed; at least {MIN_KEY_CHARS} are needed. "
+            f"{where} has {len(key)} characters and could be guessed; at least {MIN_KEY_CHARS} are required. "
             f"Make a key: {MAKE_A_KEY}",
             param="cluster_key",
         )

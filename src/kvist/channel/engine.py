@@ -1,13 +1,13 @@
 """The engine's side: one ROUTER that gateways and decode engines connect to, and a DEALER to each prefill peer.
 
-Life: bind (port 0 finds a free one; `endpoint` tells it), then the engine loop alternates `recv` and `send`, then
-`close`. One thread uses the channel; only `wakeup` may be called from others.
+Life: bind (port 0 chooses a free port, see `endpoint`), then the engine loop alternates `recv` and `send`, then
+`close`. One thread uses the channel; only `wakeup` may be called from other threads.
 
-A send never blocks. `False` means that the peer no longer gets what we send (it is gone, or so slow that its queue is
-full): what it asked for should be aborted, since a lost message would leave it waiting.
+A send never blocks. `False` means that the message is lost (the peer is disconnected, or so slow that its queue is
+full): the caller should abort the peer's requests, which would otherwise wait for the lost message.
 
-What comes from a process that is no member, and what a member says in another's name, is dropped and counted before
-anybody else sees it (security.py).
+Messages from a process that is not a member, or in the name of another member, are dropped and counted before `recv`
+returns (security.py).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Outbound = wire.EngineToGateway | wire.SourceToTarget
 V = TypeVar("V")
 
 _MAX_MESSAGES_A_RECV = 4096  # then the engine takes a step before it reads on
-_MAX_BYTES_A_RECV = 1 << 20  # as well: 300,000 token ids take some 20 ms to decode and to check
-_MAX_CLIENTS = 4096  # whose addresses are remembered; one forgotten is checked again, or heard of with its next message
-_HANDSHAKE_FAILURES = (  # the second when the other side was first to see that the two do not fit
+_MAX_BYTES_A_RECV = 1 << 20  # a second limit: 300,000 token ids take about 20 ms to decode and check
+_MAX_CLIENTS = 4096  # known addresses; a forgotten one is checked again with its next message
+_HANDSHAKE_FAILURES = (  # NO_DETAIL: the other side was first to detect the mismatch
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_AUTH
 )
 _LINGER_MS = 500  # a last Ended or Ack may still leave
@@ -47,9 +47,10 @@ class EngineChannel:
     def __init__(
         self, bind: str, *, member: Member, config: ChannelConfig | None = None, advertise_host: str | None = None
     ) -> None:
-        """`bind`: "tcp://127.0.0.1:0". `advertise_host`: how other machines name this one, when bound to a wildcard.
+        """`bind`: for example "tcp://127.0.0.1:0". `advertise_host`: this machine's name for others, with a wildcard
+        bind.
 
-        Raises `ConfigError` when the address is taken, or none."""
+        Raises `ConfigError` if the address is in use or invalid."""
         security.split_tcp_endpoint(bind)
         self._config = config or ChannelConfig()
         self._member = member
@@ -57,9 +58,9 @@ class EngineChannel:
         self._gate = KeyGate(self._context)
         self._router = self._new_socket(zmq.ROUTER)
         self._peers: OrderedDict[str, zmq.Socket[bytes]] = OrderedDict()  # endpoint → DEALER, least recently used first
-        self._admitted: OrderedDict[bytes, str] = OrderedDict()  # address → the key it was checked with
-        self._sources: OrderedDict[bytes, str] = OrderedDict()  # prefill engine's epoch → where we sent it a Grant
-        self._targets: OrderedDict[bytes, bytes] = OrderedDict()  # decode engine's epoch → its address, as last used
+        self._admitted: OrderedDict[bytes, str] = OrderedDict()  # address → the key that it was verified with
+        self._sources: OrderedDict[bytes, str] = OrderedDict()  # prefill engine's epoch → endpoint of its Grants
+        self._targets: OrderedDict[bytes, bytes] = OrderedDict()  # decode engine's epoch → its last address
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -69,14 +70,15 @@ class EngineChannel:
         self._poller = zmq.Poller()
         self._log = BoundedLog(logger)
         self.num_undecodable = 0
-        self.num_unexpected = 0  # from no member, or in another's name
+        self.num_unexpected = 0  # not from a member, or in the name of another member
         self.num_refused = 0  # connections
         self.endpoint = self._bind(bind, advertise_host)
 
     def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]:
-        """What waits, up to a megabyte or so, as (sender, message), after at most `timeout_s`. The sender is the
-        identity to answer by `send`: of a gateway its address, of a decode engine its epoch; for a prefill peer
-        (`Done`, `Closed`) it is its endpoint. Empty after a timeout or a `wakeup`."""
+        """Wait up to `timeout_s`; return the waiting messages, about a megabyte at most, as (sender, message).
+
+        The sender is the identity for `send`: a gateway's address or a decode engine's epoch; for a prefill peer
+        (`Done`, `Closed`) its endpoint. The list is empty after a timeout or a `wakeup`."""
         ready = dict(self._poller.poll(max(0, int(timeout_s * 1000 + 0.999))))
         if self._wake_out.fileno() in ready:
             with contextlib.suppress(BlockingIOError):
@@ -97,7 +99,7 @@ class EngineChannel:
         return received
 
     def send(self, identity: bytes, message: Outbound) -> bool:
-        """To a gateway or a decode engine, by the identity that `recv` gave."""
+        """Send to a gateway or a decode engine, by the identity that `recv` returned."""
         address = self._targets.get(identity, identity)
         try:
             self._router.send_multipart((address, wire.encode(message)), zmq.NOBLOCK)
@@ -108,20 +110,23 @@ class EngineChannel:
         return True
 
     def send_to_peer(self, endpoint: str, message: wire.TargetToSource) -> bool:
-        """To the prefill engine whose ROUTER is at `endpoint`; connects on first use."""
+        """Send to the prefill engine with its ROUTER at `endpoint`; connects on first use."""
         try:
             peer = self._peer(endpoint)
             if isinstance(message, wire.Grant):
                 _remember(self._sources, message.source_epoch.encode(), endpoint)
             peer.send(wire.encode(message), zmq.NOBLOCK)
-        except (zmq.ZMQError, ConfigError) as error:  # the endpoint came over the wire: it must not stop the engine
+        except (
+            zmq.ZMQError,
+            ConfigError,
+        ) as error:  # a bad endpoint in a message must not stop us
             self._log.warning("cannot send %s to the prefill engine at %s: %s", type(message).__name__, endpoint, error)
             return False
         return True
 
     def wakeup(self) -> None:
         """End a waiting `recv`, or the next one. Safe from any thread, also after `close`."""
-        with contextlib.suppress(OSError):  # a full pipe: a wakeup waits already; a closed one: nobody is asleep
+        with contextlib.suppress(OSError):  # full pipe: a wakeup is pending; closed pipe: no `recv` is waiting
             self._wake_in.send(b"\0")
 
     def close(self) -> None:
@@ -153,7 +158,7 @@ class EngineChannel:
         enable_tcp_keepalive(made)
         if kind == zmq.ROUTER:
             made.router_mandatory = True  # a send to a peer that is gone is an error, not a silent drop
-            made.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who reconnects takes its address over from its dead connection
+            made.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a reconnecting client takes its address over
             self._member.secure_server(made)
         else:
             made.setsockopt(zmq.IDENTITY, self._member.new_address())
@@ -180,16 +185,16 @@ class EngineChannel:
         return peer
 
     def _receive(self, frames: list[zmq.Frame], received: list[tuple[bytes, Inbound]]) -> None:
-        """One message of the ROUTER: address first."""
+        """Append one message of the ROUTER, whose first frame is the address, to `received`."""
         address = frames[0].bytes
         if not self._is_member(address, frames):
-            self._drop("its sender is not a member of the cluster", security.shown(address))
+            self._drop("the sender is not a member of the cluster", security.shown(address))
             return
         message = self._decode(security.shown(address), frames[1:], self._from_router)
         if isinstance(message, wire.Grant | wire.Ack | wire.Revoke):
             epoch = security.epoch_of(address)
             if message.target_epoch != epoch:
-                self._drop(f"it names {message.target_epoch} as its sender, not {epoch}", security.shown(address))
+                self._drop(f"sender {epoch} used the epoch {message.target_epoch}", security.shown(address))
                 return
             sender = epoch.encode()
             _remember(self._targets, sender, address)
@@ -202,14 +207,14 @@ class EngineChannel:
         if not isinstance(message, wire.Done | wire.Closed):
             return
         if self._sources.get(message.source_epoch.encode(), endpoint) != endpoint:
-            self._drop(f"it names {message.source_epoch} as its sender, which has another address", endpoint)
+            self._drop(f"epoch {message.source_epoch} belongs to another endpoint", endpoint)
         else:
             received.append((endpoint.encode(), message))
 
     def _count_refusals(self) -> None:
         for _ in _pending_messages(self._refusals):
             self.num_refused += 1
-            self._log.warning("refused a connection to %s: it has another cluster key, or none", self.endpoint)
+            self._log.warning("refused a connection to %s: the client has another cluster key, or none", self.endpoint)
 
     def _is_member(self, address: bytes, frames: list[zmq.Frame]) -> bool:
         try:
@@ -239,7 +244,7 @@ class EngineChannel:
 
 
 def _pending_messages(socket: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:
-    """The frames of each message that is there, as far as one `recv` goes."""
+    """Yield the frames of each waiting message, up to the limits of one `recv`."""
     num_bytes = 0
     for _ in range(_MAX_MESSAGES_A_RECV):
         try:

@@ -1,11 +1,12 @@
 """The gateway's side: one connection to one engine, inside an asyncio loop.
 
 Life: `open` connects in the background (ZeroMQ retries until the engine is there); messages arrive at `on_message`;
-`on_lost` is called once when an established connection breaks or the engine refuses our key. A link is one connection:
-after `on_lost` its owner closes it and makes another, with another address, so that nothing queued for a dead engine
-reaches its successor.
+`on_lost` is called once, when an established connection breaks or the engine refuses the key. A link is one connection:
+after `on_lost` its owner closes it and makes a new one with a new address, so that messages queued for a dead engine
+never reach its successor.
 
-The socket's file descriptor is watched directly and drained whole: one callback a burst, no future per message.
+The event loop watches the socket's file descriptor: one callback reads a burst of messages, without a future per
+message.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from kvist.errors import ConfigError, WireError
 logger = logging.getLogger(__name__)
 
 _RECONNECT_IVL_MS, _RECONNECT_IVL_MAX_MS = 50, 400
-_MAX_MESSAGES_A_DRAIN = 32  # then the readers of the streams get their turn
+_MAX_MESSAGES_A_DRAIN = 32  # then the readers of the streams run
 _REFUSED = (
-    "the engine at {} refused this gateway: the engine has another cluster key. One user's processes on one machine "
-    f"share a key; else give all of them the same --cluster-key-file FILE, made by {security.MAKE_A_KEY}"
+    "the engine at {} refused this gateway: the engine has another cluster key. Processes of one user on one machine "
+    f"share a key; otherwise start all of them with the same --cluster-key-file FILE, made by {security.MAKE_A_KEY}"
 )
 _HANDSHAKE_FAILURES = frozenset(
     {
@@ -57,8 +58,8 @@ class GatewayLink:
         on_rejected: Callable[[], None] = lambda: None,
         config: ChannelConfig | None = None,
     ) -> None:
-        """`on_rejected`: a message could not be decoded, or `on_message` raised. Raises `ConfigError` when the endpoint
-        is none."""
+        """`on_rejected` is called if a message cannot be decoded or `on_message` raises. Raises `ConfigError` if the
+        endpoint is invalid."""
         self._config = config or ChannelConfig()
         security.split_tcp_endpoint(endpoint)
         self.endpoint = endpoint
@@ -75,7 +76,7 @@ class GatewayLink:
         self._log = BoundedLog(logger)
 
     def open(self) -> None:
-        """Begin to connect. Call inside the running loop, once."""
+        """Start to connect. Call once, inside the running loop."""
         assert self._socket is None, "a link is one connection: make a new one"
         dealer = self._context.socket(zmq.DEALER)
         dealer.linger = 0
@@ -98,22 +99,22 @@ class GatewayLink:
             raise ConfigError(f"cannot connect to the engine at {self.endpoint}: {error}") from error
         self._loop.add_reader(_descriptor(dealer), self._drain)
         self._loop.add_reader(_descriptor(self._monitor), self._read_monitor)
-        self._loop.call_soon(self._read_monitor)  # the descriptor is edge-triggered: an event may be there already
+        self._loop.call_soon(self._read_monitor)  # the descriptor is edge-triggered: an event may be waiting already
 
     def send(self, message: wire.GatewayToEngine) -> bool:
-        """Queue a message; never blocks. False: the queue is full or the link is closed."""
+        """Queue a message without blocking. Return False if the queue is full or the link is closed."""
         if self._socket is None or self._loop is None:
             return False
         try:
             self._socket.send(wire.encode(message), zmq.NOBLOCK)
         except zmq.Again:
             return False
-        # A send may consume the descriptor's edge: look for messages that came in meanwhile.
+        # A send may consume the descriptor's edge: check for messages that arrived meanwhile.
         self._loop.call_soon(self._drain)
         return True
 
     def close(self) -> None:
-        """Drop the connection and what is queued. No callback comes after it. Harmless when closed already."""
+        """Close the connection and drop queued messages. No callback follows. A second call is harmless."""
         if self._socket is None or self._monitor is None or self._loop is None:
             return
         self._loop.remove_reader(_descriptor(self._socket))
@@ -130,7 +131,7 @@ class GatewayLink:
             self._loop.call_soon(self._drain)
 
     def _receive(self) -> bool:
-        """Deliver one message; False when none waits or the link is closed (a callback may have done it)."""
+        """Deliver one message. Return False if none is waiting or the link is closed (perhaps by a callback)."""
         if self._socket is None:
             return False
         try:
@@ -146,7 +147,7 @@ class GatewayLink:
             self._log.warning("dropped a message from the engine at %s: %s", self.endpoint, error)
         except Exception:  # our bug: the messages behind this one belong to other requests
             self._on_rejected()
-            self._log.warning("cannot take a message from the engine at %s", self.endpoint, exc_info=True)
+            self._log.warning("cannot handle a message from the engine at %s", self.endpoint, exc_info=True)
         return True
 
     def _read_monitor(self) -> None:
@@ -161,7 +162,7 @@ class GatewayLink:
             elif event in _HANDSHAKE_FAILURES:
                 self._lose(_REFUSED.format(self.endpoint))
             elif event == zmq.Event.DISCONNECTED and self._connected:
-                while self._receive():  # what arrived before the break may end a stream that would fail otherwise
+                while self._receive():  # earlier messages may end a stream that would fail otherwise
                     pass
                 self._lose(f"the connection to the engine at {self.endpoint} broke")
 

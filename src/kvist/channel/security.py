@@ -1,20 +1,20 @@
-"""Who may speak on an engine socket: holders of the cluster key, each under a name that nobody else can have.
+"""Authenticates the members of a cluster: holders of the cluster key, each under an identity that no other can take.
 
-Every socket is CurveZMQ: encrypted, and authenticated in both directions. From the cluster key all members derive one
-key pair for their servers, whose public half is never sent: without the cluster key no connection gets past its first
-packet. As a client each process has a key pair of its own, drawn at its start and never written down.
+Every socket uses CurveZMQ: encrypted, and authenticated in both directions. All members derive one server key pair from
+the cluster key, and its public half is never sent: without the cluster key a connection fails at its first packet. As a
+client each process has a key pair of its own, generated at start and never written to disk.
 
 A client's *address* (its ZeroMQ routing id) is made of three parts: the client's public key, a secret nonce, and a MAC
-of both under the cluster key. The engine compares the key with the one that the connection has proved (ZAP's User-Id)
-and checks the MAC before it reads a word. So
+of both under the cluster key. Before decoding a message the engine compares the key with the one that the connection
+has proved (ZAP's User-Id) and checks the MAC. Consequences:
 
-- an address proves membership, and is of no use to another key;
-- nobody can take a connection over by its address, which only its two ends know (ROUTER_HANDOVER stays on for the one
-  who has it: a client whose network vanished comes back under the same address);
-- the name of an engine's life, its epoch, is a hash of its public key: a Grant in the name of an epoch is believed only
-  from the process with that key, and there is no table of names to keep.
+- an address proves membership, and is useless with another key;
+- an attacker cannot take a connection over by its address, which only the two ends know (ROUTER_HANDOVER stays on for
+  its owner: a client whose network vanished reconnects under the same address);
+- an engine's epoch is a hash of its public key: a Grant in the name of an epoch is accepted only from the process with
+  that key, without a table of names.
 
-Members are not protected from each other beyond that: docs/security.md says what a member can do.
+Beyond that, members are not protected from each other: docs/security.md says what a member can do.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kvist.request import EpochId
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
 ZAP_DOMAIN = b"kvist"
-_ZAP_FRAMES = 7  # version, request id, domain, address, identity, mechanism, and CURVE's one credential
+_ZAP_FRAMES = 7  # version, request id, domain, address, identity, mechanism, and one credential (CURVE)
 WILDCARD_HOSTS = frozenset({"*", "0.0.0.0", "::"})
 _KEY_BYTES, _NONCE_BYTES, _MAC_BYTES = 32, 16, 16
 MAKE_A_KEY = "(umask 077; head -c 32 /dev/urandom | base64 > FILE)"
@@ -45,66 +45,66 @@ ADDRESS_BYTES = _KEY_BYTES + _NONCE_BYTES + _MAC_BYTES
 class ChannelConfig:
     cluster_key: str | None = option(
         None,
-        "secret shared by every gateway and engine of the cluster. Other users can read a command line: "
-        "--cluster-key-file or KVIST_CLUSTER_KEY is safer",
+        "secret shared by all gateways and engines of the cluster. Other users can read the command line: prefer "
+        "--cluster-key-file or KVIST_CLUSTER_KEY",
         secret=True,
     )
     cluster_key_file: str | None = option(
         None,
-        "file with the cluster key, readable by you alone; by default kvist/cluster.key in your configuration folder "
-        "(~/.config), made if missing",
+        "file with the cluster key, readable by its owner only; by default kvist/cluster.key in your configuration "
+        "folder (~/.config), created if missing",
     )
     max_message_bytes: int = option(
-        64 << 20, "largest message an engine socket accepts", unit="bytes", minimum=1 << 16, maximum=1 << 30
+        64 << 20, "maximum size of a message on an engine socket", unit="bytes", minimum=1 << 16, maximum=1 << 30
     )
     send_queue_messages: int = option(
-        10_000, "messages that may wait for one peer before sending to it fails", unit="messages", minimum=16
+        10_000, "maximum number of messages queued for one peer; further sends fail", unit="messages", minimum=16
     )
     max_peers: int = option(
-        64, "most prefill engines to which one decode engine keeps connections", minimum=1, maximum=1024
+        64, "maximum number of prefill engines that one decode engine stays connected to", minimum=1, maximum=1024
     )
 
 
 def split_tcp_endpoint(endpoint: str) -> tuple[str, str] | None:
-    """("host", "port") of a tcp endpoint, the host without brackets; None for other transports."""
+    """Return ("host", "port") of a tcp endpoint, the host without brackets; None for ipc. Raises `ConfigError`."""
     scheme, separator, address = endpoint.partition("://")
     if not separator or scheme not in ("tcp", "ipc") or not address:
-        raise ConfigError(f"{endpoint!r} is not an engine endpoint; write tcp://HOST:PORT or ipc://PATH")
+        raise ConfigError(f"{endpoint!r} is not an engine endpoint; use tcp://HOST:PORT or ipc://PATH")
     if scheme != "tcp":
         return None
     host, separator, port = address.rpartition(":")
     if not separator or not host or not (port == "*" or port.isdigit()):
-        raise ConfigError(f"{endpoint!r} is not an engine endpoint; write tcp://HOST:PORT")
+        raise ConfigError(f"{endpoint!r} is not an engine endpoint; use tcp://HOST:PORT")
     return host.strip("[]"), port
 
 
 def bracketed(host: str) -> str:
-    """The host as it stands before ":PORT" in an address: IPv6 in brackets."""
+    """Return the host as written before ":PORT" in an address: IPv6 in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def host_to_name(host: str, instead: str) -> str:
-    """As `bracketed`; `instead` of an address that stands for all."""
+    """Return the bracketed host, or `instead` for a wildcard address."""
     return instead if not host or host in WILDCARD_HOSTS else bracketed(host)
 
 
 def is_loopback(endpoint: str) -> bool:
-    """Whether nothing outside this machine can reach the endpoint."""
+    """Return whether only this machine can reach the endpoint."""
     address = split_tcp_endpoint(endpoint)
     if address is None or address[0] == "localhost":
         return True
     try:
         return ipaddress.ip_address(address[0]).is_loopback
-    except ValueError:  # a host name: it may resolve to anything
+    except ValueError:  # a host name, which may resolve to any address
         return False
 
 
 class Member:
-    """One process on the cluster's sockets. Raises `ConfigError` without a cluster key: see cluster_key.py."""
+    """Identity of one process in the cluster. Raises `ConfigError` without a cluster key (cluster_key.py)."""
 
     def __init__(self, cluster_key: str | None) -> None:
         if not cluster_key:
-            raise ConfigError("engine sockets need a cluster key: give --cluster-key-file", param="cluster_key")
+            raise ConfigError("engine sockets need a cluster key: set --cluster-key-file", param="cluster_key")
         server_secret = z85.encode(_derived(cluster_key, b"kvist-curve"))
         self._server = _KeyPair(public=zmq.curve_public(server_secret), secret=server_secret)
         public, secret = zmq.curve_keypair()
@@ -113,16 +113,16 @@ class Member:
 
     @property
     def epoch(self) -> EpochId:
-        """The name of this process's life."""
+        """The id of this run of the process."""
         return epoch_of(z85.decode(self._own.public))
 
     def new_address(self) -> bytes:
-        """For one client socket."""
+        """Return a new address for one client socket."""
         claim = z85.decode(self._own.public) + secrets.token_bytes(_NONCE_BYTES)
         return claim + self._mac(claim)
 
     def admits(self, address: bytes, proved_key: str) -> bool:
-        """Whether a member with that key (in Z85) made the address."""
+        """Return whether a member with that key (in Z85) created the address."""
         claim = address[:-_MAC_BYTES]
         return (
             len(address) == ADDRESS_BYTES
@@ -135,7 +135,7 @@ class Member:
         socket.curve_publickey = self._server.public
         socket.curve_server = True
         socket.zap_domain = ZAP_DOMAIN
-        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no answer from our gate is a no
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without an answer of `KeyGate` the client is refused
 
     def secure_client(self, socket: zmq.Socket[bytes]) -> None:
         socket.curve_secretkey = self._own.secret
@@ -148,7 +148,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _KeyPair:
-    """In ZeroMQ's Z85 text form."""
+    """A CURVE key pair in ZeroMQ's Z85 text form."""
 
     public: bytes
     secret: bytes = field(repr=False)
@@ -159,19 +159,20 @@ def _derived(cluster_key: str, purpose: bytes) -> bytes:
 
 
 def epoch_of(address: bytes) -> EpochId:
-    """The epoch of the process whose key the address (or the key alone) names."""
+    """Return the epoch of the process with this address (or this key)."""
     return EpochId(hashlib.blake2b(address[:_KEY_BYTES], digest_size=16, person=b"kvist-epoch").hexdigest())
 
 
 def shown(address: bytes) -> str:
-    """An address as logs may show it: the rest of it is a secret."""
+    """Return the part of an address that may be logged; the rest is secret."""
     return address[:4].hex()
 
 
 class KeyGate:
-    """Answers ZeroMQ's question "may this client in?" (ZAP, RFC 27): any key that CURVE has proved, which from then on
-    stands beside each message as its User-Id. It lives in its owner's loop: poll `socket` and call `answer_waiting`; a
-    client's handshake waits until then."""
+    """Handler of ZeroMQ's authentication requests (ZAP, RFC 27). Admits any key that CURVE has proved; ZeroMQ then adds
+    the key to each message as its User-Id.
+
+    Runs in its owner's loop: poll `socket` and call `answer_waiting`. A client's handshake waits until then."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self.socket = context.socket(zmq.REP)

@@ -1,11 +1,11 @@
-"""Takes requests to engines and brings one clean stream of tokens back.
+"""Sends requests to engines and returns one ordered stream of tokens for each.
 
 Life of a request: route (route.py) → Submit to one engine, or to a prefill and a decode engine → merged chunks to the
-reader (flight.py) → the end, told once: the chunk with the finish reason, or an error. Whatever ends it, no engine is
-left working for nobody: each one that has not said Ended is told to abort.
+reader (flight.py) → exactly one end: the chunk with the finish reason, or an error. After any end, every engine that
+has not sent Ended gets an Abort, so that no engine computes tokens without a reader.
 
-All of it is callbacks on one asyncio loop; no task per request and none per token. Each attempt has its own request id
-at the engines, so a retry, or another gateway's client with the same id, never meets it.
+The dispatcher runs as callbacks on one asyncio loop, without a task per request or per token. Each attempt has its own
+request id at the engines: a retry, or an equal id of another gateway's client, cannot collide with it.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from kvist.router.stream import Cancelled, ClusterSnapshot, StreamPart
 
 logger = logging.getLogger(__name__)
 
-END_TIMEOUT_S = 30.0  # for an engine to say Ended after it was told to abort, which it does between two steps
+END_TIMEOUT_S = 30.0  # time limit for Ended after an Abort, which an engine handles between two steps
 
 
-MAX_WAITING_LOGPROBS = 1 << 16  # of one stream, for its client to read: 5 MB
+MAX_WAITING_LOGPROBS = 1 << 16  # limit of one stream: 5 MB waiting for its client
 
 
 def _slow_reader() -> KvistError:
     return RequestError(
-        f"the client reads its stream so slowly that over {MAX_WAITING_LOGPROBS} logprobs wait for it: read faster, or "
-        "ask for fewer likely tokens",
+        f"the client reads its stream too slowly: more than {MAX_WAITING_LOGPROBS} logprobs are waiting. Read faster, "
+        "or request fewer top logprobs",
         param="logprobs",
     )
 
 
 class Engines(Protocol):
-    """What the dispatcher needs of fleet.py; tests give it one without sockets."""
+    """Interface to fleet.py; tests pass an implementation without sockets."""
 
     def start(self, events: EngineEvents) -> None: ...
 
@@ -61,7 +61,7 @@ class Engines(Protocol):
 
 
 class _Call:
-    """A question to several workers."""
+    """A call to several workers, with the answers received so far."""
 
     def __init__(self, workers: set[Worker]) -> None:
         self.waiting = workers
@@ -69,7 +69,7 @@ class _Call:
         self.done = asyncio.Event()
 
     def settle(self, worker: Worker, answer: wire.Flushed | wire.StorageAnswer | None) -> None:
-        """None: it will never answer."""
+        """Record the worker's answer; None if the worker cannot answer any more."""
         if worker in self.waiting:
             self.waiting.discard(worker)
             if answer is not None:
@@ -90,10 +90,10 @@ class Dispatcher:
         self._calls: dict[str, _Call] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._num_cancelled_held = 0
-        self._release_s = Histogram()  # from a reader's leaving to the end at every engine
+        self._release_s = Histogram()  # from the reader's disconnect to the end at every engine
 
     async def start(self) -> None:
-        """Begin to look for the workers. Returns at once; `ready` tells when one is there."""
+        """Start to connect to the workers. Returns at once; see `ready`."""
         self._engines.start(self)
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep_forever(), name="flight sweeper")
 
@@ -105,16 +105,17 @@ class Dispatcher:
         await self._engines.close()
 
     def cut(self, error: KvistError) -> None:
-        """End every request that is open with this error."""
+        """Fail every open request with this error."""
         for flight in list(self._flights.values()):
             self._fail(flight, error, None)
 
     def ready(self) -> bool:
-        """A token can really be produced: a unified worker, or a prefill and a decode worker, are READY."""
+        """Return whether a unified worker, or a prefill and a decode worker, are READY."""
         return self._router.can_serve()
 
     def model(self) -> wire.EngineSpec | None:
-        """What all READY workers agree on, with the limits of the best route; None while no worker is ready."""
+        """Return the spec shared by all READY workers, with the limits of the best route; None if no worker is
+        ready."""
         return self._registry.reference()
 
     def snapshot(self) -> ClusterSnapshot:
@@ -122,11 +123,11 @@ class Dispatcher:
         return ClusterSnapshot(workers=self._registry.snapshot(), cancelled=cancelled)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
-        """The request's output. Closing or cancelling the iterator aborts it everywhere at once.
+        """Yield the output of the request. Closing or cancelling the iterator aborts the request at every engine.
 
-        Raises, before the first part: `PromptTooLong`, `Unavailable`, `Overloaded`; at any time: what an engine
-        reported, `WorkerLost`, `HandoffFailed`, `Timeout`. A failure before the first token is tried once more on other
-        workers."""
+        Raises, before the first part: `PromptTooLong`, `Unavailable`, `Overloaded`; at any time: the error that an
+        engine reported, `WorkerLost`, `HandoffFailed`, `Timeout`. A request that fails before its first token is
+        retried once on other workers."""
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self._config.request_timeout_s
         flight = self._launch(request, self._router.choose(request))
@@ -150,9 +151,9 @@ class Dispatcher:
             flight = self._launch(request, route)
 
     async def flush_cache(self, tier: wire.FlushTier | None = None) -> dict[WorkerId, int]:
-        """Drop every worker's cached pages (in this tier) that no request uses; pages dropped, by worker.
+        """Drop the cached pages (of `tier`) that no request uses at every worker. Return the dropped pages by worker.
 
-        Raises `Unavailable` when no worker is ready, `Timeout` naming those that did not answer."""
+        Raises `Unavailable` if no worker is ready, `Timeout` naming the workers that did not answer."""
         ask = wire.FlushCache(call_id=secrets.token_hex(8), tier=tier)
         answers = await self._ask_all(ask, self._config.flush_timeout_s)
         return {
@@ -160,19 +161,19 @@ class Dispatcher:
         }
 
     async def ask_storage(self, ask: wire.StorageCommand) -> dict[WorkerId, wire.StorageAnswer]:
-        """What every worker says to it; a worker that is lost meanwhile says nothing. Its `call_id` is ours to choose.
+        """Send the command, with a new `call_id`, to every worker. Return the answers of the workers that are not lost.
 
-        Raises `Unavailable` when no worker is ready, `Timeout` naming those that did not answer."""
+        Raises `Unavailable` if no worker is ready, `Timeout` naming the workers that did not answer."""
         ask = msgspec.structs.replace(ask, call_id=secrets.token_hex(8))
         answers = await self._ask_all(ask, self._config.storage_timeout_s)
-        return {worker_id: told for worker_id, told in answers.items() if isinstance(told, wire.StorageAnswer)}
+        return {worker_id: answer for worker_id, answer in answers.items() if isinstance(answer, wire.StorageAnswer)}
 
     async def _ask_all(
         self, question: wire.FlushCache | wire.StorageCommand, timeout_s: float
     ) -> dict[WorkerId, wire.Flushed | wire.StorageAnswer]:
         workers = {w for w in self._registry.workers if w.state is WorkerState.READY}
         if not workers:
-            raise Unavailable("no worker is ready: there is no cache to speak of")
+            raise Unavailable("no worker is ready")
         call = self._calls[question.call_id] = _Call(set(workers))
         try:
             for worker in workers:
@@ -186,7 +187,7 @@ class Dispatcher:
             del self._calls[question.call_id]
         return call.answers
 
-    # ---------------------------------------------------------------- what engines say (fleet.EngineEvents)
+    # ---------------------------------------------------------------- messages of engines (fleet.EngineEvents)
 
     def on_outputs(self, worker: Worker, outputs: wire.StepOutputs) -> None:
         flights = self._flights
@@ -199,7 +200,9 @@ class Dispatcher:
             fault = fault_of_chunk(chunk, max_tokens=flight.max_tokens, vocab_size=vocab_size)
             if fault is not None:
                 self._reject(worker, fault)
-                self._fail(flight, EngineError(f"worker {worker.worker_id} sent {fault}; this is a bug in it"), worker)
+                self._fail(
+                    flight, EngineError(f"worker {worker.worker_id} sent {fault}; this is a bug in the worker"), worker
+                )
                 continue
             worker.prompt_done(chunk.request_id)
             flight.push(worker, chunk)
@@ -229,7 +232,7 @@ class Dispatcher:
                 continue
             flight.open.discard(worker)
             if worker is not flight.prefill or worker is flight.decode or not flight.decode_began:
-                error = WorkerLost(f"worker {worker.worker_id} was lost while it held the request: {reason}")
+                error = WorkerLost(f"worker {worker.worker_id} was lost while it had the request: {reason}")
                 error.retry_after_s = self._config.retry_after_s
                 self._fail(flight, error, worker)
             self._forget_if_ended(flight)
@@ -243,12 +246,12 @@ class Dispatcher:
             error.retry_after_s = checked_retry_after_s(ended.retry_after_s)
             self._fail(flight, error, worker)
         elif ended.outcome is Outcome.ABORTED and needed and not flight.aborted:
-            self._fail(flight, Unavailable(f"worker {worker.worker_id} gave the request up: {ended.message}"), worker)
+            self._fail(flight, Unavailable(f"worker {worker.worker_id} aborted the request: {ended.message}"), worker)
         elif not flight.open and not flight.settled:
-            self._fail(flight, EngineError("every engine ended the request, but its last token never came"), worker)
+            self._fail(flight, EngineError("every engine ended the request before its last token arrived"), worker)
         self._forget_if_ended(flight)
 
-    # ---------------------------------------------------------------- a flight's ways
+    # ---------------------------------------------------------------- the life of a flight
 
     def _launch(self, request: EngineRequest, route: Route) -> Flight:
         request_id = RequestId(f"{request.request_id}.{secrets.token_hex(4)}")
@@ -293,13 +296,13 @@ class Dispatcher:
         self._fail(flight, Timeout("the request took longer than --request-timeout-s allows"), None)
 
     def _abort(self, flight: Flight) -> None:
-        """Tell every engine that still holds the request; each answers Ended, or is lost."""
+        """Send Abort to every engine that still has the request; each answers with Ended, or is lost."""
         flight.aborted = True
         for worker in flight.open:
             self._engines.send(worker, wire.Abort(request_id=flight.request_id))
 
     def _on_reader_gone(self, flight: Flight) -> None:
-        """The reader is gone: at the end, on an error, or in the middle."""
+        """Handle the end of the reader: after the last part, on an error, or by a disconnect."""
         if not flight.settled:
             flight.cancelled = True
             self._num_cancelled_held += 1
@@ -315,12 +318,12 @@ class Dispatcher:
             self._release_s.observe(self._clock.now_s() - flight.closed_at_s)
 
     def _retry_route(self, request: EngineRequest, flight: Flight, error: KvistError) -> Route | None:
-        """Other workers for a request of which the client has seen nothing; None when it should hear of the error."""
+        """Choose other workers for a request without delivered output; None if the error should reach the client."""
         if not error.retryable or flight.culprit is None:
             return None
         try:
             return self._router.choose(request, frozenset({flight.culprit}))
-        except KvistError:  # the first error tells more
+        except KvistError:  # report the first error, which is more specific
             return None
 
     async def _sweep_forever(self) -> None:
@@ -329,13 +332,16 @@ class Dispatcher:
             self.sweep()
 
     def sweep(self) -> None:
-        """Write off engines that never said Ended long after the reader left: their message was lost."""
+        """Give up requests whose engine has not sent Ended `END_TIMEOUT_S` after the reader's end: the message was
+        lost."""
         oldest_s = self._clock.now_s() - END_TIMEOUT_S
         for flight in list(self._flights.values()):
             if flight.closed_at_s is None or flight.closed_at_s > oldest_s:
                 continue
             for worker in list(flight.open):
-                logger.warning("given up: worker %s did not end request %s", worker.worker_id, flight.request_id)
+                logger.warning(
+                    "given up: worker %s did not confirm the end of request %s", worker.worker_id, flight.request_id
+                )
                 self._engines.send(worker, wire.Abort(request_id=flight.request_id))
                 worker.release(flight.request_id)
             flight.open.clear()

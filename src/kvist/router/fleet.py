@@ -1,9 +1,10 @@
-"""Keeps one connection to each worker's engine, and the registry true.
+"""Keeps one connection to the engine of each worker, and updates the registry.
 
-For each worker one task: find the engine (discovery.py) → open a link → Hello → keep-alives until the connection
-breaks, the engine hangs, or it is refused → close the link, tell the dispatcher → again, with growing pauses. An engine
-that is silent may compute a long step: its worker's HTTP tells.
-A new link has a new address, so an engine sees a reconnecting gateway as a new one and lets the old one's requests go.
+One task per worker: find the engine (discovery.py) → open a link → Hello → keep-alives until the connection breaks, the
+engine hangs, or the worker is refused → close the link, notify the dispatcher → again, after growing pauses. A silent
+engine may be computing a long step: the worker's /server_info says so.
+A new link has a new address: to an engine, a gateway that reconnects is a new one, and the engine releases the requests
+of the old one.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from kvist.router.registry import Registry, Worker, WorkerState
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.5
-_ASK_S = 0.5  # for the worker of a silent engine to say what it knows
+_ASK_S = 0.5  # time limit for /server_info of a worker with a silent engine
 
 
 class EngineEvents(Protocol):
-    """Who hears what engines say; called inside the loop, must not block."""
+    """Receiver of engine messages. Called inside the loop; must not block."""
 
     def on_outputs(self, worker: Worker, outputs: wire.StepOutputs) -> None: ...
 
@@ -51,8 +52,8 @@ class Fleet:
         transport: httpx.AsyncBaseTransport | None = None,
         api_key: str | None = None,
     ) -> None:
-        """`transport`: how /server_info is fetched; None is the network. `api_key`: the workers' HTTP asks for it.
-        Raises `ConfigError` when the channel's config has no cluster key."""
+        """`transport` fetches /server_info (None: the network). `api_key` is sent to the workers' HTTP servers.
+        Raises `ConfigError` if the channel's config has no cluster key."""
         self._registry = registry
         self._config = config
         self._channel = channel
@@ -68,14 +69,14 @@ class Fleet:
         self._http: httpx.AsyncClient | None = None
 
     def start(self, events: EngineEvents) -> None:
-        """Inside the running loop."""
+        """Start one task per worker. Call inside the running loop."""
         self._events = events
         self._http = httpx.AsyncClient(transport=self._transport, headers=self._headers, trust_env=False)
         for worker in self._registry.workers:
             self._tasks.append(asyncio.create_task(self._supervise(worker), name=f"worker {worker.url}"))
 
     def send(self, worker: Worker, message: wire.GatewayToEngine) -> bool:
-        """False: the worker is not connected, or its queue is full."""
+        """Send a message. Return False if the worker is not connected or its queue is full."""
         link = self._links.get(worker)
         return link is not None and link.send(message)
 
@@ -99,15 +100,15 @@ class Fleet:
                     pause_s = _FIRST_PAUSE_S
             except KvistError as error:
                 reason = error.message
-            except Exception as error:  # our bug: the worker is out until it is mended, the gateway serves on
-                logger.exception("cannot keep worker %s", worker.url)
+            except Exception as error:  # our bug: this worker is not used, the gateway continues with the others
+                logger.exception("cannot keep the connection to worker %s", worker.url)
                 reason = f"internal error: {error}"
             self._mark_lost(worker, reason)
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
     async def _run_link(self, worker: Worker) -> str:
-        """Talk to the engine until it cannot be talked to; returns why."""
+        """Exchange messages with the engine until the link is lost. Return the reason."""
         lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         def on_lost(reason: str) -> None:
@@ -157,14 +158,14 @@ class Fleet:
 
     async def _find(self, worker: Worker, timeout_s: float) -> discovery.FoundEngine:
         assert self._http is not None
-        stalled_s = self._config.worker_timeout_s / 2  # what its worker tells is a second old, or so
+        stalled_s = self._config.worker_timeout_s / 2  # the reported state is about a second old
         return await discovery.find_engine(self._http, worker.url, timeout_s=timeout_s, stalled_s=stalled_s)
 
     async def _silence_reason(self, worker: Worker, silent_s: float) -> str:
-        """Why the engine is lost; "" when it is in the middle of a long step."""
+        """Return why the engine is lost; "" if the engine is computing a long step."""
         reason = f"the engine at {worker.endpoint} has been silent for {silent_s:.1f} s"
         if worker.state is WorkerState.JOINING:
-            return f"{reason}: it is still loading, or not there"
+            return f"{reason}: it is still loading, or not running"
         try:
             found = await self._find(worker, min(_ASK_S, self._config.discovery_timeout_s))
         except Unavailable as error:
@@ -172,7 +173,7 @@ class Fleet:
         if found.health is None or found.endpoint != worker.endpoint:
             return reason
         if found.health.turn_s < silent_s / 2:
-            return f"{reason}, but the worker is well: its messages do not reach this gateway"
+            return f"{reason}, but is healthy: its messages do not reach this gateway"
         return ""
 
     def _receive(self, worker: Worker, message: wire.EngineToGateway) -> None:
@@ -180,7 +181,7 @@ class Fleet:
         now_s = self._clock.now_s()
         worker.last_heard_s = now_s
         if isinstance(message, wire.StepOutputs):
-            if worker.spec is not None:  # else it has not said Welcome, and was sent no request
+            if worker.spec is not None:  # otherwise no Welcome has come, and no request was sent
                 self._events.on_outputs(worker, message)
         elif isinstance(message, wire.LoadReport):
             if self._registry.on_report(worker, message, now_s):
@@ -188,7 +189,7 @@ class Fleet:
                 self.send(worker, wire.Hello(gateway_id=self._gateway_id, resync=True))
         elif isinstance(message, wire.Welcome):
             if worker.spec is not None and worker.spec.epoch != message.spec.epoch:
-                self._mark_lost(worker, "it was restarted")  # whatever its former life was asked for is gone
+                self._mark_lost(worker, "it was restarted")  # the requests of the old process are gone
             self._registry.on_welcome(worker, message, now_s)
         else:
             self._events.on_answer(worker, message)

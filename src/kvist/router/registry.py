@@ -1,8 +1,8 @@
-"""The workers a gateway knows: who they are, what they hold, how busy they are, whether they live.
+"""The workers that a gateway knows: identity, cached pages, load and state.
 
-Life of a worker: JOINING (named by the operator, not heard yet, or refused) → READY (it said Welcome) → DRAINING (it is
-about to end, and takes nothing new) → LOST (silent, or its connection broke) → READY again, in a new epoch or the same.
-No sockets and no clock here: fleet.py tells what happened and when.
+Life of a worker: JOINING (named by the operator, no message yet, or refused) → READY (Welcome received) → DRAINING
+(shutting down, takes no new request) → LOST (silent, or the connection broke) → READY again, in a new or the same
+epoch. Uses no sockets and no clock: fleet.py reports events with their times.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvist.wire import PROTOCOL_VERSION, EngineSpec, LoadReport, Welcome
 
 logger = logging.getLogger(__name__)
 
-_OVERCOMMIT_DIVISOR = 8  # an eighth of a worker's places
+_OVERCOMMIT_DIVISOR = 8  # requests under way may exceed a worker's places by 1/8
 
 
 class WorkerState(enum.Enum):
@@ -42,29 +42,29 @@ class WorkerUse(enum.Enum):
 
 @dataclass(slots=True)
 class InFlight:
-    """A request that has not ended at a worker. Mutable; owned by the worker's entry."""
+    """A request that has not ended at a worker. Mutable; owned by its `Worker`."""
 
-    num_pending_tokens: int  # of the prompt, not computed yet as far as we know
+    num_pending_tokens: int  # prompt tokens that are not known to be computed
     caller: CallerPath
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Worker:
-    """Mutable; owned by the registry."""
+    """State of one worker. Mutable; owned by the registry."""
 
-    url: str  # of its HTTP server, as the operator named it
-    wanted_use: WorkerUse | None  # None: the role it was started with
+    url: str  # of its HTTP server, as named by the operator
+    wanted_use: WorkerUse | None  # None: the role that the worker was started with
     state: WorkerState = WorkerState.JOINING
-    problem: str = ""  # why it is not READY, for people
-    endpoint: str = ""  # where we reach its engine
+    problem: str = ""  # why the worker is not READY, for people
+    endpoint: str = ""  # where its engine is reached
     spec: EngineSpec | None = None
     load: LoadReport | None = None
     last_heard_s: float = 0.0
     known_pages: set[bytes] = field(default_factory=set)
-    pages_limited: bool = False  # it has more pages than we remember
+    pages_limited: bool = False  # the worker has more pages than are tracked here
     sequence: int | None = None  # of the last report
     needs_snapshot: bool = True
-    num_rejected_messages: int = 0  # dropped, or the end of the request that they were about
+    num_rejected_messages: int = 0  # each was dropped, or failed its request
     in_flight: dict[RequestId, InFlight] = field(default_factory=dict)
     num_pending_tokens: int = 0  # of all in flight
     callers: CallerCounts = field(default_factory=CallerCounts)  # of all in flight
@@ -84,8 +84,9 @@ class Worker:
         return num_tokens <= self.spec.max_model_len
 
     def has_room_for(self, caller: CallerPath) -> bool:
-        """It has a place, or is about to give one of a caller that has more there (scheduler/entry.py): then a little
-        beyond what it queues may be under way to it."""
+        """Return whether the worker has a free place, or will displace a request of a caller with more requests there.
+
+        For the second case (scheduler/entry.py) slightly more requests than places may be under way to the worker."""
         assert self.spec is not None
         num_places = self.spec.max_running_requests + self.spec.max_queued_requests
         if len(self.in_flight) < num_places:
@@ -95,7 +96,7 @@ class Worker:
         return self.callers.displaced_by(caller) is not None
 
     def retry_after_s(self) -> float:
-        """By what it last reported of itself, and the requests that we know of."""
+        """Estimate the time until a place is free, from the last report and this gateway's requests."""
         assert self.spec is not None
         if self.load is None:
             return SHORTEST_WAIT_S
@@ -134,9 +135,9 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayTokenizer:
-    """What prompts become tokens with, here."""
+    """The tokenizer that this gateway uses for prompts."""
 
-    name: str  # of the model that it belongs to
+    name: str  # of the model of the tokenizer
     fingerprint: str
 
 
@@ -154,16 +155,16 @@ class Registry:
     def add(self, url: str, use: WorkerUse | None, now_s: float) -> Worker:
         if url in self._workers:
             raise ConfigError(f"the worker {url} is named twice")
-        worker = self._workers[url] = Worker(url=url, wanted_use=use, last_heard_s=now_s, problem="not heard of yet")
+        worker = self._workers[url] = Worker(url=url, wanted_use=use, last_heard_s=now_s, problem="no message yet")
         return worker
 
     def ready(self, use: WorkerUse) -> list[Worker]:
         return [w for w in self._workers.values() if w.state is WorkerState.READY and w.use is use]
 
     def reference(self) -> EngineSpec | None:
-        """What every READY worker agrees on (model, layout, dtype), with the limits of the one that holds the longest
-        answers: of the fleet's best route, if it has one."""
-        ready = [w for w in self.workers if w.state is WorkerState.READY]  # a copy: threads ask, too, which only read
+        """Return a spec with the values shared by all READY workers (model, layout, dtype), and with the limits of the
+        worker that can hold the longest requests: on a complete route, if there is one."""
+        ready = [w for w in self.workers if w.state is WorkerState.READY]  # a copy: other threads call this method
         writers = [w for w in ready if w.use is WorkerUse.UNIFIED]
         if any(w.use is WorkerUse.PREFILL for w in ready):
             writers += [w for w in ready if w.use is WorkerUse.DECODE]
@@ -171,7 +172,7 @@ class Registry:
         return max(specs, key=lambda spec: spec.max_model_len, default=None)
 
     def on_welcome(self, worker: Worker, welcome: Welcome, now_s: float) -> None:
-        """Raises `ConfigError` when the worker cannot serve here; it then stays out, with its problem told."""
+        """Mark the worker READY. Raises `ConfigError`, and sets `worker.problem`, if the worker cannot serve here."""
         worker.last_heard_s = now_s
         spec = welcome.spec
         joined = worker.state in (WorkerState.READY, WorkerState.DRAINING)
@@ -186,18 +187,18 @@ class Registry:
         logger.info("worker %s is ready: %s, epoch %s", spec.worker_id, spec.role, spec.epoch)
 
     def on_report(self, worker: Worker, report: LoadReport, now_s: float) -> bool:
-        """Take a load report in. True: we missed one, ask for a snapshot."""
+        """Apply a load report. Return True if an earlier one was lost and a snapshot is needed."""
         worker.last_heard_s = now_s
         fault = fault_of_report(report)
         if fault is not None:
             worker.num_rejected_messages += 1
-            self._log.warning("rejected a load report of worker %s: it has %s", worker.worker_id, fault)
+            self._log.warning("rejected a load report of worker %s: the report has %s", worker.worker_id, fault)
             return False
         in_order = worker.sequence is not None and report.sequence == worker.sequence + 1
         worker.sequence = report.sequence
         worker.load = report
         if report.draining and worker.state is WorkerState.READY:
-            logger.info("worker %s is stopping: it takes no new request", worker.worker_id)
+            logger.info("worker %s is stopping and takes no new requests", worker.worker_id)
             worker.state, worker.problem = WorkerState.DRAINING, "it is stopping"
         if report.snapshot:
             worker.known_pages.clear()
@@ -207,11 +208,11 @@ class Registry:
         self._remember(worker, report.cached_added)
         if report.snapshot or in_order or worker.needs_snapshot:
             return False
-        worker.needs_snapshot = True  # until it comes the old set still guides: it is only a hint
+        worker.needs_snapshot = True  # keep using the old set until then: it is only a hint
         return True
 
     def on_lost(self, worker: Worker, reason: str) -> None:
-        """The worker cannot be used (any more). Its requests are the dispatcher's to fail."""
+        """Mark the worker as unusable. The dispatcher fails its requests."""
         if worker.state in (WorkerState.READY, WorkerState.DRAINING):
             if worker.state is WorkerState.READY:
                 logger.warning("worker %s is lost: %s", worker.worker_id, reason)
@@ -253,7 +254,7 @@ class Registry:
         if not worker.pages_limited:
             worker.pages_limited = True
             logger.warning(
-                "worker %s has more cached pages than the %d remembered: raise --max-known-pages for better routing",
+                "worker %s has more cached pages than the %d tracked here: raise --max-known-pages for better routing",
                 worker.worker_id,
                 self._config.max_known_pages,
             )
@@ -262,12 +263,12 @@ class Registry:
         spec = welcome.spec
         if welcome.protocol_version != PROTOCOL_VERSION:
             return (
-                f"worker {spec.worker_id} speaks protocol {welcome.protocol_version}, this gateway {PROTOCOL_VERSION}:"
+                f"worker {spec.worker_id} uses protocol {welcome.protocol_version}, this gateway {PROTOCOL_VERSION}:"
                 " run the same version of Kvist on both"
             )
         fault = fault_of_spec(spec)
         if fault is not None:
-            return f"worker {spec.worker_id} announces {fault}, which is impossible"
+            return f"worker {spec.worker_id} reports {fault}, which is impossible"
         if spec.role not in {use.value for use in WorkerUse}:
             return f"worker {spec.worker_id} has an unknown role {spec.role!r}"
         use = worker.wanted_use
@@ -279,19 +280,19 @@ class Registry:
         others = [o for o in self._workers.values() if o is not worker and o.state is WorkerState.READY]
         if self._tokenizer is not None and spec.tokenizer_fingerprint not in ("", self._tokenizer.fingerprint):
             return (
-                f"worker {spec.worker_id} serves {spec.model_name}, whose vocabulary is {spec.tokenizer_fingerprint},"
-                f" and this gateway tokenises with that of {self._tokenizer.name}, {self._tokenizer.fingerprint}: start"
-                " the router with the --model-path of its workers"
+                f"worker {spec.worker_id} serves {spec.model_name} with vocabulary {spec.tokenizer_fingerprint}, but"
+                f" this gateway uses the vocabulary of {self._tokenizer.name}, {self._tokenizer.fingerprint}: start the"
+                " router with the --model-path of its workers"
             )
         for other in others:
             if other.worker_id == spec.worker_id:
-                return f"{worker.url} is the same worker as {other.url}: name it once"
+                return f"{worker.url} is the same worker as {other.url}: remove one of the two"
         reference = others[0].spec if others else None
         return _mismatch(spec, reference) if reference is not None else ""
 
 
 def _mismatch(spec: EngineSpec, reference: EngineSpec) -> str:
-    """Why the two cannot serve one model together; "" when they can."""
+    """Return why the two workers cannot serve one model together; "" if they can."""
     for name, ours, theirs in (
         ("model", (reference.model_fingerprint, reference.vocab_size), (spec.model_fingerprint, spec.vocab_size)),
         ("dtype", reference.dtype, spec.dtype),
