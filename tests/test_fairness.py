@@ -100,7 +100,7 @@ def _counts(places: list[CallerPath]) -> CallerCounts:
 def test_retry_after_is_the_queue_length_times_the_recent_service_time(num_ahead: int, wait_s: float) -> None:
     service = ServiceTime()
     assert retry_after_s(service.mean_s, num_ahead=10, num_served=20) == 1.0, "nothing is known yet"
-    service.note(100.0)
+    service.add(100.0)
     for _ in range(200):
-        service.note(10.0)
+        service.add(10.0)
     assert retry_after_s(service.mean_s, num_ahead=num_ahead, num_served=20) == pytest.approx(wait_s, rel=0.01)

@@ -1,8 +1,8 @@
-"""Turns among callers: who is next in a queue, and who gives way when it is full. Pure.
+"""Fair turns among callers: which request is next in a queue, and which is displaced when the queue is full. Pure.
 
 A caller has a path of three names, the most general first: its API key, its host, its connection. Keys take turns;
-the hosts of one key take turns with what the key gets; so do the connections of one host. A flood of requests, or of
-connections, thus leaves its share to everybody else. The names are opaque here: server/caller.py makes them.
+within the turns of a key its hosts take turns, and within those of a host its connections. A flood of requests or of
+connections thus leaves all other callers their share. The names are opaque here: server/caller.py makes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DEPTH = 3
 
 
 def caller_path(tag: str) -> CallerPath:
-    """Of `EngineRequest.client`: names with slashes between them; missing ones are empty."""
+    """Split `EngineRequest.client` at its slashes; missing names are empty."""
     key, host, connection, *_ = [*tag.split("/", _DEPTH), "", ""]
     return key, host, connection
 
@@ -27,7 +27,7 @@ def caller_path(tag: str) -> CallerPath:
 @dataclass(slots=True)
 class _Level(Generic[Item]):
     below: OrderedDict[str, _Level[Item]] = field(default_factory=OrderedDict)  # in the order of their turns
-    items: list[Item] = field(default_factory=list)  # of a connection, in order
+    items: list[Item] = field(default_factory=list)  # only at the lowest level: of one connection, in order
 
     def __iter__(self) -> Iterator[Item]:
         yield from self.items
@@ -36,7 +36,7 @@ class _Level(Generic[Item]):
 
 
 class FairQueue(Generic[Item]):
-    """Items of many callers, each caller's own in the order of `order`. Mutable; its one owner is a queue."""
+    """A queue in which callers take turns; each caller's items are sorted by `order`. Mutable, with one owner."""
 
     def __init__(self, order: Callable[[Item], int]) -> None:
         self._order = order
@@ -46,21 +46,21 @@ class FairQueue(Generic[Item]):
         return iter(self._top)
 
     def add(self, caller: CallerPath, item: Item) -> None:
-        """A caller that had nothing here comes last in this round."""
+        """Queue an item. A caller without queued items comes last in this round."""
         level = self._top
         for name in caller:
             level = level.below.setdefault(name, _Level())
         insort(level.items, item, key=self._order)
 
     def head(self) -> Item | None:
-        """The same until it is taken or removed, or an older one of its caller is added."""
+        """Return the next item: the same until it is taken or removed, or an older item of its caller is added."""
         level = self._top
         while level.below:
             level = next(iter(level.below.values()))
         return level.items[0] if level.items else None
 
     def remove(self, caller: CallerPath, item: Item) -> None:
-        """Nobody's turn has passed."""
+        """Remove an item; no caller's turn passes."""
         levels = self._levels(caller)
         items = levels[-1].items
         place = bisect_left(items, self._order(item), key=self._order)
@@ -71,7 +71,7 @@ class FairQueue(Generic[Item]):
                 del level.below[name]
 
     def take(self, caller: CallerPath, item: Item) -> None:
-        """Remove it: that was its caller's turn."""
+        """Remove an item; its caller's turn passes."""
         levels = self._levels(caller)
         self.remove(caller, item)
         for level, name in zip(levels, caller, strict=False):
@@ -86,12 +86,12 @@ class FairQueue(Generic[Item]):
 
 
 class CallerCounts:
-    """How many of some places each caller has. Mutable; its one owner counts them.
+    """Counts the places in a queue by caller. Mutable, with one owner.
 
-    Asked for each request that finds a queue full, so nothing here looks at every place."""
+    Used for each request that meets a full queue: no method scans all places."""
 
     def __init__(self) -> None:
-        self._below: dict[tuple[str, ...], dict[str, int]] = {}  # a key's, or a key and host's → of each name below it
+        self._below: dict[tuple[str, ...], dict[str, int]] = {}  # path prefix → count by the next name
 
     def add(self, caller: CallerPath) -> None:
         for depth in range(_DEPTH):
@@ -108,10 +108,11 @@ class CallerCounts:
                 del self._below[caller[:depth]]
 
     def displaced_by(self, newcomer: CallerPath) -> CallerPath | None:
-        """Who should lose a place to the newcomer; None: nobody.
+        """Return the caller that loses a place to the newcomer; None if the newcomer displaces no one.
 
-        A key gives way when it would still have more than the newcomer's afterwards; among the hosts of one key, and
-        the connections of one host, the same. So two callers can never push each other out in turn."""
+        A key is displaced if afterwards it still has at least as many places as the newcomer's key. The same rule
+        holds among the hosts of one key, and among the connections of one host. Thus two callers can never displace
+        each other in turn."""
         for depth in range(_DEPTH):
             counts = self._below.get(newcomer[:depth], {})
             most = max(counts.values(), default=0)

@@ -1,7 +1,7 @@
-"""Whether a request fits an engine: the tokens that it needs there, and what limits them. Pure.
+"""Decides whether a request fits an engine: the tokens that it needs there, and which limit applies. Pure.
 
-An engine that writes the answer holds prompt and answer. One that only reads the prompt for another holds that, and
-writes one token.
+An engine that generates the answer needs room for prompt and answer. A prefill engine needs room for the prompt and one
+token.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from kvist.request import EngineRequest, Mode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """What a fleet holds of one request: prompt and answer together."""
+    """The longest request, prompt and answer together, that a fleet can hold."""
 
     num_tokens: int
-    text: str  # the same with the limit that binds, and its option
-    num_tokens_offline: int = 0  # what a worker holds that is lost or drains at present
+    text: str  # num_tokens, the limit that applies, and its option
+    num_tokens_offline: int = 0  # the largest limit among workers that are lost or draining
 
     @property
     def most(self) -> int:
-        """A longer request would not even fit if every worker were there."""
+        """The limit if every worker were ready."""
         return max(self.num_tokens, self.num_tokens_offline)
 
 
@@ -32,7 +32,7 @@ def num_tokens_needed(request: EngineRequest, mode: Mode) -> int:
 
 
 def limit_text(max_model_len: int, num_pages: int, page_size: int) -> str:
-    """What an engine holds, which limit that is, and the option that sets it."""
+    """Say how many tokens an engine holds, by which limit, and which option sets that limit."""
     if num_pages * page_size <= max_model_len:
         limit = "the size of its page pool (--max-total-tokens)"
     else:

@@ -1,4 +1,4 @@
-"""How long a queue takes, by how long requests were served lately: what a refused client is told to wait. Pure."""
+"""Estimates Retry-After for a refused client from the recent service time of requests. Pure."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 
 
 class ServiceTime:
-    """The recent mean of a request's time from its first turn to its end. Mutable; its one owner notes each end."""
+    """The moving mean of the time from admission to end of a request. Mutable; its one owner adds each duration."""
 
     def __init__(self) -> None:
         self.mean_s: float | None = None
 
-    def note(self, duration_s: float) -> None:
+    def add(self, duration_s: float) -> None:
         self.mean_s = duration_s if self.mean_s is None else self.mean_s + _WEIGHT * (duration_s - self.mean_s)
 
 
 def retry_after_s(service_s: float | None, *, num_ahead: int, num_served: int) -> float:
-    """Until `num_ahead` requests have had their turn, when `num_served` at once take `service_s` each."""
+    """Return the wait until `num_ahead` requests were admitted, if `num_served` run at once for `service_s` each."""
     if service_s is None:
         return SHORTEST_WAIT_S
     return min(LONGEST_WAIT_S, max(SHORTEST_WAIT_S, service_s * num_ahead / max(1, num_served)))

@@ -33,13 +33,13 @@ from kvist.wire import HandoffReport, PrefillPeer
 
 class RequestState(enum.Enum):
     WAITING = "waiting"  # in the queue, without pages
-    FETCHING = "fetching"  # out of the queue, without pages: the store, or another's load, brings some
-    SUSPENDED = "parked"  # PREFILL without a Grant, evicted: out of the queue until the Grant comes
+    FETCHING = "fetching"  # out of the queue, without pages: waits for a prefetch, or for another request's load
+    SUSPENDED = "parked"  # PREFILL without a Grant, preempted: out of the queue until the Grant arrives
     GRANTED = "granted"  # DECODE: its pages are granted to the prefill worker
-    LOADING = "loading"  # has pages; the mover copies the host tier's into the first of them
+    LOADING = "loading"  # has pages; the mover copies host pages into the first of them
     RUNNING = "running"  # has pages; takes part in steps
-    AWAITING_TRANSFER = "awaiting_transfer"  # PREFILL: computed; its pages stay for the handoff
-    ENDED = "ended"  # `Ended` was sent; its pages may linger while a step or a peer still uses them
+    AWAITING_TRANSFER = "awaiting_transfer"  # PREFILL: computed; keeps its pages for the handoff
+    ENDED = "ended"  # `Ended` was sent; its pages stay while a step or a peer still uses them
 
 
 TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
@@ -72,39 +72,39 @@ class ActiveRequest:
     request: EngineRequest
     mode: Mode
     handoff_id: HandoffId | None
-    prefill: PrefillPeer | None  # DECODE: who may be granted pages
-    target_epoch: EpochId | None  # PREFILL: who may grant pages
+    prefill: PrefillPeer | None  # DECODE: the engine that may be granted pages
+    target_epoch: EpochId | None  # PREFILL: the engine that may grant pages
     arrived_s: float
-    token_ids: list[int]  # prompt and output tokens; a PREFILL's first token is kept apart
-    num_handoff_tokens: int  # tokens the request came with: [0, num_handoff_tokens) is what a handoff moves
-    max_len: int  # the answer ends with LENGTH when there are this many tokens
+    token_ids: list[int]  # prompt and output tokens; without the first token of a PREFILL (`first_token`)
+    num_handoff_tokens: int  # tokens of the request on arrival: a handoff moves the K/V of [0, num_handoff_tokens)
+    max_len: int  # the answer ends with LENGTH at this number of tokens, prompt included
     stop_ids: frozenset[int]
     state: RequestState = RequestState.WAITING
     lease: PageLease | None = None
-    prefetch: Prefetch | None = None  # until it is admitted or ends
+    prefetch: Prefetch | None = None  # open until the request is admitted or ends
     num_computed: int = 0  # K/V of [0, num_computed) is in the pages
-    # K/V of [0, num_planned) will be, once the steps under way are finished. If that is all of `token_ids`, the newest
-    # of them also chooses the next token.
+    # K/V of [0, num_planned) will be in the pages once the pending steps are finished. If [0, num_planned) is all of
+    # `token_ids`, the newest pending step also samples the next token.
     num_planned: int = 0
     last_step_id: int = 0  # the newest step that writes its pages
     num_cached_tokens: int | None = None  # prompt tokens found in the cache when it was first admitted
-    num_cached_host_tokens: int = 0  # of those: loaded from the host tier, and
-    num_cached_storage_tokens: int = 0  # from the storage tier
-    loading: bool = False  # the mover may touch its pages, even when it has ended
-    in_handoff: bool = False  # a peer or the transport may touch its pages
-    granted: bool = False  # PREFILL: decode's Grant has come, so others wait for it rather than evict it
-    ticket: int = 0  # of its newest place in the queue
-    admitted_s: float | None = None  # when it had its first turn
-    first_token: SampledToken | None = None  # PREFILL; told when it is known and granted
+    num_cached_host_tokens: int = 0  # part of num_cached_tokens: loaded from the host tier
+    num_cached_storage_tokens: int = 0  # part of num_cached_tokens: fetched from the storage tier
+    loading: bool = False  # the mover may access its pages, even after the request has ended
+    in_handoff: bool = False  # a peer or the transport may access its pages
+    granted: bool = False  # PREFILL: the Grant has arrived, so the request is no longer preempted
+    ticket: int = 0  # number of its latest push into the queue
+    admitted_s: float | None = None  # time of its first admission
+    first_token: SampledToken | None = None  # PREFILL; sent to the gateway when it is known and the Grant has arrived
     first_token_sent: bool = False
     first_token_finish: FinishReason | None = None
-    report: HandoffReport | None = None  # DECODE: goes with the first chunk
+    report: HandoffReport | None = None  # DECODE: sent with the first chunk
     request_id: RequestId = field(init=False)
     caller: CallerPath = field(init=False)
     num_prompt: int = field(init=False)
     sampling: SamplingParams = field(init=False)
     suppressed_ids: tuple[int, ...] = field(init=False)
-    suppress_until: int = field(init=False)  # no stop token while there are fewer tokens than this
+    suppress_until: int = field(init=False)  # stop tokens are suppressed below this number of tokens
 
     def __post_init__(self) -> None:
         self.request_id = self.request.request_id
@@ -115,12 +115,12 @@ class ActiveRequest:
         self.suppress_until = self.num_prompt + self.sampling.min_tokens
 
     def move(self, to: RequestState) -> None:
-        assert to in TRANSITIONS[self.state], f"{self.request_id}: no way from {self.state.name} to {to.name}"
+        assert to in TRANSITIONS[self.state], f"{self.request_id}: no transition from {self.state.name} to {to.name}"
         self.state = to
 
     @property
     def ungranted(self) -> bool:
-        """A PREFILL whose Grant has not come: it computes only with pages that nobody else needs."""
+        """A PREFILL whose Grant has not arrived computes only in pages that no other request needs."""
         return self.mode is Mode.PREFILL and not self.granted
 
     @property
@@ -129,21 +129,21 @@ class ActiveRequest:
 
     @property
     def awaits_grant_of_pages(self) -> bool:
-        """A DECODE that has not been handed its prompt's pages yet (afterwards it is like any other)."""
+        """A DECODE whose prompt pages have not been handed over yet (afterwards it is like any other request)."""
         return self.mode is Mode.DECODE and not self.granted
 
     @property
     def max_cached_tokens(self) -> int:
-        """So much of it may come from a cache: who computes here computes the last token at least."""
+        """Most tokens whose K/V may be cached: a request that is computed here computes at least its last token."""
         return len(self.token_ids) if self.awaits_grant_of_pages else len(self.token_ids) - 1
 
     @property
     def next_position(self) -> int:
-        """Output tokens so far: the position of the next one."""
+        """Position of the next output token: the number of output tokens so far."""
         return len(self.token_ids) - self.num_prompt
 
     def finish_reason(self, token_id: int, num_tokens: int) -> FinishReason | None:
-        """Whether `token_id`, as the last of `num_tokens` tokens, ends the answer."""
+        """Return why `token_id`, as the last of `num_tokens` tokens, ends the answer; None if the answer goes on."""
         if token_id in self.stop_ids and num_tokens > self.suppress_until:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_tokens >= self.max_len else None

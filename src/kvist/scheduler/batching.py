@@ -1,22 +1,25 @@
-"""Chooses what runs in the next step: who gets pages, who gives them up, and how the token budget is shared.
+"""Chooses what runs in the next step: which requests get pages, which give pages up, how the token budget is shared.
 
-    running decodes (one token each) ──► running prompt chunks, oldest first ──► the queue's head, and the next, …
-                                     ──► the same for PREFILLs whose Grant has not come
+    running decodes (one token each) ──► running prompt chunks, oldest first ──► the head of the queue, and the next, …
+                                     ──► the same for ungranted PREFILLs (whose Grant has not arrived)
 
-Pages: a request gets all the pages of its known tokens when it leaves the queue, then one at each page edge. When none
-is left, the youngest gives up its own: first PREFILLs whose Grant has not come, then running requests that can begin
-again. A PREFILL with a Grant and a DECODE before its Done are never victims: they hold a bounded number of pages for a
-bounded time, and a peer may touch those. The oldest running request is never a victim, so something always ends.
+Pages: a request gets the pages of all its known tokens when it leaves the queue, then one page at each page edge. When
+no page is left, the youngest request is preempted: first ungranted PREFILLs, then running requests that can be computed
+again. A PREFILL with a Grant and a DECODE before its Done are never preempted: they hold a bounded number of pages for
+a bounded time, and a peer may access those pages. The oldest running request is never preempted, so at least one
+request always runs to its end.
 
-Host tier: who leaves the queue and finds some of its K/V there is LOADING until that is copied, and in no batch. What
-the copy did not bring is computed. Nobody waits for it, and it is no victim: the mover may touch its pages. With
-`write_back` pages may have to be copied before they are evicted: while enough of them are, nobody is a victim for
-their sake, and who needs them is in no batch.
+Host tier: a request that leaves the queue with a part of its K/V in the host tier is LOADING until the copy is done,
+and is in no batch. Tokens that the copy failed to bring are computed. No other request waits for a LOADING request, and
+a LOADING request is never preempted, since the mover may access its pages. With `write_back`, pages may have to be
+copied before they are evicted: while enough copies are pending, no request is preempted to free pages; requests that
+need pages skip the batch.
 
-Overlap: the next step is planned while one is under way, as if that were finished. A request that is to get a token
-there takes part with the token still unknown (`takes_sampled`), one position further on; how many tokens it may have
-is known, so only an end by a stop token is noticed late. The step under way still writes its pages: a victim is first
-left out of the step being planned, and gives its pages up when the next is.
+Overlap: the next step is planned while one is pending, as if the pending step were finished. A request that gets a
+token in the pending step takes part with that token still unknown (`takes_sampled`), one position further on. Its
+largest number of tokens is known, so only an end by a stop token is noticed late. The pending step still writes the
+pages of its requests: a victim is first left out of the step being planned, and preempted when the step after that is
+planned.
 """
 
 from __future__ import annotations
@@ -34,21 +37,21 @@ from kvist.scheduler.timers import TimerKind
 
 
 class Batcher:
-    """Mutable; its one owner is the scheduler. One batch is under way at a time; with overlap, two."""
+    """Mutable; its one owner is the scheduler. One batch is pending at a time; with overlap, two."""
 
     def __init__(self, table: RequestTable) -> None:
         self._table = table
         self._cache = table.cache
         self._config = table.config
         self._step_id = 0
-        self._step_tokens = 0  # what the step being planned may compute
+        self._step_tokens = 0  # token budget of the step being planned
         self._max_pending_steps = 2 if table.config.overlap else 1
         self._pending_steps: deque[PendingStep] = deque()
-        self._deferred_victims: set[ActiveRequest] = set()  # victims that the step under way still writes for
+        self._deferred_victims: set[ActiveRequest] = set()  # victims whose pages the pending step still writes
         self._out_of_pages = False
-        self._last_failed_allocation: tuple[int, int] | None = None  # its ticket, and how many pages could be had
+        self._last_failed_allocation: tuple[int, int] | None = None  # ticket; reclaimable pages beyond the reserve
 
-    # ---------------------------------------------------------------- the step comes back
+    # ---------------------------------------------------------------- the step is reported
 
     def on_step_finished(self, event: StepFinished) -> None:
         step = self._pop_pending_step(event.step_id)
@@ -64,7 +67,7 @@ class Batcher:
                 self._table.end(request, Outcome.FAILED, "engine_error", event.message)
 
     def on_pages_loaded(self, event: PagesLoaded) -> None:
-        """A request has what the host tier had for it; or has not, and computes it."""
+        """Start the request: its host pages are in the device pool, or the copy failed and it computes those tokens."""
         table = self._table
         request = table.loading.pop(event.job_id)
         request.loading = False
@@ -77,8 +80,8 @@ class Batcher:
         self._start(request)
 
     def _pop_pending_step(self, step_id: int) -> PendingStep:
-        assert self._pending_steps, "no step is under way"
-        assert step_id == self._step_id - len(self._pending_steps) + 1, "steps are reported once, in their order"
+        assert self._pending_steps, "no step is pending"
+        assert step_id == self._step_id - len(self._pending_steps) + 1, "steps are reported once, in order"
         self._table.last_finished_id = step_id
         return self._pending_steps.popleft()
 
@@ -97,7 +100,7 @@ class Batcher:
         budget = self._step_tokens - len(items)
         for ungranted in (False, True):
             for request in prompts:
-                if request.ungranted is ungranted and self._may_run(request):  # else its pages were taken
+                if request.ungranted is ungranted and self._may_run(request):  # it may have been preempted in this loop
                     budget -= self._add_chunk(request, budget, items, step)
             budget = self._admit(ungranted, budget, items, step)
         if not items:
@@ -107,26 +110,26 @@ class Batcher:
         return Batch(step_id=self._step_id, items=tuple(items))
 
     def _add_decodes(self, items: list[BatchItem], decodes: list[ActiveRequest]) -> list[ActiveRequest]:
-        """One token of each request that has one left to compute; returns the others, oldest first.
+        """Add one token of each request with exactly one token left to compute; return the others, oldest first.
 
-        This loop runs for every stream in every step."""
+        Hot loop: it runs for every stream in every step."""
         page_size, step_id, deferred = self._cache.page_size, self._step_id + 1, self._deferred_victims
         running, prefill = RequestState.RUNNING, Mode.PREFILL
         prompts: list[ActiveRequest] = []
         for request in list(self._table.compact()):
             if request.state is not running or (deferred and request in deferred):
-                continue  # an older one took its pages
+                continue  # preempted by an older request
             token_ids, start = request.token_ids, request.num_planned
-            num_known = len(token_ids) - start  # 0: the step under way chooses the token
+            num_known = len(token_ids) - start  # 0: the pending step samples the token
             if num_known > 1 or request.mode is prefill:
                 prompts.append(request)
                 continue
             end = start + 1
             if end >= request.max_len:
-                continue  # its last token is under way
+                continue  # its last token is pending
             lease = request.lease
             assert lease is not None
-            if not start % page_size and not self._grow(request, end):  # it begins a page
+            if not start % page_size and not self._grow(request, end):  # the token begins a page
                 continue
             request.num_planned = end
             request.last_step_id = step_id
@@ -150,7 +153,7 @@ class Batcher:
         end = start + chunk_tokens(num_tokens - start, budget, self._step_tokens, self._config.max_prefill_tokens)
         lease = request.lease
         assert lease is not None
-        # A PREFILL that was evicted after it told its first token computes its pages again, not the token.
+        # A PREFILL that was preempted after it sampled its first token computes its pages again, not the token.
         samples = end == num_tokens and request.first_token is None
         request.num_planned = end
         request.last_step_id = self._step_id + 1
@@ -168,7 +171,7 @@ class Batcher:
         self._table.totals["computed_prompt_tokens"] += end - start
         return end - start
 
-    # ---------------------------------------------------------------- pages for the running
+    # ---------------------------------------------------------------- pages for running requests
 
     def _grow(self, request: ActiveRequest, num_tokens: int) -> bool:
         lease = request.lease
@@ -179,7 +182,7 @@ class Batcher:
                 return False
             victim = self._youngest_ungranted() or self._youngest_running()
             if victim is None:
-                return False  # the oldest waits for pages that handoffs hold, which is bounded
+                return False  # the oldest request waits for pages of handoffs, which hold them for a bounded time
             if not self._preempt(victim) or victim is request:
                 return False
         return True
@@ -188,7 +191,8 @@ class Batcher:
         return request.state is RequestState.RUNNING and request not in self._deferred_victims
 
     def _preempt(self, victim: ActiveRequest) -> bool:
-        """Whether its pages are given up now. Else they are when the next step is planned, if still needed."""
+        """Free the victim's pages and return True; return False if a pending step still writes them. Then the victim is
+        preempted when the next step is planned, if its pages are still needed."""
         if self._table.in_pending_step(victim):
             self._deferred_victims.add(victim)
             return False
@@ -196,7 +200,7 @@ class Batcher:
         return True
 
     def _youngest_ungranted(self) -> ActiveRequest | None:
-        prefill = Mode.PREFILL  # none of hundreds, on most engines
+        prefill = Mode.PREFILL  # most engines run hundreds of requests and no PREFILL: the loop tests the mode first
         prefills = [
             each for each in (*self._table.running, *self._table.awaiting_transfer.values()) if each.mode is prefill
         ]
@@ -204,14 +208,15 @@ class Batcher:
         return max(ungranted, key=lambda request: request.number, default=None)
 
     def _youngest_running(self) -> ActiveRequest | None:
-        """Never the only one left. Called for a request that is not in the batch yet, so no younger one is."""
+        """Return the youngest running request that may be preempted; None if it is the only one. The caller's request
+        is not in the batch yet, so neither is a younger one."""
         candidates = [request for request in self._table.running if request.mode is not Mode.PREFILL]
         return candidates[-1] if len(candidates) > 1 else None
 
-    # ---------------------------------------------------------------- pages for the queue's head
+    # ---------------------------------------------------------------- pages for the head of the queue
 
     def _admit(self, ungranted: bool, budget: int, items: list[BatchItem], step: PendingStep) -> int:
-        """Takes from the queue's head while pages and budget last; returns the budget left."""
+        """Admit requests from the head of the queue while pages and budget last; return the budget left."""
         table = self._table
         most = self._config.max_running_requests
         while not self._out_of_pages and len(table.running) + table.num_granted + len(table.loading) < most:
@@ -234,7 +239,7 @@ class Batcher:
         return budget
 
     def _start(self, request: ActiveRequest) -> None:
-        """It has its pages, and in the first of them all that the cache had for it."""
+        """Start an admitted request: it has its pages, and the first of them hold all its cached tokens."""
         table = self._table
         self._count_admission(request)
         if request.awaits_grant_of_pages:
@@ -246,15 +251,16 @@ class Batcher:
             table.handoff_side.on_allocated(request)
 
     def _allocate(self, request: ActiveRequest) -> bool:
-        """A lease over all its tokens; or it waits for another to load some of them, out of the queue. Leaves one page
-        for each request that grows, so that few are preempted."""
+        """Give the request a lease over all its tokens, or let it wait for another request's load, out of the queue.
+        Return False if too few pages are reclaimable. Keeps one page in reserve for each growing request, so that few
+        are preempted."""
         cache, num_tokens = self._cache, len(request.token_ids)
         table, prefill = self._table, Mode.PREFILL
         growing = sum(other.mode is not prefill for other in table.running)
         reserve = table.num_granted + len(table.loading) + growing
         unchanged = self._last_failed_allocation == (request.ticket, cache.num_reclaimable - reserve)
         if unchanged and (request.ungranted or self._youngest_ungranted() is None):
-            return False  # matching a long prompt once more, each step, would cost more than it finds
+            return False  # matching a long prompt again in each step would cost more than it gains
         max_cached = request.max_cached_tokens
         lease = cache.open(request.token_ids, cache_salt=request.request.cache_salt, max_tokens=max_cached)
         load = cache.pending_load(lease, request.token_ids, max_tokens=max_cached)
@@ -264,7 +270,8 @@ class Batcher:
             return True
         num_needed = -(-num_tokens // cache.page_size) - len(lease.page_ids)
         while (too_few := cache.num_reclaimable - num_needed < reserve) or not cache.grow(lease, num_tokens):
-            victim = self._youngest_ungranted() if too_few and not request.ungranted else None  # else copies make room
+            # with enough reclaimable pages, pending copies free them: no victim is needed
+            victim = self._youngest_ungranted() if too_few and not request.ungranted else None
             if victim is None or not self._preempt(victim):
                 cache.close(lease)
                 self._last_failed_allocation = (request.ticket, cache.num_reclaimable - reserve) if too_few else None
@@ -279,7 +286,7 @@ class Batcher:
         return True
 
     def _count_admission(self, request: ActiveRequest) -> None:
-        """Once a request: later admissions (after preemption) are not news."""
+        """Record the first admission; admissions after a preemption are not counted."""
         if request.was_admitted:
             return
         table = self._table
@@ -289,7 +296,7 @@ class Batcher:
         lease = request.lease
         assert lease is not None
         request.num_cached_tokens = num_left = min(request.num_computed, request.num_prompt)
-        num_left = max(0, num_left - lease.num_cached_tokens)  # tokens of the pages that follow the device's
+        num_left = max(0, num_left - lease.num_cached_tokens)  # cached tokens beyond those found in the device pool
         request.num_cached_host_tokens = min(lease.num_loaded_tokens, num_left)
         request.num_cached_storage_tokens = num_left - request.num_cached_host_tokens
         if not request.awaits_grant_of_pages:

@@ -1,7 +1,7 @@
-"""The scheduler's settings: how much it takes on at once, and how long anything may wait.
+"""The scheduler's settings: limits on running and queued requests, step sizes, and timeouts.
 
-`SchedulerOptions` are what a user may set, where None is "auto". `SchedulerConfig` is what a scheduler is given:
-numbers, made of the options by worker/limits.py once the device is known.
+`SchedulerOptions` are the options of the user; None is "auto". `SchedulerConfig` has every option resolved to a number,
+by worker/limits.py once the device is known.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class SchedulerOptions:
 
     max_running_requests: int | None = option(
         None,
-        "most requests computed together, further ones wait; auto is 128 on a CPU, 256 on a GPU",
+        "most requests computed together; further requests wait in the queue. auto is 128 on a CPU, 256 on a GPU",
         unit="requests",
         aliases=("max-num-seqs",),
         minimum=1,
@@ -28,15 +28,15 @@ class SchedulerOptions:
     )
     max_queued_requests: int = option(
         512,
-        "most requests that may wait, besides those running. When the queue is full, the new request is refused as "
-        "overloaded, or the newest one of the caller with the most waiting requests",
+        "most requests that may wait in the queue, in addition to the running ones. When the queue is full, either the "
+        "new request or the newest request of the caller with the most waiting requests is refused as overloaded",
         unit="requests",
         minimum=1,
     )
     chunked_prefill_size: int | None = option(
         None,
-        "usual size of a step, decodes included; larger steps are made only when few streams or many prompts wait "
-        "(--max-prefill-tokens); auto depends on the device and the role",
+        "usual size of a step, decodes included; a step is larger (up to --max-prefill-tokens) only when few streams "
+        "run or many prompts wait. auto depends on the device and the role",
         unit="tokens",
         aliases=("max-num-batched-tokens",),
         minimum=1,
@@ -44,35 +44,37 @@ class SchedulerOptions:
     )
     max_prefill_tokens: int | None = option(
         None,
-        "largest size of a step, used when few streams or many prompts wait; decodes (one token each) come first; "
-        "auto depends on the device and the role",
+        "largest size of a step, used when few streams run or many prompts wait; decodes (one token each) are included "
+        "first. auto depends on the device and the role",
         unit="tokens",
         minimum=1,
         unset=AUTO,
     )
     overlap: bool | None = option(
         None,
-        "plan the next step while the current one is computed; auto does so on a GPU only",
+        "plan the next step while the current step is computed; auto is on for a GPU, off for a CPU",
         unset=AUTO,
     )
-    queue_timeout_s: float = option(60.0, "longest wait of a request for its first step", unit="s", minimum=0.001)
+    queue_timeout_s: float = option(
+        60.0, "longest time that a request waits in the queue for its first step", unit="s", minimum=0.001
+    )
     grant_timeout_s: float = option(
-        90.0, "prefill: longest wait for the decode worker to grant pages", unit="s", minimum=0.001
+        90.0, "on a prefill worker: longest wait for the decode worker to grant pages", unit="s", minimum=0.001
     )
     handoff_timeout_s: float = option(
         120.0,
-        "longest handoff; decode counts from granting the pages until all are verified, prefill from the last "
-        "computed page until the Ack",
+        "longest handoff; a decode worker counts from its Grant until all pages are verified, a prefill worker from "
+        "its last computed page until the Ack",
         unit="s",
         minimum=0.001,
     )
     ack_timeout_s: float = option(
-        1.0, "Grant, Done and Revoke are sent again when no answer has come for this long", unit="s", minimum=0.001
+        1.0, "Grant, Done and Revoke are sent again if there is no answer within this time", unit="s", minimum=0.001
     )
     max_remembered_handoffs: int = option(
         4096,
-        "most handoffs to remember: grants that arrived before their request, and closed handoffs that a peer may "
-        "still ask about",
+        "most handoffs to remember: grants that arrived before their request, and closed handoffs, whose late messages "
+        "must still be answered",
         unit="handoffs",
         minimum=1,
     )
@@ -89,7 +91,7 @@ class SchedulerOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig(SchedulerOptions):
-    """The options with every "auto" resolved, and what the model says. Raises `ConfigError` as they do."""
+    """The options with every "auto" resolved, and the limits of the model. Raises `ConfigError` as the options do."""
 
     max_running_requests: int
     chunked_prefill_size: int

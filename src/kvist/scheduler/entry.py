@@ -1,7 +1,7 @@
-"""Who may enter an engine: what is refused at once, and who gives way when the queue is full.
+"""Decides which requests may enter an engine: what is refused at once, and which request is displaced by another.
 
-When it is full, the newest waiting request of the caller that has clearly most of them gives way to a caller that has
-fewer; never one that had a turn already, whose client may have seen a token.
+When the queue is full, the newest waiting request of the caller with clearly most requests there is displaced by a
+caller with fewer. A request that was admitted once is never displaced: its client may have seen a token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Refusal = tuple[str, str]  # error code, message
 
 
 def find_refusal(event: Submit, cache: PageCache, *, context_len: int, wrong_mode: str | None) -> Refusal | None:
-    """What no wait would mend. `context_len`: the tokens that an engine with this cache holds of one request."""
+    """Return why the request can never run here, if so. `context_len`: tokens of one request that fit this engine."""
     request = event.request
     if wrong_mode is not None:
         return "invalid_request", wrong_mode
@@ -41,7 +41,7 @@ def find_refusal(event: Submit, cache: PageCache, *, context_len: int, wrong_mod
 
 
 def newest_waiting(caller: CallerPath, newest_first: Iterable[ActiveRequest]) -> ActiveRequest | None:
-    """The caller's newest request of those that wait for their first turn and hold no page."""
+    """Return the caller's newest request that was never admitted and holds no page."""
     waiting = (RequestState.WAITING, RequestState.FETCHING)
     return next(
         (r for r in newest_first if r.caller == caller and r.state in waiting and not r.was_admitted),

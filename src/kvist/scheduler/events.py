@@ -1,4 +1,4 @@
-"""What a scheduler is told: messages as they came, and what the worker loop says of finished steps and transfers."""
+"""The events of a scheduler: messages as they arrived, and reports on finished steps, transfers and tier jobs."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from kvist.wire import Abort, FlushCache, SourceToTarget, Submit, TargetToSource
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledTokens:
-    """What a step chose: a token for each batch item with `sampling`, in their order. Columns, since an object for each
-    of hundreds in each step would cost more than to tell them."""
+    """The tokens sampled by a step, a row for each batch item with `sampling`, in their order.
+
+    Columns instead of an object a row: with hundreds of rows a step, creating the objects would cost more than passing
+    the results on."""
 
     token_ids: Sequence[int]
-    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # by place, of those that want them
-    invalid_rows: frozenset[int] = frozenset()  # their logits were no numbers, so what `token_ids` has there is none
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # by row, for requests with logprobs
+    invalid_rows: frozenset[int] = frozenset()  # logits were NaN or infinite: `token_ids` has no valid token there
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def __getitem__(self, place: int) -> SampledToken:
-        return SampledToken(token_id=self.token_ids[place], logprobs=self.logprobs.get(place))
+    def __getitem__(self, row: int) -> SampledToken:
+        return SampledToken(token_id=self.token_ids[row], logprobs=self.logprobs.get(row))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFinished:
-    """The batch of an earlier plan was carried out: its K/V is in the pages, and these tokens were chosen.
+    """The batch of an earlier plan is finished: its K/V is in the pages, and these tokens were sampled.
 
     Batches are reported in the order of their plans."""
 
@@ -38,8 +40,8 @@ class StepFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFailed:
-    """The batch raised. Its requests fail; the pages it wrote are not trusted. One that was begun behind it is reported
-    too: what it computed for those requests is ignored."""
+    """The batch raised an error. Its requests fail; the pages it wrote are not trusted. A batch that was started after
+    the failed one is reported too; its results for the failed requests are ignored."""
 
     step_id: int
     message: str
@@ -50,7 +52,7 @@ class StepFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WritesCompleted:
-    """Every write asked for so far with this id up to `num_pages` in all is in the peer's pool."""
+    """The first `num_pages` pages requested so far for this handoff are in the peer's pool."""
 
     handoff_id: HandoffId
     num_pages: int  # cumulative
@@ -59,7 +61,7 @@ class WritesCompleted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WritesFailed:
-    """The transport gave up; no more bytes will be written for this handoff."""
+    """The transport failed; it writes no more bytes for this handoff."""
 
     handoff_id: HandoffId
     message: str
@@ -71,7 +73,7 @@ class WritesFailed:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagesVerified:
     handoff_id: HandoffId
-    checksum: str  # over the granted pages as they now are in our pool
+    checksum: str  # over the granted pages as they are in our pool now
 
 
 # ---- both
@@ -79,7 +81,7 @@ class PagesVerified:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerDied:
-    """The process with this epoch is certainly gone: it can neither write nor read any more."""
+    """The process with this epoch is certainly dead: it can neither write nor read any more."""
 
     epoch: EpochId
 

@@ -1,7 +1,7 @@
-"""The two state machines of a handoff, one a side. docs/handoff.md tells the protocol; a test keeps it equal to these.
+"""The two state machines of a handoff, one for each side. docs/handoff.md has the protocol; a test compares the two.
 
-A trigger that a state does not name is ignored there: that is how duplicates and late answers become harmless.
-This file decides which moves exist; source.py and target.py do what each move asks for.
+A trigger that is missing in the table of a state is ignored in that state: thus duplicates and late answers are
+harmless. This file lists the transitions; source.py and target.py act on them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import enum
 class SourceState(enum.Enum):
     """The prefill side."""
 
-    AWAITING_GRANT = "awaiting grant"  # computing, perhaps, with nowhere to write to
-    WRITING = "writing"  # granted: pages are copied as they are computed
-    DONE_SENT = "done sent"  # every page is written; Done is repeated until the answer comes
-    STOPPING = "stopping"  # broken off while copies were under way: our pages stay until the transport has stopped
+    AWAITING_GRANT = "awaiting grant"  # perhaps computing; no Grant to write into yet
+    WRITING = "writing"  # granted: pages are written as they are computed
+    DONE_SENT = "done sent"  # every page is written; Done is repeated until it is answered
+    STOPPING = "stopping"  # stopped during writes: our pages are kept until the transport has stopped
     CLOSED = "closed"
 
 
@@ -62,8 +62,8 @@ class TargetState(enum.Enum):
     """The decode side."""
 
     GRANTED = "granted"  # Grant sent: prefill may write our pages
-    VERIFYING = "verifying"  # Done came: no more writes; the checksum is being taken
-    REVOKED = "revoked"  # we gave up; Revoke is repeated: prefill may still be writing
+    VERIFYING = "verifying"  # Done arrived: no more writes; the checksum is being computed
+    REVOKED = "revoked"  # the request ended; Revoke is repeated, since prefill may still write
     CLOSED = "closed"
 
 

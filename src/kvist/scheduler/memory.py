@@ -1,4 +1,4 @@
-"""A small memory of what is over, bounded in number and in time."""
+"""A map for entries of the recent past, bounded in number and in age."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ V = TypeVar("V")
 
 
 class ExpiringMap(Generic[K, V]):
-    """The newest `capacity` entries that are younger than `max_age_s`."""
+    """The newest `capacity` entries that are younger than `max_age_s`. Mutable; its one owner is a handoff side."""
 
     def __init__(self, *, capacity: int, max_age_s: float) -> None:
         self._capacity = capacity

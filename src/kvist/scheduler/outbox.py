@@ -1,4 +1,4 @@
-"""What one step has decided so far; it becomes the `Plan`."""
+"""Collects the decisions of one step, which become its `Plan`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a scheduler asks for: one `Plan` a step. The worker loop carries it out, in the order of the fields."""
+"""The output of a scheduler: one `Plan` a step. The worker loop carries it out in the order of its fields."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from kvist.wire import Ended, PoolAddress, SourceToTarget, TargetToSource, Token
 class BatchItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One request's share of a step: compute K/V for positions [start, end).
 
-    A struct and not a dataclass: hundreds are made in each step, at a tenth of the price.
+    A struct, not a dataclass: a step makes hundreds of them, and a struct costs a tenth of a dataclass.
     """
 
     request_id: RequestId
-    token_ids: Sequence[int]  # the tokens at those positions; empty: the one `takes_sampled` means
-    start: int  # K/V of [0, start) is in the pages, or will be when the batch before is finished
-    page_ids: Sequence[int]  # pages for positions [0, end), maybe a few more
-    sampling: SamplingParams | None = None  # None: no next token wanted (a chunk that does not end the sequence)
-    suppressed_token_ids: tuple[int, ...] = ()  # impossible for this next token (min_tokens)
+    token_ids: Sequence[int]  # the tokens at [start, end); empty: see `takes_sampled`
+    start: int  # K/V of [0, start) is in the pages, at the latest when the pending batch is finished
+    page_ids: Sequence[int]  # pages of positions [0, end), perhaps more
+    sampling: SamplingParams | None = None  # None: sample no token (the chunk does not end the sequence)
+    suppressed_token_ids: tuple[int, ...] = ()  # not sampled for this token (min_tokens)
 
     @property
     def takes_sampled(self) -> bool:
-        """Its one token is the one that the batch before, still under way, chooses for it."""
+        """Whether the item's one token is still being sampled, by the pending batch."""
         return not self.token_ids
 
     @property
     def end(self) -> int:
-        """The position of the next token; also the counter of its sampling noise."""
+        """Position of the next token; also the counter of its sampling noise."""
         return self.start + self.num_tokens
 
     @property
@@ -70,9 +70,9 @@ class VerifyPages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopWrites:
-    """Drop the writes of this handoff that have not begun, then report `WritesCompleted` for those that were done.
+    """Drop the writes of this handoff that have not started, then report `WritesCompleted` for the finished ones.
 
-    The first `WritesCompleted` after this plan is that answer (transfer/__init__.py): no byte is written after it."""
+    The first `WritesCompleted` after this plan is the answer (transfer/__init__.py): no byte is written after it."""
 
     handoff_id: HandoffId
 
@@ -83,12 +83,12 @@ class ToSource:
 
     endpoint: str
     message: TargetToSource
-    repeated: bool = False  # it was sent before, and may have arrived
+    repeated: bool = False  # the message was sent before, and may have arrived
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToTarget:
-    """A message from a prefill engine to the decode engine whose life is `target_epoch`."""
+    """A message from a prefill engine to the decode engine of the epoch `target_epoch`."""
 
     target_epoch: EpochId
     message: SourceToTarget
@@ -107,9 +107,9 @@ class Plan:
     flushes: tuple[Flush, ...] = ()
     messages: tuple[ToSource | ToTarget, ...] = ()  # to peer engines
     transfers: tuple[WritePages | VerifyPages | StopWrites, ...] = ()
-    moves: tuple[TierJob, ...] = ()  # between the tiers
-    watched_epochs: frozenset[EpochId] = frozenset()  # peers whose death must be reported while this plan stands
+    moves: tuple[TierJob, ...] = ()  # tier jobs: copies between device pool, host tier and store
+    watched_epochs: frozenset[EpochId] = frozenset()  # report the death of these peers until the next plan
     cached_added: tuple[bytes, ...] = ()  # page digests that became cached in this step
     cached_removed: tuple[bytes, ...] = ()
-    batch: Batch | None = None  # to be begun after the one under way, if there is one
-    wake_at_s: float | None = None  # call `step` again by then even if nothing happens
+    batch: Batch | None = None  # to run after the pending batch, if there is one
+    wake_at_s: float | None = None  # call `step` again by then even without events

@@ -1,15 +1,17 @@
-"""Every live request of one engine, from `Arrived` to `Ended`: what a step's tokens mean, how each ends.
+"""Holds every live request of one engine, from `Submit` to `Ended`: queues it, applies sampled tokens, ends it.
 
-It owns the requests, their leases' closing and the page counters. Who may enter is decided by entry.py, what runs by
-batching.py. It knows of handoffs only that a peer may hold a request's pages (`in_handoff`): a lease is closed when the
-request has ended, no step under way writes it, no load fills it and no handoff holds it.
+This module owns the requests, the closing of their leases and the counters. entry.py decides which requests may enter,
+batching.py which run. Of handoffs this module knows only that a peer may hold the pages of a request (`in_handoff`): a
+lease is closed when its request has ended, no pending step writes the pages, no load fills them and no handoff holds
+them.
 
-Whose pages may be in the store waits for them before its turn (FETCHING): until they have come or failed, at most for
-as long as the policy says, and never for more than half of what a request may wait in all. A store that hangs costs
-time, not the request. So it is when there is no turn to wait for, too: an idle engine would leave no time to fetch.
+A request whose prefix may be in the store waits in FETCHING before its admission, until the prefetch has settled, at
+most for the time that the prefetch policy allows, and never longer than half of `queue_timeout_s`. A store that hangs
+costs time, but does not fail the request. A request waits in FETCHING also when the engine is idle: with immediate
+admission there would be no time to fetch.
 
-With overlap a step may be under way for a request that has ended meanwhile: an end by a stop token is seen only when
-the next step is planned already. What that step chooses is dropped.
+With overlap a step may be pending for a request that has ended: an end by a stop token is noticed only after the next
+step was planned. The token that the pending step samples is dropped.
 """
 
 from __future__ import annotations
@@ -47,29 +49,29 @@ _OUTCOME_COUNTERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PendingStep:
-    """Whose K/V a step computes."""
+    """The requests whose K/V a planned step computes, until the step is reported."""
 
-    decodes: list[ActiveRequest]  # of the last known token, or of one that the step before chooses; each gets another
-    chunks: list[tuple[ActiveRequest, int, bool]]  # up to this position; whether it gets a token
+    decodes: list[ActiveRequest]  # one token each, which may itself be sampled by the step before; each samples one
+    chunks: list[tuple[ActiveRequest, int, bool]]  # request, end position of its chunk, whether it samples a token
 
 
 class HandoffHooks(Protocol):
-    """One engine's side of its handoffs (source.py, target.py), as the requests see it."""
+    """Calls from `RequestTable` and `Batcher` into this engine's side of its handoffs (source.py, target.py)."""
 
     def on_arrived(self, request: ActiveRequest) -> None:
-        """It was accepted; it may be ended in this call."""
+        """Open the handoff of an accepted request; may end the request."""
 
     def on_refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
-        """It was ended before it was accepted."""
+        """Close the handoff of a request that was refused."""
 
     def on_allocated(self, request: ActiveRequest) -> None:
-        """Its lease now covers all its tokens (PREFILL: some are cached already; DECODE: the pages to grant)."""
+        """The lease now covers all tokens. PREFILL: write the cached pages. DECODE: grant the pages to fill."""
 
     def on_computed(self, request: ActiveRequest) -> None:
-        """PREFILL: more of its K/V is in its pages, perhaps all."""
+        """PREFILL: write the pages that have become full; more K/V of the request, perhaps all, is computed."""
 
     def on_ended(self, request: ActiveRequest, outcome: Outcome, message: str) -> None:
-        """It is over for a reason outside the handoff: break the handoff off."""
+        """Stop the handoff of a request that ended for a reason outside the handoff."""
 
 
 class RequestTable:
@@ -86,31 +88,32 @@ class RequestTable:
         self.cache = cache
         self.now_s = 0.0
         self.step_count = 0
-        self.last_finished_id = 0  # of the steps that came back, finished or failed
+        self.last_finished_id = 0  # newest step that was reported, finished or failed
         self.timers = Timers()
         self.out = Outbox()
         self.service_time = ServiceTime()
         self.totals: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self.waiting = WaitingQueue()
-        self.unadmitted = CallerCounts()  # of the live requests that have not had theirs
+        self.unadmitted = CallerCounts()  # live requests that were never admitted, by caller
         self.live: dict[RequestId, ActiveRequest] = {}
-        self.running: list[ActiveRequest] = []  # by arrival; those that ended are dropped by `compact`
+        self.running: list[ActiveRequest] = []  # by arrival; `compact` drops those that no longer run
         self.awaiting_transfer: dict[RequestId, ActiveRequest] = {}
-        self.loading: dict[int, ActiveRequest] = {}  # by load; some may have ended
+        self.loading: dict[int, ActiveRequest] = {}  # by job id of the load; some may have ended
         self.fetching: dict[Prefetch, ActiveRequest] = {}
-        self.awaiting_load: dict[ActiveRequest, int] = {}  # that another began
+        self.awaiting_load: dict[ActiveRequest, int] = {}  # → job id of another request's load
         self.num_granted = 0
         self.num_suspended = 0
-        self.handoff_side: HandoffHooks  # set by the scheduler that composes both
+        self.handoff_side: HandoffHooks  # set by `Steps`
         self._refuse_mode = refuse_mode
         self._num_arrived = 0
-        # The longest sequence whose K/V the pool can hold when nothing else is in it.
+        # tokens; the longest sequence whose K/V fits into an otherwise empty pool
         self.context_len = min(config.max_model_len, cache.num_pages * cache.page_size)
 
     # ---------------------------------------------------------------- arrival
 
     def on_submit(self, event: Submit) -> None:
-        """Queue it, or refuse it with `Ended`. A second Submit of a live request is ignored: one end answers both."""
+        """Queue the request, or refuse it with `Ended`. A second Submit of a live request is ignored: one `Ended`
+        answers both."""
         if event.request.request_id in self.live:
             return
         fault = find_refusal(event, self.cache, context_len=self.context_len, wrong_mode=self._refuse_mode(event))
@@ -137,14 +140,14 @@ class RequestTable:
             self.handoff_side.on_refused(event.handoff_id, code, message)
 
     def _make_queue_room(self, request: ActiveRequest) -> str | None:
-        """Why there is none for it in the queue. It may be another's."""
+        """Make room in the queue, perhaps by displacing another request; return the error message if there is none."""
         if self.num_waiting < self.config.max_queued_requests + self._num_free_run_slots():
             return None
         caller = self.unadmitted.displaced_by(request.caller)
         other = None if caller is None else newest_waiting(caller, reversed(self.live.values()))
         if other is None:
             most = self.config.max_queued_requests
-            return f"{self.num_waiting} requests wait already, and this worker queues at most {most}"
+            return f"the queue of this worker is full: {self.num_waiting} requests wait, and it holds at most {most}"
         message = "removed from the full queue for a caller with fewer requests: retry later, or send fewer at once"
         self.totals["requests_displaced"] += 1
         self.end(other, Outcome.FAILED, "overloaded", message)
@@ -172,7 +175,7 @@ class RequestTable:
     # ---------------------------------------------------------------- the storage tier
 
     def _fetch(self, request: ActiveRequest) -> bool:
-        """Ask the store for what the tiers here lack; whether it waits for that."""
+        """Query the store for pages missing in the device pool and the host tier; return whether the request waits."""
         prefetch = request.prefetch = self.cache.prefetch(
             request.token_ids, cache_salt=request.request.cache_salt, max_tokens=request.max_cached_tokens
         )
@@ -188,7 +191,7 @@ class RequestTable:
         return True
 
     def requeue_prefetched(self) -> None:
-        """To the queue with those that need not wait for the store any more."""
+        """Move requests whose prefetch has settled to the waiting queue."""
         for prefetch in self.cache.drain_prefetches():
             if prefetch in self.fetching:
                 self._requeue(self.fetching[prefetch])
@@ -201,7 +204,7 @@ class RequestTable:
         self._requeue(request)
 
     def wait_for_load(self, request: ActiveRequest, load: int) -> None:
-        """Another loads the pages that it needs next: it will find them in the device pool."""
+        """Take the request out of the queue until another request's load brings its next pages to the device pool."""
         self.waiting.remove(request)
         request.move(RequestState.FETCHING)
         self.awaiting_load[request] = load
@@ -224,7 +227,7 @@ class RequestTable:
         self.totals["prefetch_wait_seconds"] += self.now_s - request.arrived_s
 
     def close_prefetch(self, request: ActiveRequest) -> None:
-        """It was admitted, or has ended."""
+        """Close the prefetch of a request that was admitted or has ended."""
         if request.prefetch is not None:
             self.cache.close_prefetch(request.prefetch)
             request.prefetch = None
@@ -236,12 +239,12 @@ class RequestTable:
         return len(self.waiting) + len(self.fetching) + len(self.awaiting_load) + self.num_suspended
 
     def _num_free_run_slots(self) -> int:
-        """To run in: a burst on an idle engine fills them, and the queue beside them."""
+        """Count unused run slots: a burst on an idle engine fills these as well as the queue."""
         num_running = sum(request.state is RequestState.RUNNING for request in self.running)
         return self.config.max_running_requests - num_running - self.num_granted - len(self.loading)
 
     def in_pending_step(self, request: ActiveRequest) -> bool:
-        """A step under way writes its pages."""
+        """Return whether a pending step writes the pages of the request."""
         return request.last_step_id > self.last_finished_id
 
     def start_running(self, request: ActiveRequest) -> None:
@@ -252,13 +255,13 @@ class RequestTable:
         self.running.insert(index, request)
 
     def compact(self) -> list[ActiveRequest]:
-        running = RequestState.RUNNING  # to look it up for each of them would cost more than the rest
+        running = RequestState.RUNNING  # hot loop: looking the name up for each request would cost more than the test
         self.running = [request for request in self.running if request.state is running]
         return self.running
 
     def preempt(self, request: ActiveRequest) -> None:
-        """Its full pages are in the tree for as long as nobody needs the room; the rest is given up."""
-        assert not self.in_pending_step(request), "a step under way writes its pages"
+        """Take the request's pages away. Its full pages stay cached in the tree until they are evicted."""
+        assert not self.in_pending_step(request), "a pending step writes its pages"
         assert not request.in_handoff
         assert request.lease is not None
         self.totals["preemptions"] += 1
@@ -277,7 +280,7 @@ class RequestTable:
             self.waiting.push(request)
 
     def on_grant(self, request: ActiveRequest) -> None:
-        """PREFILL: from now on it may claim pages and keeps them."""
+        """PREFILL: from the Grant on the request may claim pages and is not preempted."""
         request.granted = request.in_handoff = True
         self._send_first_token(request)
         if request.state is RequestState.SUSPENDED:
@@ -289,33 +292,34 @@ class RequestTable:
     # ---------------------------------------------------------------- tokens
 
     def apply_sampled(self, step: PendingStep, sampled: SampledTokens) -> None:
-        """A step is finished: its K/V is in the pages, and these tokens were chosen."""
+        """Apply a finished step: its K/V is in the pages; append, send and check the sampled tokens."""
         num_chunks_before = len(self.out.chunks)
         if sampled.invalid_rows:
             self._fail_invalid_rows(step, sampled.invalid_rows)
         self._apply_decodes(step.decodes, sampled)
-        place = len(step.decodes)
+        row = len(step.decodes)
         for request, end, samples in step.chunks:
             if request.state is RequestState.ENDED:
                 self.release(request)
             else:
-                self._apply_chunk(request, end, sampled[place] if samples else None)
-            place += samples
-        assert place == len(sampled), "one token for each item that wants one"
+                self._apply_chunk(request, end, sampled[row] if samples else None)
+            row += samples
+        assert row == len(sampled), "a step samples one token for each item with `sampling`"
         self.totals["generation_tokens"] += len(self.out.chunks) - num_chunks_before
 
-    def _fail_invalid_rows(self, step: PendingStep, places: frozenset[int]) -> None:
-        """Only their requests: no row of a step depends on another. What the step wrote for them is not committed."""
+    def _fail_invalid_rows(self, step: PendingStep, rows: frozenset[int]) -> None:
+        """Fail only the requests of these rows: rows of a step are independent. Pages that the step wrote for them are
+        not inserted into the tree."""
         sampled_requests = [*step.decodes, *(request for request, _, samples in step.chunks if samples)]
-        for place in sorted(places):
-            if sampled_requests[place].state is not RequestState.ENDED:
-                self.end(sampled_requests[place], Outcome.FAILED, EngineError.code, _BROKEN_LOGITS)
+        for row in sorted(rows):
+            if sampled_requests[row].state is not RequestState.ENDED:
+                self.end(sampled_requests[row], Outcome.FAILED, EngineError.code, _BROKEN_LOGITS)
 
     def _apply_decodes(self, decodes: list[ActiveRequest], sampled: SampledTokens) -> None:
-        """This loop runs for every stream in every step: what is rare is left to others."""
+        """Hot loop: it runs for every stream in every step. Rare cases are left to `_append`."""
         page_size, ended, chunks = self.cache.page_size, RequestState.ENDED, self.out.chunks
         logprobs = sampled.logprobs
-        for place, request, token_id in zip(range(len(decodes)), decodes, sampled.token_ids, strict=False):
+        for row, request, token_id in zip(range(len(decodes)), decodes, sampled.token_ids, strict=False):
             if request.state is ended:
                 self.release(request)
                 continue
@@ -330,12 +334,12 @@ class RequestTable:
                 and end + 1 < request.max_len
                 and token_id not in request.stop_ids
                 and request.report is None
-                and not (logprobs and place in logprobs)
+                and not (logprobs and row in logprobs)
             ):
                 token_ids.append(token_id)
                 chunks.append(TokenChunk(request_id=request.request_id, position=position, token_ids=(token_id,)))
             else:
-                self._append(request, sampled[place])
+                self._append(request, sampled[row])
 
     def _apply_chunk(self, request: ActiveRequest, end: int, token: SampledToken | None) -> None:
         request.num_computed = end
@@ -360,19 +364,19 @@ class RequestTable:
             self.end(request, Outcome.FINISHED)
 
     def start_decoding(self, request: ActiveRequest, token: SampledToken, finish: FinishReason | None) -> None:
-        """DECODE: the given tokens' K/V is in its pages, and prefill has told `token` to the gateway."""
+        """DECODE: start the request. K/V of its handoff tokens is in its pages; prefill has sent `token` already."""
         assert request.lease is not None
         request.num_computed = request.num_planned = request.num_handoff_tokens
         self.cache.insert(request.lease, request.token_ids, request.num_handoff_tokens)
         request.token_ids.append(token.token_id)
-        if finish is not None:  # prefill told it with the token
+        if finish is not None:  # prefill has sent the finish reason with the token
             self.end(request, Outcome.FINISHED)
             return
         self.num_granted -= 1
         self.start_running(request)
 
     def _complete_prefill(self, request: ActiveRequest, token: SampledToken | None) -> None:
-        if request.first_token is None:  # else its pages were evicted since
+        if request.first_token is None:  # else its pages were computed again after a preemption
             assert token is not None
             request.first_token = token
             request.first_token_finish = request.finish_reason(token.token_id, len(request.token_ids) + 1)
@@ -382,7 +386,8 @@ class RequestTable:
         self.handoff_side.on_computed(request)
 
     def _send_first_token(self, request: ActiveRequest) -> None:
-        """PREFILL: once it is known, and decode has a place for the rest: a stream that began waits in no queue."""
+        """PREFILL: send the first token once it is known and decode has granted pages, so that no stream that has begun
+        waits in a queue."""
         if request.granted and request.first_token is not None and not request.first_token_sent:
             request.first_token_sent = True
             self.send_chunk(request, request.next_position, request.first_token, request.first_token_finish)
@@ -390,7 +395,7 @@ class RequestTable:
     def send_chunk(
         self, request: ActiveRequest, position: int, token: SampledToken, finish: FinishReason | None
     ) -> None:
-        reports_cached = position == 0 and request.mode is not Mode.DECODE  # decode did not read the prompt
+        reports_cached = position == 0 and request.mode is not Mode.DECODE  # decode did not compute the prompt
         by_tier = (request.num_cached_host_tokens, request.num_cached_storage_tokens) if reports_cached else (0, 0)
         chunk = TokenChunk(
             request_id=request.request_id,
@@ -409,7 +414,7 @@ class RequestTable:
     # ---------------------------------------------------------------- endings
 
     def end(self, request: ActiveRequest, outcome: Outcome, code: str | None = None, message: str = "") -> None:
-        """The request's one end. Its pages go when nobody touches them any more."""
+        """End the request, once. Its pages are released when no step, load or handoff uses them any more."""
         if request.state is RequestState.WAITING:
             self.waiting.remove(request)
         elif request.state is RequestState.FETCHING:
@@ -427,7 +432,7 @@ class RequestTable:
         if request.admitted_s is None:
             self.unadmitted.remove(request.caller)
         else:
-            self.service_time.note(self.now_s - request.admitted_s)
+            self.service_time.add(self.now_s - request.admitted_s)
         self._send_end(request.request_id, outcome, code, message)
         if request.handoff_id is not None:
             self.handoff_side.on_ended(request, outcome, message or outcome.value)
@@ -449,7 +454,7 @@ class RequestTable:
 
     def on_queue_timeout(self, request_id: str) -> None:
         request = self.live[RequestId(request_id)]
-        message = f"no room for the request within {self.config.queue_timeout_s:g} s (--queue-timeout-s)"
+        message = f"the request was not started within {self.config.queue_timeout_s:g} s (--queue-timeout-s)"
         self.end(request, Outcome.FAILED, "timeout", message)
 
     def _send_end(self, request_id: RequestId, outcome: Outcome, code: str | None, message: str) -> None:

@@ -1,8 +1,8 @@
-"""What the roles differ in: which side of the handoffs they are, and what they refuse.
+"""Builds the scheduler of a role. Roles differ in their side of the handoffs and in the modes that they refuse.
 
-unified   reads prompts and writes answers (FULL), and prefills for decode workers (PREFILL) when asked to
-prefill   reads prompts for decode workers; a whole request is its affair only when one token is all it asks
-decode    takes over prompts that others have read, and writes their answers
+unified   computes whole requests (FULL), and prompts for decode workers (PREFILL)
+prefill   computes prompts for decode workers (PREFILL), and whole requests (FULL) of one output token
+decode    takes over requests whose prompts another engine has computed (DECODE), and generates their answers
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from kvist.wire import PoolAddress, Submit
 
 def _refuse_unified(event: Submit) -> str | None:
     if event.mode is Mode.DECODE:
-        return "this worker is unified: it cannot take over pages; send decode requests to a decode worker"
+        return "this worker has the role unified: it does not take over pages. Send decode requests to a decode worker"
     return None
 
 
 def _refuse_prefill(event: Submit) -> str | None:
     if event.mode is Mode.PREFILL or (event.mode is Mode.FULL and event.request.sampling.max_tokens == 1):
         return None
-    return "this is a prefill worker: it reads prompts and writes one token; send the rest to a decode worker"
+    return "this worker has the role prefill: it computes prompts and one token. Send longer requests to the router"
 
 
 def _refuse_decode(event: Submit) -> str | None:
     if event.mode is Mode.DECODE:
         return None
-    return "this is a decode worker: it does not read prompts; send the request to the router"
+    return "this worker has the role decode: it does not compute prompts. Send the request to the router"
 
 
 _ROLES: dict[str, tuple[type[SourceSide | TargetSide], Callable[[Submit], str | None]]] = {
@@ -47,7 +47,7 @@ _ROLES: dict[str, tuple[type[SourceSide | TargetSide], Callable[[Submit], str | 
 def build_scheduler(
     role: str, config: SchedulerConfig, cache: PageCache, epoch: EpochId, pool_address: PoolAddress
 ) -> Steps:
-    """`role` is "unified", "prefill" or "decode"; `pool_address` is where peers find our pages."""
+    """Build a scheduler. `role` is "unified", "prefill" or "decode"; at `pool_address` peers find our pages."""
     side_type, refuse_mode = _ROLES[role]
     table = RequestTable(config, cache, refuse_mode=refuse_mode)
     side = side_type(table, epoch=epoch, pool=pool_address)

@@ -1,13 +1,13 @@
-"""The prefill side of every handoff of one engine: takes Grants, asks for writes as pages are computed, says Done.
+"""The prefill side of every handoff of one engine: accepts Grants, requests writes as pages are computed, sends Done.
 
-It holds a request's pages (`in_handoff`) from its Grant until decode acknowledged, the writes were broken off and the
-transport has stopped, or decode's process is certainly dead. The request itself may end earlier: the gateway is told
-at once, the handoff closes behind it. Moves are in handoff.py; which request computes when is batching.py's affair.
+This side holds a request's pages (`in_handoff`) from its Grant until decode has acknowledged, or the transport has
+stopped the writes, or decode's process is certainly dead. The request itself may end earlier: its `Ended` is sent at
+once, and the handoff closes later. handoff.py has the transitions; batching.py decides which request computes when.
 
-Only the decode engine that the gateway named in `Submit` may grant pages: another's Grant is refused, and changes
-nothing. A Grant may come before its request (they travel on different sockets): it is kept for `grant_timeout_s`, at
-most `max_remembered_handoffs` of them. What is closed is remembered as long, so that a late Grant or Revoke is
-answered.
+Only the decode engine that the gateway named in `Submit` may grant pages: a Grant from another engine is refused and
+changes nothing. A Grant may arrive before its request (they travel on different sockets): early Grants are stored for
+`grant_timeout_s`, at most `max_remembered_handoffs` of them. Closed handoffs are remembered too, for
+2 * `handoff_timeout_s` + `grant_timeout_s`, so that a late Grant or Revoke is answered.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ _Refusal = tuple[str | None, str]  # error code, None when nothing failed; messa
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class SourceHandoff:
-    """Mutable; its one owner is the `SourceSide`. Pages are counted along the sequence: page 0 holds token 0."""
+    """Mutable; its one owner is the `SourceSide`. Pages are numbered along the sequence: page 0 holds token 0."""
 
     handoff_id: HandoffId
     request: ActiveRequest
-    num_pages: int  # of the given tokens
+    num_pages: int  # of the handoff tokens
     state: SourceState = SourceState.AWAITING_GRANT
     grant: Grant | None = None
     granted_s: float = 0.0
-    next_page: int = 0  # pages [grant.first_page, next_page) are asked to be written
+    next_page: int = 0  # writes of pages [grant.first_page, next_page) were requested
     num_written: int = 0
     checksum: str = ""
-    complete: bool = False  # every page is computed and asked to be written
+    complete: bool = False  # every page is computed, and its write requested
     peer_dead: bool = False
-    stop_step: int | None = None  # the step; a report in the same step was under way before
-    refusal: _Refusal = (None, "")  # what Closed will say
+    stop_step: int | None = None  # step whose plan has StopWrites; a report in the same step was made before
+    refusal: _Refusal = (None, "")  # sent with Closed
 
 
 class SourceSide:
@@ -64,7 +64,7 @@ class SourceSide:
         )
 
     def handlers(self) -> Mapping[type[Event], Callable[[Any], None]]:
-        """What `Steps` calls for each event of this side."""
+        """Return the handler of each event of this side, for `Steps`."""
         return {
             Grant: self.on_grant,
             Ack: self.on_ack,
@@ -86,7 +86,7 @@ class SourceSide:
             if handoff.grant is not None and not handoff.peer_dead
         )
 
-    # ---------------------------------------------------------------- from the requests (HandoffHooks)
+    # ---------------------------------------------------------------- calls from the requests (HandoffHooks)
 
     def on_arrived(self, request: ActiveRequest) -> None:
         handoff_id = request.handoff_id
@@ -123,7 +123,7 @@ class SourceSide:
             code = None if outcome is Outcome.ABORTED else "handoff_failed"
             self._fire(handoff, SourceTrigger.REQUEST_ENDED, (code, f"prefill ended: {message}"))
 
-    # ---------------------------------------------------------------- from decode
+    # ---------------------------------------------------------------- messages from decode
 
     def on_grant(self, grant: Grant) -> None:
         closed = self._closed.get(grant.handoff_id)
@@ -165,7 +165,7 @@ class SourceSide:
                 handoff.peer_dead = True
                 self._fire(handoff, SourceTrigger.PEER_DIED, ("worker_lost", "the decode worker died"))
 
-    # ---------------------------------------------------------------- from the transport and the clock
+    # ---------------------------------------------------------------- reports and timers
 
     def on_writes_completed(self, event: WritesCompleted) -> None:
         handoff = self._open.get(event.handoff_id)
@@ -199,10 +199,10 @@ class SourceSide:
             message = f"the decode worker did not {waited_for} within {limit_s:g} s"
             self._table.end(handoff.request, Outcome.FAILED, "handoff_failed", message)
 
-    # ---------------------------------------------------------------- what the moves ask for
+    # ---------------------------------------------------------------- actions of the transitions
 
     def _fire(self, handoff: SourceHandoff, trigger: SourceTrigger, refusal: _Refusal) -> None:
-        """Make the table's move, if it has one; end the request that the move leaves without a purpose."""
+        """Make the transition, if the table has one; end the request if the handoff stops or closes."""
         to = SOURCE_TRANSITIONS[handoff.state].get(trigger)
         if to is None:
             return
@@ -252,7 +252,7 @@ class SourceSide:
             self._table.totals["foreign_grants"] += 1
             refusal = ("handoff_failed", "the gateway has named another decode worker for this request")
             self._send_closed(grant.handoff_id, grant.target_epoch, refusal)
-        elif handoff.state is SourceState.AWAITING_GRANT:  # else it is said again, and was taken
+        elif handoff.state is SourceState.AWAITING_GRANT:  # else a repeated Grant, accepted before
             self._accept_grant(handoff, grant)
 
     def _accept_grant(self, handoff: SourceHandoff, grant: Grant) -> None:
@@ -271,14 +271,14 @@ class SourceSide:
     def _grant_error(self, grant: Grant, num_pages: int) -> str | None:
         if grant.pool.transport != self._pool.transport:
             return (
-                f"decode's pages are reached by {grant.pool.transport!r}, prefill's by {self._pool.transport!r}: start "
-                "both with the same --device"
+                f"the decode worker uses the transport {grant.pool.transport!r}, the prefill worker "
+                f"{self._pool.transport!r}: start both with the same --device"
             )
         if grant.pool.layout != self._pool.layout or grant.pool.page_bytes != self._pool.page_bytes:
             return (
-                f"decode keeps its pages as {grant.pool.layout} ({grant.pool.page_bytes} bytes), prefill as "
-                f"{self._pool.layout} ({self._pool.page_bytes} bytes): start both with the same model, dtype and "
-                "page size"
+                f"the decode worker has the page layout {grant.pool.layout} ({grant.pool.page_bytes} bytes), the "
+                f"prefill worker {self._pool.layout} ({self._pool.page_bytes} bytes): start both with the same model, "
+                "dtype and page size"
             )
         if grant.first_page < 0 or grant.first_page + len(grant.page_ids) != num_pages:
             return f"the grant ends at page {grant.first_page + len(grant.page_ids)}, the prompt at {num_pages}"
@@ -289,7 +289,7 @@ class SourceSide:
         return None
 
     def _write_ready_pages(self, handoff: SourceHandoff) -> None:
-        """Ask for every page that is computed, granted and not yet asked for: full pages, and at the end the last."""
+        """Request writes of computed, granted pages not yet requested: full pages, and at the end the last page."""
         request, grant = handoff.request, handoff.grant
         if handoff.state is not SourceState.WRITING or request.lease is None:
             return
@@ -308,7 +308,7 @@ class SourceSide:
             handoff.next_page = ready
         if complete and not handoff.complete:
             handoff.complete = True
-            self._table.cache.begin_transfer(request.lease, 0)  # the last page, if partial: the others are in the tree
+            self._table.cache.begin_transfer(request.lease, 0)  # the last page, if partial: full pages are in the tree
             self._set_timer(TimerKind.HANDOFF, handoff.handoff_id, self._table.config.handoff_timeout_s)
             self._send_done_if_written(handoff)
 
@@ -321,7 +321,7 @@ class SourceSide:
             self._fire(handoff, SourceTrigger.ALL_WRITTEN, (None, ""))
 
     def _send_done(self, handoff: SourceHandoff) -> None:
-        """Again and again until decode answers: one answer may be lost with a connection."""
+        """Send Done, again every `ack_timeout_s` until decode answers: an answer may be lost with its connection."""
         grant, request = handoff.grant, handoff.request
         assert grant is not None
         assert request.first_token is not None
@@ -340,7 +340,9 @@ class SourceSide:
     def _store_early_grant(self, grant: Grant) -> None:
         if len(self._early_grants) >= self._table.config.max_remembered_handoffs:
             oldest = next(iter(self._early_grants))
-            self._refuse_early_grant(oldest, "overloaded", "too many grants wait for their requests")
+            self._refuse_early_grant(
+                oldest, "overloaded", "too many grants wait for their requests (--max-remembered-handoffs)"
+            )
         self._early_grants[grant.handoff_id] = grant
         self._set_timer(TimerKind.EARLY_GRANT, grant.handoff_id, self._table.config.grant_timeout_s)
 

@@ -1,4 +1,4 @@
-"""One step of any role: what happened, what is overdue, what runs next. The roles differ in what they wire in."""
+"""Runs one step of any role: handles events, fires due timers, plans the batch. Roles differ in their handoff side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kvist.wire import Abort, FlushCache, Submit
 
 
 class HandoffSide(HandoffHooks, Protocol):
-    """One side of the handoffs, as a step sees it."""
+    """One engine's side of its handoffs, as `Steps` uses it."""
 
     @property
     def num_open(self) -> int: ...
@@ -37,7 +37,7 @@ class HandoffSide(HandoffHooks, Protocol):
 
 
 class Steps:
-    """A role's scheduler. Mutable; its one owner is the loop. `handlers` are the handoff events of that role."""
+    """The scheduler of a role. Mutable; its one owner is the loop. `handlers` handle the handoff events of the role."""
 
     def __init__(
         self, table: RequestTable, side: HandoffSide, handlers: Mapping[type[Event], Callable[[Any], None]]
@@ -46,7 +46,7 @@ class Steps:
         self._table = table
         self._handoff_side = side
         self._batcher = Batcher(table)
-        self._flushing: dict[int, Flush] = {}  # by the job that must be reported before the answer is true
+        self._flushing: dict[int, Flush] = {}  # by the job that must be reported before the flush is answered
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
             Submit: table.on_submit,
             Abort: lambda event: table.on_abort(event.request_id),
@@ -61,13 +61,14 @@ class Steps:
         }
 
     def step(self, now_s: float, events: Sequence[Event], *, with_batch: bool = True) -> Plan:
-        """Raises nothing for what the world sends. An event of the other role's handoff side is our loop's bug."""
+        """See `Scheduler.step`. Raises no error for any message from outside. An event of the other handoff side is a
+        bug of the loop."""
         table = self._table
         table.now_s = now_s
         table.step_count += 1
         for event in events:
             self._handlers[type(event)](event)
-        table.requeue_prefetched()  # first: what came with this step, however late, is no time-out
+        table.requeue_prefetched()  # before the timers: pages reported in this step are in time, however late it is
         while (due := table.timers.pop_due(now_s)) is not None:
             kind, key = due
             if kind is TimerKind.QUEUE:
@@ -87,7 +88,7 @@ class Steps:
         )
 
     def has_work(self) -> bool:
-        """A request is live or a handoff is open: shutting down now would lose something."""
+        """Return whether a request is live or a handoff is open: a shutdown now would lose one of them."""
         return bool(self._table.live) or self._handoff_side.num_open > 0
 
     def load(self) -> SchedulerLoad:

@@ -1,10 +1,11 @@
-"""The decode side of every handoff of one engine: grants pages, verifies what came, takes the request over.
+"""The decode side of every handoff of one engine: grants pages, verifies the received pages, takes the request over.
 
-Grant is said again, less and less often, until prefill's answer comes: one that was lost with a connection costs a
-second or two. Granted pages are IN_FLIGHT until prefill said that it writes no more (Done, Closed) or its process is
-certainly dead.
-The request may end earlier: the gateway is told at once, and Revoke is repeated until the pages are free to use.
-Moves are in handoff.py. What is closed is remembered for a while, so that a repeated Done gets its answer again.
+A Grant is repeated, at growing intervals, until prefill answers: a Grant that was lost with its connection costs a
+second or two. Granted pages are IN_FLIGHT until prefill has confirmed that it writes no more (Done, Closed) or its
+process is certainly dead. The request itself may end earlier: its `Ended` is sent at once, and Revoke is repeated until
+the pages are free.
+
+handoff.py has the transitions. Closed handoffs are remembered for a while, so that a repeated Done is answered again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from kvist.scheduler.requests import RequestTable
 from kvist.scheduler.timers import TimerKind
 from kvist.wire import Ack, Closed, Done, Grant, HandoffReport, PoolAddress, PrefillPeer, Revoke
 
-MAX_KNOWN_SOURCES = 4096  # lives of prefill engines
+MAX_KNOWN_SOURCES = 4096  # epochs of prefill engines
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -42,7 +43,7 @@ class TargetHandoff:
     state: TargetState = TargetState.GRANTED
     done: Done | None = None
     done_s: float = 0.0
-    reason: str = ""  # what Revoke says
+    reason: str = ""  # sent with Revoke
     cancelled: bool = False  # its request was aborted, here or at prefill
 
 
@@ -56,15 +57,15 @@ class TargetSide:
         self._pool = pool
         self._open: dict[HandoffId, TargetHandoff] = {}
         memory_s = 2 * config.handoff_timeout_s + config.grant_timeout_s
-        # None: it was taken over, say Ack again; else the reason to say Revoke again
+        # None: the request was taken over, send Ack again; else the reason, to send Revoke again
         self._closed: ExpiringMap[HandoffId, tuple[str | None]] = ExpiringMap(
             capacity=config.max_remembered_handoffs, max_age_s=memory_s
         )
-        # However late its Done comes, a prefill engine must get an answer: it keeps pages until then.
+        # Never expires: a prefill engine keeps pages until its Done is answered, however late the Done arrives.
         self._endpoints: ExpiringMap[EpochId, str] = ExpiringMap(capacity=MAX_KNOWN_SOURCES, max_age_s=math.inf)
 
     def handlers(self) -> Mapping[type[Event], Callable[[Any], None]]:
-        """What `Steps` calls for each event of this side."""
+        """Return the handler of each event of this side, for `Steps`."""
         return {
             Done: self.on_done,
             Closed: self.on_closed,
@@ -80,7 +81,7 @@ class TargetSide:
     def watched_epochs(self) -> frozenset[EpochId]:
         return frozenset(handoff.source.epoch for handoff in self._open.values())
 
-    # ---------------------------------------------------------------- from the requests (HandoffHooks)
+    # ---------------------------------------------------------------- calls from the requests (HandoffHooks)
 
     def on_arrived(self, request: ActiveRequest) -> None:
         handoff_id, prefill = request.handoff_id, request.prefill
@@ -96,11 +97,11 @@ class TargetSide:
             self._table.end(request, Outcome.FAILED, "invalid_request", f"handoff {handoff_id} was used before")
 
     def on_refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
-        """Nothing was granted: prefill's wait for a Grant, or the gateway's Abort, ends the other side."""
+        """Do nothing: no page was granted. Prefill ends by its grant timeout or by the gateway's Abort."""
 
     def on_allocated(self, request: ActiveRequest) -> None:
         if request.granted:
-            return  # it was preempted after it was taken over, and computes its pages itself
+            return  # preempted after the takeover: this engine computes its pages itself
         assert request.handoff_id is not None
         assert request.prefill is not None
         assert request.lease is not None
@@ -141,7 +142,7 @@ class TargetSide:
             handoff.cancelled |= outcome is Outcome.ABORTED
             self._fire(handoff, TargetTrigger.REQUEST_ENDED, message)
 
-    # ---------------------------------------------------------------- from prefill
+    # ---------------------------------------------------------------- messages from prefill
 
     def on_done(self, done: Done) -> None:
         handoff = self._open.get(done.handoff_id)
@@ -162,8 +163,8 @@ class TargetSide:
             handoff.cancelled |= closed.error_code is None
             self._fire(handoff, TargetTrigger.SOURCE_CLOSED, closed.message, closed.error_code)
         elif handoff.state is TargetState.GRANTED:
-            # Another life answers at that address. The one we granted to may still be writing: its death frees the
-            # pages, but its request is lost already.
+            # A new process answers at that address. The process that got our Grant may still be writing: only its death
+            # frees the pages, but the request is lost already.
             self._table.end(handoff.request, Outcome.FAILED, "worker_lost", "the prefill worker has restarted")
 
     def on_peer_died(self, event: PeerDied) -> None:
@@ -171,14 +172,18 @@ class TargetSide:
             if handoff.source.epoch == event.epoch:
                 self._fire(handoff, TargetTrigger.PEER_DIED, "the prefill worker died", "worker_lost")
 
-    # ---------------------------------------------------------------- from the transport and the clock
+    # ---------------------------------------------------------------- reports and timers
 
     def on_verified(self, event: PagesVerified) -> None:
         handoff = self._open.get(event.handoff_id)
         if handoff is not None and handoff.done is not None:
             equal = event.checksum == handoff.done.checksum
             trigger = TargetTrigger.VERIFIED if equal else TargetTrigger.MISMATCH
-            self._fire(handoff, trigger, "" if equal else "the pages that arrived are not those that prefill sent")
+            self._fire(
+                handoff,
+                trigger,
+                "" if equal else "the pages that arrived differ from those that the prefill worker sent",
+            )
 
     def on_timer(self, kind: TimerKind, handoff_id: HandoffId) -> None:
         handoff = self._open[handoff_id]
@@ -188,10 +193,10 @@ class TargetSide:
         message = f"the prefill worker did not hand over the pages within {self._table.config.handoff_timeout_s:g} s"
         self._table.end(handoff.request, Outcome.FAILED, "handoff_failed", message)
 
-    # ---------------------------------------------------------------- what the moves ask for
+    # ---------------------------------------------------------------- actions of the transitions
 
     def _fire(self, handoff: TargetHandoff, trigger: TargetTrigger, reason: str, code: str | None = None) -> None:
-        """Make the table's move, if it has one, and what it asks for."""
+        """Make the transition, if the table has one, and act on it."""
         to = TARGET_TRANSITIONS[handoff.state].get(trigger)
         if to is None:
             return
@@ -221,7 +226,7 @@ class TargetSide:
     def _verify(self, handoff: TargetHandoff) -> None:
         assert handoff.done is not None
         if handoff.done.num_pages != len(handoff.page_ids):
-            message = f"prefill wrote {handoff.done.num_pages} pages of {len(handoff.page_ids)} granted"
+            message = f"the prefill worker wrote {handoff.done.num_pages} of {len(handoff.page_ids)} granted pages"
             self._fire(handoff, TargetTrigger.MISMATCH, message)
         elif not handoff.page_ids:
             self._fire(handoff, TargetTrigger.VERIFIED, "")
@@ -249,7 +254,7 @@ class TargetSide:
         table.start_decoding(request, done.first_token, done.finish_reason)
 
     def _close(self, handoff: TargetHandoff, answer: tuple[str | None]) -> None:
-        """No write can come any more: the pages are the request's own."""
+        """Close the handoff. No write can arrive any more: the pages belong to the request alone."""
         table, request = self._table, handoff.request
         del self._open[handoff.handoff_id]
         self._closed.put(handoff.handoff_id, answer, table.now_s)
@@ -262,9 +267,9 @@ class TargetSide:
     def _repeat_answer(self, done: Done) -> None:
         endpoint = self._endpoints.get(done.source_epoch)
         if endpoint is None:
-            return  # no request here ever named that prefill worker: nothing to let go of, nowhere to answer
+            return  # no request here ever named that prefill worker: its endpoint is unknown
         answer = self._closed.get(done.handoff_id)
-        reason = "the handoff is not known" if answer is None else answer[0]
+        reason = "the handoff is unknown" if answer is None else answer[0]
         if reason is None:
             self._send_ack(endpoint, done.handoff_id)
         else:
@@ -278,8 +283,8 @@ class TargetSide:
         self._table.out.to_source(endpoint, revoke)
 
     def _resend(self, handoff: TargetHandoff) -> None:
-        """A Revoke as often as it takes. A Grant after 1, 2, 4 ... times `ack_timeout_s`: prefill, which may be at work
-        for long, says nothing until it is done."""
+        """Send Revoke or Grant again. Revoke is repeated every `ack_timeout_s`. Grant is repeated after waits of 1, 2,
+        4 ... times `ack_timeout_s`, since prefill may compute for long and sends no answer before Done."""
         wait_s, endpoint = self._table.config.ack_timeout_s, handoff.source.endpoint
         if handoff.state is TargetState.GRANTED:
             self._table.out.to_source(endpoint, handoff.grant, repeated=True)

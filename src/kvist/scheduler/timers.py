@@ -1,4 +1,4 @@
-"""Deadlines by key. The nearest one is known without looking at the others; nothing here reads a clock."""
+"""Deadlines by key, in a heap: the next one is found without a scan. This module reads no clock."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import heapq
 
 
 class TimerKind(enum.Enum):
-    QUEUE = "queue"  # a request waits for its first turn
-    PREFETCH = "prefetch"  # a request waits for its pages to come from the store
+    QUEUE = "queue"  # a request waits for its first admission
+    PREFETCH = "prefetch"  # a request waits for a prefetch from the store
     GRANT = "grant"  # prefill waits for the Grant
     EARLY_GRANT = "early grant"  # a Grant waits for its request
-    HANDOFF = "handoff"  # either side waits for the other to complete the handoff
-    REPEAT = "repeat"  # Grant, Done or Revoke is said again
+    HANDOFF = "handoff"  # either side waits for its peer to complete the handoff
+    REPEAT = "repeat"  # Grant, Done or Revoke is sent again
 
 
-TimerKey = tuple[TimerKind, str]  # the id is a request's or a handoff's
+TimerKey = tuple[TimerKind, str]  # kind; request id or handoff id
 
 
 class Timers:
@@ -23,7 +23,7 @@ class Timers:
 
     def __init__(self) -> None:
         self._deadlines: dict[TimerKey, tuple[float, int]] = {}
-        self._heap: list[tuple[float, int, TimerKey]] = []  # entries that `_deadlines` no longer names are stale
+        self._heap: list[tuple[float, int, TimerKey]] = []  # an entry that differs from `_deadlines` is stale
         self._count = 0
 
     def set(self, kind: TimerKind, key: str, at_s: float) -> None:
@@ -38,7 +38,7 @@ class Timers:
         self._deadlines.pop((kind, key), None)
 
     def pop_due(self, now_s: float) -> TimerKey | None:
-        """One at a time: what one of them leads to may cancel the next."""
+        """Remove and return one due timer, or None. One at a time: its handler may cancel the next."""
         at_s = self.next_at_s()
         if at_s is None or at_s > now_s:
             return None

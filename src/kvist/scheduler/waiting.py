@@ -1,8 +1,8 @@
-"""The queue of requests without pages: callers take turns within a rank (fairness.py), each caller's own in order.
+"""The queue of requests without pages: callers take turns in each rank (fairness.py), each caller's requests in order.
 
-Rank 0 may claim pages: everything but an eager PREFILL (one whose Grant has not come), which is rank 1 and is looked
-at only when rank 0 is empty. A request that had its turn already, and gave its pages up, takes no new turn: it returns
-to the head of its rank, the oldest first.
+Requests of rank 0 may claim pages. Rank 1 holds ungranted PREFILLs (their Grant has not arrived) served only when
+rank 0 is empty. A preempted request, admitted once before, takes no new turn: it returns to the head of its rank, the
+oldest first.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class WaitingQueue:
         self._ranks = (_Rank(), _Rank())
         self._rank_of: dict[ActiveRequest, _Rank] = {}
         self._tickets = 0
-        self.num_tokens = 0  # of all that wait to be computed here
+        self.num_tokens = 0  # of all waiting requests that are computed here
 
     def __len__(self) -> int:
         return len(self._rank_of)
@@ -58,7 +58,7 @@ class WaitingQueue:
         return iter(self._rank_of)
 
     def push(self, request: ActiveRequest) -> None:
-        """Also moves a request that waits already to the rank it has now."""
+        """Queue the request; move it if it is queued in another rank."""
         former = self._rank_of.get(request)
         if former is not None:
             former.remove(request, takes_turn=False)
@@ -77,11 +77,11 @@ class WaitingQueue:
         return None
 
     def take(self, request: ActiveRequest) -> None:
-        """It has its turn."""
+        """Remove a request that is admitted: its caller's turn has passed."""
         self._remove(request, takes_turn=True)
 
     def remove(self, request: ActiveRequest) -> None:
-        """It leaves without a turn."""
+        """Remove a request that is not admitted: its caller keeps its turn."""
         self._remove(request, takes_turn=False)
 
     def _remove(self, request: ActiveRequest, *, takes_turn: bool) -> None:
@@ -90,5 +90,5 @@ class WaitingQueue:
 
 
 def _num_to_compute(request: ActiveRequest) -> int:
-    """The pages of a request that waits for granted ones are computed by another engine."""
+    """Count the tokens that this engine computes: none for a DECODE before its handoff, which prefill computes."""
     return 0 if request.awaits_grant_of_pages else len(request.token_ids)

@@ -60,7 +60,7 @@ class Admission:
             self._open[key] -= num_choices
             if not self._open[key]:
                 del self._open[key]
-            self._service_time.note(self._clock.now_s() - began_s)
+            self._service_time.add(self._clock.now_s() - began_s)
 
     def _exceeds_share(self, caller: CallerPath, num_choices: int) -> bool:
         """With one more caller expected than there are."""
