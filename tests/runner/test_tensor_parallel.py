@@ -138,7 +138,7 @@ def test_a_rank_that_stops_reading_frames_raises_after_a_timeout(
 ) -> None:
     monkeypatch.setattr(tp, "COLLECTIVE_TIMEOUT_S", 0.2)
     followers.start([b""], (sys.executable, "-c", "import time; time.sleep(60)"))
-    with pytest.raises(EngineError, match="rank 1 took no step"):
+    with pytest.raises(EngineError, match="rank 1 has read no input"):
         followers.send(bytes(1 << 20))
 
 
@@ -189,9 +189,9 @@ def test_the_barrier_waits_for_every_rank_and_fails_when_one_has_ended(tmp_path:
 @pytest.mark.parametrize(
     ("changes", "says", "param"),
     [
-        ({"tp": 4}, "--base-gpu-id 0 --tp 4 needs the GPU number 3, and torch sees 2", "tp"),
-        ({"tp": 2, "base_gpu_id": 1}, "--base-gpu-id 1 --tp 2 needs the GPU number 2", "tp"),
-        ({"base_gpu_id": 2}, "--base-gpu-id 2 needs the GPU number 2", "base_gpu_id"),
+        ({"tp": 4}, "--base-gpu-id 0 --tp 4 needs GPU 3 .counted from 0., but torch finds 2", "tp"),
+        ({"tp": 2, "base_gpu_id": 1}, "--base-gpu-id 1 --tp 2 needs GPU 2", "tp"),
+        ({"base_gpu_id": 2}, "--base-gpu-id 2 needs GPU 2", "base_gpu_id"),
     ],
 )
 def test_more_ranks_than_gpus_are_refused(

@@ -1,1 +1,1 @@
-"""Plan to tensors to tokens. `build.build_runner` makes the runner of a checkpoint for its device."""
+"""From a planned batch to tensors to tokens. `build.build_runner` makes the runner of a checkpoint for its device."""

@@ -1,11 +1,12 @@
-"""A batch as rank 0 tells it to the other ranks: what is new since the batch before.
+"""A batch as rank 0 sends it to the other ranks: the differences from the previous batch.
 
-Most items of a step go on from the step before: one token further, perhaps a page more. So a message refers to the
-message before it (`previous`), and carries whole page lists and sampling parameters only where a request is new. Both
-ends remember one batch and no more; a request that leaves one out is told anew. 256 decodes take about 1.5 kB.
+Most items of a step continue an item of the previous step: one more token, perhaps one more page. So a message refers
+to the previous message (`previous`), and carries whole page lists and sampling parameters only where a request is new.
+Both ends remember one batch and no more; a request that skips a batch is sent again in full. 256 decodes take about
+1.5 kB.
 
-Page lists keep their identity at the receiver, too: one that was told before grows, one that was replaced is another
-list (attention/page_tables.py relies on it). Requests get names of the receiver's own: it never needs the real ones.
+Page lists keep their identity at the receiver, too: a list that was sent before grows, a replaced list becomes a new
+list (attention/page_tables.py relies on it). The receiver makes up its own request ids: it never needs the real ones.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from kvist.scheduler.plan import Batch, BatchItem
 
 
 class BatchMessage(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The first lists have an entry an item, in order; the last three name the places that they are about."""
+    """Lists up to `wants_token` have one entry per item, in order; entries of the others name their item by index."""
 
     step_id: int
-    previous: list[int | None]  # its place in the batch before; None: it was not there
+    previous: list[int | None]  # the item's index in the previous batch; None: not in that batch
     starts: list[int]
-    token_ids: list[Sequence[int]]  # empty: it takes the token that the batch before chooses
+    token_ids: list[Sequence[int]]  # empty: the token that the previous batch samples
     wants_token: list[bool]
-    pages: list[tuple[int, int, Sequence[int]]]  # place, how many pages are known, those after them; 0: a new list
+    pages: list[tuple[int, int, Sequence[int]]]  # index, num_pages already sent, the pages after those; 0: a new list
     sampling: list[tuple[int, SamplingParams]]
     suppressed: list[tuple[int, tuple[int, ...]]]
 
 
 @dataclass(slots=True)
 class _KnownRequest:
-    """What the other ranks know of a request. Owned by `BatchEncoder`."""
+    """The state of a request at the other ranks. Owned by `BatchEncoder`."""
 
     place: int
     page_ids: Sequence[int]
@@ -43,7 +44,7 @@ class _KnownRequest:
 
 
 class BatchEncoder:
-    """Rank 0's end. Every message must reach every rank, in order."""
+    """Rank 0's side. Every message must reach every rank, in order."""
 
     def __init__(self) -> None:
         self._told: dict[RequestId, _KnownRequest] = {}  # of the batch before
@@ -99,7 +100,7 @@ class _Request:
 
 
 class BatchDecoder:
-    """Another rank's end."""
+    """The side of the other ranks."""
 
     def __init__(self) -> None:
         self._requests: list[_Request] = []  # of the batch before
@@ -115,7 +116,7 @@ class BatchDecoder:
             if num_known == 0:
                 request.page_ids = list(page_ids)
             else:
-                assert num_known == len(request.page_ids), "messages come whole and in order"
+                assert num_known == len(request.page_ids), "messages arrive complete and in order"
                 request.page_ids += page_ids
         for place, params in message.sampling:
             requests[place].sampling = params

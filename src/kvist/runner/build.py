@@ -1,9 +1,9 @@
-"""From a checkpoint to a runner: device, dtype, page pool, follower ranks, weights, in that order.
+"""Builds a runner from a checkpoint: device, dtype, page pool, follower ranks, weights, in that order.
 
-The pool comes before the weights, because its size follows from the configuration alone: a pool that does not fit is
+The pool is made before the weights, because its size follows from the configuration alone: a pool that does not fit is
 refused in milliseconds. On a CPU all tensor-parallel ranks map one pool file of whole pages and each works on its own
-heads, so a page is the same for every TP size. On GPUs each rank has a pool of its own: the same page ids, and of each
-page its own heads, which are one contiguous piece of it.
+heads, so a page is the same for every TP size. On GPUs each rank has its own pool: the page ids are the same on all
+ranks, and a page holds the rank's own heads, which are one contiguous piece of the whole page.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ from kvist.runner.runner import AnyRunner, Runner
 from kvist.runner.tp import FollowerProcesses, Rendezvous, new_rendezvous_path
 from kvist.wire import PoolAddress
 
-COLLECTIVES_BYTES = 512 << 20  # NCCL's buffers on a GPU, about
-# Of the pool of a CPU, unless --max-total-tokens is given: a laptop's memory would hold absurdly many, and all of the
-# pool is taken when the engine starts.
+COLLECTIVES_BYTES = 512 << 20  # NCCL's buffers on a GPU, approximately
+# Limits of a CPU's pool, unless --max-total-tokens is given: all of the pool is allocated when the engine starts, and
+# the free memory of a laptop would hold far more tokens than are of use.
 CPU_CAP_TOKENS, CPU_CAP_SHARE = 32_768, 1 / 8
 logger = logging.getLogger(__name__)
 
-LoadProgress = Callable[[int, int], None]  # (tensors loaded, tensors in all)
+LoadProgress = Callable[[int, int], None]  # (tensors loaded, tensors in total)
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a rank must know to be built; equal on all ranks but for `rank`."""
+    """Everything that `build_rank` needs; equal on all ranks except `rank`."""
 
-    config: RunnerConfig  # what "auto" stood for is filled in; `num_threads` are this rank's
+    config: RunnerConfig  # with every "auto" resolved; `num_threads` are those of one rank
     checkpoint_path: str
     checkpoint_kind: CheckpointKind
     num_pages: int
-    pool: PoolAddress | None  # that all ranks share, on a CPU; None: each has its own
-    rendezvous: str  # the file where the ranks meet
+    pool: PoolAddress | None  # the pool that all ranks share, on a CPU; None: each rank has its own
+    rendezvous: str  # path of the file through which the ranks synchronise
     rank: int = 0
 
     @property
@@ -79,12 +79,13 @@ def build_runner(
     runtime_dir: Path | None = None,
     progress: LoadProgress | None = None,
 ) -> AnyRunner:
-    """Raises `ConfigError` (or its `ModelLoadError`) for what does not fit together, saying which flag to change."""
+    """Build the runner and start its followers. Raises `ConfigError` (or its subclass `ModelLoadError`) that names the
+    flag to change."""
     config = _resolve(config, checkpoint, model_config)
     device = _rank_device(config, 0)
     runtime_dir = user_runtime_dir(None if runtime_dir is None else str(runtime_dir))
     layout = page_layout(model_config, config)
-    with allocation_lock(runtime_dir):  # what is free must still be free when it is taken
+    with allocation_lock(runtime_dir):  # no other engine may take the free memory between the look and the allocation
         size = _pool_size(model_config, layout, config, device, runtime_dir)
         pool = DevicePool.create(layout, size.num_pages, device=device, directory=runtime_dir)
     spec = RankSpec(
@@ -110,7 +111,7 @@ def build_runner(
         pool.close()
         if isinstance(error, torch.OutOfMemoryError):
             raise ConfigError(
-                f"there is no room on {device} beside the page pool: {error}; lower --mem-fraction-static or "
+                f"not enough memory on {device} beside the page pool: {error}; lower --mem-fraction-static or "
                 "--max-running-requests",
                 param="mem_fraction_static",
             ) from error
@@ -127,11 +128,13 @@ def build_rank(
     progress: LoadProgress | None = None,
     pool_reason: str = "",
 ) -> AnyRunner:
-    """The runner of one rank's share. With a `rendezvous` a collective: all its ranks call it."""
+    """Build the runner of one rank. With a `rendezvous` this is a collective: all ranks must call it."""
     config, device = spec.config, spec.device
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    attention = build_attention(config.attention_backend, device)  # before minutes of loading, if it cannot run here
+    attention = build_attention(
+        config.attention_backend, device
+    )  # fails before minutes of loading if the backend cannot run here
     tp = TensorParallel() if rendezvous is None else rendezvous.join(device)
     model = load_model(
         checkpoint,
@@ -166,7 +169,7 @@ def _on_gpu(
 ) -> AnyRunner:
     from kvist.runner.cuda_runner import CudaRunner, StepLimits
 
-    torch.cuda.empty_cache()  # what loading left behind
+    torch.cuda.empty_cache()  # temporary buffers of the loading
     context_len = min(config.context_length or model.config.max_position_embeddings, pool.num_pages * config.page_size)
     limits = StepLimits(
         max_requests=config.max_running_requests,
@@ -191,11 +194,11 @@ def device_type(name: str) -> str:
 
 
 def _resolve(config: RunnerConfig, checkpoint: Checkpoint, model_config: ModelConfig) -> RunnerConfig:
-    """With what "auto" stands for here, and a rank's share of the threads."""
+    """Return `config` with every "auto" resolved and the threads divided among the ranks."""
     config = replace(config, device=_resolve_device(config))
     device = _rank_device(config, 0)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # what libraries allocate by themselves goes there, too
+        torch.cuda.set_device(device)  # libraries that allocate by themselves use this device, too
     dtype = ("float32" if device.type == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
     _check_load_format(checkpoint, config.load_format)
     check_split(model_config, TensorParallel(size=config.tp))
@@ -212,20 +215,20 @@ def _resolve_device(config: RunnerConfig) -> str:
     if name != "cuda":
         if config.base_gpu_id and config.device == name:
             raise ConfigError(
-                f"--base-gpu-id {config.base_gpu_id} counts GPUs, and --device {name} takes none: leave one out",
+                f"--base-gpu-id {config.base_gpu_id} needs a GPU, but --device is {name}: remove one of the two flags",
                 param="base_gpu_id",
             )
-        if config.base_gpu_id:  # `kvist up` deals GPUs out that torch, as it is installed, cannot use
-            logger.warning("torch sees no GPU here, so --base-gpu-id %d is not used", config.base_gpu_id)
+        if config.base_gpu_id:  # `kvist up` may assign GPUs that the installed torch cannot use
+            logger.warning("torch finds no GPU on this host: --base-gpu-id %d is ignored", config.base_gpu_id)
         return name
     if not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu or auto", param="device")
+        raise ConfigError("--device cuda: torch finds no GPU on this host; use --device cpu or auto", param="device")
     num_gpus, last = torch.cuda.device_count(), config.base_gpu_id + config.tp - 1
     if last >= num_gpus:
         param = "base_gpu_id" if config.tp == 1 else "tp"
         flags = f"--base-gpu-id {config.base_gpu_id}" + (f" --tp {config.tp}" if config.tp > 1 else "")
         raise ConfigError(
-            f"{flags} needs the GPU number {last}, and torch sees {num_gpus} here, counted from 0", param=param
+            f"{flags} needs GPU {last} (counted from 0), but torch finds {num_gpus} on this host", param=param
         )
     return name
 
@@ -244,10 +247,10 @@ def _check_load_format(checkpoint: Checkpoint, load_format: str) -> None:
 
 
 def page_layout(model_config: ModelConfig, config: RunnerConfig) -> PageLayout:
-    """Of a rank's pool: on a CPU the whole pages that all ranks share, on GPUs the rank's own heads of them."""
+    """Return the layout of a rank's pool: whole pages shared by all ranks on a CPU, the rank's own heads on GPUs."""
     heads = slice(0, model_config.num_kv_heads)
     if config.device == "cuda":
-        heads = TensorParallel(size=config.tp).kv_heads(model_config.num_kv_heads)  # as many on every rank
+        heads = TensorParallel(size=config.tp).kv_heads(model_config.num_kv_heads)  # every rank has the same number
     return PageLayout(
         num_kv_heads=heads.stop - heads.start,
         num_layers=model_config.num_layers,
@@ -258,7 +261,8 @@ def page_layout(model_config: ModelConfig, config: RunnerConfig) -> PageLayout:
 
 
 def num_weights(model_config: ModelConfig, num_ranks: int) -> int:
-    """That one of `num_ranks` holds. Norms are on all of them, and a KV head on all that share it."""
+    """Return the number of weights on each of `num_ranks` ranks. Norms are on every rank; a replicated KV head is on
+    each of its ranks."""
     shares = {"norm": 1, "k_proj": min(num_ranks, model_config.num_kv_heads)}
     shares["v_proj"] = shares["k_proj"]
     total = 0
@@ -269,11 +273,14 @@ def num_weights(model_config: ModelConfig, num_ranks: int) -> int:
 
 
 def gpu_reserve_bytes(model_config: ModelConfig, config: RunnerConfig, num_sms: int) -> int:
-    """Device memory of a rank for what is made after the pool; `config` with every "auto" resolved."""
+    """Return the device memory that a rank needs for graphs, buffers and collectives, all made after the pool. In
+    `config` every "auto" is resolved."""
     num_bytes = COLLECTIVES_BYTES if config.tp > 1 else 0
     num_rows, backend = config.max_running_requests, config.attention_backend
-    if not config.disable_cuda_graph and backend != "torch":  # which cannot be recorded
-        max_mixed_tokens = config.max_batch_tokens if backend == "fa3" else 0  # others record steps of decodes only
+    if not config.disable_cuda_graph and backend != "torch":  # torch attention cannot be captured
+        max_mixed_tokens = (
+            config.max_batch_tokens if backend == "fa3" else 0
+        )  # other backends capture decode steps only
         num_bytes += graphs_bytes(num_rows, max_mixed_tokens, model_config.vocab_size)
     if backend == "flashinfer":
         num_kv_heads = page_layout(model_config, config).num_kv_heads
@@ -289,8 +296,8 @@ def _num_sms(device: torch.device) -> int:
 def _pool_size(
     model_config: ModelConfig, layout: PageLayout, config: RunnerConfig, device: torch.device, runtime_dir: Path
 ) -> PoolSize:
-    """Planned for rank 0, and the same for all: the GPUs of one engine are alike, and a rank whose GPU has less room
-    says so when it starts."""
+    """Plan the pool for rank 0; all ranks use its size. The GPUs of one engine are alike, and a rank whose GPU has less
+    free memory fails when it starts."""
     on_gpu = device.type == "cuda"
     free, total = torch.cuda.mem_get_info(device) if on_gpu else (available_host_bytes(), 0)
     context_tokens = config.context_length or model_config.max_position_embeddings

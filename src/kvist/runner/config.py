@@ -1,7 +1,7 @@
-"""The runner's settings. No torch here: they are read by processes that have none.
+"""The runner's settings. No torch here: processes without torch read them, too.
 
-`RunnerOptions` are what a user may set. `RunnerConfig` is what a runner is given; what is still "auto" in it build.py
-resolves, once.
+`RunnerOptions` are the options that a user sets. `RunnerConfig` is the input of a runner; build.py resolves its "auto"
+values once.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class RunnerOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerConfig(RunnerOptions):
-    """`num_threads` are the whole engine's, shared by its ranks; 0: torch's own choice."""
+    """`num_threads` are those of the whole engine, divided among its ranks; 0: torch's default."""
 
-    max_running_requests: int = 128  # what GPU buffers and graphs are made for
+    max_running_requests: int = 128  # the size of GPU buffers and graphs
     max_batch_tokens: int = 1024

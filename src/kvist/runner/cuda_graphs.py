@@ -1,13 +1,13 @@
-"""Steps recorded once and replayed: one launch instead of several hundred.
+"""Steps captured once as CUDA graphs and replayed: one launch instead of several hundred.
 
-Launching a step kernel by kernel costs the host about 12 ms for 28 layers, however little there is to compute. So a
-graph is recorded for each padded number of rows, the largest first, in two families (cuda_runner.py): steps of decodes
-alone, whose attention may split long contexts, and steps with prompt chunks, up to a few thousand tokens: above that
-the device takes longer than the host. All recordings share one pool of memory: they are replayed one after another on
-one stream.
+Launching a step kernel by kernel costs the host about 12 ms for 28 layers, however small the step is. So a graph is
+captured for each padded number of rows, the largest first, in two families (cuda_runner.py): decode steps, whose
+attention may split long contexts, and steps with prompt chunks, up to a few thousand tokens: above that number the
+device takes longer than the host. All graphs share one memory pool, because they are replayed one after another on one
+stream.
 
-A padding row computes token 0 at position 0 and writes no K/V (attention's `GraphPlan` sees to that); what comes out
-of it is never looked at.
+A padding row computes token 0 at position 0 and writes no K/V (attention's `GraphPlan` ensures that); its result is
+never read.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class _Captured(Generic[Result]):
 
 
 class StepGraphs(Generic[Result]):
-    """One family's recordings. Owned by the runner; every method runs under its inference mode and on its stream."""
+    """The graphs of one family. Owned by the runner; every method runs under its inference mode and on its stream."""
 
     def __init__(self, plan: GraphPlan, step: Callable[[int], Result], pool: _POOL_HANDLE) -> None:
-        """`step(size)` launches a step of `size` rows that attends through `plan`, and returns what it computed.
+        """`step(size)` launches a step of `size` rows that attends through `plan`, and returns its result tensors.
         `pool`: torch.cuda.graph_pool_handle()."""
         self._plan = plan
         self._step = step
@@ -51,14 +51,14 @@ class StepGraphs(Generic[Result]):
         self._captured: dict[int, _Captured[Result]] = {}
 
     def capture(self, sizes: Sequence[int], what: str) -> None:
-        """A few seconds. The pages are not touched. `sizes` ascend."""
+        """Capture a graph for each of `sizes`, in ascending order. Takes a few seconds; no page is written."""
         start_s, free_bytes = time.perf_counter(), torch.cuda.mem_get_info()[0]
         self._plan.fill([])
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for size in reversed(sizes):
-                self._step(size)  # kernels are compiled and libraries set up outside the recording
+                self._step(size)  # compiles kernels and initialises libraries outside the capture
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 result = self._step(size)
@@ -75,12 +75,12 @@ class StepGraphs(Generic[Result]):
         )
 
     def size_for(self, num_rows: int) -> int | None:
-        """The smallest recorded size with room for them; None: there is none."""
+        """Return the smallest captured size with at least `num_rows` rows, or None."""
         return None if num_rows > self._sizes[-1] else self._sizes[bisect_left(self._sizes, num_rows)]
 
     def replay(self, size: int, spans: Sequence[Span]) -> Result:
-        """The input words for `size` rows were sent. Returns what `step` did, overwritten by the next replay of any
-        size."""
+        """Replay the graph of `size` rows; its inputs were sent before. Return the result tensors of `step`, which the
+        next replay of any size overwrites."""
         self._plan.fill(spans)
         captured = self._captured[size]
         captured.graph.replay()

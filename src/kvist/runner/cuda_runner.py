@@ -1,15 +1,14 @@
-"""The GPU's runner: a batch is launched without waiting for the one before, and read when its tokens are wanted.
+"""The GPU's runner: launches a batch without waiting for the previous batch, and reads the tokens in `result`.
 
-    launch: words ──one copy──► device ──► replay a graph │ too many tokens for one: launch every kernel
-                                              └──► chosen tokens stay in their slots for the next launch
-                                                        └──one copy──► pinned memory ──event──► result()
+    launch: inputs ──one copy──► device ──► replay a graph │ above the largest graph: launch every kernel
+                                               └──► sampled tokens stay in their slots for the next launch
+                                                         └──one copy──► pinned memory ──event──► result()
 
-In steps of decodes alone the graph chooses the tokens, too. Rows that want more than temperature (top_k, top_p, min_p,
-tokens suppressed, logprobs) are chosen again from their logits, still on the device. A step with prompt chunks goes
-through the last layer's MLP and chooses behind its graph: few of its rows want a token, and the host is ahead of the
-device by then.
+In decode steps the graph samples the tokens, too. Rows that need more than temperature (top_k, top_p, min_p, suppressed
+tokens, logprobs) are sampled again from their logits, still on the device. A step with prompt chunks runs the last
+layer's MLP and samples outside its graph: few of its rows need a token, and by then the host is ahead of the device.
 
-All work goes to one stream, so a page that is given to another request later is written later.
+All work goes to one stream, so a page that is later given to another request is also written later.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from kvist.scheduler.plan import Batch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLimits:
-    """What buffers and graphs are made for."""
+    """The limits for which buffers and graphs are made."""
 
     max_requests: int  # in one batch
     max_tokens: int  # in one batch
@@ -61,7 +60,7 @@ class Launched:
         return bool(self.done.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> SampledTokens:
-        self.done.synchronize()  # without limit; worker/progress.py has one
+        self.done.synchronize()  # without a timeout; worker/progress.py detects a stuck device
         return sampled_tokens(self.tokens, self.logprobs)
 
 
@@ -76,7 +75,7 @@ class CudaRunner:
         use_graphs: bool = True,
         pool_reason: str = "",
     ) -> None:
-        """`attention` is bound to the pool."""
+        """`attention` must be bound to the pool."""
         self.pool = pool
         self.pool_reason = pool_reason
         self.attention_name = attention.name
@@ -87,7 +86,7 @@ class CudaRunner:
             num_tokens=max(limits.max_tokens, limits.max_requests),
             device=pool.tensor.device,
         )
-        self._previous = EMPTY_BATCH  # of the batch launched last
+        self._previous = EMPTY_BATCH  # the batch launched last
         self._decodes: StepGraphs[Tensor] | None = None
         self._mixed: StepGraphs[Unfinished] | None = None
         if use_graphs:
@@ -95,8 +94,8 @@ class CudaRunner:
                 self._capture(limits)
 
     def launch(self, batch: Batch) -> InFlight:
-        """Raises when the device refused the work; what the device meets on the way is raised by `result`."""
-        assert batch.items, "an empty batch is no batch"
+        """Raises when the launch fails; an error during execution is raised by `result`."""
+        assert batch.items, "a batch has at least one item"
         previous, self._previous = self._previous, EMPTY_BATCH
         columns = read_batch(batch.items, previous)
         rows = None if columns.is_plain else sampling_rows(batch)
@@ -107,7 +106,7 @@ class CudaRunner:
                 if logprobs is not None:
                     logprobs = logprobs.start_copy()
         except BaseException:
-            torch.cuda.synchronize()  # what was queued writes pages that the scheduler is about to give away
+            torch.cuda.synchronize()  # queued kernels write pages that the scheduler is about to reuse
             raise
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
@@ -126,7 +125,7 @@ class CudaRunner:
             return
         pool = torch.cuda.graph_pool_handle()
         mixed = self._attention.plan_mixed_graph(limits.max_requests, limits.max_pages, limits.max_tokens)
-        if mixed is not None:  # the family with the largest recordings first: the others find room in its memory
+        if mixed is not None:  # the family with the largest graphs first: the others reuse its memory
             self._mixed = StepGraphs(mixed, partial(self._begin, mixed), pool)
             self._mixed.capture(mixed_sizes(limits.max_tokens), "steps with prompt chunks")
         self._decodes = StepGraphs(decodes, partial(self._decode, decodes), pool)
@@ -137,14 +136,14 @@ class CudaRunner:
         return self._model.begin(inputs.token_ids(), inputs.positions, plan.attend(size))
 
     def _decode(self, plan: GraphPlan, size: int) -> Tensor:
-        """hidden [size, hidden_size]; the chosen tokens are in their slots."""
+        """Return hidden [size, hidden_size]; the sampled tokens are in their slots."""
         hidden = self._model.finish(self._begin(plan, size))
         inputs = self._staging.views(size, size)
         self._staging.write_sampled(choose_tokens(self._model.logits(hidden), inputs.temperatures, inputs.keys))
         return hidden
 
     def _compute(self, columns: BatchColumns, rows: Sequence[SamplingRow] | None) -> LogprobTensors | None:
-        """`rows` None: every row is content with what temperature sampling chooses."""
+        """Compute a step. `rows` None: every row is sampled by temperature alone."""
         host, spans = columns.inputs, columns.spans
         num_tokens, num_sampled = len(host.token_ids), len(host.rows)
         if columns.only_decodes and self._decodes and (size := self._decodes.size_for(num_tokens)):

@@ -1,7 +1,7 @@
-"""`python -m kvist.runner.follower`: one tensor-parallel rank beyond rank 0. Started by tp.py, which tells its life.
+"""`python -m kvist.runner.follower`: one tensor-parallel rank beyond rank 0, started by tp.py.
 
-It has the same runner as rank 0 and launches the same batches, as fast as they come; what it chooses it keeps to
-itself (leader.py). Whatever fails here ends the process, which is how rank 0 hears of it.
+It has the same runner as rank 0 and launches the same batches as fast as they arrive; it samples the same tokens and
+sends no answer (leader.py). Any failure ends the process, and rank 0 detects that end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kvist.runner.tp import Rendezvous, exit_with_rank_0, frames
 
 
 def follow(stream: BinaryIO) -> None:
-    """Take part in every step that `stream` brings, until it ends."""
+    """Launch every batch that arrives on `stream`, until it ends."""
     messages = frames(stream)
     first = next(messages, None)
     if first is None:
@@ -43,7 +43,7 @@ def follow(stream: BinaryIO) -> None:
         runner.launch(batches.decode(message))
     runner.close()
     if spec.device.type == "cuda":
-        leave_tensor_parallel()  # NCCL wants all ranks to do so together
+        leave_tensor_parallel()  # NCCL needs all ranks to leave together
 
 
 def _build(spec: RankSpec) -> AnyRunner:
@@ -62,14 +62,14 @@ def _build(spec: RankSpec) -> AnyRunner:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they may reach the whole group
-        signal.signal(number, signal.SIG_IGN)  # rank 0 decides when we end
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a signal may reach the whole process group
+        signal.signal(number, signal.SIG_IGN)  # rank 0 decides when a follower ends
     status = 1
     try:
         follow(sys.stdin.buffer)
         status = 0
     except BaseException:
         traceback.print_exc()
-    # Not the interpreter's own end: threads of gloo and NCCL may still wait for peers that are ending too.
+    # Skip the interpreter's shutdown: threads of gloo and NCCL may still wait for peers that are ending, too.
     sys.stderr.flush()
     os._exit(status)

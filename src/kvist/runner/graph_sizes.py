@@ -1,14 +1,14 @@
-"""For which numbers of rows steps are recorded, and what that costs. Knows no GPU, so that a pool can be planned."""
+"""The numbers of rows for which steps are captured, and the memory of their graphs. Needs no GPU: it plans the pool."""
 
 from __future__ import annotations
 
-MAX_MIXED_TOKENS = 2048  # such a step takes an H200 45 ms (7B), so launching it kernel by kernel holds up nothing
-_BYTES_A_GRAPH = 16 << 20  # the driver keeps each graph's nodes in device memory
+MAX_MIXED_TOKENS = 2048  # such a step takes an H200 45 ms (7B); launching a larger step kernel by kernel is not slower
+_BYTES_A_GRAPH = 16 << 20  # the driver keeps the nodes of each graph in device memory
 
 
 def decode_sizes(max_batch: int) -> list[int]:
-    """1, 2, 4, then every multiple of 8, above 256 of more and more (a recording each would fill the GPU), the last one
-    cut to `max_batch`."""
+    """Return 1, 2, 4, then every multiple of 8, and above 256 growing steps (a graph for each multiple of 8 would fill
+    the GPU). The last size is `max_batch`."""
     sizes, size = [1, 2, 4], 8
     while size < max_batch:
         sizes.append(size)
@@ -17,15 +17,16 @@ def decode_sizes(max_batch: int) -> list[int]:
 
 
 def mixed_sizes(max_tokens: int) -> list[int]:
-    """Steps an eighth apart at most, wider where a product takes as long for fewer rows, up to `max_tokens` or
-    `MAX_MIXED_TOKENS`."""
+    """Return sizes up to `max_tokens` or `MAX_MIXED_TOKENS`, at most an eighth apart, and wider where a matrix product
+    takes as long for fewer rows."""
     most = min(max_tokens, MAX_MIXED_TOKENS)
     steps = (*range(16, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, MAX_MIXED_TOKENS, 128))
     return [*(size for size in steps if size < most), most]
 
 
 def graphs_bytes(max_batch: int, max_tokens: int, vocab_size: int) -> int:
-    """Device memory of all recordings, before there is a model. `max_tokens`: 0 without recordings of mixed steps."""
+    """Estimate the device memory of all graphs before the model is loaded. `max_tokens`: 0 without graphs of mixed
+    steps."""
     num_graphs = len(decode_sizes(max_batch)) + (len(mixed_sizes(max_tokens)) if max_tokens else 0)
-    logits_bytes = max_batch * vocab_size * 4  # fp32; the largest recording of decodes keeps its own
+    logits_bytes = max_batch * vocab_size * 4  # fp32; the largest decode graph keeps its own logits
     return (256 << 20) + num_graphs * _BYTES_A_GRAPH + logits_bytes

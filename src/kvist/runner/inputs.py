@@ -1,4 +1,4 @@
-"""A batch as the model and the attention want it."""
+"""Turns a batch into the inputs of the model and of attention."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ForwardInputs:
     token_ids: Tensor  # [num_tokens], int64
     positions: Tensor  # [num_tokens], int64
     spans: tuple[Span, ...]
-    sampled_rows: Tensor | None  # [num_sampled], int64: rows whose logits are wanted, in item order; None: all rows
+    sampled_rows: Tensor | None  # [num_sampled], int64: rows whose logits are needed, in item order; None: all rows
 
 
 def sampling_rows(batch: Batch) -> list[SamplingRow]:
-    """One for each item with `sampling`, in item order."""
+    """Return one row for each item with `sampling`, in item order."""
     return [
         SamplingRow(params=item.sampling, position=item.end, suppressed_token_ids=item.suppressed_token_ids)
         for item in batch.items
@@ -33,7 +33,8 @@ def sampling_rows(batch: Batch) -> list[SamplingRow]:
 
 
 def build_inputs(items: Sequence[BatchItem], previous: Mapping[RequestId, int], device: torch.device) -> ForwardInputs:
-    """`previous`: the tokens of the batch before, which items with `takes_sampled` go on from."""
+    """Build the inputs of `items`. `previous`: the sampled tokens of the previous batch, the input of items with
+    `takes_sampled`."""
     num_tokens = sum(item.num_tokens for item in items)
     token_ids = np.empty(num_tokens, dtype=np.int64)
     positions = np.empty(num_tokens, dtype=np.int64)

@@ -1,12 +1,12 @@
-"""Rank 0's runner of a tensor-parallel engine: its own share of each step, and the word to the other ranks.
+"""Rank 0's runner of a tensor-parallel engine: runs its own part of each step and sends the batch to the other ranks.
 
-Every rank has the same kind of runner and is given the same batches. All of them choose the tokens, from the same
-logits and by the same rules, so they choose the same ones, and each goes on from its own: a follower needs no answer
-and never waits for rank 0's host. `launch` tells the others first, then launches here.
+Every rank has the same kind of runner and gets the same batches. All ranks sample the same tokens, because they use the
+same logits and the same rules, and each continues from its own tokens: a follower sends no answer and never waits for
+rank 0's host. `launch` sends the batch to the followers first, then launches it on rank 0.
 
-Collectives wait for every rank. So what rank 0 waits for, it polls, looking after the others meanwhile. A rank that is
-gone, a step that fails here alone or one that takes too long leaves the ranks out of step for good: `EngineError`, and
-the engine has to be started again.
+Collectives wait for every rank. So rank 0 polls instead of blocking, and checks the followers meanwhile. A rank that
+has ended, a step that fails only at rank 0 or a step over the time limit leaves the ranks out of step for good:
+`EngineError`, and the engine must be restarted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvist.runner.tp import COLLECTIVE_TIMEOUT_S
 from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.plan import Batch
 
-_POLL_S = 20e-6  # the system makes about 70 of it; planning is a step ahead, so nobody notices
+_POLL_S = 20e-6  # the system sleeps about 70 us; the scheduler plans one step ahead, so no time is lost
 
 
 class Followers(Protocol):
@@ -59,7 +59,7 @@ class LeadingRunner:
 
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
-        """Whatever goes wrong inside, goes wrong for good."""
+        """Guard a step: after any exception inside, the ranks are out of step for good."""
         if not self._is_in_step:
             raise EngineError("the tensor-parallel ranks are out of step. Restart the worker")
         try:
@@ -68,8 +68,8 @@ class LeadingRunner:
             self._is_in_step = False
             if isinstance(error, EngineError) or not isinstance(error, Exception):
                 raise
-            self._followers.check_alive()  # a better reason
-            raise EngineError(f"rank 0 failed in a step that all ranks take: {error}. Restart the worker") from error
+            self._followers.check_alive()  # raises with a more precise reason
+            raise EngineError(f"tensor-parallel rank 0 failed in a step: {error}. Restart the worker") from error
 
     def is_done(self, flight: InFlight) -> bool:
         with self.in_step():
@@ -79,7 +79,7 @@ class LeadingRunner:
             return False
 
     def wait(self, flight: InFlight) -> None:
-        """Until its result is there."""
+        """Wait until the result of `flight` is available. Raises `EngineError` after `COLLECTIVE_TIMEOUT_S`."""
         deadline_s = self._clock.now_s() + COLLECTIVE_TIMEOUT_S
         while not self.is_done(flight):
             with self.in_step():
@@ -90,7 +90,7 @@ class LeadingRunner:
             time.sleep(_POLL_S)
 
     def close(self) -> None:
-        """Bounded, unless rank 0's device is stuck."""
+        """Close the runner and the followers. The time is bounded, unless rank 0's device is stuck."""
         if self._last is not None:
             with contextlib.suppress(EngineError):
                 self._last.wait()
@@ -98,19 +98,19 @@ class LeadingRunner:
             self._runner.close()
             self._followers.close()
         else:
-            self._followers.close(kill=True)  # ends the collectives that wait for a rank which is gone
+            self._followers.close(kill=True)  # aborts collectives that wait for a rank that has ended
             self._runner.close()
 
 
 class WatchedBatch:
-    """A batch under way on all ranks."""
+    """A batch in flight on all ranks."""
 
     def __init__(self, flight: InFlight, leader: LeadingRunner) -> None:
         self._flight = flight
         self._leader = leader
 
     def is_done(self) -> bool:
-        """Raises `EngineError` when it will never be."""
+        """Return whether the result is available. Raises `EngineError` when the step cannot finish."""
         return self._leader.is_done(self._flight)
 
     def wait(self) -> None:

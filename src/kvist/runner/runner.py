@@ -1,11 +1,11 @@
-"""Carries out one batch: tensors in, tokens out.
+"""Runs one batch: tensors in, tokens out.
 
-Owns the model, the page pool and the attention over it; on a tensor-parallel engine a rank's share of them (leader.py
-binds the ranks). `launch` begins a batch, `InFlight.result` waits for its tokens; batches are carried out in the order
-of their launches. On a CPU, which this file is for, `launch` does all the work; cuda_runner.py is the GPU's.
+Owns the model, the page pool and the attention over the pool; on a tensor-parallel engine, one rank's part of them
+(leader.py coordinates the ranks). `launch` begins a batch, `InFlight.result` waits for its tokens; batches run in the
+order of their launches. This file is the runner for CPUs, where `launch` does all the work; cuda_runner.py is for GPUs.
 
-What is computed depends on the pages and the batch alone, and with `takes_sampled` on the tokens of the batch before.
-It does not know requests beyond that: who runs, in which pages and until when is the scheduler's.
+The result depends only on the pages and the batch, and with `takes_sampled` on the tokens of the previous batch. The
+runner keeps no other state of requests: the scheduler decides which requests run, in which pages and until when.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kvist.scheduler.plan import Batch
 
 
 class Model(Protocol):
-    """What a runner needs of `models.CausalLM`."""
+    """The part of `models.CausalLM` that a runner uses."""
 
     def begin(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Unfinished: ...
 
@@ -43,18 +43,18 @@ class InFlight(Protocol):
     """A batch that was launched."""
 
     def is_done(self) -> bool:
-        """Whether `result` would not wait."""
+        """Return whether `result` would return at once."""
 
     def result(self) -> SampledTokens:
-        """Waits until the K/V of every token of the batch is in the pages of all ranks. Raises what the device raised.
-        Once, and in the order of the launches."""
+        """Wait until the K/V of every token of the batch is in the pages of all ranks, and return the sampled tokens.
+        Raises the device's error. Call it once per batch, in the order of the launches."""
 
 
 class AnyRunner(Protocol):
-    """What an engine needs of the runner for its device."""
+    """The interface of a runner to the engine, for any device."""
 
     pool: DevicePool
-    pool_reason: str  # what set the pool's size, for the log
+    pool_reason: str  # the limit that set the pool's size, for the log
     attention_name: str
 
     def launch(self, batch: Batch) -> InFlight: ...
@@ -64,7 +64,7 @@ class AnyRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Was computed by the launch already."""
+    """A batch whose launch has already computed the result."""
 
     sampled: SampledTokens
 
@@ -77,19 +77,19 @@ class Finished:
 
 class Runner:
     def __init__(self, *, model: Model, pool: DevicePool, attention: AttentionBackend, pool_reason: str = "") -> None:
-        """`attention` is bound to the pool (on a tensor-parallel engine: to this rank's heads of it)."""
+        """`attention` must be bound to the pool (on a tensor-parallel engine, to this rank's heads of the pool)."""
         self.pool = pool
         self.pool_reason = pool_reason
         self.attention_name = attention.name
         self._model = model
         self._attention = attention
         self._device = pool.tensor.device
-        self._previous: Mapping[RequestId, int] = {}  # the tokens that the batch before chose
-        self.between_layers: Callable[[], None] | None = None  # what it raises ends the step
+        self._previous: Mapping[RequestId, int] = {}  # the tokens sampled by the previous batch
+        self.between_layers: Callable[[], None] | None = None  # an exception from it ends the step
 
     def launch(self, batch: Batch) -> InFlight:
-        """What it raises is a broken device or our bug."""
-        assert batch.items, "an empty batch is no batch"
+        """Run the batch. An exception means a broken device or a bug, unless `between_layers` raised it."""
+        assert batch.items, "a batch has at least one item"
         previous, self._previous = self._previous, {}
         with torch.inference_mode():
             inputs = build_inputs(batch.items, previous, self._device)
@@ -98,7 +98,7 @@ class Runner:
                 return Finished(SampledTokens(token_ids=()))
             sampled = sample(logits, sampling_rows(batch))
         request_ids = (item.request_id for item in batch.items if item.sampling is not None)
-        # 0 for a request that got no token: it fails, and what is computed of it meanwhile is dropped
+        # 0 for a request that got no token: the request fails, and results computed from the 0 are dropped
         self._previous = {name: max(0, token) for name, token in zip(request_ids, sampled.token_ids, strict=True)}
         return Finished(sampled)
 
@@ -113,7 +113,7 @@ def forward(
     inputs: ForwardInputs,
     between_layers: Callable[[], None] | None = None,
 ) -> Tensor | None:
-    """[num_sampled, vocab_size] fp32 logits, or None when no row wants a token."""
+    """Return logits [num_sampled, vocab_size] in fp32, or None when no row needs a token."""
     attend = attention.prepare(inputs.spans)
     if between_layers is not None:
         attend = _with_breaks(attend, between_layers)

@@ -1,12 +1,12 @@
-"""Chooses the next tokens: a pure function of (logits, parameters, seed, position), row by row.
+"""Samples the next tokens: a pure function of (logits, parameters, seed, position), row by row.
 
 The order is: suppress, temperature, top_k, top_p, min_p, then argmax(logits + Gumbel noise), which draws from the
-softmax of what is left. The noise of a token is a hash of (seed, position, token id), never generator state: so the
-same row gives the same token in any batch, on any worker, after any interruption.
+softmax of the remaining tokens. The noise of a token is a hash of (seed, position, token id), never generator state. So
+a row gives the same token in any batch, on any worker, after any interruption.
 
-Rows that share the same kind of work are done together: greedy rows are one argmax; without truncation there is no
-sort; top_k looks at k tokens; top_p looks at the likeliest few hundred, and at the whole vocabulary only for a row
-whose nucleus is wider than that.
+Rows with the same kind of work are computed together: greedy rows are one argmax; without truncation there is no sort;
+top_k reads k tokens; top_p reads the likeliest few hundred tokens, and the whole vocabulary only for a row with a wider
+nucleus.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _NEG_INF = float("-inf")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRow:
     params: SamplingParams
-    position: int  # of the token to be chosen; the counter of its noise
+    position: int  # of the token to be sampled; the counter of its noise
     suppressed_token_ids: tuple[int, ...] = ()
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
-    """One token for each row of `logits` [num_rows, vocab_size], fp32. Leaves `logits` as they are."""
+    """Sample one token for each row of `logits` [num_rows, vocab_size], fp32. Does not change `logits`."""
     chosen = choose(logits, rows)
     return sampled_tokens(chosen, compute_logprobs(logits, rows, chosen))
 
@@ -52,13 +52,13 @@ def sampled_tokens(chosen: Tensor, logprobs: LogprobTensors | None) -> SampledTo
 
 
 def is_plain(params: SamplingParams) -> bool:
-    """Temperature and noise are all there is to its choices: `kernels.sampling.choose_tokens` makes such."""
+    """Return whether temperature and noise alone choose the tokens, as in `kernels.sampling.choose_tokens`."""
     truncates = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
     return params.num_logprobs is None and (params.greedy or not truncates)
 
 
 def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """[num_rows] int64 token ids, NO_TOKEN where the logits are no numbers. On a GPU the host waits for nothing."""
+    """Return [num_rows] int64 token ids, NO_TOKEN where the logits have NaN. On a GPU the host does not wait."""
     assert logits.shape[0] == len(rows)
     if all(row.params.greedy and not row.suppressed_token_ids for row in rows):
         return without_broken_rows(logits.argmax(dim=-1), logits)
@@ -66,14 +66,14 @@ def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _on_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Without waiting for what the GPU does: that needs pinned memory."""
+    """Copy `values` to the device without waiting for the GPU, which needs pinned memory."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _suppress(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     vocab_size = logits.shape[1]
-    # A stop token id may be any integer the client likes; one outside the vocabulary cannot be chosen anyway.
+    # A client may send any integer as a stop token id; an id outside the vocabulary cannot be sampled anyway.
     places = [i * vocab_size + t for i, row in enumerate(rows) for t in row.suppressed_token_ids if 0 <= t < vocab_size]
     if not places:
         return logits
@@ -84,8 +84,8 @@ def _suppress(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """Rows of one kind are computed together. top_k is exact, not a maximum over rows: ties at the k-th place must not
-    fall differently because of who else is in the batch."""
+    """Rows of one kind are computed together. top_k is each row's own and not the maximum over rows: ties at rank k
+    must not depend on the other rows of the batch."""
 
     greedy: bool
     top_k: int = 0
@@ -114,8 +114,8 @@ def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _draw(logits: Tensor, kind: _Kind, rows: Sequence[SamplingRow]) -> Tensor:
-    """[num_rows] token ids, for rows that are all of `kind`."""
-    # The likeliest token is at 0, whatever the temperature: no overflow for tiny ones.
+    """Return [num_rows] token ids, for rows that are all of `kind`."""
+    # Shift the likeliest token to 0, so that a tiny temperature does not overflow.
     temperature = _column([row.params.temperature for row in rows], logits)
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if scaled.is_cuda and not kind.top_k:
@@ -150,19 +150,19 @@ def _draw_from_wide_nucleus(scaled: Tensor, log_total: Tensor, rows: Sequence[Sa
 
 
 def _draw_on_gpu(scaled: Tensor, kind: _Kind, rows: Sequence[SamplingRow]) -> Tensor:
-    """top_p and min_p as one floor under the probabilities: the host has nothing to look at on the way."""
+    """Apply top_p and min_p as one lower bound of the probabilities, so that the host need not read any value."""
     if kind.nucleus or any(row.params.min_p > 0.0 for row in rows):
         probabilities = scaled.softmax(dim=-1)
         floor = _column([row.params.min_p for row in rows], scaled) * probabilities.amax(dim=-1, keepdim=True)
         if kind.nucleus:
             floor = torch.maximum(floor, _nucleus_floor(probabilities, rows))
         scaled = scaled.masked_fill(probabilities < floor, _NEG_INF)
-    temperatures = torch.ones(len(rows), device=scaled.device)  # divided by already
+    temperatures = torch.ones(len(rows), device=scaled.device)  # `scaled` is already divided by the temperature
     return choose_tokens(scaled, temperatures, noise_keys(rows, scaled.device))
 
 
 def _nucleus_floor(probabilities: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """[num_rows, 1] the probability of the least likely token in each row's nucleus."""
+    """Return [num_rows, 1]: the probability of the least likely token in each row's nucleus."""
     return nucleus_floor(probabilities, _column([row.params.top_p for row in rows], probabilities))
 
 
@@ -171,7 +171,7 @@ def _all_tokens(like: Tensor) -> Tensor:
 
 
 def _pick(values: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """min_p, noise, argmax. `values` [num_rows, n] of `token_ids` [num_rows or 1, n]; -inf is impossible."""
+    """Apply min_p, noise and argmax. `values` [num_rows, n] of `token_ids` [num_rows or 1, n]; -inf: never sampled."""
     if any(row.params.min_p > 0 for row in rows):
         floors = [math.log(row.params.min_p) if row.params.min_p > 0 else _NEG_INF for row in rows]
         values = values.masked_fill(values < _column(floors, values), _NEG_INF)
@@ -184,7 +184,7 @@ def _column(values: list[float], like: Tensor) -> Tensor:
 
 
 def _cut_nucleus(values: Tensor, log_total: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """`values` sorted from likeliest; keeps the fewest whose probability reaches top_p, at least one."""
+    """Keep the fewest of `values`, sorted from the likeliest, whose probabilities reach top_p; at least one."""
     probabilities = (values - log_total).exp()
     before = probabilities.cumsum(dim=-1) - probabilities
     cut = before >= _column([row.params.top_p for row in rows], values)
@@ -196,18 +196,18 @@ def _cut_nucleus(values: Tensor, log_total: Tensor, rows: Sequence[SamplingRow])
 
 
 def noise_keys(rows: Sequence[SamplingRow], device: torch.device) -> Tensor:
-    """[num_rows, 2] int32: what `noise_key_words` says, on the device."""
+    """Return the result of `noise_key_words` on the device, [num_rows, 2] int32."""
     keys = torch.from_numpy(noise_key_words([row.params.seed for row in rows], [row.position for row in rows]))
     return keys.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else keys
 
 
 def noise_key_words(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.int32]:
-    """[num_rows, 2]: the low and the high word of each row's 64-bit key, a hash of seed and position."""
+    """Return [num_rows, 2]: the low and the high word of each row's 64-bit key, a hash of seed and position."""
     return key_words_at(hash_seeds(seeds), np.array(positions, dtype=np.uint64))
 
 
 def hash_seeds(seeds: Sequence[int]) -> npt.NDArray[np.uint64]:
-    """The part of a key that stays the same from token to token."""
+    """Return the part of each key that does not depend on the position."""
     return _mix_64(np.array(seeds, dtype=np.uint64) ^ np.uint64(0x9E3779B97F4A7C15))
 
 
@@ -228,22 +228,22 @@ def _mix_64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogprobTensors:
-    """Logprobs of some rows, as tensors; on a GPU perhaps not computed yet."""
+    """Logprobs of some rows, as tensors; on a GPU their computation may be pending."""
 
     rows: Sequence[int]
-    counts: Sequence[int]  # likeliest tokens that each row wants
+    counts: Sequence[int]  # the number of likeliest tokens that each row asks for
     of_chosen: Tensor  # [len(rows)]
     top_values: Tensor  # [len(rows), max(counts)]
     top_ids: Tensor
 
     def start_copy(self) -> LogprobTensors:
-        """On its way to the host: readable once the stream has got there."""
+        """Start the copy to the host. The values are valid once the stream has reached this point."""
         tensors = (self.of_chosen, self.top_values, self.top_ids)
         of_chosen, top_values, top_ids = (tensor.to("cpu", non_blocking=True) for tensor in tensors)
         return replace(self, of_chosen=of_chosen, top_values=top_values, top_ids=top_ids)
 
     def by_row(self) -> dict[int, TokenLogprobs]:
-        """By row; waits for the tensors, if they are on a GPU."""
+        """Return the logprobs by row. Waits for the tensors if they are on a GPU."""
         table = zip(self.of_chosen.tolist(), self.top_values.tolist(), self.top_ids.tolist(), strict=True)
         return {
             row: TokenLogprobs(logprob=logprob, top_token_ids=tuple(ids[:n]), top_logprobs=tuple(values[:n]))
@@ -252,7 +252,8 @@ class LogprobTensors:
 
 
 def compute_logprobs(logits: Tensor, rows: Sequence[SamplingRow], chosen: Tensor) -> LogprobTensors | None:
-    """Of the model's own distribution: before suppression, temperature and truncation. None: no row wants it."""
+    """Return the logprobs of the model's own distribution, before suppression, temperature and truncation. None: no row
+    asks for logprobs."""
     wanted = [(i, row.params.num_logprobs) for i, row in enumerate(rows) if row.params.num_logprobs is not None]
     if not wanted:
         return None

@@ -1,12 +1,12 @@
-"""What binds the ranks of a tensor-parallel engine: their processes, the file where they meet, and their end.
+"""The ranks of a tensor-parallel engine: their processes, the file through which they synchronise, and their end.
 
-    rank 0: start ─► meet ─► send(batch) a step ─► close: their standard input ends, and so do they
-    rank n: spec on standard input ─► meet ─► launch for each frame ─► end of input: exit
+    rank 0: start ─► barrier ─► send(batch) per step ─► close: closes their standard input, and the followers exit
+    rank n: spec on standard input ─► barrier ─► launch for each frame ─► end of input: exit
 
-Frames go over standard input: a pipe that the kernel closes when rank 0 is gone, however it went; `exit_with_rank_0`
-sees to it that a rank which is stuck on its device ends then, too. Tensors travel in collectives of torch.distributed:
-gloo between CPUs, NCCL between GPUs, on this host only. Nobody waits for ever for a rank that has ended: rank 0 looks
-after its processes whenever it waits (leader.py).
+Frames go over standard input: a pipe that the kernel closes when rank 0 ends for any reason. With `exit_with_rank_0` a
+rank that is stuck on its device exits then, too. Tensors travel in collectives of torch.distributed, on this host only:
+gloo between CPUs, NCCL between GPUs. No rank waits for ever for a rank that has ended: rank 0 checks its processes
+whenever it waits (leader.py).
 """
 
 from __future__ import annotations
@@ -31,21 +31,23 @@ from kvist.clock import MonotonicClock
 from kvist.errors import EngineError
 from kvist.models.parallel import TensorParallel, join_tensor_parallel, leave_tensor_parallel
 
-COLLECTIVE_TIMEOUT_S = 120.0  # the longest step
+COLLECTIVE_TIMEOUT_S = 120.0  # the longest allowed step
 CLOSE_TIMEOUT_S = 10.0
-_GRACE_S = 5.0  # from rank 0's end to the end of a rank that does not notice by itself
-_BARRIER_TIMEOUT_S = 3600.0  # to load the weights; who starts the engine waits less (engine_start_timeout_s)
+_GRACE_S = 5.0  # from the end of rank 0 to the exit of a rank that does not read its input
+_BARRIER_TIMEOUT_S = (
+    3600.0  # includes loading the weights; the parent of the engine waits less (engine_start_timeout_s)
+)
 _POLL_S = 0.01
-_FRAME = struct.Struct("<I")  # the length of what follows
+_FRAME = struct.Struct("<I")  # the length of the payload
 _LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 FOLLOWER = (sys.executable, "-m", "kvist.runner.follower")
 
 
 class Rendezvous:
-    """A file through which the ranks tell each other how far they are; not through sockets, which anybody may join."""
+    """Synchronises the ranks and exchanges values through a file; any process could connect to a socket."""
 
     def __init__(self, path: str, *, rank: int, size: int, check: Callable[[], None] = lambda: None) -> None:
-        """`check` raises when there is nobody to wait for any more."""
+        """`check` raises when waiting for the other ranks is pointless."""
         self._rank = rank
         self._size = size
         self._check = check
@@ -53,28 +55,31 @@ class Rendezvous:
         self._store = FileStore(path, -1)
 
     def barrier(self, stage: str) -> None:
-        """Until every rank has called it for this stage. Collectives have no such patience."""
+        """Wait until every rank has called this for `stage`; collectives would time out while a rank loads. Raises
+        `EngineError` after `_BARRIER_TIMEOUT_S`."""
         self._store.set(f"{stage}/{self._rank}", "here")
         everybody = [f"{stage}/{rank}" for rank in range(self._size)]
         deadline_s = self._clock.now_s() + _BARRIER_TIMEOUT_S
         while not self._store.check(everybody):
             self._check()
             if self._clock.now_s() > deadline_s:
-                raise EngineError(f"not every tensor-parallel rank was {stage} within {_BARRIER_TIMEOUT_S:.0f} s")
+                raise EngineError(f"not all tensor-parallel ranks were {stage} within {_BARRIER_TIMEOUT_S:.0f} s")
             time.sleep(_POLL_S)
 
     def put(self, what: str, value: str) -> None:
-        """Everybody, for `told`."""
+        """Publish a value of this rank to all ranks."""
         self._store.set(f"{what} of {self._rank}", value)
 
     def get(self, what: str, rank: int) -> str:
-        """What that rank has told. Call it after a stage that comes later there."""
+        """Return the value that `rank` has published. Call it after a barrier that follows that rank's `put`."""
         return bytes(self._store.get(f"{what} of {rank}")).decode()
 
     def join(self, device: torch.device) -> TensorParallel:
-        """The group for collectives on `device`; once all are at hand, so that nobody waits for one that has failed."""
+        """Join the group for collectives on `device`. A barrier comes first: no rank waits for a failed rank."""
         self.barrier("started")
-        if sys.platform in _LOOPBACK:  # their sockets are not authenticated: they must not leave the host
+        if (
+            sys.platform in _LOOPBACK
+        ):  # the sockets of gloo and NCCL are not authenticated: bind them to the loopback device
             os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK[sys.platform]
             os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK[sys.platform])
         return join_tensor_parallel(
@@ -83,18 +88,18 @@ class Rendezvous:
 
 
 class FollowerProcesses:
-    """Rank 0's hold on the others."""
+    """The processes of the other ranks. Owned by rank 0."""
 
     def __init__(self, rendezvous: Path) -> None:
-        """`rendezvous`: the file where they meet; it goes when they do."""
+        """`rendezvous`: the file through which the ranks synchronise; `close` removes it."""
         self._rendezvous = rendezvous
         self._processes: list[subprocess.Popen[bytes]] = []
         self._clock = MonotonicClock()
 
     def start(self, specs: Sequence[bytes], command: Sequence[str] = ()) -> None:
-        """A process for each rank from 1, told its spec. They start and load while rank 0 does."""
+        """Start a process for each rank from 1 and send its spec. All ranks load their weights at the same time."""
         for rank, spec in enumerate(specs, start=1):
-            # Standard output may be a parent's channel: what a follower prints goes to standard error.
+            # Standard output may be a parent's channel, so the output of a follower goes to standard error.
             process = subprocess.Popen(command or FOLLOWER, stdin=subprocess.PIPE, stdout=2, bufsize=0)
             self._processes.append(process)
             assert process.stdin is not None
@@ -102,7 +107,7 @@ class FollowerProcesses:
             self._write(rank, _FRAME.pack(len(spec)) + spec)
 
     def send(self, payload: bytes) -> None:
-        """To every follower, in order. Raises `EngineError` when one is gone or takes nothing any more."""
+        """Send a frame to every follower. Raises `EngineError` when a follower has ended or has stopped reading."""
         frame = _FRAME.pack(len(payload)) + payload
         for rank in range(1, len(self._processes) + 1):
             self._write(rank, frame)
@@ -112,7 +117,7 @@ class FollowerProcesses:
         for rank, process in enumerate(self._processes, start=1):
             if process.poll() is not None:
                 raise EngineError(
-                    f"tensor-parallel rank {rank} ended with status {process.returncode}: its log says why. "
+                    f"tensor-parallel rank {rank} ended with status {process.returncode}: see its log. "
                     "Restart the worker"
                 )
 
@@ -123,10 +128,10 @@ class FollowerProcesses:
         while left:
             try:
                 left = left[os.write(process.stdin.fileno(), left) :]
-            except BlockingIOError:  # it is still at the frames before
+            except BlockingIOError:  # the pipe is full: the follower is still reading earlier frames
                 self.check_alive()
                 if self._clock.now_s() > deadline_s:
-                    message = f"tensor-parallel rank {rank} took no step for {COLLECTIVE_TIMEOUT_S:.0f} s"
+                    message = f"tensor-parallel rank {rank} has read no input for {COLLECTIVE_TIMEOUT_S:.0f} s"
                     raise EngineError(f"{message}. Restart the worker") from None
                 time.sleep(_POLL_S / 10)
             except BrokenPipeError as error:
@@ -136,12 +141,13 @@ class FollowerProcesses:
                 raise EngineError(f"tensor-parallel rank {rank} closed its input. Restart the worker") from error
 
     def close(self, *, kill: bool = False) -> None:
-        """Their input ends, and they do; rank 0 leaves the group with them. Graphs that hold collectives must be gone:
-        the group does not end before them. `kill`: nobody waits for what is under way, and collectives break off."""
+        """Close the input of the followers, so that they exit; rank 0 leaves the group with them. Graphs that contain
+        collectives must be dropped before: the group does not end while they exist. `kill`: do not wait for
+        running steps, and abort their collectives."""
         leaving = threading.Thread(
             target=leave_tensor_parallel, kwargs={"abort": kill}, name="kvist-leave", daemon=True
         )
-        leaving.start()  # a thread, because it may wait for a rank that does not answer
+        leaving.start()  # in a thread, because it may wait for a rank that does not answer
         deadline_s = self._clock.now_s() + CLOSE_TIMEOUT_S
         for process in self._processes:
             assert process.stdin is not None
@@ -165,7 +171,7 @@ def new_rendezvous_path(runtime_dir: Path) -> Path:
 
 
 def frames(stream: BinaryIO) -> Iterator[bytes]:
-    """What rank 0 sent, until it closes the pipe or dies."""
+    """Yield the payload of each frame from rank 0, until the pipe is closed."""
     while len(header := stream.read(_FRAME.size)) == _FRAME.size:
         (length,) = _FRAME.unpack(header)
         payload = stream.read(length)
@@ -175,11 +181,11 @@ def frames(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def exit_with_rank_0(descriptor: int) -> None:
-    """From now on this process ends soon after the other end of its pipe was closed, whatever it waits for then."""
+    """Make this process exit `_GRACE_S` after rank 0 has closed the pipe, even if it is stuck in a call."""
 
     def watch() -> None:
         poll = select.poll()
-        poll.register(descriptor, 0)  # told of the other end's end only, and without reading
+        poll.register(descriptor, 0)  # without POLLIN: reports only that the other end was closed
         poll.poll()
         time.sleep(_GRACE_S)
         os._exit(1)
