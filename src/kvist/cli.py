@@ -1,6 +1,6 @@
-"""The `kvist` command: one verb each for a worker, the gateway, a whole cluster and the demonstration.
+"""The `kvist` command: one verb each for a worker, the router, a local cluster, the chat, the demo and the benchmarks.
 
-Nothing heavy is imported before a verb runs, so that `--help`, `--version` and mistakes in flags answer at once.
+No heavy module is imported before a verb runs, so that `--help`, `--version` and mistakes in flags answer at once.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from kvist.errors import ConfigError, KvistError
 
 VERBS = {
     "serve": "start one worker: an engine and its HTTP server",
-    "router": "start the gateway over remote workers",
+    "router": "start a gateway that routes requests to workers",
     "up": "start a router, prefill workers and decode workers on this machine",
-    "chat": "hold a conversation with a server, or with one that is started for it",
-    "demo": "start a small cluster, ask it questions, show what the handoff moved, stop it",
+    "chat": "chat at the terminal with a running server, or with one that is started for the chat",
+    "demo": "start a small cluster, ask it questions, show what the handoffs and the cache did, stop it",
     "bench single": "measure a server: one stream at a time",
     "bench offline": "measure a server: all requests at once",
-    "bench rate": "measure a server: requests that arrive at random",
-    "bench multiturn": "measure a server: conversations that grow",
+    "bench rate": "measure a server: requests that arrive at random times",
+    "bench multiturn": "measure a server: conversations of several turns",
     "bench custom": "measure a server: the scenarios of a JSON file",
-    "bench engine": "time the engine's steps in this process, without HTTP",
+    "bench engine": "time the steps of an engine in this process, without HTTP",
 }
 BENCH = "bench"  # its verbs are two words
 
-USAGE_ERROR = 2  # exit status, as argparse and most commands have it
+USAGE_ERROR = 2  # exit status, as of argparse and most commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `kvist serve --help | head`: nor may the flush at exit complain
+    except BrokenPipeError:  # `kvist serve --help | head`; the flush at exit must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _split(words: list[str]) -> tuple[str, list[str]]:
-    """The verb and its arguments."""
+    """Return the verb and its arguments."""
     verb, *rest = words
     if verb != BENCH or not rest or rest[0].startswith("-"):
         return verb, rest
@@ -72,9 +72,9 @@ def _overview() -> str:
     verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
     return (
         "usage: kvist VERB [options]\n\n"
-        "Serves large language models with prefill and decode apart, over a radix-shared KV cache.\n\n"
+        "Serves large language models with separate prefill and decode workers and a shared prefix cache.\n\n"
         f"{verbs}\n\n"
-        "kvist VERB --help shows a verb's common options, --help-all every one; kvist --version prints the version."
+        "kvist VERB --help shows the common options, --help-all all options; kvist --version prints the version."
     )
 
 
@@ -84,11 +84,11 @@ def _run(verb: str, argv: list[str]) -> int:
         if "-h" in argv or "--help" in argv:
             _show(_overview())
             return 0
-        raise ConfigError(f"what to measure? kvist bench SCENARIO, one of: {named}")
+        raise ConfigError(f"the scenario is missing: use kvist bench SCENARIO, one of: {named}")
     if verb not in VERBS:
         from kvist.flags import nearest
 
-        raise ConfigError(f"there is no such verb{nearest(verb, list(VERBS)) or '.'} Known: {', '.join(VERBS)}")
+        raise ConfigError(f"unknown command{nearest(verb, list(VERBS)) or '.'} Known: {', '.join(VERBS)}")
     from kvist import settings
 
     if asked := {"-h", "--help", "--help-all"}.intersection(argv):

@@ -1,8 +1,8 @@
-"""The settings of each verb: the rooms' configs, composed and read once at start.
+"""The settings of each verb, composed of the rooms' configs and read once at the start.
 
-A verb's settings are one frozen dataclass; its fields are the rooms' configs, whose fields are the options. Flags win
-over environment variables, those over the TOML file named by `--config`, that over defaults. Nothing reads a setting
-anywhere else.
+A verb's settings are one frozen dataclass; its fields are the rooms' configs, whose fields are the options. Flags
+override environment variables, environment variables override the TOML file named by `--config`, and the file
+overrides the defaults. Settings are read in no other place.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ _ROUTING_OPTIONS = ("policy", "cache_threshold", "balance_abs_threshold", "balan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessConfig(LogConfig):
-    config: Path | None = option(None, "TOML file with options, one `name = value` a line")
+    config: Path | None = option(None, "TOML file with options, one `name = value` per line")
     stop_with_stdin: bool = option(
-        False, "stop when standard input closes, so that the process cannot outlive the one that started it"
+        False, "stop when standard input is closed, so that the process does not outlive its parent"
     )
 
 
@@ -66,7 +66,7 @@ class ProcessConfig(LogConfig):
 class TokenizerConfig:
     model_path: str | None = option(
         None,
-        "model folder or GGUF file whose tokenizer and chat template the gateway uses; without it the embedded one",
+        "model folder or GGUF file with the tokenizer and chat template to use; by default those of the embedded model",
         aliases=("model",),
     )
 
@@ -115,7 +115,7 @@ class UpSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
     question: str = option("What is the capital of France?", "the first question")
-    expect: str = option("Paris", "fail unless the answer has this in it; empty: any answer will do")
+    expect: str = option("Paris", "fail unless the answer contains this text; empty accepts every answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +140,7 @@ class ChatSettings:
             )
 
     def serve_argv(self) -> list[str]:
-        """Options of the server that is started for the chat."""
+        """Return the options of the server that is started for the chat."""
         argv, _secrets = to_argv(self, ServeSettings, without=("config", "api_key"))
         if self.chat.target is not None and self.chat.url is None:
             argv.append(f"--model-path={self.chat.target}")
@@ -149,7 +149,7 @@ class ChatSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchServerSettings:
-    """A benchmark of a server, wherever that runs. Each scenario has a subclass, whose `load` is its own config."""
+    """The settings of a benchmark of a server. Each scenario has a subclass, whose `load` is its own config."""
 
     target: TargetConfig = group(TargetConfig)
     process: ProcessConfig = group(ProcessConfig, without=("stop_with_stdin",))
@@ -167,7 +167,7 @@ def _bench_settings(load: type[Load | CustomConfig]) -> type[BenchServerSettings
     )
 
 
-_UNUSED_BY_STEPS = (  # sockets, limits that the batch shapes set, and time-outs of requests nobody sends
+_UNUSED_BY_STEPS = (  # sockets, limits given by the batch shapes, and timeouts of requests, of which there are none
     "served_model_name",
     "role",
     "context_length",
@@ -219,7 +219,7 @@ _POSITIONAL = {
     "chat": "target",
     "bench custom": "file",
 }
-_COMMON = {  # what `--help` lists; `--help-all` has everything
+_COMMON = {  # shown by `--help`; `--help-all` shows all
     *("model_path", "served_model_name", "host", "port", "api_key", "role", "tp", "mem_fraction_static", "dtype"),
     *("context_length", "max_running_requests", "enable_hierarchical_cache", "hicache_storage_backend", "log_level"),
     *("prefill", "decode", "unified", "worker_urls", "policy", "question", "base_url", "model", "seed", "config"),
@@ -228,7 +228,7 @@ _COMMON = {  # what `--help` lists; `--help-all` has everything
 
 
 def help_for(verb: str, summary: str, *, everything: bool = True, bold: bool = False) -> str:
-    """The verb's `--help-all`, or with less than `everything` its `--help`: the options that most users need."""
+    """Return the verb's `--help-all`, or, without `everything`, its `--help`: the options that most users need."""
     argument = {"model_path": " [MODEL]", "file": " [FILE]", "target": " [URL or MODEL]", None: ""}[
         _POSITIONAL.get(verb)
     ]
@@ -246,14 +246,14 @@ def help_for(verb: str, summary: str, *, everything: bool = True, bold: bool = F
 
 
 def read(verb: str, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """The verb's settings. Raises `ConfigError` naming the flag, variable or key at fault."""
+    """Read the verb's settings. Raises `ConfigError` naming the wrong flag, variable or key."""
     known = {option.key for settings_class in _SETTINGS.values() for option in options_of(settings_class)}
     for name in environ:
         key = name.removeprefix(ENV_PREFIX).lower()
         if name.startswith(ENV_PREFIX) and key not in known:
-            # not an error: others (a Kubernetes Service named kvist) put variables there too
+            # not an error: a Kubernetes Service named kvist also sets such variables
             names = [ENV_PREFIX + each.upper() for each in sorted(known)]
-            print(f"kvist: the variable {name} sets no option{nearest(name, names)}", file=sys.stderr)
+            print(f"kvist: the environment variable {name} sets no option{nearest(name, names)}", file=sys.stderr)
     sources = Sources(
         argv=argv,
         environ=environ,
@@ -266,7 +266,7 @@ def read(verb: str, argv: Sequence[str], environ: Mapping[str, str]) -> Settings
 
 
 def run(settings: Settings) -> int:
-    """Carry the verb out. Imports what it needs here: a worker's parent must not pay for the demo."""
+    """Run the verb. The modules of a verb are imported here, so that a worker does not import the demo."""
     if isinstance(settings, ServeSettings):
         from kvist.cluster.serving import serve_worker
 
@@ -292,7 +292,7 @@ def run(settings: Settings) -> int:
         from kvist.checkpoint import find_checkpoint
         from kvist.cluster.up import run_up
 
-        find_checkpoint(settings.engine.model_path)  # a wrong path is said once, before anything starts
+        find_checkpoint(settings.engine.model_path)  # a wrong path is one error, before any process starts
         return run_up(cluster_shape(with_own_key(settings)), stop_with_stdin=settings.process.stop_with_stdin)
     if isinstance(settings, ChatSettings):
         from kvist.cluster.converse import converse
@@ -315,13 +315,13 @@ ClusterSettings = TypeVar("ClusterSettings", UpSettings, DemoSettings)
 
 
 def with_own_key(settings: ClusterSettings) -> ClusterSettings:
-    """A cluster that we start has a key of its own, unless the user named one; children get it by environment."""
+    """Give the cluster its own key, unless the user set one; children get the key through their environment."""
     engine = dataclasses.replace(settings.engine, channel=with_private_key(settings.engine.channel))
     return dataclasses.replace(settings, engine=engine)
 
 
 def with_tiers(settings: DemoSettings, folder: str) -> DemoSettings:
-    """The demo shows them: small ones, unless the user said how large. Its prompts are short, and fetched anyway."""
+    """Add a host tier and a store, small ones unless the user set them. The demo's short prompts are fetched, too."""
     host, store, page_size = settings.engine.host_tier, settings.engine.storage, settings.engine.page_size
     if not host.enable_hierarchical_cache:
         host = dataclasses.replace(host, enable_hierarchical_cache=True, hicache_size=DEMO_HOST_TIER_GB)
@@ -342,7 +342,7 @@ def _run_bench(settings: BenchServerSettings) -> int:
 
 
 def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str] = os.environ) -> ClusterShape:
-    """What reaches each child: the options it knows, less those that the plan deals out itself."""
+    """Return the input of the plan: for each child the options that it knows, except those set by the plan."""
     engine = settings.engine
     num_gpus = 0 if engine.device == "cpu" else visible_gpus(environ)
     planned = (

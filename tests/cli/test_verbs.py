@@ -111,8 +111,8 @@ def test_a_config_error_is_one_line_on_standard_error_and_status_2(
 @pytest.mark.parametrize(
     ("verb", "answer"),
     [
-        ("xyzzy", "kvist xyzzy: there is no such verb. Known: serve, "),
-        ("serv", "kvist serv: there is no such verb; did you mean serve? Known: serve, "),
+        ("xyzzy", "kvist xyzzy: unknown command. Known: serve, "),
+        ("serv", "kvist serv: unknown command; did you mean serve? Known: serve, "),
     ],
 )
 def test_an_unknown_command_is_answered_with_the_nearest_one(

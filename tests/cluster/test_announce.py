@@ -62,7 +62,7 @@ async def test_readiness_is_announced_once_and_its_loss_is_logged(caplog: pytest
         assert await watch(Script(False, False, True, False, True), 6) == 1
     assert [record.message for record in caplog.records] == [
         "waiting for a:1 (still loading)",  # once, although nothing changed at the second look
-        "not ready any more: a:1 (still loading)",
+        "no longer ready: a:1 (still loading)",
         "ready again",
     ]
 

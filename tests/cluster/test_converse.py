@@ -58,7 +58,7 @@ def test_each_chat_turn_sends_the_whole_history_and_shows_its_figures() -> None:
     assert [len(asked["messages"]) for asked in here.asked] == [2, 4]  # type: ignore[arg-type]
     assert here.roles() == ["system", "user", "assistant", "user", "assistant"]
     assert here.conversation.messages[2]["content"] == "Bonjour"
-    assert "20 of prompt, 16 of them cached" in here.shown
+    assert "20 in the prompt, 16 cached" in here.shown
     assert "kvist" not in here.asked[0]
     assert "temperature" not in here.asked[0]
 
@@ -115,7 +115,7 @@ def test_the_received_part_of_a_broken_answer_stays_in_the_history() -> None:
 def test_the_figures_name_an_answer_cut_at_its_limit() -> None:
     here = chat(lambda _request: httpx.Response(200, text=events("Bon", finish_reason="length")))
     here.say("Hello")
-    assert "cut at its limit" in here.shown
+    assert "cut at the token limit" in here.shown
 
 
 @pytest.mark.parametrize(

@@ -42,12 +42,12 @@ def test_a_router_on_all_interfaces_is_probed_through_loopback() -> None:
 
 @pytest.mark.parametrize(("prefill", "decode"), [(1, 0), (0, 2)])
 def test_prefill_without_decode_is_refused(prefill: int, decode: int) -> None:
-    with pytest.raises(ConfigError, match="useless without the other"):
+    with pytest.raises(ConfigError, match="need each other"):
         ClusterConfig(prefill=prefill, decode=decode)
 
 
 def test_a_cluster_without_workers_is_refused() -> None:
-    with pytest.raises(ConfigError, match="starts nothing"):
+    with pytest.raises(ConfigError, match="starts no worker"):
         ClusterConfig(prefill=0, decode=0)
 
 

@@ -119,7 +119,7 @@ def test_a_child_that_cannot_start_fails_the_wait_and_its_last_lines_are_quoted(
 def test_waiting_for_a_child_that_never_gets_ready_times_out() -> None:
     with (
         Processes([plan("a", STAYS)], probe=alive, sink=Lines()) as processes,
-        pytest.raises(Timeout, match="not ready: a"),
+        pytest.raises(Timeout, match="not ready after 0 s: a"),
     ):
         processes.wait_ready(0.2)
 

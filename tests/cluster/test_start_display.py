@@ -78,7 +78,7 @@ def test_a_terminal_shows_a_changing_line_per_process_and_important_lines_above(
         ("2026-11-29 17:00:00.000 ERROR   kvist.worker: lost", False),
         ('{"time": "2026-11-29T17:00:00.000+00:00", "level": "warning", "logger": "kvist"}', False),
         ("    Traceback (most recent call last):", False),
-        ("was killed by signal 9; starting it again in 0.5 s", False),
+        ("was killed by signal 9; the next start is in 0.5 s", False),
     ],
 )
 def test_routine_log_lines_are_recognized_in_both_log_formats(line: str, routine: bool) -> None:

@@ -129,6 +129,6 @@ def test_kvist_up_leaves_nothing_behind_however_it_ends(number, to_all, code, tm
         told = log.read_text()
         assert "Traceback" not in told
         assert "next start" not in told
-        assert "starting it again" not in told
+        assert "the next start is in" not in told
     # a dead life's lock file, empty, stays for a while so that peers can tell "dead" from "unknown"
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size and path != log] == []

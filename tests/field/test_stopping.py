@@ -124,7 +124,7 @@ async def test_a_stream_over_the_shutdown_timeout_ends_with_an_error_event_and_o
         await server.ended()
     told = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert [record.getMessage() for record in told] == [
-        "requests still open, now cut with an error: 2 (--shutdown-timeout-s)"
+        "open requests that are now cut with an error: 2 (--shutdown-timeout-s)"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Says when a server is ready, with a command that asks it something, and until then what it waits for."""
+"""Announces that a server is ready, with an example request; until then, logs which workers are missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Readiness(Protocol):
-    """What is known of the workers (router/dispatch.py)."""
+    """The state of the workers, as the dispatcher knows it (router/dispatch.py)."""
 
     def ready(self) -> bool: ...
 
@@ -27,26 +27,26 @@ class Readiness(Protocol):
 
 
 def curl_example(url: str, *, api_key: str | None = None) -> str:
-    """One line to paste into a shell."""
+    """Return an example request: one line to paste into a shell."""
     key = "" if api_key is None else f" -H 'Authorization: Bearer {api_key}'"
     return f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{_QUESTION}'"
 
 
 def router_example(url: str, role: str) -> str:
-    """How a worker that does one part of a request is used."""
+    """Return the command of a router for a prefill or decode worker."""
     urls = {"prefill": "PREFILL_URL", "decode": "DECODE_URL", role: url}
     return f"kvist router --prefill {urls['prefill']} --decode {urls['decode']}"
 
 
 def shown_key(api_keys: Sequence[str]) -> str | None:
-    """The key for an example: itself on a terminal, whose user gave it; nowhere else is a secret printed."""
+    """Return the API key to print in an example: the key itself on a terminal only, elsewhere a placeholder."""
     if not api_keys:
         return None
     return api_keys[0] if sys.stdout.isatty() else "YOUR_KEY"
 
 
 def waiting_for(snapshot: ClusterSnapshot) -> str:
-    """The workers that are not ready, each with its reason."""
+    """Return the workers that are not ready, each with its reason."""
     missing = [f"{each.worker_id} ({each.problem or each.state})" for each in snapshot.workers if not each.alive]
     if len(missing) > MAX_NAMED:
         missing[MAX_NAMED:] = [f"{len(missing) - MAX_NAMED} more"]
@@ -54,8 +54,9 @@ def waiting_for(snapshot: ClusterSnapshot) -> str:
 
 
 async def announce(readiness: Readiness, on_ready: Callable[[], None], *, reports_waiting: bool = True) -> None:
-    """Calls `on_ready` at the first time; readiness lost and regained is logged, and what is waited for, unless
-    another does that (`reports_waiting`). Until cancelled."""
+    """Call `on_ready` when the server is ready for the first time, until cancelled.
+
+    Log when readiness is lost and regained and, with `reports_waiting`, which workers are missing."""
     loop = asyncio.get_running_loop()
     was_ready, was_announced, last_reported, next_report_s = False, False, "", loop.time() + REPORT_INTERVAL_S
     while True:
@@ -66,7 +67,7 @@ async def announce(readiness: Readiness, on_ready: Callable[[], None], *, report
         elif ready and not was_ready:
             logger.info("ready again")
         elif was_ready and not ready:
-            logger.warning("not ready any more: %s", waiting_for(readiness.snapshot()))
+            logger.warning("no longer ready: %s", waiting_for(readiness.snapshot()))
         elif reports_waiting and not ready and loop.time() >= next_report_s:
             next_report_s = loop.time() + REPORT_INTERVAL_S
             if (text := waiting_for(readiness.snapshot())) != last_reported:

@@ -16,12 +16,12 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnOptions:
-    """What is asked besides the messages. None leaves a field to the server."""
+    """The fields of a request besides the messages. None leaves a field to the server's default."""
 
     max_tokens: int | None = None
     temperature: float | None = None
     model: str | None = None
-    with_report: bool = True  # ask for Kvist's own figures, which other servers refuse
+    with_report: bool = True  # ask for the figures of Kvist; other servers refuse the field
 
     def body(self, messages: Sequence[Message]) -> dict[str, object]:
         fields: dict[str, object] = {
@@ -38,7 +38,7 @@ class TurnOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnReport:
-    """What one turn cost. Times are the client's; pages and workers are what the response reports of itself."""
+    """The figures of one turn: times measured by the client; pages and workers as reported in the response."""
 
     text: str
     finish_reason: str | None
@@ -53,13 +53,13 @@ class TurnReport:
     num_bytes: int
     handoff_s: float
     handoff_wait_s: float
-    prefill_worker: str | None  # None: the server does not say
+    prefill_worker: str | None  # None: not reported by the server
     decode_worker: str | None
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What the events have said so far. Owned by one call of `stream_turn`."""
+    """The contents of the events received so far. Mutable; owned by one call of `stream_turn`."""
 
     text: str = ""
     finish_reason: str | None = None
@@ -77,7 +77,7 @@ def stream_turn(
     clock: Clock,
     show: Callable[[str], None],
 ) -> TurnReport:
-    """`show` gets each piece as it comes. Raises `EngineError`."""
+    """Send one request and return its figures. `show` is called with each piece of the answer. Raises `EngineError`."""
     seen = _Seen()
     start_s = clock.now_s()
     with client.stream("POST", "/v1/chat/completions", json=options.body(messages)) as response:
@@ -87,7 +87,7 @@ def stream_turn(
             if line.startswith("data: ") and line != "data: [DONE]":
                 _take(seen, json.loads(line.removeprefix("data: ")), clock.now_s(), show)
     if seen.usage is None or (options.with_report and seen.report is None):
-        raise EngineError("the answer came without its usage and report")
+        raise EngineError("the answer came without its usage or without its report")
     return _report(seen, start_s, clock.now_s())
 
 

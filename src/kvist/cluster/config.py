@@ -1,4 +1,4 @@
-"""How many workers `kvist up` starts, and with whom `kvist chat` talks."""
+"""The options of `kvist up` and `kvist demo` (number of workers) and of `kvist chat`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from kvist.errors import ConfigError
 class ClusterConfig:
     prefill: int = option(1, "prefill workers to start", unit="workers", minimum=0, maximum=64)
     decode: int = option(1, "decode workers to start", unit="workers", minimum=0, maximum=64)
-    unified: int = option(0, "workers to start that do both", unit="workers", minimum=0, maximum=64)
+    unified: int = option(0, "workers to start that do both prefill and decode", unit="workers", minimum=0, maximum=64)
     start_timeout_s: float = option(
-        300.0, "give up when not everything is ready after this long", unit="seconds", minimum=1
+        300.0, "stop with an error if not every process is ready after this long", unit="seconds", minimum=1
     )
 
     def __post_init__(self) -> None:
         if (self.prefill == 0) != (self.decode == 0):
             raise ConfigError(
-                f"--prefill {self.prefill} --decode {self.decode}: one is useless without the other; "
+                f"--prefill {self.prefill} --decode {self.decode}: prefill and decode need each other; "
                 "give both, or --unified N",
                 param="prefill",
             )
         if self.num_workers == 0:
-            raise ConfigError("--prefill 0 --decode 0 --unified 0 starts nothing: give at least one", param="unified")
+            raise ConfigError("--prefill 0 --decode 0 --unified 0 starts no worker: give at least one", param="unified")
 
     @property
     def num_workers(self) -> int:
@@ -36,25 +36,27 @@ class ClusterConfig:
 class ChatConfig:
     target: str | None = option(
         None,
-        "URL of a running server, or a model for which a server is started; by default a server of the embedded model "
-        "is started",
+        "URL of a running server, or a model to start a server for; by default a server of the embedded model is "
+        "started",
     )
     system: str | None = option(None, "the system prompt", aliases=("system-prompt",))
     max_tokens: int | None = option(
-        None, "longest answer", unit="tokens", minimum=1, unset="as long as the model's context allows"
+        None, "maximum length of an answer", unit="tokens", minimum=1, unset="as long as the model's context allows"
     )
     temperature: float | None = option(
-        None, "0 always takes the likeliest token", minimum=0, unset="the server's default"
+        None, "0 always takes the most likely token", minimum=0, unset="the server's default"
     )
     served_model_name: str | None = option(
-        None, "the model to use, if the server has several", unset="the server's first"
+        None, "model to use if the server has several", unset="the server's first model"
     )
     api_key: str | None = option(None, "API key of the running server", secret=True)
-    stats: bool = option(True, "show figures after each answer")
-    start_timeout_s: float = option(600.0, "the longest wait for a server that is started here", unit="s", minimum=1)
+    stats: bool = option(True, "show latency and token counts after each answer")
+    start_timeout_s: float = option(
+        600.0, "longest time to wait for a server that is started for the chat", unit="s", minimum=1
+    )
 
     @property
     def url(self) -> str | None:
-        """The running server's; None when one is to be started."""
+        """Return the URL of the running server; None if a server has to be started."""
         target = self.target or ""
         return target.rstrip("/").removesuffix("/v1") if target.startswith(("http://", "https://")) else None

@@ -1,7 +1,7 @@
-"""`kvist chat`: a conversation at the terminal, with a running server or with one that is started for it.
+"""`kvist chat`: a conversation at the terminal, with a running server or with one that is started for the chat.
 
-Each line is a turn; the whole history is sent with it, as the API wants, and what the server had cached of it is in the
-figures. Lines that begin with / are commands. Ctrl-C ends an answer, the end of the input ends the chat.
+Each line is a turn and is sent with the whole history, as the API requires; the figures show how much of the history
+was cached. Lines that begin with / are commands. Ctrl-C ends an answer, the end of the input ends the chat.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ MAX_HISTORY_LINES = 1000
 COMMANDS = {
     "/help": "show these commands",
     "/reset": "forget the conversation, keep the system prompt",
-    "/system TEXT": "set the system prompt and forget the conversation; without TEXT there is none",
+    "/system TEXT": "set the system prompt and forget the conversation; without TEXT, remove the system prompt",
     "/undo": "forget the last question and its answer",
     "/history": "show the conversation so far",
     "/stats": "switch the figures after each answer on or off",
-    "/quit": "leave; so does Ctrl-D",
+    "/quit": "end the chat, as Ctrl-D does",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terminal:
-    """Where lines come from and text goes; tests give their own."""
+    """The input and output of a chat; tests pass their own."""
 
     read: Callable[[str], str]  # a prompt -> a line; raises EOFError at the end
     write: Callable[[str], None]
@@ -60,7 +60,7 @@ class Conversation:
         self._reset()
 
     def handle(self, line: str) -> bool:
-        """One line of input. False: it ends the chat. Raises nothing for what the server does."""
+        """Handle one line of input; return False if the line ends the chat. Server errors are shown, not raised."""
         line = line.strip()
         if line.startswith("/"):
             return self._command(*line.partition(" ")[::2])
@@ -120,19 +120,19 @@ class Conversation:
 
 
 def figures(report: TurnReport) -> str:
-    """One line under an answer."""
+    """Return the line of figures under an answer."""
     parts = [f"first token {report.ttft_s * 1e3:.0f} ms"]
     if report.tpot_s:
         parts.append(f"{1 / report.tpot_s:.1f} tokens/s")
-    parts.append(f"{report.num_output_tokens} tokens of answer")
-    parts.append(f"{report.num_prompt_tokens} of prompt, {report.num_cached_tokens} of them cached")
+    parts.append(f"{report.num_output_tokens} tokens generated")
+    parts.append(f"{report.num_prompt_tokens} in the prompt, {report.num_cached_tokens} cached")
     if report.finish_reason == "length":
-        parts.append("cut at its limit")
+        parts.append("cut at the token limit")
     return "[" + "; ".join(parts) + "]"
 
 
 def converse(config: ChatConfig, serve_argv: list[str]) -> int:
-    """Until the input ends. Raises `KvistError` when there is no server to talk to."""
+    """Run the chat until the input ends. Raises `KvistError` when no server can be reached or started."""
     with contextlib.ExitStack() as stack:
         url = config.url
         if url is None:
@@ -181,7 +181,7 @@ def _write(text: str) -> None:
 
 @contextlib.contextmanager
 def _line_history() -> Iterator[None]:
-    """Arrow keys reach earlier lines, also those of earlier chats."""
+    """Let arrow keys reach earlier lines, also of earlier chats."""
     try:
         import readline
     except ImportError:  # not on every system
@@ -202,11 +202,11 @@ def _line_history() -> Iterator[None]:
 
 
 def _find_model(client: httpx.Client, url: str, named: str | None) -> tuple[str, bool]:
-    """The model to ask for, and whether the server is a Kvist. Raises `Unavailable`."""
+    """Return the model to use, and whether the server is Kvist. Raises `Unavailable`."""
     try:
         response = client.get("/v1/models")
         if response.status_code == httpx.codes.UNAUTHORIZED:
-            raise Unavailable(f"{url} wants an API key: give --api-key")
+            raise Unavailable(f"{url} requires an API key: use --api-key")
         models = response.raise_for_status().json()["data"]
         return named or str(models[0]["id"]), models[0].get("owned_by") == "kvist"
     except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -215,7 +215,7 @@ def _find_model(client: httpx.Client, url: str, named: str | None) -> tuple[str,
 
 @contextlib.contextmanager
 def _own_server(serve_argv: list[str], timeout_s: float) -> Iterator[str]:
-    """The URL of a server that lives as long as the body. Raises `KvistError` when it does not start."""
+    """Yield the URL of a server that runs as long as the body. Raises `KvistError` when the server does not start."""
     url = f"http://{LOOPBACK}:{free_ports(1)[0]}"
     argv = (*(sys.executable, "-m", "kvist", "serve", *serve_argv), f"--port={url.rpartition(':')[2]}")
     plan = ChildPlan(name="serve", argv=(*argv, "--stop-with-stdin"), url=url)

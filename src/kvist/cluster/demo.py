@@ -1,8 +1,8 @@
-"""`kvist demo`: a cluster of separate processes answers a question and holds a chat; a table tells what that took.
+"""`kvist demo`: a cluster of separate processes answers a question and a chat, and prints a table of the figures.
 
-Starts everything, streams the answers, stops everything. Before the last ones the upper tiers of the cache are emptied:
-the chat goes on with pages from the tier below. Fails when the first answer lacks the expected word, or when no page
-came back.
+The demo starts a cluster, streams the answers and stops the cluster. Before the last turns, the upper cache tiers are
+flushed, so that these turns load their pages from the tier below. The demo fails if the first answer lacks the expected
+word, or if no page was loaded from a tier.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHAT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierCheck:
-    """A turn of the chat after a flush: the pages must come from `source`."""
+    """A chat turn after a flush: its pages must come from the tier `source`."""
 
     name: str
     flushed: Mapping[str, str]  # the query of /flush_cache
@@ -47,14 +47,14 @@ class TierCheck:
 FROM_HOST = TierCheck(
     name="from host",
     flushed={"tier": "device"},
-    described="their device pools",
+    described="the device pools",
     text="And what does it need light for?",
     source="host",
 )
 FROM_STORE = TierCheck(
     name="from store",
     flushed={},
-    described="their device pools and of host memory",
+    described="the device pools and of host memory",
     text="What happens to it in the dark?",
     source="storage",
 )
@@ -69,7 +69,7 @@ def show_piece(piece: str) -> None:
 
 
 def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
-    """0 when the answer has `expect` in it, 1 when not. Raises `KvistError` when the cluster fails."""
+    """Run the demo; return 0 if all expectations are met, else 1. Raises `KvistError` when the cluster fails."""
     processes = Processes(plan_on_free_ports(shape), probe=probe_child, sink=lambda _name, _line: None)
     checks = [FROM_HOST, FROM_STORE] if _has_store(shape) else [FROM_HOST]
     with interrupt_on_stop_signals(processes), contextlib.ExitStack() as stack:
@@ -84,7 +84,7 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
         try:
             rows = _talk(router.plan.url, question, checks)
         except (KvistError, httpx.HTTPError):
-            show_line("\nWhat the processes said last:")
+            show_line("\nThe last lines of each process:")
             for child in processes.children.values():
                 show_line("\n".join(f"  [{child.plan.name}] {line}" for line in list(child.last_lines)[-15:]))
             raise
@@ -93,7 +93,7 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
         show_line(process_summary(rows, list(processes.children.values())))
         for check, (_name, report) in zip(checks, rows[-len(checks) :], strict=True):
             show_line(cache_summary(check, report))
-    show_line("Everything that was started is stopped.")
+    show_line("All processes are stopped.")
     failures = unmet_expectations(rows, checks, question=question, expect=expect)
     for failure in failures:
         print(failure, file=sys.stderr)
@@ -107,19 +107,19 @@ def _has_store(shape: ClusterShape) -> bool:
 def unmet_expectations(
     rows: Sequence[tuple[str, TurnReport]], checks: Sequence[TierCheck], *, question: str, expect: str
 ) -> list[str]:
-    """What the demo should have shown, and did not."""
+    """Return a line for each expectation that was not met."""
     found = []
     if expect and expect.lower() not in rows[0][1].text.lower():
         found.append(f"The answer to {question!r} does not name {expect}.")
     reports = dict(rows)
     for check in checks:
         if not reports[check.name].num_cached_by_tier.get(check.source):
-            found.append(f"The workers forgot the pages of {check.described}, and nothing came back ({check.name}).")
+            found.append(f"The pages of {check.described} were flushed, and no page was loaded from {check.source}.")
     return found
 
 
 def _talk(url: str, question: str, checks: Sequence[TierCheck]) -> list[tuple[str, TurnReport]]:
-    """(what the row is called, its report) of the question, of each turn of the chat, and of the acts."""
+    """Return (name of the row, report) of the question, of each turn of the chat, and of the acts."""
     with httpx.Client(base_url=url, timeout=TURN_TIMEOUT_S, trust_env=False) as client:
         rows = [("question", _ask(client, [{"role": "user", "content": question}]))]
         messages: list[Message] = []
@@ -127,13 +127,13 @@ def _talk(url: str, question: str, checks: Sequence[TierCheck]) -> list[tuple[st
             rows.append((f"chat {index + 1}", _next_turn(client, messages, text)))
         for check in checks:
             answer = client.post("/flush_cache", params=check.flushed).raise_for_status().json()
-            show_line(f"The workers forget the {answer['num_pages']} pages of {check.described}; the chat goes on.\n")
+            show_line(f"Flushed: the {answer['num_pages']} pages of {check.described}. The chat goes on.\n")
             rows.append((check.name, _next_turn(client, messages, check.text)))
     return rows
 
 
 def _next_turn(client: httpx.Client, messages: list[Message], text: str) -> TurnReport:
-    """The conversation grows by this and the answer."""
+    """Ask `text`; append the question and the answer to `messages`."""
     messages.append({"role": "user", "content": text})
     report = _ask(client, messages)
     messages.append({"role": "assistant", "content": report.text})
@@ -143,7 +143,7 @@ def _next_turn(client: httpx.Client, messages: list[Message], text: str) -> Turn
 def _ask(client: httpx.Client, messages: Sequence[Message]) -> TurnReport:
     show_line(f"you   > {messages[-1]['content']}")
     show_piece("model > ")
-    options = TurnOptions(max_tokens=MAX_TOKENS, temperature=0)  # greedy, so that every run tells the same
+    options = TurnOptions(max_tokens=MAX_TOKENS, temperature=0)  # greedy: every run gives the same answers
     report = stream_turn(client, messages, options, clock=MonotonicClock(), show=show_piece)
     show_line("\n")
     return report
@@ -156,13 +156,13 @@ _COLUMNS = (
 
 
 LEGEND = """
-pages sent: written by prefill into decode's pool; pages reused: prompt pages that decode had already
-handoff: from decode's grant to verified pages, while prefill computes; waited: the part of it after prefill was done
+pages sent: written by prefill into decode's pool; pages reused: prompt pages already cached at decode
+handoff: from decode's grant to verified pages, while prefill computes; waited: the part after prefill was done
 """
 
 
 def table(rows: Sequence[tuple[str, TurnReport]]) -> str:
-    """One line a turn."""
+    """Return the table, one line per turn."""
     cells = [_COLUMNS, *(_row(name, report) for name, report in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_COLUMNS))]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells]
@@ -187,21 +187,21 @@ def _row(name: str, report: TurnReport) -> tuple[str, ...]:
 
 
 def process_summary(rows: Sequence[tuple[str, TurnReport]], children: Sequence[Child]) -> str:
-    """Names the processes behind the worker ids of the reports."""
+    """Return which processes did the prefill and the decode."""
     names = {child.plan.url.removeprefix("http://"): f"{child.plan.name} (process {child.pid})" for child in children}
     prefill = sorted({names.get(worker, worker) for _name, report in rows if (worker := report.prefill_worker)})
     decode = sorted({names.get(worker, worker) for _name, report in rows if (worker := report.decode_worker)})
     return (
-        f"Prompts were read by {', '.join(prefill)}; answers were written by {', '.join(decode)}; "
-        "the router tokenised, chose the workers and merged their tokens."
+        f"Prefill ran in {', '.join(prefill)}, decode in {', '.join(decode)}; "
+        "the router tokenized, chose the workers and merged their tokens."
     )
 
 
 def cache_summary(check: TierCheck, report: TurnReport) -> str:
-    """Where the cached tokens of a turn came from."""
+    """Return which tiers the cached tokens of a turn came from."""
     places = {"device": "from the device pool", "host": "from host memory", "storage": "from storage"}
     described = [f"{report.num_cached_by_tier.get(tier, 0)} {words}" for tier, words in places.items()]
     return (
-        f"{check.name.capitalize()}: {report.num_cached_tokens} of {report.num_prompt_tokens} prompt tokens were not "
-        f"computed again ({', '.join(described)})."
+        f"{check.name.capitalize()}: {report.num_cached_tokens} of {report.num_prompt_tokens} prompt tokens were "
+        f"cached ({', '.join(described)})."
     )

@@ -1,4 +1,4 @@
-"""How this process is told to end: by signals, or by the process that started it, on our standard input."""
+"""Stop requests for this process: signals, and lines on standard input from the parent process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from types import FrameType
 
 from kvist.parent import continue_when_parent_dies
 
-SHUTDOWN_DEADLINE_S = 15.0  # beyond what open requests may take, from SIGTERM until the process ends whatever goes on
+SHUTDOWN_DEADLINE_S = 15.0  # added to the time of open requests: from the stop request to a forced exit
 STOP, HURRY = b"stop", b"hurry"  # lines on the standard input of a child
 STOP_SIGNALS = tuple(
-    # The terminal closed (SIGHUP) is a stop, too, unless `nohup` has it ignored. SIGINT is one even when ignored: the
-    # background processes of a script inherit it so, and `kill -INT` would do nothing.
+    # SIGHUP (the terminal was closed) also asks for a stop, unless `nohup` ignores it. SIGINT asks for a stop even if
+    # it is ignored: background processes of a script inherit that, and `kill -INT` would have no effect.
     number
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
@@ -27,7 +27,7 @@ STOP_SIGNALS = tuple(
 def handle_signals(
     handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]
 ) -> Iterator[None]:
-    """The body's signals of these numbers are the handler's."""
+    """Handle the signals `numbers` with `handler` while the body runs."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -44,7 +44,7 @@ def stop_with_parent(*, stop: Callable[[], None], hurry: Callable[[], None], dra
     `drain_s` + `SHUTDOWN_DEADLINE_S` after a stop began. If the process is suspended (SIGSTOP) when its parent dies, it
     is continued. `stop` and `hurry` are called on a thread."""
     continue_when_parent_dies()
-    descriptor = os.dup(sys.stdin.fileno())  # children we start get no part of it
+    descriptor = os.dup(sys.stdin.fileno())  # not inherited by child processes
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

@@ -1,4 +1,4 @@
-"""The socket that HTTP listens on."""
+"""The listening socket of the HTTP server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvist.errors import ConfigError
 
 @contextlib.contextmanager
 def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """Bound, not listening yet. Raises `ConfigError` when the address cannot be had."""
+    """Yield a bound socket that does not listen yet. Raises `ConfigError` when the address cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart must not wait for old connections

@@ -1,6 +1,6 @@
-"""What `kvist up` runs: a `kvist serve` for each worker and one `kvist router`, with ports, threads and GPUs dealt out.
+"""Plans the processes of `kvist up`: a `kvist serve` per worker and one `kvist router`, with ports, threads and GPUs.
 
-A plain function from numbers to command lines; processes.py starts them.
+Plain functions from numbers to command lines; processes.py starts the processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterShape:
-    """Everything that decides the command lines. `*_argv` are the options the user gave that reach that verb."""
+    """The input of the plan. `*_argv` are the options given by the user that this verb knows."""
 
     config: ClusterConfig
     worker_argv: tuple[str, ...] = ()
@@ -31,28 +31,28 @@ class ClusterShape:
     router_environ: dict[str, str] = field(default_factory=dict)
     router_host: str = LOOPBACK
     router_port: int = 30000
-    shows_all_lines: bool = False  # also those of a start that goes well
-    api_keys: tuple[str, ...] = field(default=(), repr=False)  # for the example of a request only
+    shows_all_lines: bool = False  # also INFO and DEBUG lines during the start
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # only for the example request
     threads_per_worker: int = 1
-    num_gpus: int = 0  # to be dealt out, from `base_gpu_id` on
+    num_gpus: int = 0  # GPUs to assign, starting at `base_gpu_id`
     base_gpu_id: int = 0
     gpus_per_worker: int = 1
     persist_folder: str | None = None  # of the host tiers
-    drain_s: float = 10.0  # what each process gives its open requests when it stops
+    drain_s: float = 10.0  # time for the open requests of each process at a stop
     stall_restart_s: float = STALL_RESTART_S
     runtime_dir: str | None = None  # of the engines; None: the user's own
-    memory_share: float | None = None  # of one GPU, for the workers on it together; None: each has been told its own
+    memory_share: float | None = None  # of one GPU, shared by its workers; None: set by the user, for each worker
     python: str = sys.executable
 
 
 def worker_names(config: ClusterConfig) -> list[tuple[str, str]]:
-    """(name, role) of each worker, prefill first."""
+    """Return (name, role) of each worker, prefill first."""
     counts = (("prefill", config.prefill), ("decode", config.decode), ("unified", config.unified))
     return [(f"{role}-{index}", role) for role, count in counts for index in range(count)]
 
 
 def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[ChildPlan]:
-    """Workers first, the router last. `worker_ports` has one free port a worker."""
+    """Return the workers, then the router. `worker_ports` has one free port per worker."""
     assert len(worker_ports) == shape.config.num_workers
     kvist = (shape.python, "-m", "kvist")
     plans = []
@@ -95,7 +95,7 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
 
 
 def _persist(shape: ClusterShape, name: str) -> tuple[str, ...]:
-    """One worker, one folder; the worker's name is the same at the next start."""
+    """Return the option with the worker's own folder; the worker has the same name at the next start."""
     if shape.persist_folder is None:
         return ()
     folder = Path(shape.persist_folder, *([name] if shape.config.num_workers > 1 else []))
@@ -103,13 +103,13 @@ def _persist(shape: ClusterShape, name: str) -> tuple[str, ...]:
 
 
 def plan_on_free_ports(shape: ClusterShape) -> list[ChildPlan]:
-    """`plan_cluster` with ports found now; the router keeps its own unless it is 0."""
+    """Call `plan_cluster` with free ports; the router uses its own port unless that is 0."""
     *worker_ports, spare = free_ports(shape.config.num_workers + 1)
     return plan_cluster(replace(shape, router_port=shape.router_port or spare), worker_ports)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody held a moment ago, all different."""
+    """Return different ports of the loopback interface that were free a moment ago."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in range(count)]
         for one in sockets:
@@ -118,10 +118,10 @@ def free_ports(count: int) -> list[int]:
 
 
 def assign_gpus(shape: ClusterShape) -> list[tuple[str, ...]]:
-    """Options for each worker: its GPU, round-robin, and its share of the memory where several have the same one.
+    """Return options for each worker: its GPU, round-robin, and a share of the memory if workers share a GPU.
 
-    Nothing is dealt out where there are no GPUs. Where there are fewer than one worker asks for, all are told the first
-    place that was asked for: they refuse it, and say why."""
+    Without GPUs, return no options. If there are fewer GPUs than one worker needs, every worker gets the first GPU ids
+    requested: the workers refuse them with an error that gives the reason."""
     if not shape.num_gpus:
         return []
     num_places = max(1, (shape.num_gpus - shape.base_gpu_id) // shape.gpus_per_worker)
@@ -136,14 +136,14 @@ def assign_gpus(shape: ClusterShape) -> list[tuple[str, ...]]:
 
 
 def visible_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int:
-    """NVIDIA GPUs that a worker started from here would see, without asking the driver."""
+    """Return the number of NVIDIA GPUs visible to a worker started by this process, without calling the driver."""
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return sum(path.name.removeprefix("nvidia").isdecimal() for path in devices.glob("nvidia*"))
     names = [name.strip() for name in chosen.split(",")]
-    return len(list(takewhile(lambda name: name not in ("", "-1"), names)))  # CUDA stops at the first that is no GPU
+    return len(list(takewhile(lambda name: name not in ("", "-1"), names)))  # CUDA stops at the first invalid id
 
 
 def threads_for_each(num_workers: int, num_cores: int) -> int:
-    """Compute threads for each worker: the cores dealt out evenly, at least one."""
+    """Return the compute threads of each worker: an equal share of the cores, at least one."""
     return max(1, num_cores // num_workers)

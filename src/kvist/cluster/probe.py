@@ -1,4 +1,4 @@
-"""Asks a process over HTTP whether it is ready."""
+"""Asks a process over HTTP whether the process is ready."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import httpx
 from kvist.cluster.processes import ALIVE, NO_ANSWER, READY, Answer
 
 PROBE_TIMEOUT_S = 1.0
-_NOT_READY = "not ready: "  # server/admin.py; what follows is what it does
+_NOT_READY = "not ready: "  # from server/admin.py; the current activity follows
 
 
 def is_ready(url: str) -> bool:
-    """True when `GET /ready` answers 200. Never raises, never takes longer than a second or so."""
+    """Return whether `GET /ready` answers 200. Never raises; takes about one second at most."""
     try:
         return httpx.get(f"{url}/ready", timeout=PROBE_TIMEOUT_S, trust_env=False).status_code == httpx.codes.OK
     except httpx.HTTPError:
@@ -19,8 +19,8 @@ def is_ready(url: str) -> bool:
 
 
 def probe_child(url: str, instance_id: str) -> Answer:
-    """How the server that was started with this instance id answers. Never raises, never takes longer than a second or
-    so. That another server is ready says nothing."""
+    """Return the answer of the server with this instance id; another server on the port counts as no answer. Never
+    raises; takes about one second at most."""
     try:
         response = httpx.get(f"{url}/ready", timeout=PROBE_TIMEOUT_S, trust_env=False)
         body = response.json()

@@ -1,17 +1,17 @@
-"""Child processes of one `kvist up` or `kvist demo`: started, watched, restarted, stopped; none left behind.
+"""The child processes of `kvist up` and `kvist demo`: started, supervised, restarted, stopped; none is left behind.
 
-Life cycle of a child: STARTING until its own `/ready` answers 200, then READY. A child is known by the instance id that
-it was started with: a port that another server holds is never ready. A child that dies is reported and started again
-after a wait that doubles with each death in a row (a minute of health forgives the past), but for one that says, before
-it was ever ready, that its settings are wrong (exit status 2): REFUSED, since a restart would not heal that. A child
-that was ready and answers nothing for `stall_restart_s`, stopped or blocked, is killed, which starts it again.
+Life cycle of a child: STARTING until its own `/ready` answers 200, then READY. A child is identified by the instance id
+that it was started with: another server on its port never counts as ready. A child that dies is reported and restarted
+after a wait that doubles with each death in a row; a minute of health resets the wait. The exception is a child that
+exits with status 2 (wrong settings) before it was ever ready: its state becomes REFUSED, because a restart would not
+help. A child that was ready and does not answer for `stall_restart_s`, suspended or blocked, is killed and restarted.
 
-`stop` asks every child to end, waits as long as their requests may take, and kills what is left, each with its whole
-process group. Children run with `--stop-with-stdin`: what they are told comes by a pipe, so that nothing outlives us
-even if we are killed with -9.
+`stop` asks every child to end, waits as long as open requests may take, and then kills the remaining children, each
+with its whole process group. Children run with `--stop-with-stdin` and receive stop requests through a pipe, so that
+they end even if this process is killed with SIGKILL.
 
-One thread relays output and notices deaths, one for each child asks whether it answers, and the caller may block on
-other things. They do not decide what to run: that is the plan (plan.py).
+One thread relays output and notices deaths, and one thread per child probes the child; the caller may block. The
+processes to run are decided in plan.py.
 """
 
 from __future__ import annotations
@@ -36,24 +36,26 @@ from kvist.worker.child import BACKOFF_RESET_S, restart_wait_s
 
 CHECK_INTERVAL_S = 0.1
 PROBE_INTERVAL_S = 0.25  # of a child that is starting
-HEALTH_INTERVAL_S = 1.0  # of one that was ready
-SILENT_AFTER_S = 5.0  # then it is said
+HEALTH_INTERVAL_S = 1.0  # of a child that was ready
+SILENT_AFTER_S = 5.0  # then the silence is reported
 STALL_RESTART_S = 30.0
-STOP_GRACE_S = 15.0  # for a child to end, beyond what its open requests may take
+STOP_GRACE_S = 15.0  # for a child to end, added to the time of its open requests
 HURRY_GRACE_S = 8.0
 KILL_TIMEOUT_S = 10.0  # for the kernel to end a process that was killed
 NUM_LAST_LINES = 60
-REFUSED_STATUS = 2  # cli.py's for a mistake in the settings
+REFUSED_STATUS = 2  # exit status of cli.py for a mistake in the settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChildPlan:
-    """What to run. `url` is where its HTTP answers once it is up."""
+    """One process to run. `url` is the address of its HTTP server."""
 
     name: str  # "prefill-0", "router"
     argv: tuple[str, ...]
     url: str
-    environ: dict[str, str] = field(default_factory=dict)  # added to ours, less our own KVIST_ variables
+    environ: dict[str, str] = field(
+        default_factory=dict
+    )  # added to our environment, which is passed on without KVIST_ variables
 
 
 class ChildState(enum.Enum):
@@ -66,26 +68,26 @@ class ChildState(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """How a child answers when it is asked for its state."""
+    """The answer of a child to a probe."""
 
     alive: bool = False
     ready: bool = False
-    doing: str = ""  # while it starts, for people
+    doing: str = ""  # current activity during the start, for people
 
 
 NO_ANSWER, ALIVE, READY = Answer(), Answer(alive=True), Answer(alive=True, ready=True)
 
-Probe = Callable[[str, str], Answer]  # (url, instance id) -> how it answers; blocks for no more than a second or so
+Probe = Callable[[str, str], Answer]  # (url, instance id) -> answer; blocks for about one second at most
 Sink = Callable[[str, str], None]  # (child's name, one line of its output); must not block
 
 
 def _inherited() -> dict[str, str]:
-    """Our environment without settings: what a child must know of them is on its command line or in its plan."""
+    """Return our environment without settings: the settings of a child are on its command line or in its plan."""
     return {name: value for name, value in os.environ.items() if not name.startswith("KVIST_")}
 
 
 class Child:
-    """One planned process through all its lives. Changed only by `Processes`, under its lock."""
+    """One planned process, through all its restarts. Mutable; changed only by `Processes`, under its lock."""
 
     def __init__(self, plan: ChildPlan) -> None:
         self.plan = plan
@@ -93,9 +95,9 @@ class Child:
         self.num_restarts = 0
         self.last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
         self.process: subprocess.Popen[bytes] | None = None
-        self.instance_id = ""  # of this life
-        self.doing = ""  # while it starts, for people
-        self.was_ready = False  # in any life
+        self.instance_id = ""  # of the current run
+        self.doing = ""  # current activity during the start, for people
+        self.was_ready = False  # in any run
         self.started_s = 0.0
         self.last_answer_s = 0.0
         self.silence_reported = False
@@ -111,11 +113,11 @@ class Child:
         self.instance_id = secrets.token_hex(8)
         self.process = subprocess.Popen(
             self.plan.argv,
-            stdin=subprocess.PIPE,  # for lifeline.py's words; its end means that we are gone
+            stdin=subprocess.PIPE,  # for the lines of lifeline.py; end of file means that this process is gone
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**_inherited(), **self.plan.environ, "KVIST_INSTANCE_ID": self.instance_id},
-            start_new_session=True,  # Ctrl-C reaches us alone; we stop children in order
+            start_new_session=True,  # Ctrl-C reaches only this process, which stops the children in order
         )
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
@@ -125,8 +127,10 @@ class Child:
     def send(self, word: bytes) -> None:
         if self.process is not None and self.process.stdin is not None:
             with contextlib.suppress(OSError):
-                os.write(self.process.stdin.fileno(), word + b"\n")  # a few bytes: the pipe takes them, or it is dead
-            self.process.send_signal(signal.SIGCONT)  # a process that is stopped would not hear
+                os.write(
+                    self.process.stdin.fileno(), word + b"\n"
+                )  # a few bytes: they fit into the pipe of a living child
+            self.process.send_signal(signal.SIGCONT)  # a suspended process would not read the line
 
     def signal_group(self, number: signal.Signals) -> None:
         if self.process is not None:
@@ -134,7 +138,7 @@ class Child:
                 os.killpg(self.process.pid, number)
 
     def reap(self) -> None:
-        """After death: whatever of its group is left goes too, and our ends of its pipes are closed."""
+        """Clean up after the process has died: kill the rest of its process group and close its pipes."""
         self.signal_group(signal.SIGKILL)
         if self.process is not None:
             for pipe in (self.process.stdin, self.process.stdout):
@@ -153,10 +157,10 @@ class Child:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How long children may take."""
+    """Time limits of the children."""
 
-    drain_s: float = 0.0  # to finish their open requests when they are asked to end
-    stall_restart_s: float = STALL_RESTART_S  # to answer again
+    drain_s: float = 0.0  # for open requests at a stop
+    stall_restart_s: float = STALL_RESTART_S  # without an answer, until a restart
 
 
 class Processes:
@@ -171,7 +175,7 @@ class Processes:
         limits: Limits | None = None,
         lines_are_shown: bool = False,
     ) -> None:
-        """`lines_are_shown`: the sink puts them before the user's eyes, so that no error need repeat them."""
+        """`lines_are_shown`: the sink shows all lines to the user, so that errors do not quote them."""
         self.children = {plan.name: Child(plan) for plan in plans}
         self._probe = probe
         self._sink = sink
@@ -184,7 +188,7 @@ class Processes:
         self._changed = threading.Condition()
         self._threads = [threading.Thread(target=self._watch, name="watch-children", daemon=True)]
         self._threads += [
-            threading.Thread(target=self._probe_child, args=(child,), name=f"ask-{child.plan.name}", daemon=True)
+            threading.Thread(target=self._probe_child, args=(child,), name=f"probe-{child.plan.name}", daemon=True)
             for child in self.children.values()
         ]
 
@@ -207,8 +211,8 @@ class Processes:
             thread.start()
 
     def wait_ready(self, timeout_s: float, *, each_second: Callable[[], None] = lambda: None) -> None:
-        """Until every child is ready. Raises `ConfigError` when one refuses its settings, `Unavailable` when one died
-        twice, `Timeout`; with the child's last lines, where they are not shown."""
+        """Wait until every child is ready. Raises `ConfigError` when a child refuses its settings, `Unavailable` when a
+        child died twice, and `Timeout`; the error quotes the child's last lines unless they are shown anyway."""
         deadline_s = self._clock.now_s() + timeout_s
         while True:
             with self._changed:
@@ -225,7 +229,7 @@ class Processes:
             if self._clock.now_s() > deadline_s:
                 names = ", ".join(child.plan.name for child in waiting)
                 quoted = "".join(map(self._quote_last_lines, waiting))
-                raise Timeout(f"after {timeout_s:.0f} s not ready: {names}{quoted}")
+                raise Timeout(f"not ready after {timeout_s:.0f} s: {names}{quoted}")
 
     def _quote_last_lines(self, child: Child) -> str:
         if self._lines_are_shown:
@@ -234,8 +238,8 @@ class Processes:
         return "; its last lines:\n" + ("\n".join(f"  [{name}] {line}" for line in child.last_lines) or "  none")
 
     def stop(self) -> None:
-        """The last child first, as it leans on the others; then those together. Each is asked to end, and killed with
-        its whole group when its time is over. Harmless when already stopped."""
+        """Stop the last child, which depends on the others, and then the others together. A child that does not end in
+        time is killed with its whole process group. Harmless when already stopped."""
         self._stopping.set()
         *others, last = self.children.values()
         for children in ((last,), others):
@@ -247,13 +251,13 @@ class Processes:
             if thread.is_alive():
                 thread.join(timeout=STOP_GRACE_S)
         with self._changed:
-            for child in self.children.values():  # those whose watching thread never ran
+            for child in self.children.values():  # relevant if the watching thread never ran
                 child.reap()
                 child.state = ChildState.STOPPED
         self._selector.close()
 
     def hurry(self) -> None:
-        """Shorten a stop that is under way. Safe in a signal handler."""
+        """Shorten the stop in progress. Safe in a signal handler."""
         self._hurried.set()
 
     def _wait_ended(self, children: Sequence[Child]) -> None:
@@ -292,7 +296,7 @@ class Processes:
                     self._supervise(child, now_s)
 
     def _relay(self, child: Child, pipe: object) -> bool:
-        """Pass on what the child wrote. False at end of file."""
+        """Pass on the output of the child. Returns False at end of file."""
         assert hasattr(pipe, "fileno")
         chunk = os.read(pipe.fileno(), 1 << 16)
         for line in child.take_lines(chunk):
@@ -336,16 +340,16 @@ class Processes:
             wait_s = restart_wait_s(child.num_deaths_in_a_row)
             child.state, child.restart_at_s = ChildState.WAITING, now_s + wait_s
             how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
-            self._sink(child.plan.name, f"{how}; starting it again in {wait_s:g} s")
+            self._sink(child.plan.name, f"{how}; the next start is in {wait_s:g} s")
         self._changed.notify_all()
 
     def _check_silence(self, child: Child, silent_s: float) -> None:
         if silent_s >= self._limits.stall_restart_s:
-            self._sink(child.plan.name, f"has answered nothing for {silent_s:.0f} s (--stall-restart-s): it is killed")
+            self._sink(child.plan.name, f"has answered nothing for {silent_s:.0f} s (--stall-restart-s) and is killed")
             child.signal_group(signal.SIGKILL)
         elif (silent_s >= SILENT_AFTER_S) is not child.silence_reported:
             child.silence_reported = not child.silence_reported
-            text = f"has answered nothing for {silent_s:.0f} s: it is stopped or blocked"
+            text = f"has answered nothing for {silent_s:.0f} s: the process is suspended or blocked"
             self._sink(child.plan.name, text if child.silence_reported else "answers again")
 
     def _start_child(self, child: Child) -> None:
@@ -357,7 +361,7 @@ class Processes:
     # ---- a thread for each child
 
     def _probe_child(self, child: Child) -> None:
-        """Ask it for its state: until it is ready, and then whether it still answers."""
+        """Probe the child: until it is ready, and then whether it still answers."""
         while not self._stopping.wait(HEALTH_INTERVAL_S if child.state is ChildState.READY else PROBE_INTERVAL_S):
             instance_id = child.instance_id
             answer = self._probe(child.plan.url, instance_id) if child.process is not None else NO_ANSWER
@@ -365,9 +369,9 @@ class Processes:
                 if not answer.alive or child.process is None or child.instance_id != instance_id:
                     continue
                 child.last_answer_s = self._clock.now_s()
-                is_news = answer.doing != child.doing
+                has_changed = answer.doing != child.doing
                 child.doing = answer.doing
                 if answer.ready and child.state is ChildState.STARTING:
-                    child.state, child.was_ready, is_news = ChildState.READY, True, True
-                if is_news:
+                    child.state, child.was_ready, has_changed = ChildState.READY, True, True
+                if has_changed:
                     self._changed.notify_all()

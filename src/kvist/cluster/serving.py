@@ -1,8 +1,9 @@
 """`kvist serve` and `kvist router`: one gateway process, over its own engine or over remote ones.
 
-A worker: HTTP answers at once (`/server_info` says `engine: null`) → the engine process loads → the gateway connects to
-it as to any engine → `/ready`. When the engine dies its supervisor starts another, and the gateway finds that one. At a
-stop what is open has a bounded time (stopping.py); then, or when the first start fails, HTTP and the engine end.
+A worker: HTTP answers at once (`/server_info` shows `engine: null`) → the engine process loads → the gateway connects
+to the engine as to any other → `/ready`. If the engine dies, its supervisor starts another, and the gateway connects to
+that one. At a stop, open requests have limited time (stopping.py); then, or if the first start fails, HTTP and the
+engine end.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ logger = logging.getLogger(__name__)
 
 
 class LocalEngineTransport(httpx.AsyncBaseTransport):
-    """Answers the dispatcher's /server_info in the process itself: a worker's gateway finds its engine as a router
-    does, through its restarts, without a call to its own HTTP."""
+    """Answers the dispatcher's /server_info requests inside the process: a worker's gateway finds its engine, also
+    after restarts, in the same way as a router, without a call to its own HTTP server."""
 
     def __init__(
         self, spec: Callable[[], EngineSpec | None], health: Callable[[], EngineHealth] = EngineHealth
@@ -71,7 +72,8 @@ def serve_worker(
     router: RouterConfig,
     stop_with_stdin: bool = False,
 ) -> int:
-    """Until SIGINT or SIGTERM: 0. Raises `KvistError` when the engine cannot start, or the port is taken."""
+    """Serve until SIGINT or SIGTERM, then return 0. Raises `KvistError` if the engine cannot start or the port is in
+    use."""
     channel = with_cluster_key(engine.channel, serves_alone=engine.role == UNIFIED)
     with _listening(server, stop_with_stdin) as (stop, listener, name):
         checkpoint = find_checkpoint(engine.model_path)
@@ -81,7 +83,7 @@ def serve_worker(
         lifecycle = Lifecycle()
         transport = LocalEngineTransport(lambda: supervisor.spec, lambda: supervisor.health)
         dispatcher = build_dispatcher(replace(router, worker_urls=(url,)), channel, transport=transport)
-        # prefill and decode are answered through a router, which has the tokenizer
+        # prefill and decode workers are used through a router, which has the tokenizer
         tokenizer = load_tokenizer(checkpoint, text) if engine.role == UNIFIED else None
         defaults = _sampling_defaults(checkpoint, text) if engine.role == UNIFIED else None
         app = build_app(
@@ -124,11 +126,12 @@ def serve_router(
     channel: ChannelConfig,
     stop_with_stdin: bool = False,
 ) -> int:
-    """Until SIGINT or SIGTERM: 0. Raises `ConfigError` for a bad URL, a missing tokenizer, a port that is taken."""
+    """Serve until SIGINT or SIGTERM, then return 0. Raises `ConfigError` for an invalid URL, a missing tokenizer or a
+    port in use."""
     channel = with_cluster_key(channel)
     with _listening(server, stop_with_stdin) as (stop, listener, name):
         checkpoint = find_checkpoint(model_path)
-        key = server.api_key[0] if server.api_key else None  # one of its workers' keys, too
+        key = server.api_key[0] if server.api_key else None  # the workers must accept this key, too
         tokenizer = load_tokenizer(checkpoint, text)
         named = GatewayTokenizer(name=checkpoint.name, fingerprint=vocabulary_fingerprint(tokenizer))
         dispatcher = build_dispatcher(router, channel, api_key=key, tokenizer=named)
@@ -159,7 +162,7 @@ def serve_router(
 
 
 def _sampling_defaults(checkpoint: Checkpoint, text: TextConfig) -> SamplingDefaults:
-    """Of requests that do not say; the log says what they are, and what of them cannot be done."""
+    """Return the model's sampling defaults; log them, and the parts that Kvist does not support."""
     defaults = load_sampling_defaults(checkpoint, text.generation_config)
     given = {name: value for name, value in asdict(defaults).items() if value is not None}
     penalty = given.pop("repetition_penalty", None)
@@ -173,11 +176,11 @@ def _sampling_defaults(checkpoint: Checkpoint, text: TextConfig) -> SamplingDefa
 
 @contextlib.contextmanager
 def _listening(server: ServerConfig, stop_with_stdin: bool) -> Iterator[tuple[StopSignals, socket.socket, WorkerId]]:
-    """The way to be told to stop, the socket of the HTTP server, and HOST:PORT, by which others name it."""
+    """Yield the stop signals, the socket of the HTTP server, and the server's public name HOST:PORT."""
     stop = StopSignals()
     with (
         handle_signals(stop, STOP_SIGNALS),
-        contextlib.suppress(KeyboardInterrupt),  # told to stop during the start
+        contextlib.suppress(KeyboardInterrupt),  # a stop signal during the start
         listen(server) as listener,
     ):
         if stop_with_stdin:
@@ -187,7 +190,7 @@ def _listening(server: ServerConfig, stop_with_stdin: bool) -> Iterator[tuple[St
 
 
 class StartProgress:
-    """What the engine does while it starts: on a terminal one changing line, elsewhere a log line for each part."""
+    """Shows the progress of an engine start: one changing line on a terminal, else a log line per phase."""
 
     def __init__(self) -> None:
         self._part = ""
@@ -196,7 +199,7 @@ class StartProgress:
         part, _, share = text.rpartition(" ")
         part = part if share.endswith("%") else text
         if sys.stderr.isatty():
-            # the cursor stays at its start, so that the next log line takes its place
+            # the cursor stays at the start of the line, so that the next log line overwrites it
             output_to(sys.stderr.fileno()).write(f"\x1b[2K{text}\r", end="")
         elif part != self._part:
             logger.info("%s", part)
@@ -204,7 +207,7 @@ class StartProgress:
 
 
 def _ready_announcer(url: str, example: str | None) -> Callable[[], None]:
-    """`example` is a command for whoever started us at a terminal; None under `kvist up`, which has its own."""
+    """Return a function that announces readiness. `example` is a command to show, or None."""
 
     def say() -> None:
         logger.info("ready at %s", url)
@@ -215,7 +218,7 @@ def _ready_announcer(url: str, example: str | None) -> Callable[[], None]:
 
 
 class LocalEngineView:
-    """What a worker that does its part of a request waits for: its own engine."""
+    """The readiness of a prefill or decode worker, which depends on its own engine only."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
@@ -229,7 +232,7 @@ class LocalEngineView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """One process that answers HTTP, over its own engine or over remote ones: from its first request to its last."""
+    """One process that answers HTTP, over its own engine or over remote ones. `run` is its whole life."""
 
     http: uvicorn.Server
     listener: socket.socket
@@ -239,10 +242,10 @@ class Serving:
     config: ServerConfig
     stop: StopSignals
     on_ready: Callable[[], None]
-    answers_alone: bool = True  # False: it does its part of a request, prefill or decode
+    answers_alone: bool = True  # False: a prefill or decode worker
 
     async def run(self) -> None:
-        """Until it is told to stop and has drained. Raises what ended the engine's first start."""
+        """Serve until a stop is requested and open requests are drained. Raises the error of a failed first start."""
         self.stop.watch()
         await self.dispatcher.start()
         watched = self.dispatcher if self.answers_alone else LocalEngineView(self.dispatcher)
@@ -250,7 +253,7 @@ class Serving:
             announce(watched, self.on_ready, reports_waiting=self.supervisor is None), name="announcer"
         )
         serving = asyncio.create_task(self.http.serve(sockets=[self.listener]), name="http")
-        stop_requested = asyncio.create_task(self.stop.requested.wait(), name="asked to stop")
+        stop_requested = asyncio.create_task(self.stop.requested.wait(), name="stop requested")
         engine = None if self.supervisor is None else asyncio.create_task(self.supervisor.run(), name="engine")
         ends = {serving, stop_requested, *([] if engine is None else [engine])}
         try:
@@ -279,7 +282,7 @@ class Serving:
             raise error
 
     def _drained(self, engine: asyncio.Task[None] | None) -> Awaitable[object] | None:
-        """Asks the engine to drain; None when it holds no request, as while it loads."""
+        """Ask the engine to drain; return None if no engine is running, for example while it loads."""
         if self.supervisor is None or engine is None or not self.supervisor.drain():
             return None
         return asyncio.wait((engine,))
@@ -287,7 +290,7 @@ class Serving:
 
 @contextlib.contextmanager
 def listen(server: ServerConfig) -> Iterator[socket.socket]:
-    """The socket of the HTTP server, bound before anything slow starts. Raises `ConfigError` when it is taken."""
+    """Yield the socket of the HTTP server, bound before the slow parts of a start. Raises `ConfigError`."""
     with bound_socket(server.host, server.port) as listener:
         address, port = listener.getsockname()[:2]
         if not server.api_key and not is_loopback(f"tcp://{bracketed(address)}:{port}"):

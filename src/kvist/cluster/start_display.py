@@ -1,7 +1,7 @@
-"""How far the start of several processes is: on a terminal one changing line for each, elsewhere a few lines.
+"""Shows the start of several processes: on a terminal one changing line for each, elsewhere a few lines.
 
-On a terminal the log lines of a start that goes well are left out (at `--log-level debug` they are shown); warnings and
-errors always pass above the changing lines. When a start fails, its error quotes what was left out.
+On a terminal, INFO and DEBUG log lines of the start are hidden (unless `--log-level debug`); warnings and errors are
+printed above the changing lines. If a start fails, its error quotes the last lines.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _ROUTINE = re.compile(r'^(\S+ \S+ (INFO|DEBUG) |\{"time": "[^"]*", "level": "(in
 
 
 def is_routine(line: str) -> bool:
-    """Whether it is a log line that says only that all is well."""
+    """Return whether `line` is a log line of level INFO or DEBUG."""
     return _ROUTINE.match(line) is not None
 
 
 class StartLines:
-    """A line for each process that is ready, and one now and then about the others. Call it as often as you like."""
+    """Shows a line for each process that becomes ready, and every `REPORT_INTERVAL_S` one for the others."""
 
     def __init__(self, children: Mapping[str, Child], show: Show) -> None:
         self._children = children
@@ -74,15 +74,15 @@ class StartBlock:
         self._live.update(Text("\n".join([*lines, f"{'':<{width}}  {after_s:.0f} s"])), refresh=True)
 
     def pass_on(self, line: str) -> None:
-        """A line of output, above the changing ones."""
+        """Print a line of output above the changing lines."""
         if self._shows_all or not is_routine(line.partition(" | ")[2]):
             self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def start_block(children: Mapping[str, Child], *, show_all: bool) -> Iterator[StartBlock]:
-    """On standard output, which must be a terminal. The lines go when the body ends."""
-    from rich.console import Console  # not for `kvist serve`, which has no use for it
+    """Show the changing lines on standard output, which must be a terminal, until the body ends."""
+    from rich.console import Console  # slow to import, and not needed by `kvist serve`
     from rich.live import Live
 
     with Live(console=Console(), auto_refresh=False, transient=True) as live:

@@ -1,10 +1,10 @@
-"""How `kvist serve` and `kvist router` stop, whoever asks for it and however often.
+"""Stops `kvist serve` and `kvist router`, on signals or on a request of the parent process, also repeated ones.
 
     signal ─► unready, new requests refused ─► open ones finish ─► those left are cut ─► port closed ─► engine ended
               └─ at least --drain-grace-s ───┘                  └ at --shutdown-timeout-s, or at the next signal
 
-The port answers (`/ready` with 503) until no request is open. A request that is cut is told so: by an error event when
-it streams, else by a 503. A worker's engine drains beside its HTTP: routers send it requests of their own.
+The port answers (`/ready` with 503) until no request is open. A request that is cut gets an error: an error event if it
+streams, else a 503. A worker's engine drains at the same time as HTTP, because routers also send requests to it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from kvist.server.config import ServerConfig
 from kvist.server.lifecycle import Lifecycle
 
 SAME_REQUEST_S = 2.0
-CUT_GRACE_S = 2.0  # for clients to take the error that tells them of their end
+CUT_GRACE_S = 2.0  # for clients to receive the error of a request that was cut
 
 logger = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """What asks this process to stop: signals, and its parent. Before `watch` a signal ends the start by
-    `KeyboardInterrupt`; from then on the first asks for a stop, and one more for haste. The parent's word and a signal
-    within `SAME_STOP_S` after it are one: both may come from the same service manager."""
+    """Stop requests from signals and from the parent process. Before `watch`, a signal ends the start by
+    `KeyboardInterrupt`; after `watch`, the first signal requests a stop, and another one hurries it. A signal within
+    `SAME_REQUEST_S` after the parent's request is the same request: both may come from one service manager."""
 
     def __init__(self) -> None:
         self.requested = asyncio.Event()
@@ -74,7 +74,7 @@ class StopSignals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drain:
-    """What is drained: the requests of this server, and of its engine."""
+    """Drains the open requests of this server and of its engine."""
 
     lifecycle: Lifecycle
     config: ServerConfig
@@ -83,12 +83,12 @@ class Drain:
     engine: Awaitable[object] | None = None  # done when no request is open there
 
     async def run(self) -> None:
-        """Returns when nothing is open, or its time is over."""
+        """Return when no request is open, or the time limit is over."""
         config, lifecycle = self.config, self.lifecycle
         lifecycle.stop()
         limit_s = max(config.shutdown_timeout_s, config.drain_grace_s)
         logger.info(
-            "stopping: new requests are refused; open requests: %d, for %g s at most (a second signal cuts them)",
+            "stopping: new requests are refused; open requests (%d) may finish within %g s (a second signal cuts them)",
             lifecycle.num_open,
             limit_s,
         )
@@ -106,11 +106,11 @@ class Drain:
         await self.end_open_requests()
 
     async def end_open_requests(self) -> None:
-        """Those that are left get an error. Bounded."""
+        """End the requests that are still open with an error. Takes `CUT_GRACE_S` at most."""
         num_left = self.lifecycle.num_open
         if not num_left:
             return
-        logger.warning("requests still open, now cut with an error: %d (--shutdown-timeout-s)", num_left)
+        logger.warning("open requests that are now cut with an error: %d (--shutdown-timeout-s)", num_left)
         self.cut(Unavailable("the server stopped before the answer was complete: send the request again"))
         idle = asyncio.ensure_future(self.lifecycle.wait_idle())
         await asyncio.wait((idle,), timeout=CUT_GRACE_S)

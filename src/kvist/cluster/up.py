@@ -19,8 +19,7 @@ from kvist.output import output_to
 
 
 def interrupt_on_stop_signals(processes: Processes) -> contextlib.AbstractContextManager[None]:
-    """Signals that ask for a stop end the body by `KeyboardInterrupt`; when the processes are stopping already, they
-    shorten that."""
+    """End the body by `KeyboardInterrupt` on a stop signal; if the processes are already stopping, hurry them."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         if not processes.stopping:
@@ -31,7 +30,7 @@ def interrupt_on_stop_signals(processes: Processes) -> contextlib.AbstractContex
 
 
 class Screen:
-    """Where the cluster's lines go: below each other, or while it starts on a terminal above the changing lines."""
+    """Prints the lines of a cluster: in order, and during a start on a terminal above the changing lines."""
 
     def __init__(self) -> None:
         self._width = max(len("decode-00"), len("prefill-00"))
@@ -47,7 +46,7 @@ class Screen:
             block.pass_on(text)
 
     def wait_ready(self, processes: Processes, shape: ClusterShape) -> None:
-        """Raises `KvistError` when the cluster does not come up."""
+        """Wait until the cluster is ready. Raises `KvistError` if the start fails."""
         children, timeout_s = processes.children, shape.config.start_timeout_s
         if not sys.stdout.isatty():
             report = StartLines(children, lambda text: self.show("kvist", text))
@@ -65,9 +64,9 @@ class Screen:
 
 
 def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
-    """Returns when told to stop: 0. Raises `KvistError` when the cluster does not come up."""
+    """Run the cluster until a stop is requested, then return 0. Raises `KvistError` if the start fails."""
     with bound_socket(shape.router_host, shape.router_port):
-        pass  # a port that another server holds is said once, before anything starts
+        pass  # a port in use is one error, before any process starts
     screen = Screen()
     processes = Processes(
         plan_on_free_ports(shape),
@@ -80,7 +79,9 @@ def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
         try:
             _start_and_wait(processes, shape, screen, stop_with_stdin)
         except KeyboardInterrupt:
-            screen.show("kvist", f"stopping: open requests have {shape.drain_s:g} s (a second signal cuts them)")
+            screen.show(
+                "kvist", f"stopping: open requests may finish within {shape.drain_s:g} s (a second signal cuts them)"
+            )
         finally:
             stop_and_clear(processes, shape.runtime_dir)
     screen.show("kvist", "stopped")
@@ -95,7 +96,7 @@ def _stop(processes: Processes) -> None:
 
 def _start_and_wait(processes: Processes, shape: ClusterShape, screen: Screen, stop_with_stdin: bool) -> None:
     if stop_with_stdin:
-        # the router's requests, then those that workers have of other routers
+        # the router's open requests, then the workers' open requests of other routers
         stop_with_parent(stop=lambda: _stop(processes), hurry=processes.hurry, drain_s=2 * shape.drain_s)
     config = shape.config
     workers = f"{config.prefill} prefill, {config.decode} decode, {config.unified} unified"

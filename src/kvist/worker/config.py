@@ -1,4 +1,4 @@
-"""The settings of one engine process. The flags keep SGLang's names where they mean the same."""
+"""The settings of one engine process. A flag that means the same as in SGLang has SGLang's name."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class HostTierConfig:
     """The cache's second tier (docs/cache.md). Raises `ConfigError` when settings contradict each other."""
 
     enable_hierarchical_cache: bool = option(
-        False, "keep pages in host memory, too, and take them back from there instead of computing them again"
+        False, "also keep pages in host memory, and load them from there instead of computing them again"
     )
     hicache_ratio: float = option(
-        DEFAULT_RATIO, "pages of the host tier, as a multiple of the device pool's", minimum=0.01
+        DEFAULT_RATIO, "number of host-tier pages, as a multiple of the number of device-pool pages", minimum=0.01
     )
     hicache_size: float | None = option(
-        None, "size of the host tier, instead of --hicache-ratio", unit="GB", minimum=0.001, unset="by the ratio"
+        None, "size of the host tier, instead of --hicache-ratio", unit="GB", minimum=0.001, unset="by --hicache-ratio"
     )
     hicache_write_policy: str = option(
         DEFAULT_POLICY,
         "when a page is copied to the host tier: as soon as it is computed (write_through), after its second hit "
-        "(write_through_selective), or when the device pool will soon need its room (write_back)",
+        "(write_through_selective), or when it is about to be evicted from the device pool (write_back)",
         choices=("write_through", "write_through_selective", "write_back"),
     )
     hicache_persist: str | None = option(
         None,
-        "folder, for this worker alone, in which the host tier's pages survive a restart; with a GPU it should be in "
-        "shared memory (/dev/shm)",
+        "folder in which the host tier's pages survive a restart; each worker needs its own. With a GPU, use a folder "
+        "in shared memory (/dev/shm)",
     )
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class HostTierConfig:
             or self.hicache_persist is not None
         ):
             raise ConfigError(
-                "the --hicache options describe the host tier, which is off: add --enable-hierarchical-cache",
+                "the --hicache options need the host tier, which is off: add --enable-hierarchical-cache",
                 param="enable_hierarchical_cache",
             )
         if sized and self.hicache_size is not None:
@@ -69,23 +69,23 @@ class StorageConfig:
 
     hicache_storage_backend: str | None = option(
         None,
-        "also keep the host tier's pages in a store: file is a folder that workers share and that outlives them; "
-        "memory, for tests, belongs to this worker alone",
+        "also keep the host tier's pages in a store: file is a folder that workers share and that survives restarts; "
+        "memory is for tests and belongs to this worker only",
         choices=STORAGE_BACKENDS,
         unset="none",
     )
     hicache_storage_path: str | None = option(
-        None, "folder of the file store; it is made if missing", unset="kvist/pages in the user's cache folder"
+        None, "folder of the file store; created if missing", unset="kvist/pages in the user's cache folder"
     )
     hicache_storage_roots: tuple[str, ...] = option(
         (),
-        "PUT /hicache/storage-backend may name only these folders and folders below them",
+        "folders that PUT /hicache/storage-backend may name, together with the folders below them",
         unset="--hicache-storage-path",
     )
     hicache_storage_secret_file: str | None = option(
         None,
-        "file with the secret that all workers of a file store share: a page written without this secret is never "
-        "used. Needed where others may write to the disk",
+        "file with the secret that all workers of a file store share: pages written with another secret are never "
+        "used. Needed if other users may write to the disk",
         unset="a file in the store's folder",
     )
     hicache_storage_size: float = option(
@@ -93,38 +93,38 @@ class StorageConfig:
     )
     hicache_storage_prefetch_policy: str = option(
         "timeout",
-        "how long a request waits for its pages from the store: not at all (best_effort), until all have come "
-        "(wait_complete), or until all have come or the time set below is over (timeout)",
+        "how long a request waits for its pages from the store: not at all (best_effort), until all pages are loaded "
+        "(wait_complete), or until then but at most the two times below (timeout)",
         choices=PREFETCH_POLICIES,
     )
     hicache_storage_prefetch_threshold: int = option(
-        256, "fewest tokens worth fetching; fewer are computed again", unit="tokens", minimum=1
+        256, "shorter prefixes are not fetched from the store but computed", unit="tokens", minimum=1
     )
     hicache_storage_prefetch_timeout_base_s: float = option(
-        1.0, "policy timeout: longest wait, before the time for each 1000 tokens is added", unit="s", minimum=0
+        1.0, "policy timeout: longest wait, without the part that depends on the tokens", unit="s", minimum=0
     )
     hicache_storage_prefetch_timeout_per_1k_s: float = option(
-        0.25, "policy timeout: added to the longest wait for each 1000 tokens", unit="s", minimum=0
+        0.25, "policy timeout: longest wait added for each 1000 tokens", unit="s", minimum=0
     )
     hicache_storage_deadline_s: float = option(
-        10.0, "a store that takes longer than this for 128 pages is not used for a while", unit="s", minimum=0.1
+        10.0, "a store that takes longer than this for 128 pages is not used for some time", unit="s", minimum=0.1
     )
 
     def __post_init__(self) -> None:
         backend, path = self.hicache_storage_backend, self.hicache_storage_path
         if backend is None and (path is not None or self.hicache_storage_size != DEFAULT_STORAGE_GB):
             raise ConfigError(
-                "--hicache-storage-path and --hicache-storage-size describe the store, which is off: add "
+                "--hicache-storage-path and --hicache-storage-size need a store, and none is set: add "
                 "--hicache-storage-backend file",
                 param="hicache_storage_backend",
             )
         if path == "":
             raise ConfigError(
-                "--hicache-storage-path is empty: name a folder, or leave it out", param="hicache_storage_path"
+                "--hicache-storage-path is empty: name a folder, or omit the option", param="hicache_storage_path"
             )
         if backend == "memory" and path is not None:
             raise ConfigError(
-                "--hicache-storage-backend memory has no folder: leave --hicache-storage-path out, or say file",
+                "--hicache-storage-backend memory has no folder: omit --hicache-storage-path, or use the backend file",
                 param="hicache_storage_path",
             )
 
@@ -139,40 +139,43 @@ class StorageConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(RunnerOptions):
-    """Travels from `kvist serve` to its engine as JSON. Raises `ConfigError` when settings contradict each other."""
+    """The settings that `kvist serve` sends to its engine as JSON. Raises `ConfigError` when settings contradict."""
 
     model_path: str | None = option(
         None,
-        "Hugging Face model folder or GGUF file; without it the embedded SmolLM2-135M-Instruct is served",
+        "Hugging Face model folder or GGUF file; by default the embedded SmolLM2-135M-Instruct",
         aliases=("model",),
     )
-    served_model_name: str | None = option(None, "the model's name in the API; by default the folder's or file's name")
+    served_model_name: str | None = option(
+        None, "the model's name in the API; by default the name of its folder or file"
+    )
     role: str = option(
         UNIFIED,
-        "prefill reads prompts and hands pages over, decode writes answers, unified does both",
+        "prefill computes prompts and hands their pages to decode, decode generates the answers, unified does both",
         choices=(UNIFIED, PREFILL, DECODE),
     )
     cpu_affinity: bool = option(
         False,
-        "with a GPU and 8 cores or more, run the engine and its gateway on different halves of the cores; with --tp "
+        "with a GPU and at least 8 cores, run the engine and its gateway on different halves of the cores; with --tp, "
         "only rank 0 of the engine is bound to its half",
     )
-    engine_host: str = option("127.0.0.1", "address on which the engine's own socket listens")
-    engine_port: int = option(0, "port of the engine's own socket; 0 finds a free one", minimum=0, maximum=65535)
+    engine_host: str = option("127.0.0.1", "address on which the engine's socket listens")
+    engine_port: int = option(0, "port of the engine's socket; 0 chooses a free port", minimum=0, maximum=65535)
     engine_advertise_host: str | None = option(
-        None, "this host's name or address for other hosts, when --engine-host is a wildcard such as 0.0.0.0"
+        None,
+        "this host's name or address for other hosts; needed if --engine-host is a wildcard such as 0.0.0.0",
     )
     runtime_dir: str | None = option(
-        None, "folder for page pools and lock files, shared by the workers of this host; by default in shared memory"
+        None, "folder of the page pools and lock files, shared by all workers of this host; by default in shared memory"
     )
     gateway_timeout_s: float = option(
-        15.0, "requests of a gateway that is silent for this long are aborted", unit="s", minimum=0.1
+        15.0, "abort the requests of a gateway that has sent nothing for this long", unit="s", minimum=0.1
     )
     engine_start_timeout_s: float = option(600.0, "longest time to load the model", unit="s", minimum=1)
     stall_restart_s: float = option(
         30.0,
-        "a process that makes no progress for this long (stopped, blocked, or waiting for a device that hangs) is "
-        "killed and started again",
+        "kill and restart a process that makes no progress for this long: one that is suspended, blocked, or waits for "
+        "a device that hangs",
         unit="s",
         minimum=1,
     )
@@ -182,7 +185,7 @@ class EngineConfig(RunnerOptions):
     storage: StorageConfig = field(default_factory=StorageConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
-    worker_id: str = ""  # the worker's public name; its engine endpoint when empty
+    worker_id: str = ""  # the worker's public name; empty: its engine endpoint
 
     def __post_init__(self) -> None:
         if self.tp > 1 and self.role != UNIFIED:
@@ -193,7 +196,6 @@ class EngineConfig(RunnerOptions):
             )
         if self.storage != StorageConfig() and not self.host_tier.enable_hierarchical_cache:
             raise ConfigError(
-                "the --hicache-storage options are of a store behind the host tier, and there is none: add "
-                "--enable-hierarchical-cache",
+                "the --hicache-storage options need the host tier, which is off: add --enable-hierarchical-cache",
                 param="enable_hierarchical_cache",
             )
