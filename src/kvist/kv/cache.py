@@ -1,27 +1,30 @@
-"""The page cache: what a scheduler asks for pages. It joins the ledger (pages.py) and the radix tree (radix.py).
+"""The page cache: allocation and prefix sharing for a scheduler, from the ledger (pages.py) and the tree (radix.py).
 
-A request's life here: `open` pins the longest cached prefix; `grow` gives it pages of its own, evicting unused cached
-pages when none is free; `insert` says how much K/V is written, and its full pages enter the tree for others to match;
-`close` lets go of everything. While a peer may touch its pages, `begin_transfer` … `end_transfer` keep them IN_FLIGHT.
+The life of a request's pages: `open` pins the longest cached prefix; `grow` allocates pages, evicting unused cached
+pages when too few are free; `insert` reports how much K/V is written, and full pages enter the tree for other requests
+to match; `close` releases everything. While a peer may touch pages, `begin_transfer` … `end_transfer` keep the pages
+IN_FLIGHT.
 
-With a host tier (host_tier.py) the same page may be there, too:
+With a host tier (host_tier.py) a page may also be in host memory:
 
-    commit (or a hit) ──due by the write policy──► BackUpPages ──backed_up──► resident in the host tier
-    open ─ grow ─ follow: the pages after the match that are resident there ──► LoadPages ──loaded──► commit
+    insert (or a hit) ──due by the write policy──► BackUpPages ──backed_up──► resident in the host tier
+    open ─ grow ─ start_load: pages after the match, resident in the host tier ──► LoadPages ──loaded──► insert
 
-With `write_back` a page is due when it is about to be evicted. Instead, the path to it is held while what the host
-lacks of it is copied; then its pages are cold: they go next, and at once. Copies begin when less than an eighth of the
-pool is free or cold, so that `grow` seldom has to wait for one. A page that cannot be copied, because no slot is to be
-had or the copy failed, is cold as well: it is lost when its room is needed. So nobody waits for a page twice.
+With `write_back` a page is due when it is about to be evicted. The cache then pins the path to that page and copies the
+pages that the host tier lacks. After the copy the pages are prepared: they are evicted first, without a further wait.
+Copies start when less than an eighth of the pool is free or prepared, so that `grow` seldom waits for a copy. A page
+that cannot be copied (no free host slot, or the copy failed) counts as prepared too, and is lost on eviction: no
+request waits for the same page twice.
 
-With a storage tier behind it (storage_tier.py) what is resident there is stored, and `prefetch`, before `open`, has
-pages fetched into the host tier: from there they go the way of all others.
+With a storage tier (storage_tier.py) resident host pages are also stored, and `prefetch`, called before `open`, fetches
+pages from the store into the host tier. `start_load` then loads them like all other host pages.
 
-Pages under a backup cannot be freed: the lease that put them into the tree keeps its pin until the backup is reported,
-closed or not. Pages being loaded are IN_FLIGHT. A page evicted here stays in the host tier, and the other way round.
+Pages under a backup cannot be freed: the lease that inserted the pages keeps its pin until the backup is reported, even
+if the lease is closed. Pages under a load are IN_FLIGHT. Eviction from the device pool leaves the host tier's copy, and
+eviction from the host tier leaves the device pool's.
 
-It moves no bytes, keeps no tokens of its own and knows no requests. A committed page is never written again; the
-page being filled is always the lease's own.
+The cache copies no bytes, keeps no tokens and knows no requests. An inserted page is never written again; the page
+being filled always belongs to its lease alone.
 """
 
 from __future__ import annotations
@@ -48,13 +51,13 @@ from kvist.kv.pages import PageCounts, PageLedger, PageState
 from kvist.kv.radix import OwnershipChange, PageNode, RadixTree, Root
 from kvist.kv.storage_tier import STORAGE_COUNTERS, Prefetch, StorageTier
 
-# Hits that make a page due for a backup; None: being evicted does.
+# Hits after which a page is due for a backup; None: due on eviction.
 WRITE_POLICIES: dict[str, int | None] = {"write_through": 0, "write_through_selective": 2, "write_back": None}
-MAX_BACKUPS = 64  # jobs under way; pages that become due meanwhile are left out
-MAX_PAGES_BACKED_UP = 2048  # in these together; with write_back, the last of them may exceed it
-LOW_WATER_SHARE = 8  # write_back: copies begin when fewer than one page in so many is free or cold
+MAX_BACKUPS = 64  # jobs under way; pages that become due while all are under way are skipped
+MAX_PAGES_BACKED_UP = 2048  # in all backups under way; with write_back, the last job may exceed it
+LOW_WATER_SHARE = 8  # write_back: copies start when fewer than 1 page in LOW_WATER_SHARE is free or prepared
 
-# What the tiers did and what their ceiling (ceiling.py) knows, in pages; each only grows.
+# Counters of the tiers and of the ceiling, the hits of an infinite cache (ceiling.py): in pages, never decreasing.
 TIER_COUNTERS = (
     "device_hit_pages",
     "device_miss_pages",
@@ -64,16 +67,16 @@ TIER_COUNTERS = (
     "host_evicted_pages",
     "host_loaded_pages",
     "host_backed_up_pages",
-    "host_skipped_pages",  # due for a backup and left out: too many under way, or no room
+    "host_skipped_pages",  # due for a backup and skipped: too many under way, or no free slot
     "host_failed_pages",  # in loads and backups that failed
     *STORAGE_COUNTERS,
-    "ceiling_remembered_pages",  # evicted from the device pool; each once, unless it is forgotten
-    "ceiling_forgotten_pages",  # of those; from the first on, the ceiling is a lower bound
+    "ceiling_remembered_pages",  # evicted from the device pool and remembered; each once, unless forgotten since
+    "ceiling_forgotten_pages",  # remembered pages that were forgotten; above 0 the ceiling is a lower bound
 )
 
 
 class PageCache:
-    """Mutable; its one owner is the scheduler. Every call is synchronous and touches no clock."""
+    """One engine's pages. Mutable; its one owner is the scheduler. Every call is synchronous and reads no clock."""
 
     def __init__(
         self,
@@ -83,7 +86,7 @@ class PageCache:
         namespace: str,
         host: HostTier | None = None,
         write_policy: str = "write_through",
-        storage: StorageTier | None = None,  # of the same host tier
+        storage: StorageTier | None = None,  # over the same host tier
     ) -> None:
         assert num_pages > 0
         assert page_size > 0
@@ -96,13 +99,13 @@ class PageCache:
         self._history = EvictionHistory()
         self._hits_to_back_up = WRITE_POLICIES[write_policy]
         self._loads: dict[int, tuple[PageLease, list[HostPage]]] = {}  # under way, by job id
-        self._loading: dict[HostPage, int] = {}  # in `_loads`: by which of them
-        self._backups: dict[int, tuple[PageLease, list[HostPage]]] = {}
+        self._loading: dict[HostPage, int] = {}  # the pages of `_loads`, with their job ids
+        self._backups: dict[int, tuple[PageLease, list[HostPage]]] = {}  # under way, by job id
         self._num_pages_backed_up = 0  # in `_backups`
-        self._num_pinned_for_backup = 0  # pages that write_back's own leases keep from being evicted
+        self._num_pinned_for_backup = 0  # pages that only write_back's own leases pin
         self._low_water = num_pages // LOW_WATER_SHARE + 1
         self._jobs: list[TierJob] = []  # since the last `drain_jobs`
-        self._num_tiers: dict[bytes, int] = {}  # that hold the page, as last told; with a host tier only
+        self._num_tiers: dict[bytes, int] = {}  # tiers that hold the page, as of the last drain; with a host tier only
         self._totals: dict[str, float] = dict.fromkeys(TIER_COUNTERS, 0)
 
     @property
@@ -114,18 +117,19 @@ class PageCache:
         return self._ledger.num_pages
 
     def open(self, token_ids: Sequence[int], *, cache_salt: str = "", max_tokens: int) -> PageLease:
-        """Pins the longest cached prefix of `token_ids`: whole pages, at most `max_tokens` tokens.
+        """Pin the longest cached prefix of `token_ids`: whole pages, at most `max_tokens` tokens.
 
-        Who must compute at least the last token passes `len(token_ids) - 1`.
+        A caller that must compute at least the last token passes `len(token_ids) - 1`.
         """
         num_pages = min(len(token_ids), max_tokens) // self._page_size
         pin = self._tree.pin(iter_page_keys(token_ids, self._page_size, num_pages), cache_salt)
         return PageLease(page_ids=pin.page_ids, num_cached_tokens=pin.num_pages * self._page_size, _pin=pin)
 
     def grow(self, lease: PageLease, num_tokens: int) -> bool:
-        """Makes `lease.page_ids` cover `num_tokens`, evicting if need be.
+        """Make `lease.page_ids` cover `num_tokens`, evicting pages if too few are free.
 
-        False if too few pages are free or evictable, and with `write_back` while they are copied: it got none.
+        Return False, with no page allocated, if too few pages are free or evictable; with `write_back` also while the
+        pages to evict are being copied.
         """
         num_pages = -(-num_tokens // self._page_size) - len(lease.page_ids)
         if num_pages <= 0:
@@ -141,25 +145,27 @@ class PageCache:
 
     @property
     def num_reclaimable(self) -> int:
-        """Pages that are free or can be evicted, some of them (`write_back`) when their copies are reported."""
+        """Return the pages that are free or evictable, including (`write_back`) pages evictable after their copies."""
         return self._ledger.num_free + self._tree.num_evictable + self._num_pinned_for_backup
 
     def waits_for_copies(self, lease: PageLease, num_tokens: int) -> bool:
-        """After `grow` gave none: it will, when the copies under way are reported, if nobody is quicker."""
+        """Return whether a failed `grow` can succeed once the copies under way are reported.
+
+        Another request may take the pages first."""
         return -(-num_tokens // self._page_size) - len(lease.page_ids) <= self.num_reclaimable
 
     def insert(self, lease: PageLease, token_ids: Sequence[int], num_tokens: int) -> None:
-        """K/V of `token_ids[:num_tokens]` is written: its full pages enter the tree, pinned by this lease.
+        """Enter the full pages of `token_ids[:num_tokens]`, whose K/V is written, into the tree, pinned by this lease.
 
-        Called again with more tokens as they come; the lease remembers how far it is. A page that another request
-        uses for the same tokens already stays owned by this lease. The pages must not be in flight.
+        Later calls pass more tokens; the lease remembers which pages are in the tree. If another request already uses
+        a page with the same tokens, this lease keeps its own page. The pages must not be in flight.
         """
         first, last = lease._pin.num_pages, num_tokens // self._page_size
         if last <= first:  # most calls: no page became full
             return
         assert not lease._closed
-        assert num_tokens <= len(token_ids), "committed beyond the tokens"
-        assert last <= len(lease.page_ids), "committed beyond the pages"
+        assert num_tokens <= len(token_ids), "inserted beyond the tokens"
+        assert last <= len(lease.page_ids), "inserted beyond the pages"
         assert not lease._in_flight, "end the transfer before the pages are shared"
         keys = page_keys(token_ids, self._page_size, first, last)
         self._apply(self._tree.extend(lease._pin, keys, lease.page_ids[first:last]))
@@ -167,9 +173,9 @@ class PageCache:
             self._back_up(lease, self._tree.tail(lease._pin, last - first))
 
     def close(self, lease: PageLease) -> None:
-        """Unpins what is shared and frees what the lease owns. No page of it may be in flight. Once only.
+        """Unpin the lease's shared pages and free its own pages. Call once, with no page in flight.
 
-        What is shared stays pinned until the backups of this lease are reported."""
+        Shared pages stay pinned until the backups of this lease are reported."""
         assert not lease._closed, "a lease is closed once"
         assert not lease._in_flight, "a peer may still touch these pages: end the transfer first"
         lease._closed = True
@@ -184,9 +190,9 @@ class PageCache:
         self._ledger.move([*lease._pin.duplicates.values()], PageState.OWNED, PageState.FREE)
 
     def begin_transfer(self, lease: PageLease, first_page: int) -> None:
-        """A peer may touch `lease.page_ids[first_page:]` from now on: those not committed become IN_FLIGHT.
+        """Let a peer touch `lease.page_ids[first_page:]`: pages that are not in the tree become IN_FLIGHT.
 
-        Committed pages need no mark: they are final, and the lease holds them until it closes.
+        Pages in the tree stay CACHED: their content is final, and the lease pins them until it closes.
         """
         assert not lease._closed
         in_flight = set(lease._in_flight)
@@ -196,16 +202,17 @@ class PageCache:
         lease._in_flight.extend(page_ids)
 
     def end_transfer(self, lease: PageLease) -> None:
-        """No peer touches the lease's pages any more: those in flight are its own again."""
+        """Return the lease's pages in flight to OWNED: no peer touches the pages any more."""
         self._ledger.move(lease._in_flight, PageState.IN_FLIGHT, PageState.OWNED)
         lease._in_flight = []
 
     # ---------------------------------------------------------------- the host tier
 
     def start_load(self, lease: PageLease, token_ids: Sequence[int], *, max_tokens: int) -> int | None:
-        """The lease is in use from now on, grown over `max_tokens` tokens at least: counts its hits and their ceiling,
-        and begins to load what the host tier has after them. The id of that job: then the lease is left alone until
-        `loaded`."""
+        """Count the lease's hits and their ceiling, and start to load the pages that the host tier has after them.
+
+        Called once, when the lease covers at least `max_tokens` tokens and its request is admitted. Return the id of
+        the load, or None if the host tier has no further page. With a load, do not use the lease before `loaded`."""
         pin, host, totals = lease._pin, self._host, self._totals
         first, last = pin.num_pages, min(len(token_ids), max_tokens) // self._page_size
         totals["device_hit_pages"] += first
@@ -246,7 +253,7 @@ class PageCache:
         return job_id
 
     def pending_load(self, lease: PageLease, token_ids: Sequence[int], *, max_tokens: int) -> int | None:
-        """Another lease's load of the page that comes next, if there is one: after `loaded` it is in the tree."""
+        """Return the id of another lease's load of this lease's next page, if any: after `loaded` the tree has it."""
         first = lease._pin.num_pages
         if not self._loads or (first + 1) * self._page_size > min(len(token_ids), max_tokens):
             return None
@@ -255,7 +262,7 @@ class PageCache:
         return None if page is None else self._loading.get(page)
 
     def loaded(self, event: PagesLoaded, token_ids: Sequence[int]) -> int:
-        """End a load that `start_load` began; return how many tokens of K/V the lease has. A failed load adds none."""
+        """End a load that `start_load` began; return the number of tokens whose K/V the lease has now."""
         lease, found = self._loads.pop(event.job_id)
         assert self._host is not None
         for page in found:
@@ -281,7 +288,7 @@ class PageCache:
             self._unpin(lease)
 
     def drain_jobs(self) -> list[TierJob]:
-        """What has to be done, since the last call."""
+        """Return the jobs for the movers since the last call. With write_back, first start the copies that are due."""
         self._make_evictable(self._low_water - self._ledger.num_free)
         jobs, self._jobs = self._jobs, []
         return jobs if self._storage is None else [*jobs, *self._storage.drain_jobs()]
@@ -290,7 +297,7 @@ class PageCache:
         return None if self._host is None else self._host.counts()
 
     def totals(self) -> dict[str, float]:
-        """TIER_COUNTERS."""
+        """Return the values of TIER_COUNTERS."""
         num_evicted = 0 if self._host is None else self._host.num_evicted
         return {
             **self._totals,
@@ -301,7 +308,7 @@ class PageCache:
         }
 
     def _make_evictable(self, num_pages: int) -> bool:
-        """Whether so many can be evicted at once. With `write_back`, if not, what would make them so is under way."""
+        """Return whether `num_pages` can be evicted now. With write_back, start the missing copies first."""
         tree, host = self._tree, self._host
         if host is None or self._hits_to_back_up is not None:
             return num_pages <= tree.num_evictable
@@ -316,7 +323,7 @@ class PageCache:
         return num_pages <= tree.num_prepared
 
     def _write_back(self, leaf: PageNode) -> None:
-        """Copies what the host lacks of the path to it, from its head on: the host holds whole prefixes only."""
+        """Copy the pages of the path that the host tier lacks, head first: the host holds whole prefixes only."""
         pin, num_pinned = self._tree.pin_path(leaf)
         lease = PageLease(page_ids=[], num_cached_tokens=0, _pin=pin, _closed=True, _num_pinned_for_backup=num_pinned)
         self._num_pinned_for_backup += num_pinned
@@ -324,12 +331,13 @@ class PageCache:
         for node in nodes:
             node.num_hits = 0
         self._back_up(lease, nodes)
-        if not lease._num_backups:  # no slot was to be had
+        if not lease._num_backups:  # no free host slot
             self._unpin(lease)
 
     def _back_up(self, lease: PageLease, nodes: list[PageNode]) -> None:
-        """Those of the path's `nodes` that are due and not there yet, a prefix first: what follows a page that is left
-        out is left out, too, since no match would reach it."""
+        """Start a backup of the path's `nodes` that are due and not in the host tier, in prefix order.
+
+        After the first page that is skipped all others are skipped too, since no match would reach them."""
         host, pages, page_ids = self._host, list[HostPage](), list[int]()
         assert host is not None
         for index, node in enumerate(nodes):
@@ -337,7 +345,7 @@ class PageCache:
             if known is not None and not known.lost:
                 continue
             if node.num_hits < (self._hits_to_back_up or 0) or node in lease._pin.duplicates:
-                break  # a duplicate: the page in the tree is for its readers to hold
+                break  # a duplicate: this lease's pin does not keep the page in the tree
             parent = None if isinstance(node.parent, Root) else host.get(node.parent.digest)
             may_begin = lease._num_pinned_for_backup is not None or (
                 len(self._backups) < MAX_BACKUPS and self._num_pages_backed_up + len(pages) < MAX_PAGES_BACKED_UP
@@ -367,7 +375,8 @@ class PageCache:
     def _measure_ceiling(
         self, lease: PageLease, digest: bytes, token_ids: Sequence[int], num_found: int, last: int
     ) -> None:
-        """`num_found` pages are in a tier, the last of them named `digest`: an infinite cache would have these too."""
+        """Set `lease.num_ceiling_tokens`: the `num_found` pages found in the tiers, the last with `digest`, and the
+        evicted pages that continue them."""
         num_more = self._history.num_leading(self._digests_after(digest, token_ids, num_found, last))
         lease.num_ceiling_tokens = (num_found + num_more) * self._page_size
 
@@ -377,8 +386,9 @@ class PageCache:
     # ---------------------------------------------------------------- the storage tier
 
     def prefetch(self, token_ids: Sequence[int], *, cache_salt: str = "", max_tokens: int) -> Prefetch | None:
-        """Asks the store for those pages that neither tier has; None if that is no use. To be closed when the request
-        is admitted (after `start_load`) or has ended."""
+        """Ask the store for the pages that neither tier has. Return None if there is nothing to wait for.
+
+        The caller closes the prefetch when the request is admitted (after `start_load`) or ends."""
         num_pages = min(len(token_ids), max_tokens) // self._page_size
         if self._storage is None or not self._storage.may_fetch(num_pages):
             return None
@@ -391,7 +401,7 @@ class PageCache:
         return self._storage.begin(digests, len(cached))
 
     def give_up_prefetch(self, prefetch: Prefetch) -> None:
-        """It is not waited for any more; what has come of it is kept."""
+        """Stop waiting for a prefetch. Pages fetched so far stay until `close_prefetch`."""
         assert self._storage is not None
         self._storage.give_up(prefetch)
 
@@ -412,21 +422,22 @@ class PageCache:
                 self._storage.attach(event.attached)
 
     def drain_prefetches(self) -> list[Prefetch]:
-        """Those that nobody need wait for any more, since the last call; perhaps closed meanwhile."""
+        """Return the prefetches that finished since the last call. Some may be closed already."""
         return [] if self._storage is None else self._storage.drain_done()
 
     # ---------------------------------------------------------------- what is cached
 
     def probe(self, token_ids: Sequence[int], cache_salt: str = "") -> int:
-        """How many tokens `open` would find cached. Changes nothing, not even what is evicted next."""
+        """Return how many tokens `open` would find cached. The eviction order does not change."""
         keys = iter_page_keys(token_ids, self._page_size, len(token_ids) // self._page_size)
         return len(self._tree.match(keys, cache_salt)) * self._page_size
 
     def flush(self, tier: str | None = None) -> tuple[int, int | None]:
-        """Frees every cached page that no lease uses, of the "device" or the "host", or of both; returns how many, and
-        the id of the job (`ForgetPages`) after which no restart brings them back.
+        """Free every cached page that no lease uses in the "device" tier, in the "host" tier, or in both.
 
-        The ceiling forgets what left the device: more memory would not have kept it."""
+        Return the number of pages, and the id of the `ForgetPages` job after which no restart restores them (None: no
+        host page was freed). Pages flushed from the device do not count in the ceiling: more memory would not have
+        kept them."""
         num_pages, slots = 0, list[int]()
         if tier != "host":
             num_pages = self._tree.num_evictable
@@ -453,7 +464,7 @@ class PageCache:
         )
 
     def drain_changes(self) -> tuple[list[bytes], list[bytes]]:
-        """Digests of pages that (became cached, ceased to be) in any tier since the last call, netted."""
+        """Return the digests that (entered, left) the set of pages cached in any tier, net since the last call."""
         added, removed = self._tree.drain_changes()
         if self._host is None:
             return added, removed
@@ -473,7 +484,7 @@ class PageCache:
         )
 
     def digests(self) -> list[bytes]:
-        """The digest of every page cached in some tier; of the tree's, a prefix before what continues it."""
+        """Return the digest of every page cached in any tier; of the tree's digests, parents come before children."""
         digests = [node.digest for node in self._tree.nodes()]
         return digests if self._host is None else [*dict.fromkeys([*digests, *self._host.digests()])]
 

@@ -1,14 +1,14 @@
-"""Which pages the host tier (L2) holds, by digest, and which goes next. Pure: it owns no bytes and no clock.
+"""The index of the host tier (L2): its pages by digest, and the order of eviction. Pure: no bytes and no clock.
 
-    reserve ──► writing ──written(ok)──► resident ──begin──► loading ──end──► resident ──► evicted
-                   └──written(failed)──► lost: nothing to match; written again or evicted
+    reserve ──► writing ──written(ok)──► resident ──pin──► loading ──unpin──► resident ──► evicted
+                   └──written(failed)──► lost: never matched; written again or evicted
 
-free + cached + in_flight == total, where in_flight are the slots that a move (moves.py) reads or writes, or that a
-prefetch keeps: they are never given to another page. Cached are all others in use.
+free + cached + in_flight == total. Slots in flight are pinned: a job (moves.py) reads or writes the slot, or a prefetch
+keeps its page; a pinned slot is never given to another page. Cached are all other slots in use.
 
-A page is taken in only behind the page it continues, and a leaf is evicted before that: so what is here are whole
-prefixes, and no slot holds what no match can reach. Of the leaves that no move uses, the one used longest ago goes
-first. The heap of them is lazy: an entry that its page has outgrown is dropped when it is met.
+A page enters only after its parent, the page it continues, and is evicted before its parent. The tier therefore holds
+whole prefixes, and every page can be reached by a match. The least recently used leaf without a pin is evicted first.
+The heap of leaves is lazy: outdated entries are dropped when they reach the top.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ class HostPage:
 
     digest: bytes
     slot: int
-    parent: HostPage | None  # the page it continues; None for the first of a prefix
+    parent: HostPage | None  # the page it continues; None for the first page of a prefix
     last_use: int
     num_children: int = 0
-    num_pins: int = 0  # that read or write it, and prefetches that keep it
-    resident: bool = False  # its bytes are there
-    stored: bool = False  # in the storage tier, or on its way there; as far as is known
-    from_storage: bool = False  # its bytes came from there, and nobody has loaded them yet
+    num_pins: int = 0  # jobs that read or write the page, and prefetches that keep it
+    resident: bool = False  # the slot holds the page's bytes
+    stored: bool = False  # believed to be in the storage tier, or on its way there
+    from_storage: bool = False  # the bytes came from the storage tier, and no request has loaded them yet
 
     @property
     def lost(self) -> bool:
-        """Its bytes are neither there nor on their way."""
+        """Whether the page's bytes are neither in the slot nor being copied there."""
         return not self.resident and not self.num_pins
 
     @property
     def name(self) -> tuple[bytes, bytes | None]:
-        """Its digest, and that of the page before."""
+        """The page's digest, and its parent's."""
         return self.digest, None if self.parent is None else self.parent.digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedPage:
-    """A slot that a former worker filled (persistence.py)."""
+    """A slot that an earlier worker process filled (persistence.py)."""
 
     slot: int
     digest: bytes
     parent: bytes | None  # digest of the page it continues
-    last_use: int  # above zero; only the order counts
+    last_use: int  # above zero; only the order matters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostCounts:
-    """free + cached + in_flight == total."""
+    """Slots by state: free + cached + in_flight == total."""
 
     free: int
     cached: int
@@ -71,7 +71,7 @@ class HostTier:
         self.num_pages = num_pages
         self.num_evicted = 0
         self._pages: dict[bytes, HostPage] = {}
-        self._free = list(range(num_pages - 1, -1, -1))  # slot 0 on top: what is never needed never becomes resident
+        self._free = list(range(num_pages - 1, -1, -1))  # slot 0 on top: memory never needed never becomes resident
         self._leaves: list[tuple[int, int, HostPage]] = []  # a heap by last use; the second number only breaks ties
         self._num_in_flight = 0
         self._num_uses = 0
@@ -80,7 +80,7 @@ class HostTier:
         self._changes: list[tuple[bytes, bool]] = []
 
     def restore(self, saved: Sequence[SavedPage]) -> None:
-        """Takes these in, each behind the page it continues. Once, before anything else."""
+        """Enter the saved pages, parents before children. Call once, before any other method."""
         assert not self._pages
         for each in saved:
             parent = None if each.parent is None else self._pages[each.parent]
@@ -97,7 +97,7 @@ class HostTier:
             self._offer(page)
 
     def next_job_id(self) -> int:
-        """For a move from here or to here (moves.py), whoever asks for it."""
+        """Return a new id for a job (moves.py) of any kind."""
         self._num_jobs += 1
         return self._num_jobs
 
@@ -105,7 +105,7 @@ class HostTier:
         return self._pages.get(digest)
 
     def match(self, digests: Iterable[bytes]) -> list[HostPage]:
-        """The leading ones that are resident."""
+        """Return the leading pages that are resident."""
         found: list[HostPage] = []
         for digest in digests:
             page = self._pages.get(digest)
@@ -115,14 +115,14 @@ class HostTier:
         return found
 
     def touch(self, pages: Iterable[HostPage]) -> None:
-        """These were used now, all at once."""
+        """Mark the pages as used now, all at the same time."""
         self._num_uses += 1
         for page in pages:
             page.last_use = self._num_uses
             self._offer(page)
 
     def reserve(self, parent: HostPage | None, digest: bytes) -> HostPage | None:
-        """A slot to write the page into, evicting if need be; a move holds it until `written`. None: all are in use."""
+        """Reserve a slot for the page, evicting if needed, pinned until `written`. None: no slot can be freed."""
         page = self._pages.get(digest)
         if page is None:
             if not self._free and not self._evict_sparing(parent):
@@ -143,7 +143,7 @@ class HostTier:
         self.unpin(page)
 
     def pin(self, page: HostPage) -> None:
-        """A move uses it from now on."""
+        """Keep the page in its slot until `unpin`. Pins nest."""
         self._num_in_flight += not page.num_pins
         page.num_pins += 1
 
@@ -157,7 +157,7 @@ class HostTier:
             page.stored = False
 
     def flush(self) -> list[int]:
-        """Drops every page that no move uses and that continues into none in use; returns the slots they had."""
+        """Drop every page that is not pinned and has no pinned descendant; return the freed slots."""
         num_free = len(self._free)
         while self._evict():
             pass
@@ -172,16 +172,16 @@ class HostTier:
         )
 
     def digests(self) -> list[bytes]:
-        """Of every resident page."""
+        """Return the digest of every resident page."""
         return [page.digest for page in self._pages.values() if page.resident]
 
     def drain_changes(self) -> list[tuple[bytes, bool]]:
-        """(digest, whether it became resident or ceased to be) since the last call, in order."""
+        """Return the changes since the last call, in order: (digest, whether the page is resident now)."""
         changes, self._changes = self._changes, []
         return changes
 
     def _evict_sparing(self, parent: HostPage | None) -> bool:
-        """A prefix is not cut off at the end that is about to grow."""
+        """Evict a page, but not the parent of the page about to be written."""
         if parent is None:
             return self._evict()
         self.pin(parent)
@@ -207,7 +207,7 @@ class HostTier:
         parent = page.parent
         if parent is not None:
             parent.num_children -= 1
-            parent.last_use = max(parent.last_use, page.last_use)  # whoever used the page went through it
+            parent.last_use = max(parent.last_use, page.last_use)  # a use of the page was a use of its prefix
             self._offer(parent)
 
     def _offer(self, page: HostPage) -> None:

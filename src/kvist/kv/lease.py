@@ -1,4 +1,4 @@
-"""What one request has of the page cache (cache.py): its pages, and how many of its tokens came from which tier."""
+"""The lease: one request's pages in the page cache (cache.py), and how many of its tokens came from each tier."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class PageLease:
     page_ids: list[int]  # page i holds tokens [i * page_size, (i + 1) * page_size)
     num_cached_tokens: int  # whole pages found in the tree when the lease was opened
     _pin: Pin = field(repr=False)
-    num_ceiling_tokens: int = 0  # what a cache that forgets nothing would have had; since `start_load`
-    num_loaded_tokens: int = 0  # that `start_load` has loaded from the host tier, beside
-    num_fetched_tokens: int = 0  # those that had come there from the storage tier for it
+    num_ceiling_tokens: int = 0  # tokens that an infinite cache would have hit; set by `start_load`
+    num_loaded_tokens: int = 0  # loaded from the host tier, without `num_fetched_tokens`
+    num_fetched_tokens: int = 0  # loaded from the host tier after a fetch from the storage tier
     _in_flight: list[int] = field(default_factory=list, repr=False)
-    _num_backups: int = 0  # under way, of pages that its pin reads
+    _num_backups: int = 0  # under way, of pages that the pin reads
     _closed: bool = False
-    _num_pinned_for_backup: int | None = None  # write_back's own lease: pages that it alone keeps from being evicted
+    _num_pinned_for_backup: int | None = None  # pages that only this lease pins; None: not a lease of write_back

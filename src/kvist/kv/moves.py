@@ -1,21 +1,22 @@
-"""What is asked of, and heard from, whoever moves pages between the tiers: a plan carries the jobs, events the reports.
+"""Jobs and reports of copies between tiers: a plan carries the jobs to the movers, events carry the reports back.
 
     PageMover (mover.py)      LoadPages, BackUpPages, ForgetPages  device pool ◄─► host pool
     StoreMover                FindPages, FetchPages, StorePages    store ◄─► host pool
 
-Each job is answered once, whatever becomes of it. Until then no page and no slot that it names goes to anybody else.
+Every job gets exactly one report, whether the copy succeeds or fails. Until the report, no page and no host slot that
+the job names is given to another user.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-PIECE_PAGES = 128  # at most, of one call of the store: what its deadline is for
+PIECE_PAGES = 128  # most pages in one call of the store; the store's deadline applies to one call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPages:
-    """Copy host pages into our device pool; answered by `PagesLoaded`."""
+    """Copy host pages into our device pool. Report: `PagesLoaded`."""
 
     job_id: int
     host_slots: tuple[int, ...]
@@ -24,19 +25,19 @@ class LoadPages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackUpPages:
-    """Copy pages of our device pool into the host's; answered by `PagesBackedUp`."""
+    """Copy pages of our device pool into the host pool. Report: `PagesBackedUp`."""
 
     job_id: int
     page_ids: tuple[int, ...]
     host_slots: tuple[int, ...]
-    names: tuple[tuple[bytes, bytes | None], ...] = field(default=(), repr=False)  # (digest, that of the page before)
+    names: tuple[tuple[bytes, bytes | None], ...] = field(default=(), repr=False)  # (digest, digest of the parent page)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForgetPages:
-    """These host pages were flushed: no restart may bring them back. Answered by `PagesForgotten`.
+    """Erase the records of flushed host pages, so that no restart restores them. Report: `PagesForgotten`.
 
-    It holds no slot: what is copied into one of them later comes behind it."""
+    The slots are free at once: the mover runs later copies into these slots after this job."""
 
     job_id: int
     host_slots: tuple[int, ...]
@@ -50,18 +51,18 @@ class PagesForgotten:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagesLoaded:
     job_id: int
-    ok: bool  # every byte is in place; else the device pages hold nothing of use
+    ok: bool  # True: every byte is in place; False: the device pages hold no valid data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagesBackedUp:
     job_id: int
-    ok: bool  # every byte is in place; else the host slots hold nothing of use
+    ok: bool  # True: every byte is in place; False: the host slots hold no valid data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FindPages:
-    """Which of these does the store have? Answered by `PagesFound`."""
+    """Look pages up in the store. Report: `PagesFound`."""
 
     job_id: int
     digests: tuple[bytes, ...] = field(repr=False)
@@ -69,7 +70,7 @@ class FindPages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchPages:
-    """Copy pages of the store into the host pool; answered by `PagesFetched`."""
+    """Copy pages of the store into the host pool. Report: `PagesFetched`."""
 
     job_id: int
     digests: tuple[bytes, ...] = field(repr=False)
@@ -79,7 +80,7 @@ class FetchPages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorePages:
-    """Copy host pages into the store; answered by `PagesStored`."""
+    """Copy host pages into the store. Report: `PagesStored`."""
 
     job_id: int
     digests: tuple[bytes, ...] = field(repr=False)
@@ -88,7 +89,7 @@ class StorePages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CancelFetch:
-    """Drop the `FetchPages` of this number if it has not begun: it is answered as always. Else nothing."""
+    """Cancel the `FetchPages` with this id if its copy has not begun; the fetch gets its report all the same."""
 
     job_id: int
 
@@ -96,25 +97,25 @@ class CancelFetch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagesFound:
     job_id: int
-    num_pages: int  # leading ones; 0 for any trouble
-    answered: bool = True  # by the store; False: it failed, or was not asked after all of them
+    num_pages: int  # leading pages that the store has; 0 on any failure
+    answered: bool = True  # False: the store failed, or was not asked for all pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagesFetched:
     job_id: int
-    num_pages: int  # leading ones, complete and verified; the slots after them hold nothing of use
+    num_pages: int  # leading pages that are complete and verified; the slots after them hold no valid data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagesStored:
     job_id: int
-    num_pages: int  # leading ones
+    num_pages: int  # leading pages that are in the store now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageAttached:
-    """There is a store from now on, or none."""
+    """A store was attached or detached."""
 
     attached: bool
 

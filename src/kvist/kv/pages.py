@@ -1,9 +1,9 @@
-"""The ledger of page ownership: which of the pool's pages is in which state. It owns no bytes.
+"""The ledger of page ownership: the state of each page of the pool. The ledger owns no bytes.
 
-    FREE ──► OWNED ──► CACHED          FREE       nobody's; its bytes mean nothing
-      ▲      │ ▲ │        │            OWNED      written by one request
+    FREE ──► OWNED ──► CACHED          FREE       unused; its bytes mean nothing
+      ▲      │ ▲ │        │            OWNED      one request writes it
       ├──────┘ │ ▼        │            IN_FLIGHT  one request's, and named by an open transfer: a peer may touch it
-      │     IN_FLIGHT     │            CACHED     in the radix tree, for whoever matches it
+      │     IN_FLIGHT     │            CACHED     in the radix tree, shared by all requests that match it
       └───────────────────┘
 
 free + cached + owned + in_flight == total, always. A page in flight can only go back to its owner: it is never freed
@@ -35,7 +35,7 @@ TRANSITIONS = frozenset(
     }
 )
 
-_FREE, _OWNED = PageState.FREE, PageState.OWNED  # to look one up in the class costs as much as to move a page
+_FREE, _OWNED = PageState.FREE, PageState.OWNED  # looking an enum member up costs as much as moving a page
 
 # The same table by index: hashing enum members would cost more than the rest of a move.
 _ALLOWED = [[(source, target) in TRANSITIONS for target in PageState] for source in PageState]
@@ -43,7 +43,7 @@ _ALLOWED = [[(source, target) in TRANSITIONS for target in PageState] for source
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageCounts:
-    """free + cached + owned + in_flight == total. `evictable` is the part of cached that no lease uses."""
+    """Pages by state: free + cached + owned + in_flight == total. `evictable` is the part of cached without a lease."""
 
     free: int
     cached: int
@@ -60,8 +60,8 @@ class PageLedger:
         self._states = bytearray(num_pages)  # PageState of each page
         self._counts = [0] * len(PageState)
         self._counts[PageState.FREE] = num_pages
-        # Last in, first out, and page 0 on top: pages never needed are never touched, so their memory never becomes
-        # resident, and the page freed last is the one most likely still in a CPU cache.
+        # Last in, first out, with page 0 on top: pages never needed are never touched, and their memory never becomes
+        # resident. The page freed last is also the page most likely still in a CPU cache.
         self._free = list(range(num_pages - 1, -1, -1))
 
     @property
@@ -79,15 +79,15 @@ class PageLedger:
         return PageState(self._states[page_id])
 
     def allocate(self, num_pages: int) -> list[int]:
-        """Takes free pages: FREE → OWNED. The caller has made sure that there are enough."""
-        assert num_pages <= len(self._free), f"{num_pages} pages asked of {len(self._free)} free"
+        """Take free pages: FREE → OWNED. The caller has checked that enough are free."""
+        assert num_pages <= len(self._free), f"{num_pages} pages requested, {len(self._free)} free"
         page_ids = [self._free.pop() for _ in range(num_pages)]
         self._set(page_ids, _FREE, _OWNED)
         return page_ids
 
     def move(self, page_ids: Sequence[int], source: PageState, target: PageState) -> None:
-        """Moves pages, each of which must be in `source`, by one row of the transition table."""
-        assert source is not _FREE, "free pages are taken by `allocate`"
+        """Change the state of pages from `source` to `target`, a row of the transition table."""
+        assert source is not _FREE, "`allocate` takes free pages"
         self._set(page_ids, source, target)
         if target is _FREE:
             self._free.extend(page_ids)

@@ -1,22 +1,22 @@
 """The radix tree over cached pages: an edge is one page of tokens, a node is the page that holds their K/V.
 
-Who uses what. A `Pin` is one request's hold on the path from the root to the deepest page it has reached. A pin either
-*reads* a node's page or holds a *duplicate* of it: it had computed the same tokens into a page of its own when another
-request's page was already there. When the last reader of a node leaves and a duplicate remains, the node takes over
-the duplicate and gives up its own page. So a path held by one request alone costs exactly that request's pages, and
-every node on a pinned path has a reader.
+Pins. A `Pin` keeps the path from the root to the deepest page that one request has reached. At each node of the path, a
+pin either *reads* the node's page or has a *duplicate*: a page of its own with the same tokens, computed while another
+request's page was already in the tree. When the last reader of a node leaves and a duplicate remains, the node takes
+over the duplicate and releases its old page. A path pinned by one request alone therefore costs exactly that request's
+pages, and every node on a pinned path has a reader.
 
-Eviction takes the least recently used leaf that no pin uses. No heap is needed: nodes join the queue `_idle` as they
-become unused, the deepest of a path first. A node is never unused while a descendant is used, so every descendant
-stands before it, and the head of the queue is always a leaf and the one unused for longest. Order is the order of
-calls; no clock is read.
+Eviction takes the least recently used leaf that no pin uses. No heap is needed: nodes join the queue `_idle` when they
+become unused, the deepest node of a path first. A node is never unused while a descendant is used. All descendants of a
+node are therefore ahead of it in the queue, and the head is always a leaf: the leaf unused for longest. Order is the
+order of calls; no clock is read.
 
 With `write_back` (cache.py) eviction takes from a second queue first: `_prepared`, the pages that the host tier has or
 cannot get. A page enters it from the head of `_idle`, or when the pin for its backup ends, in either case behind all of
 its descendants. A hit takes the page out of the queue.
 
-One root per cache salt, dropped when its last page is. The tree names page ids and reports which ones it took and gave
-up (`OwnershipChange`); the states of pages are the ledger's.
+Each cache salt has its own root, dropped with its last page. The tree names page ids and reports which pages it took
+and released (`OwnershipChange`); the ledger (pages.py) keeps the states of pages.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from kvist.kv.keys import chain_digest, root_digest
 
 
 class Node:
-    """A prefix: of no page (`Root`) or of at least one (`PageNode`)."""
+    """A prefix: empty (`Root`) or of at least one page (`PageNode`)."""
 
     __slots__ = ("children", "digest", "num_readers")
 
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
         self.children: dict[bytes, PageNode] = {}  # by the tokens of the next page
-        self.num_readers = 1  # whoever makes a node reads it
+        self.num_readers = 1  # the pin that creates a node reads it
 
 
 class Root(Node):
@@ -55,23 +55,23 @@ class PageNode(Node):
         self.parent = parent
         self.key = key
         self.page_id = page_id
-        self.duplicates: list[Pin] | None = None  # the pins that hold a page of their own for this prefix
-        self.num_hits = 0  # requests that found it here; counted by who asks (cache.py)
+        self.duplicates: list[Pin] | None = None  # the pins that have a page of their own for this prefix
+        self.num_hits = 0  # requests that matched this page; counted by cache.py
 
 
 @dataclass(slots=True, eq=False)
 class Pin:
-    """One request's hold on a path. Mutable; its one owner is the tree."""
+    """One request's pin on a path. Mutable; its one owner is the tree."""
 
     node: Node  # the deepest prefix reached
     page_ids: list[int]  # the tree's pages matched at the start, in order
     num_pages: int  # depth of `node`
-    duplicates: dict[PageNode, int] = field(default_factory=dict)  # own page for a node of the path
+    duplicates: dict[PageNode, int] = field(default_factory=dict)  # the request's own page for a node of the path
 
 
 @dataclass(slots=True, eq=False)
 class OwnershipChange:
-    """What a call did to pages: `taken` are the tree's from now on, `released` are no longer."""
+    """Pages that a call moved into the tree (`taken`) and out of it (`released`)."""
 
     taken: list[int] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
@@ -83,9 +83,9 @@ class RadixTree:
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
         self._roots: dict[str, Root] = {}
-        self._idle: OrderedDict[PageNode, None] = OrderedDict()  # nodes no pin uses; the next victim first
-        self._prepared: OrderedDict[PageNode, None] = OrderedDict()  # the same, and they go before those
-        # Digests that came and went since the last `drain_changes`, netted: a digest is in at most one of the two.
+        self._idle: OrderedDict[PageNode, None] = OrderedDict()  # unpinned nodes, the next to evict first
+        self._prepared: OrderedDict[PageNode, None] = OrderedDict()  # unpinned too, and evicted before `_idle`
+        # Net changes of the cached digests since the last `drain_changes`: a digest is in at most one of the two.
         self._added: dict[bytes, None] = {}
         self._removed: dict[bytes, None] = {}
 
@@ -98,7 +98,7 @@ class RadixTree:
         return len(self._prepared)
 
     def match(self, keys: Iterable[bytes], cache_salt: str) -> list[PageNode]:
-        """The longest path that spells a prefix of `keys`."""
+        """Find the longest path that spells a prefix of `keys`."""
         path: list[PageNode] = []
         node: Node | None = self._roots.get(cache_salt)
         if node is not None:
@@ -110,7 +110,7 @@ class RadixTree:
         return path
 
     def pin(self, keys: Iterable[bytes], cache_salt: str) -> Pin:
-        """Pins the longest cached prefix of `keys`, which may be empty."""
+        """Pin the longest cached prefix of `keys`, which may be empty."""
         path = self.match(keys, cache_salt)
         root = self._roots.get(cache_salt)
         if root is None:
@@ -122,7 +122,7 @@ class RadixTree:
         return Pin(path[-1] if path else root, [node.page_id for node in path], len(path))
 
     def pin_path(self, leaf: PageNode) -> tuple[Pin, int]:
-        """Pins the path to a page; and how many of its pages nobody used."""
+        """Pin the path to a page. Return the pin, and how many pages of the path were unpinned before."""
         path, num_unused = list[PageNode](), 0
         node: Node = leaf
         while isinstance(node, PageNode):
@@ -133,7 +133,7 @@ class RadixTree:
         return Pin(leaf, [each.page_id for each in reversed(path)], len(path)), num_unused
 
     def _read(self, node: PageNode) -> bool:
-        """Whether nobody did before."""
+        """Add a reader; return whether the node had none."""
         node.num_readers += 1
         if node.num_readers > 1:
             return False
@@ -144,10 +144,10 @@ class RadixTree:
         return True
 
     def extend(self, pin: Pin, keys: Sequence[bytes], page_ids: Sequence[int]) -> OwnershipChange:
-        """OwnershipChange the pin down along `keys`; `page_ids` are the request's own pages with those tokens' K/V.
+        """Move the pin down along `keys`; `page_ids` are the request's own pages with the K/V of these tokens.
 
-        A page new to the tree is taken. Where the tree has the page already: in use by others, the request keeps its
-        own as a duplicate; unused, the tree takes the request's page and releases its own.
+        The tree takes a page that it lacks. If the tree has the page and others use it, the request keeps its own page
+        as a duplicate; if the tree's page is unused, the tree takes the request's page and releases its own.
         """
         change = OwnershipChange()
         for key, page_id in zip(keys, page_ids, strict=True):
@@ -172,9 +172,9 @@ class RadixTree:
         return change
 
     def unpin(self, pin: Pin, *, prepared: bool = False) -> OwnershipChange:
-        """Lets go of the whole path, deepest page first. The pin's remaining `duplicates` stay the caller's.
+        """Release the whole path, deepest page first. The pin's remaining `duplicates` stay the caller's.
 
-        `prepared`: its pages go next, but for those that were hit (`num_hits`) and what these continue."""
+        With `prepared`, the released pages are evicted next, except pages with hits (`num_hits`) and their prefixes."""
         change = OwnershipChange()
         node = pin.node
         while isinstance(node, PageNode):
@@ -185,7 +185,7 @@ class RadixTree:
                 node.num_readers -= 1
                 if node.num_readers == 0:
                     if node.duplicates:
-                        self._hand_over(node, node.duplicates.pop(), change)  # the newest is likely to stay longest
+                        self._hand_over(node, node.duplicates.pop(), change)  # the newest pin is likely to last longest
                     elif (
                         prepared and not node.num_hits and all(map(self._prepared.__contains__, node.children.values()))
                     ):
@@ -199,7 +199,7 @@ class RadixTree:
         return change
 
     def tail(self, pin: Pin, num_pages: int) -> list[PageNode]:
-        """The deepest `num_pages` pages of the pin's path, a prefix before what continues it."""
+        """Return the deepest `num_pages` pages of the pin's path, in prefix order."""
         nodes: list[PageNode] = []
         node = pin.node
         for _ in range(num_pages):
@@ -210,16 +210,16 @@ class RadixTree:
         return nodes
 
     def oldest_idle(self) -> PageNode | None:
-        """The one that goes after the cold ones."""
+        """Return the page to evict first once no prepared page is left."""
         return next(iter(self._idle), None)
 
     def mark_prepared(self, node: PageNode) -> None:
-        """`oldest_idle` becomes the last of the cold ones."""
+        """Move an idle page, the `oldest_idle`, to the end of the prepared pages."""
         del self._idle[node]
         self._prepared[node] = None
 
     def evict(self) -> PageNode:
-        """Removes the least recently used leaf that no pin uses, and returns it. One must be evictable."""
+        """Remove and return the least recently used leaf that no pin uses. At least one page must be evictable."""
         node, _ = (self._prepared or self._idle).popitem(last=False)
         assert not node.children, "a page is evicted before the prefix it continues"
         parent = node.parent
@@ -230,7 +230,7 @@ class RadixTree:
         return node
 
     def nodes(self) -> Iterator[PageNode]:
-        """Every page of the tree, a prefix before what continues it."""
+        """Yield every page of the tree, parents before children."""
         stack: list[Node] = list(self._roots.values())
         while stack:
             for child in stack.pop().children.values():
@@ -238,21 +238,21 @@ class RadixTree:
                 stack.append(child)
 
     def drain_changes(self) -> tuple[list[bytes], list[bytes]]:
-        """Digests (added, removed) since the last call; what came and went in between is in neither."""
+        """Return the digests (added, removed) since the last call. A digest added and removed since is in neither."""
         added, removed = list(self._added), list(self._removed)
         self._added.clear()
         self._removed.clear()
         return added, removed
 
     def _hand_over(self, node: PageNode, heir: Pin, change: OwnershipChange) -> None:
-        """The last reader left: the node takes the heir's duplicate, and the heir becomes its reader."""
+        """Replace the node's page, whose last reader has left, by the heir's duplicate; the heir becomes its reader."""
         change.released.append(node.page_id)
         node.page_id = heir.duplicates.pop(node)
         change.taken.append(node.page_id)
         node.num_readers = 1
 
     def _drop_root_if_unused(self, root: Root) -> None:
-        # Salts come from callers without limit: a root may not outlive its pages.
+        # Callers may send any number of salts: a root may not outlive its pages.
         if not root.children and root.num_readers == 0:
             del self._roots[root.cache_salt]
 

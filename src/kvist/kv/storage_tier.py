@@ -1,17 +1,18 @@
-"""What is asked of the storage tier (L3): which pages are stored there, and which a request waits for. Pure.
+"""The plan for the storage tier (L3): which host pages to store, and which pages to fetch for a waiting request. Pure.
 
-    resident in the host tier, not known to be stored ──store──► (due, until there is room) ──► StorePages ──stored──►
+    resident in the host tier, not known to be stored ──store──► (due, until a job may start) ──► StorePages ──stored──►
               marked `stored`
-    begin ──► FindPages ──found──► (in line until the share of the host tier has room) ──► FetchPages ──fetched──►
-              resident in the host tier, kept there for the request until `close`
+    begin ──► FindPages ──found──► (queued until the share of the host tier has room) ──► FetchPages ──fetched──►
+              resident in the host tier, pinned there for the request until `close`
 
-Whoever begins a prefetch asks after the pages that the host tier lacks, from the first on: what is fetched lies behind
-the pages that it continues, like everything there. Pages that are being fetched already are waited for, not fetched
-twice. Fetched pages stay until their request is admitted: else those who wait would evict each other's. So that a store
-cannot take the host tier over, pages being fetched and kept are at most half of it, those being stored a quarter.
+A prefetch first queries the store for the pages missing in the host tier, in prefix order: a page enters the host tier
+only after the page it continues. A request waits for pages that are already being fetched for another; no page is
+fetched twice. Fetched pages stay until their request is admitted: otherwise waiting requests would evict each other's
+pages. Pages being fetched or kept take at most half of the host tier, and pages being stored at most a quarter, so that
+a store cannot occupy all of it.
 
-Every job is answered once; until then its slots are in flight. A hung one costs its slots and, as long as it lasts,
-their part of the share. Who waits for a prefetch, and how long, is the scheduler's; the bytes are the store mover's.
+Every job gets exactly one report; until then its slots are in flight. A hung job occupies its slots, and their part of
+the share, until it returns. The scheduler decides how long a request waits; the store mover copies the bytes.
 """
 
 from __future__ import annotations
@@ -35,35 +36,35 @@ from kvist.kv.moves import (
 )
 
 PREFETCH_POLICIES = ("best_effort", "wait_complete", "timeout")
-FETCH_PAGES = 16  # of one job: somebody waits, and several threads share what is longer
-MAX_FINDS = 1024  # under way; requests beyond find nothing
-MAX_STORES = 64  # jobs under way; what is beyond waits
-MAX_PAGES_STORED = 2048  # in these together
+FETCH_PAGES = 16  # pages in one job: a request waits, and several threads share a longer prefix
+MAX_FINDS = 1024  # look-ups under way; a request beyond the limit is not looked up in the store
+MAX_STORES = 64  # jobs under way; further pages wait
+MAX_PAGES_STORED = 2048  # in all these jobs together
 
 STORAGE_COUNTERS = (
     "storage_hit_pages",
-    "storage_miss_pages",  # of which the store said that it has them not
+    "storage_miss_pages",  # that the store reported missing
     "storage_fetched_pages",
     "storage_stored_pages",
-    "storage_skipped_pages",  # due to be stored, and evicted from the host tier before there was room
-    "storage_failed_pages",  # in fetches and stores that failed; those of cancelled fetches are none
+    "storage_skipped_pages",  # due to be stored, and evicted from the host tier before a job could start
+    "storage_failed_pages",  # in fetches and stores that failed; pages of cancelled fetches do not count
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefetchConfig:
-    """How long a request may wait for its pages to come from the store, and from how many tokens on it does."""
+    """How long a request may wait for its pages from the store, and the smallest prefix worth fetching."""
 
     policy: str = "timeout"  # one of PREFETCH_POLICIES
-    base_s: float = 1.0  # `timeout`: the longest wait
-    per_1k_s: float = 0.25  # and this much for each 1000 tokens
-    threshold_tokens: int = 256  # fewer are computed rather than fetched
+    base_s: float = 1.0  # `timeout`: the longest wait is base_s + per_1k_s for each 1000 tokens
+    per_1k_s: float = 0.25
+    threshold_tokens: int = 256  # fewer tokens are computed rather than fetched
 
     def __post_init__(self) -> None:
         assert self.policy in PREFETCH_POLICIES
 
     def wait_s(self, num_tokens: int) -> float:
-        """The longest wait for so many tokens."""
+        """Return the longest wait for `num_tokens` tokens."""
         if self.policy == "timeout":
             return self.base_s + self.per_1k_s * num_tokens / 1000
         return 0.0 if self.policy == "best_effort" else math.inf
@@ -71,24 +72,24 @@ class PrefetchConfig:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Prefetch:
-    """What one request has asked of the store. Mutable; its one owner is the `StorageTier`: others only read it."""
+    """One request's prefetch from the store. Mutable; its one owner is the `StorageTier`: others only read it."""
 
     wait_s: float
-    _digests: Sequence[bytes] = field(repr=False)  # of the pages from the first of its prompt on
-    _num_cached: int  # leading ones in the device pool: nothing is gained by fetching these
-    _find_start: int  # asked after from here on
-    _find_end: int = 0  # there up to here, as far as is known
+    _digests: Sequence[bytes] = field(repr=False)  # of the prompt's pages, from the first
+    _num_cached: int  # leading pages in the device pool, which need no fetch
+    _find_start: int  # the store is asked for pages [_find_start, len(_digests))
+    _find_end: int = 0  # the store has pages [_find_start, _find_end), by its answer
     _finding: bool = False
     _queued: bool = False
-    _fetches: list[_Fetch] = field(default_factory=list)  # under way, of others too, that it waits for
-    _num_fetched: int = 0  # pages fetched for it, which count in the share until it is closed
-    _num_resident: int = 0  # leading pages that are resident, with something kept
-    _pinned: HostPage | None = None  # the last of these: it is held, and so is all that it continues
+    _fetches: list[_Fetch] = field(default_factory=list)  # under way and waited for, including other requests' fetches
+    _num_fetched: int = 0  # pages fetched for this request, which count in the share until `close`
+    _num_resident: int = 0  # leading pages resident when `_pinned` was set
+    _pinned: HostPage | None = None  # the last of the leading pages; the pin keeps the whole prefix
     _closed: bool = False
 
     @property
     def done(self) -> bool:
-        """There is nothing to wait for."""
+        """Whether nothing is left to wait for."""
         return not (self._finding or self._queued or self._fetches)
 
 
@@ -103,7 +104,7 @@ class _Fetch:
 
 
 class StorageTier:
-    """Mutable; its one owner is `PageCache`, which shares its host tier with it. Detached until it is told."""
+    """Mutable; its one owner is `PageCache`, and both use the same host tier. Detached until `attach`."""
 
     def __init__(self, host: HostTier, config: PrefetchConfig, *, page_size: int) -> None:
         self._host = host
@@ -113,23 +114,23 @@ class StorageTier:
         self._max_reserved = max(1, host.num_pages // 2)
         self._max_stored = min(MAX_PAGES_STORED, max(1, host.num_pages // 4))
         self._attached = False
-        self._generation = 0  # of the store: what is known of one means nothing to the next
-        self._finds: dict[int, Prefetch] = {}  # by job id, as the two below
-        self._fetches: dict[int, _Fetch] = {}
-        self._stores: dict[int, tuple[int, list[HostPage]]] = {}  # with the generation they began in
-        self._due: dict[HostPage, None] = {}  # to be stored, in the order of their coming; some are evicted meanwhile
+        self._generation = 0  # +1 with each attach or detach: knowledge about one store is not valid for the next
+        self._finds: dict[int, Prefetch] = {}  # by job id
+        self._fetches: dict[int, _Fetch] = {}  # by job id
+        self._stores: dict[int, tuple[int, list[HostPage]]] = {}  # by job id, with the generation of their start
+        self._due: dict[HostPage, None] = {}  # to be stored, oldest first; some may have been evicted since
         self._fetching: dict[HostPage, _Fetch] = {}
-        self._queue: deque[Prefetch] = deque()  # what they need is found; the share has no room for it
-        self._blocked_head: tuple[Prefetch, int] | None = None  # the head of the line, and what was taken then
-        self._open: dict[Prefetch, None] = {}  # in the order of their coming
-        self._num_reserved = 0  # pages being fetched, and those kept
+        self._queue: deque[Prefetch] = deque()  # found in the store, waiting for room in the share
+        self._blocked_head: tuple[Prefetch, int] | None = None  # a head that found no room, and `_num_reserved` then
+        self._open: dict[Prefetch, None] = {}  # in the order of arrival
+        self._num_reserved = 0  # pages being fetched, and pages fetched for an open prefetch
         self._num_stored = 0  # in `_stores`
         self._jobs: list[StoreJob] = []
         self._done: list[Prefetch] = []
         self.totals: dict[str, float] = dict.fromkeys(STORAGE_COUNTERS, 0)
 
     def attach(self, attached: bool) -> None:
-        """Nothing is known of a new store. Without one nothing new begins, and nobody waits any more."""
+        """Start with a new store, of whose content nothing is known, or with none: then all prefetches end."""
         self._attached = attached
         self._generation += 1
         self._due.clear()
@@ -142,11 +143,11 @@ class StorageTier:
     # ---------------------------------------------------------------- to the store
 
     def store(self, pages: Iterable[HostPage]) -> None:
-        """Those of a path, a prefix first, that are resident and not known to be stored."""
+        """Store the pages of a path, in prefix order, that are resident and not known to be stored."""
         if not self._attached:
             return
         self._due.update(dict.fromkeys(page for page in pages if page.resident and not page.stored))
-        while len(self._due) > self._host.num_pages:  # there are evicted ones among them
+        while len(self._due) > self._host.num_pages:  # some of them were evicted
             del self._due[next(iter(self._due))]
             self.totals["storage_skipped_pages"] += 1
         self._begin_stores()
@@ -158,7 +159,7 @@ class StorageTier:
                 return
             self._num_stored += len(piece)
             for page in piece:
-                page.stored = True  # until it turns out otherwise: nobody else begins it
+                page.stored = True  # until a failure is reported: no second job stores the page
                 self._host.pin(page)
             job_id = self._host.next_job_id()
             self._stores[job_id] = self._generation, piece
@@ -198,8 +199,9 @@ class StorageTier:
         return self._attached and num_pages >= self._min_pages
 
     def begin(self, digests: Sequence[bytes], num_cached: int) -> Prefetch | None:
-        """For a request whose pages these are, `num_cached` of them in the device pool. None: there is nothing to wait
-        for. Whoever gets one closes it."""
+        """Start a prefetch of a request's pages, of which the first `num_cached` are in the device pool.
+
+        Return None if there is nothing to wait for. The caller must `close` the prefetch."""
         host = self._host
         prefetch = Prefetch(wait_s=0.0, _digests=digests, _num_cached=num_cached, _find_start=0)
         known: list[HostPage] = []
@@ -229,7 +231,7 @@ class StorageTier:
         if event.answered:
             self.totals["storage_miss_pages"] += len(prefetch._digests) - prefetch._find_start - event.num_pages
         if not prefetch._finding:
-            return  # nobody waits for it any more
+            return  # the request does not wait any more
         prefetch._finding = False
         prefetch._find_end = prefetch._find_start + event.num_pages
         if self.may_fetch(prefetch._find_end - max(prefetch._find_start, prefetch._num_cached)):
@@ -261,7 +263,7 @@ class StorageTier:
                 self._done.append(prefetch)
 
     def give_up(self, prefetch: Prefetch) -> None:
-        """It is not waited for any more: what has not begun need not. What has come is kept until `close`."""
+        """Stop waiting: cancel fetches that have not begun. Pages fetched so far stay until `close`."""
         prefetch._finding = False
         if prefetch._queued:
             prefetch._queued = False
@@ -274,7 +276,7 @@ class StorageTier:
         prefetch._fetches.clear()
 
     def close(self, prefetch: Prefetch) -> None:
-        """Its request was admitted, or ended. Once only."""
+        """Release the fetched pages: the request was admitted, or ended. Call once."""
         assert not prefetch._closed
         self.give_up(prefetch)
         del self._open[prefetch]
@@ -284,7 +286,7 @@ class StorageTier:
             self._host.unpin(prefetch._pinned)
 
     def drain_done(self) -> list[Prefetch]:
-        """Those for which there is nothing more to wait, since the last call; each once, perhaps closed meanwhile."""
+        """Return the prefetches that finished since the last call, each once. Some may be closed already."""
         self._serve_queue()
         done, self._done = self._done, []
         return done
@@ -295,8 +297,8 @@ class StorageTier:
         return jobs
 
     def _serve_queue(self) -> None:
-        """First come, first served: each waits for room for all it wants, or for half of the share, and gets less than
-        all only then."""
+        """Start queued fetches in order. The head waits until the share has room for all its pages or for half of the
+        share; only in the second case does it get fewer pages than it wants."""
         while self._queue:
             prefetch = self._queue[0]
             if self._blocked_head == (prefetch, self._num_reserved):
@@ -313,8 +315,9 @@ class StorageTier:
                 self._done.append(prefetch)
 
     def _fetch(self, prefetch: Prefetch) -> None:
-        """A slot for each page that is not there nor on its way, as far as there is room. Pages before the first that
-        was asked after may have been evicted meanwhile: they are fetched, too."""
+        """Fetch the pages that are neither resident nor being fetched, up to the room in the share.
+
+        Pages before `_find_start` that were evicted since the look-up are fetched too."""
         parent: HostPage | None = None
         pages: list[HostPage] = []
         for digest in prefetch._digests[: prefetch._find_end]:
@@ -353,7 +356,7 @@ class StorageTier:
             prefetch._fetches.append(fetch)
 
     def _pin_prefix(self, prefetch: Prefetch) -> None:
-        """Hold the last of its leading pages: a page is not evicted before what continues it."""
+        """Pin the last of the leading resident pages: this keeps the prefix, since children are evicted first."""
         if not prefetch._num_fetched:
             return
         last = prefetch._pinned
