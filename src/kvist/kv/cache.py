@@ -149,7 +149,7 @@ class PageCache:
         return self._ledger.num_free + self._tree.num_evictable + self._num_pinned_for_backup
 
     def waits_for_copies(self, lease: PageLease, num_tokens: int) -> bool:
-        """Return whether `grow` can succeed after the copies under way, unless another request takes the pages first."""
+        """Return whether `grow` can succeed after the copies under way, if no other request takes the pages first."""
         return -(-num_tokens // self._page_size) - len(lease.page_ids) <= self.num_reclaimable
 
     def insert(self, lease: PageLease, token_ids: Sequence[int], num_tokens: int) -> None:
@@ -333,8 +333,8 @@ class PageCache:
             self._unpin(lease)
 
     def _back_up(self, lease: PageLease, nodes: list[PageNode]) -> None:
-        """Back up the path's `nodes` that are due and not in the host tier, in prefix order. After the first page that is
-        skipped all others are skipped too, since no match would reach them."""
+        """Back up the path's `nodes` that are due and not in the host tier, in prefix order. After the first skipped page
+        all others are skipped too, since no match would reach them."""
         host, pages, page_ids = self._host, list[HostPage](), list[int]()
         assert host is not None
         for index, node in enumerate(nodes):
