@@ -333,8 +333,8 @@ class PageCache:
             self._unpin(lease)
 
     def _back_up(self, lease: PageLease, nodes: list[PageNode]) -> None:
-        """Back up the path's `nodes` that are due and not in the host tier, in prefix order. After the first skipped page
-        all others are skipped too, since no match would reach them."""
+        """Back up the path's `nodes` that are due and not in the host tier, in prefix order. After the first skipped
+        page all others are skipped too, since no match would reach them."""
         host, pages, page_ids = self._host, list[HostPage](), list[int]()
         assert host is not None
         for index, node in enumerate(nodes):

@@ -1,16 +1,16 @@
-"""What a cache that forgets nothing would have hit: the names of the pages that this one had and evicted.
+"""The digests of evicted pages, to count the ceiling: the hits that an infinite cache would have had.
 
-    evicted from the device pool ──remember──► known ──► too many: the one of its row unused for longest is forgotten
-                                                  └──► flush: all are
+    evicted from the device pool ──remember──► known ──► its row is full: the row's oldest digest is forgotten
+                                                  └──► flush: all digests are forgotten
 
-A page that was ever cached is in the tree, or in the host tier, or was evicted. So what an infinite cache would have
-had of a prompt is what was found in the tiers, and after it the leading pages whose digests are known here: exactly,
-until one has been forgotten; from then on it is a lower bound.
+A page that was ever cached is in the tree, in the host tier, or was evicted. The ceiling of a prompt is therefore the
+pages found in the tiers plus the leading pages after them whose digests are known here. The ceiling is exact until the
+first digest is forgotten, and a lower bound from then on.
 
-It costs 16 MiB, one look-up for each page that is evicted (1.7 µs) and one, at admission, for each page that would have
-been found (0.9 µs). The table is rows of 16 entries, each 8 bytes of a digest, the newest first: no step waits until
-something has been resized. Rows fill unevenly: the first digest is forgotten when 600,000 are known, and of a million
-one in 2,000 is.
+The table costs 16 MiB, one look-up for each evicted page (1.7 µs) and one, at admission, for each page of the ceiling
+that the tiers lack (0.9 µs). A row has 16 entries of 8 bytes of a digest, the newest first; the table has a fixed size,
+so no step waits for a resize. Rows fill unevenly: the first digest is forgotten when about 600,000 are known; of a
+million digests, one in 2,000 is forgotten.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 MAX_DIGESTS = 1 << 21
 _ENTRY_BYTES = 8
-_ROW_ENTRIES = 16  # two lines of a CPU's cache: its misses are most of the cost
+_ROW_ENTRIES = 16  # a row is two lines of the CPU's cache, whose misses are most of the cost
 _ROW_BYTES = _ROW_ENTRIES * _ENTRY_BYTES
 _EMPTY = bytes(_ENTRY_BYTES)
 
@@ -31,12 +31,12 @@ class EvictionHistory:
         assert max_digests > 0
         assert max_digests % _ROW_ENTRIES == 0
         self._num_rows = max_digests // _ROW_ENTRIES
-        self.num_remembered = 0  # each digest once, until it is forgotten
-        self.num_forgotten = 0  # of these: there were too many
+        self.num_remembered = 0  # each digest once, unless it was forgotten since
+        self.num_forgotten = 0  # digests dropped from a full row
         self.clear()
 
     def remember(self, digest: bytes) -> None:
-        """It was evicted just now."""
+        """Enter the digest of a page that was evicted just now."""
         table, entry, start = self._table, digest[:_ENTRY_BYTES], self._row(digest)
         end = start + _ROW_BYTES
         # A match across two entries is as unlikely as one of two different digests.
@@ -48,7 +48,7 @@ class EvictionHistory:
         table[start : at + _ENTRY_BYTES] = entry + table[start:at]
 
     def num_leading(self, digests: Iterable[bytes]) -> int:
-        """How many are known, up to the first that is not."""
+        """Return how many leading digests are known."""
         table, count = self._table, 0
         for digest in digests:
             start = self._row(digest)
@@ -58,7 +58,7 @@ class EvictionHistory:
         return count
 
     def clear(self) -> None:
-        """As if nothing had ever been cached."""
+        """Forget all digests, as if no page had ever been cached."""
         self._table = bytearray(self._num_rows * _ROW_BYTES)
 
     def _row(self, digest: bytes) -> int:

@@ -1,10 +1,11 @@
-"""The host tier's page pool (L2): one buffer of whole pages in host memory, and how many it may have.
+"""The host tier's page pool (L2): one buffer of whole pages in host memory, and its size.
 
-Life cycle: `plan_host_pages` decides the count and refuses what does not fit; `HostPool` makes the buffer before the
-engine is ready, for a GPU pinned, so that copies run beside everything else; `close` unpins it after the mover has
-stopped. All of its memory is taken at the start: what lacks then is an error, and no death of the engine later.
+Life cycle: `plan_host_pages` decides the number of pages and refuses a pool that does not fit; `HostPool` allocates the
+buffer before the engine is ready, pinned for a GPU, so that copies run beside the model; `close` unpins the buffer
+after the mover has stopped. All memory is allocated at the start: too little memory is an error then, and does not kill
+the engine later.
 
-It decides nothing about pages: which slot holds what is kv/host_tier.py's.
+kv/host_tier.py decides which slot holds which page.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ def plan_host_pages(
     size_gb: float | None,  # instead of the ratio
     available_bytes: int,
 ) -> int:
-    """Raises `ConfigError` when there is no room for them, or for not even one."""
+    """Return the number of host pages. Raises `ConfigError` when they do not fit, or when the pool has no page."""
     num_pages = int(num_device_pages * ratio) if size_gb is None else int(size_gb * _GB) // page_bytes
     flag, value, param = ("--hicache-ratio", ratio, "hicache_ratio")
     if size_gb is not None:
         flag, value, param = ("--hicache-size", size_gb, "hicache_size")
     num_bytes = num_pages * page_bytes
     if num_pages < 1:
-        raise ConfigError(f"{flag} {value:g} holds no page of {page_bytes} bytes: raise it", param=param)
+        raise ConfigError(f"{flag} {value:g} is smaller than one page of {page_bytes} bytes: raise it", param=param)
     if num_bytes > available_bytes:
         raise ConfigError(
             f"{flag} {value:g}: the host tier needs {num_bytes / _GIB:.2f} GiB ({num_pages} pages of {page_bytes} "
-            f"bytes), and {max(0, available_bytes) / _GIB:.2f} GiB of host memory are free: lower {flag}, or "
+            f"bytes), but {max(0, available_bytes) / _GIB:.2f} GiB of host memory are free: lower {flag}, or "
             "--max-total-tokens",
             param=param,
         )
@@ -55,9 +56,9 @@ def plan_host_pages(
 
 
 class HostPool:
-    """`tensor` is [num_pages, page_bytes], uint8, on the host. Raises `ConfigError` when it cannot be had or pinned.
+    """`tensor`: [num_pages, page_bytes], uint8, on the host. Raises `ConfigError` if it cannot be allocated or pinned.
 
-    `persistent`, if any, has the memory, and outlives the pool.
+    With `persistent`, the pool uses the memory of `persistent`, which outlives the pool.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class HostPool:
             self._pinned = True
 
     def close(self) -> None:
-        """Nothing may be copied any more."""
+        """Unpin and release the memory. No copy may be under way."""
         if self._pinned:
             _cuda().cudaHostUnregister(self.tensor.data_ptr())
             self._pinned = False
@@ -88,7 +89,7 @@ class HostPool:
 
 
 def _pin(memory: Tensor) -> None:
-    """In place: torch's own pinned memory comes in powers of two, which may be twice as much as was asked for."""
+    """Pin the memory in place. Torch's own pinned memory is rounded up to a power of two, up to twice the size."""
     status = _cuda().cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)
     if int(status):
         raise ConfigError(
@@ -100,8 +101,8 @@ def _pin(memory: Tensor) -> None:
 
 
 def _make_resident(memory: Tensor) -> None:
-    """What it holds stays. Pinning makes it so too, but in one thread and in small pages, at 3 GB/s. Raises
-    `ConfigError` when the system has no more."""
+    """Make the memory resident and keep its content. Pinning would do it too, but in one thread and with small pages,
+    at 3 GB/s. Raises `ConfigError` when the system has too little memory."""
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
@@ -109,7 +110,7 @@ def _make_resident(memory: Tensor) -> None:
 
     def populate(first: int) -> int:
         failed = madvise(first, min(_SLICE_BYTES, end - first), _POPULATE_WRITE)
-        return ctypes.get_errno() if failed else 0  # EINVAL: not known here; memory is taken as it is first written
+        return ctypes.get_errno() if failed else 0  # EINVAL: an older kernel; memory is allocated on the first write
 
     madvise(start, end - start, mmap.MADV_HUGEPAGE)
     with ThreadPoolExecutor(min(16, num_usable_cores())) as threads:

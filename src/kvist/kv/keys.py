@@ -1,11 +1,11 @@
-"""The names of pages: what a page holds, as bytes, and the digest by which other processes know it.
+"""Keys of pages: a page's tokens as bytes, and the digest that names the page across processes.
 
     digest_i = BLAKE3(tokens of page i as int32 little-endian, keyed with digest_{i-1})
     digest_{-1} = BLAKE3(cache_salt, keyed with BLAKE3(namespace))
 
-So a digest names the whole prefix, not one page's tokens, and pages of another model, layout, adapter or salt never
-meet. Tiers, the store and routing trust a digest alone, and the tokens are a client's to choose: 32 bytes of BLAKE3
-withstand somebody who looks for two prompts of one digest (docs/adr/0012-digests-withstand-people.md).
+A digest therefore names the whole prefix, not one page's tokens, and pages of another model, layout, adapter or salt
+never share a digest. Tiers, the store and routing trust a digest alone, and clients choose the tokens: 32 bytes of
+BLAKE3 withstand an attacker who searches for two prompts with one digest (docs/adr/0012-digests-withstand-people.md).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from collections.abc import Iterator, Sequence
 
 from blake3 import blake3
 
-DIGEST_BYTES = 32  # BLAKE3's own length, and that of its keys: a digest is the key of the next
+DIGEST_BYTES = 32  # the length of BLAKE3's digests and keys: each digest is the key of the next
 _TOKEN_BYTES = 4
-_PAGES_AT_ONCE = 64  # encoded together: enough to amortise the call, few enough to stay in the nearest CPU cache
+_PAGES_AT_ONCE = 64  # encoded together: enough to amortise the call, few enough for the L1 CPU cache
 
 
 def page_keys(token_ids: Sequence[int], page_size: int, first_page: int, last_page: int) -> list[bytes]:
-    """The tokens of each page in [first_page, last_page) as int32 little-endian: the tree's edges.
+    """Encode the tokens of each page in [first_page, last_page) as int32 little-endian: the tree's edges.
 
     Raises struct.error for a token id beyond int32.
     """
     tokens = token_ids[first_page * page_size : last_page * page_size]
-    # struct takes half the time of numpy or array here, which go through the iterator protocol.
+    # struct takes half the time of numpy or array, which use the iterator protocol here.
     encoded = _int32s((last_page - first_page) * page_size).pack(*tokens)
-    if last_page - first_page == 1:  # a decode's page has become full: nearly every call
+    if last_page - first_page == 1:  # a page became full during decode: nearly every call
         return [encoded]
     key_bytes = page_size * _TOKEN_BYTES
     return [encoded[start : start + key_bytes] for start in range(0, len(encoded), key_bytes)]
@@ -41,31 +41,31 @@ def _int32s(count: int) -> struct.Struct:
 
 
 def iter_page_keys(token_ids: Sequence[int], page_size: int, num_pages: int, first_page: int = 0) -> Iterator[bytes]:
-    """`page_keys` of [first_page, num_pages), encoded as they are asked for: a match may break off early."""
+    """Yield the `page_keys` of [first_page, num_pages), encoded on demand: a match may end early."""
     for page in range(first_page, num_pages, _PAGES_AT_ONCE):
         yield from page_keys(token_ids, page_size, page, min(page + _PAGES_AT_ONCE, num_pages))
 
 
 def root_digest(namespace: str, cache_salt: str = "") -> bytes:
-    """The digest before the first page."""
+    """Return the digest that the first page's digest is chained to."""
     return chain_digest(blake3(namespace.encode()).digest(), cache_salt.encode())
 
 
 def chain_digest(parent_digest: bytes, page_key: bytes) -> bytes:
-    """The digest of the page whose tokens are `page_key` after the prefix named by `parent_digest`."""
+    """Return the digest of the page whose tokens are `page_key`, after the prefix with `parent_digest`."""
     return blake3(page_key, key=parent_digest).digest()
 
 
 def iter_page_digests(
     digest: bytes, token_ids: Sequence[int], page_size: int, num_pages: int, first_page: int = 0
 ) -> Iterator[bytes]:
-    """Of pages [first_page, num_pages), made as they are asked for; `digest` is that of the page before them."""
+    """Yield the digests of pages [first_page, num_pages), on demand; `digest` is the digest of the page before them."""
     for key in iter_page_keys(token_ids, page_size, num_pages, first_page):
         digest = chain_digest(digest, key)
         yield digest
 
 
 def page_digests(token_ids: Sequence[int], page_size: int, namespace: str, cache_salt: str = "") -> list[bytes]:
-    """One digest for each full page of `token_ids`; tokens after the last full page have none."""
+    """Return one digest for each full page of `token_ids`; tokens after the last full page have none."""
     digest = root_digest(namespace, cache_salt)
     return list(iter_page_digests(digest, token_ids, page_size, len(token_ids) // page_size))

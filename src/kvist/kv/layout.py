@@ -1,4 +1,4 @@
-"""What the bytes of a page mean, and the namespace that keeps pages of different meaning apart.
+"""The layout of a page's bytes, and the namespace that keeps pages of different meaning apart.
 
 A page holds `page_size` tokens of every layer: `[num_kv_heads, num_layers, 2, page_size, head_dim]`, contiguous, with
 K at index 0 and V at index 1. The bytes are the same in every tier and on the wire. Heads come first, so a
@@ -17,7 +17,7 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageLayout:
-    """One rank's pages. Raises ConfigError for sizes below one and for an unknown dtype."""
+    """The layout of one rank's pages. Raises `ConfigError` for sizes below one and for an unknown dtype."""
 
     num_kv_heads: int  # this tensor-parallel rank's share
     num_layers: int
@@ -47,7 +47,7 @@ class PageLayout:
         return self.num_page_elements * _DTYPE_BYTES[self.dtype]
 
     def describe(self) -> str:
-        """Equal strings: the bytes of a page mean the same on both sides."""
+        """Describe the layout: if two descriptions are equal, a page's bytes mean the same on both sides."""
         return (
             f"kv_heads={self.num_kv_heads},layers={self.num_layers},kv=2,page={self.page_size},"
             f"head_dim={self.head_dim},dtype={self.dtype},little_endian"
@@ -55,11 +55,11 @@ class PageLayout:
 
 
 def namespace(fingerprint: str, layout: PageLayout, *, tp_rank: int = 0, tp_size: int = 1, adapter: str = "") -> str:
-    """Everything besides the tokens that decides what a page contains; the prefix of every page digest.
+    """Join everything besides the tokens that decides a page's content; every page digest starts from it.
 
-    `fingerprint` is the model's (weights and config). `tp_rank` of `tp_size` says which heads the page holds.
+    `fingerprint` is the model's (weights and config). `tp_rank` of `tp_size` decides which heads the page holds.
     """
     if not 0 <= tp_rank < tp_size:
         raise ConfigError(f"namespace: tp_rank {tp_rank} is not in [0, {tp_size})", param="tp_rank")
-    # JSON, because it quotes: no fingerprint or adapter name can pass for another field.
+    # JSON quotes strings: no fingerprint or adapter name can pass for another field.
     return json.dumps([fingerprint, layout.describe(), f"tp={tp_rank}/{tp_size}", adapter], separators=(",", ":"))

@@ -1,18 +1,18 @@
-"""The host tier's pages in a folder (`--hicache-persist`), where they outlive the worker, killed or not.
+"""The host tier's pages in a folder (`--hicache-persist`), where they outlive the worker, even after a kill.
 
     <folder>/lock     held (flock) by the worker that uses the folder
              pages    the pool itself, mapped: page i at i * page_bytes
-             index    a header, then one record a slot: what its page is, and the checksums of page and record
+             index    a header, then one record per slot: the page's digests, and the checksums of page and record
 
-    slot overwritten:   record cleared ─► page copied ─► page checksummed, record written ─► told     (a mover's thread)
-    start:              header matches ─► records whole ─► pages whole ─► each behind the page it continues
+    slot overwritten:   record cleared ─► page copied ─► page checksummed, record written ─► reported (a mover's thread)
+    start:              header matches ─► records whole ─► pages whole ─► parents before children
 
-So a kill at any point leaves a slot whose record is missing, torn or true. Nothing is synced: after a power loss a page
-that did not reach the disk fails its checksum, and is a miss. Both files take all their room when they are made: a full
-disk is an error then, and never a fault in the middle of serving.
+A kill at any point therefore leaves a slot whose record is missing, torn or correct. Nothing is synced: after a power
+loss a page that did not reach the disk fails its checksum, and is a miss. Both files are fully allocated when they are
+created: a full disk is an error at the start, and never a fault while serving.
 
-It decides nothing about pages: what is evicted, and what a restored page is worth, is kv/host_tier.py's. The order of
-use is not kept, only the order of writing.
+Eviction and matching of restored pages belong to kv/host_tier.py. The order of use is not kept, only the order of
+writing.
 """
 
 from __future__ import annotations
@@ -44,28 +44,29 @@ _HEADER = struct.Struct("<8sI4xQ16s24x")  # magic, version, page_bytes, namespac
 _RECORD = struct.Struct("<32s32s16sQ")  # digest, parent's digest, the page's checksum, number; then its own checksum
 _RECORD_BYTES = 96
 _NO_PARENT, _NO_RECORD = bytes(DIGEST_BYTES), bytes(_RECORD_BYTES)
-_MAX_THREADS = 8  # that verify; memory gives no more
+_MAX_THREADS = 8  # to verify pages; more would not be faster, memory bandwidth is the limit
 _NOT_A_FILE_OF_OURS = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)  # a link, another user's, a socket
 
 logger = logging.getLogger(__name__)
 
 
 class PersistentPages:
-    """`tensor` is the host pool's memory: [num_pages, page_bytes], uint8. `clear` and `record` are the movers', of
-    several threads at a time. Of one slot only after a flush, whose late `clear` may take the record of a page that
-    came since: that page does not survive a restart. Raises `ConfigError` when the folder cannot be used; what lies in
-    it is never the reason."""
+    """The host pool's memory and its index. `tensor` is [num_pages, page_bytes], uint8.
+
+    The movers call `clear` and `record` from several threads. Two threads touch the same slot only after a flush: its
+    late `clear` may erase the record of a newer page, which then does not survive a restart. Raises `ConfigError` when
+    the folder cannot be used; damaged content is never the reason."""
 
     def __init__(self, folder: Path, *, namespace: str, num_pages: int, page_bytes: int) -> None:
         if not hasattr(os, "posix_fallocate"):  # macOS
-            raise ConfigError("--hicache-persist needs Linux: leave it out", param="hicache_persist")
+            raise ConfigError("--hicache-persist needs Linux: remove the option", param="hicache_persist")
         self._folder = folder
         self._num_pages = num_pages
-        self._numbers = itertools.count(1)  # in the order of writing; atomic, unlike a sum
+        self._numbers = itertools.count(1)  # the order of writing; `next` is atomic, an addition is not
         header = _HEADER.pack(_MAGIC, _VERSION, page_bytes, xxhash.xxh3_128_digest(namespace.encode()))
         with contextlib.ExitStack() as closing:
             try:
-                own_folder(folder)  # else its pages could be forged
+                own_folder(folder)  # in another user's folder pages could be forged
                 lock_fd = _open(folder / "lock")
                 closing.callback(os.close, lock_fd)
                 _lock(lock_fd, folder)
@@ -84,18 +85,18 @@ class PersistentPages:
             self._closing = closing.pop_all()
 
     def clear(self, slots: Sequence[int]) -> None:
-        """Before these are overwritten."""
+        """Erase the records of slots that are about to be overwritten."""
         for slot in slots:
             self._index[self._range(slot)] = _NO_RECORD
 
     def record(self, slots: Sequence[int], names: Sequence[tuple[bytes, bytes | None]]) -> None:
-        """The pages are complete; `names` are (digest, digest of the page that it continues)."""
+        """Record complete pages; `names` are (digest, digest of the parent page)."""
         for slot, (digest, parent) in zip(slots, names, strict=True):
             fields = _RECORD.pack(digest, parent or _NO_PARENT, self._page_checksum(slot), next(self._numbers))
             self._index[self._range(slot)] = fields + _checksum_of_record(fields, slot)
 
     def restore(self) -> list[SavedPage]:
-        """What survived, whole: each behind the page it continues. Once, before anything is recorded."""
+        """Return the pages that survived undamaged, parents before children. Call once, before any `record`."""
         clock = MonotonicClock()
         start_s = clock.now_s()
         found: dict[bytes, SavedPage] = {}
@@ -113,8 +114,8 @@ class PersistentPages:
             return restored
         self.clear([*set(slots) - {page.slot for page in restored}])
         logger.info(
-            "host tier: %d pages restored from %s, %d dropped that were damaged or half written, %d that were "
-            "duplicates or continued no other page; %.0f ms per GiB",
+            "host tier: %d pages restored from %s; %d dropped that were damaged or half written; %d dropped that were "
+            "duplicates or whose prefix is incomplete; %.0f ms per GiB",
             len(restored),
             self._folder,
             num_bad,
@@ -124,7 +125,7 @@ class PersistentPages:
         return restored
 
     def close(self) -> None:
-        """Nothing may be copied any more. The mapping goes with the last tensor over it."""
+        """Release the folder. No copy may be under way. The memory is unmapped with the last tensor over it."""
         self.tensor = torch.empty((0, 0), dtype=torch.uint8)
         self._closing.close()
 
@@ -147,7 +148,7 @@ class PersistentPages:
         return SavedPage(slot=slot, digest=digest, parent=None if parent == _NO_PARENT else parent, last_use=number)
 
     def _make_index_ours(self, header: bytes) -> None:
-        """Empties an index whose pages mean something else to us, or nothing."""
+        """Empty the index if its header differs: its pages have another meaning, or none."""
         fd = _open(self._folder / "index")
         try:
             there = os.pread(fd, _HEADER.size, 0)
@@ -155,7 +156,7 @@ class PersistentPages:
                 if there:
                     is_ours = there[:12] == header[:12]
                     logger.warning(
-                        "host tier: the pages in %s are not restored: they were written %s",
+                        "host tier: pages in %s are not restored: they were written %s",
                         self._folder,
                         "for another model, layout, page size or tensor-parallel slice"
                         if is_ours
@@ -167,8 +168,8 @@ class PersistentPages:
 
 
 def reusable_bytes(folder: Path) -> int:
-    """Host memory that the folder's pages take already, and that the next worker takes over: on tmpfs all of it. Files
-    on a disk count as free anyway."""
+    """Return the host memory that the folder's pages already use, and that the next worker reuses: all of it on tmpfs,
+    0 on a disk, where the page cache counts as free memory."""
     with contextlib.suppress(OSError, ValueError):
         mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
         above = [(len(point), kind) for point, kind in mounts if folder.resolve().is_relative_to(point)]
@@ -193,27 +194,27 @@ def _checksum_of_record(fields: bytes, slot: int) -> bytes:
 
 
 def _open(path: Path) -> int:
-    """A file of this user's that can be read and written; what else has the name makes way."""
+    """Open a file of this user for reading and writing. A link, or another user's file, of that name is replaced."""
     flags = os.O_RDWR | os.O_CREAT
     try:
         return open_own(path, flags)
     except OSError as error:
-        if error.errno not in _NOT_A_FILE_OF_OURS:  # a disk that fails, or too many open files: no reason to lose it
+        if error.errno not in _NOT_A_FILE_OF_OURS:  # a failing disk or too many open files: keep the file
             raise
-    logger.warning("host tier: %s is not a file that this user may use: it is replaced", path)
+    logger.warning("host tier: %s is not a regular file that this user may use: it is replaced", path)
     path.unlink(missing_ok=True)
     return open_own(path, flags | os.O_EXCL)
 
 
 def _map(path: Path, num_bytes: int) -> mmap.mmap:
-    """The file with just that many bytes, all of which have their place on the disk or in memory."""
+    """Map the file with exactly `num_bytes` bytes, all of them allocated on the disk or in memory."""
     fd = _open(path)
     try:
         former_bytes = os.fstat(fd).st_size
         try:
             os.posix_fallocate(fd, 0, num_bytes)
         except OSError:
-            os.ftruncate(fd, former_bytes)  # a full tmpfs would be everybody's trouble
+            os.ftruncate(fd, former_bytes)  # a full tmpfs would disturb every process of the host
             raise
         os.ftruncate(fd, num_bytes)
         return mmap.mmap(fd, num_bytes)
@@ -222,7 +223,7 @@ def _map(path: Path, num_bytes: int) -> mmap.mmap:
 
 
 def _lock(fd: int, folder: Path) -> None:
-    import fcntl  # not on every system; a worker needs it anyway (transfer/epoch.py)
+    import fcntl  # missing on some systems; a worker needs it anyway (transfer/epoch.py)
 
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
