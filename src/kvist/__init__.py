@@ -1,6 +1,6 @@
-"""Kvist serves large language models with prefill and decode apart, over a radix-shared KV cache.
+"""Kvist serves large language models with disaggregated prefill and decode and a radix-tree KV cache.
 
-Importing this package imports nothing heavy: `kvist.__version__` answers without torch.
+Importing this package is fast: `kvist.__version__` does not import torch.
 """
 
 __version__ = "0.1.0"

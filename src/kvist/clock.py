@@ -1,4 +1,4 @@
-"""The only place that reads a clock. Everything else takes `now_s` or a `Clock` as an argument."""
+"""The only module that reads a clock. All others take `now_s` or a `Clock` as an argument."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 
 class Clock(Protocol):
     def now_s(self) -> float:
-        """Seconds on a clock that never goes back; comparable within one process only."""
+        """Return seconds on a monotonic clock; comparable within one process only."""
 
 
 class MonotonicClock:
@@ -18,7 +18,7 @@ class MonotonicClock:
 
 
 class FakeClock:
-    """A clock that tests and the simulator move by hand."""
+    """A clock that tests and the simulator advance explicitly."""
 
     def __init__(self, start_s: float = 0.0) -> None:
         self._now_s = start_s
@@ -32,46 +32,46 @@ class FakeClock:
 
 
 def unix_time_s() -> int:
-    """Wall-clock seconds since 1970, for `created` fields and logs only; never for durations."""
+    """Return wall-clock seconds since 1970, for `created` fields and logs only; never for durations."""
     return int(time.time())
 
 
 def unix_time_ns() -> int:
-    """Wall-clock nanoseconds since 1970, for the time stamps of files that several processes share."""
+    """Return wall-clock nanoseconds since 1970, for time stamps of files that several processes share."""
     return time.time_ns()
 
 
 def cpu_s() -> float:
-    """CPU seconds this process has used; for what measuring costs, never for durations."""
+    """Return the CPU seconds used by this process; to measure cost, never for durations."""
     return time.process_time()
 
 
 def thread_cpu_s() -> float:
-    """CPU seconds the calling thread has used."""
+    """Return the CPU seconds used by the calling thread."""
     return time.thread_time()
 
 
 def thread_cpu_clock(thread_id: int) -> Callable[[], float]:
-    """CPU seconds that another thread of this process (`threading.get_ident()`) has used so far."""
+    """Return a function that reads the CPU seconds used by another thread of this process (`threading.get_ident()`)."""
     clock_id = time.pthread_getcpuclockid(thread_id)
     return lambda: time.clock_gettime(clock_id)
 
 
 class Oversleep:
-    """Finds the time in which we did not look, because this process was stopped, or its loop held up, or the machine
-    slept.
+    """Measures the time during which this process did not run its checks: it was stopped, its loop was blocked, or the
+    machine slept.
 
-    Then many seconds are gone at once and messages are still unread: who judges others by their silence must not count
-    that time, or it takes them for dead. Mutable; one owner.
+    After such a pause many seconds have passed at once and messages are still unread. A check for silent peers must not
+    count that time, or it considers live peers dead. Mutable; one owner.
     """
 
     def __init__(self, now_s: float, *, longest_s: float) -> None:
-        """`longest_s`: looks are usually not farther apart."""
+        """`longest_s`: the usual maximum interval between two calls of `look`."""
         self._last_look_s = now_s
         self._longest_s = longest_s
 
     def look(self, now_s: float) -> float:
-        """Seconds since the last look, beyond `longest_s`."""
+        """Return the seconds since the last call in excess of `longest_s`."""
         late_s = max(0.0, now_s - self._last_look_s - self._longest_s)
         self._last_look_s = now_s
         return late_s

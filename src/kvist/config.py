@@ -1,6 +1,6 @@
-"""How a room declares its settings: a frozen dataclass whose fields carry their own help.
+"""Declares settings: frozen dataclasses whose fields carry their own help.
 
-Each room owns one small config beside its user; `settings.py` composes them and builds `--help` from the metadata.
+Each package owns one small config next to its user; `settings.py` composes the configs and builds `--help` from them.
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class SchedulerConfig:
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OptionHelp:
-    """What the command line says of a field."""
+    """Metadata of an option for the command line and its help."""
 
     text: str
     unit: str = ""
@@ -27,14 +27,14 @@ class OptionHelp:
     minimum: float | None = None
     maximum: float | None = None
     secret: bool = False  # never printed or logged
-    unset: str = ""  # the word for None, in --help and as a value
+    unset: str = ""  # name of the value None, in --help and on the command line
 
 
 def check_api_key(key: str) -> None:
-    """Raises `ValueError` for a key that no client could send in a header; the key is not quoted."""
+    """Raise `ValueError` for a key that no client could send in an HTTP header. The message does not quote the key."""
     if not key or not all("!" <= letter <= "~" for letter in key):
         raise ValueError(
-            "--api-key is empty or has characters that cannot be sent in an HTTP header: "
+            "--api-key is empty or contains characters that an HTTP header cannot carry: "
             "use ASCII letters, digits and punctuation, without spaces"
         )
 
@@ -52,7 +52,7 @@ def option(
     secret: bool = False,
     unset: str = "",
 ) -> T:
-    """A dataclass field with help. Flags keep SGLang's names where they mean the same."""
+    """Declare a dataclass field with help. Flags have SGLang's names where the meaning is the same."""
     note = OptionHelp(
         text,
         unit=unit,

@@ -1,14 +1,14 @@
-"""How many cores this process may use; and keeps a GPU's engine and its gateway off each other's cores.
+"""Counts the cores this process may use, and binds a GPU's engine and its gateway to separate cores.
 
-Both are one busy thread and some helpers. Where they share a core, or the two threads of one, planning a step waits
-for somebody's stream, and the GPU for the plan. So the usable cores are split in halves: every other physical core of
-each package is the engines', the rest the gateways'. All workers of a host come to the same halves without asking each
-other; within them the system places threads as it likes, so no choice of ours can put two engines on one core.
+Engine and gateway each have one busy thread and some helpers. If they share a core, or the two hardware threads of one,
+planning a step waits for a stream, and the GPU waits for the plan. Therefore the usable cores are split in two halves:
+every other physical core of each package for the engines, the rest for the gateways. All workers of a host compute the
+same halves without communication; within a half the operating system places the threads.
 
-The engine decides, once it is warm (loading may use every core), and binds itself; its parent binds itself to what the
-engine announces, and takes all cores again while the next engine loads. Started under `taskset` or `numactl`, both stay
-within the cores that those left them. Nothing is bound where there is no GPU, where cores are few, or where the system
-does not say how they lie.
+The engine splits the cores after warm-up (loading may use every core) and binds itself; its parent binds itself to the
+cores that the engine reports, and uses all cores again while the next engine loads. Under `taskset` or `numactl` both
+stay within the cores allowed there. Nothing is bound without a GPU, with few cores, or if the system does not report
+its core topology.
 """
 
 from __future__ import annotations
@@ -20,33 +20,35 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-MIN_CORES = 8  # fewer are better left to the system
-MIN_ENGINE_CORES = 4  # for each engine of the host: its loop, and threads that move bytes
+MIN_CORES = 8  # with fewer cores the operating system places threads better
+MIN_ENGINE_CORES = 4  # per engine of the host: its loop, and threads that copy bytes
 _CPUS = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 logger = logging.getLogger(__name__)
 
-Place = tuple[int, int]  # package, physical core; a core has two CPUs where it runs two threads
+Place = tuple[int, int]  # package, physical core; a core with two hardware threads has two CPUs
 
 
 def usable_cores() -> frozenset[int]:
-    """CPUs that this process may use; empty where the system has no such thing as affinity."""
+    """Return the CPUs that this process may use; empty on systems without CPU affinity."""
     return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
 
 
 def num_usable_cores(quota: Path = _QUOTA) -> int:
-    """Fewer than the machine has, in a container with a CPU set or a quota: more threads than that wait for each other,
-    or are stopped for the rest of each period. As of now: threads may have been bound meanwhile."""
+    """Return the number of cores this process can use now; a later binding may change the number.
+
+    A container with a CPU set or a quota has fewer cores than the machine. Additional threads would wait for each
+    other, or be throttled for the rest of each period."""
     num_cores = len(usable_cores()) or os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no cgroup v2; "max" is no number
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no quota ("max")
         time_us, period_us = map(int, quota.read_text().split())
         num_cores = min(num_cores, max(1, -(-time_us // period_us)))
     return num_cores
 
 
 def read_places(cores: Collection[int], cpus: Path = _CPUS) -> dict[int, Place]:
-    """Empty when the system does not say."""
+    """Return the place of each core; empty if the system does not report it."""
     places = {}
     try:
         for core in cores:
@@ -59,7 +61,8 @@ def read_places(cores: Collection[int], cpus: Path = _CPUS) -> dict[int, Place]:
 
 
 def split(places: Mapping[int, Place]) -> tuple[frozenset[int], frozenset[int]]:
-    """(the engines' CPUs, the gateways'). Both threads of a core are on one side, and a package is on both."""
+    """Return (CPUs of the engines, CPUs of the gateways). Both threads of a core are in one half; a package is in
+    both."""
     engines: set[Place] = set()
     for package in {package for package, _ in places.values()}:
         engines |= set(sorted({place for place in places.values() if place[0] == package})[::2])
@@ -68,7 +71,7 @@ def split(places: Mapping[int, Place]) -> tuple[frozenset[int], frozenset[int]]:
 
 
 def separate(num_engines: int) -> frozenset[int]:
-    """Binds this engine, one of so many on this host. Returns the gateway's cores, none when nothing was bound."""
+    """Bind this engine, one of `num_engines` on this host. Return the gateway's cores; empty if nothing was bound."""
     cores = usable_cores()
     engine, gateway = split(read_places(cores)) if len(cores) >= MIN_CORES else (frozenset[int](), frozenset[int]())
     if not gateway or len(engine) < MIN_ENGINE_CORES * num_engines or not bind_process(engine):
@@ -78,10 +81,10 @@ def separate(num_engines: int) -> frozenset[int]:
 
 
 def bind_process(cores: Collection[int]) -> bool:
-    """Every thread of this process; threads to come inherit it. Whether the system allowed it."""
+    """Bind every thread of this process; new threads inherit the binding. Return whether the system allowed it."""
     try:
         for thread in os.listdir("/proc/self/task"):
-            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            with contextlib.suppress(ProcessLookupError):  # the thread has ended meanwhile
                 os.sched_setaffinity(int(thread), cores)
     except OSError as error:
         logger.warning("cannot bind this process to cores %s: %s", sorted(cores), error)

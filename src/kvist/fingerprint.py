@@ -1,9 +1,9 @@
-"""Names a model by its content: every byte of its weights, and what `config.json` says of them.
+"""Computes the fingerprint of a model: a hash of every byte of its weights and of `config.json`.
 
-Two models of one name, size and configuration that differ anywhere have different fingerprints; the same files have the
-same one on every host. Hashing takes a core 0.13 s for each GB that is in memory, else as long as the disk takes; so a
-digest is cached in the user's cache folder, under the file's path, and holds while inode, size and times of change
-do. The folder with the model is not written to.
+Two models with equal name, size and configuration but any different byte have different fingerprints; equal files have
+equal fingerprints on every host. Hashing takes 0.13 s of one core per GB in the page cache, otherwise as long as the
+disk needs. The digest is therefore cached in the user's cache folder, keyed by the file's path, and is valid while the
+file's inode, size and times of change stay the same. Nothing is written to the model's folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 _MAX_THREADS = 4
 _MAX_NOTE_BYTES = 1 << 16
-_SETTLED_NS = 2 * 10**9  # what was changed just now may be changed again within one tick of the file system's clock
+_SETTLED_NS = 2 * 10**9  # a file may change twice within one tick of the file system's clock
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +40,12 @@ class _DigestRecord(msgspec.Struct, frozen=True, kw_only=True):
     inode: int
     size: int
     mtime_ns: int
-    ctime_ns: int  # also changes when somebody puts the mtime back
+    ctime_ns: int  # also changes when mtime is set back
     digest: str
 
 
 def model_fingerprint(checkpoint: Checkpoint, *, with_weights: bool = True) -> str:
-    """64 hex digits. Without weights: of the configuration alone, where that is a file of its own. Raises
+    """Return 64 hex digits. Without weights, hash the configuration only, if it is a separate file. Raises
     `ModelLoadError`."""
     files = [checkpoint.path]
     digest = blake3(b"")
@@ -61,7 +61,7 @@ def model_fingerprint(checkpoint: Checkpoint, *, with_weights: bool = True) -> s
 
 
 def cached_digest(kind: str, file: Path, compute: Callable[[], str]) -> str:
-    """What `compute` says of the file's content: from the user's cache folder, if the file has not changed since."""
+    """Return the cached result of `compute` for the file's content; call `compute` if the file has changed."""
     path = os.path.realpath(file)
     note_path = cache_folder() / "digests" / blake3(f"{kind}\0{path}".encode()).hexdigest(length=16)
     before = _identity(path, "")
@@ -70,14 +70,14 @@ def cached_digest(kind: str, file: Path, compute: Callable[[], str]) -> str:
         return note.digest
     digest = compute()
     if _identity(path, "") == before and unix_time_ns() - max(before.mtime_ns, before.ctime_ns) > _SETTLED_NS:
-        with contextlib.suppress(OSError):  # no home, or a full or read-only one: hashed again at the next start
+        with contextlib.suppress(OSError):  # no home folder, or full or read-only: hashed again at the next start
             own_folder(note_path.parent)
             write_new(note_path, msgspec.json.encode(msgspec.structs.replace(before, digest=digest)))
     return digest
 
 
 class Background(Generic[T]):
-    """A value that a thread works out while others are busy. The thread does not keep the process alive."""
+    """A value computed by a thread in the background. The thread does not keep the process alive."""
 
     def __init__(self, compute: Callable[[], T], name: str) -> None:
         self._compute = compute
@@ -87,7 +87,7 @@ class Background(Generic[T]):
         self._thread.start()
 
     def result(self) -> T:
-        """Waits for it. Raises what `compute` raised."""
+        """Wait for the value. Raises the exception of `compute`."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -96,7 +96,7 @@ class Background(Generic[T]):
     def _run(self) -> None:
         try:
             self._outcome.append(self._compute())
-        except Exception as error:  # raised where the value is asked for
+        except Exception as error:  # raised by `result`
             self._error = error
 
 

@@ -30,13 +30,13 @@ _TITLES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HelpPage:
-    """What a page says besides its options. With `only`, it is the short page: these options, a line or two each."""
+    """Text of a help page besides its options. `only` selects the short page: these options, a line or two each."""
 
     usage: str
     summary: str
     shorthands: Sequence[Shorthand] = ()
     only: Collection[str] | None = None  # keys of options
-    bold: bool = False  # flags and titles, for a terminal
+    bold: bool = False  # print flags and titles in bold
 
 
 def help_text(settings_class: type, page: HelpPage) -> str:
@@ -50,11 +50,11 @@ def help_text(settings_class: type, page: HelpPage) -> str:
                 lines += _short(option, width, page) if page.only is not None else _full(option, width, page)
         lines.append("")
     if page.only is not None:
-        lines.append("--help-all shows every option, with its unit, its limits and its other names.")
+        lines.append("--help-all shows all options with units, limits and aliases.")
     lines += textwrap.wrap(
-        "Every option can also be set by the environment variable KVIST_<NAME> (--page-size is KVIST_PAGE_SIZE) or by "
-        "its name with underscores in the TOML file named by --config. Flags win over the environment, the "
-        "environment over the file.",
+        "Every option can also be set with the environment variable KVIST_<NAME> (--page-size is KVIST_PAGE_SIZE), or "
+        "with its name in underscores in the TOML file given by --config. A flag overrides the environment, and the "
+        "environment overrides the file.",
         width,
     )
     return "\n".join(lines)
@@ -110,7 +110,7 @@ def _with_notes(text: str, notes: list[str]) -> str:
 
 
 def _default(option: Option) -> list[str]:
-    """No note for an option that is not set unless it is given: its text says what happens then, if anything does."""
+    """Return the note on the default value; empty for an unset option, whose text describes the default behaviour."""
     shown = _shown(option)
     return [f"default: {shown}"] if shown else []
 

@@ -1,9 +1,9 @@
-"""Reads a frozen settings dataclass from flags, environment, a TOML file and defaults, in that order of strength.
+"""Reads a frozen settings dataclass from flags, environment, a TOML file and defaults, in that order of precedence.
 
-Owns the mapping between one option and its three names: field `page_size`, flag `--page-size`, variable
-`KVIST_PAGE_SIZE` (the TOML key is the field's name). It knows types, limits and nearest names; it does not know which
-options exist: those are the fields that rooms declared with `kvist.config.option`. A field that is itself a dataclass
-is a group; two groups that declare the same field share one flag.
+Owns the mapping between the three names of an option: field `page_size`, flag `--page-size`, variable
+`KVIST_PAGE_SIZE` (the TOML key is the field's name). Handles types, limits and nearest names, for any set of options:
+the fields declared with `kvist.config.option`. A field that is itself a dataclass is a group; two groups that declare
+the same field share one flag.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     key: str  # the dataclass field
-    flags: tuple[str, ...]  # the first is the one we print
+    flags: tuple[str, ...]  # the first is printed in messages
     help: OptionHelp
-    kinds: tuple[type, ...]  # what a value may be: bool, int, float, Path, str
+    kinds: tuple[type, ...]  # allowed types: bool, int, float, Path, str
     choices: tuple[object, ...]
-    many: bool  # a tuple: repeatable, space separated
+    many: bool  # a tuple: repeatable, separated by spaces
     optional: bool  # may be None
     default: object
     group: str
@@ -50,32 +50,32 @@ class Option:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shorthand:
-    """A flag that sets another option: `--decode-only` is `--role decode`; with `value` None it takes one."""
+    """A flag that sets another option: `--decode-only` is `--role decode`. With `value` None the flag takes a value."""
 
     flag: str
     key: str
     value: str | None = None
-    renamed: tuple[tuple[str, str], ...] = ()  # the value users know, ours
+    renamed: tuple[tuple[str, str], ...] = ()  # (value of another server, our value)
     text: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Given:
-    source: str  # how the user wrote it: "--port", "KVIST_PORT", "port in kvist.toml"
+    source: str  # as the user wrote it: "--port", "KVIST_PORT", "port in kvist.toml"
     value: object
 
 
-# ---------------------------------------------------------------- what options a settings class has
+# ---------------------------------------------------------------- the options of a settings class
 
 
 def group(config_class: type[T], *, without: Sequence[str] = ()) -> T:
-    """A field of a settings class that holds a room's config. `without` names options this verb sets itself."""
+    """Declare a field that holds one package's config. `without` names options that this verb sets itself."""
     held: T = dataclasses.field(default_factory=config_class, metadata={"without": frozenset(without)})
     return held
 
 
 def options_of(settings_class: type) -> list[Option]:
-    """Every option of a settings dataclass, its groups' included, in the order of the fields; one for each key."""
+    """Return every option of a settings dataclass and its groups, in field order, one per key."""
     found: dict[str, Option] = {}
     _collect(settings_class, "general", frozenset(), found)
     return list(found.values())
@@ -148,7 +148,7 @@ def _bad_value(option: Option, source: str, value: object) -> ConfigError:
 
 
 def _read_scalar(option: Option, source: str, raw: object) -> object:
-    """One text (flag, environment) or one TOML value as the option's type. Raises `ConfigError`."""
+    """Convert one text (flag, environment) or TOML value to the option's type. Raises `ConfigError`."""
     nothing = ("none", "null", option.help.unset)
     if isinstance(raw, str) and raw and raw.lower() in nothing and option.optional and raw not in option.choices:
         return None
@@ -160,10 +160,9 @@ def _read_scalar(option: Option, source: str, raw: object) -> object:
 
 
 def _check_secret(option: Option, source: str, raw: object) -> None:
-    """An empty secret, as an unset shell variable gives it, would leave the door open without a word. Raises
-    `ConfigError`."""
+    """Raise `ConfigError` for an empty secret, as from an unset shell variable: it would silently disable the check."""
     if isinstance(raw, str) and not raw.strip():
-        raise ConfigError(f"{source} is empty: give it a value, or leave it out", param=option.key)
+        raise ConfigError(f"{source} is empty: set a value, or omit it", param=option.key)
 
 
 def _as_kind(kind: type, raw: object) -> object | None:
@@ -178,7 +177,7 @@ def _as_kind(kind: type, raw: object) -> object | None:
             number = kind(raw)
         except ValueError:
             return None
-        return cast(object, number) if math.isfinite(number) else None  # every wait and limit is finite
+        return cast(object, number) if math.isfinite(number) else None  # every time limit and size is finite
     if not isinstance(raw, str):
         return None
     return Path(raw).expanduser() if kind is Path else raw
@@ -208,19 +207,19 @@ def _read(option: Option, source: str, raw: object) -> object:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """ "; did you mean X?" or nothing."""
+    """Return "; did you mean X?", or "" without a similar name."""
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def nearest_flag(flag: str, known: Sequence[str]) -> str:
-    """As `nearest`, for words of which most begin and end alike: only a slip of the fingers is close enough."""
+    """As `nearest`, for flags, which often share beginnings and ends: only a typing error is similar enough."""
     matches = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
 class _Flags:
-    """Walks one argument list. Lives for one call of `read_settings`."""
+    """Parser of one argument list. Used for one call of `read_settings`."""
 
     def __init__(self, options: Sequence[Option], sources: Sources) -> None:
         shorthands = sources.shorthands
@@ -248,7 +247,7 @@ class _Flags:
         return self.given
 
     def _word(self, word: str) -> None:
-        """A value without a flag."""
+        """Read a value without a flag."""
         option = self._by_key.get(self._positional or "")
         if option is None or self._had_word:
             raise ConfigError(f"unexpected argument {word!r}: options start with --")
@@ -339,23 +338,24 @@ def _from_file(options: Sequence[Option], path: Path, also_known: Sequence[str])
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """Where settings come from; tests give their own."""
+    """Sources of settings; tests pass their own."""
 
     argv: Sequence[str]
     environ: Mapping[str, str]
     shorthands: Sequence[Shorthand] = ()
-    other_keys: Sequence[str] = ()  # options of other verbs: one TOML file may serve all of them
-    positional: str | None = None  # the option that a word without a flag sets
-    remedies: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what to do instead of a flag we lack
+    other_keys: Sequence[str] = ()  # options of other verbs: one TOML file may serve all verbs
+    positional: str | None = None  # option set by a word without a flag
+    remedies: Mapping[str, str] = dataclasses.field(default_factory=dict)  # flag of another server → what to do instead
 
 
 def read_settings(settings_class: type[T], sources: Sources) -> T:
-    """Compose `settings_class`. Raises `ConfigError` naming the flag, variable or key, the value, what is allowed."""
+    """Compose `settings_class`. Raises `ConfigError` naming the flag, variable or key, the value, and allowed
+    values."""
     options = options_of(settings_class)
     flags = _Flags(options, sources).read(sources.argv)
     environment = _from_environment(options, sources.environ)
     given = {**environment, **flags}
-    config = given.get("config")  # the option that names the TOML file
+    config = given.get("config")  # option with the path of the TOML file
     if config is not None and config.value is not None:
         given = {**_from_file(options, cast(Path, config.value), sources.other_keys), **given}
     return cast(T, _compose(settings_class, {key: item.value for key, item in given.items()}, frozenset()))
@@ -374,7 +374,7 @@ def _compose(settings_class: type, values: Mapping[str, object], without: frozen
             arguments[field.name] = _compose(hint, values, inner)
     try:
         return settings_class(**arguments)
-    except ValueError as error:  # a room's own check in __post_init__
+    except ValueError as error:  # a check in a config's __post_init__
         raise ConfigError(str(error)) from error
 
 
@@ -382,7 +382,7 @@ def _compose(settings_class: type, values: Mapping[str, object], without: frozen
 
 
 def given_values(settings: object) -> dict[str, object]:
-    """key -> value of every option of a settings object, its groups' included."""
+    """Return key → value of every option of a settings object and its groups."""
     values: dict[str, object] = {}
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         value = getattr(settings, field.name)
@@ -395,9 +395,10 @@ def given_values(settings: object) -> dict[str, object]:
 
 
 def to_argv(settings: object, target_class: type, *, without: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
-    """Flags (and environment, for secrets: others can read a command line) that give `target_class` the same values.
+    """Return flags that give `target_class` the same values; and environment variables for secrets, since other users
+    can read the command line.
 
-    Only options that both have and that differ from the target's default appear, and none of `without`.
+    Includes only options of both classes whose value differs from the target's default, without those in `without`.
     """
     values = given_values(settings)
     argv: list[str] = []

@@ -1,9 +1,9 @@
-"""Log lines, to standard error: text for people (`--log-format text`) or one JSON object a line (`json`).
+"""Log lines on standard error: text for people (`--log-format text`) or one JSON object per line (`json`).
 
-`kvist.` loggers carry what operators read; libraries are shown from WARNING up. Secrets are never given to a logger.
-Text that a client sent may stand in a message: control characters are escaped, so that one record is one line and
-cannot pass for another. No record waits for the reader of standard error (output.py). Processes that share it write
-whole lines: a line is cut to what a pipe takes at once.
+Lines of `kvist.` loggers are for operators; libraries log from WARNING up. Secrets are never passed to a logger.
+A message may contain text from a client: control characters are escaped, so that one record is one line and cannot
+imitate another. Logging never waits for the reader of standard error (output.py). Processes that share standard error
+write whole lines: a line is cut to the size that a pipe writes atomically.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvist.output import LineOutput, output_to
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
-MAX_LINE_BYTES = 4096  # PIPE_BUF: what a pipe takes without mixing it with another process's line
+MAX_LINE_BYTES = 4096  # PIPE_BUF: size of an atomic write to a pipe
 _CUT = "..."
 _ESCAPED = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F, *range(0x80, 0xA0))}
 _ESCAPED |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\t", 0x2028: "\\u2028", 0x2029: "\\u2029"}
@@ -27,12 +27,12 @@ _ESCAPED |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\t", 0x2028: "\\u20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
-    log_level: str = option("info", "the least severe log lines to show", choices=LEVELS)
-    log_format: str = option("text", "text for people, or json: one JSON object a line", choices=FORMATS)
+    log_level: str = option("info", "lowest severity of log lines to show", choices=LEVELS)
+    log_format: str = option("text", "format of log lines: text, or one JSON object per line", choices=FORMATS)
 
 
 def setup_logging(config: LogConfig) -> None:
-    """Call once, first thing in a process. A later call changes level and format."""
+    """Set up logging. Call first in a process; a later call changes level and format."""
     handler = _handler()
     handler.setFormatter(_JsonFormatter() if config.log_format == "json" else _TextFormatter())
     root = logging.getLogger()
@@ -42,7 +42,7 @@ def setup_logging(config: LogConfig) -> None:
 
 
 class _LineHandler(logging.Handler):
-    """To standard error, without ever waiting for its reader."""
+    """Handler that writes to standard error and never waits for its reader."""
 
     def __init__(self, output: LineOutput) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _LineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             text = self.format(record)
-        except Exception:  # a record whose arguments do not fit its message: a bug, not to be raised at its caller
+        except Exception:  # arguments that do not match the message: a bug, but not to be raised in the caller
             self.handleError(record)
             return
         for line in text.split("\n"):
@@ -64,17 +64,17 @@ class _LineHandler(logging.Handler):
 def _handler() -> logging.Handler:
     try:
         return _LineHandler(output_to(sys.stderr.fileno()))
-    except (AttributeError, OSError, ValueError):  # none, or one that a test captures
+    except (AttributeError, OSError, ValueError):  # no standard error, or captured by a test
         return logging.StreamHandler(sys.stderr)
 
 
 def one_line(text: str) -> str:
-    """`text` with its control characters escaped."""
+    """Return `text` with its control characters escaped."""
     return text.translate(_ESCAPED)
 
 
 def _cut(line: str, limit_bytes: int = MAX_LINE_BYTES - 1) -> str:
-    """`line` within `limit_bytes` of UTF-8, a newline not counted."""
+    """Return `line` cut to `limit_bytes` of UTF-8, without the newline."""
     if len(line) * 4 <= limit_bytes:
         return line
     encoded = line.encode("utf-8", "replace")
@@ -84,7 +84,7 @@ def _cut(line: str, limit_bytes: int = MAX_LINE_BYTES - 1) -> str:
 
 
 class _TextFormatter(logging.Formatter):
-    """`2026-11-29 17:03:21.042 INFO    kvist.router.fleet: message`; the lines of a traceback are indented."""
+    """`2026-11-29 17:03:21.042 INFO    kvist.router.fleet: message`; lines of a traceback are indented."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created).strftime("%Y-%m-%d %H:%M:%S")
@@ -96,7 +96,7 @@ class _TextFormatter(logging.Formatter):
 
 
 class _JsonFormatter(logging.Formatter):
-    """Keys: time (UTC), level, logger, message, pid, and exception where there is one."""
+    """One JSON object with time (UTC), level, logger, message, pid, and exception if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, object] = {
@@ -111,9 +111,10 @@ class _JsonFormatter(logging.Formatter):
         line = json.dumps(fields)
         if len(line) < MAX_LINE_BYTES:
             return line
-        room = (MAX_LINE_BYTES - 600) // 2 // 12  # for each of two; a character becomes up to 12 bytes
+        room = (MAX_LINE_BYTES - 600) // 2 // 12  # per field; a character may need 12 bytes
         for key in ("message", "exception"):
             text = str(fields.get(key, ""))
             if len(text) > room:
-                fields[key] = text[:room] + _CUT if key == "message" else _CUT + text[-room:]  # where it was raised
+                # a traceback ends with its error
+                fields[key] = text[:room] + _CUT if key == "message" else _CUT + text[-room:]
         return json.dumps(fields)

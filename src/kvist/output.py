@@ -1,8 +1,8 @@
-"""Lines to a descriptor whose reader may be slow, or not there: writing never blocks.
+"""Writes lines to a descriptor whose reader may be slow or gone, without blocking.
 
-A line goes out at once where there is room. Else it waits here, up to `MAX_PENDING_BYTES`, and a thread writes it when
-the reader goes on; more lines are dropped and counted, and the reader is told how many. Lines of at most
-`log.MAX_LINE_BYTES` are written whole.
+A line is written at once if the descriptor has room. Otherwise it waits in memory, up to `MAX_PENDING_BYTES`, and a
+thread writes it when the reader continues. Further lines are dropped, and a line in the output reports their number.
+Lines of at most `log.MAX_LINE_BYTES` are written whole.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from collections import deque
 from collections.abc import Callable
 
 MAX_PENDING_BYTES = 1 << 18
-FLUSH_S = 0.5  # at the end, for a reader to take what is pending
+FLUSH_S = 0.5  # at exit, time for the reader to read pending lines
 
 _PIPE_BUF = select.PIPE_BUF
 
 
 @functools.cache
 def output_to(descriptor: int) -> LineOutput:
-    """The one of this process for standard output (1) or standard error (2)."""
+    """Return this process's `LineOutput` of standard output (1) or standard error (2)."""
     return LineOutput(descriptor)
 
 
 class LineOutput:
-    """Safe to use from any thread. One for each descriptor of a process: what is pending is in order."""
+    """Output of lines to one descriptor. Thread-safe. One per descriptor of a process, to keep lines in order."""
 
     def __init__(self, descriptor: int) -> None:
         self.num_dropped = 0
@@ -43,7 +43,7 @@ class LineOutput:
         self._drainer: threading.Thread | None = None
 
     def write(self, line: str, *, end: str = "\n") -> None:
-        """`line` without its `end`."""
+        """Write `line` followed by `end`."""
         data = (line + end).encode("utf-8", "replace")
         with self._lock:
             if not self._pending:
@@ -61,13 +61,13 @@ class LineOutput:
                 self._drainer.start()
 
     def flush(self, timeout_s: float = FLUSH_S) -> None:
-        """Wait for what is pending, at most so long."""
+        """Wait up to `timeout_s` for pending lines to be written."""
         drainer = self._drainer
         if drainer is not None:
             drainer.join(timeout_s)
 
     def _write_now(self, data: bytes) -> bytes:
-        """What there was no room for. Nothing when the reader is gone: its lines are for nobody."""
+        """Write without blocking. Return the bytes that did not fit; nothing if the reader is gone."""
         try:
             while data and (num_written := self._write_some(data[:_PIPE_BUF])):
                 data = data[num_written:]
@@ -78,7 +78,7 @@ class LineOutput:
         return data
 
     def _drain(self) -> None:
-        """Until nothing is pending."""
+        """Write pending lines until there are none."""
         while True:
             with contextlib.suppress(OSError, ValueError):
                 select.select((), (self._descriptor,), ())
@@ -100,7 +100,8 @@ class LineOutput:
 
 
 def _writer(descriptor: int) -> Callable[[bytes], int]:
-    """Writes some bytes without waiting; 0 or `BlockingIOError` when there is no room."""
+    """Return a function that writes some bytes without blocking; without room it returns 0 or raises
+    `BlockingIOError`."""
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISREG(kind):
         return lambda data: os.write(descriptor, data)
@@ -108,7 +109,7 @@ def _writer(descriptor: int) -> Callable[[bytes], int]:
         connection = socket.socket(fileno=os.dup(descriptor))
         return lambda data: connection.send(data, socket.MSG_DONTWAIT)
     with contextlib.suppress(OSError):
-        # Opened anew it does not block, and the processes that share the old description keep theirs as it is.
+        # A new open file description is non-blocking without changing the one shared with other processes.
         own = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         return lambda data: os.write(own, data)
 

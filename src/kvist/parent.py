@@ -1,4 +1,4 @@
-"""What a process arranges with the one that started it."""
+"""Arrangements of a child process with its parent."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def continue_when_parent_dies() -> None:
-    """From now on the parent's death continues this process if it is stopped (SIGSTOP).
+    """Resume this process (SIGCONT) when its parent dies, in case it is stopped (SIGSTOP).
 
-    A child notices that its parent is gone by the end of its standard input. A stopped one would never look."""
+    A child detects the end of its parent by the end of its standard input, which a stopped child would never read."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT))

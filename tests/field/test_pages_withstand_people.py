@@ -183,7 +183,7 @@ def test_a_folder_that_others_may_write_is_refused_before_the_first_write(tmp_pa
     folder = tmp_path / "store"
     folder.mkdir()
     folder.chmod(mode)
-    with pytest.raises(StoreError, match="other users may write there: chmod 700"):
+    with pytest.raises(StoreError, match="other users can write to it: run chmod 700"):
         open_store(folder)
     assert list(folder.iterdir()) == []
 
@@ -193,7 +193,7 @@ def test_a_folder_for_pages_that_survive_is_refused_when_others_may_write_it(tmp
     folder = tmp_path / "kept"
     folder.mkdir()
     folder.chmod(mode)
-    with pytest.raises(ConfigError, match=r"--hicache-persist .* other users may write there"):
+    with pytest.raises(ConfigError, match=r"--hicache-persist .* other users can write to it"):
         PersistentPages(folder, namespace="model", num_pages=2, page_bytes=PAGE_BYTES)
     assert list(folder.iterdir()) == []
 
