@@ -30,14 +30,14 @@ def test_a_named_backend_is_chosen_unchanged() -> None:
 
 @pytest.mark.parametrize("name", ["fa3", "flashinfer"])
 def test_gpu_backends_on_a_cpu_are_refused_with_a_remedy(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} needs .* GPU, and this is cpu: use auto"):
+    with pytest.raises(ConfigError, match=f"{name} needs .* GPU, and the device is cpu: use auto"):
         build_attention(name, CPU)
 
 
 def test_an_unknown_backend_is_refused_with_the_known_names() -> None:
-    with pytest.raises(ConfigError, match="known are auto, torch, fa3, flashinfer"):
+    with pytest.raises(ConfigError, match="is unknown; use auto, torch, fa3, flashinfer"):
         choose_attention("flash", CPU, torch.float32)
-    with pytest.raises(ConfigError, match="known are auto, torch, fa3, flashinfer"):
+    with pytest.raises(ConfigError, match="is unknown; use auto, torch, fa3, flashinfer"):
         build_attention("flash", CPU)
 
 
@@ -45,8 +45,8 @@ def test_an_unknown_backend_is_refused_with_the_known_names() -> None:
     ("generation", "installed", "name", "reason"),
     [
         (9, {"flash_attn_interface", "flashinfer"}, "fa3", "FlashAttention-3"),
-        (9, {"flashinfer"}, "flashinfer", "quickest installed"),
-        (8, {"flash_attn_interface", "flashinfer"}, "flashinfer", "quickest installed"),
+        (9, {"flashinfer"}, "flashinfer", "fastest installed"),
+        (8, {"flash_attn_interface", "flashinfer"}, "flashinfer", "fastest installed"),
         (10, {"flash_attn_interface"}, "torch", "pip install 'flashinfer-python"),
         (7, {"flashinfer"}, "torch", "do not run on"),
     ],

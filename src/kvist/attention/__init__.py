@@ -1,4 +1,4 @@
-"""Attention over the page pool: one file a backend, chosen by name here. The door is backend.py."""
+"""Attention over the page pool: one file per backend, chosen by name here. backend.py has the interface."""
 
 from __future__ import annotations
 
@@ -47,15 +47,17 @@ class AttentionChoice:
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
-    """The backend that `--attention-backend` names; "auto" takes the best one there is for tensors of that dtype on
-    that device. Raises `ConfigError` for a name that is none."""
+    """Choose the backend that `--attention-backend` names; "auto" chooses the fastest installed backend for this device
+    and dtype. Raises `ConfigError` for an unknown name."""
     if name != "auto":
         _check_name(name)
-        return AttentionChoice(name=name, reason="--attention-backend names it")
+        return AttentionChoice(name=name, reason="set by --attention-backend")
     if device.type != "cuda":
-        return AttentionChoice(name="torch", reason=f"the backend for {device.type}")
+        return AttentionChoice(name="torch", reason=f"the only backend for {device.type}")
     if dtype.itemsize != 2:
-        return AttentionChoice(name="torch", reason=f"fa3 and flashinfer compute in 16 bits, and this is {dtype}")
+        return AttentionChoice(
+            name="torch", reason=f"fa3 and flashinfer support 16-bit types only, and the dtype is {dtype}"
+        )
     return _choose_for_gpu(device)
 
 
@@ -70,22 +72,24 @@ def _choose_for_gpu(device: torch.device) -> AttentionChoice:
     if generation < 8:
         return AttentionChoice(name="torch", reason=f"slow, but fa3 and flashinfer do not run on {gpu}")
     if is_hopper and find_spec("flash_attn_interface") is not None:
-        return AttentionChoice(name="fa3", reason=f"FlashAttention-3 is the quickest on {gpu}")
+        return AttentionChoice(name="fa3", reason=f"FlashAttention-3 is the fastest on {gpu}")
     if find_spec("flashinfer") is not None:
-        return AttentionChoice(name="flashinfer", reason=f"FlashInfer is the quickest installed for {gpu}")
+        return AttentionChoice(name="flashinfer", reason=f"FlashInfer is the fastest installed backend for {gpu}")
     remedy = FA3_REMEDY if is_hopper else FLASHINFER_REMEDY
-    return AttentionChoice(name="torch", reason=f"slow, but nothing quicker is installed for {gpu}: {remedy}")
+    return AttentionChoice(
+        name="torch", reason=f"slow: no faster backend is installed for {gpu}; install one with: {remedy}"
+    )
 
 
 def _check_name(name: str) -> None:
     if name not in _BACKENDS:
         raise ConfigError(
-            f"--attention-backend {name}: known are auto, {', '.join(_BACKENDS)}", param="attention_backend"
+            f"--attention-backend {name} is unknown; use auto, {', '.join(_BACKENDS)}", param="attention_backend"
         )
 
 
 def build_attention(name: str, device: torch.device) -> AttentionBackend:
-    """The backend of that name (not "auto") for tensors on `device`. Raises `ConfigError` with the remedy when it
+    """Make the backend `name` (not "auto") for tensors on `device`. Raises `ConfigError` with a remedy when the backend
     cannot run here."""
     _check_name(name)
     return _BACKENDS[name](device)

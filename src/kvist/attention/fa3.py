@@ -1,12 +1,12 @@
 """FlashAttention-3 over the page-first pool, for Hopper GPUs, in bf16 or fp16. Package: tokenspeed-fa3.
 
 A layer's K and V are strided views of the pool, [num_pages, page_size, num_kv_heads, head_dim]: nothing is gathered or
-copied. New tokens are rotated and written to their pages by one kernel (kernels/rotary.py); then one varlen call of the
+copied. One kernel rotates new tokens and writes them to their pages (kernels/rotary.py). Then one varlen call of the
 library attends for all prompt chunks, and our own kernel (kernels/decode_attention.py) for all decodes, which come
-first: the library cannot split the contexts of some requests of a call and not of others, and reads short ones slowly.
-What both need to know of a step is worked out once for all layers, on the device.
+first: in one call the library cannot split the contexts of some requests only, and it reads short contexts slowly.
+The index tensors of both are computed once per step for all layers, on the device.
 
-It does not choose tokens, pages or batches; a captured graph is made and replayed by the runner.
+The runner chooses tokens, pages and batches, and makes and replays captured graphs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Fa3Attention:
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
             raise ConfigError(
-                f"--attention-backend fa3 needs a Hopper GPU, and this is {device}: use auto", param="attention_backend"
+                f"--attention-backend fa3 needs a Hopper GPU, and the device is {device}: use auto",
+                param="attention_backend",
             )
         try:
             import flash_attn_interface
@@ -49,7 +50,7 @@ class Fa3Attention:
     def bind(self, pool: Tensor) -> None:
         if pool.dtype not in (torch.bfloat16, torch.float16):
             raise ConfigError(
-                f"--attention-backend fa3 takes bfloat16 and float16, not {pool.dtype}: use --dtype bfloat16, or torch",
+                f"--attention-backend fa3 needs bfloat16 or float16, not {pool.dtype}: use --dtype bfloat16 or torch",
                 param="attention_backend",
             )
         self._pool = _Pool(self._library, pool)
@@ -76,14 +77,14 @@ class Fa3Attention:
 
 
 def _count_decodes(columns: SpanColumns) -> int:
-    """Those that come before the first chunk."""
+    """Count the decodes, all of which come before the first chunk."""
     if columns.num_tokens == len(columns):
         return len(columns)
     return int(np.flatnonzero(columns.counts != 1)[0])
 
 
 class _Pool:
-    """The library, and its views of each layer."""
+    """The library, and views of the pool for each layer."""
 
     def __init__(self, library: object, pool: Tensor) -> None:
         self.library = library
@@ -96,16 +97,16 @@ class _Pool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Index:
-    """Where the spans of a step lie, int32 on the device, filled by one copy. A span is a decode or a chunk: for the
-    other it is there with no keys."""
+    """The index tensors of a step, int32 on the device, filled by one copy. A span is a decode or a chunk; the call for
+    the other kind sees the span with length 0."""
 
-    packed: Tensor  # all of the following
+    packed: Tensor  # all tensors below, in one allocation
     ends: Tensor  # [max_spans] keys of each span, its new tokens included
-    decode_lengths: Tensor  # [max_spans] the same, of decodes only
-    chunk_lengths: Tensor  # [max_spans] the same, of chunks only
-    table_rows: Tensor  # [max_spans] rows of the page tables
-    cumulative: Tensor  # [max_spans + 1]: the first row of each chunk; of a decode, that of the first chunk
-    slots: Tensor  # [max_rows] where each row's K and V go; below zero: nowhere
+    decode_lengths: Tensor  # [max_spans] `ends` of decodes, 0 for chunks
+    chunk_lengths: Tensor  # [max_spans] `ends` of chunks, 0 for decodes
+    table_rows: Tensor  # [max_spans] rows in the page tables
+    cumulative: Tensor  # [max_spans + 1]: the first row of each chunk; for a decode, the first row of the first chunk
+    slots: Tensor  # [max_rows] the slot of each row's K and V; negative: not written
 
     @classmethod
     def allocate(cls, max_spans: int, max_rows: int, device: torch.device) -> _Index:
@@ -149,16 +150,16 @@ class _Step:
     def __init__(
         self, pool: _Pool, index: _Index, tables: PageTables, table: Tensor, *, num_decodes: int, longest_chunk: int
     ) -> None:
-        """`table` [max_spans, max_pages] int32 gets the pages of each span. `num_decodes`: at most so many of the first
-        rows are decodes. `longest_chunk`: tokens; 0: no chunk."""
+        """`table` [max_spans, max_pages] int32 receives the pages of each span. `num_decodes`: upper bound of the
+        decodes, which are the first rows. `longest_chunk`: in tokens; 0: no chunk."""
         tables.read(index.table_rows, index.ends, table)
         self._pool = pool
         self._index = index
         self._table = table
         self._num_decodes = num_decodes
         self._longest_chunk = longest_chunk
-        self._items: DecodeItems | None = None  # made by the first layer, as is ...
-        self._metadata: Tensor | None = None  # ... how the library goes about its chunks
+        self._items: DecodeItems | None = None  # made by the first layer
+        self._metadata: Tensor | None = None  # the library's schedule for the chunks, made by the first layer
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         slots = self._index.slots[: q.shape[0]]
@@ -177,7 +178,7 @@ class _Step:
         return out
 
     def _attend_chunks(self, layer: int, q: Tensor) -> Tensor:
-        """Rows that belong to no chunk are undefined."""
+        """Attend for the chunks; rows outside the chunks are undefined."""
         pool, index = self._pool, self._index
         if self._metadata is None:
             self._metadata = pool.library.get_scheduler_metadata(  # type: ignore[attr-defined]
@@ -210,8 +211,8 @@ class _Step:
 
 
 class _GraphPlan:
-    """`GraphPlan`: an index at a lasting address; the page tables are read by a kernel that is recorded with the step.
-    Every recording is made for the most spans; those that a step does not have are empty, and cost next to nothing."""
+    """`GraphPlan`: an index at a fixed address; a captured kernel reads the page tables. Every graph is captured for
+    the largest number of spans; unused spans are empty and cost almost nothing."""
 
     def __init__(
         self, pool: _Pool, tables: PageTables, ring: PinnedRing, index: _Index, table: Tensor, *, has_chunks: bool

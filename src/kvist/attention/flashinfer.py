@@ -1,15 +1,15 @@
 """FlashInfer over the page-first pool, for NVIDIA GPUs other than Hopper (Ampere or newer), in bf16 or fp16. Package:
-flashinfer-python. It compiles its kernels with nvcc for each head size and dtype: when a pool is bound, so that what is
-missing shows at the start; a minute the first time, then they are in $FLASHINFER_WORKSPACE_BASE/.cache/flashinfer (that
-variable's default is the home directory).
+flashinfer-python. The library compiles its kernels with nvcc for each head size and dtype. This happens when a pool is
+bound, so that a missing tool is reported at the start. It takes a minute the first time; later starts load the kernels
+from $FLASHINFER_WORKSPACE_BASE/.cache/flashinfer (the default of that variable is the home directory).
 
 A layer's K and V are strided views [num_pages, num_kv_heads, page_size, head_dim] (the library's "HND" order): nothing
-is gathered or copied. One call attends for decodes and chunks together. The library plans a step on the host: how the
-requests are cut for the multiprocessors, and where partial results go. A plan has a fixed shape under a CUDA graph, so
-each captured batch size has its own, over buffers that they share.
+is gathered or copied. One call attends for decodes and chunks together. The library plans each step on the host: how
+requests are split over the multiprocessors, and where partial results are stored. A plan has a fixed shape under a CUDA
+graph, so each captured batch size has its own plan, over shared buffers.
 
-Always the library's fa2 kernels: they are the ones of all these GPUs, and on Hopper, where FlashAttention-3 is the
-choice, the same ones are tested.
+The library's fa2 kernels are always used: they run on all these GPUs, and the tests run the same kernels on Hopper,
+where "auto" chooses FlashAttention-3.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ REMEDY = (
     " ninja, a C++ compiler, and a home directory or FLASHINFER_WORKSPACE_BASE that it can write to"
 )
 _HEAD_DIMS = (64, 128, 256)
-_GRAPH_PLAN_BYTES = 1 << 20  # 13 a tile of queries and 8 a request: enough for tens of thousands
-_EAGER_PLAN_BYTES = 8 << 20  # the library's own choice
+_GRAPH_PLAN_BYTES = 1 << 20  # 13 bytes per tile of queries and 8 per request: enough for tens of thousands
+_EAGER_PLAN_BYTES = 8 << 20  # the library's default
 
 
 class FlashInferAttention:
@@ -48,35 +48,35 @@ class FlashInferAttention:
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-            raise _refusal(f"needs an Ampere or newer NVIDIA GPU, and this is {device}: use auto")
+            raise _refusal(f"needs an Ampere or newer NVIDIA GPU, and the device is {device}: use auto")
         try:
             import flashinfer
         except (ImportError, OSError, RuntimeError) as error:
-            raise _refusal(f"{error}. It takes {REMEDY}; or use torch") from error
+            raise _refusal(f"cannot be imported: {error}. Install it with {REMEDY}; or use torch") from error
         self._library: ModuleType = flashinfer
         self._device = device
 
     def bind(self, pool: Tensor) -> None:
         if pool.dtype not in (torch.bfloat16, torch.float16):
-            raise _refusal(f"takes bfloat16 and float16, not {pool.dtype}: use --dtype bfloat16, or torch")
+            raise _refusal(f"needs bfloat16 or float16, not {pool.dtype}: use --dtype bfloat16, or torch")
         if pool.shape[5] not in _HEAD_DIMS:
-            raise _refusal(f"takes heads of {_HEAD_DIMS} dimensions, not {pool.shape[5]}: use torch")
+            raise _refusal(f"supports head sizes {_HEAD_DIMS}, not {pool.shape[5]}: use torch")
         self._pool = Pool(self._library, pool)
         self._planner: Planner | None = None
         self._compile(torch.zeros(1, pool.shape[1], pool.shape[5], dtype=pool.dtype, device=pool.device))
 
     def _compile(self, q: Tensor) -> None:
-        """Attend for one token, whatever the first page holds."""
-        logger.info("FlashInfer: making its kernels for heads of %d; the first time takes a minute", q.shape[2])
+        """Compile the kernels by attending for one token over the first page."""
+        logger.info("FlashInfer: compiling kernels for head size %d; the first time takes about a minute", q.shape[2])
         start_s = time.perf_counter()
         try:
             planner = Planner(self._pool, self._pool.workspace(q.shape[1]))
             planner.plan(self._pool.indices([Span(start=0, num_tokens=1, page_ids=[0])], 1), q.shape[1])
             planner.run(0, q)
             torch.cuda.synchronize(self._device)
-        except Exception as error:  # whatever it is, it would come with every step
+        except Exception as error:  # any error would come back at every step
             reason = "; ".join(str(error).splitlines()[-5:])
-            raise _refusal(f"cannot run here: {reason}. It takes {REMEDY}; or use torch") from error
+            raise _refusal(f"cannot run here: {reason}. Install it with {REMEDY}; or use torch") from error
         logger.info("FlashInfer %s: ready after %.1f s", self._library.__version__, time.perf_counter() - start_s)
 
     def prepare(self, spans: Sequence[Span]) -> Attend:
@@ -86,7 +86,7 @@ class FlashInferAttention:
     def _attend(self, indices: Indices, layer: int, q: Tensor) -> Tensor:
         if self._planner is None:
             self._planner = Planner(self._pool, self._pool.workspace(q.shape[1]))
-        if self._planner.planned is not indices:  # the first layer: now the number of query heads is known
+        if self._planner.planned is not indices:  # the first layer: only now the number of query heads is known
             self._planner.plan(indices, q.shape[1])
         return self._planner.run(layer, q)
 
@@ -94,7 +94,7 @@ class FlashInferAttention:
         return FlashInferPlan(self._pool, max_batch, max_pages)
 
     def plan_mixed_graph(self, max_batch: int, max_pages: int, max_tokens: int) -> None:  # noqa: ARG002
-        return None  # the library plans a step of chunks for its lengths, so a recording would fit one step only
+        return None  # the library plans a step of chunks for its lengths, so a graph would fit one step only
 
 
 def _refusal(reason: str) -> ConfigError:
@@ -103,19 +103,19 @@ def _refusal(reason: str) -> ConfigError:
 
 @dataclass(frozen=True, slots=True)
 class Indices:
-    """A step in the library's terms, all int32. What its planner reads is on the host, pinned."""
+    """The library's index tensors of a step, int32. Its planner reads pinned host memory."""
 
-    query_starts: Tensor  # [num_rows + 1]: each request's first row of the batch
-    page_starts: Tensor  # [num_rows + 1]: its first place in `pages`
-    last_lengths: Tensor  # [num_rows]: tokens in its last page
-    lengths: Tensor  # [num_rows]: keys, its new tokens included
-    slots: Tensor  # [num_tokens], on the device: where new K and V go; below zero: nowhere
+    query_starts: Tensor  # [num_rows + 1]: each request's first row in the batch
+    page_starts: Tensor  # [num_rows + 1]: each request's first index in `pages`
+    last_lengths: Tensor  # [num_rows]: tokens in the last page of each request
+    lengths: Tensor  # [num_rows]: keys of each request, new tokens included
+    slots: Tensor  # [num_tokens], on the device: the slot of new K and V; negative: not written
     pages: Tensor  # [page_starts[-1]], on the device
-    longest: int = field(kw_only=True)  # new tokens
+    longest: int = field(kw_only=True)  # new tokens of one request, at most
 
 
 class Pool:
-    """The library, and its views of each layer."""
+    """The library, and views of the pool for each layer."""
 
     def __init__(self, library: ModuleType, pool: Tensor) -> None:
         self.library = library
@@ -123,10 +123,11 @@ class Pool:
         self.dtype, self.device = pool.dtype, pool.device
         self.layers = [pool[:, :, layer] for layer in range(pool.shape[2])]
         self.keys_values = [(layer[:, :, 0], layer[:, :, 1]) for layer in self.layers]
-        self._tables = PageTables(torch.device("cpu"), self.page_size)  # the library reads them on the host
+        self._tables = PageTables(torch.device("cpu"), self.page_size)  # the library reads the page lists on the host
 
     def indices(self, spans: Sequence[Span], num_rows: int) -> Indices:
-        """Rows beyond the spans are padding: one token each, which writes nothing and attends to nothing."""
+        """Build the indices of a step. Rows beyond the spans are padding: one token each, which writes no page and
+        attends to no key."""
         columns, size = SpanColumns.of(spans), self.page_size
         padding = np.zeros(num_rows - len(columns), dtype=np.int32)
         table_rows, num_pages = self._tables.assign_rows(columns), -(-columns.ends // size)
@@ -154,50 +155,51 @@ class Pool:
 
 
 def _starts(counts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """[len(counts) + 1] where each begins, and the end."""
+    """Return the start of each part and the end of the last, [len(counts) + 1]."""
     return np.append(np.int32(0), counts.cumsum(dtype=np.int32))
 
 
 def workspace_bytes(
     num_q_heads: int, num_kv_heads: int, head_dim: int, num_sms: int, num_decodes: int | None = None
 ) -> int:
-    """What the library's planner can ask for at most, by its own rule: partial results in fp32 for every query head of
-    every tile, where a batch is cut into no more tiles than keep two on each multiprocessor. A graph has room for all
+    """Return the upper bound of the workspace that the library's planner uses, by its own rule: partial results in fp32
+    for every query head of every tile, with at most two tiles per multiprocessor. The workspace of a graph holds all
     tiles that its `num_decodes` requests could need."""
     tile, num_tiles = 128, max(1, 2 * num_sms // num_kv_heads)
     if num_decodes is not None:
         group = num_q_heads // num_kv_heads
         tile = 16 if group <= 16 else 64 if group <= 64 else 128
         num_tiles = max(num_tiles, -(-num_decodes * group // tile) + num_decodes - 1)
-    return num_q_heads * num_tiles * tile * (head_dim + 1) * 4 + 256  # the last is for alignment
+    return num_q_heads * num_tiles * tile * (head_dim + 1) * 4 + 256  # 256: alignment
 
 
 def planners_bytes(num_q_heads: int, num_kv_heads: int, head_dim: int, num_sms: int, graph_sizes: Sequence[int]) -> int:
-    """Device memory that this backend takes for itself, with graphs of these numbers of decodes."""
+    """Return the device memory of this backend's workspaces, with graphs of these numbers of decodes."""
     workspace = partial(workspace_bytes, num_q_heads, num_kv_heads, head_dim, num_sms)
     of_graphs = workspace(max(graph_sizes)) + len(graph_sizes) * _GRAPH_PLAN_BYTES if graph_sizes else 0
     return workspace() + _EAGER_PLAN_BYTES + of_graphs
 
 
 class Planner:
-    """One of the library's wrappers: planned once a step, on the host, and run once a layer."""
+    """One wrapper of the library: planned once per step, on the host, and run once per layer."""
 
     def __init__(self, pool: Pool, workspace: Tensor, **buffers: Tensor) -> None:
-        """`buffers`: those of the library's CUDA graph mode; the batch then always has as many rows."""
+        """`buffers`: the buffers of the library's CUDA graph mode, which fixes the number of rows."""
         self._pool = pool
         self.planned: Indices | None = None
         self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        with torch.inference_mode(False):  # what it allocates is written outside of inference mode, too
+        with torch.inference_mode(False):  # its buffers are also written outside of inference mode
             self._wrapper = pool.library.BatchPrefillWithPagedKVCacheWrapper(
                 workspace, "HND", use_cuda_graph=bool(buffers), backend="fa2", **buffers
             )
-            if buffers:  # each would have 8 MiB of its own, twice
+            if buffers:  # by default each wrapper allocates 8 MiB, twice
                 plan = torch.empty(_GRAPH_PLAN_BYTES, dtype=torch.uint8, device=pool.device)
                 self._wrapper.reset_workspace_buffer(workspace, plan)
 
     def plan(self, indices: Indices, num_q_heads: int) -> None:
-        # The library writes each plan into the same pinned memory and does not wait for the copy of the last one. That
-        # copy comes before the kernels of its step, so the device may be a step behind and this returns at once.
+        # The library writes each plan into the same pinned memory without waiting for the copy of the previous plan.
+        # That copy precedes the kernels of its step, so this wait returns at once even if the device is one step
+        # behind.
         self._sent.synchronize()
         self._wrapper.plan(
             indices.query_starts,
@@ -239,7 +241,7 @@ class _Step:
 
 
 class FlashInferPlan:
-    """`GraphPlan`: a planner for each batch size, made when it first runs; slots, lengths and pages are shared."""
+    """`GraphPlan`: a planner for each batch size, made at its first run; slots, lengths and pages are shared."""
 
     def __init__(self, pool: Pool, max_batch: int, max_pages: int) -> None:
         self._pool = pool

@@ -1,15 +1,15 @@
-"""Attention in plain PyTorch over the page-first layout: the reference, and the CPU's backend.
+"""Attention in plain PyTorch over the page-first layout: the reference, and the backend for CPUs.
 
-Per step, `prepare` makes index tensors once; per layer and call there are a few operations:
+`prepare` makes index tensors once per step; each layer then needs only a few operations:
 
 - write: two `index_copy_` of the new tokens into their pages (K, then V);
-- decode (one new token a request): one gather of just the needed K and V pages, one fused attention over a group of
+- decode (one new token per request): one gather of the needed K and V pages, one fused attention over a group of
   requests. Requests are grouped by length, so that padding stays small;
 - prefill chunk: one gather of prefix and chunk, then blocks of queries, each over no more keys than it may see.
 
-Both read the pool as a table of rows: a page's share of one head, one layer, K or V is one contiguous row of
-page_size * head_dim elements, and going to another layer only shifts every row number by the same amount. So the
-index tensors of layer 0 serve all layers, through views that start further on.
+Both gathers read the pool as a table of rows: a page's part of one head, one layer, K or V is one contiguous row of
+page_size * head_dim elements, and another layer shifts every row number by the same amount. So the index tensors of
+layer 0 serve all layers, through views with a different start.
 
 Grouped-query heads are never repeated: the query heads that share a KV head are queries of that head.
 """
@@ -27,10 +27,10 @@ from torch import Tensor
 
 from kvist.attention.backend import Attend, GraphPlan, Span
 
-# Queries per block of a prefill chunk: bounds the mask, and how many keys a query reads without need.
+# Queries per block of a prefill chunk: limits the size of the mask and the number of masked keys that are read.
 _QUERY_BLOCK = 256
-# A shorter request may join a group if padding stays under this share of the group's pages; a group of its own costs
-# a few operations more per layer, worth about so many pages of copying.
+# A shorter request may join a group if padding stays below this share of the group's pages. A separate group costs a
+# few more operations per layer, about as much as copying `_PADDING_PAGES_FREE` pages.
 _PADDING_SHARE = 0.25
 _PADDING_PAGES_FREE = 8
 
@@ -55,11 +55,11 @@ class TorchAttention:
 
 
 class _PoolRows:
-    """The pool as tables of rows, and scratch memory that the steps share."""
+    """The pool as tables of rows, and scratch memory shared by all steps."""
 
     def __init__(self, pool: Tensor) -> None:
         num_pages, num_heads, num_layers, _, page_size, head_dim = pool.shape
-        assert pool[0, 0].is_contiguous(), "a page's share of one head is one piece"
+        assert pool[0, 0].is_contiguous(), "a page's part of one head is contiguous"
         self.num_heads, self.page_size, self.head_dim = num_heads, page_size, head_dim
         self.dtype, self.device = pool.dtype, pool.device
         row_elements = page_size * head_dim
@@ -75,17 +75,17 @@ class _PoolRows:
         self._mask = pool.new_empty(0, 0)
 
     def scratch(self, num_rows: int) -> Tensor:
-        """[num_rows, page_size * head_dim], overwritten by the next use. Kept, because fresh memory of this size costs
-        as much in page faults as the copy itself."""
+        """Return [num_rows, page_size * head_dim], overwritten by the next use. The memory is reused, because page
+        faults of new memory would cost as much as the copy."""
         row_elements = self.page_size * self.head_dim
         if self._scratch.numel() < num_rows * row_elements:
             self._scratch = self._scratch.new_empty(num_rows * row_elements * 5 // 4)
         return self._scratch[: num_rows * row_elements].view(num_rows, row_elements)
 
     def causal_mask(self, num_queries: int, num_keys: int, group: int) -> Tensor:
-        """[num_queries * group, num_keys], 0 or -inf: the last query sees all keys, the one before all but one, ...
+        """Return [num_queries * group, num_keys], 0 or -inf: query num_queries - 1 - i sees all but the last i keys.
 
-        Cut out of one triangle aligned to its bottom right corner, which serves all blocks, layers and steps.
+        The mask is the bottom right corner of one triangle that serves all blocks, layers and steps.
         """
         height, width = _QUERY_BLOCK * group, self._mask.shape[1]
         if self._mask.shape[0] != height or width < num_keys:
@@ -95,13 +95,14 @@ class _PoolRows:
             self._mask = torch.zeros(height, width, dtype=self.dtype, device=self.device)
             self._mask.masked_fill_(hidden, float("-inf"))
         mask = self._mask[height - num_queries * group :, width - num_keys :]
-        return mask.clone() if mask.is_cuda else mask  # CUDA's kernels want aligned rows
+        return mask.clone() if mask.is_cuda else mask  # CUDA's kernels need aligned rows
 
     def indices(self, values: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values).reshape(-1)).to(self.device)
 
     def gather_rows(self, pages: npt.NDArray[np.int64]) -> Tensor:
-        """Row numbers of `pages` [batch, num_pages] for layer 0, flat in the order [2, batch, num_heads, num_pages]."""
+        """Return the row numbers of `pages` [batch, num_pages] for layer 0, flat, ordered [2, batch, num_heads,
+        num_pages]."""
         heads = np.arange(self.num_heads, dtype=np.int64) * self.head_stride
         keys = pages[:, None, :] * self.page_stride + heads[None, :, None]
         return self.indices(np.stack([keys, keys + 1]))
@@ -111,13 +112,13 @@ class _PoolRows:
 class _DecodeGroup:
     """Requests of similar length that each have one new token."""
 
-    tokens: Tensor | None  # their rows in the batch; None: the first `batch` rows, in order
+    tokens: Tensor | None  # the rows of the requests in the batch; None: the first `batch` rows, in order
     batch: int
-    rows: Tensor  # what to gather
+    rows: Tensor  # rows of the pool to gather
     padded_len: int  # keys per request in the gathered memory
     mask: Tensor | None  # [batch, 1, 1, padded_len]; None: one request, cut to its length instead
-    num_keys: int  # of the longest
-    stale_slots: Tensor | None  # slots of the gathered memory behind a request's last key, to be zeroed
+    num_keys: int  # of the longest request
+    stale_slots: Tensor | None  # slots of the gathered memory after each request's last key, to be zeroed
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ class _Chunk:
     first: int
     num_tokens: int
     start: int
-    rows: Tensor | None  # what to gather; None: there is no prefix, K/V are at hand
+    rows: Tensor | None  # rows of the pool to gather; None: no prefix, so the new K/V suffice
 
 
 class _Step:
@@ -178,7 +179,7 @@ class _Step:
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask)
 
     def _prefill(self, layer: int, chunk: _Chunk, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """Fills out [num_tokens, num_q_heads, head_dim], block by block of queries."""
+        """Fill `out` [num_tokens, num_q_heads, head_dim], one block of queries at a time."""
         pool = self._pool
         end = chunk.start + chunk.num_tokens
         if chunk.rows is None:
@@ -188,7 +189,7 @@ class _Step:
             torch.index_select(pool.page_rows[layer], 0, chunk.rows, out=gathered)
             keys, values = gathered.view(2, pool.num_heads, -1, pool.head_dim)[:, :, :end].unbind(0)
         group = q.shape[1] // pool.num_heads
-        # Query t's `group` heads of one KV head become rows t * group, ... of that head.
+        # The `group` query heads of token t become rows t * group, ... of their KV head.
         grouped = q.view(-1, pool.num_heads, group, pool.head_dim).transpose(0, 1)
         grouped_out = out.view(-1, pool.num_heads, group, pool.head_dim).transpose(0, 1)
         for low in range(0, chunk.num_tokens, _QUERY_BLOCK):
@@ -204,7 +205,7 @@ class _Step:
 
 
 def _written_slots(pool: _PoolRows, spans: Sequence[Span]) -> Tensor:
-    """Slot numbers of the new tokens for layer 0, K, flat in the order [num_tokens, num_heads]."""
+    """Return the slot numbers of the new tokens for K of layer 0, flat in the order [num_tokens, num_heads]."""
     size = pool.page_size
     slots: list[npt.NDArray[np.int64]] = []
     for span in spans:
@@ -218,13 +219,13 @@ def _written_slots(pool: _PoolRows, spans: Sequence[Span]) -> Tensor:
 
 
 def _group_by_length(spans: Sequence[Span], page_size: int) -> list[list[int]]:
-    """Indices of the spans, each list padded to its longest member without much waste."""
+    """Group the indices of the spans, so that padding each group to its longest span wastes little."""
     num_pages = [-(-span.end // page_size) for span in spans]
     if not num_pages:
         return []
     longest, shortest = max(num_pages), min(num_pages)
     if (longest - shortest) * len(num_pages) <= _PADDING_PAGES_FREE:
-        return [list(range(len(num_pages)))]  # in order: no rows to pick
+        return [list(range(len(num_pages)))]  # in order: no row selection needed
     groups: list[list[int]] = []
     width = used = 0
     for index in sorted(range(len(num_pages)), key=lambda i: -num_pages[i]):
@@ -247,7 +248,7 @@ def _decode_group(pool: _PoolRows, spans: Sequence[Span], tokens: Sequence[int] 
     pages = np.empty((len(spans), width), dtype=np.int64)
     for row, span, used in zip(pages, spans, num_pages.tolist(), strict=True):
         row[:used] = span.page_ids[:used]
-        row[used:] = span.page_ids[0]  # padding: any page will do
+        row[used:] = span.page_ids[0]  # padding: any valid page
     mask = stale = None
     if len(spans) > 1:
         hidden = np.arange(width * size)[None, :] >= num_keys[:, None]
@@ -267,9 +268,9 @@ def _decode_group(pool: _PoolRows, spans: Sequence[Span], tokens: Sequence[int] 
 
 
 def _stale_slots(pool: _PoolRows, num_keys: npt.NDArray[np.int64], padded_len: int) -> Tensor | None:
-    """Slots of the gathered memory behind each request's last key; they are zeroed.
+    """Return the slots of the gathered memory after each request's last key, which must be zeroed.
 
-    The mask alone would not do, as old K/V may hold anything: -inf + NaN and 0 * NaN are NaN.
+    The mask alone is not enough, because old K/V may be NaN: -inf + NaN and 0 * NaN are NaN.
     """
     counts = padded_len - num_keys
     request = np.repeat(np.arange(len(num_keys)), counts)
