@@ -185,7 +185,7 @@ def test_the_host_pool_size_is_a_multiple_of_the_device_pool_or_set_directly() -
     ("changes", "words"),
     [
         ({"available_bytes": 1000}, "--hicache-ratio 2: the host tier needs .* lower --hicache-ratio"),
-        ({"size_gb": 2.0}, r"--hicache-size 2: .* and 0.93 GiB of host memory are free: lower --hicache-size"),
+        ({"size_gb": 2.0}, r"--hicache-size 2: .* but 0.93 GiB of host memory are free: lower --hicache-size"),
         ({"available_bytes": -5}, "0.00 GiB of host memory are free"),
         ({"ratio": 0.001}, "--hicache-ratio 0.001 is smaller than one page"),
     ],

@@ -1,23 +1,23 @@
-"""Copies pages between the device pool and the host pool, whole pages each, on threads of its own.
+"""Copy whole pages between the device pool and the host pool, on the mover's own threads.
 
     engine loop: start ──► loads   ──► thread, on GPUs with a stream  ──► reports ──► engine loop: poll
                      └───► backups ──► thread, the same               ──┘   (after a call of `wakeup`)
 
-Two lanes, because the two directions of a link do not disturb each other, and since a request waits for a load but
-nobody for a backup. Within a lane jobs are carried out in order; a GPU is given the next ones while it copies, so that
-the link has no pause between small jobs. Every job is answered, until `close`.
+Loads and backups have a copy queue each, because the two directions of a link do not disturb each other, and because a
+request waits for a load but no request waits for a backup. A queue runs its jobs in order; a GPU gets the next jobs
+while it copies, so that the link does not idle between small jobs. Every job is reported, until `close`.
 
-Of tensor-parallel ranks on GPUs each has a piece of every page: the host has the whole page, put together of them.
+Each tensor-parallel rank on a GPU has a piece of every page; the host has the whole page, assembled from the pieces.
 
-Why no stream waits for another. A page is backed up after the step that computed it was read by the host, and reading
-waits for the whole step, on all ranks. A page is loaded into a device page that nobody has: who had it before gave it
-up after the last step that used it was read (`RequestTable.is_written`). And the step that uses what was loaded is
-launched after the report, which a lane makes after it has waited for its own stream.
+Why no stream waits for another. A page is backed up after the host has read the results of the step that computed the
+page, and this read waits for the whole step, on all ranks. A page is loaded into a device page without a user: its last
+user released it after the results of the last step that used it were read (`RequestTable.is_written`). The step that
+uses loaded pages is launched after the report, which a queue sends after it has waited for its own stream.
 
-The records of a host pool that persists (persistence.py) are kept by the backups' thread: the engine loop computes no
-checksum and waits for no disk.
+The backups' thread keeps the records of a persistent host pool (persistence.py): the engine loop computes no checksum
+and waits for no disk.
 
-It decides nothing: which page goes where, and when either may be used again, is kv/cache.py's.
+kv/cache.py decides which page is copied where, and when both copies may be used again.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ MOVE_COUNTERS = (
     "host_backup_seconds",
 )
 
-MAX_JOBS_UNDER_WAY = 4  # jobs that a GPU has been given
+MAX_JOBS_UNDER_WAY = 4  # jobs queued on a GPU at once
 COPIES_PER_CALL = 32
 
 logger = logging.getLogger(__name__)
 
 
 class PageMover:
-    """`start`, `poll`, `totals` and `close` are the engine loop's; `wakeup` is called by any thread."""
+    """The two copy queues. Only the engine loop calls the methods; any thread may call `wakeup`."""
 
     def __init__(self, device: DevicePool, host: HostPool, *, wakeup: Callable[[], None], clock: Clock) -> None:
         self._reports: deque[PageReport] = deque()
@@ -73,7 +73,7 @@ class PageMover:
         job_id = job.job_id
         if isinstance(job, LoadPages):
             self._loads.start(job.host_slots, job.page_ids, lambda ok: self._report(PagesLoaded(job_id=job_id, ok=ok)))
-        elif isinstance(job, ForgetPages):  # in the backups' lane: whoever gets the slots next writes them after this
+        elif isinstance(job, ForgetPages):  # in the backups' queue: later backups into these slots run after it
             self._backups.run(partial(self._forget, job))
         else:
             self._backups.start(
@@ -81,17 +81,17 @@ class PageMover:
             )
 
     def poll(self) -> list[PageReport]:
-        """What happened since the last call."""
+        """Return the reports since the last call."""
         return [self._reports.popleft() for _ in range(len(self._reports))]
 
     def totals(self) -> dict[str, float]:
-        """MOVE_COUNTERS."""
+        """Return the values of MOVE_COUNTERS."""
         loads, backups = self._loads, self._backups
         numbers = (loads.num_jobs, loads.num_bytes, loads.seconds, backups.num_jobs, backups.num_bytes, backups.seconds)
         return dict(zip(MOVE_COUNTERS, numbers, strict=True))
 
     def close(self) -> None:
-        """No byte is moved once this returns. What has not begun is dropped without a report."""
+        """Stop both queues: no byte is copied after the return. Jobs that have not begun are dropped, unreported."""
         for copies in (self._loads, self._backups):
             copies.stop()
         for copies in (self._loads, self._backups):
@@ -107,7 +107,7 @@ class PageMover:
             self._persistent.clear(job.host_slots)
 
     def _backed_up(self, job: BackUpPages, ok: bool) -> None:
-        if ok and self._persistent is not None:  # before the report: after it, the slots may be other pages'
+        if ok and self._persistent is not None:  # before the report: after it, the slots may belong to other pages
             self._persistent.record(job.host_slots, job.names)
         self._report(PagesBackedUp(job_id=job.job_id, ok=ok))
 
@@ -118,16 +118,16 @@ class PageMover:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Copies:
-    """A job whose copies have been ordered."""
+    """A job whose copies have been launched."""
 
     num_bytes: int
     start_s: float
-    copied: tuple[torch.cuda.Event, ...]  # of each GPU; none where the bytes are in place already
+    copied: tuple[torch.cuda.Event, ...]  # one per GPU; empty if the bytes are in place already
     done: Callable[[bool], None]
 
 
 class _CopyQueue:
-    """One direction. The counters are written by its thread alone."""
+    """The copies of one direction, and their thread, which alone writes the counters."""
 
     def __init__(self, name: str, pieces: Sequence[tuple[Tensor, Tensor]], clock: Clock) -> None:
         """`pieces`: (source, target), each [num_pages, piece bytes] uint8; one of the two is on the host."""
@@ -137,13 +137,13 @@ class _CopyQueue:
         self._pieces = pieces
         self._clock = clock
         gpus = {side.device for sides in pieces for side in sides if side.is_cuda}
-        # A view of each page, made once: each call that makes one gives the interpreter up and waits to get it back.
+        # A view of each page, made once: every call that makes a view releases the GIL and waits to get it back.
         self._pages = [(source.unbind(), target.unbind()) for source, target in pieces] if gpus else []
         self._streams = {gpu: torch.cuda.Stream(gpu) for gpu in gpus}  # type: ignore[no-untyped-call]
         self._closed = False
-        # None: the end. Bounded by the pages that the cache lets be in flight, and the flushes that it is asked for.
+        # None ends the thread. Bounded by the pages that the cache allows in flight, and by the number of flushes.
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._under_way: deque[_Copies] = deque()  # the thread's
+        self._under_way: deque[_Copies] = deque()  # used by the thread only
         self._last_end_s = 0.0
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
@@ -155,14 +155,14 @@ class _CopyQueue:
         done: Callable[[bool], None],
         begin: Callable[[], None] = lambda: None,
     ) -> None:
-        assert len(source_ids) == len(target_ids), "one destination for each page"
+        assert len(source_ids) == len(target_ids), "each page needs one destination"
         source, target = self._pieces[0]
         assert max(source_ids) < source.shape[0], "a page outside the pool"
         assert max(target_ids) < target.shape[0], "a page outside the pool"
         self._jobs.put(partial(self._order_copies, source_ids, target_ids, done, begin))
 
     def run(self, job: Callable[[], None]) -> None:
-        """In its turn, on the lane's thread, when all before it have ended."""
+        """Run `job` on the queue's thread, after all earlier jobs have ended."""
         self._jobs.put(partial(self._run_when_idle, job))
 
     def stop(self) -> None:
@@ -170,7 +170,7 @@ class _CopyQueue:
         self._jobs.put(None)
 
     def join(self) -> None:
-        self._thread.join()  # at most the jobs under way
+        self._thread.join()  # waits for the jobs under way only
 
     def _serve(self) -> None:
         while (job := self._next()) is not None and not self._closed:
@@ -202,9 +202,9 @@ class _CopyQueue:
         try:
             begin()
             copied = self._copy(source_ids, target_ids)
-        except Exception:  # the thread must outlive any one job
-            logger.exception("copying %d pages between device and host", len(source_ids))
-            for stream in self._streams.values():  # some of its copies may be under way
+        except Exception:  # the thread must survive a failed job
+            logger.exception("copying %d pages between device and host failed", len(source_ids))
+            for stream in self._streams.values():  # some of the job's copies may be under way
                 with contextlib.suppress(Exception):
                     stream.synchronize()
             done(False)
@@ -218,15 +218,15 @@ class _CopyQueue:
         for number, (source, target) in enumerate(self._pieces):
             stream = self._streams.get(source.device) or self._streams.get(target.device)
             if stream is None:
-                for first, to, count in runs(source_ids, target_ids):  # torch would use the model's threads for it
+                for first, to, count in runs(source_ids, target_ids):  # numpy: torch would use the model's threads
                     np.copyto(target.numpy()[to : to + count], source.numpy()[first : first + count])
                 continue
-            # Pieces do not follow each other in the host's pages: torch would put several together first.
+            # A rank's pieces are not contiguous in the host pool: torch would gather several into a buffer first.
             longest = len(source_ids) if source.is_contiguous() and target.is_contiguous() else 1
             copies = runs(source_ids, target_ids, longest)
             source_pages, target_pages = self._pages[number]
             with torch.cuda.stream(stream):
-                # Many in one call, which does without the interpreter: other threads do not hold them up.
+                # Many copies in one call, which needs no GIL in between: other threads do not delay them.
                 while some := list(itertools.islice(copies, COPIES_PER_CALL)):
                     torch._foreach_copy_(
                         [target_pages[to] if count == 1 else target[to : to + count] for _, to, count in some],
@@ -236,13 +236,13 @@ class _CopyQueue:
         return tuple(stream.record_event() for stream in self._streams.values())
 
     def _end_oldest(self) -> None:
-        """Every byte of it is in place when it is reported."""
+        """Wait for the oldest job's copies and report it, with every byte in place."""
         job = self._under_way.popleft()
         try:
             for event in job.copied:
                 event.synchronize()
         except Exception:
-            logger.exception("copying pages between device and host")
+            logger.exception("copying pages between device and host failed")
             job.done(False)
             return
         now_s = self._clock.now_s()
@@ -256,7 +256,7 @@ class _CopyQueue:
 def runs(
     source_ids: Sequence[int], target_ids: Sequence[int], longest: int = sys.maxsize
 ) -> Iterator[tuple[int, int, int]]:
-    """(source, target, count): pages that follow each other on both sides are copied at once, up to so many."""
+    """Yield (source, target, count): runs of pages, at most `longest`, that are consecutive on both sides."""
     start = 0
     for index in range(1, len(source_ids) + 1):
         length = index - start

@@ -1,23 +1,23 @@
-"""Moves pages between the host pool and a store (store/), on threads of its own; the engine's loop never calls one.
+"""Copy pages between the host pool and a store (store/), on threads; the engine's loop never calls a store itself.
 
     engine loop: start ──► reads (FindPages, FetchPages) ──► threads: exists, get ──► reports ──► engine loop: poll
                      └───► writes (StorePages) ────────────► threads: put ─────────┘   (after a call of `wakeup`)
 
-    attach(store) ──► a store: the store, its threads, its breaker ──detach──► no new calls ──the last one is back──►
-                                                                                 the store is closed
+    attach ──► an `_AttachedStore`: the store, its threads, its breaker ──detach──► no new calls
+                                                                            ──the last call returns──► store closed
 
-Reads do not queue behind writes: a request waits for the ones, nobody for the others. Every job is answered once, by 0
-pages for whatever went wrong. A store that hangs must hold nobody: a call that takes longer than the deadline, or that
-raises, opens the breaker.
+Reads do not queue behind writes: requests wait for reads only. Every job gets exactly one report, with 0 pages on any
+failure. A store that hangs must not block the engine: a call that takes longer than the deadline, or that raises, opens
+the circuit breaker.
 
     closed ──a call hangs or raises──► open: every job is answered 0 at once ──pause──► half open: one job is tried
-       ▲                                              ▲──────────it hangs or raises──────────┤
-       └────────────────────────────────────────────────────────────it returns in time──────┘
+       ▲                                              ▲────────the job hangs or raises───────┤
+       └─────────────────────────────────────────────────────the job returns in time────────┘
 
-A hung call keeps its thread, and its slots in flight, until it returns; its report comes then. The more threads hang,
-the fewer tries there are: a store that hangs for good takes no more than those threads and the slots of their jobs.
+A hung call occupies its thread, and keeps its slots in flight, until it returns; its report comes then. Each thread
+that hangs leaves fewer tries: a store that hangs for good occupies its threads and the slots of their jobs, no more.
 
-It decides nothing: which page goes where is kv/storage_tier.py's.
+kv/storage_tier.py decides which page is copied where.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ STORE_COUNTERS = (
     *("storage_finds", "storage_find_seconds"),
     *("storage_reads", "storage_read_bytes", "storage_read_seconds"),
     *("storage_writes", "storage_write_bytes", "storage_write_seconds"),
-    "storage_slow_calls",  # that outran the deadline
+    "storage_slow_calls",  # calls that took longer than the deadline
     "storage_raised_calls",
-    "storage_unasked_jobs",  # answered without the store: the breaker was open
-    *("storage_broken_pages", "storage_refused_pages", "storage_evicted_pages"),  # as the store counts them
+    "storage_unasked_jobs",  # jobs answered without a call, because the breaker was open
+    *("storage_broken_pages", "storage_refused_pages", "storage_evicted_pages"),  # counted by the store
 )
 BREAKER_CLOSED, BREAKER_OPEN, BREAKER_HALF_OPEN = "closed", "open", "half_open"
 PAUSE_S = 5.0  # between two tries of a store that hangs
-CLOSE_S = 2.0  # for the calls under way when the engine ends
+CLOSE_S = 2.0  # the longest wait for calls under way when the engine ends
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,12 @@ _ANSWERS = {FindPages: PagesFound, FetchPages: PagesFetched, StorePages: PagesSt
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A job that a thread carries out. Mutable; the thread's, but for `is_slow`, which the loop sets."""
+    """A job that a thread runs. Mutable; owned by the thread, except `is_slow`, which the engine loop sets."""
 
     job: _Job
-    started_s: float  # its present call of the store
-    is_slow: bool = False  # it has outrun the deadline
-    answered: bool = False  # the store has said of every page whether it has it
+    started_s: float  # of the current call of the store
+    is_slow: bool = False  # the call took longer than the deadline
+    answered: bool = False  # the store has answered for every page of the job
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -83,17 +83,18 @@ class _Call:
 
 
 def num_readers() -> int:
-    """Even on two busy cores four are better than fewer."""
+    """Return the number of reading threads. Four are faster than fewer even on two busy cores."""
     return min(8, max(4, num_usable_cores() // 2))
 
 
 def num_writers() -> int:
-    """One writes about 1.4 GB/s."""
+    """Return the number of writing threads. One thread writes about 1.4 GB/s."""
     return min(4, max(2, num_usable_cores() // 4))
 
 
 class StoreMover:
-    """The engine loop's; `wakeup` is called by any thread."""
+    """The attached store, and detached stores with calls under way. Only the engine loop calls the public methods,
+    except `report`; any thread may call `wakeup`."""
 
     def __init__(self, host: HostPool, *, wakeup: Callable[[], None], clock: Clock, deadline_s: float) -> None:
         self.host = host
@@ -102,18 +103,19 @@ class StoreMover:
         self.deadline_s = deadline_s
         self._reports: deque[Report] = deque()
         self._attached: _AttachedStore | None = None
-        self._detached: list[_AttachedStore] = []  # detached, with calls under way
-        self._totals: dict[str, float] = dict.fromkeys(STORE_COUNTERS, 0)  # of the sessions that are over
-        self._errors: Counter[str] = Counter()  # the same
+        self._detached: list[_AttachedStore] = []  # with calls under way
+        self._totals: dict[str, float] = dict.fromkeys(STORE_COUNTERS, 0)  # of closed stores
+        self._errors: Counter[str] = Counter()  # of closed stores
 
     def attach(self, store: PageStore, stats: StoreStats) -> None:
-        """It is ours to close from now on. `stats` are its own, as of now: asking may take time."""
+        """Use this store from now on, and close it after `detach`. The caller passes the store's current `stats`,
+        because the call may block."""
         assert self._attached is None, "detach the other store first"
         self._attached = _AttachedStore(store, stats, self)
 
     def detach(self) -> threading.Event:
-        """No new calls; what has not begun is answered. The store is closed when its last call has returned: then the
-        event is set."""
+        """Start no new calls and answer waiting jobs. Return an event that is set when the last call has returned and
+        the store is closed."""
         assert self._attached is not None
         store, self._attached = self._attached, None
         store.stop()
@@ -130,7 +132,7 @@ class StoreMover:
             self._attached.start(job)
 
     def poll(self) -> list[Report]:
-        """What happened since the last call. To be called once a second at least: it is what notices the deadline."""
+        """Return the reports since the last call. Call at least once a second: `poll` checks the deadline of calls."""
         now_s = self.clock.now_s()
         for store in self._stores():
             store.notice_deadline(now_s)
@@ -141,36 +143,36 @@ class StoreMover:
         return [self._reports.popleft() for _ in range(len(self._reports))]
 
     def num_detached(self) -> int:
-        """Stores that were detached, and have calls under way."""
+        """Return the number of detached stores that still have calls under way."""
         return sum(not store.closed.is_set() for store in self._detached)
 
     def breaker(self) -> str:
         return BREAKER_CLOSED if self._attached is None else self._attached.breaker()
 
     def num_quarantined_pages(self) -> int:
-        """Slots of calls that hang."""
+        """Return the number of host slots held by calls that hang."""
         return sum(store.num_quarantined_pages() for store in self._stores())
 
     def stats(self) -> StoreStats | None:
-        """As of the last call of the store that is attached."""
+        """Return the attached store's statistics, as of its last call."""
         return None if self._attached is None else self._attached.stats
 
     def totals(self) -> dict[str, float]:
-        """STORE_COUNTERS, of all stores so far."""
+        """Return the values of STORE_COUNTERS, summed over all stores so far."""
         totals = dict(self._totals)
         for store in self._stores():
             store.add_to(totals)
         return totals
 
     def errors(self) -> dict[str, int]:
-        """By the name of the errno, of all stores so far."""
+        """Return error counts by the name of the errno, summed over all stores so far."""
         errors = self._errors.copy()
         for store in self._stores():
             errors.update(store.stats.errors)
         return dict(errors)
 
     def close(self) -> bool:
-        """What has not begun is dropped. False: a call hangs, and may still write into the host pool."""
+        """Detach the store and wait for its calls. Return False if a call hangs: it may still write into the pool."""
         if self._attached is not None:
             self.detach()
         give_up_s = self.clock.now_s() + CLOSE_S
@@ -180,24 +182,25 @@ class StoreMover:
         return [*self._detached, *([] if self._attached is None else [self._attached])]
 
     def report(self, job: _Job, num_pages: int, answered: bool = False) -> None:
-        """By any thread."""
+        """Queue a job's report and wake the engine loop. Any thread may call this method."""
         more = {"answered": answered} if isinstance(job, FindPages) else {}
         self._reports.append(_ANSWERS[type(job)](job_id=job.job_id, num_pages=num_pages, **more))
         self.wakeup()
 
 
 class _WorkerQueue:
-    """One kind of job and the threads for it. Mutable; guarded by its store's lock."""
+    """The jobs of one direction (reads or writes). Mutable; guarded by its store's lock."""
 
     def __init__(self, lock: threading.Lock, num_threads: int) -> None:
         self.num_threads = num_threads
         self.has_work = threading.Condition(lock)
-        self.waiting: deque[_Job] = deque()  # bounded by the pages that the cache lets be in flight
+        self.waiting: deque[_Job] = deque()  # bounded by the pages that the cache allows in flight
         self.calls: list[_Call] = []
 
 
 class _AttachedStore:
-    """One attached store. `_lock` guards what changes; neither the store nor the mover is called under it."""
+    """One store with its threads and breaker. `_lock` guards the mutable state, and is never held during a call of the
+    store or of the mover."""
 
     def __init__(self, store: PageStore, stats: StoreStats, mover: StoreMover) -> None:
         self.stats = stats
@@ -208,7 +211,7 @@ class _AttachedStore:
         self._clock = mover.clock
         self._lock = threading.Lock()
         self._reads, self._writes = _WorkerQueue(self._lock, num_readers()), _WorkerQueue(self._lock, num_writers())
-        self._retry_at_s: float | None = None  # the breaker is open
+        self._retry_at_s: float | None = None  # set while the breaker is open or half open
         self._stopped = False
         self._counts: dict[str, float] = dict.fromkeys(STORE_COUNTERS, 0)
         self._num_threads = self._reads.num_threads + self._writes.num_threads
@@ -252,7 +255,11 @@ class _AttachedStore:
                 call.is_slow = True
                 self._counts["storage_slow_calls"] += 1
                 dropped += self._open_breaker(now_s)
-                logger.warning("storage tier: %s takes longer than %g s", _describe(call.job), self._mover.deadline_s)
+                logger.warning(
+                    "storage tier: %s takes longer than %g s; the breaker opens",
+                    _describe(call.job),
+                    self._mover.deadline_s,
+                )
         self._answer(dropped)
 
     def breaker(self) -> str:
@@ -274,7 +281,7 @@ class _AttachedStore:
         totals["storage_refused_pages"] += self.stats.num_refused
         totals["storage_evicted_pages"] += self.stats.num_evicted
 
-    # ------------------------------------------------------------ the breaker; the lock is held
+    # ------------------------------------------------------------ the breaker; callers hold the lock
 
     def _admits(self, queue: _WorkerQueue) -> bool:
         if self._retry_at_s is None:
@@ -286,7 +293,7 @@ class _AttachedStore:
         return bool(self._reads.waiting or self._writes.waiting) or any(not call.is_slow for call in self._calls())
 
     def _open_breaker(self, now_s: float) -> list[_Job]:
-        """Returns the jobs that must be answered."""
+        """Return the waiting jobs, which the caller must answer."""
         self._retry_at_s = now_s + PAUSE_S
         dropped = self._drop_waiting()
         self._counts["storage_unasked_jobs"] += len(dropped)
@@ -309,8 +316,8 @@ class _AttachedStore:
             num_pages, has_raised = 0, False
             try:
                 num_pages = self._run_job(call)
-            except Exception:  # the thread must outlive any one job, and the job be answered
-                logger.exception("storage tier: %s", _describe(call.job))
+            except Exception:  # the thread must survive a failed job, and the job must be answered
+                logger.exception("storage tier: %s failed", _describe(call.job))
                 has_raised = True
             self._answer(self._finish_call(queue, call, num_pages, started_s, has_raised))
             self._mover.report(call.job, num_pages, call.answered and not has_raised)
@@ -318,7 +325,7 @@ class _AttachedStore:
             self._num_threads -= 1
             is_last = self._num_threads == 0
         if is_last:
-            with contextlib.suppress(Exception):  # nobody is left to tell
+            with contextlib.suppress(Exception):  # the store is not used any more
                 self._store.close()
             self.closed.set()
             self._mover.wakeup()
@@ -333,7 +340,7 @@ class _AttachedStore:
             return call
 
     def _run_job(self, call: _Call) -> int:
-        """Returns how many leading pages are there, in their slots, or stored."""
+        """Return how many leading pages the store has (find), are in their slots (fetch), or are stored (store)."""
         job, num_done = call.job, 0
         assert max(call.slots, default=0) < len(self._pages), "a page outside the pool"
         persistent = self._mover.host.persistent if isinstance(job, FetchPages) else None
@@ -348,7 +355,7 @@ class _AttachedStore:
             if num_pages < len(digests) or call.is_slow or self._stopped:
                 break
         if persistent is not None and not self._stopped:
-            # Before the report: after it, the slots may be other pages'.
+            # Before the report: after it, the slots may belong to other pages.
             assert isinstance(job, FetchPages)
             persistent.record(job.host_slots[:num_done], job.names[:num_done])
         self.stats = self._store.stats()
@@ -364,13 +371,13 @@ class _AttachedStore:
             case StorePages():
                 num_pages = self._store.put(digests, pages)
         if not 0 <= num_pages <= len(digests):
-            raise StoreError(f"the store says {num_pages} pages of {len(digests)}")
+            raise StoreError(f"the store returned {num_pages} pages for {len(digests)} keys")
         return num_pages
 
     def _finish_call(
         self, queue: _WorkerQueue, call: _Call, num_pages: int, started_s: float, has_raised: bool
     ) -> list[_Job]:
-        """Returns the jobs that must be answered."""
+        """Count the call. Return the jobs that the caller must answer because the breaker opened."""
         name = _COUNTED[type(call.job)]
         with self._lock:
             now_s = self._clock.now_s()
@@ -384,7 +391,7 @@ class _AttachedStore:
                 return self._open_breaker(now_s)
             if self._retry_at_s is not None and not call.is_slow and now_s >= self._retry_at_s:
                 self._retry_at_s = None
-                logger.info("storage tier: the store answers again")
+                logger.info("storage tier: the store answers again; the breaker is closed")
         return []
 
     def _answer(self, dropped: Sequence[_Job]) -> None:
