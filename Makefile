@@ -1,4 +1,4 @@
-# Everything a user or a developer does. Each target sets up what it needs in .venv first.
+# The commands of users and developers. Each target first installs what it needs into .venv.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,21 +16,21 @@ REQUIREMENTS := pyproject.toml constraints.txt
 .PHONY: help setup demo test test-fast test-gpu check format bench clean
 
 help:
-	@echo 'make demo       set up, start a small cluster, show its answers, stop it'
+	@echo 'make demo       set up, start a small cluster, show its answers, stop the cluster'
 	@echo 'make setup      install everything that development needs into $(VENV)'
-	@echo 'make test       every test; make test-fast: those without a model or processes'
+	@echo 'make test       all tests; make test-fast: only those without a model or processes'
 	@echo 'make test-gpu   the tests that need a CUDA device; fails without one'
-	@echo 'make check      format, lint, strict types, import layers, sizes, pins and licences; make format reformats'
-	@echo 'make bench      the benchmarks, at quick settings'
+	@echo 'make check      check format, lint, types, import layers, sizes, pins, licences and plain English; make format reformats'
+	@echo 'make bench      the benchmarks, with quick settings'
 	@echo 'make clean      remove caches and $(VENV)'
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { \
-		echo 'Kvist needs Python 3.11 or newer, and found none. Install it, or name it: make PYTHON=/path/to/python3.12' >&2; exit 1; }
+		echo 'Kvist needs Python 3.11 or newer, and none was found. Install it, or set its path: make PYTHON=/path/to/python3.12' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Kvist needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1)." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-		echo 'This Python cannot make virtual environments. On Debian or Ubuntu: sudo apt install python3-venv' >&2; exit 1; }
+		echo 'This Python cannot create virtual environments. On Debian or Ubuntu: sudo apt install python3-venv' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # Running needs less than developing: `make demo` installs no test packages.
