@@ -1,4 +1,4 @@
-"""Turns among callers, for any order of what comes and goes."""
+"""Turns among callers, for any order of arrivals and departures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_caller_path_has_three_names_and_missing_ones_are_empty() -> None:
 def test_a_fair_queue_serves_every_caller_within_a_round_and_loses_no_item(script: list[object]) -> None:
     turns: FairQueue[tuple[CallerPath, int]] = FairQueue(lambda item: item[1])
     waiting: list[tuple[CallerPath, int]] = []
-    passed: Counter[tuple[str, ...]] = Counter()  # turns of others since a key that waits had its own
+    passed: Counter[tuple[str, ...]] = Counter()  # turns of rivals since a waiting caller had its own
     numbers = count()
     for event in script:
         if isinstance(event, tuple):
@@ -51,7 +51,7 @@ def test_a_fair_queue_serves_every_caller_within_a_round_and_loses_no_item(scrip
                 for rival in rivals - {caller[:level]}:
                     passed[rival] += 1
                     most = {1: 1, 2: 1, 3: 2}[level]
-                    assert passed[rival] <= most, "every other one of this level had at most one turn meanwhile"
+                    assert passed[rival] <= most, "a rival of the same level had more turns than its share"
                 passed.pop(caller[:level], None)
         # a caller that leaves and returns comes last in the round: its count starts again
         passed = Counter({path: num for path, num in passed.items() if any(w[0][: len(path)] == path for w in waiting)})
@@ -77,7 +77,7 @@ def test_two_callers_never_displace_each_other_in_turn(places: list[CallerPath],
             counts_of.remove(caller)
     for _ in range(places.count(loser) + (newcomer == loser) - 1):
         counts_of.remove(loser)
-    assert not counts_of._below, "nothing is kept of callers that have no place"
+    assert not counts_of._below, "callers without places are still counted"
 
 
 def test_the_busiest_connection_of_the_busiest_host_of_a_key_is_displaced() -> None:
@@ -99,7 +99,7 @@ def _counts(places: list[CallerPath]) -> CallerCounts:
 @pytest.mark.parametrize(("num_ahead", "wait_s"), [(0, 1.0), (10, 5.0), (100, 50.0), (1000, 60.0)])
 def test_retry_after_is_the_queue_length_times_the_recent_service_time(num_ahead: int, wait_s: float) -> None:
     service = ServiceTime()
-    assert retry_after_s(service.mean_s, num_ahead=10, num_served=20) == 1.0, "nothing is known yet"
+    assert retry_after_s(service.mean_s, num_ahead=10, num_served=20) == 1.0, "no request has ended yet"
     service.add(100.0)
     for _ in range(200):
         service.add(10.0)

@@ -1,4 +1,4 @@
-"""Makes the simulator and its parts, beside this file, importable by name from the tests of this folder."""
+"""Makes the simulator and its parts in this folder importable by name from the tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-for name in ("fake_device", "fake_store", "scheduler_sim", "handoff_bench"):  # each needs those before it
+for name in ("fake_device", "fake_store", "scheduler_sim", "handoff_bench"):  # in order of their imports
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
         assert spec is not None

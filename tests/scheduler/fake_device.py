@@ -1,8 +1,9 @@
 """A page pool and a model that exist only in memory.
 
-The fake model writes into each page slot what real K/V would depend on: the whole prefix. Before it "attends", it
-checks every slot it reads, so a page that was freed, overwritten or never filled is seen at once. Its next token is a
-hash of (prefix, seed, position): one lost, doubled or misplaced token changes all that follow.
+The fake model writes into each position of a page a hash of the whole prefix, on which real K/V depends. Before the
+model "attends", it checks every position it reads, so a page that was freed, overwritten or never filled is detected at
+once. The next token is a hash of (prefix, seed, position): one lost, duplicated or misplaced token changes all later
+tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from kvist.scheduler.plan import Batch, BatchItem
 
 VOCAB = 23
 EOS = 7
-Slot = tuple[int, int]  # token, hash of the whole prefix up to and with it
+Slot = tuple[int, int]  # token id, hash of the prefix that ends with it
 
 
 def chain(previous: int, token_id: int) -> int:
@@ -27,7 +28,7 @@ def chain(previous: int, token_id: int) -> int:
 
 
 def next_token(prefix: int, sampling: SamplingParams, position: int, suppressed: tuple[int, ...]) -> int:
-    """The fake model's choice; `position` is the number of tokens before it."""
+    """Return the token that the fake model samples; `position` is the number of tokens before it."""
     attempt = 0
     while True:
         token_id = chain(prefix, (sampling.seed << 20) + (position << 6) + attempt) % VOCAB
@@ -39,7 +40,7 @@ def next_token(prefix: int, sampling: SamplingParams, position: int, suppressed:
 def reference_stream(
     request: EngineRequest, config: SchedulerConfig, context_len: int
 ) -> tuple[list[int], FinishReason]:
-    """The answer from the first output token on, as one undisturbed engine would give it."""
+    """Return the output tokens and the finish reason of an undisturbed engine."""
     tokens = [*request.prompt_token_ids, *request.output_token_ids]
     sampling = request.sampling
     stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(config.eos_token_ids))
@@ -66,14 +67,14 @@ class FakeDevice:
         self._page_size = cache.page_size
         self._ledger = cache._ledger
         self.pages: list[list[Slot | None]] = [[None] * cache.page_size for _ in range(cache.num_pages)]
-        self._last_sampled: dict[str, int] = {}  # what the batch before chose: `takes_sampled` means these
-        self._broken: frozenset[str] = frozenset()  # its requests, if it failed
+        self._last_sampled: dict[str, int] = {}  # request → token sampled by the batch before, for `takes_sampled`
+        self._broken: frozenset[str] = frozenset()  # requests of the batch before, if it failed
 
     def execute(self, batch: Batch) -> SampledTokens:
-        """Writes all K/V first, like a real step: no request may see another's half-written page as its own."""
+        """Write the K/V of all items and sample; check the state of each page that is read or written."""
         sampled: dict[str, int] = {}
         for item in batch.items:
-            if item.request_id in self._broken:  # begun behind the failure: computed from what makes no sense
+            if item.request_id in self._broken:  # started after the failed batch: its input is invalid
                 self._check_owned(item)
                 if item.sampling is not None:
                     sampled[item.request_id] = 0
@@ -93,7 +94,7 @@ class FakeDevice:
         return SampledTokens(token_ids=list(sampled.values()))
 
     def fail(self, batch: Batch) -> None:
-        """It raises, and leaves nonsense in the pages that it should have written."""
+        """Fail the batch, and leave invalid K/V in the pages that it should have written."""
         for item in batch.items:
             self._check_owned(item)
             for position in range(item.start, item.end):

@@ -1,4 +1,4 @@
-"""A store and its mover that exist only in memory: it delays, fails, hangs, lies about what it has, and forgets."""
+"""A store and its mover in memory, with faults: delays, failures, hangs, false reports of pages, and lost pages."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ NONSENSE = (-2, -2)
 
 
 class SimStore:
-    """One engine's way to the `pages` that all share. A job is carried out when told to, in any order."""
+    """The store of one engine, on top of `pages`, which all engines share. `advance` runs a job, in any order."""
 
     def __init__(self, engine: SimEngine, pages: dict[bytes, Page]) -> None:
         self._engine = engine
         self._pages = pages
-        self._jobs: list[tuple[FindPages | FetchPages | StorePages, list[Page]]] = []  # with what is to be stored
+        self._jobs: list[tuple[FindPages | FetchPages | StorePages, list[Page]]] = []  # job, pages to store
         self._reports: list[Event] = []
         self._begun: set[int] = set()  # fetches
         self._cancelled: set[int] = set()
-        self.hung: set[int] = set()  # they are answered when they return
-        self.fetched: list[bytes] = []  # every page that was asked for
+        self.hung: set[int] = set()  # job ids; answered after they are removed here
+        self.fetched: list[bytes] = []  # digest of every requested page
         self.fail_next = False
-        self.overclaims = False  # it has everything, it says
+        self.overclaims = False  # report every page as found
 
     def take(self, job: StoreJob) -> None:
         if isinstance(job, CancelFetch):
             assert job.job_id in self._begun
-            self._cancelled.add(job.job_id)  # in vain, if it was carried out meanwhile
+            self._cancelled.add(job.job_id)  # without effect if the fetch is finished already
             return
         assert all(other.job_id != job.job_id for other, _ in self._jobs)
         if not isinstance(job, FindPages):
@@ -53,13 +53,15 @@ class SimStore:
             assert [digest for digest, _ in job.names] == list(job.digests)
             self.fetched += job.digests
             self._begun.add(job.job_id)
-            self._write(job.host_slots, [[NONSENSE]] * len(job.host_slots))  # from now on, at any time
+            self._write(
+                job.host_slots, [[NONSENSE]] * len(job.host_slots)
+            )  # the store may write the slots from now on, at any time
         asked = [list(page) for page in self._read(job.host_slots)] if isinstance(job, StorePages) else []
         self._jobs.append((job, asked))
 
     @property
     def slots(self) -> list[tuple[bool, int]]:
-        """(is it written, slot) of every job under way."""
+        """(is written, slot) for every slot of every pending job."""
         jobs = [job for job, _ in self._jobs if not isinstance(job, FindPages)]
         return [(isinstance(job, FetchPages), slot) for job in jobs for slot in job.host_slots]
 
@@ -84,8 +86,12 @@ class SimStore:
             self._write(job.host_slots, [self._pages[digest] for digest in job.digests[:num_pages]])
             self._reports.append(PagesFetched(job_id=job.job_id, num_pages=num_pages))
         else:
-            assert [list(page) for page in self._read(job.host_slots)] == asked, "a page changed while it was stored"
-            assert all(slot is not None and slot[0] >= 0 for page in asked for slot in page), "nonsense is stored"
+            assert [list(page) for page in self._read(job.host_slots)] == asked, (
+                "a host page changed while it was stored"
+            )
+            assert all(slot is not None and slot[0] >= 0 for page in asked for slot in page), (
+                "an invalid page is stored"
+            )
             self._pages.update(zip(job.digests[:most], asked, strict=False))
             self._reports.append(PagesStored(job_id=job.job_id, num_pages=most))
 

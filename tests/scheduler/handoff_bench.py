@@ -1,4 +1,4 @@
-"""One scheduler on the bench, and the names that both sides of a handoff are tested with."""
+"""One scheduler under test, and the names shared by the tests of both sides of a handoff."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pool(epoch: str, layout: str = LAYOUT) -> PoolAddress:
 
 
 class Bench:
-    """One scheduler; we play everybody else."""
+    """One scheduler; the test plays the gateway, the peer and the device."""
 
     def __init__(self, role: str, num_pages: int = 12, **config: object) -> None:
         self.cache = PageCache(num_pages=num_pages, page_size=4, namespace="t")
@@ -34,7 +34,7 @@ class Bench:
         self.scheduler: Scheduler = build_scheduler(role, small_config(**config), self.cache, epoch, pool(epoch))
         self.now_s = 0.0
         self.plan = Plan()
-        self.batch: Batch | None = None  # under way
+        self.batch: Batch | None = None  # pending
 
     def step(self, *events: Event) -> Plan:
         self.plan = self.scheduler.step(self.now_s, events)
@@ -42,7 +42,7 @@ class Bench:
         return self.plan
 
     def finish(self, *events: Event, token_id: int = FIRST.token_id) -> Plan:
-        """The batch is done; then `events`."""
+        """Step with the report of the pending batch, then `events`."""
         batch, self.batch = self.batch, None
         assert batch is not None
         sampled = SampledTokens(token_ids=[token_id for item in batch.items if item.sampling])

@@ -1,5 +1,5 @@
-"""Engines, a wire and a transport that exist only in memory, to run real schedulers to their limits (fake_device.py
-holds the pages and the model).
+"""Engines, a wire and a transport in memory, which run real schedulers under faults (fake_device.py holds the pages and
+the model).
 
     World ── wire: FIFO between two processes, any order between different pairs, duplicates, nothing after a death
       └── SimEngine ── scheduler, cache, FakeDevice, SimTransport, SimMover, SimStore (fake_store.py)
@@ -46,8 +46,10 @@ LAYOUT = "sim"
 
 @dataclass
 class _Writes:
-    jobs: deque[tuple[int, int, list[Slot | None]]] = field(default_factory=deque)  # ours, theirs, content when asked
-    job_ends: deque[int] = field(default_factory=deque)  # num_pages at which a report is due
+    jobs: deque[tuple[int, int, list[Slot | None]]] = field(
+        default_factory=deque
+    )  # our page, peer page, content when requested
+    job_ends: deque[int] = field(default_factory=deque)  # number of written pages at which a report is due
     written: list[list[Slot | None]] = field(default_factory=list)
     pool: str = ""
     num_asked: int = 0
@@ -56,7 +58,7 @@ class _Writes:
 
 
 class SimTransport:
-    """One page at a time, in the order asked; what `transfer/__init__.py` promises."""
+    """Copies one page at a time, in the requested order, as promised by `transfer/__init__.py`."""
 
     def __init__(self, world: World, engine: SimEngine) -> None:
         self._world = world
@@ -82,9 +84,9 @@ class SimTransport:
             ]
             self._reports.append(self._completed(job.handoff_id))
             return
-        assert not writes.stopped, "pages are asked to be written after the stop"
+        assert not writes.stopped, "a write is requested after the stop"
         if writes.failed:
-            return  # the report is on its way
+            return  # WritesFailed is reported already
         assert len(job.page_ids) == len(job.peer_page_ids)
         assert len(set(job.page_ids)) == len(job.page_ids)
         writes.pool = job.pool.location
@@ -98,7 +100,7 @@ class SimTransport:
         return bool(self._verifies) or any(writes.jobs for writes in self._writes.values())
 
     def advance(self) -> None:
-        """Copy one page, or check one grant."""
+        """Copy one page, and verify one grant."""
         if self._verifies:
             job = self._verifies.popleft()
             self._reports.append(
@@ -118,10 +120,10 @@ class SimTransport:
     def _copy_one(self, handoff_id: HandoffId, writes: _Writes) -> None:
         page_id, peer_page_id, asked = writes.jobs.popleft()
         content = list(self._engine.device.pages[page_id])
-        assert content == asked, f"source page {page_id} changed while handoff {handoff_id} was still to copy it"
+        assert content == asked, f"source page {page_id} changed while handoff {handoff_id} had a pending copy of it"
         assert self._engine.cache._ledger.state(page_id) is not PageState.FREE, f"source page {page_id} was freed"
         peer = self._world.by_epoch.get(writes.pool)
-        if peer is not None:  # else its pool went with it
+        if peer is not None:  # else the peer is dead, and its pool is gone
             owner = peer.in_flight_pages.get(peer_page_id)
             state = peer.cache._ledger.state(peer_page_id)
             assert state is PageState.IN_FLIGHT, f"{handoff_id} writes page {peer_page_id}, which is {state.name}"
@@ -144,12 +146,12 @@ class SimTransport:
 
 
 class SimMover:
-    """Copies between the device's pages and the host's, one job when told to; what `kv/mover.py` promises."""
+    """Copies between device and host pages, one job for each `advance`, as promised by `kv/mover.py`."""
 
     def __init__(self, engine: SimEngine, num_host_pages: int) -> None:
         self._engine = engine
         self.host: list[list[Slot | None]] = [[] for _ in range(num_host_pages)]
-        self._jobs: list[tuple[LoadPages | BackUpPages, list[list[Slot | None]]]] = []  # with what is to be copied
+        self._jobs: list[tuple[LoadPages | BackUpPages, list[list[Slot | None]]]] = []  # job, pages to copy
         self._reports: list[Event] = []
         self.fail_next = False
 
@@ -165,7 +167,7 @@ class SimMover:
 
     @property
     def slots(self) -> list[tuple[bool, int]]:
-        """(is it written, slot) of every job under way."""
+        """(is written, slot) for every slot of every pending job."""
         return [(isinstance(job, BackUpPages), slot) for job, _ in self._jobs for slot in job.host_slots]
 
     @property
@@ -173,7 +175,7 @@ class SimMover:
         return bool(self._jobs or self._reports)
 
     def advance(self, newest: bool = False) -> None:
-        """Carry out one job: of different lanes, so in any order."""
+        """Carry out one job. Jobs of different queues may finish in any order."""
         if not self._jobs:
             return
         job, asked = self._jobs.pop(-1 if newest else 0)
@@ -247,7 +249,7 @@ class SimEngine:
         self.under_way: deque[Batch] = deque()
         self.plan = Plan()
         self.digests: set[bytes] = set()
-        self.in_flight_pages: dict[int, HandoffId] = {}  # by the grants it sent
+        self.in_flight_pages: dict[int, HandoffId] = {}  # page id → handoff, from the grants it sent
         self.max_batch_tokens = 0
         self.fail_next_step = False
 
@@ -256,7 +258,7 @@ class SimEngine:
         return min(self.config.max_model_len, self.cache.num_pages * self.cache.page_size)
 
     def finish_step(self) -> None:
-        """The device is done with the oldest batch; the scheduler will hear of it."""
+        """Finish the oldest pending batch; the next `step` gets its report."""
         if not self.under_way:
             return
         batch = self.under_way.popleft()
@@ -293,8 +295,10 @@ class SimEngine:
     def _check_slots(self) -> None:
         used = [*self.mover.slots, *([] if self.store is None else self.store.slots)]
         written = [slot for is_written, slot in used if is_written]
-        assert len(written) == len(set(written)), "a slot is written twice at once"
-        assert not set(written) & {slot for is_written, slot in used if not is_written}, "a slot is read and written"
+        assert len(written) == len(set(written)), "two jobs write one slot"
+        assert not set(written) & {slot for is_written, slot in used if not is_written}, (
+            "a slot is read and written at the same time"
+        )
 
     def _just_sampled(self) -> set[str]:
         return {item.request_id for item in self.under_way[-1].items if item.sampling} if self.under_way else set()
@@ -302,14 +306,18 @@ class SimEngine:
     def _check(self, plan: Plan) -> None:
         waiting = self.scheduler._table.waiting  # type: ignore[attr-defined]
         to_compute = sum(len(each.token_ids) for each in waiting if not each.awaits_grant_of_pages)
-        assert waiting.num_tokens == to_compute, "the backlog is what waits to be computed here"
+        assert waiting.num_tokens == to_compute, "num_tokens counts the waiting tokens that this engine computes"
         for request in self.scheduler._table.fetching.values():  # type: ignore[attr-defined]
-            assert self.world.now_s < request.arrived_s + self.config.queue_timeout_s / 2, "nobody waits for ever"
+            assert self.world.now_s < request.arrived_s + self.config.queue_timeout_s / 2, (
+                "a request waits for the store too long"
+            )
         live = self.scheduler._table.live.values()  # type: ignore[attr-defined]
         counted = self.scheduler._table.unadmitted._below.get((), {})  # type: ignore[attr-defined]
         assert sum(counted.values()) == sum(not request.was_admitted for request in live)
         for request in live:
-            assert request.prefetch is None or request.state.value in ("waiting", "fetching"), "admitted: closed"
+            assert request.prefetch is None or request.state.value in ("waiting", "fetching"), (
+                "a prefetch is open after admission"
+            )
         counts = self.scheduler.load().pages
         assert counts.free + counts.cached + counts.owned + counts.in_flight == counts.total
         for digest in plan.cached_removed:
@@ -325,19 +333,21 @@ class SimEngine:
         totals = self.scheduler.load().totals
         hits, ceiling = totals["cached_prompt_tokens"], totals["ceiling_prompt_tokens"]
         assert hits <= ceiling <= totals["prompt_tokens"]
-        # a page that came from the store alone was never evicted here, but may fail on its way from the host
+        # a page known only from the store was never evicted here, but its load from the host may fail
         missed = totals["device_evicted_pages"] or totals["host_failed_pages"]
-        assert hits == ceiling or missed, "only what was evicted, or failed, is missed"
+        assert hits == ceiling or missed, "a page is missed that was neither evicted nor failed"
         for message in plan.messages:
             if isinstance(message, ToSource) and isinstance(message.message, Grant):
                 grant = message.message
                 self.in_flight_pages.update(dict.fromkeys(grant.page_ids, grant.handoff_id))
         if plan.batch is not None:
-            assert 0 < plan.batch.num_tokens <= self.config.max_prefill_tokens, "the token budget is kept"
+            assert 0 < plan.batch.num_tokens <= self.config.max_prefill_tokens, "the batch exceeds the token budget"
             assert len(plan.batch.items) <= self.config.max_running_requests
             assert len({item.request_id for item in plan.batch.items}) == len(plan.batch.items)
             for item in plan.batch.items:
-                assert not item.takes_sampled or item.request_id in self._just_sampled(), "no batch chooses its token"
+                assert not item.takes_sampled or item.request_id in self._just_sampled(), (
+                    "the pending batch does not sample its token"
+                )
                 assert item.end <= len(item.page_ids) * self.cache.page_size
 
 
@@ -349,13 +359,13 @@ class Submitted:
 
 
 class World:
-    """Some engines, one gateway that only listens, and the wires between them."""
+    """Engines, one gateway that records messages, and the wires between them."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
         self.engines: dict[str, SimEngine] = {}  # by name, also the endpoint
         self.by_epoch: dict[str, SimEngine] = {}  # alive
-        self.stored: dict[bytes, list[Slot | None]] = {}  # by page, in the store of all
+        self.stored: dict[bytes, list[Slot | None]] = {}  # by digest, in the shared store
         self.wires: dict[tuple[str, str], deque[tuple[str, Event]]] = defaultdict(deque)
         self.chunks: dict[str, list[tuple[str, TokenChunk]]] = defaultdict(list)  # request → (epoch, chunk)
         self.ended: dict[tuple[str, str], list[Ended]] = defaultdict(list)  # (request, epoch)
@@ -395,13 +405,13 @@ class World:
         return engine
 
     def forget(self, engine: SimEngine, *, host: bool) -> None:
-        """The device pool's cached pages go, as others' need for pages would have it; perhaps the host tier's, too."""
+        """Evict all cached pages from the device pool, and with `host` from the host tier too."""
         engine.cache._evict(engine.cache.counts().evictable)
         if host and engine.cache._host is not None:
             engine.cache._host.flush()
 
     def kill(self, engine: SimEngine) -> SimEngine:
-        """It dies with everything on its way out; another life starts at the same address."""
+        """Kill the engine and its unsent messages; start a new process at the same address."""
         del self.by_epoch[engine.epoch]
         for source, target in list(self.wires):
             if source == engine.epoch:
@@ -418,7 +428,7 @@ class World:
         )
 
     def break_connection(self, engine: SimEngine) -> None:
-        """What it has on its way to other engines is lost; both sides live on, and connect again."""
+        """Lose the engine's messages on the way to other engines; both sides survive and reconnect."""
         for (source, target), queue in self.wires.items():
             if source == engine.epoch and target != "gateway":
                 queue.clear()
@@ -426,7 +436,7 @@ class World:
     # ---------------------------------------------------------------- messages
 
     def submit(self, request: EngineRequest, engine: SimEngine) -> None:
-        """A whole request."""
+        """Submit a whole request (FULL)."""
         self.submitted[request.request_id] = Submitted(request, [(engine, Mode.FULL)])
         self._send("gateway", engine.name, Submit(request=request, mode=Mode.FULL))
 
@@ -462,7 +472,7 @@ class World:
             self.ended[ended.request_id, engine.epoch].append(ended)
             assert len(self.ended[ended.request_id, engine.epoch]) == 1, "a request ends once at one engine"
             if ended.error_code in ("timeout", "overloaded"):
-                assert not self.chunks[ended.request_id], "a stream that began is not ended by a queue"
+                assert not self.chunks[ended.request_id], "a queue ended a stream that had begun"
         for sent in plan.messages:
             message = sent.message
             if isinstance(sent, ToSource):
@@ -474,7 +484,7 @@ class World:
                 self._send(engine.epoch, sent.target_epoch, message)
 
     def _send(self, source: str, target: str, event: Event) -> None:
-        """`target` is an address (whoever lives there gets it) or an epoch (only that life gets it)."""
+        """Send to an address (the process that lives there receives it) or to an epoch (only that process does)."""
         self.wires[source, target].append((source, event))
 
     def deliver(self, wire: tuple[str, str], *, twice: bool = False) -> None:
@@ -483,8 +493,8 @@ class World:
             return
         source, event = queue.popleft()
         if twice and source != "gateway":
-            # Again, and later than what follows it. A Grant is said once, so that only a broken wire could double it,
-            # and no wire in order could put the second one behind a Revoke.
+            # Deliver the message again, after those that follow it. A second Grant follows at once instead: no wire
+            # that keeps the order could deliver it after a Revoke.
             if isinstance(event, Grant):
                 queue.appendleft((source, event))
             else:
@@ -494,7 +504,7 @@ class World:
             return
         if isinstance(event, Submit):
             submitted = self.submitted[event.request.request_id]
-            # A new life at the address got what was meant for the old one: it is the one that must answer.
+            # A new process at the address received the message of the old one: the new process must answer.
             submitted.engines = [
                 (target if engine.name == target.name else engine, mode) for engine, mode in submitted.engines
             ]
@@ -503,7 +513,7 @@ class World:
     # ---------------------------------------------------------------- time
 
     def settle(self, max_rounds: int = 4000, dt_s: float = 0.05) -> None:
-        """Everybody works until nothing is left to do."""
+        """Run all engines and wires until no work is left."""
         for _ in range(max_rounds):
             for wire in list(self.wires):
                 while self.wires[wire]:
@@ -514,7 +524,7 @@ class World:
                 if engine.store is not None:
                     engine.store.advance()
                 if len(engine.under_way) == 1 and engine.config.overlap:
-                    engine.step()  # as the engine's loop does: the next batch is begun before this one is read
+                    engine.step()  # like the engine's loop: start the next batch before the result of this one is read
                 engine.finish_step()
                 engine.step()
             self.now_s += dt_s
@@ -563,7 +573,7 @@ class World:
         return ended.outcome
 
     def stream(self, request_id: str) -> tuple[list[int], FinishReason | None]:
-        """Merged by position, as the gateway does."""
+        """Merge the chunks by position, as the gateway does."""
         request = self.submitted[request_id].request
         tokens: dict[int, int] = {}
         finish = None
@@ -581,9 +591,9 @@ class World:
         expected, reason = reference_stream(submitted.request, engine.config, engine.context_len)
         tokens, finish = self.stream(request_id)
         assert tokens == expected[: len(tokens)], f"{request_id}: {tokens} is not a prefix of {expected}"
-        # each engine tells each position once
-        told = Counter((epoch, chunk.position) for epoch, chunk in self.chunks[request_id])
-        assert all(times == 1 for times in told.values()), f"{request_id}: told twice: {told}"
+        # each engine sends each position once
+        sent = Counter((epoch, chunk.position) for epoch, chunk in self.chunks[request_id])
+        assert all(times == 1 for times in sent.values()), f"{request_id}: sent twice: {sent}"
         finished = all(
             self.ended[request_id, other.epoch] and self.outcome(request_id, other) is Outcome.FINISHED
             for other, mode in submitted.engines

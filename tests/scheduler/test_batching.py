@@ -1,4 +1,4 @@
-"""Who runs, in which order, on whose pages: events in, plan out."""
+"""Which requests run, in which order, on which pages: events in, plan out."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_decodes_come_first_then_prompt_chunks_share_the_budget_oldest_first() -
 
 
 def two_streams(**config: object) -> SimEngine:
-    """Decodes of "a" and "b", whose steps are of the usual size."""
+    """Return an engine that decodes "a" and "b" in steps of the usual size."""
     engine = unified(chunked_prefill_size=8, max_running_requests=3, **config)
     step(engine, arrived("a", 3), arrived("b", 3))
     assert [name for name, _, _ in items(step(engine))] == ["a", "b"]
@@ -74,7 +74,9 @@ def test_a_prompt_alone_takes_the_largest_step_and_with_streams_the_usual_one() 
 
 def test_a_prompt_slightly_above_the_budget_is_finished_in_one_step() -> None:
     assert items(step(two_streams(max_prefill_tokens=16), arrived("c", 7)))[2:] == [("c", 0, 7)]
-    assert items(step(two_streams(max_prefill_tokens=8), arrived("c", 7)))[2:] == [("c", 0, 6)], "never above the limit"
+    assert items(step(two_streams(max_prefill_tokens=8), arrived("c", 7)))[2:] == [("c", 0, 6)], (
+        "a chunk is above the limit"
+    )
 
 
 def test_running_and_waiting_prompts_together_enlarge_a_step() -> None:
@@ -84,7 +86,7 @@ def test_running_and_waiting_prompts_together_enlarge_a_step() -> None:
         _, start, end = items(step(engine, *others))[2]
         return end - start
 
-    waiting = [arrived(name, 600) for name in ("dd", "ee", "ff")]  # 1,800 tokens; a step is a sixteenth of all
+    waiting = [arrived(name, 600) for name in ("dd", "ee", "ff")]  # 1,800 tokens; a step takes 1/16 of all
     assert chunk_of_c() == 6
     assert chunk_of_c(*waiting) == 126
     assert chunk_of_c(*waiting[:1]) == 6
@@ -122,14 +124,14 @@ def test_only_the_chunk_of_position_0_reports_the_cached_tokens() -> None:
 
 def test_the_ceiling_counts_evicted_tokens_once_per_request_by_the_rule_of_hits() -> None:
     engine = unified(num_pages=4, max_model_len=16)
-    for name, first in (("a", 0), ("b", 100), ("c", 0)):  # two pages and a token each; b evicts a's
+    for name, first in (("a", 0), ("b", 100), ("c", 0)):  # two pages and a token each; b evicts the pages of a
         engine.world.submit(make_request(name, list(range(first, first + 9)), max_tokens=4), engine)
         run_out(engine)
     engine.world.submit(make_request("d", list(range(8)), max_tokens=1), engine)  # its last page must be computed
     run_out(engine)
     totals = engine.scheduler.load().totals
     assert (totals["prompt_tokens"], totals["ceiling_prompt_tokens"]) == (35, 8 + 4)
-    assert totals["cached_prompt_tokens"] == 4 + 4  # of c's two pages, one was still there
+    assert totals["cached_prompt_tokens"] == 4 + 4  # one of the two pages of c was still cached
 
 
 def test_hits_and_ceiling_exclude_output_tokens_of_a_resumed_request() -> None:
@@ -193,12 +195,12 @@ def test_a_full_queue_refuses_as_overloaded_with_a_retry_after() -> None:
     plan = step(engine, arrived("b"), arrived("c"), arrived("d"))
     (ended,) = plan.ended
     assert (ended.request_id, ended.outcome, ended.error_code) == ("d", Outcome.FAILED, "overloaded")
-    assert ended.retry_after_s == 1.0, "nothing has ended yet"
+    assert ended.retry_after_s == 1.0, "no request has ended yet"
     engine.world.now_s = 24.0
     while not step(engine).ended:
         pass
     (ended,) = step(engine, arrived("e"), arrived("f")).ended
-    assert ended.retry_after_s == 48.0, "two wait, and lately each took 24 s, one at a time"
+    assert ended.retry_after_s == 48.0, "two requests wait, and each recent request took 24 s, one at a time"
 
 
 @pytest.mark.parametrize("num_tokens", [16, 40])
@@ -271,11 +273,11 @@ def test_the_chunk_of_the_last_token_carries_the_finish_reason(
     request = make_request("a", [1, 2, 3])
     request = type(request)(request_id="a", prompt_token_ids=(1, 2, 3), sampling=sampling)
     plan = engine.scheduler.step(0.0, [Submit(request=request, mode=Mode.FULL)])
-    told = []
+    sent = []
     for token_id in tokens:
         plan = engine.scheduler.step(0.0, [sampled(plan, token_id)])
-        told += [(chunk.token_ids[0], chunk.finish_reason) for chunk in plan.chunks]
-    assert told == [*((token_id, None) for token_id in tokens[:-1]), (tokens[-1], reason)]
+        sent += [(chunk.token_ids[0], chunk.finish_reason) for chunk in plan.chunks]
+    assert sent == [*((token_id, None) for token_id in tokens[:-1]), (tokens[-1], reason)]
     assert [ended.outcome for ended in plan.ended] == [Outcome.FINISHED]
     assert plan.batch is None
 

@@ -1,4 +1,4 @@
-"""How many tokens a step takes."""
+"""The token budget of a step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_step_leaves_tokens_for_prompts_when_decodes_exceed_the_usual_size() -
 def test_a_chunk_slightly_above_the_budget_finishes_the_prompt() -> None:
     assert chunk_tokens(left=550, budget=500, step=512, most=2048) == 550
     assert chunk_tokens(left=600, budget=500, step=512, most=2048) == 500
-    assert chunk_tokens(left=40, budget=10, step=512, most=2048) == 10, "a little budget is not stretched much"
+    assert chunk_tokens(left=40, budget=10, step=512, most=2048) == 10, "a chunk is at most twice the budget"
 
 
 @given(st.integers(1, 3000), st.integers(0, 3000), st.integers(0, 256), st.integers(0, 10**6), st.integers(1, 10**5))

@@ -1,4 +1,4 @@
-"""docs/handoff.md draws the state machines that the code has, and names only what exists."""
+"""docs/handoff.md has the state machines of the code, and names only existing settings, messages and codes."""
 
 from __future__ import annotations
 

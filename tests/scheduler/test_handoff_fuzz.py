@@ -1,4 +1,4 @@
-"""The same cluster as test_handoff_machine.py, driven by plain dice: longer runs, nearer to real traffic."""
+"""The cluster of test_handoff_machine.py, driven by a random generator: longer runs, closer to real traffic."""
 
 from __future__ import annotations
 
@@ -92,11 +92,18 @@ def test_clusters_keep_their_promises_under_random_faults_and_take_every_transit
             return _original(self, handoff, trigger, *args)
 
         monkeypatch.setattr(side, "_fire", fire)
-    for seed in (*range(320), 508, 716, 809):  # the last three have what is rarest: a stop overtaken by a failed write
+    for seed in (
+        *range(320),
+        508,
+        716,
+        809,
+    ):  # the last three seeds have the rarest transition: WritesFailed after StopWrites
         one_run(seed)
     moves: set[object] = {(state, t) for state, row in SOURCE_TRANSITIONS.items() for t in row}
     moves |= {(state, t) for state, row in TARGET_TRANSITIONS.items() for t in row}
-    untried = {move for move in moves - tried if move[1] is not SourceTrigger.BAD_GRANT}  # all have one layout here
+    untried = {
+        move for move in moves - tried if move[1] is not SourceTrigger.BAD_GRANT
+    }  # all engines here have one layout
     assert not untried
     assert TargetTrigger.MISMATCH in {trigger for _, trigger in tried}
 

@@ -15,7 +15,9 @@ DECODES = ("d0", "d1")
 NAMES = st.sampled_from(PREFILLS + DECODES)
 PROMPTS = st.one_of(
     st.lists(st.integers(0, 2), min_size=1, max_size=18),
-    st.builds(lambda token_id, length: [token_id] * length, st.integers(0, 1), st.integers(5, 18)),  # one of few
+    st.builds(
+        lambda token_id, length: [token_id] * length, st.integers(0, 1), st.integers(5, 18)
+    ),  # one of a few prompts
 )
 
 
@@ -161,7 +163,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(prefill=st.sampled_from(PREFILLS), decode=st.sampled_from(DECODES), host=st.booleans())
     def repeat_prompt(self, prefill: str, decode: str, host: bool) -> None:
-        """What was cached may be in the host tier only by now, or in the store."""
+        """Repeat a prompt whose pages are only in the host tier by now, or in the store."""
         self.settle_all()
         for name in (prefill, decode):
             self.world.forget(self.engine(name), host=host)

@@ -1,4 +1,4 @@
-"""Prefill's side of one handoff, message by message: what it does when something comes, is missing, or comes twice."""
+"""The prefill side of one handoff, message by message: each message on time, missing, and repeated."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def revoke() -> Revoke:
 
 
 def computed(role: str = "prefill", **config: object) -> Bench:
-    """The prompt is read and all its pages are asked to be written."""
+    """Return a scheduler that has computed the prompt and requested all writes."""
     bench = Bench(role, **{"chunked_prefill_size": 10, **config})
     bench.step(prefill_arrived(), grant())
     bench.finish()
@@ -75,7 +75,7 @@ def test_prefill_sends_the_first_token_before_any_write_but_never_before_the_gra
     plan = bench.step(grant())
     (chunk,) = plan.chunks
     assert (chunk.position, chunk.token_ids, chunk.num_cached_tokens) == (0, (5,), 0)
-    assert len(plan.transfers) == 1, "which begins after the plan's tokens were told"
+    assert len(plan.transfers) == 1, "the write starts after the tokens of the plan were sent"
     assert not plan.ended
 
 
@@ -206,7 +206,7 @@ def test_a_revoke_without_pending_writes_is_answered_with_closed_at_once() -> No
     assert isinstance(closed, Closed)
     assert (closed.target_epoch, closed.source_epoch, closed.error_code) == (D, P, "handoff_failed")
     assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
-    assert bench.busy_pages > 0  # the step under way still writes them
+    assert bench.busy_pages > 0  # the pending step still writes them
     bench.finish()
     assert bench.busy_pages == 0
 
@@ -359,9 +359,11 @@ def test_an_ungranted_prefill_is_preempted_for_a_granted_one_and_sends_its_first
     bench.finish()
     bench.step(written(3))
     bench.step(Ack(handoff_id=H, target_epoch=D))
-    assert bench.plan.batch is None  # it waits for its own Grant now
+    assert bench.plan.batch is None  # it waits for its own Grant
     plan = bench.step(grant(handoff_id=HandoffId("e")))
-    assert [chunk.request_id for chunk in plan.chunks] == ["eager"], "computed before its pages were evicted"
+    assert [chunk.request_id for chunk in plan.chunks] == ["eager"], (
+        "its first token was sampled before it was preempted"
+    )
     assert plan.batch is not None
     assert plan.batch.items[0].sampling is None
     plan = bench.finish()

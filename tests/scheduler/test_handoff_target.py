@@ -1,4 +1,4 @@
-"""Decode's side of one handoff, message by message: what it does when something comes, is missing, or comes twice."""
+"""The decode side of one handoff, message by message: each message on time, missing, and repeated."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_verified_pages_are_acknowledged_cached_and_used() -> None:
     assert plan.batch is not None
     (item,) = plan.batch.items
     assert (item.start, list(item.token_ids), item.end) == (10, [5], 11)
-    assert not plan.chunks  # prefill has told position 0
+    assert not plan.chunks  # prefill has sent position 0
     (chunk,) = bench.finish(token_id=6).chunks
     assert (chunk.position, chunk.token_ids, chunk.num_cached_tokens) == (1, (6,), None)
     assert chunk.handoff is not None
@@ -128,7 +128,7 @@ def test_pages_that_differ_from_those_sent_fail_the_request_on_both_sides(damage
     assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
     assert isinstance(messages(plan)[0], Revoke)
     assert bench.scheduler.load().pages.free == 12
-    assert isinstance(messages(bench.step(done()))[0], Revoke)  # its Revoke was lost: say it again
+    assert isinstance(messages(bench.step(done()))[0], Revoke)  # the Revoke was lost, and is repeated
 
 
 def test_closed_fails_the_request_with_prefills_reason_and_frees_the_pages() -> None:

@@ -1,4 +1,4 @@
-"""Requests and the host tier: what comes back from it, what waits meanwhile, and what a failed copy means."""
+"""Requests and the host tier: loads, backups, waits, and failed copies."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def start(world: World, role: str = "unified", name: str = "u", **engine: object
 
 
 def drop_from_device(engine: SimEngine) -> None:
-    """As others' need for pages would."""
+    """Evict all cached pages from the device pool."""
     engine.cache._evict(engine.cache.counts().evictable)
 
 
 def begin_load(world: World, engine: SimEngine, beside: Sequence[EngineRequest] = ()) -> None:
-    """PROMPT was answered, its pages are in the host tier only, and are asked for by a second request."""
+    """Answer PROMPT, evict its pages to the host tier, and begin to load them for a second request."""
     world.submit(make_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
     drop_from_device(engine)
@@ -107,7 +107,7 @@ def test_pages_under_backup_are_neither_freed_nor_evicted_until_it_is_reported()
     assert (counts.cached, counts.evictable) == (3, 0)
     world.submit(make_request("next", [2] * 13, max_tokens=1), engine)
     world.deliver(("gateway", "u"))
-    assert engine.step().batch is None  # it waits for the copies
+    assert engine.step().batch is None  # the request waits for the backups
     world.settle()
     world.check_settled()
     assert world.outcome("next", engine) is Outcome.FINISHED
@@ -140,7 +140,7 @@ def test_the_selective_policy_copies_a_page_after_its_second_hit() -> None:
 
 
 def fill_device(world: World, engine: SimEngine) -> None:
-    """Three prompts of 3 pages each, in a pool of 12: pages of PROMPT were hit once, and used longest ago."""
+    """Answer three prompts of 3 pages each in a pool of 12: pages of PROMPT were hit once, and used longest ago."""
     for number, token_id in enumerate((1, 1, 2, 3)):
         world.submit(make_request(f"fill{number}", [token_id] * 13, max_tokens=1), engine)
         world.settle()
@@ -161,7 +161,10 @@ def test_write_back_copies_whole_prefixes_before_they_are_evicted() -> None:
     world.check_settled()
     assert reported_cached(world, "again") == 12
     (_, chunk), *_ = world.chunks["again"]
-    assert (chunk.num_cached_host_tokens, chunk.num_cached_storage_tokens) == (4, 0)  # two pages had stayed
+    assert (chunk.num_cached_host_tokens, chunk.num_cached_storage_tokens) == (
+        4,
+        0,
+    )  # two of its pages were still in the device pool
 
 
 def run_without_mover(world: World, engine: SimEngine, num_steps: int) -> None:
@@ -187,7 +190,7 @@ def test_a_growing_request_waits_for_pending_backups_and_preempts_no_request() -
     for name in ("a", "b"):
         world.submit(make_request(name, [5] * 4, max_tokens=9, ignore_eos=True), engine)
         world.deliver(("gateway", "u"))
-    run_without_mover(world, engine, 20)  # 3 pages are free, and they need 4 after their fifth tokens
+    run_without_mover(world, engine, 20)  # 3 pages are free; the two streams need 4 after their fifth tokens
     assert len(world.chunks["a"]) + len(world.chunks["b"]) < 10
     check_nothing_was_lost(world, engine)
 
@@ -197,7 +200,7 @@ def test_a_queued_request_waits_for_pending_backups_and_preempts_no_request() ->
     engine, decode = start(world, write_policy="write_back"), start(world, "decode", "d")
     fill_device(world, engine)
     world.submit_pair(make_request("eager", [7] * 5, max_tokens=3), engine, decode)
-    run_without_mover(world, engine, 3)  # its Grant does not come: it would be the first to give up its pages
+    run_without_mover(world, engine, 3)  # without its Grant, this request would be preempted first
     world.submit(make_request("large", [6] * 28, max_tokens=1), engine)
     run_without_mover(world, engine, 3)
     assert engine.scheduler.load().num_waiting == 1
@@ -230,7 +233,7 @@ def test_a_page_hit_during_its_backup_is_not_evicted_next() -> None:
 
     for token_id in (1, 2, 3):
         use(token_id)
-    (job,) = cache.drain_jobs()  # of the page used longest ago
+    (job,) = cache.drain_jobs()  # the backup of the page used longest ago
     assert isinstance(job, BackUpPages)
     use(1)
     cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=True))
@@ -273,8 +276,8 @@ def test_fetched_pages_count_as_storage_hits_once() -> None:
         world.submit(make_request(f"again{number}", PROMPT, max_tokens=1), engine)
         world.settle()
         (_, chunk), *_ = world.chunks[f"again{number}"]
-        told = (chunk.num_cached_tokens, chunk.num_cached_host_tokens, chunk.num_cached_storage_tokens)
-        assert told == split
+        reported = (chunk.num_cached_tokens, chunk.num_cached_host_tokens, chunk.num_cached_storage_tokens)
+        assert reported == split
 
 
 def test_a_flush_empties_both_tiers() -> None:
@@ -284,7 +287,7 @@ def test_a_flush_empties_both_tiers() -> None:
     world.settle()
     engine.events.append(FlushCache(call_id="f"))
     plan = engine.step()
-    assert plan.flushes == ()  # a restart could still bring the host's pages back
+    assert plan.flushes == ()  # a restart could still restore the host pages
     assert len(plan.cached_removed) == 3
     assert engine.step().flushes == (Flush(call_id="f", num_pages=6),)
     world.submit(make_request("again", PROMPT, max_tokens=1), engine)
@@ -385,7 +388,7 @@ def test_a_small_device_pool_under_load_reads_from_the_host_tier_without_a_wrong
 def test_a_page_is_not_backed_up_for_a_request_that_holds_its_duplicate() -> None:
     cache = PageCache(num_pages=8, page_size=1, namespace="n", host=HostTier(1))
     leases = []
-    for token_id in (1, 2, 2):  # the second finds the only slot in use, the third has a duplicate of its page
+    for token_id in (1, 2, 2):  # the second finds no free host slot, the third has a duplicate of its page
         lease = cache.open([token_id], max_tokens=0)
         assert cache.grow(lease, 1)
         leases.append(lease)

@@ -1,4 +1,4 @@
-"""Planning a step while one is under way: what is known in advance, what is noticed late, whose pages wait."""
+"""Planning a step while one is pending: tokens known in advance, late stops, and pages that are kept."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def begin(bench: Bench, *requests: EngineRequest) -> Batch:
 
 
 def follow(bench: Bench) -> Batch:
-    """Plan the next batch while one is under way."""
+    """Plan the next batch while one is pending."""
     batch = bench.step().batch
     assert batch is not None
     return batch
@@ -99,7 +99,7 @@ def test_a_stop_token_is_noticed_one_step_late_and_the_token_after_it_is_dropped
     plan = finish(bench, first, token_id=EOS)
     assert [chunk.finish_reason for chunk in plan.chunks] == [FinishReason.STOP]
     assert ends(plan) == [(Outcome.FINISHED, None)]
-    assert bench.busy_pages == 1, "the step under way still writes its page"
+    assert bench.busy_pages == 1, "the pending step still writes its page"
     plan = finish(bench, second)
     assert (plan.chunks, plan.ended) == ((), ())
     assert bench.busy_pages == 0
@@ -148,7 +148,7 @@ def test_a_victim_in_a_pending_step_skips_one_step_and_is_preempted_in_the_next(
         seen.append([str(item.request_id) for item in batch.items] if batch is not None else [])
         under_way.extend([batch] if batch is not None else [])
     assert ["a", "b"] in seen
-    assert seen[-2:] == [[], ["a"]], "both wait while a step still writes the victim's pages; then the oldest goes on"
+    assert seen[-2:] == [[], ["a"]], "both wait while a step still writes the victim's pages; then the oldest continues"
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,4 +1,4 @@
-"""One engine, any order of events: every request ends once, with the tokens of an undisturbed run."""
+"""One engine, any order of events: every request ends once, with the tokens of an undisturbed engine."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class OneEngine(RuleBasedStateMachine):
         client: str = "",
     ) -> None:
         self.count += 1
-        if self.count % 4:  # else it may be too long
+        if self.count % 4:  # every fourth request may be too long
             max_tokens = max(1, min(max_tokens, self.engine.context_len - len(prompt)))
         request = make_request(
             f"r{self.count}",
@@ -157,14 +157,14 @@ class OneEngine(RuleBasedStateMachine):
         trouble=st.sampled_from(["", "", "hangs", "fails", "aborts"]),
     )
     def repeat_prompt(self, token_id: int, gone_from: str, times: int, trouble: str) -> None:
-        """What was cached may be in the host tier only by now, or in the store."""
+        """Repeat a prompt whose pages are only in the host tier by now, or in the store."""
         if gone_from != "nowhere":
             self.submit([token_id] * 17, 2, 0, True, (), 0, "")
             self.settle_all()
             self.world.forget(self.engine, host=gone_from == "host")
         for _ in range(times):
             self.submit([token_id] * 17, 2, 0, True, (), 0, "")
-        if trouble and self.engine.store is not None:  # the pages are found, and while they are fetched:
+        if trouble and self.engine.store is not None:  # inject the fault while the pages are fetched
             for _ in range(2):
                 self.step(finishes=True)
                 self.engine.store.advance()
@@ -176,8 +176,8 @@ class OneEngine(RuleBasedStateMachine):
 
     @rule()
     def settle_all(self) -> None:
-        """Starvation would show here: a few dozen requests of a few dozen tokens need far fewer rounds. Time passes
-        only for those who wait for a store that hangs."""
+        """Run until all requests have ended. Starvation fails here: a few dozen requests of a few dozen tokens need far
+        fewer rounds. Time passes only while a store hangs."""
         hangs = self.engine.store is not None and bool(self.engine.store.hung)
         self.world.settle(max_rounds=100 + 400 * hangs + 80 * self.count, dt_s=0.05 if hangs else 0.0)
 

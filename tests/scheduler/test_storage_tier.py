@@ -1,5 +1,4 @@
-"""Requests and the storage tier: what comes from the store before their turn, how long they wait, and what trouble
-means."""
+"""Requests and the storage tier: prefetches before admission, their time limits, and faults of the store."""
 
 from __future__ import annotations
 
@@ -19,18 +18,18 @@ def start(world: World, role: str = "unified", name: str = "u", **engine: object
     return world.start(name, role, **settings)  # type: ignore[arg-type]
 
 
-def ask(world: World, engine: SimEngine, request_id: str = "again", prompt: list[int] | None = None) -> None:
+def submit(world: World, engine: SimEngine, request_id: str = "again", prompt: list[int] | None = None) -> None:
     world.submit(make_request(request_id, PROMPT if prompt is None else prompt, max_tokens=2), engine)
     world.deliver(("gateway", engine.name))
 
 
 def begin_find(world: World, engine: SimEngine) -> None:
-    """PROMPT was answered, its pages are in the store only, and are asked for by a second request."""
+    """Answer PROMPT, evict its pages to the store, and begin to query the store for a second request."""
     world.submit(make_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
     assert len(world.stored) == 3
     world.forget(engine, host=True)
-    ask(world, engine)
+    submit(world, engine)
     (find,) = engine.step().moves
     assert isinstance(find, FindPages)
     assert len(find.digests) == 3
@@ -64,11 +63,22 @@ def test_pages_only_in_the_store_are_fetched_before_the_request_is_admitted() ->
     world.settle()
     world.check_settled()
     assert reported_cached(world, "again") == 12
-    told = totals(engine)
-    assert (told["storage_stored_pages"], told["storage_hit_pages"], told["storage_fetched_pages"]) == (3, 3, 3)
-    assert (told["storage_miss_pages"], told["storage_failed_pages"], told["host_loaded_pages"]) == (3, 0, 3)
-    assert (told["prefetches"], told["prefetch_timeouts"]) == (2, 0)  # the first asked, too, and found nothing
-    assert told["prefetch_wait_seconds"] > 0
+    counters = totals(engine)
+    assert (counters["storage_stored_pages"], counters["storage_hit_pages"], counters["storage_fetched_pages"]) == (
+        3,
+        3,
+        3,
+    )
+    assert (counters["storage_miss_pages"], counters["storage_failed_pages"], counters["host_loaded_pages"]) == (
+        3,
+        0,
+        3,
+    )
+    assert (counters["prefetches"], counters["prefetch_timeouts"]) == (
+        2,
+        0,
+    )  # the first request queried the store too, without a hit
+    assert counters["prefetch_wait_seconds"] > 0
 
 
 def test_a_second_worker_reports_stored_pages_as_cached_only_when_fetched() -> None:
@@ -77,7 +87,7 @@ def test_a_second_worker_reports_stored_pages_as_cached_only_when_fetched() -> N
     world.submit(make_request("first", PROMPT, max_tokens=1), one)
     world.settle()
     assert other.digests == set()
-    ask(world, other)
+    submit(world, other)
     world.settle()
     world.check_settled()
     assert reported_cached(world, "again") == 12
@@ -104,7 +114,7 @@ def test_a_request_returns_from_a_prefetch_to_its_place_by_arrival() -> None:
     engine = start(world, config=small_config(max_running_requests=1))
     begin_fetch(world, engine)
     for request_id in ("one", "two"):
-        ask(world, engine, request_id, [3] * 6)
+        submit(world, engine, request_id, [3] * 6)
         engine.step()
     assert engine.store is not None
     engine.store.advance()
@@ -141,7 +151,7 @@ def test_pages_reported_together_with_the_prefetch_timeout_are_used() -> None:
     begin_fetch(world, engine)
     assert engine.store is not None
     engine.store.advance()
-    world.now_s += 2.0  # a step took that long, not the store
+    world.now_s += 2.0  # the step took that long, not the store
     plan = engine.step()
     assert not any(isinstance(move, CancelFetch) for move in plan.moves)
     world.settle()
@@ -160,7 +170,7 @@ def test_a_hung_store_keeps_its_host_slots_but_fails_no_request(policy: str) -> 
     engine.step()
     engine.store.hang()
     world.settle()
-    world.check_settled()  # but for the slots
+    world.check_settled()  # except for the slots of the hung job
     assert world.outcome("again", engine) is Outcome.FINISHED
     engine.store.hung.clear()
     world.settle()
@@ -177,14 +187,14 @@ def test_best_effort_prefetches_only_while_the_request_is_queued() -> None:
     world.submit(make_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
     world.forget(engine, host=True)
-    ask(world, engine, "idle")  # nobody is before it: no time for the store
+    submit(world, engine, "idle")  # the engine is idle: no time for the store
     engine.step()
     assert engine.under_way
     world.settle()
     assert reported_cached(world, "idle") == 0
     world.forget(engine, host=True)
-    ask(world, engine, "before", [2] * 6)
-    ask(world, engine, "behind")
+    submit(world, engine, "before", [2] * 6)
+    submit(world, engine, "behind")
     assert engine.store is not None
     for _ in range(3):
         engine.step()
@@ -214,8 +224,8 @@ def test_requests_waiting_for_the_store_count_against_the_queue_limit() -> None:
     world = World()
     engine = start(world, config=small_config(max_running_requests=1, max_queued_requests=1))
     begin_find(world, engine)
-    ask(world, engine, "one that could run")
-    ask(world, engine, "more")
+    submit(world, engine, "one that could run")
+    submit(world, engine, "more")
     engine.step()
     assert not world.ended["one that could run", engine.epoch]
     (ended,) = world.ended["more", engine.epoch]
@@ -226,7 +236,7 @@ def test_two_requests_for_the_same_pages_fetch_and_load_them_once() -> None:
     world = World()
     engine = start(world)
     begin_find(world, engine)
-    ask(world, engine, "also")
+    submit(world, engine, "also")
     world.settle()
     world.check_settled()
     assert [reported_cached(world, each) for each in ("again", "also")] == [12, 12]
@@ -239,7 +249,7 @@ def test_a_shared_fetch_continues_when_the_request_that_began_it_is_aborted() ->
     world = World()
     engine = start(world)
     begin_fetch(world, engine)
-    ask(world, engine, "also")
+    submit(world, engine, "also")
     engine.step()
     world.abort("again")
     world.settle()
@@ -255,8 +265,8 @@ def test_a_failed_shared_load_is_a_miss_for_one_request_and_retried_for_the_othe
     world.submit(make_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
     engine.cache._evict(engine.cache.counts().evictable)
-    ask(world, engine, "one")
-    ask(world, engine, "two")
+    submit(world, engine, "one")
+    submit(world, engine, "two")
     engine.mover.fail_next = True
     world.settle()
     world.check_settled()
@@ -311,12 +321,12 @@ def test_after_a_detach_no_request_queries_or_waits_for_the_store() -> None:
     world.settle()
     world.check_settled()
     world.forget(engine, host=True)
-    ask(world, engine, "later")
+    submit(world, engine, "later")
     assert not any(isinstance(move, FindPages | StorePages) for move in engine.step().moves)
     world.settle()
     world.stored.clear()
-    engine.events.append(StorageAttached(attached=True))  # another: what was stored in the first is stored again
-    ask(world, engine, "last")
+    engine.events.append(StorageAttached(attached=True))  # another store: pages of the first are stored again
+    submit(world, engine, "last")
     world.settle()
     world.check_settled()
     assert len(world.stored) == 3
@@ -343,9 +353,9 @@ def test_prefill_and_decode_both_fetch_before_they_compute_and_grant() -> None:
         world.forget(prefill, host=True)
         world.forget(decode, host=True)
     world.check_settled()
-    assert totals(prefill)["storage_fetched_pages"] == 2  # it computes the last token, and so the third
+    assert totals(prefill)["storage_fetched_pages"] == 2  # prefill computes the last token, thus the third page
     assert totals(decode)["storage_fetched_pages"] == 3
-    assert totals(decode)["handoff_pages"] == 3  # of the first alone
+    assert totals(decode)["handoff_pages"] == 3  # of the first request alone
 
 
 def test_a_grant_that_arrives_during_a_prefetch_is_kept() -> None:
@@ -400,7 +410,7 @@ def test_a_page_that_failed_to_store_is_stored_again_when_it_is_hit() -> None:
     engine.store.fail_next = True
     world.settle()
     assert (len(world.stored), totals(engine)["storage_failed_pages"]) == (2, 1)
-    ask(world, engine)
+    submit(world, engine)
     world.settle()
     world.check_settled()
     assert len(world.stored) == 3
