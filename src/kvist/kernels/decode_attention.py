@@ -1,10 +1,10 @@
-"""Attention of one new token a request over its pages, for any mixture of lengths.
+"""Attention of one new token per request over its pages, for any mixture of lengths.
 
-Reading K and V is all the work, so what counts is that every multiprocessor reads all the time. `plan_decodes` cuts
-the requests into items of about equal numbers of tokens, on the device and once for all layers of a step: short
-contexts stay whole, a long one is read by many programs whose results are merged (as in FlashDecoding,
-https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Nothing depends on the lengths but what the device itself
-looks up, so the same launches serve every step: a graph records them once.
+Reading K and V is all the work, so every multiprocessor should read all the time. `plan_decodes` cuts the requests into
+items of about equal numbers of tokens, on the device and once for all layers of a step: a short context stays whole, a
+long one is read by many programs whose results are merged (as in FlashDecoding,
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Only the device reads the lengths, so the same launches serve
+every step, and a graph captures them once.
 
 Measured on an H200: docs/performance.md, and the other tilings in docs/log.md.
 """
@@ -18,7 +18,8 @@ from kvist.kernels.operands import ITEM_MULTIPLE, MIN_ITEM_TOKENS, TARGET_ITEMS,
 
 
 def plan_decodes(lengths: Tensor) -> DecodeItems:
-    """lengths [num_rows] int32: tokens of each row's context, its new one included; 0: this row is none of ours."""
+    """Cut a step into items. lengths [num_rows] int32: tokens of each row's context, including the new token; 0: the
+    row is not a decode."""
     if not lengths.is_cuda:
         return plan_decodes_torch(lengths)
     from kvist.kernels.gpu import decode_attention as gpu
@@ -38,7 +39,7 @@ def plan_decodes_torch(lengths: Tensor) -> DecodeItems:
 
 
 def decode_attention(q: Tensor, pages: Tensor, table: Tensor, items: DecodeItems, out: Tensor) -> None:
-    """Writes out [row] for every row with a length; the other rows are left alone.
+    """Write out[row] for every row with a length above 0; the other rows are not changed.
 
     q, out [at least num_rows, num_q_heads, head_dim]; pages [num_pages, num_kv_heads, 2, page_size, head_dim]: one
     layer's view of the pool; table [num_rows, max_pages] int32: the pages of each row.

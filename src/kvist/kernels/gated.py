@@ -20,20 +20,20 @@ GatedProduct = Callable[[Tensor], Tensor | None]
 
 
 def make_gated_product(weight: Tensor) -> GatedProduct | None:
-    """weight [2 * n, in_features], G over U, kept and not copied. The product takes x [num_rows, in_features] and gives
-    [num_rows, n], or None where cuBLAS is quicker (its twin is `skinny_gated_torch`).
+    """weight [2 * n, in_features], G over U, referenced and not copied. The product maps x [num_rows, in_features] to
+    [num_rows, n], or returns None where cuBLAS is faster (its twin is `skinny_gated_torch`).
 
-    None where the kernel does not run at all: it wants Hopper, 16-bit numbers, n and in_features multiples of 8, tiles
-    that fill the multiprocessors, and the compiler that torch brings.
+    Returns None where the kernel cannot run: it needs Hopper, a 16-bit type, n and in_features multiples of 8, tiles
+    that fill the multiprocessors, and the compiler that torch includes.
     """
     if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) != (9, 0):
         return None
     if weight.dtype not in (torch.bfloat16, torch.float16) or weight.shape[0] % 16 or weight.shape[1] % 8:
         return None
-    # Two multiprocessors run a cluster. Where no weight fills them, nothing is compiled.
+    # A cluster runs on two multiprocessors. A weight that does not fill them needs no compilation.
     if not gated.fills_gpu(weight.shape[0], torch.cuda.get_device_properties(weight.device).multi_processor_count // 2):
         return None
     if (reason := cuda.missing_library()) is not None:
-        logger.warning("gate and up stay with cuBLAS: %s", reason)
+        logger.warning("the MLP's gate and up products use cuBLAS, not the faster kernel: %s", reason)
         return None
     return gated.GatedProduct(weight)

@@ -1,6 +1,6 @@
-"""What the public function of a kernel, its torch twin and its GPU version share: constants and small values.
+"""Constants and values shared by a kernel's public function, its torch twin and its GPU version.
 
-Below both `kernels/x.py` and `kernels/gpu/x.py`, so that neither imports the other's file at import time.
+This file is below both `kernels/x.py` and `kernels/gpu/x.py`, so neither file imports the other at import time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a step takes from the page lists of its requests: the pages to attend to."""
+"""The pages that a step attends to, read from the page lists of its requests."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def read_page_lists(lists: Tensor, rows: Tensor, lengths: Tensor, page_size: int, pages: Tensor) -> None:
-    """Fills `pages` for each of a batch's requests.
+    """Fill `pages` for each request of a batch.
 
-    lists [num_rows, max_pages] int32: with the others on a GPU, pinned memory of the host, which the GPU reads itself.
-    rows, lengths [batch] int32: the request's list, and its tokens; 0 tokens: a padding row.
-    pages [batch, n] int32: the list, as far as the tokens reach; what lies behind is left as it is or undefined.
+    lists [num_rows, max_pages] int32: pinned host memory when the other tensors are on a GPU, which reads it directly.
+    rows, lengths [batch] int32: the row of the request's list, and its number of tokens; 0 tokens: a padding row.
+    pages [batch, n] int32: receives the pages of the tokens; the entries after them are unchanged or undefined.
     """
     if not pages.is_cuda:
         return read_page_lists_torch(lists, rows, pages)

@@ -1,10 +1,11 @@
-"""Sums over whole pages, and copying them to another pool on the way: what a handoff through device memory needs.
+"""Sums over whole pages, and copies to another pool in the same pass: used by a handoff through device memory.
 
-A page's two sums are an error check: they differ for certain when one 64-bit word differs, and but for a chance that
-can be neglected when several do, or stand in another order. They are no protection from somebody who picks words so
-that the sums agree.
+A page's two sums are an error check: they certainly differ when one 64-bit word differs, and differ except with
+negligible probability when several words differ or change places. They do not protect against a party that chooses the
+words.
 
-For each word w at place i (from 1), in 64-bit arithmetic that wraps; every step can be undone, so none loses a change:
+For each word w at index i (from 1), in 64-bit arithmetic that wraps; every operation is invertible, so no change is
+lost:
 
     x = w ^ (i * A);  x ^= x >> 32;  x *= B;  x ^= x >> 29;  first += x;  x *= C;  x ^= x >> 32;  second += x
 """
@@ -21,7 +22,7 @@ from kvist.kernels.operands import MIX_CONSTANTS, WORD_BYTES
 
 
 def sum_pages(pages: Tensor, page_ids: Sequence[int]) -> Tensor:
-    """[len(page_ids), 2] int64. `pages` [num_pages, num_words] int64, contiguous."""
+    """Return the sums of the pages, [len(page_ids), 2] int64. `pages` [num_pages, num_words] int64, contiguous."""
     if not pages.is_cuda:
         return sum_pages_torch(pages[list(page_ids)])
     from kvist.kernels.gpu import pages as gpu
@@ -30,9 +31,9 @@ def sum_pages(pages: Tensor, page_ids: Sequence[int]) -> Tensor:
 
 
 def copy_pages(pages: Tensor, page_ids: Sequence[int], target: int, target_ids: Sequence[int]) -> Tensor:
-    """The same sums of what was read, and written to the pages `target_ids` of the pool at the address `target`.
+    """Copy pages to the pages `target_ids` of the pool at address `target`; return the sums of the bytes read.
 
-    That pool has pages of the same size; on CUDA its memory is mapped for the device of `pages`.
+    The target pool has pages of the same size; on CUDA its memory is mapped for the device of `pages`.
     """
     if not pages.is_cuda:
         return copy_pages_torch(pages, page_ids, target, target_ids)
@@ -42,7 +43,7 @@ def copy_pages(pages: Tensor, page_ids: Sequence[int], target: int, target_ids: 
 
 
 def sum_pages_torch(words: Tensor) -> Tensor:
-    """[num_pages, 2]; words [num_pages, num_words] int64."""
+    """words [num_pages, num_words] int64 -> sums [num_pages, 2] int64."""
     a, b, c = (_signed_64(constant) for constant in MIX_CONSTANTS)
     mixed = words ^ (torch.arange(1, words.shape[1] + 1, device=words.device) * a)
     mixed = _folded(_folded(mixed, 32).mul_(b), 29)
@@ -60,7 +61,8 @@ def copy_pages_torch(pages: Tensor, page_ids: Sequence[int], target: int, target
 
 
 def _folded(mixed: Tensor, shift: int) -> Tensor:
-    return mixed.bitwise_xor_((mixed >> shift).bitwise_and_((1 << (64 - shift)) - 1))  # its >> keeps the sign
+    # torch's >> extends the sign, so mask the result
+    return mixed.bitwise_xor_((mixed >> shift).bitwise_and_((1 << (64 - shift)) - 1))
 
 
 def _signed_64(value: int) -> int:

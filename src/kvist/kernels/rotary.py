@@ -1,7 +1,7 @@
-"""Rotary position embedding over half-split heads (dimension i turns with i + head_dim / 2), and the write of K and V
-into their pages, which follows it at once: every head is read once and written once.
+"""Rotary position embedding over half-split heads (dimension i pairs with i + head_dim / 2), and the write of K and V
+into their pages in the same kernel: every head is read once and written once.
 
-A model prepares `Rotary`; an attention backend that knows where the pages are calls `rotate_and_write`.
+A model prepares `Rotary`; an attention backend that knows the pages calls `rotate_and_write`.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ def rotation_torch(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tens
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """heads [T, num_heads, head_dim] -> the same, rotated; computed in fp32 whatever the dtype."""
+    """heads [T, num_heads, head_dim] -> the same, rotated; computed in fp32 for every dtype."""
     partners = heads.roll(heads.shape[-1] // 2, dims=-1)
     return torch.addcmul(heads * cos, partners, sin).to(heads.dtype)
 
 
 def norm_and_rotate(qk: Tensor, rotary: Rotary) -> Tensor:
-    """qk [T, num_q_heads + num_kv_heads, head_dim] -> the same, normed if the model says so, and rotated."""
+    """qk [T, num_q_heads + num_kv_heads, head_dim] -> the same, rotated; normed first if `rotary` has a weight."""
     if rotary.qk_weight is not None:
         qk = F.rms_norm(qk, qk.shape[-1:], None, rotary.eps) * rotary.qk_weight
     return rotate(qk, rotary.cos, rotary.sin)
 
 
 def rotate_and_write(heads: Tensor, rotary: Rotary | None, pages: Tensor, slots: Tensor) -> Tensor:
-    """Turns q and k, writes k and v into the pages of one layer, returns q [T, num_q_heads, head_dim].
+    """Rotate q and k, write k and v into the pages of one layer, and return q [T, num_q_heads, head_dim].
 
     heads [T, num_q_heads + 2 * num_kv_heads, head_dim]: q, k, v of each token. pages [num_pages, num_kv_heads, 2,
-    page_size, head_dim]: one layer's view of the pool. slots [T] int32: page * page_size + offset of each token; below
-    zero: a padding row, whose K and V are not kept. `rotary` None: q and k come turned already.
+    page_size, head_dim]: one layer's view of the pool. slots [T] int32: page * page_size + offset of each token;
+    negative: a padding row, whose K and V are not written. `rotary` None: q and k are already rotated.
     """
     if not heads.is_cuda:
         return rotate_and_write_torch(heads, rotary, pages, slots)

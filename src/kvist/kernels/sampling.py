@@ -1,7 +1,8 @@
-"""Choosing tokens: argmax(logits / temperature + Gumbel noise), whose noise is a hash of (row key, token id).
+"""Samples tokens: argmax(logits / temperature + Gumbel noise), where the noise is a hash of (row key, token id).
 
-A row's key is 64 bits that the caller derives from (seed, position); it enters the hash as two words. The integer part
-is the same bits on every device, so a stream may continue anywhere; the logarithms differ in the last bit.
+A row's key is 64 bits that the caller derives from (seed, position); the hash takes it as two words. The integer part
+of the hash has the same bits on every device, so a stream may continue on another device; the logarithms may differ in
+the last bit.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NO_TOKEN = -1  # chosen where a row's logits are no numbers
+NO_TOKEN = -1  # the result for a row whose logits have NaN or an infinite maximum
 
 
 def _signed_32(value: int) -> int:
@@ -21,7 +22,7 @@ def hash_tokens(keys: Tensor, token_ids: Tensor) -> Tensor:
     """keys [num_rows, 2] int32, token_ids [num_rows or 1, n] -> [num_rows, n] int32, 31 random bits each.
 
     32-bit arithmetic that wraps: half the memory traffic of 64 bits, and vectorised on every CPU. The row's 64-bit key
-    enters as two words at different rounds, so that no two rows see the same noise in another order.
+    enters as two words in different rounds, so that no two rows get the same noise in a different order.
     """
     low, high = keys.T[:, :, None]
     hashed = (token_ids.to(torch.int32) * _signed_32(0x9E3779B1)) ^ low
@@ -35,18 +36,19 @@ def hash_tokens(keys: Tensor, token_ids: Tensor) -> Tensor:
 
 def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
     """Standard Gumbel noise [num_rows, n], fp32; arguments as for `hash_tokens`."""
-    # 31 bits as v in (0, 1). -log1p(-v) is exponential, and exact where it matters: near 0, which is large noise.
+    # 31 bits as v in (0, 1). -log1p(-v) is exponential, and exact where precision matters: near 0, where noise is
+    # large.
     uniform = hash_tokens(keys, token_ids).to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
     noise: Tensor = uniform.neg_().log1p_().neg_().log_().neg_()
     return noise
 
 
 def choose_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
-    """[num_rows] int64: for each row the token with the largest logit / temperature + noise; the first of equals.
-    NO_TOKEN for a row that has NaN, or whose largest logit is infinite: nobody need look at the logits to learn of it.
+    """Return [num_rows] int64: for each row the token with the largest logit / temperature + noise, the first of
+    equals. NO_TOKEN for a row with NaN or an infinite maximum, so that the caller need not inspect the logits.
 
-    logits [num_rows, vocab_size] fp32 or bf16, -inf is impossible; temperatures [num_rows] fp32, 0 is greedy;
-    keys [num_rows, 2] int32, unread where greedy. Needs no host: it may be captured into a graph.
+    logits [num_rows, vocab_size] fp32 or bf16, -inf is never sampled; temperatures [num_rows] fp32, 0 is greedy;
+    keys [num_rows, 2] int32, not read for greedy rows. Needs no host: it may be captured into a graph.
     """
     if not logits.is_cuda:
         return choose_tokens_torch(logits, temperatures, keys)
@@ -57,7 +59,7 @@ def choose_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
 
 def choose_tokens_torch(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
     logits = logits.float()
-    # The likeliest token is at 0, whatever the temperature: no overflow for tiny ones.
+    # Shift the likeliest token to 0, so that a tiny temperature does not overflow.
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     greedy = temperatures[:, None] == 0
     scaled = shifted / torch.where(greedy, 1.0, temperatures[:, None])
@@ -67,16 +69,16 @@ def choose_tokens_torch(logits: Tensor, temperatures: Tensor, keys: Tensor) -> T
 
 
 def without_broken_rows(chosen: Tensor, logits: Tensor) -> Tensor:
-    """`chosen` [num_rows], but NO_TOKEN where that row of `logits` has NaN or an infinite maximum."""
+    """Return `chosen` [num_rows], with NO_TOKEN where the row of `logits` has NaN or an infinite maximum."""
     return chosen.masked_fill(~logits.amax(dim=-1).isfinite(), NO_TOKEN)  # amax keeps NaN
 
 
 def nucleus_floor(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    """[num_rows, 1] the probability of the least likely token in each row's nucleus: the fewest tokens that have
-    `top_p` together.
+    """Return [num_rows, 1]: the probability of the least likely token in each row's nucleus, the fewest tokens whose
+    probabilities sum to at least `top_p`.
 
-    probabilities [num_rows, vocab_size] fp32, contiguous; top_p [num_rows, 1] fp32; at 1 all of them. Bisection over
-    the bit patterns, which order non-negative floats: a few dozen sums, where a sort would move everything.
+    probabilities [num_rows, vocab_size] fp32, contiguous; top_p [num_rows, 1] fp32; 1 keeps all tokens. Bisection over
+    the bit patterns, which are ordered for non-negative floats: a few dozen sums instead of a sort of all values.
     """
     if not probabilities.is_cuda:
         return nucleus_floor_torch(probabilities, top_p)
@@ -86,7 +88,7 @@ def nucleus_floor(probabilities: Tensor, top_p: Tensor) -> Tensor:
 
 
 def nucleus_floor_torch(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    # Invariant: the tokens at or above `low` have top_p together, those at or above `high` have less.
+    # Invariant: the tokens at or above `low` sum to at least top_p, the tokens at or above `high` to less.
     low = torch.zeros_like(top_p, dtype=torch.int32)
     high = (probabilities.amax(dim=-1, keepdim=True)).view(torch.int32) + 1
     for _ in range(30):

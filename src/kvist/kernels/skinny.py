@@ -1,8 +1,8 @@
 """Matrix products of few rows, where reading the weight is all the work: y = x W^T + b, and the gated pair of an MLP.
 
-Above `LINEAR_ROWS` and `GATED_ROWS` rows cuBLAS or, for the gated pair on Hopper, kernels/gated.py is quicker, and
-callers use that. Measured on an H200 for the matrices of Qwen2-7B in bf16, microseconds, each kernel in a row of its
-like; cuBLAS for the gated pair with SiLU x up behind it:
+Above `LINEAR_ROWS` and `GATED_ROWS` rows, cuBLAS or, for the gated pair on Hopper, kernels/gated.py is faster, and
+callers use that. Measured on an H200 for the matrices of Qwen2-7B in bf16, in microseconds, each kernel launched many
+times in a row; for the gated pair cuBLAS is followed by a SiLU x up kernel:
 
     rows            1        2        8       16
               ours lib ours lib ours lib ours lib
@@ -12,10 +12,10 @@ like; cuBLAS for the gated pair with SiLU x up behind it:
     down        33  39   42  40   41  40   39  41
     head       272 274  276 256  278 257  276 261
 
-The gated pair takes 68 at 32 rows where cuBLAS takes 74; at 64 it would take 77 and 75.
+At 32 rows the gated pair takes 68 and cuBLAS 74; at 64 rows, 77 and 75.
 
-All matrices of a step (28 layers, 14.14 GB), as models/linear.py runs them, SiLU included, against cuBLAS without it:
-3.30 ms and 3.94 at one row, 3.77 and 3.93 at two, 3.83 and 3.99 at sixteen.
+All matrices of a step (28 layers, 14.14 GB) as models/linear.py runs them, with SiLU, against cuBLAS without SiLU:
+3.30 ms and 3.94 ms at one row, 3.77 and 3.93 at two, 3.83 and 3.99 at sixteen.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def skinny_linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtyp
 
 
 def skinny_gated(x: Tensor, weight: Tensor) -> Tensor:
-    """SiLU(x G^T) * (x U^T), weight [2 * n, in_features] being G over U -> [num_rows, n]."""
+    """Return SiLU(x G^T) * (x U^T), [num_rows, n]. `weight` [2 * n, in_features] is G over U."""
     if not x.is_cuda:
         return skinny_gated_torch(x, weight)
     from kvist.kernels.gpu import skinny

@@ -1,2 +1,3 @@
-"""The kernels in Triton and, where that cannot express them, CUDA C++ (cuda.py). Importing a file of the former
-imports triton; only the functions of kernels/ do that."""
+"""The kernels in Triton and, where Triton cannot express them, CUDA C++ (cuda.py). Importing a Triton file imports
+triton; only the functions of kernels/ import these files.
+"""

@@ -1,7 +1,8 @@
-"""CUDA C++ without a toolkit: compiled by the NVRTC library that torch brings, launched through the driver's.
+"""CUDA C++ without a CUDA toolkit: compiled by the NVRTC library that torch includes, launched through the driver
+library.
 
-For the few kernels that Triton cannot express; without headers one compiles in a fraction of a second. Everything
-raises `RuntimeError` with the library's own words.
+For the few kernels that Triton cannot express; a kernel without headers compiles in a fraction of a second. Every
+function raises `RuntimeError` with the library's error message.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class _LaunchConfig(ctypes.Structure):
     ]
 
 
-TensorMap = ctypes.c_uint64 * 16  # what the copy engine knows about a tensor
+TensorMap = ctypes.c_uint64 * 16  # describes a tensor to the copy engine
 _MAP_ALIGNMENT = 64
 
 
@@ -57,7 +58,7 @@ def _nvrtc() -> ctypes.CDLL:
 
 @cache
 def missing_library() -> str | None:
-    """Which library is missing."""
+    """Return the error of loading the libraries, or None when both are present."""
     try:
         _driver(), _nvrtc()
     except OSError as error:
@@ -69,7 +70,7 @@ def compile_cubin(source: str, architecture: str) -> bytes:
     options = (ctypes.c_char_p * 2)(f"--gpu-architecture={architecture}".encode(), b"--std=c++17")
     nvrtc, program, size = _nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None):
-        raise RuntimeError("NVRTC refuses the program")
+        raise RuntimeError("NVRTC cannot create the program")
     try:
         failed = nvrtc.nvrtcCompileProgram(program, len(options), options)
         if failed:
@@ -88,8 +89,8 @@ def compile_cubin(source: str, architecture: str) -> bytes:
 def map_tensor(
     data: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
 ) -> ctypes.Array[ctypes.c_uint64]:
-    """How the copy engine reads boxes of `data`, 128 bytes of a row swizzled. Dimensions are given innermost first;
-    strides, in elements, without the innermost, which is 1."""
+    """Describe to the copy engine how to read boxes of `data`, with 128 bytes of a row swizzled. Dimensions are ordered
+    innermost first; strides, in elements, omit the innermost, which is 1."""
     rank = len(sizes)
     room = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + _MAP_ALIGNMENT)
     made = TensorMap.from_buffer(room, -ctypes.addressof(room) % _MAP_ALIGNMENT)
@@ -109,7 +110,7 @@ class CudaKernel:
     """One compiled kernel on the current device. Immutable."""
 
     def __init__(self, cubin: bytes, name: str, *, num_threads: int, shared_bytes: int) -> None:
-        torch.cuda.current_stream()  # the device's context is current behind this
+        torch.cuda.current_stream()  # makes the device's context current
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         self._num_threads, self._shared_bytes = num_threads, shared_bytes
         _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin))
@@ -117,13 +118,13 @@ class CudaKernel:
         _check(_driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared_bytes))
 
     def max_clusters(self, cluster_size: int) -> int:
-        """How many of its clusters run at a time."""
+        """Return how many clusters of this kernel run at the same time."""
         count, config = ctypes.c_int(), self._config(cluster_size, None)
         _check(_driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self._function, ctypes.byref(config)))
         return count.value
 
     def launch(self, num_programs: int, arguments: Sequence[ctypes._CData]) -> None:
-        """Dependent on the kernel before it (kernels/gpu/launch.py)."""
+        """Launch with a programmatic dependency on the previous kernel (kernels/gpu/launch.py)."""
         attribute = _LaunchAttribute(id=_PROGRAMMATIC_SERIALIZATION)
         attribute.value[0] = 1
         config = self._config(num_programs, attribute)

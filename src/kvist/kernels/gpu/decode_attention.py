@@ -1,6 +1,6 @@
-"""Decode attention: one program an item and KV head, whose queries share every key and value that it reads.
+"""Decode attention: one program per item and KV head, whose queries share every key and value that it reads.
 
-lengths ─► _plan: items of about equal size ─► _attend: each item's part of the sum, or all of it
+lengths ─► _plan: items of about equal size ─► _attend: the whole result of a row, or each item's part of it
                                                    └─► _merge: rows that have several items
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from kvist.kernels.gpu.launch import has_dependent_launch, wait_for_inputs
 from kvist.kernels.operands import ITEM_MULTIPLE, MIN_ITEM_TOKENS, TARGET_ITEMS, DecodeItems
 
-_MERGED_TILE = 64  # parts that a merging program takes at a time, over all its heads
-_BLOCK, _WARPS, _STAGES = 64, 4, 3  # the quickest of nine for large batches; five such programs fit a multiprocessor
+_MERGED_TILE = 64  # parts that a merging program reads at a time, over all its heads
+_BLOCK, _WARPS, _STAGES = 64, 4, 3  # the fastest of nine for large batches; five such programs fit on a multiprocessor
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def _merge(
             present = (part < count)[None, :] & (own < OWN)[:, None]
             weight = tl.load(part_weights + place, mask=present, other=float("-inf"))
             new_best = tl.maximum(best, tl.max(weight, axis=1))
-            safe = tl.where(new_best == float("-inf"), 0.0, new_best)  # of heads that are none
+            safe = tl.where(new_best == float("-inf"), 0.0, new_best)  # for padding heads
             share = tl.exp2(weight - safe[:, None])
             shrink = tl.exp2(best - safe)
             kept = present[:, :, None] & (dim < HEAD_DIM)[None, None, :]
@@ -142,8 +142,8 @@ def decode_attention(q: Tensor, pages: Tensor, table: Tensor, items: DecodeItems
     num_rows, max_items = items.lengths.shape[0], items.rows.shape[0]
     (num_q_heads, head_dim), num_kv_heads = q.shape[1:], pages.shape[1]
     group = num_q_heads // num_kv_heads
-    assert q.stride(1) == out.stride(1) == head_dim, "a token's heads are one piece"
-    assert pages.stride(3) == head_dim, "a head's share of a page is one piece"
+    assert q.stride(1) == out.stride(1) == head_dim, "a token's heads are contiguous"
+    assert pages.stride(3) == head_dim, "a head's part of a page is contiguous"
     dims = triton.next_power_of_2(head_dim)
     parts = torch.empty((max_items, num_q_heads, head_dim), dtype=torch.float32, device=q.device)
     part_weights = torch.empty((max_items, num_q_heads), dtype=torch.float32, device=q.device)
@@ -157,7 +157,7 @@ def decode_attention(q: Tensor, pages: Tensor, table: Tensor, items: DecodeItems
         _BLOCK, _STAGES, dependent,
         num_warps=_WARPS, launch_pdl=dependent,
     )  # fmt: skip
-    # Few rows may have many parts each, many rows have few.
+    # A batch of few rows may have many parts per row; a large batch has few parts per row.
     own = 1 if num_rows <= 32 else group
     heads = triton.next_power_of_2(own)
     _merge[(num_rows, num_q_heads // own)](

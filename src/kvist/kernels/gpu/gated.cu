@@ -1,11 +1,11 @@
-// SiLU(x G^T) * (x U^T) on Hopper, for at most 2 * TOKENS rows; gated.py says how it is launched.
+// SiLU(x G^T) * (x U^T) on Hopper, for at most 2 * TOKENS rows; launched by gated.py.
 //
-// A tile is 192 rows of the weight, times all rows of x: half of these for each of the two CTAs of a cluster, and each
-// reads half of the weight for both. One thread asks the copy engine for blocks of 64 columns, three warpgroups multiply.
-// The weight's rows come in groups of 16, eight of G and the same eight of U: so a thread that has a sum of one has that
-// of the other, too, and nothing is written but the result.
+// A tile is 192 rows of the weight times all rows of x. Each of the two CTAs of a cluster computes half of the rows of x
+// and loads half of the weight's tile for both. One thread issues loads of blocks of 64 columns to the copy engine, three
+// warpgroups multiply. The weight's rows are in groups of 16, eight of G and the same eight of U: so a thread has the
+// matching sums of G and U, and only the result is written.
 //
-// In front of this text come TOKENS, STAGES, HALF (the 16-bit type in PTX) and multiply().
+// gated.py puts TOKENS, STAGES, HALF (the 16-bit type in PTX) and multiply() before this text.
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -31,7 +31,7 @@ __device__ void wait(u32 barrier, u32 parity) {
 }
 
 __device__ void arrive_at(u32 barrier, u32 cta) {
-    // Of the narrow scope that is the default: nothing in global memory has to be seen with it.
+    // The narrow default scope is enough: no write to global memory has to become visible with this arrival.
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
         "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(cta) : "memory");
@@ -47,7 +47,7 @@ __device__ u64 matrix(u32 shared) {  // rows of 128 bytes, swizzled, eight of th
 
 __device__ float gate(float x, float up) { return __fdividef(x, 1.0f + __expf(-x)) * up; }
 
-__device__ u32 pack_and_transpose(float low, float high) {  // a warp has 8 x 8 numbers
+__device__ u32 pack_and_transpose(float low, float high) {  // over the 8 x 8 numbers of a warp
     u32 pair, result;
     asm("cvt.rn." HALF "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
@@ -85,7 +85,7 @@ gated(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMa
     if (thread >= MULTIPLIERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (thread == MULTIPLIERS) {
-            auto load_weight = [&](const Cursor& at) {  // half of it, for both
+            auto load_weight = [&](const Cursor& at) {  // half of the tile, for both CTAs
                 asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + 8 * at.stage),
                              "r"(STAGE_BYTES) : "memory");
                 asm volatile(
@@ -100,7 +100,7 @@ gated(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMa
                     "[%0], [%1, {%2, %3}], [%4];" ::"r"(buffers + at.stage * STAGE_BYTES + WEIGHT_BYTES), "l"(&x),
                     "r"(at.block * DEPTH), "r"(rank * TOKENS), "r"(full + 8 * at.stage) : "memory");
             };
-            // The first blocks of the weight do not wait for the kernel that makes x.
+            // The first loads of the weight do not wait for the kernel that writes x.
             int early = min(STAGES, shape.blocks);
             Cursor x_at = at;
             for (int i = 0; i < early; ++i, at.advance(shape)) load_weight(at);
@@ -135,7 +135,7 @@ gated(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMa
             }
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             release(previous);
-            // A thread has rows lane / 4 of G and of U, two tokens of each eight; transposed, one token and two outputs.
+            // A thread has row lane / 4 of G and of U, two tokens of each eight; transposed, one token and two outputs.
             int rows = tile * GROUPS + warp, width = shape.num_outputs / 2, token = rank * TOKENS + lane / 4;
             u32* place = out + static_cast<u64>(token) * width + rows * 4 + lane % 4;
             bool inside = rows * 8 < shape.num_outputs;

@@ -1,4 +1,4 @@
-"""Launches gated.cu: chooses how many rows of x a tile has."""
+"""Launches gated.cu, and chooses how many rows of x a tile has."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from kvist.kernels.gpu.cuda import CudaKernel, compile_cubin, map_tensor
 
 TILE_ROWS, DEPTH = 192, 64  # of the weight, as in gated.cu
-TOKENS = (32, 48, 64, 80, 96, 112, 128)  # of one CTA, half a tile; each is a kernel of its own
-MAX_ROWS = 2 * TOKENS[-1]  # above, cuBLAS's larger tiles save what the gate costs
-MIN_USE = 0.85  # of the clusters, over all rounds; below, too, cuBLAS, whose tiles come in more sizes
+TOKENS = (32, 48, 64, 80, 96, 112, 128)  # per CTA, half a tile; each size is a separate kernel
+MAX_ROWS = 2 * TOKENS[-1]  # above, cuBLAS with its larger tiles is faster in spite of the separate gate
+MIN_USE = 0.85  # minimum use of the clusters over all rounds; below, cuBLAS is faster: it has more tile sizes
 _THREADS = 512
 _SHARED_BYTES, _ALIGNMENT = 231_000, 1024
 _HALF = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -49,14 +49,14 @@ __device__ void multiply(float (&d)[{count}], unsigned long long a, unsigned lon
 
 
 def fills_gpu(num_rows: int, max_clusters: int) -> bool:
-    """Whether the tiles of so many rows of the weight fill as many clusters as run at a time."""
+    """Return whether the tiles of `num_rows` rows of the weight fill the clusters that run at the same time."""
     tiles = -(-num_rows // TILE_ROWS)
     return tiles >= MIN_USE * -(-tiles // max_clusters) * max_clusters
 
 
 @cache
 def _kernels(dtype: torch.dtype, device: torch.device) -> tuple[dict[int, CudaKernel], int]:
-    """By the tokens of a CTA; and how many clusters run at a time."""
+    """Return the kernels by tokens per CTA, and how many clusters run at the same time."""
     with ThreadPoolExecutor(len(TOKENS)) as pool, torch.cuda.device(device):
         cubins = pool.map(lambda tokens: compile_cubin(source(tokens, dtype), "sm_90a"), TOKENS)
         kernels = {}
@@ -67,11 +67,11 @@ def _kernels(dtype: torch.dtype, device: torch.device) -> tuple[dict[int, CudaKe
 
 
 class GatedProduct:
-    """One weight's product. Immutable."""
+    """The gated product of one weight. Immutable."""
 
     def __init__(self, weight: Tensor) -> None:
         num_rows, num_columns = weight.shape
-        self._weight = weight  # what the map points at
+        self._weight = weight  # keeps the memory of the map alive
         # Rows in groups of 16: 8 of the first half and the same 8 of the second.
         sizes, strides = (
             (num_columns, 8, 2, num_rows // 16),
@@ -86,8 +86,8 @@ class GatedProduct:
         (num_tokens, num_in), num_outputs = x.shape, self._weight.shape[0] // 2
         if not (self._fits and 0 < num_tokens <= MAX_ROWS):
             return None
-        assert x.stride(1) == 1, "a row of x is one piece"
-        assert (x.stride(0) % 8, x.data_ptr() % 16) == (0, 0), "the copy engine can read it"
+        assert x.stride(1) == 1, "a row of x is contiguous"
+        assert (x.stride(0) % 8, x.data_ptr() % 16) == (0, 0), "the copy engine needs this alignment"
         out = torch.empty((num_tokens, num_outputs), dtype=x.dtype, device=x.device)
         tokens = next(tokens for tokens in TOKENS if 2 * tokens >= num_tokens)
         shape = _Shape(num_tokens, num_outputs, -(-num_in // DEPTH), self._tiles)

@@ -1,8 +1,9 @@
-"""Programmatic dependent launch: a kernel may start while the one before it still runs, prepare what does not depend
-on it (addresses, weights), then wait for it. It hides most of the gap between the small kernels of a decode step.
+"""Programmatic dependent launch: a kernel may start while the previous kernel still runs, prepare everything that does
+not depend on it (addresses, weights), then wait for its end. This hides most of the gap between the small kernels of a
+decode step.
 
-The rule that keeps it right: every program of every kernel calls `wait_for_inputs` before it reads what another kernel
-wrote, or writes anything at all. So when a kernel has ended, all kernels before it have.
+Correctness rule: every program of every kernel calls `wait_for_inputs` before it reads the result of another kernel and
+before it writes anything. So when a kernel has ended, all kernels before it have ended.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def has_dependent_launch(device: torch.device) -> bool:
 
 @triton.jit
 def wait_for_inputs(DEPENDENT: tl.constexpr):
-    """Lets the next kernel start, then waits for the end of the one before."""
+    """Let the next kernel start, then wait for the end of the previous kernel."""
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()

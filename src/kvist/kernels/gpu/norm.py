@@ -1,4 +1,4 @@
-"""Residual add + RMSNorm: one program a row, which stays in registers between the two passes."""
+"""Residual add and RMSNorm: one program per row; the row stays in registers between the two passes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""One program a request. The lists lie in the host's memory: a program asks for a thousand pages at once, since each
-answer takes microseconds."""
+"""Reads page lists: one program per request. The lists are in host memory: a program requests a thousand pages at once,
+because each answer takes microseconds.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Page sums and page copies in one pass: each word is read once, mixed, and perhaps written to the other pool.
+"""Page sums and page copies in one pass: each word is read once, mixed, and optionally written to the target pool.
 
-One program a block of a page; pages and targets come as addresses, so the target may be memory that another process
-allocated, on another GPU even. Launched on a stream of its own, never with programmatic dependent launch.
+One program per block of a page. Pages and targets are passed as addresses, so the target may be memory that another
+process allocated, also on another GPU. Launched on a separate stream, never with programmatic dependent launch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Rotation, norms of q and k, and the write into the pages, in one pass over the fused projection's output."""
+"""Rotates q and k, norms their heads, and writes K and V into the pages, in one pass over the fused projection's
+output."""
 
 from __future__ import annotations
 
@@ -81,9 +82,9 @@ def rotate_and_write(heads: Tensor, rotary: Rotary | None, pages: Tensor, slots:
     num_tokens, num_heads, head_dim = heads.shape
     num_kv = pages.shape[1]
     num_q = num_heads - 2 * num_kv
-    assert heads.stride(2) == 1, "a head is one piece"
-    assert heads.stride(1) == head_dim, "a token's heads are one piece"
-    assert pages.stride(3) == head_dim, "a head's share of a page is one piece"
+    assert heads.stride(2) == 1, "a head is contiguous"
+    assert heads.stride(1) == head_dim, "a token's heads are contiguous"
+    assert pages.stride(3) == head_dim, "a head's part of a page is contiguous"
     q_out = torch.empty((num_tokens, num_q, head_dim), dtype=heads.dtype, device=heads.device)
     weight = None if rotary is None else rotary.qk_weight
     dependent = has_dependent_launch(heads.device)

@@ -1,6 +1,7 @@
 """Sampling in three small kernels over blocks of the vocabulary: the row's maximum, the noisy argmax of each block
-against it, and the best block. The hash is that of kernels/sampling.py, bit for bit. A block with NaN has NaN for its
-maximum, by which the last kernel knows the row."""
+against that maximum, and the best block. The hash equals the hash in kernels/sampling.py, bit for bit. The maximum of a
+block with NaN is NaN, so the last kernel finds invalid rows.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from torch import Tensor
 from kvist.kernels.gpu.launch import has_dependent_launch, wait_for_inputs
 
 _BLOCK = 2048
-_NOISE_SPAN = 25.5  # the noise lies in [-2.9, 22.2]
+_NOISE_SPAN = 25.5  # the noise is in [-2.9, 22.2]
 
 
 @triton.jit
 def _noise(low, high, token):
-    """Gumbel noise of uint32 token ids; the comments are at kernels/sampling.py."""
+    """Gumbel noise of uint32 token ids; kernels/sampling.py explains it."""
     hashed = (token * 0x9E3779B1) ^ low
     hashed = (hashed ^ (hashed >> 16)) * 0x85EBCA6B
     hashed = ((hashed ^ (hashed >> 13)) + high) * 0xC2B2AE35
@@ -25,7 +26,7 @@ def _noise(low, high, token):
     hashed = (hashed ^ (hashed >> 15)) & 0x7FFFFFFF
     value = (hashed.to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2^-31
     value = tl.minimum(value, 0.9999999403953552)  # 1 - 2^-24
-    # log1p(-v) exactly, by log(w) * -v / (w - 1) with w = 1 - v as it was rounded
+    # log1p(-v) exactly, as log(w) * -v / (w - 1) with w = 1 - v after rounding
     rest = 1.0 - value
     log1p = tl.where(rest == 1.0, -value, tl.log(rest) * (-value / tl.where(rest == 1.0, 1.0, rest - 1.0)))
     return -tl.log(-log1p)
@@ -55,7 +56,7 @@ def _block_best(
     reach = tl.load(maxima + row * num_blocks + block) - highest
     temperature = tl.load(temperatures + row)
     place = row * num_blocks + block
-    if reach >= -SPAN * temperature:  # else no noise lifts this block's best above the row's likeliest token
+    if reach >= -SPAN * temperature:  # else no noise can lift a token of this block above the row's likeliest token
         values = tl.load(logits + row * row_stride + tokens, mask=inside, other=float("-inf")).to(tl.float32) - highest
         if temperature > 0.0:
             low = tl.load(keys + row * 2).to(tl.uint32, bitcast=True)
@@ -85,7 +86,7 @@ def _row_best(maxima, best, best_token, chosen, num_blocks, BLOCKS: tl.constexpr
 
 def choose_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
     num_rows, vocab_size = logits.shape
-    assert logits.stride(1) == 1, "a row of logits is one piece"
+    assert logits.stride(1) == 1, "a row of logits is contiguous"
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
     blocks = triton.next_power_of_2(num_blocks)
     dependent = has_dependent_launch(logits.device)
@@ -110,7 +111,7 @@ def choose_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
 
 @triton.jit
 def _sum_above(probabilities, vocab_size, first, second, third, BLOCK: tl.constexpr):
-    """What the tokens at or above each of three probabilities have together."""
+    """Sum the probabilities at or above each of three thresholds."""
     sum_1 = tl.zeros((BLOCK,), tl.float32)
     sum_2, sum_3 = sum_1, sum_1
     for start in range(0, vocab_size, BLOCK):
@@ -124,7 +125,7 @@ def _sum_above(probabilities, vocab_size, first, second, third, BLOCK: tl.conste
 
 @triton.jit
 def _nucleus_floor(probabilities, vocab_size, top_p, floors, BLOCK: tl.constexpr):
-    """One row a program. Each pass over the row finds two bits of the floor's 30."""
+    """One program per row. Each pass over the row finds two of the 30 bits of the floor."""
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(top_p + row)
     low = wanted.to(tl.int32, bitcast=True) * 0

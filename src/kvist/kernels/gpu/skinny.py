@@ -1,8 +1,8 @@
 """Skinny products: each program owns a few rows of the weight and streams them past all rows of x.
 
-One row of x is multiplied on the ordinary cores; the weight's first block is asked for before the program waits for the
-kernel that makes x, so that reading the weight never stops between kernels. More rows go to the tensor cores, padded
-to the 16 rows that those work on, or twice as many.
+One row of x is multiplied on the ordinary cores. The program loads the first block of the weight before it waits for
+the kernel that writes x, so that reading the weight never stops between kernels. More rows use the tensor cores, padded
+to 16 or 32 rows.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ MAX_ROWS = 2 * TILE_ROWS
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    outputs: int  # weight rows a program
-    block: int  # columns a step
+    outputs: int  # weight rows per program
+    block: int  # columns per iteration
     num_warps: int
-    num_stages: int = 1  # blocks on their way at a time, for tensor cores
+    num_stages: int = 1  # blocks in flight, for tensor cores
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _row_product(
 ):  # fmt: skip
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     column = tl.arange(0, BLOCK)[None, :]
-    # Rows beyond the end are read from the last one and not stored: no mask on the stream of weights.
+    # Rows beyond the end read the last row and are not stored, so that weight loads need no mask.
     start = weight + tl.minimum(output, num_outputs - 1).to(tl.int64)[:, None] * IN
     start_up = start + num_outputs.to(tl.int64) * IN  # the second half of a gated weight
     total = tl.zeros((OUTPUTS, BLOCK), dtype=tl.float32)
@@ -108,7 +108,7 @@ def gated(x: Tensor, weight: Tensor) -> Tensor:
     return launch(x, weight, None, x.dtype, gated=True, tiling=_gated_tiling(x.shape[0], weight))
 
 
-# The quickest of 15 to 18 on an H200, by bench figures in kernels/skinny.py.
+# The fastest of 15 to 18 tilings on an H200; figures in kernels/skinny.py.
 
 
 def _linear_tiling(num_rows: int, weight: Tensor) -> Tiling:
@@ -129,7 +129,7 @@ def launch(
 ) -> Tensor:
     num_rows, num_in = x.shape
     num_outputs = weight.shape[0] // (2 if gated else 1)
-    assert x.stride(1) == 1, "a row of x is one piece"
+    assert x.stride(1) == 1, "a row of x is contiguous"
     assert weight.is_contiguous()
     out = torch.empty((num_rows, num_outputs), dtype=out_dtype, device=x.device)
     dependent = has_dependent_launch(x.device)
