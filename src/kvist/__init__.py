@@ -1,4 +1,4 @@
-"""Kvist serves large language models with disaggregated prefill and decode and a radix-tree KV cache.
+"""Kvist serves large language models with separate prefill and decode workers and a shared prefix cache.
 
 Importing this package is fast: `kvist.__version__` does not import torch.
 """

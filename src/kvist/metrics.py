@@ -1,11 +1,11 @@
-"""Prometheus metrics of one gateway. Names follow vLLM and SGLang where they mean the same, with the prefix `kvist:`.
+"""Prometheus metrics of one gateway. Names are those of vLLM and SGLang for equal meanings, with the prefix `kvist:`.
 
-Owns its registry (no globals). On the hot path everything is a plain Python number, written by the event loop alone,
-without a lock or a label look-up; Prometheus objects are made when somebody scrapes. What the workers know is given by
-`of_workers` then (server/worker_metrics.py).
+Owns its registry (no globals). On the hot path all values are plain Python numbers, written by the event loop alone,
+without locks or label look-ups; Prometheus objects are created at each scrape, which also calls `of_workers` for the
+metrics of the workers (server/worker_metrics.py).
 
-Counters that engines send in `LoadReport.totals` appear as `kvist:worker_<name>_total`; ENGINE_TOTALS explains the
-names in use. A name that is not there is exported too. docs/metrics.md lists everything.
+Counters that engines send in `LoadReport.totals` appear as `kvist:worker_<name>_total`; ENGINE_TOTALS has the help text
+of known names. Unknown names are exported too. docs/metrics.md lists all metrics.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ENGINE_TOTALS: Mapping[str, str] = {
     "steps": "engine steps finished",
-    "failed_steps": "engine steps that the model or the device failed, or in which the model computed NaN",
-    "abandoned_steps": "engine steps abandoned half-way on a CPU because every client of the step had left",
+    "failed_steps": "engine steps that failed in the model or on the device, or in which the model computed NaN",
+    "abandoned_steps": "engine steps abandoned half-way on a CPU because all clients of the step had disconnected",
     "prompt_tokens": "prompt tokens of admitted requests",
-    "cached_prompt_tokens": "prompt tokens found in the page cache",
+    "cached_prompt_tokens": "prompt tokens of admitted requests that were found in the page cache",
     "ceiling_prompt_tokens": "prompt tokens that would have been cached if no page had ever been evicted",
-    "ceiling_remembered_pages": "evicted pages whose digests were remembered, to count the ceiling of the hits",
-    "ceiling_forgotten_pages": "remembered digests that were forgotten again; above 0 the ceiling is a lower bound",
-    "computed_prompt_tokens": "prompt tokens computed by the model",
+    "ceiling_remembered_pages": "evicted pages whose digests were remembered, to count ceiling_prompt_tokens",
+    "ceiling_forgotten_pages": "remembered digests that were forgotten; above 0, ceiling_prompt_tokens is a lower bound",
+    "computed_prompt_tokens": "prompt tokens computed by the model, recomputed ones included",
     "generation_tokens": "output tokens produced",
-    "preemptions": "requests sent back to waiting because pages ran out",
-    "requests_finished": "requests ended with all their tokens",
-    "requests_failed": "requests ended by an error",
+    "preemptions": "running requests preempted because no free page was left",
+    "requests_finished": "requests that ended with all their tokens",
+    "requests_failed": "requests that ended with an error",
     "requests_aborted": "requests aborted by their gateway",
-    "requests_refused": "requests refused because the queue was full or the request invalid",
+    "requests_refused": "requests refused because the queue was full or the request was invalid",
     "requests_displaced": "waiting requests removed from a full queue in favour of a caller with fewer requests in it",
     "handoffs_sent": "handoffs sent by this prefill worker and acknowledged by the decode worker",
     "handoffs_received": "handoffs granted and verified by this decode worker",
     "handoffs_failed": "handoffs that failed, were refused or timed out",
-    "handoffs_cancelled": "handoffs given up because the request was aborted: its client or its gateway had left",
+    "handoffs_cancelled": "handoffs cancelled because the request was aborted: its client or gateway had disconnected",
     "foreign_grants": "grants refused because the gateway had named another decode worker",
     "handoff_pages": "pages written by handoffs",
     "handoff_bytes": "bytes written by handoffs",
     "plan_cpu_seconds": "processor time spent planning steps",
     "launch_cpu_seconds": "processor time spent launching steps (on a CPU: computing them)",
-    "read_cpu_seconds": "processor time spent reading results of steps back; on a GPU mostly waiting for the device",
-    "loop_cpu_seconds": "processor time of the engine's loop: steps planned, launched and read, and messages",
+    "read_cpu_seconds": "processor time spent reading the results of steps; on a GPU mostly waiting for the device",
+    "loop_cpu_seconds": "processor time of the engine loop: planning, launching and reading steps, and messages",
     "process_cpu_seconds": "processor time of the engine process, all threads",
     "handoff_seconds": "total time of handoffs, from the Grant to the Ack (sent) or to verified pages (received)",
     "device_hit_pages": "pages of admitted requests found in the device pool (L1)",
@@ -59,10 +59,10 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "host_evicted_pages": "pages dropped from the host tier",
     "host_loaded_pages": "pages copied from the host tier back to the device pool",
     "host_backed_up_pages": "pages copied to the host tier",
-    "host_skipped_pages": "pages not copied to the host tier: too many copies under way, or no room there",
+    "host_skipped_pages": "pages not copied to the host tier: too many copies in progress, or the tier was full",
     "host_failed_pages": "pages of failed copies to or from the host tier",
-    "storage_hit_pages": "pages that the host tier lacked when a request arrived, found in the storage tier (L3)",
-    "storage_miss_pages": "pages that the host tier lacked when a request arrived, not found in the storage tier (L3)",
+    "storage_hit_pages": "pages missing in the host tier when a request arrived, and found in the storage tier (L3)",
+    "storage_miss_pages": "pages missing in the host tier when a request arrived, and not found in the storage tier (L3)",
     "storage_fetched_pages": "pages copied from the storage tier to the host tier",
     "storage_stored_pages": "pages written to the storage tier, or found there already",
     "storage_skipped_pages": "pages not stored because the host tier evicted them before the store had room",
@@ -75,14 +75,14 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "storage_writes": "copies from the host tier to the storage tier",
     "storage_write_bytes": "bytes copied from the host tier to the storage tier, pages found there already included",
     "storage_write_seconds": "total time of copies from the host tier to the storage tier",
-    "storage_slow_calls": "calls of the store that took longer than the deadline",
-    "storage_raised_calls": "calls of the store that failed by a bug in the store",
-    "storage_unasked_jobs": "finds, reads and writes skipped because the store hangs (its breaker is open)",
+    "storage_slow_calls": "store calls that exceeded their time limit",
+    "storage_raised_calls": "store calls that raised an unexpected exception: a bug in the store",
+    "storage_unasked_jobs": "lookups, reads and writes skipped because the store hangs (its circuit breaker is open)",
     "storage_broken_pages": "stored pages with a wrong header, size, owner or seal; each counts as a miss",
     "storage_refused_pages": "pages for which the store had no room",
     "storage_evicted_pages": "pages that this worker evicted from the store to keep the size limit",
-    "prefetches": "requests that fetched pages from the storage tier, or waited for pages that others were fetching",
-    "prefetch_timeouts": "requests that stopped waiting for the storage tier before all their pages had come",
+    "prefetches": "requests that fetched pages from the storage tier, or waited for a fetch of another request",
+    "prefetch_timeouts": "requests that stopped waiting for the storage tier before all their pages were fetched",
     "prefetch_wait_seconds": "total time that requests waited for the storage tier, from arrival to the queue",
     "host_loads": "copies from the host tier",
     "host_load_bytes": "bytes copied from the host tier",
@@ -91,15 +91,15 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "host_backup_bytes": "bytes copied to the host tier",
     "host_backup_seconds": "total time of copies to the host tier",
     "undecodable_messages": "messages dropped because they could not be decoded",
-    "refused_connections": "connections to the engine's socket refused because they had another cluster key, or none",
-    "unexpected_messages": "messages dropped because this role does not take them or their sender may not send them",
+    "refused_connections": "connections to the engine's socket refused because of another cluster key, or none",
+    "unexpected_messages": "messages dropped because this role does not accept them or their sender may not send them",
 }
 
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Histogram:
-    """Counts by upper bound; `observe` costs well under a microsecond."""
+    """Histogram with fixed upper bounds; `observe` takes well under a microsecond."""
 
     def __init__(self, bounds: tuple[float, ...] = _LATENCY_BUCKETS_S) -> None:
         self._bounds = bounds
@@ -122,7 +122,7 @@ class Histogram:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class GatewayMetrics(Collector):
-    """Written by the server's event loop; what is called here is asked at each scrape."""
+    """Metrics of one gateway. The server's event loop writes the fields; each scrape calls the callables."""
 
     of_workers: Callable[[], Iterable[Metric]] = tuple
     num_long_requests_waiting: Callable[[], int] = int
@@ -143,10 +143,10 @@ class GatewayMetrics(Collector):
     e2e_latency_s: Histogram = field(default_factory=Histogram)
 
     def exposition(self) -> bytes:
-        """The text a Prometheus server scrapes."""
+        """Return the metrics in Prometheus' text format."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
-        ProcessCollector(registry=registry)  # this process: its processor time, memory and open files
+        ProcessCollector(registry=registry)  # processor time, memory and open files of this process
         return generate_latest(registry)
 
     def collect(self) -> Iterator[Metric]:
@@ -160,32 +160,38 @@ class GatewayMetrics(Collector):
             self.num_cached_prompt_tokens,
         )
         yield CounterMetricFamily("kvist:generation_tokens", "output tokens received", self.num_generation_tokens)
-        yield _counter("request_success", "requests answered in full", "finished_reason", self.num_finished)
+        yield _counter(
+            "request_success", "requests that were answered completely", "finished_reason", self.num_finished
+        )
         yield _counter("request_failure", "requests that ended in an error", "code", self.num_failed)
-        yield CounterMetricFamily("kvist:client_disconnects", "clients that left before the end", self.num_disconnected)
+        yield CounterMetricFamily(
+            "kvist:client_disconnects",
+            "clients that disconnected before the end of their answer",
+            self.num_disconnected,
+        )
         yield _http_requests(self.num_http_requests)
         yield CounterMetricFamily(
             "kvist:http_connections_refused",
-            "connections closed because too many were open",
+            "connections refused because too many were open",
             self.num_refused_connections,
         )
         yield GaugeMetricFamily(
             "kvist:gateway_long_requests_waiting",
-            "long requests that wait for a thread to tokenise them",
+            "long requests that wait for a tokenizer thread",
             self.num_long_requests_waiting(),
         )
         yield GaugeMetricFamily(
             "kvist:gateway_body_bytes",
-            "bytes that bodies of large requests hold until they are tokenised",
+            "bytes of large request bodies in memory, until they are tokenised",
             self.num_body_bytes(),
         )
         yield self.loop_lag_s.family(
-            "gateway_loop_lag_seconds", "how late the event loop wakes up, measured ten times a second"
+            "gateway_loop_lag_seconds", "delay of the gateway's event loop, measured ten times a second"
         )
         yield self.time_to_first_token_s.family(
             "time_to_first_token_seconds", "time from reading the request to its first token"
         )
-        yield self.inter_token_latency_s.family("inter_token_latency_seconds", "time between two pieces of one stream")
+        yield self.inter_token_latency_s.family("inter_token_latency_seconds", "time between two chunks of one stream")
         yield self.time_per_output_token_s.family(
             "time_per_output_token_seconds", "mean time per output token of a request, after its first token"
         )
