@@ -129,4 +129,4 @@ def test_workers_without_a_host_tier_refuse_a_store_and_name_the_flag(settled):
     for method in ("GET", "PUT", "DELETE"):
         answer = httpx.request(method, settled.router + "/hicache/storage-backend", json={}, timeout=60)
         assert answer.status_code == 400
-        assert "start it with --enable-hierarchical-cache" in answer.json()["error"]["message"]
+        assert "start the worker with --enable-hierarchical-cache" in answer.json()["error"]["message"]

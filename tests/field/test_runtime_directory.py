@@ -136,12 +136,12 @@ def test_a_full_file_system_is_an_error_at_the_start_and_leaves_no_file(
 
 
 def test_engines_reserve_memory_one_at_a_time(tmp_path: Path) -> None:
-    with module.turn(tmp_path):
+    with module.allocation_lock(tmp_path):
         fd = os.open(tmp_path, os.O_RDONLY)
         with pytest.raises(BlockingIOError):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(fd)
-    with module.turn(tmp_path):
+    with module.allocation_lock(tmp_path):
         assert names_in(tmp_path) == []
 
 

@@ -326,7 +326,10 @@ def test_a_refused_attach_names_the_field_and_changes_nothing(world: World, tmp_
         assert (answered.error_code, answered.param) == ("invalid_request", param), wanted
         assert world.ask_storage(engine, "status").status.state == "detached"
     without = world.engine("unified")
-    assert "start it with --enable-hierarchical-cache" in world.ask_storage(without, "attach", backend="memory").message
+    assert (
+        "start the worker with --enable-hierarchical-cache"
+        in world.ask_storage(without, "attach", backend="memory").message
+    )
 
 
 def test_a_store_that_hangs_while_opening_blocks_no_request_and_can_be_detached(
@@ -354,7 +357,7 @@ def test_a_store_that_hangs_while_opening_blocks_no_request_and_can_be_detached(
     world.ask_later(engine, "attach", backend="memory")
     assert world.ask_storage(engine, "detach").status.state == "detached"
     refused = world.ask_storage(engine, "attach", backend="memory")
-    assert (refused.error_code, "2 stores were left behind" in refused.message) == ("conflict", True)
+    assert (refused.error_code, "2 detached stores still have hung calls" in refused.message) == ("conflict", True)
     go.set()
     assert closed.wait(20)
     assert world.ask_storage(engine, "attach", backend="memory").status.state == "attached"
@@ -366,7 +369,7 @@ def test_a_store_that_hangs_at_detach_is_abandoned_after_a_timeout(
     engine = start(world, file_store(tmp_path, deadline_s=DEADLINE_S))
     hang(world, engine, hanging, request_of("1", prompt(33)))
     told = world.ask_storage(engine, "detach", step_s=0.1).status
-    assert (told.state, told.note) == ("detached", "left behind: a call of the store hangs")
+    assert (told.state, told.note) == ("detached", "detached, but a call of the store hangs")
     assert engine.scheduler.load().host_pages.in_flight > 0
     hanging.go.set()
     world.run()

@@ -7,4 +7,4 @@ from kvist.worker.process import main
 status = main()
 logging.shutdown()
 sys.stderr.flush()
-os._exit(status)  # the interpreter's own end would wait for a device or a communicator that may be broken
+os._exit(status)  # skip the interpreter's shutdown, which would wait for a device or communicator that may be broken

@@ -1,12 +1,12 @@
-"""`kvist bench engine`: the steps of one engine in this process, without HTTP and sockets, each taken apart.
+"""`kvist bench engine`: times the steps of one engine in this process, without HTTP and sockets, part by part.
 
-    plan        scheduler.step, from the tokens of the step before to the next batch
-    launch      runner.launch: inputs made and work queued; on a CPU it computes, too
-    compute     from there until the device is idle
+    plan        scheduler.step, from the tokens of the previous step to the next batch
+    launch      runner.launch: build inputs and queue work; on a CPU also compute
+    compute     until the device is idle
     read back   InFlight.result: tokens on the host
 
-The parts are measured one step at a time, so they add up. A GPU engine plans and launches a step while the one before
-is computed; "overlapped" is a step's share of the wall time then. Medians over the steps of a shape.
+The parts are measured one step at a time, so they add up. A GPU engine plans and launches a step while the previous one
+is computed; "overlapped" is then a step's share of the wall time. The table has medians over the steps of a shape.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from kvist.worker.bench_shapes import Shape, StepsConfig
 from kvist.worker.config import EngineConfig
 from kvist.worker.engine import find_served_model, freeze_gc, load_runner, warm_up
 
-PREFILL_STEP_TOKENS = 2048  # of the steps before the measured ones, which fill the context of the decodes
-MAX_STEPS_BEFORE = 100_000  # such steps; more mean that the scheduler is stuck
+PREFILL_STEP_TOKENS = 2048  # of the steps that prefill the context of the decodes, before the measured steps
+MAX_STEPS_BEFORE = 100_000  # of these prefill steps; more mean that the scheduler is stuck
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +57,12 @@ class StepParts:
 class ShapeResult:
     shape: Shape
     steps: list[StepParts]
-    overlapped_s: float | None  # wall time of a step with the next one planned and launched meanwhile
+    overlapped_s: float | None  # wall time of a step while the next one is planned and launched
 
 
 def run_bench_engine(engine: EngineConfig, config: StepsConfig) -> int:
-    """Prints a table; the exit status. Raises `ConfigError`, also when a shape does not fit the model or the pool."""
-    limits = scheduler_limits(config.parsed)  # the runner makes its buffers and graphs as large as these
+    """Print a table; return the exit status. Raises `ConfigError`, also if a shape does not fit the model or pool."""
+    limits = scheduler_limits(config.parsed)  # the runner sizes its buffers and graphs by these limits
     with contextlib.ExitStack() as closing:
         runtime_dir = user_runtime_dir(engine.runtime_dir)
         sweep(runtime_dir)
@@ -92,7 +92,7 @@ def run_bench_engine(engine: EngineConfig, config: StepsConfig) -> int:
 
 
 def scheduler_limits(shapes: Sequence[Shape]) -> SchedulerConfig:
-    """Large enough for every shape to be one step."""
+    """Return limits that fit every shape into one step."""
     num_running = max(shape.num_decodes + 2 * shape.num_prompts for shape in shapes)
     num_tokens = max(PREFILL_STEP_TOKENS, num_running, *(shape.num_step_tokens for shape in shapes))
     return SchedulerConfig(
@@ -105,20 +105,20 @@ def scheduler_limits(shapes: Sequence[Shape]) -> SchedulerConfig:
 
 
 def max_decode_tokens(shape: Shape, config: StepsConfig, limits: SchedulerConfig) -> int:
-    """Tokens that a decode may write: in the steps that count, and while the prompts of others are still read."""
+    """Return the most tokens that a decode generates: in the measured steps and while other prompts are prefilled."""
     room_for_prompts = max(1, limits.max_prefill_tokens - shape.num_decodes)
     num_reading_steps = -(-shape.num_decodes * shape.context // room_for_prompts)
     return num_reading_steps + config.warmup_steps + config.steps + 3
 
 
 def check_fits(shape: Shape, config: StepsConfig, runner: AnyRunner, max_positions: int) -> None:
-    """Raises `ConfigError`."""
+    """Raise `ConfigError` if the shape does not fit the model or the page pool."""
     num_steps = max_decode_tokens(shape, config, scheduler_limits([shape]))
     page_size = runner.pool.layout.page_size
     longest = max(shape.context + num_steps if shape.num_decodes else 0, shape.prompt + 1)
     if longest > max_positions:
         raise ConfigError(f"--shapes {shape.text}: {longest} tokens, but the model was trained for {max_positions}")
-    # prompts of two steps: with overlap those of one are still held while the next one's are computed
+    # prompts of two steps: with overlap, one step's pages are still owned while the next step is computed
     pages = shape.num_decodes * -(-(shape.context + num_steps) // page_size)
     pages += 2 * shape.num_prompts * -(-(shape.prompt + 1) // page_size)
     if pages > runner.pool.num_pages:
@@ -132,7 +132,7 @@ def check_fits(shape: Shape, config: StepsConfig, runner: AnyRunner, max_positio
 
 
 class PromptSource:
-    """Random prompts, no two of which share a page. Mutable; owned by the bench of one shape."""
+    """Random prompts that share no page. Mutable; owned by the bench of one shape."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -150,7 +150,7 @@ class PromptSource:
 
 
 class ShapeBench:
-    """Feeds a scheduler of its own so that each measured step is of one shape. Mutable; modes run one after another."""
+    """Drives its own scheduler so that each measured step has the shape. Mutable; one measurement at a time."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class ShapeBench:
         self._new_scheduler(overlap=False)
 
     def measure_parts(self) -> list[StepParts]:
-        """One step after another, the measured ones only."""
+        """Time the parts of each step, one step after another; return the measured steps without the warm-up."""
         self._new_scheduler(overlap=False)
         times = []
         events = self._prefill_decodes()
@@ -200,7 +200,7 @@ class ShapeBench:
         return times
 
     def measure_overlapped(self) -> float:
-        """Seconds a step, with each planned and launched while the one before is computed."""
+        """Return the seconds per step, each planned and launched while the previous one is computed."""
         self._new_scheduler(overlap=True)
         events = self._prefill_decodes()
         under_way: deque[tuple[Batch, InFlight]] = deque()
@@ -234,10 +234,10 @@ class ShapeBench:
         return [self._source.arrival(self._shape.prompt, 1) for _ in range(self._shape.num_prompts)]
 
     def _prefill_decodes(self) -> list[Event]:
-        """Runs the steps that give every decode its context. The events that the first measured step begins with."""
+        """Run the steps that prefill the decodes' contexts; return the events for the first measured step."""
         if not self._shape.num_decodes:
             return []
-        # one of the context is the first token that prefill chose
+        # the last token of the context is the first one that prefill sampled
         context = max(1, self._shape.context - 1)
         max_tokens = max_decode_tokens(self._shape, self._config, self._limits)
         events: list[Event] = [self._source.arrival(context, max_tokens) for _ in range(self._shape.num_decodes)]
@@ -250,7 +250,7 @@ class ShapeBench:
             events = [StepFinished(step_id=plan.batch.step_id, sampled=sampled)]
             if num_ready == self._shape.num_decodes:
                 return events
-        raise AssertionError("the scheduler does not get the decodes ready")
+        raise AssertionError("the scheduler does not finish the prefill of the decodes")
 
     def _plan(self, events: Sequence[Event]) -> Batch:
         batch = self._scheduler.step(self._clock.now_s(), events).batch
@@ -262,7 +262,7 @@ class ShapeBench:
         assert found == self._shape.num_step_tokens, f"{self._shape.text}: a step of {found} tokens was planned"
 
 
-# ---------------------------------------------------------------- what is shown
+# ---------------------------------------------------------------- output
 
 _HEAD = "shape            tokens |   plan   launch  compute  read back =     step ms | overlapped ms    tokens/s"
 

@@ -1,4 +1,4 @@
-"""The batch shapes that `kvist bench engine` times, as they are written on the command line. No torch here."""
+"""The batch shapes of `kvist bench engine`, as written on the command line. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvist.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """One step: `num_decodes` requests that have `context` tokens each, and `num_prompts` new prompts of `prompt`."""
+    """One step: `num_decodes` requests of `context` tokens each, and `num_prompts` new prompts of `prompt` tokens."""
 
     text: str
     num_decodes: int = 0
@@ -30,14 +30,14 @@ _TERM = re.compile(r"(\d+)([@x])(\d+)")
 
 
 def parse_shape(text: str) -> Shape:
-    """ "8@1024", "2x512", or both joined by "+". Raises `ConfigError`."""
+    """Parse "8@1024", "2x512", or both joined by "+". Raises `ConfigError`."""
     sizes: dict[str, tuple[int, int]] = {}
     for term in text.split("+"):
         match = _TERM.fullmatch(term)
         if match is None or match[2] in sizes or int(match[1]) < 1 or int(match[3]) < 1:
             raise ConfigError(
-                f"--shapes: {text!r} is not allowed; write 8@1024 for 8 decodes of 1024 tokens of context each, 2x512 "
-                "for 2 prompts of 512, 8@1024+2x512 for both in one step",
+                f"--shapes: {text!r} is not a batch shape; use 8@1024 for 8 decodes with 1024 tokens of context each, "
+                "2x512 for 2 prompts of 512 tokens, 8@1024+2x512 for both in one step",
                 param="shapes",
             )
         sizes[match[2]] = int(match[1]), int(match[3])
@@ -48,16 +48,16 @@ def parse_shape(text: str) -> Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepsConfig:
-    """Raises `ConfigError` for a shape that cannot be read."""
+    """The options of `kvist bench engine`. Raises `ConfigError` for an invalid shape."""
 
     shapes: tuple[str, ...] = option(
         ("1@128", "8@512", "1x512", "8@512+1x256"),
-        "what a step computes: 8@1024 is 8 decodes with 1024 tokens of context each, 2x512 two prompts of 512 tokens, "
-        "8@1024+2x512 both",
+        "contents of a step: 8@1024 is 8 decodes with 1024 tokens of context each, 2x512 is 2 prompts of 512 tokens, "
+        "8@1024+2x512 is both",
     )
-    steps: int = option(20, "steps measured of each shape", minimum=1)
-    warmup_steps: int = option(3, "steps before them", minimum=0)
-    json_path: Path | None = option(None, "write every step's times here", flag="--json")
+    steps: int = option(20, "measured steps of each shape", minimum=1)
+    warmup_steps: int = option(3, "steps of each shape before the measured ones", minimum=0)
+    json_path: Path | None = option(None, "file for the times of every step, as JSON", flag="--json")
 
     def __post_init__(self) -> None:
         _ = self.parsed

@@ -1,13 +1,14 @@
-"""The engine process as its parent (`kvist serve`) sees it: started, watched, restarted, stopped.
+"""The parent's side of an engine process (`kvist serve`): start, supervise, restart, stop.
 
     STARTING ──Ready──► RUNNING ──died, or killed──► WAITING ──backoff──► STARTING     cancelled: ──► STOPPED
         └──StartFailed, or too slow──► the first time: run() raises; later: WAITING
 
-`EngineProcess` is one life; `EngineSupervisor` is all of them. Each life has its own epoch, so nothing that was sent to
-one can be taken for the next one's. The engine's log goes to our own standard error; its announcements come by pipe.
+`EngineProcess` is one run of an engine; `EngineSupervisor` restarts it. Each run has its own epoch, so messages to an
+earlier run are never mistaken for messages to a later one. The engine logs to our standard error and sends its
+announcements through a pipe.
 
-A running engine beats twice a second (progress.py). Beats that tell of a standstill, or no beats at all, are what
-`health` shows; after `--stall-restart-s` of that the engine is killed, which starts the next life.
+A running engine sends a heartbeat twice a second (progress.py). `health` shows heartbeats that report a stall, and
+missing heartbeats; after `--stall-restart-s` without progress the engine is killed and restarted.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from kvist.worker.messages import DRAIN, STOP, Beat, Progress, Ready, StartFaile
 
 FIRST_RESTART_WAIT_S = 0.5
 LONGEST_RESTART_WAIT_S = 30.0
-BACKOFF_RESET_S = 60.0  # a life this long makes the next wait short again
+BACKOFF_RESET_S = 60.0  # a run of this length resets the wait before the next start
 STOP_GRACE_S = 10.0
-CHECK_INTERVAL_S = 0.5  # between two looks whether the engine makes progress
-_SELF_EXIT_GRACE_S = 2.0  # an engine whose threads run ends itself at the limit, and says where it hangs: let it
+CHECK_INTERVAL_S = 0.5  # between two checks of the engine's progress
+_SELF_EXIT_GRACE_S = 2.0  # first let the engine exit by itself at the limit, because it logs where it hangs
 _MAX_LINE_BYTES = 1 << 20
 ENGINE_COMMAND = (sys.executable, "-m", "kvist.worker")
 
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineProcess:
-    """One life. `start` returns when it serves; then `wait` for its end, or `stop` it."""
+    """One run of an engine. `start` returns when the engine is ready; then `wait` for its end, or `stop` it."""
 
     def __init__(self, process: asyncio.subprocess.Process, ready: Ready) -> None:
         self.spec = ready.spec
@@ -62,8 +63,9 @@ class EngineProcess:
         on_progress: Callable[[str], None],
         command: Sequence[str] = ENGINE_COMMAND,
     ) -> EngineProcess:
-        """Raises what the engine reported (`ConfigError`, `ModelLoadError`, ...), `EngineError` if it died without a
-        word, `Timeout` after `config.engine_start_timeout_s`. Leaves no process behind then, nor when cancelled."""
+        """Start an engine and wait until it is ready. Raises the error that the engine reported (`ConfigError`,
+        `ModelLoadError`, ...), `EngineError` if the engine died without a report, and `Timeout` after
+        `config.engine_start_timeout_s`. Leaves no process behind after an error or when cancelled."""
         process = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_MAX_LINE_BYTES
         )
@@ -74,8 +76,8 @@ class EngineProcess:
             await _end(process, grace_s=0.0)
             if isinstance(error, TimeoutError):
                 raise Timeout(
-                    f"the engine did not get ready within {config.engine_start_timeout_s:g} s: "
-                    "raise --engine-start-timeout-s, or look at its log"
+                    f"the engine was not ready within {config.engine_start_timeout_s:g} s: "
+                    "raise --engine-start-timeout-s, or see the log of the engine"
                 ) from error
             raise
 
@@ -84,18 +86,18 @@ class EngineProcess:
         return self._process.pid
 
     async def wait(self) -> int:
-        """Its exit status, negative for a signal."""
+        """Wait for the end; return the exit status, negative for a signal."""
         return await self._process.wait()
 
     def check_health(self) -> EngineHealth:
-        """Call it every `CHECK_INTERVAL_S`."""
+        """Return the current health. Must be called every `CHECK_INTERVAL_S`."""
         now_s = self._clock.now_s()
         self._last_beat_s += self._oversleep.look(now_s)
         silent_s = now_s - self._last_beat_s
         return EngineHealth(turn_s=self._beat.turn_s + silent_s, stalled_s=self._beat.stalled_s + silent_s)
 
     def drain(self) -> None:
-        """Ask it to take no new request and to end after its last one."""
+        """Ask the engine to take no new request and to end after its last request."""
         _send_line(self._process, DRAIN)
 
     def kill(self) -> None:
@@ -103,7 +105,7 @@ class EngineProcess:
             self._process.kill()
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """Ask it to end now; SIGKILL after `grace_s`. Harmless when it has ended."""
+        """Ask the engine to end now; SIGKILL after `grace_s`. Harmless if the engine has ended."""
         await _end(self._process, grace_s=grace_s)
         await self._reader
 
@@ -123,7 +125,7 @@ async def _await_ready(
 ) -> Ready:
     assert process.stdin is not None
     assert process.stdout is not None
-    with contextlib.suppress(ConnectionError):  # it died at once: its silence is reported below
+    with contextlib.suppress(ConnectionError):  # the engine died at once, which is reported below
         process.stdin.write(msgspec.json.encode(config) + b"\n")
         await process.stdin.drain()
     while line := await _read_line(process.stdout):
@@ -136,7 +138,9 @@ async def _await_ready(
                 raise error_from_wire(code, message)
             case None:
                 logger.warning("the engine printed %r", line)
-    raise EngineError(f"the engine ended with status {await process.wait()} before it was ready: see its log")
+    raise EngineError(
+        f"the engine ended with status {await process.wait()} before it was ready: see the log of the engine"
+    )
 
 
 async def _end(process: asyncio.subprocess.Process, *, grace_s: float) -> None:
@@ -156,15 +160,15 @@ async def _end(process: asyncio.subprocess.Process, *, grace_s: float) -> None:
 
 def _send_line(process: asyncio.subprocess.Process, word: bytes) -> None:
     if process.stdin is not None and not process.stdin.is_closing():
-        process.stdin.write(word + b"\n")  # a few bytes: the pipe takes them, or the engine is dead
+        process.stdin.write(word + b"\n")  # a few bytes: they fit into the pipe of a living engine
 
 
 async def _read_line(stdout: asyncio.StreamReader) -> bytes:
-    """Empty at the end. What is no line of ours, however long, is passed over."""
+    """Read the next line, without lines over `_MAX_LINE_BYTES`; return b"" at end of file."""
     while True:
         try:
             return await stdout.readline()
-        except ValueError:  # longer than the limit; the reader has dropped it
+        except ValueError:  # a line over the limit, which the reader has dropped
             continue
 
 
@@ -178,8 +182,8 @@ class EngineState(enum.Enum):
 class EngineSupervisor:
     """Keeps one engine alive. Mutable; owned by the task that runs `run`; others read `state` and `spec`.
 
-    `on_change` is called whenever `spec` becomes another life's, or None: the gateway then connects or lets go.
-    `on_progress` gets each step of a start, as `health.doing` has it.
+    `on_change` is called whenever `spec` changes to that of another run or to None: the gateway then connects or
+    disconnects. `on_progress` is called with each step of a start, which is also in `health.doing`.
     """
 
     def __init__(
@@ -193,7 +197,7 @@ class EngineSupervisor:
     ) -> None:
         self.state = EngineState.STOPPED
         self.spec: EngineSpec | None = None
-        self.failure: KvistError | None = None  # why the last life ended
+        self.failure: KvistError | None = None  # why the last run ended
         self.num_restarts = 0
         self.health = EngineHealth()
         self._config = config
@@ -206,16 +210,16 @@ class EngineSupervisor:
         self._draining = False
 
     def drain(self) -> bool:
-        """Ask the engine to take no new request and to end after its last one; `run` returns then. False: there is no
-        engine that serves now."""
+        """Ask the engine to take no new request and to end after its last one; then `run` returns. Returns False if no
+        engine is running."""
         self._draining = True
         if self._engine is not None:
             self._engine.drain()
         return self._engine is not None
 
     async def run(self) -> None:
-        """Until cancelled or drained; the engine is stopped then. Raises `KvistError` when the very first start fails:
-        trying again would hardly help. What has worked once is tried again for ever, every `LONGEST_RESTART_WAIT_S`."""
+        """Run the engine until cancelled or drained, then stop it. Raises `KvistError` if the very first start fails,
+        because a retry would hardly help. Later starts are retried forever, at least every `LONGEST_RESTART_WAIT_S`."""
         num_early_exits = 0
         try:
             while True:
@@ -241,11 +245,11 @@ class EngineSupervisor:
     async def _run_once(self) -> None:
         try:
             await self._start_and_watch()
-        finally:  # an engine that was killed, by whomever, could not remove its files
+        finally:  # a killed engine could not remove its files
             await asyncio.shield(asyncio.to_thread(self._remove_leftovers))
 
     def _remove_leftovers(self) -> None:
-        with contextlib.suppress(ConfigError, OSError):  # the engine has said what is wrong with the folder
+        with contextlib.suppress(ConfigError, OSError):  # the engine has reported the problem of the folder
             remove_leftovers(runtime_dir(self._config.runtime_dir))
 
     async def _start_and_watch(self) -> None:
@@ -262,11 +266,11 @@ class EngineSupervisor:
             self._engine = None
             self._set_spec(None)
             if engine.gateway_cores:
-                bind_process(self._cores)  # which the next engine inherits, and loads on
+                bind_process(self._cores)  # the next engine inherits these cores for loading
             await asyncio.shield(engine.stop())
 
     async def _watch(self, engine: EngineProcess) -> str:
-        """Until it has ended; returns how. Kills it when it stands still."""
+        """Wait until the engine has ended; kill it if it makes no progress. Returns how the engine ended."""
         if self._draining:
             engine.drain()
         ending = asyncio.create_task(engine.wait(), name="engine's end")
@@ -293,5 +297,5 @@ class EngineSupervisor:
 
 
 def restart_wait_s(num_early_exits: int) -> float:
-    """0.5, 1, 2, ... 30 s."""
+    """Return the wait before the next start: 0.5, 1, 2, ... 30 s."""
     return float(min(LONGEST_RESTART_WAIT_S, FIRST_RESTART_WAIT_S * 2.0 ** min(num_early_exits - 1, 16)))

@@ -1,8 +1,8 @@
-"""Builds one engine from its settings: model, pages, scheduler, sockets, transport, loop; and takes it apart again.
+"""Builds one engine from its settings (model, pages, scheduler, sockets, transport, loop), and closes it.
 
-The role changes one thing only, the scheduler (scheduler/roles.py): the loop and everything around it are the same.
-What is made here is closed here, in the opposite order: first mover and transport (nothing is copied any more), then
-sockets, runner and pool, and last the epoch's lock, which tells the peers that it is over.
+The role changes only the scheduler (scheduler/roles.py): the loop and everything around it are the same. The parts are
+closed in the opposite order of their creation: first mover and transport, so that no copy goes on, then sockets, runner
+and pool, and last the lock of the epoch, whose release shows peers that the engine has ended.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ class Engine:
     spec: EngineSpec
     loop: EngineLoop
     progress: ProgressWatch  # of the loop; not started
-    gateway_cores: frozenset[int]  # where our parent should run; empty: anywhere
+    gateway_cores: frozenset[int]  # cores to which the parent should bind itself; empty: all
     closing: contextlib.ExitStack
 
     def close(self) -> None:
-        """After the loop has ended."""
+        """Close the engine. Call after the loop has ended."""
         self.closing.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """The model that this engine serves, as its checkpoint names it."""
+    """The model that this engine serves, and its checkpoint."""
 
     checkpoint: Checkpoint
     config: ModelConfig
@@ -78,23 +78,23 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprints:
-    """What must be equal where engines or a router serve together."""
+    """Fingerprints that must be equal for engines and a router to work together."""
 
     model: str
-    tokenizer: str  # "": there is none
+    tokenizer: str  # "": no tokenizer
 
 
 def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> Engine:
-    """Ready to serve when it returns. Raises `ConfigError` or `ModelLoadError`, and leaves nothing behind then."""
+    """Build an engine that is ready to serve. Raises `ConfigError` or `ModelLoadError` and leaves nothing behind."""
     with contextlib.ExitStack() as closing:
         runtime_dir = user_runtime_dir(config.runtime_dir)
         sweep(runtime_dir)
-        closing.callback(remove_leftovers, runtime_dir)  # after our own lock
+        closing.callback(remove_leftovers, runtime_dir)  # called after our own lock is released
         config = dataclasses.replace(config, channel=with_cluster_key(config.channel))
         member = Member(config.channel.cluster_key)
         closing.callback(EpochLock(runtime_dir, member.epoch).close)
         served = find_served_model(config)
-        # Beside the loading, which reads the same files and leaves cores idle.
+        # In parallel with loading, which reads the same files and leaves cores idle.
         fingerprinting = Background(partial(compute_fingerprints, served.checkpoint, config), "kvist-fingerprint")
         limits = resolve_limits(config.scheduler, device=device_type(config.device), role=config.role)
         logger.info(
@@ -114,8 +114,9 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
 
 
 def freeze_gc() -> None:
-    """What is there stays, the model and the libraries above all: the collector need not look at it while serving. A
-    step makes and drops a thousand objects that are in no cycle; to look every 700 would cost it a tenth of its time.
+    """Freeze all current objects, mainly the model and libraries, so that the garbage collector does not traverse them
+    while serving. A step creates and drops a thousand objects without cycles; a collection every 700 objects, the
+    default, would take a tenth of the step's time.
     """
     gc.collect()
     gc.freeze()
@@ -144,7 +145,7 @@ def find_served_model(config: EngineConfig) -> ServedModel:
 def compute_fingerprints(checkpoint: Checkpoint, config: EngineConfig) -> Fingerprints:
     """Raises `ModelLoadError`."""
     is_dummy = config.load_format == "dummy"
-    # Dummy weights of another seed make other pages of the same checkpoint.
+    # Dummy weights of another seed give other pages for the same checkpoint.
     suffix = f"-dummy-{config.random_seed}" if is_dummy else ""
     return Fingerprints(
         model=model_fingerprint(checkpoint, with_weights=not is_dummy) + suffix,
@@ -176,8 +177,8 @@ def load_runner(
 
 
 def warm_up(runner: AnyRunner, progress: Callable[[str], None]) -> None:
-    """One chunk and one decode, so that the first request does not pay for what torch makes on first use. They write
-    to page 0, which nobody has been given yet."""
+    """Run one prompt chunk and one decode step, so that the first request does not wait for torch's setup on first use.
+    Both write to page 0, which no request owns yet."""
     progress("warming up")
     sampling = SamplingParams(max_tokens=1, temperature=0.0)
     for start, num_tokens in ((0, runner.pool.layout.page_size - 1), (runner.pool.layout.page_size - 1, 1)):
@@ -192,7 +193,7 @@ def warm_up(runner: AnyRunner, progress: Callable[[str], None]) -> None:
             runner.launch(Batch(step_id=0, items=(item,))).result()
 
 
-# ---------------------------------------------------------------- everything around them
+# ---------------------------------------------------------------- assembly
 
 
 def _assemble(
@@ -205,7 +206,7 @@ def _assemble(
     runtime_dir: Path,
     closing: contextlib.ExitStack,
 ) -> Engine:
-    with closing:  # unless all goes well
+    with closing:  # on an error
         pool = runner.pool
         channel = EngineChannel(
             f"tcp://{bracketed(config.engine_host)}:{config.engine_port or '*'}",
@@ -267,7 +268,7 @@ def _assemble(
         if pool.tensor.is_cuda and config.cpu_affinity:
             gateway_cores = separate(num_live_epochs(runtime_dir))
         loop = EngineLoop(parts)
-        if isinstance(runner, Runner):  # the other ranks of a --tp engine, or a GPU, would go on
+        if isinstance(runner, Runner):  # not with --tp or a GPU: other ranks, or the GPU, would go on
             runner.between_layers = loop.between_layers
         watch = ProgressWatch(
             lambda: loop.num_iterations,
@@ -281,7 +282,7 @@ def _assemble(
 def make_host_pool(
     config: HostTierConfig, pool: DevicePool, namespace: str, closing: contextlib.ExitStack
 ) -> HostPool | None:
-    """Raises `ConfigError` when the host has no room for it."""
+    """Return the host pool, or None without a host tier. Raises `ConfigError` when host memory is too small."""
     if not config.enable_hierarchical_cache:
         return None
     page_bytes = pool.whole_layout.page_bytes
@@ -316,7 +317,7 @@ def make_host_pool(
 def make_storage(
     config: StorageConfig, host_pool: HostPool, namespace: str, wakeup: Callable[[], None], clock: Clock
 ) -> EngineStorage:
-    """Nothing is attached yet."""
+    """Return an engine's storage tier without an attached store."""
     deadline_s = config.hicache_storage_deadline_s
     return EngineStorage(
         StoreMover(host_pool, wakeup=wakeup, clock=clock, deadline_s=deadline_s),
@@ -330,9 +331,9 @@ def make_storage(
 
 def _close_storage(storage: EngineStorage, pool_closing: contextlib.ExitStack) -> None:
     if not storage.close():
-        # A call that hangs may write into the pool until this process has ended, and only then may another one have
-        # its folder: the lock on that stays.
-        logger.warning("the storage tier hangs: the host pool is left as it is")
+        # A hung call may write into the pool until this process has ended. Only then may another process use the pool's
+        # folder, so the lock on the folder stays.
+        logger.warning("a call of the store hangs: the host pool stays open until the process ends")
         pool_closing.pop_all()
 
 

@@ -1,7 +1,7 @@
-"""Which gateways speak to this engine, which request belongs to which, and who has fallen silent.
+"""The gateways connected to this engine, their requests, and the time of their last message.
 
-A gateway is known from its first message. Silent for `timeout_s`, or no longer reachable, it is forgotten and its
-requests are aborted; a request's entry goes with its `Ended`, whatever became of its gateway.
+A gateway is added at its first message. A gateway that is silent for `timeout_s`, or no longer reachable, is removed
+and its requests are aborted; the entry of a request is removed with its `Ended`, also if its gateway is gone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class ConnectedGateway:
 
     identity: bytes
     last_contact_s: float
-    next_sequence: int = 0  # of its next LoadReport
+    next_sequence: int = 0  # of the next LoadReport to this gateway
     wants_snapshot: bool = True
     request_ids: set[RequestId] = field(default_factory=set)
 
@@ -32,10 +32,10 @@ class Gateways:
         self._timeout_s = timeout_s
         self._gateways: dict[bytes, ConnectedGateway] = {}
         self._owners: dict[RequestId, bytes] = {}
-        self.owner = self._owners.get  # of a request: its gateway's identity, or None; asked for each token
+        self.owner = self._owners.get  # of a request: its gateway's identity, or None; called for each token
 
     def note_contact(self, identity: bytes, now_s: float) -> ConnectedGateway | None:
-        """Note a sign of life. None: there are `MAX_GATEWAYS` already and this is a new one."""
+        """Record a message of a gateway, new or known. Returns None for a new gateway beyond `MAX_GATEWAYS`."""
         gateway = self._gateways.get(identity)
         if gateway is None:
             if len(self._gateways) >= MAX_GATEWAYS:
@@ -45,7 +45,7 @@ class Gateways:
         return gateway
 
     def add_request(self, gateway: ConnectedGateway, request_id: RequestId) -> bool:
-        """False: the id is in use."""
+        """Add a request; return False if its id is in use."""
         if request_id in self._owners:
             return False
         self._owners[request_id] = gateway.identity
@@ -58,7 +58,7 @@ class Gateways:
             self._gateways[identity].request_ids.discard(request_id)
 
     def forget(self, identity: bytes) -> list[RequestId]:
-        """The gateway is gone. Returns its requests, which must be aborted."""
+        """Remove a gateway that is gone. Returns its requests, which must be aborted."""
         gateway = self._gateways.pop(identity, None)
         return sorted(gateway.request_ids) if gateway else []
 
@@ -68,7 +68,7 @@ class Gateways:
 
     @property
     def num_requests(self) -> int:
-        """Not ended yet."""
+        """The number of requests that have not ended."""
         return len(self._owners)
 
     def all_requests(self) -> list[tuple[RequestId, bytes]]:

@@ -1,7 +1,7 @@
-"""Turns what arrived on the socket into events for the scheduler, and answers at once what needs no scheduler.
+"""Turns messages from the socket into events for the scheduler, and answers messages that need no scheduler.
 
-Nothing that arrives may end the engine: a message of the other role is dropped and counted, a request that cannot be
-computed is refused alone, before its values reach a batch that others share.
+No message may end the engine: a message for the other role is dropped and counted, and a request that cannot be
+computed is refused alone, before its values reach a batch with other requests.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Inbox:
         *,
         spec: wire.EngineSpec,
         gateways: Gateways,
-        ask_storage: Callable[[bytes, wire.StorageCommand], None] | None,  # None: there is no host tier
+        ask_storage: Callable[[bytes, wire.StorageCommand], None] | None,  # None: no host tier
     ) -> None:
         self._spec = spec
         self._ask_storage = ask_storage
         self._gateways = gateways
-        self._flushes: OrderedDict[str, bytes] = OrderedDict()  # call id → who asked
+        self._flushes: OrderedDict[str, bytes] = OrderedDict()  # call id → the gateway that sent the call
         self._log = BoundedLog(logger)
-        self.num_unexpected = 0  # messages of the other role's side of a handoff
+        self.num_unexpected = 0  # messages that only an engine of the other role handles
         self.draining = False  # new requests are refused
 
     def open(self, received: Iterable[tuple[bytes, Inbound]], now_s: float) -> tuple[list[Event], list[Reply]]:
@@ -64,7 +64,7 @@ class Inbox:
         return events, replies
 
     def take_flush(self, call_id: str) -> bytes | None:
-        """Who asked for this flush; once."""
+        """Return the gateway that sent this flush, and forget the call."""
         return self._flushes.pop(call_id, None)
 
     def _open_one(self, identity: bytes, message: Inbound, now_s: float) -> Event | Reply | None:
@@ -84,13 +84,13 @@ class Inbox:
                 if self._spec.role == DECODE:
                     return self._from_prefill(message)
         self.num_unexpected += 1
-        self._log.warning("dropped a message: a %s engine does not take %s", self._spec.role, type(message).__name__)
+        self._log.warning("dropped a message: a %s engine does not handle %s", self._spec.role, type(message).__name__)
         return None
 
     def _from_prefill(self, message: wire.SourceToTarget) -> Event:
         if isinstance(message, wire.Done) and not 0 <= message.first_token.token_id < self._spec.vocab_size:
             self.num_unexpected += 1
-            # No byte will be written after it all the same; computed with, the token would fail a whole batch.
+            # After Done no more bytes are written, as after Closed. The invalid token would fail a whole batch.
             return wire.Closed(
                 handoff_id=message.handoff_id,
                 target_epoch=message.target_epoch,
@@ -123,7 +123,9 @@ class Inbox:
     def _submitted(self, gateway: ConnectedGateway, submit: wire.Submit) -> Event | Reply:
         request = submit.request
         if self.draining:
-            error: KvistError = Unavailable("this worker is stopping: send the request to another", retry_after_s=1.0)
+            error: KvistError = Unavailable(
+                "this worker is stopping: send the request to another worker", retry_after_s=1.0
+            )
             return refusal(gateway.identity, request.request_id, error)
         problem = _find_invalid_field(request, self._spec.vocab_size)
         if problem is not None:
@@ -135,8 +137,8 @@ class Inbox:
 
 
 def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
-    """Why it would fail the whole batch it is computed in, or None. A gateway sends no such request: it has checked
-    each field under the client's name for it."""
+    """Return why the request would fail its whole batch, or None. Gateways send no such request: they check each field
+    under the name that the client uses."""
     sampling = request.sampling
     for token_ids in (request.prompt_token_ids, request.output_token_ids, sampling.stop_token_ids):
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
@@ -154,13 +156,13 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
         ("num_logprobs", num_logprobs, num_logprobs is None or 0 <= num_logprobs <= vocab_size),
     ):
         if not allowed:
-            return f"{name} is {value}, which no gateway may send: run the same version of Kvist everywhere"
+            return f"{name} is {value}, which a gateway must not send: run the same version of Kvist everywhere"
     return None
 
 
 def _no_host_tier(call: wire.StorageCommand) -> wire.StorageAnswer:
     error = RequestError(
-        "a store needs a host tier, and this worker has none: start it with --enable-hierarchical-cache"
+        "a store needs a host tier, and this worker has none: start the worker with --enable-hierarchical-cache"
     )
     return wire.StorageAnswer(call_id=call.call_id, error_code=error.code, message=error.message)
 

@@ -1,7 +1,7 @@
-"""How large a step may be: what "auto" means for the scheduler's limits, by device and role.
+"""Resolves "auto" in the scheduler's limits, such as the size of a step, by device and role.
 
-Called once, when an engine is built and its device is known. From there on everybody (scheduler, runner, the spec that
-gateways get) sees numbers. What the user set is kept; "auto" beside it adapts, so that one flag alone never contradicts
+Called once, when an engine is built and its device is known; from then on, scheduler, runner and the spec for gateways
+have numbers. Limits set by the user are kept, and "auto" limits adapt to them, so that a single flag never contradicts
 a default.
 """
 
@@ -18,14 +18,14 @@ _ROUND_TO = 128  # tokens; the tiles of a GPU's matrix products
 
 class _Limits(NamedTuple):
     num_running: int  # requests
-    usual: int  # tokens of a step as a rule
-    most: int  # tokens of a step
+    usual: int  # usual tokens of a step
+    most: int  # most tokens of a step
 
 
-# A CPU computes a token in milliseconds, so a step must be short for the streams in it. A GPU's matrix products are as
-# quick per token at 512 tokens as at thousands, and steps up to 2048 are replayed as graphs; where no stream waits,
-# larger steps save their fixed cost. Above 1792 the products of an H200 lose 6% (docs/log.md). A decode worker computes
-# prompts only when it continues what it had to give up.
+# A CPU computes a token in milliseconds, so steps must be short for the streams in them. A GPU's matrix products take
+# the same time per token at 512 tokens as at thousands, and steps up to 2048 tokens are replayed as graphs; on workers
+# without decode streams, larger steps save fixed costs. Above 1792 tokens the products of an H200 are 6% slower
+# (docs/log.md). A decode worker computes prompts only to resume preempted requests.
 _AUTO = {
     ("cpu", UNIFIED): _Limits(128, 512, 512),
     ("cpu", PREFILL): _Limits(128, 512, 512),
@@ -37,7 +37,7 @@ _AUTO = {
 
 
 def resolve_limits(options: SchedulerOptions, *, device: str, role: str) -> SchedulerConfig:
-    """`device` is "cpu" or "cuda". Raises `ConfigError` when what the user set contradicts itself."""
+    """Resolve "auto"; `device` is "cpu" or "cuda". Raises `ConfigError` if limits of the user contradict each other."""
     auto = _AUTO[device, role]
     num_running, chunk, budget = options.max_running_requests, options.chunked_prefill_size, options.max_prefill_tokens
     if num_running is None:

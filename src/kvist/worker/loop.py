@@ -1,19 +1,19 @@
-"""The engine's loop: what happened → `scheduler.step` → carry the plan out → what happened.
+"""The engine's loop: events → `scheduler.step` → carry out the plan → events.
 
     recv ─► events ─► step ─► plan: 1. tokens and endings to gateways   2. messages to peers   3. transfers and moves
       ▲                             4. launch the batch   5. read the oldest batch under way
       └───────────────────────────────────────── StepFinished | StepFailed ◄──────┘
 
-With a storage tier, requests that arrive are told to the scheduler before it plans: what the store has of their pages
-is known within a millisecond or so, and comes while this batch is computed, not the next.
+With a storage tier, the scheduler gets new requests before it plans a batch, so that their pages are looked up in the
+store. The store answers within about a millisecond; the pages then arrive while this batch is computed, not the next.
 
-One thread, no `await`. Without overlap a batch is read at once: while it is computed nothing else happens here. With
-overlap (on a GPU) the next batch is planned and launched before this one is read, so the device never waits for us;
-tokens are told while it computes the next. With no batch under way the loop sleeps in `recv` until a message, a
-transfer report (by `wakeup`), or a time that somebody asked for. The same loop serves every role; what
-those differ in is in scheduler/roles.py.
+One thread, no `await`. Without overlap, a batch is read at once, and the loop does nothing else while it is computed.
+With overlap (on a GPU), the next batch is planned and launched before the current one is read, so the device never
+waits for the loop; tokens are sent while the device computes the next batch. With no batch in flight, the loop sleeps
+in `recv` until a message, a transfer report (through `wakeup`) or the wake-up time of the plan. The same loop serves
+every role; scheduler/roles.py has the differences.
 
-It decides nothing about requests. Its own care is liveness: gateways that fall silent, peers that die, reports.
+The loop decides nothing about requests. Its own duty is liveness: silent gateways, dead peers and load reports.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ from kvist.worker.inbox import Inbox, refusal
 from kvist.worker.reports import LoadReports
 from kvist.worker.step_times import StepCpuTimes
 
-MAX_FAILED_STEPS_IN_A_ROW = 8  # then the device is broken for good
-STORE_PROBE_S = 0.002  # that a batch may be planned later, for the store to say what it has
-LIVENESS_INTERVAL_S = 1.0  # between two looks whether watched peers and known gateways are alive
+MAX_FAILED_STEPS_IN_A_ROW = 8  # then the device counts as broken, and the engine ends
+STORE_PROBE_S = 0.002  # longest delay of a batch for the store's answer
+LIVENESS_INTERVAL_S = 1.0  # between two checks of watched peers and known gateways
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Storage(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopParts:
-    """What the loop drives. The wiring makes them, and closes them after the loop has ended."""
+    """The parts that the loop drives. engine.py makes the parts, and closes them after the loop has ended."""
 
     spec: wire.EngineSpec
     scheduler: Scheduler
@@ -115,26 +115,26 @@ class LoopParts:
     clock: Clock
     gateway_timeout_s: float
     mover: Mover | None = None  # with a host tier
-    storage: Storage | None = None  # the same
-    overlap: bool = False  # as the scheduler's: launch a batch before the former one is read
+    storage: Storage | None = None  # with a host tier
+    overlap: bool = False  # as in the scheduler: launch a batch before the previous one is read
 
 
 class EngineLoop:
-    """Mutable; used by the engine's main thread, but for `request_stop` and `request_drain`."""
+    """Mutable; used by the engine's main thread, except `request_stop` and `request_drain`."""
 
     def __init__(self, parts: LoopParts) -> None:
         self._parts = parts
         self._gateways = Gateways(timeout_s=parts.gateway_timeout_s)
         ask_storage = None if parts.storage is None else parts.storage.ask
         self._inbox = Inbox(spec=parts.spec, gateways=self._gateways, ask_storage=ask_storage)
-        self._pending_events: list[Event] = []  # made by ourselves, for the next step
+        self._pending_events: list[Event] = []  # events made by the loop itself, for the next step
         self._watched_epochs: frozenset[EpochId] = frozenset()
         self._wake_at_s: float | None = None
         self._next_check_s = parts.clock.now_s()
-        self.num_iterations = 0  # begun; read by any thread
+        self.num_iterations = 0  # iterations begun; read by any thread
         self._stop = threading.Event()
         self._drain = threading.Event()
-        self._in_flight: deque[tuple[Batch, LaunchedStep | Exception]] = deque()  # an error: the launch failed
+        self._in_flight: deque[tuple[Batch, LaunchedStep | Exception]] = deque()  # an exception: the launch failed
         self._num_failed_steps = 0
         self._num_failed_in_a_row = 0
         self._step_times = StepCpuTimes()
@@ -142,11 +142,9 @@ class EngineLoop:
         self.between_layers = self._abandonment.check  # for a runner that computes in this thread
 
     def run(self) -> None:
-        """Serve until `request_stop`, or after `request_drain` until no request is open; then tell every gateway that
-        those left have failed.
+        """Serve until `request_stop`, or after `request_drain` until no request is open; then fail the open requests.
 
-        Raises `EngineError` when the runner does, and after `MAX_FAILED_STEPS_IN_A_ROW`: a new process may have better
-        luck."""
+        Raises `EngineError` when the runner does, and after `MAX_FAILED_STEPS_IN_A_ROW`: a new process may succeed."""
         try:
             while not self._stop.is_set() and not self._is_drained():
                 self.iterate(self._idle_s())
@@ -154,7 +152,7 @@ class EngineLoop:
             self._fail_open_requests()
 
     def _is_drained(self) -> bool:
-        """Asked to drain, with no request left, and the gateways know it."""
+        """Return whether a requested drain is complete: gateways were informed, and no request is open."""
         if self._drain.is_set() and not self._inbox.draining:
             self._inbox.draining = True
             self._parts.reports.make_due()
@@ -172,12 +170,12 @@ class EngineLoop:
         self._parts.channel.wakeup()
 
     def request_drain(self) -> None:
-        """Take no new request, and end after the last one. Safe from any thread and from a signal handler."""
+        """Take no new request, and end after the last open one. Safe from any thread and from a signal handler."""
         self._drain.set()
         self._parts.channel.wakeup()
 
     def iterate(self, timeout_s: float) -> None:
-        """Wait for news at most so long, then one step of the scheduler and all that it asks for."""
+        """Wait for messages and reports for `timeout_s` at most, then run one scheduler step and carry out its plan."""
         self.num_iterations += 1
         now_s, events = self._receive(timeout_s)
         if self._parts.storage is not None and any(type(event) is wire.Submit for event in events):
@@ -187,8 +185,8 @@ class EngineLoop:
         self._compute(plan.batch)
 
     def _probe_store(self, now_s: float, events: list[Event]) -> tuple[float, list[Event]]:
-        """Let the store be asked after the pages of those who arrived, and wait a moment for what it says. Returns what
-        was heard meanwhile."""
+        """Look up the pages of new requests in the store, waiting for `STORE_PROBE_S` at most. Returns the time, and
+        the events received meanwhile."""
         plan = self._plan(now_s, events, with_batch=False)
         self._carry_out(plan, now_s)
         num_queries = sum(isinstance(move, FindPages) for move in plan.moves)
@@ -206,14 +204,14 @@ class EngineLoop:
             return self._parts.scheduler.step(now_s, events, with_batch=with_batch)
 
     def _receive(self, timeout_s: float) -> tuple[float, list[Event]]:
-        """The time, and what has happened; waits for it at most so long."""
+        """Wait for a message or report for `timeout_s` at most. Returns the time and all new events."""
         buffered = self._abandonment.take_buffered()
         received = [*buffered, *self._parts.channel.recv(0.0 if buffered else timeout_s)]
         now_s = self._parts.clock.now_s()
         events, replies = self._inbox.open(received, now_s)
         for reply in replies:
             self._send(reply.identity, reply.message)
-        # Transfer reports first: one made before a Revoke arrived must not be taken for the answer to its StopWrites.
+        # Transfer reports first: a report made before a Revoke arrived must not count as the answer to its StopWrites.
         tier_reports = self._tier_reports()
         events = [
             *self._parts.transport.poll(),
@@ -237,7 +235,7 @@ class EngineLoop:
     # ------------------------------------------------------------ waiting
 
     def _idle_s(self) -> float:
-        """How long nothing needs to happen of itself."""
+        """Return how long the loop may sleep without a message or report."""
         if self._pending_events or self._in_flight:
             return 0.0
         times = [self._parts.reports.due_at_s(self._gateways), self._next_check_s]
@@ -255,10 +253,10 @@ class EngineLoop:
     def _dead_peers(self, epochs: frozenset[EpochId]) -> list[Event]:
         return [PeerDied(epoch=epoch) for epoch in sorted(epochs) if self._parts.transport.peer_is_dead(epoch)]
 
-    # ------------------------------------------------------------ carrying out
+    # ------------------------------------------------------------ carrying out a plan
 
     def _carry_out(self, plan: Plan, now_s: float) -> None:
-        """All of the plan but its batch."""
+        """Carry out the plan, except its batch."""
         self._send_outputs(plan)
         self._send_to_peers(plan)
         for job in plan.transfers:
@@ -270,14 +268,14 @@ class EngineLoop:
             else:
                 assert self._parts.storage is not None
                 self._parts.storage.start(move)
-        # Look at once at peers that are new: a lock file seen while its owner lives tells of its death for sure.
+        # Check new peers at once: the death of a peer is certain if its lock file was seen while the peer was alive.
         self._pending_events += self._dead_peers(plan.watched_epochs - self._watched_epochs)
         self._watched_epochs = plan.watched_epochs
         self._wake_at_s = plan.wake_at_s
         self._report(plan, now_s)
 
     def _compute(self, batch: Batch | None) -> None:
-        """Launch it, and read the oldest one under way if it is time."""
+        """Launch the batch, and read the oldest batch in flight if it is due."""
         if batch is not None:
             self._launch(batch)
         may_wait = 1 if self._parts.overlap and batch is not None else 0
@@ -290,7 +288,7 @@ class EngineLoop:
         with self._step_times.launching():
             try:
                 launched = self._parts.runner.launch(batch)
-            except Exception as error:  # reported in its turn, after the batch before
+            except Exception as error:  # reported after the previous batch
                 launched = error
         self._in_flight.append((batch, launched))
 
@@ -300,12 +298,12 @@ class EngineLoop:
                 if isinstance(launched, Exception):
                     raise launched
                 sampled = launched.result()
-        except StepAbandoned as error:  # the aborts first: the requests have not failed
+        except StepAbandoned as error:  # the aborts come first: the requests have not failed
             aborts = [wire.Abort(request_id=item.request_id) for item in batch.items]
             return [*aborts, StepFailed(step_id=batch.step_id, message=str(error))]
-        except EngineError:  # the runner is broken for good: a tensor-parallel rank is gone
+        except EngineError:  # the runner cannot go on: a tensor-parallel rank is gone
             raise
-        except Exception as error:  # whatever the model or the device raised: these requests fail, the engine goes on
+        except Exception as error:  # any error of the model or device: these requests fail, the engine goes on
             logger.exception("step %d with %d tokens failed", batch.step_id, batch.num_tokens)
             self._num_failed_steps += 1
             self._num_failed_in_a_row += 1
@@ -326,7 +324,7 @@ class EngineLoop:
         return [StepFinished(step_id=batch.step_id, sampled=sampled)]
 
     def _send_outputs(self, plan: Plan) -> None:
-        """One message to each gateway that this step has something for."""
+        """Send one message to each gateway with new tokens or endings."""
         chunks: defaultdict[bytes | None, list[wire.TokenChunk]] = defaultdict(list)
         ended: defaultdict[bytes | None, list[wire.Ended]] = defaultdict(list)
         owner = self._gateways.owner
@@ -336,7 +334,7 @@ class EngineLoop:
             ended[owner(end.request_id)].append(end)
             self._gateways.end_request(end.request_id)
         for identity in {**chunks, **ended}:
-            if identity is not None:  # else their gateway is unknown
+            if identity is not None:  # None: their gateway is unknown
                 self._send(identity, wire.StepOutputs(chunks=tuple(chunks[identity]), ended=tuple(ended[identity])))
         for flush in plan.flushes:
             caller = self._inbox.take_flush(flush.call_id)
@@ -345,7 +343,7 @@ class EngineLoop:
 
     def _send(self, identity: bytes, message: wire.EngineToGateway) -> None:
         if not self._parts.channel.send(identity, message):
-            # It would miss this message for ever: its streams cannot be made whole.
+            # The gateway would miss this message for good, and its streams could not be completed.
             lost = self._gateways.forget(identity)
             if lost:
                 logger.warning("gateway %s does not read its messages: %d requests aborted", shown(identity), len(lost))
@@ -354,7 +352,7 @@ class EngineLoop:
     def _send_to_peers(self, plan: Plan) -> None:
         for order in plan.messages:
             if not isinstance(order, ToSource):
-                # Unsent means that the peer's connection is down: it asks again, or its epoch is found dead.
+                # A failed send means a broken connection: the peer asks again, or its epoch is found dead.
                 self._parts.channel.send(order.target_epoch.encode(), order.message)
             elif not self._parts.channel.send_to_peer(order.endpoint, order.message):
                 self._pending_events += _never_granted(order)
@@ -391,7 +389,7 @@ class EngineLoop:
 
 
 def _never_granted(order: ToSource) -> list[Event]:
-    """A Grant that could not even be queued gave no leave to write: it is as good as refused."""
+    """Return the refusal of a Grant that could not even be queued: prefill has no permission to write."""
     grant = order.message
     if not isinstance(grant, wire.Grant) or order.repeated:
         return []

@@ -1,10 +1,11 @@
-"""What an engine process tells the process that started it: JSON lines on standard output.
+"""Messages between an engine process and its parent. From the engine: JSON lines on standard output.
 
     Progress*  then  StartFailed, or  Ready Beat Beat ...
 
-And the other way: the first line of standard input is the `EngineConfig` as JSON (not an argument, which any user of
-the host could read: it may hold the cluster key). A line `DRAIN` asks the engine to take no new request and to end
-after its last one; a line `STOP`, to end now. The pipe stays open: its end means that the parent is gone.
+From the parent: the first line of standard input is the `EngineConfig` as JSON. An argument would not do, because every
+user of the host can read arguments, and the config may hold the cluster key. A line `DRAIN` asks the engine to take no
+new request and to end after its last request; a line `STOP` asks the engine to end now. The pipe stays open: end of
+file means that the parent is gone.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ class Progress(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     spec: EngineSpec
-    gateway_cores: tuple[int, ...] = ()  # where the parent should run from now on; empty: anywhere
+    gateway_cores: tuple[int, ...] = ()  # cores to which the parent should bind itself; empty: all
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    code: str  # errors.py's
+    code: str  # of an error in errors.py
     message: str
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Sent twice a second while the engine serves, by a thread of its own (progress.py)."""
+    """A heartbeat, sent twice a second by its own thread while the engine serves (progress.py)."""
 
-    turn_s: float  # how long the loop's turn has lasted
-    stalled_s: float  # how long there has been no sign of progress
+    turn_s: float  # duration of the loop's current iteration
+    stalled_s: float  # time without progress
 
 
 Announcement = Progress | Ready | StartFailed | Beat
@@ -49,7 +50,7 @@ def encode_line(announcement: Announcement) -> bytes:
 
 
 def decode_line(line: bytes) -> Announcement | None:
-    """None: the line is something else, printed by a library."""
+    """Decode one line; return None for other lines, such as those printed by a library."""
     try:
         return _DECODER.decode(line)
     except UNDECODABLE:

@@ -1,11 +1,12 @@
 """`python -m kvist.worker`: one engine process, from its settings to its last message.
 
-    settings ─► load (progress lines) ─► Ready on standard output ─► serve ─► asked to end ─► all closed
+    settings ─► load (progress lines) ─► Ready on standard output ─► serve ─► stop request ─► all closed
 
-Settings come as JSON: as the only argument (started by hand), or as the first line of standard input (started by a
-parent: messages.py). By hand, a signal ends it. With a parent, signals are ignored, since they may reach the whole
-group at once and the parent decides how long open requests may go on; it says so on standard input, and the end of
-that means that the parent is gone. Exit status: 0 after a clean end, 1 when the start failed or the device broke.
+Settings are JSON: the only argument (started by hand), or the first line of standard input (started by a parent:
+messages.py). An engine started by hand ends on a signal. An engine with a parent ignores signals, because a signal may
+reach the whole process group at once and the parent decides how long open requests may go on; the parent sends stop
+requests on standard input, and end of file means that the parent is gone. Exit status: 0 after a clean end, 1 if the
+start failed or the device broke.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
     from kvist.worker.engine import Engine
     from kvist.worker.loop import EngineLoop
 
-SHUTDOWN_DEADLINE_S = 8.0  # from a request to stop, or from the loop's end, until the process ends whatever it is doing
+SHUTDOWN_DEADLINE_S = 8.0  # from a stop request, or the end of the loop, to a forced exit
 _MAX_SETTINGS_BYTES = 1 << 20
-# The interpreter's own 5 ms are half a step: so long would each thread that reads a page wait, several times a page,
-# whenever the loop plans or launches.
+# The interpreter's default switch interval (5 ms) is half a step. While the loop plans or launches, each thread that
+# reads a page would wait that long, several times per page.
 _SWITCH_INTERVAL_S = 0.0001
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     setup_logging(LogConfig())
-    # Read when torch is imported. Threads that spin while they wait would take the cores of the other workers of this
-    # host: a step of 48 ms was seen to take 630 (models/linear.py).
+    # Read when torch is imported. Threads that spin while they wait would use the cores of other workers on this host:
+    # a step of 48 ms then took up to 630 ms (models/linear.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     continue_when_parent_dies()
@@ -62,11 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             threading.Thread(target=shutdown.follow_stdin, name="kvist-parent-watch", daemon=True).start()
         engine = _build(config, announce)
     except KvistError as error:
-        if arguments:  # else the parent says it
+        if arguments:  # else the parent reports the error
             logger.error("the engine cannot start: %s", error.message)
         announce(StartFailed(code=error.code, message=error.message))
         return 1
-    except Exception as error:  # our bug or a broken device: the parent must hear of it all the same
+    except Exception as error:  # our bug or a broken device: the parent needs the error in any case
         logger.exception("the engine cannot start")
         announce(StartFailed(code=EngineError.code, message=f"{type(error).__name__}: {error}"))
         return 1
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_config(settings: bytes) -> EngineConfig:
-    """Raises `ConfigError` for what is no JSON object of `EngineConfig`'s fields."""
+    """Parse the engine's settings. Raises `ConfigError` unless they are a JSON object with `EngineConfig`'s fields."""
     try:
         return msgspec.json.decode(settings, type=EngineConfig)
     except UNDECODABLE as error:
@@ -93,7 +94,7 @@ def parse_config(settings: bytes) -> EngineConfig:
 
 
 def _build(config: EngineConfig, announce: Callable[[Announcement], None]) -> Engine:
-    find_checkpoint(config.model_path)  # a wrong path is told before torch is imported, which takes seconds
+    find_checkpoint(config.model_path)  # report a wrong path before torch is imported, which takes seconds
     from kvist.worker.engine import build_engine
 
     def progress(text: str) -> None:
@@ -104,7 +105,7 @@ def _build(config: EngineConfig, announce: Callable[[Announcement], None]) -> En
 
 
 class _Shutdown:
-    """How the process is asked to end. `loop` is set once there is one to ask; before that it ends at once."""
+    """Handles stop requests. `loop` is set once the loop exists; before that, a stop request exits at once."""
 
     def __init__(self) -> None:
         self.loop: EngineLoop | None = None
@@ -114,8 +115,8 @@ class _Shutdown:
         self._begin()
 
     def follow_stdin(self) -> None:
-        """Does what the parent says. Not through `sys.stdin`: its lock would be held by this thread when the
-        interpreter ends."""
+        """Obey the parent's lines on standard input. Reads the file descriptor, because this thread would hold the lock
+        of `sys.stdin` when the interpreter ends."""
         pending = b""
         while piece := os.read(0, 1 << 16):
             *lines, pending = (pending + piece).split(b"\n")
@@ -136,7 +137,7 @@ class _Shutdown:
         self.loop.request_stop()
 
     def set_deadline(self) -> None:
-        """The process ends soon, whatever hangs on a broken device."""
+        """Exit the process within `SHUTDOWN_DEADLINE_S`, even if a thread hangs on a broken device."""
         timer = threading.Timer(SHUTDOWN_DEADLINE_S, os._exit, args=(1,))
         timer.daemon = True
         timer.start()
@@ -145,15 +146,15 @@ class _Shutdown:
 def _read_first_line() -> bytes:
     line = b""
     while not line.endswith(b"\n"):
-        byte = os.read(0, 1)  # one at a time: what follows is not ours to read yet
+        byte = os.read(0, 1)  # one byte at a time: the lines after the first are read by another thread
         if not byte or len(line) > _MAX_SETTINGS_BYTES:
-            raise ConfigError("the engine's settings did not come on standard input: one line of JSON")
+            raise ConfigError("the engine's settings are missing on standard input: one line of JSON is expected")
         line += byte
     return line
 
 
 def _announcer() -> Callable[[Announcement], None]:
-    """Keeps the real standard output for announcements, and sends what libraries print to standard error."""
+    """Reserve standard output for announcements, and redirect the output of libraries to standard error."""
     sys.stdout.flush()
     descriptor = os.dup(1)
     os.set_blocking(descriptor, False)
@@ -162,11 +163,11 @@ def _announcer() -> Callable[[Announcement], None]:
     def announce(announcement: Announcement) -> None:
         line = encode_line(announcement)
         try:
-            os.write(descriptor, line)  # a pipe takes a line of this size at once
-        except BlockingIOError:  # a parent that is stopped: it needs no more beats than fill the pipe
+            os.write(descriptor, line)  # a pipe takes a line of this size in one write
+        except BlockingIOError:  # the parent is suspended and does not need more heartbeats than fit into the pipe
             pass
         except BrokenPipeError:
-            if not isinstance(announcement, Beat):  # the parent is gone; the end of standard input tells it
+            if not isinstance(announcement, Beat):  # the parent is gone, as standard input will also show
                 logger.warning("the process that started this engine does not read its announcements: %s", line)
 
     return announce

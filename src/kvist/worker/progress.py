@@ -1,12 +1,12 @@
-"""Watches whether the engine's loop makes progress: tells the parent twice a second, and ends a process that hangs.
+"""Watches the progress of the engine's loop: reports to the parent twice a second, and ends a process that hangs.
 
-The loop begins a turn at least once a second, unless a step takes longer. On a GPU a long turn is a device that hangs:
-the loop waits for it in the driver, without limit. On a CPU a step may rightly take long, and then the loop's thread
-uses the CPU; a loop that neither turns nor computes is blocked. So there are two numbers: how long the turn has lasted,
-and how long there has been no sign of progress. With a process that is stopped (SIGSTOP) this thread is stopped, too,
-and the parent notices its silence (child.py).
+The loop begins an iteration at least once a second, unless a step takes longer. On a GPU, a long iteration means that
+the device hangs, because the loop waits for the device in the driver without limit. On a CPU, a step may take long, and
+then the loop's thread uses the CPU; a loop that neither iterates nor computes is blocked. The watch therefore reports
+two numbers: the duration of the current iteration, and the time without progress. If the process is suspended
+(SIGSTOP), this thread is suspended, too, and the parent notices the missing heartbeats (child.py).
 
-It counts looks and reads no clock: a process that was stopped for an hour missed one look, not an hour.
+Time is counted in checks, not read from a clock: a process suspended for an hour misses one check, not an hour.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import threading
 from collections.abc import Callable
 
 CHECK_INTERVAL_S = 0.5
-LEAST_CPU_S = 0.01  # of the loop's thread between two looks: then it computes, also where cores are scarce
+LEAST_CPU_S = (
+    0.01  # of the loop's thread between two checks; more means that the thread computes, even if cores are scarce
+)
 
 logger = logging.getLogger(__name__)
 
 
 def _end_process() -> None:
-    faulthandler.dump_traceback()  # where every thread is, on standard error
-    os._exit(1)  # no clean end: it would wait for the device, too
+    faulthandler.dump_traceback()  # the stacks of all threads, on standard error
+    os._exit(1)  # not a clean exit, which would also wait for the device
 
 
 class ProgressWatch:
@@ -39,9 +41,9 @@ class ProgressWatch:
         loop_cpu_s: Callable[[], float] | None = None,
         end: Callable[[], None] = _end_process,
     ) -> None:
-        """Watch a loop. `num_iterations` counts the iterations begun; after `limit_s` with no progress
-        the process is ended. `loop_cpu_s` is the CPU time of the loop's thread; None with a GPU, because waiting for a
-        GPU also uses the CPU."""
+        """Watch a loop. `num_iterations` counts the iterations begun. After `limit_s` without progress the process is
+        ended. `loop_cpu_s` is the CPU time of the loop's thread; None with a GPU, because waiting for a GPU also uses
+        the CPU."""
         self._num_iterations = num_iterations
         self._limit_s = limit_s
         self._loop_cpu_s = loop_cpu_s
@@ -55,7 +57,7 @@ class ProgressWatch:
         self._thread = threading.Thread(target=self._watch, name="kvist-progress", daemon=True)
 
     def start(self, beat: Callable[[float, float], None] | None = None) -> None:
-        """`beat` hears after each look how long the turn, and the standstill, have lasted."""
+        """Start. `beat` is called after each check with the duration of the iteration and the time without progress."""
         if beat is not None:
             self._beat = beat
         self._thread.start()
@@ -63,7 +65,7 @@ class ProgressWatch:
     def stop(self) -> None:
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=2 * CHECK_INTERVAL_S)  # it may wait for a parent that reads nothing
+            self._thread.join(timeout=2 * CHECK_INTERVAL_S)  # the thread may wait for a parent that does not read
 
     def check(self) -> None:
         num_iterations_now, is_computing = self._num_iterations(), self._is_computing()
@@ -75,7 +77,8 @@ class ProgressWatch:
         self._beat(self._num_checks_in_iteration * CHECK_INTERVAL_S, stalled_s)
         if stalled_s >= self._limit_s:
             logger.critical(
-                "the engine has made no progress for %.0f s (--stall-restart-s): it hangs and is ended", self._limit_s
+                "the engine has made no progress for %.0f s (--stall-restart-s): the engine hangs and is ended",
+                self._limit_s,
             )
             self._end()
 

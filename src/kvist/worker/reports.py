@@ -1,8 +1,8 @@
-"""LoadReports: how busy this engine is and which pages it caches, to every gateway.
+"""Makes LoadReports: the load of this engine and its cached pages, for every gateway.
 
-Sent once a second, and `MIN_INTERVAL_S` after the last one when cached pages changed or a gateway asked for all of
-them. All gateways are told at the same time, so one set of pending changes is enough; a gateway that is new or asked to
-resync gets every cached digest instead.
+Reports are sent once a second, and `MIN_INTERVAL_S` after the previous one if cached pages changed or a gateway asked
+for a snapshot. All gateways get their reports at the same time, so one set of pending changes is enough; a gateway that
+is new or asked for a resync gets every cached digest instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class LoadReports:
 
     def __init__(self, *, cached_digests: Callable[[], Sequence[bytes]]) -> None:
         self._cached_digests = cached_digests
-        self._changes: dict[bytes, bool] = {}  # digest → now cached; since the last report, at most one a page
+        self._changes: dict[
+            bytes, bool
+        ] = {}  # digest → whether now cached; since the last report, at most one per page
         self._last_sent_s = float("-inf")
 
     def record_changes(self, added: Sequence[bytes], removed: Sequence[bytes]) -> None:
@@ -33,7 +35,7 @@ class LoadReports:
             self._record_change(digest, now_cached=True)
 
     def make_due(self) -> None:
-        """There is something that the gateways should know at once."""
+        """Make the next reports due at once."""
         self._last_sent_s = float("-inf")
 
     def due_at_s(self, gateways: Gateways) -> float:
@@ -50,7 +52,7 @@ class LoadReports:
         *,
         draining: bool = False,
     ) -> Iterator[tuple[bytes, wire.LoadReport]]:
-        """One report for each gateway. Exhaust the iterator: the pending changes are told with this."""
+        """Make one report per gateway. Exhaust the iterator: the pending changes are in these reports only."""
         added = tuple(digest for digest, cached in self._changes.items() if cached)
         removed = tuple(digest for digest, cached in self._changes.items() if not cached)
         everything: tuple[bytes, ...] | None = None
@@ -81,7 +83,7 @@ class LoadReports:
             yield gateway.identity, report
 
     def _record_change(self, digest: bytes, *, now_cached: bool) -> None:
-        # A digest's changes alternate, so a second one takes the first back.
+        # A digest's changes alternate, so a second change cancels the first.
         if self._changes.get(digest, now_cached) is not now_cached:
             del self._changes[digest]
         else:

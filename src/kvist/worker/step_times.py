@@ -1,8 +1,8 @@
-"""Where an engine step's own time goes: to planning it, launching it, reading it back. Told in the load reports.
+"""CPU seconds of the loop's thread, by part of a step: planning, launching, reading back. In the load reports.
 
-Seconds of processor time of the loop's thread. Reading includes the wait for the device, which a GPU's driver spends
-looking: on a GPU that is idle time, planning and launching are what could ever hold it up. What the loop's total has
-beyond the three is receiving, sending and reports; what the process has beyond its loop is other threads.
+Reading includes the wait for the device, during which a GPU's driver polls and uses the CPU: on a GPU this is idle
+time, and only planning and launching can delay the device. The rest of the loop's total is receiving, sending and
+reports; the rest of the process's total is other threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class StepCpuTimes:
 
     def __init__(self) -> None:
         self._spent_s = dict.fromkeys(("plan_cpu_seconds", "launch_cpu_seconds", "read_cpu_seconds"), 0.0)
-        self._before_s = thread_cpu_s()  # spent on loading, by the thread that is the loop's from here on
+        self._before_s = thread_cpu_s()  # spent on loading, by the thread that now runs the loop
 
     def planning(self) -> contextlib.AbstractContextManager[None]:
         return self._spent_on("plan_cpu_seconds")
@@ -38,6 +38,6 @@ class StepCpuTimes:
             self._spent_s[name] += thread_cpu_s() - started_s
 
     def totals(self) -> dict[str, float]:
-        """Asked by the loop's thread."""
+        """Return the totals. Call in the loop's thread."""
         since_s = thread_cpu_s() - self._before_s
         return {**self._spent_s, "loop_cpu_seconds": since_s, "process_cpu_seconds": cpu_s()}

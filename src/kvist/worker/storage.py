@@ -1,4 +1,4 @@
-"""The engine's storage tier: which store is attached, and how it is opened, attached and detached while serving.
+"""The engine's storage tier: opens, attaches and detaches stores while the engine serves.
 
     DETACHED ──attach──► ATTACHING ──opened──► ATTACHED ──detach──► DETACHING ──its calls are back──► DETACHED
                              └──cannot be opened, or detached meanwhile──► DETACHED
@@ -29,7 +29,7 @@ from kvist.own_files import cache_folder
 from kvist.worker.config import STORAGE_BACKENDS, StorageConfig
 
 DETACH_TIMEOUT_S = 5.0
-MAX_HUNG_STORES = 2  # stores that were detached while a call, or their opening, hung; each keeps threads and slots
+MAX_HUNG_STORES = 2  # stores detached while a call, or their opening, hung; each keeps threads and host pages
 _GB, _MAX_GB = 10**9, 10**9
 
 logger = logging.getLogger(__name__)
@@ -37,18 +37,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreChoice:
-    """A store that may be attached."""
+    """A store to attach: its backend, folder and size."""
 
     backend: str
     path: Path | None
     size_gb: float
 
 
-_Caller = tuple[bytes, str]  # the gateway, and the id of its call
+_Caller = tuple[bytes, str]  # (gateway, id of its call)
 
 
 class _Opening:
-    """A store on its way. Mutable; its thread sets the outcome, then `done`; the loop may abandon it."""
+    """A store that is being opened. Mutable; its thread sets `outcome`, the loop sets `abandoned`, under `lock`."""
 
     def __init__(self, choice: StoreChoice, caller: _Caller) -> None:
         self.choice = choice
@@ -59,7 +59,7 @@ class _Opening:
 
 
 class EngineStorage:
-    """Mutable; the engine loop's. `wakeup` is called by any thread."""
+    """Mutable; owned by the engine loop. `wakeup` may be called by any thread."""
 
     def __init__(
         self,
@@ -81,17 +81,17 @@ class EngineStorage:
         self._opening: _Opening | None = None
         self._abandoned: list[_Opening] = []
         self._detaching: tuple[list[_Caller], float, threading.Event] | None = (
-            None  # who waits for that, and until when
+            None  # (callers that wait, deadline, whether done)
         )
         self._events: list[StorageAttached] = []
         self._answers: list[tuple[bytes, wire.StorageAnswer]] = []
 
     def open_configured(self) -> None:
-        """Before the engine is ready. Raises `ConfigError` when the store of the flags cannot be had."""
+        """Open the store named by the flags, before the engine is ready. Raises `ConfigError` if this fails."""
         if self._config.hicache_storage_backend is None:
             return
         try:
-            choice = self._resolve_choice(wire.AttachStoreRequest())  # nothing but what the flags say
+            choice = self._resolve_choice(wire.AttachStoreRequest())  # only the flags
             self._attach(choice, *self._open(choice))
         except KvistError as error:
             param = _param(error)
@@ -101,7 +101,7 @@ class EngineStorage:
         self._mover.start(job)
 
     def poll(self) -> list[Report | StorageAttached]:
-        """What happened since the last call."""
+        """Return the events since the last call."""
         reports = self._mover.poll()
         opening = self._opening
         if opening is not None and opening.outcome is not None:
@@ -118,12 +118,12 @@ class EngineStorage:
             if is_over or self._clock.now_s() >= deadline_s:
                 self._detaching = None
                 for caller in callers:
-                    self._answer(caller, note="" if is_over else "left behind: a call of the store hangs")
+                    self._answer(caller, note="" if is_over else "detached, but a call of the store hangs")
         events, self._events = self._events, []
         return [*reports, *events]
 
     def ask(self, identity: bytes, call: wire.StorageCommand) -> None:
-        """The answer is in `answers`, sooner or later."""
+        """Carry out a command. The answer appears in `answers`, possibly later."""
         caller = identity, call.call_id
         try:
             match call.action:
@@ -137,7 +137,7 @@ class EngineStorage:
             self._refuse(caller, error)
 
     def answers(self) -> list[tuple[bytes, wire.StorageAnswer]]:
-        """(gateway, message), since the last call."""
+        """Return the answers since the last call, each as (gateway, message)."""
         answers, self._answers = self._answers, []
         return answers
 
@@ -161,7 +161,7 @@ class EngineStorage:
         return self._mover.totals()
 
     def close(self) -> bool:
-        """False: a call of the store hangs, and may still write into the host pool."""
+        """Close the store; return False if a call of the store hangs and may still write into the host pool."""
         if self._opening is not None:
             self._abandon(self._opening)
         return self._mover.close()
@@ -178,12 +178,10 @@ class EngineStorage:
                 param="hicache_storage_backend",
             )
         elif self._opening is not None or self._detaching is not None:
-            raise Conflict(
-                "a store is being attached or detached: try again in a while", param="hicache_storage_backend"
-            )
+            raise Conflict("a store is being attached or detached: try again later", param="hicache_storage_backend")
         elif self._mover.num_detached() + self._num_hung_opens() >= MAX_HUNG_STORES:
             raise Conflict(
-                f"{MAX_HUNG_STORES} stores were left behind with calls that hang: mend them, or start the worker anew",
+                f"{MAX_HUNG_STORES} detached stores still have hung calls: fix the stores, or restart the worker",
                 param="hicache_storage_backend",
             )
         else:
@@ -193,7 +191,7 @@ class EngineStorage:
     def _begin_detach(self, caller: _Caller) -> None:
         if self._opening is not None:
             self._abandon(self._opening)
-            self._refuse(self._opening.caller, Conflict("the store was detached before it was open"))
+            self._refuse(self._opening.caller, Conflict("the store was detached while it was being opened"))
             self._opening = None
         if self._attached is not None:
             logger.info("storage tier: %s is detached", _describe(self._attached))
@@ -213,11 +211,11 @@ class EngineStorage:
         self._events.append(StorageAttached(attached=True))
 
     def _resolve_choice(self, request: wire.AttachStoreRequest) -> StoreChoice:
-        """Raises `RequestError` naming the field."""
+        """Return the store to attach, by the request and the flags. Raises `RequestError` naming the field."""
         policy = self._config.hicache_storage_prefetch_policy
         if request.hicache_storage_prefetch_policy not in (None, policy):
             raise RequestError(
-                f"the prefetch policy of this worker is {policy}: leave the field out, or start the worker with "
+                f"the prefetch policy of this worker is {policy}: omit the field, or start the worker with "
                 f"--hicache-storage-prefetch-policy {request.hicache_storage_prefetch_policy!r}",
                 param="hicache_storage_prefetch_policy",
             )
@@ -227,7 +225,7 @@ class EngineStorage:
             known = ", ".join(STORAGE_BACKENDS)
             raise RequestError(f"{named}: known are {known}", param="hicache_storage_backend")
         if backend == "memory" and request.hicache_storage_path is not None:
-            raise RequestError("a store in memory has no folder: leave the path out", param="hicache_storage_path")
+            raise RequestError("a store in memory has no folder: omit the path", param="hicache_storage_path")
         path = None
         if backend == "file":
             path = self._default_folder()
@@ -240,8 +238,8 @@ class EngineStorage:
         )
         if not 0 < size_gb < _MAX_GB:
             raise RequestError(
-                f"a store of {size_gb:g} GB cannot be: it must hold a page of {self._page_bytes} bytes at least, and "
-                f"less than {_MAX_GB} GB",
+                f"a store of {size_gb:g} GB is not possible: the size must be at least one page of {self._page_bytes} "
+                f"bytes, and less than {_MAX_GB} GB",
                 param="hicache_storage_size",
             )
         return StoreChoice(backend=backend, path=path, size_gb=size_gb)
@@ -273,8 +271,8 @@ class EngineStorage:
             outcome = self._open(opening.choice)
         except KvistError as error:
             outcome = error
-        except Exception as error:  # a bug of the store, or of its library: whoever asked must hear of it
-            logger.exception("opening %s", _describe(opening.choice))
+        except Exception as error:  # a bug of the store or its library: the caller needs an answer
+            logger.exception("cannot open %s", _describe(opening.choice))
             outcome = StoreError(f"the store cannot be opened: {type(error).__name__}: {error}")
         with opening.lock:
             opening.outcome = outcome
@@ -311,11 +309,11 @@ class EngineStorage:
 
 
 def requested_folder(requested: str, roots: Sequence[str]) -> Path:
-    """The folder that a caller of our HTTP asked for, links followed. Nothing is opened. Raises `RequestError` unless
-    it is below one of the folders that the operator allowed, as it is written and as it is."""
+    """Return the folder named by an HTTP client, with links resolved; opens no file. Raises `RequestError` unless the
+    folder is below one of the allowed folders, both as written and after links are resolved."""
     param = "hicache_storage_path"
     if not requested or not requested.isprintable() or not os.path.isabs(requested):
-        raise RequestError(f"{requested!r} is not an absolute path: begin it with /", param=param)
+        raise RequestError(f"{requested!r} is not an absolute path: start the path with /", param=param)
     full_roots = [os.path.abspath(os.path.expanduser(root)) for root in roots]
     real_roots = [os.path.realpath(root) for root in full_roots]
     written = Path(os.path.normpath(requested))
@@ -331,7 +329,7 @@ def requested_folder(requested: str, roots: Sequence[str]) -> Path:
 
 
 def _param(error: KvistError) -> str:
-    """A store that cannot be had is too small, or its folder is at fault, unless the error says more."""
+    """Return the field to blame: that of the error, else the folder for a store error and the size for any other."""
     return error.param or ("hicache_storage_path" if isinstance(error, StoreError) else "hicache_storage_size")
 
 
