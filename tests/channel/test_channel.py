@@ -1,4 +1,4 @@
-"""Sockets between engines and gateways, over real ZeroMQ on loopback."""
+"""The sockets between engines and gateways, with real ZeroMQ on loopback."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MakeChannel = Callable[..., EngineChannel]
 
 
 class Engine(EngineChannel):
-    """A channel that knows the name of its own life, as the engine around it does."""
+    """A channel with its own epoch, which an engine would know."""
 
     def __init__(self, cluster_key: str = KEY, bind: str = "tcp://127.0.0.1:0", **config: int) -> None:
         member = Member(cluster_key)
@@ -58,7 +58,7 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
 
 
 def recv_some(channel: EngineChannel, bound_s: float = BOUND_S) -> list[tuple[bytes, object]]:
-    """Like `recv`, but not ended by the answers to handshakes, which wake it with nothing to show."""
+    """Receive as `recv` does, but ignore the empty results after handshakes."""
     steps = int(bound_s / 0.05)
     for _ in range(steps):
         if received := channel.recv(0.05):
@@ -79,7 +79,7 @@ def raw_dealer(
 
 
 class Inbox:
-    """Collects what a link delivers, and lets a test wait for it."""
+    """Collects the messages of a link, and lets a test wait for them."""
 
     def __init__(self) -> None:
         self.messages: asyncio.Queue[object] = asyncio.Queue()
@@ -144,7 +144,7 @@ async def test_one_recv_returns_all_waiting_messages_in_order(make_channel: Make
             break
     assert [message for _, message in received] == aborts
     gateway = received[0][0]
-    answers = [wire.Flushed(call_id=str(i), num_pages=i) for i in range(600)]  # more than one drain takes
+    answers = [wire.Flushed(call_id=str(i), num_pages=i) for i in range(600)]  # more than one drain reads
     assert all(channel.send(gateway, answer) for answer in answers)
     assert [await inbox.message() for _ in answers] == answers
 
@@ -168,7 +168,7 @@ async def test_one_recv_is_limited_to_about_a_megabyte(make_channel: MakeChannel
 
 def test_a_send_to_a_disconnected_peer_returns_false(make_channel: MakeChannel) -> None:
     channel = make_channel()
-    assert channel.send(b"nobody", FLUSHED) is False
+    assert channel.send(b"unknown", FLUSHED) is False
 
 
 def test_a_peer_that_does_not_read_fails_sends_instead_of_blocking(make_channel: MakeChannel, context) -> None:
@@ -193,7 +193,7 @@ def test_undecodable_messages_are_dropped_and_counted_and_the_next_is_read(make_
     channel = make_channel()
     dealer = raw_dealer(context, channel.endpoint)
     dealer.send(b"\xff not msgpack")
-    dealer.send(wire.encode(CLOSED))  # a message, but not one that an engine's ROUTER takes
+    dealer.send(wire.encode(CLOSED))  # a message that an engine's ROUTER does not accept
     dealer.send_multipart([b"two", b"frames"])
     dealer.send(wire.encode(HELLO))
     received = recv_some(channel)
@@ -246,14 +246,14 @@ def test_wakeup_from_another_thread_ends_a_waiting_recv(make_channel: MakeChanne
     channel = make_channel()
     waker = threading.Thread(target=channel.wakeup)
     waker.start()
-    assert channel.recv(60.0) == []  # the test's own time limit is far below this wait
+    assert channel.recv(60.0) == []  # far above the time limit of the test
     waker.join()
     assert channel.recv(0.0) == []
 
 
 def test_many_wakeups_end_one_recv_and_a_wakeup_after_close_is_harmless(make_channel: MakeChannel) -> None:
     channel = make_channel()
-    for _ in range(100_000):  # more than the pipe holds
+    for _ in range(100_000):  # more than the pipe can hold
         channel.wakeup()
     channel.recv(60.0)
     channel.close()
@@ -282,7 +282,7 @@ def test_peer_connections_are_bounded_and_the_least_recently_used_closes(make_ch
         if not prefills[0].send(name, CLOSED):
             break
     else:
-        pytest.fail("the first connection is still there")
+        pytest.fail("the first connection is still open")
     assert decode.send_to_peer(prefills[0].endpoint, ack)  # a new connection
     assert recv_some(prefills[0]) == [(name, ack)]
     assert prefills[0].send(name, CLOSED)
@@ -312,7 +312,7 @@ async def test_a_link_reports_a_lost_engine_once(make_channel: MakeChannel, make
 
 
 async def test_a_link_connects_once_its_engine_starts(make_link) -> None:
-    with socket.socket() as held:  # bound and not listened to: nobody else is given the port meanwhile
+    with socket.socket() as held:  # bound but not listening: reserves the port
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
         endpoint = f"tcp://127.0.0.1:{held.getsockname()[1]}"
@@ -340,7 +340,7 @@ def test_a_reconnecting_client_takes_over_its_address(make_channel: MakeChannel,
     assert second.poll(int(BOUND_S * 1000))
 
 
-# ---------------------------------------------------------------- who may in
+# ---------------------------------------------------------------- endpoints and membership
 
 
 def test_a_port_in_use_is_a_config_error(make_channel: MakeChannel) -> None:

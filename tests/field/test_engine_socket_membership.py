@@ -100,7 +100,7 @@ def test_a_grant_with_the_epoch_of_another_engine_is_dropped_and_counted(sockets
 
 
 @pytest.mark.case("stolen-identity")
-def test_a_client_with_the_address_of_another_member_is_refused(sockets: Sockets) -> None:
+def test_messages_from_the_address_of_another_member_are_dropped(sockets: Sockets) -> None:
     epoch = sockets.decode_member.epoch
     sockets.decode.send_to_peer(sockets.prefill.endpoint, sockets.grant(epoch))
     assert hear(sockets.prefill) == [sockets.grant(epoch)]

@@ -71,7 +71,7 @@ def test_a_burst_on_an_idle_scheduler_fills_all_running_places_and_the_queue() -
 
 @pytest.mark.case("fairness")
 @pytest.mark.parametrize("flood_from", ["one connection", "many connections", "another host of the same key"])
-def test_the_scheduler_serves_a_new_caller_next_whatever_another_has_queued(flood_from: str) -> None:
+def test_the_scheduler_serves_a_new_caller_before_the_queue_of_another(flood_from: str) -> None:
     flooder = {
         "one connection": lambda _: "k/h/1",
         "many connections": lambda index: f"k/h/{index}",

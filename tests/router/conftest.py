@@ -1,4 +1,4 @@
-"""Makes `fake_engine` importable by this room's tests (there are no test packages), and owns what must be closed."""
+"""Makes `fake_engine` importable by the router tests (tests are not a package), and closes the engines they start."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""An engine that computes nothing: it speaks the real protocol over real sockets and answers at once.
+"""An engine without a model: uses the real protocol over real sockets and answers at once.
 
-Output token i of a request is `prompt_token_ids[0] + i`. Run it as a script to measure a gateway alone:
+Output token i of a request is `prompt_token_ids[0] + i`. Run this file as a script to measure a gateway alone:
 
     python tests/router/fake_engine.py --port 31000 --tokens-per-message 4
 """
@@ -78,8 +78,8 @@ class _Stream:
 
 
 class FakeEngine:
-    """Serves from its own thread between `start` and `stop`. What it does can be changed meanwhile: `hold` keeps
-    requests unanswered, `refusal` fails them, `report` sends the gateways a load report."""
+    """Engine that serves from its own thread between `start` and `stop`. Its behaviour can be changed meanwhile: `hold`
+    leaves requests unanswered, `refusal` fails them, `report` sends a load report to the gateways."""
 
     def __init__(
         self,
@@ -95,13 +95,13 @@ class FakeEngine:
         self.spec = msgspec.structs.replace(spec, endpoint=self.channel.endpoint)
         self.tokens_per_message = tokens_per_message
         self.hold = False
-        self.silent = False  # reads, and says nothing
+        self.silent = False  # reads messages, sends none
         self.stop_after: int | None = None  # output tokens, then the stream hangs
-        self.refusal: wire.Ended | None = None  # its request_id is filled in
+        self.refusal: wire.Ended | None = None  # request_id is filled in
         self.submitted: list[wire.Submit] = []
         self.aborted: list[RequestId] = []
         self.num_resyncs = 0
-        self.gateways: dict[bytes, int] = {}  # → sequence of the next load report
+        self.gateways: dict[bytes, int] = {}  # address → sequence of the next load report
         self._streams: deque[_Stream] = deque()
         self._streams_that_hang: deque[_Stream] = deque()
         self._held: dict[RequestId, bytes] = {}
@@ -114,7 +114,7 @@ class FakeEngine:
         return self
 
     def stop(self) -> None:
-        """As when the process dies: no goodbye."""
+        """Stop as if the process died: without a last message."""
         self._stopping.set()
         self.channel.wakeup()
         if self._thread.is_alive():
@@ -129,11 +129,11 @@ class FakeEngine:
 
     @property
     def num_hanging(self) -> int:
-        """Streams that wait after `stop_after` tokens."""
+        """Number of streams that hang after `stop_after` tokens."""
         return len(self._streams_that_hang)
 
     def finish_streams(self) -> None:
-        """Those that hang after `stop_after` tokens go on to their end."""
+        """Continue the streams that hang after `stop_after` tokens to their end."""
         self.stop_after = None
         for stream in self._streams_that_hang:
             stream.end = stream.submit.request.sampling.max_tokens
@@ -184,7 +184,7 @@ class FakeEngine:
         self._streams.append(_Stream(sender, submit, first, end if self.stop_after is None else self.stop_after))
 
     def _step(self) -> None:
-        """One message to each gateway, with the next tokens of each of its streams."""
+        """Send one message to each gateway, with the next tokens of each of its streams."""
         chunks: dict[bytes, list[wire.TokenChunk]] = {}
         ended: dict[bytes, list[wire.Ended]] = {}
         for stream in list(self._streams):
@@ -204,7 +204,8 @@ class FakeEngine:
             self._send(gateway, outputs)
 
     def _send(self, gateway: bytes, outputs: wire.StepOutputs) -> None:
-        """Wait for room: nothing else slows this engine down. A gateway that stays full or is gone is dropped."""
+        """Send, waiting for room in the queue, the only flow control here. Drop a gateway that stays full or is
+        gone."""
         for _ in range(2_000):
             if self.channel.send(gateway, outputs):
                 return
@@ -231,7 +232,7 @@ class FakeEngine:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=0, help="of the engine socket on 127.0.0.1; 0 finds a free one")
+    parser.add_argument("--port", type=int, default=0, help="of the engine socket on 127.0.0.1; 0 chooses a free port")
     parser.add_argument("--role", default="unified", choices=("unified", "prefill", "decode"))
     parser.add_argument("--tokens-per-message", type=int, default=1, help="tokens of one stream in one message")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""One request's way through the dispatcher, with engines in memory so that every order of messages can be told."""
+"""The dispatcher with engines in memory, so that tests control the order of messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PROMPT = tuple(range(100))
 
 @dataclass
 class MemoryEngines:
-    """Takes what the dispatcher sends, and lets a test speak for the engines."""
+    """Records the messages of the dispatcher, and lets a test send the messages of engines."""
 
     registry: Registry
     sent: list[tuple[Worker, wire.GatewayToEngine]] = field(default_factory=list)
@@ -71,7 +71,7 @@ class MemoryEngines:
     def aborts(self, worker: Worker) -> list[RequestId]:
         return [m.request_id for to, m in self.sent if to is worker and isinstance(m, wire.Abort)]
 
-    def say(self, worker: Worker, position: int, *token_ids: int, finish: FinishReason | None = None) -> None:
+    def emit(self, worker: Worker, position: int, *token_ids: int, finish: FinishReason | None = None) -> None:
         request_id = self.submits(worker)[-1].request.request_id
         chunk = wire.TokenChunk(request_id=request_id, position=position, token_ids=token_ids, finish_reason=finish)
         self.events.on_outputs(worker, wire.StepOutputs(chunks=(chunk,)))
@@ -105,7 +105,7 @@ class World:
         return self.dispatcher.generate(request)
 
     async def begin(self, **fields: object) -> asyncio.Task[list[int]]:
-        """A reader that has submitted and waits."""
+        """Start a reader whose request has been submitted."""
         task = asyncio.create_task(read_all(self.generate(**fields)))
         await settle()
         return task
@@ -123,7 +123,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-# ---------------------------------------------------------------- the straight ways
+# ---------------------------------------------------------------- routing without faults
 
 
 async def test_a_unified_worker_serves_the_whole_request() -> None:
@@ -132,10 +132,10 @@ async def test_a_unified_worker_serves_the_whole_request() -> None:
     task = await world.begin()
     (submit,) = world.engines.submits(worker)
     assert (submit.mode, submit.handoff_id, submit.request.prompt_token_ids) == (Mode.FULL, None, PROMPT)
-    world.engines.say(worker, 0, 7)
-    world.engines.say(worker, 1, 8, 9, finish=FinishReason.STOP)
+    world.engines.emit(worker, 0, 7)
+    world.engines.emit(worker, 1, 8, 9, finish=FinishReason.STOP)
     assert await task == [7, 8, 9]
-    assert not world.idle(), "the worker has not said Ended"
+    assert not world.idle(), "the worker has not sent Ended"
     world.engines.end(worker)
     assert world.idle()
     assert world.engines.aborts(worker) == []
@@ -151,16 +151,16 @@ async def test_a_pair_gets_one_handoff_id_and_its_chunks_are_merged() -> None:
     assert (ask_prefill.mode, ask_decode.mode) == (Mode.PREFILL, Mode.DECODE)
     assert ask_prefill.handoff_id == ask_decode.handoff_id is not None
     assert ask_decode.prefill == wire.PrefillPeer(worker_id=WorkerId("p"), endpoint="tcp://p", epoch=EpochId("epoch-p"))
-    world.engines.say(decode, 1, 8)  # before prefill's
+    world.engines.emit(decode, 1, 8)  # before the chunk of prefill
     await settle()
     assert not first.done()
-    world.engines.say(prefill, 0, 7)
+    world.engines.emit(prefill, 0, 7)
     part = await first
     assert part.chunk.token_ids == (7, 8)
     assert part.chunk.request_id == "r"
     assert (part.prefill_worker, part.decode_worker) == ("p", "d")
     world.engines.end(prefill)
-    world.engines.say(decode, 2, 9, finish=FinishReason.STOP)
+    world.engines.emit(decode, 2, 9, finish=FinishReason.STOP)
     world.engines.end(decode)
     assert await read_all(stream) == [9]
     assert world.idle()
@@ -173,7 +173,7 @@ async def test_chunks_that_wait_for_a_slow_reader_are_merged_into_one_part() -> 
     first = asyncio.create_task(anext(stream))
     await settle()
     for position in range(3):
-        world.engines.say(worker, position, position)
+        world.engines.emit(worker, position, position)
     assert (await first).chunk.token_ids == (0, 1, 2)
     await stream.aclose()
 
@@ -184,7 +184,7 @@ async def test_a_request_for_one_token_runs_on_a_prefill_worker_alone() -> None:
     task = await world.begin(max_tokens=1)
     assert world.engines.submits(prefill)[0].mode is Mode.FULL
     assert world.engines.submits(decode) == []
-    world.engines.say(prefill, 0, 7, finish=FinishReason.LENGTH)
+    world.engines.emit(prefill, 0, 7, finish=FinishReason.LENGTH)
     assert await task == [7]
 
 
@@ -193,7 +193,7 @@ async def test_a_first_token_that_ends_the_answer_does_not_wait_for_decode() -> 
     prefill, decode = world.pair()
     task = await world.begin()
     world.engines.end(decode)
-    world.engines.say(prefill, 0, 7, finish=FinishReason.STOP)
+    world.engines.emit(prefill, 0, 7, finish=FinishReason.STOP)
     world.engines.end(prefill)
     assert await task == [7]
     assert world.idle()
@@ -203,7 +203,7 @@ async def test_a_continued_request_starts_at_the_position_after_its_output_token
     world = World()
     worker = world.engines.join("u", "unified")
     task = await world.begin(output_token_ids=(1, 2))
-    world.engines.say(worker, 2, 3, finish=FinishReason.LENGTH)
+    world.engines.emit(worker, 2, 3, finish=FinishReason.LENGTH)
     assert await task == [3]
 
 
@@ -221,7 +221,7 @@ async def test_a_prompt_goes_to_the_worker_that_caches_its_pages_under_the_same_
     second.cancel()
 
 
-# ---------------------------------------------------------------- leaving
+# ---------------------------------------------------------------- disconnects and time limits
 
 
 @pytest.mark.parametrize("how", ["aclose", "cancel"])
@@ -236,15 +236,15 @@ async def test_a_reader_that_disconnects_aborts_both_engines_at_once(how: str) -
         stream = world.generate()
         first = asyncio.create_task(anext(stream))
         await settle()
-        world.engines.say(prefill, 0, 7)
+        world.engines.emit(prefill, 0, 7)
         await first
         await stream.aclose()
     (request_id,) = world.engines.aborts(prefill)
     assert world.engines.aborts(decode) == [request_id]
     world.engines.end(prefill, Outcome.ABORTED)
     world.clock.advance(0.3)
-    assert world.dispatcher.snapshot().cancelled.num_held == 1, "decode has not said so"
-    world.engines.say(decode, 1, 8)  # was on its way: ignored
+    assert world.dispatcher.snapshot().cancelled.num_held == 1, "decode has not sent Ended"
+    world.engines.emit(decode, 1, 8)  # sent before the Abort arrived: ignored
     world.engines.end(decode, Outcome.ABORTED)
     assert world.idle()
     cancelled = world.dispatcher.snapshot().cancelled
@@ -265,10 +265,10 @@ async def test_a_request_whose_engine_never_sends_ended_is_given_up() -> None:
     world = World()
     worker = world.engines.join("u", "unified")
     task = await world.begin()
-    world.engines.say(worker, 0, 7, finish=FinishReason.STOP)
+    world.engines.emit(worker, 0, 7, finish=FinishReason.STOP)
     await task
     world.dispatcher.sweep()
-    assert not world.idle(), "it may still say so"
+    assert not world.idle(), "Ended may still arrive"
     world.clock.advance(END_TIMEOUT_S + 1)
     world.dispatcher.sweep()
     assert world.idle()
@@ -308,7 +308,7 @@ async def test_tokens_received_before_a_failure_are_delivered_before_the_error()
     stream = world.generate()
     first = asyncio.create_task(anext(stream))
     await settle()
-    world.engines.say(prefill, 0, 7)
+    world.engines.emit(prefill, 0, 7)
     world.engines.end(decode, Outcome.FAILED, error_code="handoff_failed", message="checksum", retry_after_s=3.0)
     assert (await first).chunk.token_ids == (7,)
     with pytest.raises(HandoffFailed) as caught:
@@ -320,10 +320,10 @@ async def test_a_prefill_failure_after_decode_began_is_ignored() -> None:
     world = World()
     prefill, decode = world.pair()
     task = await world.begin()
-    world.engines.say(prefill, 0, 7)
-    world.engines.say(decode, 1, 8)
+    world.engines.emit(prefill, 0, 7)
+    world.engines.emit(decode, 1, 8)
     world.engines.lose(prefill)
-    world.engines.say(decode, 2, 9, finish=FinishReason.STOP)
+    world.engines.emit(decode, 2, 9, finish=FinishReason.STOP)
     world.engines.end(decode)
     assert await task == [7, 8, 9]
     assert world.idle()
@@ -333,7 +333,7 @@ async def test_ended_without_a_last_token_fails_the_request_as_an_engine_error()
     world = World()
     worker = world.engines.join("u", "unified")
     task = await world.begin()
-    world.engines.say(worker, 0, 7)
+    world.engines.emit(worker, 0, 7)
     world.engines.end(worker)
     with pytest.raises(EngineError, match="before its last token arrived"):
         await task
@@ -355,7 +355,7 @@ async def test_a_worker_lost_mid_stream_fails_the_request_and_aborts_its_partner
     stream = world.generate()
     first = asyncio.create_task(anext(stream))
     await settle()
-    world.engines.say(prefill, 0, 7)
+    world.engines.emit(prefill, 0, 7)
     await first
     world.engines.lose(decode)
     with pytest.raises(WorkerLost, match="d was lost"):
@@ -369,12 +369,12 @@ async def test_a_request_whose_worker_is_lost_before_the_first_token_is_retried_
     world = World()
     prefill, decode = world.pair()
     spare = world.engines.join("d2", "decode")
-    world.engines.join("d3", "decode")  # would be a third try
+    world.engines.join("d3", "decode")  # would serve a third attempt
     task = await world.begin()
     world.engines.lose(decode)
     await settle()
     first, second = world.engines.submits(prefill)
-    assert first.request.request_id != second.request.request_id, "the first attempt may still be there"
+    assert first.request.request_id != second.request.request_id, "the first attempt may still run at the engine"
     assert world.engines.aborts(prefill) == [first.request.request_id]
     assert first.handoff_id != second.handoff_id
     assert len(world.engines.submits(spare)) == 1
@@ -389,7 +389,7 @@ async def test_a_request_refused_by_a_full_engine_is_retried_on_another() -> Non
     task = await world.begin()
     world.engines.end(full, Outcome.FAILED, error_code="overloaded", message="queue full")
     await settle()
-    world.engines.say(free, 0, 7, finish=FinishReason.STOP)
+    world.engines.emit(free, 0, 7, finish=FinishReason.STOP)
     assert await task == [7]
 
 
@@ -412,7 +412,7 @@ async def test_an_unreachable_decode_worker_aborts_the_prefill_request() -> None
     assert len(world.engines.aborts(prefill)) == 1
 
 
-# ---------------------------------------------------------------- nobody there, everybody full
+# ---------------------------------------------------------------- missing and full workers
 
 
 async def test_a_missing_role_is_named_with_the_command_that_starts_it() -> None:
@@ -476,7 +476,7 @@ async def test_prompt_tokens_are_pending_at_prefill_until_the_first_token() -> N
     prefill, decode = world.pair()
     task = await world.begin()
     assert (prefill.view().num_pending_tokens, decode.view().num_pending_tokens) == (len(PROMPT), 0)
-    world.engines.say(prefill, 0, 7)
+    world.engines.emit(prefill, 0, 7)
     assert prefill.view().num_pending_tokens == 0
     task.cancel()
 
@@ -519,7 +519,7 @@ async def test_a_worker_that_does_not_answer_a_flush_is_named() -> None:
     world = World(flush_timeout_s=0.01)
     prefill, _ = world.pair()
     task = asyncio.create_task(world.dispatcher.flush_cache())
-    asyncio.get_running_loop().call_soon(world.engines.lose, prefill)  # before any timer, however late we are
+    asyncio.get_running_loop().call_soon(world.engines.lose, prefill)  # runs before any timer, even on a slow machine
     with pytest.raises(Timeout, match=r"^d did not answer"):
         await task
     with pytest.raises(Unavailable, match="no worker is ready"):
@@ -563,7 +563,7 @@ async def test_logprobs_that_wait_for_a_client_that_does_not_read_are_bounded() 
         )
         world.engines.events.on_outputs(worker, wire.StepOutputs(chunks=(chunk,)))
         if position == 0:
-            await first  # the last that it reads
+            await first  # the reader reads no further part
     assert world.engines.aborts(worker) == [request_id]
     waited = await anext(stream)
     assert len(waited.chunk.token_ids) * 21 < MAX_WAITING_LOGPROBS + 100 * 21
@@ -579,11 +579,11 @@ async def test_the_page_digests_of_a_prompt_with_many_answers_are_computed_once(
     worker.known_pages = {b"some page"}
     digested: list[tuple[object, str]] = []
 
-    def note(token_ids: Sequence[int], page_size: int, namespace: str, salt: str = "") -> list[bytes]:
+    def record(token_ids: Sequence[int], page_size: int, namespace: str, salt: str = "") -> list[bytes]:
         digested.append((token_ids, salt))
         return page_digests(token_ids, page_size, namespace, salt)
 
-    monkeypatch.setattr(route, "page_digests", note)
+    monkeypatch.setattr(route, "page_digests", record)
     prompt = tuple(range(200))
     for _ in range(3):
         await world.begin(prompt=prompt)

@@ -115,7 +115,7 @@ async def test_closing_a_stream_aborts_the_request_at_both_engines(start_engine:
 async def test_a_worker_lost_while_idle_is_noticed_and_serves_when_it_is_back(
     start_engine: StartEngine, connect: Connect
 ) -> None:
-    with socket.socket() as held:  # bound and not listened to: nobody else is given the port between two lives
+    with socket.socket() as held:  # bound but not listening: reserves the port between the two engines
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
         endpoint = f"tcp://127.0.0.1:{held.getsockname()[1]}"
@@ -158,10 +158,10 @@ async def test_a_silent_worker_is_lost_and_is_ready_after_its_next_message(
     await until(dispatcher.ready)
 
     def has_one_gateway() -> bool:
-        engine.report()  # finds out who is gone
+        engine.report()  # a failed send removes a gateway
         return len(engine.gateways) == 1
 
-    await until(has_one_gateway)  # the connection that was given up is closed
+    await until(has_one_gateway)  # the old connection is closed
 
 
 async def test_requests_of_an_engine_that_restarted_fail_as_worker_lost(
@@ -180,7 +180,7 @@ async def test_requests_of_an_engine_that_restarted_fail_as_worker_lost(
 
 async def test_a_missed_report_brings_a_snapshot(start_engine: StartEngine, connect: Connect) -> None:
     engine = start_engine(spec=spec("u"))
-    dispatcher = await connect(engine, keepalive_s=60.0)  # not by the next keep-alive, but at once
+    dispatcher = await connect(engine, keepalive_s=60.0)  # the snapshot must not wait for a keep-alive
     await until(dispatcher.ready)
     page = b"p" * 16
     engine.report(cached_added=(page,))

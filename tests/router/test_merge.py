@@ -1,4 +1,4 @@
-"""One ordered stream out of two engines' chunks."""
+"""Merging the chunks of two engines into one ordered stream."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_only_the_new_tokens_of_an_overlapping_chunk_are_kept_with_their_logprob
     seed=st.integers(0, 1 << 16),
     take_every=st.integers(1, 5),
 )
-def test_any_order_with_any_repeats_gives_every_token_once(
+def test_chunks_in_any_order_with_repeats_yield_every_token_once(
     length: int, first: int, cuts: list[tuple[int, int]], seed: int, take_every: int
 ) -> None:
     tokens = [100 + i for i in range(length)]

@@ -1,4 +1,4 @@
-"""Which worker a policy chooses."""
+"""The routing policies: round robin, least loaded and cache-aware."""
 
 from __future__ import annotations
 

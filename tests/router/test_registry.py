@@ -1,4 +1,4 @@
-"""What a gateway believes of its workers."""
+"""The registry: state, cached pages and load of the workers."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_another_protocol_version_is_refused() -> None:
         registry.on_welcome(add(registry), Welcome(spec=make_spec(), protocol_version=99), 0.0)
 
 
-def test_the_view_counts_the_larger_of_own_and_reported_requests() -> None:
+def test_a_worker_computes_room_load_and_retry_time_from_its_requests_and_reports() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker, max_running_requests=1, max_queued_requests=1)
@@ -151,11 +151,11 @@ def test_the_view_counts_the_larger_of_own_and_reported_requests() -> None:
     assert worker.has_room_for(caller)
     worker.take(RequestId("2"), 50, caller)
     assert not worker.has_room_for(caller)
-    assert worker.has_room_for(("another", "h", "c")), "the first one's newest gives way to it"
+    assert worker.has_room_for(("another", "h", "c")), "the worker will displace a request of the first caller"
     assert (worker.view().num_requests, worker.view().num_pending_tokens) == (2, 150)
     worker.prompt_done(RequestId("1"))
     for request_id in ("1", "2", "2"):
         worker.release(RequestId(request_id))
     registry.on_report(worker, make_load(0, snapshot=True, num_running=5, num_waiting=2, service_s=20.0), 1.0)
-    assert worker.retry_after_s() == 8.0, "two wait for one of five places, each taken for 20 s"
+    assert worker.retry_after_s() == 8.0, "two requests wait for five places of 20 s each"
     assert (worker.view().num_requests, worker.view().num_pending_tokens) == (7, 0)
