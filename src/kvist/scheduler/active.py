@@ -66,7 +66,9 @@ TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class ActiveRequest:
-    """Mutable; its one owner is the `RequestTable`. The `HandoffSide` sets `granted`, `in_handoff` and `report`."""
+    """One request inside a scheduler. Mutable; its one owner is the `RequestTable`.
+
+    The `HandoffSide` sets `granted`, `in_handoff` and `report`."""
 
     number: int  # arrival order: the greatest is the youngest
     request: EngineRequest
@@ -86,7 +88,7 @@ class ActiveRequest:
     # K/V of [0, num_planned) will be in the pages once the pending steps are finished. If [0, num_planned) is all of
     # `token_ids`, the newest pending step also samples the next token.
     num_planned: int = 0
-    last_step_id: int = 0  # the newest step that writes its pages
+    last_step_id: int = 0  # the newest step that writes the pages of this request
     num_cached_tokens: int | None = None  # prompt tokens found in the cache when it was first admitted
     num_cached_host_tokens: int = 0  # part of num_cached_tokens: loaded from the host tier
     num_cached_storage_tokens: int = 0  # part of num_cached_tokens: fetched from the storage tier
@@ -120,7 +122,7 @@ class ActiveRequest:
 
     @property
     def ungranted(self) -> bool:
-        """A PREFILL whose Grant has not arrived computes only in pages that no other request needs."""
+        """Whether this is a PREFILL without a Grant: it computes only in pages that no other request needs."""
         return self.mode is Mode.PREFILL and not self.granted
 
     @property
@@ -129,7 +131,7 @@ class ActiveRequest:
 
     @property
     def awaits_grant_of_pages(self) -> bool:
-        """A DECODE whose prompt pages have not been handed over yet (afterwards it is like any other request)."""
+        """Whether this is a DECODE that has granted no pages yet. Afterwards it is treated like any other request."""
         return self.mode is Mode.DECODE and not self.granted
 
     @property
@@ -143,7 +145,7 @@ class ActiveRequest:
         return len(self.token_ids) - self.num_prompt
 
     def finish_reason(self, token_id: int, num_tokens: int) -> FinishReason | None:
-        """Return why `token_id`, as the last of `num_tokens` tokens, ends the answer; None if the answer goes on."""
+        """Return why `token_id`, as the last of `num_tokens` tokens, ends the answer; None if it does not."""
         if token_id in self.stop_ids and num_tokens > self.suppress_until:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_tokens >= self.max_len else None

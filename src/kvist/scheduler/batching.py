@@ -37,7 +37,7 @@ from kvist.scheduler.timers import TimerKind
 
 
 class Batcher:
-    """Mutable; its one owner is the scheduler. One batch is pending at a time; with overlap, two."""
+    """Plans the batches. Mutable; its one owner is the scheduler. One batch is pending at a time; with overlap, two."""
 
     def __init__(self, table: RequestTable) -> None:
         self._table = table
@@ -67,7 +67,7 @@ class Batcher:
                 self._table.end(request, Outcome.FAILED, "engine_error", event.message)
 
     def on_pages_loaded(self, event: PagesLoaded) -> None:
-        """Start the request: its host pages are in the device pool, or the copy failed and it computes those tokens."""
+        """Start the request: its host pages are in the device pool; if the copy failed, their tokens are computed."""
         table = self._table
         request = table.loading.pop(event.job_id)
         request.loading = False
@@ -174,6 +174,7 @@ class Batcher:
     # ---------------------------------------------------------------- pages for running requests
 
     def _grow(self, request: ActiveRequest, num_tokens: int) -> bool:
+        """Grow the lease to `num_tokens`, preempting others if needed; return whether the request may run now."""
         lease = request.lease
         assert lease is not None
         while not self._cache.grow(lease, num_tokens):
@@ -191,8 +192,8 @@ class Batcher:
         return request.state is RequestState.RUNNING and request not in self._deferred_victims
 
     def _preempt(self, victim: ActiveRequest) -> bool:
-        """Free the victim's pages and return True; return False if a pending step still writes them. Then the victim is
-        preempted when the next step is planned, if its pages are still needed."""
+        """Free the victim's pages and return True; return False if a pending step still writes them. In that case the
+        victim is preempted when the next step is planned, if its pages are still needed."""
         if self._table.in_pending_step(victim):
             self._deferred_victims.add(victim)
             return False
@@ -252,8 +253,8 @@ class Batcher:
 
     def _allocate(self, request: ActiveRequest) -> bool:
         """Give the request a lease over all its tokens, or let it wait for another request's load, out of the queue.
-        Return False if too few pages are reclaimable. Keeps one page in reserve for each growing request, so that few
-        are preempted."""
+        Return False if too few pages are reclaimable. One page is kept in reserve for each growing request, so that
+        few requests are preempted."""
         cache, num_tokens = self._cache, len(request.token_ids)
         table, prefill = self._table, Mode.PREFILL
         growing = sum(other.mode is not prefill for other in table.running)

@@ -36,7 +36,7 @@ from kvist.scheduler.waiting import WaitingQueue
 from kvist.service_time import ServiceTime, retry_after_s
 from kvist.wire import Ended, Submit, TokenChunk
 
-_BROKEN_LOGITS = (
+_INVALID_LOGITS = (
     "the model's output for this request is not a number (NaN or infinity). If other requests fail in the same way, "
     "the weights or the device are damaged: check the model's files"
 )
@@ -56,7 +56,7 @@ class PendingStep:
 
 
 class HandoffHooks(Protocol):
-    """Calls from `RequestTable` and `Batcher` into this engine's side of its handoffs (source.py, target.py)."""
+    """The calls of `RequestTable` and `Batcher` into this engine's side of its handoffs (source.py, target.py)."""
 
     def on_arrived(self, request: ActiveRequest) -> None:
         """Open the handoff of an accepted request; may end the request."""
@@ -75,7 +75,9 @@ class HandoffHooks(Protocol):
 
 
 class RequestTable:
-    """Mutable; its one owner is the scheduler. `now_s` and `step_count` are set at the start of each step."""
+    """The live requests by state. Mutable; its one owner is the scheduler.
+
+    `now_s` and `step_count` are set at the start of each step."""
 
     def __init__(
         self,
@@ -116,9 +118,9 @@ class RequestTable:
         answers both."""
         if event.request.request_id in self.live:
             return
-        fault = find_refusal(event, self.cache, context_len=self.context_len, wrong_mode=self._refuse_mode(event))
-        if fault is not None:
-            self._refuse(event, *fault)
+        refusal = find_refusal(event, self.cache, context_len=self.context_len, wrong_mode=self._refuse_mode(event))
+        if refusal is not None:
+            self._refuse(event, *refusal)
             return
         request = self._accept(event)
         no_room = self._make_queue_room(request)
@@ -292,7 +294,7 @@ class RequestTable:
     # ---------------------------------------------------------------- tokens
 
     def apply_sampled(self, step: PendingStep, sampled: SampledTokens) -> None:
-        """Apply a finished step: its K/V is in the pages; append, send and check the sampled tokens."""
+        """Apply a finished step, whose K/V is in the pages: append and send its tokens, end finished requests."""
         num_chunks_before = len(self.out.chunks)
         if sampled.invalid_rows:
             self._fail_invalid_rows(step, sampled.invalid_rows)
@@ -313,7 +315,7 @@ class RequestTable:
         sampled_requests = [*step.decodes, *(request for request, _, samples in step.chunks if samples)]
         for row in sorted(rows):
             if sampled_requests[row].state is not RequestState.ENDED:
-                self.end(sampled_requests[row], Outcome.FAILED, EngineError.code, _BROKEN_LOGITS)
+                self.end(sampled_requests[row], Outcome.FAILED, EngineError.code, _INVALID_LOGITS)
 
     def _apply_decodes(self, decodes: list[ActiveRequest], sampled: SampledTokens) -> None:
         """Hot loop: it runs for every stream in every step. Rare cases are left to `_append`."""

@@ -27,12 +27,14 @@ from kvist.scheduler.requests import RequestTable
 from kvist.scheduler.timers import TimerKind
 from kvist.wire import Ack, Closed, Done, Grant, PoolAddress, Revoke
 
-_Refusal = tuple[str | None, str]  # error code, None when nothing failed; message
+_Refusal = tuple[str | None, str]  # error code, None without a failure; message
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class SourceHandoff:
-    """Mutable; its one owner is the `SourceSide`. Pages are numbered along the sequence: page 0 holds token 0."""
+    """One handoff at the prefill side. Mutable; its one owner is the `SourceSide`.
+
+    Pages are numbered along the sequence: page 0 holds token 0."""
 
     handoff_id: HandoffId
     request: ActiveRequest
@@ -50,7 +52,7 @@ class SourceHandoff:
 
 
 class SourceSide:
-    """Mutable; its one owner is the scheduler."""
+    """The prefill side of all handoffs of one engine. Mutable; its one owner is the scheduler."""
 
     def __init__(self, table: RequestTable, *, epoch: EpochId, pool: PoolAddress) -> None:
         config = table.config
@@ -121,7 +123,7 @@ class SourceSide:
         handoff = self._open.get(request.handoff_id)
         if handoff is not None and handoff.request is request:
             code = None if outcome is Outcome.ABORTED else "handoff_failed"
-            self._fire(handoff, SourceTrigger.REQUEST_ENDED, (code, f"prefill ended: {message}"))
+            self._fire(handoff, SourceTrigger.REQUEST_ENDED, (code, f"the prefill worker ended the request: {message}"))
 
     # ---------------------------------------------------------------- messages from decode
 
@@ -144,7 +146,10 @@ class SourceSide:
 
     def on_revoke(self, event: Revoke) -> None:
         handoff = self._open.get(event.handoff_id)
-        refusal: _Refusal = (None if event.cancelled else "handoff_failed", f"revoked by decode: {event.reason}")
+        refusal: _Refusal = (
+            None if event.cancelled else "handoff_failed",
+            f"the decode worker stopped the handoff: {event.reason}",
+        )
         if handoff is None:
             self._early_grants.pop(event.handoff_id, None)
             self._table.timers.cancel(TimerKind.EARLY_GRANT, event.handoff_id)
@@ -187,16 +192,18 @@ class SourceSide:
     def on_timer(self, kind: TimerKind, handoff_id: HandoffId) -> None:
         config = self._table.config
         if kind is TimerKind.EARLY_GRANT:
-            message = f"the request did not reach the prefill worker within {config.grant_timeout_s:g} s"
+            message = f"no request reached the prefill worker within {config.grant_timeout_s:g} s (--grant-timeout-s)"
             self._refuse_early_grant(handoff_id, "handoff_failed", message)
             return
         handoff = self._open[handoff_id]
         if kind is TimerKind.REPEAT:
             self._send_done(handoff)
         elif handoff.request.state is not RequestState.ENDED:
-            waited_for = "grant its pages" if kind is TimerKind.GRANT else "acknowledge the pages"
-            limit_s = config.grant_timeout_s if kind is TimerKind.GRANT else config.handoff_timeout_s
-            message = f"the decode worker did not {waited_for} within {limit_s:g} s"
+            if kind is TimerKind.GRANT:
+                message = f"the decode worker granted no pages within {config.grant_timeout_s:g} s (--grant-timeout-s)"
+            else:
+                limit = f"{config.handoff_timeout_s:g} s (--handoff-timeout-s)"
+                message = f"the decode worker did not acknowledge the pages within {limit}"
             self._table.end(handoff.request, Outcome.FAILED, "handoff_failed", message)
 
     # ---------------------------------------------------------------- actions of the transitions
@@ -281,9 +288,11 @@ class SourceSide:
                 "dtype and page size"
             )
         if grant.first_page < 0 or grant.first_page + len(grant.page_ids) != num_pages:
-            return f"the grant ends at page {grant.first_page + len(grant.page_ids)}, the prompt at {num_pages}"
+            return (
+                f"the grant ends at page {grant.first_page + len(grant.page_ids)}, but the prompt at page {num_pages}"
+            )
         if any(not 0 <= page_id < grant.pool.num_pages for page_id in grant.page_ids):
-            return f"the grant names a page outside decode's {grant.pool.num_pages} pages"
+            return f"the grant names a page outside the decode worker's pool of {grant.pool.num_pages} pages"
         if len(set(grant.page_ids)) != len(grant.page_ids):
             return "the grant names a page twice"
         return None

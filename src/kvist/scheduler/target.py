@@ -30,7 +30,7 @@ MAX_KNOWN_SOURCES = 4096  # epochs of prefill engines
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class TargetHandoff:
-    """Mutable; its one owner is the `TargetSide`."""
+    """One handoff at the decode side. Mutable; its one owner is the `TargetSide`."""
 
     handoff_id: HandoffId
     request: ActiveRequest
@@ -48,7 +48,7 @@ class TargetHandoff:
 
 
 class TargetSide:
-    """Mutable; its one owner is the scheduler."""
+    """The decode side of all handoffs of one engine. Mutable; its one owner is the scheduler."""
 
     def __init__(self, table: RequestTable, *, epoch: EpochId, pool: PoolAddress) -> None:
         config = table.config
@@ -163,8 +163,8 @@ class TargetSide:
             handoff.cancelled |= closed.error_code is None
             self._fire(handoff, TargetTrigger.SOURCE_CLOSED, closed.message, closed.error_code)
         elif handoff.state is TargetState.GRANTED:
-            # A new process answers at that address. The process that got our Grant may still be writing: only its death
-            # frees the pages, but the request is lost already.
+            # A new process answers at that address. The process that got our Grant may still be writing: only its
+            # death frees the pages, but the request is lost already.
             self._table.end(handoff.request, Outcome.FAILED, "worker_lost", "the prefill worker has restarted")
 
     def on_peer_died(self, event: PeerDied) -> None:
@@ -190,13 +190,14 @@ class TargetSide:
         if kind is TimerKind.REPEAT:
             self._resend(handoff)
             return
-        message = f"the prefill worker did not hand over the pages within {self._table.config.handoff_timeout_s:g} s"
+        limit = f"{self._table.config.handoff_timeout_s:g} s (--handoff-timeout-s)"
+        message = f"the prefill worker did not hand over the pages within {limit}"
         self._table.end(handoff.request, Outcome.FAILED, "handoff_failed", message)
 
     # ---------------------------------------------------------------- actions of the transitions
 
     def _fire(self, handoff: TargetHandoff, trigger: TargetTrigger, reason: str, code: str | None = None) -> None:
-        """Make the transition, if the table has one, and act on it."""
+        """Make the transition, if the table has one, and do what its new state requires."""
         to = TARGET_TRANSITIONS[handoff.state].get(trigger)
         if to is None:
             return
