@@ -1,4 +1,4 @@
-"""How fast does our runner decode SmolLM2 on this CPU: against transformers, and 8 streams against one?
+"""How fast does our runner decode SmolLM2 on this CPU: compared with transformers, and 8 streams with one?
 
     python bench/bench_decode.py [--threads 2] [--repetitions 5] [--tokens 64] [--json FILE]
 
@@ -7,9 +7,9 @@ Two ratios, each from interleaved repetitions in one run, on the same machine, d
     transformers: tokens per second of our runner, one stream, over `transformers.generate`    (bar: 1.3)
     batch:        tokens per second of 8 concurrent streams over one                           (bar: 3)
 
-Every repetition decodes greedily the same number of tokens after the same prompt; the prompt's own pass is outside
-the measured time for us and for transformers (the time of a one-token generation is taken off). Exits with 1 when a
-bar is missed.
+Every repetition decodes greedily the same number of tokens after the same prompt; the time of the
+prompt is excluded for both (the time of a one-token generation is subtracted). The exit status is 1 when a ratio is
+below its bar.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How long does a handoff of 2,048 tokens between two GPU workers take? Needs a CUDA device, measures both ways on two.
 
 The pages of Qwen2-7B (bf16, 16 tokens each), scattered over both pools, through the transport that engines use, between
-two processes: from the order to write until the report that all is written and summed, then the peer's own checksum.
-The baseline is torch's copy of as many bytes in one piece, in this process. Checksums that differ are counted.
+two processes: from the write job to the report that all pages are written and summed, then the checksum of the peer.
+The baseline is one copy of as many bytes by torch, in this process. Checksums that differ are counted.
 
     python bench/bench_handoff_gpu.py [--tokens 2048] [--repetitions 50] [--json FILE]
 """
@@ -38,8 +38,8 @@ TIMEOUT_S = 60.0
 Row = dict[str, str | float | bool]
 
 
-class End:
-    """One pool and its transport."""
+class Side:
+    """One side of the handoff: a pool and its transport."""
 
     def __init__(self, device: torch.device, num_pages: int, runtime_dir: Path) -> None:
         self.pool = DevicePool.create(LAYOUT, num_pages, device=device, directory=runtime_dir)
@@ -69,7 +69,7 @@ class End:
 
 def be_the_peer(device: str, num_pages: int, runtime_dir: Path) -> None:
     """Print the address of the pool, then (checksum, milliseconds) for each line of page ids."""
-    end = End(torch.device(device), num_pages, runtime_dir)
+    end = Side(torch.device(device), num_pages, runtime_dir)
     print(msgspec.json.encode(end.pool.address).decode(), flush=True)
     for line in sys.stdin:
         print(json.dumps(end.verify(tuple(json.loads(line)))), flush=True)
@@ -85,7 +85,7 @@ def measure(peer_device: str, num_pages: int, repetitions: int) -> list[Row]:
         ) as peer:
             assert peer.stdin is not None
             assert peer.stdout is not None
-            end = End(torch.device("cuda", 0), 2 * num_pages, runtime_dir)
+            end = Side(torch.device("cuda", 0), 2 * num_pages, runtime_dir)
             end.pool.tensor.normal_()
             torch.cuda.synchronize()
             address = msgspec.json.decode(peer.stdout.readline(), type=PoolAddress)

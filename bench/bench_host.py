@@ -13,7 +13,7 @@ items and chunks alone, the least cost of a step with one object for each item.
     index     where the tokens and the pages lie, their copy begun (attention/fa3.py and page_tables.py)
     result    the copied tokens -> the events that the scheduler gets
     encode    outputs -> bytes
-    turn      all of them, and the loop around
+    loop      all of them, and the rest of the loop
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
 
 PAGE_SIZE = 16
-MAX_TURNS_BEFORE = 1000  # before the measured ones
-PARTS = ("turn", "plan", "columns", "pack", "index", "result", "encode", "objects")
+MAX_WARM_UP_STEPS = 1000  # before the measured ones
+PARTS = ("loop", "plan", "columns", "pack", "index", "result", "encode", "objects")
 
 
 class Stopwatch:
@@ -63,14 +63,14 @@ class Stopwatch:
         self.times_us[part].append((time.thread_time() - start_s) * 1e6)
 
     def around(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
             with self(part):
-                return call(*args)
+                return call(*args, **options)
 
         return timed
 
 
-class ImaginedGpu:
+class FakeGpu:
     """The host work of cuda_runner.py, in the order of a replayed graph."""
 
     def __init__(self, watch: Stopwatch, num_requests: int, context: int) -> None:
@@ -84,7 +84,7 @@ class ImaginedGpu:
         self._previous = EMPTY_BATCH
         self._tokens = torch.randint(0, 32_000, (num_requests,), dtype=torch.int32)
 
-    def launch(self, batch: Batch) -> ImaginedStep:
+    def launch(self, batch: Batch) -> FakeStep:
         with self._watch("columns"):
             columns = read_batch(batch.items, self._previous)
         num_tokens, num_sampled = len(columns.inputs.token_ids), len(columns.inputs.rows)
@@ -95,10 +95,10 @@ class ImaginedGpu:
             with self._watch("index"):
                 self._index.fill(columns.spans, self._tables, self._ring)
         self._previous = columns.persistent
-        return ImaginedStep(self._watch, self._tokens[:num_sampled])
+        return FakeStep(self._watch, self._tokens[:num_sampled])
 
 
-class ImaginedStep:
+class FakeStep:
     def __init__(self, watch: Stopwatch, tokens: torch.Tensor) -> None:
         self._watch = watch
         self._tokens = tokens
@@ -108,7 +108,7 @@ class ImaginedStep:
             return sampled_tokens(self._tokens, None)
 
 
-class ImaginedSockets:
+class FakeSockets:
     num_undecodable = num_unexpected = num_refused = 0
 
     def __init__(self, watch: Stopwatch) -> None:
@@ -140,8 +140,8 @@ class NoTransport:
         return []
 
 
-def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: ImaginedSockets) -> EngineLoop:
-    longest = args.context + args.steps + MAX_TURNS_BEFORE
+def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: FakeSockets) -> EngineLoop:
+    longest = args.context + args.steps + MAX_WARM_UP_STEPS
     num_pages = args.running * -(-longest // PAGE_SIZE)
     config = SchedulerConfig(
         max_running_requests=args.running,
@@ -175,7 +175,7 @@ def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: ImaginedSocke
     parts = LoopParts(
         spec=spec,
         scheduler=scheduler,
-        runner=ImaginedGpu(watch, args.running, args.context),
+        runner=FakeGpu(watch, args.running, args.context),
         channel=sockets,
         transport=NoTransport(),  # type: ignore[arg-type]
         reports=LoadReports(cached_digests=cache.digests),
@@ -193,7 +193,9 @@ def submits(args: argparse.Namespace) -> list[tuple[bytes, Any]]:
         request = EngineRequest(
             request_id=RequestId(f"cmpl-{index:024x}"),
             prompt_token_ids=tuple(rng.randrange(32_000) for _ in range(args.context - index % PAGE_SIZE)),
-            sampling=SamplingParams(max_tokens=args.steps + MAX_TURNS_BEFORE, temperature=args.temperature, seed=index),
+            sampling=SamplingParams(
+                max_tokens=args.steps + MAX_WARM_UP_STEPS, temperature=args.temperature, seed=index
+            ),
         )
         found.append((b"gateway-%d" % (index % 2), wire.Submit(request=request, mode=Mode.FULL)))
     return found
@@ -210,11 +212,11 @@ def make_objects(count: int) -> int:
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     torch.set_num_threads(1)
     watch = Stopwatch()
-    sockets = ImaginedSockets(watch)
+    sockets = FakeSockets(watch)
     loop = make_loop(watch, args, sockets)
     sockets.waiting = submits(args)
     num_seen = -1
-    for _ in range(MAX_TURNS_BEFORE):  # computes the prompts
+    for _ in range(MAX_WARM_UP_STEPS):  # computes the prompts
         if sockets.num_chunks - num_seen == args.running:
             break
         num_seen = sockets.num_chunks
@@ -225,7 +227,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     for _ in range(args.steps):
         with watch("objects"):
             make_objects(args.running)
-        with watch("turn"):
+        with watch("loop"):
             loop.iterate(0.0)
     assert sockets.num_chunks - num_seen == args.running * args.steps, "every iteration sent one token of each stream"
     return dict(watch.times_us)

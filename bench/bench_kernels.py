@@ -1,7 +1,7 @@
 """How long do the GPU kernels of a decode step take, compared with torch's and cuBLAS's? Needs a CUDA device.
 
-Shapes are those of Qwen2-7B, numbers random (seed 0), every time is the median of replays of a CUDA graph. Weights are
-read from memory, never from the cache: each layer has its own. `--json FILE` keeps all rows.
+Shapes of Qwen2-7B, random numbers (seed 0); every time is the median of replays of a CUDA graph. Weights are
+read from memory, never from the cache: each layer has its own. `--json FILE` writes all rows.
 
     python bench/bench_kernels.py [--layers 28] [--json FILE]
 """
@@ -70,7 +70,7 @@ def small_kernels() -> list[Row]:
         heads = heads.view(m, -1, HEAD_DIM)
         positions, slots = torch.arange(m, device=CUDA), torch.arange(m, dtype=torch.int32, device=CUDA)
         cos, sin = rotary.rotation_torch(positions, frequencies)
-        turn = Rotary(cos=cos, sin=sin)
+        rotation = Rotary(cos=cos, sin=sin)
         pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
             "add_rms_norm": (
                 partial(norm.add_rms_norm, x, residual, weight, EPS),
@@ -85,8 +85,8 @@ def small_kernels() -> list[Row]:
                 partial(rotary.rotation_torch, positions, frequencies),
             ),
             "rotate_and_write": (
-                partial(rotary.rotate_and_write, heads, turn, pages, slots),
-                partial(_rotate_and_write_in_torch, heads, turn, pages, slots),
+                partial(rotary.rotate_and_write, heads, rotation, pages, slots),
+                partial(_rotate_and_write_in_torch, heads, rotation, pages, slots),
             ),
         }
         if m <= 256:
@@ -102,9 +102,9 @@ def small_kernels() -> list[Row]:
     return rows
 
 
-def _rotate_and_write_in_torch(heads: Tensor, turn: Rotary, pages: Tensor, slots: Tensor) -> Tensor:
-    """The twin without padding rows, whose number a graph could not know."""
-    qk = rotary.norm_and_rotate(heads[:, : Q_HEADS + KV_HEADS], turn)
+def _rotate_and_write_in_torch(heads: Tensor, rotation: Rotary, pages: Tensor, slots: Tensor) -> Tensor:
+    """Run the torch twin without padding rows; their number cannot be known inside a graph."""
+    qk = rotary.norm_and_rotate(heads[:, : Q_HEADS + KV_HEADS], rotation)
     page_ids, offsets = (slots // PAGE_SIZE).long(), (slots % PAGE_SIZE).long()
     pages[page_ids, :, 0, offsets] = qk[:, Q_HEADS:]
     pages[page_ids, :, 1, offsets] = heads[:, Q_HEADS + KV_HEADS :]
@@ -195,11 +195,11 @@ def whole_steps(weights: Weights) -> list[Row]:
             attend = plan.attend(m)
             assert isinstance(attend, RotatingAttend)
             cos, sin = rotary.rotation(positions, frequencies)
-            turn, residual = Rotary(cos=cos, sin=sin), None
+            rotation, residual = Rotary(cos=cos, sin=sin), None
             for layer, (qkv, o, gated, down) in enumerate(layers):
                 x, residual = norm.add_rms_norm(x, residual, scale, EPS)
                 heads = qkv(x).view(m, -1, HEAD_DIM)
-                attended = attend.rotated(layer, heads, turn) if parts == "all" else heads[:, :Q_HEADS]
+                attended = attend.rotated(layer, heads, rotation) if parts == "all" else heads[:, :Q_HEADS]
                 x, residual = norm.add_rms_norm(o(attended.reshape(m, -1)), residual, scale, EPS)
                 x = down(gated(x))
             logits = head(norm.add_rms_norm(x, residual, scale, EPS)[0])

@@ -1,11 +1,11 @@
 """How fast are page copies between a GPU and the host tier, compared with plain copies over the same link? Needs CUDA.
 
-The engine's own `PageMover` carries jobs of Qwen2-7B pages (bf16, 16 tokens, 917,504 bytes each) between a device pool
-and a pinned host pool: pages that lie one behind another on both sides (one copy a job), and pages scattered over both
-pools (one copy each). Loads alone, backups alone, and both at once. From the first order to the last report.
+The engine's `PageMover` copies jobs of Qwen2-7B pages (bf16, 16 tokens, 917,504 bytes each) between a device pool and a
+pinned host pool: pages that are contiguous on both sides (one copy a job), and pages scattered over both pools (one
+copy each). Loads alone, backups alone, and both at once, timed from the first job to the last report.
 
 The baseline, measured between them, is one copy of as many bytes from or to one pinned buffer, or both at once on two
-streams. Then every byte that was moved is compared.
+streams. Afterwards every copied byte is compared.
 
     python bench/bench_moves_gpu.py [--pages 1024] [--repetitions 10] [--json FILE]
     python bench/bench_moves_gpu.py --device cpu --pages 64        # a smoke test: there is no link to measure
@@ -44,7 +44,7 @@ Times = dict[tuple[str, int, str], list[float]]  # (which pages, pages a job, di
 
 
 class Pools:
-    """A device pool and a host pool of as many pages, half of them for loads and half for backups."""
+    """A device pool and a host pool of the same size; one half of each is for loads, the other for backups."""
 
     def __init__(self, num_pages: int, device: torch.device, runtime_dir: Path) -> None:
         self.num_pages = num_pages  # copied in each direction
@@ -120,7 +120,7 @@ class Pools:
 
 
 class PlainCopies:
-    """One buffer on either side for each direction."""
+    """One buffer on the device and one on the host, for each direction."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
