@@ -56,8 +56,8 @@ class SimStore:
             self._write(
                 job.host_slots, [[NONSENSE]] * len(job.host_slots)
             )  # the store may write the slots from now on, at any time
-        asked = [list(page) for page in self._read(job.host_slots)] if isinstance(job, StorePages) else []
-        self._jobs.append((job, asked))
+        expected = [list(page) for page in self._read(job.host_slots)] if isinstance(job, StorePages) else []
+        self._jobs.append((job, expected))
 
     @property
     def slots(self) -> list[tuple[bool, int]]:
@@ -76,7 +76,7 @@ class SimStore:
         ready = [index for index, (job, _) in enumerate(self._jobs) if job.job_id not in self.hung]
         if not ready:
             return
-        job, asked = self._jobs.pop(ready[-1 if newest else 0])
+        job, expected = self._jobs.pop(ready[-1 if newest else 0])
         most, self.fail_next = (len(job.digests) // 2 if self.fail_next else len(job.digests)), False
         if isinstance(job, FindPages):
             num_pages = len(job.digests) if self.overclaims else self._num_leading_pages(job.digests)
@@ -86,13 +86,13 @@ class SimStore:
             self._write(job.host_slots, [self._pages[digest] for digest in job.digests[:num_pages]])
             self._reports.append(PagesFetched(job_id=job.job_id, num_pages=num_pages))
         else:
-            assert [list(page) for page in self._read(job.host_slots)] == asked, (
+            assert [list(page) for page in self._read(job.host_slots)] == expected, (
                 "a host page changed while it was stored"
             )
-            assert all(slot is not None and slot[0] >= 0 for page in asked for slot in page), (
+            assert all(slot is not None and slot[0] >= 0 for page in expected for slot in page), (
                 "an invalid page is stored"
             )
-            self._pages.update(zip(job.digests[:most], asked, strict=False))
+            self._pages.update(zip(job.digests[:most], expected, strict=False))
             self._reports.append(PagesStored(job_id=job.job_id, num_pages=most))
 
     def poll(self) -> list[Event]:

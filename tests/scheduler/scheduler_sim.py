@@ -118,9 +118,9 @@ class SimTransport:
                 return
 
     def _copy_one(self, handoff_id: HandoffId, writes: _Writes) -> None:
-        page_id, peer_page_id, asked = writes.jobs.popleft()
+        page_id, peer_page_id, expected = writes.jobs.popleft()
         content = list(self._engine.device.pages[page_id])
-        assert content == asked, f"source page {page_id} changed while handoff {handoff_id} had a pending copy of it"
+        assert content == expected, f"source page {page_id} changed while handoff {handoff_id} had a pending copy of it"
         assert self._engine.cache._ledger.state(page_id) is not PageState.FREE, f"source page {page_id} was freed"
         peer = self._world.by_epoch.get(writes.pool)
         if peer is not None:  # else the peer is dead, and its pool is gone
@@ -178,19 +178,19 @@ class SimMover:
         """Carry out one job. Jobs of different queues may finish in any order."""
         if not self._jobs:
             return
-        job, asked = self._jobs.pop(-1 if newest else 0)
+        job, expected = self._jobs.pop(-1 if newest else 0)
         ok, self.fail_next = not self.fail_next, False
         ledger = self._engine.cache._ledger
         if isinstance(job, LoadPages):
-            assert [self.host[slot] for slot in job.host_slots] == asked, "a host page changed while it was loaded"
+            assert [self.host[slot] for slot in job.host_slots] == expected, "a host page changed while it was loaded"
             assert {ledger.state(page_id) for page_id in job.page_ids} == {PageState.IN_FLIGHT}
-            for page_id, page in zip(job.page_ids, asked, strict=True):
+            for page_id, page in zip(job.page_ids, expected, strict=True):
                 self._engine.device.pages[page_id] = list(page) if ok else [(0, 0)] * len(page)
             self._reports.append(PagesLoaded(job_id=job.job_id, ok=ok))
         else:
-            assert self._device_pages(job) == asked, "a page changed while it was backed up"
+            assert self._device_pages(job) == expected, "a page changed while it was backed up"
             assert {ledger.state(page_id) for page_id in job.page_ids} == {PageState.CACHED}
-            for slot, page in zip(job.host_slots, asked, strict=True):
+            for slot, page in zip(job.host_slots, expected, strict=True):
                 self.host[slot] = page if ok else [(0, 0)] * len(page)
             self._reports.append(PagesBackedUp(job_id=job.job_id, ok=ok))
 

@@ -173,7 +173,7 @@ def test_the_youngest_request_is_preempted_and_its_stream_is_unchanged() -> None
         assert world.stream(name) == reference_stream(request, engine.config, engine.context_len)
 
 
-def test_the_oldest_is_never_preempted() -> None:
+def test_the_oldest_request_is_never_preempted() -> None:
     engine = unified(num_pages=6, max_model_len=24)
     for name in ("a", "b", "c"):
         engine.world.submit(make_request(name, [ord(name)] * 4, max_tokens=14, ignore_eos=True), engine)
@@ -282,7 +282,7 @@ def test_the_chunk_of_the_last_token_carries_the_finish_reason(
     assert plan.batch is None
 
 
-def test_stop_tokens_are_impossible_before_min_tokens() -> None:
+def test_stop_tokens_are_suppressed_before_min_tokens() -> None:
     engine = unified()
     plan = step(engine, Submit(request=make_request("a", [1, 2], min_tokens=2, stop_token_ids=(3,)), mode=Mode.FULL))
     suppressed = []

@@ -13,47 +13,47 @@ from kvist.scheduler.target import TargetSide
 
 
 def one_run(seed: int) -> World:
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     world = World()
     config = small_config(
         grant_timeout_s=8.0,
         handoff_timeout_s=12.0,
         queue_timeout_s=6.0,
-        max_remembered_handoffs=dice.choice([1, 64]),
-        overlap=dice.random() < 0.5,
+        max_remembered_handoffs=rng.choice([1, 64]),
+        overlap=rng.random() < 0.5,
     )
-    role = dice.choice(["unified", "prefill"])
+    role = rng.choice(["unified", "prefill"])
     for name in ("p0", "p1"):
-        world.start(name, role, config, num_pages=dice.randint(6, 14))
+        world.start(name, role, config, num_pages=rng.randint(6, 14))
     for name in ("d0", "d1"):
-        world.start(name, "decode", config, num_pages=dice.randint(6, 14))
-    trouble = dice.choice([0.0, 0.01, 0.04])
+        world.start(name, "decode", config, num_pages=rng.randint(6, 14))
+    fault = rng.choice([0.0, 0.01, 0.04])
     for _ in range(300):
-        if dice.random() < trouble:
-            inject_fault(world, dice)
-        turn = dice.random()
+        if rng.random() < fault:
+            inject_fault(world, rng)
+        turn = rng.random()
         if turn < 0.1 and len(world.submitted) < 12:
             count = len(world.submitted)
             request = make_request(
                 f"r{count}",
-                [dice.randint(0, 2) for _ in range(dice.randint(1, 18))],
-                max_tokens=dice.randint(1, 8),
+                [rng.randint(0, 2) for _ in range(rng.randint(1, 18))],
+                max_tokens=rng.randint(1, 8),
                 seed=count,
             )
-            prefill, decode = world.engines[dice.choice(["p0", "p1"])], world.engines[dice.choice(["d0", "d1"])]
+            prefill, decode = world.engines[rng.choice(["p0", "p1"])], world.engines[rng.choice(["d0", "d1"])]
             world.submit_pair(request, prefill, decode)
         elif turn < 0.55:
-            engine = world.engines[dice.choice(list(world.engines))]
-            for _ in range(dice.randint(0, 4)):
+            engine = world.engines[rng.choice(list(world.engines))]
+            for _ in range(rng.randint(0, 4)):
                 engine.transport.advance()
-            if dice.random() < 0.8:
+            if rng.random() < 0.8:
                 engine.finish_step()
             engine.step()
             world.now_s += 0.01
         else:
             wires = sorted(wire for wire, queue in world.wires.items() if queue)
-            for _ in range(dice.randint(1, 4) if wires else 0):
-                world.deliver(dice.choice(wires), twice=dice.random() < 0.1)
+            for _ in range(rng.randint(1, 4) if wires else 0):
+                world.deliver(rng.choice(wires), twice=rng.random() < 0.1)
     for engine in world.by_epoch.values():
         engine.fail_next_step = engine.transport.fail_next = engine.transport.corrupt_next = False
     world.settle(max_rounds=2000)
@@ -61,11 +61,11 @@ def one_run(seed: int) -> World:
     return world
 
 
-def inject_fault(world: World, dice: random.Random) -> None:
-    engine = world.engines[dice.choice(list(world.engines))]
-    what = dice.randrange(7)
+def inject_fault(world: World, rng: random.Random) -> None:
+    engine = world.engines[rng.choice(list(world.engines))]
+    what = rng.randrange(7)
     if what == 0 and world.submitted:
-        world.abort(dice.choice(list(world.submitted)), dice.choice([None, engine]))
+        world.abort(rng.choice(list(world.submitted)), rng.choice([None, engine]))
     elif what == 1:
         world.kill(engine)
     elif what == 2:
@@ -77,7 +77,7 @@ def inject_fault(world: World, dice: random.Random) -> None:
     elif what == 5:
         world.break_connection(engine)
     else:
-        world.now_s += dice.choice([0.3, 1.1, 7.0, 13.0])
+        world.now_s += rng.choice([0.3, 1.1, 7.0, 13.0])
 
 
 def test_clusters_keep_their_promises_under_random_faults_and_take_every_transition(
@@ -114,9 +114,9 @@ def test_without_faults_every_stream_finishes_and_equals_unified() -> None:
         config = small_config(max_queued_requests=20, overlap=seed % 2 == 1)
         prefill = world.start("p0", "prefill", config, num_pages=14)
         decode = world.start("d0", "decode", config, num_pages=12)
-        dice = random.Random(seed)
+        rng = random.Random(seed)
         for index in range(10):
-            prompt = [dice.randint(0, 2) for _ in range(dice.randint(1, 20))]
+            prompt = [rng.randint(0, 2) for _ in range(rng.randint(1, 20))]
             world.submit_pair(make_request(f"r{index}", prompt, max_tokens=9, seed=index), prefill, decode)
         world.settle()
         world.check_settled()

@@ -100,12 +100,12 @@ def test_done_carries_the_finish_reason_of_a_one_token_answer() -> None:
 @pytest.mark.parametrize("when", ["before", "during", "after"])
 def test_a_grant_may_arrive_before_during_or_after_the_prompt_is_computed(when: str) -> None:
     bench = Bench("prefill", chunked_prefill_size=5)
-    came = grant()
+    message = grant()
     plans = [
-        bench.step(*([came] if when == "before" else []), prefill_arrived()),
-        bench.finish(*([came] if when == "during" else [])),
+        bench.step(*([message] if when == "before" else []), prefill_arrived()),
+        bench.finish(*([message] if when == "during" else [])),
         bench.finish(),
-        bench.step(*([came] if when == "after" else [])),
+        bench.step(*([message] if when == "after" else [])),
     ]
     jobs = [job for plan in plans for job in plan.transfers]
     assert [page for job in jobs for page in job.peer_page_ids] == [7, 8, 9]
@@ -177,7 +177,7 @@ def test_an_abort_after_done_keeps_the_pages_until_decode_answers() -> None:
 
 
 @pytest.mark.parametrize("what", ["abort", "revoke", "death"])
-def test_pages_under_copy_are_kept_until_the_transport_has_stopped(what: str) -> None:
+def test_pages_with_pending_writes_are_kept_until_the_transport_has_stopped(what: str) -> None:
     bench = computed()
     event: Event = {"abort": Abort(request_id="r"), "revoke": revoke(), "death": PeerDied(epoch=D)}[what]
     plan = bench.step(event)

@@ -207,18 +207,18 @@ def test_a_queued_request_waits_for_pending_backups_and_preempts_no_request() ->
     check_nothing_was_lost(world, engine)
 
 
-@pytest.mark.parametrize("trouble", ["no slot", "copies fail"])
-def test_write_back_evicts_pages_that_cannot_be_copied_without_a_wait(trouble: str) -> None:
+@pytest.mark.parametrize("fault", ["no slot", "copies fail"])
+def test_write_back_evicts_pages_that_cannot_be_copied_without_a_wait(fault: str) -> None:
     world = World()
     engine = start(world, write_policy="write_back", num_host_pages=2)
     fill_device(world, engine)
     for number in range(4):
-        engine.mover.fail_next = trouble == "copies fail"
+        engine.mover.fail_next = fault == "copies fail"
         world.submit(make_request(f"large{number}", [6 + number] * 29, max_tokens=1), engine)
         world.settle(max_rounds=60)
     world.check_settled()
     totals = engine.scheduler.load().totals
-    assert totals["host_skipped_pages" if trouble == "no slot" else "host_failed_pages"] > 0
+    assert totals["host_skipped_pages" if fault == "no slot" else "host_failed_pages"] > 0
 
 
 def test_a_page_hit_during_its_backup_is_not_evicted_next() -> None:
@@ -343,10 +343,10 @@ def test_backups_beyond_the_limit_are_skipped_and_counted(num_jobs: int, num_pag
         cache.insert(lease, token_ids, num_pages)
         cache.close(lease)
     jobs = cache.drain_jobs()
-    asked = sum(len(job.page_ids) for job in jobs)
+    num_requested = sum(len(job.page_ids) for job in jobs)
     assert len(jobs) <= MAX_BACKUPS
-    assert asked <= MAX_PAGES_BACKED_UP
-    assert cache.totals()["host_skipped_pages"] == num_jobs * num_pages - asked > 0
+    assert num_requested <= MAX_PAGES_BACKED_UP
+    assert cache.totals()["host_skipped_pages"] == num_jobs * num_pages - num_requested > 0
     for job in jobs:
         assert isinstance(job, BackUpPages)
         cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=True))

@@ -155,13 +155,13 @@ def test_a_victim_in_a_pending_step_skips_one_step_and_is_preempted_in_the_next(
 def test_overlap_changes_no_stream(seed: int) -> None:
     streams = []
     for overlap in (False, True):
-        dice = random.Random(seed)
+        rng = random.Random(seed)
         world = World()
         config = small_config(max_queued_requests=20, overlap=overlap)
-        engine = world.start("u", "unified", config, num_pages=dice.randint(7, 14))
+        engine = world.start("u", "unified", config, num_pages=rng.randint(7, 14))
         for index in range(12):
-            prompt = [dice.randint(0, 2) for _ in range(dice.randint(1, 20))]
-            request = make_request(f"r{index}", prompt, max_tokens=dice.randint(1, 12), seed=index)
+            prompt = [rng.randint(0, 2) for _ in range(rng.randint(1, 20))]
+            request = make_request(f"r{index}", prompt, max_tokens=rng.randint(1, 12), seed=index)
             world.submit(request, engine)
         world.settle()
         world.check_settled()

@@ -154,9 +154,9 @@ class OneEngine(RuleBasedStateMachine):
         token_id=st.integers(0, 1),
         gone_from=st.sampled_from(["nowhere", "device", "host", "host"]),
         times=st.integers(1, 3),
-        trouble=st.sampled_from(["", "", "hangs", "fails", "aborts"]),
+        fault=st.sampled_from(["", "", "hangs", "fails", "aborts"]),
     )
-    def repeat_prompt(self, token_id: int, gone_from: str, times: int, trouble: str) -> None:
+    def repeat_prompt(self, token_id: int, gone_from: str, times: int, fault: str) -> None:
         """Repeat a prompt whose pages are only in the host tier by now, or in the store."""
         if gone_from != "nowhere":
             self.submit([token_id] * 17, 2, 0, True, (), 0, "")
@@ -164,15 +164,15 @@ class OneEngine(RuleBasedStateMachine):
             self.world.forget(self.engine, host=gone_from == "host")
         for _ in range(times):
             self.submit([token_id] * 17, 2, 0, True, (), 0, "")
-        if trouble and self.engine.store is not None:  # inject the fault while the pages are fetched
+        if fault and self.engine.store is not None:  # inject the fault while the pages are fetched
             for _ in range(2):
                 self.step(finishes=True)
                 self.engine.store.advance()
             self.step(finishes=True)
-            if trouble == "aborts":
+            if fault == "aborts":
                 self.abort(self.count)
             else:
-                self.store_fault(trouble, 0)
+                self.store_fault(fault, 0)
 
     @rule()
     def settle_all(self) -> None:
