@@ -71,7 +71,7 @@ async def test_an_incremental_stream_repeats_nothing(
 
 
 def test_the_two_forms_contradict_each_other() -> None:
-    with pytest.raises(ConfigError, match="give one"):
+    with pytest.raises(ConfigError, match="set only one"):
         ServerConfig(incremental_streaming_output=True, cumulative_logprobs=True)
 
 

@@ -202,10 +202,10 @@ async def test_flush_cache_counts_the_pages_of_all_workers(bench: Any) -> None:
     [
         ("tier=storage", "tier", "remove its folder"),
         ("tier=all", "tier", "remove its folder"),
-        ("tier=gpu", "tier", "one of device and host"),
-        ("tier=", "tier", "one of device and host"),
+        ("tier=gpu", "tier", "use device or host"),
+        ("tier=", "tier", "use device or host"),
         ("tier=host&tier=device", "tier", "once"),
-        ("level=host", "level", "takes `tier`"),
+        ("level=host", "level", "takes only `tier`"),
     ],
 )
 async def test_a_tier_that_cannot_be_flushed_is_refused(bench: Any, query: str, param: str, says: str) -> None:

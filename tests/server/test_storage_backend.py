@@ -80,7 +80,7 @@ async def test_a_worker_that_refuses_is_named_with_its_reason_and_who_did_not(
     assert answer.status_code == status
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == ("hicache_storage_path", code)
-    assert error["message"] == "worker d: no such folder (1 of 2 workers did it)"
+    assert error["message"] == "worker d: no such folder (1 of 2 workers succeeded)"
 
 
 async def test_when_every_worker_is_lost_meanwhile_nothing_is_called_a_success(bench: Any) -> None:

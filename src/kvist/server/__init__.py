@@ -1,5 +1,6 @@
-"""The gateway's HTTP side: OpenAI's, SGLang's and vLLM's endpoints over one dispatcher and one tokenizer.
+"""The HTTP side of the gateway: endpoints of OpenAI, SGLang and vLLM over one dispatcher and one tokenizer.
 
-Life of a request: app.py (key, id, errors) → openai.py or native.py (body → checked job) → respond.py (admission,
-stream, disconnect) → generation.py (tokens → text) → the format's events. Entry: `app.build_app`, `serve.http_server`.
+Life of a request: app.py (id, key, errors) → openai.py or native.py (body → checked job) → respond.py (admission,
+stream, disconnect) → generation.py (tokens → text) → the events of the format. Entry points: `app.build_app` and
+`serve.http_server`.
 """

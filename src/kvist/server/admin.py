@@ -1,4 +1,4 @@
-"""Endpoints beside generation: tokenizing, health, readiness, state, metrics, cache."""
+"""Endpoints other than generation: tokenising, health, readiness, state, metrics, cache."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from kvist.wire import AttachStoreRequest, FlushTier, StorageCommand
 
 _TOKENIZE = BodyDecoder(TokenizeRequest)
 _DETOKENIZE = BodyDecoder(DetokenizeRequest)
-_STORE_WISH = BodyDecoder(AttachStoreRequest)
+_ATTACH_STORE = BodyDecoder(AttachStoreRequest)
 _STORAGE_ACTIONS: Mapping[str, Literal["status", "attach", "detach"]] = {
     "GET": "status",
-    "HEAD": "status",  # which comes with every GET
+    "HEAD": "status",  # Starlette routes HEAD wherever it routes GET
     "PUT": "attach",
     "DELETE": "detach",
 }
@@ -46,13 +46,13 @@ class Admin:
         self._gateway = gateway
 
     async def root(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """What somebody reads who opens the address in a browser."""
+        """Describe the server to a person who opens its address in a browser."""
         del scope, receive
         needs_key = bool(self._gateway.config.api_key)
         await send_json(send, {"api_key": "required" if needs_key else "not required", **_ROOT_BODY})
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """This process answers. Says nothing of the engines: see `ready`."""
+        """Report that this process answers. `ready` reports on the engines."""
         del scope, receive
         await send_json(send, {"status": "ok", **self._instance()})
 
@@ -64,7 +64,7 @@ class Admin:
             if health is not None and health.doing:
                 raise Unavailable(f"not ready: {health.doing}")
             problems = [f"{w.worker_id}: {w.problem or w.state}" for w in self._workers() if not w.alive]
-            raise Unavailable("not ready" + (f" ({'; '.join(problems)})" if problems else ": no worker is known yet"))
+            raise Unavailable("not ready" + (f" ({'; '.join(problems)})" if problems else ": no worker has joined yet"))
         await send_json(send, {"status": "ready", **self._instance()})
 
     def _instance(self) -> dict[str, str]:
@@ -72,8 +72,9 @@ class Admin:
         return {} if instance_id is None else {"instance_id": instance_id}
 
     async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """vLLM's and SGLang's: of one prompt, of several (then `tokens`, `count` and `token_strs` are lists), or of a
-        chat."""
+        """Tokenize one prompt, several prompts (then `tokens`, `count` and `token_strs` are lists), or a chat.
+
+        The request and response have vLLM's and SGLang's fields."""
         self._gateway.require_tokenizer()
         answer, headers = await self._gateway.prepare(scope, receive, self._tokenized)
         await send_bytes(send, answer, headers=[JSON_TYPE, *headers])
@@ -108,7 +109,7 @@ class Admin:
         return msgspec.json.encode(answer), headers
 
     async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The text under vLLM's name and under SGLang's; a list of texts for several lists of ids."""
+        """Return the text under vLLM's name and under SGLang's; a list of texts for several lists of ids."""
         self._gateway.require_tokenizer()
         answer, headers = await self._gateway.prepare(scope, receive, self._detokenized)
         await send_bytes(send, answer, headers=[JSON_TYPE, *headers])
@@ -124,15 +125,16 @@ class Admin:
         check_num_lists(len(lists), gateway.config.max_choices, "tokens")
         limit, num_tokens = gateway.max_tokens_shown(), sum(map(len, lists))
         if num_tokens > limit:
-            raise RequestError(f"`tokens` holds {num_tokens} ids; at most {limit} are taken", param="tokens")
+            raise RequestError(f"`tokens` holds {num_tokens} ids; the limit is {limit}", param="tokens")
         for one in lists:
             check_token_ids(one, tokenizer.vocab_size, "tokens")
         texts = [tokenizer.decode(one, skip_special_tokens=bool(request.skip_special_tokens)) for one in lists]
-        told = texts if request.tokens and isinstance(request.tokens[0], list) else texts[0]
-        return msgspec.json.encode({"prompt": told, "text": told}), headers
+        answer = texts if request.tokens and isinstance(request.tokens[0], list) else texts[0]
+        return msgspec.json.encode({"prompt": answer, "text": answer}), headers
 
     async def server_info(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """`engine` is this worker's own engine (a router reads it to connect), null while it loads or on a router."""
+        """Return the server's state. `engine` is this worker's own engine, which a router reads in order to connect;
+        `engine` is null while the engine loads, and on a router."""
         del scope, receive
         gateway = self._gateway
         info = {
@@ -154,11 +156,11 @@ class Admin:
         await send_json(send, answer, headers=headers)
 
     async def storage_backend(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """GET tells of every worker's storage tier, PUT attaches a store to it, DELETE detaches it."""
+        """GET returns the status of every worker's storage tier, PUT attaches a store, DELETE detaches the store."""
         ask = StorageCommand(call_id="", action=_STORAGE_ACTIONS[scope["method"]])
         if ask.action == "attach":
-            wish, _ = await self._gateway.prepare(scope, receive, _STORE_WISH.decode)
-            ask = msgspec.structs.replace(ask, wish=wish)
+            attach, _ = await self._gateway.prepare(scope, receive, _ATTACH_STORE.decode)
+            ask = msgspec.structs.replace(ask, wish=attach)
         answers = await self._gateway.dispatcher.ask_storage(ask)
         if not answers:
             raise Unavailable("every worker was lost before it answered")
@@ -167,10 +169,10 @@ class Admin:
             error = error_from_wire(answer.error_code or "", f"worker {worker_id}: {answer.message}")
             error.param = answer.param
             if len(refused) < len(answers):
-                error.message += f" ({len(answers) - len(refused)} of {len(answers)} workers did it)"
+                error.message += f" ({len(answers) - len(refused)} of {len(answers)} workers succeeded)"
             raise error
-        told = {worker_id: answer.status for worker_id, answer in answers.items()}
-        await send_json(send, {"success": True, "workers": told})
+        statuses = {worker_id: answer.status for worker_id, answer in answers.items()}
+        await send_json(send, {"success": True, "workers": statuses})
 
     async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope, receive
@@ -181,7 +183,7 @@ class Admin:
 
 
 def _flush_query(scope: Scope) -> tuple[FlushTier | None, Headers]:
-    """The tier of /flush_cache?tier=, None for the device and the host; and the header that names what is ignored."""
+    """Return the tier of /flush_cache?tier= (None: device and host) and the header that names ignored parameters."""
     query: bytes = scope["query_string"]
     tier: FlushTier | None = None
     headers: Headers = []
@@ -192,19 +194,19 @@ def _flush_query(scope: Scope) -> tuple[FlushTier | None, Headers]:
         names.add(name)
         if name == "tier":
             tier = _tier(value)
-        elif name == "timeout":  # SGLang waits until no request runs; here a page in use stays, and the others go now
+        elif name == "timeout":  # SGLang waits until no request runs; Kvist drops unused pages now and keeps the others
             headers = [(b"x-kvist-ignored", b"timeout")]
         elif name not in _RESET_FLAGS or value.lower() not in ("false", "0"):
-            raise RequestError(f"{scope['path']} takes `tier` and nothing else: not `{name}`", param=name)
+            raise RequestError(f"{scope['path']} takes only `tier`, not `{name}`", param=name)
     return tier, headers
 
 
 def _tier(value: str) -> FlushTier:
     if value in ("storage", "all"):
-        message = "the storage tier cannot be flushed: detach it from its workers and remove its folder"
-        raise RequestError(f"{message}; leave `tier` out for the device and the host", param="tier")
+        message = "the storage tier cannot be flushed: detach the store from its workers and remove its folder"
+        raise RequestError(f"{message}; omit `tier` to flush the device and host tiers", param="tier")
     if value not in _TIERS:
-        raise RequestError(f"`tier` is {value!r}: one of device and host, or leave it out for both", param="tier")
+        raise RequestError(f"`tier` is {value!r}; use device or host, or omit `tier` for both", param="tier")
     return _TIERS[value]
 
 

@@ -1,8 +1,8 @@
-"""How many generations this gateway has open at once, and how many of them may be one caller's.
+"""Limits how many generations the gateway has open at once, in total and per caller.
 
-There is no queue here: what is over the limit is refused at once, with the time after which places will be free. The
-last eighth of the places is for callers that have less than their share, so that a flood leaves room for others. A
-caller is an API key and a host here; connections cost nothing, and count for nothing.
+Admission has no queue: a request over the limit is refused at once, with an estimate of when places will be free. The
+last eighth of the places is reserved for callers below their fair share, so that a flood from one caller leaves room
+for others. A caller here is an API key and a host; connections are not counted, because a client can open any number.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class Admission:
         self._limit = limit
         self._metrics = metrics
         self._clock = clock
-        self._open: Counter[tuple[str, str]] = Counter()  # by caller; none without a generation
+        self._open: Counter[tuple[str, str]] = Counter()  # by caller; callers without an open generation are absent
         self._service_time = ServiceTime()
 
     def check(self, caller: CallerPath, num_choices: int) -> None:
-        """Raises `Overloaded` when there is no place for so many."""
+        """Raise `Overloaded` when `num_choices` more generations do not fit."""
         num_open = self._metrics.num_requests
         num_after = num_open + num_choices
         if num_after > self._limit:
-            problem = f"{num_open} generations are open and {num_choices} more would be over the limit of {self._limit}"
+            problem = f"{num_open} generations are open, and {num_choices} more would exceed the limit of {self._limit}"
         elif num_after > self._limit - self._limit // _RESERVE_SHARE and self._exceeds_share(caller, num_choices):
             problem = (
-                f"{self._open[caller[:2]]} of the {num_open} open generations are yours, and the last of "
-                f"{self._limit} places are kept for other callers"
+                f"{self._open[caller[:2]]} of the {num_open} open generations are yours, and the last of the "
+                f"{self._limit} places are reserved for other callers"
             )
         else:
             return
@@ -48,7 +48,7 @@ class Admission:
 
     @contextlib.contextmanager
     def reserve(self, caller: CallerPath, num_choices: int) -> Iterator[None]:
-        """Takes them, or raises `Overloaded` at once."""
+        """Hold `num_choices` places for the body of the `with`, or raise `Overloaded` at once."""
         self.check(caller, num_choices)
         began_s, key = self._clock.now_s(), caller[:2]
         self._metrics.num_requests += num_choices
@@ -63,6 +63,6 @@ class Admission:
             self._service_time.add(self._clock.now_s() - began_s)
 
     def _exceeds_share(self, caller: CallerPath, num_choices: int) -> bool:
-        """With one more caller expected than there are."""
+        """Return whether the caller would exceed its fair share. The share leaves room for one more caller."""
         num_callers = len(self._open) + (caller[:2] not in self._open) + 1
         return self._open[caller[:2]] + num_choices > self._limit // num_callers

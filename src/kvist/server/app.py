@@ -48,16 +48,16 @@ from kvist.wire import EngineHealth, EngineSpec
 
 logger = logging.getLogger(__name__)
 
-_PATHS_WITHOUT_KEY = frozenset({"/", "/health", "/ready"})  # probes carry no key, and / says that one is needed
+_PATHS_WITHOUT_KEY = frozenset({"/", "/health", "/ready"})  # probes carry no key, and / says whether a key is needed
 _CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
-_CORS_HEADERS = ("x-request-id", "x-kvist-ignored", "retry-after")  # of a response, for scripts of a page
+_CORS_HEADERS = ("x-request-id", "x-kvist-ignored", "retry-after")  # response headers that scripts of a page may read
 _MAX_REQUEST_ID_CHARS = 128
-_FREE_BODY_BYTES = 64 << 10  # about what uvicorn reads ahead of us
+_FREE_BODY_BYTES = 64 << 10  # about what uvicorn reads before the application does
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def no_engine() -> None:
-    """A router has no engine of its own."""
+    """Return None, as on a router, which has no engine of its own."""
     return
 
 
@@ -75,9 +75,11 @@ def build_app(
     clock: Clock | None = None,
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED),
 ) -> TrafficMiddleware:
-    """`model_name` is used unless the config renames it. Without a tokenizer (a prefill or decode worker's own HTTP)
-    generation is refused with a pointer to the router. `model_path` is what clients on this host may read the tokenizer
-    from. `own_engine` and `own_health` are what /server_info calls `engine` and `engine_health`."""
+    """Build the ASGI application.
+
+    `config.served_model_name` overrides `model_name`. Without a tokenizer (the HTTP port of a prefill or decode worker)
+    generation is refused and the error names the router. Clients on this host may read the tokenizer from `model_path`.
+    `own_engine` and `own_health` return what /server_info calls `engine` and `engine_health`."""
     clock = clock or MonotonicClock()
     work = WorkPool(num_threads=config.tokenizer_threads, max_waiting=config.max_concurrent_requests)
     bodies = BodyBudget(limit_bytes=config.max_total_body_bytes, free_bytes=_FREE_BODY_BYTES)
@@ -150,7 +152,7 @@ def _routes(gateway: GatewayContext, model_path: str | None) -> list[Route]:
 
 
 class _Raw:
-    """Starlette takes a plain function for a request handler; an object with `__call__` it takes for ASGI."""
+    """Wraps an endpoint in an object: Starlette treats a plain function as a request handler, not as an ASGI app."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -183,7 +185,7 @@ def _counted(job: Job) -> TokenCounts:
 
 
 class TrafficMiddleware:
-    """The outermost layer: every request passes it once, every response gets its request id here."""
+    """The outermost layer: logs and counts every request, and gives every response its request id."""
 
     def __init__(self, inner: ASGIApp, traffic: Traffic) -> None:
         self.traffic = traffic
@@ -193,7 +195,7 @@ class TrafficMiddleware:
         if scope["type"] == "http":
             await self._http(scope, receive, send)
         elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1000})  # before it is accepted
+            await send({"type": "websocket.close", "code": 1000})  # reject before accepting
         else:
             await self._inner(scope, receive, send)
 
@@ -210,13 +212,13 @@ class TrafficMiddleware:
         try:
             await self._inner(scope, receive, send_with_id)
         except ClientDisconnected:
-            logger.debug("client left: %s %s", scope["method"], scope["path"])
+            logger.debug("client disconnected: %s %s", scope["method"], scope["path"])
         finally:
             self.traffic.end(scope, exchange)
 
 
 class GuardMiddleware:
-    """Lets a request through to the routes, and turns an error into its response."""
+    """Checks a request before the routes see it, and turns an error into its response."""
 
     def __init__(self, router: Router, config: ServerConfig, lifecycle: Lifecycle) -> None:
         self._router = router
@@ -225,7 +227,7 @@ class GuardMiddleware:
         self._pages = OriginGuard(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["app"] = self  # so that the router raises for an unknown path, instead of answering in its own shape
+        scope["app"] = self  # makes the router raise for an unknown path instead of sending its own error body
         try:
             if scope["type"] == "http":
                 self._check(scope)
@@ -236,7 +238,7 @@ class GuardMiddleware:
             if not self._lifecycle.stopping:
                 raise
             logger.warning(
-                "stopping: the client of %s %s did not read its answer in time", scope["method"], scope["path"]
+                "stopping: the client of %s %s did not read its response in time", scope["method"], scope["path"]
             )
         except Exception as error:
             known = _known(error)
@@ -244,7 +246,7 @@ class GuardMiddleware:
                 logger.exception("bug while answering %s %s", scope["method"], scope["path"])
                 known = EngineError("internal error in the gateway; see its log")
             if exchange_of(scope).status is not None:
-                raise  # too late for a status: the server breaks the connection off
+                raise  # the status has been sent: uvicorn closes the connection
             await send_error(send, known, more_headers=_allowed_methods(error))
 
     def _check(self, scope: Scope) -> None:
@@ -258,21 +260,21 @@ def _known(error: Exception) -> KvistError | None:
     if isinstance(error, KvistError):
         return error
     if isinstance(error, HTTPException):
-        what = {404: "no such path", 405: "this path does not take that method"}.get(error.status_code, error.detail)
-        refused = RequestError(what)
-        refused.http_status = error.status_code
-        return refused
+        messages = {404: "unknown path", 405: "this path does not support that method"}
+        refusal = RequestError(messages.get(error.status_code, error.detail))
+        refusal.http_status = error.status_code
+        return refusal
     return None
 
 
 def _allowed_methods(error: Exception) -> list[tuple[bytes, bytes]]:
-    """A 405 must say which methods the path takes."""
+    """Return the Allow header, which HTTP requires of a 405."""
     allow = (error.headers or {}).get("Allow") if isinstance(error, HTTPException) else None
     return [] if allow is None else [(b"allow", allow.encode())]
 
 
 def _request_id(scope: Scope) -> bytes:
-    """The client's own, when it is safe to send back; else a new one."""
+    """Return the client's own id when that is safe to send back, else a new id."""
     given = header(scope, b"x-request-id")
     if given and len(given) <= _MAX_REQUEST_ID_CHARS and all(0x21 <= byte < 0x7F for byte in given):
         return given

@@ -24,12 +24,12 @@ _TAG_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    key_id: str | None  # names an accepted API key, the same at every start; None: no key is asked for
+    key_id: str | None  # names an accepted API key, the same after every restart; None when no key is required
     connection: str  # the client's HOST:PORT
 
     @property
     def tag(self) -> str:
-        """What engines call it, to serve callers in turn (fairness.py): they learn no key and no address."""
+        """Return the opaque name by which engines serve callers in turn (fairness.py); it reveals no key or address."""
         host, _, port = self.connection.rpartition(":")
         host_id = blake2b(host.encode(), digest_size=_TAG_BYTES).hexdigest()
         return f"{(self.key_id or '')[: 2 * _TAG_BYTES]}/{host_id}/{port}"
@@ -40,7 +40,7 @@ class Caller:
 
 
 class ApiKeys:
-    """The API keys that are accepted; none: everybody is."""
+    """The accepted API keys. Without any key, every request is accepted."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._ids = [_digest(key.encode()) for key in keys]
@@ -49,13 +49,13 @@ class ApiKeys:
         return bool(self._ids)
 
     def authenticate(self, scope: Scope) -> None:
-        """Notes the caller in the scope. Raises `Unauthorized` when keys are asked for and the request has none of
-        them."""
+        """Store the caller in the scope. Raise `Unauthorized` when a key is required and the request has none of the
+        accepted keys."""
         key_id = None
         if self._ids:
             scheme, _, key = (header(scope, b"authorization") or b"").partition(b" ")
             asked = _digest(key.strip())
-            known = [hmac.compare_digest(asked, one) for one in self._ids]  # all of them: time tells nothing
+            known = [hmac.compare_digest(asked, one) for one in self._ids]  # no early exit: constant time
             if not any(known) or scheme.lower() != b"bearer":
                 raise Unauthorized("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
             key_id = asked
@@ -63,7 +63,7 @@ class ApiKeys:
 
 
 def caller_of(scope: Scope) -> Caller:
-    """Of a request that `ApiKeys.authenticate` has let pass."""
+    """Return the caller of a request that `ApiKeys.authenticate` has accepted."""
     caller: Caller = scope[_SCOPE_KEY]
     return caller
 

@@ -14,7 +14,7 @@ TENANT_NONE, TENANT_API_KEY = "none", "api-key"
 
 
 class StreamForm(enum.Enum):
-    """What an event of a /generate stream repeats of those before it."""
+    """Which contents of earlier events an event of a /generate stream repeats."""
 
     TEXT = "text"  # text and ids, not logprobs
     CUMULATIVE = "cumulative"  # everything: SGLang's form
@@ -34,81 +34,81 @@ class ServerConfig:
     )
     tenant_by: str = option(
         TENANT_NONE,
-        "whose cached prefixes a request may use: those of everybody who sends the same cache_salt, or only those of "
-        "requests with the same API key",
+        "which requests share cached prefixes: all requests with the same cache_salt (none), or only requests that "
+        "also have the same API key (api-key)",
         choices=(TENANT_NONE, TENANT_API_KEY),
     )
     allowed_origins: tuple[str, ...] = option(
         (),
-        "origins of the web pages that may use this server, as https://HOST[:PORT]; * allows all. By default a "
-        "browser lets no page of another origin read an answer",
+        "origins of the web pages that may use this server, as https://HOST[:PORT]; * allows all. By default, "
+        "browsers do not let pages of other origins read responses",
     )
     access_log: bool = option(
         True,
         "log one line for each HTTP request; polls (/health, /ready, /server_info, /metrics) only at --log-level debug",
     )
     max_connections: int = option(
-        2048, "most HTTP connections open at once; more are answered with 503 and closed", minimum=1
+        2048, "maximum number of open HTTP connections; further ones get 503 and are closed", minimum=1
     )
     header_timeout_s: float = option(
-        30.0, "longest time a request's header may take to arrive; slower ones get 408", unit="s", minimum=0.001
+        30.0, "maximum time for the header of a request to arrive; slower requests get 408", unit="s", minimum=0.001
     )
-    ssl_certfile: Path | None = option(None, "PEM file with the certificate chain: HTTPS instead of HTTP")
+    ssl_certfile: Path | None = option(None, "PEM file with the certificate chain; serves HTTPS instead of HTTP")
     ssl_keyfile: Path | None = option(None, "PEM file with the private key of --ssl-certfile, without a password")
     instance_id: str | None = option(
-        None, "name shown by /health and /ready, so that a supervisor can tell this server from another one on its port"
+        None, "name in /health and /ready, by which a supervisor recognizes this server on its port"
     )
-    served_model_name: str | None = option(None, "the model's name in the API; by default the model's own name")
-    max_body_bytes: int = option(8 << 20, "largest HTTP body accepted", unit="bytes", minimum=1024)
+    served_model_name: str | None = option(None, "name of the model in the API; by default the model's own name")
+    max_body_bytes: int = option(8 << 20, "maximum size of a request body", unit="bytes", minimum=1024)
     max_total_body_bytes: int = option(
         256 << 20,
-        "most bytes of request bodies held at once, while they are read and tokenised, not counting the first 64 KiB "
-        "of each; further requests get 429",
+        "maximum bytes of all request bodies in memory, while they are read and tokenised, not counting the first "
+        "64 KiB of each; further requests get 429",
         unit="bytes",
         minimum=1024,
     )
     body_timeout_s: float = option(
-        60.0, "longest time a request's body may take to arrive; slower ones get 408", unit="s", minimum=0.001
+        60.0, "maximum time for the body of a request to arrive; slower requests get 408", unit="s", minimum=0.001
     )
     tokenizer_threads: int = option(
         2,
-        "threads that tokenise long prompts, fill in chat templates and read large bodies",
+        "threads that tokenise long prompts, render chat templates and decode large bodies",
         aliases=("tokenizer-worker-num",),
         minimum=1,
         maximum=64,
     )
     max_concurrent_requests: int = option(
         1024,
-        "most answers generated at once (a request with n=4 counts four times); more get 429. The last eighth of the "
-        "places is kept for callers that have less than their share",
+        "maximum number of answers generated at once (a request with n=4 counts four times); further requests get "
+        "429. The last eighth of the places is reserved for callers below their fair share",
         minimum=1,
     )
-    max_choices: int = option(128, "most answers one request may ask for (its prompts times n)", minimum=1)
-    request_timeout_s: float = option(600.0, "longest time one request may take", unit="s", minimum=0.001)
+    max_choices: int = option(128, "maximum number of answers per request (its prompts times n)", minimum=1)
+    request_timeout_s: float = option(600.0, "maximum duration of one request", unit="s", minimum=0.001)
     shutdown_timeout_s: float = option(
         10.0,
-        "on shutdown, how long open requests may go on before they are cut with an error; a second signal cuts them "
+        "on shutdown, how long open requests may continue before they end with an error; a second signal ends them "
         "at once",
         unit="s",
         minimum=0,
     )
     drain_grace_s: float = option(
         0.0,
-        "on shutdown, how long the port answers at least (with 503 for /ready), so that a load balancer notices; 5 is "
-        "usual in Kubernetes",
+        "on shutdown, minimum time for which the port still answers (/ready with 503), so that a load balancer "
+        "notices; 5 is usual in Kubernetes",
         unit="s",
         minimum=0,
     )
     incremental_streaming_output: bool = option(
         False,
-        "each event of a /generate stream has only the new text, ids and logprobs; by default an event has all text "
-        "and ids so far, and only the new logprobs",
+        "each event of a /generate stream has only the new text, ids and logprobs; by default an event has the whole "
+        "text and all ids so far, and only the new logprobs",
         aliases=("stream-output",),
     )
     cumulative_logprobs: bool = option(
         False,
-        "each event of a /generate stream repeats all logprobs so far, as in SGLang; such a stream grows with the "
-        "square of its length",
+        "each event of a /generate stream repeats all logprobs so far, as in SGLang; the size of such a stream grows "
+        "with the square of its length",
     )
 
     def __post_init__(self) -> None:
@@ -116,18 +116,18 @@ class ServerConfig:
             check_api_key(key)
         if self.tenant_by == TENANT_API_KEY and not self.api_key:
             raise ConfigError(
-                "--tenant-by api-key tells tenants apart by API key, and no key is set: add --api-key",
+                "--tenant-by api-key needs an API key to identify tenants, and no key is set: add --api-key",
                 param="tenant_by",
             )
         if self.incremental_streaming_output and self.cumulative_logprobs:
             raise ConfigError(
-                "--incremental-streaming-output and --cumulative-logprobs contradict each other: give one of them",
+                "--incremental-streaming-output and --cumulative-logprobs contradict each other: set only one of them",
                 param="cumulative_logprobs",
             )
         for origin in self.allowed_origins:
             _check_origin(origin)
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
-            raise ConfigError("--ssl-certfile and --ssl-keyfile need each other: give both", param="ssl_certfile")
+            raise ConfigError("--ssl-certfile and --ssl-keyfile need each other: set both", param="ssl_certfile")
 
     @property
     def scheme(self) -> str:
@@ -145,6 +145,6 @@ def _check_origin(origin: str) -> None:
     exact = parts.scheme in ("http", "https") and parts.hostname and origin == f"{parts.scheme}://{parts.netloc}"
     if origin != "*" and not exact:
         raise ConfigError(
-            f"--allowed-origins: {origin!r} is not an origin; write https://HOST or https://HOST:PORT, or * for all",
+            f"--allowed-origins: {origin!r} is not an origin; use https://HOST or https://HOST:PORT, or * for all",
             param="allowed_origins",
         )

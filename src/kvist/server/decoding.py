@@ -1,8 +1,8 @@
-"""HTTP body → typed struct. Every way it can be wrong is a 400 that names the field, in OpenAI's vocabulary.
+"""Decodes an HTTP body into a typed struct. Every fault of a body is a 400 that names the field.
 
-Nothing is ignored in silence: an unknown field is refused with the nearest one that is known, a field that would change
-the answer and cannot be honoured is refused with what works instead, and a field without effect is named in the
-response header `x-kvist-ignored` (fields.py has the classes).
+No field is ignored silently: an unknown field is refused with the nearest known name, a field that would change the
+answer and cannot be honoured is refused with an alternative, and a field without effect is named in the response header
+`x-kvist-ignored` (fields.py has the classes).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from kvist.server.shape import check_shape
 T = TypeVar("T", bound=msgspec.Struct)
 
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(?P<name>.*?)`(?: - at `(?P<path>.*)`)?$", re.DOTALL)
-_MAX_NAME_CHARS = 64  # a longer name resembles none of ours, and comparing takes time
+_MAX_NAME_CHARS = 64  # longer than any known name; comparing takes time
 _PATH = re.compile(r" - at `(?P<path>.*)`$", re.DOTALL)
 
 
 class BodyDecoder(Generic[T]):
-    """For one endpoint."""
+    """Decodes the bodies of one endpoint."""
 
     def __init__(self, struct: type[T]) -> None:
         self._decoder = msgspec.json.Decoder(struct)
         self._known = _known_names(struct)
 
     def decode(self, body: bytes) -> tuple[T, Headers]:
-        """The request, and the response header that names its fields without effect, where it has such."""
+        """Return the request, and the response header that names its fields without effect, if any."""
         if not body:
             raise RequestError("the request body is empty; it must be a JSON object")
         check_shape(body)
@@ -54,7 +54,7 @@ class BodyDecoder(Generic[T]):
         unknown = _UNKNOWN_FIELD.match(message)
         if unknown is None:
             found = _PATH.search(message)
-            if found is None and message.startswith("Expected"):  # of the body itself, which has no name
+            if found is None and message.startswith("Expected"):  # about the body itself, which has no name
                 return RequestError(f"the request body must be a JSON object: {message}")
             param = _param(found["path"]) if found else None
             return RequestError(f"{_PATH.sub('', message)}{f' at `{param}`' if param else ''}", param=param)
@@ -68,8 +68,8 @@ class BodyDecoder(Generic[T]):
 
 
 def _without_effect(value: msgspec.Struct, where: str, kind: str) -> Iterator[str]:
-    """The advisory fields that ask for something, by their path without indices. Raises for the first refused one,
-    by its path with them."""
+    """Yield the paths, without indices, of the advisory fields that are set. Raise `UnsupportedField` for the first
+    refused field, with the indices in its path."""
     checks = _field_checks(type(value))
     for name, cls in checks.unmet.find(value):
         if isinstance(cls, Refused):
@@ -97,13 +97,13 @@ def _field_checks(struct: type[msgspec.Struct]) -> _FieldChecks:
 
 
 def _param(path: str) -> str | None:
-    """`$.messages[0].role` → `messages[0].role`; the body itself has no name."""
+    """Convert `$.messages[0].role` to `messages[0].role`; the body itself has no name."""
     return path.removeprefix("$").removeprefix(".") or None
 
 
 def _known_names(struct: type[msgspec.Struct]) -> dict[str, str]:
-    """Of the fields of `struct` and of the structs inside: name → path. Of several with the same name it is the one
-    that is honoured, the outermost first."""
+    """Map field names of `struct` and of the structs inside it to their paths. Where several fields have one name, an
+    honoured field wins, then the outermost one."""
     names: dict[str, str] = {}
     others: dict[str, str] = {}
     pending = [(struct, "")]

@@ -1,7 +1,6 @@
-"""Decompresses request bodies (Content-Encoding) within the limit of a body.
+"""Decompresses request bodies (Content-Encoding), up to the size limit of a body.
 
-A body that grows beyond the limit is refused after the limit, however large it would become; the event loop is let go
-between pieces.
+Decompression stops at the limit, however large the body would become, and yields to the event loop between pieces.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ def body_too_large(limit_bytes: int) -> BodyTooLarge:
 def body_decoder(
     content_encoding: bytes | None, share: BodyShare, limit_bytes: int
 ) -> Callable[[bytes], Awaitable[bytes]] | None:
-    """None for a body that is not compressed. Raises `UnsupportedMediaType` for a coding that we do not read."""
+    """Return the decoder, or None for a body that is not compressed. Raise `UnsupportedMediaType` for an unsupported
+    coding."""
     coding = (content_encoding or b"").decode("latin-1").strip().lower()
     if coding in ("", "identity"):
         return None
@@ -54,7 +54,7 @@ async def _inflate(body: bytes, coding: str, share: BodyShare, limit_bytes: int)
             raise body_too_large(limit_bytes)
         share.reserve_up_to(len(body) + num_bytes)
         if not piece and not rest and not inflater.eof:
-            raise _invalid_encoding(coding)  # it breaks off
+            raise _invalid_encoding(coding)  # truncated
         pieces.append(piece)
         await asyncio.sleep(0)
     if inflater.unused_data:
@@ -63,7 +63,7 @@ async def _inflate(body: bytes, coding: str, share: BodyShare, limit_bytes: int)
 
 
 def _deflate_bits(body: bytes) -> int:
-    """HTTP means zlib's format by deflate; some clients send the bare one."""
+    """Return zlib's window bits: HTTP's `deflate` is the zlib format, but some clients send raw deflate."""
     zlib_header = len(body) >= 2 and body[0] & 0x0F == zlib.DEFLATED and int.from_bytes(body[:2], "big") % 31 == 0
     return _ZLIB if zlib_header else _RAW
 

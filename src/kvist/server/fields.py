@@ -1,14 +1,14 @@
-"""Every request field of OpenAI, vLLM and SGLang that Kvist knows, and which of three classes it is in.
+"""Every request field of OpenAI, vLLM and SGLang that Kvist knows, each in one of three classes.
 
-A field's class is part of its type, and nothing else says it:
+The class of a field is part of its type, and is declared nowhere else:
 
-    Honoured   it has the effect that its name promises
+    Honoured   has the effect that its name promises
     Advisory   accepted without effect, and named in the response header `x-kvist-ignored`
-    Refused    it would change the answer and cannot be honoured: a 400 that names what works instead
+    Refused    would change the answer and cannot be honoured: a 400 that names an alternative
 
-`KnownFields` has all names of all endpoints, so that null is accepted for each of them everywhere. A request
-(schemas.py) declares again, with a type, what its endpoint honours. docs/api.md has the table, made by
-scripts/api_fields.py.
+`KnownFields` has the names of all endpoints, so that null is accepted for each of them everywhere. A request
+(schemas.py) declares again, with a type, the fields that its endpoint honours. scripts/api_fields.py writes the table
+in docs/api.md.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Honoured:
 @dataclass(frozen=True, slots=True)
 class Advisory:
     reason: str
-    neutral: tuple[object, ...] = ()  # besides null: they ask for nothing, and the header does not name them
+    neutral: tuple[object, ...] = ()  # values that, like null, have no effect and are not named in the header
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
     instead: str
-    neutral: tuple[object, ...] = ()  # besides null: they ask for nothing, and are accepted
+    neutral: tuple[object, ...] = ()  # values that, like null, have no effect and are accepted
 
 
 FieldClass = Honoured | Advisory | Refused
@@ -43,35 +43,35 @@ FieldClass = Honoured | Advisory | Refused
 _BOTH, _OFF, _ON = (True, False), (False,), (True,)
 _EMPTY: tuple[object, ...] = ([], {}, "")
 
-# What works instead.
+# Alternatives to refused fields.
 _TOOLS = "tool calling is not supported yet; describe the tools in the messages and read the call from the text"
 _FORMAT = "constrained output is not supported yet; describe the format in the prompt and check the answer"
 _PENALTY = "use `temperature`, `top_p`, `top_k` and `min_p` to shape the choice of tokens"
-_TEXT = "only text is taken and given; leave it out"
-_BEAM = "there is no beam search; `n` gives several sampled answers"
-_LOGPROBS = "logprobs are those of the output: `logprobs` (`return_logprob` in /generate)"
+_TEXT = "only text is supported; omit this field"
+_BEAM = "beam search is not supported; `n` gives several sampled answers"
+_LOGPROBS = "only the output tokens have logprobs: use `logprobs` (`return_logprob` in /generate)"
 _LORA = "adapters are not supported yet; serve the merged model"
-_TOKENS = "`return_token_ids` of /v1/completions and /v1/chat/completions gives token ids; /generate always does"
-_ROUTING = "Kvist finds prefill and decode workers itself; leave it out"
-_INTERNAL = "the model's internal values are not given; leave it out"
-_PROCESSOR = "there are no logits processors; use `temperature`, `top_p`, `top_k` and `min_p`"
+_TOKENS = "in /v1, `return_token_ids` returns token ids; /generate always returns them"
+_ROUTING = "Kvist chooses prefill and decode workers itself; omit this field"
+_INTERNAL = "the internal values of the model are not available; omit this field"
+_PROCESSOR = "logits processors are not supported; use `temperature`, `top_p`, `top_k` and `min_p`"
 _THINKING = 'models that support it read `chat_template_kwargs`, often {"enable_thinking": false}'
-_SAMPLING = "it belongs to requests that generate; in /generate, to `sampling_params`"
-_OUTPUT = "it belongs to /v1/chat/completions and /v1/completions"
-_CHAT = "it belongs to /v1/chat/completions"
+_SAMPLING = "a field of requests that generate; in /generate it is part of `sampling_params`"
+_OUTPUT = "a field of /v1/chat/completions and /v1/completions"
+_CHAT = "a field of /v1/chat/completions"
 _LIMIT = "the limit is `max_tokens` in /v1, `sampling_params.max_new_tokens` in /generate"
 _LEAST = "the minimum is `min_tokens` in /v1, `sampling_params.min_new_tokens` in /generate"
 _SEED = "the seed is `seed` in /v1, `sampling_params.sampling_seed` in /generate"
 
-# Why there is no effect.
-_LOCAL = "no record or bill is kept"
+# Reasons why a field has no effect.
+_LOCAL = "no records are kept"
 _CACHING = "prefixes are always cached; `cache_salt` keeps callers apart"
-_ROUTED = "the router places requests by cache and load"
-_LOGGING = "logging and metrics are the server's own"
+_ROUTED = "the router assigns requests by cache and load"
+_LOGGING = "options of the server control logging and metrics"
 
 
 class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """All names. `object`: any JSON value, which is looked at by its field's class alone."""
+    """All names. Type `object` accepts any JSON value; the field's class decides what becomes of the value."""
 
     model: Annotated[str | None, Honoured("must be the served model, or absent")] = None
 
@@ -83,28 +83,28 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     service_tier: Annotated[object, Advisory("there is one tier", ("default",))] = None
     moderation: Annotated[object, Advisory("nothing is moderated")] = None
     verbosity: Annotated[object, Advisory("no model served here has this setting", ("medium",))] = None
-    prediction: Annotated[object, Advisory("a prediction would only save time")] = None
+    prediction: Annotated[object, Advisory("a prediction would not change the answer")] = None
     prompt_cache_key: Annotated[object, Advisory(_CACHING)] = None
     prompt_cache_retention: Annotated[object, Advisory(_CACHING)] = None
     prompt_cache_options: Annotated[object, Advisory(_CACHING)] = None
     kv_hints: Annotated[object, Advisory(_CACHING, _EMPTY)] = None
-    priority: Annotated[object, Advisory("callers take turns, and no request goes first", (0,))] = None
+    priority: Annotated[object, Advisory("callers are served in turn; requests have no priority", (0,))] = None
     session_id: Annotated[object, Advisory(_ROUTED)] = None
     conversation_id: Annotated[object, Advisory(_ROUTED)] = None
     routing_key: Annotated[object, Advisory(_ROUTED)] = None
     data_parallel_rank: Annotated[object, Advisory(_ROUTED)] = None
     routed_dp_rank: Annotated[object, Advisory(_ROUTED)] = None
-    stream_interval: Annotated[object, Advisory("tokens are sent as they come", (1,))] = None
+    stream_interval: Annotated[object, Advisory("tokens are sent as they are generated", (1,))] = None
     log_metrics: Annotated[object, Advisory(_LOGGING, _ON)] = None
     no_logs: Annotated[object, Advisory(_LOGGING, _OFF)] = None
     custom_labels: Annotated[object, Advisory(_LOGGING, _EMPTY)] = None
     external_trace_header: Annotated[object, Advisory(_LOGGING, _EMPTY)] = None
     received_time: Annotated[object, Advisory(_LOGGING)] = None
-    return_token_offsets: Annotated[object, Advisory("only a rendering endpoint would give them", _OFF)] = None
-    return_mm_kwargs: Annotated[object, Advisory("only a rendering endpoint would give them", _BOTH)] = None
-    spaces_between_special_tokens: Annotated[object, Advisory("no spaces are put between tokens", _BOTH)] = None
-    guided_decoding_backend: Annotated[object, Advisory("there is no constrained output to choose it for")] = None
-    truncation_side: Annotated[object, Advisory("prompts are never cut", ("left", "right"))] = None
+    return_token_offsets: Annotated[object, Advisory("only a rendering endpoint would return this", _OFF)] = None
+    return_mm_kwargs: Annotated[object, Advisory("only a rendering endpoint would return this", _BOTH)] = None
+    spaces_between_special_tokens: Annotated[object, Advisory("no spaces are inserted between tokens", _BOTH)] = None
+    guided_decoding_backend: Annotated[object, Advisory("constrained output is not supported yet")] = None
+    truncation_side: Annotated[object, Advisory("prompts are never truncated", ("left", "right"))] = None
 
     # -------- tools
     tools: Annotated[object, Refused(_TOOLS, ([],))] = None
@@ -112,7 +112,7 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     parallel_tool_calls: Annotated[object, Refused(_TOOLS, _BOTH)] = None
     functions: Annotated[object, Refused(_TOOLS, ([],))] = None
     function_call: Annotated[object, Refused(_TOOLS, ("none", "auto"))] = None
-    web_search_options: Annotated[object, Refused("there is no web search; leave it out")] = None
+    web_search_options: Annotated[object, Refused("web search is not supported; omit this field")] = None
 
     # -------- the form of the answer
     response_format: Annotated[object, Refused(_FORMAT, ({"type": "text"},))] = None
@@ -140,8 +140,8 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     custom_logit_processor: Annotated[object, Refused(_PROCESSOR, ("",))] = None
     custom_params: Annotated[object, Refused(_PROCESSOR, ({},))] = None
     vllm_xargs: Annotated[object, Refused(_PROCESSOR, ({},))] = None
-    watermark: Annotated[object, Refused("answers are not watermarked; leave it out", (False, {}))] = None
-    watermarking: Annotated[object, Refused("answers are not watermarked; leave it out", _OFF)] = None
+    watermark: Annotated[object, Refused("answers are not watermarked; omit this field", (False, {}))] = None
+    watermarking: Annotated[object, Refused("answers are not watermarked; omit this field", _OFF)] = None
     use_beam_search: Annotated[object, Refused(_BEAM, _OFF)] = None
     beam_width: Annotated[object, Refused(_BEAM, (1,))] = None
     best_of: Annotated[object, Refused(_BEAM, (1,))] = None
@@ -149,23 +149,25 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     early_stopping: Annotated[object, Refused(_BEAM, _OFF)] = None
     stop_regex: Annotated[object, Refused("`stop` takes strings, `stop_token_ids` tokens", _EMPTY)] = None
 
-    # -------- thinking
-    reasoning_effort: Annotated[object, Refused("it belongs to requests with `messages`")] = None
+    # -------- reasoning
+    reasoning_effort: Annotated[object, Refused("a field of requests with `messages`")] = None
     thinking: Annotated[object, Refused(_THINKING, ({},))] = None
     thinking_token_budget: Annotated[object, Refused("`max_tokens` bounds the whole answer", (-1,))] = None
     max_thinking_tokens: Annotated[object, Refused("`max_tokens` bounds the whole answer", (-1,))] = None
-    include_reasoning: Annotated[object, Refused("reasoning is part of the text; cut it off there", _ON)] = None
+    include_reasoning: Annotated[object, Refused("reasoning is part of the text; remove it from the text", _ON)] = None
     separate_reasoning: Annotated[object, Advisory("reasoning is part of the text", _BOTH)] = None
     stream_reasoning: Annotated[object, Advisory("reasoning is part of the text", _BOTH)] = None
     require_reasoning: Annotated[object, Refused(_FORMAT, _OFF)] = None
 
     # -------- the prompt
-    suffix: Annotated[object, Refused("write the prompt with the model's own tokens for filling in", ("",))] = None
+    suffix: Annotated[object, Refused("write the prompt with the model's own fill-in-the-middle tokens", ("",))] = None
     documents: Annotated[object, Refused("write the documents into the messages", ([],))] = None
     task: Annotated[object, Refused("write the task into the messages")] = None
     chat_template: Annotated[object, Refused("the server's template is used: `kvist serve --chat-template`")] = None
     truncate_prompt_tokens: Annotated[object, Refused("shorten the prompt; /tokenize counts its tokens")] = None
-    session_params: Annotated[object, Refused("send the whole prompt; its cached prefix costs nothing", ({},))] = None
+    session_params: Annotated[
+        object, Refused("send the whole prompt; a cached prefix is not computed again", ({},))
+    ] = None
     extra_key: Annotated[object, Refused("`cache_salt` keeps cached prefixes apart", ("",))] = None
     input_embeds: Annotated[object, Refused("send a text or token ids", ([],))] = None
     prompt_embeds: Annotated[object, Refused("send a text or token ids", ([], ""))] = None
@@ -200,12 +202,12 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     logprob_token_ids: Annotated[object, Refused(_LOGPROBS, ([],))] = None
     token_ids_logprob: Annotated[object, Refused(_LOGPROBS, ([],))] = None
     return_tokens_as_token_ids: Annotated[object, Refused(_TOKENS, _OFF)] = None
-    return_text_in_logprobs: Annotated[object, Refused("/detokenize says what a token is", _OFF)] = None
+    return_text_in_logprobs: Annotated[object, Refused("/detokenize returns the text of a token", _OFF)] = None
     return_prompt_token_ids: Annotated[object, Refused(_TOKENS, _OFF)] = None
     return_input_ids_in_sglext: Annotated[object, Refused(_TOKENS, _OFF)] = None
     return_output_ids_in_sglext: Annotated[object, Refused(_TOKENS, _OFF)] = None
     return_prompt_text: Annotated[object, Refused("/tokenize and /detokenize show the rendered prompt", _OFF)] = None
-    return_meta_info: Annotated[object, Refused("`kvist.report` says how a request was served", _OFF)] = None
+    return_meta_info: Annotated[object, Refused("`kvist.report` reports how a request was served", _OFF)] = None
     return_cached_tokens_details: Annotated[object, Refused("`kvist.usage` adds the details", _OFF)] = None
     return_spec_tokens_details: Annotated[object, Refused(_INTERNAL, _OFF)] = None
     return_hidden_states: Annotated[object, Refused(_INTERNAL, _OFF)] = None
@@ -219,11 +221,11 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     return_flat_raw_top_logprobs: Annotated[object, Refused(_LOGPROBS, _OFF)] = None
     return_flat_raw_output_top_logprobs: Annotated[object, Refused(_LOGPROBS, _OFF)] = None
     return_flat_raw_top_logprobs_b64: Annotated[object, Refused(_LOGPROBS, _BOTH)] = None
-    return_bytes: Annotated[object, Refused("responses are JSON; leave it out", _OFF)] = None
-    detokenize: Annotated[object, Refused("text is always made; leave it out", _ON)] = None
+    return_bytes: Annotated[object, Refused("responses are JSON; omit this field", _OFF)] = None
+    detokenize: Annotated[object, Refused("the text is always returned; omit this field", _ON)] = None
     background: Annotated[object, Refused("wait for the answer, or stream it", _OFF)] = None
 
-    # -------- adapters, placing
+    # -------- adapters, routing
     lora_path: Annotated[object, Refused(_LORA, ([], ""))] = None
     lora_id: Annotated[object, Refused(_LORA, ([], ""))] = None
     kv_transfer_params: Annotated[object, Refused(_ROUTING, ({},))] = None
@@ -238,11 +240,11 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     # -------- honoured at some endpoints (schemas.py), refused at the others
     messages: Annotated[object, Refused(_CHAT)] = None
-    prompt: Annotated[object, Refused("it belongs to /v1/completions and /tokenize")] = None
-    text: Annotated[object, Refused("it belongs to /generate; the prompt is `prompt` or `messages` here")] = None
-    input_ids: Annotated[object, Refused("it belongs to /generate; /v1/completions takes ids as `prompt`")] = None
-    tokens: Annotated[object, Refused("it belongs to /detokenize")] = None
-    sampling_params: Annotated[object, Refused("its fields belong to the body here", ({},))] = None
+    prompt: Annotated[object, Refused("a field of /v1/completions and /tokenize")] = None
+    text: Annotated[object, Refused("a field of /generate; the prompt is `prompt` or `messages` here")] = None
+    input_ids: Annotated[object, Refused("a field of /generate; /v1/completions takes ids as `prompt`")] = None
+    tokens: Annotated[object, Refused("a field of /detokenize")] = None
+    sampling_params: Annotated[object, Refused("put its fields directly into the body", ({},))] = None
     n: Annotated[object, Refused(_SAMPLING, (1,))] = None
     temperature: Annotated[object, Refused(_SAMPLING)] = None
     top_p: Annotated[object, Refused(_SAMPLING)] = None
@@ -264,20 +266,20 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stream: Annotated[object, Refused("nothing is streamed here", _OFF)] = None
     stream_options: Annotated[object, Refused(_OUTPUT, ({},))] = None
     logprobs: Annotated[object, Refused(_LOGPROBS, _OFF)] = None
-    top_logprobs: Annotated[object, Refused("it belongs to chats; /v1/completions has `logprobs`", (0,))] = None
+    top_logprobs: Annotated[object, Refused("a field of chats; /v1/completions has `logprobs`", (0,))] = None
     return_logprob: Annotated[object, Refused(_LOGPROBS, _OFF)] = None
     top_logprobs_num: Annotated[object, Refused(_LOGPROBS, (0,))] = None
     return_token_ids: Annotated[object, Refused(_TOKENS, _OFF)] = None
-    echo: Annotated[object, Refused("it belongs to /v1/completions", _OFF)] = None
-    rid: Annotated[object, Refused("it belongs to requests that generate")] = None
-    request_id: Annotated[object, Refused("it belongs to requests that generate")] = None
-    cache_salt: Annotated[object, Refused("it belongs to requests that generate", ("",))] = None
-    kvist: Annotated[object, Refused("it belongs to requests that generate", ({},))] = None
-    chat_template_kwargs: Annotated[object, Refused("it belongs to requests with `messages`", ({},))] = None
-    add_generation_prompt: Annotated[object, Refused("it belongs to requests with `messages`", _ON)] = None
-    continue_final_message: Annotated[object, Refused("it belongs to requests with `messages`", _OFF)] = None
-    add_special_tokens: Annotated[object, Refused("it belongs to requests with `prompt` or `messages`")] = None
-    return_token_strs: Annotated[object, Refused("it belongs to /tokenize", _OFF)] = None
+    echo: Annotated[object, Refused("a field of /v1/completions", _OFF)] = None
+    rid: Annotated[object, Refused("a field of requests that generate")] = None
+    request_id: Annotated[object, Refused("a field of requests that generate")] = None
+    cache_salt: Annotated[object, Refused("a field of requests that generate", ("",))] = None
+    kvist: Annotated[object, Refused("a field of requests that generate", ({},))] = None
+    chat_template_kwargs: Annotated[object, Refused("a field of requests with `messages`", ({},))] = None
+    add_generation_prompt: Annotated[object, Refused("a field of requests with `messages`", _ON)] = None
+    continue_final_message: Annotated[object, Refused("a field of requests with `messages`", _OFF)] = None
+    add_special_tokens: Annotated[object, Refused("a field of requests with `prompt` or `messages`")] = None
+    return_token_strs: Annotated[object, Refused("a field of /tokenize", _OFF)] = None
 
 
 def field_class(annotation: object) -> FieldClass | None:
@@ -286,14 +288,14 @@ def field_class(annotation: object) -> FieldClass | None:
 
 @cache
 def classes_of(struct: type[msgspec.Struct]) -> dict[str, FieldClass]:
-    """By field, in the struct's order. A field without a class is a bug, which a test finds."""
+    """Return the class of each field, in the struct's order. A test checks that every field has a class."""
     hints = get_type_hints(struct, include_extras=True)
     found = {name: field_class(hints[name]) for name in struct.__struct_fields__}
     return {name: given for name, given in found.items() if given is not None}
 
 
 class UnmetFieldFinder:
-    """Looks at the fields of one struct that are not honoured; made once for each struct."""
+    """Finds the fields of a request that are set and not honoured. Built once for each struct."""
 
     def __init__(self, struct: type[msgspec.Struct]) -> None:
         self._not_honoured = [(name, cls) for name, cls in classes_of(struct).items() if not isinstance(cls, Honoured)]
@@ -303,12 +305,12 @@ class UnmetFieldFinder:
         )
 
     def find(self, value: msgspec.Struct) -> list[tuple[str, Advisory | Refused]]:
-        """The fields of `value` that ask for something which they do not get."""
+        """Return the fields of `value` that ask for an effect and do not get it."""
         if self._values is None:
             values: tuple[object, ...] = tuple(getattr(value, name) for name, _ in self._not_honoured)
         else:
             values = self._values(value)
-        if values == self._absent:  # nearly always
+        if values == self._absent:  # the usual case
             return []
         pairs = zip(self._not_honoured, values, strict=True)
         return [
@@ -319,7 +321,7 @@ class UnmetFieldFinder:
 
 
 def _without_nulls(asked: object) -> object:
-    """Without what is null inside: clients write out the fields of an object that they do not set."""
+    """Drop null fields of an object: clients send null for the fields that they do not set."""
     if not isinstance(asked, dict):
         return asked
     return {name: value for name, value in asked.items() if value is not None}

@@ -1,6 +1,6 @@
-"""What every endpoint shares: the dispatcher, the tokenizer, the limits, the clock. Built once by app.py.
+"""The context that all endpoints share: the dispatcher, the tokenizer, the limits, the clock. Built once by app.py.
 
-What is under way here is bounded by its parts: generations by `admission`, other work by `work`, bodies by `bodies`.
+The parts bound the work in progress: `admission` bounds generations, `work` other work, `bodies` the bytes of bodies.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from kvist.wire import EngineHealth, EngineSpec
 
 T = TypeVar("T")
 
-_MAX_CHARS_PER_TOKEN = 256  # no vocabulary we serve has longer tokens; protects the tokenizer from hopeless prompts
-_MAX_TOKENS_SHOWN = 1 << 18  # where the model's context is smaller
-_MAX_JOB_TOKENS = 1 << 20  # prompt tokens that one request may send to engines, each answer's counted
+_MAX_CHARS_PER_TOKEN = 256  # no supported vocabulary has longer tokens; rejects hopeless prompts before tokenising
+_MAX_TOKENS_SHOWN = 1 << 18  # a model with a larger context raises this limit
+_MAX_JOB_TOKENS = 1 << 20  # prompt tokens that one request may send to engines, counted once for each answer
 _TEMPLATE_OWN_NAMES = frozenset({"messages", "add_generation_prompt"})
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -40,7 +40,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayContext:
     dispatcher: EngineClient
-    tokenizer: Tokenizer | None  # None: a prefill or decode worker's own HTTP, which cannot generate
+    tokenizer: Tokenizer | None  # None on the HTTP port of a prefill or decode worker, which cannot generate
     config: ServerConfig
     model_name: str
     metrics: GatewayMetrics
@@ -57,14 +57,16 @@ class GatewayContext:
     def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise RequestError(
-                "this worker only does its part of a request (prefill or decode): send requests to the router "
+                "this worker computes only one phase of a request (prefill or decode): send requests to the router "
                 "(kvist router), which knows all workers"
             )
         return self.tokenizer
 
     async def prepare(self, scope: Scope, receive: Receive, make: Callable[[bytes], T]) -> T:
-        """Reads the body and makes of it what the endpoint needs, on a thread when it is long. The body is let go of
-        before the request waits for anything else. `make` must not touch what belongs to the event loop."""
+        """Read the body and return `make(body)`; a long body is processed on a thread.
+
+        The body is released before the request waits for anything else. `make` must not touch state of the event loop.
+        Raises what `read_body` and `make` raise, `Overloaded`, and `Timeout` when no thread was free in time."""
         config = self.config
         with self.bodies.open() as share:
             body = await read_body(
@@ -81,7 +83,7 @@ class GatewayContext:
                 raise Timeout("no thread was free to tokenise the prompt within --request-timeout-s") from error
 
     def limit(self) -> Limit:
-        """Of the fleet's best route."""
+        """Return the largest request that the best route of the fleet can hold."""
         spec = self._spec()
         away = (each.spec for each in self.dispatcher.snapshot().workers if not each.alive)
         return Limit(
@@ -91,22 +93,24 @@ class GatewayContext:
         )
 
     def max_tokens_shown(self) -> int:
-        """By /tokenize and /detokenize, which also serve to see by how much a text is too long."""
+        """Return the limit of /tokenize and /detokenize. A client can also measure a text that is too long for the
+        model."""
         spec = self.dispatcher.model()
         return max(_MAX_TOKENS_SHOWN, spec.max_model_len if spec is not None else 0)
 
     def vocab_size(self) -> int:
-        """The model's: it may be padded beyond the tokenizer's, and may answer with such an id."""
+        """Return the model's vocabulary size, which may be padded beyond the tokenizer's. The model may generate a
+        padding id."""
         return self._spec().vocab_size
 
     def _spec(self) -> EngineSpec:
         spec = self.dispatcher.model()
         if spec is None:
-            raise Unavailable("no worker is ready: it may still be loading the model; /server_info tells more")
+            raise Unavailable("no worker is ready: workers may still be loading the model; see /server_info")
         return spec
 
     def ready(self) -> bool:
-        """A worker that only does its part is ready when its engine is; a gateway when a token can be produced."""
+        """Return whether a token can be generated now. A prefill or decode worker is ready when its engine is."""
         if self.lifecycle.stopping:
             return False
         if self.tokenizer is not None:
@@ -114,7 +118,7 @@ class GatewayContext:
         return self.own_engine() is not None and all(worker.alive for worker in self.dispatcher.snapshot().workers)
 
     def tenant(self, caller: Caller) -> str:
-        """Whose cached pages the caller may use; "": everybody's."""
+        """Return the tenant whose cached pages the caller may use; "" when all callers share pages."""
         return (caller.key_id or "") if self.config.tenant_by == TENANT_API_KEY else ""
 
     def check_model(self, name: str | None) -> None:
@@ -122,7 +126,8 @@ class GatewayContext:
             raise UnknownModel(f"the model `{name}` is not served here; `{self.model_name}` is", param="model")
 
     def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        """Token ids of a prompt. A long text is tokenised only until it is known to be too long."""
+        """Return the token ids of a prompt. Tokenising stops once the text is known to be too long. Raises
+        `PromptTooLong`."""
         limit = self.limit()
         ids = self._encode_up_to(text, limit.most, add_special_tokens)
         if ids is None:
@@ -133,7 +138,7 @@ class GatewayContext:
         return ids
 
     def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool, param: str) -> list[list[int]]:
-        """The same of several prompts of one request."""
+        """Return the token ids of several prompts of one request. Raises `PromptTooLong` and `RequestError`."""
         found: list[list[int]] = []
         num_tokens = 0
         for text in texts:
@@ -143,14 +148,15 @@ class GatewayContext:
         return found
 
     def encode_to_show(self, texts: Sequence[str], *, add_special_tokens: bool, param: str) -> list[list[int]]:
-        """The same for people, who may want to see by how much a prompt is too long."""
+        """Return token ids for /tokenize, where a text may be longer than the model's context. Raises `RequestError`
+        for texts over `max_tokens_shown`."""
         found: list[list[int]] = []
         limit = room = self.max_tokens_shown()
         for text in texts:
             ids = self._encode_up_to(text, room, add_special_tokens)
             room -= 0 if ids is None else len(ids)
             if ids is None or room < 0:
-                raise RequestError(f"`{param}` has over {limit} tokens, the most that are returned", param=param)
+                raise RequestError(f"`{param}` has over {limit} tokens, which is the limit", param=param)
             found.append(ids)
         return found
 
@@ -160,22 +166,22 @@ class GatewayContext:
         return encode_up_to(self.require_tokenizer(), text, max_tokens, add_special_tokens=add_special_tokens)
 
     def check_job_tokens(self, num_tokens: int, param: str) -> None:
-        """Of all prompts of one request, as often as they are sent to engines."""
+        """Raise `RequestError` when the prompts of one request, counted once for each answer, have too many tokens."""
         limit = max(_MAX_JOB_TOKENS, self.limit().most)
         if num_tokens > limit:
             raise RequestError(
-                f"the request's prompts, counted once for each answer, have over {limit} tokens: ask for fewer answers "
-                "at once",
+                f"the prompts of this request, counted once for each answer, have over {limit} tokens: ask for fewer "
+                "answers in one request",
                 param=param,
             )
 
     def chat_prompt(self, messages: Sequence[ChatMessage], request: ChatRequest | TokenizeRequest) -> str:
-        """The model's template over the messages, as the request's other fields ask. Raises `RequestError` naming the
-        message at fault."""
+        """Render the messages with the model's chat template and the template fields of the request. Raises
+        `RequestError` that names the faulty message, and `PromptTooLong`."""
         options = _template_options(request)
         for name in _TEMPLATE_OWN_NAMES & options.keys():
             where = f"chat_template_kwargs.{name}"
-            raise RequestError(f"`{where}` cannot be set: the request itself says what it is", param=where)
+            raise RequestError(f"`{where}` cannot be set: the request has a field for it", param=where)
         tokenizer = self.require_tokenizer()
         template = tokenizer.chat_template
         if template is None:
@@ -189,21 +195,21 @@ class GatewayContext:
                 f"the messages have {num_chars} characters; this server holds {self.limit().text}", param="messages"
             )
         plain = [_plain_message(message, f"messages[{index}]", tokenizer) for index, message in enumerate(messages)]
-        going_on = bool(request.continue_final_message)
-        if going_on and request.add_generation_prompt:
-            message = "`continue_final_message` goes on with the last turn and `add_generation_prompt` opens a new one"
-            raise RequestError(f"{message}; give one of them", param="continue_final_message")
+        continues = bool(request.continue_final_message)
+        if continues and request.add_generation_prompt:
+            message = "`continue_final_message` continues the last turn and `add_generation_prompt` opens a new turn"
+            raise RequestError(f"{message}; set only one of them", param="continue_final_message")
         return template.render(
             plain,
-            add_generation_prompt=request.add_generation_prompt is not False and not going_on,
-            continue_final_message=going_on,
+            add_generation_prompt=request.add_generation_prompt is not False and not continues,
+            continue_final_message=continues,
             options=options,
             max_chars=limit,
         )
 
 
 def _template_options(request: ChatRequest | TokenizeRequest) -> dict[str, object]:
-    """Names for the chat template beside its own."""
+    """Return the extra variables for the chat template."""
     effort = request.reasoning_effort
     asked: dict[str, object] = (
         {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
@@ -214,15 +220,15 @@ def _template_options(request: ChatRequest | TokenizeRequest) -> dict[str, objec
 def _plain_message(message: ChatMessage, where: str, tokenizer: Tokenizer) -> dict[str, object]:
     if message.role not in _ROLES:
         known = ", ".join(_ROLES)
-        raise UnsupportedField(f"`{where}.role` is {message.role!r}; supported are {known}", param=f"{where}.role")
+        raise UnsupportedField(f"`{where}.role` is {message.role!r}; supported: {known}", param=f"{where}.role")
     content = tokenizer.protect(_text_of(message, f"{where}.content"))
     plain: dict[str, object] = {"role": _ROLES[message.role], "content": content}
     if message.name is not None:
         plain["name"] = tokenizer.protect(message.name)
-    thoughts = message.reasoning_content if message.reasoning is None else message.reasoning
-    if thoughts is not None:  # vLLM's name and SGLang's: templates read one of them
-        thoughts = tokenizer.protect(thoughts)
-        plain |= {"reasoning": thoughts, "reasoning_content": thoughts}
+    reasoning = message.reasoning_content if message.reasoning is None else message.reasoning
+    if reasoning is not None:  # vLLM's and SGLang's names: templates read one of the two
+        reasoning = tokenizer.protect(reasoning)
+        plain |= {"reasoning": reasoning, "reasoning_content": reasoning}
     return plain
 
 
@@ -233,9 +239,9 @@ def _num_chars(message: ChatMessage) -> int:
 
 
 def _text_of(message: ChatMessage, where: str) -> str:
-    """Content as one text; several text parts become lines."""
+    """Return the content as one text; several text parts are joined with newlines."""
     if message.content is None:
-        if message.role == "assistant":  # of tool calls, or of an answer that was cut before its first word
+        if message.role == "assistant":  # with tool calls, or an answer that ended before its first token
             return ""
         raise RequestError(f"`{where}` is missing", param=where)
     if isinstance(message.content, str):

@@ -21,34 +21,34 @@ from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.text import IncrementalDetokenizer, StopMatcher, Tokenizer, special_token_marks
 from kvist.wire import EngineSpec, FlushTier, HandoffReport, StorageAnswer, StorageCommand, TokenChunk
 
-_LONG_PROMPT_TOKENS = 512  # to route and send it takes a tenth of a millisecond, or more
-_QUEUE_PARTS = 64  # parts that may wait between the choices of one job and its reader
+_LONG_PROMPT_TOKENS = 512  # routing and sending a longer prompt takes 0.1 ms or more
+_QUEUE_PARTS = 64  # parts that may wait between the choices of one job and the reader of the job
 
 
 class EngineClient(Protocol):
-    """What the server needs of the router (router/dispatch.py)."""
+    """The interface between the server and the router (implemented by router/dispatch.py)."""
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
-        """Raises `KvistError`. `aclose()` aborts the request everywhere."""
+        """Stream the tokens of one request. Raises `KvistError`. `aclose()` aborts the request at every engine."""
 
     def ready(self) -> bool:
-        """True when a token can really be produced now."""
+        """Return whether a token can be generated now."""
 
     def model(self) -> EngineSpec | None:
-        """What the workers serve; None while no worker is ready."""
+        """Return the model that the workers serve, or None while no worker is ready."""
 
     async def flush_cache(self, tier: FlushTier | None = None) -> dict[WorkerId, int]:
-        """Drops every cached page (of this tier) that no request uses; the number of pages dropped, by worker."""
+        """Drop every cached page (of this tier) that no request uses. Return the number of dropped pages by worker."""
 
     async def ask_storage(self, ask: StorageCommand) -> dict[WorkerId, StorageAnswer]:
-        """What every worker answers."""
+        """Send the command to every worker and return the answers."""
 
     def snapshot(self) -> ClusterSnapshot: ...
 
 
-@dataclass(slots=True)  # not frozen: one is made for every part, and freezing doubles its cost
+@dataclass(slots=True)  # not frozen: built for every part, and freezing doubles the cost
 class Delta:
-    """What one part adds to a choice. `finished` is true for the last one."""
+    """The text and tokens that one part adds to a choice. `finished` marks the last delta of the choice."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -58,7 +58,7 @@ class Delta:
 
 
 class ChoiceState:
-    """One answer in the making. Owned by the job that runs it; `absorb` is its only writer."""
+    """One answer while tokens arrive. Mutable; owned by the job that runs it, and changed by `absorb` only."""
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class ChoiceState:
         include_stop_str_in_output: bool = False,
         max_kept_logprobs: int = 0,
     ) -> None:
-        """`stops` count once there are more tokens than the request's `min_tokens`, as its stop tokens do. `logprobs`
-        holds all that came, if any are to be kept: at most so many, those of the likeliest tokens counted."""
+        """`stops` take effect after `min_tokens` of the request, like its stop tokens. `max_kept_logprobs` limits the
+        logprobs in `logprobs`, top logprobs included; 0 keeps none."""
         self.request = request
         self.index = index
         self.repeats_prompt = repeats_prompt  # another choice already counts this prompt in `usage`
@@ -86,17 +86,17 @@ class ChoiceState:
         self._shows_stop_token = include_stop_str_in_output
         self._counts_chars = request.sampling.num_logprobs is not None
         self._max_kept_logprobs = max_kept_logprobs
-        self._num_chars = 0  # of the text so far, what a stop string cuts off later included
+        self._num_chars = 0  # of the text so far, with text that a stop string may cut off later
         self.texts: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
-        # With logprobs, for each token: how many characters were complete before it. A token of a stop string may be
-        # beyond the end of the text.
+        # With logprobs: the number of complete characters before each token. The offset of a token that belongs to a
+        # stop string may lie beyond the end of the text.
         self.text_offsets: list[int] = []
         self.finish_reason: str | None = None
         self.matched: int | str | None = None  # the stop token or stop string
         self.num_cached_tokens = 0
-        self.cached_by_tier = {"device": 0, "host": 0, "storage": 0}  # their sum is `num_cached_tokens`
+        self.cached_by_tier = {"device": 0, "host": 0, "storage": 0}  # tokens; the sum is `num_cached_tokens`
         self.prefill_worker: str | None = None
         self.decode_worker: str | None = None
         self.handoff: HandoffReport | None = None
@@ -113,14 +113,14 @@ class ChoiceState:
             self._remember_route(part)
         if chunk.finish_reason is not None or self._stops is not None or self._counts_chars:
             return self._absorb_each(chunk)
-        token_ids = chunk.token_ids  # nearly every part
+        token_ids = chunk.token_ids  # the usual case
         self.token_ids.extend(token_ids)
         text = self._detokenizer.push(token_ids)
         self.texts.append(text)
         return Delta(text, token_ids, (), False)
 
     def _absorb_each(self, chunk: TokenChunk) -> Delta:
-        """Token by token, so that what follows a stop string in the same part is no part of the answer."""
+        """Absorb token by token, so that tokens after a stop string in the same part are dropped."""
         reason, num_before = chunk.finish_reason, len(self.token_ids)
         shown: list[str] = []
         offsets: list[int] = []
@@ -151,14 +151,14 @@ class ChoiceState:
         self.text_offsets.extend(offsets)
         if self.num_logprobs > self._max_kept_logprobs:
             raise RequestError(
-                f"the answer has over {self._max_kept_logprobs} logprobs, the most that one answer of this request may "
-                "keep: lower `max_tokens`, ask for fewer answers or fewer likely tokens, or stream the answer",
+                f"the answer has over {self._max_kept_logprobs} logprobs, which is the limit for one answer of this "
+                "request: lower `max_tokens`, ask for fewer answers or fewer top logprobs, or stream the answer",
                 param="logprobs",
             )
 
     @property
     def num_logprobs(self) -> int:
-        """Numbers in `logprobs`."""
+        """The number of logprobs in `logprobs`, top logprobs included."""
         return len(self.logprobs) * self.num_logprobs_per_token
 
     @property
@@ -166,7 +166,7 @@ class ChoiceState:
         return 1 + (self.request.sampling.num_logprobs or 0)
 
     def _show(self, text: str, *, is_mark: bool = False) -> str:
-        """What of `text`, and of what was withheld before it, belongs to the answer for sure."""
+        """Return the part of the withheld text and `text` that certainly belongs to the answer."""
         self._num_chars += 0 if is_mark else len(text)
         if self._stops is None:
             return text
@@ -192,7 +192,7 @@ class ChoiceState:
 async def run_choices(
     dispatcher: EngineClient, choices: Sequence[ChoiceState], metrics: GatewayMetrics, clock: Clock
 ) -> AsyncGenerator[tuple[ChoiceState, Delta], None]:
-    """Every delta of every choice, in order within a choice. Raises the first `KvistError` of any of them."""
+    """Yield every delta of every choice, in order within a choice. Raise the first `KvistError` of any choice."""
     if len(choices) == 1:
         choice = choices[0]
         async with contextlib.aclosing(_run(dispatcher, choice, metrics, clock)) as deltas:
@@ -205,7 +205,7 @@ async def run_choices(
         for choice in choices:
             tasks.append(asyncio.create_task(_feed(queue, dispatcher, choice, metrics, clock)))
             if choice.request.num_prompt_tokens > _LONG_PROMPT_TOKENS:
-                await asyncio.sleep(0)  # it is sent now, and others have their turn before the next one
+                await asyncio.sleep(0)  # send the prompt now, and let other tasks run before the next prompt
         num_open = len(choices)
         while num_open:
             choice, found = await queue.get()
@@ -230,7 +230,7 @@ async def _feed(
         async with contextlib.aclosing(_run(dispatcher, choice, metrics, clock)) as deltas:
             async for delta in deltas:
                 await queue.put((choice, delta))
-    except Exception as error:  # carried to the reader, which raises it
+    except Exception as error:  # the reader raises it
         await queue.put((choice, error))
 
 

@@ -1,4 +1,4 @@
-"""Small raw-ASGI pieces: read a bounded body, send JSON, turn an error into OpenAI's shape."""
+"""Raw-ASGI helpers: read a bounded body, send JSON, convert an error to OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 _DEFAULT_RETRY_AFTER_S = 1.0
 _MAX_ERROR_CHARS = 2000
-_MAX_LENGTH_DIGITS = 18  # of a declared length; more than any limit has
+_MAX_LENGTH_DIGITS = 18  # of Content-Length; more digits than any limit has
 JSON_TYPE = (b"content-type", b"application/json")
 
 
 class ClientDisconnected(Exception):
-    """The client closed the connection before the response was complete: there is nobody to tell."""
+    """The client closed the connection before the response was complete; nothing more can be sent."""
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:
@@ -41,7 +41,7 @@ async def read_body(scope: Scope, receive: Receive, share: BodyShare, *, limit_b
     if declared is not None and declared.isdigit():
         if len(declared) > _MAX_LENGTH_DIGITS or int(declared) > limit_bytes:
             raise body_too_large(limit_bytes)
-        share.reserve_up_to(int(declared))  # all of it, so that bodies that have begun can end
+        share.reserve_up_to(int(declared))  # all of it now, so that bodies in progress can finish
     try:
         async with asyncio.timeout(timeout_s):
             body = await _collect_body(receive, share, limit_bytes)
@@ -77,14 +77,14 @@ async def send_json(send: Send, value: object, *, status: int = 200, headers: He
 
 
 def error_object(error: KvistError) -> dict[str, object]:
-    """OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+    """Return the error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
     kind = "invalid_request_error" if isinstance(error, RequestError) else error.code
     param = None if error.param is None else _cut(error.param)
     return {"error": {"message": _cut(error.message), "type": kind, "param": param, "code": error.code}}
 
 
 def _cut(text: str) -> str:
-    """Errors quote what the client sent, which may be millions of characters."""
+    """Shorten `text`: errors quote values of the request, which may have millions of characters."""
     return text if len(text) <= _MAX_ERROR_CHARS else f"{text[:_MAX_ERROR_CHARS]}…"
 
 
@@ -105,7 +105,7 @@ async def send_error(send: Send, error: KvistError, *, more_headers: Headers = (
 
 @asynccontextmanager
 async def cancel_on_disconnect(receive: Receive) -> AsyncIterator[None]:
-    """Cancels the body of the `async with` when the client leaves, and raises `ClientDisconnected` instead."""
+    """Cancel the body of the `async with` when the client disconnects, and raise `ClientDisconnected` instead."""
     task = asyncio.current_task()
     assert task is not None
     gone = False
@@ -121,7 +121,7 @@ async def cancel_on_disconnect(receive: Receive) -> AsyncIterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        if gone and task.uncancel() == 0:  # else somebody above us cancels as well
+        if gone and task.uncancel() == 0:  # otherwise an outer scope has cancelled the task as well
             raise ClientDisconnected from None
         raise
     finally:

@@ -1,4 +1,4 @@
-"""Prompts and checked settings → the engine requests of one job."""
+"""Turns prompts and checked settings into the engine requests of one job."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kvist.server.sampling import (
 from kvist.server.schemas import SamplingFields
 from kvist.text import SamplingDefaults
 
-_MAX_KEPT_LOGPROBS = 1 << 20  # by one request: about 150 MB, as numbers and then as JSON
+_MAX_KEPT_LOGPROBS = 1 << 20  # per request: about 150 MB, as numbers and then as JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +40,14 @@ class JobSpec:
     prompts: Sequence[TokenizedPrompt]
     fields: SamplingFields
     names: FieldNames
-    seed: int | None  # of the first answer to each prompt; the next ones count up. None: drawn
+    seed: int | None  # of the first answer to each prompt; further answers count up from it. None: drawn at random
     cache_salt: str | None
     min_tokens: int | None
     num_logprobs: int | None
-    defaults: SamplingDefaults  # for what the fields do not say
+    defaults: SamplingDefaults  # for fields that the request does not set
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    keeps_logprobs: bool = True  # until the end; a stream whose events say them once need not
+    keeps_logprobs: bool = True  # until the end of the answer; False for a stream that sends each logprob once
 
 
 def new_job_id(prefix: str) -> str:
@@ -55,8 +55,8 @@ def new_job_id(prefix: str) -> str:
 
 
 def make_choices(gateway: GatewayContext, spec: JobSpec) -> list[ChoiceState]:
-    """Answers in the order of OpenAI's `index`: all of the first prompt, then all of the second. Raises `RequestError`
-    for anything the fields have wrong."""
+    """Return the choices in the order of OpenAI's `index`: all answers to the first prompt, then to the second.
+    Raises `RequestError` for an invalid field."""
     names = spec.names
     num_repeats = num_choices(spec.fields.n, len(spec.prompts), gateway.config.max_choices, names)
     gateway.check_job_tokens(num_repeats * sum(len(prompt.token_ids) for prompt in spec.prompts), names.inside + "n")

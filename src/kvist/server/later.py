@@ -1,4 +1,4 @@
-"""Paths of OpenAI, vLLM and SGLang that Kvist does not serve: a 404 that says what works instead."""
+"""Paths of OpenAI, vLLM and SGLang that Kvist does not serve: each is a 404 that names an alternative."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from kvist.errors import RequestError
 
 _CHAT = "use /v1/chat/completions"
 _TEXT_ONLY = "only text is generated: use /v1/chat/completions or /v1/completions"
-_ONE_MODEL = "adapters and weights are those of the start: restart the server with another --model-path"
-_RUNNING = "a server is not paused or put to sleep: stop it and start it again"
+_ONE_MODEL = "adapters and weights cannot change while the server runs: restart it with another --model-path"
+_RUNNING = "a server cannot be paused or put to sleep: stop it and start it again"
 
-# {rest} stands for what may follow.
+# {rest} matches the rest of a path.
 NOT_SERVED: Mapping[str, str] = {
     "/v1/responses{rest:path}": f"the Responses API is not served yet; {_CHAT}",
     "/v1/messages{rest:path}": f"the Messages API is not served yet; {_CHAT}, and /tokenize to count tokens",
-    "/v1/conversations{rest:path}": f"conversations are not kept; {_CHAT} with all messages",
+    "/v1/conversations{rest:path}": f"conversations are not stored; {_CHAT} with all messages",
     "/v1/assistants{rest:path}": f"the Assistants API is not served; {_CHAT}",
     "/v1/threads{rest:path}": f"the Assistants API is not served; {_CHAT}",
     "/v1/embeddings": _TEXT_ONLY,
@@ -33,16 +33,16 @@ NOT_SERVED: Mapping[str, str] = {
     "/pooling": _TEXT_ONLY,
     "/classify": _TEXT_ONLY,
     "/encode": _TEXT_ONLY,
-    "/v1/files{rest:path}": "files are not kept; send each request by itself",
-    "/v1/batches{rest:path}": "batches are not kept; send each request by itself",
+    "/v1/files{rest:path}": "files are not stored; send each request separately",
+    "/v1/batches{rest:path}": "batches are not stored; send each request separately",
     "/v1/fine_tuning/{rest:path}": "models are not trained here",
     "/inference/v1/generate": "use /v1/completions with token ids, or /generate",
     "/invocations": f"{_CHAT} or /v1/completions",
     "/ping": "use /health",
     "/load": "use /server_info",
     "/get_load": "use /server_info",
-    "/version": "/server_info says it",
-    "/abort_request": "close the request's connection: that ends it everywhere",
+    "/version": "use /server_info",
+    "/abort_request": "close the connection of the request, which aborts the request at every worker",
     "/start_profile": "profiling is not offered over HTTP; see docs/performance.md",
     "/stop_profile": "profiling is not offered over HTTP; see docs/performance.md",
     "/v1/load_lora_adapter": _ONE_MODEL,
@@ -57,10 +57,10 @@ NOT_SERVED: Mapping[str, str] = {
     "/resume": _RUNNING,
     "/pause_generation": _RUNNING,
     "/continue_generation": _RUNNING,
-    "/open_session": "send the whole prompt each time: its cached prefix costs nothing",
-    "/close_session": "send the whole prompt each time: its cached prefix costs nothing",
-    "/set_internal_state": "options are those of the start; /server_info shows the state",
-    "/configure_logging": "options are those of the start: --log-level",
+    "/open_session": "send the whole prompt each time: a cached prefix is not computed again",
+    "/close_session": "send the whole prompt each time: a cached prefix is not computed again",
+    "/set_internal_state": "options cannot change while the server runs; /server_info shows the state",
+    "/configure_logging": "options cannot change while the server runs: restart it with --log-level",
 }
 
 

@@ -1,4 +1,4 @@
-"""Whether this server takes requests: from its start until it is told to stop; and how many generations are open."""
+"""Tracks whether the server accepts requests, and how many generations are open."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ _RETRY_AFTER_S = 1.0
 
 
 class Lifecycle:
-    """Mutable; changed inside the event loop only. The gateway counts, the process that serves says when to stop."""
+    """Mutable; changed inside the event loop only. Endpoints count requests; the serving process calls `stop`."""
 
     def __init__(self) -> None:
         self.stopping = False
-        self.num_open = 0  # requests for tokens, from when they are understood to the end of their response
+        self.num_open = 0  # generating requests, from the decoded body to the end of the response
         self._idle = asyncio.Event()
         self._idle.set()
 
     def stop(self) -> None:
-        """From now on this server is not ready and refuses what is new; what is open goes on."""
+        """Refuse new requests and report not ready from now on. Open requests continue."""
         self.stopping = True
 
     def check(self) -> None:
-        """Raises `Unavailable` when the server is stopping."""
+        """Raise `Unavailable` when the server is stopping."""
         if self.stopping:
             raise Unavailable(
-                "this server is stopping and takes no new request: retry in a moment, or ask another server",
+                "this server is stopping and accepts no new requests: retry in a moment, or use another server",
                 retry_after_s=_RETRY_AFTER_S,
             )
 
     @contextlib.contextmanager
     def open_request(self) -> Iterator[None]:
-        """Counts the body as an open request. Raises `Unavailable` when the server is stopping."""
+        """Count an open request during the body of the `with`. Raises `Unavailable` when the server is stopping."""
         self.check()
         self.num_open += 1
         self._idle.clear()
@@ -46,5 +46,5 @@ class Lifecycle:
                 self._idle.set()
 
     async def wait_idle(self) -> None:
-        """Until no request is open."""
+        """Wait until no request is open."""
         await self._idle.wait()

@@ -1,7 +1,7 @@
-"""What the gateway says of its model: in OpenAI's list, and as vLLM and SGLang say it. And a probe that generates.
+"""Endpoints that describe the model, in the formats of OpenAI, vLLM and SGLang; and a probe that generates.
 
-/health_generate makes two tokens, really: the first may come from a prefill worker, the second takes a handoff and a
-decode worker. Probes that come while one is under way share it, so that they cost no more.
+/health_generate generates two tokens: a prefill worker may produce the first token, but the second one needs a handoff
+and a decode worker. Concurrent probes share one generation, so that further probes cost nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvist.server.http import send_json
 
 _PROBE_TIMEOUT_S = 20.0  # SGLang's
 _PROBE_TOKENS = 2
-_PROBE_PROMPT = (0,)  # any token will do
+_PROBE_PROMPT = (0,)  # any token id
 
 
 class ModelEndpoints:
@@ -73,7 +73,7 @@ class ModelEndpoints:
         return self._model_path or self._gateway.model_name
 
     async def model_info(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """SGLang's."""
+        """Describe the model with SGLang's fields."""
         del scope, receive
         gateway = self._gateway
         spec = gateway.dispatcher.model()
@@ -92,7 +92,7 @@ class ModelEndpoints:
         await send_json(send, info)
 
     async def tokenizer_info(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """vLLM's: what a client needs in order to render and count as this server does."""
+        """Describe the tokenizer with vLLM's fields, from which a client can render and count as this server does."""
         del scope, receive
         tokenizer = self._gateway.require_tokenizer()
         template = tokenizer.chat_template
@@ -114,14 +114,14 @@ class ModelEndpoints:
     async def health_generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope, receive
         if self._gateway.tokenizer is None:
-            raise RequestError("a prefill or decode worker alone cannot generate: ask the router's /health_generate")
+            raise RequestError("a prefill or decode worker alone cannot generate: use /health_generate of the router")
         if self._probe is None or self._probe.done():
             self._probe = asyncio.create_task(self._generate(), name="health_generate")
-        await asyncio.shield(self._probe)  # others may wait for it when this client leaves
+        await asyncio.shield(self._probe)  # other clients may wait for the probe after this one disconnects
         await send_json(send, {"status": "ok"})
 
     async def _generate(self) -> None:
-        """`_PROBE_TOKENS` tokens. Raises `KvistError` when they do not come in time."""
+        """Generate `_PROBE_TOKENS` tokens. Raises `KvistError` when the tokens do not arrive in time."""
         request = EngineRequest(
             request_id=RequestId(f"health-{uuid.uuid4().hex}"),
             prompt_token_ids=_PROBE_PROMPT,

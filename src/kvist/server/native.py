@@ -1,4 +1,4 @@
-"""/generate: SGLang's own API. One of `text` and `input_ids`, single or batched."""
+"""SGLang's /generate: takes either `text` or `input_ids`, single or batched."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _json = msgspec.json.Encoder().encode
 
 
 def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
-    """Raises `RequestError` for anything the request has wrong."""
+    """Build the job of a /generate request. Raises `RequestError` for an invalid field."""
     gateway.require_tokenizer()
     request, headers = _NATIVE.decode(body)
     gateway.check_model(request.model)
@@ -57,7 +57,7 @@ def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
         min_tokens=fields.min_new_tokens,
         keeps_logprobs=not request.stream or gateway.config.stream_form is not StreamForm.INCREMENTAL,
         num_logprobs=top_logprobs if request.return_logprob else None,
-        defaults=SamplingDefaults(),  # as in SGLang: those of the model are for chats and completions
+        defaults=SamplingDefaults(),  # as in SGLang: the model's defaults are for chats and completions only
         skip_special_tokens=fields.skip_special_tokens is not False,
         include_stop_str_in_output=shows_stop(fields),
     )
@@ -75,7 +75,7 @@ def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
 def _prompts(
     gateway: GatewayContext, request: NativeRequest, fields: NativeSampling
 ) -> tuple[list[list[int]], bool, str]:
-    """Token ids of every prompt, whether they came as a batch, and the field they came in."""
+    """Return the token ids of every prompt, whether the prompts came as a batch, and the name of their field."""
     if (request.text is None) == (request.input_ids is None):
         raise RequestError("give one of `text` and `input_ids`", param="text")
     if request.text is not None:
@@ -120,8 +120,11 @@ def _limited(gateway: GatewayContext, fields: NativeSampling, token_ids: list[in
 
 
 class NativeFormat:
-    """Text and ids of an event are all so far, as SGLang's clients expect. Logprobs, far larger, are those of the new
-    tokens, and in a choice's last event all of them: a stream's size would grow with the square of its length."""
+    """Writes responses in SGLang's format.
+
+    Each event has the whole text and all ids so far, as SGLang's clients expect. Logprobs are far larger, and repeating
+    them would make the stream grow with the square of its length: an event has the logprobs of its new tokens, and the
+    last event of a choice has all logprobs."""
 
     def __init__(self, *, several: bool, logprobs: bool, with_report: bool, stream_form: StreamForm, rid: str | None):
         self._several = several
@@ -141,7 +144,7 @@ class NativeFormat:
         return b"data: " + _json(answer) + b"\n\n"
 
     def closing(self, choices: Sequence[ChoiceState]) -> bytes:
-        del choices  # each one's last event has said everything
+        del choices  # the last event of each choice is complete
         return b"data: [DONE]\n\n"
 
     def whole(self, choices: Sequence[ChoiceState]) -> bytes:
@@ -157,8 +160,8 @@ class NativeFormat:
         *,
         finished: bool,
     ) -> dict[str, object]:
-        """`logprobs` are of the last of `token_ids`. `finished`: this is the choice's last event. A choice may be
-        ahead of its events when there are several."""
+        """`logprobs` belong to the last tokens of `token_ids`. `finished` marks the last event of the choice. With
+        several choices, a choice may be ahead of its events."""
         meta: dict[str, object] = {
             "id": self._id(choice),
             "finish_reason": _finish_reason(choice) if finished else None,

@@ -1,4 +1,4 @@
-"""/v1/chat/completions and /v1/completions: request → job (openai_format.py has the responses)."""
+"""Turns requests of /v1/chat/completions and /v1/completions into jobs (openai_format.py writes the responses)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _COMPLETION = BodyDecoder(CompletionRequest)
 
 
 def chat_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
-    """Raises `RequestError` for anything the request has wrong."""
+    """Build the job of a chat completion. Raises `RequestError` for an invalid field."""
     tokenizer = gateway.require_tokenizer()
     request, headers = _CHAT.decode(body)
     gateway.check_model(request.model)
@@ -51,7 +51,7 @@ def chat_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
 
 
 def completion_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
-    """Raises `RequestError` for anything the request has wrong."""
+    """Build the job of a completion. Raises `RequestError` for an invalid field."""
     tokenizer = gateway.require_tokenizer()
     request, headers = _COMPLETION.decode(body)
     gateway.check_model(request.model)
@@ -74,11 +74,11 @@ def completion_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
 
 
 def _echoes(request: CompletionRequest, tokenizer: Tokenizer, choices: Sequence[ChoiceState]) -> list[str]:
-    """The prompt of each choice as a text, where they are to begin with it."""
+    """Return the prompt of each choice as text, or [] when `echo` is off."""
     if not request.echo:
         return []
     if request.logprobs is not None:
-        message = "`echo` with `logprobs` needs logprobs of the prompt, which are not supported yet; give one of them"
+        message = "`echo` with `logprobs` needs logprobs of the prompt, which are not supported yet; set only one"
         raise UnsupportedField(message, param="echo")
     texts = (
         [request.prompt] if isinstance(request.prompt, str) else [one for one in request.prompt if isinstance(one, str)]
@@ -90,7 +90,8 @@ def _echoes(request: CompletionRequest, tokenizer: Tokenizer, choices: Sequence[
 
 
 def _prompt_token_ids(gateway: GatewayContext, request: CompletionRequest) -> list[list[int]]:
-    """A text, several texts, token ids, or several lists of them; never a mixture."""
+    """Return the token ids of every prompt. `prompt` is a text, a list of texts, token ids, or a list of lists of
+    token ids; a mixture raises `RequestError`."""
     prompt, add_special_tokens = request.prompt, request.add_special_tokens is not False
     if isinstance(prompt, str):
         return [gateway.encode(prompt, add_special_tokens=add_special_tokens, param="prompt")]
@@ -120,7 +121,7 @@ def _prompt(
     asked, param = request.max_tokens, "max_tokens"
     if request.max_completion_tokens is not None:
         if asked is not None and asked != request.max_completion_tokens:
-            raise RequestError("`max_tokens` and `max_completion_tokens` disagree; give one", param="max_tokens")
+            raise RequestError("`max_tokens` and `max_completion_tokens` differ; set only one", param="max_tokens")
         asked, param = request.max_completion_tokens, "max_completion_tokens"
     limit = gateway.limit()
     max_tokens = output_limit(len(token_ids), limit, asked=asked, default=default, param=param, prompt=name)

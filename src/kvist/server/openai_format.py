@@ -1,4 +1,4 @@
-"""How /v1/chat/completions and /v1/completions say what came: events of a stream, and whole answers."""
+"""Writes the responses of /v1/chat/completions and /v1/completions: events of a stream, and whole responses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _json = msgspec.json.Encoder().encode
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):
-    """What all events of a response share."""
+    """The fields that all events of one response share."""
 
     head: dict[str, object]  # id, created, model
     kind: str  # the `object` of a whole response
@@ -34,7 +34,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
         asked = request.stream_options or StreamOptions()
         ours = request.kvist or KvistOptions()
         if ours.usage and request.stream and not asked.include_usage:
-            message = "`kvist.usage` says more in `usage`, which a stream has with `stream_options.include_usage`"
+            message = "`kvist.usage` extends `usage`: in a stream, set `stream_options.include_usage` too"
             raise RequestError(message, param="kvist.usage")
         return Envelope(
             head={"id": _shown_id(request, job_id), "created": unix_time_s(), "model": gateway.model_name},
@@ -46,7 +46,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def event_ends(self, kind: str, choice_head: bytes) -> tuple[bytes, bytes]:
-        """Bytes before and after what changes from event to event, which goes at the end of `choice_head`."""
+        """Return the bytes before and after the part that changes from event to event; the part follows
+        `choice_head`."""
         before = b"data: " + _json({**self.head, "object": kind})[:-1] + b',"choices":[' + choice_head
         return before, b"}]" + (b',"usage":null' if self.include_usage else b"") + b"}\n\n"
 
@@ -56,19 +57,18 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
             last["usage"] = usage(choices, by_tier=self.by_tier)
         if self.include_report:
             last["kvist"] = report(choices)
-        told = self.include_usage or self.include_report
-        return (b"data: " + _json(last) + b"\n\n" if told else b"") + b"data: [DONE]\n\n"
+        has_content = self.include_usage or self.include_report
+        return (b"data: " + _json(last) + b"\n\n" if has_content else b"") + b"data: [DONE]\n\n"
 
     def whole(self, choices: Sequence[ChoiceState], answers: list[dict[str, object]]) -> bytes:
-        told = usage(choices, by_tier=self.by_tier)
-        body = {**self.head, "object": self.kind, "choices": answers, "usage": told}
+        body = {**self.head, "object": self.kind, "choices": answers, "usage": usage(choices, by_tier=self.by_tier)}
         if self.include_report:
             body["kvist"] = report(choices)
         return _json(body)
 
 
 def _shown_id(request: ChatRequest | CompletionRequest, job_id: str) -> str:
-    """The client's own, by SGLang's name for it or by vLLM's."""
+    """Return the client's own id (SGLang's `rid` or vLLM's `request_id`), else the job's id."""
     if request.rid is not None:
         return check_shown_id(request.rid, "rid") or job_id
     if request.request_id is not None:
@@ -77,7 +77,7 @@ def _shown_id(request: ChatRequest | CompletionRequest, job_id: str) -> str:
 
 
 class _Format:
-    """What chats and completions have in common."""
+    """The format shared by chats and completions."""
 
     def __init__(self, envelope: Envelope, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool) -> None:
         self._envelope = envelope
@@ -86,17 +86,17 @@ class _Format:
         self._token_ids = token_ids
         self._only_text = not logprobs and not token_ids and not envelope.continuous_usage
         self._ends: dict[int, tuple[bytes, bytes, bytes]] = {}  # by choice: before, after, after plain text
-        self._num_sent: dict[int, int] = {}  # tokens, by choice; counted for continuous usage
+        self._num_sent: dict[int, int] = {}  # tokens sent so far, by choice; counted for continuous usage
 
     def _end(self, choice: ChoiceState, after: bytes, num_new_tokens: int) -> bytes:
-        """Of one event."""
+        """Return the end of one event."""
         if not self._envelope.continuous_usage:
             return after
-        told = self._num_sent[choice.index] = self._num_sent.get(choice.index, 0) + num_new_tokens
-        return b'}],"usage":' + _json(usage_so_far(choice, told)) + b"}\n\n"
+        num_sent = self._num_sent[choice.index] = self._num_sent.get(choice.index, 0) + num_new_tokens
+        return b'}],"usage":' + _json(usage_so_far(choice, num_sent)) + b"}\n\n"
 
     def _rest(self, choice: ChoiceState, delta: Delta, *, first: bool) -> dict[str, object]:
-        """Of an event's choice, beside its text and its logprobs."""
+        """Return the fields of an event's choice other than text and logprobs."""
         rest: dict[str, object] = {"logprobs": None, "finish_reason": None}
         if delta.finished:
             rest |= _ending(choice)
@@ -113,7 +113,8 @@ class _Format:
 
 
 def _ending(choice: ChoiceState) -> dict[str, object]:
-    """Why an answer ended. `stop_reason` is vLLM's, null for an end-of-sequence token; `matched_stop` SGLang's."""
+    """Return why an answer ended. `stop_reason` is vLLM's field (null for an end-of-sequence token), `matched_stop`
+    is SGLang's."""
     asked_for = isinstance(choice.matched, str) or choice.matched in choice.request.sampling.stop_token_ids
     return {
         "finish_reason": choice.finish_reason,
@@ -163,30 +164,30 @@ class ChatFormat(_Format):
 
 
 class _PendingTokens:
-    """Tokens of a stream with logprobs that no event has told. A token is told once its `text_offset` is certain: with
-    the text before it, which may be withheld because a stop string may begin there."""
+    """Tokens of a stream with logprobs that no event contains yet. A token waits until its `text_offset` is certain,
+    which is when the text before it is sent: that text may be withheld as a possible beginning of a stop string."""
 
     def __init__(self) -> None:
         self._tokens: list[tuple[int, TokenLogprobs, int]] = []
-        self._num_chars = 0  # told
+        self._num_chars = 0  # sent so far
 
     def add(self, delta: Delta) -> None:
         self._tokens.extend(zip(delta.token_ids, delta.logprobs, delta.text_offsets, strict=True))
         self._num_chars += len(delta.text)
 
     def take(self, *, finished: bool) -> tuple[list[int], list[TokenLogprobs], list[int]]:
-        told, limit = self._tokens, self._num_chars
+        ready, limit = self._tokens, self._num_chars
         if not finished:
-            told = [token for token in self._tokens if token[2] <= limit]  # offsets never shrink
-        self._tokens = self._tokens[len(told) :]
-        return [token[0] for token in told], [token[1] for token in told], [min(token[2], limit) for token in told]
+            ready = [token for token in self._tokens if token[2] <= limit]  # offsets never decrease
+        self._tokens = self._tokens[len(ready) :]
+        return [token[0] for token in ready], [token[1] for token in ready], [min(token[2], limit) for token in ready]
 
 
 class CompletionFormat(_Format):
     def __init__(
         self, envelope: Envelope, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool, echoes: Sequence[str] = ()
     ) -> None:
-        """`echoes`: by choice, the prompt that its text begins with; empty: none does."""
+        """`echoes` has, by choice, the prompt with which its text begins; empty when `echo` is off."""
         super().__init__(envelope, tokenizer, logprobs=logprobs, token_ids=token_ids)
         self._echoes = echoes
         self._pending: dict[int, _PendingTokens] = {}  # with logprobs
@@ -200,7 +201,7 @@ class CompletionFormat(_Format):
         before, after, after_text = ends
         text = self._echoes[choice.index] + delta.text if first and self._echoes else delta.text
         if not delta.finished and self._only_text:
-            return before + _json(text) + after_text  # without text too: a token is told when it is there
+            return before + _json(text) + after_text  # an event is sent for every token, even without text
         rest = self._rest(choice, delta, first=first)
         if self._logprobs:
             pending = self._pending.setdefault(choice.index, _PendingTokens())

@@ -1,8 +1,8 @@
-"""Keeps web pages that the user did not choose away from the server.
+"""Protects the server from web pages that the user has not allowed.
 
-A page can make its visitor's browser send requests to loopback, where no key is asked for: by a form, by an image, or
-under a host name of its own that resolves to 127.0.0.1 (DNS rebinding). What tells such a request is its content type,
-its Origin and its Host; pages that may use the server are named by --allowed-origins.
+A web page can make its visitor's browser send requests to loopback, where no API key is required: with a form, with an
+image, or under a host name of its own that resolves to 127.0.0.1 (DNS rebinding). The Content-Type, Origin and Host
+headers identify such requests. --allowed-origins names the pages that may use the server.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class OriginGuard:
     def __init__(self, config: ServerConfig) -> None:
         self._origins = frozenset(config.allowed_origins)
         self._hosts = {config.host.lower(), *(_host_of(origin) for origin in config.allowed_origins)}
-        # with a key, a page would have to know it; off loopback the names of this server are not known
+        # A page does not know the API key; off loopback, the host names of this server are unknown.
         self._is_strict = not config.api_key and is_local(config.host) and "*" not in self._origins
 
     def check(self, scope: Scope) -> None:
-        """Raises `Forbidden` for a page that is not allowed, `UnsupportedMediaType` for a body that is not JSON."""
+        """Raise `Forbidden` for a page that is not allowed, `UnsupportedMediaType` for a body that is not JSON."""
         if self._is_strict:
             self._check_host(header(scope, b"host"))
             self._check_origin(header(scope, b"origin"))
@@ -38,8 +38,8 @@ class OriginGuard:
         host = _host_of("//" + _text(given)) if given is not None else ""
         if given is not None and not is_local(host) and host not in self._hosts:
             raise Forbidden(
-                f"Host {host!r} is not one of this server's names: it listens on loopback without an API key, and "
-                f"answers to localhost only. Start it with --api-key, or with --allowed-origins http://{host}"
+                f"Host {host!r} is refused: this server listens on loopback without an API key, and accepts only "
+                f"localhost as Host. Start the server with --api-key, or with --allowed-origins http://{host}"
             )
 
     def _check_origin(self, given: bytes | None) -> None:
@@ -48,19 +48,20 @@ class OriginGuard:
         origin = _text(given)
         if origin not in self._origins and not is_local(_host_of(origin)):
             raise Forbidden(
-                f"pages of {origin!r} may not use this server; start it with --allowed-origins {origin} to allow them"
+                f"web pages of {origin!r} may not use this server; to allow them, start the server with "
+                f"--allowed-origins {origin}"
             )
 
 
 def check_host_header(scope: Scope) -> None:
-    """Raises `RequestError` unless HTTP's rule is kept: exactly one Host, which HTTP/1.0 may leave out."""
+    """Raise `RequestError` unless the request has exactly one Host header, which HTTP/1.0 may omit."""
     num_hosts = sum(name == b"host" for name, _ in scope["headers"])
     if num_hosts > 1 or (num_hosts == 0 and scope["http_version"] == "1.1"):
-        raise RequestError(f"the request has {num_hosts or 'no'} Host headers; HTTP/1.1 demands exactly one")
+        raise RequestError(f"the request has {num_hosts or 'no'} Host headers; HTTP/1.1 requires exactly one")
 
 
 def is_local(host: str) -> bool:
-    """Whether the name or address always means this machine."""
+    """Return whether the name or address always means this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -68,7 +69,8 @@ def is_local(host: str) -> bool:
 
 
 def _check_json(given: bytes | None) -> None:
-    """Pages can send other types without being asked whether they may."""
+    """Raise `UnsupportedMediaType` unless the type is JSON: browsers send other types cross-origin without a CORS
+    preflight."""
     if given is None:
         return
     kind = _text(given).partition(";")[0].strip().lower()

@@ -1,14 +1,15 @@
-"""uvicorn's HTTP protocol with bounds on what a client may send before anybody has looked at it.
+"""uvicorn's HTTP protocol, with bounds on input that arrives before the application sees a request.
 
     connected ──first byte──► header ──complete──► request (app.py) ──answered──► idle ──first byte──► header ...
-        │ too many: 503         │ too large: 431        │ the body never ended: closed
-        └ silent: closed        └ too slow: 408, broken: 400
+        │ too many: 503         │ too large: 431        │ body never complete: closed
+        └ silent: closed        └ too slow: 408, malformed: 400
 
-httptools keeps an unfinished line as long as it grows, in a header, a trailer or a chunk's extension alike: whatever
-the parser swallows without telling of it is counted, and bounded. A connection that ends before its client has sent
-everything is read on for a moment without listening, since closing at once would take the answer away from that client.
+httptools buffers an unfinished line however long it grows, in a header, a trailer or a chunk extension. The protocol
+therefore counts and limits the bytes that the parser consumes without an event. When the server closes a connection
+before its client has sent everything, the protocol keeps reading for a moment and drops the input (a lingering close):
+closing at once would reset the connection, and the client could lose the response.
 
-It also answers HTTP/1.0, which has no chunked coding: there the end of the connection ends a stream.
+HTTP/1.0 has no chunked coding: there the end of the connection ends a stream.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from kvist.server.traffic import Traffic
 
 MAX_HEADER_BYTES = 64 << 10
 MAX_HEADER_LINES = 100
-_MAX_PIPELINED = 16  # requests that may wait for the one before them on their connection
+_MAX_PIPELINED = 16  # requests that may wait for an earlier request on the same connection
 _PIECE_BYTES = 64 << 10  # fed to the parser at once
-_MAX_UNREAD_BYTES = 64 << 10  # of a body that was answered unread: the rest may come while the connection is kept alive
-_LINGER_S = 1.0  # how long a client that has its answer may go on sending
-_MAX_LINGERING = 64  # connections beyond the limit that are read on
+_MAX_UNREAD_BYTES = 64 << 10  # a shorter body that was answered unread may arrive later on the kept-alive connection
+_LINGER_S = 1.0  # how long a client that has its response may keep sending
+_MAX_LINGERING = 64  # connections over the limit that get a lingering close
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class Bounds:
 
 
 def bounded_protocol(bounds: Bounds, traffic: Traffic) -> Callable[..., asyncio.Protocol]:
-    """What uvicorn calls for each connection."""
+    """Return the factory that uvicorn calls for each connection."""
 
     def make(*args: Any, **kwargs: Any) -> asyncio.Protocol:
         return BoundedProtocol(bounds, traffic, *args, **kwargs)
@@ -52,7 +53,7 @@ def bounded_protocol(bounds: Bounds, traffic: Traffic) -> Callable[..., asyncio.
 
 
 class _GracefulTransport:
-    """The connection as uvicorn's response sees it, which closes it where the client has asked for that."""
+    """The transport that uvicorn's response cycle sees: its `close` may linger (`Connection: close`)."""
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
         self.write = transport.write
@@ -65,12 +66,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._bounds = bounds
         self._traffic = traffic
-        self._error: KvistError | None = None  # raised through the parser, which does not keep it
-        self._ignores_input = False  # nothing that comes is looked at any more
-        self._is_closing = False  # nothing is sent any more, either
+        self._error: KvistError | None = None  # raised through the parser, which discards it
+        self._ignores_input = False  # input is dropped
+        self._is_closing = False  # nothing more is sent
         self._in_header = False
-        self._has_progress = False  # the parser has told of something in this piece
-        self._num_silent_bytes = 0  # swallowed since it last did
+        self._has_progress = False  # the parser has reported an event in this piece
+        self._num_silent_bytes = 0  # consumed since the last event
         self._num_header_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None
 
@@ -80,7 +81,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         if len(self.connections) > self._bounds.max_connections:
             error = Unavailable(
-                f"{self._bounds.max_connections} connections are open, the most this server takes (--max-connections)"
+                f"{self._bounds.max_connections} connections are open, which is the limit (--max-connections)"
             )
             self._ignores_input = True
             self._traffic.connection_refused(self.client, error.message)
@@ -108,7 +109,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._has_progress = False
         try:
             self.parser.feed_data(piece)
-        except httptools.HttpParserUpgrade:  # to a protocol we do not speak: answered as the plain request it also is
+        except httptools.HttpParserUpgrade:  # unsupported protocol: answer the plain request
             self._ignores_input = True
         except httptools.HttpParserError:
             self._refuse(self._error or RequestError("the request is not valid HTTP/1.1"))
@@ -117,10 +118,10 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._num_silent_bytes > MAX_HEADER_BYTES:
                 self._refuse(_too_large())
 
-    # ---------------------------------------------------------------- what the parser tells
+    # ---------------------------------------------------------------- events of the parser
 
     def on_message_begin(self) -> None:
-        self._unset_keepalive_if_required()  # not before: an empty line is no request
+        self._unset_keepalive_if_required()  # not earlier: an empty line does not begin a request
         super().on_message_begin()
         self._in_header, self._num_header_bytes = True, 0
         self._has_progress = True
@@ -131,16 +132,16 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_url(url)
         self._count_header(len(url))
 
-    def on_header(self, name: bytes, value: bytes) -> None:  # a trailer, too
+    def on_header(self, name: bytes, value: bytes) -> None:  # trailers too
         super().on_header(name, value)
         self._count_header(len(name) + len(value) + len(": \r\n"))
 
     def on_headers_complete(self) -> None:
         self._has_progress = True
         self._stop_header_timer()
-        self._unset_keepalive_if_required()  # armed, if the response before this one ended after this one's first byte
+        self._unset_keepalive_if_required()  # the previous response may have set it after this request began
         if len(self.pipeline) >= _MAX_PIPELINED:
-            self._fail(RequestError(f"more than {_MAX_PIPELINED} requests wait on one connection"))
+            self._fail(RequestError(f"more than {_MAX_PIPELINED} requests wait on this connection"))
         super().on_headers_complete()
         self._in_header = False
         if self.parser.should_upgrade():
@@ -182,15 +183,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._is_closing:
             self.server_state.total_requests += 1
             return
-        is_last = not self.pipeline  # else the next one begins now, and is `self.cycle`, or comes after it
+        is_last = not self.pipeline  # otherwise the next request starts now and becomes `self.cycle`
         super().on_response_complete()
         if is_last and self.cycle.more_body and not self.transport.is_closing():
             length = header(cast(Scope, self.scope), b"content-length")
             if length is None or int(length) > _MAX_UNREAD_BYTES:
-                self._close_lingering()  # answered before the body had come: what still comes is nobody's
+                self._close_lingering()  # answered before the body arrived: drop the rest of the body
 
     def _refuse(self, error: KvistError) -> None:
-        """Ends what cannot be read any further. A response that has begun is finished first."""
+        """Send an error and close a connection whose input cannot be parsed. A response in progress is finished
+        first."""
         self._ignores_input = True
         self._stop_header_timer()
         self._traffic.refused(error.http_status, self.client, error.message)
@@ -201,7 +203,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if under_way and (self._in_header or self.cycle.response_started):
             self.cycle.keep_alive = False
             return
-        if under_way:  # its own body is broken
+        if under_way:  # the body of this request is malformed
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.write(_response(error))
@@ -230,7 +232,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._in_header:
             limit_s = self._bounds.header_timeout_s
             self._refuse(SlowHeader(f"the request header did not arrive within {limit_s:g} s (--header-timeout-s)"))
-        else:  # not a byte has come
+        else:  # idle: no byte has arrived
             self.transport.close()
 
 
@@ -256,7 +258,8 @@ def _head(status: int, headers: Headers) -> bytes:
 
 
 def _until_close(app: Any, cycle: RequestResponseCycle) -> Any:
-    """`app` for an HTTP/1.0 request: a response of unknown length is sent as it is, and its end closes."""
+    """Wrap `app` for an HTTP/1.0 request: a response of unknown length is sent unchunked, and its end closes the
+    connection."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         is_raw = False

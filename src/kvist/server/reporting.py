@@ -1,4 +1,4 @@
-"""What every response format says at its end: usage, logprobs, and our own report on workers and handoff."""
+"""Parts that all response formats share: usage, logprobs, and Kvist's report on workers and handoff."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from kvist.request import TokenLogprobs
 from kvist.server.generation import ChoiceState
 from kvist.text import Tokenizer
 
-_LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have; OpenAI's number
+_LEAST_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot express; OpenAI's number
 
 
 def usage(choices: Sequence[ChoiceState], *, by_tier: bool = False) -> dict[str, object]:
-    """OpenAI's `usage`. A prompt answered n times counts once."""
+    """Return OpenAI's `usage`. A prompt with n answers counts once."""
     first = [choice for choice in choices if not choice.repeats_prompt]
     num_prompt = sum(choice.request.num_prompt_tokens for choice in first)
     num_output = sum(len(choice.token_ids) for choice in choices)
-    told: dict[str, object] = {
+    result: dict[str, object] = {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_output,
         "total_tokens": num_prompt + num_output,
@@ -26,12 +26,12 @@ def usage(choices: Sequence[ChoiceState], *, by_tier: bool = False) -> dict[str,
     }
     if by_tier:
         tiers = ("device", "host", "storage")
-        told["kvist"] = {"cached_tokens": {tier: sum(one.cached_by_tier[tier] for one in first) for tier in tiers}}
-    return told
+        result["kvist"] = {"cached_tokens": {tier: sum(one.cached_by_tier[tier] for one in first) for tier in tiers}}
+    return result
 
 
 def usage_so_far(choice: ChoiceState, num_output: int) -> dict[str, object]:
-    """`usage` in an event of one choice, as vLLM has it: of that choice alone."""
+    """Return `usage` for an event of one choice. As in vLLM, the numbers are those of that choice alone."""
     num_prompt = choice.request.num_prompt_tokens
     return {
         "prompt_tokens": num_prompt,
@@ -42,7 +42,7 @@ def usage_so_far(choice: ChoiceState, num_output: int) -> dict[str, object]:
 
 
 def report(choices: Sequence[ChoiceState]) -> dict[str, object]:
-    """The `kvist` field: of the first answer, and of each one when there are several."""
+    """Return the `kvist` field: the report of the first choice, and with several choices the report of each."""
     reports = [_report_one(choice) for choice in choices]
     return reports[0] if len(reports) == 1 else {**reports[0], "choices": reports}
 
@@ -68,22 +68,22 @@ def _report_one(choice: ChoiceState) -> dict[str, object]:
 
 
 def finite(logprob: float) -> float:
-    """A number that JSON has: not a number is as unlikely as minus infinity."""
+    """Return a number that JSON can express; NaN and minus infinity become `_LEAST_LOGPROB`."""
     return logprob if logprob >= _LEAST_LOGPROB else _LEAST_LOGPROB
 
 
 def chat_logprobs(
     tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
 ) -> list[msgspec.Raw]:
-    """OpenAI's `logprobs.content`: one entry for each output token, the one that ended the answer included. Each is
-    written at once: as objects they would take ten times the memory."""
+    """Return OpenAI's `logprobs.content`: one entry for each output token, including the token that ended the answer.
+    Each entry is encoded to JSON at once: as Python objects the entries would take ten times the memory."""
 
     def entry(token_id: int, logprob: float) -> dict[str, object]:
         raw = tokenizer.token_bytes(token_id)
         return {"token": tokenizer.token_text(token_id), "logprob": finite(logprob), "bytes": list(raw)}
 
     return [
-        _written(
+        _encoded(
             {
                 **entry(token_id, found.logprob),
                 "top_logprobs": [
@@ -101,26 +101,26 @@ def completion_logprobs(
     logprobs: Sequence[TokenLogprobs],
     text_offsets: Sequence[int],
 ) -> dict[str, object]:
-    """The older shape of /v1/completions."""
+    """Return logprobs in the older shape of /v1/completions."""
     return {
         "tokens": [tokenizer.token_text(token_id) for token_id in token_ids],
         "token_logprobs": [finite(found.logprob) for found in logprobs],
         "top_logprobs": [
-            _written(_by_text(tokenizer, token_id, found)) for token_id, found in zip(token_ids, logprobs, strict=True)
+            _encoded(_by_text(tokenizer, token_id, found)) for token_id, found in zip(token_ids, logprobs, strict=True)
         ],
         "text_offset": text_offsets,
     }
 
 
-def _written(value: object) -> msgspec.Raw:
+def _encoded(value: object) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(value))
 
 
 def _by_text(tokenizer: Tokenizer, chosen_id: int, found: TokenLogprobs) -> dict[str, float]:
-    """The likeliest tokens, and the chosen one in any case. Of several with the same text the likeliest counts, unless
-    the chosen one is among them."""
+    """Return the logprobs of the top tokens and of the chosen token, by text. Of several tokens with the same text the
+    chosen token wins, else the likeliest."""
     entries: dict[str, float] = {}
-    for token_id, logprob in zip(found.top_token_ids, found.top_logprobs, strict=True):  # from the likeliest on
+    for token_id, logprob in zip(found.top_token_ids, found.top_logprobs, strict=True):  # likeliest first
         entries.setdefault(tokenizer.token_text(token_id), finite(logprob))
     entries[tokenizer.token_text(chosen_id)] = finite(found.logprob)
     return entries

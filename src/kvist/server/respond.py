@@ -1,9 +1,9 @@
 """Runs a job and writes its response, streamed (server-sent events) or whole.
 
-Life of a job: places are taken (admission.py) → choices run → the first delta decides the status: an error before it
-is an ordinary HTTP error, after it an `error` event → events, one ASGI send for each part the engine had ready → the
-end.
-A client that leaves ends all of it at once; so does the request's time limit.
+Life of a job: reserve places (admission.py) → run the choices → the first delta decides the status: an error before it
+is an ordinary HTTP error, an error after it is an `error` event → events, one ASGI send for each part that the engine
+had ready → the closing event.
+A disconnect of the client and the request's time limit end the job at once, in any state.
 """
 
 from __future__ import annotations
@@ -27,29 +27,27 @@ from kvist.server.http import JSON_TYPE, ClientDisconnected, Headers, cancel_on_
 
 logger = logging.getLogger(__name__)
 
-_INLINE_SIZE = (
-    2048  # token ids and logprobs that are written at once: a millisecond or two; more are written on a thread
-)
-_ERROR_EVENT_TIMEOUT_S = 10.0  # how long a client may take to make room for the event that tells of an error
+_INLINE_SIZE = 2048  # token ids and logprobs encoded on the event loop: 1 to 2 ms; a longer answer goes to a thread
+_ERROR_EVENT_TIMEOUT_S = 10.0  # how long sending the error event may wait for a slow client
 
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+    (b"x-accel-buffering", b"no"),  # nginx would otherwise buffer events
 ]
 
 
 class Format(Protocol):
-    """One API's way of saying the same thing. Holds the bytes that all events of a response share."""
+    """Writes the responses of one API. Holds the bytes that all events of a response share."""
 
     def event(self, choice: ChoiceState, delta: Delta) -> bytes:
-        """Server-sent events for a delta, never none: one without text tells that a token came."""
+        """Return the server-sent events for a delta, at least one: a token without text gets an event too."""
 
     def closing(self, choices: Sequence[ChoiceState]) -> bytes:
-        """What follows the last delta, `[DONE]` included."""
+        """Return the events after the last delta, including `[DONE]`."""
 
     def whole(self, choices: Sequence[ChoiceState]) -> bytes:
-        """The JSON body of a response that is not streamed."""
+        """Return the JSON body of a response that is not streamed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +55,7 @@ class Job:
     choices: Sequence[ChoiceState]
     format: Format
     stream: bool
-    headers: Headers = ()  # beside those of every response
+    headers: Headers = ()  # in addition to those of every response
 
     @property
     def caller(self) -> CallerPath:
@@ -65,7 +63,7 @@ class Job:
 
 
 async def respond(gateway: GatewayContext, job: Job, receive: Receive, send: Send) -> None:
-    """Raises `KvistError` only when no byte of the response has been sent."""
+    """Run the job and send its response. Raises `KvistError` only when no byte of the response has been sent."""
     try:
         with gateway.admission.reserve(job.caller, len(job.choices)):
             async with cancel_on_disconnect(receive):
@@ -113,12 +111,12 @@ async def _stream(gateway: GatewayContext, job: Job, send: Send) -> None:
         if not started:
             raise
         if known is not error:
-            logger.exception("a stream failed in the gateway")
+            logger.exception("bug while streaming a response")
         last = b"event: error\ndata: " + msgspec.json.encode(error_object(known)) + b"\n\n"
     try:
         async with asyncio.timeout(min(_ERROR_EVENT_TIMEOUT_S, gateway.config.request_timeout_s)):
             await send({"type": "http.response.body", "body": last, "more_body": False})
-    except TimeoutError:  # it reads nothing: its places are for others
+    except TimeoutError:  # the client reads nothing: release its places
         raise ClientDisconnected from None
 
 

@@ -1,4 +1,4 @@
-"""Checks the numbers of a request and turns them into engine `SamplingParams`. Nothing is clamped."""
+"""Checks the sampling fields of a request and converts them to the engine's `SamplingParams`. Nothing is clamped."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_ID_CHARS = 256
-DRAWN_SEED = -1  # vLLM's and SGLang's way to ask for a seed of the server's choice
+DRAWN_SEED = -1  # asks the server to draw a seed, as in vLLM and SGLang
 MAX_SALT_BYTES = 256
 _SALT_DIGEST_BYTES = 32
-_MAX_TEMPERATURE = 1e6  # flat already; far larger ones leave the range of float32
-_GREEDY_TEMPERATURE = 1e-5  # below it, dividing by it leaves that range; vLLM's limit
+_MAX_TEMPERATURE = 1e6  # the distribution is flat here; far larger temperatures leave the range of float32
+_GREEDY_TEMPERATURE = 1e-5  # dividing by a smaller temperature leaves the range of float32; vLLM's limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldNames:
-    """What an endpoint calls the fields that errors name."""
+    """The names that an endpoint gives to the fields, for errors."""
 
     prompt: str
-    inside: str = ""  # the object that the fields of sampling are in, with its dot
+    inside: str = ""  # prefix of the sampling fields: the object that contains them and a dot
     max_tokens: str = "max_tokens"
     min_tokens: str = "min_tokens"
 
@@ -47,8 +47,8 @@ def sampling_params(
     num_logprobs: int | None,
     stop_token_ids: tuple[int, ...],
 ) -> SamplingParams:
-    """Without a seed. `max_tokens`, `num_logprobs` and the ids have been checked; the rest is checked here. Raises
-    `RequestError`."""
+    """Return the sampling parameters without a seed. The caller has checked `max_tokens`, `num_logprobs` and the ids;
+    this function checks the rest. Raises `RequestError`."""
     temperature = _first(fields.temperature, defaults.temperature, 1.0)
     top_p = _first(fields.top_p, defaults.top_p, 1.0)
     min_p = _first(fields.min_p, defaults.min_p, 0.0)
@@ -61,7 +61,7 @@ def sampling_params(
     _require(-1 <= top_k < 2**31, inside + "top_k", f"must be positive and below {2**31}, or 0 or -1 for off", top_k)
     fits = f"must be between 0 and {names.max_tokens} ({max_tokens})"
     _require(0 <= min_tokens <= max_tokens, inside + names.min_tokens, fits, min_tokens)
-    greedy = temperature < _GREEDY_TEMPERATURE or top_p == 0  # no probability but the first: the likeliest token alone
+    greedy = temperature < _GREEDY_TEMPERATURE or top_p == 0  # only the likeliest token has any probability
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=0.0 if greedy else temperature,
@@ -87,13 +87,14 @@ def _require(holds: bool, param: str, rule: str, value: object) -> None:
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
-    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):  # C loops: a long prompt holds up everybody
+    # `min` and `max` loop in C: a Python loop over a long prompt would delay every other request.
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-        raise RequestError(f"`{param}` holds {wrong}; token ids are 0 to {vocab_size - 1}", param=param)
+        raise RequestError(f"`{param}` contains {wrong}; token ids are 0 to {vocab_size - 1}", param=param)
 
 
 def token_lists(items: Sequence[object]) -> list[list[int]] | None:
-    """A prompt of token ids, or several of them; None for anything else. `items` came through a typed decoder."""
+    """Return one list of token ids, or several; None for anything else. A typed decoder has checked `items`."""
     kinds = set(map(type, items))  # one pass in C, as above
     if kinds == {int}:
         return [cast(list[int], items)]
@@ -101,14 +102,14 @@ def token_lists(items: Sequence[object]) -> list[list[int]] | None:
 
 
 def check_seed(seed: int | None, param: str = "seed") -> int | None:
-    """None: the server draws one."""
-    rule = f"must be between 0 and {MAX_SEED - 1}, or -1 for a seed of the server's choice"
+    """Return the seed, or None when the server draws a seed. Raises `RequestError`."""
+    rule = f"must be between 0 and {MAX_SEED - 1}, or -1 to let the server draw a seed"
     _require(seed is None or -1 <= seed < MAX_SEED, param, rule, seed)
     return None if seed == DRAWN_SEED else seed
 
 
 def check_shown_id(given: str | None, param: str) -> str | None:
-    """An id of the client's choice, which the response repeats."""
+    """Check an id that the client has chosen and the response repeats. Raises `RequestError`."""
     rule = f"must have 1 to {MAX_ID_CHARS} characters"
     _require(given is None or 0 < len(given) <= MAX_ID_CHARS, param, rule, 0 if given is None else len(given))
     return given
@@ -120,15 +121,15 @@ def check_num_logprobs(count: int | None, param: str) -> int | None:
 
 
 def stop_ids(fields: SamplingFields, vocab_size: int, names: FieldNames) -> tuple[int, ...]:
-    """Each once."""
+    """Return the stop token ids without duplicates. Raises `RequestError`."""
     asked = fields.stop_token_ids or []
     check_token_ids(asked, vocab_size, names.inside + "stop_token_ids")
     return tuple(dict.fromkeys(asked))
 
 
 def salt_digest(cache_salt: str | None, tenant: str = "") -> str:
-    """What stands for tenant and client's salt from here on, in every tier: of one length, however long the salt is;
-    empty when there is neither. No salt of one tenant gives what another tenant's gives."""
+    """Return a digest of fixed length that replaces the tenant and the client's salt in every tier; "" when both are
+    empty. Digests of different tenants always differ."""
     if not cache_salt and not tenant:
         return ""
     salt = (cache_salt or "").encode()
@@ -140,50 +141,50 @@ def salt_digest(cache_salt: str | None, tenant: str = "") -> str:
 def stop_strings(stop: str | list[str] | None, names: FieldNames) -> tuple[str, ...]:
     param = names.inside + "stop"
     stops = [stop] if isinstance(stop, str) else stop or []
-    _require(len(stops) <= MAX_STOPS, param, f"may hold {MAX_STOPS} strings", len(stops))
+    _require(len(stops) <= MAX_STOPS, param, f"may have at most {MAX_STOPS} strings", len(stops))
     for one in stops:
-        _require(0 < len(one) <= MAX_STOP_CHARS, param, f"strings have 1 to {MAX_STOP_CHARS} characters", len(one))
+        _require(0 < len(one) <= MAX_STOP_CHARS, param, f"strings must have 1 to {MAX_STOP_CHARS} characters", len(one))
     return tuple(stops)
 
 
 def shows_stop(fields: SamplingFields) -> bool:
-    """Whether the text ends with the stop string or token: vLLM's name for it, and SGLang's."""
+    """Return whether the text ends with the stop string or token (vLLM's field or SGLang's field is set)."""
     return bool(fields.include_stop_str_in_output or fields.no_stop_trim)
 
 
 def num_choices(n: int | None, num_prompts: int, limit: int, names: FieldNames) -> int:
-    """How many answers each prompt gets."""
+    """Return the number of answers to each prompt. Raises `RequestError`."""
     count = 1 if n is None else n
     _require(count >= 1, names.inside + "n", "must be at least 1", count)
     if count * num_prompts > limit:
         raise RequestError(
-            f"{num_prompts} prompts times n={count} is over the limit of {limit} answers (--max-choices)",
+            f"{num_prompts} prompts times n={count} exceeds the limit of {limit} answers (--max-choices)",
             param=names.prompt if count == 1 else names.inside + "n",
         )
     return count
 
 
 def check_num_lists(num_lists: int, limit: int, param: str) -> None:
-    """Of an endpoint that generates nothing."""
+    """Check the number of lists or texts at an endpoint that does not generate. Raises `RequestError`."""
     if num_lists > limit:
-        raise RequestError(f"`{param}` holds {num_lists} lists or texts; at most {limit} are taken", param=param)
+        raise RequestError(f"`{param}` has {num_lists} lists or texts; the limit is {limit}", param=param)
 
 
 def output_limit(
     num_prompt_tokens: int, limit: Limit, *, asked: int | None, default: int | None, param: str, prompt: str
 ) -> int:
-    """The request's max_tokens: what was asked, else `default` as far as there is room, else all the room.
+    """Return the request's max_tokens: `asked`, else `default` capped by the room after the prompt, else that room.
 
-    Raises `PromptTooLong` when prompt and answer cannot both fit, `Unavailable` when they would on a worker that is
-    away.
+    Raises `PromptTooLong` when prompt and answer together do not fit, `Unavailable` when they would fit on a worker
+    that is lost or stopping.
     """
     room = limit.num_tokens - num_prompt_tokens
     if num_prompt_tokens == 0:
         raise RequestError(f"`{prompt}` is empty: there is no token to continue from", param=prompt)
     if room < (asked or 1) <= limit.num_tokens_offline - num_prompt_tokens:
         raise Unavailable(
-            f"a worker that holds {limit.num_tokens_offline} tokens is lost or stopping, and the others hold "
-            f"{limit.num_tokens}: retry later, or send a shorter request"
+            f"this request fits only on a worker that is lost or stopping ({limit.num_tokens_offline} tokens); the "
+            f"other workers hold {limit.num_tokens} tokens: retry later, or send a shorter request"
         )
     if room < 1:
         raise PromptTooLong(
@@ -195,8 +196,8 @@ def output_limit(
     _require(asked >= 1, param, "must be at least 1", asked)
     if asked > room:
         raise PromptTooLong(
-            f"the prompt has {num_prompt_tokens} tokens and `{param}` asks for {asked} more, of which at most "
-            f"{room} fit: this server holds {limit.text}",
+            f"the prompt has {num_prompt_tokens} tokens and `{param}` is {asked}, but only {room} more tokens fit: "
+            f"this server holds {limit.text}",
             param=param,
         )
     return asked

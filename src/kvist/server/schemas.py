@@ -1,7 +1,7 @@
-"""What clients send, endpoint by endpoint: the fields that each honours, with their types.
+"""Requests, endpoint by endpoint: the fields that each endpoint honours, with their types.
 
-OpenAI's names, then vLLM's and SGLang's where OpenAI has none. Every request knows all names of fields.py; those it
-does not declare here are advisory or refused as said there. Null is always the same as absent.
+Names are OpenAI's, then vLLM's and SGLang's where OpenAI has none. Every request knows all names of fields.py; a field
+that a request does not declare here is advisory or refused as fields.py says. Null is always the same as absent.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ import msgspec
 
 from kvist.server.fields import Advisory, Honoured, KnownFields, Refused
 
-StopTokenIds = Annotated[list[int], msgspec.Meta(max_length=256)]  # each one is looked for after every token
+StopTokenIds = Annotated[list[int], msgspec.Meta(max_length=256)]  # each id is compared with every token
 TemplateNames = Annotated[dict[str, object], msgspec.Meta(max_length=64)]
-TemplateOptions = Annotated[TemplateNames | None, Honoured("names that the chat template reads; any JSON")]
+TemplateOptions = Annotated[TemplateNames | None, Honoured("variables for the chat template; any JSON")]
 AddGenerationPrompt = Annotated[bool | None, Honoured("default true: the assistant's turn is opened")]
-ContinueFinalMessage = Annotated[bool | None, Honoured("the answer goes on where the last message ends")]
+ContinueFinalMessage = Annotated[bool | None, Honoured("the answer continues the last message")]
 Salt = Annotated[str | None, Honoured("prompts with different salts share no cached page; at most 256 bytes")]
 _NO_TOOLS = "tool calling is not supported yet; write calls and results into the messages as text"
-_NO_MEDIA = "only text is taken"
+_NO_MEDIA = "only text is supported"
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    include_usage: Annotated[bool | None, Honoured("one more event, with the usage of the whole request")] = None
-    continuous_usage_stats: Annotated[bool | None, Honoured("every event says the usage so far")] = None
+    include_usage: Annotated[bool | None, Honoured("one more event with the usage of the whole request")] = None
+    continuous_usage_stats: Annotated[bool | None, Honoured("every event has the usage so far")] = None
     include_obfuscation: Annotated[object, Advisory("events are not padded", (False,))] = None
 
 
 class KvistOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    report: Annotated[bool | None, Honoured("say which workers answered and what their handoff moved")] = None
+    report: Annotated[bool | None, Honoured("report the workers that served the request, and the handoff")] = None
     usage: Annotated[
-        bool | None, Honoured("say in `usage` which tiers the cached tokens came from; /generate always says it")
+        bool | None, Honoured("report in `usage` which tiers the cached tokens came from; /generate always does")
     ] = None
 
 
 class ContentPart(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     type: Annotated[str, Honoured('"text"')]
-    text: Annotated[str | None, Honoured("several parts become lines")] = None
+    text: Annotated[str | None, Honoured("several parts are joined with newlines")] = None
     cache_control: Annotated[object, Advisory("prefixes are always cached")] = None
     prompt_cache_breakpoint: Annotated[object, Advisory("prefixes are always cached")] = None
     annotations: Annotated[object, Advisory("the text is what counts", ([],))] = None
@@ -52,11 +52,12 @@ class ContentPart(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     role: Annotated[str, Honoured("system, developer (as system), user or assistant")]
     content: Annotated[
-        str | list[ContentPart] | None, Honoured("text, or a list of text parts; null is an empty text, of assistants")
+        str | list[ContentPart] | None,
+        Honoured("text, or a list of text parts; null is an empty text, for assistants only"),
     ] = None
-    name: Annotated[str | None, Honoured("given to the chat template")] = None
-    reasoning: Annotated[str | None, Honoured("given to the chat template, as `reasoning_content` too")] = None
-    reasoning_content: Annotated[str | None, Honoured("given to the chat template, as `reasoning` too")] = None
+    name: Annotated[str | None, Honoured("passed to the chat template")] = None
+    reasoning: Annotated[str | None, Honoured("passed to the chat template, also as `reasoning_content`")] = None
+    reasoning_content: Annotated[str | None, Honoured("passed to the chat template, also as `reasoning`")] = None
     annotations: Annotated[object, Advisory("the text is what counts", ([],))] = None
     cache_control: Annotated[object, Advisory("prefixes are always cached")] = None
     phase: Annotated[object, Advisory("no model served here has phases")] = None
@@ -66,18 +67,18 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     function_call: Annotated[object, Refused(_NO_TOOLS)] = None
     refusal: Annotated[object, Refused("write it as `content`", ("",))] = None
     audio: Annotated[object, Refused(_NO_MEDIA)] = None
-    prefix: Annotated[object, Refused("`continue_final_message` of the request does it", (False,))] = None
+    prefix: Annotated[object, Refused("use `continue_final_message` of the request", (False,))] = None
 
 
-# A template's time may grow with their square.
+# The time of a template may grow with the square of the number of messages.
 Messages = Annotated[list[ChatMessage], msgspec.Meta(max_length=4096)]
 
 
 class SamplingFields(KnownFields, forbid_unknown_fields=True, kw_only=True):
-    """What OpenAI's requests and SGLang's `sampling_params` have in common."""
+    """The fields that OpenAI's requests and SGLang's `sampling_params` have in common."""
 
-    n: Annotated[int | None, Honoured("answers to each prompt; their seeds count up")] = None
-    temperature: Annotated[float | None, Honoured("0, or below 0.00001: greedy; over 2 is allowed")] = None
+    n: Annotated[int | None, Honoured("number of answers to each prompt; their seeds count up")] = None
+    temperature: Annotated[float | None, Honoured("below 0.00001: greedy; over 2 is allowed")] = None
     top_p: Annotated[float | None, Honoured("0: the likeliest token alone")] = None
     top_k: Annotated[int | None, Honoured("0 and -1: off")] = None
     min_p: Annotated[float | None, Honoured("0: off")] = None
@@ -85,17 +86,19 @@ class SamplingFields(KnownFields, forbid_unknown_fields=True, kw_only=True):
     stop_token_ids: Annotated[StopTokenIds | None, Honoured("tokens that end the answer, up to 256")] = None
     ignore_eos: Annotated[bool | None, Honoured("end-of-sequence tokens do not end the answer")] = None
     skip_special_tokens: Annotated[bool | None, Honoured("false: the text shows special tokens")] = None
-    include_stop_str_in_output: Annotated[bool | None, Honoured("the text ends with what stopped it")] = None
+    include_stop_str_in_output: Annotated[bool | None, Honoured("the text ends with the stop string or stop token")] = (
+        None
+    )
     no_stop_trim: Annotated[bool | None, Honoured("the same as `include_stop_str_in_output`")] = None
 
 
 class _Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
-    """What both OpenAI endpoints share."""
+    """The fields that both OpenAI endpoints share."""
 
-    max_tokens: Annotated[int | None, Honoured("most tokens of the answer")] = None
+    max_tokens: Annotated[int | None, Honoured("maximum number of tokens of the answer")] = None
     max_completion_tokens: Annotated[int | None, Honoured("the same as `max_tokens`")] = None
-    min_tokens: Annotated[int | None, Honoured("nothing ends the answer before so many tokens")] = None
-    seed: Annotated[int | None, Honoured("the same seed gives the same answer; -1: drawn, as without it")] = None
+    min_tokens: Annotated[int | None, Honoured("minimum number of tokens before the answer may end")] = None
+    seed: Annotated[int | None, Honoured("the same seed gives the same answer; -1 or absent: drawn at random")] = None
     stream: Annotated[bool | None, Honoured("server-sent events")] = None
     stream_options: Annotated[StreamOptions | None, Honoured("see `stream_options.*`")] = None
     return_token_ids: Annotated[bool | None, Honoured("token ids beside the text; the prompt's in the first event")] = (
@@ -118,7 +121,7 @@ class ChatRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
     continue_final_message: ContinueFinalMessage = None
     chat_template_kwargs: TemplateOptions = None
     reasoning_effort: Annotated[
-        str | None, Honoured("given to the chat template, which may read it; `enable_thinking` follows from it")
+        str | None, Honoured("passed to the chat template, and `enable_thinking` derived from it")
     ] = None
 
 
@@ -133,9 +136,11 @@ class CompletionRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
 class NativeSampling(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     """SGLang's `sampling_params`."""
 
-    max_new_tokens: Annotated[int | None, Honoured("most tokens of the answer; 128 unless set")] = None
-    min_new_tokens: Annotated[int | None, Honoured("nothing ends the answer before so many tokens")] = None
-    sampling_seed: Annotated[int | None, Honoured("the same seed gives the same answer; -1: drawn")] = None
+    max_new_tokens: Annotated[int | None, Honoured("maximum number of tokens of the answer; default 128")] = None
+    min_new_tokens: Annotated[int | None, Honoured("minimum number of tokens before the answer may end")] = None
+    sampling_seed: Annotated[
+        int | None, Honoured("the same seed gives the same answer; -1 or absent: drawn at random")
+    ] = None
 
 
 class NativeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
@@ -147,7 +152,7 @@ class NativeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     stream: Annotated[bool | None, Honoured("server-sent events; the text is cumulative")] = None
     return_logprob: Annotated[bool | None, Honoured("logprobs of the output tokens")] = None
     top_logprobs_num: Annotated[int | None, Honoured("0 to 20 of the likeliest tokens beside each")] = None
-    rid: Annotated[str | None, Honoured("the response's id; of several answers, with `_` and the index")] = None
+    rid: Annotated[str | None, Honoured("the response's id; with several answers, `_` and the index follow")] = None
     cache_salt: Salt = None
     kvist: Annotated[KvistOptions | None, Honoured("see `kvist.*`")] = None
 
@@ -162,13 +167,13 @@ class TokenizeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     ] = None
     add_generation_prompt: AddGenerationPrompt = None
     continue_final_message: ContinueFinalMessage = None
-    return_token_strs: Annotated[bool | None, Honoured("the tokens as texts, too")] = None
+    return_token_strs: Annotated[bool | None, Honoured("return the texts of the tokens too")] = None
     chat_template_kwargs: TemplateOptions = None
     reasoning_effort: Annotated[
-        str | None, Honoured("given to the chat template, which may read it; `enable_thinking` follows from it")
+        str | None, Honoured("passed to the chat template, and `enable_thinking` derived from it")
     ] = None
 
 
 class DetokenizeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     tokens: Annotated[list[int | list[int]], Honoured("token ids, or several lists")]
-    skip_special_tokens: Annotated[bool | None, Honoured("true: the text leaves special tokens out")] = None
+    skip_special_tokens: Annotated[bool | None, Honoured("true: the text omits special tokens")] = None

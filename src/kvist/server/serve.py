@@ -1,4 +1,4 @@
-"""Runs the application in this process: uvicorn on uvloop and httptools, until it is told to stop."""
+"""Serves the application in this process with uvicorn (uvloop, httptools) until `should_exit` is set."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 30
 _WATCH_S = 0.1
-_SWITCH_S = 0.0005  # after which a thread lets the event loop have the interpreter; Python's own is 5 ms
-_OTHER_FILES = 256  # open in this process beside HTTP connections, at most
+_SWITCH_S = 0.0005  # interpreter switch interval between threads and the event loop; Python's default is 5 ms
+_OTHER_FILES = 256  # upper bound of open files in this process other than HTTP connections
 CLOSE_TIMEOUT_S = 2
 
 
@@ -37,7 +37,7 @@ class _Server(uvicorn.Server):
         self._traffic = traffic
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Notes meanwhile how late the event loop wakes up: every stream waits for as long."""
+        """Serve, and record the lag of the event loop meanwhile: the lag delays every stream."""
         watch = asyncio.create_task(watch_loop_lag(self._traffic.observe_loop_lag, MonotonicClock()), name="loop lag")
         try:
             await super().serve(sockets)
@@ -46,16 +46,16 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn would take the first signal for the end of the port, and raise it again afterwards."""
+        """Leave signals to the caller: uvicorn would close the port at the first signal and raise it again later."""
         yield
 
 
 def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn.Server:
-    """A server that is not started: `await serve()` runs it, `should_exit = True` stops it. `traffic` hears of what is
-    refused before the app sees it. Raises `ConfigError` for a certificate that cannot be used.
+    """Return a server that is not started: `await serve()` runs it, `should_exit = True` stops it.
 
-    The caller ends open requests first; those left have `CLOSE_TIMEOUT_S`, then they are cancelled. Signals are the
-    caller's, too.
+    `traffic` counts requests that are refused before the app sees them. Raises `ConfigError` for an unusable
+    certificate. The caller handles signals and ends open requests before it stops the server; requests that are still
+    open then are cancelled after `CLOSE_TIMEOUT_S`.
     """
     _tune_interpreter()
     bounds = Bounds(max_connections=_connection_limit(config.max_connections), header_timeout_s=config.header_timeout_s)
@@ -63,20 +63,20 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn
         app,
         host=config.host,
         port=config.port,
-        loop="none",  # the caller's: see event_loop.py
+        loop="none",  # the caller provides the loop: see event_loop.py
         http=cast(type[asyncio.Protocol], bounded_protocol(bounds, traffic)),
         ws="none",
         lifespan="off",
-        log_config=None,  # log.py has set logging up
+        log_config=None,  # log.py has configured logging
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # anybody on this machine could call himself another client
+        proxy_headers=False,  # any local process could claim another client's address
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         backlog=2048,
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
-        ssl_keyfile_password="",  # else OpenSSL asks the terminal
+        ssl_keyfile_password="",  # otherwise OpenSSL prompts on the terminal
     )
     try:
         settings.load()
@@ -87,7 +87,7 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn
 
 
 async def watch_loop_lag(note_lag_s: Callable[[float], None], clock: Clock) -> None:
-    """Until it is cancelled."""
+    """Report how late the event loop wakes up, every `_WATCH_S`, until cancelled."""
     while True:
         due_s = clock.now_s() + _WATCH_S
         await asyncio.sleep(_WATCH_S)
@@ -95,15 +95,14 @@ async def watch_loop_lag(note_lag_s: Callable[[float], None], clock: Clock) -> N
 
 
 def _tune_interpreter() -> None:
-    """So that streams do not wait for what other threads of this process do (work.py), nor for the garbage collector to
-    look at the tokenizer once more."""
+    """Keep streams from waiting for worker threads (work.py), and for the garbage collector to scan the tokenizer."""
     sys.setswitchinterval(_SWITCH_S)
     gc.collect()
     gc.freeze()
 
 
 def _connection_limit(max_connections: int) -> int:
-    """As many connections as this process may have files for: its limit is raised as far as it goes."""
+    """Raise the limit of open files where needed, and return how many connections fit below it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max_connections + _OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= wanted:
@@ -113,5 +112,5 @@ def _connection_limit(max_connections: int) -> int:
     if allowed == wanted:
         return max_connections
     fewer = max(1, allowed - _OTHER_FILES)
-    logger.warning("this process may open %d files (ulimit -n): --max-connections is lowered to %d", allowed, fewer)
+    logger.warning("the limit of open files is %d (ulimit -n): --max-connections is reduced to %d", allowed, fewer)
     return fewer

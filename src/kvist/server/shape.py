@@ -1,9 +1,9 @@
-"""Bounds how much a JSON body can become in memory, before it is decoded.
+"""Bounds the memory that a JSON body can take, before the body is decoded.
 
-A decoder in C holds the interpreter lock from the first byte to the last: 8 MB of empty lists take it half a second and
-200 MB. So the values, texts and lists of a body are counted first. Counting separators in all of the body takes a few
-milliseconds and is never too low; only a body that is over a limit by that count is looked at closely, where what
-stands inside texts does not count.
+The JSON decoder, written in C, holds the interpreter lock for the whole body: 8 MB of empty lists take 0.5 s and
+200 MB. Values, texts and lists of a body are therefore counted first. Counting separators in the whole body takes a few
+milliseconds and never counts too low. A body over a limit by that count is counted again, without the contents of its
+texts.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from kvist.errors import RequestError
 MAX_VALUES = 1 << 20  # mostly token ids: 40 bytes each, 25 ms to decode
 MAX_TEXTS = 1 << 17  # names of fields included
 MAX_CONTAINERS = 1 << 16  # lists and objects
-_SMALL_BYTES = 1 << 16  # nothing in so short a body can be over a limit
+_SMALL_BYTES = 1 << 16  # a body of this size or less cannot exceed a limit
 
 
 def check_shape(body: bytes | bytearray) -> None:
-    """Raises `RequestError` for a body that would decode to more than a request of any size needs. Says nothing of a
-    body that is no JSON at all."""
+    """Raise `RequestError` for a body that would decode to more values than any request needs. Invalid JSON passes:
+    the decoder refuses it."""
     if len(body) <= _SMALL_BYTES or _fits(*_count_all(body)):
         return
     num_values, num_texts, num_containers = _count_outside_texts(body)
-    for what, count, limit in (
+    for kind, count, limit in (
         ("values", num_values, MAX_VALUES),
         ("texts and names", num_texts, MAX_TEXTS),
         ("lists and objects", num_containers, MAX_CONTAINERS),
     ):
         if count > limit:
-            raise RequestError(f"the request body holds more than {limit} {what}, which is the limit for one request")
+            raise RequestError(f"the request body has more than {limit} {kind}, which is the limit for one request")
 
 
 def _fits(num_values: int, num_texts: int, num_containers: int) -> bool:
@@ -40,7 +40,7 @@ def _count_all(body: bytes | bytearray) -> tuple[int, int, int]:
 
 
 def _count_outside_texts(body: bytes | bytearray) -> tuple[int, int, int]:
-    """As far as the first limit that is passed: values, texts, containers."""
+    """Count values, texts and containers, up to the first exceeded limit."""
     num_values = num_texts = num_containers = 0
     start = 0
     while _fits(num_values, num_texts, num_containers):
@@ -59,11 +59,11 @@ def _count_outside_texts(body: bytes | bytearray) -> tuple[int, int, int]:
 
 
 def _end_of_text(body: bytes | bytearray, opening: int) -> int:
-    """Where the quote stands that ends the text; -1: nowhere."""
+    """Return the index of the quote that ends the text, or -1."""
     closing = body.find(b'"', opening + 1)
     while closing > 0:
         first = closing
-        while body[first - 1] == 0x5C:  # a backslash; the opening quote is none, so that this ends there
+        while body[first - 1] == 0x5C:  # a backslash; the loop ends at the opening quote at the latest
             first -= 1
         if (closing - first) % 2 == 0:
             return closing

@@ -1,7 +1,7 @@
-"""What became of every HTTP request, answered or refused: a line in the access log and a count in /metrics.
+"""Logs and counts every HTTP request, answered or refused: a line in the access log and a count in /metrics.
 
-app.py keeps an `Exchange` for each request it sees; protocol.py reports what it refuses before there is a request. The
-query string is not logged: it may hold what others should not read.
+app.py keeps an `Exchange` for each request; protocol.py reports input that it refuses before a request exists. The
+query string is not logged, because it may contain secrets.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from starlette.types import Scope
 from kvist.clock import Clock
 from kvist.metrics import GatewayMetrics
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that closed before there was an answer
+CLIENT_CLOSED_REQUEST = 499  # nginx's status: the client closed before the response began
 _SCOPE_KEY = "kvist.exchange"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
-_POLLED_PATHS = frozenset({"/health", "/ready", "/server_info", "/metrics"})  # asked all the time, by machines
+_POLLED_PATHS = frozenset({"/health", "/ready", "/server_info", "/metrics"})  # polled by supervisors and scrapers
 _POLLED_STATUSES = (200, 503)  # 503: not ready yet
 _MAX_PATH_CHARS = 256
 
@@ -30,16 +30,16 @@ class TokenCounts:
     num_prompt: int
     num_output: int
     num_cached: int
-    is_complete: bool  # every answer came to its end
+    is_complete: bool  # every answer has a finish reason
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Exchange:
-    """One request and its answer. Written by the task that answers it."""
+    """One request and its response. Mutable; owned by the task that handles the request."""
 
     request_id: str
     start_s: float
-    status: int | None = None  # None: nothing has been answered yet
+    status: int | None = None  # None until the response begins
     tokens: TokenCounts | None = None
 
 
@@ -76,11 +76,11 @@ class Traffic:
         level = logging.DEBUG if is_poll else logging.INFO
         if not self._access_log or not logger.isEnabledFor(level):
             return
-        took_ms = (self._clock.now_s() - exchange.start_s) * 1000
+        duration_ms = (self._clock.now_s() - exchange.start_s) * 1000
         tokens = exchange.tokens
         counted = "" if tokens is None else " in=%d out=%d cached=%d"
         if tokens is not None and status == 200 and not tokens.is_complete:
-            counted += " unfinished"  # a stream that an error or its client ended
+            counted += " unfinished"  # an error or a disconnect ended the stream
         numbers = () if tokens is None else (tokens.num_prompt, tokens.num_output, tokens.num_cached)
         logger.log(
             level,
@@ -88,14 +88,14 @@ class Traffic:
             method,
             path[:_MAX_PATH_CHARS],
             status,
-            took_ms,
+            duration_ms,
             *numbers,
             exchange.request_id,
             _address(scope.get("client")),
         )
 
     def refused(self, status: int, client: tuple[str, int] | None, why: str) -> None:
-        """What the client sent never became a request."""
+        """Record input that was refused before it became a request."""
         self._metrics.num_http_requests["other", "other", str(status)] += 1
         if self._access_log:
             logger.info("- - %d client=%s: %s", status, _address(client), why)

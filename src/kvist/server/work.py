@@ -1,13 +1,13 @@
-"""Runs what takes long beside the event loop, and keeps count of what it may cost.
+"""Runs long work on threads, off the event loop, and limits how much of it may wait.
 
-`WorkPool` has a few threads. A request's body, once read, becomes a job there when it is more than a little: decoding,
-the chat template, tokenising, checks of lists. Such work is refused when too much of it waits. What a request needs
-that was admitted long ago (the JSON of a long answer) is never refused: admission has bounded it.
+`WorkPool` has a few threads. A request body of more than `INLINE_BYTES` becomes a job there: decoding, the chat
+template, tokenising, checks of lists. Such jobs are refused when too many wait. Work for an admitted request (the JSON
+of a long answer) is never refused: admission has bounded it.
 
-`BodyBudget` bounds the bytes of all bodies together, from their first byte until their job is made.
+`BodyBudget` bounds the bytes of all bodies together, from the first byte of a body until its job is built.
 
-Two things must hold for the loop to stay quick: a call here lets go of the interpreter lock now and then (Python code
-does; a decoder in C does not), and what a decoder in C is given is small enough (shape.py).
+The event loop stays responsive under two conditions: a job releases the interpreter lock now and then (Python code
+does, a decoder in C does not), and the input of a decoder in C is small enough (shape.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvist.fairness import CallerCounts, CallerPath, FairQueue
 
 T = TypeVar("T")
 
-INLINE_BYTES = 4096  # a body of this size costs less than the way to a thread and back
+INLINE_BYTES = 4096  # handling a body up to this size costs less than a switch to a thread and back
 
 
 @dataclass(slots=True, eq=False)
@@ -38,27 +38,27 @@ class _Job:
 
 
 class WorkPool:
-    """Owned by one event loop. Callers take turns, so that a flood of one's long prompts does not delay another's."""
+    """Mutable; owned by one event loop. Callers are served in turn: long prompts of one caller do not delay others."""
 
     def __init__(self, *, num_threads: int, max_waiting: int) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="kvist-work")
         self._num_idle = num_threads
         self._max_waiting = max_waiting
         self._waiting: FairQueue[_Job] = FairQueue(lambda job: job.number)
-        self._waiting_by_caller = CallerCounts()  # of those that wait
+        self._waiting_by_caller = CallerCounts()  # waiting jobs of each caller
         self._num_jobs = 0  # so far
         self.num_waiting = 0
 
     async def run(self, caller: CallerPath, call: Callable[[], T]) -> T:
-        """What `call` returns or raises. Raises `Overloaded` when too many jobs wait: at once for a caller that has its
-        share of the places, else later for the last one of a caller that has more. Cancelling takes a job that has not
-        begun out of the line; one that has goes on to its end, unheard."""
+        """Return what `call` returns, or raise what it raises. Raises `Overloaded` when too many jobs wait: at once
+        when the caller has its share of the places, otherwise the newest job of a caller with more gets the error.
+        Cancelling removes a job that has not started; a running job continues and its result is dropped."""
         if self.num_waiting >= self._max_waiting:
             self._refuse_one(caller)
         return await self.run_admitted(caller, call)
 
     async def run_admitted(self, caller: CallerPath, call: Callable[[], T]) -> T:
-        """As `run`, for what a request that was admitted needs in order to end: never refused."""
+        """Run work that an admitted request needs in order to finish. Unlike `run`, never refuses."""
         self._num_jobs += 1
         job = _Job(self._num_jobs, caller, call, asyncio.get_running_loop().create_future())
         self._waiting.add(caller, job)
@@ -75,8 +75,8 @@ class WorkPool:
     def _refuse_one(self, newcomer: CallerPath) -> None:
         loser = self._waiting_by_caller.displaced_by(newcomer)
         refused = Overloaded(
-            f"{self.num_waiting} long requests wait to be tokenised, the most this server allows: retry later, or "
-            "start the server with more --tokenizer-threads"
+            f"{self.num_waiting} long requests wait to be tokenised, which is the limit: retry later, or start the "
+            "server with more --tokenizer-threads"
         )
         if loser is None:
             raise refused
@@ -101,7 +101,7 @@ class WorkPool:
             self._threads.submit(job.call).add_done_callback(partial(self._post_result, job.result.get_loop(), job))
 
     def _post_result(self, loop: asyncio.AbstractEventLoop, job: _Job, done: Future[Any]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no task waits for the result
             loop.call_soon_threadsafe(self._ended, job, done)
 
     def _ended(self, job: _Job, done: Future[Any]) -> None:
@@ -117,10 +117,10 @@ class WorkPool:
 
 
 class BodyBudget:
-    """Bytes that the bodies of all requests may hold together. Changed by the event loop only.
+    """Limits the bytes of all request bodies in memory. Mutable; changed by the event loop only.
 
-    The first `free_bytes` of each body are not counted: the server bounds how many connections there are, and requests
-    of the usual size must get in while somebody fills the budget with large ones.
+    The first `free_bytes` of each body are not counted: the number of connections bounds them, and requests of the
+    usual size must be accepted even while large bodies fill the budget.
     """
 
     def __init__(self, *, limit_bytes: int, free_bytes: int) -> None:
@@ -130,7 +130,7 @@ class BodyBudget:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BodyShare]:
-        """The share of one body, given back at the end."""
+        """Yield the share of one body, and return its bytes to the budget at the end."""
         share = BodyShare(self)
         try:
             yield share
@@ -143,8 +143,8 @@ class BodyBudget:
     def take(self, num_bytes: int) -> None:
         if self.num_bytes + num_bytes > self._limit_bytes:
             raise Overloaded(
-                f"the bodies of large requests hold {self.num_bytes} bytes already and may hold {self._limit_bytes} "
-                "together (--max-total-body-bytes): retry later"
+                f"large request bodies already take {self.num_bytes} bytes of the limit of {self._limit_bytes} "
+                "(--max-total-body-bytes): retry later"
             )
         self.num_bytes += num_bytes
 
@@ -155,7 +155,8 @@ class BodyShare:
         self.num_bytes = 0  # taken from the budget
 
     def reserve_up_to(self, num_bytes: int) -> None:
-        """The body has, or says that it will have, so many bytes. Raises `Overloaded` when there is no room."""
+        """Reserve room for a body that has, or declares, `num_bytes` bytes. Raises `Overloaded` when the budget is
+        exhausted."""
         more = self._budget.counted(num_bytes) - self.num_bytes
         if more > 0:
             self._budget.take(more)

@@ -1,4 +1,4 @@
-"""What /metrics says of the workers: what each one last reported, by worker and role."""
+"""The metrics of the workers in /metrics: the last report of each worker, labelled by worker and role."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kvist.wire import LoadReport
 
 _STORAGE_GAUGES = (
     ("attached", "1 when a store is attached"),
-    ("breaker_open", "1 while the store is not used because its calls hung or failed"),
-    ("quarantined_pages", "pages of the host tier that hanging calls of the store may still touch"),
-    ("stored_bytes", "bytes in the store, of all workers"),
+    ("breaker_open", "1 while the store is not used because calls to it hung or failed"),
+    ("quarantined_pages", "pages of the host tier that a hung call to the store may still read or write"),
+    ("stored_bytes", "bytes in the store, from all workers that use it"),
 )
 
 
@@ -43,42 +43,43 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     )
     rejected = CounterMetricFamily(
         "kvist:worker_rejected_messages",
-        "messages of this worker that the gateway rejected as undecodable or impossible",
+        "messages of this worker that the gateway rejected as undecodable or invalid",
         labels=labels,
     )
     totals: dict[str, CounterMetricFamily] = {}
     for worker in snapshot.workers:
-        who, load = [worker.worker_id, worker.role], worker.load
-        alive.add_metric(who, float(worker.alive))
-        rejected.add_metric(who, worker.num_rejected_messages)
-        running.add_metric(who, 0 if load is None else load.num_running)
-        waiting.add_metric(who, 0 if load is None else load.num_waiting)
+        label_values, load = [worker.worker_id, worker.role], worker.load
+        alive.add_metric(label_values, float(worker.alive))
+        rejected.add_metric(label_values, worker.num_rejected_messages)
+        running.add_metric(label_values, 0 if load is None else load.num_running)
+        waiting.add_metric(label_values, 0 if load is None else load.num_waiting)
         by_state = pages_by_state(load)
         num_pages = sum(by_state.values())
         unused = by_state.get("free", 0) + by_state.get("cached", 0)
-        usage.add_metric(who, 1 - unused / num_pages if num_pages else 0.0)
+        usage.add_metric(label_values, 1 - unused / num_pages if num_pages else 0.0)
         for state, count in by_state.items():
-            pages.add_metric([*who, state], count)
+            pages.add_metric([*label_values, state], count)
         if load is None:
             continue
         for state, count in load.num_host_pages.items():
-            host_pages.add_metric([*who, state], count)
+            host_pages.add_metric([*label_values, state], count)
         if (tier := load.storage) is not None:
             now = tier.state == "attached", tier.breaker != "closed", tier.num_quarantined_pages, tier.stored_bytes
             for gauge, state_now in zip(storage, now, strict=True):
-                gauge.add_metric(who, float(state_now))
+                gauge.add_metric(label_values, float(state_now))
             for errno, count in sorted(tier.errors.items()):
-                errors.add_metric([*who, errno], count)
+                errors.add_metric([*label_values, errno], count)
         for name, value in sorted(load.totals.items()):
             if name not in totals:
                 text = ENGINE_TOTALS.get(name, name)
                 totals[name] = CounterMetricFamily(f"kvist:worker_{name}", text, labels=labels)
-            totals[name].add_metric(who, value)
+            totals[name].add_metric(label_values, value)
     yield GaugeMetricFamily(
-        "kvist:cancelled_requests_held", "requests whose client has left but that are not yet ended at every worker",
+        "kvist:cancelled_requests_held",
+        "cancelled requests that at least one worker has not ended yet",
         snapshot.cancelled.num_held,
     )  # fmt: skip
     yield snapshot.cancelled.release_s.family(
-        "cancel_release_seconds", "time from the client's leaving to the end of its request at every worker"
+        "cancel_release_seconds", "time from the client's disconnect to the end of its request at every worker"
     )
     yield from (alive, running, waiting, usage, pages, host_pages, *storage, errors, rejected, *totals.values())
