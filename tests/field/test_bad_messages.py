@@ -1,4 +1,4 @@
-"""What a socket brings, whoever sent it, ends neither an engine nor a gateway's link."""
+"""Bad messages end neither an engine nor the link of a gateway."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def inbox_of(role: str) -> Inbox:
         pytest.param(b"\x82\xa4type\xa5Hello\xa1x" + b"\x81\xa1a" * 1000, marks=pytest.mark.case("message-deep")),
         b"",
         b"\xc1",
-        b"\xdd\xff\xff\xff\xff",  # a list of four thousand million
+        b"\xdd\xff\xff\xff\xff",  # a list of 4,294,967,295 items
         b"\x91" * 5000,
         b"\x82\xa4type\xa5Abort\xaarequest_id\xcf" + b"\xff" * 8,
         b"\x82\xa4type\xa7Unheard\xa1x\x01",
@@ -90,7 +90,7 @@ def inbox_of(role: str) -> Inbox:
     ],
 )
 def test_the_engine_drops_and_counts_undecodable_messages(payload: bytes) -> None:
-    with pytest.raises(WireError, match="cannot decode"):  # which both kinds of sockets count
+    with pytest.raises(WireError, match="cannot decode"):  # both kinds of sockets count it
         wire.Decoder(wire.ToEngine).decode(payload)
 
 
@@ -173,7 +173,7 @@ def test_a_first_token_outside_the_vocabulary_fails_its_handoff_alone(token_id: 
     inbox = inbox_of("decode")
     done = msgspec.structs.replace(DONE, first_token=SampledToken(token_id=token_id))
     (event,), _replies = inbox.open([(b"tcp://p", done)], 1.0)
-    assert isinstance(event, wire.Closed)  # prefill writes no more, and the request fails
+    assert isinstance(event, wire.Closed)  # as if prefill had closed the handoff: the request fails
     assert (event.handoff_id, event.source_epoch, event.error_code) == (HANDOFF, PREFILL_EPOCH, "handoff_failed")
     assert inbox.num_unexpected == 1
 

@@ -1,4 +1,4 @@
-"""Engine sockets: who is heard at all, and whose name a member may use."""
+"""Membership of engine sockets: the cluster key, the identities of members, and where the key comes from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POOL = wire.PoolAddress(transport="shm", location="/x", num_pages=12, page_bytes
 
 
 class Sockets:
-    """A prefill and a decode engine's channels, and whatever else a test connects to them."""
+    """The channels of a prefill and a decode engine, and other clients that a test connects to them."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -62,8 +62,8 @@ def sockets() -> Iterator[Sockets]:
         yield Sockets(stack)
 
 
-def hear(channel: EngineChannel, bound_s: float = 30.0) -> list[object]:
-    """The next messages that the engine would act on."""
+def receive(channel: EngineChannel, bound_s: float = 30.0) -> list[object]:
+    """Return the next messages that the channel accepts."""
     for _ in range(int(bound_s / 0.02)):
         if received := channel.recv(0.02):
             return [message for _, message in received]
@@ -83,10 +83,10 @@ def test_messages_of_a_local_user_without_the_cluster_key_are_dropped(sockets: S
     epoch = sockets.decode_member.epoch
     stranger = sockets.dealer(epoch.encode(), None)
     stranger.send(wire.encode(sockets.grant(epoch)))
-    assert hear(sockets.prefill, 0.5) == []
+    assert receive(sockets.prefill, 0.5) == []
     assert not stranger.poll(0)
     sockets.decode.send_to_peer(sockets.prefill.endpoint, sockets.grant(epoch))
-    assert hear(sockets.prefill) == [sockets.grant(epoch)]
+    assert receive(sockets.prefill) == [sockets.grant(epoch)]
 
 
 @pytest.mark.case("forged-grant")
@@ -95,15 +95,15 @@ def test_a_grant_with_the_epoch_of_another_engine_is_dropped_and_counted(sockets
     dealer = sockets.dealer(thief.new_address(), thief)
     dealer.send(wire.encode(sockets.grant(sockets.decode_member.epoch)))
     until_dropped(sockets.prefill, 1)
-    dealer.send(wire.encode(sockets.grant(thief.epoch)))  # in its own name it is heard: the gateway named whose counts
-    assert hear(sockets.prefill) == [sockets.grant(thief.epoch)]
+    dealer.send(wire.encode(sockets.grant(thief.epoch)))  # accepted with its own epoch: the scheduler checks the rest
+    assert receive(sockets.prefill) == [sockets.grant(thief.epoch)]
 
 
 @pytest.mark.case("stolen-identity")
 def test_messages_from_the_address_of_another_member_are_dropped(sockets: Sockets) -> None:
     epoch = sockets.decode_member.epoch
     sockets.decode.send_to_peer(sockets.prefill.endpoint, sockets.grant(epoch))
-    assert hear(sockets.prefill) == [sockets.grant(epoch)]
+    assert receive(sockets.prefill) == [sockets.grant(epoch)]
     thief = Member(KEY)
     dealers = [sockets.dealer(name, thief) for name in (epoch.encode(), sockets.decode_member.new_address())]
     for dealer in dealers:
@@ -111,7 +111,7 @@ def test_messages_from_the_address_of_another_member_are_dropped(sockets: Socket
     until_dropped(sockets.prefill, 2)
     closed = wire.Closed(handoff_id=HandoffId("h"), target_epoch=epoch, source_epoch=EpochId("p"))
     assert sockets.prefill.send(epoch.encode(), closed)
-    assert hear(sockets.decode) == [closed]
+    assert receive(sockets.decode) == [closed]
 
 
 def test_a_done_with_the_epoch_of_another_prefill_engine_is_dropped(sockets: Sockets) -> None:
@@ -121,7 +121,7 @@ def test_a_done_with_the_epoch_of_another_prefill_engine_is_dropped(sockets: Soc
         sockets.decode.send_to_peer(sockets.prefill.endpoint, sockets.grant(epoch))
         ack = wire.Ack(handoff_id=HandoffId("another"), target_epoch=epoch)
         sockets.decode.send_to_peer(other.endpoint, ack)
-        assert hear(other) == [ack]
+        assert receive(other) == [ack]
         other.send(
             epoch.encode(), wire.Closed(handoff_id=HandoffId("h"), target_epoch=epoch, source_epoch=EpochId("p"))
         )
@@ -203,7 +203,7 @@ def test_a_blank_or_short_cluster_key_is_refused(key: str) -> None:
         with_cluster_key(ChannelConfig(cluster_key=key))
 
 
-def test_the_key_and_its_file_together_are_a_contradiction(tmp_path: Path) -> None:
+def test_a_key_and_a_key_file_together_are_refused(tmp_path: Path) -> None:
     config = ChannelConfig(cluster_key=KEY, cluster_key_file=str(tmp_path))
     with pytest.raises(ConfigError, match="use one of them"):
         with_cluster_key(config)
@@ -217,7 +217,7 @@ def test_without_a_writable_key_folder_only_a_unified_worker_starts(home: Path) 
         with_cluster_key(ChannelConfig())
 
 
-def test_each_start_of_kvist_up_has_a_key_of_its_own_which_children_get_by_environment() -> None:
+def test_each_start_of_kvist_up_draws_a_key_and_passes_it_by_environment() -> None:
     read = settings.read("up", ["--prefill", "1", "--decode", "1"], {})
     keys = set()
     for _ in range(2):
@@ -230,7 +230,7 @@ def test_each_start_of_kvist_up_has_a_key_of_its_own_which_children_get_by_envir
     assert len(keys) == 2
 
 
-def test_kvist_up_takes_the_key_that_the_user_names(tmp_path: Path) -> None:
+def test_kvist_up_uses_the_key_file_of_the_user(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text(secrets.token_hex(32))
     path.chmod(0o600)

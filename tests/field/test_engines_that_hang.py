@@ -1,4 +1,4 @@
-"""An engine that makes no progress is lost with its reason; one that computes a long step is not."""
+"""Engines without progress are lost, with the reason; engines in a long step are not."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def engine() -> Iterator[FakeEngine]:
 
 @pytest.fixture
 async def ask_worker(engine: FakeEngine) -> AsyncIterator[tuple[Dispatcher, Callable[..., None]]]:
-    """A gateway with a `--worker-timeout-s` of half a second, and what its worker's HTTP will tell of the engine."""
-    told: dict[str, object] = {"engine": engine.spec, "engine_health": wire.EngineHealth()}
+    """A gateway with a `--worker-timeout-s` of half a second, and a function that sets its worker's /server_info."""
+    server_info: dict[str, object] = {"engine": engine.spec, "engine_health": wire.EngineHealth()}
 
-    def tell(**health: float) -> None:
-        told["engine_health"] = wire.EngineHealth(**health)  # type: ignore[arg-type]
+    def set_health(**health: float) -> None:
+        server_info["engine_health"] = wire.EngineHealth(**health)  # type: ignore[arg-type]
 
     dispatcher = build_dispatcher(
         RouterConfig(worker_urls=("http://u:1",), keepalive_s=0.05, worker_timeout_s=TIMEOUT_S),
         ChannelConfig(cluster_key=CLUSTER_KEY),
-        transport=httpx.MockTransport(lambda _request: httpx.Response(200, content=msgspec.json.encode(told))),
+        transport=httpx.MockTransport(lambda _request: httpx.Response(200, content=msgspec.json.encode(server_info))),
     )
     await dispatcher.start()
     await until(dispatcher.ready)
-    yield dispatcher, tell
+    yield dispatcher, set_health
     await dispatcher.close()
 
 
@@ -71,12 +71,12 @@ async def stream(dispatcher: Dispatcher) -> None:
 async def test_the_streams_of_an_engine_without_progress_end_with_the_reason(
     engine: FakeEngine, ask_worker: tuple[Dispatcher, Callable[..., None]]
 ) -> None:
-    dispatcher, tell = ask_worker
+    dispatcher, set_health = ask_worker
     engine.stop_after = 3
     streaming = asyncio.create_task(stream(dispatcher))
     await until(lambda: engine.submitted)
     engine.silent = True
-    tell(turn_s=8.0, stalled_s=8.0)
+    set_health(turn_s=8.0, stalled_s=8.0)
     with pytest.raises(WorkerLost, match="no progress for 8 s"):
         await streaming
     assert not dispatcher.ready()
@@ -87,11 +87,11 @@ async def test_the_streams_of_an_engine_without_progress_end_with_the_reason(
 async def test_an_engine_in_the_middle_of_a_long_step_keeps_its_streams(
     engine: FakeEngine, ask_worker: tuple[Dispatcher, Callable[..., None]]
 ) -> None:
-    dispatcher, tell = ask_worker
+    dispatcher, set_health = ask_worker
     engine.stop_after = 3
     streaming = asyncio.create_task(stream(dispatcher))
     await until(lambda: engine.submitted)
-    tell(turn_s=60.0, stalled_s=0.0)
+    set_health(turn_s=60.0, stalled_s=0.0)
     engine.silent = True
     await asyncio.sleep(4 * TIMEOUT_S)
     assert dispatcher.ready()
@@ -104,8 +104,8 @@ async def test_an_engine_in_the_middle_of_a_long_step_keeps_its_streams(
 async def test_an_engine_whose_messages_do_not_arrive_is_lost(
     engine: FakeEngine, ask_worker: tuple[Dispatcher, Callable[..., None]]
 ) -> None:
-    dispatcher, tell = ask_worker
-    tell(turn_s=0.0, stalled_s=0.0)
+    dispatcher, set_health = ask_worker
+    set_health(turn_s=0.0, stalled_s=0.0)
     engine.silent = True
     await until(lambda: not dispatcher.ready())
     assert "do not reach this gateway" in dispatcher.snapshot().workers[0].problem
@@ -114,14 +114,14 @@ async def test_an_engine_whose_messages_do_not_arrive_is_lost(
 async def test_a_gateway_that_was_stopped_does_not_mark_its_engines_lost(
     ask_worker: tuple[Dispatcher, Callable[..., None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dispatcher, tell = ask_worker
-    tell(turn_s=0.0, stalled_s=60.0)  # nothing else would keep it
+    dispatcher, set_health = ask_worker
+    set_health(turn_s=0.0, stalled_s=60.0)  # a check for silence would mark the engine lost
     worker = dispatcher._registry.workers[0]
     before_s = worker.last_heard_s
     clock, jumped_s = dispatcher._clock, 0.0
     now_s = clock.now_s
     monkeypatch.setattr(type(clock), "now_s", lambda _self: now_s() + jumped_s)
-    jumped_s = 3600.0  # all of an hour's messages are still unread
+    jumped_s = 3600.0  # one hour without reading messages
     await until(lambda: worker.last_heard_s > before_s + 3600.0)
     assert dispatcher.ready()
 

@@ -1,4 +1,4 @@
-"""What an engine says is checked at the gateway: a broken one costs its own requests, and nobody else's."""
+"""The gateway checks engine messages: a broken engine fails only its own requests."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ async def test_an_impossible_chunk_fails_only_its_own_request(wrong: dict[str, o
     good, other, good_id = await world.begin("good")
     chunks = (
         msgspec.structs.replace(RIGHT, request_id=bad_id, **wrong),
-        msgspec.structs.replace(RIGHT, request_id=RequestId("unheard of"), **wrong),
+        msgspec.structs.replace(RIGHT, request_id=RequestId("unknown"), **wrong),
     )
     world.dispatcher.on_outputs(worker, wire.StepOutputs(chunks=chunks))
     world.dispatcher.on_outputs(other, wire.StepOutputs(chunks=(msgspec.structs.replace(RIGHT, request_id=good_id),)))
@@ -162,7 +162,7 @@ async def test_retry_after_of_an_engine_is_limited_to_a_valid_header_value(
     world.dispatcher.on_outputs(worker, wire.StepOutputs(ended=(ended,)))
     for _ in range(5):
         await asyncio.sleep(0)
-    other, retried = world.engines.sent[-1]  # another worker is tried once
+    other, retried = world.engines.sent[-1]  # the request is retried once, on another worker
     assert isinstance(retried, wire.Submit)
     again = msgspec.structs.replace(ended, request_id=retried.request.request_id)
     world.dispatcher.on_outputs(other, wire.StepOutputs(ended=(again,)))

@@ -1,4 +1,4 @@
-"""One client's flood leaves room for others, and a queue ends no stream that began."""
+"""Fair queues: a flood of one client leaves room for others, and a stream that has begun never waits in a queue."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PREFILL, DECODE = EpochId("prefill"), EpochId("decode")
 
 
 class Engine:
-    """A scheduler, and a device that computes each step at once."""
+    """A scheduler with a device that computes each step at once."""
 
     def __init__(self, role: str = "unified", **limits: object) -> None:
         config = SchedulerConfig(
@@ -86,7 +86,7 @@ def test_the_scheduler_serves_a_new_caller_before_the_queue_of_another(flood_fro
         assert plan.batch is not None
         turns += [item.request_id for item in plan.batch.items if item.start == 0]
         plan = engine.step()
-    assert len(turns) <= 1 + 4, "the others of one step, at most"
+    assert len(turns) <= 1 + 4, "at most the other requests of one step run first"
 
 
 @pytest.mark.case("fairness")
@@ -96,7 +96,7 @@ def test_a_full_queue_displaces_the_newest_request_of_the_busiest_caller() -> No
     plan = engine.step(whole("other", "l/i/1"), whole("flood10", "k/h/2"))
     assert [(ended.request_id, ended.error_code) for ended in plan.ended] == [
         ("flood9", "overloaded"),
-        ("flood8", "overloaded"),  # by its own key's other connection
+        ("flood8", "overloaded"),  # displaced by another connection of its own key
     ]
     assert all(ended.retry_after_s is not None for ended in plan.ended)
     assert engine.scheduler.load().num_waiting == 6
@@ -106,18 +106,18 @@ def test_a_full_queue_displaces_the_newest_request_of_the_busiest_caller() -> No
 @pytest.mark.case("fairness")
 def test_prefill_sends_no_token_before_decode_has_a_place_for_the_stream() -> None:
     prefill, decode = Engine("prefill"), Engine("decode", max_running_requests=1, queue_timeout_s=60.0)
-    told: list[str] = []
+    streamed: list[str] = []
     peer = PrefillPeer(worker_id=WorkerId("p"), endpoint="tcp://p", epoch=PREFILL)
     first_grants = decode.step(*(_decode_side(name, peer) for name in ("first", "second"))).messages
     plan = prefill.step(*(_prefill_side(name) for name in ("first", "second")), *(m.message for m in first_grants))  # type: ignore[misc]
     for _ in range(3):
-        told += [chunk.request_id for chunk in plan.chunks]
+        streamed += [chunk.request_id for chunk in plan.chunks]
         plan = prefill.step()
     assert [m.message.handoff_id for m in first_grants if isinstance(m.message, Grant)] == ["first"]
-    assert told == ["first"], "decode has one place"
+    assert streamed == ["first"], "decode has one place"
     decode.now_s = 60.0
     (ended,) = decode.step().ended
-    assert (ended.request_id, ended.error_code) == ("second", "timeout"), "so its client has seen nothing of it"
+    assert (ended.request_id, ended.error_code) == ("second", "timeout"), "its client has received no token"
 
 
 def _prefill_side(name: str) -> Submit:
@@ -156,7 +156,7 @@ async def test_the_gateway_reserves_places_for_other_callers_and_tags_requests_b
     assert (await let_in).status_code == 200
     await asyncio.gather(*flood)
     paths = {caller_path(request.client) for request in bench.dispatcher.requests}
-    assert len(paths) == 2, "one tag a caller"
+    assert len(paths) == 2, "one tag per caller"
     assert not any(secret in request.client for request in bench.dispatcher.requests for secret in ("k1", "10.0.0"))
 
 
@@ -194,7 +194,7 @@ async def test_the_router_sends_a_request_to_a_full_worker_that_can_displace_ano
     with pytest.raises(Overloaded) as refused:
         router.choose(_request("more", "k/h/1"))
     assert refused.value.retry_after_s == 1.0
-    for index in range(2):  # an eighth of its places may be under way beyond what it queues
+    for index in range(2):  # 1/8 more requests than places may be under way
         assert router.choose(_request("other", "l/h/1")).prefill is worker
         worker.take(RequestId(f"other{index}"), 10, ("l", "h", "1"))
     with pytest.raises(Overloaded):
@@ -212,4 +212,4 @@ async def test_the_router_sends_a_request_to_a_full_worker_that_can_displace_ano
     registry.on_report(worker, load, 1.0)
     with pytest.raises(Overloaded) as later:
         router.choose(_request("more", "k/h/1"))
-    assert later.value.retry_after_s == 35.0, "14 wait for one of 4 places, each taken for 10 s"
+    assert later.value.retry_after_s == 35.0, "14 requests wait for 4 places of 10 s each"

@@ -1,4 +1,4 @@
-"""A Grant lets prefill write into decode's memory: whose is honoured, and what becomes of one that is lost."""
+"""Grants, which let prefill write into the memory of decode: accepted, forged, impossible, lost and repeated ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ GRANT = Grant(
 FORGED = msgspec.structs.replace(GRANT, target_epoch=THIEF, page_ids=(0, 1, 2))
 
 
-def said(plan: Plan) -> list[object]:
+def messages_of(plan: Plan) -> list[object]:
     return [order.message for order in plan.messages]
 
 
@@ -53,11 +53,11 @@ def said(plan: Plan) -> list[object]:
 def test_prefill_accepts_a_grant_only_from_the_decode_engine_that_the_gateway_named(forged_first: bool) -> None:
     prefill = scheduler_of("prefill")
     plan = prefill.step(0.0, [FORGED, TO_PREFILL] if forged_first else [TO_PREFILL, FORGED])
-    (refused,) = said(plan)
+    (refused,) = messages_of(plan)
     assert isinstance(refused, Closed)
     assert (refused.target_epoch, refused.error_code) == (THIEF, "handoff_failed")
     assert prefill.load().totals["foreign_grants"] == 1
-    assert plan.ended == ()  # the request waits on for the Grant that counts
+    assert plan.ended == ()  # the request still waits for the valid Grant
     assert prefill.step(0.1, [GRANT]).watched_epochs == {D}
 
 
@@ -81,7 +81,7 @@ def test_a_grant_with_impossible_pages_fails_only_its_own_request(page_ids: tupl
     assert plan.transfers == ()
 
 
-def test_another_engine_s_revoke_does_not_end_a_request_that_waits_for_its_grant() -> None:
+def test_a_revoke_of_another_engine_does_not_end_a_request_that_waits_for_its_grant() -> None:
     prefill = scheduler_of("prefill")
     prefill.step(0.0, [TO_PREFILL])
     plan = prefill.step(0.1, [Revoke(handoff_id=H, target_epoch=THIEF, reason="because")])
@@ -94,7 +94,7 @@ def test_a_prefill_request_that_names_no_decode_worker_is_refused() -> None:
     assert [(ended.outcome, ended.error_code) for ended in plan.ended] == [(Outcome.FAILED, "invalid_request")]
 
 
-# ---------------------------------------------------------------- lost ones
+# ---------------------------------------------------------------- lost and repeated Grants
 
 
 @pytest.mark.case("stolen-identity")
@@ -127,5 +127,5 @@ def test_a_repeated_grant_changes_nothing_at_prefill() -> None:
 def test_a_lost_refusal_is_sent_again_for_a_repeated_grant() -> None:
     prefill = scheduler_of("prefill")
     bad = msgspec.structs.replace(GRANT, page_ids=(1,))
-    (lost,) = said(prefill.step(0.0, [TO_PREFILL, bad]))
-    assert said(prefill.step(1.0, [bad])) == [lost]
+    (lost,) = messages_of(prefill.step(0.0, [TO_PREFILL, bad]))
+    assert messages_of(prefill.step(1.0, [bad])) == [lost]

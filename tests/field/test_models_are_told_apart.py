@@ -1,5 +1,5 @@
-"""Two models of one name, configuration and size that differ somewhere never serve together or share a page; and a
-router never tokenises for a model with another vocabulary than its own."""
+"""Different models with equal name, configuration and size never serve together or share pages; and a router refuses
+workers with another vocabulary than its own."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ both = pytest.mark.parametrize("make", [hf, gguf])
 
 
 def two_models(make: Maker, tmp_path: Path) -> tuple[Checkpoint, Checkpoint]:
-    """Of one name, configuration and size; one byte in the middle of the second differs."""
+    """Make two models of equal name, configuration and size that differ in one byte."""
     a, b = (find_checkpoint(str(make(tmp_path / side / "model"))) for side in ("a", "b"))
     change_the_middle(weights_of(b))
     assert (a.name, weights_of(a).stat().st_size) == (b.name, weights_of(b).stat().st_size)
@@ -147,14 +147,14 @@ def test_store_and_persistence_never_return_pages_of_another_model(make: Maker, 
     other.close()
 
 
-# ---------------------------------------------------------------- a model's fingerprint
+# ---------------------------------------------------------------- the fingerprint of a model
 
 
 @both
 def test_equal_files_have_one_fingerprint_which_is_cached_until_they_change(
     make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, "_SETTLED_NS", -(10**12))  # the files have just been made
+    monkeypatch.setattr(fingerprint, "_SETTLED_NS", -(10**12))  # also cache digests of files that were just created
     checkpoint = find_checkpoint(str(make(tmp_path / "a" / "model")))
     first = model_fingerprint(checkpoint)
     copy = tmp_path / "copy"
@@ -181,12 +181,12 @@ def test_a_cached_digest_that_is_damaged_or_of_another_user_is_ignored(
     monkeypatch.setattr(fingerprint, "_SETTLED_NS", -(10**12))
     checkpoint = find_checkpoint(str(hf(tmp_path / "model")))
     first = model_fingerprint(checkpoint)
-    (note,) = (cache / "kvist" / "digests").iterdir()
-    content = note.read_bytes()
+    (record,) = (cache / "kvist" / "digests").iterdir()
+    content = record.read_bytes()
     forged = content.replace(json.loads(content)["digest"].encode(), b"0" * 64)
     for damage in (content[:-9], b"", forged):
-        note.write_bytes(damage)
-        note.chmod(0o666)  # others may write it
+        record.write_bytes(damage)
+        record.chmod(0o666)  # writable by others
         assert model_fingerprint(checkpoint) == first
 
 
@@ -210,7 +210,7 @@ def test_the_fingerprint_covers_the_configuration_and_names_unreadable_files(tmp
         model_fingerprint(checkpoint)
 
 
-# ---------------------------------------------------------------- a tokenizer's
+# ---------------------------------------------------------------- the fingerprint of a tokenizer
 
 
 def tokenizer(*words: str, special: tuple[str, ...] = ("</s>",)) -> Tokenizer:

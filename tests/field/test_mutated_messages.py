@@ -1,6 +1,6 @@
-"""Mutated messages by the thousand: no engine and no gateway is ended by one, and what they hold is given back.
+"""Thousands of mutated messages end neither an engine nor a gateway, and all pages and requests are released.
 
-As a script it takes more of them: python tests/field/test_mutated_messages.py --messages 400000 --seed 1
+To test with more messages, run it as a script: python tests/field/test_mutated_messages.py --messages 400000 --seed 1
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports
 
 VOCAB, NUM_PAGES, PAGE_SIZE = 50, 24, 4
-LATER_S = 1e4  # every time-out is over
+LATER_S = 1e4  # after every time-out
 EPOCHS = {"unified": EpochId("P"), "prefill": EpochId("P"), "decode": EpochId("D")}
 POOL = wire.PoolAddress(transport="shm", location="/pool", num_pages=NUM_PAGES, page_bytes=64, layout="l")
 WEIRD: tuple[Any, ...] = (
@@ -96,11 +96,11 @@ def scheduler_of(role: str) -> Scheduler:
     return build_scheduler(role, config, cache, EPOCHS[role], POOL)
 
 
-# ---------------------------------------------------------------- messages, right and wrong
+# ---------------------------------------------------------------- valid and mutated messages
 
 
 class Messages:
-    """Right ones whose names meet, and mutations of them."""
+    """Valid messages with few distinct ids, so that they interact, and mutations of them."""
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)
@@ -212,7 +212,7 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 class OfflineEngine:
-    """Decoder, inbox and scheduler of one role; we are the runner, the transport and the clock."""
+    """Decoder, inbox and scheduler of one role, with a fake runner, transport and clock."""
 
     def __init__(self, role: str, seed: int) -> None:
         self.dice = random.Random(seed)
@@ -220,17 +220,17 @@ class OfflineEngine:
         self.inbox = Inbox(spec=spec_of(role), gateways=self.gateways, ask_storage=None)
         self.scheduler = scheduler_of(role)
         union: object = wire.ToEngine | wire.SourceToTarget
-        self.decoder, self.now_s, self.num_taken = wire.Decoder(union), 1.0, 0
+        self.decoder, self.now_s, self.num_decoded = wire.Decoder(union), 1.0, 0
         self.plan = Plan()
         self.reports: list[Event] = []
         self.num_written: dict[HandoffId, int] = {}
-        self.answers: list[Any] = []  # of a peer that plays its part, to be mutated in their turn
+        self.answers: list[Any] = []  # of a well-behaved peer; mutated before they are sent
 
     def take(self, payload: bytes) -> None:
         received = []
         try:
             received.append((b"gateway", self.decoder.decode(payload)))
-            self.num_taken += 1
+            self.num_decoded += 1
         except WireError:
             pass
         if received and isinstance(submit := received[0][1], wire.Submit) and submit.mode is Mode.PREFILL:
@@ -284,12 +284,12 @@ class OfflineEngine:
         return StepFinished(step_id=batch.step_id, sampled=SampledTokens(token_ids=token_ids))
 
     def settle(self) -> None:
-        """Every request is aborted, every peer dies: nothing may be held for anybody."""
+        """Abort every request and let every peer die; then check that no page is in use."""
         self.step([wire.Abort(request_id=request_id) for request_id, _ in self.gateways.all_requests()])
         for _ in range(4):
             self.now_s += LATER_S
             self.step([PeerDied(epoch=epoch) for epoch in sorted(self.plan.watched_epochs)])
-        # A peer that answers: what is in quarantine comes back. Prefill holds pages until decode has answered Done.
+        # Quarantined pages are free again. Prefill keeps pages until decode has answered Done.
         pages = self.scheduler.load().pages
         assert (pages.owned, pages.in_flight) == (0, 0), pages
         assert pages.free + pages.cached == pages.total
@@ -321,7 +321,7 @@ def done_for(grant: wire.Grant) -> wire.Done:
 
 
 def check_computable(batch: Batch) -> None:
-    """As a runner needs it: one bad value would fail the whole batch."""
+    """Check the batch as a runner would: one bad value would fail the whole batch."""
     from kvist.runner.columns import PersistentBatch
     from kvist.runner.sampler import noise_key_words
 
@@ -366,12 +366,12 @@ class Engines:
 
 
 async def fuzz_gateway(seed: int, num_messages: int) -> int:
-    """Returns how many messages could be decoded."""
+    """Send mutated messages to a gateway; return the number of decodable ones."""
     messages, registry, engines = Messages(seed), Registry(RouterConfig()), Engines()
     dispatcher = Dispatcher(config=RouterConfig(), registry=registry, engines=engines, clock=FakeClock())
     worker = registry.add("w", None, 0.0)
     registry.on_welcome(worker, wire.Welcome(spec=spec_of("unified")), 0.0)
-    decoder, num_taken = wire.Decoder(wire.EngineToGateway), 0
+    decoder, num_decoded = wire.Decoder(wire.EngineToGateway), 0
 
     async def read(name: str) -> list[int]:
         request = EngineRequest(
@@ -379,11 +379,11 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
         )
         return [token for part in [p async for p in dispatcher.generate(request)] for token in part.chunk.token_ids]
 
-    def rejoin(life: int) -> None:
-        """As fleet.py does for a new life of the engine."""
+    def rejoin(number: int) -> None:
+        """Do what fleet.py does after a restart of the engine."""
         registry.on_lost(worker, "it was restarted")
         dispatcher.on_lost(worker, "it was restarted")
-        spec = msgspec.structs.replace(spec_of("unified"), epoch=EpochId(f"life{life}"))
+        spec = msgspec.structs.replace(spec_of("unified"), epoch=EpochId(f"epoch{number}"))
         registry.on_welcome(worker, wire.Welcome(spec=spec), 0.0)
 
     reader: asyncio.Task[list[int]] | None = None
@@ -391,7 +391,7 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
         if reader is None or reader.done():
             if reader is not None and (error := reader.exception()) is not None:
                 assert isinstance(error, KvistError), error
-            for _, request_id in engines.submitted:  # a real engine says so of each, sooner or later
+            for _, request_id in engines.submitted:  # a real engine sends Ended for each request
                 over = wire.Ended(request_id=request_id, outcome=Outcome.ABORTED)
                 dispatcher.on_outputs(worker, wire.StepOutputs(ended=(over,)))
             del engines.submitted[:-1]
@@ -403,13 +403,13 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
             message: Any = decoder.decode(payload)
         except WireError:
             continue
-        num_taken += 1
+        num_decoded += 1
         if isinstance(message, wire.StepOutputs):
             dispatcher.on_outputs(worker, message)
         elif isinstance(message, wire.LoadReport):
             registry.on_report(worker, message, 0.0)
         elif isinstance(message, wire.Welcome):
-            with contextlib.suppress(ConfigError):  # it stays out, and its problem is told
+            with contextlib.suppress(ConfigError):  # the worker is refused
                 registry.on_welcome(worker, message, 0.0)
             rejoin(number)
         else:
@@ -426,7 +426,7 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
     assert await last == [1, 2, 3]
     if reader is not None:
         reader.cancel()
-    return num_taken
+    return num_decoded
 
 
 # ---------------------------------------------------------------- a real loop behind real sockets
@@ -472,8 +472,9 @@ class FakeTransport:
 
 
 def fuzz_loop(role: str, seed: int, num_messages: int) -> float:
-    """The messages go through a member's socket to a live loop, which then answers a right one. Returns how many it
-    could not decode, as it says."""
+    """Send mutated messages to an engine loop through a member's socket, then a valid one, which must be answered.
+
+    Return the number of undecodable messages that the engine reports."""
     member, messages, context = Member("the key of this cluster"), Messages(seed), zmq.Context()
     channel, clock = EngineChannel("tcp://127.0.0.1:0", member=Member("the key of this cluster")), FakeClock(1.0)
     scheduler = scheduler_of(role)
@@ -501,18 +502,18 @@ def fuzz_loop(role: str, seed: int, num_messages: int) -> float:
                 loop.iterate(0.0)
                 clock.advance(0.01)
         dealer.send(wire.encode(wire.Hello(gateway_id="last")))
-        deadline_s, heard = time.monotonic() + 60.0, None
+        deadline_s, report = time.monotonic() + 60.0, None
         welcomes = 0
-        while heard is None or not welcomes:
+        while report is None or not welcomes:
             assert time.monotonic() < deadline_s
             loop.iterate(0.0)
             clock.advance(0.02)
             while dealer.poll(0):
                 message = decoder.decode(dealer.recv())
                 welcomes += isinstance(message, wire.Welcome) and channel.num_undecodable > 0
-                heard = message if isinstance(message, wire.LoadReport) else heard
-        assert isinstance(heard, wire.LoadReport)
-        return heard.totals["undecodable_messages"]
+                report = message if isinstance(message, wire.LoadReport) else report
+        assert isinstance(report, wire.LoadReport)
+        return report.totals["undecodable_messages"]
     finally:
         channel.close()
         context.destroy(linger=0)
@@ -524,7 +525,7 @@ def fuzz_loop(role: str, seed: int, num_messages: int) -> float:
 @pytest.mark.parametrize(("role", "seed"), [("unified", 1), ("prefill", 2), ("decode", 3)])
 def test_an_engine_survives_mutated_messages_and_releases_everything_they_held(role: str, seed: int) -> None:
     engine = fuzz_engine(role, seed, 1200)
-    assert 400 < engine.num_taken < 1600, "mutations are to be wrong in all ways, not in one"
+    assert 400 < engine.num_decoded < 1600, "mutations must be wrong in many ways"
     totals = engine.scheduler.load().totals
     assert totals["requests_finished"] > 0
     if role != "unified":
@@ -548,10 +549,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     share = args.messages // 8
     for role in ("unified", "prefill", "decode"):
-        print(role, "offline:", fuzz_engine(role, args.seed, share).num_taken, "of", share, "taken", flush=True)
+        print(role, "offline:", fuzz_engine(role, args.seed, share).num_decoded, "of", share, "decoded", flush=True)
         print(role, "live:", fuzz_loop(role, args.seed, share), "of", share, "not decoded", flush=True)
-    taken = asyncio.run(fuzz_gateway(args.seed, 2 * share))
-    print("gateway:", taken, "of", 2 * share, "taken", flush=True)
+    num_decoded = asyncio.run(fuzz_gateway(args.seed, 2 * share))
+    print("gateway:", num_decoded, "of", 2 * share, "decoded", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ TRAINED_FOR = 8192
 
 
 class Engines:
-    """Engines that answer at once, and that hold what their specs say: the rest they would have to refuse."""
+    """Engines that answer at once. A request beyond the limits of their spec fails the test."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self.submits: list[tuple[WorkerId, Mode]] = []
-        self.full: set[str] = set()  # after all: they refuse what they are sent
+        self.full: set[str] = set()  # these engines refuse every request
         self._events: EngineEvents | None = None
 
     def start(self, events: EngineEvents) -> None:
@@ -162,7 +162,7 @@ async def test_the_router_uses_only_workers_that_the_request_fits(
     await fleet.complete(100, 10)
     await fleet.complete(100, 10)
     assert len({worker for worker, _ in fleet.engines.submits}) == len(prefills) + len(decodes), (
-        "short ones go anywhere"
+        "short requests run on every worker"
     )
 
 
@@ -200,7 +200,7 @@ async def test_a_request_that_fits_only_a_lost_worker_is_refused_as_retryable(fl
         assert response.status_code == status
     assert "is lost or stopping" in response.json()["error"]["message"]
     assert "retry-after" in response.headers
-    assert (await fleet.complete(1000, 5000)).status_code == 400, "nor did that one hold so much"
+    assert (await fleet.complete(1000, 5000)).status_code == 400, "too long for the lost worker as well"
 
 
 @pytest.mark.case("limit-named")

@@ -1,4 +1,4 @@
-"""Options that users of other servers type first are understood, or answered with what to do instead."""
+"""Options of other servers are accepted as aliases, or answered with what to do instead."""
 
 from __future__ import annotations
 
@@ -90,4 +90,4 @@ def test_help_is_short_and_help_all_has_everything(verb: str, capsys: pytest.Cap
     assert "--flush-timeout-s" not in short
     assert "--flush-timeout-s" in everything
     assert len(short) < len(everything) / 2
-    assert "\x1b[" not in short + everything  # no terminal, no colours
+    assert "\x1b[" not in short + everything  # no colours without a terminal
