@@ -245,5 +245,5 @@ def test_an_unknown_store_name_is_refused_with_the_known_names() -> None:
 
 
 def test_a_store_too_small_for_a_page_is_refused(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not one page"):
+    with pytest.raises(ConfigError, match="smaller than one page"):
         open_store(kind, StoreSpec(namespace="n", page_bytes=100, capacity_bytes=99, path=tmp_path))

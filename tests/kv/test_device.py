@@ -124,7 +124,7 @@ def test_the_pool_must_fit_free_memory_but_is_sized_by_total_memory() -> None:
     first = plan_pool_size(LAYOUT, **common, free_bytes=10 * GIB)
     second = plan_pool_size(LAYOUT, **common, free_bytes=5 * GIB)
     assert first.num_pages == second.num_pages == 4 * GIB // LAYOUT.page_bytes
-    with pytest.raises(ConfigError, match=r"others have left 4\.00 GiB.*lower --mem-fraction-static"):
+    with pytest.raises(ConfigError, match=r"other processes have left 4\.00 GiB.*lower --mem-fraction-static"):
         plan_pool_size(LAYOUT, **common, free_bytes=4 * GIB)
     small = plan_pool_size(LAYOUT, **common, free_bytes=2 * GIB, max_total_tokens=1000)
     assert small.num_pages == 250

@@ -163,7 +163,7 @@ def test_a_missing_store_path_is_created_and_an_impossible_one_names_its_flag(wo
         with pytest.raises(ConfigError, match=r"--hicache-storage-path: cannot open .* may write") as raised:
             start(world, file_store(path))
         assert raised.value.param == "hicache_storage_path"
-    with pytest.raises(ConfigError, match=r"--hicache-storage-size: .* holds not one page"):
+    with pytest.raises(ConfigError, match=r"--hicache-storage-size: .* is smaller than one page"):
         start(world, file_store(tmp_path / "small", hicache_storage_size=1e-6))
 
 

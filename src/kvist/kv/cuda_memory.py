@@ -1,14 +1,15 @@
-"""GPU memory that may be handed to another process of this host: allocated, exported, opened (CUDA IPC).
+"""GPU memory that another process of this host may map: allocate, export, open (CUDA IPC).
 
-It is not torch's allocator's: a handle names a whole allocation, and torch would put other tensors into the same one,
-or build it of pieces that cannot be exported at all (expandable segments). Here a pool is one allocation, freed with
-the last tensor over it.
+The memory does not come from torch's allocator: a handle names a whole allocation, and torch would put other tensors
+into the same allocation, or build it of pieces that cannot be exported (expandable segments). Here a pool is one
+allocation, freed with the last tensor over it.
 
-A handle travels in the pool's file (kv/device.py) as an `ExportedMemory`. What another process opened stays mapped, and
-its memory exists, until that process closes it, whatever became of the maker. Who may open what, and for how long, is
-transfer/'s affair.
+A handle travels in the pool's file (kv/device.py) as an `ExportedMemory`. Memory that another process has opened stays
+mapped, and exists, until that process closes it, even after the exporting process has ended. transfer/ decides which
+process opens which memory, and for how long.
 
-The CUDA runtime that torch has loaded is called through ctypes; nothing is imported before the first pool on a GPU.
+The calls go through ctypes to the CUDA runtime that torch has loaded; the runtime is not loaded before the first pool
+on a GPU.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from torch import Tensor
 from kvist.errors import UNDECODABLE, ConfigError, EngineError
 
 HANDLE_BYTES = 64
-_GRANULE_BYTES = 2 << 20  # the driver's own: smaller allocations share one, and would be exported together
+_GRANULE_BYTES = 2 << 20  # the driver's granule: smaller allocations share one, and would be exported together
 _LAZY_ENABLE_PEER_ACCESS = 1
 
 
 class _Handle(ctypes.Structure):
-    """cudaIpcMemHandle_t, which is passed by value."""
+    """cudaIpcMemHandle_t, passed by value."""
 
     _fields_ = (("reserved", ctypes.c_ubyte * HANDLE_BYTES),)
 
@@ -47,12 +48,12 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
 
 @cache
 def _runtime() -> ctypes.CDLL:
-    """Raises `ConfigError` where torch was built without CUDA's own runtime."""
+    """Load the CUDA runtime. Raises `ConfigError` if torch was built without NVIDIA's runtime."""
     name = f"libcudart.so.{(torch.version.cuda or 'none').partition('.')[0]}"
     try:
-        library = ctypes.CDLL(name)  # found by its name, because torch has it loaded
+        library = ctypes.CDLL(name)  # found by name, because torch has loaded it
     except OSError as error:
-        raise ConfigError(f"pages on a GPU need CUDA's runtime {name} as torch loads it: {error}") from error
+        raise ConfigError(f"pages on a GPU need the CUDA runtime {name} that torch loads: {error}") from error
     for function, arguments in _SIGNATURES.items():
         getattr(library, function).argtypes = arguments
     library.cudaGetErrorString.restype = ctypes.c_char_p
@@ -60,15 +61,15 @@ def _runtime() -> ctypes.CDLL:
 
 
 def _call(function: str, *arguments: object) -> None:
-    """Raises `EngineError` with CUDA's words."""
+    """Call a function of the CUDA runtime. Raises `EngineError` with CUDA's message."""
     runtime = _runtime()
     if status := getattr(runtime, function)(*arguments):
-        runtime.cudaGetLastError()  # else torch's next kernel on this thread would be blamed for it
+        runtime.cudaGetLastError()  # reset: otherwise torch's next kernel on this thread would report this error
         raise EngineError(f"{function}: {runtime.cudaGetErrorString(status).decode()} ({status})")
 
 
 class _Allocation:
-    """What torch makes a tensor of, and keeps for as long as there is one. `owner`: what must live as long."""
+    """Memory in the form from which torch makes a tensor. Every tensor over it keeps it, and `owner`, alive."""
 
     def __init__(self, address: int, num_bytes: int, owner: object = None) -> None:
         self.owner = owner
@@ -82,30 +83,30 @@ class _Allocation:
 
 
 def allocate(num_bytes: int, device: torch.device) -> Tensor:
-    """[num_bytes] uint8, zero, in an allocation of its own. Raises `EngineError` when there is no such memory."""
+    """Return [num_bytes] uint8 zeros in an allocation of its own. Raises `EngineError` if memory is too small."""
     rounded_bytes = -(-num_bytes // _GRANULE_BYTES) * _GRANULE_BYTES
     address = ctypes.c_void_p()
     with torch.cuda.device(device):
         _call("cudaMalloc", ctypes.byref(address), rounded_bytes)
         assert address.value is not None
         allocation = _Allocation(address.value, num_bytes)
-        weakref.finalize(allocation, _runtime().cudaFree, address).atexit = False  # the driver does that better
+        weakref.finalize(allocation, _runtime().cudaFree, address).atexit = False  # at exit the driver frees it
         return torch.as_tensor(allocation, device=device).zero_()
 
 
 class ExportedMemory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What other processes need to open an allocation; `read_export` undoes `encode`."""
+    """The handle by which other processes open an allocation; `read_export` undoes `encode`."""
 
     num_bytes: int
-    handle: bytes  # HANDLE_BYTES; nothing when it cannot be exported
-    error: str = ""  # why it cannot
+    handle: bytes  # HANDLE_BYTES; empty if the memory cannot be exported
+    error: str = ""  # why the memory cannot be exported
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
 
 
 def export(memory: Tensor) -> ExportedMemory:
-    """Of what `allocate` made. Not every system has CUDA IPC: WSL has not, nor do some virtual machines."""
+    """Export memory from `allocate`. Without CUDA IPC (WSL, some virtual machines) the result has an `error`."""
     handle = _Handle()
     try:
         with torch.cuda.device(memory.device):
@@ -116,20 +117,21 @@ def export(memory: Tensor) -> ExportedMemory:
 
 
 def read_export(content: bytes) -> ExportedMemory:
-    """Raises `EngineError` for what `encode` cannot have written."""
+    """Decode an `ExportedMemory`. Raises `EngineError` for content that `encode` cannot have written."""
     try:
         exported = msgspec.json.decode(content, type=ExportedMemory)
     except UNDECODABLE as error:
-        raise EngineError(f"it does not describe GPU memory: {error}") from error
+        raise EngineError(f"the file does not describe GPU memory: {error}") from error
     if len(exported.handle) != (0 if exported.error else HANDLE_BYTES):
-        raise EngineError(f"a handle has {HANDLE_BYTES} bytes, this one {len(exported.handle)}")
+        raise EngineError(f"a GPU memory handle has {HANDLE_BYTES} bytes, this one has {len(exported.handle)}")
     return exported
 
 
 class OpenedMemory:
-    """Another process's allocation, mapped for `device`, on whichever GPU it is. Unmapped with the last reference.
+    """Another process's allocation on any GPU, mapped for `device`. Unmapped with the last reference.
 
-    Raises `EngineError`: its maker is gone or is this very process, or the two GPUs do not reach each other's memory.
+    Raises `EngineError` if the exporting process has ended or is this process, or if `device` cannot reach the other
+    GPU's memory.
     """
 
     def __init__(self, handle: bytes, device: torch.device) -> None:
@@ -147,7 +149,9 @@ class OpenedMemory:
 
 
 def open_tensor(content: bytes, device: torch.device) -> Tensor:
-    """[num_bytes] uint8 of another process on that very GPU; `content`: its `ExportedMemory`. Raises `EngineError`."""
+    """Open [num_bytes] uint8 of another process on `device`; `content` encodes its `ExportedMemory`.
+
+    Raises `EngineError`."""
     exported = read_export(content)
     if exported.error:
         raise EngineError(exported.error)

@@ -1,22 +1,23 @@
-"""The L1 page pool: one tensor of whole pages, and how many pages it may have.
+"""The device page pool (L1): one tensor of whole pages, and its size.
 
-Life cycle: `plan_pool_size` decides the page count, `DevicePool.create` makes the pool before the first step,
-`close` drops it when the engine stops. Every pool has a file, by which peers on this host reach its pages (transfer/).
-On a CPU the file is the pool, mapped into memory, so that
+Life cycle: `plan_pool_size` decides the number of pages, `DevicePool.create` makes the pool before the first step,
+`close` drops the pool when the engine stops. Every pool has a file by which peers on this host reach its pages
+(transfer/). On a CPU the file is the pool, mapped into memory:
 
 - a peer engine maps the same file and writes granted pages in place,
-- tensor-parallel ranks map it too, each working on its own heads of every page (`attach`).
+- tensor-parallel ranks map the file too, and each works on its own heads of every page (`attach`).
 
-All of it is allocated at the start (0.8 s for a GiB of shared memory on two busy cores): where there is no room the
-engine says so then, instead of being killed when it first touches a page.
+The whole file is allocated at the start (0.8 s for a GiB of shared memory on two busy cores): too little space is an
+error then, and the engine is not killed when it first touches a page.
 
-On CUDA the pool is device memory, and the file holds the handle that opens it (cuda_memory.py). There each
-tensor-parallel rank has its own, with its heads of every page; rank 0 reaches the others' too (`join_ranks`, `pieces`).
+On CUDA the pool is device memory, and the file holds the handle that opens it (cuda_memory.py). Each tensor-parallel
+rank has a pool of its own, with its heads of every page; rank 0 also reaches the other ranks' pools (`join_ranks`,
+`pieces`).
 
-The creator holds an flock on the file while it lives; `create` first removes what dead engines have left
+The creator holds an flock on the file while it lives; `create` first removes the files of dead engines
 (runtime_dir.py).
 
-It decides nothing about pages: who owns which is kv/cache.py's.
+kv/cache.py decides which request owns which page.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ _GIB = 1 << 30
 class RankPool:
     """Another rank's pool on a GPU."""
 
-    path: str  # of its file
+    path: str  # of the pool's file
     device: torch.device
-    first_head: int  # of a page; as many as rank 0 has, one of them on several ranks when there are few
+    first_head: int  # of a page; each rank has as many heads as rank 0, and ranks may share a head if there are few
 
 
 class DevicePool:
     """Pages of one engine, or of one rank on a GPU. `tensor` is [num_pages, num_kv_heads, num_layers, 2, page_size,
-    head_dim]; `whole_layout` is that of the engine's pages, of all ranks together."""
+    head_dim]; `whole_layout` is the layout of the engine's pages, with the heads of all ranks."""
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class DevicePool:
         self.tensor = tensor
         self.layout = self.whole_layout = layout
         self.num_pages = int(tensor.shape[0])
-        self.export_error = export_error  # why no peer can reach the pages, if so
+        self.export_error = export_error  # why no peer can reach the pages; empty if peers can
         self.address = PoolAddress(  # where a peer on this host finds them
             transport=CUDA_IPC if mapped is None else SHM,
             location=str(path),
@@ -90,9 +91,9 @@ class DevicePool:
     def create(
         cls, layout: PageLayout, num_pages: int, *, device: torch.device, directory: Path | None = None
     ) -> DevicePool:
-        """A new pool of zero pages. `directory` is for its file (default: the user's `runtime_dir()`).
+        """Create a zeroed pool. `directory` is for its file (default: the user's `runtime_dir()`).
 
-        Raises `ConfigError` when there is no room for it.
+        Raises `ConfigError` if the pool does not fit.
         """
         directory = runtime_dir(None if directory is None else str(directory))
         remove_leftovers(directory)
@@ -109,7 +110,7 @@ class DevicePool:
 
     @classmethod
     def attach(cls, address: PoolAddress, layout: PageLayout) -> DevicePool:
-        """Map a pool that another process created. Raises `EngineError` if it is gone or laid out otherwise."""
+        """Map a pool that another process created. Raises `EngineError` if it is gone or has another layout."""
         if address.transport != SHM or address.layout != layout.describe():
             raise EngineError(f"cannot map pool {address.location}: it is {address.layout}, not {layout.describe()}")
         path = Path(address.location)
@@ -129,14 +130,14 @@ class DevicePool:
         return cls(tensor=flat.view(num_pages, *layout.shape), layout=layout, path=path, lock_fd=lock_fd, mapped=mapped)
 
     def join_ranks(self, num_kv_heads: int, others: Sequence[RankPool]) -> None:
-        """This is rank 0's pool, and these are the others' of the same engine; its pages have so many heads in all."""
+        """Add the other ranks' pools to this one, rank 0's. The engine's pages have `num_kv_heads` heads in total."""
         self.whole_layout = dataclasses.replace(self.layout, num_kv_heads=num_kv_heads)
         self._others = others
 
     def pieces(self) -> list[tuple[int, Tensor]]:
-        """All that its pages are made of: (offset in the whole page, [num_pages, piece bytes] uint8 on its rank's GPU).
+        """Return the pieces of every page: (offset in the whole page, [num_pages, piece bytes] uint8 on a rank's GPU).
 
-        Opens what is another process's: it stays mapped as long as the tensor. Raises `EngineError` if it cannot."""
+        Opens the other ranks' memory, mapped for as long as the tensors live. Raises `EngineError` on failure."""
         head_bytes = self.layout.page_bytes // self.layout.num_kv_heads
         pieces = [(0, self.tensor.view(self.num_pages, -1).view(torch.uint8))]
         for other in self._others:
@@ -144,20 +145,20 @@ class DevicePool:
                 memory = cuda_memory.open_tensor(Path(other.path).read_bytes(), other.device)
             except EngineError as error:
                 raise EngineError(
-                    f"the pages on {other.device} cannot be reached from rank 0: {error}. Use --tp 1, or no host tier"
+                    f"rank 0 cannot reach the pages on {other.device}: {error}. Use --tp 1, or disable the host tier"
                 ) from error
             pieces.append((other.first_head * head_bytes, memory.view(self.num_pages, self.layout.page_bytes)))
         return pieces
 
     @property
     def bytes(self) -> npt.NDArray[np.uint8]:
-        """The same memory as [num_pages, page_bytes] uint8. CPU only."""
+        """Return the pool's memory as [num_pages, page_bytes] uint8. CPU only."""
         if self._mapped is None:
-            raise EngineError(f"a pool on {self.tensor.device} has no bytes on the host")
+            raise EngineError(f"a page pool on {self.tensor.device} has no bytes on the host")
         return np.frombuffer(self._mapped, dtype=np.uint8).reshape(self.num_pages, self.layout.page_bytes)
 
     def close(self) -> None:
-        """Remove the file. The memory itself goes when the last tensor over it and the last peer's mapping go."""
+        """Remove the file. The memory is freed with the last tensor over it and the last peer's mapping."""
         self.tensor = torch.empty(0, dtype=self.tensor.dtype)
         self._mapped = None
         if self._lock_fd is not None:
@@ -183,7 +184,7 @@ def _publish(directory: Path, fill: Callable[[int], object]) -> tuple[Path, int]
     except OSError as error:
         remedy = f": {room_remedy(directory)}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise ConfigError(
-            f"cannot make the page pool in {directory}: {error.strerror}{remedy}", param="runtime_dir"
+            f"cannot create the page pool in {directory}: {error.strerror}{remedy}", param="runtime_dir"
         ) from error
 
 
@@ -198,7 +199,7 @@ def _check_room(directory: Path, num_bytes: int) -> None:
     free = free_bytes(directory)
     if num_bytes > free:
         raise ConfigError(
-            f"the page pool needs {num_bytes / _GIB:.2f} GiB and {directory} has {free / _GIB:.2f} GiB free: "
+            f"the page pool needs {num_bytes / _GIB:.2f} GiB, but {directory} has {free / _GIB:.2f} GiB free: "
             f"{room_remedy(directory)}; or lower --max-total-tokens",
             param="runtime_dir",
         )
@@ -213,32 +214,34 @@ class Room:
 
     free_bytes: int
     directory: Path
-    enough_tokens: int  # that the pool must have, unless memory or the user's own number gives fewer
+    enough_tokens: int  # the pool must have this many, unless memory or the user's own number allows fewer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSize:
     num_pages: int
-    reason: str  # for the log: what set the number
+    reason: str  # for the log: the limit that decided `num_pages`
 
 
 def plan_pool_size(
     layout: PageLayout,
     *,
-    available_bytes: int,  # before the weights were loaded; of a GPU all that it has, used or not
+    available_bytes: int,  # before the weights were loaded; on a GPU its total memory, used or not
     weights_bytes: int,
     mem_fraction_static: float,
-    free_bytes: int | None = None,  # what others have left of it
-    reserve_bytes: int = 0,  # for what is made after the pool: captured graphs
+    free_bytes: int | None = None,  # the part of it that other processes do not use
+    reserve_bytes: int = 0,  # for allocations after the pool: captured graphs
     max_total_tokens: int | None = None,  # the user's own number
     cap_tokens: int | None = None,  # the device's default limit, where memory alone would give absurdly many
-    min_tokens: int = 1,  # below this the engine could not serve one request
-    room: Room | None = None,  # for the pool alone, where it is a file
+    min_tokens: int = 1,  # with fewer the engine could not serve one request
+    room: Room | None = None,  # for the pool alone, if it is a file
 ) -> PoolSize:
-    """Weights, reserve and pool take `mem_fraction_static` of the available memory, unless a token limit is lower.
+    """Decide the number of pages: weights, reserve and pool take `mem_fraction_static` of the available memory, unless
+    a token limit is lower.
 
-    Raises `ConfigError` when fewer than `min_tokens` fit, when `max_total_tokens` is more than fits, or when others
-    have left less than is wanted: what one of several workers on a GPU takes must not depend on who started first.
+    Raises `ConfigError` if fewer than `min_tokens` fit, if `max_total_tokens` do not fit, or if other processes have
+    left too little free memory. The result does not depend on free memory: workers that share a GPU get the same pools
+    in whichever order they start.
     """
     budget_bytes = int(available_bytes * mem_fraction_static) - weights_bytes - reserve_bytes
     fitting = max(0, budget_bytes // layout.page_bytes)
@@ -269,8 +272,9 @@ def plan_pool_size(
     wanted_bytes = weights_bytes + reserve_bytes + num_pages * layout.page_bytes
     if free_bytes is not None and wanted_bytes > free_bytes:
         raise ConfigError(
-            f"{wanted_bytes / _GIB:.2f} GiB are wanted ({reason}), but others have left {free_bytes / _GIB:.2f} GiB of "
-            "this GPU: lower --mem-fraction-static, whose sum over all workers of one GPU must stay below 1",
+            f"{wanted_bytes / _GIB:.2f} GiB are needed ({reason}), but other processes have left "
+            f"{free_bytes / _GIB:.2f} GiB of this GPU free: lower --mem-fraction-static; its sum over all workers of "
+            "one GPU must stay below 1",
             param="mem_fraction_static",
         )
     size_gib = num_pages * layout.page_bytes / _GIB
@@ -282,14 +286,15 @@ def plan_pool_size(
 
 
 def _in_room(layout: PageLayout, room: Room, wanted_pages: int, *, asked: bool) -> tuple[int, str]:
-    """Fewer pages than memory would give, and why. Raises `ConfigError` when they are too few, or fewer than asked."""
+    """Return the number of pages that fit the file system, and the reason. Raises `ConfigError` if they are too few, or
+    (`asked`) fewer than the user's own number."""
     fitting = room.free_bytes // layout.page_bytes
     has = f"{room.directory} has {room.free_bytes / _GIB:.2f} GiB free, which hold {fitting * layout.page_size} tokens"
     enough_pages = min(wanted_pages, -(-room.enough_tokens // layout.page_size))
     if asked or fitting < enough_pages:
         needed = wanted_pages if asked else enough_pages
         raise ConfigError(
-            f"a page pool of {needed * layout.page_size} tokens needs {needed * layout.page_bytes / _GIB:.2f} GiB, and "
+            f"a page pool of {needed * layout.page_size} tokens needs {needed * layout.page_bytes / _GIB:.2f} GiB, but "
             f"{has}: {room_remedy(room.directory)}; or set --max-total-tokens {fitting * layout.page_size}",
             param="runtime_dir",
         )
@@ -297,12 +302,12 @@ def _in_room(layout: PageLayout, room: Room, wanted_pages: int, *, asked: bool) 
 
 
 def available_host_bytes() -> int:
-    """What the kernel and the cgroup let us have."""
+    """Return the host memory that the kernel and the cgroup allow this process to allocate."""
     limits: list[int] = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         limits.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, StopIteration, ValueError):  # cgroup v2; "max" is no number
+    with contextlib.suppress(OSError, StopIteration, ValueError):  # cgroup v2; "max" is not a number
         cgroup = Path("/sys/fs/cgroup")
         limit = int((cgroup / "memory.max").read_text())
         lines = (cgroup / "memory.stat").read_text().splitlines()

@@ -1,11 +1,11 @@
-"""The folder in which the engines of one user on one host keep what they share: pool files, epoch locks.
+"""The runtime directory: files that the engines of one user on one host share (pool files, epoch locks).
 
-Every file in it is held by an flock of the process that made it, from before it has its name until the kernel takes the
-lock away. So whoever can take the lock knows that the owner is dead, and `remove_leftovers` removes what dead owners
-left: pools at once, since a pool may be gigabytes; the rest when nobody is alive who could ask for it. It runs when an
-engine starts, when one has ended, and in its parent after a kill.
+The process that creates a file holds an flock on it, from before the file has its name until the process ends. A
+process that can take the lock therefore knows that the owner is dead, and `remove_leftovers` removes the files of dead
+owners: pools at once, since a pool may be gigabytes; other files when no engine is alive that could need them. Cleaning
+runs when an engine starts, when an engine has ended, and in its parent process after a kill.
 
-What lies in the folder is mapped and trusted, so the folder must be this user's, and closed to others.
+Files in the directory are mapped and trusted: the directory must belong to this user and be closed to others.
 """
 
 from __future__ import annotations
@@ -28,37 +28,39 @@ POOL_PREFIX, _POOL_SUFFIX = "pool-", ".pages"
 _POOL = re.compile(r"pool-\d+-[0-9a-f]{8}\.pages")
 _UNFINISHED = re.compile(r"pool-\d+-[0-9a-f]{8}\.new|\.epoch-[\w-]{1,64}\.lock\.new")
 _EPOCH = re.compile(r"epoch-[\w-]{1,64}\.lock")
-_RENDEZVOUS = re.compile(r"tp-\d+-[0-9a-f]{8}.*")  # of tensor-parallel ranks; rank 0 has a pool
+_RENDEZVOUS = re.compile(
+    r"tp-\d+-[0-9a-f]{8}.*"
+)  # of tensor-parallel ranks, with no lock of its own: rank 0 has a pool
 _UNFINISHED_S = 60.0  # a file younger than this may not be locked yet
 _LOCK_WAIT_S, _PAUSE_S = 60.0, 0.01
 
 
 def runtime_dir(named: str | None = None) -> Path:
-    """The folder, made where there is none. Raises `ConfigError` if what lies in it could not be trusted."""
+    """Return the directory, created if missing. Raises `ConfigError` if its content could not be trusted."""
     path = _default() if named is None else Path(named).expanduser()
     which = f"--runtime-dir {path}" if named is not None else f"the runtime directory {path}"
     try:
         own_folder(path)
-        if named is None and path.is_symlink():  # /dev/shm and /tmp are everybody's
-            raise NotADirectoryError(0, "it is a link")
+        if named is None and path.is_symlink():  # every user may write to /dev/shm and /tmp
+            raise NotADirectoryError(0, "it is a symbolic link")
     except OSError as error:
         raise ConfigError(
-            f"{which} cannot be used: {error.strerror}. This folder holds pages of requests: name a folder of your "
-            "own with --runtime-dir",
+            f"{which} cannot be used: {error.strerror}. The directory holds K/V pages of requests: name a directory of "
+            "your own with --runtime-dir",
             param="runtime_dir",
         ) from error
     return path.resolve()
 
 
 def _default() -> Path:
-    """On shared memory where there is some."""
+    """Return the default directory, in shared memory if there is any."""
     user = os.geteuid() if hasattr(os, "geteuid") else 0
     on_memory = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
     return (_SHARED_MEMORY if on_memory else Path(tempfile.gettempdir())) / f"kvist-{user}"
 
 
 def free_bytes(directory: Path) -> int:
-    """Of the folder's file system."""
+    """Return the free bytes of the directory's file system."""
     if not hasattr(os, "statvfs"):
         return 1 << 62
     status = os.statvfs(directory)
@@ -66,8 +68,8 @@ def free_bytes(directory: Path) -> int:
 
 
 def room_remedy(directory: Path) -> str:
-    """What an operator can do where the folder's file system is too small."""
-    remedy = f"{_mount_point(directory)} is too small: name a folder on a larger file system with --runtime-dir"
+    """Describe what an operator can do if the directory's file system is too small."""
+    remedy = f"{_mount_point(directory)} is too small: name a directory on a larger file system with --runtime-dir"
     if directory.is_relative_to(_SHARED_MEMORY):
         remedy += ", or give the container more shared memory (docker run --shm-size=8g)"
     return remedy
@@ -78,9 +80,9 @@ def _mount_point(directory: Path) -> Path:
 
 
 def publish_pool(directory: Path, fill: Callable[[int], object]) -> tuple[Path, int]:
-    """A new pool file, locked and filled: (path, descriptor that holds the lock). Raises `OSError`."""
+    """Create a pool file, locked and filled: (path, descriptor that holds the lock). Raises `OSError`."""
     path = directory / f"{POOL_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{_POOL_SUFFIX}"
-    unnamed = path.with_suffix(".new")  # takes its name once it is whole
+    unnamed = path.with_suffix(".new")  # renamed when the file is complete
     fd = open_own(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         _try_lock(fd)
@@ -95,11 +97,11 @@ def publish_pool(directory: Path, fill: Callable[[int], object]) -> tuple[Path, 
 
 @contextlib.contextmanager
 def allocation_lock(directory: Path) -> Iterator[None]:
-    """One engine at a time looks how much memory is free, and takes it."""
+    """Let one engine at a time read how much memory is free and allocate it."""
     fd = os.open(directory, os.O_RDONLY)
     try:
         clock = MonotonicClock()
-        give_up_s = clock.now_s() + _LOCK_WAIT_S  # the other one may be stopped
+        give_up_s = clock.now_s() + _LOCK_WAIT_S  # the engine that holds the lock may be stopped (SIGSTOP)
         while not _try_lock(fd) and clock.now_s() < give_up_s:
             time.sleep(_PAUSE_S)
         yield
@@ -108,7 +110,7 @@ def allocation_lock(directory: Path) -> Iterator[None]:
 
 
 def remove_leftovers(directory: Path) -> int:
-    """What dead engines left; returns how many files. Others may do the same at the same time."""
+    """Remove the files of dead engines; return how many. Several processes may clean at the same time."""
     names = sorted(os.listdir(directory)) if directory.is_dir() else []
     dead, num_alive = list[Path](), 0
     for name in names:
@@ -123,7 +125,7 @@ def remove_leftovers(directory: Path) -> int:
         dead += [directory / name for name in names if _RENDEZVOUS.fullmatch(name)]
     removed = 0
     for path in dead:
-        if num_alive and _EPOCH.fullmatch(path.name):  # a living peer may ask whether that life is over
+        if num_alive and _EPOCH.fullmatch(path.name):  # a living peer may ask whether that epoch has ended
             continue
         with contextlib.suppress(OSError):
             path.unlink()
@@ -132,13 +134,13 @@ def remove_leftovers(directory: Path) -> int:
 
 
 def _is_dead(path: Path, *, old_only: bool) -> bool | None:
-    """None: it is gone, or no file of ours."""
+    """Return whether the file's owner is dead; None if the file is gone or does not belong to this user."""
     with contextlib.suppress(OSError):
         fd = open_own(path, os.O_RDWR)
         try:
             if old_only and unix_time_s() - os.fstat(fd).st_mtime < _UNFINISHED_S:
                 return False
-            return _try_lock(fd, shared=True)  # any number may ask at once
+            return _try_lock(fd, shared=True)  # shared: several processes may check at once
         finally:
             os.close(fd)
     return None
@@ -146,7 +148,7 @@ def _is_dead(path: Path, *, old_only: bool) -> bool | None:
 
 def _try_lock(fd: int, *, shared: bool = False) -> bool:
     try:
-        import fcntl  # not on every system; without it no file is ever taken for abandoned
+        import fcntl  # missing on some systems; no file counts as abandoned there
     except ImportError:
         return False
     try:

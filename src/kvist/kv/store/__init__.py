@@ -1,5 +1,6 @@
-"""The storage tier: pages outside the engine's memory, shared by engines and kept across restarts. The door is
-backend.py; one file a store, chosen by name here."""
+"""The stores of the storage tier: pages outside the engine's memory, shared by engines and kept across restarts.
+
+backend.py defines the interface; each store has its own file, and `open_store` chooses a store by name."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def _file(spec: StoreSpec) -> PageStore:
     try:
         from kvist.kv.store.file import FileStore
     except ImportError as error:
-        raise ConfigError(f"the file store needs a POSIX system ({error}): do without a storage tier") from error
+        raise ConfigError(f"the file store needs a POSIX system ({error}): remove --hicache-storage-backend") from error
 
     return FileStore(spec)
 
@@ -28,12 +29,13 @@ _STORES: dict[str, Callable[[StoreSpec], PageStore]] = {"memory": _memory, "file
 
 
 def open_store(name: str, spec: StoreSpec) -> PageStore:
-    """Raises `ConfigError` for a name that is none and for a spec that cannot be, `StoreError` when the store cannot be
-    reached or may not be written."""
+    """Open the store called `name`. Raises `ConfigError` for an unknown name and an invalid spec, `StoreError` if the
+    store cannot be reached or written."""
     if name not in _STORES:
-        raise ConfigError(f"storage tier {name!r}: known are {', '.join(_STORES)}")
+        raise ConfigError(f"unknown storage tier {name!r}: use one of {', '.join(_STORES)}")
     if spec.capacity_bytes < spec.page_bytes:
         raise ConfigError(
-            f"a storage tier of {spec.capacity_bytes} bytes holds not one page of {spec.page_bytes}: give it more"
+            f"a storage tier of {spec.capacity_bytes} bytes is smaller than one page of {spec.page_bytes} bytes: raise "
+            "its size"
         )
     return _STORES[name](spec)

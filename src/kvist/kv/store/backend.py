@@ -1,18 +1,18 @@
-"""The door of the storage tier, `PageStore`: whole pages by digest (kv/keys.py), for one namespace (kv/layout.py).
+"""The interface of the storage tier, `PageStore`: whole pages by digest (kv/keys.py), in one namespace (kv/layout.py).
 
 Life cycle: `open_store` → `exists`, `put`, `get` from worker threads, never from the engine's loop → `close`.
 
-What every store owes its caller:
+What every store guarantees its caller:
 
-- a page that `get` returns is byte for byte the page that was put under that key in that namespace, or it is a miss;
-- trouble with one page, a full store or a lost disk is a miss or a page not stored, and a counter: never an exception;
-- what was used longest ago goes first, and of the pages of one call the last goes first: callers pass a prefix from
-  its head on, and a prefix without its head is of no use;
-- a call never evicts pages that it has just stored or found: of more pages than fit, the first stay;
-- the cap holds, but for one page a writing thread.
+- `get` returns byte for byte the page that was put under that key in that namespace, or a miss;
+- a damaged page, a full store or a lost disk is a miss or a page not stored, and a counter: never an exception;
+- the least recently used page is evicted first, and of the pages of one call the last page first: callers pass a prefix
+  from its head on, and a prefix without its head is useless;
+- a call never evicts pages that the same call has stored or found: if not all pages fit, the first ones stay;
+- the size limit holds, except for one page per writing thread.
 
-It does not know tokens, requests or tiers, starts no threads and waits at most five seconds for another process; a
-disk that hangs, hangs the calling thread.
+A store does not know tokens, requests or tiers, starts no threads, and waits at most five seconds for another process.
+A disk that hangs blocks the calling thread.
 """
 
 from __future__ import annotations
@@ -29,50 +29,52 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSpec:
+    """What a store needs to open."""
+
     namespace: str  # see kv.layout.namespace
     page_bytes: int
-    capacity_bytes: int  # of the whole store, other namespaces included
+    capacity_bytes: int  # limit of the whole store, including other namespaces
     path: Path | None = None  # the folder, for a store that has one
-    secret_path: Path | None = None  # the file with its secret; None: in the folder itself
+    secret_path: Path | None = None  # the file with the store's secret; None: a file in the folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreStats:
-    """Pages since this store was opened, by this process; `stored_bytes` alone is everybody's."""
+    """Counts of pages since this process opened the store; only `stored_bytes` includes other processes' pages."""
 
     stored_bytes: int
     errors: Mapping[str, int]  # by the name of the errno
-    num_hits: int = 0  # read and verified; hits + misses = pages asked for
-    num_misses: int = 0  # the first page of a call that was not there, and those behind it
-    num_broken: int = 0  # of the misses: header, size, owner or seal was wrong, and the page was removed
+    num_hits: int = 0  # read and verified; hits + misses = pages requested
+    num_misses: int = 0  # the first missing page of a call, and all pages after it
+    num_broken: int = 0  # the part of the misses whose header, size, owner or seal was wrong; removed
     num_written: int = 0
-    num_refused: int = 0  # no room could be made for the page
+    num_refused: int = 0  # not stored, because too little could be evicted
     num_evicted: int = 0
 
 
 class PageStore(Protocol):
-    """Every method may be called by several threads at once. A page is `page_bytes` contiguous bytes; a row of a numpy
-    array is passed as `row.data`."""
+    """A store of pages. Several threads may call every method at once. A page is `page_bytes` contiguous bytes; a row
+    of a numpy array is passed as `row.data`."""
 
     def exists(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys are there. A hint: the page may be evicted, or turn out broken, before `get`."""
+        """Return how many leading keys are stored. A hint: a page may be evicted, or found damaged, before `get`."""
 
     def get(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> int:
-        """Reads page `keys[i]` into `into[i]` up to the first miss. Returns how many leading pages are complete and
-        verified; what is in the buffers behind them is undefined."""
+        """Read page `keys[i]` into `into[i]` up to the first miss. Return how many leading pages are complete and
+        verified; the content of the buffers after them is undefined."""
 
     def put(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
-        """Stores what is not there yet, up to the first page that cannot be. Returns how many leading pages are
-        stored now."""
+        """Store the missing pages, up to the first page that cannot be stored. Return how many leading pages are stored
+        now."""
 
     def stats(self) -> StoreStats: ...
 
     def close(self) -> None:
-        """Nothing is stored any more. What is there stays, where the store outlives its processes."""
+        """Stop storing. Stored pages stay if the store outlives its processes."""
 
 
 class Tally:
-    """The counts behind `StoreStats`. Mutable; one a store, added to by its threads."""
+    """The counts behind `StoreStats`. Mutable; one per store, updated by its threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -89,7 +91,7 @@ class Tally:
 
     @contextlib.contextmanager
     def tolerating(self) -> Iterator[None]:
-        """A file that is not there is nobody's fault; any other `OSError` is counted."""
+        """Suppress `OSError` in the block. A missing file is normal; any other error is counted."""
         try:
             yield
         except FileNotFoundError:

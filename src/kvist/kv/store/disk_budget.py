@@ -1,19 +1,19 @@
-"""How many bytes the files of a store may take together, and which of them go: shared by every process that has the
-folder open.
+"""The size limit of a file store and its eviction order, shared by every process that has the folder open.
 
-No index on disk. The folder itself says what there is (`_scan`); a file's mtime says when it was last used. Beside
-the files lies one lock file, whose content is one number, the bytes in use: each writer adds what it is about to write
-and, above the cap, deletes the files used longest ago until it fits, one process at a time under the lock. A killed
-writer leaves the number a little too high, and each scan puts it right. A scan may miss a page that is about to be
-written, so the cap may be exceeded by one page a writer.
+The disk holds no index: the folder lists the files (`_scan`), and a file's mtime is its last use. A lock file beside
+them holds one number, the bytes in use. Each writer, one at a time under the lock, adds the bytes that it is about to
+write and, above the limit, deletes the least recently used files until its bytes fit. A killed writer leaves the number
+a little too high, and each scan corrects it. A scan may miss a page that is about to be written: the limit may be
+exceeded by one page per writer.
 
     reserve ──fits──► write the file
-       └─above the cap─► evict, oldest first ──► write the file
-              └─no more files are known to be the oldest─► scan, evict, write the file
+       └─above the limit─► evict, oldest first ──► write the file
+              └─no known oldest file is left─► scan, evict, write the file
 
-What was written or used since the last scan is newer than all that scan found: so a process evicts what it knows, in
-order, and scans again when that is used up. A scan looks at every file, and pays for as many evictions as it found
-files; the rest of a `reserve` is bounded by `_MAX_STATS_PER_RESERVE`. Names that are not ours are never touched.
+Files written or used since the last scan are newer than all files of that scan. A process therefore evicts the files
+of its last scan, in order, and scans again when none is left. A scan reads the status of every file, which pays off
+over as many evictions as it found files; the rest of a `reserve` is bounded by `_MAX_STATS_PER_RESERVE`. Files with
+foreign names are never touched.
 """
 
 from __future__ import annotations
@@ -43,38 +43,39 @@ _OUR_NAMES = (  # namespace / first byte of the key / page, or a page being writ
 )
 _LOCK_NAME = "in-use.lock"
 _NUMBER_BYTES = 8
-_WAIT_S, _OPEN_WAIT_S, _PAUSE_S = 5.0, 60.0, 0.002  # for the lock: who holds it may be scanning, or stopped
+_WAIT_S, _OPEN_WAIT_S, _PAUSE_S = 5.0, 60.0, 0.002  # for the lock: its holder may be scanning, or stopped
 _MAX_KNOWN = 1 << 16  # files remembered for eviction, about 20 MB
-_MAX_STATS_PER_RESERVE = 1024  # files looked at before one is written
-_ABANDONED_NS = 60 * 10**9  # no page takes a minute to write: who wrote this is dead
+_MAX_STATS_PER_RESERVE = 1024  # files whose status is read before a file is written
+_ABANDONED_NS = 60 * 10**9  # no page takes a minute to write: an older unfinished file has a dead writer
 
 
 class DiskBudget:
-    """Mutable, used by all threads of one store. Raises `OSError` where the folder or its lock cannot be had."""
+    """The bytes in use and the eviction order. Mutable, used by all threads of one store. Methods raise `OSError` if
+    the folder or its lock cannot be used."""
 
     def __init__(self, root: Path, capacity_bytes: int, tally: Tally) -> None:
         self._root = root
         self._lock_path = str(root / _LOCK_NAME)
         self._capacity_bytes = capacity_bytes
-        self._limit_bytes = capacity_bytes  # less while the disk is full
+        self._limit_bytes = capacity_bytes  # lower while the disk is full
         self._tally = tally
         self._lock = threading.Lock()
         self._num_timeouts = 0
-        self._oldest: list[tuple[int, str]] = []  # heap of (mtime_ns when we looked, path)
-        self._newest_known_ns = 0  # beyond it there may be files that we do not know
+        self._oldest: list[tuple[int, str]] = []  # heap of (mtime_ns at the scan, path)
+        self._newest_known_ns = 0  # files newer than this may be unknown
         with self.exclusive(_OPEN_WAIT_S) as fd:
             in_use = self._scan(_load(fd))
             _save(fd, in_use)
         before = in_use + 1
-        while capacity_bytes < in_use < before:  # the cap may have been higher before
+        while capacity_bytes < in_use < before:  # an earlier process may have had a higher limit
             with self.exclusive(_OPEN_WAIT_S) as fd:
                 before, in_use = in_use, self._evict(_load(fd), 0, set())
-                if in_use >= before:  # what was known is used up
+                if in_use >= before:  # no known file is left
                     in_use = self._evict(self._scan(in_use), 0, set())
                 _save(fd, in_use)
 
     def reserve(self, num_bytes: int, keep: set[str]) -> bool:
-        """Counts `num_bytes` as used, evicting what is not in `keep`. False: no room could be made."""
+        """Count `num_bytes` as used, evicting files that are not in `keep`. Return False if too little was evicted."""
         with self.exclusive() as fd:
             in_use = self._evict(_load(fd), num_bytes, keep)
             if in_use + num_bytes > self._limit_bytes:
@@ -84,8 +85,8 @@ class DiskBudget:
             return fits
 
     def release(self, num_bytes: int, *, is_disk_full: bool) -> None:
-        """What was reserved was not written. On a full disk the cap is, until the next scan, less than what we have:
-        else nothing new could ever be stored again."""
+        """Take back a reservation whose file was not written. If the disk is full, lower the limit below the bytes in
+        use until the next scan: otherwise nothing would be evicted, and no new page could be stored."""
         with self.exclusive() as fd:
             in_use = max(0, _load(fd) - num_bytes)
             _save(fd, in_use)
@@ -93,7 +94,7 @@ class DiskBudget:
                 self._limit_bytes = in_use * 15 // 16
 
     def in_use_bytes(self) -> int:
-        """As of now, without waiting for who holds the lock."""
+        """Return the current number, without waiting for the lock."""
         fd = open_own(self._lock_path, os.O_RDONLY)
         try:
             return _load(fd)
@@ -101,24 +102,24 @@ class DiskBudget:
             os.close(fd)
 
     def _evict(self, in_use: int, num_bytes: int, keep: set[str]) -> int:
-        """Deletes the oldest files, as far as they are known, to make room; returns how many bytes are still in use."""
+        """Delete the oldest known files to make room; return the bytes still in use."""
         for _ in range(_MAX_STATS_PER_RESERVE):
             if in_use + num_bytes <= self._limit_bytes:
                 break
             if not self._oldest or self._oldest[0][0] > self._newest_known_ns:
                 break
             mtime_ns, path = heapq.heappop(self._oldest)
-            with self._tally.tolerating():  # another process may be quicker
+            with self._tally.tolerating():  # another process may have deleted the file
                 status = os.stat(path)
-                if status.st_mtime_ns > mtime_ns:  # used since we looked
+                if status.st_mtime_ns > mtime_ns:  # used since the scan
                     heapq.heappush(self._oldest, (status.st_mtime_ns, path))
-                elif path not in keep:  # the next scan finds those again
+                elif path not in keep:  # the next scan finds files in `keep` again
                     os.unlink(path)
                     in_use = max(0, in_use - status.st_size)
                     self._tally.add(num_evicted=1)
         return in_use
 
-    # ------------------------------------------------------------ what is there
+    # ------------------------------------------------------------ the scan
 
     def _scan(self, recorded_bytes: int) -> int:
         """Find the oldest files; return the bytes of all files, at least `recorded_bytes` after an error."""
@@ -142,7 +143,7 @@ class DiskBudget:
         return num_bytes if self._tally.stats(0).errors == errors else max(num_bytes, recorded_bytes)
 
     def _files(self) -> Iterable[os.DirEntry[str]]:
-        """Our files of every namespace, folder by folder."""
+        """Yield the store's files of every namespace, folder by folder."""
         entries: Iterable[os.DirEntry[str]] = self._entries(_OUR_NAMES[0], self._root)
         for pattern in _OUR_NAMES[1:]:
             entries = chain.from_iterable(map(partial(self._entries, pattern), entries))
@@ -157,11 +158,11 @@ class DiskBudget:
 
     @contextlib.contextmanager
     def exclusive(self, wait_s: float = _WAIT_S) -> Iterator[int]:
-        """The lock file: no other thread or process counts or evicts meanwhile. Opened anew each time, because the
-        folder may have been removed and made again."""
+        """Hold the lock file: no other thread or process counts or evicts meanwhile. The file is opened each time,
+        because the folder may have been removed and created again."""
         num_timeouts = self._num_timeouts
         with self._lock:
-            # Behind a thread that waited in vain we have waited, too.
+            # If a thread ahead of this one timed out, this thread has waited as long: try once only.
             num_tries = round(wait_s / _PAUSE_S) if self._num_timeouts == num_timeouts else 1
             fd = open_with_folder(self._lock_path, os.O_RDWR | os.O_CREAT)
             try:
@@ -179,7 +180,7 @@ class DiskBudget:
 
 
 def open_with_folder(path: str, flags: int) -> int:
-    """For this user alone: the file, and its folder where there is none."""
+    """Open a file for this user alone, and create its folder if missing."""
     try:
         return open_own(path, flags)
     except FileNotFoundError:

@@ -1,19 +1,19 @@
-"""The embedded store: a folder of files, one a page, that any number of processes use at once.
+"""The file store: a folder with one file per page, used by any number of processes at once.
 
-    <path>/secret                                                    of this store (secret.py), unless one is named
+    <path>/secret                                                    the store's secret (secret.py), if none is named
            <hash>/<first byte of the key>/<key>.page                 header (4 KiB), then the page's bytes
                                           <key>.<random>.new         being written, renamed when complete
 
 The folder `<hash>` belongs to one namespace and one secret. Every page carries a seal, a keyed BLAKE3 of its header and
-bytes: only who has the secret can write one that is taken. And only plain files of this user are read at all.
+bytes: a page written without the secret is not accepted. Only regular files of this user are read.
 
-A page comes into being by a rename, so a reader sees all of it or nothing; two writers of one key write the same bytes,
-and the last rename wins. Nothing is synced: after a power loss a torn page fails its checksum, and is a miss.
-The header takes 4 KiB, so that the page behind it starts where the kernel's memory pages do: reading into an aligned
-buffer is then half as fast again, and on disk the file takes no block more than with a short header.
+A page file appears by a rename, so a reader sees all of it or nothing. Two writers of one key write the same bytes, and
+the last rename wins. Nothing is synced: after a power loss a torn page fails its seal, and is a miss. The header takes
+4 KiB, so that the page after it is aligned to the kernel's memory pages: reading into an aligned buffer is 1.5 times as
+fast, and the file uses no more disk blocks than with a short header.
 
-Life cycle of the writing half: an error (disk full, permission gone, folder gone) suspends it for five seconds; reading
-goes on. Which files go when the cap is reached is disk_budget.py's.
+A write error (disk full, permission lost, folder gone) suspends writing for five seconds; reading continues.
+disk_budget.py decides which files are evicted at the size limit.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ _HEADER_BYTES = 4096
 _MAGIC, _VERSION = b"kvist-kv", 2
 _HEADER = struct.Struct("<8sIQ16s32s")  # magic, version, page_bytes, folder, key; then the seal, then the namespace
 _FOLDER_BYTES = 16
-_TOUCH_NS = 60 * 10**9  # a page in use says so once a minute: an mtime is a write too
-_STEP_NS = 1000  # each page of a call counts as used this much before the one in front of it
+_TOUCH_NS = 60 * 10**9  # the mtime of a page in use is updated at most once a minute: an update is a disk write
+_STEP_NS = 1000  # each page of a call counts as used this much earlier than the page before it
 _SUSPEND_S = 5.0
 
 logger = logging.getLogger(__name__)
 
 
 class FileStore:
-    """Raises `ConfigError` without a path, `StoreError` when the folder cannot be written."""
+    """A `PageStore` in a folder. Raises `ConfigError` without a path, `StoreError` if the folder cannot be written."""
 
     def __init__(self, spec: StoreSpec, clock: Clock | None = None) -> None:
         if spec.path is None:
-            raise ConfigError("the file store needs a path: name the folder that holds its pages")
+            raise ConfigError("the file store needs a path: name the folder for its pages")
         self._page_bytes = spec.page_bytes
         self._file_bytes = _HEADER_BYTES + spec.page_bytes
         self._namespace = spec.namespace.encode()
@@ -63,7 +63,7 @@ class FileStore:
         self._tally = Tally()
         secret = None if spec.secret_path is None else read_secret(spec.secret_path)
         try:
-            own_folder(self._root)  # before anything is opened in it
+            own_folder(self._root)  # checked before any file in it is opened
             self._budget = DiskBudget(self._root, spec.capacity_bytes, self._tally)
             with self._budget.exclusive():
                 self._own_secret = None if secret else secret_of(self._root)
@@ -72,10 +72,10 @@ class FileStore:
             self._folder_id = blake3(self._namespace, key=self._names_key).digest(length=_FOLDER_BYTES)
             self._folder = str(self._root / self._folder_id.hex())
             own_folder(self._folder)
-            tempfile.TemporaryFile(dir=self._folder).close()  # may we write?
+            tempfile.TemporaryFile(dir=self._folder).close()  # raises if the folder is not writable
         except OSError as error:
             raise StoreError(
-                f"cannot open the file store in {spec.path}: {error}. Name a folder that only this user may write"
+                f"cannot open the file store in {spec.path}: {error}. Name a folder that only this user may write to"
             ) from error
 
     def exists(self, keys: Sequence[bytes]) -> int:
@@ -90,7 +90,7 @@ class FileStore:
             is_whole = self._read(key, page, now_ns - index * _STEP_NS)
             if is_whole is None:
                 break
-            # Behind a damaged page the others are read, too: else each that is damaged would cost a miss of its own.
+            # Pages after a damaged page are read too: all damaged pages of a call are removed at once.
             num_hits += is_whole and num_hits == index
         self._tally.add(num_hits=num_hits, num_misses=len(keys) - num_hits)
         return num_hits
@@ -132,7 +132,7 @@ class FileStore:
         return (fields + seal + self._namespace)[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0")
 
     def _stat(self, path: str) -> os.stat_result | None:
-        """None: there is no such page, or not a whole one of ours."""
+        """Return the file's status; None if there is no such file, or not a complete one of this user."""
         with self._tally.tolerating():
             status = os.lstat(path)
             return status if self._is_whole(status) else None
@@ -142,7 +142,7 @@ class FileStore:
         return status.st_size == self._file_bytes and is_own_file(status)
 
     def _read(self, key: bytes, page: memoryview, used_ns: int) -> bool | None:
-        """False: it was damaged or another user's, and is removed. None: it is not there."""
+        """Read and verify a page. False: the page was damaged or another user's, and is removed. None: no such page."""
         path, header = self._path(key), bytearray(_HEADER_BYTES)
         with self._tally.tolerating():
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -181,7 +181,7 @@ class FileStore:
         except OSError as error:
             self._tally.error(error)
             self._suspended_until_s = max(self._suspended_until_s, self._clock.now_s() + _SUSPEND_S)
-            logger.warning("the file store writes nothing for %g s: %s", _SUSPEND_S, error)
+            logger.warning("the file store suspends writing for %g s: %s", _SUSPEND_S, error)
             return False
         self._tally.add(num_written=1)
         return True

@@ -1,4 +1,4 @@
-"""A store in this process's memory, for tests and simulation: engines that share it share the object."""
+"""A store in this process's memory, for tests and simulation: engines share the store by sharing the object."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class MemoryStore:
         self._page_bytes = spec.page_bytes
         self._max_pages = spec.capacity_bytes // spec.page_bytes
         self._lock = threading.Lock()
-        self._pages: OrderedDict[bytes, bytes] = OrderedDict()  # used longest ago first
+        self._pages: OrderedDict[bytes, bytes] = OrderedDict()  # least recently used first
         self._tally = Tally()
 
     def exists(self, keys: Sequence[bytes]) -> int:
@@ -58,7 +58,7 @@ class MemoryStore:
             self._pages.clear()
 
     def _use(self, keys: Sequence[bytes]) -> None:
-        for key in reversed(keys):  # the head of a prefix is the last to go
+        for key in reversed(keys):  # the head of a prefix is evicted last
             self._pages.move_to_end(key)
 
     def _make_room(self, keep: set[bytes]) -> bool:

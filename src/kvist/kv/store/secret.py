@@ -1,9 +1,9 @@
-"""The secret of a store: who has it can tell a page that one of us wrote from one that somebody else put there.
+"""The secret of a store: with it, a worker tells pages that its own workers wrote from forged pages.
 
-Without a file named for it (`--hicache-storage-secret-file`) it lies in the store's own folder, drawn by the first who
-opens that: safe from other users, since nobody else may read it there. Where others may write to the disk itself (a
-network mount), name a file elsewhere, the same for all workers that share the store. Workers with different secrets use
-one folder side by side and never meet.
+Without `--hicache-storage-secret-file` the secret is a file in the store's own folder, drawn at random by the first
+worker that opens the folder. The file is safe from other users, since only its owner may read it. If others can write
+to the disk itself (a network mount), name a file elsewhere, the same for all workers that share the store. Workers with
+different secrets can use one folder side by side, and share no page.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from kvist.own_files import open_own, write_new
 
 _NAME = "secret"
 _MIN_BYTES, _MAX_BYTES = 16, 4096
-_CONTEXT = "kvist 2026-11-29 pages of a shared store"  # BLAKE3's separation of what one secret is used for
+_CONTEXT = "kvist 2026-11-29 pages of a shared store"  # BLAKE3's context string: separates uses of one secret
 
 
 def read_secret(path: Path) -> bytes:
-    """Of a file that the operator named, and whose owner is his business (a mounted secret has another one). Raises
-    `ConfigError`."""
+    """Read the secret from the operator's file. Its owner is not checked: a mounted secret may belong to another user.
+    Raises `ConfigError`."""
     try:
         with path.open("rb") as file:
             secret = file.read(_MAX_BYTES + 1).strip()
@@ -43,7 +43,7 @@ def read_secret(path: Path) -> bytes:
 
 
 def secret_of(root: Path) -> bytes:
-    """The folder's own; drawn if it has none. The caller holds the folder's lock. Raises `OSError`."""
+    """Return the folder's own secret, drawn if missing. The caller holds the folder's lock. Raises `OSError`."""
     path = root / _NAME
     try:
         fd = open_own(path, os.O_RDONLY)
@@ -55,7 +55,7 @@ def secret_of(root: Path) -> bytes:
         secret = os.read(fd, _MAX_BYTES).strip()
     finally:
         os.close(fd)
-    if len(secret) < _MIN_BYTES:  # of a power loss: what was stored under it is lost, and gives way in time
+    if len(secret) < _MIN_BYTES:  # cut short by a power loss: pages stored with it are lost, and will be evicted
         path.unlink()
         return secret_of(root)
     return secret
@@ -66,13 +66,13 @@ def has_secret(root: Path) -> bool:
 
 
 def keep_secret(root: Path, secret: bytes) -> None:
-    """The folder was removed and made again: those who open it next shall share what is stored from now on. The caller
-    holds the folder's lock."""
+    """Write the secret into a folder that was removed and created again, so that workers that open the folder later
+    share the pages stored from now on. The caller holds the folder's lock."""
     if not has_secret(root):
         write_new(root / _NAME, secret + b"\n")
 
 
 def page_key(secret: bytes, namespace: str) -> bytes:
-    """For the pages of one namespace, 32 bytes."""
+    """Derive the key for the pages of one namespace: 32 bytes."""
     key = blake3(secret, derive_key_context=_CONTEXT).digest()
     return blake3(namespace.encode(), key=key).digest()
