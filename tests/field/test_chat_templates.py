@@ -98,5 +98,5 @@ def test_tools_and_documents_are_none_when_there_are_none(name: str) -> None:
 
 def test_whatever_a_template_raises_is_a_refusal_of_the_messages() -> None:
     for source in ("{{ messages[7].content.x }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 1 // 0 }}"):
-        with pytest.raises(RequestError, match="chat template refuses"):
+        with pytest.raises(RequestError, match="chat template rejects"):
             render(source)

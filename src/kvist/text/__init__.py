@@ -1,4 +1,4 @@
-"""Text at the gateway's edge: tokens from text and chats, text from tokens, stop strings.
+"""Text processing of the gateway: tokens from texts and chats, text from tokens, stop strings.
 
 `load_tokenizer` reads a Hugging Face folder or GGUF metadata; neither needs `transformers`.
 """
@@ -27,8 +27,8 @@ __all__ = [
 
 
 def load_tokenizer(checkpoint: Checkpoint, config: TextConfig | None = None) -> Tokenizer:
-    """Raises `ModelLoadError` naming the file and what is missing or unknown in it, and `ConfigError` for a wrong
-    option."""
+    """Load the tokenizer of a checkpoint. Raises `ModelLoadError` that names the file and the missing or unknown part,
+    and `ConfigError` for an invalid option."""
     config = config or TextConfig()
     if checkpoint.kind is CheckpointKind.GGUF:
         from kvist.text.gguf import tokenizer_from_gguf

@@ -1,9 +1,9 @@
-"""Tokenises a text as far as it could fit, piece by piece: neither time nor memory grow with what is too long anyway.
+"""Tokenises a text in pieces up to a limit of tokens, so that time and memory do not grow with the excess of the text.
 
-A tokenizer needs about 100 bytes of memory for each character of what it is given at once. So a long text is cut before
-words, where the pre-tokenizers of byte-level models cut it too: the ids of the pieces are the ids of the whole. A text
-without such places (no spaces, or a tokenizer that merges across words) is counted in pieces first, and tokenised as
-one only when that says that it fits.
+A tokenizer takes about 100 bytes of memory for each character of one input. A long text is therefore cut before words,
+where the pre-tokenizers of byte-level models cut too: the joined ids of the pieces are the ids of the whole text. A
+text without such cut points (no spaces, or a tokenizer that merges across words) is first counted in pieces, and
+tokenised as a whole only if it fits by that count.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from itertools import islice
 from kvist.text.tokenizer import Alphabet, Tokenizer
 
 PIECE_CHARS = 32768
-_SEARCHED_CHARS = 1024  # how far back a place to cut is looked for
-_WINDOW_CHARS = 48  # what is tokenised on both sides of a place, to see that it is one
+_SEARCHED_CHARS = 1024  # searched backwards for a cut point
+_WINDOW_CHARS = 48  # tokenised on both sides of a candidate, to verify the cut point
 _MAX_TRIES = 8
-_CUT_ERROR_TOKENS = 64  # by which a cut inside a word may change the count
+_CUT_ERROR_TOKENS = 64  # bound of the change of the count by a cut inside a word
 
 
 def encode_up_to(
     tokenizer: Tokenizer, text: str, max_tokens: int, *, add_special_tokens: bool = True
 ) -> list[int] | None:
-    """As `Tokenizer.encode`; None when there are more than `max_tokens`. A text of one piece is never None."""
+    """Return the ids as `Tokenizer.encode` does, or None when a text of more than one piece has over `max_tokens`."""
     if len(text) <= PIECE_CHARS:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     after = _special_end(tokenizer) if add_special_tokens else []
@@ -42,7 +42,7 @@ def encode_up_to(
 
 
 def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[tuple[int, str, bool]]:
-    """The pieces with their starts, and whether each one's end is a place where the tokenizer cuts too."""
+    """Yield start and text of each piece, and whether the piece ends where the tokenizer cuts too."""
     start = 0
     while len(text) - start > PIECE_CHARS:
         place = _place_to_cut(tokenizer, text, start + PIECE_CHARS)
@@ -53,7 +53,7 @@ def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def _place_to_cut(tokenizer: Tokenizer, text: str, end: int) -> int | None:
-    """The last place before `end` where a word begins after one space; None: there is none near."""
+    """Return the last index before `end` where a word begins after one space, or None when none is near."""
     if tokenizer.alphabet is not Alphabet.BYTE_LEVEL:
         return None
     words = (
@@ -65,14 +65,14 @@ def _place_to_cut(tokenizer: Tokenizer, text: str, end: int) -> int | None:
 
 
 def _cuts_at(tokenizer: Tokenizer, text: str, place: int) -> bool:
-    """As far as can be seen from near by: what stands to the left and to the right is tokenised alike together."""
+    """Return whether the windows on both sides of `place` have the same ids separately and together."""
     left, right = text[place - _WINDOW_CHARS : place], text[place : place + _WINDOW_CHARS]
     both, one, other = (tokenizer.encode(part, add_special_tokens=False) for part in (left + right, left, right))
     return both == one + other
 
 
 def _special_end(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer adds after a text; most add nothing there."""
+    """Return the ids that the tokenizer adds after a text; most tokenizers add none."""
     bare = tokenizer.encode("a", add_special_tokens=False)
-    dressed = tokenizer.encode("a", add_special_tokens=True)
-    return dressed[dressed.index(bare[-1]) + 1 :]
+    with_special = tokenizer.encode("a", add_special_tokens=True)
+    return with_special[with_special.index(bare[-1]) + 1 :]

@@ -1,7 +1,7 @@
-"""Chat templates: messages → the prompt text the model was trained on.
+"""Chat templates: render messages as the prompt text that the model was trained on.
 
-Templates come with the model and are foreign code: they run in jinja2's immutable sandbox, with the names and tags
-that Hugging Face promises them (`raise_exception`, `strftime_now`, `tojson`, loop controls, `generation`).
+Templates come with the model and are untrusted code: they run in jinja2's immutable sandbox, with the names and tags
+that Hugging Face provides (`raise_exception`, `strftime_now`, `tojson`, loop controls, `generation`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jinja2.parser import Parser
 
 from kvist.errors import ModelLoadError, PromptTooLong, RequestError
 
-_MAX_PIECES = 1 << 19  # what a template writes at once, mostly a few for each message: bounds its loops
+_MAX_PIECES = 1 << 19  # pieces that a template may write, usually a few for each message: bounds its loops
 
-Message = Mapping[str, object]  # role, content, and whatever else the template reads
+Message = Mapping[str, object]  # role, content, and any other key that the template reads
 
-_END_OF_FINAL = "\udfff"  # where the final message ends; a lone surrogate, so no text can hold it
-# JSON escapes for all that is not ASCII, but not for the marks that stand for special tokens (tokenizer.py)
+_END_OF_FINAL = "\udfff"  # marks the end of the final message; a lone surrogate, which no text can contain
+# Everything outside ASCII, except the marks that replace special tokens (plain_content.py).
 _ESCAPED = re.compile("[^\x00-\x7f\ud800-\udfff]")
 
 
@@ -36,7 +36,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # not jinja's own filter, which escapes <, > and & for HTML
+    # replaces jinja's own filter, which escapes <, > and & for HTML
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
     return _ESCAPED.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
@@ -50,8 +50,8 @@ def _local_now() -> datetime:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} marks for training what the assistant says. Here its body is what it is, in a scope of its own
-    as in transformers."""
+    """{% generation %} marks the assistant's text for training. For inference its body is rendered unchanged, in a
+    scope of its own as in transformers."""
 
     tags = {"generation"}  # noqa: RUF012  jinja's own declaration
 
@@ -61,12 +61,12 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class ChatTemplate:
-    """Compiled once, rendered for each chat. `special_tokens` are the names templates use: bos_token, eos_token..."""
+    """A chat template, compiled once and rendered for each chat. `special_tokens` are bos_token, eos_token..."""
 
     def __init__(
         self, source: str, *, special_tokens: Mapping[str, str], now: Callable[[], datetime] = _local_now
     ) -> None:
-        """Raises `ModelLoadError` when `source` is no template."""
+        """Raises `ModelLoadError` when `source` is not a valid template."""
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
         )
@@ -89,8 +89,10 @@ class ChatTemplate:
         options: Mapping[str, object] | None = None,
         max_chars: int = sys.maxsize,
     ) -> str:
-        """The prompt text. `continue_final_message`: it ends with the final message's content, for the model to go on
-        from there. `options` are extra names for the template (`enable_thinking`...). Raises `RequestError`, and
+        """Return the prompt text.
+
+        With `continue_final_message` the text ends with the content of the final message, for the model to continue.
+        `options` are extra variables for the template (`enable_thinking`...). Raises `RequestError`, and
         `PromptTooLong` as soon as the text has more than `max_chars`."""
         if continue_final_message:
             messages = [*messages[:-1], _open_ended(messages[-1])]
@@ -100,9 +102,9 @@ class ChatTemplate:
             text = self._render(names, max_chars)
         except PromptTooLong:
             raise
-        except Exception as error:  # a template may do anything
+        except Exception as error:  # a template may raise anything
             raise RequestError(
-                f"the model's chat template refuses these messages: {error}", param="messages"
+                f"the model's chat template rejects these messages: {error}", param="messages"
             ) from error
         return _up_to_final(text) if continue_final_message else text
 
@@ -114,7 +116,8 @@ class ChatTemplate:
             num_chars += len(piece)
             if num_chars > max_chars or len(pieces) > _MAX_PIECES:
                 raise PromptTooLong(
-                    "the model's chat template makes a prompt of these messages that is far too long", param="messages"
+                    "the prompt that the model's chat template makes of these messages is far too long",
+                    param="messages",
                 )
         return "".join(pieces)
 
@@ -122,7 +125,7 @@ class ChatTemplate:
 def _open_ended(message: Message) -> Message:
     content = message.get("content")
     if not isinstance(content, str):
-        problem = "`continue_final_message` needs a final message with text to go on from"
+        problem = "`continue_final_message` needs a final message with text to continue"
         raise RequestError(problem, param="continue_final_message")
     return {**message, "content": f"{content}{_END_OF_FINAL} "}  # the space shows whether the template trims
 
@@ -130,9 +133,7 @@ def _open_ended(message: Message) -> Message:
 def _up_to_final(text: str) -> str:
     before, mark, after = text.rpartition(_END_OF_FINAL)
     if not mark:
-        problem = (
-            "the model's chat template leaves out the final message, so `continue_final_message` cannot be honoured"
-        )
+        problem = "the model's chat template omits the final message, so `continue_final_message` cannot be honoured"
         raise RequestError(problem, param="continue_final_message")
     before = before.replace(_END_OF_FINAL, "")  # a template may write the message twice
     return before if after.startswith(" ") else before.rstrip()

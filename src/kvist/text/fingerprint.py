@@ -1,7 +1,7 @@
-"""Names a tokenizer by its vocabulary: which id stands for which text, and which ids are special.
+"""Fingerprints of a tokenizer's vocabulary: the text of every id, and the ids that are special.
 
-A router tokenises for all of its workers (docs/adr/0003-tokenise-once.md), so its vocabulary must be their model's. The
-same vocabulary has the same name whether it comes from a Hugging Face folder or from a GGUF file.
+A router tokenises for all of its workers (docs/adr/0003-tokenise-once.md), so its vocabulary must equal that of their
+model. A vocabulary has the same fingerprint whether it comes from a Hugging Face folder or from a GGUF file.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ logger = logging.getLogger(__name__)
 
 
 def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
-    """32 hex digits."""
+    """Return the fingerprint: 32 hex digits."""
     entries = sorted((token_id, token) for token, token_id in tokenizer.vocabulary().items())
-    # A GGUF names the ids that the model has and the tokenizer lacks.
+    # A GGUF file also has names for padding ids, which the tokenizer of the Hugging Face folder lacks.
     lines = [f"{token_id}\0{token}" for token_id, token in entries if token != f"[PAD{token_id}]"]
     special = ",".join(map(str, sorted(tokenizer.special_token_ids)))
     return blake3("\n\0".join([*lines, special]).encode()).hexdigest(length=16)
 
 
 def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
-    """Of the checkpoint's own tokenizer, cached beside its content's; "" when it has none that can be read."""
+    """Return the fingerprint of the checkpoint's own tokenizer, cached like that of its content; "" when the
+    checkpoint has no readable tokenizer."""
     from kvist.text import load_tokenizer
 
     file = checkpoint.path / "tokenizer.json" if checkpoint.kind is CheckpointKind.HF else checkpoint.path

@@ -1,5 +1,7 @@
-"""A tokenizer from the metadata of a GGUF file: byte-level BPE (`tokenizer.ggml.model` = "gpt2"), whose rules to cut a
-text are in gguf_pre_tokenizers.py, or SentencePiece ("llama", gguf_sentencepiece.py).
+"""Builds a tokenizer from the metadata of a GGUF file.
+
+Supported are byte-level BPE (`tokenizer.ggml.model` = "gpt2"; gguf_pre_tokenizers.py has the rules that split a text)
+and SentencePiece ("llama"; gguf_sentencepiece.py).
 """
 
 from __future__ import annotations
@@ -29,15 +31,15 @@ def tokenizer_from_gguf(path: Path, options: TextConfig) -> Tokenizer:
     except ModelLoadError as error:
         raise ModelLoadError(f"{path}: {error.message}") from error
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ModelLoadError(f"{path}: its tokenizer metadata is broken: {error!r}") from error
+        raise ModelLoadError(f"{path}: the tokenizer metadata is broken: {error!r}") from error
 
 
 def _build(metadata: Mapping[str, Any], options: TextConfig) -> Tokenizer:
     model = metadata.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
         raise ModelLoadError(
-            f"tokenizer.ggml.model is {model!r}; from GGUF byte-level BPE ('gpt2') and SentencePiece ('llama') can be "
-            "read. Use the model's Hugging Face folder instead"
+            f"tokenizer.ggml.model is {model!r}; supported in GGUF files are byte-level BPE ('gpt2') and "
+            "SentencePiece ('llama'). Use the model's Hugging Face folder instead"
         )
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     kinds: list[int] = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
@@ -51,7 +53,7 @@ def _build(metadata: Mapping[str, Any], options: TextConfig) -> Tokenizer:
     except (ModelLoadError, KeyError, TypeError, ValueError):
         raise
     except Exception as error:  # the library raises bare Exception
-        raise ModelLoadError(f"its vocabulary and merges do not fit: {error}") from error
+        raise ModelLoadError(f"the vocabulary does not fit the merges: {error}") from error
     _add_special(backend, tokens, kinds)
     chat_template, no_chat_template_reason = find_chat_template(
         options, metadata.get("tokenizer.chat_template"), _template_tokens(metadata, tokens)
@@ -67,12 +69,12 @@ def _build(metadata: Mapping[str, Any], options: TextConfig) -> Tokenizer:
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[bool, Backend]:
-    """Whether prompts begin with bos unless the file says, and the backend."""
+    """Return whether prompts begin with bos (unless the file decides otherwise), and the backend."""
     pre = metadata.get("tokenizer.ggml.pre", "default")
     rules = RULES.get(pre)
     if rules is None:
         raise ModelLoadError(
-            f"tokenizer.ggml.pre is {pre!r}; known are {', '.join(sorted(RULES))}. "
+            f"tokenizer.ggml.pre is {pre!r}; supported: {', '.join(sorted(RULES))}. "
             "Use the model's Hugging Face folder instead"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]

@@ -1,8 +1,7 @@
-"""How the byte-level tokenizers that GGUF files name (`tokenizer.ggml.pre`) cut a text before they merge.
+"""The rules by which byte-level tokenizers in GGUF files (`tokenizer.ggml.pre`) split a text before merging.
 
-GGUF names these rules by a word. For each word we know, the rules here are those of that model family's published
-tokenizer.json. A word we do not know is an error: a wrong cut would not crash, it would make every answer a little
-worse.
+GGUF names a set of rules by one word. The rules for each known word are those of the published tokenizer.json of that
+model family. An unknown word is an error: wrong rules would not crash, but would make every answer slightly worse.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _QWEN35 = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _SPACES
-# Words with small letters at their end, or of capitals alone.
+# Words that end in lower-case letters, or have capitals only.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (
     r"[^\r\n\p{L}\p{N}]?" + _UPPER + "*" + _LOWER + "+{0}|" + r"[^\r\n\p{L}\p{N}]?" + _UPPER + "+" + _LOWER + "*{0}"
@@ -45,12 +44,13 @@ _DEEPSEEK_V3 = (
 class Rules:
     pre_tokenizer: Callable[[], PreTokenizer]
     ignores_merges: bool = False  # a piece that is a whole token needs no merges
-    nfc: bool = False  # texts are normalised first
-    adds_bos: bool = False  # unless the file says
+    nfc: bool = False  # texts are first normalised to NFC
+    adds_bos: bool = False  # unless the file decides otherwise
 
 
 def _split(*patterns: str) -> Callable[[], PreTokenizer]:
-    """Each pattern cuts further what the former ones left; then bytes become GPT-2's printable alphabet."""
+    """Split by each pattern in order, every pattern within the pieces of the previous one; then map bytes to GPT-2's
+    printable alphabet."""
 
     def make() -> PreTokenizer:
         steps: list[PreTokenizer] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]

@@ -1,7 +1,7 @@
-"""A backend for SentencePiece vocabularies in GGUF files (`tokenizer.ggml.model` = "llama"): pieces with scores.
+"""A BPE backend for SentencePiece vocabularies in GGUF files (`tokenizer.ggml.model` = "llama"): pieces with scores.
 
-SentencePiece merges, again and again, the two neighbours whose joined piece has the highest score. A list of merges
-sorted by those scores says the same to a BPE, which is how published tokenizer.json files of these models are made.
+SentencePiece repeatedly merges the two neighbours whose joined piece has the highest score. A BPE with a list of merges
+sorted by those scores does the same; the published tokenizer.json files of these models are made that way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NORMAL, _UNKNOWN, _BYTE = 1, 2, 6  # tokenizer.ggml.token_type
 def sentencepiece_backend(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> Backend:
     scores: Sequence[float] = metadata["tokenizer.ggml.scores"]
     if not len(tokens) == len(scores) == len(kinds):
-        raise ModelLoadError("its tokens, scores and token types are not equally many")
+        raise ModelLoadError("the numbers of tokens, scores and token types differ")
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN), None)
     backend = Backend(
         models.BPE(
@@ -40,7 +40,7 @@ def sentencepiece_backend(metadata: Mapping[str, Any], tokens: Sequence[str], ki
 
 
 def _merges(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> list[tuple[str, str]]:
-    """The highest score first; of equals the lowest token id."""
+    """Return the merges, highest score first; equal scores in order of token id."""
     score_of = {
         token: score for token, score, kind in zip(tokens, scores, kinds, strict=True) if kind == _NORMAL and token
     }

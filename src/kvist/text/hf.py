@@ -1,5 +1,6 @@
-"""A tokenizer from a Hugging Face model folder: tokenizer.json, and beside it tokenizer_config.json,
-special_tokens_map.json and chat_template.jinja where they are.
+"""Builds a tokenizer from a Hugging Face model folder.
+
+The folder needs tokenizer.json; tokenizer_config.json, special_tokens_map.json and chat_template.jinja are optional.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def tokenizer_from_folder(folder: Path, options: TextConfig) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ModelLoadError(
-            f"{folder} has no tokenizer.json. Make one: "
-            "AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder) with transformers"
+            f"{folder} has no tokenizer.json. Create one with transformers: "
+            "AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder)"
         )
     try:
         backend = Backend.from_file(str(path))
@@ -50,7 +51,7 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens are written as a string or as {"content": string}."""
+    """Return the special tokens by name. A file has each token as a string or as {"content": string}."""
     named = {}
     for name in _SPECIAL_NAMES:
         value = config.get(name)
@@ -68,13 +69,13 @@ def _alphabet(backend: Backend, path: Path) -> Alphabet:
     if "ByteFallback" in steps or steps == ["Metaspace"]:
         return Alphabet.SENTENCEPIECE
     raise ModelLoadError(
-        f"{path}: decoder {'+'.join(map(str, steps))} is not known; ByteLevel, ByteFallback and Metaspace are"
+        f"{path}: decoder {'+'.join(map(str, steps))} is not supported; supported: ByteLevel, ByteFallback, Metaspace"
     )
 
 
 def _own_template(folder: Path, config: Mapping[str, Any]) -> object:
     file = folder / "chat_template.jinja"
     source: object = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-    if isinstance(source, list):  # several named templates: the one for plain chats
+    if isinstance(source, list):  # several named templates: take the one for plain chats
         return next((entry["template"] for entry in source if entry.get("name") == "default"), None)
     return source

@@ -1,8 +1,8 @@
-"""Keeps what a chat message says from working as a control token (`--special-tokens-in-content text`).
+"""Keeps the content of chat messages from acting as control tokens (`--special-tokens-in-content text`).
 
-A template writes content and control tokens into one text, in which they cannot be told apart. So each special token
-that is spelled in content goes through the template as one character that no text can hold, a lone surrogate; the
-tokenizer then takes that character for the plain text of the token.
+A template writes content and control tokens into one text, where the two can no longer be distinguished. Before
+rendering, each special token that is spelled in content is replaced by a mark: a lone surrogate, a character that no
+text can contain. The tokenizer then encodes the mark as the plain text of the token.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import tokenizers
 
 from kvist.errors import ModelLoadError
 
-_PIECE_CHARS = 1 << 16  # searched in a few milliseconds, for which no other thread can run
-_FIRST_MARK, _NUM_MARKS = 0xD800, 0x7FF  # all surrogates but the last, which is chat.py's
+_PIECE_CHARS = 1 << 16  # searching a piece takes a few milliseconds, during which no other thread can run
+_FIRST_MARK, _NUM_MARKS = 0xD800, 0x7FF  # all surrogates except the last one, which chat.py uses
 
 
 class PlainContent:
@@ -24,7 +24,7 @@ class PlainContent:
     ) -> None:
         if len(special_tokens) > _NUM_MARKS:
             raise ModelLoadError(
-                f"--special-tokens-in-content text works for up to {_NUM_MARKS} special tokens; this tokenizer has "
+                f"--special-tokens-in-content text supports up to {_NUM_MARKS} special tokens; this tokenizer has "
                 f"{len(special_tokens)}"
             )
         self._any_special = any_special
@@ -54,7 +54,7 @@ class PlainContent:
         return "".join(pieces)
 
     def split(self, text: str) -> list[str]:
-        """Texts and marks in turn; first and last a text."""
+        """Split into texts and marks, alternating; the first and the last part are texts."""
         return self._any_mark.split(text)
 
     def ids_of(self, mark: str) -> list[int]:

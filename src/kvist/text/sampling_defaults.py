@@ -1,4 +1,4 @@
-"""The sampling that a model's makers recommend: generation_config.json of a folder, `general.sampling.*` of a GGUF."""
+"""The recommended sampling parameters of a model: generation_config.json of a folder, `general.sampling.*` of GGUF."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvist.text.config import AUTO_CONFIG, NO_CONFIG
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingDefaults:
-    """For requests that do not say. None: the makers say nothing."""
+    """Values for requests that do not set a field. None: the model has no recommendation."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -33,14 +33,14 @@ _GGUF_NAMES = {
 
 
 def load_sampling_defaults(checkpoint: Checkpoint, source: str = AUTO_CONFIG) -> SamplingDefaults:
-    """`source`: `TextConfig.generation_config`. Raises `ConfigError` when it names no folder that has them,
-    `ModelLoadError` naming the file and the field that cannot be meant."""
+    """Load the defaults from `source` (`TextConfig.generation_config`). Raises `ConfigError` when `source` is not a
+    folder with a generation_config.json, and `ModelLoadError` that names the file and the invalid field."""
     if source == NO_CONFIG:
         return SamplingDefaults()
     if source != AUTO_CONFIG:
         path = Path(source).expanduser() / "generation_config.json"
         if not path.is_file():
-            message = f"--generation-config {source}: there is no {path}; give a folder that has one, 'auto' or 'vllm'"
+            message = f"--generation-config {source}: there is no {path}; use a folder that has one, 'auto' or 'vllm'"
             raise ConfigError(message, param="generation_config")
         return _read(read_json(path), str(path))
     if checkpoint.kind is CheckpointKind.GGUF:

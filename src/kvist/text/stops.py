@@ -1,11 +1,11 @@
-"""Finds stop strings in a text that arrives in pieces. One instance for each stream; its owner pushes all text.
+"""Finds stop strings in a text that arrives in pieces. One instance per stream; its owner pushes all text.
 
-Text that may be the beginning of a stop string is withheld until that is decided. The cut is at the stop string that
-is complete first (of those complete at the same character, the one that began first), so the result does not depend on
-how the text was cut into pieces.
+Text that may begin a stop string is withheld until more text decides. The text is cut at the stop string that is
+complete first; of several that are complete at the same character, the one that began first wins. The result therefore
+does not depend on how the text was split into pieces.
 
-A stop string may spell special tokens, which are no part of the text. Each of those stands in the pushed text, and in
-the stop string that is looked for, as one character that no text can hold (a lone surrogate); none is ever shown.
+A stop string may spell special tokens, which the text does not contain. In the pushed text and in the searched stop
+string, a mark replaces each such token: a lone surrogate, a character that no text can contain. Marks are never shown.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-_FIRST_MARK, _NUM_MARKS = 0xD800, 0x800  # the surrogates: UTF-8 has none, so neither a model nor a client sends one
+_FIRST_MARK, _NUM_MARKS = 0xD800, 0x800  # the surrogates: invalid in UTF-8, so no model or client sends one
 
 
 def special_token_marks(stops: Sequence[str], special_tokens: re.Pattern[str] | None) -> dict[str, str]:
-    """Special tokens that `stops` spell → their marks. `special_tokens` matches any of the tokenizer's."""
+    """Map the special tokens that `stops` spell to marks. `special_tokens` matches any special token of the
+    tokenizer."""
     if special_tokens is None:
         return {}
     found = dict.fromkeys(token for stop in stops for token in special_tokens.findall(stop))
@@ -28,20 +29,20 @@ class StopMatcher:
     def __init__(
         self, stops: Sequence[str], *, marks: Mapping[str, str] | None = None, include_match: bool = False
     ) -> None:
-        """`marks`: what stands for special tokens in the pushed text. `include_match`: show the stop string too."""
+        """`marks` replace special tokens in the pushed text. `include_match` shows the stop string too."""
         assert all(stops), "an empty stop string would match everywhere"
         self._stops = tuple((_marked(stop, marks or {}), stop) for stop in stops)
         self._unmark = dict.fromkeys(map(ord, (marks or {}).values()))
         self._longest = max((len(pattern) for pattern, _ in self._stops), default=0)
         self._include_match = include_match
         self._pending = ""
-        self._num_exempt = 0  # of the pending characters: no stop string that ends in them counts
+        self._num_exempt = 0  # of the pending characters: a stop string that ends in them does not count
         self.matched: str | None = None
 
     def push(self, text: str, *, armed: bool = True) -> str:
-        """The text that may be shown now. After a match: what stood before it, then nothing more.
+        """Return the text that may be shown now. On a match, return the text before the match; afterwards "".
 
-        `armed` False: stop strings that end in this text do not count; one that ends later may begin in it."""
+        With `armed=False`, stop strings that end in this text do not count; a later one may begin in this text."""
         if not self._stops:
             return text
         if self.matched is not None:
@@ -68,7 +69,7 @@ class StopMatcher:
         return min(ends)[1:] if ends else None
 
     def _num_withheld(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+        """Return the length of the longest end of `text` that begins a stop string."""
         for start in range(max(0, len(text) - self._longest + 1), len(text)):
             tail = text[start:]
             if any(pattern.startswith(tail) for pattern, _ in self._stops):
@@ -79,7 +80,7 @@ class StopMatcher:
         return text.translate(self._unmark) if self._unmark else text
 
     def flush(self) -> str:
-        """The stream is over: what was withheld is ordinary text."""
+        """End the stream and return the withheld text."""
         rest, self._pending = self._pending, ""
         return self._shown(rest)
 

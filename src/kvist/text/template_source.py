@@ -1,4 +1,4 @@
-"""Which chat template is used: the operator's (`--chat-template`), else the model's own."""
+"""Selects the chat template: the operator's (`--chat-template`), else the model's own."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ logger = logging.getLogger(__name__)
 def find_chat_template(
     config: TextConfig, own_source: object, special_tokens: Mapping[str, str]
 ) -> tuple[ChatTemplate | None, str]:
-    """The template, or None and why chats are refused. `own_source`: the model's, if it has one.
+    """Return the template and "", or None and the reason why chats are refused. `own_source` is the model's template.
 
-    A model whose own template is broken still serves completions. Raises `ConfigError` for a wrong --chat-template."""
+    A model whose own template is broken still serves completions. Raises `ConfigError` for an invalid
+    --chat-template."""
     if config.chat_template is not None:
         try:
             return ChatTemplate(_read(config.chat_template), special_tokens=special_tokens), ""
@@ -29,17 +30,17 @@ def find_chat_template(
     try:
         return ChatTemplate(own_source, special_tokens=special_tokens), ""
     except ModelLoadError as error:
-        logger.warning("%s. Chats are refused; --chat-template replaces the model's own", error.message)
+        logger.warning("%s. Chats are refused; set another template with --chat-template", error.message)
         return None, f"{error.message}; use /v1/completions, or start with --chat-template"
 
 
 def _read(path_or_text: str) -> str:
-    if "{" in path_or_text:  # no file is named so, and every template has it
+    if "{" in path_or_text:  # every template contains a brace; file names are assumed not to
         return path_or_text
     path = Path(path_or_text).expanduser()
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        message = f"--chat-template {path_or_text}: {reason}; name a jinja file, or give the template itself"
+        message = f"--chat-template {path_or_text}: {reason}; use a jinja file or the template itself"
         raise ConfigError(message, param="chat_template") from error

@@ -1,9 +1,9 @@
-"""One model's tokenizer: text → token ids → bytes, with its special tokens and its chat template.
+"""The tokenizer of one model: text → token ids → bytes, with the special tokens and the chat template.
 
-Owns a `tokenizers.Tokenizer`, built by gguf.py or hf.py. Every token stands for a fixed string of bytes, which is what
-makes incremental detokenizing exact; a tokenizer whose decoder is not of that kind is refused at load.
+`Tokenizer` owns a `tokenizers.Tokenizer`, built by gguf.py or hf.py. Every token stands for a fixed string of bytes,
+which makes incremental detokenising exact; loading refuses a tokenizer with any other kind of decoder.
 
-It does not clean up spaces (`clean_up_tokenization_spaces`): a streamed text could not be corrected afterwards.
+`clean_up_tokenization_spaces` is not supported: text that has been streamed cannot be corrected afterwards.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from kvist.text.plain_content import PlainContent
 
 
 class Alphabet(enum.Enum):
-    """How a token's spelling in the vocabulary stands for bytes."""
+    """How the spelling of a token in the vocabulary encodes its bytes."""
 
     BYTE_LEVEL = "byte_level"  # GPT-2: every byte has a printable character
     SENTENCEPIECE = "sentencepiece"  # ▁ is a space, <0xE4> is a byte
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable alphabet: printable Latin-1 stands for itself, the rest moves up to U+0100 and on."""
+    """Return GPT-2's alphabet, character → byte: printable Latin-1 is unchanged, other bytes map to U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     alphabet = {chr(byte): byte for byte in printable}
@@ -45,10 +45,10 @@ class Tokenizer:
         alphabet: Alphabet,
         chat_template: ChatTemplate | None,
         no_chat_template_reason: str = "this model has no chat template; use /v1/completions",
-        prompt_start_id: int | None = None,  # what every plain prompt begins with
+        prompt_start_id: int | None = None,  # the first token of every plain prompt
         content_is_text: bool = False,
     ) -> None:
-        """`no_chat_template_reason` tells the client why chats are refused when there is no template. With
+        """`no_chat_template_reason` is the error for chats when there is no template. With
         `content_is_text`, special tokens spelled in the content of a chat are plain text (`protect`)."""
         self._backend = backend
         self.alphabet = alphabet
@@ -61,13 +61,13 @@ class Tokenizer:
         self.special_tokens = {self._added[token_id]: token_id for token_id in self.special_token_ids}  # by text
         self.special_token_pattern = _any_of(self.special_tokens)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self._bytes_of: dict[int, bytes] = {}  # filled as tokens are met; bounded by the vocabulary
+        self._bytes_of: dict[int, bytes] = {}  # a cache, bounded by the vocabulary
         self._plain: PlainContent | None = None
         if content_is_text:
             self._plain = PlainContent(backend, self.special_tokens, self.special_token_pattern)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; special tokens spelled out in it are recognised. Lets go of the GIL while it works."""
+        """Return the token ids of `text`, in which spelled special tokens are recognised. Releases the GIL."""
         if self._plain is None:
             ids = self._encode(text, add_special_tokens=add_special_tokens)
         else:
@@ -83,22 +83,22 @@ class Tokenizer:
         return ids
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # a batch of one, because the library's `encode` keeps the GIL and a long prompt would hold up every stream
+        # a batch of one: the library's `encode` holds the GIL, and a long prompt would delay every stream
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def protect(self, content: str) -> str:
-        """What a template is given for the content of a message: special tokens that are spelled in it reach `encode`
-        as plain text, if this tokenizer was made so."""
+        """Return message content for a template. With `content_is_text`, special tokens that the content spells reach
+        `encode` as plain text."""
         return content if self._plain is None else self._plain.protect(content)
 
     def vocabulary(self) -> dict[str, int]:
-        """Spelling → id, added tokens included."""
+        """Return spelling → id, including added tokens."""
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         return vocabulary
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for; empty for an id that no token has (models pad their vocabulary)."""
+        """Return the bytes of a token; empty for an id without a token (models pad their vocabulary)."""
         known = self._bytes_of.get(token_id)
         if known is None:
             known = self._bytes_of[token_id] = self._spell(token_id)
@@ -119,14 +119,14 @@ class Tokenizer:
         return spelling.replace("▁", " ").encode("utf-8")
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence. Bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of a whole sequence. Bytes that are not UTF-8 become U+FFFD."""
         skipped = self.special_token_ids if skip_special_tokens else frozenset()
         raw = b"".join([self.token_bytes(token_id) for token_id in token_ids if token_id not in skipped])
         return raw.decode("utf-8", "replace")
 
     def token_text(self, token_id: int) -> str:
-        r"""How one token is shown by itself, in logprobs above all: a part of a character as `bytes:\xe4\xb8`, so that
-        two different parts are never the same text."""
+        r"""Return the text of a single token, for logprobs. A partial character becomes `bytes:\xe4\xb8`, so that two
+        different partial characters never have the same text."""
         raw = self.token_bytes(token_id)
         try:
             return raw.decode("utf-8")
@@ -135,6 +135,6 @@ class Tokenizer:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
-    """Matches any of them, the longest first; None when there is none."""
+    """Return a pattern that matches any of the texts, longest first, or None when there is no text."""
     longest_first = sorted(filter(None, texts), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
