@@ -1,4 +1,4 @@
-"""scripts/audit.py finds what is not pinned, not installed as pinned, or under a licence nobody has looked at."""
+"""scripts/audit.py finds packages that are not pinned, not installed as pinned, or under a licence not in its list."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def problems(**changes: Any) -> list[str]:
 
 def test_the_audit_accepts_pinned_hashed_and_allowed_packages() -> None:
     assert problems() == []
-    assert problems(installed={"a": Package("1.0+cpu", License_Expression="MIT")}) == []  # another build of the same
+    assert problems(installed={"a": Package("1.0+cpu", License_Expression="MIT")}) == []  # another build of the same version
 
 
 @pytest.mark.parametrize(

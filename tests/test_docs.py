@@ -120,7 +120,7 @@ def test_every_metric_in_the_docs_is_exported(page: str) -> None:
 
 @functools.cache
 def defined_in(path: Path) -> set[str]:
-    """The names of its tests: functions, and state machines by the name that they run under."""
+    """Return the names of the tests in a file: functions, and the names that state machines run under."""
     names: set[str] = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,4 +1,4 @@
-"""scripts/gpu_tests.py never takes "nothing was tested" for a success."""
+"""scripts/gpu_tests.py never reports success when no test ran."""
 
 from __future__ import annotations
 
