@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share."""
+"""Fixtures shared by all tests."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, settings
 
 from kvist.checkpoint import find_checkpoint
 
-# How long one example takes is a matter of the machine and of what else runs on it.
+# No deadline: the time of one example depends on the machine and on its load.
 settings.register_profile("kvist", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvist")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are reported as skipped where there is none; `pytest -m gpu` runs them."""
+    """Skip tests marked `gpu` on machines without a GPU; `pytest -m gpu` selects them."""
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def configuration_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Processes that tests start keep their cluster key here, not in the developer's own folder."""
+    """Set a temporary configuration folder: processes of tests must not use the developer's cluster key."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
         yield
@@ -39,13 +39,13 @@ def configuration_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 @pytest.fixture(scope="session")
 def transformers_smollm2() -> Any:
-    """transformers' own reading of the embedded SmolLM2 GGUF, fp32: some ten seconds, once a session."""
+    """The embedded SmolLM2 GGUF as loaded by transformers, in fp32. Takes about ten seconds, once per session."""
     import gguf
     import torch
     import transformers
 
     path = find_checkpoint(None).path
-    # It parses the file twice, and makes the map of names anew for each tensor: half of the time.
+    # transformers parses the file twice and rebuilds the map of names for each tensor, which takes half of the time.
     with (
         mock.patch("gguf.GGUFReader", functools.cache(gguf.GGUFReader)),
         mock.patch("gguf.get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),

@@ -1,4 +1,4 @@
-"""An engine and its gateway get cores of their own where there are enough, and are left alone everywhere else."""
+"""Engines and gateways are bound to separate cores if there are enough, and otherwise not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvist.cores import Place, num_usable_cores, read_places, separate, split, u
 
 
 def machine(num_packages: int, cores_each: int, threads: int) -> dict[int, Place]:
-    """Numbered as Linux does: the second threads of all cores after the first ones."""
+    """Return the places of CPUs numbered as on Linux: the second threads of all cores after the first ones."""
     num_cores = num_packages * cores_each
     return {
         thread * num_cores + core: (core // cores_each, core) for thread in range(threads) for core in range(num_cores)
@@ -36,7 +36,7 @@ def test_both_threads_of_a_core_are_on_one_side_and_each_package_on_both(
     for side in (engine, gateway):
         assert {places[core][0] for core in side} == set(range(num_packages))
     assert abs(len(engine) - len(gateway)) <= num_packages * threads
-    fewer = data.draw(st.sets(st.sampled_from(sorted(places))))  # a container's share
+    fewer = data.draw(st.sets(st.sampled_from(sorted(places))))  # the cores of a container
     engine, gateway = split({core: places[core] for core in fewer})
     assert engine | gateway == fewer
     assert not engine & gateway
@@ -49,7 +49,7 @@ def test_two_workers_of_one_host_compute_the_same_split() -> None:
 
 @pytest.fixture
 def bound(monkeypatch: pytest.MonkeyPatch) -> list[Collection[int]]:
-    """What would have been bound on a machine of 8 cores with two threads each."""
+    """Record the bindings on a simulated machine of 8 cores with two threads each."""
     places = machine(1, 8, 2)
     monkeypatch.setattr(cores, "usable_cores", lambda: frozenset(places))
     monkeypatch.setattr(cores, "read_places", lambda asked: {core: places[core] for core in asked})
@@ -144,7 +144,7 @@ assert seen == [one, one] and usable_cores() == one, seen
 
 @pytest.mark.skipif(len(usable_cores()) < 2, reason="needs two cores")
 def test_the_tiers_start_as_many_threads_as_cores_are_usable_now(tmp_path: Path) -> None:
-    """As many as the host has, at import, would be many more in a container that may use a few."""
+    """The number of cores of the host at import would be too high in a container with few cores."""
     code = f"""
 import os
 os.cpu_count = lambda: 64

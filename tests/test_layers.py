@@ -1,4 +1,4 @@
-"""The size limits hold, and the check that guards them can fail."""
+"""The package is within its size limits, and the check of the limits can fail."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ def test_long_files_vague_names_and_large_rooms_are_problems(tmp_path: Path) -> 
 
 def test_comments_and_docstrings_do_not_count_as_code(tmp_path: Path) -> None:
     documented = '# why\n\n\ndef f() -> str:\n    """Says so.\n\n    At length.\n    """\n    return "x"\n'
-    (tmp_path / "room.py").write_text(documented * 1_000)  # 2,000 lines of code, 9,000 in all
+    (tmp_path / "room.py").write_text(documented * 1_000)  # 2,000 lines of code, 9,000 lines in total
     assert problems_of(tmp_path) == ["room.py: 9000 lines; at most 500"]

@@ -1,4 +1,4 @@
-"""A record is one line of text, or one JSON object, whatever stands in it."""
+"""Every log record is one line of text or one JSON object, whatever its content."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from kvist.log import MAX_LINE_BYTES, LogConfig, setup_logging
 
-Written = Callable[[], str]  # what was written to standard error since the last call
+Written = Callable[[], str]  # returns the text written to standard error since the last call
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_text_line_has_date_level_and_logger(written: Written) -> None:
 
 
 @pytest.mark.parametrize("forged", ["\n2026-01-01 00:00:00 INFO kvist: all is well", "\r\x1b[2Kgone", "\u2028next"])
-def test_control_characters_of_a_client_cannot_start_a_line(written: Written, forged: str) -> None:
+def test_control_characters_from_a_client_cannot_start_a_log_line(written: Written, forged: str) -> None:
     setup_logging(LogConfig())
     logging.getLogger("kvist.test").warning("no such path: %s", forged)
     text = written()
@@ -61,7 +61,9 @@ def test_the_lines_of_a_traceback_are_indented_and_escaped(written: Written) -> 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 @pytest.mark.parametrize("character", ["x", "ö", "🦙"])
-def test_a_line_is_cut_to_what_a_pipe_takes_at_once(written: Written, log_format: str, character: str) -> None:
+def test_a_log_line_is_cut_to_the_size_of_an_atomic_pipe_write(
+    written: Written, log_format: str, character: str
+) -> None:
     setup_logging(LogConfig(log_format=log_format))
     log_a_failure(character * 10_000)
     for line in written().splitlines(keepends=True):
@@ -81,7 +83,7 @@ def test_a_json_line_is_one_object_with_the_exception(written: Written) -> None:
     assert datetime.fromisoformat(fields["time"]).utcoffset() is not None
 
 
-def test_the_level_hides_what_is_less_severe_and_libraries_show_warnings(written: Written) -> None:
+def test_the_log_level_hides_less_severe_lines_and_libraries_log_warnings(written: Written) -> None:
     setup_logging(LogConfig(log_level="warning"))
     logging.getLogger("kvist.test").info("hidden")
     logging.getLogger("library").info("hidden")

@@ -1,4 +1,4 @@
-"""Lines go out whole and in order where there is a reader, and writing never waits where there is none."""
+"""LineOutput writes whole lines in order, and never waits for a reader."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from kvist.output import MAX_PENDING_BYTES, LineOutput
 
 LINE = "x" * 1000
-MANY = MAX_PENDING_BYTES // 100  # far more lines than a pipe and what is kept can hold
+MANY = MAX_PENDING_BYTES // 100  # far more lines than the pipe and the pending buffer can hold
 
 
 def read_until(descriptor: int, text: str) -> str:
-    """What can be read, to the end of this text."""
+    """Read until `text` has been read."""
     found = b""
     while text.encode() not in found and (piece := os.read(descriptor, 1 << 16)):
         found += piece
@@ -32,7 +32,7 @@ def test_lines_over_the_output_limit_are_dropped_counted_and_reported_later(kind
         reader, writer = (end.detach() for end in ends)
     output = LineOutput(writer)
     for number in range(MANY):
-        output.write(f"{number} {LINE}")  # none waits
+        output.write(f"{number} {LINE}")  # never blocks
     assert output.num_dropped > MANY // 2
     read = read_until(reader, "lines of output were dropped")
     lines = read.splitlines()
@@ -43,7 +43,7 @@ def test_lines_over_the_output_limit_are_dropped_counted_and_reported_later(kind
     output.write("goes on")
     assert read_until(reader, "goes on").endswith("goes on\n")
     os.close(reader)
-    output.write("nobody is there")
+    output.write("no reader")
     output.flush()
     os.close(writer)
 

@@ -1,4 +1,4 @@
-"""One option has three names and one meaning, whichever source sets it."""
+"""Options are read from flags, environment and TOML file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvist.flags import Shorthand, Sources, options_of, read_settings, to_argv
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    role: str = option("unified", "what the worker does", choices=("unified", "prefill", "decode"))
+    role: str = option("unified", "role of the worker", choices=("unified", "prefill", "decode"))
     page_size: int = option(16, "tokens in one KV page", unit="tokens", choices=(16, 32, 64))
     tp_size: int = option(1, "tensor-parallel ranks", flag="--tp", aliases=("--tensor-parallel-size",), minimum=1)
     mem_fraction_static: float = option(0.8, "share of memory for the pool", minimum=0.05, maximum=0.95)
@@ -27,7 +27,7 @@ class EngineConfig:
 class WebConfig:
     host: str = option("127.0.0.1", "address to bind")
     port: int = option(30000, "port to bind", minimum=0, maximum=65535)
-    api_key: str | None = option(None, "what clients must send", secret=True)
+    api_key: str | None = option(None, "key of the clients", secret=True)
     worker_urls: tuple[str, ...] = option((), "workers")
     access_log: bool = option(False, "log every request")
     weight: float = option(1.0, "a number without limits")
@@ -72,7 +72,7 @@ def test_two_groups_that_declare_one_option_share_its_flag() -> None:
     assert [item.key for item in options_of(Settings)].count("host") == 1
 
 
-def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) -> None:
+def test_flags_override_the_environment_which_overrides_the_file(tmp_path: Path) -> None:
     file = tmp_path / "kvist.toml"
     file.write_text('port = 1\npage-size = 32\nrole = "decode"\n')
     settings = read("--config", str(file), "--port", "3", environ={"KVIST_PORT": "2", "KVIST_PAGE_SIZE": "64"})
@@ -109,7 +109,7 @@ def test_an_unknown_key_of_the_file_names_the_nearest_known_one(tmp_path: Path) 
         (("--weight", "inf"), ("--weight", "'inf'", "a number")),
     ],
 )
-def test_a_bad_value_names_the_flag_the_value_and_what_is_allowed(
+def test_the_error_for_a_bad_value_names_flag_value_and_allowed_values(
     argv: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -156,13 +156,13 @@ def test_the_last_of_a_repeated_flag_wins() -> None:
     assert read("--port", "1", "--port", "2").web.port == 2
 
 
-def test_none_is_a_value_only_where_the_option_may_be_unset() -> None:
+def test_none_is_accepted_only_for_optional_options() -> None:
     assert read("--num-pages", "none", environ={"KVIST_NUM_PAGES": "7"}).engine.num_pages is None
     with pytest.raises(ConfigError):
         read("--port", "none")
 
 
-def test_to_argv_reads_back_to_the_same_settings_and_keeps_secrets_off_the_command_line() -> None:
+def test_to_argv_round_trips_settings_and_passes_secrets_by_environment() -> None:
     before = read(
         "--decode-only", "--tp=2", "--access-log", "--worker-urls", "http://a", "http://b", "--api-key", "hush"
     )

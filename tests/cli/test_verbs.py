@@ -1,4 +1,4 @@
-"""The command as users meet it: quick where it should be, clear where they are wrong."""
+"""The kvist command: start-up time, exit status, error messages, and settings of each verb."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEAVY = ("torch", "transformers", "numpy.linalg", "uvicorn", "starlette")
 
 
 def loaded_after(code: str) -> set[str]:
-    """Which of the heavy modules a fresh interpreter has loaded after running the code."""
+    """Run the code in a new interpreter and return the heavy modules that it has loaded."""
     probe = f"import sys, io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()):\n    {code}\n"
     probe += f"print(*[name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
@@ -45,7 +45,7 @@ def test_help_version_and_flag_errors_do_not_import_torch(argv: list[str]) -> No
     assert not loaded_after(f"from kvist.cli import main; main({argv!r})") & {"torch", "transformers"}
 
 
-def test_the_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"kvist {kvist.__version__}\n"
 
@@ -169,7 +169,7 @@ def test_an_environment_variable_of_another_command_is_not_reported(capsys: pyte
     assert capsys.readouterr().err == ""
 
 
-def test_up_gives_each_child_the_options_it_knows_and_secrets_by_environment() -> None:
+def test_up_passes_each_child_its_options_and_secrets_by_environment() -> None:
     argv = [
         "--page-size",
         "32",
