@@ -29,7 +29,7 @@ class PoolDirectory:
         self._pools[epoch] = pages
 
     def kill(self, epoch: EpochId) -> None:
-        """The engine of this life is gone, with its pool."""
+        """End the engine of this epoch and remove its pool."""
         self._pools.pop(epoch, None)
         self._dead.add(epoch)
 
@@ -76,7 +76,7 @@ class InprocTransport:
     def _open_peer(self, address: PoolAddress) -> Pages:
         pages = self._directory.pages_of(address.location)
         if pages is None:
-            raise Unavailable(f"the peer is gone: no pool {address.location!r} in this process")
+            raise Unavailable(f"the peer has ended: no pool {address.location!r} in this process")
         if pages.shape != (address.num_pages, address.page_bytes):
             raise Unavailable(f"the pool {address.location!r} is {pages.shape}, not what its address claims")
         return pages

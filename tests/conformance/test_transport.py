@@ -198,7 +198,7 @@ def test_a_write_to_a_dead_peer_fails(source: Side, target: Side) -> None:
     source.transport.write(write(A, target, (1,)))
     report = source.wait_for(2)[1]
     assert isinstance(report, WritesFailed)
-    assert "gone" in report.message
+    assert "the peer has ended" in report.message
 
 
 def test_a_peer_is_dead_only_after_its_process_ended(source: Side, target: Side) -> None:

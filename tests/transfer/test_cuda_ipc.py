@@ -52,7 +52,7 @@ def test_a_file_that_no_gpu_pool_wrote_is_refused(tmp_path: Path, content: bytes
 
 
 def test_a_pool_of_another_size_than_its_address_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="has 256 bytes, which is not the 4 pages of 32 bytes it claims"):
+    with pytest.raises(Unavailable, match="has 256 bytes, but its address claims 4 pages of 32 bytes"):
         read(tmp_path, ExportedMemory(num_bytes=256, handle=GOOD.handle).encode())
 
 

@@ -183,7 +183,7 @@ def test_a_pool_of_a_dead_engine_is_never_mapped(writer: Writer, tmp_path: Path)
     writer.write_and_wait(address)
     [report] = writer.transport.poll()
     assert isinstance(report, WritesFailed)
-    assert "the peer is gone" in report.message
+    assert "the peer has ended" in report.message
     assert not writer.mappings
 
 

@@ -1,7 +1,7 @@
-"""Models: what they are (`load_model_config`) and their forward pass (load.py's `load_model`).
+"""Models: their configuration (`load_model_config`) and their forward pass (`load_model` in load.py).
 
-`load_model_config` costs no torch import, so a gateway may call it.
-A model knows nothing of pages: it hands q, k and v of each layer to the `attend` it is given (decoder.py).
+`load_model_config` imports no torch, so a gateway may call it.
+A model has no pages: it passes q, k and v of each layer to the `attend` of the caller (decoder.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ __all__ = ["ModelConfig", "load_model_config"]
 
 
 def load_model_config(checkpoint: Checkpoint) -> ModelConfig:
-    """Raises `ModelLoadError` naming the file and the field that is missing, wrong or not supported."""
+    """Read the configuration of a checkpoint. Raises `ModelLoadError` that names the file and the field that is
+    missing, wrong or not supported."""
     if checkpoint.kind is CheckpointKind.GGUF:
         return config_from_gguf(checkpoint.path)
     return config_from_hf(checkpoint)

@@ -1,8 +1,8 @@
-"""What a model is, in numbers, without torch: read by config_hf.py or config_gguf.py, used by everything else.
+"""The dimensions and features of a model, without torch: read by config_hf.py or config_gguf.py, used by all other
+rooms.
 
-A feature we cannot compute exactly (sliding windows, experts, other rope types, quantised safetensors) is refused by
-the readers, by the name of its field: a model that loads is a model that is right. The tensors themselves are checked
-in weights.py.
+The readers refuse a feature that Kvist cannot compute exactly (sliding windows, experts, other rope types, quantised
+safetensors) and name its field: a model that loads gives the right results. weights.py checks the tensors themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class LinearRope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Llama3Rope:
-    """Low frequencies divided by `factor`, high ones kept, those between blended (Llama 3.1)."""
+    """Low frequencies divided by `factor`, high frequencies kept, frequencies in between blended (Llama 3.1)."""
 
     factor: float
     low_freq_factor: float
@@ -34,27 +34,27 @@ class Llama3Rope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DividedRope:
-    """Frequency i divided by `divisors[i]`: how GGUF files carry the Llama 3.1 scaling (`rope_freqs.weight`)."""
+    """Frequency i divided by `divisors[i]`: the form of the Llama 3.1 scaling in GGUF files (`rope_freqs.weight`)."""
 
     divisors: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YarnRope:
-    """Dimensions that turn fewer than `beta_slow` times over the original context are divided by `factor`, those that
-    turn more than `beta_fast` times kept, those between blended; q and k grow by `attention_factor` (YaRN,
-    https://arxiv.org/abs/2309.00071)."""
+    """Frequencies of dimensions with fewer than `beta_slow` rotations over the original context are divided by
+    `factor`, with more than `beta_fast` rotations kept, in between blended; q and k are multiplied by
+    `attention_factor` (YaRN, https://arxiv.org/abs/2309.00071)."""
 
     factor: float
     original_max_position_embeddings: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float
-    truncate: bool = True  # the ends of the blend are whole dimensions
+    truncate: bool = True  # round the ends of the blend to whole dimensions
 
     @property
     def max_position_embeddings(self) -> int:
-        """What the model can hold with it."""
+        """The context length of the model with this scaling."""
         return int(self.factor * self.original_max_position_embeddings)
 
 
@@ -89,12 +89,12 @@ class ModelConfig:
 def read_heads(
     fields: ConfigFields, names: tuple[str, str, str], hidden_size: int, default_head_dim: int | None = None
 ) -> tuple[int, int, int]:
-    """(num_heads, num_kv_heads, head_dim), by these names."""
+    """Read (num_heads, num_kv_heads, head_dim) from the fields `names`."""
     num_heads = fields.integer(names[0])
     num_kv_heads = fields.integer(names[1], num_heads)
     head_dim = fields.integer(names[2], default_head_dim or max(1, hidden_size // num_heads))
     if num_heads % num_kv_heads:
         raise fields.error(names[1], f"is {num_kv_heads}, which does not divide {num_heads} attention heads")
     if head_dim % 2:
-        raise fields.error("head_dim", f"is {head_dim}; the rotation needs an even number")
+        raise fields.error("head_dim", f"is {head_dim}; rotary embedding needs an even number")
     return num_heads, num_kv_heads, head_dim

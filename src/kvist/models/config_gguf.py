@@ -21,7 +21,7 @@ from kvist.models.end_tokens import end_tokens_by_text
 from kvist.models.family import family_named
 from kvist.models.fields import ConfigFields
 
-ROPE_DIVISORS = "rope_freqs.weight"  # a tensor that is configuration: it never reaches the layers
+ROPE_DIVISORS = "rope_freqs.weight"  # a tensor that belongs to the configuration, not to a layer
 _F32 = 0
 
 
@@ -45,7 +45,7 @@ def config_from_gguf(path: Path) -> ModelConfig:
     _check_head_dims(fields, head_dim)
     rope_scaling = _rope_scaling(path, header, fields, head_dim)
     max_positions = fields.integer("context_length")
-    if isinstance(rope_scaling, YarnRope):  # files name the length with it or without it
+    if isinstance(rope_scaling, YarnRope):  # some files give the length with the scaling, some without
         max_positions = max(max_positions, rope_scaling.max_position_embeddings)
     return ModelConfig(
         family=family.name,
@@ -69,8 +69,8 @@ def config_from_gguf(path: Path) -> ModelConfig:
 
 
 def _eos_token_ids(metadata: ConfigFields) -> tuple[int, ...]:
-    """End of sequence, end of turn and end of message: any of them ends an answer. A file that names no end of turn may
-    have one all the same."""
+    """Return the ids of end of sequence, end of turn and end of message: each of them ends an answer. A file that names
+    no end of turn may still have such a token in its vocabulary."""
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
     ids = [token for name in names for token in metadata.token_ids(f"tokenizer.ggml.{name}")]
     if "tokenizer.ggml.eot_token_id" not in metadata:
@@ -82,40 +82,40 @@ def _eos_token_ids(metadata: ConfigFields) -> tuple[int, ...]:
 
 def _refuse_unsupported(fields: ConfigFields) -> None:
     if fields.value("expert_count") not in (None, 0):
-        raise fields.error("expert_count", f"is {fields.value('expert_count')!r}: mixtures of experts are not served")
+        raise fields.error("expert_count", f"is {fields.value('expert_count')!r}: experts (MoE) are not supported")
     if fields.value("attention.sliding_window") not in (None, 0):
-        raise fields.error("attention.sliding_window", "is set: sliding windows are not served")
+        raise fields.error("attention.sliding_window", "is set: sliding windows are not supported")
 
 
 def _check_head_dims(fields: ConfigFields, head_dim: int) -> None:
     for name in ("rope.dimension_count", "attention.value_length"):
         size = fields.integer(name, head_dim)
         if size != head_dim:
-            raise fields.error(name, f"is {size}, unlike the {head_dim} of attention keys: it is not served")
+            raise fields.error(name, f"is {size}, but attention keys have {head_dim}: unequal sizes are not supported")
 
 
 def _rope_scaling(path: Path, header: GgufHeader, fields: ConfigFields, head_dim: int) -> RopeScaling | None:
     kind = fields.text("rope.scaling.type", "none")
     if kind == "yarn":
         if ROPE_DIVISORS in header.tensors:
-            raise fields.error("rope.scaling.type", f"is yarn in a file that also has {ROPE_DIVISORS}")
+            raise fields.error("rope.scaling.type", f"is yarn, but the file also has the tensor {ROPE_DIVISORS}")
         return _yarn(fields)
     if kind not in ("none", "linear"):
-        raise fields.error("rope.scaling.type", f"is {kind!r}; none, linear and yarn are served")
+        raise fields.error("rope.scaling.type", f"is {kind!r}; supported are none, linear and yarn")
     factor_field = "rope.scaling.factor" if "rope.scaling.factor" in fields else "rope.scale_linear"
     factor = fields.number(factor_field, 1.0)
     if ROPE_DIVISORS not in header.tensors:
         return LinearRope(factor=factor) if kind == "linear" or factor != 1.0 else None
     if kind == "linear":
-        raise fields.error("rope.scaling.type", f"is linear in a file that also has {ROPE_DIVISORS}")
+        raise fields.error("rope.scaling.type", f"is linear, but the file also has the tensor {ROPE_DIVISORS}")
     return _read_divisors(path, header, head_dim)
 
 
 def _yarn(fields: ConfigFields) -> YarnRope:
     if fields.value("rope.scaling.yarn_ext_factor") not in (None, 1, 1.0):
-        raise fields.error("rope.scaling.yarn_ext_factor", "is not 1: another share of extrapolation is not served")
+        raise fields.error("rope.scaling.yarn_ext_factor", "is not 1: other extrapolation factors are not supported")
     if fields.value("rope.scaling.yarn_log_multiplier") not in (None, 0, 0.0):
-        raise fields.error("rope.scaling.yarn_log_multiplier", "is set: it is not served")
+        raise fields.error("rope.scaling.yarn_log_multiplier", "is set: it is not supported")
     factor = fields.number("rope.scaling.factor")
     given = fields.number("rope.scaling.yarn_attn_factor", fields.number("rope.scaling.attn_factor", 1.0))
     return YarnRope(

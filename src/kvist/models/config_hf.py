@@ -1,4 +1,4 @@
-"""`ModelConfig` from a Hugging Face folder, as transformers 4 or 5 writes it."""
+"""`ModelConfig` from a Hugging Face folder written by transformers 4 or 5."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def config_from_hf(checkpoint: Checkpoint) -> ModelConfig:
     num_heads, num_kv_heads, head_dim = read_heads(fields, names, hidden_size, family.default_head_dim)
     max_positions = fields.integer("max_position_embeddings")
     rope_theta, rope_scaling = _rope_from_hf(fields, max_positions)
-    if isinstance(rope_scaling, YarnRope):  # configs name the length with it or without it
+    if isinstance(rope_scaling, YarnRope):  # some configs give the length with the scaling, some without
         max_positions = max(max_positions, rope_scaling.max_position_embeddings)
     bias = fields.flag("attention_bias", False) if family.qkv_bias is None else family.qkv_bias
     return ModelConfig(
@@ -54,8 +54,8 @@ def config_from_hf(checkpoint: Checkpoint) -> ModelConfig:
 
 
 def _eos_from_hf(checkpoint: Checkpoint, fields: ConfigFields) -> tuple[int, ...]:
-    """Chat models often name their end-of-turn token only in generation_config.json, or only in the tokenizer: each
-    of them counts."""
+    """Return the end tokens of config.json, generation_config.json and the tokenizer: chat models often name their
+    end-of-turn token in only one of these files."""
     eos = fields.token_ids("eos_token_id")
     path = checkpoint.path / "generation_config.json"
     if path.is_file():
@@ -66,18 +66,18 @@ def _eos_from_hf(checkpoint: Checkpoint, fields: ConfigFields) -> tuple[int, ...
 def _refuse_unsupported(fields: ConfigFields, family: Family, num_layers: int) -> None:
     architectures = fields.value("architectures")
     if architectures is not None and architectures != [family.hf_architecture]:
-        raise fields.error("architectures", f"is {architectures!r}; of this family we serve {family.hf_architecture}")
+        raise fields.error("architectures", f"is {architectures!r}; only {family.hf_architecture} is supported")
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise fields.error("hidden_act", f"is {activation!r}; only silu is served")
+        raise fields.error("hidden_act", f"is {activation!r}; only silu is supported")
     for name in ("quantization_config", "compression_config"):
         if name in fields:
-            raise fields.error(name, "is set: quantised safetensors are not served; use the plain weights or a GGUF")
+            raise fields.error(name, "is set: quantised safetensors are not supported; use plain weights or a GGUF")
     if fields.flag("mlp_bias", False):
-        raise fields.error("mlp_bias", "is true: biases in the MLP are not served")
+        raise fields.error("mlp_bias", "is true: MLP biases are not supported")
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         if fields.value(name) not in (None, 0):
-            raise fields.error(name, f"is {fields.value(name)!r}: mixtures of experts are not served")
+            raise fields.error(name, f"is {fields.value(name)!r}: experts (MoE) are not supported")
     if fields.value("partial_rotary_factor") not in (None, 1, 1.0):
         raise fields.error("partial_rotary_factor", "is not 1: rotating a part of each head is not served")
     _refuse_sliding_window(fields, num_layers)
@@ -90,18 +90,19 @@ def _refuse_sliding_window(fields: ConfigFields, num_layers: int) -> None:
             sorted({str(kind) for kind in layer_types} - {"full_attention"}) if isinstance(layer_types, list) else []
         )
         if others or not isinstance(layer_types, list):
-            raise fields.error("layer_types", f"holds {others or layer_types!r}; only full_attention is served")
+            raise fields.error("layer_types", f"contains {others or layer_types!r}; only full_attention is supported")
         return
     if "sliding_window" not in fields:
         return
-    # Qwen configs carry a sliding_window that use_sliding_window switches off
+    # Qwen configs have a sliding_window that use_sliding_window disables
     used = fields.flag("use_sliding_window", "use_sliding_window" not in fields and "max_window_layers" not in fields)
     if used and fields.integer("max_window_layers", 0, minimum=0) < num_layers:
-        raise fields.error("sliding_window", f"is {fields.value('sliding_window')!r} and in use: it is not served")
+        raise fields.error("sliding_window", f"is {fields.value('sliding_window')!r} and in use: it is not supported")
 
 
 def _rope_from_hf(fields: ConfigFields, max_positions: int) -> tuple[float, RopeScaling | None]:
-    """transformers 5 writes `rope_parameters`; transformers 4 `rope_theta` beside `rope_scaling`."""
+    """Read theta and scaling. transformers 5 writes `rope_parameters`; transformers 4 `rope_theta` and
+    `rope_scaling`."""
     theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
     rope = fields.section("rope_parameters") or fields.section("rope_scaling")
     if rope is None:
@@ -124,7 +125,7 @@ def _rope_from_hf(fields: ConfigFields, max_positions: int) -> tuple[float, Rope
         )
     if kind == "yarn":
         return theta, _yarn_from_hf(fields, rope, max_positions)
-    raise rope.error(kind_field, f"is {kind!r}; default, linear, llama3 and yarn are served")
+    raise rope.error(kind_field, f"is {kind!r}; supported are default, linear, llama3 and yarn")
 
 
 def _yarn_from_hf(fields: ConfigFields, rope: ConfigFields, max_positions: int) -> YarnRope:

@@ -1,11 +1,11 @@
-"""The decoder-only transformer that llama, qwen2 and qwen3 share: inference only, plain PyTorch on a CPU, the kernels
-of kernels/ on a GPU.
+"""The decoder-only transformer of llama, qwen2 and qwen3: inference only, plain PyTorch on a CPU, the kernels of
+kernels/ on a GPU.
 
-A layer is: RMSNorm, fused q+k+v, (norm of q and k), rotation, `attend`, o; RMSNorm, fused gate+up, down. Tokens of
-many requests lie one after another in one row of T; only `attend` knows which belong together, and only it touches
-the cache. The family's differences are flags of `ModelConfig`, resolved when a layer is built.
+A layer is: RMSNorm, fused q+k+v, (norm of q and k), rotation, `attend`, o; RMSNorm, fused gate+up, down. The T tokens
+of all requests of a step are concatenated; only `attend` knows which tokens belong to which request, and only `attend`
+reads and writes the cache. Differences between families are flags of `ModelConfig`, resolved when a layer is built.
 
-What it does not do: batching, pages, sampling. Callers run it under torch.inference_mode().
+Batching, pages and sampling are elsewhere. Callers run the model under torch.inference_mode().
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Attention:
         self._qk_weight = self._read_qk_norm(reader, prefix) if config.qk_norm else None
 
     def _read_qk_norm(self, reader: WeightReader, prefix: str) -> Tensor:
-        """[num_q_heads + num_kv_heads, head_dim]: q's and k's norm weights, one row a head."""
+        """Return the norm weights of q and k, [num_q_heads + num_kv_heads, head_dim], one row per head."""
         q_weight, k_weight = (reader.read(f"{prefix}.{name}.weight") for name in ("q_norm", "k_norm"))
         return torch.cat((q_weight.expand(self._num_q_heads, -1), k_weight.expand(self._num_kv_heads, -1)))
 
@@ -66,7 +66,7 @@ class Attention:
         return out.reshape(x.shape[0], -1)
 
     def project(self, heads: Tensor) -> Tensor:
-        """What `attend` returned, or rows of it -> [num_rows, hidden_size]."""
+        """The result of `attend`, or some of its rows -> [num_rows, hidden_size]."""
         return self._output(heads)
 
 
@@ -93,19 +93,19 @@ class DecoderLayer:
     def attend(
         self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        """(x, residual) of the layer before -> (heads, residual). Behind this, rows have nothing to do with each other,
-        and nothing is written to the cache."""
+        """(x, residual) of the previous layer -> (heads, residual). After this call rows are independent of each other,
+        and nothing more is written to the cache."""
         x, residual = add_rms_norm(x, residual, self._attention_norm, self._eps)
         return self._attention.attend(x, self._layer, cos, sin, attend), residual
 
     def finish(self, heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (x, residual) for the next layer."""
+        """Compute the rest of the layer -> (x, residual) for the next layer."""
         x, residual = add_rms_norm(self._attention.project(heads), residual, self._mlp_norm, self._eps)
         return self._mlp(x), residual
 
 
 class EmbeddingAndHead:
-    """The embedding and the head. When they are tied the checkpoint has one matrix for both."""
+    """The embedding and the head. When they are tied, the checkpoint has one matrix for both."""
 
     def __init__(self, config: ModelConfig, reader: WeightReader, tp: TensorParallel) -> None:
         shard = VocabShard.of(config.vocab_size, tp)
@@ -119,8 +119,8 @@ class EmbeddingAndHead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unfinished:
-    """A step before the last layer's output projection and MLP. Most rows of a prompt end here: nobody asks for the
-    token that follows them, and their K/V is written."""
+    """A step before the last layer's output projection and MLP. Most rows of a prompt stop here: their K/V is written,
+    and no token is sampled for them."""
 
     heads: Tensor  # [num_rows, this rank's heads * head_dim]
     residual: Tensor  # [num_rows, hidden_size]
@@ -131,7 +131,7 @@ class Unfinished:
 
 
 class CausalLM:
-    """This rank's part of a model, ready to run. Immutable once built, so any number of callers may share it."""
+    """This rank's part of a model. Immutable once built, so any number of callers may share it."""
 
     def __init__(self, config: ModelConfig, vocab: EmbeddingAndHead, layers: list[DecoderLayer]) -> None:
         self.config = config
@@ -141,7 +141,8 @@ class CausalLM:
         self._rotation_scale = rotation_scale(config)
 
     def begin(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Unfinished:
-        """token_ids, positions [T] int64: up to the last layer's attention, so all K/V of this rank is in the cache."""
+        """Compute up to the last layer's attention, so that all K/V of this rank is in the cache. token_ids, positions
+        [T] int64."""
         cos, sin = rotation(positions, self._frequencies)
         if self._rotation_scale != 1.0:
             cos, sin = cos * self._rotation_scale, sin * self._rotation_scale
@@ -153,21 +154,22 @@ class CausalLM:
         return Unfinished(heads=heads, residual=residual)
 
     def finish(self, unfinished: Unfinished) -> Tensor:
-        """hidden [num_rows, hidden_size] after the last norm, in the model's dtype."""
+        """Return hidden [num_rows, hidden_size] after the last norm, in the model's dtype."""
         x, residual = self._layers[-1].finish(unfinished.heads, unfinished.residual)
         return add_rms_norm(x, residual, self._vocab.norm, self.config.rms_norm_eps)[0]
 
     def sync_ranks(self, unfinished: Unfinished) -> None:
-        """For a step that nobody finishes: wait, as finishing does, until every rank's K/V is in the cache."""
+        """Wait until the K/V of every rank is in the cache. `finish` implies this; call it for a step without
+        `finish`."""
         if self._vocab.tp.size > 1:
             self._vocab.tp.all_reduce(unfinished.residual.new_zeros(1))
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Begin and finish, for all rows: [T, hidden_size]."""
+        """Begin and finish all rows: returns hidden [T, hidden_size]."""
         return self.finish(self.begin(token_ids, positions, attend))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden_size]: the rows a token is chosen for -> [R, vocab_size] fp32, whole on every rank."""
+        """hidden [R, hidden_size] -> logits [R, vocab_size] fp32, complete on every rank."""
         return self._vocab.head(hidden)
 
 

@@ -1,7 +1,7 @@
-"""Tokens that end an answer beyond those that a model's configuration names.
+"""Tokens that end an answer, beyond those that a model's configuration names.
 
-A chat model's tokenizer often names its end-of-turn token when config.json still names the base model's, or none; and
-some GGUF files name none at all, so that there the known ones are found by their text.
+A chat model's tokenizer often names its end-of-turn token while config.json still names the base model's token, or no
+token. Some GGUF files name no end-of-turn token at all; there the known tokens are found by their text.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ KNOWN_END_TOKENS = frozenset(
         "<｜end▁of▁sentence｜>",
     }
 )
-_ORDINARY = frozenset({1, 6})  # tokenizer.ggml.token_type of what text is made of: NORMAL and BYTE
+_ORDINARY = frozenset({1, 6})  # tokenizer.ggml.token_type of ordinary text: NORMAL and BYTE
 
 
 def end_tokens_of_tokenizer(folder: Path) -> tuple[int, ...]:
-    """The `eos_token` of a Hugging Face tokenizer, if it names one. Raises `ModelLoadError` for a broken file."""
+    """Return the id of a Hugging Face tokenizer's `eos_token`, if it has one. Raises `ModelLoadError` for a broken
+    file."""
     config = _optional_json(folder / "tokenizer_config.json")
     text = _content(config.get("eos_token")) or _content(
         _optional_json(folder / "special_tokens_map.json").get("eos_token")
@@ -46,7 +47,8 @@ def end_tokens_of_tokenizer(folder: Path) -> tuple[int, ...]:
 
 
 def end_tokens_by_text(tokens: Sequence[object], kinds: Sequence[object]) -> tuple[int, ...]:
-    """Of a GGUF's vocabulary: known end tokens that are not ordinary text. `kinds`: tokenizer.ggml.token_type."""
+    """Return the known end tokens of a GGUF vocabulary that are not ordinary text. `kinds`:
+    tokenizer.ggml.token_type."""
     return tuple(
         token_id
         for token_id, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
@@ -59,7 +61,7 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 
 def _content(token: object) -> str | None:
-    """Tokens are written as a string or as {"content": string}."""
+    """Return the text of a token, which files write as a string or as {"content": string}."""
     content = token.get("content") if isinstance(token, Mapping) else token
     return content if isinstance(content, str) and content else None
 

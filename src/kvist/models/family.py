@@ -1,4 +1,4 @@
-"""What differs between model families, as facts. One decoder (decoder.py) serves them all.
+"""The differences between model families, as data. One decoder (decoder.py) serves all families.
 
 No torch here: a gateway can read a model's configuration cheaply.
 """
@@ -13,7 +13,7 @@ from kvist.errors import ModelLoadError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     name: str  # `model_type` in config.json, `general.architecture` in GGUF
-    hf_architecture: str  # the one entry of `architectures` that is this family's text generator
+    hf_architecture: str  # the entry of `architectures` for this family's text generator
     qkv_bias: bool | None = None  # None: config.json's `attention_bias` decides
     output_bias_with_qkv: bool = True  # o_proj has a bias wherever q, k and v have one
     qk_norm: bool = False  # RMSNorm over head_dim on q and k, before the rotation
@@ -32,9 +32,9 @@ FAMILIES = (
 
 
 def family_named(name: str, *, field: str, origin: str) -> Family:
-    """The facts of `name`. Raises `ModelLoadError` that names the `field` of the file `origin` it was read from."""
+    """Return the family `name`. Raises `ModelLoadError` that names the `field` of the file `origin`."""
     for family in FAMILIES:
         if family.name == name:
             return family
     known = ", ".join(family.name for family in FAMILIES)
-    raise ModelLoadError(f"{origin}: {field} is {name!r}; families we serve: {known}")
+    raise ModelLoadError(f"{origin}: {field} is {name!r}; supported model families: {known}")

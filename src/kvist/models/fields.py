@@ -31,7 +31,7 @@ class ConfigFields:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A number above zero."""
+        """Return a number above zero."""
         value = self._given(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise self.error(name, f"must be a number above 0, not {value!r}")
@@ -58,13 +58,13 @@ class ConfigFields:
         return ConfigFields(value, origin=self._origin, prefix=f"{self._prefix}{name}.")
 
     def token_ids(self, name: str) -> tuple[int, ...]:
-        """One id, a list of them, or nothing."""
+        """Return the ids of a field that is one id, a list of ids, or absent."""
         value = self._values.get(name)
         if value is None:
             return ()
         ids = value if isinstance(value, list) else [value]
         if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
-            raise self.error(name, f"must be a token id or a list of them, not {value!r}")
+            raise self.error(name, f"must be a token id or a list of token ids, not {value!r}")
         return tuple(ids)
 
     def _given(self, name: str, default: object) -> object:

@@ -1,9 +1,10 @@
-"""One matrix product, the quickest way this device has: y = x W^T + b.
+"""One matrix product by the fastest method of the device: y = x W^T + b.
 
-On CPUs the weight is packed once by oneDNN and its plain form dropped; batches below four rows are padded to four,
-where the packed kernel is quickest per call. Measured on 2 cores of an AMD EPYC (Zen 4, AVX-512, bf16 instructions)
+On CPUs oneDNN packs the weight once, and the plain form is dropped; batches below four rows are padded to four, where
+the packed kernel is fastest per call. Measured on 2 cores of an AMD EPYC (Zen 4, AVX-512, bf16 instructions)
 with torch 2.13: milliseconds for all 121 matrices of one SmolLM2-135M step, by number of rows;
-best of 3 to 8, the packed rows below 16 from a second run (the first had them up to a third slower at 1 and 2 rows).
+best of 3 to 8. Packed results below 16 rows are from a second run (in the first run 1 and 2 rows were up to a third
+slower).
 
     fp32, threads    rows: 1     2     3     4     8    16    64   256
     F.linear        1     64   162   143    82    87   111   301   988
@@ -19,18 +20,19 @@ best of 3 to 8, the packed rows below 16 from a second run (the first had them u
     packed          2     20    21    20    15    21    20    55   184
     packed, padded  2     18    23    22     -     -     -     -     -
 
-With more threads than free cores every product waits for a thread that does not run, and OpenMP spins meanwhile: a
+With more threads than free cores every product waits for a thread that is not scheduled, and OpenMP spins meanwhile: a
 step of 1 or 8 rows took 630 to 1560 ms with two threads, 48 to 140 with two and OMP_WAIT_POLICY=passive, 54 to 112
-with one (single runs, while other programs kept both cores busy to a varying degree).
+with one (single runs; other programs kept both cores busy to a varying degree).
 
-On GPUs a few rows go to our own kernels (kernels/skinny.py), more to cuBLAS, and gated ones on Hopper to a kernel of
-our own again (kernels/gated.py).
+On GPUs a few rows use our own kernels (kernels/skinny.py), more rows cuBLAS, and gated products on Hopper our own
+kernel (kernels/gated.py).
 
-The hint that packing takes (rows expected) hardly matters: 4, 8, 16 and 32 are within the noise of each other.
+The hint for packing (expected rows) hardly matters: 4, 8, 16 and 32 are within the noise of each other.
 
-oneDNN compiles a kernel of half a megabyte for each pair of a weight's shape and a number of rows, and keeps a thousand
-of them, as torch's own table of them does. Steps have ever other numbers of rows, so both keep `MAX_COMPILED_KERNELS`:
-making the 5 kernels of a step anew takes 2 to 3 ms, which is below 2% of any step that has many rows.
+oneDNN compiles a kernel of half a megabyte for each pair of a weight's shape and a number of rows, and caches a
+thousand kernels; torch has a second cache of the same size. The number of rows changes from step to step, so both
+caches are limited to `MAX_COMPILED_KERNELS`: compiling the 5 kernels of a step takes 2 to 3 ms, below 2% of any step
+with many rows.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ MAX_COMPILED_KERNELS = 32
 
 class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
-        """x [num_rows, in_features] -> [num_rows, out_features], same dtype unless another was asked for."""
+        """x [num_rows, in_features] -> [num_rows, out_features], in the dtype of x unless `out_dtype` was given."""
 
 
 class PlainLinear:
@@ -66,7 +68,7 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """oneDNN's packed weight. A row's result does not depend on the other rows beyond rounding."""
+    """A weight packed by oneDNN. The result of a row depends on the other rows only by rounding."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS_HINT)
@@ -91,7 +93,7 @@ class GpuLinear:
             return skinny_linear(x, self._weight, self._bias, self._out_dtype)
         if self._out_dtype is x.dtype:
             return F.linear(x, self._weight, self._bias)
-        product = torch.mm(x, self._weight.t(), out_dtype=self._out_dtype)  # from fp32 sums, never rounded to 16 bits
+        product = torch.mm(x, self._weight.t(), out_dtype=self._out_dtype)  # fp32 sums, not rounded to 16 bits
         return product if self._bias is None else product + self._bias
 
 
@@ -118,14 +120,14 @@ class GpuGatedLinear:
 
 
 def make_gated_linear(weight: Tensor) -> Linear:
-    """x [num_rows, in_features] -> SiLU(x G^T) * (x U^T), `weight` being G over U. It is not the caller's any more."""
+    """Make the map x [num_rows, in_features] -> SiLU(x G^T) * (x U^T). `weight` is G over U; the caller must not keep
+    it."""
     return GpuGatedLinear(weight) if weight.is_cuda else WideGatedLinear(make_linear(weight))
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Linear:
-    """The strategy for the weight's device and dtype. The caller must not keep `weight`: packing replaces it.
-
-    `out_dtype`: a wish, for a result more precise than x; only GPUs grant it."""
+    """Make the product for the weight's device and dtype. The caller must not keep `weight`: packing replaces it.
+    `out_dtype`: a result more precise than x; only GPUs support it, CPUs ignore it."""
     if weight.is_cuda:
         return GpuLinear(weight, bias, out_dtype or weight.dtype)
     if weight.device.type == "cpu" and _can_pack(weight.dtype):
@@ -135,7 +137,7 @@ def make_linear(weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.
 
 
 def _bound_compiled_kernels() -> None:
-    """Before the first of them is made: oneDNN and torch read these once, and offer no call."""
+    """Limit the kernel caches of oneDNN and torch, which read these variables once, before their first kernel."""
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(MAX_COMPILED_KERNELS))
 

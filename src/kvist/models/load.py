@@ -1,7 +1,8 @@
-"""Builds a model from a checkpoint: choose the source, check it, then let two threads read and pack layer by layer.
+"""Builds a model from a checkpoint: opens the source, checks its tensors, then reads and packs layer by layer on two
+threads.
 
-Reading, dequantising and packing release the GIL, and a layer's plain weights die as soon as it is packed, so the peak
-memory is the model plus two layers.
+Reading, dequantising and packing release the GIL, and a layer's plain weights are freed as soon as they are packed, so
+the peak memory is the model plus two layers.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from kvist.models.weights import WeightReader, WeightSource, check_tensors, expe
 
 NUM_LOADING_THREADS = 2
 
-LoadFormat = Literal["auto", "dummy"]  # auto: what the checkpoint holds; dummy: random weights of the right shapes
-Progress = Callable[[int, int], None]  # (tensors loaded, tensors in all), called on the caller's thread
+LoadFormat = Literal["auto", "dummy"]  # auto: the weights of the checkpoint; dummy: random weights of the right shapes
+Progress = Callable[[int, int], None]  # (tensors loaded, tensors in total), called on the caller's thread
 
 
 def load_model(
@@ -37,10 +38,11 @@ def load_model(
     seed: int = 0,  # of dummy weights
     progress: Progress | None = None,
 ) -> CausalLM:
-    """Read this rank's share of the weights. Raises `ModelLoadError` naming the tensor, `ConfigError` for a TP size."""
+    """Read this rank's part of the weights. Raises `ModelLoadError` that names the tensor, `ConfigError` for a TP
+    size."""
     if dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"dtype {dtype} is not served; float32 and bfloat16 are", param="dtype")
-    check_split(config, tp)  # before reading anything
+        raise ConfigError(f"dtype {dtype} is not supported; use float32 or bfloat16", param="dtype")
+    check_split(config, tp)  # before any read
     source: WeightSource
     if load_format == "dummy":
         from kvist.models.weights_dummy import DummySource
@@ -54,7 +56,7 @@ def load_model(
 
 
 def check_split(config: ModelConfig, tp: TensorParallel) -> None:
-    """Raises `ConfigError` when the model cannot be shared by so many ranks."""
+    """Raise `ConfigError` when the model cannot be split over the ranks of `tp`."""
     tp.shard(config.num_heads, "attention heads")
     tp.kv_heads(config.num_kv_heads)
     tp.shard(config.intermediate_size, "MLP rows")
@@ -90,7 +92,7 @@ def _build(config: ModelConfig, reader: WeightReader, tp: TensorParallel, progre
 
 @contextlib.contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Each loading thread works alone: teams of OpenMP threads on the same cores would wait for each other."""
+    """Run each loading thread without OpenMP teams: teams on the same cores would wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

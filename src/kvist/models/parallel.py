@@ -1,9 +1,10 @@
-"""Tensor parallelism: which part of each matrix a rank holds, and the layers that put the parts together.
+"""Tensor parallelism: which part of each matrix a rank has, and the layers that combine the parts.
 
-Columns-then-rows, as in Megatron-LM (https://arxiv.org/abs/1909.08053): q, k, v, gate and up are split by output
-rows; o and down by input columns, followed by one all-reduce; the vocabulary is split by rows at both ends. Whole
-heads go to one rank. With more ranks than KV heads each KV head is replicated on `size / num_kv_heads` ranks.
-Size 1 is the same code and never touches torch.distributed.
+Columns-then-rows, as in Megatron-LM (https://arxiv.org/abs/1909.08053): q, k, v, gate and up are split by output rows;
+o and down by input columns, followed by one all-reduce; the vocabulary is split by rows in the embedding and the head.
+A head is never split. With more ranks than KV heads, each KV head is replicated on `size / num_kv_heads` ranks.
+
+Size 1 uses the same code and never calls torch.distributed.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorParallel:
-    """One rank's view of its group. `group` None means torch.distributed's default group."""
+    """One rank and its group. `group` None: torch.distributed's default group."""
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over ranks, in place; every rank gets the same bits."""
+        """Sum over ranks, in place; every rank gets the same bits."""
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
@@ -49,19 +50,20 @@ class TensorParallel:
         return parts.view(self.size, num_rows, n).transpose(0, 1).reshape(num_rows, self.size * n)
 
     def shard(self, total: int, what: str) -> slice:
-        """This rank's [start, stop) of `total` equal things."""
+        """Return this rank's [start, stop) of `total` items. Raises `ConfigError` when the ranks do not divide
+        `total`."""
         if total % self.size:
             raise ConfigError(f"--tp {self.size} does not divide the model's {total} {what}", param="tp")
         count = total // self.size
         return slice(self.rank * count, (self.rank + 1) * count)
 
     def kv_heads(self, num_kv_heads: int) -> slice:
-        """This rank's KV heads: a share of them, or one that it has in common with its neighbours."""
+        """Return this rank's KV heads: its shard of them, or one head that is replicated on neighbouring ranks."""
         if self.size <= num_kv_heads:
             return self.shard(num_kv_heads, "KV heads")
         if self.size % num_kv_heads:
             raise ConfigError(
-                f"--tp {self.size} is above the model's {num_kv_heads} KV heads and not a multiple of them", param="tp"
+                f"--tp {self.size} is above the model's {num_kv_heads} KV heads and not a multiple of that", param="tp"
             )
         head = self.rank // (self.size // num_kv_heads)
         return slice(head, head + 1)
@@ -70,7 +72,8 @@ class TensorParallel:
 def join_tensor_parallel(
     *, rank: int, size: int, store: Store, device: torch.device, timeout_s: float
 ) -> TensorParallel:
-    """Meet the other ranks at `store` (a collective: all call it). Tensors on `device` travel: NCCL's or gloo's."""
+    """Join the other ranks through `store`: a collective, all ranks call it. The backend is NCCL for a GPU `device`,
+    else gloo."""
     if size > 1:
         on_gpu = device.type == "cuda"
         dist.init_process_group(
@@ -85,7 +88,8 @@ def join_tensor_parallel(
 
 
 def leave_tensor_parallel(*, abort: bool = False) -> None:
-    """A collective, unless `abort`: then collectives under way on a GPU break off, and their results are undefined."""
+    """Leave the group: a collective, unless `abort`. With `abort`, running collectives on a GPU are aborted and their
+    results are undefined."""
     if not dist.is_initialized():
         return
     if abort and dist.get_backend() == "nccl":
@@ -95,26 +99,26 @@ def leave_tensor_parallel(*, abort: bool = False) -> None:
 
 
 def column_parallel(reader: WeightReader, rows: Mapping[str, slice], *, bias: bool) -> Linear:
-    """Split by output rows; several projections of one input are fused into one product (q+k+v).
+    """Make a linear layer split by output rows; several projections of one input are fused into one product (q+k+v).
 
     `rows`: matrices of the checkpoint, without .weight or .bias, and the output rows of each that this rank computes.
-    x [T, in_features] -> [T, this rank's rows of all of them]."""
+    x [T, in_features] -> [T, this rank's rows of all matrices]."""
     weights = [reader.read(f"{name}.weight", part) for name, part in rows.items()]
     biases = [reader.read(f"{name}.bias", part) for name, part in rows.items()] if bias else None
     return make_linear(torch.cat(weights), None if biases is None else torch.cat(biases))
 
 
 def gated_parallel(reader: WeightReader, rows: Mapping[str, slice]) -> Linear:
-    """Gate and up, split by output rows. x [T, in_features] -> SiLU(gate) * up [T, this rank's rows of one]."""
+    """Make gate and up, split by output rows. x [T, in_features] -> SiLU(gate) * up [T, this rank's rows of gate]."""
     return make_gated_linear(torch.cat([reader.read(f"{name}.weight", part) for name, part in rows.items()]))
 
 
 class RowParallelLinear:
-    """Split by input columns; the partial products are summed over ranks."""
+    """A linear layer split by input columns; the partial products are summed over ranks."""
 
     def __init__(self, reader: WeightReader, name: str, columns: slice, tp: TensorParallel, *, bias: bool) -> None:
         weight = reader.read(f"{name}.weight", slice(None), columns)
-        # the bias belongs to the sum, so only one rank adds it
+        # the bias is added once to the sum, so only rank 0 adds it
         own_bias = reader.read(f"{name}.bias") if bias and tp.rank == 0 else None
         self._linear = make_linear(weight, own_bias)
         self._tp = tp
@@ -126,7 +130,7 @@ class RowParallelLinear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabShard:
-    """Rows [start, stop) of the vocabulary; the last rank's are padded with zeros to `num_rows`."""
+    """Rows [start, stop) of the vocabulary; the shard of the last rank is padded with zeros to `num_rows`."""
 
     start: int
     stop: int
@@ -167,5 +171,5 @@ class VocabParallelHead:
         self._tp = tp
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden_size] -> logits [R, vocab_size] fp32, whole on every rank."""
+        """hidden [R, hidden_size] -> logits [R, vocab_size] fp32, complete on every rank."""
         return self._tp.all_gather(self._linear(hidden))[:, : self._vocab_size].float()

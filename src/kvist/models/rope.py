@@ -1,7 +1,7 @@
-"""How fast each dimension of a head turns with its position. The turning itself is kernels/rotary.py.
+"""How fast each dimension of a head rotates with its position. kernels/rotary.py does the rotation.
 
-Angles are computed for the positions of each step: for the few positions of a step this costs less than a table of
-the whole context, and it has no limit.
+Angles are computed for the positions of each step: for few positions this is cheaper than a table of the whole context,
+and it has no length limit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kvist.models.config import DividedRope, LinearRope, Llama3Rope, ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position, [head_dim / 2], fp32."""
+    """Return the radians per position, [head_dim / 2], fp32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     scaling = config.rope_scaling
@@ -31,12 +31,12 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotation_scale(config: ModelConfig) -> float:
-    """By which sines and cosines, and so q and k, are multiplied."""
+    """Return the factor of the sines and cosines, and so of q and k."""
     return config.rope_scaling.attention_factor if isinstance(config.rope_scaling, YarnRope) else 1.0
 
 
 def _llama3(frequencies: Tensor, scaling: Llama3Rope) -> Tensor:
-    """Wavelengths beyond original/low are slowed down, those under original/high are kept, between them a blend."""
+    """Slow down wavelengths above original/low, keep those below original/high, and blend in between."""
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # over the original context
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0.0, 1.0)
@@ -47,7 +47,7 @@ def _yarn(frequencies: Tensor, scaling: YarnRope, theta: float) -> Tensor:
     head_dim = 2 * len(frequencies)
 
     def dimension_with(turns: float) -> float:
-        """The pair of dimensions that turns so often over the original context."""
+        """Return the pair of dimensions that makes `turns` rotations over the original context."""
         wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(theta))
 

@@ -1,7 +1,7 @@
-"""The door to a checkpoint's tensors, and the checks every checkpoint passes before one of them is read.
+"""The interface to a checkpoint's tensors, and the checks that every checkpoint passes before its first read.
 
-Names are those of Hugging Face folders; GGUF files are translated (weights_gguf.py). `WeightSource` is the door, one
-file a format; `WeightReader` gives the layers exactly the part they ask for, in the model's dtype on its device.
+Names are those of Hugging Face folders; weights_gguf.py translates GGUF names. `WeightSource` is the interface, with
+one file per format; `WeightReader` returns exactly the part that a layer asks for, in the model's dtype on its device.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ WHOLE = slice(None)
 class WeightSource(Protocol):
     @property
     def origin(self) -> str:
-        """The file or folder, for errors."""
+        """The file or folder, for error messages."""
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        """Every tensor of the checkpoint."""
+        """The shape of every tensor of the checkpoint."""
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
-        """A part of one tensor, any float dtype; `columns` is WHOLE for vectors. Called from two threads."""
+        """Read a part of one tensor, in any float dtype; `columns` is WHOLE for vectors. Called from two threads."""
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
-    """Every tensor the model needs, by name, with its whole shape."""
+    """Return every tensor that the model needs, by name, with its unsplit shape."""
     hidden, vocab = config.hidden_size, config.vocab_size
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
     if not config.tie_word_embeddings:
@@ -69,27 +69,27 @@ def _layer_tensors(config: ModelConfig) -> dict[str, Shape]:
 
 
 def check_tensors(source: WeightSource, config: ModelConfig) -> None:
-    """Raises `ModelLoadError` naming the first missing, misshaped or unexpected tensor."""
+    """Raise `ModelLoadError` that names the first missing, misshaped or unexpected tensor."""
     expected = expected_tensors(config)
     for name, shape in expected.items():
         found = source.shapes.get(name)
         if found is None:
-            raise ModelLoadError(f"{source.origin}: tensor {name} is missing; the config asks for shape {shape}")
+            raise ModelLoadError(f"{source.origin}: tensor {name} is missing; the config needs it with shape {shape}")
         if found != shape:
-            raise ModelLoadError(f"{source.origin}: tensor {name} has shape {found}; the config asks for {shape}")
+            raise ModelLoadError(f"{source.origin}: tensor {name} has shape {found}; the config needs {shape}")
     unexpected = sorted(name for name in source.shapes.keys() - expected.keys() if not _may_be_left_out(name, config))
     if unexpected:
         more = f" (and {len(unexpected) - 1} more)" if len(unexpected) > 1 else ""
-        raise ModelLoadError(f"{source.origin}: tensor {unexpected[0]}{more} has no place in a {config.family} model")
+        raise ModelLoadError(f"{source.origin}: tensor {unexpected[0]}{more} is not part of a {config.family} model")
 
 
 def _may_be_left_out(name: str, config: ModelConfig) -> bool:
-    """Copies that checkpoints carry of what we compute (old rope buffers) or already have (a tied head)."""
+    """Return whether a tensor is redundant: a computed value (old rope buffers) or a second copy (a tied head)."""
     return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
 
 
 class WeightReader:
-    """Reads for the layers, and counts. Safe to use from several loading threads."""
+    """Reads tensors for the layers and counts them. Safe to use from several loading threads."""
 
     def __init__(self, source: WeightSource, *, dtype: torch.dtype, device: torch.device) -> None:
         self._source = source

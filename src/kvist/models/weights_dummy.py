@@ -1,7 +1,7 @@
-"""Random weights of the right shapes, from a config alone: for benchmarks and tests that need no real model.
+"""Random weights of the right shapes, from a configuration alone: for benchmarks and tests that need no real model.
 
-Each tensor depends on (seed, name) only, so every rank of every TP size, and every worker with the same seed and
-kind of device, holds parts of the same model. Matrices have deviation 1/sqrt(inputs) and norms are ones: activations
+Each tensor depends on (seed, name) only, so every rank of every TP size, and every worker with the same seed and kind
+of device, has parts of the same model. Matrices have standard deviation 1/sqrt(inputs) and norms are ones: activations
 and logits stay near 1 at any depth.
 """
 

@@ -1,7 +1,8 @@
-"""Weights of a GGUF file, dequantised by the gguf library a tensor at a time (it holds float32 only while in use).
+"""Weights of a GGUF file, dequantised by the gguf library one tensor at a time (float32 copies exist only while in
+use).
 
-Llama files store the rows of q and k of each head as rotation pairs (0, D/2, 1, D/2+1, ...), because llama.cpp turns
-neighbouring dimensions; we turn halves (rope.py), so that order is undone here. Qwen files keep the halves.
+Llama files store the rows of q and k of each head as rotation pairs (0, D/2, 1, D/2+1, ...), because llama.cpp rotates
+neighbouring dimensions; Kvist rotates halves (rope.py), so that order is undone here. Qwen files store the halves.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<stem>\w+)\.(?P<kind>weight|bias)")
-_DEQUANTISE_BYTES = 1 << 16  # the library works on 16 rows at a time: long rows keep its overhead down
+_DEQUANTISE_BYTES = 1 << 16  # the library processes 16 rows at a time: long rows reduce its overhead
 
 
 def hf_name(gguf_name: str) -> str:
-    """The Hugging Face name; a name we do not know stays as it is, and is reported as unexpected."""
+    """Return the Hugging Face name. An unknown name is returned unchanged and later reported as unexpected."""
     match = _NAME.fullmatch(gguf_name)
     if match is None:
         return gguf_name
@@ -73,7 +74,7 @@ class GgufSource:
         return values[:, columns].contiguous() if values.ndim > 1 else values
 
     def _raw(self, tensor: GgufTensor, rows: slice) -> tuple[NDArray[np.uint8], GGMLQuantizationType]:
-        """The stored bytes of some rows, [num_rows, row_bytes]; a vector is one element a row."""
+        """Return the stored bytes of some rows, [num_rows, row_bytes]; a vector has one element per row."""
         try:
             kind = GGMLQuantizationType(tensor.ggml_type)
             row_shape = tensor.shape[1:] if len(tensor.shape) > 1 else (1,)
@@ -82,7 +83,7 @@ class GgufSource:
             raise ModelLoadError(f"{self.origin}: tensor {tensor.name}: {error}") from error
         end = tensor.offset + tensor.shape[0] * row_bytes
         if end > self._bytes.size:
-            raise ModelLoadError(f"{self.origin}: the file ends inside tensor {tensor.name}; it is cut short")
+            raise ModelLoadError(f"{self.origin}: the file ends inside tensor {tensor.name}; the file is truncated")
         return self._bytes[tensor.offset : end].reshape(tensor.shape[0], row_bytes)[rows], kind
 
     def _dequantise(
@@ -98,6 +99,6 @@ class GgufSource:
         return shaped
 
     def _split_halves(self, values: Tensor) -> Tensor:
-        """Rows of each head from (0, D/2, 1, D/2+1, ...) back to (0, 1, ..., D-1)."""
+        """Reorder the rows of each head from (0, D/2, 1, D/2+1, ...) to (0, 1, ..., D-1)."""
         heads = values.reshape(-1, self._head_dim // 2, 2, *values.shape[1:])
         return heads.transpose(1, 2).reshape(values.shape)

@@ -35,11 +35,11 @@ class SafetensorsSource:
             held = frozenset(file.keys())
             if wanted is not None and wanted - held:
                 name = min(wanted - held)
-                raise ModelLoadError(f"{path}: tensor {name} is missing, though {INDEX_FILE} places it there")
+                raise ModelLoadError(f"{path}: tensor {name} is missing, but {INDEX_FILE} lists it in this file")
             for name in wanted or held:
                 view = file.get_slice(name)
                 if view.get_dtype() not in _FLOATS:
-                    raise ModelLoadError(f"{path}: tensor {name} has dtype {view.get_dtype()}; we read {_FLOATS}")
+                    raise ModelLoadError(f"{path}: tensor {name} has dtype {view.get_dtype()}; supported: {_FLOATS}")
                 self.shapes[name] = tuple(view.get_shape())
                 self._files[name] = file
         except (OSError, SafetensorError) as error:
@@ -48,12 +48,12 @@ class SafetensorsSource:
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
         view = self._files[name].get_slice(name)
         part: Tensor = view[rows, columns] if columns != WHOLE else view[rows]
-        # a view of the mapping would make the model's speed depend on the page cache
+        # without a copy the model's speed would depend on the page cache
         return part.clone(memory_format=torch.contiguous_format)
 
 
 def _weight_files(folder: Path) -> dict[Path, frozenset[str] | None]:
-    """Each file with the tensors to take from it; None: all of them."""
+    """Return each file with the tensors to read from it; None: all tensors."""
     index_path = folder / INDEX_FILE
     if not index_path.is_file():
         if not (folder / SINGLE_FILE).is_file():

@@ -1,15 +1,15 @@
-"""Moves whole KV pages from this engine's pool into a peer's, and says when it is done. One door, `Transport`.
+"""Copies whole KV pages from this engine's pool into a peer's pool, and reports completion. One interface, `Transport`.
 
-Life cycle of a handoff at the writer: `write` once a chunk (in order), perhaps `stop`; every job is answered through
-`poll` after a call of `wakeup`. At the receiver: `verify` once, after the writer said that it is done.
+Life cycle of a handoff at the writer: `write` once per chunk (in order), perhaps `stop`; every job is answered through
+`poll` after a call of `wakeup`. At the receiver: `verify` once, after the writer has sent Done.
 
-A transport decides nothing about ownership: which pages may be written, and when they may be used again, is the
-scheduler's affair (docs/handoff.md). What it owes the scheduler is this:
+A transport decides nothing about ownership: the scheduler decides which pages may be written and when they may be
+reused (docs/handoff.md). A transport guarantees to the scheduler:
 
-- the jobs of one handoff are carried out in order, whole pages each, and add up in one running checksum;
-- after `stop`, exactly one more `WritesCompleted` comes for that handoff, and no byte is written after it;
+- the jobs of one handoff run in order, copy whole pages, and add up in one running checksum;
+- after `stop`, exactly one more `WritesCompleted` is reported for that handoff, and no byte is written after it;
 - after `WritesFailed` no byte is written for that handoff;
-- nothing is written before the peer's pool was found to have our layout and the size it claims.
+- no byte is written before the peer's pool was checked to have our layout and the size that its address claims.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ class Transport(Protocol):
         """Queue a checksum over our own pages; answered by `PagesVerified`."""
 
     def stop(self, handoff_id: HandoffId) -> None:
-        """Drop what has not begun. Answered by a `WritesCompleted` for what was done; earlier ones not yet polled
-        are swallowed, so the next one that `poll` returns is that answer."""
+        """Drop jobs that have not begun. Answered by a `WritesCompleted` with the pages written so far; earlier reports
+        that were not polled are discarded, so the next `WritesCompleted` that `poll` returns is the answer."""
 
     def poll(self) -> list[TransferReport]:
-        """What happened since the last call, oldest first."""
+        """Return the reports since the last call, oldest first."""
 
     def peer_is_dead(self, epoch: EpochId) -> bool:
-        """True only when the process of that life is certainly gone. False also means "cannot tell"."""
+        """Return True only when the process of that epoch has certainly ended. False also means "unknown"."""
 
     def close(self) -> None:
         """No byte is written once this returns. Jobs that have not begun are dropped without a report."""
 
 
 def make_transport(pool: DevicePool, *, runtime_dir: Path, wakeup: Callable[[], None]) -> Transport:
-    """The transport between pools like this one. `runtime_dir` is the host's folder of pool and lock files."""
+    """Make the transport between pools of this kind. `runtime_dir` is the host's folder of pool and lock files."""
     if pool.address.transport == CUDA_IPC:
         from kvist.transfer.cuda_ipc import cuda_ipc_transport
 

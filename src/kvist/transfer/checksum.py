@@ -1,8 +1,9 @@
-"""The checksum that both sides of a handoff compute: the writer over what it read, the receiver over what arrived.
+"""The checksum that both sides of a handoff compute: the writer over the pages it read, the receiver over the pages it
+got.
 
-A fold of page digests and not one hash over all bytes, so that it grows page by page while copying. What a page's
-digest is depends on the memory: xxh3_128 on the host, two sums on a GPU (kernels/pages.py). Either is an error check,
-not protection from somebody who chooses the bytes.
+The checksum folds page digests instead of hashing all bytes, so that it grows page by page while copying. The digest of
+a page depends on the memory: xxh3_128 on the host, two sums on a GPU (kernels/pages.py). Both detect errors; neither
+protects against a party that chooses the bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class RunningChecksum:
             self._fold.update(digest)
 
     def hexdigest(self) -> str:
-        """32 hex digits; the checksum of no page at all is a value too."""
+        """Return 32 hex digits; zero pages have a checksum, too."""
         digest: str = self._fold.hexdigest()
         return digest
 

@@ -1,7 +1,7 @@
-"""Pools on GPUs: the peer's memory is opened by its handle, and one kernel of ours copies into it.
+"""Pools on GPUs: the peer's memory is opened by its handle, and one of our kernels copies into it.
 
-Two processes on one GPU, or on two that reach each other's memory (NVLink, PCIe peer access): to the kernel that is the
-same, an address. A dead peer's memory exists until we drop its map, so a copy under way does no harm.
+The processes share one GPU, or use two GPUs that reach each other's memory (NVLink, PCIe peer access): both are the
+same to the kernel. A dead peer's memory exists until we drop its map, so a running copy does no harm.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from kvist.transfer.same_host import SameHostTransport, wrong_size
 from kvist.wire import PoolAddress
 
 _MAX_FILE_BYTES = 4096
-# The kernel takes a killed process's locks away before the driver has stopped its GPU work: a copy that was under way,
-# some milliseconds at most, could write pages that were given to others meanwhile.
+# The operating system releases a killed process's locks before the driver has stopped its GPU work: a copy in flight,
+# of some milliseconds at most, could still write pages that have been reused.
 SETTLE_S = 0.5
 
 
@@ -38,7 +38,8 @@ def cuda_ipc_transport(pool: DevicePool, runtime_dir: Path, wakeup: Callable[[],
 
 
 def read_file(descriptor: int, address: PoolAddress) -> ExportedMemory:
-    """What that pool's file says. Raises `Unavailable` when the pool is not of that size, or cannot be shared."""
+    """Read the export of a pool from its file. Raises `Unavailable` when the pool has another size or cannot be
+    shared."""
     try:
         exported = read_export(os.pread(descriptor, _MAX_FILE_BYTES, 0))
     except (OSError, EngineError) as error:

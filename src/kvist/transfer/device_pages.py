@@ -1,9 +1,9 @@
-"""Pages in GPU memory, copied and summed by one kernel (kernels/pages.py) on a stream beside the model's.
+"""Pages in GPU memory, copied and summed by one kernel (kernels/pages.py) on a stream beside the model's stream.
 
-The stream waits for nobody. A page to be copied was computed by a step whose tokens the host has read (only those count
-as computed, with overlap too: `ActiveRequest.num_computed`), and that reading waited for the whole step. A page to be
-verified was written before its writer, who had waited for its own stream, said Done. Nor does the model's stream wait
-for this one: what is reported to the loop is reported after this stream was waited for.
+The stream waits for no other stream. A page to be copied was computed by a step whose tokens the host has read (only
+such pages count as computed, with overlap too: `ActiveRequest.num_computed`), and that read waited for the whole step.
+A page to be verified was written before its writer, which had waited for its own stream, sent Done. The model's stream
+does not wait for this stream either: a result is reported to the loop only after this stream has finished the work.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 from kvist.kernels.operands import WORD_BYTES
 from kvist.kernels.pages import copy_pages, sum_pages
 
-GROUP_BYTES = 64 << 20  # copied between two looks whether to stop: a third of a millisecond
+GROUP_BYTES = 64 << 20  # copied between two checks for a stop: a third of a millisecond
 
 
 class Mapped(Protocol):
-    """A peer's pages."""
+    """A peer's mapped pages."""
 
     @property
     def address(self) -> int:
-        """Where kernels of our GPU write; valid for as long as this object lives."""
+        """The address for kernels of our GPU; valid for the lifetime of this object."""
 
 
 class DevicePages:
-    """An engine's own pages, as `jobs.OwnPages`. Used by one thread at a time. On a CPU it runs the kernel's twin."""
+    """An engine's own pages, as `jobs.OwnPages`. Used by one thread at a time. On a CPU the kernel's twin runs."""
 
     def __init__(self, pool: Tensor) -> None:
         """`pool` [num_pages, ...], contiguous."""
@@ -42,7 +42,7 @@ class DevicePages:
             self._stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(pool.device))
         self.pages_at_once = max(1, GROUP_BYTES // page_bytes)
-        # Compiles both kernels now, and not under the first request: page 0 onto itself.
+        # Compile both kernels now and not during the first request, by copying page 0 onto itself.
         with self._on_stream():
             _digests(copy_pages(self._words, (0,), self._words.data_ptr(), (0,)))
         self.digests((0,))
@@ -56,10 +56,10 @@ class DevicePages:
             return _digests(sum_pages(self._words, page_ids))
 
     def _on_stream(self) -> contextlib.AbstractContextManager[object]:
-        """Also makes its GPU the thread's current one."""
+        """Enter the stream, which also makes its GPU the current device of the thread."""
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
 def _digests(sums: Tensor) -> list[bytes]:
-    """Waits for the stream. sums [num_pages, 2] int64."""
+    """Return one digest per page of sums [num_pages, 2] int64. Waits for the stream."""
     return [row.tobytes() for row in sums.cpu().numpy()]

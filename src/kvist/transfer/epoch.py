@@ -1,15 +1,15 @@
-"""One life of one engine process, and how others on the same host know that it is over.
+"""The epoch of an engine process: one run of the process, and how others on the same host know that the run is over.
 
-Each life holds a lock (flock) on `<runtime_dir>/epoch-<id>.lock` from before anybody can learn its id until the
-kernel takes it away, which it does only after the last thread of the process has stopped: whoever can take the lock
-knows that the process can no longer read or write any page.
+Each engine holds a lock (flock) on `<runtime_dir>/epoch-<id>.lock`, from before its id is published until the kernel
+releases the lock, which happens only after the last thread of the process has stopped. A process that can take the lock
+therefore knows that the owner can no longer read or write any page.
 
-The file is published already locked (locked under another name, then renamed), so it is never seen unlocked while
-its owner lives. It stays after death for `KEEP_DEAD_S` and more, so that a peer that comes late can still tell "dead"
-from "unknown"; `sweep`, which every engine runs when it starts, removes it after that. (The dead life's pool file has
-its own lock, and kv/device.py removes it at once.)
+The file is locked under another name and then renamed, so it is never visible unlocked while its owner runs. It stays
+for at least `KEEP_DEAD_S` after the end, so that a late peer can still distinguish "dead" from "unknown"; then `sweep`,
+which every engine runs at its start, removes it. (The pool file of a dead engine has its own lock, and kv/device.py
+removes it at once.)
 
-Not for other hosts: there a peer's death is known only by its lease (a later transport).
+Not for other hosts: there only a lease can show that a peer has died (a later transport).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from kvist.errors import ConfigError
 from kvist.request import EpochId
 
 KEEP_DEAD_S = 600.0
-MAX_WATCHED = 256  # lock files kept open; the least recently asked for is closed first
-_FOUND_DEAD = stat.S_IXUSR  # mark on the file: `sweep` found this life dead, at the file's mtime
-_EPOCH_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes part of a path, and it comes from a peer
+MAX_WATCHED = 256  # lock files kept open; the least recently checked is closed first
+_FOUND_DEAD = stat.S_IXUSR  # mode bit of the file: `sweep` found this epoch dead, at the file's mtime
+_EPOCH_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # from a peer, and part of a path
 
 
 def new_epoch() -> EpochId:
@@ -42,7 +42,8 @@ def lock_path(runtime_dir: Path, epoch: EpochId) -> Path:
 
 
 def try_lock(descriptor: int, *, exclusive: bool) -> bool:
-    """Ask with `exclusive=False`: any number may ask at once, and all are refused while the owner lives."""
+    """Try to lock a file. `exclusive=False` tests for the owner: any number of processes may test at once, and all fail
+    while the owner runs."""
     try:
         import fcntl  # not on Windows: there a worker cannot share pages with another process
     except ImportError as error:
@@ -55,7 +56,7 @@ def try_lock(descriptor: int, *, exclusive: bool) -> bool:
 
 
 class EpochLock:
-    """Held for the whole life of an engine. Make it before the pool, close it after everything else."""
+    """The lock of an engine's epoch. Make it before the pool, close it after everything else."""
 
     def __init__(self, runtime_dir: Path, epoch: EpochId) -> None:
         assert _EPOCH_ID.fullmatch(epoch), f"not an epoch id: {epoch!r}"
@@ -64,11 +65,11 @@ class EpochLock:
         unpublished = runtime_dir / f".{path.name}.new"
         self._descriptor: int | None = os.open(unpublished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         locked = try_lock(self._descriptor, exclusive=True)
-        assert locked, "nobody knows this file yet"
+        assert locked, "the file is not published yet"
         os.rename(unpublished, path)
 
     def close(self) -> None:
-        """This life is over; the file stays for `KEEP_DEAD_S`, so that peers can see that it is."""
+        """End the epoch. The file stays for `KEEP_DEAD_S`, so that peers can see the end."""
         if self._descriptor is None:
             return
         os.close(self._descriptor)
@@ -76,17 +77,17 @@ class EpochLock:
 
 
 class EpochWatch:
-    """Asks whether other lives are over. Keeps the files it has seen open, so that removing them changes nothing.
+    """Checks whether other epochs are over. Keeps their files open, so that removing a file changes nothing.
 
     Mutable, used by one thread.
     """
 
     def __init__(self, runtime_dir: Path) -> None:
         self._runtime_dir = runtime_dir
-        self._seen: OrderedDict[EpochId, int | None] = OrderedDict()  # open lock file; None: dead, for good
+        self._seen: OrderedDict[EpochId, int | None] = OrderedDict()  # open lock file; None: dead
 
     def is_dead(self, epoch: EpochId) -> bool:
-        """False for a life never seen here: it may be on another host, and then nothing is certain."""
+        """Return whether `epoch` is over. False for an unknown epoch, which may be on another host."""
         if not _EPOCH_ID.fullmatch(epoch):
             return False
         if epoch not in self._seen:
@@ -117,7 +118,7 @@ class EpochWatch:
 
 
 def _epochs(runtime_dir: Path) -> Iterator[tuple[Path, bool]]:
-    """The lock file of each life that was here, and whether it is over."""
+    """Yield the lock file of each epoch of this folder, and whether the epoch is over."""
     watch = EpochWatch(runtime_dir)
     try:
         for path in sorted(runtime_dir.glob("epoch-*.lock")):
@@ -127,18 +128,18 @@ def _epochs(runtime_dir: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def num_live_epochs(runtime_dir: Path) -> int:
-    """How many engines of this runtime folder are alive now."""
+    """Return how many engines of this runtime folder are running."""
     return sum(not is_dead for _, is_dead in _epochs(runtime_dir))
 
 
 def sweep(runtime_dir: Path) -> None:
-    """Remove the lock files of lives that ended long ago."""
+    """Remove the lock files of epochs that ended more than `KEEP_DEAD_S` ago."""
     for path, is_dead in _epochs(runtime_dir):
         if not is_dead:
             continue
         with contextlib.suppress(FileNotFoundError):  # another engine may be sweeping too
             if path.stat().st_mode & _FOUND_DEAD == 0:
                 path.chmod(0o600 | _FOUND_DEAD)
-                os.utime(path)  # its death is news: the wait counts from when it was first found dead
+                os.utime(path)  # first found dead: the wait starts now
             elif unix_time_s() - path.stat().st_mtime > KEEP_DEAD_S:
                 path.unlink()

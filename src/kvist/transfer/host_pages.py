@@ -1,4 +1,4 @@
-"""Pages in host memory, copied and checksummed by the CPU, outside Python's lock."""
+"""Pages in host memory, copied and checksummed by the CPU without Python's lock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Pages = npt.NDArray[np.uint8]  # [num_pages, page_bytes], C-contiguous rows
 
 
 class HostPages:
-    """An engine's own pages, as `jobs.OwnPages`; a peer's are such an array, too."""
+    """An engine's own pages, as `jobs.OwnPages`; a peer's pages are an array of the same form."""
 
     pages_at_once = 1
 

@@ -1,15 +1,15 @@
-"""What every transport does the same way: a bounded queue of jobs, one running checksum a handoff, reports in order.
+"""The common part of every transport: a bounded queue of jobs, one running checksum per handoff, reports in order.
 
-    engine loop: write / verify / stop ──► jobs ──► whoever works: work_one() ──► reports ──► engine loop: poll
+    engine loop: write / verify / stop ──► jobs ──► worker: work_one() ──► reports ──► engine loop: poll
 
-A backend owns the worker (a thread, or the poll itself) and says what our pages are (`OwnPages`) and how a peer's
-address becomes something they can be copied to.
+A backend owns the worker (a thread, or the poll itself) and provides our pages (`OwnPages`) and a function that opens
+the pages at a peer's address.
 
-    OPEN ──stop──► STOPPED         STOPPED and FAILED handoffs write nothing any more
+    OPEN ──stop──► STOPPED         STOPPED and FAILED handoffs write no more pages
       └──error──► FAILED
 
-A handoff is forgotten only when `MAX_HANDOFFS` younger ones exist, far more than an engine can have open; should one
-be forgotten too early, its checksum begins anew and the receiver refuses the pages.
+A handoff is forgotten only after `MAX_HANDOFFS` newer handoffs, far more than an engine can have open. If a handoff is
+forgotten too early, its checksum starts again and the receiver refuses the pages.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _PeerT = TypeVar("_PeerT", contravariant=True)
 
 
 class OwnPages(Protocol[_PeerT]):
-    """This engine's pages, and how they are copied to a peer's. Called by the worker alone."""
+    """This engine's pages, and how to copy them to a peer's pages. Called by the worker only."""
 
-    pages_at_once: int  # copied between two looks whether to stop
+    pages_at_once: int  # copied between two checks for a stop
 
     def copy(self, page_ids: Sequence[int], peer: _PeerT, peer_page_ids: Sequence[int]) -> list[bytes]:
-        """The digests of what was read and written. Every byte is in place when it returns."""
+        """Copy pages and return their digests. Every byte has been written when the call returns."""
 
     def digests(self, page_ids: Sequence[int]) -> list[bytes]: ...
 
@@ -59,7 +59,8 @@ class _State(enum.Enum):
 
 @dataclass(slots=True)
 class _Handoff:
-    """Mutable: `state` by the loop (stop) and the worker (failure), under the lock; the rest by the worker only."""
+    """Mutable. The loop (stop) and the worker (failure) change `state` under the lock; only the worker changes the
+    rest."""
 
     state: _State = _State.OPEN
     num_pages: int = 0
@@ -93,32 +94,32 @@ class TransferJobs(Generic[PeerT]):
     # ------------------------------------------------------------ called by the engine loop
 
     def write(self, job: WritePages) -> None:
-        assert len(job.page_ids) == len(job.peer_page_ids), "one destination for each page"
+        assert len(job.page_ids) == len(job.peer_page_ids), "one destination per page"
         self._assert_local(job.page_ids)
         with self._lock:
             handoff = self._handoff(job.handoff_id)
             if handoff.state is not _State.OPEN:
-                return  # its failure or its stop is reported already, or on the way
+                return  # its failure or its stop is already reported or queued
             if self._num_queued_writes < MAX_QUEUED_WRITES:
                 self._num_queued_writes += 1
                 self._jobs.append(job)
                 self._work_ready.notify()
                 return
             handoff.state = _State.FAILED
-            message = f"the transfer queue is full ({MAX_QUEUED_WRITES} writes wait): the peer's pool is too slow"
-            # Through the queue: a page of this handoff may be in the middle of its copy.
+            message = f"the transfer queue is full ({MAX_QUEUED_WRITES} writes): copies to the peer are too slow"
+            # Report through the queue: the worker may still be copying a page of this handoff.
             self._jobs.append(WritesFailed(handoff_id=job.handoff_id, message=message))
 
     def verify(self, job: VerifyPages) -> None:
         self._assert_local(job.page_ids)
         with self._lock:
-            self._jobs.append(job)  # bounded by the pages that the scheduler can have granted
+            self._jobs.append(job)  # bounded by the pages that the scheduler can grant
             self._work_ready.notify()
 
     def stop(self, handoff_id: HandoffId) -> None:
         with self._lock:
             self._handoff(handoff_id).state = _State.STOPPED
-            # A completion made before this call but not yet polled must not pass for the answer to it.
+            # An earlier completion that was not polled yet must not be mistaken for the answer to this call.
             self._reports = deque(
                 report
                 for report in self._reports
@@ -134,7 +135,7 @@ class TransferJobs(Generic[PeerT]):
         return reports
 
     def close(self) -> None:
-        """After this `work_one` returns False, and a copy that is under way ends after its current group of pages."""
+        """Make `work_one` return False; a running copy ends after its current group of pages."""
         with self._lock:
             self._closed = True
             self._jobs.clear()
@@ -143,7 +144,7 @@ class TransferJobs(Generic[PeerT]):
     # ------------------------------------------------------------ called by the worker
 
     def work_one(self, *, wait: bool) -> bool:
-        """Carry out one job. False: there was none (or, with `wait`, the transport is closed)."""
+        """Run one job. Return False when no job is queued (or, with `wait`, when the transport is closed)."""
         with self._lock:
             while wait and not self._jobs and not self._closed:
                 self._work_ready.wait()
@@ -173,14 +174,14 @@ class TransferJobs(Generic[PeerT]):
             peer = self._open_checked(job.pool, job.peer_page_ids)
             for start in range(0, len(job.page_ids), self._pages.pages_at_once):
                 if handoff.state is not _State.OPEN or self._closed:
-                    return  # the stop that is queued behind us reports what was done
+                    return  # the queued StopWrites reports the pages written
                 group = slice(start, start + self._pages.pages_at_once)
                 digests = self._pages.copy(job.page_ids[group], peer, job.peer_page_ids[group])
                 handoff.checksum.add(digests)
                 handoff.num_pages += len(digests)
-        except Exception as error:  # the thread must outlive any one handoff
+        except Exception as error:  # the thread must survive the failure of a handoff
             if not isinstance(error, KvistError):
-                logger.exception("copying pages for handoff %s", job.handoff_id)
+                logger.exception("copying the pages of handoff %s failed", job.handoff_id)
             self._fail(job.handoff_id, handoff, str(error) or type(error).__name__)
             return
         with self._lock:
@@ -192,21 +193,21 @@ class TransferJobs(Generic[PeerT]):
         try:
             return fold(self._pages.digests(job.page_ids))
         except Exception:
-            logger.exception("the checksum of the pages of handoff %s", job.handoff_id)
-            return ""  # equals no writer's: the handoff fails
+            logger.exception("computing the checksum of handoff %s failed", job.handoff_id)
+            return ""  # matches no writer's checksum, so the handoff fails
 
     def _open_checked(self, address: PoolAddress, page_ids: tuple[int, ...]) -> PeerT:
-        """The peer's pages, after all that can be checked before the first byte is written."""
+        """Open the peer's pages, after checking its address and the page ids. Raises `Unavailable` before any write."""
         ours = self._address
         if address.transport != ours.transport:
             raise Unavailable(
-                f"the peer's pool is reached by {address.transport!r}, ours by {ours.transport!r}: start both with the "
-                "same --device"
+                f"the peer's pool uses transport {address.transport!r}, ours uses {ours.transport!r}: use the "
+                "same --device for both workers"
             )
         if address.layout != ours.layout or address.page_bytes != ours.page_bytes:
             raise Unavailable(
-                f"the peer keeps its pages as {address.layout} ({address.page_bytes} bytes), we as {ours.layout} "
-                f"({ours.page_bytes} bytes): start both with the same model, dtype and page size"
+                f"the peer's page layout is {address.layout} ({address.page_bytes} bytes), ours is {ours.layout} "
+                f"({ours.page_bytes} bytes): start both workers with the same model, dtype and page size"
             )
         outside = [page_id for page_id in page_ids if not 0 <= page_id < address.num_pages]
         if outside:
@@ -216,7 +217,7 @@ class TransferJobs(Generic[PeerT]):
     def _fail(self, handoff_id: HandoffId, handoff: _Handoff, message: str) -> None:
         with self._lock:
             if handoff.state is not _State.OPEN:
-                return  # stopped meanwhile: the stop's report is the last word
+                return  # stopped meanwhile: the report of the stop must stay the last one
             handoff.state = _State.FAILED
             self._reports.append(WritesFailed(handoff_id=handoff_id, message=message))
         self._wakeup()
@@ -245,4 +246,4 @@ class TransferJobs(Generic[PeerT]):
 
     def _assert_local(self, page_ids: tuple[int, ...]) -> None:
         num_pages = self._address.num_pages
-        assert all(0 <= page_id < num_pages for page_id in page_ids), f"page ids outside our {num_pages} pages"
+        assert all(0 <= page_id < num_pages for page_id in page_ids), f"a page id is outside our {num_pages} pages"

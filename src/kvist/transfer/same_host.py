@@ -1,15 +1,15 @@
-"""The transport between engines of one host, whatever memory their pages are in: a peer's pool is mapped and written.
+"""The transport between engines of one host, for pages in any memory: a peer's pool is mapped and written.
 
-One worker thread copies whole pages, beside the next forward. Maps of peers are kept, at most `MAX_PEER_MAPS`, and
-dropped when the peer is found dead, which gives its memory back; a map that is being written to lives until its group
-of pages is copied.
+One worker thread copies whole pages while the model runs. At most `MAX_PEER_MAPS` maps of peers are kept. A map is
+dropped when its peer is found dead, which frees the peer's memory; a map that is being written is dropped after its
+group of pages is copied.
 
     shm.py        pools on the CPU: the file is the pool
     cuda_ipc.py   pools on GPUs: the file holds the handle that opens the memory
 
-Trust: a pool's file must lie in our own runtime folder, which only this user can write to, be locked by its living
-creator (kv/device.py) and be of exactly the size its address claims. So a peer can make us write into another engine's
-pages only by naming that engine's pool, which any process of this user could do anyway.
+Trust: a pool's file must be in our own runtime folder, which only this user can write to, be locked by its running
+creator (kv/device.py) and have exactly the size that its address claims. So a peer can make us write into another
+engine's pages only by naming that engine's pool, which any process of this user could write anyway.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from kvist.wire import PoolAddress
 MAX_PEER_MAPS = 64
 
 MapPool = Callable[[int, PoolAddress], PeerT]
-"""(descriptor of the pool's file, its address) -> its pages. Raises `Unavailable`, and for a size that is not the
-address's `wrong_size`. The memory stays mapped for as long as the result lives."""
+"""(descriptor of the pool's file, its address) -> its pages. Raises `Unavailable`; `wrong_size` makes the error for a
+size other than that of the address. The memory stays mapped for the lifetime of the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class SameHostTransport(TransferJobs[PeerT]):
         settle_s: float = 0.0,
         clock: Clock | None = None,
     ) -> None:
-        """`settle_s`: how long after the end of a peer's process its last writes may still arrive."""
+        """`settle_s`: the time after the end of a peer's process during which its last writes may still arrive."""
         super().__init__(address=address, pages=pages, open_peer=self._pages_of, wakeup=wakeup)
         self._runtime_dir = runtime_dir.resolve()
         self._map_pool = map_pool
@@ -122,10 +122,10 @@ class SameHostTransport(TransferJobs[PeerT]):
         try:
             descriptor = open_own(path, os.O_RDWR)
         except OSError as error:
-            raise Unavailable(f"the peer is gone: its pool {path} cannot be opened ({error.strerror})") from error
+            raise Unavailable(f"the peer has ended: its pool {path} cannot be opened ({error.strerror})") from error
         try:
             if _owner_is_gone(descriptor):
-                raise Unavailable(f"the peer is gone: nobody holds the lock of its pool {path}")
+                raise Unavailable(f"the peer has ended: no process holds the lock of its pool {path}")
             return _PeerMap(pages=self._map_pool(descriptor, address), address=address, descriptor=descriptor)
         except BaseException:
             os.close(descriptor)
@@ -140,12 +140,11 @@ class SameHostTransport(TransferJobs[PeerT]):
 
 
 def _owner_is_gone(descriptor: int) -> bool:
-    """It removed the file (a clean end), or the kernel took its lock away (any end)."""
+    """Return whether the owner has ended: it removed the file (a clean end), or the kernel released its lock (any
+    end)."""
     return os.fstat(descriptor).st_nlink == 0 or try_lock(descriptor, exclusive=False)
 
 
 def wrong_size(address: PoolAddress, num_bytes: int) -> Unavailable:
     claimed = f"{address.num_pages} pages of {address.page_bytes} bytes"
-    return Unavailable(
-        f"the peer's pool {address.location} has {num_bytes} bytes, which is not the {claimed} it claims"
-    )
+    return Unavailable(f"the peer's pool {address.location} has {num_bytes} bytes, but its address claims {claimed}")

@@ -1,4 +1,4 @@
-"""Pools on the CPU: the peer's file is mapped into our memory and written in place, by numpy."""
+"""Pools on the CPU: the peer's file is mapped into our memory and numpy writes into the map."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def map_file(descriptor: int, address: PoolAddress) -> Pages:
     num_bytes = address.num_pages * address.page_bytes
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_size != num_bytes:
-        raise wrong_size(address, status.st_size)  # writing past a file's end kills the process
+        raise wrong_size(address, status.st_size)  # writing beyond the end of a file would kill the process
     try:
         mapped = mmap.mmap(descriptor, num_bytes)
     except (OSError, ValueError) as error:
