@@ -117,12 +117,12 @@ async def test_a_gateway_that_was_stopped_does_not_mark_its_engines_lost(
     dispatcher, set_health = ask_worker
     set_health(turn_s=0.0, stalled_s=60.0)  # a check for silence would mark the engine lost
     worker = dispatcher._registry.workers[0]
-    before_s = worker.last_heard_s
+    before_s = worker.last_message_s
     clock, jumped_s = dispatcher._clock, 0.0
     now_s = clock.now_s
     monkeypatch.setattr(type(clock), "now_s", lambda _self: now_s() + jumped_s)
     jumped_s = 3600.0  # one hour without reading messages
-    await until(lambda: worker.last_heard_s > before_s + 3600.0)
+    await until(lambda: worker.last_message_s > before_s + 3600.0)
     assert dispatcher.ready()
 
 

@@ -530,7 +530,7 @@ async def test_a_storage_command_returns_the_answer_or_error_of_every_worker() -
     world = World()
     prefill, decode = world.pair()
     ask = wire.StorageCommand(call_id="", action="attach", wish=wire.AttachStoreRequest(hicache_storage_size=2.0))
-    task = asyncio.create_task(world.dispatcher.ask_storage(ask))
+    task = asyncio.create_task(world.dispatcher.send_storage_command(ask))
     await settle()
     answers = []
     for worker in (prefill, decode):
@@ -546,7 +546,7 @@ async def test_a_worker_that_does_not_answer_a_storage_command_is_named() -> Non
     world = World(storage_timeout_s=0.01)
     world.pair()
     with pytest.raises(Timeout, match="d, p did not answer"):
-        await world.dispatcher.ask_storage(wire.StorageCommand(call_id="", action="status"))
+        await world.dispatcher.send_storage_command(wire.StorageCommand(call_id="", action="status"))
 
 
 async def test_logprobs_that_wait_for_a_client_that_does_not_read_are_bounded() -> None:

@@ -164,7 +164,7 @@ class FakeDispatcher:
         self.flushed.append(tier)
         return {PREFILL: 5, DECODE: 7}
 
-    async def ask_storage(self, ask: StorageCommand) -> dict[WorkerId, StorageAnswer]:
+    async def send_storage_command(self, ask: StorageCommand) -> dict[WorkerId, StorageAnswer]:
         self.storage_asked.append(ask)
         return self.storage_answers
 

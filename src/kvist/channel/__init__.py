@@ -10,17 +10,17 @@ The channel does not interpret messages; its users judge liveness.
 from kvist.channel.cluster_key import with_cluster_key, with_private_key
 from kvist.channel.engine import EngineChannel
 from kvist.channel.gateway import GatewayLink
-from kvist.channel.security import ChannelConfig, Member, bracketed, host_to_name, is_loopback, shown
+from kvist.channel.security import ChannelConfig, Member, address_for_log, bracketed, host_to_name, is_loopback
 
 __all__ = [
     "ChannelConfig",
     "EngineChannel",
     "GatewayLink",
     "Member",
+    "address_for_log",
     "bracketed",
     "host_to_name",
     "is_loopback",
-    "shown",
     "with_cluster_key",
     "with_private_key",
 ]

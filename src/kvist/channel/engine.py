@@ -188,13 +188,13 @@ class EngineChannel:
         """Append one message of the ROUTER, whose first frame is the address, to `received`."""
         address = frames[0].bytes
         if not self._is_member(address, frames):
-            self._drop("the sender is not a member of the cluster", security.shown(address))
+            self._drop("the sender is not a member of the cluster", security.address_for_log(address))
             return
-        message = self._decode(security.shown(address), frames[1:], self._from_router)
+        message = self._decode(security.address_for_log(address), frames[1:], self._from_router)
         if isinstance(message, wire.Grant | wire.Ack | wire.Revoke):
             epoch = security.epoch_of(address)
             if message.target_epoch != epoch:
-                self._drop(f"sender {epoch} used the epoch {message.target_epoch}", security.shown(address))
+                self._drop(f"sender {epoch} used the epoch {message.target_epoch}", security.address_for_log(address))
                 return
             sender = epoch.encode()
             _remember(self._targets, sender, address)

@@ -163,7 +163,7 @@ def epoch_of(address: bytes) -> EpochId:
     return EpochId(hashlib.blake2b(address[:_KEY_BYTES], digest_size=16, person=b"kvist-epoch").hexdigest())
 
 
-def shown(address: bytes) -> str:
+def address_for_log(address: bytes) -> str:
     """Return the part of an address that may be logged; the rest is secret."""
     return address[:4].hex()
 

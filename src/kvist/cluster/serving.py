@@ -263,7 +263,7 @@ class Serving:
                 lifecycle=self.lifecycle,
                 config=self.config,
                 hurried=self.stop.hurried,
-                cut=self.dispatcher.cut,
+                fail_all=self.dispatcher.fail_all,
                 engine=self._drained(engine),
             )
             await (drain.run() if stop_requested.done() else drain.end_open_requests())

@@ -79,7 +79,7 @@ class Drain:
     lifecycle: Lifecycle
     config: ServerConfig
     hurried: asyncio.Event
-    cut: Callable[[KvistError], None]  # ends every open request with this error
+    fail_all: Callable[[KvistError], None]  # ends every open request with this error
     engine: Awaitable[object] | None = None  # done when no request is open there
 
     async def run(self) -> None:
@@ -111,7 +111,7 @@ class Drain:
         if not num_left:
             return
         logger.warning("open requests that are now cut with an error: %d (--shutdown-timeout-s)", num_left)
-        self.cut(Unavailable("the server stopped before the answer was complete: send the request again"))
+        self.fail_all(Unavailable("the server stopped before the answer was complete: send the request again"))
         idle = asyncio.ensure_future(self.lifecycle.wait_idle())
         await asyncio.wait((idle,), timeout=CUT_GRACE_S)
         idle.cancel()

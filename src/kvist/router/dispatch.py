@@ -98,13 +98,13 @@ class Dispatcher:
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep_forever(), name="flight sweeper")
 
     async def close(self) -> None:
-        self.cut(Unavailable("the gateway is shutting down"))
+        self.fail_all(Unavailable("the gateway is shutting down"))
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
         await self._engines.close()
 
-    def cut(self, error: KvistError) -> None:
+    def fail_all(self, error: KvistError) -> None:
         """Fail every open request with this error."""
         for flight in list(self._flights.values()):
             self._fail(flight, error, None)
@@ -154,37 +154,37 @@ class Dispatcher:
         """Drop the cached pages (of `tier`) that no request uses at every worker. Return the dropped pages by worker.
 
         Raises `Unavailable` if no worker is ready, `Timeout` naming the workers that did not answer."""
-        ask = wire.FlushCache(call_id=secrets.token_hex(8), tier=tier)
-        answers = await self._ask_all(ask, self._config.flush_timeout_s)
+        command = wire.FlushCache(call_id=secrets.token_hex(8), tier=tier)
+        answers = await self._call_all(command, self._config.flush_timeout_s)
         return {
             worker_id: flushed.num_pages for worker_id, flushed in answers.items() if isinstance(flushed, wire.Flushed)
         }
 
-    async def ask_storage(self, ask: wire.StorageCommand) -> dict[WorkerId, wire.StorageAnswer]:
+    async def send_storage_command(self, command: wire.StorageCommand) -> dict[WorkerId, wire.StorageAnswer]:
         """Send the command, with a new `call_id`, to every worker. Return the answers of the workers that are not lost.
 
         Raises `Unavailable` if no worker is ready, `Timeout` naming the workers that did not answer."""
-        ask = msgspec.structs.replace(ask, call_id=secrets.token_hex(8))
-        answers = await self._ask_all(ask, self._config.storage_timeout_s)
+        command = msgspec.structs.replace(command, call_id=secrets.token_hex(8))
+        answers = await self._call_all(command, self._config.storage_timeout_s)
         return {worker_id: answer for worker_id, answer in answers.items() if isinstance(answer, wire.StorageAnswer)}
 
-    async def _ask_all(
-        self, question: wire.FlushCache | wire.StorageCommand, timeout_s: float
+    async def _call_all(
+        self, message: wire.FlushCache | wire.StorageCommand, timeout_s: float
     ) -> dict[WorkerId, wire.Flushed | wire.StorageAnswer]:
         workers = {w for w in self._registry.workers if w.state is WorkerState.READY}
         if not workers:
             raise Unavailable("no worker is ready")
-        call = self._calls[question.call_id] = _Call(set(workers))
+        call = self._calls[message.call_id] = _Call(set(workers))
         try:
             for worker in workers:
-                if not self._engines.send(worker, question):
+                if not self._engines.send(worker, message):
                     call.settle(worker, None)
             await asyncio.wait_for(call.done.wait(), timeout_s)
         except TimeoutError as error:
             silent = ", ".join(sorted(w.worker_id for w in call.waiting))
             raise Timeout(f"{silent} did not answer in time ({len(call.answers)} workers did)") from error
         finally:
-            del self._calls[question.call_id]
+            del self._calls[message.call_id]
         return call.answers
 
     # ---------------------------------------------------------------- messages of engines (fleet.EngineEvents)
@@ -273,11 +273,11 @@ class Dispatcher:
         assert target is not None
         handoff_id = HandoffId(secrets.token_hex(8))
         peer = wire.PrefillPeer(worker_id=spec.worker_id, endpoint=route.prefill.endpoint, epoch=spec.epoch)
-        ask_decode = wire.Submit(request=sent, mode=Mode.DECODE, handoff_id=handoff_id, prefill=peer)
-        ask_prefill = wire.Submit(request=sent, mode=Mode.PREFILL, handoff_id=handoff_id, target_epoch=target.epoch)
-        self._submit(flight, route.prefill, route.num_prompt_tokens_left, ask_prefill)
+        submit_decode = wire.Submit(request=sent, mode=Mode.DECODE, handoff_id=handoff_id, prefill=peer)
+        submit_prefill = wire.Submit(request=sent, mode=Mode.PREFILL, handoff_id=handoff_id, target_epoch=target.epoch)
+        self._submit(flight, route.prefill, route.num_prompt_tokens_left, submit_prefill)
         if flight.error is None:
-            self._submit(flight, route.decode, 0, ask_decode)
+            self._submit(flight, route.decode, 0, submit_decode)
         return flight
 
     def _submit(self, flight: Flight, worker: Worker, num_tokens: int, submit: wire.Submit) -> None:

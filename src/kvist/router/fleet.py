@@ -133,7 +133,7 @@ class Fleet:
             on_rejected=on_rejected,
             config=self._channel,
         )
-        now_s = worker.last_heard_s = next_hello_s = self._clock.now_s()
+        now_s = worker.last_message_s = next_hello_s = self._clock.now_s()
         look_s = min(self._config.keepalive_s, self._config.worker_timeout_s / 10)
         oversleep = Oversleep(now_s, longest_s=2 * look_s)
         self._links[worker] = link
@@ -145,8 +145,8 @@ class Fleet:
                     link.send(wire.Hello(gateway_id=self._gateway_id, resync=worker.needs_snapshot))
                 await asyncio.wait((lost,), timeout=look_s)
                 now_s = self._clock.now_s()
-                worker.last_heard_s += oversleep.look(now_s)
-                silent_s = now_s - worker.last_heard_s
+                worker.last_message_s += oversleep.look(now_s)
+                silent_s = now_s - worker.last_message_s
                 if silent_s > self._config.worker_timeout_s and not lost.done():
                     if reason := await self._silence_reason(worker, silent_s):
                         on_lost(reason)
@@ -179,7 +179,7 @@ class Fleet:
     def _receive(self, worker: Worker, message: wire.EngineToGateway) -> None:
         assert self._events is not None
         now_s = self._clock.now_s()
-        worker.last_heard_s = now_s
+        worker.last_message_s = now_s
         if isinstance(message, wire.StepOutputs):
             if worker.spec is not None:  # otherwise no Welcome has come, and no request was sent
                 self._events.on_outputs(worker, message)

@@ -59,7 +59,7 @@ class Worker:
     endpoint: str = ""  # where its engine is reached
     spec: EngineSpec | None = None
     load: LoadReport | None = None
-    last_heard_s: float = 0.0
+    last_message_s: float = 0.0
     known_pages: set[bytes] = field(default_factory=set)
     pages_limited: bool = False  # the worker has more pages than are tracked here
     sequence: int | None = None  # of the last report
@@ -155,7 +155,7 @@ class Registry:
     def add(self, url: str, use: WorkerUse | None, now_s: float) -> Worker:
         if url in self._workers:
             raise ConfigError(f"the worker {url} is named twice")
-        worker = self._workers[url] = Worker(url=url, wanted_use=use, last_heard_s=now_s, problem="no message yet")
+        worker = self._workers[url] = Worker(url=url, wanted_use=use, last_message_s=now_s, problem="no message yet")
         return worker
 
     def ready(self, use: WorkerUse) -> list[Worker]:
@@ -173,7 +173,7 @@ class Registry:
 
     def on_welcome(self, worker: Worker, welcome: Welcome, now_s: float) -> None:
         """Mark the worker READY. Raises `ConfigError`, and sets `worker.problem`, if the worker cannot serve here."""
-        worker.last_heard_s = now_s
+        worker.last_message_s = now_s
         spec = welcome.spec
         joined = worker.state in (WorkerState.READY, WorkerState.DRAINING)
         if joined and worker.spec is not None and worker.spec.epoch == spec.epoch:
@@ -188,7 +188,7 @@ class Registry:
 
     def on_report(self, worker: Worker, report: LoadReport, now_s: float) -> bool:
         """Apply a load report. Return True if an earlier one was lost and a snapshot is needed."""
-        worker.last_heard_s = now_s
+        worker.last_message_s = now_s
         fault = fault_of_report(report)
         if fault is not None:
             worker.num_rejected_messages += 1

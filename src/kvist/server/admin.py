@@ -161,7 +161,7 @@ class Admin:
         if ask.action == "attach":
             attach, _ = await self._gateway.prepare(scope, receive, _ATTACH_STORE.decode)
             ask = msgspec.structs.replace(ask, wish=attach)
-        answers = await self._gateway.dispatcher.ask_storage(ask)
+        answers = await self._gateway.dispatcher.send_storage_command(ask)
         if not answers:
             raise Unavailable("every worker was lost before it answered")
         refused = [(worker_id, answer) for worker_id, answer in sorted(answers.items()) if answer.error_code]

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvist import wire
-from kvist.channel import shown
+from kvist.channel import address_for_log
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
 from kvist.errors import EngineError, HandoffFailed, Unavailable
@@ -346,7 +346,8 @@ class EngineLoop:
             # The gateway would miss this message for good, and its streams could not be completed.
             lost = self._gateways.forget(identity)
             if lost:
-                logger.warning("gateway %s does not read its messages: %d requests aborted", shown(identity), len(lost))
+                sender = address_for_log(identity)
+                logger.warning("gateway %s does not read its messages: %d requests aborted", sender, len(lost))
             self._pending_events += [wire.Abort(request_id=request_id) for request_id in lost]
 
     def _send_to_peers(self, plan: Plan) -> None:
