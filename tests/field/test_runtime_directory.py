@@ -79,7 +79,7 @@ def test_the_users_runtime_directory_is_private_and_never_made_through_a_link(
     assert made.stat().st_mode & 0o777 == 0o700
     made.rename(tmp_path / "elsewhere")
     made.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="a link"):
+    with pytest.raises(ConfigError, match="a symbolic link"):
         runtime_dir()
 
 
