@@ -18,7 +18,9 @@ def lines(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[s
     return [record.getMessage() for record in found]
 
 
-async def test_a_request_leaves_a_line_with_its_tokens_and_id(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_access_log_has_a_line_with_tokens_and_id_of_every_request(
+    bench: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
         await bench.client.post("/v1/chat/completions?secret=1", content=CHAT, headers={"x-request-id": "abc"})
     (line,) = lines(caplog)
@@ -27,7 +29,7 @@ async def test_a_request_leaves_a_line_with_its_tokens_and_id(bench: Any, caplog
     assert "secret" not in line
 
 
-async def test_a_stream_that_an_error_ended_says_so(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_access_log_marks_a_stream_that_an_error_ended(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
     bench.dispatcher.error, bench.dispatcher.error_after = WorkerLost("gone"), 2
     with caplog.at_level(logging.INFO):
         await bench.client.post("/v1/chat/completions", content=CHAT[:-1] + b',"stream":true}')
@@ -36,7 +38,9 @@ async def test_a_stream_that_an_error_ended_says_so(bench: Any, caplog: pytest.L
     assert " in=19 out=2 cached=4 unfinished id=" in line
 
 
-async def test_a_client_that_left_is_a_499(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_access_log_records_a_disconnected_client_as_499(
+    bench: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     async def gone() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
@@ -57,7 +61,7 @@ async def test_a_client_that_left_is_a_499(bench: Any, caplog: pytest.LogCapture
     assert lines(caplog)[0].startswith("POST /v1/completions 499 ")
 
 
-async def test_refused_requests_are_seen_and_counted_by_route_and_status(
+async def test_refused_requests_are_logged_and_counted_by_route_and_status(
     make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = make_bench(api_key=("k",))
@@ -83,7 +87,7 @@ async def test_refused_requests_are_seen_and_counted_by_route_and_status(
         assert f"kvist:http_requests_total{{{labels}}} {count}.0" in told
 
 
-async def test_polls_are_logged_at_debug_only_and_the_log_can_be_switched_off(
+async def test_polls_are_logged_at_debug_only_and_the_access_log_can_be_disabled(
     make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = make_bench(api_key=("k",))
@@ -100,7 +104,7 @@ async def test_polls_are_logged_at_debug_only_and_the_log_can_be_switched_off(
     assert len(lines(caplog)) == 1
 
 
-async def test_the_root_says_what_answers_here_and_where_to_look(make_bench: Callable[..., Any]) -> None:
+async def test_the_root_path_describes_the_server(make_bench: Callable[..., Any]) -> None:
     told = (await make_bench().client.get("/")).json()
     assert "Kvist" in told["server"]
     assert "POST /v1/chat/completions" in told["generate"]

@@ -15,7 +15,7 @@ from kvist.flags import to_argv
 @pytest.mark.case("empty-key")
 @pytest.mark.parametrize("verb", ["serve", "up", "router", "bench single"])
 @pytest.mark.parametrize("key", ["", " ", "\t", "schlüssel", "a\x7fb"])
-def test_a_key_that_no_client_could_send_is_refused_at_start_with_the_reason(verb: str, key: str) -> None:
+def test_an_api_key_that_no_client_can_send_is_refused_at_start(verb: str, key: str) -> None:
     argv = ["--worker-urls", "http://127.0.0.1:1"] if verb == "router" else []
     with pytest.raises(ConfigError, match=r"empty") as by_flag:
         settings.read(verb, [*argv, "--api-key", key], {})
@@ -25,7 +25,7 @@ def test_a_key_that_no_client_could_send_is_refused_at_start_with_the_reason(ver
 
 
 @pytest.mark.case("empty-key")
-def test_an_empty_key_in_a_file_and_an_empty_cluster_key_are_refused_too(tmp_path: Path) -> None:
+def test_empty_api_keys_and_cluster_keys_are_refused_at_start(tmp_path: Path) -> None:
     file = tmp_path / "kvist.toml"
     file.write_text('api_key = ""\n')
     with pytest.raises(ConfigError, match=r"api_key in .* is empty"):
@@ -36,7 +36,7 @@ def test_an_empty_key_in_a_file_and_an_empty_cluster_key_are_refused_too(tmp_pat
 
 @pytest.mark.case("up-workers-without-key")
 @pytest.mark.parametrize("given", ["flag", "environment"])
-def test_every_child_of_kvist_up_gets_the_keys_by_environment(given: str) -> None:
+def test_children_of_kvist_up_get_the_api_keys_by_environment(given: str) -> None:
     argv, environ = (["--api-key", "k1", "k2"], {}) if given == "flag" else ([], {"KVIST_API_KEY": "k1,k2"})
     up = settings.read("up", argv, environ)
     assert isinstance(up, settings.UpSettings)
@@ -50,7 +50,7 @@ def test_every_child_of_kvist_up_gets_the_keys_by_environment(given: str) -> Non
         assert child.server.api_key == ("k1", "k2")
 
 
-def test_several_keys_survive_the_way_to_a_child() -> None:
+def test_several_api_keys_reach_a_child_process() -> None:
     serve = settings.read("serve", ["--api-key=k1", "--api-key=k2 k3"], {})
     _argv, environ = to_argv(serve, settings.ServeSettings)
     assert environ["KVIST_API_KEY"].split() == ["k1", "k2", "k3"]

@@ -242,7 +242,7 @@ def bias(count: int) -> bytes:
 @pytest.mark.case("large-bodies")
 @pytest.mark.case("tokenise-unbounded")
 @pytest.mark.parametrize("kind", HOSTILE)
-async def test_a_body_that_would_cost_too_much_is_refused_and_holds_up_nobody(kind: str) -> None:
+async def test_an_expensive_body_is_refused_without_delaying_other_requests(kind: str) -> None:
     path, make = HOSTILE[kind]
     body = make()
     assert len(body) <= BODY_BYTES
@@ -295,7 +295,7 @@ class Upload:
 
 @pytest.mark.case("large-bodies")
 @pytest.mark.parametrize("is_declared", [True, False])
-async def test_bodies_held_open_share_a_budget_and_small_requests_still_get_in(is_declared: bool) -> None:
+async def test_open_bodies_share_a_budget_and_small_requests_are_still_accepted(is_declared: bool) -> None:
     budget_bytes = 64 << 20
     async with server(max_total_body_bytes=budget_bytes, body_timeout_s=30.0) as client:
         app = client._transport.app  # type: ignore[attr-defined]
@@ -320,7 +320,7 @@ async def test_bodies_held_open_share_a_budget_and_small_requests_still_get_in(i
 
 
 @pytest.mark.case("large-bodies")
-async def test_a_body_that_stops_arriving_is_a_408_and_gives_its_bytes_back() -> None:
+async def test_a_stalled_body_is_a_408_and_returns_its_bytes_to_the_budget() -> None:
     async with server(max_total_body_bytes=BODY_BYTES, body_timeout_s=0.05) as client:
         app = client._transport.app  # type: ignore[attr-defined]
         upload = Upload(app, "/v1/completions", BODY_BYTES, [b" " * 1024])
@@ -350,7 +350,7 @@ async def test_a_cache_salt_is_at_most_256_bytes_and_engines_get_a_hash_of_one_l
 
 
 @pytest.mark.case("stop-ids-amplified")
-async def test_lists_are_checked_once_a_job_and_all_its_answers_share_them() -> None:
+async def test_lists_are_checked_once_per_job_and_shared_by_its_answers() -> None:
     engine = Engine()
     async with server(engine) as client:
         response = await client.post(
@@ -379,7 +379,7 @@ async def test_prompts_times_answers_are_bounded_in_tokens() -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate"])
-async def test_a_long_answer_with_logprobs_holds_up_nobody(path: str, stream: bool) -> None:
+async def test_a_long_answer_with_logprobs_does_not_delay_other_requests(path: str, stream: bool) -> None:
     body = {
         "/v1/completions": {"prompt": "x", "logprobs": 20, "max_tokens": 6000},
         "/v1/chat/completions": {
@@ -401,7 +401,7 @@ async def test_a_long_answer_with_logprobs_holds_up_nobody(path: str, stream: bo
     assert len(response.content) > 1_000_000
 
 
-async def test_logprobs_that_an_answer_must_keep_are_bounded_and_a_stream_need_not_keep_them() -> None:
+async def test_kept_logprobs_are_bounded_and_streams_keep_none() -> None:
     body = {"prompt": "x", "logprobs": 20, "max_tokens": 500, "n": 128}
     async with server(Engine(num_tokens=500, tokens_per_part=100)) as client:
         whole = await client.post("/v1/completions", json=body)
@@ -414,7 +414,7 @@ async def test_logprobs_that_an_answer_must_keep_are_bounded_and_a_stream_need_n
         assert (await client.post("/v1/completions", json={**body, "n": 90})).status_code == 200
 
 
-async def test_long_prompts_of_many_answers_are_sent_in_turn_with_other_streams() -> None:
+async def test_long_prompts_of_many_answers_are_sent_between_events_of_other_streams() -> None:
     engine = Engine(sends=True, num_tokens=1, spec=msgspec.structs.replace(SPEC, max_model_len=1 << 17))
     async with server(engine) as client:
         response = await post_unnoticed(client, "/v1/completions", json={"prompt": [1] * 60_000, "n": 16})
@@ -437,14 +437,14 @@ async def test_a_hostile_body_costs_at_most_64_mb(kind: str) -> None:
     assert peak.num_bytes < 64 << 20
 
 
-async def test_what_a_slow_client_finds_waiting_is_written_beside_the_loop() -> None:
+async def test_long_events_for_a_slow_client_are_encoded_on_a_thread() -> None:
     body = {"prompt": "x", "logprobs": 20, "max_tokens": 6000, "stream": True}
     async with server(Engine(num_tokens=6000, tokens_per_part=3000)) as client:
         response = await post_unnoticed(client, "/v1/completions", json=body)
     assert response.status_code == 200
 
 
-async def test_a_long_request_waits_for_a_thread_no_longer_than_a_request_may_take() -> None:
+async def test_waiting_for_a_tokenizer_thread_counts_against_the_request_timeout() -> None:
     go = threading.Event()
     engine = Engine()
     async with server(engine, tokenizer_threads=1, request_timeout_s=0.05) as client:

@@ -42,7 +42,7 @@ def test_the_generation_tag_has_no_effect(tmp_path: Path) -> None:
 
 
 @pytest.mark.case("template-generation-tag")
-def test_what_the_generation_tag_sets_stays_inside_and_loop_controls_work_there() -> None:
+def test_the_generation_tag_has_its_own_scope_and_loop_controls_work_in_it() -> None:
     source = (
         "{% set x = 1 %}{% for m in messages %}{%- generation -%}{% set x = 2 %}{{ x }}"
         "{% if m.role == 'user' %}{% continue %}{% endif %}{% endgeneration %}!{% endfor %}{{ x }}"
@@ -51,7 +51,7 @@ def test_what_the_generation_tag_sets_stays_inside_and_loop_controls_work_there(
 
 
 @pytest.mark.case("template-generation-tag")
-def test_a_model_whose_template_is_broken_serves_completions_and_names_the_template_to_chats(tmp_path: Path) -> None:
+def test_a_model_with_a_broken_template_serves_completions_and_refuses_chats(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(model_folder(tmp_path, "{% unknown %}"))
     assert tokenizer.chat_template is None
     assert "unknown" in tokenizer.no_chat_template_reason
@@ -74,7 +74,7 @@ TOJSON = [
 
 @pytest.mark.case("template-tojson")
 @pytest.mark.parametrize("arguments", ["", "ensure_ascii=False", "separators=(',', ':')", "sort_keys=True", "indent=4"])
-def test_tojson_takes_the_arguments_of_json_dumps(arguments: str) -> None:
+def test_tojson_accepts_the_arguments_of_json_dumps(arguments: str) -> None:
     expected = eval(f"json.dumps(CHAT, **{{'ensure_ascii': False, **dict({arguments})}})")
     assert render(f"{{{{ messages | tojson({arguments}) }}}}") == expected
 
@@ -91,12 +91,12 @@ def test_tojson_equals_transformers(source: str) -> None:
 
 @pytest.mark.case("template-tools-none")
 @pytest.mark.parametrize("name", ["tools", "documents"])
-def test_tools_and_documents_are_none_when_there_are_none(name: str) -> None:
+def test_tools_and_documents_are_none_in_templates(name: str) -> None:
     source = "{% if " + name + " is not none %}You may use: {% endif %}{{ messages[0].content }}"
     assert render(source) == "hi"
 
 
-def test_whatever_a_template_raises_is_a_refusal_of_the_messages() -> None:
+def test_any_exception_of_a_template_is_a_request_error() -> None:
     for source in ("{{ messages[7].content.x }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 1 // 0 }}"):
         with pytest.raises(RequestError, match="chat template rejects"):
             render(source)

@@ -56,7 +56,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("client", STREAMS)
-async def test_a_stream_that_a_benchmark_asks_for_has_three_tokens_and_its_usage(
+async def test_a_stream_for_a_benchmark_client_has_three_tokens_and_usage(
     bench: Any, read_events: Callable[[Any], list[Any]], client: str
 ) -> None:
     path, body = STREAMS[client]
@@ -75,7 +75,7 @@ async def test_a_stream_that_a_benchmark_asks_for_has_three_tokens_and_its_usage
 
 
 @pytest.mark.parametrize("client", WHOLE)
-async def test_an_answer_that_an_evaluation_asks_for_is_whole(bench: Any, client: str) -> None:
+async def test_an_answer_for_an_evaluation_client_is_complete(bench: Any, client: str) -> None:
     path, body = WHOLE[client]
     response = await bench.post(path, {**body, "model": "tiny"})
     assert response.status_code == 200, response.text
@@ -83,7 +83,7 @@ async def test_an_answer_that_an_evaluation_asks_for_is_whole(bench: Any, client
     assert "hello" in (choice.get("text"), choice.get("message", {}).get("content"))
 
 
-async def test_what_these_clients_look_at_before_they_begin_answers(bench: Any) -> None:
+async def test_the_endpoints_that_clients_query_first_answer(bench: Any) -> None:
     for path in ("/health", "/v1/models", "/server_info", "/metrics", "/tokenizer_info"):
         assert (await bench.client.get(path)).status_code == 200, path
     assert (await bench.client.head("/metrics")).status_code == 200

@@ -45,7 +45,7 @@ def folder_eos(folder: Path, *, config: Any = None, generation: Any = None, **to
     ("config", "generation", "expected"),
     [(6, None, (6, 7)), (None, None, (7,)), (6, [5, 6], (6, 5, 7)), (7, 7, (7,))],
 )
-def test_the_end_token_that_only_the_tokenizer_names_ends_answers_too(
+def test_an_end_token_named_only_by_the_tokenizer_ends_answers(
     tmp_path: Path, eos_token: Any, config: Any, generation: Any, expected: tuple[int, ...]
 ) -> None:
     named = {"eos_token": eos_token}
@@ -102,14 +102,14 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 @pytest.mark.parametrize("text", ["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"])
 @pytest.mark.parametrize("kind", [CONTROL, USER_DEFINED])
 @pytest.mark.parametrize(("ids", "expected"), [({}, (3,)), ({"eos": 2}, (2, 3)), ({"eos": 3}, (3,))])
-def test_a_gguf_without_an_end_of_turn_has_the_known_one_of_its_vocabulary(
+def test_a_gguf_without_an_end_of_turn_token_uses_the_known_token_of_its_vocabulary(
     tmp_path: Path, text: str, kind: int, ids: dict[str, int], expected: tuple[int, ...]
 ) -> None:
     words, kinds = ["A", "B", "<|eos|>", text], [NORMAL, NORMAL, CONTROL, kind]
     assert gguf_eos(tmp_path, words, kinds, **ids) == expected
 
 
-def test_what_a_gguf_names_is_believed_and_ordinary_text_ends_nothing(tmp_path: Path) -> None:
+def test_end_tokens_of_a_gguf_are_used_and_ordinary_text_does_not_end_answers(tmp_path: Path) -> None:
     words = ["A", "<|im_end|>", "</s>", "<|eot_id|>"]
     assert gguf_eos(tmp_path, words, [NORMAL, CONTROL, NORMAL, CONTROL], eos=0, eot=3) == (0, 3)
     assert gguf_eos(tmp_path, words, [NORMAL, NORMAL, NORMAL, NORMAL], eos=0) == (0,)

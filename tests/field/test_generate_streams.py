@@ -39,7 +39,7 @@ async def test_an_event_has_the_logprobs_of_its_new_tokens_and_the_last_one_has_
 
 
 @pytest.mark.case("logprobs-quadratic")
-async def test_what_logprobs_add_to_a_stream_grows_with_its_length(bench: Any) -> None:
+async def test_logprobs_in_a_generate_stream_grow_linearly_with_its_length(bench: Any) -> None:
     async def added(num_tokens: int) -> int:
         bench.dispatcher.answer = "a" * num_tokens
         body = {**BODY, "sampling_params": {"max_new_tokens": num_tokens}}
@@ -50,7 +50,7 @@ async def test_what_logprobs_add_to_a_stream_grows_with_its_length(bench: Any) -
     assert await added(160) < 2.1 * await added(80)
 
 
-async def test_every_event_repeats_all_logprobs_when_the_server_is_asked_to(
+async def test_cumulative_logprobs_repeats_all_logprobs_in_every_event(
     make_bench: Callable[..., Any], read_events: Callable[[Any], list[Any]]
 ) -> None:
     bench = make_bench(cumulative_logprobs=True)
@@ -70,12 +70,12 @@ async def test_an_incremental_stream_repeats_nothing(
     assert [event["meta_info"]["completion_tokens"] for event in found] == [2, 3, 4, 5, 6]
 
 
-def test_the_two_forms_contradict_each_other() -> None:
+def test_incremental_and_cumulative_streams_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match="set only one"):
         ServerConfig(incremental_streaming_output=True, cumulative_logprobs=True)
 
 
-async def test_a_response_has_the_id_that_the_client_gave(bench: Any, read_events: Callable[[Any], list[Any]]) -> None:
+async def test_a_response_has_the_id_of_the_client(bench: Any, read_events: Callable[[Any], list[Any]]) -> None:
     assert (await events(bench, read_events, rid="mine"))[0]["meta_info"]["id"] == "mine"
     several = (await bench.post("/generate", {"text": ["a", "b"], "rid": "mine"})).json()
     assert [answer["meta_info"]["id"] for answer in several] == ["mine_0", "mine_1"]
@@ -90,7 +90,7 @@ async def test_a_response_has_the_id_that_the_client_gave(bench: Any, read_event
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_echo_begins_the_text_with_its_prompt(
+async def test_echo_puts_the_prompt_before_the_text(
     bench: Any, read_events: Callable[[Any], list[Any]], stream: bool
 ) -> None:
     async def texts(**fields: object) -> list[str]:

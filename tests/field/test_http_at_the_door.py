@@ -96,7 +96,7 @@ async def test_a_header_over_the_limit_is_a_431_before_the_key_is_asked(
         pytest.param([b"0\r\n", *[b"x: y\r\n"] * 200], id="trailer lines"),
     ],
 )
-async def test_what_a_chunked_body_may_carry_beside_the_body_has_the_same_limit(
+async def test_trailers_and_chunk_extensions_have_the_header_limit(
     make_bench: Callable[..., Any], tail: list[bytes]
 ) -> None:
     head = request(b"Host: localhost", b"Transfer-Encoding: chunked", method=b"POST /v1/completions")
@@ -120,7 +120,7 @@ async def test_a_header_that_does_not_end_is_a_408_and_a_silent_connection_is_cl
     assert "--header-timeout-s" in message
 
 
-async def test_the_header_of_a_second_request_has_its_own_time(make_bench: Callable[..., Any]) -> None:
+async def test_the_header_of_every_request_has_its_own_time_limit(make_bench: Callable[..., Any]) -> None:
     async with served(make_bench(port=0, header_timeout_s=0.2)) as port:
         first = request(b"Host: localhost")
         answers = await exchange(port, first, b"GET /health HTT")
@@ -128,7 +128,7 @@ async def test_the_header_of_a_second_request_has_its_own_time(make_bench: Calla
     assert b"HTTP/1.1 408" in answers
 
 
-async def test_a_response_under_way_is_finished_before_garbage_ends_the_connection(
+async def test_a_response_in_progress_is_finished_before_malformed_input_closes_the_connection(
     make_bench: Callable[..., Any],
 ) -> None:
     bench = make_bench(port=0)
@@ -149,7 +149,7 @@ async def test_a_response_under_way_is_finished_before_garbage_ends_the_connecti
     assert got.count(b"HTTP/1.1") == 1
 
 
-async def test_a_body_nobody_wants_does_not_hold_the_connection(make_bench: Callable[..., Any]) -> None:
+async def test_an_unread_body_does_not_keep_the_connection_open(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(port=0, api_key=("sesam",))
     head = request(b"Host: localhost", b"Content-Length: 1000000000", method=b"POST /v1/completions")
     async with served(bench) as port:
@@ -172,7 +172,7 @@ async def send_then_read(port: int, *pieces: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
-async def test_a_client_that_closes_after_its_answer_is_told_why_its_body_was_not_read(
+async def test_a_client_that_sends_on_after_an_early_response_receives_the_response(
     make_bench: Callable[..., Any], version: bytes
 ) -> None:
     bench = make_bench(port=0, api_key=("sesam",))
@@ -183,7 +183,7 @@ async def test_a_client_that_closes_after_its_answer_is_told_why_its_body_was_no
     assert status == 401
 
 
-async def test_a_small_body_that_comes_after_its_answer_does_not_cost_the_connection(
+async def test_a_small_body_after_its_response_keeps_the_connection_alive(
     make_bench: Callable[..., Any],
 ) -> None:
     bench = make_bench(port=0, api_key=("sesam",))
@@ -198,7 +198,7 @@ async def test_a_small_body_that_comes_after_its_answer_does_not_cost_the_connec
         writer.close()
 
 
-async def test_a_request_that_began_before_the_last_answer_ended_is_not_taken_for_idle(
+async def test_a_request_that_began_before_the_last_response_ended_is_not_idle(
     make_bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvist.server.serve._KEEP_ALIVE_S", 0.1)
@@ -221,7 +221,7 @@ async def test_a_request_that_began_before_the_last_answer_ended_is_not_taken_fo
         writer.close()
 
 
-async def test_a_client_cannot_call_itself_another_one(
+async def test_a_client_cannot_claim_another_address(
     make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -234,7 +234,7 @@ async def test_a_client_cannot_call_itself_another_one(
 
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n", b"\r\n\r\n"])
-async def test_an_idle_connection_ends_whatever_empty_lines_come(
+async def test_an_idle_connection_that_sends_empty_lines_is_closed(
     make_bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
     monkeypatch.setattr("kvist.server.serve._KEEP_ALIVE_S", 0.2)
@@ -244,7 +244,7 @@ async def test_an_idle_connection_ends_whatever_empty_lines_come(
     assert answer.count(b"HTTP/1.1") == 1
 
 
-async def test_connections_beyond_the_limit_are_told_so_and_counted(make_bench: Callable[..., Any]) -> None:
+async def test_connections_over_the_limit_get_a_503_and_are_counted(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(port=0, max_connections=2)
     async with served(bench) as port:
         held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
@@ -258,7 +258,7 @@ async def test_connections_beyond_the_limit_are_told_so_and_counted(make_bench: 
     assert "kvist:http_connections_refused_total 1.0" in told
 
 
-async def test_a_connection_beyond_the_limit_is_told_so_though_it_sends_its_request(
+async def test_a_connection_over_the_limit_receives_its_503_although_it_sends_a_request(
     make_bench: Callable[..., Any],
 ) -> None:
     async with served(make_bench(port=0, max_connections=1)) as port:
@@ -311,7 +311,7 @@ async def test_http_1_1_needs_exactly_one_host(
         ),
     ],
 )
-async def test_what_is_no_request_of_ours_is_a_plain_error_and_one_log_line(
+async def test_input_that_is_not_http_is_an_error_response_and_one_log_line(
     make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture, sent: bytes, status: int
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -328,7 +328,9 @@ async def test_what_is_no_request_of_ours_is_a_plain_error_and_one_log_line(
 
 
 @pytest.mark.case("http-1.0")
-async def test_a_stream_by_http_1_0_ends_with_its_connection_and_has_no_chunks(make_bench: Callable[..., Any]) -> None:
+async def test_a_stream_over_http_1_0_has_no_chunks_and_ends_with_its_connection(
+    make_bench: Callable[..., Any],
+) -> None:
     head = (b"Content-Length: %d" % len(PROMPT), b"Connection: keep-alive")
     ask = request(*head, method=b"POST /v1/completions", version=b"1.0", body=PROMPT)
     async with served(make_bench(port=0)) as port:
@@ -342,7 +344,7 @@ async def test_a_stream_by_http_1_0_ends_with_its_connection_and_has_no_chunks(m
 
 
 @pytest.mark.case("http-1.0")
-async def test_an_answer_of_known_length_by_http_1_0_says_its_length(make_bench: Callable[..., Any]) -> None:
+async def test_a_response_of_known_length_over_http_1_0_has_content_length(make_bench: Callable[..., Any]) -> None:
     async with served(make_bench(port=0)) as port:
         answer = await exchange(port, request(version=b"1.0"))
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -384,7 +386,7 @@ async def test_a_compressed_body_is_read(bench: Any, coding: str, encode: Callab
     ids=["not coded", "empty", "cut short", "more after its end", "damaged"],  # gzip's bytes have the time in them
 )
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
-async def test_a_body_that_is_not_what_its_coding_says_is_a_400(bench: Any, body: bytes, coding: str) -> None:
+async def test_a_body_that_does_not_match_its_content_encoding_is_a_400(bench: Any, body: bytes, coding: str) -> None:
     response = await post_coded(bench, body, coding)
     assert response.status_code == 400
     assert "Content-Encoding" in response.json()["error"]["message"]
@@ -392,7 +394,7 @@ async def test_a_body_that_is_not_what_its_coding_says_is_a_400(bench: Any, body
 
 @pytest.mark.case("compressed-body")
 @pytest.mark.parametrize("coding", ["zstd", "br", "gzip, gzip"])
-async def test_a_coding_that_is_not_read_is_a_415_that_names_the_header(bench: Any, coding: str) -> None:
+async def test_an_unsupported_content_encoding_is_a_415_that_names_the_header(bench: Any, coding: str) -> None:
     response = await post_coded(bench, completion(), coding)
     assert response.status_code == 415
     assert "Content-Encoding" in response.json()["error"]["message"]

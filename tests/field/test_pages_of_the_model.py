@@ -12,20 +12,20 @@ from kvist.errors import WorkerLost
 from kvist.server.later import NOT_SERVED
 
 
-async def test_the_list_of_models_has_vllms_fields(bench: Any) -> None:
+async def test_v1_models_has_vllms_fields(bench: Any) -> None:
     (model,) = (await bench.client.get("/v1/models")).json()["data"]
     assert (model["id"], model["root"], model["parent"], model["max_model_len"]) == ("tiny", "tiny", None, 200)
     assert model["permission"][0]["allow_sampling"] is True
 
 
 @pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
-async def test_the_model_is_described_as_sglang_does(bench: Any, path: str) -> None:
+async def test_model_info_has_sglangs_fields(bench: Any, path: str) -> None:
     info = (await bench.client.get(path)).json()
     assert (info["model_path"], info["served_model_name"], info["is_generation"]) == ("tiny", "tiny", True)
     assert info["tokenizer_path"] == "tiny"
 
 
-async def test_the_tokenizer_is_described_as_vllm_does(bench: Any) -> None:
+async def test_tokenizer_info_has_vllms_fields(bench: Any) -> None:
     info = (await bench.client.get("/tokenizer_info")).json()
     assert info["chat_template"] == bench.dispatcher.tokenizer.chat_template.source
     assert info["added_tokens_decoder"] == {"256": {"content": "<|end|>", "special": True}}
@@ -33,9 +33,7 @@ async def test_the_tokenizer_is_described_as_vllm_does(bench: Any) -> None:
 
 
 @pytest.mark.parametrize("num_tokens_before", [0, 1])  # the first may come from prefill alone
-async def test_the_probe_generates_a_token_at_decode_too_and_fails_when_there_is_none(
-    bench: Any, num_tokens_before: int
-) -> None:
+async def test_health_generate_needs_a_token_of_prefill_and_one_of_decode(bench: Any, num_tokens_before: int) -> None:
     assert (await bench.client.get("/health_generate")).status_code == 200
     (request,) = bench.dispatcher.requests
     assert request.sampling.max_tokens == 2
@@ -52,7 +50,9 @@ async def test_probes_at_the_same_time_share_one_request(bench: Any) -> None:
     assert len(bench.dispatcher.requests) == 1
 
 
-async def test_a_probe_without_a_token_ends_in_bounded_time(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_generate_without_a_token_fails_in_bounded_time(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("kvist.server.model_pages._PROBE_TIMEOUT_S", 0.01)
     never = asyncio.Event()
 
@@ -70,7 +70,7 @@ async def test_a_probe_without_a_token_ends_in_bounded_time(bench: Any, monkeypa
     assert bench.dispatcher.num_closed_early == 1
 
 
-async def test_a_worker_that_does_its_part_only_names_the_router(make_bench: Callable[..., Any]) -> None:
+async def test_health_generate_of_a_decode_worker_names_the_router(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(tokenizer=None)
     for path in ("/health_generate", "/tokenizer_info"):
         response = await bench.client.get(path)
@@ -78,7 +78,7 @@ async def test_a_worker_that_does_its_part_only_names_the_router(make_bench: Cal
         assert "router" in response.json()["error"]["message"]
 
 
-async def test_benchmarks_of_sglang_and_vllm_empty_the_cache_their_way(bench: Any) -> None:
+async def test_sglangs_and_vllms_requests_to_flush_the_cache_work(bench: Any) -> None:
     sglang = await bench.client.post("/flush_cache?timeout=60.0")
     assert (sglang.status_code, sglang.headers["x-kvist-ignored"]) == (200, "timeout")
     assert (await bench.client.post("/reset_prefix_cache")).json()["success"] is True
@@ -103,7 +103,9 @@ async def test_benchmarks_of_sglang_and_vllm_empty_the_cache_their_way(bench: An
         ("/update_weights_from_tensor", "--model-path"),
     ],
 )
-async def test_an_endpoint_that_is_not_served_is_a_404_that_says_what_works(bench: Any, path: str, works: str) -> None:
+async def test_an_endpoint_that_is_not_served_is_a_404_that_names_an_alternative(
+    bench: Any, path: str, works: str
+) -> None:
     response = await bench.post(path, {"model": "tiny", "input": "x"})
     assert response.status_code == 404
     message = response.json()["error"]["message"]
@@ -111,7 +113,7 @@ async def test_an_endpoint_that_is_not_served_is_a_404_that_says_what_works(benc
     assert works in message
 
 
-async def test_every_path_that_an_answer_points_to_is_served(bench: Any) -> None:
+async def test_every_path_that_a_404_names_is_served(bench: Any) -> None:
     for instead in NOT_SERVED.values():
         for word in instead.replace(",", " ").replace(";", " ").split():
             if word.startswith("/"):

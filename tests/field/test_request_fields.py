@@ -23,7 +23,7 @@ def ignored(response: Any) -> set[str]:
 
 
 @pytest.mark.case("neutral-fields")
-async def test_a_chat_with_fields_that_ask_for_nothing_is_answered_and_those_without_effect_are_named(
+async def test_neutral_fields_are_accepted_and_fields_without_effect_are_named(
     bench: Any,
 ) -> None:
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
@@ -61,7 +61,7 @@ async def test_an_assistant_message_whose_content_is_null_is_an_empty_text(bench
 
 
 @pytest.mark.case("template-kwargs-hint")
-async def test_names_for_the_chat_template_may_have_any_json_value(bench: Any) -> None:
+async def test_variables_for_the_chat_template_may_have_any_json_value(bench: Any) -> None:
     given = {"a": [1], "b": {"c": [None, 1.5]}, "mood": ["x", 1]}
     body = {"messages": [USER], "chat_template_kwargs": given, "max_tokens": 2}
     response = await bench.post("/v1/chat/completions", body)
@@ -88,7 +88,7 @@ async def test_continuous_usage_is_in_every_event_of_a_stream(
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
-async def test_continuous_usage_counts_each_choice_by_itself(
+async def test_continuous_usage_counts_each_choice_separately(
     bench: Any, read_events: Callable[[Any], list[Any]]
 ) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
@@ -101,7 +101,7 @@ async def test_continuous_usage_counts_each_choice_by_itself(
     assert last["usage"]["completion_tokens"] == 6
 
 
-async def test_an_unknown_field_is_refused_with_where_the_nearest_one_belongs(bench: Any) -> None:
+async def test_an_unknown_field_is_refused_and_the_nearest_field_is_named(bench: Any) -> None:
     async def said(path: str, **fields: object) -> str:
         response = await bench.post(path, {**ENDPOINTS[path], **fields})
         assert response.status_code == 400
@@ -121,7 +121,7 @@ async def test_a_seed_of_minus_one_is_drawn_by_the_server(bench: Any) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"top_p": 0}, {"temperature": 1e-6}, {"temperature": 1e-300}])
-async def test_no_probability_beyond_the_first_token_is_greedy(bench: Any, fields: dict[str, float]) -> None:
+async def test_top_p_of_zero_and_tiny_temperatures_are_greedy(bench: Any, fields: dict[str, float]) -> None:
     assert (await bench.chat(**fields)).status_code == 200
     sampling = bench.dispatcher.requests[0].sampling
     assert sampling.greedy
@@ -129,13 +129,13 @@ async def test_no_probability_beyond_the_first_token_is_greedy(bench: Any, field
 
 
 @pytest.mark.parametrize(("temperature", "status"), [(2.5, 200), (100, 200), (1e6, 200), (1e7, 400), (1e308, 400)])
-async def test_a_temperature_above_two_is_taken_as_far_as_it_is_a_number_for_the_model(
+async def test_a_temperature_above_two_is_accepted_up_to_the_range_of_float32(
     bench: Any, temperature: float, status: int
 ) -> None:
     assert (await bench.chat(temperature=temperature)).status_code == status
 
 
-async def test_an_answer_says_what_stopped_it_under_both_names(
+async def test_an_answer_has_its_stop_reason_under_both_names(
     bench: Any, read_events: Callable[[Any], list[Any]]
 ) -> None:
     async def ended_by(**fields: object) -> tuple[object, object, object]:
@@ -151,7 +151,7 @@ async def test_an_answer_says_what_stopped_it_under_both_names(
     assert await ended_by(max_tokens=2) == ("length", None, None)
 
 
-async def test_special_tokens_are_in_the_text_of_openais_endpoints_on_request(bench: Any) -> None:
+async def test_openais_endpoints_show_special_tokens_on_request(bench: Any) -> None:
     bench.dispatcher.answer = "a<|end|>b"
     shown = await bench.post("/v1/completions", {"prompt": "x", "skip_special_tokens": False})
     assert shown.json()["choices"][0]["text"] == "a<|end|>b"
@@ -161,14 +161,14 @@ async def test_special_tokens_are_in_the_text_of_openais_endpoints_on_request(be
 
 
 @pytest.mark.parametrize("name", ["include_stop_str_in_output", "no_stop_trim"])
-async def test_the_stop_string_is_in_the_text_on_request(bench: Any, name: str) -> None:
+async def test_the_text_includes_the_stop_string_on_request(bench: Any, name: str) -> None:
     native = {"text": "x", "sampling_params": {"stop": "ll", name: True}}
     assert (await bench.post("/generate", native)).json()["text"] == "hell"
     whole = await bench.post("/v1/completions", {"prompt": "x", "stop": "ll", name: True})
     assert whole.json()["choices"][0]["text"] == "hell"
 
 
-async def test_a_chat_gives_token_ids_on_request(bench: Any, read_events: Callable[[Any], list[Any]]) -> None:
+async def test_a_chat_returns_token_ids_on_request(bench: Any, read_events: Callable[[Any], list[Any]]) -> None:
     whole = (await bench.chat(return_token_ids=True, max_tokens=3)).json()["choices"][0]
     assert tuple(whole["prompt_token_ids"]) == bench.dispatcher.requests[0].prompt_token_ids
     *events, _ = read_events(await bench.chat(return_token_ids=True, max_tokens=3, stream=True))
@@ -177,7 +177,7 @@ async def test_a_chat_gives_token_ids_on_request(bench: Any, read_events: Callab
     assert sum("prompt_token_ids" in choice for choice in choices) == 1
 
 
-async def test_thoughts_and_effort_reach_the_chat_template(make_bench: Callable[..., Any], letters: Any) -> None:
+async def test_reasoning_and_effort_reach_the_chat_template(make_bench: Callable[..., Any], letters: Any) -> None:
     seen: dict[str, Any] = {}
 
     class Spy:
@@ -196,7 +196,7 @@ async def test_thoughts_and_effort_reach_the_chat_template(make_bench: Callable[
     assert seen["options"] == {"reasoning_effort": "none", "enable_thinking": False}
 
 
-async def test_tokenize_takes_several_prompts_and_detokenize_several_lists(bench: Any) -> None:
+async def test_tokenize_accepts_several_prompts_and_detokenize_several_lists(bench: Any) -> None:
     found = (await bench.post("/tokenize", {"prompt": ["ab", "c"], "return_token_strs": True})).json()
     assert (found["count"], found["token_strs"]) == ([2, 1], [["a", "b"], ["c"]])
     texts = (await bench.post("/detokenize", {"tokens": found["tokens"]})).json()

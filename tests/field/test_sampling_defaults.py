@@ -32,7 +32,7 @@ def with_defaults(bench: Any, **defaults: Any) -> Any:
     return bench
 
 
-async def test_chats_and_completions_sample_as_the_models_makers_recommend_unless_they_say(bench: Any) -> None:
+async def test_chats_and_completions_use_the_models_recommended_sampling_by_default(bench: Any) -> None:
     served = with_defaults(bench, temperature=0.6, top_p=0.95, top_k=20, min_p=0.1, max_new_tokens=7)
     await served.chat()
     await served.post("/v1/completions", {"prompt": "x"})
@@ -46,7 +46,7 @@ async def test_chats_and_completions_sample_as_the_models_makers_recommend_unles
     assert (await served.client.get("/model_info")).json()["preferred_sampling_params"]["top_k"] == 20
 
 
-def test_the_operator_chooses_where_the_defaults_come_from(tmp_path: Path) -> None:
+def test_the_operator_chooses_the_source_of_sampling_defaults(tmp_path: Path) -> None:
     model, other = tmp_path / "model", tmp_path / "other"
     for folder, temperature in ((model, 0.6), (other, 0.3)):
         folder.mkdir()
@@ -70,12 +70,12 @@ def test_the_operator_chooses_where_the_defaults_come_from(tmp_path: Path) -> No
     ],
 )
 @pytest.mark.parametrize("verb", ["serve", "up"])
-def test_sglangs_name_for_the_option_is_taken_too(verb: str, argv: list[str], expected: str) -> None:
+def test_sglangs_name_of_the_option_is_an_alias(verb: str, argv: list[str], expected: str) -> None:
     read: Any = settings.read(verb, argv, {})
     assert read.text.generation_config == expected
 
 
-async def test_a_chat_goes_on_with_its_last_message(bench: Any) -> None:
+async def test_a_chat_continues_its_final_message(bench: Any) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "once up"}]
     await bench.post("/v1/chat/completions", {"messages": messages, "continue_final_message": True})
     await bench.post("/v1/chat/completions", {"messages": messages, "add_generation_prompt": False})

@@ -19,7 +19,7 @@ def tenant(key: str) -> str:
     return key_id
 
 
-def test_equal_salts_of_different_keys_never_meet_and_those_of_one_key_do() -> None:
+def test_equal_salts_share_pages_within_one_api_key_only() -> None:
     one, other = tenant("k1"), tenant("k2")
     salts = [salt_digest(salt, whose) for whose in (one, other, "") for salt in (None, "a", one, other)]
     assert len(set(salts)) == len(salts)
@@ -28,7 +28,7 @@ def test_equal_salts_of_different_keys_never_meet_and_those_of_one_key_do() -> N
 
 
 @pytest.mark.parametrize("verb", ["serve", "up", "router"])
-def test_tenants_by_key_where_no_key_is_asked_for_are_refused_at_start(verb: str) -> None:
+def test_tenant_by_api_key_without_a_key_is_refused_at_start(verb: str) -> None:
     argv = ["--worker-urls", "http://127.0.0.1:1"] if verb == "router" else []
     with pytest.raises(ConfigError, match=r"--tenant-by api-key .* add --api-key"):
         settings.read(verb, [*argv, "--tenant-by", "api-key"], {})

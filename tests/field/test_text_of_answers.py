@@ -170,7 +170,9 @@ each_cut = pytest.mark.parametrize("tokens_per_part", [1, 3, 50])
 @each_way
 @each_cut
 @pytest.mark.parametrize("n", [1, 2])
-async def test_stop_strings_count_after_min_tokens_only(api: str, stream: bool, tokens_per_part: int, n: int) -> None:
+async def test_stop_strings_take_effect_after_min_tokens_only(
+    api: str, stream: bool, tokens_per_part: int, n: int
+) -> None:
     model = Model(byte_tokenizer(), "DEFGHIJKLGHIMN", tokens_per_part)
     fields = {"stop": "GHI", "max_tokens": 14, "n": n, "stream": stream}
     for min_tokens, text, num_tokens, finish in [
@@ -199,7 +201,7 @@ async def test_stop_strings_count_after_min_tokens_only(api: str, stream: bool, 
         ("o<|turn|>", Told("Hiho\n\nyou", 11, "length")),
     ],
 )
-async def test_a_stop_string_may_spell_special_tokens_which_are_in_no_text(
+async def test_a_stop_string_may_spell_special_tokens(
     api: str, stream: bool, tokens_per_part: int, stop: str | list[str], expected: Told
 ) -> None:
     model = Model(byte_tokenizer(), "Hi<|turn|>ho\n<|end|>\nyou", tokens_per_part)
@@ -230,7 +232,7 @@ async def offsets_of(model: Model, *, stream: bool, **fields: Any) -> tuple[str,
         ("ab--dd", {"stop": "--c"}, "ab--dd", [0, 1, 2, 3, 4, 5]),  # withheld for a while
     ],
 )
-async def test_text_offsets_are_places_in_the_text_that_is_told(
+async def test_text_offsets_are_positions_in_the_returned_text(
     stream: bool, tokens_per_part: int, answer: str, fields: dict[str, Any], text: str, offsets: list[int]
 ) -> None:
     model = Model(byte_tokenizer(), answer, tokens_per_part)
@@ -245,7 +247,7 @@ def ids(tokenizer: Tokenizer, raw: bytes) -> list[int]:
 
 
 @pytest.mark.case("top-logprobs-collapse")
-async def test_logprobs_by_text_keep_the_chosen_token_and_tell_parts_of_characters_apart() -> None:
+async def test_logprobs_by_text_keep_the_chosen_token_and_distinguish_partial_characters() -> None:
     tokenizer = byte_tokenizer()
     first, second, third, letter = ids(tokenizer, "中".encode() + b"x")
     chosen_outside = TokenLogprobs(logprob=-7.0, top_token_ids=(second, third), top_logprobs=(-0.1, -3.0))
@@ -268,7 +270,7 @@ async def test_logprobs_by_text_keep_the_chosen_token_and_tell_parts_of_characte
 
 @pytest.mark.case("nan-logits")
 @each_api
-async def test_json_holds_numbers_only_even_where_an_engine_reports_none(api: str) -> None:
+async def test_logprobs_in_json_are_always_finite_numbers(api: str) -> None:
     nan = float("nan")
     found = TokenLogprobs(logprob=nan, top_token_ids=(0, 1), top_logprobs=(nan, float("-inf")))
     asked = {

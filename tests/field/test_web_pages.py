@@ -28,7 +28,7 @@ def message_of(response: httpx.Response) -> str:
 @pytest.mark.case("cross-site")
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate", "/tokenize", "/flush_cache"])
-async def test_a_body_of_a_type_that_any_page_can_send_is_a_415_that_names_the_header(
+async def test_a_content_type_that_web_pages_can_send_is_a_415_that_names_the_header(
     bench: Any, path: str, kind: str
 ) -> None:
     response = await bench.client.post(path, content=CHAT, headers={"content-type": kind})
@@ -39,14 +39,14 @@ async def test_a_body_of_a_type_that_any_page_can_send_is_a_415_that_names_the_h
 
 
 @pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8", "application/x.y+json", None])
-async def test_json_needs_no_exact_spelling_and_a_type_may_be_left_out(bench: Any, kind: str | None) -> None:
+async def test_json_content_types_and_a_missing_content_type_are_accepted(bench: Any, kind: str | None) -> None:
     headers = {} if kind is None else {"content-type": kind}
     response = await bench.client.post("/v1/chat/completions", content=CHAT, headers=headers)
     assert response.status_code == 200
 
 
 @pytest.mark.case("cross-site")
-async def test_nothing_changes_by_get(bench: Any) -> None:
+async def test_get_requests_change_nothing(bench: Any) -> None:
     response = await bench.client.get("/flush_cache")
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
@@ -78,12 +78,12 @@ async def test_on_loopback_without_a_key_a_foreign_host_is_refused(bench: Any, h
 @pytest.mark.parametrize(
     "host", ["localhost", "localhost:30000", "127.0.0.1:1", "[::1]:30000", "LOCALHOST.", "a.localhost"]
 )
-async def test_every_name_of_this_machine_is_its_own_host_and_origin(bench: Any, host: str) -> None:
+async def test_local_host_names_are_accepted_as_host_and_origin(bench: Any, host: str) -> None:
     response = await bench.client.get("/v1/models", headers={"host": host, "origin": f"http://{host}"})
     assert response.status_code == 200
 
 
-async def test_where_a_key_is_asked_for_or_the_address_is_public_names_are_free(
+async def test_host_and_origin_are_free_with_an_api_key_or_a_public_address(
     make_bench: Callable[..., Any],
 ) -> None:
     foreign = {"host": "kvist.example", "origin": "https://kvist.example"}
@@ -107,7 +107,7 @@ def preflight(origin: str, headers: str = "authorization, content-type, x-stainl
 
 @pytest.mark.case("cors")
 @pytest.mark.parametrize(("allowed", "answered"), [((PAGE,), PAGE), ((PAGE, "http://b"), PAGE), (("*",), "*")])
-async def test_a_page_of_an_allowed_origin_may_ask_and_read_streams_and_errors(
+async def test_a_page_of_an_allowed_origin_can_read_responses_streams_and_errors(
     make_bench: Callable[..., Any], allowed: tuple[str, ...], answered: str
 ) -> None:
     bench = make_bench(allowed_origins=allowed, api_key=("k",))
@@ -128,7 +128,7 @@ async def test_a_page_of_an_allowed_origin_may_ask_and_read_streams_and_errors(
 
 
 @pytest.mark.case("cors")
-async def test_other_origins_get_no_permission(make_bench: Callable[..., Any]) -> None:
+async def test_other_origins_get_no_cors_permission(make_bench: Callable[..., Any]) -> None:
     for bench in (make_bench(), make_bench(allowed_origins=(PAGE,)), make_bench(host="0.0.0.0")):
         asked = await bench.client.options("/v1/chat/completions", headers=preflight(EVIL))
         assert asked.status_code in (400, 403, 405)
@@ -138,7 +138,7 @@ async def test_other_origins_get_no_permission(make_bench: Callable[..., Any]) -
 
 
 @pytest.mark.case("cors")
-def test_an_origin_that_is_none_is_refused_at_start() -> None:
+def test_an_invalid_origin_is_refused_at_start() -> None:
     read = settings.read("serve", ["--allowed-origins", PAGE, "http://localhost:3000"], {})
     assert isinstance(read, settings.ServeSettings)
     assert read.server.allowed_origins == (PAGE, "http://localhost:3000")

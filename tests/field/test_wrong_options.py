@@ -15,7 +15,7 @@ def serve(*argv: str, environ: dict[str, str] | None = None) -> settings.ServeSe
 
 
 @pytest.mark.case("wrong-hints")
-def test_options_of_vllm_and_sglang_that_mean_the_same_are_aliases() -> None:
+def test_options_of_vllm_and_sglang_with_the_same_meaning_are_aliases() -> None:
     engine = serve("--max-num-seqs", "8", "--gpu-memory-utilization=0.9", "-tp", "2", "--block-size", "32").engine
     assert (engine.scheduler.max_running_requests, engine.mem_fraction_static) == (8, 0.9)
     assert (engine.tp, engine.page_size) == (2, 32)
@@ -26,7 +26,7 @@ def test_options_of_vllm_and_sglang_that_mean_the_same_are_aliases() -> None:
 
 @pytest.mark.case("wrong-hints")
 @pytest.mark.parametrize("verb", ["serve", "router", "up"])
-def test_the_model_may_be_the_first_word_after_the_verb(verb: str) -> None:
+def test_the_model_may_be_the_first_argument_after_the_verb(verb: str) -> None:
     more = ["--worker-urls", "http://a:1"] if verb == "router" else []
     read = settings.read(verb, ["/models/qwen", *more], {})
     if isinstance(read, settings.RouterSettings):

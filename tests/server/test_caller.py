@@ -15,7 +15,7 @@ def scope_of(authorization: bytes | None = None) -> Scope:
     return {"type": "http", "path": "/", "headers": headers, "client": ("127.0.0.1", 5)}
 
 
-def test_each_of_several_keys_is_a_caller_of_its_own_and_stays_so() -> None:
+def test_every_api_key_is_one_caller_also_after_a_restart() -> None:
     keys = ApiKeys(("k1", "k2"))
     found = []
     for key in (b"Bearer k1", b"bearer  k2", b"Bearer k1"):
@@ -32,14 +32,14 @@ def test_each_of_several_keys_is_a_caller_of_its_own_and_stays_so() -> None:
             keys.authenticate(scope_of(wrong))
 
 
-def test_where_no_key_is_asked_for_a_key_makes_no_caller() -> None:
+def test_a_server_without_keys_ignores_the_key_of_a_request() -> None:
     scope = scope_of(b"Bearer whatever")
     ApiKeys(()).authenticate(scope)
     assert caller_of(scope).key_id is None
     assert caller_of(scope).connection == "127.0.0.1:5"
 
 
-async def test_every_generating_endpoint_salts_by_the_callers_key(make_bench: Callable[..., Any]) -> None:
+async def test_every_generating_endpoint_salts_the_cache_by_the_callers_key(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(api_key=("k1", "k2"), tenant_by="api-key")
     salts: dict[str, list[str]] = {"k1": [], "k2": []}
     async with bench.client:

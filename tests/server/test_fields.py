@@ -62,9 +62,7 @@ async def test_neutral_values_are_accepted_at_every_endpoint(bench: Any, path: s
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-async def test_what_is_refused_is_named_with_what_works_and_what_has_no_effect_is_in_the_header(
-    bench: Any, path: str
-) -> None:
+async def test_refusals_name_an_alternative_and_the_header_names_ignored_fields(bench: Any, path: str) -> None:
     for name, cls in classes_of(STRUCTS[path]).items():
         response = await bench.post(path, {**ENDPOINTS[path], name: {"odd": 1}})
         if isinstance(cls, Refused):
@@ -76,7 +74,7 @@ async def test_what_is_refused_is_named_with_what_works_and_what_has_no_effect_i
             assert ignored(response) == {name}
 
 
-async def test_null_inside_an_object_is_the_same_as_absent(bench: Any) -> None:
+async def test_null_inside_an_object_equals_absent(bench: Any) -> None:
     for value in ({"type": "text", "json_schema": None}, {"type": "text"}):
         assert (await bench.chat(response_format=value)).status_code == 200
     assert (await bench.chat(structured_outputs={"json": None, "regex": None})).status_code == 200

@@ -18,7 +18,7 @@ async def test_generate_answers_in_sglangs_shape(bench: Any) -> None:
     assert meta["id"] == bench.dispatcher.requests[0].request_id
 
 
-async def test_streamed_text_is_cumulative(bench: Any, read_events: Callable[[Any], list[Any]]) -> None:
+async def test_the_text_of_a_generate_stream_is_cumulative(bench: Any, read_events: Callable[[Any], list[Any]]) -> None:
     *events, done = read_events(await bench.post("/generate", {"input_ids": [1, 2], "stream": True}))
     assert done == "[DONE]"
     assert [event["text"] for event in events] == ["h", "he", "hel", "hell", "hello", "hello"]
@@ -36,12 +36,12 @@ async def test_each_of_several_streamed_answers_finishes_once(
         assert ["kvist" in event for event in own] == [False] * 5 + [True]
 
 
-async def test_what_sglangs_benchmark_sends_is_taken(bench: Any) -> None:
+async def test_generate_accepts_the_requests_of_sglangs_benchmark(bench: Any) -> None:
     nothing = {"lora_path": None, "image_data": None, "return_routed_experts": False, "logprob_start_len": -1}
     assert (await bench.post("/generate", {"text": "a", **nothing})).status_code == 200
 
 
-async def test_length_and_stop_string_are_told_apart(bench: Any) -> None:
+async def test_the_finish_reason_distinguishes_length_and_stop_string(bench: Any) -> None:
     short = (await bench.post("/generate", {"text": "x", "sampling_params": {"max_new_tokens": 2}})).json()
     assert short["meta_info"]["finish_reason"] == {"type": "length", "length": 2}
     stopped = (await bench.post("/generate", {"text": "x", "sampling_params": {"stop": "ll"}})).json()
@@ -49,7 +49,7 @@ async def test_length_and_stop_string_are_told_apart(bench: Any) -> None:
     assert stopped["text"] == "he"
 
 
-async def test_batches_and_n_answer_with_a_list(bench: Any) -> None:
+async def test_batches_and_several_answers_give_a_list(bench: Any) -> None:
     assert len((await bench.post("/generate", {"text": ["a", "b"]})).json()) == 2
     assert len((await bench.post("/generate", {"input_ids": [[1], [2]]})).json()) == 2
     several = (await bench.post("/generate", {"text": "a", "sampling_params": {"n": 2, "sampling_seed": 5}})).json()
@@ -91,7 +91,7 @@ async def test_logprobs_come_with_token_ids(bench: Any) -> None:
         ({"text": "a", "lora_path": "x"}, "lora_path"),
     ],
 )
-async def test_what_is_wrong_is_named(bench: Any, body: dict[str, object], param: str) -> None:
+async def test_generate_names_the_invalid_field(bench: Any, body: dict[str, object], param: str) -> None:
     response = await bench.post("/generate", body)
     error = response.json()["error"]
     assert response.status_code == 400

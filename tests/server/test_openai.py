@@ -35,7 +35,7 @@ async def test_a_chat_answers_in_openais_shape(bench: Any) -> None:
     assert bench.dispatcher.requests[0].sampling.max_tokens == 200 - num_prompt  # the rest of the context
 
 
-async def test_a_streamed_chat_says_the_same_piece_by_piece(bench: Any, read_events: Events) -> None:
+async def test_a_streamed_chat_has_the_same_content_in_pieces(bench: Any, read_events: Events) -> None:
     bench.dispatcher.answer = "hé🎉!"
     response = await bench.chat(stream=True, stream_options={"include_usage": True})
     *chunks, usage, done = read_events(response)
@@ -56,7 +56,7 @@ async def test_without_include_usage_no_event_has_usage(bench: Any, read_events:
     assert all("usage" not in chunk for chunk in chunks)
 
 
-async def test_tokens_that_come_together_go_out_in_one_event(bench: Any, read_events: Events) -> None:
+async def test_tokens_that_arrive_together_are_sent_in_one_event(bench: Any, read_events: Events) -> None:
     bench.dispatcher.cuts = (1, 3, 2)
     *chunks, _ = read_events(await bench.chat(stream=True))
     assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks] == ["", "h", "ell", "o"]
@@ -72,12 +72,12 @@ async def test_a_stop_string_cuts_the_answer_and_closes_the_engines_stream(bench
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "one "
 
 
-async def test_text_withheld_for_a_stop_string_comes_at_the_end(bench: Any) -> None:
+async def test_text_withheld_for_a_stop_string_is_sent_at_the_end(bench: Any) -> None:
     bench.dispatcher.answer = "one ST"
     assert (await bench.chat(stop=["STOP"])).json()["choices"][0]["message"]["content"] == "one ST"
 
 
-async def test_the_length_limit_is_told(bench: Any) -> None:
+async def test_the_finish_reason_at_max_tokens_is_length(bench: Any) -> None:
     choice = (await bench.chat(max_completion_tokens=3)).json()["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("hel", "length")
 
@@ -101,7 +101,7 @@ async def test_several_streamed_answers_are_merged_under_their_index(bench: Any,
     assert bench.dispatcher.num_open == 0
 
 
-async def test_the_seed_is_drawn_when_none_is_given(bench: Any) -> None:
+async def test_the_server_draws_the_seed_when_the_request_has_none(bench: Any) -> None:
     await bench.chat()
     assert bench.dispatcher.requests[0].sampling.seed == 1000
 
@@ -121,7 +121,7 @@ async def test_every_sampling_field_reaches_the_engine(bench: Any) -> None:
     assert bench.dispatcher.requests[1].sampling.top_k == 0
 
 
-async def test_chat_logprobs_have_one_entry_for_each_token(bench: Any, read_events: Events) -> None:
+async def test_chat_logprobs_have_one_entry_per_token(bench: Any, read_events: Events) -> None:
     bench.dispatcher.answer = "é"
     content = (await bench.chat(logprobs=True, top_logprobs=2)).json()["choices"][0]["logprobs"]["content"]
     assert [entry["bytes"] for entry in content] == [[0xC3], [0xA9], list(b"<|end|>")]
@@ -134,7 +134,7 @@ async def test_chat_logprobs_have_one_entry_for_each_token(bench: Any, read_even
     assert len(streamed) == 3  # none is lost with a token that completes no character
 
 
-async def test_completion_logprobs_are_the_older_shape(bench: Any, read_events: Events) -> None:
+async def test_completion_logprobs_have_the_older_shape(bench: Any, read_events: Events) -> None:
     body = {"model": "tiny", "prompt": "x", "logprobs": 2}
     logprobs = (await bench.post("/v1/completions", body)).json()["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["h", "e", "l", "l", "o", "<|end|>"]
@@ -179,7 +179,7 @@ async def test_the_report_names_workers_and_handoff(bench: Any, read_events: Eve
     assert "kvist" not in (await bench.chat()).json()
 
 
-async def test_usage_tells_the_tiers_of_cached_tokens_when_asked(bench: Any, read_events: Events) -> None:
+async def test_usage_has_the_tiers_of_cached_tokens_on_request(bench: Any, read_events: Events) -> None:
     expected = {"cached_tokens": {"device": 1, "host": 2, "storage": 1}}
     assert (await bench.chat(kvist={"usage": True})).json()["usage"]["kvist"] == expected
     assert (await bench.chat(kvist={"usage": True}, n=2)).json()["usage"]["kvist"] == expected  # one prompt
@@ -200,7 +200,7 @@ async def test_an_error_before_the_first_token_is_an_http_error(bench: Any) -> N
     assert response.json()["error"]["code"] == "worker_lost"
 
 
-async def test_an_error_in_the_middle_is_an_event_and_no_done(bench: Any, read_events: Events) -> None:
+async def test_an_error_in_the_middle_of_a_stream_is_an_event_without_done(bench: Any, read_events: Events) -> None:
     bench.dispatcher.error, bench.dispatcher.error_after = WorkerLost("worker d:1 was lost"), 3
     response = await bench.chat(stream=True)
     *_, last = read_events(response)
@@ -217,14 +217,16 @@ async def test_an_error_in_the_middle_of_a_whole_answer_is_an_http_error(bench: 
     assert bench.dispatcher.num_open == 0
 
 
-async def test_an_unexpected_exception_in_a_stream_is_told_without_its_text(bench: Any, read_events: Events) -> None:
+async def test_an_unexpected_exception_in_a_stream_is_reported_without_its_text(
+    bench: Any, read_events: Events
+) -> None:
     bench.dispatcher.error, bench.dispatcher.error_after = RuntimeError("secret detail"), 2
     response = await bench.chat(stream=True)
     assert read_events(response)[-1]["error"]["code"] == "engine_error"
     assert "secret detail" not in response.text
 
 
-async def test_token_ids_come_beside_the_text_and_even_where_a_token_has_none(bench: Any, read_events: Events) -> None:
+async def test_token_ids_are_returned_also_for_tokens_without_text(bench: Any, read_events: Events) -> None:
     bench.dispatcher.answer = "é!"
     asked = {"prompt": [104, 105], "return_token_ids": True, "max_tokens": 3}
     whole = (await bench.post("/v1/completions", asked)).json()["choices"][0]
@@ -238,12 +240,12 @@ async def test_token_ids_come_beside_the_text_and_even_where_a_token_has_none(be
     assert ["prompt_token_ids" in choice for choice in choices] == [True, False, False]
 
 
-async def test_ids_that_only_the_padded_vocabulary_has_are_tokens_too(bench: Any) -> None:
+async def test_ids_of_the_padded_vocabulary_are_accepted(bench: Any) -> None:
     response = await bench.post("/v1/completions", {"prompt": [290, 104], "max_tokens": 2})
     assert response.status_code == 200, "a model may answer with such an id, and the next turn sends it back"
     assert bench.dispatcher.requests[0].prompt_token_ids == (290, 104)
 
 
-async def test_token_ids_come_only_when_asked_for(bench: Any) -> None:
+async def test_token_ids_are_returned_only_on_request(bench: Any) -> None:
     choice = (await bench.post("/v1/completions", {"prompt": [104], "max_tokens": 2})).json()["choices"][0]
     assert not {"token_ids", "prompt_token_ids"} & set(choice)

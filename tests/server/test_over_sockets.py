@@ -31,7 +31,7 @@ async def served(bench: Any) -> AsyncIterator[str]:
         await asyncio.wait_for(task, BOUND_S)
 
 
-async def test_a_connection_that_breaks_closes_the_engines_stream(make_bench: Callable[..., Any]) -> None:
+async def test_a_broken_connection_closes_the_stream_of_the_engine(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(port=0)
     bench.dispatcher.hold = asyncio.Event()  # never set
     async with served(bench) as url, httpx.AsyncClient() as client:
@@ -42,7 +42,7 @@ async def test_a_connection_that_breaks_closes_the_engines_stream(make_bench: Ca
     assert bench.dispatcher.num_closed_early == 1
 
 
-async def test_the_openai_client_chats_streams_and_understands_errors(make_bench: Callable[..., Any]) -> None:
+async def test_the_openai_client_gets_chats_streams_and_errors(make_bench: Callable[..., Any]) -> None:
     openai = pytest.importorskip("openai")
     bench = make_bench(port=0, api_key=("sesam",))
     messages = [{"role": "user", "content": "hi"}]

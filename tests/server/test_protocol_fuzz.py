@@ -59,7 +59,7 @@ def mutated(random_: random.Random) -> bytes:
     return bytes(message[: random_.randint(1, len(message))]) if random_.random() < 0.2 else bytes(message)
 
 
-async def test_no_bytes_make_a_traceback_or_keep_the_server_from_the_next_client(
+async def test_the_server_survives_any_bytes_without_a_traceback_and_serves_the_next_client(
     make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = make_bench(port=0, header_timeout_s=0.3, body_timeout_s=0.3)

@@ -52,7 +52,7 @@ def error_of(response: Any) -> dict[str, Any]:
         ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs.messages", "cannot be set"),
     ],
 )  # fmt: skip
-async def test_what_is_wrong_with_a_field_is_a_400_that_names_it(
+async def test_an_invalid_field_is_a_400_that_names_the_field(
     bench: Any, fields: dict[str, object], param: str, said: str
 ) -> None:
     response = await bench.post("/v1/chat/completions", {"messages": USER, **fields})
@@ -76,7 +76,7 @@ async def test_what_is_wrong_with_a_field_is_a_400_that_names_it(
         ("regex", "a+", ""),
     ],
 )
-async def test_a_field_we_cannot_honour_is_refused_unless_it_asks_for_nothing(
+async def test_a_refused_field_is_accepted_with_a_neutral_value_only(
     bench: Any, name: str, value: object, neutral: object
 ) -> None:
     refused = await bench.chat(**{name: value})
@@ -90,13 +90,13 @@ async def test_a_field_we_cannot_honour_is_refused_unless_it_asks_for_nothing(
 @pytest.mark.parametrize(
     "fields", [{"suffix": "x"}, {"best_of": 2}, {"echo": True, "logprobs": 1}, {"use_beam_search": True}]
 )
-async def test_completions_refuse_what_they_cannot_do(bench: Any, fields: dict[str, object]) -> None:
+async def test_completions_refuse_unsupported_fields(bench: Any, fields: dict[str, object]) -> None:
     response = await bench.post("/v1/completions", {"prompt": "x", **fields})
     assert error_of(response)["code"] == "unsupported_field"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b'{"messages": [{"role": "user", "content": "\xff"}]}'])
-async def test_a_body_that_is_no_json_object_in_utf8_is_a_400(bench: Any, body: bytes) -> None:
+async def test_a_body_that_is_not_a_json_object_in_utf8_is_a_400(bench: Any, body: bytes) -> None:
     response = await bench.client.post("/v1/chat/completions", content=body)
     assert response.status_code == 400
     assert error_of(response)["code"] == "invalid_request"
@@ -108,13 +108,13 @@ async def test_half_a_surrogate_pair_is_a_400(bench: Any) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", [], [[]], [""], [1, "a"], [[1], 2], [300], [-1], {"a": 1}, None])
-async def test_a_prompt_that_is_empty_or_mixed_or_no_prompt_is_a_400(bench: Any, prompt: object) -> None:
+async def test_an_empty_mixed_or_missing_prompt_is_a_400(bench: Any, prompt: object) -> None:
     response = await bench.post("/v1/completions", {"prompt": prompt})
     assert response.status_code == 400
     assert error_of(response)["param"].startswith("prompt")
 
 
-async def test_a_prompt_over_the_context_says_both_numbers(bench: Any) -> None:
+async def test_the_error_for_a_prompt_over_the_context_has_both_numbers(bench: Any) -> None:
     response = await bench.post("/v1/completions", {"prompt": "x" * 200})
     assert response.status_code == 400
     assert error_of(response)["code"] == "context_length_exceeded"
@@ -122,7 +122,7 @@ async def test_a_prompt_over_the_context_says_both_numbers(bench: Any) -> None:
     assert (await bench.post("/v1/completions", {"prompt": "x" * 199})).status_code == 200
 
 
-async def test_prompt_and_answer_over_the_context_say_what_fits(bench: Any) -> None:
+async def test_the_error_for_prompt_and_answer_over_the_context_has_the_room(bench: Any) -> None:
     body = {"prompt": "x" * 150, "max_tokens": 51}
     error = error_of(await bench.post("/v1/completions", body))
     assert error["code"] == "context_length_exceeded"
@@ -130,12 +130,12 @@ async def test_prompt_and_answer_over_the_context_say_what_fits(bench: Any) -> N
     assert (await bench.post("/v1/completions", {**body, "max_tokens": 50})).status_code == 200
 
 
-async def test_a_hopeless_prompt_is_refused_before_it_is_tokenised(bench: Any) -> None:
+async def test_a_hopeless_prompt_is_refused_before_tokenising(bench: Any) -> None:
     error = error_of(await bench.post("/v1/completions", {"prompt": "x" * 60_000}))
     assert "60000 characters" in error["message"]
 
 
-async def test_an_error_quotes_no_more_than_a_little_of_what_was_sent(bench: Any) -> None:
+async def test_an_error_quotes_only_a_short_part_of_the_request(bench: Any) -> None:
     long = "ab" * 50_000
     for response in (await bench.chat(model=long), await bench.chat(**{long: 1})):
         assert 400 <= response.status_code < 500
@@ -171,7 +171,7 @@ async def test_unknown_paths_and_methods_have_openais_shape(bench: Any) -> None:
     assert response.headers["allow"] == "POST"
 
 
-async def test_a_worker_that_only_does_its_part_names_the_router(make_bench: Callable[..., Any]) -> None:
+async def test_a_prefill_or_decode_worker_refuses_and_names_the_router(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(tokenizer=None)
     for path in ("/v1/chat/completions", "/v1/completions", "/generate", "/tokenize", "/detokenize"):
         response = await bench.post(path, {})
@@ -179,7 +179,7 @@ async def test_a_worker_that_only_does_its_part_names_the_router(make_bench: Cal
         assert "router" in error_of(response)["message"]
 
 
-async def test_no_ready_worker_is_a_503_that_may_be_tried_again(bench: Any) -> None:
+async def test_a_request_without_a_ready_worker_is_a_503_with_retry_after(bench: Any) -> None:
     bench.dispatcher.spec = None
     response = await bench.chat()
     assert response.status_code == 503
@@ -189,7 +189,7 @@ async def test_no_ready_worker_is_a_503_that_may_be_tried_again(bench: Any) -> N
 @pytest.mark.parametrize(
     ("path", "param", "value"), [("/tokenize", "prompt", ["a"] * 129), ("/detokenize", "tokens", [[1]] * 129)]
 )
-async def test_more_texts_than_are_taken_at_once_are_refused_by_their_fields_name(
+async def test_too_many_texts_are_refused_and_the_field_is_named(
     bench: Any, path: str, param: str, value: object
 ) -> None:
     response = await bench.post(path, {param: value})

@@ -7,7 +7,7 @@ from kvist.clock import FakeClock
 from kvist.server.serve import watch_loop_lag
 
 
-async def test_the_watch_notes_by_how_much_the_loop_was_late() -> None:
+async def test_the_loop_watch_reports_the_lag_of_the_event_loop() -> None:
     clock, lags_s = FakeClock(), list[float]()
     watch = asyncio.create_task(watch_loop_lag(lags_s.append, clock))
     await asyncio.sleep(0)

@@ -74,7 +74,7 @@ async def test_a_server_that_stops_cancels_the_stream_and_the_engines(bench: Any
     assert bench.dispatcher.num_open == 0
 
 
-async def test_over_the_limit_of_open_generations_is_a_429(make_bench: Callable[..., Any]) -> None:
+async def test_a_request_over_the_limit_of_open_generations_is_a_429(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(max_concurrent_requests=2)
     bench.dispatcher.hold = asyncio.Event()
     first = asyncio.create_task(bench.chat(n=2))
@@ -90,7 +90,7 @@ async def test_over_the_limit_of_open_generations_is_a_429(make_bench: Callable[
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_request_that_takes_too_long_is_told_so(make_bench: Callable[..., Any], stream: bool) -> None:
+async def test_a_request_over_the_time_limit_gets_a_timeout_error(make_bench: Callable[..., Any], stream: bool) -> None:
     bench = make_bench(request_timeout_s=0.02)
     bench.dispatcher.hold = asyncio.Event()
     response = await bench.chat(stream=stream)
@@ -100,7 +100,7 @@ async def test_a_request_that_takes_too_long_is_told_so(make_bench: Callable[...
     assert 'kvist:request_failure_total{code="timeout"} 1.0' in (await bench.client.get("/metrics")).text
 
 
-async def test_a_client_that_reads_nothing_is_let_go_at_the_time_limit(make_bench: Callable[..., Any]) -> None:
+async def test_a_client_that_reads_nothing_is_disconnected_at_the_time_limit(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(request_timeout_s=0.02)
     client = RawClient(bench.app, "/v1/completions", {"prompt": "x", "stream": True})
 
@@ -114,7 +114,7 @@ async def test_a_client_that_reads_nothing_is_let_go_at_the_time_limit(make_benc
     assert "kvist:gateway_requests_in_flight 0.0" in (await bench.client.get("/metrics")).text
 
 
-async def test_a_body_that_never_ends_is_a_timeout(make_bench: Callable[..., Any]) -> None:
+async def test_a_body_that_never_ends_is_a_408(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(body_timeout_s=0.02)
 
     async def first_piece_only() -> dict[str, Any]:
@@ -142,7 +142,7 @@ async def test_the_api_key_guards_all_but_health_and_ready(make_bench: Callable[
     assert not bench.dispatcher.requests
 
 
-async def test_the_request_id_comes_back_or_is_made(bench: Any) -> None:
+async def test_the_response_has_the_clients_request_id_or_a_new_one(bench: Any) -> None:
     assert (await bench.client.get("/health", headers={"x-request-id": "abc-1"})).headers["x-request-id"] == "abc-1"
     assert (await bench.client.get("/nowhere", headers={"x-request-id": "abc-1"})).headers["x-request-id"] == "abc-1"
     made = (await bench.client.get("/health", headers={"x-request-id": "a b"})).headers["x-request-id"]
@@ -150,14 +150,16 @@ async def test_the_request_id_comes_back_or_is_made(bench: Any) -> None:
     assert len(made) == 32
 
 
-async def test_ready_follows_the_dispatcher_and_health_does_not(bench: Any) -> None:
+async def test_ready_depends_on_the_workers_and_health_does_not(bench: Any) -> None:
     assert (await bench.client.get("/ready")).status_code == 200
     bench.dispatcher.can_serve = False
     assert (await bench.client.get("/ready")).status_code == 503
     assert (await bench.client.get("/health")).status_code == 200
 
 
-async def test_a_lone_worker_is_ready_when_its_engine_is(make_bench: Callable[..., Any], busy: Any) -> None:
+async def test_a_prefill_or_decode_worker_is_ready_when_its_engine_is(
+    make_bench: Callable[..., Any], busy: Any
+) -> None:
     spec: EngineSpec = busy.workers[0].spec
     loading = make_bench(tokenizer=None)
     assert (await loading.client.get("/ready")).status_code == 503
@@ -215,7 +217,7 @@ async def test_a_tier_that_cannot_be_flushed_is_refused(bench: Any, query: str, 
     assert bench.dispatcher.flushed == []
 
 
-async def test_metrics_tell_requests_tokens_and_workers(bench: Any, busy: Any) -> None:
+async def test_metrics_count_requests_tokens_and_workers(bench: Any, busy: Any) -> None:
     bench.dispatcher.snapshots = busy
     await bench.chat()
     text = (await bench.client.get("/metrics")).text
@@ -241,13 +243,13 @@ async def test_metrics_tell_requests_tokens_and_workers(bench: Any, busy: Any) -
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="read from /proc")
-async def test_metrics_tell_the_gateways_own_processor_time(bench: Any) -> None:
+async def test_metrics_have_the_processor_time_of_the_gateway(bench: Any) -> None:
     text = (await bench.client.get("/metrics")).text
     spent = [line.split() for line in text.splitlines() if line.startswith("process_cpu_seconds_total")]
     assert [0.0 < float(value) <= time.process_time() + 0.02 for _, value in spent] == [True]
 
 
-async def test_long_prompts_are_tokenised_like_short_ones(make_bench: Callable[..., Any]) -> None:
+async def test_long_prompts_are_tokenised_like_short_prompts(make_bench: Callable[..., Any]) -> None:
     bench = make_bench()
     bench.dispatcher.spec = msgspec.structs.replace(bench.dispatcher.spec, max_model_len=20_000)
     await bench.post("/v1/completions", {"prompt": "x" * 10_000})

@@ -20,7 +20,7 @@ from kvist.server.shape import MAX_CONTAINERS, MAX_TEXTS, MAX_VALUES, check_shap
         (b'["a' + b'\\"' * (MAX_TEXTS * 2) + b'",' + b"1," * (MAX_VALUES + 1) + b"1]", "values"),
     ],
 )
-def test_more_than_a_request_needs_is_refused_with_its_limit(body: bytes, said: str) -> None:
+def test_a_body_with_too_many_values_is_refused_and_the_limit_is_named(body: bytes, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         check_shape(body)
 
@@ -28,7 +28,7 @@ def test_more_than_a_request_needs_is_refused_with_its_limit(body: bytes, said: 
 @pytest.mark.parametrize(
     "text", ["," * (MAX_VALUES + 1), "[{" * MAX_CONTAINERS, '"' * MAX_TEXTS * 3, "\\" * 99_999 + ',"']
 )
-def test_what_stands_inside_a_text_does_not_count(text: str) -> None:
+def test_separators_inside_texts_are_not_counted(text: str) -> None:
     check_shape(msgspec.json.encode({"prompt": text, "n": 1}))
     check_shape(msgspec.json.encode({"prompt": [text, "x"], "n": 1}))
 
@@ -38,7 +38,7 @@ def test_the_largest_batch_of_token_ids_passes() -> None:
 
 
 @pytest.mark.parametrize("body", [b'"' * 100_000, b'{"a' + b"\\" * 100_000, b"\x00" * 100_000, b'"\\"' * 99_999])
-def test_what_is_no_json_is_left_to_the_decoder(body: bytes) -> None:
+def test_invalid_json_passes_the_shape_check(body: bytes) -> None:
     check_shape(body + b"," * MAX_VALUES if body[:1] == b"\x00" else body)
 
 
@@ -49,7 +49,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_the_close_count_is_never_below_what_the_decoder_makes(value: object) -> None:
+def test_the_exact_count_is_never_below_the_decoded_values(value: object) -> None:
     num_values, num_texts, num_containers = shape._count_outside_texts(msgspec.json.encode(value))
     texts, containers = count(value)
     assert (num_texts, num_containers) == (texts, containers)

@@ -32,7 +32,7 @@ def answers(**refused: tuple[str, str, str]) -> dict[WorkerId, StorageAnswer]:
 
 
 @pytest.mark.parametrize(("method", "action"), [("GET", "status"), ("DELETE", "detach")])
-async def test_every_worker_s_storage_is_told_with_sglangs_names(bench: Any, method: str, action: str) -> None:
+async def test_get_returns_the_storage_of_every_worker_with_sglangs_names(bench: Any, method: str, action: str) -> None:
     bench.dispatcher.storage_answers = answers()
     body = (await bench.client.request(method, URL)).json()
     assert body["success"] is True
@@ -43,7 +43,7 @@ async def test_every_worker_s_storage_is_told_with_sglangs_names(bench: Any, met
     assert [asked.action for asked in bench.dispatcher.storage_asked] == [action]
 
 
-async def test_put_passes_on_what_was_given_and_leaves_the_rest_to_the_flags(bench: Any) -> None:
+async def test_put_sends_the_given_fields_and_leaves_the_others_to_the_flags(bench: Any) -> None:
     bench.dispatcher.storage_answers = answers()
     wanted = {"hicache_storage_backend": "file", "hicache_storage_path": "/pages", "hicache_storage_size": 2}
     assert (await bench.client.put(URL, json=wanted)).status_code == 200
@@ -64,7 +64,7 @@ async def test_put_passes_on_what_was_given_and_leaves_the_rest_to_the_flags(ben
         ({"hicache_write_policy": "write_back"}, "hicache_write_policy"),
     ],
 )
-async def test_a_body_with_anything_wrong_is_a_400_that_names_the_field(bench: Any, body: object, field: str) -> None:
+async def test_an_invalid_body_is_a_400_that_names_the_field(bench: Any, body: object, field: str) -> None:
     answer = await bench.client.put(URL, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == field
@@ -72,7 +72,7 @@ async def test_a_body_with_anything_wrong_is_a_400_that_names_the_field(bench: A
 
 
 @pytest.mark.parametrize(("code", "status"), [("invalid_request", 400), ("conflict", 409)])
-async def test_a_worker_that_refuses_is_named_with_its_reason_and_who_did_not(
+async def test_a_refusal_names_the_worker_its_reason_and_how_many_workers_succeeded(
     bench: Any, code: str, status: int
 ) -> None:
     bench.dispatcher.storage_answers = answers(d=(code, "no such folder", "hicache_storage_path"))
@@ -83,7 +83,7 @@ async def test_a_worker_that_refuses_is_named_with_its_reason_and_who_did_not(
     assert error["message"] == "worker d: no such folder (1 of 2 workers succeeded)"
 
 
-async def test_when_every_worker_is_lost_meanwhile_nothing_is_called_a_success(bench: Any) -> None:
+async def test_the_loss_of_every_worker_during_the_call_is_an_error(bench: Any) -> None:
     assert (await bench.client.delete(URL)).status_code == 503
 
 

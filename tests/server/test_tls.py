@@ -27,7 +27,7 @@ def certificate(tmp_path: Path) -> dict[str, Path]:
     return {"ssl_certfile": certificate, "ssl_keyfile": key}
 
 
-async def test_with_a_certificate_the_server_speaks_https(
+async def test_a_server_with_a_certificate_serves_https(
     make_bench: Callable[..., Any], certificate: dict[str, Path]
 ) -> None:
     bench = make_bench(port=0, **certificate)
@@ -63,7 +63,7 @@ async def test_a_certificate_that_cannot_be_used_is_an_error_at_start(
             http_server(bench.app, bench.app.traffic, config)
 
 
-def test_the_options_reach_serve_and_router() -> None:
+def test_serve_and_router_have_the_certificate_options() -> None:
     flags = ["--ssl-certfile", "c.pem", "--ssl-keyfile", "k.pem"]
     for verb, argv in (("serve", flags), ("router", ["--worker-urls", "http://a:1", *flags])):
         read = settings.read(verb, argv, {})

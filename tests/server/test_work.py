@@ -11,7 +11,7 @@ from kvist.server.work import BodyBudget, WorkPool
 ANN, BOB = ("", "ann", "1"), ("", "bob", "1")
 
 
-async def test_jobs_run_on_a_few_threads_and_what_they_raise_arrives() -> None:
+async def test_jobs_run_on_a_few_threads_and_their_exceptions_reach_the_caller() -> None:
     pool = WorkPool(num_threads=2, max_waiting=100)
     names = await asyncio.gather(*(pool.run(ANN, lambda: threading.current_thread().name) for _ in range(20)))
     assert len(set(names)) <= 2
@@ -43,7 +43,7 @@ class Busy:
         return await asyncio.gather(*self.tasks, return_exceptions=True)
 
 
-async def test_callers_take_turns() -> None:
+async def test_the_work_pool_serves_callers_in_turn() -> None:
     busy = Busy(max_waiting=10)
     for name in ("a1", "a2", "a3"):
         await busy.ask(ANN, name)
@@ -52,7 +52,7 @@ async def test_callers_take_turns() -> None:
     assert busy.order == ["a1", "b1", "a2", "a3"]
 
 
-async def test_in_a_full_queue_the_caller_with_most_jobs_gives_way_to_another() -> None:
+async def test_a_full_work_pool_refuses_the_newest_job_of_the_busiest_caller() -> None:
     busy = Busy(max_waiting=2)
     await busy.ask(ANN, "a1")
     loser = await busy.ask(ANN, "a2")
@@ -65,7 +65,7 @@ async def test_in_a_full_queue_the_caller_with_most_jobs_gives_way_to_another() 
     assert busy.order == ["a1", "b1"]
 
 
-async def test_what_an_answer_needs_is_never_refused() -> None:
+async def test_work_of_admitted_requests_is_never_refused() -> None:
     busy = Busy(max_waiting=1)
     await busy.ask(ANN, "a1")
     needed = asyncio.create_task(busy.pool.run_admitted(ANN, lambda: "written"))
@@ -73,7 +73,7 @@ async def test_what_an_answer_needs_is_never_refused() -> None:
     assert await needed == "written"
 
 
-async def test_a_client_that_leaves_takes_its_waiting_job_along() -> None:
+async def test_the_waiting_job_of_a_disconnected_client_is_removed() -> None:
     busy = Busy(max_waiting=1)
     gone = await busy.ask(ANN, "gone")
     gone.cancel()
@@ -84,7 +84,7 @@ async def test_a_client_that_leaves_takes_its_waiting_job_along() -> None:
     assert busy.order == ["next"]
 
 
-def test_a_budget_counts_what_is_beyond_the_free_part_of_each_body() -> None:
+def test_the_body_budget_counts_bytes_beyond_the_free_part_of_each_body() -> None:
     budget = BodyBudget(limit_bytes=100, free_bytes=10)
     with budget.open() as first, budget.open() as second:
         first.reserve_up_to(70)

@@ -81,21 +81,21 @@ def test_the_ids_of_pieces_are_the_ids_of_the_whole(smollm2: Tokenizer, seed: in
 
 @pytest.mark.model
 @pytest.mark.parametrize("unit", ["a", "7", "🙂", " ", "日本語", "-", "ab\n", "\n ", "word ", " . "])
-def test_a_text_without_places_to_cut_is_tokenised_as_a_whole_where_it_fits(smollm2: Tokenizer, unit: str) -> None:
+def test_a_text_without_cut_points_is_tokenised_as_a_whole_if_it_fits(smollm2: Tokenizer, unit: str) -> None:
     text = unit * ((PIECE_CHARS * 5 // 2) // len(unit))
     ids = smollm2.encode(text)
     assert encode_up_to(smollm2, text, len(ids)) == ids
     assert encode_up_to(smollm2, text, len(ids) - 1) is None
 
 
-def test_a_text_that_cannot_fit_is_given_up_after_what_could() -> None:
+def test_tokenising_a_text_that_is_too_long_stops_at_the_limit() -> None:
     tokenizer = counting()
     assert encode_up_to(tokenizer, "word " * 1_000_000, 2 * PIECE_CHARS) is None
     assert tokenizer.num_chars < 4 * PIECE_CHARS
     assert tokenizer.longest <= PIECE_CHARS
 
 
-def test_words_are_given_to_the_tokenizer_in_pieces_and_once() -> None:
+def test_the_tokenizer_gets_words_in_pieces_and_once() -> None:
     tokenizer = counting()
     text = "word " * 50_000
     assert encode_up_to(tokenizer, text, PLENTY) == counting().encode(text)
@@ -110,7 +110,7 @@ def test_no_cut_falls_into_a_special_token_with_a_space() -> None:
 
 @pytest.mark.parametrize("start", ["", "<s>"])
 @pytest.mark.parametrize("add_special_tokens", [True, False])
-def test_what_the_tokenizer_puts_before_and_after_a_text_is_there_once(start: str, add_special_tokens: bool) -> None:
+def test_tokens_added_around_a_text_are_present_once(start: str, add_special_tokens: bool) -> None:
     backend = byte_backend()
     backend.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 257)])
     text = start + "word " * 20_000
@@ -128,7 +128,7 @@ def test_a_tokenizer_that_merges_across_words_gets_the_whole_text() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 5, 9, 10])
-def test_control_tokens_are_made_plain_where_one_piece_of_a_long_content_ends(place: int) -> None:
+def test_control_tokens_across_a_piece_boundary_become_plain_text(place: int) -> None:
     special = {"<s>": 256, "<s><s>": 258, "<two words>": 259}
     backend = byte_backend()
     plain = PlainContent(backend, special, re.compile("<two words>|<s><s>|<s>"))

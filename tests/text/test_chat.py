@@ -14,12 +14,12 @@ def template(source: str) -> ChatTemplate:
     return ChatTemplate(source, special_tokens={"bos_token": "<s>"}, now=lambda: datetime(2026, 2, 3, tzinfo=UTC))
 
 
-def test_blocks_are_trimmed_as_hugging_face_does() -> None:
+def test_template_blocks_are_trimmed_as_in_transformers() -> None:
     source = "{% for m in messages %}\n    {% if true %}\n{{ m.role }}\n    {% endif %}\n{% endfor %}\n"
     assert template(source).render(HELLO) == "user\n"
 
 
-def test_promised_names_are_there() -> None:
+def test_templates_have_the_names_that_hugging_face_provides() -> None:
     source = "{{ bos_token }}{{ strftime_now('%Y-%m-%d') }}{% if add_generation_prompt %}A:{% endif %}{{ flag }}"
     assert template(source).render(HELLO, options={"flag": 1}) == "<s>2026-02-03A:1"
     assert template(source).render(HELLO, add_generation_prompt=False) == "<s>2026-02-03"
@@ -29,24 +29,24 @@ def test_tojson_does_not_escape_html() -> None:
     assert template("{{ messages[0].content | tojson }}").render(HELLO) == "\"a <b> & 'c'\""
 
 
-def test_a_refusal_by_the_template_is_the_callers_error() -> None:
+def test_an_exception_of_the_template_is_a_request_error() -> None:
     with pytest.raises(RequestError, match="roles must alternate") as caught:
         template("{{ raise_exception('roles must alternate') }}").render(HELLO)
     assert caught.value.param == "messages"
 
 
-def test_a_template_that_adds_text_to_nothing_is_the_callers_error() -> None:
+def test_a_type_error_in_the_template_is_a_request_error() -> None:
     with pytest.raises(RequestError):
         template("{{ 'x' + messages[0]['content'] }}").render([{"role": "user", "content": None}])
 
 
 @pytest.mark.parametrize("source", ["{{ messages.append(1) }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"])
-def test_the_sandbox_holds(source: str) -> None:
+def test_templates_cannot_leave_the_sandbox(source: str) -> None:
     with pytest.raises(RequestError):
         template(source).render(HELLO)
 
 
-def test_a_broken_template_fails_at_load() -> None:
+def test_a_broken_template_is_a_load_error() -> None:
     with pytest.raises(ModelLoadError, match="chat template"):
         template("{% if %}")
 

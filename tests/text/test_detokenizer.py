@@ -23,7 +23,7 @@ def test_joined_pieces_equal_the_text_for_every_split(byte_tokenizer: Tokenizer,
 
 @settings(max_examples=300)
 @given(seed=st.lists(st.integers(0, 10_000), max_size=25), cuts=st.lists(st.integers(0, 200), max_size=20))
-def test_any_tokens_at_all_equal_the_one_shot_decode(
+def test_joined_pieces_of_arbitrary_tokens_equal_the_one_shot_decode(
     byte_tokenizer: Tokenizer, seed: list[int], cuts: list[int]
 ) -> None:
     ids = [value % (byte_tokenizer.vocab_size + 3) for value in seed]  # also ids that no token has

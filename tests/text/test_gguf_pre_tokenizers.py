@@ -47,14 +47,14 @@ def pieces(name: str, text: str) -> list[str]:
         ("default", "a=12345", ["a", "=", "123", "45"]),
     ],
 )
-def test_a_text_is_cut_where_the_published_rules_cut_it(name: str, text: str, expected: list[str]) -> None:
+def test_texts_are_split_as_by_the_published_rules(name: str, text: str, expected: list[str]) -> None:
     assert pieces(name, text) == expected
 
 
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=25)
 @given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=40) | st.text(alphabet="aB 1\n'.,世é", max_size=40))
-def test_nothing_is_lost_between_the_pieces(name: str, text: str) -> None:
+def test_the_pieces_contain_the_whole_text(name: str, text: str) -> None:
     in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     cut = made(name).pre_tokenize_str(text)
     assert "".join(piece for piece, _ in cut) == "".join(piece for piece, _ in in_bytes.pre_tokenize_str(text))

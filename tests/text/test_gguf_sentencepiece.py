@@ -61,13 +61,13 @@ def merged(text: str) -> list[int]:
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(alphabet="abcdé xΩ", min_size=1, max_size=14))
-def test_merges_are_sentencepieces(tokenizer: Tokenizer, text: str) -> None:
+def test_merges_equal_those_of_sentencepiece(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids == [1, *merged(text)]
     assert tokenizer.decode(ids) == " " + text
 
 
-def test_tokens_of_the_file_are_recognised_and_prompts_begin_as_it_says(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_tokens_of_the_file_are_recognised_and_bos_follows_the_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tool, end = TOKENS.index("<|tool|>"), 2
     assert tokenizer.encode("ab<|tool|></s>") == [1, TOKENS.index("▁ab"), tool, end]
     assert tokenizer.special_token_ids == {0, 1, 2}
@@ -75,7 +75,7 @@ def test_tokens_of_the_file_are_recognised_and_prompts_begin_as_it_says(tokenize
     assert bare.encode("ab") == [TOKENS.index("ab")]
 
 
-def test_another_kind_of_vocabulary_is_named(tmp_path: Path) -> None:
+def test_the_error_for_an_unsupported_vocabulary_names_its_kind(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_tokenizer_model("t5")

@@ -52,12 +52,12 @@ def test_gguf_special_and_user_defined_tokens(tmp_path: Path) -> None:
     assert tokenizer.decode([3, 8, 0]) == "ab<tag>"
 
 
-def test_smollm_cuts_out_each_digit_before_it_looks_at_spaces(tmp_path: Path) -> None:
+def test_smollm_splits_digits_before_spaces(tmp_path: Path) -> None:
     assert load_gguf(tmp_path).encode("a  11") == [1, 6, 4, 4]
     assert load_gguf(tmp_path, pre="gpt-2").encode("a  1") == [1, 5, 7]
 
 
-def test_llama3_starts_with_bos_unless_told_otherwise(tmp_path: Path) -> None:
+def test_llama3_starts_with_bos_unless_the_file_disables_it(tmp_path: Path) -> None:
     assert load_gguf(tmp_path, pre="llama-bpe", bos_token_id=0).encode("ab") == [0, 3]
     tokenizer = load_gguf(tmp_path, pre="llama-bpe", bos_token_id=0)
     assert tokenizer.encode("ab", add_special_tokens=False) == [3]
@@ -69,11 +69,13 @@ def test_llama3_starts_with_bos_unless_told_otherwise(tmp_path: Path) -> None:
     [
         ({"model": "t5"}, "tokenizer.ggml.model is 't5'"),
         ({"pre": "martian"}, "tokenizer.ggml.pre is 'martian'"),
-        ({"merges": ["a z"]}, "vocabulary and merges"),
+        ({"merges": ["a z"]}, "the vocabulary does not fit the merges"),
         ({"token_type": [1]}, "broken"),
     ],
 )
-def test_an_unreadable_gguf_tokenizer_names_its_fault(tmp_path: Path, change: dict[str, str], said: str) -> None:
+def test_the_error_for_an_unreadable_gguf_tokenizer_names_the_fault(
+    tmp_path: Path, change: dict[str, str], said: str
+) -> None:
     with pytest.raises(ModelLoadError, match=said):
         load_gguf(tmp_path, **change)
 
@@ -104,7 +106,7 @@ def test_a_jinja_file_wins_over_the_template_in_the_config(tmp_path: Path, byte_
     assert template.render([]) == "from the file"
 
 
-def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_tokenizer_json_says_how_to_create_it(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="save_pretrained"):
         load_tokenizer(Checkpoint(path=tmp_path, kind=CheckpointKind.HF, name="m"))
 

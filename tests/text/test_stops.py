@@ -23,7 +23,7 @@ def naive_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
 
 @settings(max_examples=500)
 @given(pieces=st.lists(ALPHABET, max_size=6), stops=STOPS)
-def test_the_cut_equals_a_naive_reader_for_every_split(pieces: list[str], stops: list[str]) -> None:
+def test_the_cut_equals_that_of_a_naive_reader_for_every_split(pieces: list[str], stops: list[str]) -> None:
     matcher = StopMatcher(stops)
     shown = "".join(matcher.push(piece) for piece in pieces)
     if matcher.matched is None:
@@ -32,7 +32,7 @@ def test_the_cut_equals_a_naive_reader_for_every_split(pieces: list[str], stops:
 
 
 @given(pieces=st.lists(ALPHABET, max_size=6), stops=STOPS)
-def test_nothing_shown_is_ever_taken_back(pieces: list[str], stops: list[str]) -> None:
+def test_shown_text_is_never_taken_back(pieces: list[str], stops: list[str]) -> None:
     matcher = StopMatcher(stops)
     shown = ""
     for piece in pieces:
@@ -77,7 +77,7 @@ def test_a_stop_string_that_ends_in_exempt_text_does_not_count(
     assert (shown, matcher.matched) == expected
 
 
-def test_the_stop_string_is_shown_when_asked_for() -> None:
+def test_the_stop_string_is_shown_on_request() -> None:
     matcher = StopMatcher(["--"], include_match=True)
     assert [matcher.push(piece) for piece in ("a-", "-b")] == ["a", "--"]
 

@@ -56,7 +56,7 @@ def test_a_prompt_that_continues_the_final_message_ends_with_it(source: str, con
 
 
 @pytest.mark.parametrize("source", ["{{ messages[0].content }}", "{{ messages[-1].role }}"])
-def test_a_template_that_leaves_the_final_message_out_cannot_continue_it(source: str) -> None:
+def test_a_template_that_omits_the_final_message_cannot_continue_it(source: str) -> None:
     with pytest.raises(RequestError, match="final message") as caught:
         render(source, add_generation_prompt=False, continue_final_message=True)
     assert caught.value.param == "continue_final_message"
@@ -119,13 +119,13 @@ def test_a_chat_template_of_the_operator_replaces_the_models(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("value", ["no/such/file.jinja", "{% unknown %}", "", "\0"])
-def test_a_wrong_chat_template_ends_the_start_and_names_the_option(tmp_path: Path, value: str) -> None:
+def test_an_invalid_chat_template_is_a_start_error_that_names_the_option(tmp_path: Path, value: str) -> None:
     with pytest.raises(ConfigError, match="--chat-template"):
         load_tokenizer(model_folder(tmp_path, None), TextConfig(chat_template=value))
 
 
 @pytest.mark.parametrize("verb", ["serve", "router", "up"])
-def test_every_verb_with_a_gateway_takes_the_options(verb: str) -> None:
+def test_every_verb_with_a_gateway_has_the_text_options(verb: str) -> None:
     argv = ["--worker-urls", "http://127.0.0.1:1"] if verb == "router" else []
     argv += ["--chat-template", "{{ x }}", "--special-tokens-in-content", "text"]
     read = settings.read(verb, argv, {})
@@ -133,7 +133,7 @@ def test_every_verb_with_a_gateway_takes_the_options(verb: str) -> None:
     assert read.text == TextConfig(chat_template="{{ x }}", special_tokens_in_content="text")  # type: ignore[union-attr]
 
 
-def test_kvist_up_gives_the_options_to_its_children() -> None:
+def test_kvist_up_passes_the_text_options_to_its_children() -> None:
     read = settings.read("up", ["--chat-template", "{{ x }}", "--special-tokens-in-content", "text"], {})
     assert isinstance(read, settings.UpSettings)
     shape = settings.cluster_shape(read)
