@@ -1,4 +1,4 @@
-"""What a server says while it starts, and when it is ready."""
+"""The log lines and the announcement of a server during its start."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def worker(name: str, *, alive: bool = False, problem: str = "") -> WorkerSnapsh
 
 
 class Script:
-    """Ready, or not, at each look; the last entry stays."""
+    """Readiness at each check, by a list; the last entry repeats."""
 
     def __init__(self, *looks: bool) -> None:
         self._looks = list(looks)
@@ -36,7 +36,7 @@ class Script:
 
 
 async def watch(script: Script, num_looks: int) -> int:
-    """How often it was said to be ready."""
+    """Return the number of announcements."""
     said = 0
 
     def say() -> None:
@@ -61,7 +61,7 @@ async def test_readiness_is_announced_once_and_its_loss_is_logged(caplog: pytest
     with caplog.at_level(logging.INFO, "kvist.cluster.announce"):
         assert await watch(Script(False, False, True, False, True), 6) == 1
     assert [record.message for record in caplog.records] == [
-        "waiting for a:1 (still loading)",  # once, although nothing changed at the second look
+        "waiting for a:1 (still loading)",  # only once, although the state is the same at the second check
         "no longer ready: a:1 (still loading)",
         "ready again",
     ]

@@ -1,4 +1,4 @@
-"""A chat at the terminal, against a server that answers from a script."""
+"""A chat at the terminal, with a server that answers from a script."""
 
 from __future__ import annotations
 

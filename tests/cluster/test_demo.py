@@ -1,4 +1,4 @@
-"""What the demonstration measures and shows, against a router that answers from a script."""
+"""The figures and output of the demo, with a router that answers from a script."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def piece(text: str) -> str:
 
 
 def ask(body: str, clock: FakeClock, status: int = 200) -> tuple[TurnReport, list[str], dict[str, object]]:
-    """The report, the pieces shown, and the request sent; 0.1 s pass at every piece."""
+    """Return the report, the shown pieces and the sent request; every piece takes 0.1 s."""
     sent: dict[str, object] = {}
     shown: list[str] = []
 
@@ -62,7 +62,7 @@ def test_a_turn_is_shown_piece_by_piece_and_measured() -> None:
     report, shown, sent = ask(body, FakeClock())
     assert shown == ["Bon", "jour", "!"]
     assert report.text == "Bonjour!"
-    assert report.tpot_s == pytest.approx(0.1)  # two gaps of 0.1 s after the first of three tokens
+    assert report.tpot_s == pytest.approx(0.1)  # two intervals of 0.1 s after the first of three tokens
     assert (report.num_prompt_tokens, report.num_cached_tokens, report.num_output_tokens) == (50, 48, 3)
     assert report.num_cached_by_tier == {"device": 16, "host": 32, "storage": 0}
     assert (report.num_pages, report.num_pages_reused, report.num_bytes) == (3, 1, 3 << 20)
@@ -106,7 +106,7 @@ def test_the_demo_fails_without_the_expected_word_or_without_pages_from_a_tier()
     rows = [("question", report), (FROM_HOST.name, report), (FROM_STORE.name, report)]
     assert unmet_expectations(rows, [FROM_HOST], question="Where?", expect="paris") == []
     assert "Rome" in unmet_expectations(rows, [FROM_HOST], question="Where?", expect="Rome")[0]
-    (said,) = unmet_expectations(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")  # 0 from storage
+    (said,) = unmet_expectations(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")  # no page from storage
     assert "of host memory were flushed, and no page was loaded from storage" in said
     stored = dataclasses.replace(report, num_cached_by_tier={"device": 48, "host": 0, "storage": 16})
     rows[1:] = [(FROM_HOST.name, stored), (FROM_STORE.name, stored)]

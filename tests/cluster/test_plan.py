@@ -1,4 +1,4 @@
-"""From numbers of workers to command lines."""
+"""The plan turns numbers of workers into command lines."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_free_ports_are_all_different() -> None:
 
 
 def options_of(shape: ClusterShape) -> list[tuple[str | None, str | None]]:
-    """(--base-gpu-id, --mem-fraction-static) of each worker."""
+    """Return (--base-gpu-id, --mem-fraction-static) of each worker."""
     dealt = []
     for plan in plan_cluster(shape, range(shape.config.num_workers))[:-1]:
         given = dict(argument.split("=") for argument in plan.argv if "=" in argument)

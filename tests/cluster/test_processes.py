@@ -1,4 +1,4 @@
-"""Children are watched, restarted and stopped, and never outlive us. The children here are one-line programs."""
+"""Children are supervised, restarted and stopped, and never outlive their parent. Here they are one-line programs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DEAF = "import time; print('up', flush=True); time.sleep(60)"
 
 
 class Lines:
-    """Collects what children say, and lets a test wait for a line."""
+    """Collects the lines of the children; a test can wait for a line."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, str]] = []
@@ -65,7 +65,7 @@ def plan(name: str, program: str) -> ChildPlan:
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # the latter when it ends while its file is open
+    except (FileNotFoundError, ProcessLookupError):  # ProcessLookupError if the process ends while its file is open
         return False
 
 
@@ -84,7 +84,7 @@ def test_children_are_started_their_output_relayed_and_stopped() -> None:
 
 
 def test_a_child_gets_its_own_environment_settings_and_none_of_the_parents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KVIST_PORT", "8000")  # meant for us: the child's is on its command line
+    monkeypatch.setenv("KVIST_PORT", "8000")  # a setting of the parent; the child's is on its command line
     says = "import os; print(*sorted(k for k in os.environ if k.startswith('KVIST_')), flush=True); input()"
     child = ChildPlan(name="a", argv=(sys.executable, "-c", says), url="a", environ={"KVIST_API_KEY": "hush"})
     lines = Lines()
@@ -151,12 +151,12 @@ def test_nothing_is_left_behind_when_the_parent_is_killed() -> None:
     """)
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    up, told = sorted(parent.stdout.readline() for _ in range(2))[::-1]  # two threads say them
+    up, told = sorted(parent.stdout.readline() for _ in range(2))[::-1]  # from two threads, in any order
     assert up == "up\n"
     pid = int(told.removeprefix("pid "))
     parent.kill()
     parent.wait()
-    assert parent.stdout.read() == ""  # end of file: the child, too, has let go of the pipe
+    assert parent.stdout.read() == ""  # end of file: the child has also closed the pipe
     give_up_s = time.monotonic() + 60
     while is_alive(pid):
         assert time.monotonic() < give_up_s, f"process {pid} outlived its parent"

@@ -1,4 +1,4 @@
-"""The socket that HTTP listens on."""
+"""The listening socket of the HTTP server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a start of several processes is shown, on a terminal and elsewhere."""
+"""The display of a start of several processes, on a terminal and elsewhere."""
 
 from __future__ import annotations
 

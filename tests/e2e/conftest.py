@@ -1,6 +1,6 @@
 """One cluster of real processes with the real model for the whole session: prefill, decode, unified, router.
 
-It is started, watched and restarted by the same code as `kvist up`.
+The cluster is started, supervised and restarted by the same code as `kvist up`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from kvist.cluster.probe import is_ready, probe_child
 from kvist.cluster.processes import ChildPlan, Limits, Processes
 
 START_TIMEOUT_S = 120.0
-STALL_RESTART_S = 8.0  # soon enough for a test, late enough for a machine that does much else
+STALL_RESTART_S = 8.0  # short enough for a test, long enough for a busy machine
 WORKER_ARGV = ("--max-total-tokens=16384", f"--stall-restart-s={STALL_RESTART_S}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What tests need of the running cluster, and how they wait for it."""
+    """Access to the running cluster for tests, with functions that wait for a state."""
 
     processes: Processes
     router: str  # URL
@@ -37,7 +37,7 @@ class Cluster:
     lines: list[str]
 
     def metric(self, name: str, *, url: str | None = None, **labels: str) -> float:
-        """The sum of a metric's samples that have these labels."""
+        """Return the sum of a metric's samples that have these labels."""
         total = 0.0
         for line in httpx.get(f"{url or self.router}/metrics", timeout=60).text.splitlines():
             match = re.fullmatch(r"([^{ ]+)(\{.*\})? (\S+)", line)
@@ -50,7 +50,7 @@ class Cluster:
         return total
 
     def num_running(self) -> float:
-        """Requests open at the gateway, running or waiting at an engine."""
+        """Return the number of requests open at the gateway, running or waiting at an engine."""
         names = ("kvist:gateway_requests_in_flight", "kvist:num_requests_running", "kvist:num_requests_waiting")
         return sum(self.metric(name) for name in names)
 
@@ -64,7 +64,7 @@ class Cluster:
         )
 
     def wait_until(self, condition: Callable[[], bool], *, within_s: float) -> float:
-        """Seconds until the condition holds; fails the test when it does not in time."""
+        """Wait until the condition holds and return the seconds; fail the test after a timeout."""
         start_s = time.monotonic()
         while not condition():
             if time.monotonic() - start_s > within_s:
@@ -73,7 +73,7 @@ class Cluster:
         return time.monotonic() - start_s
 
     def wait_ready(self) -> None:
-        """The router can serve: unlike `Processes.wait_ready` this does not forgive a router that lost a worker."""
+        """Return whether the router can serve. Unlike `Processes.wait_ready`, notices that the router lost a worker."""
         self.wait_until(lambda: is_ready(self.router), within_s=START_TIMEOUT_S)
 
 
@@ -105,7 +105,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def settled(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, ready before the test; idle and with no page in flight after it."""
+    """Yield the cluster: ready before the test; idle and without pages in flight after the test."""
     cluster.wait_ready()
     yield cluster
     cluster.wait_idle()

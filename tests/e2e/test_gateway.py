@@ -1,4 +1,4 @@
-"""What the router does beside answering: refusals, disconnects, cache, metrics; over real processes."""
+"""Refusals, disconnects, cache and metrics of the router, with real processes."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_a_disconnect_aborts_at_every_worker_long_before_the_answer_ends(settled
             next(pieces)
         assert settled.num_running() > 0
     settled.wait_until(lambda: settled.metric("kvist:gateway_requests_in_flight") == 0, within_s=20)
-    settled.wait_until(lambda: num_tokens() > before, within_s=20)  # a report of this answer
-    for url in (settled.prefill, settled.decode):  # each engine's own word, through its own gateway
+    settled.wait_until(lambda: num_tokens() > before, within_s=20)  # a load report after this answer
+    for url in (settled.prefill, settled.decode):  # as reported by each engine, through its own gateway
         settled.wait_until(lambda url=url: settled.metric("kvist:num_requests_running", url=url) == 0, within_s=20)
     settled.wait_until(lambda: settled.num_pages("in_flight") == 0, within_s=20)
     assert num_tokens() - before < 200, "tokens, not seconds: a machine slow to abort is slow to decode, too"

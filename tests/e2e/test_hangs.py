@@ -1,4 +1,4 @@
-"""Real processes that are stopped (SIGSTOP) under load: noticed, named, and started again."""
+"""Real processes that are suspended (SIGSTOP) under load are noticed, logged and restarted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def engine_of(pid: int) -> int:
 
 
 class Stream:
-    """A stream that is read on a thread, to whatever end."""
+    """A stream that a thread reads to its end or error."""
 
     def __init__(self, url: str) -> None:
         self.events: list[str] = []
@@ -42,7 +42,7 @@ class Stream:
 
 @pytest.mark.case("stopped-engine")
 def test_a_suspended_engine_worker_and_router_are_noticed_and_restarted(settled: Any) -> None:
-    """All three at once: an engine under its own worker, which tells of it; another worker's HTTP; and the router."""
+    """Three at once: an engine, whose worker reports it; the HTTP process of another worker; and the router."""
     children = settled.processes.children
     pids = {name: children[name].pid for name in ("router", "decode-0", "unified")}
     restarts = {name: children[name].num_restarts for name in pids}

@@ -1,4 +1,4 @@
-"""Processes that die, come back, and leave nothing behind."""
+"""Processes that die are restarted, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def family_of(pid: int) -> list[int]:
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # the latter when it ends while its file is open
+    except (FileNotFoundError, ProcessLookupError):  # ProcessLookupError if the process ends while its file is open
         return False
 
 
@@ -121,7 +121,7 @@ def test_kvist_up_leaves_nothing_behind_however_it_ends(number, to_all, code, tm
         answer = httpx.post(f"http://127.0.0.1:{port}/generate", json=ASK, timeout=60)
         assert "Paris" in answer.json()["text"]
     finally:
-        for pid in family if to_all else [up.pid]:  # as a service manager does, or a terminal
+        for pid in family if to_all else [up.pid]:  # as a service manager or a terminal does
             os.kill(pid, number)
         assert up.wait(timeout=60) == code, log.read_text()
     wait_until(lambda: not any(map(is_alive, family)), within_s=60, what="every process has ended")
@@ -130,5 +130,5 @@ def test_kvist_up_leaves_nothing_behind_however_it_ends(number, to_all, code, tm
         assert "Traceback" not in told
         assert "next start" not in told
         assert "the next start is in" not in told
-    # a dead life's lock file, empty, stays for a while so that peers can tell "dead" from "unknown"
+    # the empty lock file of a dead epoch stays for some time, so that peers can distinguish "dead" from "unknown"
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size and path != log] == []

@@ -73,7 +73,9 @@ def test_logprobs_come_for_every_token_with_the_likeliest_beside_them(client):
     entries = answer.choices[0].logprobs.content
     assert len(entries) == answer.usage.completion_tokens
     for entry in entries:
-        assert entry.logprob == max(top.logprob for top in entry.top_logprobs)  # greedy took the likeliest
+        assert entry.logprob == max(
+            top.logprob for top in entry.top_logprobs
+        )  # greedy sampling took the most likely token
         assert len(entry.top_logprobs) == 3
         assert sum(math.exp(top.logprob) for top in entry.top_logprobs) <= 1.0 + 1e-6
 

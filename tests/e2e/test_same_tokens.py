@@ -1,4 +1,4 @@
-"""Prefill and decode apart give the very tokens that one worker gives."""
+"""Separate prefill and decode workers give the same tokens as one unified worker."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_pair_and_one_worker_agree_token_for_token(settled, num_tokens, samp
     alone = generate(settled.unified, prompt, **sampling)
     assert len(alone) == NUM_TOKENS
     assert generate(settled.router, prompt, **sampling) == alone
-    assert generate(settled.router, prompt, **sampling) == alone  # now from the cache of both
+    assert generate(settled.router, prompt, **sampling) == alone  # now with both caches filled
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2])

@@ -1,4 +1,4 @@
-"""A model that computes NaN for a request fails that request, and no other."""
+"""NaN logits fail their own request, and no other request of the batch."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Engine:
         self._overlap = overlap
 
     def run(self, **prompts: list[int]) -> tuple[dict[str, list[int]], dict[str, Ended]]:
-        """The output of each prompt, and how it ended."""
+        """Return the output tokens and the ending of each prompt."""
         events: list[Event] = [submit(name, prompt) for name, prompt in prompts.items()]
         outputs: dict[str, list[int]] = {name: [] for name in prompts}
         ended: dict[str, Ended] = {}
@@ -161,7 +161,7 @@ def test_the_sampler_returns_the_rows_with_nan_or_infinite_logits(params: Sampli
     logits[2, 0] = INF
     logits[3] = -INF
     logits[4] = NAN
-    logits[5, 5] = -INF  # an impossible token is no fault
+    logits[5, 5] = -INF  # a token of probability zero is not a fault
     rows = [SamplingRow(params=params, position=4) for _ in range(7)]
     sampled = sample(logits, rows)
     assert sampled.invalid_rows == {1, 2, 3, 4}

@@ -1,4 +1,4 @@
-"""Every fault that was found from outside has a test that shows it mended: `pytest -m case`."""
+"""Every fault found in the field has a test that shows its fix: `pytest -m case`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SHARED = HERE.parents[2] / "shared" / "cases"  # beside the repository, where the inputs are kept
+SHARED = HERE.parents[2] / "shared" / "cases"  # next to the repository, where the inputs are
 
 _NAMES = """
 assistant-null-content burst-on-idle cancel-in-prefill compressed-body continuous-usage cors cross-site digest-collision

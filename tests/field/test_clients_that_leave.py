@@ -1,4 +1,4 @@
-"""A client that leaves before its first token leaves nobody computing for it: on a CPU not even for the step's rest."""
+"""No engine computes for a client that left before its first token: on a CPU not even the rest of the step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LAYER_S, NUM_LAYERS = 0.04, 30
 
 @dataclass
 class Wire:
-    """What has come by when, and what was sent."""
+    """A fake channel: messages that arrive at given times, and the sent messages."""
 
     clock: FakeClock
     coming: list[tuple[float, bytes, Inbound]] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Wire:
 
 
 class SlowRunner:
-    """A step of 1.2 s, with a break before each layer."""
+    """A runner whose step takes 1.2 s, with a check before each layer."""
 
     def __init__(self, clock: FakeClock) -> None:
         self.clock = clock

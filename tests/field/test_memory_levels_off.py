@@ -1,4 +1,4 @@
-"""An engine on a CPU computes steps of ever other numbers of tokens; what it keeps for each is bounded."""
+"""An engine on a CPU computes steps with many different numbers of tokens; the memory kept for them is bounded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# In a process of its own: what others have computed here is kept already.
+# In its own process, because this process keeps memory of earlier tests.
 _STEPS = """
 import sys
 import torch

@@ -1,4 +1,4 @@
-"""The runtime directory is closed to others, has all the room that pools need, and keeps nothing of the dead."""
+"""The runtime directory is private, is large enough for the pools, and keeps no files of dead engines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kvist.worker.config import EngineConfig
 CPU = torch.device("cpu")
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=3, page_size=4, head_dim=4, dtype="float32")
 MIB = 1 << 20
-# An engine that makes its files, tells that it has, and waits for its end.
+# An engine that makes its files, prints a line, and waits for its end.
 ENGINE = """
 import sys, time
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_the_users_runtime_directory_is_private_and_never_made_through_a_link(
 @pytest.mark.case("small-shm")
 @pytest.mark.parametrize("max_total_tokens", [None, 10_000])
 def test_a_runtime_directory_that_is_too_small_is_an_error_with_its_remedies(max_total_tokens: int | None) -> None:
-    """Memory is plenty, and weights do not count against the file system of the pool."""
+    """There is plenty of memory, and weights do not count against the file system of the pool."""
     room = Room(free_bytes=MIB, directory=Path("/dev/shm/kvist-0"), enough_tokens=8192)
     with pytest.raises(ConfigError) as refused:
         plan_pool_size(
@@ -162,7 +162,7 @@ def test_without_living_engines_all_of_our_leftovers_and_nothing_else_are_remove
         leave(tmp_path, name)
     leave(tmp_path, "pool-2-0123abcd.new", age_s=100)
     leave(tmp_path, ".epoch-e2.lock.new", age_s=100)
-    kept = ["notes.txt", "pool-x.pages", "pool-3-0123abcd.new"]  # the last one may be being made
+    kept = ["notes.txt", "pool-x.pages", "pool-3-0123abcd.new"]  # the last file may be incomplete
     for name in kept[:2]:
         leave(tmp_path, name)
     assert remove_leftovers(tmp_path) == 6
@@ -195,7 +195,7 @@ def test_a_link_among_the_leftovers_is_not_followed(tmp_path: Path) -> None:
 @pytest.mark.e2e
 @pytest.mark.case("pool-file-left")
 async def test_the_parent_of_a_killed_engine_removes_its_pool(tmp_path: Path) -> None:
-    """However it ends, killed by others, by its parent after the grace, or by its own limit: here by others."""
+    """The cause does not matter: killed by others (as here), by its parent after the grace, or by its own limit."""
     engine = subprocess.Popen(
         [sys.executable, "-c", ENGINE, str(tmp_path)], stdout=subprocess.PIPE, start_new_session=True
     )
@@ -205,7 +205,7 @@ async def test_the_parent_of_a_killed_engine_removes_its_pool(tmp_path: Path) ->
     clear_runtime_dir(str(tmp_path), [])
     assert len(names_in(tmp_path)) == 2, "it is alive"
     os.killpg(engine.pid, signal.SIGKILL)
-    clear_runtime_dir(str(tmp_path), [engine.pid])  # what `kvist up` does; waits for the end
+    clear_runtime_dir(str(tmp_path), [engine.pid])  # as `kvist up` does; waits for the end
     engine.wait()
     engine.stdout.close()
     assert names_in(tmp_path) == []

@@ -1,4 +1,4 @@
-"""`kvist up` knows its own children, and says once what a restart cannot heal."""
+"""`kvist up` identifies its own children, and reports once a fault that a restart cannot fix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KVIST = (sys.executable, "-m", "kvist")
 
 
 class _Ready(BaseHTTPRequestHandler):
-    """A Kvist that was started with the instance id `ours`."""
+    """A fake Kvist server with the instance id `ours`."""
 
     def do_GET(self) -> None:
         body = b'{"status":"ready","instance_id":"ours"}'

@@ -1,4 +1,4 @@
-"""A server that is told to stop: unready at once, open requests finished or told of their end, then the port closed."""
+"""A stopping server is unready at once, finishes or cuts its open requests, and then closes the port."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tokenizer() -> Tokenizer:
 
 
 class Server:
-    """`kvist serve` without its engine process; a fake engine answers."""
+    """`kvist serve` with a fake engine instead of an engine process."""
 
     def __init__(self, engine: FakeEngine, url: str, stop: StopSignals, running: asyncio.Task[None]) -> None:
         self.engine = engine
@@ -174,7 +174,7 @@ async def test_the_port_answers_unready_for_the_drain_grace_and_then_closes(serv
 @pytest.mark.case("signal-to-all")
 @pytest.mark.parametrize("parent_first", [True, False])
 async def test_a_signal_beside_the_stop_of_the_parent_does_not_hurry(parent_first: bool) -> None:
-    """A service manager signals every process of the group; the parent, which is one of them, tells its children."""
+    """A service manager signals every process of a group; the parent in the group also asks its children to stop."""
     stop = StopSignals()
     stop.watch()
     asks: list[Callable[[], None]] = [stop.stop, lambda: stop(signal.SIGTERM, None)]
@@ -190,7 +190,7 @@ async def test_a_signal_beside_the_stop_of_the_parent_does_not_hurry(parent_firs
 
 @pytest.mark.case("signal-to-all")
 async def test_a_draining_worker_gets_no_new_request_and_finishes_its_open_ones(serve: Callable[..., object]) -> None:
-    """As a router sees it when one worker of several is told to stop."""
+    """One of several workers of a router is asked to stop."""
     async with serve() as server:  # type: ignore[attr-defined]
         server.engine.stop_after = 3
         streaming = asyncio.create_task(read(server, ASK))

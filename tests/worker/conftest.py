@@ -1,6 +1,7 @@
-"""A small world for engine tests: real schedulers, runner, pages and transport; messages by memory, time by hand.
+"""A simulated cluster for engine tests: real schedulers, runner, pages and transport; messages pass through memory, and
+the test moves the clock.
 
-`World` steps its engines in turn. Messages are encoded and decoded on the way, as on a socket.
+`World` steps its engines in turn. Messages are encoded and decoded in between, as on a socket.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from kvist.worker.storage import EngineStorage
 
 PAGE_SIZE = 4
 CHUNK = 8
-GIVE_UP_S = 60.0  # of real time: long on a quiet machine, for the sake of busy ones
+GIVE_UP_S = 60.0  # of real time: generous, for busy machines
 GATEWAY = b"gateway"
 TINY_MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -100,9 +101,9 @@ def tiny_model(tiny_model_path: Path) -> CausalLM:
 
 @dataclass
 class Stream:
-    """What the gateway has of one request."""
+    """The gateway's state of one request."""
 
-    waits_for: set[EpochId]  # the engines that owe an `Ended`: one each, but for those that died
+    waits_for: set[EpochId]  # the engines that still have to send their one `Ended`; dead engines are removed
     num_submits: int
     tokens: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
@@ -146,7 +147,7 @@ class MemoryChannel:
             if peer.channel.endpoint == endpoint:
                 decoded = wire.Decoder(wire.ToEngine).decode(wire.encode(message))
                 peer.channel.waiting.append((self.epoch.encode(), decoded))
-        return True  # queued, as a socket would: nobody knows yet whether somebody listens
+        return True  # queued, as in a socket, whether or not the peer listens
 
     def wakeup(self) -> None:
         self._world.woken.set()
@@ -181,7 +182,7 @@ class SmallEngine:
 
     @property
     def threads_work(self) -> bool:
-        """As far as can be told: pages are also in flight while a peer has not answered."""
+        """Return whether threads may be copying pages. Pages also stay in flight until a peer answers."""
         load = self.scheduler.load()
         if load.pages.in_flight or (load.host_pages is not None and load.host_pages.in_flight):
             return True
@@ -202,10 +203,10 @@ class SmallEngine:
 
 
 class World:
-    """One gateway and any engines. `run` steps them until every request is over and nothing is in flight.
+    """One gateway and any number of engines. `run` steps them until every request has ended and no page is in flight.
 
-    Real threads copy pages while the clock is moved by hand: engines with nothing to do wait for them, as they do when
-    they sleep, so that the clock does not run away from a thread that a busy machine keeps waiting.
+    Real threads copy pages while the test moves the clock. Engines without work wait for these threads, as in a real
+    sleep, so that the clock does not run ahead of a thread that is slow on a busy machine.
     """
 
     def __init__(self, model: CausalLM, runtime_dir: Path, *, overlap: bool = False) -> None:
@@ -231,7 +232,8 @@ class World:
         fingerprint: str = "tiny",
         **config: float,
     ) -> SmallEngine:
-        """`storage`: needs host pages; its requests wait until all pages have come, whatever the settings say."""
+        """Start an engine. `storage` needs host pages; requests then wait until all pages are fetched, in spite of the
+        settings."""
         self._num_made += 1
         epoch = EpochId(f"{role}{self._num_made}")
         lock = EpochLock(self._runtime_dir, epoch)
@@ -244,7 +246,7 @@ class World:
             dtype="float32",
         )
         pool = DevicePool.create(layout, num_pages, device=torch.device("cpu"), directory=self._runtime_dir)
-        pool.tensor.fill_(float("nan"))  # what nobody wrote must not matter
+        pool.tensor.fill_(float("nan"))  # pages that were never written must not matter
         attention = build_attention("torch", pool.tensor.device)
         attention.bind(pool.tensor)
         host_tier = HostTier(num_host_pages) if num_host_pages else None
@@ -320,7 +322,7 @@ class World:
         return next((engine for engine in self.engines if engine.channel.epoch == epoch), None)
 
     def kill(self, engine: SmallEngine) -> None:
-        """As `kill -9` does: it takes no further step, and its locks and files go."""
+        """Kill the engine, like SIGKILL: it takes no further step, and its locks and files are released."""
         self.engines.remove(engine)
         engine.die()
         for stream in self.streams.values():
@@ -357,13 +359,13 @@ class World:
     def ask_storage(
         self, engine: SmallEngine, action: str, step_s: float = 0.001, **fields: object
     ) -> wire.StorageAnswer:
-        """Steps until it is answered."""
+        """Send a storage command and step until it is answered."""
         call_id = self.ask_later(engine, action, **fields)
         self.step_until(lambda: call_id in self.storage_answers, step_s)
         return self.storage_answers[call_id]
 
     def ask_later(self, engine: SmallEngine, action: str, **fields: object) -> str:
-        """Without a step. The call's id."""
+        """Send a storage command without a step; return the id of the call."""
         self._num_made += 1
         names = {f"hicache_storage_{name}": value for name, value in fields.items()}
         call = wire.StorageCommand(call_id=str(self._num_made), action=action, wish=wire.AttachStoreRequest(**names))  # type: ignore[arg-type]
@@ -404,7 +406,7 @@ class World:
         self.clock.advance(step_s)
 
     def step_until(self, condition: Callable[[], object], step_s: float = 0.001) -> None:
-        """Real seconds bound it, since transfers take real ones."""
+        """Step until the condition holds. The limit is in real seconds, because transfers take real time."""
         give_up_s = time.monotonic() + GIVE_UP_S
         while not condition():
             assert time.monotonic() < give_up_s, f"stuck: {self.streams}, {[e.scheduler.load() for e in self.engines]}"
@@ -417,7 +419,7 @@ class World:
         self.step_until(is_over, step_s)
 
     def check_ledgers(self) -> None:
-        """Nothing is held for anybody: every page is free or cached."""
+        """Check that no page is owned: every page is free or cached."""
         for engine in self.engines:
             pages = engine.scheduler.load().pages
             assert (pages.owned, pages.in_flight) == (0, 0), pages

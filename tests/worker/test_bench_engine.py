@@ -1,4 +1,4 @@
-"""Each timed step is of the shape that was asked for, with and without overlap, and its parts add up."""
+"""Each timed step has the requested shape, with and without overlap, and its parts add up."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS = StepsConfig(shapes=("1@8",), steps=3, warmup_steps=1)
 
 
 class Watched:
-    """A runner that remembers its batches, and how many were launched and not read."""
+    """A runner that records its batches, and the number launched but not read."""
 
     def __init__(self, runner: AnyRunner) -> None:
         self.pool = runner.pool
@@ -87,7 +87,7 @@ def bench_of(shape: Shape, runner: AnyRunner) -> ShapeBench:
 
 
 def sizes(batch: Batch) -> list[tuple[int, int]]:
-    """(tokens, tokens before them) of each item."""
+    """Return (number of tokens, number of tokens before them) of each item."""
     return sorted((item.num_tokens, item.start) for item in batch.items)
 
 
@@ -122,7 +122,7 @@ def test_decodes_prefilled_first_last_until_the_others_are_prefilled(overlap: bo
 def test_the_first_token_of_a_prompt_does_not_count_as_a_decode(runner: Watched) -> None:
     bench_of(parse_shape("2@33"), runner).measure_parts()
     first_measured = runner.batches[-STEPS.steps - STEPS.warmup_steps]
-    assert sizes(first_measured) == [(1, 32), (1, 32)]  # with the new one the context is 33
+    assert sizes(first_measured) == [(1, 32), (1, 32)]  # with the new token the context is 33
 
 
 def test_the_parts_of_a_measured_step_add_up_to_its_time(runner: Watched) -> None:

@@ -1,4 +1,4 @@
-"""The parent's side of an engine process, against small scripts that play the engine."""
+"""The parent's side of an engine process, tested with small scripts in place of the engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvist.worker.config import EngineConfig
 
 pytestmark = pytest.mark.e2e
 
-# Reads its settings as the engine does; `model_path` says how to behave.
+# Reads its settings as the engine does; `model_path` selects the behaviour.
 SCRIPT = """
 import os, select, signal, sys, time
 from kvist.request import EpochId, WorkerId

@@ -1,6 +1,7 @@
-"""One answer, whoever computes it: real schedulers, runner, page pools and shared-memory transport, a tiny fp32 model.
+"""Answers do not depend on the engines that compute them: real schedulers, runner, pools and shared-memory transport.
 
-A stream is a function of prompt, parameters, seed and position; so every way to produce it must give the same tokens.
+The model is a tiny one in fp32. A stream is a function of prompt, parameters, seed and position; therefore every way to
+compute it must give the same tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
 def expected(
     world: World, request_of: Any, sampling: dict[str, Any], prompts: list[tuple[int, ...]]
 ) -> list[list[int]]:
-    """Each prompt alone in an engine that has never seen another."""
+    """Answer each prompt alone, in a fresh engine."""
     answers = []
     for number, each in enumerate(prompts):
         alone = world.engine("unified", overlap=False)
@@ -114,7 +115,7 @@ def test_a_second_turn_transfers_only_the_pages_that_decode_lacks(
     [answer] = expected(world, request_of, sampling, [second_prompt])
     assert second.token_ids == answer
     assert second.handoff is not None
-    # decode wrote K/V of prompt and answer but for the last token: (18 + 11) // 4 pages
+    # decode wrote the K/V of prompt and answer except the last token: (18 + 11) // 4 pages
     assert second.handoff.num_pages_reused == 7
     assert second.handoff.num_pages == -(-len(second_prompt) // 4) - 7
     world.check_ledgers()
@@ -236,7 +237,7 @@ def test_engines_that_die_and_restart_leave_no_page_held_at_their_peers(
             world.clock.advance(draw.choice((0.0, 1.0)))
     last = world.submit_pair(pair["prefill"], pair["decode"], request_of("last", prompt(30), max_tokens=5))
     world.clock.advance(1.0)
-    world.run(step_s=0.02)  # what was promised by the dead is waited for
+    world.run(step_s=0.02)  # the survivors wait for messages of the dead engine
     assert [ended.outcome for ended in last.ended] == [Outcome.FINISHED] * 2
     outcomes = {ended.outcome for stream in world.streams.values() for ended in stream.ended}
     assert outcomes == {Outcome.FINISHED, Outcome.FAILED}
@@ -295,7 +296,7 @@ def test_a_decode_engine_that_dies_leaves_prefill_without_held_pages(world: Worl
 
 
 def fill(world: World, engine: Any, request_of: Any, seed: int) -> None:
-    """Others' requests push everything out of the device pool."""
+    """Evict all pages from the device pool by other requests."""
     for number in range(3):
         world.answer(engine, request_of(f"{engine.channel.epoch}-fill-{seed}-{number}", prompt(44, 10 * seed + number)))
 

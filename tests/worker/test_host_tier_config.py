@@ -1,4 +1,4 @@
-"""The settings of the host tier and of the store behind it: what contradicts itself is refused, naming a remedy."""
+"""The settings of the host tier and the store: contradictions are refused with a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is left to "auto" becomes a number that fits the device, the role and what the user did set."""
+"""Limits left to "auto" become numbers that fit the device, the role and the limits set by the user."""
 
 from __future__ import annotations
 

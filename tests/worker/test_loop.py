@@ -1,4 +1,4 @@
-"""The engine loop against fakes: events in, messages out, and what it does when the world misbehaves."""
+"""The engine loop against fakes: events in, messages out, also with faulty peers, gateways and runners."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class FakeChannel:
 
 
 class FakeScheduler:
-    """Gives the plans of a script, then empty ones; remembers every event."""
+    """Returns the plans of a script, then empty plans; records every event."""
 
     def __init__(self) -> None:
         self.script: list[Plan] = []
@@ -185,7 +185,7 @@ class FakeTransport:
 
 
 class FakeStorage:
-    """Remembers its jobs, and answers the searches when `answers_now` says so."""
+    """Records its jobs, and answers lookups at once if `answers_now`."""
 
     def __init__(self, answers_now: Callable[[], bool]) -> None:
         self.jobs: list[StoreJob] = []
@@ -224,7 +224,7 @@ class FakeStorage:
 
 
 class Engine:
-    """The loop in a world of fakes."""
+    """The loop with fakes around it."""
 
     def __init__(self, *, overlap: bool = False, storage: FakeStorage | None = None) -> None:
         self.channel, self.scheduler, self.runner = FakeChannel(), FakeScheduler(), FakeRunner()
@@ -245,7 +245,7 @@ class Engine:
         self.loop = EngineLoop(parts)
 
     def iterate(self, *messages: tuple[bytes, Inbound], plan: Plan | None = None) -> list[Event]:
-        """One turn with these messages; the scheduler answers with `plan`. Returns the events it saw."""
+        """Run one iteration with these messages; the scheduler returns `plan`. Returns the scheduler's events."""
         self.channel.waiting += messages
         if plan is not None:
             self.scheduler.script.append(plan)
@@ -544,7 +544,7 @@ def test_transfers_and_peer_messages_go_where_the_plan_says(engine: Engine) -> N
 
 
 def test_transfer_reports_come_before_the_messages_of_the_same_iteration(engine: Engine) -> None:
-    """The scheduler takes the first completion after a stop for its answer, so an older one must not come later."""
+    """The scheduler treats the first completion after a stop as its answer, so an older one must not come later."""
     engine.transport.reports = [WritesCompleted(handoff_id=HandoffId("h"), num_pages=1, checksum="c")]
     events = engine.iterate((b"d", wire.Revoke(handoff_id=HandoffId("h"), target_epoch=EpochId("d"), reason="x")))
     assert [type(event) for event in events] == [WritesCompleted, Revoke]
@@ -562,7 +562,7 @@ def test_a_grant_that_cannot_be_sent_counts_as_refused(engine: Engine) -> None:
     )
     engine.channel.unreachable.add("tcp://p")
     engine.iterate(plan=Plan(messages=(ToSource(endpoint="tcp://p", message=grant, repeated=True),)))
-    assert engine.iterate() == []  # the one before may have arrived: prefill may be writing
+    assert engine.iterate() == []  # the previous Grant may have arrived: prefill may be writing
     engine.iterate(plan=Plan(messages=(ToSource(endpoint="tcp://p", message=grant),)))
     [event] = engine.iterate()
     assert isinstance(event, Closed)
@@ -719,7 +719,7 @@ def test_every_total_that_is_reported_is_explained_in_the_metrics(engine: Engine
 def test_a_step_with_nan_logits_is_counted_and_logged(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     engine.iterate((G1, HELLO))
     engine.runner.invalid_rows = frozenset({0})
-    for step_id in range(1, 12):  # as often as an engine whose device fails would end
+    for step_id in range(1, 12):  # more often than an engine with a broken device would go on
         engine.iterate(plan=Plan(batch=batch("a", step_id)))
         (finished,) = engine.iterate()
         assert isinstance(finished, StepFinished)

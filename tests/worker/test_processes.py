@@ -1,4 +1,4 @@
-"""Real engine processes with a tiny dummy model, spoken to over their sockets."""
+"""Real engine processes with a tiny dummy model, driven over their sockets."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ pytestmark = pytest.mark.e2e
 
 DEADLINE_S = 60.0
 KEY = "the key of this cluster"
-SLOW = SchedulerOptions(chunked_prefill_size=1)  # one token a step: a long prompt takes seconds
+SLOW = SchedulerOptions(chunked_prefill_size=1)  # one token per step: a long prompt takes seconds
 
 
 class Engine:
-    """One `python -m kvist.worker`, bound to us by its standard input, and a gateway's socket to it."""
+    """One `python -m kvist.worker` with this process as its parent, and a gateway's socket to the engine."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.process = subprocess.Popen(
@@ -72,7 +72,7 @@ class Engine:
         self.process.stdin.flush()
 
     def listen(self) -> None:
-        """To all that has come."""
+        """Handle all messages that have arrived."""
         while self.socket.poll(0):
             match self._decoder.decode(self.socket.recv()):
                 case wire.StepOutputs() as outputs:
@@ -144,7 +144,7 @@ def cluster(model_path: Path, tmp_path: Path) -> Iterator[Cluster]:
 
 @pytest.fixture
 def gpu_cluster(model_path: Path, tmp_path: Path) -> Iterator[Cluster]:
-    """As `cluster`, with heads of a width that GPU kernels are made for."""
+    """Like `cluster`, with a head size that GPU kernels support."""
     config = msgspec.json.decode((model_path / "config.json").read_bytes())
     config.update(hidden_size=256, intermediate_size=704)
     (model_path / "config.json").write_bytes(msgspec.json.encode(config))
@@ -160,7 +160,7 @@ def until(condition: Callable[[], object], *engines: Engine) -> None:
         poller.register(engine.socket, zmq.POLLIN)
     while not condition():
         assert time.monotonic() < give_up_s, [(engine.chunks, engine.ended, engine.load) for engine in engines]
-        poller.poll(20)  # not for ever: some conditions are of files
+        poller.poll(20)  # with a timeout: some conditions depend on files, not messages
         for engine in engines:
             engine.listen()
 
@@ -208,7 +208,7 @@ def test_prefill_and_decode_processes_give_the_tokens_of_one_engine(cluster: Clu
     assert handoff.num_pages == -(-700 // 16)
 
 
-ON_GPU = {"device": "cuda", "dtype": "float32", "attention_backend": "torch"}  # as exact as on a CPU
+ON_GPU = {"device": "cuda", "dtype": "float32", "attention_backend": "torch"}  # exact, as on a CPU
 
 
 def assert_pair_equals_unified(unified: Engine, prefill: Engine, decode: Engine, num_prompt_tokens: int) -> None:
@@ -242,7 +242,7 @@ HOST_TIER = HostTierConfig(enable_hierarchical_cache=True, hicache_ratio=8.0)
 def assert_host_tier_gives_the_same_tokens(
     cluster: Cluster, write_policy: str = "write_through", **settings: object
 ) -> None:
-    """A device pool of 64 pages, too small for two of these prompts; the first comes back from the host."""
+    """Use a device pool of 64 pages, too small for two of these prompts: the first is loaded from the host tier."""
     (alone,) = cluster.start("unified", **settings)
     host_tier = replace(HOST_TIER, hicache_write_policy=write_policy)
     small = {**settings, "max_total_tokens": 1024, "host_tier": host_tier}
@@ -301,7 +301,7 @@ def test_prefill_and_decode_on_two_gpus_equal_unified(gpu_cluster: Cluster) -> N
 @pytest.mark.gpu
 @pytest.mark.timeout(300)  # kernels may have to be compiled
 def test_decode_killed_during_a_transfer_on_a_gpu_leaves_prefill_serving(gpu_cluster: Cluster) -> None:
-    """Its memory is still mapped, perhaps written to, when it dies."""
+    """The memory of decode is still mapped, and perhaps written to, when decode dies."""
     prefill, decode = gpu_cluster.start("prefill", "decode", scheduler=SLOW, **ON_GPU)
     submit_pair(prefill, decode, make_request("r", 7000))
     until(lambda: decode.load is not None and decode.load.num_in_flight_pages > 0, decode)
@@ -341,7 +341,7 @@ def test_two_tensor_parallel_ranks_give_the_tokens_of_one_and_end_together(clust
 
 
 def assert_ranks_give_the_same_tokens_with_a_host_tier(cluster: Cluster, **settings: object) -> None:
-    """As for one rank; whatever its answers were when they were computed, a page that came back gives the same."""
+    """As with one rank: a page loaded from the host tier gives the same answer as when it was computed."""
     storage = StorageConfig(hicache_storage_backend="memory")
     small = {**settings, "max_total_tokens": 1024, "host_tier": HOST_TIER, "storage": storage}
     (engine,) = cluster.start("unified", tp=2, **small)
@@ -365,7 +365,7 @@ def test_two_ranks_that_share_a_pool_load_its_pages_from_the_host_tier(cluster: 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(300)  # kernels may have to be compiled
-@pytest.mark.parametrize("num_kv_heads", [2, 1])  # with one, both ranks have it
+@pytest.mark.parametrize("num_kv_heads", [2, 1])  # with one KV head, both ranks have it
 def test_two_gpus_load_their_slices_of_the_pages_from_the_host_tier(
     gpu_cluster: Cluster, model_path: Path, num_kv_heads: int
 ) -> None:
@@ -455,8 +455,8 @@ def test_the_next_start_removes_the_pool_of_a_killed_engine(cluster: Cluster, tm
 def test_an_unreadable_message_is_dropped_and_counted(cluster: Cluster) -> None:
     [engine] = cluster.start("unified")
     engine.socket.send(b"\xc1 this is no message")
-    engine.socket.send(b"\x82\xa4type\xa5Hello\xaagateway_id\xa1\xff")  # bad UTF-8
-    engine.socket.send(b"\x82\xa4type\xa5Hello\xa1x" + b"\x81\xa1a" * 1000)  # too deep
+    engine.socket.send(b"\x82\xa4type\xa5Hello\xaagateway_id\xa1\xff")  # invalid UTF-8
+    engine.socket.send(b"\x82\xa4type\xa5Hello\xa1x" + b"\x81\xa1a" * 1000)  # nested too deep
     engine.send(wire.Submit(request=make_request("bad", 5, seed=-1), mode=Mode.FULL))
     engine.send(wire.Submit(request=make_request("good", 5), mode=Mode.FULL))
     until(lambda: engine.load is not None and engine.load.totals["undecodable_messages"] == 3, engine)
@@ -489,7 +489,7 @@ def test_a_failed_start_logs_one_line_with_the_reason_and_exits_with_1(settings:
     with process:
         process.stdin.write(settings)
         if settings:
-            process.stdin.flush()  # the pipe stays open: its end would end the engine without a word
+            process.stdin.flush()  # the pipe stays open: its end would end the engine without a report
         else:
             process.stdin.close()
         failed = [each for line in process.stdout if isinstance(each := decode_line(line), StartFailed)]
@@ -509,7 +509,7 @@ def test_a_restarted_engine_restores_its_persisted_pages_and_gives_the_same_toke
         until(lambda: engine.ended, engine)
         assert [ended.outcome for ended in engine.ended] == [Outcome.FINISHED]
         assert engine.chunks[0].num_cached_tokens == expected_cached
-        num_pages = 700 // 16  # of the prompt; the answer's come with it
+        num_pages = 700 // 16  # pages of the prompt; the pages of the answer are persisted with them
         until(lambda: engine.load is not None and written(engine.load) >= num_pages, engine)
         engine.kill()
         return tokens(engine)
@@ -530,7 +530,7 @@ def test_an_engine_killed_during_a_backup_leaves_only_whole_pages(cluster: Clust
             engine.send(wire.Submit(request=request, mode=Mode.FULL))
 
     def answers(engine: Engine) -> tuple[dict[str, list[int]], int]:
-        """The tokens of each, and how many prompt tokens were cached."""
+        """Return the tokens of each answer, and the number of cached prompt tokens."""
         engine.chunks.clear()
         engine.ended.clear()
         ask(engine)
@@ -584,7 +584,7 @@ def test_pages_stored_before_a_worker_was_killed_serve_a_worker_that_attaches_th
         engine.send(wire.Submit(request=request, mode=Mode.FULL))
 
     def num_leading() -> int:
-        """Pages of the prompt without a salt that are stored, from its beginning: what a fetch could find."""
+        """Return how many leading pages of the prompt (without salt) are stored, and so could be fetched."""
         stored = {path.stem for path in (tmp_path / "pages").rglob("*.page")}
         digests = page_digests(make_request("r", 4000).prompt_token_ids, 16, engine.spec.namespace)
         return next((index for index, digest in enumerate(digests) if digest.hex() not in stored), len(digests))

@@ -1,4 +1,4 @@
-"""A loop that makes no progress ends its process, and no other does; the parent hears of it all the while."""
+"""The watch ends a process if and only if its loop makes no progress, and reports to the parent all the time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_watch_ends_a_process_whose_loop_hangs_and_logs_why(caplog: pytest.L
 
 
 def test_the_watch_leaves_a_slow_loop_alone() -> None:
-    turns = (number // (LOOKS - 1) for number in itertools.count())  # just quick enough
+    turns = (number // (LOOKS - 1) for number in itertools.count())  # just fast enough
     watch = ProgressWatch(lambda: next(turns), limit_s=LIMIT_S, end=never)
     for _ in range(10 * LOOKS):
         watch.check()

@@ -1,4 +1,4 @@
-"""The processor time of steps is told by what it was spent on."""
+"""The CPU time of steps is counted for each part of a step."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 
 from kvist.worker.step_times import StepCpuTimes
 
-SLACK_S = 0.004  # less than any part
+SLACK_S = 0.004  # less than any part takes
 
 
 def busy(for_s: float) -> float:
-    """What it took: more, where a busy machine's interrupts are laid to us."""
+    """Use the CPU for `for_s` seconds; return the seconds used, which include interrupts on a busy machine."""
     began_s = time.thread_time()
     while time.thread_time() < began_s + for_s:
         pass
@@ -20,7 +20,7 @@ def busy(for_s: float) -> float:
 
 
 class StepFailed(Exception):
-    """After so many seconds."""
+    """A step that failed after some seconds of CPU time."""
 
 
 def fail(spent: StepCpuTimes) -> None:
@@ -29,7 +29,7 @@ def fail(spent: StepCpuTimes) -> None:
 
 
 def test_the_cpu_time_of_each_part_of_a_step_is_counted_and_waiting_is_not() -> None:
-    busy(0.02)  # before there was a loop
+    busy(0.02)  # before the loop exists
     spent = StepCpuTimes()
     before = spent.totals()
     began_s = time.thread_time()
@@ -40,7 +40,7 @@ def test_the_cpu_time_of_each_part_of_a_step_is_counted_and_waiting_is_not() -> 
         time.sleep(0.05)
     with pytest.raises(StepFailed) as failed:
         fail(spent)
-    busy(0.01)  # messages
+    busy(0.01)  # for messages
     loop_s = time.thread_time() - began_s
     after = spent.totals()
     grown = {name: after[name] - before[name] for name in after}

@@ -1,6 +1,7 @@
-"""Engines with a store behind their host tier: the same tokens whatever it does, and a store that comes and goes.
+"""Engines with a store: tokens do not depend on the store, which may fail, hang, and be attached and detached.
 
-Real schedulers, runner, pools, movers and file stores; the store's threads run in real time, deadlines by hand.
+Real schedulers, runner, pools, movers and file stores. The store's threads run in real time; the test's clock decides
+deadlines.
 """
 
 from __future__ import annotations
@@ -58,19 +59,19 @@ def start(world: World, storage: StorageConfig, role: str = "unified", **setting
 
 
 def restart(world: World, engine: Any, storage: StorageConfig, role: str = "unified", **settings: Any) -> Any:
-    """Another life, whose device pool and host tier are empty."""
+    """Restart the engine: its device pool and host tier are empty."""
     world.kill(engine)
     return start(world, storage, role, **settings)
 
 
 def answer(world: World, engine: Any, request: Any) -> tuple[list[int], int]:
-    """Its tokens, and how many of its prompt's were cached."""
+    """Return the tokens of the answer, and the number of cached prompt tokens."""
     stream = world.answer(engine, request)
     return stream.token_ids, stream.cached
 
 
 def file_of(folder: Path, engine: Any, token_ids: tuple[int, ...], index: int) -> Path:
-    """That page of the prompt."""
+    """Return the path of this page of the prompt."""
     (path,) = folder.rglob(f"{page_digests(token_ids, 4, engine.namespace)[index].hex()}.page")
     return path
 
@@ -134,7 +135,7 @@ def test_a_damaged_or_missing_page_in_the_store_ends_the_cached_prefix(
     second = restart(world, first, storage)
     assert answer(world, second, request_of("2", prompt(33), max_tokens=1)) == (tokens, 5 * 4)
     assert second.storage.totals()["storage_broken_pages"] == (damage is flip)
-    third = restart(world, second, storage)  # what was computed again has been stored again
+    third = restart(world, second, storage)  # recomputed pages have been stored again
     assert answer(world, third, request_of("3", prompt(33), max_tokens=1)) == (tokens, 8 * 4)
 
 
@@ -202,7 +203,7 @@ def test_another_model_or_cache_salt_finds_no_page_in_the_store(world: World, re
 
 
 class HangingStore(MemoryStore):
-    """Every `get` and `put` waits for `go`."""
+    """A store whose `get` and `put` wait for `go`."""
 
     go: threading.Event
     num_gets = num_puts = 0
@@ -225,12 +226,12 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> HangingStore:
     store.go = threading.Event()
     store.go.set()
     monkeypatch.setattr("kvist.worker.storage.open_store", lambda _name, _spec: store)
-    monkeypatch.setattr(store, "close", lambda: None)  # it outlives the engines here
+    monkeypatch.setattr(store, "close", lambda: None)  # the store outlives the engines of this test
     return store
 
 
 def hang(world: World, engine: Any, store: HangingStore, request: Any) -> None:
-    """Answer the request, and let the store hang over its pages: they are stored when a thread comes to it."""
+    """Answer the request and let the store hang while it stores the pages of the request."""
     store.go.clear()
     num_puts, stream = store.num_puts, world.submit_full(engine, request)
     world.step_until(lambda: not stream.waits_for and store.num_puts > num_puts)
@@ -249,10 +250,10 @@ def test_while_a_store_hangs_requests_are_answered_and_its_host_pages_stay_in_fl
     world.step_until(lambda: not stream.waits_for, step_s=0.1)
     assert (stream.token_ids, stream.cached) == (tokens, 0)
     status = engine.storage.status()
-    assert status.breaker != "closed"  # after the pause a write is tried
+    assert status.breaker != "closed"  # after the pause one write is tried
     assert status.num_quarantined_pages == 8
     assert engine.scheduler.load().host_pages.in_flight >= 8
-    begun = world.submit_full(engine, request_of("3", prompt(60)))  # the store is not even asked
+    begun = world.submit_full(engine, request_of("3", prompt(60)))  # the store gets no call
     world.step_until(lambda: not begun.waits_for)
     assert engine.scheduler.load().totals["prefetch_timeouts"] == 1
     hanging.go.set()
@@ -260,7 +261,7 @@ def test_while_a_store_hangs_requests_are_answered_and_its_host_pages_stay_in_fl
     assert engine.scheduler.load().host_pages.in_flight == 0
     assert engine.storage.status().num_quarantined_pages == 0
     world.clock.advance(PAUSE_S)
-    answer(world, engine, request_of("4", prompt(60, seed=1)))  # tried, and found to answer
+    answer(world, engine, request_of("4", prompt(60, seed=1)))  # the store is tried, and answers
     answer(world, engine, request_of("5", prompt(60, seed=2)))
     assert engine.storage.status().breaker == "closed"
     world.check_ledgers()
@@ -276,7 +277,7 @@ def test_a_store_is_attached_and_detached_while_requests_are_served(
     told = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0).status
     assert (told.state, told.hicache_storage_path) == ("attached", str(tmp_path / "pages"))
     world.run()
-    for n, stream in zip(LENGTHS, streams, strict=True):  # computed before there was a store: stored when hit again
+    for n, stream in zip(LENGTHS, streams, strict=True):  # computed without a store, and stored at the next hit
         assert answer(world, engine, request_of(f"b{n}", prompt(n)))[0] == stream.token_ids
     again = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0)
     assert again.status is not None, "it is so already"
