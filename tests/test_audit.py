@@ -40,13 +40,13 @@ GOOD = Package(License_Expression="MIT")
 
 
 def problems(**changes: Any) -> list[str]:
-    told: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         "asked": {"a": Requirement("a>=1")},
         "pinned": {"a": Version("1.0"), "b": Version("1.0")},
         "hashed": {"a": Version("1.0"), "b": Version("1.0")},
         "installed": {"a": GOOD, "b": GOOD},
     }
-    return audit.problems(**{**told, **changes})
+    return audit.problems(**{**inputs, **changes})
 
 
 def test_the_audit_accepts_pinned_hashed_and_allowed_packages() -> None:
@@ -55,7 +55,7 @@ def test_the_audit_accepts_pinned_hashed_and_allowed_packages() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"pinned": {}}, "a is in pyproject.toml but not pinned"),
         ({"pinned": {"a": Version("0.9")}}, "not within pyproject.toml's a>=1"),
@@ -70,8 +70,8 @@ def test_the_audit_accepts_pinned_hashed_and_allowed_packages() -> None:
         ({"installed": {"a": Package(Classifier=["License :: OSI Approved :: Secret"])}}, "a has the licence 'Secret'"),
     ],
 )
-def test_the_audit_names_each_kind_of_problem(changes: dict[str, Any], said: str) -> None:
-    assert any(said in line for line in problems(**changes)), problems(**changes)
+def test_the_audit_names_each_kind_of_problem(changes: dict[str, Any], expected: str) -> None:
+    assert any(expected in line for line in problems(**changes)), problems(**changes)
 
 
 def test_the_audit_reads_the_files_of_this_repository(tmp_path: Path) -> None:

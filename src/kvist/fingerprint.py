@@ -29,7 +29,7 @@ from kvist.own_files import cache_folder, open_own, own_folder, write_new
 T = TypeVar("T")
 
 _MAX_THREADS = 4
-_MAX_NOTE_BYTES = 1 << 16
+_MAX_RECORD_BYTES = 1 << 16
 _SETTLED_NS = 2 * 10**9  # a file may change twice within one tick of the file system's clock
 
 logger = logging.getLogger(__name__)
@@ -63,16 +63,16 @@ def model_fingerprint(checkpoint: Checkpoint, *, with_weights: bool = True) -> s
 def cached_digest(kind: str, file: Path, compute: Callable[[], str]) -> str:
     """Return the cached result of `compute` for the file's content; call `compute` if the file has changed."""
     path = os.path.realpath(file)
-    note_path = cache_folder() / "digests" / blake3(f"{kind}\0{path}".encode()).hexdigest(length=16)
+    record_path = cache_folder() / "digests" / blake3(f"{kind}\0{path}".encode()).hexdigest(length=16)
     before = _identity(path, "")
-    note = _read_record(note_path)
-    if note is not None and msgspec.structs.replace(note, digest="") == before:
-        return note.digest
+    record = _read_record(record_path)
+    if record is not None and msgspec.structs.replace(record, digest="") == before:
+        return record.digest
     digest = compute()
     if _identity(path, "") == before and unix_time_ns() - max(before.mtime_ns, before.ctime_ns) > _SETTLED_NS:
         with contextlib.suppress(OSError):  # no home folder, or full or read-only: hashed again at the next start
-            own_folder(note_path.parent)
-            write_new(note_path, msgspec.json.encode(msgspec.structs.replace(before, digest=digest)))
+            own_folder(record_path.parent)
+            write_new(record_path, msgspec.json.encode(msgspec.structs.replace(before, digest=digest)))
     return digest
 
 
@@ -126,7 +126,7 @@ def _read_record(path: Path) -> _DigestRecord | None:
     with contextlib.suppress(OSError, *UNDECODABLE):
         fd = open_own(path, os.O_RDONLY)
         try:
-            return msgspec.json.decode(os.read(fd, _MAX_NOTE_BYTES), type=_DigestRecord)
+            return msgspec.json.decode(os.read(fd, _MAX_RECORD_BYTES), type=_DigestRecord)
         finally:
             os.close(fd)
     return None

@@ -5,8 +5,8 @@
     decode → prefill   Grant Ack Revoke            (protocol: docs/handoff.md)
     prefill → decode   Done Closed
 
-Every engine binds one ROUTER socket; gateways and decode engines connect DEALER sockets to it. A receiver
-logs and drops a message that it cannot decode; the sender's own bounded wait then reports the failure.
+Every engine binds one ROUTER socket; gateways and decode engines connect DEALER sockets to it. A receiver logs and
+drops a message that it cannot decode; the sender's own bounded wait then reports the failure.
 """
 
 from __future__ import annotations

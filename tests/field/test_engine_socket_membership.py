@@ -157,7 +157,7 @@ def test_a_key_file_is_read_without_its_line_end_and_taken_out_of_the_config(tmp
 
 
 @pytest.mark.parametrize(
-    ("content", "mode", "says"),
+    ("content", "mode", "expected"),
     [
         ("a key of some length", 0o640, "chmod 600"),
         ("a key of some length", 0o604, "chmod 600"),
@@ -168,7 +168,7 @@ def test_a_key_file_is_read_without_its_line_end_and_taken_out_of_the_config(tmp
     ],
 )
 def test_a_key_file_that_cannot_be_trusted_is_refused_with_the_remedy(
-    tmp_path: Path, content: str | None, mode: int, says: str
+    tmp_path: Path, content: str | None, mode: int, expected: str
 ) -> None:
     path = tmp_path / "key"
     if content is not None:
@@ -176,7 +176,7 @@ def test_a_key_file_that_cannot_be_trusted_is_refused_with_the_remedy(
         path.chmod(mode)
     with pytest.raises(ConfigError, match="cluster key file") as caught:
         with_cluster_key(ChannelConfig(cluster_key_file=str(path)))
-    assert says in caught.value.message
+    assert expected in caught.value.message
 
 
 def test_a_folder_a_pipe_and_a_file_of_another_user_are_refused_as_key_files(

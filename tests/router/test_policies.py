@@ -82,7 +82,7 @@ def test_a_hit_below_the_threshold_is_ignored() -> None:
 
 
 def test_a_long_pending_prompt_outweighs_a_hit() -> None:
-    """One slow prompt delays nobody who could go elsewhere."""
+    """A long prompt must not delay requests that another worker can serve."""
     assert CACHE_AWARE.choose(PROMPT, [view("a", num_pages=10, pending=30_000), view("b")]) == "b"
 
 

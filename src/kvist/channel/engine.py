@@ -34,8 +34,8 @@ Inbound = wire.ToEngine | wire.SourceToTarget
 Outbound = wire.EngineToGateway | wire.SourceToTarget
 V = TypeVar("V")
 
-_MAX_MESSAGES_A_RECV = 4096  # then the engine takes a step before it reads on
-_MAX_BYTES_A_RECV = 1 << 20  # a second limit: 300,000 token ids take about 20 ms to decode and check
+_MAX_MESSAGES_PER_RECV = 4096  # then the engine takes a step before it reads on
+_MAX_BYTES_PER_RECV = 1 << 20  # a second limit: 300,000 token ids take about 20 ms to decode and check
 _MAX_CLIENTS = 4096  # known addresses; a forgotten one is checked again with its next message
 _HANDSHAKE_FAILURES = (  # NO_DETAIL: the other side was first to detect the mismatch
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_AUTH
@@ -47,7 +47,7 @@ class EngineChannel:
     def __init__(
         self, bind: str, *, member: Member, config: ChannelConfig | None = None, advertise_host: str | None = None
     ) -> None:
-        """`bind`: for example "tcp://127.0.0.1:0". `advertise_host`: this machine's name for others, with a wildcard
+        """`bind`: for example "tcp://127.0.0.1:0". `advertise_host`: the host that others connect to, with a wildcard
         bind.
 
         Raises `ConfigError` if the address is in use or invalid."""
@@ -246,14 +246,14 @@ class EngineChannel:
 def _pending_messages(socket: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:
     """Yield the frames of each waiting message, up to the limits of one `recv`."""
     num_bytes = 0
-    for _ in range(_MAX_MESSAGES_A_RECV):
+    for _ in range(_MAX_MESSAGES_PER_RECV):
         try:
             frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return
         yield frames
         num_bytes += sum(map(len, frames))
-        if num_bytes > _MAX_BYTES_A_RECV:
+        if num_bytes > _MAX_BYTES_PER_RECV:
             return
 
 

@@ -28,7 +28,7 @@ from kvist.errors import ConfigError, WireError
 logger = logging.getLogger(__name__)
 
 _RECONNECT_IVL_MS, _RECONNECT_IVL_MAX_MS = 50, 400
-_MAX_MESSAGES_A_DRAIN = 32  # then the readers of the streams run
+_MAX_MESSAGES_PER_DRAIN = 32  # then the readers of the streams run
 _REFUSED = (
     "the engine at {} refused this gateway: the engine has another cluster key. Processes of one user on one machine "
     f"share a key; otherwise start all of them with the same --cluster-key-file FILE, made by {security.MAKE_A_KEY}"
@@ -124,7 +124,7 @@ class GatewayLink:
         self._socket = self._monitor = None
 
     def _drain(self) -> None:
-        for _ in range(_MAX_MESSAGES_A_DRAIN):
+        for _ in range(_MAX_MESSAGES_PER_DRAIN):
             if not self._receive():
                 return
         if self._loop is not None:

@@ -287,9 +287,9 @@ class Dispatcher:
         else:
             self._fail(flight, WorkerLost(f"worker {worker.worker_id} cannot be reached"), worker)
 
-    def _fail(self, flight: Flight, error: KvistError, culprit: Worker | None) -> None:
+    def _fail(self, flight: Flight, error: KvistError, failed_worker: Worker | None) -> None:
         if not flight.settled:
-            flight.fail(error, culprit)
+            flight.fail(error, failed_worker)
             self._abort(flight)
 
     def _time_out(self, flight: Flight) -> None:
@@ -319,10 +319,10 @@ class Dispatcher:
 
     def _retry_route(self, request: EngineRequest, flight: Flight, error: KvistError) -> Route | None:
         """Choose other workers for a request without delivered output; None if the error should reach the client."""
-        if not error.retryable or flight.culprit is None:
+        if not error.retryable or flight.failed_worker is None:
             return None
         try:
-            return self._router.choose(request, frozenset({flight.culprit}))
+            return self._router.choose(request, frozenset({flight.failed_worker}))
         except KvistError:  # report the first error, which is more specific
             return None
 

@@ -31,7 +31,7 @@ class Flight:
     aborted: bool = False
     cancelled: bool = False  # closed by its reader before the end
     error: KvistError | None = None
-    culprit: Worker | None = None  # the worker that failed with `error`
+    failed_worker: Worker | None = None  # the worker that failed with `error`
     closed_at_s: float | None = None  # when the reader ended or closed the stream
     _waiter: asyncio.Future[None] | None = None
 
@@ -48,9 +48,9 @@ class Flight:
         if self.merger.push(chunk):
             self._wake()
 
-    def fail(self, error: KvistError, culprit: Worker | None) -> None:
+    def fail(self, error: KvistError, failed_worker: Worker | None) -> None:
         if not self.settled:
-            self.error, self.culprit = error, culprit
+            self.error, self.failed_worker = error, failed_worker
             self._wake()
 
     async def next_part(self) -> StreamPart | None:
