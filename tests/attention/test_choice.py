@@ -1,4 +1,4 @@
-"""Which backend a name gives."""
+"""The choice of an attention backend by name, and by "auto"."""
 
 from __future__ import annotations
 

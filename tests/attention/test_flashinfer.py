@@ -1,5 +1,6 @@
-"""The FlashInfer backend on a CPU, over a stand-in for the library that knows only its documented arguments: what it is
-told about a batch, in steps and in the buffers of captured sizes. Its kernels are for tests/conformance, on a GPU."""
+"""The FlashInfer backend on a CPU, over a stand-in for the library that accepts only documented arguments: checks the
+arguments of each batch, in steps and in the buffers of captured sizes. tests/conformance tests the kernels, on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ NUM_LAYERS, PAGE_SIZE, KV_HEADS, Q_HEADS, HEAD_DIM, NUM_SMS = 2, 4, 2, 6, 64, 10
 
 
 class Event:
-    """A CUDA event on a device that is done with nothing before someone waits."""
+    """A CUDA event on a device that finishes no work before a call of `synchronize`."""
 
     latest: Event
 
@@ -42,7 +43,7 @@ class Event:
 
 
 class Wrapper:
-    """`BatchPrefillWithPagedKVCacheWrapper`: attention by definition, from what `plan` was told."""
+    """`BatchPrefillWithPagedKVCacheWrapper`: attention by definition, from the arguments of `plan`."""
 
     def __init__(
         self, workspace: Tensor, layout: str, *, backend: str, use_cuda_graph: bool, **buffers: Tensor
@@ -69,7 +70,7 @@ class Wrapper:
         seq_lens: Tensor,
         max_token_per_sequence: int,
     ) -> None:
-        assert not self.sent.is_pending, "the plan before is still in the library's pinned memory"
+        assert not self.sent.is_pending, "the previous plan is still in the library's pinned memory"
         given = {
             "qo_indptr_buf": qo_indptr,
             "paged_kv_indptr_buf": paged_kv_indptr,
@@ -80,7 +81,7 @@ class Wrapper:
         assert (*shape[1:], q_data_type, kv_data_type) == (KV_HEADS, HEAD_DIM, PAGE_SIZE, *2 * (torch.bfloat16,))
         assert causal
         assert int(qo_indptr.diff().max()) == max_token_per_sequence
-        assert self.num_rows in (None, len(paged_kv_last_page_len)), "a captured batch has as many rows for ever"
+        assert self.num_rows in (None, len(paged_kv_last_page_len)), "the number of rows of a captured batch is fixed"
         for name, tensor in given.items():
             if self.buffers:
                 self.buffers[name][: len(tensor)] = tensor
@@ -127,7 +128,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class World:
-    """A pool full of NaN under FlashInfer and a copy of it under the torch backend, which see the same steps."""
+    """A pool full of NaN for FlashInfer and a copy of it for the torch backend; both get the same steps."""
 
     def __init__(self) -> None:
         self.random = torch.Generator().manual_seed(3)
@@ -143,7 +144,7 @@ class World:
         return [Span(start=a, num_tokens=b - a, page_ids=self.page_ids[i]) for i, a, b in ranges]
 
     def check(self, attend: Attend, ranges: Sequence[tuple[int, int, int]], num_rows: int = 0) -> None:
-        """`attend` for these ranges, whose rows may be padded to `num_rows`, is what the reference says."""
+        """Check `attend` for these ranges, with rows padded to `num_rows`, against the reference."""
         wanted = self.reference.prepare(self.spans(ranges))
         count = sum(b - a for _, a, b in ranges)
         for layer in range(NUM_LAYERS):
@@ -153,8 +154,8 @@ class World:
             want = wanted(layer, q[:count], k[:count], v[:count])
             got = attend(layer, q, k, v)
             torch.testing.assert_close(got[:count], want, rtol=2e-2, atol=2e-2)
-            assert not got[count:].any(), "padding attends to nothing"
-        assert torch.equal(*(pool.view(torch.int16) for pool in self.pools)), "padding writes nothing"
+            assert not got[count:].any(), "padding rows attend to no key"
+        assert torch.equal(*(pool.view(torch.int16) for pool in self.pools)), "padding rows write no page"
 
 
 PROMPTS = [(0, 0, 11), (1, 0, 33), (2, 0, 8), (3, 0, 1), (4, 0, 20)]
@@ -245,7 +246,8 @@ def test_gpus_older_than_ampere_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_workspace_is_as_large_as_the_library_requires(
     group: int, num_kv_heads: int, requests: list[tuple[int, int]], is_graph: bool
 ) -> None:
-    """Its planner (`PrefillSplitQOKVIndptr`, 0.6.12) in a few lines: requests of (new tokens, pages of 16)."""
+    """The library's planner (`PrefillSplitQOKVIndptr`, 0.6.12) in a few lines: requests of (new tokens, pages of
+    16)."""
     if is_graph:
         requests = 8 * [(1, num_pages) for _, num_pages in requests]
     rows = [num_tokens * group for num_tokens, _ in requests]

@@ -1,4 +1,4 @@
-"""Decodes are grouped by length: padding is bounded, nobody is lost."""
+"""Decodes are grouped by length: every request is in a group, and padding is bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Page lists keep their rows from step to step, and what is read from them is what the spans say, whatever comes."""
+"""Page lists keep their rows from step to step, and every step reads the pages of its spans."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def decodes(lists: Sequence[list[int]], lengths: Sequence[int]) -> SpanColumns:
 
 
 def read(tables: PageTables, spans: SpanColumns) -> list[list[int]]:
-    """Each span's pages, as the device finds them and as the host does."""
+    """Return each span's pages as the device reads them, after checking them against the host's copy."""
     num_pages = -(-spans.ends // PAGE_SIZE)
     pages = torch.full((len(spans), int(num_pages.max())), -7, dtype=torch.int32)
     rows = tables.assign_rows(spans)
@@ -40,7 +40,7 @@ def test_a_grown_page_list_is_written_from_its_old_end() -> None:
     pages = [7, 8]
     assert read(tables, decodes([pages], [8])) == [[7, 8]]
     pages.append(9)
-    pages[0] = 99  # forbidden; here it shows that the first page is not written again
+    pages[0] = 99  # not allowed; here it proves that the first page is not written again
     assert read(tables, decodes([pages], [9])) == [[7, 8, 9]]
 
 
@@ -55,7 +55,7 @@ def test_equal_page_lists_of_two_requests_get_two_rows() -> None:
 
 
 def test_a_row_used_in_the_last_two_steps_is_not_reused() -> None:
-    """The GPU may read it yet: it has not begun those steps, perhaps."""
+    """The GPU may not have started those steps yet, so it may still read the row."""
     tables = PageTables(CPU, PAGE_SIZE, num_rows=1, max_pages=1)
     tables.reserve(1, 1)
     previous: list[int] = []
@@ -63,7 +63,7 @@ def test_a_row_used_in_the_last_two_steps_is_not_reused() -> None:
         (row,) = tables.assign_rows(decodes([[page]], [1])).tolist()
         assert row not in previous[-2:]
         previous.append(row)
-    assert set(previous) == {0, 1, 2}, "it was reserved for good"
+    assert set(previous) == {0, 1, 2}, "the reserved table does not grow"
 
 
 def test_a_reserved_page_table_never_moves() -> None:
@@ -82,7 +82,7 @@ def test_every_step_reads_the_pages_of_its_spans(data: st.DataObject) -> None:
         members = data.draw(st.lists(st.integers(0, 11), min_size=1, max_size=6, unique=True))
         for i in members:
             if data.draw(st.booleans()):
-                requests[i] = []  # its lease was closed, and it has another
+                requests[i] = []  # its lease was closed, and the request got a new one
             for _ in range(data.draw(st.integers(not requests[i], 3))):
                 requests[i].append(next_page)
                 next_page += 1

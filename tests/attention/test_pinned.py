@@ -1,4 +1,4 @@
-"""Memory that copies start from is written again only when its copy is surely over."""
+"""The buffer of a copy is overwritten only after the copy is over."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_buffers_of_the_last_two_sends_are_not_overwritten(device: str) -> N
 def test_the_buffer_of_a_pending_copy_is_not_overwritten() -> None:
     ring = PinnedRing(torch.device("cuda"), 1)
     outs = [torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(8)]
-    torch.cuda._sleep(50_000_000)  # the copies queue up behind it
+    torch.cuda._sleep(50_000_000)  # the copies queue after this kernel
     for number, out in enumerate(outs):
         ring.next_buffer(1)[:] = number
         ring.send(out)

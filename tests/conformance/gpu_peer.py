@@ -1,6 +1,6 @@
 """One engine's pool and transport on a GPU: python gpu_peer.py RUNTIME_DIR EPOCH DEVICE NUM_PAGES LAYOUT
 
-Answers with its address, then one line to each line of standard input, until that ends.
+Prints its address, then answers each line of standard input with one line, until the input ends.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The transport between pools of one process: no thread, the work is done in `poll`.
+"""The transport between pools of one process: no thread, `poll` does the work.
 
-Pools meet in a `PoolDirectory`, which also plays the host: it says which lives are over.
+Pools find each other through a `PoolDirectory`, which also acts as the host: it knows which epochs are over.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class InprocTransport:
 
     def write(self, job: WritePages) -> None:
         self._jobs.write(job)
-        self._wakeup()  # the work is done by `poll`: have it called
+        self._wakeup()  # `poll` does the work, so ask for a call
 
     def verify(self, job: VerifyPages) -> None:
         self._jobs.verify(job)

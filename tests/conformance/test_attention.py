@@ -1,4 +1,4 @@
-"""What every attention backend must do, against dense fp32 attention over plain K/V histories."""
+"""The requirements on every attention backend, against dense fp32 attention over plain K/V histories."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUM_LAYERS = 3
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend, where it runs, and the numbers it takes there."""
+    """A backend, and the device, dtype and head size with which it is tested."""
 
     name: str
     device: torch.device
@@ -53,7 +53,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @dataclass
 class Sequence_:
-    """One request's whole history, made up front: step by step more of it becomes known to the backend."""
+    """One request's whole history, made in advance; each step passes more of it to the backend."""
 
     q: Tensor  # [num_layers, num_tokens, num_q_heads, head_dim]
     k: Tensor  # [num_layers, num_tokens, num_kv_heads, head_dim]
@@ -62,7 +62,7 @@ class Sequence_:
 
 
 class World:
-    """A pool full of garbage, random histories with shuffled pages, and the dense answer."""
+    """A pool full of garbage, random histories with shuffled pages, and the dense result."""
 
     def __init__(
         self,
@@ -97,7 +97,8 @@ class World:
         return torch.randn(*shape, generator=self.rng)
 
     def step(self, ranges: list[tuple[int, int, int]]) -> list[Tensor]:
-        """Each (sequence, start, end) in one batch; the result is [num_layers, end - start, q_heads, head_dim]."""
+        """Attend for each (sequence, start, end) in one batch; each result is [num_layers, end - start, q_heads,
+        head_dim]."""
         spans = [Span(start=a, num_tokens=b - a, page_ids=self.sequences[i].page_ids) for i, a, b in ranges]
         attend = self.backend.prepare(spans)
         layers = []
@@ -110,7 +111,7 @@ class World:
         return list(torch.stack(layers).cpu().split([b - a for _, a, b in ranges], dim=1))
 
     def dense(self, index: int, start: int, end: int) -> Tensor:
-        """Naive masked softmax in fp32 over the whole history."""
+        """Compute a naive masked softmax in fp32 over the whole history."""
         sequence = self.sequences[index]
         group = sequence.q.shape[2] // sequence.k.shape[2]
         q = sequence.q[:, start:end].float()
@@ -166,7 +167,7 @@ def test_batched_decodes_of_different_lengths_equal_dense_attention(backend: Bac
 def test_decodes_and_chunks_in_one_batch_equal_dense_attention(backend: Backend) -> None:
     world = World(backend, lengths=[12, 40, 17, 30, 6])
     world.check([(0, 0, 11), (1, 0, 33), (2, 0, 8)])
-    # three decodes of unlike lengths, a chunk behind a prefix, a whole prompt, and a last chunk of one token
+    # three decodes of different lengths, a chunk after a prefix, a whole prompt, and a last chunk of one token
     world.check([(0, 11, 12), (1, 33, 34), (2, 8, 9), (2, 9, 16), (3, 0, 30), (4, 0, 1)])
 
 
@@ -231,7 +232,7 @@ def test_a_rank_reads_and_writes_only_its_own_heads_of_every_page(backend: Backe
 
 
 def test_rotated_attention_equals_rotation_by_the_torch_twin(backend: Backend) -> None:
-    """A backend that rotates q and k itself gives what it gives for rotated ones."""
+    """A backend that rotates q and k gives the same result as for q and k that are already rotated."""
     plain, fused = World(backend, lengths=[30, 9]), World(backend, lengths=[30, 9])
     if not isinstance(fused.backend.prepare([Span(start=0, num_tokens=1, page_ids=[0])]), RotatingAttend):
         pytest.skip("this backend leaves the rotation to the model")
@@ -271,7 +272,7 @@ def test_a_captured_step_equals_a_prepared_step(backend: Backend) -> None:
         return torch.stack([attend(layer, q[layer], k[layer], v[layer]) for layer in range(NUM_LAYERS)])
 
     plan.fill([])
-    run(plan.attend(8))  # compiles what capturing cannot
+    run(plan.attend(8))  # compiles the kernels, which a capture cannot do
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -314,7 +315,7 @@ def test_a_captured_step_of_chunks_and_decodes_equals_dense_attention(backend: B
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run(plan.attend(128))
-    # a decode, a chunk behind others, a first chunk, the end of a prompt; then few rows, where many were before
+    # a decode, a later chunk, a first chunk, the last chunk of a prompt; then few rows after many
     for ranges in ([(0, 16, 17), (1, 250, 280), (4, 0, 60), (3, 40, 64)], [(1, 280, 300), (2, 0, 5)]):
         spans, row = [], 0
         for i, a, b in ranges:

@@ -1,4 +1,4 @@
-"""What every transport must do, whichever way the bytes travel."""
+"""The guarantees of every transport, for every kind of memory."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_stop_reports_what_was_written_and_nothing_is_written_after_it(source: S
     source.wait_for(1)
     source.transport.stop(A)
     source.transport.write(write(A, target, (2, 3)))
-    source.transport.write(write(B, target, (4,)))  # when this is done, a write of A would have been too
+    source.transport.write(write(B, target, (4,)))  # when this write is done, a write of A would be done, too
     assert source.wait_for(3)[1:] == [
         WritesCompleted(handoff_id=A, num_pages=2, checksum=source.checksum((0, 1))),
         WritesCompleted(handoff_id=B, num_pages=1, checksum=source.checksum((4,))),
@@ -143,7 +143,7 @@ def test_stop_reports_what_was_written_and_nothing_is_written_after_it(source: S
 
 
 def test_stop_is_answered_once_though_earlier_completions_were_not_polled(source: Side, target: Side) -> None:
-    """An older completion that passed for the answer would free pages that a later job still writes."""
+    """If an older completion were taken for the answer, pages that a later job still writes would be freed."""
     source.transport.write(write(A, target, (0,)))
     source.transport.write(write(B, target, (1,)))
     assert source.woken.wait(timeout=10)
@@ -205,7 +205,7 @@ def test_a_peer_is_dead_only_after_its_process_ended(source: Side, target: Side)
     assert not source.transport.peer_is_dead(target.epoch)
     target.kill()
     deadline_s = time.monotonic() + 60
-    while not source.transport.peer_is_dead(target.epoch):  # on a GPU its last writes may still be on their way
+    while not source.transport.peer_is_dead(target.epoch):  # on a GPU its last writes may still arrive
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
     assert source.transport.peer_is_dead(target.epoch)

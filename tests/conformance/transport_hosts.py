@@ -49,12 +49,12 @@ class Side:
     kill: Callable[[], None]
     pages: Callable[[], Pages]  # as they are now
     put: Callable[[Pages], None]
-    digests: Callable[[Pages], list[bytes]]  # computed elsewhere than in the transport, where there is another way
+    digests: Callable[[Pages], list[bytes]]  # computed outside the transport where possible
     reports: list[TransferReport] = field(default_factory=list)
 
     def wait_for(self, num_reports: int) -> list[TransferReport]:
         while len(self.reports) < num_reports:
-            assert self.woken.wait(timeout=60), f"only {self.reports} came"
+            assert self.woken.wait(timeout=60), f"only {self.reports} arrived"
             self.woken.clear()
             self.reports += self.transport.poll()
         return self.reports
@@ -72,7 +72,7 @@ class Side:
 
 
 class Host(Protocol):
-    """Where engines live."""
+    """Makes engines of one kind."""
 
     def side(self, name: str) -> Side: ...
 
@@ -84,7 +84,7 @@ def host_digests(pages: Pages) -> list[bytes]:
 
 
 def device_digests(pages: Pages) -> list[bytes]:
-    """By the kernel's twin."""
+    """Compute the digests with the kernel's twin."""
     return DevicePages(torch.from_numpy(pages)).digests(range(len(pages))) if len(pages) else []
 
 
@@ -119,7 +119,7 @@ class InprocHost:
 
 
 class MappedFile:
-    """A pool's file at an address, as a GPU's memory would be."""
+    """A pool's file mapped at an address, like GPU memory."""
 
     def __init__(self, descriptor: int, address: PoolAddress) -> None:
         self._pages = map_file(descriptor, address)
@@ -127,7 +127,7 @@ class MappedFile:
 
 
 class ShmHost:
-    """Pools in files; with `as_device`, written to as the memory of GPUs is."""
+    """Pools in files; with `as_device` they are written like GPU memory."""
 
     def __init__(self, runtime_dir: Path, *, as_device: bool) -> None:
         self.runtime_dir = runtime_dir
@@ -177,7 +177,7 @@ class ShmHost:
 
 
 class GpuPeer:
-    """A child process with a pool on one GPU; speaks JSON lines. As a `Transport` it can verify, and nothing else."""
+    """A child process with a pool on one GPU, driven by JSON lines. As a `Transport` it supports only `verify`."""
 
     def __init__(self, runtime_dir: Path, epoch: EpochId, device: str) -> None:
         script = Path(__file__).parent / "gpu_peer.py"
@@ -200,7 +200,7 @@ class GpuPeer:
     def _answer(self) -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, "the GPU peer died: see its standard error"
+        assert line, "the GPU peer has ended: see its standard error"
         return line
 
     def pages(self) -> Pages:
@@ -245,7 +245,7 @@ class GpuPeers:
         self._in_use: list[GpuPeer] = []
 
     def take(self, device: str) -> GpuPeer:
-        """A living one whose pages are zero."""
+        """Return a running peer whose pages are zero."""
         for peer in self._peers:
             if peer.device == device and peer not in self._in_use and peer.process.poll() is None:
                 break

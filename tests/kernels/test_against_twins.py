@@ -1,4 +1,4 @@
-"""Every Triton kernel against its torch twin in float32, at shapes that fill blocks and shapes that do not."""
+"""Every Triton kernel against its torch twin in float32, at shapes that fill blocks and at shapes that do not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rng() -> torch.Generator:
 
 
 def random(rng: torch.Generator, *shape: int) -> Tensor:
-    """bf16 on the GPU, any strides a caller may have left."""
+    """A bf16 tensor on the GPU with any strides that a caller may pass."""
     return torch.randn(*shape, generator=rng).to(CUDA, torch.bfloat16)
 
 
@@ -154,7 +154,7 @@ def test_the_hash_is_the_same_bits_on_both_devices(rng: torch.Generator) -> None
 
 @pytest.mark.parametrize("vocab_size", [100, 49_152, 152_064])
 def test_noise_alone_gives_the_cpus_tokens(rng: torch.Generator, vocab_size: int) -> None:
-    """With flat logits the choice is the hash's: a single wrong bit would show."""
+    """With equal logits the hash alone decides, so a single wrong bit changes a token."""
     keys = random_keys(rng, 64)
     logits, ones = torch.zeros(64, vocab_size), torch.ones(64)
     got = choose_tokens(logits.to(CUDA), ones.to(CUDA), keys.to(CUDA))
@@ -171,7 +171,8 @@ def test_rows_at_any_temperature_give_the_cpus_tokens(rng: torch.Generator) -> N
     best = noisy.amax(dim=-1)
     of_chosen = noisy.gather(1, got[:, None]).squeeze(1)
     assert (got == noisy.argmax(dim=-1)).float().mean() > 0.95
-    torch.testing.assert_close(of_chosen, best, rtol=1e-4, atol=1e-4)  # where it differs, the two are equally good
+    # where the token differs, both logits are equally large
+    torch.testing.assert_close(of_chosen, best, rtol=1e-4, atol=1e-4)
 
 
 def test_greedy_takes_the_first_of_equal_logits() -> None:
@@ -235,7 +236,7 @@ def test_decode_attention_equals_the_torch_twin(
     pool = torch.full((num_pages, kv_heads, 2, 2, 16, head_dim), float("nan"), dtype=torch.bfloat16, device=CUDA)
     table = torch.full((len(lengths), max(needed) + 1), num_pages - 1, dtype=torch.int32)
     pages = iter(torch.randperm(num_pages - 1, generator=rng).tolist())
-    for row, length in enumerate(lengths):  # what lies behind a context stays NaN
+    for row, length in enumerate(lengths):  # pages after a context stay NaN
         for i in range(needed[row]):
             table[row, i] = page = next(pages)
             filled = min(16, length - 16 * i)
@@ -249,7 +250,7 @@ def test_decode_attention_equals_the_torch_twin(
         q.float().cpu(), pool[:, :, 1].float().cpu(), table, plan_decodes_torch(lengths_tensor), want
     )
     assert_near(out.cpu(), want)
-    assert (out[len(lengths) :] == 3.0).all(), "rows that are no decodes are left alone"
+    assert (out[len(lengths) :] == 3.0).all(), "rows that are not decodes are not written"
     assert all((out[row] == 3.0).all() for row, length in enumerate(lengths) if not length)
 
 

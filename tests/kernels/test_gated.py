@@ -30,18 +30,18 @@ def test_the_gated_kernel_is_made_on_hopper_only() -> None:
     assert make_gated_product(torch.zeros(64, 64, dtype=torch.bfloat16)) is None
 
 
-H200_CLUSTERS = 66  # of two of its 132 multiprocessors
+H200_CLUSTERS = 66  # of two multiprocessors each, of 132
 
 
 @pytest.mark.parametrize(
     ("n", "pays"),
     [
-        (18_944, True),  # Qwen2-7B: three rounds, wholly
-        (18_944 // 2, False),  # with --tp 2, a round and a half
-        (18_944 // 4, False),  # with --tp 4, three quarters of one
+        (18_944, True),  # Qwen2-7B: three full rounds
+        (18_944 // 2, False),  # with --tp 2: one and a half rounds
+        (18_944 // 4, False),  # with --tp 4: three quarters of a round
         (13_000, False),
-        (12_608, True),  # two rounds to the last tile
-        (12_680, False),  # a tile more begins a third
+        (12_608, True),  # exactly two rounds
+        (12_680, False),  # one tile more starts a third round
         (5376, False),
         (5472, True),
         (8, False),

@@ -1,4 +1,4 @@
-"""The sums of a page: their definition, and what they notice."""
+"""The sums of a page: their definition, and the changes that they detect."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_bit_of_a_page_changes_both_sums(pages: Tensor) -> None:
 
 @pytest.mark.parametrize("bit", [0, 31, 32, 62, 63])
 def test_flipping_the_same_bit_of_two_words_changes_the_sums(pages: Tensor, bit: int) -> None:
-    """With a plain weighted sum the highest bits would."""
+    """In a plain weighted sum the highest bits would cancel."""
     page, before = pages[0], sums(pages[0])
     flip = torch.tensor(1 << bit if bit < 63 else -(1 << 63))
     for places in itertools.combinations(range(len(page)), 2):

@@ -1,4 +1,4 @@
-"""What the twins promise on a CPU, where they are the code that runs."""
+"""The torch twins on a CPU, where they are the production code."""
 
 from __future__ import annotations
 
@@ -70,4 +70,4 @@ def test_decode_attention_equals_softmax_attention_over_the_pages() -> None:
             )
             want = torch.softmax(keys @ q[row, head] / 8**0.5, dim=0) @ values
             torch.testing.assert_close(out[row, head], want)
-    assert (out[1] == 7.0).all(), "a row without a context is left alone"
+    assert (out[1] == 7.0).all(), "a row without a context is not written"

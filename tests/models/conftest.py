@@ -1,4 +1,4 @@
-"""Tiny checkpoints without transformers, and a cache that is as plain as can be."""
+"""Tiny checkpoints without transformers, and a minimal K/V cache."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 
 class ContiguousCache:
-    """One request's K and V, appended; `attend` is the definition of causal attention, in float64."""
+    """The K and V of one request; `attend` is causal attention by definition, in float64."""
 
     def __init__(self) -> None:
         self.keys: dict[int, Tensor] = {}
@@ -69,7 +69,7 @@ class ContiguousCache:
 
 
 def run_model(model: CausalLM, token_ids: list[int], chunks: list[int] | None = None) -> Tensor:
-    """Logits [num_tokens, vocab_size] of one prompt, computed in chunks of the given sizes over one cache."""
+    """Return logits [num_tokens, vocab_size] of one prompt, computed in chunks of the given sizes over one cache."""
     cache, rows, start = ContiguousCache(), [], 0
     with torch.inference_mode():
         for size in chunks or [len(token_ids)]:
@@ -91,7 +91,7 @@ def hf_checkpoint(folder: Path) -> Checkpoint:
 
 
 def random_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Random values for every tensor of the config, norms included (a swapped norm must show)."""
+    """Return random values for every tensor of the config, including norms, so that a swapped norm is detected."""
     config = load_model_config(checkpoint)
     source = DummySource(config, seed=7, device=CPU)
     generator = torch.Generator().manual_seed(7)
@@ -103,7 +103,7 @@ def random_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def write_folder(folder: Path, **changes: Any) -> Checkpoint:
-    """A folder with config.json: TINY with changes; a change to None removes the field."""
+    """Write a folder with config.json: TINY with changes; a change to None removes the field."""
     folder.mkdir(exist_ok=True)
     fields = {name: value for name, value in (TINY | changes).items() if value is not None}
     (folder / "config.json").write_text(json.dumps(fields))
@@ -117,7 +117,7 @@ def write_config(tmp_path: Path) -> Callable[..., Checkpoint]:
 
 @pytest.fixture
 def write_model(tmp_path: Path) -> Callable[..., tuple[Checkpoint, dict[str, Tensor]]]:
-    """A folder with config.json and model.safetensors, and the tensors in it."""
+    """Write a folder with config.json and model.safetensors; return it and its tensors."""
 
     def write(**changes: Any) -> tuple[Checkpoint, dict[str, Tensor]]:
         checkpoint = write_folder(tmp_path, **changes)
@@ -130,7 +130,7 @@ def write_model(tmp_path: Path) -> Callable[..., tuple[Checkpoint, dict[str, Ten
 
 @pytest.fixture
 def write_tiny_in() -> Callable[..., Checkpoint]:
-    """The same in a folder of one's choice."""
+    """Write the same to a given folder."""
 
     def write(folder: Path, **changes: Any) -> Checkpoint:
         checkpoint = write_folder(folder, **changes)
@@ -162,5 +162,5 @@ def prompt() -> list[int]:
 
 @pytest.fixture
 def relative_error() -> Callable[[Tensor, Tensor], float]:
-    """Largest difference over the largest value."""
+    """Return the largest difference divided by the largest value."""
     return lambda ours, theirs: float((ours - theirs).abs().max() / theirs.abs().max())

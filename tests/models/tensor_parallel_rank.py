@@ -1,4 +1,4 @@
-"""One rank of two: loads its share of each model, reads a prompt, saves the logits. Started by test_parallel.py."""
+"""One rank of two: loads its part of each model, runs a prompt, saves the logits. Started by test_parallel.py."""
 
 import importlib.util
 import sys

@@ -43,7 +43,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name)
 def saved_model(request, tmp_path_factory):
-    """(folder, sharded folder, prompt, transformers' logits) of one random model."""
+    """Return (folder, sharded folder, prompt, transformers' logits) of one random model."""
     transformers = pytest.importorskip("transformers")
     family, options = CASES[request.param]
     config = getattr(transformers, f"{family}Config")(
@@ -60,7 +60,7 @@ def saved_model(request, tmp_path_factory):
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # transformers starts norms at one and biases at zero, which would hide a swapped one
+            # transformers initialises norms to one and biases to zero, which would hide a swapped tensor
             if "norm" in name or "bias" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:

@@ -1,4 +1,4 @@
-"""A GGUF file and a safetensors folder with the same weights are the same model. The files are written here."""
+"""A GGUF file and a safetensors folder with the same weights give the same model. The tests write the files."""
 
 import gguf
 import numpy as np
@@ -45,7 +45,7 @@ def gguf_name(name):
 
 
 def interleave(values, num_heads):
-    """Halves to pairs, written as llama.cpp's converter describes it: row 2i is i, row 2i+1 is D/2 + i."""
+    """Reorder halves to pairs as llama.cpp's converter does: row 2i is i, row 2i+1 is D/2 + i."""
     heads = values.reshape(num_heads, -1, *values.shape[1:])
     half = heads.shape[1] // 2
     out = np.empty_like(heads)

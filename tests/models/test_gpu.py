@@ -1,4 +1,4 @@
-"""Whole models on a GPU, with the kernels and the attention that they run with there, against fp32 on a CPU."""
+"""Whole models on a GPU, with its kernels and attention backends, against fp32 on a CPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class OnGpu:
         return [Span(start=a, num_tokens=b - a, page_ids=range(8 * i, 8 * i + 8)) for i, a, b in ranges]
 
     def logits(self, token_ids: list[list[int]], ranges: list[tuple[int, int, int]]) -> Tensor:
-        """Of every token of one batch; each range is (request, start, end)."""
+        """Return the logits of every token of one batch; each range is (request, start, end)."""
         ids = torch.cat([torch.tensor(token_ids[i][a:b]) for i, a, b in ranges]).to(CUDA)
         positions = torch.cat([torch.arange(a, b) for _, a, b in ranges]).to(CUDA)
         attend = self.attention.prepare(self.spans(ranges))
@@ -88,7 +88,7 @@ def test_gpu_logits_are_close_to_the_fp32_reference(
         [(0, 70, 71)],  # one row
         [(0, 71, 72), (1, 0, 90)],  # a decode beside a prompt
         [(0, 72, 73), (1, 90, 91), (2, 0, 33)],
-        [(0, 73, 74), (1, 91, 92), (2, 33, 99)],  # a chunk behind a prefix
+        [(0, 73, 74), (1, 91, 92), (2, 33, 99)],  # a chunk after a prefix
         [(0, 74, 75), (1, 92, 93), (2, 99, 100)],  # a few rows
     ]
     for ranges in batches:
@@ -122,7 +122,7 @@ def test_a_captured_step_gives_the_logits_of_an_eager_step(
         with torch.cuda.graph(graph):
             out = step()
     lengths = [60, 3, 17]
-    for _ in range(20):  # over the ends of pages
+    for _ in range(20):  # crosses page boundaries
         ranges = [(i, length, length + 1) for i, length in enumerate(lengths)]
         ids[:3] = torch.tensor([prompts[i][a] for i, a, _ in ranges])
         positions[:3] = torch.tensor(lengths)

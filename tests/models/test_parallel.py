@@ -1,4 +1,4 @@
-"""Which part a rank holds, and TP=2 in two real processes against TP=1."""
+"""The part of the model on each rank, and TP=2 in two real processes against TP=1."""
 
 import subprocess
 import sys
@@ -75,5 +75,5 @@ def test_two_ranks_give_the_logits_of_one_rank(write_tiny_in, load_tiny, logits_
     assert codes == [0, 0]
     for name, checkpoint in checkpoints.items():
         both = [torch.load(checkpoint.path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-        assert torch.equal(both[0], both[1]), f"{name}: ranks must see the same logits, or their tokens part ways"
+        assert torch.equal(both[0], both[1]), f"{name}: ranks must get the same logits, or they sample different tokens"
         assert relative_error(both[0], logits_of(load_tiny(checkpoint), prompt)) < 1e-5, name

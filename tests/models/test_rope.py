@@ -1,4 +1,4 @@
-"""Frequencies equal those of transformers for every way of scaling that a config can ask for."""
+"""Frequencies equal those of transformers for every kind of rope scaling."""
 
 from __future__ import annotations
 

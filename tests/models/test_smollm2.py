@@ -1,4 +1,4 @@
-"""The embedded SmolLM2: our weights are transformers' weights, and our logits are its logits."""
+"""The embedded SmolLM2: weights and logits equal those of transformers."""
 
 import time
 
@@ -45,4 +45,4 @@ def test_loading_smollm2_takes_seconds():
     start = time.process_time()
     config = load_model_config(checkpoint)
     load_model(checkpoint, config, dtype=torch.float32, device=torch.device("cpu"), tp=TensorParallel())
-    assert time.process_time() - start < 10, "processor seconds, so that a busy machine does not matter; 3 to 4 here"
+    assert time.process_time() - start < 10, "process time, so that a busy machine does not matter; 3 to 4 s measured"

@@ -1,4 +1,4 @@
-"""What a safetensors folder may be, and what is refused; dummy weights; progress."""
+"""Safetensors folders: the supported forms and the refused ones; dummy weights; progress."""
 
 import json
 
@@ -20,7 +20,7 @@ def save(checkpoint, tensors):
 
 
 def shard(checkpoint, tensors):
-    """Split over two files with an index, as transformers does."""
+    """Split the tensors over two files with an index, as transformers does."""
     (checkpoint.path / "model.safetensors").unlink()
     names = sorted(tensors)
     files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}

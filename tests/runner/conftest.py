@@ -1,4 +1,5 @@
-"""A tiny llama with random weights, and a hand-driven engine around a runner: pages dealt out, no scheduler."""
+"""A tiny llama with random weights, and an engine stepped by the test around a runner: it allocates pages, has no
+scheduler."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ PAGE_SIZE = 4
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    torch.set_num_threads(1)  # the tensors are tiny, and other tests want the cores
+    torch.set_num_threads(1)  # the tensors are tiny, and other tests need the cores
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +62,7 @@ def make_runner(checkpoint: Checkpoint, runtime_dir: Path, *, tp: int = 1) -> Ru
 
 
 class HandDriven:
-    """Deals pages out in shuffled order and steps requests as a test says."""
+    """Allocates pages in shuffled order and runs the steps that a test asks for."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
@@ -90,7 +91,7 @@ class HandDriven:
         pages: list[int] | None = None,
         cached: int = 0,
     ) -> list[SampledToken]:
-        """One request alone: the prompt in chunks of the given sizes, then token by token."""
+        """Run one request alone: the prompt in chunks of the given sizes, then token by token."""
         name = RequestId(f"alone-{self._steps}")
         tokens = list(prompt)
         pages = pages or self.pages(len(prompt) + sampling.max_tokens)
@@ -124,7 +125,7 @@ def engine(tiny_checkpoint: Checkpoint, tmp_path: Path) -> Iterator[HandDriven]:
 
 @pytest.fixture
 def fresh_engine(tiny_checkpoint: Checkpoint, tmp_path: Path) -> Iterator[HandDriven]:
-    """Another engine with the same weights and nothing in its pages."""
+    """Return another engine with the same weights and empty pages."""
     runner = make_runner(tiny_checkpoint, tmp_path / "other")
     yield HandDriven(runner)
     runner.close()

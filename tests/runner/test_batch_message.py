@@ -1,4 +1,4 @@
-"""What rank 0 tells the other ranks is the batch, however its requests come, grow and go."""
+"""Batches encoded by rank 0 and decoded by another rank are equal, however requests join, grow and leave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def item(name: str, pages: list[int], *, start: int = 0, **changes: object) -> B
 
 
 class Pair:
-    """Both ends, and what the decoder said last."""
+    """Both ends, and the last decoded batch."""
 
     def __init__(self) -> None:
         self.encoder, self.decoder = BatchEncoder(), BatchDecoder()
@@ -46,7 +46,7 @@ def test_decoded_batches_of_a_busy_scheduler_equal_the_planned_ones() -> None:
     config = SchedulerConfig(
         max_running_requests=12, chunked_prefill_size=16, max_prefill_tokens=24, max_model_len=256, overlap=True
     )
-    cache = PageCache(num_pages=70, page_size=4, namespace="t")  # too few for all: some are preempted
+    cache = PageCache(num_pages=70, page_size=4, namespace="t")  # too few for all requests, so some are preempted
     pool = PoolAddress(transport="none", location="", num_pages=70, page_bytes=1, layout="t")
     scheduler = build_scheduler("unified", config, cache, EpochId("e"), pool)
     pair, events, launched, seen = Pair(), list[Event](), list[Batch](), Counter[str]()
@@ -65,8 +65,8 @@ def test_decoded_batches_of_a_busy_scheduler_equal_the_planned_ones() -> None:
             assert len(found.items) == len(batch.items)
             assert all(same(*both) for both in zip(found.items, batch.items, strict=True))
             now = {sent.request_id: got.request_id for got, sent in zip(found.items, batch.items, strict=True)}
-            assert len(set(now.values())) == len(now), "two requests have one name"
-            assert all(now[name] == names[name] for name in now.keys() & names.keys()), "it goes on under its name"
+            assert len(set(now.values())) == len(now), "two requests got one id"
+            assert all(now[name] == names[name] for name in now.keys() & names.keys()), "a request keeps its id"
             seen["went on"] += len(now.keys() & names.keys())
             seen["took a token unknown"] += sum(sent.takes_sampled for sent in batch.items)
             seen["chunks"] += sum(sent.sampling is None for sent in batch.items)
@@ -86,7 +86,7 @@ def test_a_grown_page_list_keeps_its_identity_and_sends_only_the_new_pages() -> 
     assert pair.num_bytes > 2000
     pages += [7, 8]
     (second,) = pair.carry(item("a", pages, start=1)).items
-    assert second.page_ids is first.page_ids, "attention knows it by its identity"
+    assert second.page_ids is first.page_ids, "attention recognises a list by its identity"
     assert list(second.page_ids) == pages
     assert pair.num_bytes < 30
 
@@ -118,7 +118,7 @@ def test_sampling_parameters_are_sent_with_the_first_sampled_token() -> None:
     (decode,) = pair.carry(item("a", pages, start=4, token_ids=())).items
     assert (decode.sampling, decode.suppressed_token_ids, decode.takes_sampled) == (SAMPLING, (), True)
     (again,) = pair.carry(item("a", pages, start=3, token_ids=(4, 5), sampling=None)).items
-    assert again.sampling is None, "computed once more, no token wanted"
+    assert again.sampling is None, "computed again, no token sampled"
 
 
 def test_a_message_of_256_decodes_takes_a_few_bytes_per_request() -> None:

@@ -1,4 +1,4 @@
-"""What does not fit is told by the flag to change, and early."""
+"""Unsuitable settings are refused early, and the error names the flag to change."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_unusable_attention_backend_is_refused_before_the_weights_are_loaded(
     monkeypatch.setattr(build, "load_model", lambda *_args, **_options: pytest.fail("minutes of loading"))
     with pytest.raises(ConfigError, match="--attention-backend fa3"):
         build_tiny(tiny_checkpoint, tmp_path, attention_backend="fa3")
-    assert not list(tmp_path.glob("pool-*")), "the pool is gone with the engine"
+    assert not list(tmp_path.glob("pool-*")), "the pool file is removed with the engine"
 
 
 def test_running_out_of_memory_after_the_pool_names_the_flag_to_lower(

@@ -1,4 +1,4 @@
-"""A batch as columns, and its words, say what the items say one by one. On a CPU: the GPU only copies them."""
+"""The columns of a batch and their packed inputs equal its items. On a CPU: the GPU only copies them."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def chunk(name: str, start: int, tokens: list[int], sampling: SamplingParams | N
 
 
 def device_words(columns: BatchColumns, slots: list[int], *, padding: int = 0) -> dict[str, list[object]]:
-    """What kernels find after the one copy, with the tokens of the step before in their slots."""
+    """Return the device inputs after the copy, with the tokens of the previous step in their slots."""
     staging = Staging(num_rows=NUM_SLOTS, num_tokens=NUM_TOKENS, device=torch.device("cpu"))
     num_tokens, num_sampled = len(columns.inputs.token_ids) + padding, len(columns.inputs.rows) + padding
-    staging._ring.next_buffer(3 * NUM_TOKENS + 4 * NUM_SLOTS)[:] = -99  # what an earlier step left
+    staging._ring.next_buffer(3 * NUM_TOKENS + 4 * NUM_SLOTS)[:] = -99  # stale content of an earlier step
     staging._ring.next_buffer(1), staging._ring.next_buffer(1)
     staging.write_sampled(torch.tensor(slots + [-1] * (NUM_SLOTS - len(slots))))
     staging.send(columns.inputs, num_tokens, num_sampled)
@@ -82,7 +82,7 @@ def test_device_inputs_equal_the_items_of_the_batch(
     if not same_order:
         before.reverse()
     previous = read_batch(before, EMPTY_BATCH).persistent
-    slots = [100 * int(item.request_id[1:]) for item in before]  # the token that the step before chose for each
+    slots = [100 * int(item.request_id[1:]) for item in before]  # the token that the previous step sampled for each
     columns = read_batch(items, previous)
     padding = min(padding, NUM_SLOTS - len(rows))
     found = device_words(columns, slots, padding=padding)

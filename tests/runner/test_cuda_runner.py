@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-CLEAR_NATS = 0.1  # a lead over the runner-up that rounding does not overturn
+CLEAR_NATS = 0.1  # a margin over the second token that rounding does not reverse
 FAMILIES = {
     "llama": {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen2": {"model_type": "qwen2", "hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1},
@@ -118,7 +118,8 @@ Streams = dict[str, list[SampledToken]]
 def serve(
     runner: AnyRunner, requests: Sequence[EngineRequest], *, overlap: bool, apart: bool = False, chunk: int = 64
 ) -> Streams:
-    """As the engine's loop does. `apart`: each request comes when the one before has its first tokens."""
+    """Serve requests like the engine's loop. `apart`: a request arrives when the previous request has its first
+    tokens."""
     config = SchedulerConfig(
         max_running_requests=32,
         chunked_prefill_size=chunk,
@@ -159,7 +160,7 @@ def ids(streams: Streams) -> dict[str, list[int]]:
 
 
 def check_alike(found: Streams, reference: Streams) -> None:
-    """Greedy streams, the reference with two logprobs: equal up to a token that was nearly another."""
+    """Check that greedy streams equal the reference (with two logprobs) up to a near tie."""
     compared = 0
     for name, tokens in reference.items():
         for position, token in enumerate(tokens):
@@ -169,7 +170,7 @@ def check_alike(found: Streams, reference: Streams) -> None:
                 assert first - second < CLEAR_NATS, f"{name}, token {position}"
                 break
             compared += 1
-    assert compared >= len(reference) * 5, "too few tokens are clear to say anything"
+    assert compared >= len(reference) * 5, "too few tokens without a near tie"
 
 
 def test_gpu_logits_are_close_to_fp32(checkpoint: Checkpoint, eager: AnyRunner) -> None:
@@ -251,7 +252,7 @@ def test_mixed_batches_give_the_tokens_of_separate_ones(graphs: AnyRunner) -> No
 
 
 def test_requests_that_join_and_leave_read_their_own_pages(graphs: AnyRunner, eager: AnyRunner) -> None:
-    """More of them than there are rows for page lists: rows change hands while steps are under way."""
+    """More requests than rows for page lists: rows are reused while steps are in flight."""
     requests = make_requests(150, replace_params(GREEDY, max_tokens=12), seed=9)
     found = serve(graphs, requests, overlap=True, apart=True)
     check_alike(found, serve(eager, requests, overlap=False, apart=True))
@@ -275,5 +276,5 @@ def test_the_gpu_nucleus_floor_equals_the_torch_twin() -> None:
     top_p = torch.linspace(0.01, 0.999, 40, device="cuda")[:, None]
     found, expected = nucleus_floor(probabilities, top_p), nucleus_floor_torch(probabilities, top_p)
     kept, wanted = ((probabilities >= floor).sum(dim=-1) for floor in (found, expected))
-    assert ((kept - wanted).abs() <= 1 + wanted // 1000).all()  # sums in another order
+    assert ((kept - wanted).abs() <= 1 + wanted // 1000).all()  # sums in a different order
     assert (kept > 0).all()

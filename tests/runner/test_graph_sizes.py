@@ -1,4 +1,4 @@
-"""Which sizes of steps are recorded, and the memory set aside for them. No GPU needed."""
+"""The sizes of captured steps, and the memory reserved for them. No GPU needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rank 0 tells the others before it begins, and never waits for ever for one that is gone."""
+"""Rank 0 sends a batch before it launches, and never waits for ever for a rank that has ended."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class FakeFlight:
 
 
 class World:
-    """A leader between a runner and followers that do as the test says."""
+    """A leader with a runner and followers that the test controls."""
 
     def __init__(self) -> None:
         self.order: list[str] = []
@@ -78,7 +78,7 @@ class World:
         self.polls_left -= 1
         return self.polls_left < 0
 
-    # the runner of rank 0's share
+    # the runner of rank 0
 
     def launch(self, batch: Batch) -> Any:
         self.order.append(f"launch {batch.step_id}")
@@ -141,7 +141,7 @@ def test_a_step_that_fails_only_at_rank_0_is_the_last(world: World, when: str) -
     world.fails = world.fails_late = False
     with pytest.raises(EngineError, match="out of step"):
         world.leader.launch(BATCH).result()
-    assert world.order.count("send") == 1, "the others must not receive a step that rank 0 does not take"
+    assert world.order.count("send") == 1, "followers must not receive a step that rank 0 does not run"
 
 
 def test_a_failure_at_rank_0_is_attributed_to_a_follower_that_has_ended(world: World) -> None:

@@ -1,4 +1,5 @@
-"""The same tokens, however the work is cut: whole, in chunks, behind a cached prefix, in any company, anywhere."""
+"""The tokens do not depend on how the work is split: whole, in chunks, after a cached prefix, in any batch, on any
+engine."""
 
 from __future__ import annotations
 
@@ -76,7 +77,7 @@ def test_a_stream_resumes_from_its_tokens_in_a_new_engine(
 def test_pages_written_by_another_engine_give_the_same_tokens(
     engine: Any, fresh_engine: Any, sampling: SamplingParams
 ) -> None:
-    """A handoff without its protocol: whole pages copied byte by byte into another engine's pool."""
+    """A handoff without its protocol: pages are copied byte by byte into another engine's pool."""
     prompt = prompt_of(14)
     pages = engine.pages(24)
     whole = engine.generate(prompt, sampling, pages=pages)
@@ -96,7 +97,7 @@ def test_pages_written_by_another_engine_give_the_same_tokens(
 
 @BOTH
 def test_other_requests_in_the_batch_change_no_token(engine: Any, sampling: SamplingParams) -> None:
-    """Requests that start at different steps, in chunks, mixed with the decodes of those before."""
+    """Requests start at different steps, in chunks, together with the decodes of earlier requests."""
     prompts = {RequestId(f"r{length}"): prompt_of(length) for length in (1, 4, 17, 5, 40, 9)}
     alone = {name: engine.generate(prompt, sampling) for name, prompt in prompts.items()}
     tokens = {name: list(prompt) for name, prompt in prompts.items()}
@@ -134,7 +135,7 @@ def test_repeating_a_step_gives_the_same_token(engine: Any) -> None:
 
 
 def test_greedy_tokens_depend_on_the_prompt(engine: Any) -> None:
-    """Guards the others: a model that always says the same would pass them."""
+    """Guards the other tests: a model that always samples the same token would pass them."""
     answers = {tuple(token.token_id for token in engine.generate(prompt_of(9, seed), GREEDY)) for seed in range(5)}
     assert len(answers) == 5
 

@@ -1,4 +1,4 @@
-"""The sampler: distribution, truncation against a plain reference, and independence of everything but the row."""
+"""The sampler: its distribution, truncation against a plain reference, and independence of all other rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tokens(result: SampledTokens | list[SampledToken]) -> list[int]:
 
 
 def draw(logits: Tensor, count: int, *, by: str = "position", **params: object) -> Tensor:
-    """How often each token comes up in `count` draws that differ in position, or in seed."""
+    """Count each token in `count` draws that differ in position, or in seed."""
     num_rows = 4000
     counts = torch.zeros(logits.numel(), dtype=torch.int64)
     for start in range(0, count, num_rows):
@@ -43,7 +43,7 @@ def draw(logits: Tensor, count: int, *, by: str = "position", **params: object) 
 def reference_distribution(
     logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> list[float]:
-    """The textbook, one token at a time, in double precision."""
+    """Compute the distribution by definition, one token at a time, in double precision."""
     weights = {i: math.exp((x - max(logits.tolist())) / temperature) for i, x in enumerate(logits.tolist())}
     order = sorted(weights, key=lambda i: -weights[i])
     if top_k:
@@ -61,10 +61,10 @@ def reference_distribution(
 
 
 def assert_fits(counts: Tensor, expected: list[float]) -> None:
-    """Chi-square at about 5 sigma; the seeds are fixed, so it passes always or never."""
+    """Chi-square test at about 5 sigma; the seeds are fixed, so the result never changes."""
     total = int(counts.sum())
     pairs = [(n, total * p) for n, p in zip(counts.tolist(), expected, strict=True)]
-    assert all(n == 0 for n, mean in pairs if mean == 0), "a token that truncation forbids was drawn"
+    assert all(n == 0 for n, mean in pairs if mean == 0), "a token outside the truncation was sampled"
     used = [(n, mean) for n, mean in pairs if mean >= 5]
     chi_square = sum((n - mean) ** 2 / mean for n, mean in used)
     freedom = len(used) - 1
@@ -115,7 +115,7 @@ def test_noise_has_the_moments_of_gumbel_over_a_large_vocabulary() -> None:
     assert bool(noise.isfinite().all())
     assert abs(float(noise.mean()) - 0.5772) < 0.01
     assert abs(float(noise.var()) - math.pi**2 / 6) < 0.02
-    assert float(noise.max()) > 11  # the tail is there: about log(1.2 million)
+    assert float(noise.max()) > 11  # the tail is present: about log(1.2 million)
     correlation = torch.corrcoef(noise)
     assert float((correlation - torch.eye(8)).abs().max()) < 0.02
 
@@ -155,7 +155,7 @@ def mixed_rows() -> list[SamplingRow]:
         row(10, seed=1, top_k=3),
         row(10, seed=2, top_k=40),
         row(11, seed=3, top_p=0.9),
-        row(11, seed=3, top_p=0.9, temperature=4.0),  # a nucleus wider than the first try
+        row(11, seed=3, top_p=0.9, temperature=4.0),  # a nucleus wider than the first top-k
         row(12, seed=3, min_p=0.1),
         row(13, seed=4, top_k=50, top_p=0.6, min_p=0.02),
         row(14, temperature=0.0, suppressed=(0, 1, 2)),
@@ -195,7 +195,7 @@ def test_a_suppressed_token_is_never_sampled(temperature: float) -> None:
     (token,) = sample(logits, [row(temperature=temperature, suppressed=(4, 99_999, -1), num_logprobs=1)])
     assert token.token_id != 4
     assert token.logprobs is not None
-    assert token.logprobs.top_token_ids == (4,)  # logprobs are the model's own
+    assert token.logprobs.top_token_ids == (4,)  # logprobs are of the unmodified distribution
 
 
 def test_logprobs_are_of_the_unmodified_distribution_in_the_requested_number() -> None:

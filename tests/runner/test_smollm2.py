@@ -1,4 +1,4 @@
-"""The embedded model through pages, attention and sampler: what transformers says, token for token."""
+"""The embedded model through pages, attention and sampler gives the tokens of transformers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROMPTS = [
     "Translate to German: The weather is nice today, and the children are playing in the garden behind the house.",
 ]
 NUM_TOKENS = 64
-EOS = (2,)  # made impossible, so that answers are long
+EOS = (2,)  # suppressed, so that answers are long
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0)
 
 
@@ -43,7 +43,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
 
 
 def generate(runner: Runner, prompts: list[list[int]]) -> list[list[int]]:
-    """All at once: prompts in chunks of 8 tokens, beside the decodes of those that are further."""
+    """Run all requests at once: prompts in chunks of 8 tokens, together with the decodes of other requests."""
     tokens = [list(prompt) for prompt in prompts]
     computed = [0] * len(prompts)
     goals = [len(prompt) + NUM_TOKENS for prompt in prompts]
@@ -75,8 +75,8 @@ def generate(runner: Runner, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def greedy_after_each(model: Any, prompt: list[int], answer: list[int]) -> list[int]:
-    """What the model would say after the prompt and the answer's first 0, 1, 2 … tokens. When that is the answer
-    itself, it is the one that the model gives: what it would take many steps to generate, one pass tells."""
+    """Return the greedy token after the prompt and the answer's first 0, 1, 2 … tokens. When these tokens equal the
+    answer, the answer is the one that the model generates: one pass replaces many steps."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     logits[:, list(EOS)] = float("-inf")

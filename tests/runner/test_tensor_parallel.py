@@ -1,4 +1,4 @@
-"""Two ranks are one engine: the same tokens, pages with the bytes' meaning unchanged, and nobody waits for the dead."""
+"""Two ranks give the tokens and pages of one rank, and no rank waits for a dead rank."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_frames_arrive_complete_and_in_order(followers: FollowerProcesses, tmp_p
         f"open({str(tmp_path / 'got')!r}, 'wb').write(b'|'.join(frames(sys.stdin.buffer)))"
     )
     followers.start([b"spec"], (sys.executable, "-c", program))
-    large = bytes(1 << 20)  # more than a pipe holds
+    large = bytes(1 << 20)  # more than the capacity of a pipe
     for frame in (b"", large, b"last"):
         followers.send(frame)
     followers.close()
@@ -156,7 +156,7 @@ def test_a_stuck_rank_exits_soon_after_rank_0() -> None:
         process.stdin.flush()
         assert process.stdout.read(1) == b"."
         time.sleep(0.3)
-        assert process.poll() is None, "rank 0 is still there"
+        assert process.poll() is None, "rank 0 is still running"
         process.stdin.close()
         assert process.wait(timeout=60) == 1
     finally:
@@ -183,7 +183,7 @@ def test_the_barrier_waits_for_every_rank_and_fails_when_one_has_ended(tmp_path:
         mine.barrier("loaded")
 
 
-# ---------------------------------------------------------------- on GPUs, as far as that needs none
+# ---------------------------------------------------------------- GPU settings, tested without a GPU
 
 
 @pytest.mark.parametrize(

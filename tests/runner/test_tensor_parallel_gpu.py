@@ -51,7 +51,7 @@ def one_gpu() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])  # with qwen2 both ranks have the one KV head
+@pytest.fixture(scope="module", params=["llama", "qwen2"])  # with qwen2 both ranks have the same KV head
 def checkpoint(request: pytest.FixtureRequest, one_gpu: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return one_gpu.make_checkpoint(tmp_path_factory.mktemp("model") / request.param, request.param)
 
@@ -64,11 +64,12 @@ def engine(one_gpu: ModuleType, checkpoint: Checkpoint, folder: Path, **config: 
         yield runner
     finally:
         runner.close()
-    assert not list(folder.iterdir()), "it leaves nothing behind"
+    assert not list(folder.iterdir()), "the engine leaves no file behind"
 
 
 def logits_and_tokens(runner: AnyRunner) -> tuple[Tensor, list[int]]:
-    """A prompt in two chunks, then decodes: [9, VOCAB_SIZE] logits around their mean, and the greedy tokens."""
+    """Run a prompt in two chunks, then decodes: return logits [9, VOCAB_SIZE] minus their mean, and the greedy
+    tokens."""
     sampling = SamplingParams(max_tokens=9, temperature=0.0, num_logprobs=VOCAB_SIZE)
     tokens = torch.randint(0, 2990, (70,), generator=torch.Generator().manual_seed(3)).tolist()
     pages = [7, 3, 11, 2, 5, 9]
@@ -104,7 +105,7 @@ def test_two_gpus_give_the_logits_of_one_gpu(
             found[tp] = logits_and_tokens(runner)
     (wanted, tokens), (got, got_tokens) = found[1], found[2]
     same = next((place for place, pair in enumerate(zip(tokens, got_tokens, strict=True)) if len(set(pair)) == 2), 9)
-    rows = min(same + 1, len(wanted))  # behind another token the logits are another context's
+    rows = min(same + 1, len(wanted))  # after a different token the logits belong to a different context
     error = ((got[:rows] - wanted[:rows]).norm() / wanted[:rows].norm()).item()
     print(f"{checkpoint.name}, {dtype}: relative error of two GPUs' logits {error:.5f} over {rows} rows")
     assert error < tolerance
@@ -215,5 +216,5 @@ def test_a_rank_exits_when_rank_0_is_killed(checkpoint: Checkpoint, tmp_path: Pa
         process.kill()
         process.wait()
         process.stdout.close()
-    assert select.select([watched], [], [], 30.0)[0], "the follower outlives rank 0"
+    assert select.select([watched], [], [], 30.0)[0], "the follower still runs after the end of rank 0"
     os.close(watched)

@@ -1,4 +1,4 @@
-"""What a GPU pool's file may say, and who is refused before any memory is opened."""
+"""The file of a GPU pool: its content, and the files that are refused before any memory is opened."""
 
 from __future__ import annotations
 

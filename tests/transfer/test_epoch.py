@@ -1,4 +1,4 @@
-"""Lives and deaths of engines, as the lock files tell them."""
+"""Epochs of running and ended engines, as their lock files show them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_two_concurrent_watches_are_not_mistaken_for_the_owner(tmp_path: Path) -
 def test_sweep_keeps_live_epochs_and_removes_those_dead_for_long(tmp_path: Path) -> None:
     living = EpochLock(tmp_path, EpochId("living"))
     EpochLock(tmp_path, EpochId("dead")).close()
-    os.utime(lock_path(tmp_path, EpochId("dead")), (0, 0))  # a long life: the file is old, the death is new
+    os.utime(lock_path(tmp_path, EpochId("dead")), (0, 0))  # a long-running engine: the file is old, its end is recent
     sweep(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     assert num_live_epochs(tmp_path) == 1

@@ -1,4 +1,4 @@
-"""The bounds of the transfer queue, where every backend shares them."""
+"""The limits of the transfer queue, which all backends share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADDRESS = PoolAddress(transport="test", location="here", num_pages=4, page_bytes
 
 
 class Copier:
-    """A worker moved by hand, and pages that can be interfered with while they are copied."""
+    """A worker stepped by the test, with a hook that runs during a copy."""
 
     def __init__(self, pages_at_once: int = 1) -> None:
         self.target = np.zeros((4, 32), np.uint8)
@@ -68,7 +68,7 @@ def test_a_full_queue_fails_only_the_handoff_that_was_added(monkeypatch: pytest.
     assert isinstance(failed, WritesFailed)
     assert failed.handoff_id == "b"
     assert "queue is full" in failed.message
-    assert not copier.target[1:].any(), "a failed handoff writes nothing any more, not even what was queued"
+    assert not copier.target[1:].any(), "a failed handoff writes no more pages, not even queued ones"
 
 
 def test_every_transfer_report_wakes_the_loop() -> None:

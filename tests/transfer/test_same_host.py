@@ -28,12 +28,12 @@ LAYOUT = PageLayout(num_kv_heads=1, num_layers=1, page_size=4, head_dim=8, dtype
 
 
 class Mapping:
-    """A peer's memory; gone when this is."""
+    """A peer's memory, freed with this object."""
 
 
 @dataclass
 class SlowPages:
-    """Copies nothing, until it is let go on."""
+    """Pages whose copy blocks until the test releases it."""
 
     pages_at_once: int = 8
     begun: threading.Event = field(default_factory=threading.Event)
@@ -84,7 +84,7 @@ class Writer:
         return [mapping() is not None for mapping in self.mappings]
 
     def wait_until_mapped(self, expected: list[bool]) -> None:
-        """The transport's thread lets go of what it wrote to last only after it has told us of it."""
+        """Wait until the transport's thread has dropped its last reference, which it does after its report."""
         deadline_s = time.monotonic() + 20
         while self.mapped() != expected:
             assert time.monotonic() < deadline_s, self.mapped()
@@ -147,7 +147,7 @@ def test_a_peer_is_dead_only_after_its_last_writes_have_settled(tmp_path: Path, 
 
 
 def test_a_pool_being_written_stays_mapped_until_the_group_is_copied(writer: Writer, peer: Peer) -> None:
-    """A GPU kernel that writes to memory that is no longer mapped takes the whole process with it."""
+    """A GPU kernel that writes to unmapped memory would crash the process."""
     writer.write(peer.address)
     assert writer.pages.begun.wait(timeout=60)
     peer.die()

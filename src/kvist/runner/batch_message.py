@@ -47,11 +47,11 @@ class BatchEncoder:
     """Rank 0's side. Every message must reach every rank, in order."""
 
     def __init__(self) -> None:
-        self._told: dict[RequestId, _KnownRequest] = {}  # of the batch before
+        self._known: dict[RequestId, _KnownRequest] = {}  # of the previous batch
         self._encoder = msgspec.msgpack.Encoder()
 
     def encode(self, batch: Batch) -> bytes:
-        before, told = self._told, {}
+        before, current = self._known, {}
         previous: list[int | None] = []
         pages: list[tuple[int, int, Sequence[int]]] = []
         sampling: list[tuple[int, SamplingParams]] = []
@@ -75,8 +75,8 @@ class BatchEncoder:
                 known.sampling = item.sampling
             if item.suppressed_token_ids:
                 suppressed.append((place, item.suppressed_token_ids))
-            told[item.request_id] = known
-        self._told = told
+            current[item.request_id] = known
+        self._known = current
         message = BatchMessage(
             batch.step_id,
             previous,
@@ -103,7 +103,7 @@ class BatchDecoder:
     """The side of the other ranks."""
 
     def __init__(self) -> None:
-        self._requests: list[_Request] = []  # of the batch before
+        self._requests: list[_Request] = []  # of the previous batch
         self._num_named = 0
         self._decoder = msgspec.msgpack.Decoder(BatchMessage)
 

@@ -20,23 +20,25 @@ class RunnerOptions:
     )
     load_format: str = option(
         "auto",
-        "where weights come from; dummy makes random ones from the config alone",
+        "format of the weights; dummy generates random weights from the model's configuration alone",
         choices=("auto", "safetensors", "gguf", "dummy"),
     )
     device: str = option(
-        "auto", "where the model runs; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda")
+        "auto", "device of the model; auto uses a GPU if one is present", choices=("auto", "cpu", "cuda")
     )
-    base_gpu_id: int = option(0, "the first GPU of this worker, counted from 0; --tp N takes N in a row", minimum=0)
+    base_gpu_id: int = option(
+        0, "index of this worker's first GPU, from 0; with --tp N it uses N consecutive GPUs", minimum=0
+    )
     context_length: int | None = option(
         None,
-        "longest prompt and answer together; by default the length that the model was trained for",
+        "maximum length of prompt plus answer; by default the model's own maximum",
         unit="tokens",
         aliases=("max-model-len",),
         minimum=2,
     )
     tp: int = option(
         1,
-        "tensor parallel size: how many ranks share each layer; on GPUs each rank has its own",
+        "tensor parallel size: the number of ranks that split each layer; on GPUs, one GPU per rank",
         aliases=("tp-size", "tensor-parallel-size", "-tp"),
         minimum=1,
     )
@@ -50,14 +52,14 @@ class RunnerOptions:
     )
     max_total_tokens: int | None = option(
         None,
-        "tokens in the page pool; by default as many as the memory holds, but on a CPU at most 32768, and at most an "
+        "tokens in the page pool; by default as many as fit in memory, but on a CPU at most 32768 and at most an "
         "eighth of the free memory",
         unit="tokens",
         minimum=1,
     )
     page_size: int = option(
         16,
-        "tokens in one KV page; equal on all workers",
+        "tokens per KV page; must be equal on all workers",
         unit="tokens",
         aliases=("block-size",),
         minimum=1,
@@ -65,17 +67,17 @@ class RunnerOptions:
     )
     attention_backend: str = option(
         "auto",
-        "implementation of attention; auto takes the fastest that this machine has",
+        "implementation of attention; auto uses the fastest one installed for this device",
         choices=("auto", "torch", "fa3", "flashinfer"),
     )
     disable_cuda_graph: bool = option(
         False,
-        "on a GPU, launch a step kernel by kernel instead of replaying a CUDA graph",
+        "on a GPU, launch each kernel of a step separately instead of replaying CUDA graphs",
         aliases=("enforce-eager",),
     )
     num_threads: int = option(
         0,
-        "CPU threads of the engine; 0 takes an even share of the cores, with the workers already running on this host",
+        "CPU threads of the engine; 0 divides the cores evenly among the workers running on this host",
         minimum=0,
     )
     random_seed: int = option(0, "seed of dummy weights", aliases=("seed",), minimum=0)
