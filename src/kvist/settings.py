@@ -167,7 +167,7 @@ def _bench_settings(load: type[Load | CustomConfig]) -> type[BenchServerSettings
     )
 
 
-_UNUSED_BY_STEPS = (  # sockets, limits given by the batch shapes, and timeouts of requests, of which there are none
+_UNUSED_BY_STEPS = (  # sockets, request timeouts, and limits that the batch shapes set
     "served_model_name",
     "role",
     "context_length",

@@ -20,7 +20,7 @@ from kvist.cluster.processes import (
     Answer,
     ChildPlan,
     ChildState,
-    Limits,
+    ChildTimeouts,
     Processes,
     restart_wait_s,
 )
@@ -196,8 +196,8 @@ def test_a_ready_child_that_hangs_is_logged_killed_and_restarted() -> None:
         return NO_ANSWER if stopped else READY
 
     stopped = False
-    limits = Limits(stall_restart_s=1.0)
-    with Processes([plan("a", STAYS)], probe=answers, sink=lines, limits=limits) as processes:
+    timeouts = ChildTimeouts(stall_restart_s=1.0)
+    with Processes([plan("a", STAYS)], probe=answers, sink=lines, timeouts=timeouts) as processes:
         processes.wait_ready(60)
         first = processes.children["a"].pid
         assert first is not None
@@ -213,7 +213,7 @@ def test_a_ready_child_that_hangs_is_logged_killed_and_restarted() -> None:
 @pytest.mark.case("shutdown-timeout-of-up")
 def test_a_child_may_finish_its_open_requests_unless_the_stop_is_hurried() -> None:
     lines = Lines()
-    processes = Processes([plan("a", DRAINS)], probe=ready, sink=lines, limits=Limits(drain_s=3600))
+    processes = Processes([plan("a", DRAINS)], probe=ready, sink=lines, timeouts=ChildTimeouts(drain_s=3600))
     processes.start()
     lines.wait_for("up")
     stopping = threading.Thread(target=processes.stop)
@@ -229,7 +229,7 @@ def test_a_child_may_finish_its_open_requests_unless_the_stop_is_hurried() -> No
 @pytest.mark.case("shutdown-timeout-of-up")
 def test_a_suspended_child_is_continued_so_that_it_can_end() -> None:
     lines = Lines()
-    processes = Processes([plan("a", STAYS)], probe=ready, sink=lines, limits=Limits(drain_s=3600))
+    processes = Processes([plan("a", STAYS)], probe=ready, sink=lines, timeouts=ChildTimeouts(drain_s=3600))
     processes.start()
     lines.wait_for("up")
     pid = processes.children["a"].pid

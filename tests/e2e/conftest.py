@@ -18,7 +18,7 @@ import pytest
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.plan import ClusterShape, free_ports, plan_on_free_ports
 from kvist.cluster.probe import is_ready, probe_child
-from kvist.cluster.processes import ChildPlan, Limits, Processes
+from kvist.cluster.processes import ChildPlan, ChildTimeouts, Processes
 
 START_TIMEOUT_S = 120.0
 STALL_RESTART_S = 8.0  # short enough for a test, long enough for a busy machine
@@ -95,9 +95,9 @@ def cluster() -> Iterator[Cluster]:
     serve = (sys.executable, "-m", "kvist", "serve", "--stop-with-stdin", "--num-threads=1", f"--port={port}")
     plans.append(ChildPlan(name="unified", argv=(*serve, *WORKER_ARGV), url=f"http://127.0.0.1:{port}"))
     urls = {plan.name.removesuffix("-0"): plan.url for plan in plans}
-    limits = Limits(stall_restart_s=STALL_RESTART_S)
+    timeouts = ChildTimeouts(stall_restart_s=STALL_RESTART_S)
     with Processes(
-        plans, probe=probe_child, sink=lambda name, line: lines.append(f"[{name}] {line}"), limits=limits
+        plans, probe=probe_child, sink=lambda name, line: lines.append(f"[{name}] {line}"), timeouts=timeouts
     ) as processes:
         processes.wait_ready(START_TIMEOUT_S)
         yield Cluster(processes=processes, lines=lines, **urls)

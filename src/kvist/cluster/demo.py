@@ -119,7 +119,7 @@ def unmet_expectations(
 
 
 def _talk(url: str, question: str, checks: Sequence[TierCheck]) -> list[tuple[str, TurnReport]]:
-    """Return (name of the row, report) of the question, of each turn of the chat, and of the acts."""
+    """Return (name of the row, report) of the question, of each turn of the chat, and of each check."""
     with httpx.Client(base_url=url, timeout=TURN_TIMEOUT_S, trust_env=False) as client:
         rows = [("question", _ask(client, [{"role": "user", "content": question}]))]
         messages: list[Message] = []

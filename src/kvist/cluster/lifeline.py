@@ -39,9 +39,9 @@ def handle_signals(
 def stop_with_parent(*, stop: Callable[[], None], hurry: Callable[[], None], drain_s: float) -> None:
     """Obey a parent's lines on standard input from now on: `STOP`, and later `HURRY` to shorten the stop.
 
-    The end of standard input means that the parent is gone, and also asks for a stop. A line, unlike a signal, is known
-    to come from the parent: a service manager may signal parent and child at once. The process exits at the latest
-    `drain_s` + `SHUTDOWN_DEADLINE_S` after a stop began. If the process is suspended (SIGSTOP) when its parent dies, it
+    The end of standard input means that the parent is gone, and also asks for a stop. A `STOP` line and a signal may
+    arrive for the same stop, because a service manager may signal parent and child at once. The process exits at the
+    latest `drain_s` + `SHUTDOWN_DEADLINE_S` after a stop began. If the process is suspended (SIGSTOP) when its parent dies, it
     is continued. `stop` and `hurry` are called on a thread."""
     continue_when_parent_dies()
     descriptor = os.dup(sys.stdin.fileno())  # not inherited by child processes

@@ -156,7 +156,7 @@ class Child:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class ChildTimeouts:
     """Time limits of the children."""
 
     drain_s: float = 0.0  # for open requests at a stop
@@ -172,14 +172,14 @@ class Processes:
         *,
         probe: Probe,
         sink: Sink,
-        limits: Limits | None = None,
+        timeouts: ChildTimeouts | None = None,
         lines_are_shown: bool = False,
     ) -> None:
         """`lines_are_shown`: the sink shows all lines to the user, so that errors do not quote them."""
         self.children = {plan.name: Child(plan) for plan in plans}
         self._probe = probe
         self._sink = sink
-        self._limits = limits or Limits()
+        self._timeouts = timeouts or ChildTimeouts()
         self._lines_are_shown = lines_are_shown
         self._clock = MonotonicClock()
         self._selector = selectors.DefaultSelector()
@@ -261,7 +261,7 @@ class Processes:
         self._hurried.set()
 
     def _wait_ended(self, children: Sequence[Child]) -> None:
-        end_s = self._clock.now_s() + self._limits.drain_s + STOP_GRACE_S
+        end_s = self._clock.now_s() + self._timeouts.drain_s + STOP_GRACE_S
         hurried = False
         while self._threads[0].is_alive() and any(child.process is not None for child in children):
             now_s = self._clock.now_s()
@@ -344,7 +344,7 @@ class Processes:
         self._changed.notify_all()
 
     def _check_silence(self, child: Child, silent_s: float) -> None:
-        if silent_s >= self._limits.stall_restart_s:
+        if silent_s >= self._timeouts.stall_restart_s:
             self._sink(child.plan.name, f"has answered nothing for {silent_s:.0f} s (--stall-restart-s) and is killed")
             child.signal_group(signal.SIGKILL)
         elif (silent_s >= SILENT_AFTER_S) is not child.silence_reported:

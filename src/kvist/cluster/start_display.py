@@ -90,7 +90,7 @@ def start_block(children: Mapping[str, Child], *, show_all: bool) -> Iterator[St
 
 
 def describe(child: Child) -> str:
-    """ "starting: loading weights 40%", "ready"."""
+    """Return the state and progress of a child, such as "starting: loading weights 40%" or "ready"."""
     if child.state is not ChildState.STARTING or not child.doing:
         return child.state.value
     text = child.doing if len(child.doing) <= MAX_DOING_CHARS else child.doing[: MAX_DOING_CHARS - 1] + "…"

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class StopSignals:
     """Stop requests from signals and from the parent process. Before `watch`, a signal ends the start by
     `KeyboardInterrupt`; after `watch`, the first signal requests a stop, and another one hurries it. A signal within
-    `SAME_REQUEST_S` after the parent's request is the same request: both may come from one service manager."""
+    `SAME_REQUEST_S` after the parent's request counts as the same request: both may come from one service manager."""
 
     def __init__(self) -> None:
         self.requested = asyncio.Event()
@@ -39,7 +39,7 @@ class StopSignals:
         self._num_signals = 0
 
     def watch(self) -> None:
-        """Inside the running loop."""
+        """Turn signals into stop requests from now on. Call inside the running event loop."""
         self._loop = asyncio.get_running_loop()
 
     def unwatch(self) -> None:
@@ -55,14 +55,14 @@ class StopSignals:
         self._loop.call_soon_threadsafe(self._request if not again else self.hurried.set)
 
     def stop(self) -> None:
-        """From the parent, on any thread."""
+        """Request a stop for the parent process. Safe on any thread."""
         if self._loop is None:
             signal_self()
         else:
             self._loop.call_soon_threadsafe(self._request)
 
     def hurry(self) -> None:
-        """From the parent, on any thread."""
+        """Hurry the stop for the parent process. Safe on any thread."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.hurried.set)
 

@@ -13,7 +13,7 @@ from kvist.cluster.lifeline import STOP_SIGNALS, handle_signals, signal_self, st
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.probe import probe_child
-from kvist.cluster.processes import Limits, Processes
+from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.cluster.start_display import StartBlock, StartLines, start_block
 from kvist.output import output_to
 
@@ -72,7 +72,7 @@ def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
         plan_on_free_ports(shape),
         probe=probe_child,
         sink=screen.show,
-        limits=Limits(drain_s=shape.drain_s, stall_restart_s=shape.stall_restart_s),
+        timeouts=ChildTimeouts(drain_s=shape.drain_s, stall_restart_s=shape.stall_restart_s),
         lines_are_shown=shape.shows_all_lines or not sys.stdout.isatty(),
     )
     with interrupt_on_stop_signals(processes):

@@ -94,7 +94,7 @@ class StorageConfig:
     hicache_storage_prefetch_policy: str = option(
         "timeout",
         "how long a request waits for its pages from the store: not at all (best_effort), until all pages are loaded "
-        "(wait_complete), or until then but at most the two times below (timeout)",
+        "(wait_complete), or until all pages are loaded or the time below is over (timeout)",
         choices=PREFETCH_POLICIES,
     )
     hicache_storage_prefetch_threshold: int = option(

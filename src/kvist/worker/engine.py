@@ -143,7 +143,7 @@ def find_served_model(config: EngineConfig) -> ServedModel:
 
 
 def compute_fingerprints(checkpoint: Checkpoint, config: EngineConfig) -> Fingerprints:
-    """Raises `ModelLoadError`."""
+    """Compute both fingerprints. Raises `ModelLoadError`."""
     is_dummy = config.load_format == "dummy"
     # Dummy weights of another seed give other pages for the same checkpoint.
     suffix = f"-dummy-{config.random_seed}" if is_dummy else ""
@@ -206,7 +206,7 @@ def _assemble(
     runtime_dir: Path,
     closing: contextlib.ExitStack,
 ) -> Engine:
-    with closing:  # on an error
+    with closing:  # closes every part after an error
         pool = runner.pool
         channel = EngineChannel(
             f"tcp://{bracketed(config.engine_host)}:{config.engine_port or '*'}",

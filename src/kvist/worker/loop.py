@@ -1,7 +1,7 @@
 """The engine's loop: events → `scheduler.step` → carry out the plan → events.
 
     recv ─► events ─► step ─► plan: 1. tokens and endings to gateways   2. messages to peers   3. transfers and moves
-      ▲                             4. launch the batch   5. read the oldest batch under way
+      ▲                             4. launch the batch   5. read the oldest batch in flight
       └───────────────────────────────────────── StepFinished | StepFailed ◄──────┘
 
 With a storage tier, the scheduler gets new requests before it plans a batch, so that their pages are looked up in the

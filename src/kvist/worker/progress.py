@@ -31,7 +31,7 @@ def _end_process() -> None:
 
 
 class ProgressWatch:
-    """Watches from `start` to `stop`; `look` is called by its thread alone."""
+    """Watches from `start` to `stop`; only its own thread calls `check`."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """The engine's storage tier: opens, attaches and detaches stores while the engine serves.
 
-    DETACHED ──attach──► ATTACHING ──opened──► ATTACHED ──detach──► DETACHING ──its calls are back──► DETACHED
+    DETACHED ──attach──► ATTACHING ──opened──► ATTACHED ──detach──► DETACHING ──its calls returned──► DETACHED
                              └──cannot be opened, or detached meanwhile──► DETACHED
 
 Opening a store may scan a disk, so a separate thread does it; the store named by the flags is opened before the engine
@@ -245,7 +245,7 @@ class EngineStorage:
         return StoreChoice(backend=backend, path=path, size_gb=size_gb)
 
     def _default_folder(self) -> Path:
-        """Raises `RequestError` naming the field."""
+        """Return the folder named by the flags. Raises `RequestError` naming the field."""
         path = self._config.hicache_storage_path
         if path is None:
             return cache_folder() / "pages"
