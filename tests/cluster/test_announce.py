@@ -37,18 +37,18 @@ class Script:
 
 async def watch(script: Script, num_looks: int) -> int:
     """Return the number of announcements."""
-    said = 0
+    num_announced = 0
 
     def say() -> None:
-        nonlocal said
-        said += 1
+        nonlocal num_announced
+        num_announced += 1
 
     task = asyncio.create_task(announce(script, say))
     while script.num_looks < num_looks:
         await asyncio.sleep(0.001)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    return said
+    return num_announced
 
 
 @pytest.fixture(autouse=True)

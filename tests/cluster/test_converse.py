@@ -19,9 +19,9 @@ Answer = Callable[[httpx.Request], httpx.Response]
 
 def events(*pieces: str, finish_reason: str = "stop") -> str:
     usage = {"prompt_tokens": 20, "completion_tokens": len(pieces), "prompt_tokens_details": {"cached_tokens": 16}}
-    said = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces]
+    events = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces]
     last = {"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}]}
-    return "".join(f"data: {json.dumps(event)}\n\n" for event in [*said, last, {"choices": [], "usage": usage}])
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in [*events, last, {"choices": [], "usage": usage}])
 
 
 class Chat:

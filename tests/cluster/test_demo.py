@@ -92,12 +92,12 @@ def test_the_demo_table_has_one_line_per_turn_and_the_summary_names_the_processe
     for cell in ("100.0 ms", "50 tok", "48 tok", "3.00 MiB", "12.5 ms"):
         assert cell in lines[2]
     child = Child(ChildPlan(name="prefill-0", argv=(), url="http://127.0.0.1:1"))
-    said = process_summary([("question", report)], [child])
-    assert "Prefill ran in prefill-0" in said
-    assert "decode in 127.0.0.1:2" in said
-    told = cache_summary(FROM_HOST, report)
-    assert "48 of 50 prompt tokens" in told
-    assert "(16 from the device pool, 32 from host memory, 0 from storage)" in told
+    line = process_summary([("question", report)], [child])
+    assert "Prefill ran in prefill-0" in line
+    assert "decode in 127.0.0.1:2" in line
+    line = cache_summary(FROM_HOST, report)
+    assert "48 of 50 prompt tokens" in line
+    assert "(16 from the device pool, 32 from host memory, 0 from storage)" in line
 
 
 def test_the_demo_fails_without_the_expected_word_or_without_pages_from_a_tier() -> None:
@@ -106,9 +106,9 @@ def test_the_demo_fails_without_the_expected_word_or_without_pages_from_a_tier()
     rows = [("question", report), (FROM_HOST.name, report), (FROM_STORE.name, report)]
     assert unmet_expectations(rows, [FROM_HOST], question="Where?", expect="paris") == []
     assert "Rome" in unmet_expectations(rows, [FROM_HOST], question="Where?", expect="Rome")[0]
-    (said,) = unmet_expectations(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")  # no page from storage
-    assert "of host memory were flushed, and no page was loaded from storage" in said
+    (line,) = unmet_expectations(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")  # no page from storage
+    assert "of host memory were flushed, and no page was loaded from storage" in line
     stored = dataclasses.replace(report, num_cached_by_tier={"device": 48, "host": 0, "storage": 16})
     rows[1:] = [(FROM_HOST.name, stored), (FROM_STORE.name, stored)]
-    (said,) = unmet_expectations(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")
-    assert "device pools were flushed, and no page was loaded from host" in said
+    (line,) = unmet_expectations(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")
+    assert "device pools were flushed, and no page was loaded from host" in line

@@ -151,9 +151,9 @@ def test_nothing_is_left_behind_when_the_parent_is_killed() -> None:
     """)
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    up, told = sorted(parent.stdout.readline() for _ in range(2))[::-1]  # from two threads, in any order
+    up, pid_line = sorted(parent.stdout.readline() for _ in range(2))[::-1]  # from two threads, in any order
     assert up == "up\n"
-    pid = int(told.removeprefix("pid "))
+    pid = int(pid_line.removeprefix("pid "))
     parent.kill()
     parent.wait()
     assert parent.stdout.read() == ""  # end of file: the child has also closed the pipe
@@ -168,7 +168,7 @@ DRAINS = """
 import sys
 print("up", flush=True)
 for line in sys.stdin:
-    print("told", line.strip(), flush=True)
+    print("received", line.strip(), flush=True)
     if line == "hurry\\n":
         break
 print("x" * 300_000, flush=True)  # more than a pipe holds: somebody must read it
@@ -184,8 +184,8 @@ def test_a_child_that_refuses_its_settings_ends_the_start_and_is_not_restarted()
             processes.wait_ready(60)
         assert processes.children["a"].state is ChildState.REFUSED
         assert processes.children["a"].num_restarts == 0
-    said = [line for _name, line in lines.seen] + [caught.value.message]
-    assert sum("cannot listen" in line for line in said) == 1
+    shown = [line for _name, line in lines.seen] + [caught.value.message]
+    assert sum("cannot listen" in line for line in shown) == 1
 
 
 @pytest.mark.case("stopped-engine")
@@ -218,7 +218,7 @@ def test_a_child_may_finish_its_open_requests_unless_the_stop_is_hurried() -> No
     lines.wait_for("up")
     stopping = threading.Thread(target=processes.stop)
     stopping.start()
-    lines.wait_for("told stop")
+    lines.wait_for("received stop")
     assert stopping.is_alive()
     processes.hurry()
     stopping.join(60)

@@ -34,18 +34,18 @@ def children(**doings: str) -> dict[str, Child]:
 
 
 def test_without_a_terminal_each_ready_process_gets_a_line_and_the_rest_few(clock: FakeClock) -> None:
-    started, said = children(decode="loading weights 40%", router=""), list[str]()
-    report = StartLines(started, said.append)
+    started, shown = children(decode="loading weights 40%", router=""), list[str]()
+    report = StartLines(started, shown.append)
     report()
     clock.advance(3.0)
     started["router"].state = ChildState.READY
     report()
     report()
-    assert said == ["router is ready after 3.0 s"]
+    assert shown == ["router is ready after 3.0 s"]
     clock.advance(REPORT_INTERVAL_S)
     report()
     report()
-    assert said[1:] == ["after 13 s: decode starting: loading weights 40%"]
+    assert shown[1:] == ["after 13 s: decode starting: loading weights 40%"]
 
 
 def test_a_terminal_shows_a_changing_line_per_process_and_important_lines_above(clock: FakeClock) -> None:

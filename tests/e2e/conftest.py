@@ -68,7 +68,7 @@ class Cluster:
         start_s = time.monotonic()
         while not condition():
             if time.monotonic() - start_s > within_s:
-                pytest.fail(f"not within {within_s} s; the processes said:\n" + "\n".join(self.lines[-60:]))
+                pytest.fail(f"not within {within_s} s; the last lines:\n" + "\n".join(self.lines[-60:]))
             time.sleep(0.02)
         return time.monotonic() - start_s
 

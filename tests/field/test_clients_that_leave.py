@@ -200,5 +200,5 @@ def test_a_step_with_one_client_left_goes_on_and_aborted_requests_end_with_it() 
     ((ended_s, name, _),) = engine.wire.ended()
     assert name == "leaves"
     assert ended_s == pytest.approx(1.0 + NUM_LAYERS * LAYER_S)
-    told = [message for _, message in engine.wire.sent if isinstance(message, wire.StepOutputs)]
-    assert "stays" in {chunk.request_id for outputs in told for chunk in outputs.chunks}
+    outputs_sent = [message for _, message in engine.wire.sent if isinstance(message, wire.StepOutputs)]
+    assert "stays" in {chunk.request_id for outputs in outputs_sent for chunk in outputs.chunks}

@@ -122,8 +122,8 @@ async def test_a_stream_over_the_shutdown_timeout_ends_with_an_error_event_and_o
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
         assert "retry-after" in answer.headers
         await server.ended()
-    told = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [record.getMessage() for record in told] == [
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record.getMessage() for record in warnings] == [
         "open requests that are now cut with an error: 2 (--shutdown-timeout-s)"
     ]
 

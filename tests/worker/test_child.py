@@ -61,8 +61,8 @@ def config(play: str, **more: float) -> EngineConfig:
 
 
 async def start(play: str, progress: list[str] | None = None, **more: float) -> EngineProcess:
-    told = progress if progress is not None else []
-    return await EngineProcess.start(config(play, **more), on_progress=told.append, command=COMMAND)
+    reported = progress if progress is not None else []
+    return await EngineProcess.start(config(play, **more), on_progress=reported.append, command=COMMAND)
 
 
 def is_running(pid: int) -> bool:

@@ -711,8 +711,8 @@ def test_undecodable_messages_and_failed_steps_are_counted_in_the_report(engine:
 
 def test_every_total_that_is_reported_is_explained_in_the_metrics(engine: Engine) -> None:
     engine.iterate((G1, HELLO))
-    told = {*reports(engine, G1)[0].totals, *COUNTERS, *TIER_COUNTERS, *MOVE_COUNTERS, *STORE_COUNTERS}
-    assert told == set(ENGINE_TOTALS)
+    reported = {*reports(engine, G1)[0].totals, *COUNTERS, *TIER_COUNTERS, *MOVE_COUNTERS, *STORE_COUNTERS}
+    assert reported == set(ENGINE_TOTALS)
 
 
 @pytest.mark.case("nan-logits")

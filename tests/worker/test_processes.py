@@ -535,10 +535,10 @@ def test_an_engine_killed_during_a_backup_leaves_only_whole_pages(cluster: Clust
         engine.ended.clear()
         ask(engine)
         until(lambda: len(engine.ended) == len(requests), engine)
-        said: dict[str, list[int]] = {}
+        tokens_of: dict[str, list[int]] = {}
         for chunk in sorted(engine.chunks, key=lambda chunk: chunk.position):
-            said.setdefault(chunk.request_id, []).extend(chunk.token_ids)
-        return said, sum(chunk.num_cached_tokens or 0 for chunk in engine.chunks)
+            tokens_of.setdefault(chunk.request_id, []).extend(chunk.token_ids)
+        return tokens_of, sum(chunk.num_cached_tokens or 0 for chunk in engine.chunks)
 
     (engine,) = cluster.start("unified", host_tier=host_tier)
     ask(engine)
@@ -566,11 +566,11 @@ def test_an_engine_without_memory_for_its_host_tier_names_the_flag_and_ends(mode
     )
     engine = Engine(config)
     assert engine.process.stdout is not None
-    told = [each for line in engine.process.stdout if isinstance(each := decode_line(line), StartFailed)]
+    failures = [each for line in engine.process.stdout if isinstance(each := decode_line(line), StartFailed)]
     assert engine.process.wait(timeout=60) == 1
     engine.close()
-    assert [each.code for each in told] == ["config_error"]
-    assert "lower --hicache-size" in told[0].message
+    assert [each.code for each in failures] == ["config_error"]
+    assert "lower --hicache-size" in failures[0].message
     assert list((tmp_path / "run").glob("pool-*")) == []
 
 

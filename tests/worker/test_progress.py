@@ -42,22 +42,22 @@ def test_the_watch_leaves_a_slow_loop_alone() -> None:
 
 
 def test_a_long_step_is_progress_only_while_it_uses_the_cpu() -> None:
-    told: list[tuple[float, float]] = []
+    beats: list[tuple[float, float]] = []
     cpu_s = itertools.count(start=0.0, step=2 * LEAST_CPU_S)
     watch = ProgressWatch(lambda: 7, limit_s=LIMIT_S, loop_cpu_s=lambda: next(cpu_s), end=never)
-    watch.start(lambda turn_s, stalled_s: told.append((turn_s, stalled_s)))
+    watch.start(lambda turn_s, stalled_s: beats.append((turn_s, stalled_s)))
     watch.stop()
-    told.clear()
+    beats.clear()
     for _ in range(3 * LOOKS):
         watch.check()
-    assert told[-1] == (pytest.approx(3 * LIMIT_S, abs=2 * CHECK_INTERVAL_S), 0.0)
+    assert beats[-1] == (pytest.approx(3 * LIMIT_S, abs=2 * CHECK_INTERVAL_S), 0.0)
 
     blocked = ProgressWatch(lambda: 7, limit_s=LIMIT_S, loop_cpu_s=lambda: 1.0, end=never)
-    blocked.start(lambda turn_s, stalled_s: told.append((turn_s, stalled_s)))
+    blocked.start(lambda turn_s, stalled_s: beats.append((turn_s, stalled_s)))
     blocked.stop()
     for _ in range(4):
         blocked.check()
-    assert told[-1] == (pytest.approx(4 * CHECK_INTERVAL_S, abs=2 * CHECK_INTERVAL_S),) * 2
+    assert beats[-1] == (pytest.approx(4 * CHECK_INTERVAL_S, abs=2 * CHECK_INTERVAL_S),) * 2
 
 
 def test_oversleep_counts_the_time_in_which_the_process_was_stopped() -> None:

@@ -274,8 +274,8 @@ def test_a_store_is_attached_and_detached_while_requests_are_served(
     asked = world.ask_storage(engine, "status").status
     assert (asked.state, asked.hicache_storage_backend) == ("detached", None)
     streams = [world.submit_full(engine, request_of(f"a{n}", prompt(n))) for n in LENGTHS]
-    told = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0).status
-    assert (told.state, told.hicache_storage_path) == ("attached", str(tmp_path / "pages"))
+    status = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0).status
+    assert (status.state, status.hicache_storage_path) == ("attached", str(tmp_path / "pages"))
     world.run()
     for n, stream in zip(LENGTHS, streams, strict=True):  # computed without a store, and stored at the next hit
         assert answer(world, engine, request_of(f"b{n}", prompt(n)))[0] == stream.token_ids
@@ -369,8 +369,8 @@ def test_a_store_that_hangs_at_detach_is_abandoned_after_a_timeout(
 ) -> None:
     engine = start(world, file_store(tmp_path, deadline_s=DEADLINE_S))
     hang(world, engine, hanging, request_of("1", prompt(33)))
-    told = world.ask_storage(engine, "detach", step_s=0.1).status
-    assert (told.state, told.note) == ("detached", "detached, but a call of the store hangs")
+    status = world.ask_storage(engine, "detach", step_s=0.1).status
+    assert (status.state, status.note) == ("detached", "detached, but a call of the store hangs")
     assert engine.scheduler.load().host_pages.in_flight > 0
     hanging.go.set()
     world.run()

@@ -41,8 +41,8 @@ def stop_with_parent(*, stop: Callable[[], None], hurry: Callable[[], None], dra
 
     The end of standard input means that the parent is gone, and also asks for a stop. A `STOP` line and a signal may
     arrive for the same stop, because a service manager may signal parent and child at once. The process exits at the
-    latest `drain_s` + `SHUTDOWN_DEADLINE_S` after a stop began. If the process is suspended (SIGSTOP) when its parent dies, it
-    is continued. `stop` and `hurry` are called on a thread."""
+    latest `drain_s` + `SHUTDOWN_DEADLINE_S` after a stop began. If the process is suspended (SIGSTOP) when its parent
+    dies, it is continued. `stop` and `hurry` are called on a thread."""
     continue_when_parent_dies()
     descriptor = os.dup(sys.stdin.fileno())  # not inherited by child processes
     null = os.open(os.devnull, os.O_RDONLY)
