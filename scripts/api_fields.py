@@ -42,7 +42,7 @@ def table() -> str:
     order = {"honoured": 0, "advisory": 1, "refused": 2}
     rows.sort(key=lambda row: (order[row[1]], row[0]))
     lines = [f"| `{name}` | {kind} | {where} | {says} |" for name, kind, where, says in rows]
-    return "\n".join(["| Field | Class | Where | Effect, reason, or what works |", "|---|---|---|---|", *lines]) + "\n"
+    return "\n".join(["| Field | Class | Where | Effect, reason, or alternative |", "|---|---|---|---|", *lines]) + "\n"
 
 
 def _honoured() -> Iterator[tuple[str, str, str, str]]:
@@ -75,7 +75,7 @@ def _says(cls: FieldClass) -> str:
     values = ", ".join(f"`{msgspec.json.encode(value).decode()}`" for value in cls.neutral)
     if not values:
         return said
-    return f"{said}. {'Not named with' if isinstance(cls, Advisory) else 'Taken:'} {values}"
+    return f"{said}. {'Not named with' if isinstance(cls, Advisory) else 'Accepted:'} {values}"
 
 
 def main() -> None:
