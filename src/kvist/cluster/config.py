@@ -52,7 +52,7 @@ class ChatConfig:
     api_key: str | None = option(None, "API key of the running server", secret=True)
     stats: bool = option(True, "show latency and token counts after each answer")
     start_timeout_s: float = option(
-        600.0, "longest time to wait for a server that is started for the chat", unit="s", minimum=1
+        600.0, "maximum time to wait for a server that is started for the chat", unit="s", minimum=1
     )
 
     @property

@@ -89,7 +89,7 @@ class StorageConfig:
         unset="a file in the store's folder",
     )
     hicache_storage_size: float = option(
-        DEFAULT_STORAGE_GB, "largest total size of the pages in the store", unit="GB", minimum=0.001
+        DEFAULT_STORAGE_GB, "maximum total size of the pages in the store", unit="GB", minimum=0.001
     )
     hicache_storage_prefetch_policy: str = option(
         "timeout",
@@ -101,10 +101,10 @@ class StorageConfig:
         256, "shorter prefixes are not fetched from the store but computed", unit="tokens", minimum=1
     )
     hicache_storage_prefetch_timeout_base_s: float = option(
-        1.0, "policy timeout: longest wait, without the part that depends on the tokens", unit="s", minimum=0
+        1.0, "policy timeout: maximum wait, to which a time for each 1000 tokens is added", unit="s", minimum=0
     )
     hicache_storage_prefetch_timeout_per_1k_s: float = option(
-        0.25, "policy timeout: longest wait added for each 1000 tokens", unit="s", minimum=0
+        0.25, "policy timeout: time added to the maximum wait for each 1000 tokens", unit="s", minimum=0
     )
     hicache_storage_deadline_s: float = option(
         10.0, "a store that takes longer than this for 128 pages is not used for some time", unit="s", minimum=0.1
@@ -171,7 +171,7 @@ class EngineConfig(RunnerOptions):
     gateway_timeout_s: float = option(
         15.0, "abort the requests of a gateway that has sent nothing for this long", unit="s", minimum=0.1
     )
-    engine_start_timeout_s: float = option(600.0, "longest time to load the model", unit="s", minimum=1)
+    engine_start_timeout_s: float = option(600.0, "maximum time to load the model", unit="s", minimum=1)
     stall_restart_s: float = option(
         30.0,
         "kill and restart a process that makes no progress for this long: one that is suspended, blocked, or waits for "
