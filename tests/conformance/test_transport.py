@@ -160,7 +160,7 @@ def test_stop_of_an_unknown_handoff_is_answered_with_no_pages(source: Side) -> N
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"layout": "other"}, "same model"),
         ({"page_bytes": LAYOUT.page_bytes * 2}, "same model"),
@@ -171,13 +171,13 @@ def test_stop_of_an_unknown_handoff_is_answered_with_no_pages(source: Side) -> N
     ],
 )
 def test_an_unexpected_peer_pool_is_refused_before_the_first_byte_is_written(
-    source: Side, target: Side, change: dict[str, object], says: str
+    source: Side, target: Side, change: dict[str, object], message: str
 ) -> None:
     pool = msgspec.structs.replace(target.address, **change)
     source.transport.write(WritePages(handoff_id=A, pool=pool, page_ids=(0, 3), peer_page_ids=(0, 3)))
     [report] = source.wait_for(1)
     assert isinstance(report, WritesFailed)
-    assert says in report.message
+    assert message in report.message
     assert untouched(target.pages())
 
 

@@ -1,7 +1,8 @@
-"""Where the transport suite's engines live: in one process, on one host's memory, or on GPUs.
+"""The hosts of the transport suite's engines: one process, one host's memory, or GPUs.
 
-`Side` is one engine's transport and pool. A GPU's memory cannot be opened by the process that made it, so every GPU
-side but the source is a `gpu_peer.py` of its own; those are kept from test to test, because they take seconds to start.
+`Side` is one engine's transport and pool. A process cannot open GPU memory that it has exported itself, so every GPU
+side except the source is a separate `gpu_peer.py`. The peers are kept from test to test, because each takes seconds to
+start.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Logits of every family equal transformers' on random tiny models: whole, chunked, and over a cached prefix."""
+"""Logits of every family equal those of transformers on random tiny models: whole, chunked, after a cached prefix."""
 
 import pytest
 import torch

@@ -80,8 +80,8 @@ def greedy_after_each(model: Any, prompt: list[int], answer: list[int]) -> list[
     with torch.no_grad():
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     logits[:, list(EOS)] = float("-inf")
-    told: list[int] = logits.argmax(-1).tolist()
-    return told
+    tokens: list[int] = logits.argmax(-1).tolist()
+    return tokens
 
 
 def test_greedy_tokens_equal_transformers_alone_and_in_a_batch(runner: Runner, transformers_smollm2: Any) -> None:

@@ -152,7 +152,7 @@ def test_a_stuck_rank_exits_soon_after_rank_0() -> None:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        process.stdin.write(b"a frame that nobody reads")
+        process.stdin.write(b"an unread frame")
         process.stdin.flush()
         assert process.stdout.read(1) == b"."
         time.sleep(0.3)
@@ -187,7 +187,7 @@ def test_the_barrier_waits_for_every_rank_and_fails_when_one_has_ended(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says", "param"),
+    ("changes", "message", "param"),
     [
         ({"tp": 4}, "--base-gpu-id 0 --tp 4 needs GPU 3 .counted from 0., but torch finds 2", "tp"),
         ({"tp": 2, "base_gpu_id": 1}, "--base-gpu-id 1 --tp 2 needs GPU 2", "tp"),
@@ -199,13 +199,13 @@ def test_more_ranks_than_gpus_are_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
-    says: str,
+    message: str,
     param: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     config = replace(RunnerConfig(load_format="dummy", device="cuda"), **changes)
-    with pytest.raises(ConfigError, match=says) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         build_runner(tiny_checkpoint, load_model_config(tiny_checkpoint), config, runtime_dir=tmp_path)
     assert caught.value.param == param
 

@@ -1,6 +1,6 @@
-"""Two GPUs are one engine: the same logits and tokens, recorded or not, planned ahead or not; it ends within a bound.
+"""Two GPUs give the logits and tokens of one, with and without graphs and overlap; the engine ends within a time limit.
 
-Engines run one after another: a process is in one group at a time.
+Engines run one after another: a process is in one process group at a time.
 """
 
 from __future__ import annotations

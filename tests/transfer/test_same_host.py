@@ -137,11 +137,11 @@ def test_a_peer_is_dead_only_after_its_last_writes_have_settled(tmp_path: Path, 
         assert not writer.transport.peer_is_dead(peer.epoch)
         clock.advance(9.0)
         peer.die()
-        told = []
+        answers = []
         for _ in range(7):
-            told.append(writer.transport.peer_is_dead(peer.epoch))
+            answers.append(writer.transport.peer_is_dead(peer.epoch))
             clock.advance(0.125)
-        assert told == [False] * 4 + [True] * 3
+        assert answers == [False] * 4 + [True] * 3
     finally:
         writer.transport.close()
 

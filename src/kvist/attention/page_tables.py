@@ -58,8 +58,8 @@ class PageTables:
             self._change(lists)
         self._step += 1
         rows = self._rows
-        for place in np.flatnonzero(spans.ends > self._num_tokens[rows]).tolist():  # once per page of tokens
-            self._write(self._previous_rows[place], lists[place], int(spans.ends[place]))
+        for index in np.flatnonzero(spans.ends > self._num_tokens[rows]).tolist():  # once per page of tokens
+            self._write(self._previous_rows[index], lists[index], int(spans.ends[index]))
         return rows
 
     def slots(self, spans: SpanColumns, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(RMSNorm(x + residual) * weight, x + residual); x, residual [num_rows, hidden_size], weight [hidden_size]."""
+    """Return (RMSNorm(x + residual) * weight, x + residual); x, residual [num_rows, hidden_size], weight
+    [hidden_size]."""
     if not x.is_cuda:
         return add_rms_norm_torch(x, residual, weight, eps)
     from kvist.kernels.gpu import norm

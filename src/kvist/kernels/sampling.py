@@ -1,8 +1,7 @@
 """Samples tokens: argmax(logits / temperature + Gumbel noise), where the noise is a hash of (row key, token id).
 
-A row's key is 64 bits that the caller derives from (seed, position); the hash takes it as two words. The integer part
-of the hash has the same bits on every device, so a stream may continue on another device; the logarithms may differ in
-the last bit.
+A row's key is 64 bits that the caller derives from (seed, position); the hash takes it as two words. The hash has
+the same bits on every device, so a stream may continue on another device; the logarithms may differ in the last bit.
 """
 
 from __future__ import annotations

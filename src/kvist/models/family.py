@@ -26,7 +26,7 @@ FAMILIES = (
     Family(name="llama", hf_architecture="LlamaForCausalLM", gguf_interleaves_rotation=True),
     # Qwen2 and Qwen2.5: Llama with a bias on q, k and v.
     Family(name="qwen2", hf_architecture="Qwen2ForCausalLM", qkv_bias=True, output_bias_with_qkv=False),
-    # Qwen3 (dense): q and k are normalised per head, and head_dim is free of hidden_size / num_heads.
+    # Qwen3 (dense): q and k are normalised per head, and head_dim is independent of hidden_size / num_heads.
     Family(name="qwen3", hf_architecture="Qwen3ForCausalLM", qk_norm=True, default_head_dim=128),
 )
 

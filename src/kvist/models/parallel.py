@@ -23,7 +23,7 @@ from kvist.errors import ConfigError
 from kvist.models.linear import Linear, make_gated_linear, make_linear
 from kvist.models.weights import WeightReader
 
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # since torch 2.13, and before
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

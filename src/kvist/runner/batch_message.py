@@ -37,7 +37,7 @@ class BatchMessage(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class _KnownRequest:
     """The state of a request at the other ranks. Owned by `BatchEncoder`."""
 
-    place: int
+    index: int
     page_ids: Sequence[int]
     num_pages: int = 0
     sampling: SamplingParams | None = None
@@ -57,24 +57,24 @@ class BatchEncoder:
         sampling: list[tuple[int, SamplingParams]] = []
         suppressed: list[tuple[int, tuple[int, ...]]] = []
         items = batch.items
-        for place, item in enumerate(items):  # nearly always: nothing to add
+        for index, item in enumerate(items):  # nearly always: nothing to add
             known = before.get(item.request_id)
             if known is None:
                 previous.append(None)
-                known = _KnownRequest(place, item.page_ids)
+                known = _KnownRequest(index, item.page_ids)
             else:
-                previous.append(known.place)
-                known.place = place
+                previous.append(known.index)
+                known.index = index
                 if known.page_ids is not item.page_ids:
                     known.page_ids, known.num_pages = item.page_ids, 0
             if len(item.page_ids) != known.num_pages:
-                pages.append((place, known.num_pages, item.page_ids[known.num_pages :]))
+                pages.append((index, known.num_pages, item.page_ids[known.num_pages :]))
                 known.num_pages = len(item.page_ids)
             if item.sampling is not known.sampling and item.sampling is not None:
-                sampling.append((place, item.sampling))
+                sampling.append((index, item.sampling))
                 known.sampling = item.sampling
             if item.suppressed_token_ids:
-                suppressed.append((place, item.suppressed_token_ids))
+                suppressed.append((index, item.suppressed_token_ids))
             current[item.request_id] = known
         self._known = current
         message = BatchMessage(
@@ -110,16 +110,16 @@ class BatchDecoder:
     def decode(self, payload: bytes) -> Batch:
         message = self._decoder.decode(payload)
         before = self._requests
-        requests = [self._new() if place is None else before[place] for place in message.previous]
-        for place, num_known, page_ids in message.pages:
-            request = requests[place]
+        requests = [self._new() if index is None else before[index] for index in message.previous]
+        for index, num_known, page_ids in message.pages:
+            request = requests[index]
             if num_known == 0:
                 request.page_ids = list(page_ids)
             else:
                 assert num_known == len(request.page_ids), "messages arrive complete and in order"
                 request.page_ids += page_ids
-        for place, params in message.sampling:
-            requests[place].sampling = params
+        for index, params in message.sampling:
+            requests[index].sampling = params
         suppressed = dict(message.suppressed)
         self._requests = requests
         each = zip(requests, message.starts, message.token_ids, message.wants_token, strict=True)
@@ -130,9 +130,9 @@ class BatchDecoder:
                 start=start,
                 page_ids=request.page_ids,
                 sampling=request.sampling if wants_token else None,
-                suppressed_token_ids=suppressed.get(place, ()),
+                suppressed_token_ids=suppressed.get(index, ()),
             )
-            for place, (request, start, token_ids, wants_token) in enumerate(each)
+            for index, (request, start, token_ids, wants_token) in enumerate(each)
         ]
         return Batch(step_id=message.step_id, items=tuple(items))
 

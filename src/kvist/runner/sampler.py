@@ -58,7 +58,8 @@ def is_plain(params: SamplingParams) -> bool:
 
 
 def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Return [num_rows] int64 token ids, NO_TOKEN where the logits have NaN. On a GPU the host does not wait."""
+    """Return [num_rows] int64 token ids, NO_TOKEN for a row with NaN or an infinite maximum. On a GPU the host does not
+    wait."""
     assert logits.shape[0] == len(rows)
     if all(row.params.greedy and not row.suppressed_token_ids for row in rows):
         return without_broken_rows(logits.argmax(dim=-1), logits)

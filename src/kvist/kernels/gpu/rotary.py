@@ -48,27 +48,27 @@ def _rotate_and_write(
     heads, cos, sin, qk_weight, eps, q_out, pages, slots,
     token_stride, page_stride, head_stride, kind_stride, page_size,
     NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, HEADS: tl.constexpr,
-    TURN: tl.constexpr, NORM: tl.constexpr, DEPENDENT: tl.constexpr,
+    ROTATE: tl.constexpr, NORM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     dim = tl.arange(0, DIMS)[None, :]
     inside = (dim < HEAD_DIM) & (head < NUM_Q + 2 * NUM_KV)
-    turned = head < NUM_Q + NUM_KV  # v is neither normed nor rotated
+    rotated = head < NUM_Q + NUM_KV  # v is neither normed nor rotated
     partner = tl.where(dim < HEAD_DIM // 2, dim + HEAD_DIM // 2, dim - HEAD_DIM // 2)
     wait_for_inputs(DEPENDENT)
     row = heads + token * token_stride + head * HEAD_DIM
     value = tl.load(row + dim, mask=inside, other=0.0)
-    if TURN:
+    if ROTATE:
         own, other = value.to(tl.float32), tl.load(row + partner, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             scale = 1.0 / tl.sqrt(tl.sum(own * own, axis=1)[:, None] / HEAD_DIM + eps)
             weight = qk_weight + head * HEAD_DIM
-            own *= scale * tl.load(weight + dim, mask=inside & turned, other=0.0).to(tl.float32)
-            other *= scale * tl.load(weight + partner, mask=inside & turned, other=0.0).to(tl.float32)
+            own *= scale * tl.load(weight + dim, mask=inside & rotated, other=0.0).to(tl.float32)
+            other *= scale * tl.load(weight + partner, mask=inside & rotated, other=0.0).to(tl.float32)
         cosine = tl.load(cos + token * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
         sine = tl.load(sin + token * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
-        value = tl.where(turned, (own * cosine + other * sine).to(value.dtype), value)
+        value = tl.where(rotated, (own * cosine + other * sine).to(value.dtype), value)
     tl.store(q_out + (token * NUM_Q + head) * HEAD_DIM + dim, value, mask=inside & (head < NUM_Q))
     slot = tl.load(slots + token)
     page, offset = (slot // page_size).to(tl.int64), slot % page_size
