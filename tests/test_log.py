@@ -1,4 +1,4 @@
-"""Every log record is one line of text or one JSON object, whatever its content."""
+"""Every log record is one line of text or one JSON object, for any content."""
 
 from __future__ import annotations
 

@@ -128,8 +128,8 @@ async def server(
 
 
 class LoopWatch:
-    """The longest time for which the event loop could not run, as far as this process was the reason: time in which
-    other processes had the processors is not counted."""
+    """The longest time for which the event loop could not run, due to this process itself: time in which other
+    processes used the CPUs is not counted."""
 
     def __init__(self) -> None:
         self.longest_s = 0.0
@@ -204,7 +204,7 @@ async def test_the_watch_notices_a_blocked_event_loop() -> None:
 
 
 def filled(start: str, item: str, end: str, num_bytes: int = BODY_BYTES) -> bytes:
-    """JSON of about so many bytes: `item` repeated between `start` and `end`."""
+    """Return JSON of about `num_bytes` bytes: `item` repeated between `start` and `end`."""
     count = (num_bytes - len(start) - len(end)) // len(item.encode())
     return (start + item * count).encode().rstrip(b",") + end.encode()
 

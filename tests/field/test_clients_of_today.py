@@ -1,4 +1,4 @@
-"""What benchmarks and evaluations of others send, as recorded from them (docs/clients.md), and what they read."""
+"""Requests of other benchmarks and evaluations, as recorded (docs/clients.md), and the fields that they read."""
 
 from __future__ import annotations
 

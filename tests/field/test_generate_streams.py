@@ -1,4 +1,4 @@
-"""Streams of /generate: what each event repeats of those before it."""
+"""Streams of /generate: the parts of earlier events that each event repeats."""
 
 from __future__ import annotations
 

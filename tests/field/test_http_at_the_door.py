@@ -1,4 +1,4 @@
-"""What a client may send before anybody has looked at it: header bytes, lines and time, Host, codings, HTTP/1.0."""
+"""Limits that apply before a request is validated: header bytes, lines and time, Host, codings, HTTP/1.0."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ async def test_an_unread_body_does_not_keep_the_connection_open(make_bench: Call
 
 
 async def send_then_read(port: int, *pieces: bytes) -> bytes:
-    """As most clients do it: an error while sending is the end, whatever has been answered."""
+    """Send, then read, like most clients: an error while sending ends the exchange, even if an answer has come."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         async with asyncio.timeout(BOUND_S):

@@ -1,4 +1,4 @@
-"""What a server says of its model and of itself, as clients of vLLM and SGLang ask for it."""
+"""The endpoints that describe server and model, as clients of vLLM and SGLang request them."""
 
 from __future__ import annotations
 

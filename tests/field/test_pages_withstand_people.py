@@ -1,4 +1,4 @@
-"""Prompts of choice, files written into the store and folders named by HTTP bring nobody another's pages."""
+"""Chosen prompts, files written into the store and folders named by HTTP never give a client another's pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With --tenant-by api-key nobody hits, in any tier, what another API key's requests have cached."""
+"""With --tenant-by api-key, no request hits pages of another API key, in any tier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stop strings, logprobs and text offsets: what the gateway makes of tokens, in every API that tells them."""
+"""Stop strings, logprobs and text offsets that the gateway makes of tokens, in every API that has them."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class Told:
 
 
 async def answers(api: str, model: Model, *, stream: bool, **fields: Any) -> list[Told]:
-    """Of each choice, whichever way it was told."""
+    """Return the answer of each choice, streamed or not."""
     num_choices = fields.get("n", 1)
     extra = {"stream_options": {"include_usage": True}} if stream and api != "native" else {}
     response = await post(model, PATHS[api][0], {**body_for(api, stream=stream, **fields), **extra})

@@ -22,7 +22,7 @@ def message_of(response: httpx.Response) -> str:
     return message
 
 
-# ---------------------------------------------------------------- pages that nobody named
+# ---------------------------------------------------------------- pages without --allowed-origins
 
 
 @pytest.mark.case("cross-site")

@@ -42,7 +42,7 @@ async def test_a_streamed_chat_has_the_same_content_in_pieces(bench: Any, read_e
     assert done == "[DONE]"
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
-    # an event without text tells that a token came which is part of a character
+    # an event without text carries a token that is part of a character
     assert texts == ["", "h", "", "é", "", "", "", "🎉", "!", ""]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 9 + ["stop"]
     assert all(chunk["usage"] is None for chunk in chunks)

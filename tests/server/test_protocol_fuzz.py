@@ -1,4 +1,4 @@
-"""Whatever bytes come, the server answers or closes, logs no traceback, and serves the next client."""
+"""For any input bytes, the server answers or closes the connection, logs no traceback, and serves the next client."""
 
 from __future__ import annotations
 

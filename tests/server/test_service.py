@@ -1,4 +1,4 @@
-"""What is true of every endpoint: limits, keys, ids, disconnects, health, metrics."""
+"""The behaviour of every endpoint: limits, keys, ids, disconnects, health, metrics."""
 
 from __future__ import annotations
 

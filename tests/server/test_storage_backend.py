@@ -1,4 +1,4 @@
-"""/hicache/storage-backend: what is told to the workers, and what becomes of their answers."""
+"""/hicache/storage-backend: the commands sent to the workers, and the handling of their answers."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def merged(text: str) -> list[int]:
-    """The two neighbours with the best joined piece are merged until none is left; then bytes for what is no piece."""
+    """Merge the two neighbours with the best joined piece until none is left; then split unknown pieces into bytes."""
     score_of = dict(zip(PIECES, SCORES, strict=True))
     parts = list("▁" + text.replace(" ", "▁"))
     while True:

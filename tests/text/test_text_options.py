@@ -1,5 +1,4 @@
-"""What an operator says of text (--chat-template, --special-tokens-in-content), and prompts that go on with the final
-message."""
+"""The options for text (--chat-template, --special-tokens-in-content), and prompts that continue the final message."""
 
 from __future__ import annotations
 
