@@ -34,7 +34,7 @@ H200_CLUSTERS = 66  # of two multiprocessors each, of 132
 
 
 @pytest.mark.parametrize(
-    ("n", "pays"),
+    ("n", "is_used"),
     [
         (18_944, True),  # Qwen2-7B: three full rounds
         (18_944 // 2, False),  # with --tp 2: one and a half rounds
@@ -47,8 +47,8 @@ H200_CLUSTERS = 66  # of two multiprocessors each, of 132
         (8, False),
     ],
 )
-def test_the_gated_kernel_is_used_where_its_tiles_fill_the_multiprocessors(n: int, pays: bool) -> None:
-    assert gated.fills_gpu(2 * n, H200_CLUSTERS) == pays
+def test_the_gated_kernel_is_used_where_its_tiles_fill_the_multiprocessors(n: int, is_used: bool) -> None:
+    assert gated.fills_gpu(2 * n, H200_CLUSTERS) == is_used
 
 
 @pytest.mark.parametrize(

@@ -145,13 +145,13 @@ def test_a_step_aborted_between_layers_leaves_the_runner_usable(engine: Any) -> 
     expected = engine.generate(prompt, GREEDY)
     num_breaks = 0
 
-    def give_up_before_the_second_layer() -> None:
+    def stop_before_the_second_layer() -> None:
         nonlocal num_breaks
         num_breaks += 1
         if num_breaks == 2:
             raise TimeoutError("the request has ended")
 
-    engine.runner.between_layers = give_up_before_the_second_layer
+    engine.runner.between_layers = stop_before_the_second_layer
     with pytest.raises(TimeoutError, match="the request has ended"):
         engine.generate(prompt, GREEDY)
     engine.runner.between_layers = None

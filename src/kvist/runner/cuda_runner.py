@@ -94,7 +94,7 @@ class CudaRunner:
                 self._capture(limits)
 
     def launch(self, batch: Batch) -> InFlight:
-        """Raises when the launch fails; an error during execution is raised by `result`."""
+        """Launch a batch. Raises when the launch fails; `result` raises an error of the execution."""
         assert batch.items, "a batch has at least one item"
         previous, self._previous = self._previous, EMPTY_BATCH
         columns = read_batch(batch.items, previous)

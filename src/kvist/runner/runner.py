@@ -116,7 +116,7 @@ def forward(
     """Return logits [num_sampled, vocab_size] in fp32, or None when no row needs a token."""
     attend = attention.prepare(inputs.spans)
     if between_layers is not None:
-        attend = _with_breaks(attend, between_layers)
+        attend = _with_callback(attend, between_layers)
     unfinished = model.begin(inputs.token_ids, inputs.positions, attend)
     if inputs.sampled_rows is not None:
         if not len(inputs.sampled_rows):
@@ -126,9 +126,9 @@ def forward(
     return model.logits(model.finish(unfinished))
 
 
-def _with_breaks(attend: Attend, between_layers: Callable[[], None]) -> Attend:
-    def attend_after_a_break(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _with_callback(attend: Attend, between_layers: Callable[[], None]) -> Attend:
+    def attend_after_callback(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         between_layers()
         return attend(layer, q, k, v)
 
-    return attend_after_a_break
+    return attend_after_callback
