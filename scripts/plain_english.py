@@ -33,10 +33,11 @@ CLEAN = {
     "src/kvist/metrics.py", "src/kvist/models", "src/kvist/output.py", "src/kvist/own_files.py",
     "src/kvist/parent.py", "src/kvist/request.py", "src/kvist/router", "src/kvist/scheduler", "src/kvist/server",
     "src/kvist/service_time.py", "src/kvist/settings.py", "src/kvist/text", "src/kvist/wire.py", "src/kvist/worker",
-    "tests/attention", "tests/bench", "tests/channel", "tests/cli", "tests/cluster", "tests/conftest.py", "tests/e2e",
-    "tests/kernels", "tests/models", "tests/router", "tests/scheduler", "tests/test_audit.py", "tests/test_cores.py",
-    "tests/test_docs.py", "tests/test_fairness.py", "tests/test_gpu_tests.py", "tests/test_layers.py",
-    "tests/test_output.py", "tests/test_plain_english.py", "tests/transfer", "tests/worker",
+    "tests/attention", "tests/bench", "tests/channel", "tests/cli", "tests/cluster", "tests/conftest.py",
+    "tests/e2e", "tests/field", "tests/kernels", "tests/models", "tests/router", "tests/scheduler",
+    "tests/test_audit.py", "tests/test_cores.py", "tests/test_docs.py", "tests/test_fairness.py",
+    "tests/test_gpu_tests.py", "tests/test_layers.py", "tests/test_output.py", "tests/test_plain_english.py",
+    "tests/transfer", "tests/worker",
 }
 # fmt: on
 
