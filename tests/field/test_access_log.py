@@ -1,4 +1,4 @@
-"""Every HTTP request leaves a line and a count, refused ones too; the root says what answers here."""
+"""Every HTTP request, refused ones too, leaves a log line and a count; the root path describes the server."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_refused_requests_are_logged_and_counted_by_route_and_status(
         await bench.client.request("BREW", "/pot", headers=keyed)
         await bench.client.get("/health")
     assert [line.split()[2] for line in lines(caplog)] == ["401", "401", "415", "404", "404", "404"]
-    told = (await bench.client.get("/metrics", headers=keyed)).text
+    exposition = (await bench.client.get("/metrics", headers=keyed)).text
     for labels, count in (
         ('method="POST",path="/v1/chat/completions",status="401"', 2),
         ('method="POST",path="/v1/completions",status="415"', 1),
@@ -84,7 +84,7 @@ async def test_refused_requests_are_logged_and_counted_by_route_and_status(
         ('method="other",path="other",status="404"', 1),
         ('method="GET",path="/health",status="200"', 1),
     ):
-        assert f"kvist:http_requests_total{{{labels}}} {count}.0" in told
+        assert f"kvist:http_requests_total{{{labels}}} {count}.0" in exposition
 
 
 async def test_polls_are_logged_at_debug_only_and_the_access_log_can_be_disabled(
@@ -105,12 +105,12 @@ async def test_polls_are_logged_at_debug_only_and_the_access_log_can_be_disabled
 
 
 async def test_the_root_path_describes_the_server(make_bench: Callable[..., Any]) -> None:
-    told = (await make_bench().client.get("/")).json()
-    assert "Kvist" in told["server"]
-    assert "POST /v1/chat/completions" in told["generate"]
+    body = (await make_bench().client.get("/")).json()
+    assert "Kvist" in body["server"]
+    assert "POST /v1/chat/completions" in body["generate"]
     bench = make_bench(api_key=("k",))
     assert (await bench.client.get("/")).json()["api_key"] == "required"
-    for entry in [*told["generate"], *told["look"]]:
+    for entry in [*body["generate"], *body["look"]]:
         method, path = entry.split()
         response = await bench.client.request(method, path, headers={"authorization": "Bearer k"})
         assert response.status_code not in (404, 405), entry

@@ -1,4 +1,4 @@
-"""API keys: which are accepted at start, and which processes ask for them."""
+"""API keys: which keys are accepted at the start, and which processes require them."""
 
 from __future__ import annotations
 

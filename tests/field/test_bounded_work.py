@@ -1,4 +1,4 @@
-"""The gateway's work for one request is bounded in time and memory, and holds up no other client's stream."""
+"""The gateway's work for one request is bounded in time and memory, and does not delay other clients' streams."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def byte_tokenizer() -> Tokenizer:
 
 @dataclass
 class Engine:
-    """Answers `num_tokens` tokens, each with `num_logprobs` likely ones where they are asked for."""
+    """Answers with `num_tokens` tokens, each with `num_logprobs` top logprobs if requested."""
 
     num_tokens: int = 3
     tokens_per_part: int = 1
-    blocked_until: threading.Event | None = None  # what asks for its model waits for it
-    sends: bool = False  # whether it does what a dispatcher does with a prompt
+    blocked_until: threading.Event | None = None  # `model` blocks until it is set
+    sends: bool = False  # encode the prompt as a real dispatcher does
     spec: EngineSpec = SPEC
     requests: list[EngineRequest] = field(default_factory=list)
 
@@ -116,7 +116,7 @@ async def server(
     engine: Engine | None = None, *, tokenizer: Tokenizer | None = None, **settings: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
     app: Any = build_app(
-        dispatcher=engine or Engine(),  # type: ignore[arg-type]  # what generation needs of one
+        dispatcher=engine or Engine(),  # type: ignore[arg-type]  # implements only what generation uses
         tokenizer=tokenizer or byte_tokenizer(),
         config=replace(ServerConfig(), **settings),
         model_name="tiny",
@@ -147,7 +147,7 @@ class LoopWatch:
 async def loop_watch() -> AsyncIterator[LoopWatch]:
     watch = LoopWatch()
     gc.collect()
-    gc.freeze()  # as a server does; a collection of all that the tests have imported would be counted
+    gc.freeze()  # as a server does; otherwise a collection of all imported test modules would be counted
     task = asyncio.create_task(watch.watch())
     await asyncio.sleep(0.01)
     try:
@@ -168,10 +168,10 @@ class Peak:
 
 @contextmanager
 def peak_of_memory() -> Iterator[Peak]:
-    """By how much this process grows meanwhile, at most."""
+    """Measure the peak growth of this process's memory."""
     peak = Peak()
     gc.collect()
-    CLEAR_REFS.write_text("5")  # forget the peak so far
+    CLEAR_REFS.write_text("5")  # resets the peak
     before = status_bytes("VmRSS")
     yield peak
     peak.num_bytes = status_bytes("VmHWM") - before
@@ -183,8 +183,8 @@ def status_bytes(name: str) -> int:
 
 
 async def post_unnoticed(client: httpx.AsyncClient, path: str, **request: Any) -> httpx.Response:
-    """The response to a request that does not hold the loop up. On a busy machine another thread's time may be counted
-    once; a request that does hold the loop up does so each time."""
+    """Send a request and assert that it does not block the loop. On a busy machine, one attempt may count the time of
+    another thread; a request that blocks the loop does so in every attempt."""
     holds_s = []
     for _ in range(3):
         async with loop_watch() as watch:
@@ -199,7 +199,7 @@ async def test_the_watch_notices_a_blocked_event_loop() -> None:
     async with loop_watch() as watch:
         wall_s, cpu_s = time.perf_counter(), time.process_time()
         while min(time.perf_counter() - wall_s, time.process_time() - cpu_s) < 0.06:
-            pass  # threads that other tests left behind use processor time of this process, too
+            pass  # leftover threads of other tests also use processor time of this process
     assert watch.longest_s > MAX_HOLD_S
 
 
@@ -257,7 +257,7 @@ async def test_an_expensive_body_is_refused_without_delaying_other_requests(kind
 
 
 class Upload:
-    """A client, without sockets, whose body arrives as the test says."""
+    """A client without sockets whose body arrives when the test sends it."""
 
     def __init__(self, app: Any, path: str, declared: int | None, pieces: list[bytes]) -> None:
         headers = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
@@ -424,7 +424,7 @@ async def test_long_prompts_of_many_answers_are_sent_between_events_of_other_str
 
 @pytest.mark.case("tokenise-unbounded")
 @pytest.mark.case("large-bodies")
-@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="the peak of a process's memory is asked of Linux")
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="the peak memory of a process can be read on Linux only")
 @pytest.mark.parametrize("kind", HOSTILE)
 async def test_a_hostile_body_costs_at_most_64_mb(kind: str) -> None:
     path, make = HOSTILE[kind]
@@ -448,7 +448,7 @@ async def test_waiting_for_a_tokenizer_thread_counts_against_the_request_timeout
     go = threading.Event()
     engine = Engine()
     async with server(engine, tokenizer_threads=1, request_timeout_s=0.05) as client:
-        engine.blocked_until = go  # in the thread that asks for the model's limits
+        engine.blocked_until = go  # blocks the worker thread when it reads the model's limits
         try:
             response = await client.post("/v1/completions", json={"prompt": "x" * 5000})
         finally:
@@ -459,7 +459,7 @@ async def test_waiting_for_a_tokenizer_thread_counts_against_the_request_timeout
 
 @pytest.mark.model
 @pytest.mark.case("tokenise-unbounded")
-@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="the peak of a process's memory is asked of Linux")
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="the peak memory of a process can be read on Linux only")
 @pytest.mark.parametrize("kind", ["emoji", "emoji to tokenize", "digits", "one message"])
 async def test_the_real_tokenizer_takes_at_most_64_mb_for_each_of_six_hostile_texts(kind: str) -> None:
     path, make = HOSTILE[kind]

@@ -1,4 +1,4 @@
-"""Chat templates as models bring them."""
+"""Chat templates with the features that published models use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def render(source: str, messages: list[dict[str, Any]] = CHAT, **options: Any) -
 
 
 def model_folder(folder: Path, chat_template: str | None) -> Checkpoint:
-    """A token a byte."""
+    """Return a tokenizer with one token per byte."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

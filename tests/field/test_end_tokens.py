@@ -1,4 +1,4 @@
-"""Which tokens end an answer, wherever a model says so."""
+"""The tokens that end an answer, from every file in which a model can name them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_an_end_token_named_only_by_the_tokenizer_ends_answers(
     ("files", "expected"),
     [
         ({"special_tokens_map": {"eos_token": "<|turn|>"}}, (8,)),
-        ({"tokenizer_config": {"eos_token": "E"}}, (4,)),  # a word of the vocabulary
+        ({"tokenizer_config": {"eos_token": "E"}}, (4,)),  # an ordinary token of the vocabulary
         (
             {"tokenizer_config": {"eos_token": "x", "added_tokens_decoder": {"11": {"content": "x"}}}},
             (11,),

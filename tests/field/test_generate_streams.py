@@ -21,7 +21,7 @@ async def events(bench: Any, read_events: Callable[[Any], list[Any]], **fields: 
 
 
 def logprobs(event: dict[str, Any]) -> list[int]:
-    """The ids whose logprobs an event has."""
+    """Return the token ids whose logprobs an event has."""
     meta = event["meta_info"]
     assert len(meta["output_top_logprobs"]) == len(meta["output_token_logprobs"])
     return [token_id for _, token_id, _ in meta["output_token_logprobs"]]
@@ -97,11 +97,11 @@ async def test_echo_puts_the_prompt_before_the_text(
         response = await bench.post("/v1/completions", {"echo": True, "stream": stream, **fields})
         if not stream:
             return [choice["text"] for choice in response.json()["choices"]]
-        told: dict[int, str] = {}
+        texts_by_index: dict[int, str] = {}
         for event in read_events(response)[:-1]:
             for choice in event["choices"]:
-                told[choice["index"]] = told.get(choice["index"], "") + choice["text"]
-        return [told[index] for index in sorted(told)]
+                texts_by_index[choice["index"]] = texts_by_index.get(choice["index"], "") + choice["text"]
+        return [texts_by_index[index] for index in sorted(texts_by_index)]
 
     assert await texts(prompt="ab ", max_tokens=1) == ["ab h"]
     assert await texts(prompt=["a ", "b "], n=2) == ["a hello", "a hello", "b hello", "b hello"]

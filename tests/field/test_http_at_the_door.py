@@ -23,7 +23,7 @@ PROMPT = b'{"prompt":"x","stream":true}'
 
 @asynccontextmanager
 async def served(bench: Any) -> AsyncIterator[int]:
-    """The port of the application under its real server."""
+    """Yield the port of the application under its real server."""
     traffic = getattr(bench.app, "traffic", None)
     server = http_server(bench.app, *([traffic] if traffic else []), bench.config)
     task = asyncio.create_task(server.serve())
@@ -38,7 +38,7 @@ async def served(bench: Any) -> AsyncIterator[int]:
 
 
 async def exchange(port: int, *pieces: bytes) -> bytes:
-    """Everything that comes back, until the server closes."""
+    """Return everything that the server sends until it closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         async with asyncio.timeout(BOUND_S):
@@ -57,7 +57,7 @@ def request(*lines: bytes, method: bytes = b"GET /health", version: bytes = b"1.
 
 
 def error_of(answer: bytes) -> tuple[int, str]:
-    """Status and message of an error in OpenAI's shape."""
+    """Return status and message of an error in OpenAI's shape."""
     head, _, body = answer.partition(b"\r\n\r\n")
     return int(head.split()[1]), json.loads(body)["error"]["message"]
 
@@ -254,8 +254,8 @@ async def test_connections_over_the_limit_get_a_503_and_are_counted(make_bench: 
             writer.close()
     assert status == 503
     assert "--max-connections" in message
-    told = (await bench.client.get("/metrics")).text
-    assert "kvist:http_connections_refused_total 1.0" in told
+    exposition = (await bench.client.get("/metrics")).text
+    assert "kvist:http_connections_refused_total 1.0" in exposition
 
 
 async def test_a_connection_over_the_limit_receives_its_503_although_it_sends_a_request(
@@ -319,8 +319,8 @@ async def test_input_that_is_not_http_is_an_error_response_and_one_log_line(
             answer = await exchange(port, sent)
     assert error_of(answer)[0] == status
     records = [record for record in caplog.records if record.name.startswith(("kvist", "uvicorn", "asyncio"))]
-    told = [record for record in records if f" {status} " in record.getMessage()]
-    assert len(told) == 1
+    lines = [record for record in records if f" {status} " in record.getMessage()]
+    assert len(lines) == 1
     assert not [record for record in records if record.exc_info or record.levelno > logging.INFO]
 
 
@@ -383,7 +383,13 @@ async def test_a_compressed_body_is_read(bench: Any, coding: str, encode: Callab
 @pytest.mark.parametrize(
     "body",
     [completion(), b"", gzip.compress(completion())[:-9], gzip.compress(completion()) + b"more", b"\x1f\x8b\xff\xff"],
-    ids=["not coded", "empty", "cut short", "more after its end", "damaged"],  # gzip's bytes have the time in them
+    ids=[
+        "not coded",
+        "empty",
+        "cut short",
+        "more after its end",
+        "damaged",
+    ],  # fixed ids: gzip output contains the time
 )
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
 async def test_a_body_that_does_not_match_its_content_encoding_is_a_400(bench: Any, body: bytes, coding: str) -> None:

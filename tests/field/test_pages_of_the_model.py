@@ -32,7 +32,7 @@ async def test_tokenizer_info_has_vllms_fields(bench: Any) -> None:
     assert (info["vocab_size"], info["model_max_length"]) == (257, 200)
 
 
-@pytest.mark.parametrize("num_tokens_before", [0, 1])  # the first may come from prefill alone
+@pytest.mark.parametrize("num_tokens_before", [0, 1])  # a prefill worker alone can produce the first token
 async def test_health_generate_needs_a_token_of_prefill_and_one_of_decode(bench: Any, num_tokens_before: int) -> None:
     assert (await bench.client.get("/health_generate")).status_code == 200
     (request,) = bench.dispatcher.requests

@@ -1,4 +1,4 @@
-"""Fields that clients of OpenAI, vLLM and SGLang send: honoured, accepted without effect, or refused by name."""
+"""Fields that clients of OpenAI, vLLM and SGLang send: honoured, accepted without effect, or refused with an error."""
 
 from __future__ import annotations
 
@@ -102,16 +102,16 @@ async def test_continuous_usage_counts_each_choice_separately(
 
 
 async def test_an_unknown_field_is_refused_and_the_nearest_field_is_named(bench: Any) -> None:
-    async def said(path: str, **fields: object) -> str:
+    async def message_of(path: str, **fields: object) -> str:
         response = await bench.post(path, {**ENDPOINTS[path], **fields})
         assert response.status_code == 400
         message: str = response.json()["error"]["message"]
         return message
 
-    assert "did you mean `response_format`?" in await said("/v1/chat/completions", respnse_format={})
-    assert "did you mean `stream_options.include_usage`?" in await said("/v1/completions", include_usage=True)
-    assert "`sampling_params`" in await said("/generate", temperature=0.5)
-    assert "`sampling_params.max_new_tokens`" in await said("/generate", max_tokens=5)
+    assert "did you mean `response_format`?" in await message_of("/v1/chat/completions", respnse_format={})
+    assert "did you mean `stream_options.include_usage`?" in await message_of("/v1/completions", include_usage=True)
+    assert "`sampling_params`" in await message_of("/generate", temperature=0.5)
+    assert "`sampling_params.max_new_tokens`" in await message_of("/generate", max_tokens=5)
 
 
 async def test_a_seed_of_minus_one_is_drawn_by_the_server(bench: Any) -> None:

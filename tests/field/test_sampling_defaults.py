@@ -1,4 +1,4 @@
-"""Requests that do not say how to sample: the model's own recommendation, or OpenAI's defaults."""
+"""Sampling of requests that set no sampling fields: the model's recommended values, or OpenAI's defaults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvist.text import SamplingDefaults, load_sampling_defaults
 
 
 def with_defaults(bench: Any, **defaults: Any) -> Any:
-    """The same bench, served with the model's defaults."""
+    """Return the same bench, served with the model's defaults."""
     app = build_app(
         dispatcher=bench.dispatcher,
         tokenizer=bench.dispatcher.tokenizer,
@@ -38,10 +38,16 @@ async def test_chats_and_completions_use_the_models_recommended_sampling_by_defa
     await served.post("/v1/completions", {"prompt": "x"})
     await served.chat(temperature=1, top_p=1, top_k=-1, min_p=0, max_tokens=9)
     await served.post("/generate", {"text": "x"})
-    chat, completion, told, native = [request.sampling for request in bench.dispatcher.requests]
+    chat, completion, explicit, native = [request.sampling for request in bench.dispatcher.requests]
     assert (chat.temperature, chat.top_p, chat.top_k, chat.min_p, chat.max_tokens) == (0.6, 0.95, 20, 0.1, 7)
     assert (completion.temperature, completion.max_tokens) == (0.6, 16)
-    assert (told.temperature, told.top_p, told.top_k, told.min_p, told.max_tokens) == (1.0, 1.0, 0, 0.0, 9)
+    assert (explicit.temperature, explicit.top_p, explicit.top_k, explicit.min_p, explicit.max_tokens) == (
+        1.0,
+        1.0,
+        0,
+        0.0,
+        9,
+    )
     assert (native.temperature, native.top_p, native.top_k) == (1.0, 1.0, 0), "SGLang's own API has its own defaults"
     assert (await served.client.get("/model_info")).json()["preferred_sampling_params"]["top_k"] == 20
 

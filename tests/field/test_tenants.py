@@ -21,7 +21,7 @@ def tenant(key: str) -> str:
 
 def test_equal_salts_share_pages_within_one_api_key_only() -> None:
     one, other = tenant("k1"), tenant("k2")
-    salts = [salt_digest(salt, whose) for whose in (one, other, "") for salt in (None, "a", one, other)]
+    salts = [salt_digest(salt, tenant) for tenant in (one, other, "") for salt in (None, "a", one, other)]
     assert len(set(salts)) == len(salts)
     assert salt_digest("a", one) == salt_digest("a", tenant("k1"))
     assert salt_digest("", one) == salt_digest(None, one)

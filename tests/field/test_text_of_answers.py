@@ -41,7 +41,7 @@ SPEC = EngineSpec(
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A token a byte, then `<|end|>` and `<|turn|>`, which are special."""
+    """Return a tokenizer with one token per byte, and the special tokens `<|end|>` and `<|turn|>`."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,12 +53,12 @@ def byte_tokenizer() -> Tokenizer:
 
 @dataclass
 class Model:
-    """Answers with `answer`, some tokens a part, until max_tokens or `<|end|>`."""
+    """Answers with `answer`, several tokens per part, until max_tokens or `<|end|>`."""
 
     tokenizer: Tokenizer
     answer: str
     tokens_per_part: int = 1
-    logprobs: Sequence[TokenLogprobs] = ()  # of each token, where they matter
+    logprobs: Sequence[TokenLogprobs] = ()  # of each token; empty in tests without logprobs
 
     def snapshot(self) -> ClusterSnapshot:
         return ClusterSnapshot(workers=())
@@ -104,7 +104,7 @@ PATHS = {
 
 
 def body_for(api: str, *, stream: bool, **fields: Any) -> dict[str, Any]:
-    """The fields by OpenAI's names; /generate has its own for two of them."""
+    """Return the fields under the endpoint's names; /generate has its own names for two of OpenAI's fields."""
     body: dict[str, Any] = {**PATHS[api][1], "stream": stream}
     if api != "native":
         return {**body, **fields}
@@ -114,7 +114,7 @@ def body_for(api: str, *, stream: bool, **fields: Any) -> dict[str, Any]:
 
 async def post(model: Model, path: str, body: dict[str, Any]) -> httpx.Response:
     app: Any = build_app(
-        dispatcher=model,  # type: ignore[arg-type]  # what generation needs of one
+        dispatcher=model,  # type: ignore[arg-type]  # implements only what generation uses
         tokenizer=model.tokenizer,
         config=ServerConfig(),
         model_name="tiny",
@@ -132,7 +132,7 @@ def events(response: httpx.Response) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Told:
+class Result:
     text: str
     num_tokens: int
     finish: str
@@ -143,21 +143,21 @@ async def answers(api: str, model: Model, *, stream: bool, **fields: Any) -> lis
     num_choices = fields.get("n", 1)
     extra = {"stream_options": {"include_usage": True}} if stream and api != "native" else {}
     response = await post(model, PATHS[api][0], {**body_for(api, stream=stream, **fields), **extra})
-    told = events(response) if stream else [response.json()]
+    bodies = events(response) if stream else [response.json()]
     if api == "native":
-        whole = told if stream else (told[0] if isinstance(told[0], list) else told)
+        whole = bodies if stream else (bodies[0] if isinstance(bodies[0], list) else bodies)
         last = {one.get("index", 0): one for one in whole}
         return [
-            Told(one["text"], one["meta_info"]["completion_tokens"], one["meta_info"]["finish_reason"]["type"])
+            Result(one["text"], one["meta_info"]["completion_tokens"], one["meta_info"]["finish_reason"]["type"])
             for _, one in sorted(last.items())
         ]
     texts, finishes = dict.fromkeys(range(num_choices), ""), dict.fromkeys(range(num_choices), "")
-    for choice in (choice for one in told for choice in one["choices"]):
+    for choice in (choice for one in bodies for choice in one["choices"]):
         piece = choice["text"] if api == "completions" else choice.get("delta", choice.get("message")).get("content")
         texts[choice["index"]] += piece or ""
         finishes[choice["index"]] = choice["finish_reason"] or finishes[choice["index"]]
-    num_tokens = told[-1]["usage"]["completion_tokens"] // num_choices
-    return [Told(texts[index], num_tokens, finishes[index]) for index in range(num_choices)]
+    num_tokens = bodies[-1]["usage"]["completion_tokens"] // num_choices
+    return [Result(texts[index], num_tokens, finishes[index]) for index in range(num_choices)]
 
 
 each_api = pytest.mark.parametrize("api", list(PATHS))
@@ -182,7 +182,7 @@ async def test_stop_strings_take_effect_after_min_tokens_only(
         (12, "DEFGHIJKLGHIMN", 14, "length"),
         (14, "DEFGHIJKLGHIMN", 14, "length"),
     ]:
-        expected = [Told(text, num_tokens, finish)] * n
+        expected = [Result(text, num_tokens, finish)] * n
         assert await answers(api, model, min_tokens=min_tokens, **fields) == expected, min_tokens
 
 
@@ -193,27 +193,27 @@ async def test_stop_strings_take_effect_after_min_tokens_only(
 @pytest.mark.parametrize(
     ("stop", "expected"),
     [
-        ("<|turn|>", Told("Hi", 3, "stop")),
-        (["x", "<|turn|>"], Told("Hi", 3, "stop")),
-        ("\n<|end|>", Told("Hiho", 7, "stop")),  # mixed with text, and the model's own end token
-        ("ho\n<|end|>\n", Told("Hi", 8, "stop")),
-        ("i<|turn|>h", Told("H", 4, "stop")),
-        ("o<|turn|>", Told("Hiho\n\nyou", 11, "length")),
+        ("<|turn|>", Result("Hi", 3, "stop")),
+        (["x", "<|turn|>"], Result("Hi", 3, "stop")),
+        ("\n<|end|>", Result("Hiho", 7, "stop")),  # mixed with text, and the model's own end token
+        ("ho\n<|end|>\n", Result("Hi", 8, "stop")),
+        ("i<|turn|>h", Result("H", 4, "stop")),
+        ("o<|turn|>", Result("Hiho\n\nyou", 11, "length")),
     ],
 )
 async def test_a_stop_string_may_spell_special_tokens(
-    api: str, stream: bool, tokens_per_part: int, stop: str | list[str], expected: Told
+    api: str, stream: bool, tokens_per_part: int, stop: str | list[str], expected: Result
 ) -> None:
     model = Model(byte_tokenizer(), "Hi<|turn|>ho\n<|end|>\nyou", tokens_per_part)
     assert await answers(api, model, stream=stream, stop=stop, ignore_eos=True, max_tokens=60) == [expected]
 
 
 async def offsets_of(model: Model, *, stream: bool, **fields: Any) -> tuple[str, list[str], list[int]]:
-    """The text, its tokens and their offsets, of /v1/completions."""
+    """Return the text, its tokens and their offsets from /v1/completions."""
     body = {"prompt": "p", "max_tokens": 20, "logprobs": 1, "stream": stream, **fields}
     response = await post(model, "/v1/completions", body)
-    told = events(response) if stream else [response.json()]
-    choices = [one["choices"][0] for one in told if one["choices"]]
+    bodies = events(response) if stream else [response.json()]
+    choices = [one["choices"][0] for one in bodies if one["choices"]]
     tokens = [token for choice in choices for token in choice["logprobs"]["tokens"]]
     offsets = [offset for choice in choices for offset in choice["logprobs"]["text_offset"]]
     return "".join(choice["text"] for choice in choices), tokens, offsets
@@ -228,16 +228,21 @@ async def offsets_of(model: Model, *, stream: bool, **fields: Any) -> tuple[str,
         ("aéb", {}, "aéb", [0, 1, 1, 2]),  # é has two tokens
         ("🦙 🦙", {"max_tokens": 6}, "🦙 \ufffd", [0, 0, 0, 0, 1, 2]),  # ends inside a character
         ("a<|turn|>b<|end|>", {}, "ab", [0, 1, 1, 2]),  # special tokens have no text
-        ("ab--cd", {"stop": "--c"}, "ab", [0, 1, 2, 2, 2]),  # tokens of the stop string are where the text ends
-        ("ab--dd", {"stop": "--c"}, "ab--dd", [0, 1, 2, 3, 4, 5]),  # withheld for a while
+        (
+            "ab--cd",
+            {"stop": "--c"},
+            "ab",
+            [0, 1, 2, 2, 2],
+        ),  # tokens of the stop string have the offset of the text's end
+        ("ab--dd", {"stop": "--c"}, "ab--dd", [0, 1, 2, 3, 4, 5]),  # withheld until the match fails
     ],
 )
 async def test_text_offsets_are_positions_in_the_returned_text(
     stream: bool, tokens_per_part: int, answer: str, fields: dict[str, Any], text: str, offsets: list[int]
 ) -> None:
     model = Model(byte_tokenizer(), answer, tokens_per_part)
-    told_text, tokens, told = await offsets_of(model, stream=stream, **fields)
-    assert (told_text, told) == (text, offsets)
+    returned_text, tokens, returned_offsets = await offsets_of(model, stream=stream, **fields)
+    assert (returned_text, returned_offsets) == (text, offsets)
     assert len(tokens) == len(offsets)
 
 
@@ -251,7 +256,7 @@ async def test_logprobs_by_text_keep_the_chosen_token_and_distinguish_partial_ch
     tokenizer = byte_tokenizer()
     first, second, third, letter = ids(tokenizer, "中".encode() + b"x")
     chosen_outside = TokenLogprobs(logprob=-7.0, top_token_ids=(second, third), top_logprobs=(-0.1, -3.0))
-    # two ids that no token has, both without text
+    # two ids without a token, and therefore without text
     equal_texts = TokenLogprobs(logprob=-0.25, top_token_ids=(second, 298, 299), top_logprobs=(-0.25, -2.0, -6.5))
     chosen_of_equals = TokenLogprobs(
         logprob=-4.0, top_token_ids=(third, letter, first), top_logprobs=(-4.0, -5.0, float("-inf"))
@@ -273,13 +278,13 @@ async def test_logprobs_by_text_keep_the_chosen_token_and_distinguish_partial_ch
 async def test_logprobs_in_json_are_always_finite_numbers(api: str) -> None:
     nan = float("nan")
     found = TokenLogprobs(logprob=nan, top_token_ids=(0, 1), top_logprobs=(nan, float("-inf")))
-    asked = {
+    fields_by_api = {
         "completions": {"logprobs": 2},
         "chat": {"logprobs": True, "top_logprobs": 2},
         "native": {"return_logprob": True, "top_logprobs_num": 2},
     }
     path, body = PATHS[api]
-    response = await post(Model(byte_tokenizer(), "a", logprobs=[found]), path, {**body, **asked[api]})
+    response = await post(Model(byte_tokenizer(), "a", logprobs=[found]), path, {**body, **fields_by_api[api]})
     assert "-9999.0" in response.text
     assert 'logprob":null' not in response.text
     assert "null,0" not in response.text

@@ -1,4 +1,4 @@
-"""Pages in a browser: those that the operator named may use the server, no other page can make it do anything."""
+"""Web pages in a browser: allowed origins may use the server, and no other page can trigger an effect."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def test_host_and_origin_are_free_with_an_api_key_or_a_public_address(
     assert (await named.client.get("/v1/models", headers=foreign)).status_code == 200
 
 
-# ---------------------------------------------------------------- pages that are named
+# ---------------------------------------------------------------- pages of allowed origins
 
 
 def preflight(origin: str, headers: str = "authorization, content-type, x-stainless-os") -> dict[str, str]:
@@ -111,11 +111,11 @@ async def test_a_page_of_an_allowed_origin_can_read_responses_streams_and_errors
     make_bench: Callable[..., Any], allowed: tuple[str, ...], answered: str
 ) -> None:
     bench = make_bench(allowed_origins=allowed, api_key=("k",))
-    asked = await bench.client.options("/v1/chat/completions", headers=preflight(PAGE))  # carries no key
-    assert asked.status_code == 200
-    assert asked.headers["access-control-allow-origin"] == answered
-    assert "POST" in asked.headers["access-control-allow-methods"]
-    assert "authorization" in asked.headers["access-control-allow-headers"]
+    preflight_response = await bench.client.options("/v1/chat/completions", headers=preflight(PAGE))  # carries no key
+    assert preflight_response.status_code == 200
+    assert preflight_response.headers["access-control-allow-origin"] == answered
+    assert "POST" in preflight_response.headers["access-control-allow-methods"]
+    assert "authorization" in preflight_response.headers["access-control-allow-headers"]
     body = CHAT[:-1] + b',"stream":true}'
     keyed = {**JSON, "origin": PAGE, "authorization": "Bearer k"}
     stream = await bench.client.post("/v1/chat/completions", content=body, headers=keyed)
@@ -130,10 +130,10 @@ async def test_a_page_of_an_allowed_origin_can_read_responses_streams_and_errors
 @pytest.mark.case("cors")
 async def test_other_origins_get_no_cors_permission(make_bench: Callable[..., Any]) -> None:
     for bench in (make_bench(), make_bench(allowed_origins=(PAGE,)), make_bench(host="0.0.0.0")):
-        asked = await bench.client.options("/v1/chat/completions", headers=preflight(EVIL))
-        assert asked.status_code in (400, 403, 405)
+        preflight_response = await bench.client.options("/v1/chat/completions", headers=preflight(EVIL))
+        assert preflight_response.status_code in (400, 403, 405)
         answer = await bench.client.post("/v1/chat/completions", content=CHAT, headers={**JSON, "origin": EVIL})
-        for response in (asked, answer):
+        for response in (preflight_response, answer):
             assert "access-control-allow-origin" not in response.headers
 
 

@@ -1,4 +1,4 @@
-"""A dispatcher that answers from a script, and a client that speaks to the app without sockets."""
+"""A dispatcher with scripted answers, and an HTTP client that calls the app without sockets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HANDOFF = HandoffReport(num_pages=3, num_pages_reused=2, num_bytes=4096, duratio
 
 
 def letters_tokenizer() -> Tokenizer:
-    """One token a byte, and `<|end|>` as end of sequence."""
+    """Return a tokenizer with one token per byte, and `<|end|>` as end of sequence."""
     vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -88,14 +88,14 @@ STORAGE = StorageStatus(
 
 @dataclass
 class FakeDispatcher:
-    """Answers every request with `answer` (bytes of text), then EOS, or until max_tokens.
+    """Answers every request with the bytes of `answer` and then EOS, or until max_tokens.
 
-    `error_after` tokens it raises `error`; with `hold` set it waits for it before each token but the first.
+    Raises `error` after `error_after` tokens. Waits for the event `hold` before each token except the first.
     """
 
     tokenizer: Tokenizer
     answer: str = "hello"
-    cuts: Sequence[int] = ()  # tokens in each part; default one
+    cuts: Sequence[int] = ()  # tokens in each part; default: one token per part
     error: KvistError | None = None
     error_after: int = 0
     hold: asyncio.Event | None = None
@@ -193,7 +193,7 @@ def busy_worker() -> WorkerSnapshot:
 
 @dataclass
 class Bench:
-    """The app under test with all that is behind it."""
+    """The app under test with its dispatcher, tokenizer and client."""
 
     dispatcher: FakeDispatcher
     client: httpx.AsyncClient
@@ -209,7 +209,7 @@ class Bench:
 
 
 def events_of(response: httpx.Response) -> list[object]:
-    """The `data:` of each server-sent event, decoded; "[DONE]" stays a string."""
+    """Return the decoded `data:` of each server-sent event; "[DONE]" stays a string."""
     assert response.headers["content-type"].startswith("text/event-stream")
     found: list[object] = []
     for event in response.text.split("\n\n"):

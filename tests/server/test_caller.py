@@ -25,7 +25,7 @@ def test_every_api_key_is_one_caller_also_after_a_restart() -> None:
     assert found[0] == found[2] != found[1]
     assert "k1" not in str(found)
     scope = scope_of(b"Bearer k1")
-    ApiKeys(("k1",)).authenticate(scope)  # another process, with other keys beside
+    ApiKeys(("k1",)).authenticate(scope)  # another process with a different list of keys
     assert caller_of(scope).key_id == found[0]
     for wrong in (None, b"", b"Bearer", b"Bearer k", b"Bearer k1k2", b"Basic k1", b"Bearer \xff"):
         with pytest.raises(Unauthorized):

@@ -131,7 +131,7 @@ async def test_chat_logprobs_have_one_entry_per_token(bench: Any, read_events: E
     streamed = [
         entry for c in chunks if c["choices"][0]["logprobs"] for entry in c["choices"][0]["logprobs"]["content"]
     ]
-    assert len(streamed) == 3  # none is lost with a token that completes no character
+    assert len(streamed) == 3  # a token that completes no character has an entry too
 
 
 async def test_completion_logprobs_have_the_older_shape(bench: Any, read_events: Events) -> None:
@@ -228,11 +228,11 @@ async def test_an_unexpected_exception_in_a_stream_is_reported_without_its_text(
 
 async def test_token_ids_are_returned_also_for_tokens_without_text(bench: Any, read_events: Events) -> None:
     bench.dispatcher.answer = "é!"
-    asked = {"prompt": [104, 105], "return_token_ids": True, "max_tokens": 3}
-    whole = (await bench.post("/v1/completions", asked)).json()["choices"][0]
+    body = {"prompt": [104, 105], "return_token_ids": True, "max_tokens": 3}
+    whole = (await bench.post("/v1/completions", body)).json()["choices"][0]
     assert whole["prompt_token_ids"] == [104, 105]
     assert len(whole["token_ids"]) == 3
-    *chunks, done = read_events(await bench.post("/v1/completions", {**asked, "stream": True}))
+    *chunks, done = read_events(await bench.post("/v1/completions", {**body, "stream": True}))
     assert done == "[DONE]"
     choices = [chunk["choices"][0] for chunk in chunks]
     assert [choice["text"] for choice in choices] == ["", "é", "!"]
@@ -242,7 +242,7 @@ async def test_token_ids_are_returned_also_for_tokens_without_text(bench: Any, r
 
 async def test_ids_of_the_padded_vocabulary_are_accepted(bench: Any) -> None:
     response = await bench.post("/v1/completions", {"prompt": [290, 104], "max_tokens": 2})
-    assert response.status_code == 200, "a model may answer with such an id, and the next turn sends it back"
+    assert response.status_code == 200, "a model may generate such an id, and the client sends it back in the next turn"
     assert bench.dispatcher.requests[0].prompt_token_ids == (290, 104)
 
 

@@ -1,4 +1,4 @@
-"""The application under its real server, spoken to by the clients that people use."""
+"""The application under its real server, with the clients that users have."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def error_of(response: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "said"),
+    ("fields", "param", "expected"),
     [
         ({"temprature": 1}, "temprature", "did you mean `temperature`?"),
         ({"xyzzy": 1}, "xyzzy", "unknown field `xyzzy`"),
@@ -53,13 +53,13 @@ def error_of(response: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 async def test_an_invalid_field_is_a_400_that_names_the_field(
-    bench: Any, fields: dict[str, object], param: str, said: str
+    bench: Any, fields: dict[str, object], param: str, expected: str
 ) -> None:
     response = await bench.post("/v1/chat/completions", {"messages": USER, **fields})
     error = error_of(response)
     assert response.status_code == 400
     assert error["param"] == param
-    assert said in error["message"]
+    assert expected in error["message"]
     assert error["type"] == "invalid_request_error"
     assert not bench.dispatcher.requests
 

@@ -15,7 +15,7 @@ from kvist.wire import EngineSpec
 
 
 class RawClient:
-    """One ASGI request whose client can leave at any time."""
+    """One ASGI request whose client can disconnect at any time."""
 
     def __init__(self, app: Any, path: str, body: object) -> None:
         self.scope = {
@@ -106,7 +106,7 @@ async def test_a_client_that_reads_nothing_is_disconnected_at_the_time_limit(mak
 
     async def send(message: dict[str, Any]) -> None:
         if message["type"] == "http.response.body":
-            await asyncio.Event().wait()  # as uvicorn while the client's buffers are full
+            await asyncio.Event().wait()  # as uvicorn does while the client's buffers are full
 
     async with asyncio.timeout(60):
         await bench.app(client.scope, client._inbox.get, send)
@@ -118,12 +118,12 @@ async def test_a_body_that_never_ends_is_a_408(make_bench: Callable[..., Any]) -
     bench = make_bench(body_timeout_s=0.02)
 
     async def first_piece_only() -> dict[str, Any]:
-        if not asked:
-            asked.append(True)
+        if not is_sent:
+            is_sent.append(True)
             return {"type": "http.request", "body": b"{", "more_body": True}
         return await asyncio.Event().wait()  # type: ignore[return-value]
 
-    asked: list[bool] = []
+    is_sent: list[bool] = []
     client = RawClient(bench.app, "/v1/completions", {})
     await bench.app(client.scope, first_piece_only, client._send)
     assert client.sent[0]["status"] == 408

@@ -11,7 +11,7 @@ from kvist.server.shape import MAX_CONTAINERS, MAX_TEXTS, MAX_VALUES, check_shap
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "expected"),
     [
         (b"[" + b"1," * (MAX_VALUES + 1) + b"1]", "values"),
         (b"[" + b'"a",' * (MAX_TEXTS + 1) + b'"a"]', "texts"),
@@ -20,8 +20,8 @@ from kvist.server.shape import MAX_CONTAINERS, MAX_TEXTS, MAX_VALUES, check_shap
         (b'["a' + b'\\"' * (MAX_TEXTS * 2) + b'",' + b"1," * (MAX_VALUES + 1) + b"1]", "values"),
     ],
 )
-def test_a_body_with_too_many_values_is_refused_and_the_limit_is_named(body: bytes, said: str) -> None:
-    with pytest.raises(RequestError, match=said):
+def test_a_body_with_too_many_values_is_refused_and_the_limit_is_named(body: bytes, expected: str) -> None:
+    with pytest.raises(RequestError, match=expected):
         check_shape(body)
 
 

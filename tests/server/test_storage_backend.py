@@ -24,7 +24,7 @@ STATUS = StorageStatus(
 
 
 def answers(**refused: tuple[str, str, str]) -> dict[WorkerId, StorageAnswer]:
-    """Of the workers p and d; a refusal is (code, message, param)."""
+    """The answers of workers p and d; a refusal is (code, message, param)."""
     made = {WorkerId(name): StorageAnswer(call_id="c", status=STATUS) for name in ("p", "d")}
     for name, (code, message, param) in refused.items():
         made[WorkerId(name)] = StorageAnswer(call_id="c", error_code=code, message=message, param=param)

@@ -26,7 +26,7 @@ async def test_jobs_run_on_a_few_threads_and_their_exceptions_reach_the_caller()
 
 
 class Busy:
-    """A pool of one thread, which is at work until `go` is set; jobs note their names in the order of their turns."""
+    """A pool with one thread, which is busy until `go` is set; jobs record the order of their runs."""
 
     def __init__(self, max_waiting: int) -> None:
         self.pool, self.go = WorkPool(num_threads=1, max_waiting=max_waiting), threading.Event()
@@ -88,7 +88,7 @@ def test_the_body_budget_counts_bytes_beyond_the_free_part_of_each_body() -> Non
     budget = BodyBudget(limit_bytes=100, free_bytes=10)
     with budget.open() as first, budget.open() as second:
         first.reserve_up_to(70)
-        first.reserve_up_to(60)  # what it said to have
+        first.reserve_up_to(60)  # below the declared size
         second.reserve_up_to(50)
         assert budget.num_bytes == 100
         with pytest.raises(Overloaded, match="--max-total-body-bytes"):

@@ -9,7 +9,8 @@ from kvist.text.tokenizer import Alphabet, Tokenizer
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> Tokenizer:
-    """A token for each byte, a few longer ones, some that end inside a character, and two special ones."""
+    """Return a tokenizer with a token per byte, some longer tokens, some that end inside a character, and two special
+    tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(letters)}
     merges = [("h", "e"), ("l", "l"), ("Ġ", "w"), ("ð", "Ł"), ("â", "Ĥ")]

@@ -19,7 +19,7 @@ PLENTY = 1 << 24
 
 
 class Counting(Tokenizer):
-    """Remembers how much text it was given at once, and in all."""
+    """Records the largest single input and the total input in characters."""
 
     longest = 0
     num_chars = 0

@@ -1,4 +1,4 @@
-"""Where each named pre-tokenizer cuts; pieces are shown as text, not in GPT-2's alphabet."""
+"""The splits of each named pre-tokenizer; pieces are shown as text, not in GPT-2's alphabet."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_single_digits_equal_the_librarys_digits(name: str, text: str) -> None:
     assert made(name).pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
 
 
-GPT_4O = (  # as OpenAI publishes it
+GPT_4O = (  # as published by OpenAI
     r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
     r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
     r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""

@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies of GGUF files, against a reader that merges as SentencePiece describes it."""
+"""SentencePiece vocabularies of GGUF files, compared with a reference that merges as SentencePiece specifies."""
 
 from __future__ import annotations
 

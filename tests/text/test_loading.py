@@ -65,7 +65,7 @@ def test_llama3_starts_with_bos_unless_the_file_disables_it(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"model": "t5"}, "tokenizer.ggml.model is 't5'"),
         ({"pre": "martian"}, "tokenizer.ggml.pre is 'martian'"),
@@ -74,9 +74,9 @@ def test_llama3_starts_with_bos_unless_the_file_disables_it(tmp_path: Path) -> N
     ],
 )
 def test_the_error_for_an_unreadable_gguf_tokenizer_names_the_fault(
-    tmp_path: Path, change: dict[str, str], said: str
+    tmp_path: Path, change: dict[str, str], expected: str
 ) -> None:
-    with pytest.raises(ModelLoadError, match=said):
+    with pytest.raises(ModelLoadError, match=expected):
         load_gguf(tmp_path, **change)
 
 
@@ -165,8 +165,8 @@ def test_smollm2_equals_transformers(smollm: Tokenizer) -> None:
     for text in TEXTS:
         assert smollm.encode(text) == theirs(text)["input_ids"], text
         assert smollm.decode(smollm.encode(text)) == theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True)
-    # transformers rebuilds a GGUF tokenizer without SmolLM2's own rule that each digit stands alone, which shows
-    # where spaces or numerals other than 0-9 come together; with the published rule put back, that is equal too
+    # transformers rebuilds a GGUF tokenizer without SmolLM2's rule that splits every digit. The difference shows where
+    # spaces or numerals other than 0-9 are adjacent; with the published rule restored, these texts are equal too.
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -189,4 +189,4 @@ def test_smollm2_loads_in_about_a_second() -> None:
 
     start_s = time.process_time()
     load_tokenizer(find_checkpoint(None))
-    assert time.process_time() - start_s < 3.0  # a second on a quiet machine
+    assert time.process_time() - start_s < 3.0  # 1 s on an idle machine

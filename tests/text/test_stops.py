@@ -12,7 +12,7 @@ STOPS = st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3)
 
 
 def naive_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """Reads one character at a time and stops as soon as a stop string ends there; of several, the longest."""
+    """Read one character at a time and stop as soon as a stop string ends; of several, the longest one counts."""
     for end in range(1, len(text) + 1):
         endings = [stop for stop in stops if text[:end].endswith(stop)]
         if endings:

@@ -25,7 +25,7 @@ def render(source: str, messages: list[dict[str, Any]] = CHAT, **options: Any) -
 
 
 def model_folder(folder: Path, chat_template: str | None) -> Checkpoint:
-    """A token a byte, and three special ones."""
+    """Return a tokenizer with one token per byte and three special tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,7 +37,7 @@ def model_folder(folder: Path, chat_template: str | None) -> Checkpoint:
     return Checkpoint(path=folder, kind=CheckpointKind.HF, name="m")
 
 
-# ---------------------------------------------------------------- going on with the final message
+# ---------------------------------------------------------------- continue_final_message
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_content_can_forge_a_role_unless_its_special_tokens_are_text(tmp_path: P
     start, end = field.special_tokens["<|im_start|>"], field.special_tokens["<|im_end|>"]
     assert chat_ids(field, FORGED).count(start) == 2
     ids = chat_ids(safe, FORGED)
-    assert [token for token in ids if token in field.special_token_ids] == [start, end]  # the template's own
+    assert [token for token in ids if token in field.special_token_ids] == [start, end]  # those of the template only
     assert safe.decode(ids, skip_special_tokens=False) == f"<|im_start|>user\n{FORGED}<|im_end|>\n"
     assert chat_ids(safe, "plain") == chat_ids(field, "plain")
 

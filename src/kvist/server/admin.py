@@ -85,7 +85,7 @@ class Admin:
         request, headers = _TOKENIZE.decode(body)
         gateway.check_model(request.model)
         if (request.prompt is None) == (request.messages is None):
-            raise RequestError("give one of `prompt` and `messages`", param="prompt")
+            raise RequestError("set exactly one of `prompt` and `messages`", param="prompt")
         texts, param, add_special_tokens = request.prompt, "prompt", True
         if request.messages is not None:
             param, add_special_tokens = "messages", False

@@ -54,11 +54,11 @@ class ApiKeys:
         key_id = None
         if self._ids:
             scheme, _, key = (header(scope, b"authorization") or b"").partition(b" ")
-            asked = _digest(key.strip())
-            known = [hmac.compare_digest(asked, one) for one in self._ids]  # no early exit: constant time
+            given_id = _digest(key.strip())
+            known = [hmac.compare_digest(given_id, one) for one in self._ids]  # no early exit: constant time
             if not any(known) or scheme.lower() != b"bearer":
                 raise Unauthorized("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
-            key_id = asked
+            key_id = given_id
         scope[_SCOPE_KEY] = Caller(key_id=key_id, connection=_connection(scope))
 
 

@@ -300,9 +300,8 @@ class UnmetFieldFinder:
     def __init__(self, struct: type[msgspec.Struct]) -> None:
         self._not_honoured = [(name, cls) for name, cls in classes_of(struct).items() if not isinstance(cls, Honoured)]
         self._absent = (None,) * len(self._not_honoured)
-        self._values: Any = (
-            attrgetter(*[name for name, _ in self._not_honoured]) if len(self._not_honoured) > 1 else None
-        )
+        names = [name for name, _ in self._not_honoured]
+        self._values: Any = attrgetter(*names) if len(names) > 1 else None
 
     def find(self, value: msgspec.Struct) -> list[tuple[str, Advisory | Refused]]:
         """Return the fields of `value` that ask for an effect and do not get it."""
@@ -315,13 +314,13 @@ class UnmetFieldFinder:
         pairs = zip(self._not_honoured, values, strict=True)
         return [
             (name, cls)
-            for (name, cls), asked in pairs
-            if asked is not None and _without_nulls(asked) not in cls.neutral
+            for (name, cls), given in pairs
+            if given is not None and _without_nulls(given) not in cls.neutral
         ]
 
 
-def _without_nulls(asked: object) -> object:
+def _without_nulls(given: object) -> object:
     """Drop null fields of an object: clients send null for the fields that they do not set."""
-    if not isinstance(asked, dict):
-        return asked
-    return {name: value for name, value in asked.items() if value is not None}
+    if not isinstance(given, dict):
+        return given
+    return {name: value for name, value in given.items() if value is not None}

@@ -211,10 +211,10 @@ class GatewayContext:
 def _template_options(request: ChatRequest | TokenizeRequest) -> dict[str, object]:
     """Return the extra variables for the chat template."""
     effort = request.reasoning_effort
-    asked: dict[str, object] = (
+    options: dict[str, object] = (
         {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
     )
-    return asked | (request.chat_template_kwargs or {})
+    return options | (request.chat_template_kwargs or {})
 
 
 def _plain_message(message: ChatMessage, where: str, tokenizer: Tokenizer) -> dict[str, object]:

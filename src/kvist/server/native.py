@@ -77,7 +77,7 @@ def _prompts(
 ) -> tuple[list[list[int]], bool, str]:
     """Return the token ids of every prompt, whether the prompts came as a batch, and the name of their field."""
     if (request.text is None) == (request.input_ids is None):
-        raise RequestError("give one of `text` and `input_ids`", param="text")
+        raise RequestError("set exactly one of `text` and `input_ids`", param="text")
     if request.text is not None:
         texts = [request.text] if isinstance(request.text, str) else request.text
         _require_some(texts, "text")
