@@ -138,7 +138,7 @@ class Result:
     finish: str
 
 
-async def answers(api: str, model: Model, *, stream: bool, **fields: Any) -> list[Told]:
+async def answers(api: str, model: Model, *, stream: bool, **fields: Any) -> list[Result]:
     """Return the answer of each choice, streamed or not."""
     num_choices = fields.get("n", 1)
     extra = {"stream_options": {"include_usage": True}} if stream and api != "native" else {}
