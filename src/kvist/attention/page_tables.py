@@ -34,9 +34,8 @@ class PageTables:
         self._host = self._table.numpy()  # the same memory
         self._lists: list[Sequence[int]] = []  # by row; referenced here, so that no id() is reused
         self._num_tokens = np.zeros(0, dtype=np.int32)  # by row: the tokens that fit in the written pages
-        self._last_step: list[
-            int
-        ] = []  # by row: the step that last used it; not up to date for rows of the previous step
+        # By row: the step that last used it; not up to date for rows of the previous step.
+        self._last_step: list[int] = []
         self._row_of: dict[int, int] = {}  # by id() of the list
         self._free: list[int] = []
         self._step = 0

@@ -85,7 +85,7 @@ def build_runner(
     device = _rank_device(config, 0)
     runtime_dir = user_runtime_dir(None if runtime_dir is None else str(runtime_dir))
     layout = page_layout(model_config, config)
-    with allocation_lock(runtime_dir):  # no other engine may take the free memory between the look and the allocation
+    with allocation_lock(runtime_dir):  # no other engine may take the free memory meanwhile
         size = _pool_size(model_config, layout, config, device, runtime_dir)
         pool = DevicePool.create(layout, size.num_pages, device=device, directory=runtime_dir)
     spec = RankSpec(
@@ -132,9 +132,8 @@ def build_rank(
     config, device = spec.config, spec.device
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    attention = build_attention(
-        config.attention_backend, device
-    )  # fails before minutes of loading if the backend cannot run here
+    # before the weights: a backend that cannot run here fails before minutes of loading
+    attention = build_attention(config.attention_backend, device)
     tp = TensorParallel() if rendezvous is None else rendezvous.join(device)
     model = load_model(
         checkpoint,
@@ -278,9 +277,8 @@ def gpu_reserve_bytes(model_config: ModelConfig, config: RunnerConfig, num_sms: 
     num_bytes = COLLECTIVES_BYTES if config.tp > 1 else 0
     num_rows, backend = config.max_running_requests, config.attention_backend
     if not config.disable_cuda_graph and backend != "torch":  # torch attention cannot be captured
-        max_mixed_tokens = (
-            config.max_batch_tokens if backend == "fa3" else 0
-        )  # other backends capture decode steps only
+        # other backends than fa3 capture decode steps only
+        max_mixed_tokens = config.max_batch_tokens if backend == "fa3" else 0
         num_bytes += graphs_bytes(num_rows, max_mixed_tokens, model_config.vocab_size)
     if backend == "flashinfer":
         num_kv_heads = page_layout(model_config, config).num_kv_heads

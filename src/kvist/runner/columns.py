@@ -77,9 +77,8 @@ def read_batch(items: Sequence[BatchItem], previous: PersistentBatch) -> BatchCo
     raises `KeyError` when that batch has no slot for the item's request."""
     request_ids = [item.request_id for item in items]
     samplings = [item.sampling for item in items]
-    is_same = (
-        request_ids == previous.request_ids and samplings == previous.samplings
-    )  # quick: they are the same objects
+    # fast: equal batches hold the same objects
+    is_same = request_ids == previous.request_ids and samplings == previous.samplings
     persistent = previous if is_same else PersistentBatch.of(request_ids, samplings)
     starts = np.array([item.start for item in items], dtype=np.int32)
     page_ids = [item.page_ids for item in items]

@@ -5,7 +5,7 @@
 
 Frames go over standard input: a pipe that the kernel closes when rank 0 ends for any reason. With `exit_with_rank_0` a
 rank that is stuck on its device exits then, too. Tensors travel in collectives of torch.distributed, on this host only:
-gloo between CPUs, NCCL between GPUs. No rank waits for ever for a rank that has ended: rank 0 checks its processes
+gloo between CPUs, NCCL between GPUs. No rank waits forever for a rank that has ended: rank 0 checks its processes
 whenever it waits (leader.py).
 """
 
@@ -34,9 +34,8 @@ from kvist.models.parallel import TensorParallel, join_tensor_parallel, leave_te
 COLLECTIVE_TIMEOUT_S = 120.0  # the longest allowed step
 CLOSE_TIMEOUT_S = 10.0
 _GRACE_S = 5.0  # from the end of rank 0 to the exit of a rank that does not read its input
-_BARRIER_TIMEOUT_S = (
-    3600.0  # includes loading the weights; the parent of the engine waits less (engine_start_timeout_s)
-)
+# Includes loading the weights; the parent of the engine waits less (engine_start_timeout_s).
+_BARRIER_TIMEOUT_S = 3600.0
 _POLL_S = 0.01
 _FRAME = struct.Struct("<I")  # the length of the payload
 _LOOPBACK = {"linux": "lo", "darwin": "lo0"}
@@ -77,9 +76,8 @@ class Rendezvous:
     def join(self, device: torch.device) -> TensorParallel:
         """Join the group for collectives on `device`. A barrier comes first: no rank waits for a failed rank."""
         self.barrier("started")
-        if (
-            sys.platform in _LOOPBACK
-        ):  # the sockets of gloo and NCCL are not authenticated: bind them to the loopback device
+        # The sockets of gloo and NCCL are not authenticated: bind them to the loopback device.
+        if sys.platform in _LOOPBACK:
             os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK[sys.platform]
             os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK[sys.platform])
         return join_tensor_parallel(
