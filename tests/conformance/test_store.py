@@ -1,4 +1,4 @@
-"""What every store of the storage tier must do, wherever it keeps the pages."""
+"""The guarantees of every store of the storage tier."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEYS = page_digests(range(64), 1, "conformance")
 
 
 class Place:
-    """Where the stores of one test lie, and what only this kind of store needs."""
+    """The place of one test's stores, and the needs of this kind of store."""
 
     def __init__(self, kind: str, path: Path) -> None:
         self.kind = kind
@@ -66,7 +66,7 @@ def place(kind: str, tmp_path: Path) -> Iterator[Place]:
 
 
 def page_of(key: bytes) -> memoryview:
-    """The page under `key`, always the same: random bytes that differ from key to key."""
+    """Return the page of `key`: random bytes, always the same for one key."""
     return memoryview(np.random.default_rng(list(key)).bytes(PAGE_BYTES))
 
 
@@ -79,7 +79,7 @@ def put(store: PageStore, keys: Sequence[bytes]) -> int:
 
 
 def get(store: PageStore, keys: Sequence[bytes]) -> int:
-    """`store.get`, and every page that it says is there is the right one."""
+    """Call `store.get` and check every page that it counts as read."""
     into = buffers(len(keys))
     num_hits = store.get(keys, into)
     for key, page in zip(keys[:num_hits], into, strict=False):
@@ -136,7 +136,7 @@ def test_the_least_recently_used_page_is_evicted_first(place: Place) -> None:
         put(store, [key])
     place.an_hour_passes()
     assert get(store, [KEYS[0]]) == 1
-    assert put(store, [KEYS[1]]) == 1  # it is there: this counts as use too
+    assert put(store, [KEYS[1]]) == 1  # the page is stored already: this counts as a use
     assert put(store, [KEYS[3]]) == 1
     assert [store.exists([key]) for key in KEYS[:4]] == [1, 1, 0, 1]
     assert store.stats().num_evicted == 1
@@ -209,7 +209,7 @@ def test_threads_share_a_store(place: Place) -> None:
     for thread in threads:
         thread.join(timeout=60)
     assert failures == []
-    assert sum(store.exists([key]) for key in KEYS) <= 24 + len(threads)  # one page a writer may be too many
+    assert sum(store.exists([key]) for key in KEYS) <= 24 + len(threads)  # one extra page per writer is allowed
     assert store.stats().errors == {}
 
 

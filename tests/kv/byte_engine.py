@@ -1,8 +1,8 @@
-"""The tiers of one engine in bytes, without a model: real cache, real pools with tiny pages, the real movers with their
-threads taken out or on a lead, and (for tests that want them) a real folder to persist in and a store.
+"""The tiers of one engine in bytes, without a model: the real cache, real pools with tiny pages, the real movers with
+their threads removed or stepped by the test, and optionally a real folder to persist in and a store.
 
-What a page must hold is told by everything that it was computed from, never by its digest: `right_page`. So a digest
-that stands for two different things is found, too.
+The right bytes of a page are derived from everything that the page was computed from, never from its digest
+(`right_page`): a digest that names two different pages is found too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvist.kv.storage_tier import Prefetch, PrefetchConfig, StorageTier
 # Under importlib mode a test module cannot import its neighbour by name.
 sys.path.insert(0, str(Path(__file__).parent))
 try:
-    from stepped_store import SteppedStoreMover, TroubledStore, in_fiber, pause
+    from stepped_store import FaultyStore, SteppedStoreMover, in_fiber, pause
 finally:
     sys.path.pop(0)
 
@@ -49,7 +49,7 @@ def right_page(namespace: str, cache_salt: str, token_ids: tuple[int, ...]) -> b
 
 
 class RightPages:
-    """The only right bytes of every digest that anybody has asked for."""
+    """The right bytes of every digest that a test has used."""
 
     def __init__(self) -> None:
         self.by_digest: dict[bytes, bytes] = {}
@@ -65,7 +65,7 @@ class RightPages:
 
 
 class ManualCopyQueue:
-    """the copy queue of mover.py without its thread: one page a step, when it is told to."""
+    """The copy queue of mover.py without its thread: the test steps it page by page."""
 
     def __init__(self, _name: str, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], _clock: FakeClock) -> None:
         ((source, target),) = pieces
@@ -73,8 +73,8 @@ class ManualCopyQueue:
         self.num_bytes = self.seconds = 0.0
         self._source, self._target = source.numpy(), target.numpy()
         self._jobs: deque[tuple[Sequence[int], Sequence[int], Callable[[bool], None], Callable[[], None]]] = deque()
-        self._num_copied: int | None = None  # of the first job; None: not begun
-        self.afterwards: deque[Callable[[], None]] = deque()  # what the thread still does for a job already reported
+        self._num_copied: int | None = None  # pages of the first job; None: not begun
+        self.afterwards: deque[Callable[[], None]] = deque()  # the thread's remaining work for a reported job
 
     def start(
         self,
@@ -86,7 +86,7 @@ class ManualCopyQueue:
         self._jobs.append((source_ids, target_ids, done, begin))
 
     def run(self, work: Callable[[], None]) -> None:
-        """In its turn."""
+        """Queue `work` like a job without pages."""
         self.start((), (), lambda _ok: None, work)
 
     @property
@@ -117,8 +117,7 @@ class ManualCopyQueue:
 
 
 class LateRecords:
-    """A folder whose records are written some time after the thread before them was last heard of: as when that thread
-    is not the next to run."""
+    """A folder whose records are written late, as if the thread that writes them were not scheduled."""
 
     def __init__(self, real: PersistentPages, afterwards: deque[Callable[[], None]]) -> None:
         self.tensor = real.tensor
@@ -139,7 +138,7 @@ class LateRecords:
 
 
 class LateReports(deque[Any]):
-    """What the backups' thread tells, it tells in its turn, too."""
+    """Reports of backups, delayed behind the thread's earlier work."""
 
     def __init__(self, afterwards: deque[Callable[[], None]]) -> None:
         super().__init__()
@@ -158,7 +157,7 @@ class Request:
     cache_salt: str
     token_ids: tuple[int, ...]
     num_written: int  # tokens whose K/V the lease has
-    load_id: int | None  # under way
+    load_id: int | None  # of the load under way
 
 
 class ByteEngine:
@@ -171,7 +170,7 @@ class ByteEngine:
         num_host_pages: int = 16,
         policy: str = "write_through",
         folder: Path | None = None,
-        store: TroubledStore | None = None,
+        store: FaultyStore | None = None,
     ) -> None:
         self.right, self.namespace = right, namespace
         self.clock = FakeClock()
@@ -209,19 +208,19 @@ class ByteEngine:
         if store is not None:
             self.attach(store)
 
-    # ------------------------------------------------------------ what a scheduler does
+    # ------------------------------------------------------------ the scheduler's part
 
-    def ask(self, token_ids: tuple[int, ...], cache_salt: str = "") -> None:
-        """It is admitted at once, or waits for the store."""
+    def submit(self, token_ids: tuple[int, ...], cache_salt: str = "") -> None:
+        """Admit a request at once, or after its prefetch from the store."""
         prefetch = self.cache.prefetch(token_ids, cache_salt=cache_salt, max_tokens=len(token_ids))
         if prefetch is None:
             self.admit(token_ids, cache_salt)
         else:
             self.fetching.append((prefetch, token_ids, cache_salt))
-            self.start_moves()
+            self.start_jobs()
 
-    def go_on(self, prefetch: Prefetch, *, gives_up: bool = False, is_aborted: bool = False) -> None:
-        """It need not wait any more, or does not want to."""
+    def finish_prefetch(self, prefetch: Prefetch, *, gives_up: bool = False, is_aborted: bool = False) -> None:
+        """End the wait for a prefetch, done or given up; admit the request unless it was aborted."""
         (waiting,) = (each for each in self.fetching if each[0] is prefetch)
         self.fetching.remove(waiting)
         if gives_up:
@@ -229,16 +228,16 @@ class ByteEngine:
         if not is_aborted:
             self.admit(waiting[1], waiting[2])
         self.cache.close_prefetch(prefetch)
-        self.start_moves()
+        self.start_jobs()
 
-    def attach(self, store: TroubledStore) -> None:
+    def attach(self, store: FaultyStore) -> None:
         self.store_mover.attach(store)
         self.cache.storage_event(StorageAttached(attached=True))
 
     def detach(self) -> None:
         self.store_mover.detach()
         self.cache.storage_event(StorageAttached(attached=False))
-        self.hear()
+        self.deliver_reports()
 
     def admit(self, token_ids: tuple[int, ...], cache_salt: str = "") -> Request | None:
         digests = self.right.digests(self.namespace, cache_salt, token_ids)
@@ -247,17 +246,17 @@ class ByteEngine:
         assert lease.num_cached_tokens == num_found * PAGE_SIZE <= len(digests) * PAGE_SIZE
         if not self.cache.grow(lease, len(token_ids)):
             self.cache.close(lease)
-            self.start_moves()
+            self.start_jobs()
             return None
         self.device[lease.page_ids[num_found:]] = NONSENSE
         load_id = self.cache.start_load(lease, token_ids, max_tokens=len(token_ids))
         request = Request(lease, cache_salt, token_ids, num_found * PAGE_SIZE, load_id)
         self.requests.append(request)
-        self.start_moves()
+        self.start_jobs()
         return request
 
     def compute(self, request: Request, num_tokens: int) -> None:
-        """K/V of the next tokens, as far as the lease has pages."""
+        """Write K/V of the next tokens, up to the end of the lease's pages."""
         assert request.load_id is None
         first = request.num_written // PAGE_SIZE
         room = min(len(request.lease.page_ids) * PAGE_SIZE, len(request.token_ids))
@@ -266,21 +265,21 @@ class ByteEngine:
             if page >= first:
                 self.device[request.lease.page_ids[page]] = torch.frombuffer(bytearray(right), dtype=torch.uint8)
         self.cache.insert(request.lease, request.token_ids, request.num_written)
-        self.start_moves()
+        self.start_jobs()
 
     def close(self, request: Request) -> None:
         self.requests.remove(request)
         self.cache.close(request.lease)
 
-    def start_moves(self) -> None:
+    def start_jobs(self) -> None:
         for job in self.cache.drain_jobs():
             if isinstance(job, StoreJob):
                 self.store_mover.mover.start(job)
             else:
                 self.mover.start(job)
 
-    def hear(self) -> None:
-        """The reports reach the cache."""
+    def deliver_reports(self) -> None:
+        """Pass the movers' reports to the cache."""
         for report in self.mover.poll():
             if isinstance(report, PagesBackedUp):
                 self.cache.backed_up(report)
@@ -291,41 +290,41 @@ class ByteEngine:
             request.load_id = None
         for event in self.store_mover.mover.poll():
             self.cache.storage_event(event)
-        self.start_moves()
+        self.start_jobs()
         for prefetch in self.cache.drain_prefetches():
             if any(each[0] is prefetch for each in self.fetching):
-                self.go_on(prefetch)
+                self.finish_prefetch(prefetch)
 
     def settle(self) -> None:
-        """All that is under way is carried out and heard."""
-        self.hear()
+        """Run all jobs to their end and deliver the reports."""
+        self.deliver_reports()
         while self.loads.busy or self.backups.busy or self.store_mover.busy() or self.mover._reports:
             for copies in (self.loads, self.backups):
                 if copies.busy:
                     copies.step()
             for fiber in self.store_mover.fibers:
                 fiber.step()
-            self.hear()
+            self.deliver_reports()
 
     def settle_store(self) -> None:
-        """What is asked of the store is carried out and heard; copies go on later."""
-        self.hear()
+        """Run the store's jobs to their end and deliver the reports; copies to and from the device wait."""
+        self.deliver_reports()
         while self.store_mover.busy():
             for fiber in self.store_mover.fibers:
                 fiber.step()
-            self.hear()
+            self.deliver_reports()
 
     def step_store_until_it_fetches(self) -> None:
-        """A call that reads pages is in the middle of them; or nothing is to be fetched."""
+        """Step until a call of the store is reading pages, or no job is left."""
         while self.store_mover.busy() and not self.store_mover.slots_under_call():
             for fiber in self.store_mover.fibers:
                 fiber.step()
-            self.hear()
+            self.deliver_reports()
 
     def answer(self, token_ids: tuple[int, ...], cache_salt: str = "") -> int:
-        """A whole request; how many tokens of it were cached."""
+        """Run a whole request; return how many of its tokens were cached."""
         request = self.admit(token_ids, cache_salt)
-        while request is None:  # pages have to be copied before they can go
+        while request is None:  # pages must be copied before they can be evicted
             assert self.backups.busy
             self.settle()
             request = self.admit(token_ids, cache_salt)
@@ -338,19 +337,19 @@ class ByteEngine:
         self.close(request)
         return num_cached
 
-    def forget_device(self) -> None:
-        """As others' need for pages would."""
+    def evict_device(self) -> None:
+        """Evict all unused pages from the device pool."""
         self.cache._evict(self.cache.counts().evictable)
 
     def kill(self) -> None:
-        """No thread takes another step, and the system lets go of the lock."""
+        """Stop all threads where they are, and release the folder's lock as the system would."""
         self.requests = []
         self.store_mover.kill()
         self.host_pool.close()
         if self.persistent is not None:
             self.persistent.close()
 
-    # ------------------------------------------------------------ what must be true
+    # ------------------------------------------------------------ the invariants
 
     def right_pages(self, request: Request) -> list[bytes]:
         written = request.token_ids[: request.num_written]
@@ -383,11 +382,11 @@ class ByteEngine:
         kept = [prefetch._pinned for prefetch in storage._open if prefetch._pinned is not None]
         assert host.in_flight == len({page.slot for page in [*moving, *kept]})
         slots = [page.slot for page in self.tier._pages.values()]
-        assert sorted([*slots, *self.tier._free]) == [*range(host.total)], "each slot is in one place"
+        assert sorted([*slots, *self.tier._free]) == [*range(host.total)], "each slot is free or has one page"
         num_fetching = sum(len(fetch.pages) for fetch in storage._fetches.values())
         num_kept = sum(prefetch._num_fetched for prefetch in storage._open)
         assert storage._num_reserved == num_fetching + num_kept <= max(1, host.total // 2)
         assert storage._num_stored == sum(len(pages) for _, pages in storage._stores.values())
         assert {prefetch for prefetch, _, _ in self.fetching} == set(storage._open)
         moving_slots = {page.slot for page in moving}
-        assert self.store_mover.slots_under_call() <= moving_slots, "a call of the store may still touch these"
+        assert self.store_mover.slots_under_call() <= moving_slots, "a slot under a call of the store must be in flight"

@@ -7,8 +7,8 @@ import pytest
 
 
 @pytest.fixture
-def as_somebody() -> Iterator[None]:
-    """root may write anywhere, so it is not root that tries."""
+def as_unprivileged_user() -> Iterator[None]:
+    """Run the test as an unprivileged user, because root may write anywhere."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)

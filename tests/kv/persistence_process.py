@@ -1,4 +1,4 @@
-"""What test_persistence.py kills: a mover that backs pages up into a folder for as long as it lives."""
+"""A process that backs pages up into a folder until test_persistence.py kills it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def digest_of(number: int) -> bytes:
 
 
 def page_of(digest: bytes) -> bytes:
-    """No two pages are alike, and no part of one is like another."""
+    """Return the bytes of a page: random, so that no two pages or parts of pages are equal."""
     return np.random.default_rng(int.from_bytes(digest, "little")).bytes(PAGE_BYTES)
 
 
@@ -38,7 +38,7 @@ def open_folder(folder: Path, *, namespace: str = "n", num_pages: int = NUM_PAGE
 
 
 class Writer:
-    """Writes prefixes of two pages, each over what was in its two slots before."""
+    """Write prefixes of two pages, each into the next two slots, over their former content."""
 
     def __init__(self, folder: Path, pools: Path) -> None:
         self.persistent = open_folder(folder)
@@ -79,8 +79,8 @@ def write_until_killed(folder: Path, pools: Path, number: int) -> None:
 
 
 def main() -> None:
-    """For each number read, one more life that begins with it, in a process of its own: a fork, as importing torch
-    takes a second. Says its process id, each number written, and "over" when it has been killed."""
+    """For each number read from stdin, fork a process that writes from that number on (a fork, since importing torch
+    takes a second). Print its process id, each number written, and "over" when the process was killed."""
     for line in sys.stdin:
         process_id = os.fork()
         if process_id == 0:

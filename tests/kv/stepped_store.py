@@ -1,5 +1,5 @@
-"""The real store mover with its threads on a lead, and a store in trouble: what a machine needs to stop any of them
-between any two bytes, and to go on with another."""
+"""The real store mover with threads that the test steps, and a store with faults: a state machine can stop any thread
+between two pages and continue with another."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from kvist.kv.store.backend import PageStore, StoreSpec, StoreStats
 from kvist.kv.store.file import FileStore
 from kvist.kv.store_mover import StoreMover
 
-MOODS = ("works", "works", "fails", "raises", "lies", "forgets")
+BEHAVIOURS = ("works", "works", "fails", "raises", "misreports", "loses_pages")
 _Thread = threading.Thread
 _current = threading.local()
 
 
 class Fiber:
-    """A thread that runs only while somebody steps it, from one `pause` to the next. In place of threading.Thread."""
+    """A thread that runs only when the test steps it, from one `pause` to the next. Replaces threading.Thread."""
 
     def __init__(self, *, target: Callable[..., None], args: tuple[Any, ...], **_: object) -> None:
         self.is_over = False
@@ -36,10 +36,10 @@ class Fiber:
     def step(self) -> None:
         if not self.is_over:
             self._go.release()
-            assert self._back.acquire(timeout=20), "it waits for somebody who does not run"
+            assert self._back.acquire(timeout=20), "the thread waits for a thread that does not run"
 
     def kill(self) -> None:
-        """It takes no further step of its own."""
+        """End the thread at its next `pause`."""
         self._is_killed = True
         self.step()
 
@@ -67,18 +67,18 @@ def in_fiber() -> Fiber | None:
 
 
 def pause() -> None:
-    """Others may go first. Nothing, where no fiber runs."""
+    """Stop the running fiber until its next step; do nothing outside a fiber."""
     if (fiber := in_fiber()) is not None:
         fiber._wait()
 
 
-class TroubledStore:
-    """A file store that does as its mood is, but for one thing: a page that `get` says is there is the right one. It
-    may be stopped before and after each page."""
+class FaultyStore:
+    """A file store with the faults of its `behaviour`; pages that `get` counts as read are always right. The test can
+    stop a call before and after each page."""
 
     def __init__(self, namespace: str, folder: Path, page_bytes: int, num_pages: int) -> None:
         self.folder = folder
-        self.mood = "works"
+        self.behaviour = "works"
         self._real: PageStore = FileStore(
             StoreSpec(
                 namespace=namespace, page_bytes=page_bytes, capacity_bytes=num_pages * (4096 + page_bytes), path=folder
@@ -89,19 +89,19 @@ class TroubledStore:
         pause()
         num_pages = self._real.exists(keys)
         self._trouble()
-        return {"lies": len(keys), "fails": num_pages // 2}.get(self.mood, num_pages)
+        return {"misreports": len(keys), "fails": num_pages // 2}.get(self.behaviour, num_pages)
 
     def get(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> int:
         for index in range(len(keys)):
             pause()
-            if self.mood in ("fails", "raises"):
+            if self.behaviour in ("fails", "raises"):
                 for page in into[index:]:
                     page[: len(page) // 2] = b"\xdd" * (len(page) // 2)
             self._trouble()
-            if self.mood == "fails" or not self._real.get(keys[index : index + 1], into[index : index + 1]):
+            if self.behaviour == "fails" or not self._real.get(keys[index : index + 1], into[index : index + 1]):
                 return index
             pause()
-        if self.mood == "lies" and keys:
+        if self.behaviour == "misreports" and keys:
             into[-1][:] = b"\xdd" * len(into[-1])
             return len(keys) - 1
         return len(keys)
@@ -110,9 +110,9 @@ class TroubledStore:
         for index in range(len(keys)):
             pause()
             self._trouble()
-            if self.mood == "fails":
+            if self.behaviour == "fails":
                 return index
-            if self.mood == "lies":
+            if self.behaviour == "misreports":
                 continue
             if not self._real.put(keys[index : index + 1], pages[index : index + 1]):
                 return index
@@ -125,9 +125,9 @@ class TroubledStore:
         self._real.close()
 
     def _trouble(self) -> None:
-        if self.mood == "raises":
+        if self.behaviour == "raises":
             raise OSError(5, "Input/output error")
-        if self.mood == "forgets":
+        if self.behaviour == "loses_pages":
             for path in self.folder.rglob("*.page"):
                 os.unlink(path)
 
@@ -148,7 +148,7 @@ class SteppedStoreMover:
 
         real.report = report
 
-    def attach(self, store: TroubledStore) -> None:
+    def attach(self, store: FaultyStore) -> None:
         made: list[Fiber] = []
 
         def make(**options: Any) -> Fiber:

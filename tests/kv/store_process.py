@@ -1,9 +1,9 @@
-"""A process of its own that puts pages into a file store, round after round, until it is killed or has done its rounds.
-Started by test_file_store.py, which imports the rest.
+"""A process that puts pages into a file store, round after round, until it is killed or its rounds are done.
+test_file_store.py starts the process, and imports its constants.
 
     python store_process.py FOLDER CAPACITY_BYTES FIRST_KEY LAST_KEY NUM_ROUNDS
 
-Prints a line a round: how many pages were stored.
+Prints one line per round: how many pages were stored.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def spec_of(folder: Path, capacity_bytes: int) -> StoreSpec:
 def main() -> None:
     folder, capacity_bytes, first, last, num_rounds = Path(sys.argv[1]), *map(int, sys.argv[2:])
     store = FileStore(spec_of(folder, capacity_bytes))
-    pages = {key: page_of(key) for key in KEYS[first:last]}  # before, so that it is mostly writing when it is killed
+    pages = {key: page_of(key) for key in KEYS[first:last]}  # made before, so that a kill mostly hits a write
     for _ in range(num_rounds):
         print(sum(store.put([key], [page]) for key, page in pages.items()), flush=True)
 

@@ -1,4 +1,4 @@
-"""The page cache, one promise at a time. test_cache_machine.py tries them in any order."""
+"""The page cache, one guarantee at a time. test_cache_machine.py tries all calls in any order."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_the_prefix_of_a_used_page_is_never_evicted() -> None:
     assert reader.num_cached_tokens == cache.probe(range(8)) == 8
 
 
-# ---- commit
+# ---- insert
 
 
 def test_insert_shares_full_pages_only_and_continues_where_it_stopped() -> None:
@@ -156,7 +156,7 @@ def test_equal_requests_closed_in_any_order_leave_one_copy(order: tuple[int, ...
 
 
 def test_a_lone_request_can_use_the_whole_pool_after_an_equal_one_wrote_its_prefix() -> None:
-    """Else the oldest request could wait for ever for pages that only it pins."""
+    """Otherwise the oldest request could wait for ever for pages that only its own pin keeps."""
     cache = make_cache(num_pages=8)
     twin, lease = cache.open(range(16), max_tokens=15), cache.open(range(16), max_tokens=15)
     for one in (twin, lease):
@@ -272,7 +272,7 @@ def test_changes_replayed_equal_the_snapshot() -> None:
 
 
 def test_insert_without_a_newly_full_page_does_not_read_the_tokens() -> None:
-    """O(1): commit may not even look at the tokens."""
+    """O(1): insert does not read the tokens."""
 
     class Untouchable(list[int]):
         def __getitem__(self, index: object) -> int:

@@ -1,7 +1,7 @@
-"""The page cache under any order of calls, by what it is for: every page holds the K/V its user believes it holds.
+"""The page cache under any order of calls: every page holds the K/V that its user expects.
 
-The machine keeps the pool's content. K/V of a page is stood for by the whole prefix it was computed from, so a page
-handed out twice, freed too early, evicted while used or matched wrongly shows as wrong content.
+The state machine keeps the pool's content. The prefix that a page was computed from stands for its K/V: a page that is
+allocated twice, freed too early, evicted while used or matched wrongly shows as wrong content.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ SALTS = st.sampled_from(["", "salt"])
 
 @dataclass(eq=False)
 class Request:
-    """A lease and what its user knows."""
+    """A lease, and the state that its user expects."""
 
     lease: PageLease
     token_ids: tuple[int, ...]
     cache_salt: str
     num_written: int  # K/V of token_ids[:num_written] is in the pages
-    num_committed_pages: int
+    num_inserted_pages: int
     in_flight: bool = False
 
     def content(self, page: int) -> Content:
@@ -57,7 +57,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.drained: set[bytes] = set()
 
     def model_hit(self, token_ids: tuple[int, ...], cache_salt: str, max_tokens: int) -> int:
-        """Tokens cached, by comparing digests with those of every cached page."""
+        """Count the cached tokens by comparing digests with those of every cached page."""
         cached = set(self.cache.digests())
         num_tokens = 0
         for digest in page_digests(token_ids[:max_tokens], PAGE_SIZE, NAMESPACE, cache_salt):
@@ -89,7 +89,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         assert len(request.lease.page_ids) == len(before) + num_needed
         for page_id in request.lease.page_ids[len(before) :]:
-            self.content[page_id] = ("scribble", ())  # a page of one's own may be written at once
+            self.content[page_id] = ("scribble", ())  # the request may write its own pages at once
 
     @precondition(lambda self: any(not request.in_flight for request in self.open_requests))
     @rule(data=st.data(), more=st.integers(0, 5), more_tokens=st.lists(st.integers(0, 1), max_size=3))
@@ -103,7 +103,7 @@ class CacheMachine(RuleBasedStateMachine):
             if (page + 1) * PAGE_SIZE > start:
                 self.content[request.lease.page_ids[page]] = request.content(page)
         self.cache.insert(request.lease, request.token_ids, request.num_written)
-        request.num_committed_pages = request.num_written // PAGE_SIZE
+        request.num_inserted_pages = request.num_written // PAGE_SIZE
 
     @precondition(lambda self: self.open_requests)
     @rule(data=st.data(), first_page=st.integers(0, 4))
@@ -111,7 +111,7 @@ class CacheMachine(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.open_requests))
         self.cache.begin_transfer(request.lease, first_page)
         request.in_flight = request.in_flight or len(request.lease.page_ids) > max(
-            first_page, request.num_committed_pages
+            first_page, request.num_inserted_pages
         )
 
     @precondition(lambda self: self.open_requests)
@@ -172,7 +172,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert counts.free + counts.evictable == NUM_PAGES - len(used)
 
     @invariant()
-    def uncommitted_pages_of_a_transfer_are_in_flight(self) -> None:
+    def own_pages_of_a_transfer_are_in_flight(self) -> None:
         num_in_flight = self.cache.counts().in_flight
         assert (num_in_flight > 0) == any(request.in_flight for request in self.open_requests)
 

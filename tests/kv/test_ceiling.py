@@ -1,4 +1,4 @@
-"""What an infinite cache would have hit: exactly, while nothing is forgotten, and never less than what was hit."""
+"""The ceiling is the hits of an infinite cache, exact while nothing is forgotten, and never below the hits."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_two_hundred_thousand_digests_are_all_known() -> None:
 # ---- in the cache
 
 
-def carry_out(cache: PageCache, lease: PageLease, tokens: list[int], *, moves_work: bool) -> int:
-    """What the mover would; returns the tokens the lease has."""
+def run_job(cache: PageCache, lease: PageLease, tokens: list[int], *, copies_work: bool) -> int:
+    """Run the mover's jobs; return the tokens that the lease has."""
     num_hit = lease.num_cached_tokens
     for job in cache.drain_jobs():
         if isinstance(job, LoadPages):
-            num_hit = cache.loaded(PagesLoaded(job_id=job.job_id, ok=moves_work), tokens)
+            num_hit = cache.loaded(PagesLoaded(job_id=job.job_id, ok=copies_work), tokens)
         elif isinstance(job, BackUpPages):
-            cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=moves_work))
+            cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=copies_work))
     return num_hit
 
 
@@ -95,12 +95,12 @@ def test_the_ceiling_is_what_was_ever_cached_and_no_hit_exceeds_it(seed: int, nu
         named = page_digests(tokens[:-1], PAGE_SIZE, "space")
         expected = next((index for index, name in enumerate(named) if name not in ever), len(named)) * PAGE_SIZE
         assert lease.num_ceiling_tokens == expected
-        num_hit = carry_out(cache, lease, tokens, moves_work=random.random() < 0.8)
+        num_hit = run_job(cache, lease, tokens, copies_work=random.random() < 0.8)
         assert num_hit <= expected
         assert num_hit == expected or cache.totals()["device_evicted_pages"]
         cache.insert(lease, tokens, len(tokens))
         ever |= set(page_digests(tokens, PAGE_SIZE, "space"))
-        carry_out(cache, lease, tokens, moves_work=random.random() < 0.8)
+        run_job(cache, lease, tokens, copies_work=random.random() < 0.8)
         held.append(lease)
 
 

@@ -1,4 +1,4 @@
-"""The page pool as a file that peers map, and how many pages it gets."""
+"""The page pool as a file that peers map, and its size."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_too_little_memory_is_an_error(weights_bytes: int) -> None:
 
 
 def test_the_pool_must_fit_free_memory_but_is_sized_by_total_memory() -> None:
-    """Workers that share a GPU get the same pools in whichever order they start, or are told."""
+    """Workers that share a GPU get the same pools in whichever order they start, or an error."""
     common = {"available_bytes": 10 * GIB, "weights_bytes": GIB, "mem_fraction_static": 0.5}
     first = plan_pool_size(LAYOUT, **common, free_bytes=10 * GIB)
     second = plan_pool_size(LAYOUT, **common, free_bytes=5 * GIB)

@@ -1,4 +1,4 @@
-"""The page pool on a GPU: its memory, its file, and what is said when either cannot be had."""
+"""The page pool on a GPU: its memory, its file, and the errors if either cannot be created."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYOUT = PageLayout(num_kv_heads=2, num_layers=3, page_size=4, head_dim=8, dtype
 
 
 def assert_torch_is_well() -> None:
-    """Nothing that went wrong before is left for the next kernel to report."""
+    """No earlier CUDA error is left for the next kernel to report."""
     assert torch.ones(1000, device=CUDA).sum().item() == 1000
 
 

@@ -1,4 +1,4 @@
-"""The file store when things go wrong: damaged files, full disks, lost folders, and other processes."""
+"""The file store under faults: damaged files, full disks, lost folders, and other processes."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_page_of_another_namespace_is_not_accepted_even_from_our_own_folder(tm
     )
     put(other, 0, 1)
     shutil.copy(file_of(tmp_path / "a", 0), file_of(tmp_path / "b", 0))
-    assert b"processes" in file_of(tmp_path / "b", 0).read_bytes()[:4096]  # readable by people too
+    assert b"processes" in file_of(tmp_path / "b", 0).read_bytes()[:4096]  # people can read the namespace in the header
     assert get(other, 0, 1) == 0
     assert other.stats().num_broken == 1
 
@@ -184,7 +184,7 @@ def test_a_folder_removed_while_running_is_made_again(tmp_path: Path) -> None:
     assert store.stats().errors == {}
 
 
-@pytest.mark.usefixtures("as_somebody")
+@pytest.mark.usefixtures("as_unprivileged_user")
 def test_a_folder_that_cannot_be_written_is_refused_when_opened(open_folder: Path) -> None:
     open_folder.mkdir(mode=0o500)
     with pytest.raises(StoreError, match=r"cannot open the file store in .*store: .*Name a folder"):
@@ -215,7 +215,7 @@ def test_a_path_is_required() -> None:
         open_store("file", StoreSpec(namespace="n", page_bytes=1, capacity_bytes=1))
 
 
-@pytest.mark.usefixtures("as_somebody")
+@pytest.mark.usefixtures("as_unprivileged_user")
 def test_with_permission_taken_away_pages_are_misses_and_nothing_is_written_for_a_while(open_folder: Path) -> None:
     clock = FakeClock()
     store = open_files(open_folder, clock=clock)
@@ -267,7 +267,7 @@ def test_on_a_full_disk_put_stores_fewer_and_tries_again_later(
     monkeypatch.setattr(os, "writev", writev)
     with caplog.at_level(logging.WARNING):
         assert put(store, 0, 4) == 2
-        assert put(store, 0, 4) == 2  # not tried: the disk is left in peace
+        assert put(store, 0, 4) == 2  # writing is suspended
     assert store.stats().errors == {"ENOSPC": 1}
     assert len(caplog.records) == 1
     assert unfinished_in(tmp_path) == []
@@ -314,7 +314,7 @@ def test_a_page_that_the_kernel_cuts_short_is_not_stored(tmp_path: Path) -> None
 
 
 def age(path: Path, seconds: float) -> int:
-    """Makes a file that long unused; returns its mtime."""
+    """Make a file unused for that long; return its mtime."""
     used_ns = path.stat().st_mtime_ns - int(seconds * 1e9)
     os.utime(path, ns=(used_ns, used_ns))
     return path.stat().st_mtime_ns
@@ -338,7 +338,7 @@ def test_eviction_respects_the_writes_and_reads_of_another_process(tmp_path: Pat
     for index in range(4):
         age(file_of(tmp_path, index), 3600)
     assert get(a, 0, 1) == 1
-    put(b, 4, 5)  # b has written least, but 1 is the oldest
+    put(b, 4, 5)  # b has written fewest pages, but page 1 is the oldest
     put(a, 5, 6)
     assert [b.exists([key]) for key in KEYS[:6]] == [1, 0, 0, 1, 1, 1]
 
@@ -347,7 +347,7 @@ def test_a_page_used_since_the_scan_is_not_evicted_as_old(tmp_path: Path) -> Non
     put(open_files(tmp_path, num_pages=2), 0, 2)
     age(file_of(tmp_path, 0), 7200)
     age(file_of(tmp_path, 1), 3600)
-    store = open_files(tmp_path, num_pages=2)  # knows both from its scan
+    store = open_files(tmp_path, num_pages=2)  # its scan found both pages
     assert get(store, 0, 1) == 1
     put(store, 2, 3)
     assert [store.exists([key]) for key in KEYS[:3]] == [1, 0, 1]
@@ -361,7 +361,7 @@ def test_a_page_written_elsewhere_since_the_scan_is_evicted_before_one_used_late
     put(open_files(tmp_path, num_pages=3), 2, 3)
     age(file_of(tmp_path, 2), 1800)
     assert get(store, 0, 1) == 1
-    put(store, 3, 4)  # in place of 1, the only one that it still knows to be old
+    put(store, 3, 4)  # replaces page 1, the only known old page
     put(store, 4, 5)
     assert [store.exists([key]) for key in KEYS[:5]] == [1, 0, 0, 1, 1]
 
@@ -421,7 +421,7 @@ def test_a_lock_that_is_never_released_only_stops_writing_after_five_seconds(
     store = open_files(tmp_path)
     put(store, 0, 1)
     with (tmp_path / "in-use.lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)  # ours shuts out even this
+        fcntl.flock(lock, fcntl.LOCK_SH)  # the store's exclusive lock excludes a shared lock too
         assert put(store, 0, 2) == 1
         assert get(store, 0, 1) == 1
         assert store.stats().stored_bytes == FILE_BYTES
@@ -453,7 +453,7 @@ def test_threads_waiting_for_the_lock_wait_five_seconds_in_total(
     with (tmp_path / "in-use.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         first.start()
-        first.join(20)  # it has started the others
+        first.join(20)  # the first thread has started the others
         for thread in others:
             thread.join(20)
     assert store.stats().errors == {"ETIMEDOUT": 3}
@@ -482,9 +482,9 @@ def test_the_cap_holds_while_several_processes_write(tmp_path: Path) -> None:
     most = 0
     for process in processes * rounds:
         assert process.stdout is not None
-        assert int(process.stdout.readline()) >= 55  # a few are refused, where two find the same page to evict
+        assert int(process.stdout.readline()) >= 55  # a few are refused, when two processes find the same page to evict
         for each in processes:
-            each.send_signal(signal.SIGSTOP)  # to count a folder that stands still
+            each.send_signal(signal.SIGSTOP)  # so that the folder does not change while it is counted
         most = max(most, len(pages_in(tmp_path)) + len(unfinished_in(tmp_path)))
         for each in processes:
             each.send_signal(signal.SIGCONT)

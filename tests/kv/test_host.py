@@ -1,4 +1,4 @@
-"""Memory that is to be pinned is made resident first, by many threads."""
+"""Several threads make the host pool's memory resident before it is pinned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The host tier's index: what is matched, what goes first, and what never goes."""
+"""The host tier's index: matches, the order of eviction, and pinned pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvist.kv.host_tier import HostPage, HostTier
 
 
 def keep(tier: HostTier, *digests: bytes, parent: HostPage | None = None) -> list[HostPage]:
-    """A chain of pages, resident."""
+    """Make a chain of resident pages."""
     pages = []
     for digest in digests:
         page = tier.reserve(parent, digest)
@@ -46,7 +46,7 @@ def test_pinned_pages_and_the_prefix_being_extended_are_not_evicted() -> None:
     tier = HostTier(2)
     (a,) = keep(tier, b"a")
     (b,) = keep(tier, b"b", parent=a)
-    assert tier.reserve(b, b"c") is None  # only its own prefix could go
+    assert tier.reserve(b, b"c") is None  # only the new page's own prefix could be evicted
     tier.pin(b)
     assert tier.reserve(None, b"x") is None
     tier.unpin(b)
@@ -64,7 +64,7 @@ def test_a_page_whose_write_failed_is_not_matched_and_its_slot_is_reused() -> No
     tier.written(page, ok=False)
     keep(tier, b"b")
     assert tier.digests() == [b"b"]
-    assert tier.drain_changes() == [(b"b", True)]  # nobody was told of the other
+    assert tier.drain_changes() == [(b"b", True)]  # the failed page was never reported
 
 
 def test_a_flush_keeps_pinned_pages_and_their_prefixes() -> None:

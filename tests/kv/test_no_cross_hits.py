@@ -15,7 +15,7 @@ from kvist.kv.store.backend import PageStore, StoreSpec
 sys.path.insert(0, str(Path(__file__).parent))
 try:
     from byte_engine import PAGE_BYTES, PAGE_SIZE, ByteEngine, RightPages
-    from stepped_store import TroubledStore
+    from stepped_store import FaultyStore
 finally:
     sys.path.pop(0)
 
@@ -28,10 +28,10 @@ def test_another_salt_finds_nothing_in_the_device_pool_nor_in_the_host_tier() ->
     engine = ByteEngine(RightPages(), namespace=MODEL)
     assert engine.answer(TOKENS, "tenant") == 0
     assert engine.answer(TOKENS, "other") == 0  # the first one's pages are in both tiers
-    engine.forget_device()
-    assert engine.answer(TOKENS, "") == 0  # and those of both in the host tier
+    engine.evict_device()
+    assert engine.answer(TOKENS, "") == 0  # the pages of both salts are in the host tier
     for cache_salt in ("tenant", "other", ""):
-        engine.forget_device()
+        engine.evict_device()
         assert engine.answer(TOKENS, cache_salt) == len(TOKENS)  # each finds its own
     assert engine.cache.totals()["host_loaded_pages"] == 3 * len(TOKENS) / PAGE_SIZE
     engine.check_ledgers()
@@ -80,7 +80,7 @@ def test_another_salt_finds_nothing_in_a_store(kind: str, tmp_path: Path) -> Non
 
 
 def test_two_models_share_a_store_s_folder_and_no_page(tmp_path: Path) -> None:
-    """Even under the same digest, which they never have: the store itself keeps them apart."""
+    """The store itself keeps two models apart, even under equal digests, which never occur."""
     right = RightPages()
     assert not set(right.digests(MODEL, "", TOKENS)) & set(right.digests(OTHER_MODEL, "", TOKENS))
     digests = right.digests(MODEL, "", TOKENS)
@@ -99,11 +99,11 @@ def test_an_engine_finds_only_pages_of_its_own_model_and_salt_in_the_store(tmp_p
     right = RightPages()
 
     def start(model: str) -> ByteEngine:
-        return ByteEngine(right, namespace=model, store=TroubledStore(model, tmp_path, PAGE_BYTES, num_pages=64))
+        return ByteEngine(right, namespace=model, store=FaultyStore(model, tmp_path, PAGE_BYTES, num_pages=64))
 
     def fetched(engine: ByteEngine, cache_salt: str) -> float:
         before = engine.cache.totals()["storage_fetched_pages"]
-        engine.ask(TOKENS, cache_salt)
+        engine.submit(TOKENS, cache_salt)
         engine.settle()
         engine.check_bytes()
         engine.close(engine.requests[0])

@@ -1,4 +1,4 @@
-"""The host tier in a folder: what comes back after a restart, a kill, and damage of every kind."""
+"""The host tier in a folder: which pages are restored after a restart, a kill, and damage of every kind."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def fill(folder: Path, pools: Path, num_prefixes: int = 4) -> None:
 
 
 def checked(persistent: PersistentPages) -> list[SavedPage]:
-    """What is restored, every byte of it compared."""
+    """Restore the pages and compare every byte."""
     restored = persistent.restore()
     for page in restored:
         assert persistent.tensor[page.slot].numpy().tobytes() == page_of(page.digest)
-    HostTier(persistent.tensor.shape[0]).restore(restored)  # refuses a page before the one it continues
+    HostTier(persistent.tensor.shape[0]).restore(restored)  # raises if a page comes before the page it continues
     return restored
 
 
@@ -156,9 +156,9 @@ def test_every_restored_page_is_whole_after_a_kill_at_any_moment(tmp_path: Path)
             process_id = int(lives.stdout.readline())
             for written in range(number, number + 2 + attempt):
                 assert lives.stdout.readline() == f"{written}\n"
-            time.sleep(0.0007 * attempt)  # in the middle of something, each time of something else
+            time.sleep(0.0007 * attempt)  # kills each worker at a different moment
             os.kill(process_id, signal.SIGKILL)
-            while not lives.stdout.readline().endswith("over\n"):  # behind a line that was killed half-way
+            while not lives.stdout.readline().endswith("over\n"):  # the kill may have cut a line
                 assert lives.poll() is None
             persistent = open_folder(folder)
             restored = checked(persistent)
@@ -243,7 +243,7 @@ def test_only_undamaged_pages_are_restored(
 ) -> None:
     damage(folder)
     assert restored_slots(folder) == left
-    fill(folder, tmp_path / "run")  # and it works as before
+    fill(folder, tmp_path / "run")  # the folder can be used again
     assert restored_slots(folder) == set(range(8))
 
 
@@ -268,7 +268,7 @@ def test_pages_of_another_namespace_are_not_restored(folder: Path, caplog: pytes
     with caplog.at_level(logging.WARNING):
         assert restored_slots(folder, namespace="other") == set()
     assert "another model, layout, page size or tensor-parallel slice" in caplog.text
-    assert restored_slots(folder) == set()  # the folder is the other's now
+    assert restored_slots(folder) == set()  # the folder belongs to the other namespace now
 
 
 def test_pages_of_another_size_are_not_restored(folder: Path) -> None:
@@ -290,7 +290,7 @@ def test_two_workers_never_share_a_folder(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"--hicache-persist .*another worker") as caught:
         open_folder(folder, namespace="other")
     assert caught.value.param == "hicache_persist"
-    assert len(checked(first)) == 8  # the second touched nothing
+    assert len(checked(first)) == 8  # the second worker changed nothing
     first.close()
     assert restored_slots(folder) == set(range(8))
 
@@ -321,7 +321,7 @@ def test_a_pool_larger_than_the_file_system_is_refused_and_its_space_released(tm
     with pytest.raises(ConfigError, match="--hicache-persist"):
         PersistentPages(tmp_path / "kept", namespace="n", num_pages=1 << 20, page_bytes=1 << 30)
     assert (tmp_path / "kept" / "pages").stat().st_blocks == 0
-    assert restored_slots(tmp_path / "kept") == set()  # and the lock was let go
+    assert restored_slots(tmp_path / "kept") == set()  # also: the lock was released
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class ModelPin:
 
 
 class RadixMachine(RuleBasedStateMachine):
-    """Finds the right answer by looking at everything: which prefixes are cached, who uses them, since when not."""
+    """Find the right answer by a full search over all cached prefixes, their users, and the time of their last use."""
 
     pins = Bundle("pins")
 

@@ -1,4 +1,4 @@
-"""The storage tier's bookkeeping: what is stored, what is fetched into which slots, and who may take how much."""
+"""The storage tier's plan: the pages to store, the pages to fetch, their slots, and the share of the host tier."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_fetched_pages_stay_until_their_request_is_admitted() -> None:
     storage.fetched(PagesFetched(job_id=job.job_id, num_pages=3))
     keep(host, chain("other", 5))
     assert host.reserve(None, b"more") is not None
-    assert len(host.match(digests)) == 3  # the others are newer, and one of them went
+    assert len(host.match(digests)) == 3  # the other pages are newer, but one of them was evicted
     storage.close(prefetch)
     host.flush()
     assert host.match(digests) == []
@@ -127,9 +127,9 @@ def test_prefetches_use_at_most_half_of_the_host_tier_and_queue_for_it_in_order(
         storage.found(PagesFound(job_id=find.job_id, num_pages=6))
     (first,) = fetches(storage)
     storage.fetched(PagesFetched(job_id=first.job_id, num_pages=6))
-    assert fetches(storage) == []  # fetched, and kept
+    assert fetches(storage) == []  # the fetched pages fill the share
     assert storage.drain_done() == [opened[0][0]]
-    storage.give_up(opened[1][0])  # it waits no longer
+    storage.give_up(opened[1][0])  # the second request stops waiting
     storage.close(opened[0][0])
     (third,) = fetches(storage)
     assert third.digests == tuple(chain("c", 6))
@@ -192,7 +192,7 @@ def test_pages_are_stored_again_only_after_a_failure_or_in_another_store() -> No
     storage.store(pages)
     assert storage.drain_jobs() == []
     storage.attach(True)
-    storage.stored(PagesStored(job_id=job.job_id, num_pages=1))  # in the former
+    storage.stored(PagesStored(job_id=job.job_id, num_pages=1))  # in the former store
     storage.store(pages)
     (job,) = storage.drain_jobs()
     assert isinstance(job, StorePages)
@@ -260,7 +260,7 @@ def test_pages_waiting_to_be_stored_are_skipped_after_an_eviction_or_a_detach() 
 def test_pages_waiting_to_be_stored_never_outnumber_the_host_tier() -> None:
     host, storage = tier(40)
     storage.store(keep(host, chain("a", 10)))
-    for number in range(20):  # the store hangs; the tier goes on
+    for number in range(20):  # the store hangs; the host tier does not
         storage.store(keep(host, chain(f"{number}-", 10)))
         assert len(storage._due) <= 40
     assert storage.totals["storage_skipped_pages"] == 20 * 10 - 40
@@ -271,7 +271,7 @@ def test_store_lookups_under_way_are_bounded() -> None:
     for number in range(MAX_FINDS):
         prefetch = storage.begin(chain(f"{number}-", 2), 0)
         assert prefetch is not None
-        storage.close(prefetch)  # who asked has gone; the store has not answered
+        storage.close(prefetch)  # the request has ended; the store has not answered
     assert storage.begin(chain("more", 2), 0) is None
     for job in storage.drain_jobs():
         storage.found(PagesFound(job_id=job.job_id, num_pages=2))

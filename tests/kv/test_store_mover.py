@@ -1,4 +1,4 @@
-"""The store's mover: every job is answered once, and a store that lies, raises or hangs holds nobody."""
+"""The store mover: every job is answered once, and a store that misreports, raises or hangs blocks no request."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def digest(number: int) -> bytes:
     return number.to_bytes(32, "big")
 
 
-class TrickyStore(MemoryStore):
-    """Hangs while `go` is not set, and answers by `answer` in place of the truth."""
+class ControlledStore(MemoryStore):
+    """A store that hangs while `go` is not set, and returns `answer()`, if set, in place of the right number."""
 
     def __init__(self) -> None:
         super().__init__(StoreSpec(namespace="n", page_bytes=PAGE_BYTES, capacity_bytes=1 << 20))
@@ -49,19 +49,19 @@ class TrickyStore(MemoryStore):
         self.calls: list[str] = []
         self.closed = False
 
-    def _trick(self, name: str, truth: Callable[[], int]) -> int:
+    def _answer(self, name: str, truth: Callable[[], int]) -> int:
         self.calls.append(name)
         assert self.go.wait(GIVE_UP_S)
         return truth() if self.answer is None else self.answer()
 
     def exists(self, keys: Sequence[bytes]) -> int:
-        return self._trick("exists", lambda: MemoryStore.exists(self, keys))
+        return self._answer("exists", lambda: MemoryStore.exists(self, keys))
 
     def get(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> int:
-        return self._trick("get", lambda: MemoryStore.get(self, keys, into))
+        return self._answer("get", lambda: MemoryStore.get(self, keys, into))
 
     def put(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
-        return self._trick("put", lambda: MemoryStore.put(self, keys, pages))
+        return self._answer("put", lambda: MemoryStore.put(self, keys, pages))
 
     def close(self) -> None:
         self.closed = True
@@ -76,12 +76,12 @@ class Moving:
         self.clock = FakeClock(100.0)
         self.woken = threading.Event()
         self.mover = StoreMover(self.host, wakeup=self.woken.set, clock=self.clock, deadline_s=DEADLINE_S)
-        self.store = TrickyStore()
+        self.store = ControlledStore()
         self.mover.attach(self.store, self.store.stats())
         self.num_jobs = 0
 
     def start(self, kind: type[FindPages] | type[FetchPages] | type[StorePages], count: int, slot: int = 0) -> StoreJob:
-        """The pages 0 … count, from or to the slots after `slot`."""
+        """Start a job for pages [0, count), from or to the slots from `slot` on."""
         self.num_jobs += 1
         digests, slots = tuple(map(digest, range(count))), tuple(range(slot, slot + count))
         job: StoreJob
@@ -103,7 +103,7 @@ class Moving:
         return found
 
     def hang(self, kind: type[FetchPages] | type[StorePages] = FetchPages, count: int = 3) -> None:
-        """One call of the store, until it is well beyond the deadline."""
+        """Let one call of the store hang until the deadline has passed."""
         self.store.go.clear()
         num_calls = len(self.store.calls)
         self.start(kind, count, slot=10)
@@ -228,7 +228,7 @@ def test_a_hung_call_opens_the_breaker_and_keeps_its_slots_until_it_returns(movi
     moving.store.go.set()
     assert moving.reports() == [PagesFetched(job_id=2, num_pages=3)]
     assert (moving.pages[10:13] == moving.pages[:3]).all()
-    assert moving.mover.breaker() == "open", "that one call has returned is no reason to trust it"
+    assert moving.mover.breaker() == "open", "a late return does not close the breaker"
     assert moving.mover.num_quarantined_pages() == 0
     assert moving.mover.totals()["storage_slow_calls"] == 1
 
@@ -300,7 +300,7 @@ def test_a_detached_store_is_closed_when_its_last_call_has_returned(moving: Movi
     for _ in range(2 * NUM_READERS):
         moving.start(FetchPages, 1)
     moving.mover.detach()
-    other = TrickyStore()
+    other = ControlledStore()
     moving.mover.attach(other, other.stats())
     moving.start(StorePages, 3)
     assert not moving.store.closed
@@ -310,7 +310,7 @@ def test_a_detached_store_is_closed_when_its_last_call_has_returned(moving: Movi
     moving.until(lambda: moving.mover.poll() == [] and moving.mover.num_detached() == 0)
     assert moving.store.closed
     assert not other.closed
-    assert moving.mover.totals()["storage_reads"] >= 1, "what the former store did is not forgotten"
+    assert moving.mover.totals()["storage_reads"] >= 1, "the counts of the former store stay"
 
 
 def test_a_closed_store_is_not_counted_as_detached_even_before_a_poll(moving: Moving) -> None:

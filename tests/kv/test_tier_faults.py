@@ -1,6 +1,6 @@
-"""What a broken disk, a short memory and a careless restore do to the host tier's folder and to the file store. What
-test_persistence.py and test_file_store.py damage in files, this breaks in system calls, and in whole files that
-contradict each other."""
+"""The host tier's folder and the file store under broken disks, too little memory, and inconsistent files.
+
+test_persistence.py and test_file_store.py damage single files; these tests break system calls and mix whole files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def restored_slots(folder: Path) -> set[int]:
-    """Every byte of them compared, and taken in by a tier."""
+    """Compare every byte of the restored pages, and let a host tier restore them."""
     persistent = open_folder(folder)
     try:
         restored = persistent.restore()
@@ -78,11 +78,11 @@ def test_an_old_index_beside_newer_pages_restores_only_unchanged_pages(folder: P
     write_page(folder, 2, digest_of(100), None)
     write_page(folder, 6, digest_of(101), None)
     shutil.copy(tmp_path / "index", folder / "index")
-    assert restored_slots(folder) == {0, 1, 4, 5}  # 3 and 7 continued what is gone
+    assert restored_slots(folder) == {0, 1, 4, 5}  # 3 and 7 continued dropped pages
 
 
 def test_a_page_that_two_slots_hold_is_restored_once(folder: Path) -> None:
-    """It was evicted, and came back elsewhere before anything else had overwritten it."""
+    """The page was evicted and written to another slot before its old slot was overwritten."""
     write_page(folder, 9, digest_of(2), None)
     slots = restored_slots(folder)
     assert len(slots) == 8
@@ -120,14 +120,14 @@ def test_a_folder_on_a_broken_disk_is_refused_at_the_start_and_nothing_in_it_is_
         with pytest.raises(ConfigError, match=r"--hicache-persist .*cannot keep") as caught:
             open_folder(folder)
     assert caught.value.param == "hicache_persist"
-    assert restored_slots(folder) == set(range(8))  # also: the lock was let go
+    assert restored_slots(folder) == set(range(8))  # also: the lock was released
 
 
 @pytest.mark.parametrize("which", range(4), ids=["lock", "index", "index again", "pages"])
 def test_a_file_that_temporarily_cannot_be_opened_is_not_replaced(
     folder: Path, monkeypatch: pytest.MonkeyPatch, which: int
 ) -> None:
-    """Another worker may hold that lock, and pages are worth a second start."""
+    """Another worker may hold the lock of the old file, and a second start is better than losing the pages."""
     inodes = {path.name: path.stat().st_ino for path in folder.iterdir()}
     real, num_calls = os.open, 0
 
@@ -146,7 +146,7 @@ def test_a_file_that_temporarily_cannot_be_opened_is_not_replaced(
     assert restored_slots(folder) == set(range(8))
 
 
-@pytest.mark.usefixtures("as_somebody")
+@pytest.mark.usefixtures("as_unprivileged_user")
 def test_a_read_only_folder_is_refused_with_an_error_that_names_the_flag() -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "kept"
@@ -192,14 +192,14 @@ def test_put_stores_fewer_pages_and_get_still_reads_when_any_disk_call_fails(
     put(store, 0, 2)
     with monkeypatch.context() as broken:
         spares = makes_nothing if call == "open" else None
-        if call == "makedirs":  # the folder of the next page is not there yet
+        if call == "makedirs":  # the next page needs a new folder
             assert not any(tmp_path.rglob(f"{KEYS[2].hex()[:2]}/"))
         broken.setattr(os, call, refusing(getattr(os, call), number, spares=spares))
         assert put(store, 0, 4) == 2
         assert get(store, 0, 4) == 2
     assert set(store.stats().errors) == {errno.errorcode[number]}
     assert list(tmp_path.rglob("*.new")) == []
-    assert put(store, 0, 4) == 2  # the disk is left in peace for a while
+    assert put(store, 0, 4) == 2  # writing is suspended
     clock.advance(5.0)
     assert put(store, 0, 4) == 4
     assert get(store, 0, 4) == 4

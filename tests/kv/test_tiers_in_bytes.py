@@ -1,10 +1,10 @@
-"""All tiers in bytes under any order of calls, copies that are late, torn or fail, a store that fails, hangs, lies and
-forgets, kills and damaged files: a page that is found anywhere holds exactly the bytes that were computed for it, and
-every page of each tier is in one state.
+"""All tiers in bytes under any order of calls, with copies that are late, torn or fail, a store that fails, hangs,
+misreports and loses pages, kills and damaged files: every page found in any tier holds exactly the bytes that were
+computed for it, and every page of each tier is in one state.
 
-test_tiers_machine.py says the same of the cache's decisions with the copies at once. Here every thread of the movers
-may be stopped between two pages, and between what it does and what it tells, and others go on meanwhile. Two workers
-share the store: of one model, or of two.
+test_tiers_machine.py checks the same for the cache's decisions, with copies at once. Here every thread of the movers
+can be stopped between two pages, and between a copy and its report, while others continue. Two workers, of one model or
+of two, share the store.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kvist.kv.cache import WRITE_POLICIES
 sys.path.insert(0, str(Path(__file__).parent))
 try:
     from byte_engine import PAGE_BYTES, ByteEngine, Request, RightPages
-    from stepped_store import MOODS, TroubledStore
+    from stepped_store import BEHAVIOURS, FaultyStore
 finally:
     sys.path.pop(0)
 
@@ -57,8 +57,8 @@ class TiersInBytes(RuleBasedStateMachine):
         logging.disable(logging.CRITICAL)
         self.patches.callback(logging.disable, logging.NOTSET)
 
-        def open_store(number: int) -> TroubledStore:
-            return TroubledStore(models[number], self.root / "store", PAGE_BYTES, num_store_pages)
+        def open_store(number: int) -> FaultyStore:
+            return FaultyStore(models[number], self.root / "store", PAGE_BYTES, num_store_pages)
 
         def open_engine(number: int) -> ByteEngine:
             return ByteEngine(
@@ -74,14 +74,14 @@ class TiersInBytes(RuleBasedStateMachine):
         self.open_store, self.open_engine = open_store, open_engine
         self.stores = [open_store(number) for number in range(2)]
         self.engines = [open_engine(number) for number in range(2)]
-        self.number = 0  # of the engine that the rules are about
+        self.number = 0  # of the engine that the rules use
 
     @property
     def engine(self) -> ByteEngine:
         return self.engines[self.number]
 
     @rule()
-    def look_at_the_other(self) -> None:
+    def switch_engine(self) -> None:
         self.number = 1 - self.number
 
     # ------------------------------------------------------------ requests
@@ -93,73 +93,73 @@ class TiersInBytes(RuleBasedStateMachine):
     def admit(self, token_ids: tuple[int, ...], cache_salt: str) -> None:
         self.engine.admit(token_ids, cache_salt)
 
-    @rule(token_ids=TOKENS, cache_salt=SALTS, closes=st.booleans(), goes=st.booleans())
-    def answer(self, token_ids: tuple[int, ...], cache_salt: str, closes: bool, goes: bool) -> None:
-        """A whole request at once, but for the copies; perhaps it leaves the device pool at once, too."""
+    @rule(token_ids=TOKENS, cache_salt=SALTS, closes=st.booleans(), evicts=st.booleans())
+    def answer(self, token_ids: tuple[int, ...], cache_salt: str, closes: bool, evicts: bool) -> None:
+        """Run a whole request at once, except its copies; perhaps evict it from the device pool at once."""
         request = self.engine.admit(token_ids, cache_salt)
         if request is not None and request.load_id is None:
             self.engine.compute(request, len(token_ids))
             if closes:
                 self.engine.close(request)
-        if goes:
-            self.engine.forget_device()
+        if evicts:
+            self.engine.evict_device()
 
     @rule(token_ids=TOKENS, cache_salt=SALTS)
-    def ask(self, token_ids: tuple[int, ...], cache_salt: str) -> None:
-        self.engine.ask(token_ids, cache_salt)
+    def submit(self, token_ids: tuple[int, ...], cache_salt: str) -> None:
+        self.engine.submit(token_ids, cache_salt)
 
     @precondition(lambda self: self.engine.fetching)
     @rule(data=st.data(), is_aborted=st.booleans())
     def give_up(self, data: st.DataObject, is_aborted: bool) -> None:
         prefetch, _, _ = data.draw(st.sampled_from(self.engine.fetching))
-        self.engine.go_on(prefetch, gives_up=True, is_aborted=is_aborted)
+        self.engine.finish_prefetch(prefetch, gives_up=True, is_aborted=is_aborted)
 
     @rule(
         token_ids=TOKENS,
         cache_salt=SALTS,
         here=st.booleans(),
-        mood=st.sampled_from((*["works"] * 5, *MOODS)),
+        behaviour=st.sampled_from((*["works"] * 5, *BEHAVIOURS)),
         damaged_at=st.none() | st.none() | st.none() | st.integers(1, PAGE_BYTES),
         then=st.sampled_from(
             ["", "fetched", "fetched", "fetched", "killed", "given up", "aborted", "slow", "detached"]
         ),
     )
-    def come_back_from_the_store(
-        self, token_ids: tuple[int, ...], cache_salt: str, here: bool, mood: str, damaged_at: int | None, then: str
+    def repeat_from_the_store(
+        self, token_ids: tuple[int, ...], cache_salt: str, here: bool, behaviour: str, damaged_at: int | None, then: str
     ) -> None:
-        """It is in the store, perhaps damaged, and in no memory of who is asked for it."""
-        self.has_a_store_that_works()
+        """Repeat a request whose pages, perhaps damaged, are only in the store."""
+        self.ensure_working_store()
         self.leave()
         self.engine.answer(token_ids, cache_salt)
         if not here:
-            self.look_at_the_other()
-            self.has_a_store_that_works()
+            self.switch_engine()
+            self.ensure_working_store()
             self.leave()
         self.engine.cache.flush()
         if damaged_at is not None:
             for path in self.stored_files()[:2]:
                 flip(path, -damaged_at)
-        self.stores[self.number].mood = mood
-        self.engine.ask(token_ids, cache_salt)
+        self.stores[self.number].behaviour = behaviour
+        self.engine.submit(token_ids, cache_salt)
         if then in ("fetched", "killed"):
             self.engine.settle_store()
         elif then:
             self.engine.step_store_until_it_fetches()
         if then == "killed":
-            self.is_killed_and_starts_again([], fails=False, num_steps=1)
+            self.kill_and_restart([], fails=False, num_steps=1)
         elif then == "slow":
-            self.time_passes(11.0)
+            self.advance_clock(11.0)
         elif then == "detached":
             self.engine.detach()
         elif then in ("given up", "aborted"):
             for prefetch, _, _ in [*self.engine.fetching]:
-                self.engine.go_on(prefetch, gives_up=True, is_aborted=then == "aborted")
+                self.engine.finish_prefetch(prefetch, gives_up=True, is_aborted=then == "aborted")
 
-    def has_a_store_that_works(self) -> None:
+    def ensure_working_store(self) -> None:
         if not self.engine.store_mover.is_attached:
-            self.another_store_or_none(attached=True)
-        self.stores[self.number].mood = "works"
-        self.time_passes(6.0)  # the breaker lets a job through
+            self.replace_or_detach_store(attached=True)
+        self.stores[self.number].behaviour = "works"
+        self.advance_clock(6.0)  # the breaker lets a job through
 
     def stored_files(self) -> list[Path]:
         return sorted((self.root / "store").rglob("*.page"))
@@ -170,12 +170,12 @@ class TiersInBytes(RuleBasedStateMachine):
             self.engine.close(request)
 
     @rule(token_ids=TOKENS, cache_salt=SALTS)
-    def come_back(self, token_ids: tuple[int, ...], cache_salt: str) -> None:
-        """Everybody leaves, the device pool forgets, and what is asked for again is under load."""
+    def repeat_after_eviction(self, token_ids: tuple[int, ...], cache_salt: str) -> None:
+        """Close all requests, evict the device pool, and repeat a request, so that its pages are being loaded."""
         engine = self.engine
         self.leave()
         engine.answer(token_ids, cache_salt)
-        engine.forget_device()
+        engine.evict_device()
         engine.admit(token_ids, cache_salt)
 
     @precondition(lambda self: self.idle())
@@ -196,27 +196,27 @@ class TiersInBytes(RuleBasedStateMachine):
             self.engine.cache.flush()
 
     @rule()
-    def others_need_room(self) -> None:
-        self.engine.forget_device()
+    def evict_pages(self) -> None:
+        self.engine.evict_device()
 
     # ------------------------------------------------------------ copies
 
     @precondition(lambda self: self.engine.loads.busy)
-    @rule(num_steps=st.integers(1, 6), fails=st.sampled_from([False, False, True]), heard=st.booleans())
-    def load(self, num_steps: int, fails: bool, heard: bool) -> None:
-        self.steps(self.engine.loads, num_steps, fails, heard)
+    @rule(num_steps=st.integers(1, 6), fails=st.sampled_from([False, False, True]), delivered=st.booleans())
+    def load(self, num_steps: int, fails: bool, delivered: bool) -> None:
+        self.steps(self.engine.loads, num_steps, fails, delivered)
 
     @precondition(lambda self: self.engine.backups.busy)
-    @rule(num_steps=st.integers(1, 6), fails=st.sampled_from([False, False, True]), heard=st.booleans())
-    def back_up(self, num_steps: int, fails: bool, heard: bool) -> None:
-        self.steps(self.engine.backups, num_steps, fails, heard)
+    @rule(num_steps=st.integers(1, 6), fails=st.sampled_from([False, False, True]), delivered=st.booleans())
+    def back_up(self, num_steps: int, fails: bool, delivered: bool) -> None:
+        self.steps(self.engine.backups, num_steps, fails, delivered)
 
-    def steps(self, copies: object, num_steps: int, fails: bool, heard: bool) -> None:
+    def steps(self, copies: object, num_steps: int, fails: bool, delivered: bool) -> None:
         for number in range(num_steps):
             if copies.busy:  # type: ignore[attr-defined]
                 copies.step(fails=fails and number == num_steps - 1)  # type: ignore[attr-defined]
-        if heard:
-            self.engine.hear()
+        if delivered:
+            self.engine.deliver_reports()
 
     @rule()
     def settle(self) -> None:
@@ -225,35 +225,35 @@ class TiersInBytes(RuleBasedStateMachine):
     # ------------------------------------------------------------ the store
 
     @precondition(lambda self: self.engine.store_mover.fibers)
-    @rule(data=st.data(), num_steps=st.integers(1, 8), heard=st.booleans())
-    def a_thread_of_the_store_goes_on(self, data: st.DataObject, num_steps: int, heard: bool) -> None:
+    @rule(data=st.data(), num_steps=st.integers(1, 8), delivered=st.booleans())
+    def step_a_store_thread(self, data: st.DataObject, num_steps: int, delivered: bool) -> None:
         fibers = self.engine.store_mover.fibers
         busy = [index for index, fiber in enumerate(fibers) if not fiber.is_idle] or range(len(fibers))
         fiber = fibers[data.draw(st.sampled_from(busy))]
         for _ in range(num_steps):
             fiber.step()
-        if heard:
-            self.engine.hear()
+        if delivered:
+            self.engine.deliver_reports()
 
-    @rule(mood=st.sampled_from(MOODS))
-    def the_store_changes_its_mood(self, mood: str) -> None:
-        self.stores[self.number].mood = mood
+    @rule(behaviour=st.sampled_from(BEHAVIOURS))
+    def change_store_behaviour(self, behaviour: str) -> None:
+        self.stores[self.number].behaviour = behaviour
 
     @rule(attached=st.sampled_from([True, True, False]))
-    def another_store_or_none(self, attached: bool) -> None:
+    def replace_or_detach_store(self, attached: bool) -> None:
         self.engine.detach()
         if attached:
             self.stores[self.number] = self.open_store(self.number)
             self.engine.attach(self.stores[self.number])
 
     @rule(seconds=st.sampled_from([1.0, 6.0, 11.0]))
-    def time_passes(self, seconds: float) -> None:
-        """What is under call meanwhile is slow."""
+    def advance_clock(self, seconds: float) -> None:
+        """Advance the clock: calls of the store under way become slow."""
         self.engine.clock.advance(seconds)
-        self.engine.hear()
+        self.engine.deliver_reports()
 
     @rule(data=st.data(), at=st.integers(0, 1 << 16), how=st.sampled_from(["flip", "cut", "gone"]))
-    def a_file_of_the_store_is_damaged(self, data: st.DataObject, at: int, how: str) -> None:
+    def damage_a_store_file(self, data: st.DataObject, at: int, how: str) -> None:
         files = self.stored_files()
         if not files:
             return
@@ -272,24 +272,24 @@ class TiersInBytes(RuleBasedStateMachine):
         fails=st.booleans(),
         num_steps=st.integers(1, 4),
     )
-    def killed(self, flips: list[tuple[str, int]], fails: bool, num_steps: int) -> None:
-        self.is_killed_and_starts_again(flips, fails, num_steps)
+    def kill(self, flips: list[tuple[str, int]], fails: bool, num_steps: int) -> None:
+        self.kill_and_restart(flips, fails, num_steps)
 
-    def is_killed_and_starts_again(self, flips: list[tuple[str, int]], fails: bool, num_steps: int) -> None:
-        """Perhaps in the middle of a copy, perhaps right after one that failed."""
+    def kill_and_restart(self, flips: list[tuple[str, int]], fails: bool, num_steps: int) -> None:
+        """Kill the engine, perhaps in the middle of a copy or right after a failed one, and start it again."""
         if fails:
-            self.steps(self.engine.backups, num_steps, fails=True, heard=True)
-            self.steps(self.engine.backups, 1, fails=False, heard=True)
+            self.steps(self.engine.backups, num_steps, fails=True, delivered=True)
+            self.steps(self.engine.backups, 1, fails=False, delivered=True)
         self.engine.kill()
         for name, at in flips:
             flip(self.root / f"kept-{self.number}" / name, at)
         self.stores[self.number] = self.open_store(self.number)
         self.engines[self.number] = self.open_engine(self.number)
 
-    # ------------------------------------------------------------ what must be true
+    # ------------------------------------------------------------ the invariants
 
     @invariant()
-    def what_is_found_holds_the_right_bytes(self) -> None:
+    def found_pages_hold_the_right_bytes(self) -> None:
         for engine in getattr(self, "engines", []):
             engine.check_bytes()
 
@@ -303,7 +303,7 @@ class TiersInBytes(RuleBasedStateMachine):
             return
         try:
             for engine, store in zip(self.engines, self.stores, strict=True):
-                store.mood = "works"
+                store.behaviour = "works"
                 engine.settle()
                 assert engine.fetching == []
                 for request in [*engine.requests]:
@@ -321,8 +321,8 @@ class TiersInBytes(RuleBasedStateMachine):
             shutil.rmtree(self.root)
             self.patches.close()
 
-    def check_store(self, store: TroubledStore, model: str) -> None:
-        """What is left there is right."""
+    def check_store(self, store: FaultyStore, model: str) -> None:
+        """Check that every page left in the store is right."""
         into = memoryview(bytearray(PAGE_BYTES))
         for (namespace, digest), right in self.right.by_name.items():
             if namespace == model and store.get([digest], [into]):
@@ -330,11 +330,11 @@ class TiersInBytes(RuleBasedStateMachine):
 
 
 def test_a_slot_reused_by_a_fetch_after_a_backup_is_recorded_with_the_fetched_page(tmp_path: Path) -> None:
-    """The thread that backed a page up is stopped at the worst moment: the page is told, evicted, its slot taken."""
+    """The backup thread is stopped at the worst moment: its page is reported, then evicted, and the slot reused."""
     right = RightPages()
 
     def start(folder: str) -> ByteEngine:
-        store = TroubledStore("a", tmp_path / "store", PAGE_BYTES, num_pages=40)
+        store = FaultyStore("a", tmp_path / "store", PAGE_BYTES, num_pages=40)
         return ByteEngine(right, namespace="a", num_host_pages=1, folder=tmp_path / folder, store=store)
 
     first = start("first")
@@ -346,11 +346,11 @@ def test_a_slot_reused_by_a_fetch_after_a_backup_is_recorded_with_the_fetched_pa
     engine.compute(request, 2)
     while not engine.backups.afterwards:
         engine.backups.step()
-    engine.backups.step()  # of what it tells and what it records, the one
+    engine.backups.step()  # the report or the record, whichever the thread does first
     engine.settle_store()
-    engine.ask((1, 1))
+    engine.submit((1, 1))
     engine.settle_store()
-    engine.backups.step()  # and the other
+    engine.backups.step()  # the other of the two
     engine.kill()
     again = start("kept")
     again.check_bytes()
@@ -365,4 +365,4 @@ def flip(path: Path, at: int) -> None:
 
 
 TiersInBytes.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
-TestTiersInBytes = pytest.mark.timeout(600)(TiersInBytes.TestCase)  # for the shrinking, should it fail
+TestTiersInBytes = pytest.mark.timeout(600)(TiersInBytes.TestCase)  # long, for Hypothesis to shrink a failure

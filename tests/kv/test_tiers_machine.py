@@ -1,8 +1,8 @@
-"""The cache over its tiers under any order of calls: whatever a digest is found under holds what the digest names.
+"""The cache and its tiers under any order of calls: every page found by a digest holds the content of that digest.
 
-The machine keeps the content of both pools and of the store, and is the movers: their copies are late, out of order, or
-fail and leave nonsense; the store lies about what it has, and forgets. K/V of a page is stood for by the digest of the
-prefix it was computed from.
+The state machine keeps the content of both pools and of the store, and acts as the movers: copies are late, out of
+order, or fail and leave nonsense; the store misreports its pages and loses them. The digest of a page's prefix stands
+for its K/V.
 """
 
 from __future__ import annotations
@@ -71,30 +71,30 @@ class TiersMachine(RuleBasedStateMachine):
             write_policy=policy,
             storage=self.storage,
         )
-        self.stored: set[bytes] = set()  # each is its own content
+        self.stored: set[bytes] = set()  # digests in the store; each stands for its page
         self.prefetches: list[tuple[Prefetch, tuple[int, ...]]] = []
-        self.waiting: set[Prefetch] = set()  # not told that there is nothing more to wait for
+        self.waiting: set[Prefetch] = set()  # not reported as done
         self.store_jobs: list[FindPages | FetchPages | StorePages] = []
         self.cancelled: set[int] = set()
         self.cache.storage_event(StorageAttached(attached=True))
         self.device = [NONSENSE] * NUM_PAGES
         self.host = [NONSENSE] * num_host_pages
         self.requests: list[Request] = []
-        self.jobs: list[tuple[LoadPages | BackUpPages, list[bytes]]] = []  # with what is to be copied
-        self.told: set[bytes] = set()
+        self.jobs: list[tuple[LoadPages | BackUpPages, list[bytes]]] = []  # with the content to copy
+        self.known: set[bytes] = set()
 
-    @rule(token_ids=TOKENS, patient=st.booleans(), ok=st.booleans())
-    def admit(self, token_ids: tuple[int, ...], patient: bool = True, ok: bool = True) -> None:
+    @rule(token_ids=TOKENS, waits=st.booleans(), ok=st.booleans())
+    def admit(self, token_ids: tuple[int, ...], waits: bool = True, ok: bool = True) -> None:
         digests = page_digests(token_ids, PAGE_SIZE, NAMESPACE)
         lease = self.cache.open(token_ids, max_tokens=len(token_ids))
         num_found = len(lease.page_ids)
         while not self.cache.grow(lease, len(token_ids)):
             self.take_jobs()
-            if not (patient and self.cache.waits_for_copies(lease, len(token_ids))):
+            if not (waits and self.cache.waits_for_copies(lease, len(token_ids))):
                 self.cache.close(lease)
                 return
             copies = [index for index, (job, _) in enumerate(self.jobs) if isinstance(job, BackUpPages)]
-            self.carry_out(copies[0], ok)  # there is one, or it would wait for ever
+            self.run_job(copies[0], ok)  # without a copy under way it would wait for ever
         for page_id in lease.page_ids[num_found:]:
             self.device[page_id] = NONSENSE
         resident = {page.digest for page in self.tier._pages.values() if page.resident}
@@ -103,35 +103,35 @@ class TiersMachine(RuleBasedStateMachine):
         self.requests.append(Request(lease, token_ids, num_found * PAGE_SIZE, load_id))
         self.take_jobs()
 
-    @rule(token_ids=TOKENS, closes=st.booleans(), goes=st.booleans())
-    def answer(self, token_ids: tuple[int, ...], closes: bool, goes: bool) -> None:
-        """A whole request at once, but for the copies; perhaps it leaves the device pool at once, too."""
+    @rule(token_ids=TOKENS, closes=st.booleans(), evicts=st.booleans())
+    def answer(self, token_ids: tuple[int, ...], closes: bool, evicts: bool) -> None:
+        """Run a whole request at once, except its copies; perhaps evict it from the device pool at once."""
         num_requests = len(self.requests)
         self.admit(token_ids)
         if len(self.requests) > num_requests and self.requests[-1].load_id is None:
             self.write(self.requests[-1], len(token_ids))
             if closes:
                 self.cache.close(self.requests.pop().lease)
-        if goes:
-            self.others_need_room(num_pages=NUM_PAGES)
+        if evicts:
+            self.evict_pages(num_pages=NUM_PAGES)
 
     @rule(token_ids=TOKENS)
-    def come_back(self, token_ids: tuple[int, ...]) -> None:
-        """Everybody leaves, the device pool forgets, and what is asked for again is under load."""
+    def repeat_after_eviction(self, token_ids: tuple[int, ...]) -> None:
+        """Close all requests, evict the device pool, and repeat a request, so that its pages are being loaded."""
         self.copy_all(ok=True)
         for request in self.requests:
             self.cache.close(request.lease)
         self.requests = []
-        self.answer(token_ids, closes=True, goes=False)
+        self.answer(token_ids, closes=True, evicts=False)
         self.copy_all(ok=True)
-        self.others_need_room(num_pages=NUM_PAGES)
+        self.evict_pages(num_pages=NUM_PAGES)
         self.copy_all(ok=True)
         self.admit(token_ids)
 
     @rule(ok=st.booleans())
     def copy_all(self, ok: bool) -> None:
         while self.jobs:
-            self.carry_out(0, ok)
+            self.run_job(0, ok)
 
     @precondition(lambda self: any(request.load_id is None for request in self.requests))
     @rule(data=st.data(), more=st.integers(1, 8), more_tokens=st.lists(st.integers(0, 1), max_size=2))
@@ -153,11 +153,11 @@ class TiersMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
     def copy(self, data: st.DataObject, ok: bool) -> None:
-        self.carry_out(data.draw(st.integers(0, len(self.jobs) - 1)), ok)
+        self.run_job(data.draw(st.integers(0, len(self.jobs) - 1)), ok)
 
-    def carry_out(self, index: int, ok: bool) -> None:
+    def run_job(self, index: int, ok: bool) -> None:
         job, asked = self.jobs.pop(index)
-        assert self.source(job) == asked, "what is copied changed while the copy waited"
+        assert self.source(job) == asked, "the content changed while the copy waited"
         found = asked if ok else [NONSENSE] * len(asked)
         if isinstance(job, BackUpPages):
             for slot, content in zip(job.host_slots, found, strict=True):
@@ -182,7 +182,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.cache.close(request.lease)
 
     @rule(num_pages=st.integers(1, NUM_PAGES))
-    def others_need_room(self, num_pages: int) -> None:
+    def evict_pages(self, num_pages: int) -> None:
         lease = self.cache.open((), max_tokens=0)
         counts = self.cache.counts()
         num_pages = min(num_pages, counts.free + counts.evictable)
@@ -190,7 +190,7 @@ class TiersMachine(RuleBasedStateMachine):
             for page_id in lease.page_ids:
                 self.device[page_id] = NONSENSE
         else:
-            assert self.cache._hits_to_back_up is None, "only a copy can be in the way"
+            assert self.cache._hits_to_back_up is None, "only a copy can prevent the eviction"
         self.cache.close(lease)
         self.take_jobs()
 
@@ -203,14 +203,14 @@ class TiersMachine(RuleBasedStateMachine):
     @rule()
     def replay_changes(self) -> None:
         added, removed = self.cache.drain_changes()
-        assert not set(added) & self.told
-        assert set(removed) <= self.told
-        self.told = (self.told - set(removed)) | set(added)
-        assert self.told == set(self.cache.digests())
+        assert not set(added) & self.known
+        assert set(removed) <= self.known
+        self.known = (self.known - set(removed)) | set(added)
+        assert self.known == set(self.cache.digests())
 
     def take_jobs(self) -> None:
         done = self.cache.drain_prefetches()
-        assert len(done) == len(set(done)), "each is told once"
+        assert len(done) == len(set(done)), "each prefetch is reported once"
         for job in self.cache.drain_jobs():
             if isinstance(job, LoadPages | BackUpPages):
                 self.jobs.append((job, self.source(job)))
@@ -226,15 +226,15 @@ class TiersMachine(RuleBasedStateMachine):
                         self.host[slot] = NONSENSE
                 elif isinstance(job, StorePages):
                     assert [self.host[slot] for slot in job.host_slots] == list(job.digests)
-        done += self.cache.drain_prefetches()  # for whom there was no room
+        done += self.cache.drain_prefetches()  # prefetches that found no room
         self.waiting.difference_update(done)
         assert all(prefetch.done for prefetch in done)
-        assert all(not prefetch.done for prefetch in self.waiting), "told when done"
+        assert all(not prefetch.done for prefetch in self.waiting), "a prefetch that is done must be reported"
 
     # ---------------------------------------------------------------- the store
 
     @rule(token_ids=TOKENS)
-    def ask_the_store(self, token_ids: tuple[int, ...]) -> None:
+    def start_prefetch(self, token_ids: tuple[int, ...]) -> None:
         prefetch = self.cache.prefetch(token_ids, max_tokens=len(token_ids))
         if prefetch is not None:
             self.prefetches.append((prefetch, token_ids))
@@ -242,41 +242,41 @@ class TiersMachine(RuleBasedStateMachine):
         self.take_jobs()
 
     @rule(token_ids=TOKENS, works=st.booleans())
-    def miss_everything_but_the_store(self, token_ids: tuple[int, ...], works: bool) -> None:
-        """It was answered and stored, went from both pools, and is asked for again."""
-        self.come_back(token_ids)
+    def evict_all_but_the_store(self, token_ids: tuple[int, ...], works: bool) -> None:
+        """Answer a request, store its pages, flush both pools, and prefetch the pages again."""
+        self.repeat_after_eviction(token_ids)
         self.copy_all(ok=True)
-        self.store_works_off()
-        self.hit_again(token_ids)  # what was too much to be stored at once
+        self.run_all_store_jobs()
+        self.hit_again(token_ids)  # store the pages that exceeded the limit of the first try
         while self.requests:
             self.cache.close(self.requests.pop().lease)
         self.cache.flush()
-        self.ask_the_store(token_ids)
+        self.start_prefetch(token_ids)
         if works:
-            self.store_works_off()
+            self.run_all_store_jobs()
 
     def hit_again(self, token_ids: tuple[int, ...]) -> None:
         for _ in range(2):
             self.admit(token_ids)
             self.copy_all(ok=True)
-            self.store_works_off()
+            self.run_all_store_jobs()
 
     @precondition(lambda self: self.store_jobs)
-    @rule(data=st.data(), lies=st.booleans(), fails=st.booleans())
-    def store_works(self, data: st.DataObject, lies: bool, fails: bool) -> None:
-        self.carry_out_store_job(data.draw(st.integers(0, len(self.store_jobs) - 1)), lies, fails)
+    @rule(data=st.data(), misreports=st.booleans(), fails=st.booleans())
+    def run_one_store_job(self, data: st.DataObject, misreports: bool, fails: bool) -> None:
+        self.run_store_job(data.draw(st.integers(0, len(self.store_jobs) - 1)), misreports, fails)
 
     @rule()
-    def store_works_off(self) -> None:
+    def run_all_store_jobs(self) -> None:
         while self.store_jobs:
-            self.carry_out_store_job(0, False, False)
+            self.run_store_job(0, False, False)
 
-    def carry_out_store_job(self, index: int, lies: bool, fails: bool) -> None:
+    def run_store_job(self, index: int, misreports: bool, fails: bool) -> None:
         job = self.store_jobs.pop(index)
         num_there = next((i for i, each in enumerate(job.digests) if each not in self.stored), len(job.digests))
         event: PagesFound | PagesFetched | PagesStored
         if isinstance(job, FindPages):
-            num_pages = 0 if fails else len(job.digests) if lies else num_there
+            num_pages = 0 if fails else len(job.digests) if misreports else num_there
             event = PagesFound(job_id=job.job_id, num_pages=num_pages)
         elif isinstance(job, FetchPages):
             num_pages = num_there // (1 + fails) * (job.job_id not in self.cancelled)
@@ -293,7 +293,7 @@ class TiersMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.prefetches)
     @rule(data=st.data(), how=st.sampled_from(["admitted", "ended", "timed out"]))
-    def prefetch_is_over(self, data: st.DataObject, how: str) -> None:
+    def end_prefetch(self, data: st.DataObject, how: str) -> None:
         index = data.draw(st.integers(0, len(self.prefetches) - 1))
         prefetch, token_ids = self.prefetches[index]
         self.waiting.discard(prefetch)
@@ -307,14 +307,14 @@ class TiersMachine(RuleBasedStateMachine):
         self.take_jobs()
 
     @rule(which=st.integers(0, 5))
-    def store_forgets(self, which: int) -> None:
+    def drop_stored_pages(self, which: int) -> None:
         self.stored = set(sorted(self.stored)[which::2])
 
     @rule(attached=st.sampled_from([True, True, False]))
-    def store_comes_or_goes(self, attached: bool) -> None:
+    def attach_or_detach_store(self, attached: bool) -> None:
         self.cache.storage_event(StorageAttached(attached=attached))
         self.take_jobs()
-        assert attached or not self.waiting, "nobody waits without a store"
+        assert attached or not self.waiting, "without a store no prefetch waits"
 
     def source(self, job: LoadPages | BackUpPages) -> list[bytes]:
         if isinstance(job, LoadPages):
@@ -322,7 +322,7 @@ class TiersMachine(RuleBasedStateMachine):
         return [self.device[page_id] for page_id in job.page_ids]
 
     @invariant()
-    def what_a_digest_finds_is_what_it_names(self) -> None:
+    def every_digest_finds_its_own_content(self) -> None:
         for node in self.cache._tree.nodes():
             assert self.device[node.page_id] == node.digest
         for page in self.tier._pages.values():
@@ -352,7 +352,7 @@ class TiersMachine(RuleBasedStateMachine):
         assert self.storage._num_reserved == fetching + num_kept <= max(1, host.total // 2)
         storing = sum(len(job.host_slots) for job in self.store_jobs if isinstance(job, StorePages))
         assert self.storage._num_stored == storing <= max(1, host.total // 4)
-        for page in self.tier._pages.values():  # no slot holds what no match can reach
+        for page in self.tier._pages.values():  # every page can be reached by a match
             parent = page.parent
             assert page.digest in FIRST_PAGES if parent is None else self.tier.get(parent.digest) is parent
 
@@ -369,14 +369,14 @@ class TiersMachine(RuleBasedStateMachine):
                 (request,) = (each for each in self.requests if each.load_id == job.job_id)
                 self.cache.loaded(PagesLoaded(job_id=job.job_id, ok=False), request.token_ids)
         for _ in list(self.store_jobs):
-            self.carry_out_store_job(0, False, True)
-        self.store_works_off()
+            self.run_store_job(0, False, True)
+        self.run_all_store_jobs()
         for prefetch, _ in self.prefetches:
             self.cache.close_prefetch(prefetch)
         self.prefetches = []
         self.waiting.clear()
         self.take_jobs()
-        self.store_works_off()
+        self.run_all_store_jobs()
         assert not self.storage._open
         assert not self.storage._fetching
         assert self.storage._num_reserved == 0

@@ -194,8 +194,8 @@ class PageCache:
         """
         assert not lease._closed
         in_flight = set(lease._in_flight)
-        uncommitted = lease.page_ids[max(first_page, lease._pin.num_pages) :]
-        page_ids = [page_id for page_id in uncommitted if page_id not in in_flight]
+        not_in_tree = lease.page_ids[max(first_page, lease._pin.num_pages) :]
+        page_ids = [page_id for page_id in not_in_tree if page_id not in in_flight]
         self._ledger.move(page_ids, PageState.OWNED, PageState.IN_FLIGHT)
         lease._in_flight.extend(page_ids)
 

@@ -130,7 +130,7 @@ class StorageTier:
         self.totals: dict[str, float] = dict.fromkeys(STORAGE_COUNTERS, 0)
 
     def attach(self, attached: bool) -> None:
-        """Start with a new store, of whose content nothing is known, or with none: then all prefetches end."""
+        """Switch to a new store, with unknown content, or to none (`attached` is False), which ends all prefetches."""
         self._attached = attached
         self._generation += 1
         self._due.clear()

@@ -29,7 +29,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSpec:
-    """What a store needs to open."""
+    """The parameters of a store."""
 
     namespace: str  # see kv.layout.namespace
     page_bytes: int
