@@ -59,9 +59,9 @@ _THINKING = 'models that support it read `chat_template_kwargs`, often {"enable_
 _SAMPLING = "a field of requests that generate; in /generate it is part of `sampling_params`"
 _OUTPUT = "a field of /v1/chat/completions and /v1/completions"
 _CHAT = "a field of /v1/chat/completions"
-_LIMIT = "the limit is `max_tokens` in /v1, `sampling_params.max_new_tokens` in /generate"
-_LEAST = "the minimum is `min_tokens` in /v1, `sampling_params.min_new_tokens` in /generate"
-_SEED = "the seed is `seed` in /v1, `sampling_params.sampling_seed` in /generate"
+_LIMIT = "use `max_tokens` in /v1, `sampling_params.max_new_tokens` in /generate"
+_LEAST = "use `min_tokens` in /v1, `sampling_params.min_new_tokens` in /generate"
+_SEED = "use `seed` in /v1, `sampling_params.sampling_seed` in /generate"
 
 # Reasons why a field has no effect.
 _LOCAL = "no records are kept"
@@ -71,7 +71,7 @@ _LOGGING = "options of the server control logging and metrics"
 
 
 class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """All names. Type `object` accepts any JSON value; the field's class decides what becomes of the value."""
+    """All names. Type `object` accepts any JSON value; the class of the field decides its treatment."""
 
     model: Annotated[str | None, Honoured("must be the served model, or absent")] = None
 
