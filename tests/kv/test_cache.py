@@ -158,11 +158,11 @@ def test_equal_requests_closed_in_any_order_leave_one_copy(order: tuple[int, ...
 def test_a_lone_request_can_use_the_whole_pool_after_an_equal_one_wrote_its_prefix() -> None:
     """Otherwise the oldest request could wait for ever for pages that only its own pin keeps."""
     cache = make_cache(num_pages=8)
-    twin, lease = cache.open(range(16), max_tokens=15), cache.open(range(16), max_tokens=15)
-    for one in (twin, lease):
+    other, lease = cache.open(range(16), max_tokens=15), cache.open(range(16), max_tokens=15)
+    for one in (other, lease):
         assert cache.grow(one, 16)
         cache.insert(one, range(16), 16)
-    cache.close(twin)
+    cache.close(other)
     assert cache.grow(lease, 32)
     assert len(set(lease.page_ids)) == 8
 

@@ -79,10 +79,10 @@ def test_the_ceiling_is_what_was_ever_cached_and_no_hit_exceeds_it(seed: int, nu
     host = HostTier(num_host_pages) if num_host_pages else None
     cache = PageCache(num_pages=NUM_PAGES, page_size=PAGE_SIZE, namespace="space", host=host, write_policy=policy)
     ever: set[bytes] = set()
-    held: list[PageLease] = []  # their pages stay while others are evicted
+    open_leases: list[PageLease] = []  # their pages stay while others are evicted
     for _ in range(60):
-        if held and random.random() < 0.5:
-            cache.close(held.pop())
+        if open_leases and random.random() < 0.5:
+            cache.close(open_leases.pop())
         if random.random() < 0.03:
             cache.flush()
             ever = set(cache.digests())
@@ -101,7 +101,7 @@ def test_the_ceiling_is_what_was_ever_cached_and_no_hit_exceeds_it(seed: int, nu
         cache.insert(lease, tokens, len(tokens))
         ever |= set(page_digests(tokens, PAGE_SIZE, "space"))
         run_job(cache, lease, tokens, copies_work=random.random() < 0.8)
-        held.append(lease)
+        open_leases.append(lease)
 
 
 def test_flushed_pages_are_not_part_of_the_ceiling() -> None:

@@ -100,8 +100,8 @@ class RadixMachine(RuleBasedStateMachine):
                 self.unused_since[prefix] = self.time
             elif not any(other.reads(prefix) for other in others):
                 released.append(self.pages[prefix])
-                heir = self.newest_duplicate(prefix)
-                self.pages[prefix] = heir.duplicates.pop(prefix)
+                successor = self.newest_duplicate(prefix)
+                self.pages[prefix] = successor.duplicates.pop(prefix)
                 taken.append(self.pages[prefix])
         moves = self.tree.unpin(model_pin.pin)
         assert (moves.taken, moves.released) == (taken, released)

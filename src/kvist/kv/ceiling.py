@@ -25,7 +25,7 @@ _EMPTY = bytes(_ENTRY_BYTES)
 
 
 class EvictionHistory:
-    """Mutable; its one owner is `PageCache`."""
+    """The table of evicted digests. Mutable; its one owner is `PageCache`."""
 
     def __init__(self, max_digests: int = MAX_DIGESTS) -> None:
         assert max_digests > 0

@@ -64,7 +64,7 @@ class HostCounts:
 
 
 class HostTier:
-    """Mutable; its one owner is `PageCache`."""
+    """The slots and pages of the host tier. Mutable; its one owner is `PageCache`."""
 
     def __init__(self, num_pages: int) -> None:
         assert num_pages > 0

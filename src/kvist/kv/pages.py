@@ -54,7 +54,7 @@ class PageCounts:
 
 
 class PageLedger:
-    """Mutable; its one owner is `PageCache`."""
+    """The state of every page. Mutable; its one owner is `PageCache`."""
 
     def __init__(self, num_pages: int) -> None:
         self._states = bytearray(num_pages)  # PageState of each page

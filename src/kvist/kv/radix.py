@@ -78,7 +78,7 @@ class OwnershipChange:
 
 
 class RadixTree:
-    """Mutable; its one owner is `PageCache`."""
+    """The cached prefixes of all salts. Mutable; its one owner is `PageCache`."""
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
@@ -244,10 +244,10 @@ class RadixTree:
         self._removed.clear()
         return added, removed
 
-    def _hand_over(self, node: PageNode, heir: Pin, change: OwnershipChange) -> None:
-        """Replace the node's page, whose last reader has left, by the heir's duplicate; the heir becomes its reader."""
+    def _hand_over(self, node: PageNode, successor: Pin, change: OwnershipChange) -> None:
+        """Replace the page of a node without readers by the duplicate of `successor`, which becomes its reader."""
         change.released.append(node.page_id)
-        node.page_id = heir.duplicates.pop(node)
+        node.page_id = successor.duplicates.pop(node)
         change.taken.append(node.page_id)
         node.num_readers = 1
 

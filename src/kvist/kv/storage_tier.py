@@ -97,14 +97,15 @@ class Prefetch:
 class _Fetch:
     job_id: int
     pages: list[HostPage]
-    owner: Prefetch
-    waiters: list[Prefetch]
-    generation: int
+    owner: Prefetch  # the prefetch that started the job
+    waiters: list[Prefetch]  # all prefetches that wait for the pages
+    generation: int  # of the store
     cancelled: bool = False
 
 
 class StorageTier:
-    """Mutable; its one owner is `PageCache`, and both use the same host tier. Detached until `attach`."""
+    """The stores and prefetches under way. Mutable; its one owner is `PageCache`, which uses the same host tier.
+    Detached until `attach`."""
 
     def __init__(self, host: HostTier, config: PrefetchConfig, *, page_size: int) -> None:
         self._host = host
