@@ -305,7 +305,7 @@ def test_a_full_disk_is_an_error_at_the_start_and_loses_no_stored_page(
 
     def full(fd: int, offset: int, num_bytes: int) -> None:
         if num_bytes > NUM_PAGES * PAGE_BYTES:
-            os.ftruncate(fd, num_bytes // 2)  # as far as it got
+            os.ftruncate(fd, num_bytes // 2)  # a part was allocated
             raise OSError(errno.ENOSPC, "No space left on device")
         allocate(fd, offset, num_bytes)
 

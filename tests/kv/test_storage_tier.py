@@ -192,7 +192,7 @@ def test_pages_are_stored_again_only_after_a_failure_or_in_another_store() -> No
     storage.store(pages)
     assert storage.drain_jobs() == []
     storage.attach(True)
-    storage.stored(PagesStored(job_id=job.job_id, num_pages=1))  # in the former store
+    storage.stored(PagesStored(job_id=job.job_id, num_pages=1))  # in the detached store
     storage.store(pages)
     (job,) = storage.drain_jobs()
     assert isinstance(job, StorePages)

@@ -1,7 +1,7 @@
 """The GPU's runner under a real scheduler gives the same tokens for every way of computing them.
 
-16-bit products round differently for different batch shapes. So runs with different batch shapes are compared up to the
-first token whose second-best token was nearly as likely; with equal shapes, every token must be equal.
+16-bit products round differently for different batch shapes. Runs with different batch shapes are therefore compared up
+to the first token whose second-best token was nearly as likely; with equal shapes, every token must be equal.
 """
 
 from __future__ import annotations

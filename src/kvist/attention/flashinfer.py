@@ -1,7 +1,7 @@
 """FlashInfer over the page-first pool, for NVIDIA GPUs other than Hopper (Ampere or newer), in bf16 or fp16. Package:
 flashinfer-python. The library compiles its kernels with nvcc for each head size and dtype. This happens when a pool is
-bound, so that a missing tool is reported at the start. It takes a minute the first time; later starts load the kernels
-from $FLASHINFER_WORKSPACE_BASE/.cache/flashinfer (the default of that variable is the home directory).
+bound, so that a missing tool is reported at the start. Compiling takes a minute the first time; later starts load the
+kernels from $FLASHINFER_WORKSPACE_BASE/.cache/flashinfer (the default of that variable is the home directory).
 
 A layer's K and V are strided views [num_pages, num_kv_heads, page_size, head_dim] (the library's "HND" order): nothing
 is gathered or copied. One call attends for decodes and chunks together. The library plans each step on the host: how

@@ -1,8 +1,8 @@
 """Page lists of running requests as rows of one table, kept from step to step.
 
-Converting every request's list for every step would cost a millisecond of Python at 256 requests. So each list has a
-row that is written once and then only where the list has grown. The table is in host memory. For a GPU the memory is
-pinned: the GPU reads the few rows of a step when the step runs (kernels/page_lists.py), so no table is copied.
+Converting every request's list for every step would cost a millisecond of Python at 256 requests. Therefore each list
+has a row that is written once and then only where the list has grown. The table is in host memory. For a GPU the memory
+is pinned: the GPU reads the few rows of a step when the step runs (kernels/page_lists.py), so no table is copied.
 
 A list is recognised by its identity: a known list may have grown, but has not changed otherwise (`PageLease.page_ids`
 guarantees that). When no row is free, new lists get the rows of unused lists; rows of the last two steps stay, because

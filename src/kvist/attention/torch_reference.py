@@ -8,8 +8,8 @@
 - prefill chunk: one gather of prefix and chunk, then blocks of queries, each over no more keys than it may see.
 
 Both gathers read the pool as a table of rows: a page's part of one head, one layer, K or V is one contiguous row of
-page_size * head_dim elements, and another layer shifts every row number by the same amount. So the index tensors of
-layer 0 serve all layers, through views with a different start.
+page_size * head_dim elements, and another layer shifts every row number by the same amount. Therefore the index
+tensors of layer 0 serve all layers, through views with a different start.
 
 Grouped-query heads are never repeated: the query heads that share a KV head are queries of that head.
 """

@@ -1,7 +1,7 @@
 """The small kernels around matrix products and attention: one file per kernel, each with its plain torch twin.
 
 The public function of a file checks the device of its tensors: on CUDA it launches the kernel of the same name in gpu/,
-elsewhere it runs the twin, which is also the reference of the tests. So triton is imported only where it is used.
+elsewhere it runs the twin, which is also the reference of the tests. Triton is thus imported only where it is used.
 Kernels on Hopper and later are launched with programmatic dependent launch (gpu/launch.py).
 
 The room knows tensors only: no model, no request, and of pages only their strides.

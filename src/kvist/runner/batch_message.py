@@ -1,9 +1,9 @@
 """A batch as rank 0 sends it to the other ranks: the differences from the previous batch.
 
-Most items of a step continue an item of the previous step: one more token, perhaps one more page. So a message refers
-to the previous message (`previous`), and carries whole page lists and sampling parameters only where a request is new.
-Both ends remember one batch and no more; a request that skips a batch is sent again in full. 256 decodes take about
-1.5 kB.
+Most items of a step continue an item of the previous step: one more token, perhaps one more page. Therefore a message
+refers to the previous message (`previous`), and carries whole page lists and sampling parameters only where a request
+is new. Both ends remember one batch and no more; a request that skips a batch is sent again in full. 256 decodes take
+about 1.5 kB.
 
 Page lists keep their identity at the receiver, too: a list that was sent before grows, a replaced list becomes a new
 list (attention/page_tables.py relies on it). The receiver makes up its own request ids: it never needs the real ones.

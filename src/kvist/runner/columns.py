@@ -113,7 +113,7 @@ def read_batch(items: Sequence[BatchItem], previous: PersistentBatch) -> BatchCo
 
 
 def _unknown(num_known: list[int], persistent: PersistentBatch, previous: PersistentBatch) -> tuple[Int64s, Int64s]:
-    """Return the numbers of the items whose token is not known, and the slots of those tokens in the previous batch."""
+    """Return the numbers of the items whose token is not known, and their slots in the previous batch."""
     if persistent is previous and persistent.all_sampled and not any(num_known):  # nearly always, with overlap
         return persistent.numbers, persistent.numbers
     unknown = [number for number, count in enumerate(num_known) if not count]

@@ -1,7 +1,7 @@
 """Steps captured once as CUDA graphs and replayed: one launch instead of several hundred.
 
-Launching a step kernel by kernel costs the host about 12 ms for 28 layers, however small the step is. So a graph is
-captured for each padded number of rows, the largest first, in two families (cuda_runner.py): decode steps, whose
+Launching a step kernel by kernel costs the host about 12 ms for 28 layers, however small the step is. Therefore a graph
+is captured for each padded number of rows, the largest first, in two families (cuda_runner.py): decode steps, whose
 attention may split long contexts, and steps with prompt chunks, up to a few thousand tokens: above that number the
 device takes longer than the host. All graphs share one memory pool, because they are replayed one after another on one
 stream.

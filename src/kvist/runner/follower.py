@@ -1,7 +1,7 @@
 """`python -m kvist.runner.follower`: one tensor-parallel rank beyond rank 0, started by tp.py.
 
-It has the same runner as rank 0 and launches the same batches as fast as they arrive; it samples the same tokens and
-sends no answer (leader.py). Any failure ends the process, and rank 0 detects that end.
+The rank has the same runner as rank 0 and launches the same batches as fast as they arrive; it samples the same tokens
+and sends no answer (leader.py). Any failure ends the process, and rank 0 detects that end.
 """
 
 from __future__ import annotations

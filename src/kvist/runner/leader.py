@@ -4,8 +4,8 @@ Every rank has the same kind of runner and gets the same batches. All ranks samp
 same logits and the same rules, and each continues from its own tokens: a follower sends no answer and never waits for
 rank 0's host. `launch` sends the batch to the followers first, then launches it on rank 0.
 
-Collectives wait for every rank. So rank 0 polls instead of blocking, and checks the followers meanwhile. A rank that
-has ended, a step that fails only at rank 0 or a step over the time limit leaves the ranks out of step for good:
+Collectives wait for every rank. Rank 0 therefore polls instead of blocking, and checks the followers meanwhile. A rank
+that has ended, a step that fails only at rank 0 or a step over the time limit leaves the ranks out of step for good:
 `EngineError`, and the engine must be restarted.
 """
 

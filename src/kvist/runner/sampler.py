@@ -1,8 +1,8 @@
 """Samples the next tokens: a pure function of (logits, parameters, seed, position), row by row.
 
 The order is: suppress, temperature, top_k, top_p, min_p, then argmax(logits + Gumbel noise), which draws from the
-softmax of the remaining tokens. The noise of a token is a hash of (seed, position, token id), never generator state. So
-a row gives the same token in any batch, on any worker, after any interruption.
+softmax of the remaining tokens. The noise of a token is a hash of (seed, position, token id), never generator state. A
+row thus gives the same token in any batch, on any worker, after any interruption.
 
 Rows with the same kind of work are computed together: greedy rows are one argmax; without truncation there is no sort;
 top_k reads k tokens; top_p reads the likeliest few hundred tokens, and the whole vocabulary only for a row with a wider

@@ -3,8 +3,8 @@
     words: token_ids T | sources T | positions T | rows R | temperatures R (fp32) | keys 2 R       all 32 bits
 
 On the device the words follow `num_rows` slots that hold the tokens sampled by the previous step, in its order.
-`sources` points into both: a token that the host knows is read from `token_ids`, any other token from its slot. So the
-next step can be launched before the host has read the tokens of this step.
+`sources` points into both: a token that the host knows is read from `token_ids`, any other token from its slot. The
+next step can thus be launched before the host has read the tokens of this step.
 
 Every step uses the same device memory, in stream order; captured graphs rely on its address.
 """

@@ -3,7 +3,7 @@ not depend on it (addresses, weights), then wait for its end. This hides most of
 decode step.
 
 Correctness rule: every program of every kernel calls `wait_for_inputs` before it reads the result of another kernel and
-before it writes anything. So when a kernel has ended, all kernels before it have ended.
+before it writes anything. Therefore, when a kernel has ended, all kernels before it have ended.
 """
 
 from __future__ import annotations

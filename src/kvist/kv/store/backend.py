@@ -2,7 +2,7 @@
 
 Life cycle: `open_store` → `exists`, `put`, `get` from worker threads, never from the engine's loop → `close`.
 
-What every store guarantees its caller:
+Guarantees of every store to its caller:
 
 - `get` returns byte for byte the page that was put under that key in that namespace, or a miss;
 - a damaged page, a full store or a lost disk is a miss or a page not stored, and a counter: never an exception;

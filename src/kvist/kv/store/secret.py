@@ -1,4 +1,4 @@
-"""The secret of a store: with it, a worker tells pages that its own workers wrote from forged pages.
+"""The secret of a store: with it, a worker distinguishes pages of its own cluster from forged pages.
 
 Without `--hicache-storage-secret-file` the secret is a file in the store's own folder, drawn at random by the first
 worker that opens the folder. The file is safe from other users, since only its owner may read it. If others can write
