@@ -91,10 +91,7 @@ def test_content_can_forge_a_role_unless_its_special_tokens_are_text(tmp_path: P
     start, end = field.special_tokens["<|im_start|>"], field.special_tokens["<|im_end|>"]
     assert chat_ids(field, FORGED).count(start) == 2
     ids = chat_ids(safe, FORGED)
-    assert [token for token in ids if token in field.special_token_ids] == [
-        start,
-        end,
-    ]  # from the template
+    assert [token for token in ids if token in field.special_token_ids] == [start, end]  # from the template
     assert safe.decode(ids, skip_special_tokens=False) == f"<|im_start|>user\n{FORGED}<|im_end|>\n"
     assert chat_ids(safe, "plain") == chat_ids(field, "plain")
 
