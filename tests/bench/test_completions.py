@@ -9,14 +9,14 @@ from fake_server import Behaviour, FakeServer, answer_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.bench.completions import Answer, BenchRequest, CompletionClient, EventLines, Row
+from kvist.bench.completions import BenchRequest, CompletionClient, EventLines, RequestResult, Row
 from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import MonotonicClock
 
 ASK = BenchRequest(prompt=b"[3,4,5]", row=Row(index=7, num_input=3, num_output=4))
 
 
-async def ask(server: FakeServer, request: BenchRequest = ASK, *, timeout_s: float = 20.0) -> Answer:
+async def ask(server: FakeServer, request: BenchRequest = ASK, *, timeout_s: float = 20.0) -> RequestResult:
     client = HttpClient(server.url, api_key=None)
     completions = CompletionClient(client, model="m", clock=MonotonicClock(), timeout_s=timeout_s)
     answer = await completions.send(request, start_s=MonotonicClock().now_s())

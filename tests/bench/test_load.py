@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvist.bench.config import LengthRange, parse_length_range
-from kvist.bench.load import Conversation, DrawKind, Source, Turns
+from kvist.bench.load import DrawKind, Source, TokenHistory, Turns
 from kvist.errors import ConfigError
 
 SOURCE = Source(seed=3, vocab_low=10, vocab_high=19)
@@ -65,7 +65,7 @@ def test_other_lengths_are_refused(text: str) -> None:
 
 @given(st.lists(st.lists(st.integers(0, 2**31), max_size=5), max_size=6))
 def test_a_conversation_is_the_json_of_all_that_was_appended(pieces: list[list[int]]) -> None:
-    conversation = Conversation()
+    conversation = TokenHistory()
     for piece in pieces:
         conversation.append(piece)
     whole = [token_id for piece in pieces for token_id in piece]

@@ -14,7 +14,7 @@ import pytest
 from fake_server import FakeServer
 
 from kvist.bench import report as reports
-from kvist.bench.progress import LINE_INTERVAL_S, LOG_INTERVAL_S, Progress
+from kvist.bench.progress import LINE_INTERVAL_S, LOG_INTERVAL_S, ProgressLine
 
 
 class Terminal(io.StringIO):
@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
 
 def test_a_terminal_shows_one_line_with_an_estimate_and_erases_it_at_the_end() -> None:
     terminal = Terminal()
-    progress = Progress("rate", 40, start_s=0.0, stream=terminal)
+    progress = ProgressLine("rate", 40, start_s=0.0, stream=terminal)
     progress.show(10, LINE_INTERVAL_S / 2)
     assert terminal.getvalue() == ""  # below the interval
     progress.show(10, 5.0)
@@ -36,7 +36,7 @@ def test_a_terminal_shows_one_line_with_an_estimate_and_erases_it_at_the_end() -
 
 def test_without_a_terminal_progress_is_logged_at_intervals(caplog: pytest.LogCaptureFixture) -> None:
     stream = io.StringIO()
-    progress = Progress("rate", 40, start_s=0.0, stream=stream)
+    progress = ProgressLine("rate", 40, start_s=0.0, stream=stream)
     with caplog.at_level(logging.INFO, "kvist.bench"):
         for now_s in range(1, 26):
             progress.show(0, float(now_s))

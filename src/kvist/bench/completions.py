@@ -57,7 +57,7 @@ class BenchRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class RequestResult:
     row: Row
     gaps_s: list[float] = field(default_factory=list)  # between events that carry tokens
     token_ids: list[int] = field(default_factory=list)  # if requested, and given by the server
@@ -222,7 +222,7 @@ class CompletionClient:
             )
         )
 
-    async def send(self, request: BenchRequest, *, start_s: float, planned_s: float | None = None) -> Answer:
+    async def send(self, request: BenchRequest, *, start_s: float, planned_s: float | None = None) -> RequestResult:
         """Send a request; return its answer, also for a failure. `start_s` and `planned_s` are clock times."""
         body = self.body(request)
         reader = _StreamReader(self._clock)
@@ -242,11 +242,11 @@ class CompletionClient:
         late_s = 0.0 if planned_s is None else sent_s - planned_s
         row = replace(request.row, sent_s=sent_s - start_s, late_s=late_s, retried=retried)
         if failure is not None:
-            return Answer(row=replace(row, failure=failure[0], message=failure[1]))
+            return RequestResult(row=replace(row, failure=failure[0], message=failure[1]))
         return _succeeded(row, reader, sent_s, end_s)
 
 
-def _succeeded(row: Row, reader: _StreamReader, sent_s: float, end_s: float) -> Answer:
+def _succeeded(row: Row, reader: _StreamReader, sent_s: float, end_s: float) -> RequestResult:
     assert reader.first_s is not None
     assert reader.usage is not None
     num_output = reader.usage.completion_tokens
@@ -262,4 +262,4 @@ def _succeeded(row: Row, reader: _StreamReader, sent_s: float, end_s: float) -> 
         num_output_tokens=num_output,
         num_events=len(reader.gaps_s) + 1,
     )
-    return Answer(row=whole, gaps_s=reader.gaps_s, token_ids=reader.token_ids)
+    return RequestResult(row=whole, gaps_s=reader.gaps_s, token_ids=reader.token_ids)

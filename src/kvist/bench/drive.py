@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from kvist.bench.completions import Answer, BenchRequest, CompletionClient, Row
+from kvist.bench.completions import BenchRequest, CompletionClient, RequestResult, Row
 from kvist.bench.config import DRAWN, SERVER, Load, MultiturnConfig, RateConfig, Scenario, SingleConfig
 from kvist.bench.http import HttpFailure
 from kvist.bench.infinite_cache import InfiniteCache
-from kvist.bench.load import Conversation, DrawKind, Source, Turns
-from kvist.bench.progress import Progress
+from kvist.bench.load import DrawKind, Source, TokenHistory, Turns
+from kvist.bench.progress import ProgressLine
 from kvist.clock import Clock, cpu_s
 
 PROBE_INTERVAL_S = 0.01  # between samples of the event loop's lag
@@ -54,11 +54,11 @@ class Measured:
 class _Results:
     """Mutable; owned by `_measure`, filled while a scenario runs."""
 
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[RequestResult] = field(default_factory=list)
     num_done: int = 0  # sent requests; `answers` also has the requests that a failure left unsent
     lags_s: list[float] = field(default_factory=list)
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: RequestResult) -> None:
         self.answers.append(answer)
         self.num_done += 1
 
@@ -133,7 +133,7 @@ class Driver:
     def _request(
         self, index: int, num_input: int, num_output: int, what: DrawKind, *, wants_ids: bool = False
     ) -> BenchRequest:
-        conversation = Conversation()
+        conversation = TokenHistory()
         conversation.append(self._source.token_ids(num_input, what, index))
         row = Row(index=index, num_input=num_input, num_output=num_output)
         return BenchRequest(prompt=conversation.as_json(), row=row, wants_ids=wants_ids)
@@ -174,7 +174,7 @@ class Driver:
     def _turns(self, load: MultiturnConfig, *, from_server: bool) -> Callable[[_Results], Awaitable[None]]:
         count = load.clients * load.rounds
         num_input, num_output = self._lengths(load, count)
-        conversations = [Conversation() for _ in range(load.clients)]
+        conversations = [TokenHistory() for _ in range(load.clients)]
         infinite_cache = InfiniteCache(load.clients, load.page_size)
         turns = Turns(
             clients=load.clients,
@@ -194,7 +194,7 @@ class Driver:
 
         async def drive(results: _Results) -> None:
             start_s = self._clock.now_s()
-            tasks: set[asyncio.Task[Answer]] = set()
+            tasks: set[asyncio.Task[RequestResult]] = set()
             while True:
                 while (turn := turns.start()) is not None:
                     request = make(*turn)
@@ -213,12 +213,12 @@ class Driver:
 
     def _next_turn(
         self,
-        answer: Answer,
+        answer: RequestResult,
         turns: Turns,
-        conversations: list[Conversation],
+        conversations: list[TokenHistory],
         make: Callable[[int, int], BenchRequest],
         infinite_cache: InfiniteCache,
-    ) -> list[Answer]:
+    ) -> list[RequestResult]:
         """Append the answer to its conversation. After a failure, return the unsent turns as failures."""
         row = answer.row
         assert row.client is not None
@@ -227,7 +227,7 @@ class Driver:
         if row.failure is not None:
             why = f"turn {row.turn} of this conversation failed ({row.failure})"
             unsent = [make(row.client, turn).row for turn in left]
-            return [Answer(row=replace(each, failure="not_sent", message=why)) for each in unsent]
+            return [RequestResult(row=replace(each, failure="not_sent", message=why)) for each in unsent]
         drawn = answer.token_ids or self._source.token_ids(row.num_output, DrawKind.ANSWER, row.client, row.turn)
         conversations[row.client].append(drawn)
         infinite_cache.append(row.client, drawn)
@@ -245,7 +245,7 @@ class Driver:
         client = self._client.client
         connections, retries = client.num_connections, client.num_retries
         results, interrupted = _Results(), False
-        progress = Progress(scenario.name, count, start_s=self._clock.now_s())
+        progress = ProgressLine(scenario.name, count, start_s=self._clock.now_s())
         prober = asyncio.create_task(self._probe(results, progress))
         gc.collect()
         gc.freeze()
@@ -277,7 +277,7 @@ class Driver:
             ),
         )
 
-    async def _probe(self, results: _Results, progress: Progress) -> None:
+    async def _probe(self, results: _Results, progress: ProgressLine) -> None:
         while True:
             before_s = self._clock.now_s()
             await asyncio.sleep(PROBE_INTERVAL_S)
@@ -286,11 +286,11 @@ class Driver:
             progress.show(results.num_done, now_s)
 
 
-def _checked(answer: Answer, *, from_server: bool) -> Answer:
+def _checked(answer: RequestResult, *, from_server: bool) -> RequestResult:
     """Turn the answer into a failure if the server gave fewer token ids than it had promised in the probe."""
     row = answer.row
     if not from_server or row.failure is not None or len(answer.token_ids) == row.num_output:
         return answer
     message = f"the server gave {len(answer.token_ids)} token ids for {row.num_output} tokens"
     failed = replace(row, ttft_s=None, tpot_s=None, e2e_s=None, num_events=0, failure="no_token_ids", message=message)
-    return Answer(row=failed)
+    return RequestResult(row=failed)

@@ -40,7 +40,7 @@ class _ConnectionLost(HttpFailure):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+class HttpReply:
     status: int
     retried: bool
 
@@ -160,10 +160,10 @@ class HttpClient:
         self.num_connections = 0  # opened so far
         self.num_retries = 0
 
-    async def get(self, path: str, on_body: OnBody) -> Reply:
+    async def get(self, path: str, on_body: OnBody) -> HttpReply:
         return await self._send(self._head("GET", path) + b"\r\n", on_body)
 
-    async def post(self, path: str, body: bytes, on_body: OnBody) -> Reply:
+    async def post(self, path: str, body: bytes, on_body: OnBody) -> HttpReply:
         """Send JSON. Raises `HttpFailure` without a complete response; any status is a response."""
         head = self._head("POST", path) + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
         return await self._send(head + body, on_body)
@@ -176,7 +176,7 @@ class HttpClient:
     def _head(self, method: str, path: str) -> bytes:
         return f"{method} {self._root}{path} HTTP/1.1\r\n".encode() + self._common
 
-    async def _send(self, request: bytes, on_body: OnBody) -> Reply:
+    async def _send(self, request: bytes, on_body: OnBody) -> HttpReply:
         connection = self._take_idle() or await self._connect()
         reused = connection.used
         retried = False
@@ -191,7 +191,7 @@ class HttpClient:
             status = await connection.exchange(request, on_body)
         if connection.open and len(self._idle) < MAX_IDLE_CONNECTIONS:
             self._idle.append(connection)
-        return Reply(status=status, retried=retried)
+        return HttpReply(status=status, retried=retried)
 
     def _take_idle(self) -> _Connection | None:
         """Return the most recently used connection, the most likely to be still open."""

@@ -60,7 +60,7 @@ class Source:
         return times
 
 
-class Conversation:
+class TokenHistory:
     """The token ids of one client, kept as JSON, so that a long history is not encoded again in each round."""
 
     def __init__(self) -> None:

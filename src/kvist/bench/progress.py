@@ -16,7 +16,7 @@ _CLEAR = "\r\x1b[2K"
 logger = logging.getLogger(__name__)
 
 
-class Progress:
+class ProgressLine:
     """Mutable; owned by one scenario. `show` may be called at any rate, `close` once."""
 
     def __init__(self, name: str, count: int, *, start_s: float, stream: TextIO | None = None) -> None:

@@ -41,7 +41,7 @@ class WorkerUse(enum.Enum):
 
 
 @dataclass(slots=True)
-class InFlight:
+class SentRequest:
     """A request that has not ended at a worker. Mutable; owned by its `Worker`."""
 
     num_pending_tokens: int  # prompt tokens that are not known to be computed
@@ -65,7 +65,7 @@ class Worker:
     sequence: int | None = None  # of the last report
     needs_snapshot: bool = True
     num_rejected_messages: int = 0  # each was dropped, or failed its request
-    in_flight: dict[RequestId, InFlight] = field(default_factory=dict)
+    in_flight: dict[RequestId, SentRequest] = field(default_factory=dict)
     num_pending_tokens: int = 0  # of all in flight
     callers: CallerCounts = field(default_factory=CallerCounts)  # of all in flight
 
@@ -104,7 +104,7 @@ class Worker:
         return retry_after_s(self.load.service_s, num_ahead=num_ahead, num_served=self.load.num_running)
 
     def take(self, request_id: RequestId, num_tokens: int, caller: CallerPath) -> None:
-        self.in_flight[request_id] = InFlight(num_tokens, caller)
+        self.in_flight[request_id] = SentRequest(num_tokens, caller)
         self.callers.add(caller)
         self.num_pending_tokens += num_tokens
 
