@@ -10,11 +10,13 @@ of two, share the store.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -54,6 +56,7 @@ class TiersInBytes(RuleBasedStateMachine):
         self.patches = contextlib.ExitStack()
         for pieces in ("storage_tier.FETCH_PAGES", "storage_tier.PIECE_PAGES", "store_mover.PIECE_PAGES"):
             self.patches.enter_context(mock.patch(f"kvist.kv.{pieces}", 2))
+        self.make_store_deterministic()
         logging.disable(logging.CRITICAL)
         self.patches.callback(logging.disable, logging.NOTSET)
 
@@ -75,6 +78,15 @@ class TiersInBytes(RuleBasedStateMachine):
         self.stores = [open_store(number) for number in range(2)]
         self.engines = [open_engine(number) for number in range(2)]
         self.number = 0  # of the engine that the rules use
+
+    def make_store_deterministic(self) -> None:
+        """Fix what the file store takes from the outside: the times by which it evicts, and the secret that names its
+        folders. Hypothesis repeats an example and expects the same."""
+        times_ns = itertools.count(time.time_ns(), 1_000_000)
+        for module in ("file", "disk_budget"):
+            self.patches.enter_context(mock.patch(f"kvist.kv.store.{module}.unix_time_ns", new=times_ns.__next__))
+        draw = "kvist.kv.store.secret.secrets.token_hex"
+        self.patches.enter_context(mock.patch(draw, new=lambda count: "5e" * count))
 
     @property
     def engine(self) -> ByteEngine:
