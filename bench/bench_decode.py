@@ -30,11 +30,11 @@ from kvist.checkpoint import find_checkpoint
 from kvist.models import ModelConfig, load_model_config
 from kvist.models.weights import WHOLE, expected_tensors
 from kvist.models.weights_gguf import GgufSource
+from kvist.plan.batch import Batch, BatchItem
 from kvist.request import RequestId, SamplingParams
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import AnyRunner
-from kvist.scheduler.plan import Batch, BatchItem
 
 NUM_STREAMS = 8
 BARS = {"transformers": 1.3, "batch": 3.0}

@@ -24,11 +24,10 @@ import msgspec
 import torch
 
 from json_report import write_report
-from kvist.kv.device import DevicePool
 from kvist.kv.layout import PageLayout
+from kvist.memory.device_pool import DevicePool
+from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages, WritesCompleted
 from kvist.request import HandoffId
-from kvist.scheduler.events import PagesVerified, WritesCompleted
-from kvist.scheduler.plan import VerifyPages, WritePages
 from kvist.transfer import TransferReport, Transport, make_transport
 from kvist.wire import PoolAddress
 

@@ -37,12 +37,12 @@ from kvist.attention.page_tables import PageTables
 from kvist.attention.pinned import PinnedRing
 from kvist.clock import FakeClock
 from kvist.kv.cache import PageCache
+from kvist.plan.batch import Batch, BatchItem
+from kvist.plan.events import SampledTokens
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams, WorkerId
 from kvist.runner.columns import EMPTY_BATCH, read_batch
 from kvist.runner.sampler import sampled_tokens
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.events import SampledTokens
-from kvist.scheduler.plan import Batch, BatchItem
 from kvist.worker.engine import freeze_gc
 from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from json_report import write_report
 from kvist.clock import MonotonicClock
-from kvist.kv.device import DevicePool
-from kvist.kv.host import HostPool
 from kvist.kv.layout import PageLayout
-from kvist.kv.mover import PageMover
-from kvist.kv.moves import BackUpPages, LoadPages, PagesForgotten
+from kvist.memory.device_pool import DevicePool
+from kvist.memory.host_pool import HostPool
+from kvist.memory.page_copier import PageMover
+from kvist.plan.tiers import BackUpPages, LoadPages, PagesForgotten
 
 LAYOUT = PageLayout(num_kv_heads=4, num_layers=28, page_size=16, head_dim=128, dtype="bfloat16")
 JOB_PAGES = (8, 128)  # the pages of 128 tokens, and of 2048

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from json_report import write_report
 from kvist.kv.cache import PageCache
+from kvist.plan.batch import Batch, BatchItem
+from kvist.plan.events import Event, SampledTokens, StepFinished
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.events import Event, SampledTokens, StepFinished
-from kvist.scheduler.plan import Batch, BatchItem
 from kvist.wire import PoolAddress, Submit, TokenChunk
 
 

@@ -25,8 +25,8 @@ import numpy as np
 
 from json_report import write_report
 from kvist.kv.keys import page_digests
-from kvist.kv.store import open_store
-from kvist.kv.store.backend import PageStore, StoreSpec
+from kvist.store import open_store
+from kvist.store.backend import PageStore, StoreSpec
 
 Row = tuple[str, str, float]  # folder, case, GB/s
 PAIRS = {"put": "plain write", "put, evicting": "plain write", "get": "plain read"}

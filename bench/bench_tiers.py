@@ -40,8 +40,8 @@ from json_report import write_report
 from kvist.checkpoint import find_checkpoint
 from kvist.cluster.plan import visible_gpus
 from kvist.cores import num_usable_cores
-from kvist.kv.device import available_host_bytes
 from kvist.kv.layout import PageLayout
+from kvist.memory.device_pool import available_host_bytes
 from kvist.models import load_model_config
 from served import BenchFailure, BenchServer, Report
 

@@ -13,11 +13,10 @@ from pathlib import Path
 import msgspec
 import torch
 
-from kvist.kv.device import DevicePool
 from kvist.kv.layout import PageLayout
+from kvist.memory.device_pool import DevicePool
+from kvist.plan.transfers import PagesVerified, VerifyPages
 from kvist.request import EpochId, HandoffId
-from kvist.scheduler.events import PagesVerified
-from kvist.scheduler.plan import VerifyPages
 from kvist.transfer import make_transport
 from kvist.transfer.epoch import EpochLock
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvist.errors import Unavailable
+from kvist.plan.transfers import VerifyPages, WritePages
 from kvist.request import EpochId, HandoffId
-from kvist.scheduler.plan import VerifyPages, WritePages
 from kvist.transfer import TransferReport
 from kvist.transfer.host_pages import HostPages, Pages
 from kvist.transfer.jobs import TransferJobs

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from kvist.errors import ConfigError
 from kvist.kv.keys import page_digests
-from kvist.kv.store import open_store
-from kvist.kv.store.backend import PageStore, StoreSpec
+from kvist.store import open_store
+from kvist.store.backend import PageStore, StoreSpec
 
 PAGE_BYTES = 1000  # not a multiple of anything
 KEYS = page_digests(range(64), 1, "conformance")

@@ -12,9 +12,8 @@ import pytest
 import torch
 from transport_hosts import LAYOUT, NUM_PAGES, GpuHost, GpuPeers, Host, InprocHost, ShmHost, Side
 
+from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages, WritesCompleted, WritesFailed
 from kvist.request import EpochId, HandoffId
-from kvist.scheduler.events import PagesVerified, WritesCompleted, WritesFailed
-from kvist.scheduler.plan import VerifyPages, WritePages
 from kvist.transfer.host_pages import Pages
 
 A, B = HandoffId("a"), HandoffId("b")

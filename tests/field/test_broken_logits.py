@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from kvist.checkpoint import find_checkpoint
 from kvist.kv.cache import PageCache
 from kvist.models import load_model_config
+from kvist.plan.events import Event, StepFinished
 from kvist.request import EngineRequest, EpochId, Mode, Outcome, RequestId, SamplingParams
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import InFlight
 from kvist.runner.sampler import SamplingRow, sample
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.events import Event, StepFinished
 from kvist.wire import Ended, PoolAddress, Submit, TokenChunk
 
 NAN, INF = float("nan"), float("inf")

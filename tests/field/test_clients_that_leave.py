@@ -11,6 +11,9 @@ from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import FakeClock
 from kvist.kv.cache import PageCache
+from kvist.plan.batch import Batch
+from kvist.plan.events import SampledTokens
+from kvist.plan.transfers import VerifyPages, WritePages
 from kvist.request import (
     EngineRequest,
     EpochId,
@@ -22,8 +25,6 @@ from kvist.request import (
     WorkerId,
 )
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
-from kvist.scheduler.events import SampledTokens
-from kvist.scheduler.plan import Batch, VerifyPages, WritePages
 from kvist.transfer import TransferReport
 from kvist.worker.loop import EngineLoop, LoopParts
 from kvist.worker.reports import LoadReports

@@ -13,13 +13,14 @@ import pytest
 from kvist.errors import Overloaded
 from kvist.fairness import caller_path
 from kvist.kv.cache import PageCache
+from kvist.plan.batch import Batch
+from kvist.plan.events import Event, SampledTokens, StepFinished
+from kvist.plan.plan import Plan
 from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SamplingParams, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.registry import Registry
 from kvist.router.route import Router
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
-from kvist.scheduler.events import Event, SampledTokens, StepFinished
-from kvist.scheduler.plan import Batch, Plan
 from kvist.wire import EngineSpec, Grant, LoadReport, PoolAddress, PrefillPeer, Submit, Welcome
 
 POOL = PoolAddress(transport="t", location="x", num_pages=4096, page_bytes=64, layout="l")

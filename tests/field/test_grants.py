@@ -6,10 +6,11 @@ import msgspec
 import pytest
 
 from kvist.kv.cache import PageCache
+from kvist.plan.events import SampledTokens, StepFinished
+from kvist.plan.plan import Plan
+from kvist.plan.transfers import ToSource, WritePages
 from kvist.request import EngineRequest, EpochId, HandoffId, Mode, Outcome, RequestId, SampledToken, SamplingParams
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
-from kvist.scheduler.events import SampledTokens, StepFinished
-from kvist.scheduler.plan import Plan, ToSource, WritePages
 from kvist.wire import Closed, Done, Grant, PoolAddress, PrefillPeer, Revoke, Submit
 
 P, D, THIEF = EpochId("prefill"), EpochId("decode"), EpochId("thief")

@@ -21,12 +21,12 @@ from kvist.errors import ConfigError, ModelLoadError
 from kvist.fingerprint import model_fingerprint
 from kvist.kv.keys import page_digests
 from kvist.kv.layout import PageLayout, namespace
-from kvist.kv.persistence import PersistentPages
-from kvist.kv.store.backend import StoreSpec
-from kvist.kv.store.file import FileStore
+from kvist.memory.persistence import PersistentPages
 from kvist.request import EpochId, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.registry import GatewayTokenizer, Registry, WorkerState, WorkerUse
+from kvist.store.backend import StoreSpec
+from kvist.store.file import FileStore
 from kvist.text.fingerprint import tokenizer_fingerprint, vocabulary_fingerprint
 from kvist.text.tokenizer import Alphabet, Tokenizer
 from kvist.wire import EngineSpec, Welcome

@@ -25,6 +25,10 @@ from kvist.channel import EngineChannel, Member
 from kvist.clock import FakeClock
 from kvist.errors import ConfigError, KvistError, WireError
 from kvist.kv.cache import PageCache
+from kvist.plan.batch import Batch
+from kvist.plan.events import Event, SampledTokens, StepFailed, StepFinished
+from kvist.plan.plan import Plan
+from kvist.plan.transfers import PagesVerified, PeerDied, StopWrites, VerifyPages, WritePages, WritesCompleted
 from kvist.request import (
     EngineRequest,
     EpochId,
@@ -41,16 +45,6 @@ from kvist.router.config import RouterConfig
 from kvist.router.dispatch import Dispatcher
 from kvist.router.registry import Registry, Worker
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
-from kvist.scheduler.events import (
-    Event,
-    PagesVerified,
-    PeerDied,
-    SampledTokens,
-    StepFailed,
-    StepFinished,
-    WritesCompleted,
-)
-from kvist.scheduler.plan import Batch, Plan, StopWrites, VerifyPages, WritePages
 from kvist.worker.gateways import Gateways
 from kvist.worker.inbox import Inbox
 from kvist.worker.loop import EngineLoop, LoopParts

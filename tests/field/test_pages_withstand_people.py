@@ -12,12 +12,12 @@ import xxhash
 from kvist import wire
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError, StoreError
-from kvist.kv.host import HostPool
 from kvist.kv.keys import chain_digest, page_digests, page_keys
-from kvist.kv.persistence import PersistentPages
-from kvist.kv.store.backend import StoreSpec
-from kvist.kv.store.file import FileStore
-from kvist.kv.store_mover import StoreMover
+from kvist.memory.host_pool import HostPool
+from kvist.memory.persistence import PersistentPages
+from kvist.store.backend import StoreSpec
+from kvist.store.file import FileStore
+from kvist.store.io_threads import StoreMover
 from kvist.worker.config import StorageConfig
 from kvist.worker.storage import EngineStorage
 

@@ -15,10 +15,10 @@ import torch
 
 from kvist.cluster.leftovers import clear_runtime_dir
 from kvist.errors import ConfigError
-from kvist.kv import runtime_dir as module
-from kvist.kv.device import DevicePool, Room, plan_pool_size
 from kvist.kv.layout import PageLayout
-from kvist.kv.runtime_dir import remove_leftovers, runtime_dir
+from kvist.memory import runtime_dir as module
+from kvist.memory.device_pool import DevicePool, Room, plan_pool_size
+from kvist.memory.runtime_dir import remove_leftovers, runtime_dir
 from kvist.request import EpochId
 from kvist.transfer.epoch import EpochLock
 from kvist.worker.child import EngineSupervisor
@@ -32,7 +32,7 @@ ENGINE = """
 import sys, time
 from pathlib import Path
 import torch
-from kvist.kv.device import DevicePool
+from kvist.memory.device_pool import DevicePool
 from kvist.kv.layout import PageLayout
 from kvist.request import EpochId
 from kvist.transfer.epoch import EpochLock

@@ -22,13 +22,13 @@ import torch
 
 from kvist.clock import FakeClock
 from kvist.kv.cache import PageCache, PageLease
-from kvist.kv.host import HostPool
-from kvist.kv.host_tier import HostTier
 from kvist.kv.keys import page_digests
-from kvist.kv.mover import PageMover
-from kvist.kv.moves import PagesBackedUp, PagesLoaded, StorageAttached, StoreJob
-from kvist.kv.persistence import PersistentPages
-from kvist.kv.storage_tier import Prefetch, PrefetchConfig, StorageTier
+from kvist.kv.tiers.host import HostTier
+from kvist.kv.tiers.storage import Prefetch, PrefetchConfig, StorageTier
+from kvist.memory.host_pool import HostPool
+from kvist.memory.page_copier import PageMover
+from kvist.memory.persistence import PersistentPages
+from kvist.plan.tiers import PagesBackedUp, PagesLoaded, StorageAttached, StoreJob
 
 # Under importlib mode a test module cannot import its neighbour by name.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -196,7 +196,7 @@ class ByteEngine:
             storage=self.storage,
         )
         device: Any = SimpleNamespace(pieces=lambda: [(0, self.device)])
-        with mock.patch("kvist.kv.mover._CopyQueue", ManualCopyQueue):
+        with mock.patch("kvist.memory.page_copier._CopyQueue", ManualCopyQueue):
             self.mover = PageMover(device, self.host_pool, wakeup=lambda: None, clock=self.clock)
         self.loads: Any = self.mover._loads
         self.backups: Any = self.mover._backups

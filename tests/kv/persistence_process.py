@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from kvist.clock import MonotonicClock
-from kvist.kv.device import DevicePool
-from kvist.kv.host import HostPool
 from kvist.kv.layout import PageLayout
-from kvist.kv.mover import PageMover
-from kvist.kv.moves import BackUpPages, ForgetPages, PagesForgotten
-from kvist.kv.persistence import PersistentPages
+from kvist.memory.device_pool import DevicePool
+from kvist.memory.host_pool import HostPool
+from kvist.memory.page_copier import PageMover
+from kvist.memory.persistence import PersistentPages
+from kvist.plan.tiers import BackUpPages, ForgetPages, PagesForgotten
 
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=4, page_size=16, head_dim=64, dtype="float32")
 PAGE_BYTES = LAYOUT.page_bytes

@@ -11,9 +11,9 @@ from typing import Any
 from unittest import mock
 
 from kvist.clock import FakeClock
-from kvist.kv.store.backend import PageStore, StoreSpec, StoreStats
-from kvist.kv.store.file import FileStore
-from kvist.kv.store_mover import StoreMover
+from kvist.store.backend import PageStore, StoreSpec, StoreStats
+from kvist.store.file import FileStore
+from kvist.store.io_threads import StoreMover
 
 BEHAVIOURS = ("works", "works", "fails", "raises", "misreports", "loses_pages")
 _Thread = threading.Thread
@@ -156,9 +156,9 @@ class SteppedStoreMover:
             return made[-1]
 
         with (
-            mock.patch("kvist.kv.store_mover.threading.Thread", make),
-            mock.patch("kvist.kv.store_mover.num_readers", return_value=2),
-            mock.patch("kvist.kv.store_mover.num_writers", return_value=1),
+            mock.patch("kvist.store.io_threads.threading.Thread", make),
+            mock.patch("kvist.store.io_threads.num_readers", return_value=2),
+            mock.patch("kvist.store.io_threads.num_writers", return_value=1),
         ):
             self.mover.attach(store, store.stats())
         attached: Any = self.mover._attached

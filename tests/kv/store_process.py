@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from kvist.kv.keys import page_digests
-from kvist.kv.store.backend import StoreSpec
-from kvist.kv.store.file import FileStore
+from kvist.store.backend import StoreSpec
+from kvist.store.file import FileStore
 
 PAGE_BYTES = 200_000  # several kernel pages: a write can be cut short
 FILE_BYTES = PAGE_BYTES + 4096

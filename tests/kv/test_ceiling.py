@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from kvist.kv.cache import PageCache
 from kvist.kv.ceiling import EvictionHistory
-from kvist.kv.host_tier import HostTier
 from kvist.kv.keys import page_digests
 from kvist.kv.lease import PageLease
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
+from kvist.kv.tiers.host import HostTier
+from kvist.plan.tiers import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
 
 PAGE_SIZE = 2
 NUM_PAGES = 9

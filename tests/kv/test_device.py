@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from kvist.errors import ConfigError, EngineError
-from kvist.kv import device
-from kvist.kv.device import DevicePool, plan_pool_size
 from kvist.kv.layout import PageLayout
+from kvist.memory import device_pool as device
+from kvist.memory.device_pool import DevicePool, plan_pool_size
 
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=3, page_size=4, head_dim=8, dtype="float32")
 CPU = torch.device("cpu")

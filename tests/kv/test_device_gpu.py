@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kvist.errors import ConfigError, EngineError
-from kvist.kv.cuda_memory import HANDLE_BYTES, OpenedMemory, allocate, export, read_export
-from kvist.kv.device import DevicePool
 from kvist.kv.layout import PageLayout
+from kvist.memory.cuda_memory import HANDLE_BYTES, OpenedMemory, allocate, export, read_export
+from kvist.memory.device_pool import DevicePool
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)

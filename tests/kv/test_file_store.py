@@ -21,9 +21,9 @@ import pytest
 
 from kvist.clock import FakeClock
 from kvist.errors import ConfigError, StoreError
-from kvist.kv.store import disk_budget, open_store
-from kvist.kv.store.backend import StoreSpec
-from kvist.kv.store.file import FileStore
+from kvist.store import disk_budget, open_store
+from kvist.store.backend import StoreSpec
+from kvist.store.file import FileStore
 
 # Under importlib mode a test module cannot import its neighbour by name.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -417,7 +417,7 @@ def test_a_lock_that_is_never_released_only_stops_writing_after_five_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept_s: list[float] = []
-    monkeypatch.setattr("kvist.kv.store.disk_budget.time.sleep", slept_s.append)
+    monkeypatch.setattr("kvist.store.disk_budget.time.sleep", slept_s.append)
     store = open_files(tmp_path)
     put(store, 0, 1)
     with (tmp_path / "in-use.lock").open() as lock:
@@ -449,7 +449,7 @@ def test_threads_waiting_for_the_lock_wait_five_seconds_in_total(
             while not are_waiting():
                 pause(0.001)
 
-    monkeypatch.setattr("kvist.kv.store.disk_budget.time.sleep", sleep)
+    monkeypatch.setattr("kvist.store.disk_budget.time.sleep", sleep)
     with (tmp_path / "in-use.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         first.start()

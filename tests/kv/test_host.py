@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvist.kv.host import _make_resident
+from kvist.memory.host_pool import _make_resident
 
 _NUM_BYTES = 32 << 20
 

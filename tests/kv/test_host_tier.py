@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from kvist.kv.host_tier import HostPage, HostTier
+from kvist.kv.tiers.host import HostPage, HostTier
 
 
 def keep(tier: HostTier, *digests: bytes, parent: HostPage | None = None) -> list[HostPage]:

@@ -13,11 +13,11 @@ import torch
 
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
-from kvist.kv.device import DevicePool
-from kvist.kv.host import HostPool, plan_host_pages
 from kvist.kv.layout import PageLayout
-from kvist.kv.mover import MAX_JOBS_UNDER_WAY, PageMover, runs
-from kvist.kv.moves import BackUpPages, ForgetPages, LoadPages, PageReport, PagesBackedUp, PagesForgotten, PagesLoaded
+from kvist.memory.device_pool import DevicePool
+from kvist.memory.host_pool import HostPool, plan_host_pages
+from kvist.memory.page_copier import MAX_JOBS_UNDER_WAY, PageMover, runs
+from kvist.plan.tiers import BackUpPages, ForgetPages, LoadPages, PageReport, PagesBackedUp, PagesForgotten, PagesLoaded
 
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=3, page_size=4, head_dim=8, dtype="float32")
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)]

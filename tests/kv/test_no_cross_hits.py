@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvist.kv.layout import PageLayout, namespace
-from kvist.kv.store import open_store
-from kvist.kv.store.backend import PageStore, StoreSpec
+from kvist.store import open_store
+from kvist.store.backend import PageStore, StoreSpec
 
 # Under importlib mode a test module cannot import its neighbour by name.
 sys.path.insert(0, str(Path(__file__).parent))

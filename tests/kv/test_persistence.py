@@ -21,12 +21,12 @@ import torch
 
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
-from kvist.kv.device import DevicePool
-from kvist.kv.host import HostPool
-from kvist.kv.host_tier import HostTier, SavedPage
-from kvist.kv.mover import PageMover
-from kvist.kv.moves import BackUpPages
-from kvist.kv.persistence import PersistentPages, reusable_bytes
+from kvist.kv.tiers.host import HostTier, SavedPage
+from kvist.memory.device_pool import DevicePool
+from kvist.memory.host_pool import HostPool
+from kvist.memory.page_copier import PageMover
+from kvist.memory.persistence import PersistentPages, reusable_bytes
+from kvist.plan.tiers import BackUpPages
 from kvist.worker.config import HostTierConfig
 
 # Under importlib mode a test module cannot import its neighbour by name.

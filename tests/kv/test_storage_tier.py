@@ -4,24 +4,9 @@ from __future__ import annotations
 
 import math
 
-from kvist.kv.host_tier import HostPage, HostTier
-from kvist.kv.moves import (
-    CancelFetch,
-    FetchPages,
-    FindPages,
-    PagesFetched,
-    PagesFound,
-    PagesStored,
-    StorePages,
-)
-from kvist.kv.storage_tier import (
-    FETCH_PAGES,
-    MAX_FINDS,
-    MAX_STORES,
-    Prefetch,
-    PrefetchConfig,
-    StorageTier,
-)
+from kvist.kv.tiers.host import HostPage, HostTier
+from kvist.kv.tiers.storage import FETCH_PAGES, MAX_FINDS, MAX_STORES, Prefetch, PrefetchConfig, StorageTier
+from kvist.plan.tiers import CancelFetch, FetchPages, FindPages, PagesFetched, PagesFound, PagesStored, StorePages
 
 
 def tier(num_host_pages: int, threshold_tokens: int = 1) -> tuple[HostTier, StorageTier]:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from kvist.clock import FakeClock
-from kvist.kv.host import HostPool
-from kvist.kv.moves import (
+from kvist.memory.host_pool import HostPool
+from kvist.memory.persistence import PersistentPages
+from kvist.plan.tiers import (
     PIECE_PAGES,
     CancelFetch,
     FetchPages,
@@ -23,11 +24,10 @@ from kvist.kv.moves import (
     StoreJob,
     StorePages,
 )
-from kvist.kv.persistence import PersistentPages
-from kvist.kv.store import open_store
-from kvist.kv.store.backend import StoreSpec, StoreStats
-from kvist.kv.store.memory import MemoryStore
-from kvist.kv.store_mover import PAUSE_S, Report, StoreMover, num_readers
+from kvist.store import open_store
+from kvist.store.backend import StoreSpec, StoreStats
+from kvist.store.io_threads import PAUSE_S, Report, StoreMover, num_readers
+from kvist.store.memory import MemoryStore
 
 PAGE_BYTES, NUM_PAGES, DEADLINE_S = 64, 400, 10.0
 NUM_READERS = num_readers()
@@ -319,7 +319,7 @@ def test_a_closed_store_is_not_counted_as_detached_even_before_a_poll(moving: Mo
 
 
 def test_a_hung_call_does_not_delay_the_end_of_the_engine(moving: Moving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvist.kv.store_mover.CLOSE_S", 0.1)
+    monkeypatch.setattr("kvist.store.io_threads.CLOSE_S", 0.1)
     moving.store.go.clear()
     moving.start(FetchPages, 3)
     moving.until(lambda: moving.store.calls)

@@ -20,9 +20,9 @@ import pytest
 
 from kvist.clock import FakeClock
 from kvist.errors import ConfigError
-from kvist.kv.host import HostPool
-from kvist.kv.host_tier import HostTier
-from kvist.kv.store.file import FileStore
+from kvist.kv.tiers.host import HostTier
+from kvist.memory.host_pool import HostPool
+from kvist.store.file import FileStore
 
 # Under importlib mode a test module cannot import its neighbour by name.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvist.kv.cache import WRITE_POLICIES, PageCache
-from kvist.kv.host_tier import HostTier
 from kvist.kv.keys import page_digests
 from kvist.kv.lease import PageLease
-from kvist.kv.moves import (
+from kvist.kv.tiers.host import HostTier
+from kvist.kv.tiers.storage import Prefetch, PrefetchConfig, StorageTier
+from kvist.plan.tiers import (
     BackUpPages,
     CancelFetch,
     FetchPages,
@@ -33,7 +34,6 @@ from kvist.kv.moves import (
     StorageAttached,
     StorePages,
 )
-from kvist.kv.storage_tier import Prefetch, PrefetchConfig, StorageTier
 
 NUM_PAGES = 8
 PAGE_SIZE = 2

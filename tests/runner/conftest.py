@@ -12,11 +12,11 @@ import torch
 
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.models import load_model_config
+from kvist.plan.batch import Batch, BatchItem
 from kvist.request import RequestId, SampledToken, SamplingParams
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import Runner
-from kvist.scheduler.plan import Batch, BatchItem
 
 PAGE_SIZE = 4
 

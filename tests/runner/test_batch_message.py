@@ -6,11 +6,11 @@ import random
 from collections import Counter
 
 from kvist.kv.cache import PageCache
+from kvist.plan.batch import Batch, BatchItem
+from kvist.plan.events import Event, SampledTokens, StepFinished
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
 from kvist.runner.batch_message import BatchDecoder, BatchEncoder
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.events import Event, SampledTokens, StepFinished
-from kvist.scheduler.plan import Batch, BatchItem
 from kvist.wire import PoolAddress, Submit
 
 SAMPLING = SamplingParams(max_tokens=9, temperature=0.5, seed=2**63 - 1, stop_token_ids=(7,), num_logprobs=2)

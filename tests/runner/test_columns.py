@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvist.plan.batch import BatchItem
 from kvist.request import RequestId, SamplingParams
 from kvist.runner.columns import EMPTY_BATCH, BatchColumns, PersistentBatch, read_batch
 from kvist.runner.sampler import noise_key_words
 from kvist.runner.staging import Staging
-from kvist.scheduler.plan import BatchItem
 
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0)
 WARM = SamplingParams(max_tokens=9, temperature=0.5, seed=3)

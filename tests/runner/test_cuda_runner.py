@@ -24,14 +24,14 @@ from kvist.kv.cache import PageCache
 from kvist.models import load_model_config
 from kvist.models.load import load_model
 from kvist.models.parallel import TensorParallel
+from kvist.plan.batch import Batch, BatchItem
+from kvist.plan.events import Event, StepFinished
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, SampledToken, SamplingParams
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.inputs import build_inputs
 from kvist.runner.runner import AnyRunner, InFlight, forward
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.events import Event, StepFinished
-from kvist.scheduler.plan import Batch, BatchItem
 from kvist.wire import PoolAddress, Submit
 
 pytestmark = [

@@ -10,12 +10,12 @@ import pytest
 
 from kvist.clock import FakeClock
 from kvist.errors import EngineError
+from kvist.plan.batch import Batch, BatchItem
+from kvist.plan.events import SampledTokens
 from kvist.request import RequestId, SamplingParams
 from kvist.runner.batch_message import BatchDecoder
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.tp import COLLECTIVE_TIMEOUT_S
-from kvist.scheduler.events import SampledTokens
-from kvist.scheduler.plan import Batch, BatchItem
 
 ITEM = BatchItem(
     request_id=RequestId("r"), token_ids=(1, 2), start=0, page_ids=[0], sampling=SamplingParams(max_tokens=2)

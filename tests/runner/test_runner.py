@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from kvist.plan.batch import BatchItem
 from kvist.request import RequestId, SampledToken, SamplingParams
-from kvist.scheduler.plan import BatchItem
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, num_logprobs=2)
 SEEDED = SamplingParams(max_tokens=10, temperature=0.9, top_p=0.95, seed=77, num_logprobs=2)

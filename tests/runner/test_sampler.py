@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvist.kernels.sampling import gumbel_noise
+from kvist.plan.events import SampledTokens
 from kvist.request import SampledToken, SamplingParams
 from kvist.runner.sampler import SamplingRow, noise_keys, sample
-from kvist.scheduler.events import SampledTokens
 
 
 def row(position: int = 0, *, suppressed: tuple[int, ...] = (), **params: object) -> SamplingRow:

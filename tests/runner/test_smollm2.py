@@ -10,11 +10,11 @@ import torch
 
 from kvist.checkpoint import find_checkpoint
 from kvist.models import load_model_config
+from kvist.plan.batch import Batch, BatchItem
 from kvist.request import RequestId, SamplingParams
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import Runner
-from kvist.scheduler.plan import Batch, BatchItem
 from kvist.text import load_tokenizer
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]

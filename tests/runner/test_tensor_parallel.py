@@ -21,13 +21,13 @@ from kvist.checkpoint import Checkpoint
 from kvist.errors import ConfigError, EngineError
 from kvist.models import load_model_config
 from kvist.models.weights import expected_tensors
+from kvist.plan.batch import Batch, BatchItem
 from kvist.request import RequestId, SamplingParams
 from kvist.runner import tp
 from kvist.runner.build import build_runner, num_weights, page_layout
 from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import Runner
 from kvist.runner.tp import FollowerProcesses, Rendezvous
-from kvist.scheduler.plan import Batch, BatchItem
 
 SAMPLING = SamplingParams(max_tokens=6, temperature=0.8, seed=5)
 

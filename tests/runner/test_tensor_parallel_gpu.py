@@ -24,10 +24,10 @@ from torch import Tensor
 from kvist.checkpoint import Checkpoint
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
+from kvist.plan.batch import Batch, BatchItem
 from kvist.request import RequestId, SamplingParams
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.runner import AnyRunner
-from kvist.scheduler.plan import Batch, BatchItem
 
 pytestmark = [
     pytest.mark.gpu,

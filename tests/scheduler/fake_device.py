@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from kvist.kv.cache import PageCache
 from kvist.kv.pages import PageState
+from kvist.plan.batch import Batch, BatchItem
+from kvist.plan.events import SampledTokens
 from kvist.request import EngineRequest, FinishReason, SamplingParams
 from kvist.scheduler import SchedulerConfig
-from kvist.scheduler.events import SampledTokens
-from kvist.scheduler.plan import Batch, BatchItem
 
 VOCAB = 23
 EOS = 7

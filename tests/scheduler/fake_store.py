@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from fake_device import Slot
 
-from kvist.kv.moves import (
+from kvist.plan.events import Event
+from kvist.plan.tiers import (
     CancelFetch,
     FetchPages,
     FindPages,
@@ -17,7 +18,6 @@ from kvist.kv.moves import (
     StoreJob,
     StorePages,
 )
-from kvist.scheduler.events import Event
 
 if TYPE_CHECKING:
     from scheduler_sim import SimEngine

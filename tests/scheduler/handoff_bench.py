@@ -5,14 +5,11 @@ from __future__ import annotations
 from scheduler_sim import LAYOUT, PAGE_BYTES, small_config
 
 from kvist.kv.cache import PageCache
+from kvist.plan.batch import Batch
+from kvist.plan.events import Event, SampledTokens, StepFinished
+from kvist.plan.plan import Plan
 from kvist.request import EpochId, HandoffId, Outcome, SampledToken
 from kvist.scheduler import Scheduler, build_scheduler
-from kvist.scheduler.events import (
-    Event,
-    SampledTokens,
-    StepFinished,
-)
-from kvist.scheduler.plan import Batch, Plan
 from kvist.wire import PoolAddress
 
 H = HandoffId("h")

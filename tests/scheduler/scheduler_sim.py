@@ -14,8 +14,13 @@ from fake_device import EOS, FakeDevice, Slot, checksum, reference_stream
 from fake_store import SimStore
 
 from kvist.kv.cache import PageCache
-from kvist.kv.host_tier import HostTier
-from kvist.kv.moves import (
+from kvist.kv.pages import PageState
+from kvist.kv.tiers.host import HostTier
+from kvist.kv.tiers.storage import PrefetchConfig, StorageTier
+from kvist.plan.batch import Batch
+from kvist.plan.events import Event, StepFailed, StepFinished
+from kvist.plan.plan import Plan
+from kvist.plan.tiers import (
     BackUpPages,
     ForgetPages,
     LoadPages,
@@ -24,20 +29,18 @@ from kvist.kv.moves import (
     PagesLoaded,
     StorageAttached,
 )
-from kvist.kv.pages import PageState
-from kvist.kv.storage_tier import PrefetchConfig, StorageTier
-from kvist.request import EngineRequest, EpochId, FinishReason, HandoffId, Mode, Outcome, SamplingParams
-from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.events import (
-    Event,
+from kvist.plan.transfers import (
     PagesVerified,
     PeerDied,
-    StepFailed,
-    StepFinished,
+    StopWrites,
+    ToSource,
+    VerifyPages,
+    WritePages,
     WritesCompleted,
     WritesFailed,
 )
-from kvist.scheduler.plan import Batch, Plan, StopWrites, ToSource, VerifyPages, WritePages
+from kvist.request import EngineRequest, EpochId, FinishReason, HandoffId, Mode, Outcome, SamplingParams
+from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.wire import Abort, Ack, Closed, Done, Ended, Grant, PoolAddress, PrefillPeer, Revoke, Submit, TokenChunk
 
 PAGE_BYTES = 64
@@ -146,7 +149,7 @@ class SimTransport:
 
 
 class SimMover:
-    """Copies between device and host pages, one job for each `advance`, as promised by `kv/mover.py`."""
+    """Copies between device and host pages, one job for each `advance`, as promised by `memory/page_copier.py`."""
 
     def __init__(self, engine: SimEngine, num_host_pages: int) -> None:
         self._engine = engine

@@ -9,10 +9,10 @@ from fake_device import EOS, reference_stream
 from scheduler_sim import SimEngine, World, make_request, small_config
 
 from kvist.errors import ConfigError
+from kvist.plan.events import SampledTokens, StepFinished
+from kvist.plan.plan import Plan
 from kvist.request import FinishReason, Mode, Outcome, SamplingParams
 from kvist.scheduler import SchedulerConfig
-from kvist.scheduler.events import SampledTokens, StepFinished
-from kvist.scheduler.plan import Plan
 from kvist.wire import Abort, FlushCache, Submit
 
 

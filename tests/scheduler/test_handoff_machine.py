@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from scheduler_sim import SimEngine, World, make_request, small_config
 
 from kvist.kv.cache import WRITE_POLICIES
-from kvist.kv.storage_tier import PREFETCH_POLICIES, PrefetchConfig
+from kvist.kv.tiers.storage import PREFETCH_POLICIES, PrefetchConfig
 
 PREFILLS = ("p0", "p1")
 DECODES = ("d0", "d1")

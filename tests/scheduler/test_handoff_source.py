@@ -9,9 +9,9 @@ import pytest
 from handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages, pool
 from scheduler_sim import PAGE_BYTES, make_request
 
+from kvist.plan.events import Event, StepFailed
+from kvist.plan.transfers import PeerDied, StopWrites, WritePages, WritesCompleted, WritesFailed
 from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome
-from kvist.scheduler.events import Event, PeerDied, StepFailed, WritesCompleted, WritesFailed
-from kvist.scheduler.plan import StopWrites, WritePages
 from kvist.wire import Abort, Ack, Closed, Done, Grant, Revoke, Submit
 
 

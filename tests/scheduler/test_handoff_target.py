@@ -7,9 +7,8 @@ import pytest
 from handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages
 from scheduler_sim import PAGE_BYTES, World, make_request, small_config
 
+from kvist.plan.transfers import PagesVerified, PeerDied, VerifyPages
 from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome
-from kvist.scheduler.events import PagesVerified, PeerDied
-from kvist.scheduler.plan import VerifyPages
 from kvist.wire import Abort, Ack, Closed, Done, Grant, PrefillPeer, Revoke, Submit
 
 

@@ -9,10 +9,10 @@ import pytest
 from scheduler_sim import SimEngine, World, make_request, small_config
 
 from kvist.kv.cache import MAX_BACKUPS, MAX_PAGES_BACKED_UP, WRITE_POLICIES, PageCache
-from kvist.kv.host_tier import HostTier
-from kvist.kv.moves import BackUpPages, LoadPages, PagesBackedUp
+from kvist.kv.tiers.host import HostTier
+from kvist.plan.plan import Flush
+from kvist.plan.tiers import BackUpPages, LoadPages, PagesBackedUp
 from kvist.request import EngineRequest, Outcome
-from kvist.scheduler.plan import Flush
 from kvist.wire import FlushCache
 
 PROMPT = [1] * 13  # 3 full pages of 4 tokens

@@ -10,9 +10,10 @@ from fake_device import EOS
 from handoff_bench import Bench, ends
 from scheduler_sim import World, make_request, small_config
 
+from kvist.plan.batch import Batch
+from kvist.plan.events import SampledTokens, StepFailed, StepFinished
+from kvist.plan.plan import Plan
 from kvist.request import EngineRequest, FinishReason, Mode, Outcome
-from kvist.scheduler.events import SampledTokens, StepFailed, StepFinished
-from kvist.scheduler.plan import Batch, Plan
 from kvist.wire import Abort, Submit
 
 

@@ -14,8 +14,8 @@ from hypothesis.stateful import (
 from scheduler_sim import World, make_request, small_config
 
 from kvist.kv.cache import WRITE_POLICIES
-from kvist.kv.moves import StorageAttached
-from kvist.kv.storage_tier import PREFETCH_POLICIES, PrefetchConfig
+from kvist.kv.tiers.storage import PREFETCH_POLICIES, PrefetchConfig
+from kvist.plan.tiers import StorageAttached
 from kvist.wire import FlushCache
 
 TOKENS = st.integers(0, 3)  # few different tokens: many shared prefixes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from scheduler_sim import SimEngine, World, make_request, small_config
 
-from kvist.kv.moves import CancelFetch, FetchPages, FindPages, StorageAttached, StorePages
-from kvist.kv.storage_tier import PrefetchConfig
+from kvist.kv.tiers.storage import PrefetchConfig
+from kvist.plan.tiers import CancelFetch, FetchPages, FindPages, StorageAttached, StorePages
 from kvist.request import Outcome
 
 PROMPT = [1] * 13  # 3 full pages of 4 tokens

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvist.errors import EngineError, Unavailable
-from kvist.kv.cuda_memory import HANDLE_BYTES, ExportedMemory, read_export
+from kvist.memory.cuda_memory import HANDLE_BYTES, ExportedMemory, read_export
 from kvist.transfer.cuda_ipc import read_file
 from kvist.wire import PoolAddress
 

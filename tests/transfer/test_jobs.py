@@ -7,9 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages, WritesCompleted, WritesFailed
 from kvist.request import HandoffId
-from kvist.scheduler.events import PagesVerified, WritesCompleted, WritesFailed
-from kvist.scheduler.plan import VerifyPages, WritePages
 from kvist.transfer import TransferReport, jobs
 from kvist.transfer.host_pages import HostPages, Pages
 from kvist.transfer.jobs import TransferJobs

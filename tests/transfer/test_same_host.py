@@ -14,11 +14,10 @@ import pytest
 import torch
 
 from kvist.clock import FakeClock
-from kvist.kv.device import DevicePool
 from kvist.kv.layout import PageLayout
+from kvist.memory.device_pool import DevicePool
+from kvist.plan.transfers import WritePages, WritesFailed
 from kvist.request import EpochId, HandoffId
-from kvist.scheduler.events import WritesFailed
-from kvist.scheduler.plan import WritePages
 from kvist.transfer import same_host
 from kvist.transfer.epoch import EpochLock
 from kvist.transfer.same_host import SameHostTransport

@@ -22,12 +22,12 @@ from kvist.channel.engine import Inbound, Outbound
 from kvist.checkpoint import find_checkpoint
 from kvist.clock import FakeClock
 from kvist.kv.cache import PageCache
-from kvist.kv.device import DevicePool
-from kvist.kv.host import HostPool
-from kvist.kv.host_tier import HostTier
 from kvist.kv.layout import PageLayout, namespace
-from kvist.kv.mover import PageMover
-from kvist.kv.storage_tier import PrefetchConfig, StorageTier
+from kvist.kv.tiers.host import HostTier
+from kvist.kv.tiers.storage import PrefetchConfig, StorageTier
+from kvist.memory.device_pool import DevicePool
+from kvist.memory.host_pool import HostPool
+from kvist.memory.page_copier import PageMover
 from kvist.models import load_model_config
 from kvist.models.decoder import CausalLM
 from kvist.models.load import load_model

@@ -14,12 +14,12 @@ from kvist.checkpoint import find_checkpoint
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
 from kvist.models import load_model_config
+from kvist.plan.batch import Batch
+from kvist.plan.events import SampledTokens
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler.budget import step_tokens
-from kvist.scheduler.events import SampledTokens
-from kvist.scheduler.plan import Batch
 from kvist.worker.bench_engine import PromptSource, ShapeBench, check_fits, run_bench_engine, scheduler_limits
 from kvist.worker.bench_shapes import Shape, StepsConfig, parse_shape
 from kvist.worker.config import EngineConfig

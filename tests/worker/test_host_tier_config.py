@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kvist.errors import ConfigError
-from kvist.kv.device import DevicePool
 from kvist.kv.layout import PageLayout
+from kvist.memory.device_pool import DevicePool
 from kvist.worker.config import EngineConfig, HostTierConfig, StorageConfig
 from kvist.worker.engine import make_host_pool
 

@@ -12,11 +12,23 @@ from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import FakeClock
 from kvist.errors import EngineError
 from kvist.kv.cache import TIER_COUNTERS
-from kvist.kv.mover import MOVE_COUNTERS
-from kvist.kv.moves import FetchPages, FindPages, PagesFound, StoreJob
 from kvist.kv.pages import PageCounts
-from kvist.kv.store_mover import STORE_COUNTERS
+from kvist.memory.page_copier import MOVE_COUNTERS
 from kvist.metrics import ENGINE_TOTALS
+from kvist.plan.batch import Batch, BatchItem
+from kvist.plan.events import Event, SampledTokens, StepFailed, StepFinished
+from kvist.plan.plan import Flush, Plan
+from kvist.plan.tiers import FetchPages, FindPages, PagesFound, StoreJob
+from kvist.plan.transfers import (
+    PagesVerified,
+    PeerDied,
+    StopWrites,
+    ToSource,
+    ToTarget,
+    VerifyPages,
+    WritePages,
+    WritesCompleted,
+)
 from kvist.request import (
     EngineRequest,
     EpochId,
@@ -27,27 +39,8 @@ from kvist.request import (
     SamplingParams,
     WorkerId,
 )
-from kvist.scheduler.events import (
-    Event,
-    PagesVerified,
-    PeerDied,
-    SampledTokens,
-    StepFailed,
-    StepFinished,
-    WritesCompleted,
-)
 from kvist.scheduler.load import COUNTERS, SchedulerLoad
-from kvist.scheduler.plan import (
-    Batch,
-    BatchItem,
-    Flush,
-    Plan,
-    StopWrites,
-    ToSource,
-    ToTarget,
-    VerifyPages,
-    WritePages,
-)
+from kvist.store.io_threads import STORE_COUNTERS
 from kvist.transfer import TransferReport
 from kvist.wire import Abort, Ack, Closed, FlushCache, Revoke, Submit
 from kvist.worker import gateways

@@ -19,10 +19,10 @@ import pytest
 
 from kvist.errors import ConfigError
 from kvist.kv.keys import page_digests
-from kvist.kv.store.backend import StoreSpec
-from kvist.kv.store.memory import MemoryStore
-from kvist.kv.store_mover import PAUSE_S
 from kvist.request import Outcome
+from kvist.store.backend import StoreSpec
+from kvist.store.io_threads import PAUSE_S
+from kvist.store.memory import MemoryStore
 from kvist.worker.config import StorageConfig
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def test_with_a_full_disk_no_page_is_stored_and_every_request_is_answered(
         raise OSError(errno.ENOSPC, "no space left")
 
     engine = start(world, file_store(tmp_path / "pages"))
-    monkeypatch.setattr("kvist.kv.store.file.os.writev", full)
+    monkeypatch.setattr("kvist.store.file.os.writev", full)
     tokens, _ = answer(world, engine, request_of("1", prompt(33)))
     assert [*tmp_path.rglob("*.page")] == []
     status = engine.storage.status()

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from kvist.clock import MonotonicClock
 from kvist.cluster.processes import Processes
 from kvist.errors import ConfigError
-from kvist.kv.runtime_dir import remove_leftovers, runtime_dir
+from kvist.memory.runtime_dir import remove_leftovers, runtime_dir
 
 _WAIT_S, _PAUSE_S = 3.0, 0.02  # for the kernel to free the memory of a killed process
 

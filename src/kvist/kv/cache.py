@@ -5,7 +5,7 @@ pages when too few are free; `insert` reports how much K/V is written, and full 
 to match; `close` releases everything. While a peer may touch pages, `begin_transfer` … `end_transfer` keep the pages
 IN_FLIGHT.
 
-With a host tier (host_tier.py) a page may also be in host memory:
+With a host tier (kv/tiers/host.py) a page may also be in host memory:
 
     insert (or a hit) ──due by the write policy──► BackUpPages ──backed_up──► resident in the host tier
     open ─ grow ─ start_load: pages after the match, resident in the host tier ──► LoadPages ──loaded──► insert
@@ -16,7 +16,7 @@ Copies start when less than an eighth of the pool is free or prepared, so that `
 that cannot be copied (no free host slot, or the copy failed) counts as prepared too, and is lost on eviction: no
 request waits for the same page twice.
 
-With a storage tier (storage_tier.py) resident host pages are also stored, and `prefetch`, called before `open`, fetches
+With a storage tier (kv/tiers/storage.py) resident host pages are also stored, and `prefetch`, called before `open`, fetches
 pages from the store into the host tier. `start_load` then loads them like all other host pages.
 
 Pages under a backup cannot be freed: the lease that inserted the pages keeps its pin until the backup is reported, even
@@ -32,10 +32,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvist.kv.ceiling import EvictionHistory
-from kvist.kv.host_tier import HostCounts, HostPage, HostTier
 from kvist.kv.keys import iter_page_digests, iter_page_keys, page_keys, root_digest
 from kvist.kv.lease import PageLease
-from kvist.kv.moves import (
+from kvist.kv.pages import PageCounts, PageLedger, PageState
+from kvist.kv.radix import OwnershipChange, PageNode, RadixTree, Root
+from kvist.kv.tiers.host import HostCounts, HostPage, HostTier
+from kvist.kv.tiers.storage import STORAGE_COUNTERS, Prefetch, StorageTier
+from kvist.plan.tiers import (
     BackUpPages,
     ForgetPages,
     LoadPages,
@@ -47,9 +50,6 @@ from kvist.kv.moves import (
     StorageAttached,
     TierJob,
 )
-from kvist.kv.pages import PageCounts, PageLedger, PageState
-from kvist.kv.radix import OwnershipChange, PageNode, RadixTree, Root
-from kvist.kv.storage_tier import STORAGE_COUNTERS, Prefetch, StorageTier
 
 # Hits after which a page is due for a backup; None: due on eviction.
 WRITE_POLICIES: dict[str, int | None] = {"write_through": 0, "write_through_selective": 2, "write_back": None}

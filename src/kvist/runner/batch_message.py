@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from kvist.plan.batch import Batch, BatchItem
 from kvist.request import RequestId, SamplingParams
-from kvist.scheduler.plan import Batch, BatchItem
 
 
 class BatchMessage(msgspec.Struct, frozen=True, array_like=True, gc=False):

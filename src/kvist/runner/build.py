@@ -22,18 +22,10 @@ from kvist.attention.backend import AttentionBackend
 from kvist.attention.flashinfer import planners_bytes
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
-from kvist.kv.device import (
-    DTYPES,
-    DevicePool,
-    PoolSize,
-    RankPool,
-    Room,
-    available_host_bytes,
-    plan_pool_size,
-)
 from kvist.kv.layout import PageLayout
-from kvist.kv.runtime_dir import allocation_lock, free_bytes
-from kvist.kv.runtime_dir import runtime_dir as user_runtime_dir
+from kvist.memory.device_pool import DTYPES, DevicePool, PoolSize, RankPool, Room, available_host_bytes, plan_pool_size
+from kvist.memory.runtime_dir import allocation_lock, free_bytes
+from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.models import ModelConfig
 from kvist.models.decoder import CausalLM
 from kvist.models.load import check_split, load_model

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvist.attention.backend import SpanColumns
+from kvist.plan.batch import BatchItem
 from kvist.request import RequestId, SamplingParams
 from kvist.runner.sampler import hash_seeds, is_plain, key_words_at
 from kvist.runner.staging import HostInputs
-from kvist.scheduler.plan import BatchItem
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]

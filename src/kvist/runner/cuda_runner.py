@@ -22,8 +22,10 @@ from torch import Tensor
 
 from kvist.attention.backend import AttentionBackend, GraphPlan
 from kvist.kernels.sampling import choose_tokens
-from kvist.kv.device import DevicePool
+from kvist.memory.device_pool import DevicePool
 from kvist.models.decoder import Unfinished
+from kvist.plan.batch import Batch
+from kvist.plan.events import SampledTokens
 from kvist.runner.columns import EMPTY_BATCH, BatchColumns, read_batch
 from kvist.runner.cuda_graphs import StepGraphs
 from kvist.runner.graph_sizes import decode_sizes, mixed_sizes
@@ -37,8 +39,6 @@ from kvist.runner.sampler import (
     sampled_tokens,
 )
 from kvist.runner.staging import Staging
-from kvist.scheduler.events import SampledTokens
-from kvist.scheduler.plan import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from kvist.checkpoint import Checkpoint
-from kvist.kv.device import DevicePool
+from kvist.memory.device_pool import DevicePool
 from kvist.models import load_model_config
 from kvist.models.parallel import leave_tensor_parallel
 from kvist.runner.batch_message import BatchDecoder

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kvist.attention.backend import Span
+from kvist.plan.batch import Batch, BatchItem
 from kvist.request import RequestId
 from kvist.runner.sampler import SamplingRow
-from kvist.scheduler.plan import Batch, BatchItem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,11 +18,11 @@ from typing import Protocol
 
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import EngineError
+from kvist.plan.batch import Batch
+from kvist.plan.events import SampledTokens
 from kvist.runner.batch_message import BatchEncoder
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.runner.tp import COLLECTIVE_TIMEOUT_S
-from kvist.scheduler.events import SampledTokens
-from kvist.scheduler.plan import Batch
 
 _POLL_S = 20e-6  # the system sleeps about 70 us; the scheduler plans one step ahead, so no time is lost
 

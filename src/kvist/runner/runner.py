@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from kvist.attention.backend import Attend, AttentionBackend
-from kvist.kv.device import DevicePool
+from kvist.memory.device_pool import DevicePool
 from kvist.models.decoder import Unfinished
+from kvist.plan.batch import Batch
+from kvist.plan.events import SampledTokens
 from kvist.request import RequestId
 from kvist.runner.inputs import ForwardInputs, build_inputs, sampling_rows
 from kvist.runner.sampler import sample
-from kvist.scheduler.events import SampledTokens
-from kvist.scheduler.plan import Batch
 
 
 class Model(Protocol):

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from kvist.kernels.sampling import choose_tokens, gumbel_noise, nucleus_floor, without_broken_rows
+from kvist.plan.events import SampledTokens
 from kvist.request import SamplingParams, TokenLogprobs
-from kvist.scheduler.events import SampledTokens
 
 _NUCLEUS_FIRST_TRY = 256  # tokens
 _NEG_INF = float("-inf")

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from kvist.plan.events import Event
+from kvist.plan.plan import Plan
 from kvist.scheduler.config import SchedulerConfig
-from kvist.scheduler.events import Event
 from kvist.scheduler.load import SchedulerLoad
-from kvist.scheduler.plan import Plan
 from kvist.scheduler.roles import build_scheduler
 
 __all__ = ["Scheduler", "SchedulerConfig", "SchedulerLoad", "build_scheduler"]

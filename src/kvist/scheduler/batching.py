@@ -26,12 +26,12 @@ from __future__ import annotations
 
 from collections import deque
 
-from kvist.kv.moves import PagesLoaded
+from kvist.plan.batch import Batch, BatchItem
+from kvist.plan.events import StepFailed, StepFinished
+from kvist.plan.tiers import PagesLoaded
 from kvist.request import Mode, Outcome
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.budget import chunk_tokens, step_tokens
-from kvist.scheduler.events import StepFailed, StepFinished
-from kvist.scheduler.plan import Batch, BatchItem
 from kvist.scheduler.requests import PendingStep, RequestTable
 from kvist.scheduler.timers import TimerKind
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvist.kv.host_tier import HostCounts
 from kvist.kv.pages import PageCounts
+from kvist.kv.tiers.host import HostCounts
 
 # Counters never decrease. Tokens and pages are counted when their step or handoff is finished.
 COUNTERS = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from kvist.kv.moves import TierJob
+from kvist.plan.batch import Batch
+from kvist.plan.plan import Flush, Plan
+from kvist.plan.tiers import TierJob
+from kvist.plan.transfers import StopWrites, ToSource, ToTarget, VerifyPages, WritePages
 from kvist.request import EpochId
-from kvist.scheduler.plan import Batch, Flush, Plan, StopWrites, ToSource, ToTarget, VerifyPages, WritePages
 from kvist.wire import Ended, SourceToTarget, TargetToSource, TokenChunk
 
 

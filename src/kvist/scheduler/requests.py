@@ -23,12 +23,12 @@ from typing import Protocol
 from kvist.errors import EngineError
 from kvist.fairness import CallerCounts
 from kvist.kv.cache import PageCache
-from kvist.kv.storage_tier import Prefetch
+from kvist.kv.tiers.storage import Prefetch
+from kvist.plan.events import SampledTokens
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, SampledToken
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.config import SchedulerConfig
 from kvist.scheduler.entry import find_refusal, newest_waiting
-from kvist.scheduler.events import SampledTokens
 from kvist.scheduler.load import COUNTERS
 from kvist.scheduler.outbox import Outbox
 from kvist.scheduler.timers import TimerKind, Timers

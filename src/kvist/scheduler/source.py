@@ -17,12 +17,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvist.plan.events import Event
+from kvist.plan.transfers import PeerDied, StopWrites, WritePages, WritesCompleted, WritesFailed
 from kvist.request import EpochId, HandoffId, Outcome
 from kvist.scheduler.active import ActiveRequest, RequestState
-from kvist.scheduler.events import Event, PeerDied, WritesCompleted, WritesFailed
 from kvist.scheduler.handoff import SOURCE_TRANSITIONS, SourceState, SourceTrigger
 from kvist.scheduler.memory import ExpiringMap
-from kvist.scheduler.plan import StopWrites, WritePages
 from kvist.scheduler.requests import RequestTable
 from kvist.scheduler.timers import TimerKind
 from kvist.wire import Ack, Closed, Done, Grant, PoolAddress, Revoke

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from kvist.kv.moves import (
+from kvist.plan.events import Event, StepFailed, StepFinished
+from kvist.plan.plan import Flush, Plan
+from kvist.plan.tiers import (
     PagesBackedUp,
     PagesFetched,
     PagesForgotten,
@@ -16,9 +18,7 @@ from kvist.kv.moves import (
 )
 from kvist.request import EpochId, HandoffId
 from kvist.scheduler.batching import Batcher
-from kvist.scheduler.events import Event, StepFailed, StepFinished
 from kvist.scheduler.load import SchedulerLoad
-from kvist.scheduler.plan import Flush, Plan
 from kvist.scheduler.requests import HandoffHooks, RequestTable
 from kvist.scheduler.timers import TimerKind
 from kvist.wire import Abort, FlushCache, Submit

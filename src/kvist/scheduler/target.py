@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvist.plan.events import Event
+from kvist.plan.transfers import PagesVerified, PeerDied, VerifyPages
 from kvist.request import EpochId, HandoffId, Outcome
 from kvist.scheduler.active import ActiveRequest, RequestState
-from kvist.scheduler.events import Event, PagesVerified, PeerDied
 from kvist.scheduler.handoff import TARGET_TRANSITIONS, TargetState, TargetTrigger
 from kvist.scheduler.memory import ExpiringMap
-from kvist.scheduler.plan import VerifyPages
 from kvist.scheduler.requests import RequestTable
 from kvist.scheduler.timers import TimerKind
 from kvist.wire import Ack, Closed, Done, Grant, HandoffReport, PoolAddress, PrefillPeer, Revoke

@@ -18,10 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from kvist.kv.device import CUDA_IPC, DevicePool
+from kvist.memory.device_pool import CUDA_IPC, DevicePool
+from kvist.plan.transfers import TransferReport, VerifyPages, WritePages
 from kvist.request import EpochId, HandoffId
-from kvist.scheduler.events import TransferReport
-from kvist.scheduler.plan import VerifyPages, WritePages
 
 __all__ = ["TransferReport", "Transport", "make_transport"]
 

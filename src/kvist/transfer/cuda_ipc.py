@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from kvist.errors import EngineError, Unavailable
-from kvist.kv.cuda_memory import ExportedMemory, OpenedMemory, read_export
-from kvist.kv.device import DevicePool
+from kvist.memory.cuda_memory import ExportedMemory, OpenedMemory, read_export
+from kvist.memory.device_pool import DevicePool
 from kvist.transfer.device_pages import DevicePages, Mapped
 from kvist.transfer.same_host import SameHostTransport, wrong_size
 from kvist.wire import PoolAddress

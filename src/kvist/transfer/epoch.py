@@ -7,7 +7,7 @@ therefore knows that the owner can no longer read or write any page.
 The file is locked under another name and then renamed, so it is never visible unlocked while its owner runs. The file
 stays for at least `KEEP_DEAD_S` after the end, so that a late peer can still distinguish "dead" from "unknown"; then
 `sweep`, which every engine runs at its start, removes it. (The pool file of a dead engine has its own lock, and
-kv/device.py removes it at once.)
+memory/device_pool.py removes it at once.)
 
 Not for other hosts: there only a lease can show that a peer has died (a later transport).
 """

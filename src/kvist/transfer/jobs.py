@@ -23,9 +23,8 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from kvist.errors import KvistError, Unavailable
+from kvist.plan.transfers import PagesVerified, StopWrites, VerifyPages, WritePages, WritesCompleted, WritesFailed
 from kvist.request import HandoffId
-from kvist.scheduler.events import PagesVerified, WritesCompleted, WritesFailed
-from kvist.scheduler.plan import StopWrites, VerifyPages, WritePages
 from kvist.transfer import TransferReport
 from kvist.transfer.checksum import RunningChecksum, fold
 from kvist.wire import PoolAddress

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from kvist.errors import Unavailable
-from kvist.kv.device import DevicePool
+from kvist.memory.device_pool import DevicePool
 from kvist.transfer.host_pages import HostPages, Pages
 from kvist.transfer.same_host import SameHostTransport, wrong_size
 from kvist.wire import PoolAddress

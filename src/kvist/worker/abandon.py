@@ -13,8 +13,8 @@ from typing import Protocol
 from kvist import wire
 from kvist.channel.engine import Inbound
 from kvist.clock import Clock
+from kvist.plan.batch import Batch
 from kvist.request import RequestId
-from kvist.scheduler.plan import Batch
 
 CHECK_INTERVAL_S = 0.025
 MAX_BUFFERED_MESSAGES = 1024  # further messages wait in the socket

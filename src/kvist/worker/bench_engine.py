@@ -25,12 +25,12 @@ import numpy as np
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import ConfigError
 from kvist.kv.cache import PageCache
-from kvist.kv.runtime_dir import runtime_dir as user_runtime_dir
+from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
+from kvist.plan.batch import Batch
+from kvist.plan.events import Event, StepFinished
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.events import Event, StepFinished
-from kvist.scheduler.plan import Batch
 from kvist.transfer.epoch import EpochLock, new_epoch, sweep
 from kvist.wire import Submit
 from kvist.worker.bench_shapes import Shape, StepsConfig

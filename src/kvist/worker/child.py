@@ -25,7 +25,7 @@ import msgspec
 from kvist.clock import Clock, MonotonicClock, Oversleep
 from kvist.cores import bind_process, usable_cores
 from kvist.errors import ConfigError, EngineError, KvistError, Timeout, WorkerLost, error_from_wire
-from kvist.kv.runtime_dir import remove_leftovers, runtime_dir
+from kvist.memory.runtime_dir import remove_leftovers, runtime_dir
 from kvist.wire import EngineHealth, EngineSpec
 from kvist.worker.config import EngineConfig
 from kvist.worker.messages import DRAIN, STOP, Beat, Progress, Ready, StartFailed, decode_line

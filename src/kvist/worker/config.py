@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from kvist.channel import ChannelConfig
 from kvist.config import option
 from kvist.errors import ConfigError
-from kvist.kv.storage_tier import PREFETCH_POLICIES, PrefetchConfig
+from kvist.kv.tiers.storage import PREFETCH_POLICIES, PrefetchConfig
 from kvist.log import LogConfig
 from kvist.runner.config import RunnerOptions
 from kvist.scheduler.config import SchedulerOptions

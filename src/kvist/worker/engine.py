@@ -24,23 +24,23 @@ from kvist.cores import num_usable_cores, separate
 from kvist.errors import ConfigError
 from kvist.fingerprint import Background, model_fingerprint
 from kvist.kv.cache import PageCache
-from kvist.kv.device import DevicePool, available_host_bytes
-from kvist.kv.host import HostPool, plan_host_pages
-from kvist.kv.host_tier import HostTier
 from kvist.kv.layout import namespace
-from kvist.kv.mover import PageMover
-from kvist.kv.persistence import PersistentPages, reusable_bytes
-from kvist.kv.runtime_dir import allocation_lock, remove_leftovers
-from kvist.kv.runtime_dir import runtime_dir as user_runtime_dir
-from kvist.kv.storage_tier import StorageTier
-from kvist.kv.store_mover import StoreMover
+from kvist.kv.tiers.host import HostTier
+from kvist.kv.tiers.storage import StorageTier
+from kvist.memory.device_pool import DevicePool, available_host_bytes
+from kvist.memory.host_pool import HostPool, plan_host_pages
+from kvist.memory.page_copier import PageMover
+from kvist.memory.persistence import PersistentPages, reusable_bytes
+from kvist.memory.runtime_dir import allocation_lock, remove_leftovers
+from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.models import ModelConfig, load_model_config
+from kvist.plan.batch import Batch, BatchItem
 from kvist.request import EpochId, RequestId, SamplingParams, WorkerId
 from kvist.runner.build import build_runner, device_type
 from kvist.runner.config import RunnerConfig, RunnerOptions
 from kvist.runner.runner import AnyRunner, Runner
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.scheduler.plan import Batch, BatchItem
+from kvist.store.io_threads import StoreMover
 from kvist.text.fingerprint import tokenizer_fingerprint
 from kvist.transfer import make_transport
 from kvist.transfer.epoch import EpochLock, num_live_epochs, sweep

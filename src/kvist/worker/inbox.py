@@ -16,8 +16,8 @@ from kvist import wire
 from kvist.bounded_log import BoundedLog
 from kvist.channel.engine import Inbound
 from kvist.errors import HandoffFailed, KvistError, Overloaded, RequestError, Unavailable
+from kvist.plan.events import Event
 from kvist.request import EngineRequest, Outcome, RequestId
-from kvist.scheduler.events import Event
 from kvist.worker.config import DECODE
 from kvist.worker.gateways import MAX_GATEWAYS, ConnectedGateway, Gateways
 

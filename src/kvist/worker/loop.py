@@ -29,7 +29,10 @@ from kvist.channel import address_for_log
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
 from kvist.errors import EngineError, HandoffFailed, Unavailable
-from kvist.kv.moves import (
+from kvist.plan.batch import Batch
+from kvist.plan.events import Event, SampledTokens, StepFailed, StepFinished
+from kvist.plan.plan import Plan
+from kvist.plan.tiers import (
     BackUpPages,
     FindPages,
     ForgetPages,
@@ -41,11 +44,10 @@ from kvist.kv.moves import (
     StorageAttached,
     StoreJob,
 )
-from kvist.kv.store_mover import Report
+from kvist.plan.transfers import PeerDied, StopWrites, ToSource, VerifyPages, WritePages
 from kvist.request import EpochId
 from kvist.scheduler import Scheduler
-from kvist.scheduler.events import Event, PeerDied, SampledTokens, StepFailed, StepFinished
-from kvist.scheduler.plan import Batch, Plan, StopWrites, ToSource, VerifyPages, WritePages
+from kvist.store.io_threads import Report
 from kvist.transfer import Transport
 from kvist.worker.abandon import Abandonment, StepAbandoned
 from kvist.worker.gateways import Gateways

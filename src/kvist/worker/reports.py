@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from kvist import wire
-from kvist.kv.host_tier import HostCounts
+from kvist.kv.tiers.host import HostCounts
 from kvist.scheduler.load import SchedulerLoad
 from kvist.worker.gateways import Gateways
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from kvist import wire
 from kvist.clock import Clock
 from kvist.errors import ConfigError, Conflict, KvistError, RequestError, StoreError
-from kvist.kv.moves import StorageAttached, StoreJob
-from kvist.kv.store import open_store
-from kvist.kv.store.backend import PageStore, StoreSpec, StoreStats
-from kvist.kv.store_mover import Report, StoreMover
 from kvist.own_files import cache_folder
+from kvist.plan.tiers import StorageAttached, StoreJob
+from kvist.store import open_store
+from kvist.store.backend import PageStore, StoreSpec, StoreStats
+from kvist.store.io_threads import Report, StoreMover
 from kvist.worker.config import STORAGE_BACKENDS, StorageConfig
 
 DETACH_TIMEOUT_S = 5.0

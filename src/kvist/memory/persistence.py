@@ -35,8 +35,8 @@ import xxhash
 from kvist.clock import MonotonicClock
 from kvist.cores import num_usable_cores
 from kvist.errors import ConfigError
-from kvist.kv.host_tier import SavedPage
 from kvist.kv.keys import DIGEST_BYTES
+from kvist.kv.tiers.host import SavedPage
 from kvist.own_files import open_own, own_folder
 
 _MAGIC, _VERSION = b"kvist-l2", 2

@@ -32,8 +32,8 @@ from itertools import chain
 from pathlib import Path
 
 from kvist.clock import unix_time_ns
-from kvist.kv.store.backend import Tally
 from kvist.own_files import open_own, own_folder
+from kvist.store.backend import Tally
 
 PAGE_SUFFIX, UNFINISHED_SUFFIX = ".page", ".new"
 _OUR_NAMES = (  # namespace / first byte of the key / page, or a page being written

@@ -22,8 +22,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from kvist.kv.host_tier import HostPage, HostTier
-from kvist.kv.moves import (
+from kvist.kv.tiers.host import HostPage, HostTier
+from kvist.plan.tiers import (
     PIECE_PAGES,
     CancelFetch,
     FetchPages,

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from kvist.kv.store.backend import StoreSpec, StoreStats, Tally
+from kvist.store.backend import StoreSpec, StoreStats, Tally
 
 
 class MemoryStore:

@@ -37,9 +37,9 @@ import torch
 from torch import Tensor
 
 from kvist.errors import ConfigError, EngineError
-from kvist.kv import cuda_memory
 from kvist.kv.layout import PageLayout
-from kvist.kv.runtime_dir import free_bytes, publish_pool, remove_leftovers, room_remedy, runtime_dir
+from kvist.memory import cuda_memory
+from kvist.memory.runtime_dir import free_bytes, publish_pool, remove_leftovers, room_remedy, runtime_dir
 from kvist.own_files import open_own
 from kvist.wire import PoolAddress
 

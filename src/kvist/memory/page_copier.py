@@ -38,9 +38,9 @@ import torch
 from torch import Tensor
 
 from kvist.clock import Clock
-from kvist.kv.device import DevicePool
-from kvist.kv.host import HostPool
-from kvist.kv.moves import BackUpPages, ForgetPages, LoadPages, PageReport, PagesBackedUp, PagesForgotten, PagesLoaded
+from kvist.memory.device_pool import DevicePool
+from kvist.memory.host_pool import HostPool
+from kvist.plan.tiers import BackUpPages, ForgetPages, LoadPages, PageReport, PagesBackedUp, PagesForgotten, PagesLoaded
 
 MOVE_COUNTERS = (
     "host_loads",

@@ -32,10 +32,10 @@ from blake3 import blake3
 from kvist.clock import Clock, MonotonicClock, unix_time_ns
 from kvist.errors import ConfigError, StoreError
 from kvist.kv.keys import DIGEST_BYTES
-from kvist.kv.store.backend import StoreSpec, StoreStats, Tally
-from kvist.kv.store.disk_budget import PAGE_SUFFIX, UNFINISHED_SUFFIX, DiskBudget, open_with_folder
-from kvist.kv.store.secret import has_secret, keep_secret, page_key, read_secret, secret_of
 from kvist.own_files import is_own_file, own_folder
+from kvist.store.backend import StoreSpec, StoreStats, Tally
+from kvist.store.disk_budget import PAGE_SUFFIX, UNFINISHED_SUFFIX, DiskBudget, open_with_folder
+from kvist.store.secret import has_secret, keep_secret, page_key, read_secret, secret_of
 
 _HEADER_BYTES = 4096
 _MAGIC, _VERSION = b"kvist-kv", 2

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvist.kv.moves import TierReport
-from kvist.request import EpochId, HandoffId, SampledToken, TokenLogprobs
+from kvist.plan.tiers import TierReport
+from kvist.plan.transfers import PeerDied, TransferReport
+from kvist.request import SampledToken, TokenLogprobs
 from kvist.wire import Abort, FlushCache, SourceToTarget, Submit, TargetToSource
 
 
@@ -47,47 +48,7 @@ class StepFailed:
     message: str
 
 
-# ---- handoff, prefill side
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WritesCompleted:
-    """The first `num_pages` pages requested so far for this handoff are in the peer's pool."""
-
-    handoff_id: HandoffId
-    num_pages: int  # cumulative
-    checksum: str  # over those pages, in order
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WritesFailed:
-    """The transport failed; it writes no more bytes for this handoff."""
-
-    handoff_id: HandoffId
-    message: str
-
-
-# ---- handoff, decode side
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PagesVerified:
-    handoff_id: HandoffId
-    checksum: str  # over the granted pages as they are in our pool now
-
-
-# ---- both
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerDied:
-    """The process with this epoch is certainly dead: it can neither write nor read any more."""
-
-    epoch: EpochId
-
-
 StepReport = StepFinished | StepFailed
-TransferReport = WritesCompleted | WritesFailed | PagesVerified
 Event = (
     Submit | Abort | FlushCache | TargetToSource | SourceToTarget | StepReport | TransferReport | PeerDied | TierReport
 )

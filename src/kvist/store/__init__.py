@@ -7,18 +7,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvist.errors import ConfigError
-from kvist.kv.store.backend import PageStore, StoreSpec
+from kvist.store.backend import PageStore, StoreSpec
 
 
 def _memory(spec: StoreSpec) -> PageStore:
-    from kvist.kv.store.memory import MemoryStore
+    from kvist.store.memory import MemoryStore
 
     return MemoryStore(spec)
 
 
 def _file(spec: StoreSpec) -> PageStore:
     try:
-        from kvist.kv.store.file import FileStore
+        from kvist.store.file import FileStore
     except ImportError as error:
         raise ConfigError(f"the file store needs a POSIX system ({error}): remove --hicache-storage-backend") from error
 

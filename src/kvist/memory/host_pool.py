@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvist.cores import num_usable_cores
 from kvist.errors import ConfigError
-from kvist.kv.persistence import PersistentPages
+from kvist.memory.persistence import PersistentPages
 
 _GB, _GIB = 10**9, 1 << 30
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU of the process

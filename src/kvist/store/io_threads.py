@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from kvist.clock import Clock
 from kvist.cores import num_usable_cores
 from kvist.errors import StoreError
-from kvist.kv.host import HostPool
-from kvist.kv.moves import (
+from kvist.memory.host_pool import HostPool
+from kvist.plan.tiers import (
     PIECE_PAGES,
     CancelFetch,
     FetchPages,
@@ -44,7 +44,7 @@ from kvist.kv.moves import (
     StoreJob,
     StorePages,
 )
-from kvist.kv.store.backend import PageStore, StoreStats
+from kvist.store.backend import PageStore, StoreStats
 
 STORE_COUNTERS = (
     *("storage_finds", "storage_find_seconds"),

@@ -3,7 +3,7 @@
     reserve ──► writing ──written(ok)──► resident ──pin──► loading ──unpin──► resident ──► evicted
                    └──written(failed)──► lost: never matched; written again or evicted
 
-free + cached + in_flight == total. Slots in flight are pinned: a job (moves.py) reads or writes the slot, or a prefetch
+free + cached + in_flight == total. Slots in flight are pinned: a job (plan/tiers.py) reads or writes the slot, or a prefetch
 keeps its page; a pinned slot is never given to another page. Cached are all other slots in use.
 
 A page enters only after its parent, the page it continues, and is evicted before its parent. The tier therefore holds
@@ -97,7 +97,7 @@ class HostTier:
             self._offer(page)
 
     def next_job_id(self) -> int:
-        """Return a new id for a job (moves.py) of any kind."""
+        """Return a new id for a job (plan/tiers.py) of any kind."""
         self._num_jobs += 1
         return self._num_jobs
 

@@ -1,0 +1,32 @@
+"""The output of a scheduler: one `Plan` a step. The worker loop carries it out in the order of its fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvist.plan.batch import Batch
+from kvist.plan.tiers import TierJob
+from kvist.plan.transfers import StopWrites, ToSource, ToTarget, VerifyPages, WritePages
+from kvist.request import EpochId
+from kvist.wire import Ended, TokenChunk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flush:
+    call_id: str
+    num_pages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    chunks: tuple[TokenChunk, ...] = ()  # to the gateways
+    ended: tuple[Ended, ...] = ()
+    flushes: tuple[Flush, ...] = ()
+    messages: tuple[ToSource | ToTarget, ...] = ()  # to peer engines
+    transfers: tuple[WritePages | VerifyPages | StopWrites, ...] = ()
+    moves: tuple[TierJob, ...] = ()  # tier jobs: copies between device pool, host tier and store
+    watched_epochs: frozenset[EpochId] = frozenset()  # report the death of these peers until the next plan
+    cached_added: tuple[bytes, ...] = ()  # page digests that became cached in this step
+    cached_removed: tuple[bytes, ...] = ()
+    batch: Batch | None = None  # to run after the pending batch, if there is one
+    wake_at_s: float | None = None  # call `step` again by then even without events

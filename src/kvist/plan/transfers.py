@@ -1,0 +1,85 @@
+"""Transfers of pages between engines: jobs and messages that a plan asks for, and the reports that come back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvist.request import EpochId, HandoffId
+from kvist.wire import PoolAddress, SourceToTarget, TargetToSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritePages:
+    """Copy our pages into a peer's pool; reported back by `WritesCompleted` or `WritesFailed`."""
+
+    handoff_id: HandoffId
+    pool: PoolAddress
+    page_ids: tuple[int, ...]  # ours
+    peer_page_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyPages:
+    """Checksum our pages, in order; reported back by `PagesVerified`."""
+
+    handoff_id: HandoffId
+    page_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopWrites:
+    """Drop the writes of this handoff that have not started, then report `WritesCompleted` for the finished ones.
+
+    The first `WritesCompleted` after this plan is the answer (transfer/__init__.py): no byte is written after it."""
+
+    handoff_id: HandoffId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToSource:
+    """A message from a decode engine to the prefill engine at `endpoint`."""
+
+    endpoint: str
+    message: TargetToSource
+    repeated: bool = False  # the message was sent before, and may have arrived
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToTarget:
+    """A message from a prefill engine to the decode engine of the epoch `target_epoch`."""
+
+    target_epoch: EpochId
+    message: SourceToTarget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritesCompleted:
+    """The first `num_pages` pages requested so far for this handoff are in the peer's pool."""
+
+    handoff_id: HandoffId
+    num_pages: int  # cumulative
+    checksum: str  # over those pages, in order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritesFailed:
+    """The transport failed; it writes no more bytes for this handoff."""
+
+    handoff_id: HandoffId
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagesVerified:
+    handoff_id: HandoffId
+    checksum: str  # over the granted pages as they are in our pool now
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerDied:
+    """The process with this epoch is certainly dead: it can neither write nor read any more."""
+
+    epoch: EpochId
+
+
+TransferReport = WritesCompleted | WritesFailed | PagesVerified
