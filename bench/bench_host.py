@@ -36,6 +36,9 @@ from kvist.attention.fa3 import _Index
 from kvist.attention.page_tables import PageTables
 from kvist.attention.pinned import PinnedRing
 from kvist.clock import FakeClock
+from kvist.engine.assembly import freeze_gc
+from kvist.engine.loop import EngineLoop, LoopParts
+from kvist.engine.reports import LoadReports
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import SampledTokens
@@ -43,9 +46,6 @@ from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParam
 from kvist.runner.columns import EMPTY_BATCH, read_batch
 from kvist.runner.sampler import sampled_tokens
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.worker.engine import freeze_gc
-from kvist.worker.loop import EngineLoop, LoopParts
-from kvist.worker.reports import LoadReports
 
 PAGE_SIZE = 16
 MAX_WARM_UP_STEPS = 1000  # before the measured ones

@@ -150,17 +150,18 @@ import os
 os.cpu_count = lambda: 64
 import torch
 from pathlib import Path
-from kvist.kv import host, persistence, store_mover
+from kvist.memory import host_pool, persistence
+from kvist.store import io_threads
 sizes = []
-class Threads(host.ThreadPoolExecutor):
+class Threads(host_pool.ThreadPoolExecutor):
     def __init__(self, num_threads):
         sizes.append(num_threads)
         super().__init__(num_threads)
-host.ThreadPoolExecutor = persistence.ThreadPoolExecutor = Threads
+host_pool.ThreadPoolExecutor = persistence.ThreadPoolExecutor = Threads
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-host._make_resident(torch.empty(1 << 20, dtype=torch.uint8))
+host_pool._make_resident(torch.empty(1 << 20, dtype=torch.uint8))
 persistence.PersistentPages(Path({str(tmp_path)!r}), namespace="n", num_pages=2, page_bytes=64).restore()
-assert (sizes, store_mover.num_readers()) == ([1, 1], 4), sizes
+assert (sizes, io_threads.num_readers()) == ([1, 1], 4), sizes
 """
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environ)

@@ -22,6 +22,8 @@ from kvist.cluster.config import ChatConfig, ClusterConfig
 from kvist.cluster.plan import ClusterShape, threads_for_each, visible_gpus
 from kvist.config import option
 from kvist.cores import num_usable_cores
+from kvist.engine.bench_shapes import StepsConfig
+from kvist.engine.config import EngineConfig, StorageConfig
 from kvist.errors import ConfigError
 from kvist.flag_help import HelpPage, help_text
 from kvist.flags import ENV_PREFIX, Shorthand, Sources, group, nearest, options_of, read_settings, to_argv
@@ -31,8 +33,6 @@ from kvist.router.config import RouterConfig
 from kvist.scheduler.config import SchedulerOptions
 from kvist.server.config import ServerConfig
 from kvist.text.config import TextConfig
-from kvist.worker.bench_shapes import StepsConfig
-from kvist.worker.config import EngineConfig, StorageConfig
 
 SHORTHANDS = (
     Shorthand(flag="--decode-only", key="role", value="decode", text="the same as --role decode"),
@@ -301,7 +301,7 @@ def run(settings: Settings) -> int:
     if isinstance(settings, BenchServerSettings):
         return _run_bench(settings)
     if isinstance(settings, BenchEngineSettings):
-        from kvist.worker.bench_engine import run_bench_engine
+        from kvist.engine.bench_engine import run_bench_engine
 
         return run_bench_engine(settings.engine, settings.steps)
     from kvist.cluster.demo import run_demo

@@ -12,6 +12,9 @@ import pytest
 from kvist import wire
 from kvist.bounded_log import BoundedLog
 from kvist.clock import FakeClock
+from kvist.engine.gateways import Gateways
+from kvist.engine.inbox import Inbox, Reply
+from kvist.engine.messages import decode_line
 from kvist.errors import Unavailable, WireError
 from kvist.request import (
     EngineRequest,
@@ -25,9 +28,6 @@ from kvist.request import (
     WorkerId,
 )
 from kvist.router.discovery import find_engine
-from kvist.worker.gateways import Gateways
-from kvist.worker.inbox import Inbox, Reply
-from kvist.worker.messages import decode_line
 
 SPEC = wire.EngineSpec(
     worker_id=WorkerId("w"),

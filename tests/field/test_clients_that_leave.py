@@ -10,6 +10,8 @@ import pytest
 from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import FakeClock
+from kvist.engine.loop import EngineLoop, LoopParts
+from kvist.engine.reports import LoadReports
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens
@@ -26,8 +28,6 @@ from kvist.request import (
 )
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.transfer import TransferReport
-from kvist.worker.loop import EngineLoop, LoopParts
-from kvist.worker.reports import LoadReports
 
 GATEWAY, STRANGER = b"gateway", b"stranger"
 LAYER_S, NUM_LAYERS = 0.04, 30

@@ -23,6 +23,10 @@ import zmq
 from kvist import wire
 from kvist.channel import EngineChannel, Member
 from kvist.clock import FakeClock
+from kvist.engine.gateways import Gateways
+from kvist.engine.inbox import Inbox
+from kvist.engine.loop import EngineLoop, LoopParts
+from kvist.engine.reports import LoadReports
 from kvist.errors import ConfigError, KvistError, WireError
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch
@@ -45,10 +49,6 @@ from kvist.router.config import RouterConfig
 from kvist.router.dispatch import Dispatcher
 from kvist.router.registry import Registry, Worker
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
-from kvist.worker.gateways import Gateways
-from kvist.worker.inbox import Inbox
-from kvist.worker.loop import EngineLoop, LoopParts
-from kvist.worker.reports import LoadReports
 
 VOCAB, NUM_PAGES, PAGE_SIZE = 50, 24, 4
 LATER_S = 1e4  # after every time-out

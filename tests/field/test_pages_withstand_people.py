@@ -11,6 +11,8 @@ import xxhash
 
 from kvist import wire
 from kvist.clock import MonotonicClock
+from kvist.engine.config import StorageConfig
+from kvist.engine.storage import EngineStorage
 from kvist.errors import ConfigError, StoreError
 from kvist.kv.keys import chain_digest, page_digests, page_keys
 from kvist.memory.host_pool import HostPool
@@ -18,8 +20,6 @@ from kvist.memory.persistence import PersistentPages
 from kvist.store.backend import StoreSpec
 from kvist.store.file import FileStore
 from kvist.store.io_threads import StoreMover
-from kvist.worker.config import StorageConfig
-from kvist.worker.storage import EngineStorage
 
 # Found in two seconds by a search of 5 * 2^20 pages: equal under xxh3_128 behind every 16 bytes.
 _HEAD = (500, 600, 700, 800, 100, 200, 300, 400)

@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from kvist.cluster.leftovers import clear_runtime_dir
+from kvist.engine.config import EngineConfig
 from kvist.errors import ConfigError
 from kvist.kv.layout import PageLayout
 from kvist.memory import runtime_dir as module
 from kvist.memory.device_pool import DevicePool, Room, plan_pool_size
 from kvist.memory.runtime_dir import remove_leftovers, runtime_dir
 from kvist.request import EpochId
+from kvist.supervisor.engine_process import EngineSupervisor
 from kvist.transfer.epoch import EpochLock
-from kvist.worker.child import EngineSupervisor
-from kvist.worker.config import EngineConfig
 
 CPU = torch.device("cpu")
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=3, page_size=4, head_dim=4, dtype="float32")

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from kvist.clock import MonotonicClock
+from kvist.engine.config import HostTierConfig
 from kvist.errors import ConfigError
 from kvist.kv.tiers.host import HostTier, SavedPage
 from kvist.memory.device_pool import DevicePool
@@ -27,7 +28,6 @@ from kvist.memory.host_pool import HostPool
 from kvist.memory.page_copier import PageMover
 from kvist.memory.persistence import PersistentPages, reusable_bytes
 from kvist.plan.tiers import BackUpPages
-from kvist.worker.config import HostTierConfig
 
 # Under importlib mode a test module cannot import its neighbour by name.
 sys.path.insert(0, str(Path(__file__).parent))

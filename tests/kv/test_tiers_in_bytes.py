@@ -54,8 +54,8 @@ class TiersInBytes(RuleBasedStateMachine):
         self.right = RightPages()
         self.root = Path(tempfile.mkdtemp(prefix="kvist-test-"))
         self.patches = contextlib.ExitStack()
-        for pieces in ("storage_tier.FETCH_PAGES", "storage_tier.PIECE_PAGES", "store_mover.PIECE_PAGES"):
-            self.patches.enter_context(mock.patch(f"kvist.kv.{pieces}", 2))
+        for pieces in ("kv.tiers.storage.FETCH_PAGES", "kv.tiers.storage.PIECE_PAGES", "store.io_threads.PIECE_PAGES"):
+            self.patches.enter_context(mock.patch(f"kvist.{pieces}", 2))
         self.make_store_deterministic()
         logging.disable(logging.CRITICAL)
         self.patches.callback(logging.disable, logging.NOTSET)

@@ -32,7 +32,7 @@ from typing import IO
 from kvist.clock import MonotonicClock, Oversleep
 from kvist.cluster.lifeline import HURRY, STOP
 from kvist.errors import ConfigError, Timeout, Unavailable
-from kvist.worker.child import BACKOFF_RESET_S, restart_wait_s
+from kvist.supervisor.engine_process import BACKOFF_RESET_S, restart_wait_s
 
 CHECK_INTERVAL_S = 0.1
 PROBE_INTERVAL_S = 0.25  # of a child that is starting

@@ -32,6 +32,7 @@ from kvist.cluster.announce import announce, curl_example, router_example, shown
 from kvist.cluster.lifeline import STOP_SIGNALS, handle_signals, stop_with_parent
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.stopping import Drain, StopSignals
+from kvist.engine.config import UNIFIED, EngineConfig
 from kvist.event_loop import run_in_loop
 from kvist.output import output_to
 from kvist.request import WorkerId
@@ -41,11 +42,10 @@ from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.server.lifecycle import Lifecycle
 from kvist.server.serve import http_server
+from kvist.supervisor.engine_process import EngineSupervisor
 from kvist.text import SamplingDefaults, TextConfig, load_sampling_defaults, load_tokenizer
 from kvist.text.fingerprint import vocabulary_fingerprint
 from kvist.wire import EngineHealth, EngineSpec
-from kvist.worker.child import EngineSupervisor
-from kvist.worker.config import UNIFIED, EngineConfig
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ Copies start when less than an eighth of the pool is free or prepared, so that `
 that cannot be copied (no free host slot, or the copy failed) counts as prepared too, and is lost on eviction: no
 request waits for the same page twice.
 
-With a storage tier (kv/tiers/storage.py) resident host pages are also stored, and `prefetch`, called before `open`, fetches
-pages from the store into the host tier. `start_load` then loads them like all other host pages.
+With a storage tier (tiers/storage.py) resident host pages are also stored, and `prefetch`, called before `open`,
+fetches pages from the store into the host tier. `start_load` then loads them like all other host pages.
 
 Pages under a backup cannot be freed: the lease that inserted the pages keeps its pin until the backup is reported, even
 if the lease is closed. Pages under a load are IN_FLIGHT. Eviction from the device pool leaves the host tier's copy, and

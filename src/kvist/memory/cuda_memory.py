@@ -4,9 +4,9 @@ The memory does not come from torch's allocator: a handle names a whole allocati
 into the same allocation, or build it of pieces that cannot be exported (expandable segments). Here a pool is one
 allocation, freed with the last tensor over it.
 
-A handle travels in the pool's file (memory/device_pool.py) as an `ExportedMemory`. Memory that another process has opened stays
-mapped, and exists, until that process closes it, even after the exporting process has ended. transfer/ decides which
-process opens which memory, and for how long.
+A handle travels in the pool's file (device_pool.py) as an `ExportedMemory`. Memory that another process has opened
+stays mapped, and exists, until that process closes it, even after the exporting process has ended. transfer/ decides
+which process opens which memory, and for how long.
 
 The calls go through ctypes to the CUDA runtime that torch has loaded; the runtime is not loaded before the first pool
 on a GPU.

@@ -5,7 +5,7 @@ buffer before the engine is ready, pinned for a GPU, so that copies run beside t
 after the mover has stopped. All memory is allocated at the start: too little memory is an error then, and does not kill
 the engine later.
 
-kv/host_tier.py decides which slot holds which page.
+kv/tiers/host.py decides which slot holds which page.
 """
 
 from __future__ import annotations

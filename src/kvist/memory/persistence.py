@@ -11,7 +11,7 @@ A kill at any point therefore leaves a slot whose record is missing, torn or cor
 loss a page that did not reach the disk fails its checksum, and is a miss. Both files are fully allocated when they are
 created: a full disk is an error at the start, and never a fault while serving.
 
-Eviction and matching of restored pages belong to kv/host_tier.py. The order of use is not kept, only the order of
+Eviction and matching of restored pages belong to kv/tiers/host.py. The order of use is not kept, only the order of
 writing.
 """
 

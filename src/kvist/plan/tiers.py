@@ -1,6 +1,6 @@
 """Jobs and reports of copies between tiers: a plan carries the jobs to the movers, events carry the reports back.
 
-    PageMover (mover.py)      LoadPages, BackUpPages, ForgetPages  device pool ◄─► host pool
+    PageMover (memory/)       LoadPages, BackUpPages, ForgetPages  device pool ◄─► host pool
     StoreMover                FindPages, FetchPages, StorePages    store ◄─► host pool
 
 Every job gets exactly one report, whether the copy succeeds or fails. Until the report, no page and no host slot that

@@ -60,7 +60,7 @@ class Launched:
         return bool(self.done.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> SampledTokens:
-        self.done.synchronize()  # without a timeout; worker/progress.py detects a stuck device
+        self.done.synchronize()  # without a timeout; engine/progress.py detects a stuck device
         return sampled_tokens(self.tokens, self.logprobs)
 
 

@@ -1,7 +1,7 @@
 """The scheduler's settings: limits on running and queued requests, step sizes, and timeouts.
 
 `SchedulerOptions` are the options of the user; None is "auto". `SchedulerConfig` has every option resolved to a number,
-by worker/limits.py once the device is known.
+by engine/limits.py once the device is known.
 """
 
 from __future__ import annotations

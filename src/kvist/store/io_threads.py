@@ -17,7 +17,7 @@ the circuit breaker.
 A hung call occupies its thread, and keeps its slots in flight, until it returns; its report comes then. Each thread
 that hangs leaves fewer tries: a store that hangs for good occupies its threads and the slots of their jobs, no more.
 
-kv/storage_tier.py decides which page is copied where.
+kv/tiers/storage.py decides which page is copied where.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ group of pages is copied.
     cuda_ipc.py   pools on GPUs: the file holds the handle that opens the memory
 
 Trust: a pool's file must be in our own runtime folder, which only this user can write to, be locked by its running
-creator (memory/device_pool.py) and have exactly the size that its address claims. A peer can thus make us write into another
-engine's pages only by naming that engine's pool, which any process of this user could write anyway.
+creator (memory/device_pool.py) and have exactly the size that its address claims. A peer can thus make us write into
+another engine's pages only by naming that engine's pool, which any process of this user could write anyway.
 """
 
 from __future__ import annotations

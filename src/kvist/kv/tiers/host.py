@@ -3,8 +3,8 @@
     reserve ──► writing ──written(ok)──► resident ──pin──► loading ──unpin──► resident ──► evicted
                    └──written(failed)──► lost: never matched; written again or evicted
 
-free + cached + in_flight == total. Slots in flight are pinned: a job (plan/tiers.py) reads or writes the slot, or a prefetch
-keeps its page; a pinned slot is never given to another page. Cached are all other slots in use.
+free + cached + in_flight == total. Slots in flight are pinned: a job (plan/tiers.py) reads or writes the slot, or a
+prefetch keeps its page; a pinned slot is never given to another page. Cached are all other slots in use.
 
 A page enters only after its parent, the page it continues, and is evicted before its parent. The tier therefore holds
 whole prefixes, and every page can be reached by a match. The least recently used leaf without a pin is evicted first.

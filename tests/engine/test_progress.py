@@ -11,8 +11,8 @@ import threading
 import pytest
 
 from kvist.clock import Oversleep
-from kvist.worker import progress
-from kvist.worker.progress import CHECK_INTERVAL_S, LEAST_CPU_S, ProgressWatch
+from kvist.engine import progress
+from kvist.engine.progress import CHECK_INTERVAL_S, LEAST_CPU_S, ProgressWatch
 
 LIMIT_S = 30.0
 LOOKS = int(LIMIT_S / CHECK_INTERVAL_S)
@@ -85,7 +85,7 @@ def test_the_watch_checks_from_start_to_stop(monkeypatch: pytest.MonkeyPatch) ->
 
 STUCK = """
 import itertools, sys, threading
-from kvist.worker import progress
+from kvist.engine import progress
 progress.CHECK_INTERVAL_S = 0.01
 main, turns = sys._getframe(), itertools.count()
 progress.ProgressWatch(lambda: -1 if main.f_lineno == 7 else next(turns), limit_s=0.05).start()

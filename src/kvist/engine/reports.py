@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from kvist import wire
+from kvist.engine.gateways import Gateways
 from kvist.kv.tiers.host import HostCounts
 from kvist.scheduler.load import SchedulerLoad
-from kvist.worker.gateways import Gateways
 
 MIN_INTERVAL_S = 0.05
 MAX_INTERVAL_S = 1.0

@@ -15,7 +15,7 @@ import pytest
 from kvist.request import FinishReason, Outcome, RequestId
 
 if TYPE_CHECKING:
-    World = Any  # tests/worker/conftest.py
+    World = Any  # tests/engine/conftest.py
 
 GREEDY = {"temperature": 0.0}
 SEEDED = {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "min_p": 0.001, "seed": 12345}

@@ -18,11 +18,11 @@ import zmq
 
 from kvist import wire
 from kvist.channel import ChannelConfig, Member
+from kvist.engine.config import EngineConfig, HostTierConfig, StorageConfig
+from kvist.engine.messages import DRAIN, STOP, Ready, StartFailed, decode_line
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, SamplingParams
 from kvist.scheduler.config import SchedulerOptions
-from kvist.worker.config import EngineConfig, HostTierConfig, StorageConfig
-from kvist.worker.messages import DRAIN, STOP, Ready, StartFailed, decode_line
 
 pytestmark = pytest.mark.e2e
 
@@ -32,11 +32,11 @@ SLOW = SchedulerOptions(chunked_prefill_size=1)  # one token per step: a long pr
 
 
 class Engine:
-    """One `python -m kvist.worker` with this process as its parent, and a gateway's socket to the engine."""
+    """One `python -m kvist.engine` with this process as its parent, and a gateway's socket to the engine."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvist.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "kvist.engine"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert self.process.stdin is not None
         self.process.stdin.write(msgspec.json.encode(config) + b"\n")
@@ -480,7 +480,7 @@ def test_an_unreadable_message_is_dropped_and_counted(cluster: Cluster) -> None:
 )
 def test_a_failed_start_logs_one_line_with_the_reason_and_exits_with_1(settings: bytes, code: str, says: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvist.worker"],
+        [sys.executable, "-m", "kvist.engine"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

@@ -2,7 +2,7 @@ import logging
 import os
 import sys
 
-from kvist.worker.process import main
+from kvist.engine.process import main
 
 status = main()
 logging.shutdown()

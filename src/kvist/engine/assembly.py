@@ -21,6 +21,12 @@ from kvist.channel import EngineChannel, Member, bracketed, with_cluster_key
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.clock import Clock, MonotonicClock, thread_cpu_clock
 from kvist.cores import num_usable_cores, separate
+from kvist.engine.config import UNIFIED, EngineConfig, HostTierConfig, StorageConfig
+from kvist.engine.limits import resolve_limits
+from kvist.engine.loop import EngineLoop, LoopParts
+from kvist.engine.progress import ProgressWatch
+from kvist.engine.reports import LoadReports
+from kvist.engine.storage import EngineStorage
 from kvist.errors import ConfigError
 from kvist.fingerprint import Background, model_fingerprint
 from kvist.kv.cache import PageCache
@@ -45,12 +51,6 @@ from kvist.text.fingerprint import tokenizer_fingerprint
 from kvist.transfer import make_transport
 from kvist.transfer.epoch import EpochLock, num_live_epochs, sweep
 from kvist.wire import EngineSpec
-from kvist.worker.config import UNIFIED, EngineConfig, HostTierConfig, StorageConfig
-from kvist.worker.limits import resolve_limits
-from kvist.worker.loop import EngineLoop, LoopParts
-from kvist.worker.progress import ProgressWatch
-from kvist.worker.reports import LoadReports
-from kvist.worker.storage import EngineStorage
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ The loop begins an iteration at least once a second, unless a step takes longer.
 the device hangs, because the loop waits for the device in the driver without limit. On a CPU, a step may take long, and
 then the loop's thread uses the CPU; a loop that neither iterates nor computes is blocked. The watch therefore reports
 two numbers: the duration of the current iteration, and the time without progress. If the process is suspended
-(SIGSTOP), this thread is suspended, too, and the parent notices the missing heartbeats (child.py).
+(SIGSTOP), this thread is suspended, too, and the parent notices the missing heartbeats (supervisor/).
 
 Time is counted in checks, not read from a clock: a process suspended for an hour misses one check, not an hour.
 """

@@ -6,7 +6,7 @@
 Opening a store may scan a disk, so a separate thread does it; the store named by the flags is opened before the engine
 is ready. The scheduler receives a `StorageAttached` event when a store is attached and when it is detached. A detached
 store whose calls hang is abandoned after `DETACH_TIMEOUT_S`: its host pages stay in flight until the calls return. The
-pages themselves are moved by kv/store_mover.py.
+pages themselves are moved by store/io_threads.py.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 
 from kvist import wire
 from kvist.clock import Clock
+from kvist.engine.config import STORAGE_BACKENDS, StorageConfig
 from kvist.errors import ConfigError, Conflict, KvistError, RequestError, StoreError
 from kvist.own_files import cache_folder
 from kvist.plan.tiers import StorageAttached, StoreJob
 from kvist.store import open_store
 from kvist.store.backend import PageStore, StoreSpec, StoreStats
 from kvist.store.io_threads import Report, StoreMover
-from kvist.worker.config import STORAGE_BACKENDS, StorageConfig
 
 DETACH_TIMEOUT_S = 5.0
 MAX_HUNG_STORES = 2  # stores detached while a call, or their opening, hung; each keeps threads and host pages

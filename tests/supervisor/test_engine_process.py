@@ -11,11 +11,11 @@ import sys
 import pytest
 
 from kvist.cores import usable_cores
+from kvist.engine.config import EngineConfig
 from kvist.errors import EngineError, ModelLoadError, Timeout
+from kvist.supervisor import engine_process as child
+from kvist.supervisor.engine_process import EngineProcess, EngineState, EngineSupervisor, restart_wait_s
 from kvist.wire import EngineSpec
-from kvist.worker import child
-from kvist.worker.child import EngineProcess, EngineState, EngineSupervisor, restart_wait_s
-from kvist.worker.config import EngineConfig
 
 pytestmark = pytest.mark.e2e
 
@@ -24,8 +24,8 @@ SCRIPT = """
 import os, select, signal, sys, time
 from kvist.request import EpochId, WorkerId
 from kvist.wire import EngineSpec
-from kvist.worker.messages import DRAIN, Beat, Progress, Ready, StartFailed, encode_line
-from kvist.worker.process import parse_config
+from kvist.engine.messages import DRAIN, Beat, Progress, Ready, StartFailed, encode_line
+from kvist.engine.process import parse_config
 play = parse_config(sys.stdin.buffer.readline()).model_path
 def say(announcement):
     sys.stdout.buffer.write(encode_line(announcement))

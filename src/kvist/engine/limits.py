@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from kvist.engine.config import DECODE, PREFILL, UNIFIED
 from kvist.scheduler.config import SchedulerConfig, SchedulerOptions
-from kvist.worker.config import DECODE, PREFILL, UNIFIED
 
 _ROUND_TO = 128  # tokens; the tiles of a GPU's matrix products
 

@@ -23,6 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from kvist.clock import Clock, MonotonicClock
+from kvist.engine.assembly import find_served_model, freeze_gc, load_runner, warm_up
+from kvist.engine.bench_shapes import Shape, StepsConfig
+from kvist.engine.config import EngineConfig
 from kvist.errors import ConfigError
 from kvist.kv.cache import PageCache
 from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
@@ -33,9 +36,6 @@ from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.transfer.epoch import EpochLock, new_epoch, sweep
 from kvist.wire import Submit
-from kvist.worker.bench_shapes import Shape, StepsConfig
-from kvist.worker.config import EngineConfig
-from kvist.worker.engine import find_served_model, freeze_gc, load_runner, warm_up
 
 PREFILL_STEP_TOKENS = 2048  # of the steps that prefill the context of the decodes, before the measured steps
 MAX_STEPS_BEFORE = 100_000  # of these prefill steps; more mean that the scheduler is stuck

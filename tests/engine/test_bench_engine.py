@@ -12,6 +12,9 @@ import torch
 
 from kvist.checkpoint import find_checkpoint
 from kvist.clock import MonotonicClock
+from kvist.engine.bench_engine import PromptSource, ShapeBench, check_fits, run_bench_engine, scheduler_limits
+from kvist.engine.bench_shapes import Shape, StepsConfig, parse_shape
+from kvist.engine.config import EngineConfig
 from kvist.errors import ConfigError
 from kvist.models import load_model_config
 from kvist.plan.batch import Batch
@@ -20,9 +23,6 @@ from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler.budget import step_tokens
-from kvist.worker.bench_engine import PromptSource, ShapeBench, check_fits, run_bench_engine, scheduler_limits
-from kvist.worker.bench_shapes import Shape, StepsConfig, parse_shape
-from kvist.worker.config import EngineConfig
 
 VOCABULARY = 64
 STEPS = StepsConfig(shapes=("1@8",), steps=3, warmup_steps=1)

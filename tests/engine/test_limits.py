@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvist.engine.config import DECODE, PREFILL, UNIFIED
+from kvist.engine.limits import resolve_limits
 from kvist.errors import ConfigError
 from kvist.scheduler.config import SchedulerConfig, SchedulerOptions
-from kvist.worker.config import DECODE, PREFILL, UNIFIED
-from kvist.worker.limits import resolve_limits
 
 PLACES = list(itertools.product(("cpu", "cuda"), (UNIFIED, PREFILL, DECODE)))
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvist.engine.assembly import make_host_pool
+from kvist.engine.config import EngineConfig, HostTierConfig, StorageConfig
 from kvist.errors import ConfigError
 from kvist.kv.layout import PageLayout
 from kvist.memory.device_pool import DevicePool
-from kvist.worker.config import EngineConfig, HostTierConfig, StorageConfig
-from kvist.worker.engine import make_host_pool
 
 LAYOUT = PageLayout(num_kv_heads=1, num_layers=1, page_size=4, head_dim=8, dtype="float32")
 
@@ -37,7 +37,7 @@ def test_a_host_pool_over_the_available_memory_is_refused_and_leaves_nothing_beh
     pool = DevicePool.create(LAYOUT, 8, device=torch.device("cpu"), directory=tmp_path / "run")
     config = HostTierConfig(enable_hierarchical_cache=True, hicache_persist=str(tmp_path / "kept"))  # 16 pages
     available_bytes = 16 * LAYOUT.page_bytes
-    monkeypatch.setattr("kvist.worker.engine.available_host_bytes", lambda: available_bytes)
+    monkeypatch.setattr("kvist.engine.assembly.available_host_bytes", lambda: available_bytes)
     with contextlib.ExitStack() as closing:
         available_bytes -= 1
         with pytest.raises(ConfigError, match="lower --hicache-ratio") as caught:

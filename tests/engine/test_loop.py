@@ -10,6 +10,9 @@ import pytest
 from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import FakeClock
+from kvist.engine import gateways
+from kvist.engine.loop import MAX_FAILED_STEPS_IN_A_ROW, STORE_PROBE_S, EngineLoop, LoopParts
+from kvist.engine.reports import LoadReports
 from kvist.errors import EngineError
 from kvist.kv.cache import TIER_COUNTERS
 from kvist.kv.pages import PageCounts
@@ -43,9 +46,6 @@ from kvist.scheduler.load import COUNTERS, SchedulerLoad
 from kvist.store.io_threads import STORE_COUNTERS
 from kvist.transfer import TransferReport
 from kvist.wire import Abort, Ack, Closed, FlushCache, Revoke, Submit
-from kvist.worker import gateways
-from kvist.worker.loop import MAX_FAILED_STEPS_IN_A_ROW, STORE_PROBE_S, EngineLoop, LoopParts
-from kvist.worker.reports import LoadReports
 
 G1, G2 = b"gateway-1", b"gateway-2"
 POOL = wire.PoolAddress(transport="shm", location="/x", num_pages=4, page_bytes=64, layout="l")

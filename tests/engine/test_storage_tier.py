@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from kvist.engine.config import StorageConfig
 from kvist.errors import ConfigError
 from kvist.kv.keys import page_digests
 from kvist.request import Outcome
 from kvist.store.backend import StoreSpec
 from kvist.store.io_threads import PAUSE_S
 from kvist.store.memory import MemoryStore
-from kvist.worker.config import StorageConfig
 
 if TYPE_CHECKING:
-    World = Any  # tests/worker/conftest.py
+    World = Any  # tests/engine/conftest.py
 
 GREEDY = {"temperature": 0.0}
 SEEDED = {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "min_p": 0.001, "seed": 12345}
@@ -225,7 +225,7 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> HangingStore:
     store = HangingStore(spec)
     store.go = threading.Event()
     store.go.set()
-    monkeypatch.setattr("kvist.worker.storage.open_store", lambda _name, _spec: store)
+    monkeypatch.setattr("kvist.engine.storage.open_store", lambda _name, _spec: store)
     monkeypatch.setattr(store, "close", lambda: None)  # the store outlives the engines of this test
     return store
 
@@ -346,7 +346,7 @@ def test_a_store_that_hangs_while_opening_blocks_no_request_and_can_be_detached(
         assert go.wait(20)
         return Slow(spec)
 
-    monkeypatch.setattr("kvist.worker.storage.open_store", open_slowly)
+    monkeypatch.setattr("kvist.engine.storage.open_store", open_slowly)
     engine = start(world, StorageConfig())
     slow = world.ask_later(engine, "attach", backend="memory")
     answer(world, engine, request_of("1", prompt(33)))

@@ -28,6 +28,11 @@ from kvist import wire
 from kvist.channel import address_for_log
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
+from kvist.engine.abandon import Abandonment, StepAbandoned
+from kvist.engine.gateways import Gateways
+from kvist.engine.inbox import Inbox, refusal
+from kvist.engine.reports import LoadReports
+from kvist.engine.step_times import StepCpuTimes
 from kvist.errors import EngineError, HandoffFailed, Unavailable
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, SampledTokens, StepFailed, StepFinished
@@ -49,11 +54,6 @@ from kvist.request import EpochId
 from kvist.scheduler import Scheduler
 from kvist.store.io_threads import Report
 from kvist.transfer import Transport
-from kvist.worker.abandon import Abandonment, StepAbandoned
-from kvist.worker.gateways import Gateways
-from kvist.worker.inbox import Inbox, refusal
-from kvist.worker.reports import LoadReports
-from kvist.worker.step_times import StepCpuTimes
 
 MAX_FAILED_STEPS_IN_A_ROW = 8  # then the device counts as broken, and the engine ends
 STORE_PROBE_S = 0.002  # longest delay of a batch for the store's answer
@@ -86,7 +86,7 @@ class StepRunner(Protocol):
 
 
 class Mover(Protocol):
-    """kv.mover.PageMover, or a fake."""
+    """memory.page_copier.PageMover, or a fake."""
 
     def start(self, job: LoadPages | BackUpPages | ForgetPages) -> None: ...
     def poll(self) -> list[PagesLoaded | PagesBackedUp | PagesForgotten]: ...

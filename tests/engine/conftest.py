@@ -21,6 +21,11 @@ from kvist.attention import build_attention
 from kvist.channel.engine import Inbound, Outbound
 from kvist.checkpoint import find_checkpoint
 from kvist.clock import FakeClock
+from kvist.engine.assembly import make_storage
+from kvist.engine.config import StorageConfig
+from kvist.engine.loop import EngineLoop, LoopParts
+from kvist.engine.reports import LoadReports
+from kvist.engine.storage import EngineStorage
 from kvist.kv.cache import PageCache
 from kvist.kv.layout import PageLayout, namespace
 from kvist.kv.tiers.host import HostTier
@@ -48,11 +53,6 @@ from kvist.runner.runner import Runner
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.transfer import Transport, make_transport
 from kvist.transfer.epoch import EpochLock
-from kvist.worker.config import StorageConfig
-from kvist.worker.engine import make_storage
-from kvist.worker.loop import EngineLoop, LoopParts
-from kvist.worker.reports import LoadReports
-from kvist.worker.storage import EngineStorage
 
 PAGE_SIZE = 4
 CHUNK = 8

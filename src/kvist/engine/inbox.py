@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from kvist import wire
 from kvist.bounded_log import BoundedLog
 from kvist.channel.engine import Inbound
+from kvist.engine.config import DECODE
+from kvist.engine.gateways import MAX_GATEWAYS, ConnectedGateway, Gateways
 from kvist.errors import HandoffFailed, KvistError, Overloaded, RequestError, Unavailable
 from kvist.plan.events import Event
 from kvist.request import EngineRequest, Outcome, RequestId
-from kvist.worker.config import DECODE
-from kvist.worker.gateways import MAX_GATEWAYS, ConnectedGateway, Gateways
 
 MAX_OPEN_FLUSHES = 1024
 MAX_REQUEST_ID_CHARS = 1024

@@ -1,4 +1,4 @@
-"""`python -m kvist.worker`: one engine process, from its settings to its last message.
+"""`python -m kvist.engine`: one engine process, from its settings to its last message.
 
     settings ─► load (progress lines) ─► Ready on standard output ─► serve ─► stop request ─► all closed
 
@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kvist.checkpoint import find_checkpoint
+from kvist.engine.config import EngineConfig
+from kvist.engine.messages import DRAIN, STOP, Announcement, Beat, Progress, Ready, StartFailed, encode_line
 from kvist.errors import UNDECODABLE, ConfigError, EngineError, KvistError
 from kvist.log import LogConfig, setup_logging
 from kvist.parent import continue_when_parent_dies
-from kvist.worker.config import EngineConfig
-from kvist.worker.messages import DRAIN, STOP, Announcement, Beat, Progress, Ready, StartFailed, encode_line
 
 if TYPE_CHECKING:
-    from kvist.worker.engine import Engine
-    from kvist.worker.loop import EngineLoop
+    from kvist.engine.assembly import Engine
+    from kvist.engine.loop import EngineLoop
 
 SHUTDOWN_DEADLINE_S = 8.0  # from a stop request, or the end of the loop, to a forced exit
 _MAX_SETTINGS_BYTES = 1 << 20
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, shutdown.on_signal if arguments else signal.SIG_IGN)
     try:
         if len(arguments) > 1:
-            raise ConfigError("python -m kvist.worker takes one argument: the engine's settings as JSON")
+            raise ConfigError("python -m kvist.engine takes one argument: the engine's settings as JSON")
         config = parse_config(arguments[0].encode() if arguments else _read_first_line())
         setup_logging(config.log)
         if not arguments:
@@ -95,7 +95,7 @@ def parse_config(settings: bytes) -> EngineConfig:
 
 def _build(config: EngineConfig, announce: Callable[[Announcement], None]) -> Engine:
     find_checkpoint(config.model_path)  # report a wrong path before torch is imported, which takes seconds
-    from kvist.worker.engine import build_engine
+    from kvist.engine.assembly import build_engine
 
     def progress(text: str) -> None:
         announce(Progress(text=text))

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from kvist.worker.step_times import StepCpuTimes
+from kvist.engine.step_times import StepCpuTimes
 
 SLACK_S = 0.004  # less than any part takes
 

@@ -24,11 +24,11 @@ import msgspec
 
 from kvist.clock import Clock, MonotonicClock, Oversleep
 from kvist.cores import bind_process, usable_cores
+from kvist.engine.config import EngineConfig
+from kvist.engine.messages import DRAIN, STOP, Beat, Progress, Ready, StartFailed, decode_line
 from kvist.errors import ConfigError, EngineError, KvistError, Timeout, WorkerLost, error_from_wire
 from kvist.memory.runtime_dir import remove_leftovers, runtime_dir
 from kvist.wire import EngineHealth, EngineSpec
-from kvist.worker.config import EngineConfig
-from kvist.worker.messages import DRAIN, STOP, Beat, Progress, Ready, StartFailed, decode_line
 
 FIRST_RESTART_WAIT_S = 0.5
 LONGEST_RESTART_WAIT_S = 30.0
@@ -37,7 +37,7 @@ STOP_GRACE_S = 10.0
 CHECK_INTERVAL_S = 0.5  # between two checks of the engine's progress
 _SELF_EXIT_GRACE_S = 2.0  # first let the engine exit by itself at the limit, because it logs where it hangs
 _MAX_LINE_BYTES = 1 << 20
-ENGINE_COMMAND = (sys.executable, "-m", "kvist.worker")
+ENGINE_COMMAND = (sys.executable, "-m", "kvist.engine")
 
 logger = logging.getLogger(__name__)
 
