@@ -42,7 +42,8 @@ def _block_maxima(logits, row_stride, vocab_size, maxima, num_blocks, BLOCK: tl.
     tl.store(maxima + row * num_blocks + block, tl.where(num_broken > 0, float("nan"), tl.max(values, axis=0)))
 
 
-@triton.jit
+# Batches place these two at any offset of one buffer: a version for each alignment would be compiled while serving.
+@triton.jit(do_not_specialize_on_alignment=["temperatures", "keys"])
 def _block_best(
     logits, row_stride, vocab_size, temperatures, keys, maxima, best, best_token, num_blocks,
     SPAN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
