@@ -128,7 +128,9 @@ class GatewayContext:
     def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         """Return the token ids of a prompt. Tokenising stops once the text is known to be too long. Raises
         `PromptTooLong`."""
-        limit = self.limit()
+        return self._encode_within(self.limit(), text, add_special_tokens=add_special_tokens, param=param)
+
+    def _encode_within(self, limit: Limit, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         ids = self._encode_up_to(text, limit.most, add_special_tokens)
         if ids is None:
             raise PromptTooLong(
@@ -140,11 +142,11 @@ class GatewayContext:
     def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool, param: str) -> list[list[int]]:
         """Return the token ids of several prompts of one request. Raises `PromptTooLong` and `RequestError`."""
         found: list[list[int]] = []
-        num_tokens = 0
+        limit, num_tokens = self.limit(), 0
         for text in texts:
-            found.append(self.encode(text, add_special_tokens=add_special_tokens, param=param))
+            found.append(self._encode_within(limit, text, add_special_tokens=add_special_tokens, param=param))
             num_tokens += len(found[-1])
-            self.check_job_tokens(num_tokens, param)
+            _check_job_tokens(num_tokens, limit, param)
         return found
 
     def encode_to_show(self, texts: Sequence[str], *, add_special_tokens: bool, param: str) -> list[list[int]]:
@@ -167,13 +169,7 @@ class GatewayContext:
 
     def check_job_tokens(self, num_tokens: int, param: str) -> None:
         """Raise `RequestError` when the prompts of one request, counted once for each answer, have too many tokens."""
-        limit = max(_MAX_JOB_TOKENS, self.limit().most)
-        if num_tokens > limit:
-            raise RequestError(
-                f"the prompts of this request, counted once for each answer, have over {limit} tokens: ask for fewer "
-                "answers in one request",
-                param=param,
-            )
+        _check_job_tokens(num_tokens, self.limit(), param)
 
     def chat_prompt(self, messages: Sequence[ChatMessage], request: ChatRequest | TokenizeRequest) -> str:
         """Render the messages with the model's chat template and the template fields of the request. Raises
@@ -188,11 +184,12 @@ class GatewayContext:
             raise RequestError(tokenizer.no_chat_template_reason, param="messages")
         if not messages:
             raise RequestError("`messages` is empty", param="messages")
-        limit = self.limit().most * _MAX_CHARS_PER_TOKEN
+        limit = self.limit()
+        max_chars = limit.most * _MAX_CHARS_PER_TOKEN
         num_chars = sum(map(_num_chars, messages))
-        if num_chars > limit:
+        if num_chars > max_chars:
             raise PromptTooLong(
-                f"the messages have {num_chars} characters; this server holds {self.limit().text}", param="messages"
+                f"the messages have {num_chars} characters; this server holds {limit.text}", param="messages"
             )
         plain = [_plain_message(message, f"messages[{index}]", tokenizer) for index, message in enumerate(messages)]
         continues = bool(request.continue_final_message)
@@ -204,7 +201,17 @@ class GatewayContext:
             add_generation_prompt=request.add_generation_prompt is not False and not continues,
             continue_final_message=continues,
             options=options,
-            max_chars=limit,
+            max_chars=max_chars,
+        )
+
+
+def _check_job_tokens(num_tokens: int, limit: Limit, param: str) -> None:
+    most = max(_MAX_JOB_TOKENS, limit.most)
+    if num_tokens > most:
+        raise RequestError(
+            f"the prompts of this request, counted once for each answer, have over {most} tokens: ask for fewer "
+            "answers in one request",
+            param=param,
         )
 
 

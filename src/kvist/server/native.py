@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from kvist.errors import RequestError
+from kvist.fit import Limit
 from kvist.request import TokenLogprobs
 from kvist.server.caller import Caller
 from kvist.server.config import StreamForm
@@ -46,10 +47,11 @@ def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     top_logprobs = check_num_logprobs(request.top_logprobs_num or 0, "top_logprobs_num")
     if request.top_logprobs_num and not request.return_logprob:
         raise RequestError("`top_logprobs_num` needs `return_logprob` to be true", param="top_logprobs_num")
+    limit = gateway.limit()
     spec = JobSpec(
         caller=caller,
         job_id=new_job_id("gen"),
-        prompts=[_limited(gateway, fields, token_ids, param) for token_ids in token_lists],
+        prompts=[_limited(limit, fields, token_ids, param) for token_ids in token_lists],
         fields=fields,
         names=_names(param),
         seed=check_seed(fields.sampling_seed, _WHERE + "sampling_seed"),
@@ -93,8 +95,9 @@ def _prompts(
     if found is None:
         raise RequestError("`input_ids` mixes token ids and lists of token ids", param="input_ids")
     num_choices(fields.n, len(found), gateway.config.max_choices, _names("input_ids"))
+    vocab_size = gateway.vocab_size()
     for one in found:
-        check_token_ids(one, gateway.vocab_size(), "input_ids")
+        check_token_ids(one, vocab_size, "input_ids")
     return found, isinstance(ids[0], list), "input_ids"
 
 
@@ -107,10 +110,10 @@ def _require_some(values: Sequence[object], param: str) -> None:
         raise RequestError(f"`{param}` is empty", param=param)
 
 
-def _limited(gateway: GatewayContext, fields: NativeSampling, token_ids: list[int], param: str) -> TokenizedPrompt:
+def _limited(limit: Limit, fields: NativeSampling, token_ids: list[int], param: str) -> TokenizedPrompt:
     max_tokens = output_limit(
         len(token_ids),
-        gateway.limit(),
+        limit,
         asked=fields.max_new_tokens,
         default=_DEFAULT_NEW_TOKENS,
         param=_WHERE + "max_new_tokens",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvist.errors import RequestError, UnsupportedField
+from kvist.fit import Limit
 from kvist.server.caller import Caller
 from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import GatewayContext
@@ -41,7 +42,7 @@ def chat_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     text = gateway.chat_prompt(request.messages, request)
     prompt_ids = gateway.encode(text, add_special_tokens=bool(request.add_special_tokens), param="messages")
     default = gateway.sampling_defaults.max_new_tokens
-    prompts = [_prompt(gateway, request, prompt_ids, default=default, name="messages")]
+    prompts = [_prompt(gateway.limit(), request, prompt_ids, default=default, name="messages")]
     job_id = new_job_id("chatcmpl")
     choices = _choices(gateway, request, caller, prompts, job_id, num_logprobs)
     envelope = Envelope.of(gateway, request, job_id, "chat.completion")
@@ -56,9 +57,10 @@ def completion_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     request, headers = _COMPLETION.decode(body)
     gateway.check_model(request.model)
     num_logprobs = check_num_logprobs(request.logprobs, "logprobs")
+    prompt_ids, limit = _prompt_token_ids(gateway, request), gateway.limit()
     prompts = [
-        _prompt(gateway, request, token_ids, default=_DEFAULT_COMPLETION_TOKENS, name="prompt")
-        for token_ids in _prompt_token_ids(gateway, request)
+        _prompt(limit, request, token_ids, default=_DEFAULT_COMPLETION_TOKENS, name="prompt")
+        for token_ids in prompt_ids
     ]
     job_id = new_job_id("cmpl")
     choices = _choices(gateway, request, caller, prompts, job_id, num_logprobs)
@@ -105,13 +107,14 @@ def _prompt_token_ids(gateway: GatewayContext, request: CompletionRequest) -> li
         if len(texts) < len(prompt):
             raise RequestError("`prompt` mixes texts, token ids and lists of token ids; use one kind", param="prompt")
         return gateway.encode_all(texts, add_special_tokens=add_special_tokens, param="prompt")
+    vocab_size = gateway.vocab_size()
     for one in found:
-        check_token_ids(one, gateway.vocab_size(), "prompt")
+        check_token_ids(one, vocab_size, "prompt")
     return found
 
 
 def _prompt(
-    gateway: GatewayContext,
+    limit: Limit,
     request: ChatRequest | CompletionRequest,
     token_ids: list[int],
     *,
@@ -123,7 +126,6 @@ def _prompt(
         if asked is not None and asked != request.max_completion_tokens:
             raise RequestError("`max_tokens` and `max_completion_tokens` differ; set only one", param="max_tokens")
         asked, param = request.max_completion_tokens, "max_completion_tokens"
-    limit = gateway.limit()
     max_tokens = output_limit(len(token_ids), limit, asked=asked, default=default, param=param, prompt=name)
     return TokenizedPrompt(token_ids=tuple(token_ids), max_tokens=max_tokens)
 

@@ -86,17 +86,19 @@ class WorkPool:
             last.result.set_exception(refused)
 
     def _drop(self, job: _Job) -> None:
-        job.is_waiting = False
+        """Remove a job that will not run; its caller keeps its turn."""
         self._waiting.remove(job.caller, job)
+        self._count_out(job)
+
+    def _count_out(self, job: _Job) -> None:
+        job.is_waiting = False
         self._waiting_by_caller.remove(job.caller)
         self.num_waiting -= 1
 
     def _start(self) -> None:
         while self._num_idle and (job := self._waiting.head()) is not None:
             self._waiting.take(job.caller, job)
-            self._waiting_by_caller.remove(job.caller)
-            job.is_waiting = False
-            self.num_waiting -= 1
+            self._count_out(job)
             self._num_idle -= 1
             self._threads.submit(job.call).add_done_callback(partial(self._post_result, job.result.get_loop(), job))
 
