@@ -17,12 +17,25 @@ import pytest
 
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.plan import ClusterShape, free_ports, plan_on_free_ports
-from kvist.cluster.probe import is_ready, probe_child
+from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildPlan, ChildTimeouts, Processes
 
 START_TIMEOUT_S = 120.0
 STALL_RESTART_S = 8.0  # short enough for a test, long enough for a busy machine
 WORKER_ARGV = ("--max-total-tokens=16384", f"--stall-restart-s={STALL_RESTART_S}")
+
+
+def _is_ready(url: str) -> bool:
+    """Return whether `GET /ready` answers 200. Never raises; takes about one second at most."""
+    try:
+        return httpx.get(f"{url}/ready", timeout=1.0, trust_env=False).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture
+def is_ready() -> Callable[[str], bool]:
+    return _is_ready
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +86,8 @@ class Cluster:
         return time.monotonic() - start_s
 
     def wait_ready(self) -> None:
-        """Return whether the router can serve. Unlike `Processes.wait_ready`, notices that the router lost a worker."""
-        self.wait_until(lambda: is_ready(self.router), within_s=START_TIMEOUT_S)
+        """Wait until the router can serve. Unlike `Processes.wait_ready`, notices that the router lost a worker."""
+        self.wait_until(lambda: _is_ready(self.router), within_s=START_TIMEOUT_S)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import httpx
 import pytest
-
-from kvist.cluster.probe import is_ready
 
 ASK = {"prompt": "1 2 3", "max_tokens": 4000, "stream": True, "ignore_eos": True}
 
@@ -41,7 +40,9 @@ class Stream:
 
 
 @pytest.mark.case("stopped-engine")
-def test_a_suspended_engine_worker_and_router_are_noticed_and_restarted(settled: Any) -> None:
+def test_a_suspended_engine_worker_and_router_are_noticed_and_restarted(
+    settled: Any, is_ready: Callable[[str], bool]
+) -> None:
     """Three at once: an engine, whose worker reports it; the HTTP process of another worker; and the router."""
     children = settled.processes.children
     pids = {name: children[name].pid for name in ("router", "decode-0", "unified")}

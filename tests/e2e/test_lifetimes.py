@@ -16,7 +16,6 @@ import pytest
 
 from kvist.checkpoint import find_checkpoint
 from kvist.cluster.plan import free_ports
-from kvist.cluster.probe import is_ready
 
 KVIST = (sys.executable, "-m", "kvist")
 ASK = {"text": "The capital of France is", "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
@@ -67,7 +66,7 @@ def test_a_killed_decode_worker_is_a_503_until_it_is_back(settled, victim):
     settled.wait_ready()
 
 
-def test_two_workers_and_a_router_started_by_hand_answer_a_curl():
+def test_two_workers_and_a_router_started_by_hand_answer_a_curl(is_ready):
     prefill, decode, router = free_ports(3)
     model = str(find_checkpoint(None).path)
     flags = ("--model-path", model, "--host", "127.0.0.1", "--tp", "1", "--mem-fraction-static", "0.8")

@@ -10,14 +10,6 @@ PROBE_TIMEOUT_S = 1.0
 _NOT_READY = "not ready: "  # from server/admin.py; the current activity follows
 
 
-def is_ready(url: str) -> bool:
-    """Return whether `GET /ready` answers 200. Never raises; takes about one second at most."""
-    try:
-        return httpx.get(f"{url}/ready", timeout=PROBE_TIMEOUT_S, trust_env=False).status_code == httpx.codes.OK
-    except httpx.HTTPError:
-        return False
-
-
 def probe_child(url: str, instance_id: str) -> Answer:
     """Return the answer of the server with this instance id; another server on the port counts as no answer. Never
     raises; takes about one second at most."""
