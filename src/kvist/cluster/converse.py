@@ -21,7 +21,7 @@ from kvist.cluster.config import ChatConfig
 from kvist.cluster.plan import LOOPBACK, free_ports
 from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildPlan, Processes
-from kvist.cluster.start_display import StartLines, start_block
+from kvist.cluster.start_display import start_display
 from kvist.cluster.up import interrupt_on_stop_signals
 from kvist.errors import EngineError, Unavailable
 
@@ -223,12 +223,8 @@ def _own_server(serve_argv: list[str], timeout_s: float) -> Iterator[str]:
     with interrupt_on_stop_signals(processes):
         try:
             processes.start()
-            if sys.stdout.isatty():
-                with start_block(processes.children, show_all=False) as block:
-                    processes.wait_ready(timeout_s, each_second=block)
-            else:
-                report = StartLines(processes.children, lambda text: _write(f"{text}\n"))
-                processes.wait_ready(timeout_s, each_second=report)
+            with start_display(processes.children, lambda text: _write(f"{text}\n")) as display:
+                processes.wait_ready(timeout_s, each_second=display)
             yield url
         finally:
             processes.stop()

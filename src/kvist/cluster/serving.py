@@ -145,8 +145,8 @@ def serve_router(
             sampling_defaults=_sampling_defaults(checkpoint, text),
             lifecycle=lifecycle,
         )
-        logger.info("router at %s://%s for %s", server.scheme, name, checkpoint.name)
         url = f"{server.scheme}://{name}"
+        logger.info("router at %s for %s", url, checkpoint.name)
         example = curl_example(url, api_key=shown_key(server.api_key))
         serving = Serving(
             http=http_server(app, app.traffic, server),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ class StartLines:
 
 
 class StartBlock:
-    """The changing lines of a terminal, redrawn at each call; made by `start_block`."""
+    """The changing lines of a terminal, redrawn at each call; made by `start_display`."""
 
     def __init__(self, children: Mapping[str, Child], live: Live, *, show_all: bool) -> None:
         self._children = children
@@ -80,8 +81,14 @@ class StartBlock:
 
 
 @contextlib.contextmanager
-def start_block(children: Mapping[str, Child], *, show_all: bool) -> Iterator[StartBlock]:
-    """Show the changing lines on standard output, which must be a terminal, until the body ends."""
+def start_display(
+    children: Mapping[str, Child], show_line: Callable[[str], None], *, show_all: bool = False
+) -> Iterator[StartBlock | StartLines]:
+    """Yield the display of a start, valid until the body ends: changing lines if standard output is a terminal, else
+    lines for `show_line`."""
+    if not sys.stdout.isatty():
+        yield StartLines(children, show_line)
+        return
     from rich.console import Console  # slow to import, and not needed by `kvist serve`
     from rich.live import Live
 

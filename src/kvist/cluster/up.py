@@ -14,7 +14,7 @@ from kvist.cluster.listener import bound_socket
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildTimeouts, Processes
-from kvist.cluster.start_display import StartBlock, StartLines, start_block
+from kvist.cluster.start_display import StartBlock, start_display
 from kvist.output import output_to
 
 
@@ -47,15 +47,12 @@ class Screen:
 
     def wait_ready(self, processes: Processes, shape: ClusterShape) -> None:
         """Wait until the cluster is ready. Raises `KvistError` if the start fails."""
-        children, timeout_s = processes.children, shape.config.start_timeout_s
-        if not sys.stdout.isatty():
-            report = StartLines(children, lambda text: self.show("kvist", text))
-            processes.wait_ready(timeout_s, each_second=report)
-            return
-        with start_block(children, show_all=shape.shows_all_lines) as block:
-            self._block = block
+        with start_display(
+            processes.children, lambda text: self.show("kvist", text), show_all=shape.shows_all_lines
+        ) as display:
+            self._block = display if isinstance(display, StartBlock) else None
             try:
-                processes.wait_ready(timeout_s, each_second=block)
+                processes.wait_ready(shape.config.start_timeout_s, each_second=display)
             finally:
                 self._block = None
 
