@@ -171,7 +171,6 @@ _UNUSED_BY_STEPS = (  # sockets, request timeouts, and limits that the batch sha
     "served_model_name",
     "role",
     "context_length",
-    "cpu_affinity",
     "engine_host",
     "engine_port",
     "engine_advertise_host",

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 
-from kvist.cores import usable_cores
 from kvist.engine.config import EngineConfig
 from kvist.errors import EngineError, ModelLoadError, Timeout
 from kvist.supervisor import engine_process as child
@@ -41,8 +40,7 @@ say(Progress(text="loading weights 40%"))
 print("a library says hello", flush=True)
 say(Ready(spec=EngineSpec(worker_id=WorkerId("w"), epoch=EpochId(str(os.getpid())), role="unified", endpoint="tcp://x:1",
     model_fingerprint="f", model_name="m", vocab_size=1, max_model_len=1, page_size=1, num_pages=1, namespace="n",
-    dtype="float32", tp_size=1, max_running_requests=1, max_queued_requests=1),
-    gateway_cores=(1, 3) if play == "bound" else ()))
+    dtype="float32", tp_size=1, max_running_requests=1, max_queued_requests=1)))
 while play in ("beating", "blocked"):
     say(Beat(turn_s=9.0, stalled_s=9.0 if play == "blocked" else 0.0))
     if select.select([0], [], [], 0.05)[0]:
@@ -142,28 +140,6 @@ async def test_the_supervisor_restarts_a_dead_engine_and_reports_each_change(
         await running
     assert supervisor.state is EngineState.STOPPED
     assert not is_running(int(second.epoch))
-
-
-@pytest.mark.parametrize("play", ["bound", "well"])
-async def test_the_parent_uses_the_cores_named_by_its_engine_and_all_cores_without_one(
-    play: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(child, "FIRST_RESTART_WAIT_S", 0.01)
-    bound: list[set[int]] = []
-    monkeypatch.setattr(child, "bind_process", lambda cores: bound.append(set(cores)))
-    changes: asyncio.Queue[EngineSpec | None] = asyncio.Queue()
-    supervisor = EngineSupervisor(config(play), on_change=changes.put_nowait, command=COMMAND)
-    running = asyncio.create_task(supervisor.run())
-    first = await asyncio.wait_for(changes.get(), 60)
-    assert first is not None
-    os.kill(int(first.epoch), 9)
-    for _ in range(2):
-        await asyncio.wait_for(changes.get(), 60)
-    running.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await running
-    everywhere = set(usable_cores())
-    assert bound == ([{1, 3}, everywhere, {1, 3}, everywhere] if play == "bound" else [])
 
 
 async def test_a_failed_first_start_is_not_retried() -> None:

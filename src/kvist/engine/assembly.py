@@ -20,7 +20,7 @@ from pathlib import Path
 from kvist.channel import EngineChannel, Member, bracketed, with_cluster_key
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.clock import Clock, MonotonicClock, thread_cpu_clock
-from kvist.cores import num_usable_cores, separate
+from kvist.cores import num_usable_cores
 from kvist.engine.config import UNIFIED, EngineConfig, HostTierConfig, StorageConfig
 from kvist.engine.limits import resolve_limits
 from kvist.engine.loop import EngineLoop, LoopParts
@@ -60,7 +60,6 @@ class Engine:
     spec: EngineSpec
     loop: EngineLoop
     progress: ProgressWatch  # of the loop; not started
-    gateway_cores: frozenset[int]  # cores to which the parent should bind itself; empty: all
     closing: contextlib.ExitStack
 
     def close(self) -> None:
@@ -264,9 +263,6 @@ def _assemble(
             gateway_timeout_s=config.gateway_timeout_s,
             overlap=limits.overlap,
         )
-        gateway_cores: frozenset[int] = frozenset()
-        if pool.tensor.is_cuda and config.cpu_affinity:
-            gateway_cores = separate(num_live_epochs(runtime_dir))
         loop = EngineLoop(parts)
         if isinstance(runner, Runner):  # not with --tp or a GPU: other ranks, or the GPU, would go on
             runner.between_layers = loop.between_layers
@@ -276,7 +272,7 @@ def _assemble(
             loop_cpu_s=None if pool.tensor.is_cuda else thread_cpu_clock(threading.get_ident()),
         )
         closing.callback(watch.stop)
-        return Engine(spec=spec, loop=loop, progress=watch, gateway_cores=gateway_cores, closing=closing.pop_all())
+        return Engine(spec=spec, loop=loop, progress=watch, closing=closing.pop_all())
 
 
 def make_host_pool(

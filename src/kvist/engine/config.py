@@ -154,11 +154,6 @@ class EngineConfig(RunnerOptions):
         "prefill computes prompts and hands their pages to decode, decode generates the answers, unified does both",
         choices=(UNIFIED, PREFILL, DECODE),
     )
-    cpu_affinity: bool = option(
-        False,
-        "with a GPU and at least 8 cores, run the engine and its gateway on different halves of the cores; with --tp, "
-        "only rank 0 of the engine is bound to its half",
-    )
     engine_host: str = option("127.0.0.1", "address on which the engine's socket listens")
     engine_port: int = option(0, "port of the engine's socket; 0 chooses a free port", minimum=0, maximum=65535)
     engine_advertise_host: str | None = option(

@@ -24,7 +24,6 @@ class Progress(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     spec: EngineSpec
-    gateway_cores: tuple[int, ...] = ()  # cores to which the parent should bind itself; empty: all
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         shutdown.loop = engine.loop
-        announce(Ready(spec=engine.spec, gateway_cores=tuple(sorted(engine.gateway_cores))))
+        announce(Ready(spec=engine.spec))
         engine.progress.start(lambda turn_s, stalled_s: announce(Beat(turn_s=turn_s, stalled_s=stalled_s)))
         engine.loop.run()
     except EngineError as error:

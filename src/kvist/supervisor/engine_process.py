@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from kvist.clock import Clock, MonotonicClock, Oversleep
-from kvist.cores import bind_process, usable_cores
 from kvist.engine.config import EngineConfig
 from kvist.engine.messages import DRAIN, STOP, Beat, Progress, Ready, StartFailed, decode_line
 from kvist.errors import ConfigError, EngineError, KvistError, Timeout, WorkerLost, error_from_wire
@@ -47,7 +46,6 @@ class EngineProcess:
 
     def __init__(self, process: asyncio.subprocess.Process, ready: Ready) -> None:
         self.spec = ready.spec
-        self.gateway_cores = ready.gateway_cores
         self._process = process
         self._clock = MonotonicClock()
         now_s = self._clock.now_s()
@@ -205,7 +203,6 @@ class EngineSupervisor:
         self._on_change = on_change
         self._on_progress = on_progress
         self._clock = clock or MonotonicClock()
-        self._cores = usable_cores()
         self._engine: EngineProcess | None = None
         self._draining = False
 
@@ -257,16 +254,12 @@ class EngineSupervisor:
         engine = await EngineProcess.start(self._config, on_progress=self._starting, command=self._command)
         try:
             self.state, self._engine = EngineState.RUNNING, engine
-            if engine.gateway_cores:
-                bind_process(engine.gateway_cores)
             self.health = EngineHealth()
             self._set_spec(engine.spec)
             self._record_failure(WorkerLost(await self._watch(engine)))
         finally:
             self._engine = None
             self._set_spec(None)
-            if engine.gateway_cores:
-                bind_process(self._cores)  # the next engine inherits these cores for loading
             await asyncio.shield(engine.stop())
 
     async def _watch(self, engine: EngineProcess) -> str:
