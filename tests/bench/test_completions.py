@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import pytest
 from fake_server import Behaviour, FakeServer, answer_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.bench.completions import BenchRequest, CompletionClient, EventLines, RequestResult, Row
+from kvist.bench.completions import GREEDY, BenchRequest, CompletionClient, EventLines, RequestResult, Row
+from kvist.bench.config import TargetConfig
 from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import MonotonicClock
+from kvist.errors import ConfigError
 
 ASK = BenchRequest(prompt=b"[3,4,5]", row=Row(index=7, num_input=3, num_output=4))
 
 
-async def ask(server: FakeServer, request: BenchRequest = ASK, *, timeout_s: float = 20.0) -> RequestResult:
+async def ask(
+    server: FakeServer,
+    request: BenchRequest = ASK,
+    *,
+    timeout_s: float = 20.0,
+    sampling_fields: Mapping[str, object] = GREEDY,
+) -> RequestResult:
     client = HttpClient(server.url, api_key=None)
-    completions = CompletionClient(client, model="m", clock=MonotonicClock(), timeout_s=timeout_s)
+    completions = CompletionClient(
+        client, model="m", clock=MonotonicClock(), timeout_s=timeout_s, sampling_fields=sampling_fields
+    )
     answer = await completions.send(request, start_s=MonotonicClock().now_s())
     client.close()
     return answer
@@ -35,6 +46,22 @@ async def test_the_request_is_greedy_streamed_and_of_exact_length(server: FakeSe
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+async def test_extra_fields_are_sent_and_replace_the_temperature(server: FakeServer) -> None:
+    fields = TargetConfig(extra_body='{"temperature": 0.8, "top_p": 0.95}').sampling_fields
+    await ask(server, sampling_fields=fields)
+    body = server.received[0].body
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.8, 0.95, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("[1]", "must be a JSON object"), ("{", "must be a JSON object"), ('{"prompt": "x"}', "cannot set prompt")],
+)
+def test_invalid_extra_bodies_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TargetConfig(extra_body=text)
 
 
 async def test_a_good_answer_has_times_and_the_servers_counts(server: FakeServer) -> None:

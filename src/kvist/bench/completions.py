@@ -9,7 +9,9 @@ and a failure is a row too.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import msgspec
 from msgspec.structs import replace
@@ -21,6 +23,7 @@ from kvist.errors import UNDECODABLE
 MAX_EVENT_BYTES = 16 << 20
 MAX_ERROR_BYTES = 64 << 10
 PATH = "/v1/completions"
+GREEDY: Mapping[str, object] = MappingProxyType({"temperature": 0})
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,13 +202,21 @@ class CompletionClient:
     """Sends completion requests for one model to one server. `by_tier`: the server knows Kvist's own fields."""
 
     def __init__(
-        self, client: HttpClient, *, model: str, clock: Clock, timeout_s: float, by_tier: bool = False
+        self,
+        client: HttpClient,
+        *,
+        model: str,
+        clock: Clock,
+        timeout_s: float,
+        sampling_fields: Mapping[str, object] = GREEDY,
+        by_tier: bool = False,
     ) -> None:
         self.client = client
         self._model = msgspec.json.encode(model)
         self._clock = clock
         self._timeout_s = timeout_s
         self._by_tier = by_tier
+        self._sampling = msgspec.json.encode(dict(sampling_fields))[1:-1]
 
     def body(self, request: BenchRequest) -> bytes:
         """Return the request's JSON, built around a prompt that is JSON already."""
@@ -215,7 +226,8 @@ class CompletionClient:
                 self._model,
                 b',"prompt":',
                 request.prompt,
-                b',"max_tokens":%d,"temperature":0,"ignore_eos":true,"stream":true' % request.row.num_output,
+                b',"max_tokens":%d,"ignore_eos":true,"stream":true,' % request.row.num_output,
+                self._sampling,
                 b',"stream_options":{"include_usage":true}',
                 b',"kvist":{"usage":true}' if self._by_tier else b"",
                 b',"return_token_ids":true}' if request.wants_ids else b"}",

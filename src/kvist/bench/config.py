@@ -7,10 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
+
 from kvist.config import check_api_key, option
 from kvist.errors import ConfigError
 
 SERVER, DRAWN, AUTO = "server", "drawn", "auto"
+RESERVED_FIELDS = (
+    "model",
+    "prompt",
+    "max_tokens",
+    "ignore_eos",
+    "stream",
+    "stream_options",
+    "kvist",
+    "return_token_ids",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +60,9 @@ class TargetConfig:
     request_timeout_s: float = option(
         600.0, "longest time for one request; then it has failed", unit="s", minimum=0.001
     )
+    extra_body: str | None = option(
+        None, 'JSON object with more fields for each request, such as \'{"temperature": 0.8, "top_p": 0.95}\''
+    )
     json_path: Path | None = option(None, "file for the figures and one row for each request", flag="--json")
     baseline: Path | None = option(None, "an earlier --json file; ratios to its figures are printed")
 
@@ -59,6 +74,27 @@ class TargetConfig:
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ConfigError(f"--base-url {self.base_url!r} must be http://HOST:PORT", param="base_url")
+        _ = self.sampling_fields  # raises at start, not in the middle of a run
+
+    @property
+    def sampling_fields(self) -> dict[str, object]:
+        """The fields of a request that the load does not set: greedy sampling, then `extra_body`."""
+        return {"temperature": 0} | _parse_extra_body(self.extra_body)
+
+
+def _parse_extra_body(text: str | None) -> dict[str, object]:
+    if text is None:
+        return {}
+    try:
+        fields: dict[str, object] = msgspec.json.decode(text, type=dict[str, object])
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ConfigError(f"--extra-body must be a JSON object: {error}", param="extra_body") from None
+    taken = sorted(set(fields) & set(RESERVED_FIELDS))
+    if taken:
+        raise ConfigError(
+            f"--extra-body cannot set {', '.join(taken)}: the scenario sets it for each request", param="extra_body"
+        )
+    return fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

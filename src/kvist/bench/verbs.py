@@ -53,7 +53,14 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
         try:
             model, is_kvist = await _find_model(client, target.model)
             clock, timeout_s = MonotonicClock(), target.request_timeout_s
-            completions = CompletionClient(client, model=model, clock=clock, timeout_s=timeout_s, by_tier=is_kvist)
+            completions = CompletionClient(
+                client,
+                model=model,
+                clock=clock,
+                timeout_s=timeout_s,
+                sampling_fields=target.sampling_fields,
+                by_tier=is_kvist,
+            )
             first = Source(seed=target.seed, vocab_low=target.vocab_low, vocab_high=target.vocab_high)
             for number, scenario in enumerate(scenarios):
                 source = dataclasses.replace(first, scenario=number)
