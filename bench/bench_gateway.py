@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from json_report import write_report
 from kvist import wire
 from kvist.request import EpochId, FinishReason, Outcome, RequestId, WorkerId
+from kvist.testing.specs import make_spec
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -70,20 +71,16 @@ def run_engine(offered_tokens_per_s: float) -> None:
 
 
 def engine_spec(endpoint: str) -> wire.EngineSpec:
-    return wire.EngineSpec(
+    return make_spec(
         worker_id=WorkerId("fake"),
         epoch=EpochId("bench"),
-        role="unified",
         endpoint=endpoint,
         model_fingerprint="fake",
         model_name="fake",
         vocab_size=49152,
         max_model_len=1 << 20,
-        page_size=16,
         num_pages=1024,
         namespace="fake",
-        dtype="float32",
-        tp_size=1,
         max_running_requests=1 << 16,
         max_queued_requests=1 << 16,
     )

@@ -35,17 +35,18 @@ from kvist import wire
 from kvist.attention.fa3 import _Index
 from kvist.attention.page_tables import PageTables
 from kvist.attention.pinned import PinnedRing
-from kvist.clock import FakeClock
 from kvist.engine.assembly import freeze_gc
 from kvist.engine.loop import EngineLoop, LoopParts
 from kvist.engine.reports import LoadReports
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import SampledTokens
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams, WorkerId
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
 from kvist.runner.columns import EMPTY_BATCH, read_batch
 from kvist.runner.sampler import sampled_tokens
 from kvist.scheduler import SchedulerConfig, build_scheduler
+from kvist.testing.clocks import FakeClock
+from kvist.testing.specs import make_spec
 
 PAGE_SIZE = 16
 MAX_WARM_UP_STEPS = 1000  # before the measured ones
@@ -155,10 +156,8 @@ def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: FakeSockets) 
     pool = wire.PoolAddress(transport="none", location="", num_pages=num_pages, page_bytes=1, layout="bench")
     scheduler = build_scheduler("unified", config, cache, EpochId("bench"), pool)
     scheduler.step = watch.around("plan", scheduler.step)  # type: ignore[method-assign]
-    spec = wire.EngineSpec(
-        worker_id=WorkerId("w"),
+    spec = make_spec(
         epoch=EpochId("bench"),
-        role="unified",
         endpoint="",
         model_fingerprint="",
         model_name="",
@@ -168,7 +167,6 @@ def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: FakeSockets) 
         num_pages=num_pages,
         namespace="bench",
         dtype="bfloat16",
-        tp_size=1,
         max_running_requests=args.running,
         max_queued_requests=args.running,
     )

@@ -34,12 +34,14 @@ CLEAN = {
     "src/kvist/memory", "src/kvist/metrics.py", "src/kvist/models", "src/kvist/output.py", "src/kvist/own_files.py",
     "src/kvist/parent.py", "src/kvist/plan", "src/kvist/request.py", "src/kvist/router", "src/kvist/runner",
     "src/kvist/scheduler", "src/kvist/server", "src/kvist/service_time.py", "src/kvist/settings.py", "src/kvist/store",
-    "src/kvist/supervisor", "src/kvist/text", "src/kvist/transfer", "src/kvist/wire.py", "tests/attention",
+    "src/kvist/supervisor", "src/kvist/testing", "src/kvist/text", "src/kvist/transfer", "src/kvist/wire.py",
+    "tests/attention",
     "tests/bench", "tests/channel", "tests/cli", "tests/cluster", "tests/conformance", "tests/conftest.py",
     "tests/e2e", "tests/engine", "tests/field", "tests/kernels", "tests/kv", "tests/memory", "tests/models",
     "tests/router", "tests/runner", "tests/scheduler", "tests/server", "tests/supervisor", "tests/test_audit.py",
     "tests/test_cores.py", "tests/test_docs.py", "tests/test_fairness.py", "tests/test_gpu_tests.py",
-    "tests/test_layers.py", "tests/test_log.py", "tests/test_output.py", "tests/test_plain_english.py", "tests/text",
+    "tests/test_layers.py", "tests/test_log.py", "tests/test_output.py", "tests/test_plain_english.py", "tests/testing",
+    "tests/text",
     "tests/transfer",
 }
 # fmt: on

@@ -17,20 +17,6 @@ class MonotonicClock:
         return time.monotonic()
 
 
-class FakeClock:
-    """A clock that tests and the simulator advance explicitly."""
-
-    def __init__(self, start_s: float = 0.0) -> None:
-        self._now_s = start_s
-
-    def now_s(self) -> float:
-        return self._now_s
-
-    def advance(self, by_s: float) -> None:
-        assert by_s >= 0, "time does not go back"
-        self._now_s += by_s
-
-
 def unix_time_s() -> int:
     """Return wall-clock seconds since 1970, for `created` fields and logs only; never for durations."""
     return int(time.time())

@@ -8,11 +8,11 @@ import json
 import httpx
 import pytest
 
-from kvist.clock import FakeClock
 from kvist.cluster.chat import TurnOptions, TurnReport, stream_turn
 from kvist.cluster.demo import FROM_HOST, FROM_STORE, cache_summary, process_summary, table, unmet_expectations
 from kvist.cluster.processes import Child, ChildPlan
 from kvist.errors import EngineError
+from kvist.testing.clocks import FakeClock
 
 REPORT = {
     "prefill_worker": "127.0.0.1:1",

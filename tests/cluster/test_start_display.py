@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from rich.live import Live
 
-from kvist.clock import FakeClock
 from kvist.cluster import start_display
 from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import NO_ANSWER, Answer, Child, ChildPlan, ChildState
 from kvist.cluster.start_display import REPORT_INTERVAL_S, StartBlock, StartLines, describe, is_routine
+from kvist.testing.clocks import FakeClock
 
 
 @pytest.fixture

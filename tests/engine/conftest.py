@@ -20,7 +20,6 @@ from kvist import wire
 from kvist.attention import build_attention
 from kvist.channel.engine import Inbound, Outbound
 from kvist.checkpoint import find_checkpoint
-from kvist.clock import FakeClock
 from kvist.engine.assembly import make_storage
 from kvist.engine.config import StorageConfig
 from kvist.engine.loop import EngineLoop, LoopParts
@@ -51,6 +50,8 @@ from kvist.request import (
 )
 from kvist.runner.runner import Runner
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
+from kvist.testing.clocks import FakeClock
+from kvist.testing.specs import make_spec
 from kvist.transfer import Transport, make_transport
 from kvist.transfer.epoch import EpochLock
 
@@ -300,7 +301,7 @@ class World:
         return made
 
     def _spec(self, role: str, epoch: EpochId, endpoint: str, num_pages: int) -> wire.EngineSpec:
-        return wire.EngineSpec(
+        return make_spec(
             worker_id=WorkerId(epoch),
             epoch=epoch,
             role=role,
@@ -311,9 +312,6 @@ class World:
             max_model_len=256,
             page_size=PAGE_SIZE,
             num_pages=num_pages,
-            namespace="n",
-            dtype="float32",
-            tp_size=1,
             max_running_requests=16,
             max_queued_requests=16,
         )

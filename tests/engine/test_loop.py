@@ -9,7 +9,6 @@ import pytest
 
 from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
-from kvist.clock import FakeClock
 from kvist.engine import gateways
 from kvist.engine.loop import MAX_FAILED_STEPS_IN_A_ROW, STORE_PROBE_S, EngineLoop, LoopParts
 from kvist.engine.reports import LoadReports
@@ -40,32 +39,17 @@ from kvist.request import (
     Outcome,
     RequestId,
     SamplingParams,
-    WorkerId,
 )
 from kvist.scheduler.load import COUNTERS, SchedulerLoad
 from kvist.store.io_threads import STORE_COUNTERS
+from kvist.testing.clocks import FakeClock
+from kvist.testing.specs import make_spec
 from kvist.transfer import TransferReport
 from kvist.wire import Abort, Ack, Closed, FlushCache, Revoke, Submit
 
 G1, G2 = b"gateway-1", b"gateway-2"
 POOL = wire.PoolAddress(transport="shm", location="/x", num_pages=4, page_bytes=64, layout="l")
-SPEC = wire.EngineSpec(
-    worker_id=WorkerId("w"),
-    epoch=EpochId("e"),
-    role="unified",
-    endpoint="tcp://127.0.0.1:1",
-    model_fingerprint="f",
-    model_name="m",
-    vocab_size=100,
-    max_model_len=64,
-    page_size=16,
-    num_pages=4,
-    namespace="n",
-    dtype="float32",
-    tp_size=1,
-    max_running_requests=4,
-    max_queued_requests=4,
-)
+SPEC = make_spec()
 
 
 class FakeChannel:

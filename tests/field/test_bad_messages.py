@@ -11,7 +11,6 @@ import pytest
 
 from kvist import wire
 from kvist.bounded_log import BoundedLog
-from kvist.clock import FakeClock
 from kvist.engine.gateways import Gateways
 from kvist.engine.inbox import Inbox, Reply
 from kvist.engine.messages import decode_line
@@ -25,27 +24,12 @@ from kvist.request import (
     RequestId,
     SampledToken,
     SamplingParams,
-    WorkerId,
 )
 from kvist.router.discovery import find_engine
+from kvist.testing.clocks import FakeClock
+from kvist.testing.specs import make_spec
 
-SPEC = wire.EngineSpec(
-    worker_id=WorkerId("w"),
-    epoch=EpochId("e"),
-    role="unified",
-    endpoint="tcp://127.0.0.1:1",
-    model_fingerprint="f",
-    model_name="m",
-    vocab_size=100,
-    max_model_len=64,
-    page_size=16,
-    num_pages=4,
-    namespace="n",
-    dtype="float32",
-    tp_size=1,
-    max_running_requests=4,
-    max_queued_requests=4,
-)
+SPEC = make_spec()
 HANDOFF, DECODE_EPOCH, PREFILL_EPOCH = HandoffId("h"), EpochId("d"), EpochId("p")
 GRANT = wire.Grant(
     handoff_id=HANDOFF,

@@ -21,10 +21,11 @@ from tokenizers import Tokenizer as Backend
 from kvist import wire
 from kvist.checkpoint import find_checkpoint
 from kvist.kv.keys import page_digests
-from kvist.request import EngineRequest, EpochId, FinishReason, Mode, TokenLogprobs, WorkerId
+from kvist.request import EngineRequest, FinishReason, Mode, TokenLogprobs, WorkerId
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
+from kvist.testing.specs import make_spec
 from kvist.text import load_tokenizer
 from kvist.text.chat import ChatTemplate
 from kvist.text.tokenizer import Alphabet, Tokenizer
@@ -34,20 +35,13 @@ BODY_BYTES = 8 << 20
 MAX_HOLD_S = 0.05
 JSON = {"content-type": "application/json"}
 WORKER = WorkerId("w:1")
-SPEC = EngineSpec(
+SPEC = make_spec(
     worker_id=WORKER,
-    epoch=EpochId("e"),
-    role="unified",
-    endpoint="tcp://127.0.0.1:1",
-    model_fingerprint="f",
     model_name="tiny",
     vocab_size=300,
     max_model_len=8192,
-    page_size=16,
     num_pages=1000,
-    namespace="n",
     dtype="fp32",
-    tp_size=1,
     max_running_requests=8,
     max_queued_requests=8,
 )

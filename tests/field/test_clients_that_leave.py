@@ -9,7 +9,6 @@ import pytest
 
 from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
-from kvist.clock import FakeClock
 from kvist.engine.loop import EngineLoop, LoopParts
 from kvist.engine.reports import LoadReports
 from kvist.kv.cache import PageCache
@@ -24,9 +23,10 @@ from kvist.request import (
     Outcome,
     RequestId,
     SamplingParams,
-    WorkerId,
 )
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
+from kvist.testing.clocks import FakeClock
+from kvist.testing.specs import make_spec
 from kvist.transfer import TransferReport
 
 GATEWAY, STRANGER = b"gateway", b"stranger"
@@ -127,23 +127,7 @@ class Engine:
         self.wire.coming.append((at_s, identity, message))
 
 
-_SPEC = wire.EngineSpec(
-    worker_id=WorkerId("w"),
-    epoch=EpochId("e"),
-    role="unified",
-    endpoint="tcp://127.0.0.1:1",
-    model_fingerprint="f",
-    model_name="m",
-    vocab_size=100,
-    max_model_len=4096,
-    page_size=4,
-    num_pages=2048,
-    namespace="n",
-    dtype="float32",
-    tp_size=1,
-    max_running_requests=64,
-    max_queued_requests=64,
-)
+_SPEC = make_spec(max_model_len=4096, page_size=4, num_pages=2048, max_running_requests=64, max_queued_requests=64)
 
 
 def prompt(name: str, num_tokens: int) -> wire.Submit:

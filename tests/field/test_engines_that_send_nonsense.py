@@ -10,11 +10,9 @@ import msgspec
 import pytest
 
 from kvist import wire
-from kvist.clock import FakeClock
 from kvist.errors import ConfigError, EngineError, Overloaded
 from kvist.request import (
     EngineRequest,
-    EpochId,
     FinishReason,
     Outcome,
     RequestId,
@@ -26,24 +24,10 @@ from kvist.router.config import RouterConfig
 from kvist.router.dispatch import Dispatcher
 from kvist.router.fleet import EngineEvents
 from kvist.router.registry import Registry, Worker
+from kvist.testing.clocks import FakeClock
+from kvist.testing.specs import make_spec
 
-SPEC = wire.EngineSpec(
-    worker_id=WorkerId("w"),
-    epoch=EpochId("e"),
-    role="unified",
-    endpoint="tcp://127.0.0.1:1",
-    model_fingerprint="f",
-    model_name="m",
-    vocab_size=100,
-    max_model_len=64,
-    page_size=16,
-    num_pages=4,
-    namespace="n",
-    dtype="float32",
-    tp_size=1,
-    max_running_requests=4,
-    max_queued_requests=4,
-)
+SPEC = make_spec()
 REPORT = wire.LoadReport(
     sequence=0,
     num_running=0,

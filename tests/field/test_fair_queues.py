@@ -21,7 +21,8 @@ from kvist.router.config import RouterConfig
 from kvist.router.registry import Registry
 from kvist.router.route import Router
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
-from kvist.wire import EngineSpec, Grant, LoadReport, PoolAddress, PrefillPeer, Submit, Welcome
+from kvist.testing.specs import make_spec
+from kvist.wire import Grant, LoadReport, PoolAddress, PrefillPeer, Submit, Welcome
 
 POOL = PoolAddress(transport="t", location="x", num_pages=4096, page_bytes=64, layout="l")
 PREFILL, DECODE = EpochId("prefill"), EpochId("decode")
@@ -171,23 +172,7 @@ async def _until(holds: Callable[[], bool]) -> None:
 async def test_the_router_sends_a_request_to_a_full_worker_that_can_displace_another_callers() -> None:
     registry = Registry(RouterConfig())
     worker = registry.add("http://w", None, 0.0)
-    spec = EngineSpec(
-        worker_id=WorkerId("w"),
-        epoch=EpochId("e"),
-        role="unified",
-        endpoint="tcp://w",
-        model_fingerprint="f",
-        model_name="m",
-        vocab_size=300,
-        max_model_len=64,
-        page_size=4,
-        num_pages=64,
-        namespace="n",
-        dtype="float32",
-        tp_size=1,
-        max_running_requests=4,
-        max_queued_requests=12,
-    )
+    spec = make_spec(endpoint="tcp://w", vocab_size=300, page_size=4, num_pages=64, max_queued_requests=12)
     registry.on_welcome(worker, Welcome(spec=spec), 0.0)
     router = Router(RouterConfig(), registry)
     for index in range(16):

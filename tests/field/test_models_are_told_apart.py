@@ -27,6 +27,7 @@ from kvist.router.config import RouterConfig
 from kvist.router.registry import GatewayTokenizer, Registry, WorkerState, WorkerUse
 from kvist.store.backend import StoreSpec
 from kvist.store.file import FileStore
+from kvist.testing.specs import make_spec
 from kvist.text.fingerprint import tokenizer_fingerprint, vocabulary_fingerprint
 from kvist.text.tokenizer import Alphabet, Tokenizer
 from kvist.wire import EngineSpec, Welcome
@@ -88,23 +89,16 @@ def two_models(make: Maker, tmp_path: Path) -> tuple[Checkpoint, Checkpoint]:
 
 def spec_of(checkpoint: Checkpoint, role: str, tokenizer: str = "") -> EngineSpec:
     name = model_fingerprint(checkpoint)
-    return EngineSpec(
+    return make_spec(
         worker_id=WorkerId(f"{role}:1"),
         epoch=EpochId(role),
         role=role,
-        endpoint="tcp://127.0.0.1:1",
         model_fingerprint=name,
         tokenizer_fingerprint=tokenizer,
         model_name=checkpoint.name,
-        vocab_size=100,
-        max_model_len=64,
         page_size=4,
         num_pages=16,
         namespace=namespace(name, LAYOUT),
-        dtype="float32",
-        tp_size=1,
-        max_running_requests=4,
-        max_queued_requests=4,
     )
 
 

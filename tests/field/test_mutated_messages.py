@@ -22,7 +22,6 @@ import zmq
 
 from kvist import wire
 from kvist.channel import EngineChannel, Member
-from kvist.clock import FakeClock
 from kvist.engine.gateways import Gateways
 from kvist.engine.inbox import Inbox
 from kvist.engine.loop import EngineLoop, LoopParts
@@ -49,6 +48,8 @@ from kvist.router.config import RouterConfig
 from kvist.router.dispatch import Dispatcher
 from kvist.router.registry import Registry, Worker
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
+from kvist.testing.clocks import FakeClock
+from kvist.testing.specs import make_spec
 
 VOCAB, NUM_PAGES, PAGE_SIZE = 50, 24, 4
 LATER_S = 1e4  # after every time-out
@@ -63,20 +64,13 @@ WEIRD: tuple[Any, ...] = (
 
 
 def spec_of(role: str, name: str = "w") -> wire.EngineSpec:
-    return wire.EngineSpec(
+    return make_spec(
         worker_id=WorkerId(name),
         epoch=EPOCHS[role],
         role=role,
-        endpoint="tcp://127.0.0.1:1",
-        model_fingerprint="f",
-        model_name="m",
         vocab_size=VOCAB,
-        max_model_len=64,
         page_size=PAGE_SIZE,
         num_pages=NUM_PAGES,
-        namespace="n",
-        dtype="float32",
-        tp_size=1,
         max_running_requests=8,
         max_queued_requests=8,
     )

@@ -12,29 +12,23 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from kvist.request import EngineRequest, EpochId, FinishReason, TokenLogprobs, WorkerId
+from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
+from kvist.testing.specs import make_spec
 from kvist.text.chat import ChatTemplate
 from kvist.text.tokenizer import Alphabet, Tokenizer
 from kvist.wire import EngineSpec, TokenChunk
 
 WORKER = WorkerId("w:1")
-SPEC = EngineSpec(
+SPEC = make_spec(
     worker_id=WORKER,
-    epoch=EpochId("e"),
-    role="unified",
-    endpoint="tcp://127.0.0.1:1",
-    model_fingerprint="f",
     model_name="tiny",
     vocab_size=300,
     max_model_len=200,
-    page_size=16,
     num_pages=10,
-    namespace="n",
     dtype="fp32",
-    tp_size=1,
     max_running_requests=8,
     max_queued_requests=8,
 )

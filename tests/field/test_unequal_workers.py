@@ -10,7 +10,6 @@ import msgspec
 import pytest
 
 from kvist import wire
-from kvist.clock import FakeClock
 from kvist.request import EpochId, FinishReason, Mode, Outcome, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.dispatch import Dispatcher
@@ -18,8 +17,10 @@ from kvist.router.fleet import EngineEvents
 from kvist.router.registry import Registry, Worker
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
+from kvist.testing.clocks import FakeClock
+from kvist.testing.specs import make_spec
 from kvist.text import Tokenizer
-from kvist.wire import EngineSpec, GatewayToEngine, StepOutputs, Submit, TokenChunk, Welcome
+from kvist.wire import GatewayToEngine, StepOutputs, Submit, TokenChunk, Welcome
 
 PAGE_SIZE = 16
 TRAINED_FOR = 8192
@@ -41,20 +42,16 @@ class Engines:
 
     def join(self, name: str, role: str, *, pool: int, context: int = TRAINED_FOR) -> Worker:
         worker = self.registry.add(f"http://{name}", None, 0.0)
-        spec = EngineSpec(
+        spec = make_spec(
             worker_id=WorkerId(name),
             epoch=EpochId(name),
             role=role,
             endpoint="tcp://x",
-            model_fingerprint="f",
             model_name="tiny",
             vocab_size=300,
             max_model_len=min(pool, context),
             page_size=PAGE_SIZE,
             num_pages=pool // PAGE_SIZE,
-            namespace="n",
-            dtype="float32",
-            tp_size=1,
             max_running_requests=64,
             max_queued_requests=64,
         )

@@ -20,7 +20,6 @@ from unittest import mock
 
 import torch
 
-from kvist.clock import FakeClock
 from kvist.kv.cache import PageCache, PageLease
 from kvist.kv.keys import page_digests
 from kvist.kv.tiers.host import HostTier
@@ -29,6 +28,7 @@ from kvist.memory.host_pool import HostPool
 from kvist.memory.page_copier import PageMover
 from kvist.memory.persistence import PersistentPages
 from kvist.plan.tiers import PagesBackedUp, PagesLoaded, StorageAttached, StoreJob
+from kvist.testing.clocks import FakeClock
 
 # Under importlib mode a test module cannot import its neighbour by name.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from kvist.clock import FakeClock
 from kvist.store.backend import PageStore, StoreSpec, StoreStats
 from kvist.store.file import FileStore
 from kvist.store.io_threads import StoreMover
+from kvist.testing.clocks import FakeClock
 
 BEHAVIOURS = ("works", "works", "fails", "raises", "misreports", "loses_pages")
 _Thread = threading.Thread

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from kvist.clock import FakeClock
 from kvist.errors import ConfigError, StoreError
 from kvist.store import disk_budget, open_store
 from kvist.store.backend import StoreSpec
 from kvist.store.file import FileStore
+from kvist.testing.clocks import FakeClock
 
 # Under importlib mode a test module cannot import its neighbour by name.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvist.clock import FakeClock
 from kvist.memory.host_pool import HostPool
 from kvist.memory.persistence import PersistentPages
 from kvist.plan.tiers import (
@@ -28,6 +27,7 @@ from kvist.store import open_store
 from kvist.store.backend import StoreSpec, StoreStats
 from kvist.store.io_threads import PAUSE_S, Report, StoreMover, num_readers
 from kvist.store.memory import MemoryStore
+from kvist.testing.clocks import FakeClock
 
 PAGE_BYTES, NUM_PAGES, DEADLINE_S = 64, 400, 10.0
 NUM_READERS = num_readers()

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvist.clock import FakeClock
 from kvist.errors import ConfigError
 from kvist.kv.tiers.host import HostTier
 from kvist.memory.host_pool import HostPool
 from kvist.store.file import FileStore
+from kvist.testing.clocks import FakeClock
 
 # Under importlib mode a test module cannot import its neighbour by name.
 sys.path.insert(0, str(Path(__file__).parent))

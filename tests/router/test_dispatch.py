@@ -10,7 +10,6 @@ import pytest
 from fake_engine import make_load, make_spec
 
 from kvist import wire
-from kvist.clock import FakeClock
 from kvist.errors import (
     EngineError,
     HandoffFailed,
@@ -30,6 +29,7 @@ from kvist.router.dispatch import END_TIMEOUT_S, MAX_WAITING_LOGPROBS, Dispatche
 from kvist.router.fleet import EngineEvents
 from kvist.router.registry import Registry, Worker, WorkerUse
 from kvist.router.stream import StreamPart
+from kvist.testing.clocks import FakeClock
 
 PROMPT = tuple(range(100))
 

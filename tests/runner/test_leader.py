@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from kvist.clock import FakeClock
 from kvist.errors import EngineError
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import SampledTokens
@@ -16,6 +15,7 @@ from kvist.request import RequestId, SamplingParams
 from kvist.runner.batch_message import BatchDecoder
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.tp import COLLECTIVE_TIMEOUT_S
+from kvist.testing.clocks import FakeClock
 
 ITEM = BatchItem(
     request_id=RequestId("r"), token_ids=(1, 2), start=0, page_ids=[0], sampling=SamplingParams(max_tokens=2)

@@ -12,12 +12,13 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from kvist.clock import FakeClock
 from kvist.errors import KvistError
 from kvist.request import EngineRequest, EpochId, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.stream import ClusterSnapshot, StreamPart, WorkerSnapshot
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
+from kvist.testing.clocks import FakeClock
+from kvist.testing.specs import make_spec
 from kvist.text.chat import ChatTemplate
 from kvist.text.tokenizer import Alphabet, Tokenizer
 from kvist.wire import (
@@ -54,20 +55,14 @@ def letters_tokenizer() -> Tokenizer:
 
 
 EOS = 256
-SPEC = EngineSpec(
+SPEC = make_spec(
     worker_id=DECODE,
     epoch=EpochId("e1"),
-    role="unified",
-    endpoint="tcp://127.0.0.1:1",
-    model_fingerprint="f",
     model_name="tiny",
     vocab_size=300,
     max_model_len=200,
-    page_size=16,
     num_pages=10,
-    namespace="n",
     dtype="fp32",
-    tp_size=1,
     max_running_requests=8,
     max_queued_requests=8,
 )

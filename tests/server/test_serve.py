@@ -3,8 +3,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from kvist.clock import FakeClock
 from kvist.server.serve import watch_loop_lag
+from kvist.testing.clocks import FakeClock
 
 
 async def test_the_loop_watch_reports_the_lag_of_the_event_loop() -> None:

@@ -21,8 +21,7 @@ pytestmark = pytest.mark.e2e
 # Reads its settings as the engine does; `model_path` selects the behaviour.
 SCRIPT = """
 import os, select, signal, sys, time
-from kvist.request import EpochId, WorkerId
-from kvist.wire import EngineSpec
+from kvist.testing.specs import make_spec
 from kvist.engine.messages import DRAIN, Beat, Progress, Ready, StartFailed, encode_line
 from kvist.engine.process import parse_config
 play = parse_config(sys.stdin.buffer.readline()).model_path
@@ -38,9 +37,7 @@ if play == "hang":
     time.sleep(60)
 say(Progress(text="loading weights 40%"))
 print("a library says hello", flush=True)
-say(Ready(spec=EngineSpec(worker_id=WorkerId("w"), epoch=EpochId(str(os.getpid())), role="unified", endpoint="tcp://x:1",
-    model_fingerprint="f", model_name="m", vocab_size=1, max_model_len=1, page_size=1, num_pages=1, namespace="n",
-    dtype="float32", tp_size=1, max_running_requests=1, max_queued_requests=1)))
+say(Ready(spec=make_spec(epoch=str(os.getpid()))))
 while play in ("beating", "blocked"):
     say(Beat(turn_s=9.0, stalled_s=9.0 if play == "blocked" else 0.0))
     if select.select([0], [], [], 0.05)[0]:

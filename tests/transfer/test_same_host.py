@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvist.clock import FakeClock
 from kvist.kv.layout import PageLayout
 from kvist.memory.device_pool import DevicePool
 from kvist.plan.transfers import WritePages, WritesFailed
 from kvist.request import EpochId, HandoffId
+from kvist.testing.clocks import FakeClock
 from kvist.transfer import same_host
 from kvist.transfer.epoch import EpochLock
 from kvist.transfer.same_host import SameHostTransport

@@ -1,0 +1,7 @@
+"""Fakes of Kvist's own parts, for tests, benchmarks and simulations.
+
+    specs    an engine's spec, its load report, a request and its submits: valid defaults, and the fields that differ
+    clocks   clocks that stand still until a test advances them
+
+Nothing that serves imports this package. Only the modules that run real pages or models import torch.
+"""
