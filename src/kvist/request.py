@@ -17,6 +17,12 @@ EpochId = NewType("EpochId", str)  # one run of an engine process; a restart get
 WorkerId = NewType("WorkerId", str)  # "127.0.0.1:30001": the worker's public name
 
 
+# The runner's tables hold this many for each request; the gateway refuses more.
+MAX_LOGIT_BIAS = 1024  # entries
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_TOKENS = 4096  # of all bad words of a request together
+
+
 class FinishReason(enum.Enum):
     STOP = "stop"  # an end-of-sequence or stop token (kept as the last token), or a stop string
     LENGTH = "length"  # max_tokens or the context length
@@ -54,6 +60,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None  # None: no logprobs; k >= 0: of the chosen token and the k most likely ones
+    frequency_penalty: float = 0.0  # [-2, 2]; subtracted for each earlier occurrence in the output (OpenAI's formula)
+    presence_penalty: float = 0.0  # [-2, 2]; subtracted once from a token that the output contains
+    # > 0; tokens of prompt and output: positive logits are divided by it, negative ones multiplied (arXiv:1909.05858)
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), at most MAX_LOGIT_BIAS
+    allowed_token_ids: tuple[int, ...] = ()  # empty: every token is allowed
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that are never completed, at most MAX_BAD_WORDS
+    prompt_logprobs: int | None = None  # None: off; k >= 0: of each prompt token and the k most likely ones
+    prompt_logprobs_start: int = 0  # first prompt position that is scored; position 0 has no logprob
+    logprob_token_ids: tuple[int, ...] = ()  # their logprobs, too, at every position that is scored or sampled
 
     @property
     def greedy(self) -> bool:

@@ -11,11 +11,22 @@ from collections.abc import Iterable
 from kvist.fairness import CallerPath
 from kvist.fit import limit_text, num_tokens_needed
 from kvist.kv.cache import PageCache
-from kvist.request import Mode
+from kvist.request import Mode, SamplingParams
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.wire import Submit
 
 Refusal = tuple[str, str]  # error code, message
+# Fields of SamplingParams that the runner does not carry out yet, with the values that ask for nothing.
+_UNSUPPORTED = {
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": (),
+    "allowed_token_ids": (),
+    "bad_words": (),
+    "prompt_logprobs": None,
+    "logprob_token_ids": (),
+}
 
 
 def find_refusal(event: Submit, cache: PageCache, *, context_len: int, wrong_mode: str | None) -> Refusal | None:
@@ -33,11 +44,18 @@ def find_refusal(event: Submit, cache: PageCache, *, context_len: int, wrong_mod
         return "invalid_request", "the prompt is empty"
     if len(request.output_token_ids) >= request.sampling.max_tokens:
         return "invalid_request", "nothing is left to generate: output_token_ids has max_tokens tokens already"
+    unsupported = _find_unsupported(request.sampling)
+    if unsupported is not None:
+        return "invalid_request", f"this worker does not support {unsupported}: leave it out"
     num_tokens = num_tokens_needed(request, event.mode)
     if num_tokens > context_len:
         limit = limit_text(context_len, cache.num_pages, cache.page_size)
         return "context_length_exceeded", f"the request needs {num_tokens} tokens; this worker holds {limit}"
     return None
+
+
+def _find_unsupported(sampling: SamplingParams) -> str | None:
+    return next((name for name, off in _UNSUPPORTED.items() if getattr(sampling, name) != off), None)
 
 
 def newest_waiting(caller: CallerPath, newest_first: Iterable[ActiveRequest]) -> ActiveRequest | None:
