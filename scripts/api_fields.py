@@ -12,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from kvist.server import schemas
-from kvist.server.fields import Advisory, FieldClass, Honoured, KnownFields, classes_of
+from kvist.api import schemas
+from kvist.api.fields import Advisory, FieldClass, Honoured, KnownFields, classes_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 BEGIN, END = "<!-- fields: made by scripts/api_fields.py -->\n", "<!-- end of fields -->\n"

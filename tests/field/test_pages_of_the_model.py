@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvist.errors import WorkerLost
-from kvist.server.later import NOT_SERVED
+from kvist.server.not_served import NOT_SERVED
 
 
 async def test_v1_models_has_vllms_fields(bench: Any) -> None:
@@ -53,7 +53,7 @@ async def test_probes_at_the_same_time_share_one_request(bench: Any) -> None:
 async def test_health_generate_without_a_token_fails_in_bounded_time(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvist.server.model_pages._PROBE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("kvist.server.model_endpoints._PROBE_TIMEOUT_S", 0.01)
     never = asyncio.Event()
 
     async def silent(_request: object) -> Any:

@@ -14,8 +14,8 @@ from openai.types.chat import (
 )
 from openai.types.chat import completion_create_params as chat_params
 
-from kvist.server import schemas
-from kvist.server.fields import Advisory, Honoured, KnownFields, Refused, classes_of
+from kvist.api import schemas
+from kvist.api.fields import Advisory, Honoured, KnownFields, Refused, classes_of
 
 USER = {"role": "user", "content": "hi"}
 ENDPOINTS: dict[str, dict[str, Any]] = {

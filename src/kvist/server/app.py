@@ -32,15 +32,15 @@ from kvist.server.config import ServerConfig
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import EngineClient
 from kvist.server.http import ClientDisconnected, header, send_error
-from kvist.server.later import NOT_SERVED, NotServed
 from kvist.server.lifecycle import Lifecycle
-from kvist.server.model_pages import ModelEndpoints
+from kvist.server.model_endpoints import ModelEndpoints
 from kvist.server.native import native_job
+from kvist.server.not_served import NOT_SERVED, NotServed
 from kvist.server.openai import chat_job, completion_job
-from kvist.server.pages import OriginGuard, check_host_header
 from kvist.server.respond import Job, respond
 from kvist.server.sampling import MAX_SEED
 from kvist.server.traffic import TokenCounts, Traffic, exchange_of
+from kvist.server.web_pages import OriginGuard, check_host_header
 from kvist.server.work import BodyBudget, WorkPool
 from kvist.server.worker_metrics import worker_families
 from kvist.text import SamplingDefaults, Tokenizer

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from starlette.types import Receive, Scope
 
+from kvist.api.schemas import ChatMessage, ChatRequest, TokenizeRequest
 from kvist.clock import Clock
 from kvist.errors import PromptTooLong, RequestError, Timeout, Unavailable, UnknownModel, UnsupportedField
 from kvist.fit import Limit, limit_text
@@ -23,7 +24,6 @@ from kvist.server.config import TENANT_API_KEY, ServerConfig
 from kvist.server.generation import EngineClient
 from kvist.server.http import cancel_on_disconnect, read_body
 from kvist.server.lifecycle import Lifecycle
-from kvist.server.schemas import ChatMessage, ChatRequest, TokenizeRequest
 from kvist.server.work import INLINE_BYTES, BodyBudget, WorkPool
 from kvist.text import SamplingDefaults, Tokenizer, encode_up_to
 from kvist.wire import EngineHealth, EngineSpec

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from kvist.api.schemas import SamplingFields
 from kvist.request import EngineRequest, RequestId
 from kvist.server.caller import Caller
 from kvist.server.gateway import GatewayContext
@@ -21,7 +22,6 @@ from kvist.server.sampling import (
     stop_ids,
     stop_strings,
 )
-from kvist.server.schemas import SamplingFields
 from kvist.text import SamplingDefaults
 
 _MAX_KEPT_LOGPROBS = 1 << 20  # per request: about 150 MB, as numbers and then as JSON

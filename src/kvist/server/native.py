@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import msgspec
 
+from kvist.api.decoding import BodyDecoder
+from kvist.api.schemas import NativeRequest, NativeSampling
 from kvist.errors import RequestError
 from kvist.fit import Limit
 from kvist.request import TokenLogprobs
 from kvist.server.caller import Caller
 from kvist.server.config import StreamForm
-from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState, Delta
 from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
@@ -28,7 +29,6 @@ from kvist.server.sampling import (
     shows_stop,
     token_lists,
 )
-from kvist.server.schemas import NativeRequest, NativeSampling
 from kvist.text import SamplingDefaults
 
 _DEFAULT_NEW_TOKENS = 128  # SGLang's

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvist.api.decoding import BodyDecoder
+from kvist.api.schemas import ChatRequest, CompletionRequest
 from kvist.errors import RequestError, UnsupportedField
 from kvist.fit import Limit
 from kvist.server.caller import Caller
-from kvist.server.decoding import BodyDecoder
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState
 from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
@@ -23,7 +24,6 @@ from kvist.server.sampling import (
     shows_stop,
     token_lists,
 )
-from kvist.server.schemas import ChatRequest, CompletionRequest
 from kvist.text import Tokenizer
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's

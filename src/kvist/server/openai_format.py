@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from kvist.api.schemas import ChatRequest, CompletionRequest, KvistOptions, StreamOptions
 from kvist.clock import unix_time_s
 from kvist.errors import RequestError
 from kvist.request import TokenLogprobs
@@ -13,7 +14,6 @@ from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState, Delta
 from kvist.server.reporting import chat_logprobs, completion_logprobs, report, usage, usage_so_far
 from kvist.server.sampling import check_shown_id
-from kvist.server.schemas import ChatRequest, CompletionRequest, KvistOptions, StreamOptions
 from kvist.text import Tokenizer
 
 _json = msgspec.json.Encoder().encode

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TypeVar, cast
 
+from kvist.api.schemas import SamplingFields
 from kvist.errors import PromptTooLong, RequestError, Unavailable
 from kvist.fit import Limit
 from kvist.request import SamplingParams
-from kvist.server.schemas import SamplingFields
 from kvist.text import SamplingDefaults
 
 T = TypeVar("T")

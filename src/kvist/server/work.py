@@ -7,7 +7,7 @@ of a long answer) is never refused: admission has bounded it.
 `BodyBudget` bounds the bytes of all bodies together, from the first byte of a body until its job is built.
 
 The event loop stays responsive under two conditions: a job releases the interpreter lock now and then (Python code
-does, a decoder in C does not), and the input of a decoder in C is small enough (shape.py).
+does, a decoder in C does not), and the input of a decoder in C is small enough (api/shape.py).
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvist.api import shape
+from kvist.api.shape import MAX_CONTAINERS, MAX_TEXTS, MAX_VALUES, check_shape
 from kvist.errors import RequestError
-from kvist.server import shape
-from kvist.server.shape import MAX_CONTAINERS, MAX_TEXTS, MAX_VALUES, check_shape
 
 
 @pytest.mark.parametrize(

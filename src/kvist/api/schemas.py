@@ -10,7 +10,7 @@ from typing import Annotated
 
 import msgspec
 
-from kvist.server.fields import Advisory, Honoured, KnownFields, Refused
+from kvist.api.fields import Advisory, Honoured, KnownFields, Refused
 
 StopTokenIds = Annotated[list[int], msgspec.Meta(max_length=256)]  # each id is compared with every token
 TemplateNames = Annotated[dict[str, object], msgspec.Meta(max_length=64)]

@@ -15,10 +15,9 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from kvist.api.fields import Honoured, Refused, UnmetFieldFinder, classes_of
+from kvist.api.shape import check_shape
 from kvist.errors import RequestError, UnsupportedField
-from kvist.server.fields import Honoured, Refused, UnmetFieldFinder, classes_of
-from kvist.server.http import Headers
-from kvist.server.shape import check_shape
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -34,7 +33,7 @@ class BodyDecoder(Generic[T]):
         self._decoder = msgspec.json.Decoder(struct)
         self._known = _known_names(struct)
 
-    def decode(self, body: bytes) -> tuple[T, Headers]:
+    def decode(self, body: bytes) -> tuple[T, Sequence[tuple[bytes, bytes]]]:
         """Return the request, and the response header that names its fields without effect, if any."""
         if not body:
             raise RequestError("the request body is empty; it must be a JSON object")
