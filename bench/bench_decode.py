@@ -60,7 +60,7 @@ def transformers_model(config: ModelConfig) -> Any:
         dtype="float32",
     )
     model = LlamaForCausalLM(hf_config).eval()  # type: ignore[no-untyped-call]
-    source = GgufSource(find_checkpoint(None).path, config)
+    source = GgufSource(find_checkpoint(None), config)
     weights = {name: source.read(name, WHOLE, WHOLE) for name in expected_tensors(config)}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected

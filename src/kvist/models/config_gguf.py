@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from kvist.checkpoint import GgufHeader, read_gguf_header
+from kvist.checkpoint import Checkpoint, GgufHeader
 from kvist.errors import ModelLoadError
 from kvist.models.config import (
     DEFAULT_ROPE_THETA,
@@ -25,8 +25,8 @@ ROPE_DIVISORS = "rope_freqs.weight"  # a tensor that belongs to the configuratio
 _F32 = 0
 
 
-def config_from_gguf(path: Path) -> ModelConfig:
-    header = read_gguf_header(path)
+def config_from_gguf(checkpoint: Checkpoint) -> ModelConfig:
+    path, header = checkpoint.path, checkpoint.gguf_header
     metadata = ConfigFields(header.metadata, origin=str(path))
     family = family_named(metadata.text("general.architecture"), field="general.architecture", origin=str(path))
     start = f"{family.name}."

@@ -66,7 +66,7 @@ def _open_source(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
     if checkpoint.kind is CheckpointKind.GGUF:
         from kvist.models.weights_gguf import GgufSource
 
-        return GgufSource(checkpoint.path, config)
+        return GgufSource(checkpoint, config)
     from kvist.models.weights_safetensors import SafetensorsSource
 
     return SafetensorsSource(checkpoint.path)

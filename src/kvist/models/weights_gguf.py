@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvist.checkpoint import GgufTensor, read_gguf_header
+from kvist.checkpoint import Checkpoint, GgufTensor
 from kvist.errors import ModelLoadError
 from kvist.models.config import ModelConfig
 from kvist.models.config_gguf import ROPE_DIVISORS
@@ -56,9 +55,9 @@ def hf_name(gguf_name: str) -> str:
 
 
 class GgufSource:
-    def __init__(self, path: Path, config: ModelConfig) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
+        path, header = checkpoint.path, checkpoint.gguf_header
         self.origin = str(path)
-        header = read_gguf_header(path)
         self._tensors = {hf_name(name): tensor for name, tensor in header.tensors.items() if name != ROPE_DIVISORS}
         self.shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in self._tensors.items()}
         self._bytes: NDArray[np.uint8] = np.memmap(path, mode="r", dtype=np.uint8)

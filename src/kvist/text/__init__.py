@@ -33,7 +33,7 @@ def load_tokenizer(checkpoint: Checkpoint, config: TextConfig | None = None) -> 
     if checkpoint.kind is CheckpointKind.GGUF:
         from kvist.text.gguf import tokenizer_from_gguf
 
-        return tokenizer_from_gguf(checkpoint.path, config)
+        return tokenizer_from_gguf(checkpoint, config)
     from kvist.text.hf import tokenizer_from_folder
 
     return tokenizer_from_folder(checkpoint.path, config)

@@ -7,13 +7,12 @@ and SentencePiece ("llama"; gguf_sentencepiece.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
-from kvist.checkpoint import read_gguf_header
+from kvist.checkpoint import Checkpoint
 from kvist.errors import ModelLoadError
 from kvist.text.config import TextConfig
 from kvist.text.gguf_pre_tokenizers import RULES
@@ -24,8 +23,8 @@ from kvist.text.tokenizer import Alphabet, Tokenizer
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 
 
-def tokenizer_from_gguf(path: Path, options: TextConfig) -> Tokenizer:
-    metadata = read_gguf_header(path).metadata
+def tokenizer_from_gguf(checkpoint: Checkpoint, options: TextConfig) -> Tokenizer:
+    path, metadata = checkpoint.path, checkpoint.gguf_header.metadata
     try:
         return _build(metadata, options)
     except ModelLoadError as error:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvist.checkpoint import Checkpoint, CheckpointKind, read_gguf_header, read_json
+from kvist.checkpoint import Checkpoint, CheckpointKind, read_json
 from kvist.errors import ConfigError, ModelLoadError
 from kvist.text.config import AUTO_CONFIG, NO_CONFIG
 
@@ -44,7 +44,7 @@ def load_sampling_defaults(checkpoint: Checkpoint, source: str = AUTO_CONFIG) ->
             raise ConfigError(message, param="generation_config")
         return _read(read_json(path), str(path))
     if checkpoint.kind is CheckpointKind.GGUF:
-        metadata = read_gguf_header(checkpoint.path).metadata
+        metadata = checkpoint.gguf_header.metadata
         return _read({name: metadata.get(key) for name, key in _GGUF_NAMES.items()}, str(checkpoint.path))
     path = checkpoint.path / "generation_config.json"
     return _read(read_json(path), str(path)) if path.is_file() else SamplingDefaults()
