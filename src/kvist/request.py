@@ -89,12 +89,14 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         return len(self.prompt_token_ids)
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Natural-log probabilities under the model's own distribution (before temperature and truncation)."""
 
     logprob: float
     top_token_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
+    asked_logprobs: tuple[float, ...] = ()  # of `SamplingParams.logprob_token_ids`, in their order
+    rank: int | None = None  # 1 for the likeliest token; of prompt tokens only
 
 
 class SampledToken(msgspec.Struct, frozen=True, kw_only=True, gc=False):

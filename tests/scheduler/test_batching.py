@@ -252,7 +252,6 @@ def test_each_role_refuses_the_modes_it_does_not_serve(request_: object, mode: M
         {"allowed_token_ids": (3,)},
         {"bad_words": ((3, 4),)},
         {"prompt_logprobs": 0},
-        {"logprob_token_ids": (3,)},
     ],
     ids=str,
 )

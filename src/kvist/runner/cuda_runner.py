@@ -30,9 +30,9 @@ from kvist.runner.columns import EMPTY_BATCH, BatchColumns, read_batch
 from kvist.runner.cuda_graphs import StepGraphs
 from kvist.runner.graph_sizes import decode_sizes, mixed_sizes
 from kvist.runner.inputs import sampling_rows
+from kvist.runner.logprobs import LogprobTensors
 from kvist.runner.runner import InFlight, Model
 from kvist.runner.sampler import (
-    LogprobTensors,
     SamplingRow,
     choose,
     compute_logprobs,

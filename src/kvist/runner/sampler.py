@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from kvist.kernels.sampling import choose_tokens, gumbel_noise, nucleus_floor, without_broken_rows
 from kvist.plan.events import SampledTokens
-from kvist.request import SamplingParams, TokenLogprobs
+from kvist.request import SamplingParams
+from kvist.runner.logprobs import LogprobRow, LogprobTensors, on_device, token_logprobs
 
 _NUCLEUS_FIRST_TRY = 256  # tokens
 _NEG_INF = float("-inf")
@@ -66,12 +67,6 @@ def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return without_broken_rows(_choose(_suppress(logits, rows), rows), logits)
 
 
-def _on_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copy `values` to the device without waiting for the GPU, which needs pinned memory."""
-    tensor = torch.tensor(values, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 def _suppress(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     vocab_size = logits.shape[1]
     # A client may send any integer as a stop token id; an id outside the vocabulary cannot be sampled anyway.
@@ -79,7 +74,7 @@ def _suppress(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     if not places:
         return logits
     suppressed = logits.clone(memory_format=torch.contiguous_format)
-    suppressed.view(-1).index_fill_(0, _on_device(places, torch.int64, logits.device), _NEG_INF)
+    suppressed.view(-1).index_fill_(0, on_device(places, torch.int64, logits.device), _NEG_INF)
     return suppressed
 
 
@@ -107,7 +102,7 @@ def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         members.setdefault(_kind(row, logits.shape[1]), []).append(index)
     chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for kind, indices in members.items():
-        places = _on_device(indices, torch.int64, logits.device)
+        places = on_device(indices, torch.int64, logits.device)
         part = logits if len(indices) == len(rows) else logits.index_select(0, places)
         tokens = part.argmax(dim=-1) if kind.greedy else _draw(part, kind, [rows[i] for i in indices])
         chosen.index_copy_(0, places, tokens)
@@ -181,7 +176,7 @@ def _pick(values: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> Ten
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return _on_device(values, torch.float32, like.device)[:, None]
+    return on_device(values, torch.float32, like.device)[:, None]
 
 
 def _cut_nucleus(values: Tensor, log_total: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -227,45 +222,11 @@ def _mix_64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 # ---------------------------------------------------------------- logprobs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogprobTensors:
-    """Logprobs of some rows, as tensors; on a GPU their computation may be pending."""
-
-    rows: Sequence[int]
-    counts: Sequence[int]  # the number of likeliest tokens that each row asks for
-    of_chosen: Tensor  # [len(rows)]
-    top_values: Tensor  # [len(rows), max(counts)]
-    top_ids: Tensor
-
-    def start_copy(self) -> LogprobTensors:
-        """Start the copy to the host. The values are valid once the stream has reached this point."""
-        tensors = (self.of_chosen, self.top_values, self.top_ids)
-        of_chosen, top_values, top_ids = (tensor.to("cpu", non_blocking=True) for tensor in tensors)
-        return replace(self, of_chosen=of_chosen, top_values=top_values, top_ids=top_ids)
-
-    def by_row(self) -> dict[int, TokenLogprobs]:
-        """Return the logprobs by row. Waits for the tensors if they are on a GPU."""
-        table = zip(self.of_chosen.tolist(), self.top_values.tolist(), self.top_ids.tolist(), strict=True)
-        return {
-            row: TokenLogprobs(logprob=logprob, top_token_ids=tuple(ids[:n]), top_logprobs=tuple(values[:n]))
-            for row, n, (logprob, values, ids) in zip(self.rows, self.counts, table, strict=True)
-        }
-
-
 def compute_logprobs(logits: Tensor, rows: Sequence[SamplingRow], chosen: Tensor) -> LogprobTensors | None:
-    """Return the logprobs of the model's own distribution, before suppression, temperature and truncation. None: no row
-    asks for logprobs."""
-    wanted = [(i, row.params.num_logprobs) for i, row in enumerate(rows) if row.params.num_logprobs is not None]
-    if not wanted:
-        return None
-    places = _on_device([i for i, _ in wanted], torch.int64, logits.device)
-    logprobs = logits.index_select(0, places).log_softmax(dim=-1)
-    of_chosen = logprobs.gather(1, chosen.index_select(0, places).clamp_(min=0)[:, None]).squeeze(1)  # NO_TOKEN
-    top_values, top_ids = logprobs.topk(min(max(n for _, n in wanted), logits.shape[1]), dim=-1)
-    return LogprobTensors(
-        rows=[i for i, _ in wanted],
-        counts=[n for _, n in wanted],
-        of_chosen=of_chosen,
-        top_values=top_values,
-        top_ids=top_ids,
-    )
+    """Return the logprobs of the chosen tokens. None: no row asks for logprobs."""
+    wanted = [
+        LogprobRow(place, row.params.num_logprobs, row.params.logprob_token_ids)
+        for place, row in enumerate(rows)
+        if row.params.num_logprobs is not None
+    ]
+    return token_logprobs(logits, wanted, chosen.clamp(min=0)) if wanted else None  # NO_TOKEN is below 0

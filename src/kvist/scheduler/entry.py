@@ -25,7 +25,6 @@ _UNSUPPORTED = {
     "allowed_token_ids": (),
     "bad_words": (),
     "prompt_logprobs": None,
-    "logprob_token_ids": (),
 }
 
 

@@ -1,0 +1,109 @@
+"""Logprobs of tokens under the model's own distribution: before penalties, temperature and truncation.
+
+The same function serves the tokens that a step samples and the tokens of a prompt. On a GPU the host does not wait: the
+values are tensors until `LogprobTensors.by_row` reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvist.request import TokenLogprobs
+
+
+class LogprobRow(NamedTuple):
+    """A row of logits whose logprobs a request asks for."""
+
+    place: int  # of the row in the logits
+    num_top: int  # of the likeliest tokens
+    asked_token_ids: Sequence[int]  # further tokens; ids outside the vocabulary are not allowed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobTensors:
+    """Logprobs of some rows, as tensors; on a GPU their computation may be pending."""
+
+    rows: Sequence[LogprobRow]
+    of_chosen: Tensor  # [len(rows)]
+    top_values: Tensor  # [len(rows), the largest num_top]
+    top_ids: Tensor
+    asked_values: Tensor | None  # [len(rows), the most asked ids]; None: no row asks for further tokens
+    ranks: Tensor | None  # [len(rows)] of the chosen tokens; None: not asked for
+
+    def start_copy(self) -> LogprobTensors:
+        """Start the copy to the host. The values are valid once the stream has reached this point."""
+        return replace(
+            self,
+            of_chosen=_to_host(self.of_chosen),
+            top_values=_to_host(self.top_values),
+            top_ids=_to_host(self.top_ids),
+            asked_values=None if self.asked_values is None else _to_host(self.asked_values),
+            ranks=None if self.ranks is None else _to_host(self.ranks),
+        )
+
+    def by_row(self) -> dict[int, TokenLogprobs]:
+        """Return the logprobs by the place of their row. Waits for the tensors if they are on a GPU."""
+        num_rows = len(self.rows)
+        columns = zip(
+            self.rows,
+            self.of_chosen.tolist(),
+            self.top_values.tolist(),
+            self.top_ids.tolist(),
+            [()] * num_rows if self.asked_values is None else self.asked_values.tolist(),
+            [None] * num_rows if self.ranks is None else self.ranks.tolist(),
+            strict=True,
+        )
+        return {
+            row.place: TokenLogprobs(
+                logprob=logprob,
+                top_token_ids=tuple(ids[: row.num_top]),
+                top_logprobs=tuple(values[: row.num_top]),
+                asked_logprobs=tuple(asked[: len(row.asked_token_ids)]),
+                rank=rank,
+            )
+            for row, logprob, values, ids, asked, rank in columns
+        }
+
+
+def token_logprobs(
+    logits: Tensor, rows: Sequence[LogprobRow], chosen: Tensor, *, with_ranks: bool = False
+) -> LogprobTensors:
+    """Return logprobs of the tokens `chosen` [num_rows of logits], int64 ids in the vocabulary, for the given rows of
+    `logits` [num_rows, vocab_size], fp32."""
+    if len(rows) < logits.shape[0]:
+        places = on_device([row.place for row in rows], torch.int64, logits.device)
+        logits, chosen = logits.index_select(0, places), chosen.index_select(0, places)
+    logprobs = logits.log_softmax(dim=-1)
+    of_chosen = logprobs.gather(1, chosen[:, None])
+    top_values, top_ids = logprobs.topk(min(max(row.num_top for row in rows), logits.shape[1]), dim=-1)
+    return LogprobTensors(
+        rows=rows,
+        of_chosen=of_chosen.squeeze(1),
+        top_values=top_values,
+        top_ids=top_ids,
+        asked_values=_asked(logprobs, rows),
+        ranks=(logprobs > of_chosen).sum(dim=-1) + 1 if with_ranks else None,
+    )
+
+
+def _asked(logprobs: Tensor, rows: Sequence[LogprobRow]) -> Tensor | None:
+    most = max(len(row.asked_token_ids) for row in rows)
+    if not most:
+        return None
+    padded = [[*row.asked_token_ids, *[0] * (most - len(row.asked_token_ids))] for row in rows]
+    return logprobs.gather(1, on_device(padded, torch.int64, logprobs.device))
+
+
+def on_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copy `values` to the device without waiting for the GPU, which needs pinned memory."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", non_blocking=True)
