@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from kvist import settings
-from kvist.flags import options_of
 from kvist.metrics import ENGINE_TOTALS, GatewayMetrics
+from kvist.options import options_of
 from kvist.request import WorkerId
 from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
 from kvist.server.worker_metrics import worker_families

@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvist.flags import Option, Shorthand, options_of
+from kvist.flags import Shorthand
+from kvist.options import Option, options_of
 
 _PLACEHOLDERS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 _MAX_WIDTH, _FLAG_COLUMN = 110, 30
@@ -44,7 +45,7 @@ def help_text(settings_class: type, page: HelpPage) -> str:
     options = [option for option in options_of(settings_class) if page.only is None or option.key in page.only]
     lines = [f"usage: {page.usage}", "", *textwrap.wrap(page.summary, width), ""]
     for group in dict.fromkeys(option.group for option in options):
-        lines.append(_bold(_TITLES.get(group, group.capitalize()) + ":", page))
+        lines.append(_bold(_TITLES.get(group, group[0].upper() + group[1:]) + ":", page))
         for option in options:
             if option.group == group:
                 lines += _short(option, width, page) if page.only is not None else _full(option, width, page)

@@ -1,9 +1,6 @@
 """Reads a frozen settings dataclass from flags, environment, a TOML file and defaults, in that order of precedence.
 
-Owns the mapping between the three names of an option: field `page_size`, flag `--page-size`, variable
-`KVIST_PAGE_SIZE` (the TOML key is the field's name). Handles types, limits and nearest names, for any set of options:
-the fields declared with `kvist.config.option`. A field that is itself a dataclass is a group; two groups that declare
-the same field share one flag.
+Handles types, limits and nearest names, for any settings class: options.py finds its options and composes it.
 """
 
 from __future__ import annotations
@@ -12,40 +9,17 @@ import dataclasses
 import difflib
 import math
 import tomllib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
 from kvist.config import OptionHelp
 from kvist.errors import ConfigError
+from kvist.options import Option, compose, options_of
 
 T = TypeVar("T")
 
-ENV_PREFIX = "KVIST_"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    key: str  # the dataclass field
-    flags: tuple[str, ...]  # the first is printed in messages
-    help: OptionHelp
-    kinds: tuple[type, ...]  # allowed types: bool, int, float, Path, str
-    choices: tuple[object, ...]
-    many: bool  # a tuple: repeatable, separated by spaces
-    optional: bool  # may be None
-    default: object
-    group: str
-
-    @property
-    def env(self) -> str:
-        return ENV_PREFIX + self.key.upper()
-
-    @property
-    def is_switch(self) -> bool:
-        return self.kinds == (bool,)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,63 +37,6 @@ class Shorthand:
 class _Given:
     source: str  # as the user wrote it: "--port", "KVIST_PORT", "port in kvist.toml"
     value: object
-
-
-# ---------------------------------------------------------------- the options of a settings class
-
-
-def group(config_class: type[T], *, without: Sequence[str] = ()) -> T:
-    """Declare a field that holds one package's config. `without` names options that this verb sets itself."""
-    held: T = dataclasses.field(default_factory=config_class, metadata={"without": frozenset(without)})
-    return held
-
-
-def options_of(settings_class: type) -> list[Option]:
-    """Return every option of a settings dataclass and its groups, in field order, one per key."""
-    found: dict[str, Option] = {}
-    _collect(settings_class, "general", frozenset(), found)
-    return list(found.values())
-
-
-def _collect(settings_class: type, name: str, without: frozenset[str], found: dict[str, Option]) -> None:
-    hints = typing.get_type_hints(settings_class)
-    for field in dataclasses.fields(settings_class):
-        hint = hints[field.name]
-        note = field.metadata.get("option")
-        if isinstance(note, OptionHelp):
-            if field.name not in without:
-                option = _option(field, hint, note, name)
-                first = found.setdefault(field.name, option)
-                assert first.kinds == option.kinds, f"two groups disagree about {field.name}"
-        elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            _collect(hint, field.name, without | field.metadata.get("without", frozenset()), found)
-
-
-def _option(field: dataclasses.Field[object], hint: object, note: OptionHelp, group: str) -> Option:
-    kinds: list[type] = []
-    many = optional = False
-    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    for member in members:
-        if member is type(None):
-            optional = True
-            continue
-        if typing.get_origin(member) is tuple:
-            many, member = True, typing.get_args(member)[0]
-        assert member in (bool, int, float, str, Path), f"{field.name}: flags.py cannot read a {member} from text"
-        kinds.append(member)
-    flag = note.flag or "--" + field.name.replace("_", "-")
-    spellings = [flag, *note.aliases]
-    return Option(
-        key=field.name,
-        flags=tuple(name if name.startswith("-") else f"--{name}" for name in spellings),
-        help=note,
-        kinds=tuple(dict.fromkeys(kinds)),
-        choices=note.choices,
-        many=many,
-        optional=optional,
-        default=field.default,
-        group=group,
-    )
 
 
 # ---------------------------------------------------------------- one value
@@ -358,61 +275,23 @@ def read_settings(settings_class: type[T], sources: Sources) -> T:
     config = given.get("config")  # option with the path of the TOML file
     if config is not None and config.value is not None:
         given = {**_from_file(options, cast(Path, config.value), sources.other_keys), **given}
-    return cast(T, _compose(settings_class, {key: item.value for key, item in given.items()}, frozenset()))
+    _check_backends(options, given)
+    return compose(settings_class, {key: item.value for key, item in given.items()})
 
 
-def _compose(settings_class: type, values: Mapping[str, object], without: frozenset[str]) -> object:
-    hints = typing.get_type_hints(settings_class)
-    arguments: dict[str, object] = {}
-    for field in dataclasses.fields(settings_class):
-        hint = hints[field.name]
-        if isinstance(field.metadata.get("option"), OptionHelp):
-            if field.name in values and field.name not in without:
-                arguments[field.name] = values[field.name]
-        elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            inner = without | field.metadata.get("without", frozenset())
-            arguments[field.name] = _compose(hint, values, inner)
-    try:
-        return settings_class(**arguments)
-    except ValueError as error:  # a check in a config's __post_init__
-        raise ConfigError(str(error)) from error
-
-
-# ---------------------------------------------------------------- back to text
-
-
-def given_values(settings: object) -> dict[str, object]:
-    """Return key → value of every option of a settings object and its groups."""
-    values: dict[str, object] = {}
-    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
-        value = getattr(settings, field.name)
-        if isinstance(field.metadata.get("option"), OptionHelp):
-            values.setdefault(field.name, value)
-        elif dataclasses.is_dataclass(value):
-            for key, inner in given_values(value).items():
-                values.setdefault(key, inner)
-    return values
-
-
-def to_argv(settings: object, target_class: type, *, without: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
-    """Return flags that give `target_class` the same values; and environment variables for secrets, since other users
-    can read the command line.
-
-    Includes only options of both classes whose value differs from the target's default, without those in `without`.
-    """
-    values = given_values(settings)
-    argv: list[str] = []
-    environ: dict[str, str] = {}
-    for option in options_of(target_class):
-        value = values.get(option.key, option.default)
-        if option.key in without or value == option.default or value is None:
+def _check_backends(options: Sequence[Option], given: Mapping[str, _Given]) -> None:
+    """Raise `ConfigError` for an option that belongs to another backend than the chosen one."""
+    by_key = {option.key: option for option in options}
+    for option in options:
+        owners = option.owners
+        if owners is None or option.key not in given:
             continue
-        if option.help.secret:
-            environ[option.env] = " ".join(value) if isinstance(value, tuple) else str(value)
-        elif option.is_switch:
-            argv.append(option.flags[0] if value else "--no-" + option.flags[0][2:])
-        elif option.many:
-            argv += [option.flags[0], *(str(item) for item in cast(tuple[object, ...], value))]
-        else:
-            argv.append(f"{option.flags[0]}={value!s}")
-    return argv, environ
+        choice = by_key[owners.chosen_by]
+        chosen = given[choice.key].value if choice.key in given else choice.default
+        if chosen not in owners.names:
+            now = "none is chosen" if chosen is None else f"{choice.flags[0]} is {chosen}"
+            raise ConfigError(
+                f"{given[option.key].source} is an option of the {owners.title} {' and '.join(owners.names)}, and "
+                f"{now}: add {choice.flags[0]} {owners.names[0]}, or omit the option",
+                param=option.key,
+            )

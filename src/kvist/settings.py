@@ -26,9 +26,10 @@ from kvist.engine.bench_shapes import StepsConfig
 from kvist.engine.config import EngineConfig, StorageConfig
 from kvist.errors import ConfigError
 from kvist.flag_help import HelpPage, help_text
-from kvist.flags import ENV_PREFIX, Shorthand, Sources, group, nearest, options_of, read_settings, to_argv
+from kvist.flags import Shorthand, Sources, nearest, read_settings
 from kvist.foreign_flags import REMEDIES
 from kvist.log import LogConfig
+from kvist.options import ENV_PREFIX, group, options_of, to_argv
 from kvist.router.config import RouterConfig
 from kvist.scheduler.config import SchedulerOptions
 from kvist.server.config import ServerConfig

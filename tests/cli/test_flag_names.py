@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvist import settings
-from kvist.flags import options_of
+from kvist.options import options_of
 
 LIST = Path(__file__).with_name("flag_names.txt")
 

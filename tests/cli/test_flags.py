@@ -10,7 +10,8 @@ import pytest
 from kvist.config import option
 from kvist.errors import ConfigError
 from kvist.flag_help import HelpPage, help_text
-from kvist.flags import Shorthand, Sources, options_of, read_settings, to_argv
+from kvist.flags import Shorthand, Sources, read_settings
+from kvist.options import options_of, to_argv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

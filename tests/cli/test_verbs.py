@@ -11,7 +11,7 @@ import kvist
 from kvist import cli, settings
 from kvist.cluster.plan import plan_cluster
 from kvist.errors import ConfigError
-from kvist.flags import options_of
+from kvist.options import options_of
 
 HEAVY = ("torch", "transformers", "numpy.linalg", "uvicorn", "starlette")
 

@@ -9,7 +9,7 @@ import pytest
 from kvist import settings
 from kvist.cluster.plan import plan_cluster
 from kvist.errors import ConfigError
-from kvist.flags import to_argv
+from kvist.options import to_argv
 
 
 @pytest.mark.case("empty-key")

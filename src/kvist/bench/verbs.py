@@ -25,7 +25,8 @@ from kvist.bench.report import Report, Run
 from kvist.clock import MonotonicClock
 from kvist.errors import UNDECODABLE, ConfigError, Unavailable
 from kvist.event_loop import run_in_loop
-from kvist.flags import Sources, given_values, nearest, read_settings
+from kvist.flags import Sources, nearest, read_settings
+from kvist.options import given_values
 
 
 def run_scenario(kind: str, load: Load, target: TargetConfig) -> int:
