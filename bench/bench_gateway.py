@@ -26,17 +26,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from json_report import write_report
-from kvist import wire
-from kvist.request import EpochId, FinishReason, Outcome, RequestId, WorkerId
-from kvist.testing.specs import make_spec
+from kvist.testing.specs import make_roomy_spec
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from kvist.channel import EngineChannel
 
 PROMISED_TOKENS_PER_S = 15_000
 HOST = "127.0.0.1"
+VOCAB_SIZE = 49152
 CLUSTER_KEY = "of the processes of this benchmark"
 WORDS = "The capital of France is Paris, and it has been so since 987. "
 
@@ -45,77 +43,19 @@ WORDS = "The capital of France is Paris, and it has been so since 987. "
 
 
 def run_engine(offered_tokens_per_s: float) -> None:
-    from kvist.channel import EngineChannel, Member
     from kvist.checkpoint import find_checkpoint
+    from kvist.testing.fake_engine import FakeEngine
     from kvist.text import load_tokenizer
 
     tokens = load_tokenizer(find_checkpoint(None)).encode(WORDS)
-    channel = EngineChannel(f"tcp://{HOST}:0", member=Member(CLUSTER_KEY))
-    print(channel.endpoint, flush=True)
-    streams: dict[RequestId, tuple[bytes, int, int]] = {}  # request → gateway, position, max_tokens
-    next_step_s = time.monotonic()
-    while True:
-        wait_s = next_step_s - time.monotonic() if offered_tokens_per_s else 0.0
-        for sender, message in channel.recv(max(wait_s, 0.0) if streams else 0.05):
-            if isinstance(message, wire.Hello):
-                channel.send(sender, wire.Welcome(spec=engine_spec(channel.endpoint)))
-            elif isinstance(message, wire.Submit):
-                streams[message.request.request_id] = (sender, 0, message.request.sampling.max_tokens)
-            elif isinstance(message, wire.Abort):
-                streams.pop(message.request_id, None)
-        if not streams or time.monotonic() < next_step_s:
-            continue
-        if offered_tokens_per_s:
-            next_step_s = max(next_step_s, time.monotonic() - 0.05) + len(streams) / offered_tokens_per_s
-        step(channel, streams, tokens)
-
-
-def engine_spec(endpoint: str) -> wire.EngineSpec:
-    return make_spec(
-        worker_id=WorkerId("fake"),
-        epoch=EpochId("bench"),
-        endpoint=endpoint,
-        model_fingerprint="fake",
-        model_name="fake",
-        vocab_size=49152,
-        max_model_len=1 << 20,
-        num_pages=1024,
-        namespace="fake",
-        max_running_requests=1 << 16,
-        max_queued_requests=1 << 16,
+    engine = FakeEngine(
+        spec=make_roomy_spec(vocab_size=VOCAB_SIZE),
+        cluster_key=CLUSTER_KEY,
+        token_at=lambda _request, position: tokens[position % len(tokens)],
+        max_tokens_per_s=offered_tokens_per_s or None,
     )
-
-
-def step(channel: EngineChannel, streams: dict[RequestId, tuple[bytes, int, int]], tokens: list[int]) -> None:
-    """Send one token for each stream, one message for each gateway. A full gateway gets it in the next step."""
-    by_gateway: dict[bytes, list[RequestId]] = {}
-    for request_id, (gateway, _, _) in streams.items():
-        by_gateway.setdefault(gateway, []).append(request_id)
-    for gateway, request_ids in by_gateway.items():
-        chunks, ended = [], []
-        for request_id in request_ids:
-            _, position, max_tokens = streams[request_id]
-            last = position + 1 == max_tokens
-            chunks.append(
-                wire.TokenChunk(
-                    request_id=request_id,
-                    position=position,
-                    token_ids=(tokens[position % len(tokens)],),
-                    finish_reason=FinishReason.LENGTH if last else None,
-                    num_cached_tokens=0 if position == 0 else None,
-                )
-            )
-            if last:
-                ended.append(wire.Ended(request_id=request_id, outcome=Outcome.FINISHED))
-        if not channel.send(gateway, wire.StepOutputs(chunks=tuple(chunks), ended=tuple(ended))):
-            time.sleep(0.001)
-            continue
-        for request_id in request_ids:
-            _, position, max_tokens = streams[request_id]
-            if position + 1 == max_tokens:
-                del streams[request_id]
-            else:
-                streams[request_id] = (gateway, position + 1, max_tokens)
+    print(engine.channel.endpoint, flush=True)
+    engine.run()
 
 
 # ---------------------------------------------------------------- the gateway's process
@@ -135,7 +75,7 @@ def run_gateway(endpoint: str, port: int) -> None:
         from kvist.text import load_tokenizer
 
         config = ServerConfig(host=HOST, port=port)
-        spec = engine_spec(endpoint)
+        spec = make_roomy_spec(vocab_size=VOCAB_SIZE, endpoint=endpoint)
         own = LocalEngineTransport(lambda: spec)
         channel = ChannelConfig(cluster_key=CLUSTER_KEY)
         dispatcher = build_dispatcher(RouterConfig(worker_urls=("http://own:1",)), channel, transport=own)

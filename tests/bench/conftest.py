@@ -1,19 +1,13 @@
-"""Makes `fake_server` importable by this room's tests (there are no test packages)."""
-
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import fake_server
+from tests.bench.fake_server import FakeServer, running
 
 
 @pytest.fixture
-def server() -> Iterator[fake_server.FakeServer]:
-    with fake_server.running() as running:
-        yield running
+def server() -> Iterator[FakeServer]:
+    with running() as started:
+        yield started

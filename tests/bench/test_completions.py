@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Mapping
 
 import pytest
-from fake_server import Behaviour, FakeServer, answer_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from kvist.bench.config import TargetConfig
 from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
+from tests.bench.fake_server import Behaviour, FakeServer, answer_ids
 
 ASK = BenchRequest(prompt=b"[3,4,5]", row=Row(index=7, num_input=3, num_output=4))
 

@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable, Coroutine
 
 import pytest
-from fake_server import Behaviour, FakeServer
 
 from kvist.bench.http import HttpClient, HttpFailure
+from tests.bench.fake_server import Behaviour, FakeServer
 
 BODY = json.dumps({"prompt": [1, 2], "max_tokens": 2}).encode()
 DIES = Behaviour(die_before_byte=True)

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_server import FakeServer
 
 from kvist.bench import report as reports
 from kvist.bench.progress import LINE_INTERVAL_S, LOG_INTERVAL_S, ProgressLine
+from tests.bench.fake_server import FakeServer
 
 
 class Terminal(io.StringIO):

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_server import Behaviour, FakeServer, answer_ids
 
 from kvist.bench import report as reports
 from kvist.bench.config import (
@@ -22,6 +21,7 @@ from kvist.bench.config import (
 from kvist.bench.report import Report
 from kvist.bench.verbs import read_scenarios, run_custom, run_scenario
 from kvist.errors import ConfigError, Unavailable
+from tests.bench.fake_server import Behaviour, FakeServer, answer_ids
 
 SMALL = MultiturnConfig(clients=5, rounds=3, parallel=2, input_tokens="6", output_tokens="4")
 

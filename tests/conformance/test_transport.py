@@ -10,11 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from transport_hosts import LAYOUT, NUM_PAGES, GpuHost, GpuPeers, Host, InprocHost, ShmHost, Side
 
 from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages, WritesCompleted, WritesFailed
 from kvist.request import EpochId, HandoffId
 from kvist.transfer.host_pages import Pages
+from tests.conformance.transport_hosts import LAYOUT, NUM_PAGES, GpuHost, GpuPeers, Host, InprocHost, ShmHost, Side
 
 A, B = HandoffId("a"), HandoffId("b")
 

@@ -19,12 +19,12 @@ from typing import Protocol
 import msgspec
 import numpy as np
 import torch
-from inproc import INPROC, InprocTransport, PoolDirectory
 
 from kvist.kv.layout import PageLayout
 from kvist.memory.device_pool import DevicePool
 from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages
 from kvist.request import EpochId, HandoffId
+from kvist.testing.inproc_transport import INPROC, InprocTransport, PoolDirectory
 from kvist.transfer import TransferReport, Transport, make_transport
 from kvist.transfer.checksum import fold
 from kvist.transfer.device_pages import DevicePages

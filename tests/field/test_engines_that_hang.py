@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import httpx
 import msgspec
@@ -19,17 +17,15 @@ from kvist.channel.security import Member
 from kvist.errors import WorkerLost
 from kvist.request import EngineRequest, EpochId, RequestId, SamplingParams, WorkerId
 from kvist.router import Dispatcher, RouterConfig, build_dispatcher
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "router"))
-
-from fake_engine import CLUSTER_KEY, FakeEngine, make_spec
+from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
+from kvist.testing.specs import make_roomy_spec
 
 TIMEOUT_S = 0.5
 
 
 @pytest.fixture
 def engine() -> Iterator[FakeEngine]:
-    made = FakeEngine(spec=make_spec(worker_id=WorkerId("u"), epoch=EpochId("e"))).start()
+    made = FakeEngine(spec=make_roomy_spec(worker_id=WorkerId("u"), epoch=EpochId("e"))).start()
     yield made
     made.stop()
 

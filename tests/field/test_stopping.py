@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import httpx
 import pytest
@@ -24,11 +22,9 @@ from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.server.lifecycle import Lifecycle
 from kvist.server.serve import http_server
+from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
+from kvist.testing.specs import make_roomy_spec
 from kvist.text import TextConfig, Tokenizer, load_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "router"))
-
-from fake_engine import CLUSTER_KEY, FakeEngine, make_spec
 
 ASK = {"prompt": [5, 6], "max_tokens": 1000, "stream": True}
 
@@ -63,7 +59,7 @@ class Server:
 def serve(tokenizer: Tokenizer) -> Callable[..., object]:
     @asynccontextmanager
     async def made(**settings: float) -> AsyncIterator[Server]:
-        engine = FakeEngine(spec=make_spec(worker_id=WorkerId("u"), epoch=EpochId("e"), vocab_size=49152)).start()
+        engine = FakeEngine(spec=make_roomy_spec(worker_id=WorkerId("u"), epoch=EpochId("e"), vocab_size=49152)).start()
         config = ServerConfig(port=0, **settings)  # type: ignore[arg-type]
         router = RouterConfig(worker_urls=("http://own:1",), keepalive_s=0.05)
         dispatcher = build_dispatcher(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,13 +28,7 @@ from kvist.memory.page_copier import PageMover
 from kvist.memory.persistence import PersistentPages
 from kvist.plan.tiers import PagesBackedUp, PagesLoaded, StorageAttached, StoreJob
 from kvist.testing.clocks import FakeClock
-
-# Under importlib mode a test module cannot import its neighbour by name.
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    from stepped_store import FaultyStore, SteppedStoreMover, in_fiber, pause
-finally:
-    sys.path.pop(0)
+from tests.kv.stepped_store import FaultyStore, SteppedStoreMover, in_fiber, pause
 
 PAGE_SIZE = 2  # tokens
 PAGE_BYTES = 32

@@ -24,13 +24,7 @@ from kvist.store import disk_budget, open_store
 from kvist.store.backend import StoreSpec
 from kvist.store.file import FileStore
 from kvist.testing.clocks import FakeClock
-
-# Under importlib mode a test module cannot import its neighbour by name.
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    from store_process import FILE_BYTES, KEYS, PAGE_BYTES, page_of, spec_of
-finally:
-    sys.path.pop(0)
+from tests.kv.store_process import FILE_BYTES, KEYS, PAGE_BYTES, page_of, spec_of
 
 SCRIPT = Path(__file__).with_name("store_process.py")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,8 @@ import pytest
 from kvist.kv.layout import PageLayout, namespace
 from kvist.store import open_store
 from kvist.store.backend import PageStore, StoreSpec
-
-# Under importlib mode a test module cannot import its neighbour by name.
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    from byte_engine import PAGE_BYTES, PAGE_SIZE, ByteEngine, RightPages
-    from stepped_store import FaultyStore
-finally:
-    sys.path.pop(0)
+from tests.kv.byte_engine import PAGE_BYTES, PAGE_SIZE, ByteEngine, RightPages
+from tests.kv.stepped_store import FaultyStore
 
 LAYOUT = PageLayout(num_kv_heads=1, num_layers=1, page_size=PAGE_SIZE, head_dim=2, dtype="float32")
 MODEL, OTHER_MODEL = namespace("weights a", LAYOUT), namespace("weights b", LAYOUT)

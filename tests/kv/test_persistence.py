@@ -28,13 +28,7 @@ from kvist.memory.host_pool import HostPool
 from kvist.memory.page_copier import PageMover
 from kvist.memory.persistence import PersistentPages, reusable_bytes
 from kvist.plan.tiers import BackUpPages
-
-# Under importlib mode a test module cannot import its neighbour by name.
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    from persistence_process import LAYOUT, NUM_PAGES, PAGE_BYTES, Writer, digest_of, open_folder, page_of
-finally:
-    sys.path.pop(0)
+from tests.kv.persistence_process import LAYOUT, NUM_PAGES, PAGE_BYTES, Writer, digest_of, open_folder, page_of
 
 SCRIPT = Path(__file__).with_name("persistence_process.py")
 HEADER_BYTES, RECORD_BYTES = 64, 96

@@ -23,15 +23,9 @@ from kvist.kv.tiers.host import HostTier
 from kvist.memory.host_pool import HostPool
 from kvist.store.file import FileStore
 from kvist.testing.clocks import FakeClock
-
-# Under importlib mode a test module cannot import its neighbour by name.
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    import store_process
-    from persistence_process import NUM_PAGES, Writer, digest_of, open_folder, page_of
-    from store_process import FILE_BYTES, KEYS, spec_of
-finally:
-    sys.path.pop(0)
+from tests.kv import store_process
+from tests.kv.persistence_process import NUM_PAGES, Writer, digest_of, open_folder, page_of
+from tests.kv.store_process import FILE_BYTES, KEYS, spec_of
 
 STORE_SCRIPT = Path(__file__).with_name("store_process.py")
 BROKEN = [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE]

@@ -14,7 +14,6 @@ import itertools
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,14 +25,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvist.kv.cache import WRITE_POLICIES
-
-# Under importlib mode a test module cannot import its neighbour by name.
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    from byte_engine import PAGE_BYTES, ByteEngine, Request, RightPages
-    from stepped_store import BEHAVIOURS, FaultyStore
-finally:
-    sys.path.pop(0)
+from tests.kv.byte_engine import PAGE_BYTES, ByteEngine, Request, RightPages
+from tests.kv.stepped_store import BEHAVIOURS, FaultyStore
 
 NUM_PAGES = 8
 SALTS = st.sampled_from(["", "", "", "tenant"])

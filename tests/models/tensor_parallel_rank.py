@@ -1,6 +1,7 @@
 """One rank of two: loads its part of each model, runs a prompt, saves the logits. Started by test_parallel.py."""
 
-import importlib.util
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 
@@ -8,22 +9,19 @@ import torch
 import torch.distributed as dist
 
 from kvist.models.parallel import join_tensor_parallel, leave_tensor_parallel
+from tests.models.tiny_models import hf_checkpoint, load, run_model
 
 
 def main() -> None:
     meeting, prompt, rank = sys.argv[1], [int(token) for token in sys.argv[2].split(",")], int(sys.argv[3])
     torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location("models_conftest", Path(__file__).with_name("conftest.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    conftest = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conftest)
     store = dist.FileStore(meeting, -1)
     tp = join_tensor_parallel(rank=rank, size=2, store=store, device=torch.device("cpu"), timeout_s=60.0)
     for folder in map(Path, sys.argv[4:]):
-        model = conftest.load(conftest.hf_checkpoint(folder), tp=tp)
-        torch.save(conftest.run_model(model, prompt, [7, len(prompt) - 7]), folder / f"rank{rank}.pt")
+        model = load(hf_checkpoint(folder), tp=tp)
+        torch.save(run_model(model, prompt, [7, len(prompt) - 7]), folder / f"rank{rank}.pt")
     leave_tensor_parallel()
 
 
-main()
+if __name__ == "__main__":
+    main()

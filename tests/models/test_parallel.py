@@ -15,7 +15,7 @@ TP_CASES: dict[str, dict[str, object]] = {
     "kv_head_replicated": {"attention_bias": True, "num_key_value_heads": 1},
     "qk_norm": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
 }
-RANK_SCRIPT = Path(__file__).with_name("tensor_parallel_rank.py")
+ROOT = Path(__file__).parents[2]
 
 
 def ranks(size):
@@ -64,8 +64,14 @@ def test_kv_heads_that_can_neither_be_split_nor_replicated_are_a_config_error(wr
 def test_two_ranks_give_the_logits_of_one_rank(write_tiny_in, load_tiny, logits_of, prompt, relative_error, tmp_path):
     checkpoints = {name: write_tiny_in(tmp_path / name, **changes) for name, changes in TP_CASES.items()}
     folders = [str(checkpoint.path) for checkpoint in checkpoints.values()]
-    command = [sys.executable, str(RANK_SCRIPT), str(tmp_path / "meeting"), ",".join(map(str, prompt))]
-    processes = [subprocess.Popen([*command, str(rank), *folders]) for rank in range(2)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.models.tensor_parallel_rank",
+        str(tmp_path / "meeting"),
+        ",".join(map(str, prompt)),
+    ]
+    processes = [subprocess.Popen([*command, str(rank), *folders], cwd=ROOT) for rank in range(2)]
     try:
         codes = [process.wait(timeout=90) for process in processes]
     finally:

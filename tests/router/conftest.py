@@ -1,26 +1,32 @@
-"""Makes `fake_engine` importable by the router tests (tests are not a package), and closes the engines they start."""
+"""Fake engines that are stopped after the test."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Protocol
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+from kvist.channel import ChannelConfig
+from kvist.testing.fake_engine import FakeEngine
+from kvist.wire import EngineSpec
 
-from fake_engine import FakeEngine
+
+class StartEngine(Protocol):
+    def __call__(
+        self, *, spec: EngineSpec | None = None, bind: str = "tcp://127.0.0.1:0", config: ChannelConfig | None = None
+    ) -> FakeEngine: ...
 
 
 @pytest.fixture
-def start_engine() -> Iterator[Callable[..., FakeEngine]]:
+def start_engine() -> Iterator[StartEngine]:
     engines: list[FakeEngine] = []
 
-    def start(**arguments: object) -> FakeEngine:
-        engine = FakeEngine(**arguments).start()  # type: ignore[arg-type]
-        engines.append(engine)
-        return engine
+    def start(
+        *, spec: EngineSpec | None = None, bind: str = "tcp://127.0.0.1:0", config: ChannelConfig | None = None
+    ) -> FakeEngine:
+        engines.append(FakeEngine(spec=spec, bind=bind, config=config).start())
+        return engines[-1]
 
     yield start
     for engine in engines:

@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from fake_engine import make_load, make_spec
 
 from kvist import wire
 from kvist.errors import (
@@ -30,6 +29,7 @@ from kvist.router.fleet import EngineEvents
 from kvist.router.registry import Registry, Worker, WorkerUse
 from kvist.router.stream import StreamPart
 from kvist.testing.clocks import FakeClock
+from kvist.testing.specs import make_load, make_roomy_spec
 
 PROMPT = tuple(range(100))
 
@@ -57,7 +57,7 @@ class MemoryEngines:
     def join(self, name: str, role: str, **spec: object) -> Worker:
         worker = self.registry.add(name, None, 0.0)
         worker.endpoint = f"tcp://{name}"
-        made = make_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **spec)
+        made = make_roomy_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **spec)
         self.registry.on_welcome(worker, wire.Welcome(spec=made), 0.0)
         return worker
 
@@ -210,9 +210,9 @@ async def test_a_continued_request_starts_at_the_position_after_its_output_token
 async def test_a_prompt_goes_to_the_worker_that_caches_its_pages_under_the_same_salt() -> None:
     world = World()
     cold, warm = world.engines.join("a", "unified"), world.engines.join("b", "unified")
-    digests = page_digests(PROMPT, 16, "fake", "salt")
+    digests = page_digests(PROMPT, 16, "n", "salt")
     registry = world.engines.registry
-    registry.on_report(warm, make_load(0, snapshot=True, cached_added=tuple(digests)), 0.0)
+    registry.on_report(warm, make_load(snapshot=True, cached_added=tuple(digests)), 0.0)
     first = await world.begin(cache_salt="salt")
     second = await world.begin()
     assert len(world.engines.submits(warm)) == len(world.engines.submits(cold)) == 1
@@ -493,7 +493,7 @@ async def test_a_unified_worker_serves_the_request_when_the_pair_is_incomplete()
 async def test_a_unified_worker_named_for_prefill_is_paired() -> None:
     world = World()
     worker = world.engines.registry.add("http://u", WorkerUse.PREFILL, 0.0)
-    world.engines.registry.on_welcome(worker, wire.Welcome(spec=make_spec(worker_id=WorkerId("u"))), 0.0)
+    world.engines.registry.on_welcome(worker, wire.Welcome(spec=make_roomy_spec(worker_id=WorkerId("u"))), 0.0)
     world.engines.join("d", "decode")
     task = await world.begin()
     assert world.engines.submits(worker)[0].mode is Mode.PREFILL

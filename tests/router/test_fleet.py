@@ -10,7 +10,6 @@ from functools import partial
 import httpx
 import msgspec
 import pytest
-from fake_engine import CLUSTER_KEY, FakeEngine, make_spec
 
 from kvist import wire
 from kvist.channel import ChannelConfig
@@ -18,6 +17,8 @@ from kvist.errors import ConfigError, KvistError, Unavailable, WorkerLost
 from kvist.request import EngineRequest, EpochId, RequestId, SamplingParams, WorkerId
 from kvist.router import Dispatcher, RouterConfig, build_dispatcher
 from kvist.router.discovery import normal_url, reachable_endpoint
+from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
+from kvist.testing.specs import make_roomy_spec
 
 BOUND_S = 60.0
 StartEngine = Callable[..., FakeEngine]
@@ -70,7 +71,7 @@ async def ask(dispatcher: Dispatcher, first_token: int = 1000, max_tokens: int =
 
 
 def spec(name: str, role: str = "unified", **changes: object) -> wire.EngineSpec:
-    return make_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **changes)
+    return make_roomy_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **changes)
 
 
 def known_pages(dispatcher: Dispatcher) -> set[bytes]:
@@ -126,7 +127,7 @@ async def test_a_worker_lost_while_idle_is_noticed_and_serves_when_it_is_back(
         await until(lambda: not dispatcher.ready())
         with pytest.raises(Unavailable, match="no worker is ready"):
             await ask(dispatcher)
-        start_engine(spec=make_spec(worker_id=WorkerId("u"), epoch=EpochId("second")), bind=endpoint)
+        start_engine(spec=make_roomy_spec(worker_id=WorkerId("u"), epoch=EpochId("second")), bind=endpoint)
         await until(dispatcher.ready)
     assert await ask(dispatcher, 5, 2) == [5, 6]
     assert dispatcher.snapshot().workers[0].spec.epoch == "second"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from fake_engine import make_load, make_spec
 
 from kvist.errors import ConfigError
 from kvist.request import EpochId, RequestId, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.registry import Registry, Worker, WorkerState, WorkerUse
+from kvist.testing.specs import make_load, make_roomy_spec
 from kvist.wire import Welcome
 
 A, B, C = (bytes([i]) * 16 for i in range(3))
@@ -20,7 +20,7 @@ def add(registry: Registry, name: str = "http://a", use: WorkerUse | None = None
 
 def welcome(registry: Registry, worker: Worker, **spec: object) -> None:
     fields = {"worker_id": WorkerId(worker.url), **spec}
-    registry.on_welcome(worker, Welcome(spec=make_spec(**fields)), 1.0)
+    registry.on_welcome(worker, Welcome(spec=make_roomy_spec(**fields)), 1.0)
 
 
 def test_a_worker_joins_is_ready_is_lost_and_comes_back() -> None:
@@ -41,10 +41,10 @@ def test_reports_add_and_remove_pages_and_a_snapshot_replaces_them() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker)
-    assert not registry.on_report(worker, make_load(0, snapshot=True, cached_added=(A, B)), 1.0)
-    assert not registry.on_report(worker, make_load(1, cached_added=(C,), cached_removed=(A,)), 1.0)
+    assert not registry.on_report(worker, make_load(snapshot=True, cached_added=(A, B)), 1.0)
+    assert not registry.on_report(worker, make_load(sequence=1, cached_added=(C,), cached_removed=(A,)), 1.0)
     assert worker.known_pages == {B, C}
-    assert not registry.on_report(worker, make_load(2, snapshot=True, cached_added=(A,)), 1.0)
+    assert not registry.on_report(worker, make_load(sequence=2, snapshot=True, cached_added=(A,)), 1.0)
     assert worker.known_pages == {A}
 
 
@@ -52,11 +52,11 @@ def test_a_gap_in_the_reports_asks_once_for_a_snapshot() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker)
-    registry.on_report(worker, make_load(0, snapshot=True, cached_added=(A,)), 1.0)
-    assert registry.on_report(worker, make_load(2), 1.0)
-    assert not registry.on_report(worker, make_load(3), 1.0), "asked already"
+    registry.on_report(worker, make_load(snapshot=True, cached_added=(A,)), 1.0)
+    assert registry.on_report(worker, make_load(sequence=2), 1.0)
+    assert not registry.on_report(worker, make_load(sequence=3), 1.0), "asked already"
     assert worker.needs_snapshot
-    registry.on_report(worker, make_load(4, snapshot=True), 1.0)
+    registry.on_report(worker, make_load(sequence=4, snapshot=True), 1.0)
     assert not worker.needs_snapshot
     assert worker.known_pages == set()
 
@@ -65,7 +65,7 @@ def test_the_pages_of_a_lost_worker_are_forgotten() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker)
-    registry.on_report(worker, make_load(0, snapshot=True, cached_added=(A,)), 1.0)
+    registry.on_report(worker, make_load(snapshot=True, cached_added=(A,)), 1.0)
     registry.on_lost(worker, "gone")
     assert worker.known_pages == set()
     assert worker.needs_snapshot
@@ -75,8 +75,8 @@ def test_remembered_pages_are_bounded_and_a_warning_is_logged(caplog: pytest.Log
     registry = Registry(RouterConfig(max_known_pages=2))
     worker = add(registry)
     welcome(registry, worker)
-    registry.on_report(worker, make_load(0, snapshot=True, cached_added=(A, B, C)), 1.0)
-    registry.on_report(worker, make_load(1, cached_added=(C,)), 1.0)
+    registry.on_report(worker, make_load(snapshot=True, cached_added=(A, B, C)), 1.0)
+    registry.on_report(worker, make_load(sequence=1, cached_added=(C,)), 1.0)
     assert worker.known_pages == {A, B}
     assert caplog.text.count("--max-known-pages") == 1
 
@@ -139,7 +139,7 @@ def test_a_worker_named_twice_is_used_once() -> None:
 def test_another_protocol_version_is_refused() -> None:
     registry = Registry(RouterConfig())
     with pytest.raises(ConfigError, match="protocol 99"):
-        registry.on_welcome(add(registry), Welcome(spec=make_spec(), protocol_version=99), 0.0)
+        registry.on_welcome(add(registry), Welcome(spec=make_roomy_spec(), protocol_version=99), 0.0)
 
 
 def test_a_worker_computes_room_load_and_retry_time_from_its_requests_and_reports() -> None:
@@ -156,6 +156,6 @@ def test_a_worker_computes_room_load_and_retry_time_from_its_requests_and_report
     worker.prompt_done(RequestId("1"))
     for request_id in ("1", "2", "2"):
         worker.release(RequestId(request_id))
-    registry.on_report(worker, make_load(0, snapshot=True, num_running=5, num_waiting=2, service_s=20.0), 1.0)
+    registry.on_report(worker, make_load(snapshot=True, num_running=5, num_waiting=2, service_s=20.0), 1.0)
     assert worker.retry_after_s() == 8.0, "two requests wait for five places of 20 s each"
     assert (worker.view().num_requests, worker.view().num_pending_tokens) == (7, 0)

@@ -59,6 +59,20 @@ def make_spec(**changes: Unpack[SpecFields]) -> wire.EngineSpec:
     return msgspec.structs.replace(_SPEC, **changes)
 
 
+_ROOMY_SPEC = make_spec(
+    vocab_size=1 << 20,
+    max_model_len=1 << 20,
+    num_pages=1 << 16,
+    max_running_requests=1 << 16,
+    max_queued_requests=1 << 16,
+)
+
+
+def make_roomy_spec(**changes: Unpack[SpecFields]) -> wire.EngineSpec:
+    """Return the spec of an engine with limits that no test reaches, with these changes."""
+    return msgspec.structs.replace(_ROOMY_SPEC, **changes)
+
+
 class LoadFields(TypedDict, total=False):
     """The fields of `wire.LoadReport`."""
 

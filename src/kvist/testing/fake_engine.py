@@ -1,8 +1,13 @@
 """An engine without a model: uses the real protocol over real sockets and answers at once.
 
-Output token i of a request is `prompt_token_ids[0] + i`. Run this file as a script to measure a gateway alone:
+    engine = FakeEngine().start()          # its own thread; engine.channel.endpoint is its address
+    engine.hold = True                     # requests are taken and not answered
+    engine.stop()                          # as if the process died
 
-    python tests/router/fake_engine.py --port 31000 --tokens-per-message 4
+One message a step goes to each gateway, with the next tokens of all its streams. Run as a module to measure a gateway
+alone:
+
+    python -m kvist.testing.fake_engine --port 31000 --tokens-per-message 4
 """
 
 from __future__ import annotations
@@ -10,49 +15,28 @@ from __future__ import annotations
 import argparse
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Unpack
 
 import msgspec
 
 from kvist import wire
 from kvist.channel import ChannelConfig, EngineChannel, Member
-from kvist.request import EpochId, FinishReason, Mode, Outcome, RequestId, WorkerId
+from kvist.clock import MonotonicClock
+from kvist.request import EngineRequest, FinishReason, Mode, Outcome, RequestId, WorkerId
+from kvist.testing.specs import LoadFields, make_load, make_roomy_spec
 
 RECV_TIMEOUT_S = 0.05
 CLUSTER_KEY = "the key of the fake engines"
 
 
-def make_spec(**changes: object) -> wire.EngineSpec:
-    fields: dict[str, object] = {
-        "worker_id": WorkerId("w"),
-        "epoch": EpochId("epoch"),
-        "role": "unified",
-        "endpoint": "tcp://127.0.0.1:1",
-        "model_fingerprint": "fingerprint",
-        "model_name": "fake",
-        "vocab_size": 1 << 20,
-        "max_model_len": 1 << 20,
-        "page_size": 16,
-        "num_pages": 1024,
-        "namespace": "fake",
-        "dtype": "float32",
-        "tp_size": 1,
-        "max_running_requests": 1 << 16,
-        "max_queued_requests": 1 << 16,
-    }
-    return wire.EngineSpec(**{**fields, **changes})  # type: ignore[arg-type]
+TokenAt = Callable[[EngineRequest, int], int]  # request, position of the output token → its id
 
 
-def make_load(sequence: int, **changes: object) -> wire.LoadReport:
-    fields: dict[str, object] = {
-        "num_running": 0,
-        "num_waiting": 0,
-        "num_free_pages": 0,
-        "num_cached_pages": 0,
-        "num_owned_pages": 0,
-        "num_in_flight_pages": 0,
-    }
-    return wire.LoadReport(sequence=sequence, **{**fields, **changes})  # type: ignore[arg-type]
+def counting_up(request: EngineRequest, position: int) -> int:
+    """Return the first prompt token plus the position, so that each token shows its request and position."""
+    return request.prompt_token_ids[0] + position
 
 
 @dataclass
@@ -62,14 +46,13 @@ class _Stream:
     position: int
     end: int  # output tokens [position, end) are still to send
 
-    def chunk(self, num_tokens: int) -> wire.TokenChunk:
+    def chunk(self, num_tokens: int, token_at: TokenAt) -> wire.TokenChunk:
         request = self.submit.request
         stop = min(self.end, self.position + num_tokens)
-        first_token = request.prompt_token_ids[0]
         chunk = wire.TokenChunk(
             request_id=request.request_id,
             position=self.position,
-            token_ids=tuple(range(first_token + self.position, first_token + stop)),
+            token_ids=tuple(token_at(request, position) for position in range(self.position, stop)),
             finish_reason=FinishReason.LENGTH if stop == request.sampling.max_tokens else None,
             num_cached_tokens=0 if self.position == 0 else None,
         )
@@ -77,9 +60,26 @@ class _Stream:
         return chunk
 
 
+class _Pace:
+    """Limits the steps to a number of tokens a second. After a pause at most 50 ms are made up for."""
+
+    def __init__(self, max_tokens_per_s: float | None) -> None:
+        self._max_tokens_per_s = max_tokens_per_s
+        self._clock = MonotonicClock()
+        self._next_step_s = self._clock.now_s()
+
+    def wait_s(self) -> float:
+        return 0.0 if self._max_tokens_per_s is None else max(0.0, self._next_step_s - self._clock.now_s())
+
+    def begin(self, num_tokens: int) -> None:
+        if self._max_tokens_per_s is not None:
+            start_s = max(self._next_step_s, self._clock.now_s() - 0.05)
+            self._next_step_s = start_s + num_tokens / self._max_tokens_per_s
+
+
 class FakeEngine:
-    """Engine that serves from its own thread between `start` and `stop`. Its behaviour can be changed meanwhile: `hold`
-    leaves requests unanswered, `refusal` fails them, `report` sends a load report to the gateways."""
+    """Serves from its own thread between `start` and `stop`. A test may set the public fields meanwhile: `hold` leaves
+    requests unanswered, `refusal` fails them, `silent` reads without answering, `stop_after` lets streams hang."""
 
     def __init__(
         self,
@@ -89,11 +89,16 @@ class FakeEngine:
         config: ChannelConfig | None = None,
         cluster_key: str = CLUSTER_KEY,
         tokens_per_message: int = 1,
+        token_at: TokenAt = counting_up,
+        max_tokens_per_s: float | None = None,
     ) -> None:
-        spec = spec or make_spec()
+        """`tokens_per_message` is for each stream; `max_tokens_per_s` for all streams together."""
+        spec = spec or make_roomy_spec()
         self.channel = EngineChannel(bind, member=Member(cluster_key), config=config)
         self.spec = msgspec.structs.replace(spec, endpoint=self.channel.endpoint)
         self.tokens_per_message = tokens_per_message
+        self._token_at = token_at
+        self._pace = _Pace(max_tokens_per_s)
         self.hold = False
         self.silent = False  # reads messages, sends none
         self.stop_after: int | None = None  # output tokens, then the stream hangs
@@ -105,7 +110,7 @@ class FakeEngine:
         self._streams: deque[_Stream] = deque()
         self._streams_that_hang: deque[_Stream] = deque()
         self._held: dict[RequestId, bytes] = {}
-        self._reports: deque[wire.LoadReport | int] = deque()
+        self._reports: deque[tuple[int, wire.LoadReport]] = deque()  # with the number of skipped sequence numbers
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self.run, daemon=True)
 
@@ -121,10 +126,9 @@ class FakeEngine:
             self._thread.join()
         self.channel.close()
 
-    def report(self, *, skip: int = 0, **changes: object) -> None:
+    def report(self, *, skip: int = 0, **changes: Unpack[LoadFields]) -> None:
         """Send a load report to every gateway; `skip` sequence numbers are lost before it."""
-        self._reports.append(skip)
-        self._reports.append(make_load(0, **changes))
+        self._reports.append((skip, make_load(**changes)))
         self.channel.wakeup()
 
     @property
@@ -143,11 +147,13 @@ class FakeEngine:
 
     def run(self) -> None:
         while not self._stopping.is_set():
-            for sender, message in self.channel.recv(0.0 if self._streams else RECV_TIMEOUT_S):
+            for sender, message in self.channel.recv(self._pace.wait_s() if self._streams else RECV_TIMEOUT_S):
                 self._handle(sender, message)
             while self._reports:
                 self._send_report()
-            self._step()
+            if self._streams and not self._pace.wait_s():
+                self._pace.begin(len(self._streams) * self.tokens_per_message)
+                self._step()
 
     def _handle(self, sender: bytes, message: object) -> None:
         if self.silent:
@@ -157,7 +163,7 @@ class FakeEngine:
             self.gateways.setdefault(sender, 0)
             self.num_resyncs += message.resync
             self.channel.send(sender, wire.Welcome(spec=self.spec))
-            self._send_load(sender, make_load(0, snapshot=new or message.resync))
+            self._send_load(sender, make_load(snapshot=new or message.resync))
         elif isinstance(message, wire.Submit):
             self._take(sender, message)
         elif isinstance(message, wire.Abort):
@@ -189,7 +195,7 @@ class FakeEngine:
         ended: dict[bytes, list[wire.Ended]] = {}
         for stream in list(self._streams):
             if stream.position < stream.end:
-                chunks.setdefault(stream.gateway, []).append(stream.chunk(self.tokens_per_message))
+                chunks.setdefault(stream.gateway, []).append(stream.chunk(self.tokens_per_message, self._token_at))
         for stream in [s for s in self._streams if s.position >= s.end]:
             self._streams.remove(stream)
             request_id = stream.submit.request.request_id
@@ -215,10 +221,7 @@ class FakeEngine:
         self._streams = deque(s for s in self._streams if s.gateway != gateway)
 
     def _send_report(self) -> None:
-        skip = self._reports.popleft()
-        report = self._reports.popleft()
-        assert isinstance(skip, int)
-        assert isinstance(report, wire.LoadReport)
+        skip, report = self._reports.popleft()
         for gateway in list(self.gateways):
             self.gateways[gateway] += skip
             self._send_load(gateway, report)
@@ -238,7 +241,7 @@ def main() -> None:
     args = parser.parse_args()
     worker_id = WorkerId(f"fake:{args.port}")
     engine = FakeEngine(
-        spec=make_spec(worker_id=worker_id, role=args.role),
+        spec=make_roomy_spec(worker_id=worker_id, role=args.role),
         bind=f"tcp://127.0.0.1:{args.port}",
         tokens_per_message=args.tokens_per_message,
     )
