@@ -41,7 +41,7 @@ from kvist.engine.reports import LoadReports
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import SampledTokens
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams
 from kvist.runner.columns import EMPTY_BATCH, read_batch
 from kvist.runner.sampler import sampled_tokens
 from kvist.scheduler import SchedulerConfig, build_scheduler
@@ -154,7 +154,7 @@ def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: FakeSockets) 
     )
     cache = PageCache(num_pages=num_pages, page_size=PAGE_SIZE, namespace="bench")
     pool = wire.PoolAddress(transport="none", location="", num_pages=num_pages, page_bytes=1, layout="bench")
-    scheduler = build_scheduler("unified", config, cache, EpochId("bench"), pool)
+    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("bench"), pool)
     scheduler.step = watch.around("plan", scheduler.step)  # type: ignore[method-assign]
     spec = make_spec(
         epoch=EpochId("bench"),

@@ -20,7 +20,7 @@ from json_report import write_report
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import Event, SampledTokens, StepFinished
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.wire import PoolAddress, Submit, TokenChunk
 
@@ -49,7 +49,7 @@ def measure_steps(*, running: int, steps: int, context: int, seed: int) -> list[
     )
     cache = PageCache(num_pages=num_pages, page_size=16, namespace="bench")
     pool = PoolAddress(transport="inproc", location="", num_pages=num_pages, page_bytes=1, layout="bench")
-    scheduler = build_scheduler("unified", config, cache, EpochId("bench"), pool)
+    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("bench"), pool)
     events: list[Event] = [
         Submit(
             request=EngineRequest(

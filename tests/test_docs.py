@@ -14,7 +14,7 @@ import pytest
 from kvist import settings
 from kvist.metrics import ENGINE_TOTALS, GatewayMetrics
 from kvist.options import options_of
-from kvist.request import WorkerId
+from kvist.request import Role, WorkerId
 from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
 from kvist.server.worker_metrics import worker_families
 from kvist.wire import LoadReport
@@ -100,7 +100,7 @@ def exported_metrics() -> set[str]:
         num_in_flight_pages=0,
         totals=dict.fromkeys(ENGINE_TOTALS, 0.0),
     )
-    worker = WorkerSnapshot(worker_id=WorkerId("w"), role="unified", alive=True, spec=None, load=load)
+    worker = WorkerSnapshot(worker_id=WorkerId("w"), role=Role.UNIFIED, alive=True, spec=None, load=load)
     families = worker_families(ClusterSnapshot(workers=(worker,)))
     exported = GatewayMetrics(of_workers=lambda: families).exposition().decode()
     return {name for name in re.findall(r"^# TYPE (\S+) ", exported, re.MULTILINE) if name.startswith("kvist:")}

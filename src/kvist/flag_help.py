@@ -95,9 +95,10 @@ def _full(option: Option, width: int, page: HelpPage) -> list[str]:
 def _placeholder(option: Option) -> str:
     if option.is_switch:
         return ""
-    word = option.help.unit.upper().replace(" ", "_") or _PLACEHOLDERS[option.kinds[-1]]
     if option.choices:
         word = "{" + ",".join(str(choice) for choice in option.choices) + "}"
+    else:
+        word = option.help.unit.upper().replace(" ", "_") or _PLACEHOLDERS[option.kinds[-1]]
     return f" {word}" + (" ..." if option.many else "")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,7 @@ def _read_scalar(option: Option, source: str, raw: object) -> object:
     nothing = ("none", "null", option.help.unset)
     if isinstance(raw, str) and raw and raw.lower() in nothing and option.optional and raw not in option.choices:
         return None
-    for kind in sorted(option.kinds, key=[bool, int, float, Path, str].index):
+    for kind in sorted(option.kinds, key=_reading_order):
         value = _as_kind(kind, raw)
         if value is not None and (not option.choices or value in option.choices) and _within(option.help, value):
             return value
@@ -82,7 +83,14 @@ def _check_secret(option: Option, source: str, raw: object) -> None:
         raise ConfigError(f"{source} is empty: set a value, or omit it", param=option.key)
 
 
+def _reading_order(kind: type) -> int:
+    kinds = (bool, int, float, Path, str)
+    return kinds.index(kind) if kind in kinds else len(kinds)
+
+
 def _as_kind(kind: type, raw: object) -> object | None:
+    if issubclass(kind, enum.Enum):
+        return next((member for member in kind if member.value == raw), None)
     if kind is bool:
         if isinstance(raw, str):
             return True if raw.lower() in _TRUE else False if raw.lower() in _FALSE else None

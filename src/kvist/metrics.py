@@ -92,7 +92,7 @@ ENGINE_TOTALS: Mapping[str, str] = {
     "host_backup_seconds": "total time of copies to the host tier",
     "undecodable_messages": "messages dropped because they could not be decoded",
     "refused_connections": "connections to the engine's socket refused because of another cluster key, or none",
-    "unexpected_messages": "messages dropped because this role does not accept them or their sender may not send them",
+    "unexpected_messages": "messages dropped because their sender may not send them, or their values are impossible",
 }
 
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)

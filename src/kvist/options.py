@@ -10,6 +10,7 @@ one flag. Values are read from text in flags.py.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ class Option:
     key: str  # the dataclass field; with the door's prefix for the option of a backend
     flags: tuple[str, ...]  # the first is printed in messages
     help: OptionHelp
-    kinds: tuple[type, ...]  # allowed types: bool, int, float, Path, str
+    kinds: tuple[type, ...]  # allowed types: bool, int, float, Path, str, an enum with `choices`
     choices: tuple[object, ...]
     many: bool  # a tuple: repeatable, separated by spaces
     optional: bool  # may be None
@@ -111,7 +112,10 @@ def _option(field: dataclasses.Field[object], hint: object, note: OptionHelp, gr
             continue
         if typing.get_origin(member) is tuple:
             many, member = True, typing.get_args(member)[0]
-        assert member in (bool, int, float, str, Path), f"{field.name}: flags.py cannot read a {member} from text"
+        is_enum = isinstance(member, type) and issubclass(member, enum.Enum)
+        assert is_enum or member in (bool, int, float, str, Path), (
+            f"{field.name}: flags.py cannot read a {member} from text"
+        )
         kinds.append(member)
     key = prefix + field.name
     spellings = [note.flag or "--" + key.replace("_", "-"), *note.aliases]

@@ -44,6 +44,40 @@ class Mode(enum.Enum):
     DECODE = "decode"  # grant pages, wait for them and the first token, decode the rest
 
 
+class Role(enum.Enum):
+    """The set of modes that an engine admits. An engine of any role holds both sides of a handoff."""
+
+    UNIFIED = "unified"  # computes whole requests, and prompts for decode engines
+    PREFILL = "prefill"  # computes prompts for decode engines, and whole requests of at most one output token
+    DECODE = "decode"  # takes over requests whose prompts another engine has computed, and generates their answers
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def modes(self) -> frozenset[Mode]:
+        """The admitted modes; `admits` has the limit of FULL at a prefill engine."""
+        return _ADMITTED_MODES[self]
+
+    def admits(self, mode: Mode, *, max_tokens: int) -> bool:
+        """Return whether an engine of this role accepts a request of `max_tokens` output tokens in this mode."""
+        if self is Role.PREFILL and mode is Mode.FULL:
+            return max_tokens <= 1
+        return mode in self.modes
+
+    @property
+    def serves_alone(self) -> bool:
+        """Whether an engine of this role generates answers of any length without another engine."""
+        return self is Role.UNIFIED
+
+
+_ADMITTED_MODES = {
+    Role.UNIFIED: frozenset({Mode.FULL, Mode.PREFILL}),
+    Role.PREFILL: frozenset({Mode.PREFILL, Mode.FULL}),
+    Role.DECODE: frozenset({Mode.DECODE}),
+}
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Parameters for sampling each token. The gateway validates them.
 

@@ -24,6 +24,7 @@ from kvist.request import (
     Mode,
     Outcome,
     RequestId,
+    Role,
     SampledToken,
     TokenLogprobs,
     WorkerId,
@@ -106,7 +107,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     worker_id: WorkerId
     epoch: EpochId
-    role: str  # "unified" | "prefill" | "decode"
+    role: Role
     endpoint: str
     model_fingerprint: str
     tokenizer_fingerprint: str = ""  # of the model's own vocabulary; "" if unknown

@@ -12,6 +12,7 @@ from kvist import cli, settings
 from kvist.cluster.plan import plan_cluster
 from kvist.errors import ConfigError
 from kvist.options import options_of
+from kvist.request import Role
 
 HEAVY = ("torch", "transformers", "numpy.linalg", "uvicorn", "starlette")
 
@@ -141,8 +142,8 @@ def test_the_two_commands_of_the_sglang_article_are_parsed() -> None:
     second = settings.read("serve", [*common, "--port", "30002", "--decode-only"], {})
     assert isinstance(first, settings.ServeSettings)
     assert isinstance(second, settings.ServeSettings)
-    assert (first.engine.role, first.server.port, first.engine.model_path) == ("unified", 30001, "M")
-    assert (second.engine.role, second.engine.mem_fraction_static, second.engine.tp) == ("decode", 0.8, 1)
+    assert (first.engine.role, first.server.port, first.engine.model_path) == (Role.UNIFIED, 30001, "M")
+    assert (second.engine.role, second.engine.mem_fraction_static, second.engine.tp) == (Role.DECODE, 0.8, 1)
 
 
 def test_a_server_that_cannot_be_reached_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:

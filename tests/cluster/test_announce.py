@@ -10,13 +10,13 @@ import pytest
 
 from kvist.cluster import announce as module
 from kvist.cluster.announce import announce, curl_example, router_example, shown_key, waiting_for
-from kvist.request import WorkerId
+from kvist.request import Role, WorkerId
 from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
 
 
 def worker(name: str, *, alive: bool = False, problem: str = "") -> WorkerSnapshot:
     return WorkerSnapshot(
-        worker_id=WorkerId(name), role="unified", alive=alive, spec=None, load=None, state="lost", problem=problem
+        worker_id=WorkerId(name), role=Role.UNIFIED, alive=alive, spec=None, load=None, state="lost", problem=problem
     )
 
 
@@ -80,7 +80,7 @@ def test_the_curl_example_is_a_valid_shell_command() -> None:
     assert words[:2] == ["curl", "http://h:1/v1/chat/completions"]
     assert "Authorization: Bearer s3cret" in words
     assert "Authorization" not in curl_example("http://h:1")
-    assert router_example("http://h:1", "decode") == "kvist router --prefill PREFILL_URL --decode http://h:1"
+    assert router_example("http://h:1", Role.DECODE) == "kvist router --prefill PREFILL_URL --decode http://h:1"
 
 
 def test_an_api_key_is_printed_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:

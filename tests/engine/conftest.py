@@ -44,6 +44,7 @@ from kvist.request import (
     Mode,
     Outcome,
     RequestId,
+    Role,
     SamplingParams,
     TokenLogprobs,
     WorkerId,
@@ -270,7 +271,7 @@ class World:
             ),
             **config,  # type: ignore[arg-type]
         )
-        scheduler = build_scheduler(role, scheduler_config, cache, epoch, pool.address)
+        scheduler = build_scheduler(Role(role), scheduler_config, cache, epoch, pool.address)
         channel = MemoryChannel(self, epoch, f"mem://{epoch}")
         transport = make_transport(pool, runtime_dir=self._runtime_dir, wakeup=channel.wakeup)
         mover, engine_storage = None, None
@@ -304,7 +305,7 @@ class World:
         return make_spec(
             worker_id=WorkerId(epoch),
             epoch=epoch,
-            role=role,
+            role=Role(role),
             endpoint=endpoint,
             model_fingerprint="tiny",
             model_name="tiny",

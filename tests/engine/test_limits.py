@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.engine.config import DECODE, PREFILL, UNIFIED
 from kvist.engine.limits import resolve_limits
 from kvist.errors import ConfigError
+from kvist.request import Role
 from kvist.scheduler.config import SchedulerConfig, SchedulerOptions
 
-PLACES = list(itertools.product(("cpu", "cuda"), (UNIFIED, PREFILL, DECODE)))
+PLACES = list(itertools.product(("cpu", "cuda"), (Role.UNIFIED, Role.PREFILL, Role.DECODE)))
 
 
 def limits(config: SchedulerConfig) -> tuple[int, int, int]:
@@ -22,21 +22,23 @@ def limits(config: SchedulerConfig) -> tuple[int, int, int]:
 
 
 def test_a_cpu_keeps_its_steps_short_in_every_role() -> None:
-    for role in (UNIFIED, PREFILL, DECODE):
+    for role in (Role.UNIFIED, Role.PREFILL, Role.DECODE):
         resolved = resolve_limits(SchedulerOptions(), device="cpu", role=role)
         assert limits(resolved) == (128, 512, 512)
         assert resolved.overlap is False
 
 
 def test_a_gpu_that_only_prefills_takes_larger_steps_than_one_that_also_decodes() -> None:
-    by_role = {role: resolve_limits(SchedulerOptions(), device="cuda", role=role) for role in (UNIFIED, PREFILL)}
-    assert by_role[PREFILL].chunked_prefill_size > by_role[UNIFIED].chunked_prefill_size
-    assert by_role[PREFILL].max_prefill_tokens >= by_role[UNIFIED].max_prefill_tokens
+    by_role = {
+        role: resolve_limits(SchedulerOptions(), device="cuda", role=role) for role in (Role.UNIFIED, Role.PREFILL)
+    }
+    assert by_role[Role.PREFILL].chunked_prefill_size > by_role[Role.UNIFIED].chunked_prefill_size
+    assert by_role[Role.PREFILL].max_prefill_tokens >= by_role[Role.UNIFIED].max_prefill_tokens
     assert all(config.overlap and config.max_running_requests == 256 for config in by_role.values())
 
 
 @pytest.mark.parametrize(("device", "role"), PLACES)
-def test_every_auto_budget_holds_the_running_requests_and_a_whole_chunk(device: str, role: str) -> None:
+def test_every_auto_budget_holds_the_running_requests_and_a_whole_chunk(device: str, role: Role) -> None:
     num_running, chunk, budget = limits(resolve_limits(SchedulerOptions(), device=device, role=role))
     assert max(num_running, chunk) <= budget
     assert budget % 128 == 0
@@ -44,7 +46,7 @@ def test_every_auto_budget_holds_the_running_requests_and_a_whole_chunk(device: 
 
 def test_limits_set_by_the_user_are_kept_and_auto_limits_adapt() -> None:
     def resolve(**options: int | bool) -> SchedulerConfig:
-        return resolve_limits(SchedulerOptions(**options), device="cpu", role=UNIFIED)  # type: ignore[arg-type]
+        return resolve_limits(SchedulerOptions(**options), device="cpu", role=Role.UNIFIED)  # type: ignore[arg-type]
 
     assert limits(resolve(max_prefill_tokens=100)) == (100, 100, 100)
     assert limits(resolve(chunked_prefill_size=2000)) == (128, 2000, 2048)
@@ -75,7 +77,7 @@ def test_only_limits_set_by_the_user_can_contradict_each_other(
 def test_every_other_option_reaches_the_scheduler_as_it_was_set() -> None:
     names = {field.name for field in dataclasses.fields(SchedulerOptions)}
     options = SchedulerOptions(queue_timeout_s=7.0, max_queued_requests=3, ack_timeout_s=0.25)
-    resolved = resolve_limits(options, device="cuda", role=DECODE)
+    resolved = resolve_limits(options, device="cuda", role=Role.DECODE)
     autos = {"max_running_requests", "chunked_prefill_size", "max_prefill_tokens", "overlap"}
     for name in names - autos:
         assert getattr(resolved, name) == getattr(options, name)

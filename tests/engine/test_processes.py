@@ -21,7 +21,7 @@ from kvist.channel import ChannelConfig, Member
 from kvist.engine.config import EngineConfig, HostTierConfig, StorageConfig
 from kvist.engine.messages import DRAIN, STOP, Ready, StartFailed, decode_line
 from kvist.kv.keys import page_digests
-from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, SamplingParams
+from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, Role, SamplingParams
 from kvist.scheduler.config import SchedulerOptions
 
 pytestmark = pytest.mark.e2e
@@ -113,7 +113,7 @@ class Cluster:
             scheduler=scheduler or SchedulerOptions(),
             channel=ChannelConfig(cluster_key=KEY),
         )
-        started = [Engine(replace(config, role=role, **settings)) for role in roles]  # type: ignore[arg-type]
+        started = [Engine(replace(config, role=Role(role), **settings)) for role in roles]  # type: ignore[arg-type]
         self.engines += started
         for engine in started:
             engine.wait_ready(self._context)

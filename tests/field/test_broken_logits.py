@@ -13,7 +13,7 @@ from kvist.checkpoint import find_checkpoint
 from kvist.kv.cache import PageCache
 from kvist.models import load_model_config
 from kvist.plan.events import Event, StepFinished
-from kvist.request import EngineRequest, EpochId, Mode, Outcome, RequestId, SamplingParams
+from kvist.request import EngineRequest, EpochId, Mode, Outcome, RequestId, Role, SamplingParams
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import InFlight
@@ -75,7 +75,7 @@ class Engine:
         limits = SchedulerConfig(
             max_running_requests=8, chunked_prefill_size=64, max_prefill_tokens=64, overlap=overlap, max_model_len=64
         )
-        self.scheduler = build_scheduler("unified", limits, self.cache, EpochId("e"), address)
+        self.scheduler = build_scheduler(Role.UNIFIED, limits, self.cache, EpochId("e"), address)
         self._overlap = overlap
 
     def run(self, **prompts: list[int]) -> tuple[dict[str, list[int]], dict[str, Ended]]:

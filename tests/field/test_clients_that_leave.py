@@ -22,6 +22,7 @@ from kvist.request import (
     Mode,
     Outcome,
     RequestId,
+    Role,
     SamplingParams,
 )
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
@@ -109,7 +110,7 @@ class Engine:
         cache = PageCache(num_pages=2048, page_size=4, namespace="t")
         config = SchedulerConfig(max_running_requests=64, chunked_prefill_size=512, max_prefill_tokens=512)
         pool = wire.PoolAddress(transport="t", location="x", num_pages=2048, page_bytes=64, layout="l")
-        self.scheduler: Scheduler = build_scheduler("unified", config, cache, EpochId("e"), pool)
+        self.scheduler: Scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), pool)
         parts = LoopParts(
             spec=_SPEC,
             scheduler=self.scheduler,

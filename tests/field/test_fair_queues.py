@@ -16,7 +16,7 @@ from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, SampledTokens, StepFinished
 from kvist.plan.plan import Plan
-from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SamplingParams, WorkerId
+from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, Role, SamplingParams, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.registry import Registry
 from kvist.router.route import Router
@@ -31,12 +31,12 @@ PREFILL, DECODE = EpochId("prefill"), EpochId("decode")
 class Engine:
     """A scheduler with a device that computes each step at once."""
 
-    def __init__(self, role: str = "unified", **limits: object) -> None:
+    def __init__(self, role: Role = Role.UNIFIED, **limits: object) -> None:
         config = SchedulerConfig(
             **{"max_running_requests": 4, "chunked_prefill_size": 64, "max_prefill_tokens": 64, **limits}  # type: ignore[arg-type]
         )
         cache = PageCache(num_pages=4096, page_size=4, namespace="t")
-        epoch = DECODE if role == "decode" else PREFILL
+        epoch = DECODE if role is Role.DECODE else PREFILL
         self.scheduler: Scheduler = build_scheduler(role, config, cache, epoch, POOL)
         self.now_s = 0.0
         self.batch: Batch | None = None
@@ -107,7 +107,7 @@ def test_a_full_queue_displaces_the_newest_request_of_the_busiest_caller() -> No
 
 @pytest.mark.case("fairness")
 def test_prefill_sends_no_token_before_decode_has_a_place_for_the_stream() -> None:
-    prefill, decode = Engine("prefill"), Engine("decode", max_running_requests=1, queue_timeout_s=60.0)
+    prefill, decode = Engine(Role.PREFILL), Engine(Role.DECODE, max_running_requests=1, queue_timeout_s=60.0)
     streamed: list[str] = []
     peer = PrefillPeer(worker_id=WorkerId("p"), endpoint="tcp://p", epoch=PREFILL)
     first_grants = decode.step(*(_decode_side(name, peer) for name in ("first", "second"))).messages

@@ -9,7 +9,17 @@ from kvist.kv.cache import PageCache
 from kvist.plan.events import SampledTokens, StepFinished
 from kvist.plan.plan import Plan
 from kvist.plan.transfers import ToSource, WritePages
-from kvist.request import EngineRequest, EpochId, HandoffId, Mode, Outcome, RequestId, SampledToken, SamplingParams
+from kvist.request import (
+    EngineRequest,
+    EpochId,
+    HandoffId,
+    Mode,
+    Outcome,
+    RequestId,
+    Role,
+    SampledToken,
+    SamplingParams,
+)
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.wire import Closed, Done, Grant, PoolAddress, PrefillPeer, Revoke, Submit
 
@@ -18,10 +28,10 @@ H = HandoffId("h")
 POOL = PoolAddress(transport="shm", location="/pool", num_pages=12, page_bytes=64, layout="l")
 
 
-def scheduler_of(role: str) -> Scheduler:
+def scheduler_of(role: Role) -> Scheduler:
     config = SchedulerConfig(max_running_requests=4, chunked_prefill_size=32, max_prefill_tokens=32, max_model_len=40)
     cache = PageCache(num_pages=12, page_size=4, namespace="n")
-    return build_scheduler(role, config, cache, D if role == "decode" else P, POOL)
+    return build_scheduler(role, config, cache, D if role is Role.DECODE else P, POOL)
 
 
 def submit(mode: Mode, **fields: object) -> Submit:
@@ -52,7 +62,7 @@ def messages_of(plan: Plan) -> list[object]:
 @pytest.mark.case("forged-grant")
 @pytest.mark.parametrize("forged_first", [True, False])
 def test_prefill_accepts_a_grant_only_from_the_decode_engine_that_the_gateway_named(forged_first: bool) -> None:
-    prefill = scheduler_of("prefill")
+    prefill = scheduler_of(Role.PREFILL)
     plan = prefill.step(0.0, [FORGED, TO_PREFILL] if forged_first else [TO_PREFILL, FORGED])
     (refused,) = messages_of(plan)
     assert isinstance(refused, Closed)
@@ -64,7 +74,7 @@ def test_prefill_accepts_a_grant_only_from_the_decode_engine_that_the_gateway_na
 
 @pytest.mark.case("forged-grant")
 def test_prefill_writes_only_to_the_pages_of_the_accepted_grant() -> None:
-    prefill = scheduler_of("prefill")
+    prefill = scheduler_of(Role.PREFILL)
     batch = prefill.step(0.0, [TO_PREFILL, GRANT, FORGED]).batch
     assert batch is not None
     plan = prefill.step(0.1, [StepFinished(step_id=batch.step_id, sampled=SampledTokens(token_ids=[5])), FORGED])
@@ -75,7 +85,7 @@ def test_prefill_writes_only_to_the_pages_of_the_accepted_grant() -> None:
 
 @pytest.mark.parametrize("page_ids", [(9, 10, 10), (9, 10, 12), (-1, 10, 11), (9, 10), (8, 9, 10, 11)])
 def test_a_grant_with_impossible_pages_fails_only_its_own_request(page_ids: tuple[int, ...]) -> None:
-    prefill = scheduler_of("prefill")
+    prefill = scheduler_of(Role.PREFILL)
     prefill.step(0.0, [TO_PREFILL])
     plan = prefill.step(0.1, [msgspec.structs.replace(GRANT, page_ids=page_ids)])
     assert [(ended.outcome, ended.error_code) for ended in plan.ended] == [(Outcome.FAILED, "handoff_failed")]
@@ -83,7 +93,7 @@ def test_a_grant_with_impossible_pages_fails_only_its_own_request(page_ids: tupl
 
 
 def test_a_revoke_of_another_engine_does_not_end_a_request_that_waits_for_its_grant() -> None:
-    prefill = scheduler_of("prefill")
+    prefill = scheduler_of(Role.PREFILL)
     prefill.step(0.0, [TO_PREFILL])
     plan = prefill.step(0.1, [Revoke(handoff_id=H, target_epoch=THIEF, reason="because")])
     assert (plan.ended, plan.messages) == ((), ())
@@ -91,7 +101,7 @@ def test_a_revoke_of_another_engine_does_not_end_a_request_that_waits_for_its_gr
 
 
 def test_a_prefill_request_that_names_no_decode_worker_is_refused() -> None:
-    plan = scheduler_of("prefill").step(0.0, [submit(Mode.PREFILL)])
+    plan = scheduler_of(Role.PREFILL).step(0.0, [submit(Mode.PREFILL)])
     assert [(ended.outcome, ended.error_code) for ended in plan.ended] == [(Outcome.FAILED, "invalid_request")]
 
 
@@ -100,7 +110,7 @@ def test_a_prefill_request_that_names_no_decode_worker_is_refused() -> None:
 
 @pytest.mark.case("stolen-identity")
 def test_decode_repeats_a_grant_at_growing_intervals_until_it_is_answered() -> None:
-    decode = scheduler_of("decode")
+    decode = scheduler_of(Role.DECODE)
     (first,) = decode.step(0.0, [TO_DECODE]).messages
     again = []
     for tenth in range(1, 100):
@@ -118,7 +128,7 @@ def test_decode_repeats_a_grant_at_growing_intervals_until_it_is_answered() -> N
 
 @pytest.mark.case("stolen-identity")
 def test_a_repeated_grant_changes_nothing_at_prefill() -> None:
-    prefill = scheduler_of("prefill")
+    prefill = scheduler_of(Role.PREFILL)
     prefill.step(0.0, [TO_PREFILL, GRANT])
     plan = prefill.step(1.0, [GRANT])
     assert (plan.messages, plan.transfers, plan.ended) == ((), (), ())
@@ -126,7 +136,7 @@ def test_a_repeated_grant_changes_nothing_at_prefill() -> None:
 
 @pytest.mark.case("stolen-identity")
 def test_a_lost_refusal_is_sent_again_for_a_repeated_grant() -> None:
-    prefill = scheduler_of("prefill")
+    prefill = scheduler_of(Role.PREFILL)
     bad = msgspec.structs.replace(GRANT, page_ids=(1,))
     (lost,) = messages_of(prefill.step(0.0, [TO_PREFILL, bad]))
     assert messages_of(prefill.step(1.0, [bad])) == [lost]

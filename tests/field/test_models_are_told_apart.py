@@ -22,9 +22,9 @@ from kvist.fingerprint import model_fingerprint
 from kvist.kv.keys import page_digests
 from kvist.kv.layout import PageLayout, namespace
 from kvist.memory.persistence import PersistentPages
-from kvist.request import EpochId, WorkerId
+from kvist.request import EpochId, Role, WorkerId
 from kvist.router.config import RouterConfig
-from kvist.router.registry import GatewayTokenizer, Registry, WorkerState, WorkerUse
+from kvist.router.registry import GatewayTokenizer, Registry, WorkerState
 from kvist.store.backend import StoreSpec
 from kvist.store.file import FileStore
 from kvist.testing.specs import make_spec
@@ -87,7 +87,7 @@ def two_models(make: Maker, tmp_path: Path) -> tuple[Checkpoint, Checkpoint]:
     return a, b
 
 
-def spec_of(checkpoint: Checkpoint, role: str, tokenizer: str = "") -> EngineSpec:
+def spec_of(checkpoint: Checkpoint, role: Role, tokenizer: str = "") -> EngineSpec:
     name = model_fingerprint(checkpoint)
     return make_spec(
         worker_id=WorkerId(f"{role}:1"),
@@ -106,9 +106,9 @@ def spec_of(checkpoint: Checkpoint, role: str, tokenizer: str = "") -> EngineSpe
 @both
 def test_the_registry_refuses_a_second_model_and_names_both_fingerprints(make: Maker, tmp_path: Path) -> None:
     a, b = two_models(make, tmp_path)
-    prefill, decode = spec_of(a, "prefill"), spec_of(b, "decode")
+    prefill, decode = spec_of(a, Role.PREFILL), spec_of(b, Role.DECODE)
     registry = Registry(RouterConfig())
-    workers = [registry.add(f"http://{use.value}:1", use, 0.0) for use in (WorkerUse.PREFILL, WorkerUse.DECODE)]
+    workers = [registry.add(f"http://{use.value}:1", use, 0.0) for use in (Role.PREFILL, Role.DECODE)]
     registry.on_welcome(workers[0], Welcome(spec=prefill), 1.0)
     with pytest.raises(ConfigError, match="another model") as refused:
         registry.on_welcome(workers[1], Welcome(spec=decode), 1.0)
@@ -120,7 +120,7 @@ def test_the_registry_refuses_a_second_model_and_names_both_fingerprints(make: M
 @pytest.mark.case("two-models-one-store")
 @both
 def test_store_and_persistence_never_return_pages_of_another_model(make: Maker, tmp_path: Path) -> None:
-    spaces = [spec_of(checkpoint, "unified").namespace for checkpoint in two_models(make, tmp_path)]
+    spaces = [spec_of(checkpoint, Role.UNIFIED).namespace for checkpoint in two_models(make, tmp_path)]
     prompt = list(range(12))
     pages = [memoryview(bytes([number]) * LAYOUT.page_bytes) for number in range(3)]
     stores = [
@@ -226,11 +226,11 @@ def test_a_worker_with_another_vocabulary_is_refused_and_both_models_are_named(
     worker = registry.add("http://w:1", None, 0.0)
     checkpoint = find_checkpoint(str(hf(tmp_path / "their-model")))
     with pytest.raises(ConfigError, match="--model-path of its workers") as refused:
-        registry.on_welcome(worker, Welcome(spec=spec_of(checkpoint, "unified", theirs)), 1.0)
+        registry.on_welcome(worker, Welcome(spec=spec_of(checkpoint, Role.UNIFIED, theirs)), 1.0)
     for name in ("our-model", ours, "their-model", theirs):
         assert name in refused.value.message
     assert worker.state is WorkerState.JOINING
-    registry.on_welcome(worker, Welcome(spec=spec_of(checkpoint, "unified", ours)), 2.0)
+    registry.on_welcome(worker, Welcome(spec=spec_of(checkpoint, Role.UNIFIED, ours)), 2.0)
     assert worker.state is WorkerState.READY
 
 

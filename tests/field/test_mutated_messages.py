@@ -40,6 +40,7 @@ from kvist.request import (
     Mode,
     Outcome,
     RequestId,
+    Role,
     SampledToken,
     SamplingParams,
     WorkerId,
@@ -53,7 +54,7 @@ from kvist.testing.specs import make_spec
 
 VOCAB, NUM_PAGES, PAGE_SIZE = 50, 24, 4
 LATER_S = 1e4  # after every time-out
-EPOCHS = {"unified": EpochId("P"), "prefill": EpochId("P"), "decode": EpochId("D")}
+EPOCHS = {Role.UNIFIED: EpochId("P"), Role.PREFILL: EpochId("P"), Role.DECODE: EpochId("D")}
 POOL = wire.PoolAddress(transport="shm", location="/pool", num_pages=NUM_PAGES, page_bytes=64, layout="l")
 WEIRD: tuple[Any, ...] = (
     *(0, 1, -1, 49, 50, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, -(2**63)),
@@ -63,7 +64,7 @@ WEIRD: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def spec_of(role: str, name: str = "w") -> wire.EngineSpec:
+def spec_of(role: Role, name: str = "w") -> wire.EngineSpec:
     return make_spec(
         worker_id=WorkerId(name),
         epoch=EPOCHS[role],
@@ -76,7 +77,7 @@ def spec_of(role: str, name: str = "w") -> wire.EngineSpec:
     )
 
 
-def scheduler_of(role: str) -> Scheduler:
+def scheduler_of(role: Role) -> Scheduler:
     config = SchedulerConfig(
         max_running_requests=8, max_queued_requests=8, chunked_prefill_size=8, max_prefill_tokens=16, max_model_len=64
     )
@@ -149,7 +150,7 @@ class Messages:
         )  # fmt: skip
         outputs = wire.StepOutputs(chunks=(chunk,), ended=(ended,) if dice.random() < 0.2 else ())
         flushed = wire.Flushed(call_id="c", num_pages=1)
-        return dice.choice((outputs, outputs, outputs, report, wire.Welcome(spec=spec_of("unified")), flushed))
+        return dice.choice((outputs, outputs, outputs, report, wire.Welcome(spec=spec_of(Role.UNIFIED)), flushed))
 
     def mutated(self, message: Any) -> bytes:
         payload = wire.encode(message)
@@ -202,7 +203,7 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
 class OfflineEngine:
     """Decoder, inbox and scheduler of one role, with a fake runner, transport and clock."""
 
-    def __init__(self, role: str, seed: int) -> None:
+    def __init__(self, role: Role, seed: int) -> None:
         self.dice = random.Random(seed)
         self.gateways = Gateways(timeout_s=1e9)
         self.inbox = Inbox(spec=spec_of(role), gateways=self.gateways, ask_storage=None)
@@ -324,7 +325,7 @@ def check_computable(batch: Batch) -> None:
             assert (item.sampling.num_logprobs or 0) >= 0
 
 
-def fuzz_engine(role: str, seed: int, num_messages: int) -> OfflineEngine:
+def fuzz_engine(role: Role, seed: int, num_messages: int) -> OfflineEngine:
     messages, engine = Messages(seed), OfflineEngine(role, seed)
     for number in range(num_messages):
         answers, engine.answers = engine.answers, []
@@ -358,7 +359,7 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
     messages, registry, engines = Messages(seed), Registry(RouterConfig()), Engines()
     dispatcher = Dispatcher(config=RouterConfig(), registry=registry, engines=engines, clock=FakeClock())
     worker = registry.add("w", None, 0.0)
-    registry.on_welcome(worker, wire.Welcome(spec=spec_of("unified")), 0.0)
+    registry.on_welcome(worker, wire.Welcome(spec=spec_of(Role.UNIFIED)), 0.0)
     decoder, num_decoded = wire.Decoder(wire.EngineToGateway), 0
 
     async def read(name: str) -> list[int]:
@@ -371,7 +372,7 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
         """Do what fleet.py does after a restart of the engine."""
         registry.on_lost(worker, "it was restarted")
         dispatcher.on_lost(worker, "it was restarted")
-        spec = msgspec.structs.replace(spec_of("unified"), epoch=EpochId(f"epoch{number}"))
+        spec = msgspec.structs.replace(spec_of(Role.UNIFIED), epoch=EpochId(f"epoch{number}"))
         registry.on_welcome(worker, wire.Welcome(spec=spec), 0.0)
 
     reader: asyncio.Task[list[int]] | None = None
@@ -459,7 +460,7 @@ class FakeTransport:
     def close(self) -> None: ...
 
 
-def fuzz_loop(role: str, seed: int, num_messages: int) -> float:
+def fuzz_loop(role: Role, seed: int, num_messages: int) -> float:
     """Send mutated messages to an engine loop through a member's socket, then a valid one, which must be answered.
 
     Return the number of undecodable messages that the engine reports."""
@@ -510,22 +511,22 @@ def fuzz_loop(role: str, seed: int, num_messages: int) -> float:
 # ---------------------------------------------------------------- the tests
 
 
-@pytest.mark.parametrize(("role", "seed"), [("unified", 1), ("prefill", 2), ("decode", 3)])
-def test_an_engine_survives_mutated_messages_and_releases_everything_they_held(role: str, seed: int) -> None:
+@pytest.mark.parametrize(("role", "seed"), [(Role.UNIFIED, 1), (Role.PREFILL, 2), (Role.DECODE, 3)])
+def test_an_engine_survives_mutated_messages_and_releases_everything_they_held(role: Role, seed: int) -> None:
     engine = fuzz_engine(role, seed, 1200)
     assert 400 < engine.num_decoded < 1600, "mutations must be wrong in many ways"
     totals = engine.scheduler.load().totals
     assert totals["requests_finished"] > 0
-    if role != "unified":
-        assert totals["handoffs_sent" if role == "prefill" else "handoffs_received"] > 0
+    if role is not Role.UNIFIED:
+        assert totals["handoffs_sent" if role is Role.PREFILL else "handoffs_received"] > 0
 
 
 async def test_a_gateway_survives_mutated_messages_and_serves_on() -> None:
     assert await fuzz_gateway(4, 1000) > 300
 
 
-@pytest.mark.parametrize(("role", "seed"), [("prefill", 5), ("decode", 6)])
-def test_an_engine_loop_survives_mutated_messages_and_answers_the_next_valid_one(role: str, seed: int) -> None:
+@pytest.mark.parametrize(("role", "seed"), [(Role.PREFILL, 5), (Role.DECODE, 6)])
+def test_an_engine_loop_survives_mutated_messages_and_answers_the_next_valid_one(role: Role, seed: int) -> None:
     assert fuzz_loop(role, seed, 500) > 0
 
 
@@ -536,7 +537,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     share = args.messages // 8
-    for role in ("unified", "prefill", "decode"):
+    for role in (Role.UNIFIED, Role.PREFILL, Role.DECODE):
         print(role, "offline:", fuzz_engine(role, args.seed, share).num_decoded, "of", share, "decoded", flush=True)
         print(role, "live:", fuzz_loop(role, args.seed, share), "of", share, "not decoded", flush=True)
     num_decoded = asyncio.run(fuzz_gateway(args.seed, 2 * share))

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from kvist import wire
-from kvist.request import EpochId, FinishReason, Mode, Outcome, WorkerId
+from kvist.request import EpochId, FinishReason, Mode, Outcome, Role, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.dispatch import Dispatcher
 from kvist.router.fleet import EngineEvents
@@ -40,7 +40,7 @@ class Engines:
 
     async def close(self) -> None: ...
 
-    def join(self, name: str, role: str, *, pool: int, context: int = TRAINED_FOR) -> Worker:
+    def join(self, name: str, role: Role, *, pool: int, context: int = TRAINED_FOR) -> Worker:
         worker = self.registry.add(f"http://{name}", None, 0.0)
         spec = make_spec(
             worker_id=WorkerId(name),
@@ -125,8 +125,8 @@ def error_of(response: httpx.Response) -> str:
 
 @pytest.mark.case("unequal-pools")
 async def test_an_answer_that_decode_cannot_hold_is_refused_before_anything_runs(fleet: Fleet) -> None:
-    fleet.engines.join("p", "prefill", pool=2048)
-    fleet.engines.join("d", "decode", pool=1024)
+    fleet.engines.join("p", Role.PREFILL, pool=2048)
+    fleet.engines.join("d", Role.DECODE, pool=1024)
     response = await fleet.complete(1000, 100)
     assert response.status_code == 400
     assert "1024" in error_of(response)
@@ -147,9 +147,9 @@ async def test_an_answer_that_decode_cannot_hold_is_refused_before_anything_runs
 async def test_the_router_uses_only_workers_that_the_request_fits(
     fleet: Fleet, prefills: list[int], decodes: list[int], used: set[str]
 ) -> None:
-    for role, pools in (("prefill", prefills), ("decode", decodes)):
+    for role, pools in ((Role.PREFILL, prefills), (Role.DECODE, decodes)):
         for index, pool in enumerate(pools):
-            fleet.engines.join(f"{role[0]}{index}", role, pool=pool)
+            fleet.engines.join(f"{str(role)[0]}{index}", role, pool=pool)
     for _ in range(4):  # in turn
         response = await fleet.complete(1200, 100)
         assert response.status_code == 200
@@ -165,11 +165,11 @@ async def test_the_router_uses_only_workers_that_the_request_fits(
 
 @pytest.mark.case("unequal-pools")
 async def test_a_prompt_too_long_for_every_prefill_worker_runs_unified_or_is_refused(fleet: Fleet) -> None:
-    fleet.engines.join("p", "prefill", pool=1024)
-    fleet.engines.join("d", "decode", pool=4096)
+    fleet.engines.join("p", Role.PREFILL, pool=1024)
+    fleet.engines.join("d", Role.DECODE, pool=4096)
     assert "prefill worker (p) can hold 1024 tokens" in error_of(await fleet.complete(2000, 10))
     assert (await fleet.complete(1000, 2000)).status_code == 200
-    fleet.engines.join("u", "unified", pool=2048)
+    fleet.engines.join("u", Role.UNIFIED, pool=2048)
     assert (await fleet.complete(2000, 10)).status_code == 200
     assert fleet.engines.submits[-1] == ("u", Mode.FULL)
     assert await fleet.max_model_len() == 4096
@@ -178,7 +178,7 @@ async def test_a_prompt_too_long_for_every_prefill_worker_runs_unified_or_is_ref
 @pytest.mark.case("unequal-pools")
 async def test_a_retry_goes_to_a_worker_that_the_request_fits(fleet: Fleet) -> None:
     for name, pool in (("a", 2048), ("b", 1024), ("c", 2048)):
-        fleet.engines.join(name, "unified", pool=pool)
+        fleet.engines.join(name, Role.UNIFIED, pool=pool)
     fleet.engines.full = {"a"}
     assert (await fleet.complete(1500, 10)).status_code == 200
     assert [worker for worker, _ in fleet.engines.submits] == ["a", "c"]
@@ -188,8 +188,8 @@ async def test_a_retry_goes_to_a_worker_that_the_request_fits(fleet: Fleet) -> N
 
 @pytest.mark.case("unequal-pools")
 async def test_a_request_that_fits_only_a_lost_worker_is_refused_as_retryable(fleet: Fleet) -> None:
-    fleet.engines.join("small", "unified", pool=1024)
-    large = fleet.engines.join("large", "unified", pool=4096)
+    fleet.engines.join("small", Role.UNIFIED, pool=1024)
+    large = fleet.engines.join("large", Role.UNIFIED, pool=4096)
     assert (await fleet.complete(1000, None)).status_code == 200
     fleet.engines.lose(large)
     for max_tokens, status in ((10, 200), (100, 503)):
@@ -209,7 +209,7 @@ async def test_a_request_that_fits_only_a_lost_worker_is_refused_as_retryable(fl
 async def test_the_error_for_a_long_prompt_names_the_binding_limit_and_its_option(
     fleet: Fleet, pool: int, context: int, limit: int, option: str, prompt: object
 ) -> None:
-    fleet.engines.join("u", "unified", pool=pool, context=context)
+    fleet.engines.join("u", Role.UNIFIED, pool=pool, context=context)
     response = await fleet.client.post("/v1/completions", content=msgspec.json.encode({"prompt": prompt}))
     message = error_of(response)
     assert f" {limit} tokens" in message

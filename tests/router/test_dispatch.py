@@ -21,12 +21,12 @@ from kvist.errors import (
     WorkerLost,
 )
 from kvist.kv.keys import page_digests
-from kvist.request import EngineRequest, EpochId, FinishReason, Mode, Outcome, RequestId, SamplingParams, WorkerId
+from kvist.request import EngineRequest, EpochId, FinishReason, Mode, Outcome, RequestId, Role, SamplingParams, WorkerId
 from kvist.router import route
 from kvist.router.config import RouterConfig
 from kvist.router.dispatch import END_TIMEOUT_S, MAX_WAITING_LOGPROBS, Dispatcher
 from kvist.router.fleet import EngineEvents
-from kvist.router.registry import Registry, Worker, WorkerUse
+from kvist.router.registry import Registry, Worker
 from kvist.router.stream import StreamPart
 from kvist.testing.clocks import FakeClock
 from kvist.testing.specs import make_load, make_roomy_spec
@@ -54,7 +54,7 @@ class MemoryEngines:
     async def close(self) -> None:
         self.closed = True
 
-    def join(self, name: str, role: str, **spec: object) -> Worker:
+    def join(self, name: str, role: Role, **spec: object) -> Worker:
         worker = self.registry.add(name, None, 0.0)
         worker.endpoint = f"tcp://{name}"
         made = make_roomy_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **spec)
@@ -92,7 +92,7 @@ class World:
         self.engines.start(self.dispatcher)
 
     def pair(self) -> tuple[Worker, Worker]:
-        return self.engines.join("p", "prefill"), self.engines.join("d", "decode")
+        return self.engines.join("p", Role.PREFILL), self.engines.join("d", Role.DECODE)
 
     def generate(self, **fields: object) -> AsyncGenerator[StreamPart, None]:
         max_tokens = fields.pop("max_tokens", 4)
@@ -128,7 +128,7 @@ async def settle() -> None:
 
 async def test_a_unified_worker_serves_the_whole_request() -> None:
     world = World()
-    worker = world.engines.join("u", "unified")
+    worker = world.engines.join("u", Role.UNIFIED)
     task = await world.begin()
     (submit,) = world.engines.submits(worker)
     assert (submit.mode, submit.handoff_id, submit.request.prompt_token_ids) == (Mode.FULL, None, PROMPT)
@@ -168,7 +168,7 @@ async def test_a_pair_gets_one_handoff_id_and_its_chunks_are_merged() -> None:
 
 async def test_chunks_that_wait_for_a_slow_reader_are_merged_into_one_part() -> None:
     world = World()
-    worker = world.engines.join("u", "unified")
+    worker = world.engines.join("u", Role.UNIFIED)
     stream = world.generate()
     first = asyncio.create_task(anext(stream))
     await settle()
@@ -201,7 +201,7 @@ async def test_a_first_token_that_ends_the_answer_does_not_wait_for_decode() -> 
 
 async def test_a_continued_request_starts_at_the_position_after_its_output_tokens() -> None:
     world = World()
-    worker = world.engines.join("u", "unified")
+    worker = world.engines.join("u", Role.UNIFIED)
     task = await world.begin(output_token_ids=(1, 2))
     world.engines.emit(worker, 2, 3, finish=FinishReason.LENGTH)
     assert await task == [3]
@@ -209,7 +209,7 @@ async def test_a_continued_request_starts_at_the_position_after_its_output_token
 
 async def test_a_prompt_goes_to_the_worker_that_caches_its_pages_under_the_same_salt() -> None:
     world = World()
-    cold, warm = world.engines.join("a", "unified"), world.engines.join("b", "unified")
+    cold, warm = world.engines.join("a", Role.UNIFIED), world.engines.join("b", Role.UNIFIED)
     digests = page_digests(PROMPT, 16, "n", "salt")
     registry = world.engines.registry
     registry.on_report(warm, make_load(snapshot=True, cached_added=tuple(digests)), 0.0)
@@ -263,7 +263,7 @@ async def test_a_request_over_the_time_limit_fails_with_timeout_and_is_aborted()
 
 async def test_a_request_whose_engine_never_sends_ended_is_given_up() -> None:
     world = World()
-    worker = world.engines.join("u", "unified")
+    worker = world.engines.join("u", Role.UNIFIED)
     task = await world.begin()
     world.engines.emit(worker, 0, 7, finish=FinishReason.STOP)
     await task
@@ -277,7 +277,7 @@ async def test_a_request_whose_engine_never_sends_ended_is_given_up() -> None:
 
 async def test_close_ends_every_request() -> None:
     world = World()
-    worker = world.engines.join("u", "unified")
+    worker = world.engines.join("u", Role.UNIFIED)
     task = await world.begin()
     await world.dispatcher.close()
     with pytest.raises(Unavailable, match="shutting down"):
@@ -331,7 +331,7 @@ async def test_a_prefill_failure_after_decode_began_is_ignored() -> None:
 
 async def test_ended_without_a_last_token_fails_the_request_as_an_engine_error() -> None:
     world = World()
-    worker = world.engines.join("u", "unified")
+    worker = world.engines.join("u", Role.UNIFIED)
     task = await world.begin()
     world.engines.emit(worker, 0, 7)
     world.engines.end(worker)
@@ -341,7 +341,7 @@ async def test_ended_without_a_last_token_fails_the_request_as_an_engine_error()
 
 async def test_an_abort_that_the_gateway_did_not_request_fails_the_request() -> None:
     world = World()
-    worker = world.engines.join("u", "unified")
+    worker = world.engines.join("u", Role.UNIFIED)
     task = await world.begin()
     world.engines.end(worker, Outcome.ABORTED, message="gateway silent")
     with pytest.raises(Unavailable, match="gateway silent"):
@@ -351,7 +351,7 @@ async def test_an_abort_that_the_gateway_did_not_request_fails_the_request() -> 
 async def test_a_worker_lost_mid_stream_fails_the_request_and_aborts_its_partner() -> None:
     world = World()
     prefill, decode = world.pair()
-    world.engines.join("d2", "decode")
+    world.engines.join("d2", Role.DECODE)
     stream = world.generate()
     first = asyncio.create_task(anext(stream))
     await settle()
@@ -368,8 +368,8 @@ async def test_a_worker_lost_mid_stream_fails_the_request_and_aborts_its_partner
 async def test_a_request_whose_worker_is_lost_before_the_first_token_is_retried_once() -> None:
     world = World()
     prefill, decode = world.pair()
-    spare = world.engines.join("d2", "decode")
-    world.engines.join("d3", "decode")  # would serve a third attempt
+    spare = world.engines.join("d2", Role.DECODE)
+    world.engines.join("d3", Role.DECODE)  # would serve a third attempt
     task = await world.begin()
     world.engines.lose(decode)
     await settle()
@@ -385,7 +385,7 @@ async def test_a_request_whose_worker_is_lost_before_the_first_token_is_retried_
 
 async def test_a_request_refused_by_a_full_engine_is_retried_on_another() -> None:
     world = World(policy="round_robin")
-    full, free = world.engines.join("a", "unified"), world.engines.join("b", "unified")
+    full, free = world.engines.join("a", Role.UNIFIED), world.engines.join("b", Role.UNIFIED)
     task = await world.begin()
     world.engines.end(full, Outcome.FAILED, error_code="overloaded", message="queue full")
     await settle()
@@ -395,7 +395,7 @@ async def test_a_request_refused_by_a_full_engine_is_retried_on_another() -> Non
 
 async def test_a_request_error_is_not_retried() -> None:
     world = World(policy="round_robin")
-    first, second = world.engines.join("a", "unified"), world.engines.join("b", "unified")
+    first, second = world.engines.join("a", Role.UNIFIED), world.engines.join("b", Role.UNIFIED)
     task = await world.begin()
     world.engines.end(first, Outcome.FAILED, error_code="invalid_request", message="no")
     with pytest.raises(KvistError, match="no"):
@@ -419,10 +419,10 @@ async def test_a_missing_role_is_named_with_the_command_that_starts_it() -> None
     world = World()
     with pytest.raises(Unavailable, match="kvist serve"):
         await read_all(world.generate())
-    prefill = world.engines.join("p", "prefill")
+    prefill = world.engines.join("p", Role.PREFILL)
     with pytest.raises(Unavailable, match=r"no decode worker is ready.*--decode-only"):
         await read_all(world.generate())
-    world.engines.join("d", "decode")
+    world.engines.join("d", Role.DECODE)
     world.engines.lose(prefill)
     with pytest.raises(Unavailable, match=r"no prefill worker is ready.*p is lost \(it died\)"):
         await read_all(world.generate())
@@ -431,23 +431,23 @@ async def test_a_missing_role_is_named_with_the_command_that_starts_it() -> None
 async def test_the_router_is_ready_with_a_pair_or_a_unified_worker() -> None:
     world = World()
     assert not world.dispatcher.ready()
-    world.engines.join("p", "prefill")
+    world.engines.join("p", Role.PREFILL)
     assert not world.dispatcher.ready()
-    decode = world.engines.join("d", "decode")
+    decode = world.engines.join("d", Role.DECODE)
     assert world.dispatcher.ready()
     world.engines.lose(decode)
     assert not world.dispatcher.ready()
-    world.engines.join("u", "unified")
+    world.engines.join("u", Role.UNIFIED)
     assert world.dispatcher.ready()
     assert world.dispatcher.model() is not None
 
 
-@pytest.mark.parametrize("full_role", ["prefill", "decode"])
-async def test_full_workers_refuse_before_anything_is_sent(full_role: str) -> None:
+@pytest.mark.parametrize("full_role", [Role.PREFILL, Role.DECODE])
+async def test_full_workers_refuse_before_anything_is_sent(full_role: Role) -> None:
     world = World(retry_after_s=2.5)
     small = {"max_running_requests": 1, "max_queued_requests": 1}
-    prefill = world.engines.join("p", "prefill", **(small if full_role == "prefill" else {}))
-    decode = world.engines.join("d", "decode", **(small if full_role == "decode" else {}))
+    prefill = world.engines.join("p", Role.PREFILL, **(small if full_role is Role.PREFILL else {}))
+    decode = world.engines.join("d", Role.DECODE, **(small if full_role is Role.DECODE else {}))
     tasks = [await world.begin() for _ in range(2)]
     with pytest.raises(Overloaded) as caught:
         await read_all(world.generate())
@@ -463,7 +463,7 @@ async def test_full_workers_refuse_before_anything_is_sent(full_role: str) -> No
 
 async def test_a_full_unified_worker_refuses_before_anything_is_sent() -> None:
     world = World()
-    worker = world.engines.join("u", "unified", max_running_requests=1, max_queued_requests=0)
+    worker = world.engines.join("u", Role.UNIFIED, max_running_requests=1, max_queued_requests=0)
     task = await world.begin()
     with pytest.raises(Overloaded):
         await read_all(world.generate())
@@ -483,8 +483,8 @@ async def test_prompt_tokens_are_pending_at_prefill_until_the_first_token() -> N
 
 async def test_a_unified_worker_serves_the_request_when_the_pair_is_incomplete() -> None:
     world = World()
-    world.engines.join("p", "prefill")
-    unified = world.engines.join("u", "unified")
+    world.engines.join("p", Role.PREFILL)
+    unified = world.engines.join("u", Role.UNIFIED)
     task = await world.begin()
     assert world.engines.submits(unified)[0].mode is Mode.FULL
     task.cancel()
@@ -492,9 +492,9 @@ async def test_a_unified_worker_serves_the_request_when_the_pair_is_incomplete()
 
 async def test_a_unified_worker_named_for_prefill_is_paired() -> None:
     world = World()
-    worker = world.engines.registry.add("http://u", WorkerUse.PREFILL, 0.0)
+    worker = world.engines.registry.add("http://u", Role.PREFILL, 0.0)
     world.engines.registry.on_welcome(worker, wire.Welcome(spec=make_roomy_spec(worker_id=WorkerId("u"))), 0.0)
-    world.engines.join("d", "decode")
+    world.engines.join("d", Role.DECODE)
     task = await world.begin()
     assert world.engines.submits(worker)[0].mode is Mode.PREFILL
     task.cancel()
@@ -551,7 +551,7 @@ async def test_a_worker_that_does_not_answer_a_storage_command_is_named() -> Non
 
 async def test_logprobs_that_wait_for_a_client_that_does_not_read_are_bounded() -> None:
     world = World()
-    worker = world.engines.join("w", "unified")
+    worker = world.engines.join("w", Role.UNIFIED)
     stream = world.generate(max_tokens=10_000)
     first = asyncio.create_task(anext(stream))
     await settle()
@@ -575,7 +575,7 @@ async def test_the_page_digests_of_a_prompt_with_many_answers_are_computed_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = World()
-    worker = world.engines.join("w", "unified")
+    worker = world.engines.join("w", Role.UNIFIED)
     worker.known_pages = {b"some page"}
     digested: list[tuple[object, str]] = []
 

@@ -14,7 +14,7 @@ import pytest
 from kvist import wire
 from kvist.channel import ChannelConfig
 from kvist.errors import ConfigError, KvistError, Unavailable, WorkerLost
-from kvist.request import EngineRequest, EpochId, RequestId, SamplingParams, WorkerId
+from kvist.request import EngineRequest, EpochId, RequestId, Role, SamplingParams, WorkerId
 from kvist.router import Dispatcher, RouterConfig, build_dispatcher
 from kvist.router.discovery import normal_url, reachable_endpoint
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
@@ -70,7 +70,7 @@ async def ask(dispatcher: Dispatcher, first_token: int = 1000, max_tokens: int =
     return tokens
 
 
-def spec(name: str, role: str = "unified", **changes: object) -> wire.EngineSpec:
+def spec(name: str, role: Role = Role.UNIFIED, **changes: object) -> wire.EngineSpec:
     return make_roomy_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **changes)
 
 
@@ -83,7 +83,7 @@ def in_flight(dispatcher: Dispatcher) -> int:
 
 
 async def test_a_pair_delivers_many_streams_complete_and_in_order(start_engine: StartEngine, connect: Connect) -> None:
-    dispatcher = await connect(start_engine(spec=spec("p", "prefill")), start_engine(spec=spec("d", "decode")))
+    dispatcher = await connect(start_engine(spec=spec("p", Role.PREFILL)), start_engine(spec=spec("d", Role.DECODE)))
     await until(dispatcher.ready)
     answers = await asyncio.gather(*(ask(dispatcher, 1000 * i, name=str(i)) for i in range(40)))
     assert answers == [list(range(1000 * i, 1000 * i + 50)) for i in range(40)]
@@ -93,7 +93,7 @@ async def test_a_pair_delivers_many_streams_complete_and_in_order(start_engine: 
 async def test_two_gateways_share_the_engines_even_with_equal_request_ids(
     start_engine: StartEngine, connect: Connect
 ) -> None:
-    engines = start_engine(spec=spec("p", "prefill")), start_engine(spec=spec("d", "decode"))
+    engines = start_engine(spec=spec("p", Role.PREFILL)), start_engine(spec=spec("d", Role.DECODE))
     gateways = [await connect(*engines), await connect(*engines)]
     for gateway in gateways:
         await until(gateway.ready)
@@ -102,7 +102,7 @@ async def test_two_gateways_share_the_engines_even_with_equal_request_ids(
 
 
 async def test_closing_a_stream_aborts_the_request_at_both_engines(start_engine: StartEngine, connect: Connect) -> None:
-    prefill, decode = start_engine(spec=spec("p", "prefill")), start_engine(spec=spec("d", "decode"))
+    prefill, decode = start_engine(spec=spec("p", Role.PREFILL)), start_engine(spec=spec("d", Role.DECODE))
     dispatcher = await connect(prefill, decode)
     await until(dispatcher.ready)
     prefill.hold = decode.hold = True
@@ -193,7 +193,7 @@ async def test_a_missed_report_brings_a_snapshot(start_engine: StartEngine, conn
 
 
 async def test_flush_reaches_every_worker(start_engine: StartEngine, connect: Connect) -> None:
-    dispatcher = await connect(start_engine(spec=spec("p", "prefill")), start_engine(spec=spec("d", "decode")))
+    dispatcher = await connect(start_engine(spec=spec("p", Role.PREFILL)), start_engine(spec=spec("d", Role.DECODE)))
     await until(dispatcher.ready)
     assert await dispatcher.flush_cache() == {"p": 7, "d": 7}
 
@@ -235,7 +235,7 @@ def info(engine: wire.EngineSpec | None) -> httpx.Response:
 async def test_workers_named_by_url_are_found_once_they_have_loaded(
     start_engine: StartEngine, connect: Connect
 ) -> None:
-    prefill, decode = start_engine(spec=spec("p", "prefill")), start_engine(spec=spec("d", "decode"))
+    prefill, decode = start_engine(spec=spec("p", Role.PREFILL)), start_engine(spec=spec("d", Role.DECODE))
     loading = iter([httpx.Response(503), info(None), httpx.Response(200, content=b"<html>")])
     transport = serve(
         {"p": lambda: next(loading, None) or info(prefill.spec), "d": lambda: info(decode.spec)},
@@ -243,7 +243,7 @@ async def test_workers_named_by_url_are_found_once_they_have_loaded(
     dispatcher = await connect(transport=transport, prefill=("http://p:1",), decode=("d:2",))
     await until(dispatcher.ready)
     assert await ask(dispatcher, 5, 3) == [5, 6, 7]
-    assert [worker.role for worker in dispatcher.snapshot().workers] == ["prefill", "decode"]
+    assert [worker.role for worker in dispatcher.snapshot().workers] == [Role.PREFILL, Role.DECODE]
 
 
 async def test_a_worker_that_cannot_be_reached_shows_the_reason(connect: Connect) -> None:
@@ -257,7 +257,7 @@ async def test_a_worker_that_cannot_be_reached_shows_the_reason(connect: Connect
 
 
 async def test_the_router_sends_its_api_key_to_find_workers(start_engine: StartEngine, connect: Connect) -> None:
-    engine = start_engine(spec=spec("w", "unified"))
+    engine = start_engine(spec=spec("w", Role.UNIFIED))
 
     def answer(request: httpx.Request) -> httpx.Response:
         return info(engine.spec) if request.headers.get("Authorization") == "Bearer k" else httpx.Response(401)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from kvist.errors import ConfigError
-from kvist.request import EpochId, RequestId, WorkerId
+from kvist.request import EpochId, RequestId, Role, WorkerId
 from kvist.router.config import RouterConfig
-from kvist.router.registry import Registry, Worker, WorkerState, WorkerUse
+from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.testing.specs import make_load, make_roomy_spec
 from kvist.wire import Welcome
 
 A, B, C = (bytes([i]) * 16 for i in range(3))
 
 
-def add(registry: Registry, name: str = "http://a", use: WorkerUse | None = None) -> Worker:
+def add(registry: Registry, name: str = "http://a", use: Role | None = None) -> Worker:
     return registry.add(name, use, 0.0)
 
 
@@ -27,12 +27,12 @@ def test_a_worker_joins_is_ready_is_lost_and_comes_back() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     assert worker.state is WorkerState.JOINING
-    assert registry.ready(WorkerUse.UNIFIED) == []
+    assert registry.ready(Role.UNIFIED) == []
     welcome(registry, worker)
-    assert registry.ready(WorkerUse.UNIFIED) == [worker]
+    assert registry.ready(Role.UNIFIED) == [worker]
     registry.on_lost(worker, "gone")
     assert (worker.state, worker.problem) == (WorkerState.LOST, "gone")
-    assert registry.ready(WorkerUse.UNIFIED) == []
+    assert registry.ready(Role.UNIFIED) == []
     welcome(registry, worker, epoch=EpochId("second"))
     assert (worker.state, worker.problem) == (WorkerState.READY, "")
 
@@ -98,7 +98,7 @@ def test_a_worker_that_does_not_match_is_refused_and_listed_with_the_reason(
     welcome(registry, first)
     with pytest.raises(ConfigError, match=f"serves another {word}"):
         welcome(registry, second, **{field: value})
-    assert registry.ready(WorkerUse.UNIFIED) == [first]
+    assert registry.ready(Role.UNIFIED) == [first]
     assert "http://a" in registry.snapshot()[1].problem
 
 
@@ -108,22 +108,22 @@ def test_a_worker_with_another_model_may_join_once_the_first_is_lost() -> None:
     welcome(registry, first)
     registry.on_lost(first, "gone")
     welcome(registry, second, model_fingerprint="new")
-    assert registry.ready(WorkerUse.UNIFIED) == [second]
+    assert registry.ready(Role.UNIFIED) == [second]
     with pytest.raises(ConfigError, match="another model"):
         welcome(registry, first, epoch=EpochId("2"))
 
 
 def test_a_unified_worker_may_prefill_and_others_serve_only_their_role() -> None:
     registry = Registry(RouterConfig())
-    prefill = add(registry, "http://a", WorkerUse.PREFILL)
-    welcome(registry, prefill, role="unified")
-    assert registry.ready(WorkerUse.PREFILL) == [prefill]
-    assert registry.ready(WorkerUse.UNIFIED) == []
-    for role in ("unified", "prefill"):
+    prefill = add(registry, "http://a", Role.PREFILL)
+    welcome(registry, prefill, role=Role.UNIFIED)
+    assert registry.ready(Role.PREFILL) == [prefill]
+    assert registry.ready(Role.UNIFIED) == []
+    for role in (Role.UNIFIED, Role.PREFILL):
         with pytest.raises(ConfigError, match="--role decode"):
-            welcome(registry, add(registry, f"http://{role}", WorkerUse.DECODE), role=role)
+            welcome(registry, add(registry, f"http://{role}", Role.DECODE), role=role)
     with pytest.raises(ConfigError, match="--role prefill"):
-        welcome(registry, add(registry, "http://d", WorkerUse.PREFILL), role="decode")
+        welcome(registry, add(registry, "http://d", Role.PREFILL), role=Role.DECODE)
 
 
 def test_a_worker_named_twice_is_used_once() -> None:

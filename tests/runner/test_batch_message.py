@@ -8,7 +8,7 @@ from collections import Counter
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import Event, SampledTokens, StepFinished
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams
 from kvist.runner.batch_message import BatchDecoder, BatchEncoder
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.wire import PoolAddress, Submit
@@ -48,7 +48,7 @@ def test_decoded_batches_of_a_busy_scheduler_equal_the_planned_ones() -> None:
     )
     cache = PageCache(num_pages=70, page_size=4, namespace="t")  # too few for all requests, so some are preempted
     pool = PoolAddress(transport="none", location="", num_pages=70, page_bytes=1, layout="t")
-    scheduler = build_scheduler("unified", config, cache, EpochId("e"), pool)
+    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), pool)
     pair, events, launched, seen = Pair(), list[Event](), list[Batch](), Counter[str]()
     names: dict[str, RequestId] = {}
     for step in range(400):

@@ -26,7 +26,7 @@ from kvist.models.load import load_model
 from kvist.models.parallel import TensorParallel
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import Event, StepFinished
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, SampledToken, SamplingParams
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SampledToken, SamplingParams
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.inputs import build_inputs
@@ -129,7 +129,7 @@ def serve(
     )
     cache = PageCache(num_pages=runner.pool.num_pages, page_size=16, namespace="t")
     pool = PoolAddress(transport="none", location="", num_pages=runner.pool.num_pages, page_bytes=1, layout="t")
-    scheduler = build_scheduler("unified", config, cache, EpochId("e"), pool)
+    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), pool)
     waiting = deque(Submit(request=request, mode=Mode.FULL) for request in requests)
     streams: Streams = {request.request_id: [] for request in requests}
     in_flight: deque[tuple[Batch, InFlight]] = deque()

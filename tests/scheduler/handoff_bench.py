@@ -8,7 +8,7 @@ from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, SampledTokens, StepFinished
 from kvist.plan.plan import Plan
-from kvist.request import EpochId, HandoffId, Outcome, SampledToken
+from kvist.request import EpochId, HandoffId, Outcome, Role, SampledToken
 from kvist.scheduler import Scheduler, build_scheduler
 from kvist.wire import PoolAddress
 
@@ -25,9 +25,9 @@ def pool(epoch: str, layout: str = LAYOUT) -> PoolAddress:
 class Bench:
     """One scheduler; the test plays the gateway, the peer and the device."""
 
-    def __init__(self, role: str, num_pages: int = 12, **config: object) -> None:
+    def __init__(self, role: Role, num_pages: int = 12, **config: object) -> None:
         self.cache = PageCache(num_pages=num_pages, page_size=4, namespace="t")
-        epoch = D if role == "decode" else P
+        epoch = D if role is Role.DECODE else P
         self.scheduler: Scheduler = build_scheduler(role, small_config(**config), self.cache, epoch, pool(epoch))
         self.now_s = 0.0
         self.plan = Plan()

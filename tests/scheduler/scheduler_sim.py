@@ -39,7 +39,7 @@ from kvist.plan.transfers import (
     WritesCompleted,
     WritesFailed,
 )
-from kvist.request import EngineRequest, EpochId, FinishReason, HandoffId, Mode, Outcome, SamplingParams
+from kvist.request import EngineRequest, EpochId, FinishReason, HandoffId, Mode, Outcome, Role, SamplingParams
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.wire import Abort, Ack, Closed, Done, Ended, Grant, PoolAddress, PrefillPeer, Revoke, Submit, TokenChunk
 
@@ -210,7 +210,7 @@ class SimEngine:
         self,
         world: World,
         name: str,
-        role: str,
+        role: Role,
         *,
         life: int,
         config: SchedulerConfig,
@@ -381,7 +381,7 @@ class World:
     def start(
         self,
         name: str,
-        role: str,
+        role: Role,
         config: SchedulerConfig,
         *,
         num_pages: int = 12,

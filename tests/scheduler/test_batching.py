@@ -12,13 +12,13 @@ from scheduler_sim import SimEngine, World, make_request, small_config
 from kvist.errors import ConfigError
 from kvist.plan.events import SampledTokens, StepFinished
 from kvist.plan.plan import Plan
-from kvist.request import FinishReason, Mode, Outcome, SamplingParams
+from kvist.request import FinishReason, Mode, Outcome, Role, SamplingParams
 from kvist.scheduler import SchedulerConfig
 from kvist.wire import Abort, FlushCache, Submit
 
 
 def unified(num_pages: int = 12, **config: object) -> SimEngine:
-    return World().start("u", "unified", small_config(**config), num_pages=num_pages)
+    return World().start("u", Role.UNIFIED, small_config(**config), num_pages=num_pages)
 
 
 def arrived(request_id: str, num_tokens: int = 5, **fields: object) -> Submit:
@@ -224,18 +224,18 @@ def test_an_answer_that_cannot_fit_is_refused_and_never_shortened(num_pages: int
 @pytest.mark.parametrize(
     ("request_", "mode", "role"),
     [
-        (make_request("a", []), Mode.FULL, "unified"),
-        (make_request("a", [1], max_tokens=2, outputs=(3, 4)), Mode.FULL, "unified"),
-        (make_request("a", [1]), Mode.PREFILL, "unified"),  # no handoff_id
-        (make_request("a", [1]), Mode.DECODE, "unified"),
-        (make_request("a", [1]), Mode.DECODE, "prefill"),
-        (make_request("a", [1], max_tokens=2), Mode.FULL, "prefill"),
-        (make_request("a", [1]), Mode.FULL, "decode"),
-        (make_request("a", [1]), Mode.PREFILL, "decode"),
-        (make_request("a", [1]), Mode.DECODE, "decode"),  # no handoff_id, no prefill worker
+        (make_request("a", []), Mode.FULL, Role.UNIFIED),
+        (make_request("a", [1], max_tokens=2, outputs=(3, 4)), Mode.FULL, Role.UNIFIED),
+        (make_request("a", [1]), Mode.PREFILL, Role.UNIFIED),  # no handoff_id
+        (make_request("a", [1]), Mode.DECODE, Role.UNIFIED),
+        (make_request("a", [1]), Mode.DECODE, Role.PREFILL),
+        (make_request("a", [1], max_tokens=2), Mode.FULL, Role.PREFILL),
+        (make_request("a", [1]), Mode.FULL, Role.DECODE),
+        (make_request("a", [1]), Mode.PREFILL, Role.DECODE),
+        (make_request("a", [1]), Mode.DECODE, Role.DECODE),  # no handoff_id, no prefill worker
     ],
 )
-def test_each_role_refuses_the_modes_it_does_not_serve(request_: object, mode: Mode, role: str) -> None:
+def test_each_role_refuses_the_modes_it_does_not_serve(request_: object, mode: Mode, role: Role) -> None:
     engine = World().start("e", role, small_config())
     (ended,) = step(engine, Submit(request=request_, mode=mode)).ended
     assert (ended.outcome, ended.error_code) == (Outcome.FAILED, "invalid_request")
@@ -265,7 +265,7 @@ def test_the_entry_refuses_a_field_that_the_runner_does_not_carry_out(field: dic
 
 
 def test_a_prefill_worker_answers_a_whole_request_of_one_token() -> None:
-    engine = World().start("p", "prefill", small_config())
+    engine = World().start("p", Role.PREFILL, small_config())
     engine.world.submit(make_request("a", [1, 2, 3], max_tokens=1), engine)
     run_out(engine)
     assert len(engine.world.stream("a")[0]) == 1

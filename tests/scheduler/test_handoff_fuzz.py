@@ -7,6 +7,7 @@ import random
 import pytest
 from scheduler_sim import World, make_request, small_config
 
+from kvist.request import Role
 from kvist.scheduler.handoff import SOURCE_TRANSITIONS, TARGET_TRANSITIONS, SourceTrigger, TargetTrigger
 from kvist.scheduler.source import SourceSide
 from kvist.scheduler.target import TargetSide
@@ -22,11 +23,11 @@ def one_run(seed: int) -> World:
         max_remembered_handoffs=rng.choice([1, 64]),
         overlap=rng.random() < 0.5,
     )
-    role = rng.choice(["unified", "prefill"])
+    role = rng.choice([Role.UNIFIED, Role.PREFILL])
     for name in ("p0", "p1"):
         world.start(name, role, config, num_pages=rng.randint(6, 14))
     for name in ("d0", "d1"):
-        world.start(name, "decode", config, num_pages=rng.randint(6, 14))
+        world.start(name, Role.DECODE, config, num_pages=rng.randint(6, 14))
     fault = rng.choice([0.0, 0.01, 0.04])
     for _ in range(300):
         if rng.random() < fault:
@@ -112,8 +113,8 @@ def test_without_faults_every_stream_finishes_and_equals_unified() -> None:
     for seed in range(20):
         world = World()
         config = small_config(max_queued_requests=20, overlap=seed % 2 == 1)
-        prefill = world.start("p0", "prefill", config, num_pages=14)
-        decode = world.start("d0", "decode", config, num_pages=12)
+        prefill = world.start("p0", Role.PREFILL, config, num_pages=14)
+        decode = world.start("d0", Role.DECODE, config, num_pages=12)
         rng = random.Random(seed)
         for index in range(10):
             prompt = [rng.randint(0, 2) for _ in range(rng.randint(1, 20))]

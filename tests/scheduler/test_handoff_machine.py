@@ -9,6 +9,7 @@ from scheduler_sim import SimEngine, World, make_request, small_config
 
 from kvist.kv.cache import WRITE_POLICIES
 from kvist.kv.tiers.storage import PREFETCH_POLICIES, PrefetchConfig
+from kvist.request import Role
 
 PREFILLS = ("p0", "p1")
 DECODES = ("d0", "d1")
@@ -62,7 +63,7 @@ class Cluster(RuleBasedStateMachine):
         for name in PREFILLS:
             self.world.start(
                 name,
-                "unified" if unified else "prefill",
+                Role.UNIFIED if unified else Role.PREFILL,
                 config,
                 num_pages=prefill_pages,
                 num_host_pages=num_host_pages,
@@ -72,7 +73,7 @@ class Cluster(RuleBasedStateMachine):
         for name in DECODES:
             self.world.start(
                 name,
-                "decode",
+                Role.DECODE,
                 config,
                 num_pages=decode_pages,
                 num_host_pages=num_host_pages,
@@ -110,7 +111,7 @@ class Cluster(RuleBasedStateMachine):
     def submit_whole(self, prefill: str, prompt: list[int]) -> None:
         self.count += 1
         engine = self.engine(prefill)
-        max_tokens = 8 if engine.role == "unified" else 1
+        max_tokens = 8 if engine.role is Role.UNIFIED else 1
         self.world.submit(make_request(f"r{self.count}", prompt, max_tokens=max_tokens), engine)
 
     @rule(which=st.integers(1, 20), side=st.sampled_from([None, 0, 1]))

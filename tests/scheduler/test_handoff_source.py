@@ -11,7 +11,7 @@ from scheduler_sim import PAGE_BYTES, make_request
 
 from kvist.plan.events import Event, StepFailed
 from kvist.plan.transfers import PeerDied, StopWrites, WritePages, WritesCompleted, WritesFailed
-from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome
+from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome, Role
 from kvist.wire import Abort, Ack, Closed, Done, Grant, Revoke, Submit
 
 
@@ -40,7 +40,7 @@ def revoke() -> Revoke:
     return Revoke(handoff_id=H, target_epoch=D, reason="why not")
 
 
-def computed(role: str = "prefill", **config: object) -> Bench:
+def computed(role: Role = Role.PREFILL, **config: object) -> Bench:
     """Return a scheduler that has computed the prompt and requested all writes."""
     bench = Bench(role, **{"chunked_prefill_size": 10, **config})
     bench.step(prefill_arrived(), grant())
@@ -55,7 +55,7 @@ def done_sent(**config: object) -> Bench:
 
 
 def test_prefill_writes_pages_as_chunks_finish_and_the_partial_page_last() -> None:
-    bench = Bench("prefill", chunked_prefill_size=5)
+    bench = Bench(Role.PREFILL, chunked_prefill_size=5)
     bench.step(prefill_arrived(), grant())
     first = bench.finish()
     second = bench.finish()
@@ -69,7 +69,7 @@ def test_prefill_writes_pages_as_chunks_finish_and_the_partial_page_last() -> No
 
 
 def test_prefill_sends_the_first_token_before_any_write_but_never_before_the_grant() -> None:
-    bench = Bench("prefill", chunked_prefill_size=10)
+    bench = Bench(Role.PREFILL, chunked_prefill_size=10)
     bench.step(prefill_arrived())
     assert not bench.finish().chunks
     plan = bench.step(grant())
@@ -88,7 +88,7 @@ def test_done_carries_the_first_token_and_the_checksum_once_every_page_is_writte
 
 
 def test_done_carries_the_finish_reason_of_a_one_token_answer() -> None:
-    bench = Bench("prefill", chunked_prefill_size=10)
+    bench = Bench(Role.PREFILL, chunked_prefill_size=10)
     request = make_request("r", PROMPT, max_tokens=1)
     bench.step(Submit(request=request, mode=Mode.PREFILL, handoff_id=H, target_epoch=D), grant())
     bench.finish()
@@ -99,7 +99,7 @@ def test_done_carries_the_finish_reason_of_a_one_token_answer() -> None:
 
 @pytest.mark.parametrize("when", ["before", "during", "after"])
 def test_a_grant_may_arrive_before_during_or_after_the_prompt_is_computed(when: str) -> None:
-    bench = Bench("prefill", chunked_prefill_size=5)
+    bench = Bench(Role.PREFILL, chunked_prefill_size=5)
     message = grant()
     plans = [
         bench.step(*([message] if when == "before" else []), prefill_arrived()),
@@ -113,7 +113,7 @@ def test_a_grant_may_arrive_before_during_or_after_the_prompt_is_computed(when: 
 
 
 def test_prefill_does_not_write_pages_that_decode_has_cached() -> None:
-    bench = Bench("prefill", chunked_prefill_size=10)
+    bench = Bench(Role.PREFILL, chunked_prefill_size=10)
     bench.step(prefill_arrived(), grant(first_page=2))
     (job,) = bench.finish().transfers
     assert isinstance(job, WritePages)
@@ -121,7 +121,7 @@ def test_prefill_does_not_write_pages_that_decode_has_cached() -> None:
 
 
 def test_an_empty_grant_is_answered_with_done_without_a_write() -> None:
-    bench = Bench("prefill", chunked_prefill_size=10)
+    bench = Bench(Role.PREFILL, chunked_prefill_size=10)
     bench.step(prefill_arrived(prompt=range(8)), grant(first_page=2, page_ids=()))
     plan = bench.finish()
     assert not plan.transfers
@@ -131,7 +131,7 @@ def test_an_empty_grant_is_answered_with_done_without_a_write() -> None:
 
 
 def test_prefill_writes_cached_pages_before_it_computes_the_rest() -> None:
-    bench = Bench("prefill", chunked_prefill_size=10)
+    bench = Bench(Role.PREFILL, chunked_prefill_size=10)
     bench.step(Submit(request=make_request("old", PROMPT, max_tokens=1), mode=Mode.FULL))
     bench.finish()
     plan = bench.step(prefill_arrived(), grant())
@@ -199,7 +199,7 @@ def test_a_report_made_before_stop_writes_does_not_close_the_handoff() -> None:
 
 
 def test_a_revoke_without_pending_writes_is_answered_with_closed_at_once() -> None:
-    bench = Bench("prefill", chunked_prefill_size=3)
+    bench = Bench(Role.PREFILL, chunked_prefill_size=3)
     bench.step(prefill_arrived(), grant())
     plan = bench.step(revoke())
     (closed,) = messages(plan)
@@ -213,7 +213,7 @@ def test_a_revoke_without_pending_writes_is_answered_with_closed_at_once() -> No
 
 @pytest.mark.parametrize("first", ["abort", "revoke"])
 def test_a_handoff_whose_client_has_left_is_cancelled_at_prefill_and_not_failed(first: str) -> None:
-    bench = Bench("prefill", chunked_prefill_size=3)
+    bench = Bench(Role.PREFILL, chunked_prefill_size=3)
     bench.step(prefill_arrived(), grant())
     event: Event = Abort(request_id="r") if first == "abort" else msgspec.structs.replace(revoke(), cancelled=True)
     plan = bench.step(event)
@@ -233,7 +233,7 @@ def test_a_repeated_revoke_is_answered_each_time() -> None:
 
 
 def test_a_revoke_that_arrives_before_its_request_fails_the_request() -> None:
-    bench = Bench("prefill")
+    bench = Bench(Role.PREFILL)
     bench.step(grant())
     assert isinstance(messages(bench.step(revoke()))[0], Closed)
     plan = bench.step(prefill_arrived())
@@ -242,20 +242,20 @@ def test_a_revoke_that_arrives_before_its_request_fails_the_request() -> None:
 
 
 def test_a_revoked_early_grant_frees_its_place() -> None:
-    bench = Bench("prefill", max_remembered_handoffs=1)
+    bench = Bench(Role.PREFILL, max_remembered_handoffs=1)
     bench.step(grant(), revoke())
     assert not messages(bench.step(grant(handoff_id=HandoffId("next"))))
 
 
 def test_a_grant_after_the_end_is_answered_with_closed() -> None:
-    bench = Bench("prefill")
+    bench = Bench(Role.PREFILL)
     bench.step(prefill_arrived(), Abort(request_id="r"))
     (closed,) = messages(bench.step(grant()))
     assert isinstance(closed, Closed)
 
 
 def test_a_grant_for_another_epoch_is_answered_with_closed() -> None:
-    bench = Bench("prefill")
+    bench = Bench(Role.PREFILL)
     stale = msgspec.structs.replace(grant(), source_epoch=EpochId("P#0"))
     (closed,) = messages(bench.step(prefill_arrived(), stale))
     assert isinstance(closed, Closed)
@@ -264,7 +264,7 @@ def test_a_grant_for_another_epoch_is_answered_with_closed() -> None:
 
 
 def test_an_early_grant_without_a_request_is_closed_after_the_grant_timeout() -> None:
-    bench = Bench("prefill", grant_timeout_s=5.0)
+    bench = Bench(Role.PREFILL, grant_timeout_s=5.0)
     assert bench.step(grant()).wake_at_s == 5.0
     bench.now_s = 5.0
     (closed,) = messages(bench.step())
@@ -273,7 +273,7 @@ def test_an_early_grant_without_a_request_is_closed_after_the_grant_timeout() ->
 
 
 def test_early_grants_are_bounded_and_the_oldest_is_closed() -> None:
-    bench = Bench("prefill", max_remembered_handoffs=2)
+    bench = Bench(Role.PREFILL, max_remembered_handoffs=2)
     plan = bench.step(*(grant(handoff_id=HandoffId(name)) for name in "xyz"))
     (closed,) = messages(plan)
     assert isinstance(closed, Closed)
@@ -281,7 +281,7 @@ def test_early_grants_are_bounded_and_the_oldest_is_closed() -> None:
 
 
 def test_a_refused_request_closes_its_early_grant_with_the_same_code() -> None:
-    bench = Bench("prefill", num_pages=2)
+    bench = Bench(Role.PREFILL, num_pages=2)
     bench.step(grant())
     plan = bench.step(prefill_arrived())
     assert ends(plan) == [(Outcome.FAILED, "context_length_exceeded")]
@@ -302,7 +302,7 @@ def test_a_refused_request_closes_its_early_grant_with_the_same_code() -> None:
     ],
 )
 def test_an_unusable_grant_is_refused_before_a_byte_is_written(bad: Grant) -> None:
-    bench = Bench("prefill", chunked_prefill_size=10)
+    bench = Bench(Role.PREFILL, chunked_prefill_size=10)
     plan = bench.step(prefill_arrived(), bad)
     assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
     assert isinstance(messages(plan)[0], Closed)
@@ -320,7 +320,7 @@ def test_failed_writes_close_the_handoff() -> None:
 
 
 def test_a_failed_step_closes_the_handoff_and_caches_nothing() -> None:
-    bench = Bench("prefill", chunked_prefill_size=10)
+    bench = Bench(Role.PREFILL, chunked_prefill_size=10)
     plan = bench.step(prefill_arrived(), grant())
     assert plan.batch is not None
     plan = bench.step(StepFailed(step_id=plan.batch.step_id, message="fire"))
@@ -330,7 +330,7 @@ def test_a_failed_step_closes_the_handoff_and_caches_nothing() -> None:
 
 
 def test_waiting_for_a_grant_is_bounded_also_after_the_prompt_is_computed() -> None:
-    bench = Bench("prefill", chunked_prefill_size=10, grant_timeout_s=5.0)
+    bench = Bench(Role.PREFILL, chunked_prefill_size=10, grant_timeout_s=5.0)
     bench.step(prefill_arrived())
     bench.finish()
     bench.now_s = 5.0
@@ -350,7 +350,7 @@ def test_waiting_for_an_ack_is_bounded_but_the_pages_stay() -> None:
 
 
 def test_an_ungranted_prefill_is_preempted_for_a_granted_one_and_sends_its_first_token_once() -> None:
-    bench = Bench("prefill", num_pages=4, chunked_prefill_size=10, max_model_len=16)
+    bench = Bench(Role.PREFILL, num_pages=4, chunked_prefill_size=10, max_model_len=16)
     bench.step(prefill_arrived("eager", HandoffId("e")))
     assert not bench.finish().chunks
     plan = bench.step(prefill_arrived("granted", H, range(20, 30)), grant())
@@ -373,7 +373,7 @@ def test_an_ungranted_prefill_is_preempted_for_a_granted_one_and_sends_its_first
 
 
 def test_a_running_stream_preempts_an_ungranted_prefill() -> None:
-    bench = Bench("unified", num_pages=5, chunked_prefill_size=10, max_model_len=20)
+    bench = Bench(Role.UNIFIED, num_pages=5, chunked_prefill_size=10, max_model_len=20)
     bench.step(prefill_arrived())
     bench.finish()
     stream = make_request("s", [20, 21, 22, 23, 24, 25, 26], max_tokens=6, ignore_eos=True)
@@ -385,7 +385,7 @@ def test_a_running_stream_preempts_an_ungranted_prefill() -> None:
 
 
 def test_a_granted_prefill_without_pages_times_out_and_sends_closed() -> None:
-    bench = Bench("unified", num_pages=4, max_model_len=16, queue_timeout_s=5.0)
+    bench = Bench(Role.UNIFIED, num_pages=4, max_model_len=16, queue_timeout_s=5.0)
     stream = make_request("s", [20, 21, 22, 23, 24, 25, 26], max_tokens=9, ignore_eos=True)
     bench.step(Submit(request=stream, mode=Mode.FULL), prefill_arrived(), grant())
     bench.now_s = 5.0
@@ -395,7 +395,7 @@ def test_a_granted_prefill_without_pages_times_out_and_sends_closed() -> None:
 
 
 def test_prefill_of_a_resumed_request_hands_over_prompt_and_output_so_far() -> None:
-    bench = Bench("prefill", chunked_prefill_size=20)
+    bench = Bench(Role.PREFILL, chunked_prefill_size=20)
     request = make_request("r", PROMPT[:8], outputs=(3, 4), max_tokens=9)
     bench.step(Submit(request=request, mode=Mode.PREFILL, handoff_id=H, target_epoch=D), grant())
     plan = bench.finish()

@@ -8,7 +8,7 @@ from handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages
 from scheduler_sim import PAGE_BYTES, World, make_request, small_config
 
 from kvist.plan.transfers import PagesVerified, PeerDied, VerifyPages
-from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome
+from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome, Role
 from kvist.wire import Abort, Ack, Closed, Done, Grant, PrefillPeer, Revoke, Submit
 
 
@@ -34,7 +34,7 @@ VERIFIED = PagesVerified(handoff_id=H, checksum="sum")
 
 
 def granted(**config: object) -> Bench:
-    bench = Bench("decode", **config)
+    bench = Bench(Role.DECODE, **config)
     bench.step(decode_arrived())
     return bench
 
@@ -232,8 +232,8 @@ def test_an_abort_while_verifying_frees_the_pages_and_sends_revoke() -> None:
 def test_decode_recomputes_a_preempted_stream_without_a_second_handoff() -> None:
     world = World()
     config = small_config(max_model_len=24)
-    prefill = world.start("p", "prefill", config, num_pages=12)
-    decode = world.start("d", "decode", config, num_pages=6)
+    prefill = world.start("p", Role.PREFILL, config, num_pages=12)
+    decode = world.start("d", Role.DECODE, config, num_pages=6)
     for index in range(3):
         request = make_request(f"r{index}", [index] * 5, max_tokens=14, ignore_eos=True, seed=index)
         world.submit_pair(request, prefill, decode)
@@ -246,7 +246,7 @@ def test_decode_recomputes_a_preempted_stream_without_a_second_handoff() -> None
 
 
 def test_decode_keeps_a_page_for_each_running_stream_before_it_grants() -> None:
-    bench = Bench("decode", num_pages=4, max_model_len=16)
+    bench = Bench(Role.DECODE, num_pages=4, max_model_len=16)
     bench.step(decode_arrived())
     bench.step(done(), VERIFIED)
     plan = bench.step(VERIFIED, decode_arrived("next", HandoffId("h2")))

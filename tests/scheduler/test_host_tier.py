@@ -12,13 +12,13 @@ from kvist.kv.cache import MAX_BACKUPS, MAX_PAGES_BACKED_UP, WRITE_POLICIES, Pag
 from kvist.kv.tiers.host import HostTier
 from kvist.plan.plan import Flush
 from kvist.plan.tiers import BackUpPages, LoadPages, PagesBackedUp
-from kvist.request import EngineRequest, Outcome
+from kvist.request import EngineRequest, Outcome, Role
 from kvist.wire import FlushCache
 
 PROMPT = [1] * 13  # 3 full pages of 4 tokens
 
 
-def start(world: World, role: str = "unified", name: str = "u", **engine: object) -> SimEngine:
+def start(world: World, role: Role = Role.UNIFIED, name: str = "u", **engine: object) -> SimEngine:
     return world.start(name, role, small_config(), **{"num_host_pages": 40, **engine})  # type: ignore[arg-type]
 
 
@@ -197,7 +197,7 @@ def test_a_growing_request_waits_for_pending_backups_and_preempts_no_request() -
 
 def test_a_queued_request_waits_for_pending_backups_and_preempts_no_request() -> None:
     world = World()
-    engine, decode = start(world, write_policy="write_back"), start(world, "decode", "d")
+    engine, decode = start(world, write_policy="write_back"), start(world, Role.DECODE, "d")
     fill_device(world, engine)
     world.submit_pair(make_request("eager", [7] * 5, max_tokens=3), engine, decode)
     run_without_mover(world, engine, 3)  # without its Grant, this request would be preempted first
@@ -308,7 +308,7 @@ def test_a_page_is_reported_cached_while_any_tier_has_it() -> None:
 
 def test_prefill_and_decode_load_host_pages_before_they_compute_and_grant() -> None:
     world = World()
-    prefill, decode = start(world, "prefill", "p"), start(world, "decode", "d")
+    prefill, decode = start(world, Role.PREFILL, "p"), start(world, Role.DECODE, "d")
     for number in range(2):
         world.submit_pair(make_request(f"r{number}", PROMPT, max_tokens=4), prefill, decode)
         world.settle()
@@ -361,7 +361,7 @@ def test_a_small_device_pool_under_load_reads_from_the_host_tier_without_a_wrong
     policy = draw.choice(sorted(WRITE_POLICIES))
     engine = world.start(
         "u",
-        "unified",
+        Role.UNIFIED,
         config,
         num_pages=draw.randrange(9, 14),
         num_host_pages=draw.choice([12, 60]),

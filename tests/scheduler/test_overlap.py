@@ -13,12 +13,12 @@ from scheduler_sim import World, make_request, small_config
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens, StepFailed, StepFinished
 from kvist.plan.plan import Plan
-from kvist.request import EngineRequest, FinishReason, Mode, Outcome
+from kvist.request import EngineRequest, FinishReason, Mode, Outcome, Role
 from kvist.wire import Abort, Submit
 
 
 def overlapped(**config: object) -> Bench:
-    return Bench("unified", overlap=True, **config)
+    return Bench(Role.UNIFIED, overlap=True, **config)
 
 
 def arrived(request: EngineRequest) -> Submit:
@@ -58,7 +58,7 @@ def test_the_next_step_takes_the_token_that_the_pending_step_samples() -> None:
 
 
 def test_without_overlap_the_next_step_is_planned_with_a_known_token() -> None:
-    bench = Bench("unified")
+    bench = Bench(Role.UNIFIED)
     first = begin(bench, make_request("a", [1, 2, 3]))
     assert bench.step().batch is None
     plan = finish(bench, first)
@@ -159,7 +159,7 @@ def test_overlap_changes_no_stream(seed: int) -> None:
         rng = random.Random(seed)
         world = World()
         config = small_config(max_queued_requests=20, overlap=overlap)
-        engine = world.start("u", "unified", config, num_pages=rng.randint(7, 14))
+        engine = world.start("u", Role.UNIFIED, config, num_pages=rng.randint(7, 14))
         for index in range(12):
             prompt = [rng.randint(0, 2) for _ in range(rng.randint(1, 20))]
             request = make_request(f"r{index}", prompt, max_tokens=rng.randint(1, 12), seed=index)

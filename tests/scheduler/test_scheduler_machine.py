@@ -16,6 +16,7 @@ from scheduler_sim import World, make_request, small_config
 from kvist.kv.cache import WRITE_POLICIES
 from kvist.kv.tiers.storage import PREFETCH_POLICIES, PrefetchConfig
 from kvist.plan.tiers import StorageAttached
+from kvist.request import Role
 from kvist.wire import FlushCache
 
 TOKENS = st.integers(0, 3)  # few different tokens: many shared prefixes
@@ -50,7 +51,7 @@ class OneEngine(RuleBasedStateMachine):
         config = small_config(max_running_requests=running, chunked_prefill_size=chunk, overlap=overlap)
         self.engine = self.world.start(
             "u",
-            "unified",
+            Role.UNIFIED,
             config,
             num_pages=num_pages,
             num_host_pages=num_host_pages,

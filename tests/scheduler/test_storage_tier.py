@@ -7,13 +7,13 @@ from scheduler_sim import SimEngine, World, make_request, small_config
 
 from kvist.kv.tiers.storage import PrefetchConfig
 from kvist.plan.tiers import CancelFetch, FetchPages, FindPages, StorageAttached, StorePages
-from kvist.request import Outcome
+from kvist.request import Outcome, Role
 
 PROMPT = [1] * 13  # 3 full pages of 4 tokens
 PREFETCH = PrefetchConfig(base_s=2.0, per_1k_s=0.0, threshold_tokens=8)
 
 
-def start(world: World, role: str = "unified", name: str = "u", **engine: object) -> SimEngine:
+def start(world: World, role: Role = Role.UNIFIED, name: str = "u", **engine: object) -> SimEngine:
     settings = {"num_host_pages": 40, "prefetch": PREFETCH, "config": small_config(), **engine}
     return world.start(name, role, **settings)  # type: ignore[arg-type]
 
@@ -346,7 +346,7 @@ def test_a_preempted_request_does_not_query_the_store_again() -> None:
 
 def test_prefill_and_decode_both_fetch_before_they_compute_and_grant() -> None:
     world = World()
-    prefill, decode = start(world, "prefill", "p"), start(world, "decode", "d")
+    prefill, decode = start(world, Role.PREFILL, "p"), start(world, Role.DECODE, "d")
     for number in range(2):
         world.submit_pair(make_request(f"r{number}", PROMPT[:12], max_tokens=4), prefill, decode)
         world.settle()
@@ -360,7 +360,7 @@ def test_prefill_and_decode_both_fetch_before_they_compute_and_grant() -> None:
 
 def test_a_grant_that_arrives_during_a_prefetch_is_kept() -> None:
     world = World()
-    prefill, decode = start(world, "prefill", "p"), start(world, "decode", "d", prefetch=None)
+    prefill, decode = start(world, Role.PREFILL, "p"), start(world, Role.DECODE, "d", prefetch=None)
     world.submit(make_request("first", PROMPT, max_tokens=1), prefill)
     world.settle()
     world.forget(prefill, host=True)

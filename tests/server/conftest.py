@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from kvist.errors import KvistError
-from kvist.request import EngineRequest, EpochId, FinishReason, TokenLogprobs, WorkerId
+from kvist.request import EngineRequest, EpochId, FinishReason, Role, TokenLogprobs, WorkerId
 from kvist.router.stream import ClusterSnapshot, StreamPart, WorkerSnapshot
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
@@ -183,7 +183,7 @@ def busy_worker() -> WorkerSnapshot:
         totals={"handoffs_received": 9.0},
         storage=STORAGE,
     )
-    return WorkerSnapshot(worker_id=DECODE, role="decode", alive=True, spec=SPEC, load=load)
+    return WorkerSnapshot(worker_id=DECODE, role=Role.DECODE, alive=True, spec=SPEC, load=load)
 
 
 @dataclass
@@ -223,7 +223,11 @@ def letters() -> Tokenizer:
 @pytest.fixture
 def make_bench(letters: Tokenizer) -> Callable[..., Bench]:
     def make(
-        *, tokenizer: Tokenizer | None = letters, own_engine: EngineSpec | None = None, **settings: object
+        *,
+        tokenizer: Tokenizer | None = letters,
+        own_role: Role | None = None,
+        own_engine: EngineSpec | None = None,
+        **settings: object,
     ) -> Bench:
         dispatcher = FakeDispatcher(letters)
         config = replace(ServerConfig(), **settings)
@@ -232,6 +236,7 @@ def make_bench(letters: Tokenizer) -> Callable[..., Bench]:
             tokenizer=tokenizer,
             config=config,
             model_name="tiny",
+            own_role=own_role,
             own_engine=lambda: own_engine,
             clock=FakeClock(),
             draw_seed=lambda: 1000,

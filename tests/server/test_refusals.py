@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from kvist.request import Role
+
 TEXT = {"type": "text", "text": "hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 USER = [{"role": "user", "content": "hi"}]
@@ -172,7 +174,7 @@ async def test_unknown_paths_and_methods_have_openais_shape(bench: Any) -> None:
 
 
 async def test_a_prefill_or_decode_worker_refuses_and_names_the_router(make_bench: Callable[..., Any]) -> None:
-    bench = make_bench(tokenizer=None)
+    bench = make_bench(tokenizer=None, own_role=Role.PREFILL)
     for path in ("/v1/chat/completions", "/v1/completions", "/generate", "/tokenize", "/detokenize"):
         response = await bench.post(path, {})
         assert response.status_code == 400

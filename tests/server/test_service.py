@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from kvist.request import Role
 from kvist.wire import EngineSpec
 
 
@@ -161,10 +162,10 @@ async def test_a_prefill_or_decode_worker_is_ready_when_its_engine_is(
     make_bench: Callable[..., Any], busy: Any
 ) -> None:
     spec: EngineSpec = busy.workers[0].spec
-    loading = make_bench(tokenizer=None)
+    loading = make_bench(tokenizer=None, own_role=Role.DECODE)
     assert (await loading.client.get("/ready")).status_code == 503
     assert (await loading.client.get("/server_info")).json()["engine"] is None
-    loaded = make_bench(tokenizer=None, own_engine=spec)
+    loaded = make_bench(tokenizer=None, own_role=Role.DECODE, own_engine=spec)
     assert (await loaded.client.get("/ready")).status_code == 200
     for path in ("/server_info", "/get_server_info"):
         engine = (await loaded.client.get(path)).json()["engine"]

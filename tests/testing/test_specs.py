@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvist import wire
-from kvist.request import EngineRequest, Mode, SamplingParams
+from kvist.request import EngineRequest, Mode, Role, SamplingParams
 from kvist.testing.specs import (
     LoadFields,
     PoolFields,
@@ -42,8 +42,8 @@ def test_the_builder_of_requests_takes_every_field_of_a_request_and_of_its_sampl
 
 
 def test_values_of_a_builder_differ_from_the_defaults_in_the_given_fields_only() -> None:
-    assert make_spec(role="decode").role == "decode"
-    assert make_spec(role="unified") == make_spec()
+    assert make_spec(role=Role.DECODE).role is Role.DECODE
+    assert make_spec(role=Role.UNIFIED) == make_spec()
     assert make_load(num_running=3).num_running == 3
     assert make_pool(num_pages=9).num_pages == 9
 

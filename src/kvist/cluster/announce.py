@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from kvist.request import Role
 from kvist.router.stream import ClusterSnapshot
 
 CHECK_INTERVAL_S = 0.2
@@ -32,10 +33,10 @@ def curl_example(url: str, *, api_key: str | None = None) -> str:
     return f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{_QUESTION}'"
 
 
-def router_example(url: str, role: str) -> str:
+def router_example(url: str, role: Role) -> str:
     """Return the command of a router for a prefill or decode worker."""
-    urls = {"prefill": "PREFILL_URL", "decode": "DECODE_URL", role: url}
-    return f"kvist router --prefill {urls['prefill']} --decode {urls['decode']}"
+    urls = {Role.PREFILL: "PREFILL_URL", Role.DECODE: "DECODE_URL", role: url}
+    return f"kvist router --prefill {urls[Role.PREFILL]} --decode {urls[Role.DECODE]}"
 
 
 def shown_key(api_keys: Sequence[str]) -> str | None:

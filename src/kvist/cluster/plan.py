@@ -16,6 +16,7 @@ from pathlib import Path
 from kvist.channel import host_to_name
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.processes import STALL_RESTART_S, ChildPlan
+from kvist.request import Role
 
 LOOPBACK = "127.0.0.1"
 
@@ -45,9 +46,9 @@ class ClusterShape:
     python: str = sys.executable
 
 
-def worker_names(config: ClusterConfig) -> list[tuple[str, str]]:
+def worker_names(config: ClusterConfig) -> list[tuple[str, Role]]:
     """Return (name, role) of each worker, prefill first."""
-    counts = (("prefill", config.prefill), ("decode", config.decode), ("unified", config.unified))
+    counts = ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode), (Role.UNIFIED, config.unified))
     return [(f"{role}-{index}", role) for role, count in counts for index in range(count)]
 
 
@@ -56,7 +57,7 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
     assert len(worker_ports) == shape.config.num_workers
     kvist = (shape.python, "-m", "kvist")
     plans = []
-    urls: dict[str, list[str]] = {"prefill": [], "decode": [], "unified": []}
+    urls: dict[Role, list[str]] = {role: [] for role in Role}
     gpus = assign_gpus(shape)
     for index, ((name, role), port) in enumerate(zip(worker_names(shape.config), worker_ports, strict=True)):
         url = f"http://{LOOPBACK}:{port}"
@@ -80,7 +81,7 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
             )
         )
     remote = []
-    for flag, role in (("--prefill", "prefill"), ("--decode", "decode"), ("--worker-urls", "unified")):
+    for flag, role in (("--prefill", Role.PREFILL), ("--decode", Role.DECODE), ("--worker-urls", Role.UNIFIED)):
         remote += [flag, *urls[role]] if urls[role] else []
     router = ChildPlan(
         name="router",

@@ -32,7 +32,7 @@ from kvist.cluster.announce import announce, curl_example, router_example, shown
 from kvist.cluster.lifeline import STOP_SIGNALS, handle_signals, stop_with_parent
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.stopping import Drain, StopSignals
-from kvist.engine.config import UNIFIED, EngineConfig
+from kvist.engine.config import EngineConfig
 from kvist.event_loop import run_in_loop
 from kvist.output import output_to
 from kvist.request import WorkerId
@@ -74,7 +74,7 @@ def serve_worker(
 ) -> int:
     """Serve until SIGINT or SIGTERM, then return 0. Raises `KvistError` if the engine cannot start or the port is in
     use."""
-    channel = with_cluster_key(engine.channel, serves_alone=engine.role == UNIFIED)
+    channel = with_cluster_key(engine.channel, serves_alone=engine.role.serves_alone)
     with _listening(server, stop_with_stdin) as (stop, listener, name):
         checkpoint = find_checkpoint(engine.model_path)
         url = f"{server.scheme}://{name}"
@@ -84,8 +84,8 @@ def serve_worker(
         transport = LocalEngineTransport(lambda: supervisor.spec, lambda: supervisor.health)
         dispatcher = build_dispatcher(replace(router, worker_urls=(url,)), channel, transport=transport)
         # prefill and decode workers are used through a router, which has the tokenizer
-        tokenizer = load_tokenizer(checkpoint, text) if engine.role == UNIFIED else None
-        defaults = _sampling_defaults(checkpoint, text) if engine.role == UNIFIED else None
+        tokenizer = load_tokenizer(checkpoint, text) if engine.role.serves_alone else None
+        defaults = _sampling_defaults(checkpoint, text) if engine.role.serves_alone else None
         app = build_app(
             dispatcher=dispatcher,
             tokenizer=tokenizer,
@@ -93,12 +93,13 @@ def serve_worker(
             model_name=checkpoint.name,
             model_path=str(checkpoint.path),
             sampling_defaults=defaults,
+            own_role=engine.role,
             own_engine=lambda: supervisor.spec,
             own_health=lambda: supervisor.health,
             lifecycle=lifecycle,
         )
         logger.info("%s worker at %s is loading %s", engine.role, url, checkpoint.path)
-        if engine.role == UNIFIED:
+        if engine.role.serves_alone:
             example = curl_example(url, api_key=shown_key(server.api_key))
         else:
             example = router_example(url, engine.role)
@@ -107,7 +108,7 @@ def serve_worker(
             listener=listener,
             dispatcher=dispatcher,
             supervisor=supervisor,
-            answers_alone=engine.role == UNIFIED,
+            answers_alone=engine.role.serves_alone,
             lifecycle=lifecycle,
             config=server,
             stop=stop,

@@ -1,8 +1,8 @@
 """Builds one engine from its settings (model, pages, scheduler, sockets, transport, loop), and closes it.
 
-The role changes only the scheduler (scheduler/roles.py): the loop and everything around it are the same. The parts are
-closed in the opposite order of their creation: first mover and transport, so that no copy goes on, then sockets, runner
-and pool, and last the lock of the epoch, whose release shows peers that the engine has ended.
+The role changes only which requests the scheduler admits, and the limits of a step: all parts are the same. The parts
+are closed in the opposite order of their creation: first mover and transport, so that no copy goes on, then sockets,
+runner and pool, and last the lock of the epoch, whose release shows peers that the engine has ended.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvist.channel import EngineChannel, Member, bracketed, with_cluster_key
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.clock import Clock, MonotonicClock, thread_cpu_clock
 from kvist.cores import num_usable_cores
-from kvist.engine.config import UNIFIED, EngineConfig, HostTierConfig, StorageConfig
+from kvist.engine.config import EngineConfig, HostTierConfig, StorageConfig
 from kvist.engine.limits import resolve_limits
 from kvist.engine.loop import EngineLoop, LoopParts
 from kvist.engine.progress import ProgressWatch
@@ -214,7 +214,7 @@ def _assemble(
             advertise_host=config.engine_advertise_host,
         )
         closing.callback(channel.close)
-        if pool.export_error and config.role != UNIFIED:
+        if pool.export_error and not config.role.serves_alone:
             raise ConfigError(
                 f"--role {config.role}: this GPU's memory cannot be shared: {pool.export_error}", param="role"
             )

@@ -31,7 +31,7 @@ from kvist.kv.cache import PageCache
 from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, StepFinished
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, SamplingParams
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.transfer.epoch import EpochLock, new_epoch, sweep
@@ -228,7 +228,7 @@ class ShapeBench:
             self._limits, max_model_len=pool.num_pages * pool.layout.page_size, overlap=overlap
         )
         cache = PageCache(num_pages=pool.num_pages, page_size=pool.layout.page_size, namespace="bench")
-        self._scheduler = build_scheduler("unified", config, cache, EpochId("bench"), pool.address)
+        self._scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("bench"), pool.address)
 
     def _new_prompts(self) -> list[Event]:
         return [self._source.arrival(self._shape.prompt, 1) for _ in range(self._shape.num_prompts)]

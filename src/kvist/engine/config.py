@@ -9,13 +9,13 @@ from kvist.config import option
 from kvist.errors import ConfigError
 from kvist.kv.tiers.storage import PREFETCH_POLICIES, PrefetchConfig
 from kvist.log import LogConfig
+from kvist.request import Role
 from kvist.runner.config import RunnerOptions
 from kvist.scheduler.config import SchedulerOptions
 
 DEFAULT_RATIO, DEFAULT_POLICY = 2.0, "write_through"
 DEFAULT_STORAGE_GB = 64.0
 STORAGE_BACKENDS = ("file", "memory")
-UNIFIED, PREFILL, DECODE = "unified", "prefill", "decode"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,10 +149,10 @@ class EngineConfig(RunnerOptions):
     served_model_name: str | None = option(
         None, "the model's name in the API; by default the name of its folder or file"
     )
-    role: str = option(
-        UNIFIED,
+    role: Role = option(
+        Role.UNIFIED,
         "prefill computes prompts and hands their pages to decode, decode generates the answers, unified does both",
-        choices=(UNIFIED, PREFILL, DECODE),
+        choices=tuple(Role),
     )
     engine_host: str = option("127.0.0.1", "address on which the engine's socket listens")
     engine_port: int = option(0, "port of the engine's socket; 0 chooses a free port", minimum=0, maximum=65535)
@@ -183,7 +183,7 @@ class EngineConfig(RunnerOptions):
     worker_id: str = ""  # the worker's public name; empty: its engine endpoint
 
     def __post_init__(self) -> None:
-        if self.tp > 1 and self.role != UNIFIED:
+        if self.tp > 1 and not self.role.serves_alone:
             raise ConfigError(
                 f"--tp {self.tp} with --role {self.role}: tensor-parallel engines cannot hand pages over yet; "
                 "use --tp 1, or --role unified",

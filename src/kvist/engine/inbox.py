@@ -1,7 +1,8 @@
 """Turns messages from the socket into events for the scheduler, and answers messages that need no scheduler.
 
-No message may end the engine: a message for the other role is dropped and counted, and a request that cannot be
-computed is refused alone, before its values reach a batch with other requests.
+No message may end the engine: a request that cannot be computed is refused alone, before its values reach a batch with
+other requests. A message of either side of a handoff goes to the scheduler at an engine of any role: the scheduler
+answers for a handoff that it does not know.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from kvist import wire
 from kvist.bounded_log import BoundedLog
 from kvist.channel.engine import Inbound
-from kvist.engine.config import DECODE
 from kvist.engine.gateways import MAX_GATEWAYS, ConnectedGateway, Gateways
 from kvist.errors import HandoffFailed, KvistError, Overloaded, RequestError, Unavailable
 from kvist.plan.events import Event
@@ -49,7 +49,7 @@ class Inbox:
         self._gateways = gateways
         self._flushes: OrderedDict[str, bytes] = OrderedDict()  # call id → the gateway that sent the call
         self._log = BoundedLog(logger)
-        self.num_unexpected = 0  # messages that only an engine of the other role handles
+        self.num_unexpected = 0  # messages with values that no engine may send
         self.draining = False  # new requests are refused
 
     def open(self, received: Iterable[tuple[bytes, Inbound]], now_s: float) -> tuple[list[Event], list[Reply]]:
@@ -78,14 +78,9 @@ class Inbox:
                     return refusal(identity, message.request.request_id, error)
                 return None
             case wire.Grant() | wire.Ack() | wire.Revoke():
-                if self._spec.role != DECODE:
-                    return message
+                return message
             case wire.Done() | wire.Closed():
-                if self._spec.role == DECODE:
-                    return self._from_prefill(message)
-        self.num_unexpected += 1
-        self._log.warning("dropped a message: a %s engine does not handle %s", self._spec.role, type(message).__name__)
-        return None
+                return self._from_prefill(message)
 
     def _from_prefill(self, message: wire.SourceToTarget) -> Event:
         if isinstance(message, wire.Done) and not 0 <= message.first_token.token_id < self._spec.vocab_size:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from kvist.engine.config import DECODE, PREFILL, UNIFIED
+from kvist.request import Role
 from kvist.scheduler.config import SchedulerConfig, SchedulerOptions
 
 _ROUND_TO = 128  # tokens; the tiles of a GPU's matrix products
@@ -27,16 +27,16 @@ class _Limits(NamedTuple):
 # without decode streams, larger steps save fixed costs. Above 1792 tokens the products of an H200 are 6% slower
 # (docs/log.md). A decode worker computes prompts only to resume preempted requests.
 _AUTO = {
-    ("cpu", UNIFIED): _Limits(128, 512, 512),
-    ("cpu", PREFILL): _Limits(128, 512, 512),
-    ("cpu", DECODE): _Limits(128, 512, 512),
-    ("cuda", UNIFIED): _Limits(256, 512, 1792),
-    ("cuda", PREFILL): _Limits(256, 2048, 2048),
-    ("cuda", DECODE): _Limits(256, 512, 2048),
+    ("cpu", Role.UNIFIED): _Limits(128, 512, 512),
+    ("cpu", Role.PREFILL): _Limits(128, 512, 512),
+    ("cpu", Role.DECODE): _Limits(128, 512, 512),
+    ("cuda", Role.UNIFIED): _Limits(256, 512, 1792),
+    ("cuda", Role.PREFILL): _Limits(256, 2048, 2048),
+    ("cuda", Role.DECODE): _Limits(256, 512, 2048),
 }
 
 
-def resolve_limits(options: SchedulerOptions, *, device: str, role: str) -> SchedulerConfig:
+def resolve_limits(options: SchedulerOptions, *, device: str, role: Role) -> SchedulerConfig:
     """Resolve "auto"; `device` is "cpu" or "cuda". Raises `ConfigError` if limits of the user contradict each other."""
     auto = _AUTO[device, role]
     num_running, chunk, budget = options.max_running_requests, options.chunked_prefill_size, options.max_prefill_tokens

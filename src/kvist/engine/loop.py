@@ -11,7 +11,7 @@ One thread, no `await`. Without overlap, a batch is read at once, and the loop d
 With overlap (on a GPU), the next batch is planned and launched before the current one is read, so the device never
 waits for the loop; tokens are sent while the device computes the next batch. With no batch in flight, the loop sleeps
 in `recv` until a message, a transfer report (through `wakeup`) or the wake-up time of the plan. The same loop serves
-every role; scheduler/roles.py has the differences.
+every role.
 
 The loop decides nothing about requests. Its own duty is liveness: silent gateways, dead peers and load reports.
 """

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from kvist.bounded_log import BoundedLog
 from kvist.errors import ConfigError
 from kvist.fairness import CallerCounts, CallerPath
-from kvist.request import RequestId, WorkerId
+from kvist.request import RequestId, Role, WorkerId
 from kvist.router.checks import fault_of_report, fault_of_spec
 from kvist.router.config import RouterConfig
 from kvist.router.policies import WorkerView
@@ -34,12 +34,6 @@ class WorkerState(enum.Enum):
     LOST = "lost"
 
 
-class WorkerUse(enum.Enum):
-    UNIFIED = "unified"
-    PREFILL = "prefill"
-    DECODE = "decode"
-
-
 @dataclass(slots=True)
 class SentRequest:
     """A request that has not ended at a worker. Mutable; owned by its `Worker`."""
@@ -53,7 +47,7 @@ class Worker:
     """State of one worker. Mutable; owned by the registry."""
 
     url: str  # of its HTTP server, as named by the operator
-    wanted_use: WorkerUse | None  # None: the role that the worker was started with
+    wanted_role: Role | None  # None: the role that the worker was started with
     state: WorkerState = WorkerState.JOINING
     problem: str = ""  # why the worker is not READY, for people
     endpoint: str = ""  # where its engine is reached
@@ -74,10 +68,11 @@ class Worker:
         return self.spec.worker_id if self.spec is not None else WorkerId(self.url)
 
     @property
-    def use(self) -> WorkerUse | None:
-        if self.wanted_use is not None:
-            return self.wanted_use
-        return WorkerUse(self.spec.role) if self.spec is not None else None
+    def role(self) -> Role | None:
+        """How the router uses the worker; None while that is unknown."""
+        if self.wanted_role is not None:
+            return self.wanted_role
+        return self.spec.role if self.spec is not None else None
 
     def holds(self, num_tokens: int) -> bool:
         assert self.spec is not None
@@ -152,22 +147,22 @@ class Registry:
     def workers(self) -> tuple[Worker, ...]:
         return tuple(self._workers.values())
 
-    def add(self, url: str, use: WorkerUse | None, now_s: float) -> Worker:
+    def add(self, url: str, role: Role | None, now_s: float) -> Worker:
         if url in self._workers:
             raise ConfigError(f"the worker {url} is named twice")
-        worker = self._workers[url] = Worker(url=url, wanted_use=use, last_message_s=now_s, problem="no message yet")
+        worker = self._workers[url] = Worker(url=url, wanted_role=role, last_message_s=now_s, problem="no message yet")
         return worker
 
-    def ready(self, use: WorkerUse) -> list[Worker]:
-        return [w for w in self._workers.values() if w.state is WorkerState.READY and w.use is use]
+    def ready(self, role: Role) -> list[Worker]:
+        return [w for w in self._workers.values() if w.state is WorkerState.READY and w.role is role]
 
     def reference(self) -> EngineSpec | None:
         """Return a spec with the values shared by all READY workers (model, layout, dtype), and with the limits of the
         worker that can hold the longest requests: on a complete route, if there is one."""
         ready = [w for w in self.workers if w.state is WorkerState.READY]  # a copy: other threads call this method
-        writers = [w for w in ready if w.use is WorkerUse.UNIFIED]
-        if any(w.use is WorkerUse.PREFILL for w in ready):
-            writers += [w for w in ready if w.use is WorkerUse.DECODE]
+        writers = [w for w in ready if w.role is Role.UNIFIED]
+        if any(w.role is Role.PREFILL for w in ready):
+            writers += [w for w in ready if w.role is Role.DECODE]
         specs = [w.spec for w in writers or ready if w.spec is not None]
         return max(specs, key=lambda spec: spec.max_model_len, default=None)
 
@@ -227,7 +222,7 @@ class Registry:
     def _snapshot_of(worker: Worker) -> WorkerSnapshot:
         return WorkerSnapshot(
             worker_id=worker.worker_id,
-            role=worker.use.value if worker.use is not None else "unknown",
+            role=worker.role,
             alive=worker.state is WorkerState.READY,
             spec=worker.spec,
             load=worker.load,
@@ -269,13 +264,11 @@ class Registry:
         fault = fault_of_spec(spec)
         if fault is not None:
             return f"worker {spec.worker_id} reports {fault}, which is impossible"
-        if spec.role not in {use.value for use in WorkerUse}:
-            return f"worker {spec.worker_id} has an unknown role {spec.role!r}"
-        use = worker.wanted_use
-        if use is not None and spec.role != use.value and (use, spec.role) != (WorkerUse.PREFILL, "unified"):
+        wanted = worker.wanted_role
+        if wanted not in (None, spec.role) and (wanted, spec.role) != (Role.PREFILL, Role.UNIFIED):
             return (
-                f"worker {spec.worker_id} was started as {spec.role} and cannot be used for {use.value}:"
-                f" start it with --role {use.value}"
+                f"worker {spec.worker_id} was started as {spec.role} and cannot be used for {wanted}:"
+                f" start it with --role {wanted}"
             )
         others = [o for o in self._workers.values() if o is not worker and o.state is WorkerState.READY]
         if self._tokenizer is not None and spec.tokenizer_fingerprint not in ("", self._tokenizer.fingerprint):

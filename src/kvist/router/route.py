@@ -9,15 +9,15 @@ from kvist.errors import KvistError, Overloaded, PromptTooLong, Unavailable
 from kvist.fairness import CallerPath, caller_path
 from kvist.fit import limit_text, num_tokens_needed
 from kvist.kv.keys import page_digests
-from kvist.request import EngineRequest, Mode
+from kvist.request import EngineRequest, Mode, Role
 from kvist.router.config import RouterConfig
 from kvist.router.policies import Policy, PromptDigests, decode_policy, num_hit_tokens, prompt_policy
-from kvist.router.registry import Registry, Worker, WorkerState, WorkerUse
+from kvist.router.registry import Registry, Worker, WorkerState
 
 _AWAY = frozenset({WorkerState.LOST, WorkerState.DRAINING})
 _START = {
-    WorkerUse.PREFILL: "start one with `kvist serve --role prefill`",
-    WorkerUse.DECODE: "start one with `kvist serve --decode-only`",
+    Role.PREFILL: "start one with `kvist serve --role prefill`",
+    Role.DECODE: "start one with `kvist serve --decode-only`",
 }
 
 
@@ -31,7 +31,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """Workers that may serve a request, by use."""
+    """Workers that may serve a request, by role."""
 
     unified: Sequence[Worker]
     prefill: Sequence[Worker]
@@ -41,9 +41,9 @@ class Candidates:
     def of(registry: Registry, states: Container[WorkerState], excluded: frozenset[Worker]) -> Candidates:
         found = [w for w in registry.workers if w.state in states and w.spec is not None and w not in excluded]
         return Candidates(
-            unified=[w for w in found if w.use is WorkerUse.UNIFIED],
-            prefill=[w for w in found if w.use is WorkerUse.PREFILL],
-            decode=[w for w in found if w.use is WorkerUse.DECODE],
+            unified=[w for w in found if w.role is Role.UNIFIED],
+            prefill=[w for w in found if w.role is Role.PREFILL],
+            decode=[w for w in found if w.role is Role.DECODE],
         )
 
     def all(self) -> Sequence[Worker]:
@@ -88,7 +88,7 @@ class Router:
     def can_serve(self) -> bool:
         """Return whether the ready workers can serve a request with an answer of any length. They may be full."""
         ready = self._registry.ready
-        return bool(ready(WorkerUse.UNIFIED)) or bool(ready(WorkerUse.PREFILL) and ready(WorkerUse.DECODE))
+        return bool(ready(Role.UNIFIED)) or bool(ready(Role.PREFILL) and ready(Role.DECODE))
 
     def choose(self, request: EngineRequest, excluded: frozenset[Worker] = frozenset()) -> Route:
         """Choose the workers for a request.
@@ -114,7 +114,7 @@ class Router:
         prompt = self._prompt(request, [*first, *free.decode])
         chosen = _pick(self._prompt_policy, prompt, first)
         left = max(1, prompt.num_tokens - num_hit_tokens(prompt, chosen.view()))
-        if single or chosen.use is WorkerUse.UNIFIED:
+        if single or chosen.role is Role.UNIFIED:
             return Route(mode=Mode.FULL, prefill=chosen, decode=chosen, num_prompt_tokens_left=left)
         partner = _pick(self._decode_policy, prompt, free.decode)
         return Route(mode=Mode.PREFILL, prefill=chosen, decode=partner, num_prompt_tokens_left=left)
@@ -132,7 +132,7 @@ class Router:
 
     def _no_worker_error(self, ready: Candidates) -> Unavailable:
         if ready.prefill or ready.decode:
-            missing = WorkerUse.DECODE if ready.prefill else WorkerUse.PREFILL
+            missing = Role.DECODE if ready.prefill else Role.PREFILL
             problem = f"no {missing.value} worker is ready: {_START[missing]}"
         else:
             problem = "no worker is ready: start one with `kvist serve`, or a prefill and a decode worker"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvist.metrics import Histogram
-from kvist.request import WorkerId
+from kvist.request import Role, WorkerId
 from kvist.wire import EngineSpec, LoadReport, TokenChunk
 
 
@@ -28,7 +28,7 @@ class StreamPart:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSnapshot:
     worker_id: WorkerId
-    role: str  # how the router uses the worker: "unified" | "prefill" | "decode"
+    role: Role | None  # how the router uses the worker; None before the first Welcome, if no URL list says it
     alive: bool  # requests can be sent to the worker now
     spec: EngineSpec | None  # None before the first Welcome
     load: LoadReport | None  # the last report, possibly without its digests
@@ -36,6 +36,10 @@ class WorkerSnapshot:
     problem: str = ""  # why the worker is not ready, for people
     num_in_flight: int = 0  # requests of this gateway that have not ended at the worker
     num_rejected_messages: int = 0  # undecodable or impossible messages
+
+    @property
+    def role_name(self) -> str:
+        return "unknown" if self.role is None else str(self.role)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

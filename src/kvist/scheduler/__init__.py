@@ -3,10 +3,10 @@
     Submit ──► requests.py (queue, tokens, endings) ──► batching.py (which requests run, on which pages) ──► Plan.batch
     Grant … Ack ──► source.py (prefill side), target.py (decode side) ──► Plan.messages, Plan.transfers
 
-`build_scheduler` builds the scheduler of a role. The worker loop calls `step` with the events since the last call,
-carries the plan out in the order of its fields, and calls again: at once with `StepFinished` or `StepFailed` if the
-plan had a batch, else with the next event or at `wake_at_s`. The loop collects transport reports after it has carried
-out a plan and before the next call.
+Every scheduler holds both sides of a handoff; its role is the set of modes that it admits (`request.Role`). The worker
+loop calls `step` with the events since the last call, carries the plan out in the order of its fields, and calls again:
+at once with `StepFinished` or `StepFailed` if the plan had a batch, else with the next event or at `wake_at_s`. The
+loop collects transport reports after it has carried out a plan and before the next call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvist.plan.events import Event
 from kvist.plan.plan import Plan
 from kvist.scheduler.config import SchedulerConfig
 from kvist.scheduler.load import SchedulerLoad
-from kvist.scheduler.roles import build_scheduler
+from kvist.scheduler.steps import build_scheduler
 
 __all__ = ["Scheduler", "SchedulerConfig", "SchedulerLoad", "build_scheduler"]
 

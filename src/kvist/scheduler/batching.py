@@ -248,8 +248,8 @@ class Batcher:
             table.num_granted += 1
         else:
             table.start_running(request)
-        if request.handoff_id is not None:
-            table.handoff_side.on_allocated(request)
+        if request.mode is not Mode.FULL:
+            table.handoff_sides[request.mode].on_allocated(request)
 
     def _allocate(self, request: ActiveRequest) -> bool:
         """Give the request a lease over all its tokens, or let it wait for another request's load, out of the queue.

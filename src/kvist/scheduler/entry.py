@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from kvist.fairness import CallerPath
 from kvist.fit import limit_text, num_tokens_needed
 from kvist.kv.cache import PageCache
-from kvist.request import Mode, SamplingParams
+from kvist.request import Mode, Role, SamplingParams
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.wire import Submit
 
@@ -27,12 +27,18 @@ _UNSUPPORTED = {
     "prompt_logprobs": None,
 }
 
+_WRONG_MODE = {
+    Role.UNIFIED: "does not take over pages. Send decode requests to a decode worker",
+    Role.PREFILL: "computes prompts and one token. Send longer requests to the router",
+    Role.DECODE: "does not compute prompts. Send the request to the router",
+}
 
-def find_refusal(event: Submit, cache: PageCache, *, context_len: int, wrong_mode: str | None) -> Refusal | None:
+
+def find_refusal(event: Submit, cache: PageCache, *, context_len: int, role: Role) -> Refusal | None:
     """Return why the request can never run here, if so. `context_len`: tokens of one request that fit this engine."""
     request = event.request
-    if wrong_mode is not None:
-        return "invalid_request", wrong_mode
+    if not role.admits(event.mode, max_tokens=request.sampling.max_tokens):
+        return "invalid_request", f"this worker has the role {role}: it {_WRONG_MODE[role]}"
     if event.mode is not Mode.FULL and event.handoff_id is None:
         return "invalid_request", f"a {event.mode.value} request needs a handoff_id"
     if event.mode is Mode.DECODE and event.prefill is None:

@@ -16,7 +16,7 @@ step was planned. The token that the pending step samples is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from kvist.fairness import CallerCounts
 from kvist.kv.cache import PageCache
 from kvist.kv.tiers.storage import Prefetch
 from kvist.plan.events import SampledTokens
-from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, SampledToken
+from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, Role, SampledToken
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.config import SchedulerConfig
 from kvist.scheduler.entry import find_refusal, newest_waiting
@@ -56,7 +56,7 @@ class PendingStep:
 
 
 class HandoffHooks(Protocol):
-    """The calls of `RequestTable` and `Batcher` into this engine's side of its handoffs (source.py, target.py)."""
+    """The calls of `RequestTable` and `Batcher` into a side of this engine's handoffs (source.py, target.py)."""
 
     def on_arrived(self, request: ActiveRequest) -> None:
         """Open the handoff of an accepted request; may end the request."""
@@ -84,7 +84,7 @@ class RequestTable:
         config: SchedulerConfig,
         cache: PageCache,
         *,
-        refuse_mode: Callable[[Submit], str | None],
+        role: Role,
     ) -> None:
         self.config = config
         self.cache = cache
@@ -105,8 +105,8 @@ class RequestTable:
         self.awaiting_load: dict[ActiveRequest, int] = {}  # → job id of another request's load
         self.num_granted = 0
         self.num_suspended = 0
-        self.handoff_side: HandoffHooks  # set by `Steps`
-        self._refuse_mode = refuse_mode
+        self.handoff_sides: Mapping[Mode, HandoffHooks]  # set by `Steps`; by the mode of their requests
+        self.role = role  # admits modes; read at each Submit, so that it may change
         self._num_arrived = 0
         # tokens; the longest sequence whose K/V fits into an otherwise empty pool
         self.context_len = min(config.max_model_len, cache.num_pages * cache.page_size)
@@ -118,7 +118,7 @@ class RequestTable:
         answers both."""
         if event.request.request_id in self.live:
             return
-        refusal = find_refusal(event, self.cache, context_len=self.context_len, wrong_mode=self._refuse_mode(event))
+        refusal = find_refusal(event, self.cache, context_len=self.context_len, role=self.role)
         if refusal is not None:
             self._refuse(event, *refusal)
             return
@@ -132,14 +132,14 @@ class RequestTable:
         self.timers.set(TimerKind.QUEUE, request.request_id, self.now_s + self.config.queue_timeout_s)
         if not self._fetch(request):
             self.waiting.push(request)
-        if request.handoff_id is not None:
-            self.handoff_side.on_arrived(request)
+        if request.mode is not Mode.FULL:
+            self.handoff_sides[request.mode].on_arrived(request)
 
     def _refuse(self, event: Submit, code: str, message: str) -> None:
         self.totals["requests_refused"] += 1
         self._send_end(event.request.request_id, Outcome.FAILED, code, message)
-        if event.handoff_id is not None:
-            self.handoff_side.on_refused(event.handoff_id, code, message)
+        if event.mode is not Mode.FULL and event.handoff_id is not None:
+            self.handoff_sides[event.mode].on_refused(event.handoff_id, code, message)
 
     def _make_queue_room(self, request: ActiveRequest) -> str | None:
         """Make room in the queue, perhaps by displacing another request; return the error message if there is none."""
@@ -352,7 +352,7 @@ class RequestTable:
             if is_whole:
                 self._complete_prefill(request, token)
             else:
-                self.handoff_side.on_computed(request)
+                self.handoff_sides[Mode.PREFILL].on_computed(request)
         elif is_whole:
             assert token is not None
             self._append(request, token)
@@ -385,7 +385,7 @@ class RequestTable:
         request.move(RequestState.AWAITING_TRANSFER)
         self.awaiting_transfer[request.request_id] = request
         self._send_first_token(request)
-        self.handoff_side.on_computed(request)
+        self.handoff_sides[Mode.PREFILL].on_computed(request)
 
     def _send_first_token(self, request: ActiveRequest) -> None:
         """PREFILL: send the first token once it is known and decode has granted pages, so that no stream that has begun
@@ -436,8 +436,8 @@ class RequestTable:
         else:
             self.service_time.add(self.now_s - request.admitted_s)
         self._send_end(request.request_id, outcome, code, message)
-        if request.handoff_id is not None:
-            self.handoff_side.on_ended(request, outcome, message or outcome.value)
+        if request.mode is not Mode.FULL:
+            self.handoff_sides[request.mode].on_ended(request, outcome, message or outcome.value)
         self.release(request)
 
     def release(self, request: ActiveRequest) -> None:

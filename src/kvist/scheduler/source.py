@@ -73,7 +73,14 @@ class SourceSide:
             Revoke: self.on_revoke,
             WritesCompleted: self.on_writes_completed,
             WritesFailed: self.on_writes_failed,
-            PeerDied: self.on_peer_died,
+        }
+
+    def timer_handlers(self) -> Mapping[TimerKind, Callable[[str], None]]:
+        return {
+            TimerKind.GRANT: self._on_grant_timeout,
+            TimerKind.EARLY_GRANT: self._on_early_grant_timeout,
+            TimerKind.ACK: self._on_ack_timeout,
+            TimerKind.RESEND_DONE: lambda key: self._send_done(self._open[HandoffId(key)]),
         }
 
     @property
@@ -189,22 +196,23 @@ class SourceSide:
         if handoff is not None:
             self._fire(handoff, SourceTrigger.WRITES_FAILED, ("handoff_failed", event.message))
 
-    def on_timer(self, kind: TimerKind, handoff_id: HandoffId) -> None:
-        config = self._table.config
-        if kind is TimerKind.EARLY_GRANT:
-            message = f"no request reached the prefill worker within {config.grant_timeout_s:g} s (--grant-timeout-s)"
-            self._refuse_early_grant(handoff_id, "handoff_failed", message)
-            return
-        handoff = self._open[handoff_id]
-        if kind is TimerKind.REPEAT:
-            self._send_done(handoff)
-        elif handoff.request.state is not RequestState.ENDED:
-            if kind is TimerKind.GRANT:
-                message = f"the decode worker granted no pages within {config.grant_timeout_s:g} s (--grant-timeout-s)"
-            else:
-                limit = f"{config.handoff_timeout_s:g} s (--handoff-timeout-s)"
-                message = f"the decode worker did not acknowledge the pages within {limit}"
-            self._table.end(handoff.request, Outcome.FAILED, "handoff_failed", message)
+    def _on_early_grant_timeout(self, key: str) -> None:
+        limit = f"{self._table.config.grant_timeout_s:g} s (--grant-timeout-s)"
+        message = f"no request reached the prefill worker within {limit}"
+        self._refuse_early_grant(HandoffId(key), "handoff_failed", message)
+
+    def _on_grant_timeout(self, key: str) -> None:
+        limit = f"{self._table.config.grant_timeout_s:g} s (--grant-timeout-s)"
+        self._fail_request(HandoffId(key), f"the decode worker granted no pages within {limit}")
+
+    def _on_ack_timeout(self, key: str) -> None:
+        limit = f"{self._table.config.handoff_timeout_s:g} s (--handoff-timeout-s)"
+        self._fail_request(HandoffId(key), f"the decode worker did not acknowledge the pages within {limit}")
+
+    def _fail_request(self, handoff_id: HandoffId, message: str) -> None:
+        request = self._open[handoff_id].request
+        if request.state is not RequestState.ENDED:
+            self._table.end(request, Outcome.FAILED, "handoff_failed", message)
 
     # ---------------------------------------------------------------- actions of the transitions
 
@@ -238,7 +246,7 @@ class SourceSide:
         table, handoff_id, grant = self._table, handoff.handoff_id, handoff.grant
         del self._open[handoff_id]
         self._closed.put(handoff_id, handoff.refusal, table.now_s)
-        for kind in (TimerKind.GRANT, TimerKind.HANDOFF, TimerKind.REPEAT):
+        for kind in (TimerKind.GRANT, TimerKind.ACK, TimerKind.RESEND_DONE):
             table.timers.cancel(kind, handoff_id)
         handoff.request.in_handoff = False
         if handoff.complete and handoff.request.lease is not None:
@@ -318,7 +326,7 @@ class SourceSide:
         if complete and not handoff.complete:
             handoff.complete = True
             self._table.cache.begin_transfer(request.lease, 0)  # the last page, if partial: full pages are in the tree
-            self._set_timer(TimerKind.HANDOFF, handoff.handoff_id, self._table.config.handoff_timeout_s)
+            self._set_timer(TimerKind.ACK, handoff.handoff_id, self._table.config.handoff_timeout_s)
             self._send_done_if_written(handoff)
 
     def _all_written(self, handoff: SourceHandoff) -> bool:
@@ -344,7 +352,7 @@ class SourceSide:
             finish_reason=request.first_token_finish,
         )
         self._table.out.to_target(grant.target_epoch, done)
-        self._set_timer(TimerKind.REPEAT, handoff.handoff_id, self._table.config.ack_timeout_s)
+        self._set_timer(TimerKind.RESEND_DONE, handoff.handoff_id, self._table.config.ack_timeout_s)
 
     def _store_early_grant(self, grant: Grant) -> None:
         if len(self._early_grants) >= self._table.config.max_remembered_handoffs:

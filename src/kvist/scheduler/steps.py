@@ -1,10 +1,11 @@
-"""Runs one step of any role: handles events, fires due timers, plans the batch. Roles differ in their handoff side."""
+"""Runs one step: handles events, fires due timers, plans the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from kvist.kv.cache import PageCache
 from kvist.plan.events import Event, StepFailed, StepFinished
 from kvist.plan.plan import Flush, Plan
 from kvist.plan.tiers import (
@@ -16,35 +17,35 @@ from kvist.plan.tiers import (
     PagesStored,
     StorageAttached,
 )
-from kvist.request import EpochId, HandoffId
+from kvist.plan.transfers import PeerDied
+from kvist.request import EpochId, Mode, Role
 from kvist.scheduler.batching import Batcher
+from kvist.scheduler.config import SchedulerConfig
 from kvist.scheduler.load import SchedulerLoad
-from kvist.scheduler.requests import HandoffHooks, RequestTable
+from kvist.scheduler.requests import RequestTable
+from kvist.scheduler.source import SourceSide
+from kvist.scheduler.target import TargetSide
 from kvist.scheduler.timers import TimerKind
-from kvist.wire import Abort, FlushCache, Submit
+from kvist.wire import Abort, FlushCache, PoolAddress, Submit
 
 
-class HandoffSide(HandoffHooks, Protocol):
-    """One engine's side of its handoffs, as `Steps` uses it."""
-
-    @property
-    def num_open(self) -> int: ...
-
-    @property
-    def watched_epochs(self) -> frozenset[EpochId]: ...
-
-    def on_timer(self, kind: TimerKind, handoff_id: HandoffId) -> None: ...
+def build_scheduler(
+    role: Role, config: SchedulerConfig, cache: PageCache, epoch: EpochId, pool_address: PoolAddress
+) -> Steps:
+    """Build a scheduler, with both sides of its handoffs. Peers find our pages at `pool_address`."""
+    table = RequestTable(config, cache, role=role)
+    source = SourceSide(table, epoch=epoch, pool=pool_address)
+    target = TargetSide(table, epoch=epoch, pool=pool_address)
+    return Steps(table, source, target)
 
 
 class Steps:
-    """The scheduler of a role. Mutable; its one owner is the loop. `handlers` handle the handoff events of the role."""
+    """The scheduler. Mutable; its one owner is the loop."""
 
-    def __init__(
-        self, table: RequestTable, side: HandoffSide, handlers: Mapping[type[Event], Callable[[Any], None]]
-    ) -> None:
-        table.handoff_side = side
+    def __init__(self, table: RequestTable, source: SourceSide, target: TargetSide) -> None:
+        table.handoff_sides = {Mode.PREFILL: source, Mode.DECODE: target}
         self._table = table
-        self._handoff_side = side
+        self._source, self._target = source, target
         self._batcher = Batcher(table)
         self._flushing: dict[int, Flush] = {}  # by the job that must be reported before the flush is answered
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
@@ -57,12 +58,19 @@ class Steps:
             PagesBackedUp: table.cache.backed_up,
             PagesForgotten: lambda event: table.out.flushes.append(self._flushing.pop(event.job_id)),
             **dict.fromkeys((PagesFound, PagesFetched, PagesStored, StorageAttached), table.cache.storage_event),
-            **handlers,
+            **source.handlers(),
+            **target.handlers(),
+            PeerDied: self._on_peer_died,
+        }
+        self._on_timer: dict[TimerKind, Callable[[str], None]] = {
+            TimerKind.QUEUE: table.on_queue_timeout,
+            TimerKind.PREFETCH: table.on_prefetch_timeout,
+            **source.timer_handlers(),
+            **target.timer_handlers(),
         }
 
     def step(self, now_s: float, events: Sequence[Event], *, with_batch: bool = True) -> Plan:
-        """See `Scheduler.step`. Raises no error for any message from outside. An event of the other handoff side is a
-        bug of the loop."""
+        """See `Scheduler.step`. Raises no error for any message from outside."""
         table = self._table
         table.now_s = now_s
         table.step_count += 1
@@ -71,25 +79,20 @@ class Steps:
         table.requeue_prefetched()  # before the timers: pages reported in this step are in time, however late it is
         while (due := table.timers.pop_due(now_s)) is not None:
             kind, key = due
-            if kind is TimerKind.QUEUE:
-                table.on_queue_timeout(key)
-            elif kind is TimerKind.PREFETCH:
-                table.on_prefetch_timeout(key)
-            else:
-                self._handoff_side.on_timer(kind, HandoffId(key))
+            self._on_timer[kind](key)
         table.requeue_prefetched()
         batch = self._batcher.plan() if with_batch else None
         return table.out.take(
             batch=batch,
             moves=table.cache.drain_jobs(),
-            watched_epochs=self._handoff_side.watched_epochs,
+            watched_epochs=self._source.watched_epochs | self._target.watched_epochs,
             cache_changes=table.cache.drain_changes(),
             wake_at_s=table.timers.next_at_s(),
         )
 
     def has_work(self) -> bool:
         """Return whether a request is live or a handoff is open: a shutdown now would lose one of them."""
-        return bool(self._table.live) or self._handoff_side.num_open > 0
+        return bool(self._table.live) or self._source.num_open > 0 or self._target.num_open > 0
 
     def load(self) -> SchedulerLoad:
         table = self._table
@@ -101,6 +104,10 @@ class Steps:
             host_pages=table.cache.host_counts(),
             totals={**table.totals, **table.cache.totals()},
         )
+
+    def _on_peer_died(self, event: PeerDied) -> None:
+        self._source.on_peer_died(event)
+        self._target.on_peer_died(event)
 
     def _flush(self, event: FlushCache) -> None:
         num_pages, job_id = self._table.cache.flush(event.tier)

@@ -70,7 +70,12 @@ class TargetSide:
             Done: self.on_done,
             Closed: self.on_closed,
             PagesVerified: self.on_verified,
-            PeerDied: self.on_peer_died,
+        }
+
+    def timer_handlers(self) -> Mapping[TimerKind, Callable[[str], None]]:
+        return {
+            TimerKind.DONE: self._on_done_timeout,
+            TimerKind.RESEND: lambda key: self._resend(self._open[HandoffId(key)]),
         }
 
     @property
@@ -130,7 +135,7 @@ class TargetSide:
         table.cache.begin_transfer(request.lease, first_page)
         table.out.to_source(source.endpoint, grant)
         self._schedule_resend(handoff.handoff_id, table.config.ack_timeout_s)
-        table.timers.set(TimerKind.HANDOFF, handoff.handoff_id, table.now_s + table.config.handoff_timeout_s)
+        table.timers.set(TimerKind.DONE, handoff.handoff_id, table.now_s + table.config.handoff_timeout_s)
 
     def on_computed(self, request: ActiveRequest) -> None:
         raise AssertionError(f"{request.request_id}: a decode engine has no PREFILL requests")
@@ -185,11 +190,8 @@ class TargetSide:
                 "" if equal else "the pages that arrived differ from those that the prefill worker sent",
             )
 
-    def on_timer(self, kind: TimerKind, handoff_id: HandoffId) -> None:
-        handoff = self._open[handoff_id]
-        if kind is TimerKind.REPEAT:
-            self._resend(handoff)
-            return
+    def _on_done_timeout(self, key: str) -> None:
+        handoff = self._open[HandoffId(key)]
         limit = f"{self._table.config.handoff_timeout_s:g} s (--handoff-timeout-s)"
         message = f"the prefill worker did not hand over the pages within {limit}"
         self._table.end(handoff.request, Outcome.FAILED, "handoff_failed", message)
@@ -204,10 +206,10 @@ class TargetSide:
         endpoint = handoff.source.endpoint
         handoff.state, handoff.reason = to, reason
         if to is TargetState.VERIFYING:
-            self._table.timers.cancel(TimerKind.REPEAT, handoff.handoff_id)
+            self._table.timers.cancel(TimerKind.RESEND, handoff.handoff_id)
             self._verify(handoff)
         elif to is TargetState.REVOKED:
-            self._table.timers.cancel(TimerKind.HANDOFF, handoff.handoff_id)
+            self._table.timers.cancel(TimerKind.DONE, handoff.handoff_id)
             self._send_revoke(endpoint, handoff.handoff_id, reason, cancelled=handoff.cancelled)
             self._schedule_resend(handoff.handoff_id, self._table.config.ack_timeout_s)
         elif trigger is TargetTrigger.VERIFIED:
@@ -259,7 +261,7 @@ class TargetSide:
         table, request = self._table, handoff.request
         del self._open[handoff.handoff_id]
         self._closed.put(handoff.handoff_id, answer, table.now_s)
-        for kind in (TimerKind.HANDOFF, TimerKind.REPEAT):
+        for kind in (TimerKind.DONE, TimerKind.RESEND):
             table.timers.cancel(kind, handoff.handoff_id)
         request.in_handoff = False
         assert request.lease is not None
@@ -296,4 +298,4 @@ class TargetSide:
         self._schedule_resend(handoff.handoff_id, wait_s)
 
     def _schedule_resend(self, handoff_id: HandoffId, wait_s: float) -> None:
-        self._table.timers.set(TimerKind.REPEAT, handoff_id, self._table.now_s + wait_s)
+        self._table.timers.set(TimerKind.RESEND, handoff_id, self._table.now_s + wait_s)

@@ -11,8 +11,10 @@ class TimerKind(enum.Enum):
     PREFETCH = "prefetch"  # a request waits for a prefetch from the store
     GRANT = "grant"  # prefill waits for the Grant
     EARLY_GRANT = "early grant"  # a Grant waits for its request
-    HANDOFF = "handoff"  # either side waits for its peer to complete the handoff
-    REPEAT = "repeat"  # Grant, Done or Revoke is sent again
+    ACK = "ack"  # prefill waits for the Ack of a computed request
+    RESEND_DONE = "resend done"
+    DONE = "done"  # decode waits for the verified pages
+    RESEND = "resend"  # decode sends Grant or Revoke again
 
 
 TimerKey = tuple[TimerKind, str]  # kind; request id or handoff id

@@ -214,7 +214,7 @@ def _worker_info(worker: WorkerSnapshot) -> dict[str, object]:
     load = worker.load
     return {
         "worker_id": worker.worker_id,
-        "role": worker.role,
+        "role": worker.role_name,
         "alive": worker.alive,
         "state": worker.state,
         "problem": worker.problem,

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import EngineError, KvistError, RequestError
 from kvist.metrics import GatewayMetrics
+from kvist.request import Role
 from kvist.server.admin import Admin
 from kvist.server.admission import Admission
 from kvist.server.caller import ApiKeys, Caller, caller_of
@@ -69,6 +70,7 @@ def build_app(
     model_name: str,
     model_path: str | None = None,
     sampling_defaults: SamplingDefaults | None = None,
+    own_role: Role | None = None,
     own_engine: Callable[[], EngineSpec | None] = no_engine,
     own_health: Callable[[], EngineHealth | None] = no_engine,
     lifecycle: Lifecycle | None = None,
@@ -77,8 +79,9 @@ def build_app(
 ) -> TrafficMiddleware:
     """Build the ASGI application.
 
-    `config.served_model_name` overrides `model_name`. Without a tokenizer (the HTTP port of a prefill or decode worker)
-    generation is refused and the error names the router. Clients on this host may read the tokenizer from `model_path`.
+    `config.served_model_name` overrides `model_name`. On the HTTP port of a worker, `own_role` is the role of its
+    engine: a prefill or decode worker needs no tokenizer, refuses generation, and its error names the router. Clients
+    on this host may read the tokenizer from `model_path`.
     `own_engine` and `own_health` return what /server_info calls `engine` and `engine_health`."""
     clock = clock or MonotonicClock()
     work = WorkPool(num_threads=config.tokenizer_threads, max_waiting=config.max_concurrent_requests)
@@ -96,6 +99,7 @@ def build_app(
         metrics=gateway_metrics,
         clock=clock,
         draw_seed=draw_seed,
+        own_role=own_role,
         own_engine=own_engine,
         own_health=own_health,
         admission=Admission(limit=config.max_concurrent_requests, metrics=gateway_metrics, clock=clock),

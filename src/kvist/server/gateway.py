@@ -18,6 +18,7 @@ from kvist.clock import Clock
 from kvist.errors import PromptTooLong, RequestError, Timeout, Unavailable, UnknownModel, UnsupportedField
 from kvist.fit import Limit, limit_text
 from kvist.metrics import GatewayMetrics
+from kvist.request import Role
 from kvist.server.admission import Admission
 from kvist.server.caller import Caller, caller_of
 from kvist.server.config import TENANT_API_KEY, ServerConfig
@@ -40,7 +41,8 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayContext:
     dispatcher: EngineClient
-    tokenizer: Tokenizer | None  # None on the HTTP port of a prefill or decode worker, which cannot generate
+    tokenizer: Tokenizer | None  # set if `generates`
+    own_role: Role | None  # of the engine behind this HTTP port; None on a router, which uses workers of all roles
     config: ServerConfig
     model_name: str
     metrics: GatewayMetrics
@@ -54,12 +56,18 @@ class GatewayContext:
     bodies: BodyBudget
     lifecycle: Lifecycle
 
+    @property
+    def generates(self) -> bool:
+        """Whether this HTTP port generates answers: that of a prefill or decode worker does not."""
+        return self.own_role is None or self.own_role.serves_alone
+
     def require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
+        if not self.generates:
             raise RequestError(
                 "this worker computes only one phase of a request (prefill or decode): send requests to the router "
                 "(kvist router), which knows all workers"
             )
+        assert self.tokenizer is not None
         return self.tokenizer
 
     async def prepare(self, scope: Scope, receive: Receive, make: Callable[[bytes], T]) -> T:
@@ -113,7 +121,7 @@ class GatewayContext:
         """Return whether a token can be generated now. A prefill or decode worker is ready when its engine is."""
         if self.lifecycle.stopping:
             return False
-        if self.tokenizer is not None:
+        if self.generates:
             return self.dispatcher.ready()
         return self.own_engine() is not None and all(worker.alive for worker in self.dispatcher.snapshot().workers)
 

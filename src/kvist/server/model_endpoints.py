@@ -113,7 +113,7 @@ class ModelEndpoints:
 
     async def health_generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope, receive
-        if self._gateway.tokenizer is None:
+        if not self._gateway.generates:
             raise RequestError("a prefill or decode worker alone cannot generate: use /health_generate of the router")
         if self._probe is None or self._probe.done():
             self._probe = asyncio.create_task(self._generate(), name="health_generate")

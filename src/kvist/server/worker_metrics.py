@@ -48,7 +48,7 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     )
     totals: dict[str, CounterMetricFamily] = {}
     for worker in snapshot.workers:
-        label_values, load = [worker.worker_id, worker.role], worker.load
+        label_values, load = [worker.worker_id, worker.role_name], worker.load
         alive.add_metric(label_values, float(worker.alive))
         rejected.add_metric(label_values, worker.num_rejected_messages)
         running.add_metric(label_values, 0 if load is None else load.num_running)

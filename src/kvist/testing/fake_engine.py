@@ -24,7 +24,7 @@ import msgspec
 from kvist import wire
 from kvist.channel import ChannelConfig, EngineChannel, Member
 from kvist.clock import MonotonicClock
-from kvist.request import EngineRequest, FinishReason, Mode, Outcome, RequestId, WorkerId
+from kvist.request import EngineRequest, FinishReason, Mode, Outcome, RequestId, Role, WorkerId
 from kvist.testing.specs import LoadFields, make_load, make_roomy_spec
 
 RECV_TIMEOUT_S = 0.05
@@ -236,7 +236,7 @@ class FakeEngine:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=0, help="of the engine socket on 127.0.0.1; 0 chooses a free port")
-    parser.add_argument("--role", default="unified", choices=("unified", "prefill", "decode"))
+    parser.add_argument("--role", type=Role, default=Role.UNIFIED, choices=tuple(Role))
     parser.add_argument("--tokens-per-message", type=int, default=1, help="tokens of one stream in one message")
     args = parser.parse_args()
     worker_id = WorkerId(f"fake:{args.port}")

@@ -11,7 +11,7 @@ from typing import TypedDict, Unpack
 import msgspec
 
 from kvist import wire
-from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SamplingParams, WorkerId
+from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, Role, SamplingParams, WorkerId
 
 
 class SpecFields(TypedDict, total=False):
@@ -19,7 +19,7 @@ class SpecFields(TypedDict, total=False):
 
     worker_id: str
     epoch: str
-    role: str
+    role: Role
     endpoint: str
     model_fingerprint: str
     tokenizer_fingerprint: str
@@ -38,7 +38,7 @@ class SpecFields(TypedDict, total=False):
 _SPEC = wire.EngineSpec(
     worker_id=WorkerId("w"),
     epoch=EpochId("e"),
-    role="unified",
+    role=Role.UNIFIED,
     endpoint="tcp://127.0.0.1:1",
     model_fingerprint="f",
     model_name="m",
