@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvist.request import WorkerId
-from kvist.router.config import POLICIES, RouterConfig
-from kvist.router.policies import (
-    CacheAware,
-    LeastLoaded,
-    Policy,
-    PromptDigests,
-    RoundRobin,
-    WorkerView,
-    decode_policy,
-    num_hit_tokens,
-    prompt_policy,
-)
+from kvist.router.policies.cache_aware import CacheAware, CacheAwareOptions
+from kvist.router.policies.least_loaded import LeastLoaded
+from kvist.router.policies.round_robin import RoundRobin
+from kvist.router.policy import PromptDigests, WorkerView, num_hit_tokens
+from kvist.router.route import DECODE_HIT_WEIGHT
 
 PAGES = [bytes([i]) * 16 for i in range(20)]
 PROMPT = PromptDigests(num_tokens=330, digests={"ns": PAGES})
-CACHE_AWARE = CacheAware(cache_threshold=0.1, balance_abs_threshold=32, balance_rel_threshold=1.5)
+CACHE_AWARE = CacheAware(CacheAwareOptions())
 
 
 def view(
@@ -77,7 +69,7 @@ def test_pages_of_another_namespace_do_not_count() -> None:
 def test_a_hit_below_the_threshold_is_ignored() -> None:
     short = view("a", num_pages=2, num_requests=1)  # 32 of 330 tokens
     assert CACHE_AWARE.choose(PROMPT, [short, view("b", num_requests=0)]) == "b"
-    everything_counts = CacheAware(cache_threshold=0.0, balance_abs_threshold=32, balance_rel_threshold=1.5)
+    everything_counts = CacheAware(CacheAwareOptions(cache_threshold=0.0))
     assert everything_counts.choose(PROMPT, [view("a"), view("b", num_pages=1)]) == "b"
 
 
@@ -115,38 +107,9 @@ def test_equal_workers_are_ordered_by_cached_pages_then_by_name() -> None:
 
 
 def test_decode_weighs_load_more_than_prefill_does() -> None:
-    config = RouterConfig()
     workers = [view("a", num_pages=10, num_requests=2), view("b")]  # 160 tokens cached, two requests
-    assert prompt_policy(config).choose(PROMPT, workers) == "a"
-    assert decode_policy(config).choose(PROMPT, workers) == "b"
-
-
-views = st.lists(
-    st.builds(
-        view,
-        st.text("abcdef", min_size=1, max_size=3),
-        num_pages=st.integers(0, 20),
-        num_requests=st.integers(0, 100),
-        pending=st.integers(0, 5_000),
-        namespace=st.sampled_from(["ns", "other"]),
-    ),
-    min_size=1,
-    max_size=6,
-    unique_by=lambda v: v.worker_id,
-)
-
-
-@pytest.mark.parametrize("name", POLICIES)
-@given(calls=st.lists(views, min_size=1, max_size=5))
-def test_every_policy_chooses_a_candidate_and_the_same_one_again(name: str, calls: list[list[WorkerView]]) -> None:
-    config = RouterConfig(policy=name)
-    for build in (prompt_policy, decode_policy):
-        policy: Policy = build(config)
-        for candidates in calls:
-            again = copy.deepcopy(policy)
-            chosen = policy.choose(PROMPT, candidates)
-            assert chosen in {candidate.worker_id for candidate in candidates}
-            assert again.choose(PROMPT, candidates[::-1]) == chosen
+    assert CACHE_AWARE.choose(PROMPT, workers) == "a"
+    assert CACHE_AWARE.choose(replace(PROMPT, hit_weight=DECODE_HIT_WEIGHT), workers) == "b"
 
 
 @given(num_requests=st.integers(0, 50), hits=st.lists(st.integers(3, 20), min_size=2, max_size=5, unique=True))

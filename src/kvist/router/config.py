@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvist.config import option
-
-POLICIES = ("cache_aware", "least_loaded", "round_robin")
+from kvist.door import Given, choice_of, options_of_choice
+from kvist.router.policies import POLICIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,30 +14,8 @@ class RouterConfig:
     prefill: tuple[str, ...] = option((), "URLs of prefill workers, http://HOST:PORT (unified workers are allowed too)")
     decode: tuple[str, ...] = option((), "URLs of decode workers, http://HOST:PORT")
     worker_urls: tuple[str, ...] = option((), "URLs of workers; each is used in the role that it was started with")
-    policy: str = option(
-        "cache_aware",
-        "routing policy: cached prefix and load, load alone, or each worker in turn",
-        choices=POLICIES,
-    )
-    cache_threshold: float = option(
-        0.1,
-        "cache_aware ignores a cached prefix shorter than this fraction of the prompt",
-        minimum=0.0,
-        maximum=1.0,
-    )
-    balance_abs_threshold: int = option(
-        32,
-        "cache_aware chooses the least loaded worker if the highest load exceeds the lowest by more requests than "
-        "this, and also by more than the factor --balance-rel-threshold",
-        unit="requests",
-        minimum=0,
-    )
-    balance_rel_threshold: float = option(
-        1.5,
-        "cache_aware chooses the least loaded worker if the highest load is more than this many times the lowest, and "
-        "also exceeds it by more than --balance-abs-threshold",
-        minimum=1.0,
-    )
+    policy: str = choice_of(POLICIES, "cache_aware", "routing policy")
+    policy_options: Given = options_of_choice(POLICIES, chosen_by="policy", title="routing policy")
     max_known_pages: int = option(
         262_144,
         "maximum number of cached pages tracked for each worker; routing ignores further pages",

@@ -17,7 +17,7 @@ from kvist.fairness import CallerCounts, CallerPath
 from kvist.request import RequestId, Role, WorkerId
 from kvist.router.checks import fault_of_report, fault_of_spec
 from kvist.router.config import RouterConfig
-from kvist.router.policies import WorkerView
+from kvist.router.policy import WorkerView
 from kvist.router.stream import WorkerSnapshot
 from kvist.service_time import SHORTEST_WAIT_S, retry_after_s
 from kvist.wire import PROTOCOL_VERSION, EngineSpec, LoadReport, Welcome

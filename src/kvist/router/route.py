@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvist.errors import KvistError, Overloaded, PromptTooLong, Unavailable
 from kvist.fairness import CallerPath, caller_path
@@ -11,9 +11,12 @@ from kvist.fit import limit_text, num_tokens_needed
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, Mode, Role
 from kvist.router.config import RouterConfig
-from kvist.router.policies import Policy, PromptDigests, decode_policy, num_hit_tokens, prompt_policy
+from kvist.router.policies import POLICIES
+from kvist.router.policy import Policy, PromptDigests, num_hit_tokens
 from kvist.router.registry import Registry, Worker, WorkerState
 
+# A cached page saves a decode worker a transfer, which costs far less than computing the page: load weighs more.
+DECODE_HIT_WEIGHT = 0.25
 _AWAY = frozenset({WorkerState.LOST, WorkerState.DRAINING})
 _START = {
     Role.PREFILL: "start one with `kvist serve --role prefill`",
@@ -80,8 +83,8 @@ class Router:
     def __init__(self, config: RouterConfig, registry: Registry) -> None:
         self._config = config
         self._registry = registry
-        self._prompt_policy = prompt_policy(config)
-        self._decode_policy = decode_policy(config)
+        self._prompt_policy = POLICIES[config.policy].make(config.policy_options)
+        self._decode_policy = POLICIES[config.policy].make(config.policy_options)
         # The last prompt, its salt, and its digests by namespace: the n answers to one prompt are routed in sequence.
         self._digested: tuple[tuple[int, ...], str, dict[str, list[bytes]]] = ((), "", {})
 
@@ -116,7 +119,7 @@ class Router:
         left = max(1, prompt.num_tokens - num_hit_tokens(prompt, chosen.view()))
         if single or chosen.role is Role.UNIFIED:
             return Route(mode=Mode.FULL, prefill=chosen, decode=chosen, num_prompt_tokens_left=left)
-        partner = _pick(self._decode_policy, prompt, free.decode)
+        partner = _pick(self._decode_policy, replace(prompt, hit_weight=DECODE_HIT_WEIGHT), free.decode)
         return Route(mode=Mode.PREFILL, prefill=chosen, decode=partner, num_prompt_tokens_left=left)
 
     def _prompt(self, request: EngineRequest, workers: Sequence[Worker]) -> PromptDigests:
