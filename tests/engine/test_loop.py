@@ -13,7 +13,7 @@ from kvist.engine import gateways
 from kvist.engine.loop import MAX_FAILED_STEPS_IN_A_ROW, STORE_PROBE_S, EngineLoop, LoopParts
 from kvist.engine.reports import LoadReports
 from kvist.errors import EngineError
-from kvist.kv.cache import TIER_COUNTERS
+from kvist.kv.counters import TIER_COUNTERS
 from kvist.kv.pages import PageCounts
 from kvist.memory.page_copier import MOVE_COUNTERS
 from kvist.metrics import ENGINE_TOTALS

@@ -217,19 +217,19 @@ class ByteEngine:
         (waiting,) = (each for each in self.fetching if each[0] is prefetch)
         self.fetching.remove(waiting)
         if gives_up:
-            self.cache.give_up_prefetch(prefetch)
+            self.storage.give_up(prefetch)
         if not is_aborted:
             self.admit(waiting[1], waiting[2])
-        self.cache.close_prefetch(prefetch)
+        self.storage.close(prefetch)
         self.start_jobs()
 
     def attach(self, store: FaultyStore) -> None:
         self.store_mover.attach(store)
-        self.cache.storage_event(StorageAttached(attached=True))
+        self.storage.on_event(StorageAttached(attached=True))
 
     def detach(self) -> None:
         self.store_mover.detach()
-        self.cache.storage_event(StorageAttached(attached=False))
+        self.storage.on_event(StorageAttached(attached=False))
         self.deliver_reports()
 
     def admit(self, token_ids: tuple[int, ...], cache_salt: str = "") -> Request | None:
@@ -265,7 +265,7 @@ class ByteEngine:
         self.cache.close(request.lease)
 
     def start_jobs(self) -> None:
-        for job in self.cache.drain_jobs():
+        for job in self.cache.plan_jobs():
             if isinstance(job, StoreJob):
                 self.store_mover.mover.start(job)
             else:
@@ -282,9 +282,10 @@ class ByteEngine:
             request.num_written = self.cache.loaded(report, request.token_ids)
             request.load_id = None
         for event in self.store_mover.mover.poll():
-            self.cache.storage_event(event)
+            self.storage.on_event(event)
         self.start_jobs()
-        for prefetch in self.cache.drain_prefetches():
+        self.storage.start_queued()
+        for prefetch in self.storage.take_settled():
             if any(each[0] is prefetch for each in self.fetching):
                 self.finish_prefetch(prefetch)
 
@@ -332,7 +333,7 @@ class ByteEngine:
 
     def evict_device(self) -> None:
         """Evict all unused pages from the device pool."""
-        self.cache._evict(self.cache.counts().evictable)
+        self.cache.evict(self.cache.counts().evictable)
 
     def kill(self) -> None:
         """Stop all threads where they are, and release the folder's lock as the system would."""
@@ -356,7 +357,7 @@ class ByteEngine:
                 assert device[page_id].tobytes() == right
         for node in self.cache._tree.nodes():
             assert device[node.page_id].tobytes() == self.right.by_digest[node.digest]
-        for page in self.tier._pages.values():
+        for page in self.tier.pages():
             assert not page.resident or host[page.slot].tobytes() == self.right.by_digest[page.digest]
 
     def check_ledgers(self) -> None:
@@ -364,18 +365,19 @@ class ByteEngine:
         assert pages.free + pages.cached + pages.owned + pages.in_flight == pages.total
         assert host.free + host.cached + host.in_flight == host.total
         cache = self.cache
-        assert pages.in_flight == sum(len(found) for _, found in cache._loads.values())
+        loads = [page for _, found in cache._host.copies._loads.values() for page in found]
+        assert pages.in_flight == len(loads)
         assert pages.cached == len([*cache._tree.nodes()])
         used = {page_id for request in self.requests for page_id in request.lease.page_ids}
         assert pages.free + pages.cached + pages.owned + pages.in_flight - pages.evictable >= len(used)
         storage = self.storage
-        moving = [page for jobs in (cache._loads, cache._backups) for _, found in jobs.values() for page in found]
+        moving = cache._host.copies.pages_under_way()
         moving += [page for fetch in storage._fetches.values() for page in fetch.pages]
         moving += [page for _, pages in storage._stores.values() for page in pages]
         kept = [prefetch._pinned for prefetch in storage._open if prefetch._pinned is not None]
         assert host.in_flight == len({page.slot for page in [*moving, *kept]})
-        slots = [page.slot for page in self.tier._pages.values()]
-        assert sorted([*slots, *self.tier._free]) == [*range(host.total)], "each slot is free or has one page"
+        slots = [page.slot for page in self.tier.pages()]
+        assert len(slots) == len(set(slots)) == host.total - host.free, "each slot is free or has one page"
         num_fetching = sum(len(fetch.pages) for fetch in storage._fetches.values())
         num_kept = sum(prefetch._num_fetched for prefetch in storage._open)
         assert storage._num_reserved == num_fetching + num_kept <= max(1, host.total // 2)

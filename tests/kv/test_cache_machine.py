@@ -135,10 +135,6 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.flush() == (evictable, None)
         assert self.cache.counts().evictable == 0
 
-    @rule(token_ids=TOKENS, cache_salt=SALTS)
-    def probe(self, token_ids: tuple[int, ...], cache_salt: str) -> None:
-        assert self.cache.probe(token_ids, cache_salt) == self.model_hit(token_ids, cache_salt, len(token_ids))
-
     @rule()
     def replay_changes(self) -> None:
         added, removed = self.cache.drain_changes()

@@ -60,7 +60,7 @@ def test_two_hundred_thousand_digests_are_all_known() -> None:
 def run_job(cache: PageCache, lease: PageLease, tokens: list[int], *, copies_work: bool) -> int:
     """Run the mover's jobs; return the tokens that the lease has."""
     num_hit = lease.num_cached_tokens
-    for job in cache.drain_jobs():
+    for job in cache.plan_jobs():
         if isinstance(job, LoadPages):
             num_hit = cache.loaded(PagesLoaded(job_id=job.job_id, ok=copies_work), tokens)
         elif isinstance(job, BackUpPages):

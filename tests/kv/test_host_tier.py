@@ -87,15 +87,15 @@ def test_any_order_of_uses_keeps_whole_prefixes_and_every_slot_accounted_for() -
     for _ in range(20_000):
         action = draw.random()
         if action < 0.5:
-            parent = draw.choice([None, *tier._pages.values()]) if draw.random() < 0.8 else None
+            parent = draw.choice([None, *tier.pages()]) if draw.random() < 0.8 else None
             digest = (parent.digest if parent else b"") + bytes([draw.randrange(3)])
             known = tier.get(digest)
             if len(digest) < 6 and (known is None or known.lost):
                 page = tier.reserve(parent, digest)
                 if page is not None:
                     moving.append((page, True))
-        elif action < 0.6 and tier._pages:
-            page = draw.choice(list(tier._pages.values()))
+        elif action < 0.6 and [*tier.pages()]:
+            page = draw.choice([*tier.pages()])
             if page.resident:
                 tier.pin(page)
                 moving.append((page, False))
@@ -105,14 +105,14 @@ def test_any_order_of_uses_keeps_whole_prefixes_and_every_slot_accounted_for() -
                 tier.written(page, ok=draw.random() < 0.8)
             else:
                 tier.unpin(page)
-        elif tier._pages:
-            tier.touch([draw.choice(list(tier._pages.values()))])
+        elif [*tier.pages()]:
+            tier.touch([draw.choice([*tier.pages()])])
         counts = tier.counts()
         assert counts.free + counts.cached + counts.in_flight == counts.total
-        used = [page.slot for page in tier._pages.values()]
-        assert sorted([*used, *tier._free]) == list(range(12))
+        used = [page.slot for page in tier.pages()]
+        assert len(used) == len(set(used)) == 12 - tier.counts().free
         assert counts.in_flight == len({page for page, _ in moving})
-        assert all(tier._pages.get(page.digest) is page for page, _ in moving)
-        assert all(page.parent is None or page.parent.digest in tier._pages for page in tier._pages.values())
-        assert len(tier._leaves) <= 2 * len(tier._pages) + 65
+        assert all(tier.get(page.digest) is page for page, _ in moving)
+        assert all(page.parent is None or tier.get(page.parent.digest) is page.parent for page in tier.pages())
+        assert len(tier._leaves) <= 2 * len(used) + 65
     assert tier.num_evicted > 1000

@@ -6,7 +6,16 @@ import math
 
 from kvist.kv.tiers.host import HostPage, HostTier
 from kvist.kv.tiers.storage import FETCH_PAGES, MAX_FINDS, MAX_STORES, Prefetch, PrefetchConfig, StorageTier
-from kvist.plan.tiers import CancelFetch, FetchPages, FindPages, PagesFetched, PagesFound, PagesStored, StorePages
+from kvist.plan.tiers import (
+    CancelFetch,
+    FetchPages,
+    FindPages,
+    PagesFetched,
+    PagesFound,
+    PagesStored,
+    StoreJob,
+    StorePages,
+)
 
 
 def tier(num_host_pages: int, threshold_tokens: int = 1) -> tuple[HostTier, StorageTier]:
@@ -30,16 +39,26 @@ def keep(host: HostTier, digests: list[bytes]) -> list[HostPage]:
     return pages
 
 
+def planned_jobs(storage: StorageTier) -> list[StoreJob]:
+    storage.start_queued()
+    return storage.take_jobs()
+
+
+def settled(storage: StorageTier) -> list[Prefetch]:
+    storage.start_queued()
+    return storage.take_settled()
+
+
 def begin(storage: StorageTier, digests: list[bytes], num_cached: int = 0) -> tuple[Prefetch, FindPages]:
     prefetch = storage.begin(digests, num_cached)
-    (find,) = storage.drain_jobs()
+    (find,) = planned_jobs(storage)
     assert prefetch is not None
     assert isinstance(find, FindPages)
     return prefetch, find
 
 
 def fetches(storage: StorageTier) -> list[FetchPages]:
-    return [job for job in storage.drain_jobs() if isinstance(job, FetchPages)]
+    return [job for job in planned_jobs(storage) if isinstance(job, FetchPages)]
 
 
 def test_each_prefetch_policy_sets_the_longest_wait() -> None:
@@ -62,7 +81,7 @@ def test_a_long_prefix_is_fetched_in_pieces_after_the_pages_in_the_host_tier() -
     for job in reversed(jobs):
         assert not prefetch.done
         storage.fetched(PagesFetched(job_id=job.job_id, num_pages=len(job.digests)))
-    assert storage.drain_done() == [prefetch]
+    assert settled(storage) == [prefetch]
     assert len(host.match(digests)) == 290
     assert [page.from_storage for page in host.match(digests)] == [False] * 10 + [True] * 280
 
@@ -83,7 +102,7 @@ def test_pages_in_the_device_pool_are_fetched_only_as_the_prefix_of_missing_page
     assert len(find.digests) == 10
     storage.found(PagesFound(job_id=find.job_id, num_pages=9))
     assert fetches(storage) == []
-    assert len(storage.drain_done()) == 1
+    assert len(settled(storage)) == 1
     _, find = begin(storage, digests, 5)
     storage.found(PagesFound(job_id=find.job_id, num_pages=9))
     (job,) = fetches(storage)
@@ -113,19 +132,19 @@ def test_prefetches_use_at_most_half_of_the_host_tier_and_queue_for_it_in_order(
     (first,) = fetches(storage)
     storage.fetched(PagesFetched(job_id=first.job_id, num_pages=6))
     assert fetches(storage) == []  # the fetched pages fill the share
-    assert storage.drain_done() == [opened[0][0]]
+    assert settled(storage) == [opened[0][0]]
     storage.give_up(opened[1][0])  # the second request stops waiting
     storage.close(opened[0][0])
     (third,) = fetches(storage)
     assert third.digests == tuple(chain("c", 6))
     storage.fetched(PagesFetched(job_id=third.job_id, num_pages=0))
-    assert storage.drain_done() == [opened[2][0]]
+    assert settled(storage) == [opened[2][0]]
     prefetch, find = begin(storage, chain("long", 30))
     storage.found(PagesFound(job_id=find.job_id, num_pages=30))
     (long,) = fetches(storage)
     assert len(long.digests) == 8
     storage.close(prefetch)
-    assert storage.drain_jobs() == [CancelFetch(job_id=long.job_id)]
+    assert planned_jobs(storage) == [CancelFetch(job_id=long.job_id)]
     assert storage._num_reserved == 8
     storage.fetched(PagesFetched(job_id=long.job_id, num_pages=2))
     assert storage._num_reserved == 0
@@ -140,12 +159,12 @@ def test_a_shared_fetch_is_cancelled_when_its_last_request_leaves() -> None:
     second = storage.begin(digests, 0)
     assert second is not None
     storage.close(first)
-    assert storage.drain_jobs() == []
+    assert planned_jobs(storage) == []
     storage.close(second)
-    assert storage.drain_jobs() == [CancelFetch(job_id=job.job_id)]
+    assert planned_jobs(storage) == [CancelFetch(job_id=job.job_id)]
     storage.fetched(PagesFetched(job_id=job.job_id, num_pages=0))
     assert storage.totals["storage_failed_pages"] == 0
-    assert storage.drain_done() == []
+    assert settled(storage) == []
 
 
 def test_a_prefix_evicted_during_the_store_lookup_is_fetched_with_the_rest() -> None:
@@ -164,22 +183,22 @@ def test_pages_are_stored_again_only_after_a_failure_or_in_another_store() -> No
     pages = keep(host, chain("a", 4))
     storage.store(pages)
     storage.store(pages)
-    (job,) = storage.drain_jobs()
+    (job,) = planned_jobs(storage)
     assert isinstance(job, StorePages)
     assert host.counts().in_flight == 4
     storage.stored(PagesStored(job_id=job.job_id, num_pages=3))
     assert host.counts().in_flight == 0
     storage.store(pages)
-    (job,) = storage.drain_jobs()
+    (job,) = planned_jobs(storage)
     assert isinstance(job, StorePages)
     assert job.digests == (pages[3].digest,)
     storage.attach(False)
     storage.store(pages)
-    assert storage.drain_jobs() == []
+    assert planned_jobs(storage) == []
     storage.attach(True)
     storage.stored(PagesStored(job_id=job.job_id, num_pages=1))  # in the detached store
     storage.store(pages)
-    (job,) = storage.drain_jobs()
+    (job,) = planned_jobs(storage)
     assert isinstance(job, StorePages)
     assert len(job.digests) == 4
 
@@ -196,7 +215,7 @@ def test_a_page_fetched_from_a_detached_store_is_not_assumed_in_the_next() -> No
 
 
 def stores(storage: StorageTier) -> list[StorePages]:
-    return [job for job in storage.drain_jobs() if isinstance(job, StorePages)]
+    return [job for job in planned_jobs(storage) if isinstance(job, StorePages)]
 
 
 def test_writes_to_the_store_are_bounded_in_jobs_and_in_host_pages() -> None:
@@ -258,7 +277,7 @@ def test_store_lookups_under_way_are_bounded() -> None:
         assert prefetch is not None
         storage.close(prefetch)  # the request has ended; the store has not answered
     assert storage.begin(chain("more", 2), 0) is None
-    for job in storage.drain_jobs():
+    for job in planned_jobs(storage):
         storage.found(PagesFound(job_id=job.job_id, num_pages=2))
-    assert storage.drain_jobs() == []
+    assert planned_jobs(storage) == []
     assert storage.begin(chain("more", 2), 0) is not None

@@ -24,7 +24,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvist.kv.cache import WRITE_POLICIES
+from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from tests.kv.byte_engine import PAGE_BYTES, ByteEngine, Request, RightPages
 from tests.kv.stepped_store import BEHAVIOURS, FaultyStore
 

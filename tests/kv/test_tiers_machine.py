@@ -14,11 +14,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvist.kv.cache import WRITE_POLICIES, PageCache
+from kvist.kv.cache import PageCache
 from kvist.kv.keys import page_digests
 from kvist.kv.lease import PageLease
 from kvist.kv.tiers.host import HostTier
 from kvist.kv.tiers.storage import Prefetch, PrefetchConfig, StorageTier
+from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.plan.tiers import (
     BackUpPages,
     CancelFetch,
@@ -61,6 +62,7 @@ class Request:
 class TiersMachine(RuleBasedStateMachine):
     @initialize(num_host_pages=st.integers(1, 24), policy=st.sampled_from(sorted(WRITE_POLICIES)))
     def start(self, num_host_pages: int, policy: str) -> None:
+        self.policy = policy
         self.tier = HostTier(num_host_pages)
         self.storage = StorageTier(self.tier, PrefetchConfig(threshold_tokens=PAGE_SIZE), page_size=PAGE_SIZE)
         self.cache = PageCache(
@@ -76,7 +78,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.waiting: set[Prefetch] = set()  # not reported as done
         self.store_jobs: list[FindPages | FetchPages | StorePages] = []
         self.cancelled: set[int] = set()
-        self.cache.storage_event(StorageAttached(attached=True))
+        self.storage.on_event(StorageAttached(attached=True))
         self.device = [NONSENSE] * NUM_PAGES
         self.host = [NONSENSE] * num_host_pages
         self.requests: list[Request] = []
@@ -97,7 +99,7 @@ class TiersMachine(RuleBasedStateMachine):
             self.run_job(copies[0], ok)  # without a copy under way it would wait for ever
         for page_id in lease.page_ids[num_found:]:
             self.device[page_id] = NONSENSE
-        resident = {page.digest for page in self.tier._pages.values() if page.resident}
+        resident = set(self.tier.digests())
         load_id = self.cache.start_load(lease, token_ids, max_tokens=len(token_ids))
         assert (load_id is not None) == (num_found < len(digests) and digests[num_found] in resident)
         self.requests.append(Request(lease, token_ids, num_found * PAGE_SIZE, load_id))
@@ -190,7 +192,7 @@ class TiersMachine(RuleBasedStateMachine):
             for page_id in lease.page_ids:
                 self.device[page_id] = NONSENSE
         else:
-            assert self.cache._hits_to_back_up is None, "only a copy can prevent the eviction"
+            assert self.policy == "write_back", "only a copy can prevent the eviction"
         self.cache.close(lease)
         self.take_jobs()
 
@@ -209,9 +211,10 @@ class TiersMachine(RuleBasedStateMachine):
         assert self.known == set(self.cache.digests())
 
     def take_jobs(self) -> None:
-        done = self.cache.drain_prefetches()
+        self.storage.start_queued()
+        done = self.storage.take_settled()
         assert len(done) == len(set(done)), "each prefetch is reported once"
-        for job in self.cache.drain_jobs():
+        for job in self.cache.plan_jobs():
             if isinstance(job, LoadPages | BackUpPages):
                 self.jobs.append((job, self.source(job)))
             elif isinstance(job, ForgetPages):
@@ -226,7 +229,8 @@ class TiersMachine(RuleBasedStateMachine):
                         self.host[slot] = NONSENSE
                 elif isinstance(job, StorePages):
                     assert [self.host[slot] for slot in job.host_slots] == list(job.digests)
-        done += self.cache.drain_prefetches()  # prefetches that found no room
+        self.storage.start_queued()
+        done += self.storage.take_settled()  # prefetches that found no room
         self.waiting.difference_update(done)
         assert all(prefetch.done for prefetch in done)
         assert all(not prefetch.done for prefetch in self.waiting), "a prefetch that is done must be reported"
@@ -288,7 +292,7 @@ class TiersMachine(RuleBasedStateMachine):
             assert [self.host[slot] for slot in job.host_slots] == list(job.digests), "changed while it was stored"
             self.stored.update(job.digests[:num_pages])
             event = PagesStored(job_id=job.job_id, num_pages=num_pages)
-        self.cache.storage_event(event)
+        self.storage.on_event(event)
         self.take_jobs()
 
     @precondition(lambda self: self.prefetches)
@@ -298,12 +302,12 @@ class TiersMachine(RuleBasedStateMachine):
         prefetch, token_ids = self.prefetches[index]
         self.waiting.discard(prefetch)
         if how == "timed out":
-            self.cache.give_up_prefetch(prefetch)
+            self.storage.give_up(prefetch)
         else:
             if how == "admitted":
                 self.admit(token_ids)
             del self.prefetches[index]
-            self.cache.close_prefetch(prefetch)
+            self.storage.close(prefetch)
         self.take_jobs()
 
     @rule(which=st.integers(0, 5))
@@ -312,7 +316,7 @@ class TiersMachine(RuleBasedStateMachine):
 
     @rule(attached=st.sampled_from([True, True, False]))
     def attach_or_detach_store(self, attached: bool) -> None:
-        self.cache.storage_event(StorageAttached(attached=attached))
+        self.storage.on_event(StorageAttached(attached=attached))
         self.take_jobs()
         assert attached or not self.waiting, "without a store no prefetch waits"
 
@@ -325,7 +329,7 @@ class TiersMachine(RuleBasedStateMachine):
     def every_digest_finds_its_own_content(self) -> None:
         for node in self.cache._tree.nodes():
             assert self.device[node.page_id] == node.digest
-        for page in self.tier._pages.values():
+        for page in self.tier.pages():
             assert not page.resident or self.host[page.slot] == page.digest
         for request in self.requests:
             for page, digest in enumerate(request.digests()):
@@ -352,7 +356,7 @@ class TiersMachine(RuleBasedStateMachine):
         assert self.storage._num_reserved == fetching + num_kept <= max(1, host.total // 2)
         storing = sum(len(job.host_slots) for job in self.store_jobs if isinstance(job, StorePages))
         assert self.storage._num_stored == storing <= max(1, host.total // 4)
-        for page in self.tier._pages.values():  # every page can be reached by a match
+        for page in self.tier.pages():  # every page can be reached by a match
             parent = page.parent
             assert page.digest in FIRST_PAGES if parent is None else self.tier.get(parent.digest) is parent
 
@@ -372,7 +376,7 @@ class TiersMachine(RuleBasedStateMachine):
             self.run_store_job(0, False, True)
         self.run_all_store_jobs()
         for prefetch, _ in self.prefetches:
-            self.cache.close_prefetch(prefetch)
+            self.storage.close(prefetch)
         self.prefetches = []
         self.waiting.clear()
         self.take_jobs()

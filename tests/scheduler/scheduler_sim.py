@@ -228,7 +228,7 @@ class SimEngine:
         self.num_host_pages = num_host_pages
         self.write_policy = write_policy
         self.prefetch = prefetch
-        host = HostTier(num_host_pages) if num_host_pages else None
+        self.host = host = HostTier(num_host_pages) if num_host_pages else None
         storage = (
             StorageTier(host, prefetch, page_size=page_size) if host is not None and prefetch is not None else None
         )
@@ -409,9 +409,9 @@ class World:
 
     def forget(self, engine: SimEngine, *, host: bool) -> None:
         """Evict all cached pages from the device pool, and with `host` from the host tier too."""
-        engine.cache._evict(engine.cache.counts().evictable)
-        if host and engine.cache._host is not None:
-            engine.cache._host.flush()
+        engine.cache.evict(engine.cache.counts().evictable)
+        if host and engine.host is not None:
+            engine.host.flush()
 
     def kill(self, engine: SimEngine) -> SimEngine:
         """Kill the engine and its unsent messages; start a new process at the same address."""
@@ -559,7 +559,7 @@ class World:
             host = engine.cache.host_counts()
             hung = [] if engine.store is None else engine.store.slots
             assert host is None or host.in_flight == len({slot for _, slot in hung}), f"{engine.epoch} leaks host pages"
-            if (storage := engine.cache._storage) is not None:
+            if (storage := engine.cache.storage) is not None:
                 assert storage._num_reserved == sum(is_written for is_written, _ in hung), (
                     f"{engine.epoch} leaks its share"
                 )

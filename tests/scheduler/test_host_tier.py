@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import pytest
 from scheduler_sim import SimEngine, World, make_request, small_config
 
-from kvist.kv.cache import MAX_BACKUPS, MAX_PAGES_BACKED_UP, WRITE_POLICIES, PageCache
+from kvist.kv.cache import PageCache
+from kvist.kv.tiers.copies import MAX_BACKUPS, MAX_PAGES_BACKED_UP
 from kvist.kv.tiers.host import HostTier
+from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.plan.plan import Flush
 from kvist.plan.tiers import BackUpPages, LoadPages, PagesBackedUp
 from kvist.request import EngineRequest, Outcome, Role
@@ -24,7 +26,7 @@ def start(world: World, role: Role = Role.UNIFIED, name: str = "u", **engine: ob
 
 def drop_from_device(engine: SimEngine) -> None:
     """Evict all cached pages from the device pool."""
-    engine.cache._evict(engine.cache.counts().evictable)
+    engine.cache.evict(engine.cache.counts().evictable)
 
 
 def begin_load(world: World, engine: SimEngine, beside: Sequence[EngineRequest] = ()) -> None:
@@ -233,14 +235,15 @@ def test_a_page_hit_during_its_backup_is_not_evicted_next() -> None:
 
     for token_id in (1, 2, 3):
         use(token_id)
-    (job,) = cache.drain_jobs()  # the backup of the page used longest ago
+    (job,) = cache.plan_jobs()  # the backup of the page used longest ago
     assert isinstance(job, BackUpPages)
     use(1)
     cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=True))
-    (job,) = cache.drain_jobs()
+    (job,) = cache.plan_jobs()
     cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=True))
     use(4)
-    assert [cache.probe([token_id]) for token_id in (1, 2, 3, 4)] == [1, 0, 1, 1]
+    hits = [cache.open([token_id], max_tokens=1).num_cached_tokens for token_id in (1, 2, 3, 4)]
+    assert hits == [1, 0, 1, 1]
 
 
 def test_one_tier_can_be_flushed_alone() -> None:
@@ -267,9 +270,8 @@ def test_fetched_pages_count_as_storage_hits_once() -> None:
     engine = start(world)
     world.submit(make_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
-    host = engine.cache._host
-    assert host is not None
-    for page in list(host._pages.values())[1:]:
+    assert engine.host is not None
+    for page in [*engine.host.pages()][1:]:
         page.from_storage = True
     for number, split in enumerate([(12, 4, 8), (12, 12, 0)]):
         drop_from_device(engine)
@@ -302,7 +304,8 @@ def test_a_page_is_reported_cached_while_any_tier_has_it() -> None:
     world.settle()
     drop_from_device(engine)
     assert engine.step().cached_removed == ()
-    engine.cache._host.flush()  # type: ignore[union-attr]
+    assert engine.host is not None
+    engine.host.flush()
     assert len(engine.step().cached_removed) == 3
 
 
@@ -342,7 +345,7 @@ def test_backups_beyond_the_limit_are_skipped_and_counted(num_jobs: int, num_pag
         assert cache.grow(lease, num_pages)
         cache.insert(lease, token_ids, num_pages)
         cache.close(lease)
-    jobs = cache.drain_jobs()
+    jobs = cache.plan_jobs()
     num_requested = sum(len(job.page_ids) for job in jobs)
     assert len(jobs) <= MAX_BACKUPS
     assert num_requested <= MAX_PAGES_BACKED_UP
@@ -394,7 +397,7 @@ def test_a_page_is_not_backed_up_for_a_request_that_holds_its_duplicate() -> Non
         leases.append(lease)
     cache.insert(leases[0], [1], 1)
     cache.insert(leases[1], [2], 1)
-    (job,) = cache.drain_jobs()
+    (job,) = cache.plan_jobs()
     cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=True))
     cache.insert(leases[2], [2], 1)
-    assert cache.drain_jobs() == []
+    assert cache.plan_jobs() == []

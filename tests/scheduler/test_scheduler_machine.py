@@ -13,8 +13,8 @@ from hypothesis.stateful import (
 )
 from scheduler_sim import World, make_request, small_config
 
-from kvist.kv.cache import WRITE_POLICIES
 from kvist.kv.tiers.storage import PREFETCH_POLICIES, PrefetchConfig
+from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.plan.tiers import StorageAttached
 from kvist.request import Role
 from kvist.wire import FlushCache
@@ -187,7 +187,7 @@ class OneEngine(RuleBasedStateMachine):
         if all_tiers:
             self.engine.events.append(FlushCache(call_id="f"))
         else:
-            self.engine.cache._evict(self.engine.cache.counts().evictable)
+            self.engine.cache.evict(self.engine.cache.counts().evictable)
 
     @rule()
     def fail_step(self) -> None:

@@ -264,7 +264,7 @@ def test_a_failed_shared_load_is_a_miss_for_one_request_and_retried_for_the_othe
     engine = start(world, prefetch=None)
     world.submit(make_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
-    engine.cache._evict(engine.cache.counts().evictable)
+    engine.cache.evict(engine.cache.counts().evictable)
     submit(world, engine, "one")
     submit(world, engine, "two")
     engine.mover.fail_next = True

@@ -121,6 +121,7 @@ class StorageAttached:
 
 
 StoreJob = FindPages | FetchPages | StorePages | CancelFetch
-TierJob = LoadPages | BackUpPages | ForgetPages | StoreJob
+PageJob = LoadPages | BackUpPages | ForgetPages
+TierJob = PageJob | StoreJob
 PageReport = PagesLoaded | PagesBackedUp | PagesForgotten
 TierReport = PageReport | PagesFound | PagesFetched | PagesStored | StorageAttached

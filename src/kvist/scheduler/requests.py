@@ -194,15 +194,20 @@ class RequestTable:
 
     def requeue_prefetched(self) -> None:
         """Move requests whose prefetch has settled to the waiting queue."""
-        for prefetch in self.cache.drain_prefetches():
+        storage = self.cache.storage
+        if storage is None:
+            return
+        storage.start_queued()
+        for prefetch in storage.take_settled():
             if prefetch in self.fetching:
                 self._requeue(self.fetching[prefetch])
 
     def on_prefetch_timeout(self, request_id: str) -> None:
         request = self.live[RequestId(request_id)]
         assert request.prefetch is not None
+        assert self.cache.storage is not None
         self.totals["prefetch_timeouts"] += 1
-        self.cache.give_up_prefetch(request.prefetch)
+        self.cache.storage.give_up(request.prefetch)
         self._requeue(request)
 
     def wait_for_load(self, request: ActiveRequest, load: int) -> None:
@@ -231,7 +236,8 @@ class RequestTable:
     def close_prefetch(self, request: ActiveRequest) -> None:
         """Close the prefetch of a request that was admitted or has ended."""
         if request.prefetch is not None:
-            self.cache.close_prefetch(request.prefetch)
+            assert self.cache.storage is not None
+            self.cache.storage.close(request.prefetch)
             request.prefetch = None
 
     # ---------------------------------------------------------------- states

@@ -57,7 +57,6 @@ class Steps:
             PagesLoaded: self._batcher.on_pages_loaded,
             PagesBackedUp: table.cache.backed_up,
             PagesForgotten: lambda event: table.out.flushes.append(self._flushing.pop(event.job_id)),
-            **dict.fromkeys((PagesFound, PagesFetched, PagesStored, StorageAttached), table.cache.storage_event),
             **source.handlers(),
             **target.handlers(),
             PeerDied: self._on_peer_died,
@@ -68,6 +67,9 @@ class Steps:
             **source.timer_handlers(),
             **target.timer_handlers(),
         }
+        if table.cache.storage is not None:
+            store_events = (PagesFound, PagesFetched, PagesStored, StorageAttached)
+            self._handlers |= dict.fromkeys(store_events, table.cache.storage.on_event)
 
     def step(self, now_s: float, events: Sequence[Event], *, with_batch: bool = True) -> Plan:
         """See `Scheduler.step`. Raises no error for any message from outside."""
@@ -84,7 +86,7 @@ class Steps:
         batch = self._batcher.plan() if with_batch else None
         return table.out.take(
             batch=batch,
-            moves=table.cache.drain_jobs(),
+            moves=table.cache.plan_jobs(),
             watched_epochs=self._source.watched_epochs | self._target.watched_epochs,
             cache_changes=table.cache.drain_changes(),
             wake_at_s=table.timers.next_at_s(),

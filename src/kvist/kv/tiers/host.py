@@ -14,7 +14,7 @@ The heap of leaves is lazy: outdated entries are dropped when they reach the top
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -170,6 +170,10 @@ class HostTier:
             in_flight=self._num_in_flight,
             total=self.num_pages,
         )
+
+    def pages(self) -> Iterator[HostPage]:
+        """Yield every page that has a slot, resident or not."""
+        return iter(self._pages.values())
 
     def digests(self) -> list[bytes]:
         """Return the digest of every resident page."""

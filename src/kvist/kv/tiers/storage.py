@@ -31,6 +31,7 @@ from kvist.plan.tiers import (
     PagesFetched,
     PagesFound,
     PagesStored,
+    StorageAttached,
     StoreJob,
     StorePages,
 )
@@ -129,6 +130,17 @@ class StorageTier:
         self._jobs: list[StoreJob] = []
         self._done: list[Prefetch] = []
         self.totals: dict[str, float] = dict.fromkeys(STORAGE_COUNTERS, 0)
+
+    def on_event(self, event: PagesFound | PagesFetched | PagesStored | StorageAttached) -> None:
+        match event:
+            case PagesFound():
+                self.found(event)
+            case PagesFetched():
+                self.fetched(event)
+            case PagesStored():
+                self.stored(event)
+            case StorageAttached():
+                self.attach(event.attached)
 
     def attach(self, attached: bool) -> None:
         """Switch to a new store, with unknown content, or to none (`attached` is False), which ends all prefetches."""
@@ -286,18 +298,17 @@ class StorageTier:
         if prefetch._pinned is not None:
             self._host.unpin(prefetch._pinned)
 
-    def drain_done(self) -> list[Prefetch]:
-        """Return the prefetches that finished since the last call, each once. Some may be closed already."""
-        self._serve_queue()
+    def take_settled(self) -> list[Prefetch]:
+        """Return the prefetches that have nothing left to wait for since the last call, each once. Some may be closed
+        already."""
         done, self._done = self._done, []
         return done
 
-    def drain_jobs(self) -> list[StoreJob]:
-        self._serve_queue()
+    def take_jobs(self) -> list[StoreJob]:
         jobs, self._jobs = self._jobs, []
         return jobs
 
-    def _serve_queue(self) -> None:
+    def start_queued(self) -> None:
         """Start queued fetches in order. The head waits until the share has room for all its pages or for half of the
         share; only in the second case does it get fewer pages than it wants."""
         while self._queue:
