@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
-from kvist.attention import build_attention
-from kvist.attention.backend import Attend, AttentionBackend, RotatingAttend, Span
+from kvist.attention import ATTENTION, attention_kind, build_attention
+from kvist.attention.backend import Attend, AttentionBackend, AttentionKind, Captures, RotatingAttend, Span
 from kvist.kernels.operands import Rotary
 from kvist.kernels.rotary import rotate, rotation_torch
 
@@ -25,29 +27,36 @@ class Backend:
     dtype: torch.dtype
     head_dim: int
 
+    @property
+    def kind(self) -> AttentionKind:
+        return attention_kind(self.name)
+
     def build(self) -> AttentionBackend:
         return build_attention(self.name, self.device)
 
 
-CPU = Backend("torch", torch.device("cpu"), torch.float32, 16)
-FA3 = Backend("fa3", torch.device("cuda"), torch.bfloat16, 64)
-FLASHINFER = Backend("flashinfer", torch.device("cuda"), torch.bfloat16, 64)
-BACKENDS = [
-    pytest.param(CPU, id="torch"),
-    pytest.param(replace(CPU, device=FA3.device), id="torch-gpu", marks=pytest.mark.gpu),
-    pytest.param(FA3, id="fa3", marks=pytest.mark.gpu),
-    pytest.param(replace(FA3, head_dim=128), id="fa3-128", marks=pytest.mark.gpu),
-    pytest.param(FLASHINFER, id="flashinfer", marks=pytest.mark.gpu),
-    pytest.param(replace(FLASHINFER, head_dim=128), id="flashinfer-128", marks=pytest.mark.gpu),
-]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.fixture(params=BACKENDS)
+def cases() -> Iterator[ParameterSet]:
+    """Yield a case for each backend of the door: on a CPU where it runs there, and on a GPU."""
+    for name in ATTENTION:
+        if attention_kind(name).unfit(CPU, torch.float32) is None:
+            yield pytest.param(Backend(name, CPU, torch.float32, 16), id=name)
+            yield pytest.param(Backend(name, GPU, torch.float32, 16), id=f"{name}-gpu", marks=pytest.mark.gpu)
+        else:
+            for head_dim in (64, 128):
+                case = Backend(name, GPU, torch.bfloat16, head_dim)
+                yield pytest.param(case, id=f"{name}-{head_dim}", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=cases())
 def backend(request: pytest.FixtureRequest) -> Backend:
     torch.set_num_threads(1)
     chosen: Backend = request.param
-    if chosen.name != "torch":
-        pytest.importorskip("flash_attn_interface" if chosen.name == "fa3" else "flashinfer")
+    problem = chosen.kind.unfit(chosen.device, chosen.dtype)
+    if problem is not None:
+        pytest.skip(f"{chosen.name} {problem}")
     return chosen
 
 
@@ -255,6 +264,13 @@ def test_rotated_attention_equals_rotation_by_the_torch_twin(backend: Backend) -
             assert isinstance(attends[1], RotatingAttend)
             got = attends[1].rotated(layer, torch.cat((q, k, v), dim=1), rotary)
             assert (got - want).float().norm() / want.float().norm() < 1e-2
+
+
+def test_plans_are_made_for_exactly_the_steps_that_the_backend_says_it_captures(backend: Backend) -> None:
+    made = World(backend, lengths=[4]).backend
+    has_decodes, has_mixed = made.plan_decode_graph(4, 10), made.plan_mixed_graph(4, 10, 16)
+    assert (has_decodes is not None) == (backend.kind.captures is not Captures.NOTHING)
+    assert (has_mixed is not None) == (backend.kind.captures is Captures.ALL)
 
 
 def test_a_captured_step_equals_a_prepared_step(backend: Backend) -> None:

@@ -1,42 +1,41 @@
-"""Attention over the page pool: one file per backend, chosen by name here. backend.py has the interface."""
+"""Attention over the page pool: one file per backend, and one row here. backend.py has the interface."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from kvist.door import Door, Given, backend
 from kvist.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-    from kvist.attention.backend import AttentionBackend
+    from kvist.attention.backend import AttentionBackend, AttentionKind
 
 
-def _torch(device: torch.device) -> AttentionBackend:
-    from kvist.attention.torch_reference import TorchAttention
+def _fa3() -> AttentionKind:
+    from kvist.attention.fa3 import FA3
 
-    return TorchAttention(device)
-
-
-def _fa3(device: torch.device) -> AttentionBackend:
-    from kvist.attention.fa3 import Fa3Attention
-
-    return Fa3Attention(device)
+    return FA3
 
 
-def _flashinfer(device: torch.device) -> AttentionBackend:
-    from kvist.attention.flashinfer import FlashInferAttention
+def _flashinfer() -> AttentionKind:
+    from kvist.attention.flashinfer import FLASHINFER
 
-    return FlashInferAttention(device)
+    return FLASHINFER
 
 
-_BACKENDS: dict[str, Callable[[torch.device], AttentionBackend]] = {
-    "torch": _torch,
-    "fa3": _fa3,
-    "flashinfer": _flashinfer,
+def _torch() -> AttentionKind:
+    from kvist.attention.torch_reference import TORCH
+
+    return TORCH
+
+
+ATTENTION: Door[[], AttentionKind] = {  # the fastest first: "auto" takes the first that runs
+    "fa3": backend(_fa3, text="FlashAttention-3, for Hopper GPUs in 16 bits"),
+    "flashinfer": backend(_flashinfer, text="FlashInfer, for Ampere and newer NVIDIA GPUs in 16 bits"),
+    "torch": backend(_torch, text="plain PyTorch, for every device and dtype; slow on a GPU"),
 }
 
 
@@ -46,50 +45,36 @@ class AttentionChoice:
     reason: str  # for the log
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
-    """Choose the backend that `--attention-backend` names; "auto" chooses the fastest installed backend for this device
-    and dtype. Raises `ConfigError` for an unknown name."""
+def choose_attention(
+    name: str, device: torch.device, dtype: torch.dtype, given: Given | None = None
+) -> AttentionChoice:
+    """Choose the backend that `--attention-backend` names; "auto" chooses the fastest one that runs on this device with
+    this dtype. Raises `ConfigError` for an unknown name, and for a named backend that cannot run here."""
     if name != "auto":
-        _check_name(name)
+        problem = attention_kind(name, given).unfit(device, dtype)
+        if problem is not None:
+            raise ConfigError(f"--attention-backend {name} {problem}: use auto", param="attention_backend")
         return AttentionChoice(name=name, reason="set by --attention-backend")
-    if device.type != "cuda":
-        return AttentionChoice(name="torch", reason=f"the only backend for {device.type}")
-    if dtype.itemsize != 2:
-        return AttentionChoice(
-            name="torch", reason=f"fa3 and flashinfer support 16-bit types only, and the dtype is {dtype}"
-        )
-    return _choose_for_gpu(device)
+    problems: list[str] = []
+    for each, row in ATTENTION.items():
+        problem = row.make({}).unfit(device, dtype)
+        if problem is None:
+            return AttentionChoice(name=each, reason="; ".join([row.text, *problems]))
+        problems.append(f"{each} {problem}")
+    raise ConfigError(f"no attention backend runs here: {'; '.join(problems)}", param="attention_backend")
 
 
-def _choose_for_gpu(device: torch.device) -> AttentionChoice:
-    import torch
-
-    from kvist.attention.fa3 import REMEDY as FA3_REMEDY
-    from kvist.attention.flashinfer import REMEDY as FLASHINFER_REMEDY
-
-    gpu, generation = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)[0]
-    is_hopper = generation == 9
-    if generation < 8:
-        return AttentionChoice(name="torch", reason=f"slow, but fa3 and flashinfer do not run on {gpu}")
-    if is_hopper and find_spec("flash_attn_interface") is not None:
-        return AttentionChoice(name="fa3", reason=f"FlashAttention-3 is the fastest on {gpu}")
-    if find_spec("flashinfer") is not None:
-        return AttentionChoice(name="flashinfer", reason=f"FlashInfer is the fastest installed backend for {gpu}")
-    remedy = FA3_REMEDY if is_hopper else FLASHINFER_REMEDY
-    return AttentionChoice(
-        name="torch", reason=f"slow: no faster backend is installed for {gpu}; install one with: {remedy}"
-    )
-
-
-def _check_name(name: str) -> None:
-    if name not in _BACKENDS:
+def attention_kind(name: str, given: Given | None = None) -> AttentionKind:
+    """Return the needs of the backend `name` (not "auto"), with its given options, and the function that makes it.
+    Raises `ConfigError` for an unknown name."""
+    if name not in ATTENTION:
         raise ConfigError(
-            f"--attention-backend {name} is unknown; use auto, {', '.join(_BACKENDS)}", param="attention_backend"
+            f"--attention-backend {name} is unknown; use auto, {', '.join(ATTENTION)}", param="attention_backend"
         )
+    return ATTENTION[name].make(given or {})
 
 
-def build_attention(name: str, device: torch.device) -> AttentionBackend:
+def build_attention(name: str, device: torch.device, given: Given | None = None) -> AttentionBackend:
     """Make the backend `name` (not "auto") for tensors on `device`. Raises `ConfigError` with a remedy when the backend
     cannot run here."""
-    _check_name(name)
-    return _BACKENDS[name](device)
+    return attention_kind(name, given).build(device)

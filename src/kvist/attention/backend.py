@@ -1,5 +1,8 @@
 """The interface of an attention backend to the runner.
 
+Before a backend is made, its `AttentionKind` says where it runs, which steps can be captured and how much memory it
+needs.
+
 Life cycle: `bind` once, with the pool. For each step, `prepare(spans)` turns the batch into index tensors, and the
 model calls the returned `Attend` once per layer. A call first writes the new tokens' K/V into their pages, then attends
 over all tokens that each request has so far.
@@ -16,11 +19,14 @@ old K/V, even NaN) and must not affect the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol, overload, runtime_checkable
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from kvist.kernels.operands import Rotary
@@ -129,7 +135,41 @@ class AttentionBackend(Protocol):
         """Return the attention of one step. Spans of one token are cheapest when they come first."""
 
     def plan_decode_graph(self, max_batch: int, max_pages: int) -> GraphPlan | None:
-        """Make the plan of decode batches with at most `max_pages` pages per request. None: no capture support."""
+        """Make the plan of decode batches with at most `max_pages` pages per request. None: they cannot be captured."""
 
     def plan_mixed_graph(self, max_batch: int, max_pages: int, max_tokens: int) -> GraphPlan | None:
-        """Make the plan of batches of decodes and prompt chunks with at most `max_tokens` new tokens in total."""
+        """Make the plan of batches of decodes and prompt chunks with at most `max_tokens` new tokens in total. None:
+        they cannot be captured."""
+
+
+class Captures(Enum):
+    """The steps that can be captured into CUDA graphs. A backend's `plan_*` methods return plans for these steps."""
+
+    NOTHING = "nothing"
+    DECODES = "decodes"
+    ALL = "all"  # also prompt chunks, and decodes beside them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSizes:
+    """The sizes that a backend's memory depends on."""
+
+    num_q_heads: int  # of this rank, as all heads here
+    num_kv_heads: int
+    head_dim: int
+    num_sms: int  # multiprocessors of the GPU
+    decode_graph_sizes: Sequence[int]  # numbers of decodes that are captured; empty: none
+
+
+def reserve_nothing(sizes: AttentionSizes) -> int:  # noqa: ARG001 (no memory for any sizes)
+    return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionKind:
+    """The needs of a backend, known before it is made, and the function that makes it."""
+
+    build: Callable[[torch.device], AttentionBackend]  # raises `ConfigError` with a remedy
+    unfit: Callable[[torch.device, torch.dtype], str | None]  # why the backend cannot run there, after its name
+    captures: Captures
+    reserve_bytes: Callable[[AttentionSizes], int]  # device memory that the backend allocates beside the pool

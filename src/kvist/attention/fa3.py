@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvist.attention.backend import Attend, GraphPlan, Span, SpanColumns
+from kvist.attention.backend import Attend, AttentionKind, Captures, GraphPlan, Span, SpanColumns, reserve_nothing
 from kvist.attention.page_tables import PageTables
 from kvist.attention.pinned import PinnedRing
 from kvist.errors import ConfigError
@@ -29,15 +30,24 @@ from kvist.kernels.rotary import rotate_and_write
 REMEDY = "pip install tokenspeed-fa3 (Hopper GPUs, CUDA 12.8 or newer)"
 
 
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def unfit(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the backend cannot run on this device with this dtype; None if it can."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return f"needs a Hopper GPU, and the device is {device}"
+    if dtype not in _DTYPES:
+        return f"needs bfloat16 or float16, and the dtype is {dtype}"
+    if find_spec("flash_attn_interface") is None:
+        return f"is not installed ({REMEDY})"
+    return None
+
+
 class Fa3Attention:
     name = "fa3"
 
     def __init__(self, device: torch.device) -> None:
-        if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-            raise ConfigError(
-                f"--attention-backend fa3 needs a Hopper GPU, and the device is {device}: use auto",
-                param="attention_backend",
-            )
         try:
             import flash_attn_interface
         except ImportError as error:
@@ -48,11 +58,6 @@ class Fa3Attention:
         self._device = device
 
     def bind(self, pool: Tensor) -> None:
-        if pool.dtype not in (torch.bfloat16, torch.float16):
-            raise ConfigError(
-                f"--attention-backend fa3 needs bfloat16 or float16, not {pool.dtype}: use --dtype bfloat16 or torch",
-                param="attention_backend",
-            )
         self._pool = _Pool(self._library, pool)
         self._tables = PageTables(self._device, pool.shape[4])
         self._ring = PinnedRing(self._device)
@@ -74,6 +79,9 @@ class Fa3Attention:
         index = _Index.allocate(max_batch, max(max_batch, max_tokens), self._device)
         table = index.table_rows.new_zeros(max_batch, max_pages)
         return _GraphPlan(self._pool, self._tables, self._ring, index, table, has_chunks=max_tokens > 0)
+
+
+FA3 = AttentionKind(build=Fa3Attention, unfit=unfit, captures=Captures.ALL, reserve_bytes=reserve_nothing)
 
 
 def _count_decodes(columns: SpanColumns) -> int:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
@@ -26,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvist.attention.backend import Attend, GraphPlan, Span, SpanColumns
+from kvist.attention.backend import Attend, AttentionKind, AttentionSizes, Captures, GraphPlan, Span, SpanColumns
 from kvist.attention.page_tables import PageTables
 from kvist.errors import ConfigError
 from kvist.kernels.operands import Rotary
@@ -43,12 +44,21 @@ _GRAPH_PLAN_BYTES = 1 << 20  # 13 bytes per tile of queries and 8 per request: e
 _EAGER_PLAN_BYTES = 8 << 20  # the library's default
 
 
+def unfit(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the backend cannot run on this device with this dtype; None if it can."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs an Ampere or newer NVIDIA GPU, and the device is {device}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, and the dtype is {dtype}"
+    if find_spec("flashinfer") is None:
+        return f"is not installed ({REMEDY})"
+    return None
+
+
 class FlashInferAttention:
     name = "flashinfer"
 
     def __init__(self, device: torch.device) -> None:
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-            raise _refusal(f"needs an Ampere or newer NVIDIA GPU, and the device is {device}: use auto")
         try:
             import flashinfer
         except (ImportError, OSError, RuntimeError) as error:
@@ -57,8 +67,6 @@ class FlashInferAttention:
         self._device = device
 
     def bind(self, pool: Tensor) -> None:
-        if pool.dtype not in (torch.bfloat16, torch.float16):
-            raise _refusal(f"needs bfloat16 or float16, not {pool.dtype}: use --dtype bfloat16, or torch")
         if pool.shape[5] not in _HEAD_DIMS:
             raise _refusal(f"supports head sizes {_HEAD_DIMS}, not {pool.shape[5]}: use torch")
         self._pool = Pool(self._library, pool)
@@ -173,11 +181,17 @@ def workspace_bytes(
     return num_q_heads * num_tiles * tile * (head_dim + 1) * 4 + 256  # 256: alignment
 
 
-def planners_bytes(num_q_heads: int, num_kv_heads: int, head_dim: int, num_sms: int, graph_sizes: Sequence[int]) -> int:
-    """Return the device memory of this backend's workspaces, with graphs of these numbers of decodes."""
-    workspace = partial(workspace_bytes, num_q_heads, num_kv_heads, head_dim, num_sms)
-    of_graphs = workspace(max(graph_sizes)) + len(graph_sizes) * _GRAPH_PLAN_BYTES if graph_sizes else 0
+def planners_bytes(sizes: AttentionSizes) -> int:
+    """Return the device memory of this backend's workspaces, those of captured decodes included."""
+    workspace = partial(workspace_bytes, sizes.num_q_heads, sizes.num_kv_heads, sizes.head_dim, sizes.num_sms)
+    graphs = sizes.decode_graph_sizes
+    of_graphs = workspace(max(graphs)) + len(graphs) * _GRAPH_PLAN_BYTES if graphs else 0
     return workspace() + _EAGER_PLAN_BYTES + of_graphs
+
+
+FLASHINFER = AttentionKind(
+    build=FlashInferAttention, unfit=unfit, captures=Captures.DECODES, reserve_bytes=planners_bytes
+)
 
 
 class Planner:

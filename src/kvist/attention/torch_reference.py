@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvist.attention.backend import Attend, GraphPlan, Span
+from kvist.attention.backend import Attend, AttentionKind, Captures, GraphPlan, Span, reserve_nothing
 
 # Queries per block of a prefill chunk: limits the size of the mask and the number of masked keys that are read.
 _QUERY_BLOCK = 256
@@ -52,6 +52,14 @@ class TorchAttention:
 
     def plan_mixed_graph(self, max_batch: int, max_pages: int, max_tokens: int) -> GraphPlan | None:  # noqa: ARG002
         return None
+
+
+TORCH = AttentionKind(
+    build=TorchAttention,
+    unfit=lambda _device, _dtype: None,
+    captures=Captures.NOTHING,
+    reserve_bytes=reserve_nothing,
+)
 
 
 class _PoolRows:

@@ -17,9 +17,8 @@ from pathlib import Path
 import msgspec
 import torch
 
-from kvist.attention import build_attention, choose_attention
-from kvist.attention.backend import AttentionBackend
-from kvist.attention.flashinfer import planners_bytes
+from kvist.attention import attention_kind, build_attention, choose_attention
+from kvist.attention.backend import AttentionBackend, AttentionSizes, Captures
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
 from kvist.kv.layout import PageLayout
@@ -125,7 +124,7 @@ def build_rank(
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     # before the weights: a backend that cannot run here fails before minutes of loading
-    attention = build_attention(config.attention_backend, device)
+    attention = build_attention(config.attention_backend, device, config.attention_options)
     tp = TensorParallel() if rendezvous is None else rendezvous.join(device)
     model = load_model(
         checkpoint,
@@ -193,10 +192,12 @@ def _resolve(config: RunnerConfig, checkpoint: Checkpoint, model_config: ModelCo
     dtype = ("float32" if device.type == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
     _check_load_format(checkpoint, config.load_format)
     check_split(model_config, TensorParallel(size=config.tp))
+    attention = choose_attention(config.attention_backend, device, DTYPES[dtype], config.attention_options)
+    logger.info("attention backend: %s (%s)", attention.name, attention.reason)
     return replace(
         config,
         dtype=dtype,
-        attention_backend=choose_attention(config.attention_backend, device, DTYPES[dtype]).name,
+        attention_backend=attention.name,
         num_threads=max(1, config.num_threads // config.tp) if config.num_threads else 0,
     )
 
@@ -267,16 +268,20 @@ def gpu_reserve_bytes(model_config: ModelConfig, config: RunnerConfig, num_sms: 
     """Return the device memory that a rank needs for graphs, buffers and collectives, all made after the pool. In
     `config` every "auto" is resolved."""
     num_bytes = COLLECTIVES_BYTES if config.tp > 1 else 0
-    num_rows, backend = config.max_running_requests, config.attention_backend
-    if not config.disable_cuda_graph and backend != "torch":  # torch attention cannot be captured
-        # other backends than fa3 capture decode steps only
-        max_mixed_tokens = config.max_batch_tokens if backend == "fa3" else 0
+    num_rows = config.max_running_requests
+    kind = attention_kind(config.attention_backend, config.attention_options)
+    captures = Captures.NOTHING if config.disable_cuda_graph else kind.captures
+    if captures is not Captures.NOTHING:
+        max_mixed_tokens = config.max_batch_tokens if captures is Captures.ALL else 0
         num_bytes += graphs_bytes(num_rows, max_mixed_tokens, model_config.vocab_size)
-    if backend == "flashinfer":
-        num_kv_heads = page_layout(model_config, config).num_kv_heads
-        sizes = model_config.num_heads // config.tp, num_kv_heads, model_config.head_dim, num_sms
-        num_bytes += planners_bytes(*sizes, () if config.disable_cuda_graph else decode_sizes(num_rows))
-    return num_bytes
+    sizes = AttentionSizes(
+        num_q_heads=model_config.num_heads // config.tp,
+        num_kv_heads=page_layout(model_config, config).num_kv_heads,
+        head_dim=model_config.head_dim,
+        num_sms=num_sms,
+        decode_graph_sizes=() if captures is Captures.NOTHING else decode_sizes(num_rows),
+    )
+    return num_bytes + kind.reserve_bytes(sizes)
 
 
 def _num_sms(device: torch.device) -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvist.attention import ATTENTION
 from kvist.config import option
+from kvist.door import Given, choice_of, options_of_choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +67,11 @@ class RunnerOptions:
         minimum=1,
         maximum=256,
     )
-    attention_backend: str = option(
-        "auto",
-        "implementation of attention; auto uses the fastest one installed for this device",
-        choices=("auto", "torch", "fa3", "flashinfer"),
+    attention_backend: str = choice_of(
+        ATTENTION, "auto", "implementation of attention", auto="the fastest one that runs on this device"
+    )
+    attention_options: Given = options_of_choice(
+        ATTENTION, chosen_by="attention_backend", title="attention backend", prefix="attention_"
     )
     disable_cuda_graph: bool = option(
         False,
