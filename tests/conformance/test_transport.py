@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from kvist.memory.device_pool import CUDA_IPC, SHM
 from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages, WritesCompleted, WritesFailed
 from kvist.request import EpochId, HandoffId
+from kvist.testing.inproc_transport import INPROC
+from kvist.transfer import TRANSPORTS
 from kvist.transfer.host_pages import Pages
 from tests.conformance.transport_hosts import LAYOUT, NUM_PAGES, GpuHost, GpuPeers, Host, InprocHost, ShmHost, Side
 
@@ -26,15 +29,15 @@ def gpu_peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuPeers]:
     peers.close()
 
 
-@pytest.fixture(
-    params=[
-        "inproc",
-        "shm",
-        "device pages on a CPU",
-        pytest.param("one GPU", marks=pytest.mark.gpu),
-        pytest.param("two GPUs", marks=pytest.mark.gpu),
-    ]
-)
+GPU = pytest.mark.gpu
+HOSTS = {  # by transport: the kinds of memory and of peers that it is tested with
+    INPROC: [pytest.param("inproc")],
+    SHM: [pytest.param("shm"), pytest.param("device pages on a CPU")],
+    CUDA_IPC: [pytest.param("one GPU", marks=GPU), pytest.param("two GPUs", marks=GPU)],
+}
+
+
+@pytest.fixture(params=[host for transport in (INPROC, *TRANSPORTS) for host in HOSTS[transport]])
 def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
     made: Host
     if request.param == "inproc":

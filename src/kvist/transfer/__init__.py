@@ -18,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from kvist.memory.device_pool import CUDA_IPC, DevicePool
+from kvist.door import Door, backend
+from kvist.memory.device_pool import CUDA_IPC, SHM, DevicePool
 from kvist.plan.transfers import TransferReport, VerifyPages, WritePages
 from kvist.request import EpochId, HandoffId
 
-__all__ = ["TransferReport", "Transport", "make_transport"]
+__all__ = ["TRANSPORTS", "TransferReport", "Transport", "make_transport"]
 
 
 class Transport(Protocol):
@@ -48,12 +49,24 @@ class Transport(Protocol):
         """No byte is written once this returns. Jobs that have not begun are dropped without a report."""
 
 
-def make_transport(pool: DevicePool, *, runtime_dir: Path, wakeup: Callable[[], None]) -> Transport:
-    """Make the transport between pools of this kind. `runtime_dir` is the host's folder of pool and lock files."""
-    if pool.address.transport == CUDA_IPC:
-        from kvist.transfer.cuda_ipc import cuda_ipc_transport
-
-        return cuda_ipc_transport(pool, runtime_dir, wakeup)
+def _shm(pool: DevicePool, runtime_dir: Path, wakeup: Callable[[], None]) -> Transport:
     from kvist.transfer.shm import shm_transport
 
     return shm_transport(pool, runtime_dir, wakeup)
+
+
+def _cuda_ipc(pool: DevicePool, runtime_dir: Path, wakeup: Callable[[], None]) -> Transport:
+    from kvist.transfer.cuda_ipc import cuda_ipc_transport
+
+    return cuda_ipc_transport(pool, runtime_dir, wakeup)
+
+
+TRANSPORTS: Door[[DevicePool, Path, Callable[[], None]], Transport] = {  # by `PoolAddress.transport`
+    SHM: backend(_shm, text="between pools in the memory of one host, by mapping the peer's file"),
+    CUDA_IPC: backend(_cuda_ipc, text="between pools on the GPUs of one host, by opening the peer's memory"),
+}
+
+
+def make_transport(pool: DevicePool, *, runtime_dir: Path, wakeup: Callable[[], None]) -> Transport:
+    """Make the transport between pools of this kind. `runtime_dir` is the host's folder of pool and lock files."""
+    return TRANSPORTS[pool.address.transport].make({}, pool, runtime_dir, wakeup)
