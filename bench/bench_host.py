@@ -176,7 +176,7 @@ def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: FakeSockets) 
         runner=FakeGpu(watch, args.running, args.context),
         channel=sockets,
         transport=NoTransport(),  # type: ignore[arg-type]
-        reports=LoadReports(cached_digests=cache.digests),
+        reports=LoadReports(snapshot=cache.snapshot),
         clock=FakeClock(1.0),
         gateway_timeout_s=1e9,
         overlap=True,

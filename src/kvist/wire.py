@@ -197,13 +197,22 @@ class StorageStatus(_Message, frozen=True, tag=False):
 
 
 PageDigest = Annotated[bytes, msgspec.Meta(max_length=32)]  # 32 bytes; a gateway remembers many
+PageTier = Literal["device", "host"]  # nearest first
+
+
+class PageEvents(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The pages that entered and left one tier of an engine, net: a digest is in one of the two at most."""
+
+    tier: PageTier
+    stored: tuple[PageDigest, ...] = ()
+    removed: tuple[PageDigest, ...] = ()
 
 
 class LoadReport(_Message, frozen=True):
-    """Sent at least once a second, and with the step in which the cached pages changed.
+    """Sent at least once a second, and with the step in which the pages of a tier changed.
 
     `sequence` grows by one with each report to one gateway; after a gap, or with `snapshot`, the gateway must replace
-    its set of digests. Counters in `totals` only grow (names: metrics.py).
+    its set of pages. Counters in `totals` only grow (names: metrics.py).
     """
 
     sequence: int
@@ -218,8 +227,7 @@ class LoadReport(_Message, frozen=True):
     storage: StorageStatus | None = None  # None without a host tier
     draining: bool = False  # takes no new request; the engine exits after its last one
     snapshot: bool = False
-    cached_added: tuple[PageDigest, ...] = ()
-    cached_removed: tuple[PageDigest, ...] = ()
+    page_events: tuple[PageEvents, ...] = ()  # one per tier at most; with `snapshot`, every cached page as stored
     totals: dict[str, float] = {}
 
 

@@ -184,7 +184,7 @@ def test_a_peer_that_does_not_read_fails_sends_instead_of_blocking(make_channel:
     [(address, _)] = recv_some(channel)
     big = wire.LoadReport(
         sequence=0, num_running=0, num_waiting=0, num_free_pages=0, num_cached_pages=0, num_owned_pages=0,
-        num_in_flight_pages=0, cached_added=(b"x" * 16,) * 50_000,
+        num_in_flight_pages=0, page_events=(wire.PageEvents(tier="device", stored=(b"x" * 16,) * 50_000),),
     )  # fmt: skip
     assert not all(channel.send(address, big) for _ in range(100))
 

@@ -288,7 +288,7 @@ class World:
             runner=Runner(model=self._model, pool=pool, attention=attention),
             channel=channel,
             transport=transport,
-            reports=LoadReports(cached_digests=cache.digests),
+            reports=LoadReports(snapshot=cache.snapshot),
             clock=self.clock,
             gateway_timeout_s=1e9,
             mover=mover,

@@ -43,6 +43,7 @@ from kvist.request import (
 from kvist.scheduler.load import COUNTERS, SchedulerLoad
 from kvist.store.io_threads import STORE_COUNTERS
 from kvist.testing.clocks import FakeClock
+from kvist.testing.page_events import page_event
 from kvist.testing.specs import make_spec
 from kvist.transfer import TransferReport
 from kvist.wire import Abort, Ack, Closed, FlushCache, Revoke, Submit
@@ -213,7 +214,7 @@ class Engine:
             runner=self.runner,
             channel=self.channel,
             transport=self.transport,
-            reports=LoadReports(cached_digests=lambda: self.digests),
+            reports=LoadReports(snapshot=lambda: [page_event(*self.digests)]),
             clock=self.clock,
             gateway_timeout_s=10.0,
             storage=storage,
@@ -635,23 +636,23 @@ def test_a_new_gateway_gets_a_snapshot_and_then_changes_with_growing_sequence(en
     engine.digests = [b"d1", b"d2"]
     engine.iterate((G1, HELLO))
     engine.clock.advance(0.05)
-    engine.iterate(plan=Plan(cached_added=(b"d3",), cached_removed=(b"d1",)))
+    engine.iterate(plan=Plan(page_events=(page_event(b"d3", removed=(b"d1",)),)))
     first, second = reports(engine, G1)
-    assert (first.sequence, first.snapshot, first.cached_added) == (0, True, (b"d1", b"d2"))
+    assert (first.sequence, first.snapshot, first.page_events) == (0, True, (page_event(b"d1", b"d2"),))
     assert (second.sequence, second.snapshot) == (1, False)
-    assert (second.cached_added, second.cached_removed) == ((b"d3",), (b"d1",))
+    assert second.page_events == (page_event(b"d3", removed=(b"d1",)),)
     assert (first.num_running, first.num_waiting, first.num_free_pages, first.totals["steps"]) == (3, 5, 1, 7.0)
 
 
 def test_load_reports_are_sent_each_second_and_changes_at_most_every_50_ms(engine: Engine) -> None:
     engine.iterate((G1, HELLO))
-    engine.iterate(plan=Plan(cached_added=(b"d1",)))
-    engine.iterate(plan=Plan(cached_added=(b"d2",)))
+    engine.iterate(plan=Plan(page_events=(page_event(b"d1"),)))
+    engine.iterate(plan=Plan(page_events=(page_event(b"d2"),)))
     assert len(reports(engine, G1)) == 1
     assert engine.loop._idle_s() == pytest.approx(0.05)
     engine.clock.advance(0.05)
     engine.iterate()
-    assert reports(engine, G1)[-1].cached_added == (b"d1", b"d2")
+    assert reports(engine, G1)[-1].page_events == (page_event(b"d1", b"d2"),)
     engine.clock.advance(0.9)
     engine.iterate()
     assert len(reports(engine, G1)) == 2
@@ -662,21 +663,22 @@ def test_load_reports_are_sent_each_second_and_changes_at_most_every_50_ms(engin
 
 def test_a_page_cached_and_evicted_between_two_reports_is_not_reported(engine: Engine) -> None:
     engine.iterate((G1, HELLO))
-    engine.iterate(plan=Plan(cached_added=(b"d1", b"d2")))
-    engine.iterate(plan=Plan(cached_removed=(b"d1",)))
+    engine.iterate(plan=Plan(page_events=(page_event(b"d1", b"d2"),)))
+    engine.iterate(plan=Plan(page_events=(page_event(removed=(b"d1",)),)))
     engine.clock.advance(0.05)
     engine.iterate()
     last = reports(engine, G1)[-1]
-    assert (last.cached_added, last.cached_removed) == ((b"d2",), ())
+    assert last.page_events == (page_event(b"d2"),)
 
 
 def test_a_resync_sends_a_snapshot_and_other_gateways_miss_no_change(engine: Engine) -> None:
     engine.iterate((G1, HELLO), (G2, HELLO))
     engine.clock.advance(0.05)
     engine.digests = [b"d1"]
-    engine.iterate((G1, wire.Hello(gateway_id="g", resync=True)), plan=Plan(cached_added=(b"d1",)))
-    assert [(r.snapshot, r.sequence, r.cached_added) for r in reports(engine, G1)][1:] == [(True, 1, (b"d1",))]
-    assert [(r.snapshot, r.sequence, r.cached_added) for r in reports(engine, G2)][1:] == [(False, 1, (b"d1",))]
+    engine.iterate((G1, wire.Hello(gateway_id="g", resync=True)), plan=Plan(page_events=(page_event(b"d1"),)))
+    events = (page_event(b"d1"),)
+    assert [(r.snapshot, r.sequence, r.page_events) for r in reports(engine, G1)][1:] == [(True, 1, events)]
+    assert [(r.snapshot, r.sequence, r.page_events) for r in reports(engine, G2)][1:] == [(False, 1, events)]
 
 
 def test_undecodable_messages_and_failed_steps_are_counted_in_the_report(engine: Engine) -> None:

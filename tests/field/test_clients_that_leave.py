@@ -117,7 +117,7 @@ class Engine:
             runner=self.runner,
             channel=self.wire,
             transport=NoTransport(),
-            reports=LoadReports(cached_digests=tuple),
+            reports=LoadReports(snapshot=tuple),
             clock=self.clock,
             gateway_timeout_s=1e9,
         )

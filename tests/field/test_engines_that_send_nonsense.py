@@ -178,7 +178,9 @@ def test_an_impossible_load_report_is_dropped_and_counted(wrong: dict[str, objec
 
 
 def test_page_digests_over_32_bytes_are_not_decoded() -> None:
-    payload = wire.encode(msgspec.structs.replace(REPORT, cached_added=(b"x" * 33,)))
+    payload = wire.encode(
+        msgspec.structs.replace(REPORT, page_events=(wire.PageEvents(tier="device", stored=(b"x" * 33,)),))
+    )
     with pytest.raises(ConfigError, match="cannot decode"):
         wire.Decoder(wire.EngineToGateway).decode(payload)
 

@@ -146,7 +146,8 @@ class Messages:
         ended = wire.Ended(request_id=request_id, outcome=dice.choice(tuple(Outcome)), error_code="overloaded")
         report = wire.LoadReport(
             sequence=dice.randrange(9), num_running=1, num_waiting=1, num_free_pages=1, num_cached_pages=1,
-            num_owned_pages=1, num_in_flight_pages=0, cached_added=(b"x" * 32,), totals={"steps": 1.0},
+            num_owned_pages=1, num_in_flight_pages=0,
+            page_events=(wire.PageEvents(tier="host", stored=(b"x" * 32,)),), totals={"steps": 1.0},
         )  # fmt: skip
         outputs = wire.StepOutputs(chunks=(chunk,), ended=(ended,) if dice.random() < 0.2 else ())
         flushed = wire.Flushed(call_id="c", num_pages=1)
@@ -473,7 +474,7 @@ def fuzz_loop(role: Role, seed: int, num_messages: int) -> float:
         runner=FakeRunner(),
         channel=channel,
         transport=FakeTransport(),
-        reports=LoadReports(cached_digests=list),
+        reports=LoadReports(snapshot=list),
         clock=clock,
         gateway_timeout_s=1e9,
     )

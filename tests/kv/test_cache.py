@@ -9,6 +9,7 @@ import pytest
 from kvist.kv.cache import PageCache
 from kvist.kv.keys import page_digests
 from kvist.kv.lease import PageLease
+from kvist.testing.page_events import ReplayedPages, digests_in, pages_in
 
 PAGE_SIZE = 4
 
@@ -27,7 +28,7 @@ def write(cache: PageCache, tokens: Sequence[int], *, cache_salt: str = "") -> P
 
 def num_cached(cache: PageCache, tokens: Sequence[int], cache_salt: str = "") -> int:
     """Count the tokens in leading cached pages, without a change of the eviction order."""
-    cached, digests = set(cache.digests()), page_digests(tokens, PAGE_SIZE, "space", cache_salt)
+    cached, digests = digests_in(cache.snapshot()), page_digests(tokens, PAGE_SIZE, "space", cache_salt)
     return next((page for page, digest in enumerate(digests) if digest not in cached), len(digests)) * PAGE_SIZE
 
 
@@ -61,13 +62,14 @@ def test_salts_do_not_mix() -> None:
     assert num_cached(cache, range(8)) == 0
     lease = write(cache, range(8), cache_salt="b")
     assert lease.num_cached_tokens == 0
-    assert len(set(cache.digests())) == 4
+    assert len(digests_in(cache.snapshot())) == 4
 
 
 def test_cached_pages_have_the_digests_that_the_gateway_computes() -> None:
     cache = make_cache()
     write(cache, range(10), cache_salt="s")
-    assert cache.digests() == page_digests(range(10), PAGE_SIZE, "space", "s")
+    (event,) = cache.snapshot()
+    assert event.stored == tuple(page_digests(range(10), PAGE_SIZE, "space", "s"))
 
 
 # ---- grow
@@ -153,12 +155,12 @@ def test_equal_requests_closed_in_any_order_leave_one_copy(order: tuple[int, ...
     for lease in leases:
         cache.grow(lease, 8)
         cache.insert(lease, range(8), 8)
-    cache.drain_changes()
+    cache.take_page_events()
     for index in order:
         cache.close(leases[index])
     counts = cache.counts()
     assert (counts.cached, counts.evictable, counts.owned) == (2, 2, 0)
-    assert cache.drain_changes() == ([], [])
+    assert cache.take_page_events() == ()
 
 
 def test_a_lone_request_can_use_the_whole_pool_after_an_equal_one_wrote_its_prefix() -> None:
@@ -267,14 +269,12 @@ def test_flush_frees_all_pages_except_those_in_use() -> None:
 
 def test_changes_replayed_equal_the_snapshot() -> None:
     cache = make_cache(num_pages=4)
-    replayed: set[bytes] = set()
+    replayed = ReplayedPages()
     for start in (0, 100, 0, 200, 100):
         cache.close(write(cache, range(start, start + 12)))
-        added, removed = cache.drain_changes()
-        assert not set(added) & set(removed)
-        replayed = (replayed - set(removed)) | set(added)
-        assert replayed == set(cache.digests())
-    assert len(replayed) == 4
+        replayed.apply(cache.take_page_events())
+        assert replayed.pages == pages_in(cache.snapshot())
+    assert len(replayed.pages) == 4
 
 
 def test_insert_without_a_newly_full_page_does_not_read_the_tokens() -> None:

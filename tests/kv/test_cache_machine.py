@@ -17,6 +17,7 @@ from kvist.kv.cache import PageCache
 from kvist.kv.keys import page_digests
 from kvist.kv.lease import PageLease
 from kvist.kv.pages import PageState
+from kvist.testing.page_events import ReplayedPages, digests_in, pages_in
 
 NUM_PAGES = 10
 PAGE_SIZE = 2
@@ -54,11 +55,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = PageCache(num_pages=NUM_PAGES, page_size=PAGE_SIZE, namespace=NAMESPACE)
         self.content: dict[int, Content] = {}
         self.open_requests: list[Request] = []
-        self.drained: set[bytes] = set()
+        self.replayed = ReplayedPages()
 
     def model_hit(self, token_ids: tuple[int, ...], cache_salt: str, max_tokens: int) -> int:
         """Count the cached tokens by comparing digests with those of every cached page."""
-        cached = set(self.cache.digests())
+        cached = digests_in(self.cache.snapshot())
         num_tokens = 0
         for digest in page_digests(token_ids[:max_tokens], PAGE_SIZE, NAMESPACE, cache_salt):
             if digest not in cached:
@@ -136,10 +137,9 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.counts().evictable == 0
 
     @rule()
-    def replay_changes(self) -> None:
-        added, removed = self.cache.drain_changes()
-        self.drained = (self.drained - set(removed)) | set(added)
-        assert self.drained == set(self.cache.digests())
+    def replay_events(self) -> None:
+        self.replayed.apply(self.cache.take_page_events())
+        assert self.replayed.pages == pages_in(self.cache.snapshot())
 
     @invariant()
     def every_page_is_in_exactly_one_state(self) -> None:
@@ -179,7 +179,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.flush()
         counts = self.cache.counts()
         assert (counts.free, counts.cached, counts.owned, counts.in_flight) == (NUM_PAGES, 0, 0, 0)
-        assert self.cache.digests() == []
+        assert digests_in(self.cache.snapshot()) == set()
 
 
 CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)

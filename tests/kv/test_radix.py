@@ -10,6 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from kvist.kv.keys import chain_digest, root_digest
 from kvist.kv.radix import Pin, RadixTree
+from kvist.testing.page_events import ReplayedPages
 
 Prefix = tuple[str, ...]  # a cache salt, then one letter a page
 
@@ -47,7 +48,7 @@ class RadixMachine(RuleBasedStateMachine):
         self.unused_since: dict[Prefix, int] = {}
         self.time = 0
         self.next_page = 0
-        self.drained: set[bytes] = set()
+        self.replayed = ReplayedPages()
 
     def longest_cached(self, prefix: Prefix) -> Prefix:
         return max(
@@ -132,12 +133,8 @@ class RadixMachine(RuleBasedStateMachine):
 
     @rule()
     def replay_changes(self) -> None:
-        added, removed = self.tree.drain_changes()
-        assert not set(added) & self.drained
-        assert set(removed) <= self.drained
-        assert not set(added) & set(removed)
-        self.drained = (self.drained - set(removed)) | set(added)
-        assert self.drained == {self.digest(prefix) for prefix in self.pages}
+        self.replayed.apply(self.tree.changes.take())
+        assert self.replayed.pages == {("device", self.digest(prefix)) for prefix in self.pages}
 
     @invariant()
     def tree_holds_what_the_model_holds(self) -> None:
@@ -206,17 +203,17 @@ def test_when_the_last_reader_leaves_the_newest_duplicate_takes_its_place() -> N
     assert tree.evict().page_id == 20
 
 
-def test_digests_added_and_removed_between_two_drains_are_in_neither_list() -> None:
+def test_pages_stored_and_evicted_between_two_reports_are_in_no_event() -> None:
     tree = RadixTree("space")
     insert(tree, "a", 10)
     tree.evict()
-    assert tree.drain_changes() == ([], [])
+    assert tree.changes.take() == ()
     insert(tree, "a", 10)
-    added, _ = tree.drain_changes()
+    (event,) = tree.changes.take()
     tree.evict()
     insert(tree, "a", 20)
-    assert len(added) == 1
-    assert tree.drain_changes() == ([], [])
+    assert (len(event.stored), event.removed) == (1, ())
+    assert tree.changes.take() == ()
 
 
 def test_a_very_deep_tree_is_built_evicted_and_dropped_without_recursion() -> None:

@@ -35,6 +35,7 @@ from kvist.plan.tiers import (
     StorageAttached,
     StorePages,
 )
+from kvist.testing.page_events import ReplayedPages, pages_in
 
 NUM_PAGES = 8
 PAGE_SIZE = 2
@@ -83,7 +84,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.host = [NONSENSE] * num_host_pages
         self.requests: list[Request] = []
         self.jobs: list[tuple[LoadPages | BackUpPages, list[bytes]]] = []  # with the content to copy
-        self.known: set[bytes] = set()
+        self.replayed = ReplayedPages()
 
     @rule(token_ids=TOKENS, waits=st.booleans(), ok=st.booleans())
     def admit(self, token_ids: tuple[int, ...], waits: bool = True, ok: bool = True) -> None:
@@ -203,12 +204,9 @@ class TiersMachine(RuleBasedStateMachine):
             assert self.cache.counts().evictable == 0
 
     @rule()
-    def replay_changes(self) -> None:
-        added, removed = self.cache.drain_changes()
-        assert not set(added) & self.known
-        assert set(removed) <= self.known
-        self.known = (self.known - set(removed)) | set(added)
-        assert self.known == set(self.cache.digests())
+    def replay_events(self) -> None:
+        self.replayed.apply(self.cache.take_page_events())
+        assert self.replayed.pages == pages_in(self.cache.snapshot())
 
     def take_jobs(self) -> None:
         self.storage.start_queued()

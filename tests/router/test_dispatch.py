@@ -29,6 +29,7 @@ from kvist.router.fleet import EngineEvents
 from kvist.router.registry import Registry, Worker
 from kvist.router.stream import StreamPart
 from kvist.testing.clocks import FakeClock
+from kvist.testing.page_events import page_event
 from kvist.testing.specs import make_load, make_roomy_spec
 
 PROMPT = tuple(range(100))
@@ -212,7 +213,7 @@ async def test_a_prompt_goes_to_the_worker_that_caches_its_pages_under_the_same_
     cold, warm = world.engines.join("a", Role.UNIFIED), world.engines.join("b", Role.UNIFIED)
     digests = page_digests(PROMPT, 16, "n", "salt")
     registry = world.engines.registry
-    registry.on_report(warm, make_load(snapshot=True, cached_added=tuple(digests)), 0.0)
+    registry.on_report(warm, make_load(snapshot=True, page_events=(page_event(*digests),)), 0.0)
     first = await world.begin(cache_salt="salt")
     second = await world.begin()
     assert len(world.engines.submits(warm)) == len(world.engines.submits(cold)) == 1
@@ -576,7 +577,7 @@ async def test_the_page_digests_of_a_prompt_with_many_answers_are_computed_once(
 ) -> None:
     world = World()
     worker = world.engines.join("w", Role.UNIFIED)
-    worker.known_pages = {b"some page"}
+    worker.known_pages.apply([page_event(b"some page")])
     digested: list[tuple[object, str]] = []
 
     def record(token_ids: Sequence[int], page_size: int, namespace: str, salt: str = "") -> list[bytes]:

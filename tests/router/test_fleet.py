@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Set as AbstractSet
 from functools import partial
 
 import httpx
@@ -18,6 +19,7 @@ from kvist.request import EngineRequest, EpochId, RequestId, Role, SamplingParam
 from kvist.router import Dispatcher, RouterConfig, build_dispatcher
 from kvist.router.discovery import normal_url, reachable_endpoint
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
+from kvist.testing.page_events import page_event
 from kvist.testing.specs import make_roomy_spec
 
 BOUND_S = 60.0
@@ -74,8 +76,8 @@ def spec(name: str, role: Role = Role.UNIFIED, **changes: object) -> wire.Engine
     return make_roomy_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **changes)
 
 
-def known_pages(dispatcher: Dispatcher) -> set[bytes]:
-    return dispatcher._registry.workers[0].known_pages
+def known_pages(dispatcher: Dispatcher) -> AbstractSet[bytes]:
+    return dispatcher._registry.workers[0].known_pages.digests
 
 
 def in_flight(dispatcher: Dispatcher) -> int:
@@ -184,7 +186,7 @@ async def test_a_missed_report_brings_a_snapshot(start_engine: StartEngine, conn
     dispatcher = await connect(engine, keepalive_s=60.0)  # the snapshot must not wait for a keep-alive
     await until(dispatcher.ready)
     page = b"p" * 16
-    engine.report(cached_added=(page,))
+    engine.report(page_events=(page_event(page),))
     await until(lambda: known_pages(dispatcher) == {page})
     asked = engine.num_resyncs
     engine.report(skip=2)

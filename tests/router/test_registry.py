@@ -8,6 +8,7 @@ from kvist.errors import ConfigError
 from kvist.request import EpochId, RequestId, Role, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.registry import Registry, Worker, WorkerState
+from kvist.testing.page_events import page_event
 from kvist.testing.specs import make_load, make_roomy_spec
 from kvist.wire import Welcome
 
@@ -41,33 +42,48 @@ def test_reports_add_and_remove_pages_and_a_snapshot_replaces_them() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker)
-    assert not registry.on_report(worker, make_load(snapshot=True, cached_added=(A, B)), 1.0)
-    assert not registry.on_report(worker, make_load(sequence=1, cached_added=(C,), cached_removed=(A,)), 1.0)
-    assert worker.known_pages == {B, C}
-    assert not registry.on_report(worker, make_load(sequence=2, snapshot=True, cached_added=(A,)), 1.0)
-    assert worker.known_pages == {A}
+    assert not registry.on_report(worker, make_load(snapshot=True, page_events=(page_event(A, B),)), 1.0)
+    assert not registry.on_report(worker, make_load(sequence=1, page_events=(page_event(C, removed=(A,)),)), 1.0)
+    assert worker.known_pages.digests == {B, C}
+    assert not registry.on_report(worker, make_load(sequence=2, snapshot=True, page_events=(page_event(A),)), 1.0)
+    assert worker.known_pages.digests == {A}
+
+
+def test_a_page_is_known_while_any_tier_has_it() -> None:
+    registry = Registry(RouterConfig())
+    worker = add(registry)
+    welcome(registry, worker)
+    both = (page_event(A, B), page_event(A, tier="host"))
+    registry.on_report(worker, make_load(snapshot=True, page_events=both), 1.0)
+    registry.on_report(worker, make_load(sequence=1, page_events=(page_event(removed=(A, B)),)), 1.0)
+    assert worker.known_pages.digests == {A}
+    moved = (page_event(A), page_event(removed=(A,), tier="host"))  # loaded, and evicted from the host tier
+    registry.on_report(worker, make_load(sequence=2, page_events=moved), 1.0)
+    assert worker.known_pages.digests == {A}
+    registry.on_report(worker, make_load(sequence=3, page_events=(page_event(removed=(A,)),)), 1.0)
+    assert worker.known_pages.digests == set()
 
 
 def test_a_gap_in_the_reports_asks_once_for_a_snapshot() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker)
-    registry.on_report(worker, make_load(snapshot=True, cached_added=(A,)), 1.0)
+    registry.on_report(worker, make_load(snapshot=True, page_events=(page_event(A),)), 1.0)
     assert registry.on_report(worker, make_load(sequence=2), 1.0)
     assert not registry.on_report(worker, make_load(sequence=3), 1.0), "asked already"
     assert worker.needs_snapshot
     registry.on_report(worker, make_load(sequence=4, snapshot=True), 1.0)
     assert not worker.needs_snapshot
-    assert worker.known_pages == set()
+    assert worker.known_pages.digests == set()
 
 
 def test_the_pages_of_a_lost_worker_are_forgotten() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker)
-    registry.on_report(worker, make_load(snapshot=True, cached_added=(A,)), 1.0)
+    registry.on_report(worker, make_load(snapshot=True, page_events=(page_event(A),)), 1.0)
     registry.on_lost(worker, "gone")
-    assert worker.known_pages == set()
+    assert worker.known_pages.digests == set()
     assert worker.needs_snapshot
 
 
@@ -75,9 +91,9 @@ def test_remembered_pages_are_bounded_and_a_warning_is_logged(caplog: pytest.Log
     registry = Registry(RouterConfig(max_known_pages=2))
     worker = add(registry)
     welcome(registry, worker)
-    registry.on_report(worker, make_load(snapshot=True, cached_added=(A, B, C)), 1.0)
-    registry.on_report(worker, make_load(sequence=1, cached_added=(C,)), 1.0)
-    assert worker.known_pages == {A, B}
+    registry.on_report(worker, make_load(snapshot=True, page_events=(page_event(A, B, C),)), 1.0)
+    registry.on_report(worker, make_load(sequence=1, page_events=(page_event(C),)), 1.0)
+    assert worker.known_pages.digests == {A, B}
     assert caplog.text.count("--max-known-pages") == 1
 
 

@@ -41,6 +41,7 @@ from kvist.plan.transfers import (
 )
 from kvist.request import EngineRequest, EpochId, FinishReason, HandoffId, Mode, Outcome, Role, SamplingParams
 from kvist.scheduler import SchedulerConfig, build_scheduler
+from kvist.testing.page_events import ReplayedPages, pages_in
 from kvist.wire import Abort, Ack, Closed, Done, Ended, Grant, PoolAddress, PrefillPeer, Revoke, Submit, TokenChunk
 
 PAGE_BYTES = 64
@@ -251,7 +252,7 @@ class SimEngine:
         self.events: list[Event] = [] if storage is None else [StorageAttached(attached=True)]
         self.under_way: deque[Batch] = deque()
         self.plan = Plan()
-        self.digests: set[bytes] = set()
+        self.pages = ReplayedPages()
         self.in_flight_pages: dict[int, HandoffId] = {}  # page id → handoff, from the grants it sent
         self.max_batch_tokens = 0
         self.fail_next_step = False
@@ -323,16 +324,14 @@ class SimEngine:
             )
         counts = self.scheduler.load().pages
         assert counts.free + counts.cached + counts.owned + counts.in_flight == counts.total
-        for digest in plan.cached_removed:
-            self.digests.remove(digest)
-        self.digests.update(plan.cached_added)
+        self.pages.apply(plan.page_events)
         host = self.cache.host_counts()
         if host is None:
-            assert len(self.digests) == counts.cached
+            assert len(self.pages.pages) == counts.cached
         else:
             assert host.free + host.cached + host.in_flight == host.total
             assert 0 <= host.in_flight <= host.total
-        assert self.digests == set(self.cache.digests())
+        assert self.pages.pages == pages_in(self.cache.snapshot())
         totals = self.scheduler.load().totals
         hits, ceiling = totals["cached_prompt_tokens"], totals["ceiling_prompt_tokens"]
         assert hits <= ceiling <= totals["prompt_tokens"]

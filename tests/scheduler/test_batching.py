@@ -383,7 +383,8 @@ def test_flush_frees_unused_pages_and_reports_their_number() -> None:
     run_out(engine)
     plan = step(engine, FlushCache(call_id="c"))
     assert [(flush.call_id, flush.num_pages) for flush in plan.flushes] == [("c", 2)]
-    assert len(plan.cached_removed) == 2
+    (event,) = plan.page_events
+    assert (event.tier, event.stored, len(event.removed)) == ("device", (), 2)
 
 
 def test_a_budget_below_one_token_a_request_is_a_config_error() -> None:

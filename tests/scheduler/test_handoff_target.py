@@ -85,7 +85,8 @@ def test_verified_pages_are_acknowledged_cached_and_used() -> None:
     bench.now_s = 2.5
     plan = bench.step(VERIFIED)
     assert messages(plan) == [Ack(handoff_id=H, target_epoch=D)]
-    assert len(plan.cached_added) == 2
+    (event,) = plan.page_events
+    assert (event.tier, len(event.stored)) == ("device", 2)
     assert plan.batch is not None
     (item,) = plan.batch.items
     assert (item.start, list(item.token_ids), item.end) == (10, [5], 11)

@@ -9,12 +9,14 @@ import pytest
 from scheduler_sim import SimEngine, World, make_request, small_config
 
 from kvist.kv.cache import PageCache
+from kvist.kv.keys import page_digests
 from kvist.kv.tiers.copies import MAX_BACKUPS, MAX_PAGES_BACKED_UP
 from kvist.kv.tiers.host import HostTier
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.plan.plan import Flush
 from kvist.plan.tiers import BackUpPages, LoadPages, PagesBackedUp
 from kvist.request import EngineRequest, Outcome, Role
+from kvist.testing.page_events import page_event
 from kvist.wire import FlushCache
 
 PROMPT = [1] * 13  # 3 full pages of 4 tokens
@@ -290,23 +292,42 @@ def test_a_flush_empties_both_tiers() -> None:
     engine.events.append(FlushCache(call_id="f"))
     plan = engine.step()
     assert plan.flushes == ()  # a restart could still restore the host pages
-    assert len(plan.cached_removed) == 3
+    assert {event.tier: len(event.removed) for event in plan.page_events} == {"device": 3, "host": 3}
     assert engine.step().flushes == (Flush(call_id="f", num_pages=6),)
     world.submit(make_request("again", PROMPT, max_tokens=1), engine)
     world.settle()
     assert reported_cached(world, "again") == 0
 
 
-def test_a_page_is_reported_cached_while_any_tier_has_it() -> None:
+def test_backups_and_evictions_of_each_tier_are_reported_with_their_tier() -> None:
     world = World()
     engine = start(world)
     world.submit(make_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
+    names = tuple(page_digests(PROMPT, engine.cache.page_size, "sim"))
+    assert engine.pages.pages == {(tier, name) for tier in ("device", "host") for name in names}
     drop_from_device(engine)
-    assert engine.step().cached_removed == ()
+    (event,) = engine.step().page_events
+    assert (event.tier, event.stored, set(event.removed)) == ("device", (), set(names))
     assert engine.host is not None
     engine.host.flush()
-    assert len(engine.step().cached_removed) == 3
+    (event,) = engine.step().page_events
+    assert (event.tier, event.stored, set(event.removed)) == ("host", (), set(names))
+
+
+def test_with_write_back_a_page_is_reported_once_in_the_host_tier_before_it_leaves_the_device() -> None:
+    cache = PageCache(num_pages=1, page_size=1, namespace="n", host=HostTier(9), write_policy="write_back")
+    lease = cache.open([1], max_tokens=1)
+    assert cache.grow(lease, 1)
+    cache.insert(lease, [1], 1)
+    cache.close(lease)
+    (name,) = page_digests([1], 1, "n")
+    assert cache.take_page_events() == (page_event(name),)
+    (job,) = cache.plan_jobs()
+    cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=True))
+    assert cache.take_page_events() == (page_event(name, tier="host"),)
+    assert cache.grow(cache.open([2], max_tokens=1), 1)
+    assert cache.take_page_events() == (page_event(removed=(name,)),)
 
 
 def test_prefill_and_decode_load_host_pages_before_they_compute_and_grant() -> None:

@@ -256,7 +256,7 @@ def _assemble(
             runner=runner,
             channel=channel,
             transport=transport,
-            reports=LoadReports(cached_digests=cache.digests),
+            reports=LoadReports(snapshot=cache.snapshot),
             mover=mover,
             storage=storage,
             clock=clock,

@@ -371,7 +371,7 @@ class EngineLoop:
 
     def _report(self, plan: Plan, now_s: float) -> None:
         reports = self._parts.reports
-        reports.record_changes(plan.cached_added, plan.cached_removed)
+        reports.record(plan.page_events)
         if now_s < reports.due_at_s(self._gateways):
             return
         totals = {

@@ -2,15 +2,17 @@
 
 Reports are sent once a second, and `MIN_INTERVAL_S` after the previous one if cached pages changed or a gateway asked
 for a snapshot. All gateways get their reports at the same time, so one set of pending changes is enough; a gateway that
-is new or asked for a resync gets every cached digest instead.
+is new or asked for a resync gets every cached page instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import get_args
 
 from kvist import wire
 from kvist.engine.gateways import Gateways
+from kvist.kv.changes import PageChanges
 from kvist.kv.tiers.host import HostCounts
 from kvist.scheduler.load import SchedulerLoad
 
@@ -21,25 +23,25 @@ MAX_INTERVAL_S = 1.0
 class LoadReports:
     """Mutable; owned by the engine loop."""
 
-    def __init__(self, *, cached_digests: Callable[[], Sequence[bytes]]) -> None:
-        self._cached_digests = cached_digests
-        self._changes: dict[
-            bytes, bool
-        ] = {}  # digest → whether now cached; since the last report, at most one per page
+    def __init__(self, *, snapshot: Callable[[], Sequence[wire.PageEvents]]) -> None:
+        self._snapshot = snapshot
+        self._changes = {tier: PageChanges(tier) for tier in get_args(wire.PageTier)}  # since the last report
         self._last_sent_s = float("-inf")
 
-    def record_changes(self, added: Sequence[bytes], removed: Sequence[bytes]) -> None:
-        for digest in removed:
-            self._record_change(digest, now_cached=False)
-        for digest in added:
-            self._record_change(digest, now_cached=True)
+    def record(self, events: Sequence[wire.PageEvents]) -> None:
+        for event in events:
+            changes = self._changes[event.tier]
+            for digest in event.removed:
+                changes.on_removed(digest)
+            for digest in event.stored:
+                changes.on_stored(digest)
 
     def make_due(self) -> None:
         """Make the next reports due at once."""
         self._last_sent_s = float("-inf")
 
     def due_at_s(self, gateways: Gateways) -> float:
-        urgent = self._changes or any(gateway.wants_snapshot for gateway in gateways)
+        urgent = any(self._changes.values()) or any(gateway.wants_snapshot for gateway in gateways)
         return self._last_sent_s + (MIN_INTERVAL_S if urgent else MAX_INTERVAL_S)
 
     def make(
@@ -53,14 +55,12 @@ class LoadReports:
         draining: bool = False,
     ) -> Iterator[tuple[bytes, wire.LoadReport]]:
         """Make one report per gateway. Exhaust the iterator: the pending changes are in these reports only."""
-        added = tuple(digest for digest, cached in self._changes.items() if cached)
-        removed = tuple(digest for digest, cached in self._changes.items() if not cached)
-        everything: tuple[bytes, ...] | None = None
-        self._changes.clear()
+        events = tuple(event for changes in self._changes.values() for event in changes.take())
+        everything: tuple[wire.PageEvents, ...] | None = None
         self._last_sent_s = now_s
         for gateway in gateways:
             if gateway.wants_snapshot and everything is None:
-                everything = tuple(self._cached_digests())
+                everything = tuple(self._snapshot())
             report = wire.LoadReport(
                 sequence=gateway.next_sequence,
                 num_running=load.num_running,
@@ -74,20 +74,12 @@ class LoadReports:
                 storage=storage,
                 draining=draining,
                 snapshot=gateway.wants_snapshot,
-                cached_added=everything or () if gateway.wants_snapshot else added,
-                cached_removed=() if gateway.wants_snapshot else removed,
+                page_events=everything or () if gateway.wants_snapshot else events,
                 totals={**load.totals, **totals},
             )
             gateway.next_sequence += 1
             gateway.wants_snapshot = False
             yield gateway.identity, report
-
-    def _record_change(self, digest: bytes, *, now_cached: bool) -> None:
-        # A digest's changes alternate, so a second change cancels the first.
-        if self._changes.get(digest, now_cached) is not now_cached:
-            del self._changes[digest]
-        else:
-            self._changes[digest] = now_cached
 
 
 def _by_state(counts: HostCounts | None) -> dict[str, int]:

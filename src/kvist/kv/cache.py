@@ -41,6 +41,7 @@ from kvist.kv.tiers.host import HostCounts, HostPage, HostTier
 from kvist.kv.tiers.storage import Prefetch, StorageTier
 from kvist.kv.tiers.write_policy import WRITE_POLICIES, WritePolicy
 from kvist.plan.tiers import PagesBackedUp, PagesLoaded, TierJob
+from kvist.wire import PageEvents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,6 @@ class PageCache:
         self.storage = storage  # the scheduler passes the store's reports and the ends of prefetches to it
         self._hits = HitCounters()
         self._num_host_hits = self._num_host_misses = 0
-        self._num_tiers: dict[bytes, int] = {}  # tiers that hold the page, as of the last drain; with a host tier only
 
     @property
     def page_size(self) -> int:
@@ -306,27 +306,14 @@ class PageCache:
             **({} if self.storage is None else self.storage.totals),
         }
 
-    def drain_changes(self) -> tuple[list[bytes], list[bytes]]:
-        """Return the digests that (entered, left) the set of pages cached in any tier, net since the last call."""
-        added, removed = self._tree.drain_changes()
-        if self._host is None:
-            return added, removed
-        before: dict[bytes, int] = {}
-        changes = [(digest, True) for digest in added] + [(digest, False) for digest in removed]
-        for digest, came in changes + self._host.tier.drain_changes():
-            num_tiers = self._num_tiers.get(digest, 0)
-            before.setdefault(digest, num_tiers)
-            self._num_tiers[digest] = num_tiers + (1 if came else -1)
-        now = {digest: self._num_tiers[digest] for digest in before}
-        for digest, num_tiers in now.items():
-            if not num_tiers:
-                del self._num_tiers[digest]
-        return (
-            [digest for digest in before if now[digest] and not before[digest]],
-            [digest for digest in before if before[digest] and not now[digest]],
-        )
+    def take_page_events(self) -> tuple[PageEvents, ...]:
+        """Return what entered and left each tier since the last call."""
+        events = self._tree.changes.take()
+        return events if self._host is None else events + self._host.tier.changes.take()
 
-    def digests(self) -> list[bytes]:
-        """Return the digest of every page cached in any tier; of the tree's digests, parents come before children."""
-        digests = [node.digest for node in self._tree.nodes()]
-        return digests if self._host is None else [*dict.fromkeys([*digests, *self._host.tier.digests()])]
+    def snapshot(self) -> tuple[PageEvents, ...]:
+        """Return every cached page, by tier; in the device pool parents come before children."""
+        device = PageEvents(tier="device", stored=tuple(node.digest for node in self._tree.nodes()))
+        if self._host is None:
+            return (device,)
+        return device, PageEvents(tier="host", stored=tuple(self._host.tier.digests()))

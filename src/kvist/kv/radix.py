@@ -25,6 +25,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from kvist.kv.changes import PageChanges
 from kvist.kv.keys import chain_digest, root_digest
 
 
@@ -85,9 +86,7 @@ class RadixTree:
         self._roots: dict[str, Root] = {}
         self._idle: OrderedDict[PageNode, None] = OrderedDict()  # unpinned nodes, the next to evict first
         self._prepared: OrderedDict[PageNode, None] = OrderedDict()  # unpinned too, and evicted before `_idle`
-        # Net changes of the cached digests since the last `drain_changes`: a digest is in at most one of the two.
-        self._added: dict[bytes, None] = {}
-        self._removed: dict[bytes, None] = {}
+        self.changes = PageChanges("device")
 
     @property
     def num_evictable(self) -> int:
@@ -156,7 +155,7 @@ class RadixTree:
             if node is None:
                 node = parent.children[key] = PageNode(parent, key, page_id)
                 change.taken.append(page_id)
-                self._log_added(node.digest)
+                self.changes.on_stored(node.digest)
             elif node.num_readers == 0:
                 self._read(node)
                 change.released.append(node.page_id)
@@ -224,7 +223,7 @@ class RadixTree:
         assert not node.children, "a page is evicted before the prefix it continues"
         parent = node.parent
         del parent.children[node.key]
-        self._log_removed(node.digest)
+        self.changes.on_removed(node.digest)
         if isinstance(parent, Root):
             self._drop_root_if_unused(parent)
         return node
@@ -237,13 +236,6 @@ class RadixTree:
                 yield child
                 stack.append(child)
 
-    def drain_changes(self) -> tuple[list[bytes], list[bytes]]:
-        """Return the digests (added, removed) since the last call. A digest added and removed since is in neither."""
-        added, removed = list(self._added), list(self._removed)
-        self._added.clear()
-        self._removed.clear()
-        return added, removed
-
     def _hand_over(self, node: PageNode, successor: Pin, change: OwnershipChange) -> None:
         """Replace the page of a node without readers by the duplicate of `successor`, which becomes its reader."""
         change.released.append(node.page_id)
@@ -255,15 +247,3 @@ class RadixTree:
         # Callers may send any number of salts: a root may not outlive its pages.
         if not root.children and root.num_readers == 0:
             del self._roots[root.cache_salt]
-
-    def _log_added(self, digest: bytes) -> None:
-        if digest in self._removed:
-            del self._removed[digest]
-        else:
-            self._added[digest] = None
-
-    def _log_removed(self, digest: bytes) -> None:
-        if digest in self._added:
-            del self._added[digest]
-        else:
-            self._removed[digest] = None

@@ -8,7 +8,7 @@ from kvist.plan.batch import Batch
 from kvist.plan.tiers import TierJob
 from kvist.plan.transfers import StopWrites, ToSource, ToTarget, VerifyPages, WritePages
 from kvist.request import EpochId
-from kvist.wire import Ended, TokenChunk
+from kvist.wire import Ended, PageEvents, TokenChunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,6 @@ class Plan:
     transfers: tuple[WritePages | VerifyPages | StopWrites, ...] = ()
     moves: tuple[TierJob, ...] = ()  # tier jobs: copies between device pool, host tier and store
     watched_epochs: frozenset[EpochId] = frozenset()  # report the death of these peers until the next plan
-    cached_added: tuple[bytes, ...] = ()  # page digests that became cached in this step
-    cached_removed: tuple[bytes, ...] = ()
+    page_events: tuple[PageEvents, ...] = ()  # what entered and left each tier in this step, net; one per tier
     batch: Batch | None = None  # to run after the pending batch, if there is one
     wake_at_s: float | None = None  # call `step` again by then even without events

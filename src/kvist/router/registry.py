@@ -17,6 +17,7 @@ from kvist.fairness import CallerCounts, CallerPath
 from kvist.request import RequestId, Role, WorkerId
 from kvist.router.checks import fault_of_report, fault_of_spec
 from kvist.router.config import RouterConfig
+from kvist.router.known_pages import KnownPages
 from kvist.router.policy import WorkerView
 from kvist.router.stream import WorkerSnapshot
 from kvist.service_time import SHORTEST_WAIT_S, retry_after_s
@@ -54,8 +55,7 @@ class Worker:
     spec: EngineSpec | None = None
     load: LoadReport | None = None
     last_message_s: float = 0.0
-    known_pages: set[bytes] = field(default_factory=set)
-    pages_limited: bool = False  # the worker has more pages than are tracked here
+    known_pages: KnownPages
     sequence: int | None = None  # of the last report
     needs_snapshot: bool = True
     num_rejected_messages: int = 0  # each was dropped, or failed its request
@@ -124,7 +124,7 @@ class Worker:
             page_size=self.spec.page_size,
             num_requests=max(len(self.in_flight), reported),  # the report counts other gateways' requests too
             num_pending_tokens=self.num_pending_tokens,
-            cached_pages=self.known_pages,
+            cached_pages=self.known_pages.digests,
         )
 
 
@@ -150,7 +150,9 @@ class Registry:
     def add(self, url: str, role: Role | None, now_s: float) -> Worker:
         if url in self._workers:
             raise ConfigError(f"the worker {url} is named twice")
-        worker = self._workers[url] = Worker(url=url, wanted_role=role, last_message_s=now_s, problem="no message yet")
+        pages = KnownPages(self._config.max_known_pages)
+        worker = Worker(url=url, wanted_role=role, last_message_s=now_s, known_pages=pages, problem="no message yet")
+        self._workers[url] = worker
         return worker
 
     def ready(self, role: Role) -> list[Worker]:
@@ -197,10 +199,8 @@ class Registry:
             worker.state, worker.problem = WorkerState.DRAINING, "it is stopping"
         if report.snapshot:
             worker.known_pages.clear()
-            worker.pages_limited = False
             worker.needs_snapshot = False
-        worker.known_pages.difference_update(report.cached_removed)
-        self._remember(worker, report.cached_added)
+        self._apply_page_events(worker, report)
         if report.snapshot or in_order or worker.needs_snapshot:
             return False
         worker.needs_snapshot = True  # keep using the old set until then: it is only a hint
@@ -235,19 +235,15 @@ class Registry:
     @staticmethod
     def _reset_reported_state(worker: Worker) -> None:
         worker.known_pages.clear()
-        worker.pages_limited = False
         worker.sequence = None
         worker.needs_snapshot = True
         worker.load = None
 
-    def _remember(self, worker: Worker, digests: tuple[bytes, ...]) -> None:
-        room = self._config.max_known_pages - len(worker.known_pages)
-        if len(digests) <= room:
-            worker.known_pages.update(digests)
-            return
-        worker.known_pages.update(digests[: max(0, room)])
-        if not worker.pages_limited:
-            worker.pages_limited = True
+    def _apply_page_events(self, worker: Worker, report: LoadReport) -> None:
+        pages = worker.known_pages
+        was_limited = pages.is_limited
+        pages.apply(report.page_events)
+        if pages.is_limited and not was_limited:
             logger.warning(
                 "worker %s has more cached pages than the %d tracked here: raise --max-known-pages for better routing",
                 worker.worker_id,

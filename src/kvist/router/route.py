@@ -129,7 +129,7 @@ class Router:
         digests = self._digested[2]
         for worker in workers:
             spec = worker.spec
-            if spec is not None and worker.known_pages and spec.namespace not in digests:
+            if spec is not None and worker.known_pages.digests and spec.namespace not in digests:
                 digests[spec.namespace] = page_digests(token_ids, spec.page_size, spec.namespace, salt)
         return PromptDigests(num_tokens=request.num_prompt_tokens, digests=digests)
 

@@ -7,7 +7,7 @@ from kvist.plan.plan import Flush, Plan
 from kvist.plan.tiers import TierJob
 from kvist.plan.transfers import StopWrites, ToSource, ToTarget, VerifyPages, WritePages
 from kvist.request import EpochId
-from kvist.wire import Ended, SourceToTarget, TargetToSource, TokenChunk
+from kvist.wire import Ended, PageEvents, SourceToTarget, TargetToSource, TokenChunk
 
 
 class Outbox:
@@ -35,7 +35,7 @@ class Outbox:
         batch: Batch | None,
         moves: list[TierJob],
         watched_epochs: frozenset[EpochId],
-        cache_changes: tuple[list[bytes], list[bytes]],
+        page_events: tuple[PageEvents, ...],
         wake_at_s: float | None,
     ) -> Plan:
         plan = Plan(
@@ -46,8 +46,7 @@ class Outbox:
             transfers=tuple(self.transfers),
             moves=tuple(moves),
             watched_epochs=watched_epochs,
-            cached_added=tuple(cache_changes[0]),
-            cached_removed=tuple(cache_changes[1]),
+            page_events=page_events,
             batch=batch,
             wake_at_s=wake_at_s,
         )

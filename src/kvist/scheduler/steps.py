@@ -88,7 +88,7 @@ class Steps:
             batch=batch,
             moves=table.cache.plan_jobs(),
             watched_epochs=self._source.watched_epochs | self._target.watched_epochs,
-            cache_changes=table.cache.drain_changes(),
+            page_events=table.cache.take_page_events(),
             wake_at_s=table.timers.next_at_s(),
         )
 

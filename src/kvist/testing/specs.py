@@ -88,8 +88,7 @@ class LoadFields(TypedDict, total=False):
     storage: wire.StorageStatus | None
     draining: bool
     snapshot: bool
-    cached_added: tuple[bytes, ...]
-    cached_removed: tuple[bytes, ...]
+    page_events: tuple[wire.PageEvents, ...]
     totals: dict[str, float]
 
 

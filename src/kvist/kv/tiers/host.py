@@ -17,6 +17,8 @@ import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from kvist.kv.changes import PageChanges
+
 
 @dataclass(slots=True, eq=False)
 class HostPage:
@@ -77,7 +79,7 @@ class HostTier:
         self._num_uses = 0
         self._num_pushed = 0
         self._num_jobs = 0
-        self._changes: list[tuple[bytes, bool]] = []
+        self.changes = PageChanges("host")
 
     def restore(self, saved: Sequence[SavedPage]) -> None:
         """Enter the saved pages, parents before children. Call once, before any other method."""
@@ -88,7 +90,7 @@ class HostTier:
             page.resident = True
             if parent is not None:
                 parent.num_children += 1
-            self._changes.append((page.digest, True))
+            self.changes.on_stored(page.digest)
         used = {each.slot for each in saved}
         assert len(used) == len(self._pages), "a slot holds one page"
         self._free = [slot for slot in self._free if slot not in used]
@@ -139,7 +141,7 @@ class HostTier:
     def written(self, page: HostPage, *, ok: bool) -> None:
         page.resident = ok
         if ok:
-            self._changes.append((page.digest, True))
+            self.changes.on_stored(page.digest)
         self.unpin(page)
 
     def pin(self, page: HostPage) -> None:
@@ -179,11 +181,6 @@ class HostTier:
         """Return the digest of every resident page."""
         return [page.digest for page in self._pages.values() if page.resident]
 
-    def drain_changes(self) -> list[tuple[bytes, bool]]:
-        """Return the changes since the last call, in order: (digest, whether the page is resident now)."""
-        changes, self._changes = self._changes, []
-        return changes
-
     def _evict_sparing(self, parent: HostPage | None) -> bool:
         """Evict a page, but not the parent of the page about to be written."""
         if parent is None:
@@ -207,7 +204,7 @@ class HostTier:
         self._free.append(page.slot)
         self.num_evicted += 1
         if page.resident:
-            self._changes.append((page.digest, False))
+            self.changes.on_removed(page.digest)
         parent = page.parent
         if parent is not None:
             parent.num_children -= 1
