@@ -30,8 +30,8 @@ from kvist.checkpoint import find_checkpoint
 from kvist.models import ModelConfig, load_model_config
 from kvist.models.weights import WHOLE, expected_tensors
 from kvist.models.weights_gguf import GgufSource
-from kvist.plan.batch import Batch, BatchItem
-from kvist.request import RequestId, SamplingParams
+from kvist.plan.batch import Batch, BatchItem, StartRequest
+from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import AnyRunner
@@ -95,18 +95,29 @@ def our_decode(runner: AnyRunner, prompts: list[list[int]], num_tokens: int) -> 
     tokens = [list(prompt) for prompt in prompts]
     pages = [range(index * num_pages, (index + 1) * num_pages) for index in range(len(prompts))]
 
+    started = tuple(
+        StartRequest(
+            slot=SlotId(index),
+            request_id=RequestId(str(index)),
+            sampling=GREEDY,
+            token_ids=prompt,
+            num_prompt_tokens=len(prompt),
+        )
+        for index, prompt in enumerate(prompts)
+    )
+
     def step(computed: int) -> None:
         items = tuple(
             BatchItem(
-                request_id=RequestId(str(index)),
+                slot=SlotId(index),
                 token_ids=known[computed:],
                 start=computed,
                 page_ids=pages[index],
-                sampling=GREEDY,
+                samples=True,
             )
             for index, known in enumerate(tokens)
         )
-        sampled = runner.launch(Batch(step_id=computed, items=items)).result()
+        sampled = runner.launch(Batch(step_id=computed, started=() if computed else started, items=items)).result()
         for known, token_id in zip(tokens, sampled.token_ids, strict=True):
             known.append(token_id)
 
@@ -115,6 +126,7 @@ def our_decode(runner: AnyRunner, prompts: list[list[int]], num_tokens: int) -> 
     for computed in range(len(prompts[0]), len(prompts[0]) + num_tokens):
         step(computed)
     seconds = time.perf_counter() - start
+    runner.launch(Batch(step_id=0, ended=tuple(each.slot for each in started), items=())).result()
     return seconds, [known[len(prompts[0]) :] for known in tokens]
 
 

@@ -41,9 +41,10 @@ from kvist.engine.reports import LoadReports
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import SampledTokens
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams, SlotId
 from kvist.runner.columns import EMPTY_BATCH, read_batch
 from kvist.runner.sampler import sampled_tokens
+from kvist.runner.slots import SlotTable
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
 from kvist.testing.specs import make_spec
@@ -77,20 +78,22 @@ class FakeGpu:
     def __init__(self, watch: Stopwatch, num_requests: int, context: int) -> None:
         cpu = torch.device("cpu")
         self._watch = watch
-        self._words = np.zeros(num_requests * (3 * context + 4), dtype=np.int32)
+        self._words = np.zeros(num_requests * (3 * context + 5), dtype=np.int32)
         self._num_requests = num_requests
         self._tables, self._ring = PageTables(cpu, PAGE_SIZE), PinnedRing(cpu)
         self._tables.reserve(num_requests, 2048)
         self._index = _Index.allocate(num_requests, num_requests, cpu)
+        self._table = SlotTable(num_requests)
         self._previous = EMPTY_BATCH
         self._tokens = torch.randint(0, 32_000, (num_requests,), dtype=torch.int32)
 
     def launch(self, batch: Batch) -> FakeStep:
         with self._watch("columns"):
-            columns = read_batch(batch.items, self._previous)
+            self._table.update(batch)
+            columns = read_batch(batch, self._previous, self._table)
         num_tokens, num_sampled = len(columns.inputs.token_ids), len(columns.inputs.rows)
         with self._watch("pack"):
-            words = self._words[: 3 * num_tokens + 4 * num_sampled]
+            words = self._words[: 3 * num_tokens + 5 * num_sampled]
             columns.inputs.pack(words, num_tokens, num_sampled, self._num_requests)
         if columns.only_decodes:
             with self._watch("index"):
@@ -200,10 +203,8 @@ def submits(args: argparse.Namespace) -> list[tuple[bytes, Any]]:
 
 
 def make_objects(count: int) -> int:
-    sampling, request_id = SamplingParams(max_tokens=1), RequestId("r")
-    items = [
-        BatchItem(request_id=request_id, token_ids=(1,), start=1, page_ids=[], sampling=sampling) for _ in range(count)
-    ]
+    slot, request_id = SlotId(0), RequestId("r")
+    items = [BatchItem(slot=slot, token_ids=(1,), start=1, page_ids=[], samples=True) for _ in range(count)]
     return len(items) + len([wire.TokenChunk(request_id=request_id, position=1, token_ids=(1,)) for _ in range(count)])
 
 

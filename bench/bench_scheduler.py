@@ -20,7 +20,7 @@ from json_report import write_report
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import Event, SampledTokens, StepFinished
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams, SlotId
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.wire import PoolAddress, Submit, TokenChunk
 
@@ -31,7 +31,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def finished(batch: Batch) -> StepFinished:
-    token_ids = [5 for item in batch.items if item.sampling is not None]
+    token_ids = [5 for item in batch.items if item.samples]
     return StepFinished(step_id=batch.step_id, sampled=SampledTokens(token_ids=token_ids))
 
 
@@ -77,15 +77,11 @@ def measure_steps(*, running: int, steps: int, context: int, seed: int) -> list[
 
 
 def measure_objects(*, running: int, steps: int) -> list[float]:
-    sampling = SamplingParams(max_tokens=1)
-    request_id = RequestId("r")
+    slot, request_id = SlotId(0), RequestId("r")
     times_ms: list[float] = []
     for _ in range(steps):
         start_s = time.thread_time()
-        items = [
-            BatchItem(request_id=request_id, token_ids=(1,), start=1, page_ids=[], sampling=sampling)
-            for _ in range(running)
-        ]
+        items = [BatchItem(slot=slot, token_ids=(1,), start=1, page_ids=[], samples=True) for _ in range(running)]
         chunks = [TokenChunk(request_id=request_id, position=1, token_ids=(1,)) for _ in range(running)]
         times_ms.append((time.thread_time() - start_s) * 1e3)
         assert len(items) == len(chunks)

@@ -14,6 +14,7 @@ import msgspec
 RequestId = NewType("RequestId", str)
 HandoffId = NewType("HandoffId", str)  # one attempt to move one request's pages; never reused
 EpochId = NewType("EpochId", str)  # one run of an engine process; a restart gets a new id
+SlotId = NewType("SlotId", int)  # index into the table of running requests that every rank of a runner keeps
 WorkerId = NewType("WorkerId", str)  # "127.0.0.1:30001": the worker's public name
 
 

@@ -285,7 +285,12 @@ class World:
         parts = LoopParts(
             spec=self._spec(role, epoch, channel.endpoint, num_pages),
             scheduler=scheduler,
-            runner=Runner(model=self._model, pool=pool, attention=attention),
+            runner=Runner(
+                model=self._model,
+                pool=pool,
+                attention=attention,
+                num_slots=scheduler_config.max_running_requests,
+            ),
             channel=channel,
             transport=transport,
             reports=LoadReports(snapshot=cache.snapshot),

@@ -29,7 +29,7 @@ STEPS = StepsConfig(shapes=("1@8",), steps=3, warmup_steps=1)
 
 
 class Watched:
-    """A runner that records its batches, and the number launched but not read."""
+    """A runner that records its batches with items, and the number launched but not read."""
 
     def __init__(self, runner: AnyRunner) -> None:
         self.pool = runner.pool
@@ -41,7 +41,8 @@ class Watched:
         self._runner = runner
 
     def launch(self, batch: Batch) -> InFlight:
-        self.batches.append(batch)
+        if batch.items:
+            self.batches.append(batch)
         self.num_under_way += 1
         self.max_under_way = max(self.max_under_way, self.num_under_way)
         return _Read(self, self._runner.launch(batch))

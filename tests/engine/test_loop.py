@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from kvist.kv.counters import TIER_COUNTERS
 from kvist.kv.pages import PageCounts
 from kvist.memory.page_copier import MOVE_COUNTERS
 from kvist.metrics import ENGINE_TOTALS
-from kvist.plan.batch import Batch, BatchItem
+from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.plan.events import Event, SampledTokens, StepFailed, StepFinished
 from kvist.plan.plan import Flush, Plan
 from kvist.plan.tiers import FetchPages, FindPages, PagesFound, StoreJob
@@ -39,6 +40,7 @@ from kvist.request import (
     Outcome,
     RequestId,
     SamplingParams,
+    SlotId,
 )
 from kvist.scheduler.load import COUNTERS, SchedulerLoad
 from kvist.store.io_threads import STORE_COUNTERS
@@ -257,12 +259,20 @@ def ended(request_id: str) -> wire.Ended:
 
 
 def batch(request_id: str, step_id: int = 1) -> Batch:
-    item = BatchItem(
-        request_id=RequestId(request_id), token_ids=(1,), start=0, page_ids=(0,), sampling=SamplingParams(max_tokens=1)
+    """A batch of one request, in a slot of its own."""
+    slot = SlotId(next(_SLOTS))
+    start = StartRequest(
+        slot=slot,
+        request_id=RequestId(request_id),
+        sampling=SamplingParams(max_tokens=1),
+        token_ids=(1,),
+        num_prompt_tokens=1,
     )
-    return Batch(step_id=step_id, items=(item,))
+    item = BatchItem(slot=slot, token_ids=(1,), start=0, page_ids=(0,), samples=True)
+    return Batch(step_id=step_id, started=(start,), items=(item,))
 
 
+_SLOTS = itertools.count()
 HELLO = wire.Hello(gateway_id="g")
 
 

@@ -14,6 +14,7 @@ from kvist.engine.reports import LoadReports
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens
+from kvist.plan.slots import OpenSlots
 from kvist.plan.transfers import VerifyPages, WritePages
 from kvist.request import (
     EngineRequest,
@@ -77,10 +78,12 @@ class SlowRunner:
         self.clock = clock
         self.between_layers: Callable[[], None] = lambda: None
         self.began: list[tuple[float, Sequence[str]]] = []
+        self.slots = OpenSlots()
 
     def launch(self, batch: Batch) -> SlowRunner:
-        self.began.append((self.clock.now_s(), [item.request_id for item in batch.items]))
-        self.num_sampled = sum(item.sampling is not None for item in batch.items)
+        self.slots.update(batch)
+        self.began.append((self.clock.now_s(), self.slots.running(batch)))
+        self.num_sampled = sum(item.samples for item in batch.items)
         for _ in range(NUM_LAYERS):
             self.between_layers()
             self.clock.advance(LAYER_S)

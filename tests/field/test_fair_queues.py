@@ -44,7 +44,7 @@ class Engine:
     def step(self, *events: Event) -> Plan:
         done: list[Event] = []
         if self.batch is not None:
-            sampled = [1 for item in self.batch.items if item.sampling]
+            sampled = [1 for item in self.batch.items if item.samples]
             done = [StepFinished(step_id=self.batch.step_id, sampled=SampledTokens(token_ids=sampled))]
         plan = self.scheduler.step(self.now_s, [*done, *events])
         self.batch = plan.batch
@@ -86,7 +86,7 @@ def test_the_scheduler_serves_a_new_caller_before_the_queue_of_another(flood_fro
     turns: list[str] = []
     while "other" not in turns:
         assert plan.batch is not None
-        turns += [item.request_id for item in plan.batch.items if item.start == 0]
+        turns += [start.request_id for start in plan.batch.started]
         plan = engine.step()
     assert len(turns) <= 1 + 4, "at most the other requests of one step run first"
 

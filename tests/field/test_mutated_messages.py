@@ -48,6 +48,10 @@ from kvist.request import (
 from kvist.router.config import RouterConfig
 from kvist.router.dispatch import Dispatcher
 from kvist.router.registry import Registry, Worker
+from kvist.runner.columns import PersistentBatch
+from kvist.runner.inputs import sampling_rows
+from kvist.runner.sampler import noise_key_words
+from kvist.runner.slots import SlotTable
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
 from kvist.testing.specs import make_spec
@@ -209,6 +213,7 @@ class OfflineEngine:
         self.gateways = Gateways(timeout_s=1e9)
         self.inbox = Inbox(spec=spec_of(role), gateways=self.gateways, ask_storage=None)
         self.scheduler = scheduler_of(role)
+        self.table = SlotTable(8)
         union: object = wire.ToEngine | wire.SourceToTarget
         self.decoder, self.now_s, self.num_decoded = wire.Decoder(union), 1.0, 0
         self.plan = Plan()
@@ -266,10 +271,10 @@ class OfflineEngine:
         self.reports.append(WritesCompleted(handoff_id=job.handoff_id, num_pages=count, checksum="s"))
 
     def _computed(self, batch: Batch) -> Event:
-        check_computable(batch)
+        check_computable(batch, self.table)
         if self.dice.random() < 0.02:
             return StepFailed(step_id=batch.step_id, message="the device is on fire")
-        num_tokens = sum(item.sampling is not None for item in batch.items)
+        num_tokens = sum(item.samples for item in batch.items)
         token_ids = [self.dice.randrange(VOCAB) for _ in range(num_tokens)]
         return StepFinished(step_id=batch.step_id, sampled=SampledTokens(token_ids=token_ids))
 
@@ -310,20 +315,17 @@ def done_for(grant: wire.Grant) -> wire.Done:
     )
 
 
-def check_computable(batch: Batch) -> None:
+def check_computable(batch: Batch, table: SlotTable) -> None:
     """Check the batch as a runner would: one bad value would fail the whole batch."""
-    from kvist.runner.columns import PersistentBatch
-    from kvist.runner.sampler import noise_key_words
-
-    PersistentBatch.of([item.request_id for item in batch.items], [item.sampling for item in batch.items])
-    wanted = [item for item in batch.items if item.sampling is not None]
-    noise_key_words([item.sampling.seed for item in wanted if item.sampling], [item.end for item in wanted])
+    table.update(batch)
+    PersistentBatch.of([item.slot for item in batch.items], [item.samples for item in batch.items], table)
+    rows = sampling_rows(batch.items, table)
+    noise_key_words([row.params.seed for row in rows], [row.position for row in rows])
+    assert all((row.params.num_logprobs or 0) >= 0 for row in rows)
     for item in batch.items:
         assert all(0 <= token_id < VOCAB for token_id in item.token_ids)
         assert all(0 <= page_id < NUM_PAGES for page_id in item.page_ids)
         assert len(item.page_ids) * PAGE_SIZE >= item.end
-        if item.sampling is not None:
-            assert (item.sampling.num_logprobs or 0) >= 0
 
 
 def fuzz_engine(role: Role, seed: int, num_messages: int) -> OfflineEngine:
@@ -423,14 +425,17 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
 
 
 class FakeRunner:
+    def __init__(self) -> None:
+        self.table = SlotTable(8)
+
     def launch(self, batch: Batch) -> FakeStep:
-        check_computable(batch)
+        check_computable(batch, self.table)
         return FakeStep(batch)
 
 
 class FakeStep:
     def __init__(self, batch: Batch) -> None:
-        self._num_tokens = sum(item.sampling is not None for item in batch.items)
+        self._num_tokens = sum(item.samples for item in batch.items)
 
     def is_ready(self) -> bool:
         return True

@@ -4,7 +4,7 @@ scheduler."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,9 @@ import torch
 
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.models import load_model_config
-from kvist.plan.batch import Batch, BatchItem
-from kvist.request import RequestId, SampledToken, SamplingParams
+from kvist.plan.batch import Batch, BatchItem, StartRequest
+from kvist.plan.slots import OpenSlots
+from kvist.request import RequestId, SampledToken, SamplingParams, SlotId
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import Runner
@@ -62,13 +63,16 @@ def make_runner(checkpoint: Checkpoint, runtime_dir: Path, *, tp: int = 1) -> Ru
 
 
 class HandDriven:
-    """Allocates pages in shuffled order and runs the steps that a test asks for."""
+    """Allocates pages in shuffled order, gives out slots, and runs the steps that a test asks for."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         order = torch.randperm(runner.pool.num_pages, generator=torch.Generator().manual_seed(5))
         self._free = order.tolist()
         self._steps = 0
+        self._open = OpenSlots()
+        self._to_start: list[StartRequest] = []
+        self._to_end: list[SlotId] = []
 
     def pages(self, num_tokens: int) -> list[int]:
         count = -(-num_tokens // PAGE_SIZE)
@@ -76,10 +80,32 @@ class HandDriven:
         assert len(taken) == count, "the test's pool is too small"
         return taken
 
+    def start(self, name: str, sampling: SamplingParams, token_ids: Sequence[int] = ()) -> SlotId:
+        """Return the slot that the next step starts for the request."""
+        taken = {*self._open, *(start.slot for start in self._to_start)} - {*self._to_end}
+        slot = SlotId(min(set(range(len(taken) + 1)) - taken))
+        self._to_start.append(
+            StartRequest(
+                slot=slot,
+                request_id=RequestId(name),
+                sampling=sampling,
+                token_ids=token_ids,
+                num_prompt_tokens=len(token_ids),
+            )
+        )
+        return slot
+
+    def end(self, slot: SlotId) -> None:
+        """Let the next step end the slot."""
+        self._to_end.append(slot)
+
     def step(self, *items: BatchItem) -> dict[RequestId, SampledToken]:
         self._steps += 1
-        sampled = self.runner.launch(Batch(step_id=self._steps, items=items)).result()
-        request_ids = [item.request_id for item in items if item.sampling is not None]
+        batch = Batch(step_id=self._steps, ended=tuple(self._to_end), started=tuple(self._to_start), items=items)
+        self._to_end, self._to_start = [], []
+        self._open.update(batch)
+        sampled = self.runner.launch(batch).result()
+        request_ids = [self._open[item.slot] for item in items if item.samples]
         return {request_id: sampled[place] for place, request_id in enumerate(request_ids)}
 
     def generate(
@@ -92,22 +118,23 @@ class HandDriven:
         cached: int = 0,
     ) -> list[SampledToken]:
         """Run one request alone: the prompt in chunks of the given sizes, then token by token."""
-        name = RequestId(f"alone-{self._steps}")
+        slot = self.start(f"alone-{self._steps}", sampling, prompt)
         tokens = list(prompt)
         pages = pages or self.pages(len(prompt) + sampling.max_tokens)
         start, produced = cached, []
         for size in chunks or [len(prompt) - cached]:
             end = start + size
-            wants = sampling if end == len(prompt) else None
-            item = BatchItem(request_id=name, token_ids=tokens[start:end], start=start, page_ids=pages, sampling=wants)
+            samples = end == len(prompt)
+            item = BatchItem(slot=slot, token_ids=tokens[start:end], start=start, page_ids=pages, samples=samples)
             produced += list(self.step(item).values())
             start = end
         assert start == len(prompt)
         while len(produced) < sampling.max_tokens:
             tokens.append(produced[-1].token_id)
-            item = BatchItem(request_id=name, token_ids=tokens[-1:], start=start, page_ids=pages, sampling=sampling)
+            item = BatchItem(slot=slot, token_ids=tokens[-1:], start=start, page_ids=pages, samples=True)
             produced += list(self.step(item).values())
             start += 1
+        self.end(slot)
         return produced
 
 

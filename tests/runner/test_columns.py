@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.plan.batch import BatchItem
-from kvist.request import RequestId, SamplingParams
-from kvist.runner.columns import EMPTY_BATCH, BatchColumns, PersistentBatch, read_batch
+from kvist.plan.batch import Batch, BatchItem, StartRequest
+from kvist.request import RequestId, SamplingParams, SlotId
+from kvist.runner.columns import EMPTY_BATCH, BatchColumns, read_batch
 from kvist.runner.sampler import noise_key_words
+from kvist.runner.slots import SlotTable
 from kvist.runner.staging import Staging
 
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0)
@@ -20,31 +21,56 @@ TOP_K = SamplingParams(max_tokens=9, temperature=0.5, seed=4, top_k=3)
 NUM_SLOTS, NUM_TOKENS = 8, 64
 
 
-def decode(name: str, start: int, sampling: SamplingParams = GREEDY, token_id: int | None = None) -> BatchItem:
-    return BatchItem(
-        request_id=RequestId(name),
-        token_ids=() if token_id is None else (token_id,),
-        start=start,
-        page_ids=list(range(start + 1)),
+def started(slot: int, sampling: SamplingParams = GREEDY, *, suppress_until: int = 0) -> StartRequest:
+    return StartRequest(
+        slot=SlotId(slot),
+        request_id=RequestId(f"in slot {slot}"),
         sampling=sampling,
+        token_ids=(1,),
+        num_prompt_tokens=1,
+        suppressed_token_ids=(2,) if suppress_until else (),
+        suppress_until=suppress_until,
     )
 
 
-def chunk(name: str, start: int, tokens: list[int], sampling: SamplingParams | None = None) -> BatchItem:
+def decode(slot: int, start: int, token_id: int | None = None) -> BatchItem:
+    token_ids = () if token_id is None else (token_id,)
+    return BatchItem(slot=SlotId(slot), token_ids=token_ids, start=start, page_ids=list(range(start + 1)), samples=True)
+
+
+def chunk(slot: int, start: int, tokens: list[int], *, samples: bool) -> BatchItem:
     pages = list(range(start + len(tokens)))
-    return BatchItem(request_id=RequestId(name), token_ids=tokens, start=start, page_ids=pages, sampling=sampling)
+    return BatchItem(slot=SlotId(slot), token_ids=tokens, start=start, page_ids=pages, samples=samples)
 
 
-def device_words(columns: BatchColumns, slots: list[int], *, padding: int = 0) -> dict[str, list[object]]:
-    """Return the device inputs after the copy, with the tokens of the previous step in their slots."""
-    staging = Staging(num_rows=NUM_SLOTS, num_tokens=NUM_TOKENS, device=torch.device("cpu"))
+class Reader:
+    """A slot table, and the columns of one batch after another."""
+
+    def __init__(self) -> None:
+        self.table = SlotTable(NUM_SLOTS)
+        self.previous = EMPTY_BATCH
+
+    def read(
+        self, *items: BatchItem, started: tuple[StartRequest, ...] = (), ended: tuple[int, ...] = ()
+    ) -> BatchColumns:
+        batch = Batch(step_id=1, ended=tuple(map(SlotId, ended)), started=started, items=items)
+        self.table.update(batch)
+        columns = read_batch(batch, self.previous, self.table)
+        self.previous = columns.persistent
+        return columns
+
+
+def device_words(columns: BatchColumns, last_tokens: dict[int, int], *, padding: int = 0) -> dict[str, list[object]]:
+    """Return the device inputs after the copy, with the tokens that earlier steps sampled."""
+    staging = Staging(num_slots=NUM_SLOTS, num_tokens=NUM_TOKENS, device=torch.device("cpu"))
     num_tokens, num_sampled = len(columns.inputs.token_ids) + padding, len(columns.inputs.rows) + padding
-    staging._ring.next_buffer(3 * NUM_TOKENS + 4 * NUM_SLOTS)[:] = -99  # stale content of an earlier step
+    staging._ring.next_buffer(3 * NUM_TOKENS + 5 * NUM_SLOTS)[:] = -99  # stale content of an earlier step
     staging._ring.next_buffer(1), staging._ring.next_buffer(1)
-    staging.write_sampled(torch.tensor(slots + [-1] * (NUM_SLOTS - len(slots))))
+    slots = torch.tensor(list(last_tokens), dtype=torch.int32)
+    staging.write_sampled(torch.tensor(list(last_tokens.values())), slots)
     staging.send(columns.inputs, num_tokens, num_sampled)
     words = staging.views(num_tokens, num_sampled)
-    found = {name: getattr(words, name).tolist() for name in ("positions", "rows", "temperatures", "keys")}
+    found = {name: getattr(words, name).tolist() for name in ("positions", "rows", "slots", "temperatures", "keys")}
     return {"token_ids": words.token_ids().tolist(), **found}
 
 
@@ -60,42 +86,43 @@ ITEMS = st.lists(
 )
 
 
-@given(ITEMS, st.booleans(), st.integers(0, 3))
+@given(ITEMS, st.permutations(range(NUM_SLOTS)), st.integers(0, 3), st.booleans())
 def test_device_inputs_equal_the_items_of_the_batch(
-    drawn: list[tuple[str, int, int, SamplingParams]], same_order: bool, padding: int
+    drawn: list[tuple[str, int, int, SamplingParams]], slots: list[int], padding: int, read_before: bool
 ) -> None:
     items, tokens, positions, rows, sampled = [], [], [], [], []
-    for number, (kind, start, count, sampling) in enumerate(drawn):
+    for number, (kind, start, count, _) in enumerate(drawn):
         ids = [100 * number + offset for offset in range(count if "chunk" in kind else 1)]
         if kind == "unknown":
-            items.append(decode(f"r{number}", start, sampling))
+            items.append(decode(slots[number], start))
         elif kind == "known":
-            items.append(decode(f"r{number}", start, sampling, ids[0]))
+            items.append(decode(slots[number], start, ids[0]))
         else:
-            items.append(chunk(f"r{number}", start, ids, sampling if kind == "last chunk" else None))
+            items.append(chunk(slots[number], start, ids, samples=kind == "last chunk"))
         tokens += ids
         positions += range(start, start + len(ids))
         if kind != "chunk":
             rows.append(len(tokens) - 1)
-            sampled.append(items[-1])
-    before = [decode(f"r{number}", 1, item.sampling or WARM, 1) for number, item in enumerate(items)]
-    if not same_order:
-        before.reverse()
-    previous = read_batch(before, EMPTY_BATCH).persistent
-    slots = [100 * int(item.request_id[1:]) for item in before]  # the token that the previous step sampled for each
-    columns = read_batch(items, previous)
+            sampled.append(number)
+    reader = Reader()
+    opened = tuple(started(slots[number], sampling) for number, (*_, sampling) in enumerate(drawn))
+    if read_before:
+        reader.read(*(decode(slots[number], 1, 1) for number in reversed(range(len(drawn)))), started=opened)
+        columns = reader.read(*items)
+    else:
+        columns = reader.read(*items, started=opened)
     padding = min(padding, NUM_SLOTS - len(rows))
-    found = device_words(columns, slots, padding=padding)
+    found = device_words(columns, {slots[number]: 100 * number for number in range(len(drawn))}, padding=padding)
     zeros = [0] * padding
     assert found["token_ids"] == tokens + zeros
     assert found["positions"] == positions + zeros
     assert found["rows"] == rows + zeros
-    params = [item.sampling for item in sampled if item.sampling is not None]
+    assert found["slots"] == [slots[number] for number in sampled] + [NUM_SLOTS] * padding
+    params = [drawn[number][3] for number in sampled]
     assert found["temperatures"] == [each.temperature for each in params] + zeros
     if any(each.temperature for each in params):
-        keys = noise_key_words([each.seed for each in params], [item.end for item in sampled])
+        keys = noise_key_words([each.seed for each in params], [items[number].end for number in sampled])
         assert found["keys"][: len(rows)] == keys.tolist()
-    assert list(columns.persistent.slots) == [item.request_id for item in sampled]
     assert [(span.start, span.end, span.page_ids) for span in columns.spans] == [
         (item.start, item.end, item.page_ids) for item in items
     ]
@@ -104,47 +131,61 @@ def test_device_inputs_equal_the_items_of_the_batch(
 
 
 def test_an_unchanged_batch_reuses_its_columns() -> None:
-    first = read_batch([decode("a", 3, WARM, 1), decode("b", 5, GREEDY, 2)], EMPTY_BATCH)
-    second = read_batch([decode("a", 4, WARM), decode("b", 6, GREEDY)], first.persistent)
+    reader = Reader()
+    first = reader.read(decode(0, 3, 1), decode(1, 5, 2), started=(started(0, WARM), started(1)))
+    second = reader.read(decode(0, 4), decode(1, 6))
     assert second.persistent is first.persistent
-    assert (
-        read_batch([decode("b", 7, GREEDY), decode("a", 5, WARM)], second.persistent).persistent
-        is not second.persistent
-    )
+    assert reader.read(decode(1, 7), decode(0, 5)).persistent is not second.persistent
 
 
-def test_a_reused_request_id_brings_its_own_parameters() -> None:
-    first = read_batch([decode("a", 3, WARM, 1)], EMPTY_BATCH)
-    again = read_batch([decode("a", 3, TOP_K, 1)], first.persistent)
+def test_a_slot_that_is_ended_and_started_in_one_batch_has_the_new_parameters() -> None:
+    reader = Reader()
+    first = reader.read(decode(0, 3, 1), decode(1, 3, 1), started=(started(0, WARM), started(1)))
+    again = reader.read(decode(0, 3, 1), decode(1, 4), ended=(0,), started=(started(0, TOP_K),))
     assert (first.is_plain, again.is_plain) == (True, False)
+    assert again.inputs.keys is not None
+    assert again.inputs.keys[:1].tolist() == noise_key_words([TOP_K.seed], [4]).tolist()
 
 
-def test_suppressed_tokens_are_read_at_every_step() -> None:
-    item = decode("a", 3, GREEDY, 1)
-    first = read_batch([item], EMPTY_BATCH)
-    assert first.is_plain
-    suppressed = BatchItem(
-        request_id=item.request_id,
-        token_ids=(1,),
-        start=4,
-        page_ids=[],
-        sampling=GREEDY,
-        suppressed_token_ids=(2,),
-    )
-    assert not read_batch([suppressed], first.persistent).is_plain
+def test_tokens_are_suppressed_below_their_position_only() -> None:
+    reader = Reader()
+    first = reader.read(decode(0, 3, 1), started=(started(0, suppress_until=6),))  # samples the token at position 4
+    assert [reader.read(decode(0, start)).is_plain for start in (4, 5)] == [False, True]
+    assert not first.is_plain
 
 
-def test_reading_a_token_that_no_step_sampled_is_an_error() -> None:
-    with pytest.raises(KeyError):
-        read_batch([decode("a", 3)], EMPTY_BATCH)
-    with pytest.raises(KeyError):
-        read_batch([decode("a", 3), decode("b", 3)], PersistentBatch.of([RequestId("a")], [GREEDY]))
+def test_an_item_of_a_slot_that_is_not_open_is_an_error() -> None:
+    reader = Reader()
+    with pytest.raises(AssertionError, match="not open"):
+        reader.read(decode(0, 3))
+    reader.read(decode(0, 3, 1), started=(started(0),))
+    with pytest.raises(AssertionError, match="not open"):
+        reader.read(decode(0, 4), ended=(0,))
+
+
+def test_a_slot_is_started_and_ended_once() -> None:
+    reader = Reader()
+    reader.read(decode(0, 3, 1), started=(started(0),))
+    with pytest.raises(AssertionError, match="slot 0, which in slot 0 holds"):
+        reader.read(decode(0, 3, 1), started=(started(0),))
+    with pytest.raises(AssertionError, match="slot 1 is ended"):
+        reader.read(decode(0, 3, 1), ended=(1,))
+
+
+def test_the_last_token_of_a_slot_lasts_over_batches_without_it() -> None:
+    staging = Staging(num_slots=3, num_tokens=4, device=torch.device("cpu"))
+    staging.write_sampled(torch.tensor([7, 8]), torch.tensor([2, 0], dtype=torch.int32))
+    staging.write_sampled(torch.tensor([9]), torch.tensor([0], dtype=torch.int32))
+    reader = Reader()
+    columns = reader.read(decode(0, 3), decode(2, 3), started=(started(0), started(2)))
+    staging.send(columns.inputs, 2, 2)
+    assert staging.views(2, 2).token_ids().tolist() == [9, 7]
 
 
 def test_each_step_copies_its_sampled_tokens_to_a_buffer_of_its_own() -> None:
-    staging = Staging(num_rows=2, num_tokens=2, device=torch.device("cpu"))
+    staging = Staging(num_slots=2, num_tokens=2, device=torch.device("cpu"))
     reads = []
     for step in range(3):
-        staging.write_sampled(torch.tensor([step, step + 10]))
+        staging.write_sampled(torch.tensor([step, step + 10]), torch.tensor([1, 0], dtype=torch.int32))
         reads.append(staging.start_read(2))
     assert np.array(reads).tolist() == [[0, 10], [1, 11], [2, 12]]

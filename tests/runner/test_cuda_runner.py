@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ from kvist.models.load import load_model
 from kvist.models.parallel import TensorParallel
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import Event, StepFinished
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SampledToken, SamplingParams
+from kvist.plan.slots import OpenSlots
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SampledToken, SamplingParams, SlotId
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.inputs import build_inputs
@@ -132,7 +134,8 @@ def serve(
     scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), pool)
     waiting = deque(Submit(request=request, mode=Mode.FULL) for request in requests)
     streams: Streams = {request.request_id: [] for request in requests}
-    in_flight: deque[tuple[Batch, InFlight]] = deque()
+    in_flight: deque[tuple[Batch, list[RequestId], InFlight]] = deque()
+    slots = OpenSlots()
     events: list[Event] = []
     steps = 0
     while waiting or scheduler.has_work() or in_flight:
@@ -144,14 +147,16 @@ def serve(
         events = []
         steps += 1
         if plan.batch is not None:
-            in_flight.append((plan.batch, runner.launch(plan.batch)))
+            slots.update(plan.batch)
+            sampled_ids = [slots[item.slot] for item in plan.batch.items if item.samples]
+            in_flight.append((plan.batch, sampled_ids, runner.launch(plan.batch)))
         if len(in_flight) > int(overlap and plan.batch is not None):
-            batch, launched = in_flight.popleft()
+            batch, request_ids, launched = in_flight.popleft()
             sampled = launched.result()
             events = [StepFinished(step_id=batch.step_id, sampled=sampled)]
-            request_ids = [item.request_id for item in batch.items if item.sampling is not None]
             for place, request_id in enumerate(request_ids):
                 streams[request_id].append(sampled[place])
+    runner.launch(slots.end_all()).result()
     return {name: tokens[:40] for name, tokens in streams.items()}
 
 
@@ -204,13 +209,14 @@ def test_gpu_logits_are_close_to_fp32(checkpoint: Checkpoint, eager: AnyRunner) 
         found = []
         for start, end in parts:
             item = BatchItem(
-                request_id=RequestId("r"),
+                slot=SlotId(0),
                 token_ids=token_ids[start:end],
                 start=start,
                 page_ids=pages,
-                sampling=GREEDY if end in (256, 300) else None,
+                samples=end in (256, 300),
             )
-            logits = forward(eager._model, eager._attention, build_inputs([item], {}, device))  # type: ignore[attr-defined]
+            inputs = build_inputs([item], np.zeros(1, dtype=np.int64), device)
+            logits = forward(eager._model, eager._attention, inputs)  # type: ignore[attr-defined]
             if logits is not None:
                 found.append(logits)
     for row, want in zip(torch.cat(found), expected, strict=True):

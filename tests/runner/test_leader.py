@@ -11,15 +11,13 @@ import pytest
 from kvist.errors import EngineError
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import SampledTokens
-from kvist.request import RequestId, SamplingParams
+from kvist.request import SlotId
 from kvist.runner.batch_message import BatchDecoder
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.tp import COLLECTIVE_TIMEOUT_S
 from kvist.testing.clocks import FakeClock
 
-ITEM = BatchItem(
-    request_id=RequestId("r"), token_ids=(1, 2), start=0, page_ids=[0], sampling=SamplingParams(max_tokens=2)
-)
+ITEM = BatchItem(slot=SlotId(0), token_ids=(1, 2), start=0, page_ids=[0], samples=True)
 BATCH = Batch(step_id=1, items=(ITEM,))
 TOKENS = SampledTokens(token_ids=[9])
 

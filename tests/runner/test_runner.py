@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvist.plan.batch import BatchItem
-from kvist.request import RequestId, SampledToken, SamplingParams
+from kvist.request import RequestId, SampledToken, SamplingParams, SlotId
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, num_logprobs=2)
 SEEDED = SamplingParams(max_tokens=10, temperature=0.9, top_p=0.95, seed=77, num_logprobs=2)
@@ -85,10 +85,9 @@ def test_pages_written_by_another_engine_give_the_same_tokens(
     fresh_engine.runner.pool.bytes[theirs[:4]] = engine.runner.pool.bytes[pages[:4]]
     token = whole[0].token_id
     rest = []
+    slot = fresh_engine.start("r", sampling)
     for position in range(14, 23):
-        item = BatchItem(
-            request_id=RequestId("r"), token_ids=[token], start=position, page_ids=theirs, sampling=sampling
-        )
+        item = BatchItem(slot=slot, token_ids=[token], start=position, page_ids=theirs, samples=True)
         (chosen,) = fresh_engine.step(item).values()
         rest.append(chosen)
         token = chosen.token_id
@@ -104,17 +103,24 @@ def test_other_requests_in_the_batch_change_no_token(engine: Any, sampling: Samp
     pages = {name: engine.pages(len(prompt) + 10) for name, prompt in prompts.items()}
     computed = dict.fromkeys(prompts, 0)
     together: dict[RequestId, list[SampledToken]] = {name: [] for name in prompts}
+    slots: dict[RequestId, SlotId] = {}
     step = 0
     while any(len(got) < 10 for got in together.values()):
         step += 1
         active = [name for name in list(prompts)[:step] if len(together[name]) < 10]
         items = []
         for name in sorted(active, key=lambda name: not together[name]):  # decodes first
+            if name not in slots:
+                slots[name] = engine.start(name, sampling, prompts[name])
             end = min(len(tokens[name]), computed[name] + 7)
-            wants = sampling if end == len(tokens[name]) else None
-            chunk = tokens[name][computed[name] : end]
             items.append(
-                BatchItem(request_id=name, token_ids=chunk, start=computed[name], page_ids=pages[name], sampling=wants)
+                BatchItem(
+                    slot=slots[name],
+                    token_ids=tokens[name][computed[name] : end],
+                    start=computed[name],
+                    page_ids=pages[name],
+                    samples=end == len(tokens[name]),
+                )
             )
             computed[name] = end
         for name, token in engine.step(*items).items():
@@ -125,12 +131,14 @@ def test_other_requests_in_the_batch_change_no_token(engine: Any, sampling: Samp
 
 
 def test_a_chunk_that_is_not_the_last_samples_no_token(engine: Any) -> None:
-    item = BatchItem(request_id=RequestId("r"), token_ids=[1, 2, 3], start=0, page_ids=engine.pages(8))
+    slot = engine.start("r", GREEDY)
+    item = BatchItem(slot=slot, token_ids=[1, 2, 3], start=0, page_ids=engine.pages(8), samples=False)
     assert engine.step(item) == {}
 
 
 def test_repeating_a_step_gives_the_same_token(engine: Any) -> None:
-    item = BatchItem(request_id=RequestId("r"), token_ids=[1, 2, 3], start=0, page_ids=engine.pages(8), sampling=SEEDED)
+    slot = engine.start("r", SEEDED)
+    item = BatchItem(slot=slot, token_ids=[1, 2, 3], start=0, page_ids=engine.pages(8), samples=True)
     assert engine.step(item) == engine.step(item)
 
 
@@ -154,5 +162,6 @@ def test_a_step_aborted_between_layers_leaves_the_runner_usable(engine: Any) -> 
     engine.runner.between_layers = stop_before_the_second_layer
     with pytest.raises(TimeoutError, match="the request has ended"):
         engine.generate(prompt, GREEDY)
+    engine.end(SlotId(0))
     engine.runner.between_layers = None
     assert_same(engine.generate(prompt, GREEDY), expected)

@@ -10,8 +10,8 @@ import torch
 
 from kvist.checkpoint import find_checkpoint
 from kvist.models import load_model_config
-from kvist.plan.batch import Batch, BatchItem
-from kvist.request import RequestId, SamplingParams
+from kvist.plan.batch import Batch, BatchItem, StartRequest
+from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import Runner
@@ -46,6 +46,19 @@ def generate(runner: Runner, prompts: list[list[int]]) -> list[list[int]]:
     """Run all requests at once: prompts in chunks of 8 tokens, together with the decodes of other requests."""
     tokens = [list(prompt) for prompt in prompts]
     computed = [0] * len(prompts)
+    started = tuple(
+        StartRequest(
+            slot=SlotId(index),
+            request_id=RequestId(str(index)),
+            sampling=GREEDY,
+            token_ids=prompt,
+            num_prompt_tokens=len(prompt),
+            suppressed_token_ids=EOS,
+            suppress_until=len(prompt) + NUM_TOKENS,
+        )
+        for index, prompt in enumerate(prompts)
+    )
+    runner.launch(Batch(step_id=0, started=started, items=())).result()
     goals = [len(prompt) + NUM_TOKENS for prompt in prompts]
     step = 0
     while any(len(known) < goal for known, goal in zip(tokens, goals, strict=True)):
@@ -57,20 +70,20 @@ def generate(runner: Runner, prompts: list[list[int]]) -> list[list[int]]:
             end = min(computed[index] + 8, len(known))
             items.append(
                 BatchItem(
-                    request_id=RequestId(str(index)),
+                    slot=SlotId(index),
                     token_ids=known[computed[index] : end],
                     start=computed[index],
                     page_ids=range(index * 20, index * 20 + 20),
-                    sampling=GREEDY if end == len(known) else None,
-                    suppressed_token_ids=EOS,
+                    samples=end == len(known),
                 )
             )
             computed[index] = end
         items.sort(key=lambda item: len(item.token_ids))
-        names = [item.request_id for item in items if item.sampling is not None]
+        slots = [item.slot for item in items if item.samples]
         sampled = runner.launch(Batch(step_id=step, items=tuple(items))).result()
-        for name, token_id in zip(names, sampled.token_ids, strict=True):
-            tokens[int(name)].append(token_id)
+        for slot, token_id in zip(slots, sampled.token_ids, strict=True):
+            tokens[slot].append(token_id)
+    runner.launch(Batch(step_id=0, ended=tuple(start.slot for start in started), items=())).result()
     return [known[-NUM_TOKENS:] for known in tokens]
 
 

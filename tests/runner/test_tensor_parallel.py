@@ -21,8 +21,8 @@ from kvist.checkpoint import Checkpoint
 from kvist.errors import ConfigError, EngineError
 from kvist.models import load_model_config
 from kvist.models.weights import expected_tensors
-from kvist.plan.batch import Batch, BatchItem
-from kvist.request import RequestId, SamplingParams
+from kvist.plan.batch import Batch, BatchItem, StartRequest
+from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner import tp
 from kvist.runner.build import build_runner, num_weights, page_layout
 from kvist.runner.config import RunnerConfig
@@ -30,6 +30,9 @@ from kvist.runner.runner import Runner
 from kvist.runner.tp import FollowerProcesses, Rendezvous
 
 SAMPLING = SamplingParams(max_tokens=6, temperature=0.8, seed=5)
+START = StartRequest(
+    slot=SlotId(0), request_id=RequestId("r"), sampling=SAMPLING, token_ids=list(range(3, 11)), num_prompt_tokens=8
+)
 
 
 @pytest.mark.e2e
@@ -72,11 +75,9 @@ def test_a_step_without_sampled_tokens_ends_when_every_rank_has_written_its_page
     try:
         runner.pool.tensor.zero_()
         pages = engine.pages(8)
-        item = BatchItem(
-            request_id=RequestId("r"), token_ids=list(range(3, 11)), start=0, page_ids=pages, sampling=None
-        )
+        item = BatchItem(slot=SlotId(0), token_ids=list(range(3, 11)), start=0, page_ids=pages, samples=False)
         for each in (engine.runner, runner):
-            each.launch(Batch(step_id=1, items=(item,))).result()
+            each.launch(Batch(step_id=1, started=(START,), items=(item,))).result()
         torch.testing.assert_close(runner.pool.tensor[pages], engine.runner.pool.tensor[pages])
     finally:
         runner.close()
@@ -91,7 +92,7 @@ def test_a_dead_rank_raises_an_error_that_names_it(
         process = runner._followers._processes[0]  # type: ignore[union-attr]
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        item = BatchItem(request_id=RequestId("r"), token_ids=[1, 2], start=0, page_ids=[0], sampling=SAMPLING)
+        item = BatchItem(slot=SlotId(0), token_ids=[1, 2], start=0, page_ids=[0], samples=True)
         with pytest.raises(EngineError, match="rank 1 ended with status -9"):
             runner.launch(Batch(step_id=1, items=(item,))).result()
     finally:

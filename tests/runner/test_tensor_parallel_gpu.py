@@ -24,8 +24,8 @@ from torch import Tensor
 from kvist.checkpoint import Checkpoint
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
-from kvist.plan.batch import Batch, BatchItem
-from kvist.request import RequestId, SamplingParams
+from kvist.plan.batch import Batch, BatchItem, StartRequest
+from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.runner import AnyRunner
 
@@ -74,15 +74,18 @@ def logits_and_tokens(runner: AnyRunner) -> tuple[Tensor, list[int]]:
     tokens = torch.randint(0, 2990, (70,), generator=torch.Generator().manual_seed(3)).tolist()
     pages = [7, 3, 11, 2, 5, 9]
     rows, start = [], 0
+    opened = StartRequest(
+        slot=SlotId(0), request_id=RequestId("r"), sampling=sampling, token_ids=tokens[:], num_prompt_tokens=70
+    )
     for step, end in enumerate([40, *range(70, 79)]):
         item = BatchItem(
-            request_id=RequestId("r"),
+            slot=SlotId(0),
             token_ids=tokens[start:end],
             start=start,
             page_ids=pages,
-            sampling=sampling if end >= 70 else None,
+            samples=end >= 70,
         )
-        found = runner.launch(Batch(step_id=step, items=(item,))).result()
+        found = runner.launch(Batch(step_id=step, started=() if step else (opened,), items=(item,))).result()
         start = end
         if found:
             (token,) = found
@@ -159,20 +162,23 @@ from pathlib import Path
 from kvist.checkpoint import find_checkpoint
 from kvist.errors import EngineError
 from kvist.models import load_model_config
-from kvist.request import RequestId, SamplingParams
+from kvist.plan.batch import Batch, BatchItem, StartRequest
+from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
-from kvist.scheduler.plan import Batch, BatchItem
 
 checkpoint = find_checkpoint(sys.argv[1])
 config = RunnerConfig(load_format="dummy", device="cuda", tp=2, max_total_tokens=4096, max_running_requests=8)
 runner = build_runner(checkpoint, load_model_config(checkpoint), config, runtime_dir=Path(sys.argv[2]))
 print(runner._followers._processes[0].pid, flush=True)
 sampling = SamplingParams(max_tokens=9, temperature=0.0)
+start = StartRequest(
+    slot=SlotId(0), request_id=RequestId("r"), sampling=sampling, token_ids=[1, 2, 3], num_prompt_tokens=3
+)
+item = BatchItem(slot=SlotId(0), token_ids=[1, 2, 3], start=0, page_ids=[0], samples=True)
 try:
     for step in range(10**9):
-        item = BatchItem(request_id=RequestId("r"), token_ids=[1, 2, 3], start=0, page_ids=[0], sampling=sampling)
-        runner.launch(Batch(step_id=step, items=(item,))).result()
+        runner.launch(Batch(step_id=step, started=() if step else (start,), items=(item,))).result()
         if step == 0:
             print("serving", flush=True)
 except EngineError as error:

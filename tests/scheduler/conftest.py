@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-for name in ("fake_device", "fake_store", "scheduler_sim", "handoff_bench"):  # in order of their imports
+for name in ("fake_device", "fake_store", "slot_check", "scheduler_sim", "handoff_bench"):  # in order of their imports
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
         assert spec is not None

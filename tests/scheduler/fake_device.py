@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from kvist.kv.cache import PageCache
 from kvist.kv.pages import PageState
-from kvist.plan.batch import Batch, BatchItem
+from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.plan.events import SampledTokens
-from kvist.request import EngineRequest, FinishReason, SamplingParams
+from kvist.request import EngineRequest, FinishReason, SamplingParams, SlotId
 from kvist.scheduler import SchedulerConfig
 
 VOCAB = 23
@@ -67,40 +67,55 @@ class FakeDevice:
         self._page_size = cache.page_size
         self._ledger = cache._ledger
         self.pages: list[list[Slot | None]] = [[None] * cache.page_size for _ in range(cache.num_pages)]
-        self._last_sampled: dict[str, int] = {}  # request → token sampled by the batch before, for `takes_sampled`
-        self._broken: frozenset[str] = frozenset()  # requests of the batch before, if it failed
+        self._open: dict[SlotId, StartRequest] = {}
+        self._last_tokens: dict[SlotId, int] = {}  # slot → token sampled last, for `takes_sampled`
+        self._broken: set[SlotId] = set()  # slots of the batch before, if it failed
 
     def execute(self, batch: Batch) -> SampledTokens:
         """Write the K/V of all items and sample; check the state of each page that is read or written."""
-        sampled: dict[str, int] = {}
+        self._start(batch)
+        sampled: dict[SlotId, int] = {}
         for item in batch.items:
-            if item.request_id in self._broken:  # started after the failed batch: its input is invalid
+            if item.slot in self._broken:  # launched after the failed batch: its input is invalid
                 self._check_owned(item)
-                if item.sampling is not None:
-                    sampled[item.request_id] = 0
+                if item.samples:
+                    sampled[item.slot] = 0
                 continue
             prefix = self._check_prefix(item.page_ids, item.start)
-            token_ids = [self._last_sampled[item.request_id]] if item.takes_sampled else item.token_ids
+            token_ids = [self._last_tokens[item.slot]] if item.takes_sampled else item.token_ids
             for offset, token_id in enumerate(token_ids):
                 page, slot = divmod(item.start + offset, self._page_size)
                 state = self._ledger.state(item.page_ids[page])
                 assert state is PageState.OWNED, f"a step writes page {item.page_ids[page]}, which is {state.name}"
                 prefix = chain(prefix, token_id)
                 self.pages[item.page_ids[page]][slot] = (token_id, prefix)
-            if item.sampling is not None:
-                token_id = next_token(prefix, item.sampling, item.end, item.suppressed_token_ids)
-                sampled[item.request_id] = token_id
-        self._last_sampled, self._broken = sampled, frozenset()
+            if item.samples:
+                start = self._open[item.slot]
+                suppressed = start.suppressed_token_ids if item.end < start.suppress_until else ()
+                sampled[item.slot] = next_token(prefix, start.sampling, item.end, suppressed)
+        self._last_tokens |= sampled
+        self._broken.clear()
         return SampledTokens(token_ids=list(sampled.values()))
 
     def fail(self, batch: Batch) -> None:
         """Fail the batch, and leave invalid K/V in the pages that it should have written."""
+        self._start(batch)
         for item in batch.items:
             self._check_owned(item)
             for position in range(item.start, item.end):
                 page, slot = divmod(position, self._page_size)
                 self.pages[item.page_ids[page]][slot] = (-1, -1)
-        self._last_sampled, self._broken = {}, frozenset(item.request_id for item in batch.items)
+        self._broken = {item.slot for item in batch.items}
+
+    def _start(self, batch: Batch) -> None:
+        """End and start slots: nothing of a slot's earlier request is left."""
+        for slot in batch.ended:
+            del self._open[slot]
+            self._last_tokens.pop(slot, None)
+            self._broken.discard(slot)
+        for start in batch.started:
+            assert start.slot not in self._open
+            self._open[start.slot] = start
 
     def _check_owned(self, item: BatchItem) -> None:
         for page in range(item.start // self._page_size, (item.end - 1) // self._page_size + 1):

@@ -8,7 +8,8 @@ from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, SampledTokens, StepFinished
 from kvist.plan.plan import Plan
-from kvist.request import EpochId, HandoffId, Outcome, Role, SampledToken
+from kvist.plan.slots import OpenSlots
+from kvist.request import EpochId, HandoffId, Outcome, RequestId, Role, SampledToken
 from kvist.scheduler import Scheduler, build_scheduler
 from kvist.wire import PoolAddress
 
@@ -32,17 +33,22 @@ class Bench:
         self.now_s = 0.0
         self.plan = Plan()
         self.batch: Batch | None = None  # pending
+        self.running: list[RequestId] = []  # the requests of the newest batch
+        self._slots = OpenSlots()
 
     def step(self, *events: Event) -> Plan:
         self.plan = self.scheduler.step(self.now_s, events)
-        self.batch = self.plan.batch or self.batch
+        if self.plan.batch is not None:
+            self.batch = self.plan.batch
+            self._slots.update(self.batch)
+            self.running = self._slots.running(self.batch)
         return self.plan
 
     def finish(self, *events: Event, token_id: int = FIRST.token_id) -> Plan:
         """Step with the report of the pending batch, then `events`."""
         batch, self.batch = self.batch, None
         assert batch is not None
-        sampled = SampledTokens(token_ids=[token_id for item in batch.items if item.sampling])
+        sampled = SampledTokens(token_ids=[token_id for item in batch.items if item.samples])
         return self.step(StepFinished(step_id=batch.step_id, sampled=sampled), *events)
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from fake_device import EOS, FakeDevice, Slot, checksum, reference_stream
 from fake_store import SimStore
+from slot_check import SlotCheck
 
 from kvist.kv.cache import PageCache
 from kvist.kv.pages import PageState
@@ -39,7 +40,17 @@ from kvist.plan.transfers import (
     WritesCompleted,
     WritesFailed,
 )
-from kvist.request import EngineRequest, EpochId, FinishReason, HandoffId, Mode, Outcome, Role, SamplingParams
+from kvist.request import (
+    EngineRequest,
+    EpochId,
+    FinishReason,
+    HandoffId,
+    Mode,
+    Outcome,
+    RequestId,
+    Role,
+    SamplingParams,
+)
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.page_events import ReplayedPages, pages_in
 from kvist.wire import Abort, Ack, Closed, Done, Ended, Grant, PoolAddress, PrefillPeer, Revoke, Submit, TokenChunk
@@ -250,12 +261,18 @@ class SimEngine:
         )
         self.scheduler = build_scheduler(role, config, self.cache, self.epoch, pool)
         self.events: list[Event] = [] if storage is None else [StorageAttached(attached=True)]
+        self.slot_check = SlotCheck(config.max_running_requests)
         self.under_way: deque[Batch] = deque()
         self.plan = Plan()
         self.pages = ReplayedPages()
         self.in_flight_pages: dict[int, HandoffId] = {}  # page id → handoff, from the grants it sent
         self.max_batch_tokens = 0
         self.fail_next_step = False
+
+    @property
+    def running(self) -> list[RequestId]:
+        """The requests of the newest batch."""
+        return self.slot_check.running
 
     @property
     def context_len(self) -> int:
@@ -304,9 +321,6 @@ class SimEngine:
             "a slot is read and written at the same time"
         )
 
-    def _just_sampled(self) -> set[str]:
-        return {item.request_id for item in self.under_way[-1].items if item.sampling} if self.under_way else set()
-
     def _check(self, plan: Plan) -> None:
         waiting = self.scheduler._table.waiting  # type: ignore[attr-defined]
         to_compute = sum(len(each.token_ids) for each in waiting if not each.awaits_grant_of_pages)
@@ -342,14 +356,14 @@ class SimEngine:
             if isinstance(message, ToSource) and isinstance(message.message, Grant):
                 grant = message.message
                 self.in_flight_pages.update(dict.fromkeys(grant.page_ids, grant.handoff_id))
+        num_running = sum(request.state.value == "running" for request in live)
+        assert self.scheduler._table.slots.num_taken == num_running, "a slot leaks"  # type: ignore[attr-defined]
         if plan.batch is not None:
+            self.slot_check.read(plan.batch)
+            assert set(self.slot_check.open.values()) <= {request.request_id for request in live}
             assert 0 < plan.batch.num_tokens <= self.config.max_prefill_tokens, "the batch exceeds the token budget"
             assert len(plan.batch.items) <= self.config.max_running_requests
-            assert len({item.request_id for item in plan.batch.items}) == len(plan.batch.items)
             for item in plan.batch.items:
-                assert not item.takes_sampled or item.request_id in self._just_sampled(), (
-                    "the pending batch does not sample its token"
-                )
                 assert item.end <= len(item.page_ids) * self.cache.page_size
 
 
@@ -563,6 +577,7 @@ class World:
                     f"{engine.epoch} leaks its share"
                 )
                 assert not storage._open, f"{engine.epoch} leaks prefetches"
+            assert engine.scheduler._table.slots.num_taken == 0, f"{engine.epoch} leaks slots"  # type: ignore[attr-defined]
             assert engine.scheduler.load().num_running == engine.scheduler.load().num_waiting == 0
         for request_id, submitted in self.submitted.items():
             for engine, _ in submitted.engines:

@@ -32,9 +32,16 @@ def step(engine: SimEngine, *events: object) -> Plan:
     return engine.step()
 
 
-def items(plan: Plan) -> list[tuple[str, int, int]]:
-    assert plan.batch is not None
-    return [(item.request_id, item.start, item.end) for item in plan.batch.items]
+def items(engine: SimEngine) -> list[tuple[str, int, int]]:
+    """Return (request, start, end) of each item of the newest plan."""
+    assert engine.plan.batch is not None
+    each = zip(engine.running, engine.plan.batch.items, strict=True)
+    return [(request_id, item.start, item.end) for request_id, item in each]
+
+
+def step_items(engine: SimEngine, *events: object) -> list[tuple[str, int, int]]:
+    step(engine, *events)
+    return items(engine)
 
 
 def run_out(engine: SimEngine) -> None:
@@ -44,9 +51,13 @@ def run_out(engine: SimEngine) -> None:
 
 def test_a_long_prompt_runs_in_chunks_and_only_the_last_chunk_samples() -> None:
     engine = unified(chunked_prefill_size=6)
-    plans = [step(engine, arrived("a", 14)), step(engine), step(engine)]
-    assert [items(plan) for plan in plans] == [[("a", 0, 6)], [("a", 6, 12)], [("a", 12, 14)]]
-    assert [plan.batch.items[0].sampling is not None for plan in plans if plan.batch] == [False, False, True]
+    plans = [step(engine, arrived("a", 14))]
+    assert items(engine) == [("a", 0, 6)]
+    plans.append(step(engine))
+    assert items(engine) == [("a", 6, 12)]
+    plans.append(step(engine))
+    assert items(engine) == [("a", 12, 14)]
+    assert [plan.batch.items[0].samples for plan in plans if plan.batch] == [False, False, True]
     assert not any(plan.chunks for plan in plans)
     assert step(engine).chunks[0].position == 0
 
@@ -54,28 +65,28 @@ def test_a_long_prompt_runs_in_chunks_and_only_the_last_chunk_samples() -> None:
 def test_decodes_come_first_then_prompt_chunks_share_the_budget_oldest_first() -> None:
     engine = unified(chunked_prefill_size=10)
     step(engine, arrived("a", 3))
-    assert items(step(engine, arrived("b", 5), arrived("c", 9))) == [("a", 3, 4), ("b", 0, 5), ("c", 0, 4)]
-    assert items(step(engine)) == [("a", 4, 5), ("b", 5, 6), ("c", 4, 9)]
+    assert step_items(engine, arrived("b", 5), arrived("c", 9)) == [("a", 3, 4), ("b", 0, 5), ("c", 0, 4)]
+    assert step_items(engine) == [("a", 4, 5), ("b", 5, 6), ("c", 4, 9)]
 
 
 def two_streams(**config: object) -> SimEngine:
     """Return an engine that decodes "a" and "b" in steps of the usual size."""
     engine = unified(chunked_prefill_size=8, max_running_requests=3, **config)
     step(engine, arrived("a", 3), arrived("b", 3))
-    assert [name for name, _, _ in items(step(engine))] == ["a", "b"]
+    assert [name for name, _, _ in step_items(engine)] == ["a", "b"]
     return engine
 
 
 def test_a_prompt_alone_takes_the_largest_step_and_with_streams_the_usual_one() -> None:
     alone = unified(chunked_prefill_size=8, max_prefill_tokens=16)
-    assert items(step(alone, arrived("c", 20))) == [("c", 0, 16)]
-    beside = items(step(two_streams(max_prefill_tokens=16), arrived("c", 20)))
+    assert step_items(alone, arrived("c", 20)) == [("c", 0, 16)]
+    beside = step_items(two_streams(max_prefill_tokens=16), arrived("c", 20))
     assert beside[2:] == [("c", 0, 6)]
 
 
 def test_a_prompt_slightly_above_the_budget_is_finished_in_one_step() -> None:
-    assert items(step(two_streams(max_prefill_tokens=16), arrived("c", 7)))[2:] == [("c", 0, 7)]
-    assert items(step(two_streams(max_prefill_tokens=8), arrived("c", 7)))[2:] == [("c", 0, 6)], (
+    assert step_items(two_streams(max_prefill_tokens=16), arrived("c", 7))[2:] == [("c", 0, 7)]
+    assert step_items(two_streams(max_prefill_tokens=8), arrived("c", 7))[2:] == [("c", 0, 6)], (
         "a chunk is above the limit"
     )
 
@@ -84,7 +95,7 @@ def test_running_and_waiting_prompts_together_enlarge_a_step() -> None:
     def chunk_of_c(*others: Submit) -> int:
         engine = two_streams(max_prefill_tokens=256, num_pages=600, max_model_len=1000)
         step(engine, arrived("c", 900))
-        _, start, end = items(step(engine, *others))[2]
+        _, start, end = step_items(engine, *others)[2]
         return end - start
 
     waiting = [arrived(name, 600) for name in ("dd", "ee", "ff")]  # 1,800 tokens; a step takes 1/16 of all
@@ -103,11 +114,11 @@ def test_without_overlap_no_batch_is_planned_while_one_is_pending() -> None:
 def test_the_head_of_the_queue_is_never_overtaken() -> None:
     engine = unified(num_pages=6, max_model_len=24, chunked_prefill_size=20, max_prefill_tokens=20)
     step(engine, arrived("a", 9, max_tokens=8))  # 3 pages of 6
-    plan = step(engine, arrived("big", 16), arrived("tiny", 2))
-    assert [name for name, _, _ in items(plan)] == ["a"]
+    step(engine, arrived("big", 16), arrived("tiny", 2))
+    assert engine.running == ["a"]
     while not engine.world.ended["a", engine.epoch]:
-        plan = step(engine)
-    assert {name for name, _, _ in items(plan)} == {"big", "tiny"}
+        step(engine)
+    assert set(engine.running) == {"big", "tiny"}
 
 
 def test_only_the_chunk_of_position_0_reports_the_cached_tokens() -> None:
@@ -149,7 +160,7 @@ def test_a_prompt_that_is_cached_to_its_end_still_computes_its_last_page() -> No
     engine.world.submit(make_request("a", list(range(8)), max_tokens=1), engine)
     run_out(engine)
     request = make_request("b", list(range(8)), max_tokens=1)
-    assert items(step(engine, Submit(request=request, mode=Mode.FULL))) == [("b", 4, 8)]
+    assert step_items(engine, Submit(request=request, mode=Mode.FULL)) == [("b", 4, 8)]
 
 
 def test_prompts_with_another_salt_share_nothing() -> None:
@@ -157,8 +168,7 @@ def test_prompts_with_another_salt_share_nothing() -> None:
     engine.world.submit(make_request("a", list(range(9))), engine)
     run_out(engine)
     request = make_request("b", list(range(9)), cache_salt="mine")
-    plan = step(engine, Submit(request=request, mode=Mode.FULL))
-    assert items(plan)[0][1] == 0
+    assert step_items(engine, Submit(request=request, mode=Mode.FULL))[0][1] == 0
 
 
 def test_the_youngest_request_is_preempted_and_its_stream_is_unchanged() -> None:
@@ -275,7 +285,7 @@ def sampled(plan: Plan, token_id: int) -> StepFinished:
     assert plan.batch is not None
     return StepFinished(
         step_id=plan.batch.step_id,
-        sampled=SampledTokens(token_ids=[token_id for item in plan.batch.items if item.sampling]),
+        sampled=SampledTokens(token_ids=[token_id for item in plan.batch.items if item.samples]),
     )
 
 
@@ -308,12 +318,15 @@ def test_the_chunk_of_the_last_token_carries_the_finish_reason(
 def test_stop_tokens_are_suppressed_before_min_tokens() -> None:
     engine = unified()
     plan = step(engine, Submit(request=make_request("a", [1, 2], min_tokens=2, stop_token_ids=(3,)), mode=Mode.FULL))
+    assert plan.batch is not None
+    (start,) = plan.batch.started
+    assert start.suppressed_token_ids == (3, EOS)
     suppressed = []
     for _ in range(3):
         assert plan.batch is not None
-        suppressed.append(plan.batch.items[0].suppressed_token_ids)
+        suppressed.append(plan.batch.items[0].end < start.suppress_until)
         plan = step(engine)
-    assert suppressed == [(3, EOS), (3, EOS), ()]
+    assert suppressed == [True, True, False]
 
 
 def test_a_resumed_stream_gives_the_same_tokens() -> None:

@@ -67,7 +67,7 @@ def test_a_loading_request_does_not_block_other_requests() -> None:
     world.submit(make_request("behind", [3] * 6, max_tokens=1), engine)
     world.deliver(("gateway", "u"))
     for request_id in ("beside", "behind"):
-        assert [item.request_id for item in engine.under_way[0].items] == [request_id]
+        assert engine.running == [request_id]
         engine.finish_step()
         engine.step()
         assert world.outcome(request_id, engine) is Outcome.FINISHED

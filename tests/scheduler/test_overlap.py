@@ -26,7 +26,7 @@ def arrived(request: EngineRequest) -> Submit:
 
 
 def finish(bench: Bench, batch: Batch, token_id: int = 5) -> Plan:
-    sampled = SampledTokens(token_ids=[token_id for item in batch.items if item.sampling])
+    sampled = SampledTokens(token_ids=[token_id for item in batch.items if item.samples])
     return bench.step(StepFinished(step_id=batch.step_id, sampled=sampled))
 
 
@@ -77,8 +77,8 @@ def test_the_second_chunk_of_a_prompt_is_planned_while_its_first_is_pending() ->
     bench = overlapped()
     first = begin(bench, make_request("a", list(range(9))))
     second = follow(bench)
-    assert [(item.start, item.end, item.sampling is None) for item in first.items] == [(0, 6, True)]
-    assert [(item.start, item.end, item.sampling is None) for item in second.items] == [(6, 9, False)]
+    assert [(item.start, item.end, item.samples) for item in first.items] == [(0, 6, False)]
+    assert [(item.start, item.end, item.samples) for item in second.items] == [(6, 9, True)]
 
 
 def test_a_request_whose_last_token_is_pending_is_not_planned_again() -> None:
@@ -113,14 +113,16 @@ def test_min_tokens_counts_tokens_of_pending_steps() -> None:
     second = follow(bench)
     third = finish(bench, first).batch
     assert third is not None
-    assert [batch.items[0].suppressed_token_ids for batch in (first, second, third)] == [(EOS,), (EOS,), ()]
+    (start,) = first.started
+    assert (start.suppressed_token_ids, start.suppress_until) == ((EOS,), 5)
+    assert [batch.items[0].end for batch in (first, second, third)] == [3, 4, 5]
 
 
 def test_pages_of_an_aborted_request_are_kept_until_both_steps_finish() -> None:
     bench = overlapped()
     first = begin(bench, make_request("a", [1, 2, 3]))
     second = follow(bench)
-    assert ends(bench.step(Abort(request_id=first.items[0].request_id))) == [(Outcome.ABORTED, None)]
+    assert ends(bench.step(Abort(request_id=first.started[0].request_id))) == [(Outcome.ABORTED, None)]
     finish(bench, first)
     assert bench.busy_pages == 1
     finish(bench, second)
@@ -146,7 +148,7 @@ def test_a_victim_in_a_pending_step_skips_one_step_and_is_preempted_in_the_next(
     seen: list[list[str]] = []
     while not bench.scheduler.load().totals["preemptions"]:
         batch = finish(bench, under_way.popleft()).batch
-        seen.append([str(item.request_id) for item in batch.items] if batch is not None else [])
+        seen.append(list(map(str, bench.running)) if batch is not None else [])
         under_way.extend([batch] if batch is not None else [])
     assert ["a", "b"] in seen
     assert seen[-2:] == [[], ["a"]], "both wait while a step still writes the victim's pages; then the oldest continues"

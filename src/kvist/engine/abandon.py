@@ -7,13 +7,14 @@ of its requests is still open.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from kvist import wire
 from kvist.channel.engine import Inbound
 from kvist.clock import Clock
 from kvist.plan.batch import Batch
+from kvist.plan.slots import OpenSlots
 from kvist.request import RequestId
 
 CHECK_INTERVAL_S = 0.025
@@ -27,6 +28,10 @@ class Receiver(Protocol):
 class StepAbandoned(Exception):
     """All requests of the current batch were aborted. The pages that the batch wrote must not be used."""
 
+    def __init__(self, request_ids: Collection[RequestId]) -> None:
+        super().__init__("every request of the step was aborted")
+        self.request_ids = request_ids
+
 
 class Abandonment:
     """Mutable; owned by the engine loop. `owner` returns the gateway of a request."""
@@ -36,12 +41,16 @@ class Abandonment:
         self._owner = owner
         self._clock = clock
         self._buffered: list[tuple[bytes, Inbound]] = []
-        self._open_request_ids: set[RequestId] = set()  # of the current batch
+        self._slots = OpenSlots()
+        self._batch = Batch(step_id=0, items=())  # the current one
+        self._aborted: set[RequestId] = set()  # since the batch began
         self._next_check_s = 0.0
         self.num_abandoned = 0
 
     def begin(self, batch: Batch) -> None:
-        self._open_request_ids = {item.request_id for item in batch.items}
+        self._slots.update(batch)
+        self._batch = batch
+        self._aborted.clear()
         self._next_check_s = self._clock.now_s() + CHECK_INTERVAL_S
 
     def check(self) -> None:
@@ -53,10 +62,10 @@ class Abandonment:
         for identity, message in self._channel.recv(0.0):
             self._buffered.append((identity, message))
             if isinstance(message, wire.Abort) and self._owner(message.request_id) == identity:
-                self._open_request_ids.discard(message.request_id)
-        if not self._open_request_ids:
+                self._aborted.add(message.request_id)
+        if self._aborted and self._aborted.issuperset(request_ids := self._slots.running(self._batch)):
             self.num_abandoned += 1
-            raise StepAbandoned("every request of the step was aborted")
+            raise StepAbandoned(request_ids)
 
     def take_buffered(self) -> list[tuple[bytes, Inbound]]:
         buffered, self._buffered = self._buffered, []

@@ -40,8 +40,8 @@ from kvist.memory.persistence import PersistentPages, reusable_bytes
 from kvist.memory.runtime_dir import allocation_lock, remove_leftovers
 from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.models import ModelConfig, load_model_config
-from kvist.plan.batch import Batch, BatchItem
-from kvist.request import EpochId, RequestId, SamplingParams, WorkerId
+from kvist.plan.batch import Batch, BatchItem, StartRequest
+from kvist.request import EpochId, RequestId, SamplingParams, SlotId, WorkerId
 from kvist.runner.build import build_runner, device_type
 from kvist.runner.config import RunnerConfig, RunnerOptions
 from kvist.runner.runner import AnyRunner, Runner
@@ -179,17 +179,20 @@ def warm_up(runner: AnyRunner, progress: Callable[[str], None]) -> None:
     """Run one prompt chunk and one decode step, so that the first request does not wait for torch's setup on first use.
     Both write to page 0, which no request owns yet."""
     progress("warming up")
-    sampling = SamplingParams(max_tokens=1, temperature=0.0)
-    for start, num_tokens in ((0, runner.pool.layout.page_size - 1), (runner.pool.layout.page_size - 1, 1)):
+    slot, page_size = SlotId(0), runner.pool.layout.page_size
+    start = StartRequest(
+        slot=slot,
+        request_id=RequestId("warm-up"),
+        sampling=SamplingParams(max_tokens=1, temperature=0.0),
+        token_ids=(0,) * page_size,
+        num_prompt_tokens=page_size,
+    )
+    runner.launch(Batch(step_id=0, started=(start,), items=())).result()
+    for first, num_tokens in ((0, page_size - 1), (page_size - 1, 1)):
         if num_tokens:
-            item = BatchItem(
-                request_id=RequestId("warm-up"),
-                token_ids=(0,) * num_tokens,
-                start=start,
-                page_ids=(0,),
-                sampling=sampling,
-            )
+            item = BatchItem(slot=slot, token_ids=(0,) * num_tokens, start=first, page_ids=(0,), samples=True)
             runner.launch(Batch(step_id=0, items=(item,))).result()
+    runner.launch(Batch(step_id=0, ended=(slot,), items=())).result()
 
 
 # ---------------------------------------------------------------- assembly

@@ -31,6 +31,7 @@ from kvist.kv.cache import PageCache
 from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, StepFinished
+from kvist.plan.slots import OpenSlots
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler import SchedulerConfig, build_scheduler
@@ -167,6 +168,7 @@ class ShapeBench:
         self._limits = limits
         self._source = source
         self._clock = clock
+        self._slots = OpenSlots()
         self._new_scheduler(overlap=False)
 
     def measure_parts(self) -> list[StepParts]:
@@ -179,7 +181,7 @@ class ShapeBench:
             start_s = self._clock.now_s()
             batch = self._plan(events)
             planned_s = self._clock.now_s()
-            flight = self._runner.launch(batch)
+            flight = self._launch(batch)
             launched_s = self._clock.now_s()
             while not flight.is_done():
                 pass
@@ -197,6 +199,7 @@ class ShapeBench:
                         read_back_s=end_s - computed_s,
                     )
                 )
+        self._end_requests()
         return times
 
     def measure_overlapped(self) -> float:
@@ -209,7 +212,7 @@ class ShapeBench:
             if number == self._config.warmup_steps + 1:
                 start_s = self._clock.now_s()
             batch = self._plan([*events, *self._new_prompts()])
-            under_way.append((batch, self._runner.launch(batch)))
+            under_way.append((batch, self._launch(batch)))
             events = []
             if len(under_way) == 2:
                 previous, flight = under_way.popleft()
@@ -218,7 +221,16 @@ class ShapeBench:
         wall_s = self._clock.now_s() - start_s
         for _, flight in under_way:
             flight.result()
+        self._end_requests()
         return wall_s / self._config.steps
+
+    def _launch(self, batch: Batch) -> InFlight:
+        self._slots.update(batch)
+        return self._runner.launch(batch)
+
+    def _end_requests(self) -> None:
+        """End the requests at the runner, which goes on with another scheduler."""
+        self._runner.launch(self._slots.end_all()).result()
 
     # ------------------------------------------------------------ the scheduler
 
@@ -246,7 +258,7 @@ class ShapeBench:
             plan = self._scheduler.step(self._clock.now_s(), events)
             assert plan.batch is not None, "there is work, and nothing is under way"
             num_ready += sum(item.end == context for item in plan.batch.items)
-            sampled = self._runner.launch(plan.batch).result()
+            sampled = self._launch(plan.batch).result()
             events = [StepFinished(step_id=plan.batch.step_id, sampled=sampled)]
             if num_ready == self._shape.num_decodes:
                 return events

@@ -301,7 +301,7 @@ class EngineLoop:
                     raise launched
                 sampled = launched.result()
         except StepAbandoned as error:  # the aborts come first: the requests have not failed
-            aborts = [wire.Abort(request_id=item.request_id) for item in batch.items]
+            aborts = [wire.Abort(request_id=request_id) for request_id in error.request_ids]
             return [*aborts, StepFailed(step_id=batch.step_id, message=str(error))]
         except EngineError:  # the runner cannot go on: a tensor-parallel rank is gone
             raise

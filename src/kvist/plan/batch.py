@@ -1,4 +1,8 @@
-"""One step of the runner: a batch of rows, each a request's share of it."""
+"""One step of the runner: the requests that it ends and starts, and a batch of rows, each a request's share of it.
+
+Every rank of the runner keeps a table of request slots. A slot is opened by `StartRequest` and holds what the tokens of
+its request need beyond the pages: sampling parameters, the token sampled last. The rows of a batch name their slot.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,19 @@ from dataclasses import dataclass
 
 import msgspec
 
-from kvist.request import RequestId, SamplingParams
+from kvist.request import RequestId, SamplingParams, SlotId
+
+
+class StartRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Opens a slot. A request that was preempted is started again, with all its tokens so far."""
+
+    slot: SlotId
+    request_id: RequestId
+    sampling: SamplingParams
+    token_ids: Sequence[int]  # prompt and output so far; the scheduler's own list, which grows: copy what you keep
+    num_prompt_tokens: int
+    suppressed_token_ids: tuple[int, ...] = ()  # not sampled at positions below `suppress_until` (min_tokens)
+    suppress_until: int = 0
 
 
 class BatchItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -16,16 +32,15 @@ class BatchItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     A struct, not a dataclass: a step makes hundreds of them, and a struct costs a tenth of a dataclass.
     """
 
-    request_id: RequestId
+    slot: SlotId
     token_ids: Sequence[int]  # the tokens at [start, end); empty: see `takes_sampled`
     start: int  # K/V of [0, start) is in the pages, at the latest when the pending batch is finished
     page_ids: Sequence[int]  # pages of positions [0, end), perhaps more
-    sampling: SamplingParams | None = None  # None: sample no token (the chunk does not end the sequence)
-    suppressed_token_ids: tuple[int, ...] = ()  # not sampled for this token (min_tokens)
+    samples: bool  # whether the next token is sampled; False: the chunk does not end the sequence
 
     @property
     def takes_sampled(self) -> bool:
-        """Whether the item's one token is still being sampled, by the pending batch."""
+        """Whether the item's one token is the one that was sampled last in its slot, perhaps by the pending batch."""
         return not self.token_ids
 
     @property
@@ -40,7 +55,11 @@ class BatchItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
+    """The runner ends slots, then starts slots, then runs the items: a slot may be ended and started in one batch."""
+
     step_id: int
+    ended: tuple[SlotId, ...] = ()
+    started: tuple[StartRequest, ...] = ()
     items: tuple[BatchItem, ...]  # decodes (one token each) first, then prefill chunks
 
     @property

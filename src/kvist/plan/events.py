@@ -13,7 +13,7 @@ from kvist.wire import Abort, FlushCache, SourceToTarget, Submit, TargetToSource
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledTokens:
-    """The tokens sampled by a step, a row for each batch item with `sampling`, in their order.
+    """The tokens sampled by a step, a row for each batch item with `samples`, in their order.
 
     Columns instead of an object a row: with hundreds of rows a step, creating the objects would cost more than passing
     the results on."""

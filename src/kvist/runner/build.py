@@ -142,7 +142,13 @@ def build_rank(
         rendezvous.put("pool", pool.address.location)
         rendezvous.barrier("loaded")
     if device.type != "cuda":
-        return Runner(model=model, pool=pool, attention=attention, pool_reason=pool_reason)
+        return Runner(
+            model=model,
+            pool=pool,
+            attention=attention,
+            num_slots=config.max_running_requests,
+            pool_reason=pool_reason,
+        )
     if rendezvous is not None and spec.rank == 0:
         others = [_pool_of(rank, rendezvous, model_config, config) for rank in range(1, config.tp)]
         pool.join_ranks(model_config.num_kv_heads, others)

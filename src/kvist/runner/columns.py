@@ -1,8 +1,8 @@
 """Turns a batch into columns of numbers, for the GPU's runner. Uses no GPU itself.
 
-Nearly always a batch has the requests of the previous batch, in the same order, so the columns that do not change from
-step to step are built once and carried over (`PersistentBatch`). Nearly always every item is one token; the loops here
-are written for that case.
+Nearly always a batch has the slots of the previous batch, in the same order, so the columns that do not change from
+step to step are gathered from the slot table once and carried over (`PersistentBatch`). Nearly always every item is one
+token; the loops here are written for that case.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvist.attention.backend import SpanColumns
-from kvist.plan.batch import BatchItem
-from kvist.request import RequestId, SamplingParams
-from kvist.runner.sampler import hash_seeds, is_plain, key_words_at
+from kvist.plan.batch import Batch
+from kvist.request import SlotId
+from kvist.runner.sampler import key_words_at
+from kvist.runner.slots import SlotTable
 from kvist.runner.staging import HostInputs
 
 Int32s = npt.NDArray[np.int32]
@@ -26,33 +27,41 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PersistentBatch:
-    """The requests of a batch, in order, and their columns that no step changes."""
+    """The slots of a batch, in order, and their columns that no step changes."""
 
-    request_ids: list[RequestId]
-    samplings: list[SamplingParams | None]
-    numbers: Int64s  # 0, 1, ...: one per request
+    slots: list[SlotId]
+    samples: list[bool]
+    slot_column: Int64s  # `slots` as an array
+    numbers: Int64s  # 0, 1, ...: one per item
     ones: Int32s
-    sampled: Int64s  # [R] the numbers of the requests that get a token
-    slots: dict[RequestId, int]  # of each sampled request: the slot that will hold its token
+    sampled: Int64s  # [R] the numbers of the items that get a token
+    sampled_slots: Int64s  # [R]
     temperatures: npt.NDArray[np.float32]  # [R]
     hashed_seeds: npt.NDArray[np.uint64] | None  # [R]; None: all greedy
+    suppress_until: Int32s | None  # [R] tokens are suppressed below this position; None: for no item
     is_plain: bool  # no sampling parameters but temperature and seed
 
     @classmethod
-    def of(cls, request_ids: list[RequestId], samplings: list[SamplingParams | None]) -> PersistentBatch:
-        params = [sampling for sampling in samplings if sampling is not None]
-        sampled = [number for number, sampling in enumerate(samplings) if sampling is not None]
-        temperatures = np.array([each.temperature for each in params], dtype=np.float32)
+    def of(cls, slots: list[SlotId], samples: list[bool], table: SlotTable) -> PersistentBatch:
+        """Gather the columns. The slots are open in `table`."""
+        assert all(slot in table.open for slot in slots), "an item's slot is not open"
+        slot_column = np.array(slots, dtype=np.int64)
+        sampled = np.flatnonzero(np.array(samples, dtype=np.bool_))
+        sampled_slots = slot_column[sampled]
+        params = table.sampling
+        temperatures, suppress_until = params.temperatures[sampled_slots], params.suppress_until[sampled_slots]
         return cls(
-            request_ids=request_ids,
-            samplings=samplings,
-            numbers=np.arange(len(request_ids)),
-            ones=np.ones(len(request_ids), dtype=np.int32),
-            sampled=np.array(sampled, dtype=np.int64),
-            slots={request_ids[number]: slot for slot, number in enumerate(sampled)},
+            slots=slots,
+            samples=samples,
+            slot_column=slot_column,
+            numbers=np.arange(len(slots)),
+            ones=np.ones(len(slots), dtype=np.int32),
+            sampled=sampled,
+            sampled_slots=sampled_slots,
             temperatures=temperatures,
-            hashed_seeds=hash_seeds([each.seed for each in params]) if temperatures.any() else None,
-            is_plain=all(map(is_plain, params)),
+            hashed_seeds=params.hashed_seeds[sampled_slots] if temperatures.any() else None,
+            suppress_until=suppress_until if suppress_until.any() else None,
+            is_plain=bool(params.is_plain[sampled_slots].all()),
         )
 
     @property
@@ -60,7 +69,7 @@ class PersistentBatch:
         return len(self.sampled) == len(self.numbers)
 
 
-EMPTY_BATCH = PersistentBatch.of([], [])
+EMPTY_BATCH = PersistentBatch.of([], [], SlotTable(0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +81,14 @@ class BatchColumns:
     only_decodes: bool  # every request computes one token and samples one
 
 
-def read_batch(items: Sequence[BatchItem], previous: PersistentBatch) -> BatchColumns:
-    """Build the columns of `items`. An item with `takes_sampled` reads its token from its slot of the `previous` batch;
-    raises `KeyError` when that batch has no slot for the item's request."""
-    request_ids = [item.request_id for item in items]
-    samplings = [item.sampling for item in items]
-    # fast: equal batches hold the same objects
-    is_same = request_ids == previous.request_ids and samplings == previous.samplings
-    persistent = previous if is_same else PersistentBatch.of(request_ids, samplings)
+def read_batch(batch: Batch, previous: PersistentBatch, table: SlotTable) -> BatchColumns:
+    """Build the columns of the batch's items. `previous`: of the batch before. `table`: with the slots that the batch
+    starts. An item with `takes_sampled` reads the last token of its slot."""
+    items = batch.items
+    slots = [item.slot for item in items]
+    samples = [item.samples for item in items]
+    is_same = not (batch.started or batch.ended) and slots == previous.slots and samples == previous.samples
+    persistent = previous if is_same else PersistentBatch.of(slots, samples, table)
     starts = np.array([item.start for item in items], dtype=np.int32)
     page_ids = [item.page_ids for item in items]
     known_ids = [item.token_ids for item in items]
@@ -90,35 +99,30 @@ def read_batch(items: Sequence[BatchItem], previous: PersistentBatch) -> BatchCo
     else:
         spans = SpanColumns(starts, np.array([count or 1 for count in num_known], dtype=np.int32), page_ids)
         positions, last_rows = spans.positions(), spans.counts.cumsum() - 1
+    ends = spans.ends[persistent.sampled]  # of the items that get a token: the position of that token
     keys = None
     if persistent.hashed_seeds is not None:
-        keys = key_words_at(persistent.hashed_seeds, spans.ends[persistent.sampled].astype(np.uint64))
-    unknown, slots = _unknown(num_known, persistent, previous)
+        keys = key_words_at(persistent.hashed_seeds, ends.astype(np.uint64))
+    # nearly always, with overlap, no token is known
+    unknown = np.flatnonzero(np.array(num_known) == 0) if any(num_known) else persistent.numbers
     inputs = HostInputs(
         token_ids=_flat(known_ids, len(unknown), len(positions)),
         unknown=last_rows[unknown],
-        slots=slots,
+        unknown_slots=persistent.slot_column[unknown],
         positions=positions,
         rows=last_rows[persistent.sampled],
+        slots=persistent.sampled_slots,
         temperatures=persistent.temperatures,
         keys=keys,
     )
+    suppresses = persistent.suppress_until is not None and bool((ends < persistent.suppress_until).any())
     return BatchColumns(
         persistent=persistent,
         inputs=inputs,
         spans=spans,
-        is_plain=persistent.is_plain and not any([item.suppressed_token_ids for item in items]),  # noqa: C419  quicker
+        is_plain=persistent.is_plain and not suppresses,
         only_decodes=spans.counts is persistent.ones and persistent.all_sampled,
     )
-
-
-def _unknown(num_known: list[int], persistent: PersistentBatch, previous: PersistentBatch) -> tuple[Int64s, Int64s]:
-    """Return the numbers of the items whose token is not known, and their slots in the previous batch."""
-    if persistent is previous and persistent.all_sampled and not any(num_known):  # nearly always, with overlap
-        return persistent.numbers, persistent.numbers
-    unknown = [number for number, count in enumerate(num_known) if not count]
-    slots = [previous.slots[persistent.request_ids[number]] for number in unknown]
-    return np.array(unknown, dtype=np.int64), np.array(slots, dtype=np.int64)
 
 
 def _flat(known_ids: list[Sequence[int]], num_unknown: int, num_tokens: int) -> Int32s:

@@ -1,7 +1,7 @@
 """The GPU's runner: launches a batch without waiting for the previous batch, and reads the tokens in `result`.
 
     launch: inputs ──one copy──► device ──► replay a graph │ above the largest graph: launch every kernel
-                                               └──► sampled tokens stay in their slots for the next launch
+                                               └──► sampled tokens stay in their requests' slots for the next launch
                                                          └──one copy──► pinned memory ──event──► result()
 
 In decode steps the graph samples the tokens, too. Rows that need more than temperature (top_k, top_p, min_p, suppressed
@@ -31,13 +31,9 @@ from kvist.runner.cuda_graphs import StepGraphs
 from kvist.runner.graph_sizes import decode_sizes, mixed_sizes
 from kvist.runner.inputs import sampling_rows
 from kvist.runner.logprobs import LogprobTensors
-from kvist.runner.runner import InFlight, Model
-from kvist.runner.sampler import (
-    SamplingRow,
-    choose,
-    compute_logprobs,
-    sampled_tokens,
-)
+from kvist.runner.runner import Finished, InFlight, Model
+from kvist.runner.sampler import SamplingRow, choose, compute_logprobs, sampled_tokens
+from kvist.runner.slots import SlotTable
 from kvist.runner.staging import Staging
 
 
@@ -45,7 +41,7 @@ from kvist.runner.staging import Staging
 class StepLimits:
     """The limits for which buffers and graphs are made."""
 
-    max_requests: int  # in one batch
+    max_requests: int  # in one batch, and the number of request slots
     max_tokens: int  # in one batch
     max_pages: int  # of one request
 
@@ -82,10 +78,11 @@ class CudaRunner:
         self._model = model
         self._attention = attention
         self._staging = Staging(
-            num_rows=limits.max_requests,
+            num_slots=limits.max_requests,
             num_tokens=max(limits.max_tokens, limits.max_requests),
             device=pool.tensor.device,
         )
+        self._table = SlotTable(limits.max_requests)
         self._previous = EMPTY_BATCH  # the batch launched last
         self._decodes: StepGraphs[Tensor] | None = None
         self._mixed: StepGraphs[Unfinished] | None = None
@@ -94,11 +91,14 @@ class CudaRunner:
                 self._capture(limits)
 
     def launch(self, batch: Batch) -> InFlight:
-        """Launch a batch. Raises when the launch fails; `result` raises an error of the execution."""
-        assert batch.items, "a batch has at least one item"
+        """Launch a batch; one without items only ends and starts requests. Raises when the launch fails; `result`
+        raises an error of the execution."""
         previous, self._previous = self._previous, EMPTY_BATCH
-        columns = read_batch(batch.items, previous)
-        rows = None if columns.is_plain else sampling_rows(batch)
+        self._table.update(batch)
+        if not batch.items:
+            return Finished(SampledTokens(token_ids=()))
+        columns = read_batch(batch, previous, self._table)
+        rows = None if columns.is_plain else sampling_rows(batch.items, self._table)
         try:
             with torch.inference_mode():
                 logprobs = self._compute(columns, rows)
@@ -136,10 +136,11 @@ class CudaRunner:
         return self._model.begin(inputs.token_ids(), inputs.positions, plan.attend(size))
 
     def _decode(self, plan: GraphPlan, size: int) -> Tensor:
-        """Return hidden [size, hidden_size]; the sampled tokens are in their slots."""
+        """Return hidden [size, hidden_size]; the sampled tokens are staged."""
         hidden = self._model.finish(self._begin(plan, size))
         inputs = self._staging.views(size, size)
-        self._staging.write_sampled(choose_tokens(self._model.logits(hidden), inputs.temperatures, inputs.keys))
+        chosen = choose_tokens(self._model.logits(hidden), inputs.temperatures, inputs.keys)
+        self._staging.write_sampled(chosen, inputs.slots)
         return hidden
 
     def _compute(self, columns: BatchColumns, rows: Sequence[SamplingRow] | None) -> LogprobTensors | None:
@@ -149,7 +150,10 @@ class CudaRunner:
         if columns.only_decodes and self._decodes and (size := self._decodes.size_for(num_tokens)):
             self._staging.send(host, size, size)
             hidden = self._decodes.replay(size, spans)
-            return None if rows is None else self._choose_with_logprobs(self._model.logits(hidden[:num_sampled]), rows)
+            if rows is None:
+                return None
+            slots = self._staging.views(size, size).slots[:num_sampled]
+            return self._choose_with_logprobs(self._model.logits(hidden[:num_sampled]), rows, slots)
         if self._mixed and (size := self._mixed.size_for(num_tokens)):
             self._staging.send(host, size, num_sampled)
             unfinished = self._mixed.replay(size, spans)
@@ -163,11 +167,13 @@ class CudaRunner:
             return None
         logits = self._model.logits(self._model.finish(unfinished.select(inputs.rows)))
         if rows is not None:
-            return self._choose_with_logprobs(logits, rows)
-        self._staging.write_sampled(choose_tokens(logits, inputs.temperatures, inputs.keys))
+            return self._choose_with_logprobs(logits, rows, inputs.slots)
+        self._staging.write_sampled(choose_tokens(logits, inputs.temperatures, inputs.keys), inputs.slots)
         return None
 
-    def _choose_with_logprobs(self, logits: Tensor, rows: Sequence[SamplingRow]) -> LogprobTensors | None:
+    def _choose_with_logprobs(
+        self, logits: Tensor, rows: Sequence[SamplingRow], slots: Tensor
+    ) -> LogprobTensors | None:
         chosen = choose(logits, rows)
-        self._staging.write_sampled(chosen)
+        self._staging.write_sampled(chosen, slots)
         return compute_logprobs(logits, rows, chosen)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kvist.attention.backend import Span
-from kvist.plan.batch import Batch, BatchItem
-from kvist.request import RequestId
+from kvist.plan.batch import BatchItem
 from kvist.runner.sampler import SamplingRow
+from kvist.runner.slots import SlotTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,18 +24,14 @@ class ForwardInputs:
     sampled_rows: Tensor | None  # [num_sampled], int64: rows whose logits are needed, in item order; None: all rows
 
 
-def sampling_rows(batch: Batch) -> list[SamplingRow]:
-    """Return one row for each item with `sampling`, in item order."""
-    return [
-        SamplingRow(params=item.sampling, position=item.end, suppressed_token_ids=item.suppressed_token_ids)
-        for item in batch.items
-        if item.sampling is not None
-    ]
+def sampling_rows(items: Sequence[BatchItem], table: SlotTable) -> list[SamplingRow]:
+    """Return one row for each item with `samples`, in item order."""
+    return [table.sampling.row(item.slot, item.end) for item in items if item.samples]
 
 
-def build_inputs(items: Sequence[BatchItem], previous: Mapping[RequestId, int], device: torch.device) -> ForwardInputs:
-    """Build the inputs of `items`. `previous`: the sampled tokens of the previous batch, the input of items with
-    `takes_sampled`."""
+def build_inputs(items: Sequence[BatchItem], last_tokens: npt.NDArray[np.int64], device: torch.device) -> ForwardInputs:
+    """Build the inputs of `items`. `last_tokens` [num_slots]: the token sampled last in each slot, the input of items
+    with `takes_sampled`."""
     num_tokens = sum(item.num_tokens for item in items)
     token_ids = np.empty(num_tokens, dtype=np.int64)
     positions = np.empty(num_tokens, dtype=np.int64)
@@ -42,11 +39,11 @@ def build_inputs(items: Sequence[BatchItem], previous: Mapping[RequestId, int], 
     row = 0
     for item in items:
         count = item.num_tokens
-        token_ids[row : row + count] = previous[item.request_id] if item.takes_sampled else item.token_ids
+        token_ids[row : row + count] = last_tokens[item.slot] if item.takes_sampled else item.token_ids
         positions[row : row + count] = np.arange(item.start, item.start + count)
         spans.append(Span(start=item.start, num_tokens=count, page_ids=item.page_ids))
         row += count
-        if item.sampling is not None:
+        if item.samples:
             sampled_rows.append(row - 1)
     every_row = len(sampled_rows) == num_tokens
     return ForwardInputs(

@@ -4,16 +4,17 @@ Owns the model, the page pool and the attention over the pool; on a tensor-paral
 (leader.py coordinates the ranks). `launch` begins a batch, `InFlight.result` waits for its tokens; batches run in the
 order of their launches. This file is the runner for CPUs, where `launch` does all the work; cuda_runner.py is for GPUs.
 
-The result depends only on the pages and the batch, and with `takes_sampled` on the tokens of the previous batch. The
-runner keeps no other state of requests: the scheduler decides which requests run, in which pages and until when.
+The result depends only on the pages, the batch and the slots of its requests (slots.py): their parameters, and with
+`takes_sampled` the token sampled last. The scheduler decides which requests run, in which pages and until when.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +23,9 @@ from kvist.memory.device_pool import DevicePool
 from kvist.models.decoder import Unfinished
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens
-from kvist.request import RequestId
 from kvist.runner.inputs import ForwardInputs, build_inputs, sampling_rows
 from kvist.runner.sampler import sample
+from kvist.runner.slots import SlotTable
 
 
 class Model(Protocol):
@@ -76,30 +77,37 @@ class Finished:
 
 
 class Runner:
-    def __init__(self, *, model: Model, pool: DevicePool, attention: AttentionBackend, pool_reason: str = "") -> None:
-        """`attention` must be bound to the pool (on a tensor-parallel engine, to this rank's heads of the pool)."""
+    def __init__(
+        self, *, model: Model, pool: DevicePool, attention: AttentionBackend, num_slots: int, pool_reason: str = ""
+    ) -> None:
+        """`attention` must be bound to the pool (on a tensor-parallel engine, to this rank's heads of the pool).
+        `num_slots`: the most requests that run at a time."""
         self.pool = pool
         self.pool_reason = pool_reason
         self.attention_name = attention.name
         self._model = model
         self._attention = attention
         self._device = pool.tensor.device
-        self._previous: Mapping[RequestId, int] = {}  # the tokens sampled by the previous batch
+        self._table = SlotTable(num_slots)
+        self._last_tokens = np.zeros(num_slots, dtype=np.int64)  # by slot
         self.between_layers: Callable[[], None] | None = None  # an exception from it ends the step
 
     def launch(self, batch: Batch) -> InFlight:
-        """Run the batch. An exception means a broken device or a bug, unless `between_layers` raised it."""
-        assert batch.items, "a batch has at least one item"
-        previous, self._previous = self._previous, {}
+        """Run the batch; one without items only ends and starts requests. An exception means a broken device or a bug,
+        unless `between_layers` raised it."""
+        self._table.update(batch)
+        if not batch.items:
+            return Finished(SampledTokens(token_ids=()))
+        assert all(item.slot in self._table.open for item in batch.items), "an item's slot is not open"
         with torch.inference_mode():
-            inputs = build_inputs(batch.items, previous, self._device)
+            inputs = build_inputs(batch.items, self._last_tokens, self._device)
             logits = forward(self._model, self._attention, inputs, self.between_layers)
             if logits is None:
                 return Finished(SampledTokens(token_ids=()))
-            sampled = sample(logits, sampling_rows(batch))
-        request_ids = (item.request_id for item in batch.items if item.sampling is not None)
+            sampled = sample(logits, sampling_rows(batch.items, self._table))
+        slots = [item.slot for item in batch.items if item.samples]
         # 0 for a request that got no token: the request fails, and results computed from the 0 are dropped
-        self._previous = {name: max(0, token) for name, token in zip(request_ids, sampled.token_ids, strict=True)}
+        self._last_tokens[slots] = np.maximum(sampled.token_ids, 0)
         return Finished(sampled)
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from kvist.request import (
     RequestId,
     SampledToken,
     SamplingParams,
+    SlotId,
 )
 from kvist.wire import HandoffReport, PrefillPeer
 
@@ -83,6 +84,7 @@ class ActiveRequest:
     stop_ids: frozenset[int]
     state: RequestState = RequestState.WAITING
     lease: PageLease | None = None
+    slot: SlotId | None = None  # its place at the runner, while it is RUNNING
     prefetch: Prefetch | None = None  # open until the request is admitted or ends
     num_computed: int = 0  # K/V of [0, num_computed) is in the pages
     # K/V of [0, num_planned) will be in the pages once the pending steps are finished. If [0, num_planned) is all of

@@ -107,7 +107,8 @@ class Batcher:
             return None
         self._step_id += 1
         self._pending_steps.append(step)
-        return Batch(step_id=self._step_id, items=tuple(items))
+        ended, started = self._table.slots.drain()
+        return Batch(step_id=self._step_id, ended=ended, started=started, items=tuple(items))
 
     def _add_decodes(self, items: list[BatchItem], decodes: list[ActiveRequest]) -> list[ActiveRequest]:
         """Add one token of each request with exactly one token left to compute; return the others, oldest first.
@@ -127,8 +128,9 @@ class Batcher:
             end = start + 1
             if end >= request.max_len:
                 continue  # its last token is pending
-            lease = request.lease
+            lease, slot = request.lease, request.slot
             assert lease is not None
+            assert slot is not None
             if not start % page_size and not self._grow(request, end):  # the token begins a page
                 continue
             request.num_planned = end
@@ -136,12 +138,11 @@ class Batcher:
             decodes.append(request)
             items.append(
                 BatchItem(
-                    request_id=request.request_id,
+                    slot=slot,
                     token_ids=(token_ids[start],) if num_known else (),
                     start=start,
                     page_ids=lease.page_ids,
-                    sampling=request.sampling,
-                    suppressed_token_ids=request.suppressed_ids if end < request.suppress_until else (),
+                    samples=True,
                 )
             )
         return prompts
@@ -151,8 +152,9 @@ class Batcher:
         if budget <= 0 or start == num_tokens:
             return 0
         end = start + chunk_tokens(num_tokens - start, budget, self._step_tokens, self._config.max_prefill_tokens)
-        lease = request.lease
+        lease, slot = request.lease, request.slot
         assert lease is not None
+        assert slot is not None
         # A PREFILL that was preempted after it sampled its first token computes its pages again, not the token.
         samples = end == num_tokens and request.first_token is None
         request.num_planned = end
@@ -160,12 +162,11 @@ class Batcher:
         step.chunks.append((request, end, samples))
         items.append(
             BatchItem(
-                request_id=request.request_id,
+                slot=slot,
                 token_ids=request.token_ids[start:end],
                 start=start,
                 page_ids=lease.page_ids,
-                sampling=request.sampling if samples else None,
-                suppressed_token_ids=request.suppressed_ids if samples and end < request.suppress_until else (),
+                samples=samples,
             )
         )
         self._table.totals["computed_prompt_tokens"] += end - start

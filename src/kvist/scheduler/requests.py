@@ -31,6 +31,7 @@ from kvist.scheduler.config import SchedulerConfig
 from kvist.scheduler.entry import find_refusal, newest_waiting
 from kvist.scheduler.load import COUNTERS
 from kvist.scheduler.outbox import Outbox
+from kvist.scheduler.slots import RequestSlots
 from kvist.scheduler.timers import TimerKind, Timers
 from kvist.scheduler.waiting import WaitingQueue
 from kvist.service_time import ServiceTime, retry_after_s
@@ -98,6 +99,7 @@ class RequestTable:
         self.waiting = WaitingQueue()
         self.unadmitted = CallerCounts()  # live requests that were never admitted, by caller
         self.live: dict[RequestId, ActiveRequest] = {}
+        self.slots = RequestSlots(config.max_running_requests)
         self.running: list[ActiveRequest] = []  # by arrival; `compact` drops those that no longer run
         self.awaiting_transfer: dict[RequestId, ActiveRequest] = {}
         self.loading: dict[int, ActiveRequest] = {}  # by job id of the load; some may have ended
@@ -257,6 +259,7 @@ class RequestTable:
 
     def start_running(self, request: ActiveRequest) -> None:
         request.move(RequestState.RUNNING)
+        self.slots.take(request)
         index = len(self.running)
         while index and self.running[index - 1].number > request.number:
             index -= 1
@@ -277,6 +280,7 @@ class RequestTable:
             del self.awaiting_transfer[request.request_id]
         else:
             self.running.remove(request)
+            self.slots.give_back(request)
         self.cache.close(request.lease)
         request.lease = None
         request.num_computed = request.num_planned = 0
@@ -312,7 +316,7 @@ class RequestTable:
             else:
                 self._apply_chunk(request, end, sampled[row] if samples else None)
             row += samples
-        assert row == len(sampled), "a step samples one token for each item with `sampling`"
+        assert row == len(sampled), "a step samples one token for each item with `samples`"
         self.totals["generation_tokens"] += len(self.out.chunks) - num_chunks_before
 
     def _fail_invalid_rows(self, step: PendingStep, rows: frozenset[int]) -> None:
@@ -389,6 +393,7 @@ class RequestTable:
             request.first_token = token
             request.first_token_finish = request.finish_reason(token.token_id, len(request.token_ids) + 1)
         request.move(RequestState.AWAITING_TRANSFER)
+        self.slots.give_back(request)
         self.awaiting_transfer[request.request_id] = request
         self._send_first_token(request)
         self.handoff_sides[Mode.PREFILL].on_computed(request)
@@ -433,6 +438,8 @@ class RequestTable:
             self.num_granted -= 1
         elif request.state is RequestState.SUSPENDED:
             self.num_suspended -= 1
+        elif request.state is RequestState.RUNNING:
+            self.slots.give_back(request)
         request.move(RequestState.ENDED)
         self.close_prefetch(request)
         del self.live[request.request_id]
