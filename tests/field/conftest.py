@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.server.conftest import bench, busy, letters, make_bench, read_events
+from tests.server.conftest import bench, busy, letters, make_bench
 
-__all__ = ["bench", "busy", "letters", "make_bench", "read_events"]
+__all__ = ["bench", "busy", "letters", "make_bench"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from kvist.errors import WorkerLost
+from kvist.testing.gateway_bench import GatewayBench
+from tests.server.conftest import MakeBench
 
 CHAT = b'{"messages":[{"role":"user","content":"hi"}]}'
 
@@ -19,7 +20,7 @@ def lines(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[s
 
 
 async def test_the_access_log_has_a_line_with_tokens_and_id_of_every_request(
-    bench: Any, caplog: pytest.LogCaptureFixture
+    bench: GatewayBench, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
         await bench.client.post("/v1/chat/completions?secret=1", content=CHAT, headers={"x-request-id": "abc"})
@@ -29,7 +30,9 @@ async def test_the_access_log_has_a_line_with_tokens_and_id_of_every_request(
     assert "secret" not in line
 
 
-async def test_the_access_log_marks_a_stream_that_an_error_ended(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_access_log_marks_a_stream_that_an_error_ended(
+    bench: GatewayBench, caplog: pytest.LogCaptureFixture
+) -> None:
     bench.dispatcher.error, bench.dispatcher.error_after = WorkerLost("gone"), 2
     with caplog.at_level(logging.INFO):
         await bench.client.post("/v1/chat/completions", content=CHAT[:-1] + b',"stream":true}')
@@ -39,7 +42,7 @@ async def test_the_access_log_marks_a_stream_that_an_error_ended(bench: Any, cap
 
 
 async def test_the_access_log_records_a_disconnected_client_as_499(
-    bench: Any, caplog: pytest.LogCaptureFixture
+    bench: GatewayBench, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def gone() -> dict[str, Any]:
         return {"type": "http.disconnect"}
@@ -62,7 +65,7 @@ async def test_the_access_log_records_a_disconnected_client_as_499(
 
 
 async def test_refused_requests_are_logged_and_counted_by_route_and_status(
-    make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    make_bench: MakeBench, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = make_bench(api_key=("k",))
     keyed = {"authorization": "Bearer k"}
@@ -88,7 +91,7 @@ async def test_refused_requests_are_logged_and_counted_by_route_and_status(
 
 
 async def test_polls_are_logged_at_debug_only_and_the_access_log_can_be_disabled(
-    make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    make_bench: MakeBench, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = make_bench(api_key=("k",))
     bench.dispatcher.can_serve = False
@@ -104,7 +107,7 @@ async def test_polls_are_logged_at_debug_only_and_the_access_log_can_be_disabled
     assert len(lines(caplog)) == 1
 
 
-async def test_the_root_path_describes_the_server(make_bench: Callable[..., Any]) -> None:
+async def test_the_root_path_describes_the_server(make_bench: MakeBench) -> None:
     body = (await make_bench().client.get("/")).json()
     assert "Kvist" in body["server"]
     assert "POST /v1/chat/completions" in body["generate"]

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,103 +15,75 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
 
 from kvist import wire
 from kvist.checkpoint import find_checkpoint
 from kvist.kv.keys import page_digests
-from kvist.request import EngineRequest, FinishReason, Mode, TokenLogprobs, WorkerId
-from kvist.router.stream import ClusterSnapshot, StreamPart
+from kvist.request import EngineRequest, TokenLogprobs
+from kvist.router.stream import StreamPart
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
-from kvist.testing.specs import make_spec
+from kvist.testing.scripted_dispatcher import LogprobsAt, ScriptedDispatcher
+from kvist.testing.specs import make_spec, submit_full
+from kvist.testing.tokenizers import byte_tokenizer
 from kvist.text import load_tokenizer
-from kvist.text.chat import ChatTemplate
-from kvist.text.tokenizer import Alphabet, Tokenizer
-from kvist.wire import EngineSpec, TokenChunk
+from kvist.text.tokenizer import Tokenizer
+from kvist.wire import EngineSpec
 
 BODY_BYTES = 8 << 20
 MAX_HOLD_S = 0.05
 JSON = {"content-type": "application/json"}
-WORKER = WorkerId("w:1")
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 SPEC = make_spec(
-    worker_id=WORKER,
     model_name="tiny",
     vocab_size=300,
     max_model_len=8192,
     num_pages=1000,
-    dtype="fp32",
     max_running_requests=8,
     max_queued_requests=8,
 )
 
 
-def byte_tokenizer() -> Tokenizer:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<|end|>", normalized=False)])
-    template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", special_tokens={})
-    return Tokenizer(backend, alphabet=Alphabet.BYTE_LEVEL, chat_template=template)
+def many_logprobs(request: EngineRequest, _position: int, _token_id: int) -> TokenLogprobs:
+    count = request.sampling.num_logprobs or 0
+    return TokenLogprobs(logprob=-0.5, top_token_ids=tuple(range(40, 40 + count)), top_logprobs=(-0.5,) * count)
 
 
 @dataclass
-class Engine:
-    """Answers with `num_tokens` tokens, each with `num_logprobs` top logprobs if requested."""
+class Engine(ScriptedDispatcher):
+    """Answers with three tokens."""
 
-    num_tokens: int = 3
-    tokens_per_part: int = 1
+    tokenizer: Tokenizer = field(default_factory=lambda: byte_tokenizer(chat_template=CHAT_TEMPLATE))
+    answer: str | Sequence[int] = (65,) * 3
+    ends: bool = False
+    logprobs_at: LogprobsAt = many_logprobs
+    spec: EngineSpec | None = SPEC
     blocked_until: threading.Event | None = None  # `model` blocks until it is set
     sends: bool = False  # encode the prompt as a real dispatcher does
-    spec: EngineSpec = SPEC
-    requests: list[EngineRequest] = field(default_factory=list)
-
-    def snapshot(self) -> ClusterSnapshot:
-        return ClusterSnapshot(workers=())
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
-        self.requests.append(request)
-        count = min(self.num_tokens, request.sampling.max_tokens)
-        top = request.sampling.num_logprobs
         if self.sends:
             page_digests(request.prompt_token_ids, 4, "namespace")
-            wire.encode(wire.Submit(request=request, mode=Mode.FULL))
-        found = None if top is None else _logprobs(top)
-        for position in range(0, count, self.tokens_per_part):
-            num_new = min(self.tokens_per_part, count - position)
-            chunk = TokenChunk(
-                request_id=request.request_id,
-                position=position,
-                token_ids=(65,) * num_new,
-                logprobs=None if found is None else (found,) * num_new,
-                finish_reason=FinishReason.LENGTH if position + num_new == count else None,
-                num_cached_tokens=0 if position == 0 else None,
-            )
-            yield StreamPart(chunk=chunk, prefill_worker=WORKER, decode_worker=WORKER)
-            await asyncio.sleep(0)
+            wire.encode(submit_full(request))
+        async for part in super().generate(request):
+            yield part
 
-    def model(self) -> EngineSpec:
+    def model(self) -> EngineSpec | None:
         if self.blocked_until is not None:
             self.blocked_until.wait(30)
         return self.spec
-
-    def ready(self) -> bool:
-        return True
-
-
-def _logprobs(count: int) -> TokenLogprobs:
-    return TokenLogprobs(logprob=-0.5, top_token_ids=tuple(range(40, 40 + count)), top_logprobs=(-0.5,) * count)
 
 
 @asynccontextmanager
 async def server(
     engine: Engine | None = None, *, tokenizer: Tokenizer | None = None, **settings: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
-    app: Any = build_app(
-        dispatcher=engine or Engine(),  # type: ignore[arg-type]  # implements only what generation uses
-        tokenizer=tokenizer or byte_tokenizer(),
+    engine = engine or Engine()
+    if tokenizer is not None:
+        engine.tokenizer = tokenizer
+    app = build_app(
+        dispatcher=engine,
+        tokenizer=engine.tokenizer,
         config=replace(ServerConfig(), **settings),
         model_name="tiny",
     )
@@ -389,7 +361,7 @@ async def test_a_long_answer_with_logprobs_does_not_delay_other_requests(path: s
             "sampling_params": {"max_new_tokens": 6000},
         },
     }[path]
-    async with server(Engine(num_tokens=6000, tokens_per_part=100)) as client:
+    async with server(Engine(answer=(65,) * 6000, tokens_per_part=100)) as client:
         response = await post_unnoticed(client, path, json={**body, "stream": stream})
     assert response.status_code == 200
     assert len(response.content) > 1_000_000
@@ -397,7 +369,7 @@ async def test_a_long_answer_with_logprobs_does_not_delay_other_requests(path: s
 
 async def test_kept_logprobs_are_bounded_and_streams_keep_none() -> None:
     body = {"prompt": "x", "logprobs": 20, "max_tokens": 500, "n": 128}
-    async with server(Engine(num_tokens=500, tokens_per_part=100)) as client:
+    async with server(Engine(answer=(65,) * 500, tokens_per_part=100)) as client:
         whole = await client.post("/v1/completions", json=body)
         assert whole.status_code == 400
         assert whole.json()["error"]["param"] == "logprobs"
@@ -409,7 +381,7 @@ async def test_kept_logprobs_are_bounded_and_streams_keep_none() -> None:
 
 
 async def test_long_prompts_of_many_answers_are_sent_between_events_of_other_streams() -> None:
-    engine = Engine(sends=True, num_tokens=1, spec=msgspec.structs.replace(SPEC, max_model_len=1 << 17))
+    engine = Engine(sends=True, answer=(65,) * 1, spec=msgspec.structs.replace(SPEC, max_model_len=1 << 17))
     async with server(engine) as client:
         response = await post_unnoticed(client, "/v1/completions", json={"prompt": [1] * 60_000, "n": 16})
     assert response.status_code == 200
@@ -433,7 +405,7 @@ async def test_a_hostile_body_costs_at_most_64_mb(kind: str) -> None:
 
 async def test_long_events_for_a_slow_client_are_encoded_on_a_thread() -> None:
     body = {"prompt": "x", "logprobs": 20, "max_tokens": 6000, "stream": True}
-    async with server(Engine(num_tokens=6000, tokens_per_part=3000)) as client:
+    async with server(Engine(answer=(65,) * 6000, tokens_per_part=3000)) as client:
         response = await post_unnoticed(client, "/v1/completions", json=body)
     assert response.status_code == 200
 

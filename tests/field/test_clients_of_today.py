@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from kvist.testing.gateway_bench import GatewayBench, events_of
 
 USER = {"role": "user", "content": "The capital of France is"}
 PARTS = {"role": "user", "content": [{"type": "text", "text": "1 0 m0 Hard pass have"}]}
@@ -56,15 +57,13 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("client", STREAMS)
-async def test_a_stream_for_a_benchmark_client_has_three_tokens_and_usage(
-    bench: Any, read_events: Callable[[Any], list[Any]], client: str
-) -> None:
+async def test_a_stream_for_a_benchmark_client_has_three_tokens_and_usage(bench: GatewayBench, client: str) -> None:
     path, body = STREAMS[client]
     model = {} if path == "/generate" else {"model": "tiny"}
     response = await bench.post(path, {**body, **model, "stream": True})
     assert response.status_code == 200, response.text
     assert "x-kvist-ignored" not in response.headers
-    *events, done = read_events(response)
+    *events, done = events_of(response)
     assert done == "[DONE]"
     if path == "/generate":
         assert [event["meta_info"]["completion_tokens"] for event in events] == [1, 2, 3]
@@ -75,7 +74,7 @@ async def test_a_stream_for_a_benchmark_client_has_three_tokens_and_usage(
 
 
 @pytest.mark.parametrize("client", WHOLE)
-async def test_an_answer_for_an_evaluation_client_is_complete(bench: Any, client: str) -> None:
+async def test_an_answer_for_an_evaluation_client_is_complete(bench: GatewayBench, client: str) -> None:
     path, body = WHOLE[client]
     response = await bench.post(path, {**body, "model": "tiny"})
     assert response.status_code == 200, response.text
@@ -83,7 +82,7 @@ async def test_an_answer_for_an_evaluation_client_is_complete(bench: Any, client
     assert "hello" in (choice.get("text"), choice.get("message", {}).get("content"))
 
 
-async def test_the_endpoints_that_clients_query_first_answer(bench: Any) -> None:
+async def test_the_endpoints_that_clients_query_first_answer(bench: GatewayBench) -> None:
     for path in ("/health", "/v1/models", "/server_info", "/metrics", "/tokenizer_info"):
         assert (await bench.client.get(path)).status_code == 200, path
     assert (await bench.client.head("/metrics")).status_code == 200

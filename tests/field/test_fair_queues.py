@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 import httpx
 import msgspec
@@ -21,8 +20,10 @@ from kvist.router.config import RouterConfig
 from kvist.router.registry import Registry
 from kvist.router.route import Router
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
+from kvist.testing.gateway_bench import GatewayBench
 from kvist.testing.specs import make_spec
 from kvist.wire import Grant, LoadReport, PoolAddress, PrefillPeer, Submit, Welcome
+from tests.server.conftest import MakeBench
 
 POOL = PoolAddress(transport="t", location="x", num_pages=4096, page_bytes=64, layout="l")
 PREFILL, DECODE = EpochId("prefill"), EpochId("decode")
@@ -130,7 +131,7 @@ def _decode_side(name: str, peer: PrefillPeer) -> Submit:
     return Submit(request=_request(name, ""), mode=Mode.DECODE, handoff_id=HandoffId(name), prefill=peer)
 
 
-def _requests_of(bench: Any, num: int, key: str, host: str) -> list[asyncio.Task[httpx.Response]]:
+def _requests_of(bench: GatewayBench, num: int, key: str, host: str) -> list[asyncio.Task[httpx.Response]]:
     transport = httpx.ASGITransport(bench.app, client=(host, 40_000))
     client = httpx.AsyncClient(
         transport=transport, base_url="http://127.0.0.1", headers={"content-type": "application/json"}
@@ -143,7 +144,7 @@ def _requests_of(bench: Any, num: int, key: str, host: str) -> list[asyncio.Task
 @pytest.mark.case("fairness")
 @pytest.mark.parametrize("other", [("k2", "10.0.0.1"), ("k1", "10.0.0.2")])
 async def test_the_gateway_reserves_places_for_other_callers_and_tags_requests_by_caller(
-    make_bench: Callable[..., Any], other: tuple[str, str]
+    make_bench: MakeBench, other: tuple[str, str]
 ) -> None:
     bench = make_bench(max_concurrent_requests=16, api_key=("k1", "k2"))
     bench.dispatcher.hold = asyncio.Event()

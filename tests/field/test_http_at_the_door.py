@@ -16,13 +16,15 @@ import msgspec
 import pytest
 
 from kvist.server.serve import http_server
+from kvist.testing.gateway_bench import GatewayBench
+from tests.server.conftest import MakeBench
 
 BOUND_S = 30.0
 PROMPT = b'{"prompt":"x","stream":true}'
 
 
 @asynccontextmanager
-async def served(bench: Any) -> AsyncIterator[int]:
+async def served(bench: GatewayBench) -> AsyncIterator[int]:
     """Yield the port of the application under its real server."""
     traffic = getattr(bench.app, "traffic", None)
     server = http_server(bench.app, *([traffic] if traffic else []), bench.config)
@@ -77,7 +79,7 @@ def error_of(answer: bytes) -> tuple[int, str]:
     ],
 )
 async def test_a_header_over_the_limit_is_a_431_before_the_key_is_asked(
-    make_bench: Callable[..., Any], pieces: list[bytes]
+    make_bench: MakeBench, pieces: list[bytes]
 ) -> None:
     bench = make_bench(port=0, api_key=("sesam",))
     async with served(bench) as port:
@@ -96,9 +98,7 @@ async def test_a_header_over_the_limit_is_a_431_before_the_key_is_asked(
         pytest.param([b"0\r\n", *[b"x: y\r\n"] * 200], id="trailer lines"),
     ],
 )
-async def test_trailers_and_chunk_extensions_have_the_header_limit(
-    make_bench: Callable[..., Any], tail: list[bytes]
-) -> None:
+async def test_trailers_and_chunk_extensions_have_the_header_limit(make_bench: MakeBench, tail: list[bytes]) -> None:
     head = request(b"Host: localhost", b"Transfer-Encoding: chunked", method=b"POST /v1/completions")
     async with served(make_bench(port=0)) as port:
         status, _ = error_of(await exchange(port, head, b"1\r\n{\r\n", *tail))
@@ -108,7 +108,7 @@ async def test_trailers_and_chunk_extensions_have_the_header_limit(
 @pytest.mark.case("header-limits")
 @pytest.mark.parametrize("sent", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: y"])
 async def test_a_header_that_does_not_end_is_a_408_and_a_silent_connection_is_closed(
-    make_bench: Callable[..., Any], sent: bytes
+    make_bench: MakeBench, sent: bytes
 ) -> None:
     async with served(make_bench(port=0, header_timeout_s=0.1)) as port:
         answer = await exchange(port, sent)
@@ -120,7 +120,7 @@ async def test_a_header_that_does_not_end_is_a_408_and_a_silent_connection_is_cl
     assert "--header-timeout-s" in message
 
 
-async def test_the_header_of_every_request_has_its_own_time_limit(make_bench: Callable[..., Any]) -> None:
+async def test_the_header_of_every_request_has_its_own_time_limit(make_bench: MakeBench) -> None:
     async with served(make_bench(port=0, header_timeout_s=0.2)) as port:
         first = request(b"Host: localhost")
         answers = await exchange(port, first, b"GET /health HTT")
@@ -129,7 +129,7 @@ async def test_the_header_of_every_request_has_its_own_time_limit(make_bench: Ca
 
 
 async def test_a_response_in_progress_is_finished_before_malformed_input_closes_the_connection(
-    make_bench: Callable[..., Any],
+    make_bench: MakeBench,
 ) -> None:
     bench = make_bench(port=0)
     bench.dispatcher.hold = asyncio.Event()
@@ -149,7 +149,7 @@ async def test_a_response_in_progress_is_finished_before_malformed_input_closes_
     assert got.count(b"HTTP/1.1") == 1
 
 
-async def test_an_unread_body_does_not_keep_the_connection_open(make_bench: Callable[..., Any]) -> None:
+async def test_an_unread_body_does_not_keep_the_connection_open(make_bench: MakeBench) -> None:
     bench = make_bench(port=0, api_key=("sesam",))
     head = request(b"Host: localhost", b"Content-Length: 1000000000", method=b"POST /v1/completions")
     async with served(bench) as port:
@@ -173,7 +173,7 @@ async def send_then_read(port: int, *pieces: bytes) -> bytes:
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
 async def test_a_client_that_sends_on_after_an_early_response_receives_the_response(
-    make_bench: Callable[..., Any], version: bytes
+    make_bench: MakeBench, version: bytes
 ) -> None:
     bench = make_bench(port=0, api_key=("sesam",))
     lines = (b"Host: localhost", b"Content-Length: 2000000", b"Connection: close")
@@ -184,7 +184,7 @@ async def test_a_client_that_sends_on_after_an_early_response_receives_the_respo
 
 
 async def test_a_small_body_after_its_response_keeps_the_connection_alive(
-    make_bench: Callable[..., Any],
+    make_bench: MakeBench,
 ) -> None:
     bench = make_bench(port=0, api_key=("sesam",))
     head = request(b"Host: localhost", b"Content-Length: 2", method=b"POST /v1/completions")
@@ -199,7 +199,7 @@ async def test_a_small_body_after_its_response_keeps_the_connection_alive(
 
 
 async def test_a_request_that_began_before_the_last_response_ended_is_not_idle(
-    make_bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvist.server.serve._KEEP_ALIVE_S", 0.1)
     bench = make_bench(port=0)
@@ -221,9 +221,7 @@ async def test_a_request_that_began_before_the_last_response_ended_is_not_idle(
         writer.close()
 
 
-async def test_a_client_cannot_claim_another_address(
-    make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_client_cannot_claim_another_address(make_bench: MakeBench, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         async with served(make_bench(port=0)) as port:
             await exchange(
@@ -235,7 +233,7 @@ async def test_a_client_cannot_claim_another_address(
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n", b"\r\n\r\n"])
 async def test_an_idle_connection_that_sends_empty_lines_is_closed(
-    make_bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, sent: bytes
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
     monkeypatch.setattr("kvist.server.serve._KEEP_ALIVE_S", 0.2)
     async with served(make_bench(port=0)) as port:
@@ -244,7 +242,7 @@ async def test_an_idle_connection_that_sends_empty_lines_is_closed(
     assert answer.count(b"HTTP/1.1") == 1
 
 
-async def test_connections_over_the_limit_get_a_503_and_are_counted(make_bench: Callable[..., Any]) -> None:
+async def test_connections_over_the_limit_get_a_503_and_are_counted(make_bench: MakeBench) -> None:
     bench = make_bench(port=0, max_connections=2)
     async with served(bench) as port:
         held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
@@ -259,7 +257,7 @@ async def test_connections_over_the_limit_get_a_503_and_are_counted(make_bench: 
 
 
 async def test_a_connection_over_the_limit_receives_its_503_although_it_sends_a_request(
-    make_bench: Callable[..., Any],
+    make_bench: MakeBench,
 ) -> None:
     async with served(make_bench(port=0, max_connections=1)) as port:
         _, held = await asyncio.open_connection("127.0.0.1", port)
@@ -285,7 +283,7 @@ async def test_a_connection_over_the_limit_receives_its_503_although_it_sends_a_
     ],
 )
 async def test_http_1_1_needs_exactly_one_host(
-    make_bench: Callable[..., Any], lines: tuple[bytes, ...], version: bytes, status: int
+    make_bench: MakeBench, lines: tuple[bytes, ...], version: bytes, status: int
 ) -> None:
     async with served(make_bench(port=0)) as port:
         answer = await exchange(port, request(*lines, b"Connection: close", version=version))
@@ -312,7 +310,7 @@ async def test_http_1_1_needs_exactly_one_host(
     ],
 )
 async def test_input_that_is_not_http_is_an_error_response_and_one_log_line(
-    make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture, sent: bytes, status: int
+    make_bench: MakeBench, caplog: pytest.LogCaptureFixture, sent: bytes, status: int
 ) -> None:
     with caplog.at_level(logging.INFO):
         async with served(make_bench(port=0)) as port:
@@ -329,7 +327,7 @@ async def test_input_that_is_not_http_is_an_error_response_and_one_log_line(
 
 @pytest.mark.case("http-1.0")
 async def test_a_stream_over_http_1_0_has_no_chunks_and_ends_with_its_connection(
-    make_bench: Callable[..., Any],
+    make_bench: MakeBench,
 ) -> None:
     head = (b"Content-Length: %d" % len(PROMPT), b"Connection: keep-alive")
     ask = request(*head, method=b"POST /v1/completions", version=b"1.0", body=PROMPT)
@@ -344,7 +342,7 @@ async def test_a_stream_over_http_1_0_has_no_chunks_and_ends_with_its_connection
 
 
 @pytest.mark.case("http-1.0")
-async def test_a_response_of_known_length_over_http_1_0_has_content_length(make_bench: Callable[..., Any]) -> None:
+async def test_a_response_of_known_length_over_http_1_0_has_content_length(make_bench: MakeBench) -> None:
     async with served(make_bench(port=0)) as port:
         answer = await exchange(port, request(version=b"1.0"))
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -363,7 +361,7 @@ def raw_deflate(body: bytes) -> bytes:
     return deflater.compress(body) + deflater.flush()
 
 
-async def post_coded(bench: Any, body: bytes, coding: str) -> httpx.Response:
+async def post_coded(bench: GatewayBench, body: bytes, coding: str) -> httpx.Response:
     headers = {"content-encoding": coding, "content-type": "application/json"}
     response: httpx.Response = await bench.client.post("/v1/completions", content=body, headers=headers)
     return response
@@ -374,7 +372,7 @@ async def post_coded(bench: Any, body: bytes, coding: str) -> httpx.Response:
     ("coding", "encode"), [("gzip", gzip.compress), ("GZip", gzip.compress), ("deflate", zlib.compress),
                            ("deflate", raw_deflate), ("identity", bytes)]
 )  # fmt: skip
-async def test_a_compressed_body_is_read(bench: Any, coding: str, encode: Callable[[bytes], bytes]) -> None:
+async def test_a_compressed_body_is_read(bench: GatewayBench, coding: str, encode: Callable[[bytes], bytes]) -> None:
     response = await post_coded(bench, encode(completion()), coding)
     assert response.json()["choices"][0]["text"] == "hello"
 
@@ -392,7 +390,9 @@ async def test_a_compressed_body_is_read(bench: Any, coding: str, encode: Callab
     ],  # fixed ids: gzip output contains the time
 )
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
-async def test_a_body_that_does_not_match_its_content_encoding_is_a_400(bench: Any, body: bytes, coding: str) -> None:
+async def test_a_body_that_does_not_match_its_content_encoding_is_a_400(
+    bench: GatewayBench, body: bytes, coding: str
+) -> None:
     response = await post_coded(bench, body, coding)
     assert response.status_code == 400
     assert "Content-Encoding" in response.json()["error"]["message"]
@@ -400,7 +400,7 @@ async def test_a_body_that_does_not_match_its_content_encoding_is_a_400(bench: A
 
 @pytest.mark.case("compressed-body")
 @pytest.mark.parametrize("coding", ["zstd", "br", "gzip, gzip"])
-async def test_an_unsupported_content_encoding_is_a_415_that_names_the_header(bench: Any, coding: str) -> None:
+async def test_an_unsupported_content_encoding_is_a_415_that_names_the_header(bench: GatewayBench, coding: str) -> None:
     response = await post_coded(bench, completion(), coding)
     assert response.status_code == 415
     assert "Content-Encoding" in response.json()["error"]["message"]
@@ -410,7 +410,7 @@ async def test_an_unsupported_content_encoding_is_a_415_that_names_the_header(be
 @pytest.mark.case("compressed-body")
 @pytest.mark.parametrize("encode", [gzip.compress, zlib.compress, raw_deflate])
 async def test_a_body_that_grows_beyond_the_limit_is_not_decompressed_to_its_end(
-    make_bench: Callable[..., Any], encode: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+    make_bench: MakeBench, encode: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = make_bench(max_body_bytes=1 << 20)
     sizes = []

@@ -14,10 +14,11 @@ from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
+from kvist.testing.gateway_bench import GatewayBench
 from kvist.text import SamplingDefaults, load_sampling_defaults
 
 
-def with_defaults(bench: Any, **defaults: Any) -> Any:
+def with_defaults(bench: GatewayBench, **defaults: Any) -> Any:
     """Return the same bench, served with the model's defaults."""
     app = build_app(
         dispatcher=bench.dispatcher,
@@ -32,7 +33,7 @@ def with_defaults(bench: Any, **defaults: Any) -> Any:
     return bench
 
 
-async def test_chats_and_completions_use_the_models_recommended_sampling_by_default(bench: Any) -> None:
+async def test_chats_and_completions_use_the_models_recommended_sampling_by_default(bench: GatewayBench) -> None:
     served = with_defaults(bench, temperature=0.6, top_p=0.95, top_k=20, min_p=0.1, max_new_tokens=7)
     await served.chat()
     await served.post("/v1/completions", {"prompt": "x"})
@@ -81,7 +82,7 @@ def test_sglangs_name_of_the_option_is_an_alias(verb: str, argv: list[str], expe
     assert read.text.generation_config == expected
 
 
-async def test_a_chat_continues_its_final_message(bench: Any) -> None:
+async def test_a_chat_continues_its_final_message(bench: GatewayBench) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "once up"}]
     await bench.post("/v1/chat/completions", {"messages": messages, "continue_final_message": True})
     await bench.post("/v1/chat/completions", {"messages": messages, "add_generation_prompt": False})

@@ -2,92 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
 
-from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
-from kvist.router.stream import ClusterSnapshot, StreamPart
-from kvist.server.app import build_app
-from kvist.server.config import ServerConfig
-from kvist.testing.specs import make_spec
-from kvist.text.chat import ChatTemplate
-from kvist.text.tokenizer import Alphabet, Tokenizer
-from kvist.wire import EngineSpec, TokenChunk
-
-WORKER = WorkerId("w:1")
-SPEC = make_spec(
-    worker_id=WORKER,
-    model_name="tiny",
-    vocab_size=300,
-    max_model_len=200,
-    num_pages=10,
-    dtype="fp32",
-    max_running_requests=8,
-    max_queued_requests=8,
-)
+from kvist.request import TokenLogprobs
+from kvist.testing.gateway_bench import events_of, gateway_bench
+from kvist.testing.scripted_dispatcher import ScriptedDispatcher
+from kvist.testing.tokenizers import END, byte_tokenizer
+from kvist.text.tokenizer import Tokenizer
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Return a tokenizer with one token per byte, and the special tokens `<|end|>` and `<|turn|>`."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(text, normalized=False) for text in ("<|end|>", "<|turn|>")])
-    template = ChatTemplate("{{ messages[0].content }}", special_tokens={})
-    return Tokenizer(backend, alphabet=Alphabet.BYTE_LEVEL, chat_template=template)
+def model_of(answer: str, tokens_per_part: int = 1, logprobs: Sequence[TokenLogprobs] = ()) -> ScriptedDispatcher:
+    """Return a model that answers exactly this, with these logprobs of its tokens."""
+    return ScriptedDispatcher(
+        byte_tokenizer(special_tokens=(END, "<|turn|>"), chat_template="{{ messages[0].content }}"),
+        answer=answer,
+        ends=False,
+        tokens_per_part=tokens_per_part,
+        logprobs_at=lambda _request, position, token_id: logprobs[position] if logprobs else only(token_id),
+    )
 
 
-@dataclass
-class Model:
-    """Answers with `answer`, several tokens per part, until max_tokens or `<|end|>`."""
-
-    tokenizer: Tokenizer
-    answer: str
-    tokens_per_part: int = 1
-    logprobs: Sequence[TokenLogprobs] = ()  # of each token; empty in tests without logprobs
-
-    def snapshot(self) -> ClusterSnapshot:
-        return ClusterSnapshot(workers=())
-
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
-        sampling = request.sampling
-        ids = self.tokenizer.encode(self.answer)[: sampling.max_tokens]
-        eos = 256  # `<|end|>`
-        stopped = eos in ids and not sampling.ignore_eos
-        ids = ids[: ids.index(eos) + 1] if stopped else ids
-        for start in range(0, len(ids), self.tokens_per_part):
-            part = tuple(ids[start : start + self.tokens_per_part])
-            is_last = start + len(part) == len(ids)
-            chunk = TokenChunk(
-                request_id=request.request_id,
-                position=start,
-                token_ids=part,
-                logprobs=tuple(self._logprobs(start + place, token) for place, token in enumerate(part))
-                if sampling.num_logprobs is not None
-                else None,
-                finish_reason=(FinishReason.STOP if stopped else FinishReason.LENGTH) if is_last else None,
-                num_cached_tokens=0 if start == 0 else None,
-            )
-            yield StreamPart(chunk=chunk, prefill_worker=WORKER, decode_worker=WORKER)
-
-    def _logprobs(self, position: int, token_id: int) -> TokenLogprobs:
-        if self.logprobs:
-            return self.logprobs[position]
-        return TokenLogprobs(logprob=-0.5, top_token_ids=(token_id,), top_logprobs=(-0.5,))
-
-    def model(self) -> EngineSpec:
-        return SPEC
-
-    def ready(self) -> bool:
-        return True
+def only(token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(logprob=-0.5, top_token_ids=(token_id,), top_logprobs=(-0.5,))
 
 
 PATHS = {
@@ -106,23 +47,16 @@ def body_for(api: str, *, stream: bool, **fields: Any) -> dict[str, Any]:
     return {**body, "sampling_params": {renamed.get(name, name): value for name, value in fields.items()}}
 
 
-async def post(model: Model, path: str, body: dict[str, Any]) -> httpx.Response:
-    app: Any = build_app(
-        dispatcher=model,  # type: ignore[arg-type]  # implements only what generation uses
-        tokenizer=model.tokenizer,
-        config=ServerConfig(),
-        model_name="tiny",
-    )
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
-        headers = {"content-type": "application/json"}
-        response = await client.post(path, content=msgspec.json.encode(body), headers=headers)
+async def post(model: ScriptedDispatcher, path: str, body: dict[str, Any]) -> httpx.Response:
+    bench = gateway_bench(dispatcher=model)
+    async with bench.client:
+        response = await bench.post(path, body)
     assert response.status_code == 200, response.text
     return response
 
 
 def events(response: httpx.Response) -> list[Any]:
-    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
-    return [msgspec.json.decode(line) for line in lines if line != "[DONE]"]
+    return [event for event in events_of(response) if event != "[DONE]"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +66,7 @@ class Result:
     finish: str
 
 
-async def answers(api: str, model: Model, *, stream: bool, **fields: Any) -> list[Result]:
+async def answers(api: str, model: ScriptedDispatcher, *, stream: bool, **fields: Any) -> list[Result]:
     """Return the answer of each choice, streamed or not."""
     num_choices = fields.get("n", 1)
     extra = {"stream_options": {"include_usage": True}} if stream and api != "native" else {}
@@ -167,7 +101,7 @@ each_cut = pytest.mark.parametrize("tokens_per_part", [1, 3, 50])
 async def test_stop_strings_take_effect_after_min_tokens_only(
     api: str, stream: bool, tokens_per_part: int, n: int
 ) -> None:
-    model = Model(byte_tokenizer(), "DEFGHIJKLGHIMN", tokens_per_part)
+    model = model_of("DEFGHIJKLGHIMN", tokens_per_part)
     fields = {"stop": "GHI", "max_tokens": 14, "n": n, "stream": stream}
     for min_tokens, text, num_tokens, finish in [
         (0, "DEF", 6, "stop"),
@@ -198,11 +132,11 @@ async def test_stop_strings_take_effect_after_min_tokens_only(
 async def test_a_stop_string_may_spell_special_tokens(
     api: str, stream: bool, tokens_per_part: int, stop: str | list[str], expected: Result
 ) -> None:
-    model = Model(byte_tokenizer(), "Hi<|turn|>ho\n<|end|>\nyou", tokens_per_part)
+    model = model_of("Hi<|turn|>ho\n<|end|>\nyou", tokens_per_part)
     assert await answers(api, model, stream=stream, stop=stop, ignore_eos=True, max_tokens=60) == [expected]
 
 
-async def offsets_of(model: Model, *, stream: bool, **fields: Any) -> tuple[str, list[str], list[int]]:
+async def offsets_of(model: ScriptedDispatcher, *, stream: bool, **fields: Any) -> tuple[str, list[str], list[int]]:
     """Return the text, its tokens and their offsets from /v1/completions."""
     body = {"prompt": "p", "max_tokens": 20, "logprobs": 1, "stream": stream, **fields}
     response = await post(model, "/v1/completions", body)
@@ -234,7 +168,7 @@ async def offsets_of(model: Model, *, stream: bool, **fields: Any) -> tuple[str,
 async def test_text_offsets_are_positions_in_the_returned_text(
     stream: bool, tokens_per_part: int, answer: str, fields: dict[str, Any], text: str, offsets: list[int]
 ) -> None:
-    model = Model(byte_tokenizer(), answer, tokens_per_part)
+    model = model_of(answer, tokens_per_part)
     returned_text, tokens, returned_offsets = await offsets_of(model, stream=stream, **fields)
     assert (returned_text, returned_offsets) == (text, offsets)
     assert len(tokens) == len(offsets)
@@ -247,7 +181,8 @@ def ids(tokenizer: Tokenizer, raw: bytes) -> list[int]:
 
 @pytest.mark.case("top-logprobs-collapse")
 async def test_logprobs_by_text_keep_the_chosen_token_and_distinguish_partial_characters() -> None:
-    tokenizer = byte_tokenizer()
+    model = model_of("中")
+    tokenizer = model.tokenizer
     first, second, third, letter = ids(tokenizer, "中".encode() + b"x")
     chosen_outside = TokenLogprobs(logprob=-7.0, top_token_ids=(second, third), top_logprobs=(-0.1, -3.0))
     # two ids without a token, and therefore without text
@@ -255,7 +190,8 @@ async def test_logprobs_by_text_keep_the_chosen_token_and_distinguish_partial_ch
     chosen_of_equals = TokenLogprobs(
         logprob=-4.0, top_token_ids=(third, letter, first), top_logprobs=(-4.0, -5.0, float("-inf"))
     )
-    model = Model(tokenizer, "中", logprobs=[chosen_outside, equal_texts, chosen_of_equals])
+    logprobs_of_tokens = [chosen_outside, equal_texts, chosen_of_equals]
+    model.logprobs_at = lambda _request, position, _token_id: logprobs_of_tokens[position]
     body = {"prompt": "p", "max_tokens": 3, "logprobs": 3}
     logprobs = (await post(model, "/v1/completions", body)).json()["choices"][0]["logprobs"]
     assert logprobs["tokens"] == [r"bytes:\xe4", r"bytes:\xb8", r"bytes:\xad"]
@@ -278,7 +214,7 @@ async def test_logprobs_in_json_are_always_finite_numbers(api: str) -> None:
         "native": {"return_logprob": True, "top_logprobs_num": 2},
     }
     path, body = PATHS[api]
-    response = await post(Model(byte_tokenizer(), "a", logprobs=[found]), path, {**body, **fields_by_api[api]})
+    response = await post(model_of("a", logprobs=[found]), path, {**body, **fields_by_api[api]})
     assert "-9999.0" in response.text
     assert 'logprob":null' not in response.text
     assert "null,0" not in response.text

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import httpx
 import pytest
 
 from kvist import settings
 from kvist.errors import ConfigError
+from kvist.testing.gateway_bench import GatewayBench
+from tests.server.conftest import MakeBench
 
 PAGE = "https://chat.example"
 EVIL = "https://evil.example"
@@ -29,7 +28,7 @@ def message_of(response: httpx.Response) -> str:
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate", "/tokenize", "/flush_cache"])
 async def test_a_content_type_that_web_pages_can_send_is_a_415_that_names_the_header(
-    bench: Any, path: str, kind: str
+    bench: GatewayBench, path: str, kind: str
 ) -> None:
     response = await bench.client.post(path, content=CHAT, headers={"content-type": kind})
     assert response.status_code == 415
@@ -39,14 +38,16 @@ async def test_a_content_type_that_web_pages_can_send_is_a_415_that_names_the_he
 
 
 @pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8", "application/x.y+json", None])
-async def test_json_content_types_and_a_missing_content_type_are_accepted(bench: Any, kind: str | None) -> None:
+async def test_json_content_types_and_a_missing_content_type_are_accepted(
+    bench: GatewayBench, kind: str | None
+) -> None:
     headers = {} if kind is None else {"content-type": kind}
     response = await bench.client.post("/v1/chat/completions", content=CHAT, headers=headers)
     assert response.status_code == 200
 
 
 @pytest.mark.case("cross-site")
-async def test_get_requests_change_nothing(bench: Any) -> None:
+async def test_get_requests_change_nothing(bench: GatewayBench) -> None:
     response = await bench.client.get("/flush_cache")
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
@@ -57,7 +58,7 @@ async def test_get_requests_change_nothing(bench: Any) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 @pytest.mark.parametrize("origin", [EVIL, "null", "https://localhost.evil.example", "http://[", "file://"])
 async def test_on_loopback_without_a_key_a_foreign_origin_is_refused(
-    make_bench: Callable[..., Any], host: str, origin: str
+    make_bench: MakeBench, host: str, origin: str
 ) -> None:
     bench = make_bench(host=host)
     response = await bench.client.post("/flush_cache", headers={"origin": origin})
@@ -67,7 +68,7 @@ async def test_on_loopback_without_a_key_a_foreign_origin_is_refused(
 
 @pytest.mark.case("cross-site")
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:30000", "127.0.0.1.evil.example", "", "[", "10.0.0.1"])
-async def test_on_loopback_without_a_key_a_foreign_host_is_refused(bench: Any, host: str) -> None:
+async def test_on_loopback_without_a_key_a_foreign_host_is_refused(bench: GatewayBench, host: str) -> None:
     for path, method in (("/v1/models", "GET"), ("/metrics", "GET"), ("/hicache/storage-backend", "PUT")):
         response = await bench.client.request(method, path, headers={**JSON, "host": host}, content=b"{}")
         assert response.status_code == 403
@@ -78,13 +79,13 @@ async def test_on_loopback_without_a_key_a_foreign_host_is_refused(bench: Any, h
 @pytest.mark.parametrize(
     "host", ["localhost", "localhost:30000", "127.0.0.1:1", "[::1]:30000", "LOCALHOST.", "a.localhost"]
 )
-async def test_local_host_names_are_accepted_as_host_and_origin(bench: Any, host: str) -> None:
+async def test_local_host_names_are_accepted_as_host_and_origin(bench: GatewayBench, host: str) -> None:
     response = await bench.client.get("/v1/models", headers={"host": host, "origin": f"http://{host}"})
     assert response.status_code == 200
 
 
 async def test_host_and_origin_are_free_with_an_api_key_or_a_public_address(
-    make_bench: Callable[..., Any],
+    make_bench: MakeBench,
 ) -> None:
     foreign = {"host": "kvist.example", "origin": "https://kvist.example"}
     keyed = {**foreign, "authorization": "Bearer k"}
@@ -108,7 +109,7 @@ def preflight(origin: str, headers: str = "authorization, content-type, x-stainl
 @pytest.mark.case("cors")
 @pytest.mark.parametrize(("allowed", "answered"), [((PAGE,), PAGE), ((PAGE, "http://b"), PAGE), (("*",), "*")])
 async def test_a_page_of_an_allowed_origin_can_read_responses_streams_and_errors(
-    make_bench: Callable[..., Any], allowed: tuple[str, ...], answered: str
+    make_bench: MakeBench, allowed: tuple[str, ...], answered: str
 ) -> None:
     bench = make_bench(allowed_origins=allowed, api_key=("k",))
     preflight_response = await bench.client.options("/v1/chat/completions", headers=preflight(PAGE))  # carries no key
@@ -128,7 +129,7 @@ async def test_a_page_of_an_allowed_origin_can_read_responses_streams_and_errors
 
 
 @pytest.mark.case("cors")
-async def test_other_origins_get_no_cors_permission(make_bench: Callable[..., Any]) -> None:
+async def test_other_origins_get_no_cors_permission(make_bench: MakeBench) -> None:
     for bench in (make_bench(), make_bench(allowed_origins=(PAGE,)), make_bench(host="0.0.0.0")):
         preflight_response = await bench.client.options("/v1/chat/completions", headers=preflight(EVIL))
         assert preflight_response.status_code in (400, 403, 405)

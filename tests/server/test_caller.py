@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 from starlette.types import Scope
 
 from kvist.errors import Unauthorized
 from kvist.server.caller import ApiKeys, caller_of
+from tests.server.conftest import MakeBench
 
 
 def scope_of(authorization: bytes | None = None) -> Scope:
@@ -39,7 +37,7 @@ def test_a_server_without_keys_ignores_the_key_of_a_request() -> None:
     assert caller_of(scope).connection == "127.0.0.1:5"
 
 
-async def test_every_generating_endpoint_salts_the_cache_by_the_callers_key(make_bench: Callable[..., Any]) -> None:
+async def test_every_generating_endpoint_salts_the_cache_by_the_callers_key(make_bench: MakeBench) -> None:
     bench = make_bench(api_key=("k1", "k2"), tenant_by="api-key")
     salts: dict[str, list[str]] = {"k1": [], "k2": []}
     async with bench.client:

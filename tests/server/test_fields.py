@@ -16,6 +16,7 @@ from openai.types.chat import completion_create_params as chat_params
 
 from kvist.api import schemas
 from kvist.api.fields import Advisory, Honoured, KnownFields, Refused, classes_of
+from kvist.testing.gateway_bench import GatewayBench
 
 USER = {"role": "user", "content": "hi"}
 ENDPOINTS: dict[str, dict[str, Any]] = {
@@ -41,7 +42,7 @@ def ignored(response: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-async def test_null_is_accepted_for_every_known_field_at_every_endpoint(bench: Any, path: str) -> None:
+async def test_null_is_accepted_for_every_known_field_at_every_endpoint(bench: GatewayBench, path: str) -> None:
     nulls = {name: None for struct in STRUCTS.values() for name in classes_of(struct) if name not in ENDPOINTS[path]}
     assert len(nulls) > 150
     response = await bench.post(path, nulls | ENDPOINTS[path])
@@ -50,7 +51,7 @@ async def test_null_is_accepted_for_every_known_field_at_every_endpoint(bench: A
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-async def test_neutral_values_are_accepted_at_every_endpoint(bench: Any, path: str) -> None:
+async def test_neutral_values_are_accepted_at_every_endpoint(bench: GatewayBench, path: str) -> None:
     for name, cls in classes_of(KnownFields).items():
         if name in ENDPOINTS[path] or isinstance(cls, Honoured):
             continue
@@ -62,7 +63,7 @@ async def test_neutral_values_are_accepted_at_every_endpoint(bench: Any, path: s
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-async def test_refusals_name_an_alternative_and_the_header_names_ignored_fields(bench: Any, path: str) -> None:
+async def test_refusals_name_an_alternative_and_the_header_names_ignored_fields(bench: GatewayBench, path: str) -> None:
     for name, cls in classes_of(STRUCTS[path]).items():
         response = await bench.post(path, {**ENDPOINTS[path], name: {"odd": 1}})
         if isinstance(cls, Refused):
@@ -74,7 +75,7 @@ async def test_refusals_name_an_alternative_and_the_header_names_ignored_fields(
             assert ignored(response) == {name}
 
 
-async def test_null_inside_an_object_equals_absent(bench: Any) -> None:
+async def test_null_inside_an_object_equals_absent(bench: GatewayBench) -> None:
     for value in ({"type": "text", "json_schema": None}, {"type": "text"}):
         assert (await bench.chat(response_format=value)).status_code == 200
     assert (await bench.chat(structured_outputs={"json": None, "regex": None})).status_code == 200

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
+from kvist.testing.gateway_bench import GatewayBench, events_of
 
-async def test_generate_answers_in_sglangs_shape(bench: Any) -> None:
+
+async def test_generate_answers_in_sglangs_shape(bench: GatewayBench) -> None:
     body = {"text": "hi", "sampling_params": {"max_new_tokens": 10, "temperature": 0}}
     answer = (await bench.post("/generate", body)).json()
     assert answer["text"] == "hello"
@@ -18,30 +17,28 @@ async def test_generate_answers_in_sglangs_shape(bench: Any) -> None:
     assert meta["id"] == bench.dispatcher.requests[0].request_id
 
 
-async def test_the_text_of_a_generate_stream_is_cumulative(bench: Any, read_events: Callable[[Any], list[Any]]) -> None:
-    *events, done = read_events(await bench.post("/generate", {"input_ids": [1, 2], "stream": True}))
+async def test_the_text_of_a_generate_stream_is_cumulative(bench: GatewayBench) -> None:
+    *events, done = events_of(await bench.post("/generate", {"input_ids": [1, 2], "stream": True}))
     assert done == "[DONE]"
     assert [event["text"] for event in events] == ["h", "he", "hel", "hell", "hello", "hello"]
     assert [event["meta_info"]["finish_reason"] for event in events[:-1]] == [None] * 5
 
 
-async def test_each_of_several_streamed_answers_finishes_once(
-    bench: Any, read_events: Callable[[Any], list[Any]]
-) -> None:
+async def test_each_of_several_streamed_answers_finishes_once(bench: GatewayBench) -> None:
     body = {"text": "a", "stream": True, "sampling_params": {"n": 2}, "kvist": {"report": True}}
-    *events, _ = read_events(await bench.post("/generate", body))
+    *events, _ = events_of(await bench.post("/generate", body))
     for index in (0, 1):
         own = [event for event in events if event["index"] == index]
         assert [event["meta_info"]["finish_reason"] is not None for event in own] == [False] * 5 + [True]
         assert ["kvist" in event for event in own] == [False] * 5 + [True]
 
 
-async def test_generate_accepts_the_requests_of_sglangs_benchmark(bench: Any) -> None:
+async def test_generate_accepts_the_requests_of_sglangs_benchmark(bench: GatewayBench) -> None:
     nothing = {"lora_path": None, "image_data": None, "return_routed_experts": False, "logprob_start_len": -1}
     assert (await bench.post("/generate", {"text": "a", **nothing})).status_code == 200
 
 
-async def test_the_finish_reason_distinguishes_length_and_stop_string(bench: Any) -> None:
+async def test_the_finish_reason_distinguishes_length_and_stop_string(bench: GatewayBench) -> None:
     short = (await bench.post("/generate", {"text": "x", "sampling_params": {"max_new_tokens": 2}})).json()
     assert short["meta_info"]["finish_reason"] == {"type": "length", "length": 2}
     stopped = (await bench.post("/generate", {"text": "x", "sampling_params": {"stop": "ll"}})).json()
@@ -49,7 +46,7 @@ async def test_the_finish_reason_distinguishes_length_and_stop_string(bench: Any
     assert stopped["text"] == "he"
 
 
-async def test_batches_and_several_answers_give_a_list(bench: Any) -> None:
+async def test_batches_and_several_answers_give_a_list(bench: GatewayBench) -> None:
     assert len((await bench.post("/generate", {"text": ["a", "b"]})).json()) == 2
     assert len((await bench.post("/generate", {"input_ids": [[1], [2]]})).json()) == 2
     several = (await bench.post("/generate", {"text": "a", "sampling_params": {"n": 2, "sampling_seed": 5}})).json()
@@ -57,7 +54,7 @@ async def test_batches_and_several_answers_give_a_list(bench: Any) -> None:
     assert sorted(request.sampling.seed for request in bench.dispatcher.requests[-2:]) == [5, 6]
 
 
-async def test_logprobs_come_with_token_ids(bench: Any) -> None:
+async def test_logprobs_come_with_token_ids(bench: GatewayBench) -> None:
     body = {"text": "x", "return_logprob": True, "top_logprobs_num": 2}
     meta = (await bench.post("/generate", body)).json()["meta_info"]
     assert meta["output_token_logprobs"][-1] == [-0.5, 256, None]
@@ -91,7 +88,7 @@ async def test_logprobs_come_with_token_ids(bench: Any) -> None:
         ({"text": "a", "lora_path": "x"}, "lora_path"),
     ],
 )
-async def test_generate_names_the_invalid_field(bench: Any, body: dict[str, object], param: str) -> None:
+async def test_generate_names_the_invalid_field(bench: GatewayBench, body: dict[str, object], param: str) -> None:
     response = await bench.post("/generate", body)
     error = response.json()["error"]
     assert response.status_code == 400
@@ -99,7 +96,7 @@ async def test_generate_names_the_invalid_field(bench: Any, body: dict[str, obje
     assert "`min_tokens`" not in error["message"]
 
 
-async def test_special_tokens_are_shown_on_request(bench: Any) -> None:
+async def test_special_tokens_are_shown_on_request(bench: GatewayBench) -> None:
     bench.dispatcher.answer = "a<|end|>b"
     shown = {"text": "x", "sampling_params": {"skip_special_tokens": False}}
     assert (await bench.post("/generate", shown)).json()["text"] == "a<|end|>b"

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import httpx
 import pytest
 
 from kvist.errors import WorkerLost
 from kvist.server.serve import http_server
+from kvist.testing.gateway_bench import GatewayBench
+from tests.server.conftest import MakeBench
 
 BOUND_S = 60.0
 
 
 @asynccontextmanager
-async def served(bench: Any) -> AsyncIterator[str]:
+async def served(bench: GatewayBench) -> AsyncIterator[str]:
     server = http_server(bench.app, bench.app.traffic, bench.config)
     task = asyncio.create_task(server.serve())
     async with asyncio.timeout(BOUND_S):
@@ -31,7 +32,7 @@ async def served(bench: Any) -> AsyncIterator[str]:
         await asyncio.wait_for(task, BOUND_S)
 
 
-async def test_a_broken_connection_closes_the_stream_of_the_engine(make_bench: Callable[..., Any]) -> None:
+async def test_a_broken_connection_closes_the_stream_of_the_engine(make_bench: MakeBench) -> None:
     bench = make_bench(port=0)
     bench.dispatcher.hold = asyncio.Event()  # never set
     async with served(bench) as url, httpx.AsyncClient() as client:
@@ -42,7 +43,7 @@ async def test_a_broken_connection_closes_the_stream_of_the_engine(make_bench: C
     assert bench.dispatcher.num_closed_early == 1
 
 
-async def test_the_openai_client_gets_chats_streams_and_errors(make_bench: Callable[..., Any]) -> None:
+async def test_the_openai_client_gets_chats_streams_and_errors(make_bench: MakeBench) -> None:
     openai = pytest.importorskip("openai")
     bench = make_bench(port=0, api_key=("sesam",))
     messages = [{"role": "user", "content": "hi"}]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from kvist.server.serve import http_server
+from tests.server.conftest import MakeBench
 
 NUM_MESSAGES = 400
 BOUND_S = 60.0
@@ -60,7 +59,7 @@ def mutated(random_: random.Random) -> bytes:
 
 
 async def test_the_server_survives_any_bytes_without_a_traceback_and_serves_the_next_client(
-    make_bench: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    make_bench: MakeBench, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = make_bench(port=0, header_timeout_s=0.3, body_timeout_s=0.3)
     server = http_server(bench.app, bench.app.traffic, bench.config)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from kvist.request import Role
+from kvist.testing.gateway_bench import GatewayBench
+from tests.server.conftest import MakeBench
 
 TEXT = {"type": "text", "text": "hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
@@ -55,7 +56,7 @@ def error_of(response: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 async def test_an_invalid_field_is_a_400_that_names_the_field(
-    bench: Any, fields: dict[str, object], param: str, expected: str
+    bench: GatewayBench, fields: dict[str, object], param: str, expected: str
 ) -> None:
     response = await bench.post("/v1/chat/completions", {"messages": USER, **fields})
     error = error_of(response)
@@ -79,7 +80,7 @@ async def test_an_invalid_field_is_a_400_that_names_the_field(
     ],
 )
 async def test_a_refused_field_is_accepted_with_a_neutral_value_only(
-    bench: Any, name: str, value: object, neutral: object
+    bench: GatewayBench, name: str, value: object, neutral: object
 ) -> None:
     refused = await bench.chat(**{name: value})
     assert refused.status_code == 400
@@ -92,31 +93,31 @@ async def test_a_refused_field_is_accepted_with_a_neutral_value_only(
 @pytest.mark.parametrize(
     "fields", [{"suffix": "x"}, {"best_of": 2}, {"echo": True, "logprobs": 1}, {"use_beam_search": True}]
 )
-async def test_completions_refuse_unsupported_fields(bench: Any, fields: dict[str, object]) -> None:
+async def test_completions_refuse_unsupported_fields(bench: GatewayBench, fields: dict[str, object]) -> None:
     response = await bench.post("/v1/completions", {"prompt": "x", **fields})
     assert error_of(response)["code"] == "unsupported_field"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b'{"messages": [{"role": "user", "content": "\xff"}]}'])
-async def test_a_body_that_is_not_a_json_object_in_utf8_is_a_400(bench: Any, body: bytes) -> None:
+async def test_a_body_that_is_not_a_json_object_in_utf8_is_a_400(bench: GatewayBench, body: bytes) -> None:
     response = await bench.client.post("/v1/chat/completions", content=body)
     assert response.status_code == 400
     assert error_of(response)["code"] == "invalid_request"
 
 
-async def test_half_a_surrogate_pair_is_a_400(bench: Any) -> None:
+async def test_half_a_surrogate_pair_is_a_400(bench: GatewayBench) -> None:
     response = await bench.client.post("/v1/completions", content=b'{"prompt": "\\ud800"}')
     assert response.status_code == 400
 
 
 @pytest.mark.parametrize("prompt", ["", [], [[]], [""], [1, "a"], [[1], 2], [300], [-1], {"a": 1}, None])
-async def test_an_empty_mixed_or_missing_prompt_is_a_400(bench: Any, prompt: object) -> None:
+async def test_an_empty_mixed_or_missing_prompt_is_a_400(bench: GatewayBench, prompt: object) -> None:
     response = await bench.post("/v1/completions", {"prompt": prompt})
     assert response.status_code == 400
     assert error_of(response)["param"].startswith("prompt")
 
 
-async def test_the_error_for_a_prompt_over_the_context_has_both_numbers(bench: Any) -> None:
+async def test_the_error_for_a_prompt_over_the_context_has_both_numbers(bench: GatewayBench) -> None:
     response = await bench.post("/v1/completions", {"prompt": "x" * 200})
     assert response.status_code == 400
     assert error_of(response)["code"] == "context_length_exceeded"
@@ -124,7 +125,7 @@ async def test_the_error_for_a_prompt_over_the_context_has_both_numbers(bench: A
     assert (await bench.post("/v1/completions", {"prompt": "x" * 199})).status_code == 200
 
 
-async def test_the_error_for_prompt_and_answer_over_the_context_has_the_room(bench: Any) -> None:
+async def test_the_error_for_prompt_and_answer_over_the_context_has_the_room(bench: GatewayBench) -> None:
     body = {"prompt": "x" * 150, "max_tokens": 51}
     error = error_of(await bench.post("/v1/completions", body))
     assert error["code"] == "context_length_exceeded"
@@ -132,26 +133,26 @@ async def test_the_error_for_prompt_and_answer_over_the_context_has_the_room(ben
     assert (await bench.post("/v1/completions", {**body, "max_tokens": 50})).status_code == 200
 
 
-async def test_a_hopeless_prompt_is_refused_before_tokenising(bench: Any) -> None:
+async def test_a_hopeless_prompt_is_refused_before_tokenising(bench: GatewayBench) -> None:
     error = error_of(await bench.post("/v1/completions", {"prompt": "x" * 60_000}))
     assert "60000 characters" in error["message"]
 
 
-async def test_an_error_quotes_only_a_short_part_of_the_request(bench: Any) -> None:
+async def test_an_error_quotes_only_a_short_part_of_the_request(bench: GatewayBench) -> None:
     long = "ab" * 50_000
     for response in (await bench.chat(model=long), await bench.chat(**{long: 1})):
         assert 400 <= response.status_code < 500
         assert len(response.content) < 10_000
 
 
-async def test_a_model_that_is_not_served_is_a_404(bench: Any) -> None:
+async def test_a_model_that_is_not_served_is_a_404(bench: GatewayBench) -> None:
     response = await bench.chat(model="other")
     assert response.status_code == 404
     assert error_of(response)["code"] == "model_not_found"
     assert "tiny" in error_of(response)["message"]
 
 
-async def test_a_body_over_the_limit_is_a_413_declared_or_not(make_bench: Callable[..., Any]) -> None:
+async def test_a_body_over_the_limit_is_a_413_declared_or_not(make_bench: MakeBench) -> None:
     bench = make_bench(max_body_bytes=1024)
     response = await bench.chat("x" * 2000)
     assert response.status_code == 413
@@ -164,7 +165,7 @@ async def test_a_body_over_the_limit_is_a_413_declared_or_not(make_bench: Callab
     assert (await bench.client.post("/v1/completions", content=pieces())).status_code == 413
 
 
-async def test_unknown_paths_and_methods_have_openais_shape(bench: Any) -> None:
+async def test_unknown_paths_and_methods_have_openais_shape(bench: GatewayBench) -> None:
     assert (await bench.client.get("/v2/nothing")).status_code == 404
     assert error_of(await bench.client.get("/v2/nothing"))["message"] == "unknown path"
     response = await bench.client.get("/v1/chat/completions")
@@ -173,15 +174,15 @@ async def test_unknown_paths_and_methods_have_openais_shape(bench: Any) -> None:
     assert response.headers["allow"] == "POST"
 
 
-async def test_a_prefill_or_decode_worker_refuses_and_names_the_router(make_bench: Callable[..., Any]) -> None:
-    bench = make_bench(tokenizer=None, own_role=Role.PREFILL)
+async def test_a_prefill_or_decode_worker_refuses_and_names_the_router(make_bench: MakeBench) -> None:
+    bench = make_bench(own_role=Role.PREFILL)
     for path in ("/v1/chat/completions", "/v1/completions", "/generate", "/tokenize", "/detokenize"):
         response = await bench.post(path, {})
         assert response.status_code == 400
         assert "router" in error_of(response)["message"]
 
 
-async def test_a_request_without_a_ready_worker_is_a_503_with_retry_after(bench: Any) -> None:
+async def test_a_request_without_a_ready_worker_is_a_503_with_retry_after(bench: GatewayBench) -> None:
     bench.dispatcher.spec = None
     response = await bench.chat()
     assert response.status_code == 503
@@ -192,7 +193,7 @@ async def test_a_request_without_a_ready_worker_is_a_503_with_retry_after(bench:
     ("path", "param", "value"), [("/tokenize", "prompt", ["a"] * 129), ("/detokenize", "tokens", [[1]] * 129)]
 )
 async def test_too_many_texts_are_refused_and_the_field_is_named(
-    bench: Any, path: str, param: str, value: object
+    bench: GatewayBench, path: str, param: str, value: object
 ) -> None:
     response = await bench.post(path, {param: value})
     error = error_of(response)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ import msgspec
 import pytest
 
 from kvist.request import Role
+from kvist.testing.gateway_bench import GatewayBench
 from kvist.wire import EngineSpec
+from tests.server.conftest import MakeBench
 
 
 class RawClient:
@@ -47,7 +48,7 @@ class RawClient:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("n", [1, 2])
-async def test_a_client_that_leaves_closes_every_engine_stream(bench: Any, stream: bool, n: int) -> None:
+async def test_a_client_that_leaves_closes_every_engine_stream(bench: GatewayBench, stream: bool, n: int) -> None:
     bench.dispatcher.hold = asyncio.Event()  # never set
     client = RawClient(bench.app, "/v1/completions", {"prompt": "x", "stream": stream, "n": n})
     task = asyncio.create_task(client.run())
@@ -64,7 +65,7 @@ async def test_a_client_that_leaves_closes_every_engine_stream(bench: Any, strea
     assert "kvist:gateway_requests_in_flight 0.0" in (await bench.client.get("/metrics")).text
 
 
-async def test_a_server_that_stops_cancels_the_stream_and_the_engines(bench: Any) -> None:
+async def test_a_server_that_stops_cancels_the_stream_and_the_engines(bench: GatewayBench) -> None:
     bench.dispatcher.hold = asyncio.Event()
     client = RawClient(bench.app, "/v1/completions", {"prompt": "x", "stream": True})
     task = asyncio.create_task(client.run())
@@ -75,7 +76,7 @@ async def test_a_server_that_stops_cancels_the_stream_and_the_engines(bench: Any
     assert bench.dispatcher.num_open == 0
 
 
-async def test_a_request_over_the_limit_of_open_generations_is_a_429(make_bench: Callable[..., Any]) -> None:
+async def test_a_request_over_the_limit_of_open_generations_is_a_429(make_bench: MakeBench) -> None:
     bench = make_bench(max_concurrent_requests=2)
     bench.dispatcher.hold = asyncio.Event()
     first = asyncio.create_task(bench.chat(n=2))
@@ -91,7 +92,7 @@ async def test_a_request_over_the_limit_of_open_generations_is_a_429(make_bench:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_request_over_the_time_limit_gets_a_timeout_error(make_bench: Callable[..., Any], stream: bool) -> None:
+async def test_a_request_over_the_time_limit_gets_a_timeout_error(make_bench: MakeBench, stream: bool) -> None:
     bench = make_bench(request_timeout_s=0.02)
     bench.dispatcher.hold = asyncio.Event()
     response = await bench.chat(stream=stream)
@@ -101,7 +102,7 @@ async def test_a_request_over_the_time_limit_gets_a_timeout_error(make_bench: Ca
     assert 'kvist:request_failure_total{code="timeout"} 1.0' in (await bench.client.get("/metrics")).text
 
 
-async def test_a_client_that_reads_nothing_is_disconnected_at_the_time_limit(make_bench: Callable[..., Any]) -> None:
+async def test_a_client_that_reads_nothing_is_disconnected_at_the_time_limit(make_bench: MakeBench) -> None:
     bench = make_bench(request_timeout_s=0.02)
     client = RawClient(bench.app, "/v1/completions", {"prompt": "x", "stream": True})
 
@@ -115,7 +116,7 @@ async def test_a_client_that_reads_nothing_is_disconnected_at_the_time_limit(mak
     assert "kvist:gateway_requests_in_flight 0.0" in (await bench.client.get("/metrics")).text
 
 
-async def test_a_body_that_never_ends_is_a_408(make_bench: Callable[..., Any]) -> None:
+async def test_a_body_that_never_ends_is_a_408(make_bench: MakeBench) -> None:
     bench = make_bench(body_timeout_s=0.02)
 
     async def first_piece_only() -> dict[str, Any]:
@@ -130,7 +131,7 @@ async def test_a_body_that_never_ends_is_a_408(make_bench: Callable[..., Any]) -
     assert client.sent[0]["status"] == 408
 
 
-async def test_the_api_key_guards_all_but_health_and_ready(make_bench: Callable[..., Any]) -> None:
+async def test_the_api_key_guards_all_but_health_and_ready(make_bench: MakeBench) -> None:
     bench = make_bench(api_key=("sesam",))
     for path in ("/v1/models", "/server_info", "/metrics", "/nowhere"):
         assert (await bench.client.get(path)).status_code == 401
@@ -143,7 +144,7 @@ async def test_the_api_key_guards_all_but_health_and_ready(make_bench: Callable[
     assert not bench.dispatcher.requests
 
 
-async def test_the_response_has_the_clients_request_id_or_a_new_one(bench: Any) -> None:
+async def test_the_response_has_the_clients_request_id_or_a_new_one(bench: GatewayBench) -> None:
     assert (await bench.client.get("/health", headers={"x-request-id": "abc-1"})).headers["x-request-id"] == "abc-1"
     assert (await bench.client.get("/nowhere", headers={"x-request-id": "abc-1"})).headers["x-request-id"] == "abc-1"
     made = (await bench.client.get("/health", headers={"x-request-id": "a b"})).headers["x-request-id"]
@@ -151,28 +152,26 @@ async def test_the_response_has_the_clients_request_id_or_a_new_one(bench: Any) 
     assert len(made) == 32
 
 
-async def test_ready_depends_on_the_workers_and_health_does_not(bench: Any) -> None:
+async def test_ready_depends_on_the_workers_and_health_does_not(bench: GatewayBench) -> None:
     assert (await bench.client.get("/ready")).status_code == 200
     bench.dispatcher.can_serve = False
     assert (await bench.client.get("/ready")).status_code == 503
     assert (await bench.client.get("/health")).status_code == 200
 
 
-async def test_a_prefill_or_decode_worker_is_ready_when_its_engine_is(
-    make_bench: Callable[..., Any], busy: Any
-) -> None:
+async def test_a_prefill_or_decode_worker_is_ready_when_its_engine_is(make_bench: MakeBench, busy: Any) -> None:
     spec: EngineSpec = busy.workers[0].spec
-    loading = make_bench(tokenizer=None, own_role=Role.DECODE)
+    loading = make_bench(own_role=Role.DECODE)
     assert (await loading.client.get("/ready")).status_code == 503
     assert (await loading.client.get("/server_info")).json()["engine"] is None
-    loaded = make_bench(tokenizer=None, own_role=Role.DECODE, own_engine=spec)
+    loaded = make_bench(own_role=Role.DECODE, own_engine=spec)
     assert (await loaded.client.get("/ready")).status_code == 200
     for path in ("/server_info", "/get_server_info"):
         engine = (await loaded.client.get(path)).json()["engine"]
         assert msgspec.convert(engine, EngineSpec, strict=True) == spec
 
 
-async def test_models_are_listed_and_found(make_bench: Callable[..., Any]) -> None:
+async def test_models_are_listed_and_found(make_bench: MakeBench) -> None:
     bench = make_bench(served_model_name="org/name")
     (model,) = (await bench.client.get("/v1/models")).json()["data"]
     assert (model["id"], model["object"], model["max_model_len"]) == ("org/name", "model", 200)
@@ -181,7 +180,7 @@ async def test_models_are_listed_and_found(make_bench: Callable[..., Any]) -> No
     assert (await bench.chat(model="org/name")).status_code == 200
 
 
-async def test_tokenize_and_detokenize_are_inverse(bench: Any) -> None:
+async def test_tokenize_and_detokenize_are_inverse(bench: GatewayBench) -> None:
     found = (await bench.post("/tokenize", {"prompt": "hé<|end|>", "return_token_strs": True})).json()
     assert (found["count"], found["max_model_len"]) == (4, 200)
     assert found["token_strs"][0] == "h"
@@ -192,7 +191,7 @@ async def test_tokenize_and_detokenize_are_inverse(bench: Any) -> None:
     assert (await bench.post("/detokenize", {"tokens": [9999]})).json()["error"]["param"] == "tokens"
 
 
-async def test_flush_cache_counts_the_pages_of_all_workers(bench: Any) -> None:
+async def test_flush_cache_counts_the_pages_of_all_workers(bench: GatewayBench) -> None:
     body = (await bench.client.post("/flush_cache")).json()
     assert body == {"success": True, "num_pages": 12, "workers": {"p:1": 5, "d:1": 7}}
     for tier in ("device", "host"):
@@ -211,14 +210,14 @@ async def test_flush_cache_counts_the_pages_of_all_workers(bench: Any) -> None:
         ("level=host", "level", "takes only `tier`"),
     ],
 )
-async def test_a_tier_that_cannot_be_flushed_is_refused(bench: Any, query: str, param: str, says: str) -> None:
+async def test_a_tier_that_cannot_be_flushed_is_refused(bench: GatewayBench, query: str, param: str, says: str) -> None:
     response = await bench.client.request("POST", f"/flush_cache?{query}")
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
     assert says in response.json()["error"]["message"]
     assert bench.dispatcher.flushed == []
 
 
-async def test_metrics_count_requests_tokens_and_workers(bench: Any, busy: Any) -> None:
+async def test_metrics_count_requests_tokens_and_workers(bench: GatewayBench, busy: Any) -> None:
     bench.dispatcher.snapshots = busy
     await bench.chat()
     text = (await bench.client.get("/metrics")).text
@@ -244,13 +243,13 @@ async def test_metrics_count_requests_tokens_and_workers(bench: Any, busy: Any) 
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="read from /proc")
-async def test_metrics_have_the_processor_time_of_the_gateway(bench: Any) -> None:
+async def test_metrics_have_the_processor_time_of_the_gateway(bench: GatewayBench) -> None:
     text = (await bench.client.get("/metrics")).text
     spent = [line.split() for line in text.splitlines() if line.startswith("process_cpu_seconds_total")]
     assert [0.0 < float(value) <= time.process_time() + 0.02 for _, value in spent] == [True]
 
 
-async def test_long_prompts_are_tokenised_like_short_prompts(make_bench: Callable[..., Any]) -> None:
+async def test_long_prompts_are_tokenised_like_short_prompts(make_bench: MakeBench) -> None:
     bench = make_bench()
     bench.dispatcher.spec = msgspec.structs.replace(bench.dispatcher.spec, max_model_len=20_000)
     await bench.post("/v1/completions", {"prompt": "x" * 10_000})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from kvist.request import WorkerId
+from kvist.testing.gateway_bench import GatewayBench
 from kvist.wire import AttachStoreRequest, StorageAnswer, StorageCommand, StorageStatus
 
 URL = "/hicache/storage-backend"
@@ -32,7 +31,9 @@ def answers(**refused: tuple[str, str, str]) -> dict[WorkerId, StorageAnswer]:
 
 
 @pytest.mark.parametrize(("method", "action"), [("GET", "status"), ("DELETE", "detach")])
-async def test_get_returns_the_storage_of_every_worker_with_sglangs_names(bench: Any, method: str, action: str) -> None:
+async def test_get_returns_the_storage_of_every_worker_with_sglangs_names(
+    bench: GatewayBench, method: str, action: str
+) -> None:
     bench.dispatcher.storage_answers = answers()
     body = (await bench.client.request(method, URL)).json()
     assert body["success"] is True
@@ -43,7 +44,7 @@ async def test_get_returns_the_storage_of_every_worker_with_sglangs_names(bench:
     assert [asked.action for asked in bench.dispatcher.storage_asked] == [action]
 
 
-async def test_put_sends_the_given_fields_and_leaves_the_others_to_the_flags(bench: Any) -> None:
+async def test_put_sends_the_given_fields_and_leaves_the_others_to_the_flags(bench: GatewayBench) -> None:
     bench.dispatcher.storage_answers = answers()
     wanted = {"hicache_storage_backend": "file", "hicache_storage_path": "/pages", "hicache_storage_size": 2}
     assert (await bench.client.put(URL, json=wanted)).status_code == 200
@@ -64,7 +65,7 @@ async def test_put_sends_the_given_fields_and_leaves_the_others_to_the_flags(ben
         ({"hicache_write_policy": "write_back"}, "hicache_write_policy"),
     ],
 )
-async def test_an_invalid_body_is_a_400_that_names_the_field(bench: Any, body: object, field: str) -> None:
+async def test_an_invalid_body_is_a_400_that_names_the_field(bench: GatewayBench, body: object, field: str) -> None:
     answer = await bench.client.put(URL, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == field
@@ -73,7 +74,7 @@ async def test_an_invalid_body_is_a_400_that_names_the_field(bench: Any, body: o
 
 @pytest.mark.parametrize(("code", "status"), [("invalid_request", 400), ("conflict", 409)])
 async def test_a_refusal_names_the_worker_its_reason_and_how_many_workers_succeeded(
-    bench: Any, code: str, status: int
+    bench: GatewayBench, code: str, status: int
 ) -> None:
     bench.dispatcher.storage_answers = answers(d=(code, "no such folder", "hicache_storage_path"))
     answer = await bench.client.put(URL, json={"hicache_storage_backend": "file"})
@@ -83,11 +84,11 @@ async def test_a_refusal_names_the_worker_its_reason_and_how_many_workers_succee
     assert error["message"] == "worker d: no such folder (1 of 2 workers succeeded)"
 
 
-async def test_the_loss_of_every_worker_during_the_call_is_an_error(bench: Any) -> None:
+async def test_the_loss_of_every_worker_during_the_call_is_an_error(bench: GatewayBench) -> None:
     assert (await bench.client.delete(URL)).status_code == 503
 
 
-async def test_other_methods_are_refused(bench: Any) -> None:
+async def test_other_methods_are_refused(bench: GatewayBench) -> None:
     answer = await bench.client.post(URL, json={})
     assert answer.status_code == 405
     assert "PUT" in answer.headers["allow"]

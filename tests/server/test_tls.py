@@ -3,9 +3,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,6 +11,7 @@ from kvist import settings
 from kvist.errors import ConfigError
 from kvist.server.config import ServerConfig
 from kvist.server.serve import http_server
+from tests.server.conftest import MakeBench
 
 BOUND_S = 30.0
 
@@ -27,9 +26,7 @@ def certificate(tmp_path: Path) -> dict[str, Path]:
     return {"ssl_certfile": certificate, "ssl_keyfile": key}
 
 
-async def test_a_server_with_a_certificate_serves_https(
-    make_bench: Callable[..., Any], certificate: dict[str, Path]
-) -> None:
+async def test_a_server_with_a_certificate_serves_https(make_bench: MakeBench, certificate: dict[str, Path]) -> None:
     bench = make_bench(port=0, **certificate)
     server = http_server(bench.app, bench.app.traffic, bench.config)
     task = asyncio.create_task(server.serve())
@@ -52,7 +49,7 @@ async def test_a_server_with_a_certificate_serves_https(
 
 
 async def test_a_certificate_that_cannot_be_used_is_an_error_at_start(
-    make_bench: Callable[..., Any], certificate: dict[str, Path], tmp_path: Path
+    make_bench: MakeBench, certificate: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="need each other"):
         ServerConfig(ssl_certfile=certificate["ssl_certfile"])

@@ -139,6 +139,15 @@ class SamplingFields(TypedDict, total=False):
     ignore_eos: bool
     stop_token_ids: tuple[int, ...]
     num_logprobs: int | None
+    frequency_penalty: float
+    presence_penalty: float
+    repetition_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    allowed_token_ids: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...]
+    prompt_logprobs: int | None
+    prompt_logprobs_start: int
+    logprob_token_ids: tuple[int, ...]
 
 
 class RequestFields(SamplingFields, total=False):

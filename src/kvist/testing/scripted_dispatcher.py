@@ -1,0 +1,143 @@
+"""A dispatcher without engines: the server's `EngineClient`, with answers that a test writes.
+
+A test sets the public fields at any time. Each request is answered with the tokens of `answer`, cut into parts, and
+then with the end token unless the request ignores it; at most `max_tokens` tokens in all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from kvist.errors import KvistError
+from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
+from kvist.router.stream import ClusterSnapshot, StreamPart
+from kvist.testing.specs import make_spec
+from kvist.text.tokenizer import Tokenizer
+from kvist.wire import EngineSpec, FlushTier, HandoffReport, StorageAnswer, StorageCommand, TokenChunk
+
+PREFILL, DECODE = WorkerId("p:1"), WorkerId("d:1")
+BYTE_MODEL = make_spec(
+    worker_id=DECODE,
+    model_name="tiny",
+    vocab_size=300,
+    max_model_len=200,
+    num_pages=10,
+    dtype="fp32",
+    max_running_requests=8,
+    max_queued_requests=8,
+)
+HANDOFF = HandoffReport(num_pages=3, num_pages_reused=2, num_bytes=4096, duration_s=0.0125, wait_s=0.001)
+LogprobsAt = Callable[[EngineRequest, int, int], TokenLogprobs]  # request, position of the output token, its id
+
+
+def chosen_and_a_certain_other(_request: EngineRequest, _position: int, token_id: int) -> TokenLogprobs:
+    """Return logprobs with the chosen token first, and one that is impossible."""
+    return TokenLogprobs(logprob=-0.5, top_token_ids=(token_id, 65), top_logprobs=(-0.5, float("-inf")))
+
+
+@dataclass
+class ScriptedDispatcher:
+    """Mutable; owned by one test and used in its event loop."""
+
+    tokenizer: Tokenizer
+    answer: str | Sequence[int] = "hello"
+    end_token_id: int = 256  # of `byte_tokenizer()`
+    ends: bool = True  # the end token follows the answer, unless the request ignores it
+    cuts: Sequence[int] = ()  # tokens in the first parts
+    tokens_per_part: int = 1  # in all others
+    logprobs_at: LogprobsAt = chosen_and_a_certain_other
+    error: KvistError | None = None  # raised after `error_after` tokens
+    error_after: int = 0
+    hold: asyncio.Event | None = None  # awaited before each part but the first
+    can_serve: bool = True
+    spec: EngineSpec | None = BYTE_MODEL
+    snapshots: ClusterSnapshot = field(default_factory=lambda: ClusterSnapshot(workers=()))
+    storage_answers: dict[WorkerId, StorageAnswer] = field(default_factory=dict)
+    # what it was asked
+    requests: list[EngineRequest] = field(default_factory=list)
+    flushed: list[FlushTier | None] = field(default_factory=list)
+    storage_asked: list[StorageCommand] = field(default_factory=list)
+    num_open: int = 0
+    num_closed_early: int = 0
+    closed: asyncio.Event = field(default_factory=asyncio.Event)  # set when a stream ends
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
+        self.requests.append(request)
+        self.num_open += 1
+        complete = False
+        try:
+            for part in self._parts(request):
+                if self.error is not None and part.chunk.position >= self.error_after:
+                    raise self.error
+                if self.hold is not None and part.chunk.position > 0:
+                    await self.hold.wait()
+                complete = part.chunk.finish_reason is not None
+                yield part
+                await asyncio.sleep(0)
+        finally:
+            self.num_open -= 1
+            self.num_closed_early += not complete
+            self.closed.set()
+
+    def ready(self) -> bool:
+        return self.can_serve
+
+    def model(self) -> EngineSpec | None:
+        return self.spec
+
+    async def flush_cache(self, tier: FlushTier | None = None) -> dict[WorkerId, int]:
+        self.flushed.append(tier)
+        return {PREFILL: 5, DECODE: 7}
+
+    async def send_storage_command(self, ask: StorageCommand) -> dict[WorkerId, StorageAnswer]:
+        self.storage_asked.append(ask)
+        return self.storage_answers
+
+    def snapshot(self) -> ClusterSnapshot:
+        return self.snapshots
+
+    def _parts(self, request: EngineRequest) -> Iterator[StreamPart]:
+        token_ids, reason = self._answer_to(request)
+        cuts = itertools.chain(self.cuts, itertools.repeat(self.tokens_per_part))
+        position = 0
+        while position < len(token_ids):
+            stop = min(position + next(cuts), len(token_ids))
+            yield self._part(
+                request, position, tuple(token_ids[position:stop]), reason if stop == len(token_ids) else None
+            )
+            position = stop
+
+    def _answer_to(self, request: EngineRequest) -> tuple[Sequence[int], FinishReason]:
+        sampling = request.sampling
+        token_ids = self.tokenizer.encode(self.answer) if isinstance(self.answer, str) else self.answer
+        if self.ends and not sampling.ignore_eos:
+            token_ids = [*token_ids, self.end_token_id]
+        whole = len(token_ids) <= sampling.max_tokens
+        token_ids = token_ids[: sampling.max_tokens]
+        stopped = whole and not sampling.ignore_eos and token_ids[-1] == self.end_token_id
+        return token_ids, FinishReason.STOP if stopped else FinishReason.LENGTH
+
+    def _part(
+        self, request: EngineRequest, position: int, token_ids: tuple[int, ...], reason: FinishReason | None
+    ) -> StreamPart:
+        logprobs = (
+            tuple(self.logprobs_at(request, position + offset, token_id) for offset, token_id in enumerate(token_ids))
+            if request.sampling.num_logprobs is not None
+            else None
+        )
+        first = position == 0
+        chunk = TokenChunk(
+            request_id=request.request_id,
+            position=position,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=reason,
+            num_cached_tokens=4 if first else None,
+            num_cached_host_tokens=2 if first else 0,
+            num_cached_storage_tokens=1 if first else 0,
+            handoff=HANDOFF if position == 1 else None,
+        )
+        return StreamPart(chunk=chunk, prefill_worker=PREFILL, decode_worker=DECODE)
