@@ -162,6 +162,9 @@ class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in eac
     num_cached_host_tokens: int = 0  # the part of the cached tokens that came from the host tier
     num_cached_storage_tokens: int = 0  # the part from the storage tier; the rest was in the device pool
     handoff: HandoffReport | None = None  # in the first chunk of decode
+    # Sent before the first token, in pieces without tokens: logprobs of the prompt's tokens from `prompt_position` on.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_position: int = 0
 
 
 class Ended(_Message, frozen=True, tag=False):

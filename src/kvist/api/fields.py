@@ -46,18 +46,17 @@ _EMPTY: tuple[object, ...] = ([], {}, "")
 # Alternatives to refused fields.
 _TOOLS = "tool calling is not supported yet; describe the tools in the messages and read the call from the text"
 _FORMAT = "constrained output is not supported yet; describe the format in the prompt and check the answer"
-_PENALTY = "use `temperature`, `top_p`, `top_k` and `min_p` to shape the choice of tokens"
 _TEXT = "only text is supported; omit this field"
 _BEAM = "beam search is not supported; `n` gives several sampled answers"
-_LOGPROBS = "only the output tokens have logprobs: use `logprobs` (`return_logprob` in /generate)"
+_LOGPROBS = "use `logprobs` and `prompt_logprobs` in /v1, `return_logprob` and `logprob_start_len` in /generate"
 _LORA = "adapters are not supported yet; serve the merged model"
 _TOKENS = "in /v1, `return_token_ids` returns token ids; /generate always returns them"
 _ROUTING = "Kvist chooses prefill and decode workers itself; omit this field"
 _INTERNAL = "the internal values of the model are not available; omit this field"
 _PROCESSOR = "logits processors are not supported; use `temperature`, `top_p`, `top_k` and `min_p`"
 _THINKING = 'models that support it read `chat_template_kwargs`, often {"enable_thinking": false}'
+_V1 = "a field of /v1/chat/completions and /v1/completions"
 _SAMPLING = "a field of requests that generate; in /generate it is part of `sampling_params`"
-_OUTPUT = "a field of /v1/chat/completions and /v1/completions"
 _CHAT = "a field of /v1/chat/completions"
 _LIMIT = "use `max_tokens` in /v1, `sampling_params.max_new_tokens` in /generate"
 _LEAST = "use `min_tokens` in /v1, `sampling_params.min_new_tokens` in /generate"
@@ -129,13 +128,13 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     structural_tag: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
 
     # -------- how tokens are chosen
-    frequency_penalty: Annotated[object, Refused(_PENALTY, (0,))] = None
-    presence_penalty: Annotated[object, Refused(_PENALTY, (0,))] = None
-    repetition_penalty: Annotated[object, Refused(_PENALTY, (1,))] = None
+    frequency_penalty: Annotated[object, Refused(_SAMPLING, (0,))] = None
+    presence_penalty: Annotated[object, Refused(_SAMPLING, (0,))] = None
+    repetition_penalty: Annotated[object, Refused(_SAMPLING, (1,))] = None
     repetition_detection: Annotated[object, Refused("`max_tokens` bounds an answer that repeats itself", ({},))] = None
-    logit_bias: Annotated[object, Refused(_PENALTY, ({},))] = None
-    allowed_token_ids: Annotated[object, Refused(_PENALTY)] = None
-    bad_words: Annotated[object, Refused(_PENALTY, ([],))] = None
+    logit_bias: Annotated[object, Refused(_SAMPLING, ({},))] = None
+    allowed_token_ids: Annotated[object, Refused(_V1)] = None
+    bad_words: Annotated[object, Refused(_V1, ([],))] = None
     logits_processors: Annotated[object, Refused(_PROCESSOR, ([],))] = None
     custom_logit_processor: Annotated[object, Refused(_PROCESSOR, ("",))] = None
     custom_params: Annotated[object, Refused(_PROCESSOR, ({},))] = None
@@ -202,7 +201,7 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     logprob_token_ids: Annotated[object, Refused(_LOGPROBS, ([],))] = None
     token_ids_logprob: Annotated[object, Refused(_LOGPROBS, ([],))] = None
     return_tokens_as_token_ids: Annotated[object, Refused(_TOKENS, _OFF)] = None
-    return_text_in_logprobs: Annotated[object, Refused("/detokenize returns the text of a token", _OFF)] = None
+    return_text_in_logprobs: Annotated[object, Refused("logprobs have texts already", _OFF)] = None
     return_prompt_token_ids: Annotated[object, Refused(_TOKENS, _OFF)] = None
     return_input_ids_in_sglext: Annotated[object, Refused(_TOKENS, _OFF)] = None
     return_output_ids_in_sglext: Annotated[object, Refused(_TOKENS, _OFF)] = None
@@ -264,7 +263,7 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     seed: Annotated[object, Refused(_SEED)] = None
     sampling_seed: Annotated[object, Refused(_SEED)] = None
     stream: Annotated[object, Refused("nothing is streamed here", _OFF)] = None
-    stream_options: Annotated[object, Refused(_OUTPUT, ({},))] = None
+    stream_options: Annotated[object, Refused(_V1, ({},))] = None
     logprobs: Annotated[object, Refused(_LOGPROBS, _OFF)] = None
     top_logprobs: Annotated[object, Refused("a field of chats; /v1/completions has `logprobs`", (0,))] = None
     return_logprob: Annotated[object, Refused(_LOGPROBS, _OFF)] = None

@@ -11,8 +11,10 @@ from typing import Annotated
 import msgspec
 
 from kvist.api.fields import Advisory, Honoured, KnownFields, Refused
+from kvist.request import MAX_BAD_WORDS, MAX_LOGIT_BIAS
 
 StopTokenIds = Annotated[list[int], msgspec.Meta(max_length=256)]  # each id is compared with every token
+TokenIds = Annotated[list[int], msgspec.Meta(max_length=1024)]  # each token of an answer has a logprob of each of them
 TemplateNames = Annotated[dict[str, object], msgspec.Meta(max_length=64)]
 TemplateOptions = Annotated[TemplateNames | None, Honoured("variables for the chat template; any JSON")]
 AddGenerationPrompt = Annotated[bool | None, Honoured("default true: the assistant's turn is opened")]
@@ -90,14 +92,41 @@ class SamplingFields(KnownFields, forbid_unknown_fields=True, kw_only=True):
         None
     )
     no_stop_trim: Annotated[bool | None, Honoured("the same as `include_stop_str_in_output`")] = None
+    frequency_penalty: Annotated[
+        float | None, Honoured("-2 to 2: subtracted from a token's logit for each time that the answer has the token")
+    ] = None
+    presence_penalty: Annotated[
+        float | None, Honoured("-2 to 2: subtracted once from the logit of each token that the answer has")
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, Honoured("over 0, 1 is off: over 1 makes tokens of the prompt and of the answer less likely")
+    ] = None
+    logit_bias: Annotated[
+        dict[str, float] | None,
+        Honoured(f"token id (as a string) to -100 to 100, added to its logit; up to {MAX_LOGIT_BIAS} ids"),
+    ] = None
 
 
-class _Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
+class Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     """The fields that both OpenAI endpoints share."""
 
-    max_tokens: Annotated[int | None, Honoured("maximum number of tokens of the answer")] = None
+    max_tokens: Annotated[
+        int | None, Honoured("maximum number of tokens of the answer; in completions 0 computes the prompt alone")
+    ] = None
     max_completion_tokens: Annotated[int | None, Honoured("the same as `max_tokens`")] = None
     min_tokens: Annotated[int | None, Honoured("minimum number of tokens before the answer may end")] = None
+    allowed_token_ids: Annotated[list[int] | None, Honoured("only these tokens are sampled")] = None
+    bad_words: Annotated[
+        list[str] | None,
+        Honoured(f"up to {MAX_BAD_WORDS // 2} words that the answer does not have, at its start or after a space"),
+    ] = None
+    prompt_logprobs: Annotated[
+        int | None,
+        Honoured("logprobs of the prompt's tokens, and 0 to 20 of the likeliest; without `stream`"),
+    ] = None
+    logprob_token_ids: Annotated[
+        TokenIds | None, Honoured("with `logprobs`: up to 1024 tokens to list among the likeliest of each token")
+    ] = None
     seed: Annotated[int | None, Honoured("the same seed gives the same answer; -1 or absent: drawn at random")] = None
     stream: Annotated[bool | None, Honoured("server-sent events")] = None
     stream_options: Annotated[StreamOptions | None, Honoured("see `stream_options.*`")] = None
@@ -113,7 +142,7 @@ class _Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     kvist: Annotated[KvistOptions | None, Honoured("see `kvist.*`")] = None
 
 
-class ChatRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
+class ChatRequest(Generation, forbid_unknown_fields=True, kw_only=True):
     messages: Annotated[Messages, Honoured("see `messages[].*`")]
     logprobs: Annotated[bool | None, Honoured("logprobs of the output tokens")] = None
     top_logprobs: Annotated[int | None, Honoured("0 to 20 of the likeliest tokens beside each")] = None
@@ -125,18 +154,20 @@ class ChatRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
     ] = None
 
 
-class CompletionRequest(_Generation, forbid_unknown_fields=True, kw_only=True):
+class CompletionRequest(Generation, forbid_unknown_fields=True, kw_only=True):
     prompt: Annotated[
         str | list[str | int | list[int]], Honoured("a text, several, token ids, or several lists of them")
     ]
     logprobs: Annotated[int | None, Honoured("logprobs of the output tokens, and 0 to 20 of the likeliest")] = None
-    echo: Annotated[bool | None, Honoured("the text begins with the prompt; not together with `logprobs`")] = None
+    echo: Annotated[bool | None, Honoured("the text begins with the prompt, and so do `logprobs`")] = None
 
 
 class NativeSampling(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     """SGLang's `sampling_params`."""
 
-    max_new_tokens: Annotated[int | None, Honoured("maximum number of tokens of the answer; default 128")] = None
+    max_new_tokens: Annotated[
+        int | None, Honoured("maximum number of tokens of the answer; default 128; 0 computes the prompt alone")
+    ] = None
     min_new_tokens: Annotated[int | None, Honoured("minimum number of tokens before the answer may end")] = None
     sampling_seed: Annotated[
         int | None, Honoured("the same seed gives the same answer; -1 or absent: drawn at random")
@@ -152,6 +183,11 @@ class NativeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     stream: Annotated[bool | None, Honoured("server-sent events; the text is cumulative")] = None
     return_logprob: Annotated[bool | None, Honoured("logprobs of the output tokens")] = None
     top_logprobs_num: Annotated[int | None, Honoured("0 to 20 of the likeliest tokens beside each")] = None
+    logprob_start_len: Annotated[
+        int | None, Honoured("first token of the prompt with logprobs, whose own is null; -1: the last token alone")
+    ] = None
+    token_ids_logprob: Annotated[TokenIds | None, Honoured("up to 1024 tokens whose logprobs are reported, too")] = None
+    return_text_in_logprobs: Annotated[bool | None, Honoured("logprobs have the text of their token")] = None
     rid: Annotated[str | None, Honoured("the response's id; with several answers, `_` and the index follow")] = None
     cache_salt: Salt = None
     kvist: Annotated[KvistOptions | None, Honoured("see `kvist.*`")] = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 
+from kvist.request import EngineRequest, SamplingParams, TokenLogprobs
 from kvist.wire import EngineSpec, LoadReport, TokenChunk
 
 _LONGEST_RETRY_AFTER_S = 3600.0
@@ -16,22 +17,46 @@ _MAX_TOTALS = 512
 _TOTAL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")  # becomes part of a metric name
 
 
-def fault_of_chunk(chunk: TokenChunk, *, max_tokens: int, vocab_size: int) -> str | None:
+def fault_of_chunk(chunk: TokenChunk, sampling: SamplingParams, *, vocab_size: int) -> str | None:
     """Return what is impossible in the chunk, or None. Called for every chunk of every stream: must be cheap."""
-    token_ids, num_tokens = chunk.token_ids, len(chunk.token_ids)
+    token_ids, num_tokens, max_tokens = chunk.token_ids, len(chunk.token_ids), sampling.max_tokens
     if not 0 <= chunk.position <= max_tokens - num_tokens:
         return f"{num_tokens} tokens from position {chunk.position}, in an answer of at most {max_tokens} tokens"
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             return f"token {token_id}, outside the vocabulary of {vocab_size}"
-    if chunk.logprobs is not None:
-        if len(chunk.logprobs) != num_tokens:
-            return f"{len(chunk.logprobs)} logprobs for {num_tokens} tokens"
-        for each in chunk.logprobs:
-            if len(each.top_token_ids) != len(each.top_logprobs):
-                return f"{len(each.top_logprobs)} top logprobs for {len(each.top_token_ids)} top tokens"
-            if each.top_token_ids and not 0 <= min(each.top_token_ids) <= max(each.top_token_ids) < vocab_size:
-                return f"top tokens outside the vocabulary of {vocab_size}"
+    if chunk.logprobs is None:
+        return None
+    if len(chunk.logprobs) != num_tokens:
+        return f"{len(chunk.logprobs)} logprobs for {num_tokens} tokens"
+    return _fault_of_logprobs(chunk.logprobs, sampling, vocab_size)
+
+
+def fault_of_prompt_logprobs(
+    chunk: TokenChunk, request: EngineRequest, *, num_known: int, vocab_size: int
+) -> str | None:
+    """Return what is impossible in the chunk's piece of prompt logprobs, or None. `num_known`: positions whose logprobs
+    have arrived before."""
+    sampling = request.sampling
+    start, count = max(sampling.prompt_logprobs_start, 1) + num_known, len(chunk.prompt_logprobs)
+    if sampling.prompt_logprobs is None:
+        return "logprobs of a prompt that were not asked for"
+    if chunk.prompt_position != start or start + count > request.num_prompt_tokens:
+        return f"{count} logprobs from position {chunk.prompt_position} of a prompt, where position {start} is next"
+    if any(each.rank is None for each in chunk.prompt_logprobs):
+        return "logprobs of a prompt without ranks"
+    return _fault_of_logprobs(chunk.prompt_logprobs, sampling, vocab_size)
+
+
+def _fault_of_logprobs(logprobs: tuple[TokenLogprobs, ...], sampling: SamplingParams, vocab_size: int) -> str | None:
+    num_asked = len(sampling.logprob_token_ids)
+    for each in logprobs:
+        if len(each.top_token_ids) != len(each.top_logprobs):
+            return f"{len(each.top_logprobs)} top logprobs for {len(each.top_token_ids)} top tokens"
+        if each.top_token_ids and not 0 <= min(each.top_token_ids) <= max(each.top_token_ids) < vocab_size:
+            return f"top tokens outside the vocabulary of {vocab_size}"
+        if len(each.asked_logprobs) != num_asked:
+            return f"logprobs of {len(each.asked_logprobs)} tokens where {num_asked} were asked for"
     return None
 
 

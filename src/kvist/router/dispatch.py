@@ -25,7 +25,7 @@ from kvist.errors import EngineError, KvistError, RequestError, Timeout, Unavail
 from kvist.fairness import caller_path
 from kvist.metrics import Histogram
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, WorkerId
-from kvist.router.checks import checked_retry_after_s, fault_of_chunk
+from kvist.router.checks import checked_retry_after_s, fault_of_chunk, fault_of_prompt_logprobs
 from kvist.router.config import RouterConfig
 from kvist.router.fleet import EngineEvents
 from kvist.router.flight import Flight
@@ -197,14 +197,18 @@ class Dispatcher:
             flight = flights.get(chunk.request_id)
             if flight is None or worker not in (flight.prefill, flight.decode):
                 continue
-            fault = fault_of_chunk(chunk, max_tokens=flight.max_tokens, vocab_size=vocab_size)
+            fault = fault_of_chunk(chunk, flight.request.sampling, vocab_size=vocab_size)
+            if chunk.prompt_logprobs and fault is None:
+                num_known = flight.merger.num_prompt_logprobs
+                fault = fault_of_prompt_logprobs(chunk, flight.request, num_known=num_known, vocab_size=vocab_size)
             if fault is not None:
                 self._reject(worker, fault)
                 self._fail(
                     flight, EngineError(f"worker {worker.worker_id} sent {fault}; this is a bug in the worker"), worker
                 )
                 continue
-            worker.prompt_done(chunk.request_id)
+            if chunk.token_ids:
+                worker.prompt_done(chunk.request_id)
             flight.push(worker, chunk)
             if flight.merger.num_logprobs > MAX_WAITING_LOGPROBS:
                 self._fail(flight, _slow_reader(), None)
@@ -261,7 +265,7 @@ class Dispatcher:
             prefill=route.prefill,
             decode=route.decode,
             merger=merger,
-            max_tokens=request.sampling.max_tokens,
+            request=request,
         )
         self._flights[request_id] = flight
         sent = msgspec.structs.replace(request, request_id=request_id)

@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from kvist.errors import KvistError
-from kvist.request import RequestId
+from kvist.request import EngineRequest, RequestId
 from kvist.router.merge import ChunkMerger
 from kvist.router.registry import Worker
 from kvist.router.stream import StreamPart
@@ -25,7 +25,7 @@ class Flight:
     prefill: Worker
     decode: Worker
     merger: ChunkMerger
-    max_tokens: int  # of the answer
+    request: EngineRequest  # with the client's id
     open: set[Worker] = field(default_factory=set)  # engines that have the request and have not sent Ended
     decode_began: bool = False  # decode has the pages: a failure of prefill no longer matters
     aborted: bool = False

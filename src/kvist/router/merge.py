@@ -1,7 +1,8 @@
 """PURE: merges the chunks that two engines send for one request into one ordered stream.
 
 Chunks carry the position of their first token. Early chunks wait, repeated tokens are dropped, and all tokens that the
-reader has not taken yet are returned as one chunk.
+reader has not taken yet are returned as one chunk. Logprobs of the prompt wait for the first token: until then the
+request may still be retried elsewhere.
 """
 
 from __future__ import annotations
@@ -15,14 +16,25 @@ from kvist.wire import TokenChunk
 class ChunkMerger:
     """Merger of one request's chunks. Owned by one flight; stores at most the tokens of one answer."""
 
-    __slots__ = ("_early", "_next_position", "_ready", "_request_id", "complete", "num_logprobs")
+    __slots__ = (
+        "_early",
+        "_next_position",
+        "_prompt_logprobs",
+        "_ready",
+        "_request_id",
+        "complete",
+        "num_logprobs",
+        "num_prompt_logprobs",
+    )
 
     def __init__(self, request_id: RequestId, first_position: int) -> None:
         self._request_id = request_id  # the client's id, set in the chunks that `take` returns
         self._next_position = first_position
         self._ready: list[TokenChunk] = []  # in order, not taken yet
         self._early: dict[int, TokenChunk] = {}  # by position
-        self.num_logprobs = 0  # logprob values waiting to be taken
+        self._prompt_logprobs: list[TokenLogprobs] = []  # not taken yet
+        self.num_prompt_logprobs = 0  # positions of the prompt whose logprobs have arrived
+        self.num_logprobs = 0  # logprob values of tokens waiting to be taken
         self.complete = False  # the chunk with the finish reason has been appended
 
     @property
@@ -33,6 +45,9 @@ class ChunkMerger:
         """Add a chunk. Return whether tokens became ready."""
         if self.complete:
             return False
+        if chunk.prompt_logprobs:  # one engine sends them, in order
+            self._prompt_logprobs.extend(chunk.prompt_logprobs)
+            self.num_prompt_logprobs += len(chunk.prompt_logprobs)
         if chunk.position > self._next_position:
             known = self._early.get(chunk.position)
             if known is None or len(known.token_ids) < len(chunk.token_ids):
@@ -70,7 +85,12 @@ class ChunkMerger:
             num_cached_host_tokens=cached.num_cached_host_tokens,
             num_cached_storage_tokens=cached.num_cached_storage_tokens,
             handoff=next((c.handoff for c in chunks if c.handoff is not None), None),
+            prompt_logprobs=self._take_prompt_logprobs() if self._prompt_logprobs else (),
         )
+
+    def _take_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        taken, self._prompt_logprobs = tuple(self._prompt_logprobs), []
+        return taken
 
     def _append(self, chunk: TokenChunk) -> bool:
         num_known = self._next_position - chunk.position
@@ -86,7 +106,7 @@ class ChunkMerger:
         self._next_position += len(chunk.token_ids)
         self._ready.append(chunk)
         if chunk.logprobs is not None:
-            self.num_logprobs += sum(1 + len(one.top_logprobs) for one in chunk.logprobs)
+            self.num_logprobs += sum(1 + len(one.top_logprobs) + len(one.asked_logprobs) for one in chunk.logprobs)
         if chunk.finish_reason is not None:
             self.complete = True
         return True

@@ -55,6 +55,7 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...]
     finished: bool
     text_offsets: tuple[int, ...] = ()  # with logprobs: see `ChoiceState.text_offsets`
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # in the first delta: see `ChoiceState.prompt_logprobs`
 
 
 class ChoiceState:
@@ -90,6 +91,7 @@ class ChoiceState:
         self.texts: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the last tokens of the prompt, as many as asked for
         # With logprobs: the number of complete characters before each token. The offset of a token that belongs to a
         # stop string may lie beyond the end of the text.
         self.text_offsets: list[int] = []
@@ -109,6 +111,8 @@ class ChoiceState:
 
     def absorb(self, part: StreamPart) -> Delta:
         chunk = part.chunk
+        if self.prefill_worker is None and self.request.sampling.prompt_logprobs is not None:
+            self._keep_prompt_logprobs(chunk)
         if self.prefill_worker is None or chunk.handoff is not None or chunk.num_cached_tokens is not None:
             self._remember_route(part)
         if chunk.finish_reason is not None or self._stops is not None or self._counts_chars:
@@ -117,7 +121,7 @@ class ChoiceState:
         self.token_ids.extend(token_ids)
         text = self._detokenizer.push(token_ids)
         self.texts.append(text)
-        return Delta(text, token_ids, (), False)
+        return Delta(text, token_ids, (), False, (), chunk.prompt_logprobs)
 
     def _absorb_each(self, chunk: TokenChunk) -> Delta:
         """Absorb token by token, so that tokens after a stop string in the same part are dropped."""
@@ -144,7 +148,14 @@ class ChoiceState:
             self._keep(logprobs, offsets)
         text = "".join(shown)
         self.texts.append(text)
-        return Delta(text, token_ids, logprobs, self.finish_reason is not None, tuple(offsets))
+        finished = self.finish_reason is not None
+        return Delta(text, token_ids, logprobs, finished, tuple(offsets), chunk.prompt_logprobs)
+
+    def _keep_prompt_logprobs(self, chunk: TokenChunk) -> None:
+        first, num_prompt_tokens = self.request.sampling.prompt_logprobs_start, self.request.num_prompt_tokens
+        self.prompt_logprobs = chunk.prompt_logprobs
+        if len(self.prompt_logprobs) != num_prompt_tokens - min(max(first, 1), num_prompt_tokens):
+            raise EngineError("an engine has not sent all logprobs of the prompt; this is a bug in Kvist")
 
     def _keep(self, logprobs: Sequence[TokenLogprobs], offsets: Sequence[int]) -> None:
         self.logprobs.extend(logprobs)
@@ -163,7 +174,10 @@ class ChoiceState:
 
     @property
     def num_logprobs_per_token(self) -> int:
-        return 1 + (self.request.sampling.num_logprobs or 0)
+        """The number of logprobs of one token, of the answer or of the prompt."""
+        sampling = self.request.sampling
+        most_top = max(sampling.num_logprobs or 0, sampling.prompt_logprobs or 0)
+        return 1 + most_top + len(sampling.logprob_token_ids)
 
     def _show(self, text: str, *, is_mark: bool = False) -> str:
         """Return the part of the withheld text and `text` that certainly belongs to the answer."""

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import msgspec
 
 from kvist.api.schemas import SamplingFields
-from kvist.request import EngineRequest, RequestId
+from kvist.errors import RequestError
+from kvist.request import EngineRequest, RequestId, SamplingParams
+from kvist.server.asked_logprobs import MAX_KEPT_LOGPROBS, AskedLogprobs
 from kvist.server.caller import Caller
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState
@@ -22,9 +24,8 @@ from kvist.server.sampling import (
     stop_ids,
     stop_strings,
 )
+from kvist.server.shaping import shaping
 from kvist.text import SamplingDefaults
-
-_MAX_KEPT_LOGPROBS = 1 << 20  # per request: about 150 MB, as numbers and then as JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class JobSpec:
     seed: int | None  # of the first answer to each prompt; further answers count up from it. None: drawn at random
     cache_salt: str | None
     min_tokens: int | None
-    num_logprobs: int | None
+    logprobs: AskedLogprobs
     defaults: SamplingDefaults  # for fields that the request does not set
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -61,21 +62,11 @@ def make_choices(gateway: GatewayContext, spec: JobSpec) -> list[ChoiceState]:
     num_repeats = num_choices(spec.fields.n, len(spec.prompts), gateway.config.max_choices, names)
     gateway.check_job_tokens(num_repeats * sum(len(prompt.token_ids) for prompt in spec.prompts), names.inside + "n")
     tokenizer, stops = gateway.require_tokenizer(), stop_strings(spec.fields.stop, names)
-    stop_token_ids = stop_ids(spec.fields, gateway.vocab_size(), names)
     salt = salt_digest(spec.cache_salt, gateway.tenant(spec.caller))
-    max_kept_logprobs = _MAX_KEPT_LOGPROBS // (num_repeats * len(spec.prompts)) if spec.keeps_logprobs else 0
+    max_kept_logprobs = _max_kept_logprobs(spec, num_repeats)
     first_seed = gateway.draw_seed() if spec.seed is None else spec.seed
     choices: list[ChoiceState] = []
-    for prompt in spec.prompts:
-        sampling = sampling_params(
-            spec.fields,
-            names=names,
-            defaults=spec.defaults,
-            max_tokens=prompt.max_tokens,
-            min_tokens=spec.min_tokens or 0,
-            num_logprobs=spec.num_logprobs,
-            stop_token_ids=stop_token_ids,
-        )
+    for prompt, sampling in zip(spec.prompts, _samplings(gateway, spec), strict=True):
         for repeat in range(num_repeats):
             index = len(choices)
             request = EngineRequest(
@@ -97,3 +88,39 @@ def make_choices(gateway: GatewayContext, spec: JobSpec) -> list[ChoiceState]:
             )
             choices.append(choice)
     return choices
+
+
+def _samplings(gateway: GatewayContext, spec: JobSpec) -> list[SamplingParams]:
+    """Return the sampling parameters of each prompt, without the seed."""
+    names, vocab_size, min_tokens = spec.names, gateway.vocab_size(), spec.min_tokens or 0
+    stop_token_ids = stop_ids(spec.fields, vocab_size, names)
+    tokenizer, suppressed = gateway.require_tokenizer(), stop_token_ids if min_tokens else ()
+    changes = shaping(spec.fields, tokenizer, vocab_size=vocab_size, stop_token_ids=suppressed, names=names)
+    changes |= spec.logprobs.params()
+    samplings = [
+        sampling_params(
+            spec.fields,
+            names=names,
+            defaults=spec.defaults,
+            max_tokens=prompt.max_tokens,
+            min_tokens=min_tokens,
+            stop_token_ids=stop_token_ids,
+        )
+        for prompt in spec.prompts
+    ]
+    return [msgspec.structs.replace(each, **changes) for each in samplings] if changes else samplings
+
+
+def _max_kept_logprobs(spec: JobSpec, num_repeats: int) -> int:
+    """Return how many logprobs of its answer a choice may keep. Raises `RequestError` when the prompts alone have too
+    many logprobs."""
+    num_prompt_logprobs = num_repeats * sum(spec.logprobs.num_prompt_logprobs(len(p.token_ids)) for p in spec.prompts)
+    if num_prompt_logprobs > MAX_KEPT_LOGPROBS:
+        raise RequestError(
+            f"the prompts of this request, counted once for each answer, have {num_prompt_logprobs} logprobs; the "
+            f"limit is {MAX_KEPT_LOGPROBS}: ask for fewer top logprobs, or send shorter or fewer prompts",
+            param=spec.logprobs.prompt_param,
+        )
+    if not spec.keeps_logprobs:
+        return 0
+    return (MAX_KEPT_LOGPROBS - num_prompt_logprobs) // (num_repeats * len(spec.prompts))

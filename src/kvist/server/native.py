@@ -11,16 +11,17 @@ from kvist.api.schemas import NativeRequest, NativeSampling
 from kvist.errors import RequestError
 from kvist.fit import Limit
 from kvist.request import TokenLogprobs
+from kvist.server.asked_logprobs import of_native
 from kvist.server.caller import Caller
 from kvist.server.config import StreamForm
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState, Delta
 from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
-from kvist.server.reporting import finite, report
+from kvist.server.logprobs import LogprobEntries
+from kvist.server.reporting import report
 from kvist.server.respond import Job
 from kvist.server.sampling import (
     FieldNames,
-    check_num_logprobs,
     check_seed,
     check_shown_id,
     check_token_ids,
@@ -29,7 +30,7 @@ from kvist.server.sampling import (
     shows_stop,
     token_lists,
 )
-from kvist.text import SamplingDefaults
+from kvist.text import SamplingDefaults, Tokenizer
 
 _DEFAULT_NEW_TOKENS = 128  # SGLang's
 _NATIVE = BodyDecoder(NativeRequest)
@@ -39,26 +40,24 @@ _json = msgspec.json.Encoder().encode
 
 def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     """Build the job of a /generate request. Raises `RequestError` for an invalid field."""
-    gateway.require_tokenizer()
+    tokenizer = gateway.require_tokenizer()
     request, headers = _NATIVE.decode(body)
     gateway.check_model(request.model)
     fields = request.sampling_params or NativeSampling()
     token_lists, batched, param = _prompts(gateway, request, fields)
-    top_logprobs = check_num_logprobs(request.top_logprobs_num or 0, "top_logprobs_num")
-    if request.top_logprobs_num and not request.return_logprob:
-        raise RequestError("`top_logprobs_num` needs `return_logprob` to be true", param="top_logprobs_num")
     limit = gateway.limit()
+    prompts = [_limited(limit, fields, token_ids, param) for token_ids in token_lists]
     spec = JobSpec(
         caller=caller,
         job_id=new_job_id("gen"),
-        prompts=[_limited(limit, fields, token_ids, param) for token_ids in token_lists],
+        prompts=prompts,
         fields=fields,
         names=_names(param),
         seed=check_seed(fields.sampling_seed, _WHERE + "sampling_seed"),
         cache_salt=request.cache_salt,
         min_tokens=fields.min_new_tokens,
         keeps_logprobs=not request.stream or gateway.config.stream_form is not StreamForm.INCREMENTAL,
-        num_logprobs=top_logprobs if request.return_logprob else None,
+        logprobs=of_native(request, token_lists, gateway.vocab_size()),
         defaults=SamplingDefaults(),  # as in SGLang: the model's defaults are for chats and completions only
         skip_special_tokens=fields.skip_special_tokens is not False,
         include_stop_str_in_output=shows_stop(fields),
@@ -66,12 +65,18 @@ def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     choices = make_choices(gateway, spec)
     form = NativeFormat(
         several=batched or len(choices) > 1,
-        logprobs=bool(request.return_logprob),
+        logprobs=_logprob_entries(request, tokenizer),
         with_report=request.kvist is not None and bool(request.kvist.report),
         stream_form=gateway.config.stream_form,
         rid=check_shown_id(request.rid, "rid"),
     )
     return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
+
+
+def _logprob_entries(request: NativeRequest, tokenizer: Tokenizer) -> LogprobEntries | None:
+    if not request.return_logprob:
+        return None
+    return LogprobEntries(tokenizer if request.return_text_in_logprobs else None)
 
 
 def _prompts(
@@ -118,6 +123,7 @@ def _limited(limit: Limit, fields: NativeSampling, token_ids: list[int], param: 
         default=_DEFAULT_NEW_TOKENS,
         param=_WHERE + "max_new_tokens",
         prompt=param,
+        least=0,
     )
     return TokenizedPrompt(token_ids=tuple(token_ids), max_tokens=max_tokens)
 
@@ -126,24 +132,39 @@ class NativeFormat:
     """Writes responses in SGLang's format.
 
     Each event has the whole text and all ids so far, as SGLang's clients expect. Logprobs are far larger, and repeating
-    them would make the stream grow with the square of its length: an event has the logprobs of its new tokens, and the
-    last event of a choice has all logprobs."""
+    them would make the stream grow with the square of its length: an event has the logprobs of its new tokens, the
+    first event those of the prompt, and the last event of a choice has all logprobs."""
 
-    def __init__(self, *, several: bool, logprobs: bool, with_report: bool, stream_form: StreamForm, rid: str | None):
+    def __init__(
+        self,
+        *,
+        several: bool,
+        logprobs: LogprobEntries | None,
+        with_report: bool,
+        stream_form: StreamForm,
+        rid: str | None,
+    ):
         self._several = several
         self._logprobs = logprobs
         self._with_report = with_report
         self._stream_form = stream_form
         self._rid = rid
+        self._begun: set[int] = set()  # choices that have an event already
 
     def event(self, choice: ChoiceState, delta: Delta) -> bytes:
         form, finished = self._stream_form, delta.finished
+        first = choice.index not in self._begun
+        self._begun.add(choice.index)
         if form is StreamForm.INCREMENTAL:
-            answer = self._answer(choice, delta.text, delta.token_ids, delta.logprobs, finished=finished)
-        elif form is StreamForm.CUMULATIVE or finished:
-            answer = self._answer(choice, choice.text, choice.token_ids, choice.logprobs, finished=finished)
+            answer = self._answer(
+                choice, delta.text, delta.token_ids, delta.logprobs, finished=finished, with_input=first
+            )
         else:
-            answer = self._answer(choice, choice.text, choice.token_ids, delta.logprobs, finished=False)
+            is_all = form is StreamForm.CUMULATIVE or finished
+            logprobs = choice.logprobs if is_all else delta.logprobs
+            answer = self._answer(
+                choice, choice.text, choice.token_ids, logprobs, finished=finished, with_input=first or is_all
+            )
         return b"data: " + _json(answer) + b"\n\n"
 
     def closing(self, choices: Sequence[ChoiceState]) -> bytes:
@@ -151,7 +172,9 @@ class NativeFormat:
         return b"data: [DONE]\n\n"
 
     def whole(self, choices: Sequence[ChoiceState]) -> bytes:
-        answers = [self._answer(one, one.text, one.token_ids, one.logprobs, finished=True) for one in choices]
+        answers = [
+            self._answer(one, one.text, one.token_ids, one.logprobs, finished=True, with_input=True) for one in choices
+        ]
         return _json(answers if self._several else answers[0])
 
     def _answer(
@@ -162,6 +185,7 @@ class NativeFormat:
         logprobs: Sequence[TokenLogprobs],
         *,
         finished: bool,
+        with_input: bool,
     ) -> dict[str, object]:
         """`logprobs` belong to the last tokens of `token_ids`. `finished` marks the last event of the choice. With
         several choices, a choice may be ahead of its events."""
@@ -173,15 +197,10 @@ class NativeFormat:
             "cached_tokens": choice.num_cached_tokens,
             "cached_tokens_details": choice.cached_by_tier,
         }
-        if self._logprobs:
-            meta["output_token_logprobs"] = [
-                (finite(found.logprob), token_id, None)
-                for token_id, found in zip(token_ids[len(token_ids) - len(logprobs) :], logprobs, strict=True)
-            ]
-            meta["output_top_logprobs"] = [
-                [(finite(top), top_id, None) for top_id, top in zip(one.top_token_ids, one.top_logprobs, strict=True)]
-                for one in logprobs
-            ]
+        if self._logprobs is not None:
+            scored_ids = token_ids[len(token_ids) - len(logprobs) :]
+            meta |= self._logprobs.input(choice) if with_input else {}
+            meta |= self._logprobs.output(scored_ids, logprobs, choice.request.sampling)
         answer: dict[str, object] = {"text": text, "output_ids": token_ids, "meta_info": meta}
         if self._several:
             answer["index"] = choice.index

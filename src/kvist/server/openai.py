@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import ChatRequest, CompletionRequest
-from kvist.errors import RequestError, UnsupportedField
+from kvist.errors import RequestError
 from kvist.fit import Limit
+from kvist.server.asked_logprobs import AskedLogprobs, of_chat, of_completion
 from kvist.server.caller import Caller
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState
@@ -16,7 +17,6 @@ from kvist.server.openai_format import ChatFormat, CompletionFormat, Envelope
 from kvist.server.respond import Job
 from kvist.server.sampling import (
     FieldNames,
-    check_num_logprobs,
     check_seed,
     check_token_ids,
     num_choices,
@@ -36,18 +36,21 @@ def chat_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     tokenizer = gateway.require_tokenizer()
     request, headers = _CHAT.decode(body)
     gateway.check_model(request.model)
-    if request.top_logprobs and not request.logprobs:
-        raise RequestError("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
-    num_logprobs = check_num_logprobs(request.top_logprobs or 0, "top_logprobs") if request.logprobs else None
+    logprobs = of_chat(request, gateway.vocab_size())
     text = gateway.chat_prompt(request.messages, request)
     prompt_ids = gateway.encode(text, add_special_tokens=bool(request.add_special_tokens), param="messages")
     default = gateway.sampling_defaults.max_new_tokens
-    prompts = [_prompt(gateway.limit(), request, prompt_ids, default=default, name="messages")]
+    prompts = [_prompt(gateway.limit(), request, prompt_ids, default=default)]
     job_id = new_job_id("chatcmpl")
-    choices = _choices(gateway, request, caller, prompts, job_id, num_logprobs)
+    choices = _choices(gateway, request, caller, prompts, job_id, logprobs)
     envelope = Envelope.of(gateway, request, job_id, "chat.completion")
-    token_ids = bool(request.return_token_ids)
-    form = ChatFormat(envelope, tokenizer, logprobs=num_logprobs is not None, token_ids=token_ids)
+    form = ChatFormat(
+        envelope,
+        tokenizer,
+        logprobs=bool(request.logprobs),
+        token_ids=bool(request.return_token_ids),
+        num_prompt_logprobs=request.prompt_logprobs,
+    )
     return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
 
 
@@ -56,20 +59,18 @@ def completion_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     tokenizer = gateway.require_tokenizer()
     request, headers = _COMPLETION.decode(body)
     gateway.check_model(request.model)
-    num_logprobs = check_num_logprobs(request.logprobs, "logprobs")
+    logprobs = of_completion(request, gateway.vocab_size())
     prompt_ids, limit = _prompt_token_ids(gateway, request), gateway.limit()
-    prompts = [
-        _prompt(limit, request, token_ids, default=_DEFAULT_COMPLETION_TOKENS, name="prompt")
-        for token_ids in prompt_ids
-    ]
+    prompts = [_prompt(limit, request, token_ids, default=_DEFAULT_COMPLETION_TOKENS) for token_ids in prompt_ids]
     job_id = new_job_id("cmpl")
-    choices = _choices(gateway, request, caller, prompts, job_id, num_logprobs)
+    choices = _choices(gateway, request, caller, prompts, job_id, logprobs)
     envelope = Envelope.of(gateway, request, job_id, "text_completion")
     form = CompletionFormat(
         envelope,
         tokenizer,
-        logprobs=num_logprobs is not None,
+        logprobs=request.logprobs is not None,
         token_ids=bool(request.return_token_ids),
+        num_prompt_logprobs=request.prompt_logprobs,
         echoes=_echoes(request, tokenizer, choices),
     )
     return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
@@ -79,9 +80,6 @@ def _echoes(request: CompletionRequest, tokenizer: Tokenizer, choices: Sequence[
     """Return the prompt of each choice as text, or [] when `echo` is off."""
     if not request.echo:
         return []
-    if request.logprobs is not None:
-        message = "`echo` with `logprobs` needs logprobs of the prompt, which are not supported yet; set only one"
-        raise UnsupportedField(message, param="echo")
     texts = (
         [request.prompt] if isinstance(request.prompt, str) else [one for one in request.prompt if isinstance(one, str)]
     )
@@ -119,14 +117,22 @@ def _prompt(
     token_ids: list[int],
     *,
     default: int | None,
-    name: str,
 ) -> TokenizedPrompt:
+    is_chat = isinstance(request, ChatRequest)
     asked, param = request.max_tokens, "max_tokens"
     if request.max_completion_tokens is not None:
         if asked is not None and asked != request.max_completion_tokens:
             raise RequestError("`max_tokens` and `max_completion_tokens` differ; set only one", param="max_tokens")
         asked, param = request.max_completion_tokens, "max_completion_tokens"
-    max_tokens = output_limit(len(token_ids), limit, asked=asked, default=default, param=param, prompt=name)
+    max_tokens = output_limit(
+        len(token_ids),
+        limit,
+        asked=asked,
+        default=default,
+        param=param,
+        prompt="messages" if is_chat else "prompt",
+        least=1 if is_chat else 0,
+    )
     return TokenizedPrompt(token_ids=tuple(token_ids), max_tokens=max_tokens)
 
 
@@ -136,7 +142,7 @@ def _choices(
     caller: Caller,
     prompts: list[TokenizedPrompt],
     job_id: str,
-    num_logprobs: int | None,
+    logprobs: AskedLogprobs,
 ) -> list[ChoiceState]:
     asked = request.stream_options
     if asked is not None and not request.stream and (asked.include_usage or asked.continuous_usage_stats):
@@ -150,7 +156,7 @@ def _choices(
         seed=check_seed(request.seed),
         cache_salt=request.cache_salt,
         min_tokens=request.min_tokens,
-        num_logprobs=num_logprobs,
+        logprobs=logprobs,
         defaults=gateway.sampling_defaults,
         keeps_logprobs=not request.stream,
         skip_special_tokens=request.skip_special_tokens is not False,

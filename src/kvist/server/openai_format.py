@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -12,7 +12,8 @@ from kvist.errors import RequestError
 from kvist.request import TokenLogprobs
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState, Delta
-from kvist.server.reporting import chat_logprobs, completion_logprobs, report, usage, usage_so_far
+from kvist.server.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs, prompt_offsets
+from kvist.server.reporting import report, usage, usage_so_far
 from kvist.server.sampling import check_shown_id
 from kvist.text import Tokenizer
 
@@ -60,8 +61,12 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
         has_content = self.include_usage or self.include_report
         return (b"data: " + _json(last) + b"\n\n" if has_content else b"") + b"data: [DONE]\n\n"
 
-    def whole(self, choices: Sequence[ChoiceState], answers: list[dict[str, object]]) -> bytes:
+    def whole(
+        self, choices: Sequence[ChoiceState], answers: list[dict[str, object]], more: dict[str, object] | None = None
+    ) -> bytes:
+        """`more`: further fields of the response."""
         body = {**self.head, "object": self.kind, "choices": answers, "usage": usage(choices, by_tier=self.by_tier)}
+        body |= more or {}
         if self.include_report:
             body["kvist"] = report(choices)
         return _json(body)
@@ -79,8 +84,18 @@ def _shown_id(request: ChatRequest | CompletionRequest, job_id: str) -> str:
 class _Format:
     """The format shared by chats and completions."""
 
-    def __init__(self, envelope: Envelope, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool) -> None:
+    def __init__(
+        self,
+        envelope: Envelope,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool,
+        token_ids: bool,
+        num_prompt_logprobs: int | None = None,
+    ) -> None:
+        """`num_prompt_logprobs`: vLLM's `prompt_logprobs`, which no stream has."""
         self._envelope = envelope
+        self._num_prompt_logprobs = num_prompt_logprobs
         self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._token_ids = token_ids
@@ -111,6 +126,11 @@ class _Format:
             return {}
         return {"token_ids": choice.token_ids, "prompt_token_ids": choice.request.prompt_token_ids}
 
+    def _prompt_logprobs(self, choice: ChoiceState) -> dict[str, object]:
+        if self._num_prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(self._tokenizer, choice, self._num_prompt_logprobs)}
+
 
 def _ending(choice: ChoiceState) -> dict[str, object]:
     """Return why an answer ended. `stop_reason` is vLLM's field (null for an end-of-sequence token), `matched_stop`
@@ -139,7 +159,7 @@ class ChatFormat(_Format):
             return b"".join((opening, before, b'{"content":', _json(delta.text), after_text))
         rest = self._rest(choice, delta, first=first)
         if self._logprobs:
-            rest["logprobs"] = {"content": chat_logprobs(self._tokenizer, delta.token_ids, delta.logprobs)}
+            rest["logprobs"] = {"content": self._content_logprobs(choice, delta.token_ids, delta.logprobs)}
         content = {"content": delta.text} if delta.text else {}
         end = self._end(choice, after, len(delta.token_ids))
         return b"".join((opening, before, _json(content), b",", _json(rest)[1:-1], end))
@@ -148,12 +168,18 @@ class ChatFormat(_Format):
         return self._envelope.closing(self._CHUNK, choices)
 
     def whole(self, choices: Sequence[ChoiceState]) -> bytes:
-        return self._envelope.whole(choices, [self._answer(choice) for choice in choices])
+        answers = [self._answer(choice) for choice in choices]
+        return self._envelope.whole(choices, answers, self._prompt_logprobs(choices[0]))
+
+    def _content_logprobs(
+        self, choice: ChoiceState, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+    ) -> list[msgspec.Raw]:
+        return chat_logprobs(self._tokenizer, token_ids, logprobs, choice.request.sampling)
 
     def _answer(self, choice: ChoiceState) -> dict[str, object]:
         logprobs = None
         if self._logprobs:
-            logprobs = {"content": chat_logprobs(self._tokenizer, choice.token_ids, choice.logprobs)}
+            logprobs = {"content": self._content_logprobs(choice, choice.token_ids, choice.logprobs)}
         return {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
@@ -168,14 +194,21 @@ class _PendingTokens:
     which is when the text before it is sent: that text may be withheld as a possible beginning of a stop string."""
 
     def __init__(self) -> None:
-        self._tokens: list[tuple[int, TokenLogprobs, int]] = []
+        self._tokens: list[tuple[int, TokenLogprobs | None, int]] = []
+        self._num_echoed = 0  # characters of the prompt before the answer
         self._num_chars = 0  # sent so far
 
+    def add_prompt(self, tokens: Iterable[tuple[int, TokenLogprobs | None, int]], num_chars: int) -> None:
+        """Add the tokens of an echoed prompt of `num_chars` characters."""
+        self._tokens.extend(tokens)
+        self._num_echoed = self._num_chars = num_chars
+
     def add(self, delta: Delta) -> None:
-        self._tokens.extend(zip(delta.token_ids, delta.logprobs, delta.text_offsets, strict=True))
+        offsets = (self._num_echoed + offset for offset in delta.text_offsets)
+        self._tokens.extend(zip(delta.token_ids, delta.logprobs, offsets, strict=True))
         self._num_chars += len(delta.text)
 
-    def take(self, *, finished: bool) -> tuple[list[int], list[TokenLogprobs], list[int]]:
+    def take(self, *, finished: bool) -> tuple[list[int], list[TokenLogprobs | None], list[int]]:
         ready, limit = self._tokens, self._num_chars
         if not finished:
             ready = [token for token in self._tokens if token[2] <= limit]  # offsets never decrease
@@ -185,10 +218,19 @@ class _PendingTokens:
 
 class CompletionFormat(_Format):
     def __init__(
-        self, envelope: Envelope, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool, echoes: Sequence[str] = ()
+        self,
+        envelope: Envelope,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool,
+        token_ids: bool,
+        num_prompt_logprobs: int | None = None,
+        echoes: Sequence[str] = (),
     ) -> None:
         """`echoes` has, by choice, the prompt with which its text begins; empty when `echo` is off."""
-        super().__init__(envelope, tokenizer, logprobs=logprobs, token_ids=token_ids)
+        super().__init__(
+            envelope, tokenizer, logprobs=logprobs, token_ids=token_ids, num_prompt_logprobs=num_prompt_logprobs
+        )
         self._echoes = echoes
         self._pending: dict[int, _PendingTokens] = {}  # with logprobs
 
@@ -204,9 +246,7 @@ class CompletionFormat(_Format):
             return before + _json(text) + after_text  # an event is sent for every token, even without text
         rest = self._rest(choice, delta, first=first)
         if self._logprobs:
-            pending = self._pending.setdefault(choice.index, _PendingTokens())
-            pending.add(delta)
-            rest["logprobs"] = completion_logprobs(self._tokenizer, *pending.take(finished=delta.finished))
+            rest["logprobs"] = self._logprobs_of(choice, delta)
         end = self._end(choice, after, len(delta.token_ids))
         return b"".join((before, _json(text), b",", _json(rest)[1:-1], end))
 
@@ -219,13 +259,29 @@ class CompletionFormat(_Format):
     def _answer(self, choice: ChoiceState) -> dict[str, object]:
         logprobs = None
         if self._logprobs:
-            num_chars = len(choice.text)
-            offsets = [min(offset, num_chars) for offset in choice.text_offsets]
-            logprobs = completion_logprobs(self._tokenizer, choice.token_ids, choice.logprobs, offsets)
+            everything = Delta(
+                choice.text, tuple(choice.token_ids), tuple(choice.logprobs), True, tuple(choice.text_offsets)
+            )
+            logprobs = self._logprobs_of(choice, everything)
         return {
             "index": choice.index,
             "text": self._echoes[choice.index] + choice.text if self._echoes else choice.text,
             "logprobs": logprobs,
             **_ending(choice),
             **self._whole_ids(choice),
+            **self._prompt_logprobs(choice),
         }
+
+    def _logprobs_of(self, choice: ChoiceState, delta: Delta) -> dict[str, object]:
+        """Return the logprobs of the tokens whose offset is certain after `delta`, first those of an echoed prompt."""
+        pending = self._pending.get(choice.index)
+        if pending is None:
+            pending = self._pending[choice.index] = _PendingTokens()
+            if self._echoes:
+                text, prompt_ids = self._echoes[choice.index], choice.request.prompt_token_ids
+                offsets = prompt_offsets(self._tokenizer, prompt_ids, text)
+                found = (None, *choice.prompt_logprobs)
+                pending.add_prompt(zip(prompt_ids, found, offsets, strict=True), len(text))
+        pending.add(delta)
+        token_ids, logprobs, offsets = pending.take(finished=delta.finished)
+        return completion_logprobs(self._tokenizer, token_ids, logprobs, offsets, choice.request.sampling)

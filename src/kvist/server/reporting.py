@@ -1,16 +1,10 @@
-"""Parts that all response formats share: usage, logprobs, and Kvist's report on workers and handoff."""
+"""Parts that all response formats share: usage, and Kvist's report on workers and handoff."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
-from kvist.request import TokenLogprobs
 from kvist.server.generation import ChoiceState
-from kvist.text import Tokenizer
-
-_LEAST_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot express; OpenAI's number
 
 
 def usage(choices: Sequence[ChoiceState], *, by_tier: bool = False) -> dict[str, object]:
@@ -65,62 +59,3 @@ def _report_one(choice: ChoiceState) -> dict[str, object]:
             "wait_ms": round(handoff.wait_s * 1000, 3),
         },
     }
-
-
-def finite(logprob: float) -> float:
-    """Return a number that JSON can express; NaN and minus infinity become `_LEAST_LOGPROB`."""
-    return logprob if logprob >= _LEAST_LOGPROB else _LEAST_LOGPROB
-
-
-def chat_logprobs(
-    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
-) -> list[msgspec.Raw]:
-    """Return OpenAI's `logprobs.content`: one entry for each output token, including the token that ended the answer.
-    Each entry is encoded to JSON at once: as Python objects the entries would take ten times the memory."""
-
-    def entry(token_id: int, logprob: float) -> dict[str, object]:
-        raw = tokenizer.token_bytes(token_id)
-        return {"token": tokenizer.token_text(token_id), "logprob": finite(logprob), "bytes": list(raw)}
-
-    return [
-        _encoded(
-            {
-                **entry(token_id, found.logprob),
-                "top_logprobs": [
-                    entry(top_id, top) for top_id, top in zip(found.top_token_ids, found.top_logprobs, strict=True)
-                ],
-            }
-        )
-        for token_id, found in zip(token_ids, logprobs, strict=True)
-    ]
-
-
-def completion_logprobs(
-    tokenizer: Tokenizer,
-    token_ids: Sequence[int],
-    logprobs: Sequence[TokenLogprobs],
-    text_offsets: Sequence[int],
-) -> dict[str, object]:
-    """Return logprobs in the older shape of /v1/completions."""
-    return {
-        "tokens": [tokenizer.token_text(token_id) for token_id in token_ids],
-        "token_logprobs": [finite(found.logprob) for found in logprobs],
-        "top_logprobs": [
-            _encoded(_by_text(tokenizer, token_id, found)) for token_id, found in zip(token_ids, logprobs, strict=True)
-        ],
-        "text_offset": text_offsets,
-    }
-
-
-def _encoded(value: object) -> msgspec.Raw:
-    return msgspec.Raw(msgspec.json.encode(value))
-
-
-def _by_text(tokenizer: Tokenizer, chosen_id: int, found: TokenLogprobs) -> dict[str, float]:
-    """Return the logprobs of the top tokens and of the chosen token, by text. Of several tokens with the same text the
-    chosen token wins, else the likeliest."""
-    entries: dict[str, float] = {}
-    for token_id, logprob in zip(found.top_token_ids, found.top_logprobs, strict=True):  # likeliest first
-        entries.setdefault(tokenizer.token_text(token_id), finite(logprob))
-    entries[tokenizer.token_text(chosen_id)] = finite(found.logprob)
-    return entries

@@ -94,7 +94,8 @@ async def _stream(gateway: GatewayContext, job: Job, send: Send) -> None:
     try:
         async with _time_limit(gateway), _running(gateway, job) as deltas:
             async for choice, delta in deltas:
-                size = _size(choice) if delta.finished else len(delta.logprobs) * logprobs_per_token
+                num_scored = len(delta.logprobs) + len(delta.prompt_logprobs)
+                size = _size(choice) if delta.finished else num_scored * logprobs_per_token
                 if size <= _INLINE_SIZE:
                     event = job.format.event(choice, delta)
                 else:
@@ -121,7 +122,8 @@ async def _stream(gateway: GatewayContext, job: Job, send: Send) -> None:
 
 
 def _size(choice: ChoiceState) -> int:
-    return len(choice.token_ids) + choice.num_logprobs
+    num_prompt_logprobs = len(choice.prompt_logprobs) * choice.num_logprobs_per_token
+    return len(choice.token_ids) + choice.num_logprobs + num_prompt_logprobs
 
 
 def _running(gateway: GatewayContext, job: Job) -> contextlib.aclosing[AsyncGenerator[tuple[ChoiceState, Delta], None]]:

@@ -44,23 +44,22 @@ def sampling_params(
     defaults: SamplingDefaults,
     max_tokens: int,
     min_tokens: int,
-    num_logprobs: int | None,
     stop_token_ids: tuple[int, ...],
 ) -> SamplingParams:
-    """Return the sampling parameters without a seed. The caller has checked `max_tokens`, `num_logprobs` and the ids;
-    this function checks the rest. Raises `RequestError`."""
+    """Return the sampling parameters without a seed, logprobs and changes of logits (shaping.py). The caller has
+    checked `max_tokens` and the ids; this function checks the rest. Raises `RequestError`."""
     temperature = _first(fields.temperature, defaults.temperature, 1.0)
     top_p = _first(fields.top_p, defaults.top_p, 1.0)
     min_p = _first(fields.min_p, defaults.min_p, 0.0)
     top_k = _first(fields.top_k, defaults.top_k, 0)
     inside = names.inside
     wide = f"must be between 0 and {_MAX_TEMPERATURE:.0f}"
-    _require(0 <= temperature <= _MAX_TEMPERATURE, inside + "temperature", wide, temperature)
-    _require(0 <= top_p <= 1, inside + "top_p", "must be between 0 and 1", top_p)
-    _require(0 <= min_p <= 1, inside + "min_p", "must be between 0 and 1", min_p)
-    _require(-1 <= top_k < 2**31, inside + "top_k", f"must be positive and below {2**31}, or 0 or -1 for off", top_k)
+    require(0 <= temperature <= _MAX_TEMPERATURE, inside + "temperature", wide, temperature)
+    require(0 <= top_p <= 1, inside + "top_p", "must be between 0 and 1", top_p)
+    require(0 <= min_p <= 1, inside + "min_p", "must be between 0 and 1", min_p)
+    require(-1 <= top_k < 2**31, inside + "top_k", f"must be positive and below {2**31}, or 0 or -1 for off", top_k)
     fits = f"must be between 0 and {names.max_tokens} ({max_tokens})"
-    _require(0 <= min_tokens <= max_tokens, inside + names.min_tokens, fits, min_tokens)
+    require(0 <= min_tokens <= max_tokens, inside + names.min_tokens, fits, min_tokens)
     greedy = temperature < _GREEDY_TEMPERATURE or top_p == 0  # only the likeliest token has any probability
     return SamplingParams(
         max_tokens=max_tokens,
@@ -71,7 +70,6 @@ def sampling_params(
         min_tokens=min_tokens,
         ignore_eos=bool(fields.ignore_eos),
         stop_token_ids=stop_token_ids,
-        num_logprobs=num_logprobs,
     )
 
 
@@ -81,7 +79,8 @@ def _first(asked: T | None, default: T | None, otherwise: T) -> T:
     return otherwise if default is None else default
 
 
-def _require(holds: bool, param: str, rule: str, value: object) -> None:
+def require(holds: bool, param: str, rule: str, value: object) -> None:
+    """Raise `RequestError` that names the field `param`, the rule and the value, unless the rule holds."""
     if not holds:
         raise RequestError(f"`{param}` {rule}, not {value}", param=param)
 
@@ -104,19 +103,19 @@ def token_lists(items: Sequence[object]) -> list[list[int]] | None:
 def check_seed(seed: int | None, param: str = "seed") -> int | None:
     """Return the seed, or None when the server draws a seed. Raises `RequestError`."""
     rule = f"must be between 0 and {MAX_SEED - 1}, or -1 to let the server draw a seed"
-    _require(seed is None or -1 <= seed < MAX_SEED, param, rule, seed)
+    require(seed is None or -1 <= seed < MAX_SEED, param, rule, seed)
     return None if seed == DRAWN_SEED else seed
 
 
 def check_shown_id(given: str | None, param: str) -> str | None:
     """Check an id that the client has chosen and the response repeats. Raises `RequestError`."""
     rule = f"must have 1 to {MAX_ID_CHARS} characters"
-    _require(given is None or 0 < len(given) <= MAX_ID_CHARS, param, rule, 0 if given is None else len(given))
+    require(given is None or 0 < len(given) <= MAX_ID_CHARS, param, rule, 0 if given is None else len(given))
     return given
 
 
 def check_num_logprobs(count: int | None, param: str) -> int | None:
-    _require(count is None or 0 <= count <= MAX_TOP_LOGPROBS, param, f"must be 0 to {MAX_TOP_LOGPROBS}", count)
+    require(count is None or 0 <= count <= MAX_TOP_LOGPROBS, param, f"must be 0 to {MAX_TOP_LOGPROBS}", count)
     return count
 
 
@@ -133,7 +132,7 @@ def salt_digest(cache_salt: str | None, tenant: str = "") -> str:
     if not cache_salt and not tenant:
         return ""
     salt = (cache_salt or "").encode()
-    _require(len(salt) <= MAX_SALT_BYTES, "cache_salt", f"may have at most {MAX_SALT_BYTES} bytes in UTF-8", len(salt))
+    require(len(salt) <= MAX_SALT_BYTES, "cache_salt", f"may have at most {MAX_SALT_BYTES} bytes in UTF-8", len(salt))
     key = tenant.encode()
     return blake2b(salt, digest_size=_SALT_DIGEST_BYTES, key=key, person=b"kvist salt").hexdigest()
 
@@ -141,9 +140,9 @@ def salt_digest(cache_salt: str | None, tenant: str = "") -> str:
 def stop_strings(stop: str | list[str] | None, names: FieldNames) -> tuple[str, ...]:
     param = names.inside + "stop"
     stops = [stop] if isinstance(stop, str) else stop or []
-    _require(len(stops) <= MAX_STOPS, param, f"may have at most {MAX_STOPS} strings", len(stops))
+    require(len(stops) <= MAX_STOPS, param, f"may have at most {MAX_STOPS} strings", len(stops))
     for one in stops:
-        _require(0 < len(one) <= MAX_STOP_CHARS, param, f"strings must have 1 to {MAX_STOP_CHARS} characters", len(one))
+        require(0 < len(one) <= MAX_STOP_CHARS, param, f"strings must have 1 to {MAX_STOP_CHARS} characters", len(one))
     return tuple(stops)
 
 
@@ -155,7 +154,7 @@ def shows_stop(fields: SamplingFields) -> bool:
 def num_choices(n: int | None, num_prompts: int, limit: int, names: FieldNames) -> int:
     """Return the number of answers to each prompt. Raises `RequestError`."""
     count = 1 if n is None else n
-    _require(count >= 1, names.inside + "n", "must be at least 1", count)
+    require(count >= 1, names.inside + "n", "must be at least 1", count)
     if count * num_prompts > limit:
         raise RequestError(
             f"{num_prompts} prompts times n={count} exceeds the limit of {limit} answers (--max-choices)",
@@ -171,9 +170,10 @@ def check_num_lists(num_lists: int, limit: int, param: str) -> None:
 
 
 def output_limit(
-    num_prompt_tokens: int, limit: Limit, *, asked: int | None, default: int | None, param: str, prompt: str
+    num_prompt_tokens: int, limit: Limit, *, asked: int | None, default: int | None, param: str, prompt: str, least: int
 ) -> int:
     """Return the request's max_tokens: `asked`, else `default` capped by the room after the prompt, else that room.
+    `least`: 0 if a request may compute its prompt alone, else 1.
 
     Raises `PromptTooLong` when prompt and answer together do not fit, `Unavailable` when they would fit on a worker
     that is lost or stopping.
@@ -181,19 +181,20 @@ def output_limit(
     room = limit.num_tokens - num_prompt_tokens
     if num_prompt_tokens == 0:
         raise RequestError(f"`{prompt}` is empty: there is no token to continue from", param=prompt)
-    if room < (asked or 1) <= limit.num_tokens_offline - num_prompt_tokens:
+    wanted = 1 if asked is None else asked
+    if room < wanted <= limit.num_tokens_offline - num_prompt_tokens:
         raise Unavailable(
             f"this request fits only on a worker that is lost or stopping ({limit.num_tokens_offline} tokens); the "
             f"other workers hold {limit.num_tokens} tokens: retry later, or send a shorter request"
         )
-    if room < 1:
+    if room < min(wanted, 1):
         raise PromptTooLong(
             f"the prompt has {num_prompt_tokens} tokens; this server holds {limit.text}",
             param=prompt,
         )
     if asked is None:
         return room if default is None else min(default, room)
-    _require(asked >= 1, param, "must be at least 1", asked)
+    require(asked >= least, param, f"must be at least {least}", asked)
     if asked > room:
         raise PromptTooLong(
             f"the prompt has {num_prompt_tokens} tokens and `{param}` is {asked}, but only {room} more tokens fit: "

@@ -31,11 +31,33 @@ BYTE_MODEL = make_spec(
 )
 HANDOFF = HandoffReport(num_pages=3, num_pages_reused=2, num_bytes=4096, duration_s=0.0125, wait_s=0.001)
 LogprobsAt = Callable[[EngineRequest, int, int], TokenLogprobs]  # request, position of the output token, its id
+PromptLogprobsAt = Callable[[EngineRequest, int], TokenLogprobs]  # request, position in the prompt
 
 
-def chosen_and_a_certain_other(_request: EngineRequest, _position: int, token_id: int) -> TokenLogprobs:
+def chosen_and_a_certain_other(request: EngineRequest, _position: int, token_id: int) -> TokenLogprobs:
     """Return logprobs with the chosen token first, and one that is impossible."""
-    return TokenLogprobs(logprob=-0.5, top_token_ids=(token_id, 65), top_logprobs=(-0.5, float("-inf")))
+    return TokenLogprobs(
+        logprob=-0.5,
+        top_token_ids=(token_id, 65),
+        top_logprobs=(-0.5, float("-inf")),
+        asked_logprobs=_minus_the_ids(request),
+    )
+
+
+def minus_the_position(request: EngineRequest, position: int) -> TokenLogprobs:
+    """Return the negative position as the logprob of a prompt token; token 70 is likeliest everywhere, then 71."""
+    count = request.sampling.prompt_logprobs
+    return TokenLogprobs(
+        logprob=-float(position),
+        top_token_ids=(70, 71)[:count],
+        top_logprobs=(-0.25, -0.75)[:count],
+        asked_logprobs=_minus_the_ids(request),
+        rank=position + 2,
+    )
+
+
+def _minus_the_ids(request: EngineRequest) -> tuple[float, ...]:
+    return tuple(-float(token_id) for token_id in request.sampling.logprob_token_ids)
 
 
 @dataclass
@@ -49,6 +71,7 @@ class ScriptedDispatcher:
     cuts: Sequence[int] = ()  # tokens in the first parts
     tokens_per_part: int = 1  # in all others
     logprobs_at: LogprobsAt = chosen_and_a_certain_other
+    prompt_logprobs_at: PromptLogprobsAt = minus_the_position
     error: KvistError | None = None  # raised after `error_after` tokens
     error_after: int = 0
     hold: asyncio.Event | None = None  # awaited before each part but the first
@@ -103,11 +126,13 @@ class ScriptedDispatcher:
         token_ids, reason = self._answer_to(request)
         cuts = itertools.chain(self.cuts, itertools.repeat(self.tokens_per_part))
         position = 0
-        while position < len(token_ids):
+        while position < len(token_ids) or not token_ids:  # without tokens: one part that ends the answer
             stop = min(position + next(cuts), len(token_ids))
             yield self._part(
                 request, position, tuple(token_ids[position:stop]), reason if stop == len(token_ids) else None
             )
+            if not token_ids:
+                return
             position = stop
 
     def _answer_to(self, request: EngineRequest) -> tuple[Sequence[int], FinishReason]:
@@ -117,7 +142,7 @@ class ScriptedDispatcher:
             token_ids = [*token_ids, self.end_token_id]
         whole = len(token_ids) <= sampling.max_tokens
         token_ids = token_ids[: sampling.max_tokens]
-        stopped = whole and not sampling.ignore_eos and token_ids[-1] == self.end_token_id
+        stopped = whole and bool(token_ids) and not sampling.ignore_eos and token_ids[-1] == self.end_token_id
         return token_ids, FinishReason.STOP if stopped else FinishReason.LENGTH
 
     def _part(
@@ -139,5 +164,13 @@ class ScriptedDispatcher:
             num_cached_host_tokens=2 if first else 0,
             num_cached_storage_tokens=1 if first else 0,
             handoff=HANDOFF if position == 1 else None,
+            prompt_logprobs=self._prompt_logprobs(request) if first else (),
+            prompt_position=max(1, request.sampling.prompt_logprobs_start),
         )
         return StreamPart(chunk=chunk, prefill_worker=PREFILL, decode_worker=DECODE)
+
+    def _prompt_logprobs(self, request: EngineRequest) -> tuple[TokenLogprobs, ...]:
+        if request.sampling.prompt_logprobs is None:
+            return ()
+        first = max(1, request.sampling.prompt_logprobs_start)
+        return tuple(self.prompt_logprobs_at(request, place) for place in range(first, request.num_prompt_tokens))
