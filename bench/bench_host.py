@@ -47,6 +47,7 @@ from kvist.runner.sampler import sampled_tokens
 from kvist.runner.slots import SlotTable
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
+from kvist.testing.loop_bench import FakeTransport
 from kvist.testing.specs import make_spec
 
 PAGE_SIZE = 16
@@ -139,11 +140,6 @@ class FakeSockets:
     def wakeup(self) -> None: ...
 
 
-class NoTransport:
-    def poll(self) -> list[Any]:
-        return []
-
-
 def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: FakeSockets) -> EngineLoop:
     longest = args.context + args.steps + MAX_WARM_UP_STEPS
     num_pages = args.running * -(-longest // PAGE_SIZE)
@@ -178,7 +174,7 @@ def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: FakeSockets) 
         scheduler=scheduler,
         runner=FakeGpu(watch, args.running, args.context),
         channel=sockets,
-        transport=NoTransport(),  # type: ignore[arg-type]
+        transport=FakeTransport(),
         reports=LoadReports(snapshot=cache.snapshot),
         clock=FakeClock(1.0),
         gateway_timeout_s=1e9,

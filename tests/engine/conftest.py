@@ -180,7 +180,7 @@ class SmallEngine:
 
     @property
     def sleeps(self) -> bool:
-        return not self.channel.waiting and self.loop._idle_s() > 0.0
+        return not self.channel.waiting and self.loop.idle_s() > 0.0
 
     @property
     def threads_work(self) -> bool:

@@ -54,6 +54,7 @@ from kvist.runner.sampler import noise_key_words
 from kvist.runner.slots import SlotTable
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
+from kvist.testing.loop_bench import FakeTransport
 from kvist.testing.specs import make_spec
 
 VOCAB, NUM_PAGES, PAGE_SIZE = 50, 24, 4
@@ -444,26 +445,14 @@ class FakeStep:
         return SampledTokens(token_ids=[5] * self._num_tokens)
 
 
-class FakeTransport:
-    def __init__(self) -> None:
-        self._reports: list[Any] = []
-
-    def write(self, job: WritePages) -> None: ...
+class AnsweringTransport(FakeTransport):
+    """Reports every verification and every stop at once."""
 
     def verify(self, job: VerifyPages) -> None:
-        self._reports.append(PagesVerified(handoff_id=job.handoff_id, checksum="s"))
+        self.reports.append(PagesVerified(handoff_id=job.handoff_id, checksum="s"))
 
     def stop(self, handoff_id: HandoffId) -> None:
-        self._reports.append(WritesCompleted(handoff_id=handoff_id, num_pages=0, checksum=""))
-
-    def poll(self) -> list[Any]:
-        reports, self._reports = self._reports, []
-        return reports
-
-    def peer_is_dead(self, epoch: EpochId) -> bool:  # noqa: ARG002
-        return False
-
-    def close(self) -> None: ...
+        self.reports.append(WritesCompleted(handoff_id=handoff_id, num_pages=0, checksum=""))
 
 
 def fuzz_loop(role: Role, seed: int, num_messages: int) -> float:
@@ -478,7 +467,7 @@ def fuzz_loop(role: Role, seed: int, num_messages: int) -> float:
         scheduler=scheduler,
         runner=FakeRunner(),
         channel=channel,
-        transport=FakeTransport(),
+        transport=AnsweringTransport(),
         reports=LoadReports(snapshot=list),
         clock=clock,
         gateway_timeout_s=1e9,

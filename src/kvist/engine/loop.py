@@ -149,7 +149,7 @@ class EngineLoop:
         Raises `EngineError` when the runner does, and after `MAX_FAILED_STEPS_IN_A_ROW`: a new process may succeed."""
         try:
             while not self._stop.is_set() and not self._is_drained():
-                self.iterate(self._idle_s())
+                self.iterate(self.idle_s())
         finally:
             self._fail_open_requests()
 
@@ -236,7 +236,7 @@ class EngineLoop:
 
     # ------------------------------------------------------------ waiting
 
-    def _idle_s(self) -> float:
+    def idle_s(self) -> float:
         """Return how long the loop may sleep without a message or report."""
         if self._pending_events or self._in_flight:
             return 0.0

@@ -1,0 +1,298 @@
+"""The engine's loop with fakes around it: a channel, a scheduler with a script, a runner, a transport and a store.
+
+    bench = LoopBench()
+    bench.iterate((b"gateway", submit_full(make_request())))   # one iteration; returns the scheduler's events
+    bench.iterate(plan=Plan(batch=...))                        # the scheduler returns this plan
+    bench.steps                                                # ["launch 1", "read 1"]
+
+Time stands still except where a fake says otherwise. Everything runs in the thread of the test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from kvist import wire
+from kvist.channel.engine import Inbound, Outbound
+from kvist.engine.loop import EngineLoop, LoopParts, StepRunner, Storage
+from kvist.engine.reports import LoadReports
+from kvist.kv.pages import PageCounts
+from kvist.plan.batch import Batch
+from kvist.plan.events import Event, SampledTokens
+from kvist.plan.plan import Plan
+from kvist.plan.slots import OpenSlots
+from kvist.plan.tiers import FindPages, PagesFound, StorageAttached, StoreJob
+from kvist.plan.transfers import StopWrites, VerifyPages, WritePages
+from kvist.request import EpochId, HandoffId
+from kvist.scheduler import Scheduler
+from kvist.scheduler.load import SchedulerLoad
+from kvist.store.io_threads import Report
+from kvist.testing.clocks import FakeClock
+from kvist.testing.specs import make_spec
+from kvist.transfer import TransferReport, Transport
+
+Message = TypeVar("Message")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """A message that the loop has sent."""
+
+    at_s: float
+    to: bytes
+    message: Outbound
+
+
+class FakeChannel:
+    """The engine's sockets. A test puts messages in with `deliver`, and reads what was sent in `sent` and `to_peers`.
+
+    Mutable; a test may set the public fields. Peers in `unreachable` (gateways by address, engines by endpoint) take no
+    message. With `sleeps`, a `recv` without messages advances the clock by its timeout."""
+
+    def __init__(self, clock: FakeClock, order: list[str] | None = None) -> None:
+        self.num_undecodable = self.num_unexpected = self.num_refused = 0
+        self.sent: list[Sent] = []
+        self.to_peers: list[tuple[str, wire.TargetToSource]] = []
+        self.unreachable: set[bytes | str] = set()
+        self.timeouts: list[float] = []  # of every recv
+        self.num_wakeups = 0
+        self.sleeps = False
+        self._clock = clock
+        self._order = order if order is not None else []
+        self._coming: list[tuple[float, bytes, Inbound]] = []
+
+    def deliver(self, identity: bytes, message: Inbound, *, at_s: float = 0.0) -> None:
+        """Let the message arrive at the first `recv` from `at_s` on."""
+        self._coming.append((at_s, identity, message))
+
+    def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]:
+        self.timeouts.append(timeout_s)
+        now_s = self._clock.now_s()
+        arrived = [(identity, message) for at_s, identity, message in self._coming if at_s <= now_s]
+        self._coming = [each for each in self._coming if each[0] > now_s]
+        if self.sleeps and not arrived:
+            self._clock.advance(timeout_s)
+        return arrived
+
+    def send(self, identity: bytes, message: Outbound) -> bool:
+        if identity in self.unreachable:
+            return False
+        self._order.append(f"send {type(message).__name__}")
+        self.sent.append(Sent(at_s=self._clock.now_s(), to=identity, message=message))
+        return True
+
+    def send_to_peer(self, endpoint: str, message: wire.TargetToSource) -> bool:
+        if endpoint in self.unreachable:
+            return False
+        self.to_peers.append((endpoint, message))
+        return True
+
+    def wakeup(self) -> None:
+        self.num_wakeups += 1
+
+
+class ScriptedScheduler:
+    """Returns the plans of `script`, then empty plans; records the events of every step. Mutable; the test's."""
+
+    def __init__(self) -> None:
+        self.script: list[Plan] = []
+        self.seen: list[list[Event]] = []
+        self.with_batch: list[bool] = []
+        self.on_step: Callable[[], None] = lambda: None  # called before each step
+
+    def step(self, now_s: float, events: Sequence[Event], *, with_batch: bool = True) -> Plan:
+        assert now_s >= 0.0
+        self.on_step()
+        self.seen.append(list(events))
+        self.with_batch.append(with_batch)
+        return self.script.pop(0) if self.script else Plan()
+
+    def has_work(self) -> bool:
+        return bool(self.script)
+
+    def load(self) -> SchedulerLoad:
+        pages = PageCounts(free=1, cached=2, owned=1, in_flight=0, evictable=2, total=4)
+        return SchedulerLoad(num_running=3, num_waiting=5, pages=pages, totals={"steps": 7.0})
+
+
+class FakeRunner:
+    """Samples token 9 for every row. `fails` raises `error` at the launch, `fails_late` when the result is read."""
+
+    def __init__(self, order: list[str] | None = None) -> None:
+        self.batches: list[Batch] = []
+        self.fails = self.fails_late = False
+        self.invalid_rows: frozenset[int] = frozenset()
+        self.error: Exception = RuntimeError("the device is on fire")
+        self._order = order if order is not None else []
+
+    def launch(self, batch: Batch) -> FakeLaunched:
+        self.batches.append(batch)
+        self._order.append(f"launch {batch.step_id}")
+        if self.fails:
+            raise self.error
+        return FakeLaunched(lambda: self._result(batch), self.fails_late, self.error)
+
+    def _result(self, batch: Batch) -> SampledTokens:
+        self._order.append(f"read {batch.step_id}")
+        num_rows = sum(item.samples for item in batch.items)
+        return SampledTokens(token_ids=[9] * num_rows, invalid_rows=self.invalid_rows)
+
+
+class FakeLaunched:
+    """A batch in flight."""
+
+    def __init__(self, result: Callable[[], SampledTokens], fails: bool, error: Exception) -> None:
+        self._result, self._fails, self._error = result, fails, error
+
+    def result(self) -> SampledTokens:
+        sampled = self._result()
+        if self._fails:
+            raise self._error
+        return sampled
+
+
+class SlowRunner:
+    """Computes in the thread of the loop, as on a CPU: each layer advances the clock, after a call of `between_layers`
+    (`EngineLoop.between_layers`)."""
+
+    def __init__(self, clock: FakeClock, *, layer_s: float, num_layers: int) -> None:
+        self.between_layers: Callable[[], None] = lambda: None
+        self.began: list[tuple[float, list[str]]] = []  # time and requests of every batch
+        self._clock, self._layer_s, self._num_layers = clock, layer_s, num_layers
+        self._slots = OpenSlots()
+
+    def launch(self, batch: Batch) -> FakeLaunched:
+        self._slots.update(batch)
+        self.began.append((self._clock.now_s(), [str(request_id) for request_id in self._slots.running(batch)]))
+        for _ in range(self._num_layers):
+            self.between_layers()
+            self._clock.advance(self._layer_s)
+        sampled = SampledTokens(token_ids=[9] * sum(item.samples for item in batch.items))
+        return FakeLaunched(lambda: sampled, False, RuntimeError())
+
+
+class FakeTransport:
+    """Records its jobs; `reports` are returned by the next `poll`, and epochs in `dead` have ended."""
+
+    def __init__(self) -> None:
+        self.jobs: list[WritePages | VerifyPages | StopWrites] = []
+        self.reports: list[TransferReport] = []
+        self.dead: set[EpochId] = set()
+        self.asked: list[EpochId] = []
+
+    def write(self, job: WritePages) -> None:
+        self.jobs.append(job)
+
+    def verify(self, job: VerifyPages) -> None:
+        self.jobs.append(job)
+
+    def stop(self, handoff_id: HandoffId) -> None:
+        self.jobs.append(StopWrites(handoff_id=handoff_id))
+
+    def poll(self) -> list[TransferReport]:
+        reports, self.reports = self.reports, []
+        return reports
+
+    def peer_is_dead(self, epoch: EpochId) -> bool:
+        self.asked.append(epoch)
+        return epoch in self.dead
+
+    def close(self) -> None: ...
+
+
+class FakeStorage:
+    """Records its jobs. While `finds`, a `poll` answers one lookup: one page is found."""
+
+    def __init__(self, *, finds: bool) -> None:
+        self.finds = finds
+        self.jobs: list[StoreJob] = []
+        self._waiting: list[FindPages] = []
+
+    def start(self, job: StoreJob) -> None:
+        self.jobs.append(job)
+        if isinstance(job, FindPages):
+            self._waiting.append(job)
+
+    def poll(self) -> list[Report | StorageAttached]:
+        if not self.finds or not self._waiting:
+            return []
+        return [PagesFound(job_id=self._waiting.pop(0).job_id, num_pages=1)]
+
+    def ask(self, identity: bytes, call: wire.StorageCommand) -> None:
+        raise AssertionError(f"no test asks: {identity!r}, {call}")
+
+    def answers(self) -> list[tuple[bytes, wire.StorageAnswer]]:
+        return []
+
+    def status(self) -> wire.StorageStatus:
+        return wire.StorageStatus(
+            hicache_storage_backend="memory",
+            hicache_storage_path=None,
+            hicache_storage_size=1.0,
+            hicache_storage_prefetch_policy="timeout",
+            state="attached",
+            breaker="closed",
+            num_quarantined_pages=0,
+            stored_bytes=0,
+            errors={},
+        )
+
+    def totals(self) -> dict[str, float]:
+        return {}
+
+
+class LoopBench:
+    """The loop with fakes around it; a real scheduler or another runner may take the place of a fake.
+
+    Mutable; the test's. `order` has the launches, reads and sends of the fakes, in their order."""
+
+    def __init__(
+        self,
+        *,
+        spec: wire.EngineSpec | None = None,
+        overlap: bool = False,
+        storage: Storage | None = None,
+        scheduler: Scheduler | None = None,
+        runner: StepRunner | None = None,
+        transport: Transport | None = None,
+        clock: FakeClock | None = None,
+        gateway_timeout_s: float = 10.0,
+    ) -> None:
+        self.order: list[str] = []
+        self.clock = clock or FakeClock(100.0)
+        self.channel = FakeChannel(self.clock, self.order)
+        self.scheduler, self.runner, self.transport = ScriptedScheduler(), FakeRunner(self.order), FakeTransport()
+        self.cached_pages: list[wire.PageEvents] = []  # of a snapshot
+        parts = LoopParts(
+            spec=spec or make_spec(),
+            scheduler=scheduler or self.scheduler,
+            runner=runner or self.runner,
+            channel=self.channel,
+            transport=transport or self.transport,
+            reports=LoadReports(snapshot=lambda: self.cached_pages),
+            clock=self.clock,
+            gateway_timeout_s=gateway_timeout_s,
+            storage=storage,
+            overlap=overlap,
+        )
+        self.loop = EngineLoop(parts)
+
+    def iterate(self, *messages: tuple[bytes, Inbound], plan: Plan | None = None) -> list[Event]:
+        """Run one iteration with these messages; the scripted scheduler returns `plan`. Return the events it got."""
+        for identity, message in messages:
+            self.channel.deliver(identity, message)
+        if plan is not None:
+            self.scheduler.script.append(plan)
+        self.loop.iterate(0.0)
+        return self.scheduler.seen[-1] if self.scheduler.seen else []
+
+    @property
+    def steps(self) -> list[str]:
+        """The launches and reads in `order`."""
+        return [each for each in self.order if not each.startswith("send")]
+
+    def sent(self, kind: type[Message], to: bytes | None = None) -> list[Message]:
+        """Return the sent messages of this kind, to one peer or to all."""
+        return [each.message for each in self.channel.sent if isinstance(each.message, kind) and to in (None, each.to)]
