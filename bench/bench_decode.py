@@ -28,7 +28,8 @@ import torch
 from json_report import write_report
 from kvist.checkpoint import find_checkpoint
 from kvist.models import ModelConfig, load_model_config
-from kvist.models.weights import WHOLE, expected_tensors
+from kvist.models.load import declare_model
+from kvist.models.parallel import TensorParallel
 from kvist.models.weights_gguf import GgufSource
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import RequestId, SamplingParams, SlotId
@@ -60,8 +61,8 @@ def transformers_model(config: ModelConfig) -> Any:
         dtype="float32",
     )
     model = LlamaForCausalLM(hf_config).eval()  # type: ignore[no-untyped-call]
-    source = GgufSource(find_checkpoint(None), config)
-    weights = {name: source.read(name, WHOLE, WHOLE) for name in expected_tensors(config)}
+    source, alone = GgufSource(find_checkpoint(None)), TensorParallel()
+    weights = {tensor.hf.name: source.read(tensor, tensor.part(alone)) for tensor in declare_model(config).tensors}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing

@@ -24,6 +24,7 @@ from kvist.attention import build_attention, choose_attention
 from kvist.attention.backend import GraphPlan, RotatingAttend, Span
 from kvist.kernels import activation, norm, rotary, sampling
 from kvist.kernels.operands import Rotary
+from kvist.models.formats import PlainWeight
 from kvist.models.linear import Linear, make_gated_linear, make_linear
 
 HIDDEN, INNER, VOCAB, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 3584, 18_944, 152_064, 28, 4, 128, 16
@@ -132,8 +133,10 @@ class Weights:
         return sum(w.nbytes for layer in self.plain for w in layer) + self.head.nbytes
 
     def ours(self) -> tuple[list[tuple[Linear, Linear, Linear, Linear]], Linear]:
-        layers = [(make_linear(a), make_linear(b), make_gated_linear(c), make_linear(d)) for a, b, c, d in self.plain]
-        return layers, make_linear(self.head, out_dtype=torch.float32)
+        layers = []
+        for qkv, o, gate_up, down in (map(PlainWeight, layer) for layer in self.plain):
+            layers.append((make_linear(qkv), make_linear(o), make_gated_linear(gate_up), make_linear(down)))
+        return layers, make_linear(PlainWeight(self.head), out_dtype=torch.float32)
 
 
 def matrices_of_a_step(weights: Weights) -> list[Row]:

@@ -11,6 +11,7 @@ import pytest
 _STEPS = """
 import sys
 import torch
+from kvist.models.formats import PlainWeight
 from kvist.models.linear import make_linear
 
 def anonymous_mib():
@@ -18,7 +19,8 @@ def anonymous_mib():
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
 
 torch.set_num_threads(1)
-products = {make_linear(torch.randn(rows, columns)): columns for rows, columns in ((192, 128), (128, 192), (320, 128))}
+shapes = ((192, 128), (128, 192), (320, 128))
+products = {make_linear(PlainWeight(torch.randn(rows, columns))): columns for rows, columns in shapes}
 seen = []
 with torch.inference_mode():
     for num_rows in range(100, 196):

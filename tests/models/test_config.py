@@ -22,7 +22,7 @@ def test_every_field_of_a_config_is_read(write_config):
     assert (config.family, config.num_layers, config.hidden_size, config.head_dim) == ("llama", 2, 64, 16)
     assert (config.num_heads, config.num_kv_heads, config.intermediate_size, config.vocab_size) == (4, 2, 96, 101)
     assert (config.rms_norm_eps, config.rope_theta, config.rope_scaling) == (1e-5, 10000.0, None)
-    assert (config.max_position_embeddings, config.tie_word_embeddings, config.qk_norm) == (256, False, False)
+    assert (config.max_position_embeddings, config.tie_word_embeddings) == (256, False)
     assert (config.attention_bias, config.attention_output_bias) == (False, False)
     assert config.eos_token_ids == (2,)
 
@@ -64,7 +64,7 @@ def test_qwen2_has_biases_on_qkv_only(write_config):
 
 def test_qwen3_has_its_own_head_dim_and_norms(write_config):
     config = load_model_config(write_config(model_type="qwen3", architectures=["Qwen3ForCausalLM"]))
-    assert (config.head_dim, config.qk_norm, config.attention_bias) == (128, True, False)
+    assert (config.head_dim, config.attention_bias) == (128, False)
 
 
 def test_a_sliding_window_that_is_switched_off_is_ignored(write_config):

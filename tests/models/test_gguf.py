@@ -197,7 +197,25 @@ def test_a_truncated_gguf_names_the_tensor(tiny_gguf, load_tiny):
 
 def test_an_unknown_gguf_tensor_is_named(tiny_gguf, load_tiny):
     _, _, file = tiny_gguf(extra={"blk.0.attn_sinks.weight": np.zeros(4, dtype=np.float32)})
-    with pytest.raises(ModelLoadError, match=r"blk\.0\.attn_sinks\.weight is not part of a"):
+    with pytest.raises(
+        ModelLoadError, match=r"tiny\.gguf: tensor blk\.0\.attn_sinks\.weight is not part of a llama model"
+    ):
+        load_tiny(file)
+
+
+def test_a_missing_gguf_tensor_is_named_as_in_the_file(write_model, load_tiny, tmp_path):
+    folder, tensors = write_model()
+    del tensors["model.layers.1.self_attn.o_proj.weight"]
+    file = write_gguf(tmp_path / "tiny.gguf", load_model_config(folder), tensors)
+    with pytest.raises(ModelLoadError, match=r"tiny\.gguf: tensor blk\.1\.attn_output\.weight is missing"):
+        load_tiny(file)
+
+
+def test_a_misshaped_gguf_tensor_is_named_as_in_the_file(write_model, load_tiny, tmp_path):
+    folder, tensors = write_model()
+    tensors["model.norm.weight"] = torch.zeros(63)
+    file = write_gguf(tmp_path / "tiny.gguf", load_model_config(folder), tensors)
+    with pytest.raises(ModelLoadError, match=r"tiny\.gguf: tensor output_norm\.weight has shape \(63,\).*\(64,\)"):
         load_tiny(file)
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kvist.models.formats import PlainWeight
 from kvist.models.linear import PackedLinear, PlainLinear, make_linear
 
 
@@ -23,7 +24,7 @@ def test_packed_product_equals_the_plain_product_at_any_number_of_rows(weight_an
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(weight_and_bias):
-    linear = make_linear(*weight_and_bias)
+    linear = make_linear(PlainWeight(weight_and_bias[0]), weight_and_bias[1])
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
     whole = linear(x)
     for num_rows in (1, 2, 3, 4, 7, 16):
@@ -31,21 +32,21 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(weight_and_bias):
 
 
 def test_strided_input_gives_the_same_result(weight_and_bias):
-    linear = make_linear(*weight_and_bias)
+    linear = make_linear(PlainWeight(weight_and_bias[0]), weight_and_bias[1])
     x = torch.randn(8, 128, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(linear(x[:, ::2]), linear(x[:, ::2].contiguous()))
 
 
 def test_cpu_weights_are_packed_and_other_devices_stay_plain(weight_and_bias):
     weight, bias = weight_and_bias
-    assert isinstance(make_linear(weight, bias), PackedLinear)
-    assert isinstance(make_linear(weight.to("meta"), None), PlainLinear)
-    assert isinstance(make_linear(weight.half(), None), PlainLinear)
+    assert isinstance(make_linear(PlainWeight(weight), bias), PackedLinear)
+    assert isinstance(make_linear(PlainWeight(weight.to("meta"))), PlainLinear)
+    assert isinstance(make_linear(PlainWeight(weight.half())), PlainLinear)
 
 
 def test_bf16_products_stay_bf16_and_close_to_fp32(weight_and_bias):
     weight, bias = weight_and_bias
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
-    y = make_linear(weight.bfloat16(), bias.bfloat16())(x.bfloat16())
+    y = make_linear(PlainWeight(weight.bfloat16()), bias.bfloat16())(x.bfloat16())
     assert y.dtype is torch.bfloat16
     torch.testing.assert_close(y.float(), F.linear(x, weight, bias), rtol=0.05, atol=0.2)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kvist.errors import ConfigError
-from kvist.models.parallel import TensorParallel, VocabShard
+from kvist.models.parallel import TensorParallel
+from kvist.models.tensors import PaddedShards
 
 TP_CASES: dict[str, dict[str, object]] = {
     "kv_heads_split": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
@@ -42,9 +43,9 @@ def test_each_rank_holds_the_kv_heads_its_q_heads_attend_over(size):
 
 
 def test_an_indivisible_vocabulary_is_covered_once():
-    shards = [VocabShard.of(101, tp) for tp in ranks(4)]
-    assert [(shard.start, shard.stop) for shard in shards] == [(0, 26), (26, 52), (52, 78), (78, 101)]
-    assert {shard.num_rows for shard in shards} == {26}
+    vocabulary = PaddedShards(101)
+    assert [vocabulary.part(tp) for tp in ranks(4)] == [slice(0, 26), slice(26, 52), slice(52, 78), slice(78, 101)]
+    assert {vocabulary.length_on(tp) for tp in ranks(4)} == {26}
 
 
 @pytest.mark.parametrize(("size", "what"), [(3, "attention heads"), (8, "attention heads")])

@@ -7,9 +7,8 @@ import torch
 
 from kvist.checkpoint import find_checkpoint
 from kvist.models import load_model_config
-from kvist.models.load import load_model
+from kvist.models.load import declare_model, load_model
 from kvist.models.parallel import TensorParallel
-from kvist.models.weights import WHOLE, expected_tensors
 from kvist.models.weights_gguf import GgufSource
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
@@ -26,10 +25,11 @@ def smollm2():
 def test_every_tensor_equals_the_one_transformers_reads(transformers_smollm2):
     checkpoint = find_checkpoint(None)
     config = load_model_config(checkpoint)
-    source = GgufSource(checkpoint, config)
+    source = GgufSource(checkpoint)
     theirs = transformers_smollm2.state_dict()
-    for name in expected_tensors(config):
-        assert torch.equal(source.read(name, WHOLE, WHOLE), theirs[name]), name
+    for tensor in declare_model(config).tensors:
+        values = source.read(tensor, tensor.part(TensorParallel()))
+        assert torch.equal(values, theirs[tensor.hf.name]), tensor.hf.name
 
 
 def test_logits_equal_transformers(transformers_smollm2, smollm2, logits_of, relative_error):

@@ -42,7 +42,7 @@ def test_missing_tensor_is_named(write_model, load_tiny):
     checkpoint, tensors = write_model()
     del tensors[Q_PROJ]
     save(checkpoint, tensors)
-    with pytest.raises(ModelLoadError, match=f"{Q_PROJ} is missing"):
+    with pytest.raises(ModelLoadError, match=rf"model\.safetensors: tensor {Q_PROJ} is missing"):
         load_tiny(checkpoint)
 
 
@@ -50,21 +50,23 @@ def test_misshaped_tensor_is_named_with_both_shapes(write_model, load_tiny):
     checkpoint, tensors = write_model()
     tensors[Q_PROJ] = torch.zeros(63, 64)
     save(checkpoint, tensors)
-    with pytest.raises(ModelLoadError, match=rf"{Q_PROJ} has shape \(63, 64\).*\(64, 64\)"):
+    with pytest.raises(ModelLoadError, match=rf"model\.safetensors: tensor {Q_PROJ} has shape \(63, 64\).*\(64, 64\)"):
         load_tiny(checkpoint)
 
 
 def test_unexpected_tensor_is_named(write_model, load_tiny):
     checkpoint, tensors = write_model()
     save(checkpoint, tensors | {"model.layers.0.self_attn.q_norm.weight": torch.zeros(16)})
-    with pytest.raises(ModelLoadError, match=r"model\.layers\.0\.self_attn\.q_norm\.weight is not part of a"):
+    with pytest.raises(
+        ModelLoadError, match=r"model\.safetensors: tensor model\.layers\.0\.self_attn\.q_norm\.weight is not"
+    ):
         load_tiny(checkpoint)
 
 
 def test_a_tensor_of_integers_is_refused(write_model, load_tiny):
     checkpoint, tensors = write_model()
     save(checkpoint, tensors | {Q_PROJ: torch.zeros(64, 64, dtype=torch.int8)})
-    with pytest.raises(ModelLoadError, match=f"{Q_PROJ} has dtype I8"):
+    with pytest.raises(ModelLoadError, match=f"{Q_PROJ} has dtype int8"):
         load_tiny(checkpoint)
 
 
@@ -111,6 +113,24 @@ def test_a_shard_that_lacks_its_tensor_is_named(write_model, load_tiny):
     )
     (checkpoint.path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ModelLoadError, match=r"lm_head\.weight is missing, but"):
+        load_tiny(checkpoint)
+
+
+def test_a_misshaped_tensor_is_named_with_its_shard(write_model, load_tiny):
+    checkpoint, tensors = write_model()
+    tensors[Q_PROJ] = torch.zeros(63, 64)
+    save(checkpoint, tensors)
+    file = shard(checkpoint, tensors)[Q_PROJ]
+    with pytest.raises(ModelLoadError, match=f"{file}: tensor {Q_PROJ} has shape"):
+        load_tiny(checkpoint)
+
+
+def test_a_tensor_that_no_shard_has_is_missing_in_the_index(write_model, load_tiny):
+    checkpoint, tensors = write_model()
+    del tensors[Q_PROJ]
+    save(checkpoint, tensors)
+    shard(checkpoint, tensors)
+    with pytest.raises(ModelLoadError, match=f"model.safetensors.index.json: tensor {Q_PROJ} is missing"):
         load_tiny(checkpoint)
 
 

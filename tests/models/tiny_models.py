@@ -12,9 +12,9 @@ from torch import Tensor
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.models import load_model_config
 from kvist.models.decoder import CausalLM
-from kvist.models.load import load_model
+from kvist.models.load import declare_model, load_model
 from kvist.models.parallel import TensorParallel
-from kvist.models.weights import WHOLE, expected_tensors
+from kvist.models.tensors import Fill
 from kvist.models.weights_dummy import DummySource
 
 CPU = torch.device("cpu")
@@ -81,14 +81,16 @@ def hf_checkpoint(folder: Path) -> Checkpoint:
 
 def random_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Return random values for every tensor of the config, including norms, so that a swapped norm is detected."""
-    config = load_model_config(checkpoint)
-    source = DummySource(config, seed=7, device=CPU)
+    source = DummySource(seed=7, device=CPU)
     generator = torch.Generator().manual_seed(7)
-    tensors = {name: source.read(name, WHOLE, WHOLE).contiguous() for name in expected_tensors(config)}
-    return {
-        name: 1 + 0.2 * torch.randn(tensor.shape, generator=generator) if "norm" in name else tensor
-        for name, tensor in tensors.items()
-    }
+    tensors = {}
+    for tensor in declare_model(load_model_config(checkpoint)).tensors:
+        if tensor.fill is Fill.ONES:
+            values = 1 + 0.2 * torch.randn(tensor.shape, generator=generator)
+        else:
+            values = source.read(tensor, tensor.part(TensorParallel())).contiguous()
+        tensors[tensor.hf.name] = values
+    return tensors
 
 
 def write_folder(folder: Path, **changes: Any) -> Checkpoint:

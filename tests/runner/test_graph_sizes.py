@@ -65,7 +65,6 @@ QWEN2_7B = ModelConfig(
     tie_word_embeddings=False,
     attention_bias=True,
     attention_output_bias=False,
-    qk_norm=False,
     eos_token_ids=(0,),
 )
 

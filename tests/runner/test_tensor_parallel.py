@@ -20,11 +20,11 @@ import torch
 from kvist.checkpoint import Checkpoint
 from kvist.errors import ConfigError, EngineError
 from kvist.models import load_model_config
-from kvist.models.weights import expected_tensors
+from kvist.models.load import declare_model
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner import tp
-from kvist.runner.build import build_runner, num_weights, page_layout
+from kvist.runner.build import build_runner, page_layout, weights_bytes
 from kvist.runner.config import RunnerConfig
 from kvist.runner.runner import Runner
 from kvist.runner.tp import FollowerProcesses, Rendezvous
@@ -231,14 +231,17 @@ def test_pages_hold_one_ranks_heads_on_a_gpu_and_all_heads_on_a_cpu(
     assert page_layout(model, replace(config, device="cpu")).num_kv_heads == 2
 
 
-def test_weights_are_counted_per_rank_with_replicated_tensors_in_full(tiny_checkpoint: Checkpoint) -> None:
+def test_weights_are_counted_per_device_with_replicated_tensors_in_full(tiny_checkpoint: Checkpoint) -> None:
     model = load_model_config(tiny_checkpoint)
-    whole = sum(math.prod(shape) for shape in expected_tensors(model).values())
-    norms = 64 * (2 * 3 + 1)
-    key_and_value = 3 * 2 * 64 * 32
-    assert num_weights(model, 1) == whole
-    assert num_weights(model, 2) == (whole - norms) // 2 + norms
-    assert num_weights(model, 4) == (whole - norms - key_and_value) // 4 + norms + key_and_value // 2
+    norms, tables, key_and_value = 64 * (2 * 3 + 1), 2 * model.vocab_size * 64, 3 * 2 * 64 * 32
+    whole = sum(math.prod(tensor.shape) for tensor in declare_model(model).tensors)
+    others = whole - norms - tables - key_and_value
+    assert weights_bytes(model, RunnerConfig(device="cpu", dtype="float32")) == 4 * whole
+    for size, num_copies in ((2, 1), (4, 2)):  # of each KV head
+        padded_tables = 2 * -(-model.vocab_size // size) * 64
+        on_gpu = norms + padded_tables + (others + num_copies * key_and_value) // size
+        assert weights_bytes(model, RunnerConfig(device="cuda", dtype="bfloat16", tp=size)) == 2 * on_gpu
+        assert weights_bytes(model, RunnerConfig(device="cpu", dtype="float32", tp=size)) == 4 * size * on_gpu
 
 
 def test_a_load_format_other_than_the_checkpoints_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:

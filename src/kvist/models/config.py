@@ -1,8 +1,8 @@
-"""The dimensions and features of a model, without torch: read by config_hf.py or config_gguf.py, used by all other
-rooms.
+"""The dimensions and features of a model, without torch: read from config.json or a GGUF header by the model's family
+(families/), with config_hf.py or config_gguf.py; used by all other rooms.
 
-The readers refuse a feature that Kvist cannot compute exactly (sliding windows, experts, other rope types, quantised
-safetensors) and name its field: a model that loads gives the right results. weights.py checks the tensors themselves.
+A feature that Kvist cannot compute exactly (sliding windows, experts, other rope types, quantised safetensors) is
+refused by the name of its field: a model that loads gives the right results. weights.py checks the tensors themselves.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ RopeScaling = LinearRope | Llama3Rope | DividedRope | YarnRope
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    family: str
+    family: str  # a key of families.FAMILIES
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -82,7 +82,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool  # on q, k and v
     attention_output_bias: bool  # on o_proj
-    qk_norm: bool
+    weight_format: str = "plain"  # of the linear layers' matrices; a key of formats.FORMATS
     eos_token_ids: tuple[int, ...]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
-from kvist.checkpoint import Checkpoint, GgufHeader
+from kvist.checkpoint import GgufHeader
 from kvist.errors import ModelLoadError
 from kvist.models.config import (
     DEFAULT_ROPE_THETA,
@@ -18,57 +19,69 @@ from kvist.models.config import (
     yarn_attention_factor,
 )
 from kvist.models.end_tokens import end_tokens_by_text
-from kvist.models.family import family_named
 from kvist.models.fields import ConfigFields
 
 ROPE_DIVISORS = "rope_freqs.weight"  # a tensor that belongs to the configuration, not to a layer
 _F32 = 0
 
 
-def config_from_gguf(checkpoint: Checkpoint) -> ModelConfig:
-    path, header = checkpoint.path, checkpoint.gguf_header
-    metadata = ConfigFields(header.metadata, origin=str(path))
-    family = family_named(metadata.text("general.architecture"), field="general.architecture", origin=str(path))
-    start = f"{family.name}."
-    fields = ConfigFields(
-        {key.removeprefix(start): value for key, value in header.metadata.items() if key.startswith(start)},
-        origin=str(path),
-        prefix=start,
-    )
-    _refuse_unsupported(fields)
-    embedding = header.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise ModelLoadError(f"{path}: tensor token_embd.weight is missing")
-    hidden_size = fields.integer("embedding_length")
-    names = ("attention.head_count", "attention.head_count_kv", "attention.key_length")
-    num_heads, num_kv_heads, head_dim = read_heads(fields, names, hidden_size)
-    _check_head_dims(fields, head_dim)
-    rope_scaling = _rope_scaling(path, header, fields, head_dim)
-    max_positions = fields.integer("context_length")
-    if isinstance(rope_scaling, YarnRope):  # some files give the length with the scaling, some without
-        max_positions = max(max_positions, rope_scaling.max_position_embeddings)
-    return ModelConfig(
-        family=family.name,
-        num_layers=fields.integer("block_count"),
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        intermediate_size=fields.integer("feed_forward_length"),
-        vocab_size=embedding.shape[0],
-        rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
-        rope_theta=fields.number("rope.freq_base", DEFAULT_ROPE_THETA),
-        rope_scaling=rope_scaling,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings="output.weight" not in header.tensors,
-        attention_bias=bool(family.qkv_bias) or "blk.0.attn_q.bias" in header.tensors,
-        attention_output_bias="blk.0.attn_output.bias" in header.tensors,
-        qk_norm=family.qk_norm,
-        eos_token_ids=_eos_token_ids(metadata),
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufConfig:
+    """The header of a GGUF file while a family reads it."""
+
+    family: str
+    path: Path
+    header: GgufHeader
+    fields: ConfigFields  # the metadata of the architecture, without its prefix
+    eos_token_ids: tuple[int, ...]
+
+    def has_tensor(self, name: str) -> bool:
+        return name in self.header.tensors
+
+    def decoder(self, *, attention_bias: bool) -> ModelConfig:
+        """Read the fields of a decoder whose layers are alike: attention over the whole context, and a gated MLP."""
+        fields = self.fields
+        embedding = self.header.tensors.get("token_embd.weight")
+        if embedding is None:
+            raise ModelLoadError(f"{self.path}: tensor token_embd.weight is missing")
+        hidden_size = fields.integer("embedding_length")
+        names = ("attention.head_count", "attention.head_count_kv", "attention.key_length")
+        num_heads, num_kv_heads, head_dim = read_heads(fields, names, hidden_size)
+        _check_head_dims(fields, head_dim)
+        rope_scaling = _rope_scaling(self.path, self.header, fields, head_dim)
+        max_positions = fields.integer("context_length")
+        if isinstance(rope_scaling, YarnRope):  # some files give the length with the scaling, some without
+            max_positions = max(max_positions, rope_scaling.max_position_embeddings)
+        return ModelConfig(
+            family=self.family,
+            num_layers=fields.integer("block_count"),
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            intermediate_size=fields.integer("feed_forward_length"),
+            vocab_size=embedding.shape[0],
+            rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
+            rope_theta=fields.number("rope.freq_base", DEFAULT_ROPE_THETA),
+            rope_scaling=rope_scaling,
+            max_position_embeddings=max_positions,
+            tie_word_embeddings=not self.has_tensor("output.weight"),
+            attention_bias=attention_bias,
+            attention_output_bias=self.has_tensor("blk.0.attn_output.bias"),
+            eos_token_ids=self.eos_token_ids,
+        )
+
+    def refuse_experts(self) -> None:
+        count = self.fields.value("expert_count")
+        if count not in (None, 0):
+            raise self.fields.error("expert_count", f"is {count!r}: experts (MoE) are not supported in this family")
+
+    def refuse_sliding_windows(self) -> None:
+        if self.fields.value("attention.sliding_window") not in (None, 0):
+            raise self.fields.error("attention.sliding_window", "is set: sliding windows are not supported")
 
 
-def _eos_token_ids(metadata: ConfigFields) -> tuple[int, ...]:
+def read_eos_token_ids(metadata: ConfigFields) -> tuple[int, ...]:
     """Return the ids of end of sequence, end of turn and end of message: each of them ends an answer. A file that names
     no end of turn may still have such a token in its vocabulary."""
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -78,13 +91,6 @@ def _eos_token_ids(metadata: ConfigFields) -> tuple[int, ...]:
         if isinstance(tokens, list) and isinstance(kinds, list):
             ids += end_tokens_by_text(tokens, kinds)
     return tuple(dict.fromkeys(ids))
-
-
-def _refuse_unsupported(fields: ConfigFields) -> None:
-    if fields.value("expert_count") not in (None, 0):
-        raise fields.error("expert_count", f"is {fields.value('expert_count')!r}: experts (MoE) are not supported")
-    if fields.value("attention.sliding_window") not in (None, 0):
-        raise fields.error("attention.sliding_window", "is set: sliding windows are not supported")
 
 
 def _check_head_dims(fields: ConfigFields, head_dim: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from kvist.checkpoint import Checkpoint, read_json
 from kvist.models.config import (
     DEFAULT_ROPE_THETA,
@@ -14,46 +16,96 @@ from kvist.models.config import (
     yarn_attention_factor,
 )
 from kvist.models.end_tokens import end_tokens_of_tokenizer
-from kvist.models.family import Family, family_named
 from kvist.models.fields import ConfigFields
 
 
-def config_from_hf(checkpoint: Checkpoint) -> ModelConfig:
-    path = checkpoint.path / "config.json"
-    fields = ConfigFields(read_json(path), origin=str(path))
-    family = family_named(fields.text("model_type"), field="model_type", origin=str(path))
-    num_layers = fields.integer("num_hidden_layers")
-    _refuse_unsupported(fields, family, num_layers)
-    hidden_size = fields.integer("hidden_size")
-    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    num_heads, num_kv_heads, head_dim = read_heads(fields, names, hidden_size, family.default_head_dim)
-    max_positions = fields.integer("max_position_embeddings")
-    rope_theta, rope_scaling = _rope_from_hf(fields, max_positions)
-    if isinstance(rope_scaling, YarnRope):  # some configs give the length with the scaling, some without
-        max_positions = max(max_positions, rope_scaling.max_position_embeddings)
-    bias = fields.flag("attention_bias", False) if family.qkv_bias is None else family.qkv_bias
-    return ModelConfig(
-        family=family.name,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        intermediate_size=fields.integer("intermediate_size"),
-        vocab_size=fields.integer("vocab_size"),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-        attention_bias=bias,
-        attention_output_bias=bias and family.output_bias_with_qkv,
-        qk_norm=family.qk_norm,
-        eos_token_ids=_eos_from_hf(checkpoint, fields),
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfConfig:
+    """config.json while a family reads it."""
+
+    family: str
+    fields: ConfigFields
+    eos_token_ids: tuple[int, ...]
+
+    def decoder(
+        self, *, attention_bias: bool, attention_output_bias: bool, default_head_dim: int | None = None
+    ) -> ModelConfig:
+        """Read the fields of a decoder whose layers are alike: attention over the whole context, and a gated MLP."""
+        fields = self.fields
+        self._refuse_other_decoders()
+        hidden_size = fields.integer("hidden_size")
+        names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+        num_heads, num_kv_heads, head_dim = read_heads(fields, names, hidden_size, default_head_dim)
+        max_positions = fields.integer("max_position_embeddings")
+        rope_theta, rope_scaling = _read_rope(fields, max_positions)
+        if isinstance(rope_scaling, YarnRope):  # some configs give the length with the scaling, some without
+            max_positions = max(max_positions, rope_scaling.max_position_embeddings)
+        return ModelConfig(
+            family=self.family,
+            num_layers=fields.integer("num_hidden_layers"),
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            intermediate_size=fields.integer("intermediate_size"),
+            vocab_size=fields.integer("vocab_size"),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            max_position_embeddings=max_positions,
+            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+            attention_bias=attention_bias,
+            attention_output_bias=attention_output_bias,
+            eos_token_ids=self.eos_token_ids,
+        )
+
+    def _refuse_other_decoders(self) -> None:
+        fields = self.fields
+        activation = fields.text("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise fields.error("hidden_act", f"is {activation!r}; only silu is supported")
+        for name in ("quantization_config", "compression_config"):
+            if name in fields:
+                raise fields.error(name, "is set: quantised safetensors are not supported; use plain weights or a GGUF")
+        if fields.flag("mlp_bias", False):
+            raise fields.error("mlp_bias", "is true: MLP biases are not supported")
+        if fields.value("partial_rotary_factor") not in (None, 1, 1.0):
+            raise fields.error("partial_rotary_factor", "is not 1: rotating a part of each head is not served")
+
+    def refuse_experts(self) -> None:
+        for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+            value = self.fields.value(name)
+            if value not in (None, 0):
+                raise self.fields.error(name, f"is {value!r}: experts (MoE) are not supported in this family")
+
+    def refuse_sliding_windows(self) -> None:
+        fields = self.fields
+        num_layers = fields.integer("num_hidden_layers")
+        layer_types = fields.value("layer_types")
+        if layer_types is not None:
+            others = (
+                sorted({str(kind) for kind in layer_types} - {"full_attention"})
+                if isinstance(layer_types, list)
+                else []
+            )
+            if others or not isinstance(layer_types, list):
+                raise fields.error(
+                    "layer_types", f"contains {others or layer_types!r}; only full_attention is supported"
+                )
+            return
+        if "sliding_window" not in fields:
+            return
+        # Qwen configs have a sliding_window that use_sliding_window disables
+        used = fields.flag(
+            "use_sliding_window", "use_sliding_window" not in fields and "max_window_layers" not in fields
+        )
+        if used and fields.integer("max_window_layers", 0, minimum=0) < num_layers:
+            raise fields.error(
+                "sliding_window", f"is {fields.value('sliding_window')!r} and in use: it is not supported"
+            )
 
 
-def _eos_from_hf(checkpoint: Checkpoint, fields: ConfigFields) -> tuple[int, ...]:
+def read_eos_token_ids(checkpoint: Checkpoint, fields: ConfigFields) -> tuple[int, ...]:
     """Return the end tokens of config.json, generation_config.json and the tokenizer: chat models often name their
     end-of-turn token in only one of these files."""
     eos = fields.token_ids("eos_token_id")
@@ -63,44 +115,7 @@ def _eos_from_hf(checkpoint: Checkpoint, fields: ConfigFields) -> tuple[int, ...
     return tuple(dict.fromkeys(eos + end_tokens_of_tokenizer(checkpoint.path)))
 
 
-def _refuse_unsupported(fields: ConfigFields, family: Family, num_layers: int) -> None:
-    architectures = fields.value("architectures")
-    if architectures is not None and architectures != [family.hf_architecture]:
-        raise fields.error("architectures", f"is {architectures!r}; only {family.hf_architecture} is supported")
-    activation = fields.text("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise fields.error("hidden_act", f"is {activation!r}; only silu is supported")
-    for name in ("quantization_config", "compression_config"):
-        if name in fields:
-            raise fields.error(name, "is set: quantised safetensors are not supported; use plain weights or a GGUF")
-    if fields.flag("mlp_bias", False):
-        raise fields.error("mlp_bias", "is true: MLP biases are not supported")
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if fields.value(name) not in (None, 0):
-            raise fields.error(name, f"is {fields.value(name)!r}: experts (MoE) are not supported")
-    if fields.value("partial_rotary_factor") not in (None, 1, 1.0):
-        raise fields.error("partial_rotary_factor", "is not 1: rotating a part of each head is not served")
-    _refuse_sliding_window(fields, num_layers)
-
-
-def _refuse_sliding_window(fields: ConfigFields, num_layers: int) -> None:
-    layer_types = fields.value("layer_types")
-    if layer_types is not None:
-        others = (
-            sorted({str(kind) for kind in layer_types} - {"full_attention"}) if isinstance(layer_types, list) else []
-        )
-        if others or not isinstance(layer_types, list):
-            raise fields.error("layer_types", f"contains {others or layer_types!r}; only full_attention is supported")
-        return
-    if "sliding_window" not in fields:
-        return
-    # Qwen configs have a sliding_window that use_sliding_window disables
-    used = fields.flag("use_sliding_window", "use_sliding_window" not in fields and "max_window_layers" not in fields)
-    if used and fields.integer("max_window_layers", 0, minimum=0) < num_layers:
-        raise fields.error("sliding_window", f"is {fields.value('sliding_window')!r} and in use: it is not supported")
-
-
-def _rope_from_hf(fields: ConfigFields, max_positions: int) -> tuple[float, RopeScaling | None]:
+def _read_rope(fields: ConfigFields, max_positions: int) -> tuple[float, RopeScaling | None]:
     """Read theta and scaling. transformers 5 writes `rope_parameters`; transformers 4 `rope_theta` and
     `rope_scaling`."""
     theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
@@ -124,11 +139,11 @@ def _rope_from_hf(fields: ConfigFields, max_positions: int) -> tuple[float, Rope
             original_max_position_embeddings=rope.integer("original_max_position_embeddings", max_positions),
         )
     if kind == "yarn":
-        return theta, _yarn_from_hf(fields, rope, max_positions)
+        return theta, _read_yarn(fields, rope, max_positions)
     raise rope.error(kind_field, f"is {kind!r}; supported are default, linear, llama3 and yarn")
 
 
-def _yarn_from_hf(fields: ConfigFields, rope: ConfigFields, max_positions: int) -> YarnRope:
+def _read_yarn(fields: ConfigFields, rope: ConfigFields, max_positions: int) -> YarnRope:
     original = rope.integer("original_max_position_embeddings", max_positions)
     if "original_max_position_embeddings" in fields:
         original = fields.integer("original_max_position_embeddings")

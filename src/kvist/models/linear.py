@@ -38,6 +38,7 @@ with many rows.
 from __future__ import annotations
 
 import os
+from functools import singledispatch
 from typing import Protocol
 
 import torch
@@ -47,6 +48,7 @@ from torch import Tensor
 from kvist.kernels.activation import silu_mul
 from kvist.kernels.gated import make_gated_product
 from kvist.kernels.skinny import GATED_ROWS, LINEAR_ROWS, skinny_gated, skinny_linear
+from kvist.models.formats import PlainWeight, Weight
 
 PACK_ROWS_HINT = 16
 MIN_PACKED_ROWS = 4
@@ -119,21 +121,35 @@ class GpuGatedLinear:
         return silu_mul(F.linear(x, self._weight)) if gated is None else gated
 
 
-def make_gated_linear(weight: Tensor) -> Linear:
-    """Make the map x [num_rows, in_features] -> SiLU(x G^T) * (x U^T). `weight` is G over U; the caller must not keep
-    it."""
-    return GpuGatedLinear(weight) if weight.is_cuda else WideGatedLinear(make_linear(weight))
+@singledispatch
+def make_linear(weight: Weight, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Linear:
+    """Make the product for the weight's format, device and dtype. The caller must not keep `weight`: packing replaces
+    it. `out_dtype`: a result more precise than x; only GPUs support it, CPUs ignore it. A format registers its product
+    by its class of weights."""
+    raise NotImplementedError(f"no product is registered for {type(weight).__name__}, {bias=}, {out_dtype=}")
 
 
-def make_linear(weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Linear:
-    """Make the product for the weight's device and dtype. The caller must not keep `weight`: packing replaces it.
-    `out_dtype`: a result more precise than x; only GPUs support it, CPUs ignore it."""
-    if weight.is_cuda:
-        return GpuLinear(weight, bias, out_dtype or weight.dtype)
-    if weight.device.type == "cpu" and _can_pack(weight.dtype):
+@make_linear.register
+def _(weight: PlainWeight, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Linear:
+    values = weight.values
+    if values.is_cuda:
+        return GpuLinear(values, bias, out_dtype or values.dtype)
+    if values.device.type == "cpu" and _can_pack(values.dtype):
         _bound_compiled_kernels()
-        return PackedLinear(weight, bias)
-    return PlainLinear(weight, bias)
+        return PackedLinear(values, bias)
+    return PlainLinear(values, bias)
+
+
+@singledispatch
+def make_gated_linear(weight: Weight) -> Linear:
+    """Make the map x [num_rows, in_features] -> SiLU(x G^T) * (x U^T). `weight` is G over U; the caller must not keep
+    it. A format with a fused product registers it; otherwise the gate follows the product."""
+    return WideGatedLinear(make_linear(weight))
+
+
+@make_gated_linear.register
+def _(weight: PlainWeight) -> Linear:
+    return GpuGatedLinear(weight.values) if weight.values.is_cuda else WideGatedLinear(make_linear(weight))
 
 
 def _bound_compiled_kernels() -> None:

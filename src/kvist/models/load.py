@@ -1,5 +1,5 @@
-"""Builds a model from a checkpoint: opens the source, checks its tensors, then reads and packs layer by layer on two
-threads.
+"""Builds a model from a checkpoint: declares its tensors, checks that the checkpoint has them, then reads and packs
+layer by layer on two threads.
 
 Reading, dequantising and packing release the GIL, and a layer's plain weights are freed as soon as they are packed, so
 the peak memory is the model plus two layers.
@@ -17,9 +17,10 @@ import torch
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
 from kvist.models.config import ModelConfig
-from kvist.models.decoder import CausalLM, DecoderLayer, EmbeddingAndHead
+from kvist.models.decoder import CausalLM, DeclaredModel
+from kvist.models.families import FAMILIES
 from kvist.models.parallel import TensorParallel
-from kvist.models.weights import WeightReader, WeightSource, check_tensors, expected_tensors
+from kvist.models.weights import CheckpointSource, WeightReader, WeightSource, check_tensors
 
 NUM_LOADING_THREADS = 2
 
@@ -42,47 +43,46 @@ def load_model(
     size."""
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"dtype {dtype} is not supported; use float32 or bfloat16", param="dtype")
-    check_split(config, tp)  # before any read
+    declared = declare_model(config)
+    declared.check_split(tp)  # before any read
     source: WeightSource
     if load_format == "dummy":
         from kvist.models.weights_dummy import DummySource
 
-        source = DummySource(config, seed=seed, device=device)
+        source = DummySource(seed=seed, device=device)
     else:
-        source = _open_source(checkpoint, config)
-    check_tensors(source, config)
-    reader = WeightReader(source, dtype=dtype, device=device)
-    return _build(config, reader, tp, progress or (lambda _done, _total: None))
+        source = checkpoint_source = _open_source(checkpoint)
+        check_tensors(checkpoint_source, declared.tensors, family=config.family, redundant=declared.redundant)
+    reader = WeightReader(source, dtype=dtype, device=device, tp=tp)
+    return _build(declared, reader, progress or (lambda _done, _total: None))
 
 
-def check_split(config: ModelConfig, tp: TensorParallel) -> None:
-    """Raise `ConfigError` when the model cannot be split over the ranks of `tp`."""
-    tp.shard(config.num_heads, "attention heads")
-    tp.kv_heads(config.num_kv_heads)
-    tp.shard(config.intermediate_size, "MLP rows")
+def declare_model(config: ModelConfig) -> DeclaredModel:
+    """Return the model before its weights are read: for the sizes and names of its tensors."""
+    return FAMILIES[config.family].declare(config)
 
 
-def _open_source(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
+def _open_source(checkpoint: Checkpoint) -> CheckpointSource:
     if checkpoint.kind is CheckpointKind.GGUF:
         from kvist.models.weights_gguf import GgufSource
 
-        return GgufSource(checkpoint, config)
+        return GgufSource(checkpoint)
     from kvist.models.weights_safetensors import SafetensorsSource
 
     return SafetensorsSource(checkpoint.path)
 
 
-def _build(config: ModelConfig, reader: WeightReader, tp: TensorParallel, progress: Progress) -> CausalLM:
-    num_tensors = len(expected_tensors(config))
+def _build(declared: DeclaredModel, reader: WeightReader, progress: Progress) -> CausalLM:
+    num_tensors = len(declared.tensors)
     with _one_torch_thread(), ThreadPoolExecutor(NUM_LOADING_THREADS, thread_name_prefix="load") as pool:
-        vocab = pool.submit(EmbeddingAndHead, config, reader, tp)
-        pending = [pool.submit(DecoderLayer, config, reader, layer, tp) for layer in range(config.num_layers)]
+        vocab = pool.submit(declared.vocab.load, reader)
+        pending = [pool.submit(layer.load, reader) for layer in declared.layers]
         try:
             layers = []
             for layer in pending:
                 layers.append(layer.result())
                 progress(min(reader.num_read, num_tensors), num_tensors)
-            model = CausalLM(config, vocab.result(), layers)
+            model = CausalLM(declared.config, vocab.result(), layers)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

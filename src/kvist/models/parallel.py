@@ -1,27 +1,20 @@
-"""Tensor parallelism: which part of each matrix a rank has, and the layers that combine the parts.
+"""The ranks of a tensor-parallel model: a rank's share of heads and rows, and the collectives that combine results.
 
-Columns-then-rows, as in Megatron-LM (https://arxiv.org/abs/1909.08053): q, k, v, gate and up are split by output rows;
-o and down by input columns, followed by one all-reduce; the vocabulary is split by rows in the embedding and the head.
-A head is never split. With more ranks than KV heads, each KV head is replicated on `size / num_kv_heads` ranks.
-
-Size 1 uses the same code and never calls torch.distributed.
+A head is never split. With more ranks than KV heads, each KV head is replicated on `size / num_kv_heads` ranks. Size 1
+uses the same code and never calls torch.distributed. The layers are in layers.py.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from kvist.errors import ConfigError
-from kvist.models.linear import Linear, make_gated_linear, make_linear
-from kvist.models.weights import WeightReader
 
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
@@ -96,80 +89,3 @@ def leave_tensor_parallel(*, abort: bool = False) -> None:
         dist.distributed_c10d._abort_process_group()
     else:
         dist.destroy_process_group()
-
-
-def column_parallel(reader: WeightReader, rows: Mapping[str, slice], *, bias: bool) -> Linear:
-    """Make a linear layer split by output rows; several projections of one input are fused into one product (q+k+v).
-
-    `rows`: matrices of the checkpoint, without .weight or .bias, and the output rows of each that this rank computes.
-    x [T, in_features] -> [T, this rank's rows of all matrices]."""
-    weights = [reader.read(f"{name}.weight", part) for name, part in rows.items()]
-    biases = [reader.read(f"{name}.bias", part) for name, part in rows.items()] if bias else None
-    return make_linear(torch.cat(weights), None if biases is None else torch.cat(biases))
-
-
-def gated_parallel(reader: WeightReader, rows: Mapping[str, slice]) -> Linear:
-    """Make gate and up, split by output rows. x [T, in_features] -> SiLU(gate) * up [T, this rank's rows of gate]."""
-    return make_gated_linear(torch.cat([reader.read(f"{name}.weight", part) for name, part in rows.items()]))
-
-
-class RowParallelLinear:
-    """A linear layer split by input columns; the partial products are summed over ranks."""
-
-    def __init__(self, reader: WeightReader, name: str, columns: slice, tp: TensorParallel, *, bias: bool) -> None:
-        weight = reader.read(f"{name}.weight", slice(None), columns)
-        # the bias is added once to the sum, so only rank 0 adds it
-        own_bias = reader.read(f"{name}.bias") if bias and tp.rank == 0 else None
-        self._linear = make_linear(weight, own_bias)
-        self._tp = tp
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, this rank's columns] -> [T, out_features], the same on every rank."""
-        return self._tp.all_reduce(self._linear(x))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VocabShard:
-    """Rows [start, stop) of the vocabulary; the shard of the last rank is padded with zeros to `num_rows`."""
-
-    start: int
-    stop: int
-    num_rows: int
-
-    @classmethod
-    def of(cls, vocab_size: int, tp: TensorParallel) -> VocabShard:
-        num_rows = -(-vocab_size // tp.size)
-        start = min(tp.rank * num_rows, vocab_size)
-        return cls(start=start, stop=min(start + num_rows, vocab_size), num_rows=num_rows)
-
-    def read(self, reader: WeightReader, name: str) -> Tensor:
-        weight = reader.read(name, slice(self.start, self.stop))
-        missing = self.num_rows - weight.shape[0]
-        return F.pad(weight, (0, 0, 0, missing)) if missing else weight
-
-
-class VocabParallelEmbedding:
-    def __init__(self, weight: Tensor, shard: VocabShard, tp: TensorParallel) -> None:
-        self._weight = weight  # [shard.num_rows, hidden_size]
-        self._shard = shard
-        self._tp = tp
-
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """token_ids [T] int64 -> [T, hidden_size]."""
-        if self._tp.size == 1:
-            return F.embedding(token_ids, self._weight)
-        foreign = (token_ids < self._shard.start) | (token_ids >= self._shard.stop)
-        local_ids = (token_ids - self._shard.start).masked_fill(foreign, 0)
-        rows = F.embedding(local_ids, self._weight).masked_fill(foreign.unsqueeze(1), 0.0)
-        return self._tp.all_reduce(rows)
-
-
-class VocabParallelHead:
-    def __init__(self, weight: Tensor, vocab_size: int, tp: TensorParallel) -> None:
-        self._linear = make_linear(weight, out_dtype=torch.float32)
-        self._vocab_size = vocab_size
-        self._tp = tp
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden_size] -> logits [R, vocab_size] fp32, complete on every rank."""
-        return self._tp.all_gather(self._linear(hidden))[:, : self._vocab_size].float()

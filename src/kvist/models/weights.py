@@ -1,109 +1,117 @@
-"""The interface to a checkpoint's tensors, and the checks that every checkpoint passes before its first read.
+"""Reads declared tensors from a source, and checks that a checkpoint has exactly those.
 
-Names are those of Hugging Face folders; weights_gguf.py translates GGUF names. `WeightSource` is the interface, with
-one file per format; `WeightReader` returns exactly the part that a layer asks for, in the model's dtype on its device.
+Each kind of source has a file: weights_safetensors.py and weights_gguf.py read checkpoints, weights_dummy.py makes
+random values. `WeightReader` returns this rank's part of a tensor on the model's device. A part of a model is first
+`Declared`, with the tensors that it needs; `load` reads them and makes the part.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvist.errors import ModelLoadError
-from kvist.models.config import ModelConfig
+from kvist.models.parallel import TensorParallel
+from kvist.models.tensors import DeclaredTensor, Location, Part, Shape
 
-Shape = tuple[int, ...]
-WHOLE = slice(None)
+T = TypeVar("T")
 
 
 class WeightSource(Protocol):
+    def read(self, tensor: DeclaredTensor, part: Part) -> Tensor:
+        """Read a part of a tensor, in the dtype of the source. Called from several threads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """A tensor that a checkpoint has."""
+
+    shape: Shape
+    dtype: torch.dtype  # of what `read` returns
+    file: str
+
+
+class CheckpointSource(WeightSource, Protocol):
     @property
     def origin(self) -> str:
-        """The file or folder, for error messages."""
+        """The file that names all tensors, for error messages."""
 
     @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """The shape of every tensor of the checkpoint."""
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """Every tensor of the checkpoint by name."""
 
-    def read(self, name: str, rows: slice, columns: slice) -> Tensor:
-        """Read a part of one tensor, in any float dtype; `columns` is WHOLE for vectors. Called from two threads."""
-
-
-def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
-    """Return every tensor that the model needs, by name, with its unsplit shape."""
-    hidden, vocab = config.hidden_size, config.vocab_size
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    for layer in range(config.num_layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_tensors(config).items()}
-    return shapes
-
-
-def _layer_tensors(config: ModelConfig) -> dict[str, Shape]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, Shape] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (q_rows, hidden),
-        "self_attn.k_proj.weight": (kv_rows, hidden),
-        "self_attn.v_proj.weight": (kv_rows, hidden),
-        "self_attn.o_proj.weight": (hidden, q_rows),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    if config.attention_bias:
-        shapes |= {"self_attn.q_proj.bias": (q_rows,)}
-        shapes |= {"self_attn.k_proj.bias": (kv_rows,), "self_attn.v_proj.bias": (kv_rows,)}
-    if config.attention_output_bias:
-        shapes["self_attn.o_proj.bias"] = (hidden,)
-    if config.qk_norm:
-        shapes |= {f"self_attn.{name}.weight": (config.head_dim,) for name in ("q_norm", "k_norm")}
-    return shapes
-
-
-def check_tensors(source: WeightSource, config: ModelConfig) -> None:
-    """Raise `ModelLoadError` that names the first missing, misshaped or unexpected tensor."""
-    expected = expected_tensors(config)
-    for name, shape in expected.items():
-        found = source.shapes.get(name)
-        if found is None:
-            raise ModelLoadError(f"{source.origin}: tensor {name} is missing; the config needs it with shape {shape}")
-        if found != shape:
-            raise ModelLoadError(f"{source.origin}: tensor {name} has shape {found}; the config needs {shape}")
-    unexpected = sorted(name for name in source.shapes.keys() - expected.keys() if not _may_be_left_out(name, config))
-    if unexpected:
-        more = f" (and {len(unexpected) - 1} more)" if len(unexpected) > 1 else ""
-        raise ModelLoadError(f"{source.origin}: tensor {unexpected[0]}{more} is not part of a {config.family} model")
-
-
-def _may_be_left_out(name: str, config: ModelConfig) -> bool:
-    """Return whether a tensor is redundant: a computed value (old rope buffers) or a second copy (a tied head)."""
-    return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+    def location(self, tensor: DeclaredTensor) -> Location:
+        """Return where this kind of checkpoint has the tensor."""
 
 
 class WeightReader:
-    """Reads tensors for the layers and counts them. Safe to use from several loading threads."""
+    """Reads this rank's parts for the layers and counts them. Safe to use from several loading threads."""
 
-    def __init__(self, source: WeightSource, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, source: WeightSource, *, dtype: torch.dtype, device: torch.device, tp: TensorParallel) -> None:
+        self.tp = tp
         self._source = source
         self._dtype = dtype
         self._device = device
         self._lock = threading.Lock()
-        self._num_read = 0
+        self._num_read = self._num_bytes = 0
 
     @property
     def num_read(self) -> int:
         return self._num_read
 
-    def read(self, name: str, rows: slice = WHOLE, columns: slice = WHOLE) -> Tensor:
-        tensor = self._source.read(name, rows, columns)
+    @property
+    def num_bytes(self) -> int:
+        """The size of all parts in memory, as they were read."""
+        return self._num_bytes
+
+    def read(self, tensor: DeclaredTensor) -> Tensor:
+        values = self._source.read(tensor, tensor.part(self.tp))
+        missing = tensor.shape_on(self.tp)[0] - values.shape[0]
+        if missing:
+            values = F.pad(values, (0, 0) * (values.ndim - 1) + (0, missing))
+        values = values.to(device=self._device, dtype=tensor.dtype or self._dtype)
         with self._lock:
             self._num_read += 1
-        return tensor.to(device=self._device, dtype=self._dtype)
+            self._num_bytes += values.nbytes
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Declared(Generic[T]):
+    """A part of a model before its weights are read."""
+
+    tensors: tuple[DeclaredTensor, ...]  # all that `load` reads
+    load: Callable[[WeightReader], T]
+
+
+def check_tensors(
+    source: CheckpointSource, tensors: Iterable[DeclaredTensor], *, family: str, redundant: tuple[str, ...]
+) -> None:
+    """Raise `ModelLoadError` that names the first missing, misshaped or unexpected tensor and its file. A checkpoint
+    may also have tensors whose names end with one of `redundant`."""
+    unexpected = set(source.stored)
+    for tensor in tensors:
+        location = source.location(tensor)
+        name, shape = location.name, location.stored_shape(tensor.shape)
+        unexpected.discard(name)
+        found = source.stored.get(name)
+        if found is None:
+            raise ModelLoadError(f"{source.origin}: tensor {name} is missing; the config needs it with shape {shape}")
+        if found.shape != shape:
+            raise ModelLoadError(f"{found.file}: tensor {name} has shape {found.shape}; the config needs {shape}")
+        if not tensor.accepts(found.dtype):
+            raise ModelLoadError(f"{found.file}: tensor {name} has dtype {_short(found.dtype)}, which is not supported")
+    extra = sorted(name for name in unexpected if not name.endswith(redundant))
+    if extra:
+        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        raise ModelLoadError(f"{source.stored[extra[0]].file}: tensor {extra[0]}{more} is not part of a {family} model")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -9,7 +9,6 @@ ranks, and a page holds the rank's own heads, which are one contiguous piece of 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +26,8 @@ from kvist.memory.runtime_dir import allocation_lock, free_bytes
 from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.models import ModelConfig
 from kvist.models.decoder import CausalLM
-from kvist.models.load import check_split, load_model
+from kvist.models.load import declare_model, load_model
 from kvist.models.parallel import TensorParallel
-from kvist.models.weights import expected_tensors
 from kvist.runner.config import RunnerConfig
 from kvist.runner.graph_sizes import decode_sizes, graphs_bytes
 from kvist.runner.leader import LeadingRunner
@@ -197,7 +195,7 @@ def _resolve(config: RunnerConfig, checkpoint: Checkpoint, model_config: ModelCo
         torch.cuda.set_device(device)  # libraries that allocate by themselves use this device, too
     dtype = ("float32" if device.type == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
     _check_load_format(checkpoint, config.load_format)
-    check_split(model_config, TensorParallel(size=config.tp))
+    declare_model(model_config).check_split(TensorParallel(size=config.tp))
     attention = choose_attention(config.attention_backend, device, DTYPES[dtype], config.attention_options)
     logger.info("attention backend: %s (%s)", attention.name, attention.reason)
     return replace(
@@ -258,16 +256,13 @@ def page_layout(model_config: ModelConfig, config: RunnerConfig) -> PageLayout:
     )
 
 
-def num_weights(model_config: ModelConfig, num_ranks: int) -> int:
-    """Return the number of weights on each of `num_ranks` ranks. Norms are on every rank; a replicated KV head is on
-    each of its ranks."""
-    shares = {"norm": 1, "k_proj": min(num_ranks, model_config.num_kv_heads)}
-    shares["v_proj"] = shares["k_proj"]
-    total = 0
-    for name, shape in expected_tensors(model_config).items():
-        count = next((count for part, count in shares.items() if part in name), num_ranks)
-        total += -(-math.prod(shape) // count)
-    return total
+def weights_bytes(model_config: ModelConfig, config: RunnerConfig) -> int:
+    """Return the size of the weights on one device: of rank 0 on its GPU, of all ranks on a CPU. In `config` every
+    "auto" is resolved."""
+    model, dtype = declare_model(model_config), DTYPES[config.dtype]
+    num_ranks_there = 1 if config.device == "cuda" else config.tp
+    ranks = [TensorParallel(rank=rank, size=config.tp) for rank in range(num_ranks_there)]
+    return sum(model.num_bytes_on(tp, dtype) for tp in ranks)
 
 
 def gpu_reserve_bytes(model_config: ModelConfig, config: RunnerConfig, num_sms: int) -> int:
@@ -309,7 +304,7 @@ def _pool_size(
         layout,
         available_bytes=total if on_gpu else free,
         free_bytes=free,
-        weights_bytes=num_weights(model_config, config.tp if on_gpu else 1) * DTYPES[layout.dtype].itemsize,
+        weights_bytes=weights_bytes(model_config, config),
         reserve_bytes=gpu_reserve_bytes(model_config, config, _num_sms(device)) if on_gpu else 0,
         mem_fraction_static=config.mem_fraction_static,
         max_total_tokens=config.max_total_tokens,

@@ -1,0 +1,39 @@
+"""Llama 1 to 3.2, and the many models of the same shape (SmolLM2, TinyLlama, Yi, ...)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvist.models.config import ModelConfig
+from kvist.models.config_gguf import GgufConfig
+from kvist.models.config_hf import HfConfig
+
+if TYPE_CHECKING:
+    from kvist.models.decoder import DeclaredModel
+
+
+class Llama:
+    hf_model_type = "llama"
+    hf_architecture = "LlamaForCausalLM"
+    gguf_architecture = "llama"
+
+    def config_from_hf(self, hf: HfConfig) -> ModelConfig:
+        hf.refuse_experts()
+        hf.refuse_sliding_windows()
+        bias = hf.fields.flag("attention_bias", False)
+        return hf.decoder(attention_bias=bias, attention_output_bias=bias)
+
+    def config_from_gguf(self, gguf: GgufConfig) -> ModelConfig:
+        gguf.refuse_experts()
+        gguf.refuse_sliding_windows()
+        return gguf.decoder(attention_bias=gguf.has_tensor("blk.0.attn_q.bias"))
+
+    def declare(self, config: ModelConfig) -> DeclaredModel:
+        from kvist.models.decoder import attention, decoder, decoder_layer, gated_mlp
+
+        layers = [
+            # llama.cpp stores this family's q and k as rotation pairs
+            decoder_layer(config, layer, attention(config, layer, gguf_pairs=True), gated_mlp(config, layer))
+            for layer in range(config.num_layers)
+        ]
+        return decoder(config, layers)
