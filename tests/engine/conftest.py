@@ -28,7 +28,8 @@ from kvist.engine.storage import EngineStorage
 from kvist.kv.cache import PageCache
 from kvist.kv.layout import PageLayout, namespace
 from kvist.kv.tiers.host import HostTier
-from kvist.kv.tiers.storage import PrefetchConfig, StorageTier
+from kvist.kv.tiers.prefetch import PrefetchConfig
+from kvist.kv.tiers.storage import StorageTier
 from kvist.memory.device_pool import DevicePool
 from kvist.memory.host_pool import HostPool
 from kvist.memory.page_copier import PageMover

@@ -19,14 +19,25 @@ from unittest import mock
 
 import torch
 
-from kvist.kv.cache import PageCache, PageLease
+from kvist.kv.cache import PageCache
 from kvist.kv.keys import page_digests
+from kvist.kv.lease import PageLease
 from kvist.kv.tiers.host import HostTier
-from kvist.kv.tiers.storage import Prefetch, PrefetchConfig, StorageTier
+from kvist.kv.tiers.prefetch import Prefetch, PrefetchConfig
+from kvist.kv.tiers.storage import StorageTier
 from kvist.memory.host_pool import HostPool
 from kvist.memory.page_copier import PageMover
 from kvist.memory.persistence import PersistentPages
-from kvist.plan.tiers import PagesBackedUp, PagesLoaded, StorageAttached, StoreJob
+from kvist.plan.tiers import (
+    BackUpPages,
+    FetchPages,
+    LoadPages,
+    PagesBackedUp,
+    PagesLoaded,
+    StorageAttached,
+    StoreJob,
+    StorePages,
+)
 from kvist.testing.clocks import FakeClock
 from tests.kv.stepped_store import FaultyStore, SteppedStoreMover, in_fiber, pause
 
@@ -196,6 +207,7 @@ class ByteEngine:
         self.backups.afterwards = afterwards
         self.mover._reports = LateReports(afterwards)
         self.requests: list[Request] = []
+        self.under_way: dict[int, LoadPages | BackUpPages | FetchPages | StorePages] = {}  # by job id
         self.store_mover = SteppedStoreMover(self.host_pool, self.clock)
         self.fetching: list[tuple[Prefetch, tuple[int, ...], str]] = []  # requests that wait for the store
         if store is not None:
@@ -266,6 +278,8 @@ class ByteEngine:
 
     def start_jobs(self) -> None:
         for job in self.cache.plan_jobs():
+            if isinstance(job, LoadPages | BackUpPages | FetchPages | StorePages):
+                self.under_way[job.job_id] = job
             if isinstance(job, StoreJob):
                 self.store_mover.mover.start(job)
             else:
@@ -274,6 +288,7 @@ class ByteEngine:
     def deliver_reports(self) -> None:
         """Pass the movers' reports to the cache."""
         for report in self.mover.poll():
+            self.under_way.pop(report.job_id, None)
             if isinstance(report, PagesBackedUp):
                 self.cache.backed_up(report)
             if not isinstance(report, PagesLoaded):
@@ -282,6 +297,7 @@ class ByteEngine:
             request.num_written = self.cache.loaded(report, request.token_ids)
             request.load_id = None
         for event in self.store_mover.mover.poll():
+            self.under_way.pop(event.job_id, None)
             self.storage.on_event(event)
         self.start_jobs()
         self.storage.start_queued()
@@ -365,23 +381,20 @@ class ByteEngine:
         assert pages.free + pages.cached + pages.owned + pages.in_flight == pages.total
         assert host.free + host.cached + host.in_flight == host.total
         cache = self.cache
-        loads = [page for _, found in cache._host.copies._loads.values() for page in found]
-        assert pages.in_flight == len(loads)
+        under_way = self.under_way.values()
+        assert pages.in_flight == sum(len(job.page_ids) for job in under_way if isinstance(job, LoadPages))
         assert pages.cached == len([*cache._tree.nodes()])
         used = {page_id for request in self.requests for page_id in request.lease.page_ids}
         assert pages.free + pages.cached + pages.owned + pages.in_flight - pages.evictable >= len(used)
         storage = self.storage
-        moving = cache._host.copies.pages_under_way()
-        moving += [page for fetch in storage._fetches.values() for page in fetch.pages]
-        moving += [page for _, pages in storage._stores.values() for page in pages]
-        kept = [prefetch._pinned for prefetch in storage._open if prefetch._pinned is not None]
-        assert host.in_flight == len({page.slot for page in [*moving, *kept]})
+        moving = {slot for job in under_way for slot in job.host_slots}
+        kept = {prefetch.pinned.slot for prefetch in storage.open_prefetches if prefetch.pinned is not None}
+        assert host.in_flight == len(moving | kept)
         slots = [page.slot for page in self.tier.pages()]
         assert len(slots) == len(set(slots)) == host.total - host.free, "each slot is free or has one page"
-        num_fetching = sum(len(fetch.pages) for fetch in storage._fetches.values())
-        num_kept = sum(prefetch._num_fetched for prefetch in storage._open)
-        assert storage._num_reserved == num_fetching + num_kept <= max(1, host.total // 2)
-        assert storage._num_stored == sum(len(pages) for _, pages in storage._stores.values())
-        assert {prefetch for prefetch, _, _ in self.fetching} == set(storage._open)
-        moving_slots = {page.slot for page in moving}
-        assert self.store_mover.slots_under_call() <= moving_slots, "a slot under a call of the store must be in flight"
+        num_fetching = sum(len(job.host_slots) for job in under_way if isinstance(job, FetchPages))
+        num_kept = sum(prefetch.num_fetched for prefetch in storage.open_prefetches)
+        assert storage.num_reserved == num_fetching + num_kept <= max(1, host.total // 2)
+        assert storage.num_storing == sum(len(job.host_slots) for job in under_way if isinstance(job, StorePages))
+        assert {prefetch for prefetch, _, _ in self.fetching} == set(storage.open_prefetches)
+        assert self.store_mover.slots_under_call() <= moving, "a slot under a call of the store must be in flight"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 from kvist.kv.tiers.host import HostPage, HostTier
-from kvist.kv.tiers.storage import FETCH_PAGES, MAX_FINDS, MAX_STORES, Prefetch, PrefetchConfig, StorageTier
+from kvist.kv.tiers.prefetch import Prefetch, PrefetchConfig
+from kvist.kv.tiers.storage import FETCH_PAGES, MAX_FINDS, StorageTier
+from kvist.kv.tiers.storing import MAX_STORES
 from kvist.plan.tiers import (
     CancelFetch,
     FetchPages,
@@ -13,6 +15,7 @@ from kvist.plan.tiers import (
     PagesFetched,
     PagesFound,
     PagesStored,
+    StorageAttached,
     StoreJob,
     StorePages,
 )
@@ -21,7 +24,7 @@ from kvist.plan.tiers import (
 def tier(num_host_pages: int, threshold_tokens: int = 1) -> tuple[HostTier, StorageTier]:
     host = HostTier(num_host_pages)
     storage = StorageTier(host, PrefetchConfig(threshold_tokens=threshold_tokens), page_size=1)
-    storage.attach(True)
+    storage.on_event(StorageAttached(attached=True))
     return host, storage
 
 
@@ -73,14 +76,14 @@ def test_a_long_prefix_is_fetched_in_pieces_after_the_pages_in_the_host_tier() -
     head = keep(host, digests[:10])
     prefetch, find = begin(storage, digests)
     assert find.digests == tuple(digests[10:])
-    storage.found(PagesFound(job_id=find.job_id, num_pages=280))
+    storage.on_event(PagesFound(job_id=find.job_id, num_pages=280))
     jobs = fetches(storage)
     assert [len(job.digests) for job in jobs] == [FETCH_PAGES] * 17 + [280 - 17 * FETCH_PAGES]
     assert jobs[0].names[0] == (digests[10], head[-1].digest)
     assert len({slot for job in jobs for slot in job.host_slots} | {page.slot for page in head}) == 290
     for job in reversed(jobs):
-        assert not prefetch.done
-        storage.fetched(PagesFetched(job_id=job.job_id, num_pages=len(job.digests)))
+        assert not prefetch.is_done
+        storage.on_event(PagesFetched(job_id=job.job_id, num_pages=len(job.digests)))
     assert settled(storage) == [prefetch]
     assert len(host.match(digests)) == 290
     assert [page.from_storage for page in host.match(digests)] == [False] * 10 + [True] * 280
@@ -90,8 +93,8 @@ def test_a_page_counts_as_a_miss_only_if_the_store_reported_it_missing() -> None
     _, storage = tier(100)
     for answered, num_misses in ((False, 0), (True, 10)):
         _, find = begin(storage, chain("a", 10))
-        storage.found(PagesFound(job_id=find.job_id, num_pages=0, answered=answered))
-        assert storage.totals["storage_miss_pages"] == num_misses
+        storage.on_event(PagesFound(job_id=find.job_id, num_pages=0, answered=answered))
+        assert storage.totals()["storage_miss_pages"] == num_misses
 
 
 def test_pages_in_the_device_pool_are_fetched_only_as_the_prefix_of_missing_pages() -> None:
@@ -100,11 +103,11 @@ def test_pages_in_the_device_pool_are_fetched_only_as_the_prefix_of_missing_page
     assert storage.begin(digests, 7) is None
     _, find = begin(storage, digests, 6)
     assert len(find.digests) == 10
-    storage.found(PagesFound(job_id=find.job_id, num_pages=9))
+    storage.on_event(PagesFound(job_id=find.job_id, num_pages=9))
     assert fetches(storage) == []
     assert len(settled(storage)) == 1
     _, find = begin(storage, digests, 5)
-    storage.found(PagesFound(job_id=find.job_id, num_pages=9))
+    storage.on_event(PagesFound(job_id=find.job_id, num_pages=9))
     (job,) = fetches(storage)
     assert job.digests == tuple(digests[:9])
 
@@ -113,9 +116,9 @@ def test_fetched_pages_stay_until_their_request_is_admitted() -> None:
     host, storage = tier(8)
     digests = chain("a", 4)
     prefetch, find = begin(storage, digests)
-    storage.found(PagesFound(job_id=find.job_id, num_pages=4))
+    storage.on_event(PagesFound(job_id=find.job_id, num_pages=4))
     (job,) = fetches(storage)
-    storage.fetched(PagesFetched(job_id=job.job_id, num_pages=3))
+    storage.on_event(PagesFetched(job_id=job.job_id, num_pages=3))
     keep(host, chain("other", 5))
     assert host.reserve(None, b"more") is not None
     assert len(host.match(digests)) == 3  # the other pages are newer, but one of them was evicted
@@ -128,33 +131,33 @@ def test_prefetches_use_at_most_half_of_the_host_tier_and_queue_for_it_in_order(
     _, storage = tier(16)
     opened = [begin(storage, chain(name, 6)) for name in "abc"]
     for _, find in opened:
-        storage.found(PagesFound(job_id=find.job_id, num_pages=6))
+        storage.on_event(PagesFound(job_id=find.job_id, num_pages=6))
     (first,) = fetches(storage)
-    storage.fetched(PagesFetched(job_id=first.job_id, num_pages=6))
+    storage.on_event(PagesFetched(job_id=first.job_id, num_pages=6))
     assert fetches(storage) == []  # the fetched pages fill the share
     assert settled(storage) == [opened[0][0]]
     storage.give_up(opened[1][0])  # the second request stops waiting
     storage.close(opened[0][0])
     (third,) = fetches(storage)
     assert third.digests == tuple(chain("c", 6))
-    storage.fetched(PagesFetched(job_id=third.job_id, num_pages=0))
+    storage.on_event(PagesFetched(job_id=third.job_id, num_pages=0))
     assert settled(storage) == [opened[2][0]]
     prefetch, find = begin(storage, chain("long", 30))
-    storage.found(PagesFound(job_id=find.job_id, num_pages=30))
+    storage.on_event(PagesFound(job_id=find.job_id, num_pages=30))
     (long,) = fetches(storage)
     assert len(long.digests) == 8
     storage.close(prefetch)
     assert planned_jobs(storage) == [CancelFetch(job_id=long.job_id)]
-    assert storage._num_reserved == 8
-    storage.fetched(PagesFetched(job_id=long.job_id, num_pages=2))
-    assert storage._num_reserved == 0
+    assert storage.num_reserved == 8
+    storage.on_event(PagesFetched(job_id=long.job_id, num_pages=2))
+    assert storage.num_reserved == 0
 
 
 def test_a_shared_fetch_is_cancelled_when_its_last_request_leaves() -> None:
     _, storage = tier(16)
     digests = chain("a", 4)
     first, find = begin(storage, digests)
-    storage.found(PagesFound(job_id=find.job_id, num_pages=4))
+    storage.on_event(PagesFound(job_id=find.job_id, num_pages=4))
     (job,) = fetches(storage)
     second = storage.begin(digests, 0)
     assert second is not None
@@ -162,8 +165,8 @@ def test_a_shared_fetch_is_cancelled_when_its_last_request_leaves() -> None:
     assert planned_jobs(storage) == []
     storage.close(second)
     assert planned_jobs(storage) == [CancelFetch(job_id=job.job_id)]
-    storage.fetched(PagesFetched(job_id=job.job_id, num_pages=0))
-    assert storage.totals["storage_failed_pages"] == 0
+    storage.on_event(PagesFetched(job_id=job.job_id, num_pages=0))
+    assert storage.totals()["storage_failed_pages"] == 0
     assert settled(storage) == []
 
 
@@ -173,7 +176,7 @@ def test_a_prefix_evicted_during_the_store_lookup_is_fetched_with_the_rest() -> 
     keep(host, digests[:3])
     _, find = begin(storage, digests)
     host.flush()
-    storage.found(PagesFound(job_id=find.job_id, num_pages=3))
+    storage.on_event(PagesFound(job_id=find.job_id, num_pages=3))
     (job,) = fetches(storage)
     assert job.digests == tuple(digests)
 
@@ -186,17 +189,17 @@ def test_pages_are_stored_again_only_after_a_failure_or_in_another_store() -> No
     (job,) = planned_jobs(storage)
     assert isinstance(job, StorePages)
     assert host.counts().in_flight == 4
-    storage.stored(PagesStored(job_id=job.job_id, num_pages=3))
+    storage.on_event(PagesStored(job_id=job.job_id, num_pages=3))
     assert host.counts().in_flight == 0
     storage.store(pages)
     (job,) = planned_jobs(storage)
     assert isinstance(job, StorePages)
     assert job.digests == (pages[3].digest,)
-    storage.attach(False)
+    storage.on_event(StorageAttached(attached=False))
     storage.store(pages)
     assert planned_jobs(storage) == []
-    storage.attach(True)
-    storage.stored(PagesStored(job_id=job.job_id, num_pages=1))  # in the detached store
+    storage.on_event(StorageAttached(attached=True))
+    storage.on_event(PagesStored(job_id=job.job_id, num_pages=1))  # in the detached store
     storage.store(pages)
     (job,) = planned_jobs(storage)
     assert isinstance(job, StorePages)
@@ -207,10 +210,10 @@ def test_a_page_fetched_from_a_detached_store_is_not_assumed_in_the_next() -> No
     host, storage = tier(40)
     digests = chain("a", 4)
     _, find = begin(storage, digests)
-    storage.found(PagesFound(job_id=find.job_id, num_pages=4))
+    storage.on_event(PagesFound(job_id=find.job_id, num_pages=4))
     (job,) = fetches(storage)
-    storage.attach(True)
-    storage.fetched(PagesFetched(job_id=job.job_id, num_pages=4))
+    storage.on_event(StorageAttached(attached=True))
+    storage.on_event(PagesFetched(job_id=job.job_id, num_pages=4))
     assert [page.stored for page in host.match(digests)] == [False] * 4
 
 
@@ -225,7 +228,7 @@ def test_writes_to_the_store_are_bounded_in_jobs_and_in_host_pages() -> None:
     jobs = stores(storage)
     assert len(jobs) == MAX_STORES
     for job in jobs[:2]:
-        storage.stored(PagesStored(job_id=job.job_id, num_pages=1))
+        storage.on_event(PagesStored(job_id=job.job_id, num_pages=1))
     assert [len(job.digests) for job in stores(storage)] == [5], "the next job takes all that wait"
     host, storage = tier(40)
     pages = keep(host, chain("a", 30))
@@ -236,9 +239,9 @@ def test_writes_to_the_store_are_bounded_in_jobs_and_in_host_pages() -> None:
         (job,) = jobs
         assert len(job.digests) == 10
         stored += job.digests
-        storage.stored(PagesStored(job_id=job.job_id, num_pages=10))
+        storage.on_event(PagesStored(job_id=job.job_id, num_pages=10))
     assert stored == [page.digest for page in pages]
-    assert (storage.totals["storage_stored_pages"], storage.totals["storage_skipped_pages"]) == (30, 0)
+    assert (storage.totals()["storage_stored_pages"], storage.totals()["storage_skipped_pages"]) == (30, 0)
 
 
 def test_pages_waiting_to_be_stored_are_skipped_after_an_eviction_or_a_detach() -> None:
@@ -247,17 +250,17 @@ def test_pages_waiting_to_be_stored_are_skipped_after_an_eviction_or_a_detach() 
     storage.store(pages)
     (job,) = stores(storage)
     keep(host, chain("b", 25))  # evicts 15 of the 20 that wait
-    storage.stored(PagesStored(job_id=job.job_id, num_pages=10))
+    storage.on_event(PagesStored(job_id=job.job_id, num_pages=10))
     (job,) = stores(storage)
     assert job.digests == tuple(page.digest for page in pages[10:15])
-    assert storage.totals["storage_skipped_pages"] == 15
+    assert storage.totals()["storage_skipped_pages"] == 15
     storage.store(host.match(chain("b", 25)))
     (more,) = stores(storage)
     assert len(more.digests) == 5
-    storage.attach(False)
-    storage.attach(True)
+    storage.on_event(StorageAttached(attached=False))
+    storage.on_event(StorageAttached(attached=True))
     for each in (job, more):
-        storage.stored(PagesStored(job_id=each.job_id, num_pages=5))
+        storage.on_event(PagesStored(job_id=each.job_id, num_pages=5))
     assert stores(storage) == []
 
 
@@ -266,8 +269,8 @@ def test_pages_waiting_to_be_stored_never_outnumber_the_host_tier() -> None:
     storage.store(keep(host, chain("a", 10)))
     for number in range(20):  # the store hangs; the host tier does not
         storage.store(keep(host, chain(f"{number}-", 10)))
-        assert len(storage._due) <= 40
-    assert storage.totals["storage_skipped_pages"] == 20 * 10 - 40
+        assert storage.num_due <= 40
+    assert storage.totals()["storage_skipped_pages"] == 20 * 10 - 40
 
 
 def test_store_lookups_under_way_are_bounded() -> None:
@@ -278,6 +281,6 @@ def test_store_lookups_under_way_are_bounded() -> None:
         storage.close(prefetch)  # the request has ended; the store has not answered
     assert storage.begin(chain("more", 2), 0) is None
     for job in planned_jobs(storage):
-        storage.found(PagesFound(job_id=job.job_id, num_pages=2))
+        storage.on_event(PagesFound(job_id=job.job_id, num_pages=2))
     assert planned_jobs(storage) == []
     assert storage.begin(chain("more", 2), 0) is not None

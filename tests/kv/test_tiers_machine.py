@@ -18,7 +18,8 @@ from kvist.kv.cache import PageCache
 from kvist.kv.keys import page_digests
 from kvist.kv.lease import PageLease
 from kvist.kv.tiers.host import HostTier
-from kvist.kv.tiers.storage import Prefetch, PrefetchConfig, StorageTier
+from kvist.kv.tiers.prefetch import Prefetch, PrefetchConfig
+from kvist.kv.tiers.storage import StorageTier
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.plan.tiers import (
     BackUpPages,
@@ -230,8 +231,8 @@ class TiersMachine(RuleBasedStateMachine):
         self.storage.start_queued()
         done += self.storage.take_settled()  # prefetches that found no room
         self.waiting.difference_update(done)
-        assert all(prefetch.done for prefetch in done)
-        assert all(not prefetch.done for prefetch in self.waiting), "a prefetch that is done must be reported"
+        assert all(prefetch.is_done for prefetch in done)
+        assert all(not prefetch.is_done for prefetch in self.waiting), "a prefetch that is done must be reported"
 
     # ---------------------------------------------------------------- the store
 
@@ -347,13 +348,13 @@ class TiersMachine(RuleBasedStateMachine):
         written = [slot for slot, is_written in used if is_written]
         assert len(written) == len(set(written)), "a slot is written twice at once"
         assert not set(written) & {slot for slot, is_written in used if not is_written}, "a slot is read and written"
-        kept = {prefetch._pinned.slot for prefetch, _ in self.prefetches if prefetch._pinned is not None}
+        kept = {prefetch.pinned.slot for prefetch, _ in self.prefetches if prefetch.pinned is not None}
         assert host.in_flight == len({slot for slot, _ in used} | kept)
         fetching = sum(len(job.host_slots) for job in self.store_jobs if isinstance(job, FetchPages))
-        num_kept = sum(prefetch._num_fetched for prefetch, _ in self.prefetches)
-        assert self.storage._num_reserved == fetching + num_kept <= max(1, host.total // 2)
+        num_kept = sum(prefetch.num_fetched for prefetch, _ in self.prefetches)
+        assert self.storage.num_reserved == fetching + num_kept <= max(1, host.total // 2)
         storing = sum(len(job.host_slots) for job in self.store_jobs if isinstance(job, StorePages))
-        assert self.storage._num_stored == storing <= max(1, host.total // 4)
+        assert self.storage.num_storing == storing <= max(1, host.total // 4)
         for page in self.tier.pages():  # every page can be reached by a match
             parent = page.parent
             assert page.digest in FIRST_PAGES if parent is None else self.tier.get(parent.digest) is parent
@@ -379,9 +380,8 @@ class TiersMachine(RuleBasedStateMachine):
         self.waiting.clear()
         self.take_jobs()
         self.run_all_store_jobs()
-        assert not self.storage._open
-        assert not self.storage._fetching
-        assert self.storage._num_reserved == 0
+        assert not self.storage.open_prefetches
+        assert self.storage.num_reserved == 0
         for request in self.requests:
             self.cache.close(request.lease)
         self.cache.flush()

@@ -17,7 +17,8 @@ from slot_check import SlotCheck
 from kvist.kv.cache import PageCache
 from kvist.kv.pages import PageState
 from kvist.kv.tiers.host import HostTier
-from kvist.kv.tiers.storage import PrefetchConfig, StorageTier
+from kvist.kv.tiers.prefetch import PrefetchConfig
+from kvist.kv.tiers.storage import StorageTier
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, StepFailed, StepFinished
 from kvist.plan.plan import Plan
@@ -573,10 +574,10 @@ class World:
             hung = [] if engine.store is None else engine.store.slots
             assert host is None or host.in_flight == len({slot for _, slot in hung}), f"{engine.epoch} leaks host pages"
             if (storage := engine.cache.storage) is not None:
-                assert storage._num_reserved == sum(is_written for is_written, _ in hung), (
+                assert storage.num_reserved == sum(is_written for is_written, _ in hung), (
                     f"{engine.epoch} leaks its share"
                 )
-                assert not storage._open, f"{engine.epoch} leaks prefetches"
+                assert not storage.open_prefetches, f"{engine.epoch} leaks prefetches"
             assert engine.scheduler._table.slots.num_taken == 0, f"{engine.epoch} leaks slots"  # type: ignore[attr-defined]
             assert engine.scheduler.load().num_running == engine.scheduler.load().num_waiting == 0
         for request_id, submitted in self.submitted.items():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from scheduler_sim import SimEngine, World, make_request, small_config
 
-from kvist.kv.tiers.storage import PREFETCH_POLICIES, PrefetchConfig
+from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.request import Role
 

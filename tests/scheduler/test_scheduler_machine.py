@@ -13,7 +13,7 @@ from hypothesis.stateful import (
 )
 from scheduler_sim import World, make_request, small_config
 
-from kvist.kv.tiers.storage import PREFETCH_POLICIES, PrefetchConfig
+from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.plan.tiers import StorageAttached
 from kvist.request import Role

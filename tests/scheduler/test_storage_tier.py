@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scheduler_sim import SimEngine, World, make_request, small_config
 
-from kvist.kv.tiers.storage import PrefetchConfig
+from kvist.kv.tiers.prefetch import PrefetchConfig
 from kvist.plan.tiers import CancelFetch, FetchPages, FindPages, StorageAttached, StorePages
 from kvist.request import Outcome, Role
 
@@ -86,12 +86,12 @@ def test_a_second_worker_reports_stored_pages_as_cached_only_when_fetched() -> N
     one, other = start(world), start(world, name="v")
     world.submit(make_request("first", PROMPT, max_tokens=1), one)
     world.settle()
-    assert other.digests == set()
+    assert other.pages.pages == set()
     submit(world, other)
     world.settle()
     world.check_settled()
     assert reported_cached(world, "again") == 12
-    assert len(other.digests) == 3
+    assert sorted(tier for tier, _ in other.pages.pages) == ["device"] * 3 + ["host"] * 3
 
 
 def test_a_request_waiting_for_the_store_does_not_block_other_requests() -> None:

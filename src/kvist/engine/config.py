@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from kvist.channel import ChannelConfig
 from kvist.config import option
 from kvist.errors import ConfigError
-from kvist.kv.tiers.storage import PREFETCH_POLICIES, PrefetchConfig
+from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
 from kvist.log import LogConfig
 from kvist.request import Role
 from kvist.runner.config import RunnerOptions

@@ -38,7 +38,8 @@ from kvist.kv.lease import PageLease
 from kvist.kv.pages import PageCounts, PageState
 from kvist.kv.tiers.copies import HostCopies
 from kvist.kv.tiers.host import HostCounts, HostPage, HostTier
-from kvist.kv.tiers.storage import Prefetch, StorageTier
+from kvist.kv.tiers.prefetch import Prefetch
+from kvist.kv.tiers.storage import StorageTier
 from kvist.kv.tiers.write_policy import WRITE_POLICIES, WritePolicy
 from kvist.plan.tiers import PagesBackedUp, PagesLoaded, TierJob
 from kvist.wire import PageEvents
@@ -303,7 +304,7 @@ class PageCache:
             "host_hit_pages": self._num_host_hits,
             "host_miss_pages": self._num_host_misses,
             **({} if self._host is None else self._host.copies.totals()),
-            **({} if self.storage is None else self.storage.totals),
+            **({} if self.storage is None else self.storage.totals()),
         }
 
     def take_page_events(self) -> tuple[PageEvents, ...]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from kvist.fairness import CallerPath, caller_path
 from kvist.kv.lease import PageLease
-from kvist.kv.tiers.storage import Prefetch
+from kvist.kv.tiers.prefetch import Prefetch
 from kvist.request import (
     EngineRequest,
     EpochId,

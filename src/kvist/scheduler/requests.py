@@ -23,7 +23,7 @@ from typing import Protocol
 from kvist.errors import EngineError
 from kvist.fairness import CallerCounts
 from kvist.kv.cache import PageCache
-from kvist.kv.tiers.storage import Prefetch
+from kvist.kv.tiers.prefetch import Prefetch
 from kvist.plan.events import SampledTokens
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, Role, SampledToken
 from kvist.scheduler.active import ActiveRequest, RequestState

@@ -146,10 +146,6 @@ class HostCopies:
         self._jobs.append(ForgetPages(job_id=job_id, host_slots=tuple(slots)))
         return len(slots), job_id
 
-    def pages_under_way(self) -> list[HostPage]:
-        """Return the host pages of all loads and backups; a page that several jobs load appears several times."""
-        return [page for jobs in (self._loads, self._backups) for _, pages in jobs.values() for page in pages]
-
     def take_jobs(self) -> list[PageJob]:
         jobs, self._jobs = self._jobs, []
         return jobs

@@ -1,0 +1,90 @@
+"""The way from the host tier to the store: which resident pages are due, and the jobs under way. Pure.
+
+    resident, not known to be stored ──store──► due ──a job may start──► StorePages ──stored──► in the store, or due
+                                                 └── evicted before: skipped        again when the page is hit
+
+Pages being stored take at most a quarter of the host tier, so that a store cannot occupy all of it. Each page under a
+job is pinned; a hung job keeps its pages, and their part of the quarter, until it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvist.kv.tiers.host import HostPage, HostTier
+from kvist.plan.tiers import PIECE_PAGES, PagesStored, StorePages
+
+MAX_STORES = 64  # jobs under way; further pages wait
+MAX_PAGES_STORED = 2048  # in all these jobs together
+
+
+class Storing:
+    """Mutable; its one owner is the `StorageTier`, which uses the same host tier."""
+
+    def __init__(self, host: HostTier) -> None:
+        self._host = host
+        self._max_pages = min(MAX_PAGES_STORED, max(1, host.num_pages // 4))
+        self._jobs: dict[int, tuple[int, list[HostPage]]] = {}  # under way, by id, with the generation of their start
+        self._due: dict[HostPage, None] = {}  # to be stored, oldest first; some may have been evicted since
+        self._started: list[StorePages] = []  # since the last `take_jobs`
+        self.generation = 0  # of the store; what is known about one store is not valid for the next
+        self.num_pages = 0  # in jobs under way
+        self.num_stored = self.num_skipped = self.num_failed = 0
+
+    @property
+    def num_due(self) -> int:
+        return len(self._due)
+
+    def on_store_changed(self) -> None:
+        """Forget the store, and which pages were in it."""
+        self.generation += 1
+        self._due.clear()
+        self._host.forget_stored()
+
+    def store(self, pages: Iterable[HostPage]) -> None:
+        """Store the pages of a path, in prefix order, that are resident and not known to be stored."""
+        self._due.update(dict.fromkeys(page for page in pages if page.resident and not page.stored))
+        while len(self._due) > self._host.num_pages:  # some of them were evicted
+            del self._due[next(iter(self._due))]
+            self.num_skipped += 1
+        self._start_jobs()
+
+    def stored(self, event: PagesStored) -> None:
+        generation, pages = self._jobs.pop(event.job_id)
+        self.num_pages -= len(pages)
+        for index, page in enumerate(pages):
+            self._host.unpin(page)
+            if index >= event.num_pages and generation == self.generation:
+                page.stored = False
+        self.num_stored += event.num_pages
+        self.num_failed += len(pages) - event.num_pages
+        self._start_jobs()
+
+    def take_jobs(self) -> list[StorePages]:
+        started, self._started = self._started, []
+        return started
+
+    def _start_jobs(self) -> None:
+        while self.num_pages < self._max_pages and len(self._jobs) < MAX_STORES:
+            piece = self._next_due(min(PIECE_PAGES, self._max_pages - self.num_pages))
+            if not piece:
+                return
+            self.num_pages += len(piece)
+            for page in piece:
+                page.stored = True  # until a failure is reported: no second job stores the page
+                self._host.pin(page)
+            job_id = self._host.next_job_id()
+            self._jobs[job_id] = self.generation, piece
+            digests, slots = tuple(page.digest for page in piece), tuple(page.slot for page in piece)
+            self._started.append(StorePages(job_id=job_id, digests=digests, host_slots=slots))
+
+    def _next_due(self, num_pages: int) -> list[HostPage]:
+        piece: list[HostPage] = []
+        while self._due and len(piece) < num_pages:
+            page = next(iter(self._due))
+            del self._due[page]
+            if self._host.get(page.digest) is page:
+                piece.append(page)
+            else:
+                self.num_skipped += 1
+        return piece
