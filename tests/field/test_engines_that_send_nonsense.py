@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import dataclass, field
 
 import msgspec
 import pytest
@@ -12,20 +11,15 @@ import pytest
 from kvist import wire
 from kvist.errors import ConfigError, EngineError, Overloaded
 from kvist.request import (
-    EngineRequest,
     FinishReason,
     Outcome,
     RequestId,
-    SamplingParams,
     TokenLogprobs,
-    WorkerId,
 )
 from kvist.router.config import RouterConfig
-from kvist.router.dispatch import Dispatcher
-from kvist.router.fleet import EngineEvents
 from kvist.router.registry import Registry, Worker
-from kvist.testing.clocks import FakeClock
-from kvist.testing.specs import make_spec
+from kvist.testing.memory_engines import RouterBench, settle
+from kvist.testing.specs import make_request, make_spec
 
 SPEC = make_spec()
 REPORT = wire.LoadReport(
@@ -41,43 +35,15 @@ REPORT = wire.LoadReport(
 )
 
 
-@dataclass
-class Engines:
-    sent: list[tuple[Worker, wire.GatewayToEngine]] = field(default_factory=list)
-
-    def start(self, events: EngineEvents) -> None: ...
-
-    def send(self, worker: Worker, message: wire.GatewayToEngine) -> bool:
-        self.sent.append((worker, message))
-        return True
-
-    async def close(self) -> None: ...
-
-
-class World:
+class World(RouterBench):
     """Two workers, and a gateway with a stream at each."""
 
     def __init__(self) -> None:
-        self.registry, self.engines = Registry(RouterConfig()), Engines()
-        self.workers = [self.registry.add(name, None, 0.0) for name in ("a", "b")]
-        for worker in self.workers:
-            spec = msgspec.structs.replace(SPEC, worker_id=WorkerId(worker.url))
-            self.registry.on_welcome(worker, wire.Welcome(spec=spec), 0.0)
-        self.dispatcher = Dispatcher(
-            config=RouterConfig(), registry=self.registry, engines=self.engines, clock=FakeClock()
-        )
+        super().__init__()
+        self.workers = [self.engines.join(name, vocab_size=100) for name in ("a", "b")]
 
-    async def begin(self, name: str) -> tuple[asyncio.Task[list[int]], Worker, RequestId]:
-        request = EngineRequest(
-            request_id=RequestId(name), prompt_token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=3)
-        )
-
-        async def read() -> list[int]:
-            return [token async for part in self.dispatcher.generate(request) for token in part.chunk.token_ids]
-
-        task = asyncio.create_task(read())
-        for _ in range(5):
-            await asyncio.sleep(0)
+    async def stream(self, name: str) -> tuple[asyncio.Task[list[int]], Worker, RequestId]:
+        task = await self.begin(make_request(name, max_tokens=3))
         worker, submit = self.engines.sent[-1]
         assert isinstance(submit, wire.Submit)
         return task, worker, submit.request.request_id
@@ -104,8 +70,8 @@ LOGPROBS = TokenLogprobs(logprob=-1.0, top_token_ids=(1,), top_logprobs=(-1.0,))
 )
 async def test_an_impossible_chunk_fails_only_its_own_request(wrong: dict[str, object]) -> None:
     world = World()
-    bad, worker, bad_id = await world.begin("bad")
-    good, other, good_id = await world.begin("good")
+    bad, worker, bad_id = await world.stream("bad")
+    good, other, good_id = await world.stream("good")
     chunks = (
         msgspec.structs.replace(RIGHT, request_id=bad_id, **wrong),
         msgspec.structs.replace(RIGHT, request_id=RequestId("unknown"), **wrong),
@@ -121,7 +87,7 @@ async def test_an_impossible_chunk_fails_only_its_own_request(wrong: dict[str, o
 
 async def test_chunks_of_a_request_that_runs_on_another_worker_are_ignored() -> None:
     world = World()
-    task, worker, request_id = await world.begin("r")
+    task, worker, request_id = await world.stream("r")
     (other,) = set(world.workers) - {worker}
     stolen = msgspec.structs.replace(RIGHT, request_id=request_id, token_ids=(1, 1, 1))
     ended = wire.Ended(request_id=request_id, outcome=Outcome.FAILED, message="because")
@@ -139,13 +105,12 @@ async def test_retry_after_of_an_engine_is_limited_to_a_valid_header_value(
     reported_s: float, taken_s: float | None
 ) -> None:
     world = World()
-    task, worker, request_id = await world.begin("r")
+    task, worker, request_id = await world.stream("r")
     ended = wire.Ended(
         request_id=request_id, outcome=Outcome.FAILED, error_code="overloaded", message="full", retry_after_s=reported_s
     )
     world.dispatcher.on_outputs(worker, wire.StepOutputs(ended=(ended,)))
-    for _ in range(5):
-        await asyncio.sleep(0)
+    await settle()
     other, retried = world.engines.sent[-1]  # the request is retried once, on another worker
     assert isinstance(retried, wire.Submit)
     again = msgspec.structs.replace(ended, request_id=retried.request.request_id)

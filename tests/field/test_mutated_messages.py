@@ -47,7 +47,7 @@ from kvist.request import (
 )
 from kvist.router.config import RouterConfig
 from kvist.router.dispatch import Dispatcher
-from kvist.router.registry import Registry, Worker
+from kvist.router.registry import Registry
 from kvist.runner.columns import PersistentBatch
 from kvist.runner.inputs import sampling_rows
 from kvist.runner.sampler import noise_key_words
@@ -55,6 +55,7 @@ from kvist.runner.slots import SlotTable
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
 from kvist.testing.loop_bench import FakeTransport
+from kvist.testing.memory_engines import MemoryEngines
 from kvist.testing.specs import make_spec
 
 VOCAB, NUM_PAGES, PAGE_SIZE = 50, 24, 4
@@ -344,23 +345,12 @@ def fuzz_engine(role: Role, seed: int, num_messages: int) -> OfflineEngine:
 # ---------------------------------------------------------------- a gateway without sockets
 
 
-class Engines:
-    def __init__(self) -> None:
-        self.submitted: list[tuple[Worker, RequestId]] = []
-
-    def start(self, events: object) -> None: ...
-
-    def send(self, worker: Worker, message: wire.GatewayToEngine) -> bool:
-        if isinstance(message, wire.Submit):
-            self.submitted.append((worker, message.request.request_id))
-        return True
-
-    async def close(self) -> None: ...
-
-
 async def fuzz_gateway(seed: int, num_messages: int) -> int:
     """Send mutated messages to a gateway; return the number of decodable ones."""
-    messages, registry, engines = Messages(seed), Registry(RouterConfig()), Engines()
+    messages, registry = Messages(seed), Registry(RouterConfig())
+    engines = MemoryEngines(registry)
+    submitted: list[RequestId] = []
+    engines.on_submit = lambda _worker, submit: submitted.append(submit.request.request_id)
     dispatcher = Dispatcher(config=RouterConfig(), registry=registry, engines=engines, clock=FakeClock())
     worker = registry.add("w", None, 0.0)
     registry.on_welcome(worker, wire.Welcome(spec=spec_of(Role.UNIFIED)), 0.0)
@@ -384,14 +374,14 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
         if reader is None or reader.done():
             if reader is not None and (error := reader.exception()) is not None:
                 assert isinstance(error, KvistError), error
-            for _, request_id in engines.submitted:  # a real engine sends Ended for each request
+            for request_id in submitted:  # a real engine sends Ended for each request
                 over = wire.Ended(request_id=request_id, outcome=Outcome.ABORTED)
                 dispatcher.on_outputs(worker, wire.StepOutputs(ended=(over,)))
-            del engines.submitted[:-1]
+            del submitted[:-1]
             reader = asyncio.create_task(read(f"r{number}"))
             for _ in range(4):
                 await asyncio.sleep(0)
-        payload = messages.mutated(messages.to_gateway(engines.submitted[-1][1]))
+        payload = messages.mutated(messages.to_gateway(submitted[-1]))
         try:
             message: Any = decoder.decode(payload)
         except WireError:
@@ -413,7 +403,7 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
     for _ in range(4):
         await asyncio.sleep(0)
     chunk = wire.TokenChunk(
-        request_id=engines.submitted[-1][1], position=0, token_ids=(1, 2, 3), finish_reason=FinishReason.LENGTH
+        request_id=submitted[-1], position=0, token_ids=(1, 2, 3), finish_reason=FinishReason.LENGTH
     )
     dispatcher.on_outputs(worker, wire.StepOutputs(chunks=(chunk,)))
     assert await last == [1, 2, 3]

@@ -10,43 +10,34 @@ import msgspec
 import pytest
 
 from kvist import wire
-from kvist.request import EpochId, FinishReason, Mode, Outcome, Role, WorkerId
+from kvist.request import FinishReason, Mode, Outcome, Role, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.dispatch import Dispatcher
-from kvist.router.fleet import EngineEvents
 from kvist.router.registry import Registry, Worker
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.testing.clocks import FakeClock
-from kvist.testing.specs import make_spec
+from kvist.testing.memory_engines import MemoryEngines
 from kvist.text import Tokenizer
-from kvist.wire import GatewayToEngine, StepOutputs, Submit, TokenChunk, Welcome
+from kvist.wire import StepOutputs, Submit, TokenChunk
 
 PAGE_SIZE = 16
 TRAINED_FOR = 8192
 
 
-class Engines:
+class Engines(MemoryEngines):
     """Engines that answer at once. A request beyond the limits of their spec fails the test."""
 
     def __init__(self, registry: Registry) -> None:
-        self.registry = registry
-        self.submits: list[tuple[WorkerId, Mode]] = []
+        super().__init__(registry)
+        self.used: list[tuple[WorkerId, Mode]] = []
         self.full: set[str] = set()  # these engines refuse every request
-        self._events: EngineEvents | None = None
+        self.on_submit = self._take
 
-    def start(self, events: EngineEvents) -> None:
-        self._events = events
-
-    async def close(self) -> None: ...
-
-    def join(self, name: str, role: Role, *, pool: int, context: int = TRAINED_FOR) -> Worker:
-        worker = self.registry.add(f"http://{name}", None, 0.0)
-        spec = make_spec(
-            worker_id=WorkerId(name),
-            epoch=EpochId(name),
+    def add(self, name: str, role: Role, *, pool: int, context: int = TRAINED_FOR) -> Worker:
+        return self.join(
+            name,
             role=role,
-            endpoint="tcp://x",
             model_name="tiny",
             vocab_size=300,
             max_model_len=min(pool, context),
@@ -55,30 +46,20 @@ class Engines:
             max_running_requests=64,
             max_queued_requests=64,
         )
-        self.registry.on_welcome(worker, Welcome(spec=spec), 0.0)
-        return worker
 
-    def lose(self, worker: Worker) -> None:
-        assert self._events is not None
-        self.registry.on_lost(worker, "it died")
-        self._events.on_lost(worker, "it died")
-
-    def send(self, worker: Worker, message: GatewayToEngine) -> bool:
-        if isinstance(message, Submit):
-            spec, request = worker.spec, message.request
-            assert spec is not None
-            needed = request.num_prompt_tokens + (1 if message.mode is Mode.PREFILL else request.sampling.max_tokens)
-            assert needed <= spec.max_model_len, f"{spec.worker_id} cannot hold {needed} tokens"
-            self.submits.append((spec.worker_id, message.mode))
-            asyncio.get_running_loop().call_soon(self._answer, worker, message)
-        return True
+    def _take(self, worker: Worker, submit: Submit) -> None:
+        spec, request = worker.spec, submit.request
+        assert spec is not None
+        needed = request.num_prompt_tokens + (1 if submit.mode is Mode.PREFILL else request.sampling.max_tokens)
+        assert needed <= spec.max_model_len, f"{spec.worker_id} cannot hold {needed} tokens"
+        self.used.append((spec.worker_id, submit.mode))
+        asyncio.get_running_loop().call_soon(self._answer, worker, submit)
 
     def _answer(self, worker: Worker, submit: Submit) -> None:
-        assert self._events is not None
         request_id, count = submit.request.request_id, submit.request.sampling.max_tokens
         if worker.worker_id in self.full:
             refused = wire.Ended(request_id=request_id, outcome=Outcome.FAILED, error_code="overloaded")
-            self._events.on_outputs(worker, StepOutputs(ended=(refused,)))
+            self.events.on_outputs(worker, StepOutputs(ended=(refused,)))
             return
         first, last = submit.mode is Mode.DECODE, 1 if submit.mode is Mode.PREFILL else count
         finish = FinishReason.LENGTH if last == count else None
@@ -86,7 +67,7 @@ class Engines:
             request_id=request_id, position=first, token_ids=(65,) * (last - first), finish_reason=finish
         )
         ended = wire.Ended(request_id=request_id, outcome=Outcome.FINISHED)
-        self._events.on_outputs(worker, StepOutputs(chunks=(chunk,), ended=(ended,)))
+        self.events.on_outputs(worker, StepOutputs(chunks=(chunk,), ended=(ended,)))
 
 
 class Fleet:
@@ -125,12 +106,12 @@ def error_of(response: httpx.Response) -> str:
 
 @pytest.mark.case("unequal-pools")
 async def test_an_answer_that_decode_cannot_hold_is_refused_before_anything_runs(fleet: Fleet) -> None:
-    fleet.engines.join("p", Role.PREFILL, pool=2048)
-    fleet.engines.join("d", Role.DECODE, pool=1024)
+    fleet.engines.add("p", Role.PREFILL, pool=2048)
+    fleet.engines.add("d", Role.DECODE, pool=1024)
     response = await fleet.complete(1000, 100)
     assert response.status_code == 400
     assert "1024" in error_of(response)
-    assert not fleet.engines.submits
+    assert not fleet.engines.used
     assert (await fleet.complete(1000, 24)).status_code == 200
     assert await fleet.max_model_len() == 1024
 
@@ -149,47 +130,47 @@ async def test_the_router_uses_only_workers_that_the_request_fits(
 ) -> None:
     for role, pools in ((Role.PREFILL, prefills), (Role.DECODE, decodes)):
         for index, pool in enumerate(pools):
-            fleet.engines.join(f"{str(role)[0]}{index}", role, pool=pool)
+            fleet.engines.add(f"{str(role)[0]}{index}", role, pool=pool)
     for _ in range(4):  # in turn
         response = await fleet.complete(1200, 100)
         assert response.status_code == 200
         assert response.json()["usage"]["completion_tokens"] == 100
-    assert {worker for worker, _ in fleet.engines.submits} == used
+    assert {worker for worker, _ in fleet.engines.used} == used
     assert await fleet.max_model_len() == 4096
     await fleet.complete(100, 10)
     await fleet.complete(100, 10)
-    assert len({worker for worker, _ in fleet.engines.submits}) == len(prefills) + len(decodes), (
+    assert len({worker for worker, _ in fleet.engines.used}) == len(prefills) + len(decodes), (
         "short requests run on every worker"
     )
 
 
 @pytest.mark.case("unequal-pools")
 async def test_a_prompt_too_long_for_every_prefill_worker_runs_unified_or_is_refused(fleet: Fleet) -> None:
-    fleet.engines.join("p", Role.PREFILL, pool=1024)
-    fleet.engines.join("d", Role.DECODE, pool=4096)
+    fleet.engines.add("p", Role.PREFILL, pool=1024)
+    fleet.engines.add("d", Role.DECODE, pool=4096)
     assert "prefill worker (p) can hold 1024 tokens" in error_of(await fleet.complete(2000, 10))
     assert (await fleet.complete(1000, 2000)).status_code == 200
-    fleet.engines.join("u", Role.UNIFIED, pool=2048)
+    fleet.engines.add("u", Role.UNIFIED, pool=2048)
     assert (await fleet.complete(2000, 10)).status_code == 200
-    assert fleet.engines.submits[-1] == ("u", Mode.FULL)
+    assert fleet.engines.used[-1] == ("u", Mode.FULL)
     assert await fleet.max_model_len() == 4096
 
 
 @pytest.mark.case("unequal-pools")
 async def test_a_retry_goes_to_a_worker_that_the_request_fits(fleet: Fleet) -> None:
     for name, pool in (("a", 2048), ("b", 1024), ("c", 2048)):
-        fleet.engines.join(name, Role.UNIFIED, pool=pool)
+        fleet.engines.add(name, Role.UNIFIED, pool=pool)
     fleet.engines.full = {"a"}
     assert (await fleet.complete(1500, 10)).status_code == 200
-    assert [worker for worker, _ in fleet.engines.submits] == ["a", "c"]
+    assert [worker for worker, _ in fleet.engines.used] == ["a", "c"]
     fleet.engines.full = {"a", "c"}
     assert (await fleet.complete(1500, 10)).status_code == 429
 
 
 @pytest.mark.case("unequal-pools")
 async def test_a_request_that_fits_only_a_lost_worker_is_refused_as_retryable(fleet: Fleet) -> None:
-    fleet.engines.join("small", Role.UNIFIED, pool=1024)
-    large = fleet.engines.join("large", Role.UNIFIED, pool=4096)
+    fleet.engines.add("small", Role.UNIFIED, pool=1024)
+    large = fleet.engines.add("large", Role.UNIFIED, pool=4096)
     assert (await fleet.complete(1000, None)).status_code == 200
     fleet.engines.lose(large)
     for max_tokens, status in ((10, 200), (100, 503)):
@@ -209,7 +190,7 @@ async def test_a_request_that_fits_only_a_lost_worker_is_refused_as_retryable(fl
 async def test_the_error_for_a_long_prompt_names_the_binding_limit_and_its_option(
     fleet: Fleet, pool: int, context: int, limit: int, option: str, prompt: object
 ) -> None:
-    fleet.engines.join("u", Role.UNIFIED, pool=pool, context=context)
+    fleet.engines.add("u", Role.UNIFIED, pool=pool, context=context)
     response = await fleet.client.post("/v1/completions", content=msgspec.json.encode({"prompt": prompt}))
     message = error_of(response)
     assert f" {limit} tokens" in message

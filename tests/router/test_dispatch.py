@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from typing import Any, Unpack
 
 import pytest
 
@@ -21,107 +21,34 @@ from kvist.errors import (
     WorkerLost,
 )
 from kvist.kv.keys import page_digests
-from kvist.request import EngineRequest, EpochId, FinishReason, Mode, Outcome, RequestId, Role, SamplingParams, WorkerId
+from kvist.request import EpochId, FinishReason, Mode, Outcome, Role, TokenLogprobs, WorkerId
 from kvist.router import route
 from kvist.router.config import RouterConfig
-from kvist.router.dispatch import END_TIMEOUT_S, MAX_WAITING_LOGPROBS, Dispatcher
-from kvist.router.fleet import EngineEvents
-from kvist.router.registry import Registry, Worker
+from kvist.router.dispatch import END_TIMEOUT_S, MAX_WAITING_LOGPROBS
+from kvist.router.registry import Worker
 from kvist.router.stream import StreamPart
-from kvist.testing.clocks import FakeClock
+from kvist.testing.memory_engines import RouterBench, read_all, settle
 from kvist.testing.page_events import page_event
-from kvist.testing.specs import make_load, make_roomy_spec
+from kvist.testing.specs import RequestFields, SpecFields, make_load, make_request, make_roomy_spec
 
 PROMPT = tuple(range(100))
 
 
-@dataclass
-class MemoryEngines:
-    """Records the messages of the dispatcher, and lets a test send the messages of engines."""
+class World(RouterBench):
+    """A dispatcher over engines in memory, and a request of 100 tokens."""
 
-    registry: Registry
-    sent: list[tuple[Worker, wire.GatewayToEngine]] = field(default_factory=list)
-    unreachable: set[Worker] = field(default_factory=set)
-
-    def start(self, events: EngineEvents) -> None:
-        self.events = events
-
-    def send(self, worker: Worker, message: wire.GatewayToEngine) -> bool:
-        if worker in self.unreachable:
-            return False
-        self.sent.append((worker, message))
-        return True
-
-    async def close(self) -> None:
-        self.closed = True
-
-    def join(self, name: str, role: Role, **spec: object) -> Worker:
-        worker = self.registry.add(name, None, 0.0)
-        worker.endpoint = f"tcp://{name}"
-        made = make_roomy_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **spec)
-        self.registry.on_welcome(worker, wire.Welcome(spec=made), 0.0)
-        return worker
-
-    def lose(self, worker: Worker) -> None:
-        self.registry.on_lost(worker, "it died")
-        self.events.on_lost(worker, "it died")
-
-    def submits(self, worker: Worker) -> list[wire.Submit]:
-        return [m for to, m in self.sent if to is worker and isinstance(m, wire.Submit)]
-
-    def aborts(self, worker: Worker) -> list[RequestId]:
-        return [m.request_id for to, m in self.sent if to is worker and isinstance(m, wire.Abort)]
-
-    def emit(self, worker: Worker, position: int, *token_ids: int, finish: FinishReason | None = None) -> None:
-        request_id = self.submits(worker)[-1].request.request_id
-        chunk = wire.TokenChunk(request_id=request_id, position=position, token_ids=token_ids, finish_reason=finish)
-        self.events.on_outputs(worker, wire.StepOutputs(chunks=(chunk,)))
-
-    def end(self, worker: Worker, outcome: Outcome = Outcome.FINISHED, **fields: object) -> None:
-        request_id = self.submits(worker)[-1].request.request_id
-        ended = wire.Ended(request_id=request_id, outcome=outcome, **fields)  # type: ignore[arg-type]
-        self.events.on_outputs(worker, wire.StepOutputs(ended=(ended,)))
-
-
-class World:
-    def __init__(self, **config: object) -> None:
-        self.config = RouterConfig(**config)  # type: ignore[arg-type]
-        registry = Registry(self.config)
-        self.clock = FakeClock()
-        self.engines = MemoryEngines(registry)
-        self.dispatcher = Dispatcher(config=self.config, registry=registry, engines=self.engines, clock=self.clock)
-        self.engines.start(self.dispatcher)
+    def __init__(self, **config: Any) -> None:
+        super().__init__(RouterConfig(**config))
 
     def pair(self) -> tuple[Worker, Worker]:
-        return self.engines.join("p", Role.PREFILL), self.engines.join("d", Role.DECODE)
+        return self.engines.join("p", role=Role.PREFILL), self.engines.join("d", role=Role.DECODE)
 
-    def generate(self, **fields: object) -> AsyncGenerator[StreamPart, None]:
-        max_tokens = fields.pop("max_tokens", 4)
-        request = EngineRequest(
-            request_id=RequestId("r"),
-            prompt_token_ids=fields.pop("prompt", PROMPT),  # type: ignore[arg-type]
-            sampling=SamplingParams(max_tokens=max_tokens),  # type: ignore[arg-type]
-            **fields,  # type: ignore[arg-type]
-        )
-        return self.dispatcher.generate(request)
+    def generate(self, **fields: Unpack[RequestFields]) -> AsyncGenerator[StreamPart, None]:
+        return self.dispatcher.generate(make_request("r", PROMPT, **fields))
 
-    async def begin(self, **fields: object) -> asyncio.Task[list[int]]:
+    async def ask(self, prompt: Sequence[int] = PROMPT, **fields: Unpack[RequestFields]) -> asyncio.Task[list[int]]:
         """Start a reader whose request has been submitted."""
-        task = asyncio.create_task(read_all(self.generate(**fields)))
-        await settle()
-        return task
-
-    def idle(self) -> bool:
-        return not self.dispatcher._flights and not any(w.in_flight for w in self.engines.registry.workers)
-
-
-async def read_all(stream: AsyncGenerator[StreamPart, None]) -> list[int]:
-    return [token async for part in stream for token in part.chunk.token_ids]
-
-
-async def settle() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
+        return await self.begin(make_request("r", prompt, **fields))
 
 
 # ---------------------------------------------------------------- routing without faults
@@ -129,8 +56,8 @@ async def settle() -> None:
 
 async def test_a_unified_worker_serves_the_whole_request() -> None:
     world = World()
-    worker = world.engines.join("u", Role.UNIFIED)
-    task = await world.begin()
+    worker = world.engines.join("u", role=Role.UNIFIED)
+    task = await world.ask()
     (submit,) = world.engines.submits(worker)
     assert (submit.mode, submit.handoff_id, submit.request.prompt_token_ids) == (Mode.FULL, None, PROMPT)
     world.engines.emit(worker, 0, 7)
@@ -169,7 +96,7 @@ async def test_a_pair_gets_one_handoff_id_and_its_chunks_are_merged() -> None:
 
 async def test_chunks_that_wait_for_a_slow_reader_are_merged_into_one_part() -> None:
     world = World()
-    worker = world.engines.join("u", Role.UNIFIED)
+    worker = world.engines.join("u", role=Role.UNIFIED)
     stream = world.generate()
     first = asyncio.create_task(anext(stream))
     await settle()
@@ -182,7 +109,7 @@ async def test_chunks_that_wait_for_a_slow_reader_are_merged_into_one_part() -> 
 async def test_a_request_for_one_token_runs_on_a_prefill_worker_alone() -> None:
     world = World()
     prefill, decode = world.pair()
-    task = await world.begin(max_tokens=1)
+    task = await world.ask(max_tokens=1)
     assert world.engines.submits(prefill)[0].mode is Mode.FULL
     assert world.engines.submits(decode) == []
     world.engines.emit(prefill, 0, 7, finish=FinishReason.LENGTH)
@@ -192,7 +119,7 @@ async def test_a_request_for_one_token_runs_on_a_prefill_worker_alone() -> None:
 async def test_a_first_token_that_ends_the_answer_does_not_wait_for_decode() -> None:
     world = World()
     prefill, decode = world.pair()
-    task = await world.begin()
+    task = await world.ask()
     world.engines.end(decode)
     world.engines.emit(prefill, 0, 7, finish=FinishReason.STOP)
     world.engines.end(prefill)
@@ -202,20 +129,20 @@ async def test_a_first_token_that_ends_the_answer_does_not_wait_for_decode() -> 
 
 async def test_a_continued_request_starts_at_the_position_after_its_output_tokens() -> None:
     world = World()
-    worker = world.engines.join("u", Role.UNIFIED)
-    task = await world.begin(output_token_ids=(1, 2))
+    worker = world.engines.join("u", role=Role.UNIFIED)
+    task = await world.ask(output_token_ids=(1, 2))
     world.engines.emit(worker, 2, 3, finish=FinishReason.LENGTH)
     assert await task == [3]
 
 
 async def test_a_prompt_goes_to_the_worker_that_caches_its_pages_under_the_same_salt() -> None:
     world = World()
-    cold, warm = world.engines.join("a", Role.UNIFIED), world.engines.join("b", Role.UNIFIED)
+    cold, warm = world.engines.join("a", role=Role.UNIFIED), world.engines.join("b", role=Role.UNIFIED)
     digests = page_digests(PROMPT, 16, "n", "salt")
     registry = world.engines.registry
     registry.on_report(warm, make_load(snapshot=True, page_events=(page_event(*digests),)), 0.0)
-    first = await world.begin(cache_salt="salt")
-    second = await world.begin()
+    first = await world.ask(cache_salt="salt")
+    second = await world.ask()
     assert len(world.engines.submits(warm)) == len(world.engines.submits(cold)) == 1
     assert world.engines.submits(warm)[0].request.cache_salt == "salt"
     first.cancel()
@@ -230,7 +157,7 @@ async def test_a_reader_that_disconnects_aborts_both_engines_at_once(how: str) -
     world = World()
     prefill, decode = world.pair()
     if how == "cancel":
-        task = await world.begin()
+        task = await world.ask()
         task.cancel()
         await settle()
     else:
@@ -264,8 +191,8 @@ async def test_a_request_over_the_time_limit_fails_with_timeout_and_is_aborted()
 
 async def test_a_request_whose_engine_never_sends_ended_is_given_up() -> None:
     world = World()
-    worker = world.engines.join("u", Role.UNIFIED)
-    task = await world.begin()
+    worker = world.engines.join("u", role=Role.UNIFIED)
+    task = await world.ask()
     world.engines.emit(worker, 0, 7, finish=FinishReason.STOP)
     await task
     world.dispatcher.sweep()
@@ -278,8 +205,8 @@ async def test_a_request_whose_engine_never_sends_ended_is_given_up() -> None:
 
 async def test_close_ends_every_request() -> None:
     world = World()
-    worker = world.engines.join("u", Role.UNIFIED)
-    task = await world.begin()
+    worker = world.engines.join("u", role=Role.UNIFIED)
+    task = await world.ask()
     await world.dispatcher.close()
     with pytest.raises(Unavailable, match="shutting down"):
         await task
@@ -293,7 +220,7 @@ async def test_close_ends_every_request() -> None:
 async def test_a_refusal_by_one_engine_reaches_the_client_and_aborts_the_other(refuser: str) -> None:
     world = World()
     workers = dict(zip("pd", world.pair(), strict=True))
-    task = await world.begin()
+    task = await world.ask()
     world.engines.end(workers.pop(refuser), Outcome.FAILED, error_code="context_length_exceeded", message="too long")
     with pytest.raises(PromptTooLong, match="too long"):
         await task
@@ -320,7 +247,7 @@ async def test_tokens_received_before_a_failure_are_delivered_before_the_error()
 async def test_a_prefill_failure_after_decode_began_is_ignored() -> None:
     world = World()
     prefill, decode = world.pair()
-    task = await world.begin()
+    task = await world.ask()
     world.engines.emit(prefill, 0, 7)
     world.engines.emit(decode, 1, 8)
     world.engines.lose(prefill)
@@ -332,8 +259,8 @@ async def test_a_prefill_failure_after_decode_began_is_ignored() -> None:
 
 async def test_ended_without_a_last_token_fails_the_request_as_an_engine_error() -> None:
     world = World()
-    worker = world.engines.join("u", Role.UNIFIED)
-    task = await world.begin()
+    worker = world.engines.join("u", role=Role.UNIFIED)
+    task = await world.ask()
     world.engines.emit(worker, 0, 7)
     world.engines.end(worker)
     with pytest.raises(EngineError, match="before its last token arrived"):
@@ -342,8 +269,8 @@ async def test_ended_without_a_last_token_fails_the_request_as_an_engine_error()
 
 async def test_an_abort_that_the_gateway_did_not_request_fails_the_request() -> None:
     world = World()
-    worker = world.engines.join("u", Role.UNIFIED)
-    task = await world.begin()
+    worker = world.engines.join("u", role=Role.UNIFIED)
+    task = await world.ask()
     world.engines.end(worker, Outcome.ABORTED, message="gateway silent")
     with pytest.raises(Unavailable, match="gateway silent"):
         await task
@@ -352,7 +279,7 @@ async def test_an_abort_that_the_gateway_did_not_request_fails_the_request() -> 
 async def test_a_worker_lost_mid_stream_fails_the_request_and_aborts_its_partner() -> None:
     world = World()
     prefill, decode = world.pair()
-    world.engines.join("d2", Role.DECODE)
+    world.engines.join("d2", role=Role.DECODE)
     stream = world.generate()
     first = asyncio.create_task(anext(stream))
     await settle()
@@ -369,9 +296,9 @@ async def test_a_worker_lost_mid_stream_fails_the_request_and_aborts_its_partner
 async def test_a_request_whose_worker_is_lost_before_the_first_token_is_retried_once() -> None:
     world = World()
     prefill, decode = world.pair()
-    spare = world.engines.join("d2", Role.DECODE)
-    world.engines.join("d3", Role.DECODE)  # would serve a third attempt
-    task = await world.begin()
+    spare = world.engines.join("d2", role=Role.DECODE)
+    world.engines.join("d3", role=Role.DECODE)  # would serve a third attempt
+    task = await world.ask()
     world.engines.lose(decode)
     await settle()
     first, second = world.engines.submits(prefill)
@@ -386,8 +313,8 @@ async def test_a_request_whose_worker_is_lost_before_the_first_token_is_retried_
 
 async def test_a_request_refused_by_a_full_engine_is_retried_on_another() -> None:
     world = World(policy="round_robin")
-    full, free = world.engines.join("a", Role.UNIFIED), world.engines.join("b", Role.UNIFIED)
-    task = await world.begin()
+    full, free = world.engines.join("a", role=Role.UNIFIED), world.engines.join("b", role=Role.UNIFIED)
+    task = await world.ask()
     world.engines.end(full, Outcome.FAILED, error_code="overloaded", message="queue full")
     await settle()
     world.engines.emit(free, 0, 7, finish=FinishReason.STOP)
@@ -396,8 +323,8 @@ async def test_a_request_refused_by_a_full_engine_is_retried_on_another() -> Non
 
 async def test_a_request_error_is_not_retried() -> None:
     world = World(policy="round_robin")
-    first, second = world.engines.join("a", Role.UNIFIED), world.engines.join("b", Role.UNIFIED)
-    task = await world.begin()
+    first, second = world.engines.join("a", role=Role.UNIFIED), world.engines.join("b", role=Role.UNIFIED)
+    task = await world.ask()
     world.engines.end(first, Outcome.FAILED, error_code="invalid_request", message="no")
     with pytest.raises(KvistError, match="no"):
         await task
@@ -420,10 +347,10 @@ async def test_a_missing_role_is_named_with_the_command_that_starts_it() -> None
     world = World()
     with pytest.raises(Unavailable, match="kvist serve"):
         await read_all(world.generate())
-    prefill = world.engines.join("p", Role.PREFILL)
+    prefill = world.engines.join("p", role=Role.PREFILL)
     with pytest.raises(Unavailable, match=r"no decode worker is ready.*--decode-only"):
         await read_all(world.generate())
-    world.engines.join("d", Role.DECODE)
+    world.engines.join("d", role=Role.DECODE)
     world.engines.lose(prefill)
     with pytest.raises(Unavailable, match=r"no prefill worker is ready.*p is lost \(it died\)"):
         await read_all(world.generate())
@@ -432,13 +359,13 @@ async def test_a_missing_role_is_named_with_the_command_that_starts_it() -> None
 async def test_the_router_is_ready_with_a_pair_or_a_unified_worker() -> None:
     world = World()
     assert not world.dispatcher.ready()
-    world.engines.join("p", Role.PREFILL)
+    world.engines.join("p", role=Role.PREFILL)
     assert not world.dispatcher.ready()
-    decode = world.engines.join("d", Role.DECODE)
+    decode = world.engines.join("d", role=Role.DECODE)
     assert world.dispatcher.ready()
     world.engines.lose(decode)
     assert not world.dispatcher.ready()
-    world.engines.join("u", Role.UNIFIED)
+    world.engines.join("u", role=Role.UNIFIED)
     assert world.dispatcher.ready()
     assert world.dispatcher.model() is not None
 
@@ -446,17 +373,17 @@ async def test_the_router_is_ready_with_a_pair_or_a_unified_worker() -> None:
 @pytest.mark.parametrize("full_role", [Role.PREFILL, Role.DECODE])
 async def test_full_workers_refuse_before_anything_is_sent(full_role: Role) -> None:
     world = World(retry_after_s=2.5)
-    small = {"max_running_requests": 1, "max_queued_requests": 1}
-    prefill = world.engines.join("p", Role.PREFILL, **(small if full_role is Role.PREFILL else {}))
-    decode = world.engines.join("d", Role.DECODE, **(small if full_role is Role.DECODE else {}))
-    tasks = [await world.begin() for _ in range(2)]
+    small, roomy = SpecFields(max_running_requests=1, max_queued_requests=1), SpecFields()
+    prefill = world.engines.join("p", role=Role.PREFILL, **(small if full_role is Role.PREFILL else roomy))
+    decode = world.engines.join("d", role=Role.DECODE, **(small if full_role is Role.DECODE else roomy))
+    tasks = [await world.ask() for _ in range(2)]
     with pytest.raises(Overloaded) as caught:
         await read_all(world.generate())
     assert caught.value.retry_after_s == 1.0, "no request has ended yet"
     assert len(world.engines.submits(prefill)) == len(world.engines.submits(decode)) == 2
     world.engines.end(prefill)
     world.engines.end(decode)
-    again = await world.begin()
+    again = await world.ask()
     assert len(world.engines.submits(decode)) == 3
     for task in (*tasks, again):
         task.cancel()
@@ -464,8 +391,8 @@ async def test_full_workers_refuse_before_anything_is_sent(full_role: Role) -> N
 
 async def test_a_full_unified_worker_refuses_before_anything_is_sent() -> None:
     world = World()
-    worker = world.engines.join("u", Role.UNIFIED, max_running_requests=1, max_queued_requests=0)
-    task = await world.begin()
+    worker = world.engines.join("u", role=Role.UNIFIED, max_running_requests=1, max_queued_requests=0)
+    task = await world.ask()
     with pytest.raises(Overloaded):
         await read_all(world.generate())
     assert len(world.engines.submits(worker)) == 1
@@ -475,7 +402,7 @@ async def test_a_full_unified_worker_refuses_before_anything_is_sent() -> None:
 async def test_prompt_tokens_are_pending_at_prefill_until_the_first_token() -> None:
     world = World()
     prefill, decode = world.pair()
-    task = await world.begin()
+    task = await world.ask()
     assert (prefill.view().num_pending_tokens, decode.view().num_pending_tokens) == (len(PROMPT), 0)
     world.engines.emit(prefill, 0, 7)
     assert prefill.view().num_pending_tokens == 0
@@ -484,9 +411,9 @@ async def test_prompt_tokens_are_pending_at_prefill_until_the_first_token() -> N
 
 async def test_a_unified_worker_serves_the_request_when_the_pair_is_incomplete() -> None:
     world = World()
-    world.engines.join("p", Role.PREFILL)
-    unified = world.engines.join("u", Role.UNIFIED)
-    task = await world.begin()
+    world.engines.join("p", role=Role.PREFILL)
+    unified = world.engines.join("u", role=Role.UNIFIED)
+    task = await world.ask()
     assert world.engines.submits(unified)[0].mode is Mode.FULL
     task.cancel()
 
@@ -495,8 +422,8 @@ async def test_a_unified_worker_named_for_prefill_is_paired() -> None:
     world = World()
     worker = world.engines.registry.add("http://u", Role.PREFILL, 0.0)
     world.engines.registry.on_welcome(worker, wire.Welcome(spec=make_roomy_spec(worker_id=WorkerId("u"))), 0.0)
-    world.engines.join("d", Role.DECODE)
-    task = await world.begin()
+    world.engines.join("d", role=Role.DECODE)
+    task = await world.ask()
     assert world.engines.submits(worker)[0].mode is Mode.PREFILL
     task.cancel()
 
@@ -552,11 +479,11 @@ async def test_a_worker_that_does_not_answer_a_storage_command_is_named() -> Non
 
 async def test_logprobs_that_wait_for_a_client_that_does_not_read_are_bounded() -> None:
     world = World()
-    worker = world.engines.join("w", Role.UNIFIED)
+    worker = world.engines.join("w", role=Role.UNIFIED)
     stream = world.generate(max_tokens=10_000)
     first = asyncio.create_task(anext(stream))
     await settle()
-    logprobs = wire.TokenLogprobs(logprob=-1.0, top_token_ids=tuple(range(20)), top_logprobs=(-1.0,) * 20)
+    logprobs = TokenLogprobs(logprob=-1.0, top_token_ids=tuple(range(20)), top_logprobs=(-1.0,) * 20)
     request_id = world.engines.submits(worker)[-1].request.request_id
     for position in range(0, 4000, 100):
         chunk = wire.TokenChunk(
@@ -576,7 +503,7 @@ async def test_the_page_digests_of_a_prompt_with_many_answers_are_computed_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = World()
-    worker = world.engines.join("w", Role.UNIFIED)
+    worker = world.engines.join("w", role=Role.UNIFIED)
     worker.known_pages.apply([page_event(b"some page")])
     digested: list[tuple[object, str]] = []
 
@@ -587,7 +514,7 @@ async def test_the_page_digests_of_a_prompt_with_many_answers_are_computed_once(
     monkeypatch.setattr(route, "page_digests", record)
     prompt = tuple(range(200))
     for _ in range(3):
-        await world.begin(prompt=prompt)
-    await world.begin(prompt=prompt, cache_salt="s")
-    await world.begin(prompt=tuple(range(200)))
+        await world.ask(prompt=prompt)
+    await world.ask(prompt=prompt, cache_salt="s")
+    await world.ask(prompt=tuple(range(200)))
     assert [(one[0] == prompt, one[1]) for one in digested] == [(True, ""), (True, "s"), (True, "")]

@@ -109,6 +109,11 @@ class Dispatcher:
         for flight in list(self._flights.values()):
             self._fail(flight, error, None)
 
+    @property
+    def num_open(self) -> int:
+        """Number of requests that some worker has not ended yet."""
+        return len(self._flights)
+
     def ready(self) -> bool:
         """Return whether a unified worker, or a prefill and a decode worker, are READY."""
         return self._router.can_serve()

@@ -6,6 +6,7 @@
     scripted_dispatcher  the gateway's view of its engines, with answers that a test writes
     gateway_bench        the gateway's HTTP application over that dispatcher, called without sockets
     loop_bench           an engine's loop, with fakes of its channel, scheduler, runner, transport and store
+    memory_engines       a dispatcher over engines in memory, whose messages the test sends
     fake_engine          an engine without a model, over real sockets
     inproc_transport     a transport between the pools of one process
     page_events          page events in one line, and their replay
