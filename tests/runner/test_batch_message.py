@@ -41,7 +41,9 @@ class Pair:
 
 
 def same(found: BatchItem, sent: BatchItem) -> bool:
-    return all(getattr(found, name) == getattr(sent, name) for name in ("slot", "start", "samples")) and (
+    if list(found.scored_token_ids) != list(sent.scored_token_ids):
+        return False
+    return all(getattr(found, name) == getattr(sent, name) for name in ("slot", "start", "samples", "score_from")) and (
         list(found.token_ids) == list(sent.token_ids) and list(found.page_ids) == list(sent.page_ids)
     )
 

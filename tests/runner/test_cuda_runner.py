@@ -32,7 +32,7 @@ from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, Sampled
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerConfig
 from kvist.runner.inputs import build_inputs
-from kvist.runner.runner import AnyRunner, InFlight, forward
+from kvist.runner.runner import AnyRunner, InFlight, begin, finish
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.wire import PoolAddress, Submit
 
@@ -216,7 +216,8 @@ def test_gpu_logits_are_close_to_fp32(checkpoint: Checkpoint, eager: AnyRunner) 
                 samples=end in (256, 300),
             )
             inputs = build_inputs([item], np.zeros(1, dtype=np.int64), device)
-            logits = forward(eager._model, eager._attention, inputs)  # type: ignore[attr-defined]
+            model = eager._model  # type: ignore[attr-defined]
+            logits = finish(model, begin(model, eager._attention, inputs), inputs)  # type: ignore[attr-defined]
             if logits is not None:
                 found.append(logits)
     for row, want in zip(torch.cat(found), expected, strict=True):

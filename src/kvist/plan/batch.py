@@ -37,6 +37,8 @@ class BatchItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     start: int  # K/V of [0, start) is in the pages, at the latest when the pending batch is finished
     page_ids: Sequence[int]  # pages of positions [0, end), perhaps more
     samples: bool  # whether the next token is sampled; False: the chunk does not end the sequence
+    score_from: int | None = None  # first position whose token is scored (prompt_logprobs), in (start, end]
+    scored_token_ids: Sequence[int] = ()  # the scored tokens, from `score_from` on; the last may be the token at `end`
 
     @property
     def takes_sampled(self) -> bool:

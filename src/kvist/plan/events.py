@@ -20,6 +20,8 @@ class SampledTokens:
 
     token_ids: Sequence[int]
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # by row, for requests with logprobs
+    # of the scored tokens of items with `score_from`, by the item's index in the batch
+    prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     invalid_rows: frozenset[int] = frozenset()  # logits were NaN or infinite: `token_ids` has no valid token there
 
     def __len__(self) -> int:

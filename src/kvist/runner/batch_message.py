@@ -18,6 +18,8 @@ import msgspec
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import SlotId
 
+_NOT_SCORED: tuple[int | None, Sequence[int]] = (None, ())
+
 
 class BatchMessage(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Lists from `slots` to `samples` have one entry per item, in order."""
@@ -30,6 +32,7 @@ class BatchMessage(msgspec.Struct, frozen=True, array_like=True, gc=False):
     token_ids: list[Sequence[int]]  # empty: the token that was sampled last in the slot
     samples: list[bool]
     pages: list[tuple[SlotId, int, Sequence[int]]]  # slot, num_pages already sent, the pages after those; 0: a new list
+    scored: list[tuple[int, int, Sequence[int]]]  # item index, `score_from`, the scored tokens
 
 
 @dataclass(slots=True)
@@ -71,6 +74,11 @@ class BatchEncoder:
             [item.token_ids for item in items],
             [item.samples for item in items],
             pages,
+            [
+                (i, item.score_from, item.scored_token_ids)
+                for i, item in enumerate(items)
+                if item.score_from is not None
+            ],
         )
         return self._encoder.encode(message)
 
@@ -93,10 +101,19 @@ class BatchDecoder:
             else:
                 assert num_known == len(known[slot]), "messages arrive complete and in order"
                 known[slot] += page_ids
+        scored = {index: (score_from, token_ids) for index, score_from, token_ids in message.scored}
         each = zip(message.slots, message.starts, message.token_ids, message.samples, strict=True)
         items = [
-            BatchItem(slot=slot, token_ids=token_ids, start=start, page_ids=known[slot], samples=samples)
-            for slot, start, token_ids, samples in each
+            BatchItem(
+                slot=slot,
+                token_ids=token_ids,
+                start=start,
+                page_ids=known[slot],
+                samples=samples,
+                score_from=scored.get(index, _NOT_SCORED)[0],
+                scored_token_ids=scored.get(index, _NOT_SCORED)[1],
+            )
+            for index, (slot, start, token_ids, samples) in enumerate(each)
         ]
         return Batch(
             step_id=message.step_id, ended=tuple(message.ended), started=tuple(message.started), items=tuple(items)

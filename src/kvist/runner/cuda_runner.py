@@ -14,7 +14,7 @@ All work goes to one stream, so a page that is later given to another request is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,6 +31,7 @@ from kvist.runner.cuda_graphs import StepGraphs
 from kvist.runner.graph_sizes import decode_sizes, mixed_sizes
 from kvist.runner.inputs import sampling_rows
 from kvist.runner.logprobs import LogprobTensors
+from kvist.runner.prompt_scores import PromptScores, ScoredRows, score_prompts
 from kvist.runner.runner import Finished, InFlight, Model
 from kvist.runner.sampler import SamplingRow, choose, compute_logprobs, sampled_tokens
 from kvist.runner.slots import SlotTable
@@ -50,6 +51,7 @@ class StepLimits:
 class Launched:
     tokens: Tensor  # int32, pinned
     logprobs: LogprobTensors | None
+    scores: PromptScores | None
     done: torch.cuda.Event
 
     def is_done(self) -> bool:
@@ -57,7 +59,8 @@ class Launched:
 
     def result(self) -> SampledTokens:
         self.done.synchronize()  # without a timeout; engine/progress.py detects a stuck device
-        return sampled_tokens(self.tokens, self.logprobs)
+        sampled = sampled_tokens(self.tokens, self.logprobs)
+        return sampled if self.scores is None else replace(sampled, prompt_logprobs=self.scores.by_item())
 
 
 class CudaRunner:
@@ -99,19 +102,22 @@ class CudaRunner:
             return Finished(SampledTokens(token_ids=()))
         columns = read_batch(batch, previous, self._table)
         rows = None if columns.is_plain else sampling_rows(batch.items, self._table)
+        scored = ScoredRows.of(batch.items, self._table.scoring)
         try:
             with torch.inference_mode():
-                logprobs = self._compute(columns, rows)
+                logprobs, scores = self._compute(columns, rows, scored)
                 tokens = self._staging.start_read(len(columns.inputs.rows))
                 if logprobs is not None:
                     logprobs = logprobs.start_copy()
+                if scores is not None:
+                    scores = scores.start_copy()
         except BaseException:
             torch.cuda.synchronize()  # queued kernels write pages that the scheduler is about to reuse
             raise
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         self._previous = columns.persistent
-        return Launched(tokens=tokens, logprobs=logprobs, done=done)
+        return Launched(tokens=tokens, logprobs=logprobs, scores=scores, done=done)
 
     def close(self) -> None:
         """Drop the graphs and the pool."""
@@ -143,7 +149,9 @@ class CudaRunner:
         self._staging.write_sampled(chosen, inputs.slots)
         return hidden
 
-    def _compute(self, columns: BatchColumns, rows: Sequence[SamplingRow] | None) -> LogprobTensors | None:
+    def _compute(
+        self, columns: BatchColumns, rows: Sequence[SamplingRow] | None, scored: ScoredRows | None
+    ) -> tuple[LogprobTensors | None, PromptScores | None]:
         """Compute a step. `rows` None: every row is sampled by temperature alone."""
         host, spans = columns.inputs, columns.spans
         num_tokens, num_sampled = len(host.token_ids), len(host.rows)
@@ -151,9 +159,9 @@ class CudaRunner:
             self._staging.send(host, size, size)
             hidden = self._decodes.replay(size, spans)
             if rows is None:
-                return None
+                return None, None
             slots = self._staging.views(size, size).slots[:num_sampled]
-            return self._choose_with_logprobs(self._model.logits(hidden[:num_sampled]), rows, slots)
+            return self._choose_with_logprobs(self._model.logits(hidden[:num_sampled]), rows, slots), None
         if self._mixed and (size := self._mixed.size_for(num_tokens)):
             self._staging.send(host, size, num_sampled)
             unfinished = self._mixed.replay(size, spans)
@@ -162,14 +170,15 @@ class CudaRunner:
             self._staging.send(host, num_tokens, num_sampled)
             inputs = self._staging.views(num_tokens, num_sampled)
             unfinished = self._model.begin(inputs.token_ids(), inputs.positions, self._attention.prepare(spans))
+        scores = None if scored is None else score_prompts(self._model, unfinished, scored)
         if not num_sampled:
             self._model.sync_ranks(unfinished)
-            return None
+            return None, scores
         logits = self._model.logits(self._model.finish(unfinished.select(inputs.rows)))
         if rows is not None:
-            return self._choose_with_logprobs(logits, rows, inputs.slots)
+            return self._choose_with_logprobs(logits, rows, inputs.slots), scores
         self._staging.write_sampled(choose_tokens(logits, inputs.temperatures, inputs.keys), inputs.slots)
-        return None
+        return None, scores
 
     def _choose_with_logprobs(
         self, logits: Tensor, rows: Sequence[SamplingRow], slots: Tensor

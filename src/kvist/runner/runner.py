@@ -11,7 +11,7 @@ The result depends only on the pages, the batch and the slots of its requests (s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from kvist.models.decoder import Unfinished
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens
 from kvist.runner.inputs import ForwardInputs, build_inputs, sampling_rows
+from kvist.runner.prompt_scores import ScoredRows, score_prompts
 from kvist.runner.sampler import sample
 from kvist.runner.slots import SlotTable
 
@@ -101,31 +102,37 @@ class Runner:
         assert all(item.slot in self._table.open for item in batch.items), "an item's slot is not open"
         with torch.inference_mode():
             inputs = build_inputs(batch.items, self._last_tokens, self._device)
-            logits = forward(self._model, self._attention, inputs, self.between_layers)
+            unfinished = begin(self._model, self._attention, inputs, self.between_layers)
+            scored = ScoredRows.of(batch.items, self._table.scoring)
+            scores = {} if scored is None else score_prompts(self._model, unfinished, scored).by_item()
+            logits = finish(self._model, unfinished, inputs)
             if logits is None:
-                return Finished(SampledTokens(token_ids=()))
+                return Finished(SampledTokens(token_ids=(), prompt_logprobs=scores))
             sampled = sample(logits, sampling_rows(batch.items, self._table))
         slots = [item.slot for item in batch.items if item.samples]
         # 0 for a request that got no token: the request fails, and results computed from the 0 are dropped
         self._last_tokens[slots] = np.maximum(sampled.token_ids, 0)
-        return Finished(sampled)
+        return Finished(replace(sampled, prompt_logprobs=scores) if scores else sampled)
 
     def close(self) -> None:
         """Drop the pool."""
         self.pool.close()
 
 
-def forward(
+def begin(
     model: Model,
     attention: AttentionBackend,
     inputs: ForwardInputs,
     between_layers: Callable[[], None] | None = None,
-) -> Tensor | None:
-    """Return logits [num_sampled, vocab_size] in fp32, or None when no row needs a token."""
+) -> Unfinished:
     attend = attention.prepare(inputs.spans)
     if between_layers is not None:
         attend = _with_callback(attend, between_layers)
-    unfinished = model.begin(inputs.token_ids, inputs.positions, attend)
+    return model.begin(inputs.token_ids, inputs.positions, attend)
+
+
+def finish(model: Model, unfinished: Unfinished, inputs: ForwardInputs) -> Tensor | None:
+    """Return logits [num_sampled, vocab_size] in fp32, or None when no row needs a token. May change `unfinished`."""
     if inputs.sampled_rows is not None:
         if not len(inputs.sampled_rows):
             model.sync_ranks(unfinished)

@@ -16,6 +16,7 @@ import numpy as np
 from kvist.plan.batch import Batch, StartRequest
 from kvist.plan.slots import OpenSlots
 from kvist.request import SamplingParams, SlotId
+from kvist.runner.prompt_scores import SlotScoring
 from kvist.runner.sampler import SamplingRow, hash_seeds, is_plain
 
 
@@ -68,7 +69,8 @@ class SlotTable:
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self.sampling = SlotSampling(num_slots)
-        self._states: tuple[SlotState, ...] = (self.sampling,)
+        self.scoring = SlotScoring()
+        self._states: tuple[SlotState, ...] = (self.sampling, self.scoring)
         self.open = OpenSlots()
 
     def update(self, batch: Batch) -> None:
