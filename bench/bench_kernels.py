@@ -21,7 +21,7 @@ from torch import Tensor
 
 from json_report import write_report
 from kvist.attention import build_attention, choose_attention
-from kvist.attention.backend import GraphPlan, RotatingAttend, Span
+from kvist.attention.backend import GraphPlan, Span
 from kvist.kernels import activation, norm, rotary, sampling
 from kvist.kernels.operands import Rotary
 from kvist.models.formats import PlainWeight
@@ -196,13 +196,12 @@ def whole_steps(weights: Weights) -> list[Row]:
             parts: str = "all",
         ) -> None:
             attend = plan.attend(m)
-            assert isinstance(attend, RotatingAttend)
             cos, sin = rotary.rotation(positions, frequencies)
             rotation, residual = Rotary(cos=cos, sin=sin), None
             for layer, (qkv, o, gated, down) in enumerate(layers):
                 x, residual = norm.add_rms_norm(x, residual, scale, EPS)
                 heads = qkv(x).view(m, -1, HEAD_DIM)
-                attended = attend.rotated(layer, heads, rotation) if parts == "all" else heads[:, :Q_HEADS]
+                attended = attend(layer, heads, rotation) if parts == "all" else heads[:, :Q_HEADS]
                 x, residual = norm.add_rms_norm(o(attended.reshape(m, -1)), residual, scale, EPS)
                 x = down(gated(x))
             logits = head(norm.add_rms_norm(x, residual, scale, EPS)[0])

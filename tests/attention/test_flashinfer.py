@@ -150,9 +150,8 @@ class World:
         for layer in range(NUM_LAYERS):
             shape = (max(count, num_rows), Q_HEADS + 2 * KV_HEADS, HEAD_DIM)
             heads = torch.randn(shape, generator=self.random).bfloat16()
-            q, k, v = heads.split([Q_HEADS, KV_HEADS, KV_HEADS], dim=1)
-            want = wanted(layer, q[:count], k[:count], v[:count])
-            got = attend(layer, q, k, v)
+            want = wanted(layer, heads[:count], None)
+            got = attend(layer, heads, None)
             torch.testing.assert_close(got[:count], want, rtol=2e-2, atol=2e-2)
             assert not got[count:].any(), "padding rows attend to no key"
         assert torch.equal(*(pool.view(torch.int16) for pool in self.pools)), "padding rows write no page"
@@ -184,7 +183,7 @@ def test_replayed_steps_of_any_size_equal_the_torch_backend() -> None:
     plan.fill([])
     replays = {}
     for size in (5, 4, 2):
-        plan.attend(size)(0, *(torch.zeros(size, n, HEAD_DIM).bfloat16() for n in (Q_HEADS, KV_HEADS, KV_HEADS)))
+        plan.attend(size)(0, torch.zeros(size, Q_HEADS + 2 * KV_HEADS, HEAD_DIM).bfloat16(), None)
         replays[size] = plan.attend(size)
     ends = {i: b for i, _, b in PROMPTS}
     for size, members in ((5, [0, 1, 2, 3, 4]), (2, [3]), (4, [4, 1, 0]), (2, [1, 2]), (5, [2, 3, 4, 0, 1])):
@@ -197,7 +196,7 @@ def test_replayed_steps_of_any_size_equal_the_torch_backend() -> None:
 def test_more_requests_than_the_largest_captured_size_fail_an_assertion() -> None:
     world = World()
     plan = world.tested.plan_decode_graph(2, 10)
-    plan.attend(2)(0, *(torch.zeros(2, n, HEAD_DIM).bfloat16() for n in (Q_HEADS, KV_HEADS, KV_HEADS)))
+    plan.attend(2)(0, torch.zeros(2, Q_HEADS + 2 * KV_HEADS, HEAD_DIM).bfloat16(), None)
     with pytest.raises(AssertionError, match="largest batch"):
         plan.fill(world.spans([(i, 0, 1) for i in range(3)]))
 

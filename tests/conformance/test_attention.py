@@ -11,7 +11,7 @@ from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from kvist.attention import ATTENTION, attention_kind, build_attention
-from kvist.attention.backend import Attend, AttentionBackend, AttentionKind, Captures, RotatingAttend, Span
+from kvist.attention.backend import Attend, AttentionBackend, AttentionKind, Captures, Span
 from kvist.kernels.operands import Rotary
 from kvist.kernels.rotary import rotate, rotation_torch
 
@@ -116,7 +116,7 @@ class World:
                 torch.cat([getattr(self.sequences[i], name)[layer, a:b] for i, a, b in ranges]).to(self.device)
                 for name in "qkv"
             )
-            layers.append(attend(layer, q, k, v))
+            layers.append(attend(layer, torch.cat((q, k, v), dim=1), None))
         return list(torch.stack(layers).cpu().split([b - a for _, a, b in ranges], dim=1))
 
     def dense(self, index: int, start: int, end: int) -> Tensor:
@@ -231,7 +231,7 @@ def test_a_rank_reads_and_writes_only_its_own_heads_of_every_page(backend: Backe
                     .to(halves.device)
                     for name in "qkv"
                 )
-                out = attend(layer, q, k, v).cpu()
+                out = attend(layer, torch.cat((q, k, v), dim=1), None).cpu()
                 want = torch.cat([part[layer] for part in expected]).chunk(2, dim=1)[rank]
                 torch.testing.assert_close(out, want, rtol=1.6e-2 if not whole.exact else 1.3e-6, atol=1e-5)
     for index, sequence in enumerate(whole.sequences):
@@ -241,10 +241,8 @@ def test_a_rank_reads_and_writes_only_its_own_heads_of_every_page(backend: Backe
 
 
 def test_rotated_attention_equals_rotation_by_the_torch_twin(backend: Backend) -> None:
-    """A backend that rotates q and k gives the same result as for q and k that are already rotated."""
+    """A backend rotates q and k as the twin does, and takes q and k that are already rotated."""
     plain, fused = World(backend, lengths=[30, 9]), World(backend, lengths=[30, 9])
-    if not isinstance(fused.backend.prepare([Span(start=0, num_tokens=1, page_ids=[0])]), RotatingAttend):
-        pytest.skip("this backend leaves the rotation to the model")
     for ranges in ([(0, 0, 29), (1, 0, 8)], [(0, 29, 30), (1, 8, 9)]):
         positions = torch.cat([torch.arange(a, b) for _, a, b in ranges])
         cos, sin = rotation_torch(positions, 1e-2 ** torch.linspace(0, 1, backend.head_dim // 2))
@@ -260,9 +258,9 @@ def test_rotated_attention_equals_rotation_by_the_torch_twin(backend: Backend) -
                 torch.cat([getattr(plain.sequences[i], name)[layer, a:b] for i, a, b in ranges]).to(plain.device)
                 for name in "qkv"
             )
-            want = attends[0](layer, rotate(q, rotary.cos, rotary.sin), rotate(k, rotary.cos, rotary.sin), v)
-            assert isinstance(attends[1], RotatingAttend)
-            got = attends[1].rotated(layer, torch.cat((q, k, v), dim=1), rotary)
+            rotated = rotate(q, rotary.cos, rotary.sin), rotate(k, rotary.cos, rotary.sin), v
+            want = attends[0](layer, torch.cat(rotated, dim=1), None)
+            got = attends[1](layer, torch.cat((q, k, v), dim=1), rotary)
             assert (got - want).float().norm() / want.float().norm() < 1e-2
 
 
@@ -285,7 +283,8 @@ def test_a_captured_step_equals_a_prepared_step(backend: Backend) -> None:
     k, v = (torch.zeros(NUM_LAYERS, 8, *world.sequences[0].k.shape[2:], dtype=q.dtype, device=q.device) for _ in "kv")
 
     def run(attend: Attend) -> Tensor:
-        return torch.stack([attend(layer, q[layer], k[layer], v[layer]) for layer in range(NUM_LAYERS)])
+        heads = torch.cat((q, k, v), dim=2)
+        return torch.stack([attend(layer, heads[layer], None) for layer in range(NUM_LAYERS)])
 
     plan.fill([])
     run(plan.attend(8))  # compiles the kernels, which a capture cannot do
@@ -323,7 +322,8 @@ def test_a_captured_step_of_chunks_and_decodes_equals_dense_attention(backend: B
     k, v = (torch.zeros(NUM_LAYERS, 128, *sequences[0].k.shape[2:], dtype=q.dtype, device=q.device) for _ in "kv")
 
     def run(attend: Attend) -> Tensor:
-        return torch.stack([attend(layer, q[layer], k[layer], v[layer]) for layer in range(NUM_LAYERS)])
+        heads = torch.cat((q, k, v), dim=2)
+        return torch.stack([attend(layer, heads[layer], None) for layer in range(NUM_LAYERS)])
 
     plan.fill([])
     run(plan.attend(128))

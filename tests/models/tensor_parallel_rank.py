@@ -19,7 +19,7 @@ def main() -> None:
     tp = join_tensor_parallel(rank=rank, size=2, store=store, device=torch.device("cpu"), timeout_s=60.0)
     for folder in map(Path, sys.argv[4:]):
         model = load(hf_checkpoint(folder), tp=tp)
-        torch.save(run_model(model, prompt, [7, len(prompt) - 7]), folder / f"rank{rank}.pt")
+        torch.save(run_model(model, prompt, [7, len(prompt) - 7], tp), folder / f"rank{rank}.pt")
     leave_tensor_parallel()
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from kvist.checkpoint import Checkpoint, CheckpointKind
+from kvist.kernels.operands import Rotary
+from kvist.kernels.rotary import rotated_heads
 from kvist.models import load_model_config
 from kvist.models.decoder import CausalLM
 from kvist.models.load import declare_model, load_model
@@ -18,6 +20,7 @@ from kvist.models.tensors import Fill
 from kvist.models.weights_dummy import DummySource
 
 CPU = torch.device("cpu")
+ALONE = TensorParallel()
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -40,11 +43,13 @@ TINY: dict[str, Any] = {
 class ContiguousCache:
     """The K and V of one request; `attend` is causal attention by definition, in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_kv_heads: int) -> None:
+        self.num_kv_heads = num_kv_heads
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, heads: Tensor, rotary: Rotary | None) -> Tensor:
+        q, k, v = rotated_heads(heads, rotary, self.num_kv_heads)
         if layer in self.keys:
             k, v = torch.cat((self.keys[layer], k)), torch.cat((self.values[layer], v))
         self.keys[layer], self.values[layer] = k, v
@@ -57,9 +62,12 @@ class ContiguousCache:
         return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
 
 
-def run_model(model: CausalLM, token_ids: list[int], chunks: list[int] | None = None) -> Tensor:
+def run_model(
+    model: CausalLM, token_ids: list[int], chunks: list[int] | None = None, tp: TensorParallel = ALONE
+) -> Tensor:
     """Return logits [num_tokens, vocab_size] of one prompt, computed in chunks of the given sizes over one cache."""
-    cache, rows, start = ContiguousCache(), [], 0
+    heads = tp.kv_heads(model.config.num_kv_heads)
+    cache, rows, start = ContiguousCache(heads.stop - heads.start), [], 0
     with torch.inference_mode():
         for size in chunks or [len(token_ids)]:
             ids = torch.tensor(token_ids[start : start + size])
@@ -71,7 +79,7 @@ def run_model(model: CausalLM, token_ids: list[int], chunks: list[int] | None = 
 
 
 def load(checkpoint: Checkpoint, **options: Any) -> CausalLM:
-    defaults: dict[str, Any] = {"dtype": torch.float32, "device": CPU, "tp": TensorParallel()}
+    defaults: dict[str, Any] = {"dtype": torch.float32, "device": CPU, "tp": ALONE}
     return load_model(checkpoint, load_model_config(checkpoint), **(defaults | options))
 
 
@@ -88,7 +96,7 @@ def random_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
         if tensor.fill is Fill.ONES:
             values = 1 + 0.2 * torch.randn(tensor.shape, generator=generator)
         else:
-            values = source.read(tensor, tensor.part(TensorParallel())).contiguous()
+            values = source.read(tensor, tensor.part(ALONE)).contiguous()
         tensors[tensor.hf.name] = values
     return tensors
 

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvist.checkpoint import Checkpoint, find_checkpoint
+from kvist.kernels.operands import Rotary
+from kvist.kernels.rotary import rotated_heads
 from kvist.kernels.sampling import nucleus_floor, nucleus_floor_torch
 from kvist.kv.cache import PageCache
 from kvist.models import load_model_config
@@ -190,10 +192,10 @@ def test_gpu_logits_are_close_to_fp32(checkpoint: Checkpoint, eager: AnyRunner) 
         seed=0,
     )
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, heads: Tensor, rotary: Rotary | None) -> Tensor:
         del layer
-        heads = (each.transpose(0, 1)[None] for each in (q, k, v))
-        return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        qkv = (each.transpose(0, 1)[None] for each in rotated_heads(heads, rotary, config.num_kv_heads))
+        return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
     dice = random.Random(1)
     token_ids = [dice.randrange(2990) for _ in range(300)]

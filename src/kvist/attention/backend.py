@@ -4,8 +4,8 @@ Before a backend is made, its `AttentionKind` says where it runs, which steps ca
 needs.
 
 Life cycle: `bind` once, with the pool. For each step, `prepare(spans)` turns the batch into index tensors, and the
-model calls the returned `Attend` once per layer. A call first writes the new tokens' K/V into their pages, then attends
-over all tokens that each request has so far.
+model calls the returned `Attend` once per layer. A call first rotates q and k and writes the new tokens' K/V into their
+pages, then attends over all tokens that each request has so far.
 
 A step may be replayed as a CUDA graph. Its tensors must then keep their addresses: `plan_decode_graph` and
 `plan_mixed_graph` make them once for the largest batch, `fill` fills them for each step, and the model calls `attend`
@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, overload, runtime_checkable
+from typing import Protocol, overload
 
 import msgspec
 import numpy as np
@@ -31,20 +31,10 @@ from torch import Tensor
 
 from kvist.kernels.operands import Rotary
 
-# attend(layer, q, k, v) -> out; q, out [num_tokens, num_q_heads, head_dim], k, v [num_tokens, num_kv_heads, head_dim],
-# this rank's heads, q and k already rotated; all may be strided views. A call first writes k and v to their pages.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-@runtime_checkable
-class RotatingAttend(Protocol):
-    """An `Attend` that can also rotate q and k while it writes the pages: one kernel instead of five."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor: ...
-
-    def rotated(self, layer: int, heads: Tensor, rotary: Rotary) -> Tensor:
-        """heads [num_tokens, num_q_heads + 2 * num_kv_heads, head_dim]: q, k, v, in the order of the fused
-        projection."""
+# attend(layer, heads, rotary) -> out [num_tokens, num_q_heads, head_dim]; heads [num_tokens, num_q_heads + 2 *
+# num_kv_heads, head_dim]: this rank's q, k and v, in the order of the fused projection; may be a strided view. A call
+# first rotates q and k (`rotary` None: they are already rotated) and writes k and v to their pages.
+Attend = Callable[[int, Tensor, Rotary | None], Tensor]
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True, gc=False):

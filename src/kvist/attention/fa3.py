@@ -153,7 +153,7 @@ class _Index:
 
 
 class _Step:
-    """One step's `RotatingAttend`."""
+    """One step's `Attend`."""
 
     def __init__(
         self, pool: _Pool, index: _Index, tables: PageTables, table: Tensor, *, num_decodes: int, longest_chunk: int
@@ -169,15 +169,8 @@ class _Step:
         self._items: DecodeItems | None = None  # made by the first layer
         self._metadata: Tensor | None = None  # the library's schedule for the chunks, made by the first layer
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        slots = self._index.slots[: q.shape[0]]
-        return self._attend(layer, rotate_and_write(torch.cat((q, k, v), dim=1), None, self._pool.layers[layer], slots))
-
-    def rotated(self, layer: int, heads: Tensor, rotary: Rotary) -> Tensor:
-        slots = self._index.slots[: heads.shape[0]]
-        return self._attend(layer, rotate_and_write(heads, rotary, self._pool.layers[layer], slots))
-
-    def _attend(self, layer: int, q: Tensor) -> Tensor:
+    def __call__(self, layer: int, heads: Tensor, rotary: Rotary | None) -> Tensor:
+        q = rotate_and_write(heads, rotary, self._pool.layers[layer], self._index.slots[: heads.shape[0]])
         out = self._attend_chunks(layer, q) if self._longest_chunk else torch.empty_like(q)
         if self._num_decodes:
             if self._items is None:

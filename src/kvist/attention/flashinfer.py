@@ -239,18 +239,14 @@ class Planner:
 
 
 class _Step:
-    """One step's `RotatingAttend`."""
+    """One step's `Attend`."""
 
     def __init__(self, pool: Pool, slots: Tensor, attend: Callable[[int, Tensor], Tensor]) -> None:
         self._pool = pool
         self._slots = slots
         self._attend = attend
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = rotate_and_write(torch.cat((q, k, v), dim=1), None, self._pool.layers[layer], self._slots)
-        return self._attend(layer, q)
-
-    def rotated(self, layer: int, heads: Tensor, rotary: Rotary) -> Tensor:
+    def __call__(self, layer: int, heads: Tensor, rotary: Rotary | None) -> Tensor:
         return self._attend(layer, rotate_and_write(heads, rotary, self._pool.layers[layer], self._slots))
 
 

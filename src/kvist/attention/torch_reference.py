@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvist.attention.backend import Attend, AttentionKind, Captures, GraphPlan, Span, reserve_nothing
+from kvist.kernels.operands import Rotary
+from kvist.kernels.rotary import rotated_heads
 
 # Queries per block of a prefill chunk: limits the size of the mask and the number of masked keys that are read.
 _QUERY_BLOCK = 256
@@ -156,8 +158,9 @@ class _Step:
             self._chunks.append(_chunk(pool, span, first))
             first += span.num_tokens
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, heads: Tensor, rotary: Rotary | None) -> Tensor:
         pool = self._pool
+        q, k, v = rotated_heads(heads, rotary, pool.num_heads)
         pool.key_slots[layer].index_copy_(0, self._slots, k.reshape(-1, pool.head_dim))
         pool.value_slots[layer].index_copy_(0, self._slots, v.reshape(-1, pool.head_dim))
         if len(self._groups) == 1 and self._groups[0].tokens is None:

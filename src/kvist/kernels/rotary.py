@@ -42,6 +42,16 @@ def norm_and_rotate(qk: Tensor, rotary: Rotary) -> Tensor:
     return rotate(qk, rotary.cos, rotary.sin)
 
 
+def rotated_heads(heads: Tensor, rotary: Rotary | None, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """heads [T, num_q_heads + 2 * num_kv_heads, head_dim] -> q, k, v, with q and k rotated; `rotary` None: as they
+    are."""
+    num_rotated = heads.shape[1] - num_kv_heads
+    qk, v = heads[:, :num_rotated], heads[:, num_rotated:]
+    if rotary is not None:
+        qk = norm_and_rotate(qk, rotary)
+    return qk[:, : num_rotated - num_kv_heads], qk[:, num_rotated - num_kv_heads :], v
+
+
 def rotate_and_write(heads: Tensor, rotary: Rotary | None, pages: Tensor, slots: Tensor) -> Tensor:
     """Rotate q and k, write k and v into the pages of one layer, and return q [T, num_q_heads, head_dim].
 
@@ -58,12 +68,9 @@ def rotate_and_write(heads: Tensor, rotary: Rotary | None, pages: Tensor, slots:
 
 def rotate_and_write_torch(heads: Tensor, rotary: Rotary | None, pages: Tensor, slots: Tensor) -> Tensor:
     num_kv_heads, page_size = pages.shape[1], pages.shape[3]
-    num_q_heads = heads.shape[1] - 2 * num_kv_heads
-    qk, v = heads[:, : num_q_heads + num_kv_heads], heads[:, num_q_heads + num_kv_heads :]
-    if rotary is not None:
-        qk = norm_and_rotate(qk, rotary)
+    q, k, v = rotated_heads(heads, rotary, num_kv_heads)
     kept = slots >= 0
     page_ids, offsets = (slots[kept] // page_size).long(), (slots[kept] % page_size).long()
-    pages[page_ids, :, 0, offsets] = qk[kept, num_q_heads:]
+    pages[page_ids, :, 0, offsets] = k[kept]
     pages[page_ids, :, 1, offsets] = v[kept]
-    return qk[:, :num_q_heads]
+    return q

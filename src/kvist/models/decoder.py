@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvist.attention.backend import Attend, RotatingAttend
+from kvist.attention.backend import Attend
 from kvist.kernels.norm import add_rms_norm
 from kvist.kernels.operands import Rotary
-from kvist.kernels.rotary import norm_and_rotate, rotation
+from kvist.kernels.rotary import rotation
 from kvist.models.config import ModelConfig
 from kvist.models.formats import FORMATS
 from kvist.models.layers import (
@@ -54,8 +54,6 @@ class Attention:
         k."""
         self._qkv = qkv
         self._output = output
-        self._num_q_heads = num_q_heads
-        self._num_rotated = num_q_heads + num_kv_heads
         self._num_heads = num_q_heads + 2 * num_kv_heads  # of q, k and v
         self._qk_weight = qk_weight
         self._eps = eps
@@ -64,13 +62,7 @@ class Attention:
         """x [T, hidden_size] -> [T, num_q_heads * head_dim], before the output projection."""
         heads = self._qkv(x).view(x.shape[0], self._num_heads, -1)
         rotary = Rotary(cos=cos, sin=sin, qk_weight=self._qk_weight, eps=self._eps)
-        if isinstance(attend, RotatingAttend):
-            out = attend.rotated(layer, heads, rotary)
-        else:
-            num_rotated = self._num_rotated
-            qk = norm_and_rotate(heads[:, :num_rotated], rotary)
-            out = attend(layer, qk[:, : self._num_q_heads], qk[:, self._num_q_heads :], heads[:, num_rotated:])
-        return out.reshape(x.shape[0], -1)
+        return attend(layer, heads, rotary).reshape(x.shape[0], -1)
 
     def project(self, heads: Tensor) -> Tensor:
         """The result of `attend`, or some of its rows -> [num_rows, hidden_size]."""

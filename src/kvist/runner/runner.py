@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kvist.attention.backend import Attend, AttentionBackend
+from kvist.kernels.operands import Rotary
 from kvist.memory.device_pool import DevicePool
 from kvist.models.decoder import Unfinished
 from kvist.plan.batch import Batch
@@ -142,8 +143,8 @@ def finish(model: Model, unfinished: Unfinished, inputs: ForwardInputs) -> Tenso
 
 
 def _with_callback(attend: Attend, between_layers: Callable[[], None]) -> Attend:
-    def attend_after_callback(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_after_callback(layer: int, heads: Tensor, rotary: Rotary | None) -> Tensor:
         between_layers()
-        return attend(layer, q, k, v)
+        return attend(layer, heads, rotary)
 
     return attend_after_callback
