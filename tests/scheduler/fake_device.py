@@ -9,7 +9,7 @@ tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvist.kv.cache import PageCache
 from kvist.kv.pages import PageState
@@ -63,7 +63,9 @@ def reference_stream(
 class FakeDevice:
     """A page pool and a model."""
 
-    def __init__(self, cache: PageCache) -> None:
+    def __init__(self, cache: PageCache, row_tokens: Callable[[SamplingParams], int] = lambda _: 1) -> None:
+        """`row_tokens`: the most tokens in a row of a request with these parameters."""
+        self._row_tokens = row_tokens
         self._page_size = cache.page_size
         self._ledger = cache._ledger
         self.pages: list[list[Slot | None]] = [[None] * cache.page_size for _ in range(cache.num_pages)]
@@ -74,12 +76,12 @@ class FakeDevice:
     def execute(self, batch: Batch) -> SampledTokens:
         """Write the K/V of all items and sample; check the state of each page that is read or written."""
         self._start(batch)
-        sampled: dict[SlotId, int] = {}
+        sampled: dict[SlotId, list[int]] = {}
         for item in batch.items:
             if item.slot in self._broken:  # launched after the failed batch: its input is invalid
                 self._check_owned(item)
                 if item.samples:
-                    sampled[item.slot] = 0
+                    sampled[item.slot] = [0]
                 continue
             prefix = self._check_prefix(item.page_ids, item.start)
             token_ids = [self._last_tokens[item.slot]] if item.takes_sampled else item.token_ids
@@ -90,12 +92,24 @@ class FakeDevice:
                 prefix = chain(prefix, token_id)
                 self.pages[item.page_ids[page]][slot] = (token_id, prefix)
             if item.samples:
-                start = self._open[item.slot]
-                suppressed = start.suppressed_token_ids if item.end < start.suppress_until else ()
-                sampled[item.slot] = next_token(prefix, start.sampling, item.end, suppressed)
-        self._last_tokens |= sampled
+                sampled[item.slot] = self._sample(self._open[item.slot], prefix, item.end)
+        self._last_tokens |= {slot: row[-1] for slot, row in sampled.items()}
         self._broken.clear()
-        return SampledTokens(token_ids=list(sampled.values()))
+        counts = [len(row) for row in sampled.values()]
+        return SampledTokens(
+            token_ids=[token_id for row in sampled.values() for token_id in row],
+            num_tokens=counts if any(count > 1 for count in counts) else None,
+        )
+
+    def _sample(self, start: StartRequest, prefix: int, position: int) -> list[int]:
+        """Return the tokens of a row: one, or a number that follows from the prefix."""
+        row: list[int] = []
+        count = 1 + prefix % self._row_tokens(start.sampling)
+        while len(row) < count:
+            suppressed = start.suppressed_token_ids if position + len(row) < start.suppress_until else ()
+            row.append(next_token(prefix, start.sampling, position + len(row), suppressed))
+            prefix = chain(prefix, row[-1])
+        return row
 
     def fail(self, batch: Batch) -> None:
         """Fail the batch, and leave invalid K/V in the pages that it should have written."""

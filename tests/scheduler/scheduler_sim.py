@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
+from functools import partial
 
 from fake_device import EOS, FakeDevice, Slot, checksum, reference_stream
 from fake_store import SimStore
@@ -218,6 +219,21 @@ class SimMover:
         return [self._engine.device.pages[page_id] for page_id in job.page_ids]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows that a device returns, and which of them do not overlap."""
+
+    max_tokens: int = 1  # of one row
+    known_every: int = 0  # a request whose seed is a multiple of this needs its last token known; 0: none does
+
+    def need_known_token(self, sampling: SamplingParams) -> bool:
+        return bool(self.known_every) and sampling.seed % self.known_every == 0
+
+    def num_tokens(self, sampling: SamplingParams, *, overlap: bool) -> int:
+        """Return the most tokens in a row: no pending batch may continue a row of several tokens."""
+        return 1 if overlap and not self.need_known_token(sampling) else self.max_tokens
+
+
 class SimEngine:
     def __init__(
         self,
@@ -232,8 +248,10 @@ class SimEngine:
         num_host_pages: int = 0,
         write_policy: str = "write_through",
         prefetch: PrefetchConfig | None = None,
+        rows: Rows | None = None,
     ) -> None:
         self.world = world
+        self.rows = rows or Rows()
         self.name = name
         self.role = role
         self.epoch = EpochId(f"{name}#{life}")
@@ -255,14 +273,16 @@ class SimEngine:
         )
         self.store = None if storage is None else SimStore(self, world.stored)
         self.mover = SimMover(self, num_host_pages)
-        self.device = FakeDevice(self.cache)
+        self.device = FakeDevice(self.cache, partial(self.rows.num_tokens, overlap=bool(config.overlap)))
         self.transport = SimTransport(world, self)
         pool = PoolAddress(
             transport="sim", location=self.epoch, num_pages=num_pages, page_bytes=PAGE_BYTES, layout=LAYOUT
         )
-        self.scheduler = build_scheduler(role, config, self.cache, self.epoch, pool)
+        self.scheduler = build_scheduler(
+            role, config, self.cache, self.epoch, pool, needs_known_token=self.rows.need_known_token
+        )
         self.events: list[Event] = [] if storage is None else [StorageAttached(attached=True)]
-        self.slot_check = SlotCheck(config.max_running_requests)
+        self.slot_check = SlotCheck(config.max_running_requests, self.rows.need_known_token)
         self.under_way: deque[Batch] = deque()
         self.plan = Plan()
         self.pages = ReplayedPages()
@@ -403,6 +423,7 @@ class World:
         num_host_pages: int = 0,
         write_policy: str = "write_through",
         prefetch: PrefetchConfig | None = None,
+        rows: Rows | None = None,
     ) -> SimEngine:
         self._lives[name] += 1
         engine = SimEngine(
@@ -416,6 +437,7 @@ class World:
             num_host_pages=num_host_pages,
             write_policy=write_policy,
             prefetch=prefetch,
+            rows=rows,
         )
         self.engines[name] = engine
         self.by_epoch[engine.epoch] = engine
@@ -442,6 +464,7 @@ class World:
             num_host_pages=engine.num_host_pages,
             write_policy=engine.write_policy,
             prefetch=engine.prefetch,
+            rows=engine.rows,
         )
 
     def break_connection(self, engine: SimEngine) -> None:

@@ -8,7 +8,7 @@ from collections import deque
 import pytest
 from fake_device import EOS
 from handoff_bench import Bench, ends
-from scheduler_sim import World, make_request, small_config
+from scheduler_sim import Rows, World, make_request, small_config
 
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens, StepFailed, StepFinished
@@ -170,3 +170,44 @@ def test_overlap_changes_no_stream(seed: int) -> None:
         world.check_settled()
         streams.append({name: world.stream(name) for name in world.submitted})
     assert streams[0] == streams[1]
+
+
+def test_a_request_that_needs_its_last_token_skips_a_batch_while_other_rows_overlap() -> None:
+    config = small_config(overlap=True)
+    engine = World().start("u", Role.UNIFIED, config, rows=Rows(known_every=2))
+    for name, seed in (("known", 2), ("other", 3)):
+        engine.events.append(arrived(make_request(name, [1, 2, 3], seed=seed, max_tokens=20, ignore_eos=True)))
+    names: list[list[str]] = []
+    for _ in range(4):
+        if len(engine.under_way) == 2:
+            engine.finish_step()
+        engine.step()
+        names.append(list(engine.running))
+    assert names == [["known", "other"], ["other"], ["known", "other"], ["other"]]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rows_of_several_tokens_change_no_stream(seed: int) -> None:
+    """Requests are preempted, end within a row, and grow by several pages at once."""
+    streams, num_preemptions, longest_row = [], 0, 0
+    for rows, overlap in ((Rows(), True), (Rows(max_tokens=7), False), (Rows(max_tokens=7, known_every=2), True)):
+        rng = random.Random(seed)
+        world = World()
+        config = small_config(max_queued_requests=20, overlap=overlap)
+        engine = world.start("u", Role.UNIFIED, config, num_pages=10, rows=rows)
+        for index in range(12):
+            prompt = [rng.randint(0, 2) for _ in range(rng.randint(1, 20))]
+            limits = {"min_tokens": rng.randint(0, 4), "max_tokens": rng.randint(8, 18)}
+            request = make_request(f"r{index}", prompt, seed=index, **limits)
+            world.submit(request, engine)
+        world.settle()
+        world.check_settled()
+        streams.append({name: world.stream(name) for name in world.submitted})
+        chunks = [chunk for sent in world.chunks.values() for _, chunk in sent]
+        totals = engine.scheduler.load().totals
+        assert totals["generation_tokens"] == sum(len(chunk.token_ids) for chunk in chunks)
+        num_preemptions += int(totals["preemptions"])
+        longest_row = max(longest_row, *(len(chunk.token_ids) for chunk in chunks))
+    assert streams[0] == streams[1] == streams[2]
+    assert num_preemptions
+    assert longest_row > engine.cache.page_size

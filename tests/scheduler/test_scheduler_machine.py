@@ -11,7 +11,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from scheduler_sim import World, make_request, small_config
+from scheduler_sim import Rows, World, make_request, small_config
 
 from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
@@ -37,6 +37,8 @@ class OneEngine(RuleBasedStateMachine):
         num_host_pages=st.sampled_from([0, 2, 6, 30]),
         write_policy=st.sampled_from(sorted(WRITE_POLICIES)),
         prefetch=st.sampled_from([None, *PREFETCH_POLICIES]),
+        row_tokens=st.sampled_from([1, 1, 2, 5]),
+        known_every=st.sampled_from([0, 1, 3]),
     )
     def start(
         self,
@@ -47,6 +49,8 @@ class OneEngine(RuleBasedStateMachine):
         num_host_pages: int,
         write_policy: str,
         prefetch: str | None,
+        row_tokens: int,
+        known_every: int,
     ) -> None:
         config = small_config(max_running_requests=running, chunked_prefill_size=chunk, overlap=overlap)
         self.engine = self.world.start(
@@ -57,6 +61,7 @@ class OneEngine(RuleBasedStateMachine):
             num_host_pages=num_host_pages,
             write_policy=write_policy,
             prefetch=None if prefetch is None else PrefetchConfig(policy=prefetch, threshold_tokens=1),
+            rows=Rows(max_tokens=row_tokens, known_every=known_every),
         )
 
     @rule(

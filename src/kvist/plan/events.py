@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvist.plan.tiers import TierReport
@@ -15,20 +15,40 @@ from kvist.wire import Abort, FlushCache, SourceToTarget, Submit, TargetToSource
 class SampledTokens:
     """The tokens sampled by a step, a row for each batch item with `samples`, in their order.
 
+    Nearly always a row is one token. A row of several tokens continues its sequence by all of them; K/V is computed up
+    to the item's `end`. No pending batch may continue an item with such a row.
+
     Columns instead of an object a row: with hundreds of rows a step, creating the objects would cost more than passing
     the results on."""
 
-    token_ids: Sequence[int]
-    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # by row, for requests with logprobs
+    token_ids: Sequence[int]  # of all rows, one row after the other
+    num_tokens: Sequence[int] | None = None  # of each row, at least one; None: one each
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # by index in token_ids, if requested
     # of the scored tokens of items with `score_from`, by the item's index in the batch
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
-    invalid_rows: frozenset[int] = frozenset()  # logits were NaN or infinite: `token_ids` has no valid token there
+    invalid_rows: frozenset[int] = frozenset()  # rows whose logits were NaN or infinite: they have no valid token
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids) if self.num_tokens is None else len(self.num_tokens)
+
+    def rows(self, first: int = 0) -> Iterator[tuple[SampledToken, ...]]:
+        """Yield the tokens of each row from `first` on."""
+        counts = self.num_tokens
+        if counts is None:
+            for index in range(first, len(self.token_ids)):
+                yield (self[index],)
+            return
+        start = sum(counts[:first])
+        for count in counts[first:]:
+            yield tuple(self[index] for index in range(start, start + count))
+            start += count
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def __getitem__(self, row: int) -> SampledToken:
-        return SampledToken(token_id=self.token_ids[row], logprobs=self.logprobs.get(row))
+    def __getitem__(self, index: int) -> SampledToken:
+        return SampledToken(token_id=self.token_ids[index], logprobs=self.logprobs.get(index))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,6 +82,7 @@ class ActiveRequest:
     num_handoff_tokens: int  # tokens of the request on arrival: a handoff moves the K/V of [0, num_handoff_tokens)
     max_len: int  # the answer ends with LENGTH at this number of tokens, prompt included
     stop_ids: frozenset[int]
+    needs_known_token: bool = False  # it is in no batch while its last token is pending
     state: RequestState = RequestState.WAITING
     lease: PageLease | None = None
     slot: SlotId | None = None  # its place at the runner, while it is RUNNING

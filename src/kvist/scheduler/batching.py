@@ -16,10 +16,10 @@ copied before they are evicted: while enough copies are pending, no request is p
 need pages skip the batch.
 
 Overlap: the next step is planned while one is pending, as if the pending step were finished. A request that gets a
-token in the pending step takes part with that token still unknown (`takes_sampled`), one position further on. Its
-largest number of tokens is known, so only an end by a stop token is noticed late. The pending step still writes the
-pages of its requests: a victim is first left out of the step being planned, and preempted when the step after that is
-planned.
+token in the pending step takes part with that token still unknown (`takes_sampled`), one position further on, unless
+it is a request with `needs_known_token`: that one skips the step. The largest number of tokens is known, so only an end
+by a stop token is noticed late. The pending step still writes the pages of its requests: a victim is first left out of
+the step being planned, and preempted when the step after that is planned.
 """
 
 from __future__ import annotations
@@ -123,7 +123,10 @@ class Batcher:
             token_ids, start = request.token_ids, request.num_planned
             num_known = len(token_ids) - start  # 0: the pending step samples the token
             if num_known > 1 or request.mode is prefill:
-                prompts.append(request)
+                if self._covers_tokens(request):
+                    prompts.append(request)
+                continue
+            if not num_known and request.needs_known_token:
                 continue
             end = start + 1
             if end >= request.max_len:
@@ -146,6 +149,13 @@ class Batcher:
                 )
             )
         return prompts
+
+    def _covers_tokens(self, request: ActiveRequest) -> bool:
+        """Return whether the request has the pages of its known tokens, after growing its lease if a row of several
+        tokens went beyond it."""
+        lease, num_tokens = request.lease, len(request.token_ids)
+        assert lease is not None
+        return len(lease.page_ids) * self._cache.page_size >= num_tokens or self._grow(request, num_tokens)
 
     def _add_chunk(self, request: ActiveRequest, budget: int, items: list[BatchItem], step: PendingStep) -> int:
         start, num_tokens = request.num_planned, len(request.token_ids)

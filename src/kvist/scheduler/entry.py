@@ -6,7 +6,7 @@ caller with fewer. A request that was admitted once is never displaced: its clie
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from kvist.fairness import CallerPath
 from kvist.fit import limit_text, num_tokens_needed
@@ -16,6 +16,7 @@ from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.wire import Submit
 
 Refusal = tuple[str, str]  # error code, message
+TokenRule = Callable[[SamplingParams], bool]  # whether a request's last token must be known before it is planned
 # Fields of SamplingParams that the runner does not carry out yet, with the values that ask for nothing.
 _UNSUPPORTED = {
     "frequency_penalty": 0.0,

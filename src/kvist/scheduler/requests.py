@@ -16,7 +16,7 @@ step was planned. The token that the pending step samples is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from kvist.plan.events import SampledTokens
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, Role, SampledToken
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.config import SchedulerConfig
-from kvist.scheduler.entry import find_refusal, newest_waiting
+from kvist.scheduler.entry import TokenRule, find_refusal, newest_waiting
 from kvist.scheduler.load import COUNTERS
 from kvist.scheduler.outbox import Outbox
 from kvist.scheduler.slots import RequestSlots
@@ -81,11 +81,7 @@ class RequestTable:
     `now_s` and `step_count` are set at the start of each step."""
 
     def __init__(
-        self,
-        config: SchedulerConfig,
-        cache: PageCache,
-        *,
-        role: Role,
+        self, config: SchedulerConfig, cache: PageCache, *, role: Role, needs_known_token: TokenRule | None = None
     ) -> None:
         self.config = config
         self.cache = cache
@@ -109,6 +105,7 @@ class RequestTable:
         self.num_suspended = 0
         self.handoff_sides: Mapping[Mode, HandoffHooks]  # set by `Steps`; by the mode of their requests
         self.role = role  # admits modes; read at each Submit, so that it may change
+        self._needs_known_token = needs_known_token
         self._num_arrived = 0
         # tokens; the longest sequence whose K/V fits into an otherwise empty pool
         self.context_len = min(config.max_model_len, cache.num_pages * cache.page_size)
@@ -174,6 +171,7 @@ class RequestTable:
             num_handoff_tokens=len(request.prompt_token_ids) + len(request.output_token_ids),
             max_len=len(request.prompt_token_ids) + sampling.max_tokens,
             stop_ids=frozenset(eos) | frozenset(sampling.stop_token_ids),
+            needs_known_token=self._needs_known_token is not None and self._needs_known_token(sampling),
         )
 
     # ---------------------------------------------------------------- the storage tier
@@ -308,16 +306,22 @@ class RequestTable:
         num_chunks_before = len(self.out.chunks)
         if sampled.invalid_rows:
             self._fail_invalid_rows(step, sampled.invalid_rows)
-        self._apply_decodes(step.decodes, sampled)
-        row = len(step.decodes)
-        for request, end, samples in step.chunks:
+        assert sampled.num_rows == len(step.decodes) + sum(samples for *_, samples in step.chunks)
+        computed, rows = step.chunks, sampled.rows(len(step.decodes))
+        if sampled.num_tokens is None:
+            self._apply_decodes(step.decodes, sampled)
+        else:  # decodes, too, may have rows of several tokens
+            computed = [*((request, len(request.token_ids), True) for request in step.decodes), *step.chunks]
+            rows = sampled.rows()
+        for request, end, samples in computed:
+            tokens = next(rows) if samples else ()
             if request.state is RequestState.ENDED:
                 self.release(request)
             else:
-                self._apply_chunk(request, end, sampled[row] if samples else None)
-            row += samples
-        assert row == len(sampled), "a step samples one token for each item with `samples`"
-        self.totals["generation_tokens"] += len(self.out.chunks) - num_chunks_before
+                self._apply_chunk(request, end, tokens)
+        chunks = self.out.chunks[num_chunks_before:]
+        num_sent = len(chunks) if sampled.num_tokens is None else sum(len(chunk.token_ids) for chunk in chunks)
+        self.totals["generation_tokens"] += num_sent
 
     def _fail_invalid_rows(self, step: PendingStep, rows: frozenset[int]) -> None:
         """Fail only the requests of these rows: rows of a step are independent. Pages that the step wrote for them are
@@ -328,7 +332,8 @@ class RequestTable:
                 self.end(sampled_requests[row], Outcome.FAILED, EngineError.code, _INVALID_LOGITS)
 
     def _apply_decodes(self, decodes: list[ActiveRequest], sampled: SampledTokens) -> None:
-        """Hot loop: it runs for every stream in every step. Rare cases are left to `_append`."""
+        """Apply rows of one token. Hot loop: it runs for every stream in every step. Rare cases are left to
+        `_append`."""
         page_size, ended, chunks = self.cache.page_size, RequestState.ENDED, self.out.chunks
         logprobs = sampled.logprobs
         for row, request, token_id in zip(range(len(decodes)), decodes, sampled.token_ids, strict=False):
@@ -351,27 +356,30 @@ class RequestTable:
                 token_ids.append(token_id)
                 chunks.append(TokenChunk(request_id=request.request_id, position=position, token_ids=(token_id,)))
             else:
-                self._append(request, sampled[row])
+                self._append(request, (sampled[row],))
 
-    def _apply_chunk(self, request: ActiveRequest, end: int, token: SampledToken | None) -> None:
+    def _apply_chunk(self, request: ActiveRequest, end: int, tokens: Sequence[SampledToken]) -> None:
         request.num_computed = end
         assert request.lease is not None
         self.cache.insert(request.lease, request.token_ids, end)
         is_whole = end == len(request.token_ids)
         if request.mode is Mode.PREFILL:
             if is_whole:
-                self._complete_prefill(request, token)
+                self._complete_prefill(request, tokens)
             else:
                 self.handoff_sides[Mode.PREFILL].on_computed(request)
         elif is_whole:
-            assert token is not None
-            self._append(request, token)
+            self._append(request, tokens)
 
-    def _append(self, request: ActiveRequest, token: SampledToken) -> None:
-        position = request.next_position
-        request.token_ids.append(token.token_id)
-        finish = request.finish_reason(token.token_id, len(request.token_ids))
-        self.send_chunk(request, position, token, finish)
+    def _append(self, request: ActiveRequest, tokens: Sequence[SampledToken]) -> None:
+        """Append and send the tokens of a row, up to the one that ends the answer."""
+        assert len(tokens) == 1 or request.num_planned == request.num_computed, "a pending step continues the row"
+        position, finish, num_kept = request.next_position, None, 0
+        while finish is None and num_kept < len(tokens):
+            request.token_ids.append(tokens[num_kept].token_id)
+            finish = request.finish_reason(tokens[num_kept].token_id, len(request.token_ids))
+            num_kept += 1
+        self.send_chunk(request, position, tokens[:num_kept], finish)
         if finish is not None:
             self.end(request, Outcome.FINISHED)
 
@@ -387,10 +395,9 @@ class RequestTable:
         self.num_granted -= 1
         self.start_running(request)
 
-    def _complete_prefill(self, request: ActiveRequest, token: SampledToken | None) -> None:
+    def _complete_prefill(self, request: ActiveRequest, tokens: Sequence[SampledToken]) -> None:
         if request.first_token is None:  # else its pages were computed again after a preemption
-            assert token is not None
-            request.first_token = token
+            request.first_token = token = tokens[0]  # decode samples the tokens after the first one
             request.first_token_finish = request.finish_reason(token.token_id, len(request.token_ids) + 1)
         request.move(RequestState.AWAITING_TRANSFER)
         self.slots.give_back(request)
@@ -403,18 +410,18 @@ class RequestTable:
         waits in a queue."""
         if request.granted and request.first_token is not None and not request.first_token_sent:
             request.first_token_sent = True
-            self.send_chunk(request, request.next_position, request.first_token, request.first_token_finish)
+            self.send_chunk(request, request.next_position, (request.first_token,), request.first_token_finish)
 
     def send_chunk(
-        self, request: ActiveRequest, position: int, token: SampledToken, finish: FinishReason | None
+        self, request: ActiveRequest, position: int, tokens: Sequence[SampledToken], finish: FinishReason | None
     ) -> None:
         reports_cached = position == 0 and request.mode is not Mode.DECODE  # decode did not compute the prompt
         by_tier = (request.num_cached_host_tokens, request.num_cached_storage_tokens) if reports_cached else (0, 0)
         chunk = TokenChunk(
             request_id=request.request_id,
             position=position,
-            token_ids=(token.token_id,),
-            logprobs=None if token.logprobs is None else (token.logprobs,),
+            token_ids=tuple(token.token_id for token in tokens),
+            logprobs=tuple(token.logprobs for token in tokens if token.logprobs is not None) or None,
             finish_reason=finish,
             num_cached_tokens=request.num_cached_tokens if reports_cached else None,
             num_cached_host_tokens=by_tier[0],

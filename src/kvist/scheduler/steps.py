@@ -21,6 +21,7 @@ from kvist.plan.transfers import PeerDied
 from kvist.request import EpochId, Mode, Role
 from kvist.scheduler.batching import Batcher
 from kvist.scheduler.config import SchedulerConfig
+from kvist.scheduler.entry import TokenRule
 from kvist.scheduler.load import SchedulerLoad
 from kvist.scheduler.requests import RequestTable
 from kvist.scheduler.source import SourceSide
@@ -30,10 +31,19 @@ from kvist.wire import Abort, FlushCache, PoolAddress, Submit
 
 
 def build_scheduler(
-    role: Role, config: SchedulerConfig, cache: PageCache, epoch: EpochId, pool_address: PoolAddress
+    role: Role,
+    config: SchedulerConfig,
+    cache: PageCache,
+    epoch: EpochId,
+    pool_address: PoolAddress,
+    *,
+    needs_known_token: TokenRule | None = None,
 ) -> Steps:
-    """Build a scheduler, with both sides of its handoffs. Peers find our pages at `pool_address`."""
-    table = RequestTable(config, cache, role=role)
+    """Build a scheduler, with both sides of its handoffs. Peers find our pages at `pool_address`.
+
+    `needs_known_token`: whether the last token of a request with these parameters must be known before its next row is
+    planned, so that its rows do not overlap; all other rows do. None: for no request."""
+    table = RequestTable(config, cache, role=role, needs_known_token=needs_known_token)
     source = SourceSide(table, epoch=epoch, pool=pool_address)
     target = TargetSide(table, epoch=epoch, pool=pool_address)
     return Steps(table, source, target)
