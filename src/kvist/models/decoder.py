@@ -154,7 +154,7 @@ class DecoderLayer:
         x, residual = add_rms_norm(x, residual, self._attention_norm, self._eps)
         return self._attention.attend(x, self._layer, cos, sin, attend), residual
 
-    def finish(self, heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def project_and_mlp(self, heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the rest of the layer -> (x, residual) for the next layer."""
         x, residual = add_rms_norm(self._attention.project(heads), residual, self._mlp_norm, self._eps)
         return self._mlp(x), residual
@@ -210,16 +210,16 @@ def embedding_and_head(config: ModelConfig) -> Declared[EmbeddingAndHead]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unfinished:
-    """A step before the last layer's output projection and MLP. Most rows of a prompt stop here: their K/V is written,
-    and no token is sampled for them."""
+class PartialForward:
+    """A forward pass up to the last layer's output projection and MLP. Most rows of a prompt stop here: their K/V is
+    written, and no token is sampled for them."""
 
     heads: Tensor  # [num_rows, this rank's heads * head_dim]
     residual: Tensor  # [num_rows, hidden_size]
 
-    def select(self, rows: Tensor) -> Unfinished:
+    def select(self, rows: Tensor) -> PartialForward:
         """rows [R] int32 or int64."""
-        return Unfinished(heads=self.heads.index_select(0, rows), residual=self.residual.index_select(0, rows))
+        return PartialForward(heads=self.heads.index_select(0, rows), residual=self.residual.index_select(0, rows))
 
 
 class CausalLM:
@@ -232,7 +232,7 @@ class CausalLM:
         self._frequencies = inverse_frequencies(config).to(vocab.norm.device)
         self._rotation_scale = rotation_scale(config)
 
-    def begin(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Unfinished:
+    def begin_forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> PartialForward:
         """Compute up to the last layer's attention, so that all K/V of this rank is in the cache. token_ids, positions
         [T] int64."""
         cos, sin = rotation(positions, self._frequencies)
@@ -241,24 +241,24 @@ class CausalLM:
         *layers, last = self._layers
         x, residual = self._vocab.embed(token_ids), None
         for layer in layers:
-            x, residual = layer.finish(*layer.attend(x, residual, cos, sin, attend))
+            x, residual = layer.project_and_mlp(*layer.attend(x, residual, cos, sin, attend))
         heads, residual = last.attend(x, residual, cos, sin, attend)
-        return Unfinished(heads=heads, residual=residual)
+        return PartialForward(heads=heads, residual=residual)
 
-    def finish(self, unfinished: Unfinished) -> Tensor:
+    def finish_forward(self, unfinished: PartialForward) -> Tensor:
         """Return hidden [num_rows, hidden_size] after the last norm, in the model's dtype."""
-        x, residual = self._layers[-1].finish(unfinished.heads, unfinished.residual)
+        x, residual = self._layers[-1].project_and_mlp(unfinished.heads, unfinished.residual)
         return add_rms_norm(x, residual, self._vocab.norm, self.config.rms_norm_eps)[0]
 
-    def sync_ranks(self, unfinished: Unfinished) -> None:
-        """Wait until the K/V of every rank is in the cache. `finish` implies this; call it for a step without
-        `finish`."""
+    def barrier(self, unfinished: PartialForward) -> None:
+        """Wait until the K/V of every rank is in the cache. `finish_forward` implies this; call `barrier`
+        for a step without it."""
         if self._vocab.tp.size > 1:
             self._vocab.tp.all_reduce(unfinished.residual.new_zeros(1))
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Begin and finish all rows: returns hidden [T, hidden_size]."""
-        return self.finish(self.begin(token_ids, positions, attend))
+        return self.finish_forward(self.begin_forward(token_ids, positions, attend))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden_size] -> logits [R, vocab_size] fp32, complete on every rank."""

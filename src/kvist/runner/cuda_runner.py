@@ -23,7 +23,7 @@ from torch import Tensor
 from kvist.attention.backend import AttentionBackend, GraphPlan
 from kvist.kernels.sampling import choose_tokens
 from kvist.memory.device_pool import DevicePool
-from kvist.models.decoder import Unfinished
+from kvist.models.decoder import PartialForward
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens
 from kvist.runner.columns import EMPTY_BATCH, BatchColumns, read_batch
@@ -88,7 +88,7 @@ class CudaRunner:
         self._table = SlotTable(limits.max_requests)
         self._previous = EMPTY_BATCH  # the batch launched last
         self._decodes: StepGraphs[Tensor] | None = None
-        self._mixed: StepGraphs[Unfinished] | None = None
+        self._mixed: StepGraphs[PartialForward] | None = None
         if use_graphs:
             with torch.inference_mode():
                 self._capture(limits)
@@ -137,13 +137,13 @@ class CudaRunner:
         self._decodes = StepGraphs(decodes, partial(self._decode, decodes), pool)
         self._decodes.capture(decode_sizes(limits.max_requests), "decodes")
 
-    def _begin(self, plan: GraphPlan, size: int) -> Unfinished:
+    def _begin(self, plan: GraphPlan, size: int) -> PartialForward:
         inputs = self._staging.views(size, 0)
-        return self._model.begin(inputs.token_ids(), inputs.positions, plan.attend(size))
+        return self._model.begin_forward(inputs.token_ids(), inputs.positions, plan.attend(size))
 
     def _decode(self, plan: GraphPlan, size: int) -> Tensor:
         """Return hidden [size, hidden_size]; the sampled tokens are staged."""
-        hidden = self._model.finish(self._begin(plan, size))
+        hidden = self._model.finish_forward(self._begin(plan, size))
         inputs = self._staging.views(size, size)
         chosen = choose_tokens(self._model.logits(hidden), inputs.temperatures, inputs.keys)
         self._staging.write_sampled(chosen, inputs.slots)
@@ -169,12 +169,12 @@ class CudaRunner:
         else:
             self._staging.send(host, num_tokens, num_sampled)
             inputs = self._staging.views(num_tokens, num_sampled)
-            unfinished = self._model.begin(inputs.token_ids(), inputs.positions, self._attention.prepare(spans))
+            unfinished = self._model.begin_forward(inputs.token_ids(), inputs.positions, self._attention.prepare(spans))
         scores = None if scored is None else score_prompts(self._model, unfinished, scored)
         if not num_sampled:
-            self._model.sync_ranks(unfinished)
+            self._model.barrier(unfinished)
             return None, scores
-        logits = self._model.logits(self._model.finish(unfinished.select(inputs.rows)))
+        logits = self._model.logits(self._model.finish_forward(unfinished.select(inputs.rows)))
         if rows is not None:
             return self._choose_with_logprobs(logits, rows, inputs.slots), scores
         self._staging.write_sampled(choose_tokens(logits, inputs.temperatures, inputs.keys), inputs.slots)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvist.models.decoder import Unfinished
+from kvist.models.decoder import PartialForward
 from kvist.plan.batch import BatchItem, StartRequest
 from kvist.request import SamplingParams, SlotId, TokenLogprobs
 from kvist.runner.logprobs import LogprobRow, LogprobTensors, on_device, token_logprobs
@@ -75,7 +75,7 @@ class ScoredRows:
 class Head(Protocol):
     """The part of a model after its last attention."""
 
-    def finish(self, unfinished: Unfinished) -> Tensor: ...
+    def finish_forward(self, unfinished: PartialForward) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -102,14 +102,14 @@ class PromptScores:
         return by_item
 
 
-def score_prompts(head: Head, unfinished: Unfinished, scored: ScoredRows) -> PromptScores:
+def score_prompts(head: Head, unfinished: PartialForward, scored: ScoredRows) -> PromptScores:
     """Compute the logprobs of the scored tokens, slice by slice."""
     device = unfinished.residual.device
     slices = []
     for first in range(0, len(scored.token_ids), _SLICE_ROWS):
         part = slice(first, first + _SLICE_ROWS)
         rows = on_device(scored.rows[part].tolist(), torch.int64, device)
-        logits = head.logits(head.finish(unfinished.select(rows)))
+        logits = head.logits(head.finish_forward(unfinished.select(rows)))
         chosen = on_device(scored.token_ids[part], torch.int64, device)
         wanted = [LogprobRow(place, *asked) for place, asked in enumerate(scored.asked[part])]
         slices.append(token_logprobs(logits, wanted, chosen, with_ranks=True))

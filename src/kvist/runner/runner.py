@@ -21,7 +21,7 @@ from torch import Tensor
 from kvist.attention.backend import Attend, AttentionBackend
 from kvist.kernels.operands import Rotary
 from kvist.memory.device_pool import DevicePool
-from kvist.models.decoder import Unfinished
+from kvist.models.decoder import PartialForward
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens
 from kvist.runner.inputs import ForwardInputs, build_inputs, sampling_rows
@@ -33,11 +33,11 @@ from kvist.runner.slots import SlotTable
 class Model(Protocol):
     """The part of `models.CausalLM` that a runner uses."""
 
-    def begin(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Unfinished: ...
+    def begin_forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> PartialForward: ...
 
-    def finish(self, unfinished: Unfinished) -> Tensor: ...
+    def finish_forward(self, unfinished: PartialForward) -> Tensor: ...
 
-    def sync_ranks(self, unfinished: Unfinished) -> None: ...
+    def barrier(self, unfinished: PartialForward) -> None: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -125,21 +125,21 @@ def begin(
     attention: AttentionBackend,
     inputs: ForwardInputs,
     between_layers: Callable[[], None] | None = None,
-) -> Unfinished:
+) -> PartialForward:
     attend = attention.prepare(inputs.spans)
     if between_layers is not None:
         attend = _with_callback(attend, between_layers)
-    return model.begin(inputs.token_ids, inputs.positions, attend)
+    return model.begin_forward(inputs.token_ids, inputs.positions, attend)
 
 
-def finish(model: Model, unfinished: Unfinished, inputs: ForwardInputs) -> Tensor | None:
+def finish(model: Model, unfinished: PartialForward, inputs: ForwardInputs) -> Tensor | None:
     """Return logits [num_sampled, vocab_size] in fp32, or None when no row needs a token. May change `unfinished`."""
     if inputs.sampled_rows is not None:
         if not len(inputs.sampled_rows):
-            model.sync_ranks(unfinished)
+            model.barrier(unfinished)
             return None
         unfinished = unfinished.select(inputs.sampled_rows)
-    return model.logits(model.finish(unfinished))
+    return model.logits(model.finish_forward(unfinished))
 
 
 def _with_callback(attend: Attend, between_layers: Callable[[], None]) -> Attend:

@@ -1,4 +1,4 @@
-"""The supported model families: one file and one entry in `FAMILIES` each. docs/adding.md walks through a new one."""
+"""The supported model families: one file and one entry in `FAMILIES` each (family.py has their interface)."""
 
 from __future__ import annotations
 
