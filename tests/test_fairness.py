@@ -40,8 +40,9 @@ def test_a_fair_queue_serves_every_caller_within_a_round_and_loses_no_item(scrip
             item = waiting.pop(len(waiting) // 2)
             turns.remove(item[0], item)
         elif waiting:
-            item = turns.head()
-            assert item is not None
+            head = turns.head()
+            assert head is not None
+            item = head
             caller = item[0]
             assert item == min((each for each in waiting if each[0] == caller), key=lambda each: each[1])
             turns.take(caller, item)

@@ -22,7 +22,7 @@ def test_a_prompt_depends_on_the_seed_and_its_place_alone() -> None:
     assert SOURCE.token_ids(50, DrawKind.PROMPT, 1, 2) == first
     others = [
         SOURCE.token_ids(50, DrawKind.PROMPT, 2, 1),
-        Source(seed=4, vocab_low=10, vocab_high=19).token_ids(50, 0, 1, 2),
+        Source(seed=4, vocab_low=10, vocab_high=19).token_ids(50, DrawKind.PROMPT, 1, 2),
     ]
     assert first not in others
 

@@ -22,9 +22,9 @@ from kvist.cluster.processes import (
     ChildState,
     ChildTimeouts,
     Processes,
-    restart_wait_s,
 )
 from kvist.errors import ConfigError, Timeout, Unavailable
+from kvist.supervisor.engine_process import restart_wait_s
 
 STAYS = "import sys; print('up', flush=True); sys.stdin.readline()"
 DIES = "import sys; print('no such model', flush=True); sys.exit(3)"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+from functools import partial
+from typing import Any
 
 import httpx
 import pytest
+
+from tests.e2e.conftest import Cluster
 
 CHAT, NATIVE = "/v1/chat/completions", "/generate"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -40,7 +44,9 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ("/v1/nothing", {}, 404, ""),
     ],
 )
-def test_bad_input_is_a_clear_4xx_in_openais_shape(settled, path, body, status, word):
+def test_bad_input_is_a_clear_4xx_in_openais_shape(
+    settled: Cluster, path: str, body: bytes | dict[str, Any], status: int, word: str
+) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = httpx.post(settled.router + path, content=content, headers={"content-type": "application/json"})
     assert answer.status_code == status, answer.text
@@ -49,19 +55,19 @@ def test_bad_input_is_a_clear_4xx_in_openais_shape(settled, path, body, status, 
     assert word in json.dumps(error)
 
 
-def test_a_body_over_the_limit_is_refused(settled):
+def test_a_body_over_the_limit_is_refused(settled: Cluster) -> None:
     answer = httpx.post(settled.router + CHAT, content=b" " * (9 << 20))
     assert answer.status_code == 413
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_prefill_or_decode_worker_refuses_generation_and_names_the_router(settled, role):
+def test_a_prefill_or_decode_worker_refuses_generation_and_names_the_router(settled: Cluster, role: str) -> None:
     answer = httpx.post(getattr(settled, role) + CHAT, json={"messages": HELLO})
     assert 400 <= answer.status_code < 500
     assert "router" in answer.json()["error"]["message"]
 
 
-def test_every_process_is_healthy_and_reports_its_role(settled):
+def test_every_process_is_healthy_and_reports_its_role(settled: Cluster) -> None:
     for name in ("router", "prefill", "decode", "unified"):
         url = getattr(settled, name)
         assert httpx.get(f"{url}/health").status_code == 200
@@ -70,7 +76,7 @@ def test_every_process_is_healthy_and_reports_its_role(settled):
         assert engine is None if name == "router" else engine["role"] == name
 
 
-def test_a_disconnect_aborts_at_every_worker_long_before_the_answer_ends(settled):
+def test_a_disconnect_aborts_at_every_worker_long_before_the_answer_ends(settled: Cluster) -> None:
     def num_tokens() -> float:
         return settled.metric("kvist:worker_generation_tokens_total", url=settled.decode)
 
@@ -84,19 +90,23 @@ def test_a_disconnect_aborts_at_every_worker_long_before_the_answer_ends(settled
     settled.wait_until(lambda: settled.metric("kvist:gateway_requests_in_flight") == 0, within_s=20)
     settled.wait_until(lambda: num_tokens() > before, within_s=20)  # a load report after this answer
     for url in (settled.prefill, settled.decode):  # as reported by each engine, through its own gateway
-        settled.wait_until(lambda url=url: settled.metric("kvist:num_requests_running", url=url) == 0, within_s=20)
+        settled.wait_until(partial(is_idle, settled, url), within_s=20)
     settled.wait_until(lambda: settled.num_pages("in_flight") == 0, within_s=20)
     assert num_tokens() - before < 200, "tokens, not seconds: a machine slow to abort is slow to decode, too"
 
 
-def test_a_disconnect_during_prefill_aborts_at_every_worker(settled):
+def is_idle(cluster: Cluster, url: str) -> bool:
+    return cluster.metric("kvist:num_requests_running", url=url) == 0
+
+
+def test_a_disconnect_during_prefill_aborts_at_every_worker(settled: Cluster) -> None:
     prompt = {"text": "word " * 1800, "sampling_params": {"max_new_tokens": 64, "ignore_eos": True}}
     with contextlib.suppress(httpx.ReadTimeout):
         httpx.post(settled.router + NATIVE, json=prompt, timeout=0.3)
     settled.wait_idle()
 
 
-def test_flush_cache_empties_every_worker(settled):
+def test_flush_cache_empties_every_worker(settled: Cluster) -> None:
     ask = {
         "text": "A page of text that is surely longer than sixteen tokens, " * 4,
         "sampling_params": {"max_new_tokens": 2},
@@ -108,7 +118,7 @@ def test_flush_cache_empties_every_worker(settled):
     settled.wait_until(lambda: settled.num_pages("cached") == 0, within_s=60)
 
 
-def test_metrics_count_what_was_answered(settled):
+def test_metrics_count_what_was_answered(settled: Cluster) -> None:
     before = settled.metric("kvist:generation_tokens_total")
     ask = {"text": "One two three", "sampling_params": {"max_new_tokens": 5, "ignore_eos": True}}
     assert httpx.post(settled.router + NATIVE, json=ask, timeout=60).status_code == 200
@@ -117,7 +127,7 @@ def test_metrics_count_what_was_answered(settled):
     assert settled.metric("kvist:time_to_first_token_seconds_count") > 0
 
 
-def test_detokenize_is_the_inverse_of_tokenize(settled):
+def test_detokenize_is_the_inverse_of_tokenize(settled: Cluster) -> None:
     text = "Kvist: en gren, två löv — 枝 🌿"
     tokens = httpx.post(settled.router + "/tokenize", json={"prompt": text}).json()["tokens"]
     assert len(tokens) > 3
@@ -125,7 +135,7 @@ def test_detokenize_is_the_inverse_of_tokenize(settled):
     assert text in json.dumps(back, ensure_ascii=False)
 
 
-def test_workers_without_a_host_tier_refuse_a_store_and_name_the_flag(settled):
+def test_workers_without_a_host_tier_refuse_a_store_and_name_the_flag(settled: Cluster) -> None:
     for method in ("GET", "PUT", "DELETE"):
         answer = httpx.request(method, settled.router + "/hicache/storage-backend", json={}, timeout=60)
         assert answer.status_code == 400

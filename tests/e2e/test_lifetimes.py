@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -16,6 +17,7 @@ import pytest
 
 from kvist.checkpoint import find_checkpoint
 from kvist.cluster.plan import free_ports
+from tests.e2e.conftest import Cluster
 
 KVIST = (sys.executable, "-m", "kvist")
 ASK = {"text": "The capital of France is", "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
@@ -36,7 +38,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition, *, within_s: float, what: str) -> None:
+def wait_until(condition: Callable[[], object], *, within_s: float, what: str) -> None:
     deadline_s = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {within_s} s: {what}"
@@ -44,13 +46,14 @@ def wait_until(condition, *, within_s: float, what: str) -> None:
 
 
 @pytest.mark.parametrize("victim", ["engine", "worker"])
-def test_a_killed_decode_worker_is_a_503_until_it_is_back(settled, victim):
+def test_a_killed_decode_worker_is_a_503_until_it_is_back(settled: Cluster, victim: str) -> None:
     child = settled.processes.children["decode-0"]
+    assert child.pid is not None
     pid = child.pid if victim == "worker" else children_of(child.pid)[0]
     assert httpx.post(f"{settled.router}/generate", json=ASK, timeout=60).status_code == 200
     settled.wait_idle()
     os.kill(pid, signal.SIGKILL)
-    seen = []
+    seen: list[int] = []
     deadline_s = time.monotonic() + 60
     while not (503 in seen and seen[-1] == 200):
         assert time.monotonic() < deadline_s, seen
@@ -66,7 +69,7 @@ def test_a_killed_decode_worker_is_a_503_until_it_is_back(settled, victim):
     settled.wait_ready()
 
 
-def test_two_workers_and_a_router_started_by_hand_answer_a_curl(is_ready):
+def test_two_workers_and_a_router_started_by_hand_answer_a_curl(is_ready: Callable[[str], bool]) -> None:
     prefill, decode, router = free_ports(3)
     model = str(find_checkpoint(None).path)
     flags = ("--model-path", model, "--host", "127.0.0.1", "--tp", "1", "--mem-fraction-static", "0.8")
@@ -105,7 +108,9 @@ def test_two_workers_and_a_router_started_by_hand_answer_a_curl(is_ready):
 @pytest.mark.parametrize(
     ("number", "to_all", "code"), [(signal.SIGINT, False, 0), (signal.SIGTERM, True, 0), (signal.SIGKILL, False, -9)]
 )
-def test_kvist_up_leaves_nothing_behind_however_it_ends(number, to_all, code, tmp_path):
+def test_kvist_up_leaves_nothing_behind_however_it_ends(
+    number: signal.Signals, to_all: bool, code: int, tmp_path: Path
+) -> None:
     port = free_ports(1)[0]
     log = tmp_path / "up.log"
     command = (*KVIST, "up", "--prefill", "1", "--decode", "1", "--port", str(port), "--max-total-tokens", "8192")

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+from tests.e2e.conftest import Cluster
+
+QUESTION: list[dict[str, str]] = [{"role": "user", "content": "What is the capital of France?"}]
 MODEL = "SmolLM2-135M-Instruct"
 
 
 @pytest.fixture
-def client(settled):
+def client(settled: Cluster) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{settled.router}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
-def test_a_chat_answer_names_paris_and_counts_its_tokens(client):
+def test_a_chat_answer_names_paris_and_counts_its_tokens(client: Any) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=32)
     assert "Paris" in answer.choices[0].message.content
     assert answer.choices[0].finish_reason in ("stop", "length")
@@ -26,11 +30,11 @@ def test_a_chat_answer_names_paris_and_counts_its_tokens(client):
     assert answer.usage.prompt_tokens > 8
 
 
-def test_the_model_list_names_the_served_model(client):
+def test_the_model_list_names_the_served_model(client: Any) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
 
 
-def test_a_stream_gives_the_text_of_the_whole_answer_in_pieces(client):
+def test_a_stream_gives_the_text_of_the_whole_answer_in_pieces(client: Any) -> None:
     asked = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 24}
     whole = client.chat.completions.create(**asked)
     events = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
@@ -45,7 +49,7 @@ def test_a_stream_gives_the_text_of_the_whole_answer_in_pieces(client):
     assert set(reasons[:-1]) == {None}
 
 
-def test_the_second_turn_finds_the_first_in_the_cache(client):
+def test_the_second_turn_finds_the_first_in_the_cache(client: Any) -> None:
     first = [{"role": "user", "content": "Tell me in two sentences how bread is made, and what yeast does in it."}]
     answer = client.chat.completions.create(model=MODEL, messages=first, temperature=0, max_tokens=40)
     second = [
@@ -57,7 +61,7 @@ def test_the_second_turn_finds_the_first_in_the_cache(client):
     assert usage.prompt_tokens_details.cached_tokens >= answer.usage.prompt_tokens // 16 * 16 > 0
 
 
-def test_two_choices_differ_by_seed_and_share_one_prompt(client):
+def test_two_choices_differ_by_seed_and_share_one_prompt(client: Any) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=QUESTION, n=2, seed=7, temperature=1.5, max_tokens=24)
     texts = [choice.message.content for choice in answer.choices]
     assert [choice.index for choice in answer.choices] == [0, 1]
@@ -66,7 +70,7 @@ def test_two_choices_differ_by_seed_and_share_one_prompt(client):
     assert [choice.message.content for choice in again.choices] == texts
 
 
-def test_logprobs_come_for_every_token_with_the_likeliest_beside_them(client):
+def test_logprobs_come_for_every_token_with_the_likeliest_beside_them(client: Any) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=QUESTION, temperature=0, max_tokens=6, logprobs=True, top_logprobs=3
     )
@@ -80,20 +84,21 @@ def test_logprobs_come_for_every_token_with_the_likeliest_beside_them(client):
         assert sum(math.exp(top.logprob) for top in entry.top_logprobs) <= 1.0 + 1e-6
 
 
-def test_a_stop_string_ends_the_answer_before_it(client):
+def test_a_stop_string_ends_the_answer_before_it(client: Any) -> None:
     whole = client.completions.create(model=MODEL, prompt="1, 2, 3, 4,", temperature=0, max_tokens=24)
     stopped = client.completions.create(model=MODEL, prompt="1, 2, 3, 4,", temperature=0, max_tokens=24, stop=["7"])
     assert stopped.choices[0].finish_reason == "stop"
     assert stopped.choices[0].text == whole.choices[0].text.split("7")[0]
 
 
-def test_a_text_completion_takes_token_ids(client):
+def test_a_text_completion_takes_token_ids(client: Any) -> None:
     answer = client.completions.create(model=MODEL, prompt=[1, 504, 3575, 282, 4649, 314], max_tokens=4, temperature=0)
     assert answer.usage.prompt_tokens == 6
     assert answer.usage.completion_tokens <= 4
 
 
-async def test_thirty_two_streams_at_once_all_finish_and_leave_no_page_behind(settled):
+async def test_thirty_two_streams_at_once_all_finish_and_leave_no_page_behind(settled: Cluster) -> None:
+    client: Any
     async with AsyncOpenAI(base_url=f"{settled.router}/v1", api_key="none", max_retries=0, timeout=200) as client:
 
         async def one(index: int) -> tuple[int, str | None]:

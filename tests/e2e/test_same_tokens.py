@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import pytest
 
+from tests.e2e.conftest import Cluster
+
 NUM_TOKENS = 12
-GREEDY = {"temperature": 0}
-SEEDED = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "sampling_seed": 11}
+GREEDY: dict[str, Any] = {"temperature": 0}
+SEEDED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "sampling_seed": 11}
 PROMPT = [504, 3575, 282, 4649, 314, 260, 1089, 327, 253, 6397, 28, 284, 451, 2373, 1441, 30]
 
 
@@ -20,7 +24,9 @@ def generate(url: str, input_ids: list[int], **sampling: object) -> list[int]:
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 600])
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-def test_the_pair_and_one_worker_agree_token_for_token(settled, num_tokens, sampling):
+def test_the_pair_and_one_worker_agree_token_for_token(
+    settled: Cluster, num_tokens: int, sampling: dict[str, Any]
+) -> None:
     prompt = (PROMPT * 40)[:num_tokens]
     alone = generate(settled.unified, prompt, **sampling)
     assert len(alone) == NUM_TOKENS
@@ -29,7 +35,7 @@ def test_the_pair_and_one_worker_agree_token_for_token(settled, num_tokens, samp
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2])
-def test_one_token_needs_no_handoff_and_two_need_one(settled, num_tokens):
+def test_one_token_needs_no_handoff_and_two_need_one(settled: Cluster, num_tokens: int) -> None:
     sampling = {"max_new_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
     body = {"input_ids": PROMPT, "sampling_params": sampling, "kvist": {"report": True}}
     answer = httpx.post(f"{settled.router}/generate", json=body, timeout=120).json()

@@ -217,11 +217,17 @@ def test_without_a_writable_key_folder_only_a_unified_worker_starts(home: Path) 
         with_cluster_key(ChannelConfig())
 
 
+def read_up(argv: list[str]) -> settings.UpSettings:
+    read = settings.read("up", argv, {})
+    assert isinstance(read, settings.UpSettings)
+    return read
+
+
 def test_each_start_of_kvist_up_draws_a_key_and_passes_it_by_environment() -> None:
-    read = settings.read("up", ["--prefill", "1", "--decode", "1"], {})
+    read = read_up(["--prefill", "1", "--decode", "1"])
     keys = set()
     for _ in range(2):
-        up = settings.with_own_key(read)  # type: ignore[type-var]
+        up = settings.with_own_key(read)
         key = up.engine.channel.cluster_key or ""
         keys.add(key)
         for plan in plan_cluster(settings.cluster_shape(up, {}), [1, 2]):
@@ -234,8 +240,8 @@ def test_kvist_up_uses_the_key_file_of_the_user(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text(secrets.token_hex(32))
     path.chmod(0o600)
-    read = settings.read("up", ["--cluster-key-file", str(path)], {})
-    up = settings.with_own_key(read)  # type: ignore[type-var]
+    read = read_up(["--cluster-key-file", str(path)])
+    up = settings.with_own_key(read)
     for plan in plan_cluster(settings.cluster_shape(up, {}), [1, 2]):
         assert plan.environ["KVIST_CLUSTER_KEY"] == path.read_text()
         assert not any("cluster-key-file" in word for word in plan.argv)

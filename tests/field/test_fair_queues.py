@@ -112,7 +112,7 @@ def test_prefill_sends_no_token_before_decode_has_a_place_for_the_stream() -> No
     streamed: list[str] = []
     peer = PrefillPeer(worker_id=WorkerId("p"), endpoint="tcp://p", epoch=PREFILL)
     first_grants = decode.step(*(_decode_side(name, peer) for name in ("first", "second"))).messages
-    plan = prefill.step(*(_prefill_side(name) for name in ("first", "second")), *(m.message for m in first_grants))  # type: ignore[misc]
+    plan = prefill.step(*(_prefill_side(name) for name in ("first", "second")), *(m.message for m in first_grants))
     for _ in range(3):
         streamed += [chunk.request_id for chunk in plan.chunks]
         plan = prefill.step()

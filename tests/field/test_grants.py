@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 
@@ -112,11 +114,12 @@ def test_a_prefill_request_that_names_no_decode_worker_is_refused() -> None:
 def test_decode_repeats_a_grant_at_growing_intervals_until_it_is_answered() -> None:
     decode = scheduler_of(Role.DECODE)
     (first,) = decode.step(0.0, [TO_DECODE]).messages
+    assert isinstance(first, ToSource)
     again = []
     for tenth in range(1, 100):
         for order in decode.step(tenth / 10, []).messages:
             assert isinstance(order, ToSource)
-            assert order == ToSource(endpoint="tcp://p", message=first.message, repeated=True)
+            assert order == replace(first, repeated=True)
             again.append(tenth / 10)
     assert again == [1.0, 3.0, 7.0]
     done = Done(

@@ -26,8 +26,7 @@ PROMPT = b'{"prompt":"x","stream":true}'
 @asynccontextmanager
 async def served(bench: GatewayBench) -> AsyncIterator[int]:
     """Yield the port of the application under its real server."""
-    traffic = getattr(bench.app, "traffic", None)
-    server = http_server(bench.app, *([traffic] if traffic else []), bench.config)
+    server = http_server(bench.app, bench.app.traffic, bench.config)
     task = asyncio.create_task(server.serve())
     async with asyncio.timeout(BOUND_S):
         while not server.started:

@@ -91,7 +91,7 @@ def spec_of(checkpoint: Checkpoint, role: Role, tokenizer: str = "") -> EngineSp
     name = model_fingerprint(checkpoint)
     return make_spec(
         worker_id=WorkerId(f"{role}:1"),
-        epoch=EpochId(role),
+        epoch=EpochId(role.value),
         role=role,
         model_fingerprint=name,
         tokenizer_fingerprint=tokenizer,
@@ -156,7 +156,12 @@ def test_equal_files_have_one_fingerprint_which_is_cached_until_they_change(
     assert model_fingerprint(find_checkpoint(str(copy / "model"))) == first
     hashed: list[Path] = []
     hash_file = fingerprint._hash_file
-    monkeypatch.setattr(fingerprint, "_hash_file", lambda path: hashed.append(path) or hash_file(path))
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return hash_file(path)
+
+    monkeypatch.setattr(fingerprint, "_hash_file", counted)
     assert model_fingerprint(checkpoint) == first
     assert hashed == []
     change_the_middle(weights_of(checkpoint), keeping_mtime=True)

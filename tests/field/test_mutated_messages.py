@@ -11,7 +11,6 @@ import contextlib
 import copy
 import logging
 import random
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -530,4 +529,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -29,7 +29,9 @@ async def test_model_info_has_sglangs_fields(bench: GatewayBench, path: str) -> 
 
 async def test_tokenizer_info_has_vllms_fields(bench: GatewayBench) -> None:
     info = (await bench.client.get("/tokenizer_info")).json()
-    assert info["chat_template"] == bench.dispatcher.tokenizer.chat_template.source
+    template = bench.dispatcher.tokenizer.chat_template
+    assert template is not None
+    assert info["chat_template"] == template.source
     assert info["added_tokens_decoder"] == {"256": {"content": "<|end|>", "special": True}}
     assert (info["vocab_size"], info["model_max_length"]) == (257, 200)
 
@@ -67,7 +69,7 @@ async def test_health_generate_without_a_token_fails_in_bounded_time(
         finally:
             bench.dispatcher.num_closed_early += 1
 
-    bench.dispatcher.generate = silent
+    monkeypatch.setattr(bench.dispatcher, "generate", silent)
     response = await bench.client.get("/health_generate")
     assert response.status_code == 503
     assert "within 0.01 s" in response.json()["error"]["message"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,12 @@ def test_a_runtime_directory_that_is_too_small_is_an_error_with_its_remedies(max
 
 def test_a_pool_limited_by_shared_memory_is_logged_as_limited() -> None:
     room = Room(free_bytes=100 * LAYOUT.page_bytes, directory=Path("/dev/shm/kvist-0"), enough_tokens=400)
-    common = {"available_bytes": 1000 * MIB, "weights_bytes": MIB, "mem_fraction_static": 0.8, "cap_tokens": 800}
+    common: dict[str, Any] = {
+        "available_bytes": 1000 * MIB,
+        "weights_bytes": MIB,
+        "mem_fraction_static": 0.8,
+        "cap_tokens": 800,
+    }
     size = plan_pool_size(LAYOUT, **common, room=room)
     assert size.num_pages == 100
     assert "/dev/shm/kvist-0 has" in size.reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from kvist.testing.gateway_bench import GatewayBench
 from kvist.text import SamplingDefaults, load_sampling_defaults
 
 
-def with_defaults(bench: GatewayBench, **defaults: Any) -> Any:
+def with_defaults(bench: GatewayBench, **defaults: Any) -> GatewayBench:
     """Return the same bench, served with the model's defaults."""
     app = build_app(
         dispatcher=bench.dispatcher,
@@ -27,10 +28,8 @@ def with_defaults(bench: GatewayBench, **defaults: Any) -> Any:
         model_name="tiny",
         sampling_defaults=SamplingDefaults(**defaults),
     )
-    bench.client = httpx.AsyncClient(
-        transport=httpx.ASGITransport(app), base_url=bench.client.base_url, headers=bench.client.headers
-    )
-    return bench
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=bench.client.base_url)
+    return replace(bench, client=client, app=app)
 
 
 async def test_chats_and_completions_use_the_models_recommended_sampling_by_default(bench: GatewayBench) -> None:

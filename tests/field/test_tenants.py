@@ -33,5 +33,5 @@ def test_tenant_by_api_key_without_a_key_is_refused_at_start(verb: str) -> None:
     with pytest.raises(ConfigError, match=r"--tenant-by api-key .* add --api-key"):
         settings.read(verb, [*argv, "--tenant-by", "api-key"], {})
     read = settings.read(verb, [*argv, "--tenant-by", "api-key", "--api-key", "k1"], {})
-    assert not isinstance(read, settings.DemoSettings | settings.BenchServerSettings | settings.BenchEngineSettings)
+    assert isinstance(read, settings.ServeSettings | settings.RouterSettings | settings.UpSettings)
     assert read.server.tenant_by == "api-key"

@@ -31,7 +31,7 @@ def only(token_id: int) -> TokenLogprobs:
     return TokenLogprobs(logprob=-0.5, top_token_ids=(token_id,), top_logprobs=(-0.5,))
 
 
-PATHS = {
+PATHS: dict[str, tuple[str, dict[str, Any]]] = {
     "completions": ("/v1/completions", {"prompt": "p"}),
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "p"}]}),
     "native": ("/generate", {"text": "p"}),
@@ -102,7 +102,7 @@ async def test_stop_strings_take_effect_after_min_tokens_only(
     api: str, stream: bool, tokens_per_part: int, n: int
 ) -> None:
     model = model_of("DEFGHIJKLGHIMN", tokens_per_part)
-    fields = {"stop": "GHI", "max_tokens": 14, "n": n, "stream": stream}
+    fields: dict[str, Any] = {"stop": "GHI", "max_tokens": 14, "n": n, "stream": stream}
     for min_tokens, text, num_tokens, finish in [
         (0, "DEF", 6, "stop"),
         (5, "DEF", 6, "stop"),  # the stop string begins before min_tokens, and ends after
@@ -208,7 +208,7 @@ async def test_logprobs_by_text_keep_the_chosen_token_and_distinguish_partial_ch
 async def test_logprobs_in_json_are_always_finite_numbers(api: str) -> None:
     nan = float("nan")
     found = TokenLogprobs(logprob=nan, top_token_ids=(0, 1), top_logprobs=(nan, float("-inf")))
-    fields_by_api = {
+    fields_by_api: dict[str, dict[str, Any]] = {
         "completions": {"logprobs": 2},
         "chat": {"logprobs": True, "top_logprobs": 2},
         "native": {"return_logprob": True, "top_logprobs_num": 2},

@@ -6,6 +6,8 @@ import pytest
 
 from kvist import cli, settings
 from kvist.errors import ConfigError
+from kvist.foreign_flags import REMEDIES
+from kvist.options import options_of
 
 
 def serve(*argv: str, environ: dict[str, str] | None = None) -> settings.ServeSettings:
@@ -74,10 +76,8 @@ def test_an_unknown_variable_is_a_warning_that_names_the_nearest_variable(capsys
 
 
 def test_every_remedy_is_for_a_flag_that_kvist_lacks() -> None:
-    known = {
-        flag for verb in cli.VERBS for option in settings.options_of(settings._SETTINGS[verb]) for flag in option.flags
-    }
-    assert not known & set(settings.REMEDIES)
+    known = {flag for verb in cli.VERBS for option in options_of(settings._SETTINGS[verb]) for flag in option.flags}
+    assert not known & set(REMEDIES)
 
 
 @pytest.mark.parametrize("verb", ["serve", "router", "up"])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_weights_and_pool_share_the_fraction_of_memory() -> None:
 
 
 def test_the_users_limit_beats_the_default_one_and_both_round_up() -> None:
-    common = {"available_bytes": GIB, "weights_bytes": 0, "mem_fraction_static": 0.9}
+    common: dict[str, Any] = {"available_bytes": GIB, "weights_bytes": 0, "mem_fraction_static": 0.9}
     capped = plan_pool_size(LAYOUT, **common, cap_tokens=99)
     chosen = plan_pool_size(LAYOUT, **common, cap_tokens=99, max_total_tokens=1001)
     assert (capped.num_pages, chosen.num_pages) == (25, 251)
@@ -120,7 +121,7 @@ def test_too_little_memory_is_an_error(weights_bytes: int) -> None:
 
 def test_the_pool_must_fit_free_memory_but_is_sized_by_total_memory() -> None:
     """Workers that share a GPU get the same pools in whichever order they start, or an error."""
-    common = {"available_bytes": 10 * GIB, "weights_bytes": GIB, "mem_fraction_static": 0.5}
+    common: dict[str, Any] = {"available_bytes": 10 * GIB, "weights_bytes": GIB, "mem_fraction_static": 0.5}
     first = plan_pool_size(LAYOUT, **common, free_bytes=10 * GIB)
     second = plan_pool_size(LAYOUT, **common, free_bytes=5 * GIB)
     assert first.num_pages == second.num_pages == 4 * GIB // LAYOUT.page_bytes

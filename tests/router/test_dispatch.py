@@ -29,7 +29,7 @@ from kvist.router.registry import Worker
 from kvist.router.stream import StreamPart
 from kvist.testing.memory_engines import RouterBench, read_all, settle
 from kvist.testing.page_events import page_event
-from kvist.testing.specs import RequestFields, SpecFields, make_load, make_request, make_roomy_spec
+from kvist.testing.specs import RequestFields, make_load, make_request, make_roomy_spec
 
 PROMPT = tuple(range(100))
 
@@ -373,9 +373,11 @@ async def test_the_router_is_ready_with_a_pair_or_a_unified_worker() -> None:
 @pytest.mark.parametrize("full_role", [Role.PREFILL, Role.DECODE])
 async def test_full_workers_refuse_before_anything_is_sent(full_role: Role) -> None:
     world = World(retry_after_s=2.5)
-    small, roomy = SpecFields(max_running_requests=1, max_queued_requests=1), SpecFields()
-    prefill = world.engines.join("p", role=Role.PREFILL, **(small if full_role is Role.PREFILL else roomy))
-    decode = world.engines.join("d", role=Role.DECODE, **(small if full_role is Role.DECODE else roomy))
+    places = dict.fromkeys(Role, 1 << 16) | {full_role: 1}
+    prefill, decode = (
+        world.engines.join(role.value, role=role, max_running_requests=places[role], max_queued_requests=places[role])
+        for role in (Role.PREFILL, Role.DECODE)
+    )
     tasks = [await world.ask() for _ in range(2)]
     with pytest.raises(Overloaded) as caught:
         await read_all(world.generate())

@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from collections.abc import Set as AbstractSet
 from functools import partial
+from typing import Any
 
 import httpx
 import msgspec
@@ -36,8 +37,8 @@ async def connect() -> AsyncIterator[Connect]:
         key: str = CLUSTER_KEY,
         transport: httpx.AsyncBaseTransport | None = None,
         api_key: str | None = None,
-        **config,
-    ):
+        **config: Any,
+    ) -> Dispatcher:
         urls = {f"e{number}": engine for number, engine in enumerate(engines)}
         dispatcher = build_dispatcher(
             RouterConfig(**{"keepalive_s": 0.05, "worker_urls": tuple(f"http://{host}:1" for host in urls), **config}),
@@ -72,7 +73,7 @@ async def ask(dispatcher: Dispatcher, first_token: int = 1000, max_tokens: int =
     return tokens
 
 
-def spec(name: str, role: Role = Role.UNIFIED, **changes: object) -> wire.EngineSpec:
+def spec(name: str, role: Role = Role.UNIFIED, **changes: Any) -> wire.EngineSpec:
     return make_roomy_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **changes)
 
 
@@ -132,7 +133,9 @@ async def test_a_worker_lost_while_idle_is_noticed_and_serves_when_it_is_back(
         start_engine(spec=make_roomy_spec(worker_id=WorkerId("u"), epoch=EpochId("second")), bind=endpoint)
         await until(dispatcher.ready)
     assert await ask(dispatcher, 5, 2) == [5, 6]
-    assert dispatcher.snapshot().workers[0].spec.epoch == "second"
+    (worker,) = dispatcher.snapshot().workers
+    assert worker.spec is not None
+    assert worker.spec.epoch == "second"
 
 
 async def test_a_worker_that_dies_mid_stream_fails_its_request(start_engine: StartEngine, connect: Connect) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ def merger(first_position: int = 0) -> ChunkMerger:
 
 def test_waiting_chunks_are_merged_into_one_with_the_clients_request_id() -> None:
     merged = merger()
-    cached = {"num_cached_tokens": 3, "num_cached_host_tokens": 2, "num_cached_storage_tokens": 1}
+    cached: dict[str, Any] = {"num_cached_tokens": 3, "num_cached_host_tokens": 2, "num_cached_storage_tokens": 1}
     assert merged.push(chunk(0, 10, **cached))
     assert merged.push(chunk(1, 11, handoff=REPORT))
     assert merged.push(chunk(2, 12, 13, finish_reason=FinishReason.STOP))
@@ -109,7 +110,9 @@ def test_chunks_in_any_order_with_repeats_yield_every_token_once(
     sent = [piece(i, i + 1) for i in range(length)]
     sent += [piece(start, min(length, start + size)) for start, size in cuts if start < length]
     random.Random(seed).shuffle(sent)
-    merged, received, logprobs = merger(first), [], []
+    merged = merger(first)
+    received: list[int] = []
+    logprobs: list[TokenLogprobs] = []
     position = first
     for index, one in enumerate(sent):
         merged.push(one)

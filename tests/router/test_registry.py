@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kvist.errors import ConfigError
@@ -19,7 +21,7 @@ def add(registry: Registry, name: str = "http://a", use: Role | None = None) -> 
     return registry.add(name, use, 0.0)
 
 
-def welcome(registry: Registry, worker: Worker, **spec: object) -> None:
+def welcome(registry: Registry, worker: Worker, **spec: Any) -> None:
     fields = {"worker_id": WorkerId(worker.url), **spec}
     registry.on_welcome(worker, Welcome(spec=make_roomy_spec(**fields)), 1.0)
 

@@ -33,7 +33,13 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
     "/tokenize": schemas.TokenizeRequest,
     "/detokenize": schemas.DetokenizeRequest,
 }
-INSIDE = [schemas.StreamOptions, schemas.KvistOptions, schemas.ChatMessage, schemas.ContentPart, schemas.NativeSampling]
+INSIDE: list[type[msgspec.Struct]] = [
+    schemas.StreamOptions,
+    schemas.KvistOptions,
+    schemas.ChatMessage,
+    schemas.ContentPart,
+    schemas.NativeSampling,
+]
 
 
 def ignored(response: Any) -> set[str]:

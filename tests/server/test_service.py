@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from kvist.request import Role
 from kvist.testing.gateway_bench import GatewayBench
+from kvist.testing.specs import make_spec
 from kvist.wire import EngineSpec
 from tests.server.conftest import MakeBench
 
@@ -30,14 +32,14 @@ class RawClient:
         }
         self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._inbox.put_nowait({"type": "http.request", "body": msgspec.json.encode(body), "more_body": False})
-        self.sent: list[dict[str, Any]] = []
+        self.sent: list[MutableMapping[str, Any]] = []
         self.first_body = asyncio.Event()
         self._app = app
 
     async def run(self) -> None:
         await self._app(self.scope, self._inbox.get, self._send)
 
-    async def _send(self, message: dict[str, Any]) -> None:
+    async def _send(self, message: MutableMapping[str, Any]) -> None:
         self.sent.append(message)
         if message["type"] == "http.response.body":
             self.first_body.set()
@@ -106,7 +108,7 @@ async def test_a_client_that_reads_nothing_is_disconnected_at_the_time_limit(mak
     bench = make_bench(request_timeout_s=0.02)
     client = RawClient(bench.app, "/v1/completions", {"prompt": "x", "stream": True})
 
-    async def send(message: dict[str, Any]) -> None:
+    async def send(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()  # as uvicorn does while the client's buffers are full
 
@@ -251,6 +253,6 @@ async def test_metrics_have_the_processor_time_of_the_gateway(bench: GatewayBenc
 
 async def test_long_prompts_are_tokenised_like_short_prompts(make_bench: MakeBench) -> None:
     bench = make_bench()
-    bench.dispatcher.spec = msgspec.structs.replace(bench.dispatcher.spec, max_model_len=20_000)
+    bench.dispatcher.spec = make_spec(max_model_len=20_000)
     await bench.post("/v1/completions", {"prompt": "x" * 10_000})
     assert bench.dispatcher.requests[0].num_prompt_tokens == 10_000

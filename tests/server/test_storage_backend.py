@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kvist.request import WorkerId
@@ -46,7 +48,11 @@ async def test_get_returns_the_storage_of_every_worker_with_sglangs_names(
 
 async def test_put_sends_the_given_fields_and_leaves_the_others_to_the_flags(bench: GatewayBench) -> None:
     bench.dispatcher.storage_answers = answers()
-    wanted = {"hicache_storage_backend": "file", "hicache_storage_path": "/pages", "hicache_storage_size": 2}
+    wanted: dict[str, Any] = {
+        "hicache_storage_backend": "file",
+        "hicache_storage_path": "/pages",
+        "hicache_storage_size": 2,
+    }
     assert (await bench.client.put(URL, json=wanted)).status_code == 200
     assert (await bench.client.put(URL, json={})).status_code == 200
     assert bench.dispatcher.storage_asked == [

@@ -4,6 +4,7 @@ import asyncio
 import ssl
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ BOUND_S = 30.0
 
 
 @pytest.fixture
-def certificate(tmp_path: Path) -> dict[str, Path]:
+def certificate(tmp_path: Path) -> dict[str, Any]:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = (
         "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
@@ -26,7 +27,7 @@ def certificate(tmp_path: Path) -> dict[str, Path]:
     return {"ssl_certfile": certificate, "ssl_keyfile": key}
 
 
-async def test_a_server_with_a_certificate_serves_https(make_bench: MakeBench, certificate: dict[str, Path]) -> None:
+async def test_a_server_with_a_certificate_serves_https(make_bench: MakeBench, certificate: dict[str, Any]) -> None:
     bench = make_bench(port=0, **certificate)
     server = http_server(bench.app, bench.app.traffic, bench.config)
     task = asyncio.create_task(server.serve())
@@ -49,7 +50,7 @@ async def test_a_server_with_a_certificate_serves_https(make_bench: MakeBench, c
 
 
 async def test_a_certificate_that_cannot_be_used_is_an_error_at_start(
-    make_bench: MakeBench, certificate: dict[str, Path], tmp_path: Path
+    make_bench: MakeBench, certificate: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="need each other"):
         ServerConfig(ssl_certfile=certificate["ssl_certfile"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ class Busy:
     def __init__(self, max_waiting: int) -> None:
         self.pool, self.go = WorkPool(num_threads=1, max_waiting=max_waiting), threading.Event()
         self.order: list[str] = []
-        self.tasks = [asyncio.create_task(self.pool.run(ANN, lambda: self.go.wait(30)))]
+        self.tasks: list[asyncio.Task[Any]] = [asyncio.create_task(self.pool.run(ANN, lambda: self.go.wait(30)))]
 
     async def ask(self, caller: tuple[str, str, str], name: str) -> asyncio.Task[None]:
         self.tasks.append(asyncio.create_task(self.pool.run(caller, lambda: self.order.append(name))))

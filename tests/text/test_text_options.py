@@ -68,7 +68,7 @@ def test_continuing_equals_transformers(source: str, content: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": content}]
-    theirs, _ = render_jinja_template([messages], chat_template=source, continue_final_message=True)
+    theirs: Any = render_jinja_template([messages], chat_template=source, continue_final_message=True)[0]
     assert render(source, messages, add_generation_prompt=False, continue_final_message=True) == theirs[0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -29,13 +29,13 @@ class Copier:
         self._host = HostPages(np.arange(128, dtype=np.uint8).reshape(4, 32))
         self.jobs = TransferJobs(address=ADDRESS, pages=self, open_peer=self.open_peer, wakeup=self.wakeup)
 
-    def copy(self, page_ids: tuple[int, ...], peer: Pages, peer_page_ids: tuple[int, ...]) -> list[bytes]:
-        self.copied.append(page_ids)
+    def copy(self, page_ids: Sequence[int], peer: Pages, peer_page_ids: Sequence[int]) -> list[bytes]:
+        self.copied.append(tuple(page_ids))
         digests = self._host.copy(page_ids, peer, peer_page_ids)
         self.while_copying()
         return digests
 
-    def digests(self, page_ids: tuple[int, ...]) -> list[bytes]:
+    def digests(self, page_ids: Sequence[int]) -> list[bytes]:
         return self._host.digests(page_ids)
 
     def work(self) -> list[TransferReport]:

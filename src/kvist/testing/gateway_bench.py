@@ -38,7 +38,7 @@ class GatewayBench:
     async def post(self, path: str, body: object, **headers: str) -> httpx.Response:
         return await self.client.post(path, content=msgspec.json.encode(body), headers=headers)
 
-    async def chat(self, content: str = "hi", **fields: object) -> httpx.Response:
+    async def chat(self, content: str = "hi", /, **fields: object) -> httpx.Response:
         messages = [{"role": "user", "content": content}]
         return await self.post("/v1/chat/completions", {"model": "tiny", "messages": messages, **fields})
 

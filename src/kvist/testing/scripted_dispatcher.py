@@ -11,7 +11,6 @@ import itertools
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from kvist.errors import KvistError
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.testing.specs import make_spec
@@ -72,7 +71,7 @@ class ScriptedDispatcher:
     tokens_per_part: int = 1  # in all others
     logprobs_at: LogprobsAt = chosen_and_a_certain_other
     prompt_logprobs_at: PromptLogprobsAt = minus_the_position
-    error: KvistError | None = None  # raised after `error_after` tokens
+    error: Exception | None = None  # raised after `error_after` tokens
     error_after: int = 0
     hold: asyncio.Event | None = None  # awaited before each part but the first
     can_serve: bool = True
