@@ -98,5 +98,5 @@ def _run(verb: str, argv: list[str]) -> int:
     read = settings.read(verb, argv, os.environ)
     from kvist.log import setup_logging
 
-    setup_logging(read.process)
+    setup_logging(read.log)
     return settings.run(read)

@@ -13,19 +13,31 @@ from kvist.options import Option, options_of
 
 _PLACEHOLDERS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 _MAX_WIDTH, _FLAG_COLUMN = 110, 30
-_TITLES = {
+_TITLES = {  # of groups by field; groups with one title are shown together
+    "alone": "Workers to start",
     "channel": "Messages between processes",
-    "cluster": "Workers to start",
-    "engine": "Engine",
+    "endpoint": "Role and socket of the engine",
+    "file": "Process",
     "host_tier": "Host tier of the cache",
+    "instance": "HTTP server",
+    "links": "Time limits towards workers",
     "load": "Load",
-    "log": "Log lines",
-    "process": "Process",
-    "router": "Router",
+    "log": "Process",
+    "name": "Model",
+    "pair": "Workers to start",
+    "parent": "Process",
+    "routing": "Choice of a worker",
+    "runner": "Engine",
+    "runtime": "Engine",
     "scheduler": "Scheduler",
     "server": "HTTP server",
+    "start": "Workers to start",
     "storage": "Storage tier of the cache",
     "target": "Server under test",
+    "tls": "HTTP server",
+    "tokenizer": "Model",
+    "urls": "Workers",
+    "watch": "Engine",
 }
 
 
@@ -44,10 +56,10 @@ def help_text(settings_class: type, page: HelpPage) -> str:
     width = min(_MAX_WIDTH, shutil.get_terminal_size().columns)
     options = [option for option in options_of(settings_class) if page.only is None or option.key in page.only]
     lines = [f"usage: {page.usage}", "", *textwrap.wrap(page.summary, width), ""]
-    for group in dict.fromkeys(option.group for option in options):
-        lines.append(_bold(_TITLES.get(group, group[0].upper() + group[1:]) + ":", page))
+    for title in dict.fromkeys(_title(option) for option in options):
+        lines.append(_bold(title + ":", page))
         for option in options:
-            if option.group == group:
+            if _title(option) == title:
                 lines += _short(option, width, page) if page.only is not None else _full(option, width, page)
         lines.append("")
     if page.only is not None:
@@ -59,6 +71,10 @@ def help_text(settings_class: type, page: HelpPage) -> str:
         width,
     )
     return "\n".join(lines)
+
+
+def _title(option: Option) -> str:
+    return _TITLES.get(option.group, option.group[0].upper() + option.group[1:])
 
 
 def _bold(text: str, page: HelpPage) -> str:

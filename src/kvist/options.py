@@ -58,34 +58,32 @@ class Option:
         return self.kinds == (bool,)
 
 
-def group(config_class: type[T], *, without: Sequence[str] = ()) -> T:
-    """Declare a field that holds one package's config. `without` names options that this verb sets itself."""
-    held: T = dataclasses.field(default_factory=config_class, metadata={"without": frozenset(without)})
+def group(config_class: type[T]) -> T:
+    """Declare a field that holds a group of options: every option of the group is an option of the verb."""
+    held: T = dataclasses.field(default_factory=config_class)
     return held
 
 
 def options_of(settings_class: type) -> list[Option]:
     """Return every option of a settings dataclass and its groups, in field order, one per key."""
     found: dict[str, Option] = {}
-    _collect(settings_class, "general", frozenset(), found)
+    _collect(settings_class, "general", found)
     return list(found.values())
 
 
-def _collect(settings_class: type, name: str, without: frozenset[str], found: dict[str, Option]) -> None:
+def _collect(settings_class: type, name: str, found: dict[str, Option]) -> None:
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         hint = hints[field.name]
         note, door = field.metadata.get("option"), field.metadata.get("door")
         if isinstance(note, OptionHelp):
-            if field.name not in without:
-                option = _option(field, hint, note, name)
-                first = found.setdefault(field.name, option)
-                assert first.kinds == option.kinds, f"two groups disagree about {field.name}"
+            option = _option(field, hint, note, name)
+            first = found.setdefault(field.name, option)
+            assert first.kinds == option.kinds, f"two groups disagree about {field.name}"
         elif isinstance(door, DoorOptions):
-            if door.chosen_by not in without:
-                _collect_of_backends(door, found)
+            _collect_of_backends(door, found)
         elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            _collect(hint, field.name, without | field.metadata.get("without", frozenset()), found)
+            _collect(hint, field.name, found)
 
 
 def _collect_of_backends(door: DoorOptions, found: dict[str, Option]) -> None:
@@ -135,7 +133,7 @@ def _option(field: dataclasses.Field[object], hint: object, note: OptionHelp, gr
 # ---------------------------------------------------------------- between nested settings and flat values
 
 
-def compose(settings_class: type[T], values: Mapping[str, object], without: frozenset[str] = frozenset()) -> T:
+def compose(settings_class: type[T], values: Mapping[str, object]) -> T:
     """Make the settings from values by key; options without a value have their defaults. Raises `ConfigError`."""
     hints = typing.get_type_hints(settings_class)
     fields = dataclasses.fields(settings_class)  # type: ignore[arg-type]
@@ -143,14 +141,13 @@ def compose(settings_class: type[T], values: Mapping[str, object], without: froz
     for field in fields:
         hint, door = hints[field.name], field.metadata.get("door")
         if isinstance(field.metadata.get("option"), OptionHelp):
-            if field.name in values and field.name not in without:
+            if field.name in values:
                 arguments[field.name] = values[field.name]
         elif isinstance(door, DoorOptions):
             default = next(other.default for other in fields if other.name == door.chosen_by)
             arguments[field.name] = _given_to_backend(door, values.get(door.chosen_by, default), values)
         elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            inner = without | field.metadata.get("without", frozenset())
-            arguments[field.name] = compose(hint, values, inner)
+            arguments[field.name] = compose(hint, values)
     try:
         return settings_class(**arguments)
     except ValueError as error:  # a check in a config's __post_init__
@@ -183,18 +180,20 @@ def given_values(settings: object) -> dict[str, object]:
     return values
 
 
-def to_argv(settings: object, target_class: type, *, without: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
-    """Return flags that give `target_class` the same values; and environment variables for secrets, since other users
-    can read the command line.
+def to_argv(groups: Sequence[object], target_class: type) -> tuple[list[str], dict[str, str]]:
+    """Return flags that give `target_class` the values of these groups; and environment variables for secrets, since
+    other users can read the command line.
 
-    Includes only options of both classes whose value differs from the target's default, without those in `without`.
+    Includes only options that the target has, with another value than its default.
     """
-    values = given_values(settings)
+    values: dict[str, object] = {}
+    for each in groups:
+        values |= given_values(each)
     argv: list[str] = []
     environ: dict[str, str] = {}
     for option in options_of(target_class):
         value = values.get(option.key, option.default)
-        if option.key in without or value == option.default or value is None:
+        if value == option.default or value is None:
             continue
         if option.help.secret:
             environ[option.env] = " ".join(value) if isinstance(value, tuple) else str(value)

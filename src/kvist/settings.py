@@ -12,26 +12,26 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from kvist.bench.config import LOADS, CustomConfig, Load, TargetConfig
 from kvist.channel import ChannelConfig, with_private_key
-from kvist.cluster.config import ChatConfig, ClusterConfig
+from kvist.cluster.config import ChatConfig, ClusterConfig, FrontOptions, PairOptions, StartOptions, UnifiedOptions
 from kvist.cluster.plan import ClusterShape, threads_for_each, visible_gpus
 from kvist.config import option
 from kvist.cores import num_usable_cores
 from kvist.engine.bench_shapes import StepsConfig
-from kvist.engine.config import EngineConfig, StorageConfig
+from kvist.engine.config import EndpointOptions, EngineConfig, EngineOptions, ModelOptions, NameOptions, RuntimeOptions
 from kvist.errors import ConfigError
 from kvist.flag_help import HelpPage, help_text
 from kvist.flags import Shorthand, Sources, nearest, read_settings
 from kvist.foreign_flags import REMEDIES
 from kvist.log import LogConfig
 from kvist.options import ENV_PREFIX, group, options_of, to_argv
-from kvist.router.config import RouterConfig
-from kvist.scheduler.config import SchedulerOptions
+from kvist.router.config import LinkOptions, RouterConfig, RoutingOptions
+from kvist.runner.config import RunnerOptions
 from kvist.server.config import ServerConfig
 from kvist.text.config import TextConfig
 
@@ -51,13 +51,14 @@ SHORTHANDS = (
     ),
 )
 
-_WORKER_LISTS = ("prefill", "decode", "worker_urls")
-_ROUTING_OPTIONS = ("policy", "cache_threshold", "balance_abs_threshold", "balance_rel_threshold", "max_known_pages")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileConfig:
+    config: Path | None = option(None, "TOML file with options, one `name = value` per line")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessConfig(LogConfig):
-    config: Path | None = option(None, "TOML file with options, one `name = value` per line")
+class ParentConfig:
     stop_with_stdin: bool = option(
         False, "stop when standard input is closed, so that the process does not outlive its parent"
     )
@@ -74,25 +75,34 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:
-    engine: EngineConfig = group(EngineConfig)
-    server: ServerConfig = group(ServerConfig)
-    text: TextConfig = group(TextConfig)
-    router: RouterConfig = group(RouterConfig, without=_WORKER_LISTS + _ROUTING_OPTIONS)
-    process: ProcessConfig = group(ProcessConfig)
+    engine: EngineOptions = group(EngineOptions)
+    endpoint: EndpointOptions = group(EndpointOptions)
+    front: FrontOptions = group(FrontOptions)
+    links: LinkOptions = group(LinkOptions)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
+    parent: ParentConfig = group(ParentConfig)
+
+    def __post_init__(self) -> None:
+        self.engine_config()  # contradictions are reported before anything starts
+
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig(options=self.engine, endpoint=self.endpoint, name=self.front.name, log=self.log)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
     router: RouterConfig = group(RouterConfig)
     tokenizer: TokenizerConfig = group(TokenizerConfig)
-    server: ServerConfig = group(ServerConfig)
-    text: TextConfig = group(TextConfig)
+    front: FrontOptions = group(FrontOptions)
     channel: ChannelConfig = group(ChannelConfig)
-    process: ProcessConfig = group(ProcessConfig)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
+    parent: ParentConfig = group(ParentConfig)
 
     def __post_init__(self) -> None:
-        router = self.router
-        if not (router.prefill or router.decode or router.worker_urls):
+        urls = self.router.urls
+        if not (urls.prefill or urls.decode or urls.worker_urls):
             raise ConfigError(
                 "the router has no workers: name them with --prefill URL --decode URL, or with --worker-urls URL ...",
                 param="worker_urls",
@@ -100,17 +110,39 @@ class RouterSettings:
 
 
 DEMO_HOST_TIER_GB = 0.25
-_ASSIGNED_BY_PLAN = ("role", "engine_host", "engine_port", "engine_advertise_host")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpSettings:
-    cluster: ClusterConfig = group(ClusterConfig)
-    server: ServerConfig = group(ServerConfig, without=("instance_id", "ssl_certfile", "ssl_keyfile"))
+    pair: PairOptions = group(PairOptions)
+    alone: UnifiedOptions = group(UnifiedOptions)
+    start: StartOptions = group(StartOptions)
+    name: NameOptions = group(NameOptions)
+    server: ServerConfig = group(ServerConfig)  # of the router; the workers are behind it, without TLS
     text: TextConfig = group(TextConfig)
-    router: RouterConfig = group(RouterConfig, without=_WORKER_LISTS)
-    engine: EngineConfig = group(EngineConfig, without=_ASSIGNED_BY_PLAN)
-    process: ProcessConfig = group(ProcessConfig)
+    routing: RoutingOptions = group(RoutingOptions)
+    links: LinkOptions = group(LinkOptions)
+    engine: EngineOptions = group(EngineOptions)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
+    parent: ParentConfig = group(ParentConfig)
+
+    def __post_init__(self) -> None:
+        self.cluster_config()
+
+    def cluster_config(self) -> ClusterConfig:
+        pair = self.pair
+        return ClusterConfig(
+            prefill=pair.prefill,
+            decode=pair.decode,
+            unified=self.alone.unified,
+            start_timeout_s=self.start.start_timeout_s,
+        )
+
+    def passed_on(self) -> tuple[object, ...]:
+        """Return the groups of options that are passed to the workers and the router; each takes the options it has."""
+        server = replace(self.server, host=ServerConfig().host, port=ServerConfig().port)
+        return self.name, server, self.text, self.routing, self.links, self.log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,27 +154,45 @@ class DemoConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoSettings:
     demo: DemoConfig = group(DemoConfig)
-    cluster: ClusterConfig = group(ClusterConfig, without=("unified",))
-    engine: EngineConfig = group(EngineConfig, without=_ASSIGNED_BY_PLAN)
-    process: ProcessConfig = group(ProcessConfig)
+    pair: PairOptions = group(PairOptions)
+    start: StartOptions = group(StartOptions)
+    name: NameOptions = group(NameOptions)
+    engine: EngineOptions = group(EngineOptions)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
+    parent: ParentConfig = group(ParentConfig)
+
+    def __post_init__(self) -> None:
+        self.cluster_config()
+
+    def cluster_config(self) -> ClusterConfig:
+        return ClusterConfig(
+            prefill=self.pair.prefill, decode=self.pair.decode, start_timeout_s=self.start.start_timeout_s
+        )
+
+    def passed_on(self) -> tuple[object, ...]:
+        return self.name, self.log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatSettings:
     chat: ChatConfig = group(ChatConfig)
-    engine: EngineConfig = group(EngineConfig, without=(*_ASSIGNED_BY_PLAN, "served_model_name"))
-    process: ProcessConfig = group(ProcessConfig, without=("stop_with_stdin",))
+    engine: EngineOptions = group(EngineOptions)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
 
     def __post_init__(self) -> None:
-        if self.chat.target and self.engine.model_path:
+        if self.chat.target and self.engine.model.model_path:
             raise ConfigError(
-                f"--model-path {self.engine.model_path} and {self.chat.target} are two targets for the chat: give one",
+                f"--model-path {self.engine.model.model_path} and {self.chat.target} are two targets for the chat: "
+                "give one",
                 param="target",
             )
 
     def serve_argv(self) -> list[str]:
         """Return the options of the server that is started for the chat."""
-        argv, _secrets = to_argv(self, ServeSettings, without=("config", "api_key"))
+        name = NameOptions(served_model_name=self.chat.served_model_name)
+        argv, _secrets = to_argv((self.engine, name, self.log), ServeSettings)
         if self.chat.target is not None and self.chat.url is None:
             argv.append(f"--model-path={self.chat.target}")
         return argv
@@ -153,7 +203,8 @@ class BenchServerSettings:
     """The settings of a benchmark of a server. Each scenario has a subclass, whose `load` is its own config."""
 
     target: TargetConfig = group(TargetConfig)
-    process: ProcessConfig = group(ProcessConfig, without=("stop_with_stdin",))
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
     load: Load | CustomConfig
 
 
@@ -168,26 +219,14 @@ def _bench_settings(load: type[Load | CustomConfig]) -> type[BenchServerSettings
     )
 
 
-_UNUSED_BY_STEPS = (  # sockets, request timeouts, and limits that the batch shapes set
-    "served_model_name",
-    "role",
-    "context_length",
-    "engine_host",
-    "engine_port",
-    "engine_advertise_host",
-    "gateway_timeout_s",
-    "engine_start_timeout_s",
-    *(field.name for field in dataclasses.fields(ChannelConfig)),
-    *(field.name for field in dataclasses.fields(SchedulerOptions)),
-    *(field.name for field in dataclasses.fields(StorageConfig)),
-)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchEngineSettings:
     steps: StepsConfig = group(StepsConfig)
-    engine: EngineConfig = group(EngineConfig, without=_UNUSED_BY_STEPS)
-    process: ProcessConfig = group(ProcessConfig, without=("stop_with_stdin",))
+    model: ModelOptions = group(ModelOptions)
+    runner: RunnerOptions = group(RunnerOptions)
+    runtime: RuntimeOptions = group(RuntimeOptions)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
 
 
 Settings = (
@@ -271,11 +310,10 @@ def run(settings: Settings) -> int:
         from kvist.cluster.serving import serve_worker
 
         return serve_worker(
-            engine=settings.engine,
-            server=settings.server,
-            text=settings.text,
-            router=settings.router,
-            stop_with_stdin=settings.process.stop_with_stdin,
+            engine=settings.engine_config(),
+            front=settings.front,
+            links=settings.links,
+            stop_with_stdin=settings.parent.stop_with_stdin,
         )
     if isinstance(settings, RouterSettings):
         from kvist.cluster.serving import serve_router
@@ -283,17 +321,16 @@ def run(settings: Settings) -> int:
         return serve_router(
             router=settings.router,
             model_path=settings.tokenizer.model_path,
-            server=settings.server,
-            text=settings.text,
+            front=settings.front,
             channel=settings.channel,
-            stop_with_stdin=settings.process.stop_with_stdin,
+            stop_with_stdin=settings.parent.stop_with_stdin,
         )
     if isinstance(settings, UpSettings):
         from kvist.checkpoint import find_checkpoint
         from kvist.cluster.up import run_up
 
-        find_checkpoint(settings.engine.model_path)  # a wrong path is one error, before any process starts
-        return run_up(cluster_shape(with_own_key(settings)), stop_with_stdin=settings.process.stop_with_stdin)
+        find_checkpoint(settings.engine.model.model_path)  # a wrong path is one error, before any process starts
+        return run_up(cluster_shape(with_own_key(settings)), stop_with_stdin=settings.parent.stop_with_stdin)
     if isinstance(settings, ChatSettings):
         from kvist.cluster.converse import converse
 
@@ -303,7 +340,7 @@ def run(settings: Settings) -> int:
     if isinstance(settings, BenchEngineSettings):
         from kvist.engine.bench_engine import run_bench_engine
 
-        return run_bench_engine(settings.engine, settings.steps)
+        return run_bench_engine(settings.steps, settings.model, settings.runner, settings.runtime)
     from kvist.cluster.demo import run_demo
 
     with tempfile.TemporaryDirectory(prefix="kvist-demo-") as folder:
@@ -316,19 +353,19 @@ ClusterSettings = TypeVar("ClusterSettings", UpSettings, DemoSettings)
 
 def with_own_key(settings: ClusterSettings) -> ClusterSettings:
     """Give the cluster its own key, unless the user set one; children get the key through their environment."""
-    engine = dataclasses.replace(settings.engine, channel=with_private_key(settings.engine.channel))
-    return dataclasses.replace(settings, engine=engine)
+    engine = replace(settings.engine, channel=with_private_key(settings.engine.channel))
+    return replace(settings, engine=engine)
 
 
 def with_tiers(settings: DemoSettings, folder: str) -> DemoSettings:
     """Add a host tier and a store, small ones unless the user set them. The demo's short prompts are fetched, too."""
-    host, store, page_size = settings.engine.host_tier, settings.engine.storage, settings.engine.page_size
+    host, store, page_size = settings.engine.host_tier, settings.engine.storage, settings.engine.runner.page_size
     if not host.enable_hierarchical_cache:
-        host = dataclasses.replace(host, enable_hierarchical_cache=True, hicache_size=DEMO_HOST_TIER_GB)
+        host = replace(host, enable_hierarchical_cache=True, hicache_size=DEMO_HOST_TIER_GB)
     if store.hicache_storage_backend is None:
-        store = dataclasses.replace(store, hicache_storage_backend="file", hicache_storage_path=folder)
-    store = dataclasses.replace(store, hicache_storage_prefetch_threshold=page_size)
-    return dataclasses.replace(settings, engine=dataclasses.replace(settings.engine, host_tier=host, storage=store))
+        store = replace(store, hicache_storage_backend="file", hicache_storage_path=folder)
+    store = replace(store, hicache_storage_prefetch_threshold=page_size)
+    return replace(settings, engine=replace(settings.engine, host_tier=host, storage=store))
 
 
 def _run_bench(settings: BenchServerSettings) -> int:
@@ -342,25 +379,22 @@ def _run_bench(settings: BenchServerSettings) -> int:
 
 
 def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str] = os.environ) -> ClusterShape:
-    """Return the input of the plan: for each child the options that it knows, except those set by the plan."""
-    engine = settings.engine
-    num_gpus = 0 if engine.device == "cpu" else visible_gpus(environ)
-    planned = (
-        "host",
-        "port",
-        "num_threads",
-        "stop_with_stdin",
-        "config",
-        "hicache_persist",
-        *(["base_gpu_id"] if num_gpus else []),
+    """Return the input of the plan: for each child its options, except those set by the plan."""
+    engine, config = settings.engine, settings.cluster_config()
+    runner, persist_folder = engine.runner, engine.host_tier.hicache_persist
+    num_gpus = 0 if runner.device == "cpu" else visible_gpus(environ)
+    planned = replace(
+        engine,
+        runner=replace(runner, num_threads=0, base_gpu_id=0 if num_gpus else runner.base_gpu_id),
+        host_tier=replace(engine.host_tier, hicache_persist=None),
     )
-    worker_argv, worker_environ = to_argv(settings, ServeSettings, without=(*planned, *_ASSIGNED_BY_PLAN))
-    router_argv, router_environ = to_argv(settings, RouterSettings, without=(*planned, *_WORKER_LISTS))
+    groups = (planned, *settings.passed_on())
+    worker_argv, worker_environ = to_argv(groups, ServeSettings)
+    router_argv, router_environ = to_argv(groups, RouterSettings)
     server = settings.server if isinstance(settings, UpSettings) else ServerConfig(port=0)
-    threads = engine.num_threads or threads_for_each(settings.cluster.num_workers, num_usable_cores())
-    is_default = engine.mem_fraction_static == EngineConfig().mem_fraction_static
+    is_default = runner.mem_fraction_static == RunnerOptions().mem_fraction_static
     return ClusterShape(
-        config=settings.cluster,
+        config=config,
         worker_argv=tuple(worker_argv),
         worker_environ=worker_environ,
         router_argv=tuple(router_argv),
@@ -368,14 +402,14 @@ def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str
         router_host=server.host,
         router_port=server.port,
         api_keys=server.api_key,
-        shows_all_lines=settings.process.log_level == "debug",
-        threads_per_worker=threads,
+        shows_all_lines=settings.log.log_level == "debug",
+        threads_per_worker=runner.num_threads or threads_for_each(config.num_workers, num_usable_cores()),
         num_gpus=num_gpus,
-        base_gpu_id=engine.base_gpu_id,
-        gpus_per_worker=engine.tp,
-        persist_folder=engine.host_tier.hicache_persist,
-        runtime_dir=engine.runtime_dir,
-        memory_share=engine.mem_fraction_static if is_default else None,
+        base_gpu_id=runner.base_gpu_id,
+        gpus_per_worker=runner.tp,
+        persist_folder=persist_folder,
+        runtime_dir=engine.runtime.runtime_dir,
+        memory_share=runner.mem_fraction_static if is_default else None,
         drain_s=max(server.shutdown_timeout_s, server.drain_grace_s),
-        stall_restart_s=engine.stall_restart_s,
+        stall_restart_s=engine.watch.stall_restart_s,
     )

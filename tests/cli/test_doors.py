@@ -124,6 +124,6 @@ def test_help_has_every_backends_line_and_its_options_under_its_name() -> None:
 def test_given_options_become_flags_again() -> None:
     config = read("--store", "file", "--store-path", "/pages", "--store-size", "64")
     assert given_values(config) == {"store": "file", "store_path": "/pages", "store_size": 64.0}
-    argv, environ = to_argv(config, Settings)
+    argv, environ = to_argv((config,), Settings)
     assert (argv, environ) == (["--store=file", "--store-path=/pages"], {})
     assert [each.key for each in options_of(StoreConfig)] == ["store", "store_path", "store_size"]

@@ -167,7 +167,7 @@ def test_to_argv_round_trips_settings_and_passes_secrets_by_environment() -> Non
     before = read(
         "--decode-only", "--tp=2", "--access-log", "--worker-urls", "http://a", "http://b", "--api-key", "hush"
     )
-    argv, environ = to_argv(before, Settings)
+    argv, environ = to_argv((before,), Settings)
     assert "hush" not in " ".join(argv)
     assert read(*argv, environ=environ) == before
 

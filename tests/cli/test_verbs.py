@@ -142,8 +142,12 @@ def test_the_two_commands_of_the_sglang_article_are_parsed() -> None:
     second = settings.read("serve", [*common, "--port", "30002", "--decode-only"], {})
     assert isinstance(first, settings.ServeSettings)
     assert isinstance(second, settings.ServeSettings)
-    assert (first.engine.role, first.server.port, first.engine.model_path) == (Role.UNIFIED, 30001, "M")
-    assert (second.engine.role, second.engine.mem_fraction_static, second.engine.tp) == (Role.DECODE, 0.8, 1)
+    assert (first.endpoint.role, first.front.server.port, first.engine.model.model_path) == (Role.UNIFIED, 30001, "M")
+    assert (second.endpoint.role, second.engine.runner.mem_fraction_static, second.engine.runner.tp) == (
+        Role.DECODE,
+        0.8,
+        1,
+    )
 
 
 def test_a_server_that_cannot_be_reached_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,8 +158,8 @@ def test_a_server_that_cannot_be_reached_is_one_line_and_status_1(capsys: pytest
 def test_a_router_takes_several_urls_after_one_flag() -> None:
     read = settings.read("router", ["--prefill", "http://a:1", "http://b:1", "--decode", "http://c:1"], {})
     assert isinstance(read, settings.RouterSettings)
-    assert read.router.prefill == ("http://a:1", "http://b:1")
-    assert read.router.decode == ("http://c:1",)
+    assert read.router.urls.prefill == ("http://a:1", "http://b:1")
+    assert read.router.urls.decode == ("http://c:1",)
 
 
 def test_an_unknown_environment_variable_is_reported_with_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +217,7 @@ def test_up_gives_workers_separate_persistence_folders_and_one_shared_store() ->
     def folders(*more: str) -> list[str]:
         read = settings.read("up", [*argv, "--hicache-storage-path", "/pages", *more], {})
         assert isinstance(read, settings.UpSettings)
-        *workers, router = plan_cluster(settings.cluster_shape(read), range(read.cluster.num_workers))
+        *workers, router = plan_cluster(settings.cluster_shape(read), range(read.cluster_config().num_workers))
         assert not [argument for argument in router.argv if "hicache" in argument]
         for worker in workers:
             assert {"--hicache-storage-backend=file", "--hicache-storage-path=/pages"} <= set(worker.argv)

@@ -14,13 +14,13 @@ from kvist.checkpoint import find_checkpoint
 from kvist.clock import MonotonicClock
 from kvist.engine.bench_engine import PromptSource, ShapeBench, check_fits, run_bench_engine, scheduler_limits
 from kvist.engine.bench_shapes import Shape, StepsConfig, parse_shape
-from kvist.engine.config import EngineConfig
+from kvist.engine.config import ModelOptions, RuntimeOptions
 from kvist.errors import ConfigError
 from kvist.models import load_model_config
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens
 from kvist.runner.build import build_runner
-from kvist.runner.config import RunnerConfig
+from kvist.runner.config import RunnerConfig, RunnerOptions
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler.budget import step_tokens
 
@@ -150,17 +150,11 @@ def test_an_invalid_shape_is_an_error_that_shows_valid_ones(text: str) -> None:
 def test_bench_engine_prints_a_line_per_shape_and_writes_every_step(
     tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = EngineConfig(
-        model_path=str(tiny_model_path),
-        device="cpu",
-        load_format="dummy",
-        max_total_tokens=1024,
-        num_threads=1,
-        runtime_dir=str(tmp_path / "run"),
-    )
+    runner = RunnerOptions(device="cpu", load_format="dummy", max_total_tokens=1024, num_threads=1)
     file = tmp_path / "steps.json"
     config = StepsConfig(shapes=("2@8", "1x16"), steps=3, warmup_steps=1, json_path=file)
-    assert run_bench_engine(engine, config) == 0
+    model, runtime = ModelOptions(model_path=str(tiny_model_path)), RuntimeOptions(runtime_dir=str(tmp_path / "run"))
+    assert run_bench_engine(config, model, runner, runtime) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in shown[-2:]] == [["2@8", "2"], ["1x16", "16"]]
     runs = json.loads(file.read_text())["runs"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvist.engine.assembly import make_host_pool
-from kvist.engine.config import EngineConfig, HostTierConfig, StorageConfig
+from kvist.engine.config import EngineOptions, HostTierConfig, StorageConfig
 from kvist.errors import ConfigError
 from kvist.kv.layout import PageLayout
 from kvist.memory.device_pool import DevicePool
@@ -71,8 +71,8 @@ def test_contradicting_store_settings_are_refused(settings: dict[str, object], w
 def test_store_settings_without_a_host_tier_are_refused(settings: dict[str, object]) -> None:
     storage = StorageConfig(**settings)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="add --enable-hierarchical-cache"):
-        EngineConfig(storage=storage)
-    EngineConfig(storage=storage, host_tier=HostTierConfig(enable_hierarchical_cache=True))
+        EngineOptions(storage=storage)
+    EngineOptions(storage=storage, host_tier=HostTierConfig(enable_hierarchical_cache=True))
 
 
 def test_the_prefetch_flags_become_the_prefetch_config() -> None:

@@ -18,10 +18,19 @@ import zmq
 
 from kvist import wire
 from kvist.channel import ChannelConfig, Member
-from kvist.engine.config import EngineConfig, HostTierConfig, StorageConfig
+from kvist.engine.config import (
+    EndpointOptions,
+    EngineConfig,
+    EngineOptions,
+    HostTierConfig,
+    ModelOptions,
+    RuntimeOptions,
+    StorageConfig,
+)
 from kvist.engine.messages import DRAIN, STOP, Ready, StartFailed, decode_line
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, Role, SamplingParams
+from kvist.runner.config import RunnerOptions
 from kvist.scheduler.config import SchedulerOptions
 
 pytestmark = pytest.mark.e2e
@@ -101,19 +110,26 @@ class Cluster:
         self.engines: list[Engine] = []
 
     def start(
-        self, *roles: str, scheduler: SchedulerOptions | None = None, tp: int = 1, **settings: object
+        self,
+        *roles: str,
+        scheduler: SchedulerOptions | None = None,
+        host_tier: HostTierConfig | None = None,
+        storage: StorageConfig | None = None,
+        tp: int = 1,
+        **runner: object,
     ) -> list[Engine]:
-        config = EngineConfig(
-            model_path=str(self._model_path),
-            load_format="dummy",
-            max_total_tokens=8192,
-            num_threads=tp,
-            tp=tp,
-            runtime_dir=str(self._runtime_dir),
+        settings = {"max_total_tokens": 8192, "num_threads": tp, **runner}
+        options = EngineOptions(
+            model=ModelOptions(model_path=str(self._model_path)),
+            runner=RunnerOptions(load_format="dummy", tp=tp, **settings),  # type: ignore[arg-type]
+            runtime=RuntimeOptions(runtime_dir=str(self._runtime_dir)),
             scheduler=scheduler or SchedulerOptions(),
             channel=ChannelConfig(cluster_key=KEY),
+            host_tier=host_tier or HostTierConfig(),
+            storage=storage or StorageConfig(),
         )
-        started = [Engine(replace(config, role=Role(role), **settings)) for role in roles]  # type: ignore[arg-type]
+        endpoints = [EndpointOptions(role=Role(role)) for role in roles]
+        started = [Engine(EngineConfig(options=options, endpoint=endpoint)) for endpoint in endpoints]
         self.engines += started
         for engine in started:
             engine.wait_ready(self._context)
@@ -556,15 +572,13 @@ def test_an_engine_killed_during_a_backup_leaves_only_whole_pages(cluster: Clust
 
 
 def test_an_engine_without_memory_for_its_host_tier_names_the_flag_and_ends(model_path: Path, tmp_path: Path) -> None:
-    config = EngineConfig(
-        model_path=str(model_path),
-        load_format="dummy",
-        max_total_tokens=8192,
-        num_threads=1,
-        runtime_dir=str(tmp_path / "run"),
+    options = EngineOptions(
+        model=ModelOptions(model_path=str(model_path)),
+        runner=RunnerOptions(load_format="dummy", max_total_tokens=8192, num_threads=1),
+        runtime=RuntimeOptions(runtime_dir=str(tmp_path / "run")),
         host_tier=HostTierConfig(enable_hierarchical_cache=True, hicache_size=1e6),
     )
-    engine = Engine(config)
+    engine = Engine(EngineConfig(options=options))
     assert engine.process.stdout is not None
     failures = [each for line in engine.process.stdout if isinstance(each := decode_line(line), StartFailed)]
     assert engine.process.wait(timeout=60) == 1

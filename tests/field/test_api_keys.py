@@ -47,10 +47,10 @@ def test_children_of_kvist_up_get_the_api_keys_by_environment(given: str) -> Non
         verb = "router" if plan.name == "router" else "serve"
         child = settings.read(verb, plan.argv[4:], plan.environ)
         assert isinstance(child, settings.ServeSettings | settings.RouterSettings)
-        assert child.server.api_key == ("k1", "k2")
+        assert child.front.server.api_key == ("k1", "k2")
 
 
 def test_several_api_keys_reach_a_child_process() -> None:
     serve = settings.read("serve", ["--api-key=k1", "--api-key=k2 k3"], {})
-    _argv, environ = to_argv(serve, settings.ServeSettings)
+    _argv, environ = to_argv((serve,), settings.ServeSettings)
     assert environ["KVIST_API_KEY"].split() == ["k1", "k2", "k3"]

@@ -21,6 +21,7 @@ from kvist.kv.layout import PageLayout
 from kvist.memory import runtime_dir as module
 from kvist.memory.device_pool import DevicePool, Room, plan_pool_size
 from kvist.memory.runtime_dir import remove_leftovers, runtime_dir
+from kvist.options import compose
 from kvist.request import EpochId
 from kvist.supervisor.engine_process import EngineSupervisor
 from kvist.transfer.epoch import EpochLock
@@ -218,7 +219,7 @@ async def test_the_parent_of_a_killed_engine_removes_its_pool(tmp_path: Path) ->
 
     command = (sys.executable, "-c", ENGINE.replace("time.sleep(60)", "raise SystemExit(1)"), str(tmp_path))
     leave(tmp_path, "pool-1-0123abcd.pages")
-    supervisor = EngineSupervisor(EngineConfig(runtime_dir=str(tmp_path)), command=command)
+    supervisor = EngineSupervisor(compose(EngineConfig, {"runtime_dir": str(tmp_path)}), command=command)
     with pytest.raises(Exception, match="ended with status 1 before it was ready"):
         await supervisor.run()
     assert names_in(tmp_path) == []

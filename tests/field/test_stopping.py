@@ -17,7 +17,7 @@ from kvist.cluster.listener import bound_socket
 from kvist.cluster.serving import LocalEngineTransport, Serving
 from kvist.cluster.stopping import StopSignals
 from kvist.request import EpochId, WorkerId
-from kvist.router import RouterConfig, build_dispatcher
+from kvist.router import LinkOptions, RouterConfig, WorkerUrls, build_dispatcher
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.server.lifecycle import Lifecycle
@@ -61,7 +61,7 @@ def serve(tokenizer: Tokenizer) -> Callable[..., object]:
     async def made(**settings: float) -> AsyncIterator[Server]:
         engine = FakeEngine(spec=make_roomy_spec(worker_id=WorkerId("u"), epoch=EpochId("e"), vocab_size=49152)).start()
         config = ServerConfig(port=0, **settings)  # type: ignore[arg-type]
-        router = RouterConfig(worker_urls=("http://own:1",), keepalive_s=0.05)
+        router = RouterConfig(urls=WorkerUrls(worker_urls=("http://own:1",)), links=LinkOptions(keepalive_s=0.05))
         dispatcher = build_dispatcher(
             router, ChannelConfig(cluster_key=CLUSTER_KEY), transport=LocalEngineTransport(lambda: engine.spec)
         )

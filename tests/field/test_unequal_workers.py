@@ -11,7 +11,7 @@ import pytest
 
 from kvist import wire
 from kvist.request import FinishReason, Mode, Outcome, Role, WorkerId
-from kvist.router.config import RouterConfig
+from kvist.router.config import RouterConfig, RoutingOptions
 from kvist.router.dispatch import Dispatcher
 from kvist.router.registry import Registry, Worker
 from kvist.server.app import build_app
@@ -72,7 +72,7 @@ class Engines(MemoryEngines):
 
 class Fleet:
     def __init__(self, tokenizer: Tokenizer) -> None:
-        config = RouterConfig(policy="round_robin")
+        config = RouterConfig(routing=RoutingOptions(policy="round_robin"))
         registry = Registry(config)
         self.engines = Engines(registry)
         dispatcher = Dispatcher(config=config, registry=registry, engines=self.engines, clock=FakeClock())

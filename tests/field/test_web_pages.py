@@ -142,7 +142,7 @@ async def test_other_origins_get_no_cors_permission(make_bench: MakeBench) -> No
 def test_an_invalid_origin_is_refused_at_start() -> None:
     read = settings.read("serve", ["--allowed-origins", PAGE, "http://localhost:3000"], {})
     assert isinstance(read, settings.ServeSettings)
-    assert read.server.allowed_origins == (PAGE, "http://localhost:3000")
+    assert read.front.server.allowed_origins == (PAGE, "http://localhost:3000")
     for wrong in ("chat.example", PAGE + "/", PAGE + "/page", "ftp://a", '["*"]', "https://"):
         with pytest.raises(ConfigError, match="--allowed-origins"):
             settings.read("serve", ["--allowed-origins", wrong], {})

@@ -19,11 +19,11 @@ def serve(*argv: str, environ: dict[str, str] | None = None) -> settings.ServeSe
 @pytest.mark.case("wrong-hints")
 def test_options_of_vllm_and_sglang_with_the_same_meaning_are_aliases() -> None:
     engine = serve("--max-num-seqs", "8", "--gpu-memory-utilization=0.9", "-tp", "2", "--block-size", "32").engine
-    assert (engine.scheduler.max_running_requests, engine.mem_fraction_static) == (8, 0.9)
-    assert (engine.tp, engine.page_size) == (2, 32)
+    assert (engine.scheduler.max_running_requests, engine.runner.mem_fraction_static) == (8, 0.9)
+    assert (engine.runner.tp, engine.runner.page_size) == (2, 32)
     engine = serve("--max-num-batched-tokens", "512", "--max-model-len", "2048", "--enforce-eager").engine
-    assert (engine.scheduler.chunked_prefill_size, engine.context_length) == (512, 2048)
-    assert engine.disable_cuda_graph
+    assert (engine.scheduler.chunked_prefill_size, engine.scheduler.context_length) == (512, 2048)
+    assert engine.runner.disable_cuda_graph
 
 
 @pytest.mark.case("wrong-hints")
@@ -35,7 +35,7 @@ def test_the_model_may_be_the_first_argument_after_the_verb(verb: str) -> None:
         assert read.tokenizer.model_path == "/models/qwen"
     else:
         assert isinstance(read, settings.ServeSettings | settings.UpSettings)
-        assert read.engine.model_path == "/models/qwen"
+        assert read.engine.model.model_path == "/models/qwen"
 
 
 def test_two_models_are_an_error() -> None:

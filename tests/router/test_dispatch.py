@@ -21,6 +21,7 @@ from kvist.errors import (
     WorkerLost,
 )
 from kvist.kv.keys import page_digests
+from kvist.options import compose
 from kvist.request import EpochId, FinishReason, Mode, Outcome, Role, TokenLogprobs, WorkerId
 from kvist.router import route
 from kvist.router.config import RouterConfig
@@ -38,7 +39,7 @@ class World(RouterBench):
     """A dispatcher over engines in memory, and a request of 100 tokens."""
 
     def __init__(self, **config: Any) -> None:
-        super().__init__(RouterConfig(**config))
+        super().__init__(compose(RouterConfig, config))
 
     def pair(self) -> tuple[Worker, Worker]:
         return self.engines.join("p", role=Role.PREFILL), self.engines.join("d", role=Role.DECODE)

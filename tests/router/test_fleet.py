@@ -16,8 +16,9 @@ import pytest
 from kvist import wire
 from kvist.channel import ChannelConfig
 from kvist.errors import ConfigError, KvistError, Unavailable, WorkerLost
+from kvist.options import compose
 from kvist.request import EngineRequest, EpochId, RequestId, Role, SamplingParams, WorkerId
-from kvist.router import Dispatcher, RouterConfig, build_dispatcher
+from kvist.router import Dispatcher, RouterConfig, WorkerUrls, build_dispatcher
 from kvist.router.discovery import normal_url, reachable_endpoint
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
 from kvist.testing.page_events import page_event
@@ -41,7 +42,10 @@ async def connect() -> AsyncIterator[Connect]:
     ) -> Dispatcher:
         urls = {f"e{number}": engine for number, engine in enumerate(engines)}
         dispatcher = build_dispatcher(
-            RouterConfig(**{"keepalive_s": 0.05, "worker_urls": tuple(f"http://{host}:1" for host in urls), **config}),
+            compose(
+                RouterConfig,
+                {"keepalive_s": 0.05, "worker_urls": tuple(f"http://{host}:1" for host in urls), **config},
+            ),
             ChannelConfig(cluster_key=key),
             transport=transport or serve({host: partial(info_of, engine) for host, engine in urls.items()}),
             api_key=api_key,
@@ -276,7 +280,7 @@ async def test_the_router_sends_its_api_key_to_find_workers(start_engine: StartE
 @pytest.mark.parametrize("url", ["", "ftp://h:1", "http://", "http://h:99999", "30001", "worker"])
 def test_a_bad_url_is_refused_at_start(url: str) -> None:
     with pytest.raises(ConfigError, match="not a worker URL"):
-        build_dispatcher(RouterConfig(worker_urls=(url,)), ChannelConfig(cluster_key=CLUSTER_KEY))
+        build_dispatcher(RouterConfig(urls=WorkerUrls(worker_urls=(url,))), ChannelConfig(cluster_key=CLUSTER_KEY))
 
 
 def test_worker_urls_may_have_a_trailing_slash_and_no_scheme() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from kvist.errors import ConfigError
 from kvist.request import EpochId, RequestId, Role, WorkerId
-from kvist.router.config import RouterConfig
+from kvist.router.config import RouterConfig, RoutingOptions
 from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.testing.page_events import page_event
 from kvist.testing.specs import make_load, make_roomy_spec
@@ -90,7 +90,7 @@ def test_the_pages_of_a_lost_worker_are_forgotten() -> None:
 
 
 def test_remembered_pages_are_bounded_and_a_warning_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    registry = Registry(RouterConfig(max_known_pages=2))
+    registry = Registry(RouterConfig(routing=RoutingOptions(max_known_pages=2)))
     worker = add(registry)
     welcome(registry, worker)
     registry.on_report(worker, make_load(snapshot=True, page_events=(page_event(A, B, C),)), 1.0)

@@ -53,7 +53,12 @@ class MakeBench(Protocol):
     """Build the application; `settings` are fields of `ServerConfig`."""
 
     def __call__(
-        self, *, own_role: Role | None = None, own_engine: EngineSpec | None = None, **settings: Any
+        self,
+        *,
+        own_role: Role | None = None,
+        own_engine: EngineSpec | None = None,
+        model_name: str = "tiny",
+        **settings: Any,
     ) -> GatewayBench: ...
 
 
@@ -64,12 +69,19 @@ def letters() -> Tokenizer:
 
 @pytest.fixture
 def make_bench(letters: Tokenizer) -> MakeBench:
-    def make(*, own_role: Role | None = None, own_engine: EngineSpec | None = None, **settings: Any) -> GatewayBench:
+    def make(
+        *,
+        own_role: Role | None = None,
+        own_engine: EngineSpec | None = None,
+        model_name: str = "tiny",
+        **settings: Any,
+    ) -> GatewayBench:
         return gateway_bench(
             dispatcher=ScriptedDispatcher(letters),
             config=replace(ServerConfig(), **settings),
             own_engine=own_engine,
             own_role=own_role,
+            model_name=model_name,
         )
 
     return make

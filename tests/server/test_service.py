@@ -174,7 +174,7 @@ async def test_a_prefill_or_decode_worker_is_ready_when_its_engine_is(make_bench
 
 
 async def test_models_are_listed_and_found(make_bench: MakeBench) -> None:
-    bench = make_bench(served_model_name="org/name")
+    bench = make_bench(model_name="org/name")
     (model,) = (await bench.client.get("/v1/models")).json()["data"]
     assert (model["id"], model["object"], model["max_model_len"]) == ("org/name", "model", 200)
     assert (await bench.client.get("/v1/models/org/name")).json() == model

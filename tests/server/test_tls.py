@@ -10,7 +10,7 @@ import pytest
 
 from kvist import settings
 from kvist.errors import ConfigError
-from kvist.server.config import ServerConfig
+from kvist.server.config import TlsOptions
 from kvist.server.serve import http_server
 from tests.server.conftest import MakeBench
 
@@ -28,8 +28,9 @@ def certificate(tmp_path: Path) -> dict[str, Any]:
 
 
 async def test_a_server_with_a_certificate_serves_https(make_bench: MakeBench, certificate: dict[str, Any]) -> None:
-    bench = make_bench(port=0, **certificate)
-    server = http_server(bench.app, bench.app.traffic, bench.config)
+    bench = make_bench(port=0)
+    tls = TlsOptions(**certificate)
+    server = http_server(bench.app, bench.app.traffic, bench.config, tls)
     task = asyncio.create_task(server.serve())
     async with asyncio.timeout(BOUND_S):
         while not server.started:
@@ -46,19 +47,19 @@ async def test_a_server_with_a_certificate_serves_https(make_bench: MakeBench, c
         writer.close()
         server.should_exit = True
         await task
-    assert bench.config.scheme == "https"
+    assert (tls.scheme, TlsOptions().scheme) == ("https", "http")
 
 
 async def test_a_certificate_that_cannot_be_used_is_an_error_at_start(
     make_bench: MakeBench, certificate: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="need each other"):
-        ServerConfig(ssl_certfile=certificate["ssl_certfile"])
+        TlsOptions(ssl_certfile=certificate["ssl_certfile"])
     bench = make_bench()
     for keyfile in (tmp_path / "nowhere.pem", certificate["ssl_certfile"]):
-        config = ServerConfig(ssl_certfile=certificate["ssl_certfile"], ssl_keyfile=keyfile)
+        tls = TlsOptions(ssl_certfile=certificate["ssl_certfile"], ssl_keyfile=keyfile)
         with pytest.raises(ConfigError, match="--ssl-keyfile"):
-            http_server(bench.app, bench.app.traffic, config)
+            http_server(bench.app, bench.app.traffic, bench.config, tls)
 
 
 def test_serve_and_router_have_the_certificate_options() -> None:
@@ -66,4 +67,4 @@ def test_serve_and_router_have_the_certificate_options() -> None:
     for verb, argv in (("serve", flags), ("router", ["--worker-urls", "http://a:1", *flags])):
         read = settings.read(verb, argv, {})
         assert isinstance(read, settings.ServeSettings | settings.RouterSettings)
-        assert read.server.scheme == "https"
+        assert read.front.tls.scheme == "https"

@@ -12,6 +12,7 @@ import pytest
 
 from kvist.engine.config import EngineConfig
 from kvist.errors import EngineError, ModelLoadError, Timeout
+from kvist.options import compose
 from kvist.supervisor import engine_process as child
 from kvist.supervisor.engine_process import EngineProcess, EngineState, EngineSupervisor, restart_wait_s
 from kvist.wire import EngineSpec
@@ -24,7 +25,7 @@ import os, select, signal, sys, time
 from kvist.testing.specs import make_spec
 from kvist.engine.messages import DRAIN, Beat, Progress, Ready, StartFailed, encode_line
 from kvist.engine.process import parse_config
-play = parse_config(sys.stdin.buffer.readline()).model_path
+play = parse_config(sys.stdin.buffer.readline()).options.model.model_path
 def say(announcement):
     sys.stdout.buffer.write(encode_line(announcement))
     sys.stdout.buffer.flush()
@@ -52,7 +53,7 @@ COMMAND = (sys.executable, "-c", SCRIPT)
 
 
 def config(play: str, **more: float) -> EngineConfig:
-    return EngineConfig(model_path=play, **more)  # type: ignore[arg-type]
+    return compose(EngineConfig, {"model_path": play, **more})
 
 
 async def start(play: str, progress: list[str] | None = None, **more: float) -> EngineProcess:

@@ -1,21 +1,53 @@
-"""The options of `kvist up` and `kvist demo` (number of workers) and of `kvist chat`."""
+"""The options of processes that serve HTTP, of `kvist up` and `kvist demo` (number of workers), and of `kvist chat`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvist.config import option
+from kvist.engine.config import NameOptions
 from kvist.errors import ConfigError
+from kvist.server.config import InstanceOptions, ServerConfig, TlsOptions
+from kvist.text import TextConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontOptions:
+    """The options of one process that serves HTTP."""
+
+    name: NameOptions = field(default_factory=NameOptions)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    tls: TlsOptions = field(default_factory=TlsOptions)
+    instance: InstanceOptions = field(default_factory=InstanceOptions)
+    text: TextConfig = field(default_factory=TextConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairOptions:
+    prefill: int = option(1, "prefill workers to start", unit="workers", minimum=0, maximum=64)
+    decode: int = option(1, "decode workers to start", unit="workers", minimum=0, maximum=64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnifiedOptions:
+    unified: int = option(0, "workers to start that do both prefill and decode", unit="workers", minimum=0, maximum=64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartOptions:
+    start_timeout_s: float = option(
+        300.0, "stop with an error if not every process is ready after this long", unit="seconds", minimum=1
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    prefill: int = option(1, "prefill workers to start", unit="workers", minimum=0, maximum=64)
-    decode: int = option(1, "decode workers to start", unit="workers", minimum=0, maximum=64)
-    unified: int = option(0, "workers to start that do both prefill and decode", unit="workers", minimum=0, maximum=64)
-    start_timeout_s: float = option(
-        300.0, "stop with an error if not every process is ready after this long", unit="seconds", minimum=1
-    )
+    """The workers to start. Raises `ConfigError` if there is none, or only one of prefill and decode."""
+
+    prefill: int = 1
+    decode: int = 1
+    unified: int = 0
+    start_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         if (self.prefill == 0) != (self.decode == 0):

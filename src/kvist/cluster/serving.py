@@ -29,21 +29,22 @@ from kvist.channel import (
 )
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.cluster.announce import announce, curl_example, router_example, shown_key
+from kvist.cluster.config import FrontOptions
 from kvist.cluster.lifeline import STOP_SIGNALS, handle_signals, stop_with_parent
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.stopping import Drain, StopSignals
 from kvist.engine.config import EngineConfig
 from kvist.event_loop import run_in_loop
 from kvist.output import output_to
-from kvist.request import WorkerId
-from kvist.router import Dispatcher, GatewayTokenizer, RouterConfig, build_dispatcher
+from kvist.request import Role, WorkerId
+from kvist.router import Dispatcher, GatewayTokenizer, LinkOptions, RouterConfig, WorkerUrls, build_dispatcher
 from kvist.router.stream import ClusterSnapshot
-from kvist.server.app import build_app
+from kvist.server.app import build_app, no_engine
 from kvist.server.config import ServerConfig
 from kvist.server.lifecycle import Lifecycle
 from kvist.server.serve import http_server
 from kvist.supervisor.engine_process import EngineSupervisor
-from kvist.text import SamplingDefaults, TextConfig, load_sampling_defaults, load_tokenizer
+from kvist.text import SamplingDefaults, TextConfig, Tokenizer, load_sampling_defaults, load_tokenizer
 from kvist.text.fingerprint import vocabulary_fingerprint
 from kvist.wire import EngineHealth, EngineSpec
 
@@ -65,56 +66,29 @@ class LocalEngineTransport(httpx.AsyncBaseTransport):
 
 
 def serve_worker(
-    *,
-    engine: EngineConfig,
-    server: ServerConfig,
-    text: TextConfig,
-    router: RouterConfig,
-    stop_with_stdin: bool = False,
+    *, engine: EngineConfig, front: FrontOptions, links: LinkOptions, stop_with_stdin: bool = False
 ) -> int:
     """Serve until SIGINT or SIGTERM, then return 0. Raises `KvistError` if the engine cannot start or the port is in
     use."""
-    channel = with_cluster_key(engine.channel, serves_alone=engine.role.serves_alone)
-    with _listening(server, stop_with_stdin) as (stop, listener, name):
-        checkpoint = find_checkpoint(engine.model_path)
-        url = f"{server.scheme}://{name}"
-        engine = replace(engine, worker_id=name, channel=channel)
+    role = engine.endpoint.role
+    channel = with_cluster_key(engine.options.channel, serves_alone=role.serves_alone)
+    with _listening(front, stop_with_stdin) as listening:
+        checkpoint = find_checkpoint(engine.options.model.model_path)
+        engine = replace(engine, worker_id=listening.name, options=replace(engine.options, channel=channel))
         supervisor = EngineSupervisor(engine, on_progress=StartProgress())
-        lifecycle = Lifecycle()
         transport = LocalEngineTransport(lambda: supervisor.spec, lambda: supervisor.health)
-        dispatcher = build_dispatcher(replace(router, worker_urls=(url,)), channel, transport=transport)
-        # prefill and decode workers are used through a router, which has the tokenizer
-        tokenizer = load_tokenizer(checkpoint, text) if engine.role.serves_alone else None
-        defaults = _sampling_defaults(checkpoint, text) if engine.role.serves_alone else None
-        app = build_app(
-            dispatcher=dispatcher,
-            tokenizer=tokenizer,
-            config=server,
-            model_name=checkpoint.name,
-            model_path=str(checkpoint.path),
-            sampling_defaults=defaults,
-            own_role=engine.role,
-            own_engine=lambda: supervisor.spec,
-            own_health=lambda: supervisor.health,
-            lifecycle=lifecycle,
-        )
-        logger.info("%s worker at %s is loading %s", engine.role, url, checkpoint.path)
-        if engine.role.serves_alone:
-            example = curl_example(url, api_key=shown_key(server.api_key))
-        else:
-            example = router_example(url, engine.role)
-        serving = Serving(
-            http=http_server(app, app.traffic, server),
-            listener=listener,
-            dispatcher=dispatcher,
+        router = RouterConfig(urls=WorkerUrls(worker_urls=(listening.url,)), links=links)
+        logger.info("%s worker at %s is loading %s", role, listening.url, checkpoint.path)
+        _serve(
+            front,
+            listening,
+            checkpoint,
+            dispatcher=build_dispatcher(router, channel, transport=transport),
+            # prefill and decode workers are used through a router, which has the tokenizer
+            tokenizer=load_tokenizer(checkpoint, front.text) if role.serves_alone else None,
             supervisor=supervisor,
-            answers_alone=engine.role.serves_alone,
-            lifecycle=lifecycle,
-            config=server,
-            stop=stop,
-            on_ready=_ready_announcer(url, None if stop_with_stdin else example),
+            role=role,
         )
-        run_in_loop(serving.run())
     return 0
 
 
@@ -122,44 +96,67 @@ def serve_router(
     *,
     router: RouterConfig,
     model_path: str | None,
-    server: ServerConfig,
-    text: TextConfig,
+    front: FrontOptions,
     channel: ChannelConfig,
     stop_with_stdin: bool = False,
 ) -> int:
     """Serve until SIGINT or SIGTERM, then return 0. Raises `ConfigError` for an invalid URL, a missing tokenizer or a
     port in use."""
     channel = with_cluster_key(channel)
-    with _listening(server, stop_with_stdin) as (stop, listener, name):
+    with _listening(front, stop_with_stdin) as listening:
         checkpoint = find_checkpoint(model_path)
-        key = server.api_key[0] if server.api_key else None  # the workers must accept this key, too
-        tokenizer = load_tokenizer(checkpoint, text)
+        keys = front.server.api_key
+        tokenizer = load_tokenizer(checkpoint, front.text)
         named = GatewayTokenizer(name=checkpoint.name, fingerprint=vocabulary_fingerprint(tokenizer))
-        dispatcher = build_dispatcher(router, channel, api_key=key, tokenizer=named)
-        lifecycle = Lifecycle()
-        app = build_app(
-            dispatcher=dispatcher,
-            tokenizer=tokenizer,
-            config=server,
-            model_name=checkpoint.name,
-            model_path=str(checkpoint.path),
-            sampling_defaults=_sampling_defaults(checkpoint, text),
-            lifecycle=lifecycle,
-        )
-        url = f"{server.scheme}://{name}"
-        logger.info("router at %s for %s", url, checkpoint.name)
-        example = curl_example(url, api_key=shown_key(server.api_key))
-        serving = Serving(
-            http=http_server(app, app.traffic, server),
-            listener=listener,
-            dispatcher=dispatcher,
-            lifecycle=lifecycle,
-            config=server,
-            stop=stop,
-            on_ready=_ready_announcer(url, None if stop_with_stdin else example),
-        )
-        run_in_loop(serving.run())
+        api_key = keys[0] if keys else None  # the workers must accept this key, too
+        dispatcher = build_dispatcher(router, channel, api_key=api_key, tokenizer=named)
+        logger.info("router at %s for %s", listening.url, checkpoint.name)
+        _serve(front, listening, checkpoint, dispatcher=dispatcher, tokenizer=tokenizer)
     return 0
+
+
+def _serve(
+    front: FrontOptions,
+    listening: Listening,
+    checkpoint: Checkpoint,
+    *,
+    dispatcher: Dispatcher,
+    tokenizer: Tokenizer | None,
+    supervisor: EngineSupervisor | None = None,
+    role: Role | None = None,
+) -> None:
+    """Serve HTTP until the end of the process: over the engine of `supervisor`, which has `role`, or as a router."""
+    lifecycle = Lifecycle()
+    app = build_app(
+        dispatcher=dispatcher,
+        tokenizer=tokenizer,
+        config=front.server,
+        model_name=front.name.served_model_name or checkpoint.name,
+        model_path=str(checkpoint.path),
+        sampling_defaults=None if tokenizer is None else _sampling_defaults(checkpoint, front.text),
+        own_role=role,
+        own_engine=no_engine if supervisor is None else lambda: supervisor.spec,
+        own_health=no_engine if supervisor is None else lambda: supervisor.health,
+        lifecycle=lifecycle,
+        instance_id=front.instance.instance_id,
+    )
+    answers_alone = role is None or role.serves_alone
+    if role is None or role.serves_alone:
+        example = curl_example(listening.url, api_key=shown_key(front.server.api_key))
+    else:
+        example = router_example(listening.url, role)
+    serving = Serving(
+        http=http_server(app, app.traffic, front.server, front.tls),
+        listener=listening.listener,
+        dispatcher=dispatcher,
+        supervisor=supervisor,
+        answers_alone=answers_alone,
+        lifecycle=lifecycle,
+        config=front.server,
+        stop=listening.stop,
+        on_ready=_ready_announcer(listening.url, example if listening.for_people else None),
+    )
+    run_in_loop(serving.run())
 
 
 def _sampling_defaults(checkpoint: Checkpoint, text: TextConfig) -> SamplingDefaults:
@@ -175,10 +172,20 @@ def _sampling_defaults(checkpoint: Checkpoint, text: TextConfig) -> SamplingDefa
     return defaults
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listening:
+    """The HTTP socket of this process, and its stop signals."""
+
+    stop: StopSignals
+    listener: socket.socket
+    name: WorkerId  # public name, HOST:PORT
+    url: str
+    for_people: bool  # started by hand: shows an example request when ready
+
+
 @contextlib.contextmanager
-def _listening(server: ServerConfig, stop_with_stdin: bool) -> Iterator[tuple[StopSignals, socket.socket, WorkerId]]:
-    """Yield the stop signals, the socket of the HTTP server, and the server's public name HOST:PORT."""
-    stop = StopSignals()
+def _listening(front: FrontOptions, stop_with_stdin: bool) -> Iterator[Listening]:
+    server, stop = front.server, StopSignals()
     with (
         handle_signals(stop, STOP_SIGNALS),
         contextlib.suppress(KeyboardInterrupt),  # a stop signal during the start
@@ -187,7 +194,9 @@ def _listening(server: ServerConfig, stop_with_stdin: bool) -> Iterator[tuple[St
         if stop_with_stdin:
             drain_s = max(server.shutdown_timeout_s, server.drain_grace_s)
             stop_with_parent(stop=stop.stop, hurry=stop.hurry, drain_s=drain_s)
-        yield stop, listener, WorkerId(f"{host_to_name(server.host, socket.gethostname())}:{listener.getsockname()[1]}")
+        name = WorkerId(f"{host_to_name(server.host, socket.gethostname())}:{listener.getsockname()[1]}")
+        url = f"{front.tls.scheme}://{name}"
+        yield Listening(stop=stop, listener=listener, name=name, url=url, for_people=not stop_with_stdin)
 
 
 class StartProgress:

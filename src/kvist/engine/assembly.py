@@ -21,7 +21,7 @@ from kvist.channel import EngineChannel, Member, bracketed, with_cluster_key
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.clock import Clock, MonotonicClock, thread_cpu_clock
 from kvist.cores import num_usable_cores
-from kvist.engine.config import EngineConfig, HostTierConfig, StorageConfig
+from kvist.engine.config import EngineConfig, HostTierConfig, ModelOptions, StorageConfig
 from kvist.engine.limits import resolve_limits
 from kvist.engine.loop import EngineLoop, LoopParts
 from kvist.engine.progress import ProgressWatch
@@ -86,16 +86,20 @@ class Fingerprints:
 def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> Engine:
     """Build an engine that is ready to serve. Raises `ConfigError` or `ModelLoadError` and leaves nothing behind."""
     with contextlib.ExitStack() as closing:
-        runtime_dir = user_runtime_dir(config.runtime_dir)
+        runtime_dir = user_runtime_dir(config.options.runtime.runtime_dir)
         sweep(runtime_dir)
         closing.callback(remove_leftovers, runtime_dir)  # called after our own lock is released
-        config = dataclasses.replace(config, channel=with_cluster_key(config.channel))
-        member = Member(config.channel.cluster_key)
+        channel = with_cluster_key(config.options.channel)
+        config = dataclasses.replace(config, options=dataclasses.replace(config.options, channel=channel))
+        member = Member(channel.cluster_key)
         closing.callback(EpochLock(runtime_dir, member.epoch).close)
-        served = find_served_model(config)
+        options = config.options
+        served = find_served_model(options.model, options.scheduler.context_length)
         # In parallel with loading, which reads the same files and leaves cores idle.
-        fingerprinting = Background(partial(compute_fingerprints, served.checkpoint, config), "kvist-fingerprint")
-        limits = resolve_limits(config.scheduler, device=device_type(config.device), role=config.role)
+        fingerprinting = Background(
+            partial(compute_fingerprints, served.checkpoint, options.runner), "kvist-fingerprint"
+        )
+        limits = resolve_limits(options.scheduler, device=device_type(options.runner.device), role=config.endpoint.role)
         logger.info(
             "a step takes up to %d requests, usually %d tokens and at most %d; the next step is planned %s",
             limits.max_running_requests,
@@ -103,7 +107,8 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
             limits.max_prefill_tokens,
             "during the current one" if limits.overlap else "after the current one",
         )
-        runner = load_runner(config, limits, served, runtime_dir, progress)
+        runner_config = make_runner_config(options.runner, limits, runtime_dir, options.scheduler.context_length)
+        runner = load_runner(runner_config, served, runtime_dir, progress)
         closing.callback(runner.close)
         logger.info("page pool: %s", runner.pool_reason)
         warm_up(runner, progress)
@@ -129,32 +134,46 @@ def _num_cores_for_us(runtime_dir: Path) -> int:
 # ---------------------------------------------------------------- model and pages
 
 
-def find_served_model(config: EngineConfig) -> ServedModel:
-    checkpoint = find_checkpoint(config.model_path)
+def find_served_model(model: ModelOptions, context_length: int | None = None) -> ServedModel:
+    """Find the model. Raises `ConfigError` if it was not trained for `context_length` tokens."""
+    checkpoint = find_checkpoint(model.model_path)
     model_config = load_model_config(checkpoint)
     trained_for = model_config.max_position_embeddings
-    if config.context_length is not None and config.context_length > trained_for:
+    if context_length is not None and context_length > trained_for:
         raise ConfigError(
-            f"--context-length {config.context_length} is more than the model was trained for ({trained_for} tokens)",
+            f"--context-length {context_length} is more than the model was trained for ({trained_for} tokens)",
             param="context_length",
         )
     return ServedModel(checkpoint=checkpoint, config=model_config)
 
 
-def compute_fingerprints(checkpoint: Checkpoint, config: EngineConfig) -> Fingerprints:
+def compute_fingerprints(checkpoint: Checkpoint, options: RunnerOptions) -> Fingerprints:
     """Compute both fingerprints. Raises `ModelLoadError`."""
-    is_dummy = config.load_format == "dummy"
+    is_dummy = options.load_format == "dummy"
     # Dummy weights of another seed give other pages for the same checkpoint.
-    suffix = f"-dummy-{config.random_seed}" if is_dummy else ""
+    suffix = f"-dummy-{options.random_seed}" if is_dummy else ""
     return Fingerprints(
         model=model_fingerprint(checkpoint, with_weights=not is_dummy) + suffix,
         tokenizer=tokenizer_fingerprint(checkpoint),
     )
 
 
+def make_runner_config(
+    options: RunnerOptions, limits: SchedulerConfig, runtime_dir: Path, context_length: int | None = None
+) -> RunnerConfig:
+    """Make the runner's settings from the options and the resolved limits of a step."""
+    if not options.num_threads:
+        options = dataclasses.replace(options, num_threads=_num_cores_for_us(runtime_dir))
+    return RunnerConfig(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(RunnerOptions)},
+        context_length=context_length,
+        max_running_requests=limits.max_running_requests,
+        max_batch_tokens=limits.max_prefill_tokens,
+    )
+
+
 def load_runner(
-    config: EngineConfig,
-    limits: SchedulerConfig,
+    config: RunnerConfig,
     served: ServedModel,
     runtime_dir: Path,
     progress: Callable[[str], None],
@@ -167,12 +186,7 @@ def load_runner(
             last_tenth = tenth
             progress(f"loading weights {10 * tenth}%")
 
-    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunnerOptions)}
-    options["num_threads"] = config.num_threads or _num_cores_for_us(runtime_dir)
-    runner_config = RunnerConfig(
-        **options, max_running_requests=limits.max_running_requests, max_batch_tokens=limits.max_prefill_tokens
-    )
-    return build_runner(served.checkpoint, served.config, runner_config, runtime_dir=runtime_dir, progress=on_tensor)
+    return build_runner(served.checkpoint, served.config, config, runtime_dir=runtime_dir, progress=on_tensor)
 
 
 def warm_up(runner: AnyRunner, progress: Callable[[str], None]) -> None:
@@ -209,17 +223,17 @@ def _assemble(
     closing: contextlib.ExitStack,
 ) -> Engine:
     with closing:  # closes every part after an error
-        pool = runner.pool
+        pool, options, endpoint = runner.pool, config.options, config.endpoint
         channel = EngineChannel(
-            f"tcp://{bracketed(config.engine_host)}:{config.engine_port or '*'}",
+            f"tcp://{bracketed(endpoint.engine_host)}:{endpoint.engine_port or '*'}",
             member=member,
-            config=config.channel,
-            advertise_host=config.engine_advertise_host,
+            config=options.channel,
+            advertise_host=endpoint.engine_advertise_host,
         )
         closing.callback(channel.close)
-        if pool.export_error and not config.role.serves_alone:
+        if pool.export_error and not endpoint.role.serves_alone:
             raise ConfigError(
-                f"--role {config.role}: this GPU's memory cannot be shared: {pool.export_error}", param="role"
+                f"--role {endpoint.role}: this GPU's memory cannot be shared: {pool.export_error}", param="role"
             )
         transport = make_transport(pool, runtime_dir=runtime_dir, wakeup=channel.wakeup)
         closing.callback(transport.close)
@@ -230,7 +244,7 @@ def _assemble(
         clock = MonotonicClock()
         pool_closing = closing.enter_context(contextlib.ExitStack())
         with allocation_lock(runtime_dir):
-            host_pool = make_host_pool(config.host_tier, pool, spec.namespace, pool_closing)
+            host_pool = make_host_pool(options.host_tier, pool, spec.namespace, pool_closing)
         host_tier: HostTier | None = None
         mover: PageMover | None = None
         storage: EngineStorage | None = None
@@ -240,22 +254,22 @@ def _assemble(
                 host_tier.restore(host_pool.persistent.restore())
             mover = PageMover(pool, host_pool, wakeup=channel.wakeup, clock=clock)
             closing.callback(mover.close)
-            storage = make_storage(config.storage, host_pool, spec.namespace, channel.wakeup, clock)
+            storage = make_storage(options.storage, host_pool, spec.namespace, channel.wakeup, clock)
             closing.callback(_close_storage, storage, pool_closing)
             storage.open_configured()
         cache = PageCache(
             num_pages=pool.num_pages,
-            page_size=config.page_size,
+            page_size=options.runner.page_size,
             namespace=spec.namespace,
             host=host_tier,
-            write_policy=config.host_tier.hicache_write_policy,
+            write_policy=options.host_tier.hicache_write_policy,
             storage=None
             if host_tier is None
-            else StorageTier(host_tier, config.storage.prefetch(), page_size=config.page_size),
+            else StorageTier(host_tier, options.storage.prefetch(), page_size=options.runner.page_size),
         )
         parts = LoopParts(
             spec=spec,
-            scheduler=build_scheduler(config.role, scheduler_config, cache, member.epoch, pool.address),
+            scheduler=build_scheduler(endpoint.role, scheduler_config, cache, member.epoch, pool.address),
             runner=runner,
             channel=channel,
             transport=transport,
@@ -263,7 +277,7 @@ def _assemble(
             mover=mover,
             storage=storage,
             clock=clock,
-            gateway_timeout_s=config.gateway_timeout_s,
+            gateway_timeout_s=options.watch.gateway_timeout_s,
             overlap=limits.overlap,
         )
         loop = EngineLoop(parts)
@@ -271,7 +285,7 @@ def _assemble(
             runner.between_layers = loop.between_layers
         watch = ProgressWatch(
             lambda: loop.num_iterations,
-            limit_s=config.stall_restart_s,
+            limit_s=options.watch.stall_restart_s,
             loop_cpu_s=None if pool.tensor.is_cuda else thread_cpu_clock(threading.get_ident()),
         )
         closing.callback(watch.stop)
@@ -348,20 +362,21 @@ def _describe(
     return EngineSpec(
         worker_id=WorkerId(config.worker_id or endpoint.removeprefix("tcp://")),
         epoch=epoch,
-        role=config.role,
+        role=config.endpoint.role,
         endpoint=endpoint,
         model_fingerprint=fingerprints.model,
         tokenizer_fingerprint=fingerprints.tokenizer,
-        model_name=config.served_model_name or served.checkpoint.name,
+        model_name=config.name.served_model_name or served.checkpoint.name,
         vocab_size=served.config.vocab_size,
         max_model_len=min(
-            config.context_length or served.config.max_position_embeddings, pool.num_pages * config.page_size
+            config.options.scheduler.context_length or served.config.max_position_embeddings,
+            pool.num_pages * pool.layout.page_size,
         ),
-        page_size=config.page_size,
+        page_size=pool.layout.page_size,
         num_pages=pool.num_pages,
         namespace=namespace(fingerprints.model, pool.whole_layout),
         dtype=pool.layout.dtype,
-        tp_size=config.tp,
+        tp_size=config.options.runner.tp,
         max_running_requests=limits.max_running_requests,
         max_queued_requests=limits.max_queued_requests,
     )

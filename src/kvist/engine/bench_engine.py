@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from kvist.clock import Clock, MonotonicClock
-from kvist.engine.assembly import find_served_model, freeze_gc, load_runner, warm_up
+from kvist.engine.assembly import find_served_model, freeze_gc, load_runner, make_runner_config, warm_up
 from kvist.engine.bench_shapes import Shape, StepsConfig
-from kvist.engine.config import EngineConfig
+from kvist.engine.config import ModelOptions, RuntimeOptions
 from kvist.errors import ConfigError
 from kvist.kv.cache import PageCache
 from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
@@ -33,6 +33,7 @@ from kvist.plan.batch import Batch
 from kvist.plan.events import Event, StepFinished
 from kvist.plan.slots import OpenSlots
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams
+from kvist.runner.config import RunnerOptions
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.transfer.epoch import EpochLock, new_epoch, sweep
@@ -61,20 +62,20 @@ class ShapeResult:
     overlapped_s: float | None  # wall time of a step while the next one is planned and launched
 
 
-def run_bench_engine(engine: EngineConfig, config: StepsConfig) -> int:
+def run_bench_engine(config: StepsConfig, model: ModelOptions, options: RunnerOptions, runtime: RuntimeOptions) -> int:
     """Print a table; return the exit status. Raises `ConfigError`, also if a shape does not fit the model or pool."""
     limits = scheduler_limits(config.parsed)  # the runner sizes its buffers and graphs by these limits
     with contextlib.ExitStack() as closing:
-        runtime_dir = user_runtime_dir(engine.runtime_dir)
+        runtime_dir = user_runtime_dir(runtime.runtime_dir)
         sweep(runtime_dir)
         closing.callback(EpochLock(runtime_dir, new_epoch()).close)
-        served = find_served_model(engine)
-        runner = load_runner(engine, limits, served, runtime_dir, lambda _text: None)
+        served = find_served_model(model)
+        runner = load_runner(make_runner_config(options, limits, runtime_dir), served, runtime_dir, lambda _text: None)
         closing.callback(runner.close)
         warm_up(runner, lambda _text: None)
         freeze_gc()
         device = runner.pool.tensor.device
-        ranks = f", {engine.tp} ranks" if engine.tp > 1 else ""
+        ranks = f", {options.tp} ranks" if options.tp > 1 else ""
         name, dtype = served.checkpoint.name, runner.pool.layout.dtype
         print(f"{name} in {dtype} on {device}{ranks}, attention {runner.attention_name}")
         print(f"pool: {runner.pool_reason}")
@@ -88,7 +89,7 @@ def run_bench_engine(engine: EngineConfig, config: StepsConfig) -> int:
             results.append(ShapeResult(shape=shape, steps=bench.measure_parts(), overlapped_s=overlapped_s))
             print(line(results[-1]), flush=True)
     if config.json_path is not None:
-        _write(config.json_path, results, {"model": served.checkpoint.name, "device": str(device), "tp": engine.tp})
+        _write(config.json_path, results, {"model": served.checkpoint.name, "device": str(device), "tp": options.tp})
     return 0
 
 

@@ -1,4 +1,5 @@
-"""The settings of one engine process. A flag that means the same as in SGLang has SGLang's name."""
+"""The options of an engine, in groups, and the settings of one engine process. A flag that means the same as in SGLang
+has SGLang's name."""
 
 from __future__ import annotations
 
@@ -138,17 +139,25 @@ class StorageConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig(RunnerOptions):
-    """The settings that `kvist serve` sends to its engine as JSON. Raises `ConfigError` when settings contradict."""
-
+class ModelOptions:
     model_path: str | None = option(
         None,
         "Hugging Face model folder or GGUF file; by default the embedded SmolLM2-135M-Instruct",
         aliases=("model",),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NameOptions:
     served_model_name: str | None = option(
         None, "the model's name in the API; by default the name of its folder or file"
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointOptions:
+    """The role and the socket of one engine. `kvist up` sets both itself."""
+
     role: Role = option(
         Role.UNIFIED,
         "prefill computes prompts and hands their pages to decode, decode generates the answers, unified does both",
@@ -160,9 +169,19 @@ class EngineConfig(RunnerOptions):
         None,
         "this host's name or address for other hosts; needed if --engine-host is a wildcard such as 0.0.0.0",
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeOptions:
     runtime_dir: str | None = option(
         None, "folder of the page pools and lock files, shared by all workers of this host; by default in shared memory"
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchOptions:
+    """How long the engine and its parent wait for a process that is silent."""
+
     gateway_timeout_s: float = option(
         15.0, "abort the requests of a gateway that has sent nothing for this long", unit="s", minimum=0.1
     )
@@ -174,23 +193,44 @@ class EngineConfig(RunnerOptions):
         unit="s",
         minimum=1,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """The options of every verb that starts engines. Raises `ConfigError` when settings contradict each other."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    runner: RunnerOptions = field(default_factory=RunnerOptions)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    watch: WatchOptions = field(default_factory=WatchOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     channel: ChannelConfig = field(default_factory=ChannelConfig)
     host_tier: HostTierConfig = field(default_factory=HostTierConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-
-    worker_id: str = ""  # the worker's public name; empty: its engine endpoint
 
     def __post_init__(self) -> None:
-        if self.tp > 1 and not self.role.serves_alone:
-            raise ConfigError(
-                f"--tp {self.tp} with --role {self.role}: tensor-parallel engines cannot hand pages over yet; "
-                "use --tp 1, or --role unified",
-                param="tp",
-            )
         if self.storage != StorageConfig() and not self.host_tier.enable_hierarchical_cache:
             raise ConfigError(
                 "the --hicache-storage options need the host tier, which is off: add --enable-hierarchical-cache",
                 param="enable_hierarchical_cache",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The settings that `kvist serve` sends to its engine as JSON. Raises `ConfigError` when settings contradict."""
+
+    options: EngineOptions = field(default_factory=EngineOptions)
+    endpoint: EndpointOptions = field(default_factory=EndpointOptions)
+    name: NameOptions = field(default_factory=NameOptions)
+    log: LogConfig = field(default_factory=LogConfig)
+    worker_id: str = ""  # the worker's public name; empty: its engine endpoint
+
+    def __post_init__(self) -> None:
+        tp, role = self.options.runner.tp, self.endpoint.role
+        if tp > 1 and not role.serves_alone:
+            raise ConfigError(
+                f"--tp {tp} with --role {role}: tensor-parallel engines cannot hand pages over yet; "
+                "use --tp 1, or --role unified",
+                param="tp",
             )

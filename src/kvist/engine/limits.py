@@ -7,7 +7,6 @@ a default.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 from kvist.request import Role
@@ -44,11 +43,15 @@ def resolve_limits(options: SchedulerOptions, *, device: str, role: Role) -> Sch
         num_running = auto.num_running if budget is None else min(auto.num_running, budget)
     if budget is None:
         budget = -(-max(auto.most, num_running, chunk or 0) // _ROUND_TO) * _ROUND_TO
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(SchedulerOptions)}
-    resolved = {
-        "max_running_requests": num_running,
-        "max_prefill_tokens": budget,
-        "chunked_prefill_size": min(auto.usual, budget) if chunk is None else chunk,
-        "overlap": device == "cuda" if options.overlap is None else options.overlap,
-    }
-    return SchedulerConfig(**{**given, **resolved})
+    return SchedulerConfig(
+        max_running_requests=num_running,
+        max_queued_requests=options.max_queued_requests,
+        chunked_prefill_size=min(auto.usual, budget) if chunk is None else chunk,
+        max_prefill_tokens=budget,
+        overlap=device == "cuda" if options.overlap is None else options.overlap,
+        queue_timeout_s=options.queue_timeout_s,
+        grant_timeout_s=options.grant_timeout_s,
+        handoff_timeout_s=options.handoff_timeout_s,
+        ack_timeout_s=options.ack_timeout_s,
+        max_remembered_handoffs=options.max_remembered_handoffs,
+    )

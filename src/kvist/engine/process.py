@@ -94,7 +94,8 @@ def parse_config(settings: bytes) -> EngineConfig:
 
 
 def _build(config: EngineConfig, announce: Callable[[Announcement], None]) -> Engine:
-    find_checkpoint(config.model_path)  # report a wrong path before torch is imported, which takes seconds
+    # report a wrong path before torch is imported, which takes seconds
+    find_checkpoint(config.options.model.model_path)
     from kvist.engine.assembly import build_engine
 
     def progress(text: str) -> None:

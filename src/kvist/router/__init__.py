@@ -11,13 +11,21 @@ import httpx
 from kvist.channel import ChannelConfig
 from kvist.clock import MonotonicClock
 from kvist.request import Role
-from kvist.router.config import RouterConfig
+from kvist.router.config import LinkOptions, RouterConfig, RoutingOptions, WorkerUrls
 from kvist.router.discovery import normal_url
 from kvist.router.dispatch import Dispatcher
 from kvist.router.fleet import Fleet
 from kvist.router.registry import GatewayTokenizer, Registry
 
-__all__ = ["Dispatcher", "GatewayTokenizer", "RouterConfig", "build_dispatcher"]
+__all__ = [
+    "Dispatcher",
+    "GatewayTokenizer",
+    "LinkOptions",
+    "RouterConfig",
+    "RoutingOptions",
+    "WorkerUrls",
+    "build_dispatcher",
+]
 
 
 def build_dispatcher(
@@ -37,7 +45,7 @@ def build_dispatcher(
     clock = MonotonicClock()
     registry = Registry(config, tokenizer)
     fleet = Fleet(registry=registry, config=config, channel=channel, clock=clock, transport=transport, api_key=api_key)
-    named = ((config.worker_urls, None), (config.prefill, Role.PREFILL), (config.decode, Role.DECODE))
+    named = ((config.urls.worker_urls, None), (config.urls.prefill, Role.PREFILL), (config.urls.decode, Role.DECODE))
     for urls, role in named:
         for url in urls:
             registry.add(normal_url(url), role, clock.now_s())

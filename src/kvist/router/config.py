@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvist.config import option
 from kvist.door import Given, choice_of, options_of_choice
@@ -10,10 +10,18 @@ from kvist.router.policies import POLICIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RouterConfig:
+class WorkerUrls:
+    """The workers of a router."""
+
     prefill: tuple[str, ...] = option((), "URLs of prefill workers, http://HOST:PORT (unified workers are allowed too)")
     decode: tuple[str, ...] = option((), "URLs of decode workers, http://HOST:PORT")
     worker_urls: tuple[str, ...] = option((), "URLs of workers; each is used in the role that it was started with")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingOptions:
+    """The choice of a worker for a request."""
+
     policy: str = choice_of(POLICIES, "cache_aware", "routing policy")
     policy_options: Given = options_of_choice(POLICIES, chosen_by="policy", title="routing policy")
     max_known_pages: int = option(
@@ -22,6 +30,12 @@ class RouterConfig:
         unit="pages",
         minimum=0,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkOptions:
+    """The time limits of a gateway towards its workers, and of requests at them."""
+
     keepalive_s: float = option(
         2.0, "interval between keep-alive messages to each engine", unit="seconds", minimum=0.05
     )
@@ -46,3 +60,10 @@ class RouterConfig:
     retry_after_s: float = option(
         1.0, "Retry-After of a refusal if there is no better estimate", unit="seconds", minimum=0.0
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    urls: WorkerUrls = field(default_factory=WorkerUrls)
+    routing: RoutingOptions = field(default_factory=RoutingOptions)
+    links: LinkOptions = field(default_factory=LinkOptions)

@@ -134,7 +134,7 @@ class Dispatcher:
         engine reported, `WorkerLost`, `HandoffFailed`, `Timeout`. A request that fails before its first token is
         retried once on other workers."""
         loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + self._config.request_timeout_s
+        deadline_s = loop.time() + self._config.links.request_timeout_s
         flight = self._launch(request, self._router.choose(request))
         may_retry, delivered = True, False
         while True:
@@ -160,7 +160,7 @@ class Dispatcher:
 
         Raises `Unavailable` if no worker is ready, `Timeout` naming the workers that did not answer."""
         command = wire.FlushCache(call_id=secrets.token_hex(8), tier=tier)
-        answers = await self._call_all(command, self._config.flush_timeout_s)
+        answers = await self._call_all(command, self._config.links.flush_timeout_s)
         return {
             worker_id: flushed.num_pages for worker_id, flushed in answers.items() if isinstance(flushed, wire.Flushed)
         }
@@ -170,7 +170,7 @@ class Dispatcher:
 
         Raises `Unavailable` if no worker is ready, `Timeout` naming the workers that did not answer."""
         command = msgspec.structs.replace(command, call_id=secrets.token_hex(8))
-        answers = await self._call_all(command, self._config.storage_timeout_s)
+        answers = await self._call_all(command, self._config.links.storage_timeout_s)
         return {worker_id: answer for worker_id, answer in answers.items() if isinstance(answer, wire.StorageAnswer)}
 
     async def _call_all(
@@ -242,7 +242,7 @@ class Dispatcher:
             flight.open.discard(worker)
             if worker is not flight.prefill or worker is flight.decode or not flight.decode_began:
                 error = WorkerLost(f"worker {worker.worker_id} was lost while it had the request: {reason}")
-                error.retry_after_s = self._config.retry_after_s
+                error.retry_after_s = self._config.links.retry_after_s
                 self._fail(flight, error, worker)
             self._forget_if_ended(flight)
 
@@ -337,7 +337,7 @@ class Dispatcher:
 
     async def _sweep_forever(self) -> None:
         while True:
-            await asyncio.sleep(self._config.keepalive_s)
+            await asyncio.sleep(self._config.links.keepalive_s)
             self.sweep()
 
     def sweep(self) -> None:

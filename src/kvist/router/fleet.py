@@ -93,7 +93,7 @@ class Fleet:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                timeout_s = self._config.discovery_timeout_s
+                timeout_s = self._config.links.discovery_timeout_s
                 worker.endpoint = (await self._find(worker, timeout_s)).endpoint
                 reason = await self._run_link(worker)
                 if worker.state is WorkerState.READY:
@@ -134,20 +134,20 @@ class Fleet:
             config=self._channel,
         )
         now_s = worker.last_message_s = next_hello_s = self._clock.now_s()
-        look_s = min(self._config.keepalive_s, self._config.worker_timeout_s / 10)
+        look_s = min(self._config.links.keepalive_s, self._config.links.worker_timeout_s / 10)
         oversleep = Oversleep(now_s, longest_s=2 * look_s)
         self._links[worker] = link
         try:
             link.open()
             while not lost.done():
                 if now_s >= next_hello_s:
-                    next_hello_s = now_s + self._config.keepalive_s
+                    next_hello_s = now_s + self._config.links.keepalive_s
                     link.send(wire.Hello(gateway_id=self._gateway_id, resync=worker.needs_snapshot))
                 await asyncio.wait((lost,), timeout=look_s)
                 now_s = self._clock.now_s()
                 worker.last_message_s += oversleep.look(now_s)
                 silent_s = now_s - worker.last_message_s
-                if silent_s > self._config.worker_timeout_s and not lost.done():
+                if silent_s > self._config.links.worker_timeout_s and not lost.done():
                     if reason := await self._silence_reason(worker, silent_s):
                         on_lost(reason)
                     oversleep.look(self._clock.now_s())
@@ -158,7 +158,7 @@ class Fleet:
 
     async def _find(self, worker: Worker, timeout_s: float) -> discovery.FoundEngine:
         assert self._http is not None
-        stalled_s = self._config.worker_timeout_s / 2  # the reported state is about a second old
+        stalled_s = self._config.links.worker_timeout_s / 2  # the reported state is about a second old
         return await discovery.find_engine(self._http, worker.url, timeout_s=timeout_s, stalled_s=stalled_s)
 
     async def _silence_reason(self, worker: Worker, silent_s: float) -> str:
@@ -167,7 +167,7 @@ class Fleet:
         if worker.state is WorkerState.JOINING:
             return f"{reason}: it is still loading, or not running"
         try:
-            found = await self._find(worker, min(_ASK_S, self._config.discovery_timeout_s))
+            found = await self._find(worker, min(_ASK_S, self._config.links.discovery_timeout_s))
         except Unavailable as error:
             return f"{reason}: {error.message}"
         if found.health is None or found.endpoint != worker.endpoint:

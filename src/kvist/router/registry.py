@@ -150,7 +150,7 @@ class Registry:
     def add(self, url: str, role: Role | None, now_s: float) -> Worker:
         if url in self._workers:
             raise ConfigError(f"the worker {url} is named twice")
-        pages = KnownPages(self._config.max_known_pages)
+        pages = KnownPages(self._config.routing.max_known_pages)
         worker = Worker(url=url, wanted_role=role, last_message_s=now_s, known_pages=pages, problem="no message yet")
         self._workers[url] = worker
         return worker
@@ -247,7 +247,7 @@ class Registry:
             logger.warning(
                 "worker %s has more cached pages than the %d tracked here: raise --max-known-pages for better routing",
                 worker.worker_id,
-                self._config.max_known_pages,
+                self._config.routing.max_known_pages,
             )
 
     def _problem(self, worker: Worker, welcome: Welcome) -> str:

@@ -83,8 +83,8 @@ class Router:
     def __init__(self, config: RouterConfig, registry: Registry) -> None:
         self._config = config
         self._registry = registry
-        self._prompt_policy = POLICIES[config.policy].make(config.policy_options)
-        self._decode_policy = POLICIES[config.policy].make(config.policy_options)
+        self._prompt_policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
+        self._decode_policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
         # The last prompt, its salt, and its digests by namespace: the n answers to one prompt are routed in sequence.
         self._digested: tuple[tuple[int, ...], str, dict[str, list[bytes]]] = ((), "", {})
 
@@ -144,7 +144,7 @@ class Router:
             for worker in self._registry.workers
             if worker.state is not WorkerState.READY
         ]
-        return Unavailable("; ".join([problem, *known[:4]]), retry_after_s=self._config.retry_after_s)
+        return Unavailable("; ".join([problem, *known[:4]]), retry_after_s=self._config.links.retry_after_s)
 
     def _too_long_error(self, request: EngineRequest, ready: Candidates) -> KvistError:
         """Build the error for a request that fits no ready route; retryable if a lost or draining worker would fit."""
@@ -154,7 +154,7 @@ class Router:
             names = ", ".join(f"{worker.worker_id} is {worker.state.value}" for worker in away.all())
             return Unavailable(
                 f"no ready worker can hold a request of this length, and {names}: retry later",
-                retry_after_s=self._config.retry_after_s,
+                retry_after_s=self._config.links.retry_after_s,
             )
         num_prompt, num_output = request.num_prompt_tokens, request.sampling.max_tokens
         writers = [*ready.unified, *(ready.decode if ready.prefill else ready.prefill)]

@@ -31,13 +31,6 @@ class RunnerOptions:
     base_gpu_id: int = option(
         0, "index of this worker's first GPU, from 0; with --tp N it uses N consecutive GPUs", minimum=0
     )
-    context_length: int | None = option(
-        None,
-        "maximum length of prompt plus answer; by default the model's own maximum",
-        unit="tokens",
-        aliases=("max-model-len",),
-        minimum=2,
-    )
     tp: int = option(
         1,
         "tensor parallel size: the number of ranks that split each layer; on GPUs, one GPU per rank",
@@ -90,5 +83,6 @@ class RunnerOptions:
 class RunnerConfig(RunnerOptions):
     """`num_threads` are those of the whole engine, divided among its ranks; 0: torch's default."""
 
+    context_length: int | None = None  # limit of prompt plus answer; None: the model's own
     max_running_requests: int = 128  # the size of GPU buffers and graphs
     max_batch_tokens: int = 1024

@@ -1,7 +1,7 @@
 """The scheduler's settings: limits on running and queued requests, step sizes, and timeouts.
 
-`SchedulerOptions` are the options of the user; None is "auto". `SchedulerConfig` has every option resolved to a number,
-by engine/limits.py once the device is known.
+`SchedulerOptions` are the options of the user; None is "auto". `SchedulerConfig` has the resolved numbers, made by
+engine/limits.py once the device is known.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ AUTO = "auto"
 class SchedulerOptions:
     """Raises `ConfigError` when two settings contradict each other."""
 
+    context_length: int | None = option(
+        None,
+        "maximum length of prompt plus answer; by default the model's own maximum",
+        unit="tokens",
+        aliases=("max-model-len",),
+        minimum=2,
+    )
     max_running_requests: int | None = option(
         None,
         "most requests computed together; further requests wait in the queue. auto is 128 on a CPU, 256 on a GPU",
@@ -80,22 +87,38 @@ class SchedulerOptions:
     )
 
     def __post_init__(self) -> None:
-        budget, num_running = self.max_prefill_tokens, self.max_running_requests
-        if budget is not None and num_running is not None and budget < num_running:
-            raise ConfigError(
-                f"--max-prefill-tokens {budget} is below --max-running-requests {num_running}: each running request "
-                "needs one token a step; raise the first or lower the second",
-                param="max_prefill_tokens",
-            )
+        if self.max_prefill_tokens is not None and self.max_running_requests is not None:
+            _check_budget(self.max_prefill_tokens, self.max_running_requests)
+
+
+_DEFAULTS = SchedulerOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig(SchedulerOptions):
-    """The options with every "auto" resolved, and the limits of the model. Raises `ConfigError` as the options do."""
+class SchedulerConfig:
+    """The scheduler's limits as numbers, for one device and one model. Raises `ConfigError` as the options do."""
 
     max_running_requests: int
+    max_queued_requests: int = _DEFAULTS.max_queued_requests
     chunked_prefill_size: int
     max_prefill_tokens: int
     overlap: bool = False
+    queue_timeout_s: float = _DEFAULTS.queue_timeout_s
+    grant_timeout_s: float = _DEFAULTS.grant_timeout_s
+    handoff_timeout_s: float = _DEFAULTS.handoff_timeout_s
+    ack_timeout_s: float = _DEFAULTS.ack_timeout_s
+    max_remembered_handoffs: int = _DEFAULTS.max_remembered_handoffs
     max_model_len: int = 4096  # prompt and answer together
     eos_token_ids: tuple[int, ...] = ()  # tokens that end an answer
+
+    def __post_init__(self) -> None:
+        _check_budget(self.max_prefill_tokens, self.max_running_requests)
+
+
+def _check_budget(budget: int, num_running: int) -> None:
+    if budget < num_running:
+        raise ConfigError(
+            f"--max-prefill-tokens {budget} is below --max-running-requests {num_running}: each running request "
+            "needs one token a step; raise the first or lower the second",
+            param="max_prefill_tokens",
+        )

@@ -68,7 +68,7 @@ class Admin:
         await send_json(send, {"status": "ready", **self._instance()})
 
     def _instance(self) -> dict[str, str]:
-        instance_id = self._gateway.config.instance_id
+        instance_id = self._gateway.instance_id
         return {} if instance_id is None else {"instance_id": instance_id}
 
     async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -74,12 +74,13 @@ def build_app(
     own_engine: Callable[[], EngineSpec | None] = no_engine,
     own_health: Callable[[], EngineHealth | None] = no_engine,
     lifecycle: Lifecycle | None = None,
+    instance_id: str | None = None,
     clock: Clock | None = None,
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED),
 ) -> TrafficMiddleware:
     """Build the ASGI application.
 
-    `config.served_model_name` overrides `model_name`. On the HTTP port of a worker, `own_role` is the role of its
+    `instance_id` is shown by /health and /ready. On the HTTP port of a worker, `own_role` is the role of its
     engine: a prefill or decode worker needs no tokenizer, refuses generation, and its error names the router. Clients
     on this host may read the tokenizer from `model_path`.
     `own_engine` and `own_health` return what /server_info calls `engine` and `engine_health`."""
@@ -95,7 +96,8 @@ def build_app(
         dispatcher=dispatcher,
         tokenizer=tokenizer,
         config=config,
-        model_name=config.served_model_name or model_name,
+        model_name=model_name,
+        instance_id=instance_id,
         metrics=gateway_metrics,
         clock=clock,
         draw_seed=draw_seed,

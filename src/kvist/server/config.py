@@ -53,12 +53,6 @@ class ServerConfig:
     header_timeout_s: float = option(
         30.0, "maximum time for the header of a request to arrive; slower requests get 408", unit="s", minimum=0.001
     )
-    ssl_certfile: Path | None = option(None, "PEM file with the certificate chain; serves HTTPS instead of HTTP")
-    ssl_keyfile: Path | None = option(None, "PEM file with the private key of --ssl-certfile, without a password")
-    instance_id: str | None = option(
-        None, "name in /health and /ready, by which a supervisor recognizes this server on its port"
-    )
-    served_model_name: str | None = option(None, "name of the model in the API; by default the model's own name")
     max_body_bytes: int = option(8 << 20, "maximum size of a request body", unit="bytes", minimum=1024)
     max_total_body_bytes: int = option(
         256 << 20,
@@ -126,6 +120,22 @@ class ServerConfig:
             )
         for origin in self.allowed_origins:
             _check_origin(origin)
+
+    @property
+    def stream_form(self) -> StreamForm:
+        if self.incremental_streaming_output:
+            return StreamForm.INCREMENTAL
+        return StreamForm.CUMULATIVE if self.cumulative_logprobs else StreamForm.TEXT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsOptions:
+    """Raises `ConfigError` unless both files are given, or none."""
+
+    ssl_certfile: Path | None = option(None, "PEM file with the certificate chain; serves HTTPS instead of HTTP")
+    ssl_keyfile: Path | None = option(None, "PEM file with the private key of --ssl-certfile, without a password")
+
+    def __post_init__(self) -> None:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("--ssl-certfile and --ssl-keyfile need each other: set both", param="ssl_certfile")
 
@@ -133,11 +143,12 @@ class ServerConfig:
     def scheme(self) -> str:
         return "http" if self.ssl_certfile is None else "https"
 
-    @property
-    def stream_form(self) -> StreamForm:
-        if self.incremental_streaming_output:
-            return StreamForm.INCREMENTAL
-        return StreamForm.CUMULATIVE if self.cumulative_logprobs else StreamForm.TEXT
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceOptions:
+    instance_id: str | None = option(
+        None, "name in /health and /ready, by which a supervisor recognizes this server on its port"
+    )
 
 
 def _check_origin(origin: str) -> None:

@@ -45,6 +45,7 @@ class GatewayContext:
     own_role: Role | None  # of the engine behind this HTTP port; None on a router, which uses workers of all roles
     config: ServerConfig
     model_name: str
+    instance_id: str | None  # in /health and /ready
     metrics: GatewayMetrics
     clock: Clock
     draw_seed: Callable[[], int]

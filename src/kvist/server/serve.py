@@ -18,9 +18,11 @@ from starlette.types import ASGIApp
 
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import ConfigError
-from kvist.server.config import ServerConfig
+from kvist.server.config import ServerConfig, TlsOptions
 from kvist.server.protocol import Bounds, bounded_protocol
 from kvist.server.traffic import Traffic
+
+NO_TLS = TlsOptions()
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn.Server:
+def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig, tls: TlsOptions = NO_TLS) -> uvicorn.Server:
     """Return a server that is not started: `await serve()` runs it, `should_exit = True` stops it.
 
     `traffic` counts requests that are refused before the app sees them. Raises `ConfigError` for an unusable
@@ -74,14 +76,14 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig) -> uvicorn
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         backlog=2048,
-        ssl_certfile=config.ssl_certfile,
-        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=tls.ssl_certfile,
+        ssl_keyfile=tls.ssl_keyfile,
         ssl_keyfile_password="",  # otherwise OpenSSL prompts on the terminal
     )
     try:
         settings.load()
     except (OSError, ssl.SSLError) as error:
-        files = f"--ssl-certfile {config.ssl_certfile} --ssl-keyfile {config.ssl_keyfile}"
+        files = f"--ssl-certfile {tls.ssl_certfile} --ssl-keyfile {tls.ssl_keyfile}"
         raise ConfigError(f"cannot serve HTTPS with {files}: {error}", param="ssl_certfile") from error
     return _Server(settings, traffic)
 

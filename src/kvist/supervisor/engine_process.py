@@ -63,18 +63,18 @@ class EngineProcess:
     ) -> EngineProcess:
         """Start an engine and wait until it is ready. Raises the error that the engine reported (`ConfigError`,
         `ModelLoadError`, ...), `EngineError` if the engine died without a report, and `Timeout` after
-        `config.engine_start_timeout_s`. Leaves no process behind after an error or when cancelled."""
+        `--engine-start-timeout-s`. Leaves no process behind after an error or when cancelled."""
         process = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_MAX_LINE_BYTES
         )
         try:
-            async with asyncio.timeout(config.engine_start_timeout_s):
+            async with asyncio.timeout(config.options.watch.engine_start_timeout_s):
                 return cls(process, await _await_ready(process, config, on_progress))
         except BaseException as error:
             await _end(process, grace_s=0.0)
             if isinstance(error, TimeoutError):
                 raise Timeout(
-                    f"the engine was not ready within {config.engine_start_timeout_s:g} s: "
+                    f"the engine was not ready within {config.options.watch.engine_start_timeout_s:g} s: "
                     "raise --engine-start-timeout-s, or see the log of the engine"
                 ) from error
             raise
@@ -247,7 +247,7 @@ class EngineSupervisor:
 
     def _remove_leftovers(self) -> None:
         with contextlib.suppress(ConfigError, OSError):  # the engine has reported the problem of the folder
-            remove_leftovers(runtime_dir(self._config.runtime_dir))
+            remove_leftovers(runtime_dir(self._config.options.runtime.runtime_dir))
 
     async def _start_and_watch(self) -> None:
         self.state = EngineState.STARTING
@@ -267,7 +267,7 @@ class EngineSupervisor:
         if self._draining:
             engine.drain()
         ending = asyncio.create_task(engine.wait(), name="engine's end")
-        limit_s = self._config.stall_restart_s + _SELF_EXIT_GRACE_S
+        limit_s = self._config.options.watch.stall_restart_s + _SELF_EXIT_GRACE_S
         killed = ""
         while not ending.done():
             await asyncio.wait((ending,), timeout=CHECK_INTERVAL_S)

@@ -49,6 +49,7 @@ def gateway_bench(
     config: ServerConfig | None = None,
     own_engine: EngineSpec | None = None,
     own_role: Role | None = None,
+    model_name: str = "tiny",
 ) -> GatewayBench:
     """Build the application of a router, or, with `own_role`, of a worker: prefill and decode have no tokenizer."""
     dispatcher = dispatcher or ScriptedDispatcher(byte_tokenizer(chat_template=CHAT_TEMPLATE))
@@ -57,7 +58,7 @@ def gateway_bench(
         dispatcher=dispatcher,
         tokenizer=dispatcher.tokenizer if own_role is None or own_role.serves_alone else None,
         config=config,
-        model_name="tiny",
+        model_name=model_name,
         own_role=own_role,
         own_engine=lambda: own_engine,
         clock=FakeClock(),
