@@ -93,6 +93,10 @@ class CallerCounts:
     def __init__(self) -> None:
         self._below: dict[tuple[str, ...], dict[str, int]] = {}  # path prefix → count by the next name
 
+    def __len__(self) -> int:
+        """The number of places of all callers."""
+        return sum(self._below.get((), {}).values())
+
     def add(self, caller: CallerPath) -> None:
         for depth in range(_DEPTH):
             counts = self._below.setdefault(caller[:depth], {})

@@ -54,10 +54,20 @@ from kvist.request import (
     SamplingParams,
 )
 from kvist.scheduler import SchedulerConfig, build_scheduler
+from kvist.scheduler.active import RequestState
 from kvist.testing.page_events import ReplayedPages, pages_in
 from kvist.wire import Abort, Ack, Closed, Done, Ended, Grant, PoolAddress, PrefillPeer, Revoke, Submit, TokenChunk
 
 PAGE_BYTES = 64
+WITH_PAGES = frozenset(
+    {
+        RequestState.GRANTED,
+        RequestState.LOADING,
+        RequestState.RUNNING,
+        RequestState.AWAITING_TRANSFER,
+        RequestState.ENDED,  # only while a step, a load or a peer still uses the pages
+    }
+)
 LAYOUT = "sim"
 
 
@@ -342,21 +352,39 @@ class SimEngine:
             "a slot is read and written at the same time"
         )
 
-    def _check(self, plan: Plan) -> None:
-        waiting = self.scheduler._table.waiting  # type: ignore[attr-defined]
+    def _check_requests(self) -> None:
+        """Check that each request is in the one container of its state, and that every count equals what is there."""
+        requests = self.scheduler.requests
+        for state, container in requests.by_state.items():
+            assert len(container) == len(list(container))
+            for request in container:
+                assert request.state is state
+                assert request.has_pages is (state in WITH_PAGES), "pages are held in exactly the states that need them"
+        found = Counter(request for container in requests.by_state.values() for request in container)
+        assert not found or max(found.values()) == 1, "a request is in two containers"
+        live = set(requests.live.values())
+        assert live == set(found) - set(requests.ended), "each live request is in one container"
+        assert len(requests.unadmitted) == sum(not request.was_admitted for request in live)
+        load = self.scheduler.load()
+        assert load.num_waiting == sum(not request.has_pages for request in live)
+        assert load.num_running == sum(request.has_pages for request in live)
+        running = list(requests.running)
+        assert running == sorted(running, key=lambda request: request.number)
+        assert requests.running.num_prefills == sum(request.mode is Mode.PREFILL for request in running)
+        assert requests.slots.num_taken == len(running) == len({request.slot for request in running})
+        assert requests.num_in_run_slots <= self.config.max_running_requests
+        waiting = requests.waiting
         to_compute = sum(len(each.token_ids) for each in waiting if not each.awaits_grant_of_pages)
         assert waiting.num_tokens == to_compute, "num_tokens counts the waiting tokens that this engine computes"
-        for request in self.scheduler._table.fetching.values():  # type: ignore[attr-defined]
+        for request in requests.fetching:
             assert self.world.now_s < request.arrived_s + self.config.queue_timeout_s / 2, (
                 "a request waits for the store too long"
             )
-        live = self.scheduler._table.live.values()  # type: ignore[attr-defined]
-        counted = self.scheduler._table.unadmitted._below.get((), {})  # type: ignore[attr-defined]
-        assert sum(counted.values()) == sum(not request.was_admitted for request in live)
         for request in live:
-            assert request.prefetch is None or request.state.value in ("waiting", "fetching"), (
-                "a prefetch is open after admission"
-            )
+            assert request.prefetch is None or not request.has_pages, "a prefetch is open after admission"
+
+    def _check(self, plan: Plan) -> None:
+        self._check_requests()
         counts = self.scheduler.load().pages
         assert counts.free + counts.cached + counts.owned + counts.in_flight == counts.total
         self.pages.apply(plan.page_events)
@@ -377,11 +405,9 @@ class SimEngine:
             if isinstance(message, ToSource) and isinstance(message.message, Grant):
                 grant = message.message
                 self.in_flight_pages.update(dict.fromkeys(grant.page_ids, grant.handoff_id))
-        num_running = sum(request.state.value == "running" for request in live)
-        assert self.scheduler._table.slots.num_taken == num_running, "a slot leaks"  # type: ignore[attr-defined]
         if plan.batch is not None:
             self.slot_check.read(plan.batch)
-            assert set(self.slot_check.open.values()) <= {request.request_id for request in live}
+            assert set(self.slot_check.open.values()) <= set(self.scheduler.requests.live)
             assert 0 < plan.batch.num_tokens <= self.config.max_prefill_tokens, "the batch exceeds the token budget"
             assert len(plan.batch.items) <= self.config.max_running_requests
             for item in plan.batch.items:
@@ -601,7 +627,7 @@ class World:
                     f"{engine.epoch} leaks its share"
                 )
                 assert not storage.open_prefetches, f"{engine.epoch} leaks prefetches"
-            assert engine.scheduler._table.slots.num_taken == 0, f"{engine.epoch} leaks slots"  # type: ignore[attr-defined]
+            assert engine.scheduler.requests.slots.num_taken == 0, f"{engine.epoch} leaks slots"
             assert engine.scheduler.load().num_running == engine.scheduler.load().num_waiting == 0
         for request_id, submitted in self.submitted.items():
             for engine, _ in submitted.engines:

@@ -13,7 +13,7 @@ import pytest
 
 from kvist import errors, wire
 from kvist.scheduler import SchedulerConfig
-from kvist.scheduler.handoff import (
+from kvist.scheduler.handoff.tables import (
     SOURCE_TRANSITIONS,
     TARGET_TRANSITIONS,
     SourceState,

@@ -8,9 +8,9 @@ import pytest
 from scheduler_sim import World, make_request, small_config
 
 from kvist.request import Role
-from kvist.scheduler.handoff import SOURCE_TRANSITIONS, TARGET_TRANSITIONS, SourceTrigger, TargetTrigger
-from kvist.scheduler.source import SourceSide
-from kvist.scheduler.target import TargetSide
+from kvist.scheduler.handoff.source import SourceSide
+from kvist.scheduler.handoff.tables import SOURCE_TRANSITIONS, TARGET_TRANSITIONS, SourceTrigger, TargetTrigger
+from kvist.scheduler.handoff.target import TargetSide
 
 
 def one_run(seed: int) -> World:

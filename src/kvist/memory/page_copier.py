@@ -11,7 +11,7 @@ Each tensor-parallel rank on a GPU has a piece of every page; the host has the w
 
 Why no stream waits for another. A page is backed up after the host has read the results of the step that computed the
 page, and this read waits for the whole step, on all ranks. A page is loaded into a device page without a user: its last
-user released it after the results of the last step that used it were read (`RequestTable.is_written`). The step that
+user released it after the results of the last step that used it were read (`PendingSteps.writes`). The step that
 uses loaded pages is launched after the report, which a queue sends after it has waited for its own stream.
 
 The backups' thread keeps the records of a persistent host pool (persistence.py): the engine loop computes no checksum

@@ -1,7 +1,9 @@
 """Decides what an engine does next. Pure: `step(now_s, events) -> Plan`; no torch, no sockets, no clock, no threads.
 
-    Submit ──► requests.py (queue, tokens, endings) ──► batching.py (which requests run, on which pages) ──► Plan.batch
-    Grant … Ack ──► source.py (prefill side), target.py (decode side) ──► Plan.messages, Plan.transfers
+    Submit ──► admission.py (refuse, queue) ──► batching.py (which requests run), allocation.py (pages) ──► Plan.batch
+    StepFinished ──► results.py (tokens) ──► endings.py ──► Plan.chunks, Plan.ended
+    Grant … Ack ──► handoff/ (source.py: prefill side, target.py: decode side) ──► Plan.messages, Plan.transfers
+    states.py: every request, in the container of its state        context.py: what all parts share in a step
 
 Every scheduler holds both sides of a handoff; its role is the set of modes that it admits (`request.Role`). The worker
 loop calls `step` with the events since the last call, carries the plan out in the order of its fields, and calls again:

@@ -7,16 +7,19 @@ caller with fewer. A request that was admitted once is never displaced: its clie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypedDict
 
 from kvist.fairness import CallerPath
 from kvist.fit import limit_text, num_tokens_needed
 from kvist.kv.cache import PageCache
-from kvist.request import Mode, Role, SamplingParams
-from kvist.scheduler.active import ActiveRequest, RequestState
+from kvist.request import EngineRequest, Mode, Role, SamplingParams
+from kvist.scheduler.active import ActiveRequest, DecodeRequest, PrefillRequest, RequestState
 from kvist.wire import Submit
 
 Refusal = tuple[str, str]  # error code, message
 TokenRule = Callable[[SamplingParams], bool]  # whether a request's last token must be known before it is planned
+
+_WITHOUT_PAGES = (RequestState.WAITING, RequestState.FETCHING, RequestState.AWAITING_LOAD)
 # Fields of SamplingParams that the runner does not carry out yet, with the values that ask for nothing.
 _UNSUPPORTED = {
     "frequency_penalty": 0.0,
@@ -35,17 +38,19 @@ _WRONG_MODE = {
 }
 
 
+class _CommonFields(TypedDict):
+    number: int
+    request: EngineRequest
+    arrived_s: float
+    eos_token_ids: tuple[int, ...]
+    needs_known_token: bool
+
+
 def find_refusal(event: Submit, cache: PageCache, *, context_len: int, role: Role) -> Refusal | None:
     """Return why the request can never run here, if so. `context_len`: tokens of one request that fit this engine."""
     request = event.request
     if not role.admits(event.mode, max_tokens=request.sampling.max_tokens):
         return "invalid_request", f"this worker has the role {role}: it {_WRONG_MODE[role]}"
-    if event.mode is not Mode.FULL and event.handoff_id is None:
-        return "invalid_request", f"a {event.mode.value} request needs a handoff_id"
-    if event.mode is Mode.DECODE and event.prefill is None:
-        return "invalid_request", "a decode request must name its prefill worker"
-    if event.mode is Mode.PREFILL and event.target_epoch is None:
-        return "invalid_request", "a prefill request must name its decode worker"
     if not request.prompt_token_ids:
         return "invalid_request", "the prompt is empty"
     if len(request.output_token_ids) >= request.sampling.max_tokens:
@@ -64,10 +69,33 @@ def _find_unsupported(sampling: SamplingParams) -> str | None:
     return next((name for name, off in _UNSUPPORTED.items() if getattr(sampling, name) != off), None)
 
 
+def make_request(
+    event: Submit, *, number: int, now_s: float, eos_token_ids: tuple[int, ...], needs_known_token: bool
+) -> ActiveRequest | Refusal:
+    """Return the request in the type of its mode, or why the message is incomplete for that mode."""
+    common = _CommonFields(
+        number=number,
+        request=event.request,
+        arrived_s=now_s,
+        eos_token_ids=eos_token_ids,
+        needs_known_token=needs_known_token,
+    )
+    if event.mode is Mode.FULL:
+        return ActiveRequest(**common)
+    if event.handoff_id is None:
+        return "invalid_request", f"a {event.mode.value} request needs a handoff_id"
+    if event.mode is Mode.PREFILL:
+        if event.target_epoch is None:
+            return "invalid_request", "a prefill request must name its decode worker"
+        return PrefillRequest(**common, handoff_id=event.handoff_id, target_epoch=event.target_epoch)
+    if event.prefill is None:
+        return "invalid_request", "a decode request must name its prefill worker"
+    return DecodeRequest(**common, handoff_id=event.handoff_id, prefill=event.prefill)
+
+
 def newest_waiting(caller: CallerPath, newest_first: Iterable[ActiveRequest]) -> ActiveRequest | None:
     """Return the caller's newest request that was never admitted and holds no page."""
-    waiting = (RequestState.WAITING, RequestState.FETCHING)
     return next(
-        (r for r in newest_first if r.caller == caller and r.state in waiting and not r.was_admitted),
+        (r for r in newest_first if r.caller == caller and r.state in _WITHOUT_PAGES and not r.was_admitted),
         None,
     )

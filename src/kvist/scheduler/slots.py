@@ -14,7 +14,7 @@ from kvist.scheduler.active import ActiveRequest
 
 
 class RequestSlots:
-    """Mutable; its one owner is the `RequestTable`."""
+    """Mutable; its one owner is `Requests`."""
 
     def __init__(self, num_slots: int) -> None:
         self._num_slots = num_slots
@@ -28,15 +28,13 @@ class RequestSlots:
 
     def take(self, request: ActiveRequest) -> None:
         """Give the request, which begins to run, a slot. At most `num_slots` requests run."""
-        assert request.slot is None, f"{request.request_id} has a slot"
         request.slot = slot = self._free.pop()
         self._to_start[slot] = request
 
     def give_back(self, request: ActiveRequest) -> None:
         """Take the slot from the request, which no longer runs."""
         slot = request.slot
-        assert slot is not None, f"{request.request_id} has no slot"
-        request.slot = None
+        del request.slot  # unset: no row can name the slot any more
         self._free.append(slot)
         if self._to_start.pop(slot, None) is None:
             self._to_end.append(slot)

@@ -15,6 +15,7 @@ from kvist.fairness import FairQueue
 from kvist.scheduler.active import ActiveRequest, RequestState
 
 _number = attrgetter("number")
+_ADMITTED = frozenset({RequestState.LOADING, RequestState.RUNNING, RequestState.GRANTED})
 
 
 class _Rank:
@@ -45,6 +46,8 @@ class _Rank:
 
 
 class WaitingQueue:
+    """The requests in state WAITING. Mutable; its one owner is `Requests`."""
+
     def __init__(self) -> None:
         self._ranks = (_Rank(), _Rank())
         self._rank_of: dict[ActiveRequest, _Rank] = {}
@@ -57,36 +60,31 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[ActiveRequest]:
         return iter(self._rank_of)
 
-    def push(self, request: ActiveRequest) -> None:
-        """Queue the request; move it if it is queued in another rank."""
-        former = self._rank_of.get(request)
-        if former is not None:
-            former.remove(request, takes_turn=False)
-        else:
-            self.num_tokens += _num_to_compute(request)
-        self._tickets += 1
-        request.ticket = self._tickets
-        rank = self._rank_of[request] = self._ranks[request.ungranted]
-        rank.add(request)
+    def enter(self, request: ActiveRequest) -> None:
+        self._push(request)
+        self.num_tokens += _num_to_compute(request)
+
+    def leave(self, request: ActiveRequest) -> None:
+        """Remove the request, whose state is the next one already: its caller's turn has passed if it is admitted."""
+        self._rank_of.pop(request).remove(request, takes_turn=request.state in _ADMITTED)
+        self.num_tokens -= _num_to_compute(request)
+
+    def rerank(self, request: ActiveRequest) -> None:
+        """Queue the request in its present rank: its Grant has arrived."""
+        self._rank_of.pop(request).remove(request, takes_turn=False)
+        self._push(request)
 
     def head(self) -> ActiveRequest | None:
         for rank in self._ranks:
             if (request := rank.head()) is not None:
-                assert request.state is RequestState.WAITING
                 return request
         return None
 
-    def take(self, request: ActiveRequest) -> None:
-        """Remove a request that is admitted: its caller's turn has passed."""
-        self._remove(request, takes_turn=True)
-
-    def remove(self, request: ActiveRequest) -> None:
-        """Remove a request that is not admitted: its caller keeps its turn."""
-        self._remove(request, takes_turn=False)
-
-    def _remove(self, request: ActiveRequest, *, takes_turn: bool) -> None:
-        self._rank_of.pop(request).remove(request, takes_turn=takes_turn)
-        self.num_tokens -= _num_to_compute(request)
+    def _push(self, request: ActiveRequest) -> None:
+        self._tickets += 1
+        request.ticket = self._tickets
+        rank = self._rank_of[request] = self._ranks[request.ungranted]
+        rank.add(request)
 
 
 def _num_to_compute(request: ActiveRequest) -> int:

@@ -2,7 +2,7 @@
 
 This side holds a request's pages (`in_handoff`) from its Grant until decode has acknowledged, or the transport has
 stopped the writes, or decode's process is certainly dead. The request itself may end earlier: its `Ended` is sent at
-once, and the handoff closes later. handoff.py has the transitions; batching.py decides which request computes when.
+once, and the handoff closes later. tables.py has the transitions; batching.py decides which request computes when.
 
 Only the decode engine that the gateway named in `Submit` may grant pages: a Grant from another engine is refused and
 changes nothing. A Grant may arrive before its request (they travel on different sockets): early Grants are stored for
@@ -20,53 +20,66 @@ from typing import Any
 from kvist.plan.events import Event
 from kvist.plan.transfers import PeerDied, StopWrites, WritePages, WritesCompleted, WritesFailed
 from kvist.request import EpochId, HandoffId, Outcome
-from kvist.scheduler.active import ActiveRequest, RequestState
-from kvist.scheduler.handoff import SOURCE_TRANSITIONS, SourceState, SourceTrigger
-from kvist.scheduler.memory import ExpiringMap
-from kvist.scheduler.requests import RequestTable
+from kvist.scheduler.active import PrefillRequest, RequestState
+from kvist.scheduler.chunks import send_first_token
+from kvist.scheduler.handoff.memory import ExpiringMap
+from kvist.scheduler.handoff.side import SideParts
+from kvist.scheduler.handoff.tables import SOURCE_TRANSITIONS, SourceState, SourceTrigger
 from kvist.scheduler.timers import TimerKind
-from kvist.wire import Ack, Closed, Done, Grant, PoolAddress, Revoke
+from kvist.wire import Ack, Closed, Done, Grant, Revoke
 
 _Refusal = tuple[str | None, str]  # error code, None without a failure; message
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class SourceHandoff:
-    """One handoff at the prefill side. Mutable; its one owner is the `SourceSide`.
+class PageWrites:
+    """The writes into the pages of one Grant. Pages are numbered along the sequence: page 0 holds token 0."""
 
-    Pages are numbered along the sequence: page 0 holds token 0."""
-
-    handoff_id: HandoffId
-    request: ActiveRequest
-    num_pages: int  # of the handoff tokens
-    state: SourceState = SourceState.AWAITING_GRANT
-    grant: Grant | None = None
-    granted_s: float = 0.0
-    next_page: int = 0  # writes of pages [grant.first_page, next_page) were requested
+    grant: Grant
+    granted_s: float
+    next_page: int  # writes of pages [grant.first_page, next_page) were requested
     num_written: int = 0
     checksum: str = ""
     complete: bool = False  # every page is computed, and its write requested
-    peer_dead: bool = False
     stop_step: int | None = None  # step whose plan has StopWrites; a report in the same step was made before
+
+    @property
+    def all_written(self) -> bool:
+        return self.num_written == self.next_page - self.grant.first_page
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SourceHandoff:
+    """One handoff at the prefill side. Mutable; its one owner is the `SourceSide`."""
+
+    handoff_id: HandoffId
+    request: PrefillRequest
+    num_pages: int  # of the handoff tokens
+    state: SourceState = SourceState.AWAITING_GRANT
+    writes: PageWrites | None = None  # from the Grant on
+    peer_dead: bool = False
     refusal: _Refusal = (None, "")  # sent with Closed
+
+    @property
+    def target_epoch(self) -> EpochId | None:
+        """The decode engine whose Grant has arrived."""
+        return None if self.writes is None else self.writes.grant.target_epoch
 
 
 class SourceSide:
     """The prefill side of all handoffs of one engine. Mutable; its one owner is the scheduler."""
 
-    def __init__(self, table: RequestTable, *, epoch: EpochId, pool: PoolAddress) -> None:
-        config = table.config
-        self._table = table
-        self._epoch = epoch
-        self._pool = pool
+    def __init__(self, parts: SideParts) -> None:
+        self._parts = parts
+        self._context = parts.context
+        self._endings = parts.endings
+        self._epoch = parts.epoch
         self._open: dict[HandoffId, SourceHandoff] = {}
         self._early_grants: OrderedDict[HandoffId, Grant] = OrderedDict()
-        self._closed: ExpiringMap[HandoffId, _Refusal] = ExpiringMap(
-            capacity=config.max_remembered_handoffs, max_age_s=2 * config.handoff_timeout_s + config.grant_timeout_s
-        )
+        self._closed: ExpiringMap[HandoffId, _Refusal] = parts.closed_handoffs()
 
     def handlers(self) -> Mapping[type[Event], Callable[[Any], None]]:
-        """Return the handler of each event of this side, for `Steps`."""
+        """Return the handler of each event of this side."""
         return {
             Grant: self.on_grant,
             Ack: self.on_ack,
@@ -89,44 +102,40 @@ class SourceSide:
 
     @property
     def watched_epochs(self) -> frozenset[EpochId]:
-        return frozenset(
-            handoff.grant.target_epoch
-            for handoff in self._open.values()
-            if handoff.grant is not None and not handoff.peer_dead
-        )
+        alive = [handoff for handoff in self._open.values() if not handoff.peer_dead]
+        return frozenset(handoff.target_epoch for handoff in alive if handoff.target_epoch is not None)
 
-    # ---------------------------------------------------------------- calls from the requests (HandoffHooks)
+    # ---------------------------------------------------------------- the request of a handoff
 
-    def on_arrived(self, request: ActiveRequest) -> None:
+    def on_arrived(self, request: PrefillRequest) -> None:
+        """Open the handoff of an accepted request; end the request if the handoff is open or closed already."""
         handoff_id = request.handoff_id
-        assert handoff_id is not None
         revoked = self._closed.get(handoff_id)
         if handoff_id in self._open or revoked is not None:
             reason = "is in use by another request" if revoked is None else f"is closed: {revoked[1]}"
             code = "invalid_request" if revoked is None else "handoff_failed"
-            self._table.end(request, Outcome.FAILED, code, f"handoff {handoff_id} {reason}")
+            self._endings.end(request, Outcome.FAILED, code, f"handoff {handoff_id} {reason}")
             return
-        num_pages = -(-request.num_handoff_tokens // self._table.cache.page_size)
-        self._open[handoff_id] = SourceHandoff(handoff_id=handoff_id, request=request, num_pages=num_pages)
-        self._set_timer(TimerKind.GRANT, handoff_id, self._table.config.grant_timeout_s)
+        num_pages = -(-request.num_tokens_on_arrival // self._parts.cache.page_size)
+        handoff = SourceHandoff(handoff_id=handoff_id, request=request, num_pages=num_pages)
+        self._open[handoff_id] = handoff
+        self._parts.set_timer(TimerKind.GRANT, handoff_id, self._context.config.grant_timeout_s)
         early = self._early_grants.pop(handoff_id, None)
         if early is not None:
-            self._table.timers.cancel(TimerKind.EARLY_GRANT, handoff_id)
-            self._receive_grant(self._open[handoff_id], early)
+            self._parts.cancel_timers(handoff_id, TimerKind.EARLY_GRANT)
+            self._receive_grant(handoff, early)
 
     def on_refused(self, handoff_id: HandoffId, code: str, message: str) -> None:
+        """Close the handoff of a request that was refused."""
         if handoff_id not in self._open:
             self._refuse_early_grant(handoff_id, code, message)
 
-    def on_allocated(self, request: ActiveRequest) -> None:
-        self.on_computed(request)
-
-    def on_computed(self, request: ActiveRequest) -> None:
-        assert request.handoff_id is not None
+    def on_computed(self, request: PrefillRequest) -> None:
+        """Write the pages that have become full; more K/V of the request, perhaps all, is in its pages."""
         self._write_ready_pages(self._open[request.handoff_id])
 
-    def on_ended(self, request: ActiveRequest, outcome: Outcome, message: str) -> None:
-        assert request.handoff_id is not None
+    def on_ended(self, request: PrefillRequest, outcome: Outcome, message: str) -> None:
+        """Stop the handoff of a request that ended for a reason outside the handoff."""
         handoff = self._open.get(request.handoff_id)
         if handoff is not None and handoff.request is request:
             code = None if outcome is Outcome.ABORTED else "handoff_failed"
@@ -148,7 +157,7 @@ class SourceSide:
 
     def on_ack(self, event: Ack) -> None:
         handoff = self._open.get(event.handoff_id)
-        if handoff is not None and handoff.grant is not None and handoff.grant.target_epoch == event.target_epoch:
+        if handoff is not None and handoff.target_epoch == event.target_epoch:
             self._fire(handoff, SourceTrigger.ACK, (None, ""))
 
     def on_revoke(self, event: Revoke) -> None:
@@ -159,21 +168,21 @@ class SourceSide:
         )
         if handoff is None:
             self._early_grants.pop(event.handoff_id, None)
-            self._table.timers.cancel(TimerKind.EARLY_GRANT, event.handoff_id)
+            self._parts.cancel_timers(event.handoff_id, TimerKind.EARLY_GRANT)
             refusal = self._closed.get(event.handoff_id) or refusal
-            self._closed.put(event.handoff_id, refusal, self._table.now_s)
+            self._closed.put(event.handoff_id, refusal, self._context.now_s)
             self._send_closed(event.handoff_id, event.target_epoch, refusal)
         elif handoff.request.target_epoch == event.target_epoch:
-            if handoff.grant is None:
+            if handoff.writes is None:
                 self._send_closed(event.handoff_id, event.target_epoch, refusal)
             self._fire(handoff, SourceTrigger.REVOKE, refusal)
 
     def on_peer_died(self, event: PeerDied) -> None:
         for handoff_id in [key for key, grant in self._early_grants.items() if grant.target_epoch == event.epoch]:
             del self._early_grants[handoff_id]
-            self._table.timers.cancel(TimerKind.EARLY_GRANT, handoff_id)
+            self._parts.cancel_timers(handoff_id, TimerKind.EARLY_GRANT)
         for handoff in list(self._open.values()):
-            if handoff.grant is not None and handoff.grant.target_epoch == event.epoch:
+            if handoff.target_epoch == event.epoch:
                 handoff.peer_dead = True
                 self._fire(handoff, SourceTrigger.PEER_DIED, ("worker_lost", "the decode worker died"))
 
@@ -181,15 +190,16 @@ class SourceSide:
 
     def on_writes_completed(self, event: WritesCompleted) -> None:
         handoff = self._open.get(event.handoff_id)
-        if handoff is None:
+        if handoff is None or handoff.writes is None:
             return
-        handoff.num_written = event.num_pages
-        handoff.checksum = event.checksum
+        writes = handoff.writes
+        writes.num_written = event.num_pages
+        writes.checksum = event.checksum
         if handoff.state is SourceState.STOPPING:
-            if self._all_written(handoff) or handoff.stop_step != self._table.step_count:
+            if writes.all_written or writes.stop_step != self._context.step_count:
                 self._fire(handoff, SourceTrigger.WRITES_STOPPED, handoff.refusal)
         else:
-            self._send_done_if_written(handoff)
+            self._finish_if_written(handoff, writes)
 
     def on_writes_failed(self, event: WritesFailed) -> None:
         handoff = self._open.get(event.handoff_id)
@@ -197,22 +207,23 @@ class SourceSide:
             self._fire(handoff, SourceTrigger.WRITES_FAILED, ("handoff_failed", event.message))
 
     def _on_early_grant_timeout(self, key: str) -> None:
-        limit = f"{self._table.config.grant_timeout_s:g} s (--grant-timeout-s)"
+        limit = f"{self._context.config.grant_timeout_s:g} s (--grant-timeout-s)"
         message = f"no request reached the prefill worker within {limit}"
         self._refuse_early_grant(HandoffId(key), "handoff_failed", message)
 
     def _on_grant_timeout(self, key: str) -> None:
-        limit = f"{self._table.config.grant_timeout_s:g} s (--grant-timeout-s)"
+        limit = f"{self._context.config.grant_timeout_s:g} s (--grant-timeout-s)"
         self._fail_request(HandoffId(key), f"the decode worker granted no pages within {limit}")
 
     def _on_ack_timeout(self, key: str) -> None:
-        limit = f"{self._table.config.handoff_timeout_s:g} s (--handoff-timeout-s)"
+        limit = f"{self._context.config.handoff_timeout_s:g} s (--handoff-timeout-s)"
         self._fail_request(HandoffId(key), f"the decode worker did not acknowledge the pages within {limit}")
 
     def _fail_request(self, handoff_id: HandoffId, message: str) -> None:
         request = self._open[handoff_id].request
         if request.state is not RequestState.ENDED:
-            self._table.end(request, Outcome.FAILED, "handoff_failed", message)
+            self._endings.end(request, Outcome.FAILED, "handoff_failed", message)
+            self.on_ended(request, Outcome.FAILED, message)
 
     # ---------------------------------------------------------------- actions of the transitions
 
@@ -226,73 +237,88 @@ class SourceSide:
         if to is SourceState.DONE_SENT:
             self._send_done(handoff)
             return
-        if to is SourceState.STOPPING and self._all_written(handoff):
-            to = handoff.state = SOURCE_TRANSITIONS[to][SourceTrigger.WRITES_STOPPED]
         if to is SourceState.STOPPING:
-            self._table.out.transfers.append(StopWrites(handoff_id=handoff.handoff_id))
-            handoff.stop_step = self._table.step_count
-        elif to is SourceState.CLOSED:
+            to = self._stop_writes(handoff)
+        if to is SourceState.CLOSED:
             self._close(handoff, acknowledged=trigger is SourceTrigger.ACK)
         request = handoff.request
         if request.state is RequestState.ENDED:
-            self._table.release(request)
+            self._endings.release(request)
         elif to is SourceState.CLOSED and trigger is SourceTrigger.ACK:
-            self._table.end(request, Outcome.FINISHED)
+            self._endings.end(request, Outcome.FINISHED)
         elif to in (SourceState.STOPPING, SourceState.CLOSED):
             outcome = Outcome.ABORTED if refusal[0] is None else Outcome.FAILED
-            self._table.end(request, outcome, refusal[0], refusal[1])
+            self._endings.end(request, outcome, refusal[0], refusal[1])
+
+    def _stop_writes(self, handoff: SourceHandoff) -> SourceState:
+        """Stop the transport; return the new state: without a pending write the handoff is closed at once."""
+        writes = handoff.writes
+        if writes is None or writes.all_written:
+            handoff.state = SOURCE_TRANSITIONS[SourceState.STOPPING][SourceTrigger.WRITES_STOPPED]
+        else:
+            self._context.out.transfers.append(StopWrites(handoff_id=handoff.handoff_id))
+            writes.stop_step = self._context.step_count
+        return handoff.state
 
     def _close(self, handoff: SourceHandoff, *, acknowledged: bool) -> None:
-        table, handoff_id, grant = self._table, handoff.handoff_id, handoff.grant
+        context, handoff_id, request, writes = self._context, handoff.handoff_id, handoff.request, handoff.writes
         del self._open[handoff_id]
-        self._closed.put(handoff_id, handoff.refusal, table.now_s)
-        for kind in (TimerKind.GRANT, TimerKind.ACK, TimerKind.RESEND_DONE):
-            table.timers.cancel(kind, handoff_id)
-        handoff.request.in_handoff = False
-        if handoff.complete and handoff.request.lease is not None:
-            table.cache.end_transfer(handoff.request.lease)
-        if acknowledged:
-            assert grant is not None
-            table.totals["handoffs_sent"] += 1
-            table.totals["handoff_pages"] += len(grant.page_ids)
-            table.totals["handoff_bytes"] += len(grant.page_ids) * self._pool.page_bytes
-            table.totals["handoff_seconds"] += table.now_s - handoff.granted_s
+        self._closed.put(handoff_id, handoff.refusal, context.now_s)
+        self._parts.cancel_timers(handoff_id, TimerKind.GRANT, TimerKind.ACK, TimerKind.RESEND_DONE)
+        request.in_handoff = False
+        if writes is not None and writes.complete and request.has_pages:
+            self._parts.cache.end_transfer(request.lease)
+        if writes is not None and acknowledged:
+            num_pages = len(writes.grant.page_ids)
+            context.count("handoffs_sent")
+            context.count("handoff_pages", num_pages)
+            context.count("handoff_bytes", num_pages * self._parts.pool.page_bytes)
+            context.count("handoff_seconds", context.now_s - writes.granted_s)
             return
-        table.totals["handoffs_cancelled" if handoff.refusal[0] is None else "handoffs_failed"] += 1
-        if grant is not None and not handoff.peer_dead:
-            self._send_closed(handoff_id, grant.target_epoch, handoff.refusal)
+        context.count("handoffs_cancelled" if handoff.refusal[0] is None else "handoffs_failed")
+        if writes is not None and not handoff.peer_dead:
+            self._send_closed(handoff_id, writes.grant.target_epoch, handoff.refusal)
 
     def _receive_grant(self, handoff: SourceHandoff, grant: Grant) -> None:
         if grant.target_epoch != handoff.request.target_epoch:
-            self._table.totals["foreign_grants"] += 1
+            self._context.count("foreign_grants")
             refusal = ("handoff_failed", "the gateway has named another decode worker for this request")
             self._send_closed(grant.handoff_id, grant.target_epoch, refusal)
         elif handoff.state is SourceState.AWAITING_GRANT:  # else a repeated Grant, accepted before
             self._accept_grant(handoff, grant)
 
     def _accept_grant(self, handoff: SourceHandoff, grant: Grant) -> None:
-        handoff.grant = grant
-        handoff.granted_s = self._table.now_s
-        self._table.timers.cancel(TimerKind.GRANT, handoff.handoff_id)
+        handoff.writes = PageWrites(grant=grant, granted_s=self._context.now_s, next_page=grant.first_page)
+        self._parts.cancel_timers(handoff.handoff_id, TimerKind.GRANT)
         fault = self._grant_error(grant, handoff.num_pages)
         if fault is not None:
             self._fire(handoff, SourceTrigger.BAD_GRANT, ("handoff_failed", fault))
             return
         self._fire(handoff, SourceTrigger.GRANT, (None, ""))
-        handoff.next_page = grant.first_page
-        self._table.on_grant(handoff.request)
+        self._let_claim_pages(handoff.request)
         self._write_ready_pages(handoff)
 
+    def _let_claim_pages(self, request: PrefillRequest) -> None:
+        """From the Grant on the request may claim pages and is not preempted."""
+        request.granted = request.in_handoff = True
+        send_first_token(self._context, request)
+        requests = self._parts.requests
+        if request.state is RequestState.SUSPENDED:
+            requests.move(request, RequestState.WAITING)
+        elif request.state is RequestState.WAITING:
+            requests.waiting.rerank(request)
+
     def _grant_error(self, grant: Grant, num_pages: int) -> str | None:
-        if grant.pool.transport != self._pool.transport:
+        own = self._parts.pool
+        if grant.pool.transport != own.transport:
             return (
                 f"the decode worker uses the transport {grant.pool.transport!r}, the prefill worker "
-                f"{self._pool.transport!r}: start both with the same --device"
+                f"{own.transport!r}: start both with the same --device"
             )
-        if grant.pool.layout != self._pool.layout or grant.pool.page_bytes != self._pool.page_bytes:
+        if grant.pool.layout != own.layout or grant.pool.page_bytes != own.page_bytes:
             return (
                 f"the decode worker has the page layout {grant.pool.layout} ({grant.pool.page_bytes} bytes), the "
-                f"prefill worker {self._pool.layout} ({self._pool.page_bytes} bytes): start both with the same model, "
+                f"prefill worker {own.layout} ({own.page_bytes} bytes): start both with the same model, "
                 "dtype and page size"
             )
         if grant.first_page < 0 or grant.first_page + len(grant.page_ids) != num_pages:
@@ -307,65 +333,61 @@ class SourceSide:
 
     def _write_ready_pages(self, handoff: SourceHandoff) -> None:
         """Request writes of computed, granted pages not yet requested: full pages, and at the end the last page."""
-        request, grant = handoff.request, handoff.grant
-        if handoff.state is not SourceState.WRITING or request.lease is None:
+        request, writes = handoff.request, handoff.writes
+        if handoff.state is not SourceState.WRITING or writes is None or not request.has_pages:
             return
-        assert grant is not None
+        grant, cache = writes.grant, self._parts.cache
         complete = request.state is RequestState.AWAITING_TRANSFER
-        ready = handoff.num_pages if complete else request.num_computed // self._table.cache.page_size
-        if ready > handoff.next_page:
-            self._table.out.transfers.append(
+        ready = handoff.num_pages if complete else request.num_computed // cache.page_size
+        if ready > writes.next_page:
+            self._context.out.transfers.append(
                 WritePages(
                     handoff_id=handoff.handoff_id,
                     pool=grant.pool,
-                    page_ids=tuple(request.lease.page_ids[handoff.next_page : ready]),
-                    peer_page_ids=grant.page_ids[handoff.next_page - grant.first_page : ready - grant.first_page],
+                    page_ids=tuple(request.page_ids[writes.next_page : ready]),
+                    peer_page_ids=grant.page_ids[writes.next_page - grant.first_page : ready - grant.first_page],
                 )
             )
-            handoff.next_page = ready
-        if complete and not handoff.complete:
-            handoff.complete = True
-            self._table.cache.begin_transfer(request.lease, 0)  # the last page, if partial: full pages are in the tree
-            self._set_timer(TimerKind.ACK, handoff.handoff_id, self._table.config.handoff_timeout_s)
-            self._send_done_if_written(handoff)
+            writes.next_page = ready
+        if complete and not writes.complete:
+            writes.complete = True
+            cache.begin_transfer(request.lease, 0)  # the last page, if partial: full pages are in the tree
+            self._parts.set_timer(TimerKind.ACK, handoff.handoff_id, self._context.config.handoff_timeout_s)
+            self._finish_if_written(handoff, writes)
 
-    def _all_written(self, handoff: SourceHandoff) -> bool:
-        assert handoff.grant is not None
-        return handoff.num_written == handoff.next_page - handoff.grant.first_page
-
-    def _send_done_if_written(self, handoff: SourceHandoff) -> None:
-        if handoff.complete and self._all_written(handoff):
+    def _finish_if_written(self, handoff: SourceHandoff, writes: PageWrites) -> None:
+        if writes.complete and writes.all_written:
             self._fire(handoff, SourceTrigger.ALL_WRITTEN, (None, ""))
 
     def _send_done(self, handoff: SourceHandoff) -> None:
         """Send Done, again every `ack_timeout_s` until decode answers: an answer may be lost with its connection."""
-        grant, request = handoff.grant, handoff.request
-        assert grant is not None
-        assert request.first_token is not None
+        writes, first_token = handoff.writes, handoff.request.first_token
+        assert writes is not None
+        assert first_token is not None
         done = Done(
             handoff_id=handoff.handoff_id,
-            target_epoch=grant.target_epoch,
+            target_epoch=writes.grant.target_epoch,
             source_epoch=self._epoch,
-            num_pages=len(grant.page_ids),
-            checksum=handoff.checksum,
-            first_token=request.first_token,
-            finish_reason=request.first_token_finish,
+            num_pages=len(writes.grant.page_ids),
+            checksum=writes.checksum,
+            first_token=first_token,
+            finish_reason=handoff.request.first_token_finish,
         )
-        self._table.out.to_target(grant.target_epoch, done)
-        self._set_timer(TimerKind.RESEND_DONE, handoff.handoff_id, self._table.config.ack_timeout_s)
+        self._context.out.to_target(done.target_epoch, done)
+        self._parts.set_timer(TimerKind.RESEND_DONE, handoff.handoff_id, self._context.config.ack_timeout_s)
 
     def _store_early_grant(self, grant: Grant) -> None:
-        if len(self._early_grants) >= self._table.config.max_remembered_handoffs:
+        if len(self._early_grants) >= self._context.config.max_remembered_handoffs:
             oldest = next(iter(self._early_grants))
             self._refuse_early_grant(
                 oldest, "overloaded", "too many grants wait for their requests (--max-remembered-handoffs)"
             )
         self._early_grants[grant.handoff_id] = grant
-        self._set_timer(TimerKind.EARLY_GRANT, grant.handoff_id, self._table.config.grant_timeout_s)
+        self._parts.set_timer(TimerKind.EARLY_GRANT, grant.handoff_id, self._context.config.grant_timeout_s)
 
     def _refuse_early_grant(self, handoff_id: HandoffId, code: str, message: str) -> None:
-        self._closed.put(handoff_id, (code, message), self._table.now_s)
-        self._table.timers.cancel(TimerKind.EARLY_GRANT, handoff_id)
+        self._closed.put(handoff_id, (code, message), self._context.now_s)
+        self._parts.cancel_timers(handoff_id, TimerKind.EARLY_GRANT)
         grant = self._early_grants.pop(handoff_id, None)
         if grant is not None:
             self._send_closed(handoff_id, grant.target_epoch, (code, message))
@@ -378,7 +400,4 @@ class SourceSide:
             error_code=refusal[0],
             message=refusal[1],
         )
-        self._table.out.to_target(target_epoch, closed)
-
-    def _set_timer(self, kind: TimerKind, handoff_id: HandoffId, after_s: float) -> None:
-        self._table.timers.set(kind, handoff_id, self._table.now_s + after_s)
+        self._context.out.to_target(target_epoch, closed)

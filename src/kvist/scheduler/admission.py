@@ -1,0 +1,115 @@
+"""Takes requests in: refuses them, displaces others from a full queue, and lets them wait for pages from the store.
+
+entry.py has the rules of refusal. Requests leave the queue by batching.py and allocation.py.
+"""
+
+from __future__ import annotations
+
+from kvist.kv.cache import PageCache
+from kvist.request import Outcome, RequestId
+from kvist.scheduler.active import ActiveRequest, RequestState
+from kvist.scheduler.context import SchedulerContext
+from kvist.scheduler.endings import Endings
+from kvist.scheduler.entry import Refusal, TokenRule, find_refusal, make_request, newest_waiting
+from kvist.scheduler.handoff.sides import Handoffs
+from kvist.scheduler.states import Requests
+from kvist.scheduler.timers import TimerKind
+from kvist.wire import Abort, Submit
+
+
+class Admission:
+    """Mutable; its one owner is the scheduler."""
+
+    def __init__(
+        self,
+        context: SchedulerContext,
+        requests: Requests,
+        cache: PageCache,
+        endings: Endings,
+        handoffs: Handoffs,
+        *,
+        needs_known_token: TokenRule | None,
+    ) -> None:
+        self._context = context
+        self._requests = requests
+        self._cache = cache
+        self._endings = endings
+        self._handoffs = handoffs
+        self._needs_known_token = needs_known_token
+        self._num_arrived = 0
+
+    def on_submit(self, event: Submit) -> None:
+        """Queue the request, or refuse it with `Ended`. A second Submit of a live request is ignored: one `Ended`
+        answers both."""
+        context = self._context
+        if event.request.request_id in self._requests.live:
+            return
+        request = find_refusal(
+            event, self._cache, context_len=context.context_len, role=context.role
+        ) or self._make_request(event)
+        if not isinstance(request, ActiveRequest):
+            self._refuse(event, *request)
+            return
+        no_room = self._make_queue_room(request)
+        if no_room is not None:
+            self._refuse(event, "overloaded", no_room)
+            return
+        self._num_arrived += 1
+        context.timers.set(TimerKind.QUEUE, request.request_id, context.now_s + context.config.queue_timeout_s)
+        waits = self._requests.fetching.open(request)
+        self._requests.arrive(request, RequestState.FETCHING if waits else RequestState.WAITING)
+        self._handoffs.on_arrived(request)
+
+    def _make_request(self, event: Submit) -> ActiveRequest | Refusal:
+        rule, context = self._needs_known_token, self._context
+        return make_request(
+            event,
+            number=self._num_arrived + 1,
+            now_s=context.now_s,
+            eos_token_ids=context.config.eos_token_ids,
+            needs_known_token=rule is not None and rule(event.request.sampling),
+        )
+
+    def on_abort(self, event: Abort) -> None:
+        request = self._requests.live.get(event.request_id)
+        if request is not None:
+            self._handoffs.end(request, Outcome.ABORTED)
+
+    def on_queue_timeout(self, request_id: str) -> None:
+        request = self._requests.live[RequestId(request_id)]
+        limit = f"{self._context.config.queue_timeout_s:g} s (--queue-timeout-s)"
+        self._handoffs.end(request, Outcome.FAILED, "timeout", f"the request was not started within {limit}")
+
+    def queue_fetched(self) -> None:
+        """Move the requests whose prefetch has settled to the queue."""
+        for request in self._requests.fetching.settled():
+            self._requests.move(request, RequestState.WAITING)
+
+    def on_prefetch_timeout(self, request_id: str) -> None:
+        request = self._requests.live[RequestId(request_id)]
+        self._requests.fetching.give_up(request)
+        self._requests.move(request, RequestState.WAITING)
+
+    def _refuse(self, event: Submit, code: str, message: str) -> None:
+        self._endings.refuse(event.request.request_id, code, message)
+        self._handoffs.on_refused(event, code, message)
+
+    def _make_queue_room(self, request: ActiveRequest) -> str | None:
+        """Make room in the queue, perhaps by displacing another request; return the error message if there is none.
+
+        A burst on an idle engine fills the unused run slots as well as the queue."""
+        requests, config = self._requests, self._context.config
+        num_free_run_slots = config.max_running_requests - requests.num_in_run_slots
+        if requests.num_waiting < config.max_queued_requests + num_free_run_slots:
+            return None
+        caller = requests.unadmitted.displaced_by(request.caller)
+        other = None if caller is None else newest_waiting(caller, reversed(requests.live.values()))
+        if other is None:
+            most = config.max_queued_requests
+            return (
+                f"the queue of this worker is full: {requests.num_waiting} requests wait, and it holds at most {most}"
+            )
+        message = "removed from the full queue for a caller with fewer requests: retry later, or send fewer at once"
+        self._context.count("requests_displaced")
+        self._handoffs.end(other, Outcome.FAILED, "overloaded", message)
+        return None

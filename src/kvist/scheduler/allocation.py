@@ -1,0 +1,162 @@
+"""Gives requests their pages, and takes pages back.
+
+A request gets the pages of all its known tokens when it leaves the queue, then one page at each page edge. When no page
+is left, the youngest request is preempted: first ungranted PREFILLs, then running requests that can be computed again.
+A PREFILL with a Grant and a DECODE before its Done are never preempted: they hold a bounded number of pages for a
+bounded time, and a peer may access those pages. The oldest running request is never preempted, so at least one request
+always runs to its end.
+
+Host tier: a request that leaves the queue with a part of its K/V in the host tier is LOADING until the copy is done,
+and is in no batch. Tokens that the copy failed to bring are computed. No other request waits for a LOADING request,
+except one that would load the same pages (AWAITING_LOAD). A LOADING request is never preempted, since the mover may
+access its pages. With `write_back`, pages may have to be copied before they are evicted: while enough copies are
+pending, no request is preempted to free pages; requests that need pages skip the batch.
+
+The pending step still writes the pages of its requests: a victim is first left out of the step being planned, and
+preempted when the step after that is planned.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import defaultdict
+
+from kvist.kv.cache import PageCache
+from kvist.plan.tiers import PagesLoaded
+from kvist.request import Mode
+from kvist.scheduler.active import ActiveRequest, RequestState
+from kvist.scheduler.context import SchedulerContext
+from kvist.scheduler.pending import PendingSteps
+from kvist.scheduler.states import Requests
+
+
+class Allocation(enum.Enum):
+    """The outcome for the head of the queue."""
+
+    READY = "ready"  # the request has its pages, and the first of them hold all its cached tokens
+    LOADING = "loading"  # the request has its pages; it starts when its load is finished
+    AWAITS_LOAD = "awaits load"  # the request left the queue until another request's load is finished
+    NO_PAGES = "no pages"  # the request stays at the head of the queue
+
+
+class Allocator:
+    """Mutable; its one owner is the scheduler."""
+
+    def __init__(self, context: SchedulerContext, requests: Requests, cache: PageCache, pending: PendingSteps) -> None:
+        self._context = context
+        self._requests = requests
+        self._cache = cache
+        self._pending = pending
+        self._loads: dict[int, ActiveRequest] = {}  # by the job of the mover; some have ended
+        self._followers: dict[int, list[ActiveRequest]] = defaultdict(list)  # job → requests that wait for its end
+        self._last_failed_allocation: tuple[int, int] | None = None  # ticket; reclaimable pages beyond the reserve
+        self.deferred_victims: set[ActiveRequest] = set()  # victims whose pages the pending step still writes
+        self.out_of_pages = False  # a running request found no page in the step being planned
+
+    def begin_step(self) -> None:
+        self.out_of_pages = False
+        self.deferred_victims.clear()
+
+    # ---------------------------------------------------------------- running requests
+
+    def grow(self, request: ActiveRequest, num_tokens: int) -> bool:
+        """Grow the lease to `num_tokens`, preempting others if needed; return whether the request may run now."""
+        lease = request.lease
+        while not self._cache.grow(lease, num_tokens):
+            self.out_of_pages = True
+            if self._cache.waits_for_copies(lease, num_tokens):
+                return False
+            victim = self._youngest_ungranted() or self._youngest_running()
+            if victim is None:
+                return False  # the oldest request waits for pages of handoffs, which hold them for a bounded time
+            if not self._preempt(victim) or victim is request:
+                return False
+        return True
+
+    def covers_tokens(self, request: ActiveRequest) -> bool:
+        """Return whether the request has the pages of its known tokens, after growing its lease if a row of several
+        tokens went beyond it."""
+        num_tokens = len(request.token_ids)
+        return len(request.page_ids) * self._cache.page_size >= num_tokens or self.grow(request, num_tokens)
+
+    def may_run(self, request: ActiveRequest) -> bool:
+        """Return whether a request that ran before may still run in the step being planned."""
+        return request.state is RequestState.RUNNING and request not in self.deferred_victims
+
+    # ---------------------------------------------------------------- the head of the queue
+
+    def allocate(self, request: ActiveRequest) -> Allocation:
+        """Give the request a lease over all its tokens. One page is kept in reserve for each growing request, so that
+        few requests are preempted."""
+        cache, requests = self._cache, self._requests
+        reserve = len(requests.granted) + len(requests.loading) + requests.running.num_growing
+        unchanged = self._last_failed_allocation == (request.ticket, cache.num_reclaimable - reserve)
+        if unchanged and (request.ungranted or self._youngest_ungranted() is None):
+            return Allocation.NO_PAGES  # matching a long prompt again in each step would cost more than it gains
+        token_ids, max_cached = request.token_ids, request.max_cached_tokens
+        lease = cache.open(token_ids, cache_salt=request.request.cache_salt, max_tokens=max_cached)
+        load = cache.pending_load(lease, token_ids, max_tokens=max_cached)
+        if load is not None:
+            cache.close(lease)
+            requests.move(request, RequestState.AWAITING_LOAD)
+            self._followers[load].append(request)
+            return Allocation.AWAITS_LOAD
+        num_needed = -(-len(token_ids) // cache.page_size) - len(lease.page_ids)
+        while (too_few := cache.num_reclaimable - num_needed < reserve) or not cache.grow(lease, len(token_ids)):
+            # with enough reclaimable pages, pending copies free them: no victim is needed
+            victim = self._youngest_ungranted() if too_few and not request.ungranted else None
+            if victim is None or not self._preempt(victim):
+                cache.close(lease)
+                self._last_failed_allocation = (request.ticket, cache.num_reclaimable - reserve) if too_few else None
+                return Allocation.NO_PAGES
+        request.set_lease(lease)
+        request.num_computed = request.num_planned = lease.num_cached_tokens
+        load = cache.start_load(lease, token_ids, max_tokens=max_cached)
+        requests.fetching.close(request)
+        if load is None:
+            return Allocation.READY
+        self._loads[load] = request
+        request.loading = True
+        requests.move(request, RequestState.LOADING)
+        return Allocation.LOADING
+
+    def finish_load(self, event: PagesLoaded) -> ActiveRequest:
+        """Return the request of the load, which may have ended. Its host pages are in the device pool; if the copy
+        failed, their tokens are computed."""
+        request = self._loads.pop(event.job_id)
+        request.loading = False
+        request.num_computed = request.num_planned = self._cache.loaded(event, request.token_ids)
+        for follower in self._followers.pop(event.job_id, ()):
+            if follower.state is RequestState.AWAITING_LOAD:
+                self._requests.move(follower, RequestState.WAITING)
+        return request
+
+    # ---------------------------------------------------------------- victims
+
+    def _preempt(self, victim: ActiveRequest) -> bool:
+        """Free the victim's pages and return True; return False if a pending step still writes them. In that case the
+        victim is preempted when the next step is planned, if its pages are still needed."""
+        if self._pending.writes(victim):
+            self.deferred_victims.add(victim)
+            return False
+        assert not victim.has_accessed_pages
+        self._context.count("preemptions")
+        self._cache.close(victim.take_lease())  # its full pages stay cached in the tree until they are evicted
+        victim.num_computed = victim.num_planned = 0
+        self._requests.move(victim, RequestState.SUSPENDED if victim.ungranted else RequestState.WAITING)
+        return True
+
+    def _youngest_ungranted(self) -> ActiveRequest | None:
+        running, computed = self._requests.running, self._requests.awaiting_transfer
+        if not running.num_prefills and not len(computed):
+            return None  # most engines run hundreds of requests and no PREFILL
+        ungranted = [each for each in (*running, *computed) if each.ungranted]
+        return max(ungranted, key=lambda request: request.number, default=None)
+
+    def _youngest_running(self) -> ActiveRequest | None:
+        """Return the youngest running request that may be preempted; None if it is the only one. The caller's request
+        is not in the batch yet, so neither is a younger one."""
+        running = self._requests.running
+        if running.num_growing <= 1:
+            return None
+        return next(request for request in reversed(running) if request.mode is not Mode.PREFILL)

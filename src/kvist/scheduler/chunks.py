@@ -1,0 +1,43 @@
+"""Sends output tokens to the gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvist.request import FinishReason, Mode, SampledToken
+from kvist.scheduler.active import ActiveRequest, PrefillRequest
+from kvist.scheduler.context import SchedulerContext
+from kvist.wire import TokenChunk
+
+
+def send_first_token(context: SchedulerContext, request: PrefillRequest) -> None:
+    """Send the first token of a PREFILL once it is known and decode has granted pages, so that no stream that has begun
+    waits in a queue."""
+    if request.granted and request.first_token is not None and not request.first_token_sent:
+        request.first_token_sent = True
+        position = len(request.token_ids) - request.num_prompt
+        send_tokens(context, request, position, (request.first_token,), request.first_token_finish)
+
+
+def send_tokens(
+    context: SchedulerContext,
+    request: ActiveRequest,
+    position: int,
+    tokens: Sequence[SampledToken],
+    finish: FinishReason | None,
+) -> None:
+    reports_cached = position == 0 and request.mode is not Mode.DECODE  # decode did not compute the prompt
+    by_tier = (request.num_cached_host_tokens, request.num_cached_storage_tokens) if reports_cached else (0, 0)
+    chunk = TokenChunk(
+        request_id=request.request_id,
+        position=position,
+        token_ids=tuple(token.token_id for token in tokens),
+        logprobs=tuple(token.logprobs for token in tokens if token.logprobs is not None) or None,
+        finish_reason=finish,
+        num_cached_tokens=request.num_cached_tokens if reports_cached else None,
+        num_cached_host_tokens=by_tier[0],
+        num_cached_storage_tokens=by_tier[1],
+        handoff=request.report,
+    )
+    request.report = None
+    context.out.chunks.append(chunk)

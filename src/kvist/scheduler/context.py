@@ -1,0 +1,31 @@
+"""The values that all parts of one scheduler share: settings, the time of the step, timers, decisions and counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvist.request import Role
+from kvist.scheduler.config import SchedulerConfig
+from kvist.scheduler.load import COUNTERS
+from kvist.scheduler.outbox import Outbox
+from kvist.scheduler.timers import Timers
+from kvist.service_time import ServiceTime
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SchedulerContext:
+    """Mutable; its one owner is the scheduler, which sets `now_s` and `step_count` at the start of each step."""
+
+    config: SchedulerConfig
+    role: Role  # the modes that are admitted; read at each Submit, so that it may change
+    context_len: int  # tokens of one request that fit this engine
+    now_s: float = 0.0
+    step_count: int = 0
+    timers: Timers = field(default_factory=Timers)
+    out: Outbox = field(default_factory=Outbox)
+    service_time: ServiceTime = field(default_factory=ServiceTime)
+    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
+
+    def count(self, name: str, amount: float = 1) -> None:
+        """Increase a counter of load.COUNTERS."""
+        self.totals[name] += amount

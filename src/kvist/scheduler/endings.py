@@ -1,0 +1,77 @@
+"""Ends requests: `Ended` is sent once for each, and its pages are released when nothing uses them any more.
+
+A lease is closed when its request has ended, no pending step writes the pages, no load fills them and no handoff holds
+them. With overlap a step may be pending for a request that has ended: an end by a stop token is noticed only after the
+next step was planned.
+"""
+
+from __future__ import annotations
+
+from kvist.kv.cache import PageCache
+from kvist.request import Outcome, RequestId
+from kvist.scheduler.active import ActiveRequest, RequestState
+from kvist.scheduler.context import SchedulerContext
+from kvist.scheduler.pending import PendingSteps
+from kvist.scheduler.states import Requests
+from kvist.scheduler.timers import TimerKind
+from kvist.service_time import retry_after_s
+from kvist.wire import Ended
+
+_COUNTERS = {
+    Outcome.FINISHED: "requests_finished",
+    Outcome.FAILED: "requests_failed",
+    Outcome.ABORTED: "requests_aborted",
+}
+
+
+class Endings:
+    """Used by all parts of one scheduler. A part that knows nothing of handoffs ends a request by `Handoffs.end`, which
+    also stops the handoff of the request."""
+
+    def __init__(self, context: SchedulerContext, requests: Requests, cache: PageCache, pending: PendingSteps) -> None:
+        self._context = context
+        self._requests = requests
+        self._cache = cache
+        self._pending = pending
+
+    def end(self, request: ActiveRequest, outcome: Outcome, code: str | None = None, message: str = "") -> None:
+        """End the request, once. Its pages are released when no step, load or handoff uses them any more."""
+        context = self._context
+        self._requests.move(request, RequestState.ENDED)
+        self._requests.fetching.close(request)
+        context.timers.cancel(TimerKind.QUEUE, request.request_id)
+        if request.admitted_s is not None:
+            context.service_time.add(context.now_s - request.admitted_s)
+        self._send(request.request_id, outcome, code, message)
+        self.release(request)
+
+    def refuse(self, request_id: RequestId, code: str, message: str) -> None:
+        """End a request that was never queued."""
+        self._context.count("requests_refused")
+        self._send(request_id, Outcome.FAILED, code, message)
+
+    def release(self, request: ActiveRequest) -> None:
+        """Release the pages of an ended request, unless something still uses them."""
+        if request not in self._requests.ended or request.has_accessed_pages or self._pending.writes(request):
+            return
+        if request.has_pages:
+            self._cache.close(request.take_lease())
+        self._requests.forget(request)
+
+    def _send(self, request_id: RequestId, outcome: Outcome, code: str | None, message: str) -> None:
+        context, requests = self._context, self._requests
+        context.count(_COUNTERS[outcome])
+        wait_s = None
+        if code == "overloaded":
+            num_waiting = requests.num_waiting
+            num_served = len(requests.live) - num_waiting
+            wait_s = retry_after_s(context.service_time.mean_s, num_ahead=num_waiting, num_served=num_served)
+        context.out.ended.append(
+            Ended(
+                request_id=request_id,
+                outcome=outcome,
+                error_code=code,
+                message=message,
+                retry_after_s=wait_s,
+            )
+        )

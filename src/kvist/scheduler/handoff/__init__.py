@@ -1,0 +1,8 @@
+"""The handoffs of one engine: pages move from a prefill engine to a decode engine. docs/handoff.md has the protocol.
+
+    tables.py   the transitions of both sides        source.py   the prefill side: accepts Grants, writes, sends Done
+    sides.py    both sides, chosen by mode           target.py   the decode side: grants pages, verifies, takes over
+
+Every engine holds both sides. The modes that it admits decide which handoffs begin; a handoff that has begun is
+finished.
+"""

@@ -1,0 +1,40 @@
+"""The common parts of both sides of a handoff: the requests, their endings, the engine's identity and pool, timers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from kvist.kv.cache import PageCache
+from kvist.request import EpochId, HandoffId
+from kvist.scheduler.context import SchedulerContext
+from kvist.scheduler.endings import Endings
+from kvist.scheduler.handoff.memory import ExpiringMap
+from kvist.scheduler.states import Requests
+from kvist.scheduler.timers import TimerKind
+from kvist.wire import PoolAddress
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideParts:
+    context: SchedulerContext
+    requests: Requests
+    cache: PageCache
+    endings: Endings
+    epoch: EpochId  # of this engine
+    pool: PoolAddress  # of this engine
+
+    def set_timer(self, kind: TimerKind, handoff_id: HandoffId, after_s: float) -> None:
+        self.context.timers.set(kind, handoff_id, self.context.now_s + after_s)
+
+    def cancel_timers(self, handoff_id: HandoffId, *kinds: TimerKind) -> None:
+        for kind in kinds:
+            self.context.timers.cancel(kind, handoff_id)
+
+    def closed_handoffs(self) -> ExpiringMap[HandoffId, V]:
+        """Return an empty map for closed handoffs, which answers late messages as long as any may arrive."""
+        config = self.context.config
+        max_age_s = 2 * config.handoff_timeout_s + config.grant_timeout_s
+        return ExpiringMap(capacity=config.max_remembered_handoffs, max_age_s=max_age_s)

@@ -1,0 +1,146 @@
+"""Applies the report of a step: appends and sends sampled tokens, inserts full pages into the cache, ends requests.
+
+With overlap a step may be pending for a request that has ended: an end by a stop token is noticed only after the next
+step was planned. The token that the pending step samples is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvist.errors import EngineError
+from kvist.kv.cache import PageCache
+from kvist.plan.events import SampledTokens, StepFailed, StepFinished
+from kvist.request import Outcome, SampledToken
+from kvist.scheduler.active import ActiveRequest, PrefillRequest, RequestState
+from kvist.scheduler.chunks import send_first_token, send_tokens
+from kvist.scheduler.context import SchedulerContext
+from kvist.scheduler.endings import Endings
+from kvist.scheduler.handoff.sides import Handoffs
+from kvist.scheduler.pending import PendingStep, PendingSteps
+from kvist.scheduler.states import Requests
+from kvist.wire import TokenChunk
+
+_INVALID_LOGITS = (
+    "the model's output for this request is not a number (NaN or infinity). If other requests fail in the same way, "
+    "the weights or the device are damaged: check the model's files"
+)
+
+
+class Results:
+    """Part of one scheduler; keeps no state of its own."""
+
+    def __init__(
+        self,
+        context: SchedulerContext,
+        requests: Requests,
+        cache: PageCache,
+        pending: PendingSteps,
+        endings: Endings,
+        handoffs: Handoffs,
+    ) -> None:
+        self._context = context
+        self._requests = requests
+        self._cache = cache
+        self._pending = pending
+        self._endings = endings
+        self._handoffs = handoffs
+
+    def on_step_finished(self, event: StepFinished) -> None:
+        step = self._pending.pop(event.step_id)
+        self._context.count("steps")
+        self._apply(step, event.sampled)
+
+    def on_step_failed(self, event: StepFailed) -> None:
+        for request in self._pending.pop(event.step_id).requests():
+            if request.state is RequestState.ENDED:
+                self._endings.release(request)
+            else:
+                self._handoffs.end(request, Outcome.FAILED, "engine_error", event.message)
+
+    def _apply(self, step: PendingStep, sampled: SampledTokens) -> None:
+        """Apply a finished step, whose K/V is in the pages."""
+        chunks = self._context.out.chunks
+        num_chunks_before = len(chunks)
+        if sampled.invalid_rows:
+            self._fail_invalid_rows(step, sampled.invalid_rows)
+        assert sampled.num_rows == len(step.decodes) + sum(samples for *_, samples in step.chunks)
+        computed, rows = step.chunks, sampled.rows(len(step.decodes))
+        if sampled.num_tokens is None:
+            self._apply_decodes(step.decodes, sampled)
+        else:  # decodes, too, may have rows of several tokens
+            computed = [*((request, len(request.token_ids), True) for request in step.decodes), *step.chunks]
+            rows = sampled.rows()
+        for request, end, samples in computed:
+            tokens = next(rows) if samples else ()
+            if request.state is RequestState.ENDED:
+                self._endings.release(request)
+            else:
+                self._apply_chunk(request, end, tokens)
+        sent = chunks[num_chunks_before:]
+        num_sent = len(sent) if sampled.num_tokens is None else sum(len(chunk.token_ids) for chunk in sent)
+        self._context.count("generation_tokens", num_sent)
+
+    def _fail_invalid_rows(self, step: PendingStep, rows: frozenset[int]) -> None:
+        """Fail only the requests of these rows: rows of a step are independent. Pages that the step wrote for them are
+        not inserted into the tree."""
+        sampled_requests = [*step.decodes, *(request for request, _, samples in step.chunks if samples)]
+        for row in sorted(rows):
+            if sampled_requests[row].state is not RequestState.ENDED:
+                self._handoffs.end(sampled_requests[row], Outcome.FAILED, EngineError.code, _INVALID_LOGITS)
+
+    def _apply_decodes(self, decodes: list[ActiveRequest], sampled: SampledTokens) -> None:
+        """Apply rows of one token. Hot loop: it runs for every stream in every step. Rare cases are left to
+        `_append`."""
+        page_size, ended, chunks = self._cache.page_size, RequestState.ENDED, self._context.out.chunks
+        logprobs = sampled.logprobs
+        for row, request, token_id in zip(range(len(decodes)), decodes, sampled.token_ids, strict=False):
+            if request.state is ended:
+                self._endings.release(request)
+                continue
+            token_ids = request.token_ids
+            request.num_computed = end = len(token_ids)
+            if not end % page_size:
+                self._cache.insert(request.lease, token_ids, end)
+            position = end - request.num_prompt
+            if (
+                position
+                and end + 1 < request.max_len
+                and token_id not in request.stop_ids
+                and request.report is None
+                and not (logprobs and row in logprobs)
+            ):
+                token_ids.append(token_id)
+                chunks.append(TokenChunk(request_id=request.request_id, position=position, token_ids=(token_id,)))
+            else:
+                self._append(request, (sampled[row],))
+
+    def _apply_chunk(self, request: ActiveRequest, end: int, tokens: Sequence[SampledToken]) -> None:
+        request.num_computed = end
+        self._cache.insert(request.lease, request.token_ids, end)
+        is_whole = end == len(request.token_ids)
+        if isinstance(request, PrefillRequest):
+            if is_whole:
+                self._complete_prefill(request, tokens)
+            self._handoffs.on_computed(request)
+        elif is_whole:
+            self._append(request, tokens)
+
+    def _append(self, request: ActiveRequest, tokens: Sequence[SampledToken]) -> None:
+        """Append and send the tokens of a row, up to the one that ends the answer."""
+        assert len(tokens) == 1 or request.num_planned == request.num_computed, "a pending step continues the row"
+        position, finish, num_kept = len(request.token_ids) - request.num_prompt, None, 0
+        while finish is None and num_kept < len(tokens):
+            request.token_ids.append(tokens[num_kept].token_id)
+            finish = request.finish_reason(tokens[num_kept].token_id, len(request.token_ids))
+            num_kept += 1
+        send_tokens(self._context, request, position, tokens[:num_kept], finish)
+        if finish is not None:
+            self._handoffs.end(request, Outcome.FINISHED)
+
+    def _complete_prefill(self, request: PrefillRequest, tokens: Sequence[SampledToken]) -> None:
+        if request.first_token is None:  # else its pages were computed again after a preemption
+            request.first_token = token = tokens[0]  # decode samples the tokens after the first one
+            request.first_token_finish = request.finish_reason(token.token_id, len(request.token_ids) + 1)
+        self._requests.move(request, RequestState.AWAITING_TRANSFER)
+        send_first_token(self._context, request)

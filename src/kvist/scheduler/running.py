@@ -1,0 +1,54 @@
+"""The running requests: each has its pages and a slot at the runner, and takes part in steps."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from operator import attrgetter
+
+from kvist.request import Mode
+from kvist.scheduler.active import ActiveRequest
+from kvist.scheduler.slots import RequestSlots
+
+_number = attrgetter("number")
+
+
+class Running:
+    """The requests in state RUNNING, oldest first. Mutable; its one owner is `Requests`."""
+
+    def __init__(self, slots: RequestSlots) -> None:
+        self._slots = slots
+        self._requests: list[ActiveRequest] = []
+        self.num_prefills = 0  # requests of mode PREFILL, which end with their prompt
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[ActiveRequest]:
+        return iter(self._requests)
+
+    def __reversed__(self) -> Iterator[ActiveRequest]:
+        return reversed(self._requests)
+
+    @property
+    def num_growing(self) -> int:
+        """The number of requests that need further pages for their output tokens."""
+        return len(self._requests) - self.num_prefills
+
+    def enter(self, request: ActiveRequest) -> None:
+        self._requests.insert(self._place(request), request)
+        self.num_prefills += request.mode is Mode.PREFILL
+        self._slots.take(request)
+
+    def leave(self, request: ActiveRequest) -> None:
+        place = self._place(request)
+        assert self._requests[place] is request
+        del self._requests[place]
+        self.num_prefills -= request.mode is Mode.PREFILL
+        self._slots.give_back(request)
+
+    def _place(self, request: ActiveRequest) -> int:
+        requests = self._requests
+        if not requests or requests[-1].number < request.number:
+            return len(requests)
+        return bisect_left(requests, request.number, key=_number)
