@@ -22,7 +22,7 @@ from kvist.errors import ConfigError
 from kvist.kv.keys import page_digests
 from kvist.request import Outcome
 from kvist.store.backend import StoreSpec
-from kvist.store.io_threads import PAUSE_S
+from kvist.store.breaker import PAUSE_S
 from kvist.store.memory import MemoryStore
 
 if TYPE_CHECKING:

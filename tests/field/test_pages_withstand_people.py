@@ -19,7 +19,7 @@ from kvist.memory.host_pool import HostPool
 from kvist.memory.persistence import PersistentPages
 from kvist.store.backend import StoreSpec
 from kvist.store.file import FileStore
-from kvist.store.io_threads import StoreMover
+from kvist.store.mover import StoreMover
 
 # Found in two seconds by a search of 5 * 2^20 pages: equal under xxh3_128 behind every 16 bytes.
 _HEAD = (500, 600, 700, 800, 100, 200, 300, 400)

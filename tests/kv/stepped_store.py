@@ -3,16 +3,17 @@ between two pages and continue with another."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from kvist.store.backend import PageStore, StoreSpec, StoreStats
 from kvist.store.file import FileStore
-from kvist.store.io_threads import StoreMover
+from kvist.store.io_threads import Threads
+from kvist.store.mover import StoreMover
 from kvist.testing.clocks import FakeClock
 
 BEHAVIOURS = ("works", "works", "fails", "raises", "misreports", "loses_pages")
@@ -136,33 +137,20 @@ class SteppedStoreMover:
     """A `StoreMover` whose threads are fibers."""
 
     def __init__(self, host: Any, clock: FakeClock) -> None:
-        self.mover = StoreMover(host, wakeup=lambda: None, clock=clock, deadline_s=10.0)
+        self._made: list[Fiber] = []
+        threads = Threads(num_readers=2, num_writers=1, make=self._make_fiber)
+        self.mover = StoreMover(host, wakeup=pause, clock=clock, deadline_s=10.0, threads=threads)
         self.fibers: list[Fiber] = []
-        real: Any = self.mover
-        real_report = real.report
 
-        def report(*arguments: Any) -> None:
-            pause()
-            real_report(*arguments)
-            pause()
-
-        real.report = report
+    def _make_fiber(self, **options: Any) -> Fiber:
+        self._made.append(Fiber(**options))
+        return self._made[-1]
 
     def attach(self, store: FaultyStore) -> None:
-        made: list[Fiber] = []
-
-        def make(**options: Any) -> Fiber:
-            made.append(Fiber(**options))
-            return made[-1]
-
-        with (
-            mock.patch("kvist.store.io_threads.threading.Thread", make),
-            mock.patch("kvist.store.io_threads.num_readers", return_value=2),
-            mock.patch("kvist.store.io_threads.num_writers", return_value=1),
-        ):
-            self.mover.attach(store, store.stats())
+        self._made = []
+        self.mover.attach(store, store.stats())
         attached: Any = self.mover._attached
-        real_next = attached._next_call
+        real_next, real_report = attached._next_call, attached._io.report
 
         def next_(queue: Any) -> Any:
             fiber = in_fiber()
@@ -173,8 +161,13 @@ class SteppedStoreMover:
             fiber.is_idle = False
             return real_next(queue)
 
+        def report(*arguments: Any) -> None:
+            pause()
+            real_report(*arguments)
+
         attached._next_call = next_
-        self.fibers = [fiber for fiber in self.fibers if not fiber.is_over] + made
+        attached._io = dataclasses.replace(attached._io, report=report)
+        self.fibers = [fiber for fiber in self.fibers if not fiber.is_over] + self._made
 
     @property
     def is_attached(self) -> bool:
@@ -191,7 +184,7 @@ class SteppedStoreMover:
 
     def slots_under_call(self) -> set[int]:
         stores: Any = self.mover._stores()
-        return {slot for store in stores for call in store._calls() for slot in call.slots}
+        return {slot for store in stores for queue in store._queues for call in queue.calls for slot in call.slots}
 
     def kill(self) -> None:
         for fiber in self.fibers:

@@ -25,8 +25,10 @@ from kvist.plan.tiers import (
 )
 from kvist.store import open_store
 from kvist.store.backend import StoreSpec, StoreStats
-from kvist.store.io_threads import PAUSE_S, Report, StoreMover, num_readers
+from kvist.store.breaker import PAUSE_S
+from kvist.store.io_threads import num_readers
 from kvist.store.memory import MemoryStore
+from kvist.store.mover import Report, StoreMover
 from kvist.testing.clocks import FakeClock
 
 PAGE_BYTES, NUM_PAGES, DEADLINE_S = 64, 400, 10.0
@@ -208,7 +210,7 @@ def test_an_exception_counts_as_zero_pages_and_opens_the_breaker(moving: Moving)
     moving.store.answer = fail
     moving.start(StorePages, 3)
     assert moving.reports() == [PagesStored(job_id=1, num_pages=0)]
-    assert moving.mover.breaker() == "open"
+    assert moving.mover.breaker().value == "open"
     moving.start(FindPages, 3)
     assert moving.reports() == [PagesFound(job_id=2, num_pages=0, answered=False)]
     assert moving.store.calls == ["put"]
@@ -220,7 +222,7 @@ def test_a_hung_call_opens_the_breaker_and_keeps_its_slots_until_it_returns(movi
     moving.start(StorePages, 3)
     moving.reports()
     moving.hang(FetchPages)
-    assert moving.mover.breaker() == "open"
+    assert moving.mover.breaker().value == "open"
     assert moving.mover.num_quarantined_pages() == 3
     moving.start(FindPages, 3)
     moving.start(StorePages, 3)
@@ -228,7 +230,7 @@ def test_a_hung_call_opens_the_breaker_and_keeps_its_slots_until_it_returns(movi
     moving.store.go.set()
     assert moving.reports() == [PagesFetched(job_id=2, num_pages=3)]
     assert (moving.pages[10:13] == moving.pages[:3]).all()
-    assert moving.mover.breaker() == "open", "a late return does not close the breaker"
+    assert moving.mover.breaker().value == "open", "a late return does not close the breaker"
     assert moving.mover.num_quarantined_pages() == 0
     assert moving.mover.totals()["storage_slow_calls"] == 1
 
@@ -267,12 +269,12 @@ def test_the_breaker_tries_one_job_after_a_pause_and_closes_when_it_returns_in_t
     moving.clock.advance(1)
     moving.start(FindPages, 3)
     moving.until(lambda: moving.store.calls[-1] == "exists")
-    assert moving.mover.breaker() == "half_open"
+    assert moving.mover.breaker().value == "half_open"
     moving.start(FindPages, 3)
     assert moving.reports() == [PagesFound(job_id=4, num_pages=0, answered=False)], "only one is tried"
     moving.store.go.set()
     assert {report.job_id for report in moving.reports(2)} == {1, 3}
-    assert moving.mover.breaker() == "closed"
+    assert moving.mover.breaker().value == "closed"
     moving.start(StorePages, 3)
     assert moving.reports() == [PagesStored(job_id=5, num_pages=3)]
 
@@ -319,7 +321,7 @@ def test_a_closed_store_is_not_counted_as_detached_even_before_a_poll(moving: Mo
 
 
 def test_a_hung_call_does_not_delay_the_end_of_the_engine(moving: Moving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvist.store.io_threads.CLOSE_S", 0.1)
+    monkeypatch.setattr("kvist.store.mover.CLOSE_S", 0.1)
     moving.store.go.clear()
     moving.start(FetchPages, 3)
     moving.until(lambda: moving.store.calls)

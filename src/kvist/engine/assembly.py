@@ -46,7 +46,7 @@ from kvist.runner.build import build_runner, device_type
 from kvist.runner.config import RunnerConfig, RunnerOptions
 from kvist.runner.runner import AnyRunner, Runner
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.store.io_threads import StoreMover
+from kvist.store.mover import StoreMover
 from kvist.text.fingerprint import tokenizer_fingerprint
 from kvist.transfer import make_transport
 from kvist.transfer.epoch import EpochLock, num_live_epochs, sweep

@@ -52,7 +52,7 @@ from kvist.plan.tiers import (
 from kvist.plan.transfers import PeerDied, StopWrites, ToSource, VerifyPages, WritePages
 from kvist.request import EpochId
 from kvist.scheduler import Scheduler
-from kvist.store.io_threads import Report
+from kvist.store.mover import Report
 from kvist.transfer import Transport
 
 MAX_FAILED_STEPS_IN_A_ROW = 8  # then the device counts as broken, and the engine ends

@@ -6,7 +6,7 @@
 Opening a store may scan a disk, so a separate thread does it; the store named by the flags is opened before the engine
 is ready. The scheduler receives a `StorageAttached` event when a store is attached and when it is detached. A detached
 store whose calls hang is abandoned after `DETACH_TIMEOUT_S`: its host pages stay in flight until the calls return. The
-pages themselves are moved by store/io_threads.py.
+pages themselves are moved by store/mover.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kvist.own_files import cache_folder
 from kvist.plan.tiers import StorageAttached, StoreJob
 from kvist.store import open_store
 from kvist.store.backend import PageStore, StoreSpec, StoreStats
-from kvist.store.io_threads import Report, StoreMover
+from kvist.store.mover import Report, StoreMover
 
 DETACH_TIMEOUT_S = 5.0
 MAX_HUNG_STORES = 2  # stores detached while a call, or their opening, hung; each keeps threads and host pages
@@ -150,7 +150,7 @@ class EngineStorage:
             hicache_storage_size=self._config.hicache_storage_size if chosen is None else chosen.size_gb,
             hicache_storage_prefetch_policy=self._config.hicache_storage_prefetch_policy,
             state=self._state(),
-            breaker=self._mover.breaker(),
+            breaker=self._mover.breaker().value,
             num_quarantined_pages=self._mover.num_quarantined_pages(),
             stored_bytes=0 if stats is None else stats.stored_bytes,
             errors=self._mover.errors(),

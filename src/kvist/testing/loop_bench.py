@@ -28,7 +28,7 @@ from kvist.plan.transfers import StopWrites, VerifyPages, WritePages
 from kvist.request import EpochId, HandoffId
 from kvist.scheduler import Scheduler
 from kvist.scheduler.load import SchedulerLoad
-from kvist.store.io_threads import Report
+from kvist.store.mover import Report
 from kvist.testing.clocks import FakeClock
 from kvist.testing.specs import make_spec
 from kvist.transfer import TransferReport, Transport

@@ -1,0 +1,50 @@
+"""The circuit breaker of a store: a store that hangs or raises is not called for a while. Shared by all stores.
+
+    closed ──a call hangs or raises──► open: no call ──pause──► half open: one call is tried
+       ▲                                    ▲─────────the call hangs or raises──────┤
+       └──────────────────────────the call returns in time──────────────────────────┘
+
+While the breaker is not closed, a further call is admitted only if no other call is being tried. A call that returns
+too late closes nothing: the store may hang again at once.
+"""
+
+from __future__ import annotations
+
+import enum
+
+PAUSE_S = 5.0  # between two tries of a store that hangs
+
+
+class BreakerState(enum.Enum):
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+class CircuitBreaker:
+    """Mutable; its owner guards it with a lock, and passes the time. `is_tried`: a call waits, or is under way in
+    time."""
+
+    def __init__(self, pause_s: float = PAUSE_S) -> None:
+        self._pause_s = pause_s
+        self._retry_at_s: float | None = None  # None: closed
+
+    def state(self, now_s: float, *, is_tried: bool) -> BreakerState:
+        if self._retry_at_s is None:
+            return BreakerState.CLOSED
+        return BreakerState.HALF_OPEN if is_tried and now_s >= self._retry_at_s else BreakerState.OPEN
+
+    def admits(self, now_s: float, *, is_tried: bool) -> bool:
+        """Return whether the store may be called now."""
+        return self._retry_at_s is None or (now_s >= self._retry_at_s and not is_tried)
+
+    def on_failure(self, now_s: float) -> None:
+        """Open: a call has raised, or is found to hang."""
+        self._retry_at_s = now_s + self._pause_s
+
+    def on_success(self, now_s: float) -> bool:
+        """A call has returned in time. Return whether this closes the breaker: not before the pause is over."""
+        if self._retry_at_s is None or now_s < self._retry_at_s:
+            return False
+        self._retry_at_s = None
+        return True

@@ -1,0 +1,64 @@
+"""The calls of a store that are under way, and the host slots that they hold.
+
+A call that takes longer than the deadline hangs: its slots are in quarantine until it returns, because it may still
+read or write them. A late write can then not damage another page. The call keeps its thread, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvist.plan.tiers import FetchPages, FindPages, StorePages
+
+Job = FindPages | FetchPages | StorePages
+
+
+@dataclass(slots=True, eq=False)
+class StoreCall:
+    """A job that a thread runs. Mutable; owned by the thread, except `hangs`, which the engine loop sets."""
+
+    job: Job
+    started_s: float  # of the current call of the store: a long job makes several
+    hangs: bool = False  # the call took longer than the deadline
+    answered: bool = False  # the store has answered for every page of the job
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return () if isinstance(self.job, FindPages) else self.job.host_slots
+
+
+class CallsUnderWay:
+    """Mutable; guarded by the lock of its store's threads."""
+
+    def __init__(self) -> None:
+        self._calls: dict[StoreCall, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __iter__(self) -> Iterator[StoreCall]:
+        return iter(self._calls)
+
+    def begin(self, job: Job, now_s: float) -> StoreCall:
+        call = StoreCall(job, now_s)
+        self._calls[call] = None
+        return call
+
+    def end(self, call: StoreCall) -> None:
+        del self._calls[call]
+
+    @property
+    def some_in_time(self) -> bool:
+        return any(not call.hangs for call in self._calls)
+
+    def quarantine(self, now_s: float, deadline_s: float) -> list[StoreCall]:
+        """Mark the calls past their deadline; return those marked now."""
+        late = [call for call in self._calls if not call.hangs and now_s - call.started_s > deadline_s]
+        for call in late:
+            call.hangs = True
+        return late
+
+    @property
+    def num_quarantined_pages(self) -> int:
+        return sum(len(call.slots) for call in self._calls if call.hangs)
