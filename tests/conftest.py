@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -51,3 +52,14 @@ def transformers_smollm2() -> Any:
         mock.patch("gguf.get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
     ):
         return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+
+@pytest.fixture
+def as_unprivileged_user() -> Iterator[None]:
+    """Run the test as an unprivileged user, because root may write anywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    if user == 0:
+        os.seteuid(0)

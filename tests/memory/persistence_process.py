@@ -17,7 +17,7 @@ from kvist.memory.device_pool import DevicePool
 from kvist.memory.host_pool import HostPool
 from kvist.memory.page_copier import PageMover
 from kvist.memory.persistence import PersistentPages
-from kvist.plan.tiers import BackUpPages, ForgetPages, PagesForgotten
+from kvist.plan.tiers import BackUpPages, ForgetPages, PagesBackedUp, PagesForgotten
 
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=4, page_size=16, head_dim=64, dtype="float32")
 PAGE_BYTES = LAYOUT.page_bytes
@@ -56,7 +56,7 @@ class Writer:
         names = ((digests[0], None), (digests[1], digests[0]))
         self._mover.start(BackUpPages(job_id=number, page_ids=(0, 1), host_slots=(first, first + 1), names=names))
         self._done.acquire(timeout=10)
-        assert [report.ok for report in self._mover.poll()] == [True]
+        assert self._mover.poll() == [PagesBackedUp(job_id=number, ok=True)]
 
     def forget(self, *slots: int) -> None:
         self._mover.start(ForgetPages(job_id=0, host_slots=slots))

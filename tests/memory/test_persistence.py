@@ -29,7 +29,7 @@ from kvist.memory.page_copier import PageMover
 from kvist.memory.persistence import PersistentPages, reusable_bytes
 from kvist.plan.tiers import BackUpPages
 from kvist.testing.page_events import page_event
-from tests.kv.persistence_process import LAYOUT, NUM_PAGES, PAGE_BYTES, Writer, digest_of, open_folder, page_of
+from tests.memory.persistence_process import LAYOUT, NUM_PAGES, PAGE_BYTES, Writer, digest_of, open_folder, page_of
 
 SCRIPT = Path(__file__).with_name("persistence_process.py")
 HEADER_BYTES, RECORD_BYTES = 64, 96
@@ -223,8 +223,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], set[int]]] = {
     "index cut": (lambda folder: os.truncate(folder / "index", HEADER_BYTES + 3 * RECORD_BYTES + 9), {0, 1, 2}),
     "index of noise": (lambda folder: (folder / "index").write_bytes(os.urandom(5000)), set()),
     "index is a link": (lambda folder: relink(folder / "index"), set()),
-    "pages are a pipe": (lambda folder: ((folder / "pages").unlink(), os.mkfifo(folder / "pages")), set()),
+    "pages are a pipe": (lambda folder: put_pipe(folder / "pages"), set()),
 }
+
+
+def put_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def relink(path: Path) -> None:

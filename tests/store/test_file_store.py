@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ from kvist.store import disk_budget, open_store
 from kvist.store.backend import StoreSpec
 from kvist.store.file import FileStore
 from kvist.testing.clocks import FakeClock
-from tests.kv.store_process import FILE_BYTES, KEYS, PAGE_BYTES, page_of, spec_of
+from tests.store.store_process import FILE_BYTES, KEYS, PAGE_BYTES, page_of, spec_of
 
 SCRIPT = Path(__file__).with_name("store_process.py")
 
@@ -77,7 +78,7 @@ def flip(offset: int) -> Callable[[Path], None]:
     return damage
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "a bit of the first byte": flip(4096),
     "a bit of the last byte": flip(-1),
     "the magic": flip(0),
@@ -93,8 +94,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "header only": lambda path: os.truncate(path, 4096),
     "empty": lambda path: os.truncate(path, 0),
     "too long": lambda path: os.truncate(path, FILE_BYTES + 1),
-    "zeros": lambda path: path.write_bytes(bytes(FILE_BYTES)) and None,
-    "another page": lambda path: shutil.copy(file_of(path.parents[2], 0), path) and None,
+    "zeros": lambda path: path.write_bytes(bytes(FILE_BYTES)),
+    "another page": lambda path: shutil.copy(file_of(path.parents[2], 0), path),
 }
 
 
@@ -382,7 +383,12 @@ def test_a_much_smaller_cap_is_reached_with_one_scan_of_the_folder(
     put(open_files(tmp_path), 0, 20)
     scans: list[object] = []
     scan = disk_budget.DiskBudget._scan
-    monkeypatch.setattr(disk_budget.DiskBudget, "_scan", lambda *of: scans.append(of) or scan(*of))
+
+    def counted_scan(*of: Any) -> int:
+        scans.append(of)
+        return scan(*of)
+
+    monkeypatch.setattr(disk_budget.DiskBudget, "_scan", counted_scan)
     monkeypatch.setattr(disk_budget, "_MAX_STATS_PER_RESERVE", 2)
     store = open_files(tmp_path, num_pages=4)
     assert (store.exists(KEYS[:20]), store.stats().stored_bytes, len(scans)) == (4, 4 * FILE_BYTES, 1)

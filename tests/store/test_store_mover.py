@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -288,7 +289,7 @@ def test_a_store_that_hangs_for_good_occupies_only_its_own_threads(moving: Movin
         moving.clock.advance(PAUSE_S)
         before = num_answered_or_called()
         moving.start(FetchPages, 3)
-        moving.until(lambda before=before: num_answered_or_called() > before)
+        moving.until(partial(lambda before: num_answered_or_called() > before, before))
         moving.clock.advance(DEADLINE_S + 1)
         moving.mover.poll()
     assert len(moving.store.calls) == NUM_READERS
@@ -341,9 +342,14 @@ def test_fetched_pages_are_recorded_and_failed_ones_cleared_before_the_report(tm
     kept.record([5, 6, 7], [(digest(50), None), (digest(51), digest(50)), (digest(52), digest(51))])
     host = HostPool(8, PAGE_BYTES, pinned=False, persistent=kept)
     there_when_reported: list[list[tuple[int, bytes]]] = []
+
+    def look_once() -> None:
+        if not there_when_reported:
+            there_when_reported.append(look())
+
     mover = StoreMover(
         host,
-        wakeup=lambda: there_when_reported or there_when_reported.append(look()),
+        wakeup=look_once,
         clock=FakeClock(),
         deadline_s=1.0,
     )
