@@ -34,7 +34,7 @@ from kvist.models.weights_gguf import GgufSource
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner.build import build_runner
-from kvist.runner.config import RunnerConfig
+from kvist.runner.config import RunnerOptions
 from kvist.runner.runner import AnyRunner
 
 NUM_STREAMS = 8
@@ -191,7 +191,7 @@ def main() -> int:
     checkpoint = find_checkpoint(None)
     config = load_model_config(checkpoint)
     with tempfile.TemporaryDirectory() as runtime_dir, torch.inference_mode():
-        settings = RunnerConfig(device="cpu", dtype="float32", max_total_tokens=16_384, num_threads=args.threads)
+        settings = RunnerOptions(device="cpu", dtype="float32", max_total_tokens=16_384, num_threads=args.threads)
         runner = build_runner(checkpoint, config, settings, runtime_dir=Path(runtime_dir))
         rows = measure(runner, transformers_model(config), args)
         runner.close()

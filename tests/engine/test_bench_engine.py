@@ -20,7 +20,7 @@ from kvist.models import load_model_config
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens
 from kvist.runner.build import build_runner
-from kvist.runner.config import RunnerConfig, RunnerOptions
+from kvist.runner.config import RunnerOptions
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler.budget import step_tokens
 
@@ -68,7 +68,7 @@ class _Read:
 def runner(tiny_model_path: Path, tmp_path: Path) -> Iterator[Watched]:
     torch.set_num_threads(1)
     checkpoint = find_checkpoint(str(tiny_model_path))
-    config = RunnerConfig(device="cpu", load_format="dummy", max_total_tokens=1024, page_size=16, num_threads=1)
+    config = RunnerOptions(device="cpu", load_format="dummy", max_total_tokens=1024, page_size=16, num_threads=1)
     made = Watched(build_runner(checkpoint, load_model_config(checkpoint), config, runtime_dir=tmp_path))
     yield made
     made.close()

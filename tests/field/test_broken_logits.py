@@ -15,7 +15,7 @@ from kvist.models import load_model_config
 from kvist.plan.events import Event, StepFinished
 from kvist.request import EngineRequest, EpochId, Mode, Outcome, RequestId, Role, SamplingParams
 from kvist.runner.build import build_runner
-from kvist.runner.config import RunnerConfig
+from kvist.runner.config import RunnerOptions
 from kvist.runner.runner import InFlight
 from kvist.runner.sampler import SamplingRow, sample
 from kvist.scheduler import SchedulerConfig, build_scheduler
@@ -65,7 +65,7 @@ class Engine:
 
     def __init__(self, folder: Path, *, overlap: bool) -> None:
         checkpoint = find_checkpoint(str(folder))
-        config = RunnerConfig(
+        config = RunnerOptions(
             dtype="float32", device="cpu", page_size=PAGE_SIZE, max_total_tokens=64 * PAGE_SIZE, num_threads=1
         )
         self.runner = build_runner(checkpoint, load_model_config(checkpoint), config, runtime_dir=folder)

@@ -16,7 +16,7 @@ from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.plan.slots import OpenSlots
 from kvist.request import RequestId, SampledToken, SamplingParams, SlotId
 from kvist.runner.build import build_runner
-from kvist.runner.config import RunnerConfig
+from kvist.runner.config import RunnerOptions
 from kvist.runner.runner import Runner
 
 PAGE_SIZE = 4
@@ -49,7 +49,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def make_runner(checkpoint: Checkpoint, runtime_dir: Path, *, tp: int = 1) -> Runner:
-    config = RunnerConfig(
+    config = RunnerOptions(
         load_format="dummy",
         dtype="float32",
         device="cpu",

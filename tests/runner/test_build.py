@@ -12,13 +12,13 @@ from kvist.errors import ConfigError
 from kvist.models import load_model_config
 from kvist.runner import build
 from kvist.runner.build import build_runner
-from kvist.runner.config import RunnerConfig
+from kvist.runner.config import RunnerOptions
 
 
 def build_tiny(checkpoint: Checkpoint, runtime_dir: Path, **options: object) -> None:
     settings = {"load_format": "dummy", "device": "cpu", "max_total_tokens": 64, **options}
-    config = RunnerConfig(**settings)  # type: ignore[arg-type]
-    build_runner(checkpoint, load_model_config(checkpoint), config, runtime_dir=runtime_dir).close()
+    made = RunnerOptions(**settings)  # type: ignore[arg-type]
+    build_runner(checkpoint, load_model_config(checkpoint), made, runtime_dir=runtime_dir).close()
 
 
 def test_base_gpu_id_with_device_cpu_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:

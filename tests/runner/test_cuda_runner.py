@@ -10,7 +10,6 @@ import json
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ from kvist.plan.events import Event, StepFinished
 from kvist.plan.slots import OpenSlots
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SampledToken, SamplingParams, SlotId
 from kvist.runner.build import build_runner
-from kvist.runner.config import RunnerConfig
+from kvist.runner.config import RunnerLimits, RunnerOptions
 from kvist.runner.inputs import build_inputs
 from kvist.runner.runner import AnyRunner, InFlight, begin, finish
 from kvist.scheduler import SchedulerConfig, build_scheduler
@@ -72,14 +71,14 @@ def make_checkpoint(folder: Path, family: str) -> Checkpoint:
     return find_checkpoint(str(folder))
 
 
-def make_runner(checkpoint: Checkpoint, runtime_dir: Path, **config: object) -> AnyRunner:
-    settings = RunnerConfig(
-        load_format="dummy", device="cuda", max_total_tokens=32_768, max_running_requests=32, max_batch_tokens=512
-    )
+def make_runner(checkpoint: Checkpoint, runtime_dir: Path, *, disable_cuda_graph: bool = False) -> AnyRunner:
     return build_runner(
         checkpoint,
         load_model_config(checkpoint),
-        replace(settings, **config),  # type: ignore[arg-type]
+        RunnerOptions(
+            load_format="dummy", device="cuda", max_total_tokens=32_768, disable_cuda_graph=disable_cuda_graph
+        ),
+        RunnerLimits(max_running_requests=32, max_batch_tokens=512),
         runtime_dir=runtime_dir,
     )
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvist.attention.flashinfer import workspace_bytes
 from kvist.models import ModelConfig
 from kvist.runner.build import COLLECTIVES_BYTES, gpu_reserve_bytes
-from kvist.runner.config import RunnerConfig
+from kvist.runner.config import RunnerConfig, RunnerLimits
 from kvist.runner.graph_sizes import MAX_MIXED_TOKENS, decode_sizes, graphs_bytes, mixed_sizes
 
 
@@ -71,8 +71,8 @@ QWEN2_7B = ModelConfig(
 
 def reserve(**changes: object) -> int:
     """On a GPU of 132 multiprocessors."""
-    limits = RunnerConfig(dtype="bfloat16", device="cuda", max_running_requests=256, max_batch_tokens=2048)
-    config = dataclasses.replace(limits, attention_backend="fa3")
+    limits = RunnerLimits(max_running_requests=256, max_batch_tokens=2048)
+    config = RunnerConfig(dtype="bfloat16", device="cuda", attention_backend="fa3", limits=limits)
     return gpu_reserve_bytes(QWEN2_7B, dataclasses.replace(config, **changes), 132)  # type: ignore[arg-type]
 
 
@@ -83,16 +83,16 @@ def test_memory_is_reserved_for_graphs_and_buffers_made_after_the_pool() -> None
 
 
 def test_no_memory_is_reserved_for_graphs_when_none_is_captured() -> None:
-    assert reserve(disable_cuda_graph=True) == reserve(attention_backend="torch") == 0
-    assert reserve(disable_cuda_graph=True, attention_backend="torch", tp=2) == COLLECTIVES_BYTES
+    assert reserve(uses_graphs=False) == reserve(attention_backend="torch") == 0
+    assert reserve(uses_graphs=False, attention_backend="torch", tp=2) == COLLECTIVES_BYTES
 
 
 def test_flashinfer_reserves_workspaces_and_no_graphs_of_mixed_steps() -> None:
     eager = workspace_bytes(28, 4, 128, 132) + 8 * MIB
-    assert reserve(attention_backend="flashinfer", disable_cuda_graph=True) == eager
+    assert reserve(attention_backend="flashinfer", uses_graphs=False) == eager
     num_decodes = len(decode_sizes(256))
     graphs = 256 * MIB + num_decodes * 16 * MIB + 256 * 152_064 * 4
     planners = workspace_bytes(28, 4, 128, 132, 256) + num_decodes * MIB
     assert reserve(attention_backend="flashinfer") == eager + graphs + planners
     two_ranks = workspace_bytes(14, 2, 128, 132) + 8 * MIB + COLLECTIVES_BYTES
-    assert reserve(attention_backend="flashinfer", disable_cuda_graph=True, tp=2) == two_ranks
+    assert reserve(attention_backend="flashinfer", uses_graphs=False, tp=2) == two_ranks

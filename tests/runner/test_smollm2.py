@@ -13,7 +13,7 @@ from kvist.models import load_model_config
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner.build import build_runner
-from kvist.runner.config import RunnerConfig
+from kvist.runner.config import RunnerOptions
 from kvist.runner.runner import Runner
 from kvist.text import load_tokenizer
 
@@ -34,7 +34,7 @@ GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0)
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     checkpoint = find_checkpoint(None)
-    config = RunnerConfig(device="cpu", dtype="float32", max_total_tokens=4096)
+    config = RunnerOptions(device="cpu", dtype="float32", max_total_tokens=4096)
     built = build_runner(
         checkpoint, load_model_config(checkpoint), config, runtime_dir=tmp_path_factory.mktemp("runtime")
     )

@@ -25,7 +25,7 @@ from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner import tp
 from kvist.runner.build import build_runner, page_layout, weights_bytes
-from kvist.runner.config import RunnerConfig
+from kvist.runner.config import RunnerConfig, RunnerOptions
 from kvist.runner.runner import Runner
 from kvist.runner.tp import FollowerProcesses, Rendezvous
 
@@ -205,7 +205,7 @@ def test_more_ranks_than_gpus_are_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    config = replace(RunnerConfig(load_format="dummy", device="cuda"), **changes)
+    config = RunnerOptions(load_format="dummy", device="cuda", **changes)
     with pytest.raises(ConfigError, match=message) as caught:
         build_runner(tiny_checkpoint, load_model_config(tiny_checkpoint), config, runtime_dir=tmp_path)
     assert caught.value.param == param
@@ -215,7 +215,7 @@ def test_a_tp_size_that_does_not_divide_the_model_is_refused_before_a_process_st
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "Popen", lambda *_: pytest.fail("it started a process"))
-    config = RunnerConfig(load_format="dummy", device="cpu", tp=3)
+    config = RunnerOptions(load_format="dummy", device="cpu", tp=3)
     with pytest.raises(ConfigError, match="4 attention heads"):
         build_runner(tiny_checkpoint, load_model_config(tiny_checkpoint), config, runtime_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -249,7 +249,7 @@ def test_a_load_format_other_than_the_checkpoints_is_refused(tiny_checkpoint: Ch
         build_runner(
             tiny_checkpoint,
             load_model_config(tiny_checkpoint),
-            RunnerConfig(load_format="gguf", device="cpu"),
+            RunnerOptions(load_format="gguf", device="cpu"),
             runtime_dir=tmp_path,
         )
     assert list(tmp_path.iterdir()) == []

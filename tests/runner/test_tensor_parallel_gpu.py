@@ -165,11 +165,12 @@ from kvist.models import load_model_config
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner.build import build_runner
-from kvist.runner.config import RunnerConfig
+from kvist.runner.config import RunnerLimits, RunnerOptions
 
 checkpoint = find_checkpoint(sys.argv[1])
-config = RunnerConfig(load_format="dummy", device="cuda", tp=2, max_total_tokens=4096, max_running_requests=8)
-runner = build_runner(checkpoint, load_model_config(checkpoint), config, runtime_dir=Path(sys.argv[2]))
+options = RunnerOptions(load_format="dummy", device="cuda", tp=2, max_total_tokens=4096)
+limits = RunnerLimits(max_running_requests=8)
+runner = build_runner(checkpoint, load_model_config(checkpoint), options, limits, runtime_dir=Path(sys.argv[2]))
 print(runner._followers._processes[0].pid, flush=True)
 sampling = SamplingParams(max_tokens=9, temperature=0.0)
 start = StartRequest(

@@ -42,8 +42,9 @@ from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.models import ModelConfig, load_model_config
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import EpochId, RequestId, SamplingParams, SlotId, WorkerId
-from kvist.runner.build import build_runner, device_type
-from kvist.runner.config import RunnerConfig, RunnerOptions
+from kvist.runner.build import build_runner
+from kvist.runner.config import RunnerLimits, RunnerOptions
+from kvist.runner.resolve import device_type
 from kvist.runner.runner import AnyRunner, Runner
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.store.mover import StoreMover
@@ -107,8 +108,12 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
             limits.max_prefill_tokens,
             "during the current one" if limits.overlap else "after the current one",
         )
-        runner_config = make_runner_config(options.runner, limits, runtime_dir, options.scheduler.context_length)
-        runner = load_runner(runner_config, served, runtime_dir, progress)
+        runner_limits = RunnerLimits(
+            context_length=options.scheduler.context_length,
+            max_running_requests=limits.max_running_requests,
+            max_batch_tokens=limits.max_prefill_tokens,
+        )
+        runner = load_runner(options.runner, runner_limits, served, runtime_dir, progress)
         closing.callback(runner.close)
         logger.info("page pool: %s", runner.pool_reason)
         warm_up(runner, progress)
@@ -158,22 +163,9 @@ def compute_fingerprints(checkpoint: Checkpoint, options: RunnerOptions) -> Fing
     )
 
 
-def make_runner_config(
-    options: RunnerOptions, limits: SchedulerConfig, runtime_dir: Path, context_length: int | None = None
-) -> RunnerConfig:
-    """Make the runner's settings from the options and the resolved limits of a step."""
-    if not options.num_threads:
-        options = dataclasses.replace(options, num_threads=_num_cores_for_us(runtime_dir))
-    return RunnerConfig(
-        **{field.name: getattr(options, field.name) for field in dataclasses.fields(RunnerOptions)},
-        context_length=context_length,
-        max_running_requests=limits.max_running_requests,
-        max_batch_tokens=limits.max_prefill_tokens,
-    )
-
-
 def load_runner(
-    config: RunnerConfig,
+    options: RunnerOptions,
+    limits: RunnerLimits,
     served: ServedModel,
     runtime_dir: Path,
     progress: Callable[[str], None],
@@ -186,7 +178,9 @@ def load_runner(
             last_tenth = tenth
             progress(f"loading weights {10 * tenth}%")
 
-    return build_runner(served.checkpoint, served.config, config, runtime_dir=runtime_dir, progress=on_tensor)
+    if not options.num_threads:
+        options = dataclasses.replace(options, num_threads=_num_cores_for_us(runtime_dir))
+    return build_runner(served.checkpoint, served.config, options, limits, runtime_dir=runtime_dir, progress=on_tensor)
 
 
 def warm_up(runner: AnyRunner, progress: Callable[[str], None]) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from kvist.clock import Clock, MonotonicClock
-from kvist.engine.assembly import find_served_model, freeze_gc, load_runner, make_runner_config, warm_up
+from kvist.engine.assembly import find_served_model, freeze_gc, load_runner, warm_up
 from kvist.engine.bench_shapes import Shape, StepsConfig
 from kvist.engine.config import ModelOptions, RuntimeOptions
 from kvist.errors import ConfigError
@@ -33,7 +33,7 @@ from kvist.plan.batch import Batch
 from kvist.plan.events import Event, StepFinished
 from kvist.plan.slots import OpenSlots
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams
-from kvist.runner.config import RunnerOptions
+from kvist.runner.config import RunnerLimits, RunnerOptions
 from kvist.runner.runner import AnyRunner, InFlight
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.transfer.epoch import EpochLock, new_epoch, sweep
@@ -70,7 +70,10 @@ def run_bench_engine(config: StepsConfig, model: ModelOptions, options: RunnerOp
         sweep(runtime_dir)
         closing.callback(EpochLock(runtime_dir, new_epoch()).close)
         served = find_served_model(model)
-        runner = load_runner(make_runner_config(options, limits, runtime_dir), served, runtime_dir, lambda _text: None)
+        runner_limits = RunnerLimits(
+            max_running_requests=limits.max_running_requests, max_batch_tokens=limits.max_prefill_tokens
+        )
+        runner = load_runner(options, runner_limits, served, runtime_dir, lambda _text: None)
         closing.callback(runner.close)
         warm_up(runner, lambda _text: None)
         freeze_gc()

@@ -8,7 +8,6 @@ ranks, and a page holds the rank's own heads, which are one contiguous piece of 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from kvist.attention import attention_kind, build_attention, choose_attention
+from kvist.attention import attention_kind, build_attention
 from kvist.attention.backend import AttentionBackend, AttentionSizes, Captures
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
@@ -28,9 +27,10 @@ from kvist.models import ModelConfig
 from kvist.models.decoder import CausalLM
 from kvist.models.load import declare_model, load_model
 from kvist.models.parallel import TensorParallel
-from kvist.runner.config import RunnerConfig
+from kvist.runner.config import RunnerConfig, RunnerLimits, RunnerOptions
 from kvist.runner.graph_sizes import decode_sizes, graphs_bytes
 from kvist.runner.leader import LeadingRunner
+from kvist.runner.resolve import rank_device, resolve_runner
 from kvist.runner.runner import AnyRunner, Runner
 from kvist.runner.tp import FollowerProcesses, Rendezvous, new_rendezvous_path
 from kvist.wire import PoolAddress
@@ -39,7 +39,7 @@ COLLECTIVES_BYTES = 512 << 20  # NCCL's buffers on a GPU, approximately
 # Limits of a CPU's pool, unless --max-total-tokens is given: all of the pool is allocated when the engine starts, and
 # the free memory of a laptop would hold far more tokens than are of use.
 CPU_CAP_TOKENS, CPU_CAP_SHARE = 32_768, 1 / 8
-logger = logging.getLogger(__name__)
+DEFAULT_LIMITS = RunnerLimits()
 
 LoadProgress = Callable[[int, int], None]  # (tensors loaded, tensors in total)
 
@@ -47,7 +47,7 @@ LoadProgress = Callable[[int, int], None]  # (tensors loaded, tensors in total)
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that `build_rank` needs; equal on all ranks except `rank`."""
 
-    config: RunnerConfig  # with every "auto" resolved; `num_threads` are those of one rank
+    config: RunnerConfig
     checkpoint_path: str
     checkpoint_kind: CheckpointKind
     num_pages: int
@@ -57,21 +57,22 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def device(self) -> torch.device:
-        return _rank_device(self.config, self.rank)
+        return rank_device(self.config, self.rank)
 
 
 def build_runner(
     checkpoint: Checkpoint,
     model_config: ModelConfig,
-    config: RunnerConfig,
+    options: RunnerOptions,
+    limits: RunnerLimits = DEFAULT_LIMITS,
     *,
     runtime_dir: Path | None = None,
     progress: LoadProgress | None = None,
 ) -> AnyRunner:
     """Build the runner and start its followers. Raises `ConfigError` (or its subclass `ModelLoadError`) that names the
     flag to change."""
-    config = _resolve(config, checkpoint, model_config)
-    device = _rank_device(config, 0)
+    config = resolve_runner(options, limits, checkpoint, model_config)
+    device = rank_device(config, 0)
     runtime_dir = user_runtime_dir(None if runtime_dir is None else str(runtime_dir))
     layout = page_layout(model_config, config)
     with allocation_lock(runtime_dir):  # no other engine may take the free memory meanwhile
@@ -130,7 +131,7 @@ def build_rank(
         dtype=DTYPES[config.dtype],
         device=device,
         tp=tp,
-        load_format="dummy" if config.load_format == "dummy" else "auto",
+        load_format="dummy" if config.has_dummy_weights else "auto",
         seed=config.random_seed,
         progress=progress,
     )
@@ -144,7 +145,7 @@ def build_rank(
             model=model,
             pool=pool,
             attention=attention,
-            num_slots=config.max_running_requests,
+            num_slots=config.limits.max_running_requests,
             pool_reason=pool_reason,
         )
     if rendezvous is not None and spec.rank == 0:
@@ -155,7 +156,7 @@ def build_rank(
 
 def _pool_of(rank: int, rendezvous: Rendezvous, model_config: ModelConfig, config: RunnerConfig) -> RankPool:
     heads = TensorParallel(rank=rank, size=config.tp).kv_heads(model_config.num_kv_heads)
-    return RankPool(path=rendezvous.get("pool", rank), device=_rank_device(config, rank), first_head=heads.start)
+    return RankPool(path=rendezvous.get("pool", rank), device=rank_device(config, rank), first_head=heads.start)
 
 
 def _on_gpu(
@@ -164,10 +165,12 @@ def _on_gpu(
     from kvist.runner.cuda_runner import CudaRunner, StepLimits
 
     torch.cuda.empty_cache()  # temporary buffers of the loading
-    context_len = min(config.context_length or model.config.max_position_embeddings, pool.num_pages * config.page_size)
+    context_len = min(
+        config.limits.context_length or model.config.max_position_embeddings, pool.num_pages * config.page_size
+    )
     limits = StepLimits(
-        max_requests=config.max_running_requests,
-        max_tokens=config.max_batch_tokens,
+        max_requests=config.limits.max_running_requests,
+        max_tokens=config.limits.max_batch_tokens,
         max_pages=-(-context_len // config.page_size),
     )
     return CudaRunner(
@@ -175,71 +178,9 @@ def _on_gpu(
         pool=pool,
         attention=attention,
         limits=limits,
-        use_graphs=not config.disable_cuda_graph,
+        use_graphs=config.uses_graphs,
         pool_reason=pool_reason,
     )
-
-
-def device_type(name: str) -> str:
-    """ "cpu" or "cuda", for `--device`."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
-
-
-def _resolve(config: RunnerConfig, checkpoint: Checkpoint, model_config: ModelConfig) -> RunnerConfig:
-    """Return `config` with every "auto" resolved and the threads divided among the ranks."""
-    config = replace(config, device=_resolve_device(config))
-    device = _rank_device(config, 0)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # libraries that allocate by themselves use this device, too
-    dtype = ("float32" if device.type == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
-    _check_load_format(checkpoint, config.load_format)
-    declare_model(model_config).check_split(TensorParallel(size=config.tp))
-    attention = choose_attention(config.attention_backend, device, DTYPES[dtype], config.attention_options)
-    logger.info("attention backend: %s (%s)", attention.name, attention.reason)
-    return replace(
-        config,
-        dtype=dtype,
-        attention_backend=attention.name,
-        num_threads=max(1, config.num_threads // config.tp) if config.num_threads else 0,
-    )
-
-
-def _resolve_device(config: RunnerConfig) -> str:
-    name = device_type(config.device)
-    if name != "cuda":
-        if config.base_gpu_id and config.device == name:
-            raise ConfigError(
-                f"--base-gpu-id {config.base_gpu_id} needs a GPU, but --device is {name}: remove one of the two flags",
-                param="base_gpu_id",
-            )
-        if config.base_gpu_id:  # `kvist up` may assign GPUs that the installed torch cannot use
-            logger.warning("torch finds no GPU on this host: --base-gpu-id %d is ignored", config.base_gpu_id)
-        return name
-    if not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU on this host; use --device cpu or auto", param="device")
-    num_gpus, last = torch.cuda.device_count(), config.base_gpu_id + config.tp - 1
-    if last >= num_gpus:
-        param = "base_gpu_id" if config.tp == 1 else "tp"
-        flags = f"--base-gpu-id {config.base_gpu_id}" + (f" --tp {config.tp}" if config.tp > 1 else "")
-        raise ConfigError(
-            f"{flags} needs GPU {last} (counted from 0), but torch finds {num_gpus} on this host", param=param
-        )
-    return name
-
-
-def _rank_device(config: RunnerConfig, rank: int) -> torch.device:
-    return torch.device("cuda", config.base_gpu_id + rank) if config.device == "cuda" else torch.device(config.device)
-
-
-def _check_load_format(checkpoint: Checkpoint, load_format: str) -> None:
-    kinds = {"safetensors": CheckpointKind.HF, "gguf": CheckpointKind.GGUF}
-    if load_format in kinds and checkpoint.kind is not kinds[load_format]:
-        raise ConfigError(
-            f"--load-format {load_format}: {checkpoint.path} is a {checkpoint.kind.value} checkpoint; use auto",
-            param="load_format",
-        )
 
 
 def page_layout(model_config: ModelConfig, config: RunnerConfig) -> PageLayout:
@@ -257,8 +198,7 @@ def page_layout(model_config: ModelConfig, config: RunnerConfig) -> PageLayout:
 
 
 def weights_bytes(model_config: ModelConfig, config: RunnerConfig) -> int:
-    """Return the size of the weights on one device: of rank 0 on its GPU, of all ranks on a CPU. In `config` every
-    "auto" is resolved."""
+    """Return the size of the weights on one device: of rank 0 on its GPU, of all ranks on a CPU."""
     model, dtype = declare_model(model_config), DTYPES[config.dtype]
     num_ranks_there = 1 if config.device == "cuda" else config.tp
     ranks = [TensorParallel(rank=rank, size=config.tp) for rank in range(num_ranks_there)]
@@ -266,14 +206,13 @@ def weights_bytes(model_config: ModelConfig, config: RunnerConfig) -> int:
 
 
 def gpu_reserve_bytes(model_config: ModelConfig, config: RunnerConfig, num_sms: int) -> int:
-    """Return the device memory that a rank needs for graphs, buffers and collectives, all made after the pool. In
-    `config` every "auto" is resolved."""
+    """Return the device memory that a rank needs for graphs, buffers and collectives, all made after the pool."""
     num_bytes = COLLECTIVES_BYTES if config.tp > 1 else 0
-    num_rows = config.max_running_requests
+    num_rows = config.limits.max_running_requests
     kind = attention_kind(config.attention_backend, config.attention_options)
-    captures = Captures.NOTHING if config.disable_cuda_graph else kind.captures
+    captures = kind.captures if config.uses_graphs else Captures.NOTHING
     if captures is not Captures.NOTHING:
-        max_mixed_tokens = config.max_batch_tokens if captures is Captures.ALL else 0
+        max_mixed_tokens = config.limits.max_batch_tokens if captures is Captures.ALL else 0
         num_bytes += graphs_bytes(num_rows, max_mixed_tokens, model_config.vocab_size)
     sizes = AttentionSizes(
         num_q_heads=model_config.num_heads // config.tp,
@@ -296,9 +235,10 @@ def _pool_size(
     free memory fails when it starts."""
     on_gpu = device.type == "cuda"
     free, total = torch.cuda.mem_get_info(device) if on_gpu else (available_host_bytes(), 0)
-    context_tokens = config.context_length or model_config.max_position_embeddings
+    context_length = config.limits.context_length
+    context_tokens = context_length or model_config.max_position_embeddings
     share_tokens = int(free * CPU_CAP_SHARE) // layout.page_bytes * layout.page_size
-    cap_tokens = max(min(CPU_CAP_TOKENS, max(share_tokens, context_tokens)), config.context_length or 0)
+    cap_tokens = max(min(CPU_CAP_TOKENS, max(share_tokens, context_tokens)), context_length or 0)
     room = Room(free_bytes=free_bytes(runtime_dir), directory=runtime_dir, enough_tokens=context_tokens)
     size = plan_pool_size(
         layout,
@@ -309,7 +249,7 @@ def _pool_size(
         mem_fraction_static=config.mem_fraction_static,
         max_total_tokens=config.max_total_tokens,
         cap_tokens=None if on_gpu else cap_tokens,
-        min_tokens=config.context_length or 2 * config.page_size,
+        min_tokens=context_length or 2 * config.page_size,
         room=None if on_gpu else room,
     )
     if on_gpu and config.tp > 1:

@@ -1,12 +1,12 @@
 """The runner's settings. No torch here: processes without torch read them, too.
 
-`RunnerOptions` are the options that a user sets. `RunnerConfig` is the input of a runner; build.py resolves its "auto"
-values once.
+`RunnerOptions` are the options that a user sets. resolve.py makes the `RunnerConfig` of a runner from them, once, when
+the device and the model are known.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvist.attention import ATTENTION
 from kvist.config import option
@@ -80,9 +80,29 @@ class RunnerOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerConfig(RunnerOptions):
-    """`num_threads` are those of the whole engine, divided among its ranks; 0: torch's default."""
+class RunnerLimits:
+    """The sizes that GPU buffers and graphs are made for."""
 
     context_length: int | None = None  # limit of prompt plus answer; None: the model's own
-    max_running_requests: int = 128  # the size of GPU buffers and graphs
+    max_running_requests: int = 128
     max_batch_tokens: int = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerConfig:
+    """The resolved settings of a runner, equal on all its ranks."""
+
+    device: str  # "cpu" or "cuda"
+    dtype: str  # "float32" or "bfloat16"
+    base_gpu_id: int = 0
+    tp: int = 1
+    has_dummy_weights: bool = False
+    random_seed: int = 0
+    page_size: int = 16
+    mem_fraction_static: float = 0.8
+    max_total_tokens: int | None = None
+    attention_backend: str = "torch"  # a name of attention.ATTENTION
+    attention_options: Given = field(default_factory=dict)
+    uses_graphs: bool = True  # on a GPU, if the attention backend can be captured
+    num_threads: int = 0  # of one rank; 0: torch's default
+    limits: RunnerLimits = field(default_factory=RunnerLimits)
