@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvist.checkpoint import Checkpoint
-from kvist.models.decoder import CausalLM
-from tests.models.tiny_models import hf_checkpoint, load, random_tensors, run_model, write_folder
+from tests.models.tiny_models import random_tensors, write_folder
+
+WriteConfig = Callable[..., Checkpoint]
+WriteModel = Callable[..., tuple[Checkpoint, dict[str, Tensor]]]
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +27,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def write_config(tmp_path: Path) -> Callable[..., Checkpoint]:
+def write_config(tmp_path: Path) -> WriteConfig:
     return lambda **changes: write_folder(tmp_path, **changes)
 
 
 @pytest.fixture
-def write_model(tmp_path: Path) -> Callable[..., tuple[Checkpoint, dict[str, Tensor]]]:
+def write_model(tmp_path: Path) -> WriteModel:
     """Write a folder with config.json and model.safetensors; return it and its tensors."""
 
     def write(**changes: Any) -> tuple[Checkpoint, dict[str, Tensor]]:
@@ -43,38 +45,5 @@ def write_model(tmp_path: Path) -> Callable[..., tuple[Checkpoint, dict[str, Ten
 
 
 @pytest.fixture
-def write_tiny_in() -> Callable[..., Checkpoint]:
-    """Write the same to a given folder."""
-
-    def write(folder: Path, **changes: Any) -> Checkpoint:
-        checkpoint = write_folder(folder, **changes)
-        save_file(random_tensors(checkpoint), folder / "model.safetensors")
-        return checkpoint
-
-    return write
-
-
-@pytest.fixture
-def logits_of() -> Callable[..., Tensor]:
-    return run_model
-
-
-@pytest.fixture
-def load_tiny() -> Callable[..., CausalLM]:
-    return load
-
-
-@pytest.fixture
-def as_hf() -> Callable[[Path], Checkpoint]:
-    return hf_checkpoint
-
-
-@pytest.fixture
 def prompt() -> list[int]:
     return torch.randint(0, 101, (23,), generator=torch.Generator().manual_seed(3)).tolist()
-
-
-@pytest.fixture
-def relative_error() -> Callable[[Tensor, Tensor], float]:
-    """Return the largest difference divided by the largest value."""
-    return lambda ours, theirs: float((ours - theirs).abs().max() / theirs.abs().max())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from kvist.models.weights import Declared, WeightReader, check_tensors
 from kvist.models.weights_dummy import DummySource
 from kvist.models.weights_gguf import GgufSource
 from kvist.models.weights_safetensors import SafetensorsSource
+from tests.models.conftest import WriteModel
+from tests.models.tiny_models import logits_of, relative_error
 
 CPU = torch.device("cpu")
 FAMILY_CHANGES: dict[str, dict[str, Any]] = {
@@ -34,7 +36,7 @@ FAMILY_CHANGES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "attention_bias": True},
 }
-WriteModel = Callable[..., tuple[Checkpoint, dict[str, Tensor]]]
+WriteModel = WriteModel
 
 
 def reader_of(source: Any, tp: TensorParallel, dtype: torch.dtype = torch.float32) -> WeightReader:
@@ -45,8 +47,9 @@ def load_parts(checkpoint: Checkpoint, tp: TensorParallel, dtype: torch.dtype) -
     """Load every layer of a rank, and return the reader that has counted them."""
     declared = declare_model(load_model_config(checkpoint))
     reader = reader_of(SafetensorsSource(checkpoint.path), tp, dtype)
-    for part in (declared.vocab, *declared.layers):
-        part.load(reader)
+    declared.vocab.load(reader)
+    for layer in declared.layers:
+        layer.load(reader)
     return reader
 
 
@@ -211,7 +214,8 @@ def _(weight: Int8Weight, bias: Tensor | None = None, *, out_dtype: torch.dtype 
 
 def quantise(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors of an int8 checkpoint, and plain tensors of the same values."""
-    stored, plain = {}, {}
+    stored: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
     for name, values in tensors.items():
         if name.endswith("_proj.weight"):
             scales = values.abs().amax(dim=1, keepdim=True) / 127
@@ -226,9 +230,7 @@ def quantise(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_second_format_is_loaded_sized_split_and_multiplied(
     write_model: WriteModel,
-    logits_of: Callable[..., Tensor],
     prompt: list[int],
-    relative_error: Callable[[Tensor, Tensor], float],
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
 ) -> None:

@@ -1,7 +1,15 @@
 """Logits of every family equal those of transformers on random tiny models: whole, chunked, after a cached prefix."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+
+from tests.models.tiny_models import hf_checkpoint, load_tiny, logits_of, relative_error
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(240)]
 
@@ -13,7 +21,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, GQA": ("Llama", {"num_key_value_heads": 2}),
     "llama, MHA, tied": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "llama, biased, head_dim": ("Llama", {"num_key_value_heads": 1, "attention_bias": True, "head_dim": 24}),
@@ -41,8 +49,11 @@ CASES = {
 }
 
 
+SavedModel = tuple[Path, Path, list[int], Tensor]
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name)
-def saved_model(request, tmp_path_factory):
+def saved_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SavedModel:
     """Return (folder, sharded folder, prompt, transformers' logits) of one random model."""
     transformers = pytest.importorskip("transformers")
     family, options = CASES[request.param]
@@ -75,25 +86,23 @@ def saved_model(request, tmp_path_factory):
     return folder, sharded, prompt, logits
 
 
-def test_a_whole_prompt_gives_the_logits_of_transformers(saved_model, as_hf, load_tiny, logits_of, relative_error):
+def test_a_whole_prompt_gives_the_logits_of_transformers(saved_model: SavedModel) -> None:
     folder, _, prompt, expected = saved_model
-    assert relative_error(logits_of(load_tiny(as_hf(folder)), prompt), expected) < 1e-4
+    assert relative_error(logits_of(load_tiny(hf_checkpoint(folder)), prompt), expected) < 1e-4
 
 
-def test_a_chunked_prompt_gives_the_logits_of_transformers(saved_model, as_hf, load_tiny, logits_of, relative_error):
+def test_a_chunked_prompt_gives_the_logits_of_transformers(saved_model: SavedModel) -> None:
     folder, _, prompt, expected = saved_model
-    assert relative_error(logits_of(load_tiny(as_hf(folder)), prompt, [16, 1, 27, 17]), expected) < 1e-4
+    assert relative_error(logits_of(load_tiny(hf_checkpoint(folder)), prompt, [16, 1, 27, 17]), expected) < 1e-4
 
 
-def test_decoding_after_a_cached_prefix_gives_the_logits_of_transformers(
-    saved_model, as_hf, load_tiny, logits_of, relative_error
-):
+def test_decoding_after_a_cached_prefix_gives_the_logits_of_transformers(saved_model: SavedModel) -> None:
     folder, _, prompt, expected = saved_model
-    assert relative_error(logits_of(load_tiny(as_hf(folder)), prompt, [48] + [1] * 13), expected) < 1e-4
+    assert relative_error(logits_of(load_tiny(hf_checkpoint(folder)), prompt, [48] + [1] * 13), expected) < 1e-4
 
 
-def test_a_sharded_folder_gives_the_same_logits(saved_model, as_hf, load_tiny, logits_of):
+def test_a_sharded_folder_gives_the_same_logits(saved_model: SavedModel) -> None:
     folder, sharded, prompt, _ = saved_model
     assert not (sharded / "model.safetensors").exists()
-    ours = [logits_of(load_tiny(as_hf(path)), prompt) for path in (folder, sharded)]
-    assert torch.equal(*ours)
+    ours = [logits_of(load_tiny(hf_checkpoint(path)), prompt) for path in (folder, sharded)]
+    assert torch.equal(ours[0], ours[1])

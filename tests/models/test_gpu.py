@@ -12,11 +12,12 @@ from torch import Tensor
 from kvist.attention import build_attention, choose_attention
 from kvist.attention.backend import Span
 from kvist.models.decoder import CausalLM
+from tests.models.tiny_models import load_tiny, logits_of
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 PAGE_SIZE = 16
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128},
@@ -75,8 +76,6 @@ def test_gpu_logits_are_close_to_the_fp32_reference(
     family: dict[str, Any],
     prompts: list[list[int]],
     write_model: Callable[..., Any],
-    load_tiny: Callable[..., CausalLM],
-    logits_of: Callable[..., Tensor],
     dtype: torch.dtype,
     tolerance: float,
 ) -> None:
@@ -100,7 +99,6 @@ def test_a_captured_step_gives_the_logits_of_an_eager_step(
     family: dict[str, Any],
     prompts: list[list[int]],
     write_model: Callable[..., Any],
-    load_tiny: Callable[..., CausalLM],
 ) -> None:
     checkpoint, _ = write_model(**family)
     model = load_tiny(checkpoint, dtype=torch.bfloat16, device=CUDA)

@@ -46,7 +46,7 @@ def test_frequencies_and_scale_equal_transformers(tmp_path: Path, rope: dict[str
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = {**BASE, "rope_parameters": {"rope_theta": 1e4, **rope}}
+    config: dict[str, Any] = {**BASE, "rope_parameters": {"rope_theta": 1e4, **rope}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     ours = load_model_config(Checkpoint(path=tmp_path, kind=CheckpointKind.HF, name="m"))
     theirs = LlamaConfig(**{name: value for name, value in config.items() if name != "model_type"})

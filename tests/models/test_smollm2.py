@@ -1,28 +1,33 @@
 """The embedded SmolLM2: weights and logits equal those of transformers."""
 
+from __future__ import annotations
+
 import time
+from typing import Any
 
 import pytest
 import torch
 
 from kvist.checkpoint import find_checkpoint
 from kvist.models import load_model_config
+from kvist.models.decoder import CausalLM
 from kvist.models.load import declare_model, load_model
 from kvist.models.parallel import TensorParallel
 from kvist.models.weights_gguf import GgufSource
+from tests.models.tiny_models import logits_of, relative_error
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="session")
-def smollm2():
+def smollm2() -> CausalLM:
     checkpoint = find_checkpoint(None)
     config = load_model_config(checkpoint)
     cpu = torch.device("cpu")
     return load_model(checkpoint, config, dtype=torch.float32, device=cpu, tp=TensorParallel())
 
 
-def test_every_tensor_equals_the_one_transformers_reads(transformers_smollm2):
+def test_every_tensor_equals_the_one_transformers_reads(transformers_smollm2: Any) -> None:
     checkpoint = find_checkpoint(None)
     config = load_model_config(checkpoint)
     source = GgufSource(checkpoint)
@@ -32,7 +37,7 @@ def test_every_tensor_equals_the_one_transformers_reads(transformers_smollm2):
         assert torch.equal(values, theirs[tensor.hf.name]), tensor.hf.name
 
 
-def test_logits_equal_transformers(transformers_smollm2, smollm2, logits_of, relative_error):
+def test_logits_equal_transformers(transformers_smollm2: Any, smollm2: CausalLM) -> None:
     prompt = torch.randint(0, 49152, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     with torch.no_grad():
         expected = transformers_smollm2(torch.tensor([prompt])).logits[0]
@@ -40,7 +45,7 @@ def test_logits_equal_transformers(transformers_smollm2, smollm2, logits_of, rel
     assert relative_error(logits_of(smollm2, prompt, [32, 1, 1, 6]), expected) < 1e-4
 
 
-def test_loading_smollm2_takes_seconds():
+def test_loading_smollm2_takes_seconds() -> None:
     checkpoint = find_checkpoint(None)
     start = time.process_time()
     config = load_model_config(checkpoint)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kvist.checkpoint import Checkpoint, CheckpointKind
@@ -62,7 +63,7 @@ class ContiguousCache:
         return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
 
 
-def run_model(
+def logits_of(
     model: CausalLM, token_ids: list[int], chunks: list[int] | None = None, tp: TensorParallel = ALONE
 ) -> Tensor:
     """Return logits [num_tokens, vocab_size] of one prompt, computed in chunks of the given sizes over one cache."""
@@ -78,7 +79,7 @@ def run_model(
     return torch.cat(rows)
 
 
-def load(checkpoint: Checkpoint, **options: Any) -> CausalLM:
+def load_tiny(checkpoint: Checkpoint, **options: Any) -> CausalLM:
     defaults: dict[str, Any] = {"dtype": torch.float32, "device": CPU, "tp": ALONE}
     return load_model(checkpoint, load_model_config(checkpoint), **(defaults | options))
 
@@ -107,3 +108,15 @@ def write_folder(folder: Path, **changes: Any) -> Checkpoint:
     fields = {name: value for name, value in (TINY | changes).items() if value is not None}
     (folder / "config.json").write_text(json.dumps(fields))
     return hf_checkpoint(folder)
+
+
+def write_tiny_in(folder: Path, **changes: Any) -> Checkpoint:
+    """Write a folder with config.json and model.safetensors."""
+    checkpoint = write_folder(folder, **changes)
+    save_file(random_tensors(checkpoint), folder / "model.safetensors")
+    return checkpoint
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference divided by the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
