@@ -1,0 +1,49 @@
+"""A role is a set of admitted modes."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvist.kv.cache import PageCache
+from kvist.request import HandoffId, Mode, Outcome, Role
+from kvist.scheduler import build_scheduler
+from kvist.wire import Done, PrefillPeer, Submit
+
+from .handoff_bench import FIRST, PROMPT, D, P, messages, pool
+from .scheduler_sim import make_request, small_config
+
+
+@pytest.mark.parametrize(
+    ("role", "modes"),
+    [
+        (Role.UNIFIED, {Mode.FULL, Mode.PREFILL}),
+        (Role.PREFILL, {Mode.FULL, Mode.PREFILL}),
+        (Role.DECODE, {Mode.DECODE}),
+    ],
+)
+def test_a_role_admits_exactly_its_modes(role: Role, modes: set[Mode]) -> None:
+    assert role.modes == modes
+    for max_tokens in (1, 2, 100):
+        admitted = {mode for mode in Mode if role.admits(mode, max_tokens=max_tokens)}
+        only_prompts = role is Role.PREFILL and max_tokens > 1
+        assert admitted == (modes - {Mode.FULL} if only_prompts else modes)
+    assert role.admits(Mode.FULL, max_tokens=0) is (Mode.FULL in modes)
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_a_refused_request_leaves_no_handoff_and_a_later_message_for_it_is_harmless(role: Role) -> None:
+    cache = PageCache(num_pages=12, page_size=4, namespace="t")
+    scheduler = build_scheduler(role, small_config(), cache, D, pool(D))
+    wrong = Mode.PREFILL if role is Role.DECODE else Mode.DECODE
+    submit = Submit(
+        request=make_request("r", PROMPT),
+        mode=wrong,
+        handoff_id=HandoffId("h"),
+        prefill=PrefillPeer(worker_id="p", endpoint="p", epoch=P) if wrong is Mode.DECODE else None,
+        target_epoch=D if wrong is Mode.PREFILL else None,
+    )
+    plan = scheduler.step(0.0, [submit])
+    assert [ended.outcome for ended in plan.ended] == [Outcome.FAILED]
+    done = Done(handoff_id=HandoffId("h"), target_epoch=D, source_epoch=P, num_pages=0, checksum="", first_token=FIRST)
+    assert messages(scheduler.step(0.1, [done])) == []
+    assert not scheduler.has_work()
