@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvist.kv.cache import PageCache
-from kvist.request import HandoffId, Mode, Outcome, Role
+from kvist.request import HandoffId, Mode, Outcome, Role, WorkerId
 from kvist.scheduler import build_scheduler
 from kvist.wire import Done, PrefillPeer, Submit
 
@@ -39,7 +39,7 @@ def test_a_refused_request_leaves_no_handoff_and_a_later_message_for_it_is_harml
         request=make_request("r", PROMPT),
         mode=wrong,
         handoff_id=HandoffId("h"),
-        prefill=PrefillPeer(worker_id="p", endpoint="p", epoch=P) if wrong is Mode.DECODE else None,
+        prefill=PrefillPeer(worker_id=WorkerId("p"), endpoint="p", epoch=P) if wrong is Mode.DECODE else None,
         target_epoch=D if wrong is Mode.PREFILL else None,
     )
     plan = scheduler.step(0.0, [submit])
