@@ -119,12 +119,18 @@ Streams = dict[str, list[SampledToken]]
 
 
 def serve(
-    runner: AnyRunner, requests: Sequence[EngineRequest], *, overlap: bool, apart: bool = False, chunk: int = 64
+    runner: AnyRunner,
+    requests: Sequence[EngineRequest],
+    *,
+    overlap: bool,
+    apart: bool = False,
+    chunk: int = 64,
+    slots: int = 32,
 ) -> Streams:
     """Serve requests like the engine's loop. `apart`: a request arrives when the previous request has its first
-    tokens."""
+    tokens. `slots`: the most requests that run at a time."""
     config = SchedulerConfig(
-        max_running_requests=32,
+        max_running_requests=slots,
         chunked_prefill_size=chunk,
         max_prefill_tokens=128,
         max_model_len=1024,
@@ -136,7 +142,7 @@ def serve(
     waiting = deque(Submit(request=request, mode=Mode.FULL) for request in requests)
     streams: Streams = {request.request_id: [] for request in requests}
     in_flight: deque[tuple[Batch, list[RequestId], InFlight]] = deque()
-    slots = OpenSlots()
+    opened = OpenSlots()
     events: list[Event] = []
     steps = 0
     while waiting or scheduler.has_work() or in_flight:
@@ -148,8 +154,8 @@ def serve(
         events = []
         steps += 1
         if plan.batch is not None:
-            slots.update(plan.batch)
-            sampled_ids = [slots[item.slot] for item in plan.batch.items if item.samples]
+            opened.update(plan.batch)
+            sampled_ids = [opened[item.slot] for item in plan.batch.items if item.samples]
             in_flight.append((plan.batch, sampled_ids, runner.launch(plan.batch)))
         if len(in_flight) > int(overlap and plan.batch is not None):
             batch, request_ids, launched = in_flight.popleft()
@@ -157,7 +163,7 @@ def serve(
             events = [StepFinished(step_id=batch.step_id, sampled=sampled)]
             for place, request_id in enumerate(request_ids):
                 streams[request_id].append(sampled[place])
-    runner.launch(slots.end_all()).result()
+    runner.launch(opened.end_all()).result()
     return {name: tokens[:40] for name, tokens in streams.items()}
 
 
@@ -264,6 +270,30 @@ def test_requests_that_join_and_leave_read_their_own_pages(graphs: AnyRunner, ea
     requests = make_requests(150, replace_params(GREEDY, max_tokens=12), seed=9)
     found = serve(graphs, requests, overlap=True, apart=True)
     check_alike(found, serve(eager, requests, overlap=False, apart=True))
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["alone", "overlapped"])
+def test_requests_that_share_slots_sample_the_tokens_that_each_samples_alone(graphs: AnyRunner, overlap: bool) -> None:
+    """Greedy requests take slots from requests with other parameters, often in the batch that ends these."""
+    greedy = make_requests(24, GREEDY, seed=11)
+    others = (SEEDED, NUCLEUS, TOP_K)
+    mixed = [
+        each if number % 2 else replaced(each, others[number % 3], max_tokens=3 + number)
+        for number, each in enumerate(greedy)
+    ]
+    found = serve(graphs, mixed, overlap=overlap, slots=3)
+    alone: Streams = {}
+    for request in greedy[1::2]:
+        alone |= serve(graphs, [request], overlap=False)
+    check_alike(found, alone)
+
+
+def replaced(request: EngineRequest, params: SamplingParams, **changes: object) -> EngineRequest:
+    return EngineRequest(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=replace_params(params, **changes),
+    )
 
 
 def test_a_stop_token_noticed_one_step_late_does_not_change_other_requests(graphs: AnyRunner) -> None:

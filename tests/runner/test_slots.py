@@ -1,0 +1,201 @@
+"""Requests that follow one another in a slot get their own parameters and tokens, on every rank."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvist.checkpoint import Checkpoint
+from kvist.kv.cache import PageCache
+from kvist.plan.batch import Batch, BatchItem, StartRequest
+from kvist.plan.events import Event, SampledTokens, StepFinished
+from kvist.plan.slots import OpenSlots
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams, SlotId
+from kvist.runner.batch_message import BatchDecoder
+from kvist.runner.inputs import sampling_rows
+from kvist.runner.leader import LeadingRunner
+from kvist.runner.runner import InFlight, Runner
+from kvist.scheduler import SchedulerConfig, build_scheduler
+from kvist.wire import Abort, PoolAddress, Submit
+from tests.runner.conftest import make_runner
+
+PAGE_SIZE = 4
+NUM_SLOTS = 3
+NUM_PAGES = 24  # too few for three long requests: some are preempted
+
+
+class Follower:
+    """A rank that launches the batches of rank 0, in this process; it computes the whole model, like rank 0."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.sampled: dict[int, SampledTokens] = {}  # by step
+        self._decoder = BatchDecoder()
+
+    def send(self, payload: bytes) -> None:
+        batch = self._decoder.decode(payload)
+        self.sampled[batch.step_id] = self.runner.launch(batch).result()
+
+    def check_alive(self) -> None: ...
+
+    def close(self, *, kill: bool = False) -> None:  # noqa: ARG002 (nothing to kill)
+        self.runner.close()
+
+
+class Ranks:
+    """Rank 0 and a follower under one scheduler after another."""
+
+    def __init__(self, runner: Runner, other: Runner) -> None:
+        self.first = runner
+        self.follower = Follower(other)
+        self.leader = LeadingRunner(runner, self.follower)
+        self.num_steps_ended_and_started = 0
+        self._alone: dict[tuple[object, ...], list[int]] = {}
+
+    def serve(
+        self, requests: list[EngineRequest], *, overlap: bool, aborts: dict[int, str] | None = None
+    ) -> dict[str, list[int]]:
+        """Serve the requests, with an abort at each of the given steps; return the tokens that were sampled."""
+        config = SchedulerConfig(
+            max_running_requests=NUM_SLOTS,
+            chunked_prefill_size=8,
+            max_prefill_tokens=8 + NUM_SLOTS,
+            max_model_len=PAGE_SIZE * NUM_PAGES,
+            overlap=overlap,
+        )
+        cache = PageCache(num_pages=NUM_PAGES, page_size=PAGE_SIZE, namespace="t")
+        pool = PoolAddress(transport="none", location="", num_pages=NUM_PAGES, page_bytes=1, layout="t")
+        scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), pool)
+        events: list[Event] = [Submit(request=request, mode=Mode.FULL) for request in requests]
+        streams: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        in_flight: deque[tuple[Batch, InFlight]] = deque()
+        slots, step = OpenSlots(), 0
+        while scheduler.has_work() or in_flight or events:
+            if aborts and step in aborts:
+                events.append(Abort(request_id=RequestId(aborts[step])))
+            plan = scheduler.step(step * 0.001, events)
+            events, step = [], step + 1
+            for chunk in plan.chunks:
+                streams[chunk.request_id] += chunk.token_ids
+            if plan.batch is not None:
+                slots.update(plan.batch)
+                self.num_steps_ended_and_started += bool(
+                    {*plan.batch.ended} & {start.slot for start in plan.batch.started}
+                )
+                in_flight.append((plan.batch, self.leader.launch(plan.batch)))
+                self._check_equal(plan.batch)
+            if len(in_flight) > int(overlap and plan.batch is not None):
+                batch, launched = in_flight.popleft()
+                sampled = launched.result()
+                assert self.follower.sampled.pop(batch.step_id).token_ids == sampled.token_ids
+                events = [StepFinished(step_id=batch.step_id, sampled=sampled)]
+        self.leader.launch(slots.end_all()).result()
+        assert not self.first._table.open
+        assert not self.follower.runner._table.open
+        return streams
+
+    def _check_equal(self, batch: Batch) -> None:
+        mine, other = self.first._table, self.follower.runner._table
+        assert dict(mine.open) == dict(other.open)
+        assert sampling_rows(batch.items, mine) == sampling_rows(batch.items, other)
+
+    def alone(self, request: EngineRequest) -> list[int]:
+        key = (request.prompt_token_ids, request.sampling)
+        if key not in self._alone:
+            self._alone[key] = self.serve([request], overlap=False)[request.request_id]
+        return self._alone[key]
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    folder = tmp_path_factory.mktemp("ranks")
+    made = Ranks(make_runner(tiny_checkpoint, folder / "0"), make_runner(tiny_checkpoint, folder / "1"))
+    yield made
+    made.leader.close()
+
+
+PARAMS = st.builds(
+    lambda params, **limits: SamplingParams(**params, **limits),
+    st.sampled_from(
+        [
+            {"temperature": 0.0},
+            {"temperature": 0.9, "seed": 4},
+            {"temperature": 0.9, "seed": 5},
+            {"temperature": 2.0, "seed": 6, "top_k": 5},
+            {"temperature": 0.9, "seed": 7, "top_p": 0.8, "num_logprobs": 1},
+        ]
+    ),
+    max_tokens=st.integers(1, 14),
+    min_tokens=st.sampled_from([0, 0, 5]),
+    stop_token_ids=st.sampled_from([(), (), tuple(range(0, 211, 7))]),  # a seventh of all tokens: ends soon
+)
+REQUESTS = st.lists(st.tuples(st.integers(1, 40), PARAMS), min_size=2, max_size=9)
+
+
+def make_requests(drawn: list[tuple[int, SamplingParams]]) -> list[EngineRequest]:
+    return [
+        EngineRequest(
+            request_id=RequestId(f"r{number}"),
+            prompt_token_ids=tuple(random.Random(length).choices(range(211), k=length)),
+            sampling=params,
+        )
+        for number, (length, params) in enumerate(drawn)
+    ]
+
+
+@settings(max_examples=60)
+@given(REQUESTS, st.booleans(), st.dictionaries(st.integers(0, 30), st.integers(0, 8).map("r{}".format), max_size=3))
+def test_requests_that_share_slots_sample_the_tokens_that_each_samples_alone(
+    ranks: Ranks, drawn: list[tuple[int, SamplingParams]], overlap: bool, aborts: dict[int, str]
+) -> None:
+    requests = make_requests(drawn)
+    streams = ranks.serve(requests, overlap=overlap, aborts=aborts)
+    for request in requests:
+        found, expected = streams[request.request_id], ranks.alone(request)
+        if request.request_id in aborts.values():
+            assert found == expected[: len(found)]
+        else:
+            assert found == expected
+
+
+def test_a_slot_is_ended_and_started_in_one_batch(ranks: Ranks) -> None:
+    """Guards the test above: slots change hands without a batch between."""
+    ranks.num_steps_ended_and_started = 0
+    params = [SamplingParams(max_tokens=2 + number, temperature=number % 2, seed=number) for number in range(9)]
+    requests = make_requests([(9, each) for each in params])
+    streams = ranks.serve(requests, overlap=True)
+    assert streams == {request.request_id: ranks.alone(request) for request in requests}
+    assert ranks.num_steps_ended_and_started > 3
+
+
+def test_a_step_that_fails_has_ended_and_started_its_slots(ranks: Ranks) -> None:
+    first, second = make_requests([(5, SamplingParams(max_tokens=3)), (6, SamplingParams(max_tokens=3))])
+    starts = [
+        StartRequest(
+            slot=SlotId(0),
+            request_id=request.request_id,
+            sampling=request.sampling,
+            token_ids=request.prompt_token_ids,
+            num_prompt_tokens=len(request.prompt_token_ids),
+        )
+        for request in (first, second)
+    ]
+
+    def fail() -> None:
+        raise TimeoutError("the request has ended")
+
+    item = BatchItem(slot=SlotId(0), token_ids=(1, 2), start=0, page_ids=[0], samples=True)
+    runner = ranks.follower.runner
+    runner.launch(Batch(step_id=1, started=(starts[0],), items=(item,))).result()
+    runner.between_layers = fail
+    with pytest.raises(TimeoutError):
+        runner.launch(Batch(step_id=2, ended=(SlotId(0),), started=(starts[1],), items=(item,)))
+    runner.between_layers = None
+    assert runner._table.open == {0: "r1"}
+    runner.launch(Batch(step_id=3, ended=(SlotId(0),), items=())).result()
+    assert not runner._table.open
