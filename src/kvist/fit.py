@@ -27,7 +27,7 @@ class Limit:
 
 def num_tokens_needed(request: EngineRequest, mode: Mode) -> int:
     if mode is Mode.PREFILL:
-        return request.num_prompt_tokens + len(request.output_token_ids) + 1
+        return request.num_prompt_tokens + len(request.output_token_ids) + min(1, request.sampling.max_tokens)
     return request.num_prompt_tokens + request.sampling.max_tokens
 
 

@@ -15,7 +15,7 @@ from kvist.kv.cache import PageCache
 from kvist.kv.pages import PageState
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.plan.events import SampledTokens
-from kvist.request import EngineRequest, FinishReason, SamplingParams, SlotId
+from kvist.request import EngineRequest, FinishReason, SamplingParams, SlotId, TokenLogprobs
 from kvist.scheduler import SchedulerConfig
 
 VOCAB = 23
@@ -49,6 +49,8 @@ def reference_stream(
         prefix = chain(prefix, token_id)
     while True:
         num_outputs = len(tokens) - len(request.prompt_token_ids)
+        if not sampling.max_tokens:
+            return list(request.output_token_ids), FinishReason.LENGTH
         suppressed = tuple(sorted(stops)) if num_outputs < sampling.min_tokens else ()
         token_id = next_token(prefix, sampling, len(tokens), suppressed)
         prefix = chain(prefix, token_id)
@@ -58,6 +60,24 @@ def reference_stream(
             return outputs, FinishReason.STOP
         if len(outputs) >= sampling.max_tokens or len(tokens) >= context_len:
             return outputs, FinishReason.LENGTH
+
+
+def score(prefix: int, token_id: int) -> TokenLogprobs:
+    """Return the logprob that the fake model gives a prompt token after the prefix."""
+    return TokenLogprobs(logprob=-float(chain(prefix, token_id) % 997), rank=1)
+
+
+def reference_scores(request: EngineRequest) -> list[TokenLogprobs]:
+    """Return the scores of the prompt that an undisturbed engine reports."""
+    sampling = request.sampling
+    if sampling.prompt_logprobs is None or request.output_token_ids:
+        return []
+    found, prefix = [], 0
+    for position, token_id in enumerate(request.prompt_token_ids):
+        if position >= max(1, sampling.prompt_logprobs_start):
+            found.append(score(prefix, token_id))
+        prefix = chain(prefix, token_id)
+    return found
 
 
 class FakeDevice:
@@ -77,7 +97,8 @@ class FakeDevice:
         """Write the K/V of all items and sample; check the state of each page that is read or written."""
         self._start(batch)
         sampled: dict[SlotId, list[int]] = {}
-        for item in batch.items:
+        scores: dict[int, tuple[TokenLogprobs, ...]] = {}
+        for index, item in enumerate(batch.items):
             if item.slot in self._broken:  # launched after the failed batch: its input is invalid
                 self._check_owned(item)
                 if item.samples:
@@ -85,6 +106,8 @@ class FakeDevice:
                 continue
             prefix = self._check_prefix(item.page_ids, item.start)
             token_ids = [self._last_tokens[item.slot]] if item.takes_sampled else item.token_ids
+            if item.score_from is not None:
+                scores[index] = self._score(item, prefix)
             for offset, token_id in enumerate(token_ids):
                 page, slot = divmod(item.start + offset, self._page_size)
                 state = self._ledger.state(item.page_ids[page])
@@ -99,6 +122,7 @@ class FakeDevice:
         return SampledTokens(
             token_ids=[token_id for row in sampled.values() for token_id in row],
             num_tokens=counts if any(count > 1 for count in counts) else None,
+            prompt_logprobs=scores,
         )
 
     def _sample(self, start: StartRequest, prefix: int, position: int) -> list[int]:
@@ -110,6 +134,23 @@ class FakeDevice:
             row.append(next_token(prefix, start.sampling, position + len(row), suppressed))
             prefix = chain(prefix, row[-1])
         return row
+
+    def _score(self, item: BatchItem, prefix: int) -> tuple[TokenLogprobs, ...]:
+        assert self._open[item.slot].sampling.prompt_logprobs is not None
+        assert item.score_from is not None
+        assert item.start < item.score_from, "the item does not compute the token before"
+        assert 0 < len(item.scored_token_ids) <= item.end + 1 - item.score_from, (
+            "the item does not compute the last one"
+        )
+        found = []
+        for position, token_id in enumerate(item.token_ids, item.start + 1):
+            prefix = chain(prefix, token_id)
+            place = position - item.score_from
+            if 0 <= place < len(item.scored_token_ids):
+                if position < item.end:
+                    assert item.token_ids[position - item.start] == item.scored_token_ids[place]
+                found.append(score(prefix, item.scored_token_ids[place]))
+        return tuple(found)
 
     def fail(self, batch: Batch) -> None:
         """Fail the batch, and leave invalid K/V in the pages that it should have written."""

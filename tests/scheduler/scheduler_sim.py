@@ -11,7 +11,7 @@ from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from functools import partial
 
-from fake_device import EOS, FakeDevice, Slot, checksum, reference_stream
+from fake_device import EOS, FakeDevice, Slot, checksum, reference_scores, reference_stream
 from fake_store import SimStore
 from slot_check import SlotCheck
 
@@ -52,6 +52,7 @@ from kvist.request import (
     RequestId,
     Role,
     SamplingParams,
+    TokenLogprobs,
 )
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.active import RequestState
@@ -538,7 +539,8 @@ class World:
             self.ended[ended.request_id, engine.epoch].append(ended)
             assert len(self.ended[ended.request_id, engine.epoch]) == 1, "a request ends once at one engine"
             if ended.error_code in ("timeout", "overloaded"):
-                assert not self.chunks[ended.request_id], "a queue ended a stream that had begun"
+                began = any(chunk.token_ids for _, chunk in self.chunks[ended.request_id])
+                assert not began, "a queue ended a stream that had begun"
         for sent in plan.messages:
             message = sent.message
             if isinstance(sent, ToSource):
@@ -659,7 +661,7 @@ class World:
         tokens, finish = self.stream(request_id)
         assert tokens == expected[: len(tokens)], f"{request_id}: {tokens} is not a prefix of {expected}"
         # each engine sends each position once
-        sent = Counter((epoch, chunk.position) for epoch, chunk in self.chunks[request_id])
+        sent = Counter((epoch, chunk.position) for epoch, chunk in self.chunks[request_id] if chunk.token_ids)
         assert all(times == 1 for times in sent.values()), f"{request_id}: sent twice: {sent}"
         finished = all(
             self.ended[request_id, other.epoch] and self.outcome(request_id, other) is Outcome.FINISHED
@@ -669,6 +671,24 @@ class World:
         if finished:
             assert tokens == expected
             assert finish is reason
+        self._check_scores(request_id, submitted.request, finished=finished)
+
+    def _check_scores(self, request_id: str, request: EngineRequest, *, finished: bool) -> None:
+        """Each engine reports each scored position once, in order, before its first token."""
+        expected, first = reference_scores(request), max(1, request.sampling.prompt_logprobs_start)
+        for epoch in {epoch for epoch, _ in self.chunks[request_id]}:
+            chunks = [chunk for other, chunk in self.chunks[request_id] if other == epoch]
+            found: list[TokenLogprobs] = []
+            for chunk in chunks:
+                if chunk.prompt_logprobs:
+                    assert chunk.prompt_position == first + len(found), f"{request_id}: scores twice or out of order"
+                    assert (chunk.token_ids, chunk.finish_reason) == ((), None)
+                found += chunk.prompt_logprobs
+                if chunk.position == 0 and (chunk.token_ids or chunk.finish_reason is not None):
+                    assert len(found) == len(expected), f"{request_id}: a token before the scores"
+            assert found == expected[: len(found)]
+        num_sent = sum(len(chunk.prompt_logprobs) for _, chunk in self.chunks[request_id])
+        assert num_sent >= len(expected) or not finished
 
 
 def make_request(
@@ -683,6 +703,8 @@ def make_request(
     outputs: tuple[int, ...] = (),
     cache_salt: str = "",
     client: str = "",
+    prompt_logprobs: int | None = None,
+    prompt_logprobs_start: int = 0,
 ) -> EngineRequest:
     return EngineRequest(
         request_id=request_id,
@@ -696,6 +718,8 @@ def make_request(
             min_tokens=min_tokens,
             ignore_eos=ignore_eos,
             stop_token_ids=stop_token_ids,
+            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs_start=prompt_logprobs_start,
         ),
     )
 

@@ -261,7 +261,6 @@ def test_each_role_refuses_the_modes_it_does_not_serve(request_: object, mode: M
         {"logit_bias": ((3, 1.0),)},
         {"allowed_token_ids": (3,)},
         {"bad_words": ((3, 4),)},
-        {"prompt_logprobs": 0},
     ],
     ids=str,
 )

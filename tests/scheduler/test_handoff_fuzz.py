@@ -40,6 +40,7 @@ def one_run(seed: int) -> World:
                 [rng.randint(0, 2) for _ in range(rng.randint(1, 18))],
                 max_tokens=rng.randint(1, 8),
                 seed=count,
+                prompt_logprobs=3 if count % 3 == 1 else None,
             )
             prefill, decode = world.engines[rng.choice(["p0", "p1"])], world.engines[rng.choice(["d0", "d1"])]
             world.submit_pair(request, prefill, decode)

@@ -89,12 +89,20 @@ class Cluster(RuleBasedStateMachine):
         prefill=st.sampled_from(PREFILLS),
         decode=st.sampled_from(DECODES),
         prompt=PROMPTS,
-        max_tokens=st.integers(1, 8),
+        max_tokens=st.integers(0, 8),
         resumed=st.sampled_from([0, 0, 2]),
         client=st.sampled_from(["k/h/1", "k/h/2", "l/h/1"]),
+        scored_from=st.sampled_from([None, None, 0, 5]),
     )
     def submit(
-        self, prefill: str, decode: str, prompt: list[int], max_tokens: int, resumed: int, client: str = ""
+        self,
+        prefill: str,
+        decode: str,
+        prompt: list[int],
+        max_tokens: int,
+        resumed: int,
+        client: str = "",
+        scored_from: int | None = None,
     ) -> None:
         self.count += 1
         request = make_request(
@@ -104,6 +112,8 @@ class Cluster(RuleBasedStateMachine):
             seed=self.count,
             outputs=tuple(range(10, 10 + resumed)),
             client=client,
+            prompt_logprobs=None if scored_from is None else 1,
+            prompt_logprobs_start=scored_from or 0,
         )
         self.world.submit_pair(request, self.engine(prefill), self.engine(decode))
 

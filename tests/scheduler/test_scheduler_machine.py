@@ -73,6 +73,7 @@ class OneEngine(RuleBasedStateMachine):
         resumed=st.integers(0, 3),
         salt=st.sampled_from(["", "", "other"]),
         client=st.sampled_from(["k/h/1", "k/h/2", "k/i/3", "l/h/1"]),
+        scored_from=st.sampled_from([None, None, 0, 1, 4, 9]),
     )
     def submit(
         self,
@@ -84,10 +85,11 @@ class OneEngine(RuleBasedStateMachine):
         resumed: int,
         salt: str,
         client: str = "",
+        scored_from: int | None = None,
     ) -> None:
         self.count += 1
         if self.count % 4:  # every fourth request may be too long
-            max_tokens = max(1, min(max_tokens, self.engine.context_len - len(prompt)))
+            max_tokens = max(0, min(max_tokens, self.engine.context_len - len(prompt)))
         request = make_request(
             f"r{self.count}",
             prompt,
@@ -99,6 +101,8 @@ class OneEngine(RuleBasedStateMachine):
             cache_salt=salt,
             client=client,
             seed=self.count,
+            prompt_logprobs=None if scored_from is None else 2,
+            prompt_logprobs_start=scored_from or 0,
         )
         self.world.submit(request, self.engine)
         self.world.deliver(("gateway", "u"))

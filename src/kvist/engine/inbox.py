@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvist import wire
@@ -19,7 +19,8 @@ from kvist.channel.engine import Inbound
 from kvist.engine.gateways import MAX_GATEWAYS, ConnectedGateway, Gateways
 from kvist.errors import HandoffFailed, KvistError, Overloaded, RequestError, Unavailable
 from kvist.plan.events import Event
-from kvist.request import EngineRequest, Outcome, RequestId
+from kvist.request import EngineRequest, Outcome, RequestId, SamplingParams
+from kvist.scheduler.budget import MAX_STEP_LOGPROBS, num_logprobs_of
 
 MAX_OPEN_FLUSHES = 1024
 MAX_REQUEST_ID_CHARS = 1024
@@ -135,12 +136,12 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
     """Return why the request would fail its whole batch, or None. Gateways send no such request: they check each field
     under the name that the client uses."""
     sampling = request.sampling
-    for token_ids in (request.prompt_token_ids, request.output_token_ids, sampling.stop_token_ids):
+    for token_ids in (request.prompt_token_ids, request.output_token_ids, *_named_token_ids(sampling)):
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
             return f"a token id is outside the vocabulary of {vocab_size}"
     if len(request.request_id) > MAX_REQUEST_ID_CHARS:
         return f"the request id has {len(request.request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
-    num_logprobs = sampling.num_logprobs
+    num_logprobs, prompt_logprobs = sampling.num_logprobs, sampling.prompt_logprobs
     for name, value, allowed in (
         ("temperature", sampling.temperature, math.isfinite(sampling.temperature) and sampling.temperature >= 0),
         ("top_k", sampling.top_k, sampling.top_k >= 0),
@@ -148,11 +149,24 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
         ("min_p", sampling.min_p, 0 <= sampling.min_p <= 1),
         ("seed", sampling.seed, 0 <= sampling.seed <= _MAX_SEED),
         ("min_tokens", sampling.min_tokens, sampling.min_tokens >= 0),
+        ("max_tokens", sampling.max_tokens, sampling.max_tokens >= 0),
         ("num_logprobs", num_logprobs, num_logprobs is None or 0 <= num_logprobs <= vocab_size),
+        ("prompt_logprobs", prompt_logprobs, prompt_logprobs is None or 0 <= prompt_logprobs <= vocab_size),
+        ("prompt_logprobs_start", sampling.prompt_logprobs_start, sampling.prompt_logprobs_start >= 0),
+        ("logprobs of a token", num_logprobs_of(sampling), num_logprobs_of(sampling) <= MAX_STEP_LOGPROBS),
     ):
         if not allowed:
             return f"{name} is {value}, which a gateway must not send: run the same version of Kvist everywhere"
     return None
+
+
+def _named_token_ids(sampling: SamplingParams) -> Iterator[Sequence[int]]:
+    """Yield the token ids that the parameters name."""
+    yield sampling.stop_token_ids
+    yield sampling.allowed_token_ids
+    yield sampling.logprob_token_ids
+    yield [token_id for token_id, _ in sampling.logit_bias]
+    yield from sampling.bad_words
 
 
 def _no_host_tier(call: wire.StorageCommand) -> wire.StorageAnswer:

@@ -99,8 +99,8 @@ class Router:
         Raises `PromptTooLong` if no route can hold the request, `Unavailable` naming the missing role or the lost
         worker that could hold it, `Overloaded` if the queues of all suitable workers are full."""
         ready = Candidates.of(self._registry, {WorkerState.READY}, excluded)
-        # A request for one token needs no handoff: a prefill worker serves it alone.
-        single = request.sampling.max_tokens == 1 and not request.output_token_ids
+        # A request for at most one token needs no handoff: a prefill worker serves it alone.
+        single = request.sampling.max_tokens <= 1 and not request.output_token_ids
         if not ready.has_route(single=single):
             raise self._no_worker_error(ready)
         fit = ready.that_fit(request)
@@ -116,7 +116,8 @@ class Router:
         first = [*free.unified, *(free.prefill if free.decode or single else ())]
         prompt = self._prompt(request, [*first, *free.decode])
         chosen = _pick(self._prompt_policy, prompt, first)
-        left = max(1, prompt.num_tokens - num_hit_tokens(prompt, chosen.view()))
+        num_cached = min(num_hit_tokens(prompt, chosen.view()), _most_cached(request))
+        left = max(1, prompt.num_tokens - num_cached)
         if single or chosen.role is Role.UNIFIED:
             return Route(mode=Mode.FULL, prefill=chosen, decode=chosen, num_prompt_tokens_left=left)
         partner = _pick(self._decode_policy, replace(prompt, hit_weight=DECODE_HIT_WEIGHT), free.decode)
@@ -148,7 +149,7 @@ class Router:
 
     def _too_long_error(self, request: EngineRequest, ready: Candidates) -> KvistError:
         """Build the error for a request that fits no ready route; retryable if a lost or draining worker would fit."""
-        single = request.sampling.max_tokens == 1 and not request.output_token_ids
+        single = request.sampling.max_tokens <= 1 and not request.output_token_ids
         away = Candidates.of(self._registry, _AWAY, frozenset())
         if ready.joined_by(away).that_fit(request).has_route(single=single):
             names = ", ".join(f"{worker.worker_id} is {worker.state.value}" for worker in away.all())
@@ -173,6 +174,12 @@ class Router:
             f"the prompt has {num_prompt} tokens; the largest prefill worker ({reader.worker_id}) can hold {limit}, "
             f"and no unified worker can hold all {whole} tokens of the request"
         )
+
+
+def _most_cached(request: EngineRequest) -> int:
+    """Return how many prompt tokens need not be computed even if all are cached: scored tokens are computed."""
+    sampling = request.sampling
+    return request.num_prompt_tokens if sampling.prompt_logprobs is None else max(0, sampling.prompt_logprobs_start - 1)
 
 
 def _pick(policy: Policy, prompt: PromptDigests, workers: Sequence[Worker]) -> Worker:

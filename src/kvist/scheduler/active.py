@@ -104,7 +104,8 @@ class ActiveRequest:
     caller: CallerPath = field(init=False)
     num_prompt: int = field(init=False)
     sampling: SamplingParams = field(init=False)
-    max_len: int = field(init=False)  # the answer ends with LENGTH at this number of tokens, prompt included
+    max_len: int = field(init=False)  # the answer ends with LENGTH at this number of tokens; see `emits_tokens`
+    next_scored: int = field(init=False)  # first prompt position whose logprobs are not reported; num_prompt: none left
     stop_ids: frozenset[int] = field(init=False)
     suppressed_ids: tuple[int, ...] = field(init=False)
     suppress_until: int = field(init=False)  # stop tokens are suppressed below this number of tokens
@@ -116,7 +117,10 @@ class ActiveRequest:
         self.caller = caller_path(request.client)
         self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_prompt = len(request.prompt_token_ids)
-        self.max_len = self.num_prompt + sampling.max_tokens
+        self.max_len = self.num_prompt + max(1, sampling.max_tokens)
+        # an engine that continues an answer, or takes pages over, follows an engine that has reported all positions
+        scores = sampling.prompt_logprobs is not None and self.mode is not Mode.DECODE and not request.output_token_ids
+        self.next_scored = min(max(1, sampling.prompt_logprobs_start), self.num_prompt) if scores else self.num_prompt
         self.stop_ids = frozenset(() if sampling.ignore_eos else eos_token_ids) | frozenset(sampling.stop_token_ids)
         self.suppressed_ids = tuple(sorted(self.stop_ids))
         self.suppress_until = self.num_prompt + sampling.min_tokens
@@ -177,12 +181,25 @@ class ActiveRequest:
 
     @property
     def max_cached_tokens(self) -> int:
-        """Most tokens whose K/V may be cached: a request that is computed here computes at least its last token."""
-        return len(self.token_ids) if self.awaits_grant_of_pages else len(self.token_ids) - 1
+        """Most tokens whose K/V may be cached: a request that is computed here computes at least its last token, and
+        the token before each that is still to be scored."""
+        if self.awaits_grant_of_pages:
+            return len(self.token_ids)
+        return self.next_scored - 1 if self.scores_prompt else len(self.token_ids) - 1
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether logprobs of the prompt are still to be reported."""
+        return self.next_scored < self.num_prompt
+
+    @property
+    def emits_tokens(self) -> bool:
+        """False with `max_tokens` 0: one token is sampled at the end of the prompt, as for any request, and dropped."""
+        return self.sampling.max_tokens > 0
 
     def finish_reason(self, token_id: int, num_tokens: int) -> FinishReason | None:
         """Return why `token_id`, as the last of `num_tokens` tokens, ends the answer; None if it does not."""
-        if token_id in self.stop_ids and num_tokens > self.suppress_until:
+        if token_id in self.stop_ids and self.emits_tokens and num_tokens > self.suppress_until:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_tokens >= self.max_len else None
 

@@ -44,9 +44,14 @@ class Admission:
         context = self._context
         if event.request.request_id in self._requests.live:
             return
-        request = find_refusal(
-            event, self._cache, context_len=context.context_len, role=context.role
-        ) or self._make_request(event)
+        refusal = find_refusal(
+            event,
+            self._cache,
+            context_len=context.context_len,
+            role=context.role,
+            eos_token_ids=context.config.eos_token_ids,
+        )
+        request = refusal or self._make_request(event)
         if not isinstance(request, ActiveRequest):
             self._refuse(event, *request)
             return

@@ -19,7 +19,7 @@ from kvist.plan.tiers import PagesLoaded
 from kvist.request import Mode
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.allocation import Allocation, Allocator
-from kvist.scheduler.budget import chunk_tokens, step_tokens
+from kvist.scheduler.budget import MAX_STEP_LOGPROBS, chunk_tokens, num_logprobs_of, step_tokens
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.endings import Endings
 from kvist.scheduler.handoff.sides import Handoffs
@@ -48,6 +48,7 @@ class Batcher:
         self._handoffs = handoffs
         self._allocator = Allocator(context, requests, cache, pending)
         self._step_tokens = 0  # token budget of the step being planned
+        self._num_logprobs_left = 0  # logprobs of prompts that the step being planned may still report
 
     def on_pages_loaded(self, event: PagesLoaded) -> None:
         request = self._allocator.finish_load(event)
@@ -60,6 +61,7 @@ class Batcher:
         if self._pending.is_full:
             return None
         self._allocator.begin_step()
+        self._num_logprobs_left = MAX_STEP_LOGPROBS
         items: list[BatchItem] = []
         step = PendingStep(decodes=[], chunks=[])
         prompts = self._add_decodes(items, step.decodes)
@@ -122,6 +124,14 @@ class Batcher:
             return 0
         most = self._context.config.max_prefill_tokens
         end = start + chunk_tokens(num_tokens - start, budget, self._step_tokens, most)
+        score_from, scored_token_ids = None, request.token_ids[:0]
+        if request.scores_prompt:
+            first_scored = max(request.next_scored, start + 1)  # the pending step scores the tokens before
+            end = self._cut_scored(request, first_scored, end)
+            if end == start:
+                return 0
+            scored_token_ids = request.token_ids[first_scored : min(end + 1, request.num_prompt)]
+            score_from = first_scored if scored_token_ids else None
         samples = end == num_tokens and not request.has_first_token
         request.num_planned = end
         request.last_step_id = self._pending.next_id
@@ -133,10 +143,22 @@ class Batcher:
                 start=start,
                 page_ids=request.page_ids,
                 samples=samples,
+                score_from=score_from,
+                scored_token_ids=scored_token_ids,
             )
         )
         self._context.count("computed_prompt_tokens", end - start)
         return end - start
+
+    def _cut_scored(self, request: ActiveRequest, first_scored: int, end: int) -> int:
+        """Return the end of a chunk that would end at `end`, cut so that the step reports few enough logprobs."""
+        per_token = num_logprobs_of(request.sampling)
+        num_scored = min(end + 1, request.num_prompt) - first_scored
+        if num_scored * per_token > self._num_logprobs_left:
+            num_scored = self._num_logprobs_left // per_token
+            end = first_scored + num_scored - 1
+        self._num_logprobs_left -= max(0, num_scored) * per_token
+        return end
 
     def _admit(self, ungranted: bool, budget: int, items: list[BatchItem], step: PendingStep) -> int:
         """Admit requests from the head of the queue while pages and budget last; return the budget left."""

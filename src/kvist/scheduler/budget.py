@@ -14,12 +14,17 @@ docs/performance.md has the gain of each rule.
 
 from __future__ import annotations
 
+from kvist.request import SamplingParams
 from kvist.scheduler.config import SchedulerConfig
 
 _STREAMS_PER_USUAL_STEP = 16  # with fewer streams a step is larger than the usual one
 _BACKLOG_STEPS = 16
 _ROUND_TO = 128  # tokens: the tile size of a GPU's matrix products
 _TAIL_FRACTION = 8  # a rest of up to 1/8 of a step is added to this step, not left to the next
+
+# Logprobs of prompts in one step, the likeliest tokens included: bounds a step's messages (to 0.5 MB) and the time that
+# other streams wait for them.
+MAX_STEP_LOGPROBS = 1 << 15
 
 
 def step_tokens(config: SchedulerConfig, *, num_decodes: int, backlog_tokens: int) -> int:
@@ -37,3 +42,8 @@ def chunk_tokens(left: int, budget: int, step: int, most: int) -> int:
     them are free. A prompt that is only slightly longer than the budget is finished, so that it needs no further step;
     `most` is the limit of a step."""
     return left if left <= budget + min(budget, step // _TAIL_FRACTION, most - step) else budget
+
+
+def num_logprobs_of(sampling: SamplingParams) -> int:
+    """Return the number of logprobs that one scored token of the prompt has."""
+    return 1 + (sampling.prompt_logprobs or 0) + len(sampling.logprob_token_ids)

@@ -1,10 +1,10 @@
-"""Sends output tokens to the gateway."""
+"""Sends output tokens, and logprobs of the prompt, to the gateway."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvist.request import FinishReason, Mode, SampledToken
+from kvist.request import FinishReason, Mode, SampledToken, TokenLogprobs
 from kvist.scheduler.active import ActiveRequest, PrefillRequest
 from kvist.scheduler.context import SchedulerContext
 from kvist.wire import TokenChunk
@@ -19,6 +19,20 @@ def send_first_token(context: SchedulerContext, request: PrefillRequest) -> None
         send_tokens(context, request, position, (request.first_token,), request.first_token_finish)
 
 
+def send_prompt_logprobs(context: SchedulerContext, request: ActiveRequest, found: tuple[TokenLogprobs, ...]) -> None:
+    """Send logprobs of the next scored tokens of the prompt."""
+    chunk = TokenChunk(
+        request_id=request.request_id,
+        position=len(request.token_ids) - request.num_prompt,
+        token_ids=(),
+        prompt_logprobs=found,
+        prompt_position=request.next_scored,
+    )
+    request.next_scored += len(found)
+    context.out.num_tokenless_chunks += 1
+    context.out.chunks.append(chunk)
+
+
 def send_tokens(
     context: SchedulerContext,
     request: ActiveRequest,
@@ -26,6 +40,9 @@ def send_tokens(
     tokens: Sequence[SampledToken],
     finish: FinishReason | None,
 ) -> None:
+    if not request.emits_tokens:
+        tokens = ()
+        context.out.num_tokenless_chunks += 1
     reports_cached = position == 0 and request.mode is not Mode.DECODE  # decode did not compute the prompt
     by_tier = (request.num_cached_host_tokens, request.num_cached_storage_tokens) if reports_cached else (0, 0)
     chunk = TokenChunk(

@@ -6,7 +6,7 @@ caller with fewer. A request that was admitted once is never displaced: its clie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
 from kvist.fairness import CallerPath
@@ -28,7 +28,6 @@ _UNSUPPORTED = {
     "logit_bias": (),
     "allowed_token_ids": (),
     "bad_words": (),
-    "prompt_logprobs": None,
 }
 
 _WRONG_MODE = {
@@ -46,18 +45,23 @@ class _CommonFields(TypedDict):
     needs_known_token: bool
 
 
-def find_refusal(event: Submit, cache: PageCache, *, context_len: int, role: Role) -> Refusal | None:
+def find_refusal(
+    event: Submit, cache: PageCache, *, context_len: int, role: Role, eos_token_ids: Sequence[int]
+) -> Refusal | None:
     """Return why the request can never run here, if so. `context_len`: tokens of one request that fit this engine."""
     request = event.request
     if not role.admits(event.mode, max_tokens=request.sampling.max_tokens):
         return "invalid_request", f"this worker has the role {role}: it {_WRONG_MODE[role]}"
     if not request.prompt_token_ids:
         return "invalid_request", "the prompt is empty"
-    if len(request.output_token_ids) >= request.sampling.max_tokens:
+    if request.output_token_ids and len(request.output_token_ids) >= request.sampling.max_tokens:
         return "invalid_request", "nothing is left to generate: output_token_ids has max_tokens tokens already"
     unsupported = _find_unsupported(request.sampling)
     if unsupported is not None:
         return "invalid_request", f"this worker does not support {unsupported}: leave it out"
+    if _allows_no_token(request.sampling, eos_token_ids):
+        reason = "each of them ends the answer, and `min_tokens` excludes them at first"
+        return "invalid_request", f"`allowed_token_ids` leaves no token: {reason}. Lower `min_tokens`"
     num_tokens = num_tokens_needed(request, event.mode)
     if num_tokens > context_len:
         limit = limit_text(context_len, cache.num_pages, cache.page_size)
@@ -67,6 +71,15 @@ def find_refusal(event: Submit, cache: PageCache, *, context_len: int, role: Rol
 
 def _find_unsupported(sampling: SamplingParams) -> str | None:
     return next((name for name, off in _UNSUPPORTED.items() if getattr(sampling, name) != off), None)
+
+
+def _allows_no_token(sampling: SamplingParams, eos_token_ids: Sequence[int]) -> bool:
+    """Return whether no allowed token may be the first: the gateway, which does not know the end-of-sequence tokens,
+    checks other contradictions."""
+    if not sampling.allowed_token_ids or not sampling.min_tokens:
+        return False
+    ending = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
+    return ending.issuperset(sampling.allowed_token_ids)
 
 
 def make_request(

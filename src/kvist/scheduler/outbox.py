@@ -18,6 +18,7 @@ class Outbox:
 
     def _clear(self) -> None:
         self.chunks: list[TokenChunk] = []
+        self.num_tokenless_chunks = 0  # prompt logprobs, and the ends of requests with `max_tokens` 0
         self.ended: list[Ended] = []
         self.flushes: list[Flush] = []
         self.messages: list[ToSource | ToTarget] = []

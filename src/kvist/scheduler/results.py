@@ -13,7 +13,7 @@ from kvist.kv.cache import PageCache
 from kvist.plan.events import SampledTokens, StepFailed, StepFinished
 from kvist.request import Outcome, SampledToken
 from kvist.scheduler.active import ActiveRequest, PrefillRequest, RequestState
-from kvist.scheduler.chunks import send_first_token, send_tokens
+from kvist.scheduler.chunks import send_first_token, send_prompt_logprobs, send_tokens
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.endings import Endings
 from kvist.scheduler.handoff.sides import Handoffs
@@ -61,7 +61,7 @@ class Results:
     def _apply(self, step: PendingStep, sampled: SampledTokens) -> None:
         """Apply a finished step, whose K/V is in the pages."""
         chunks = self._context.out.chunks
-        num_chunks_before = len(chunks)
+        num_chunks_before, num_tokenless_before = len(chunks), self._context.out.num_tokenless_chunks
         if sampled.invalid_rows:
             self._fail_invalid_rows(step, sampled.invalid_rows)
         assert sampled.num_rows == len(step.decodes) + sum(samples for *_, samples in step.chunks)
@@ -71,14 +71,20 @@ class Results:
         else:  # decodes, too, may have rows of several tokens
             computed = [*((request, len(request.token_ids), True) for request in step.decodes), *step.chunks]
             rows = sampled.rows()
-        for request, end, samples in computed:
+        scores, num_before = sampled.prompt_logprobs, len(step.decodes) + len(step.chunks) - len(computed)
+        for item, (request, end, samples) in enumerate(computed, num_before):
             tokens = next(rows) if samples else ()
             if request.state is RequestState.ENDED:
                 self._endings.release(request)
             else:
+                if item in scores:
+                    send_prompt_logprobs(self._context, request, scores[item])
                 self._apply_chunk(request, end, tokens)
         sent = chunks[num_chunks_before:]
-        num_sent = len(sent) if sampled.num_tokens is None else sum(len(chunk.token_ids) for chunk in sent)
+        num_tokenless = self._context.out.num_tokenless_chunks - num_tokenless_before
+        num_sent = (
+            len(sent) - num_tokenless if sampled.num_tokens is None else sum(len(chunk.token_ids) for chunk in sent)
+        )
         self._context.count("generation_tokens", num_sent)
 
     def _fail_invalid_rows(self, step: PendingStep, rows: frozenset[int]) -> None:
