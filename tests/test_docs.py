@@ -8,16 +8,12 @@ import importlib
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvist import settings
-from kvist.metrics import ENGINE_TOTALS, GatewayMetrics
 from kvist.options import options_of
-from kvist.request import Role, WorkerId
-from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
-from kvist.server.worker_metrics import worker_families
-from kvist.wire import LoadReport
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -79,36 +75,35 @@ def test_every_flag_in_the_docs_exists(page: str) -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) <= known
 
 
-def test_the_table_of_request_fields_matches_the_schemas() -> None:
-    spec = importlib.util.spec_from_file_location("api_fields", ROOT / "scripts" / "api_fields.py")
+def script_named(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_the_table_of_request_fields_matches_the_schemas() -> None:
+    script = script_named("api_fields")
     _, rest = (ROOT / "docs/api.md").read_text(encoding="utf-8").split(script.BEGIN)
     assert rest.split(script.END)[0] == script.table(), "run: python scripts/api_fields.py"
 
 
 def exported_metrics() -> set[str]:
-    load = LoadReport(
-        sequence=0,
-        num_running=0,
-        num_waiting=0,
-        num_free_pages=1,
-        num_cached_pages=0,
-        num_owned_pages=0,
-        num_in_flight_pages=0,
-        totals=dict.fromkeys(ENGINE_TOTALS, 0.0),
-    )
-    worker = WorkerSnapshot(worker_id=WorkerId("w"), role=Role.UNIFIED, alive=True, spec=None, load=load)
-    families = worker_families(ClusterSnapshot(workers=(worker,)))
-    exported = GatewayMetrics(of_workers=lambda: families).exposition().decode()
-    return {name for name in re.findall(r"^# TYPE (\S+) ", exported, re.MULTILINE) if name.startswith("kvist:")}
+    page = script_named("metrics_page")
+    return {page.exported_name(family) for _section, family in page.families()}
 
 
-def test_the_metrics_page_lists_exactly_the_exported_metrics() -> None:
-    listed = re.findall(r"`(kvist:\w+)(?:\{[\w,]+\})?`", (ROOT / "docs/metrics.md").read_text(encoding="utf-8"))
-    assert sorted(listed) == sorted(exported_metrics())
+def test_the_tables_of_metrics_match_the_declarations() -> None:
+    page = script_named("metrics_page")
+    tables = page.tables_of((ROOT / "docs/metrics.md").read_text(encoding="utf-8"))
+    assert tables == {section: page.table(section) for section in page.SECTIONS}, "run: python scripts/metrics_page.py"
+
+
+def test_the_metrics_have_the_names_that_users_know() -> None:
+    listed = (ROOT / "tests/server/metric_names.txt").read_text(encoding="utf-8").splitlines()
+    assert sorted(exported_metrics()) == listed
 
 
 @pytest.mark.parametrize("page", ["failure-modes.md", "performance.md"])

@@ -215,7 +215,7 @@ class LoadReport(_Message, frozen=True):
     """Sent at least once a second, and with the step in which the pages of a tier changed.
 
     `sequence` grows by one with each report to one gateway; after a gap, or with `snapshot`, the gateway must replace
-    its set of pages. Counters in `totals` only grow (names: metrics.py).
+    its set of pages. Counters in `totals` only grow (declared in engine/counters.py).
     """
 
     sequence: int

@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvist.kv.counters import TIER_COUNTERS, HitCounters
+from kvist.kv.counters import CACHE_COUNTERS, HitCounters
 from kvist.kv.device_pages import DevicePages
 from kvist.kv.keys import iter_page_digests, iter_page_keys, page_keys, root_digest
 from kvist.kv.lease import PageLease
@@ -297,15 +297,15 @@ class PageCache:
         return None if self._host is None else self._host.tier.counts()
 
     def totals(self) -> dict[str, float]:
-        """Return the values of TIER_COUNTERS."""
-        return {
-            **dict.fromkeys(TIER_COUNTERS, 0),
+        """Return the values of CACHE_COUNTERS."""
+        counted = {
             **self._hits.totals(),
             "host_hit_pages": self._num_host_hits,
             "host_miss_pages": self._num_host_misses,
             **({} if self._host is None else self._host.copies.totals()),
             **({} if self.storage is None else self.storage.totals()),
         }
+        return CACHE_COUNTERS.filled(counted)
 
     def take_page_events(self) -> tuple[PageEvents, ...]:
         """Return what entered and left each tier since the last call."""

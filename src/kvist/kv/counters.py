@@ -4,24 +4,70 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kvist.counter import Counter, CounterGroup
 from kvist.kv.ceiling import EvictionHistory
-from kvist.kv.tiers.storage import STORAGE_COUNTERS
 
-# In pages, never decreasing.
-TIER_COUNTERS = (
-    "device_hit_pages",
-    "device_miss_pages",
-    "device_evicted_pages",
-    "host_hit_pages",
-    "host_miss_pages",
-    "host_evicted_pages",
-    "host_loaded_pages",
-    "host_backed_up_pages",
-    "host_skipped_pages",  # due for a backup and skipped: too many under way, or no free slot
-    "host_failed_pages",  # in loads and backups that failed
-    *STORAGE_COUNTERS,
-    "ceiling_remembered_pages",  # evicted from the device pool and remembered; each once, unless forgotten since
-    "ceiling_forgotten_pages",  # remembered pages that were forgotten; above 0 the ceiling is a lower bound
+CACHE_COUNTERS = CounterGroup(
+    owner="kv",
+    section="Cache tiers",
+    counters=(
+        Counter(name="device_hit_pages", unit="pages", text="pages of admitted requests found in the device pool (L1)"),
+        Counter(
+            name="device_miss_pages", unit="pages", text="pages of admitted requests not found in the device pool (L1)"
+        ),
+        Counter(name="device_evicted_pages", unit="pages", text="cached pages dropped from the device pool"),
+        Counter(
+            name="ceiling_remembered_pages",
+            unit="pages",
+            text="evicted pages whose digests were remembered, to count ceiling_prompt_tokens",
+        ),
+        Counter(
+            name="ceiling_forgotten_pages",
+            unit="pages",
+            text="remembered digests that were forgotten; above 0 ceiling_prompt_tokens is too low",
+        ),
+        Counter(
+            name="host_hit_pages",
+            unit="pages",
+            text="pages not found in the device pool but found in the host tier (L2)",
+        ),
+        Counter(
+            name="host_miss_pages",
+            unit="pages",
+            text="pages found neither in the device pool nor in the host tier (L2)",
+        ),
+        Counter(name="host_evicted_pages", unit="pages", text="pages dropped from the host tier"),
+        Counter(name="host_loaded_pages", unit="pages", text="pages copied from the host tier back to the device pool"),
+        Counter(name="host_backed_up_pages", unit="pages", text="pages copied to the host tier"),
+        Counter(
+            name="host_skipped_pages",
+            unit="pages",
+            text="pages not copied to the host tier: too many copies in progress, or the tier was full; with "
+            "write_back an evicted page is then lost",
+        ),
+        Counter(name="host_failed_pages", unit="pages", text="pages of failed copies to or from the host tier"),
+        Counter(
+            name="storage_hit_pages",
+            unit="pages",
+            text="pages missing in the host tier when a request arrived, looked up in the storage tier (L3), and found",
+        ),
+        Counter(
+            name="storage_miss_pages",
+            unit="pages",
+            text="pages missing in the host tier when a request arrived, looked up in the storage tier (L3), "
+            "and not found",
+        ),
+        Counter(name="storage_fetched_pages", unit="pages", text="pages copied from the storage tier to the host tier"),
+        Counter(
+            name="storage_stored_pages", unit="pages", text="pages written to the storage tier, or found there already"
+        ),
+        Counter(
+            name="storage_skipped_pages",
+            unit="pages",
+            text="pages not stored because the host tier evicted them before the store had room",
+        ),
+        Counter(name="storage_failed_pages", unit="pages", text="pages of failed copies to or from the storage tier"),
+    ),
 )
 
 

@@ -38,18 +38,10 @@ import torch
 from torch import Tensor
 
 from kvist.clock import Clock
+from kvist.memory.counters import COPY_COUNTERS
 from kvist.memory.device_pool import DevicePool
 from kvist.memory.host_pool import HostPool
 from kvist.plan.tiers import BackUpPages, ForgetPages, LoadPages, PageReport, PagesBackedUp, PagesForgotten, PagesLoaded
-
-MOVE_COUNTERS = (
-    "host_loads",
-    "host_load_bytes",
-    "host_load_seconds",
-    "host_backups",
-    "host_backup_bytes",
-    "host_backup_seconds",
-)
 
 MAX_JOBS_UNDER_WAY = 4  # jobs queued on a GPU at once
 COPIES_PER_CALL = 32
@@ -85,10 +77,10 @@ class PageMover:
         return [self._reports.popleft() for _ in range(len(self._reports))]
 
     def totals(self) -> dict[str, float]:
-        """Return the values of MOVE_COUNTERS."""
+        """Return the values of COPY_COUNTERS."""
         loads, backups = self._loads, self._backups
         numbers = (loads.num_jobs, loads.num_bytes, loads.seconds, backups.num_jobs, backups.num_bytes, backups.seconds)
-        return dict(zip(MOVE_COUNTERS, numbers, strict=True))
+        return dict(zip(COPY_COUNTERS.names(), numbers, strict=True))
 
     def close(self) -> None:
         """Stop both queues: no byte is copied after the return. Jobs that have not begun are dropped, unreported."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kvist.request import Role
 from kvist.scheduler.config import SchedulerConfig
-from kvist.scheduler.load import COUNTERS
+from kvist.scheduler.counters import SCHEDULER_COUNTERS
 from kvist.scheduler.outbox import Outbox
 from kvist.scheduler.timers import Timers
 from kvist.service_time import ServiceTime
@@ -24,8 +24,8 @@ class SchedulerContext:
     timers: Timers = field(default_factory=Timers)
     out: Outbox = field(default_factory=Outbox)
     service_time: ServiceTime = field(default_factory=ServiceTime)
-    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
+    totals: dict[str, float] = field(default_factory=SCHEDULER_COUNTERS.zeros)
 
     def count(self, name: str, amount: float = 1) -> None:
-        """Increase a counter of load.COUNTERS."""
+        """Increase one of SCHEDULER_COUNTERS."""
         self.totals[name] += amount

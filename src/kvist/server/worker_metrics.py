@@ -1,4 +1,8 @@
-"""The metrics of the workers in /metrics: the last report of each worker, labelled by worker and role."""
+"""The metrics of the workers in /metrics: the last report of each worker, labelled by worker and role.
+
+The counters in `LoadReport.totals` appear as `kvist:worker_<name>_total`, with the help text of their declaration.
+Names that this version does not know are exported, too.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from kvist.metrics import ENGINE_TOTALS
+from kvist.engine.counters import COUNTER_BY_NAME
 from kvist.router.stream import ClusterSnapshot
 from kvist.wire import LoadReport
 
@@ -35,7 +39,7 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     running = GaugeMetricFamily("kvist:num_requests_running", "requests in the running batch", labels=labels)
     waiting = GaugeMetricFamily("kvist:num_requests_waiting", "requests in the waiting queue", labels=labels)
     usage = GaugeMetricFamily("kvist:kv_cache_usage_perc", "share of pages in use by requests, 0 to 1", labels=labels)
-    pages = GaugeMetricFamily("kvist:kv_pages", "pages by state", labels=[*labels, "state"])
+    pages = GaugeMetricFamily("kvist:kv_pages", "pages of the device pool by state", labels=[*labels, "state"])
     host_pages = GaugeMetricFamily("kvist:host_pages", "pages of the host tier by state", labels=[*labels, "state"])
     storage = [GaugeMetricFamily(f"kvist:storage_{name}", text, labels=labels) for name, text in _STORAGE_GAUGES]
     errors = CounterMetricFamily(
@@ -43,7 +47,8 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     )
     rejected = CounterMetricFamily(
         "kvist:worker_rejected_messages",
-        "messages of this worker that the gateway rejected as undecodable or invalid",
+        "messages of this worker that the gateway rejected as undecodable or invalid; one about a request fails that "
+        "request",
         labels=labels,
     )
     totals: dict[str, CounterMetricFamily] = {}
@@ -71,7 +76,8 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
                 errors.add_metric([*label_values, errno], count)
         for name, value in sorted(load.totals.items()):
             if name not in totals:
-                text = ENGINE_TOTALS.get(name, name)
+                known = COUNTER_BY_NAME.get(name)
+                text = name if known is None else known.text
                 totals[name] = CounterMetricFamily(f"kvist:worker_{name}", text, labels=labels)
             totals[name].add_metric(label_values, value)
     yield GaugeMetricFamily(

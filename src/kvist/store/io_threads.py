@@ -29,17 +29,9 @@ from kvist.memory.host_pool import HostPool
 from kvist.plan.tiers import PIECE_PAGES, FetchPages, FindPages, StorePages
 from kvist.store.backend import PageStore, StoreStats
 from kvist.store.breaker import BreakerState, CircuitBreaker
+from kvist.store.counters import STORE_COUNTERS
 from kvist.store.quarantine import CallsUnderWay, Job, StoreCall
 
-STORE_COUNTERS = (
-    *("storage_finds", "storage_find_seconds"),
-    *("storage_reads", "storage_read_bytes", "storage_read_seconds"),
-    *("storage_writes", "storage_write_bytes", "storage_write_seconds"),
-    "storage_slow_calls",  # calls that took longer than the deadline
-    "storage_raised_calls",
-    "storage_unasked_jobs",  # jobs answered without a call, because the breaker was open
-    *("storage_broken_pages", "storage_refused_pages", "storage_evicted_pages"),  # counted by the store
-)
 _COUNTED = {FindPages: "storage_find", FetchPages: "storage_read", StorePages: "storage_write"}
 
 logger = logging.getLogger(__name__)
@@ -102,7 +94,7 @@ class StoreThreads:
         self._queues = (self._reads, self._writes)
         self._breaker = CircuitBreaker()
         self._stopped = False
-        self._counts: dict[str, float] = dict.fromkeys(STORE_COUNTERS, 0)
+        self._counts: dict[str, float] = STORE_COUNTERS.zeros()
         self._num_threads = sum(queue.num_threads for queue in self._queues)
         for queue, name in ((self._reads, "kvist-store-read"), (self._writes, "kvist-store-write")):
             for _ in range(queue.num_threads):

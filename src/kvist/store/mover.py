@@ -20,7 +20,8 @@ from kvist.memory.host_pool import HostPool
 from kvist.plan.tiers import CancelFetch, FetchPages, FindPages, PagesFetched, PagesFound, PagesStored, StoreJob
 from kvist.store.backend import PageStore, StoreStats
 from kvist.store.breaker import BreakerState
-from kvist.store.io_threads import STORE_COUNTERS, IOSettings, StoreThreads, Threads
+from kvist.store.counters import STORE_COUNTERS
+from kvist.store.io_threads import IOSettings, StoreThreads, Threads
 from kvist.store.quarantine import Job
 
 CLOSE_S = 2.0  # the longest wait for calls under way when the engine ends
@@ -54,7 +55,7 @@ class StoreMover:
         self._reports: deque[Report] = deque()
         self._attached: StoreThreads | None = None
         self._detached: list[StoreThreads] = []  # with calls under way
-        self._totals: dict[str, float] = dict.fromkeys(STORE_COUNTERS, 0)  # of closed stores
+        self._totals: dict[str, float] = STORE_COUNTERS.zeros()  # of closed stores
         self._errors: Counter[str] = Counter()  # of closed stores
 
     def attach(self, store: PageStore, stats: StoreStats) -> None:

@@ -35,15 +35,6 @@ from kvist.plan.tiers import (
 FETCH_PAGES = 16  # pages in one job: a request waits, and several threads share a longer prefix
 MAX_FINDS = 1024  # look-ups under way; a request beyond the limit is not looked up in the store
 
-STORAGE_COUNTERS = (
-    "storage_hit_pages",
-    "storage_miss_pages",  # that the store reported missing
-    "storage_fetched_pages",
-    "storage_stored_pages",
-    "storage_skipped_pages",  # due to be stored, and evicted from the host tier before a job could start
-    "storage_failed_pages",  # in fetches and stores that failed; pages of cancelled fetches do not count
-)
-
 
 class StorageTier:
     """The stores and prefetches under way. Mutable; its one owner is the scheduler's `PageCache`, which uses the same
@@ -282,7 +273,7 @@ class StorageTier:
         return self._storing.num_due
 
     def totals(self) -> dict[str, float]:
-        """Return the values of STORAGE_COUNTERS."""
+        """Return the values of this tier's counters."""
         return {
             "storage_hit_pages": self._num_found,
             "storage_miss_pages": self._num_missing,

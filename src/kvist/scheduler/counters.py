@@ -1,0 +1,83 @@
+"""The counters of the scheduler. Tokens and pages are counted when their step or handoff is finished."""
+
+from __future__ import annotations
+
+from kvist.counter import Counter, CounterGroup
+
+SCHEDULER_COUNTERS = CounterGroup(
+    owner="scheduler",
+    section="Workers, by their own reports",
+    counters=(
+        Counter(name="steps", unit="steps", text="engine steps finished"),
+        Counter(name="prompt_tokens", unit="tokens", text="prompt tokens of admitted requests"),
+        Counter(
+            name="cached_prompt_tokens",
+            unit="tokens",
+            text="prompt tokens of admitted requests that were found in the page cache",
+        ),
+        Counter(
+            name="ceiling_prompt_tokens",
+            unit="tokens",
+            text="prompt tokens that would have been cached if no page had ever been evicted",
+        ),
+        Counter(
+            name="computed_prompt_tokens",
+            unit="tokens",
+            text="prompt tokens computed by the model, recomputed ones included",
+        ),
+        Counter(name="generation_tokens", unit="tokens", text="output tokens produced"),
+        Counter(name="preemptions", unit="requests", text="running requests preempted because no free page was left"),
+        Counter(name="requests_finished", unit="requests", text="requests that ended with all their tokens"),
+        Counter(name="requests_failed", unit="requests", text="requests that ended with an error"),
+        Counter(name="requests_aborted", unit="requests", text="requests aborted by their gateway"),
+        Counter(
+            name="requests_refused",
+            unit="requests",
+            text="requests refused because the queue was full or the request was invalid",
+        ),
+        Counter(
+            name="requests_displaced",
+            unit="requests",
+            text="waiting requests removed from a full queue in favour of a caller with fewer requests in it",
+        ),
+        Counter(
+            name="handoffs_sent",
+            unit="handoffs",
+            text="handoffs sent by this prefill worker and acknowledged by the decode worker",
+        ),
+        Counter(name="handoffs_received", unit="handoffs", text="handoffs granted and verified by this decode worker"),
+        Counter(name="handoffs_failed", unit="handoffs", text="handoffs that failed, were refused or timed out"),
+        Counter(
+            name="handoffs_cancelled",
+            unit="handoffs",
+            text="handoffs cancelled because the request was aborted: its client or gateway had disconnected",
+        ),
+        Counter(
+            name="foreign_grants",
+            unit="grants",
+            text="grants refused because the gateway had named another decode worker",
+        ),
+        Counter(name="handoff_pages", unit="pages", text="pages written by handoffs"),
+        Counter(name="handoff_bytes", unit="bytes", text="bytes written by handoffs"),
+        Counter(
+            name="handoff_seconds",
+            unit="seconds",
+            text="total time of handoffs, from the Grant to the Ack (sent) or to verified pages (received)",
+        ),
+        Counter(
+            name="prefetches",
+            unit="requests",
+            text="requests that fetched pages from the storage tier, or waited for a fetch of another request",
+        ),
+        Counter(
+            name="prefetch_timeouts",
+            unit="requests",
+            text="requests that stopped waiting for the storage tier before all their pages were fetched",
+        ),
+        Counter(
+            name="prefetch_wait_seconds",
+            unit="seconds",
+            text="total time that requests waited for the storage tier, from arrival to the queue",
+        ),
+    ),
+)
