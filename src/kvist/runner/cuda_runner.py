@@ -32,7 +32,7 @@ from kvist.runner.graph_sizes import decode_sizes, mixed_sizes
 from kvist.runner.inputs import sampling_rows
 from kvist.runner.logprobs import LogprobTensors
 from kvist.runner.prompt_scores import PromptScores, ScoredRows, score_prompts
-from kvist.runner.runner import Finished, InFlight, Model
+from kvist.runner.runner import FinishedBatch, InFlight, Model
 from kvist.runner.sampler import SamplingRow, choose, compute_logprobs, sampled_tokens
 from kvist.runner.slots import SlotTable
 from kvist.runner.staging import Staging
@@ -48,7 +48,7 @@ class StepLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launched:
+class LaunchedBatch:
     tokens: Tensor  # int32, pinned
     logprobs: LogprobTensors | None
     scores: PromptScores | None
@@ -99,7 +99,7 @@ class CudaRunner:
         previous, self._previous = self._previous, EMPTY_BATCH
         self._table.update(batch)
         if not batch.items:
-            return Finished(SampledTokens(token_ids=()))
+            return FinishedBatch(SampledTokens(token_ids=()))
         columns = read_batch(batch, previous, self._table)
         rows = None if columns.is_plain else sampling_rows(batch.items, self._table)
         scored = ScoredRows.of(batch.items, self._table.scoring)
@@ -117,7 +117,7 @@ class CudaRunner:
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         self._previous = columns.persistent
-        return Launched(tokens=tokens, logprobs=logprobs, scores=scores, done=done)
+        return LaunchedBatch(tokens=tokens, logprobs=logprobs, scores=scores, done=done)
 
     def close(self) -> None:
         """Drop the graphs and the pool."""

@@ -66,7 +66,7 @@ class AnyRunner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class FinishedBatch:
     """A batch whose launch has already computed the result."""
 
     sampled: SampledTokens
@@ -99,7 +99,7 @@ class Runner:
         unless `between_layers` raised it."""
         self._table.update(batch)
         if not batch.items:
-            return Finished(SampledTokens(token_ids=()))
+            return FinishedBatch(SampledTokens(token_ids=()))
         assert all(item.slot in self._table.open for item in batch.items), "an item's slot is not open"
         with torch.inference_mode():
             inputs = build_inputs(batch.items, self._last_tokens, self._device)
@@ -108,12 +108,12 @@ class Runner:
             scores = {} if scored is None else score_prompts(self._model, unfinished, scored).by_item()
             logits = finish(self._model, unfinished, inputs)
             if logits is None:
-                return Finished(SampledTokens(token_ids=(), prompt_logprobs=scores))
+                return FinishedBatch(SampledTokens(token_ids=(), prompt_logprobs=scores))
             sampled = sample(logits, sampling_rows(batch.items, self._table))
         slots = [item.slot for item in batch.items if item.samples]
         # 0 for a request that got no token: the request fails, and results computed from the 0 are dropped
         self._last_tokens[slots] = np.maximum(sampled.token_ids, 0)
-        return Finished(replace(sampled, prompt_logprobs=scores) if scores else sampled)
+        return FinishedBatch(replace(sampled, prompt_logprobs=scores) if scores else sampled)
 
     def close(self) -> None:
         """Drop the pool."""
