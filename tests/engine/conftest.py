@@ -110,6 +110,7 @@ class Stream:
     num_submits: int
     tokens: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position
     finish: FinishReason | None = None
     cached: int | None = None
     handoff: wire.HandoffReport | None = None
@@ -390,6 +391,12 @@ class World:
                 stream.tokens[position] = token_id
                 if chunk.logprobs is not None:
                     stream.logprobs[position] = chunk.logprobs[offset]
+            for position, found in enumerate(chunk.prompt_logprobs, chunk.prompt_position):
+                assert not stream.tokens, f"{chunk.request_id}: logprobs of the prompt after a token"
+                assert position not in stream.prompt_logprobs, (
+                    f"{chunk.request_id}: position {position} is scored twice"
+                )
+                stream.prompt_logprobs[position] = found
             stream.finish = chunk.finish_reason or stream.finish
             stream.handoff = chunk.handoff or stream.handoff
             if chunk.num_cached_tokens is not None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvist.kernels.operands import Rotary
+from kvist.kernels.rotary import rotated_heads
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import RequestId, SamplingParams, SlotId, TokenLogprobs
 from kvist.runner.runner import AnyRunner
@@ -52,9 +54,9 @@ def score(
 def plain_logprobs(model: Any, prompt: Sequence[int], device: str = "cpu") -> Tensor:
     """Return [len(prompt), vocab_size]: in row p the logprobs of all tokens for position p + 1."""
 
-    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = (each.transpose(0, 1)[None] for each in (q, k, v))
-        return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+    def attend(_layer: int, heads: Tensor, rotary: Rotary | None) -> Tensor:
+        qkv = (each.transpose(0, 1)[None] for each in rotated_heads(heads, rotary, model.config.num_kv_heads))
+        return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
     with torch.inference_mode():
         positions = torch.arange(len(prompt), device=device)

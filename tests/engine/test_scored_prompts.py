@@ -1,0 +1,114 @@
+"""Logprobs of prompts equal those of a plain forward pass in fp32, whichever engines compute them, and how."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from kvist.models.decoder import CausalLM
+from kvist.request import RequestId
+from tests.runner.scoring import SCORED, assert_scores, plain_logprobs
+
+if TYPE_CHECKING:
+    World = Any  # tests/engine/conftest.py
+
+ASKED: dict[str, Any] = {"prompt_logprobs": 3, "logprob_token_ids": SCORED.logprob_token_ids}
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    dice = random.Random(1000 * seed + length)
+    return tuple(dice.randrange(3, 128) for _ in range(length))
+
+
+def check(stream: Any, model: CausalLM, token_ids: tuple[int, ...], start: int = 1) -> None:
+    """Compare the scored positions with the plain forward pass."""
+    assert list(stream.prompt_logprobs) == list(range(start, len(token_ids)))
+    assert_scores(list(stream.prompt_logprobs.values()), plain_logprobs(model, token_ids), token_ids, 1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 8, 9, 16, 33])
+def test_one_engine_and_a_pair_score_a_prompt_alike(
+    world: World, request_of: Any, tiny_model: CausalLM, length: int
+) -> None:
+    each = prompt(length)
+    alone, prefill, decode = (world.engine(role) for role in ("unified", "prefill", "decode"))
+    whole = world.answer(alone, request_of("whole", each, **ASKED))
+    check(whole, tiny_model, each)
+    pair = world.submit_pair(prefill, decode, request_of("pair", each, **ASKED))
+    world.run()
+    check(pair, tiny_model, each)
+    assert pair.token_ids == whole.token_ids == world.answer(alone, request_of("plain", each)).token_ids
+    world.check_ledgers()
+
+
+def test_a_cached_prompt_is_scored_as_a_new_one(world: World, request_of: Any, tiny_model: CausalLM) -> None:
+    each = prompt(33)
+    alone, prefill, decode = (world.engine(role, num_host_pages=16) for role in ("unified", "prefill", "decode"))
+    world.answer(alone, request_of("before", each))
+    world.submit_pair(prefill, decode, request_of("pair before", each))
+    world.run()
+    for start in (0, 1, 2, 17, 32):
+        scored = {**ASKED, "prompt_logprobs_start": start}
+        stream = world.answer(alone, request_of(f"from {start}", each, **scored))
+        check(stream, tiny_model, each, max(1, start))
+        assert stream.cached == max(0, start - 1) // 4 * 4
+        pair = world.submit_pair(prefill, decode, request_of(f"pair from {start}", each, **scored))
+        world.run()
+        check(pair, tiny_model, each, max(1, start))
+
+
+def test_concurrent_and_preempted_requests_are_scored_once(world: World, request_of: Any, tiny_model: CausalLM) -> None:
+    prompts = [prompt(length, seed=5) for length in (9, 12, 30, 33, 34)]
+    small = world.engine("unified", num_pages=20)
+    streams = [
+        world.submit_full(small, request_of(str(number), each, **ASKED, max_tokens=20))
+        for number, each in enumerate(prompts)
+    ]
+    world.run()
+    assert small.scheduler.load().totals["preemptions"] > 0
+    for stream, each in zip(streams, prompts, strict=True):
+        check(stream, tiny_model, each)
+
+
+def test_an_answer_that_another_engine_continues_is_not_scored_again(world: World, request_of: Any) -> None:
+    request = request_of("whole", prompt(10), **ASKED)
+    whole = world.answer(world.engine("unified"), request)
+    rest = msgspec.structs.replace(request, request_id=RequestId("rest"), output_token_ids=tuple(whole.token_ids[:5]))
+    stream = world.submit_full(world.engine("unified"), rest)
+    world.run()
+    assert stream.prompt_logprobs == {}
+    assert [*whole.token_ids[:5], *(stream.tokens[position] for position in sorted(stream.tokens))] == whole.token_ids
+
+
+def test_named_tokens_have_logprobs_beside_every_sampled_token(
+    world: World, request_of: Any, tiny_model: CausalLM
+) -> None:
+    each = prompt(9)
+    fields = {"num_logprobs": 0, "logprob_token_ids": (9, 2)}
+    alone, prefill, decode = (world.engine(role) for role in ("unified", "prefill", "decode"))
+    whole = world.answer(alone, request_of("whole", each, **fields))
+    pair = world.submit_pair(prefill, decode, request_of("pair", each, **fields))
+    world.run()
+    expected = plain_logprobs(tiny_model, [*each, *whole.token_ids])
+    for stream in (whole, pair):
+        assert sorted(stream.logprobs) == list(range(12))
+        for position, found in stream.logprobs.items():
+            row = expected[len(each) + position - 1]
+            assert found.asked_logprobs == pytest.approx([float(row[9]), float(row[2])], abs=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 8, 33])
+def test_max_tokens_0_computes_the_prompt_alone(
+    world: World, request_of: Any, tiny_model: CausalLM, length: int
+) -> None:
+    each = prompt(length)
+    for role in ("unified", "prefill"):
+        engine = world.engine(role)
+        stream = world.answer(engine, request_of(role, each, **ASKED, max_tokens=0))
+        check(stream, tiny_model, each)
+        assert stream.token_ids == []
+        assert stream.finish is not None
+        assert world.answer(engine, request_of(f"{role} again", each, max_tokens=0)).cached == (length - 1) // 4 * 4
