@@ -90,6 +90,23 @@ def test_the_table_of_request_fields_matches_the_schemas() -> None:
     assert rest.split(script.END)[0] == script.table(), "run: python scripts/api_fields.py"
 
 
+def test_the_table_of_doors_matches_their_dicts() -> None:
+    script = script_named("door_table")
+    _, rest = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split(script.BEGIN)
+    assert rest.split(script.END)[0] == script.table(), "run: python scripts/door_table.py"
+
+
+def test_the_readme_names_every_backend_of_a_door_in_the_row_of_its_flag() -> None:
+    script = script_named("door_table")
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    doors = list(script.chosen_doors(settings.UpSettings))
+    assert len(doors) >= 2
+    for door in doors:
+        flag, _own = script.flags_of(door)
+        (row,) = [line for line in lines if line.startswith(f"| `{flag}`")]
+        assert set(door.door) <= set(re.findall(r"`(\w+)`", row)), row
+
+
 def exported_metrics() -> set[str]:
     page = script_named("metrics_page")
     return {page.exported_name(family) for _section, family in page.families()}

@@ -161,7 +161,11 @@ def _given_to_backend(door: DoorOptions, chosen: object, values: Mapping[str, ob
         return {}
     names = [field.name for field in dataclasses.fields(row.options) if door.prefix + field.name in values]
     given = {name: values[door.prefix + name] for name in names}
-    row.options(**given)
+    try:
+        row.options(**given)
+    except ConfigError as error:  # a backend does not know its door's prefix
+        param = None if error.param is None else door.prefix + error.param.removeprefix(door.prefix)
+        raise ConfigError(error.message, param=param) from error
     return given
 
 

@@ -22,7 +22,7 @@ class FileOptions:
 
     def __post_init__(self) -> None:
         if self.path == "":
-            raise ConfigError("--store-path is empty: name a folder", param="store_path")
+            raise ConfigError("the path is empty: name a folder", param="path")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +101,9 @@ def test_the_source_of_a_refused_option_is_named(tmp_path: Path) -> None:
 
 
 def test_a_backends_own_check_runs_when_the_settings_are_read() -> None:
-    with pytest.raises(ConfigError, match="--store-path is empty"):
+    with pytest.raises(ConfigError, match="the path is empty") as caught:
         read("--store", "file", "--store-path=")
+    assert caught.value.param == "store_path"
 
 
 def test_values_outside_an_options_limits_and_unknown_backends_are_refused() -> None:
