@@ -35,7 +35,7 @@ def _torch() -> AttentionKind:
 ATTENTION: Door[[], AttentionKind] = {  # the fastest first: "auto" takes the first that runs
     "fa3": backend(_fa3, text="FlashAttention-3, for Hopper GPUs in 16 bits"),
     "flashinfer": backend(_flashinfer, text="FlashInfer, for Ampere and newer NVIDIA GPUs in 16 bits"),
-    "torch": backend(_torch, text="plain PyTorch, for every device and dtype; slow on a GPU"),
+    "torch": backend(_torch, text="plain PyTorch, for every device and dtype"),
 }
 
 
@@ -59,7 +59,7 @@ def choose_attention(
     for each, row in ATTENTION.items():
         problem = row.make({}).unfit(device, dtype)
         if problem is None:
-            return AttentionChoice(name=each, reason="; ".join([row.text, *problems]))
+            return AttentionChoice(name=each, reason="; ".join(problems) or row.text)
         problems.append(f"{each} {problem}")
     raise ConfigError(f"no attention backend runs here: {'; '.join(problems)}", param="attention_backend")
 
