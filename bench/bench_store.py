@@ -25,8 +25,8 @@ import numpy as np
 
 from json_report import write_report
 from kvist.kv.keys import page_digests
-from kvist.store import open_store
-from kvist.store.backend import PageStore, StoreSpec
+from kvist.store.backend import PageStore, StoreContext
+from kvist.store.file import FileStore
 
 Row = tuple[str, str, float]  # folder, case, GB/s
 PAIRS = {"put": "plain write", "put, evicting": "plain write", "get": "plain read"}
@@ -72,11 +72,11 @@ def rounds_in(folder: Path, settings: argparse.Namespace) -> Iterator[Row]:
         for index in range(first, last):
             into[index][:] = pages[index]
 
-    spec = StoreSpec(namespace="bench", page_bytes=page_bytes, capacity_bytes=capacity_bytes, path=folder / "store")
+    context = StoreContext(namespace="bench", page_bytes=page_bytes)
     for index in range(256):
         os.makedirs(f"{folder}/plain/{index:02x}")
     for round_index in range(settings.num_rounds + 1):
-        store = open_store("file", spec)
+        store = FileStore(folder / "store", context, capacity_bytes=capacity_bytes)
 
         def put(first: int, last: int, store: PageStore = store) -> None:
             assert store.put(keys[first:last], pages[first:last]) == last - first

@@ -363,7 +363,7 @@ def with_tiers(settings: DemoSettings, folder: str) -> DemoSettings:
     if not host.enable_hierarchical_cache:
         host = replace(host, enable_hierarchical_cache=True, hicache_size=DEMO_HOST_TIER_GB)
     if store.hicache_storage_backend is None:
-        store = replace(store, hicache_storage_backend="file", hicache_storage_path=folder)
+        store = replace(store, hicache_storage_backend="file", hicache_storage_options={"path": folder})
     store = replace(store, hicache_storage_prefetch_threshold=page_size)
     return replace(settings, engine=replace(settings.engine, host_tier=host, storage=store))
 

@@ -81,14 +81,15 @@ class FlushCache(_Message, frozen=True):
     tier: FlushTier | None = None  # None: the device and the host
 
 
-class AttachStoreRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The body of `PUT /hicache/storage-backend`, with SGLang's names. Fields left None fall back to the engine's
-    flags."""
+StoreOptionValue = str | int | float | bool | None
 
-    hicache_storage_backend: str | None = None
-    hicache_storage_path: str | None = None
-    hicache_storage_size: float | None = None  # GB
-    hicache_storage_prefetch_policy: str | None = None
+
+class AttachStore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A store to attach. Fields left None, and options left out, fall back to the engine's flags."""
+
+    backend: str | None = None  # a row of store.STORES
+    options: dict[str, StoreOptionValue] = {}  # the backend's own, by name
+    prefetch_policy: str | None = None
 
 
 class StorageCommand(_Message, frozen=True):
@@ -96,7 +97,7 @@ class StorageCommand(_Message, frozen=True):
 
     call_id: str
     action: Literal["status", "attach", "detach"]
-    wish: AttachStoreRequest = AttachStoreRequest()
+    store: AttachStore = AttachStore()  # with "attach"
 
 
 # ---------------------------------------------------------------- engine → gateway
@@ -187,15 +188,14 @@ class StepOutputs(_Message, frozen=True):
 class StorageStatus(_Message, frozen=True, tag=False):
     """The storage tier of one engine."""
 
-    hicache_storage_backend: str | None  # None: no store is attached
-    hicache_storage_path: str | None
-    hicache_storage_size: float  # GB
-    hicache_storage_prefetch_policy: str
+    backend: str | None  # None: no store is attached
+    options: dict[str, StoreOptionValue]  # of the backend, in full; empty without a store
+    prefetch_policy: str
     state: str  # "detached" | "attaching" | "attached" | "detaching"
     breaker: str  # "closed" | "open" | "half_open"
     num_quarantined_pages: int  # host pages that a hung store call may still read or write
     stored_bytes: int  # by all workers, as of the last store call
-    errors: dict[str, int]  # count by errno name
+    errors: dict[str, int]  # count by short name; of system calls, the errno
     note: str = ""  # for people
 
 

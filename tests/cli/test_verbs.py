@@ -204,11 +204,11 @@ def test_the_demo_uses_small_tiers_by_default() -> None:
         *("--enable-hierarchical-cache", f"--hicache-size={settings.DEMO_HOST_TIER_GB:g}"),
         *("--hicache-storage-backend=file", "--hicache-storage-path=/here", "--hicache-storage-prefetch-threshold=16"),
     )
-    read = settings.read("demo", ["--enable-hierarchical-cache", "--hicache-storage-backend=memory"], {})
+    read = settings.read("demo", ["--enable-hierarchical-cache", "--hicache-storage-backend=file"], {})
     assert isinstance(read, settings.DemoSettings)
     own = settings.with_tiers(read, "/here").engine
-    assert (own.host_tier.hicache_size, own.storage.hicache_storage_backend) == (None, "memory")
-    assert own.storage.hicache_storage_path is None
+    assert (own.host_tier.hicache_size, own.storage.hicache_storage_backend) == (None, "file")
+    assert own.storage.hicache_storage_options == {}
 
 
 def test_up_gives_workers_separate_persistence_folders_and_one_shared_store() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvist.door import Door, Given
 from kvist.errors import ConfigError
 from kvist.kv.keys import page_digests
-from kvist.store import open_store
-from kvist.store.backend import PageStore, StoreSpec
+from kvist.store import STORES
+from kvist.store.backend import PageStore, StoreContext, StoreOptions
+from kvist.testing.memory_store import MEMORY_STORE
 
 PAGE_BYTES = 1000  # not a multiple of anything
 KEYS = page_digests(range(64), 1, "conformance")
+
+
+ALL_STORES: Door[[StoreContext], PageStore] = {**STORES, "memory": MEMORY_STORE}
+# The options of a store in the test's folder that holds this many bytes, and the bytes that it keeps beside each page.
+OPTIONS: dict[str, tuple[Callable[[Path, float], Given], int]] = {
+    "file": (lambda folder, num_bytes: {"path": str(folder), "size": num_bytes / 1e9}, 4096),
+    "memory": (lambda _, num_bytes: {"size": num_bytes / 1e9}, 0),
+}
+OUTLIVES_ITS_PROCESS = {"file"}
 
 
 class Place:
@@ -31,14 +42,9 @@ class Place:
         self._opened: list[PageStore] = []
 
     def open(self, num_pages: int = 32, namespace: str = "model a") -> PageStore:
-        overhead = 4096 if self.kind == "file" else 0
-        spec = StoreSpec(
-            namespace=namespace,
-            page_bytes=PAGE_BYTES,
-            capacity_bytes=num_pages * (PAGE_BYTES + overhead),
-            path=self.path,
-        )
-        store = open_store(self.kind, spec)
+        options, num_more_bytes = OPTIONS[self.kind]
+        given = options(self.path, num_pages * (PAGE_BYTES + num_more_bytes))
+        store = ALL_STORES[self.kind].make(given, StoreContext(namespace=namespace, page_bytes=PAGE_BYTES))
         self._opened.append(store)
         return store
 
@@ -52,7 +58,7 @@ class Place:
             store.close()
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=ALL_STORES)
 def kind(request: pytest.FixtureRequest) -> str:
     assert isinstance(request.param, str)
     return request.param
@@ -218,7 +224,7 @@ ranges = st.tuples(st.integers(0, 12), st.integers(0, 6)).map(lambda pair: KEYS[
 
 @settings(max_examples=40, deadline=None)
 @given(steps=st.lists(st.tuples(st.sampled_from(["put", "get", "reopen"]), ranges), max_size=25))
-@pytest.mark.parametrize("kind", ["memory", "file"])
+@pytest.mark.parametrize("kind", ALL_STORES)
 def test_pages_are_right_and_the_cap_holds_under_any_order_of_calls(
     kind: str, steps: list[tuple[str, list[bytes]]]
 ) -> None:
@@ -232,18 +238,27 @@ def test_pages_are_right_and_the_cap_holds_under_any_order_of_calls(
             elif step == "get":
                 assert get(store, keys) == store.exists(keys)
                 assert [store.exists([key]) for key in KEYS] == before
-            elif kind == "file":
+            elif kind in OUTLIVES_ITS_PROCESS:
                 store = place.open(num_pages=5)
                 assert [store.exists([key]) for key in KEYS] == before
             assert sum(store.exists([key]) for key in KEYS) <= 5
         place.close()
 
 
-def test_an_unknown_store_name_is_refused_with_the_known_names() -> None:
-    with pytest.raises(ConfigError, match="memory, file"):
-        open_store("tape", StoreSpec(namespace="n", page_bytes=1, capacity_bytes=1))
+def test_every_store_of_the_door_is_tested_here() -> None:
+    assert set(OPTIONS) == set(ALL_STORES)
 
 
 def test_a_store_too_small_for_a_page_is_refused(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="smaller than one page"):
-        open_store(kind, StoreSpec(namespace="n", page_bytes=100, capacity_bytes=99, path=tmp_path))
+    given = OPTIONS[kind][0](tmp_path, PAGE_BYTES - 1)
+    with pytest.raises(ConfigError, match="smaller than one page") as caught:
+        ALL_STORES[kind].make(given, StoreContext(namespace="n", page_bytes=PAGE_BYTES))
+    assert caught.value.param in given
+
+
+def test_options_describe_their_store_and_resolve_to_themselves(kind: str, tmp_path: Path) -> None:
+    given = OPTIONS[kind][0](tmp_path, 1e9)
+    options: StoreOptions = ALL_STORES[kind].options(**given)
+    resolved = options.resolved()
+    assert resolved == resolved.resolved() == options.with_request(given, roots=[str(tmp_path)])
+    assert f"{kind} store" in str(resolved)

@@ -21,10 +21,8 @@ from kvist.attention import build_attention
 from kvist.channel.engine import Inbound, Outbound
 from kvist.checkpoint import find_checkpoint
 from kvist.engine.assembly import make_storage
-from kvist.engine.config import StorageConfig
 from kvist.engine.loop import EngineLoop, LoopParts
 from kvist.engine.reports import LoadReports
-from kvist.engine.storage import EngineStorage
 from kvist.kv.cache import PageCache
 from kvist.kv.layout import PageLayout, namespace
 from kvist.kv.tiers.host import HostTier
@@ -52,6 +50,8 @@ from kvist.request import (
 )
 from kvist.runner.runner import Runner
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
+from kvist.store.config import StorageConfig
+from kvist.store.control import StorageControl
 from kvist.testing.clocks import FakeClock
 from kvist.testing.specs import make_spec
 from kvist.transfer import Transport, make_transport
@@ -166,7 +166,7 @@ class SmallEngine:
     pool: DevicePool
     lock: EpochLock
     mover: PageMover | None = None
-    storage: EngineStorage | None = None
+    storage: StorageControl | None = None
     namespace: str = ""
 
     @property
@@ -373,8 +373,9 @@ class World:
     def ask_later(self, engine: SmallEngine, action: str, **fields: object) -> str:
         """Send a storage command without a step; return the id of the call."""
         self._num_made += 1
-        names = {f"hicache_storage_{name}": value for name, value in fields.items()}
-        call = wire.StorageCommand(call_id=str(self._num_made), action=action, wish=wire.AttachStoreRequest(**names))  # type: ignore[arg-type]
+        own = {name: fields.pop(name, None) for name in ("backend", "prefetch_policy")}
+        store = wire.AttachStore(**own, options=fields)  # type: ignore[arg-type]
+        call = wire.StorageCommand(call_id=str(self._num_made), action=action, store=store)  # type: ignore[arg-type]
         engine.channel.waiting.append((GATEWAY, call))
         return call.call_id
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvist.engine.assembly import make_host_pool
-from kvist.engine.config import EngineOptions, HostTierConfig, StorageConfig
+from kvist.engine.config import EngineOptions, HostTierConfig
 from kvist.errors import ConfigError
 from kvist.kv.layout import PageLayout
 from kvist.memory.device_pool import DevicePool
+from kvist.store.config import StorageConfig
+from kvist.store.file_options import FileStoreOptions
 
 LAYOUT = PageLayout(num_kv_heads=1, num_layers=1, page_size=4, head_dim=8, dtype="float32")
 
@@ -54,15 +57,20 @@ def test_a_host_pool_over_the_available_memory_is_refused_and_leaves_nothing_beh
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"hicache_storage_backend": "file", "hicache_storage_path": ""}, "is empty"),
-        ({"hicache_storage_path": "/pages"}, "add --hicache-storage-backend file"),
-        ({"hicache_storage_size": 1.0}, "add --hicache-storage-backend file"),
-        ({"hicache_storage_backend": "memory", "hicache_storage_path": "/pages"}, "has no folder"),
+        ({"path": ""}, "is empty"),
+        ({"path": "a\0b"}, "not the path of a folder"),
+        ({"size": 0.0}, "not possible"),
+        ({"size": math.inf}, "not possible"),
     ],
 )
-def test_contradicting_store_settings_are_refused(settings: dict[str, object], words: str) -> None:
+def test_impossible_options_of_a_file_store_are_refused(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        StorageConfig(**settings)  # type: ignore[arg-type]
+        FileStoreOptions(**settings)  # type: ignore[arg-type]
+
+
+def test_options_without_a_store_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--hicache-storage-path needs a store"):
+        StorageConfig(hicache_storage_options={"path": "/pages"})
 
 
 @pytest.mark.parametrize(

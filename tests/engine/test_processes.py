@@ -25,13 +25,13 @@ from kvist.engine.config import (
     HostTierConfig,
     ModelOptions,
     RuntimeOptions,
-    StorageConfig,
 )
 from kvist.engine.messages import DRAIN, STOP, Ready, StartFailed, decode_line
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, Role, SamplingParams
 from kvist.runner.config import RunnerOptions
 from kvist.scheduler.config import SchedulerOptions
+from kvist.store.config import StorageConfig
 
 pytestmark = pytest.mark.e2e
 
@@ -106,7 +106,7 @@ class Engine:
 class Cluster:
     def __init__(self, model_path: Path, runtime_dir: Path) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._model_path, self._runtime_dir = model_path, runtime_dir
+        self._model_path, self.runtime_dir = model_path, runtime_dir
         self.engines: list[Engine] = []
 
     def start(
@@ -122,7 +122,7 @@ class Cluster:
         options = EngineOptions(
             model=ModelOptions(model_path=str(self._model_path)),
             runner=RunnerOptions(load_format="dummy", tp=tp, **settings),  # type: ignore[arg-type]
-            runtime=RuntimeOptions(runtime_dir=str(self._runtime_dir)),
+            runtime=RuntimeOptions(runtime_dir=str(self.runtime_dir)),
             scheduler=scheduler or SchedulerOptions(),
             channel=ChannelConfig(cluster_key=KEY),
             host_tier=host_tier or HostTierConfig(),
@@ -358,7 +358,8 @@ def test_two_tensor_parallel_ranks_give_the_tokens_of_one_and_end_together(clust
 
 def assert_ranks_give_the_same_tokens_with_a_host_tier(cluster: Cluster, **settings: object) -> None:
     """As with one rank: a page loaded from the host tier gives the same answer as when it was computed."""
-    storage = StorageConfig(hicache_storage_backend="memory")
+    folder = str(cluster.runtime_dir / "pages")
+    storage = StorageConfig(hicache_storage_backend="file", hicache_storage_options={"path": folder})
     small = {**settings, "max_total_tokens": 1024, "host_tier": HOST_TIER, "storage": storage}
     (engine,) = cluster.start("unified", tp=2, **small)
     answers: list[list[int]] = []
@@ -603,7 +604,7 @@ def test_pages_stored_before_a_worker_was_killed_serve_a_worker_that_attaches_th
         digests = page_digests(make_request("r", 4000).prompt_token_ids, 16, engine.spec.namespace)
         return next((index for index, digest in enumerate(digests) if digest.hex() not in stored), len(digests))
 
-    storage = StorageConfig(hicache_storage_backend="file", hicache_storage_path=str(tmp_path / "pages"))
+    storage = StorageConfig(hicache_storage_backend="file", hicache_storage_options={"path": str(tmp_path / "pages")})
     (engine,) = cluster.start("unified", host_tier=HOST_TIER, storage=storage)
     answer(engine, "all of it", cache_salt="another")
     until(lambda: engine.ended, engine)
@@ -614,8 +615,8 @@ def test_pages_stored_before_a_worker_was_killed_serve_a_worker_that_attaches_th
 
     patient = StorageConfig(hicache_storage_prefetch_policy="wait_complete", hicache_storage_roots=(str(tmp_path),))
     (engine,) = cluster.start("unified", host_tier=HOST_TIER, storage=patient)
-    wish = wire.AttachStoreRequest(hicache_storage_backend="file", hicache_storage_path=str(tmp_path / "pages"))
-    engine.send(wire.StorageCommand(call_id="c", action="attach", wish=wish))
+    wanted = wire.AttachStore(backend="file", options={"path": str(tmp_path / "pages")})
+    engine.send(wire.StorageCommand(call_id="c", action="attach", store=wanted))
     until(lambda: engine.storage, engine)
     assert engine.storage is not None
     assert engine.storage.status is not None, engine.storage.message

@@ -6,6 +6,7 @@ deadlines.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import random
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from kvist.engine.config import StorageConfig
 from kvist.errors import ConfigError
 from kvist.kv.keys import page_digests
 from kvist.request import Outcome
-from kvist.store.backend import StoreSpec
+from kvist.store import STORES
+from kvist.store.backend import StoreContext
 from kvist.store.breaker import PAUSE_S
-from kvist.store.memory import MemoryStore
+from kvist.store.config import StorageConfig
+from kvist.testing.memory_store import MEMORY_STORE, MemoryStore
 
 if TYPE_CHECKING:
     World = Any  # tests/engine/conftest.py
@@ -47,9 +49,8 @@ def hits(length: int) -> int:
 def file_store(path: Path, deadline_s: float = 1e6, **settings: Any) -> StorageConfig:
     return StorageConfig(
         hicache_storage_backend="file",
-        hicache_storage_path=str(path),
+        hicache_storage_options={"path": str(path), **settings},
         hicache_storage_deadline_s=deadline_s,
-        **settings,
     )
 
 
@@ -165,7 +166,7 @@ def test_a_missing_store_path_is_created_and_an_impossible_one_names_its_flag(wo
             start(world, file_store(path))
         assert raised.value.param == "hicache_storage_path"
     with pytest.raises(ConfigError, match=r"--hicache-storage-size: .* is smaller than one page"):
-        start(world, file_store(tmp_path / "small", hicache_storage_size=1e-6))
+        start(world, file_store(tmp_path / "small", size=1e-6))
 
 
 def test_two_workers_that_store_the_same_pages_at_once_leave_whole_pages(
@@ -202,6 +203,13 @@ def test_another_model_or_cache_salt_finds_no_page_in_the_store(world: World, re
     assert answer(world, other, salted("6", "a"))[1] == 0
 
 
+@pytest.fixture(autouse=True)
+def stores(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The dict of stores, with one in memory."""
+    monkeypatch.setitem(STORES, "memory", MEMORY_STORE)  # type: ignore[arg-type]
+    return STORES  # type: ignore[return-value]
+
+
 class HangingStore(MemoryStore):
     """A store whose `get` and `put` wait for `go`."""
 
@@ -220,12 +228,13 @@ class HangingStore(MemoryStore):
 
 
 @pytest.fixture
-def hanging(monkeypatch: pytest.MonkeyPatch) -> HangingStore:
-    spec = StoreSpec(namespace="n", page_bytes=4 * 2 * 2 * 4 * 8 * 2, capacity_bytes=1 << 24)
-    store = HangingStore(spec)
+def hanging(stores: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> HangingStore:
+    store = HangingStore(StoreContext(namespace="n", page_bytes=4 * 2 * 2 * 4 * 8 * 2))
     store.go = threading.Event()
     store.go.set()
-    monkeypatch.setattr("kvist.engine.storage.open_store", lambda _name, _spec: store)
+    for name in ("file", "memory"):
+        row = MEMORY_STORE if name == "memory" else STORES[name]
+        monkeypatch.setitem(stores, name, dataclasses.replace(row, make=lambda _given, _context: store))
     monkeypatch.setattr(store, "close", lambda: None)  # the store outlives the engines of this test
     return store
 
@@ -272,17 +281,17 @@ def test_a_store_is_attached_and_detached_while_requests_are_served(
 ) -> None:
     engine = start(world, StorageConfig(hicache_storage_roots=(str(tmp_path),)))
     asked = world.ask_storage(engine, "status").status
-    assert (asked.state, asked.hicache_storage_backend) == ("detached", None)
+    assert (asked.state, asked.backend) == ("detached", None)
     streams = [world.submit_full(engine, request_of(f"a{n}", prompt(n))) for n in LENGTHS]
     status = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0).status
-    assert (status.state, status.hicache_storage_path) == ("attached", str(tmp_path / "pages"))
+    assert (status.state, status.options["path"]) == ("attached", str(tmp_path / "pages"))
     world.run()
     for n, stream in zip(LENGTHS, streams, strict=True):  # computed without a store, and stored at the next hit
         assert answer(world, engine, request_of(f"b{n}", prompt(n)))[0] == stream.token_ids
     again = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0)
     assert again.status is not None, "it is so already"
     other = world.ask_storage(engine, "attach", backend="memory")
-    assert (other.error_code, other.param) == ("conflict", "hicache_storage_backend")
+    assert (other.error_code, other.param) == ("conflict", "backend")
     assert "a file store in" in other.message
 
     fresh = start(world, StorageConfig(hicache_storage_roots=(str(tmp_path),)))
@@ -292,7 +301,7 @@ def test_a_store_is_attached_and_detached_while_requests_are_served(
     assert cached == hits(60)
     more = [world.submit_full(fresh, request_of(f"d{n}", prompt(n, seed=7))) for n in LENGTHS]
     left = world.ask_storage(fresh, "detach").status
-    assert (left.state, left.hicache_storage_backend, left.note) == ("detached", None, "")
+    assert (left.state, left.backend, left.note) == ("detached", None, "")
     world.run()
     assert all([ended.outcome for ended in stream.ended] == [Outcome.FINISHED] for stream in [*streams, *more])
     assert world.ask_storage(fresh, "detach").status.state == "detached", "it is so already"
@@ -308,20 +317,21 @@ def test_a_refused_attach_names_the_field_and_changes_nothing(world: World, tmp_
     (tmp_path / "file").write_text("mine")
     engine = start(world, StorageConfig(hicache_storage_roots=(str(tmp_path),)))
     for wanted, param in (
-        ({}, "hicache_storage_backend"),
-        ({"backend": "mooncake"}, "hicache_storage_backend"),
-        ({"backend": "memory", "path": "/pages"}, "hicache_storage_path"),
-        ({"backend": "file", "path": str(tmp_path / "file")}, "hicache_storage_path"),
-        ({"backend": "file", "path": "a\0b"}, "hicache_storage_path"),
-        ({"backend": "file", "path": ""}, "hicache_storage_path"),
-        ({"backend": "file", "path": "pages"}, "hicache_storage_path"),
-        ({"backend": "file", "path": "~nobody-of-this-name/pages"}, "hicache_storage_path"),
-        ({"backend": "file", "path": "~nobody-of-this-name\n/x\0"}, "hicache_storage_path"),
-        ({"backend": "file", "path": "~\0/pages"}, "hicache_storage_path"),
-        ({"backend": "memory", "size": 0}, "hicache_storage_size"),
-        ({"backend": "memory", "size": 1e-9}, "hicache_storage_size"),
-        ({"backend": "memory", "size": 1e400}, "hicache_storage_size"),
-        ({"backend": "memory", "prefetch_policy": "best_effort"}, "hicache_storage_prefetch_policy"),
+        ({}, "backend"),
+        ({"backend": "mooncake"}, "backend"),
+        ({"backend": "memory", "path": "/pages"}, "path"),
+        ({"backend": "file", "path": str(tmp_path / "file")}, "path"),
+        ({"backend": "file", "path": "a\0b"}, "path"),
+        ({"backend": "file", "path": ""}, "path"),
+        ({"backend": "file", "path": "pages"}, "path"),
+        ({"backend": "file", "path": "~nobody-of-this-name/pages"}, "path"),
+        ({"backend": "file", "path": "~nobody-of-this-name\n/x\0"}, "path"),
+        ({"backend": "file", "path": "~\0/pages"}, "path"),
+        ({"backend": "file", "path": str(tmp_path / "small"), "size": 0}, "size"),
+        ({"backend": "file", "path": str(tmp_path / "small"), "size": 1e-9}, "size"),
+        ({"backend": "file", "path": str(tmp_path / "small"), "size": 1e400}, "size"),
+        ({"backend": "file", "size": "large"}, "size"),
+        ({"backend": "memory", "prefetch_policy": "best_effort"}, "prefetch_policy"),
     ):
         answered = world.ask_storage(engine, "attach", **wanted)
         assert (answered.error_code, answered.param) == ("invalid_request", param), wanted
@@ -334,7 +344,7 @@ def test_a_refused_attach_names_the_field_and_changes_nothing(world: World, tmp_
 
 
 def test_a_store_that_hangs_while_opening_blocks_no_request_and_can_be_detached(
-    world: World, request_of: Any, monkeypatch: pytest.MonkeyPatch
+    world: World, request_of: Any, stores: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, closed = threading.Event(), threading.Event()
 
@@ -342,11 +352,11 @@ def test_a_store_that_hangs_while_opening_blocks_no_request_and_can_be_detached(
         def close(self) -> None:
             closed.set()
 
-    def open_slowly(_name: str, spec: StoreSpec) -> MemoryStore:
+    def open_slowly(_given: object, context: StoreContext) -> MemoryStore:
         assert go.wait(20)
-        return Slow(spec)
+        return Slow(context)
 
-    monkeypatch.setattr("kvist.engine.storage.open_store", open_slowly)
+    monkeypatch.setitem(stores, "memory", dataclasses.replace(MEMORY_STORE, make=open_slowly))
     engine = start(world, StorageConfig())
     slow = world.ask_later(engine, "attach", backend="memory")
     answer(world, engine, request_of("1", prompt(33)))

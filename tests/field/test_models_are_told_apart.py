@@ -25,7 +25,7 @@ from kvist.memory.persistence import PersistentPages
 from kvist.request import EpochId, Role, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.registry import GatewayTokenizer, Registry, WorkerState
-from kvist.store.backend import StoreSpec
+from kvist.store.backend import StoreContext
 from kvist.store.file import FileStore
 from kvist.testing.specs import make_spec
 from kvist.text.fingerprint import tokenizer_fingerprint, vocabulary_fingerprint
@@ -124,7 +124,7 @@ def test_store_and_persistence_never_return_pages_of_another_model(make: Maker, 
     prompt = list(range(12))
     pages = [memoryview(bytes([number]) * LAYOUT.page_bytes) for number in range(3)]
     stores = [
-        FileStore(StoreSpec(namespace=space, page_bytes=LAYOUT.page_bytes, capacity_bytes=1 << 20, path=tmp_path / "s"))
+        FileStore(tmp_path / "s", StoreContext(namespace=space, page_bytes=LAYOUT.page_bytes), capacity_bytes=1 << 20)
         for space in spaces
     ]
     digests = [page_digests(prompt, 4, space) for space in spaces]

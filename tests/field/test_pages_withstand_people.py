@@ -11,13 +11,13 @@ import xxhash
 
 from kvist import wire
 from kvist.clock import MonotonicClock
-from kvist.engine.config import StorageConfig
-from kvist.engine.storage import EngineStorage
 from kvist.errors import ConfigError, StoreError
 from kvist.kv.keys import chain_digest, page_digests, page_keys
 from kvist.memory.host_pool import HostPool
 from kvist.memory.persistence import PersistentPages
-from kvist.store.backend import StoreSpec
+from kvist.store.backend import StoreContext
+from kvist.store.config import StorageConfig
+from kvist.store.control import StorageControl
 from kvist.store.file import FileStore
 from kvist.store.mover import StoreMover
 
@@ -56,10 +56,8 @@ def test_a_digest_is_256_bits_of_a_hash_keyed_with_its_parent() -> None:
 
 
 def open_store(folder: Path, secret_path: Path | None = None) -> FileStore:
-    spec = StoreSpec(
-        namespace="model", page_bytes=PAGE_BYTES, capacity_bytes=1 << 20, path=folder, secret_path=secret_path
-    )
-    return FileStore(spec)
+    context = StoreContext(namespace="model", page_bytes=PAGE_BYTES, secret_path=secret_path)
+    return FileStore(folder, context, capacity_bytes=1 << 20)
 
 
 def page_of(key: bytes) -> memoryview:
@@ -203,13 +201,14 @@ def test_a_folder_for_pages_that_survive_is_refused_when_others_may_write_it(tmp
 
 def attach(root: Path, path: str, *more_roots: str) -> wire.StorageAnswer:
     config = StorageConfig(
-        hicache_storage_backend="file", hicache_storage_path=str(root), hicache_storage_roots=more_roots
+        hicache_storage_backend="file", hicache_storage_options={"path": str(root)}, hicache_storage_roots=more_roots
     )
     clock = MonotonicClock()
     mover = StoreMover(HostPool(4, PAGE_BYTES, pinned=False), wakeup=lambda: None, clock=clock, deadline_s=10)
-    storage = EngineStorage(mover, config, namespace="model", page_bytes=PAGE_BYTES, wakeup=lambda: None, clock=clock)
-    wish = wire.AttachStoreRequest(hicache_storage_backend="file", hicache_storage_path=path, hicache_storage_size=0.01)
-    storage.ask(b"gateway", wire.StorageCommand(call_id="1", action="attach", wish=wish))
+    context = StoreContext(namespace="model", page_bytes=PAGE_BYTES)
+    storage = StorageControl(mover, config, context, wakeup=lambda: None, clock=clock)
+    wanted = wire.AttachStore(backend="file", options={"path": path, "size": 0.01})
+    storage.ask(b"gateway", wire.StorageCommand(call_id="1", action="attach", store=wanted))
     give_up_s = time.monotonic() + 20
     while not (answers := storage.answers()):
         assert time.monotonic() < give_up_s
@@ -243,7 +242,7 @@ def test_a_path_outside_the_roots_is_refused_by_name_and_nothing_is_opened_or_ma
     (root / "link").symlink_to(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     answer = attach(root, path.replace("ROOT", str(root)))
-    assert (answer.error_code, answer.param) == ("invalid_request", "hicache_storage_path")
+    assert (answer.error_code, answer.param) == ("invalid_request", "path")
     assert "\n" not in answer.message
     assert "\x1b" not in answer.message
     assert sorted(tmp_path.rglob("*")) == before
@@ -256,7 +255,7 @@ def test_folders_below_the_configured_path_and_the_roots_may_be_attached(tmp_pat
     for path in (root, root / "a" / "b"):
         answer = attach(root, str(path))
         assert answer.status is not None, answer.message
-        assert answer.status.hicache_storage_path == str(path)
+        assert answer.status.options["path"] == str(path)
     assert attach(root, str(root), str(more)).error_code == "invalid_request", "roots stand instead of the path"
     for path in (more / "a", tmp_path / "alias" / "b"):
         answer = attach(root, str(path), str(tmp_path / "alias"))

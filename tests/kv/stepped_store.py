@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvist.store.backend import PageStore, StoreSpec, StoreStats
+from kvist.store.backend import PageStore, StoreContext, StoreStats
 from kvist.store.file import FileStore
 from kvist.store.io_threads import Threads
 from kvist.store.mover import StoreMover
@@ -80,11 +80,8 @@ class FaultyStore:
     def __init__(self, namespace: str, folder: Path, page_bytes: int, num_pages: int) -> None:
         self.folder = folder
         self.behaviour = "works"
-        self._real: PageStore = FileStore(
-            StoreSpec(
-                namespace=namespace, page_bytes=page_bytes, capacity_bytes=num_pages * (4096 + page_bytes), path=folder
-            )
-        )
+        context = StoreContext(namespace=namespace, page_bytes=page_bytes)
+        self._real: PageStore = FileStore(folder, context, capacity_bytes=num_pages * (4096 + page_bytes))
 
     def exists(self, keys: Sequence[bytes]) -> int:
         pause()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from kvist.kv.layout import PageLayout, namespace
-from kvist.store import open_store
-from kvist.store.backend import PageStore, StoreSpec
+from kvist.store.backend import PageStore, StoreContext
+from kvist.store.file import FileStore
 from tests.kv.byte_engine import PAGE_BYTES, PAGE_SIZE, ByteEngine, RightPages
 from tests.kv.stepped_store import FaultyStore
 
@@ -50,8 +48,8 @@ def test_a_folder_used_by_two_models_in_turn_restores_no_page_of_the_other(tmp_p
         engine.kill()
 
 
-def spec_of(model: str, folder: Path) -> StoreSpec:
-    return StoreSpec(namespace=model, page_bytes=PAGE_BYTES, capacity_bytes=1 << 20, path=folder)
+def open_files(model: str, folder: Path) -> PageStore:
+    return FileStore(folder, StoreContext(namespace=model, page_bytes=PAGE_BYTES), capacity_bytes=1 << 20)
 
 
 def get(store: PageStore, digests: list[bytes]) -> list[bytes]:
@@ -59,10 +57,9 @@ def get(store: PageStore, digests: list[bytes]) -> list[bytes]:
     return [bytes(page) for page in into[: store.get(digests, into)]]
 
 
-@pytest.mark.parametrize("kind", ["memory", "file"])
-def test_another_salt_finds_nothing_in_a_store(kind: str, tmp_path: Path) -> None:
+def test_another_salt_finds_nothing_in_a_store(tmp_path: Path) -> None:
     right = RightPages()
-    store = open_store(kind, spec_of(MODEL, tmp_path))
+    store = open_files(MODEL, tmp_path)
     for cache_salt in ("tenant", "other"):
         digests = right.digests(MODEL, cache_salt, TOKENS)
         assert (store.exists(digests), get(store, digests)) == (0, [])
@@ -77,7 +74,7 @@ def test_two_models_share_a_store_s_folder_and_no_page(tmp_path: Path) -> None:
     right = RightPages()
     assert not set(right.digests(MODEL, "", TOKENS)) & set(right.digests(OTHER_MODEL, "", TOKENS))
     digests = right.digests(MODEL, "", TOKENS)
-    stores = [open_store("file", spec_of(model, tmp_path)) for model in (MODEL, OTHER_MODEL)]
+    stores = [open_files(model, tmp_path) for model in (MODEL, OTHER_MODEL)]
     stores[0].put(digests, [memoryview(right.by_digest[digest]) for digest in digests])
     assert (stores[1].exists(digests), get(stores[1], digests)) == (0, [])
     nonsense = [bytes([number]) * PAGE_BYTES for number in range(len(digests))]

@@ -460,13 +460,13 @@ async def test_a_worker_that_does_not_answer_a_flush_is_named() -> None:
 async def test_a_storage_command_returns_the_answer_or_error_of_every_worker() -> None:
     world = World()
     prefill, decode = world.pair()
-    ask = wire.StorageCommand(call_id="", action="attach", wish=wire.AttachStoreRequest(hicache_storage_size=2.0))
+    ask = wire.StorageCommand(call_id="", action="attach", store=wire.AttachStore(options={"size": 2.0}))
     task = asyncio.create_task(world.dispatcher.send_storage_command(ask))
     await settle()
     answers = []
     for worker in (prefill, decode):
         (call,) = [m for to, m in world.engines.sent if to is worker and isinstance(m, wire.StorageCommand)]
-        assert (call.action, call.wish) == (ask.action, ask.wish)
+        assert (call.action, call.store) == (ask.action, ask.store)
         answers.append(wire.StorageAnswer(call_id=call.call_id, error_code="conflict", message=worker.worker_id))
         world.dispatcher.on_answer(worker, answers[-1])
         world.dispatcher.on_answer(worker, wire.StorageAnswer(call_id="another", message="late"))

@@ -22,10 +22,9 @@ TEMPLATE = (
     "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}{{ mood }}"
 )
 STORAGE = StorageStatus(
-    hicache_storage_backend="file",
-    hicache_storage_path="/pages",
-    hicache_storage_size=64.0,
-    hicache_storage_prefetch_policy="timeout",
+    backend="file",
+    options={"path": "/pages", "size": 64.0},
+    prefetch_policy="timeout",
     state="attached",
     breaker="open",
     num_quarantined_pages=128,

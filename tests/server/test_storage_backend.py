@@ -8,14 +8,13 @@ import pytest
 
 from kvist.request import WorkerId
 from kvist.testing.gateway_bench import GatewayBench
-from kvist.wire import AttachStoreRequest, StorageAnswer, StorageCommand, StorageStatus
+from kvist.wire import AttachStore, StorageAnswer, StorageCommand, StorageStatus
 
 URL = "/hicache/storage-backend"
 STATUS = StorageStatus(
-    hicache_storage_backend="file",
-    hicache_storage_path="/pages",
-    hicache_storage_size=2.0,
-    hicache_storage_prefetch_policy="timeout",
+    backend="file",
+    options={"path": "/pages", "size": 2.0},
+    prefetch_policy="timeout",
     state="attached",
     breaker="closed",
     num_quarantined_pages=0,
@@ -42,6 +41,8 @@ async def test_get_returns_the_storage_of_every_worker_with_sglangs_names(
     assert set(body["workers"]) == {"p", "d"}
     assert body["workers"]["p"]["hicache_storage_backend"] == "file"
     assert body["workers"]["p"]["hicache_storage_prefetch_policy"] == "timeout"
+    assert body["workers"]["p"]["hicache_storage_path"] == "/pages"
+    assert body["workers"]["p"]["hicache_storage_size"] == 2.0
     assert body["workers"]["p"]["state"] == "attached"
     assert [asked.action for asked in bench.dispatcher.storage_asked] == [action]
 
@@ -56,7 +57,9 @@ async def test_put_sends_the_given_fields_and_leaves_the_others_to_the_flags(ben
     assert (await bench.client.put(URL, json=wanted)).status_code == 200
     assert (await bench.client.put(URL, json={})).status_code == 200
     assert bench.dispatcher.storage_asked == [
-        StorageCommand(call_id="", action="attach", wish=AttachStoreRequest(**{**wanted, "hicache_storage_size": 2.0})),
+        StorageCommand(
+            call_id="", action="attach", store=AttachStore(backend="file", options={"path": "/pages", "size": 2.0})
+        ),
         StorageCommand(call_id="", action="attach"),
     ]
 
@@ -82,7 +85,7 @@ async def test_an_invalid_body_is_a_400_that_names_the_field(bench: GatewayBench
 async def test_a_refusal_names_the_worker_its_reason_and_how_many_workers_succeeded(
     bench: GatewayBench, code: str, status: int
 ) -> None:
-    bench.dispatcher.storage_answers = answers(d=(code, "no such folder", "hicache_storage_path"))
+    bench.dispatcher.storage_answers = answers(d=(code, "no such folder", "path"))
     answer = await bench.client.put(URL, json={"hicache_storage_backend": "file"})
     assert answer.status_code == status
     error = answer.json()["error"]

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from kvist.clock import Clock
 from kvist.kv.keys import page_digests
-from kvist.store.backend import StoreSpec
+from kvist.store.backend import StoreContext
 from kvist.store.file import FileStore
 
 PAGE_BYTES = 200_000  # several kernel pages: a write can be cut short
@@ -26,13 +27,16 @@ def page_of(key: bytes) -> memoryview:
     return memoryview(np.random.default_rng(list(key)).bytes(PAGE_BYTES))
 
 
-def spec_of(folder: Path, capacity_bytes: int) -> StoreSpec:
-    return StoreSpec(namespace="processes", page_bytes=PAGE_BYTES, capacity_bytes=capacity_bytes, path=folder)
+def open_files(
+    folder: Path, capacity_bytes: int, *, namespace: str = "processes", clock: Clock | None = None
+) -> FileStore:
+    context = StoreContext(namespace=namespace, page_bytes=PAGE_BYTES)
+    return FileStore(folder, context, capacity_bytes=capacity_bytes, clock=clock)
 
 
 def main() -> None:
     folder, capacity_bytes, first, last, num_rounds = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    store = FileStore(spec_of(folder, capacity_bytes))
+    store = open_files(folder, capacity_bytes)
     pages = {key: page_of(key) for key in KEYS[first:last]}  # made before, so that a kill mostly hits a write
     for _ in range(num_rounds):
         print(sum(store.put([key], [page]) for key, page in pages.items()), flush=True)

@@ -17,7 +17,7 @@ from kvist.store.file import FileStore
 from kvist.testing.clocks import FakeClock
 from tests.broken_disk import BROKEN, BROKEN_IDS, refusing
 from tests.store import store_process
-from tests.store.store_process import FILE_BYTES, KEYS, spec_of
+from tests.store.store_process import FILE_BYTES, KEYS, open_files
 
 STORE_SCRIPT = Path(__file__).with_name("store_process.py")
 
@@ -44,7 +44,7 @@ def test_put_stores_fewer_pages_and_get_still_reads_when_any_disk_call_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
     clock = FakeClock()
-    store = FileStore(spec_of(tmp_path, 64 * FILE_BYTES), clock)
+    store = open_files(tmp_path, 64 * FILE_BYTES, clock=clock)
     put(store, 0, 2)
     with monkeypatch.context() as broken:
         spares = makes_nothing if call == "open" else None
@@ -67,7 +67,7 @@ def test_put_stores_fewer_pages_and_get_still_reads_when_any_disk_call_fails(
 def test_an_unreadable_disk_gives_misses_and_keeps_its_pages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
-    store = FileStore(spec_of(tmp_path, 64 * FILE_BYTES))
+    store = open_files(tmp_path, 64 * FILE_BYTES)
     put(store, 0, 2)
     with monkeypatch.context() as broken:
         broken.setattr(os, call, refusing(getattr(os, call), number))
@@ -82,7 +82,7 @@ def test_an_unreadable_disk_gives_misses_and_keeps_its_pages(
 def test_the_cap_holds_on_a_disk_that_cannot_be_scanned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int, number: int
 ) -> None:
-    store = FileStore(spec_of(tmp_path, 4 * FILE_BYTES))
+    store = open_files(tmp_path, 4 * FILE_BYTES)
     put(store, 0, 4)
 
     def is_above(folder: object) -> bool:
@@ -102,7 +102,7 @@ def test_pages_rewritten_by_another_process_are_read_whole_or_missed(tmp_path: P
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "20\n"
-        store = FileStore(spec_of(tmp_path, 6 * FILE_BYTES))
+        store = open_files(tmp_path, 6 * FILE_BYTES)
         num_hits = num_asked = 0
         give_up_s = time.monotonic() + 30
         while num_hits < 300 or num_hits == num_asked:

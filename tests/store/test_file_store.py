@@ -20,18 +20,18 @@ from typing import Any
 
 import pytest
 
-from kvist.errors import ConfigError, StoreError
-from kvist.store import disk_budget, open_store
-from kvist.store.backend import StoreSpec
+from kvist.errors import StoreError
+from kvist.store import disk_budget
 from kvist.store.file import FileStore
 from kvist.testing.clocks import FakeClock
-from tests.store.store_process import FILE_BYTES, KEYS, PAGE_BYTES, page_of, spec_of
+from tests.store import store_process
+from tests.store.store_process import FILE_BYTES, KEYS, PAGE_BYTES, page_of
 
 SCRIPT = Path(__file__).with_name("store_process.py")
 
 
 def open_files(folder: Path, num_pages: int = 64, clock: FakeClock | None = None) -> FileStore:
-    return FileStore(spec_of(folder, num_pages * FILE_BYTES), clock)
+    return store_process.open_files(folder, num_pages * FILE_BYTES, clock=clock)
 
 
 def put(store: FileStore, first: int, last: int) -> int:
@@ -136,9 +136,7 @@ def test_a_file_of_the_wrong_size_does_not_exist_and_put_replaces_it(tmp_path: P
 
 def test_a_page_of_another_namespace_is_not_accepted_even_from_our_own_folder(tmp_path: Path) -> None:
     put(open_files(tmp_path / "a"), 0, 1)
-    other = FileStore(
-        StoreSpec(namespace="other", page_bytes=PAGE_BYTES, capacity_bytes=9 * FILE_BYTES, path=tmp_path / "b")
-    )
+    other = store_process.open_files(tmp_path / "b", 9 * FILE_BYTES, namespace="other")
     put(other, 0, 1)
     shutil.copy(file_of(tmp_path / "a", 0), file_of(tmp_path / "b", 0))
     assert b"processes" in file_of(tmp_path / "b", 0).read_bytes()[:4096]  # people can read the namespace in the header
@@ -203,11 +201,6 @@ def test_a_folder_that_another_user_made_is_refused(tmp_path: Path) -> None:
     os.chown(next(tmp_path.glob("?" * 32)), 65534, 65534)
     with pytest.raises(StoreError, match="belongs to another user"):
         open_files(tmp_path)
-
-
-def test_a_path_is_required() -> None:
-    with pytest.raises(ConfigError, match="path"):
-        open_store("file", StoreSpec(namespace="n", page_bytes=1, capacity_bytes=1))
 
 
 @pytest.mark.usefixtures("as_unprivileged_user")
@@ -363,7 +356,7 @@ def test_a_page_written_elsewhere_since_the_scan_is_evicted_before_one_used_late
 
 def test_the_cap_is_for_all_namespaces_of_a_folder(tmp_path: Path) -> None:
     store = open_files(tmp_path, num_pages=3)
-    other = FileStore(StoreSpec(namespace="other", page_bytes=PAGE_BYTES, capacity_bytes=3 * FILE_BYTES, path=tmp_path))
+    other = store_process.open_files(tmp_path, 3 * FILE_BYTES, namespace="other")
     put(store, 0, 3)
     assert put(other, 0, 2) == 2
     assert len(pages_in(tmp_path)) == 3

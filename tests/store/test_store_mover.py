@@ -24,13 +24,12 @@ from kvist.plan.tiers import (
     StoreJob,
     StorePages,
 )
-from kvist.store import open_store
-from kvist.store.backend import StoreSpec, StoreStats
+from kvist.store.backend import HostMemory, StoreContext, StoreStats
 from kvist.store.breaker import PAUSE_S
 from kvist.store.io_threads import num_readers
-from kvist.store.memory import MemoryStore
 from kvist.store.mover import Report, StoreMover
 from kvist.testing.clocks import FakeClock
+from kvist.testing.memory_store import MemoryStore
 
 PAGE_BYTES, NUM_PAGES, DEADLINE_S = 64, 400, 10.0
 NUM_READERS = num_readers()
@@ -44,8 +43,8 @@ def digest(number: int) -> bytes:
 class ControlledStore(MemoryStore):
     """A store that hangs while `go` is not set, and returns `answer()`, if set, in place of the right number."""
 
-    def __init__(self) -> None:
-        super().__init__(StoreSpec(namespace="n", page_bytes=PAGE_BYTES, capacity_bytes=1 << 20))
+    def __init__(self, memory: HostMemory | None = None) -> None:
+        super().__init__(StoreContext(namespace="n", page_bytes=PAGE_BYTES, host_memory=memory))
         self.go = threading.Event()
         self.go.set()
         self.answer: Callable[[], int] | None = None
@@ -79,7 +78,8 @@ class Moving:
         self.clock = FakeClock(100.0)
         self.woken = threading.Event()
         self.mover = StoreMover(self.host, wakeup=self.woken.set, clock=self.clock, deadline_s=DEADLINE_S)
-        self.store = ControlledStore()
+        tensor = self.host.tensor
+        self.store = ControlledStore(HostMemory(address=tensor.data_ptr(), num_bytes=tensor.nbytes))
         self.mover.attach(self.store, self.store.stats())
         self.num_jobs = 0
 
@@ -307,6 +307,7 @@ def test_a_detached_store_is_closed_when_its_last_call_has_returned(moving: Movi
     moving.mover.attach(other, other.stats())
     moving.start(StorePages, 3)
     assert not moving.store.closed
+    assert moving.store.is_registered, "the hung call may still use the host memory"
     assert moving.mover.num_detached() == 1
     moving.store.go.set()
     assert len(moving.reports(2 * NUM_READERS + 2)) == 2 * NUM_READERS + 2
@@ -335,7 +336,7 @@ def test_fetched_pages_are_recorded_and_failed_ones_cleared_before_the_report(tm
     def persistent() -> PersistentPages:
         return PersistentPages(tmp_path / "kept", namespace="n", num_pages=8, page_bytes=PAGE_BYTES)
 
-    store = open_store("memory", StoreSpec(namespace="n", page_bytes=PAGE_BYTES, capacity_bytes=1 << 20))
+    store = MemoryStore(StoreContext(namespace="n", page_bytes=PAGE_BYTES))
     pages = [bytes([number]) * PAGE_BYTES for number in range(3)]
     store.put([digest(n) for n in range(3)], [memoryview(page) for page in pages])
     kept = persistent()

@@ -21,12 +21,11 @@ from kvist.channel import EngineChannel, Member, bracketed, with_cluster_key
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.clock import Clock, MonotonicClock, thread_cpu_clock
 from kvist.cores import num_usable_cores
-from kvist.engine.config import EngineConfig, HostTierConfig, ModelOptions, StorageConfig
+from kvist.engine.config import EngineConfig, HostTierConfig, ModelOptions
 from kvist.engine.limits import resolve_limits
 from kvist.engine.loop import EngineLoop, LoopParts
 from kvist.engine.progress import ProgressWatch
 from kvist.engine.reports import LoadReports
-from kvist.engine.storage import EngineStorage
 from kvist.errors import ConfigError
 from kvist.fingerprint import Background, model_fingerprint
 from kvist.kv.cache import PageCache
@@ -47,6 +46,9 @@ from kvist.runner.config import RunnerLimits, RunnerOptions
 from kvist.runner.resolve import device_type
 from kvist.runner.runner import AnyRunner, Runner
 from kvist.scheduler import SchedulerConfig, build_scheduler
+from kvist.store.backend import HostMemory, StoreContext
+from kvist.store.config import StorageConfig
+from kvist.store.control import StorageControl
 from kvist.store.mover import StoreMover
 from kvist.text.fingerprint import tokenizer_fingerprint
 from kvist.transfer import make_transport
@@ -241,7 +243,7 @@ def _assemble(
             host_pool = make_host_pool(options.host_tier, pool, spec.namespace, pool_closing)
         host_tier: HostTier | None = None
         mover: PageMover | None = None
-        storage: EngineStorage | None = None
+        storage: StorageControl | None = None
         if host_pool is not None:
             host_tier = HostTier(host_pool.tensor.shape[0])
             if host_pool.persistent is not None:
@@ -323,20 +325,21 @@ def make_host_pool(
 
 def make_storage(
     config: StorageConfig, host_pool: HostPool, namespace: str, wakeup: Callable[[], None], clock: Clock
-) -> EngineStorage:
+) -> StorageControl:
     """Return an engine's storage tier without an attached store."""
-    deadline_s = config.hicache_storage_deadline_s
-    return EngineStorage(
-        StoreMover(host_pool, wakeup=wakeup, clock=clock, deadline_s=deadline_s),
-        config,
+    secret_file = config.hicache_storage_secret_file
+    pages = host_pool.tensor
+    context = StoreContext(
         namespace=namespace,
-        page_bytes=host_pool.tensor.shape[1],
-        wakeup=wakeup,
-        clock=clock,
+        page_bytes=pages.shape[1],
+        host_memory=HostMemory(address=pages.data_ptr(), num_bytes=pages.nbytes),
+        secret_path=None if secret_file is None else Path(secret_file).expanduser(),
     )
+    mover = StoreMover(host_pool, wakeup=wakeup, clock=clock, deadline_s=config.hicache_storage_deadline_s)
+    return StorageControl(mover, config, context, wakeup=wakeup, clock=clock)
 
 
-def _close_storage(storage: EngineStorage, pool_closing: contextlib.ExitStack) -> None:
+def _close_storage(storage: StorageControl, pool_closing: contextlib.ExitStack) -> None:
     if not storage.close():
         # A hung call may write into the pool until this process has ended. Only then may another process use the pool's
         # folder, so the lock on the folder stays.

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from kvist.channel import ChannelConfig
 from kvist.config import option
 from kvist.errors import ConfigError
-from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
+from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.log import LogConfig
 from kvist.request import Role
 from kvist.runner.config import RunnerOptions
 from kvist.scheduler.config import SchedulerOptions
+from kvist.store.config import StorageConfig
 
 DEFAULT_RATIO, DEFAULT_POLICY = 2.0, "write_through"
-DEFAULT_STORAGE_GB = 64.0
-STORAGE_BACKENDS = ("file", "memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +35,7 @@ class HostTierConfig:
         DEFAULT_POLICY,
         "when a page is copied to the host tier: as soon as it is computed (write_through), after its second hit "
         "(write_through_selective), or when it is about to be evicted from the device pool (write_back)",
-        choices=("write_through", "write_through_selective", "write_back"),
+        choices=tuple(WRITE_POLICIES),
     )
     hicache_persist: str | None = option(
         None,
@@ -62,80 +61,6 @@ class HostTierConfig:
                 "the host tier: give one of them",
                 param="hicache_size",
             )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StorageConfig:
-    """The store behind the host tier (docs/cache.md). Raises `ConfigError` when settings contradict each other."""
-
-    hicache_storage_backend: str | None = option(
-        None,
-        "also keep the host tier's pages in a store: file is a folder that workers share and that survives restarts; "
-        "memory is for tests and belongs to this worker only",
-        choices=STORAGE_BACKENDS,
-        unset="none",
-    )
-    hicache_storage_path: str | None = option(
-        None, "folder of the file store; created if missing", unset="kvist/pages in the user's cache folder"
-    )
-    hicache_storage_roots: tuple[str, ...] = option(
-        (),
-        "folders that PUT /hicache/storage-backend may name, together with the folders below them",
-        unset="--hicache-storage-path",
-    )
-    hicache_storage_secret_file: str | None = option(
-        None,
-        "file with the secret that all workers of a file store share: pages written with another secret are never "
-        "used. Needed if other users may write to the disk",
-        unset="a file in the store's folder",
-    )
-    hicache_storage_size: float = option(
-        DEFAULT_STORAGE_GB, "maximum total size of the pages in the store", unit="GB", minimum=0.001
-    )
-    hicache_storage_prefetch_policy: str = option(
-        "timeout",
-        "how long a request waits for its pages from the store: not at all (best_effort), until all pages are loaded "
-        "(wait_complete), or until all pages are loaded or the time below is over (timeout)",
-        choices=PREFETCH_POLICIES,
-    )
-    hicache_storage_prefetch_threshold: int = option(
-        256, "shorter prefixes are not fetched from the store but computed", unit="tokens", minimum=1
-    )
-    hicache_storage_prefetch_timeout_base_s: float = option(
-        1.0, "policy timeout: maximum wait, to which a time for each 1000 tokens is added", unit="s", minimum=0
-    )
-    hicache_storage_prefetch_timeout_per_1k_s: float = option(
-        0.25, "policy timeout: time added to the maximum wait for each 1000 tokens", unit="s", minimum=0
-    )
-    hicache_storage_deadline_s: float = option(
-        10.0, "a store that takes longer than this for 128 pages is not used for some time", unit="s", minimum=0.1
-    )
-
-    def __post_init__(self) -> None:
-        backend, path = self.hicache_storage_backend, self.hicache_storage_path
-        if backend is None and (path is not None or self.hicache_storage_size != DEFAULT_STORAGE_GB):
-            raise ConfigError(
-                "--hicache-storage-path and --hicache-storage-size need a store, and none is set: add "
-                "--hicache-storage-backend file",
-                param="hicache_storage_backend",
-            )
-        if path == "":
-            raise ConfigError(
-                "--hicache-storage-path is empty: name a folder, or omit the option", param="hicache_storage_path"
-            )
-        if backend == "memory" and path is not None:
-            raise ConfigError(
-                "--hicache-storage-backend memory has no folder: omit --hicache-storage-path, or use the backend file",
-                param="hicache_storage_path",
-            )
-
-    def prefetch(self) -> PrefetchConfig:
-        return PrefetchConfig(
-            policy=self.hicache_storage_prefetch_policy,
-            base_s=self.hicache_storage_prefetch_timeout_base_s,
-            per_1k_s=self.hicache_storage_prefetch_timeout_per_1k_s,
-            threshold_tokens=self.hicache_storage_prefetch_threshold,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -94,7 +94,7 @@ class Mover(Protocol):
 
 
 class Storage(Protocol):
-    """worker.storage.EngineStorage, or a fake."""
+    """store.control.StorageControl, or a fake."""
 
     def start(self, job: StoreJob) -> None: ...
     def poll(self) -> list[Report | StorageAttached]: ...

@@ -17,12 +17,12 @@ from kvist.router.stream import WorkerSnapshot
 from kvist.server.gateway import GatewayContext
 from kvist.server.http import JSON_TYPE, Headers, send_bytes, send_json
 from kvist.server.sampling import check_num_lists, check_token_ids, token_lists
+from kvist.server.storage_names import decode_store, field_of, named_status
 from kvist.server.worker_metrics import pages_by_state
-from kvist.wire import AttachStoreRequest, FlushTier, StorageCommand
+from kvist.wire import FlushTier, StorageCommand
 
 _TOKENIZE = BodyDecoder(TokenizeRequest)
 _DETOKENIZE = BodyDecoder(DetokenizeRequest)
-_ATTACH_STORE = BodyDecoder(AttachStoreRequest)
 _STORAGE_ACTIONS: Mapping[str, Literal["status", "attach", "detach"]] = {
     "GET": "status",
     "HEAD": "status",  # Starlette routes HEAD wherever it routes GET
@@ -159,19 +159,19 @@ class Admin:
         """GET returns the status of every worker's storage tier, PUT attaches a store, DELETE detaches the store."""
         ask = StorageCommand(call_id="", action=_STORAGE_ACTIONS[scope["method"]])
         if ask.action == "attach":
-            attach, _ = await self._gateway.prepare(scope, receive, _ATTACH_STORE.decode)
-            ask = msgspec.structs.replace(ask, wish=attach)
+            attach, _ = await self._gateway.prepare(scope, receive, decode_store)
+            ask = msgspec.structs.replace(ask, store=attach)
         answers = await self._gateway.dispatcher.send_storage_command(ask)
         if not answers:
             raise Unavailable("every worker was lost before it answered")
         refused = [(worker_id, answer) for worker_id, answer in sorted(answers.items()) if answer.error_code]
         for worker_id, answer in refused[:1]:
             error = error_from_wire(answer.error_code or "", f"worker {worker_id}: {answer.message}")
-            error.param = answer.param
+            error.param = field_of(answer.param)
             if len(refused) < len(answers):
                 error.message += f" ({len(answers) - len(refused)} of {len(answers)} workers succeeded)"
             raise error
-        statuses = {worker_id: answer.status for worker_id, answer in answers.items()}
+        statuses = {worker_id: named_status(answer.status) for worker_id, answer in answers.items()}
         await send_json(send, {"success": True, "workers": statuses})
 
     async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -227,7 +227,7 @@ def _worker_info(worker: WorkerSnapshot) -> dict[str, object]:
             "num_waiting": load.num_waiting,
             "num_pages": pages_by_state(load),
             "num_host_pages": load.num_host_pages,
-            "storage": load.storage,
+            "storage": named_status(load.storage),
             "totals": load.totals,
         },
     }

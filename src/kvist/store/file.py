@@ -26,6 +26,7 @@ import secrets
 import struct
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from blake3 import blake3
 
@@ -33,7 +34,7 @@ from kvist.clock import Clock, MonotonicClock, unix_time_ns
 from kvist.errors import ConfigError, StoreError
 from kvist.kv.keys import DIGEST_BYTES
 from kvist.own_files import is_own_file, own_folder
-from kvist.store.backend import StoreSpec, StoreStats, Tally
+from kvist.store.backend import StoreContext, StoreStats, Tally
 from kvist.store.disk_budget import PAGE_SUFFIX, UNFINISHED_SUFFIX, DiskBudget, open_with_folder
 from kvist.store.secret import has_secret, keep_secret, page_key, read_secret, secret_of
 
@@ -49,25 +50,29 @@ logger = logging.getLogger(__name__)
 
 
 class FileStore:
-    """A `PageStore` in a folder. Raises `ConfigError` without a path, `StoreError` if the folder cannot be written."""
+    """A `PageStore` in a folder. Raises `ConfigError` if no page fits, `StoreError` if the folder cannot be written."""
 
-    def __init__(self, spec: StoreSpec, clock: Clock | None = None) -> None:
-        if spec.path is None:
-            raise ConfigError("the file store needs a path: name the folder for its pages")
-        self._page_bytes = spec.page_bytes
-        self._file_bytes = _HEADER_BYTES + spec.page_bytes
-        self._namespace = spec.namespace.encode()
-        self._root = spec.path.absolute()
+    def __init__(self, folder: Path, context: StoreContext, *, capacity_bytes: int, clock: Clock | None = None) -> None:
+        if capacity_bytes < context.page_bytes:
+            raise ConfigError(
+                f"a storage tier of {capacity_bytes} bytes is smaller than one page of {context.page_bytes} bytes: "
+                "raise its size",
+                param="size",
+            )
+        self._page_bytes = context.page_bytes
+        self._file_bytes = _HEADER_BYTES + context.page_bytes
+        self._namespace = context.namespace.encode()
+        self._root = folder.absolute()
         self._clock = clock or MonotonicClock()
         self._suspended_until_s = 0.0
         self._tally = Tally()
-        secret = None if spec.secret_path is None else read_secret(spec.secret_path)
+        secret = None if context.secret_path is None else read_secret(context.secret_path)
         try:
             own_folder(self._root)  # checked before any file in it is opened
-            self._budget = DiskBudget(self._root, spec.capacity_bytes, self._tally)
+            self._budget = DiskBudget(self._root, capacity_bytes, self._tally)
             with self._budget.exclusive():
                 self._own_secret = None if secret else secret_of(self._root)
-            key = page_key(secret or self._own_secret or b"", spec.namespace)
+            key = page_key(secret or self._own_secret or b"", context.namespace)
             self._names_key, self._seal_key = blake3(b"names", key=key).digest(), blake3(b"seals", key=key).digest()
             self._folder_id = blake3(self._namespace, key=self._names_key).digest(length=_FOLDER_BYTES)
             self._folder = str(self._root / self._folder_id.hex())
@@ -75,7 +80,8 @@ class FileStore:
             tempfile.TemporaryFile(dir=self._folder).close()  # raises if the folder is not writable
         except OSError as error:
             raise StoreError(
-                f"cannot open the file store in {spec.path}: {error}. Name a folder that only this user may write to"
+                f"cannot open the file store in {folder}: {error}. Name a folder that only this user may write to",
+                param="path",
             ) from error
 
     def exists(self, keys: Sequence[bytes]) -> int:

@@ -31,13 +31,13 @@ def read_secret(path: Path) -> bytes:
     except OSError as error:
         raise ConfigError(
             f"--hicache-storage-secret-file {path} cannot be read: {error.strerror}",
-            param="hicache_storage_secret_file",
+            param="secret_file",
         ) from error
     if not _MIN_BYTES <= len(secret) <= _MAX_BYTES:
         raise ConfigError(
             f"--hicache-storage-secret-file {path} has {len(secret)} bytes; it needs {_MIN_BYTES} to {_MAX_BYTES}: "
             f"make one with `openssl rand -hex 32 > {path}`",
-            param="hicache_storage_secret_file",
+            param="secret_file",
         )
     return secret
 

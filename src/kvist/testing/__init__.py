@@ -9,6 +9,7 @@
     memory_engines       a dispatcher over engines in memory, whose messages the test sends
     fake_engine          an engine without a model, over real sockets
     inproc_transport     a transport between the pools of one process
+    memory_store         a store of pages in memory, as a row of the stores
     page_events          page events in one line, and their replay
 
 Nothing that serves imports this package. Only the modules that run real pages or models import torch.

@@ -228,10 +228,9 @@ class FakeStorage:
 
     def status(self) -> wire.StorageStatus:
         return wire.StorageStatus(
-            hicache_storage_backend="memory",
-            hicache_storage_path=None,
-            hicache_storage_size=1.0,
-            hicache_storage_prefetch_policy="timeout",
+            backend="memory",
+            options={"size": 1.0},
+            prefetch_policy="timeout",
             state="attached",
             breaker="closed",
             num_quarantined_pages=0,

@@ -1,18 +1,47 @@
-"""A store in this process's memory, for tests and simulation: engines share the store by sharing the object."""
+"""A store in this process's memory: engines share the store by sharing the object.
+
+monkeypatch.setitem(STORES, "memory", MEMORY_STORE)   # then `--hicache-storage-backend memory` is a store
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from kvist.store.backend import StoreSpec, StoreStats, Tally
+import numpy as np
+
+from kvist.config import option
+from kvist.door import Given, backend_with
+from kvist.errors import ConfigError
+from kvist.store.backend import PageStore, StoreContext, StoreStats, Tally
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryStoreOptions:
+    size: float = option(1.0, "size of the store", unit="GB")
+
+    def __str__(self) -> str:
+        return f"a memory store of at most {self.size:g} GB"
+
+    def resolved(self) -> MemoryStoreOptions:
+        return self
+
+    def with_request(self, requested: Given, roots: Sequence[str]) -> MemoryStoreOptions:  # noqa: ARG002 (no folder)
+        return MemoryStoreOptions(**{"size": self.size, **requested})  # type: ignore[arg-type]
 
 
 class MemoryStore:
-    def __init__(self, spec: StoreSpec) -> None:
-        self._page_bytes = spec.page_bytes
-        self._max_pages = spec.capacity_bytes // spec.page_bytes
+    """`is_registered` is a stand-in for a transport that needs registered memory: pages must lie in it."""
+
+    def __init__(self, context: StoreContext, *, capacity_bytes: int = 1 << 30) -> None:
+        if capacity_bytes < context.page_bytes:
+            raise ConfigError("the memory store is smaller than one page: raise its size", param="size")
+        self._page_bytes = context.page_bytes
+        self._memory = context.host_memory
+        self.is_registered = True
+        self._max_pages = capacity_bytes // context.page_bytes
         self._lock = threading.Lock()
         self._pages: OrderedDict[bytes, bytes] = OrderedDict()  # least recently used first
         self._tally = Tally()
@@ -22,6 +51,7 @@ class MemoryStore:
             return next((index for index, key in enumerate(keys) if key not in self._pages), len(keys))
 
     def get(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> int:
+        self._check_memory(into)
         num_hits = 0
         with self._lock:
             for key, page in zip(keys, into, strict=True):
@@ -34,6 +64,7 @@ class MemoryStore:
         return num_hits
 
     def put(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
+        self._check_memory(pages)
         num_stored, stored = 0, set[bytes]()
         with self._lock:
             for key, page in zip(keys, pages, strict=True):
@@ -56,6 +87,15 @@ class MemoryStore:
         with self._lock:
             self._max_pages = 0
             self._pages.clear()
+        self.is_registered = False
+
+    def _check_memory(self, pages: Sequence[memoryview]) -> None:
+        if self._memory is None:
+            return
+        assert self.is_registered, "a call after the memory was released"
+        for page in pages:
+            offset = np.frombuffer(page, np.uint8).ctypes.data - self._memory.address
+            assert 0 <= offset <= self._memory.num_bytes - page.nbytes, "a page outside the host pool"
 
     def _use(self, keys: Sequence[bytes]) -> None:
         for key in reversed(keys):  # the head of a prefix is evicted last
@@ -70,3 +110,10 @@ class MemoryStore:
         del self._pages[victim]
         self._tally.add(num_evicted=1)
         return True
+
+
+def _open(options: MemoryStoreOptions, context: StoreContext) -> PageStore:
+    return MemoryStore(context, capacity_bytes=round(options.size * 10**9))
+
+
+MEMORY_STORE = backend_with(MemoryStoreOptions, _open, text="in memory, for tests")

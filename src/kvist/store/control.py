@@ -1,4 +1,4 @@
-"""The engine's storage tier: opens, attaches and detaches stores while the engine serves.
+"""The control of the storage tier: opens, attaches and detaches stores while the engine serves.
 
     DETACHED ──attach──► ATTACHING ──opened──► ATTACHED ──detach──► DETACHING ──its calls returned──► DETACHED
                              └──cannot be opened, or detached meanwhile──► DETACHED
@@ -6,42 +6,47 @@
 Opening a store may scan a disk, so a separate thread does it; the store named by the flags is opened before the engine
 is ready. The scheduler receives a `StorageAttached` event when a store is attached and when it is detached. A detached
 store whose calls hang is abandoned after `DETACH_TIMEOUT_S`: its host pages stay in flight until the calls return. The
-pages themselves are moved by store/mover.py.
+pages themselves are moved by mover.py, and no file of this room but the store's own knows what kind of store it is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import os
 import threading
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import cast
+
+import msgspec
 
 from kvist import wire
 from kvist.clock import Clock
-from kvist.engine.config import STORAGE_BACKENDS, StorageConfig
+from kvist.door import Given
 from kvist.errors import ConfigError, Conflict, KvistError, RequestError, StoreError
-from kvist.own_files import cache_folder
 from kvist.plan.tiers import StorageAttached, StoreJob
-from kvist.store import open_store
-from kvist.store.backend import PageStore, StoreSpec, StoreStats
+from kvist.store import STORES
+from kvist.store.backend import PageStore, StoreContext, StoreOptions, StoreStats
+from kvist.store.config import PREFIX, StorageConfig
 from kvist.store.mover import Report, StoreMover
 
 DETACH_TIMEOUT_S = 5.0
 MAX_HUNG_STORES = 2  # stores detached while a call, or their opening, hung; each keeps threads and host pages
-_GB, _MAX_GB = 10**9, 10**9
+_GB = 10**9
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreChoice:
-    """A store to attach: its backend, folder and size."""
+    """A store to attach."""
 
-    backend: str
-    path: Path | None
-    size_gb: float
+    backend: str  # a row of STORES
+    options: StoreOptions  # resolved
+
+    def given(self) -> Given:
+        return cast(Given, dataclasses.asdict(self.options))  # type: ignore[call-overload]
 
 
 _Caller = tuple[bytes, str]  # (gateway, id of its call)
@@ -58,31 +63,36 @@ class _Opening:
         self.lock = threading.Lock()
 
 
-class EngineStorage:
+@dataclass(slots=True)
+class _Detaching:
+    """A detached store with calls under way. Mutable; owned by the control."""
+
+    callers: list[_Caller]
+    deadline_s: float
+    is_over: threading.Event
+
+
+class StorageControl:
     """Mutable; owned by the engine loop. `wakeup` may be called by any thread."""
 
     def __init__(
         self,
         mover: StoreMover,
         config: StorageConfig,
+        context: StoreContext,
         *,
-        namespace: str,
-        page_bytes: int,
         wakeup: Callable[[], None],
         clock: Clock,
     ) -> None:
         self._mover = mover
         self._config = config
-        self._namespace = namespace
-        self._page_bytes = page_bytes
+        self._context = context
         self._wakeup = wakeup
         self._clock = clock
         self._attached: StoreChoice | None = None
         self._opening: _Opening | None = None
         self._abandoned: list[_Opening] = []
-        self._detaching: tuple[list[_Caller], float, threading.Event] | None = (
-            None  # (callers that wait, deadline, whether done)
-        )
+        self._detaching: _Detaching | None = None
         self._events: list[StorageAttached] = []
         self._answers: list[tuple[bytes, wire.StorageAnswer]] = []
 
@@ -91,10 +101,10 @@ class EngineStorage:
         if self._config.hicache_storage_backend is None:
             return
         try:
-            choice = self._resolve_choice(wire.AttachStoreRequest())  # only the flags
+            choice = self._resolve_choice(wire.AttachStore())  # only the flags
             self._attach(choice, *self._open(choice))
         except KvistError as error:
-            param = _param(error)
+            param = PREFIX + (error.param or "backend")
             raise ConfigError(f"--{param.replace('_', '-')}: {error.message}", param=param) from error
 
     def start(self, job: StoreJob) -> None:
@@ -103,22 +113,8 @@ class EngineStorage:
     def poll(self) -> list[Report | StorageAttached]:
         """Return the events since the last call."""
         reports = self._mover.poll()
-        opening = self._opening
-        if opening is not None and opening.outcome is not None:
-            self._opening = None
-            if isinstance(opening.outcome, KvistError):
-                error = RequestError(opening.outcome.message, param=_param(opening.outcome))
-                self._refuse(opening.caller, error)
-            else:
-                self._attach(opening.choice, *opening.outcome)
-                self._answer(opening.caller)
-        if self._detaching is not None:
-            callers, deadline_s, over = self._detaching
-            is_over = over.is_set()
-            if is_over or self._clock.now_s() >= deadline_s:
-                self._detaching = None
-                for caller in callers:
-                    self._answer(caller, note="" if is_over else "detached, but a call of the store hangs")
+        self._end_opening()
+        self._end_detaching()
         events, self._events = self._events, []
         return [*reports, *events]
 
@@ -130,7 +126,7 @@ class EngineStorage:
                 case "status":
                     self._answer(caller)
                 case "attach":
-                    self._begin_attach(caller, call.wish)
+                    self._begin_attach(caller, call.store)
                 case "detach":
                     self._begin_detach(caller)
         except KvistError as error:
@@ -145,10 +141,9 @@ class EngineStorage:
         chosen = self._attached or (None if self._opening is None else self._opening.choice)
         stats = self._mover.stats()
         return wire.StorageStatus(
-            hicache_storage_backend=None if chosen is None else chosen.backend,
-            hicache_storage_path=None if chosen is None or chosen.path is None else str(chosen.path),
-            hicache_storage_size=self._config.hicache_storage_size if chosen is None else chosen.size_gb,
-            hicache_storage_prefetch_policy=self._config.hicache_storage_prefetch_policy,
+            backend=None if chosen is None else chosen.backend,
+            options={} if chosen is None else cast(dict[str, wire.StoreOptionValue], chosen.given()),
+            prefetch_policy=self._config.hicache_storage_prefetch_policy,
             state=self._state(),
             breaker=self._mover.breaker().value,
             num_quarantined_pages=self._mover.num_quarantined_pages(),
@@ -168,21 +163,18 @@ class EngineStorage:
 
     # ------------------------------------------------------------ attach and detach
 
-    def _begin_attach(self, caller: _Caller, request: wire.AttachStoreRequest) -> None:
+    def _begin_attach(self, caller: _Caller, request: wire.AttachStore) -> None:
         choice = self._resolve_choice(request)
         if self._attached == choice:
             self._answer(caller)
         elif self._attached is not None:
-            raise Conflict(
-                f"{_describe(self._attached)} is attached already: detach it first (DELETE)",
-                param="hicache_storage_backend",
-            )
+            raise Conflict(f"{self._attached.options} is attached already: detach it first (DELETE)", param="backend")
         elif self._opening is not None or self._detaching is not None:
-            raise Conflict("a store is being attached or detached: try again later", param="hicache_storage_backend")
+            raise Conflict("a store is being attached or detached: try again later", param="backend")
         elif self._mover.num_detached() + self._num_hung_opens() >= MAX_HUNG_STORES:
             raise Conflict(
                 f"{MAX_HUNG_STORES} detached stores still have hung calls: fix the stores, or restart the worker",
-                param="hicache_storage_backend",
+                param="backend",
             )
         else:
             opening = self._opening = _Opening(choice, caller)
@@ -194,75 +186,71 @@ class EngineStorage:
             self._refuse(self._opening.caller, Conflict("the store was detached while it was being opened"))
             self._opening = None
         if self._attached is not None:
-            logger.info("storage tier: %s is detached", _describe(self._attached))
-            over = self._mover.detach()
+            logger.info("storage tier: %s is detached", self._attached.options)
+            is_over = self._mover.detach()
             self._attached = None
             self._events.append(StorageAttached(attached=False))
-            self._detaching = [], self._clock.now_s() + DETACH_TIMEOUT_S, over
+            self._detaching = _Detaching([], self._clock.now_s() + DETACH_TIMEOUT_S, is_over)
         if self._detaching is None:
             self._answer(caller)
         else:
-            self._detaching[0].append(caller)
+            self._detaching.callers.append(caller)
+
+    def _end_opening(self) -> None:
+        opening = self._opening
+        if opening is None or opening.outcome is None:
+            return
+        self._opening = None
+        if isinstance(opening.outcome, KvistError):
+            error = opening.outcome
+            self._refuse(opening.caller, RequestError(error.message, param=error.param or "backend"))
+        else:
+            self._attach(opening.choice, *opening.outcome)
+            self._answer(opening.caller)
+
+    def _end_detaching(self) -> None:
+        detaching = self._detaching
+        if detaching is None:
+            return
+        is_over = detaching.is_over.is_set()
+        if is_over or self._clock.now_s() >= detaching.deadline_s:
+            self._detaching = None
+            for caller in detaching.callers:
+                self._answer(caller, note="" if is_over else "detached, but a call of the store hangs")
 
     def _attach(self, choice: StoreChoice, store: PageStore, stats: StoreStats) -> None:
-        logger.info("storage tier: %s, %.2f GB in use", _describe(choice), stats.stored_bytes / _GB)
+        logger.info("storage tier: %s, %.2f GB in use", choice.options, stats.stored_bytes / _GB)
         self._mover.attach(store, stats)
         self._attached = choice
         self._events.append(StorageAttached(attached=True))
 
-    def _resolve_choice(self, request: wire.AttachStoreRequest) -> StoreChoice:
-        """Return the store to attach, by the request and the flags. Raises `RequestError` naming the field."""
-        policy = self._config.hicache_storage_prefetch_policy
-        if request.hicache_storage_prefetch_policy not in (None, policy):
+    def _resolve_choice(self, request: wire.AttachStore) -> StoreChoice:
+        """Return the store to attach, by the request and the flags. Raises `RequestError` naming the option."""
+        config = self._config
+        policy = config.hicache_storage_prefetch_policy
+        if request.prefetch_policy not in (None, policy):
             raise RequestError(
                 f"the prefetch policy of this worker is {policy}: omit the field, or start the worker with "
-                f"--hicache-storage-prefetch-policy {request.hicache_storage_prefetch_policy!r}",
-                param="hicache_storage_prefetch_policy",
+                f"--hicache-storage-prefetch-policy {request.prefetch_policy!r}",
+                param="prefetch_policy",
             )
-        backend = request.hicache_storage_backend or self._config.hicache_storage_backend
-        if backend not in STORAGE_BACKENDS:
-            named = "no store is named" if backend is None else f"{backend!r} is not a store"
-            known = ", ".join(STORAGE_BACKENDS)
-            raise RequestError(f"{named}: known are {known}", param="hicache_storage_backend")
-        if backend == "memory" and request.hicache_storage_path is not None:
-            raise RequestError("a store in memory has no folder: omit the path", param="hicache_storage_path")
-        path = None
-        if backend == "file":
-            path = self._default_folder()
-            if request.hicache_storage_path is not None:
-                path = requested_folder(
-                    request.hicache_storage_path, self._config.hicache_storage_roots or (str(path),)
-                )
-        size_gb = (
-            self._config.hicache_storage_size if request.hicache_storage_size is None else request.hicache_storage_size
-        )
-        if not 0 < size_gb < _MAX_GB:
-            raise RequestError(
-                f"a store of {size_gb:g} GB is not possible: the size must be at least one page of {self._page_bytes} "
-                f"bytes, and less than {_MAX_GB} GB",
-                param="hicache_storage_size",
-            )
-        return StoreChoice(backend=backend, path=path, size_gb=size_gb)
-
-    def _default_folder(self) -> Path:
-        """Return the folder named by the flags. Raises `RequestError` naming the field."""
-        path = self._config.hicache_storage_path
-        if path is None:
-            return cache_folder() / "pages"
-        if not path or not path.isprintable():
-            raise RequestError(f"{path!r} is not the path of a folder", param="hicache_storage_path")
-        return Path(os.path.realpath(os.path.expanduser(path)))
+        name = request.backend or config.hicache_storage_backend
+        if name is None or name not in STORES:
+            named = "no store is named" if name is None else f"{name!r} is not a store"
+            raise RequestError(f"{named}: known are {', '.join(STORES)}", param="backend")
+        row = STORES[name]
+        flags = config.hicache_storage_options if name == config.hicache_storage_backend else {}
+        try:
+            configured: StoreOptions = row.options(**flags)
+            if not request.options:
+                return StoreChoice(backend=name, options=configured.resolved())
+            requested = _checked(name, row.options, request.options)
+            return StoreChoice(backend=name, options=configured.with_request(requested, config.hicache_storage_roots))
+        except ConfigError as error:
+            raise RequestError(error.message, param=error.param) from error
 
     def _open(self, choice: StoreChoice) -> tuple[PageStore, StoreStats]:
-        secret_file = self._config.hicache_storage_secret_file
-        spec = StoreSpec(
-            namespace=self._namespace,
-            page_bytes=self._page_bytes,
-            capacity_bytes=int(choice.size_gb * _GB),
-            path=choice.path,
-            secret_path=None if secret_file is None else Path(os.path.expanduser(secret_file)),
-        )
-        store = open_store(choice.backend, spec)
+        store = STORES[choice.backend].make(choice.given(), self._context)
         return store, store.stats()
 
     def _open_in_thread(self, opening: _Opening) -> None:
@@ -272,7 +260,7 @@ class EngineStorage:
         except KvistError as error:
             outcome = error
         except Exception as error:  # a bug of the store or its library: the caller needs an answer
-            logger.exception("cannot open %s", _describe(opening.choice))
+            logger.exception("cannot open %s", opening.choice.options)
             outcome = StoreError(f"the store cannot be opened: {type(error).__name__}: {error}")
         with opening.lock:
             opening.outcome = outcome
@@ -308,31 +296,14 @@ class EngineStorage:
         self._answers.append((identity, refused))
 
 
-def requested_folder(requested: str, roots: Sequence[str]) -> Path:
-    """Return the folder named by an HTTP client, with links resolved; opens no file. Raises `RequestError` unless the
-    folder is below one of the allowed folders, both as written and after links are resolved."""
-    param = "hicache_storage_path"
-    if not requested or not requested.isprintable() or not os.path.isabs(requested):
-        raise RequestError(f"{requested!r} is not an absolute path: start the path with /", param=param)
-    full_roots = [os.path.abspath(os.path.expanduser(root)) for root in roots]
-    real_roots = [os.path.realpath(root) for root in full_roots]
-    written = Path(os.path.normpath(requested))
-    if any(map(written.is_relative_to, full_roots + real_roots)):
-        folder = Path(os.path.realpath(requested))
-        if any(map(folder.is_relative_to, real_roots)):
-            return folder
-    raise RequestError(
-        f"{requested!r} is not below {' or '.join(full_roots)}: start the worker with a folder above it as "
-        "--hicache-storage-roots",
-        param=param,
-    )
-
-
-def _param(error: KvistError) -> str:
-    """Return the field to blame: that of the error, else the folder for a store error and the size for any other."""
-    return error.param or ("hicache_storage_path" if isinstance(error, StoreError) else "hicache_storage_size")
-
-
-def _describe(choice: StoreChoice) -> str:
-    place = "" if choice.path is None else f" in {choice.path}"
-    return f"a {choice.backend} store{place} of at most {choice.size_gb:g} GB"
+def _checked(backend: str, options: type, requested: Mapping[str, wire.StoreOptionValue]) -> Given:
+    """Return the requested options. Raises `RequestError` for a name or a type that the backend does not know."""
+    hints = typing.get_type_hints(options)
+    for name, value in requested.items():
+        if name not in hints:
+            raise RequestError(f"the {backend} store has no option {name!r}: known are {', '.join(hints)}", param=name)
+        try:
+            msgspec.convert(value, hints[name])
+        except msgspec.ValidationError as error:
+            raise RequestError(f"{name} of the {backend} store: {error}", param=name) from error
+    return requested

@@ -1,0 +1,71 @@
+"""The flags of the storage tier. A flag that means the same as in SGLang has SGLang's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvist.config import option
+from kvist.door import Given, choice_of, options_of_choice
+from kvist.errors import ConfigError
+from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
+from kvist.store import STORES
+
+PREFIX = "hicache_storage_"  # of the flags of a store's own options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageConfig:
+    """The store behind the host tier (docs/cache.md). Raises `ConfigError` when settings contradict each other."""
+
+    hicache_storage_backend: str | None = choice_of(
+        STORES, None, "also keep the host tier's pages in a store", unset="none"
+    )
+    hicache_storage_options: Given = options_of_choice(
+        STORES, chosen_by="hicache_storage_backend", title="store", prefix=PREFIX
+    )
+    hicache_storage_roots: tuple[str, ...] = option(
+        (),
+        "folders that PUT /hicache/storage-backend may name, together with the folders below them",
+        unset="--hicache-storage-path",
+    )
+    hicache_storage_secret_file: str | None = option(
+        None,
+        "file with the secret that all workers of a store share: pages written with another secret are never used. "
+        "Needed if other users may write to the store's disk",
+        unset="a file in the store's folder",
+    )
+    hicache_storage_prefetch_policy: str = option(
+        "timeout",
+        "how long a request waits for its pages from the store: not at all (best_effort), until all pages are loaded "
+        "(wait_complete), or until all pages are loaded or the time below is over (timeout)",
+        choices=PREFETCH_POLICIES,
+    )
+    hicache_storage_prefetch_threshold: int = option(
+        256, "shorter prefixes are not fetched from the store but computed", unit="tokens", minimum=1
+    )
+    hicache_storage_prefetch_timeout_base_s: float = option(
+        1.0, "policy timeout: maximum wait, to which a time for each 1000 tokens is added", unit="s", minimum=0
+    )
+    hicache_storage_prefetch_timeout_per_1k_s: float = option(
+        0.25, "policy timeout: time added to the maximum wait for each 1000 tokens", unit="s", minimum=0
+    )
+    hicache_storage_deadline_s: float = option(
+        10.0, "a store that takes longer than this for 128 pages is not used for some time", unit="s", minimum=0.1
+    )
+
+    def __post_init__(self) -> None:
+        if self.hicache_storage_backend is None and self.hicache_storage_options:
+            name = next(iter(self.hicache_storage_options))
+            raise ConfigError(
+                f"--hicache-storage-{name.replace('_', '-')} needs a store, and none is set: add "
+                "--hicache-storage-backend",
+                param="hicache_storage_backend",
+            )
+
+    def prefetch(self) -> PrefetchConfig:
+        return PrefetchConfig(
+            policy=self.hicache_storage_prefetch_policy,
+            base_s=self.hicache_storage_prefetch_timeout_base_s,
+            per_1k_s=self.hicache_storage_prefetch_timeout_per_1k_s,
+            threshold_tokens=self.hicache_storage_prefetch_threshold,
+        )
