@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvist.config import option
@@ -57,6 +58,11 @@ def test_the_options_of_the_chosen_backend_are_read_as_flags_with_the_doors_pref
     config = read("--store", "file", "--store-path", "/pages", environ={"KVIST_STORE_SIZE": "2"})
     assert config == StoreConfig(store="file", store_options={"path": "/pages", "size": 2.0})
     assert DOOR["file"].make(config.store_options, 7) == f"file {FileOptions(path='/pages', size=2.0)} 7"
+
+
+def test_given_options_travel_as_json() -> None:
+    config = read("--store", "file", "--store-path", "/pages", "--store-size", "2")
+    assert msgspec.json.decode(msgspec.json.encode(config), type=StoreConfig) == config
 
 
 def test_options_that_are_not_given_have_the_backends_defaults() -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvist.attention import ATTENTION
+from kvist.checkpoint import CheckpointKind
 from kvist.config import option
 from kvist.door import Given, choice_of, options_of_choice
+
+LOAD_FORMATS = {"safetensors": CheckpointKind.HF, "gguf": CheckpointKind.GGUF}  # and "dummy", without a file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +26,7 @@ class RunnerOptions:
     load_format: str = option(
         "auto",
         "format of the weights; dummy generates random weights from the model's configuration alone",
-        choices=("auto", "safetensors", "gguf", "dummy"),
+        choices=("auto", *LOAD_FORMATS, "dummy"),
     )
     device: str = option(
         "auto", "device of the model; auto uses a GPU if one is present", choices=("auto", "cpu", "cuda")

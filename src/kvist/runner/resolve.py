@@ -7,13 +7,13 @@ import logging
 import torch
 
 from kvist.attention import choose_attention
-from kvist.checkpoint import Checkpoint, CheckpointKind
+from kvist.checkpoint import Checkpoint
 from kvist.errors import ConfigError
 from kvist.memory.device_pool import DTYPES
 from kvist.models import ModelConfig
 from kvist.models.load import declare_model
 from kvist.models.parallel import TensorParallel
-from kvist.runner.config import RunnerConfig, RunnerLimits, RunnerOptions
+from kvist.runner.config import LOAD_FORMATS, RunnerConfig, RunnerLimits, RunnerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,7 @@ def _resolve_device(options: RunnerOptions) -> str:
 
 
 def _check_load_format(checkpoint: Checkpoint, load_format: str) -> None:
-    kinds = {"safetensors": CheckpointKind.HF, "gguf": CheckpointKind.GGUF}
-    if load_format in kinds and checkpoint.kind is not kinds[load_format]:
+    if load_format in LOAD_FORMATS and checkpoint.kind is not LOAD_FORMATS[load_format]:
         raise ConfigError(
             f"--load-format {load_format}: {checkpoint.path} is a {checkpoint.kind.value} checkpoint; use auto",
             param="load_format",
