@@ -22,7 +22,7 @@ from kvist.models.formats import FORMATS, Weight
 from kvist.models.linear import Linear, make_linear
 from kvist.models.load import declare_model, load_model
 from kvist.models.parallel import TensorParallel
-from kvist.models.tensors import DeclaredTensor, Entry, Location, Names, Shape, Shards, Whole
+from kvist.models.tensors import DeclaredTensor, Entry, Location, Names, Shards, Whole
 from kvist.models.weights import Declared, WeightReader, check_tensors
 from kvist.models.weights_dummy import DummySource
 from kvist.models.weights_gguf import GgufSource
@@ -170,14 +170,6 @@ class Int8Weight:
 
     values: Tensor  # [out_features, in_features] int8
     scales: Tensor  # [out_features, 1] fp32
-
-    @property
-    def shape(self) -> Shape:
-        return tuple(self.values.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
 
     def joined(self, others: Sequence[Int8Weight]) -> Int8Weight:
         values = [self.values, *(other.values for other in others)]

@@ -15,20 +15,13 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from kvist.models.tensors import DeclaredTensor, Shape
+from kvist.models.tensors import DeclaredTensor
 from kvist.models.weights import Declared, WeightReader
 
 
 class Weight(Protocol):
-    """This rank's part of a matrix, [out_features, in_features], in any format."""
-
-    @property
-    def shape(self) -> Shape:
-        """The shape of the matrix; packed values have a shape of their own."""
-
-    @property
-    def nbytes(self) -> int:
-        """The size in memory, with everything that belongs to the format."""
+    """This rank's part of a matrix, [out_features, in_features], in any format. Shape, size and split are declared: no
+    weight is measured or cut after it was read."""
 
     def joined(self, others: Sequence[Self]) -> Self:
         """Return one weight with the rows of this one and then those of `others`: the weight of a fused product."""
@@ -39,14 +32,6 @@ class PlainWeight:
     """The values themselves, in the dtype of the product."""
 
     values: Tensor  # [out_features, in_features]
-
-    @property
-    def shape(self) -> Shape:
-        return tuple(self.values.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
 
     def joined(self, others: Sequence[PlainWeight]) -> PlainWeight:
         return PlainWeight(torch.cat([self.values, *(other.values for other in others)])) if others else self

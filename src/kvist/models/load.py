@@ -8,6 +8,7 @@ the peak memory is the model plus two layers.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -23,6 +24,8 @@ from kvist.models.parallel import TensorParallel
 from kvist.models.weights import CheckpointSource, WeightReader, WeightSource, check_tensors
 
 NUM_LOADING_THREADS = 2
+
+logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "dummy"]  # auto: the weights of the checkpoint; dummy: random weights of the right shapes
 Progress = Callable[[int, int], None]  # (tensors loaded, tensors in total), called on the caller's thread
@@ -54,7 +57,10 @@ def load_model(
         source = checkpoint_source = _open_source(checkpoint)
         check_tensors(checkpoint_source, declared.tensors, family=config.family, redundant=declared.redundant)
     reader = WeightReader(source, dtype=dtype, device=device, tp=tp)
-    return _build(declared, reader, progress or (lambda _done, _total: None))
+    model = _build(declared, reader, progress or (lambda _done, _total: None))
+    assert reader.num_bytes == declared.num_bytes_on(tp, dtype), "the memory plan counts what is read"
+    logger.info("read %d tensors, %.2f GiB", reader.num_read, reader.num_bytes / 2**30)
+    return model
 
 
 def declare_model(config: ModelConfig) -> DeclaredModel:
