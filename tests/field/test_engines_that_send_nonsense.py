@@ -14,6 +14,7 @@ from kvist.request import (
     FinishReason,
     Outcome,
     RequestId,
+    SamplingParams,
     TokenLogprobs,
 )
 from kvist.router.config import RouterConfig
@@ -83,6 +84,50 @@ async def test_an_impossible_chunk_fails_only_its_own_request(wrong: dict[str, o
     assert await good == [7, 8, 9]
     assert (worker.num_rejected_messages, other.num_rejected_messages) == (1, 0)
     assert (worker, wire.Abort(request_id=bad_id)) in world.engines.sent
+
+
+SCORE = TokenLogprobs(logprob=-1.0, rank=2, asked_logprobs=(-3.0,))
+SCORES: dict[str, object] = {"prompt_position": 1, "prompt_logprobs": (SCORE,) * 2}  # of a prompt of four tokens
+SCORED = SamplingParams(max_tokens=3, prompt_logprobs=0, logprob_token_ids=(5,))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {**SCORES, "prompt_position": 0},
+        {**SCORES, "prompt_position": 2},  # position 1 is missing
+        {**SCORES, "prompt_logprobs": (SCORE,) * 4},  # beyond the prompt
+        {**SCORES, "prompt_logprobs": (msgspec.structs.replace(SCORE, rank=None),)},
+        {**SCORES, "prompt_logprobs": (msgspec.structs.replace(SCORE, asked_logprobs=()),)},
+    ],
+)
+async def test_impossible_logprobs_of_a_prompt_fail_only_their_own_request(wrong: dict[str, object]) -> None:
+    world = World()
+    for fields, is_right in ((SCORES, True), (wrong, False)):
+        request = msgspec.structs.replace(make_request("r", (1, 2, 3, 4)), sampling=SCORED)
+        task = await world.begin(request)
+        worker, submit = world.engines.sent[-1]
+        assert isinstance(submit, wire.Submit)
+        piece = msgspec.structs.replace(
+            RIGHT, request_id=submit.request.request_id, token_ids=(), finish_reason=None, **fields
+        )
+        world.dispatcher.on_outputs(worker, wire.StepOutputs(chunks=(piece,)))
+        assert worker.num_rejected_messages == (not is_right)
+        if is_right:
+            task.cancel()
+        else:
+            with pytest.raises(EngineError, match="this is a bug in the worker"):
+                await task
+        await settle()
+
+
+async def test_logprobs_of_a_prompt_that_were_not_asked_for_fail_the_request() -> None:
+    world = World()
+    task, worker, request_id = await world.stream("r")
+    piece = msgspec.structs.replace(RIGHT, request_id=request_id, token_ids=(), finish_reason=None, **SCORES)
+    world.dispatcher.on_outputs(worker, wire.StepOutputs(chunks=(piece,)))
+    with pytest.raises(EngineError, match="not asked for"):
+        await task
 
 
 async def test_chunks_of_a_request_that_runs_on_another_worker_are_ignored() -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Unpack
 
+import msgspec
 import pytest
 
 from kvist import wire
@@ -22,7 +23,7 @@ from kvist.errors import (
 )
 from kvist.kv.keys import page_digests
 from kvist.options import compose
-from kvist.request import EpochId, FinishReason, Mode, Outcome, Role, TokenLogprobs, WorkerId
+from kvist.request import EpochId, FinishReason, Mode, Outcome, Role, SamplingParams, TokenLogprobs, WorkerId
 from kvist.router import route
 from kvist.router.config import RouterConfig
 from kvist.router.dispatch import END_TIMEOUT_S, MAX_WAITING_LOGPROBS
@@ -50,6 +51,10 @@ class World(RouterBench):
     async def ask(self, prompt: Sequence[int] = PROMPT, **fields: Unpack[RequestFields]) -> asyncio.Task[list[int]]:
         """Start a reader whose request has been submitted."""
         return await self.begin(make_request("r", prompt, **fields))
+
+
+async def read_parts(stream: AsyncGenerator[StreamPart, None]) -> list[StreamPart]:
+    return [part async for part in stream]
 
 
 # ---------------------------------------------------------------- routing without faults
@@ -310,6 +315,26 @@ async def test_a_request_whose_worker_is_lost_before_the_first_token_is_retried_
     world.engines.lose(spare)
     with pytest.raises(WorkerLost):
         await task
+
+
+async def test_a_request_is_retried_when_its_worker_is_lost_after_scoring_the_prompt() -> None:
+    world = World()
+    first = world.engines.join("u", role=Role.UNIFIED)
+    scored = SamplingParams(max_tokens=3, prompt_logprobs=0, prompt_logprobs_start=98)
+    request = msgspec.structs.replace(make_request("r", PROMPT), sampling=scored)
+    parts = asyncio.create_task(read_parts(world.dispatcher.generate(request)))
+    await settle()
+    score = TokenLogprobs(logprob=-1.0, rank=1)
+    world.engines.emit_scores(first, 98, score)
+    second = world.engines.join("v", role=Role.UNIFIED)
+    world.engines.lose(first)
+    await settle()
+    world.engines.emit_scores(second, 98, score)
+    world.engines.emit_scores(second, 99, score)
+    world.engines.emit(second, 0, 7, 8, 9, finish=FinishReason.LENGTH)
+    (part,) = await parts
+    assert part.chunk.prompt_logprobs == (score, score)
+    assert part.chunk.token_ids == (7, 8, 9)
 
 
 async def test_a_request_refused_by_a_full_engine_is_retried_on_another() -> None:

@@ -127,3 +127,35 @@ def test_chunks_in_any_order_with_repeats_yield_every_token_once(
     assert received == tokens
     assert [one.logprob for one in logprobs] == [-float(t) for t in tokens]
     assert merged.complete
+
+
+def scores(first: int, count: int) -> dict[str, Any]:
+    """Return the fields of a chunk with the logprobs of these positions of the prompt."""
+    found = tuple(TokenLogprobs(logprob=-float(position), rank=1) for position in range(first, first + count))
+    return {"prompt_position": first, "prompt_logprobs": found}
+
+
+def test_logprobs_of_the_prompt_wait_for_the_first_token() -> None:
+    merged = merger()
+    assert not merged.push(chunk(0, **scores(1, 3)))
+    assert not merged.push(chunk(1, 11, handoff=REPORT))
+    assert not merged.push(chunk(0, **scores(4, 2)))
+    assert (merged.has_ready, merged.num_prompt_logprobs) == (False, 5)
+    assert merged.push(chunk(0, 10))
+    taken = merged.take()
+    assert taken is not None
+    assert (taken.token_ids, taken.prompt_logprobs) == ((10, 11), scores(1, 5)["prompt_logprobs"])
+    merged.push(chunk(2, 12))
+    later = merged.take()
+    assert later is not None
+    assert later.prompt_logprobs == ()
+
+
+def test_a_request_without_tokens_ends_with_the_logprobs_of_its_prompt() -> None:
+    merged = merger()
+    merged.push(chunk(0, **scores(1, 2)))
+    assert merged.push(chunk(0, finish_reason=FinishReason.LENGTH, num_cached_tokens=0))
+    taken = merged.take()
+    assert taken is not None
+    assert (taken.token_ids, len(taken.prompt_logprobs), taken.finish_reason) == ((), 2, FinishReason.LENGTH)
+    assert merged.complete

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TypedDict, Unpack
 
 from kvist import wire
-from kvist.request import EngineRequest, FinishReason, Outcome, RequestId
+from kvist.request import EngineRequest, FinishReason, Outcome, RequestId, TokenLogprobs
 from kvist.router.config import RouterConfig
 from kvist.router.dispatch import Dispatcher
 from kvist.router.fleet import EngineEvents
@@ -93,6 +93,14 @@ class MemoryEngines:
         """Send output tokens of the request that the worker got last."""
         request_id = self.submits(worker)[-1].request.request_id
         chunk = wire.TokenChunk(request_id=request_id, position=position, token_ids=token_ids, finish_reason=finish)
+        self.events.on_outputs(worker, wire.StepOutputs(chunks=(chunk,)))
+
+    def emit_scores(self, worker: Worker, position: int, *logprobs: TokenLogprobs) -> None:
+        """Send logprobs of the prompt, from this position on, of the request that the worker got last."""
+        request_id = self.submits(worker)[-1].request.request_id
+        chunk = wire.TokenChunk(
+            request_id=request_id, position=0, token_ids=(), prompt_position=position, prompt_logprobs=logprobs
+        )
         self.events.on_outputs(worker, wire.StepOutputs(chunks=(chunk,)))
 
     def end(self, worker: Worker, outcome: Outcome = Outcome.FINISHED, **fields: Unpack[EndFields]) -> None:
