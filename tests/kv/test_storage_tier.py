@@ -7,7 +7,7 @@ import math
 from kvist.kv.tiers.host import HostPage, HostTier
 from kvist.kv.tiers.prefetch import Prefetch, PrefetchConfig
 from kvist.kv.tiers.storage import FETCH_PAGES, MAX_FINDS, StorageTier
-from kvist.kv.tiers.storing import MAX_STORES
+from kvist.kv.tiers.store_queue import MAX_STORES
 from kvist.plan.tiers import (
     CancelFetch,
     FetchPages,

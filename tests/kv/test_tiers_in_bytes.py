@@ -47,7 +47,11 @@ class TiersInBytes(RuleBasedStateMachine):
         self.right = RightPages()
         self.root = Path(tempfile.mkdtemp(prefix="kvist-test-"))
         self.patches = contextlib.ExitStack()
-        for pieces in ("kv.tiers.storage.FETCH_PAGES", "kv.tiers.storing.PIECE_PAGES", "store.io_threads.PIECE_PAGES"):
+        for pieces in (
+            "kv.tiers.storage.FETCH_PAGES",
+            "kv.tiers.store_queue.PIECE_PAGES",
+            "store.io_threads.PIECE_PAGES",
+        ):
             self.patches.enter_context(mock.patch(f"kvist.{pieces}", 2))
         self.make_store_deterministic()
         logging.disable(logging.CRITICAL)

@@ -69,9 +69,10 @@ def show_piece(piece: str) -> None:
 
 
 def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
-    """Run the demo; return 0 if all expectations are met, else 1. Raises `KvistError` when the cluster fails."""
+    """Run the demo; return 0 if all expectations are met, else 1. The workers need a host tier and a store. Raises
+    `KvistError` when the cluster fails."""
     processes = Processes(plan_on_free_ports(shape), probe=probe_child, sink=lambda _name, _line: None)
-    checks = [FROM_HOST, FROM_STORE] if _has_store(shape) else [FROM_HOST]
+    checks = [FROM_HOST, FROM_STORE]
     with interrupt_on_stop_signals(processes), contextlib.ExitStack() as stack:
         stack.callback(stop_and_clear, processes, shape.runtime_dir)
         config = shape.config
@@ -98,10 +99,6 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0
-
-
-def _has_store(shape: ClusterShape) -> bool:
-    return any(argument.startswith("--hicache-storage-backend") for argument in shape.worker_argv)
 
 
 def unmet_expectations(

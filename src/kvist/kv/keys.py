@@ -18,7 +18,8 @@ from blake3 import blake3
 
 DIGEST_BYTES = 32  # the length of BLAKE3's digests and keys: each digest is the key of the next
 _TOKEN_BYTES = 4
-_PAGES_AT_ONCE = 64  # encoded together: enough to amortise the call, few enough for the L1 CPU cache
+_FIRST_PAGES_AT_ONCE = 4
+_PAGES_AT_ONCE = 64  # after the first: encoded together: enough to amortise the call, few enough for the L1 CPU cache
 
 
 def page_keys(token_ids: Sequence[int], page_size: int, first_page: int, last_page: int) -> list[bytes]:
@@ -41,9 +42,12 @@ def _int32s(count: int) -> struct.Struct:
 
 
 def iter_page_keys(token_ids: Sequence[int], page_size: int, num_pages: int, first_page: int = 0) -> Iterator[bytes]:
-    """Yield the `page_keys` of [first_page, num_pages), encoded on demand: a match may end early."""
-    for page in range(first_page, num_pages, _PAGES_AT_ONCE):
-        yield from page_keys(token_ids, page_size, page, min(page + _PAGES_AT_ONCE, num_pages))
+    """Yield the `page_keys` of [first_page, num_pages), encoded on demand: a match often ends at the first page."""
+    page, num_at_once = first_page, _FIRST_PAGES_AT_ONCE
+    while page < num_pages:
+        end = min(page + num_at_once, num_pages)
+        yield from page_keys(token_ids, page_size, page, end)
+        page, num_at_once = end, _PAGES_AT_ONCE
 
 
 def root_digest(namespace: str, cache_salt: str = "") -> bytes:

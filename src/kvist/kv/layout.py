@@ -54,12 +54,11 @@ class PageLayout:
         )
 
 
-def namespace(fingerprint: str, layout: PageLayout, *, tp_rank: int = 0, tp_size: int = 1, adapter: str = "") -> str:
+def namespace(fingerprint: str, layout: PageLayout) -> str:
     """Join everything besides the tokens that decides a page's content; every page digest starts from it.
 
-    `fingerprint` is the model's (weights and config). `tp_rank` of `tp_size` decides which heads the page holds.
+    `fingerprint` is the model's (weights and config).
     """
-    if not 0 <= tp_rank < tp_size:
-        raise ConfigError(f"namespace: tp_rank {tp_rank} is not in [0, {tp_size})", param="tp_rank")
-    # JSON quotes strings: no fingerprint or adapter name can pass for another field.
-    return json.dumps([fingerprint, layout.describe(), f"tp={tp_rank}/{tp_size}", adapter], separators=(",", ":"))
+    # JSON quotes strings: no fingerprint can pass for another field. The last two fields are constant, because a page
+    # holds all heads and no adapter changes it; without them, pages stored by earlier versions would not be found.
+    return json.dumps([fingerprint, layout.describe(), "tp=0/1", ""], separators=(",", ":"))

@@ -8,8 +8,8 @@ only after the page it continues. A request waits for pages that are already bei
 fetched twice. Fetched pages stay until their request is admitted: otherwise waiting requests would evict each other's
 pages. Pages being fetched or kept take at most half of the host tier.
 
-prefetch.py has the states of a prefetch; storing.py is the way to the store. Every job gets exactly one report; until
-then its slots are in flight. A hung job occupies its slots, and their part of the share, until it returns. The
+prefetch.py has the states of a prefetch; store_queue.py is the way to the store. Every job gets exactly one report;
+until then its slots are in flight. A hung job occupies its slots, and their part of the share, until it returns. The
 scheduler decides how long a request waits; the store mover copies the bytes.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 
 from kvist.kv.tiers.host import HostPage, HostTier
 from kvist.kv.tiers.prefetch import Fetch, Prefetch, PrefetchConfig, PrefetchState, PrefetchTrigger
-from kvist.kv.tiers.storing import Storing
+from kvist.kv.tiers.store_queue import StoreQueue
 from kvist.plan.tiers import (
     CancelFetch,
     FetchPages,
@@ -47,7 +47,7 @@ class StorageTier:
         self._min_pages = max(1, -(-config.threshold_tokens // page_size))
         self._max_reserved = max(1, host.num_pages // 2)
         self._attached = False
-        self._storing = Storing(host)
+        self._store_queue = StoreQueue(host)
         self._finds: dict[int, Prefetch] = {}  # by job id
         self._fetches: dict[int, Fetch] = {}  # by job id
         self._fetching: dict[HostPage, Fetch] = {}
@@ -68,14 +68,14 @@ class StorageTier:
             case PagesFetched():
                 self._on_fetched(event)
             case PagesStored():
-                self._storing.stored(event)
+                self._store_queue.stored(event)
             case StorageAttached():
                 self._on_attached(event.attached)
 
     def _on_attached(self, attached: bool) -> None:
         """Switch to a new store, with unknown content, or to none, which ends all prefetches."""
         self._attached = attached
-        self._storing.on_store_changed()
+        self._store_queue.on_store_changed()
         if not attached:
             for prefetch in [each for each in self._open if not each.is_done]:
                 self.give_up(prefetch)
@@ -102,7 +102,7 @@ class StorageTier:
         for index, page in enumerate(fetch.pages):
             del self._fetching[page]
             page.from_storage = index < num_pages
-            page.stored = index < num_pages and fetch.generation == self._storing.generation
+            page.stored = index < num_pages and fetch.generation == self._store_queue.generation
             self._host.written(page, ok=index < num_pages)
         self._num_fetched += num_pages
         if not fetch.is_cancelled:
@@ -126,7 +126,7 @@ class StorageTier:
     def store(self, pages: Iterable[HostPage]) -> None:
         """Store the pages of a path, in prefix order, that are resident and not known to be stored."""
         if self._attached:
-            self._storing.store(pages)
+            self._store_queue.store(pages)
 
     # ---------------------------------------------------------------- from the store
 
@@ -223,7 +223,7 @@ class StorageTier:
             self._begin_fetch(prefetch, pages[start : start + FETCH_PAGES])
 
     def _begin_fetch(self, prefetch: Prefetch, pages: list[HostPage]) -> None:
-        fetch = Fetch(self._host.next_job_id(), pages, prefetch, [], self._storing.generation)
+        fetch = Fetch(self._host.next_job_id(), pages, prefetch, [], self._store_queue.generation)
         prefetch.wait_for(fetch)
         self._fetches[fetch.job_id] = fetch
         self._fetching.update(dict.fromkeys(pages, fetch))
@@ -251,7 +251,7 @@ class StorageTier:
 
     def take_jobs(self) -> list[StoreJob]:
         jobs, self._jobs = self._jobs, []
-        return [*jobs, *self._storing.take_jobs()]
+        return [*jobs, *self._store_queue.take_jobs()]
 
     @property
     def open_prefetches(self) -> list[Prefetch]:
@@ -265,12 +265,12 @@ class StorageTier:
     @property
     def num_storing(self) -> int:
         """Host pages in jobs that store them."""
-        return self._storing.num_pages
+        return self._store_queue.num_pages
 
     @property
     def num_due(self) -> int:
         """Host pages that wait to be stored."""
-        return self._storing.num_due
+        return self._store_queue.num_due
 
     def totals(self) -> dict[str, float]:
         """Return the values of this tier's counters."""
@@ -278,7 +278,7 @@ class StorageTier:
             "storage_hit_pages": self._num_found,
             "storage_miss_pages": self._num_missing,
             "storage_fetched_pages": self._num_fetched,
-            "storage_stored_pages": self._storing.num_stored,
-            "storage_skipped_pages": self._storing.num_skipped,
-            "storage_failed_pages": self._num_failed_fetches + self._storing.num_failed,
+            "storage_stored_pages": self._store_queue.num_stored,
+            "storage_skipped_pages": self._store_queue.num_skipped,
+            "storage_failed_pages": self._num_failed_fetches + self._store_queue.num_failed,
         }

@@ -18,7 +18,7 @@ MAX_STORES = 64  # jobs under way; further pages wait
 MAX_PAGES_STORED = 2048  # in all these jobs together
 
 
-class Storing:
+class StoreQueue:
     """Mutable; its one owner is the `StorageTier`, which uses the same host tier."""
 
     def __init__(self, host: HostTier) -> None:
