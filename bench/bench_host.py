@@ -44,6 +44,7 @@ from kvist.plan.events import SampledTokens
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams, SlotId
 from kvist.runner.columns import EMPTY_BATCH, read_batch
 from kvist.runner.sampler import sampled_tokens
+from kvist.runner.shaping import table_sizes
 from kvist.runner.slots import SlotTable
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
@@ -79,12 +80,12 @@ class FakeGpu:
     def __init__(self, watch: Stopwatch, num_requests: int, context: int) -> None:
         cpu = torch.device("cpu")
         self._watch = watch
-        self._words = np.zeros(num_requests * (3 * context + 5), dtype=np.int32)
+        self._words = np.zeros(num_requests * (3 * context + 9), dtype=np.int32)
         self._num_requests = num_requests
         self._tables, self._ring = PageTables(cpu, PAGE_SIZE), PinnedRing(cpu)
         self._tables.reserve(num_requests, 2048)
         self._index = _Index.allocate(num_requests, num_requests, cpu)
-        self._table = SlotTable(num_requests)
+        self._table = SlotTable(table_sizes(num_requests, vocab_size=32_000, context_len=context), cpu)
         self._previous = EMPTY_BATCH
         self._tokens = torch.randint(0, 32_000, (num_requests,), dtype=torch.int32)
 

@@ -23,7 +23,7 @@ from json_report import write_report
 from kvist.attention import build_attention, choose_attention
 from kvist.attention.backend import GraphPlan, Span
 from kvist.kernels import activation, norm, rotary, sampling
-from kvist.kernels.operands import Rotary
+from kvist.kernels.operands import Rotary, SamplingColumns
 from kvist.models.formats import PlainWeight
 from kvist.models.linear import Linear, make_gated_linear, make_linear
 
@@ -93,9 +93,10 @@ def small_kernels() -> list[Row]:
         if m <= 256:
             logits, temperatures = torch.randn(m, VOCAB, device=CUDA), torch.ones(m, device=CUDA)
             keys = torch.randint(0, 2**31 - 1, (m, 2), dtype=torch.int32, device=CUDA)
+            columns = SamplingColumns.untruncated(temperatures, keys)
             pairs["choose_tokens"] = (
-                partial(sampling.choose_tokens, logits, temperatures, keys),
-                partial(sampling.choose_tokens_torch, logits, temperatures, keys),
+                partial(sampling.choose_tokens, logits, columns),
+                partial(sampling.choose_tokens_torch, logits, columns),
             )
         for name, (kernel, twin) in pairs.items():
             times = [time_us(work, num_calls=50) for work in (kernel, twin)]
@@ -185,13 +186,15 @@ def whole_steps(weights: Weights) -> list[Row]:
             for i in range(m)
         ]
         hidden, positions = random(m, HIDDEN), torch.full((m,), context - 1, device=CUDA)
-        noise = torch.ones(m, device=CUDA), torch.zeros(m, 2, dtype=torch.int32, device=CUDA)
+        columns = SamplingColumns.untruncated(
+            torch.ones(m, device=CUDA), torch.zeros(m, 2, dtype=torch.int32, device=CUDA)
+        )
 
         def step(
             m: int = m,
             x: Tensor = hidden,
             positions: Tensor = positions,
-            noise: tuple[Tensor, Tensor] = noise,
+            columns: SamplingColumns = columns,
             plan: GraphPlan = plan,
             parts: str = "all",
         ) -> None:
@@ -205,7 +208,7 @@ def whole_steps(weights: Weights) -> list[Row]:
                 x, residual = norm.add_rms_norm(o(attended.reshape(m, -1)), residual, scale, EPS)
                 x = down(gated(x))
             logits = head(norm.add_rms_norm(x, residual, scale, EPS)[0])
-            sampling.choose_tokens(logits, *noise)
+            sampling.choose_tokens(logits, columns)
 
         plan.fill([])
         step()  # a plan accepts spans only for sizes that have run once

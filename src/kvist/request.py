@@ -18,10 +18,13 @@ SlotId = NewType("SlotId", int)  # index into the table of running requests that
 WorkerId = NewType("WorkerId", str)  # "127.0.0.1:30001": the worker's public name
 
 
-# The runner's tables hold this many for each request; the gateway refuses more.
+# The most of a request; the gateway refuses more.
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_TOKENS = 4096  # of all bad words of a request together
+# The most that the runner's tables hold: with more, or longer, bad words the host looks for them (`needs_known_token`).
+TABLE_BAD_WORDS = 256  # of two tokens or more
+TABLE_BAD_WORD_TOKENS = 8  # of one bad word
 
 
 class FinishReason(enum.Enum):
@@ -109,6 +112,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the choice of a token depends on the tokens before it by more than the model's logits."""
+        return self.has_penalties or any(len(word) > 1 for word in self.bad_words)
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+
+def needs_known_token(sampling: SamplingParams) -> bool:
+    """Return whether the host must know all tokens so far before the next one can be sampled."""
+    lengths = [len(word) for word in sampling.bad_words if len(word) > 1]
+    return len(lengths) > TABLE_BAD_WORDS or max(lengths, default=0) > TABLE_BAD_WORD_TOKENS
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

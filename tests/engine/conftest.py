@@ -47,8 +47,11 @@ from kvist.request import (
     SamplingParams,
     TokenLogprobs,
     WorkerId,
+    needs_known_token,
 )
 from kvist.runner.runner import Runner
+from kvist.runner.shaping import table_sizes
+from kvist.runner.slots import SlotTable
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.store.config import StorageConfig
 from kvist.store.control import StorageControl
@@ -273,7 +276,9 @@ class World:
             ),
             **config,  # type: ignore[arg-type]
         )
-        scheduler = build_scheduler(Role(role), scheduler_config, cache, epoch, pool.address)
+        scheduler = build_scheduler(
+            Role(role), scheduler_config, cache, epoch, pool.address, needs_known_token=needs_known_token
+        )
         channel = MemoryChannel(self, epoch, f"mem://{epoch}")
         transport = make_transport(pool, runtime_dir=self._runtime_dir, wakeup=channel.wakeup)
         mover, engine_storage = None, None
@@ -291,7 +296,14 @@ class World:
                 model=self._model,
                 pool=pool,
                 attention=attention,
-                num_slots=scheduler_config.max_running_requests,
+                table=SlotTable(
+                    table_sizes(
+                        scheduler_config.max_running_requests,
+                        vocab_size=model.vocab_size,
+                        context_len=scheduler_config.max_model_len,
+                    ),
+                    pool.tensor.device,
+                ),
             ),
             channel=channel,
             transport=transport,

@@ -19,7 +19,22 @@ if TYPE_CHECKING:
 
 GREEDY = {"temperature": 0.0}
 SEEDED = {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "min_p": 0.001, "seed": 12345}
-SAMPLING = pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+SHAPED = {
+    "temperature": 0.7,
+    "seed": 5,
+    "top_p": 0.9,
+    "repetition_penalty": 1.2,
+    "frequency_penalty": 0.4,
+    "presence_penalty": 0.3,
+    "logit_bias": ((3, 2.0), (4, 2.0), (5, -3.0)),
+    "allowed_token_ids": tuple(range(2, 40)),
+    "bad_words": ((7,), (3, 4), (4, 3), (4, 4)),
+}
+# With a bad word that is longer than the runner's tables hold, each token must be known before the next is planned.
+LONG_WORD = {"temperature": 0.0, "logit_bias": ((3, 4.0), (4, 3.9)), "bad_words": ((3,) * 9, (3, 4), (4, 4))}
+SAMPLING = pytest.mark.parametrize(
+    "sampling", [GREEDY, SEEDED, SHAPED, LONG_WORD], ids=["greedy", "seeded", "shaped", "long word"]
+)
 # page size 4, prompt chunks of 8: lengths on both sides of each edge
 LENGTHS = (1, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 32, 33)
 

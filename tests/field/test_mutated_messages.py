@@ -56,6 +56,7 @@ from kvist.testing.clocks import FakeClock
 from kvist.testing.loop_bench import FakeTransport
 from kvist.testing.memory_engines import MemoryEngines
 from kvist.testing.specs import make_spec
+from tests.runner.tables import small_table
 
 VOCAB, NUM_PAGES, PAGE_SIZE = 50, 24, 4
 LATER_S = 1e4  # after every time-out
@@ -137,6 +138,8 @@ class Messages:
             sampling=SamplingParams(
                 max_tokens=dice.randint(1, 8), temperature=dice.random(), seed=dice.randrange(2**63),
                 num_logprobs=dice.choice((None, 0, 3)), stop_token_ids=(7,), min_tokens=dice.randrange(3),
+                top_k=dice.randrange(3), repetition_penalty=1.0 + dice.random(), frequency_penalty=dice.random(),
+                logit_bias=((3, dice.random()),), allowed_token_ids=(3, 4, 7), bad_words=((3,), (4, 5), (1,) * 9),
             ),
             cache_salt=dice.choice(("", "s")),
         )  # fmt: skip
@@ -214,7 +217,7 @@ class OfflineEngine:
         self.gateways = Gateways(timeout_s=1e9)
         self.inbox = Inbox(spec=spec_of(role), gateways=self.gateways, ask_storage=None)
         self.scheduler = scheduler_of(role)
-        self.table = SlotTable(8)
+        self.table = small_table(8, vocab_size=VOCAB)
         union: object = wire.ToEngine | wire.SourceToTarget
         self.decoder, self.now_s, self.num_decoded = wire.Decoder(union), 1.0, 0
         self.plan = Plan()
@@ -321,6 +324,7 @@ def check_computable(batch: Batch, table: SlotTable) -> None:
     table.update(batch)
     PersistentBatch.of([item.slot for item in batch.items], [item.samples for item in batch.items], table)
     rows = sampling_rows(batch.items, table)
+    table.shaping.before_step(batch.items)
     noise_key_words([row.params.seed for row in rows], [row.position for row in rows])
     assert all((row.params.num_logprobs or 0) >= 0 for row in rows)
     for item in batch.items:
@@ -416,7 +420,7 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
 
 class FakeRunner:
     def __init__(self) -> None:
-        self.table = SlotTable(8)
+        self.table = small_table(8, vocab_size=VOCAB)
 
     def launch(self, batch: Batch) -> FakeStep:
         check_computable(batch, self.table)

@@ -14,7 +14,7 @@ from kvist.kernels.decode_attention import (
     plan_decodes_torch,
 )
 from kvist.kernels.norm import add_rms_norm, add_rms_norm_torch
-from kvist.kernels.operands import Rotary
+from kvist.kernels.operands import Rotary, SamplingColumns
 from kvist.kernels.page_lists import read_page_lists, read_page_lists_torch
 from kvist.kernels.pages import copy_pages, sum_pages, sum_pages_torch
 from kvist.kernels.rotary import rotate_and_write, rotate_and_write_torch, rotation, rotation_torch
@@ -143,6 +143,9 @@ def test_a_row_of_a_skinny_product_does_not_depend_on_its_neighbours(rng: torch.
         )
 
 
+untruncated = SamplingColumns.untruncated
+
+
 def random_keys(rng: torch.Generator, num_rows: int) -> Tensor:
     return torch.randint(-(2**31), 2**31 - 1, (num_rows, 2), dtype=torch.int32, generator=rng)
 
@@ -157,15 +160,15 @@ def test_noise_alone_gives_the_cpus_tokens(rng: torch.Generator, vocab_size: int
     """With equal logits the hash alone decides, so a single wrong bit changes a token."""
     keys = random_keys(rng, 64)
     logits, ones = torch.zeros(64, vocab_size), torch.ones(64)
-    got = choose_tokens(logits.to(CUDA), ones.to(CUDA), keys.to(CUDA))
-    assert torch.equal(got.cpu(), choose_tokens_torch(logits, ones, keys))
+    got = choose_tokens(logits.to(CUDA), untruncated(ones.to(CUDA), keys.to(CUDA)))
+    assert torch.equal(got.cpu(), choose_tokens_torch(logits, untruncated(ones, keys)))
 
 
 def test_rows_at_any_temperature_give_the_cpus_tokens(rng: torch.Generator) -> None:
     logits = torch.randn(40, 152_064, generator=rng) * 4
     temperatures = torch.tensor([0.0, 1e-6, 0.7, 1.0, 2.0]).repeat(8)
     keys = random_keys(rng, 40)
-    got = choose_tokens(logits.to(CUDA), temperatures.to(CUDA), keys.to(CUDA)).cpu()
+    got = choose_tokens(logits.to(CUDA), untruncated(temperatures.to(CUDA), keys.to(CUDA))).cpu()
     noisy = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures.clamp(min=1e-9)[:, None]
     noisy += gumbel_noise(keys, torch.arange(152_064)[None, :]) * (temperatures > 0)[:, None]
     best = noisy.amax(dim=-1)
@@ -183,8 +186,8 @@ def test_greedy_takes_the_first_of_equal_logits() -> None:
     logits[2, 2047] = -9.0
     zeros = torch.zeros(3, device=CUDA)
     keys = torch.zeros(3, 2, dtype=torch.int32, device=CUDA)
-    assert choose_tokens(logits, zeros, keys).tolist() == [4, 2048, 2047]
-    assert choose_tokens(logits.bfloat16(), zeros, keys).tolist() == [4, 2048, 2047]
+    assert choose_tokens(logits, untruncated(zeros, keys)).tolist() == [4, 2048, 2047]
+    assert choose_tokens(logits.bfloat16(), untruncated(zeros, keys)).tolist() == [4, 2048, 2047]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -194,16 +197,16 @@ def test_a_row_with_nan_gets_no_token_and_does_not_change_other_rows(
 ) -> None:
     logits = torch.randn(8, 5000, generator=rng).to(dtype)
     temperatures, keys = torch.full((8,), temperature), random_keys(rng, 8)
-    whole = choose_tokens(logits.to(CUDA), temperatures.to(CUDA), keys.to(CUDA)).cpu()
+    whole = choose_tokens(logits.to(CUDA), untruncated(temperatures.to(CUDA), keys.to(CUDA))).cpu()
     logits[1, 4999] = float("nan")
     logits[2, 2048] = float("inf")
     logits[3] = float("-inf")
     logits[4] = float("nan")
     logits[5, :4096] = float("-inf")
-    got = choose_tokens(logits.to(CUDA), temperatures.to(CUDA), keys.to(CUDA)).cpu()
+    got = choose_tokens(logits.to(CUDA), untruncated(temperatures.to(CUDA), keys.to(CUDA))).cpu()
     broken = torch.tensor([1, 2, 3, 4])
     assert got[broken].tolist() == [-1] * 4
-    assert choose_tokens_torch(logits, temperatures, keys)[broken].tolist() == [-1] * 4
+    assert choose_tokens_torch(logits, untruncated(temperatures, keys))[broken].tolist() == [-1] * 4
     assert got[5] >= 4096
     assert torch.equal(got[[0, 6, 7]], whole[[0, 6, 7]])
 

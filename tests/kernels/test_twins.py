@@ -11,18 +11,26 @@ from kvist.kernels.operands import ITEM_MULTIPLE, TARGET_ITEMS
 from kvist.kernels.sampling import choose_tokens, hash_tokens
 from kvist.kernels.skinny import skinny_gated, skinny_linear
 from kvist.request import SamplingParams
-from kvist.runner.sampler import SamplingRow, noise_keys, sample
+from kvist.runner.sampler import SamplingRow, columns_of, sample
 
 
 def test_choose_tokens_equals_the_sampler() -> None:
-    logits = torch.randn(6, 1000, generator=torch.Generator().manual_seed(1)) * 3
-    rows = [
-        SamplingRow(params=SamplingParams(temperature=t, seed=100 + i, max_tokens=1), position=7 * i)
-        for i, t in enumerate([0.0, 0.5, 1.0, 1.0, 2.0, 1e-3])
+    logits = torch.randn(12, 9000, generator=torch.Generator().manual_seed(1)) * 2
+    logits[6:, ::3] = logits[6:, :1]  # many equal logits
+    params = [
+        {"temperature": 0.0},
+        {"temperature": 0.5},
+        {"temperature": 1e-3},
+        {"top_k": 50},
+        {"temperature": 3.0, "top_p": 0.9},  # beyond the likeliest few thousand tokens
+        {"top_k": 700, "top_p": 0.5, "min_p": 0.001},
     ]
-    temperatures = torch.tensor([row.params.temperature for row in rows])
-    keys = noise_keys(rows, logits.device)
-    assert choose_tokens(logits, temperatures, keys).tolist() == list(sample(logits, rows).token_ids)
+    rows = [
+        SamplingRow(params=SamplingParams(seed=100 + i, max_tokens=1, **each), position=7 * i)  # type: ignore[arg-type]
+        for i, each in enumerate(params + params)
+    ]
+    columns = columns_of(rows, logits.device)
+    assert choose_tokens(logits, columns).tolist() == list(sample(logits, rows).token_ids)
 
 
 def test_both_words_of_the_key_change_all_31_bits_of_the_hash() -> None:

@@ -13,9 +13,9 @@ from kvist.plan.events import Event, SampledTokens, StepFinished
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams, SlotId
 from kvist.runner.batch_message import BatchDecoder, BatchEncoder
 from kvist.runner.inputs import sampling_rows
-from kvist.runner.slots import SlotTable
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.wire import Abort, PoolAddress, Submit
+from tests.runner.tables import small_table
 
 SAMPLING = SamplingParams(max_tokens=9, temperature=0.5, seed=2**63 - 1, stop_token_ids=(7,), num_logprobs=2)
 
@@ -61,7 +61,7 @@ def test_every_rank_decodes_the_batches_and_has_the_slots_of_a_busy_scheduler() 
     pool = PoolAddress(transport="none", location="", num_pages=70, page_bytes=1, layout="t")
     scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), pool)
     pair, events, launched, seen = Pair(), list[Event](), list[Batch](), Counter[str]()
-    tables = (SlotTable(12), SlotTable(12))
+    tables = (small_table(12), small_table(12))
     for step in range(400):
         if step % 3 == 0 and step < 240:
             sampling = SamplingParams(max_tokens=dice.randrange(1, 40), min_tokens=3, stop_token_ids=(8,), seed=step)

@@ -8,28 +8,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvist.kernels.operands import PENALTIES
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner.columns import EMPTY_BATCH, BatchColumns, read_batch
-from kvist.runner.sampler import noise_key_words
-from kvist.runner.slots import SlotTable
+from kvist.runner.sampler import min_p_reach, noise_key_words
 from kvist.runner.staging import Staging
+from tests.runner.tables import small_table
 
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0)
-WARM = SamplingParams(max_tokens=9, temperature=0.5, seed=3)
-TOP_K = SamplingParams(max_tokens=9, temperature=0.5, seed=4, top_k=3)
+WARM = SamplingParams(max_tokens=9, temperature=0.5, seed=3, min_p=0.2, num_logprobs=1)
+TOP_K = SamplingParams(max_tokens=9, temperature=0.5, seed=4, top_k=3, top_p=0.25, presence_penalty=1.0)
 NUM_SLOTS, NUM_TOKENS = 8, 64
 
 
-def started(slot: int, sampling: SamplingParams = GREEDY, *, suppress_until: int = 0) -> StartRequest:
+def started(slot: int, sampling: SamplingParams = GREEDY) -> StartRequest:
     return StartRequest(
         slot=SlotId(slot),
         request_id=RequestId(f"in slot {slot}"),
         sampling=sampling,
         token_ids=(1,),
         num_prompt_tokens=1,
-        suppressed_token_ids=(2,) if suppress_until else (),
-        suppress_until=suppress_until,
     )
 
 
@@ -47,7 +46,7 @@ class Reader:
     """A slot table, and the columns of one batch after another."""
 
     def __init__(self) -> None:
-        self.table = SlotTable(NUM_SLOTS)
+        self.table = small_table(NUM_SLOTS)
         self.previous = EMPTY_BATCH
 
     def read(
@@ -64,13 +63,15 @@ def device_words(columns: BatchColumns, last_tokens: dict[int, int], *, padding:
     """Return the device inputs after the copy, with the tokens that earlier steps sampled."""
     staging = Staging(num_slots=NUM_SLOTS, num_tokens=NUM_TOKENS, device=torch.device("cpu"))
     num_tokens, num_sampled = len(columns.inputs.token_ids) + padding, len(columns.inputs.rows) + padding
-    staging._ring.next_buffer(3 * NUM_TOKENS + 5 * NUM_SLOTS)[:] = -99  # stale content of an earlier step
+    staging._ring.next_buffer(3 * NUM_TOKENS + 9 * NUM_SLOTS)[:] = -99  # stale content of an earlier step
     staging._ring.next_buffer(1), staging._ring.next_buffer(1)
     slots = torch.tensor(list(last_tokens), dtype=torch.int32)
     staging.write_sampled(torch.tensor(list(last_tokens.values())), slots)
     staging.send(columns.inputs, num_tokens, num_sampled)
     words = staging.views(num_tokens, num_sampled)
-    found = {name: getattr(words, name).tolist() for name in ("positions", "rows", "slots", "temperatures", "keys")}
+    found = {name: getattr(words, name).tolist() for name in ("positions", "rows", "slots", "flags")}
+    names = ("temperatures", "keys", "top_k", "top_p", "reach")
+    found |= {name: getattr(words.columns, name).tolist() for name in names}
     return {"token_ids": words.token_ids().tolist(), **found}
 
 
@@ -120,6 +121,10 @@ def test_device_inputs_equal_the_items_of_the_batch(
     assert found["slots"] == [slots[number] for number in sampled] + [NUM_SLOTS] * padding
     params = [drawn[number][3] for number in sampled]
     assert found["temperatures"] == [each.temperature for each in params] + zeros
+    assert found["top_k"] == [each.top_k for each in params] + zeros
+    assert found["top_p"] == pytest.approx([each.top_p for each in params] + zeros)
+    assert found["reach"] == pytest.approx([min_p_reach(each) for each in params] + zeros)
+    assert found["flags"] == [PENALTIES if each is TOP_K else 0 for each in params] + zeros
     if any(each.temperature for each in params):
         keys = noise_key_words([each.seed for each in params], [items[number].end for number in sampled])
         assert found["keys"][: len(rows)] == keys.tolist()
@@ -127,7 +132,7 @@ def test_device_inputs_equal_the_items_of_the_batch(
         (item.start, item.end, item.page_ids) for item in items
     ]
     assert columns.only_decodes is (len(tokens) == len(items) == len(sampled))
-    assert columns.is_plain is all(each is not TOP_K for each in params)
+    assert columns.persistent.wants_logprobs is any(each is WARM for each in params)
 
 
 def test_an_unchanged_batch_reuses_its_columns() -> None:
@@ -142,16 +147,10 @@ def test_a_slot_that_is_ended_and_started_in_one_batch_has_the_new_parameters() 
     reader = Reader()
     first = reader.read(decode(0, 3, 1), decode(1, 3, 1), started=(started(0, WARM), started(1)))
     again = reader.read(decode(0, 3, 1), decode(1, 4), ended=(0,), started=(started(0, TOP_K),))
-    assert (first.is_plain, again.is_plain) == (True, False)
+    found = [device_words(columns, {})["top_k"] for columns in (first, again)]
+    assert found == [[0, 0], [TOP_K.top_k, 0]]
     assert again.inputs.keys is not None
     assert again.inputs.keys[:1].tolist() == noise_key_words([TOP_K.seed], [4]).tolist()
-
-
-def test_tokens_are_suppressed_below_their_position_only() -> None:
-    reader = Reader()
-    first = reader.read(decode(0, 3, 1), started=(started(0, suppress_until=6),))  # samples the token at position 4
-    assert [reader.read(decode(0, start)).is_plain for start in (4, 5)] == [False, True]
-    assert not first.is_plain
 
 
 def test_an_item_of_a_slot_that_is_not_open_is_an_error() -> None:

@@ -21,7 +21,6 @@ from torch import Tensor
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.kernels.operands import Rotary
 from kvist.kernels.rotary import rotated_heads
-from kvist.kernels.sampling import nucleus_floor, nucleus_floor_torch
 from kvist.kv.cache import PageCache
 from kvist.models import load_model_config
 from kvist.models.load import load_model
@@ -36,7 +35,6 @@ from kvist.runner.inputs import build_inputs
 from kvist.runner.runner import AnyRunner, InFlight, begin, finish
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.wire import PoolAddress, Submit
-from tests.runner.scoring import assert_scores, plain_logprobs, score
 
 pytestmark = [
     pytest.mark.gpu,
@@ -234,27 +232,6 @@ def test_gpu_logits_are_close_to_fp32(checkpoint: Checkpoint, eager: AnyRunner) 
         assert error < 2e-2
 
 
-def test_prompts_are_scored_on_the_gpu_as_in_fp32(checkpoint: Checkpoint, graphs: AnyRunner, eager: AnyRunner) -> None:
-    exact = load_model(
-        checkpoint,
-        load_model_config(checkpoint),
-        dtype=torch.float32,
-        device=torch.device("cuda"),
-        tp=TensorParallel(),
-        load_format="dummy",
-        seed=0,
-    )
-    dice = random.Random(2)
-    prompt = [dice.randrange(2990) for _ in range(400)]
-    expected = plain_logprobs(exact, prompt, "cuda")
-    pages = list(range(200, 226))
-    for runner in (graphs, eager):
-        for parts in ([(0, 400)], [(0, 64), (64, 65), (65, 399), (399, 400)]):
-            found = score(runner, prompt, pages=pages, parts=parts)
-            assert len(found) == 399
-            assert_scores(found, expected, prompt, 0.1)
-
-
 @pytest.mark.parametrize("count", [1, 3, 8, 13, 32])
 def test_replayed_graphs_give_the_tokens_of_eager_steps(graphs: AnyRunner, eager: AnyRunner, count: int) -> None:
     requests = make_requests(count, GREEDY, seed=count)
@@ -326,15 +303,3 @@ def test_a_stop_token_noticed_one_step_late_does_not_change_other_requests(graph
     for name, tokens in first.items():
         end = tokens.index(stop) + 1 if stop in tokens else len(tokens)
         assert stopped[name][:end] == tokens[:end]
-
-
-def test_the_gpu_nucleus_floor_equals_the_torch_twin() -> None:
-    generator = torch.Generator("cuda").manual_seed(2)
-    logits = torch.randn(40, 152_064, device="cuda", generator=generator)
-    spread = torch.linspace(0.1, 12, 40, device="cuda")[:, None]
-    probabilities = (logits * spread).softmax(dim=-1)
-    top_p = torch.linspace(0.01, 0.999, 40, device="cuda")[:, None]
-    found, expected = nucleus_floor(probabilities, top_p), nucleus_floor_torch(probabilities, top_p)
-    kept, wanted = ((probabilities >= floor).sum(dim=-1) for floor in (found, expected))
-    assert ((kept - wanted).abs() <= 1 + wanted // 1000).all()  # sums in a different order
-    assert (kept > 0).all()

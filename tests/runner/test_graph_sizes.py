@@ -13,6 +13,7 @@ from kvist.models import ModelConfig
 from kvist.runner.build import COLLECTIVES_BYTES, gpu_reserve_bytes
 from kvist.runner.config import RunnerConfig, RunnerLimits
 from kvist.runner.graph_sizes import MAX_MIXED_TOKENS, decode_sizes, graphs_bytes, mixed_sizes
+from kvist.runner.shaping import table_sizes
 
 
 @given(st.integers(1, 20_000))
@@ -76,23 +77,27 @@ def reserve(**changes: object) -> int:
     return gpu_reserve_bytes(QWEN2_7B, dataclasses.replace(config, **changes), 132)  # type: ignore[arg-type]
 
 
+SLOTS = table_sizes(256, vocab_size=152_064, context_len=32_768).num_bytes
+LOGITS = 256 * (152_064 * 4 + 64 * 1024)  # and what sampling makes of them
+
+
 def test_memory_is_reserved_for_graphs_and_buffers_made_after_the_pool() -> None:
     num_graphs = len(decode_sizes(256)) + len(mixed_sizes(2048))
-    assert reserve() == 256 * MIB + num_graphs * 16 * MIB + 256 * 152_064 * 4
+    assert reserve() == 256 * MIB + num_graphs * 16 * MIB + LOGITS + SLOTS
     assert reserve(tp=2) == reserve() + COLLECTIVES_BYTES
 
 
 def test_no_memory_is_reserved_for_graphs_when_none_is_captured() -> None:
-    assert reserve(uses_graphs=False) == reserve(attention_backend="torch") == 0
-    assert reserve(uses_graphs=False, attention_backend="torch", tp=2) == COLLECTIVES_BYTES
+    assert reserve(uses_graphs=False) == reserve(attention_backend="torch") == SLOTS < 256 * 350 * 1024
+    assert reserve(uses_graphs=False, attention_backend="torch", tp=2) == COLLECTIVES_BYTES + SLOTS
 
 
 def test_flashinfer_reserves_workspaces_and_no_graphs_of_mixed_steps() -> None:
-    eager = workspace_bytes(28, 4, 128, 132) + 8 * MIB
+    eager = workspace_bytes(28, 4, 128, 132) + 8 * MIB + SLOTS
     assert reserve(attention_backend="flashinfer", uses_graphs=False) == eager
     num_decodes = len(decode_sizes(256))
-    graphs = 256 * MIB + num_decodes * 16 * MIB + 256 * 152_064 * 4
+    graphs = 256 * MIB + num_decodes * 16 * MIB + LOGITS
     planners = workspace_bytes(28, 4, 128, 132, 256) + num_decodes * MIB
     assert reserve(attention_backend="flashinfer") == eager + graphs + planners
-    two_ranks = workspace_bytes(14, 2, 128, 132) + 8 * MIB + COLLECTIVES_BYTES
+    two_ranks = workspace_bytes(14, 2, 128, 132) + 8 * MIB + COLLECTIVES_BYTES + SLOTS
     assert reserve(attention_backend="flashinfer", uses_graphs=False, tp=2) == two_ranks

@@ -16,9 +16,9 @@ from kvist.request import SampledToken, SamplingParams
 from kvist.runner.sampler import SamplingRow, noise_keys, sample
 
 
-def row(position: int = 0, *, suppressed: tuple[int, ...] = (), **params: object) -> SamplingRow:
+def row(position: int = 0, **params: object) -> SamplingRow:
     sampling = SamplingParams(max_tokens=1, **params)  # type: ignore[arg-type]
-    return SamplingRow(params=sampling, position=position, suppressed_token_ids=suppressed)
+    return SamplingRow(params=sampling, position=position)
 
 
 def random_logits(num_rows: int, vocab_size: int, seed: int = 0, spread: float = 2.0) -> Tensor:
@@ -158,7 +158,7 @@ def mixed_rows() -> list[SamplingRow]:
         row(11, seed=3, top_p=0.9, temperature=4.0),  # a nucleus wider than the first top-k
         row(12, seed=3, min_p=0.1),
         row(13, seed=4, top_k=50, top_p=0.6, min_p=0.02),
-        row(14, temperature=0.0, suppressed=(0, 1, 2)),
+        row(14, seed=6, top_k=50, top_p=0.9, temperature=4.0),
         row(15, seed=9, num_logprobs=3),
     ]
 
@@ -183,19 +183,9 @@ def test_seed_and_position_both_change_the_sampled_token() -> None:
 def test_greedy_sampling_is_argmax_and_does_not_change_the_logits() -> None:
     logits = random_logits(4, 100)
     before = logits.clone()
-    rows = [row(temperature=0.0), row(temperature=0.0, suppressed=(5,)), row(seed=1), row(seed=1, top_p=0.5)]
+    rows = [row(temperature=0.0), row(temperature=0.0), row(seed=1), row(seed=1, top_p=0.5)]
     assert tokens(sample(logits, rows))[0] == int(logits[0].argmax())
     assert torch.equal(logits, before)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1.0])
-def test_a_suppressed_token_is_never_sampled(temperature: float) -> None:
-    logits = torch.zeros(1, 10)
-    logits[0, 4] = 50.0
-    (token,) = sample(logits, [row(temperature=temperature, suppressed=(4, 99_999, -1), num_logprobs=1)])
-    assert token.token_id != 4
-    assert token.logprobs is not None
-    assert token.logprobs.top_token_ids == (4,)  # logprobs are of the unmodified distribution
 
 
 def test_logprobs_are_of_the_unmodified_distribution_in_the_requested_number() -> None:

@@ -15,7 +15,7 @@ from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.plan.events import Event, SampledTokens, StepFinished
 from kvist.plan.slots import OpenSlots
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams, SlotId
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams, SlotId, needs_known_token
 from kvist.runner.batch_message import BatchDecoder
 from kvist.runner.inputs import sampling_rows
 from kvist.runner.leader import LeadingRunner
@@ -70,7 +70,9 @@ class Ranks:
         )
         cache = PageCache(num_pages=NUM_PAGES, page_size=PAGE_SIZE, namespace="t")
         pool = PoolAddress(transport="none", location="", num_pages=NUM_PAGES, page_bytes=1, layout="t")
-        scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), pool)
+        scheduler = build_scheduler(
+            Role.UNIFIED, config, cache, EpochId("e"), pool, needs_known_token=needs_known_token
+        )
         events: list[Event] = [Submit(request=request, mode=Mode.FULL) for request in requests]
         streams: dict[str, list[int]] = {request.request_id: [] for request in requests}
         in_flight: deque[tuple[Batch, InFlight]] = deque()
@@ -128,6 +130,10 @@ PARAMS = st.builds(
             {"temperature": 0.9, "seed": 5},
             {"temperature": 2.0, "seed": 6, "top_k": 5},
             {"temperature": 0.9, "seed": 7, "top_p": 0.8, "num_logprobs": 1},
+            {"temperature": 0.0, "frequency_penalty": 1.0, "presence_penalty": 0.5, "repetition_penalty": 1.5},
+            {"temperature": 0.9, "allowed_token_ids": tuple(range(0, 211, 5)), "logit_bias": ((5, 3.0), (6, 9.0))},
+            {"temperature": 0.0, "logit_bias": ((3, 9.0), (4, 8.0)), "bad_words": ((3, 4), (3, 3), (9,))},
+            {"temperature": 0.0, "logit_bias": ((3, 9.0), (4, 8.0)), "bad_words": ((3,) * 9, (3, 4), (3, 3))},
         ]
     ),
     max_tokens=st.integers(1, 14),

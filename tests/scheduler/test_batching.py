@@ -6,7 +6,6 @@ import re
 
 import pytest
 from fake_device import EOS, reference_stream
-from msgspec.structs import replace
 from scheduler_sim import SimEngine, World, make_request, small_config
 
 from kvist.errors import ConfigError
@@ -250,27 +249,6 @@ def test_each_role_refuses_the_modes_it_does_not_serve(request_: object, mode: M
     (ended,) = step(engine, Submit(request=request_, mode=mode)).ended
     assert (ended.outcome, ended.error_code) == (Outcome.FAILED, "invalid_request")
     assert not engine.scheduler.has_work()
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"frequency_penalty": 0.5},
-        {"presence_penalty": -1.0},
-        {"repetition_penalty": 1.2},
-        {"logit_bias": ((3, 1.0),)},
-        {"allowed_token_ids": (3,)},
-        {"bad_words": ((3, 4),)},
-    ],
-    ids=str,
-)
-def test_the_entry_refuses_a_field_that_the_runner_does_not_carry_out(field: dict[str, object]) -> None:
-    engine = unified()
-    request = make_request("a", [1])
-    asked = replace(request, sampling=replace(request.sampling, **field))
-    (ended,) = step(engine, Submit(request=asked, mode=Mode.FULL)).ended
-    assert (ended.outcome, ended.error_code) == (Outcome.FAILED, "invalid_request")
-    assert next(iter(field)) in ended.message
 
 
 def test_a_prefill_worker_answers_a_whole_request_of_one_token() -> None:

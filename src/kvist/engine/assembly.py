@@ -40,7 +40,7 @@ from kvist.memory.runtime_dir import allocation_lock, remove_leftovers
 from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.models import ModelConfig, load_model_config
 from kvist.plan.batch import Batch, BatchItem, StartRequest
-from kvist.request import EpochId, RequestId, SamplingParams, SlotId, WorkerId
+from kvist.request import EpochId, RequestId, SamplingParams, SlotId, WorkerId, needs_known_token
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerLimits, RunnerOptions
 from kvist.runner.resolve import device_type
@@ -265,7 +265,9 @@ def _assemble(
         )
         parts = LoopParts(
             spec=spec,
-            scheduler=build_scheduler(endpoint.role, scheduler_config, cache, member.epoch, pool.address),
+            scheduler=build_scheduler(
+                endpoint.role, scheduler_config, cache, member.epoch, pool.address, needs_known_token=needs_known_token
+            ),
             runner=runner,
             channel=channel,
             transport=transport,

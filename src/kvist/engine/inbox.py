@@ -19,7 +19,7 @@ from kvist.channel.engine import Inbound
 from kvist.engine.gateways import MAX_GATEWAYS, ConnectedGateway, Gateways
 from kvist.errors import HandoffFailed, KvistError, Overloaded, RequestError, Unavailable
 from kvist.plan.events import Event
-from kvist.request import EngineRequest, Outcome, RequestId, SamplingParams
+from kvist.request import MAX_BAD_WORDS, MAX_LOGIT_BIAS, EngineRequest, Outcome, RequestId, SamplingParams
 from kvist.scheduler.budget import MAX_STEP_LOGPROBS, num_logprobs_of
 
 MAX_OPEN_FLUSHES = 1024
@@ -142,9 +142,10 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
     if len(request.request_id) > MAX_REQUEST_ID_CHARS:
         return f"the request id has {len(request.request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
     num_logprobs, prompt_logprobs = sampling.num_logprobs, sampling.prompt_logprobs
+    shortest = min(map(len, sampling.bad_words), default=1)
     for name, value, allowed in (
         ("temperature", sampling.temperature, math.isfinite(sampling.temperature) and sampling.temperature >= 0),
-        ("top_k", sampling.top_k, sampling.top_k >= 0),
+        ("top_k", sampling.top_k, 0 <= sampling.top_k < 2**31),
         ("top_p", sampling.top_p, 0 <= sampling.top_p <= 1),
         ("min_p", sampling.min_p, 0 <= sampling.min_p <= 1),
         ("seed", sampling.seed, 0 <= sampling.seed <= _MAX_SEED),
@@ -154,6 +155,12 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
         ("prompt_logprobs", prompt_logprobs, prompt_logprobs is None or 0 <= prompt_logprobs <= vocab_size),
         ("prompt_logprobs_start", sampling.prompt_logprobs_start, sampling.prompt_logprobs_start >= 0),
         ("logprobs of a token", num_logprobs_of(sampling), num_logprobs_of(sampling) <= MAX_STEP_LOGPROBS),
+        ("frequency_penalty", sampling.frequency_penalty, math.isfinite(sampling.frequency_penalty)),
+        ("presence_penalty", sampling.presence_penalty, math.isfinite(sampling.presence_penalty)),
+        ("repetition_penalty", sampling.repetition_penalty, 0 < sampling.repetition_penalty < math.inf),
+        ("the length of logit_bias", len(sampling.logit_bias), len(sampling.logit_bias) <= MAX_LOGIT_BIAS),
+        ("the number of bad_words", len(sampling.bad_words), len(sampling.bad_words) <= MAX_BAD_WORDS),
+        ("the shortest of bad_words", shortest, shortest > 0),
     ):
         if not allowed:
             return f"{name} is {value}, which a gateway must not send: run the same version of Kvist everywhere"

@@ -9,6 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvist.kernels.operands import SamplingColumns, ShapedRows
+from kvist.kernels.shaping import record_tokens_torch, shape_logits_torch
+from kvist.kernels.truncation import truncation_floors_torch
+
+_NEG_INF = float("-inf")
 NO_TOKEN = -1  # the result for a row whose logits have NaN or an infinite maximum
 
 
@@ -42,56 +47,38 @@ def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
     return noise
 
 
-def choose_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
-    """Return [num_rows] int64: for each row the token with the largest logit / temperature + noise, the first of
-    equals. NO_TOKEN for a row with NaN or an infinite maximum, so that the caller need not inspect the logits.
+def choose_tokens(logits: Tensor, columns: SamplingColumns, shaped: ShapedRows | None = None) -> Tensor:
+    """Return [num_rows] int64: for each row the token with the largest logit / temperature + noise among the tokens
+    that truncation keeps, the first of equals. NO_TOKEN for a row with NaN, an infinite maximum or no possible token,
+    so that the caller need not inspect the logits.
 
-    logits [num_rows, vocab_size] fp32 or bf16, -inf is never sampled; temperatures [num_rows] fp32, 0 is greedy;
-    keys [num_rows, 2] int32, not read for greedy rows. Needs no host: it may be captured into a graph.
+    logits [num_rows, vocab_size] fp32 or bf16, -inf is never sampled. With `shaped`, the logits are shaped before, in
+    place, and the tokens are recorded in the tables. Needs no host: it may be captured into a graph.
     """
     if not logits.is_cuda:
-        return choose_tokens_torch(logits, temperatures, keys)
+        return choose_tokens_torch(logits, columns, shaped)
     from kvist.kernels.gpu import sampling
 
-    return sampling.choose_tokens(logits, temperatures, keys)
+    return sampling.choose_tokens(logits, columns, shaped)
 
 
-def choose_tokens_torch(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
-    logits = logits.float()
+def choose_tokens_torch(logits: Tensor, columns: SamplingColumns, shaped: ShapedRows | None = None) -> Tensor:
+    if shaped is not None:
+        logits.copy_(shape_logits_torch(logits, shaped))
+    values = logits.float()
     # Shift the likeliest token to 0, so that a tiny temperature does not overflow.
-    shifted = logits - logits.amax(dim=-1, keepdim=True)
-    greedy = temperatures[:, None] == 0
-    scaled = shifted / torch.where(greedy, 1.0, temperatures[:, None])
+    shifted = values - values.amax(dim=-1, keepdim=True)
+    greedy = columns.temperatures[:, None] == 0
+    scaled = shifted / torch.where(greedy, 1.0, columns.temperatures[:, None])
+    scaled = scaled.masked_fill(shifted < truncation_floors_torch(shifted, columns), _NEG_INF)
     token_ids = torch.arange(logits.shape[1], device=logits.device)[None, :]
-    chosen = torch.where(greedy, shifted, scaled + gumbel_noise(keys, token_ids)).argmax(dim=-1)
-    return without_broken_rows(chosen, logits)
+    chosen = torch.where(greedy, shifted, scaled + gumbel_noise(columns.keys, token_ids)).argmax(dim=-1)
+    chosen = without_broken_rows(chosen, values)
+    if shaped is not None:
+        record_tokens_torch(chosen, shaped)
+    return chosen
 
 
 def without_broken_rows(chosen: Tensor, logits: Tensor) -> Tensor:
     """Return `chosen` [num_rows], with NO_TOKEN where the row of `logits` has NaN or an infinite maximum."""
     return chosen.masked_fill(~logits.amax(dim=-1).isfinite(), NO_TOKEN)  # amax keeps NaN
-
-
-def nucleus_floor(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    """Return [num_rows, 1]: the probability of the least likely token in each row's nucleus, the fewest tokens whose
-    probabilities sum to at least `top_p`.
-
-    probabilities [num_rows, vocab_size] fp32, contiguous; top_p [num_rows, 1] fp32; 1 keeps all tokens. Bisection over
-    the bit patterns, which are ordered for non-negative floats: a few dozen sums instead of a sort of all values.
-    """
-    if not probabilities.is_cuda:
-        return nucleus_floor_torch(probabilities, top_p)
-    from kvist.kernels.gpu import sampling
-
-    return sampling.nucleus_floor(probabilities, top_p)
-
-
-def nucleus_floor_torch(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    # Invariant: the tokens at or above `low` sum to at least top_p, the tokens at or above `high` to less.
-    low = torch.zeros_like(top_p, dtype=torch.int32)
-    high = (probabilities.amax(dim=-1, keepdim=True)).view(torch.int32) + 1
-    for _ in range(30):
-        middle = low + (high - low) // 2
-        reached = probabilities.where(probabilities >= middle.view(torch.float32), 0).sum(dim=-1, keepdim=True) >= top_p
-        low, high = torch.where(reached, middle, low), torch.where(reached, high, middle)
-    return low.view(torch.float32)

@@ -1,6 +1,7 @@
 """A batch as rank 0 sends it to the other ranks: the parts that they do not know yet.
 
-Requests that start are sent in full, but without the tokens, which follow with the chunks. Most items continue an item
+Requests that start are sent in full, but without the tokens, which follow with the chunks, unless the choice of further
+tokens depends on them (penalties). Most items continue an item
 of an earlier step: one more token, perhaps one more page. Both ends remember the page list of every open slot, so a
 message carries only the new pages. 256 decodes take about 1.5 kB.
 
@@ -68,7 +69,7 @@ class BatchEncoder:
         message = BatchMessage(
             batch.step_id,
             batch.ended,
-            [msgspec.structs.replace(start, token_ids=()) for start in batch.started],
+            [_to_send(start) for start in batch.started],
             [item.slot for item in items],
             [item.start for item in items],
             [item.token_ids for item in items],
@@ -81,6 +82,10 @@ class BatchEncoder:
             ],
         )
         return self._encoder.encode(message)
+
+
+def _to_send(start: StartRequest) -> StartRequest:
+    return start if start.sampling.needs_history else msgspec.structs.replace(start, token_ids=())
 
 
 class BatchDecoder:

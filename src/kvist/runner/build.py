@@ -19,6 +19,7 @@ from kvist.attention import attention_kind, build_attention
 from kvist.attention.backend import AttentionBackend, AttentionSizes, Captures
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
+from kvist.kernels.shaping import TableSizes
 from kvist.kv.layout import PageLayout
 from kvist.memory.device_pool import DTYPES, DevicePool, PoolSize, RankPool, Room, available_host_bytes, plan_pool_size
 from kvist.memory.runtime_dir import allocation_lock, free_bytes
@@ -32,6 +33,8 @@ from kvist.runner.graph_sizes import decode_sizes, graphs_bytes
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.resolve import rank_device, resolve_runner
 from kvist.runner.runner import AnyRunner, Runner
+from kvist.runner.shaping import table_sizes
+from kvist.runner.slots import SlotTable
 from kvist.runner.tp import FollowerProcesses, Rendezvous, new_rendezvous_path
 from kvist.wire import PoolAddress
 
@@ -140,18 +143,31 @@ def build_rank(
     if rendezvous is not None:
         rendezvous.put("pool", pool.address.location)
         rendezvous.barrier("loaded")
+    table = SlotTable(slot_table_sizes(model_config, config), device)
     if device.type != "cuda":
         return Runner(
             model=model,
             pool=pool,
             attention=attention,
-            num_slots=config.limits.max_running_requests,
+            table=table,
             pool_reason=pool_reason,
         )
     if rendezvous is not None and spec.rank == 0:
         others = [_pool_of(rank, rendezvous, model_config, config) for rank in range(1, config.tp)]
         pool.join_ranks(model_config.num_kv_heads, others)
-    return _on_gpu(model, pool, attention, config, pool_reason)
+    return _on_gpu(model, pool, attention, table, config, pool_reason)
+
+
+def slot_table_sizes(model_config: ModelConfig, config: RunnerConfig) -> TableSizes:
+    return table_sizes(
+        config.limits.max_running_requests,
+        vocab_size=model_config.vocab_size,
+        context_len=_context_len(model_config, config),
+    )
+
+
+def _context_len(model_config: ModelConfig, config: RunnerConfig) -> int:
+    return config.limits.context_length or model_config.max_position_embeddings
 
 
 def _pool_of(rank: int, rendezvous: Rendezvous, model_config: ModelConfig, config: RunnerConfig) -> RankPool:
@@ -160,14 +176,17 @@ def _pool_of(rank: int, rendezvous: Rendezvous, model_config: ModelConfig, confi
 
 
 def _on_gpu(
-    model: CausalLM, pool: DevicePool, attention: AttentionBackend, config: RunnerConfig, pool_reason: str
+    model: CausalLM,
+    pool: DevicePool,
+    attention: AttentionBackend,
+    table: SlotTable,
+    config: RunnerConfig,
+    pool_reason: str,
 ) -> AnyRunner:
     from kvist.runner.cuda_runner import CudaRunner, StepLimits
 
     torch.cuda.empty_cache()  # temporary buffers of the loading
-    context_len = min(
-        config.limits.context_length or model.config.max_position_embeddings, pool.num_pages * config.page_size
-    )
+    context_len = min(_context_len(model.config, config), pool.num_pages * config.page_size)
     limits = StepLimits(
         max_requests=config.limits.max_running_requests,
         max_tokens=config.limits.max_batch_tokens,
@@ -178,6 +197,7 @@ def _on_gpu(
         pool=pool,
         attention=attention,
         limits=limits,
+        table=table,
         use_graphs=config.uses_graphs,
         pool_reason=pool_reason,
     )
@@ -209,6 +229,7 @@ def gpu_reserve_bytes(model_config: ModelConfig, config: RunnerConfig, num_sms: 
     """Return the device memory that a rank needs for graphs, buffers and collectives, all made after the pool."""
     num_bytes = COLLECTIVES_BYTES if config.tp > 1 else 0
     num_rows = config.limits.max_running_requests
+    num_bytes += slot_table_sizes(model_config, config).num_bytes
     kind = attention_kind(config.attention_backend, config.attention_options)
     captures = kind.captures if config.uses_graphs else Captures.NOTHING
     if captures is not Captures.NOTHING:

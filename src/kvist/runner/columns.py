@@ -13,13 +13,15 @@ from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from kvist.attention.backend import SpanColumns
 from kvist.plan.batch import Batch
 from kvist.request import SlotId
 from kvist.runner.sampler import key_words_at
+from kvist.runner.shaping import table_sizes
 from kvist.runner.slots import SlotTable
-from kvist.runner.staging import HostInputs
+from kvist.runner.staging import PARAMETERS, HostInputs
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
@@ -36,10 +38,9 @@ class PersistentBatch:
     ones: Int32s
     sampled: Int64s  # [R] the numbers of the items that get a token
     sampled_slots: Int64s  # [R]
-    temperatures: npt.NDArray[np.float32]  # [R]
+    parameters: Int32s  # [len(PARAMETERS), R]: the bits of each parameter
     hashed_seeds: npt.NDArray[np.uint64] | None  # [R]; None: all greedy
-    suppress_until: Int32s | None  # [R] tokens are suppressed below this position; None: for no item
-    is_plain: bool  # no sampling parameters but temperature and seed
+    wants_logprobs: bool
 
     @classmethod
     def of(cls, slots: list[SlotId], samples: list[bool], table: SlotTable) -> PersistentBatch:
@@ -49,7 +50,13 @@ class PersistentBatch:
         sampled = np.flatnonzero(np.array(samples, dtype=np.bool_))
         sampled_slots = slot_column[sampled]
         params = table.sampling
-        temperatures, suppress_until = params.temperatures[sampled_slots], params.suppress_until[sampled_slots]
+        by_name = {
+            "temperatures": params.temperatures.view(np.int32),
+            "top_k": params.top_k,
+            "top_p": params.top_p.view(np.int32),
+            "reach": params.reach.view(np.int32),
+            "flags": table.shaping.flags,
+        }
         return cls(
             slots=slots,
             samples=samples,
@@ -58,10 +65,9 @@ class PersistentBatch:
             ones=np.ones(len(slots), dtype=np.int32),
             sampled=sampled,
             sampled_slots=sampled_slots,
-            temperatures=temperatures,
-            hashed_seeds=params.hashed_seeds[sampled_slots] if temperatures.any() else None,
-            suppress_until=suppress_until if suppress_until.any() else None,
-            is_plain=bool(params.is_plain[sampled_slots].all()),
+            parameters=np.stack([by_name[name][sampled_slots] for name in PARAMETERS]),
+            hashed_seeds=params.hashed_seeds[sampled_slots] if params.temperatures[sampled_slots].any() else None,
+            wants_logprobs=bool(params.wants_logprobs[sampled_slots].any()),
         )
 
     @property
@@ -69,7 +75,8 @@ class PersistentBatch:
         return len(self.sampled) == len(self.numbers)
 
 
-EMPTY_BATCH = PersistentBatch.of([], [], SlotTable(0))
+_NO_SLOTS = SlotTable(table_sizes(0, vocab_size=0, context_len=0), torch.device("cpu"))
+EMPTY_BATCH = PersistentBatch.of([], [], _NO_SLOTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +84,6 @@ class BatchColumns:
     persistent: PersistentBatch
     inputs: HostInputs
     spans: SpanColumns
-    is_plain: bool  # every token is chosen by temperature and noise alone
     only_decodes: bool  # every request computes one token and samples one
 
 
@@ -112,15 +118,13 @@ def read_batch(batch: Batch, previous: PersistentBatch, table: SlotTable) -> Bat
         positions=positions,
         rows=last_rows[persistent.sampled],
         slots=persistent.sampled_slots,
-        temperatures=persistent.temperatures,
+        parameters=persistent.parameters,
         keys=keys,
     )
-    suppresses = persistent.suppress_until is not None and bool((ends < persistent.suppress_until).any())
     return BatchColumns(
         persistent=persistent,
         inputs=inputs,
         spans=spans,
-        is_plain=persistent.is_plain and not suppresses,
         only_decodes=spans.counts is persistent.ones and persistent.all_sampled,
     )
 

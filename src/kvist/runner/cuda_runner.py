@@ -4,9 +4,9 @@
                                                └──► sampled tokens stay in their requests' slots for the next launch
                                                          └──one copy──► pinned memory ──event──► result()
 
-In decode steps the graph samples the tokens, too. Rows that need more than temperature (top_k, top_p, min_p, suppressed
-tokens, logprobs) are sampled again from their logits, still on the device. A step with prompt chunks runs the last
-layer's MLP and samples outside its graph: few of its rows need a token, and by then the host is ahead of the device.
+In decode steps the graph samples the tokens, too: all parameters of sampling lie in tables and columns on the device.
+Logprobs are computed after the graph. A step with prompt chunks runs the last layer's MLP and samples outside
+its graph: few of its rows need a token, and by then the host is ahead of the device.
 
 All work goes to one stream, so a page that is later given to another request is also written later.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvist.attention.backend import AttentionBackend, GraphPlan
+from kvist.kernels.operands import ShapedRows
 from kvist.kernels.sampling import choose_tokens
 from kvist.memory.device_pool import DevicePool
 from kvist.models.decoder import PartialForward
@@ -33,9 +34,9 @@ from kvist.runner.inputs import sampling_rows
 from kvist.runner.logprobs import LogprobTensors
 from kvist.runner.prompt_scores import PromptScores, ScoredRows, score_prompts
 from kvist.runner.runner import FinishedBatch, InFlight, Model
-from kvist.runner.sampler import SamplingRow, choose, compute_logprobs, sampled_tokens
+from kvist.runner.sampler import SamplingRow, compute_logprobs, sampled_tokens
 from kvist.runner.slots import SlotTable
-from kvist.runner.staging import Staging
+from kvist.runner.staging import DeviceInputs, Staging
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +72,11 @@ class CudaRunner:
         pool: DevicePool,
         attention: AttentionBackend,
         limits: StepLimits,
+        table: SlotTable,
         use_graphs: bool = True,
         pool_reason: str = "",
     ) -> None:
-        """`attention` must be bound to the pool."""
+        """`attention` must be bound to the pool; `table` has a slot for each of the most requests in a batch."""
         self.pool = pool
         self.pool_reason = pool_reason
         self.attention_name = attention.name
@@ -85,7 +87,7 @@ class CudaRunner:
             num_tokens=max(limits.max_tokens, limits.max_requests),
             device=pool.tensor.device,
         )
-        self._table = SlotTable(limits.max_requests)
+        self._table = table
         self._previous = EMPTY_BATCH  # the batch launched last
         self._decodes: StepGraphs[Tensor] | None = None
         self._mixed: StepGraphs[PartialForward] | None = None
@@ -101,10 +103,11 @@ class CudaRunner:
         if not batch.items:
             return FinishedBatch(SampledTokens(token_ids=()))
         columns = read_batch(batch, previous, self._table)
-        rows = None if columns.is_plain else sampling_rows(batch.items, self._table)
+        rows = sampling_rows(batch.items, self._table) if columns.persistent.wants_logprobs else None
         scored = ScoredRows.of(batch.items, self._table.scoring)
         try:
             with torch.inference_mode():
+                self._table.shaping.before_step(batch.items)
                 logprobs, scores = self._compute(columns, rows, scored)
                 tokens = self._staging.start_read(len(columns.inputs.rows))
                 if logprobs is not None:
@@ -145,23 +148,19 @@ class CudaRunner:
         """Return hidden [size, hidden_size]; the sampled tokens are staged."""
         hidden = self._model.finish_forward(self._begin(plan, size))
         inputs = self._staging.views(size, size)
-        chosen = choose_tokens(self._model.logits(hidden), inputs.temperatures, inputs.keys)
-        self._staging.write_sampled(chosen, inputs.slots)
+        self._choose(self._model.logits(hidden), inputs)
         return hidden
 
     def _compute(
         self, columns: BatchColumns, rows: Sequence[SamplingRow] | None, scored: ScoredRows | None
     ) -> tuple[LogprobTensors | None, PromptScores | None]:
-        """Compute a step. `rows` None: every row is sampled by temperature alone."""
+        """Compute a step. `rows` None: no row needs logprobs."""
         host, spans = columns.inputs, columns.spans
         num_tokens, num_sampled = len(host.token_ids), len(host.rows)
         if columns.only_decodes and self._decodes and (size := self._decodes.size_for(num_tokens)):
             self._staging.send(host, size, size)
             hidden = self._decodes.replay(size, spans)
-            if rows is None:
-                return None, None
-            slots = self._staging.views(size, size).slots[:num_sampled]
-            return self._choose_with_logprobs(self._model.logits(hidden[:num_sampled]), rows, slots), None
+            return None if rows is None else self._logprobs(self._model.logits(hidden[:num_sampled]), rows), None
         if self._mixed and (size := self._mixed.size_for(num_tokens)):
             self._staging.send(host, size, num_sampled)
             unfinished = self._mixed.replay(size, spans)
@@ -175,14 +174,14 @@ class CudaRunner:
             self._model.barrier(unfinished)
             return None, scores
         logits = self._model.logits(self._model.finish_forward(unfinished.select(inputs.rows)))
-        if rows is not None:
-            return self._choose_with_logprobs(logits, rows, inputs.slots), scores
-        self._staging.write_sampled(choose_tokens(logits, inputs.temperatures, inputs.keys), inputs.slots)
-        return None, scores
+        own_logits = logits if rows is None else logits.clone()
+        self._choose(own_logits, inputs)
+        return None if rows is None else self._logprobs(logits, rows), scores
 
-    def _choose_with_logprobs(
-        self, logits: Tensor, rows: Sequence[SamplingRow], slots: Tensor
-    ) -> LogprobTensors | None:
-        chosen = choose(logits, rows)
-        self._staging.write_sampled(chosen, slots)
-        return compute_logprobs(logits, rows, chosen)
+    def _choose(self, logits: Tensor, inputs: DeviceInputs) -> None:
+        """Choose a token for each row and stage the tokens. Changes `logits`."""
+        shaped = ShapedRows(tables=self._table.shaping.tables, slots=inputs.slots, flags=inputs.flags)
+        self._staging.write_sampled(choose_tokens(logits, inputs.columns, shaped), inputs.slots)
+
+    def _logprobs(self, logits: Tensor, rows: Sequence[SamplingRow]) -> LogprobTensors | None:
+        return compute_logprobs(logits, rows, self._staging.sampled(len(rows)).long())

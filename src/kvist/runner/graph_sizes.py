@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MAX_MIXED_TOKENS = 2048  # such a step takes an H200 45 ms (7B); launching a larger step kernel by kernel is not slower
+_SAMPLING_BYTES_A_ROW = 64 << 10  # bins and lists of kernels/gpu/sampling.py
 _BYTES_A_GRAPH = 16 << 20  # the driver keeps the nodes of each graph in device memory
 
 
@@ -28,5 +29,5 @@ def graphs_bytes(max_batch: int, max_tokens: int, vocab_size: int) -> int:
     """Estimate the device memory of all graphs before the model is loaded. `max_tokens`: 0 without graphs of mixed
     steps."""
     num_graphs = len(decode_sizes(max_batch)) + (len(mixed_sizes(max_tokens)) if max_tokens else 0)
-    logits_bytes = max_batch * vocab_size * 4  # fp32; the largest decode graph keeps its own logits
-    return (256 << 20) + num_graphs * _BYTES_A_GRAPH + logits_bytes
+    # the largest decode graph keeps its own logits, in fp32
+    return (256 << 20) + num_graphs * _BYTES_A_GRAPH + max_batch * (vocab_size * 4 + _SAMPLING_BYTES_A_ROW)

@@ -80,18 +80,17 @@ class FinishedBatch:
 
 class Runner:
     def __init__(
-        self, *, model: Model, pool: DevicePool, attention: AttentionBackend, num_slots: int, pool_reason: str = ""
+        self, *, model: Model, pool: DevicePool, attention: AttentionBackend, table: SlotTable, pool_reason: str = ""
     ) -> None:
-        """`attention` must be bound to the pool (on a tensor-parallel engine, to this rank's heads of the pool).
-        `num_slots`: the most requests that run at a time."""
+        """`attention` must be bound to the pool (on a tensor-parallel engine, to this rank's heads of the pool)."""
         self.pool = pool
         self.pool_reason = pool_reason
         self.attention_name = attention.name
         self._model = model
         self._attention = attention
         self._device = pool.tensor.device
-        self._table = SlotTable(num_slots)
-        self._last_tokens = np.zeros(num_slots, dtype=np.int64)  # by slot
+        self._table = table
+        self._last_tokens = np.zeros(table.num_slots, dtype=np.int64)  # by slot
         self.between_layers: Callable[[], None] | None = None  # an exception from it ends the step
 
     def launch(self, batch: Batch) -> InFlight:
@@ -109,8 +108,9 @@ class Runner:
             logits = finish(self._model, unfinished, inputs)
             if logits is None:
                 return FinishedBatch(SampledTokens(token_ids=(), prompt_logprobs=scores))
-            sampled = sample(logits, sampling_rows(batch.items, self._table))
-        slots = [item.slot for item in batch.items if item.samples]
+            slots = [item.slot for item in batch.items if item.samples]
+            self._table.shaping.before_step(batch.items)
+            sampled = sample(logits, sampling_rows(batch.items, self._table), self._table.shaping.rows(slots))
         # 0 for a request that got no token: the request fails, and results computed from the 0 are dropped
         self._last_tokens[slots] = np.maximum(sampled.token_ids, 0)
         return FinishedBatch(replace(sampled, prompt_logprobs=scores) if scores else sampled)

@@ -12,12 +12,15 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+import torch
 
+from kvist.kernels.shaping import TableSizes
 from kvist.plan.batch import Batch, StartRequest
 from kvist.plan.slots import OpenSlots
 from kvist.request import SamplingParams, SlotId
 from kvist.runner.prompt_scores import SlotScoring
-from kvist.runner.sampler import SamplingRow, hash_seeds, is_plain
+from kvist.runner.sampler import SamplingRow, hash_seeds, min_p_reach
+from kvist.runner.shaping import SlotShaping
 
 
 class SlotState(Protocol):
@@ -36,41 +39,39 @@ class SlotSampling:
     def __init__(self, num_slots: int) -> None:
         self.temperatures = np.zeros(num_slots, dtype=np.float32)
         self.hashed_seeds = np.zeros(num_slots, dtype=np.uint64)
-        self.suppress_until = np.zeros(num_slots, dtype=np.int32)  # 0: no token is suppressed
-        self.is_plain = np.zeros(num_slots, dtype=np.bool_)  # apart from suppressed tokens
+        self.top_k = np.zeros(num_slots, dtype=np.int32)
+        self.top_p = np.zeros(num_slots, dtype=np.float32)
+        self.reach = np.zeros(num_slots, dtype=np.float32)  # of min_p: `SamplingColumns`
+        self.wants_logprobs = np.zeros(num_slots, dtype=np.bool_)
         self._params: dict[SlotId, SamplingParams] = {}
-        self._suppressed_token_ids: dict[SlotId, tuple[int, ...]] = {}
 
     def open(self, start: StartRequest) -> None:
         slot, params = start.slot, start.sampling
         self.temperatures[slot] = params.temperature
         self.hashed_seeds[slot] = hash_seeds([params.seed])[0]
-        self.suppress_until[slot] = start.suppress_until
-        self.is_plain[slot] = is_plain(params)
+        self.top_k[slot] = params.top_k
+        self.top_p[slot] = params.top_p
+        self.reach[slot] = min_p_reach(params)
+        self.wants_logprobs[slot] = params.num_logprobs is not None
         self._params[slot] = params
-        self._suppressed_token_ids[slot] = start.suppressed_token_ids
 
     def close(self, slot: SlotId) -> None:
-        del self._params[slot], self._suppressed_token_ids[slot]
+        del self._params[slot]
 
     def row(self, slot: SlotId, position: int) -> SamplingRow:
         """Return the parameters of the token at `position` of the slot's request."""
-        suppresses = position < self.suppress_until[slot]
-        return SamplingRow(
-            params=self._params[slot],
-            position=position,
-            suppressed_token_ids=self._suppressed_token_ids[slot] if suppresses else (),
-        )
+        return SamplingRow(params=self._params[slot], position=position)
 
 
 class SlotTable:
     """Mutable; its one owner is the runner."""
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.sampling = SlotSampling(num_slots)
+    def __init__(self, sizes: TableSizes, device: torch.device) -> None:
+        self.num_slots = sizes.num_slots
+        self.sampling = SlotSampling(sizes.num_slots)
         self.scoring = SlotScoring()
-        self._states: tuple[SlotState, ...] = (self.sampling, self.scoring)
+        self.shaping = SlotShaping(sizes, device)
+        self._states: tuple[SlotState, ...] = (self.sampling, self.scoring, self.shaping)
         self.open = OpenSlots()
 
     def update(self, batch: Batch) -> None:

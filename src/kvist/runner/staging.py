@@ -1,6 +1,6 @@
 """Sends a step's inputs to the GPU in one copy from pinned memory, and copies the sampled tokens back.
 
-    words: token_ids T | sources T | positions T | rows R | slots R | temperatures R (fp32) | keys 2 R     all 32 bits
+    words: token_ids T | sources T | positions T | rows R | slots R | parameters 5 R | keys 2 R     all 32 bits
 
 On the device the words follow the last tokens: for each request slot, the token that was sampled last for its request.
 `sources` points into both: a token that the host knows is read from `token_ids`, any other token from the last tokens.
@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from kvist.attention.pinned import PinnedRing
+from kvist.kernels.operands import SamplingColumns
 
+PARAMETERS = ("temperatures", "top_k", "top_p", "reach", "flags")  # of a request; no step changes them
+_NUM_ROW_WORDS = 4 + len(PARAMETERS)
 _NUM_BUFFERS = 3  # two steps may be in flight
 
 
@@ -33,7 +36,7 @@ class HostInputs:
     positions: npt.NDArray[np.int32]  # [T]
     rows: npt.NDArray[np.int64]  # [R]: the rows of T for which a token is sampled
     slots: npt.NDArray[np.int64]  # [R]: the request slots of these rows
-    temperatures: npt.NDArray[np.float32]  # [R]
+    parameters: npt.NDArray[np.int32]  # [len(PARAMETERS), R]: their bits
     keys: npt.NDArray[np.int32] | None  # [R, 2]; None: all greedy
 
     def pack(self, words: npt.NDArray[np.int32], num_tokens: int, num_sampled: int, num_slots: int) -> None:
@@ -41,33 +44,34 @@ class HostInputs:
         greedy, and its slot is `num_slots`, one beyond those of requests."""
         count, sampled = len(self.token_ids), len(self.rows)
         token_ids, sources, positions = words[: 3 * num_tokens].reshape(3, num_tokens)
-        tail = words[3 * num_tokens :].reshape(5, num_sampled)
-        rows, slots, temperatures, keys = tail[0], tail[1], tail[2], tail[3:].reshape(num_sampled, 2)
+        tail = words[3 * num_tokens :].reshape(_NUM_ROW_WORDS, num_sampled)
+        rows, slots, parameters, keys = tail[0], tail[1], tail[2:-2], tail[-2:].reshape(num_sampled, 2)
         token_ids[:count] = self.token_ids
         sources[:] = np.arange(num_slots + 1, num_slots + 1 + num_tokens)
         sources[self.unknown] = self.unknown_slots
         positions[:count] = self.positions
         rows[:sampled] = self.rows
         slots[:sampled] = self.slots
-        temperatures[:sampled] = self.temperatures.view(np.int32)
+        parameters[:, :sampled] = self.parameters
         if self.keys is not None:
             keys[:sampled] = self.keys
-        for column, used in ((token_ids, count), (positions, count), (rows, sampled), (temperatures, sampled)):
+        for column, used in ((token_ids, count), (positions, count), (rows, sampled)):
             column[used:] = 0
+        parameters[:, sampled:] = 0
         slots[sampled:] = num_slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceInputs:
-    """A step's inputs on the device, as views; int32 except the temperatures."""
+    """A step's inputs on the device, as views; int32 except `columns`."""
 
     known: Tensor  # last tokens and token_ids; `sources` points into it
     sources: Tensor  # [T]
     positions: Tensor  # [T]
     rows: Tensor  # [R]
     slots: Tensor  # [R]
-    temperatures: Tensor  # [R] fp32
-    keys: Tensor  # [R, 2]
+    flags: Tensor  # [R], of `ShapedRows`
+    columns: SamplingColumns
 
     def token_ids(self) -> Tensor:
         """Return [T]; last tokens are read in stream order. A row that got no token (NO_TOKEN) counts as token 0: its
@@ -84,7 +88,7 @@ class Staging:
         self.num_slots = num_slots
         self.num_tokens = num_tokens
         self._first_word = num_slots + 1  # the last tokens come first: one per slot, and one for padding rows
-        num_words = 3 * num_tokens + 5 * num_slots
+        num_words = 3 * num_tokens + _NUM_ROW_WORDS * num_slots
         self._device = torch.zeros(self._first_word + num_words, dtype=torch.int32, device=device)
         self._sampled = torch.zeros(num_slots, dtype=torch.int32, device=device)  # by the newest step, in its order
         self._ring = PinnedRing(device, num_words)
@@ -96,22 +100,30 @@ class Staging:
         """Return the views of a step with these numbers of tokens and rows; equal numbers give equal addresses."""
         words = self._device[self._first_word :]
         t, r = num_tokens, num_sampled
-        tail = 3 * t
+        keys = 3 * t + (_NUM_ROW_WORDS - 2) * r
+        rows, slots, *parameters = words[3 * t : keys].view(_NUM_ROW_WORDS - 2, r)
+        by_name = dict(zip(PARAMETERS, parameters, strict=True))
         return DeviceInputs(
             known=self._device[: self._first_word + t],
             sources=words[t : 2 * t],
-            positions=words[2 * t : tail],
-            rows=words[tail : tail + r],
-            slots=words[tail + r : tail + 2 * r],
-            temperatures=words[tail + 2 * r : tail + 3 * r].view(torch.float32),
-            keys=words[tail + 3 * r : tail + 5 * r].view(r, 2),
+            positions=words[2 * t : 3 * t],
+            rows=rows,
+            slots=slots,
+            flags=by_name["flags"],
+            columns=SamplingColumns(
+                temperatures=by_name["temperatures"].view(torch.float32),
+                keys=words[keys : keys + 2 * r].view(r, 2),
+                top_k=by_name["top_k"],
+                top_p=by_name["top_p"].view(torch.float32),
+                reach=by_name["reach"].view(torch.float32),
+            ),
         )
 
     def send(self, host: HostInputs, num_tokens: int, num_sampled: int) -> None:
         """Fill the views of (num_tokens, num_sampled). Rows beyond those of `host` are padding."""
         assert len(host.token_ids) <= num_tokens <= self.num_tokens, "the batch is above the token budget"
         assert len(host.rows) <= num_sampled <= self.num_slots, "the batch has too many requests"
-        num_words = 3 * num_tokens + 5 * num_sampled
+        num_words = 3 * num_tokens + _NUM_ROW_WORDS * num_sampled
         host.pack(self._ring.next_buffer(num_words), num_tokens, num_sampled, self.num_slots)
         self._ring.send(self._device[self._first_word : self._first_word + num_words])
 
@@ -121,6 +133,10 @@ class Staging:
         sampled = self._sampled[: chosen.shape[0]]
         sampled.copy_(chosen)
         self._device.index_copy_(0, slots.long(), sampled)
+
+    def sampled(self, num_sampled: int) -> Tensor:
+        """Return the tokens of the newest step, [num_sampled] int32 on the device."""
+        return self._sampled[:num_sampled]
 
     def start_read(self, num_sampled: int) -> Tensor:
         """Start the copy of the sampled tokens; return [num_sampled] int32 on the host. The values are valid once the

@@ -20,15 +20,6 @@ Refusal = tuple[str, str]  # error code, message
 TokenRule = Callable[[SamplingParams], bool]  # whether a request's last token must be known before it is planned
 
 _WITHOUT_PAGES = (RequestState.WAITING, RequestState.FETCHING, RequestState.AWAITING_LOAD)
-# Fields of SamplingParams that the runner does not carry out yet, with the values that ask for nothing.
-_UNSUPPORTED = {
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "logit_bias": (),
-    "allowed_token_ids": (),
-    "bad_words": (),
-}
 
 _WRONG_MODE = {
     Role.UNIFIED: "does not take over pages. Send decode requests to a decode worker",
@@ -56,9 +47,6 @@ def find_refusal(
         return "invalid_request", "the prompt is empty"
     if request.output_token_ids and len(request.output_token_ids) >= request.sampling.max_tokens:
         return "invalid_request", "nothing is left to generate: output_token_ids has max_tokens tokens already"
-    unsupported = _find_unsupported(request.sampling)
-    if unsupported is not None:
-        return "invalid_request", f"this worker does not support {unsupported}: leave it out"
     if _allows_no_token(request.sampling, eos_token_ids):
         reason = "each of them ends the answer, and `min_tokens` excludes them at first"
         return "invalid_request", f"`allowed_token_ids` leaves no token: {reason}. Lower `min_tokens`"
@@ -67,10 +55,6 @@ def find_refusal(
         limit = limit_text(context_len, cache.num_pages, cache.page_size)
         return "context_length_exceeded", f"the request needs {num_tokens} tokens; this worker holds {limit}"
     return None
-
-
-def _find_unsupported(sampling: SamplingParams) -> str | None:
-    return next((name for name, off in _UNSUPPORTED.items() if getattr(sampling, name) != off), None)
 
 
 def _allows_no_token(sampling: SamplingParams, eos_token_ids: Sequence[int]) -> bool:

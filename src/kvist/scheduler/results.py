@@ -22,8 +22,9 @@ from kvist.scheduler.states import Requests
 from kvist.wire import TokenChunk
 
 _INVALID_LOGITS = (
-    "the model's output for this request is not a number (NaN or infinity). If other requests fail in the same way, "
-    "the weights or the device are damaged: check the model's files"
+    "no token can be chosen: the model's output for this request is not a number (NaN or infinity), or its "
+    "`allowed_token_ids`, `bad_words` and `min_tokens` leave no token. If requests without these fields fail in the "
+    "same way, the weights or the device are damaged: check the model's files"
 )
 
 

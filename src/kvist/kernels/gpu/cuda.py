@@ -123,11 +123,11 @@ class CudaKernel:
         _check(_driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self._function, ctypes.byref(config)))
         return count.value
 
-    def launch(self, num_programs: int, arguments: Sequence[ctypes._CData]) -> None:
-        """Launch with a programmatic dependency on the previous kernel (kernels/gpu/launch.py)."""
+    def launch(self, num_programs: int, arguments: Sequence[ctypes._CData], *, dependent: bool = True) -> None:
+        """Launch the kernel; `dependent`: with a programmatic dependency on the previous kernel (launch.py)."""
         attribute = _LaunchAttribute(id=_PROGRAMMATIC_SERIALIZATION)
         attribute.value[0] = 1
-        config = self._config(num_programs, attribute)
+        config = self._config(num_programs, attribute if dependent else None)
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, addresses, None))
 

@@ -1,159 +1,134 @@
-"""Sampling in three small kernels over blocks of the vocabulary: the row's maximum, the noisy argmax of each block
-against that maximum, and the best block. The hash equals the hash in kernels/sampling.py, bit for bit. The maximum of a
-block with NaN is NaN, so the last kernel finds invalid rows.
+"""Chooses tokens in two or three passes over the logits, each split over many programs a row:
+
+    find the largest of each group ─► rows that truncate: fill bins, ─► best score of each group, ─► best token
+    of logits, and shape them         find cuts                         list the tokens at the cuts   of each row
+    (shaping.py)                      (truncation.py)
+
+The best token of a group is found without a logarithm for each token: the bits of a random number give an upper bound
+of its noise, and few bounds exceed the best exact score. The hash equals the hash in kernels/sampling.py, bit for bit.
 """
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
+from pathlib import Path
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from kvist.kernels.gpu.launch import has_dependent_launch, wait_for_inputs
+from kvist.kernels.gpu.cuda import CudaKernel, compile_cubin
+from kvist.kernels.gpu.launch import has_dependent_launch
+from kvist.kernels.gpu.shaping import GROUP, shape_and_find_maxima
+from kvist.kernels.gpu.truncation import BINS, FIRST_BIN, MAX_LISTED, SHIFT, WEIGHT_BITS, Cuts, find_cuts, find_highest
+from kvist.kernels.operands import PENALTIES, WORDS, SamplingColumns, ShapedRows
 
-_BLOCK = 2048
+_CHUNK, _THREADS = 16_384, 256  # logits and threads of a program
 _NOISE_SPAN = 25.5  # the noise is in [-2.9, 22.2]
+_CONSTANTS = {
+    "CHUNK": _CHUNK, "GROUP": GROUP, "THREADS": _THREADS, "SPAN": f"{_NOISE_SPAN}f",
+    "BINS": BINS, "FIRST_BIN": FIRST_BIN, "SHIFT": SHIFT, "WEIGHT_BITS": WEIGHT_BITS, "MAX_LISTED": MAX_LISTED,
+    "PENALTIES": PENALTIES, "WORDS": WORDS,
+}  # fmt: skip
+_LOGITS = {
+    torch.float32: ("float", "x"),
+    torch.bfloat16: ("unsigned short", "__uint_as_float(static_cast<unsigned>(x) << 16)"),
+}
+_COUNTS = {torch.int16: "short", torch.int32: "int"}
+_KERNELS = ("fill_bins", "score_tokens", "choose_best")
 
 
-@triton.jit
-def _noise(low, high, token):
-    """Gumbel noise of uint32 token ids; kernels/sampling.py explains it."""
-    hashed = (token * 0x9E3779B1) ^ low
-    hashed = (hashed ^ (hashed >> 16)) * 0x85EBCA6B
-    hashed = ((hashed ^ (hashed >> 13)) + high) * 0xC2B2AE35
-    hashed = (hashed ^ (hashed >> 16)) * 0x27D4EB2F
-    hashed = (hashed ^ (hashed >> 15)) & 0x7FFFFFFF
-    value = (hashed.to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2^-31
-    value = tl.minimum(value, 0.9999999403953552)  # 1 - 2^-24
-    # log1p(-v) exactly, as log(w) * -v / (w - 1) with w = 1 - v after rounding
-    rest = 1.0 - value
-    log1p = tl.where(rest == 1.0, -value, tl.log(rest) * (-value / tl.where(rest == 1.0, 1.0, rest - 1.0)))
-    return -tl.log(-log1p)
+class _Rows(ctypes.Structure):
+    """`Rows` of sampling.cu."""
+
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("row_stride", ctypes.c_longlong),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "maxima", "temperatures", "keys", "top_k", "top_p", "reach", "highest", "bounds", "counts", "weights",
+                "cut_bins", "cut_weights", "num_listed", "listed_bits", "listed_tokens", "best", "best_token", "chosen",
+                "slots", "flags", "occurrences", "recent",
+            )
+        ),
+        *((name, ctypes.c_int) for name in ("vocab_size", "num_maxima", "num_chunks", "word_tokens")),
+    ]  # fmt: skip
 
 
-@triton.jit
-def _block_maxima(logits, row_stride, vocab_size, maxima, num_blocks, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    tokens = block * BLOCK + tl.arange(0, BLOCK)
-    wait_for_inputs(DEPENDENT)
-    values = tl.load(logits + row * row_stride + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
-    num_broken = tl.sum((values != values).to(tl.int32), axis=0)
-    tl.store(maxima + row * num_blocks + block, tl.where(num_broken > 0, float("nan"), tl.max(values, axis=0)))
+def source(logits: torch.dtype, counts: torch.dtype) -> str:
+    logit, as_float = _LOGITS[logits]
+    constants = _CONSTANTS | {"LOGIT": logit, "COUNT": _COUNTS[counts]}
+    defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    to_float = f"__device__ float to_float(LOGIT x) {{ return {as_float}; }}\n"
+    return defines + to_float + Path(__file__).with_suffix(".cu").read_text()
 
 
-# Batches place these two at any offset of one buffer: a version for each alignment would be compiled while serving.
-@triton.jit(do_not_specialize_on_alignment=["temperatures", "keys"])
-def _block_best(
-    logits, row_stride, vocab_size, temperatures, keys, maxima, best, best_token, num_blocks,
-    SPAN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    tokens = block * BLOCK + tl.arange(0, BLOCK)
-    inside = tokens < vocab_size
-    nth = tl.arange(0, BLOCKS)
-    wait_for_inputs(DEPENDENT)
-    highest = tl.max(tl.load(maxima + row * num_blocks + nth, mask=nth < num_blocks, other=float("-inf")), axis=0)
-    reach = tl.load(maxima + row * num_blocks + block) - highest
-    temperature = tl.load(temperatures + row)
-    place = row * num_blocks + block
-    if reach >= -SPAN * temperature:  # else no noise can lift a token of this block above the row's likeliest token
-        values = tl.load(logits + row * row_stride + tokens, mask=inside, other=float("-inf")).to(tl.float32) - highest
-        if temperature > 0.0:
-            low = tl.load(keys + row * 2).to(tl.uint32, bitcast=True)
-            high = tl.load(keys + row * 2 + 1).to(tl.uint32, bitcast=True)
-            values = values / temperature + _noise(low, high, tokens.to(tl.uint32))
-            values = tl.where(inside, values, float("-inf"))
-        tl.store(best + place, tl.max(values, axis=0))
-        tl.store(best_token + place, block * BLOCK + tl.argmax(values, axis=0))
-    else:
-        tl.store(best + place, float("-inf"))
-        tl.store(best_token + place, block * BLOCK)
+@cache
+def _kernels(logits: torch.dtype, counts: torch.dtype, device: torch.device) -> tuple[CudaKernel, ...]:
+    major, minor = torch.cuda.get_device_capability(device)
+    cubin = compile_cubin(source(logits, counts), f"sm_{major}{minor}")
+    with torch.cuda.device(device):
+        return tuple(CudaKernel(cubin, name, num_threads=_THREADS, shared_bytes=0) for name in _KERNELS)
 
 
-@triton.jit
-def _row_best(maxima, best, best_token, chosen, num_blocks, BLOCKS: tl.constexpr, DEPENDENT: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    nth = tl.arange(0, BLOCKS)
-    wait_for_inputs(DEPENDENT)
-    values = tl.load(best + row * num_blocks + nth, mask=nth < num_blocks, other=float("-inf"))
-    winner = tl.argmax(values, axis=0)
-    token = tl.load(best_token + row * num_blocks + winner).to(tl.int64)
-    peaks = tl.load(maxima + row * num_blocks + nth, mask=nth < num_blocks, other=float("-inf"))
-    num_broken = tl.sum(((peaks != peaks) | (peaks == float("inf"))).to(tl.int32), axis=0)
-    num_possible = tl.sum((peaks > float("-inf")).to(tl.int32), axis=0)
-    tl.store(chosen + row, tl.where((num_broken == 0) & (num_possible > 0), token, -1))
+class _Buffers:
+    """The intermediate results for R rows; all are written before they are read."""
+
+    def __init__(self, num_rows: int, num_maxima: int, device: torch.device) -> None:
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(num_rows, *shape, dtype=dtype, device=device)
+
+        self.highest, self.bounds = empty(dtype=torch.float32), empty(dtype=torch.float32)
+        self.counts, self.weights = empty(BINS), empty(BINS, dtype=torch.int64)
+        self.cuts = Cuts(bins=empty(4), weights=empty(3, dtype=torch.float64), num_listed=empty())
+        self.listed_bits, self.listed_tokens = empty(MAX_LISTED), empty(MAX_LISTED)
+        self.best, self.best_token = empty(num_maxima, dtype=torch.float32), empty(num_maxima)
+        self.chosen = empty(dtype=torch.int64)
 
 
-def choose_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
+def choose_tokens(logits: Tensor, columns: SamplingColumns, shaped: ShapedRows | None) -> Tensor:
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1, "a row of logits is contiguous"
-    num_blocks = triton.cdiv(vocab_size, _BLOCK)
-    blocks = triton.next_power_of_2(num_blocks)
-    dependent = has_dependent_launch(logits.device)
-    chosen = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    device, dependent = logits.device, has_dependent_launch(logits.device)
     if not num_rows:
-        return chosen
-    maxima = torch.empty((num_rows, num_blocks), dtype=torch.float32, device=logits.device)
-    best, best_token = torch.empty_like(maxima), torch.empty_like(maxima, dtype=torch.int32)
-    grid = (num_rows, num_blocks)
-    _block_maxima[grid](
-        logits, logits.stride(0), vocab_size, maxima, num_blocks, _BLOCK, dependent, launch_pdl=dependent
-    )
-    _block_best[grid](
-        logits, logits.stride(0), vocab_size, temperatures, keys, maxima, best, best_token, num_blocks,
-        _NOISE_SPAN, blocks, _BLOCK, dependent, launch_pdl=dependent,
+        return torch.empty(0, dtype=torch.int64, device=device)
+    maxima = shape_and_find_maxima(logits, shaped)
+    num_maxima, num_chunks = maxima.shape[1], triton.cdiv(vocab_size, _CHUNK)
+    made = _Buffers(num_rows, num_maxima, device)
+    rows = _rows(logits, maxima, columns, shaped, made, num_chunks)
+    counts = torch.int16 if shaped is None else shaped.tables.counts.dtype
+    fill_bins, score_tokens, choose_best = _kernels(logits.dtype, counts, device)
+    find_highest[(num_rows,)](
+        maxima, num_maxima, vocab_size, columns.temperatures, columns.top_k, columns.top_p,
+        made.highest, made.bounds, made.counts, made.weights,
+        triton.next_power_of_2(num_maxima), dependent, launch_pdl=dependent,
     )  # fmt: skip
-    _row_best[(num_rows,)](
-        maxima, best, best_token, chosen, num_blocks, blocks, dependent, num_warps=1, launch_pdl=dependent
-    )
-    return chosen
+    fill_bins.launch(num_rows * num_chunks, (rows,), dependent=dependent)
+    find_cuts[(num_rows,)](
+        vocab_size, columns.temperatures, columns.top_k, columns.top_p, made.highest, made.counts, made.weights,
+        *made.cuts, dependent, launch_pdl=dependent,
+    )  # fmt: skip
+    score_tokens.launch(num_rows * num_chunks, (rows,), dependent=dependent)
+    choose_best.launch(num_rows, (rows,), dependent=dependent)
+    return made.chosen
 
 
-@triton.jit
-def _sum_above(probabilities, vocab_size, first, second, third, BLOCK: tl.constexpr):
-    """Sum the probabilities at or above each of three thresholds."""
-    sum_1 = tl.zeros((BLOCK,), tl.float32)
-    sum_2, sum_3 = sum_1, sum_1
-    for start in range(0, vocab_size, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        values = tl.load(probabilities + tokens, mask=tokens < vocab_size, other=0.0)
-        sum_1 += tl.where(values >= first, values, 0.0)
-        sum_2 += tl.where(values >= second, values, 0.0)
-        sum_3 += tl.where(values >= third, values, 0.0)
-    return tl.sum(sum_1, axis=0), tl.sum(sum_2, axis=0), tl.sum(sum_3, axis=0)
-
-
-@triton.jit
-def _nucleus_floor(probabilities, vocab_size, top_p, floors, BLOCK: tl.constexpr):
-    """One program per row. Each pass over the row finds two of the 30 bits of the floor."""
-    row = tl.program_id(0).to(tl.int64)
-    wanted = tl.load(top_p + row)
-    low = wanted.to(tl.int32, bitcast=True) * 0
-    high = low + 0x3F800001  # just above 1
-    while high - low > 1:
-        half = low + (high - low) // 2
-        quarter = low + (high - low) // 4
-        three = half + (high - low) // 4
-        sum_1, sum_2, sum_3 = _sum_above(
-            probabilities + row * vocab_size,
-            vocab_size,
-            quarter.to(tl.float32, bitcast=True),
-            half.to(tl.float32, bitcast=True),
-            three.to(tl.float32, bitcast=True),
-            BLOCK,
-        )
-        below = tl.where(sum_1 >= wanted, quarter, low)
-        above = tl.where(sum_1 >= wanted, half, quarter)
-        above = tl.where(sum_2 >= wanted, tl.where(sum_3 >= wanted, high, three), above)
-        low = tl.where(sum_2 >= wanted, tl.where(sum_3 >= wanted, three, half), below)
-        high = above
-    tl.store(floors + row, low.to(tl.float32, bitcast=True))
-
-
-def nucleus_floor(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    assert probabilities.is_contiguous()
-    num_rows, vocab_size = probabilities.shape
-    floors = torch.empty((num_rows, 1), dtype=torch.float32, device=probabilities.device)
-    _nucleus_floor[(num_rows,)](probabilities, vocab_size, top_p, floors, 4096, num_warps=16)
-    return floors
+def _rows(
+    logits: Tensor, maxima: Tensor, columns: SamplingColumns, shaped: ShapedRows | None, made: _Buffers, num_chunks: int
+) -> _Rows:
+    tables = None if shaped is None else shaped.tables
+    pointers = (
+        maxima, columns.temperatures, columns.keys, columns.top_k, columns.top_p, columns.reach,
+        made.highest, made.bounds, made.counts, made.weights, *made.cuts, made.listed_bits, made.listed_tokens,
+        made.best, made.best_token, made.chosen,
+        None if shaped is None else shaped.slots,
+        None if shaped is None else shaped.flags,
+        None if tables is None else tables.counts,
+        None if tables is None else tables.recent,
+    )  # fmt: skip
+    return _Rows(
+        logits.data_ptr(), logits.stride(0), *(None if each is None else each.data_ptr() for each in pointers),
+        logits.shape[1], maxima.shape[1], num_chunks, 0 if tables is None else tables.recent.shape[1],
+    )  # fmt: skip

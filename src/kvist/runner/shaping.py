@@ -1,0 +1,203 @@
+"""Fills the tables that shape the tokens of each slot (kernels/shaping.py) from what its request asks for.
+
+    open:    bans, bias, penalties, bad words ──► the slot's rows of the tables; counts and recent tokens by replay of
+             all tokens so far
+    step:    the bans that depend on the position (min_tokens) or on tokens that only the host knows
+    chosen:  the device itself counts the chosen tokens
+
+A request that starts again is replayed, so its tables are those of an uninterrupted request. On a GPU the writes go to
+the one stream of the steps, and the host waits for none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvist.kernels.operands import ANY_TOKEN, BANS, BIAS, NO_HISTORY, PENALTIES, WORDS, ShapedRows
+from kvist.kernels.shaping import TableSizes, make_tables
+from kvist.plan.batch import BatchItem, StartRequest
+from kvist.request import (
+    MAX_LOGIT_BIAS,
+    TABLE_BAD_WORD_TOKENS,
+    TABLE_BAD_WORDS,
+    SamplingParams,
+    SlotId,
+    needs_known_token,
+)
+
+Words = npt.NDArray[np.uint32]  # packed bits, one per token of the vocabulary
+
+
+def table_sizes(num_slots: int, *, vocab_size: int, context_len: int) -> TableSizes:
+    """`context_len`: most tokens of one request."""
+    return TableSizes(
+        num_slots=num_slots,
+        vocab_size=vocab_size,
+        context_len=context_len,
+        max_biases=MAX_LOGIT_BIAS,
+        max_words=TABLE_BAD_WORDS,
+        max_word_tokens=TABLE_BAD_WORD_TOKENS,
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _ChangingBans:
+    """The bans of a slot that may differ from step to step. Owned by `SlotShaping`."""
+
+    fixed: Words
+    suppressed: Sequence[int]  # banned below the position `suppress_until`
+    suppress_until: int
+    words: Sequence[tuple[int, ...]]  # bad words that do not fit into the tables; the history is complete then
+    history: list[int]
+    written: frozenset[int] = field(default_factory=frozenset)  # bans in the table beside `fixed`
+
+
+class SlotShaping:
+    """The state of all slots. Mutable; owned by the slot table of one rank."""
+
+    def __init__(self, sizes: TableSizes, device: torch.device) -> None:
+        self.tables = make_tables(sizes, device)
+        self.flags = np.zeros(sizes.num_slots, dtype=np.int32)
+        self._vocab_size = sizes.vocab_size
+        self._changing: dict[SlotId, _ChangingBans] = {}
+
+    def open(self, start: StartRequest) -> None:
+        slot, params = start.slot, start.sampling
+        self.flags[slot] = 0
+        self._open_bans(start)
+        if params.logit_bias:
+            self.flags[slot] |= BIAS
+            self._write_bias(slot, params)
+        if params.has_penalties:
+            self.flags[slot] |= PENALTIES
+            values = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+            _write(self.tables.penalties[slot], np.array(values, dtype=np.float32))
+            self._write_counts(slot, start)
+        words = [word for word in params.bad_words if len(word) > 1]
+        if words and not needs_known_token(params):
+            self.flags[slot] |= WORDS
+            self._write_words(slot, words, start.token_ids)
+
+    def close(self, slot: SlotId) -> None:
+        self._changing.pop(slot, None)
+
+    def rows(self, slots: Sequence[int]) -> ShapedRows:
+        """Return the rows of `slots`, for a runner on a CPU."""
+        return ShapedRows(
+            tables=self.tables,
+            slots=torch.tensor(slots, dtype=torch.int32),
+            flags=torch.from_numpy(self.flags[list(slots)]),
+        )
+
+    def before_step(self, items: Iterable[BatchItem]) -> None:
+        """Write the bans of the tokens that the step samples, where they differ from those of the step before."""
+        if not self._changing:
+            return
+        for item in items:
+            bans = self._changing.get(item.slot) if item.samples else None
+            if bans is None:
+                continue
+            if bans.words:
+                assert item.token_ids, "the row of a request whose last token must be known has that token"
+                bans.history[item.start :] = item.token_ids
+            self._write_changing(item.slot, bans, item.end)
+
+    def _open_bans(self, start: StartRequest) -> None:
+        params = start.sampling
+        single = [word[0] for word in params.bad_words if len(word) == 1]
+        words = [word for word in params.bad_words if len(word) > 1] if needs_known_token(params) else []
+        suppressed = [token_id for token_id in start.suppressed_token_ids if 0 <= token_id < self._vocab_size]
+        suppresses = start.suppress_until > 0 and bool(suppressed)
+        if not (params.allowed_token_ids or single or suppresses or words):
+            return
+        self.flags[start.slot] |= BANS
+        fixed = no_bans(self._vocab_size)
+        if params.allowed_token_ids:
+            fixed[:] = 0xFFFFFFFF
+            _flip(fixed, params.allowed_token_ids)
+        _flip(fixed, [token_id for token_id in single if not _is_banned(fixed, token_id)])
+        _write(self.tables.banned[start.slot], fixed.view(np.int32))
+        if suppresses or words:
+            self._changing[start.slot] = _ChangingBans(
+                fixed=fixed,
+                suppressed=suppressed,
+                suppress_until=start.suppress_until,
+                words=words,
+                history=list(start.token_ids) if words else [],
+            )
+
+    def _write_changing(self, slot: SlotId, bans: _ChangingBans, position: int) -> None:
+        """Write the bans of the token at `position`."""
+        banned = set(bans.suppressed if position < bans.suppress_until else ())
+        banned.update(word[-1] for word in bans.words if tuple(bans.history[1 - len(word) :]) == word[:-1])
+        if banned != bans.written:
+            bits = bans.fixed.copy()
+            _flip(bits, [token_id for token_id in banned if not _is_banned(bits, token_id)])
+            _write(self.tables.banned[slot], bits.view(np.int32))
+            bans.written = frozenset(banned)
+        if position >= bans.suppress_until and not bans.words:
+            del self._changing[slot]
+
+    def _write_bias(self, slot: SlotId, params: SamplingParams) -> None:
+        ids = np.full(MAX_LOGIT_BIAS, -1, dtype=np.int32)
+        values = np.zeros(MAX_LOGIT_BIAS, dtype=np.float32)
+        biases = dict(params.logit_bias)
+        ids[: len(biases)] = list(biases)
+        values[: len(biases)] = list(biases.values())
+        _write(self.tables.bias_ids[slot], ids)
+        _write(self.tables.bias_values[slot], values)
+
+    def _write_counts(self, slot: SlotId, start: StartRequest) -> None:
+        """Replay: count the output tokens and mark the prompt's."""
+        row = self.tables.counts[slot]
+        token_ids = np.array(start.token_ids, dtype=np.int64)
+        seen = np.unique(token_ids)
+        marks = np.zeros(len(seen), dtype=np.int64)
+        produced, times = np.unique(token_ids[start.num_prompt_tokens :], return_counts=True)
+        marks[np.searchsorted(seen, produced)] = times
+        marks[np.searchsorted(seen, token_ids[: start.num_prompt_tokens])] |= torch.iinfo(row.dtype).min
+        row.zero_()
+        row.index_copy_(0, _to_device(seen, row.device), _to_device(marks, row.device).to(row.dtype))
+
+    def _write_words(self, slot: SlotId, sequences: Sequence[tuple[int, ...]], token_ids: Sequence[int]) -> None:
+        words = np.full(self.tables.words.shape[1:], ANY_TOKEN, dtype=np.int32)
+        for number, word in enumerate(sequences):
+            words[: len(word), number] = word[::-1]
+        recent = np.full(TABLE_BAD_WORD_TOKENS, NO_HISTORY, dtype=np.int32)
+        newest = token_ids[-TABLE_BAD_WORD_TOKENS:]
+        recent[: len(newest)] = newest[::-1]
+        _write(self.tables.words[slot], words)
+        _write(self.tables.recent[slot], recent)
+
+
+def no_bans(vocab_size: int) -> Words:
+    return np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+
+
+def _flip(bits: Words, token_ids: Iterable[int]) -> None:
+    """Flip the bit of each distinct token."""
+    ids = np.unique(np.array(list(token_ids), dtype=np.int64))
+    np.bitwise_xor.at(bits, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
+
+
+def _is_banned(bits: Words, token_id: int) -> bool:
+    return bool(int(bits[token_id >> 5]) >> (token_id & 31) & 1)
+
+
+def _write(row: Tensor, values: npt.NDArray[np.generic]) -> None:
+    row.copy_(_staged(values, row.device), non_blocking=True)
+
+
+def _to_device(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    return _staged(values, device).to(device, non_blocking=True)
+
+
+def _staged(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
