@@ -487,10 +487,14 @@ def test_an_unreadable_message_is_dropped_and_counted(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     ("settings", "code", "says"),
     [
-        (b'{"model_path": "/nowhere"}\n', "model_load_error", "/nowhere"),
-        (b'{"role": "prefill", "tp": 2}\n', "config_error", "--tp 2"),
-        (b'{"host_tier": {"hicache_ratio": 3}}\n', "config_error", "add --enable-hierarchical-cache"),
-        (b'{"storage": {"hicache_storage_backend": "file"}}\n', "config_error", "add --enable-hierarchical-cache"),
+        (b'{"options": {"model": {"model_path": "/nowhere"}}}\n', "model_load_error", "/nowhere"),
+        (b'{"endpoint": {"role": "prefill"}, "options": {"runner": {"tp": 2}}}\n', "config_error", "--tp 2"),
+        (b'{"options": {"host_tier": {"hicache_ratio": 3}}}\n', "config_error", "add --enable-hierarchical-cache"),
+        (
+            b'{"options": {"storage": {"hicache_storage_backend": "file"}}}\n',
+            "config_error",
+            "add --enable-hierarchical-cache",
+        ),
         (b"not json\n", "config_error", "cannot be read"),
         (b"", "config_error", "standard input"),
     ],
