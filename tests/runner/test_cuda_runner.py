@@ -35,6 +35,7 @@ from kvist.runner.inputs import build_inputs
 from kvist.runner.runner import AnyRunner, InFlight, begin, finish
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.wire import PoolAddress, Submit
+from tests.runner.scoring import assert_scores, plain_logprobs, score
 
 pytestmark = [
     pytest.mark.gpu,
@@ -230,6 +231,27 @@ def test_gpu_logits_are_close_to_fp32(checkpoint: Checkpoint, eager: AnyRunner) 
         error = ((row - want).norm() / want.norm()).item()
         print(f"{checkpoint.name}: relative error of bf16 logits {error:.4f}")
         assert error < 2e-2
+
+
+def test_prompts_are_scored_on_the_gpu_as_in_fp32(checkpoint: Checkpoint, graphs: AnyRunner, eager: AnyRunner) -> None:
+    exact = load_model(
+        checkpoint,
+        load_model_config(checkpoint),
+        dtype=torch.float32,
+        device=torch.device("cuda"),
+        tp=TensorParallel(),
+        load_format="dummy",
+        seed=0,
+    )
+    dice = random.Random(2)
+    prompt = [dice.randrange(2990) for _ in range(400)]
+    expected = plain_logprobs(exact, prompt, "cuda")
+    pages = list(range(200, 226))
+    for runner in (graphs, eager):
+        for parts in ([(0, 400)], [(0, 64), (64, 65), (65, 399), (399, 400)]):
+            found = score(runner, prompt, pages=pages, parts=parts)
+            assert len(found) == 399
+            assert_scores(found, expected, prompt, 0.1)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 13, 32])
