@@ -95,8 +95,10 @@ def _asked(logprobs: Tensor, rows: Sequence[LogprobRow]) -> Tensor | None:
     most = max(len(row.asked_token_ids) for row in rows)
     if not most:
         return None
-    padded = [[*row.asked_token_ids, *[0] * (most - len(row.asked_token_ids))] for row in rows]
-    return logprobs.gather(1, on_device(padded, torch.int64, logprobs.device))
+    numbers: dict[tuple[int, ...], int] = {}  # the rows of one request have one list
+    of_row = [numbers.setdefault(tuple(row.asked_token_ids), len(numbers)) for row in rows]
+    padded = on_device([[*ids, *[0] * (most - len(ids))] for ids in numbers], torch.int64, logprobs.device)
+    return logprobs.gather(1, padded.index_select(0, on_device(of_row, torch.int64, logprobs.device)))
 
 
 def on_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
