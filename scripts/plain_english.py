@@ -22,7 +22,8 @@ from pathlib import Path
 
 # fmt: off
 CLEAN = {
-    "CONTRIBUTING.md", "README.md", "SECURITY.md", "bench", "docs/adr", "docs/api.md", "docs/architecture.md",
+    "CONTRIBUTING.md", "README.md", "SECURITY.md", "bench", "docs/adding.md", "docs/adr", "docs/api.md",
+    "docs/architecture.md",
     "docs/bench.md", "docs/cache.md", "docs/chat-templates.md", "docs/clients.md", "docs/failure-modes.md",
     "docs/follow-one-request.md", "docs/glossary.md", "docs/handoff.md", "docs/metrics.md", "docs/operations.md",
     "docs/performance.md", "docs/security.md", "scripts", "src/kvist/__init__.py", "src/kvist/__main__.py",
@@ -37,7 +38,7 @@ CLEAN = {
     "src/kvist/parent.py", "src/kvist/plan", "src/kvist/request.py", "src/kvist/router", "src/kvist/runner",
     "src/kvist/scheduler", "src/kvist/server", "src/kvist/service_time.py", "src/kvist/settings.py", "src/kvist/store",
     "src/kvist/supervisor", "src/kvist/testing", "src/kvist/text", "src/kvist/transfer", "src/kvist/wire.py",
-    "tests/api", "tests/attention", "tests/bench", "tests/broken_disk.py",
+    "tests/adding", "tests/api", "tests/attention", "tests/bench", "tests/broken_disk.py",
     "tests/channel", "tests/cli", "tests/cluster", "tests/conformance", "tests/conftest.py",
     "tests/e2e", "tests/engine", "tests/field", "tests/kernels", "tests/kv", "tests/memory", "tests/models",
     "tests/router", "tests/runner", "tests/scheduler", "tests/server", "tests/store", "tests/supervisor",

@@ -2,6 +2,8 @@
 
 flag_names.txt is the list that users know: one option a line, with its flags, its key, its default and its verbs. A
 change of the list is a change for users, and belongs in the changelog.
+
+    python -m tests.cli.test_flag_names     writes the list
 """
 
 from __future__ import annotations
@@ -25,3 +27,7 @@ def current_names() -> list[str]:
 
 def test_every_verb_has_the_flags_that_its_users_know() -> None:
     assert current_names() == LIST.read_text(encoding="utf-8").splitlines()
+
+
+if __name__ == "__main__":
+    LIST.write_text("".join(f"{line}\n" for line in current_names()), encoding="utf-8")

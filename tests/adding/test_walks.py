@@ -1,0 +1,52 @@
+"""docs/adding.md works: its walks are followed in a copy of the repository, whose tests then run, and which serves."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.adding.conftest import Cluster, Followed
+from tests.adding.walks import PAGE, ROOT, Block, read_walks
+
+SUITES = (
+    "tests/conformance/test_policy.py",
+    "tests/cli/test_flag_names.py",
+    "tests/test_docs.py",
+)
+
+
+def test_suites_of_the_repository_pass_after_every_walk(followed: Followed) -> None:
+    for script in ("scripts/api_fields.py", "scripts/door_table.py", "-mtests.cli.test_flag_names"):
+        followed.run(script)
+    output = followed.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-rA", "--tb=short", *SUITES)
+    for name in ("power_of_d",):
+        assert f"[{name}]" in output
+
+
+def test_new_options_are_new_lines_in_the_list_of_flags(followed: Followed) -> None:
+    lists = [root / "tests/cli/flag_names.txt" for root in (ROOT, followed.root)]
+    before, after = (set(path.read_text(encoding="utf-8").splitlines()) for path in lists)
+    assert {line.split(" = ")[0] for line in after - before} == {"--compared-workers", "--completion-tokens"}
+    assert before <= after
+
+
+@pytest.mark.e2e
+def test_a_cluster_with_every_new_part_answers(cluster: Cluster) -> None:
+    answer = cluster.post("/v1/completions", prompt="An answer of the default length", temperature=0)
+    assert answer["usage"]["completion_tokens"] == 5
+    assert cluster.post("/count_tokens", text="twelve bytes") == {"count": 12}
+
+
+def test_a_change_that_does_not_fit_the_file_names_the_file() -> None:
+    block = Block(path="src/kvist/door.py", is_new=False, text=" no such line\n+another\n")
+    with pytest.raises(AssertionError, match=r"src/kvist/door.py has these lines 0 times"):
+        block.apply(ROOT)
+
+
+def test_a_block_without_a_file_is_refused() -> None:
+    with pytest.raises(AssertionError, match="no file above it"):
+        read_walks("## A part\n\nSome text.\n\n```python\nx = 1\n```\n")
+
+
+def test_the_page_has_a_walk_for_each_kind_of_part() -> None:
+    titles = [walk.title for walk in read_walks(PAGE.read_text(encoding="utf-8"))]
+    assert titles == ["A routing policy", "An endpoint", "An option"]
