@@ -16,7 +16,6 @@ from typing import Any
 from kvist import settings
 from kvist.door import Backend, DoorOptions
 from kvist.options import options_of
-from kvist.transfer import TRANSPORTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 BEGIN, END = "<!-- doors: made by scripts/door_table.py -->\n", "<!-- end of doors -->\n"
@@ -51,7 +50,6 @@ def table() -> str:
     for door in chosen_doors(settings.UpSettings):
         flag, own = flags_of(door)
         lines += _rows(f"{door.title}, `{flag}`", door.door, own)
-    lines += _rows("transport, by the kind of the pools", TRANSPORTS, {})
     return "".join(lines)
 
 

@@ -104,7 +104,7 @@ def test_the_readme_names_every_backend_of_a_door_in_the_row_of_its_flag() -> No
     for door in doors:
         flag, _own = script.flags_of(door)
         (row,) = [line for line in lines if line.startswith(f"| `{flag}`")]
-        assert set(door.door) <= set(re.findall(r"`(\w+)`", row)), row
+        assert set(door.door) <= set(re.findall(r"`([\w-]+)`", row)), row
 
 
 def exported_metrics() -> set[str]:

@@ -26,7 +26,6 @@ REMEDIES: Mapping[str, str] = {
     "--disable-radix-cache": "prefixes are always shared; give each request its own cache_salt to keep them apart",
     "--disaggregation-bootstrap-port": "leave it out: the router introduces workers to each other",
     "--disaggregation-ib-device": "pages are transferred within one host only; leave it out",
-    "--disaggregation-transfer-backend": "leave it out: shared memory or CUDA IPC is chosen by the device",
     "--disable-uvicorn-access-log": "use --no-access-log",
     "--distributed-executor-backend": "leave it out: tensor-parallel ranks are processes of this host",
     "--download-dir": "Kvist downloads nothing: give a model folder or a GGUF file with --model-path",

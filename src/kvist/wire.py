@@ -251,8 +251,8 @@ class StorageAnswer(_Message, frozen=True):
 
 
 class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """How a peer can write to a page pool. `transport` names the backend ("shm", "cuda-ipc"); `location` is the pool's
-    address in that backend (for both: the path of the pool's file)."""
+    """How a peer can write to a page pool. `transport` is a key of `transfer.TRANSPORTS`; `location` is the pool's
+    address in that transport (in shm and cuda-ipc: the path of the pool's file)."""
 
     transport: str
     location: str

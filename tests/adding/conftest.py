@@ -33,7 +33,12 @@ TINY_MODEL = {
     "hidden_act": "silu",
     "eos_token_id": 0,
 }
-CLUSTER_FLAGS = ("--policy=power_of_d", "--compared-workers=2", "--completion-tokens=5")
+CLUSTER_FLAGS = (
+    "--policy=power_of_d",
+    "--compared-workers=2",
+    "--completion-tokens=5",
+    "--disaggregation-transfer-backend=pwrite",
+)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,20 @@ from tests.adding.walks import PAGE, ROOT, Block, read_walks
 
 SUITES = (
     "tests/conformance/test_policy.py",
+    "tests/conformance/test_transport.py",
     "tests/cli/test_flag_names.py",
     "tests/test_docs.py",
 )
+
+NEW_BACKENDS = ("power_of_d", "pwrite")
+CHOSEN = " or ".join(("test_docs", "test_flag_names", *NEW_BACKENDS))
 
 
 def test_suites_of_the_repository_pass_after_every_walk(followed: Followed) -> None:
     for script in ("scripts/api_fields.py", "scripts/door_table.py", "-mtests.cli.test_flag_names"):
         followed.run(script)
-    output = followed.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-rA", "--tb=short", *SUITES)
-    for name in ("power_of_d",):
+    output = followed.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-rA", "--tb=short", "-k", CHOSEN, *SUITES)
+    for name in NEW_BACKENDS:
         assert f"[{name}]" in output
 
 
@@ -31,8 +35,11 @@ def test_new_options_are_new_lines_in_the_list_of_flags(followed: Followed) -> N
 
 @pytest.mark.e2e
 def test_a_cluster_with_every_new_part_answers(cluster: Cluster) -> None:
-    answer = cluster.post("/v1/completions", prompt="An answer of the default length", temperature=0)
+    answer = cluster.post(
+        "/v1/completions", prompt="An answer of the default length", temperature=0, kvist={"report": True}
+    )
     assert answer["usage"]["completion_tokens"] == 5
+    assert answer["kvist"]["handoff"]["num_pages"] == 2
     assert cluster.post("/count_tokens", text="twelve bytes") == {"count": 12}
 
 
@@ -49,4 +56,4 @@ def test_a_block_without_a_file_is_refused() -> None:
 
 def test_the_page_has_a_walk_for_each_kind_of_part() -> None:
     titles = [walk.title for walk in read_walks(PAGE.read_text(encoding="utf-8"))]
-    assert titles == ["A routing policy", "An endpoint", "An option"]
+    assert titles == ["A routing policy", "A transport", "An endpoint", "An option"]

@@ -1,4 +1,4 @@
-"""One engine's pool and transport on a GPU: python gpu_peer.py RUNTIME_DIR EPOCH DEVICE NUM_PAGES LAYOUT
+"""One engine's pool and transport on a GPU: python gpu_peer.py RUNTIME_DIR EPOCH DEVICE NUM_PAGES LAYOUT TRANSPORT
 
 Prints its address, then answers each line of standard input with one line, until the input ends.
 """
@@ -21,7 +21,7 @@ from kvist.transfer import make_transport
 from kvist.transfer.epoch import EpochLock
 
 
-def main(runtime_dir: str, epoch: str, device: str, num_pages: str, layout: str) -> None:
+def main(runtime_dir: str, epoch: str, device: str, num_pages: str, layout: str, name: str) -> None:
     lock = EpochLock(Path(runtime_dir), EpochId(epoch))
     pool = DevicePool.create(
         msgspec.json.decode(layout, type=PageLayout),
@@ -30,9 +30,9 @@ def main(runtime_dir: str, epoch: str, device: str, num_pages: str, layout: str)
         directory=Path(runtime_dir),
     )
     woken = threading.Event()
-    transport = make_transport(pool, runtime_dir=Path(runtime_dir), wakeup=woken.set)
+    transport = make_transport(pool, runtime_dir=Path(runtime_dir), wakeup=woken.set, name=name)
     memory = pool.tensor.view(torch.uint8).view(pool.num_pages, -1)
-    print(msgspec.json.encode(pool.address).decode(), flush=True)
+    print(msgspec.json.encode(transport.address).decode(), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
         if command["do"] == "pages":

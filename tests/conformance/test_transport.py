@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
-from kvist.memory.device_pool import CUDA_IPC, SHM
 from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages, WritesCompleted, WritesFailed
 from kvist.request import EpochId, HandoffId
 from kvist.testing.inproc_transport import INPROC
 from kvist.transfer import TRANSPORTS
 from kvist.transfer.host_pages import Pages
-from tests.conformance.transport_hosts import LAYOUT, NUM_PAGES, GpuHost, GpuPeers, Host, InprocHost, ShmHost, Side
+from tests.conformance.transport_hosts import (
+    DEVICE_PAGES_ON_A_CPU,
+    LAYOUT,
+    NUM_PAGES,
+    CpuHost,
+    GpuHost,
+    GpuPeers,
+    Host,
+    InprocHost,
+    Side,
+)
 
 A, B = HandoffId("a"), HandoffId("b")
 
@@ -30,25 +41,41 @@ def gpu_peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuPeers]:
 
 
 GPU = pytest.mark.gpu
-HOSTS = {  # by transport: the kinds of memory and of peers that it is tested with
-    INPROC: [pytest.param("inproc")],
-    SHM: [pytest.param("shm"), pytest.param("device pages on a CPU")],
-    CUDA_IPC: [pytest.param("one GPU", marks=GPU), pytest.param("two GPUs", marks=GPU)],
-}
 
 
-@pytest.fixture(params=[host for transport in (INPROC, *TRANSPORTS) for host in HOSTS[transport]])
+@dataclass(frozen=True)
+class Case:
+    """A transport of the door, or of the tests; and the memory of its pools."""
+
+    transport: str
+    num_gpus: int = 0
+
+
+def cases() -> Iterator[ParameterSet]:
+    """Yield a case for each transport: between pools on a CPU, or on one and on two GPUs."""
+    for name in (INPROC, DEVICE_PAGES_ON_A_CPU):
+        yield pytest.param(Case(name), id=name)
+    for name, row in TRANSPORTS.items():
+        if row.make({}).device_type == "cpu":
+            yield pytest.param(Case(name), id=name)
+        else:
+            for num_gpus in (1, 2):
+                yield pytest.param(Case(name, num_gpus), id=f"{name}-{num_gpus}-gpu", marks=GPU)
+
+
+@pytest.fixture(params=cases())
 def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
+    case: Case = request.param
     made: Host
-    if request.param == "inproc":
+    if case.transport == INPROC:
         made = InprocHost()
-    elif request.param.endswith(("GPU", "GPUs")):
-        num_gpus = 1 if request.param == "one GPU" else 2
-        if torch.cuda.device_count() < num_gpus:
+    elif case.num_gpus:
+        if torch.cuda.device_count() < case.num_gpus:
             pytest.skip(f"torch sees {torch.cuda.device_count()} GPUs")
-        made = GpuHost(request.getfixturevalue("gpu_peers"), peer_device=f"cuda:{num_gpus - 1}")
+        peers: GpuPeers = request.getfixturevalue("gpu_peers")
+        made = GpuHost(peers, case.transport, peer_device=f"cuda:{case.num_gpus - 1}")
     else:
-        made = ShmHost(tmp_path.resolve(), as_device=request.param != "shm")
+        made = CpuHost(tmp_path.resolve(), case.transport)
     yield made
     made.close()
 

@@ -36,6 +36,7 @@ from kvist.wire import PoolAddress
 
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype="float32")
 NUM_PAGES = 12
+DEVICE_PAGES_ON_A_CPU = "device pages on a CPU"
 
 
 @dataclass
@@ -126,12 +127,12 @@ class MappedFile:
         self.address = self._pages.ctypes.data
 
 
-class ShmHost:
-    """Pools in files; with `as_device` they are written like GPU memory."""
+class CpuHost:
+    """Pools on a CPU, with a transport of the door; or `DEVICE_PAGES_ON_A_CPU`: written like GPU memory."""
 
-    def __init__(self, runtime_dir: Path, *, as_device: bool) -> None:
+    def __init__(self, runtime_dir: Path, transport: str) -> None:
         self.runtime_dir = runtime_dir
-        self.as_device = as_device
+        self.transport = transport
         self.closing: list[Callable[[], None]] = []
 
     def side(self, name: str) -> Side:
@@ -150,18 +151,18 @@ class ShmHost:
         self.closing.append(kill)
         return Side(
             epoch=epoch,
-            address=pool.address,
+            address=transport.address,
             transport=transport,
             woken=woken,
             kill=kill,
             pages=lambda: pages,
             put=lambda new: np.copyto(pages, new),
-            digests=device_digests if self.as_device else host_digests,
+            digests=device_digests if self.transport == DEVICE_PAGES_ON_A_CPU else host_digests,
         )
 
     def _transport(self, pool: DevicePool, woken: threading.Event) -> Transport:
-        if not self.as_device:
-            return make_transport(pool, runtime_dir=self.runtime_dir, wakeup=woken.set)
+        if self.transport != DEVICE_PAGES_ON_A_CPU:
+            return make_transport(pool, runtime_dir=self.runtime_dir, wakeup=woken.set, name=self.transport)
         pages = DevicePages(pool.tensor)
         pages.pages_at_once = 2
         return SameHostTransport(
@@ -179,14 +180,16 @@ class ShmHost:
 class GpuPeer:
     """A child process with a pool on one GPU, driven by JSON lines. As a `Transport` it supports only `verify`."""
 
-    def __init__(self, runtime_dir: Path, epoch: EpochId, device: str) -> None:
+    def __init__(self, runtime_dir: Path, epoch: EpochId, device: str, transport: str) -> None:
         script = Path(__file__).parent / "gpu_peer.py"
-        arguments = [str(runtime_dir), epoch, device, str(NUM_PAGES), msgspec.json.encode(LAYOUT).decode()]
+        layout = msgspec.json.encode(LAYOUT).decode()
+        arguments = [str(runtime_dir), epoch, device, str(NUM_PAGES), layout, transport]
         self.process = subprocess.Popen(
             [sys.executable, str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.epoch = epoch
         self.device = device
+        self.name = transport
         self.woken = threading.Event()
         self._reports: list[TransferReport] = []
         self.address = msgspec.json.decode(self._answer(), type=PoolAddress)
@@ -244,13 +247,14 @@ class GpuPeers:
         self._peers: list[GpuPeer] = []
         self._in_use: list[GpuPeer] = []
 
-    def take(self, device: str) -> GpuPeer:
+    def take(self, device: str, transport: str) -> GpuPeer:
         """Return a running peer whose pages are zero."""
         for peer in self._peers:
-            if peer.device == device and peer not in self._in_use and peer.process.poll() is None:
+            is_such = (peer.device, peer.name) == (device, transport)
+            if is_such and peer not in self._in_use and peer.process.poll() is None:
                 break
         else:
-            peer = GpuPeer(self.runtime_dir, EpochId(f"peer{len(self._peers)}"), device)
+            peer = GpuPeer(self.runtime_dir, EpochId(f"peer{len(self._peers)}"), device, transport)
             self._peers.append(peer)
         self._in_use.append(peer)
         peer.put(np.zeros((NUM_PAGES, LAYOUT.page_bytes), np.uint8))
@@ -267,14 +271,15 @@ class GpuPeers:
 class GpuHost:
     """The source is in this process, on the first GPU."""
 
-    def __init__(self, peers: GpuPeers, peer_device: str) -> None:
+    def __init__(self, peers: GpuPeers, transport: str, *, peer_device: str) -> None:
         self._peers = peers
+        self._transport = transport
         self._peer_device = peer_device
         self._closing: list[Callable[[], None]] = []
 
     def side(self, name: str) -> Side:
         if name != "source":
-            peer = self._peers.take(self._peer_device)
+            peer = self._peers.take(self._peer_device, self._transport)
             return Side(
                 epoch=peer.epoch,
                 address=peer.address,
@@ -288,7 +293,7 @@ class GpuHost:
         runtime_dir, woken = self._peers.runtime_dir, threading.Event()
         lock = EpochLock(runtime_dir, EpochId(name))
         pool = DevicePool.create(LAYOUT, NUM_PAGES, device=torch.device("cuda", 0), directory=runtime_dir)
-        transport = make_transport(pool, runtime_dir=runtime_dir, wakeup=woken.set)
+        transport = make_transport(pool, runtime_dir=runtime_dir, wakeup=woken.set, name=self._transport)
         memory = pool.tensor.view(torch.uint8).view(NUM_PAGES, -1)
 
         def put(pages: Pages) -> None:
@@ -298,7 +303,7 @@ class GpuHost:
         self._closing += [transport.close, pool.close, lock.close]
         return Side(
             epoch=EpochId(name),
-            address=pool.address,
+            address=transport.address,
             transport=transport,
             woken=woken,
             kill=lambda: None,

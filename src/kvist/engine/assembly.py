@@ -231,7 +231,13 @@ def _assemble(
             raise ConfigError(
                 f"--role {endpoint.role}: this GPU's memory cannot be shared: {pool.export_error}", param="role"
             )
-        transport = make_transport(pool, runtime_dir=runtime_dir, wakeup=channel.wakeup)
+        transport = make_transport(
+            pool,
+            runtime_dir=runtime_dir,
+            wakeup=channel.wakeup,
+            name=options.transfer.disaggregation_transfer_backend,
+            given=options.transfer.disaggregation_transfer_options,
+        )
         closing.callback(transport.close)
         spec = _describe(config, limits, served, fingerprints, pool, member.epoch, channel.endpoint)
         scheduler_config = dataclasses.replace(
@@ -266,7 +272,12 @@ def _assemble(
         parts = LoopParts(
             spec=spec,
             scheduler=build_scheduler(
-                endpoint.role, scheduler_config, cache, member.epoch, pool.address, needs_known_token=needs_known_token
+                endpoint.role,
+                scheduler_config,
+                cache,
+                member.epoch,
+                transport.address,
+                needs_known_token=needs_known_token,
             ),
             runner=runner,
             channel=channel,

@@ -14,6 +14,7 @@ from kvist.request import Role
 from kvist.runner.config import RunnerOptions
 from kvist.scheduler.config import SchedulerOptions
 from kvist.store.config import StorageConfig
+from kvist.transfer.config import TransferConfig
 
 DEFAULT_RATIO, DEFAULT_POLICY = 2.0, "write_through"
 
@@ -130,6 +131,7 @@ class EngineOptions:
     watch: WatchOptions = field(default_factory=WatchOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     channel: ChannelConfig = field(default_factory=ChannelConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     host_tier: HostTierConfig = field(default_factory=HostTierConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 

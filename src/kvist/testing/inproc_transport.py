@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvist.errors import Unavailable
-from kvist.plan.transfers import VerifyPages, WritePages
+from kvist.plan.transfers import TransferReport, VerifyPages, WritePages
 from kvist.request import EpochId, HandoffId
-from kvist.transfer import TransferReport
 from kvist.transfer.host_pages import HostPages, Pages
 from kvist.transfer.jobs import TransferJobs
 from kvist.wire import PoolAddress
@@ -49,6 +48,10 @@ class InprocTransport:
         self._wakeup = wakeup
         self._jobs = TransferJobs(address=address, pages=HostPages(pages), open_peer=self._open_peer, wakeup=wakeup)
         directory.publish(EpochId(address.location), pages)
+
+    @property
+    def address(self) -> PoolAddress:
+        return self._jobs.address
 
     def write(self, job: WritePages) -> None:
         self._jobs.write(job)

@@ -30,7 +30,7 @@ from kvist.scheduler import Scheduler
 from kvist.scheduler.load import SchedulerLoad
 from kvist.store.mover import Report
 from kvist.testing.clocks import FakeClock
-from kvist.testing.specs import make_spec
+from kvist.testing.specs import make_pool, make_spec
 from kvist.transfer import TransferReport, Transport
 
 Message = TypeVar("Message")
@@ -181,6 +181,7 @@ class FakeTransport:
         self.reports: list[TransferReport] = []
         self.dead: set[EpochId] = set()
         self.asked: list[EpochId] = []
+        self.address = make_pool()
 
     def write(self, job: WritePages) -> None:
         self.jobs.append(job)

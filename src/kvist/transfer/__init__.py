@@ -1,72 +1,56 @@
-"""Copies whole KV pages from this engine's pool into a peer's pool, and reports completion. One interface, `Transport`.
-
-Life cycle of a handoff at the writer: `write` once per chunk (in order), perhaps `stop`; every job is answered through
-`poll` after a call of `wakeup`. At the receiver: `verify` once, after the writer has sent Done.
-
-A transport decides nothing about ownership: the scheduler decides which pages may be written and when they may be
-reused (docs/handoff.md). A transport guarantees to the scheduler:
-
-- the jobs of one handoff run in order, copy whole pages, and add up in one running checksum;
-- after `stop`, exactly one more `WritesCompleted` is reported for that handoff, and no byte is written after it;
-- after `WritesFailed` no byte is written for that handoff;
-- no byte is written before the peer's pool was checked to have our layout and the size that its address claims.
-"""
+"""Copies of pages between engines: one file per transport, and one row here. transport.py has the interface."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from kvist.door import Door, backend
-from kvist.memory.device_pool import CUDA_IPC, SHM, DevicePool
-from kvist.plan.transfers import TransferReport, VerifyPages, WritePages
-from kvist.request import EpochId, HandoffId
+import msgspec
 
-__all__ = ["TRANSPORTS", "TransferReport", "Transport", "make_transport"]
+from kvist.door import Door, Given, backend
+from kvist.errors import ConfigError
+from kvist.plan.transfers import TransferReport
+from kvist.transfer.transport import Transport, TransportContext, TransportKind
 
+if TYPE_CHECKING:
+    from kvist.memory.device_pool import DevicePool
 
-class Transport(Protocol):
-    """All methods are called by the engine loop's thread and return at once; `wakeup` may be called by any thread."""
-
-    def write(self, job: WritePages) -> None:
-        """Queue a copy into the peer's pool; answered by `WritesCompleted` (cumulative) or `WritesFailed`."""
-
-    def verify(self, job: VerifyPages) -> None:
-        """Queue a checksum over our own pages; answered by `PagesVerified`."""
-
-    def stop(self, handoff_id: HandoffId) -> None:
-        """Drop jobs that have not begun. Answered by a `WritesCompleted` with the pages written so far; earlier reports
-        that were not polled are discarded, so the next `WritesCompleted` that `poll` returns is the answer."""
-
-    def poll(self) -> list[TransferReport]:
-        """Return the reports since the last call, oldest first."""
-
-    def peer_is_dead(self, epoch: EpochId) -> bool:
-        """Return True only when the process of that epoch has certainly ended. False also means "unknown"."""
-
-    def close(self) -> None:
-        """No byte is written once this returns. Jobs that have not begun are dropped without a report."""
+__all__ = ["TRANSPORTS", "TransferReport", "Transport", "TransportContext", "TransportKind", "make_transport"]
 
 
-def _shm(pool: DevicePool, runtime_dir: Path, wakeup: Callable[[], None]) -> Transport:
-    from kvist.transfer.shm import shm_transport
+def _shm() -> TransportKind:
+    from kvist.transfer.shm import SHM
 
-    return shm_transport(pool, runtime_dir, wakeup)
-
-
-def _cuda_ipc(pool: DevicePool, runtime_dir: Path, wakeup: Callable[[], None]) -> Transport:
-    from kvist.transfer.cuda_ipc import cuda_ipc_transport
-
-    return cuda_ipc_transport(pool, runtime_dir, wakeup)
+    return SHM
 
 
-TRANSPORTS: Door[[DevicePool, Path, Callable[[], None]], Transport] = {  # by `PoolAddress.transport`
-    SHM: backend(_shm, text="between pools in the memory of one host, by mapping the peer's file"),
-    CUDA_IPC: backend(_cuda_ipc, text="between pools on the GPUs of one host, by opening the peer's memory"),
+def _cuda_ipc() -> TransportKind:
+    from kvist.transfer.cuda_ipc import CUDA_IPC
+
+    return CUDA_IPC
+
+
+TRANSPORTS: Door[[], TransportKind] = {  # by `PoolAddress.transport`; "auto" takes the first for pools on the device
+    "shm": backend(_shm, text="between pools in the memory of one host, by mapping the peer's file"),
+    "cuda-ipc": backend(_cuda_ipc, text="between pools on the GPUs of one host, by opening the peer's memory"),
 }
 
 
-def make_transport(pool: DevicePool, *, runtime_dir: Path, wakeup: Callable[[], None]) -> Transport:
-    """Make the transport between pools of this kind. `runtime_dir` is the host's folder of pool and lock files."""
-    return TRANSPORTS[pool.address.transport].make({}, pool, runtime_dir, wakeup)
+def make_transport(
+    pool: DevicePool, *, runtime_dir: Path, wakeup: Callable[[], None], name: str = "auto", given: Given | None = None
+) -> Transport:
+    """Make the transport that `--disaggregation-transfer-backend` names, with its given options. Raises `ConfigError`
+    for one that does not copy between pools on this device."""
+    device_type = pool.tensor.device.type
+    if name == "auto":
+        name = next(each for each, row in TRANSPORTS.items() if row.make({}).device_type == device_type)
+    kind = TRANSPORTS[name].make(given or {})
+    if kind.device_type != device_type:
+        raise ConfigError(
+            f"--disaggregation-transfer-backend {name} copies between pools on {kind.device_type}, and this pool is on "
+            f"{device_type}: use auto",
+            param="disaggregation_transfer_backend",
+        )
+    address = msgspec.structs.replace(pool.address, transport=name)
+    return kind.build(TransportContext(pool=pool, address=address, runtime_dir=runtime_dir, wakeup=wakeup))

@@ -7,16 +7,14 @@ same to the kernel. A dead peer's memory exists until we drop its map, so a runn
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from kvist.errors import EngineError, Unavailable
 from kvist.memory.cuda_memory import ExportedMemory, OpenedMemory, read_export
-from kvist.memory.device_pool import DevicePool
 from kvist.transfer.device_pages import DevicePages, Mapped
 from kvist.transfer.same_host import SameHostTransport, wrong_size
+from kvist.transfer.transport import TransportContext, TransportKind
 from kvist.wire import PoolAddress
 
 _MAX_FILE_BYTES = 4096
@@ -25,16 +23,19 @@ _MAX_FILE_BYTES = 4096
 SETTLE_S = 0.5
 
 
-def cuda_ipc_transport(pool: DevicePool, runtime_dir: Path, wakeup: Callable[[], None]) -> SameHostTransport[Mapped]:
-    device = pool.tensor.device
+def cuda_ipc_transport(context: TransportContext) -> SameHostTransport[Mapped]:
+    device = context.pool.tensor.device
     return SameHostTransport(
-        address=pool.address,
-        pages=DevicePages(pool.tensor),
+        address=context.address,
+        pages=DevicePages(context.pool.tensor),
         map_pool=lambda descriptor, address: open_memory(read_file(descriptor, address), device),
-        runtime_dir=runtime_dir,
-        wakeup=wakeup,
+        runtime_dir=context.runtime_dir,
+        wakeup=context.wakeup,
         settle_s=SETTLE_S,
     )
+
+
+CUDA_IPC = TransportKind(device_type="cuda", build=cuda_ipc_transport)
 
 
 def read_file(descriptor: int, address: PoolAddress) -> ExportedMemory:

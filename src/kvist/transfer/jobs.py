@@ -23,9 +23,16 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from kvist.errors import KvistError, Unavailable
-from kvist.plan.transfers import PagesVerified, StopWrites, VerifyPages, WritePages, WritesCompleted, WritesFailed
+from kvist.plan.transfers import (
+    PagesVerified,
+    StopWrites,
+    TransferReport,
+    VerifyPages,
+    WritePages,
+    WritesCompleted,
+    WritesFailed,
+)
 from kvist.request import HandoffId
-from kvist.transfer import TransferReport
 from kvist.transfer.checksum import RunningChecksum, fold
 from kvist.wire import PoolAddress
 
@@ -91,6 +98,10 @@ class TransferJobs(Generic[PeerT]):
         self._closed = False
 
     # ------------------------------------------------------------ called by the engine loop
+
+    @property
+    def address(self) -> PoolAddress:
+        return self._address
 
     def write(self, job: WritePages) -> None:
         assert len(job.page_ids) == len(job.peer_page_ids), "one destination per page"
@@ -201,7 +212,7 @@ class TransferJobs(Generic[PeerT]):
         if address.transport != ours.transport:
             raise Unavailable(
                 f"the peer's pool uses transport {address.transport!r}, ours uses {ours.transport!r}: use the "
-                "same --device for both workers"
+                "same --device and --disaggregation-transfer-backend for both workers"
             )
         if address.layout != ours.layout or address.page_bytes != ours.page_bytes:
             raise Unavailable(

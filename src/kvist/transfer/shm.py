@@ -5,22 +5,27 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from kvist.errors import Unavailable
-from kvist.memory.device_pool import DevicePool
 from kvist.transfer.host_pages import HostPages, Pages
 from kvist.transfer.same_host import SameHostTransport, wrong_size
+from kvist.transfer.transport import TransportContext, TransportKind
 from kvist.wire import PoolAddress
 
 
-def shm_transport(pool: DevicePool, runtime_dir: Path, wakeup: Callable[[], None]) -> SameHostTransport[Pages]:
+def shm_transport(context: TransportContext) -> SameHostTransport[Pages]:
     return SameHostTransport(
-        address=pool.address, pages=HostPages(pool.bytes), map_pool=map_file, runtime_dir=runtime_dir, wakeup=wakeup
+        address=context.address,
+        pages=HostPages(context.pool.bytes),
+        map_pool=map_file,
+        runtime_dir=context.runtime_dir,
+        wakeup=context.wakeup,
     )
+
+
+SHM = TransportKind(device_type="cpu", build=shm_transport)
 
 
 def map_file(descriptor: int, address: PoolAddress) -> Pages:

@@ -313,7 +313,7 @@ class SourceSide:
         if grant.pool.transport != own.transport:
             return (
                 f"the decode worker uses the transport {grant.pool.transport!r}, the prefill worker "
-                f"{own.transport!r}: start both with the same --device"
+                f"{own.transport!r}: start both with the same --device and --disaggregation-transfer-backend"
             )
         if grant.pool.layout != own.layout or grant.pool.page_bytes != own.page_bytes:
             return (

@@ -1,0 +1,23 @@
+"""The option that chooses the transport."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvist.door import Given, choice_of, options_of_choice
+from kvist.transfer import TRANSPORTS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferConfig:
+    """The copies of pages from prefill to decode."""
+
+    disaggregation_transfer_backend: str = choice_of(
+        TRANSPORTS,
+        "auto",
+        "how pages are copied between engines; the same on all workers",
+        auto="the first one for pools on this device",
+    )
+    disaggregation_transfer_options: Given = options_of_choice(
+        TRANSPORTS, chosen_by="disaggregation_transfer_backend", title="transport", prefix="transfer_"
+    )
