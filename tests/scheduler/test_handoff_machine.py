@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from scheduler_sim import SimEngine, World, make_request, small_config
+from scheduler_sim import Rows, SimEngine, World, make_request, small_config
 
 from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
@@ -39,6 +39,8 @@ class Cluster(RuleBasedStateMachine):
         num_host_pages=st.sampled_from([0, 4, 30]),
         write_policy=st.sampled_from(sorted(WRITE_POLICIES)),
         policy=st.sampled_from([None, *PREFETCH_POLICIES]),
+        row_tokens=st.sampled_from([1, 1, 3]),
+        known_every=st.sampled_from([0, 2]),
     )
     def start(
         self,
@@ -51,6 +53,8 @@ class Cluster(RuleBasedStateMachine):
         num_host_pages: int,
         write_policy: str,
         policy: str | None,
+        row_tokens: int,
+        known_every: int,
     ) -> None:
         prefetch = None if policy is None else PrefetchConfig(policy=policy, threshold_tokens=1)
         config = small_config(
@@ -69,6 +73,7 @@ class Cluster(RuleBasedStateMachine):
                 num_host_pages=num_host_pages,
                 write_policy=write_policy,
                 prefetch=prefetch,
+                rows=Rows(max_tokens=row_tokens, known_every=known_every),
             )
         for name in DECODES:
             self.world.start(
@@ -79,6 +84,7 @@ class Cluster(RuleBasedStateMachine):
                 num_host_pages=num_host_pages,
                 write_policy=write_policy,
                 prefetch=prefetch,
+                rows=Rows(max_tokens=row_tokens, known_every=known_every),
             )
         self.gateway_aborts = gateway_aborts
 
