@@ -202,8 +202,9 @@ class ByteEngine:
         device: Any = SimpleNamespace(pieces=lambda: [(0, self.device)])
         with mock.patch("kvist.memory.page_copier._CopyQueue", ManualCopyQueue):
             self.mover = PageMover(device, self.host_pool, wakeup=lambda: None, clock=self.clock)
-        self.loads: Any = self.mover._loads
-        self.backups: Any = self.mover._backups
+        mover: Any = self.mover
+        self.loads: ManualCopyQueue = mover._loads
+        self.backups: ManualCopyQueue = mover._backups
         self.backups.afterwards = afterwards
         self.mover._reports = LateReports(afterwards)
         self.requests: list[Request] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import pytest
 
@@ -281,7 +282,7 @@ def test_insert_without_a_newly_full_page_does_not_read_the_tokens() -> None:
     """O(1): insert does not read the tokens."""
 
     class Untouchable(list[int]):
-        def __getitem__(self, index: object) -> int:
+        def __getitem__(self, index: object) -> NoReturn:
             raise AssertionError("read")
 
     cache = make_cache()

@@ -55,7 +55,7 @@ def test_no_name_can_pass_for_another_field() -> None:
 @pytest.mark.parametrize("field", ["num_kv_heads", "num_layers", "page_size", "head_dim"])
 def test_a_size_below_one_is_refused_by_name(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
-        dataclasses.replace(LAYOUT, **{field: 0})
+        dataclasses.replace(LAYOUT, **{field: 0})  # type: ignore[arg-type]
 
 
 def test_an_unknown_dtype_is_refused_and_the_known_ones_are_named() -> None:

@@ -331,8 +331,8 @@ class TiersMachine(RuleBasedStateMachine):
         for page in self.tier.pages():
             assert not page.resident or self.host[page.slot] == page.digest
         for request in self.requests:
-            for page, digest in enumerate(request.digests()):
-                assert self.device[request.lease.page_ids[page]] == digest
+            for index, digest in enumerate(request.digests()):
+                assert self.device[request.lease.page_ids[index]] == digest
 
     @invariant()
     def every_page_of_each_tier_is_in_exactly_one_state(self) -> None:
