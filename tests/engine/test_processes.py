@@ -495,6 +495,8 @@ def test_an_unreadable_message_is_dropped_and_counted(cluster: Cluster) -> None:
             "config_error",
             "add --enable-hierarchical-cache",
         ),
+        (b'{"options": {"runer": {}}}\n', "config_error", "options have no runer; did you mean runner?"),
+        (b'{"model_path": "/nowhere"}\n', "config_error", "settings have no model_path"),
         (b"not json\n", "config_error", "cannot be read"),
         (b"", "config_error", "standard input"),
     ],

@@ -26,6 +26,7 @@ from kvist.checkpoint import find_checkpoint
 from kvist.engine.config import EngineConfig
 from kvist.engine.messages import DRAIN, STOP, Announcement, Beat, Progress, Ready, StartFailed, encode_line
 from kvist.errors import UNDECODABLE, ConfigError, EngineError, KvistError
+from kvist.flags import nearest
 from kvist.log import LogConfig, setup_logging
 from kvist.parent import continue_when_parent_dies
 
@@ -86,11 +87,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_config(settings: bytes) -> EngineConfig:
-    """Parse the engine's settings. Raises `ConfigError` unless they are a JSON object with `EngineConfig`'s fields."""
+    """Parse the engine's settings. Raises `ConfigError` unless they are a JSON object with `EngineConfig`'s fields and
+    no others."""
     try:
-        return msgspec.json.decode(settings, type=EngineConfig)
+        given = msgspec.json.decode(settings)
+        config = msgspec.convert(given, type=EngineConfig)
     except UNDECODABLE as error:
         raise ConfigError(f"the engine's settings cannot be read: {error}") from error
+    _check_keys("the engine's settings", given, msgspec.to_builtins(config))
+    return config
+
+
+def _check_keys(where: str, given: object, known: object) -> None:
+    """Raise `ConfigError` for a key that the decoder has ignored."""
+    if not isinstance(given, dict) or not isinstance(known, dict):
+        return
+    for key, value in given.items():
+        if key not in known:
+            raise ConfigError(f"{where} have no {key}{nearest(key, list(known))}")
+        _check_keys(key, value, known[key])
 
 
 def _build(config: EngineConfig, announce: Callable[[Announcement], None]) -> Engine:
