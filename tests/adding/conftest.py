@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tests.adding.walks import PAGE, copy_repository, read_walks
 
 TINY_MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+    "architectures": ["ArceeForCausalLM"],
+    "model_type": "arcee",
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -30,7 +30,7 @@ TINY_MODEL = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
-    "hidden_act": "silu",
+    "hidden_act": "relu2",
     "eos_token_id": 0,
 }
 CLUSTER_FLAGS = (
@@ -38,6 +38,7 @@ CLUSTER_FLAGS = (
     "--compared-workers=2",
     "--completion-tokens=5",
     "--disaggregation-transfer-backend=pwrite",
+    "--attention-backend=sdpa",
 )
 
 

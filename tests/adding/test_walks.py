@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.adding.conftest import Cluster, Followed
 from tests.adding.walks import PAGE, ROOT, Block, read_walks
 
 SUITES = (
-    "tests/conformance/test_policy.py",
-    "tests/conformance/test_transport.py",
+    "tests/conformance",
+    "tests/models/test_declarations.py",
+    "tests/models/test_equals_transformers.py",
     "tests/cli/test_flag_names.py",
     "tests/test_docs.py",
 )
 
-NEW_BACKENDS = ("power_of_d", "pwrite")
-CHOSEN = " or ".join(("test_docs", "test_flag_names", *NEW_BACKENDS))
+NEW_BACKENDS = ("power_of_d", "pwrite", "sdpa", "arcee")
+CHOSEN = " or ".join(("test_docs", "test_flag_names", "test_every_family", *NEW_BACKENDS))
 
 
 def test_suites_of_the_repository_pass_after_every_walk(followed: Followed) -> None:
@@ -23,7 +26,7 @@ def test_suites_of_the_repository_pass_after_every_walk(followed: Followed) -> N
         followed.run(script)
     output = followed.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-rA", "--tb=short", "-k", CHOSEN, *SUITES)
     for name in NEW_BACKENDS:
-        assert f"[{name}]" in output
+        assert re.search(rf"PASSED .*\[(\w+-)*{name}", output), f"no test of {name} ran"
 
 
 def test_new_options_are_new_lines_in_the_list_of_flags(followed: Followed) -> None:
@@ -56,4 +59,11 @@ def test_a_block_without_a_file_is_refused() -> None:
 
 def test_the_page_has_a_walk_for_each_kind_of_part() -> None:
     titles = [walk.title for walk in read_walks(PAGE.read_text(encoding="utf-8"))]
-    assert titles == ["A routing policy", "A transport", "An endpoint", "An option"]
+    assert titles == [
+        "A routing policy",
+        "A transport",
+        "An attention backend",
+        "A model family",
+        "An endpoint",
+        "An option",
+    ]

@@ -1,6 +1,6 @@
 """Reads the walks of docs/adding.md, and follows them in a copy of the repository.
 
-A block of code that the reader has to write stands below a line that begins with its file:
+A block of code that the reader has to write stands below a line that names its file and ends with a colon:
 
     `src/kvist/router/policies/power_of_d.py`, new:      then a block of the file's language: the whole file
     `src/kvist/router/policies/__init__.py`:             then a `diff` block: its hunks are separated by "@@"
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "adding.md"
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_FILE = re.compile(r"`([\w./]+)`(, new)?[^`\n]*:\n\n\Z")
+_FILE = re.compile(r"`([\w./]+\.\w+)`(, new)?[^\n]*:\n\n\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

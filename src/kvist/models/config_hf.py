@@ -61,9 +61,6 @@ class HfConfig:
 
     def _refuse_other_decoders(self) -> None:
         fields = self.fields
-        activation = fields.text("hidden_act", "silu")
-        if activation not in ("silu", "swish"):
-            raise fields.error("hidden_act", f"is {activation!r}; only silu is supported")
         for name in ("quantization_config", "compression_config"):
             if name in fields:
                 raise fields.error(name, "is set: quantised safetensors are not supported; use plain weights or a GGUF")
@@ -71,6 +68,12 @@ class HfConfig:
             raise fields.error("mlp_bias", "is true: MLP biases are not supported")
         if fields.value("partial_rotary_factor") not in (None, 1, 1.0):
             raise fields.error("partial_rotary_factor", "is not 1: rotating a part of each head is not served")
+
+    def require_activation(self, *names: str) -> None:
+        """Refuse any other activation of the MLP than `names`, which are names of one function."""
+        activation = self.fields.text("hidden_act", names[0])
+        if activation not in names:
+            raise self.fields.error("hidden_act", f"is {activation!r}; only {names[0]} is supported in this family")
 
     def refuse_experts(self) -> None:
         for name in ("num_experts", "num_local_experts", "n_routed_experts"):

@@ -10,7 +10,11 @@ from kvist.models.families.qwen3 import Qwen3
 
 __all__ = ["FAMILIES", "Family", "family_of_architecture", "family_of_model_type"]
 
-FAMILIES: dict[str, Family] = {"llama": Llama(), "qwen2": Qwen2(), "qwen3": Qwen3()}  # by `ModelConfig.family`
+FAMILIES: dict[str, Family] = {  # by `ModelConfig.family`
+    "llama": Llama(),
+    "qwen2": Qwen2(),
+    "qwen3": Qwen3(),
+}
 
 
 def family_of_model_type(model_type: str, *, origin: str) -> str:

@@ -18,6 +18,7 @@ class Llama:
     gguf_architecture = "llama"
 
     def config_from_hf(self, hf: HfConfig) -> ModelConfig:
+        hf.require_activation("silu", "swish")
         hf.refuse_experts()
         hf.refuse_sliding_windows()
         bias = hf.fields.flag("attention_bias", False)

@@ -18,6 +18,7 @@ class Qwen2:
     gguf_architecture = "qwen2"
 
     def config_from_hf(self, hf: HfConfig) -> ModelConfig:
+        hf.require_activation("silu", "swish")
         hf.refuse_experts()
         hf.refuse_sliding_windows()
         return hf.decoder(attention_bias=True, attention_output_bias=False)
