@@ -10,6 +10,7 @@ import json
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,17 @@ from kvist.models.parallel import TensorParallel
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import Event, StepFinished
 from kvist.plan.slots import OpenSlots
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SampledToken, SamplingParams, SlotId
+from kvist.request import (
+    EngineRequest,
+    EpochId,
+    Mode,
+    RequestId,
+    Role,
+    SampledToken,
+    SamplingParams,
+    SlotId,
+    needs_known_token,
+)
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerLimits, RunnerOptions
 from kvist.runner.inputs import build_inputs
@@ -51,6 +62,24 @@ GREEDY = SamplingParams(max_tokens=40, temperature=0.0, num_logprobs=2)
 SEEDED = SamplingParams(max_tokens=40, temperature=0.8, seed=7)
 NUCLEUS = SamplingParams(max_tokens=40, temperature=0.9, seed=5, top_p=0.9, min_p=0.001, num_logprobs=1)
 TOP_K = SamplingParams(max_tokens=40, temperature=0.9, seed=6, top_k=20, top_p=0.95)
+SHAPED = SamplingParams(
+    max_tokens=40,
+    temperature=0.8,
+    seed=8,
+    top_p=0.9,
+    min_tokens=4,
+    stop_token_ids=(2998,),
+    repetition_penalty=1.2,
+    frequency_penalty=0.4,
+    presence_penalty=0.3,
+    logit_bias=((3, 3.0), (4, 3.0), (5, -3.0)),
+    allowed_token_ids=tuple(range(2, 400)),
+    bad_words=((7,), (3, 4), (4, 3), (4, 4)),
+)
+# the host looks for a word that is longer than the tables hold
+LONG_WORD = SamplingParams(
+    max_tokens=40, temperature=0.0, logit_bias=((3, 90.0), (4, 80.0)), bad_words=((3,) * 9, (3, 4), (4, 3))
+)
 
 
 def make_checkpoint(folder: Path, family: str) -> Checkpoint:
@@ -138,7 +167,7 @@ def serve(
     )
     cache = PageCache(num_pages=runner.pool.num_pages, page_size=16, namespace="t")
     pool = PoolAddress(transport="none", location="", num_pages=runner.pool.num_pages, page_bytes=1, layout="t")
-    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), pool)
+    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), pool, needs_known_token=needs_known_token)
     waiting = deque(Submit(request=request, mode=Mode.FULL) for request in requests)
     streams: Streams = {request.request_id: [] for request in requests}
     in_flight: deque[tuple[Batch, list[RequestId], InFlight]] = deque()
@@ -260,18 +289,49 @@ def test_replayed_graphs_give_the_tokens_of_eager_steps(graphs: AnyRunner, eager
     check_alike(serve(graphs, requests, overlap=False), serve(eager, requests, overlap=False))
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SEEDED, NUCLEUS, TOP_K], ids=["greedy", "seeded", "nucleus", "top_k"])
+@pytest.mark.parametrize(
+    "sampling",
+    [GREEDY, SEEDED, NUCLEUS, TOP_K, SHAPED, LONG_WORD],
+    ids=["greedy", "seeded", "nucleus", "top_k", "shaped", "long word"],
+)
 def test_overlap_changes_no_token(graphs: AnyRunner, sampling: SamplingParams) -> None:
     requests = make_requests(13, sampling)
     assert ids(serve(graphs, requests, overlap=True)) == ids(serve(graphs, requests, overlap=False))
 
 
-def test_plain_rows_sampled_in_the_graph_equal_those_sampled_from_the_logits(graphs: AnyRunner) -> None:
-    for sampling in (replace_params(GREEDY, num_logprobs=None), SEEDED):
-        plain = serve(graphs, make_requests(8, sampling), overlap=True)
-        measured = serve(graphs, make_requests(8, replace_params(sampling, num_logprobs=2)), overlap=True)
-        same = sum(a == b for name in plain for a, b in zip(ids(plain)[name], ids(measured)[name], strict=True))
-        assert same >= 0.98 * 8 * 40  # logarithms differ in the last bit
+@pytest.mark.parametrize("sampling", [SEEDED, TOP_K, SHAPED], ids=["seeded", "top_k", "shaped"])
+def test_logprobs_change_no_token(graphs: AnyRunner, eager: AnyRunner, sampling: SamplingParams) -> None:
+    for runner in (graphs, eager):
+        plain = serve(runner, make_requests(8, sampling), overlap=True)
+        measured = serve(runner, make_requests(8, replace_params(sampling, num_logprobs=2)), overlap=True)
+        assert ids(plain) == ids(measured)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["alone", "overlapped"])
+def test_the_device_counts_and_bans_tokens_that_the_host_does_not_know(graphs: AnyRunner, overlap: bool) -> None:
+    """Few tokens are allowed and each occurs once; with bias, only bad words keep 3 and 4 apart."""
+    once = SamplingParams(
+        max_tokens=30, temperature=0.0, presence_penalty=1000.0, allowed_token_ids=tuple(range(10, 40))
+    )
+    apart = SamplingParams(
+        max_tokens=30, temperature=0.0, logit_bias=((3, 900.0), (4, 800.0)), bad_words=((3, 3), (3, 4), (9, 9, 9))
+    )
+    requests = [
+        replaced(each, once if number % 2 else apart) for number, each in enumerate(make_requests(13, GREEDY, seed=2))
+    ]
+    for number, tokens in enumerate(ids(serve(graphs, requests, overlap=overlap)).values()):
+        if number % 2:
+            assert sorted(tokens) == list(range(10, 40))
+        else:
+            assert tokens[0] == 3
+            assert all((before == 3) is (after not in (3, 4)) for before, after in pairwise(tokens))
+
+
+def test_a_long_bad_word_is_never_completed(graphs: AnyRunner) -> None:
+    for tokens in ids(serve(graphs, make_requests(5, LONG_WORD), overlap=True)).values():
+        runs = "".join("x" if token == 3 else "." for token in tokens)
+        assert runs.startswith("x" * 8 + ".")
+        assert "x" * 9 not in runs
 
 
 def replace_params(params: SamplingParams, **changes: object) -> SamplingParams:
@@ -297,9 +357,9 @@ def test_requests_that_join_and_leave_read_their_own_pages(graphs: AnyRunner, ea
 def test_requests_that_share_slots_sample_the_tokens_that_each_samples_alone(graphs: AnyRunner, overlap: bool) -> None:
     """Greedy requests take slots from requests with other parameters, often in the batch that ends these."""
     greedy = make_requests(24, GREEDY, seed=11)
-    others = (SEEDED, NUCLEUS, TOP_K)
+    others = (SEEDED, NUCLEUS, TOP_K, SHAPED)
     mixed = [
-        each if number % 2 else replaced(each, others[number % 3], max_tokens=3 + number)
+        each if number % 2 else replaced(each, others[number // 2 % 4], max_tokens=3 + number)
         for number, each in enumerate(greedy)
     ]
     found = serve(graphs, mixed, overlap=overlap, slots=3)
