@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 import msgspec
+import torch
 
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem, StartRequest
@@ -49,7 +50,9 @@ def same(found: BatchItem, sent: BatchItem) -> bool:
 
 
 def same_start(found: StartRequest, sent: StartRequest) -> bool:
-    return found == msgspec.structs.replace(sent, token_ids=[])  # no state of a slot needs the tokens
+    """The tokens are sent only to slots whose state is made of them."""
+    token_ids = list(sent.token_ids) if sent.sampling.needs_history else []
+    return found == msgspec.structs.replace(sent, token_ids=token_ids)
 
 
 def test_every_rank_decodes_the_batches_and_has_the_slots_of_a_busy_scheduler() -> None:
@@ -64,7 +67,13 @@ def test_every_rank_decodes_the_batches_and_has_the_slots_of_a_busy_scheduler() 
     tables = (small_table(12), small_table(12))
     for step in range(400):
         if step % 3 == 0 and step < 240:
-            sampling = SamplingParams(max_tokens=dice.randrange(1, 40), min_tokens=3, stop_token_ids=(8,), seed=step)
+            sampling = SamplingParams(
+                max_tokens=dice.randrange(1, 40),
+                min_tokens=3,
+                stop_token_ids=(8,),
+                seed=step,
+                presence_penalty=dice.choice([0.0, 1.0]),
+            )
             prompt = tuple(dice.randrange(100) for _ in range(dice.randrange(1, 60)))
             request = EngineRequest(request_id=RequestId(f"r{step}"), prompt_token_ids=prompt, sampling=sampling)
             events.append(Submit(request=request, mode=Mode.FULL))
@@ -80,6 +89,7 @@ def test_every_rank_decodes_the_batches_and_has_the_slots_of_a_busy_scheduler() 
             for table, each in zip(tables, (batch, found), strict=True):
                 table.update(each)
             assert tables[0].open == tables[1].open
+            assert torch.equal(*(table.shaping.tables.counts for table in tables))
             assert sampling_rows(batch.items, tables[0]) == sampling_rows(found.items, tables[1])
             seen["started"] += len(batch.started)
             seen["started in a slot that was ended"] += len({s.slot for s in batch.started} & {*batch.ended})
