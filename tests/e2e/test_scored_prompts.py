@@ -1,4 +1,8 @@
-"""Over HTTP, the router with its pair and one worker report the same logprobs of prompts, in every form."""
+"""Over HTTP, the router with its pair and one worker report the same logprobs of prompts, in every form.
+
+Users of other systems missed the logprobs of the prompt and of the first token when prefill and decode were separate
+(SGLang #40298, vLLM #27449).
+"""
 
 from __future__ import annotations
 

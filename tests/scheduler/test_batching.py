@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import pytest
 from fake_device import EOS, reference_stream
 from scheduler_sim import SimEngine, World, make_request, small_config
@@ -249,6 +250,20 @@ def test_each_role_refuses_the_modes_it_does_not_serve(request_: object, mode: M
     (ended,) = step(engine, Submit(request=request_, mode=mode)).ended
     assert (ended.outcome, ended.error_code) == (Outcome.FAILED, "invalid_request")
     assert not engine.scheduler.has_work()
+
+
+@pytest.mark.parametrize("fields", [{}, {"ignore_eos": True}, {"min_tokens": 0}, {"allowed_token_ids": (EOS, 3)}])
+def test_allowed_tokens_that_all_end_the_answer_contradict_min_tokens(fields: dict[str, object]) -> None:
+    engine = unified()
+    request = make_request("a", [1])
+    asked = {"allowed_token_ids": (EOS, 5), "stop_token_ids": (5,), "min_tokens": 1, **fields}
+    sampling = msgspec.structs.replace(request.sampling, **asked)
+    submit = Submit(request=msgspec.structs.replace(request, sampling=sampling), mode=Mode.FULL)
+    ended = step(engine, submit).ended
+    assert len(ended) == (not fields)
+    for one in ended:
+        assert (one.outcome, one.error_code) == (Outcome.FAILED, "invalid_request")
+        assert "leaves no token" in one.message
 
 
 def test_a_prefill_worker_answers_a_whole_request_of_one_token() -> None:

@@ -99,7 +99,7 @@ class SamplingFields(KnownFields, forbid_unknown_fields=True, kw_only=True):
         float | None, Honoured("-2 to 2: subtracted once from the logit of each token that the answer has")
     ] = None
     repetition_penalty: Annotated[
-        float | None, Honoured("over 0, 1 is off: over 1 makes tokens of the prompt and of the answer less likely")
+        float | None, Honoured("0.01 to 100, 1 is off: over 1 makes tokens of the prompt and of the answer less likely")
     ] = None
     logit_bias: Annotated[
         dict[str, float] | None,
