@@ -8,7 +8,6 @@ answers for a handoff that it does not know.
 from __future__ import annotations
 
 import logging
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from kvist.scheduler.budget import MAX_STEP_LOGPROBS, num_logprobs_of
 MAX_OPEN_FLUSHES = 1024
 MAX_REQUEST_ID_CHARS = 1024
 _MAX_SEED = 2**63 - 1
+_MAX_FACTOR = 1e6  # logits multiplied or divided by a larger number leave the range of float32
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +142,11 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
     if len(request.request_id) > MAX_REQUEST_ID_CHARS:
         return f"the request id has {len(request.request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
     num_logprobs, prompt_logprobs = sampling.num_logprobs, sampling.prompt_logprobs
+    repetition = sampling.repetition_penalty
+    wrong_bias = next((value for _, value in sampling.logit_bias if not -100 <= value <= 100), None)  # perhaps NaN
     shortest = min(map(len, sampling.bad_words), default=1)
     for name, value, allowed in (
-        ("temperature", sampling.temperature, math.isfinite(sampling.temperature) and sampling.temperature >= 0),
+        ("temperature", sampling.temperature, 0 <= sampling.temperature <= _MAX_FACTOR),
         ("top_k", sampling.top_k, 0 <= sampling.top_k < 2**31),
         ("top_p", sampling.top_p, 0 <= sampling.top_p <= 1),
         ("min_p", sampling.min_p, 0 <= sampling.min_p <= 1),
@@ -155,10 +157,11 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
         ("prompt_logprobs", prompt_logprobs, prompt_logprobs is None or 0 <= prompt_logprobs <= vocab_size),
         ("prompt_logprobs_start", sampling.prompt_logprobs_start, sampling.prompt_logprobs_start >= 0),
         ("logprobs of a token", num_logprobs_of(sampling), num_logprobs_of(sampling) <= MAX_STEP_LOGPROBS),
-        ("frequency_penalty", sampling.frequency_penalty, math.isfinite(sampling.frequency_penalty)),
-        ("presence_penalty", sampling.presence_penalty, math.isfinite(sampling.presence_penalty)),
-        ("repetition_penalty", sampling.repetition_penalty, 0 < sampling.repetition_penalty < math.inf),
+        ("frequency_penalty", sampling.frequency_penalty, abs(sampling.frequency_penalty) <= 2),
+        ("presence_penalty", sampling.presence_penalty, abs(sampling.presence_penalty) <= 2),
+        ("repetition_penalty", repetition, 1 / _MAX_FACTOR <= repetition <= _MAX_FACTOR),
         ("the length of logit_bias", len(sampling.logit_bias), len(sampling.logit_bias) <= MAX_LOGIT_BIAS),
+        ("a value of logit_bias", wrong_bias, wrong_bias is None),
         ("the number of bad_words", len(sampling.bad_words), len(sampling.bad_words) <= MAX_BAD_WORDS),
         ("the shortest of bad_words", shortest, shortest > 0),
     ):
