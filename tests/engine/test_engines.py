@@ -7,19 +7,19 @@ compute it must give the same tokens.
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
-from kvist.request import FinishReason, Outcome, RequestId
+from kvist.request import FinishReason, Outcome, RequestId, Role
+from kvist.testing.memory_cluster import MemoryCluster
+from kvist.testing.memory_engine import MemoryEngine
+from kvist.testing.specs import RequestFields
+from tests.engine.conftest import request_of
 
-if TYPE_CHECKING:
-    World = Any  # tests/engine/conftest.py
-
-GREEDY = {"temperature": 0.0}
-SEEDED = {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "min_p": 0.001, "seed": 12345}
-SHAPED = {
+GREEDY: RequestFields = {"temperature": 0.0}
+SEEDED: RequestFields = {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "min_p": 0.001, "seed": 12345}
+SHAPED: RequestFields = {
     "temperature": 0.7,
     "seed": 5,
     "top_p": 0.9,
@@ -31,7 +31,11 @@ SHAPED = {
     "bad_words": ((7,), (3, 4), (4, 3), (4, 4)),
 }
 # With a bad word that is longer than the runner's tables hold, each token must be known before the next is planned.
-LONG_WORD = {"temperature": 0.0, "logit_bias": ((3, 4.0), (4, 3.9)), "bad_words": ((3,) * 9, (3, 4), (4, 4))}
+LONG_WORD: RequestFields = {
+    "temperature": 0.0,
+    "logit_bias": ((3, 4.0), (4, 3.9)),
+    "bad_words": ((3,) * 9, (3, 4), (4, 4)),
+}
 SAMPLING = pytest.mark.parametrize(
     "sampling", [GREEDY, SEEDED, SHAPED, LONG_WORD], ids=["greedy", "seeded", "shaped", "long word"]
 )
@@ -44,13 +48,11 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(draw.randrange(3, 128) for _ in range(length))
 
 
-def expected(
-    world: World, request_of: Any, sampling: dict[str, Any], prompts: list[tuple[int, ...]]
-) -> list[list[int]]:
+def expected(world: MemoryCluster, sampling: RequestFields, prompts: list[tuple[int, ...]]) -> list[list[int]]:
     """Answer each prompt alone, in a fresh engine."""
     answers = []
     for number, each in enumerate(prompts):
-        alone = world.engine("unified", overlap=False)
+        alone = world.start(overlap=False)
         answers.append(world.answer(alone, request_of(f"alone-{number}", each, **sampling)).token_ids)
         world.kill(alone)
     return answers
@@ -58,11 +60,11 @@ def expected(
 
 @SAMPLING
 def test_separate_prefill_and_decode_give_the_tokens_of_one_engine(
-    world: World, request_of: Any, sampling: dict[str, Any]
+    world: MemoryCluster, sampling: RequestFields
 ) -> None:
     prompts = [prompt(length) for length in LENGTHS]
-    answers = expected(world, request_of, sampling, prompts)
-    prefill, decode = world.engine("prefill", num_pages=256), world.engine("decode", num_pages=256)
+    answers = expected(world, sampling, prompts)
+    prefill, decode = world.start(role=Role.PREFILL, num_pages=256), world.start(role=Role.DECODE, num_pages=256)
     for number, each in enumerate(prompts):
         stream = world.submit_pair(prefill, decode, request_of(f"pair-{number}", each, **sampling))
         world.run()
@@ -75,13 +77,11 @@ def test_separate_prefill_and_decode_give_the_tokens_of_one_engine(
 
 
 @SAMPLING
-def test_concurrent_requests_get_the_tokens_of_each_alone(
-    world: World, request_of: Any, sampling: dict[str, Any]
-) -> None:
+def test_concurrent_requests_get_the_tokens_of_each_alone(world: MemoryCluster, sampling: RequestFields) -> None:
     prompts = [prompt(length, seed=1) for length in LENGTHS]
-    answers = expected(world, request_of, sampling, prompts)
-    unified = world.engine("unified", num_pages=256)
-    prefill, decode = world.engine("prefill", num_pages=256), world.engine("decode", num_pages=256)
+    answers = expected(world, sampling, prompts)
+    unified = world.start(num_pages=256)
+    prefill, decode = world.start(role=Role.PREFILL, num_pages=256), world.start(role=Role.DECODE, num_pages=256)
     streams = []
     for number, each in enumerate(prompts):
         streams.append(world.submit_full(unified, request_of(f"full-{number}", each, **sampling)))
@@ -95,11 +95,9 @@ def test_concurrent_requests_get_the_tokens_of_each_alone(
 
 
 @SAMPLING
-def test_a_prompt_found_in_the_cache_gives_the_same_tokens(
-    world: World, request_of: Any, sampling: dict[str, Any]
-) -> None:
-    prefill, decode = world.engine("prefill", num_pages=256), world.engine("decode", num_pages=256)
-    unified = world.engine("unified", num_pages=256)
+def test_a_prompt_found_in_the_cache_gives_the_same_tokens(world: MemoryCluster, sampling: RequestFields) -> None:
+    prefill, decode = world.start(role=Role.PREFILL, num_pages=256), world.start(role=Role.DECODE, num_pages=256)
+    unified = world.start(num_pages=256)
     for length in (5, 8, 9, 17, 33):
         each = prompt(length, seed=2)
         cold = world.answer(unified, request_of(f"cold-{length}", each, **sampling))
@@ -118,16 +116,16 @@ def test_a_prompt_found_in_the_cache_gives_the_same_tokens(
 
 @SAMPLING
 def test_a_second_turn_transfers_only_the_pages_that_decode_lacks(
-    world: World, request_of: Any, sampling: dict[str, Any]
+    world: MemoryCluster, sampling: RequestFields
 ) -> None:
-    prefill, decode = world.engine("prefill"), world.engine("decode")
+    prefill, decode = world.start(role=Role.PREFILL), world.start(role=Role.DECODE)
     first_prompt = prompt(18, seed=3)
     first = world.submit_pair(prefill, decode, request_of("one", first_prompt, **sampling))
     world.run()
     second_prompt = first_prompt + tuple(first.token_ids) + prompt(7, seed=4)
     second = world.submit_pair(prefill, decode, request_of("two", second_prompt, **sampling))
     world.run()
-    [answer] = expected(world, request_of, sampling, [second_prompt])
+    [answer] = expected(world, sampling, [second_prompt])
     assert second.token_ids == answer
     assert second.handoff is not None
     # decode wrote the K/V of prompt and answer except the last token: (18 + 11) // 4 pages
@@ -139,19 +137,19 @@ def test_a_second_turn_transfers_only_the_pages_that_decode_lacks(
 @SAMPLING
 @pytest.mark.parametrize("apart", [False, True], ids=["unified", "apart"])
 def test_preempted_requests_resume_with_the_same_tokens(
-    world: World, request_of: Any, sampling: dict[str, Any], apart: bool
+    world: MemoryCluster, sampling: RequestFields, apart: bool
 ) -> None:
     sampling = {**sampling, "max_tokens": 30}
     prompts = [prompt(length, seed=5) for length in (9, 12, 14, 17, 20)]
-    answers = expected(world, request_of, sampling, prompts)
+    answers = expected(world, sampling, prompts)
     if apart:
-        prefill, small = world.engine("prefill", num_pages=64), world.engine("decode", num_pages=26)
+        prefill, small = world.start(role=Role.PREFILL, num_pages=64), world.start(role=Role.DECODE, num_pages=26)
         streams = [
             world.submit_pair(prefill, small, request_of(f"r{number}", each, **sampling))
             for number, each in enumerate(prompts)
         ]
     else:
-        small = world.engine("unified", num_pages=20)
+        small = world.start(num_pages=20)
         streams = [
             world.submit_full(small, request_of(f"r{number}", each, **sampling)) for number, each in enumerate(prompts)
         ]
@@ -162,13 +160,11 @@ def test_preempted_requests_resume_with_the_same_tokens(
 
 
 @SAMPLING
-def test_a_stream_resumes_in_a_fresh_engine_from_any_token(
-    world: World, request_of: Any, sampling: dict[str, Any]
-) -> None:
+def test_a_stream_resumes_in_a_fresh_engine_from_any_token(world: MemoryCluster, sampling: RequestFields) -> None:
     request = request_of("whole", prompt(10, seed=6), **sampling)
-    whole = world.answer(world.engine("unified"), request).token_ids
+    whole = world.answer(world.start(), request).token_ids
     for num_known in range(1, len(whole)):
-        fresh = world.engine("unified")
+        fresh = world.start()
         rest = msgspec.structs.replace(
             request, request_id=RequestId(f"rest-{num_known}"), output_token_ids=tuple(whole[:num_known])
         )
@@ -178,10 +174,10 @@ def test_a_stream_resumes_in_a_fresh_engine_from_any_token(
         world.kill(fresh)
 
 
-def test_a_stream_resumes_on_a_prefill_and_decode_pair_from_any_token(world: World, request_of: Any) -> None:
+def test_a_stream_resumes_on_a_prefill_and_decode_pair_from_any_token(world: MemoryCluster) -> None:
     request = request_of("whole", prompt(10, seed=6), **SEEDED)
-    whole = world.answer(world.engine("unified"), request).token_ids
-    prefill, decode = world.engine("prefill"), world.engine("decode")
+    whole = world.answer(world.start(), request).token_ids
+    prefill, decode = world.start(role=Role.PREFILL), world.start(role=Role.DECODE)
     for num_known in (1, 2, 5, 6, 7, 11):
         rest = msgspec.structs.replace(
             request, request_id=RequestId(f"rest-{num_known}"), output_token_ids=tuple(whole[:num_known])
@@ -193,9 +189,9 @@ def test_a_stream_resumes_on_a_prefill_and_decode_pair_from_any_token(world: Wor
     world.check_ledgers()
 
 
-def test_logprobs_do_not_depend_on_how_the_work_was_split(world: World, request_of: Any) -> None:
-    prefill, decode, unified = world.engine("prefill"), world.engine("decode"), world.engine("unified")
-    sampling = {**SEEDED, "num_logprobs": 3}
+def test_logprobs_do_not_depend_on_how_the_work_was_split(world: MemoryCluster) -> None:
+    prefill, decode, unified = world.start(role=Role.PREFILL), world.start(role=Role.DECODE), world.start()
+    sampling: RequestFields = {**SEEDED, "num_logprobs": 3}
     for length in (3, 8, 13, 21):
         one = world.answer(unified, request_of(f"one-{length}", prompt(length, seed=7), **sampling))
         two = world.submit_pair(prefill, decode, request_of(f"two-{length}", prompt(length, seed=7), **sampling))
@@ -208,8 +204,8 @@ def test_logprobs_do_not_depend_on_how_the_work_was_split(world: World, request_
             assert mine.top_logprobs == pytest.approx(other.top_logprobs, abs=1e-4)
 
 
-def test_an_answer_of_one_token_needs_no_decode_step(world: World, request_of: Any) -> None:
-    prefill, decode, unified = world.engine("prefill"), world.engine("decode"), world.engine("unified")
+def test_an_answer_of_one_token_needs_no_decode_step(world: MemoryCluster) -> None:
+    prefill, decode, unified = world.start(role=Role.PREFILL), world.start(role=Role.DECODE), world.start()
     one = world.answer(unified, request_of("one", prompt(9), max_tokens=1))
     two = world.submit_pair(prefill, decode, request_of("two", prompt(9), max_tokens=1))
     world.run()
@@ -220,11 +216,11 @@ def test_an_answer_of_one_token_needs_no_decode_step(world: World, request_of: A
     world.check_ledgers()
 
 
-def test_stop_tokens_end_unified_and_split_requests_at_the_same_token(world: World, request_of: Any) -> None:
-    prefill, decode, unified = world.engine("prefill"), world.engine("decode"), world.engine("unified")
+def test_stop_tokens_end_unified_and_split_requests_at_the_same_token(world: MemoryCluster) -> None:
+    prefill, decode, unified = world.start(role=Role.PREFILL), world.start(role=Role.DECODE), world.start()
     free = world.answer(unified, request_of("free", prompt(9, seed=8), **SEEDED)).token_ids
     for position in (0, 3, 11):
-        sampling = {**SEEDED, "stop_token_ids": (free[position],), "ignore_eos": False}
+        sampling: RequestFields = {**SEEDED, "stop_token_ids": (free[position],), "ignore_eos": False}
         one = world.answer(unified, request_of(f"one-{position}", prompt(9, seed=8), **sampling))
         two = world.submit_pair(prefill, decode, request_of(f"two-{position}", prompt(9, seed=8), **sampling))
         world.run()
@@ -233,24 +229,25 @@ def test_stop_tokens_end_unified_and_split_requests_at_the_same_token(world: Wor
     world.check_ledgers()
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_engines_that_die_and_restart_leave_no_page_held_at_their_peers(
-    world: World, request_of: Any, role: str
-) -> None:
-    draw = random.Random(role)
-    pair = {"prefill": world.engine("prefill", num_pages=40), "decode": world.engine("decode", num_pages=40)}
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+def test_engines_that_die_and_restart_leave_no_page_held_at_their_peers(world: MemoryCluster, role: Role) -> None:
+    draw = random.Random(role.value)
+    pair = {
+        Role.PREFILL: world.start(role=Role.PREFILL, num_pages=40),
+        Role.DECODE: world.start(role=Role.DECODE, num_pages=40),
+    }
     for number in range(24):
         request = request_of(
             f"r{number}", prompt(draw.randrange(20, 60), seed=number), max_tokens=draw.randrange(1, 20)
         )
-        world.submit_pair(pair["prefill"], pair["decode"], request)
+        world.submit_pair(pair[Role.PREFILL], pair[Role.DECODE], request)
         for _ in range(draw.randrange(8)):
             world.step()
         if number % 6 == 5:
             world.kill(pair[role])
-            pair[role] = world.engine(role, num_pages=40)
+            pair[role] = world.start(role=role, num_pages=40)
             world.clock.advance(draw.choice((0.0, 1.0)))
-    last = world.submit_pair(pair["prefill"], pair["decode"], request_of("last", prompt(30), max_tokens=5))
+    last = world.submit_pair(pair[Role.PREFILL], pair[Role.DECODE], request_of("last", prompt(30), max_tokens=5))
     world.clock.advance(1.0)
     world.run(step_s=0.02)  # the survivors wait for messages of the dead engine
     assert [ended.outcome for ended in last.ended] == [Outcome.FINISHED] * 2
@@ -260,10 +257,10 @@ def test_engines_that_die_and_restart_leave_no_page_held_at_their_peers(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_aborts_at_any_moment_end_each_request_once_and_leak_no_page(world: World, request_of: Any, seed: int) -> None:
+def test_aborts_at_any_moment_end_each_request_once_and_leak_no_page(world: MemoryCluster, seed: int) -> None:
     draw = random.Random(seed)
-    prefill, decode = world.engine("prefill", num_pages=40), world.engine("decode", num_pages=40)
-    unified = world.engine("unified", num_pages=40)
+    prefill, decode = world.start(role=Role.PREFILL, num_pages=40), world.start(role=Role.DECODE, num_pages=40)
+    unified = world.start(num_pages=40)
     open_ids: list[str] = []
     for number in range(30):
         request = request_of(
@@ -285,8 +282,8 @@ def test_aborts_at_any_moment_end_each_request_once_and_leak_no_page(world: Worl
     world.check_ledgers()
 
 
-def test_a_prefill_engine_that_dies_fails_its_handoffs_and_frees_their_pages(world: World, request_of: Any) -> None:
-    prefill, decode = world.engine("prefill"), world.engine("decode")
+def test_a_prefill_engine_that_dies_fails_its_handoffs_and_frees_their_pages(world: MemoryCluster) -> None:
+    prefill, decode = world.start(role=Role.PREFILL), world.start(role=Role.DECODE)
     stream = world.submit_pair(prefill, decode, request_of("r", prompt(60)))
     world.step_until(lambda: decode.scheduler.load().pages.in_flight)
     world.kill(prefill)
@@ -299,8 +296,8 @@ def test_a_prefill_engine_that_dies_fails_its_handoffs_and_frees_their_pages(wor
     world.check_ledgers()
 
 
-def test_a_decode_engine_that_dies_leaves_prefill_without_held_pages(world: World, request_of: Any) -> None:
-    prefill, decode = world.engine("prefill"), world.engine("decode")
+def test_a_decode_engine_that_dies_leaves_prefill_without_held_pages(world: MemoryCluster) -> None:
+    prefill, decode = world.start(role=Role.PREFILL), world.start(role=Role.DECODE)
     world.submit_pair(prefill, decode, request_of("r", prompt(60)))
     world.step_until(lambda: decode.scheduler.load().pages.in_flight)
     world.step()
@@ -310,37 +307,35 @@ def test_a_decode_engine_that_dies_leaves_prefill_without_held_pages(world: Worl
     world.check_ledgers()
 
 
-def fill(world: World, engine: Any, request_of: Any, seed: int) -> None:
+def fill(world: MemoryCluster, engine: MemoryEngine, seed: int) -> None:
     """Evict all pages from the device pool by other requests."""
     for number in range(3):
         world.answer(engine, request_of(f"{engine.channel.epoch}-fill-{seed}-{number}", prompt(44, 10 * seed + number)))
 
 
 @SAMPLING
-def test_pages_from_the_host_tier_give_the_tokens_of_recomputing(
-    world: World, request_of: Any, sampling: dict[str, Any]
-) -> None:
+def test_pages_from_the_host_tier_give_the_tokens_of_recomputing(world: MemoryCluster, sampling: RequestFields) -> None:
     prompts = [prompt(length, seed=4) for length in (8, 17, 32, 33)]
-    answers = expected(world, request_of, sampling, prompts)
-    engine = world.engine("unified", num_pages=16, num_host_pages=400)
+    answers = expected(world, sampling, prompts)
+    engine = world.start(num_pages=16, num_host_pages=400)
     for turn in range(3):
         for number, each in enumerate(prompts):
             stream = world.answer(engine, request_of(f"{turn}-{number}", each, **sampling))
             assert stream.token_ids == answers[number], f"prompt of {len(each)} tokens, turn {turn}"
             assert stream.cached == (0 if turn == 0 else (len(each) - 1) // 4 * 4)
-        fill(world, engine, request_of, seed=20 + turn)
+        fill(world, engine, seed=20 + turn)
     world.check_ledgers()
     assert engine.scheduler.load().totals["host_loaded_pages"] == 2 * (1 + 4 + 7 + 8)
 
 
 @SAMPLING
 def test_a_pair_whose_pages_come_from_both_host_tiers_gives_the_same_tokens(
-    world: World, request_of: Any, sampling: dict[str, Any]
+    world: MemoryCluster, sampling: RequestFields
 ) -> None:
     prompts = [prompt(length, seed=5) for length in (8, 17, 32, 33)]
-    answers = expected(world, request_of, sampling, prompts)
-    prefill = world.engine("prefill", num_pages=16, num_host_pages=400)
-    decode = world.engine("decode", num_pages=16, num_host_pages=400)
+    answers = expected(world, sampling, prompts)
+    prefill = world.start(role=Role.PREFILL, num_pages=16, num_host_pages=400)
+    decode = world.start(role=Role.DECODE, num_pages=16, num_host_pages=400)
     for turn in range(2):
         for number, each in enumerate([*prompts, *(prompt(44, seed=30 + turn) for _ in range(1))]):
             stream = world.submit_pair(prefill, decode, request_of(f"{turn}-{number}", each, **sampling))

@@ -68,7 +68,7 @@ def test_only_limits_set_by_the_user_can_contradict_each_other(
             SchedulerOptions(**given_by_user)  # type: ignore[arg-type]
         return
     options = SchedulerOptions(**given_by_user)  # type: ignore[arg-type]
-    resolved = resolve_limits(options, device=place[0], role=place[1])
+    resolved = resolve_limits(options, device=place[0], role=Role(place[1]))
     for name, value in given_by_user.items():
         assert getattr(resolved, name) == value or value is None
     assert resolved.max_running_requests <= resolved.max_prefill_tokens

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -116,12 +117,12 @@ class Cluster:
         host_tier: HostTierConfig | None = None,
         storage: StorageConfig | None = None,
         tp: int = 1,
-        **runner: object,
+        **runner: Any,
     ) -> list[Engine]:
         settings = {"max_total_tokens": 8192, "num_threads": tp, **runner}
         options = EngineOptions(
             model=ModelOptions(model_path=str(self._model_path)),
-            runner=RunnerOptions(load_format="dummy", tp=tp, **settings),  # type: ignore[arg-type]
+            runner=RunnerOptions(load_format="dummy", tp=tp, **settings),
             runtime=RuntimeOptions(runtime_dir=str(self.runtime_dir)),
             scheduler=scheduler or SchedulerOptions(),
             channel=ChannelConfig(cluster_key=KEY),
@@ -224,7 +225,7 @@ def test_prefill_and_decode_processes_give_the_tokens_of_one_engine(cluster: Clu
     assert handoff.num_pages == -(-700 // 16)
 
 
-ON_GPU = {"device": "cuda", "dtype": "float32", "attention_backend": "torch"}  # exact, as on a CPU
+ON_GPU: dict[str, Any] = {"device": "cuda", "dtype": "float32", "attention_backend": "torch"}  # exact, as on a CPU
 
 
 def assert_pair_equals_unified(unified: Engine, prefill: Engine, decode: Engine, num_prompt_tokens: int) -> None:
@@ -256,7 +257,7 @@ HOST_TIER = HostTierConfig(enable_hierarchical_cache=True, hicache_ratio=8.0)
 
 
 def assert_host_tier_gives_the_same_tokens(
-    cluster: Cluster, write_policy: str = "write_through", **settings: object
+    cluster: Cluster, write_policy: str = "write_through", **settings: Any
 ) -> None:
     """Use a device pool of 64 pages, too small for two of these prompts: the first is loaded from the host tier."""
     (alone,) = cluster.start("unified", **settings)
@@ -356,7 +357,7 @@ def test_two_tensor_parallel_ranks_give_the_tokens_of_one_and_end_together(clust
     assert two.process.wait(timeout=60) == 0, "it waits for its ranks to end"
 
 
-def assert_ranks_give_the_same_tokens_with_a_host_tier(cluster: Cluster, **settings: object) -> None:
+def assert_ranks_give_the_same_tokens_with_a_host_tier(cluster: Cluster, **settings: Any) -> None:
     """As with one rank: a page loaded from the host tier gives the same answer as when it was computed."""
     folder = str(cluster.runtime_dir / "pages")
     storage = StorageConfig(hicache_storage_backend="file", hicache_storage_options={"path": folder})
@@ -447,7 +448,7 @@ def test_an_engine_with_a_parent_ignores_signals_and_drains_on_a_line_of_stdin(
     engine.send(wire.Submit(request=make_request("late", 10), mode=Mode.FULL))
     assert engine.process.wait(timeout=60) == 0
     engine.listen()
-    ended = {each.request_id: (each.outcome, each.error_code) for each in engine.ended}
+    ended = {str(each.request_id): (each.outcome, each.error_code) for each in engine.ended}
     assert ended["open"] == (Outcome.FINISHED, None)
     assert ended.get("late", (Outcome.FAILED, "unavailable")) == (Outcome.FAILED, "unavailable")
     assert list((tmp_path / "run").glob("pool-*")) == []

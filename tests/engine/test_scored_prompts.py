@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import pytest
 
 from kvist.models.decoder import CausalLM
-from kvist.request import RequestId
+from kvist.request import RequestId, Role
+from kvist.testing.memory_cluster import MemoryCluster, Stream
+from kvist.testing.specs import RequestFields
+from tests.engine.conftest import request_of
 from tests.runner.scoring import SCORED, assert_scores, plain_logprobs
-
-if TYPE_CHECKING:
-    World = Any  # tests/engine/conftest.py
 
 ASKED: dict[str, Any] = {"prompt_logprobs": 3, "logprob_token_ids": SCORED.logprob_token_ids}
 
@@ -23,18 +23,16 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(dice.randrange(3, 128) for _ in range(length))
 
 
-def check(stream: Any, model: CausalLM, token_ids: tuple[int, ...], start: int = 1) -> None:
+def check(stream: Stream, model: CausalLM, token_ids: tuple[int, ...], start: int = 1) -> None:
     """Compare the scored positions with the plain forward pass."""
     assert list(stream.prompt_logprobs) == list(range(start, len(token_ids)))
     assert_scores(list(stream.prompt_logprobs.values()), plain_logprobs(model, token_ids), token_ids, 1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 8, 9, 16, 33])
-def test_one_engine_and_a_pair_score_a_prompt_alike(
-    world: World, request_of: Any, tiny_model: CausalLM, length: int
-) -> None:
+def test_one_engine_and_a_pair_score_a_prompt_alike(world: MemoryCluster, tiny_model: CausalLM, length: int) -> None:
     each = prompt(length)
-    alone, prefill, decode = (world.engine(role) for role in ("unified", "prefill", "decode"))
+    alone, prefill, decode = (world.start(role=role) for role in Role)
     whole = world.answer(alone, request_of("whole", each, **ASKED))
     check(whole, tiny_model, each)
     pair = world.submit_pair(prefill, decode, request_of("pair", each, **ASKED))
@@ -44,9 +42,9 @@ def test_one_engine_and_a_pair_score_a_prompt_alike(
     world.check_ledgers()
 
 
-def test_a_cached_prompt_is_scored_as_a_new_one(world: World, request_of: Any, tiny_model: CausalLM) -> None:
+def test_a_cached_prompt_is_scored_as_a_new_one(world: MemoryCluster, tiny_model: CausalLM) -> None:
     each = prompt(33)
-    alone, prefill, decode = (world.engine(role, num_host_pages=16) for role in ("unified", "prefill", "decode"))
+    alone, prefill, decode = (world.start(role=role, num_host_pages=16) for role in Role)
     world.answer(alone, request_of("before", each))
     world.submit_pair(prefill, decode, request_of("pair before", each))
     world.run()
@@ -60,9 +58,9 @@ def test_a_cached_prompt_is_scored_as_a_new_one(world: World, request_of: Any, t
         check(pair, tiny_model, each, max(1, start))
 
 
-def test_concurrent_and_preempted_requests_are_scored_once(world: World, request_of: Any, tiny_model: CausalLM) -> None:
+def test_concurrent_and_preempted_requests_are_scored_once(world: MemoryCluster, tiny_model: CausalLM) -> None:
     prompts = [prompt(length, seed=5) for length in (9, 12, 30, 33, 34)]
-    small = world.engine("unified", num_pages=20)
+    small = world.start(num_pages=20)
     streams = [
         world.submit_full(small, request_of(str(number), each, **ASKED, max_tokens=20))
         for number, each in enumerate(prompts)
@@ -73,22 +71,20 @@ def test_concurrent_and_preempted_requests_are_scored_once(world: World, request
         check(stream, tiny_model, each)
 
 
-def test_an_answer_that_another_engine_continues_is_not_scored_again(world: World, request_of: Any) -> None:
+def test_an_answer_that_another_engine_continues_is_not_scored_again(world: MemoryCluster) -> None:
     request = request_of("whole", prompt(10), **ASKED)
-    whole = world.answer(world.engine("unified"), request)
+    whole = world.answer(world.start(), request)
     rest = msgspec.structs.replace(request, request_id=RequestId("rest"), output_token_ids=tuple(whole.token_ids[:5]))
-    stream = world.submit_full(world.engine("unified"), rest)
+    stream = world.submit_full(world.start(), rest)
     world.run()
     assert stream.prompt_logprobs == {}
     assert [*whole.token_ids[:5], *(stream.tokens[position] for position in sorted(stream.tokens))] == whole.token_ids
 
 
-def test_named_tokens_have_logprobs_beside_every_sampled_token(
-    world: World, request_of: Any, tiny_model: CausalLM
-) -> None:
+def test_named_tokens_have_logprobs_beside_every_sampled_token(world: MemoryCluster, tiny_model: CausalLM) -> None:
     each = prompt(9)
-    fields = {"num_logprobs": 0, "logprob_token_ids": (9, 2)}
-    alone, prefill, decode = (world.engine(role) for role in ("unified", "prefill", "decode"))
+    fields: RequestFields = {"num_logprobs": 0, "logprob_token_ids": (9, 2)}
+    alone, prefill, decode = (world.start(role=role) for role in Role)
     whole = world.answer(alone, request_of("whole", each, **fields))
     pair = world.submit_pair(prefill, decode, request_of("pair", each, **fields))
     world.run()
@@ -101,13 +97,11 @@ def test_named_tokens_have_logprobs_beside_every_sampled_token(
 
 
 @pytest.mark.parametrize("length", [1, 8, 33])
-def test_max_tokens_0_computes_the_prompt_alone(
-    world: World, request_of: Any, tiny_model: CausalLM, length: int
-) -> None:
+def test_max_tokens_0_computes_the_prompt_alone(world: MemoryCluster, tiny_model: CausalLM, length: int) -> None:
     each = prompt(length)
-    for role in ("unified", "prefill"):
-        engine = world.engine(role)
-        stream = world.answer(engine, request_of(role, each, **ASKED, max_tokens=0))
+    for role in (Role.UNIFIED, Role.PREFILL):
+        engine = world.start(role=role)
+        stream = world.answer(engine, request_of(str(role), each, **ASKED, max_tokens=0))
         check(stream, tiny_model, each)
         assert stream.token_ids == []
         assert stream.finish is not None

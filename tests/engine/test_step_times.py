@@ -2,52 +2,47 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
+from kvist.clock import cpu_s, thread_cpu_s
 from kvist.engine.step_times import StepCpuTimes
-
-SLACK_S = 0.004  # less than any part takes
-
-
-def busy(for_s: float) -> float:
-    """Use the CPU for `for_s` seconds; return the seconds used, which include interrupts on a busy machine."""
-    began_s = time.thread_time()
-    while time.thread_time() < began_s + for_s:
-        pass
-    return time.thread_time() - began_s
+from kvist.testing.clocks import FakeClock
 
 
 class StepFailed(Exception):
     """A step that failed after some seconds of CPU time."""
 
 
-def fail(spent: StepCpuTimes) -> None:
+def fail(spent: StepCpuTimes, thread: FakeClock) -> None:
     with spent.reading():
-        raise StepFailed(busy(0.02))
+        thread.advance(4.0)
+        raise StepFailed
 
 
-def test_the_cpu_time_of_each_part_of_a_step_is_counted_and_waiting_is_not() -> None:
-    busy(0.02)  # before the loop exists
-    spent = StepCpuTimes()
-    before = spent.totals()
-    began_s = time.thread_time()
+def test_the_cpu_time_of_each_part_of_a_step_is_counted_also_if_it_fails() -> None:
+    thread, process = FakeClock(100.0), FakeClock(200.0)  # loading took 100 s in this thread
+    spent = StepCpuTimes(thread.now_s, process.now_s)
     with spent.planning():
-        plan_s = busy(0.01)
+        thread.advance(1.0)
     with spent.launching():
-        launch_s = busy(0.03)
-        time.sleep(0.05)
-    with pytest.raises(StepFailed) as failed:
-        fail(spent)
-    busy(0.01)  # for messages
-    loop_s = time.thread_time() - began_s
-    after = spent.totals()
-    grown = {name: after[name] - before[name] for name in after}
-    assert grown["plan_cpu_seconds"] == pytest.approx(plan_s, abs=SLACK_S)
-    assert grown["launch_cpu_seconds"] == pytest.approx(launch_s, abs=SLACK_S)
-    assert grown["read_cpu_seconds"] == pytest.approx(failed.value.args[0], abs=SLACK_S)
-    assert before["loop_cpu_seconds"] < SLACK_S
-    assert grown["loop_cpu_seconds"] == pytest.approx(loop_s, abs=SLACK_S)
-    assert grown["loop_cpu_seconds"] >= 0.07
-    assert grown["process_cpu_seconds"] >= grown["loop_cpu_seconds"] - 0.001
+        thread.advance(2.0)
+    with pytest.raises(StepFailed):
+        fail(spent, thread)
+    thread.advance(8.0)  # for messages
+    process.advance(20.0)
+    with spent.planning():
+        thread.advance(16.0)
+    assert spent.totals() == {
+        "plan_cpu_seconds": 17.0,
+        "launch_cpu_seconds": 2.0,
+        "read_cpu_seconds": 4.0,
+        "loop_cpu_seconds": 31.0,
+        "process_cpu_seconds": 220.0,
+    }
+
+
+def test_the_clocks_of_an_engine_are_the_cpu_time_of_its_thread_and_of_its_process() -> None:
+    thread_before_s, process_before_s = thread_cpu_s(), cpu_s()
+    totals = StepCpuTimes().totals()
+    assert 0.0 <= totals["loop_cpu_seconds"] <= thread_cpu_s() - thread_before_s
+    assert process_before_s <= totals["process_cpu_seconds"] <= cpu_s()

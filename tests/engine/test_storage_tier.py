@@ -13,25 +13,26 @@ import random
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import msgspec
 import pytest
 
 from kvist.errors import ConfigError
 from kvist.kv.keys import page_digests
-from kvist.request import Outcome
+from kvist.request import EngineRequest, Outcome, Role
 from kvist.store import STORES
 from kvist.store.backend import StoreContext
 from kvist.store.breaker import PAUSE_S
 from kvist.store.config import StorageConfig
+from kvist.testing.memory_cluster import MemoryCluster, ShapeFields
+from kvist.testing.memory_engine import MemoryEngine
 from kvist.testing.memory_store import MEMORY_STORE, MemoryStore
+from kvist.testing.specs import RequestFields
+from tests.engine.conftest import request_of
 
-if TYPE_CHECKING:
-    World = Any  # tests/engine/conftest.py
-
-GREEDY = {"temperature": 0.0}
-SEEDED = {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "min_p": 0.001, "seed": 12345}
+GREEDY: RequestFields = {"temperature": 0.0}
+SEEDED: RequestFields = {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "min_p": 0.001, "seed": 12345}
 SAMPLING = pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 LENGTHS = (5, 8, 17, 33, 60)
 DEADLINE_S = 10.0
@@ -54,24 +55,32 @@ def file_store(path: Path, deadline_s: float = 1e6, **settings: Any) -> StorageC
     )
 
 
-def start(world: World, storage: StorageConfig, role: str = "unified", **settings: Any) -> Any:
-    settings = {"num_pages": 64, "num_host_pages": 200, "queue_timeout_s": 1e6, **settings}
-    return world.engine(role, storage=storage, **settings)
+def start(world: MemoryCluster, store: StorageConfig, **settings: Unpack[ShapeFields]) -> MemoryEngine:
+    shape: ShapeFields = {
+        "num_pages": 64,
+        "num_host_pages": 200,
+        "queue_timeout_s": 1e6,
+        "storage": store,
+        **settings,
+    }
+    return world.start(**shape)
 
 
-def restart(world: World, engine: Any, storage: StorageConfig, role: str = "unified", **settings: Any) -> Any:
+def restart(
+    world: MemoryCluster, engine: MemoryEngine, store: StorageConfig, **settings: Unpack[ShapeFields]
+) -> MemoryEngine:
     """Restart the engine: its device pool and host tier are empty."""
     world.kill(engine)
-    return start(world, storage, role, **settings)
+    return start(world, store, **settings)
 
 
-def answer(world: World, engine: Any, request: Any) -> tuple[list[int], int]:
+def answer(world: MemoryCluster, engine: MemoryEngine, request: EngineRequest) -> tuple[list[int], int | None]:
     """Return the tokens of the answer, and the number of cached prompt tokens."""
     stream = world.answer(engine, request)
     return stream.token_ids, stream.cached
 
 
-def file_of(folder: Path, engine: Any, token_ids: tuple[int, ...], index: int) -> Path:
+def file_of(folder: Path, engine: MemoryEngine, token_ids: tuple[int, ...], index: int) -> Path:
     """Return the path of this page of the prompt."""
     (path,) = folder.rglob(f"{page_digests(token_ids, 4, engine.namespace)[index].hex()}.page")
     return path
@@ -79,7 +88,7 @@ def file_of(folder: Path, engine: Any, token_ids: tuple[int, ...], index: int) -
 
 @SAMPLING
 def test_pages_from_the_store_after_a_restart_give_the_same_tokens(
-    world: World, request_of: Any, tmp_path: Path, sampling: dict[str, Any]
+    world: MemoryCluster, tmp_path: Path, sampling: RequestFields
 ) -> None:
     storage = file_store(tmp_path / "pages")
     first = start(world, storage)
@@ -96,12 +105,12 @@ def test_pages_from_the_store_after_a_restart_give_the_same_tokens(
 
 @SAMPLING
 def test_prefill_and_decode_both_fetch_their_pages_from_a_shared_store(
-    world: World, request_of: Any, tmp_path: Path, sampling: dict[str, Any]
+    world: MemoryCluster, tmp_path: Path, sampling: RequestFields
 ) -> None:
     storage = file_store(tmp_path / "pages")
     alone = start(world, StorageConfig())
     computed = {n: answer(world, alone, request_of(f"0-{n}", prompt(n), **sampling))[0] for n in LENGTHS}
-    pair = [start(world, storage, role) for role in ("prefill", "decode")]
+    pair = start(world, storage, role=Role.PREFILL), start(world, storage, role=Role.DECODE)
     for life in (1, 2):
         for n, tokens in computed.items():
             stream = world.submit_pair(*pair, request_of(f"{life}-{n}", prompt(n), **sampling))
@@ -109,7 +118,10 @@ def test_prefill_and_decode_both_fetch_their_pages_from_a_shared_store(
             assert [ended.outcome for ended in stream.ended] == [Outcome.FINISHED] * 2
             assert stream.token_ids == tokens
         if life == 1:
-            pair = [restart(world, *each) for each in ((pair[0], storage, "prefill"), (pair[1], storage, "decode"))]
+            pair = (
+                restart(world, pair[0], storage, role=Role.PREFILL),
+                restart(world, pair[1], storage, role=Role.DECODE),
+            )
     for engine in pair:
         assert engine.scheduler.load().totals["storage_fetched_pages"] >= 1 + 4 + 8 + 14
     world.check_ledgers()
@@ -127,7 +139,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
 def test_a_damaged_or_missing_page_in_the_store_ends_the_cached_prefix(
-    world: World, request_of: Any, tmp_path: Path, damage: Any
+    world: MemoryCluster, tmp_path: Path, damage: Any
 ) -> None:
     storage = file_store(tmp_path / "pages")
     first = start(world, storage)
@@ -141,7 +153,7 @@ def test_a_damaged_or_missing_page_in_the_store_ends_the_cached_prefix(
 
 
 def test_with_a_full_disk_no_page_is_stored_and_every_request_is_answered(
-    world: World, request_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: MemoryCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "no space left")
@@ -157,7 +169,9 @@ def test_with_a_full_disk_no_page_is_stored_and_every_request_is_answered(
     assert answer(world, engine, request_of("2", prompt(33))) == (tokens, 32)
 
 
-def test_a_missing_store_path_is_created_and_an_impossible_one_names_its_flag(world: World, tmp_path: Path) -> None:
+def test_a_missing_store_path_is_created_and_an_impossible_one_names_its_flag(
+    world: MemoryCluster, tmp_path: Path
+) -> None:
     start(world, file_store(tmp_path / "a" / "b"))
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").write_text("mine")
@@ -169,9 +183,7 @@ def test_a_missing_store_path_is_created_and_an_impossible_one_names_its_flag(wo
         start(world, file_store(tmp_path / "small", size=1e-6))
 
 
-def test_two_workers_that_store_the_same_pages_at_once_leave_whole_pages(
-    world: World, request_of: Any, tmp_path: Path
-) -> None:
+def test_two_workers_that_store_the_same_pages_at_once_leave_whole_pages(world: MemoryCluster, tmp_path: Path) -> None:
     storage = file_store(tmp_path / "pages")
     both = [start(world, storage) for _ in range(2)]
     streams = [
@@ -186,7 +198,7 @@ def test_two_workers_that_store_the_same_pages_at_once_leave_whole_pages(
         assert answer(world, third, request_of(f"3-{n}", prompt(n))) == (one.token_ids, hits(n))
 
 
-def test_another_model_or_cache_salt_finds_no_page_in_the_store(world: World, request_of: Any, tmp_path: Path) -> None:
+def test_another_model_or_cache_salt_finds_no_page_in_the_store(world: MemoryCluster, tmp_path: Path) -> None:
     storage = file_store(tmp_path / "pages")
 
     def salted(name: str, salt: str) -> Any:
@@ -206,7 +218,7 @@ def test_another_model_or_cache_salt_finds_no_page_in_the_store(world: World, re
 @pytest.fixture(autouse=True)
 def stores(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The dict of stores, with one in memory."""
-    monkeypatch.setitem(STORES, "memory", MEMORY_STORE)  # type: ignore[arg-type]
+    monkeypatch.setitem(STORES, "memory", MEMORY_STORE)
     return STORES  # type: ignore[return-value]
 
 
@@ -239,7 +251,7 @@ def hanging(stores: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> HangingS
     return store
 
 
-def hang(world: World, engine: Any, store: HangingStore, request: Any) -> None:
+def hang(world: MemoryCluster, engine: MemoryEngine, store: HangingStore, request: EngineRequest) -> None:
     """Answer the request and let the store hang while it stores the pages of the request."""
     store.go.clear()
     num_puts, stream = store.num_puts, world.submit_full(engine, request)
@@ -247,7 +259,7 @@ def hang(world: World, engine: Any, store: HangingStore, request: Any) -> None:
 
 
 def test_while_a_store_hangs_requests_are_answered_and_its_host_pages_stay_in_flight(
-    world: World, request_of: Any, tmp_path: Path, hanging: HangingStore
+    world: MemoryCluster, tmp_path: Path, hanging: HangingStore
 ) -> None:
     storage = file_store(tmp_path, deadline_s=DEADLINE_S)
     first = start(world, storage)
@@ -261,13 +273,13 @@ def test_while_a_store_hangs_requests_are_answered_and_its_host_pages_stay_in_fl
     status = engine.storage.status()
     assert status.breaker != "closed"  # after the pause one write is tried
     assert status.num_quarantined_pages == 8
-    assert engine.scheduler.load().host_pages.in_flight >= 8
+    assert engine.num_host_pages_in_flight >= 8
     begun = world.submit_full(engine, request_of("3", prompt(60)))  # the store gets no call
     world.step_until(lambda: not begun.waits_for)
     assert engine.scheduler.load().totals["prefetch_timeouts"] == 1
     hanging.go.set()
     world.run()
-    assert engine.scheduler.load().host_pages.in_flight == 0
+    assert engine.num_host_pages_in_flight == 0
     assert engine.storage.status().num_quarantined_pages == 0
     world.clock.advance(PAUSE_S)
     answer(world, engine, request_of("4", prompt(60, seed=1)))  # the store is tried, and answers
@@ -276,14 +288,12 @@ def test_while_a_store_hangs_requests_are_answered_and_its_host_pages_stay_in_fl
     world.check_ledgers()
 
 
-def test_a_store_is_attached_and_detached_while_requests_are_served(
-    world: World, request_of: Any, tmp_path: Path
-) -> None:
+def test_a_store_is_attached_and_detached_while_requests_are_served(world: MemoryCluster, tmp_path: Path) -> None:
     engine = start(world, StorageConfig(hicache_storage_roots=(str(tmp_path),)))
-    asked = world.ask_storage(engine, "status").status
+    asked = world.storage_status(engine, "status")
     assert (asked.state, asked.backend) == ("detached", None)
     streams = [world.submit_full(engine, request_of(f"a{n}", prompt(n))) for n in LENGTHS]
-    status = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0).status
+    status = world.storage_status(engine, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0)
     assert (status.state, status.options["path"]) == ("attached", str(tmp_path / "pages"))
     world.run()
     for n, stream in zip(LENGTHS, streams, strict=True):  # computed without a store, and stored at the next hit
@@ -300,20 +310,19 @@ def test_a_store_is_attached_and_detached_while_requests_are_served(
     tokens, cached = answer(world, fresh, request_of("c60", prompt(60)))
     assert cached == hits(60)
     more = [world.submit_full(fresh, request_of(f"d{n}", prompt(n, seed=7))) for n in LENGTHS]
-    left = world.ask_storage(fresh, "detach").status
+    left = world.storage_status(fresh, "detach")
     assert (left.state, left.backend, left.note) == ("detached", None, "")
     world.run()
     assert all([ended.outcome for ended in stream.ended] == [Outcome.FINISHED] for stream in [*streams, *more])
-    assert world.ask_storage(fresh, "detach").status.state == "detached", "it is so already"
-    jobs: list[object] = []
-    fresh.storage.start = jobs.append
+    assert world.storage_status(fresh, "detach").state == "detached", "it is so already"
+    num_jobs = fresh.num_store_jobs
     assert answer(world, fresh, request_of("e33", prompt(33)))[1] == 0
-    assert jobs == [], "the scheduler knows that there is no store"
+    assert fresh.num_store_jobs == num_jobs, "the scheduler knows that there is no store"
     assert answer(world, engine, request_of("f60", prompt(60))) == (tokens, hits(60))
     world.check_ledgers()
 
 
-def test_a_refused_attach_names_the_field_and_changes_nothing(world: World, tmp_path: Path) -> None:
+def test_a_refused_attach_names_the_field_and_changes_nothing(world: MemoryCluster, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     engine = start(world, StorageConfig(hicache_storage_roots=(str(tmp_path),)))
     for wanted, param in (
@@ -335,8 +344,8 @@ def test_a_refused_attach_names_the_field_and_changes_nothing(world: World, tmp_
     ):
         answered = world.ask_storage(engine, "attach", **wanted)
         assert (answered.error_code, answered.param) == ("invalid_request", param), wanted
-        assert world.ask_storage(engine, "status").status.state == "detached"
-    without = world.engine("unified")
+        assert world.storage_status(engine, "status").state == "detached"
+    without = world.start()
     assert (
         "start the worker with --enable-hierarchical-cache"
         in world.ask_storage(without, "attach", backend="memory").message
@@ -344,7 +353,7 @@ def test_a_refused_attach_names_the_field_and_changes_nothing(world: World, tmp_
 
 
 def test_a_store_that_hangs_while_opening_blocks_no_request_and_can_be_detached(
-    world: World, request_of: Any, stores: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    world: MemoryCluster, stores: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, closed = threading.Event(), threading.Event()
 
@@ -361,47 +370,47 @@ def test_a_store_that_hangs_while_opening_blocks_no_request_and_can_be_detached(
     slow = world.ask_later(engine, "attach", backend="memory")
     answer(world, engine, request_of("1", prompt(33)))
     assert slow not in world.storage_answers
-    assert world.ask_storage(engine, "status").status.state == "attaching"
+    assert world.storage_status(engine, "status").state == "attaching"
     assert world.ask_storage(engine, "attach", backend="memory").error_code == "conflict"
-    assert world.ask_storage(engine, "detach").status.state == "detached"
+    assert world.storage_status(engine, "detach").state == "detached"
     assert world.storage_answers[slow].error_code == "conflict"
     world.ask_later(engine, "attach", backend="memory")
-    assert world.ask_storage(engine, "detach").status.state == "detached"
+    assert world.storage_status(engine, "detach").state == "detached"
     refused = world.ask_storage(engine, "attach", backend="memory")
     assert (refused.error_code, "2 detached stores still have hung calls" in refused.message) == ("conflict", True)
     go.set()
     assert closed.wait(20)
-    assert world.ask_storage(engine, "attach", backend="memory").status.state == "attached"
+    assert world.storage_status(engine, "attach", backend="memory").state == "attached"
 
 
 def test_a_store_that_hangs_at_detach_is_abandoned_after_a_timeout(
-    world: World, request_of: Any, tmp_path: Path, hanging: HangingStore
+    world: MemoryCluster, tmp_path: Path, hanging: HangingStore
 ) -> None:
     engine = start(world, file_store(tmp_path, deadline_s=DEADLINE_S))
     hang(world, engine, hanging, request_of("1", prompt(33)))
-    status = world.ask_storage(engine, "detach", step_s=0.1).status
+    status = world.storage_status(engine, "detach", step_s=0.1)
     assert (status.state, status.note) == ("detached", "detached, but a call of the store hangs")
-    assert engine.scheduler.load().host_pages.in_flight > 0
+    assert engine.num_host_pages_in_flight > 0
     hanging.go.set()
     world.run()
-    assert engine.scheduler.load().host_pages.in_flight == 0
+    assert engine.num_host_pages_in_flight == 0
 
 
 def test_after_two_hung_stores_no_other_store_is_attached(
-    world: World, request_of: Any, tmp_path: Path, hanging: HangingStore
+    world: MemoryCluster, tmp_path: Path, hanging: HangingStore
 ) -> None:
     engine = start(world, file_store(tmp_path, deadline_s=DEADLINE_S))
 
     def hang_and_detach(name: str, first_token: int) -> str:
-        hang(world, engine, hanging, request_of(name, [first_token, *prompt(17)]))
-        return world.ask_storage(engine, "detach", step_s=0.1).status.note
+        hang(world, engine, hanging, request_of(name, (first_token, *prompt(17))))
+        return world.storage_status(engine, "detach", step_s=0.1).note
 
     assert "hangs" in hang_and_detach("1", 1)
     world.ask_storage(engine, "attach", backend="memory")
-    assert world.ask_storage(engine, "detach").status.note == ""
-    assert world.ask_storage(engine, "attach", backend="memory").status.state == "attached"
+    assert world.storage_status(engine, "detach").note == ""
+    assert world.storage_status(engine, "attach", backend="memory").state == "attached"
     assert "hangs" in hang_and_detach("2", 2)
     assert world.ask_storage(engine, "attach", backend="memory").error_code == "conflict"
     hanging.go.set()
     world.run()
-    assert world.ask_storage(engine, "attach", backend="memory").status.state == "attached"
+    assert world.storage_status(engine, "attach", backend="memory").state == "attached"

@@ -55,8 +55,8 @@ def plain_logprobs(model: Any, prompt: Sequence[int], device: str = "cpu") -> Te
     """Return [len(prompt), vocab_size]: in row p the logprobs of all tokens for position p + 1."""
 
     def attend(_layer: int, heads: Tensor, rotary: Rotary | None) -> Tensor:
-        qkv = (each.transpose(0, 1)[None] for each in rotated_heads(heads, rotary, model.config.num_kv_heads))
-        return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        q, k, v = (each.transpose(0, 1)[None] for each in rotated_heads(heads, rotary, model.config.num_kv_heads))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
     with torch.inference_mode():
         positions = torch.arange(len(prompt), device=device)

@@ -236,9 +236,14 @@ class EngineLoop:
 
     # ------------------------------------------------------------ waiting
 
+    @property
+    def has_pending(self) -> bool:
+        """Whether a batch is in flight, or events wait for the next step."""
+        return bool(self._pending_events or self._in_flight)
+
     def idle_s(self) -> float:
         """Return how long the loop may sleep without a message or report."""
-        if self._pending_events or self._in_flight:
+        if self.has_pending:
             return 0.0
         times = [self._parts.reports.due_at_s(self._gateways), self._next_check_s]
         if self._wake_at_s is not None:

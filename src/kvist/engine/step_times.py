@@ -8,7 +8,7 @@ reports; the rest of the process's total is other threads.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from kvist.clock import cpu_s, thread_cpu_s
 
@@ -16,9 +16,11 @@ from kvist.clock import cpu_s, thread_cpu_s
 class StepCpuTimes:
     """Mutable; owned by the engine loop. Its numbers only grow."""
 
-    def __init__(self) -> None:
+    def __init__(self, thread_s: Callable[[], float] = thread_cpu_s, process_s: Callable[[], float] = cpu_s) -> None:
+        """`thread_s` and `process_s` return the CPU seconds of this thread and of this process."""
+        self._thread_s, self._process_s = thread_s, process_s
         self._spent_s = dict.fromkeys(("plan_cpu_seconds", "launch_cpu_seconds", "read_cpu_seconds"), 0.0)
-        self._before_s = thread_cpu_s()  # spent on loading, by the thread that now runs the loop
+        self._before_s = thread_s()  # spent on loading, by the thread that now runs the loop
 
     def planning(self) -> contextlib.AbstractContextManager[None]:
         return self._spent_on("plan_cpu_seconds")
@@ -31,13 +33,13 @@ class StepCpuTimes:
 
     @contextlib.contextmanager
     def _spent_on(self, name: str) -> Iterator[None]:
-        started_s = thread_cpu_s()
+        started_s = self._thread_s()
         try:
             yield
         finally:
-            self._spent_s[name] += thread_cpu_s() - started_s
+            self._spent_s[name] += self._thread_s() - started_s
 
     def totals(self) -> dict[str, float]:
         """Return the totals. Call in the loop's thread."""
-        since_s = thread_cpu_s() - self._before_s
-        return {**self._spent_s, "loop_cpu_seconds": since_s, "process_cpu_seconds": cpu_s()}
+        since_s = self._thread_s() - self._before_s
+        return {**self._spent_s, "loop_cpu_seconds": since_s, "process_cpu_seconds": self._process_s()}

@@ -7,6 +7,9 @@
     gateway_bench        the gateway's HTTP application over that dispatcher, called without sockets
     loop_bench           an engine's loop, with fakes of its channel, scheduler, runner, transport and store
     memory_engines       a dispatcher over engines in memory, whose messages the test sends
+    tiny_model           a model of two layers with random weights
+    memory_engine        a whole engine in this thread, with that model
+    memory_cluster       such engines and a gateway, stepped by a test
     fake_engine          an engine without a model, over real sockets
     inproc_transport     a transport between the pools of one process
     memory_store         a store of pages in memory, as a row of the stores

@@ -1,0 +1,54 @@
+"""A llama of two layers with random weights: a real model, computed on a CPU in a fraction of a millisecond a token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from kvist.checkpoint import find_checkpoint
+from kvist.models import load_model_config
+from kvist.models.decoder import CausalLM
+from kvist.models.load import load_model
+from kvist.models.parallel import TensorParallel
+
+VOCAB_SIZE = 128
+MAX_MODEL_LEN = 256
+_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": MAX_MODEL_LEN,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "hidden_act": "silu",
+}
+
+
+def write_tiny_model(folder: Path) -> Path:
+    """Write the model's config.json, and return the folder: an engine serves it with `--load-format dummy`."""
+    (folder / "config.json").write_text(json.dumps(_CONFIG))
+    return folder
+
+
+def load_tiny_model(folder: Path) -> CausalLM:
+    """Load the model of `write_tiny_model` on the CPU, in fp32; its weights are always the same."""
+    checkpoint = find_checkpoint(str(folder))
+    return load_model(
+        checkpoint,
+        load_model_config(checkpoint),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        tp=TensorParallel(),
+        load_format="dummy",
+        seed=3,
+    )
