@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,12 @@ CLUSTER_FLAGS = (
     "--completion-tokens=5",
     "--disaggregation-transfer-backend=pwrite",
     "--attention-backend=sdpa",
+    "--enable-hierarchical-cache",
+    "--hicache-size=0.005",
+    "--hicache-storage-backend=sqlite",
+    "--hicache-storage-size=1",
+    "--hicache-storage-prefetch-policy=wait_complete",
+    "--hicache-storage-prefetch-threshold=16",
 )
 
 
@@ -87,16 +94,24 @@ class Cluster:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    def get(self, path: str) -> Any:
-        answer = httpx.get(self.url + path, timeout=60)
+    def stores(self) -> list[dict[str, Any]]:
+        """Return the status of each worker's store."""
+        answer = httpx.get(f"{self.url}/hicache/storage-backend", timeout=60)
         assert answer.status_code == 200, answer.text
-        return answer.json()
+        return list(answer.json()["workers"].values())
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        give_up_s = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < give_up_s
+            time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
 def cluster(followed: Followed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     model = write_model(tmp_path_factory.mktemp("model"))
-    flags = (str(model), "--load-format=dummy", "--max-total-tokens=4096", *CLUSTER_FLAGS)
+    database = f"--hicache-storage-database={tmp_path_factory.mktemp('store') / 'pages.sqlite'}"
+    flags = (str(model), "--load-format=dummy", "--max-total-tokens=4096", *CLUSTER_FLAGS, database)
     arguments = ("-m", "kvist", "up", *flags, "--port=0", "--stop-with-stdin")
     with subprocess.Popen(
         [sys.executable, *arguments],

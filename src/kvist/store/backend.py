@@ -116,8 +116,12 @@ class Tally:
             self._counts.update(counts)
 
     def error(self, error: OSError) -> None:
+        self.library_error(errno.errorcode.get(error.errno or 0, "unknown"))
+
+    def library_error(self, name: str) -> None:
+        """Count an error by a short name: the code of the store's own library."""
         with self._lock:
-            self._errors[errno.errorcode.get(error.errno or 0, "unknown")] += 1
+            self._errors[name] += 1
 
     @contextlib.contextmanager
     def tolerating(self) -> Iterator[None]:
