@@ -1,7 +1,7 @@
-"""Limits the rate of log lines that others can cause at will: a bad message, a refused connection, a cancelled client.
+"""Limits the rate of log lines that peers and clients can cause: bad messages, refused connections, disconnects.
 
-A flood must neither fill the disk nor hide other lines. The next line that is logged reports how many lines were left
-out, and the counters of metrics.py include all of them.
+A flood must neither fill the disk nor hide other lines. The next logged line is preceded by the number of omitted
+lines, and the counters in /metrics include all events.
 """
 
 from __future__ import annotations
@@ -34,6 +34,6 @@ class BoundedLog:
             return
         self._num_shown += 1
         if self._num_left_out:
-            self._logger.warning("%d log lines like the next one were left out", self._num_left_out)
+            self._logger.warning("%d log lines like the next one were omitted", self._num_left_out)
             self._num_left_out = 0
         self._logger.warning(message, *arguments, exc_info=exc_info)

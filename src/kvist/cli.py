@@ -1,6 +1,6 @@
-"""The `kvist` command: one verb each for a worker, the router, a local cluster, the chat, the demo and the benchmarks.
+"""The `kvist` command. Its verbs start a worker, the router, a local cluster, the chat, the demo and the benchmarks.
 
-No heavy module is imported before a verb runs, so that `--help`, `--version` and mistakes in flags answer at once.
+No heavy module is imported before a verb runs: `--help`, `--version` and errors in flags appear at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ VERBS = {
     "router": "start a gateway that routes requests to workers",
     "up": "start a router, prefill workers and decode workers on this machine",
     "chat": "chat at the terminal with a running server, or with one that is started for the chat",
-    "demo": "start a small cluster, ask it questions, show what the handoffs and the cache did, stop it",
+    "demo": "start a small cluster, run a short chat, show its handoffs and cache hits, and stop the cluster",
     "bench single": "measure a server: one stream at a time",
     "bench offline": "measure a server: all requests at once",
     "bench rate": "measure a server: requests that arrive at random times",
@@ -71,10 +71,11 @@ def _overview() -> str:
     width = max(len(verb) for verb in VERBS)
     verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
     return (
-        "usage: kvist VERB [options]\n\n"
+        "usage: kvist COMMAND [options]\n\n"
         "Serves large language models with separate prefill and decode workers and a shared prefix cache.\n\n"
         f"{verbs}\n\n"
-        "kvist VERB --help shows the common options, --help-all all options; kvist --version prints the version."
+        "kvist COMMAND --help shows the common options, --help-all shows all options; kvist --version prints the\n"
+        "version."
     )
 
 
@@ -84,7 +85,7 @@ def _run(verb: str, argv: list[str]) -> int:
         if "-h" in argv or "--help" in argv:
             _show(_overview())
             return 0
-        raise ConfigError(f"the scenario is missing: use kvist bench SCENARIO, one of: {named}")
+        raise ConfigError(f"the scenario is missing: use kvist bench SCENARIO, where SCENARIO is one of {named}")
     if verb not in VERBS:
         from kvist.flags import nearest
 

@@ -1,6 +1,6 @@
 """Declares settings: frozen dataclasses whose fields carry their own help.
 
-Each package owns one small config next to its user; `settings.py` composes the configs and builds `--help` from them.
+Each room owns a small config; settings.py composes them, and flag_help.py writes `--help` from them.
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class SchedulerConfig:

@@ -6,9 +6,9 @@
     }
 
 The dict is the only list of its backends. The flag's choices, `--help`, the tables of the docs and the conformance
-suite read it, so a new backend is one file and one row. A row imports its backend's file when it makes the backend; its
-options are a frozen dataclass of `kvist.config.option`s, which is imported with the door. On the command line they are
-flags like others, shown under the backend's name, and refused while another backend is chosen.
+suite read it, so a new backend is one file and one row. A row imports its backend's file when it makes the backend. The
+options of a backend are a frozen dataclass of `kvist.config.option`s, which is imported with the door. On the command
+line they are ordinary flags, shown under the backend's name, and refused while another backend is chosen.
 """
 
 from __future__ import annotations

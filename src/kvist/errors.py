@@ -1,6 +1,6 @@
 """All errors that Kvist raises on purpose.
 
-    KvistError                      .code .retryable .http_status .remedy .param
+    KvistError                      .code .retryable .http_status .message .param .retry_after_s
     ├── RequestError                the caller can correct it (400)
     │   ├── UnsupportedField        a known field that is not supported
     │   ├── PromptTooLong           the request has more tokens than the model or the page pool can hold

@@ -60,7 +60,7 @@ class FairQueue(Generic[Item]):
         return level.items[0] if level.items else None
 
     def remove(self, caller: CallerPath, item: Item) -> None:
-        """Remove an item; no caller's turn passes."""
+        """Remove an item without using up its caller's turn."""
         levels = self._levels(caller)
         items = levels[-1].items
         place = bisect_left(items, self._order(item), key=self._order)
@@ -71,7 +71,7 @@ class FairQueue(Generic[Item]):
                 del level.below[name]
 
     def take(self, caller: CallerPath, item: Item) -> None:
-        """Remove an item; its caller's turn passes."""
+        """Remove an item and use up its caller's turn: other callers come first in the next round."""
         levels = self._levels(caller)
         self.remove(caller, item)
         for level, name in zip(levels, caller, strict=False):

@@ -16,7 +16,7 @@ class Limit:
     """The longest request, prompt and answer together, that a fleet can hold."""
 
     num_tokens: int
-    text: str  # num_tokens, the limit that applies, and its option
+    text: str  # for errors: "at most N tokens ...", the limit that applies, and its option
     num_tokens_offline: int = 0  # the largest limit among workers that are lost or draining
 
     @property
@@ -32,9 +32,9 @@ def num_tokens_needed(request: EngineRequest, mode: Mode) -> int:
 
 
 def limit_text(max_model_len: int, num_pages: int, page_size: int) -> str:
-    """Say how many tokens an engine holds, by which limit, and which option sets that limit."""
+    """Return the number of tokens that an engine holds, the limit that applies, and its option, as text for errors."""
     if num_pages * page_size <= max_model_len:
         limit = "the size of its page pool (--max-total-tokens)"
     else:
         limit = "its context length (--context-length)"
-    return f"{max_model_len} tokens, prompt and answer together: {limit}"
+    return f"at most {max_model_len} tokens for prompt and answer together, limited by {limit}"

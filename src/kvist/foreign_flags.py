@@ -24,7 +24,7 @@ REMEDIES: Mapping[str, str] = {
     "--disable-chunked-prefix-cache": "leave it out: prefixes are always shared, and /flush_cache empties the cache",
     "--disable-log-requests": "use --no-access-log",
     "--disable-radix-cache": "prefixes are always shared; give each request its own cache_salt to keep them apart",
-    "--disaggregation-bootstrap-port": "leave it out: the router introduces workers to each other",
+    "--disaggregation-bootstrap-port": "leave it out: the router gives each worker the address of its peer",
     "--disaggregation-ib-device": "pages are transferred within one host only; leave it out",
     "--disable-uvicorn-access-log": "use --no-access-log",
     "--distributed-executor-backend": "leave it out: tensor-parallel ranks are processes of this host",

@@ -1,4 +1,4 @@
-"""Arrangements of a child process with its parent."""
+"""Lets a stopped child process notice the death of its parent."""
 
 from __future__ import annotations
 

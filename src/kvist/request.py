@@ -18,11 +18,11 @@ SlotId = NewType("SlotId", int)  # index into the table of running requests that
 WorkerId = NewType("WorkerId", str)  # "127.0.0.1:30001": the worker's public name
 
 
-# The most of a request; the gateway refuses more.
+# Limits of one request; the gateway refuses more.
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_TOKENS = 4096  # of all bad words of a request together
-# The most that the runner's tables hold: with more, or longer, bad words the host looks for them (`needs_known_token`).
+# Limits of the runner's tables. Of a request with more or longer bad words, the host checks them (`needs_known_token`).
 TABLE_BAD_WORDS = 256  # of two tokens or more
 TABLE_BAD_WORD_TOKENS = 8  # of one bad word
 
@@ -88,13 +88,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     The gateway always sets `seed` (drawn there when the client gave none). `temperature == 0` is greedy.
     """
 
-    max_tokens: int  # output tokens, >= 1
+    max_tokens: int  # output tokens, >= 0; 0: only the prompt is computed
     temperature: float = 1.0  # >= 0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # (0, 1]
     min_p: float = 0.0  # [0, 1]
     seed: int = 0  # [0, 2**63)
-    min_tokens: int = 0  # no end-of-sequence or stop token is sampled before this many
+    min_tokens: int = 0  # output tokens before which no end-of-sequence or stop token is sampled
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None  # None: no logprobs; k >= 0: of the chosen token and the k most likely ones
@@ -107,7 +107,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that are never completed, at most MAX_BAD_WORDS
     prompt_logprobs: int | None = None  # None: off; k >= 0: of each prompt token and the k most likely ones
     prompt_logprobs_start: int = 0  # first prompt position that is scored; position 0 has no logprob
-    logprob_token_ids: tuple[int, ...] = ()  # their logprobs, too, at every position that is scored or sampled
+    logprob_token_ids: tuple[int, ...] = ()  # tokens whose logprobs are reported at every scored or sampled position
 
     @property
     def greedy(self) -> bool:
@@ -115,7 +115,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def needs_history(self) -> bool:
-        """Whether the choice of a token depends on the tokens before it by more than the model's logits."""
+        """Whether the earlier tokens affect the choice of a token other than through the model's logits."""
         return self.has_penalties or any(len(word) > 1 for word in self.bad_words)
 
     @property

@@ -17,7 +17,8 @@ class ServiceTime:
 
 
 def retry_after_s(service_s: float | None, *, num_ahead: int, num_served: int) -> float:
-    """Return the wait until `num_ahead` requests were admitted, if `num_served` run at once for `service_s` each."""
+    """Return the wait until `num_ahead` requests have been admitted, if `num_served` run at once, each for
+    `service_s`."""
     if service_s is None:
         return SHORTEST_WAIT_S
     return min(LONGEST_WAIT_S, max(SHORTEST_WAIT_S, service_s * num_ahead / max(1, num_served)))

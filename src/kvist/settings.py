@@ -184,8 +184,8 @@ class ChatSettings:
     def __post_init__(self) -> None:
         if self.chat.target and self.engine.model.model_path:
             raise ConfigError(
-                f"--model-path {self.engine.model.model_path} and {self.chat.target} are two targets for the chat: "
-                "give one",
+                f"--model-path {self.engine.model.model_path} and {self.chat.target} are two targets of the chat: "
+                "give only one of them",
                 param="target",
             )
 

@@ -189,6 +189,6 @@ def test_the_bounded_log_limits_lines_per_period_and_counts_the_rest(
     clock.advance(10.0)
     log.warning("one more")
     assert [record.getMessage() for record in caplog.records] == [
-        "997 log lines like the next one were left out",
+        "997 log lines like the next one were omitted",
         "one more",
     ]

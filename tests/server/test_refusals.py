@@ -124,7 +124,7 @@ async def test_the_error_for_prompt_and_answer_over_the_context_has_the_room(ben
     body = {"prompt": "x" * 150, "max_tokens": 51}
     error = error_of(await bench.post("/v1/completions", body))
     assert error["code"] == "context_length_exceeded"
-    assert "only 50 more tokens fit: this server holds 200 tokens" in error["message"]
+    assert "only 50 more tokens fit: this server holds at most 200 tokens" in error["message"]
     assert (await bench.post("/v1/completions", {**body, "max_tokens": 50})).status_code == 200
 
 

@@ -27,19 +27,19 @@ RESERVED_FIELDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthRange:
-    """Lengths in [low, high], both included."""
+    """Lengths from `low` to `high`, both included."""
 
     low: int
     high: int
 
 
 def parse_length_range(text: str, param: str) -> LengthRange:
-    """ "128" or "100-1024". Raises `ConfigError`."""
+    """Parse "128" or "100-1024". Raises `ConfigError`."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= low <= high:
         flag = "--" + param.replace("_", "-")
-        raise ConfigError(f"{flag}: {text!r} is not allowed; it must be N or LOW-HIGH, from 1 tokens up", param=param)
+        raise ConfigError(f"{flag}: {text!r} is not allowed; use N or LOW-HIGH, with at least 1 token", param=param)
     return LengthRange(low=low, high=high)
 
 
@@ -53,12 +53,14 @@ class TargetConfig:
     )
     model: str | None = option(None, "name of the model on that server; by default the first one in /v1/models")
     api_key: str | None = option(None, "key sent as a bearer token", secret=True)
-    seed: int = option(0, "seed that prompts, lengths, arrivals and turns are drawn with", minimum=0)
-    vocab_low: int = option(1000, "the smallest token id of a prompt", minimum=0)
-    vocab_high: int = option(30000, "the largest token id of a prompt", minimum=0)
-    warmup: int = option(4, "requests of the same lengths before the measured ones", unit="requests", minimum=0)
+    seed: int = option(0, "seed of the prompts, lengths, arrival times and turns", minimum=0)
+    vocab_low: int = option(1000, "smallest token id of a prompt", minimum=0)
+    vocab_high: int = option(30000, "largest token id of a prompt", minimum=0)
+    warmup: int = option(
+        4, "requests of the same lengths that are sent first and not measured", unit="requests", minimum=0
+    )
     request_timeout_s: float = option(
-        600.0, "longest time for one request; then it has failed", unit="s", minimum=0.001
+        600.0, "time limit for one request; a slower request counts as failed", unit="s", minimum=0.001
     )
     extra_body: str | None = option(
         None, 'JSON object with more fields for each request, such as \'{"temperature": 0.8, "top_p": 0.95}\''
@@ -122,24 +124,30 @@ def _lengths(default: str, what: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SingleConfig(_Load):
-    requests: int = option(8, "requests, one after another", minimum=1)
+    requests: int = option(8, "number of requests, sent one after another", minimum=1)
     input_tokens: str = _lengths("128", "each prompt")
     output_tokens: str = _lengths("256", "each answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfflineConfig(_Load):
-    requests: int = option(256, "requests in all", minimum=1)
-    parallel: int | None = option(None, "limit of requests in flight; by default all are sent at once", minimum=1)
+    requests: int = option(256, "total number of requests", minimum=1)
+    parallel: int | None = option(
+        None, "maximum number of requests in flight; by default all are sent at once", minimum=1
+    )
     input_tokens: str = _lengths("100-1024", "each prompt")
     output_tokens: str = _lengths("100-1024", "each answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RateConfig(_Load):
-    requests: int = option(120, "requests in all", minimum=1)
+    requests: int = option(120, "total number of requests", minimum=1)
     rate: float = option(
-        8.0, "requests sent per second, as a Poisson process; they do not wait for answers", unit="1/s", minimum=1e-3
+        8.0,
+        "mean number of requests per second; they are sent at random times (a Poisson process), without waiting for "
+        "answers",
+        unit="1/s",
+        minimum=1e-3,
     )
     input_tokens: str = _lengths("2048", "each prompt")
     output_tokens: str = _lengths("128", "each answer")
@@ -147,18 +155,19 @@ class RateConfig(_Load):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MultiturnConfig(_Load):
-    clients: int = option(80, "conversations", minimum=1)
-    rounds: int = option(4, "turns of each conversation", minimum=1)
-    parallel: int = option(16, "limit of requests in flight", minimum=1)
+    clients: int = option(80, "number of conversations", minimum=1)
+    rounds: int = option(4, "number of turns of each conversation", minimum=1)
+    parallel: int = option(16, "maximum number of requests in flight", minimum=1)
     page_size: int = option(
-        16, "page size for the highest possible hit rate, which counts whole pages only", unit="tokens", minimum=1
+        16, "page size with which the highest possible hit rate is computed", unit="tokens", minimum=1
     )
     input_tokens: str = _lengths("2048", "each turn's new input")
     output_tokens: str = _lengths("64", "each answer")
     answers: str = option(
         AUTO,
-        "token ids that a conversation appends as the answer: server = from the server, which must know "
-        "return_token_ids; drawn = by the seed, so that their K/V cannot be cached; auto = from the server if possible",
+        "source of the token ids that a conversation appends after each answer: server = the server, which must "
+        "support return_token_ids; drawn = drawn by --seed, so their K/V cannot be cached; auto = the server if "
+        "possible",
         choices=(AUTO, SERVER, DRAWN),
     )
 
@@ -179,6 +188,6 @@ LOADS: dict[str, type[Load]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    name: str  # in tables; also the key that a baseline is found by
+    name: str  # in tables; a baseline's run is found by this name
     kind: str  # key of LOADS
     load: Load

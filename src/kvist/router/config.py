@@ -20,7 +20,7 @@ class WorkerUrls:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingOptions:
-    """The choice of a worker for a request."""
+    """The options of the choice of a worker for each request."""
 
     policy: str = choice_of(POLICIES, "cache_aware", "routing policy")
     policy_options: Given = options_of_choice(POLICIES, chosen_by="policy", title="routing policy")
@@ -34,10 +34,10 @@ class RoutingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkOptions:
-    """The time limits of a gateway towards its workers, and of requests at them."""
+    """The time limits of the connections to workers, and of requests to workers."""
 
     keepalive_s: float = option(
-        2.0, "interval between keep-alive messages to each engine", unit="seconds", minimum=0.05
+        2.0, "interval between the keep-alive messages to each engine", unit="seconds", minimum=0.05
     )
     worker_timeout_s: float = option(
         5.0,
@@ -52,13 +52,16 @@ class LinkOptions:
     request_timeout_s: float = option(600.0, "time limit for one request", unit="seconds", minimum=0.1)
     storage_timeout_s: float = option(
         90.0,
-        "time limit for /hicache/storage-backend over all workers; attaching may include a scan of the store",
+        "time limit for a request to /hicache/storage-backend, for all workers together; attaching a store may include "
+        "a scan of the store",
         unit="seconds",
         minimum=0.1,
     )
-    flush_timeout_s: float = option(10.0, "time limit for /flush_cache over all workers", unit="seconds", minimum=0.1)
+    flush_timeout_s: float = option(
+        10.0, "time limit for a request to /flush_cache, for all workers together", unit="seconds", minimum=0.1
+    )
     retry_after_s: float = option(
-        1.0, "Retry-After of a refusal if there is no better estimate", unit="seconds", minimum=0.0
+        1.0, "Retry-After of refused requests if there is no better estimate", unit="seconds", minimum=0.0
     )
 
 
