@@ -44,7 +44,7 @@ CLEAN = {
     "tests/router", "tests/runner", "tests/scheduler", "tests/server", "tests/store", "tests/supervisor",
     "tests/test_audit.py",
     "tests/test_cores.py", "tests/test_docs.py", "tests/test_fairness.py", "tests/test_gpu_tests.py",
-    "tests/test_layers.py", "tests/test_log.py", "tests/test_output.py", "tests/test_plain_english.py", "tests/testing",
+    "tests/test_sizes.py", "tests/test_log.py", "tests/test_output.py", "tests/test_plain_english.py", "tests/testing",
     "tests/text",
     "tests/transfer",
 }

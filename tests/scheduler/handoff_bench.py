@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scheduler_sim import LAYOUT, PAGE_BYTES, small_config
+from typing import Any
 
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch
@@ -11,6 +11,7 @@ from kvist.plan.plan import Plan
 from kvist.plan.slots import OpenSlots
 from kvist.request import EpochId, HandoffId, Outcome, RequestId, Role, SampledToken
 from kvist.scheduler import Scheduler, build_scheduler
+from kvist.testing.sim_engine import LAYOUT, PAGE_BYTES, small_config
 from kvist.wire import PoolAddress
 
 H = HandoffId("h")
@@ -26,7 +27,7 @@ def pool(epoch: str, layout: str = LAYOUT) -> PoolAddress:
 class Bench:
     """One scheduler; the test plays the gateway, the peer and the device."""
 
-    def __init__(self, role: Role, num_pages: int = 12, **config: object) -> None:
+    def __init__(self, role: Role, num_pages: int = 12, **config: Any) -> None:
         self.cache = PageCache(num_pages=num_pages, page_size=4, namespace="t")
         epoch = D if role is Role.DECODE else P
         self.scheduler: Scheduler = build_scheduler(role, small_config(**config), self.cache, epoch, pool(epoch))

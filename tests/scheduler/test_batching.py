@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import msgspec
 import pytest
-from fake_device import EOS, reference_stream
-from scheduler_sim import SimEngine, World, make_request, small_config
 
 from kvist.errors import ConfigError
-from kvist.plan.events import SampledTokens, StepFinished
+from kvist.plan.events import Event, SampledTokens, StepFinished
 from kvist.plan.plan import Plan
-from kvist.request import FinishReason, Mode, Outcome, Role, SamplingParams
+from kvist.request import EngineRequest, FinishReason, Mode, Outcome, RequestId, Role, SamplingParams
 from kvist.scheduler import SchedulerConfig
+from kvist.testing.sim_cluster import SimCluster, sim_request
+from kvist.testing.sim_device import EOS, reference_stream
+from kvist.testing.sim_engine import SimEngine, small_config
 from kvist.wire import Abort, FlushCache, Submit
 
 
-def unified(num_pages: int = 12, **config: object) -> SimEngine:
-    return World().start("u", Role.UNIFIED, small_config(**config), num_pages=num_pages)
+def unified(num_pages: int = 12, **config: Any) -> SimEngine:
+    return SimCluster().start("u", role=Role.UNIFIED, config=small_config(**config), num_pages=num_pages)
 
 
-def arrived(request_id: str, num_tokens: int = 5, **fields: object) -> Submit:
+def arrived(request_id: str, num_tokens: int = 5, **fields: Any) -> Submit:
     prompt = [(index * 7 + len(request_id)) % 20 for index in range(num_tokens)]
-    return Submit(request=make_request(request_id, prompt, ignore_eos=True, **fields), mode=Mode.FULL)
+    return Submit(request=sim_request(request_id, prompt, ignore_eos=True, **fields), mode=Mode.FULL)
 
 
-def step(engine: SimEngine, *events: object) -> Plan:
+def step(engine: SimEngine, *events: Event) -> Plan:
     engine.finish_step()
     engine.events.extend(events)
     return engine.step()
@@ -39,7 +41,7 @@ def items(engine: SimEngine) -> list[tuple[str, int, int]]:
     return [(request_id, item.start, item.end) for request_id, item in each]
 
 
-def step_items(engine: SimEngine, *events: object) -> list[tuple[str, int, int]]:
+def step_items(engine: SimEngine, *events: Event) -> list[tuple[str, int, int]]:
     step(engine, *events)
     return items(engine)
 
@@ -69,7 +71,7 @@ def test_decodes_come_first_then_prompt_chunks_share_the_budget_oldest_first() -
     assert step_items(engine) == [("a", 4, 5), ("b", 5, 6), ("c", 4, 9)]
 
 
-def two_streams(**config: object) -> SimEngine:
+def two_streams(**config: Any) -> SimEngine:
     """Return an engine that decodes "a" and "b" in steps of the usual size."""
     engine = unified(chunked_prefill_size=8, max_running_requests=3, **config)
     step(engine, arrived("a", 3), arrived("b", 3))
@@ -123,9 +125,9 @@ def test_the_head_of_the_queue_is_never_overtaken() -> None:
 
 def test_only_the_chunk_of_position_0_reports_the_cached_tokens() -> None:
     engine = unified()
-    engine.world.submit(make_request("a", list(range(9))), engine)
+    engine.world.submit(sim_request("a", list(range(9))), engine)
     run_out(engine)
-    engine.world.submit(make_request("b", list(range(9))), engine)
+    engine.world.submit(sim_request("b", list(range(9))), engine)
     run_out(engine)
     cached = [chunk.num_cached_tokens for _, chunk in engine.world.chunks["b"]]
     assert cached[0] == 8
@@ -137,9 +139,9 @@ def test_only_the_chunk_of_position_0_reports_the_cached_tokens() -> None:
 def test_the_ceiling_counts_evicted_tokens_once_per_request_by_the_rule_of_hits() -> None:
     engine = unified(num_pages=4, max_model_len=16)
     for name, first in (("a", 0), ("b", 100), ("c", 0)):  # two pages and a token each; b evicts the pages of a
-        engine.world.submit(make_request(name, list(range(first, first + 9)), max_tokens=4), engine)
+        engine.world.submit(sim_request(name, list(range(first, first + 9)), max_tokens=4), engine)
         run_out(engine)
-    engine.world.submit(make_request("d", list(range(8)), max_tokens=1), engine)  # its last page must be computed
+    engine.world.submit(sim_request("d", list(range(8)), max_tokens=1), engine)  # its last page must be computed
     run_out(engine)
     totals = engine.scheduler.load().totals
     assert (totals["prompt_tokens"], totals["ceiling_prompt_tokens"]) == (35, 8 + 4)
@@ -149,7 +151,9 @@ def test_the_ceiling_counts_evicted_tokens_once_per_request_by_the_rule_of_hits(
 def test_hits_and_ceiling_exclude_output_tokens_of_a_resumed_request() -> None:
     engine = unified()
     for name in "ab":
-        engine.world.submit(make_request(name, list(range(5)), outputs=tuple(range(30, 35)), max_tokens=7), engine)
+        engine.world.submit(
+            sim_request(name, list(range(5)), output_token_ids=tuple(range(30, 35)), max_tokens=7), engine
+        )
         run_out(engine)
     totals = engine.scheduler.load().totals
     assert (totals["cached_prompt_tokens"], totals["ceiling_prompt_tokens"]) == (5, 5)
@@ -157,17 +161,17 @@ def test_hits_and_ceiling_exclude_output_tokens_of_a_resumed_request() -> None:
 
 def test_a_prompt_that_is_cached_to_its_end_still_computes_its_last_page() -> None:
     engine = unified()
-    engine.world.submit(make_request("a", list(range(8)), max_tokens=1), engine)
+    engine.world.submit(sim_request("a", list(range(8)), max_tokens=1), engine)
     run_out(engine)
-    request = make_request("b", list(range(8)), max_tokens=1)
+    request = sim_request("b", list(range(8)), max_tokens=1)
     assert step_items(engine, Submit(request=request, mode=Mode.FULL)) == [("b", 4, 8)]
 
 
 def test_prompts_with_another_salt_share_nothing() -> None:
     engine = unified()
-    engine.world.submit(make_request("a", list(range(9))), engine)
+    engine.world.submit(sim_request("a", list(range(9))), engine)
     run_out(engine)
-    request = make_request("b", list(range(9)), cache_salt="mine")
+    request = sim_request("b", list(range(9)), cache_salt="mine")
     assert step_items(engine, Submit(request=request, mode=Mode.FULL))[0][1] == 0
 
 
@@ -175,19 +179,19 @@ def test_the_youngest_request_is_preempted_and_its_stream_is_unchanged() -> None
     engine = unified(num_pages=6, max_model_len=24)
     world = engine.world
     for index, name in enumerate("ab"):
-        world.submit(make_request(name, [index] * 7, max_tokens=12, ignore_eos=True, seed=index), engine)
+        world.submit(sim_request(name, [index] * 7, max_tokens=12, ignore_eos=True, seed=index), engine)
     run_out(engine)
     assert engine.scheduler.load().totals["preemptions"] >= 1
     assert world.ended["a", engine.epoch][0].outcome is Outcome.FINISHED
     for index, name in enumerate("ab"):
-        request = make_request(name, [index] * 7, max_tokens=12, ignore_eos=True, seed=index)
+        request = sim_request(name, [index] * 7, max_tokens=12, ignore_eos=True, seed=index)
         assert world.stream(name) == reference_stream(request, engine.config, engine.context_len)
 
 
 def test_the_oldest_request_is_never_preempted() -> None:
     engine = unified(num_pages=6, max_model_len=24)
     for name in ("a", "b", "c"):
-        engine.world.submit(make_request(name, [ord(name)] * 4, max_tokens=14, ignore_eos=True), engine)
+        engine.world.submit(sim_request(name, [ord(name)] * 4, max_tokens=14, ignore_eos=True), engine)
     order: list[str] = []
     for _ in range(200):
         for wire in list(engine.world.wires):
@@ -228,34 +232,34 @@ def test_an_answer_that_cannot_fit_is_refused_and_never_shortened(num_pages: int
     engine = unified(num_pages=num_pages)
     (ended,) = step(engine, arrived("a", 13, max_tokens=100)).ended
     assert ended.error_code == "context_length_exceeded"
-    assert re.search(f"needs 113 tokens; this worker holds {limit}", ended.message)
+    assert re.search(f"needs 113 tokens; this worker holds at most {limit}", ended.message)
 
 
 @pytest.mark.parametrize(
     ("request_", "mode", "role"),
     [
-        (make_request("a", []), Mode.FULL, Role.UNIFIED),
-        (make_request("a", [1], max_tokens=2, outputs=(3, 4)), Mode.FULL, Role.UNIFIED),
-        (make_request("a", [1]), Mode.PREFILL, Role.UNIFIED),  # no handoff_id
-        (make_request("a", [1]), Mode.DECODE, Role.UNIFIED),
-        (make_request("a", [1]), Mode.DECODE, Role.PREFILL),
-        (make_request("a", [1], max_tokens=2), Mode.FULL, Role.PREFILL),
-        (make_request("a", [1]), Mode.FULL, Role.DECODE),
-        (make_request("a", [1]), Mode.PREFILL, Role.DECODE),
-        (make_request("a", [1]), Mode.DECODE, Role.DECODE),  # no handoff_id, no prefill worker
+        (sim_request("a", []), Mode.FULL, Role.UNIFIED),
+        (sim_request("a", [1], max_tokens=2, output_token_ids=(3, 4)), Mode.FULL, Role.UNIFIED),
+        (sim_request("a", [1]), Mode.PREFILL, Role.UNIFIED),  # no handoff_id
+        (sim_request("a", [1]), Mode.DECODE, Role.UNIFIED),
+        (sim_request("a", [1]), Mode.DECODE, Role.PREFILL),
+        (sim_request("a", [1], max_tokens=2), Mode.FULL, Role.PREFILL),
+        (sim_request("a", [1]), Mode.FULL, Role.DECODE),
+        (sim_request("a", [1]), Mode.PREFILL, Role.DECODE),
+        (sim_request("a", [1]), Mode.DECODE, Role.DECODE),  # no handoff_id, no prefill worker
     ],
 )
-def test_each_role_refuses_the_modes_it_does_not_serve(request_: object, mode: Mode, role: Role) -> None:
-    engine = World().start("e", role, small_config())
+def test_each_role_refuses_the_modes_it_does_not_serve(request_: EngineRequest, mode: Mode, role: Role) -> None:
+    engine = SimCluster().start("e", role=role, config=small_config())
     (ended,) = step(engine, Submit(request=request_, mode=mode)).ended
     assert (ended.outcome, ended.error_code) == (Outcome.FAILED, "invalid_request")
     assert not engine.scheduler.has_work()
 
 
 @pytest.mark.parametrize("fields", [{}, {"ignore_eos": True}, {"min_tokens": 0}, {"allowed_token_ids": (EOS, 3)}])
-def test_allowed_tokens_that_all_end_the_answer_contradict_min_tokens(fields: dict[str, object]) -> None:
+def test_allowed_tokens_that_all_end_the_answer_contradict_min_tokens(fields: dict[str, Any]) -> None:
     engine = unified()
-    request = make_request("a", [1])
+    request = sim_request("a", [1])
     asked = {"allowed_token_ids": (EOS, 5), "stop_token_ids": (5,), "min_tokens": 1, **fields}
     sampling = msgspec.structs.replace(request.sampling, **asked)
     submit = Submit(request=msgspec.structs.replace(request, sampling=sampling), mode=Mode.FULL)
@@ -267,8 +271,8 @@ def test_allowed_tokens_that_all_end_the_answer_contradict_min_tokens(fields: di
 
 
 def test_a_prefill_worker_answers_a_whole_request_of_one_token() -> None:
-    engine = World().start("p", Role.PREFILL, small_config())
-    engine.world.submit(make_request("a", [1, 2, 3], max_tokens=1), engine)
+    engine = SimCluster().start("p", role=Role.PREFILL, config=small_config())
+    engine.world.submit(sim_request("a", [1, 2, 3], max_tokens=1), engine)
     run_out(engine)
     assert len(engine.world.stream("a")[0]) == 1
 
@@ -295,8 +299,8 @@ def test_the_chunk_of_the_last_token_carries_the_finish_reason(
     sampling: SamplingParams, tokens: list[int], reason: FinishReason
 ) -> None:
     engine = unified()
-    request = make_request("a", [1, 2, 3])
-    request = type(request)(request_id="a", prompt_token_ids=(1, 2, 3), sampling=sampling)
+    request = sim_request("a", [1, 2, 3])
+    request = msgspec.structs.replace(request, sampling=sampling)
     plan = engine.scheduler.step(0.0, [Submit(request=request, mode=Mode.FULL)])
     sent = []
     for token_id in tokens:
@@ -309,7 +313,7 @@ def test_the_chunk_of_the_last_token_carries_the_finish_reason(
 
 def test_stop_tokens_are_suppressed_before_min_tokens() -> None:
     engine = unified()
-    plan = step(engine, Submit(request=make_request("a", [1, 2], min_tokens=2, stop_token_ids=(3,)), mode=Mode.FULL))
+    plan = step(engine, Submit(request=sim_request("a", [1, 2], min_tokens=2, stop_token_ids=(3,)), mode=Mode.FULL))
     assert plan.batch is not None
     (start,) = plan.batch.started
     assert start.suppressed_token_ids == (3, EOS)
@@ -323,9 +327,9 @@ def test_stop_tokens_are_suppressed_before_min_tokens() -> None:
 
 def test_a_resumed_stream_gives_the_same_tokens() -> None:
     engine = unified()
-    whole = make_request("whole", [4, 5, 6, 1, 2], max_tokens=10, ignore_eos=True)
+    whole = sim_request("whole", [4, 5, 6, 1, 2], max_tokens=10, ignore_eos=True)
     expected, _ = reference_stream(whole, engine.config, engine.context_len)
-    rest = make_request("rest", [4, 5, 6, 1, 2], max_tokens=10, ignore_eos=True, outputs=tuple(expected[:4]))
+    rest = sim_request("rest", [4, 5, 6, 1, 2], max_tokens=10, ignore_eos=True, output_token_ids=tuple(expected[:4]))
     engine.world.submit(rest, engine)
     run_out(engine)
     assert engine.world.stream("rest")[0] == expected
@@ -335,7 +339,7 @@ def test_a_resumed_stream_gives_the_same_tokens() -> None:
 def test_an_abort_during_a_step_keeps_the_pages_until_the_step_is_over() -> None:
     engine = unified()
     step(engine, arrived("a"))
-    engine.events.append(Abort(request_id="a"))
+    engine.events.append(Abort(request_id=RequestId("a")))
     plan = engine.step()
     assert [ended.outcome for ended in plan.ended] == [Outcome.ABORTED]
     assert engine.scheduler.load().pages.owned == 2
@@ -346,7 +350,9 @@ def test_an_abort_during_a_step_keeps_the_pages_until_the_step_is_over() -> None
 
 def test_an_abort_of_a_request_that_waits_or_is_unknown_is_harmless() -> None:
     engine = unified(max_running_requests=1)
-    plan = step(engine, arrived("a"), arrived("b"), Abort(request_id="b"), Abort(request_id="ghost"))
+    plan = step(
+        engine, arrived("a"), arrived("b"), Abort(request_id=RequestId("b")), Abort(request_id=RequestId("ghost"))
+    )
     assert [(ended.request_id, ended.outcome) for ended in plan.ended] == [("b", Outcome.ABORTED)]
     assert engine.scheduler.load().num_waiting == 0
 
@@ -377,14 +383,14 @@ def test_a_request_not_admitted_within_the_queue_timeout_ends_as_timeout() -> No
 def test_a_second_submit_of_a_live_request_is_ignored() -> None:
     engine = unified()
     step(engine, arrived("a"), arrived("a"))
-    run_out_chunks = [engine.world.settle(), engine.world.chunks["a"]][1]
-    assert len(run_out_chunks) == 6
+    engine.world.settle()
+    assert len(engine.world.chunks["a"]) == 6
     assert len(engine.world.ended["a", engine.epoch]) == 1
 
 
 def test_flush_frees_unused_pages_and_reports_their_number() -> None:
     engine = unified()
-    engine.world.submit(make_request("a", list(range(9)), max_tokens=1), engine)
+    engine.world.submit(sim_request("a", list(range(9)), max_tokens=1), engine)
     run_out(engine)
     plan = step(engine, FlushCache(call_id="c"))
     assert [(flush.call_id, flush.num_pages) for flush in plan.flushes] == [("c", 2)]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
-from scheduler_sim import World, make_request, small_config
 
 from kvist.request import Role
 from kvist.scheduler.handoff.source import SourceSide
 from kvist.scheduler.handoff.tables import SOURCE_TRANSITIONS, TARGET_TRANSITIONS, SourceTrigger, TargetTrigger
 from kvist.scheduler.handoff.target import TargetSide
+from kvist.testing.sim_cluster import SimCluster, sim_request
+from kvist.testing.sim_engine import small_config
+
+Trigger = SourceTrigger | TargetTrigger
 
 
-def one_run(seed: int) -> World:
+def one_run(seed: int) -> SimCluster:
     rng = random.Random(seed)
-    world = World()
+    world = SimCluster()
     config = small_config(
         grant_timeout_s=8.0,
         handoff_timeout_s=12.0,
@@ -25,9 +29,9 @@ def one_run(seed: int) -> World:
     )
     role = rng.choice([Role.UNIFIED, Role.PREFILL])
     for name in ("p0", "p1"):
-        world.start(name, role, config, num_pages=rng.randint(6, 14))
+        world.start(name, role=role, config=config, num_pages=rng.randint(6, 14))
     for name in ("d0", "d1"):
-        world.start(name, Role.DECODE, config, num_pages=rng.randint(6, 14))
+        world.start(name, role=Role.DECODE, config=config, num_pages=rng.randint(6, 14))
     fault = rng.choice([0.0, 0.01, 0.04])
     for _ in range(300):
         if rng.random() < fault:
@@ -35,7 +39,7 @@ def one_run(seed: int) -> World:
         turn = rng.random()
         if turn < 0.1 and len(world.submitted) < 12:
             count = len(world.submitted)
-            request = make_request(
+            request = sim_request(
                 f"r{count}",
                 [rng.randint(0, 2) for _ in range(rng.randint(1, 18))],
                 max_tokens=rng.randint(1, 8),
@@ -53,7 +57,7 @@ def one_run(seed: int) -> World:
             engine.step()
             world.now_s += 0.01
         else:
-            wires = sorted(wire for wire, queue in world.wires.items() if queue)
+            wires = world.wires.waiting()
             for _ in range(rng.randint(1, 4) if wires else 0):
                 world.deliver(rng.choice(wires), twice=rng.random() < 0.1)
     for engine in world.by_epoch.values():
@@ -63,7 +67,7 @@ def one_run(seed: int) -> World:
     return world
 
 
-def inject_fault(world: World, rng: random.Random) -> None:
+def inject_fault(world: SimCluster, rng: random.Random) -> None:
     engine = world.engines[rng.choice(list(world.engines))]
     what = rng.randrange(7)
     if what == 0 and world.submitted:
@@ -85,11 +89,11 @@ def inject_fault(world: World, rng: random.Random) -> None:
 def test_clusters_keep_their_promises_under_random_faults_and_take_every_transition(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tried: set[object] = set()
+    tried: set[tuple[object, Trigger]] = set()
     for side in (SourceSide, TargetSide):
         original = side._fire
 
-        def fire(self, handoff, trigger, *args, _original=original):  # type: ignore[no-untyped-def]
+        def fire(self: Any, handoff: Any, trigger: Trigger, *args: Any, _original: Any = original) -> Any:
             tried.add((handoff.state, trigger))
             return _original(self, handoff, trigger, *args)
 
@@ -101,7 +105,7 @@ def test_clusters_keep_their_promises_under_random_faults_and_take_every_transit
         809,
     ):  # the last three seeds have the rarest transition: WritesFailed after StopWrites
         one_run(seed)
-    moves: set[object] = {(state, t) for state, row in SOURCE_TRANSITIONS.items() for t in row}
+    moves: set[tuple[object, Trigger]] = {(state, t) for state, row in SOURCE_TRANSITIONS.items() for t in row}
     moves |= {(state, t) for state, row in TARGET_TRANSITIONS.items() for t in row}
     untried = {
         move for move in moves - tried if move[1] is not SourceTrigger.BAD_GRANT
@@ -112,14 +116,14 @@ def test_clusters_keep_their_promises_under_random_faults_and_take_every_transit
 
 def test_without_faults_every_stream_finishes_and_equals_unified() -> None:
     for seed in range(20):
-        world = World()
+        world = SimCluster()
         config = small_config(max_queued_requests=20, overlap=seed % 2 == 1)
-        prefill = world.start("p0", Role.PREFILL, config, num_pages=14)
-        decode = world.start("d0", Role.DECODE, config, num_pages=12)
+        prefill = world.start("p0", role=Role.PREFILL, config=config, num_pages=14)
+        decode = world.start("d0", role=Role.DECODE, config=config, num_pages=12)
         rng = random.Random(seed)
         for index in range(10):
             prompt = [rng.randint(0, 2) for _ in range(rng.randint(1, 20))]
-            world.submit_pair(make_request(f"r{index}", prompt, max_tokens=9, seed=index), prefill, decode)
+            world.submit_pair(sim_request(f"r{index}", prompt, max_tokens=9, seed=index), prefill, decode)
         world.settle()
         world.check_settled()
         assert all(ended.outcome.value == "finished" for (ended,) in world.ended.values())

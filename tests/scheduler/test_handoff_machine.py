@@ -5,11 +5,12 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from scheduler_sim import Rows, SimEngine, World, make_request, small_config
 
 from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.request import Role
+from kvist.testing.sim_cluster import SimCluster, sim_request
+from kvist.testing.sim_engine import Rows, SimEngine, small_config
 
 PREFILLS = ("p0", "p1")
 DECODES = ("d0", "d1")
@@ -25,7 +26,7 @@ PROMPTS = st.one_of(
 class Cluster(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
+        self.world = SimCluster()
         self.count = 0
         self.gateway_aborts = False
 
@@ -67,8 +68,8 @@ class Cluster(RuleBasedStateMachine):
         for name in PREFILLS:
             self.world.start(
                 name,
-                Role.UNIFIED if unified else Role.PREFILL,
-                config,
+                role=Role.UNIFIED if unified else Role.PREFILL,
+                config=config,
                 num_pages=prefill_pages,
                 num_host_pages=num_host_pages,
                 write_policy=write_policy,
@@ -78,8 +79,8 @@ class Cluster(RuleBasedStateMachine):
         for name in DECODES:
             self.world.start(
                 name,
-                Role.DECODE,
-                config,
+                role=Role.DECODE,
+                config=config,
                 num_pages=decode_pages,
                 num_host_pages=num_host_pages,
                 write_policy=write_policy,
@@ -111,12 +112,12 @@ class Cluster(RuleBasedStateMachine):
         scored_from: int | None = None,
     ) -> None:
         self.count += 1
-        request = make_request(
+        request = sim_request(
             f"r{self.count}",
             prompt,
             max_tokens=max_tokens,
             seed=self.count,
-            outputs=tuple(range(10, 10 + resumed)),
+            output_token_ids=tuple(range(10, 10 + resumed)),
             client=client,
             prompt_logprobs=None if scored_from is None else 1,
             prompt_logprobs_start=scored_from or 0,
@@ -128,7 +129,7 @@ class Cluster(RuleBasedStateMachine):
         self.count += 1
         engine = self.engine(prefill)
         max_tokens = 8 if engine.role is Role.UNIFIED else 1
-        self.world.submit(make_request(f"r{self.count}", prompt, max_tokens=max_tokens), engine)
+        self.world.submit(sim_request(f"r{self.count}", prompt, max_tokens=max_tokens), engine)
 
     @rule(which=st.integers(1, 20), side=st.sampled_from([None, 0, 1]))
     def abort(self, which: int, side: int | None) -> None:
@@ -153,7 +154,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 50), twice=st.booleans(), times=st.integers(1, 4))
     def deliver(self, pick: int, twice: bool, times: int) -> None:
-        wires = sorted(wire for wire, queue in self.world.wires.items() if queue)
+        wires = self.world.wires.waiting()
         if wires:
             for _ in range(times):
                 self.world.deliver(wires[pick % len(wires)], twice=twice)
@@ -162,7 +163,7 @@ class Cluster(RuleBasedStateMachine):
     def work_and_deliver_all(self, name: str) -> None:
         for wire in sorted(self.world.wires):
             if wire[1] in (name, self.engine(name).epoch):
-                while self.world.wires[wire]:
+                while self.world.wires.num_waiting(wire):
                     self.world.deliver(wire)
         self.work(name, True, 2, 2)
 

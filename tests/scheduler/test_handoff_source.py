@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import pytest
-from handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages, pool
-from scheduler_sim import PAGE_BYTES, make_request
 
 from kvist.plan.events import Event, StepFailed
+from kvist.plan.plan import Plan
 from kvist.plan.transfers import PeerDied, StopWrites, WritePages, WritesCompleted, WritesFailed
-from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome, Role
+from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome, RequestId, Role
+from kvist.testing.sim_cluster import sim_request
+from kvist.testing.sim_engine import PAGE_BYTES
 from kvist.wire import Abort, Ack, Closed, Done, Grant, Revoke, Submit
+from tests.scheduler.handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages, pool
 
 
 def prefill_arrived(request_id: str = "r", handoff_id: HandoffId = H, prompt: Sequence[int] = PROMPT) -> Submit:
-    request = make_request(request_id, list(prompt), ignore_eos=True)
+    request = sim_request(request_id, list(prompt), ignore_eos=True)
     return Submit(request=request, mode=Mode.PREFILL, handoff_id=handoff_id, target_epoch=D)
+
+
+def written_pages(plan: Plan) -> list[int]:
+    """Return the peer's pages that the plan writes, in order; the plan has no other transfers."""
+    writes = [job for job in plan.transfers if isinstance(job, WritePages)]
+    assert len(writes) == len(plan.transfers)
+    return [page for job in writes for page in job.peer_page_ids]
 
 
 def grant(first_page: int = 0, *, page_ids: Sequence[int] | None = None, handoff_id: HandoffId = H) -> Grant:
     return Grant(
         handoff_id=handoff_id,
-        request_id="r",
+        request_id=RequestId("r"),
         target_epoch=D,
         source_epoch=P,
         pool=pool(D),
@@ -40,7 +50,7 @@ def revoke() -> Revoke:
     return Revoke(handoff_id=H, target_epoch=D, reason="why not")
 
 
-def computed(role: Role = Role.PREFILL, **config: object) -> Bench:
+def computed(role: Role = Role.PREFILL, **config: Any) -> Bench:
     """Return a scheduler that has computed the prompt and requested all writes."""
     bench = Bench(role, **{"chunked_prefill_size": 10, **config})
     bench.step(prefill_arrived(), grant())
@@ -48,7 +58,7 @@ def computed(role: Role = Role.PREFILL, **config: object) -> Bench:
     return bench
 
 
-def done_sent(**config: object) -> Bench:
+def done_sent(**config: Any) -> Bench:
     bench = computed(**config)
     bench.step(written(3))
     return bench
@@ -89,7 +99,7 @@ def test_done_carries_the_first_token_and_the_checksum_once_every_page_is_writte
 
 def test_done_carries_the_finish_reason_of_a_one_token_answer() -> None:
     bench = Bench(Role.PREFILL, chunked_prefill_size=10)
-    request = make_request("r", PROMPT, max_tokens=1)
+    request = sim_request("r", PROMPT, max_tokens=1)
     bench.step(Submit(request=request, mode=Mode.PREFILL, handoff_id=H, target_epoch=D), grant())
     bench.finish()
     (done,) = messages(bench.step(written(3)))
@@ -107,8 +117,7 @@ def test_a_grant_may_arrive_before_during_or_after_the_prompt_is_computed(when: 
         bench.finish(),
         bench.step(*([message] if when == "after" else [])),
     ]
-    jobs = [job for plan in plans for job in plan.transfers]
-    assert [page for job in jobs for page in job.peer_page_ids] == [7, 8, 9]
+    assert [page for plan in plans for page in written_pages(plan)] == [7, 8, 9]
     assert isinstance(messages(bench.step(written(3)))[0], Done)
 
 
@@ -132,7 +141,7 @@ def test_an_empty_grant_is_answered_with_done_without_a_write() -> None:
 
 def test_prefill_writes_cached_pages_before_it_computes_the_rest() -> None:
     bench = Bench(Role.PREFILL, chunked_prefill_size=10)
-    bench.step(Submit(request=make_request("old", PROMPT, max_tokens=1), mode=Mode.FULL))
+    bench.step(Submit(request=sim_request("old", PROMPT, max_tokens=1), mode=Mode.FULL))
     bench.finish()
     plan = bench.step(prefill_arrived(), grant())
     (job,) = plan.transfers
@@ -168,7 +177,7 @@ def test_done_is_repeated_until_the_answer_comes() -> None:
 
 def test_an_abort_after_done_keeps_the_pages_until_decode_answers() -> None:
     bench = done_sent()
-    assert ends(bench.step(Abort(request_id="r"))) == [(Outcome.ABORTED, None)]
+    assert ends(bench.step(Abort(request_id=RequestId("r")))) == [(Outcome.ABORTED, None)]
     assert bench.busy_pages == 3
     assert bench.scheduler.has_work()
     assert not bench.step(Ack(handoff_id=H, target_epoch=D)).ended
@@ -179,7 +188,12 @@ def test_an_abort_after_done_keeps_the_pages_until_decode_answers() -> None:
 @pytest.mark.parametrize("what", ["abort", "revoke", "death"])
 def test_pages_with_pending_writes_are_kept_until_the_transport_has_stopped(what: str) -> None:
     bench = computed()
-    event: Event = {"abort": Abort(request_id="r"), "revoke": revoke(), "death": PeerDied(epoch=D)}[what]
+    events: dict[str, Event] = {
+        "abort": Abort(request_id=RequestId("r")),
+        "revoke": revoke(),
+        "death": PeerDied(epoch=D),
+    }
+    event = events[what]
     plan = bench.step(event)
     assert len(plan.ended) == 1
     assert plan.transfers == (StopWrites(handoff_id=H),)
@@ -215,7 +229,9 @@ def test_a_revoke_without_pending_writes_is_answered_with_closed_at_once() -> No
 def test_a_handoff_whose_client_has_left_is_cancelled_at_prefill_and_not_failed(first: str) -> None:
     bench = Bench(Role.PREFILL, chunked_prefill_size=3)
     bench.step(prefill_arrived(), grant())
-    event: Event = Abort(request_id="r") if first == "abort" else msgspec.structs.replace(revoke(), cancelled=True)
+    event: Event = (
+        Abort(request_id=RequestId("r")) if first == "abort" else msgspec.structs.replace(revoke(), cancelled=True)
+    )
     plan = bench.step(event)
     (closed,) = messages(plan)
     assert isinstance(closed, Closed)
@@ -249,7 +265,7 @@ def test_a_revoked_early_grant_frees_its_place() -> None:
 
 def test_a_grant_after_the_end_is_answered_with_closed() -> None:
     bench = Bench(Role.PREFILL)
-    bench.step(prefill_arrived(), Abort(request_id="r"))
+    bench.step(prefill_arrived(), Abort(request_id=RequestId("r")))
     (closed,) = messages(bench.step(grant()))
     assert isinstance(closed, Closed)
 
@@ -368,15 +384,14 @@ def test_an_ungranted_prefill_is_preempted_for_a_granted_one_and_sends_its_first
     assert not plan.batch.items[0].samples
     plan = bench.finish()
     assert not plan.chunks
-    pages = [page for job in plan.transfers for page in job.peer_page_ids]
-    assert pages[-1] == 9
+    assert written_pages(plan)[-1] == 9
 
 
 def test_a_running_stream_preempts_an_ungranted_prefill() -> None:
     bench = Bench(Role.UNIFIED, num_pages=5, chunked_prefill_size=10, max_model_len=20)
     bench.step(prefill_arrived())
     bench.finish()
-    stream = make_request("s", [20, 21, 22, 23, 24, 25, 26], max_tokens=6, ignore_eos=True)
+    stream = sim_request("s", [20, 21, 22, 23, 24, 25, 26], max_tokens=6, ignore_eos=True)
     bench.step(Submit(request=stream, mode=Mode.FULL))
     positions = [chunk.position for _ in range(6) for chunk in bench.finish().chunks]
     assert positions == [0, 1, 2, 3, 4, 5]
@@ -386,7 +401,7 @@ def test_a_running_stream_preempts_an_ungranted_prefill() -> None:
 
 def test_a_granted_prefill_without_pages_times_out_and_sends_closed() -> None:
     bench = Bench(Role.UNIFIED, num_pages=4, max_model_len=16, queue_timeout_s=5.0)
-    stream = make_request("s", [20, 21, 22, 23, 24, 25, 26], max_tokens=9, ignore_eos=True)
+    stream = sim_request("s", [20, 21, 22, 23, 24, 25, 26], max_tokens=9, ignore_eos=True)
     bench.step(Submit(request=stream, mode=Mode.FULL), prefill_arrived(), grant())
     bench.now_s = 5.0
     plan = bench.finish()
@@ -396,8 +411,8 @@ def test_a_granted_prefill_without_pages_times_out_and_sends_closed() -> None:
 
 def test_prefill_of_a_resumed_request_hands_over_prompt_and_output_so_far() -> None:
     bench = Bench(Role.PREFILL, chunked_prefill_size=20)
-    request = make_request("r", PROMPT[:8], outputs=(3, 4), max_tokens=9)
+    request = sim_request("r", PROMPT[:8], output_token_ids=(3, 4), max_tokens=9)
     bench.step(Submit(request=request, mode=Mode.PREFILL, handoff_id=H, target_epoch=D), grant())
     plan = bench.finish()
     assert plan.chunks[0].position == 2
-    assert [page for job in plan.transfers for page in job.peer_page_ids] == [7, 8, 9]
+    assert written_pages(plan) == [7, 8, 9]

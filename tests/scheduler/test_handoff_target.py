@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
-from handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages
-from scheduler_sim import PAGE_BYTES, World, make_request, small_config
 
-from kvist.plan.transfers import PagesVerified, PeerDied, VerifyPages
-from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome, Role
-from kvist.wire import Abort, Ack, Closed, Done, Grant, PrefillPeer, Revoke, Submit
-
-
-def decode_arrived(request_id: str = "r", handoff_id: HandoffId = H, **fields: object) -> Submit:
-    return Submit(
-        request=make_request(request_id, PROMPT, ignore_eos=True, **fields),
-        mode=Mode.DECODE,
-        handoff_id=handoff_id,
-        prefill=PrefillPeer(worker_id="w", endpoint="tcp://p", epoch=P),
-    )
+from kvist.plan.transfers import PagesVerified, PeerDied, ToSource, VerifyPages
+from kvist.request import EpochId, FinishReason, HandoffId, Outcome, RequestId, Role
+from kvist.testing.sim_cluster import SimCluster, sim_request
+from kvist.testing.sim_engine import PAGE_BYTES, small_config
+from kvist.testing.specs import make_peer, submit_decode
+from kvist.wire import Abort, Ack, Closed, Done, Grant, Revoke, Submit
+from tests.scheduler.handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages
 
 
-def done(**fields: object) -> Done:
+def decode_arrived(request_id: str = "r", handoff_id: HandoffId = H, **fields: Any) -> Submit:
+    request = sim_request(request_id, PROMPT, ignore_eos=True, **fields)
+    return submit_decode(request, handoff_id=handoff_id, prefill=make_peer(P, endpoint="tcp://p"))
+
+
+def done(**fields: Any) -> Done:
     message = Done(handoff_id=H, target_epoch=D, source_epoch=P, num_pages=3, checksum="sum", first_token=FIRST)
     return msgspec.structs.replace(message, **fields)
 
@@ -33,13 +33,13 @@ def closed(source_epoch: EpochId = P, code: str | None = "overloaded") -> Closed
 VERIFIED = PagesVerified(handoff_id=H, checksum="sum")
 
 
-def granted(**config: object) -> Bench:
+def granted(**config: Any) -> Bench:
     bench = Bench(Role.DECODE, **config)
     bench.step(decode_arrived())
     return bench
 
 
-def verifying(**config: object) -> Bench:
+def verifying(**config: Any) -> Bench:
     bench = granted(**config)
     bench.step(done())
     return bench
@@ -48,6 +48,7 @@ def verifying(**config: object) -> Bench:
 def test_decode_grants_pages_for_the_uncached_part_of_the_prompt() -> None:
     bench = granted()
     (sent,) = bench.plan.messages
+    assert isinstance(sent, ToSource)
     assert sent.endpoint == "tcp://p"
     assert isinstance(sent.message, Grant)
     assert (sent.message.first_page, len(sent.message.page_ids)) == (0, 3)
@@ -60,7 +61,7 @@ def test_decode_grants_pages_for_the_uncached_part_of_the_prompt() -> None:
 def test_a_second_request_grants_only_uncached_pages() -> None:
     bench = verifying()
     bench.step(VERIFIED)
-    bench.step(Abort(request_id="r"))
+    bench.step(Abort(request_id=RequestId("r")))
     bench.finish()
     plan = bench.step(decode_arrived("again", HandoffId("h2")))
     (message,) = messages(plan)
@@ -139,7 +140,7 @@ def test_closed_fails_the_request_with_prefills_reason_and_frees_the_pages() -> 
 
 def test_an_abort_after_the_grant_keeps_the_pages_in_flight_until_closed_arrives() -> None:
     bench = granted()
-    plan = bench.step(Abort(request_id="r"))
+    plan = bench.step(Abort(request_id=RequestId("r")))
     assert ends(plan) == [(Outcome.ABORTED, None)]
     assert isinstance(messages(plan)[0], Revoke)
     assert bench.scheduler.load().pages.in_flight == 3
@@ -154,10 +155,11 @@ def test_an_abort_after_the_grant_keeps_the_pages_in_flight_until_closed_arrives
 @pytest.mark.parametrize("first", ["abort", "closed"])
 def test_a_handoff_whose_client_has_left_is_cancelled_at_decode_and_not_failed(first: str) -> None:
     bench = granted()
-    plan = bench.step(Abort(request_id="r") if first == "abort" else closed(code=None))
+    plan = bench.step(Abort(request_id=RequestId("r")) if first == "abort" else closed(code=None))
     assert ends(plan) == [(Outcome.ABORTED, None)]
     if first == "abort":
         (revoke,) = messages(plan)
+        assert isinstance(revoke, Revoke)
         assert revoke.cancelled
         bench.step(closed(code=None))
     totals = bench.scheduler.load().totals
@@ -167,7 +169,7 @@ def test_a_handoff_whose_client_has_left_is_cancelled_at_decode_and_not_failed(f
 
 def test_done_after_revoke_frees_the_granted_pages() -> None:
     bench = granted()
-    bench.step(Abort(request_id="r"))
+    bench.step(Abort(request_id=RequestId("r")))
     plan = bench.step(done())
     assert bench.scheduler.load().pages.free == 12
     assert not plan.ended
@@ -223,7 +225,7 @@ def test_a_done_for_an_unknown_handoff_is_answered_with_revoke() -> None:
 
 def test_an_abort_while_verifying_frees_the_pages_and_sends_revoke() -> None:
     bench = verifying()
-    plan = bench.step(Abort(request_id="r"))
+    plan = bench.step(Abort(request_id=RequestId("r")))
     assert ends(plan) == [(Outcome.ABORTED, None)]
     assert isinstance(messages(plan)[0], Revoke)
     assert bench.scheduler.load().pages.free == 12
@@ -231,12 +233,12 @@ def test_an_abort_while_verifying_frees_the_pages_and_sends_revoke() -> None:
 
 
 def test_decode_recomputes_a_preempted_stream_without_a_second_handoff() -> None:
-    world = World()
+    world = SimCluster()
     config = small_config(max_model_len=24)
-    prefill = world.start("p", Role.PREFILL, config, num_pages=12)
-    decode = world.start("d", Role.DECODE, config, num_pages=6)
+    prefill = world.start("p", role=Role.PREFILL, config=config, num_pages=12)
+    decode = world.start("d", role=Role.DECODE, config=config, num_pages=6)
     for index in range(3):
-        request = make_request(f"r{index}", [index] * 5, max_tokens=14, ignore_eos=True, seed=index)
+        request = sim_request(f"r{index}", [index] * 5, max_tokens=14, ignore_eos=True, seed=index)
         world.submit_pair(request, prefill, decode)
     world.settle()
     world.check_settled()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
-from scheduler_sim import SimEngine, World, make_request, small_config
 
 from kvist.kv.cache import PageCache
 from kvist.kv.keys import page_digests
@@ -17,13 +17,15 @@ from kvist.plan.plan import Flush
 from kvist.plan.tiers import BackUpPages, LoadPages, PagesBackedUp
 from kvist.request import EngineRequest, Outcome, Role
 from kvist.testing.page_events import page_event
+from kvist.testing.sim_cluster import SimCluster, sim_request
+from kvist.testing.sim_engine import SimEngine, small_config
 from kvist.wire import FlushCache
 
 PROMPT = [1] * 13  # 3 full pages of 4 tokens
 
 
-def start(world: World, role: Role = Role.UNIFIED, name: str = "u", **engine: object) -> SimEngine:
-    return world.start(name, role, small_config(), **{"num_host_pages": 40, **engine})  # type: ignore[arg-type]
+def start(world: SimCluster, role: Role = Role.UNIFIED, name: str = "u", **shape: Any) -> SimEngine:
+    return world.start(name, role=role, **{"config": small_config(), "num_host_pages": 40, **shape})
 
 
 def drop_from_device(engine: SimEngine) -> None:
@@ -31,12 +33,12 @@ def drop_from_device(engine: SimEngine) -> None:
     engine.cache.evict(engine.cache.counts().evictable)
 
 
-def begin_load(world: World, engine: SimEngine, beside: Sequence[EngineRequest] = ()) -> None:
+def begin_load(world: SimCluster, engine: SimEngine, beside: Sequence[EngineRequest] = ()) -> None:
     """Answer PROMPT, evict its pages to the host tier, and begin to load them for a second request."""
-    world.submit(make_request("first", PROMPT, max_tokens=1), engine)
+    world.submit(sim_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
     drop_from_device(engine)
-    for request in (make_request("again", PROMPT, max_tokens=2), *beside):
+    for request in (sim_request("again", PROMPT, max_tokens=2), *beside):
         world.submit(request, engine)
         world.deliver(("gateway", engine.name))
     (load,) = engine.step().moves
@@ -44,12 +46,12 @@ def begin_load(world: World, engine: SimEngine, beside: Sequence[EngineRequest] 
     assert len(load.page_ids) == 3
 
 
-def reported_cached(world: World, request_id: str) -> int | None:
+def reported_cached(world: SimCluster, request_id: str) -> int | None:
     return world.chunks[request_id][0][1].num_cached_tokens
 
 
 def test_evicted_pages_are_loaded_from_the_host_tier() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     begin_load(world, engine)
     assert engine.scheduler.load().pages.in_flight == 3
@@ -61,10 +63,10 @@ def test_evicted_pages_are_loaded_from_the_host_tier() -> None:
 
 
 def test_a_loading_request_does_not_block_other_requests() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
-    begin_load(world, engine, [make_request("beside", [2] * 6, max_tokens=1)])
-    world.submit(make_request("behind", [3] * 6, max_tokens=1), engine)
+    begin_load(world, engine, [sim_request("beside", [2] * 6, max_tokens=1)])
+    world.submit(sim_request("behind", [3] * 6, max_tokens=1), engine)
     world.deliver(("gateway", "u"))
     for request_id in ("beside", "behind"):
         assert engine.running == [request_id]
@@ -75,7 +77,7 @@ def test_a_loading_request_does_not_block_other_requests() -> None:
 
 
 def test_a_failed_load_is_a_miss_and_not_an_error() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     begin_load(world, engine)
     engine.mover.fail_next = True
@@ -87,7 +89,7 @@ def test_a_failed_load_is_a_miss_and_not_an_error() -> None:
 
 
 def test_an_abort_during_a_load_keeps_the_pages_until_it_is_reported() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     begin_load(world, engine)
     world.abort("again")
@@ -100,16 +102,16 @@ def test_an_abort_during_a_load_keeps_the_pages_until_it_is_reported() -> None:
 
 
 def test_pages_under_backup_are_neither_freed_nor_evicted_until_it_is_reported() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world, num_pages=4)
-    world.submit(make_request("first", PROMPT, max_tokens=1), engine)
+    world.submit(sim_request("first", PROMPT, max_tokens=1), engine)
     world.deliver(("gateway", "u"))
     while not world.ended["first", engine.epoch]:
         engine.step()
         engine.finish_step()
     counts = engine.scheduler.load().pages
     assert (counts.cached, counts.evictable) == (3, 0)
-    world.submit(make_request("next", [2] * 13, max_tokens=1), engine)
+    world.submit(sim_request("next", [2] * 13, max_tokens=1), engine)
     world.deliver(("gateway", "u"))
     assert engine.step().batch is None  # the request waits for the backups
     world.settle()
@@ -118,49 +120,49 @@ def test_pages_under_backup_are_neither_freed_nor_evicted_until_it_is_reported()
 
 
 def test_a_failed_backup_is_repeated_when_the_page_is_hit() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     engine.mover.fail_next = True
-    world.submit(make_request("first", PROMPT[:5], max_tokens=1), engine)
+    world.submit(sim_request("first", PROMPT[:5], max_tokens=1), engine)
     world.settle()
     totals = engine.scheduler.load().totals
     assert (totals["host_backed_up_pages"], totals["host_failed_pages"]) == (0, 1)
-    world.submit(make_request("second", PROMPT[:5], max_tokens=1), engine)
+    world.submit(sim_request("second", PROMPT[:5], max_tokens=1), engine)
     world.settle()
     world.check_settled()
     assert engine.scheduler.load().totals["host_backed_up_pages"] == 1
 
 
 def test_the_selective_policy_copies_a_page_after_its_second_hit() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world, write_policy="write_through_selective")
     backed_up = []
     for number in range(4):
-        world.submit(make_request(f"r{number}", PROMPT, max_tokens=1), engine)
+        world.submit(sim_request(f"r{number}", PROMPT, max_tokens=1), engine)
         world.settle()
         backed_up.append(engine.scheduler.load().totals["host_backed_up_pages"])
     world.check_settled()
     assert backed_up == [0, 0, 3, 3]
 
 
-def fill_device(world: World, engine: SimEngine) -> None:
+def fill_device(world: SimCluster, engine: SimEngine) -> None:
     """Answer three prompts of 3 pages each in a pool of 12: pages of PROMPT were hit once, and used longest ago."""
     for number, token_id in enumerate((1, 1, 2, 3)):
-        world.submit(make_request(f"fill{number}", [token_id] * 13, max_tokens=1), engine)
+        world.submit(sim_request(f"fill{number}", [token_id] * 13, max_tokens=1), engine)
         world.settle()
     assert engine.scheduler.load().totals["host_backed_up_pages"] == 0
 
 
 def test_write_back_copies_whole_prefixes_before_they_are_evicted() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world, write_policy="write_back")
     fill_device(world, engine)
     assert not engine.mover.busy
-    world.submit(make_request("more", [4] * 13, max_tokens=1), engine)
+    world.submit(sim_request("more", [4] * 13, max_tokens=1), engine)
     world.settle()
     totals = engine.scheduler.load().totals
     assert (totals["host_backed_up_pages"], totals["device_evicted_pages"]) == (3, 1)
-    world.submit(make_request("again", PROMPT, max_tokens=1), engine)
+    world.submit(sim_request("again", PROMPT, max_tokens=1), engine)
     world.settle()
     world.check_settled()
     assert reported_cached(world, "again") == 12
@@ -171,7 +173,7 @@ def test_write_back_copies_whole_prefixes_before_they_are_evicted() -> None:
     )  # two of its pages were still in the device pool
 
 
-def run_without_mover(world: World, engine: SimEngine, num_steps: int) -> None:
+def run_without_mover(world: SimCluster, engine: SimEngine, num_steps: int) -> None:
     world.deliver(("gateway", "u"))
     for _ in range(num_steps):
         engine.step()
@@ -179,7 +181,7 @@ def run_without_mover(world: World, engine: SimEngine, num_steps: int) -> None:
     assert engine.mover.busy
 
 
-def check_nothing_was_lost(world: World, engine: SimEngine) -> None:
+def check_nothing_was_lost(world: SimCluster, engine: SimEngine) -> None:
     world.settle()
     world.check_settled()
     totals = engine.scheduler.load().totals
@@ -188,11 +190,11 @@ def check_nothing_was_lost(world: World, engine: SimEngine) -> None:
 
 
 def test_a_growing_request_waits_for_pending_backups_and_preempts_no_request() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world, write_policy="write_back")
     fill_device(world, engine)
     for name in ("a", "b"):
-        world.submit(make_request(name, [5] * 4, max_tokens=9, ignore_eos=True), engine)
+        world.submit(sim_request(name, [5] * 4, max_tokens=9, ignore_eos=True), engine)
         world.deliver(("gateway", "u"))
     run_without_mover(world, engine, 20)  # 3 pages are free; the two streams need 4 after their fifth tokens
     assert len(world.chunks["a"]) + len(world.chunks["b"]) < 10
@@ -200,12 +202,12 @@ def test_a_growing_request_waits_for_pending_backups_and_preempts_no_request() -
 
 
 def test_a_queued_request_waits_for_pending_backups_and_preempts_no_request() -> None:
-    world = World()
+    world = SimCluster()
     engine, decode = start(world, write_policy="write_back"), start(world, Role.DECODE, "d")
     fill_device(world, engine)
-    world.submit_pair(make_request("eager", [7] * 5, max_tokens=3), engine, decode)
+    world.submit_pair(sim_request("eager", [7] * 5, max_tokens=3), engine, decode)
     run_without_mover(world, engine, 3)  # without its Grant, this request would be preempted first
-    world.submit(make_request("large", [6] * 28, max_tokens=1), engine)
+    world.submit(sim_request("large", [6] * 28, max_tokens=1), engine)
     run_without_mover(world, engine, 3)
     assert engine.scheduler.load().num_waiting == 1
     check_nothing_was_lost(world, engine)
@@ -213,12 +215,12 @@ def test_a_queued_request_waits_for_pending_backups_and_preempts_no_request() ->
 
 @pytest.mark.parametrize("fault", ["no slot", "copies fail"])
 def test_write_back_evicts_pages_that_cannot_be_copied_without_a_wait(fault: str) -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world, write_policy="write_back", num_host_pages=2)
     fill_device(world, engine)
     for number in range(4):
         engine.mover.fail_next = fault == "copies fail"
-        world.submit(make_request(f"large{number}", [6 + number] * 29, max_tokens=1), engine)
+        world.submit(sim_request(f"large{number}", [6 + number] * 29, max_tokens=1), engine)
         world.settle(max_rounds=60)
     world.check_settled()
     totals = engine.scheduler.load().totals
@@ -249,15 +251,15 @@ def test_a_page_hit_during_its_backup_is_not_evicted_next() -> None:
 
 
 def test_one_tier_can_be_flushed_alone() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     for tier, cached, tokens_from_host in (("device", 12, 12), ("host", 12, 0)):
-        world.submit(make_request(f"before {tier}", PROMPT, max_tokens=1), engine)
+        world.submit(sim_request(f"before {tier}", PROMPT, max_tokens=1), engine)
         world.settle()
         engine.events.append(FlushCache(call_id=tier, tier=tier))  # type: ignore[arg-type]
         flushes = [*engine.step().flushes, *engine.step().flushes]
         assert flushes == [Flush(call_id=tier, num_pages=3)]
-        world.submit(make_request(f"after {tier}", PROMPT, max_tokens=1), engine)
+        world.submit(sim_request(f"after {tier}", PROMPT, max_tokens=1), engine)
         world.settle()
         assert reported_cached(world, f"after {tier}") == cached
         (_, chunk), *_ = world.chunks[f"after {tier}"]
@@ -268,16 +270,16 @@ def test_one_tier_can_be_flushed_alone() -> None:
 
 
 def test_fetched_pages_count_as_storage_hits_once() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
-    world.submit(make_request("first", PROMPT, max_tokens=1), engine)
+    world.submit(sim_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
     assert engine.host is not None
     for page in [*engine.host.pages()][1:]:
         page.from_storage = True
     for number, split in enumerate([(12, 4, 8), (12, 12, 0)]):
         drop_from_device(engine)
-        world.submit(make_request(f"again{number}", PROMPT, max_tokens=1), engine)
+        world.submit(sim_request(f"again{number}", PROMPT, max_tokens=1), engine)
         world.settle()
         (_, chunk), *_ = world.chunks[f"again{number}"]
         reported = (chunk.num_cached_tokens, chunk.num_cached_host_tokens, chunk.num_cached_storage_tokens)
@@ -285,24 +287,24 @@ def test_fetched_pages_count_as_storage_hits_once() -> None:
 
 
 def test_a_flush_empties_both_tiers() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
-    world.submit(make_request("first", PROMPT, max_tokens=1), engine)
+    world.submit(sim_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
     engine.events.append(FlushCache(call_id="f"))
     plan = engine.step()
     assert plan.flushes == ()  # a restart could still restore the host pages
     assert {event.tier: len(event.removed) for event in plan.page_events} == {"device": 3, "host": 3}
     assert engine.step().flushes == (Flush(call_id="f", num_pages=6),)
-    world.submit(make_request("again", PROMPT, max_tokens=1), engine)
+    world.submit(sim_request("again", PROMPT, max_tokens=1), engine)
     world.settle()
     assert reported_cached(world, "again") == 0
 
 
 def test_backups_and_evictions_of_each_tier_are_reported_with_their_tier() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
-    world.submit(make_request("first", PROMPT, max_tokens=1), engine)
+    world.submit(sim_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
     names = tuple(page_digests(PROMPT, engine.cache.page_size, "sim"))
     assert engine.pages.pages == {(tier, name) for tier in ("device", "host") for name in names}
@@ -331,10 +333,10 @@ def test_with_write_back_a_page_is_reported_once_in_the_host_tier_before_it_leav
 
 
 def test_prefill_and_decode_load_host_pages_before_they_compute_and_grant() -> None:
-    world = World()
+    world = SimCluster()
     prefill, decode = start(world, Role.PREFILL, "p"), start(world, Role.DECODE, "d")
     for number in range(2):
-        world.submit_pair(make_request(f"r{number}", PROMPT, max_tokens=4), prefill, decode)
+        world.submit_pair(sim_request(f"r{number}", PROMPT, max_tokens=4), prefill, decode)
         world.settle()
         drop_from_device(prefill)
         drop_from_device(decode)
@@ -345,13 +347,13 @@ def test_prefill_and_decode_load_host_pages_before_they_compute_and_grant() -> N
 
 
 def test_pages_of_generated_tokens_are_loaded_from_the_host_tier() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
-    world.submit(make_request("first", PROMPT, max_tokens=9, ignore_eos=True), engine)
+    world.submit(sim_request("first", PROMPT, max_tokens=9, ignore_eos=True), engine)
     world.settle()
     answer, _ = world.stream("first")
     drop_from_device(engine)
-    world.submit(make_request("turn2", [*PROMPT, *answer], max_tokens=1), engine)
+    world.submit(sim_request("turn2", [*PROMPT, *answer], max_tokens=1), engine)
     world.settle()
     world.check_settled()
     assert reported_cached(world, "turn2") == 20
@@ -367,26 +369,27 @@ def test_backups_beyond_the_limit_are_skipped_and_counted(num_jobs: int, num_pag
         cache.insert(lease, token_ids, num_pages)
         cache.close(lease)
     jobs = cache.plan_jobs()
-    num_requested = sum(len(job.page_ids) for job in jobs)
+    backups = [job for job in jobs if isinstance(job, BackUpPages)]
+    assert len(backups) == len(jobs)
+    num_requested = sum(len(job.page_ids) for job in backups)
     assert len(jobs) <= MAX_BACKUPS
     assert num_requested <= MAX_PAGES_BACKED_UP
     assert cache.totals()["host_skipped_pages"] == num_jobs * num_pages - num_requested > 0
-    for job in jobs:
-        assert isinstance(job, BackUpPages)
-        cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=True))
+    for backup in backups:
+        cache.backed_up(PagesBackedUp(job_id=backup.job_id, ok=True))
     assert cache.counts().evictable == num_jobs * num_pages
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_small_device_pool_under_load_reads_from_the_host_tier_without_a_wrong_token(seed: int) -> None:
     draw = random.Random(seed)
-    world = World()
+    world = SimCluster()
     config = small_config(max_queued_requests=1000, overlap=bool(seed % 2), queue_timeout_s=1e6)
     policy = draw.choice(sorted(WRITE_POLICIES))
     engine = world.start(
         "u",
-        Role.UNIFIED,
-        config,
+        role=Role.UNIFIED,
+        config=config,
         num_pages=draw.randrange(9, 14),
         num_host_pages=draw.choice([12, 60]),
         write_policy=policy,
@@ -394,7 +397,7 @@ def test_a_small_device_pool_under_load_reads_from_the_host_tier_without_a_wrong
     turns = [[token_id] * 6 for token_id in range(5)]
     for number in range(150):
         turn = draw.choice(turns)
-        world.submit(make_request(f"r{number}", list(turn[:24]), max_tokens=4, seed=number), engine)
+        world.submit(sim_request(f"r{number}", list(turn[:24]), max_tokens=4, seed=number), engine)
         world.deliver(("gateway", "u"))
         turn.extend([draw.randrange(2)] * draw.choice([0, 0, 2, 4]))
         for _ in range(draw.randrange(12)):

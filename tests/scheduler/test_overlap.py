@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from typing import Any
 
 import pytest
-from fake_device import EOS
-from handoff_bench import Bench, ends
-from scheduler_sim import Rows, World, make_request, small_config
 
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens, StepFailed, StepFinished
 from kvist.plan.plan import Plan
 from kvist.request import EngineRequest, FinishReason, Mode, Outcome, Role
+from kvist.testing.sim_cluster import SimCluster, sim_request
+from kvist.testing.sim_device import EOS
+from kvist.testing.sim_engine import Rows, small_config
 from kvist.wire import Abort, Submit
+from tests.scheduler.handoff_bench import Bench, ends
 
 
-def overlapped(**config: object) -> Bench:
+def overlapped(**config: Any) -> Bench:
     return Bench(Role.UNIFIED, overlap=True, **config)
 
 
@@ -45,7 +47,7 @@ def follow(bench: Bench) -> Batch:
 
 def test_the_next_step_takes_the_token_that_the_pending_step_samples() -> None:
     bench = overlapped()
-    first = begin(bench, make_request("a", [1, 2, 3]))
+    first = begin(bench, sim_request("a", [1, 2, 3]))
     second = follow(bench)
     (item,) = second.items
     assert item.takes_sampled
@@ -59,7 +61,7 @@ def test_the_next_step_takes_the_token_that_the_pending_step_samples() -> None:
 
 def test_without_overlap_the_next_step_is_planned_with_a_known_token() -> None:
     bench = Bench(Role.UNIFIED)
-    first = begin(bench, make_request("a", [1, 2, 3]))
+    first = begin(bench, sim_request("a", [1, 2, 3]))
     assert bench.step().batch is None
     plan = finish(bench, first)
     assert plan.batch is not None
@@ -68,14 +70,14 @@ def test_without_overlap_the_next_step_is_planned_with_a_known_token() -> None:
 
 def test_at_most_two_steps_are_pending() -> None:
     bench = overlapped()
-    begin(bench, make_request("a", [1, 2, 3]))
+    begin(bench, sim_request("a", [1, 2, 3]))
     follow(bench)
     assert bench.step().batch is None
 
 
 def test_the_second_chunk_of_a_prompt_is_planned_while_its_first_is_pending() -> None:
     bench = overlapped()
-    first = begin(bench, make_request("a", list(range(9))))
+    first = begin(bench, sim_request("a", list(range(9))))
     second = follow(bench)
     assert [(item.start, item.end, item.samples) for item in first.items] == [(0, 6, False)]
     assert [(item.start, item.end, item.samples) for item in second.items] == [(6, 9, True)]
@@ -83,7 +85,7 @@ def test_the_second_chunk_of_a_prompt_is_planned_while_its_first_is_pending() ->
 
 def test_a_request_whose_last_token_is_pending_is_not_planned_again() -> None:
     bench = overlapped()
-    first = begin(bench, make_request("a", [1, 2, 3], max_tokens=2))
+    first = begin(bench, sim_request("a", [1, 2, 3], max_tokens=2))
     second = follow(bench)
     assert bench.step().batch is None
     assert finish(bench, first).batch is None
@@ -95,7 +97,7 @@ def test_a_request_whose_last_token_is_pending_is_not_planned_again() -> None:
 
 def test_a_stop_token_is_noticed_one_step_late_and_the_token_after_it_is_dropped() -> None:
     bench = overlapped()
-    first = begin(bench, make_request("a", [1, 2, 3]))
+    first = begin(bench, sim_request("a", [1, 2, 3]))
     second = follow(bench)
     plan = finish(bench, first, token_id=EOS)
     assert [chunk.finish_reason for chunk in plan.chunks] == [FinishReason.STOP]
@@ -109,7 +111,7 @@ def test_a_stop_token_is_noticed_one_step_late_and_the_token_after_it_is_dropped
 
 def test_min_tokens_counts_tokens_of_pending_steps() -> None:
     bench = overlapped()
-    first = begin(bench, make_request("a", [1, 2, 3], min_tokens=2))
+    first = begin(bench, sim_request("a", [1, 2, 3], min_tokens=2))
     second = follow(bench)
     third = finish(bench, first).batch
     assert third is not None
@@ -120,7 +122,7 @@ def test_min_tokens_counts_tokens_of_pending_steps() -> None:
 
 def test_pages_of_an_aborted_request_are_kept_until_both_steps_finish() -> None:
     bench = overlapped()
-    first = begin(bench, make_request("a", [1, 2, 3]))
+    first = begin(bench, sim_request("a", [1, 2, 3]))
     second = follow(bench)
     assert ends(bench.step(Abort(request_id=first.started[0].request_id))) == [(Outcome.ABORTED, None)]
     finish(bench, first)
@@ -131,7 +133,7 @@ def test_pages_of_an_aborted_request_are_kept_until_both_steps_finish() -> None:
 
 def test_a_failed_step_fails_its_requests_and_the_next_report_frees_their_pages() -> None:
     bench = overlapped()
-    first = begin(bench, make_request("a", [1, 2, 3]))
+    first = begin(bench, sim_request("a", [1, 2, 3]))
     second = follow(bench)
     plan = bench.step(StepFailed(step_id=first.step_id, message="no"))
     assert ends(plan) == [(Outcome.FAILED, "engine_error")]
@@ -142,8 +144,8 @@ def test_a_failed_step_fails_its_requests_and_the_next_report_frees_their_pages(
 
 def test_a_victim_in_a_pending_step_skips_one_step_and_is_preempted_in_the_next() -> None:
     bench = overlapped(num_pages=4, max_running_requests=2)
-    older = make_request("a", [1, 2, 3, 4, 5, 6], max_tokens=9, ignore_eos=True)
-    younger = make_request("b", [2, 3, 4, 5], max_tokens=9, ignore_eos=True)
+    older = sim_request("a", [1, 2, 3, 4, 5, 6], max_tokens=9, ignore_eos=True)
+    younger = sim_request("b", [2, 3, 4, 5], max_tokens=9, ignore_eos=True)
     under_way = deque([begin(bench, older), begin(bench, younger)])
     seen: list[list[str]] = []
     while not bench.scheduler.load().totals["preemptions"]:
@@ -159,12 +161,12 @@ def test_overlap_changes_no_stream(seed: int) -> None:
     streams = []
     for overlap in (False, True):
         rng = random.Random(seed)
-        world = World()
+        world = SimCluster()
         config = small_config(max_queued_requests=20, overlap=overlap)
-        engine = world.start("u", Role.UNIFIED, config, num_pages=rng.randint(7, 14))
+        engine = world.start("u", role=Role.UNIFIED, config=config, num_pages=rng.randint(7, 14))
         for index in range(12):
             prompt = [rng.randint(0, 2) for _ in range(rng.randint(1, 20))]
-            request = make_request(f"r{index}", prompt, max_tokens=rng.randint(1, 12), seed=index)
+            request = sim_request(f"r{index}", prompt, max_tokens=rng.randint(1, 12), seed=index)
             world.submit(request, engine)
         world.settle()
         world.check_settled()
@@ -174,9 +176,9 @@ def test_overlap_changes_no_stream(seed: int) -> None:
 
 def test_a_request_that_needs_its_last_token_skips_a_batch_while_other_rows_overlap() -> None:
     config = small_config(overlap=True)
-    engine = World().start("u", Role.UNIFIED, config, rows=Rows(known_every=2))
+    engine = SimCluster().start("u", role=Role.UNIFIED, config=config, rows=Rows(known_every=2))
     for name, seed in (("known", 2), ("other", 3)):
-        engine.events.append(arrived(make_request(name, [1, 2, 3], seed=seed, max_tokens=20, ignore_eos=True)))
+        engine.events.append(arrived(sim_request(name, [1, 2, 3], seed=seed, max_tokens=20, ignore_eos=True)))
     names: list[list[str]] = []
     for _ in range(4):
         if len(engine.under_way) == 2:
@@ -192,13 +194,13 @@ def test_rows_of_several_tokens_change_no_stream(seed: int) -> None:
     streams, num_preemptions, longest_row = [], 0, 0
     for rows, overlap in ((Rows(), True), (Rows(max_tokens=7), False), (Rows(max_tokens=7, known_every=2), True)):
         rng = random.Random(seed)
-        world = World()
+        world = SimCluster()
         config = small_config(max_queued_requests=20, overlap=overlap)
-        engine = world.start("u", Role.UNIFIED, config, num_pages=10, rows=rows)
+        engine = world.start("u", role=Role.UNIFIED, config=config, num_pages=10, rows=rows)
         for index in range(12):
             prompt = [rng.randint(0, 2) for _ in range(rng.randint(1, 20))]
-            limits = {"min_tokens": rng.randint(0, 4), "max_tokens": rng.randint(8, 18)}
-            request = make_request(f"r{index}", prompt, seed=index, **limits)
+            min_tokens, max_tokens = rng.randint(0, 4), rng.randint(8, 18)
+            request = sim_request(f"r{index}", prompt, seed=index, min_tokens=min_tokens, max_tokens=max_tokens)
             world.submit(request, engine)
         world.settle()
         world.check_settled()

@@ -7,10 +7,10 @@ import pytest
 from kvist.kv.cache import PageCache
 from kvist.request import HandoffId, Mode, Outcome, Role, WorkerId
 from kvist.scheduler import build_scheduler
+from kvist.testing.sim_cluster import sim_request
+from kvist.testing.sim_engine import small_config
 from kvist.wire import Done, PrefillPeer, Submit
-
-from .handoff_bench import FIRST, PROMPT, D, P, messages, pool
-from .scheduler_sim import make_request, small_config
+from tests.scheduler.handoff_bench import FIRST, PROMPT, D, P, messages, pool
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_a_refused_request_leaves_no_handoff_and_a_later_message_for_it_is_harml
     scheduler = build_scheduler(role, small_config(), cache, D, pool(D))
     wrong = Mode.PREFILL if role is Role.DECODE else Mode.DECODE
     submit = Submit(
-        request=make_request("r", PROMPT),
+        request=sim_request("r", PROMPT),
         mode=wrong,
         handoff_id=HandoffId("h"),
         prefill=PrefillPeer(worker_id=WorkerId("p"), endpoint="p", epoch=P) if wrong is Mode.DECODE else None,

@@ -11,12 +11,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from scheduler_sim import Rows, World, make_request, small_config
 
 from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.plan.tiers import StorageAttached
 from kvist.request import Role
+from kvist.testing.sim_cluster import SimCluster, sim_request
+from kvist.testing.sim_engine import Rows, small_config
+from kvist.testing.sim_store import SimStore
 from kvist.wire import FlushCache
 
 TOKENS = st.integers(0, 3)  # few different tokens: many shared prefixes
@@ -26,7 +28,7 @@ ONE_OF_FEW = st.builds(lambda token_id, length: [token_id] * length, st.integers
 class OneEngine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
+        self.world = SimCluster()
         self.count = 0
 
     @initialize(
@@ -55,8 +57,8 @@ class OneEngine(RuleBasedStateMachine):
         config = small_config(max_running_requests=running, chunked_prefill_size=chunk, overlap=overlap)
         self.engine = self.world.start(
             "u",
-            Role.UNIFIED,
-            config,
+            role=Role.UNIFIED,
+            config=config,
             num_pages=num_pages,
             num_host_pages=num_host_pages,
             write_policy=write_policy,
@@ -90,14 +92,14 @@ class OneEngine(RuleBasedStateMachine):
         self.count += 1
         if self.count % 4:  # every fourth request may be too long
             max_tokens = max(0, min(max_tokens, self.engine.context_len - len(prompt)))
-        request = make_request(
+        request = sim_request(
             f"r{self.count}",
             prompt,
             max_tokens=max_tokens,
             min_tokens=min_tokens,
             ignore_eos=ignore_eos,
             stop_token_ids=stops,
-            outputs=tuple(range(13, 13 + resumed)),
+            output_token_ids=tuple(range(13, 13 + resumed)),
             cache_salt=salt,
             client=client,
             seed=self.count,
@@ -128,11 +130,16 @@ class OneEngine(RuleBasedStateMachine):
     def fail_next_copy(self) -> None:
         self.engine.mover.fail_next = True
 
+    @property
+    def store(self) -> SimStore:
+        assert self.engine.store is not None
+        return self.engine.store
+
     @precondition(lambda self: self.engine.store is not None)
     @rule(newest=st.booleans(), times=st.integers(1, 3))
     def advance_store(self, newest: bool, times: int) -> None:
         for _ in range(times):
-            self.engine.store.advance(newest)
+            self.store.advance(newest)
 
     @precondition(lambda self: self.engine.store is not None)
     @rule(
@@ -142,7 +149,7 @@ class OneEngine(RuleBasedStateMachine):
         which=st.integers(0, 9),
     )
     def store_fault(self, how: str, which: int) -> None:
-        store, stored = self.engine.store, self.world.stored
+        store, stored = self.store, self.world.stored
         if how == "fails":
             store.fail_next = True
         elif how == "hangs":

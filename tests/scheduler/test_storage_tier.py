@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from scheduler_sim import SimEngine, World, make_request, small_config
 
 from kvist.kv.tiers.prefetch import PrefetchConfig
 from kvist.plan.tiers import CancelFetch, FetchPages, FindPages, StorageAttached, StorePages
 from kvist.request import Outcome, Role
+from kvist.testing.sim_cluster import SimCluster, sim_request
+from kvist.testing.sim_engine import SimEngine, small_config
 
 PROMPT = [1] * 13  # 3 full pages of 4 tokens
 PREFETCH = PrefetchConfig(base_s=2.0, per_1k_s=0.0, threshold_tokens=8)
 
 
-def start(world: World, role: Role = Role.UNIFIED, name: str = "u", **engine: object) -> SimEngine:
-    settings = {"num_host_pages": 40, "prefetch": PREFETCH, "config": small_config(), **engine}
-    return world.start(name, role, **settings)  # type: ignore[arg-type]
+def start(world: SimCluster, role: Role = Role.UNIFIED, name: str = "u", **shape: Any) -> SimEngine:
+    settings = {"num_host_pages": 40, "prefetch": PREFETCH, "config": small_config(), **shape}
+    return world.start(name, role=role, **settings)
 
 
-def submit(world: World, engine: SimEngine, request_id: str = "again", prompt: list[int] | None = None) -> None:
-    world.submit(make_request(request_id, PROMPT if prompt is None else prompt, max_tokens=2), engine)
+def submit(world: SimCluster, engine: SimEngine, request_id: str = "again", prompt: list[int] | None = None) -> None:
+    world.submit(sim_request(request_id, PROMPT if prompt is None else prompt, max_tokens=2), engine)
     world.deliver(("gateway", engine.name))
 
 
-def begin_find(world: World, engine: SimEngine) -> None:
+def begin_find(world: SimCluster, engine: SimEngine) -> None:
     """Answer PROMPT, evict its pages to the store, and begin to query the store for a second request."""
-    world.submit(make_request("first", PROMPT, max_tokens=1), engine)
+    world.submit(sim_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
     assert len(world.stored) == 3
     world.forget(engine, host=True)
@@ -35,7 +38,7 @@ def begin_find(world: World, engine: SimEngine) -> None:
     assert len(find.digests) == 3
 
 
-def begin_fetch(world: World, engine: SimEngine) -> FetchPages:
+def begin_fetch(world: SimCluster, engine: SimEngine) -> FetchPages:
     begin_find(world, engine)
     assert engine.store is not None
     engine.store.advance()
@@ -44,7 +47,7 @@ def begin_fetch(world: World, engine: SimEngine) -> FetchPages:
     return fetch
 
 
-def reported_cached(world: World, request_id: str) -> int | None:
+def reported_cached(world: SimCluster, request_id: str) -> int | None:
     return world.chunks[request_id][0][1].num_cached_tokens
 
 
@@ -53,7 +56,7 @@ def totals(engine: SimEngine) -> dict[str, float]:
 
 
 def test_pages_only_in_the_store_are_fetched_before_the_request_is_admitted() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     begin_fetch(world, engine)
     load = engine.scheduler.load()
@@ -82,9 +85,9 @@ def test_pages_only_in_the_store_are_fetched_before_the_request_is_admitted() ->
 
 
 def test_a_second_worker_reports_stored_pages_as_cached_only_when_fetched() -> None:
-    world = World()
+    world = SimCluster()
     one, other = start(world), start(world, name="v")
-    world.submit(make_request("first", PROMPT, max_tokens=1), one)
+    world.submit(sim_request("first", PROMPT, max_tokens=1), one)
     world.settle()
     assert other.pages.pages == set()
     submit(world, other)
@@ -95,12 +98,12 @@ def test_a_second_worker_reports_stored_pages_as_cached_only_when_fetched() -> N
 
 
 def test_a_request_waiting_for_the_store_does_not_block_other_requests() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     begin_fetch(world, engine)
     assert engine.store is not None
     engine.store.hang()
-    world.submit(make_request("behind", [3] * 6, max_tokens=1), engine)
+    world.submit(sim_request("behind", [3] * 6, max_tokens=1), engine)
     world.deliver(("gateway", "u"))
     for _ in range(3):
         engine.step()
@@ -110,7 +113,7 @@ def test_a_request_waiting_for_the_store_does_not_block_other_requests() -> None
 
 
 def test_a_request_returns_from_a_prefetch_to_its_place_by_arrival() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world, config=small_config(max_running_requests=1))
     begin_fetch(world, engine)
     for request_id in ("one", "two"):
@@ -130,7 +133,7 @@ def test_a_request_returns_from_a_prefetch_to_its_place_by_arrival() -> None:
 
 
 def test_a_prefetch_that_takes_too_long_is_cancelled_and_the_pages_are_computed() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     fetch = begin_fetch(world, engine)
     assert engine.plan.wake_at_s == pytest.approx(world.now_s + 2.0)
@@ -146,7 +149,7 @@ def test_a_prefetch_that_takes_too_long_is_cancelled_and_the_pages_are_computed(
 
 
 def test_pages_reported_together_with_the_prefetch_timeout_are_used() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     begin_fetch(world, engine)
     assert engine.store is not None
@@ -162,7 +165,7 @@ def test_pages_reported_together_with_the_prefetch_timeout_are_used() -> None:
 
 @pytest.mark.parametrize("policy", ["timeout", "wait_complete", "best_effort"])
 def test_a_hung_store_keeps_its_host_slots_but_fails_no_request(policy: str) -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world, prefetch=PrefetchConfig(policy=policy, base_s=2.0, threshold_tokens=8))
     begin_find(world, engine)
     assert engine.store is not None
@@ -181,10 +184,10 @@ def test_a_hung_store_keeps_its_host_slots_but_fails_no_request(policy: str) -> 
 
 
 def test_best_effort_prefetches_only_while_the_request_is_queued() -> None:
-    world = World()
+    world = SimCluster()
     best_effort = PrefetchConfig(policy="best_effort", threshold_tokens=8)
     engine = start(world, prefetch=best_effort, config=small_config(max_running_requests=1))
-    world.submit(make_request("first", PROMPT, max_tokens=1), engine)
+    world.submit(sim_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
     world.forget(engine, host=True)
     submit(world, engine, "idle")  # the engine is idle: no time for the store
@@ -205,7 +208,7 @@ def test_best_effort_prefetches_only_while_the_request_is_queued() -> None:
 
 
 def test_an_abort_during_a_fetch_leaves_only_the_cancelled_job() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     fetch = begin_fetch(world, engine)
     world.abort("again")
@@ -221,7 +224,7 @@ def test_an_abort_during_a_fetch_leaves_only_the_cancelled_job() -> None:
 
 
 def test_requests_waiting_for_the_store_count_against_the_queue_limit() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world, config=small_config(max_running_requests=1, max_queued_requests=1))
     begin_find(world, engine)
     submit(world, engine, "one that could run")
@@ -233,7 +236,7 @@ def test_requests_waiting_for_the_store_count_against_the_queue_limit() -> None:
 
 
 def test_two_requests_for_the_same_pages_fetch_and_load_them_once() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     begin_find(world, engine)
     submit(world, engine, "also")
@@ -246,7 +249,7 @@ def test_two_requests_for_the_same_pages_fetch_and_load_them_once() -> None:
 
 
 def test_a_shared_fetch_continues_when_the_request_that_began_it_is_aborted() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     begin_fetch(world, engine)
     submit(world, engine, "also")
@@ -260,9 +263,9 @@ def test_a_shared_fetch_continues_when_the_request_that_began_it_is_aborted() ->
 
 
 def test_a_failed_shared_load_is_a_miss_for_one_request_and_retried_for_the_other() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world, prefetch=None)
-    world.submit(make_request("first", PROMPT, max_tokens=1), engine)
+    world.submit(sim_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
     engine.cache.evict(engine.cache.counts().evictable)
     submit(world, engine, "one")
@@ -274,7 +277,7 @@ def test_a_failed_shared_load_is_a_miss_for_one_request_and_retried_for_the_othe
 
 
 def test_pages_after_a_failed_fetch_are_computed_and_those_before_it_are_used() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     begin_fetch(world, engine)
     assert engine.store is not None
@@ -286,7 +289,7 @@ def test_pages_after_a_failed_fetch_are_computed_and_those_before_it_are_used() 
 
 
 def test_a_page_missing_in_the_middle_ends_the_hit() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     begin_find(world, engine)
     del world.stored[list(world.stored)[2]]
@@ -297,7 +300,7 @@ def test_a_page_missing_in_the_middle_ends_the_hit() -> None:
 
 
 def test_too_few_pages_are_computed_rather_than_fetched() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     begin_find(world, engine)
     for digest in list(world.stored)[1:]:
@@ -306,14 +309,14 @@ def test_too_few_pages_are_computed_rather_than_fetched() -> None:
     assert reported_cached(world, "again") == 0
     assert engine.store is not None
     assert engine.store.fetched == []
-    world.submit(make_request("short", [5] * 7, max_tokens=1), engine)
+    world.submit(sim_request("short", [5] * 7, max_tokens=1), engine)
     world.deliver(("gateway", "u"))
     assert not any(isinstance(move, FindPages) for move in engine.step().moves)
     world.settle()
 
 
 def test_after_a_detach_no_request_queries_or_waits_for_the_store() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     begin_fetch(world, engine)
     engine.events.append(StorageAttached(attached=False))
@@ -333,10 +336,10 @@ def test_after_a_detach_no_request_queries_or_waits_for_the_store() -> None:
 
 
 def test_a_preempted_request_does_not_query_the_store_again() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world, num_pages=8)
     for number in range(2):
-        request = make_request(f"r{number}", [number] * 9, max_tokens=12, ignore_eos=True)
+        request = sim_request(f"r{number}", [number] * 9, max_tokens=12, ignore_eos=True)
         world.submit(request, engine)
     world.settle()
     world.check_settled()
@@ -345,10 +348,10 @@ def test_a_preempted_request_does_not_query_the_store_again() -> None:
 
 
 def test_prefill_and_decode_both_fetch_before_they_compute_and_grant() -> None:
-    world = World()
+    world = SimCluster()
     prefill, decode = start(world, Role.PREFILL, "p"), start(world, Role.DECODE, "d")
     for number in range(2):
-        world.submit_pair(make_request(f"r{number}", PROMPT[:12], max_tokens=4), prefill, decode)
+        world.submit_pair(sim_request(f"r{number}", PROMPT[:12], max_tokens=4), prefill, decode)
         world.settle()
         world.forget(prefill, host=True)
         world.forget(decode, host=True)
@@ -359,12 +362,12 @@ def test_prefill_and_decode_both_fetch_before_they_compute_and_grant() -> None:
 
 
 def test_a_grant_that_arrives_during_a_prefetch_is_kept() -> None:
-    world = World()
+    world = SimCluster()
     prefill, decode = start(world, Role.PREFILL, "p"), start(world, Role.DECODE, "d", prefetch=None)
-    world.submit(make_request("first", PROMPT, max_tokens=1), prefill)
+    world.submit(sim_request("first", PROMPT, max_tokens=1), prefill)
     world.settle()
     world.forget(prefill, host=True)
-    world.submit_pair(make_request("pair", PROMPT, max_tokens=3), prefill, decode)
+    world.submit_pair(sim_request("pair", PROMPT, max_tokens=3), prefill, decode)
     world.deliver(("gateway", "p"))
     prefill.step()
     assert prefill.store is not None
@@ -382,25 +385,25 @@ def test_a_grant_that_arrives_during_a_prefetch_is_kept() -> None:
 
 
 def test_pages_of_another_salt_are_not_hit_in_the_store() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
-    world.submit(make_request("first", PROMPT, max_tokens=1, cache_salt="a"), engine)
+    world.submit(sim_request("first", PROMPT, max_tokens=1, cache_salt="a"), engine)
     world.settle()
     world.forget(engine, host=True)
-    world.submit(make_request("other", PROMPT, max_tokens=1, cache_salt="b"), engine)
+    world.submit(sim_request("other", PROMPT, max_tokens=1, cache_salt="b"), engine)
     world.settle()
     world.forget(engine, host=True)
-    world.submit(make_request("same", PROMPT, max_tokens=1, cache_salt="a"), engine)
+    world.submit(sim_request("same", PROMPT, max_tokens=1, cache_salt="a"), engine)
     world.settle()
     world.check_settled()
     assert (reported_cached(world, "other"), reported_cached(world, "same")) == (0, 12)
 
 
 def test_a_page_that_failed_to_store_is_stored_again_when_it_is_hit() -> None:
-    world = World()
+    world = SimCluster()
     engine = start(world)
     assert engine.store is not None
-    world.submit(make_request("first", PROMPT, max_tokens=1), engine)
+    world.submit(sim_request("first", PROMPT, max_tokens=1), engine)
     while not any(isinstance(move, StorePages) for move in engine.plan.moves):
         world.deliver(("gateway", "u"))
         engine.store.advance()

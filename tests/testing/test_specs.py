@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from kvist import wire
 from kvist.request import EngineRequest, Mode, Role, SamplingParams
+from kvist.scheduler import SchedulerConfig
+from kvist.testing import memory_cluster, memory_engine, sim_engine
 from kvist.testing.specs import (
     LoadFields,
     PoolFields,
@@ -34,6 +39,18 @@ from kvist.testing.specs import (
 )
 def test_a_builder_takes_every_field_of_its_struct(fields: type, struct: type) -> None:
     assert list(fields.__annotations__) == list(struct.__struct_fields__)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("fields", "dataclass"),
+    [
+        (sim_engine.SchedulerFields, SchedulerConfig),
+        (sim_engine.ShapeFields, sim_engine.SimShape),
+        (memory_cluster.ShapeFields, memory_engine.EngineShape),
+    ],
+)
+def test_an_engine_in_memory_takes_every_field_of_its_shape(fields: type, dataclass: Any) -> None:
+    assert set(fields.__annotations__) == {field.name for field in dataclasses.fields(dataclass)}
 
 
 def test_the_builder_of_requests_takes_every_field_of_a_request_and_of_its_sampling() -> None:

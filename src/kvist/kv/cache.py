@@ -90,6 +90,9 @@ class PageCache:
     def num_pages(self) -> int:
         return self._ledger.num_pages
 
+    def page_state(self, page_id: int) -> PageState:
+        return self._ledger.state(page_id)
+
     # ---------------------------------------------------------------- leases
 
     def open(self, token_ids: Sequence[int], *, cache_salt: str = "", max_tokens: int) -> PageLease:

@@ -10,6 +10,9 @@
     tiny_model           a model of two layers with random weights
     memory_engine        a whole engine in this thread, with that model
     memory_cluster       such engines and a gateway, stepped by a test
+    sim_cluster          simulated engines, a gateway and wires with faults; pure: real schedulers, no threads or clocks
+    sim_engine           one of these engines; its parts are sim_device, sim_transport, sim_mover, sim_store, sim_slots
+    lossy_wire           the wires: any order between pairs, losses and duplicates
     fake_engine          an engine without a model, over real sockets
     inproc_transport     a transport between the pools of one process
     memory_store         a store of pages in memory, as a row of the stores

@@ -1,6 +1,6 @@
-"""A page pool and a model that exist only in memory.
+"""The page pool and the model of a simulated engine.
 
-The fake model writes into each position of a page a hash of the whole prefix, on which real K/V depends. Before the
+The model writes into each position of a page a hash of the whole prefix, on which real K/V depends. Before the
 model "attends", it checks every position it reads, so a page that was freed, overwritten or never filled is detected at
 once. The next token is a hash of (prefix, seed, position): one lost, duplicated or misplaced token changes all later
 tokens.
@@ -20,7 +20,8 @@ from kvist.scheduler import SchedulerConfig
 
 VOCAB = 23
 EOS = 7
-Slot = tuple[int, int]  # token id, hash of the prefix that ends with it
+Cell = tuple[int, int]  # the K/V of one position: token id, hash of the prefix that ends with it
+Page = list[Cell | None]  # None: never written
 
 
 def chain(previous: int, token_id: int) -> int:
@@ -28,7 +29,7 @@ def chain(previous: int, token_id: int) -> int:
 
 
 def next_token(prefix: int, sampling: SamplingParams, position: int, suppressed: tuple[int, ...]) -> int:
-    """Return the token that the fake model samples; `position` is the number of tokens before it."""
+    """Return the token that the model samples; `position` is the number of tokens before it."""
     attempt = 0
     while True:
         token_id = chain(prefix, (sampling.seed << 20) + (position << 6) + attempt) % VOCAB
@@ -63,7 +64,7 @@ def reference_stream(
 
 
 def score(prefix: int, token_id: int) -> TokenLogprobs:
-    """Return the logprob that the fake model gives a prompt token after the prefix."""
+    """Return the logprob that the model gives a prompt token after the prefix."""
     return TokenLogprobs(logprob=-float(chain(prefix, token_id) % 997), rank=1)
 
 
@@ -80,15 +81,15 @@ def reference_scores(request: EngineRequest) -> list[TokenLogprobs]:
     return found
 
 
-class FakeDevice:
-    """A page pool and a model."""
+class SimDevice:
+    """A page pool and a model. Mutable; owned by one simulated engine."""
 
     def __init__(self, cache: PageCache, row_tokens: Callable[[SamplingParams], int] = lambda _: 1) -> None:
         """`row_tokens`: the most tokens in a row of a request with these parameters."""
         self._row_tokens = row_tokens
         self._page_size = cache.page_size
-        self._ledger = cache._ledger
-        self.pages: list[list[Slot | None]] = [[None] * cache.page_size for _ in range(cache.num_pages)]
+        self._page_state = cache.page_state
+        self.pages: list[Page] = [[None] * cache.page_size for _ in range(cache.num_pages)]
         self._open: dict[SlotId, StartRequest] = {}
         self._last_tokens: dict[SlotId, int] = {}  # slot → token sampled last, for `takes_sampled`
         self._broken: set[SlotId] = set()  # slots of the batch before, if it failed
@@ -110,7 +111,7 @@ class FakeDevice:
                 scores[index] = self._score(item, prefix)
             for offset, token_id in enumerate(token_ids):
                 page, slot = divmod(item.start + offset, self._page_size)
-                state = self._ledger.state(item.page_ids[page])
+                state = self._page_state(item.page_ids[page])
                 assert state is PageState.OWNED, f"a step writes page {item.page_ids[page]}, which is {state.name}"
                 prefix = chain(prefix, token_id)
                 self.pages[item.page_ids[page]][slot] = (token_id, prefix)
@@ -174,7 +175,7 @@ class FakeDevice:
 
     def _check_owned(self, item: BatchItem) -> None:
         for page in range(item.start // self._page_size, (item.end - 1) // self._page_size + 1):
-            state = self._ledger.state(item.page_ids[page])
+            state = self._page_state(item.page_ids[page])
             assert state is PageState.OWNED, f"a step writes page {item.page_ids[page]}, which is {state.name}"
 
     def _check_prefix(self, page_ids: Sequence[int], num_tokens: int) -> int:
@@ -191,5 +192,5 @@ class FakeDevice:
         return checksum([self.pages[page_id] for page_id in page_ids])
 
 
-def checksum(pages: list[list[Slot | None]]) -> str:
+def checksum(pages: list[Page]) -> str:
     return hashlib.blake2b(repr(pages).encode(), digest_size=8).hexdigest()

@@ -1,11 +1,8 @@
-"""A store and its mover in memory, with faults: delays, failures, hangs, false reports of pages, and lost pages."""
+"""The store of a simulated engine and its threads, with faults: delays, failures, hangs, false reports, lost pages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from fake_device import Slot
 
 from kvist.plan.events import Event
 from kvist.plan.tiers import (
@@ -18,19 +15,17 @@ from kvist.plan.tiers import (
     StoreJob,
     StorePages,
 )
+from kvist.testing.sim_device import Page
 
-if TYPE_CHECKING:
-    from scheduler_sim import SimEngine
-
-Page = list[Slot | None]
 NONSENSE = (-2, -2)
 
 
 class SimStore:
     """The store of one engine, on top of `pages`, which all engines share. `advance` runs a job, in any order."""
 
-    def __init__(self, engine: SimEngine, pages: dict[bytes, Page]) -> None:
-        self._engine = engine
+    def __init__(self, host: list[Page], pages: dict[bytes, Page]) -> None:
+        """`host` has the pages of the engine's host tier, by slot."""
+        self._host = host
         self._pages = pages
         self._jobs: list[tuple[FindPages | FetchPages | StorePages, list[Page]]] = []  # job, pages to store
         self._reports: list[Event] = []
@@ -103,8 +98,8 @@ class SimStore:
         return next((place for place, digest in enumerate(digests) if digest not in self._pages), len(digests))
 
     def _read(self, slots: Sequence[int]) -> list[Page]:
-        return [self._engine.mover.host[slot] for slot in slots]
+        return [self._host[slot] for slot in slots]
 
     def _write(self, slots: Sequence[int], pages: list[Page]) -> None:
         for slot, page in zip(slots, pages, strict=False):
-            self._engine.mover.host[slot] = list(page)
+            self._host[slot] = list(page)

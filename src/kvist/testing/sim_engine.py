@@ -1,0 +1,301 @@
+"""A simulated engine: a real scheduler and page cache over a device, a transport and tiers that exist only in memory.
+
+    events ─► step ─► plan: chunks and messages to the cluster, transfers, tier jobs ─► under_way ─► finish_step ─┐
+      ▲                                                                                                           │
+      └────────────── StepFinished | StepFailed, reports of the transport, the mover and the store ◄──────────────┘
+
+Each part checks what it is asked (sim_device.py: every position that is read; sim_transport.py: every copy), and each
+step checks the counts of the scheduler and of the cache. sim_cluster.py connects engines.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypedDict, Unpack
+
+from kvist.kv.cache import PageCache
+from kvist.kv.tiers.host import HostTier
+from kvist.kv.tiers.prefetch import PrefetchConfig
+from kvist.kv.tiers.storage import StorageTier
+from kvist.plan.batch import Batch
+from kvist.plan.events import Event, StepFailed, StepFinished
+from kvist.plan.plan import Plan
+from kvist.plan.tiers import BackUpPages, ForgetPages, LoadPages, StorageAttached
+from kvist.plan.transfers import PeerDied, ToSource
+from kvist.request import EpochId, HandoffId, Mode, RequestId, Role, SamplingParams
+from kvist.scheduler import SchedulerConfig, build_scheduler
+from kvist.scheduler.active import RequestState
+from kvist.testing.page_events import ReplayedPages, pages_in
+from kvist.testing.sim_device import EOS, SimDevice
+from kvist.testing.sim_mover import SimMover
+from kvist.testing.sim_slots import SlotCheck
+from kvist.testing.sim_store import SimStore
+from kvist.testing.sim_transport import SimTransport
+from kvist.testing.specs import make_pool
+from kvist.wire import Grant, PoolAddress
+
+if TYPE_CHECKING:
+    from kvist.testing.sim_cluster import SimCluster
+
+PAGE_BYTES = 64
+LAYOUT = "sim"
+WITH_PAGES = frozenset(
+    {
+        RequestState.GRANTED,
+        RequestState.LOADING,
+        RequestState.RUNNING,
+        RequestState.AWAITING_TRANSFER,
+        RequestState.ENDED,  # only while a step, a load or a peer still uses the pages
+    }
+)
+
+
+class SchedulerFields(TypedDict, total=False):
+    """The fields of `SchedulerConfig`."""
+
+    max_running_requests: int
+    max_queued_requests: int
+    chunked_prefill_size: int
+    max_prefill_tokens: int
+    overlap: bool
+    queue_timeout_s: float
+    grant_timeout_s: float
+    handoff_timeout_s: float
+    ack_timeout_s: float
+    max_remembered_handoffs: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+_SMALL = SchedulerConfig(
+    max_running_requests=4,
+    max_queued_requests=6,
+    chunked_prefill_size=6,
+    max_prefill_tokens=10,
+    max_model_len=40,
+    eos_token_ids=(EOS,),
+    queue_timeout_s=30.0,
+    grant_timeout_s=30.0,
+    handoff_timeout_s=60.0,
+    ack_timeout_s=1.0,
+    max_remembered_handoffs=64,
+)
+
+
+def small_config(**changes: Unpack[SchedulerFields]) -> SchedulerConfig:
+    """Return limits that a few short requests reach, with these changes."""
+    return replace(_SMALL, **changes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """The rows that a device returns, and which of them do not overlap."""
+
+    max_tokens: int = 1  # of one row
+    known_every: int = 0  # a request whose seed is a multiple of this needs its last token known; 0: none does
+
+    def need_known_token(self, sampling: SamplingParams) -> bool:
+        return bool(self.known_every) and sampling.seed % self.known_every == 0
+
+    def num_tokens(self, sampling: SamplingParams, *, overlap: bool) -> int:
+        """Return the most tokens in a row: no pending batch may continue a row of several tokens."""
+        return 1 if overlap and not self.need_known_token(sampling) else self.max_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimShape:
+    """The sizes and settings of an engine."""
+
+    role: Role = Role.UNIFIED
+    config: SchedulerConfig = field(default_factory=small_config)
+    num_pages: int = 12
+    page_size: int = 4
+    num_host_pages: int = 0  # a host tier, if more than 0
+    write_policy: str = "write_through"
+    prefetch: PrefetchConfig | None = None  # a storage tier over the host tier
+    rows: Rows = Rows()
+
+
+class ShapeFields(TypedDict, total=False):
+    """The fields of `SimShape`."""
+
+    role: Role
+    config: SchedulerConfig
+    num_pages: int
+    page_size: int
+    num_host_pages: int
+    write_policy: str
+    prefetch: PrefetchConfig | None
+    rows: Rows
+
+
+class SimEngine:
+    """One life of an engine process: `step` runs the scheduler and starts what its plan says, `finish_step` computes.
+
+    Mutable; stepped by the test or by `SimCluster.settle`."""
+
+    def __init__(self, world: SimCluster, name: str, life: int, shape: SimShape) -> None:
+        self.world = world
+        self.name = name
+        self.shape = shape
+        self.epoch = EpochId(f"{name}#{life}")
+        self.host = HostTier(shape.num_host_pages) if shape.num_host_pages else None
+        storage = None
+        if self.host is not None and shape.prefetch is not None:
+            storage = StorageTier(self.host, shape.prefetch, page_size=shape.page_size)
+        self.cache = PageCache(
+            num_pages=shape.num_pages,
+            page_size=shape.page_size,
+            namespace="sim",
+            host=self.host,
+            write_policy=shape.write_policy,
+            storage=storage,
+        )
+        row_tokens = partial(shape.rows.num_tokens, overlap=shape.config.overlap)
+        self.device = SimDevice(self.cache, row_tokens)
+        self.transport = SimTransport(self, world.by_epoch.get)
+        self.mover = SimMover(self.cache, self.device, shape.num_host_pages)
+        self.store = None if storage is None else SimStore(self.mover.host, world.stored)
+        needs_known_token = shape.rows.need_known_token
+        self.scheduler = build_scheduler(
+            shape.role, shape.config, self.cache, self.epoch, self._address(), needs_known_token=needs_known_token
+        )
+        self.events: list[Event] = [] if storage is None else [StorageAttached(attached=True)]  # for the next step
+        self.slot_check = SlotCheck(shape.config.max_running_requests, needs_known_token)
+        self.under_way: deque[Batch] = deque()  # launched, not finished
+        self.plan = Plan()  # the newest
+        self.pages = ReplayedPages()
+        self.in_flight_pages: dict[int, HandoffId] = {}  # page id → handoff, from the grants that it sent
+        self.fail_next_step = False
+
+    def _address(self) -> PoolAddress:
+        return make_pool(
+            transport="sim",
+            location=self.epoch,
+            num_pages=self.shape.num_pages,
+            page_bytes=PAGE_BYTES,
+            layout=LAYOUT,
+        )
+
+    @property
+    def role(self) -> Role:
+        return self.shape.role
+
+    @property
+    def config(self) -> SchedulerConfig:
+        return self.shape.config
+
+    @property
+    def running(self) -> list[RequestId]:
+        """The requests of the newest batch."""
+        return self.slot_check.running
+
+    @property
+    def context_len(self) -> int:
+        return min(self.config.max_model_len, self.cache.num_pages * self.cache.page_size)
+
+    def finish_step(self) -> None:
+        """Finish the oldest pending batch; the next `step` gets its report."""
+        if not self.under_way:
+            return
+        batch = self.under_way.popleft()
+        if self.fail_next_step:
+            self.fail_next_step = False
+            self.device.fail(batch)
+            self.events.append(StepFailed(step_id=batch.step_id, message="the device is on fire"))
+        else:
+            self.events.append(StepFinished(step_id=batch.step_id, sampled=self.device.execute(batch)))
+
+    def step(self) -> Plan:
+        watched = self.plan.watched_epochs
+        dead = [PeerDied(epoch=epoch) for epoch in sorted(watched) if epoch not in self.world.by_epoch]
+        stored = [] if self.store is None else self.store.poll()
+        events = [*self.events, *self.transport.poll(), *self.mover.poll(), *stored, *dead]
+        self.events = []
+        plan = self.plan = self.scheduler.step(self.world.now_s, events)
+        self._check(plan)
+        self.world.receive(self, plan)
+        for transfer in plan.transfers:
+            self.transport.take(transfer)
+        for move in plan.moves:
+            if isinstance(move, LoadPages | BackUpPages | ForgetPages):
+                self.mover.take(move)
+            else:
+                assert self.store is not None
+                self.store.take(move)
+        self._check_slots()
+        if plan.batch is not None:
+            self.under_way.append(plan.batch)
+            assert len(self.under_way) <= (2 if self.config.overlap else 1)
+        return plan
+
+    def _check_slots(self) -> None:
+        used = [*self.mover.slots, *([] if self.store is None else self.store.slots)]
+        written = [slot for is_written, slot in used if is_written]
+        assert len(written) == len(set(written)), "two jobs write one slot"
+        assert not set(written) & {slot for is_written, slot in used if not is_written}, (
+            "a slot is read and written at the same time"
+        )
+
+    def _check_requests(self) -> None:
+        """Check that each request is in the one container of its state, and that every count equals what is there."""
+        requests = self.scheduler.requests
+        for state, container in requests.by_state.items():
+            assert len(container) == len(list(container))
+            for request in container:
+                assert request.state is state
+                assert request.has_pages is (state in WITH_PAGES), "pages are held in exactly the states that need them"
+        found = Counter(request for container in requests.by_state.values() for request in container)
+        assert not found or max(found.values()) == 1, "a request is in two containers"
+        live = set(requests.live.values())
+        assert live == set(found) - set(requests.ended), "each live request is in one container"
+        assert len(requests.unadmitted) == sum(not request.was_admitted for request in live)
+        load = self.scheduler.load()
+        assert load.num_waiting == sum(not request.has_pages for request in live)
+        assert load.num_running == sum(request.has_pages for request in live)
+        running = list(requests.running)
+        assert running == sorted(running, key=lambda request: request.number)
+        assert requests.running.num_prefills == sum(request.mode is Mode.PREFILL for request in running)
+        assert requests.slots.num_taken == len(running) == len({request.slot for request in running})
+        assert requests.num_in_run_slots <= self.config.max_running_requests
+        waiting = requests.waiting
+        to_compute = sum(len(each.token_ids) for each in waiting if not each.awaits_grant_of_pages)
+        assert waiting.num_tokens == to_compute, "num_tokens counts the waiting tokens that this engine computes"
+        for request in requests.fetching:
+            assert self.world.now_s < request.arrived_s + self.config.queue_timeout_s / 2, (
+                "a request waits for the store too long"
+            )
+        for request in live:
+            assert request.prefetch is None or not request.has_pages, "a prefetch is open after admission"
+
+    def _check(self, plan: Plan) -> None:
+        self._check_requests()
+        counts = self.scheduler.load().pages
+        assert counts.free + counts.cached + counts.owned + counts.in_flight == counts.total
+        self.pages.apply(plan.page_events)
+        host = self.cache.host_counts()
+        if host is None:
+            assert len(self.pages.pages) == counts.cached
+        else:
+            assert host.free + host.cached + host.in_flight == host.total
+            assert 0 <= host.in_flight <= host.total
+        assert self.pages.pages == pages_in(self.cache.snapshot())
+        totals = self.scheduler.load().totals
+        hits, ceiling = totals["cached_prompt_tokens"], totals["ceiling_prompt_tokens"]
+        assert hits <= ceiling <= totals["prompt_tokens"]
+        # a page known only from the store was never evicted here, but its load from the host may fail
+        missed = totals["device_evicted_pages"] or totals["host_failed_pages"]
+        assert hits == ceiling or missed, "a page is missed that was neither evicted nor failed"
+        for message in plan.messages:
+            if isinstance(message, ToSource) and isinstance(message.message, Grant):
+                grant = message.message
+                self.in_flight_pages.update(dict.fromkeys(grant.page_ids, grant.handoff_id))
+        if plan.batch is not None:
+            self.slot_check.read(plan.batch)
+            assert set(self.slot_check.open.values()) <= set(self.scheduler.requests.live)
+            assert 0 < plan.batch.num_tokens <= self.config.max_prefill_tokens, "the batch exceeds the token budget"
+            assert len(plan.batch.items) <= self.config.max_running_requests
+            for item in plan.batch.items:
+                assert item.end <= len(item.page_ids) * self.cache.page_size
