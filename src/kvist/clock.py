@@ -43,21 +43,21 @@ def thread_cpu_clock(thread_id: int) -> Callable[[], float]:
     return lambda: time.clock_gettime(clock_id)
 
 
-class Oversleep:
-    """Measures the time during which this process did not run its checks: it was stopped, its loop was blocked, or the
-    machine slept.
+class PauseMeter:
+    """Measures the time during which this process did not run its checks, because it was stopped, its loop was blocked,
+    or the machine slept.
 
     After such a pause many seconds have passed at once and messages are still unread. A check for silent peers must not
     count that time, or it considers live peers dead. Mutable; one owner.
     """
 
-    def __init__(self, now_s: float, *, longest_s: float) -> None:
-        """`longest_s`: the usual maximum interval between two calls of `look`."""
-        self._last_look_s = now_s
-        self._longest_s = longest_s
+    def __init__(self, now_s: float, *, max_interval_s: float) -> None:
+        """`max_interval_s`: the longest usual interval between two calls of `measure_s`."""
+        self._last_call_s = now_s
+        self._max_interval_s = max_interval_s
 
-    def look(self, now_s: float) -> float:
-        """Return the seconds since the last call in excess of `longest_s`."""
-        late_s = max(0.0, now_s - self._last_look_s - self._longest_s)
-        self._last_look_s = now_s
-        return late_s
+    def measure_s(self, now_s: float) -> float:
+        """Return by how much the interval since the last call exceeds `max_interval_s`; 0 if it does not."""
+        pause_s = max(0.0, now_s - self._last_call_s - self._max_interval_s)
+        self._last_call_s = now_s
+        return pause_s

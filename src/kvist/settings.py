@@ -332,9 +332,9 @@ def run(settings: Settings) -> int:
         find_checkpoint(settings.engine.model.model_path)  # a wrong path is one error, before any process starts
         return run_up(cluster_shape(with_own_key(settings)), stop_with_stdin=settings.parent.stop_with_stdin)
     if isinstance(settings, ChatSettings):
-        from kvist.cluster.converse import converse
+        from kvist.cluster.chat import run_chat
 
-        return converse(settings.chat, settings.serve_argv())
+        return run_chat(settings.chat, settings.serve_argv())
     if isinstance(settings, BenchServerSettings):
         return _run_bench(settings)
     if isinstance(settings, BenchEngineSettings):

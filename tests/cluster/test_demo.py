@@ -8,7 +8,7 @@ import json
 import httpx
 import pytest
 
-from kvist.cluster.chat import TurnOptions, TurnReport, stream_turn
+from kvist.cluster.chat_turn import TurnOptions, TurnReport, stream_turn
 from kvist.cluster.demo import FROM_HOST, FROM_STORE, cache_summary, process_summary, table, unmet_expectations
 from kvist.cluster.processes import Child, ChildPlan
 from kvist.errors import EngineError
@@ -75,7 +75,7 @@ def test_a_turn_is_shown_piece_by_piece_and_measured() -> None:
     [
         ('{"error": {"message": "no worker"}}', 503, "no worker"),
         (piece("Bon") + event(error={"message": "lost"}), 200, "lost"),
-        ("data: [DONE]\n\n", 200, "without its usage"),
+        ("data: [DONE]\n\n", 200, "no usage"),
     ],
 )
 def test_a_failed_answer_is_an_error_with_the_reason(body: str, status: int, word: str) -> None:

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from kvist.clock import Oversleep
+from kvist.clock import PauseMeter
 from kvist.engine import progress
 from kvist.engine.progress import CHECK_INTERVAL_S, LEAST_CPU_S, ProgressWatch
 
@@ -61,10 +61,10 @@ def test_a_long_step_is_progress_only_while_it_uses_the_cpu() -> None:
 
 
 def test_oversleep_counts_the_time_in_which_the_process_was_stopped() -> None:
-    oversleep = Oversleep(100.0, longest_s=1.0)
-    assert oversleep.look(100.5) == 0.0
-    assert oversleep.look(160.5) == 59.0
-    assert oversleep.look(161.0) == 0.0
+    pauses = PauseMeter(100.0, max_interval_s=1.0)
+    assert pauses.measure_s(100.5) == 0.0
+    assert pauses.measure_s(160.5) == 59.0
+    assert pauses.measure_s(161.0) == 0.0
 
 
 def test_the_watch_checks_from_start_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:

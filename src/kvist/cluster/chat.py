@@ -1,147 +1,230 @@
-"""One streamed chat answer over HTTP, measured as a client sees it."""
+"""`kvist chat`: a conversation at the terminal, with a running server or with one that is started for the chat.
+
+Each line is a turn and is sent with the whole history, as the API requires; the figures show how much of the history
+was cached. Lines that begin with / are commands. Ctrl-C ends an answer, the end of the input ends the chat.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 
-from kvist.clock import Clock
-from kvist.errors import EngineError
+from kvist.clock import Clock, MonotonicClock
+from kvist.cluster.chat_turn import TurnOptions, TurnReport, stream_turn
+from kvist.cluster.config import ChatConfig
+from kvist.cluster.plan import LOOPBACK, free_ports
+from kvist.cluster.probe import probe_child
+from kvist.cluster.processes import ChildPlan, Processes
+from kvist.cluster.start_display import start_display
+from kvist.cluster.up import interrupt_on_stop_signals
+from kvist.errors import EngineError, Unavailable
 
-Message = Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TurnOptions:
-    """The fields of a request besides the messages. None leaves a field to the server's default."""
-
-    max_tokens: int | None = None
-    temperature: float | None = None
-    model: str | None = None
-    with_report: bool = True  # ask for the figures of Kvist; other servers refuse the field
-
-    def body(self, messages: Sequence[Message]) -> dict[str, object]:
-        fields: dict[str, object] = {
-            "model": self.model,
-            "messages": list(messages),
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "kvist": {"report": True, "usage": True} if self.with_report else None,
-        }
-        return {name: value for name, value in fields.items() if value is not None}
+TURN_TIMEOUT_S = 600.0  # between two pieces of an answer
+MAX_HISTORY_LINES = 1000
+COMMANDS = {
+    "/help": "show these commands",
+    "/reset": "forget the conversation, keep the system prompt",
+    "/system TEXT": "set the system prompt and forget the conversation; without TEXT, remove the system prompt",
+    "/undo": "forget the last question and its answer",
+    "/history": "show the conversation so far",
+    "/stats": "switch the figures after each answer on or off",
+    "/quit": "end the chat, as Ctrl-D does",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TurnReport:
-    """The figures of one turn: times measured by the client; pages and workers as reported in the response."""
+class Terminal:
+    """The input and output of a chat; tests pass their own."""
 
-    text: str
-    finish_reason: str | None
-    ttft_s: float
-    tpot_s: float | None  # None: a single token
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_cached_by_tier: Mapping[str, int]  # "device", "host", "storage"; their sum is `num_cached_tokens`
-    num_output_tokens: int
-    num_pages: int
-    num_pages_reused: int
-    num_bytes: int
-    handoff_s: float
-    handoff_wait_s: float
-    prefill_worker: str | None  # None: not reported by the server
-    decode_worker: str | None
+    read: Callable[[str], str]  # a prompt -> a line; raises EOFError at the end
+    write: Callable[[str], None]
 
 
-@dataclass(slots=True)
-class _Seen:
-    """The contents of the events received so far. Mutable; owned by one call of `stream_turn`."""
+class Conversation:
+    """One chat. Mutable; owned by `run_chat`."""
 
-    text: str = ""
-    finish_reason: str | None = None
-    first_s: float | None = None
-    last_s: float = 0.0
-    usage: Mapping[str, object] | None = None
-    report: Mapping[str, object] | None = None
+    def __init__(self, client: httpx.Client, config: ChatConfig, options: TurnOptions, terminal: Terminal) -> None:
+        self._client = client
+        self._options = options
+        self._write = terminal.write
+        self._system = config.system
+        self._stats = config.stats
+        self._clock: Clock = MonotonicClock()
+        self.messages: list[dict[str, str]] = []
+        self._reset()
+
+    def handle(self, line: str) -> bool:
+        """Handle one line of input; return False if the line ends the chat. Server errors are shown, not raised."""
+        line = line.strip()
+        if line.startswith("/"):
+            return self._command(*line.partition(" ")[::2])
+        if line:
+            self._ask(line)
+        return True
+
+    def _command(self, name: str, text: str) -> bool:
+        if name == "/reset":
+            self._reset()
+        elif name == "/system":
+            self._system = text.strip() or None
+            self._reset()
+        elif name == "/undo":
+            self._undo()
+        elif name == "/history":
+            for message in self.messages:
+                self._write(f"{message['role']}: {message['content']}\n")
+        elif name == "/stats":
+            self._stats = not self._stats
+            self._write(f"figures after each answer: {'on' if self._stats else 'off'}\n")
+        elif name not in ("/quit", "/exit", "/bye"):
+            if name not in ("/help", "/?"):
+                self._write(f"unknown command {name}\n")
+            width = max(map(len, COMMANDS))
+            self._write("".join(f"  {command:<{width}}  {help_text}\n" for command, help_text in COMMANDS.items()))
+        return name not in ("/quit", "/exit", "/bye")
+
+    def _reset(self) -> None:
+        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+
+    def _undo(self) -> None:
+        while self.messages and self.messages[-1]["role"] != "system":
+            if self.messages.pop()["role"] == "user":
+                return
+
+    def _ask(self, text: str) -> None:
+        pieces: list[str] = []
+
+        def show(piece: str) -> None:
+            pieces.append(piece)
+            self._write(piece)
+
+        self.messages.append({"role": "user", "content": text})
+        try:
+            report = stream_turn(self._client, self.messages, self._options, clock=self._clock, show=show)
+        except KeyboardInterrupt:
+            self._write("\n(stopped)\n")
+        except (EngineError, httpx.HTTPError) as error:
+            self._write(f"\nno answer: {error or type(error).__name__}\n")
+            if not pieces:
+                self._undo()
+                return
+        else:
+            self._write("\n" + (f"{figures(report)}\n" if self._stats else ""))
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
-def stream_turn(
-    client: httpx.Client,
-    messages: Sequence[Message],
-    options: TurnOptions,
-    *,
-    clock: Clock,
-    show: Callable[[str], None],
-) -> TurnReport:
-    """Send one request and return its figures. `show` is called with each piece of the answer. Raises `EngineError`."""
-    seen = _Seen()
-    start_s = clock.now_s()
-    with client.stream("POST", "/v1/chat/completions", json=options.body(messages)) as response:
-        if response.status_code != httpx.codes.OK:
-            raise EngineError(f"the server answered {response.status_code}: {response.read().decode()}")
-        for line in response.iter_lines():
-            if line.startswith("data: ") and line != "data: [DONE]":
-                _take(seen, json.loads(line.removeprefix("data: ")), clock.now_s(), show)
-    if seen.usage is None or (options.with_report and seen.report is None):
-        raise EngineError("the answer came without its usage or without its report")
-    return _report(seen, start_s, clock.now_s())
+def figures(report: TurnReport) -> str:
+    """Return the line of figures under an answer."""
+    parts = [f"first token {report.ttft_s * 1e3:.0f} ms"]
+    if report.tpot_s:
+        parts.append(f"{1 / report.tpot_s:.1f} tokens/s")
+    parts.append(f"{report.num_output_tokens} tokens generated")
+    parts.append(f"{report.num_prompt_tokens} in the prompt, {report.num_cached_tokens} cached")
+    if report.finish_reason == "length":
+        parts.append("cut at the token limit")
+    return "[" + "; ".join(parts) + "]"
 
 
-def _take(seen: _Seen, event: Mapping[str, object], now_s: float, show: Callable[[str], None]) -> None:
-    if "error" in event:
-        raise EngineError(f"the stream broke off: {event['error']}")
-    seen.usage = _table(event, "usage") or seen.usage
-    seen.report = _table(event, "kvist") or seen.report
-    choices = event.get("choices")
-    if isinstance(choices, list) and choices:
-        piece = choices[0]["delta"].get("content")
-        seen.finish_reason = choices[0].get("finish_reason") or seen.finish_reason
-        if piece:
-            seen.first_s = now_s if seen.first_s is None else seen.first_s
-            seen.last_s = now_s
-            seen.text += piece
-            show(piece)
+def run_chat(config: ChatConfig, serve_argv: list[str]) -> int:
+    """Run the chat until the input ends. Raises `KvistError` when no server can be reached or started."""
+    with contextlib.ExitStack() as stack:
+        url = config.url
+        if url is None:
+            url = stack.enter_context(_own_server(serve_argv, config.start_timeout_s))
+        headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+        timeout = httpx.Timeout(TURN_TIMEOUT_S, connect=10.0)
+        client = stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False))
+        model, is_kvist = _find_model(client, url, config.served_model_name)
+        options = TurnOptions(
+            max_tokens=config.max_tokens, temperature=config.temperature, model=model, with_report=is_kvist
+        )
+        _talk(config, client, options, url)
+    return 0
 
 
-def _table(value: Mapping[str, object], key: str) -> Mapping[str, object]:
-    found = value.get(key)
-    return found if isinstance(found, dict) else {}
+def _talk(config: ChatConfig, client: httpx.Client, options: TurnOptions, url: str) -> None:
+    at_terminal = sys.stdin.isatty()
+    terminal = Terminal(read=input if at_terminal else _read_plain, write=_write)
+    conversation = Conversation(client, config, options, terminal)
+    if at_terminal:
+        _write(f"{options.model} at {url}. /help shows the commands, Ctrl-D ends the chat.\n")
+    with _line_history() if at_terminal else contextlib.nullcontext():
+        while True:
+            try:
+                line = terminal.read("> ")
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                _write("\n")
+                continue
+            if not conversation.handle(line):
+                return
 
 
-def _number(value: Mapping[str, object], key: str) -> float:
-    found = value.get(key)
-    return float(found) if isinstance(found, int | float) else 0.0
+def _read_plain(_prompt: str) -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
 
 
-def _name(value: Mapping[str, object], key: str) -> str | None:
-    found = value.get(key)
-    return found if isinstance(found, str) else None
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
-def _report(seen: _Seen, start_s: float, end_s: float) -> TurnReport:
-    usage, report = seen.usage or {}, seen.report or {}
-    num_output_tokens = int(_number(usage, "completion_tokens"))
-    handoff = _table(report, "handoff")
-    by_tier = _table(_table(usage, "kvist"), "cached_tokens")
-    first_s = end_s if seen.first_s is None else seen.first_s  # an answer may be empty
-    return TurnReport(
-        text=seen.text,
-        finish_reason=seen.finish_reason,
-        ttft_s=first_s - start_s,
-        tpot_s=(seen.last_s - first_s) / (num_output_tokens - 1) if num_output_tokens > 1 and seen.text else None,
-        num_prompt_tokens=int(_number(usage, "prompt_tokens")),
-        num_cached_tokens=int(_number(_table(usage, "prompt_tokens_details"), "cached_tokens")),
-        num_cached_by_tier={tier: int(_number(by_tier, tier)) for tier in by_tier},
-        num_output_tokens=num_output_tokens,
-        num_pages=int(_number(handoff, "num_pages")),
-        num_pages_reused=int(_number(handoff, "num_pages_reused")),
-        num_bytes=int(_number(handoff, "num_bytes")),
-        handoff_s=_number(handoff, "duration_ms") / 1e3,
-        handoff_wait_s=_number(handoff, "wait_ms") / 1e3,
-        prefill_worker=_name(report, "prefill_worker"),
-        decode_worker=_name(report, "decode_worker"),
-    )
+@contextlib.contextmanager
+def _line_history() -> Iterator[None]:
+    """Let arrow keys reach earlier lines, also of earlier chats."""
+    try:
+        import readline
+    except ImportError:  # not on every system
+        yield
+        return
+    folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "kvist"
+    file = folder / "chat-history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
+        readline.set_history_length(MAX_HISTORY_LINES)
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            file.touch(mode=0o600)
+            readline.write_history_file(file)
+
+
+def _find_model(client: httpx.Client, url: str, named: str | None) -> tuple[str, bool]:
+    """Return the model to use, and whether the server is Kvist. Raises `Unavailable`."""
+    try:
+        response = client.get("/v1/models")
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            raise Unavailable(f"{url} requires an API key: use --api-key")
+        models = response.raise_for_status().json()["data"]
+        return named or str(models[0]["id"]), models[0].get("owned_by") == "kvist"
+    except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Unavailable(f"{url}/v1/models does not answer as an OpenAI-compatible server does: {error}") from error
+
+
+@contextlib.contextmanager
+def _own_server(serve_argv: list[str], timeout_s: float) -> Iterator[str]:
+    """Yield the URL of a server that runs as long as the body. Raises `KvistError` when the server does not start."""
+    url = f"http://{LOOPBACK}:{free_ports(1)[0]}"
+    argv = (*(sys.executable, "-m", "kvist", "serve", *serve_argv), f"--port={url.rpartition(':')[2]}")
+    plan = ChildPlan(name="serve", argv=(*argv, "--stop-with-stdin"), url=url)
+    processes = Processes([plan], probe=probe_child, sink=lambda _name, _line: None)
+    with interrupt_on_stop_signals(processes):
+        try:
+            processes.start()
+            with start_display(processes.children, lambda text: _write(f"{text}\n")) as display:
+                processes.wait_ready(timeout_s, each_second=display)
+            yield url
+        finally:
+            processes.stop()

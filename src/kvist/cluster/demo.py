@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import httpx
 
 from kvist.clock import MonotonicClock
-from kvist.cluster.chat import Message, TurnOptions, TurnReport, stream_turn
+from kvist.cluster.chat_turn import Message, TurnOptions, TurnReport, stream_turn
 from kvist.cluster.leftovers import stop_and_clear
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.probe import probe_child

@@ -29,8 +29,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
-from kvist.clock import MonotonicClock, Oversleep
-from kvist.cluster.lifeline import HURRY, STOP
+from kvist.clock import MonotonicClock, PauseMeter
+from kvist.cluster.stop_requests import HURRY, STOP
 from kvist.errors import ConfigError, Timeout, Unavailable
 from kvist.supervisor.engine_process import BACKOFF_RESET_S, restart_wait_s
 
@@ -113,7 +113,7 @@ class Child:
         self.instance_id = secrets.token_hex(8)
         self.process = subprocess.Popen(
             self.plan.argv,
-            stdin=subprocess.PIPE,  # for the lines of lifeline.py; end of file means that this process is gone
+            stdin=subprocess.PIPE,  # for the lines of stop_requests.py; end of file means that this process is gone
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**_inherited(), **self.plan.environ, "KVIST_INSTANCE_ID": self.instance_id},
@@ -282,7 +282,7 @@ class Processes:
     # ---- the watching thread
 
     def _watch(self) -> None:
-        oversleep = Oversleep(self._clock.now_s(), longest_s=1.0)
+        pauses = PauseMeter(self._clock.now_s(), max_interval_s=1.0)
         while not (self._stopping.is_set() and all(child.process is None for child in self.children.values())):
             ready = self._selector.select(timeout=CHECK_INTERVAL_S)
             with self._changed:
@@ -290,7 +290,7 @@ class Processes:
                     if not self._relay(key.data, key.fileobj):
                         self._selector.unregister(key.fileobj)
                 now_s = self._clock.now_s()
-                late_s = oversleep.look(now_s)
+                late_s = pauses.measure_s(now_s)
                 for child in self.children.values():
                     child.last_answer_s += late_s
                     self._supervise(child, now_s)

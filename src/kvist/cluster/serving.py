@@ -30,8 +30,8 @@ from kvist.channel import (
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.cluster.announce import announce, curl_example, router_example, shown_key
 from kvist.cluster.config import FrontOptions
-from kvist.cluster.lifeline import STOP_SIGNALS, handle_signals, stop_with_parent
 from kvist.cluster.listener import bound_socket
+from kvist.cluster.stop_requests import STOP_SIGNALS, handle_signals, stop_with_parent
 from kvist.cluster.stopping import Drain, StopSignals
 from kvist.engine.config import EngineConfig
 from kvist.event_loop import run_in_loop

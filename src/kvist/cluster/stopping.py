@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import FrameType
 
-from kvist.cluster.lifeline import signal_self
+from kvist.cluster.stop_requests import signal_self
 from kvist.errors import KvistError, Unavailable
 from kvist.server.config import ServerConfig
 from kvist.server.lifecycle import Lifecycle

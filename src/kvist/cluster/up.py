@@ -9,12 +9,12 @@ from types import FrameType
 
 from kvist.cluster.announce import curl_example, shown_key
 from kvist.cluster.leftovers import stop_and_clear
-from kvist.cluster.lifeline import STOP_SIGNALS, handle_signals, signal_self, stop_with_parent
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.cluster.start_display import StartBlock, start_display
+from kvist.cluster.stop_requests import STOP_SIGNALS, handle_signals, signal_self, stop_with_parent
 from kvist.output import output_to
 
 

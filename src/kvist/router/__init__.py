@@ -1,6 +1,6 @@
 """The router: connects the gateway to engines.
 
-Chooses workers (policies, route), tracks them (registry, discovery, fleet), and dispatches requests (dispatch, flight,
+Chooses workers (policies, route), tracks them (registry, discovery, fleet), and dispatches requests (dispatch, attempt,
 merge).
 """
 

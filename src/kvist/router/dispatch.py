@@ -1,7 +1,7 @@
 """Sends requests to engines and returns one ordered stream of tokens for each.
 
 Life of a request: route (route.py) → Submit to one engine, or to a prefill and a decode engine → merged chunks to the
-reader (flight.py) → exactly one end: the chunk with the finish reason, or an error. After any end, every engine that
+reader (attempt.py) → exactly one end: the chunk with the finish reason, or an error. After any end, every engine that
 has not sent Ended gets an Abort, so that no engine computes tokens without a reader.
 
 The dispatcher runs as callbacks on one asyncio loop, without a task per request or per token. Each attempt has its own
@@ -25,10 +25,10 @@ from kvist.errors import EngineError, KvistError, RequestError, Timeout, Unavail
 from kvist.fairness import caller_path
 from kvist.metrics import Histogram
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, WorkerId
+from kvist.router.attempt import Attempt
 from kvist.router.checks import checked_retry_after_s, fault_of_chunk, fault_of_prompt_logprobs
 from kvist.router.config import RouterConfig
 from kvist.router.fleet import EngineEvents
-from kvist.router.flight import Flight
 from kvist.router.merge import ChunkMerger
 from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.router.route import Route, Router
@@ -86,7 +86,7 @@ class Dispatcher:
         self._clock = clock
         self._router = Router(config, registry)
         self._log = BoundedLog(logger)
-        self._flights: dict[RequestId, Flight] = {}
+        self._attempts: dict[RequestId, Attempt] = {}
         self._calls: dict[str, _Call] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._num_cancelled_held = 0
@@ -95,7 +95,7 @@ class Dispatcher:
     async def start(self) -> None:
         """Start to connect to the workers. Returns at once; see `ready`."""
         self._engines.start(self)
-        self._sweeper = asyncio.get_running_loop().create_task(self._sweep_forever(), name="flight sweeper")
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep_forever(), name="attempt sweeper")
 
     async def close(self) -> None:
         self.fail_all(Unavailable("the gateway is shutting down"))
@@ -106,13 +106,13 @@ class Dispatcher:
 
     def fail_all(self, error: KvistError) -> None:
         """Fail every open request with this error."""
-        for flight in list(self._flights.values()):
-            self._fail(flight, error, None)
+        for attempt in list(self._attempts.values()):
+            self._fail(attempt, error, None)
 
     @property
     def num_open(self) -> int:
         """Number of requests that some worker has not ended yet."""
-        return len(self._flights)
+        return len(self._attempts)
 
     def ready(self) -> bool:
         """Return whether a unified worker, or a prefill and a decode worker, are READY."""
@@ -135,25 +135,25 @@ class Dispatcher:
         retried once on other workers."""
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self._config.links.request_timeout_s
-        flight = self._launch(request, self._router.choose(request))
+        attempt = self._launch(request, self._router.choose(request))
         may_retry, delivered = True, False
         while True:
-            timer = loop.call_at(deadline_s, self._time_out, flight)
+            timer = loop.call_at(deadline_s, self._time_out, attempt)
             try:
-                while (part := await flight.next_part()) is not None:
+                while (part := await attempt.next_part()) is not None:
                     delivered = True
                     yield part
                 return
             except KvistError as error:
-                route = self._retry_route(request, flight, error) if may_retry and not delivered else None
+                route = self._retry_route(request, attempt, error) if may_retry and not delivered else None
                 if route is None:
                     raise
                 may_retry = False
                 logger.info("request %s is tried again elsewhere: %s", request.request_id, error.message)
             finally:
                 timer.cancel()
-                self._on_reader_gone(flight)
-            flight = self._launch(request, route)
+                self._on_reader_gone(attempt)
+            attempt = self._launch(request, route)
 
     async def flush_cache(self, tier: wire.FlushTier | None = None) -> dict[WorkerId, int]:
         """Drop the cached pages (of `tier`) that no request uses at every worker. Return the dropped pages by worker.
@@ -195,32 +195,32 @@ class Dispatcher:
     # ---------------------------------------------------------------- messages of engines (fleet.EngineEvents)
 
     def on_outputs(self, worker: Worker, outputs: wire.StepOutputs) -> None:
-        flights = self._flights
+        attempts = self._attempts
         assert worker.spec is not None
         vocab_size = worker.spec.vocab_size
         for chunk in outputs.chunks:
-            flight = flights.get(chunk.request_id)
-            if flight is None or worker not in (flight.prefill, flight.decode):
+            attempt = attempts.get(chunk.request_id)
+            if attempt is None or worker not in (attempt.prefill, attempt.decode):
                 continue
-            fault = fault_of_chunk(chunk, flight.request.sampling, vocab_size=vocab_size)
+            fault = fault_of_chunk(chunk, attempt.request.sampling, vocab_size=vocab_size)
             if chunk.prompt_logprobs and fault is None:
-                num_known = flight.merger.num_prompt_logprobs
-                fault = fault_of_prompt_logprobs(chunk, flight.request, num_known=num_known, vocab_size=vocab_size)
+                num_known = attempt.merger.num_prompt_logprobs
+                fault = fault_of_prompt_logprobs(chunk, attempt.request, num_known=num_known, vocab_size=vocab_size)
             if fault is not None:
                 self._reject(worker, fault)
                 self._fail(
-                    flight, EngineError(f"worker {worker.worker_id} sent {fault}; this is a bug in the worker"), worker
+                    attempt, EngineError(f"worker {worker.worker_id} sent {fault}; this is a bug in the worker"), worker
                 )
                 continue
             if chunk.token_ids:
                 worker.prompt_done(chunk.request_id)
-            flight.push(worker, chunk)
-            if flight.merger.num_logprobs > MAX_WAITING_LOGPROBS:
-                self._fail(flight, _slow_reader(), None)
+            attempt.push(worker, chunk)
+            if attempt.merger.num_logprobs > MAX_WAITING_LOGPROBS:
+                self._fail(attempt, _slow_reader(), None)
         for ended in outputs.ended:
-            flight = flights.get(ended.request_id)
-            if flight is not None and worker in flight.open:
-                self._on_ended(flight, worker, ended)
+            attempt = attempts.get(ended.request_id)
+            if attempt is not None and worker in attempt.open:
+                self._on_ended(attempt, worker, ended)
 
     def _reject(self, worker: Worker, fault: str) -> None:
         worker.num_rejected_messages += 1
@@ -235,48 +235,50 @@ class Dispatcher:
         for call in self._calls.values():
             call.settle(worker, None)
         for request_id in list(worker.in_flight):
-            flight = self._flights.get(request_id)
+            attempt = self._attempts.get(request_id)
             worker.release(request_id)
-            if flight is None:
+            if attempt is None:
                 continue
-            flight.open.discard(worker)
-            if worker is not flight.prefill or worker is flight.decode or not flight.decode_began:
+            attempt.open.discard(worker)
+            if worker is not attempt.prefill or worker is attempt.decode or not attempt.decode_began:
                 error = WorkerLost(f"worker {worker.worker_id} was lost while it had the request: {reason}")
                 error.retry_after_s = self._config.links.retry_after_s
-                self._fail(flight, error, worker)
-            self._forget_if_ended(flight)
+                self._fail(attempt, error, worker)
+            self._forget_if_ended(attempt)
 
-    def _on_ended(self, flight: Flight, worker: Worker, ended: wire.Ended) -> None:
-        flight.open.discard(worker)
-        worker.release(flight.request_id)
-        needed = worker is flight.decode or not flight.decode_began
+    def _on_ended(self, attempt: Attempt, worker: Worker, ended: wire.Ended) -> None:
+        attempt.open.discard(worker)
+        worker.release(attempt.request_id)
+        needed = worker is attempt.decode or not attempt.decode_began
         if ended.outcome is Outcome.FAILED and needed:
             error = error_from_wire(ended.error_code or EngineError.code, ended.message)
             error.retry_after_s = checked_retry_after_s(ended.retry_after_s)
-            self._fail(flight, error, worker)
-        elif ended.outcome is Outcome.ABORTED and needed and not flight.aborted:
-            self._fail(flight, Unavailable(f"worker {worker.worker_id} aborted the request: {ended.message}"), worker)
-        elif not flight.open and not flight.settled:
-            self._fail(flight, EngineError("every engine ended the request before its last token arrived"), worker)
-        self._forget_if_ended(flight)
+            self._fail(attempt, error, worker)
+        elif ended.outcome is Outcome.ABORTED and needed and not attempt.aborted:
+            self._fail(attempt, Unavailable(f"worker {worker.worker_id} aborted the request: {ended.message}"), worker)
+        elif not attempt.open and not attempt.settled:
+            self._fail(attempt, EngineError("every engine ended the request before its last token arrived"), worker)
+        self._forget_if_ended(attempt)
 
-    # ---------------------------------------------------------------- the life of a flight
+    # ---------------------------------------------------------------- the life of an attempt
 
-    def _launch(self, request: EngineRequest, route: Route) -> Flight:
+    def _launch(self, request: EngineRequest, route: Route) -> Attempt:
         request_id = RequestId(f"{request.request_id}.{secrets.token_hex(4)}")
         merger = ChunkMerger(request.request_id, len(request.output_token_ids))
-        flight = Flight(
+        attempt = Attempt(
             request_id=request_id,
             prefill=route.prefill,
             decode=route.decode,
             merger=merger,
             request=request,
         )
-        self._flights[request_id] = flight
+        self._attempts[request_id] = attempt
         sent = msgspec.structs.replace(request, request_id=request_id)
         if route.mode is Mode.FULL:
-            self._submit(flight, route.prefill, route.num_prompt_tokens_left, wire.Submit(request=sent, mode=Mode.FULL))
-            return flight
+            self._submit(
+                attempt, route.prefill, route.num_prompt_tokens_left, wire.Submit(request=sent, mode=Mode.FULL)
+            )
+            return attempt
         spec, target = route.prefill.spec, route.decode.spec
         assert spec is not None
         assert target is not None
@@ -284,54 +286,54 @@ class Dispatcher:
         peer = wire.PrefillPeer(worker_id=spec.worker_id, endpoint=route.prefill.endpoint, epoch=spec.epoch)
         submit_decode = wire.Submit(request=sent, mode=Mode.DECODE, handoff_id=handoff_id, prefill=peer)
         submit_prefill = wire.Submit(request=sent, mode=Mode.PREFILL, handoff_id=handoff_id, target_epoch=target.epoch)
-        self._submit(flight, route.prefill, route.num_prompt_tokens_left, submit_prefill)
-        if flight.error is None:
-            self._submit(flight, route.decode, 0, submit_decode)
-        return flight
+        self._submit(attempt, route.prefill, route.num_prompt_tokens_left, submit_prefill)
+        if attempt.error is None:
+            self._submit(attempt, route.decode, 0, submit_decode)
+        return attempt
 
-    def _submit(self, flight: Flight, worker: Worker, num_tokens: int, submit: wire.Submit) -> None:
+    def _submit(self, attempt: Attempt, worker: Worker, num_tokens: int, submit: wire.Submit) -> None:
         if self._engines.send(worker, submit):
-            flight.open.add(worker)
-            worker.take(flight.request_id, num_tokens, caller_path(submit.request.client))
+            attempt.open.add(worker)
+            worker.take(attempt.request_id, num_tokens, caller_path(submit.request.client))
         else:
-            self._fail(flight, WorkerLost(f"worker {worker.worker_id} cannot be reached"), worker)
+            self._fail(attempt, WorkerLost(f"worker {worker.worker_id} cannot be reached"), worker)
 
-    def _fail(self, flight: Flight, error: KvistError, failed_worker: Worker | None) -> None:
-        if not flight.settled:
-            flight.fail(error, failed_worker)
-            self._abort(flight)
+    def _fail(self, attempt: Attempt, error: KvistError, failed_worker: Worker | None) -> None:
+        if not attempt.settled:
+            attempt.fail(error, failed_worker)
+            self._abort(attempt)
 
-    def _time_out(self, flight: Flight) -> None:
-        self._fail(flight, Timeout("the request took longer than --request-timeout-s allows"), None)
+    def _time_out(self, attempt: Attempt) -> None:
+        self._fail(attempt, Timeout("the request took longer than --request-timeout-s allows"), None)
 
-    def _abort(self, flight: Flight) -> None:
+    def _abort(self, attempt: Attempt) -> None:
         """Send Abort to every engine that still has the request; each answers with Ended, or is lost."""
-        flight.aborted = True
-        for worker in flight.open:
-            self._engines.send(worker, wire.Abort(request_id=flight.request_id))
+        attempt.aborted = True
+        for worker in attempt.open:
+            self._engines.send(worker, wire.Abort(request_id=attempt.request_id))
 
-    def _on_reader_gone(self, flight: Flight) -> None:
+    def _on_reader_gone(self, attempt: Attempt) -> None:
         """Handle the end of the reader: after the last part, on an error, or by a disconnect."""
-        if not flight.settled:
-            flight.cancelled = True
+        if not attempt.settled:
+            attempt.cancelled = True
             self._num_cancelled_held += 1
-            self._abort(flight)
-        flight.closed_at_s = self._clock.now_s()
-        self._forget_if_ended(flight)
+            self._abort(attempt)
+        attempt.closed_at_s = self._clock.now_s()
+        self._forget_if_ended(attempt)
 
-    def _forget_if_ended(self, flight: Flight) -> None:
-        if flight.open or flight.closed_at_s is None or self._flights.pop(flight.request_id, None) is None:
+    def _forget_if_ended(self, attempt: Attempt) -> None:
+        if attempt.open or attempt.closed_at_s is None or self._attempts.pop(attempt.request_id, None) is None:
             return
-        if flight.cancelled:
+        if attempt.cancelled:
             self._num_cancelled_held -= 1
-            self._release_s.observe(self._clock.now_s() - flight.closed_at_s)
+            self._release_s.observe(self._clock.now_s() - attempt.closed_at_s)
 
-    def _retry_route(self, request: EngineRequest, flight: Flight, error: KvistError) -> Route | None:
+    def _retry_route(self, request: EngineRequest, attempt: Attempt, error: KvistError) -> Route | None:
         """Choose other workers for a request without delivered output; None if the error should reach the client."""
-        if not error.retryable or flight.failed_worker is None:
+        if not error.retryable or attempt.failed_worker is None:
             return None
         try:
-            return self._router.choose(request, frozenset({flight.failed_worker}))
+            return self._router.choose(request, frozenset({attempt.failed_worker}))
         except KvistError:  # report the first error, which is more specific
             return None
 
@@ -344,14 +346,14 @@ class Dispatcher:
         """Give up requests whose engine has not sent Ended `END_TIMEOUT_S` after the reader's end: the message was
         lost."""
         oldest_s = self._clock.now_s() - END_TIMEOUT_S
-        for flight in list(self._flights.values()):
-            if flight.closed_at_s is None or flight.closed_at_s > oldest_s:
+        for attempt in list(self._attempts.values()):
+            if attempt.closed_at_s is None or attempt.closed_at_s > oldest_s:
                 continue
-            for worker in list(flight.open):
+            for worker in list(attempt.open):
                 logger.warning(
-                    "given up: worker %s did not confirm the end of request %s", worker.worker_id, flight.request_id
+                    "given up: worker %s did not confirm the end of request %s", worker.worker_id, attempt.request_id
                 )
-                self._engines.send(worker, wire.Abort(request_id=flight.request_id))
-                worker.release(flight.request_id)
-            flight.open.clear()
-            self._forget_if_ended(flight)
+                self._engines.send(worker, wire.Abort(request_id=attempt.request_id))
+                worker.release(attempt.request_id)
+            attempt.open.clear()
+            self._forget_if_ended(attempt)

@@ -19,7 +19,7 @@ import zmq
 
 from kvist import wire
 from kvist.channel import ChannelConfig, GatewayLink, Member
-from kvist.clock import Clock, Oversleep
+from kvist.clock import Clock, PauseMeter
 from kvist.errors import ConfigError, KvistError, Unavailable
 from kvist.router import discovery
 from kvist.router.config import RouterConfig
@@ -134,8 +134,8 @@ class Fleet:
             config=self._channel,
         )
         now_s = worker.last_message_s = next_hello_s = self._clock.now_s()
-        look_s = min(self._config.links.keepalive_s, self._config.links.worker_timeout_s / 10)
-        oversleep = Oversleep(now_s, longest_s=2 * look_s)
+        check_s = min(self._config.links.keepalive_s, self._config.links.worker_timeout_s / 10)
+        pauses = PauseMeter(now_s, max_interval_s=2 * check_s)
         self._links[worker] = link
         try:
             link.open()
@@ -143,14 +143,14 @@ class Fleet:
                 if now_s >= next_hello_s:
                     next_hello_s = now_s + self._config.links.keepalive_s
                     link.send(wire.Hello(gateway_id=self._gateway_id, resync=worker.needs_snapshot))
-                await asyncio.wait((lost,), timeout=look_s)
+                await asyncio.wait((lost,), timeout=check_s)
                 now_s = self._clock.now_s()
-                worker.last_message_s += oversleep.look(now_s)
+                worker.last_message_s += pauses.measure_s(now_s)
                 silent_s = now_s - worker.last_message_s
                 if silent_s > self._config.links.worker_timeout_s and not lost.done():
                     if reason := await self._silence_reason(worker, silent_s):
                         on_lost(reason)
-                    oversleep.look(self._clock.now_s())
+                    pauses.measure_s(self._clock.now_s())
             return lost.result()
         finally:
             del self._links[worker]

@@ -14,7 +14,7 @@ from kvist.wire import TokenChunk
 
 
 class ChunkMerger:
-    """Merger of one request's chunks. Owned by one flight; stores at most the tokens of one answer."""
+    """Merger of one request's chunks. Owned by one attempt; stores at most the tokens of one answer."""
 
     __slots__ = (
         "_early",

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from kvist.clock import Clock, MonotonicClock, Oversleep
+from kvist.clock import Clock, MonotonicClock, PauseMeter
 from kvist.engine.config import EngineConfig
 from kvist.engine.messages import DRAIN, STOP, Beat, Progress, Ready, StartFailed, decode_line
 from kvist.errors import ConfigError, EngineError, KvistError, Timeout, WorkerLost, error_from_wire
@@ -50,7 +50,7 @@ class EngineProcess:
         self._clock = MonotonicClock()
         now_s = self._clock.now_s()
         self._last_beat_s, self._beat = now_s, Beat(turn_s=0.0, stalled_s=0.0)
-        self._oversleep = Oversleep(now_s, longest_s=2 * CHECK_INTERVAL_S)
+        self._pauses = PauseMeter(now_s, max_interval_s=2 * CHECK_INTERVAL_S)
         self._reader = asyncio.create_task(self._read_messages(), name="engine's beats")
 
     @classmethod
@@ -90,7 +90,7 @@ class EngineProcess:
     def check_health(self) -> EngineHealth:
         """Return the current health. Must be called every `CHECK_INTERVAL_S`."""
         now_s = self._clock.now_s()
-        self._last_beat_s += self._oversleep.look(now_s)
+        self._last_beat_s += self._pauses.measure_s(now_s)
         silent_s = now_s - self._last_beat_s
         return EngineHealth(turn_s=self._beat.turn_s + silent_s, stalled_s=self._beat.stalled_s + silent_s)
 

@@ -1,4 +1,4 @@
-"""Stop requests for this process: signals, and lines on standard input from the parent process."""
+"""Receives stop requests: signals, and lines on standard input from the parent process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kvist.parent import continue_when_parent_dies
 SHUTDOWN_DEADLINE_S = 15.0  # added to the time of open requests: from the stop request to a forced exit
 STOP, HURRY = b"stop", b"hurry"  # lines on the standard input of a child
 STOP_SIGNALS = tuple(
-    # SIGHUP (the terminal was closed) also asks for a stop, unless `nohup` ignores it. SIGINT asks for a stop even if
-    # it is ignored: background processes of a script inherit that, and `kill -INT` would have no effect.
+    # SIGHUP (the terminal was closed) also requests a stop, unless `nohup` ignores it. SIGINT requests a stop even if
+    # it was ignored: background processes of a script inherit an ignored SIGINT, and `kill -INT` would have no effect.
     number
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
@@ -37,11 +37,11 @@ def handle_signals(
 
 
 def stop_with_parent(*, stop: Callable[[], None], hurry: Callable[[], None], drain_s: float) -> None:
-    """Obey a parent's lines on standard input from now on: `STOP`, and later `HURRY` to shorten the stop.
+    """Act on the parent's lines on standard input from now on: `STOP`, and later `HURRY` to shorten the stop.
 
-    The end of standard input means that the parent is gone, and also asks for a stop. A `STOP` line and a signal may
-    arrive for the same stop, because a service manager may signal parent and child at once. The process exits at the
-    latest `drain_s` + `SHUTDOWN_DEADLINE_S` after a stop began. If the process is suspended (SIGSTOP) when its parent
+    The end of standard input means that the parent is gone, and requests a stop, too. A `STOP` line and a signal may
+    arrive for the same stop, because a service manager may signal parent and child at once. The process exits at most
+    `drain_s` + `SHUTDOWN_DEADLINE_S` after a stop has begun. If the process is suspended (SIGSTOP) when its parent
     dies, it is continued. `stop` and `hurry` are called on a thread."""
     continue_when_parent_dies()
     descriptor = os.dup(sys.stdin.fileno())  # not inherited by child processes
@@ -66,7 +66,7 @@ def stop_with_parent(*, stop: Callable[[], None], hurry: Callable[[], None], dra
         timer.start()
         stop()
 
-    threading.Thread(target=listen, name="obey-stdin", daemon=True).start()
+    threading.Thread(target=listen, name="stop-requests", daemon=True).start()
 
 
 def signal_self() -> None:

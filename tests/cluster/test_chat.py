@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from kvist import settings
-from kvist.cluster.chat import TurnOptions
+from kvist.cluster.chat import COMMANDS, Conversation, Terminal
+from kvist.cluster.chat_turn import TurnOptions
 from kvist.cluster.config import ChatConfig
-from kvist.cluster.converse import COMMANDS, Conversation, Terminal
 from kvist.errors import ConfigError
 
 Answer = Callable[[httpx.Request], httpx.Response]
@@ -134,5 +134,5 @@ def test_a_chat_uses_a_url_or_starts_its_own_server(argv: list[str], url: str | 
 
 
 def test_two_servers_for_one_chat_are_an_error() -> None:
-    with pytest.raises(ConfigError, match="are two targets for the chat"):
+    with pytest.raises(ConfigError, match="are two targets of the chat"):
         settings.read("chat", ["http://h:1", "--model-path", "m"], {})

@@ -18,7 +18,7 @@ from kvist.wire import TokenChunk
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Flight:
+class Attempt:
     """State of one attempt. Mutable; owned by the dispatcher. In mode FULL prefill and decode are the same worker."""
 
     request_id: RequestId  # id of this attempt at the engines
@@ -27,7 +27,7 @@ class Flight:
     merger: ChunkMerger
     request: EngineRequest  # with the client's id
     open: set[Worker] = field(default_factory=set)  # engines that have the request and have not sent Ended
-    decode_began: bool = False  # decode has the pages: a failure of prefill no longer matters
+    decode_began: bool = False  # decode has the pages: a later failure of prefill has no effect
     aborted: bool = False
     cancelled: bool = False  # closed by its reader before the end
     error: KvistError | None = None
@@ -54,8 +54,7 @@ class Flight:
             self._wake()
 
     async def next_part(self) -> StreamPart | None:
-        """Return the next output; None after the last. Raises the flight's error once earlier output was
-        returned."""
+        """Return the next output; None after the last. Raises the attempt's error after all earlier output."""
         while not self.merger.has_ready:
             if self.error is not None:
                 raise self.error
