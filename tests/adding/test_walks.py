@@ -11,21 +11,27 @@ from tests.adding.walks import PAGE, ROOT, Block, read_walks
 
 SUITES = (
     "tests/conformance",
+    "tests/engine/test_engines.py",
     "tests/models/test_declarations.py",
     "tests/models/test_equals_transformers.py",
+    "tests/runner/test_shaping.py",
+    "tests/server/test_fields.py",
+    "tests/testing/test_specs.py",
     "tests/cli/test_flag_names.py",
     "tests/test_docs.py",
 )
 
-NEW_BACKENDS = ("power_of_d", "sqlite", "pwrite", "sdpa", "arcee")
-CHOSEN = " or ".join(("test_docs", "test_flag_names", "test_every_family", *NEW_BACKENDS))
+NEW_CASES = ("power_of_d", "sqlite", "pwrite", "sdpa", "arcee", "ngrams")
+CHOSEN = " or ".join(
+    ("test_docs", "test_flag_names", "test_every_family", "test_shaping", "test_fields", "test_specs", *NEW_CASES)
+)
 
 
 def test_suites_of_the_repository_pass_after_every_walk(followed: Followed) -> None:
     for script in ("scripts/api_fields.py", "scripts/door_table.py", "-mtests.cli.test_flag_names"):
         followed.run(script)
     output = followed.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-rA", "--tb=short", "-k", CHOSEN, *SUITES)
-    for name in NEW_BACKENDS:
+    for name in NEW_CASES:
         assert re.search(rf"PASSED .*\[(\w+-)*{name}", output), f"no test of {name} ran"
 
 
@@ -70,6 +76,15 @@ def test_pages_come_back_from_the_new_store(cluster: Cluster) -> None:
 
 
 @pytest.mark.e2e
+def test_no_token_of_an_answer_is_repeated(cluster: Cluster) -> None:
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 40, "return_token_ids": True}
+    [without] = cluster.post("/v1/completions", **body)["choices"]
+    [with_feature] = cluster.post("/v1/completions", **body, no_repeat_ngram_size=1)["choices"]
+    assert len(set(without["token_ids"])) < 40
+    assert len(set(with_feature["token_ids"])) == 40
+
+
+@pytest.mark.e2e
 def test_the_new_endpoint_answers(cluster: Cluster) -> None:
     assert cluster.post("/count_tokens", text="twelve bytes") == {"count": 12}
 
@@ -93,6 +108,7 @@ def test_the_page_has_a_walk_for_each_kind_of_part() -> None:
         "A transport",
         "An attention backend",
         "A model family",
+        "A sampling feature",
         "An endpoint",
         "An option",
     ]

@@ -1,6 +1,6 @@
 """Reads the walks of docs/adding.md, and follows them in a copy of the repository.
 
-A block of code that the reader has to write stands below a line that names its file and ends with a colon:
+A block of code that the reader has to write stands below a paragraph that names its file first and ends with a colon:
 
     `src/kvist/router/policies/power_of_d.py`, new:      then a block of the file's language: the whole file
     `src/kvist/router/policies/__init__.py`:             then a `diff` block: its hunks are separated by "@@"
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "adding.md"
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_FILE = re.compile(r"`([\w./]+\.\w+)`(, new)?[^\n]*:\n\n\Z")
+_FILE = re.compile(r"`([\w./]+\.\w+)`(, new)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,8 @@ def _blocks(chapter: str) -> Iterator[Block]:
         language, text = fence.groups()
         if language == "console":  # commands to try
             continue
-        named = _FILE.search(chapter[: fence.start()])
+        *_, paragraph = chapter[: fence.start()].rstrip().split("\n\n")
+        named = _FILE.search(paragraph) if paragraph.endswith(":") else None
         assert named is not None, f"a block of docs/adding.md has no file above it:\n{text}"
         is_new = named[2] is not None
         assert is_new == (language != "diff"), f"{named[1]}: a new file is no diff, and a change of a file is one"

@@ -53,8 +53,8 @@ class _ChangingBans:
     fixed: Words
     suppressed: Sequence[int]  # banned below the position `suppress_until`
     suppress_until: int
-    words: Sequence[tuple[int, ...]]  # bad words that do not fit into the tables; the history is complete then
-    history: list[int]
+    words: Sequence[tuple[int, ...]]  # bad words that do not fit into the tables
+    history: list[int] | None  # all tokens so far; None: no ban depends on them
     written: frozenset[int] = field(default_factory=frozenset)  # bans in the table beside `fixed`
 
 
@@ -103,7 +103,7 @@ class SlotShaping:
             bans = self._changing.get(item.slot) if item.samples else None
             if bans is None:
                 continue
-            if bans.words:
+            if bans.history is not None:
                 assert item.token_ids, "the row of a request whose last token must be known has that token"
                 bans.history[item.start :] = item.token_ids
             self._write_changing(item.slot, bans, item.end)
@@ -111,10 +111,11 @@ class SlotShaping:
     def _open_bans(self, start: StartRequest) -> None:
         params = start.sampling
         single = [word[0] for word in params.bad_words if len(word) == 1]
-        words = [word for word in params.bad_words if len(word) > 1] if needs_known_token(params) else []
+        on_tokens = needs_known_token(params)
+        words = [word for word in params.bad_words if len(word) > 1] if on_tokens else []
         suppressed = [token_id for token_id in start.suppressed_token_ids if 0 <= token_id < self._vocab_size]
         suppresses = start.suppress_until > 0 and bool(suppressed)
-        if not (params.allowed_token_ids or single or suppresses or words):
+        if not (params.allowed_token_ids or single or suppresses or on_tokens):
             return
         self.flags[start.slot] |= BANS
         fixed = no_bans(self._vocab_size)
@@ -123,25 +124,26 @@ class SlotShaping:
             _flip(fixed, params.allowed_token_ids)
         _flip(fixed, [token_id for token_id in single if not _is_banned(fixed, token_id)])
         _write(self.tables.banned[start.slot], fixed.view(np.int32))
-        if suppresses or words:
+        if suppresses or on_tokens:
             self._changing[start.slot] = _ChangingBans(
                 fixed=fixed,
                 suppressed=suppressed,
                 suppress_until=start.suppress_until,
                 words=words,
-                history=list(start.token_ids) if words else [],
+                history=list(start.token_ids) if on_tokens else None,
             )
 
     def _write_changing(self, slot: SlotId, bans: _ChangingBans, position: int) -> None:
         """Write the bans of the token at `position`."""
         banned = set(bans.suppressed if position < bans.suppress_until else ())
-        banned.update(word[-1] for word in bans.words if tuple(bans.history[1 - len(word) :]) == word[:-1])
+        history = bans.history or []
+        banned.update(word[-1] for word in bans.words if tuple(history[1 - len(word) :]) == word[:-1])
         if banned != bans.written:
             bits = bans.fixed.copy()
             _flip(bits, [token_id for token_id in banned if not _is_banned(bits, token_id)])
             _write(self.tables.banned[slot], bits.view(np.int32))
             bans.written = frozenset(banned)
-        if position >= bans.suppress_until and not bans.words:
+        if position >= bans.suppress_until and bans.history is None:
             del self._changing[slot]
 
     def _write_bias(self, slot: SlotId, params: SamplingParams) -> None:
