@@ -80,8 +80,10 @@ class HandDriven:
         assert len(taken) == count, "the test's pool is too small"
         return taken
 
-    def start(self, name: str, sampling: SamplingParams, token_ids: Sequence[int] = ()) -> SlotId:
-        """Return the slot that the next step starts for the request."""
+    def start(
+        self, name: str, sampling: SamplingParams, token_ids: Sequence[int] = (), *, suppressed: tuple[int, ...] = ()
+    ) -> SlotId:
+        """Return the slot that the next step starts for the request. `suppressed` until `min_tokens`."""
         taken = {*self._open, *(start.slot for start in self._to_start)} - {*self._to_end}
         slot = SlotId(min(set(range(len(taken) + 1)) - taken))
         self._to_start.append(
@@ -91,6 +93,8 @@ class HandDriven:
                 sampling=sampling,
                 token_ids=token_ids,
                 num_prompt_tokens=len(token_ids),
+                suppressed_token_ids=suppressed,
+                suppress_until=len(token_ids) + sampling.min_tokens if suppressed else 0,
             )
         )
         return slot

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from kvist.plan.batch import BatchItem
 from kvist.request import RequestId, SampledToken, SamplingParams, SlotId
+from tests.runner.reference_sampler import next_token
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, num_logprobs=2)
 SEEDED = SamplingParams(max_tokens=10, temperature=0.9, top_p=0.95, seed=77, num_logprobs=2)
@@ -42,6 +44,47 @@ def test_chunked_prefill_gives_the_tokens_of_a_whole_prefill(
     for size in (1, 3, 4, 5, 16):
         chunks = [min(size, length - start) for start in range(0, length, size)]
         assert_same(engine.generate(prompt, sampling, chunks=chunks), whole)
+
+
+@pytest.mark.parametrize("bad_words", [((9,), (3, 4), (4, 3)), ((3,) * 9, (4,) * 9)], ids=["short", "long"])
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 3, "top_k": 20}], ids=str)
+def test_shaped_tokens_are_those_of_the_reference_sampler(
+    engine: Any, params: dict[str, float], bad_words: tuple[tuple[int, ...], ...]
+) -> None:
+    """Logprobs of the whole vocabulary are the model's logits, shifted: only repetition_penalty would differ."""
+    sampling = SamplingParams(
+        max_tokens=25,
+        num_logprobs=211,
+        frequency_penalty=0.02,
+        presence_penalty=0.5,
+        logit_bias=((3, 12.0), (4, 9.0)),
+        allowed_token_ids=(3, *range(0, 211, 2)),
+        bad_words=bad_words,
+        **params,  # type: ignore[arg-type]
+    )
+    prompt = prompt_of(7)
+    output, num_changed = list[int](), 0
+    for token in engine.generate(prompt, sampling):
+        assert token.logprobs is not None
+        by_id = dict(zip(token.logprobs.top_token_ids, token.logprobs.top_logprobs, strict=True))
+        logits = [by_id[token_id] for token_id in range(211)]
+        assert token.token_id == next_token(logits, sampling, prompt=prompt, output=output)
+        without = msgspec.structs.replace(sampling, bad_words=())
+        num_changed += token.token_id != next_token(logits, without, prompt=prompt, output=output)
+        output.append(token.token_id)
+    assert num_changed, "the bad words never mattered"
+
+
+def test_stop_tokens_are_suppressed_before_min_tokens(engine: Any) -> None:
+    sampling = SamplingParams(max_tokens=6, temperature=0.0, logit_bias=((5, 90.0),), min_tokens=3)
+    slot = engine.start("a", sampling, [1, 2], suppressed=(5,))
+    tokens, pages = [1, 2], engine.pages(10)
+    for start in range(6):
+        known = tokens[start : start + 1] if start else tokens
+        item = BatchItem(slot=slot, token_ids=known, start=start and start + 1, page_ids=pages, samples=True)
+        (token,) = engine.step(item).values()
+        tokens.append(token.token_id)
+    assert [token == 5 for token in tokens[2:]] == [False] * 3 + [True] * 3
 
 
 @BOTH

@@ -35,8 +35,8 @@ def floors_of_likeliest(values: Tensor, shifted: Tensor, columns: SamplingColumn
     floors = torch.maximum(floors, _nucleus_floors(values, kth, shifted, columns))
     if num_values == vocab_size:
         return floors, torch.ones_like(top_k.squeeze(1), dtype=torch.bool)
-    last = values[:, -1:]  # tokens as likely as the last one may be missing
-    return floors, ((floors > last) & (is_off | ((top_k <= num_values) & (kth > last)))).squeeze(1)
+    last = values[:, -1:]  # tokens as likely as the last one may be missing, and a k-th one beyond it
+    return floors, ((floors > last) & (is_off | (kth > last))).squeeze(1)
 
 
 def _nucleus_floors(values: Tensor, kth: Tensor, shifted: Tensor, columns: SamplingColumns) -> Tensor:
