@@ -161,6 +161,24 @@ def test_every_row_of_the_failure_modes_is_complete_and_names_a_test() -> None:
         assert "::test" in cells[4].lower(), row
 
 
+def test_the_map_of_rooms_names_every_room_and_every_file_beside_them() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = page.split("| room | contents |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    named = [name for row in rows for name in re.findall(r"`([\w./]+)`", row.split("|")[1])]
+    found = [
+        path.name + "/" * path.is_dir()
+        for path in (ROOT / "src/kvist").iterdir()
+        if path.suffix in ("", ".py") and not path.name.startswith("__")
+    ]
+    assert sorted(named) == sorted(found)
+
+
+def test_the_map_links_every_decision_once_at_least() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\(adr/([\w-]+\.md)\)", page))
+    assert linked == {path.name for path in (ROOT / "docs/adr").iterdir()}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_of_the_docs_resolve(page: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
