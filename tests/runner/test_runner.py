@@ -46,7 +46,7 @@ def test_chunked_prefill_gives_the_tokens_of_a_whole_prefill(
         assert_same(engine.generate(prompt, sampling, chunks=chunks), whole)
 
 
-@pytest.mark.parametrize("bad_words", [((9,), (3, 4), (4, 3)), ((3,) * 9, (4,) * 9)], ids=["short", "long"])
+@pytest.mark.parametrize("bad_words", [((9,), (3, 3), (3, 4)), ((3,) * 9, (4,) * 9)], ids=["short", "long"])
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 3, "top_k": 20}], ids=str)
 def test_shaped_tokens_are_those_of_the_reference_sampler(
     engine: Any, params: dict[str, float], bad_words: tuple[tuple[int, ...], ...]
