@@ -17,10 +17,10 @@
     ├── Unavailable                 no worker can serve the request now (503, retry later)
     │   ├── WorkerLost              the worker died or became silent while it had the request
     │   ├── HandoffFailed           the pages did not reach the decode worker
-    │   └── StoreError              the storage tier cannot be opened; never raised after that
+    │   └── StoreError              a store cannot be opened, or broke its interface
     ├── Timeout                     a time limit expired (504)
     ├── EngineError                 a bug in Kvist or a broken device (500)
-    └── ConfigError                 a wrong flag, setting or model folder; raised at start only
+    └── ConfigError                 a wrong flag, setting, address or model folder
         ├── ModelLoadError          the checkpoint is missing, broken or of an unknown model family
         └── WireError               the peer has another protocol version or sent undecodable bytes
 
@@ -37,7 +37,7 @@ UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class KvistError(Exception):
-    """Base class. `message` says what happened and what to do about it, in one or two sentences."""
+    """Base class. `message` gives the problem and its remedy in one or two sentences."""
 
     code = "internal_error"
     http_status = 500
@@ -159,7 +159,7 @@ def _all_classes(root: type[KvistError]) -> list[type[KvistError]]:
 
 
 def error_from_wire(code: str, message: str) -> KvistError:
-    """Rebuild an error reported by a peer. An unknown code becomes an `EngineError` with the same message."""
+    """Rebuild an error reported by a peer. An unknown code becomes an `EngineError` whose message names the code."""
     for cls in _all_classes(KvistError):
         if cls.code == code:
             return cls(message)

@@ -83,9 +83,9 @@ _ADMITTED_MODES = {
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Parameters for sampling each token. The gateway validates them.
+    """Parameters for sampling each token, validated by the gateway.
 
-    The gateway always sets `seed` (drawn there when the client gave none). `temperature == 0` is greedy.
+    The gateway always sets `seed`, at random if the client gave none. `temperature == 0` is greedy.
     """
 
     max_tokens: int  # output tokens, >= 0; 0: only the prompt is computed
@@ -97,7 +97,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: int = 0  # output tokens before which no end-of-sequence or stop token is sampled
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    num_logprobs: int | None = None  # None: no logprobs; k >= 0: of the chosen token and the k most likely ones
+    num_logprobs: int | None = None  # None: no logprobs; k >= 0: of the sampled token and the k most likely ones
     frequency_penalty: float = 0.0  # [-2, 2]; subtracted for each earlier occurrence in the output (OpenAI's formula)
     presence_penalty: float = 0.0  # [-2, 2]; subtracted once from a token that the output contains
     # > 0; tokens of prompt and output: positive logits are divided by it, negative ones multiplied (arXiv:1909.05858)
@@ -130,6 +130,8 @@ def needs_known_token(sampling: SamplingParams) -> bool:
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A request as the gateway sends it to an engine."""
+
     request_id: RequestId
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -143,13 +145,13 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Natural-log probabilities under the model's own distribution (before temperature and truncation)."""
+    """Natural-log probabilities under the model's own distribution: before penalties, temperature and truncation."""
 
     logprob: float
     top_token_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
     asked_logprobs: tuple[float, ...] = ()  # of `SamplingParams.logprob_token_ids`, in their order
-    rank: int | None = None  # 1 for the likeliest token; of prompt tokens only
+    rank: int | None = None  # 1: the most likely token; only for prompt tokens
 
 
 class SampledToken(msgspec.Struct, frozen=True, kw_only=True, gc=False):

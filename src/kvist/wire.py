@@ -44,8 +44,8 @@ FlushTier = Literal["device", "host"]
 
 
 class Hello(_Message, frozen=True):
-    """First message of a gateway, and its keep-alive. Without one for `gateway_timeout_s` the engine aborts the
-    gateway's requests. `resync` requests a snapshot of all cached page digests."""
+    """First message of a gateway, and its keep-alive: the engine aborts the requests of a gateway that has sent nothing
+    for `gateway_timeout_s`. `resync` requests a snapshot of all cached page digests."""
 
     gateway_id: str
     protocol_version: int = PROTOCOL_VERSION
@@ -127,10 +127,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     """State of an engine process as its parent sees it. In `/server_info`, beside the spec."""
 
-    turn_s: float = 0.0  # duration of the loop's current iteration; a step of a large model on a CPU may take long
+    turn_s: float = 0.0  # duration of the loop's current iteration; seconds for a step of a large model on a CPU
     stalled_s: float = 0.0  # time without progress: the process is stopped, or its loop hangs
-    problem: str = ""  # why the engine is down, for people
-    doing: str = ""  # while it starts, for people: "loading weights 40%"
+    problem: str = ""  # why the engine is down; a text to be read
+    doing: str = ""  # while the engine starts: "loading weights 40%"
 
 
 class Welcome(_Message, frozen=True):
@@ -147,7 +147,7 @@ class HandoffReport(msgspec.Struct, frozen=True, kw_only=True):
     num_pages_reused: int  # pages that decode had cached already
     num_bytes: int
     duration_s: float  # grant sent → pages verified
-    wait_s: float  # the last part of it: Done received → pages verified (delay of the stream after prefill)
+    wait_s: float  # the last part of `duration_s`: Done received → pages verified; the delay of the stream
 
 
 class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in each step, none in a reference cycle
@@ -196,10 +196,10 @@ class StorageStatus(_Message, frozen=True, tag=False):
     num_quarantined_pages: int  # host pages that a hung store call may still read or write
     stored_bytes: int  # by all workers, as of the last store call
     errors: dict[str, int]  # count by short name; of system calls, the errno
-    note: str = ""  # for people
+    note: str = ""  # a text to be read
 
 
-PageDigest = Annotated[bytes, msgspec.Meta(max_length=32)]  # 32 bytes; a gateway remembers many
+PageDigest = Annotated[bytes, msgspec.Meta(max_length=32)]  # the limit bounds the memory of a gateway
 PageTier = Literal["device", "host"]  # nearest first
 
 
@@ -212,10 +212,11 @@ class PageEvents(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class LoadReport(_Message, frozen=True):
-    """Sent at least once a second, and with the step in which the pages of a tier changed.
+    """Sent once a second, and sooner if cached pages have changed (engine/reports.py).
 
-    `sequence` grows by one with each report to one gateway; after a gap, or with `snapshot`, the gateway must replace
-    its set of pages. Counters in `totals` only grow (declared in engine/counters.py).
+    `sequence` grows by one with each report to one gateway. After a gap the gateway requests a snapshot
+    (`Hello.resync`); a report with `snapshot` replaces its set of pages. The counters in `totals` only grow
+    (engine/counters.py).
     """
 
     sequence: int
@@ -228,7 +229,7 @@ class LoadReport(_Message, frozen=True):
     service_s: float | None = None  # recent mean time of a request from its first admission to its end
     num_host_pages: dict[str, int] = {}  # by state: free, cached, in_flight; empty without a host tier
     storage: StorageStatus | None = None  # None without a host tier
-    draining: bool = False  # takes no new request; the engine exits after its last one
+    draining: bool = False  # the engine takes no new request, and exits after its last one
     snapshot: bool = False
     page_events: tuple[PageEvents, ...] = ()  # one per tier at most; with `snapshot`, every cached page as stored
     totals: dict[str, float] = {}
@@ -258,11 +259,11 @@ class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
     location: str
     num_pages: int
     page_bytes: int
-    layout: str  # kv/layout.py's description; both sides must agree
+    layout: str  # `PageLayout.describe`; must be equal on both sides
 
 
 class Grant(_Message, frozen=True):
-    """Permission of decode to write. `page_ids` are decode's pages for the prompt pages
+    """Permission to write into pages of decode. `page_ids` are decode's pages for the prompt pages
     [first_page, first_page + len(page_ids))."""
 
     handoff_id: HandoffId
@@ -285,9 +286,9 @@ class Revoke(_Message, frozen=True):
     """Stop writing and answer `Closed`; until then decode does not reuse the pages."""
 
     handoff_id: HandoffId
-    target_epoch: EpochId  # whom to answer, even if the handoff is unknown
+    target_epoch: EpochId  # receives the answer, even if the handoff is unknown
     reason: str
-    cancelled: bool = False  # the request was aborted at decode: nothing has failed
+    cancelled: bool = False  # the request was aborted at decode: this is not a failure
 
 
 # ---------------------------------------------------------------- prefill → decode

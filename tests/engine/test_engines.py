@@ -154,7 +154,7 @@ def test_preempted_requests_resume_with_the_same_tokens(
             world.submit_full(small, request_of(f"r{number}", each, **sampling)) for number, each in enumerate(prompts)
         ]
     world.run()
-    assert small.scheduler.load().totals["preemptions"] > 0, "the pool was large enough: this tests nothing"
+    assert small.scheduler.status().totals["preemptions"] > 0, "the pool was large enough: this tests nothing"
     assert [stream.token_ids for stream in streams] == answers
     world.check_ledgers()
 
@@ -212,7 +212,7 @@ def test_an_answer_of_one_token_needs_no_decode_step(world: MemoryCluster) -> No
     assert two.token_ids == one.token_ids
     assert two.finish is FinishReason.LENGTH
     assert [ended.outcome for ended in two.ended] == [Outcome.FINISHED] * 2
-    assert decode.scheduler.load().totals["steps"] == 0
+    assert decode.scheduler.status().totals["steps"] == 0
     world.check_ledgers()
 
 
@@ -285,7 +285,7 @@ def test_aborts_at_any_moment_end_each_request_once_and_leak_no_page(world: Memo
 def test_a_prefill_engine_that_dies_fails_its_handoffs_and_frees_their_pages(world: MemoryCluster) -> None:
     prefill, decode = world.start(role=Role.PREFILL), world.start(role=Role.DECODE)
     stream = world.submit_pair(prefill, decode, request_of("r", prompt(60)))
-    world.step_until(lambda: decode.scheduler.load().pages.in_flight)
+    world.step_until(lambda: decode.scheduler.status().pages.in_flight)
     world.kill(prefill)
     world.clock.advance(1.0)
     world.run()
@@ -299,7 +299,7 @@ def test_a_prefill_engine_that_dies_fails_its_handoffs_and_frees_their_pages(wor
 def test_a_decode_engine_that_dies_leaves_prefill_without_held_pages(world: MemoryCluster) -> None:
     prefill, decode = world.start(role=Role.PREFILL), world.start(role=Role.DECODE)
     world.submit_pair(prefill, decode, request_of("r", prompt(60)))
-    world.step_until(lambda: decode.scheduler.load().pages.in_flight)
+    world.step_until(lambda: decode.scheduler.status().pages.in_flight)
     world.step()
     world.kill(decode)
     world.clock.advance(1.0)
@@ -325,7 +325,7 @@ def test_pages_from_the_host_tier_give_the_tokens_of_recomputing(world: MemoryCl
             assert stream.cached == (0 if turn == 0 else (len(each) - 1) // 4 * 4)
         fill(world, engine, seed=20 + turn)
     world.check_ledgers()
-    assert engine.scheduler.load().totals["host_loaded_pages"] == 2 * (1 + 4 + 7 + 8)
+    assert engine.scheduler.status().totals["host_loaded_pages"] == 2 * (1 + 4 + 7 + 8)
 
 
 @SAMPLING
@@ -344,4 +344,4 @@ def test_a_pair_whose_pages_come_from_both_host_tiers_gives_the_same_tokens(
                 assert stream.token_ids == answers[number], f"prompt of {len(each)} tokens, turn {turn}"
     world.check_ledgers()
     for engine in (prefill, decode):
-        assert engine.scheduler.load().totals["host_loaded_pages"] >= 8
+        assert engine.scheduler.status().totals["host_loaded_pages"] >= 8

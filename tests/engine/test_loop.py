@@ -211,7 +211,7 @@ def test_a_new_request_is_looked_up_in_the_store_before_its_batch_is_planned() -
     storage = FakeStorage(finds=True)
     engine = LoopBench(storage=storage)
     fetch = FetchPages(job_id=3, digests=(b"d",), host_slots=(0,))
-    engine.scheduler.script = [Plan(moves=(find(1), find(2))), Plan(moves=(fetch,), batch=batch("a"))]
+    engine.scheduler.script = [Plan(tier_jobs=(find(1), find(2))), Plan(tier_jobs=(fetch,), batch=batch("a"))]
     engine.iterate((G1, submit("r")), (G1, submit("s")))
     assert [len(events) for events in engine.scheduler.seen] == [2, 2]
     assert engine.scheduler.seen[1] == [PagesFound(job_id=1, num_pages=1), PagesFound(job_id=2, num_pages=1)]
@@ -224,7 +224,7 @@ def test_a_new_request_is_looked_up_in_the_store_before_its_batch_is_planned() -
 def test_a_store_that_does_not_answer_delays_one_batch_by_two_milliseconds() -> None:
     engine = LoopBench(storage=FakeStorage(finds=False))
     engine.channel.sleeps = True
-    engine.scheduler.script = [Plan(moves=(find(1), find(2), find(3))), Plan(batch=batch("a"))]
+    engine.scheduler.script = [Plan(tier_jobs=(find(1), find(2), find(3))), Plan(batch=batch("a"))]
     engine.iterate((G1, submit("r")))
     assert engine.channel.timeouts == pytest.approx([0.0, STORE_PROBE_S])
     assert engine.steps == ["launch 1", "read 1"]
@@ -234,7 +234,7 @@ def test_a_store_that_does_not_answer_delays_one_batch_by_two_milliseconds() -> 
 
 def test_messages_that_arrive_during_the_store_lookup_are_not_lost() -> None:
     engine = LoopBench(storage=FakeStorage(finds=True))
-    engine.scheduler.script = [Plan(moves=(find(1),))]
+    engine.scheduler.script = [Plan(tier_jobs=(find(1),))]
     abort = wire.Abort(request_id=RequestId("r"))
     engine.scheduler.on_step = lambda: None if engine.scheduler.seen else engine.channel.deliver(G1, abort)
     assert engine.iterate((G1, submit("r"))) == [

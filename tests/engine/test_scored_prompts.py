@@ -66,7 +66,7 @@ def test_concurrent_and_preempted_requests_are_scored_once(world: MemoryCluster,
         for number, each in enumerate(prompts)
     ]
     world.run()
-    assert small.scheduler.load().totals["preemptions"] > 0
+    assert small.scheduler.status().totals["preemptions"] > 0
     for stream, each in zip(streams, prompts, strict=True):
         check(stream, tiny_model, each)
 

@@ -97,7 +97,7 @@ def test_pages_from_the_store_after_a_restart_give_the_same_tokens(
     for n, (tokens, cached) in computed.items():
         assert cached == 0
         assert answer(world, second, request_of(f"2-{n}", prompt(n), **sampling)) == (tokens, hits(n))
-    totals = second.scheduler.load().totals
+    totals = second.scheduler.status().totals
     assert totals["storage_fetched_pages"] == sum(hits(n) for n in LENGTHS) / 4
     assert totals["storage_failed_pages"] == 0
     world.check_ledgers()
@@ -123,7 +123,7 @@ def test_prefill_and_decode_both_fetch_their_pages_from_a_shared_store(
                 restart(world, pair[1], storage, role=Role.DECODE),
             )
     for engine in pair:
-        assert engine.scheduler.load().totals["storage_fetched_pages"] >= 1 + 4 + 8 + 14
+        assert engine.scheduler.status().totals["storage_fetched_pages"] >= 1 + 4 + 8 + 14
     world.check_ledgers()
 
 
@@ -164,7 +164,7 @@ def test_with_a_full_disk_no_page_is_stored_and_every_request_is_answered(
     assert [*tmp_path.rglob("*.page")] == []
     status = engine.storage.status()
     assert (set(status.errors), status.breaker) == ({"ENOSPC"}, "closed"), "the store itself waits a while"
-    assert engine.scheduler.load().totals["storage_failed_pages"] == 11
+    assert engine.scheduler.status().totals["storage_failed_pages"] == 11
     monkeypatch.undo()
     assert answer(world, engine, request_of("2", prompt(33))) == (tokens, 32)
 
@@ -276,7 +276,7 @@ def test_while_a_store_hangs_requests_are_answered_and_its_host_pages_stay_in_fl
     assert engine.num_host_pages_in_flight >= 8
     begun = world.submit_full(engine, request_of("3", prompt(60)))  # the store gets no call
     world.step_until(lambda: not begun.waits_for)
-    assert engine.scheduler.load().totals["prefetch_timeouts"] == 1
+    assert engine.scheduler.status().totals["prefetch_timeouts"] == 1
     hanging.go.set()
     world.run()
     assert engine.num_host_pages_in_flight == 0

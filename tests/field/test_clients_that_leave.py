@@ -83,7 +83,7 @@ def test_a_step_without_a_client_is_abandoned_within_100_ms_and_the_next_prompt_
     assert ended_s - (1.0 + after_s) < 0.1
     assert engine.slow_runner.began[-1][0] - (1.0 + after_s) < 0.1
     assert engine.num_abandoned() == 1
-    totals = engine.real_scheduler.load().totals
+    totals = engine.real_scheduler.status().totals
     assert (totals["requests_aborted"], totals["requests_failed"]) == (1, 0)
 
 
@@ -97,7 +97,7 @@ def test_the_pages_of_forty_clients_that_leave_at_once_are_freed_together() -> N
         engine.loop.iterate(0.0)
     assert max(at_s for at_s, _, _ in engine.ended()) < 3.6
     engine.loop.iterate(0.0)
-    load = engine.real_scheduler.load()
+    load = engine.real_scheduler.status()
     assert (load.num_running, load.num_waiting, load.pages.owned) == (0, 0, 0)
 
 

@@ -102,8 +102,8 @@ def test_a_full_queue_displaces_the_newest_request_of_the_busiest_caller() -> No
         ("flood8", "overloaded"),  # displaced by another connection of its own key
     ]
     assert all(ended.retry_after_s is not None for ended in plan.ended)
-    assert engine.scheduler.load().num_waiting == 6
-    assert engine.scheduler.load().totals["requests_displaced"] == 2
+    assert engine.scheduler.status().num_waiting == 6
+    assert engine.scheduler.status().totals["requests_displaced"] == 2
 
 
 @pytest.mark.case("fairness")

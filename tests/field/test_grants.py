@@ -69,7 +69,7 @@ def test_prefill_accepts_a_grant_only_from_the_decode_engine_that_the_gateway_na
     (refused,) = messages_of(plan)
     assert isinstance(refused, Closed)
     assert (refused.target_epoch, refused.error_code) == (THIEF, "handoff_failed")
-    assert prefill.load().totals["foreign_grants"] == 1
+    assert prefill.status().totals["foreign_grants"] == 1
     assert plan.ended == ()  # the request still waits for the valid Grant
     assert prefill.step(0.1, [GRANT]).watched_epochs == {D}
 

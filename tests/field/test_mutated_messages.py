@@ -289,7 +289,7 @@ class OfflineEngine:
             self.now_s += LATER_S
             self.step([PeerDied(epoch=epoch) for epoch in sorted(self.plan.watched_epochs)])
         # Quarantined pages are free again. Prefill keeps pages until decode has answered Done.
-        pages = self.scheduler.load().pages
+        pages = self.scheduler.status().pages
         assert (pages.owned, pages.in_flight) == (0, 0), pages
         assert pages.free + pages.cached == pages.total
         assert not self.scheduler.has_work()
@@ -503,7 +503,7 @@ def fuzz_loop(role: Role, seed: int, num_messages: int) -> float:
 def test_an_engine_survives_mutated_messages_and_releases_everything_they_held(role: Role, seed: int) -> None:
     engine = fuzz_engine(role, seed, 1200)
     assert 400 < engine.num_decoded < 1600, "mutations must be wrong in many ways"
-    totals = engine.scheduler.load().totals
+    totals = engine.scheduler.status().totals
     assert totals["requests_finished"] > 0
     if role is not Role.UNIFIED:
         assert totals["handoffs_sent" if role is Role.PREFILL else "handoffs_received"] > 0

@@ -101,7 +101,7 @@ def test_every_rank_decodes_the_batches_and_has_the_slots_of_a_busy_scheduler() 
             sampled = SampledTokens(token_ids=[dice.randrange(100) for each in done.items if each.samples])
             events = [StepFinished(step_id=done.step_id, sampled=sampled)]
     assert not scheduler.has_work()
-    assert scheduler.load().totals["preemptions"]
+    assert scheduler.status().totals["preemptions"]
     assert min(seen[what] for what in ("took a token unknown", "chunks")) > 100
     assert min(seen[what] for what in ("started", "started in a slot that was ended")) > 10, seen
 

@@ -54,7 +54,7 @@ class Bench:
 
     @property
     def busy_pages(self) -> int:
-        counts = self.scheduler.load().pages
+        counts = self.scheduler.status().pages
         return counts.owned + counts.in_flight + counts.cached - counts.evictable
 
 

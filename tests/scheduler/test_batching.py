@@ -132,7 +132,7 @@ def test_only_the_chunk_of_position_0_reports_the_cached_tokens() -> None:
     cached = [chunk.num_cached_tokens for _, chunk in engine.world.chunks["b"]]
     assert cached[0] == 8
     assert set(cached[1:]) <= {None}
-    totals = engine.scheduler.load().totals
+    totals = engine.scheduler.status().totals
     assert (totals["prompt_tokens"], totals["cached_prompt_tokens"], totals["computed_prompt_tokens"]) == (18, 8, 10)
 
 
@@ -143,7 +143,7 @@ def test_the_ceiling_counts_evicted_tokens_once_per_request_by_the_rule_of_hits(
         run_out(engine)
     engine.world.submit(sim_request("d", list(range(8)), max_tokens=1), engine)  # its last page must be computed
     run_out(engine)
-    totals = engine.scheduler.load().totals
+    totals = engine.scheduler.status().totals
     assert (totals["prompt_tokens"], totals["ceiling_prompt_tokens"]) == (35, 8 + 4)
     assert totals["cached_prompt_tokens"] == 4 + 4  # one of the two pages of c was still cached
 
@@ -155,7 +155,7 @@ def test_hits_and_ceiling_exclude_output_tokens_of_a_resumed_request() -> None:
             sim_request(name, list(range(5)), output_token_ids=tuple(range(30, 35)), max_tokens=7), engine
         )
         run_out(engine)
-    totals = engine.scheduler.load().totals
+    totals = engine.scheduler.status().totals
     assert (totals["cached_prompt_tokens"], totals["ceiling_prompt_tokens"]) == (5, 5)
 
 
@@ -181,7 +181,7 @@ def test_the_youngest_request_is_preempted_and_its_stream_is_unchanged() -> None
     for index, name in enumerate("ab"):
         world.submit(sim_request(name, [index] * 7, max_tokens=12, ignore_eos=True, seed=index), engine)
     run_out(engine)
-    assert engine.scheduler.load().totals["preemptions"] >= 1
+    assert engine.scheduler.status().totals["preemptions"] >= 1
     assert world.ended["a", engine.epoch][0].outcome is Outcome.FINISHED
     for index, name in enumerate("ab"):
         request = sim_request(name, [index] * 7, max_tokens=12, ignore_eos=True, seed=index)
@@ -342,10 +342,10 @@ def test_an_abort_during_a_step_keeps_the_pages_until_the_step_is_over() -> None
     engine.events.append(Abort(request_id=RequestId("a")))
     plan = engine.step()
     assert [ended.outcome for ended in plan.ended] == [Outcome.ABORTED]
-    assert engine.scheduler.load().pages.owned == 2
+    assert engine.scheduler.status().pages.owned == 2
     plan = step(engine)
     assert not plan.chunks
-    assert engine.scheduler.load().pages.owned == 0
+    assert engine.scheduler.status().pages.owned == 0
 
 
 def test_an_abort_of_a_request_that_waits_or_is_unknown_is_harmless() -> None:
@@ -354,7 +354,7 @@ def test_an_abort_of_a_request_that_waits_or_is_unknown_is_harmless() -> None:
         engine, arrived("a"), arrived("b"), Abort(request_id=RequestId("b")), Abort(request_id=RequestId("ghost"))
     )
     assert [(ended.request_id, ended.outcome) for ended in plan.ended] == [("b", Outcome.ABORTED)]
-    assert engine.scheduler.load().num_waiting == 0
+    assert engine.scheduler.status().num_waiting == 0
 
 
 def test_a_failed_step_fails_its_requests_and_caches_nothing_it_wrote() -> None:
@@ -366,7 +366,7 @@ def test_a_failed_step_fails_its_requests_and_caches_nothing_it_wrote() -> None:
         ("a", "engine_error"),
         ("b", "engine_error"),
     }
-    assert engine.scheduler.load().pages.cached == 0
+    assert engine.scheduler.status().pages.cached == 0
     run_out(engine)
 
 

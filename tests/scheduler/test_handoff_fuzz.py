@@ -127,6 +127,6 @@ def test_without_faults_every_stream_finishes_and_equals_unified() -> None:
         world.settle()
         world.check_settled()
         assert all(ended.outcome.value == "finished" for (ended,) in world.ended.values())
-        totals = decode.scheduler.load().totals
+        totals = decode.scheduler.status().totals
         assert totals["handoffs_received"] == 10
         assert totals["requests_failed"] == 0

@@ -158,7 +158,7 @@ def test_the_ack_ends_the_request_and_frees_its_pages() -> None:
     assert ends(plan) == [(Outcome.FINISHED, None)]
     assert bench.busy_pages == 0
     assert plan.watched_epochs == frozenset()
-    totals = bench.scheduler.load().totals
+    totals = bench.scheduler.status().totals
     assert (totals["handoffs_sent"], totals["handoff_pages"], totals["handoff_bytes"]) == (1, 3, 3 * PAGE_BYTES)
 
 
@@ -237,7 +237,7 @@ def test_a_handoff_whose_client_has_left_is_cancelled_at_prefill_and_not_failed(
     assert isinstance(closed, Closed)
     assert closed.error_code is None
     assert [outcome for outcome, _ in ends(plan)] == [Outcome.ABORTED]
-    totals = bench.scheduler.load().totals
+    totals = bench.scheduler.status().totals
     assert (totals["handoffs_cancelled"], totals["handoffs_failed"]) == (1, 0)
     assert (totals["requests_aborted"], totals["requests_failed"]) == (1, 0)
 
@@ -342,7 +342,7 @@ def test_a_failed_step_closes_the_handoff_and_caches_nothing() -> None:
     plan = bench.step(StepFailed(step_id=plan.batch.step_id, message="fire"))
     assert ends(plan) == [(Outcome.FAILED, "engine_error")]
     assert isinstance(messages(plan)[0], Closed)
-    assert bench.scheduler.load().pages.free == 12
+    assert bench.scheduler.status().pages.free == 12
 
 
 def test_waiting_for_a_grant_is_bounded_also_after_the_prompt_is_computed() -> None:
@@ -395,8 +395,8 @@ def test_a_running_stream_preempts_an_ungranted_prefill() -> None:
     bench.step(Submit(request=stream, mode=Mode.FULL))
     positions = [chunk.position for _ in range(6) for chunk in bench.finish().chunks]
     assert positions == [0, 1, 2, 3, 4, 5]
-    assert bench.scheduler.load().totals["preemptions"] == 1
-    assert bench.scheduler.load().num_waiting == 1
+    assert bench.scheduler.status().totals["preemptions"] == 1
+    assert bench.scheduler.status().num_waiting == 1
 
 
 def test_a_granted_prefill_without_pages_times_out_and_sends_closed() -> None:

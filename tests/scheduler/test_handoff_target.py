@@ -54,7 +54,7 @@ def test_decode_grants_pages_for_the_uncached_part_of_the_prompt() -> None:
     assert (sent.message.first_page, len(sent.message.page_ids)) == (0, 3)
     assert (sent.message.target_epoch, sent.message.source_epoch) == (D, P)
     assert bench.plan.watched_epochs == {P}
-    assert bench.scheduler.load().pages.in_flight == 3
+    assert bench.scheduler.status().pages.in_flight == 3
     assert bench.plan.batch is None
 
 
@@ -114,7 +114,7 @@ def test_done_with_a_finish_reason_ends_the_request_without_a_chunk() -> None:
     assert ends(plan) == [(Outcome.FINISHED, None)]
     assert messages(plan) == [Ack(handoff_id=H, target_epoch=D)]
     assert not plan.chunks
-    assert bench.scheduler.load().pages.cached == 2
+    assert bench.scheduler.status().pages.cached == 2
     assert bench.busy_pages == 0
 
 
@@ -128,14 +128,14 @@ def test_pages_that_differ_from_those_sent_fail_the_request_on_both_sides(damage
         plan = bench.step(PagesVerified(handoff_id=H, checksum="other"))
     assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
     assert isinstance(messages(plan)[0], Revoke)
-    assert bench.scheduler.load().pages.free == 12
+    assert bench.scheduler.status().pages.free == 12
     assert isinstance(messages(bench.step(done()))[0], Revoke)  # the Revoke was lost, and is repeated
 
 
 def test_closed_fails_the_request_with_prefills_reason_and_frees_the_pages() -> None:
     bench = granted()
     assert ends(bench.step(closed())) == [(Outcome.FAILED, "overloaded")]
-    assert bench.scheduler.load().pages.free == 12
+    assert bench.scheduler.status().pages.free == 12
 
 
 def test_an_abort_after_the_grant_keeps_the_pages_in_flight_until_closed_arrives() -> None:
@@ -143,12 +143,12 @@ def test_an_abort_after_the_grant_keeps_the_pages_in_flight_until_closed_arrives
     plan = bench.step(Abort(request_id=RequestId("r")))
     assert ends(plan) == [(Outcome.ABORTED, None)]
     assert isinstance(messages(plan)[0], Revoke)
-    assert bench.scheduler.load().pages.in_flight == 3
+    assert bench.scheduler.status().pages.in_flight == 3
     for _ in range(2):
         bench.now_s += 1.0
         assert isinstance(messages(bench.step())[0], Revoke)
     bench.step(closed(code=None))
-    assert bench.scheduler.load().pages.free == 12
+    assert bench.scheduler.status().pages.free == 12
     assert not bench.scheduler.has_work()
 
 
@@ -162,7 +162,7 @@ def test_a_handoff_whose_client_has_left_is_cancelled_at_decode_and_not_failed(f
         assert isinstance(revoke, Revoke)
         assert revoke.cancelled
         bench.step(closed(code=None))
-    totals = bench.scheduler.load().totals
+    totals = bench.scheduler.status().totals
     assert (totals["handoffs_cancelled"], totals["handoffs_failed"]) == (1, 0)
     assert (totals["requests_aborted"], totals["requests_failed"]) == (1, 0)
 
@@ -171,7 +171,7 @@ def test_done_after_revoke_frees_the_granted_pages() -> None:
     bench = granted()
     bench.step(Abort(request_id=RequestId("r")))
     plan = bench.step(done())
-    assert bench.scheduler.load().pages.free == 12
+    assert bench.scheduler.status().pages.free == 12
     assert not plan.ended
     assert isinstance(messages(bench.step(done()))[0], Revoke)
 
@@ -181,15 +181,15 @@ def test_waiting_for_done_is_bounded_but_the_pages_stay_in_flight() -> None:
     bench.now_s = 5.0
     plan = bench.step()
     assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
-    assert bench.scheduler.load().pages.in_flight == 3
+    assert bench.scheduler.status().pages.in_flight == 3
     bench.step(PeerDied(epoch=P))
-    assert bench.scheduler.load().pages.free == 12
+    assert bench.scheduler.status().pages.free == 12
 
 
 def test_the_death_of_prefill_before_done_fails_the_request_and_frees_its_pages() -> None:
     bench = granted()
     assert ends(bench.step(PeerDied(epoch=P))) == [(Outcome.FAILED, "worker_lost")]
-    assert bench.scheduler.load().pages.free == 12
+    assert bench.scheduler.status().pages.free == 12
 
 
 def test_the_death_of_prefill_after_done_does_not_affect_the_request() -> None:
@@ -202,11 +202,11 @@ def test_closed_from_another_epoch_fails_the_request_but_does_not_free_its_pages
     bench = granted()
     plan = bench.step(closed(source_epoch=EpochId("P#2")))
     assert ends(plan) == [(Outcome.FAILED, "worker_lost")]
-    assert bench.scheduler.load().pages.in_flight == 3
+    assert bench.scheduler.status().pages.in_flight == 3
     bench.step(closed(source_epoch=EpochId("P#2")))
-    assert bench.scheduler.load().pages.in_flight == 3
+    assert bench.scheduler.status().pages.in_flight == 3
     bench.step(PeerDied(epoch=P))
-    assert bench.scheduler.load().pages.free == 12
+    assert bench.scheduler.status().pages.free == 12
 
 
 @pytest.mark.parametrize("fields", [{"source_epoch": EpochId("P#0")}, {"target_epoch": EpochId("D#0")}])
@@ -228,7 +228,7 @@ def test_an_abort_while_verifying_frees_the_pages_and_sends_revoke() -> None:
     plan = bench.step(Abort(request_id=RequestId("r")))
     assert ends(plan) == [(Outcome.ABORTED, None)]
     assert isinstance(messages(plan)[0], Revoke)
-    assert bench.scheduler.load().pages.free == 12
+    assert bench.scheduler.status().pages.free == 12
     assert not bench.step(VERIFIED).ended
 
 
@@ -242,7 +242,7 @@ def test_decode_recomputes_a_preempted_stream_without_a_second_handoff() -> None
         world.submit_pair(request, prefill, decode)
     world.settle()
     world.check_settled()
-    totals = decode.scheduler.load().totals
+    totals = decode.scheduler.status().totals
     assert totals["preemptions"] >= 1
     assert totals["computed_prompt_tokens"] > 0
     assert totals["handoffs_received"] == totals["requests_finished"] == 3
@@ -254,4 +254,4 @@ def test_decode_keeps_a_page_for_each_running_stream_before_it_grants() -> None:
     bench.step(done(), VERIFIED)
     plan = bench.step(VERIFIED, decode_arrived("next", HandoffId("h2")))
     assert not [message for message in messages(plan) if isinstance(message, Grant)]
-    assert bench.scheduler.load().num_waiting == 1
+    assert bench.scheduler.status().num_waiting == 1

@@ -41,7 +41,7 @@ def begin_load(world: SimCluster, engine: SimEngine, beside: Sequence[EngineRequ
     for request in (sim_request("again", PROMPT, max_tokens=2), *beside):
         world.submit(request, engine)
         world.deliver(("gateway", engine.name))
-    (load,) = engine.step().moves
+    (load,) = engine.step().tier_jobs
     assert isinstance(load, LoadPages)
     assert len(load.page_ids) == 3
 
@@ -54,11 +54,11 @@ def test_evicted_pages_are_loaded_from_the_host_tier() -> None:
     world = SimCluster()
     engine = start(world)
     begin_load(world, engine)
-    assert engine.scheduler.load().pages.in_flight == 3
+    assert engine.scheduler.status().pages.in_flight == 3
     world.settle()
     world.check_settled()
     assert reported_cached(world, "again") == 12
-    totals = engine.scheduler.load().totals
+    totals = engine.scheduler.status().totals
     assert (totals["host_loaded_pages"], totals["cached_prompt_tokens"]) == (3, 12)
 
 
@@ -85,7 +85,7 @@ def test_a_failed_load_is_a_miss_and_not_an_error() -> None:
     world.check_settled()
     assert world.outcome("again", engine) is Outcome.FINISHED
     assert reported_cached(world, "again") == 0
-    assert engine.scheduler.load().totals["host_failed_pages"] == 3
+    assert engine.scheduler.status().totals["host_failed_pages"] == 3
 
 
 def test_an_abort_during_a_load_keeps_the_pages_until_it_is_reported() -> None:
@@ -96,7 +96,7 @@ def test_an_abort_during_a_load_keeps_the_pages_until_it_is_reported() -> None:
     world.deliver(("gateway", "u"))
     engine.step()
     assert world.outcome("again", engine) is Outcome.ABORTED
-    assert engine.scheduler.load().pages.in_flight == 3
+    assert engine.scheduler.status().pages.in_flight == 3
     world.settle()
     world.check_settled()
 
@@ -109,7 +109,7 @@ def test_pages_under_backup_are_neither_freed_nor_evicted_until_it_is_reported()
     while not world.ended["first", engine.epoch]:
         engine.step()
         engine.finish_step()
-    counts = engine.scheduler.load().pages
+    counts = engine.scheduler.status().pages
     assert (counts.cached, counts.evictable) == (3, 0)
     world.submit(sim_request("next", [2] * 13, max_tokens=1), engine)
     world.deliver(("gateway", "u"))
@@ -125,12 +125,12 @@ def test_a_failed_backup_is_repeated_when_the_page_is_hit() -> None:
     engine.mover.fail_next = True
     world.submit(sim_request("first", PROMPT[:5], max_tokens=1), engine)
     world.settle()
-    totals = engine.scheduler.load().totals
+    totals = engine.scheduler.status().totals
     assert (totals["host_backed_up_pages"], totals["host_failed_pages"]) == (0, 1)
     world.submit(sim_request("second", PROMPT[:5], max_tokens=1), engine)
     world.settle()
     world.check_settled()
-    assert engine.scheduler.load().totals["host_backed_up_pages"] == 1
+    assert engine.scheduler.status().totals["host_backed_up_pages"] == 1
 
 
 def test_the_selective_policy_copies_a_page_after_its_second_hit() -> None:
@@ -140,7 +140,7 @@ def test_the_selective_policy_copies_a_page_after_its_second_hit() -> None:
     for number in range(4):
         world.submit(sim_request(f"r{number}", PROMPT, max_tokens=1), engine)
         world.settle()
-        backed_up.append(engine.scheduler.load().totals["host_backed_up_pages"])
+        backed_up.append(engine.scheduler.status().totals["host_backed_up_pages"])
     world.check_settled()
     assert backed_up == [0, 0, 3, 3]
 
@@ -150,7 +150,7 @@ def fill_device(world: SimCluster, engine: SimEngine) -> None:
     for number, token_id in enumerate((1, 1, 2, 3)):
         world.submit(sim_request(f"fill{number}", [token_id] * 13, max_tokens=1), engine)
         world.settle()
-    assert engine.scheduler.load().totals["host_backed_up_pages"] == 0
+    assert engine.scheduler.status().totals["host_backed_up_pages"] == 0
 
 
 def test_write_back_copies_whole_prefixes_before_they_are_evicted() -> None:
@@ -160,7 +160,7 @@ def test_write_back_copies_whole_prefixes_before_they_are_evicted() -> None:
     assert not engine.mover.busy
     world.submit(sim_request("more", [4] * 13, max_tokens=1), engine)
     world.settle()
-    totals = engine.scheduler.load().totals
+    totals = engine.scheduler.status().totals
     assert (totals["host_backed_up_pages"], totals["device_evicted_pages"]) == (3, 1)
     world.submit(sim_request("again", PROMPT, max_tokens=1), engine)
     world.settle()
@@ -184,7 +184,7 @@ def run_without_mover(world: SimCluster, engine: SimEngine, num_steps: int) -> N
 def check_nothing_was_lost(world: SimCluster, engine: SimEngine) -> None:
     world.settle()
     world.check_settled()
-    totals = engine.scheduler.load().totals
+    totals = engine.scheduler.status().totals
     assert totals["preemptions"] == 0
     assert totals["host_skipped_pages"] == totals["host_failed_pages"] == 0
 
@@ -209,7 +209,7 @@ def test_a_queued_request_waits_for_pending_backups_and_preempts_no_request() ->
     run_without_mover(world, engine, 3)  # without its Grant, this request would be preempted first
     world.submit(sim_request("large", [6] * 28, max_tokens=1), engine)
     run_without_mover(world, engine, 3)
-    assert engine.scheduler.load().num_waiting == 1
+    assert engine.scheduler.status().num_waiting == 1
     check_nothing_was_lost(world, engine)
 
 
@@ -223,7 +223,7 @@ def test_write_back_evicts_pages_that_cannot_be_copied_without_a_wait(fault: str
         world.submit(sim_request(f"large{number}", [6 + number] * 29, max_tokens=1), engine)
         world.settle(max_rounds=60)
     world.check_settled()
-    totals = engine.scheduler.load().totals
+    totals = engine.scheduler.status().totals
     assert totals["host_skipped_pages" if fault == "no slot" else "host_failed_pages"] > 0
 
 
@@ -342,8 +342,8 @@ def test_prefill_and_decode_load_host_pages_before_they_compute_and_grant() -> N
         drop_from_device(decode)
     world.check_settled()
     for engine in (prefill, decode):
-        assert engine.scheduler.load().totals["host_loaded_pages"] == 3
-    assert decode.scheduler.load().totals["handoff_pages"] == 4 + 1
+        assert engine.scheduler.status().totals["host_loaded_pages"] == 3
+    assert decode.scheduler.status().totals["handoff_pages"] == 4 + 1
 
 
 def test_pages_of_generated_tokens_are_loaded_from_the_host_tier() -> None:
@@ -407,7 +407,7 @@ def test_a_small_device_pool_under_load_reads_from_the_host_tier_without_a_wrong
             world.abort(f"r{number}")
     world.settle()
     world.check_settled()
-    totals = engine.scheduler.load().totals
+    totals = engine.scheduler.status().totals
     assert totals["host_loaded_pages"] > 5
     assert totals["host_failed_pages"] > 0
 

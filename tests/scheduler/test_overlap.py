@@ -106,7 +106,7 @@ def test_a_stop_token_is_noticed_one_step_late_and_the_token_after_it_is_dropped
     plan = finish(bench, second)
     assert (plan.chunks, plan.ended) == ((), ())
     assert bench.busy_pages == 0
-    assert bench.scheduler.load().totals["generation_tokens"] == 1
+    assert bench.scheduler.status().totals["generation_tokens"] == 1
 
 
 def test_min_tokens_counts_tokens_of_pending_steps() -> None:
@@ -148,7 +148,7 @@ def test_a_victim_in_a_pending_step_skips_one_step_and_is_preempted_in_the_next(
     younger = sim_request("b", [2, 3, 4, 5], max_tokens=9, ignore_eos=True)
     under_way = deque([begin(bench, older), begin(bench, younger)])
     seen: list[list[str]] = []
-    while not bench.scheduler.load().totals["preemptions"]:
+    while not bench.scheduler.status().totals["preemptions"]:
         batch = finish(bench, under_way.popleft()).batch
         seen.append(list(map(str, bench.running)) if batch is not None else [])
         under_way.extend([batch] if batch is not None else [])
@@ -206,7 +206,7 @@ def test_rows_of_several_tokens_change_no_stream(seed: int) -> None:
         world.check_settled()
         streams.append({name: world.stream(name) for name in world.submitted})
         chunks = [chunk for sent in world.chunks.values() for _, chunk in sent]
-        totals = engine.scheduler.load().totals
+        totals = engine.scheduler.status().totals
         assert totals["generation_tokens"] == sum(len(chunk.token_ids) for chunk in chunks)
         num_preemptions += int(totals["preemptions"])
         longest_row = max(longest_row, *(len(chunk.token_ids) for chunk in chunks))

@@ -61,11 +61,11 @@ def test_a_preempted_request_scores_only_tokens_that_it_has_not_reported(overlap
     engine.world.submit(sim_request("grows", PROMPT[10:], max_tokens=14, ignore_eos=True), engine)
     engine.world.submit(sim_request("scored", PROMPT[:12], max_tokens=2, prompt_logprobs=2), engine)
     run_out(engine)
-    assert engine.scheduler.load().totals["preemptions"] == 1
+    assert engine.scheduler.status().totals["preemptions"] == 1
     edges = [edge for piece in pieces(engine, "scored") for edge in piece]
     assert (edges[0], edges[-1]) == (1, 12)
     assert edges[1:-1:2] == edges[2::2], "each piece begins where the piece before ends"
-    computed = engine.scheduler.load().totals["computed_prompt_tokens"]
+    computed = engine.scheduler.status().totals["computed_prompt_tokens"]
     assert 0 <= computed - (4 + 12) <= 4, "only the page that the other request took is computed again"
 
 
@@ -99,8 +99,8 @@ def test_max_tokens_0_ends_with_the_prompt_and_sends_no_token() -> None:
         (chunk,) = answers(engine, request.request_id)
         assert (chunk.position, chunk.token_ids, chunk.finish_reason) == (0, (), FinishReason.LENGTH)
         assert chunk.num_cached_tokens is not None
-    assert engine.scheduler.load().totals["generation_tokens"] == 0
-    assert engine.scheduler.load().totals["requests_finished"] == 4
+    assert engine.scheduler.status().totals["generation_tokens"] == 0
+    assert engine.scheduler.status().totals["requests_finished"] == 4
 
 
 def test_prefill_reports_the_prompt_and_decode_does_not() -> None:

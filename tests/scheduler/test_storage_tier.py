@@ -33,7 +33,7 @@ def begin_find(world: SimCluster, engine: SimEngine) -> None:
     assert len(world.stored) == 3
     world.forget(engine, host=True)
     submit(world, engine)
-    (find,) = engine.step().moves
+    (find,) = engine.step().tier_jobs
     assert isinstance(find, FindPages)
     assert len(find.digests) == 3
 
@@ -42,7 +42,7 @@ def begin_fetch(world: SimCluster, engine: SimEngine) -> FetchPages:
     begin_find(world, engine)
     assert engine.store is not None
     engine.store.advance()
-    (fetch,) = engine.step().moves
+    (fetch,) = engine.step().tier_jobs
     assert isinstance(fetch, FetchPages)
     return fetch
 
@@ -52,14 +52,14 @@ def reported_cached(world: SimCluster, request_id: str) -> int | None:
 
 
 def totals(engine: SimEngine) -> dict[str, float]:
-    return dict(engine.scheduler.load().totals)
+    return dict(engine.scheduler.status().totals)
 
 
 def test_pages_only_in_the_store_are_fetched_before_the_request_is_admitted() -> None:
     world = SimCluster()
     engine = start(world)
     begin_fetch(world, engine)
-    load = engine.scheduler.load()
+    load = engine.scheduler.status()
     assert (load.num_waiting, load.num_running) == (1, 0)
     assert load.host_pages is not None
     assert load.host_pages.in_flight == 3
@@ -139,7 +139,7 @@ def test_a_prefetch_that_takes_too_long_is_cancelled_and_the_pages_are_computed(
     assert engine.plan.wake_at_s == pytest.approx(world.now_s + 2.0)
     world.now_s += 2.0
     plan = engine.step()
-    assert CancelFetch(job_id=fetch.job_id) in plan.moves
+    assert CancelFetch(job_id=fetch.job_id) in plan.tier_jobs
     assert plan.batch is not None
     world.settle()
     world.check_settled()
@@ -156,7 +156,7 @@ def test_pages_reported_together_with_the_prefetch_timeout_are_used() -> None:
     engine.store.advance()
     world.now_s += 2.0  # the step took that long, not the store
     plan = engine.step()
-    assert not any(isinstance(move, CancelFetch) for move in plan.moves)
+    assert not any(isinstance(job, CancelFetch) for job in plan.tier_jobs)
     world.settle()
     world.check_settled()
     assert reported_cached(world, "again") == 12
@@ -213,7 +213,7 @@ def test_an_abort_during_a_fetch_leaves_only_the_cancelled_job() -> None:
     fetch = begin_fetch(world, engine)
     world.abort("again")
     world.deliver(("gateway", "u"))
-    assert CancelFetch(job_id=fetch.job_id) in engine.step().moves
+    assert CancelFetch(job_id=fetch.job_id) in engine.step().tier_jobs
     assert world.outcome("again", engine) is Outcome.ABORTED
     assert not engine.scheduler.has_work()
     host = engine.cache.host_counts()
@@ -311,7 +311,7 @@ def test_too_few_pages_are_computed_rather_than_fetched() -> None:
     assert engine.store.fetched == []
     world.submit(sim_request("short", [5] * 7, max_tokens=1), engine)
     world.deliver(("gateway", "u"))
-    assert not any(isinstance(move, FindPages) for move in engine.step().moves)
+    assert not any(isinstance(job, FindPages) for job in engine.step().tier_jobs)
     world.settle()
 
 
@@ -325,7 +325,7 @@ def test_after_a_detach_no_request_queries_or_waits_for_the_store() -> None:
     world.check_settled()
     world.forget(engine, host=True)
     submit(world, engine, "later")
-    assert not any(isinstance(move, FindPages | StorePages) for move in engine.step().moves)
+    assert not any(isinstance(job, FindPages | StorePages) for job in engine.step().tier_jobs)
     world.settle()
     world.stored.clear()
     engine.events.append(StorageAttached(attached=True))  # another store: pages of the first are stored again
@@ -376,7 +376,7 @@ def test_a_grant_that_arrives_during_a_prefetch_is_kept() -> None:
     decode.step()
     world.deliver((decode.epoch, "p"))
     prefill.step()
-    assert prefill.scheduler.load().num_waiting == 1
+    assert prefill.scheduler.status().num_waiting == 1
     prefill.store.hung.clear()
     world.settle()
     world.check_settled()
@@ -404,7 +404,7 @@ def test_a_page_that_failed_to_store_is_stored_again_when_it_is_hit() -> None:
     engine = start(world)
     assert engine.store is not None
     world.submit(sim_request("first", PROMPT, max_tokens=1), engine)
-    while not any(isinstance(move, StorePages) for move in engine.plan.moves):
+    while not any(isinstance(job, StorePages) for job in engine.plan.tier_jobs):
         world.deliver(("gateway", "u"))
         engine.store.advance()
         engine.mover.advance()

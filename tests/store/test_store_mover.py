@@ -23,11 +23,12 @@ from kvist.plan.tiers import (
     PagesStored,
     StoreJob,
     StorePages,
+    StoreReport,
 )
 from kvist.store.backend import HostMemory, StoreContext, StoreStats
 from kvist.store.breaker import PAUSE_S
 from kvist.store.io_threads import num_readers
-from kvist.store.mover import Report, StoreMover
+from kvist.store.mover import StoreMover
 from kvist.testing.clocks import FakeClock
 from kvist.testing.memory_store import MemoryStore
 
@@ -95,8 +96,8 @@ class Moving:
         self.mover.start(job)
         return job
 
-    def reports(self, number: int = 1) -> list[Report]:
-        found: list[Report] = []
+    def reports(self, number: int = 1) -> list[StoreReport]:
+        found: list[StoreReport] = []
         give_up_s = time.monotonic() + GIVE_UP_S
         while len(found) < number:
             assert time.monotonic() < give_up_s, f"{found}, {self.store.calls}"

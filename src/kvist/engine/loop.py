@@ -1,19 +1,21 @@
 """The engine's loop: events → `scheduler.step` → carry out the plan → events.
 
-    recv ─► events ─► step ─► plan: 1. tokens and endings to gateways   2. messages to peers   3. transfers and moves
+    recv ─► events ─► step ─► plan: 1. tokens and endings to gateways   2. messages to peers   3. transfers, tier jobs
       ▲                             4. launch the batch   5. read the oldest batch in flight
       └───────────────────────────────────────── StepFinished | StepFailed ◄──────┘
 
 With a storage tier, the scheduler gets new requests before it plans a batch, so that their pages are looked up in the
-store. The store answers within about a millisecond; the pages then arrive while this batch is computed, not the next.
+store. The store answers within about a millisecond, so the pages are fetched while this batch is computed, not the
+next.
 
-One thread, no `await`. Without overlap, a batch is read at once, and the loop does nothing else while it is computed.
-With overlap (on a GPU), the next batch is planned and launched before the current one is read, so the device never
-waits for the loop; tokens are sent while the device computes the next batch. With no batch in flight, the loop sleeps
-in `recv` until a message, a transfer report (through `wakeup`) or the wake-up time of the plan. The same loop serves
-every role.
+One thread, no `await`. Without overlap, a batch is read at once, and the loop does nothing else while the batch is
+computed. With overlap (on a GPU), the next batch is planned and launched before the current one is read, so that the
+device does not wait for the loop; tokens are sent while the device computes the next batch. With no batch in flight,
+the loop sleeps in `recv` until a message, a transfer report (through `wakeup`) or the wake-up time of the plan. The
+same loop serves every role.
 
-The loop decides nothing about requests. Its own duty is liveness: silent gateways, dead peers and load reports.
+The loop decides nothing about requests. Its own tasks are to detect silent gateways and dead peers, and to send load
+reports.
 """
 
 from __future__ import annotations
@@ -37,33 +39,21 @@ from kvist.errors import EngineError, HandoffFailed, Unavailable
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, SampledTokens, StepFailed, StepFinished
 from kvist.plan.plan import Plan
-from kvist.plan.tiers import (
-    BackUpPages,
-    FindPages,
-    ForgetPages,
-    LoadPages,
-    PagesBackedUp,
-    PagesForgotten,
-    PagesFound,
-    PagesLoaded,
-    StorageAttached,
-    StoreJob,
-)
+from kvist.plan.tiers import FindPages, PageJob, PageReport, PagesFound, StorageAttached, StoreJob, StoreReport
 from kvist.plan.transfers import PeerDied, StopWrites, ToSource, VerifyPages, WritePages
 from kvist.request import EpochId
 from kvist.scheduler import Scheduler
-from kvist.store.mover import Report
 from kvist.transfer import Transport
 
-MAX_FAILED_STEPS_IN_A_ROW = 8  # then the device counts as broken, and the engine ends
-STORE_PROBE_S = 0.002  # longest delay of a batch for the store's answer
+MAX_FAILED_STEPS_IN_A_ROW = 8  # the device then counts as broken, and the engine ends
+STORE_PROBE_S = 0.002  # the longest time that a batch waits for the store's answer
 LIVENESS_INTERVAL_S = 1.0  # between two checks of watched peers and known gateways
 
 logger = logging.getLogger(__name__)
 
 
 class Channel(Protocol):
-    """channel.EngineChannel, or a fake."""
+    """`channel.EngineChannel`, or a fake."""
 
     num_undecodable: int
     num_unexpected: int
@@ -86,18 +76,18 @@ class StepRunner(Protocol):
 
 
 class Mover(Protocol):
-    """memory.page_copier.PageMover, or a fake."""
+    """`memory.page_copier.PageMover`, or a fake."""
 
-    def start(self, job: LoadPages | BackUpPages | ForgetPages) -> None: ...
-    def poll(self) -> list[PagesLoaded | PagesBackedUp | PagesForgotten]: ...
+    def start(self, job: PageJob) -> None: ...
+    def poll(self) -> list[PageReport]: ...
     def totals(self) -> dict[str, float]: ...
 
 
 class Storage(Protocol):
-    """store.control.StorageControl, or a fake."""
+    """`store.control.StorageControl`, or a fake."""
 
     def start(self, job: StoreJob) -> None: ...
-    def poll(self) -> list[Report | StorageAttached]: ...
+    def poll(self) -> list[StoreReport | StorageAttached]: ...
     def ask(self, identity: bytes, call: wire.StorageCommand) -> None: ...
     def answers(self) -> list[tuple[bytes, wire.StorageAnswer]]: ...
     def status(self) -> wire.StorageStatus: ...
@@ -106,7 +96,7 @@ class Storage(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopParts:
-    """The parts that the loop drives. engine.py makes the parts, and closes them after the loop has ended."""
+    """The parts that the loop uses. assembly.py makes the parts, and closes them after the loop has ended."""
 
     spec: wire.EngineSpec
     scheduler: Scheduler
@@ -118,7 +108,7 @@ class LoopParts:
     gateway_timeout_s: float
     mover: Mover | None = None  # with a host tier
     storage: Storage | None = None  # with a host tier
-    overlap: bool = False  # as in the scheduler: launch a batch before the previous one is read
+    overlap: bool = False  # launch a batch before the previous one is read; as in the scheduler
 
 
 class EngineLoop:
@@ -146,7 +136,7 @@ class EngineLoop:
     def run(self) -> None:
         """Serve until `request_stop`, or after `request_drain` until no request is open; then fail the open requests.
 
-        Raises `EngineError` when the runner does, and after `MAX_FAILED_STEPS_IN_A_ROW`: a new process may succeed."""
+        Raises `EngineError` if the runner does, and after `MAX_FAILED_STEPS_IN_A_ROW`: a new process may succeed."""
         try:
             while not self._stop.is_set() and not self._is_drained():
                 self.iterate(self.idle_s())
@@ -154,7 +144,7 @@ class EngineLoop:
             self._fail_open_requests()
 
     def _is_drained(self) -> bool:
-        """Return whether a requested drain is complete: gateways were informed, and no request is open."""
+        """Return whether a requested drain is complete: reports were sent to the gateways, and no request is open."""
         if self._drain.is_set() and not self._inbox.draining:
             self._inbox.draining = True
             self._parts.reports.make_due()
@@ -187,11 +177,11 @@ class EngineLoop:
         self._compute(plan.batch)
 
     def _probe_store(self, now_s: float, events: list[Event]) -> tuple[float, list[Event]]:
-        """Look up the pages of new requests in the store, waiting for `STORE_PROBE_S` at most. Returns the time, and
-        the events received meanwhile."""
+        """Start to look up the pages of new requests in the store, and wait for the answers for `STORE_PROBE_S` at
+        most. Return the time, and the events received meanwhile."""
         plan = self._plan(now_s, events, with_batch=False)
         self._carry_out(plan, now_s)
-        num_queries = sum(isinstance(move, FindPages) for move in plan.moves)
+        num_queries = sum(isinstance(job, FindPages) for job in plan.tier_jobs)
         deadline_s = now_s + STORE_PROBE_S
         received: list[Event] = []
         for _ in range(num_queries):
@@ -206,14 +196,14 @@ class EngineLoop:
             return self._parts.scheduler.step(now_s, events, with_batch=with_batch)
 
     def _receive(self, timeout_s: float) -> tuple[float, list[Event]]:
-        """Wait for a message or report for `timeout_s` at most. Returns the time and all new events."""
+        """Wait for a message or report for `timeout_s` at most. Return the time and all new events."""
         buffered = self._abandonment.take_buffered()
         received = [*buffered, *self._parts.channel.recv(0.0 if buffered else timeout_s)]
         now_s = self._parts.clock.now_s()
         events, replies = self._inbox.open(received, now_s)
         for reply in replies:
             self._send(reply.identity, reply.message)
-        # Transfer reports first: a report made before a Revoke arrived must not count as the answer to its StopWrites.
+        # Transfer reports first: a report made before a Revoke arrived must not count as the report of its StopWrites.
         tier_reports = self._tier_reports()
         events = [
             *self._parts.transport.poll(),
@@ -266,16 +256,17 @@ class EngineLoop:
         """Carry out the plan, except its batch."""
         self._send_outputs(plan)
         self._send_to_peers(plan)
-        for job in plan.transfers:
-            self._start_transfer(job)
-        for move in plan.moves:
-            if isinstance(move, LoadPages | BackUpPages | ForgetPages):
+        for transfer in plan.transfers:
+            self._start_transfer(transfer)
+        for job in plan.tier_jobs:
+            if isinstance(job, PageJob):
                 assert self._parts.mover is not None
-                self._parts.mover.start(move)
+                self._parts.mover.start(job)
             else:
                 assert self._parts.storage is not None
-                self._parts.storage.start(move)
-        # Check new peers at once: the death of a peer is certain if its lock file was seen while the peer was alive.
+                self._parts.storage.start(job)
+        # Check new peers at once: the death of a peer can be proved only if its lock file was opened while it was
+        # alive.
         self._pending_events += self._dead_peers(plan.watched_epochs - self._watched_epochs)
         self._watched_epochs = plan.watched_epochs
         self._wake_at_s = plan.wake_at_s
@@ -308,9 +299,9 @@ class EngineLoop:
         except StepAbandoned as error:  # the aborts come first: the requests have not failed
             aborts = [wire.Abort(request_id=request_id) for request_id in error.request_ids]
             return [*aborts, StepFailed(step_id=batch.step_id, message=str(error))]
-        except EngineError:  # the runner cannot go on: a tensor-parallel rank is gone
+        except EngineError:  # the runner cannot continue: a tensor-parallel rank has ended
             raise
-        except Exception as error:  # any error of the model or device: these requests fail, the engine goes on
+        except Exception as error:  # any error of the model or device: these requests fail, the engine continues
             logger.exception("step %d with %d tokens failed", batch.step_id, batch.num_tokens)
             self._num_failed_steps += 1
             self._num_failed_in_a_row += 1
@@ -341,7 +332,7 @@ class EngineLoop:
             ended[owner(end.request_id)].append(end)
             self._gateways.end_request(end.request_id)
         for identity in {**chunks, **ended}:
-            if identity is not None:  # None: their gateway is unknown
+            if identity is not None:  # None: the gateway was forgotten
                 self._send(identity, wire.StepOutputs(chunks=tuple(chunks[identity]), ended=tuple(ended[identity])))
         for flush in plan.flushes:
             caller = self._inbox.take_flush(flush.call_id)
@@ -350,7 +341,7 @@ class EngineLoop:
 
     def _send(self, identity: bytes, message: wire.EngineToGateway) -> None:
         if not self._parts.channel.send(identity, message):
-            # The gateway would miss this message for good, and its streams could not be completed.
+            # The message is lost, and the streams of this gateway cannot be completed.
             lost = self._gateways.forget(identity)
             if lost:
                 sender = address_for_log(identity)
@@ -358,12 +349,12 @@ class EngineLoop:
             self._pending_events += [wire.Abort(request_id=request_id) for request_id in lost]
 
     def _send_to_peers(self, plan: Plan) -> None:
-        for order in plan.messages:
-            if not isinstance(order, ToSource):
-                # A failed send means a broken connection: the peer asks again, or its epoch is found dead.
-                self._parts.channel.send(order.target_epoch.encode(), order.message)
-            elif not self._parts.channel.send_to_peer(order.endpoint, order.message):
-                self._pending_events += _never_granted(order)
+        for outgoing in plan.messages:
+            if not isinstance(outgoing, ToSource):
+                # A failed send means a broken connection: the peer repeats its message, or its epoch is found dead.
+                self._parts.channel.send(outgoing.target_epoch.encode(), outgoing.message)
+            elif not self._parts.channel.send_to_peer(outgoing.endpoint, outgoing.message):
+                self._pending_events += _refusal_of_unsent_grant(outgoing)
 
     def _start_transfer(self, job: WritePages | VerifyPages | StopWrites) -> None:
         match job:
@@ -390,22 +381,22 @@ class EngineLoop:
             **({} if self._parts.storage is None else self._parts.storage.totals()),
         }
         storage = None if self._parts.storage is None else self._parts.storage.status()
-        load = self._parts.scheduler.load()
+        status = self._parts.scheduler.status()
         draining = self._inbox.draining
-        for identity, report in reports.make(self._gateways, load, totals, now_s, storage, draining=draining):
+        for identity, report in reports.make(self._gateways, status, totals, now_s, storage, draining=draining):
             self._send(identity, report)
 
 
-def _never_granted(order: ToSource) -> list[Event]:
-    """Return the refusal of a Grant that could not even be queued: prefill has no permission to write."""
-    grant = order.message
-    if not isinstance(grant, wire.Grant) or order.repeated:
+def _refusal_of_unsent_grant(unsent: ToSource) -> list[Event]:
+    """Return the refusal of a Grant that could not be queued, as if prefill had sent it: prefill will not write."""
+    grant = unsent.message
+    if not isinstance(grant, wire.Grant) or unsent.repeated:
         return []
     refused = wire.Closed(
         handoff_id=grant.handoff_id,
         target_epoch=grant.target_epoch,
         source_epoch=grant.source_epoch,
         error_code=HandoffFailed.code,
-        message=f"the prefill engine at {order.endpoint} cannot be reached",
+        message=f"the prefill engine at {unsent.endpoint} cannot be reached",
     )
     return [refused]

@@ -14,7 +14,7 @@ from kvist import wire
 from kvist.engine.gateways import Gateways
 from kvist.kv.changes import PageChanges
 from kvist.kv.tiers.host import HostCounts
-from kvist.scheduler.load import SchedulerLoad
+from kvist.scheduler.status import SchedulerStatus
 
 MIN_INTERVAL_S = 0.05
 MAX_INTERVAL_S = 1.0
@@ -47,7 +47,7 @@ class LoadReports:
     def make(
         self,
         gateways: Gateways,
-        load: SchedulerLoad,
+        status: SchedulerStatus,
         totals: dict[str, float],
         now_s: float,
         storage: wire.StorageStatus | None = None,
@@ -63,19 +63,19 @@ class LoadReports:
                 everything = tuple(self._snapshot())
             report = wire.LoadReport(
                 sequence=gateway.next_sequence,
-                num_running=load.num_running,
-                num_waiting=load.num_waiting,
-                num_free_pages=load.pages.free,
-                num_cached_pages=load.pages.cached,
-                num_owned_pages=load.pages.owned,
-                num_in_flight_pages=load.pages.in_flight,
-                service_s=load.service_s,
-                num_host_pages=_by_state(load.host_pages),
+                num_running=status.num_running,
+                num_waiting=status.num_waiting,
+                num_free_pages=status.pages.free,
+                num_cached_pages=status.pages.cached,
+                num_owned_pages=status.pages.owned,
+                num_in_flight_pages=status.pages.in_flight,
+                service_s=status.service_s,
+                num_host_pages=_by_state(status.host_pages),
                 storage=storage,
                 draining=draining,
                 snapshot=gateway.wants_snapshot,
                 page_events=everything or () if gateway.wants_snapshot else events,
-                totals={**load.totals, **totals},
+                totals={**status.totals, **totals},
             )
             gateway.next_sequence += 1
             gateway.wants_snapshot = False

@@ -1,7 +1,8 @@
-"""One step of the runner: the requests that it ends and starts, and a batch of rows, each a request's share of it.
+"""One step of the runner: the requests that it ends and starts, and an item for each request that it computes.
 
-Every rank of the runner keeps a table of request slots. A slot is opened by `StartRequest` and holds what the tokens of
-its request need beyond the pages: sampling parameters, the token sampled last. The rows of a batch name their slot.
+Every rank of the runner keeps a table of request slots. `StartRequest` opens a slot. Besides its pages, a request's
+next tokens depend only on its slot: on its sampling parameters and the tokens so far. The items of a batch name their
+slots.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class StartRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     slot: SlotId
     request_id: RequestId
     sampling: SamplingParams
-    token_ids: Sequence[int]  # prompt and output so far; the scheduler's own list, which grows: copy what you keep
+    token_ids: Sequence[int]  # prompt and output so far; the scheduler's own list, which grows: copy it to keep it
     num_prompt_tokens: int
     suppressed_token_ids: tuple[int, ...] = ()  # not sampled at positions below `suppress_until` (min_tokens)
     suppress_until: int = 0
@@ -57,7 +58,8 @@ class BatchItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The runner ends slots, then starts slots, then runs the items: a slot may be ended and started in one batch."""
+    """Carried out in this order: slots are ended, slots are started, items are run. One batch may end and start a
+    slot."""
 
     step_id: int
     ended: tuple[SlotId, ...] = ()

@@ -1,4 +1,4 @@
-"""The events of a scheduler: messages as they arrived, and reports on finished steps, transfers and tier jobs."""
+"""The events of a scheduler: received messages, and reports on finished steps, transfers and tier jobs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from kvist.wire import Abort, FlushCache, SourceToTarget, Submit, TargetToSource
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledTokens:
-    """The tokens sampled by a step, a row for each batch item with `samples`, in their order.
+    """The tokens sampled by a step: one row for each batch item with `samples`, in the order of the items.
 
-    Nearly always a row is one token. A row of several tokens continues its sequence by all of them; K/V is computed up
-    to the item's `end`. No pending batch may continue an item with such a row.
+    A row is nearly always one token. A row of several tokens continues the sequence with all of them, although K/V is
+    computed only up to the item's `end`. No pending batch may continue an item with such a row.
 
-    Columns instead of an object a row: with hundreds of rows a step, creating the objects would cost more than passing
-    the results on."""
+    The data is in columns: with hundreds of rows in a step, creating an object for each row would cost more than all
+    other work on the results."""
 
     token_ids: Sequence[int]  # of all rows, one row after the other
-    num_tokens: Sequence[int] | None = None  # of each row, at least one; None: one each
+    num_tokens: Sequence[int] | None = None  # of each row, at least 1; None: every row is one token
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # by index in token_ids, if requested
-    # of the scored tokens of items with `score_from`, by the item's index in the batch
+    # logprobs of the scored tokens of items with `score_from`, by the item's index in the batch
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     invalid_rows: frozenset[int] = frozenset()  # rows whose logits were NaN or infinite: they have no valid token
 
@@ -63,8 +63,8 @@ class StepFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFailed:
-    """The batch raised an error. Its requests fail; the pages it wrote are not trusted. A batch that was started after
-    the failed one is reported too; its results for the failed requests are ignored."""
+    """The batch raised an error: its requests fail, and the pages that it wrote are not used. A batch that was launched
+    after the failed one is reported too; its results for the failed requests are ignored."""
 
     step_id: int
     message: str

@@ -1,4 +1,4 @@
-"""The output of a scheduler: one `Plan` a step. The worker loop carries it out in the order of its fields."""
+"""The output of a scheduler: one `Plan` a step. The engine loop carries the plan out in the order of its fields."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from kvist.wire import Ended, PageEvents, TokenChunk
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flush:
+    """The answer to a `FlushCache`: the flush is complete."""
+
     call_id: str
     num_pages: int
 
@@ -24,8 +26,10 @@ class Plan:
     flushes: tuple[Flush, ...] = ()
     messages: tuple[ToSource | ToTarget, ...] = ()  # to peer engines
     transfers: tuple[WritePages | VerifyPages | StopWrites, ...] = ()
-    moves: tuple[TierJob, ...] = ()  # tier jobs: copies between device pool, host tier and store
+    tier_jobs: tuple[TierJob, ...] = ()  # copies between device pool, host tier and store
     watched_epochs: frozenset[EpochId] = frozenset()  # report the death of these peers until the next plan
-    page_events: tuple[PageEvents, ...] = ()  # what entered and left each tier in this step, net; one per tier
-    batch: Batch | None = None  # to run after the pending batch, if there is one
+    page_events: tuple[
+        PageEvents, ...
+    ] = ()  # pages that entered and left each tier in this step, net; one event per tier
+    batch: Batch | None = None  # to be launched; runs after the pending batch, if any
     wake_at_s: float | None = None  # call `step` again by then even without events

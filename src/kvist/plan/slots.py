@@ -1,4 +1,4 @@
-"""The request slots as a reader of batches sees them."""
+"""The open request slots, derived from the batches alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from kvist.request import RequestId, SlotId
 
 
 class OpenSlots(Mapping[SlotId, RequestId]):
-    """The slots that batches have started and not ended, with their requests. Mutable; reads every batch, in order."""
+    """The slots that batches have started and not ended, with their requests. Mutable; `update` needs every batch, in
+    order."""
 
     def __init__(self) -> None:
         self._request_ids: dict[SlotId, RequestId] = {}
@@ -31,7 +32,7 @@ class OpenSlots(Mapping[SlotId, RequestId]):
         return [request_ids[item.slot] for item in batch.items]
 
     def end_all(self) -> Batch:
-        """Return a batch that ends all open slots, for a runner that goes on under another scheduler."""
+        """Return a batch that ends all open slots, for a runner that continues with another scheduler."""
         batch = Batch(step_id=0, ended=tuple(self._request_ids), items=())
         self._request_ids.clear()
         return batch

@@ -1,17 +1,17 @@
 """Jobs and reports of copies between tiers: a plan carries the jobs to the movers, events carry the reports back.
 
-    PageMover (memory/)       LoadPages, BackUpPages, ForgetPages  device pool ◄─► host pool
-    StoreMover                FindPages, FetchPages, StorePages    store ◄─► host pool
+    PageMover (memory/)    LoadPages, BackUpPages, ForgetPages   device pool ◄─► host pool
+    StoreMover (store/)    FindPages, FetchPages, StorePages     store ◄─► host pool
 
-Every job gets exactly one report, whether the copy succeeds or fails. Until the report, no page and no host slot that
-the job names is given to another user.
+Every job except `CancelFetch` gets exactly one report, whether the copy succeeds or fails. Until the report of a copy,
+its pages and host slots are not given to another request.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-PIECE_PAGES = 128  # most pages in one call of the store; the store's deadline applies to one call
+PIECE_PAGES = 128  # most pages in one call of a store; the deadline of a store applies to each call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,8 @@ class BackUpPages:
 class ForgetPages:
     """Erase the records of flushed host pages, so that no restart restores them. Report: `PagesForgotten`.
 
-    The slots are free at once: the mover runs later copies into these slots after this job."""
+    The slots are free at once. Later backups into these slots run after this job. A fetch may run before it: the
+    fetched page is then not restored either."""
 
     job_id: int
     host_slots: tuple[int, ...]
@@ -45,7 +46,7 @@ class ForgetPages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagesForgotten:
-    job_id: int
+    job_id: int  # the records are erased
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ class PagesBackedUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FindPages:
-    """Look pages up in the store. Report: `PagesFound`."""
+    """Look up pages in the store. Report: `PagesFound`."""
 
     job_id: int
     digests: tuple[bytes, ...] = field(repr=False)
@@ -98,7 +99,7 @@ class CancelFetch:
 class PagesFound:
     job_id: int
     num_pages: int  # leading pages that the store has; 0 on any failure
-    answered: bool = True  # False: the store failed, or was not asked for all pages
+    answered: bool = True  # False: the store failed, or the look-up of some pages was skipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,4 +125,5 @@ StoreJob = FindPages | FetchPages | StorePages | CancelFetch
 PageJob = LoadPages | BackUpPages | ForgetPages
 TierJob = PageJob | StoreJob
 PageReport = PagesLoaded | PagesBackedUp | PagesForgotten
-TierReport = PageReport | PagesFound | PagesFetched | PagesStored | StorageAttached
+StoreReport = PagesFound | PagesFetched | PagesStored
+TierReport = PageReport | StoreReport | StorageAttached

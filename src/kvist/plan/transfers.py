@@ -1,4 +1,4 @@
-"""Transfers of pages between engines: jobs and messages that a plan asks for, and the reports that come back."""
+"""Transfers of pages between engines: the jobs and messages of a plan, and the reports on the jobs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvist.wire import PoolAddress, SourceToTarget, TargetToSource
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WritePages:
-    """Copy our pages into a peer's pool; reported back by `WritesCompleted` or `WritesFailed`."""
+    """Copy our pages into a peer's pool. Report: `WritesCompleted` or `WritesFailed`."""
 
     handoff_id: HandoffId
     pool: PoolAddress
@@ -20,7 +20,7 @@ class WritePages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyPages:
-    """Checksum our pages, in order; reported back by `PagesVerified`."""
+    """Compute the checksum of our pages, in order. Report: `PagesVerified`."""
 
     handoff_id: HandoffId
     page_ids: tuple[int, ...]
@@ -28,9 +28,9 @@ class VerifyPages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopWrites:
-    """Drop the writes of this handoff that have not started, then report `WritesCompleted` for the finished ones.
+    """Drop the writes of this handoff that have not begun. Report: `WritesCompleted` for the finished writes.
 
-    The first `WritesCompleted` after this plan is the answer (transfer/__init__.py): no byte is written after it."""
+    The first `WritesCompleted` after this plan is the report (transfer/transport.py): no byte is written after it."""
 
     handoff_id: HandoffId
 
@@ -41,7 +41,7 @@ class ToSource:
 
     endpoint: str
     message: TargetToSource
-    repeated: bool = False  # the message was sent before, and may have arrived
+    repeated: bool = False  # the message was sent before and may have arrived
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class ToTarget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WritesCompleted:
-    """The first `num_pages` pages requested so far for this handoff are in the peer's pool."""
+    """The first `num_pages` of the pages to be written for this handoff are in the peer's pool."""
 
     handoff_id: HandoffId
     num_pages: int  # cumulative
@@ -77,7 +77,7 @@ class PagesVerified:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerDied:
-    """The process with this epoch is certainly dead: it can neither write nor read any more."""
+    """The process with this epoch has certainly ended: it can neither write nor read pages any more."""
 
     epoch: EpochId
 

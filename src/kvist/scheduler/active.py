@@ -1,14 +1,14 @@
 """One request inside a scheduler: a type for each mode, the states, and the allowed transitions.
 
-    WAITING ──► RUNNING ──► ENDED                       FULL: a chunk or a token a step; preempted: back to WAITING
+    WAITING ──► RUNNING ──► ENDED                       FULL: a chunk or a token per step; preempted: back to WAITING
     WAITING ──► RUNNING ──► AWAITING_TRANSFER ──► ENDED PREFILL: computed; keeps its pages until the handoff closes
                    └──────────────┴──► SUSPENDED ──► WAITING    preempted before its Grant; WAITING again with the Grant
     WAITING ──► GRANTED ──► RUNNING ──► ENDED           DECODE: the prefill worker fills its pages
-    WAITING ──► LOADING ──► RUNNING | GRANTED           some of its pages are copied from the host tier first
+    WAITING ──► LOADING ──► RUNNING | GRANTED           its first pages are copied from the host tier
     WAITING ──► AWAITING_LOAD ──► WAITING               another request loads its next pages from the host tier
     FETCHING ──► WAITING                                before the queue: pages are fetched from the storage tier
 
-Each state may change to ENDED. Each state has one container (states.py). This file makes no decisions.
+Every other state may change to ENDED. Each state has one container (states.py). This file makes no decisions.
 """
 
 from __future__ import annotations
@@ -72,17 +72,17 @@ TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class ActiveRequest:
-    """A request of mode FULL, and what the requests of all modes have. Mutable; its one owner is the scheduler.
+    """A request of mode FULL, and the base of the requests of other modes. Mutable; its one owner is the scheduler.
 
-    `Requests.move` alone sets `state` and `admitted_s`."""
+    Only `Requests` sets `state` and `admitted_s`."""
 
     mode: ClassVar[Mode] = Mode.FULL
 
-    number: int  # arrival order: the greatest is the youngest
+    number: int  # in order of arrival: the request with the greatest number is the youngest
     request: EngineRequest
     arrived_s: float
     eos_token_ids: InitVar[tuple[int, ...]]
-    needs_known_token: bool = False  # it is in no batch while its last token is pending
+    needs_known_token: bool = False  # the request is in no batch while its last token is pending
     state: RequestState = RequestState.WAITING
     num_computed: int = 0  # K/V of [0, num_computed) is in the pages
     # K/V of [0, num_planned) will be in the pages once the pending steps are finished. If [0, num_planned) is all of
@@ -96,16 +96,16 @@ class ActiveRequest:
     loading: bool = False  # the mover may access its pages, even after the request has ended
     ticket: int = 0  # number of its latest push into the queue
     admitted_s: float | None = None  # time of its first admission
-    report: HandoffReport | None = None  # sent with the next chunk; set when a DECODE is taken over
+    handoff_report: HandoffReport | None = None  # sent with the next chunk; set when a DECODE is taken over
     token_ids: list[int] = field(init=False)  # prompt and output tokens; without the first token of a PREFILL
     page_ids: Sequence[int] = field(init=False, default=())  # of the lease
-    slot: SlotId = field(init=False)  # its place at the runner; unset unless it is RUNNING (slots.py)
+    slot: SlotId = field(init=False)  # at the runner; unset in every state but RUNNING (slots.py)
     request_id: RequestId = field(init=False)
     caller: CallerPath = field(init=False)
     num_prompt: int = field(init=False)
     sampling: SamplingParams = field(init=False)
     max_len: int = field(init=False)  # the answer ends with LENGTH at this number of tokens; see `emits_tokens`
-    next_scored: int = field(init=False)  # first prompt position whose logprobs are not reported; num_prompt: none left
+    next_scored: int = field(init=False)  # first prompt position still to be scored; num_prompt: none is left
     stop_ids: frozenset[int] = field(init=False)
     suppressed_ids: tuple[int, ...] = field(init=False)
     suppress_until: int = field(init=False)  # stop tokens are suppressed below this number of tokens
@@ -118,7 +118,7 @@ class ActiveRequest:
         self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_prompt = len(request.prompt_token_ids)
         self.max_len = self.num_prompt + max(1, sampling.max_tokens)
-        # an engine that continues an answer, or takes pages over, follows an engine that has reported all positions
+        # an engine that continues an answer, or takes over pages, follows an engine that has scored the whole prompt
         scores = sampling.prompt_logprobs is not None and self.mode is not Mode.DECODE and not request.output_token_ids
         self.next_scored = min(max(1, sampling.prompt_logprobs_start), self.num_prompt) if scores else self.num_prompt
         self.stop_ids = frozenset(() if sampling.ignore_eos else eos_token_ids) | frozenset(sampling.stop_token_ids)
@@ -141,7 +141,7 @@ class ActiveRequest:
         self._lease, self.page_ids = lease, lease.page_ids
 
     def take_lease(self) -> PageLease:
-        """Return the lease, to be closed; the request has no pages any more."""
+        """Remove the lease from the request and return it, to be closed."""
         lease = self.lease
         self._lease, self.page_ids = None, ()
         return lease
@@ -151,7 +151,7 @@ class ActiveRequest:
         """Whether the mover, the transport or a peer may access its pages."""
         return self.loading
 
-    # ---------------------------------------------------------------- what the modes have different
+    # ---------------------------------------------------------------- differences between the modes
 
     @property
     def ungranted(self) -> bool:
@@ -159,13 +159,14 @@ class ActiveRequest:
         return False
 
     @property
-    def awaits_grant_of_pages(self) -> bool:
-        """Whether this is a DECODE that has granted no pages yet. Afterwards it is treated like any other request."""
+    def awaits_handoff(self) -> bool:
+        """Whether this is a DECODE that has granted no pages yet: a prefill engine will compute its prompt."""
         return False
 
     @property
     def has_first_token(self) -> bool:
-        """Whether this is a PREFILL whose first token was sampled: after a preemption only its pages are computed."""
+        """Whether this is a PREFILL whose first token was sampled: after a preemption only its K/V is computed
+        again."""
         return False
 
     # ---------------------------------------------------------------- tokens
@@ -181,9 +182,9 @@ class ActiveRequest:
 
     @property
     def max_cached_tokens(self) -> int:
-        """Most tokens whose K/V may be cached: a request that is computed here computes at least its last token, and
-        the token before each that is still to be scored."""
-        if self.awaits_grant_of_pages:
+        """The most tokens whose K/V may come from the cache. A request that is computed here computes at least its last
+        token, and all tokens from the one before the next scored token on."""
+        if self.awaits_handoff:
             return len(self.token_ids)
         return self.next_scored - 1 if self.scores_prompt else len(self.token_ids) - 1
 
@@ -194,7 +195,7 @@ class ActiveRequest:
 
     @property
     def emits_tokens(self) -> bool:
-        """False with `max_tokens` 0: one token is sampled at the end of the prompt, as for any request, and dropped."""
+        """Whether sampled tokens are sent. With `max_tokens` 0 the one token sampled after the prompt is dropped."""
         return self.sampling.max_tokens > 0
 
     def finish_reason(self, token_id: int, num_tokens: int) -> FinishReason | None:
@@ -212,7 +213,7 @@ class PrefillRequest(ActiveRequest):
 
     handoff_id: HandoffId
     target_epoch: EpochId  # the engine that may grant pages
-    granted: bool = False  # the Grant has arrived, so the request is no longer preempted
+    granted: bool = False  # the Grant has arrived: from then on the request is not preempted
     in_handoff: bool = False  # the transport may read its pages
     first_token: SampledToken | None = None  # sent to the gateway when it is known and the Grant has arrived
     first_token_sent: bool = False
@@ -247,5 +248,5 @@ class DecodeRequest(ActiveRequest):
         return self.in_handoff or self.loading
 
     @property
-    def awaits_grant_of_pages(self) -> bool:
+    def awaits_handoff(self) -> bool:
         return not self.granted

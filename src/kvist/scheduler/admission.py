@@ -1,6 +1,6 @@
-"""Takes requests in: refuses them, displaces others from a full queue, and lets them wait for pages from the store.
+"""Receives new requests: queues or refuses them, or lets them wait in FETCHING for pages from the store.
 
-entry.py has the rules of refusal. Requests leave the queue by batching.py and allocation.py.
+entry.py has the rules for refusing and displacing requests. batching.py and allocation.py take requests from the queue.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Admission:
         self._num_arrived = 0
 
     def on_submit(self, event: Submit) -> None:
-        """Queue the request, or refuse it with `Ended`. A second Submit of a live request is ignored: one `Ended`
-        answers both."""
+        """Queue the request, or refuse it with `Ended`. A second Submit of a live request is ignored: the one `Ended`
+        of the request answers both."""
         context = self._context
         if event.request.request_id in self._requests.live:
             return
@@ -100,20 +100,18 @@ class Admission:
         self._handoffs.on_refused(event, code, message)
 
     def _make_queue_room(self, request: ActiveRequest) -> str | None:
-        """Make room in the queue, perhaps by displacing another request; return the error message if there is none.
+        """Make room in the queue, perhaps by displacing another request; return the error message if this fails.
 
-        A burst on an idle engine fills the unused run slots as well as the queue."""
+        The queue may exceed its limit by the number of requests that could be running: the next steps admit them."""
         requests, config = self._requests, self._context.config
-        num_free_run_slots = config.max_running_requests - requests.num_in_run_slots
-        if requests.num_waiting < config.max_queued_requests + num_free_run_slots:
+        num_admitted_next = config.max_running_requests - requests.num_counted_as_running
+        if requests.num_waiting < config.max_queued_requests + num_admitted_next:
             return None
         caller = requests.unadmitted.displaced_by(request.caller)
         other = None if caller is None else newest_waiting(caller, reversed(requests.live.values()))
         if other is None:
             most = config.max_queued_requests
-            return (
-                f"the queue of this worker is full: {requests.num_waiting} requests wait, and it holds at most {most}"
-            )
+            return f"the queue of this worker is full: {requests.num_waiting} requests wait, and the limit is {most}"
         message = "removed from the full queue for a caller with fewer requests: retry later, or send fewer at once"
         self._context.count("requests_displaced")
         self._handoffs.end(other, Outcome.FAILED, "overloaded", message)

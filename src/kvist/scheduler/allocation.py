@@ -1,19 +1,19 @@
-"""Gives requests their pages, and takes pages back.
+"""Allocates pages to requests, and preempts requests when no page is left.
 
-A request gets the pages of all its known tokens when it leaves the queue, then one page at each page edge. When no page
-is left, the youngest request is preempted: first ungranted PREFILLs, then running requests that can be computed again.
-A PREFILL with a Grant and a DECODE before its Done are never preempted: they hold a bounded number of pages for a
-bounded time, and a peer may access those pages. The oldest running request is never preempted, so at least one request
-always runs to its end.
+A request gets the pages of all its known tokens when it leaves the queue, then a further page whenever its last page is
+full. When no page is left, the youngest request is preempted: first ungranted PREFILLs, then running requests, which
+are computed again later. A PREFILL with a Grant and a DECODE before its Done are never preempted: they hold a bounded
+number of pages for a bounded time, and a peer may access those pages. The oldest running request is never preempted, so
+at least one request always runs to its end.
 
-Host tier: a request that leaves the queue with a part of its K/V in the host tier is LOADING until the copy is done,
-and is in no batch. Tokens that the copy failed to bring are computed. No other request waits for a LOADING request,
-except one that would load the same pages (AWAITING_LOAD). A LOADING request is never preempted, since the mover may
-access its pages. With `write_back`, pages may have to be copied before they are evicted: while enough copies are
-pending, no request is preempted to free pages; requests that need pages skip the batch.
+Host tier: a request that leaves the queue with a part of its K/V in the host tier is LOADING, and in no batch, until
+the copy has ended. If the copy fails, those tokens are computed. Other requests do not wait for a LOADING request,
+except requests that would load the same pages (AWAITING_LOAD). A LOADING request is never preempted, since the mover
+may access its pages. With `write_back`, pages may have to be copied before they are evicted: while enough copies are
+pending, no request is preempted; requests that need pages skip the batch.
 
-The pending step still writes the pages of its requests: a victim is first left out of the step being planned, and
-preempted when the step after that is planned.
+A pending step still writes the pages of its requests: a victim in the pending step is only left out of the step being
+planned, and is preempted when the step after that is planned.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from kvist.scheduler.states import Requests
 
 
 class Allocation(enum.Enum):
-    """The outcome for the head of the queue."""
+    """The result of `Allocator.allocate` for the head of the queue."""
 
     READY = "ready"  # the request has its pages, and the first of them hold all its cached tokens
-    LOADING = "loading"  # the request has its pages; it starts when its load is finished
-    AWAITS_LOAD = "awaits load"  # the request left the queue until another request's load is finished
+    LOADING = "loading"  # the request has its pages, and starts when its load has ended
+    AWAITS_LOAD = "awaits load"  # the request has left the queue until another request's load has ended
     NO_PAGES = "no pages"  # the request stays at the head of the queue
 
 
@@ -47,8 +47,10 @@ class Allocator:
         self._requests = requests
         self._cache = cache
         self._pending = pending
-        self._loads: dict[int, ActiveRequest] = {}  # by the job of the mover; some have ended
-        self._followers: dict[int, list[ActiveRequest]] = defaultdict(list)  # job → requests that wait for its end
+        self._loads: dict[int, ActiveRequest] = {}  # by job id; some requests have ended
+        self._followers: dict[int, list[ActiveRequest]] = defaultdict(
+            list
+        )  # job id → the requests that wait for the job
         self._last_failed_allocation: tuple[int, int] | None = None  # ticket; reclaimable pages beyond the reserve
         self.deferred_victims: set[ActiveRequest] = set()  # victims whose pages the pending step still writes
         self.out_of_pages = False  # a running request found no page in the step being planned
@@ -60,7 +62,8 @@ class Allocator:
     # ---------------------------------------------------------------- running requests
 
     def grow(self, request: ActiveRequest, num_tokens: int) -> bool:
-        """Grow the lease to `num_tokens`, preempting others if needed; return whether the request may run now."""
+        """Grow the lease to `num_tokens`, preempting other requests if needed; return whether the request may run
+        now."""
         lease = request.lease
         while not self._cache.grow(lease, num_tokens):
             self.out_of_pages = True
@@ -68,14 +71,14 @@ class Allocator:
                 return False
             victim = self._youngest_ungranted() or self._youngest_running()
             if victim is None:
-                return False  # the oldest request waits for pages of handoffs, which hold them for a bounded time
+                return False  # the oldest request waits for the pages of handoffs, which end in a bounded time
             if not self._preempt(victim) or victim is request:
                 return False
         return True
 
     def covers_tokens(self, request: ActiveRequest) -> bool:
-        """Return whether the request has the pages of its known tokens, after growing its lease if a row of several
-        tokens went beyond it."""
+        """Return whether the request has the pages of its known tokens. Grows the lease if a row of several tokens did
+        not fit."""
         num_tokens = len(request.token_ids)
         return len(request.page_ids) * self._cache.page_size >= num_tokens or self.grow(request, num_tokens)
 
@@ -121,8 +124,8 @@ class Allocator:
         return Allocation.LOADING
 
     def finish_load(self, event: PagesLoaded) -> ActiveRequest:
-        """Return the request of the load, which may have ended. Its host pages are in the device pool; if the copy
-        failed, their tokens are computed."""
+        """End a load; return its request, which may have ended meanwhile. If the copy failed, the tokens of its pages
+        are computed."""
         request = self._loads.pop(event.job_id)
         request.loading = False
         request.num_computed = request.num_planned = self._cache.loaded(event, request.token_ids)
@@ -134,8 +137,8 @@ class Allocator:
     # ---------------------------------------------------------------- victims
 
     def _preempt(self, victim: ActiveRequest) -> bool:
-        """Free the victim's pages and return True; return False if a pending step still writes them. In that case the
-        victim is preempted when the next step is planned, if its pages are still needed."""
+        """Free the victim's pages and return True. Return False if a pending step still writes the pages: the victim is
+        then preempted when the next step is planned, if its pages are still needed."""
         if self._pending.writes(victim):
             self.deferred_victims.add(victim)
             return False
@@ -154,8 +157,9 @@ class Allocator:
         return max(ungranted, key=lambda request: request.number, default=None)
 
     def _youngest_running(self) -> ActiveRequest | None:
-        """Return the youngest running request that may be preempted; None if it is the only one. The caller's request
-        is not in the batch yet, so neither is a younger one."""
+        """Return the youngest running request that may be preempted; None if only one request grows. The request that
+        needs the page is not in the batch yet, and requests are added oldest first, so a younger one is not in it
+        either."""
         running = self._requests.running
         if running.num_growing <= 1:
             return None

@@ -1,14 +1,14 @@
-"""Chooses what runs in the next step: which requests, and how the token budget is shared among them.
+"""Plans the batch of the next step: which requests run, and how they share the token budget.
 
     running decodes (one token each) ──► running prompt chunks, oldest first ──► the head of the queue, and the next, …
                                      ──► the same for ungranted PREFILLs (whose Grant has not arrived)
 
-allocation.py decides which requests get pages, and which give pages up.
+allocation.py decides which requests get pages, and which are preempted.
 
-Overlap: the next step is planned while one is pending, as if the pending step were finished. A request that gets a
-token in the pending step takes part with that token still unknown (`takes_sampled`), one position further on, unless
-it is a request with `needs_known_token`: that one skips the step. The largest number of tokens is known, so only an end
-by a stop token is noticed late.
+Overlap: the next step is planned while a step is pending, as if the pending step were finished. A request that gets a
+token in the pending step is in the next step too, one position further on, although that token is unknown
+(`takes_sampled`); a request with `needs_known_token` skips the step instead. An end by length is known in advance; only
+an end by a stop token is noticed one step late.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kvist.scheduler.timers import TimerKind
 
 
 class Batcher:
-    """Plans the batches. Mutable; its one owner is the scheduler. One batch is pending at a time; with overlap, two."""
+    """Mutable; its one owner is the scheduler. At most one batch is pending; with overlap, two."""
 
     def __init__(
         self,
@@ -82,9 +82,8 @@ class Batcher:
         return batch
 
     def _add_decodes(self, items: list[BatchItem], decodes: list[ActiveRequest]) -> list[ActiveRequest]:
-        """Add one token of each request with exactly one token left to compute; return the others, oldest first.
-
-        Hot loop: it runs for every stream in every step."""
+        """Add one token of each request that has exactly one token left to compute; return the other requests, oldest
+        first. A hot loop: it runs for every stream in every step."""
         page_size, step_id, deferred = self._page_size, self._pending.next_id, self._allocator.deferred_victims
         running, prefill = RequestState.RUNNING, Mode.PREFILL
         prompts: list[ActiveRequest] = []
@@ -151,7 +150,7 @@ class Batcher:
         return end - start
 
     def _cut_scored(self, request: ActiveRequest, first_scored: int, end: int) -> int:
-        """Return the end of a chunk that would end at `end`, cut so that the step reports few enough logprobs."""
+        """Return `end`, the end of a chunk, or a smaller end with which the step stays below MAX_STEP_LOGPROBS."""
         per_token = num_logprobs_of(request.sampling)
         num_scored = min(end + 1, request.num_prompt) - first_scored
         if num_scored * per_token > self._num_logprobs_left:
@@ -161,14 +160,14 @@ class Batcher:
         return end
 
     def _admit(self, ungranted: bool, budget: int, items: list[BatchItem], step: PendingStep) -> int:
-        """Admit requests from the head of the queue while pages and budget last; return the budget left."""
+        """Admit requests from the head of the queue while pages and budget are left; return the budget left."""
         requests, allocator = self._requests, self._allocator
         most = self._context.config.max_running_requests
-        while not allocator.out_of_pages and requests.num_in_run_slots < most:
+        while not allocator.out_of_pages and requests.num_counted_as_running < most:
             request = requests.waiting.head()
             if request is None or request.ungranted is not ungranted:
                 break
-            if budget <= 0 and not request.awaits_grant_of_pages:
+            if budget <= 0 and not request.awaits_handoff:
                 break
             allocation = allocator.allocate(request)
             if allocation is Allocation.NO_PAGES:
@@ -183,7 +182,7 @@ class Batcher:
         """Start an admitted request: it has its pages, and the first of them hold all its cached tokens."""
         if not request.was_admitted:
             self._count_admission(request)
-        computes = not request.awaits_grant_of_pages
+        computes = not request.awaits_handoff
         self._requests.move(request, RequestState.RUNNING if computes else RequestState.GRANTED)
         self._handoffs.on_allocated(request)
 
@@ -195,7 +194,7 @@ class Batcher:
         num_left = max(0, num_left - lease.num_cached_tokens)  # cached tokens beyond those found in the device pool
         request.num_cached_host_tokens = min(lease.num_loaded_tokens, num_left)
         request.num_cached_storage_tokens = num_left - request.num_cached_host_tokens
-        if not request.awaits_grant_of_pages:
+        if not request.awaits_handoff:
             context.count("prompt_tokens", request.num_prompt)
             context.count("cached_prompt_tokens", request.num_cached_tokens)
             context.count("ceiling_prompt_tokens", min(lease.num_ceiling_tokens, request.num_prompt))

@@ -1,4 +1,4 @@
-"""Sends output tokens, and logprobs of the prompt, to the gateway."""
+"""Makes the chunks for the gateways: output tokens, and logprobs of prompts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from kvist.wire import TokenChunk
 
 
 def send_first_token(context: SchedulerContext, request: PrefillRequest) -> None:
-    """Send the first token of a PREFILL once it is known and decode has granted pages, so that no stream that has begun
-    waits in a queue."""
+    """Send the first token of a PREFILL if it is known and decode has granted pages: a stream that has begun must not
+    wait in a queue."""
     if request.granted and request.first_token is not None and not request.first_token_sent:
         request.first_token_sent = True
         position = len(request.token_ids) - request.num_prompt
@@ -20,7 +20,7 @@ def send_first_token(context: SchedulerContext, request: PrefillRequest) -> None
 
 
 def send_prompt_logprobs(context: SchedulerContext, request: ActiveRequest, found: tuple[TokenLogprobs, ...]) -> None:
-    """Send logprobs of the next scored tokens of the prompt."""
+    """Send the logprobs of the next scored tokens of the prompt."""
     chunk = TokenChunk(
         request_id=request.request_id,
         position=len(request.token_ids) - request.num_prompt,
@@ -54,7 +54,7 @@ def send_tokens(
         num_cached_tokens=request.num_cached_tokens if reports_cached else None,
         num_cached_host_tokens=by_tier[0],
         num_cached_storage_tokens=by_tier[1],
-        handoff=request.report,
+        handoff=request.handoff_report,
     )
-    request.report = None
+    request.handoff_report = None
     context.out.chunks.append(chunk)

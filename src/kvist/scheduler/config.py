@@ -1,7 +1,7 @@
 """The scheduler's settings: limits on running and queued requests, step sizes, and timeouts.
 
-`SchedulerOptions` are the options of the user; None is "auto". `SchedulerConfig` has the resolved numbers, made by
-engine/limits.py once the device is known.
+`SchedulerOptions` are the options of the user; None means "auto". `SchedulerConfig` has the resolved numbers;
+engine/limits.py computes them once the device is known.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The values that all parts of one scheduler share: settings, the time of the step, timers, decisions and counters."""
+"""The values that all parts of one scheduler share: settings, the time of the step, timers, outbox and counters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SchedulerContext:
     """Mutable; its one owner is the scheduler, which sets `now_s` and `step_count` at the start of each step."""
 
     config: SchedulerConfig
-    role: Role  # the modes that are admitted; read at each Submit, so that it may change
+    role: Role  # read at each Submit, so that it may change
     context_len: int  # tokens of one request that fit this engine
     now_s: float = 0.0
     step_count: int = 0

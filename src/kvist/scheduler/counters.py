@@ -1,4 +1,4 @@
-"""The counters of the scheduler. Tokens and pages are counted when their step or handoff is finished."""
+"""The counters of the scheduler."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Ends requests: `Ended` is sent once for each, and its pages are released when nothing uses them any more.
+"""Ends requests: sends `Ended` once for each request, and releases its pages when they are not used any more.
 
-A lease is closed when its request has ended, no pending step writes the pages, no load fills them and no handoff holds
+The lease of an ended request is closed when no pending step writes its pages, no load fills them and no handoff holds
 them. With overlap a step may be pending for a request that has ended: an end by a stop token is noticed only after the
 next step was planned.
 """
@@ -25,8 +25,8 @@ _COUNTERS = {
 
 
 class Endings:
-    """Used by all parts of one scheduler. A part that knows nothing of handoffs ends a request by `Handoffs.end`, which
-    also stops the handoff of the request."""
+    """Used by all parts of one scheduler. Outside handoff/, a request is ended by `Handoffs.end`, which also stops the
+    handoff of the request."""
 
     def __init__(self, context: SchedulerContext, requests: Requests, cache: PageCache, pending: PendingSteps) -> None:
         self._context = context
@@ -35,7 +35,7 @@ class Endings:
         self._pending = pending
 
     def end(self, request: ActiveRequest, outcome: Outcome, code: str | None = None, message: str = "") -> None:
-        """End the request, once. Its pages are released when no step, load or handoff uses them any more."""
+        """End the request. Called once; the pages are released when no step, load or handoff uses them any more."""
         context = self._context
         self._requests.move(request, RequestState.ENDED)
         self._requests.fetching.close(request)
@@ -51,7 +51,7 @@ class Endings:
         self._send(request_id, Outcome.FAILED, code, message)
 
     def release(self, request: ActiveRequest) -> None:
-        """Release the pages of an ended request, unless something still uses them."""
+        """Release the pages of an ended request, unless a step, a load or a handoff still uses them."""
         if request not in self._requests.ended or request.has_accessed_pages or self._pending.writes(request):
             return
         if request.has_pages:

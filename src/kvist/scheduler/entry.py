@@ -1,7 +1,7 @@
-"""Decides which requests may enter an engine: what is refused at once, and which request is displaced by another.
+"""The rules for new requests: which requests are refused at once, and which request is displaced from a full queue.
 
-When the queue is full, the newest waiting request of the caller with clearly most requests there is displaced by a
-caller with fewer. A request that was admitted once is never displaced: its client may have seen a token.
+A full queue drops the newest waiting request of the caller with by far the most requests there, in favour of a caller
+with fewer (fairness.py). A request that was ever admitted is not displaced: its client may have received a token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kvist.scheduler.active import ActiveRequest, DecodeRequest, PrefillRequest,
 from kvist.wire import Submit
 
 Refusal = tuple[str, str]  # error code, message
-TokenRule = Callable[[SamplingParams], bool]  # whether a request's last token must be known before it is planned
+TokenRule = Callable[[SamplingParams], bool]  # whether all tokens must be known before the next one is planned
 
 _WITHOUT_PAGES = (RequestState.WAITING, RequestState.FETCHING, RequestState.AWAITING_LOAD)
 
@@ -39,7 +39,7 @@ class _CommonFields(TypedDict):
 def find_refusal(
     event: Submit, cache: PageCache, *, context_len: int, role: Role, eos_token_ids: Sequence[int]
 ) -> Refusal | None:
-    """Return why the request can never run here, if so. `context_len`: tokens of one request that fit this engine."""
+    """Return why the request can never run here; None if it can. `context_len`: the most tokens of one request."""
     request = event.request
     if not role.admits(event.mode, max_tokens=request.sampling.max_tokens):
         return "invalid_request", f"this worker has the role {role}: it {_WRONG_MODE[role]}"
@@ -58,8 +58,8 @@ def find_refusal(
 
 
 def _allows_no_token(sampling: SamplingParams, eos_token_ids: Sequence[int]) -> bool:
-    """Return whether no allowed token may be the first: the gateway, which does not know the end-of-sequence tokens,
-    checks other contradictions."""
+    """Return whether no allowed token may be the first. The gateway checks other contradictions; it does not know the
+    end-of-sequence tokens."""
     if not sampling.allowed_token_ids or not sampling.min_tokens:
         return False
     ending = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
@@ -69,7 +69,7 @@ def _allows_no_token(sampling: SamplingParams, eos_token_ids: Sequence[int]) -> 
 def make_request(
     event: Submit, *, number: int, now_s: float, eos_token_ids: tuple[int, ...], needs_known_token: bool
 ) -> ActiveRequest | Refusal:
-    """Return the request in the type of its mode, or why the message is incomplete for that mode."""
+    """Return the request, in the class of its mode, or the refusal of a message that lacks a field of that mode."""
     common = _CommonFields(
         number=number,
         request=event.request,

@@ -1,8 +1,8 @@
 """The requests that wait for pages from the store, before they enter the queue.
 
-A request waits until its prefetch has settled, at most for the time that the prefetch policy allows, and never longer
-than half of `queue_timeout_s`. A store that hangs costs time, but does not fail the request. A request waits also when
-the engine is idle: with immediate admission there would be no time to fetch.
+A request waits until its prefetch has settled (nothing is left to wait for), but not longer than the prefetch policy
+allows, and never longer than half of `queue_timeout_s`. A store that hangs costs time, but does not fail the request. A
+request also waits when the engine is idle: if it were admitted at once, there would be no time to fetch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from kvist.scheduler.timers import TimerKind
 
 
 class Fetching:
-    """The requests in state FETCHING, and every open prefetch. Mutable; its one owner is `Requests`."""
+    """The requests in state FETCHING; also opens and closes the prefetch of each request. Mutable; its one owner is
+    `Requests`."""
 
     def __init__(self, context: SchedulerContext, cache: PageCache) -> None:
         self._context = context
@@ -31,7 +32,8 @@ class Fetching:
         return iter(self._requests.values())
 
     def open(self, request: ActiveRequest) -> bool:
-        """Query the store for pages missing in the device pool and the host tier; return whether the request waits."""
+        """Start the prefetch of pages missing in the device pool and the host tier; return whether the request
+        waits."""
         prefetch = request.prefetch = self._cache.prefetch(
             request.token_ids, cache_salt=request.request.cache_salt, max_tokens=request.max_cached_tokens
         )
@@ -56,7 +58,7 @@ class Fetching:
         return [self._requests[prefetch] for prefetch in storage.take_settled() if prefetch in self._requests]
 
     def give_up(self, request: ActiveRequest) -> None:
-        """Fetch no further pages for the request: its time is over."""
+        """Start no further fetches for the request, whose time limit has expired."""
         prefetch, storage = request.prefetch, self._cache.storage
         if prefetch is not None and storage is not None:
             self._context.count("prefetch_timeouts")

@@ -11,7 +11,7 @@ from kvist.wire import Ended, PageEvents, SourceToTarget, TargetToSource, TokenC
 
 
 class Outbox:
-    """Mutable; filled by the parts of one scheduler, emptied by `take` at the end of each step."""
+    """Mutable; filled by all parts of one scheduler, emptied by `take` at the end of each step."""
 
     def __init__(self) -> None:
         self._clear()
@@ -34,7 +34,7 @@ class Outbox:
         self,
         *,
         batch: Batch | None,
-        moves: list[TierJob],
+        tier_jobs: list[TierJob],
         watched_epochs: frozenset[EpochId],
         page_events: tuple[PageEvents, ...],
         wake_at_s: float | None,
@@ -45,7 +45,7 @@ class Outbox:
             flushes=tuple(self.flushes),
             messages=tuple(self.messages),
             transfers=tuple(self.transfers),
-            moves=tuple(moves),
+            tier_jobs=tuple(tier_jobs),
             watched_epochs=watched_epochs,
             page_events=page_events,
             batch=batch,

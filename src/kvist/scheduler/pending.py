@@ -1,4 +1,4 @@
-"""The steps that are planned and not reported yet. Until its report, a step writes the pages of its requests."""
+"""The steps that are planned and not reported yet. A step may write the pages of its requests until its report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvist.scheduler.active import ActiveRequest
 class PendingStep:
     """The requests whose K/V a planned step computes, until the step is reported."""
 
-    decodes: list[ActiveRequest]  # one token each, which may itself be sampled by the step before; each samples one
+    decodes: list[ActiveRequest]  # each computes one token, perhaps sampled by the step before, and samples one
     chunks: list[tuple[ActiveRequest, int, bool]]  # request, end position of its chunk, whether it samples a token
 
     def requests(self) -> list[ActiveRequest]:
@@ -40,7 +40,7 @@ class PendingSteps:
         self._steps.append(step)
 
     def pop(self, step_id: int) -> PendingStep:
-        """Remove and return the oldest step, which was reported, finished or failed."""
+        """Remove and return the oldest step, which has been reported as finished or failed."""
         assert self._steps, "no step is pending"
         assert step_id == self._last_reported_id + 1, "steps are reported once, in order"
         self._last_reported_id = step_id

@@ -1,7 +1,6 @@
-"""Applies the report of a step: appends and sends sampled tokens, inserts full pages into the cache, ends requests.
+"""Applies the report of a step: appends and sends the sampled tokens, inserts full pages into the cache, ends requests.
 
-With overlap a step may be pending for a request that has ended: an end by a stop token is noticed only after the next
-step was planned. The token that the pending step samples is dropped.
+With overlap a step may be pending for a request that has ended (endings.py): the tokens of its rows are dropped.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _INVALID_LOGITS = (
 
 
 class Results:
-    """Part of one scheduler; keeps no state of its own."""
+    """Has no state of its own."""
 
     def __init__(
         self,
@@ -60,7 +59,7 @@ class Results:
                 self._handoffs.end(request, Outcome.FAILED, "engine_error", event.message)
 
     def _apply(self, step: PendingStep, sampled: SampledTokens) -> None:
-        """Apply a finished step, whose K/V is in the pages."""
+        """Apply a finished step: its K/V is in the pages."""
         chunks = self._context.out.chunks
         num_chunks_before, num_tokenless_before = len(chunks), self._context.out.num_tokenless_chunks
         if sampled.invalid_rows:
@@ -89,16 +88,15 @@ class Results:
         self._context.count("generation_tokens", num_sent)
 
     def _fail_invalid_rows(self, step: PendingStep, rows: frozenset[int]) -> None:
-        """Fail only the requests of these rows: rows of a step are independent. Pages that the step wrote for them are
-        not inserted into the tree."""
+        """Fail the requests of these rows; the other rows of the step are valid. Pages that the step wrote for the
+        failed requests are not inserted into the tree."""
         sampled_requests = [*step.decodes, *(request for request, _, samples in step.chunks if samples)]
         for row in sorted(rows):
             if sampled_requests[row].state is not RequestState.ENDED:
                 self._handoffs.end(sampled_requests[row], Outcome.FAILED, EngineError.code, _INVALID_LOGITS)
 
     def _apply_decodes(self, decodes: list[ActiveRequest], sampled: SampledTokens) -> None:
-        """Apply rows of one token. Hot loop: it runs for every stream in every step. Rare cases are left to
-        `_append`."""
+        """Apply rows of one token. A hot loop: it runs for every stream in every step. `_append` handles rare cases."""
         page_size, ended, chunks = self._cache.page_size, RequestState.ENDED, self._context.out.chunks
         logprobs = sampled.logprobs
         for row, request, token_id in zip(range(len(decodes)), decodes, sampled.token_ids, strict=False):
@@ -114,7 +112,7 @@ class Results:
                 position
                 and end + 1 < request.max_len
                 and token_id not in request.stop_ids
-                and request.report is None
+                and request.handoff_report is None
                 and not (logprobs and row in logprobs)
             ):
                 token_ids.append(token_id)
@@ -134,7 +132,7 @@ class Results:
             self._append(request, tokens)
 
     def _append(self, request: ActiveRequest, tokens: Sequence[SampledToken]) -> None:
-        """Append and send the tokens of a row, up to the one that ends the answer."""
+        """Append and send the tokens of a row, up to the token that ends the answer."""
         assert len(tokens) == 1 or request.num_planned == request.num_computed, "a pending step continues the row"
         position, finish, num_kept = len(request.token_ids) - request.num_prompt, None, 0
         while finish is None and num_kept < len(tokens):

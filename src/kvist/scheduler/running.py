@@ -1,4 +1,4 @@
-"""The running requests: each has its pages and a slot at the runner, and takes part in steps."""
+"""The running requests: each has its pages and a slot at the runner, and is computed in steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Running:
     def __init__(self, slots: RequestSlots) -> None:
         self._slots = slots
         self._requests: list[ActiveRequest] = []
-        self.num_prefills = 0  # requests of mode PREFILL, which end with their prompt
+        self.num_prefills = 0  # requests of mode PREFILL
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -32,7 +32,7 @@ class Running:
 
     @property
     def num_growing(self) -> int:
-        """The number of requests that need further pages for their output tokens."""
+        """The number of requests that will need further pages for output tokens: all but those of mode PREFILL."""
         return len(self._requests) - self.num_prefills
 
     def enter(self, request: ActiveRequest) -> None:

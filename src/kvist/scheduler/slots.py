@@ -1,9 +1,9 @@
-"""Gives every running request a slot, and records the slots that the next batch ends and starts at the runner.
+"""Assigns a slot to every running request, and records which slots the next batch must end and start at the runner.
 
-    take ──► started by the next batch ──► used by the rows of batches ──► give_back ──► ended by the next batch
+    take ──► started by the next batch ──► named by items ──► give_back ──► ended by the next batch
 
-A slot is free for another request as soon as its request gives it back: one batch may end a slot and start it again. A
-slot that no batch has started is given back without a trace: the runner has never seen its request.
+A slot is free for another request as soon as its request gives it back: one batch may end a slot and start it again. If
+no batch has started the slot, the runner has not seen the request, and nothing is ended there.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class RequestSlots:
         return self._num_slots - len(self._free)
 
     def take(self, request: ActiveRequest) -> None:
-        """Give the request, which begins to run, a slot. At most `num_slots` requests run."""
+        """Assign a slot to a request that begins to run. At most `num_slots` requests run at once."""
         request.slot = slot = self._free.pop()
         self._to_start[slot] = request
 
     def give_back(self, request: ActiveRequest) -> None:
-        """Take the slot from the request, which no longer runs."""
+        """Free the slot of a request that no longer runs."""
         slot = request.slot
-        del request.slot  # unset: no row can name the slot any more
+        del request.slot  # unset, so that no item can name the slot any more
         self._free.append(slot)
         if self._to_start.pop(slot, None) is None:
             self._to_end.append(slot)
 
     def drain(self) -> tuple[tuple[SlotId, ...], tuple[StartRequest, ...]]:
-        """Return the slots to end and the requests to start with the batch that is planned now."""
+        """Return the slots to end and the requests to start in the batch that is being planned."""
         if not self._to_start and not self._to_end:
             return (), ()
         ended, started = tuple(self._to_end), tuple(_start(*each) for each in self._to_start.items())

@@ -1,8 +1,7 @@
 """Every request of one engine, in the container of its state.
 
-`Requests.move` takes a request out of one container and puts it into another; nothing else does. A count of requests is
-the length of a container, so that no count can differ from what is there. A request leaves `live` when it ends, and the
-container of ENDED when its pages are released.
+Only `Requests.move` moves a request from one container to another. A count of requests is the length of a container, so
+it cannot be wrong. A request leaves `live` when it ends, and leaves the container of ENDED when its pages are released.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ _STARTED = (RequestState.RUNNING, RequestState.GRANTED)
 
 
 class Container(Protocol):
-    """The requests in one state. `Requests` alone calls `enter` and `leave`, with the new state set before both."""
+    """The requests in one state. Only `Requests` calls `enter` and `leave`; `request.state` is the new state in
+    both."""
 
     def __len__(self) -> int: ...
 
@@ -36,7 +36,7 @@ class Container(Protocol):
 
 
 class InOrder:
-    """Requests in the order in which they came to their state. Mutable; its one owner is `Requests`."""
+    """Requests in the order in which they entered their state. Mutable; its one owner is `Requests`."""
 
     def __init__(self) -> None:
         self._requests: dict[ActiveRequest, None] = {}
@@ -58,11 +58,11 @@ class InOrder:
 
 
 class Requests:
-    """The requests of one engine by state. Mutable; its one owner is the scheduler, whose parts move requests."""
+    """The requests of one engine by state. Mutable; its one owner is the scheduler, and its parts move requests."""
 
     def __init__(self, context: SchedulerContext, cache: PageCache) -> None:
         self._context = context
-        self.live: dict[RequestId, ActiveRequest] = {}  # by arrival: all that have not ended
+        self.live: dict[RequestId, ActiveRequest] = {}  # all requests that have not ended, oldest first
         self.unadmitted = CallerCounts()  # live requests that were never admitted, by caller
         self.fetching = Fetching(context, cache)
         self.waiting = WaitingQueue()
@@ -92,8 +92,9 @@ class Requests:
         return len(self.waiting) + len(self.fetching) + len(self.awaiting_load) + len(self.suspended)
 
     @property
-    def num_in_run_slots(self) -> int:
-        """The number of requests that run, or will run next with the pages that they have."""
+    def num_counted_as_running(self) -> int:
+        """The number of requests that count against `max_running_requests`: those that run, and those that have pages
+        and will run next."""
         return len(self.running) + len(self.granted) + len(self.loading)
 
     def arrive(self, request: ActiveRequest, state: RequestState) -> None:
@@ -120,6 +121,6 @@ class Requests:
         self.by_state[to].enter(request)
 
     def forget(self, request: ActiveRequest) -> None:
-        """Drop an ended request, whose pages are released."""
+        """Drop an ended request whose pages are released."""
         assert not request.has_pages
         self.ended.leave(request)

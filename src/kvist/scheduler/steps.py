@@ -1,4 +1,4 @@
-"""Runs one step: handles events, fires due timers, plans the batch."""
+"""One step of the scheduler: handles events, fires due timers, plans the batch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from kvist.scheduler.handoff.side import SideParts
 from kvist.scheduler.handoff.sides import Handoffs
 from kvist.scheduler.handoff.source import SourceSide
 from kvist.scheduler.handoff.target import TargetSide
-from kvist.scheduler.load import SchedulerLoad
 from kvist.scheduler.pending import PendingSteps
 from kvist.scheduler.results import Results
 from kvist.scheduler.states import Requests
+from kvist.scheduler.status import SchedulerStatus
 from kvist.scheduler.timers import TimerKind
 from kvist.wire import Abort, FlushCache, PoolAddress, Submit
 
@@ -47,8 +47,8 @@ def build_scheduler(
 ) -> Steps:
     """Build a scheduler, with both sides of its handoffs. Peers find our pages at `pool_address`.
 
-    `needs_known_token`: whether the last token of a request with these parameters must be known before its next row is
-    planned, so that its rows do not overlap; all other rows do. None: for no request."""
+    `needs_known_token`: whether all tokens of a request with these parameters must be known before its next token is
+    planned, so that its steps do not overlap. None: no request needs this."""
     # the longest sequence whose K/V fits into an otherwise empty pool
     context_len = min(config.max_model_len, cache.num_pages * cache.page_size)
     context = SchedulerContext(config=config, role=role, context_len=context_len)
@@ -88,7 +88,7 @@ class Steps:
         self._handoffs = handoffs
         self._admission = admission
         self._batcher = batcher
-        self._flushing: dict[int, Flush] = {}  # by the job that must be reported before the flush is answered
+        self._flushing: dict[int, Flush] = {}  # by the id of the job to be reported before the flush is answered
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
             Submit: admission.on_submit,
             Abort: admission.on_abort,
@@ -116,7 +116,7 @@ class Steps:
         context.step_count += 1
         for event in events:
             self._handlers[type(event)](event)
-        self._admission.queue_fetched()  # before the timers: pages reported in this step are in time, however late
+        self._admission.queue_fetched()  # before the timers: pages reported in this step count as in time
         while (due := context.timers.pop_due(now_s)) is not None:
             kind, key = due
             self._on_timer[kind](key)
@@ -124,19 +124,18 @@ class Steps:
         batch = self._batcher.plan() if with_batch else None
         return context.out.take(
             batch=batch,
-            moves=self._cache.plan_jobs(),
+            tier_jobs=self._cache.plan_jobs(),
             watched_epochs=self._handoffs.watched_epochs,
             page_events=self._cache.take_page_events(),
             wake_at_s=context.timers.next_at_s(),
         )
 
     def has_work(self) -> bool:
-        """Return whether a request is live or a handoff is open: a shutdown now would lose one of them."""
         return bool(self.requests.live) or self._handoffs.num_open > 0
 
-    def load(self) -> SchedulerLoad:
+    def status(self) -> SchedulerStatus:
         num_waiting = self.requests.num_waiting
-        return SchedulerLoad(
+        return SchedulerStatus(
             num_running=len(self.requests.live) - num_waiting,
             num_waiting=num_waiting,
             pages=self._cache.counts(),

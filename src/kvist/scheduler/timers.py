@@ -1,4 +1,4 @@
-"""Deadlines by key, in a heap: the next one is found without a scan. This module reads no clock."""
+"""Deadlines by key, in a heap, so that the next one is found without a scan. This module reads no clock."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Timers:
         self._deadlines.pop((kind, key), None)
 
     def pop_due(self, now_s: float) -> TimerKey | None:
-        """Remove and return one due timer, or None. One at a time: its handler may cancel the next."""
+        """Remove and return one due timer, or None. Only one, because its handler may cancel the next one."""
         at_s = self.next_at_s()
         if at_s is None or at_s > now_s:
             return None

@@ -1,8 +1,8 @@
-"""The queue of requests without pages: callers take turns in each rank (fairness.py), each caller's requests in order.
+"""The queue of requests without pages, with two priorities. In each priority, callers take turns (fairness.py).
 
-Requests of rank 0 may claim pages. Rank 1 holds ungranted PREFILLs (their Grant has not arrived) served only when
-rank 0 is empty. A preempted request, admitted once before, takes no new turn: it returns to the head of its rank, the
-oldest first.
+The low priority is for ungranted PREFILLs (their Grant has not arrived), which are served only when the high priority
+is empty. A preempted request was admitted before and needs no second turn: it returns to the head of its priority, in
+front of younger ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _number = attrgetter("number")
 _ADMITTED = frozenset({RequestState.LOADING, RequestState.RUNNING, RequestState.GRANTED})
 
 
-class _Rank:
+class _Priority:
     def __init__(self) -> None:
         self._returned: list[ActiveRequest] = []  # oldest first
         self._turns: FairQueue[ActiveRequest] = FairQueue(_number)
@@ -49,44 +49,44 @@ class WaitingQueue:
     """The requests in state WAITING. Mutable; its one owner is `Requests`."""
 
     def __init__(self) -> None:
-        self._ranks = (_Rank(), _Rank())
-        self._rank_of: dict[ActiveRequest, _Rank] = {}
-        self._tickets = 0
-        self.num_tokens = 0  # of all waiting requests that are computed here
+        self._priorities = (_Priority(), _Priority())
+        self._priority_of: dict[ActiveRequest, _Priority] = {}
+        self._num_pushes = 0
+        self.num_tokens = 0  # to be computed here for the waiting requests
 
     def __len__(self) -> int:
-        return len(self._rank_of)
+        return len(self._priority_of)
 
     def __iter__(self) -> Iterator[ActiveRequest]:
-        return iter(self._rank_of)
+        return iter(self._priority_of)
 
     def enter(self, request: ActiveRequest) -> None:
         self._push(request)
         self.num_tokens += _num_to_compute(request)
 
     def leave(self, request: ActiveRequest) -> None:
-        """Remove the request, whose state is the next one already: its caller's turn has passed if it is admitted."""
-        self._rank_of.pop(request).remove(request, takes_turn=request.state in _ADMITTED)
+        """Remove the request. If it was admitted, its caller has had its turn; `request.state` is the new state."""
+        self._priority_of.pop(request).remove(request, takes_turn=request.state in _ADMITTED)
         self.num_tokens -= _num_to_compute(request)
 
-    def rerank(self, request: ActiveRequest) -> None:
-        """Queue the request in its present rank: its Grant has arrived."""
-        self._rank_of.pop(request).remove(request, takes_turn=False)
+    def requeue(self, request: ActiveRequest) -> None:
+        """Queue the request with its present priority: its Grant has arrived."""
+        self._priority_of.pop(request).remove(request, takes_turn=False)
         self._push(request)
 
     def head(self) -> ActiveRequest | None:
-        for rank in self._ranks:
-            if (request := rank.head()) is not None:
+        for priority in self._priorities:
+            if (request := priority.head()) is not None:
                 return request
         return None
 
     def _push(self, request: ActiveRequest) -> None:
-        self._tickets += 1
-        request.ticket = self._tickets
-        rank = self._rank_of[request] = self._ranks[request.ungranted]
-        rank.add(request)
+        self._num_pushes += 1
+        request.ticket = self._num_pushes
+        priority = self._priority_of[request] = self._priorities[request.ungranted]
+        priority.add(request)
 
 
 def _num_to_compute(request: ActiveRequest) -> int:
-    """Count the tokens that this engine computes: none for a DECODE before its handoff, which prefill computes."""
-    return 0 if request.awaits_grant_of_pages else len(request.token_ids)
+    """Return the number of tokens that this engine will compute: none if prefill computes the prompt."""
+    return 0 if request.awaits_handoff else len(request.token_ids)

@@ -25,11 +25,11 @@ from kvist import wire
 from kvist.clock import Clock
 from kvist.door import Given
 from kvist.errors import ConfigError, Conflict, KvistError, RequestError, StoreError
-from kvist.plan.tiers import StorageAttached, StoreJob
+from kvist.plan.tiers import StorageAttached, StoreJob, StoreReport
 from kvist.store import STORES
 from kvist.store.backend import PageStore, StoreContext, StoreOptions, StoreStats
 from kvist.store.config import PREFIX, StorageConfig
-from kvist.store.mover import Report, StoreMover
+from kvist.store.mover import StoreMover
 
 DETACH_TIMEOUT_S = 5.0
 MAX_HUNG_STORES = 2  # stores detached while a call, or their opening, hung; each keeps threads and host pages
@@ -110,7 +110,7 @@ class StorageControl:
     def start(self, job: StoreJob) -> None:
         self._mover.start(job)
 
-    def poll(self) -> list[Report | StorageAttached]:
+    def poll(self) -> list[StoreReport | StorageAttached]:
         """Return the events since the last call."""
         reports = self._mover.poll()
         self._end_opening()

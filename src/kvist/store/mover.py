@@ -17,7 +17,16 @@ from collections.abc import Callable
 
 from kvist.clock import Clock
 from kvist.memory.host_pool import HostPool
-from kvist.plan.tiers import CancelFetch, FetchPages, FindPages, PagesFetched, PagesFound, PagesStored, StoreJob
+from kvist.plan.tiers import (
+    CancelFetch,
+    FetchPages,
+    FindPages,
+    PagesFetched,
+    PagesFound,
+    PagesStored,
+    StoreJob,
+    StoreReport,
+)
 from kvist.store.backend import PageStore, StoreStats
 from kvist.store.breaker import BreakerState
 from kvist.store.counters import STORE_COUNTERS
@@ -25,8 +34,6 @@ from kvist.store.io_threads import IOSettings, StoreThreads, Threads
 from kvist.store.quarantine import Job
 
 CLOSE_S = 2.0  # the longest wait for calls under way when the engine ends
-
-Report = PagesFound | PagesFetched | PagesStored
 
 
 class StoreMover:
@@ -52,7 +59,7 @@ class StoreMover:
             wakeup=wakeup,
             threads=threads or Threads(),
         )
-        self._reports: deque[Report] = deque()
+        self._reports: deque[StoreReport] = deque()
         self._attached: StoreThreads | None = None
         self._detached: list[StoreThreads] = []  # with calls under way
         self._totals: dict[str, float] = STORE_COUNTERS.zeros()  # of closed stores
@@ -82,7 +89,7 @@ class StoreMover:
         else:
             self._attached.start(job)
 
-    def poll(self) -> list[Report]:
+    def poll(self) -> list[StoreReport]:
         """Return the reports since the last call. Call at least once a second: `poll` checks the deadline of calls."""
         now_s = self._clock.now_s()
         for store in self._stores():
@@ -134,7 +141,7 @@ class StoreMover:
 
     def _report(self, job: Job, num_pages: int, answered: bool) -> None:
         """Queue a job's report and wake the engine loop. Any thread may call this method."""
-        report: Report
+        report: StoreReport
         match job:
             case FindPages():
                 report = PagesFound(job_id=job.job_id, num_pages=num_pages, answered=answered)

@@ -23,12 +23,11 @@ from kvist.plan.batch import Batch
 from kvist.plan.events import Event, SampledTokens
 from kvist.plan.plan import Plan
 from kvist.plan.slots import OpenSlots
-from kvist.plan.tiers import FindPages, PagesFound, StorageAttached, StoreJob
+from kvist.plan.tiers import FindPages, PagesFound, StorageAttached, StoreJob, StoreReport
 from kvist.plan.transfers import StopWrites, VerifyPages, WritePages
 from kvist.request import EpochId, HandoffId
 from kvist.scheduler import Scheduler
-from kvist.scheduler.load import SchedulerLoad
-from kvist.store.mover import Report
+from kvist.scheduler.status import SchedulerStatus
 from kvist.testing.clocks import FakeClock
 from kvist.testing.specs import make_pool, make_spec
 from kvist.transfer import TransferReport, Transport
@@ -112,9 +111,9 @@ class ScriptedScheduler:
     def has_work(self) -> bool:
         return bool(self.script)
 
-    def load(self) -> SchedulerLoad:
+    def status(self) -> SchedulerStatus:
         pages = PageCounts(free=1, cached=2, owned=1, in_flight=0, evictable=2, total=4)
-        return SchedulerLoad(num_running=3, num_waiting=5, pages=pages, totals={"steps": 7.0})
+        return SchedulerStatus(num_running=3, num_waiting=5, pages=pages, totals={"steps": 7.0})
 
 
 class FakeRunner:
@@ -216,7 +215,7 @@ class FakeStorage:
         if isinstance(job, FindPages):
             self._waiting.append(job)
 
-    def poll(self) -> list[Report | StorageAttached]:
+    def poll(self) -> list[StoreReport | StorageAttached]:
         if not self.finds or not self._waiting:
             return []
         return [PagesFound(job_id=self._waiting.pop(0).job_id, num_pages=1)]

@@ -211,7 +211,9 @@ class MemoryCluster:
         """Step until the condition holds. The limit is in real seconds, because transfers take real time."""
         give_up_s = time.monotonic() + GIVE_UP_S
         while not condition():
-            assert time.monotonic() < give_up_s, f"stuck: {self.streams}, {[e.scheduler.load() for e in self.engines]}"
+            assert time.monotonic() < give_up_s, (
+                f"stuck: {self.streams}, {[e.scheduler.status() for e in self.engines]}"
+            )
             self.step(step_s)
 
     def run(self, step_s: float = 0.001) -> None:
@@ -223,7 +225,7 @@ class MemoryCluster:
     def check_ledgers(self) -> None:
         """Check that no page is owned: every page is free or cached."""
         for engine in self.engines:
-            pages = engine.scheduler.load().pages
+            pages = engine.scheduler.status().pages
             assert (pages.owned, pages.in_flight) == (0, 0), pages
             assert pages.free + pages.cached == pages.total
             assert pages.evictable == pages.cached

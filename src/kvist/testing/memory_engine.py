@@ -28,7 +28,7 @@ from kvist.memory.device_pool import DevicePool
 from kvist.memory.host_pool import HostPool
 from kvist.memory.page_copier import PageMover
 from kvist.models.decoder import CausalLM
-from kvist.plan.tiers import CancelFetch, StorageAttached, StoreJob
+from kvist.plan.tiers import CancelFetch, StorageAttached, StoreJob, StoreReport
 from kvist.request import EpochId, Role, needs_known_token
 from kvist.runner.runner import Runner
 from kvist.runner.shaping import table_sizes
@@ -36,7 +36,6 @@ from kvist.runner.slots import SlotTable
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.store.config import StorageConfig
 from kvist.store.control import StorageControl
-from kvist.store.mover import Report
 from kvist.testing.specs import make_spec
 from kvist.testing.tiny_model import MAX_MODEL_LEN
 from kvist.transfer import Transport, make_transport
@@ -104,7 +103,7 @@ class WatchedStorage:
         self.num_open += not isinstance(job, CancelFetch)
         self._storage.start(job)
 
-    def poll(self) -> list[Report | StorageAttached]:
+    def poll(self) -> list[StoreReport | StorageAttached]:
         reports = self._storage.poll()
         self.num_open -= sum(not isinstance(report, StorageAttached) for report in reports)
         return reports
@@ -203,7 +202,7 @@ class MemoryEngine:
 
     @property
     def num_host_pages_in_flight(self) -> int:
-        host = self.scheduler.load().host_pages
+        host = self.scheduler.status().host_pages
         return 0 if host is None else host.in_flight
 
     @property
@@ -224,7 +223,7 @@ class MemoryEngine:
     @property
     def threads_work(self) -> bool:
         """Whether threads may be copying pages. Pages also stay in flight until a peer answers."""
-        if self.scheduler.load().pages.in_flight or self.num_host_pages_in_flight:
+        if self.scheduler.status().pages.in_flight or self.num_host_pages_in_flight:
             return True
         if self._watched is None:
             return False

@@ -166,7 +166,7 @@ class SimCluster:
             if self.quiet():
                 return
         raise AssertionError(
-            f"not quiet after {max_rounds} rounds: {[e.scheduler.load() for e in self.by_epoch.values()]}"
+            f"not quiet after {max_rounds} rounds: {[e.scheduler.status() for e in self.by_epoch.values()]}"
         )
 
     def quiet(self) -> bool:
@@ -184,7 +184,7 @@ class SimCluster:
 
     def check_settled(self) -> None:
         for engine in self.by_epoch.values():
-            counts = engine.scheduler.load().pages
+            counts = engine.scheduler.status().pages
             assert counts.owned == 0, f"{engine.epoch} leaks owned pages"
             assert counts.in_flight == 0, f"{engine.epoch} leaks pages in flight"
             assert counts.evictable == counts.cached, f"{engine.epoch} leaks pins"
@@ -197,7 +197,7 @@ class SimCluster:
                 )
                 assert not storage.open_prefetches, f"{engine.epoch} leaks prefetches"
             assert engine.scheduler.requests.slots.num_taken == 0, f"{engine.epoch} leaks slots"
-            assert engine.scheduler.load().num_running == engine.scheduler.load().num_waiting == 0
+            assert engine.scheduler.status().num_running == engine.scheduler.status().num_waiting == 0
         for request_id, submitted in self.submitted.items():
             for engine, _ in submitted.engines:
                 if engine.epoch in self.by_epoch:

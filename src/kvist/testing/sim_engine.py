@@ -219,12 +219,12 @@ class SimEngine:
         self.world.receive(self, plan)
         for transfer in plan.transfers:
             self.transport.take(transfer)
-        for move in plan.moves:
-            if isinstance(move, LoadPages | BackUpPages | ForgetPages):
-                self.mover.take(move)
+        for job in plan.tier_jobs:
+            if isinstance(job, LoadPages | BackUpPages | ForgetPages):
+                self.mover.take(job)
             else:
                 assert self.store is not None
-                self.store.take(move)
+                self.store.take(job)
         self._check_slots()
         if plan.batch is not None:
             self.under_way.append(plan.batch)
@@ -252,16 +252,16 @@ class SimEngine:
         live = set(requests.live.values())
         assert live == set(found) - set(requests.ended), "each live request is in one container"
         assert len(requests.unadmitted) == sum(not request.was_admitted for request in live)
-        load = self.scheduler.load()
+        load = self.scheduler.status()
         assert load.num_waiting == sum(not request.has_pages for request in live)
         assert load.num_running == sum(request.has_pages for request in live)
         running = list(requests.running)
         assert running == sorted(running, key=lambda request: request.number)
         assert requests.running.num_prefills == sum(request.mode is Mode.PREFILL for request in running)
         assert requests.slots.num_taken == len(running) == len({request.slot for request in running})
-        assert requests.num_in_run_slots <= self.config.max_running_requests
+        assert requests.num_counted_as_running <= self.config.max_running_requests
         waiting = requests.waiting
-        to_compute = sum(len(each.token_ids) for each in waiting if not each.awaits_grant_of_pages)
+        to_compute = sum(len(each.token_ids) for each in waiting if not each.awaits_handoff)
         assert waiting.num_tokens == to_compute, "num_tokens counts the waiting tokens that this engine computes"
         for request in requests.fetching:
             assert self.world.now_s < request.arrived_s + self.config.queue_timeout_s / 2, (
@@ -272,7 +272,7 @@ class SimEngine:
 
     def _check(self, plan: Plan) -> None:
         self._check_requests()
-        counts = self.scheduler.load().pages
+        counts = self.scheduler.status().pages
         assert counts.free + counts.cached + counts.owned + counts.in_flight == counts.total
         self.pages.apply(plan.page_events)
         host = self.cache.host_counts()
@@ -282,7 +282,7 @@ class SimEngine:
             assert host.free + host.cached + host.in_flight == host.total
             assert 0 <= host.in_flight <= host.total
         assert self.pages.pages == pages_in(self.cache.snapshot())
-        totals = self.scheduler.load().totals
+        totals = self.scheduler.status().totals
         hits, ceiling = totals["cached_prompt_tokens"], totals["ceiling_prompt_tokens"]
         assert hits <= ceiling <= totals["prompt_tokens"]
         # a page known only from the store was never evicted here, but its load from the host may fail

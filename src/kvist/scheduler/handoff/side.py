@@ -1,4 +1,4 @@
-"""The common parts of both sides of a handoff: the requests, their endings, the engine's identity and pool, timers."""
+"""The values that both sides of a handoff use: requests, endings, timers, and the engine's epoch and pool."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SideParts:
             self.context.timers.cancel(kind, handoff_id)
 
     def closed_handoffs(self) -> ExpiringMap[HandoffId, V]:
-        """Return an empty map for closed handoffs, which answers late messages as long as any may arrive."""
+        """Return an empty map for closed handoffs. An entry is kept for as long as late messages may arrive."""
         config = self.context.config
         max_age_s = 2 * config.handoff_timeout_s + config.grant_timeout_s
         return ExpiringMap(capacity=config.max_remembered_handoffs, max_age_s=max_age_s)

@@ -1,6 +1,6 @@
-"""Both sides of the handoffs of one engine: calls the side of a request, by the request's mode.
+"""Both sides of the handoffs of one engine: each call goes to the side that the request's mode decides.
 
-A request of mode FULL has no handoff. `Handoffs.end` is how all parts outside this folder end a request.
+A request of mode FULL has no handoff. All parts outside this folder end a request by `Handoffs.end`.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Handoffs:
             self.target.on_arrived(request)
 
     def on_refused(self, event: Submit, code: str, message: str) -> None:
-        """Close the handoff of a refused PREFILL. A refused DECODE has granted no pages: prefill ends by its grant
+        """Close the handoff of a refused PREFILL. A refused DECODE has granted no pages: its prefill ends by the grant
         timeout or by the gateway's Abort."""
         if event.mode is Mode.PREFILL and event.handoff_id is not None:
             self.source.on_refused(event.handoff_id, code, message)
 
     def on_allocated(self, request: ActiveRequest) -> None:
-        """Go on with the handoff: the lease of the request now covers all its tokens."""
+        """Continue the handoff: the lease of the request now covers all its tokens."""
         if isinstance(request, PrefillRequest):
             self.source.on_computed(request)  # write the cached pages
         elif isinstance(request, DecodeRequest) and not request.granted:

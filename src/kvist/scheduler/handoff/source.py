@@ -5,7 +5,7 @@ stopped the writes, or decode's process is certainly dead. The request itself ma
 once, and the handoff closes later. tables.py has the transitions; batching.py decides which request computes when.
 
 Only the decode engine that the gateway named in `Submit` may grant pages: a Grant from another engine is refused and
-changes nothing. A Grant may arrive before its request (they travel on different sockets): early Grants are stored for
+has no effect. A Grant may arrive before its request, by another socket: early Grants are stored for
 `grant_timeout_s`, at most `max_remembered_handoffs` of them. Closed handoffs are remembered too, for
 2 * `handoff_timeout_s` + `grant_timeout_s`, so that a late Grant or Revoke is answered.
 """
@@ -40,8 +40,8 @@ class PageWrites:
     next_page: int  # writes of pages [grant.first_page, next_page) were requested
     num_written: int = 0
     checksum: str = ""
-    complete: bool = False  # every page is computed, and its write requested
-    stop_step: int | None = None  # step whose plan has StopWrites; a report in the same step was made before
+    complete: bool = False  # every page is computed, and all writes were requested
+    stop_step: int | None = None  # the step whose plan has StopWrites; reports in this step were made before the stop
 
     @property
     def all_written(self) -> bool:
@@ -62,7 +62,7 @@ class SourceHandoff:
 
     @property
     def target_epoch(self) -> EpochId | None:
-        """The decode engine whose Grant has arrived."""
+        """The decode engine whose Grant was accepted; None before that."""
         return None if self.writes is None else self.writes.grant.target_epoch
 
 
@@ -228,7 +228,7 @@ class SourceSide:
     # ---------------------------------------------------------------- actions of the transitions
 
     def _fire(self, handoff: SourceHandoff, trigger: SourceTrigger, refusal: _Refusal) -> None:
-        """Make the transition, if the table has one; end the request if the handoff stops or closes."""
+        """Make the transition and carry out its actions, if the table has one; end the request if the handoff ends."""
         to = SOURCE_TRANSITIONS[handoff.state].get(trigger)
         if to is None:
             return
@@ -251,7 +251,7 @@ class SourceSide:
             self._endings.end(request, outcome, refusal[0], refusal[1])
 
     def _stop_writes(self, handoff: SourceHandoff) -> SourceState:
-        """Stop the transport; return the new state: without a pending write the handoff is closed at once."""
+        """Stop the transport; return the new state, which is CLOSED if no write is pending."""
         writes = handoff.writes
         if writes is None or writes.all_written:
             handoff.state = SOURCE_TRANSITIONS[SourceState.STOPPING][SourceTrigger.WRITES_STOPPED]
@@ -295,18 +295,18 @@ class SourceSide:
             self._fire(handoff, SourceTrigger.BAD_GRANT, ("handoff_failed", fault))
             return
         self._fire(handoff, SourceTrigger.GRANT, (None, ""))
-        self._let_claim_pages(handoff.request)
+        self._on_granted(handoff.request)
         self._write_ready_pages(handoff)
 
-    def _let_claim_pages(self, request: PrefillRequest) -> None:
-        """From the Grant on the request may claim pages and is not preempted."""
+    def _on_granted(self, request: PrefillRequest) -> None:
+        """Give the request high priority: from the Grant on it is not preempted."""
         request.granted = request.in_handoff = True
         send_first_token(self._context, request)
         requests = self._parts.requests
         if request.state is RequestState.SUSPENDED:
             requests.move(request, RequestState.WAITING)
         elif request.state is RequestState.WAITING:
-            requests.waiting.rerank(request)
+            requests.waiting.requeue(request)
 
     def _grant_error(self, grant: Grant, num_pages: int) -> str | None:
         own = self._parts.pool
@@ -332,7 +332,7 @@ class SourceSide:
         return None
 
     def _write_ready_pages(self, handoff: SourceHandoff) -> None:
-        """Request writes of computed, granted pages not yet requested: full pages, and at the end the last page."""
+        """Request the writes of newly computed pages: of full pages, and at the end of the prompt of the last page."""
         request, writes = handoff.request, handoff.writes
         if handoff.state is not SourceState.WRITING or writes is None or not request.has_pages:
             return
@@ -360,7 +360,8 @@ class SourceSide:
             self._fire(handoff, SourceTrigger.ALL_WRITTEN, (None, ""))
 
     def _send_done(self, handoff: SourceHandoff) -> None:
-        """Send Done, again every `ack_timeout_s` until decode answers: an answer may be lost with its connection."""
+        """Send Done, and repeat it every `ack_timeout_s` until decode answers: an answer may be lost with its
+        connection."""
         writes, first_token = handoff.writes, handoff.request.first_token
         assert writes is not None
         assert first_token is not None

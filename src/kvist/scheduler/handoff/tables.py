@@ -1,7 +1,7 @@
 """The two state machines of a handoff, one for each side. docs/handoff.md has the protocol; a test compares the two.
 
-A trigger that is missing in the table of a state is ignored in that state: thus duplicates and late answers are
-harmless. This file lists the transitions; source.py and target.py act on them.
+A trigger that is missing in the table of a state is ignored in that state, so that duplicates and late answers are
+harmless. This file lists the transitions; source.py and target.py carry out their actions.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import enum
 class SourceState(enum.Enum):
     """The prefill side."""
 
-    AWAITING_GRANT = "awaiting grant"  # perhaps computing; no Grant to write into yet
+    AWAITING_GRANT = "awaiting grant"  # no Grant has arrived; the request may be computing
     WRITING = "writing"  # granted: pages are written as they are computed
     DONE_SENT = "done sent"  # every page is written; Done is repeated until it is answered
-    STOPPING = "stopping"  # stopped during writes: our pages are kept until the transport has stopped
+    STOPPING = "stopping"  # our pages are kept until the transport has stopped writing
     CLOSED = "closed"
 
 

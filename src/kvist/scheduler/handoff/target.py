@@ -1,9 +1,9 @@
 """The decode side of every handoff of one engine: grants pages, verifies the received pages, takes the request over.
 
-A Grant is repeated, at growing intervals, until prefill answers: a Grant that was lost with its connection costs a
-second or two. Granted pages are IN_FLIGHT until prefill has confirmed that it writes no more (Done, Closed) or its
-process is certainly dead. The request itself may end earlier: its `Ended` is sent at once, and Revoke is repeated until
-the pages are free.
+A Grant is repeated, at growing intervals, until prefill answers: if a Grant is lost with its connection, the request is
+delayed by a second or two. Granted pages are IN_FLIGHT until prefill has confirmed that it writes no more (Done,
+Closed) or its process is certainly dead. The request itself may end earlier: its `Ended` is sent at once, and Revoke is
+repeated until the pages are free.
 
 tables.py has the transitions. Closed handoffs are remembered for a while, so that a repeated Done is answered again.
 """
@@ -80,7 +80,7 @@ class TargetSide:
         self._epoch = parts.epoch
         self._open: dict[HandoffId, TargetHandoff] = {}
         self._closed: ExpiringMap[HandoffId, _Answer] = parts.closed_handoffs()
-        # Never expires: a prefill engine keeps pages until its Done is answered, however late the Done arrives.
+        # Entries do not expire: a prefill engine keeps pages until its Done is answered, however late it arrives.
         self._endpoints: ExpiringMap[EpochId, str] = ExpiringMap(capacity=MAX_KNOWN_SOURCES, max_age_s=math.inf)
 
     def handlers(self) -> Mapping[type[Event], Callable[[Any], None]]:
@@ -168,8 +168,8 @@ class TargetSide:
             handoff.cancelled |= closed.error_code is None
             self._fire(handoff, TargetTrigger.SOURCE_CLOSED, closed.message, closed.error_code)
         elif handoff.state is TargetState.GRANTED:
-            # A new process answers at that address. The process that got our Grant may still be writing: only its
-            # death frees the pages, but the request is lost already.
+            # Another process answers at that address. The process that received our Grant may still be writing: its
+            # pages are free only after its death, but the request cannot succeed any more.
             self._fail_request(handoff, "worker_lost", "the prefill worker has restarted")
 
     def on_peer_died(self, event: PeerDied) -> None:
@@ -243,7 +243,7 @@ class TargetSide:
         self._close(handoff, _Answer(taken_over=True))
         self._send_ack(handoff.endpoint, handoff.handoff_id)
         num_bytes = num_pages * self._parts.pool.page_bytes
-        handoff.request.report = HandoffReport(
+        handoff.request.handoff_report = HandoffReport(
             num_pages=num_pages,
             num_pages_reused=handoff.grant.first_page,
             num_bytes=num_bytes,
@@ -257,8 +257,8 @@ class TargetSide:
         self._start_decoding(handoff.request, handoff.received)
 
     def _start_decoding(self, request: DecodeRequest, done: Done) -> None:
-        """Start the request. K/V of its tokens on arrival is in its pages; prefill has sent the first token already,
-        and with it the finish reason, if any."""
+        """Start the request. The K/V of its tokens on arrival is in its pages; prefill has already sent the first token
+        to the gateway, with the finish reason, if any."""
         num_tokens = request.num_tokens_on_arrival
         request.num_computed = request.num_planned = num_tokens
         self._parts.cache.insert(request.lease, request.token_ids, num_tokens)
@@ -269,7 +269,7 @@ class TargetSide:
             self._parts.requests.move(request, RequestState.RUNNING)
 
     def _close(self, handoff: TargetHandoff, answer: _Answer) -> None:
-        """Close the handoff. No write can arrive any more: the pages belong to the request alone."""
+        """Close the handoff: no write can arrive any more."""
         del self._open[handoff.handoff_id]
         self._closed.put(handoff.handoff_id, answer, self._context.now_s)
         self._parts.cancel_timers(handoff.handoff_id, TimerKind.DONE, TimerKind.RESEND)
@@ -279,7 +279,7 @@ class TargetSide:
     def _repeat_answer(self, done: Done) -> None:
         endpoint = self._endpoints.get(done.source_epoch)
         if endpoint is None:
-            return  # no request here ever named that prefill worker: its endpoint is unknown
+            return  # no request here has named that prefill worker: its endpoint is unknown
         answer = self._closed.get(done.handoff_id)
         if answer is None:
             self._send_revoke(endpoint, done.handoff_id, "the handoff is unknown")

@@ -1,4 +1,4 @@
-"""The load report of a scheduler: queue lengths, pages and counters."""
+"""The status of a scheduler, for load reports: queue lengths, pages and counters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvist.kv.tiers.host import HostCounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLoad:
+class SchedulerStatus:
     num_running: int  # with pages, computing or waiting for a handoff
     num_waiting: int  # without pages
     pages: PageCounts
