@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from kvist.bench.config import LOADS, CustomConfig, Load, TargetConfig
 from kvist.channel import ChannelConfig, with_private_key
-from kvist.cluster.config import ChatConfig, ClusterConfig, FrontOptions, PairOptions, StartOptions, UnifiedOptions
+from kvist.cluster.config import ChatConfig, ClusterConfig, GatewayOptions, PairOptions, StartOptions, UnifiedOptions
 from kvist.cluster.plan import ClusterShape, threads_for_each, visible_gpus
 from kvist.config import option
 from kvist.cores import num_usable_cores
@@ -77,7 +77,7 @@ class TokenizerConfig:
 class ServeSettings:
     engine: EngineOptions = group(EngineOptions)
     endpoint: EndpointOptions = group(EndpointOptions)
-    front: FrontOptions = group(FrontOptions)
+    gateway: GatewayOptions = group(GatewayOptions)
     links: LinkOptions = group(LinkOptions)
     log: LogConfig = group(LogConfig)
     file: FileConfig = group(FileConfig)
@@ -87,14 +87,14 @@ class ServeSettings:
         self.engine_config()  # contradictions are reported before anything starts
 
     def engine_config(self) -> EngineConfig:
-        return EngineConfig(options=self.engine, endpoint=self.endpoint, name=self.front.name, log=self.log)
+        return EngineConfig(options=self.engine, endpoint=self.endpoint, name=self.gateway.name, log=self.log)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
     router: RouterConfig = group(RouterConfig)
     tokenizer: TokenizerConfig = group(TokenizerConfig)
-    front: FrontOptions = group(FrontOptions)
+    gateway: GatewayOptions = group(GatewayOptions)
     channel: ChannelConfig = group(ChannelConfig)
     log: LogConfig = group(LogConfig)
     file: FileConfig = group(FileConfig)
@@ -311,7 +311,7 @@ def run(settings: Settings) -> int:
 
         return serve_worker(
             engine=settings.engine_config(),
-            front=settings.front,
+            gateway=settings.gateway,
             links=settings.links,
             stop_with_stdin=settings.parent.stop_with_stdin,
         )
@@ -321,7 +321,7 @@ def run(settings: Settings) -> int:
         return serve_router(
             router=settings.router,
             model_path=settings.tokenizer.model_path,
-            front=settings.front,
+            gateway=settings.gateway,
             channel=settings.channel,
             stop_with_stdin=settings.parent.stop_with_stdin,
         )

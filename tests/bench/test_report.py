@@ -102,7 +102,7 @@ def test_the_report_warns_of_failures_a_busy_client_and_a_warm_cache() -> None:
 
 def test_the_report_warns_of_late_arrivals() -> None:
     late = msgspec.structs.replace(good(0, cached=0), late_s=0.5)
-    assert any("500.0 ms after their time" in warning for warning in run_of(late).warnings)
+    assert any("500.0 ms after their planned time" in warning for warning in run_of(late).warnings)
 
 
 def test_a_run_without_a_single_answer_has_a_table_too() -> None:

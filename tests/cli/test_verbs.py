@@ -142,7 +142,7 @@ def test_the_two_commands_of_the_sglang_article_are_parsed() -> None:
     second = settings.read("serve", [*common, "--port", "30002", "--decode-only"], {})
     assert isinstance(first, settings.ServeSettings)
     assert isinstance(second, settings.ServeSettings)
-    assert (first.endpoint.role, first.front.server.port, first.engine.model.model_path) == (Role.UNIFIED, 30001, "M")
+    assert (first.endpoint.role, first.gateway.server.port, first.engine.model.model_path) == (Role.UNIFIED, 30001, "M")
     assert (second.endpoint.role, second.engine.runner.mem_fraction_static, second.engine.runner.tp) == (
         Role.DECODE,
         0.8,

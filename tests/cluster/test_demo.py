@@ -107,8 +107,8 @@ def test_the_demo_fails_without_the_expected_word_or_without_pages_from_a_tier()
     assert unmet_expectations(rows, [FROM_HOST], question="Where?", expect="paris") == []
     assert "Rome" in unmet_expectations(rows, [FROM_HOST], question="Where?", expect="Rome")[0]
     (line,) = unmet_expectations(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")  # no page from storage
-    assert "of host memory were flushed, and no page was loaded from storage" in line
+    assert "of host memory were flushed, but no page was loaded from the storage tier" in line
     stored = dataclasses.replace(report, num_cached_by_tier={"device": 48, "host": 0, "storage": 16})
     rows[1:] = [(FROM_HOST.name, stored), (FROM_STORE.name, stored)]
     (line,) = unmet_expectations(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")
-    assert "device pools were flushed, and no page was loaded from host" in line
+    assert "device pools were flushed, but no page was loaded from the host tier" in line

@@ -203,7 +203,7 @@ def test_a_ready_child_that_hangs_is_logged_killed_and_restarted() -> None:
         assert first is not None
         stopped = True
         os.kill(first, signal.SIGSTOP)
-        lines.wait_for("has answered nothing for 1 s (--stall-restart-s)")
+        lines.wait_for("has not answered for 1 s (--stall-restart-s)")
         lines.wait_for("was killed by signal 9")
         stopped = False
         processes.wait_ready(60)

@@ -64,7 +64,7 @@ def test_a_suspended_engine_worker_and_router_are_noticed_and_restarted(
     settled.wait_until(lambda: not Path(f"/proc/{engine}").exists(), within_s=60)
     for name in ("router", "decode-0"):
         settled.wait_until(lambda name=name: children[name].num_restarts > restarts[name], within_s=60)
-        assert any(line.startswith(f"[{name}] has answered nothing for") for line in settled.lines)
+        assert any(line.startswith(f"[{name}] has not answered for") for line in settled.lines)
     assert children["unified"].num_restarts == restarts["unified"], "its HTTP was never stopped"
     settled.wait_ready()
     settled.wait_until(lambda: is_ready(settled.unified), within_s=60)

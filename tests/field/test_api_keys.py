@@ -47,7 +47,7 @@ def test_children_of_kvist_up_get_the_api_keys_by_environment(given: str) -> Non
         verb = "router" if plan.name == "router" else "serve"
         child = settings.read(verb, plan.argv[4:], plan.environ)
         assert isinstance(child, settings.ServeSettings | settings.RouterSettings)
-        assert child.front.server.api_key == ("k1", "k2")
+        assert child.gateway.server.api_key == ("k1", "k2")
 
 
 def test_several_api_keys_reach_a_child_process() -> None:

@@ -73,7 +73,7 @@ async def test_on_loopback_without_a_key_a_foreign_host_is_refused(bench: Gatewa
         response = await bench.client.request(method, path, headers={**JSON, "host": host}, content=b"{}")
         assert response.status_code == 403
         assert "--api-key" in message_of(response)
-    assert bench.dispatcher.storage_asked == []
+    assert bench.dispatcher.storage_commands == []
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ async def test_other_origins_get_no_cors_permission(make_bench: MakeBench) -> No
 def test_an_invalid_origin_is_refused_at_start() -> None:
     read = settings.read("serve", ["--allowed-origins", PAGE, "http://localhost:3000"], {})
     assert isinstance(read, settings.ServeSettings)
-    assert read.front.server.allowed_origins == (PAGE, "http://localhost:3000")
+    assert read.gateway.server.allowed_origins == (PAGE, "http://localhost:3000")
     for wrong in ("chat.example", PAGE + "/", PAGE + "/page", "ftp://a", '["*"]', "https://"):
         with pytest.raises(ConfigError, match="--allowed-origins"):
             settings.read("serve", ["--allowed-origins", wrong], {})

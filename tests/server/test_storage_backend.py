@@ -44,7 +44,7 @@ async def test_get_returns_the_storage_of_every_worker_with_sglangs_names(
     assert body["workers"]["p"]["hicache_storage_path"] == "/pages"
     assert body["workers"]["p"]["hicache_storage_size"] == 2.0
     assert body["workers"]["p"]["state"] == "attached"
-    assert [asked.action for asked in bench.dispatcher.storage_asked] == [action]
+    assert [asked.action for asked in bench.dispatcher.storage_commands] == [action]
 
 
 async def test_put_sends_the_given_fields_and_leaves_the_others_to_the_flags(bench: GatewayBench) -> None:
@@ -56,7 +56,7 @@ async def test_put_sends_the_given_fields_and_leaves_the_others_to_the_flags(ben
     }
     assert (await bench.client.put(URL, json=wanted)).status_code == 200
     assert (await bench.client.put(URL, json={})).status_code == 200
-    assert bench.dispatcher.storage_asked == [
+    assert bench.dispatcher.storage_commands == [
         StorageCommand(
             call_id="", action="attach", store=AttachStore(backend="file", options={"path": "/pages", "size": 2.0})
         ),
@@ -78,7 +78,7 @@ async def test_an_invalid_body_is_a_400_that_names_the_field(bench: GatewayBench
     answer = await bench.client.put(URL, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == field
-    assert bench.dispatcher.storage_asked == []
+    assert bench.dispatcher.storage_commands == []
 
 
 @pytest.mark.parametrize(("code", "status"), [("invalid_request", 400), ("conflict", 409)])

@@ -67,4 +67,4 @@ def test_serve_and_router_have_the_certificate_options() -> None:
     for verb, argv in (("serve", flags), ("router", ["--worker-urls", "http://a:1", *flags])):
         read = settings.read(verb, argv, {})
         assert isinstance(read, settings.ServeSettings | settings.RouterSettings)
-        assert read.front.tls.scheme == "https"
+        assert read.gateway.tls.scheme == "https"

@@ -1,7 +1,7 @@
 """The interface of an attention backend to the runner.
 
-Before a backend is made, its `AttentionKind` says where it runs, which steps can be captured and how much memory it
-needs.
+Before a backend is made, its `AttentionKind` has the devices on which it runs, the steps that can be captured and the
+memory that it needs.
 
 Life cycle: `bind` once, with the pool. For each step, `prepare(spans)` turns the batch into index tensors, and the
 model calls the returned `Attend` once per layer. A call first rotates q and k and writes the new tokens' K/V into their

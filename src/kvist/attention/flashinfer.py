@@ -82,7 +82,7 @@ class FlashInferAttention:
             planner.plan(self._pool.indices([Span(start=0, num_tokens=1, page_ids=[0])], 1), q.shape[1])
             planner.run(0, q)
             torch.cuda.synchronize(self._device)
-        except Exception as error:  # any error would come back at every step
+        except Exception as error:  # any error would recur at every step
             reason = "; ".join(str(error).splitlines()[-5:])
             raise _refusal(f"cannot run here: {reason}. Install it with {REMEDY}; or use torch") from error
         logger.info("FlashInfer %s: ready after %.1f s", self._library.__version__, time.perf_counter() - start_s)

@@ -119,7 +119,7 @@ class _Load:
 
 
 def _lengths(default: str, what: str) -> str:
-    return option(default, f"tokens of {what}: N, or LOW-HIGH for a uniform draw")
+    return option(default, f"number of tokens of {what}: N, or LOW-HIGH for a number drawn uniformly")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

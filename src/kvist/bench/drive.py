@@ -287,7 +287,7 @@ class Driver:
 
 
 def _checked(answer: RequestResult, *, from_server: bool) -> RequestResult:
-    """Turn the answer into a failure if the server gave fewer token ids than it had promised in the probe."""
+    """Turn the answer into a failure if the server returned fewer token ids than tokens, unlike in the probe."""
     row = answer.row
     if not from_server or row.failure is not None or len(answer.token_ids) == row.num_output:
         return answer

@@ -141,11 +141,12 @@ def warnings_of(summary: Summary, kind: str) -> list[str]:
     token_s = summary.tpot_s.mean if summary.tpot_s is not None else 0.0
     if summary.client_lag_p99_s > max(MAX_LAG_S, MAX_LAG_SHARE * token_s):
         found.append(
-            f"the client woke up {1e3 * summary.client_lag_p99_s:.1f} ms late (p99); times may be too long by as much"
+            f"the client woke up {1e3 * summary.client_lag_p99_s:.1f} ms late (p99); times may be too long by this much"
         )
     if summary.late_p99_s > MAX_LATE_S:
         found.append(
-            f"requests were sent {1e3 * summary.late_p99_s:.1f} ms after their time (p99): the client was the limit"
+            f"requests were sent {1e3 * summary.late_p99_s:.1f} ms after their planned time (p99): the client was the "
+            "limit"
         )
     if kind != "multiturn" and summary.hit_rate:
         found.append(

@@ -12,8 +12,8 @@ from kvist.text import TextConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FrontOptions:
-    """The options of one process that serves HTTP."""
+class GatewayOptions:
+    """The options of a gateway: of its name, HTTP server and text processing."""
 
     name: NameOptions = field(default_factory=NameOptions)
     server: ServerConfig = field(default_factory=ServerConfig)

@@ -1,4 +1,4 @@
-"""`kvist demo`: a cluster of separate processes answers a question and a chat, and prints a table of the figures.
+"""`kvist demo`: a cluster of separate processes answers a question and a chat; then a table of the figures is printed.
 
 The demo starts a cluster, streams the answers and stops the cluster. Before the last turns, the upper cache tiers are
 flushed, so that these turns load their pages from the tier below. The demo fails if the first answer lacks the expected
@@ -111,7 +111,9 @@ def unmet_expectations(
     reports = dict(rows)
     for check in checks:
         if not reports[check.name].num_cached_by_tier.get(check.source):
-            found.append(f"The pages of {check.described} were flushed, and no page was loaded from {check.source}.")
+            found.append(
+                f"The pages of {check.described} were flushed, but no page was loaded from the {check.source} tier."
+            )
     return found
 
 
@@ -130,7 +132,7 @@ def _talk(url: str, question: str, checks: Sequence[TierCheck]) -> list[tuple[st
 
 
 def _next_turn(client: httpx.Client, messages: list[Message], text: str) -> TurnReport:
-    """Ask `text`; append the question and the answer to `messages`."""
+    """Send `text`; append the question and the answer to `messages`."""
     messages.append({"role": "user", "content": text})
     report = _ask(client, messages)
     messages.append({"role": "assistant", "content": report.text})
@@ -154,7 +156,7 @@ _COLUMNS = (
 
 LEGEND = """
 pages sent: written by prefill into decode's pool; pages reused: prompt pages already cached at decode
-handoff: from decode's grant to verified pages, while prefill computes; waited: the part after prefill was done
+handoff: from decode's grant until its pages are verified, while prefill computes; waited: the part after prefill ended
 """
 
 
@@ -190,7 +192,7 @@ def process_summary(rows: Sequence[tuple[str, TurnReport]], children: Sequence[C
     decode = sorted({names.get(worker, worker) for _name, report in rows if (worker := report.decode_worker)})
     return (
         f"Prefill ran in {', '.join(prefill)}, decode in {', '.join(decode)}; "
-        "the router tokenized, chose the workers and merged their tokens."
+        "the router tokenised the prompts, chose the workers and merged their tokens."
     )
 
 

@@ -1,4 +1,4 @@
-"""Asks a process over HTTP whether the process is ready."""
+"""Probes a child process over HTTP: whether it answers, and whether it is ready."""
 
 from __future__ import annotations
 

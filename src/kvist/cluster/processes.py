@@ -345,11 +345,11 @@ class Processes:
 
     def _check_silence(self, child: Child, silent_s: float) -> None:
         if silent_s >= self._timeouts.stall_restart_s:
-            self._sink(child.plan.name, f"has answered nothing for {silent_s:.0f} s (--stall-restart-s) and is killed")
+            self._sink(child.plan.name, f"has not answered for {silent_s:.0f} s (--stall-restart-s) and is killed")
             child.signal_group(signal.SIGKILL)
         elif (silent_s >= SILENT_AFTER_S) is not child.silence_reported:
             child.silence_reported = not child.silence_reported
-            text = f"has answered nothing for {silent_s:.0f} s: the process is suspended or blocked"
+            text = f"has not answered for {silent_s:.0f} s: the process is suspended or blocked"
             self._sink(child.plan.name, text if child.silence_reported else "answers again")
 
     def _start_child(self, child: Child) -> None:

@@ -1,9 +1,9 @@
 """`kvist serve` and `kvist router`: one gateway process, over its own engine or over remote ones.
 
-A worker: HTTP answers at once (`/server_info` shows `engine: null`) → the engine process loads → the gateway connects
-to the engine as to any other → `/ready`. If the engine dies, its supervisor starts another, and the gateway connects to
-that one. At a stop, open requests have limited time (stopping.py); then, or if the first start fails, HTTP and the
-engine end.
+Start of a worker: HTTP answers at once (`/server_info` shows `engine: null`) → the engine process loads → the gateway
+connects to the engine, as to any other → `/ready`. If the engine dies, its supervisor starts another, and the gateway
+connects to the new one. At a stop, open requests have limited time (stopping.py). After that, or if the first start
+fails, HTTP and the engine end.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kvist.channel import (
 )
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.cluster.announce import announce, curl_example, router_example, shown_key
-from kvist.cluster.config import FrontOptions
+from kvist.cluster.config import GatewayOptions
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.stop_requests import STOP_SIGNALS, handle_signals, stop_with_parent
 from kvist.cluster.stopping import Drain, StopSignals
@@ -66,13 +66,13 @@ class LocalEngineTransport(httpx.AsyncBaseTransport):
 
 
 def serve_worker(
-    *, engine: EngineConfig, front: FrontOptions, links: LinkOptions, stop_with_stdin: bool = False
+    *, engine: EngineConfig, gateway: GatewayOptions, links: LinkOptions, stop_with_stdin: bool = False
 ) -> int:
     """Serve until SIGINT or SIGTERM, then return 0. Raises `KvistError` if the engine cannot start or the port is in
     use."""
     role = engine.endpoint.role
     channel = with_cluster_key(engine.options.channel, serves_alone=role.serves_alone)
-    with _listening(front, stop_with_stdin) as listening:
+    with _listening(gateway, stop_with_stdin) as listening:
         checkpoint = find_checkpoint(engine.options.model.model_path)
         engine = replace(engine, worker_id=listening.name, options=replace(engine.options, channel=channel))
         supervisor = EngineSupervisor(engine, on_progress=StartProgress())
@@ -80,12 +80,12 @@ def serve_worker(
         router = RouterConfig(urls=WorkerUrls(worker_urls=(listening.url,)), links=links)
         logger.info("%s worker at %s is loading %s", role, listening.url, checkpoint.path)
         _serve(
-            front,
+            gateway,
             listening,
             checkpoint,
             dispatcher=build_dispatcher(router, channel, transport=transport),
             # prefill and decode workers are used through a router, which has the tokenizer
-            tokenizer=load_tokenizer(checkpoint, front.text) if role.serves_alone else None,
+            tokenizer=load_tokenizer(checkpoint, gateway.text) if role.serves_alone else None,
             supervisor=supervisor,
             role=role,
         )
@@ -96,27 +96,27 @@ def serve_router(
     *,
     router: RouterConfig,
     model_path: str | None,
-    front: FrontOptions,
+    gateway: GatewayOptions,
     channel: ChannelConfig,
     stop_with_stdin: bool = False,
 ) -> int:
     """Serve until SIGINT or SIGTERM, then return 0. Raises `ConfigError` for an invalid URL, a missing tokenizer or a
     port in use."""
     channel = with_cluster_key(channel)
-    with _listening(front, stop_with_stdin) as listening:
+    with _listening(gateway, stop_with_stdin) as listening:
         checkpoint = find_checkpoint(model_path)
-        keys = front.server.api_key
-        tokenizer = load_tokenizer(checkpoint, front.text)
+        keys = gateway.server.api_key
+        tokenizer = load_tokenizer(checkpoint, gateway.text)
         named = GatewayTokenizer(name=checkpoint.name, fingerprint=vocabulary_fingerprint(tokenizer))
         api_key = keys[0] if keys else None  # the workers must accept this key, too
         dispatcher = build_dispatcher(router, channel, api_key=api_key, tokenizer=named)
         logger.info("router at %s for %s", listening.url, checkpoint.name)
-        _serve(front, listening, checkpoint, dispatcher=dispatcher, tokenizer=tokenizer)
+        _serve(gateway, listening, checkpoint, dispatcher=dispatcher, tokenizer=tokenizer)
     return 0
 
 
 def _serve(
-    front: FrontOptions,
+    gateway: GatewayOptions,
     listening: Listening,
     checkpoint: Checkpoint,
     *,
@@ -130,29 +130,29 @@ def _serve(
     app = build_app(
         dispatcher=dispatcher,
         tokenizer=tokenizer,
-        config=front.server,
-        model_name=front.name.served_model_name or checkpoint.name,
+        config=gateway.server,
+        model_name=gateway.name.served_model_name or checkpoint.name,
         model_path=str(checkpoint.path),
-        sampling_defaults=None if tokenizer is None else _sampling_defaults(checkpoint, front.text),
+        sampling_defaults=None if tokenizer is None else _sampling_defaults(checkpoint, gateway.text),
         own_role=role,
         own_engine=no_engine if supervisor is None else lambda: supervisor.spec,
         own_health=no_engine if supervisor is None else lambda: supervisor.health,
         lifecycle=lifecycle,
-        instance_id=front.instance.instance_id,
+        instance_id=gateway.instance.instance_id,
     )
     answers_alone = role is None or role.serves_alone
     if role is None or role.serves_alone:
-        example = curl_example(listening.url, api_key=shown_key(front.server.api_key))
+        example = curl_example(listening.url, api_key=shown_key(gateway.server.api_key))
     else:
         example = router_example(listening.url, role)
     serving = Serving(
-        http=http_server(app, app.traffic, front.server, front.tls),
+        http=http_server(app, app.traffic, gateway.server, gateway.tls),
         listener=listening.listener,
         dispatcher=dispatcher,
         supervisor=supervisor,
         answers_alone=answers_alone,
         lifecycle=lifecycle,
-        config=front.server,
+        config=gateway.server,
         stop=listening.stop,
         on_ready=_ready_announcer(listening.url, example if listening.for_people else None),
     )
@@ -160,7 +160,7 @@ def _serve(
 
 
 def _sampling_defaults(checkpoint: Checkpoint, text: TextConfig) -> SamplingDefaults:
-    """Return the model's sampling defaults; log them, and the parts that Kvist does not support."""
+    """Return the model's sampling defaults. Log them, and a recommended value that is not applied."""
     defaults = load_sampling_defaults(checkpoint, text.generation_config)
     given = {name: value for name, value in asdict(defaults).items() if value is not None}
     penalty = given.pop("repetition_penalty", None)
@@ -168,7 +168,9 @@ def _sampling_defaults(checkpoint: Checkpoint, text: TextConfig) -> SamplingDefa
         listed = ", ".join(f"{name} {value:g}" for name, value in given.items())
         logger.info("sampling defaults of the model: %s (--generation-config)", listed)
     if penalty not in (None, 1.0):
-        logger.warning("the model recommends repetition_penalty %g, which Kvist does not apply yet", penalty)
+        logger.warning(
+            "the model recommends repetition_penalty %g: set it in each request, it is not a default", penalty
+        )
     return defaults
 
 
@@ -184,8 +186,8 @@ class Listening:
 
 
 @contextlib.contextmanager
-def _listening(front: FrontOptions, stop_with_stdin: bool) -> Iterator[Listening]:
-    server, stop = front.server, StopSignals()
+def _listening(gateway: GatewayOptions, stop_with_stdin: bool) -> Iterator[Listening]:
+    server, stop = gateway.server, StopSignals()
     with (
         handle_signals(stop, STOP_SIGNALS),
         contextlib.suppress(KeyboardInterrupt),  # a stop signal during the start
@@ -195,7 +197,7 @@ def _listening(front: FrontOptions, stop_with_stdin: bool) -> Iterator[Listening
             drain_s = max(server.shutdown_timeout_s, server.drain_grace_s)
             stop_with_parent(stop=stop.stop, hurry=stop.hurry, drain_s=drain_s)
         name = WorkerId(f"{host_to_name(server.host, socket.gethostname())}:{listener.getsockname()[1]}")
-        url = f"{front.tls.scheme}://{name}"
+        url = f"{gateway.tls.scheme}://{name}"
         yield Listening(stop=stop, listener=listener, name=name, url=url, for_people=not stop_with_stdin)
 
 
@@ -219,12 +221,12 @@ class StartProgress:
 def _ready_announcer(url: str, example: str | None) -> Callable[[], None]:
     """Return a function that announces readiness. `example` is a command to show, or None."""
 
-    def say() -> None:
+    def announce_ready() -> None:
         logger.info("ready at %s", url)
         if example is not None:
             print(f"Ready at {url}    (Ctrl-C stops it). Try:\n{example}", flush=True)
 
-    return say
+    return announce_ready
 
 
 class LocalEngineView:

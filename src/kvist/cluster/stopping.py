@@ -1,6 +1,6 @@
 """Stops `kvist serve` and `kvist router`, on signals or on a request of the parent process, also repeated ones.
 
-    signal ─► unready, new requests refused ─► open ones finish ─► those left are cut ─► port closed ─► engine ended
+    signal ─► unready, new requests refused ─► open ones finish ─► the rest are cut ─► port closed ─► engine ended
               └─ at least --drain-grace-s ───┘                  └ at --shutdown-timeout-s, or at the next signal
 
 The port answers (`/ready` with 503) until no request is open. A request that is cut gets an error: an error event if it

@@ -4,5 +4,5 @@ The public function of a file checks the device of its tensors: on CUDA it launc
 elsewhere it runs the twin, which is also the reference of the tests. Triton is thus imported only where it is used.
 Kernels on Hopper and later are launched with programmatic dependent launch (gpu/launch.py).
 
-The room knows tensors only: no model, no request, and of pages only their strides.
+The kernels work on tensors only; they know no models and no requests, and nothing of pages but their strides.
 """

@@ -13,7 +13,7 @@ from torch import Tensor
 # Decode attention (decode_attention.py).
 TARGET_ITEMS = 128  # at least this many items per step, when its contexts are long enough
 MIN_ITEM_TOKENS = 128
-ITEM_MULTIPLE = 64  # tokens of an item are a multiple of it, except at the end of a context
+ITEM_MULTIPLE = 64  # the number of tokens of an item is a multiple of this, except at the end of a context
 
 # Page checksums (pages.py).
 MIX_CONSTANTS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # A, B, C
@@ -58,9 +58,9 @@ class SamplingColumns:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapingTables:
-    """The changes of logits that requests ask for (shaping.py), on one device, with a row for each of S slots.
+    """The changes of logits that requests specify (shaping.py), on one device, with a row for each of S slots.
 
-    V: size of the vocabulary; B: most biases; W: most bad words of several tokens; L: most tokens of such a word."""
+    V: size of the vocabulary. Limits of a slot: B biases, W bad words of several tokens, L tokens of such a word."""
 
     counts: Tensor  # [S, V] int16 or int32: occurrences in the output; the sign bit: the prompt contains the token
     banned: Tensor  # [S, ceil(V / 32)] int32: bit i of word w bans the token 32 w + i

@@ -1,8 +1,8 @@
 """Sums over whole pages, and copies to another pool in the same pass: used by a handoff through device memory.
 
 A page's two sums are an error check: they certainly differ when one 64-bit word differs, and differ except with
-negligible probability when several words differ or change places. They do not protect against a party that chooses the
-words.
+negligible probability when several words differ or change places. They do not protect against an attacker who chooses
+the words.
 
 For each word w at index i (from 1), in 64-bit arithmetic that wraps; every operation is invertible, so no change is
 lost:

@@ -43,8 +43,8 @@ def norm_and_rotate(qk: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotated_heads(heads: Tensor, rotary: Rotary | None, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """heads [T, num_q_heads + 2 * num_kv_heads, head_dim] -> q, k, v, with q and k rotated; `rotary` None: as they
-    are."""
+    """heads [T, num_q_heads + 2 * num_kv_heads, head_dim] -> q, k, v, with q and k rotated; `rotary` None: without a
+    rotation."""
     num_rotated = heads.shape[1] - num_kv_heads
     qk, v = heads[:, :num_rotated], heads[:, num_rotated:]
     if rotary is not None:

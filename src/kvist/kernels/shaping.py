@@ -1,8 +1,8 @@
 """Shapes logits before the choice of tokens: banned tokens, bad words, bias, and penalties for tokens that occurred.
 
-Everything that a request asks for lies in tables with a row for each request slot. A row of a batch names its slot and
-says by flags which of the tables apply, so rows without flags read nothing. After the choice, `record_tokens` adds the
-chosen token to the tables: the next step may be launched before the host knows the token.
+The parameters of requests are in tables with one row for each request slot. A row of a batch has a slot, and flags for
+the tables that apply; rows without flags read nothing. After the choice, the chosen token is recorded in the tables,
+because the next step may be launched before the host knows the token.
 
     value = logit, -inf if the token is banned or would complete a bad word
     value += bias

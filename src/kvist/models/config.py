@@ -1,8 +1,8 @@
-"""The dimensions and features of a model, without torch: read from config.json or a GGUF header by the model's family
-(families/), with config_hf.py or config_gguf.py; used by all other rooms.
+"""The dimensions and features of a model, without torch. A model's family (families/) reads them from config.json or a
+GGUF header, with config_hf.py or config_gguf.py; all other rooms use them.
 
 A feature that Kvist cannot compute exactly (sliding windows, experts, other rope types, quantised safetensors) is
-refused by the name of its field: a model that loads gives the right results. weights.py checks the tensors themselves.
+refused with an error that names its field: a model that loads gives the right results. weights.py checks the tensors.
 """
 
 from __future__ import annotations

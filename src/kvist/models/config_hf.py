@@ -67,7 +67,7 @@ class HfConfig:
         if fields.flag("mlp_bias", False):
             raise fields.error("mlp_bias", "is true: MLP biases are not supported")
         if fields.value("partial_rotary_factor") not in (None, 1, 1.0):
-            raise fields.error("partial_rotary_factor", "is not 1: rotating a part of each head is not served")
+            raise fields.error("partial_rotary_factor", "is not 1: rotating only a part of each head is not supported")
 
     def require_activation(self, *names: str) -> None:
         """Refuse any other activation of the MLP than `names`, which are names of one function."""
@@ -127,7 +127,7 @@ def _read_rope(fields: ConfigFields, max_positions: int) -> tuple[float, RopeSca
         return theta, None
     theta = rope.number("rope_theta", theta)
     if rope.value("partial_rotary_factor") not in (None, 1, 1.0):
-        raise rope.error("partial_rotary_factor", "is not 1: rotating a part of each head is not served")
+        raise rope.error("partial_rotary_factor", "is not 1: rotating only a part of each head is not supported")
     kind_field = "rope_type" if "rope_type" in rope else "type"
     kind = rope.text(kind_field)
     if kind == "default":

@@ -56,7 +56,8 @@ class TensorParallel:
             return self.shard(num_kv_heads, "KV heads")
         if self.size % num_kv_heads:
             raise ConfigError(
-                f"--tp {self.size} is above the model's {num_kv_heads} KV heads and not a multiple of that", param="tp"
+                f"--tp {self.size} is neither a divisor nor a multiple of the model's {num_kv_heads} KV heads",
+                param="tp",
             )
         head = self.rank // (self.size // num_kv_heads)
         return slice(head, head + 1)

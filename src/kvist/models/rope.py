@@ -1,4 +1,4 @@
-"""How fast each dimension of a head rotates with its position. kernels/rotary.py does the rotation.
+"""Computes how fast each dimension of a head rotates with its position. kernels/rotary.py does the rotation.
 
 Angles are computed for the positions of each step: for few positions this is cheaper than a table of the whole context,
 and it has no length limit.

@@ -17,7 +17,7 @@ from kvist.models.parallel import TensorParallel
 
 Shape = tuple[int, ...]
 Part = tuple[slice, ...]  # of a tensor: one [start, stop) per axis
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # converted into each other while reading
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # reading converts them into each other
 
 
 class Axis(Protocol):
@@ -49,21 +49,21 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """An axis of `count` things of `size` elements each; the ranks have equal numbers of things."""
+    """An axis of `count` items of `size` elements each; the ranks have equal numbers of items."""
 
     count: int
-    what: str  # the things, for the error of a TP size that does not divide `count`
+    what: str  # name of the items, for the error of a TP size that does not divide `count`
     size: int = 1
 
     @property
     def length(self) -> int:
         return self.count * self.size
 
-    def things(self, tp: TensorParallel) -> slice:
+    def items(self, tp: TensorParallel) -> slice:
         return tp.shard(self.count, self.what)
 
     def part(self, tp: TensorParallel) -> slice:
-        return _scaled(self.things(tp), self.size)
+        return _scaled(self.items(tp), self.size)
 
     def length_on(self, tp: TensorParallel) -> int:
         return _length(self.part(tp))
@@ -93,8 +93,8 @@ class KvHeads:
 
 @dataclass(frozen=True, slots=True)
 class PaddedShards:
-    """An axis of any length, such as the vocabulary: the ranks have equal lengths in memory, and what the checkpoint
-    lacks at the end is filled with zeros."""
+    """An axis of any length, such as the vocabulary: the ranks have equal lengths in memory, with zeros after the last
+    element of the checkpoint."""
 
     length: int
 
@@ -187,8 +187,8 @@ class Names:
         return DeclaredTensor(hf=self.hf.suffixed(suffix), gguf=self.gguf.suffixed(suffix), axes=axes)
 
 
-def _scaled(things: slice, size: int) -> slice:
-    return slice(things.start * size, things.stop * size)
+def _scaled(items: slice, size: int) -> slice:
+    return slice(items.start * size, items.stop * size)
 
 
 def _length(part: slice) -> int:

@@ -1,4 +1,4 @@
-"""Reads declared tensors from a source, and checks that a checkpoint has exactly those.
+"""Reads declared tensors from a source, and checks that a checkpoint has exactly the declared tensors.
 
 Each kind of source has a file: weights_safetensors.py and weights_gguf.py read checkpoints, weights_dummy.py makes
 random values. `WeightReader` returns this rank's part of a tensor on the model's device. A part of a model is first

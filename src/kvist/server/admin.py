@@ -157,11 +157,11 @@ class Admin:
 
     async def storage_backend(self, scope: Scope, receive: Receive, send: Send) -> None:
         """GET returns the status of every worker's storage tier, PUT attaches a store, DELETE detaches the store."""
-        ask = StorageCommand(call_id="", action=_STORAGE_ACTIONS[scope["method"]])
-        if ask.action == "attach":
+        command = StorageCommand(call_id="", action=_STORAGE_ACTIONS[scope["method"]])
+        if command.action == "attach":
             attach, _ = await self._gateway.prepare(scope, receive, decode_store)
-            ask = msgspec.structs.replace(ask, store=attach)
-        answers = await self._gateway.dispatcher.send_storage_command(ask)
+            command = msgspec.structs.replace(command, store=attach)
+        answers = await self._gateway.dispatcher.send_storage_command(command)
         if not answers:
             raise Unavailable("every worker was lost before it answered")
         refused = [(worker_id, answer) for worker_id, answer in sorted(answers.items()) if answer.error_code]

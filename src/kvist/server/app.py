@@ -3,9 +3,9 @@
     TrafficMiddleware (request id, access log, counts) → CORS (with --allowed-origins)
       → GuardMiddleware (Host, API key, Origin, Content-Type, errors) → routes
 
-`build_app` composes the layers; nothing here keeps state. Endpoints are raw ASGI callables, because a token must not
-pay for a response object. `GuardMiddleware` turns every KvistError that no endpoint handled into its status and body.
-A client that has disconnected gets no response.
+`build_app` composes the layers; nothing here keeps state. Endpoints are raw ASGI callables, because a response object
+for each token would be too slow. `GuardMiddleware` turns every KvistError that no endpoint handled into its status and
+body. A client that has disconnected gets no response.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def build_app(
 ) -> TrafficMiddleware:
     """Build the ASGI application.
 
-    `instance_id` is shown by /health and /ready. On the HTTP port of a worker, `own_role` is the role of its
-    engine: a prefill or decode worker needs no tokenizer, refuses generation, and its error names the router. Clients
-    on this host may read the tokenizer from `model_path`.
-    `own_engine` and `own_health` return what /server_info calls `engine` and `engine_health`."""
+    `instance_id` is shown by /health and /ready. On the HTTP port of a worker, `own_role` is the role of its engine: a
+    prefill or decode worker needs no tokenizer, and refuses generation with an error that names the router. Clients on
+    this host may read the tokenizer from `model_path`. `own_engine` and `own_health` return the values of `engine` and
+    `engine_health` in /server_info."""
     clock = clock or MonotonicClock()
     work = WorkPool(num_threads=config.tokenizer_threads, max_waiting=config.max_concurrent_requests)
     bodies = BodyBudget(limit_bytes=config.max_total_body_bytes, free_bytes=_FREE_BODY_BYTES)

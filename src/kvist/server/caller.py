@@ -1,4 +1,4 @@
-"""Identify the caller of a request: the API key that the request carries, and its connection.
+"""Identifies the caller of a request: the API key that the request carries, and its connection.
 
 `ApiKeys` is built once from the settings; app.py checks every request with it. The caller is stored in the request's
 scope, where `caller_of` reads it when a job is made. The key itself stays in this module.

@@ -31,7 +31,7 @@ from kvist.wire import EngineHealth, EngineSpec
 
 T = TypeVar("T")
 
-_MAX_CHARS_PER_TOKEN = 256  # no supported vocabulary has longer tokens; rejects hopeless prompts before tokenising
+_MAX_CHARS_PER_TOKEN = 256  # no supported vocabulary has longer tokens; a far too long text is refused untokenised
 _MAX_TOKENS_SHOWN = 1 << 18  # a model with a larger context raises this limit
 _MAX_JOB_TOKENS = 1 << 20  # prompt tokens that one request may send to engines, counted once for each answer
 _TEMPLATE_OWN_NAMES = frozenset({"messages", "add_generation_prompt"})

@@ -40,7 +40,7 @@ class EngineClient(Protocol):
     async def flush_cache(self, tier: FlushTier | None = None) -> dict[WorkerId, int]:
         """Drop every cached page (of this tier) that no request uses. Return the number of dropped pages by worker."""
 
-    async def send_storage_command(self, ask: StorageCommand) -> dict[WorkerId, StorageAnswer]:
+    async def send_storage_command(self, command: StorageCommand) -> dict[WorkerId, StorageAnswer]:
         """Send the command to every worker and return the answers."""
 
     def snapshot(self) -> ClusterSnapshot: ...

@@ -41,7 +41,7 @@ class JobSpec:
     prompts: Sequence[TokenizedPrompt]
     fields: SamplingFields
     names: FieldNames
-    seed: int | None  # of the first answer to each prompt; further answers count up from it. None: drawn at random
+    seed: int | None  # of the first answer to each prompt; each further answer has the next seed. None: drawn at random
     cache_salt: str | None
     min_tokens: int | None
     logprobs: AskedLogprobs

@@ -21,7 +21,7 @@ class Lifecycle:
         self._idle.set()
 
     def stop(self) -> None:
-        """Refuse new requests and report not ready from now on. Open requests continue."""
+        """From now on, refuse new requests and report that the server is not ready. Open requests continue."""
         self.stopping = True
 
     def check(self) -> None:

@@ -145,8 +145,8 @@ class LogprobEntries:
         return dict(self._lists("output", token_ids, logprobs, sampling))
 
     def input(self, choice: ChoiceState) -> dict[str, object]:
-        """The first token of the report has no logprob; with no scored token, the report has the prompt's last token
-        alone."""
+        """Write the entries of the prompt from the token before the first scored one, whose logprob is null; without a
+        scored token, of the prompt's last token alone."""
         prompt_ids, found = choice.request.prompt_token_ids, choice.prompt_logprobs
         return dict(self._lists("input", prompt_ids[-1 - len(found) :], [None, *found], choice.request.sampling))
 

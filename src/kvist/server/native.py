@@ -1,4 +1,4 @@
-"""SGLang's /generate: takes either `text` or `input_ids`, single or batched."""
+"""SGLang's /generate: one or several prompts, as `text` or as `input_ids`."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class _Stream:
 
 
 class _Pace:
-    """Limits the steps to a number of tokens a second. After a pause at most 50 ms are made up for."""
+    """Limits the steps to a number of tokens a second. After a pause, at most 50 ms of steps follow at once."""
 
     def __init__(self, max_tokens_per_s: float | None) -> None:
         self._max_tokens_per_s = max_tokens_per_s

@@ -33,7 +33,7 @@ class MemoryStoreOptions:
 
 
 class MemoryStore:
-    """`is_registered` is a stand-in for a transport that needs registered memory: pages must lie in it."""
+    """`is_registered` stands for a transport that needs registered memory: every page must be in that memory."""
 
     def __init__(self, context: StoreContext, *, capacity_bytes: int = 1 << 30) -> None:
         if capacity_bytes < context.page_bytes:

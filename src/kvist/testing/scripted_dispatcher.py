@@ -78,10 +78,10 @@ class ScriptedDispatcher:
     spec: EngineSpec | None = BYTE_MODEL
     snapshots: ClusterSnapshot = field(default_factory=lambda: ClusterSnapshot(workers=()))
     storage_answers: dict[WorkerId, StorageAnswer] = field(default_factory=dict)
-    # what it was asked
+    # the calls so far
     requests: list[EngineRequest] = field(default_factory=list)
     flushed: list[FlushTier | None] = field(default_factory=list)
-    storage_asked: list[StorageCommand] = field(default_factory=list)
+    storage_commands: list[StorageCommand] = field(default_factory=list)
     num_open: int = 0
     num_closed_early: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)  # set when a stream ends
@@ -114,8 +114,8 @@ class ScriptedDispatcher:
         self.flushed.append(tier)
         return {PREFILL: 5, DECODE: 7}
 
-    async def send_storage_command(self, ask: StorageCommand) -> dict[WorkerId, StorageAnswer]:
-        self.storage_asked.append(ask)
+    async def send_storage_command(self, command: StorageCommand) -> dict[WorkerId, StorageAnswer]:
+        self.storage_commands.append(command)
         return self.storage_answers
 
     def snapshot(self) -> ClusterSnapshot:

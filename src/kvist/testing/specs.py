@@ -1,6 +1,6 @@
 """Builders of the values that a gateway and an engine exchange: valid defaults, and the fields that a test changes.
 
-The fields of each builder are those of the struct that it returns; tests/testing/test_specs.py holds the two equal.
+The fields of each builder are those of the struct that it returns; tests/testing/test_specs.py checks this.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class ChatTemplate:
             num_chars += len(piece)
             if num_chars > max_chars or len(pieces) > _MAX_PIECES:
                 raise PromptTooLong(
-                    "the prompt that the model's chat template makes of these messages is far too long",
+                    "the model's chat template renders these messages as a prompt that is far too long",
                     param="messages",
                 )
         return "".join(pieces)

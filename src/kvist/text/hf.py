@@ -76,6 +76,6 @@ def _alphabet(backend: Backend, path: Path) -> Alphabet:
 def _own_template(folder: Path, config: Mapping[str, Any]) -> object:
     file = folder / "chat_template.jinja"
     source: object = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-    if isinstance(source, list):  # several named templates: take the one for plain chats
+    if isinstance(source, list):  # several named templates; "default" is for plain chats
         return next((entry["template"] for entry in source if entry.get("name") == "default"), None)
     return source

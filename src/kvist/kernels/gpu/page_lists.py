@@ -1,5 +1,5 @@
-"""Reads page lists: one program per request. The lists are in host memory: a program requests a thousand pages at once,
-because each answer takes microseconds.
+"""Reads page lists: one program per request. The lists are in host memory, where each read takes microseconds, so a
+program reads a thousand pages at once.
 """
 
 from __future__ import annotations
