@@ -91,7 +91,11 @@ ITEMS = st.lists(
 def test_device_inputs_equal_the_items_of_the_batch(
     drawn: list[tuple[str, int, int, SamplingParams]], slots: list[int], padding: int, read_before: bool
 ) -> None:
-    items, tokens, positions, rows, sampled = [], [], [], [], []
+    items: list[BatchItem] = []
+    tokens: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    sampled: list[int] = []
     for number, (kind, start, count, _) in enumerate(drawn):
         ids = [100 * number + offset for offset in range(count if "chunk" in kind else 1)]
         if kind == "unknown":
@@ -120,10 +124,10 @@ def test_device_inputs_equal_the_items_of_the_batch(
     assert found["rows"] == rows + zeros
     assert found["slots"] == [slots[number] for number in sampled] + [NUM_SLOTS] * padding
     params = [drawn[number][3] for number in sampled]
-    assert found["temperatures"] == [each.temperature for each in params] + zeros
+    assert found["temperatures"] == [*(each.temperature for each in params), *zeros]
     assert found["top_k"] == [each.top_k for each in params] + zeros
-    assert found["top_p"] == pytest.approx([each.top_p for each in params] + zeros)
-    assert found["reach"] == pytest.approx([min_p_reach(each) for each in params] + zeros)
+    assert found["top_p"] == pytest.approx([*(each.top_p for each in params), *zeros])
+    assert found["reach"] == pytest.approx([*map(min_p_reach, params), *zeros])
     assert found["flags"] == [PENALTIES if each is TOP_K else 0 for each in params] + zeros
     if any(each.temperature for each in params):
         keys = noise_key_words([each.seed for each in params], [items[number].end for number in sampled])

@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -100,13 +102,11 @@ def make_checkpoint(folder: Path, family: str) -> Checkpoint:
     return find_checkpoint(str(folder))
 
 
-def make_runner(checkpoint: Checkpoint, runtime_dir: Path, *, disable_cuda_graph: bool = False) -> AnyRunner:
+def make_runner(checkpoint: Checkpoint, runtime_dir: Path, **options: Any) -> AnyRunner:
     return build_runner(
         checkpoint,
         load_model_config(checkpoint),
-        RunnerOptions(
-            load_format="dummy", device="cuda", max_total_tokens=32_768, disable_cuda_graph=disable_cuda_graph
-        ),
+        RunnerOptions(load_format="dummy", device="cuda", max_total_tokens=32_768, **options),
         RunnerLimits(max_running_requests=32, max_batch_tokens=512),
         runtime_dir=runtime_dir,
     )
@@ -228,8 +228,8 @@ def test_gpu_logits_are_close_to_fp32(checkpoint: Checkpoint, eager: AnyRunner) 
 
     def attend(layer: int, heads: Tensor, rotary: Rotary | None) -> Tensor:
         del layer
-        qkv = (each.transpose(0, 1)[None] for each in rotated_heads(heads, rotary, config.num_kv_heads))
-        return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        q, k, v = (each.transpose(0, 1)[None] for each in rotated_heads(heads, rotary, config.num_kv_heads))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
     dice = random.Random(1)
     token_ids = [dice.randrange(2990) for _ in range(300)]
@@ -303,7 +303,7 @@ def test_overlap_changes_no_token(graphs: AnyRunner, sampling: SamplingParams) -
 def test_logprobs_change_no_token(graphs: AnyRunner, eager: AnyRunner, sampling: SamplingParams) -> None:
     for runner in (graphs, eager):
         plain = serve(runner, make_requests(8, sampling), overlap=True)
-        measured = serve(runner, make_requests(8, replace_params(sampling, num_logprobs=2)), overlap=True)
+        measured = serve(runner, make_requests(8, msgspec.structs.replace(sampling, num_logprobs=2)), overlap=True)
         assert ids(plain) == ids(measured)
 
 
@@ -334,10 +334,6 @@ def test_a_long_bad_word_is_never_completed(graphs: AnyRunner) -> None:
         assert "x" * 9 not in runs
 
 
-def replace_params(params: SamplingParams, **changes: object) -> SamplingParams:
-    return SamplingParams(**{**{name: getattr(params, name) for name in params.__struct_fields__}, **changes})  # type: ignore[arg-type]
-
-
 def test_mixed_batches_give_the_tokens_of_separate_ones(graphs: AnyRunner) -> None:
     requests = make_requests(10, GREEDY, seed=4)
     alone: Streams = {}
@@ -348,7 +344,7 @@ def test_mixed_batches_give_the_tokens_of_separate_ones(graphs: AnyRunner) -> No
 
 def test_requests_that_join_and_leave_read_their_own_pages(graphs: AnyRunner, eager: AnyRunner) -> None:
     """More requests than rows for page lists: rows are reused while steps are in flight."""
-    requests = make_requests(150, replace_params(GREEDY, max_tokens=12), seed=9)
+    requests = make_requests(150, msgspec.structs.replace(GREEDY, max_tokens=12), seed=9)
     found = serve(graphs, requests, overlap=True, apart=True)
     check_alike(found, serve(eager, requests, overlap=False, apart=True))
 
@@ -373,14 +369,14 @@ def replaced(request: EngineRequest, params: SamplingParams, **changes: object) 
     return EngineRequest(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
-        sampling=replace_params(params, **changes),
+        sampling=msgspec.structs.replace(params, **changes),
     )
 
 
 def test_a_stop_token_noticed_one_step_late_does_not_change_other_requests(graphs: AnyRunner) -> None:
     first = ids(serve(graphs, make_requests(6, SEEDED), overlap=False))
     stop = first["r2"][5]
-    requests = make_requests(6, replace_params(SEEDED, stop_token_ids=(stop,)))
+    requests = make_requests(6, msgspec.structs.replace(SEEDED, stop_token_ids=(stop,)))
     stopped = ids(serve(graphs, requests, overlap=True))
     for name, tokens in first.items():
         end = tokens.index(stop) + 1 if stop in tokens else len(tokens)

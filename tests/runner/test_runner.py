@@ -3,14 +3,13 @@ engine."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 import pytest
 import torch
 
 from kvist.plan.batch import BatchItem
 from kvist.request import RequestId, SampledToken, SamplingParams, SlotId
+from tests.runner.hand_driven import PlainEngine
 from tests.runner.reference_sampler import next_token
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, num_logprobs=2)
@@ -37,7 +36,7 @@ def assert_same(left: list[SampledToken], right: list[SampledToken]) -> None:
 @BOTH
 @pytest.mark.parametrize("length", LENGTHS)
 def test_chunked_prefill_gives_the_tokens_of_a_whole_prefill(
-    engine: Any, length: int, sampling: SamplingParams
+    engine: PlainEngine, length: int, sampling: SamplingParams
 ) -> None:
     prompt = prompt_of(length)
     whole = engine.generate(prompt, sampling)
@@ -49,7 +48,7 @@ def test_chunked_prefill_gives_the_tokens_of_a_whole_prefill(
 @pytest.mark.parametrize("bad_words", [((9,), (3, 3), (3, 4)), ((3,) * 9, (4,) * 9)], ids=["short", "long"])
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 3, "top_k": 20}], ids=str)
 def test_shaped_tokens_are_those_of_the_reference_sampler(
-    engine: Any, params: dict[str, float], bad_words: tuple[tuple[int, ...], ...]
+    engine: PlainEngine, params: dict[str, float], bad_words: tuple[tuple[int, ...], ...]
 ) -> None:
     """Logprobs of the whole vocabulary are the model's logits, shifted: only repetition_penalty would differ."""
     sampling = SamplingParams(
@@ -75,7 +74,7 @@ def test_shaped_tokens_are_those_of_the_reference_sampler(
     assert num_changed, "the bad words never mattered"
 
 
-def test_stop_tokens_are_suppressed_before_min_tokens(engine: Any) -> None:
+def test_stop_tokens_are_suppressed_before_min_tokens(engine: PlainEngine) -> None:
     sampling = SamplingParams(max_tokens=6, temperature=0.0, logit_bias=((5, 90.0),), min_tokens=3)
     slot = engine.start("a", sampling, [1, 2], suppressed=(5,))
     tokens, pages = [1, 2], engine.pages(10)
@@ -89,7 +88,9 @@ def test_stop_tokens_are_suppressed_before_min_tokens(engine: Any) -> None:
 
 @BOTH
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_cached_prefix_gives_the_tokens_of_a_cold_start(engine: Any, length: int, sampling: SamplingParams) -> None:
+def test_a_cached_prefix_gives_the_tokens_of_a_cold_start(
+    engine: PlainEngine, length: int, sampling: SamplingParams
+) -> None:
     prompt = prompt_of(length)
     first_pages = engine.pages(length + 10)
     cold = engine.generate(prompt, sampling, pages=first_pages)
@@ -101,7 +102,7 @@ def test_a_cached_prefix_gives_the_tokens_of_a_cold_start(engine: Any, length: i
 @BOTH
 @pytest.mark.parametrize("produced", [1, 4, 9])
 def test_a_stream_resumes_from_its_tokens_in_a_new_engine(
-    engine: Any, fresh_engine: Any, produced: int, sampling: SamplingParams
+    engine: PlainEngine, fresh_engine: PlainEngine, produced: int, sampling: SamplingParams
 ) -> None:
     prompt = prompt_of(9)
     whole = engine.generate(prompt, sampling)
@@ -118,7 +119,7 @@ def test_a_stream_resumes_from_its_tokens_in_a_new_engine(
 
 @BOTH
 def test_pages_written_by_another_engine_give_the_same_tokens(
-    engine: Any, fresh_engine: Any, sampling: SamplingParams
+    engine: PlainEngine, fresh_engine: PlainEngine, sampling: SamplingParams
 ) -> None:
     """A handoff without its protocol: pages are copied byte by byte into another engine's pool."""
     prompt = prompt_of(14)
@@ -138,7 +139,7 @@ def test_pages_written_by_another_engine_give_the_same_tokens(
 
 
 @BOTH
-def test_other_requests_in_the_batch_change_no_token(engine: Any, sampling: SamplingParams) -> None:
+def test_other_requests_in_the_batch_change_no_token(engine: PlainEngine, sampling: SamplingParams) -> None:
     """Requests start at different steps, in chunks, together with the decodes of earlier requests."""
     prompts = {RequestId(f"r{length}"): prompt_of(length) for length in (1, 4, 17, 5, 40, 9)}
     alone = {name: engine.generate(prompt, sampling) for name, prompt in prompts.items()}
@@ -173,25 +174,25 @@ def test_other_requests_in_the_batch_change_no_token(engine: Any, sampling: Samp
         assert_same(together[name], alone[name])
 
 
-def test_a_chunk_that_is_not_the_last_samples_no_token(engine: Any) -> None:
+def test_a_chunk_that_is_not_the_last_samples_no_token(engine: PlainEngine) -> None:
     slot = engine.start("r", GREEDY)
     item = BatchItem(slot=slot, token_ids=[1, 2, 3], start=0, page_ids=engine.pages(8), samples=False)
     assert engine.step(item) == {}
 
 
-def test_repeating_a_step_gives_the_same_token(engine: Any) -> None:
+def test_repeating_a_step_gives_the_same_token(engine: PlainEngine) -> None:
     slot = engine.start("r", SEEDED)
     item = BatchItem(slot=slot, token_ids=[1, 2, 3], start=0, page_ids=engine.pages(8), samples=True)
     assert engine.step(item) == engine.step(item)
 
 
-def test_greedy_tokens_depend_on_the_prompt(engine: Any) -> None:
+def test_greedy_tokens_depend_on_the_prompt(engine: PlainEngine) -> None:
     """Guards the other tests: a model that always samples the same token would pass them."""
     answers = {tuple(token.token_id for token in engine.generate(prompt_of(9, seed), GREEDY)) for seed in range(5)}
     assert len(answers) == 5
 
 
-def test_a_step_aborted_between_layers_leaves_the_runner_usable(engine: Any) -> None:
+def test_a_step_aborted_between_layers_leaves_the_runner_usable(engine: PlainEngine) -> None:
     prompt = prompt_of(9)
     expected = engine.generate(prompt, GREEDY)
     num_breaks = 0

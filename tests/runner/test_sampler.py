@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvist.kernels.sampling import gumbel_noise
 from kvist.plan.events import SampledTokens
-from kvist.request import SampledToken, SamplingParams
+from kvist.request import SamplingParams
 from kvist.runner.sampler import SamplingRow, noise_keys, sample
 
 
@@ -25,8 +25,8 @@ def random_logits(num_rows: int, vocab_size: int, seed: int = 0, spread: float =
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def tokens(result: SampledTokens | list[SampledToken]) -> list[int]:
-    return [token.token_id for token in result]
+def tokens(result: SampledTokens) -> list[int]:
+    return list(result.token_ids)
 
 
 def draw(logits: Tensor, count: int, *, by: str = "position", **params: object) -> Tensor:
@@ -49,7 +49,8 @@ def reference_distribution(
     if top_k:
         order = order[:top_k]
     total = sum(weights[i] for i in order)
-    nucleus, mass = [], 0.0
+    nucleus: list[int] = []
+    mass = 0.0
     for i in order:
         if nucleus and mass / total >= top_p:
             break
@@ -168,7 +169,7 @@ def test_a_row_samples_the_same_token_in_any_batch() -> None:
     logits = random_logits(len(rows), 2000, seed=8)
     together = sample(logits, rows)
     alone = [sample(logits[i : i + 1], [rows[i]])[0] for i in range(len(rows))]
-    assert tokens(together) == tokens(alone)
+    assert tokens(together) == [token.token_id for token in alone]
     order = [3, 8, 6, 0, 10, 5, 1, 9, 2, 4, 7]
     shuffled = sample(logits[order], [rows[i] for i in order])
     assert tokens(shuffled) == [alone[i].token_id for i in order]
@@ -195,7 +196,7 @@ def test_logprobs_are_of_the_unmodified_distribution_in_the_requested_number() -
         row(seed=2, temperature=3.0, top_k=9, num_logprobs=4),
         row(seed=2),
     ]
-    first, second, third = sample(logits, rows)
+    [first], [second], [third] = sample(logits, rows).rows()
     expected = logits.double().log_softmax(dim=-1)
     assert first.logprobs is not None
     assert second.logprobs is not None

@@ -158,7 +158,7 @@ def test_logprobs_are_of_the_logits_before_they_are_shaped() -> None:
     shaping.open(Request(params, [1], []).start(0))
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, 4] = 50.0
-    (token,) = sample(logits, [SamplingRow(params=params, position=1)], shaping.rows([0]))
+    [[token]] = sample(logits, [SamplingRow(params=params, position=1)], shaping.rows([0])).rows()
     assert token.token_id != 4
     assert token.logprobs is not None
     assert token.logprobs.top_token_ids == (4,)

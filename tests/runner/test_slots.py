@@ -22,7 +22,7 @@ from kvist.runner.leader import LeadingRunner
 from kvist.runner.runner import InFlight, Runner
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.wire import Abort, PoolAddress, Submit
-from tests.runner.conftest import make_runner
+from tests.runner.hand_driven import make_plain_runner
 
 PAGE_SIZE = 4
 NUM_SLOTS = 3
@@ -116,7 +116,7 @@ class Ranks:
 @pytest.fixture(scope="module")
 def ranks(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     folder = tmp_path_factory.mktemp("ranks")
-    made = Ranks(make_runner(tiny_checkpoint, folder / "0"), make_runner(tiny_checkpoint, folder / "1"))
+    made = Ranks(make_plain_runner(tiny_checkpoint, folder / "0"), make_plain_runner(tiny_checkpoint, folder / "1"))
     yield made
     made.leader.close()
 

@@ -14,7 +14,7 @@ from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerOptions
-from kvist.runner.runner import Runner
+from kvist.runner.runner import AnyRunner
 from kvist.text import load_tokenizer
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
@@ -32,7 +32,7 @@ GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AnyRunner]:
     checkpoint = find_checkpoint(None)
     config = RunnerOptions(device="cpu", dtype="float32", max_total_tokens=4096)
     built = build_runner(
@@ -42,7 +42,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     built.close()
 
 
-def generate(runner: Runner, prompts: list[list[int]]) -> list[list[int]]:
+def generate(runner: AnyRunner, prompts: list[list[int]]) -> list[list[int]]:
     """Run all requests at once: prompts in chunks of 8 tokens, together with the decodes of other requests."""
     tokens = [list(prompt) for prompt in prompts]
     computed = [0] * len(prompts)
@@ -97,7 +97,7 @@ def greedy_after_each(model: Any, prompt: list[int], answer: list[int]) -> list[
     return tokens
 
 
-def test_greedy_tokens_equal_transformers_alone_and_in_a_batch(runner: Runner, transformers_smollm2: Any) -> None:
+def test_greedy_tokens_equal_transformers_alone_and_in_a_batch(runner: AnyRunner, transformers_smollm2: Any) -> None:
     tokenizer = load_tokenizer(find_checkpoint(None))
     prompts = [tokenizer.encode(text) for text in PROMPTS]
     answers = generate(runner, prompts)

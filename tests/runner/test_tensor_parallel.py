@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner import tp
 from kvist.runner.build import build_runner, page_layout, weights_bytes
 from kvist.runner.config import RunnerConfig, RunnerOptions
-from kvist.runner.runner import Runner
 from kvist.runner.tp import FollowerProcesses, Rendezvous
+from tests.runner.hand_driven import HandDriven, PlainEngine, make_runner
 
 SAMPLING = SamplingParams(max_tokens=6, temperature=0.8, seed=5)
 START = StartRequest(
@@ -37,14 +37,14 @@ START = StartRequest(
 
 @pytest.mark.e2e
 def test_two_ranks_give_the_tokens_and_pages_of_one_rank(
-    engine: Any, tiny_checkpoint: Checkpoint, tmp_path: Path, runner_factory: Callable[..., Runner]
+    engine: PlainEngine, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     prompt = list(range(3, 25))
     pages = engine.pages(28)
     expected = [token.token_id for token in engine.generate(prompt, SAMPLING, pages=pages)]
-    runner = runner_factory(tiny_checkpoint, tmp_path / "two", tp=2)
+    runner = make_runner(tiny_checkpoint, tmp_path / "two", tp=2)
     try:
-        pair = type(engine)(runner)
+        pair = HandDriven(runner)
         got = [token.token_id for token in pair.generate(prompt, SAMPLING, chunks=[9, 13], pages=pages)]
         assert got == expected
         torch.testing.assert_close(runner.pool.tensor[pages[:6]], engine.runner.pool.tensor[pages[:6]])
@@ -64,14 +64,13 @@ runpy.run_module("kvist.runner.follower", run_name="__main__")
 
 @pytest.mark.e2e
 def test_a_step_without_sampled_tokens_ends_when_every_rank_has_written_its_pages(
-    engine: Any,
+    engine: PlainEngine,
     tiny_checkpoint: Checkpoint,
     tmp_path: Path,
-    runner_factory: Callable[..., Runner],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tp, "FOLLOWER", (sys.executable, "-c", SLOW_FOLLOWER))
-    runner = runner_factory(tiny_checkpoint, tmp_path / "two", tp=2)
+    runner = make_runner(tiny_checkpoint, tmp_path / "two", tp=2)
     try:
         runner.pool.tensor.zero_()
         pages = engine.pages(8)
@@ -83,15 +82,19 @@ def test_a_step_without_sampled_tokens_ends_when_every_rank_has_written_its_page
         runner.close()
 
 
+def follower_ids() -> list[int]:
+    """Return the ids of the rank processes that this process has started."""
+    children = [int(word) for path in Path("/proc/self/task").glob("*/children") for word in path.read_text().split()]
+    return [child for child in children if b"kvist.runner.follower" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
 @pytest.mark.e2e
-def test_a_dead_rank_raises_an_error_that_names_it(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, runner_factory: Callable[..., Runner]
-) -> None:
-    runner = runner_factory(tiny_checkpoint, tmp_path, tp=2)
+def test_a_dead_rank_raises_an_error_that_names_it(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    runner = make_runner(tiny_checkpoint, tmp_path, tp=2)
     try:
-        process = runner._followers._processes[0]  # type: ignore[union-attr]
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        (follower,) = follower_ids()
+        os.kill(follower, signal.SIGKILL)
+        os.waitid(os.P_PID, follower, os.WEXITED | os.WNOWAIT)  # the runner reads its status
         item = BatchItem(slot=SlotId(0), token_ids=[1, 2], start=0, page_ids=[0], samples=True)
         with pytest.raises(EngineError, match="rank 1 ended with status -9"):
             runner.launch(Batch(step_id=1, items=(item,))).result()
@@ -103,12 +106,11 @@ def test_a_dead_rank_raises_an_error_that_names_it(
 def test_a_rank_that_cannot_start_fails_the_engine_start_at_once(
     tiny_checkpoint: Checkpoint,
     tmp_path: Path,
-    runner_factory: Callable[..., Runner],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tp, "FOLLOWER", (sys.executable, "-c", "raise SystemExit(7)"))
     with pytest.raises(EngineError, match="rank 1 ended with status 7"):
-        runner_factory(tiny_checkpoint, tmp_path, tp=2)
+        make_runner(tiny_checkpoint, tmp_path, tp=2)
     assert list(tmp_path.iterdir()) == []
 
 

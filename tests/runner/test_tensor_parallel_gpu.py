@@ -5,7 +5,6 @@ Engines run one after another: a process is in one process group at a time.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import select
 import signal
@@ -14,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,6 +26,7 @@ from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.runner import AnyRunner
+from tests.runner import test_cuda_runner as one_gpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,26 +37,13 @@ pytestmark = [
 VOCAB_SIZE = 3000
 
 
-@pytest.fixture(scope="module")
-def one_gpu() -> ModuleType:
-    """The tests of one GPU: its models and its scheduler loop."""
-    path = Path(__file__).with_name("test_cuda_runner.py")
-    spec = importlib.util.spec_from_file_location("one_gpu_tests", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["one_gpu_tests"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module", params=["llama", "qwen2"])  # with qwen2 both ranks have the same KV head
-def checkpoint(request: pytest.FixtureRequest, one_gpu: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return one_gpu.make_checkpoint(tmp_path_factory.mktemp("model") / request.param, request.param)
 
 
 @contextmanager
-def engine(one_gpu: ModuleType, checkpoint: Checkpoint, folder: Path, **config: object) -> Iterator[AnyRunner]:
+def engine(checkpoint: Checkpoint, folder: Path, **config: Any) -> Iterator[AnyRunner]:
     folder.mkdir(exist_ok=True)
     runner = one_gpu.make_runner(checkpoint, folder, **config)
     try:
@@ -88,7 +74,7 @@ def logits_and_tokens(runner: AnyRunner) -> tuple[Tensor, list[int]]:
         found = runner.launch(Batch(step_id=step, started=() if step else (opened,), items=(item,))).result()
         start = end
         if found:
-            (token,) = found
+            [[token]] = found.rows()
             assert token.logprobs is not None
             row = torch.empty(VOCAB_SIZE)
             row[list(token.logprobs.top_token_ids)] = torch.tensor(token.logprobs.top_logprobs)
@@ -99,11 +85,11 @@ def logits_and_tokens(runner: AnyRunner) -> tuple[Tensor, list[int]]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
 def test_two_gpus_give_the_logits_of_one_gpu(
-    one_gpu: ModuleType, checkpoint: Checkpoint, tmp_path: Path, dtype: str, tolerance: float
+    checkpoint: Checkpoint, tmp_path: Path, dtype: str, tolerance: float
 ) -> None:
     found = {}
     for tp in (1, 2):
-        with engine(one_gpu, checkpoint, tmp_path / "run", tp=tp, dtype=dtype) as runner:
+        with engine(checkpoint, tmp_path / "run", tp=tp, dtype=dtype) as runner:
             assert isinstance(runner, LeadingRunner) is (tp == 2)
             found[tp] = logits_and_tokens(runner)
     (wanted, tokens), (got, got_tokens) = found[1], found[2]
@@ -116,12 +102,10 @@ def test_two_gpus_give_the_logits_of_one_gpu(
         assert got_tokens == tokens
 
 
-def test_replayed_graphs_give_the_tokens_of_eager_steps_on_two_gpus(
-    one_gpu: ModuleType, checkpoint: Checkpoint, tmp_path: Path
-) -> None:
+def test_replayed_graphs_give_the_tokens_of_eager_steps_on_two_gpus(checkpoint: Checkpoint, tmp_path: Path) -> None:
     streams = {}
     for use_graphs in (False, True):
-        with engine(one_gpu, checkpoint, tmp_path / "run", tp=2, disable_cuda_graph=not use_graphs) as runner:
+        with engine(checkpoint, tmp_path / "run", tp=2, disable_cuda_graph=not use_graphs) as runner:
             if use_graphs:
                 assert runner._runner._decodes is not None, f"{runner.attention_name} cannot be captured"  # type: ignore[attr-defined]
             for count in (1, 5, 13):
@@ -131,8 +115,8 @@ def test_replayed_graphs_give_the_tokens_of_eager_steps_on_two_gpus(
         one_gpu.check_alike(streams[True, count], streams[False, count])
 
 
-def test_overlap_changes_no_token_on_two_gpus(one_gpu: ModuleType, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with engine(one_gpu, checkpoint, tmp_path / "run", tp=2) as runner:
+def test_overlap_changes_no_token_on_two_gpus(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with engine(checkpoint, tmp_path / "run", tp=2) as runner:
         for name in ("GREEDY", "SEEDED", "NUCLEUS", "TOP_K"):
             sampling = getattr(one_gpu, name)
             requests = one_gpu.make_requests(13, sampling)
@@ -141,17 +125,17 @@ def test_overlap_changes_no_token_on_two_gpus(one_gpu: ModuleType, checkpoint: C
 
 
 def test_requests_that_join_and_leave_give_equal_tokens_on_one_and_two_gpus(
-    one_gpu: ModuleType, checkpoint: Checkpoint, tmp_path: Path
+    checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     requests = one_gpu.make_requests(10, one_gpu.GREEDY, seed=4)
     streams = {}
     for tp in (1, 2):
-        with engine(one_gpu, checkpoint, tmp_path / "run", tp=tp) as runner:
+        with engine(checkpoint, tmp_path / "run", tp=tp) as runner:
             streams[tp] = one_gpu.serve(runner, requests, overlap=True, apart=True)
     one_gpu.check_alike(streams[2], streams[1])
 
 
-def test_more_ranks_than_gpus_are_refused(one_gpu: ModuleType, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_more_ranks_than_gpus_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs GPU "):
         one_gpu.make_runner(checkpoint, tmp_path, tp=2, base_gpu_id=torch.cuda.device_count() - 1)
 

@@ -86,7 +86,7 @@ class Runner:
         self.pool = pool
         self.pool_reason = pool_reason
         self.attention_name = attention.name
-        self._model = model
+        self.model = model
         self._attention = attention
         self._device = pool.tensor.device
         self._table = table
@@ -102,10 +102,10 @@ class Runner:
         assert all(item.slot in self._table.open for item in batch.items), "an item's slot is not open"
         with torch.inference_mode():
             inputs = build_inputs(batch.items, self._last_tokens, self._device)
-            unfinished = begin(self._model, self._attention, inputs, self.between_layers)
+            unfinished = begin(self.model, self._attention, inputs, self.between_layers)
             scored = ScoredRows.of(batch.items, self._table.scoring)
-            scores = {} if scored is None else score_prompts(self._model, unfinished, scored).by_item()
-            logits = finish(self._model, unfinished, inputs)
+            scores = {} if scored is None else score_prompts(self.model, unfinished, scored).by_item()
+            logits = finish(self.model, unfinished, inputs)
             if logits is None:
                 return FinishedBatch(SampledTokens(token_ids=(), prompt_logprobs=scores))
             slots = [item.slot for item in batch.items if item.samples]
