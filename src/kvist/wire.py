@@ -11,7 +11,7 @@ drops a message that it cannot decode; the sender's own bounded wait then report
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -317,8 +317,12 @@ class Closed(_Message, frozen=True):
     message: str = ""
 
 
-GatewayToEngine = Hello | Submit | Abort | FlushCache | StorageCommand
-EngineToGateway = Welcome | StepOutputs | LoadReport | Flushed | StorageAnswer
+ToScheduler = Submit | Abort | FlushCache  # events of the engine's scheduler; the engine handles all others itself
+Command = FlushCache | StorageCommand  # sent to every worker; each answers with the same `call_id`
+Answer = Flushed | StorageAnswer
+AnswerT = TypeVar("AnswerT", bound=Answer)
+GatewayToEngine = Hello | ToScheduler | Command
+EngineToGateway = Welcome | StepOutputs | LoadReport | Answer
 TargetToSource = Grant | Ack | Revoke
 SourceToTarget = Done | Closed
 ToEngine = GatewayToEngine | TargetToSource  # what an engine's ROUTER socket receives

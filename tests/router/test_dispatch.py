@@ -462,31 +462,31 @@ async def test_a_unified_worker_named_for_prefill_is_paired() -> None:
 async def test_flush_reaches_every_worker_and_returns_pages_by_worker() -> None:
     world = World()
     prefill, decode = world.pair()
-    task = asyncio.create_task(world.dispatcher.flush_cache("host"))
+    task = asyncio.create_task(world.dispatcher.ask_workers(wire.FlushCache(call_id="", tier="host"), wire.Flushed))
     await settle()
     for pages, worker in enumerate((prefill, decode)):
         (call,) = [m for to, m in world.engines.sent if to is worker and isinstance(m, wire.FlushCache)]
         assert call.tier == "host"
         world.dispatcher.on_answer(worker, wire.Flushed(call_id=call.call_id, num_pages=pages))
-    assert await task == {"p": 0, "d": 1}
+    assert {name: flushed.num_pages for name, flushed in (await task).items()} == {"p": 0, "d": 1}
 
 
 async def test_a_worker_that_does_not_answer_a_flush_is_named() -> None:
     world = World(flush_timeout_s=0.01)
     prefill, _ = world.pair()
-    task = asyncio.create_task(world.dispatcher.flush_cache())
+    task = asyncio.create_task(world.dispatcher.ask_workers(wire.FlushCache(call_id=""), wire.Flushed))
     asyncio.get_running_loop().call_soon(world.engines.lose, prefill)  # runs before any timer, even on a slow machine
     with pytest.raises(Timeout, match=r"^d did not answer"):
         await task
     with pytest.raises(Unavailable, match="no worker is ready"):
-        await World().dispatcher.flush_cache()
+        await World().dispatcher.ask_workers(wire.FlushCache(call_id=""), wire.Flushed)
 
 
 async def test_a_storage_command_returns_the_answer_or_error_of_every_worker() -> None:
     world = World()
     prefill, decode = world.pair()
     ask = wire.StorageCommand(call_id="", action="attach", store=wire.AttachStore(options={"size": 2.0}))
-    task = asyncio.create_task(world.dispatcher.send_storage_command(ask))
+    task = asyncio.create_task(world.dispatcher.ask_workers(ask, wire.StorageAnswer))
     await settle()
     answers = []
     for worker in (prefill, decode):
@@ -502,7 +502,7 @@ async def test_a_worker_that_does_not_answer_a_storage_command_is_named() -> Non
     world = World(storage_timeout_s=0.01)
     world.pair()
     with pytest.raises(Timeout, match="d, p did not answer"):
-        await world.dispatcher.send_storage_command(wire.StorageCommand(call_id="", action="status"))
+        await world.dispatcher.ask_workers(wire.StorageCommand(call_id="", action="status"), wire.StorageAnswer)
 
 
 async def test_logprobs_that_wait_for_a_client_that_does_not_read_are_bounded() -> None:

@@ -204,7 +204,8 @@ async def test_a_missed_report_brings_a_snapshot(start_engine: StartEngine, conn
 async def test_flush_reaches_every_worker(start_engine: StartEngine, connect: Connect) -> None:
     dispatcher = await connect(start_engine(spec=spec("p", Role.PREFILL)), start_engine(spec=spec("d", Role.DECODE)))
     await until(dispatcher.ready)
-    assert await dispatcher.flush_cache() == {"p": 7, "d": 7}
+    answers = await dispatcher.ask_workers(wire.FlushCache(call_id=""), wire.Flushed)
+    assert {name: flushed.num_pages for name, flushed in answers.items()} == {"p": 7, "d": 7}
 
 
 async def test_a_worker_with_another_model_is_listed_and_gets_no_request(

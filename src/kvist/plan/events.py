@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from kvist.plan.tiers import TierReport
 from kvist.plan.transfers import PeerDied, TransferReport
 from kvist.request import SampledToken, TokenLogprobs
-from kvist.wire import Abort, FlushCache, SourceToTarget, Submit, TargetToSource
+from kvist.wire import SourceToTarget, TargetToSource, ToScheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,4 @@ class StepFailed:
 
 
 StepReport = StepFinished | StepFailed
-Event = (
-    Submit | Abort | FlushCache | TargetToSource | SourceToTarget | StepReport | TransferReport | PeerDied | TierReport
-)
+Event = ToScheduler | TargetToSource | SourceToTarget | StepReport | TransferReport | PeerDied | TierReport

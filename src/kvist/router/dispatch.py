@@ -65,10 +65,10 @@ class _Call:
 
     def __init__(self, workers: set[Worker]) -> None:
         self.waiting = workers
-        self.answers: dict[WorkerId, wire.Flushed | wire.StorageAnswer] = {}
+        self.answers: dict[WorkerId, wire.Answer] = {}
         self.done = asyncio.Event()
 
-    def settle(self, worker: Worker, answer: wire.Flushed | wire.StorageAnswer | None) -> None:
+    def settle(self, worker: Worker, answer: wire.Answer | None) -> None:
         """Record the worker's answer; None if the worker cannot answer any more."""
         if worker in self.waiting:
             self.waiting.discard(worker)
@@ -155,42 +155,28 @@ class Dispatcher:
                 self._on_reader_gone(attempt)
             attempt = self._launch(request, route)
 
-    async def flush_cache(self, tier: wire.FlushTier | None = None) -> dict[WorkerId, int]:
-        """Drop the cached pages (of `tier`) that no request uses at every worker. Return the dropped pages by worker.
-
-        Raises `Unavailable` if no worker is ready, `Timeout` naming the workers that did not answer."""
-        command = wire.FlushCache(call_id=secrets.token_hex(8), tier=tier)
-        answers = await self._call_all(command, self._config.links.flush_timeout_s)
-        return {
-            worker_id: flushed.num_pages for worker_id, flushed in answers.items() if isinstance(flushed, wire.Flushed)
-        }
-
-    async def send_storage_command(self, command: wire.StorageCommand) -> dict[WorkerId, wire.StorageAnswer]:
+    async def ask_workers(self, command: wire.Command, answer_type: type[wire.AnswerT]) -> dict[WorkerId, wire.AnswerT]:
         """Send the command, with a new `call_id`, to every worker. Return the answers of the workers that are not lost.
 
         Raises `Unavailable` if no worker is ready, `Timeout` naming the workers that did not answer."""
-        command = msgspec.structs.replace(command, call_id=secrets.token_hex(8))
-        answers = await self._call_all(command, self._config.links.storage_timeout_s)
-        return {worker_id: answer for worker_id, answer in answers.items() if isinstance(answer, wire.StorageAnswer)}
-
-    async def _call_all(
-        self, message: wire.FlushCache | wire.StorageCommand, timeout_s: float
-    ) -> dict[WorkerId, wire.Flushed | wire.StorageAnswer]:
         workers = {w for w in self._registry.workers if w.state is WorkerState.READY}
         if not workers:
             raise Unavailable("no worker is ready")
-        call = self._calls[message.call_id] = _Call(set(workers))
+        links = self._config.links
+        timeout_s = links.storage_timeout_s if isinstance(command, wire.StorageCommand) else links.flush_timeout_s
+        command = msgspec.structs.replace(command, call_id=secrets.token_hex(8))
+        call = self._calls[command.call_id] = _Call(set(workers))
         try:
             for worker in workers:
-                if not self._engines.send(worker, message):
+                if not self._engines.send(worker, command):
                     call.settle(worker, None)
             await asyncio.wait_for(call.done.wait(), timeout_s)
         except TimeoutError as error:
             silent = ", ".join(sorted(w.worker_id for w in call.waiting))
             raise Timeout(f"{silent} did not answer in time ({len(call.answers)} workers did)") from error
         finally:
-            del self._calls[message.call_id]
-        return call.answers
+            del self._calls[command.call_id]
+        return {worker_id: answer for worker_id, answer in call.answers.items() if isinstance(answer, answer_type)}
 
     # ---------------------------------------------------------------- messages of engines (fleet.EngineEvents)
 
@@ -226,7 +212,7 @@ class Dispatcher:
         worker.num_rejected_messages += 1
         self._log.warning("rejected a message of worker %s: %s", worker.worker_id, fault)
 
-    def on_answer(self, worker: Worker, answer: wire.Flushed | wire.StorageAnswer) -> None:
+    def on_answer(self, worker: Worker, answer: wire.Answer) -> None:
         call = self._calls.get(answer.call_id)
         if call is not None:
             call.settle(worker, answer)

@@ -19,7 +19,7 @@ from kvist.server.http import JSON_TYPE, Headers, send_bytes, send_json
 from kvist.server.sampling import check_num_lists, check_token_ids, token_lists
 from kvist.server.storage_names import decode_store, field_of, named_status
 from kvist.server.worker_metrics import pages_by_state
-from kvist.wire import FlushTier, StorageCommand
+from kvist.wire import FlushCache, Flushed, FlushTier, StorageAnswer, StorageCommand
 
 _TOKENIZE = BodyDecoder(TokenizeRequest)
 _DETOKENIZE = BodyDecoder(DetokenizeRequest)
@@ -151,7 +151,8 @@ class Admin:
     async def flush_cache(self, scope: Scope, receive: Receive, send: Send) -> None:
         del receive
         tier, headers = _flush_query(scope)
-        dropped = await self._gateway.dispatcher.flush_cache(tier)
+        answers = await self._gateway.dispatcher.ask_workers(FlushCache(call_id="", tier=tier), Flushed)
+        dropped = {worker_id: flushed.num_pages for worker_id, flushed in answers.items()}
         answer = {"success": True, "num_pages": sum(dropped.values()), "workers": dropped}
         await send_json(send, answer, headers=headers)
 
@@ -161,7 +162,7 @@ class Admin:
         if command.action == "attach":
             attach, _ = await self._gateway.prepare(scope, receive, decode_store)
             command = msgspec.structs.replace(command, store=attach)
-        answers = await self._gateway.dispatcher.send_storage_command(command)
+        answers = await self._gateway.dispatcher.ask_workers(command, StorageAnswer)
         if not answers:
             raise Unavailable("every worker was lost before it answered")
         refused = [(worker_id, answer) for worker_id, answer in sorted(answers.items()) if answer.error_code]

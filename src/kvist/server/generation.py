@@ -19,7 +19,7 @@ from kvist.metrics import GatewayMetrics
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.text import IncrementalDetokenizer, StopMatcher, Tokenizer, special_token_marks
-from kvist.wire import EngineSpec, FlushTier, HandoffReport, StorageAnswer, StorageCommand, TokenChunk
+from kvist.wire import AnswerT, Command, EngineSpec, HandoffReport, TokenChunk
 
 _LONG_PROMPT_TOKENS = 512  # routing and sending a longer prompt takes 0.1 ms or more
 _QUEUE_PARTS = 64  # parts that may wait between the choices of one job and the reader of the job
@@ -37,11 +37,8 @@ class EngineClient(Protocol):
     def model(self) -> EngineSpec | None:
         """Return the model that the workers serve, or None while no worker is ready."""
 
-    async def flush_cache(self, tier: FlushTier | None = None) -> dict[WorkerId, int]:
-        """Drop every cached page (of this tier) that no request uses. Return the number of dropped pages by worker."""
-
-    async def send_storage_command(self, command: StorageCommand) -> dict[WorkerId, StorageAnswer]:
-        """Send the command to every worker and return the answers."""
+    async def ask_workers(self, command: Command, answer_type: type[AnswerT]) -> dict[WorkerId, AnswerT]:
+        """Send the command, with a new `call_id`, to every worker and return the answers by worker."""
 
     def snapshot(self) -> ClusterSnapshot: ...
 

@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.testing.specs import make_spec
 from kvist.text.tokenizer import Tokenizer
-from kvist.wire import EngineSpec, FlushTier, HandoffReport, StorageAnswer, StorageCommand, TokenChunk
+from kvist.wire import (
+    Answer,
+    AnswerT,
+    Command,
+    EngineSpec,
+    FlushCache,
+    Flushed,
+    FlushTier,
+    HandoffReport,
+    StorageCommand,
+    TokenChunk,
+)
 
 PREFILL, DECODE = WorkerId("p:1"), WorkerId("d:1")
+FLUSHED = {PREFILL: 5, DECODE: 7}  # pages that a flush drops
 BYTE_MODEL = make_spec(
     worker_id=DECODE,
     model_name="tiny",
@@ -77,11 +89,10 @@ class ScriptedDispatcher:
     can_serve: bool = True
     spec: EngineSpec | None = BYTE_MODEL
     snapshots: ClusterSnapshot = field(default_factory=lambda: ClusterSnapshot(workers=()))
-    storage_answers: dict[WorkerId, StorageAnswer] = field(default_factory=dict)
+    storage_answers: Mapping[WorkerId, Answer] = field(default_factory=dict)
     # the calls so far
     requests: list[EngineRequest] = field(default_factory=list)
-    flushed: list[FlushTier | None] = field(default_factory=list)
-    storage_commands: list[StorageCommand] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
     num_open: int = 0
     num_closed_early: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)  # set when a stream ends
@@ -110,13 +121,20 @@ class ScriptedDispatcher:
     def model(self) -> EngineSpec | None:
         return self.spec
 
-    async def flush_cache(self, tier: FlushTier | None = None) -> dict[WorkerId, int]:
-        self.flushed.append(tier)
-        return {PREFILL: 5, DECODE: 7}
+    async def ask_workers(self, command: Command, answer_type: type[AnswerT]) -> dict[WorkerId, AnswerT]:
+        self.commands.append(command)
+        flushed: dict[WorkerId, Answer] = {worker: Flushed(call_id="", num_pages=n) for worker, n in FLUSHED.items()}
+        answers = self.storage_answers if isinstance(command, StorageCommand) else flushed
+        return {worker: answer for worker, answer in answers.items() if isinstance(answer, answer_type)}
 
-    async def send_storage_command(self, command: StorageCommand) -> dict[WorkerId, StorageAnswer]:
-        self.storage_commands.append(command)
-        return self.storage_answers
+    @property
+    def flushed(self) -> list[FlushTier | None]:
+        """The tiers of the flushes so far."""
+        return [command.tier for command in self.commands if isinstance(command, FlushCache)]
+
+    @property
+    def storage_commands(self) -> list[StorageCommand]:
+        return [command for command in self.commands if isinstance(command, StorageCommand)]
 
     def snapshot(self) -> ClusterSnapshot:
         return self.snapshots
