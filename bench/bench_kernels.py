@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -93,11 +93,19 @@ def small_kernels() -> list[Row]:
         if m <= 256:
             logits, temperatures = torch.randn(m, VOCAB, device=CUDA), torch.ones(m, device=CUDA)
             keys = torch.randint(0, 2**31 - 1, (m, 2), dtype=torch.int32, device=CUDA)
-            columns = SamplingColumns.untruncated(temperatures, keys)
-            pairs["choose_tokens"] = (
-                partial(sampling.choose_tokens, logits, columns),
-                partial(sampling.choose_tokens_torch, logits, columns),
-            )
+            plain = SamplingColumns.untruncated(temperatures, keys)
+            for name, columns in {
+                "greedy": replace(plain, temperatures=torch.zeros_like(temperatures)),
+                "temperature": plain,
+                "top_p 0.95": replace(plain, top_p=torch.full_like(temperatures, 0.95)),
+                "top_k 50, top_p 0.95": replace(
+                    plain, top_k=torch.full_like(plain.top_k, 50), top_p=torch.full_like(temperatures, 0.95)
+                ),
+            }.items():
+                pairs[f"choose_tokens, {name}"] = (
+                    partial(sampling.choose_tokens, logits, columns),
+                    partial(sampling.choose_tokens_torch, logits, columns),
+                )
         for name, (kernel, twin) in pairs.items():
             times = [time_us(work, num_calls=50) for work in (kernel, twin)]
             rows.append({"kernel": name, "rows": m, "us": round(times[0], 2), "torch_us": round(times[1], 2)})

@@ -159,6 +159,19 @@ def test_preempted_requests_resume_with_the_same_tokens(
     world.check_ledgers()
 
 
+def test_a_request_whose_bans_leave_no_token_fails_alone(world: MemoryCluster) -> None:
+    """The second token may be neither 5, which would complete a bad word, nor any other token."""
+    engine = world.start()
+    stuck = request_of("stuck", prompt(6), temperature=0.0, allowed_token_ids=(5,), bad_words=((5, 5),))
+    streams = [world.submit_full(engine, each) for each in (stuck, request_of("free", prompt(9), **GREEDY))]
+    world.run()
+    assert streams[0].token_ids == [5]
+    assert [(ended.outcome, ended.error_code) for ended in streams[0].ended] == [(Outcome.FAILED, "engine_error")]
+    assert "`bad_words`" in streams[0].ended[0].message
+    assert [ended.outcome for ended in streams[1].ended] == [Outcome.FINISHED]
+    world.check_ledgers()
+
+
 @SAMPLING
 def test_a_stream_resumes_in_a_fresh_engine_from_any_token(world: MemoryCluster, sampling: RequestFields) -> None:
     request = request_of("whole", prompt(10, seed=6), **sampling)

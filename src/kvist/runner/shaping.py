@@ -118,11 +118,8 @@ class SlotShaping:
         if not (params.allowed_token_ids or single or suppresses or on_tokens):
             return
         self.flags[start.slot] |= BANS
-        fixed = no_bans(self._vocab_size)
-        if params.allowed_token_ids:
-            fixed[:] = 0xFFFFFFFF
-            _flip(fixed, params.allowed_token_ids)
-        _flip(fixed, [token_id for token_id in single if not _is_banned(fixed, token_id)])
+        fixed = _bans_except(params.allowed_token_ids, self._vocab_size)
+        _ban(fixed, single)
         _write(self.tables.banned[start.slot], fixed.view(np.int32))
         if suppresses or on_tokens:
             self._changing[start.slot] = _ChangingBans(
@@ -140,7 +137,7 @@ class SlotShaping:
         banned.update(word[-1] for word in bans.words if tuple(history[1 - len(word) :]) == word[:-1])
         if banned != bans.written:
             bits = bans.fixed.copy()
-            _flip(bits, [token_id for token_id in banned if not _is_banned(bits, token_id)])
+            _ban(bits, banned)
             _write(self.tables.banned[slot], bits.view(np.int32))
             bans.written = frozenset(banned)
         if position >= bans.suppress_until and bans.history is None:
@@ -178,18 +175,16 @@ class SlotShaping:
         _write(self.tables.recent[slot], recent)
 
 
-def no_bans(vocab_size: int) -> Words:
-    return np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+def _bans_except(allowed: Sequence[int], vocab_size: int) -> Words:
+    """Return bans of all tokens but `allowed`; () allows every token."""
+    banned = np.full(-(-vocab_size // 32) * 32, bool(allowed))
+    banned[np.fromiter(allowed, dtype=np.int64, count=len(allowed))] = False
+    return np.packbits(banned, bitorder="little").view(np.uint32)
 
 
-def _flip(bits: Words, token_ids: Iterable[int]) -> None:
-    """Flip the bit of each distinct token."""
-    ids = np.unique(np.array(list(token_ids), dtype=np.int64))
-    np.bitwise_xor.at(bits, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
-
-
-def _is_banned(bits: Words, token_id: int) -> bool:
-    return bool(int(bits[token_id >> 5]) >> (token_id & 31) & 1)
+def _ban(bits: Words, token_ids: Iterable[int]) -> None:
+    ids = np.array(list(token_ids), dtype=np.int64)
+    np.bitwise_or.at(bits, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
 
 
 def _write(row: Tensor, values: npt.NDArray[np.generic]) -> None:
