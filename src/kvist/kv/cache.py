@@ -1,9 +1,8 @@
 """The page cache: allocation and prefix sharing for a scheduler, and the tiers behind the device pool.
 
-The life of a request's pages: `open` pins the longest cached prefix; `grow` allocates pages, evicting unused cached
-pages when too few are free; `insert` reports how much K/V is written, and full pages enter the tree for other requests
-to match; `close` releases everything. While a peer may touch pages, `begin_transfer` … `end_transfer` keep the pages
-IN_FLIGHT.
+Life cycle of a request's pages: `open` pins the longest cached prefix; `grow` allocates pages, evicting unpinned cached
+pages when too few are free; `insert` enters the pages that became full into the tree, where other requests match them;
+`close` releases everything. From `begin_transfer` to `end_transfer` a peer may access pages, and they are IN_FLIGHT.
 
 With a host tier (tiers/host.py) a page may also be in host memory:
 
@@ -13,17 +12,16 @@ With a host tier (tiers/host.py) a page may also be in host memory:
 With a storage tier (tiers/storage.py) resident host pages are also stored, and `prefetch`, called before `open`,
 fetches pages from the store into the host tier. `start_load` then loads them like all other host pages.
 
-Pages under a backup cannot be freed: the lease that inserted the pages keeps its pin until the backup is reported, even
-if the lease is closed. Pages under a load are IN_FLIGHT. Eviction from the device pool leaves the host tier's copy, and
-eviction from the host tier leaves the device pool's.
+Pages that are being backed up cannot be freed: the lease of the backup keeps its pin until the backup is reported, even
+if the lease is closed. Pages that are being loaded are IN_FLIGHT. A page evicted from one tier stays in the other.
 
-    device_pages.py        the device pool: ledger (pages.py) and tree (radix.py)
+    device_tier.py        the device pool: ledger (pages.py) and tree (radix.py)
     tiers/write_policy.py  when a page is copied to the host tier
     tiers/copies.py        loads and backups under way
     counters.py            hits, and the ceiling
 
-The cache copies no bytes, keeps no tokens and knows no requests. An inserted page is never written again; the page
-being filled always belongs to its lease alone.
+The cache copies no bytes, keeps no tokens and knows no requests. An inserted page is never written again; a page that
+is not full belongs to one lease only.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvist.kv.counters import CACHE_COUNTERS, HitCounters
-from kvist.kv.device_pages import DevicePages
+from kvist.kv.device_tier import DeviceTier
 from kvist.kv.keys import iter_page_digests, iter_page_keys, page_keys, root_digest
 from kvist.kv.lease import PageLease
 from kvist.kv.pages import PageCounts, PageState
@@ -71,12 +69,12 @@ class PageCache:
         assert page_size > 0
         self._page_size = page_size
         self._namespace = namespace
-        self._pages = DevicePages(num_pages, namespace)
-        self._ledger, self._tree = self._pages.ledger, self._pages.tree
+        self._device = DeviceTier(num_pages, namespace)
+        self._ledger, self._tree = self._device.ledger, self._device.tree
         self._host: _HostSide | None = None
         if host is not None:
             copies = HostCopies(host)
-            policy = WRITE_POLICIES[write_policy](self._pages, copies)
+            policy = WRITE_POLICIES[write_policy](self._device, copies)
             self._host = _HostSide(tier=host, copies=copies, policy=policy)
         self.storage = storage  # the scheduler passes the store's reports and the ends of prefetches to it
         self._hits = HitCounters()
@@ -126,19 +124,20 @@ class PageCache:
 
     @property
     def num_reclaimable(self) -> int:
-        """Return the pages that are free or evictable, including (`write_back`) pages evictable after their copies."""
+        """The number of pages that are free or evictable, including (`write_back`) pages evictable after their
+        copies."""
         num_free = self._ledger.num_free + self._tree.num_evictable
         return num_free if self._host is None else num_free + self._host.policy.num_pinned
 
     def waits_for_copies(self, lease: PageLease, num_tokens: int) -> bool:
-        """Return whether `grow` can succeed after the copies under way, if no other request takes the pages first."""
+        """Return whether `grow` can succeed when the copies under way have ended, if no other request is first."""
         return -(-num_tokens // self._page_size) - len(lease.page_ids) <= self.num_reclaimable
 
     def insert(self, lease: PageLease, token_ids: Sequence[int], num_tokens: int) -> None:
         """Enter the full pages of `token_ids[:num_tokens]`, whose K/V is written, into the tree, pinned by this lease.
 
-        Later calls pass more tokens; the lease remembers which pages are in the tree. If another request already uses
-        a page with the same tokens, this lease keeps its own page. The pages must not be in flight.
+        Later calls pass more tokens; the lease knows which pages are in the tree. If another request is using a page
+        with the same tokens, this lease keeps its own page. The pages must not be in flight.
         """
         pin = lease.pin
         first, last = pin.num_pages, num_tokens // self._page_size
@@ -149,7 +148,7 @@ class PageCache:
         assert last <= len(lease.page_ids), "inserted beyond the pages"
         assert not lease.is_in_flight, "end the transfer before the pages are shared"
         keys = page_keys(token_ids, self._page_size, first, last)
-        self._pages.apply(self._tree.extend(pin, keys, lease.page_ids[first:last]))
+        self._device.apply(self._tree.extend(pin, keys, lease.page_ids[first:last]))
         if self._host is not None:
             self._host.policy.on_full(lease, self._tree.tail(pin, last - first))
 
@@ -159,28 +158,28 @@ class PageCache:
         Shared pages stay pinned until the backups of this lease are reported."""
         self._ledger.move(lease.close(), PageState.OWNED, PageState.FREE)
         if self._host is None:
-            self._pages.unpin(lease.pin)
+            self._device.unpin(lease.pin)
         elif lease.is_unused:
             self._host.policy.release(lease)
 
     def begin_transfer(self, lease: PageLease, first_page: int) -> None:
-        """Let a peer touch `lease.page_ids[first_page:]`: pages that are not in the tree become IN_FLIGHT.
+        """Allow a peer to access `lease.page_ids[first_page:]`: pages that are not in the tree become IN_FLIGHT.
 
-        Pages in the tree stay CACHED: their content is final, and the lease pins them until it closes.
+        Pages in the tree stay CACHED: their content is final, and the lease pins them until it is closed.
         """
         not_in_tree = lease.page_ids[max(first_page, lease.pin.num_pages) :]
         self._ledger.move(lease.begin_transfer(not_in_tree), PageState.OWNED, PageState.IN_FLIGHT)
 
     def end_transfer(self, lease: PageLease) -> None:
-        """Return the lease's pages in flight to OWNED: no peer touches the pages any more."""
+        """Make the lease's pages in flight OWNED again: no peer accesses them any more."""
         self._ledger.move(lease.end_transfer(), PageState.IN_FLIGHT, PageState.OWNED)
 
     # ---------------------------------------------------------------- the tiers behind the device pool
 
     def prefetch(self, token_ids: Sequence[int], *, cache_salt: str = "", max_tokens: int) -> Prefetch | None:
-        """Ask the store for the pages that neither tier has. Return None if there is nothing to wait for.
+        """Start to fetch the pages that neither tier has from the store. Return None if there is nothing to wait for.
 
-        The caller closes the prefetch (`storage.close`) when the request is admitted (after `start_load`) or ends."""
+        The caller closes the prefetch (`storage.close`) when the request ends or, after `start_load`, is admitted."""
         num_pages = min(len(token_ids), max_tokens) // self._page_size
         if self.storage is None or not self.storage.may_fetch(num_pages):
             return None
@@ -195,8 +194,8 @@ class PageCache:
     def start_load(self, lease: PageLease, token_ids: Sequence[int], *, max_tokens: int) -> int | None:
         """Count the lease's hits and their ceiling, and start to load the pages that the host tier has after them.
 
-        Called once, when the lease covers at least `max_tokens` tokens and its request is admitted. Return the id of
-        the load, or None if the host tier has no further page. With a load, do not use the lease before `loaded`."""
+        Called once, when the lease covers at least `max_tokens` tokens and its request is admitted. Return the job id
+        of the load, or None if the host tier has no further page. With a load, use the lease only after `loaded`."""
         pin = lease.pin
         first, last = pin.num_pages, min(len(token_ids), max_tokens) // self._page_size
         found = [] if self._host is None else self._use_host_pages(self._host, lease, token_ids, first, last)
@@ -232,7 +231,8 @@ class PageCache:
         return found
 
     def pending_load(self, lease: PageLease, token_ids: Sequence[int], *, max_tokens: int) -> int | None:
-        """Return the id of another lease's load of this lease's next page, if any: after `loaded` the tree has it."""
+        """Return the job id of another lease's load of this lease's next page, if any. After `loaded` the page is in
+        the tree."""
         if self._host is None or not self._host.copies.is_loading:
             return None
         first = lease.pin.num_pages
@@ -258,7 +258,7 @@ class PageCache:
             self._host.policy.release(lease)
 
     def plan_jobs(self) -> list[TierJob]:
-        """Start the copies that are due by now. Return all jobs for the movers since the last call."""
+        """Start the copies that are due. Return all jobs for the movers since the last call."""
         if self._host is None:
             return []
         self._host.policy.start_due()
@@ -274,11 +274,11 @@ class PageCache:
     # ---------------------------------------------------------------- all cached pages
 
     def flush(self, tier: str | None = None) -> tuple[int, int | None]:
-        """Free every cached page that no lease uses in the "device" tier, in the "host" tier, or in both.
+        """Free the unpinned cached pages of the "device" tier, of the "host" tier, or (None) of both.
 
         Return the number of pages, and the id of the `ForgetPages` job after which no restart restores them (None: no
-        host page was freed). Pages flushed from the device do not count in the ceiling: more memory would not have kept
-        them."""
+        host page was freed). Pages flushed from the device do not count in the ceiling: a larger pool would not have
+        kept them."""
         num_pages, job_id = 0, None
         if tier != "host":
             num_pages = self._tree.num_evictable
@@ -290,11 +290,11 @@ class PageCache:
         return num_pages, job_id
 
     def evict(self, num_pages: int) -> None:
-        """Free the device pages to evict first; that many must be evictable."""
-        self._hits.on_evicted(self._pages.evict(num_pages))
+        """Evict `num_pages` pages from the device pool. At least `num_pages` must be evictable."""
+        self._hits.on_evicted(self._device.evict(num_pages))
 
     def counts(self) -> PageCounts:
-        return self._pages.counts()
+        return self._device.counts()
 
     def host_counts(self) -> HostCounts | None:
         return None if self._host is None else self._host.tier.counts()
@@ -311,7 +311,7 @@ class PageCache:
         return CACHE_COUNTERS.filled(counted)
 
     def take_page_events(self) -> tuple[PageEvents, ...]:
-        """Return what entered and left each tier since the last call."""
+        """Return the pages that entered and left each tier since the last call."""
         events = self._tree.changes.take()
         return events if self._host is None else events + self._host.tier.changes.take()
 

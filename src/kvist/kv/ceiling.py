@@ -3,14 +3,14 @@
     evicted from the device pool ──remember──► known ──► its row is full: the row's oldest digest is forgotten
                                                   └──► flush: all digests are forgotten
 
-A page that was ever cached is in the tree, in the host tier, or was evicted. The ceiling of a prompt is therefore the
-pages found in the tiers plus the leading pages after them whose digests are known here. The ceiling is exact until the
-first digest is forgotten, and a lower bound from then on.
+A page that was ever cached is in the tree, is in the host tier, or was evicted. The ceiling of a prompt is therefore
+the number of pages found in the tiers plus the number of leading pages after them whose digests are known here. The
+ceiling is exact until the first digest is forgotten, and a lower bound from then on.
 
-The table costs 16 MiB, one look-up for each evicted page (1.7 µs) and one, at admission, for each page of the ceiling
-that the tiers lack (0.9 µs). A row has 16 entries of 8 bytes of a digest, the newest first; the table has a fixed size,
-so no step waits for a resize. Rows fill unevenly: the first digest is forgotten when about 600,000 are known; of a
-million digests, one in 2,000 is forgotten.
+The table costs 16 MiB, one look-up for each evicted page (1.7 µs) and, at admission, one for each page of the ceiling
+that is missing in the tiers (0.9 µs). A row has 16 entries of 8 bytes of a digest, the newest first; the table has a
+fixed size, so no step waits for a resize. Rows fill unevenly: the first digest is forgotten when about 600,000 are
+known; of a million digests, one in 2,000 is forgotten.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 MAX_DIGESTS = 1 << 21
 _ENTRY_BYTES = 8
-_ROW_ENTRIES = 16  # a row is two lines of the CPU's cache, whose misses are most of the cost
+_ROW_ENTRIES = 16  # a row is two cache lines of the CPU; cache misses are most of the cost
 _ROW_BYTES = _ROW_ENTRIES * _ENTRY_BYTES
 _EMPTY = bytes(_ENTRY_BYTES)
 
@@ -36,10 +36,10 @@ class EvictionHistory:
         self.clear()
 
     def remember(self, digest: bytes) -> None:
-        """Enter the digest of a page that was evicted just now."""
+        """Enter the digest of a page that was just evicted."""
         table, entry, start = self._table, digest[:_ENTRY_BYTES], self._row(digest)
         end = start + _ROW_BYTES
-        # A match across two entries is as unlikely as one of two different digests.
+        # A match across two entries is as unlikely as two digests with equal entries.
         at = table.find(entry, start, end)
         if at < 0:
             at = end - _ENTRY_BYTES

@@ -1,7 +1,7 @@
 """The net changes of one tier's pages between two reports.
 
-A page that enters and leaves the tier in between is in no report: a reader that applies every report has the tier's
-pages, as of the last report.
+A page that enters and leaves the tier between two reports is in neither report: a reader that applies every report has
+the tier's pages as of the last report.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from kvist.wire import PageEvents, PageTier
 
 
 class PageChanges:
-    """Mutable; owned by the tier's index (radix.py, tiers/host.py), or by the maker of reports (engine/reports.py)."""
+    """Mutable; owned by the tier's index (radix.py, tiers/host.py) or by the load reports (engine/reports.py)."""
 
     def __init__(self, tier: PageTier) -> None:
         self._tier = tier

@@ -1,4 +1,5 @@
-"""The page cache's counters: hits, misses and copies of each tier, and the ceiling, the hits of an infinite cache."""
+"""The counters of the page cache: hits, misses and copies of each tier, and the ceiling (the hits of an infinite
+cache)."""
 
 from __future__ import annotations
 
@@ -88,11 +89,11 @@ class HitCounters:
             self._history.remember(digest)
 
     def num_evicted_before(self, digests: Iterable[bytes]) -> int:
-        """Return how many leading pages, all missing in the tiers, were evicted from the device pool earlier."""
+        """Return how many leading pages, all of them missing in the tiers, were evicted from the device pool before."""
         return self._history.num_leading(digests)
 
     def forget_evictions(self) -> None:
-        """Count no page evicted so far in the ceiling."""
+        """Exclude all pages evicted so far from the ceiling."""
         self._history.clear()
 
     def totals(self) -> dict[str, float]:

@@ -1,11 +1,12 @@
-"""Keys of pages: a page's tokens as bytes, and the digest that names the page across processes.
+"""Keys of pages: a page's tokens as bytes, and the digest that identifies the page in all processes.
 
     digest_i = BLAKE3(tokens of page i as int32 little-endian, keyed with digest_{i-1})
     digest_{-1} = BLAKE3(cache_salt, keyed with BLAKE3(namespace))
 
-A digest therefore names the whole prefix, not one page's tokens, and pages of another model, layout, adapter or salt
-never share a digest. Tiers, the store and routing trust a digest alone, and clients choose the tokens: 32 bytes of
-BLAKE3 withstand an attacker who searches for two prompts with one digest (docs/adr/0012-digests-withstand-people.md).
+A digest therefore identifies the whole prefix, not only one page's tokens, and pages of different models, layouts or
+salts never have the same digest. Tiers, stores and routers compare digests alone, and clients choose the tokens: 32
+bytes of BLAKE3 withstand an attacker who searches for two prompts with one digest
+(docs/adr/0012-digests-withstand-people.md).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from blake3 import blake3
 DIGEST_BYTES = 32  # the length of BLAKE3's digests and keys: each digest is the key of the next
 _TOKEN_BYTES = 4
 _FIRST_PAGES_AT_ONCE = 4
-_PAGES_AT_ONCE = 64  # after the first: encoded together: enough to amortise the call, few enough for the L1 CPU cache
+_PAGES_AT_ONCE = 64  # after the first pages: enough to amortise the call, few enough for the L1 CPU cache
 
 
 def page_keys(token_ids: Sequence[int], page_size: int, first_page: int, last_page: int) -> list[bytes]:
@@ -30,7 +31,7 @@ def page_keys(token_ids: Sequence[int], page_size: int, first_page: int, last_pa
     tokens = token_ids[first_page * page_size : last_page * page_size]
     # struct takes half the time of numpy or array, which use the iterator protocol here.
     encoded = _int32s((last_page - first_page) * page_size).pack(*tokens)
-    if last_page - first_page == 1:  # a page became full during decode: nearly every call
+    if last_page - first_page == 1:  # nearly every call: a page became full during decode
         return [encoded]
     key_bytes = page_size * _TOKEN_BYTES
     return [encoded[start : start + key_bytes] for start in range(0, len(encoded), key_bytes)]
@@ -56,7 +57,7 @@ def root_digest(namespace: str, cache_salt: str = "") -> bytes:
 
 
 def chain_digest(parent_digest: bytes, page_key: bytes) -> bytes:
-    """Return the digest of the page whose tokens are `page_key`, after the prefix with `parent_digest`."""
+    """Return the digest of the page with the tokens `page_key` after the prefix with `parent_digest`."""
     return blake3(page_key, key=parent_digest).digest()
 
 
@@ -70,6 +71,6 @@ def iter_page_digests(
 
 
 def page_digests(token_ids: Sequence[int], page_size: int, namespace: str, cache_salt: str = "") -> list[bytes]:
-    """Return one digest for each full page of `token_ids`; tokens after the last full page have none."""
+    """Return one digest for each full page of `token_ids`; tokens after the last full page are ignored."""
     digest = root_digest(namespace, cache_salt)
     return list(iter_page_digests(digest, token_ids, page_size, len(token_ids) // page_size))

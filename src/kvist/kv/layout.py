@@ -1,4 +1,4 @@
-"""The layout of a page's bytes, and the namespace that keeps pages of different meaning apart.
+"""The layout of a page's bytes, and the namespace, which distinguishes pages of different models and layouts.
 
 A page holds `page_size` tokens of every layer: `[num_kv_heads, num_layers, 2, page_size, head_dim]`, contiguous, with
 K at index 0 and V at index 1. The bytes are the same in every tier and on the wire. Heads come first, so a
@@ -55,10 +55,8 @@ class PageLayout:
 
 
 def namespace(fingerprint: str, layout: PageLayout) -> str:
-    """Join everything besides the tokens that decides a page's content; every page digest starts from it.
-
-    `fingerprint` is the model's (weights and config).
-    """
-    # JSON quotes strings: no fingerprint can pass for another field. The last two fields are constant, because a page
-    # holds all heads and no adapter changes it; without them, pages stored by earlier versions would not be found.
+    """Return a string of everything besides tokens and salt that a page's content depends on. Every page digest starts
+    from the namespace. `fingerprint`: of the model (weights and config)."""
+    # JSON quotes strings, so no fingerprint can look like another field. The last two fields are constant; without
+    # them, pages stored by earlier versions would not be found.
     return json.dumps([fingerprint, layout.describe(), "tp=0/1", ""], separators=(",", ":"))

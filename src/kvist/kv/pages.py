@@ -2,12 +2,12 @@
 
     FREE ──► OWNED ──► CACHED          FREE       unused; its bytes mean nothing
       ▲      │ ▲ │        │            OWNED      one request writes it
-      ├──────┘ │ ▼        │            IN_FLIGHT  one request's, and named by an open transfer: a peer may touch it
+      ├──────┘ │ ▼        │            IN_FLIGHT  owned by one request; a peer or a load may write or read it
       │     IN_FLIGHT     │            CACHED     in the radix tree, shared by all requests that match it
       └───────────────────┘
 
-free + cached + owned + in_flight == total, always. A page in flight can only go back to its owner: it is never freed
-or shared while a peer may still write it.
+free + cached + owned + in_flight == total, always. A page in flight can only become OWNED again: it is never freed or
+shared while a peer or a load may still write it.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ TRANSITIONS = frozenset(
     }
 )
 
-_FREE, _OWNED = PageState.FREE, PageState.OWNED  # looking an enum member up costs as much as moving a page
+_FREE, _OWNED = PageState.FREE, PageState.OWNED  # the look-up of an enum member costs as much as changing a state
 
-# The same table by index: hashing enum members would cost more than the rest of a move.
+# The same table by index: hashing enum members would cost more than the rest of `_set`.
 _ALLOWED = [[(source, target) in TRANSITIONS for target in PageState] for source in PageState]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageCounts:
-    """Pages by state: free + cached + owned + in_flight == total. `evictable` is the part of cached without a lease."""
+    """Pages by state: free + cached + owned + in_flight == total. `evictable`: the cached pages without a pin."""
 
     free: int
     cached: int
@@ -60,8 +60,8 @@ class PageLedger:
         self._states = bytearray(num_pages)  # PageState of each page
         self._counts = [0] * len(PageState)
         self._counts[PageState.FREE] = num_pages
-        # Last in, first out, with page 0 on top: pages never needed are never touched, and their memory never becomes
-        # resident. The page freed last is also the page most likely still in a CPU cache.
+        # Last in, first out, with page 0 on top: the memory of pages that are never needed never becomes resident. The
+        # page freed last is also the page most likely to be in a CPU cache.
         self._free = list(range(num_pages - 1, -1, -1))
 
     @property

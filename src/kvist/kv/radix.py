@@ -1,22 +1,22 @@
 """The radix tree over cached pages: an edge is one page of tokens, a node is the page that holds their K/V.
 
-Pins. A `Pin` keeps the path from the root to the deepest page that one request has reached. At each node of the path, a
-pin either *reads* the node's page or has a *duplicate*: a page of its own with the same tokens, computed while another
-request's page was already in the tree. When the last reader of a node leaves and a duplicate remains, the node takes
-over the duplicate and releases its old page. A path pinned by one request alone therefore costs exactly that request's
-pages, and every node on a pinned path has a reader.
+Pins. A `Pin` keeps the path from the root to the deepest page of one request. At each node of the path, a pin either
+*reads* the node's page or has a *duplicate*: a page of its own with the same tokens, computed while another request's
+page was already in the tree. When the last reader of a node is gone and a duplicate remains, the node takes over the
+duplicate and releases its old page. A path pinned by one request alone therefore costs exactly that request's pages,
+and every node on a pinned path has a reader.
 
-Eviction takes the least recently used leaf that no pin uses. No heap is needed: nodes join the queue `_idle` when they
-become unused, the deepest node of a path first. A node is never unused while a descendant is used. All descendants of a
-node are therefore ahead of it in the queue, and the head is always a leaf: the leaf unused for longest. Order is the
-order of calls; no clock is read.
+Eviction takes the least recently used leaf that is not pinned. No heap is needed: a node enters the queue `_idle` when
+it becomes unpinned, the deepest node of a path first, and a node is never unpinned while a descendant is pinned. All
+descendants of a node are therefore ahead of it in the queue, and the head is always a leaf: the leaf that has been
+unpinned for longest. The order is the order of calls; no clock is read.
 
-With `write_back` (cache.py) eviction takes from a second queue first: `_prepared`, the pages that the host tier has or
-cannot get. A page enters it from the head of `_idle`, or when the pin for its backup ends, in either case behind all of
-its descendants. A hit takes the page out of the queue.
+With `write_back` (tiers/write_policy.py) eviction takes from a second queue first: `_prepared`, the pages that the host
+tier has or cannot get. A page enters the queue from the head of `_idle`, or when the pin for its backup ends, in either
+case behind all of its descendants. A hit removes the page from the queue.
 
-Each cache salt has its own root, dropped with its last page. The tree names page ids and reports which pages it took
-and released (`OwnershipChange`); the ledger (pages.py) keeps the states of pages.
+Each cache salt has its own root, which is dropped with its last page. The tree keeps page ids, and returns which pages
+it took and released (`OwnershipChange`); the ledger (pages.py) keeps the states of pages.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Node:
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
         self.children: dict[bytes, PageNode] = {}  # by the tokens of the next page
-        self.num_readers = 1  # the pin that creates a node reads it
+        self.num_readers = 1  # the pin that creates the node
 
 
 class Root(Node):
@@ -57,15 +57,15 @@ class PageNode(Node):
         self.key = key
         self.page_id = page_id
         self.duplicates: list[Pin] | None = None  # the pins that have a page of their own for this prefix
-        self.num_hits = 0  # requests that matched this page; counted by cache.py
+        self.num_hits = 0  # requests that matched this page; counted by cache.py, reset by `write_back`
 
 
 @dataclass(slots=True, eq=False)
 class Pin:
     """One request's pin on a path. Mutable; its one owner is the tree."""
 
-    node: Node  # the deepest prefix reached
-    page_ids: list[int]  # the tree's pages matched at the start, in order
+    node: Node  # the deepest node of the path
+    page_ids: list[int]  # the pages of the path when the pin was made, in prefix order
     num_pages: int  # depth of `node`
     duplicates: dict[PageNode, int] = field(default_factory=dict)  # the request's own page for a node of the path
 
@@ -85,7 +85,7 @@ class RadixTree:
         self._namespace = namespace
         self._roots: dict[str, Root] = {}
         self._idle: OrderedDict[PageNode, None] = OrderedDict()  # unpinned nodes, the next to evict first
-        self._prepared: OrderedDict[PageNode, None] = OrderedDict()  # unpinned too, and evicted before `_idle`
+        self._prepared: OrderedDict[PageNode, None] = OrderedDict()  # unpinned nodes, evicted before those of `_idle`
         self.changes = PageChanges("device")
 
     @property
@@ -97,7 +97,7 @@ class RadixTree:
         return len(self._prepared)
 
     def match(self, keys: Iterable[bytes], cache_salt: str) -> list[PageNode]:
-        """Find the longest path that spells a prefix of `keys`."""
+        """Return the nodes of the longest cached prefix of `keys`."""
         path: list[PageNode] = []
         node: Node | None = self._roots.get(cache_salt)
         if node is not None:
@@ -121,7 +121,7 @@ class RadixTree:
         return Pin(path[-1] if path else root, [node.page_id for node in path], len(path))
 
     def pin_path(self, leaf: PageNode) -> tuple[Pin, int]:
-        """Pin the path to a page. Return the pin, and how many pages of the path were unpinned before."""
+        """Pin the path to a page. Return the pin, and the number of pages on the path that were unpinned before."""
         path, num_unused = list[PageNode](), 0
         node: Node = leaf
         while isinstance(node, PageNode):
@@ -143,10 +143,10 @@ class RadixTree:
         return True
 
     def extend(self, pin: Pin, keys: Sequence[bytes], page_ids: Sequence[int]) -> OwnershipChange:
-        """Move the pin down along `keys`; `page_ids` are the request's own pages with the K/V of these tokens.
+        """Extend the pinned path by `keys`; `page_ids` are the request's own pages with the K/V of these tokens.
 
-        The tree takes a page that it lacks. If the tree has the page and others use it, the request keeps its own page
-        as a duplicate; if the tree's page is unused, the tree takes the request's page and releases its own.
+        The tree takes a page that it lacks. If the tree has the page and another pin reads it, the request keeps its
+        own page as a duplicate; if the tree's page is unpinned, the tree takes the request's page and releases its own.
         """
         change = OwnershipChange()
         for key, page_id in zip(keys, page_ids, strict=True):
@@ -171,9 +171,9 @@ class RadixTree:
         return change
 
     def unpin(self, pin: Pin, *, prepared: bool = False) -> OwnershipChange:
-        """Release the whole path, deepest page first. The pin's remaining `duplicates` stay the caller's.
+        """Unpin the whole path, deepest page first. The caller frees the pages that are left in `pin.duplicates`.
 
-        With `prepared`, the released pages are evicted next, except pages with hits (`num_hits`) and their prefixes."""
+        With `prepared`, the unpinned pages are evicted next, except pages with hits (`num_hits`) and their prefixes."""
         change = OwnershipChange()
         node = pin.node
         while isinstance(node, PageNode):
@@ -209,7 +209,7 @@ class RadixTree:
         return nodes
 
     def oldest_idle(self) -> PageNode | None:
-        """Return the page to evict first once no prepared page is left."""
+        """Return the page that is evicted first when no prepared page is left."""
         return next(iter(self._idle), None)
 
     def mark_prepared(self, node: PageNode) -> None:
@@ -218,7 +218,7 @@ class RadixTree:
         self._prepared[node] = None
 
     def evict(self) -> PageNode:
-        """Remove and return the least recently used leaf that no pin uses. At least one page must be evictable."""
+        """Remove and return the least recently used leaf that is not pinned. At least one page must be evictable."""
         node, _ = (self._prepared or self._idle).popitem(last=False)
         assert not node.children, "a page is evicted before the prefix it continues"
         parent = node.parent
@@ -244,6 +244,6 @@ class RadixTree:
         node.num_readers = 1
 
     def _drop_root_if_unused(self, root: Root) -> None:
-        # Callers may send any number of salts: a root may not outlive its pages.
+        # Clients may send any number of salts: a root must not outlive its pages.
         if not root.children and root.num_readers == 0:
             del self._roots[root.cache_salt]

@@ -3,8 +3,8 @@
     begin_load ──► LoadPages ──loaded──► the pages are in the device pool, and their slots unpinned
     back_up ──► BackUpPages ──backed_up──► resident in the host tier, or lost
 
-tiers/write_policy.py decides which pages are backed up, and when; cache.py decides which pages are loaded. This class
-keeps the limits of the backups, the pages that each copy holds, and the jobs for the movers.
+write_policy.py decides which pages are backed up, and when; cache.py decides which pages are loaded. This class applies
+the limits of backups, and keeps the pages of each copy and the jobs for the mover.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvist.kv.radix import PageNode, Root
 from kvist.kv.tiers.host import HostPage, HostTier
 from kvist.plan.tiers import BackUpPages, ForgetPages, LoadPages, PageJob, PagesBackedUp, PagesLoaded
 
-MAX_BACKUPS = 64  # jobs under way; pages that become due while all are under way are skipped
+MAX_BACKUPS = 64  # jobs under way; pages that become due meanwhile are skipped
 MAX_PAGES_BACKED_UP = 2048  # in all backups under way; with write_back, the last job may exceed it
 
 
@@ -78,8 +78,8 @@ class HostCopies:
         """Back up the pages of a path that the host tier lacks, in prefix order; return whether a copy begins.
 
         The lease's pin must read the pages, and keeps them until the copy is reported. After the first skipped page all
-        others are skipped too, since no match would reach them. With `exceeds_limit` the copy may exceed the limit of
-        the pages under way."""
+        others are skipped too, since no match would reach them. With `exceeds_limit` the copy may exceed
+        MAX_PAGES_BACKED_UP."""
         host, pages, page_ids = self.host, list[HostPage](), list[int]()
         num_allowed = len(nodes) if exceeds_limit else self._num_pages_allowed()
         for index, node in enumerate(nodes):
@@ -87,7 +87,7 @@ class HostCopies:
             if known is not None and not known.lost:
                 continue
             if node in lease.pin.duplicates:
-                break  # this lease's pin does not keep the page in the tree
+                break  # the pin reads its duplicate, and does not keep the tree's page
             page = self._reserve(node) if len(pages) < num_allowed else None
             if page is None:
                 self._num_skipped += len(nodes) - index
@@ -137,8 +137,8 @@ class HostCopies:
     # ---------------------------------------------------------------- all copies
 
     def flush(self) -> tuple[int, int | None]:
-        """Free every host page that no copy or prefetch uses. Return how many, and the id of the job that erases their
-        records (None: no page was freed)."""
+        """Free every host page that no copy or prefetch uses. Return the number of pages, and the id of the job that
+        erases their records (None: no page was freed)."""
         slots = self.host.flush()
         if not slots:
             return 0, None

@@ -3,12 +3,12 @@
     reserve ──► writing ──written(ok)──► resident ──pin──► loading ──unpin──► resident ──► evicted
                    └──written(failed)──► lost: never matched; written again or evicted
 
-free + cached + in_flight == total. Slots in flight are pinned: a job (plan/tiers.py) reads or writes the slot, or a
-prefetch keeps its page; a pinned slot is never given to another page. Cached are all other slots in use.
+free + cached + in_flight == total. A slot is in flight while it is pinned: a job (plan/tiers.py) reads or writes the
+slot, or a prefetch keeps its page. A pinned slot is never given to another page. All other slots in use are cached.
 
-A page enters only after its parent, the page it continues, and is evicted before its parent. The tier therefore holds
-whole prefixes, and every page can be reached by a match. The least recently used leaf without a pin is evicted first.
-The heap of leaves is lazy: outdated entries are dropped when they reach the top.
+The parent of a page is the page before it in the prefix. A page enters only after its parent, and is evicted before its
+parent. The tier therefore holds whole prefixes, and a match can reach every page. The least recently used leaf without
+a pin is evicted first. Outdated entries of the heap of leaves are dropped when they reach the top.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class HostPage:
 
     digest: bytes
     slot: int
-    parent: HostPage | None  # the page it continues; None for the first page of a prefix
+    parent: HostPage | None  # None: the first page of a prefix
     last_use: int
     num_children: int = 0
     num_pins: int = 0  # jobs that read or write the page, and prefetches that keep it
@@ -47,12 +47,12 @@ class HostPage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedPage:
-    """A slot that an earlier worker process filled (persistence.py)."""
+    """A slot that an earlier worker process filled (memory/persistence.py)."""
 
     slot: int
     digest: bytes
-    parent: bytes | None  # digest of the page it continues
-    last_use: int  # above zero; only the order matters
+    parent: bytes | None  # digest of the parent page
+    last_use: int  # above 0; only the order matters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,9 @@ class HostTier:
         self.num_pages = num_pages
         self.num_evicted = 0
         self._pages: dict[bytes, HostPage] = {}
-        self._free = list(range(num_pages - 1, -1, -1))  # slot 0 on top: memory never needed never becomes resident
+        self._free = list(
+            range(num_pages - 1, -1, -1)
+        )  # slot 0 on top: memory that is never needed never becomes resident
         self._leaves: list[tuple[int, int, HostPage]] = []  # a heap by last use; the second number only breaks ties
         self._num_in_flight = 0
         self._num_uses = 0
@@ -124,7 +126,8 @@ class HostTier:
             self._offer(page)
 
     def reserve(self, parent: HostPage | None, digest: bytes) -> HostPage | None:
-        """Reserve a slot for the page, evicting if needed, pinned until `written`. None: no slot can be freed."""
+        """Reserve a slot for the page, pinned until `written`, evicting a page if needed. None: no slot can be
+        freed."""
         page = self._pages.get(digest)
         if page is None:
             if not self._free and not self._evict_sparing(parent):
@@ -134,7 +137,7 @@ class HostTier:
             if parent is not None:
                 parent.num_children += 1
         else:
-            assert page.lost, "a page is written once"
+            assert page.lost, "the page is resident, or is being written"
         self.pin(page)
         return page
 
@@ -182,7 +185,7 @@ class HostTier:
         return [page.digest for page in self._pages.values() if page.resident]
 
     def _evict_sparing(self, parent: HostPage | None) -> bool:
-        """Evict a page, but not the parent of the page about to be written."""
+        """Evict a page, but not `parent`: its child is about to be written."""
         if parent is None:
             return self._evict()
         self.pin(parent)

@@ -4,9 +4,9 @@
        └─────────found too few─────────────────────────▲
     FINDING, QUEUED, FETCHING ──given up──► DONE
 
-`TRANSITIONS` is the whole machine. A trigger that is missing in the table of a state is ignored in that state: a late
-answer of the store is harmless. In every state but CLOSED the prefetch may also wait for fetches of other requests,
-and keep its leading pages pinned in the host tier. storage.py decides when each trigger fires.
+`TRANSITIONS` has all transitions. A trigger that is missing in the table of a state is ignored in that state, so a late
+answer of the store is harmless. Until it is DONE, a prefetch may also wait for fetches of other requests; until it is
+CLOSED, its leading pages stay pinned in the host tier. storage.py decides when each trigger fires.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PrefetchConfig:
     policy: str = "timeout"  # one of PREFETCH_POLICIES
     base_s: float = 1.0  # `timeout`: the longest wait is base_s + per_1k_s for each 1000 tokens
     per_1k_s: float = 0.25
-    threshold_tokens: int = 256  # fewer tokens are computed rather than fetched
+    threshold_tokens: int = 256  # fewer tokens are computed instead of fetched
 
     def __post_init__(self) -> None:
         assert self.policy in PREFETCH_POLICIES
@@ -42,7 +42,7 @@ class PrefetchConfig:
 
 class PrefetchState(enum.Enum):
     FINDING = "finding"  # the store looks up the pages
-    QUEUED = "queued"  # found; waits until the share of the host tier has room
+    QUEUED = "queued"  # pages were found; waits for room in the host tier's share for prefetches
     FETCHING = "fetching"  # waits for fetches, its own or those of other requests
     DONE = "done"  # nothing is left to wait for; fetched pages stay pinned
     CLOSED = "closed"  # the request was admitted, or ended
@@ -50,10 +50,10 @@ class PrefetchState(enum.Enum):
 
 class PrefetchTrigger(enum.Enum):
     FOUND = "found"
-    FOUND_TOO_FEW = "found too few"  # or too few were missing to ask for
+    FOUND_TOO_FEW = "found too few"  # or too few pages were missing for a look-up
     STARTED = "fetches started"
     FETCHED = "last fetch ended"
-    GIVEN_UP = "given up"  # a timeout, or no store any more
+    GIVEN_UP = "given up"  # the time limit has expired, or the store was detached
     CLOSED = "closed"
 
 
@@ -97,16 +97,16 @@ class Prefetch:
     digests: Sequence[bytes] = field(repr=False)  # of the prompt's pages, from the first
     num_cached: int  # leading pages in the device pool, which need no fetch
     wait_s: float  # the longest wait
-    find_start: int = 0  # the store is asked for pages [find_start, len(digests))
-    find_end: int = 0  # the store has pages [find_start, find_end), by its answer
+    find_start: int = 0  # pages [find_start, len(digests)) are looked up in the store
+    find_end: int = 0  # pages [find_start, find_end) were found in the store
     state: PrefetchState = PrefetchState.FINDING
     fetches: list[Fetch] = field(default_factory=list)  # under way and waited for, including other requests' fetches
-    num_fetched: int = 0  # pages fetched for this request, which count in the share until it is closed
+    num_fetched: int = 0  # pages fetched for this request; they count in the share until the prefetch is closed
     pinned: HostPage | None = None  # the last of the leading resident pages; the pin keeps the whole prefix
     _num_resident: int = 0  # leading pages resident when `pinned` was set
 
     def fire(self, trigger: PrefetchTrigger) -> bool:
-        """Enter the next state; return False if the trigger means nothing in this state."""
+        """Enter the next state; return False if the trigger is ignored in this state."""
         next_state = TRANSITIONS[self.state].get(trigger)
         if next_state is None:
             return False
@@ -124,7 +124,7 @@ class Prefetch:
 
     @property
     def num_found_beyond_device(self) -> int:
-        """Pages that the store has and the device pool had not."""
+        """The number of pages that the store has and the device pool did not have."""
         return self.find_end - max(self.find_start, self.num_cached)
 
     def wait_for(self, fetch: Fetch) -> None:
@@ -133,7 +133,7 @@ class Prefetch:
             self.fetches.append(fetch)
 
     def on_fetch_ended(self, fetch: Fetch) -> bool:
-        """Return whether it was the last thing to wait for."""
+        """Stop waiting for this fetch; return whether the prefetch is DONE now."""
         self.fetches.remove(fetch)
         return self.fire_if_fetched()
 
@@ -141,7 +141,7 @@ class Prefetch:
         return not self.fetches and self.fire(PrefetchTrigger.FETCHED)
 
     def keep_prefix(self, host: HostTier) -> None:
-        """Pin the last of the leading resident pages: this keeps the prefix, since children are evicted first."""
+        """Pin the last of the leading resident pages: this keeps the whole prefix, since children are evicted first."""
         last = self.pinned
         while self._num_resident < len(self.digests):
             page = host.get(self.digests[self._num_resident])

@@ -1,16 +1,17 @@
-"""The plan for the storage tier (L3): which pages to fetch for a waiting request, and which host pages to store. Pure.
+"""Decides for the storage tier (L3) which pages to fetch for waiting requests, and which host pages to store. Pure.
 
-    begin ──► FindPages ──found──► (queued until the share of the host tier has room) ──► FetchPages ──fetched──►
-              resident in the host tier, pinned there for the request until `close`
+    begin ──► FindPages ──found──► (queued until the share has room) ──► FetchPages
+              ──fetched──► resident in the host tier, pinned there for the request until `close`
 
-A prefetch first queries the store for the pages missing in the host tier, in prefix order: a page enters the host tier
-only after the page it continues. A request waits for pages that are already being fetched for another; no page is
-fetched twice. Fetched pages stay until their request is admitted: otherwise waiting requests would evict each other's
-pages. Pages being fetched or kept take at most half of the host tier.
+A prefetch first looks up in the store all pages that are missing in the host tier, in prefix order, since a page enters
+the host tier only after its parent. If a page is already being fetched for another request, the prefetch waits for that
+fetch; no page is fetched twice. Fetched pages stay pinned until their request is admitted: otherwise waiting requests
+would evict each other's pages. The share: pages being fetched, or pinned for a prefetch, take at most half of the host
+tier.
 
-prefetch.py has the states of a prefetch; store_queue.py is the way to the store. Every job gets exactly one report;
-until then its slots are in flight. A hung job occupies its slots, and their part of the share, until it returns. The
-scheduler decides how long a request waits; the store mover copies the bytes.
+prefetch.py has the states of a prefetch; store_queue.py decides which pages are stored. Every job gets exactly one
+report; until then its slots are in flight. A hung job occupies its slots, and their part of the share, until it
+returns. The scheduler decides how long a request waits; the store mover copies the bytes.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from kvist.plan.tiers import (
     StoreJob,
 )
 
-FETCH_PAGES = 16  # pages in one job: a request waits, and several threads share a longer prefix
+FETCH_PAGES = 16  # most pages in one job: several threads then fetch a long prefix together
 MAX_FINDS = 1024  # look-ups under way; a request beyond the limit is not looked up in the store
 
 
 class StorageTier:
-    """The stores and prefetches under way. Mutable; its one owner is the scheduler's `PageCache`, which uses the same
-    host tier. Detached until `attach`."""
+    """Mutable; its one owner is the scheduler's `PageCache`, which uses the same host tier. Without a store until
+    `StorageAttached`."""
 
     def __init__(self, host: HostTier, config: PrefetchConfig, *, page_size: int) -> None:
         self._host = host
@@ -52,7 +53,7 @@ class StorageTier:
         self._fetches: dict[int, Fetch] = {}  # by job id
         self._fetching: dict[HostPage, Fetch] = {}
         self._queue: deque[Prefetch] = deque()  # QUEUED
-        self._blocked_head: tuple[Prefetch, int] | None = None  # a head that found no room, and `_num_reserved` then
+        self._blocked_head: tuple[Prefetch, int] | None = None  # a head without room, and `_num_reserved` at that time
         self._open: dict[Prefetch, None] = {}  # not CLOSED, in the order of arrival
         self._num_reserved = 0  # pages being fetched, and pages fetched for an open prefetch
         self._jobs: list[StoreJob] = []
@@ -73,7 +74,7 @@ class StorageTier:
                 self._on_attached(event.attached)
 
     def _on_attached(self, attached: bool) -> None:
-        """Switch to a new store, with unknown content, or to none, which ends all prefetches."""
+        """Start with a new store, whose content is unknown, or without a store: then all prefetches end."""
         self._attached = attached
         self._store_queue.on_store_changed()
         if not attached:
@@ -87,7 +88,7 @@ class StorageTier:
         if event.answered:
             self._num_missing += prefetch.num_asked - event.num_pages
         if prefetch.state is not PrefetchState.FINDING:
-            return  # the request does not wait any more
+            return  # the request has stopped waiting
         prefetch.find_end = prefetch.find_start + event.num_pages
         if self.may_fetch(prefetch.num_found_beyond_device):
             prefetch.fire(PrefetchTrigger.FOUND)
@@ -124,7 +125,7 @@ class StorageTier:
     # ---------------------------------------------------------------- to the store
 
     def store(self, pages: Iterable[HostPage]) -> None:
-        """Store the pages of a path, in prefix order, that are resident and not known to be stored."""
+        """Queue the resident pages of a path that are not known to be stored. `pages` are in prefix order."""
         if self._attached:
             self._store_queue.store(pages)
 
@@ -162,7 +163,7 @@ class StorageTier:
         return prefetch
 
     def give_up(self, prefetch: Prefetch) -> None:
-        """Stop waiting: cancel fetches that have not begun. Pages fetched so far stay until `close`."""
+        """Stop waiting, and cancel fetches that have not begun. Pages fetched so far stay pinned until `close`."""
         was_queued = prefetch.state is PrefetchState.QUEUED
         if not prefetch.fire(PrefetchTrigger.GIVEN_UP):
             return
@@ -176,7 +177,7 @@ class StorageTier:
         prefetch.fetches.clear()
 
     def close(self, prefetch: Prefetch) -> None:
-        """Release the fetched pages: the request was admitted, or ended. Call once."""
+        """Unpin the fetched pages: the request was admitted or has ended. Call once."""
         self.give_up(prefetch)
         was_open = prefetch.fire(PrefetchTrigger.CLOSED)
         assert was_open, "a prefetch is closed once"
@@ -185,8 +186,8 @@ class StorageTier:
         prefetch.release_prefix(self._host)
 
     def start_queued(self) -> None:
-        """Start queued fetches in order. The head waits until the share has room for all its pages or for half of the
-        share; only in the second case does it get fewer pages than it wants."""
+        """Start queued fetches in order. The head waits until there is room for all its pages, or half of the share is
+        free; only in the second case are not all of its pages fetched."""
         while self._queue:
             prefetch = self._queue[0]
             if self._blocked_head == (prefetch, self._num_reserved):
@@ -202,7 +203,7 @@ class StorageTier:
             self._settle_if_fetched(prefetch)
 
     def _fetch(self, prefetch: Prefetch) -> None:
-        """Fetch the pages that are neither resident nor being fetched, up to the room in the share.
+        """Fetch the pages that are neither resident nor being fetched, until the share is full.
 
         Pages before `find_start` that were evicted since the look-up are fetched too."""
         parent: HostPage | None = None
@@ -241,11 +242,10 @@ class StorageTier:
         if fetch is not None:
             prefetch.wait_for(fetch)
 
-    # ---------------------------------------------------------------- what was decided, and the state
+    # ---------------------------------------------------------------- jobs, settled prefetches, counts
 
     def take_settled(self) -> list[Prefetch]:
-        """Return the prefetches that have nothing left to wait for since the last call, each once. Some may be closed
-        already."""
+        """Return the prefetches that have become DONE since the last call. Some may be closed already."""
         settled, self._settled = self._settled, []
         return settled
 

@@ -1,10 +1,10 @@
-"""The way from the host tier to the store: which resident pages are due, and the jobs under way. Pure.
+"""The queue from the host tier to the store: which resident pages are due, and the jobs under way. Pure.
 
-    resident, not known to be stored ──store──► due ──a job may start──► StorePages ──stored──► in the store, or due
-                                                 └── evicted before: skipped        again when the page is hit
+    resident, not known to be stored ──store──► due ──a job may start──► StorePages ──stored──► in the store; after a
+                                                 └── evicted before: skipped        failure, due again at the next hit
 
-Pages being stored take at most a quarter of the host tier, so that a store cannot occupy all of it. Each page under a
-job is pinned; a hung job keeps its pages, and their part of the quarter, until it returns.
+Pages being stored take at most a quarter of the host tier, so that a slow store cannot occupy the whole tier. The pages
+of a job are pinned; a hung job keeps its pages, and their part of the quarter, until it returns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class StoreQueue:
         self._jobs: dict[int, tuple[int, list[HostPage]]] = {}  # under way, by id, with the generation of their start
         self._due: dict[HostPage, None] = {}  # to be stored, oldest first; some may have been evicted since
         self._started: list[StorePages] = []  # since the last `take_jobs`
-        self.generation = 0  # of the store; what is known about one store is not valid for the next
+        self.generation = 0  # number of the store; knowledge of one store is not valid for the next
         self.num_pages = 0  # in jobs under way
         self.num_stored = self.num_skipped = self.num_failed = 0
 
@@ -36,13 +36,13 @@ class StoreQueue:
         return len(self._due)
 
     def on_store_changed(self) -> None:
-        """Forget the store, and which pages were in it."""
+        """Drop the pages that are due, and forget which pages are stored."""
         self.generation += 1
         self._due.clear()
         self._host.forget_stored()
 
     def store(self, pages: Iterable[HostPage]) -> None:
-        """Store the pages of a path, in prefix order, that are resident and not known to be stored."""
+        """Queue the resident pages of a path that are not known to be stored. `pages` are in prefix order."""
         self._due.update(dict.fromkeys(page for page in pages if page.resident and not page.stored))
         while len(self._due) > self._host.num_pages:  # some of them were evicted
             del self._due[next(iter(self._due))]
@@ -71,7 +71,7 @@ class StoreQueue:
                 return
             self.num_pages += len(piece)
             for page in piece:
-                page.stored = True  # until a failure is reported: no second job stores the page
+                page.stored = True  # unless a failure is reported; no second job stores the page meanwhile
                 self._host.pin(page)
             job_id = self._host.next_job_id()
             self._jobs[job_id] = self.generation, piece

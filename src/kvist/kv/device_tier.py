@@ -1,7 +1,7 @@
-"""The pages of the device pool: the ledger (pages.py) and the tree (radix.py), changed together.
+"""The device tier (L1): the ledger (pages.py) and the tree (radix.py), changed together.
 
-Every change of the tree's pages is also a move in the ledger. The page cache (cache.py) and the write policies
-(tiers/write_policy.py) change the tree only through this class, or move the pages themselves.
+If the tree takes or releases pages, their states in the ledger change too. The page cache (cache.py) passes the changes
+made by `RadixTree.extend` to `apply`; `unpin` and `evict` change both.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from kvist.kv.pages import PageCounts, PageLedger, PageState
 from kvist.kv.radix import OwnershipChange, Pin, RadixTree
 
 
-class DevicePages:
+class DeviceTier:
     """Mutable; its one owner is `PageCache`."""
 
     def __init__(self, num_pages: int, namespace: str) -> None:
@@ -23,12 +23,12 @@ class DevicePages:
             self.ledger.move(change.released, PageState.CACHED, PageState.FREE)
 
     def unpin(self, pin: Pin, *, prepared: bool = False) -> None:
-        """Release a pin and free its duplicates. With `prepared`, its pages are evicted next (see radix.py)."""
+        """Release a pin and free its duplicates. With `prepared`, its pages are evicted next (`RadixTree.unpin`)."""
         self.apply(self.tree.unpin(pin, prepared=prepared))
         self.ledger.move([*pin.duplicates.values()], PageState.OWNED, PageState.FREE)
 
     def evict(self, num_pages: int) -> list[bytes]:
-        """Free the pages to evict first; return their digests. That many pages must be evictable."""
+        """Evict `num_pages` pages in the tree's order; return their digests. At least `num_pages` must be evictable."""
         nodes = [self.tree.evict() for _ in range(num_pages)]
         self.ledger.move([node.page_id for node in nodes], PageState.CACHED, PageState.FREE)
         return [node.digest for node in nodes]
