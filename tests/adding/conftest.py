@@ -80,7 +80,10 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Followed:
     for walk in read_walks(PAGE.read_text(encoding="utf-8")):
         for block in walk.blocks:
             block.apply(root)
-    return Followed(root)
+    made = Followed(root)
+    for script in ("scripts/api_fields.py", "scripts/door_table.py", "-mtests.cli.test_flag_names"):
+        made.run(script)
+    return made
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ CHOSEN = " or ".join(
     ("test_docs", "test_flag_names", "test_every_family", "test_shaping", "test_fields", "test_specs", *NEW_CASES)
 )
 
+pytestmark = pytest.mark.timeout(400)
 
+
+@pytest.mark.model  # compares with transformers
 def test_suites_of_the_repository_pass_after_every_walk(followed: Followed) -> None:
-    for script in ("scripts/api_fields.py", "scripts/door_table.py", "-mtests.cli.test_flag_names"):
-        followed.run(script)
     output = followed.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-rA", "--tb=short", "-k", CHOSEN, *SUITES)
     for name in NEW_CASES:
         assert re.search(rf"PASSED .*\[(\w+-)*{name}", output), f"no test of {name} ran"
