@@ -150,7 +150,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     logprob: float
     top_token_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
-    asked_logprobs: tuple[float, ...] = ()  # of `SamplingParams.logprob_token_ids`, in their order
+    requested_logprobs: tuple[float, ...] = ()  # of `SamplingParams.logprob_token_ids`, in their order
     rank: int | None = None  # 1: the most likely token; only for prompt tokens
 
 

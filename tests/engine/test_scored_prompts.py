@@ -93,7 +93,7 @@ def test_named_tokens_have_logprobs_beside_every_sampled_token(world: MemoryClus
         assert sorted(stream.logprobs) == list(range(12))
         for position, found in stream.logprobs.items():
             row = expected[len(each) + position - 1]
-            assert found.asked_logprobs == pytest.approx([float(row[9]), float(row[2])], abs=1e-4)
+            assert found.requested_logprobs == pytest.approx([float(row[9]), float(row[2])], abs=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 8, 33])

@@ -86,7 +86,7 @@ async def test_an_impossible_chunk_fails_only_its_own_request(wrong: dict[str, o
     assert (worker, wire.Abort(request_id=bad_id)) in world.engines.sent
 
 
-SCORE = TokenLogprobs(logprob=-1.0, rank=2, asked_logprobs=(-3.0,))
+SCORE = TokenLogprobs(logprob=-1.0, rank=2, requested_logprobs=(-3.0,))
 SCORES: dict[str, object] = {"prompt_position": 1, "prompt_logprobs": (SCORE,) * 2}  # of a prompt of four tokens
 SCORED = SamplingParams(max_tokens=3, prompt_logprobs=0, logprob_token_ids=(5,))
 
@@ -98,7 +98,7 @@ SCORED = SamplingParams(max_tokens=3, prompt_logprobs=0, logprob_token_ids=(5,))
         {**SCORES, "prompt_position": 2},  # position 1 is missing
         {**SCORES, "prompt_logprobs": (SCORE,) * 4},  # beyond the prompt
         {**SCORES, "prompt_logprobs": (msgspec.structs.replace(SCORE, rank=None),)},
-        {**SCORES, "prompt_logprobs": (msgspec.structs.replace(SCORE, asked_logprobs=()),)},
+        {**SCORES, "prompt_logprobs": (msgspec.structs.replace(SCORE, requested_logprobs=()),)},
     ],
 )
 async def test_impossible_logprobs_of_a_prompt_fail_only_their_own_request(wrong: dict[str, object]) -> None:

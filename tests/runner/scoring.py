@@ -76,7 +76,7 @@ def assert_scores(found: Sequence[TokenLogprobs], expected: Tensor, prompt: Sequ
         )
         assert all(
             abs(value - float(row[each])) < tolerance
-            for each, value in zip(SCORED.logprob_token_ids, one.asked_logprobs, strict=True)
+            for each, value in zip(SCORED.logprob_token_ids, one.requested_logprobs, strict=True)
         )
         best = row.topk(3).values.tolist()
         assert all(abs(value - want) < tolerance for value, want in zip(one.top_logprobs, best, strict=True))

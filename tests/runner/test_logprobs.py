@@ -28,7 +28,7 @@ def test_each_row_gets_the_logprobs_that_it_asks_for() -> None:
         assert close(one.logprob, place, token_id)
         assert list(one.top_token_ids) == best[:num_top]
         assert all(close(value, place, top) for top, value in zip(one.top_token_ids, one.top_logprobs, strict=True))
-        assert all(close(value, place, each) for each, value in zip(asked, one.asked_logprobs, strict=True))
+        assert all(close(value, place, each) for each, value in zip(asked, one.requested_logprobs, strict=True))
         assert one.rank == best.index(token_id) + 1
 
 
@@ -46,6 +46,6 @@ def test_a_sampled_token_has_the_logprobs_of_the_asked_tokens_and_no_rank() -> N
     params = [SamplingParams(max_tokens=1), asked]
     found = sample(LOGITS[:2], [SamplingRow(params=each, position=1) for each in params]).logprobs
     assert list(found) == [1]
-    assert all(close(value, 1, token_id) for token_id, value in zip((9, 2), found[1].asked_logprobs, strict=True))
-    assert len(found[1].asked_logprobs) == 2
+    assert all(close(value, 1, token_id) for token_id, value in zip((9, 2), found[1].requested_logprobs, strict=True))
+    assert len(found[1].requested_logprobs) == 2
     assert found[1].rank is None

@@ -55,8 +55,8 @@ def _fault_of_logprobs(logprobs: tuple[TokenLogprobs, ...], sampling: SamplingPa
             return f"{len(each.top_logprobs)} top logprobs for {len(each.top_token_ids)} top tokens"
         if each.top_token_ids and not 0 <= min(each.top_token_ids) <= max(each.top_token_ids) < vocab_size:
             return f"top tokens outside the vocabulary of {vocab_size}"
-        if len(each.asked_logprobs) != num_asked:
-            return f"logprobs of {len(each.asked_logprobs)} tokens where {num_asked} were asked for"
+        if len(each.requested_logprobs) != num_asked:
+            return f"logprobs of {len(each.requested_logprobs)} tokens where {num_asked} were asked for"
     return None
 
 

@@ -106,7 +106,7 @@ class ChunkMerger:
         self._next_position += len(chunk.token_ids)
         self._ready.append(chunk)
         if chunk.logprobs is not None:
-            self.num_logprobs += sum(1 + len(one.top_logprobs) + len(one.asked_logprobs) for one in chunk.logprobs)
+            self.num_logprobs += sum(1 + len(one.top_logprobs) + len(one.requested_logprobs) for one in chunk.logprobs)
         if chunk.finish_reason is not None:
             self.complete = True
         return True

@@ -63,7 +63,7 @@ class LogprobTensors:
                 logprob=logprob,
                 top_token_ids=tuple(ids[: row.num_top]),
                 top_logprobs=tuple(values[: row.num_top]),
-                asked_logprobs=tuple(asked[: len(row.asked_token_ids)]),
+                requested_logprobs=tuple(asked[: len(row.asked_token_ids)]),
                 rank=rank,
             )
             for row, logprob, values, ids, asked, rank in columns

@@ -11,10 +11,10 @@ import msgspec
 from kvist.api.schemas import SamplingFields
 from kvist.errors import RequestError
 from kvist.request import EngineRequest, RequestId, SamplingParams
-from kvist.server.asked_logprobs import MAX_KEPT_LOGPROBS, AskedLogprobs
 from kvist.server.caller import Caller
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState
+from kvist.server.requested_logprobs import MAX_KEPT_LOGPROBS, RequestedLogprobs
 from kvist.server.sampling import (
     MAX_SEED,
     FieldNames,
@@ -44,7 +44,7 @@ class JobSpec:
     seed: int | None  # of the first answer to each prompt; each further answer has the next seed. None: drawn at random
     cache_salt: str | None
     min_tokens: int | None
-    logprobs: AskedLogprobs
+    logprobs: RequestedLogprobs
     defaults: SamplingDefaults  # for fields that the request does not set
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False

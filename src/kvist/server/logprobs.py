@@ -32,7 +32,7 @@ def _listed(found: TokenLogprobs, num_top: int | None, sampling: SamplingParams)
     top = list(zip(found.top_token_ids[:num_top], found.top_logprobs[:num_top], strict=True))
     if sampling.logprob_token_ids:
         known = set(found.top_token_ids[:num_top])
-        asked = zip(sampling.logprob_token_ids, found.asked_logprobs, strict=True)
+        asked = zip(sampling.logprob_token_ids, found.requested_logprobs, strict=True)
         top += [(token_id, logprob) for token_id, logprob in asked if token_id not in known]
     return top
 
@@ -164,7 +164,7 @@ class LogprobEntries:
         if asked := sampling.logprob_token_ids:
             yield (
                 f"{side}_token_ids_logprobs",
-                [None if one is None else self._entries(asked, one.asked_logprobs) for one in logprobs],
+                [None if one is None else self._entries(asked, one.requested_logprobs) for one in logprobs],
             )
 
     def _entries(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> list[Entry]:

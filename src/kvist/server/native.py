@@ -11,7 +11,6 @@ from kvist.api.schemas import NativeRequest, NativeSampling
 from kvist.errors import RequestError
 from kvist.fit import Limit
 from kvist.request import TokenLogprobs
-from kvist.server.asked_logprobs import of_native
 from kvist.server.caller import Caller
 from kvist.server.config import StreamForm
 from kvist.server.gateway import GatewayContext
@@ -19,6 +18,7 @@ from kvist.server.generation import ChoiceState, Delta
 from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
 from kvist.server.logprobs import LogprobEntries
 from kvist.server.reporting import report
+from kvist.server.requested_logprobs import of_native
 from kvist.server.respond import Job
 from kvist.server.sampling import (
     FieldNames,

@@ -8,12 +8,12 @@ from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import ChatRequest, CompletionRequest
 from kvist.errors import RequestError
 from kvist.fit import Limit
-from kvist.server.asked_logprobs import AskedLogprobs, of_chat, of_completion
 from kvist.server.caller import Caller
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState
 from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
 from kvist.server.openai_format import ChatFormat, CompletionFormat, Envelope
+from kvist.server.requested_logprobs import RequestedLogprobs, of_chat, of_completion
 from kvist.server.respond import Job
 from kvist.server.sampling import (
     FieldNames,
@@ -142,7 +142,7 @@ def _choices(
     caller: Caller,
     prompts: list[TokenizedPrompt],
     job_id: str,
-    logprobs: AskedLogprobs,
+    logprobs: RequestedLogprobs,
 ) -> list[ChoiceState]:
     asked = request.stream_options
     if asked is not None and not request.stream and (asked.include_usage or asked.continuous_usage_stats):

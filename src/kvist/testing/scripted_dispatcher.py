@@ -51,7 +51,7 @@ def chosen_and_a_certain_other(request: EngineRequest, _position: int, token_id:
         logprob=-0.5,
         top_token_ids=(token_id, 65),
         top_logprobs=(-0.5, float("-inf")),
-        asked_logprobs=_minus_the_ids(request),
+        requested_logprobs=_minus_the_ids(request),
     )
 
 
@@ -62,7 +62,7 @@ def minus_the_position(request: EngineRequest, position: int) -> TokenLogprobs:
         logprob=-float(position),
         top_token_ids=(70, 71)[:count],
         top_logprobs=(-0.25, -0.75)[:count],
-        asked_logprobs=_minus_the_ids(request),
+        requested_logprobs=_minus_the_ids(request),
         rank=position + 2,
     )
 

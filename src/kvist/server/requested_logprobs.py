@@ -13,7 +13,7 @@ MAX_KEPT_LOGPROBS = 1 << 20  # per request: about 150 MB, as numbers and then as
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AskedLogprobs:
+class RequestedLogprobs:
     """The logprobs that a request asks for. A number counts the likeliest tokens beside each; None: no logprobs."""
 
     num_output: int | None = None
@@ -36,23 +36,23 @@ class AskedLogprobs:
         return found | ({"logprob_token_ids": self.token_ids} if self.token_ids else {})
 
 
-def of_chat(request: ChatRequest, vocab_size: int) -> AskedLogprobs:
+def of_chat(request: ChatRequest, vocab_size: int) -> RequestedLogprobs:
     """Raises `RequestError`."""
     if request.top_logprobs and not request.logprobs:
         raise RequestError("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
     asked = _prompt_logprobs(request)
-    return AskedLogprobs(
+    return RequestedLogprobs(
         num_output=check_num_logprobs(request.top_logprobs or 0, "top_logprobs") if request.logprobs else None,
         num_prompt=asked,
         token_ids=_token_ids(request, vocab_size, has_logprobs=bool(request.logprobs) or asked is not None),
     )
 
 
-def of_completion(request: CompletionRequest, vocab_size: int) -> AskedLogprobs:
+def of_completion(request: CompletionRequest, vocab_size: int) -> RequestedLogprobs:
     """With `echo`, `logprobs` asks for those of the prompt, too. Raises `RequestError`."""
     num_output, asked = check_num_logprobs(request.logprobs, "logprobs"), _prompt_logprobs(request)
     counts = [count for count in (asked, num_output if request.echo else None) if count is not None]
-    return AskedLogprobs(
+    return RequestedLogprobs(
         num_output=num_output,
         num_prompt=max(counts, default=None),
         token_ids=_token_ids(request, vocab_size, has_logprobs=num_output is not None or asked is not None),
@@ -60,7 +60,7 @@ def of_completion(request: CompletionRequest, vocab_size: int) -> AskedLogprobs:
     )
 
 
-def of_native(request: NativeRequest, prompts: Sequence[Sequence[int]], vocab_size: int) -> AskedLogprobs:
+def of_native(request: NativeRequest, prompts: Sequence[Sequence[int]], vocab_size: int) -> RequestedLogprobs:
     """Raises `RequestError`."""
     if not request.return_logprob:
         needy = {
@@ -70,7 +70,7 @@ def of_native(request: NativeRequest, prompts: Sequence[Sequence[int]], vocab_si
         }
         for name in filter(needy.__getitem__, needy):
             raise RequestError(f"`{name}` needs `return_logprob` to be true", param=name)
-        return AskedLogprobs()
+        return RequestedLogprobs()
     count = check_num_logprobs(request.top_logprobs_num or 0, "top_logprobs_num")
     token_ids = request.token_ids_logprob or []
     check_token_ids(token_ids, vocab_size, "token_ids_logprob")
@@ -79,7 +79,7 @@ def of_native(request: NativeRequest, prompts: Sequence[Sequence[int]], vocab_si
         message = f"must be -1 for the last token of the prompt, or 0 to {shortest - 1} for this prompt, not {start}"
         raise RequestError(f"`logprob_start_len` {message}", param="logprob_start_len")
     scored = start is not None and start >= 0
-    return AskedLogprobs(
+    return RequestedLogprobs(
         num_output=count,
         num_prompt=count if scored else None,
         prompt_start=1 if start is None else start + 1,  # the first token of the report has no logprob, as in SGLang
