@@ -572,6 +572,8 @@ def test_an_engine_killed_during_a_backup_leaves_only_whole_pages(cluster: Clust
     (again,) = cluster.start("unified", host_tier=host_tier)
     restored, num_cached = answers(again)
     assert num_cached > 0
+    again.load = None
+    until(lambda: again.load is not None and not again.load.num_host_pages["in_flight"], again)  # not flushed
     again.send(wire.FlushCache(call_id="f"))
     computed, num_cached = answers(again)
     assert num_cached == 0
