@@ -1,12 +1,12 @@
-"""GPU memory that another process of this host may map: allocate, export, open (CUDA IPC).
+"""GPU memory that other processes of this host may map: allocate, export, open (CUDA IPC).
 
-The memory does not come from torch's allocator: a handle names a whole allocation, and torch would put other tensors
-into the same allocation, or build it of pieces that cannot be exported (expandable segments). Here a pool is one
-allocation, freed with the last tensor over it.
+The memory is not taken from torch's allocator: a handle gives access to a whole allocation, and torch would put other
+tensors into the same allocation, or compose it of pieces that cannot be exported (expandable segments). Here a pool is
+one allocation, which is freed with the last tensor over it.
 
-A handle travels in the pool's file (device_pool.py) as an `ExportedMemory`. Memory that another process has opened
-stays mapped, and exists, until that process closes it, even after the exporting process has ended. transfer/ decides
-which process opens which memory, and for how long.
+The handle is in the pool's file (device_pool.py), as an `ExportedMemory`. Memory that another process has opened stays
+mapped until that process closes it, even after the exporting process has ended. transfer/ opens the pools of peers;
+device_pool.py opens the pools of other ranks.
 
 The calls go through ctypes to the CUDA runtime that torch has loaded; the runtime is not loaded before the first pool
 on a GPU.
@@ -25,7 +25,7 @@ from torch import Tensor
 from kvist.errors import UNDECODABLE, ConfigError, EngineError
 
 HANDLE_BYTES = 64
-_GRANULE_BYTES = 2 << 20  # the driver's granule: smaller allocations share one, and would be exported together
+_GRANULE_BYTES = 2 << 20  # of the driver: smaller allocations share one granule, and would be exported together
 _LAZY_ENABLE_PEER_ACCESS = 1
 
 
@@ -51,7 +51,7 @@ def _runtime() -> ctypes.CDLL:
     """Load the CUDA runtime. Raises `ConfigError` if torch was built without NVIDIA's runtime."""
     name = f"libcudart.so.{(torch.version.cuda or 'none').partition('.')[0]}"
     try:
-        library = ctypes.CDLL(name)  # found by name, because torch has loaded it
+        library = ctypes.CDLL(name)  # found by its name alone, because torch has loaded it
     except OSError as error:
         raise ConfigError(f"pages on a GPU need the CUDA runtime {name} that torch loads: {error}") from error
     for function, arguments in _SIGNATURES.items():
@@ -69,7 +69,7 @@ def _call(function: str, *arguments: object) -> None:
 
 
 class _Allocation:
-    """Memory in the form from which torch makes a tensor. Every tensor over it keeps it, and `owner`, alive."""
+    """Memory that torch can make a tensor from. Every tensor over the memory keeps this object, and `owner`, alive."""
 
     def __init__(self, address: int, num_bytes: int, owner: object = None) -> None:
         self.owner = owner
@@ -83,7 +83,7 @@ class _Allocation:
 
 
 def allocate(num_bytes: int, device: torch.device) -> Tensor:
-    """Return [num_bytes] uint8 zeros in an allocation of its own. Raises `EngineError` if memory is too small."""
+    """Return [num_bytes] uint8 zeros in an allocation of its own. Raises `EngineError` if too little memory is free."""
     rounded_bytes = -(-num_bytes // _GRANULE_BYTES) * _GRANULE_BYTES
     address = ctypes.c_void_p()
     with torch.cuda.device(device):

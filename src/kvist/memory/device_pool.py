@@ -1,18 +1,18 @@
 """The device page pool (L1): one tensor of whole pages, and its size.
 
 Life cycle: `plan_pool_size` decides the number of pages, `DevicePool.create` makes the pool before the first step,
-`close` drops the pool when the engine stops. Every pool has a file by which peers on this host reach its pages
+`close` releases the pool when the engine stops. Every pool has a file through which peers on this host access its pages
 (transfer/). On a CPU the file is the pool, mapped into memory:
 
 - a peer engine maps the same file and writes granted pages in place,
-- tensor-parallel ranks map the file too, and each works on its own heads of every page (`attach`).
+- tensor-parallel ranks map the file too (`attach`), and each works on its own heads of every page.
 
 The whole file is allocated at the start (0.8 s for a GiB of shared memory on two busy cores): too little space is an
-error then, and the engine is not killed when it first touches a page.
+error at that time, and cannot kill the engine later, when it first writes a page.
 
-On CUDA the pool is device memory, and the file holds the handle that opens it (cuda_memory.py). Each tensor-parallel
-rank has a pool of its own, with its heads of every page; rank 0 also reaches the other ranks' pools (`join_ranks`,
-`pieces`).
+On CUDA the pool is device memory, and the file contains the handle that opens the memory (cuda_memory.py). Each
+tensor-parallel rank has a pool of its own, with its heads of every page; rank 0 also opens the pools of the other ranks
+(`join_ranks`, `pieces`).
 
 The creator holds an flock on the file while it lives; `create` first removes the files of dead engines
 (runtime_dir.py).
@@ -54,7 +54,7 @@ class RankPool:
 
     path: str  # of the pool's file
     device: torch.device
-    first_head: int  # of a page; each rank has as many heads as rank 0, and ranks may share a head if there are few
+    first_head: int  # in the whole page; each rank has as many heads as rank 0, and ranks may share a head
 
 
 class DevicePool:
@@ -74,8 +74,8 @@ class DevicePool:
         self.tensor = tensor
         self.layout = self.whole_layout = layout
         self.num_pages = int(tensor.shape[0])
-        self.export_error = export_error  # why no peer can reach the pages; empty if peers can
-        self.address = PoolAddress(  # where a peer on this host finds them
+        self.export_error = export_error  # why no peer can access the pages; empty if peers can
+        self.address = PoolAddress(  # for peers on this host
             transport=CUDA_IPC if mapped is None else SHM,
             location=str(path),
             num_pages=self.num_pages,
@@ -91,7 +91,7 @@ class DevicePool:
     def create(
         cls, layout: PageLayout, num_pages: int, *, device: torch.device, directory: Path | None = None
     ) -> DevicePool:
-        """Create a zeroed pool. `directory` is for its file (default: the user's `runtime_dir()`).
+        """Create a pool of zeros, with its file in `directory` (by default the user's `runtime_dir()`).
 
         Raises `ConfigError` if the pool does not fit.
         """
@@ -137,7 +137,7 @@ class DevicePool:
     def pieces(self) -> list[tuple[int, Tensor]]:
         """Return the pieces of every page: (offset in the whole page, [num_pages, piece bytes] uint8 on a rank's GPU).
 
-        Opens the other ranks' memory, mapped for as long as the tensors live. Raises `EngineError` on failure."""
+        Opens the memory of the other ranks, which stays mapped while the tensors exist. Raises `EngineError`."""
         head_bytes = self.layout.page_bytes // self.layout.num_kv_heads
         pieces = [(0, self.tensor.view(self.num_pages, -1).view(torch.uint8))]
         for other in self._others:
@@ -214,7 +214,7 @@ class Room:
 
     free_bytes: int
     directory: Path
-    enough_tokens: int  # the pool must have this many, unless memory or the user's own number allows fewer
+    enough_tokens: int  # the fewest tokens of the pool, unless memory or the user's limit allows fewer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,18 +229,18 @@ def plan_pool_size(
     available_bytes: int,  # before the weights were loaded; on a GPU its total memory, used or not
     weights_bytes: int,
     mem_fraction_static: float,
-    free_bytes: int | None = None,  # the part of it that other processes do not use
+    free_bytes: int | None = None,  # memory that other processes do not use
     reserve_bytes: int = 0,  # for allocations after the pool: captured graphs
-    max_total_tokens: int | None = None,  # the user's own number
-    cap_tokens: int | None = None,  # the device's default limit, where memory alone would give absurdly many
+    max_total_tokens: int | None = None,  # set by the user
+    cap_tokens: int | None = None,  # the default limit of a device with memory for far more tokens than are useful
     min_tokens: int = 1,  # with fewer the engine could not serve one request
-    room: Room | None = None,  # for the pool alone, if it is a file
+    room: Room | None = None,  # if the pool is a file
 ) -> PoolSize:
-    """Decide the number of pages: weights, reserve and pool take `mem_fraction_static` of the available memory, unless
-    a token limit is lower.
+    """Decide the number of pages: weights, reserve and pool together take `mem_fraction_static` of the available
+    memory, unless a limit in tokens is lower.
 
     Raises `ConfigError` if fewer than `min_tokens` fit, if `max_total_tokens` do not fit, or if other processes have
-    left too little free memory. The result does not depend on free memory: workers that share a GPU get the same pools
+    left too little free memory. The result does not depend on `free_bytes`: workers that share a GPU get the same pools
     in whichever order they start.
     """
     budget_bytes = int(available_bytes * mem_fraction_static) - weights_bytes - reserve_bytes
@@ -262,7 +262,7 @@ def plan_pool_size(
     if room is not None and num_pages > room.free_bytes // layout.page_bytes:
         num_pages, reason = _in_room(layout, room, num_pages, asked=max_total_tokens is not None)
     if num_pages * layout.page_size < min_tokens:
-        asked = max_total_tokens is not None  # and there is memory for it: see above
+        asked = max_total_tokens is not None  # memory suffices for it: checked above
         remedy = "--max-total-tokens" if asked else "--mem-fraction-static, or serve a smaller model"
         raise ConfigError(
             f"the page pool would hold {num_pages * layout.page_size} tokens, fewer than {min_tokens} ({reason}): "
@@ -286,8 +286,8 @@ def plan_pool_size(
 
 
 def _in_room(layout: PageLayout, room: Room, wanted_pages: int, *, asked: bool) -> tuple[int, str]:
-    """Return the number of pages that fit the file system, and the reason. Raises `ConfigError` if they are too few, or
-    (`asked`) fewer than the user's own number."""
+    """Return the number of pages that fit into the file system, and the reason. Raises `ConfigError` if they are too
+    few; with `asked`, if they are fewer than the user has set."""
     fitting = room.free_bytes // layout.page_bytes
     has = f"{room.directory} has {room.free_bytes / _GIB:.2f} GiB free, which hold {fitting * layout.page_size} tokens"
     enough_pages = min(wanted_pages, -(-room.enough_tokens // layout.page_size))

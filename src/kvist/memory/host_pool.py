@@ -1,9 +1,9 @@
 """The host tier's page pool (L2): one buffer of whole pages in host memory, and its size.
 
-Life cycle: `plan_host_pages` decides the number of pages and refuses a pool that does not fit; `HostPool` allocates the
-buffer before the engine is ready, pinned for a GPU, so that copies run beside the model; `close` unpins the buffer
-after the mover has stopped. All memory is allocated at the start: too little memory is an error then, and does not kill
-the engine later.
+Life cycle: `plan_host_pages` decides the number of pages, and refuses a pool that does not fit; `HostPool` allocates
+the buffer before the engine is ready, and pins it for a GPU, so that copies run while the model computes; `close`
+unpins the buffer after the mover has stopped. All memory is allocated at the start: too little memory is an error at
+that time, and cannot kill the engine later.
 
 kv/tiers/host.py decides which slot holds which page.
 """
@@ -37,7 +37,7 @@ def plan_host_pages(
     size_gb: float | None,  # instead of the ratio
     available_bytes: int,
 ) -> int:
-    """Return the number of host pages. Raises `ConfigError` when they do not fit, or when the pool has no page."""
+    """Return the number of host pages. Raises `ConfigError` if they do not fit, or if the pool would have no page."""
     num_pages = int(num_device_pages * ratio) if size_gb is None else int(size_gb * _GB) // page_bytes
     flag, value, param = ("--hicache-ratio", ratio, "hicache_ratio")
     if size_gb is not None:
@@ -101,8 +101,8 @@ def _pin(memory: Tensor) -> None:
 
 
 def _make_resident(memory: Tensor) -> None:
-    """Make the memory resident and keep its content. Pinning would do it too, but in one thread and with small pages,
-    at 3 GB/s. Raises `ConfigError` when the system has too little memory."""
+    """Make the memory resident without changing its content. Pinning would do the same, but in one thread and with
+    small pages of the system, at 3 GB/s. Raises `ConfigError` if the system has too little memory."""
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes

@@ -1,23 +1,24 @@
-"""Copy whole pages between the device pool and the host pool, on the mover's own threads.
+"""Copies whole pages between the device pool and the host pool, on the mover's own threads.
 
-    engine loop: start ──► loads   ──► thread, on GPUs with a stream  ──► reports ──► engine loop: poll
-                     └───► backups ──► thread, the same               ──┘   (after a call of `wakeup`)
+    engine loop: start ──► loads   ──► thread, with a stream per GPU  ──► reports ──► engine loop: poll
+                     └───► backups ──► thread, with a stream per GPU  ──┘   (after a call of `wakeup`)
 
-Loads and backups have a copy queue each, because the two directions of a link do not disturb each other, and because a
-request waits for a load but no request waits for a backup. A queue runs its jobs in order; a GPU gets the next jobs
-while it copies, so that the link does not idle between small jobs. Every job is reported, until `close`.
+Loads and backups have separate copy queues, because the two directions of a link do not slow each other down, and
+because requests wait for loads, but seldom for backups. A queue runs its jobs in order. A GPU gets the next jobs while
+it is copying, so that the link is not idle between small jobs. Every job is reported, until `close`.
 
-Each tensor-parallel rank on a GPU has a piece of every page; the host has the whole page, assembled from the pieces.
+Each tensor-parallel rank on a GPU has a piece of every page; the host pool has whole pages, assembled from the pieces.
 
-Why no stream waits for another. A page is backed up after the host has read the results of the step that computed the
-page, and this read waits for the whole step, on all ranks. A page is loaded into a device page without a user: its last
-user released it after the results of the last step that used it were read (`PendingSteps.writes`). The step that
-uses loaded pages is launched after the report, which a queue sends after it has waited for its own stream.
+No stream needs to wait for another. A page is backed up after the host has read the results of the step that computed
+the page, and this read waits for the whole step, on all ranks. A page is loaded into a device page that no request
+uses: the last request released the page after the results of its last step were read (`PendingSteps.writes`). The step
+that uses loaded pages is launched after their report, and a queue sends the report after it has waited for its own
+stream.
 
-The backups' thread keeps the records of a persistent host pool (persistence.py): the engine loop computes no checksum
-and waits for no disk.
+The thread of the backups writes the records of a persistent host pool (persistence.py), so that the engine loop
+computes no checksum and never waits for a disk.
 
-kv/cache.py decides which page is copied where, and when both copies may be used again.
+kv/ decides which page is copied where, and when both pages may be used again.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class PageMover:
     def __init__(self, device: DevicePool, host: HostPool, *, wakeup: Callable[[], None], clock: Clock) -> None:
         self._reports: deque[PageReport] = deque()
         pieces = [(piece, host.tensor[:, at : at + piece.shape[1]]) for at, piece in device.pieces()]
-        once = {on_host.data_ptr(): (piece, on_host) for piece, on_host in pieces}  # several ranks may have one head
+        once = {
+            on_host.data_ptr(): (piece, on_host) for piece, on_host in pieces
+        }  # several ranks may have the same head
         self._loads = _CopyQueue("kvist-load", [(on_host, piece) for piece, on_host in pieces], clock)
         self._backups = _CopyQueue("kvist-backup", list(once.values()), clock)
         self._wakeup = wakeup
@@ -65,7 +68,7 @@ class PageMover:
         job_id = job.job_id
         if isinstance(job, LoadPages):
             self._loads.start(job.host_slots, job.page_ids, lambda ok: self._report(PagesLoaded(job_id=job_id, ok=ok)))
-        elif isinstance(job, ForgetPages):  # in the backups' queue: later backups into these slots run after it
+        elif isinstance(job, ForgetPages):  # in the queue of the backups: later backups into these slots run after it
             self._backups.run(partial(self._forget, job))
         else:
             self._backups.start(
@@ -83,7 +86,8 @@ class PageMover:
         return dict(zip(COPY_COUNTERS.names(), numbers, strict=True))
 
     def close(self) -> None:
-        """Stop both queues: no byte is copied after the return. Jobs that have not begun are dropped, unreported."""
+        """Stop both queues: no byte is copied after the return. Jobs that have not begun are dropped without a
+        report."""
         for copies in (self._loads, self._backups):
             copies.stop()
         for copies in (self._loads, self._backups):
@@ -125,15 +129,15 @@ class _CopyQueue:
         """`pieces`: (source, target), each [num_pages, piece bytes] uint8; one of the two is on the host."""
         self.num_jobs = 0
         self.num_bytes = 0.0
-        self.seconds = 0.0  # with a job under way
+        self.seconds = 0.0  # during which a job was under way
         self._pieces = pieces
         self._clock = clock
         gpus = {side.device for sides in pieces for side in sides if side.is_cuda}
-        # A view of each page, made once: every call that makes a view releases the GIL and waits to get it back.
+        # A view of each page, made once: each call that makes a view releases the GIL, and may have to wait for it.
         self._pages = [(source.unbind(), target.unbind()) for source, target in pieces] if gpus else []
         self._streams = {gpu: torch.cuda.Stream(gpu) for gpu in gpus}  # type: ignore[no-untyped-call]
         self._closed = False
-        # None ends the thread. Bounded by the pages that the cache allows in flight, and by the number of flushes.
+        # None ends the thread. The queue is bounded by the pages in flight and by the number of flushes.
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._under_way: deque[_Copies] = deque()  # used by the thread only
         self._last_end_s = 0.0
@@ -151,7 +155,7 @@ class _CopyQueue:
         source, target = self._pieces[0]
         assert max(source_ids) < source.shape[0], "a page outside the pool"
         assert max(target_ids) < target.shape[0], "a page outside the pool"
-        self._jobs.put(partial(self._order_copies, source_ids, target_ids, done, begin))
+        self._jobs.put(partial(self._launch_copies, source_ids, target_ids, done, begin))
 
     def run(self, job: Callable[[], None]) -> None:
         """Run `job` on the queue's thread, after all earlier jobs have ended."""
@@ -183,7 +187,7 @@ class _CopyQueue:
             self._end_oldest()
         job()
 
-    def _order_copies(
+    def _launch_copies(
         self,
         source_ids: Sequence[int],
         target_ids: Sequence[int],
@@ -213,12 +217,13 @@ class _CopyQueue:
                 for first, to, count in runs(source_ids, target_ids):  # numpy: torch would use the model's threads
                     np.copyto(target.numpy()[to : to + count], source.numpy()[first : first + count])
                 continue
-            # A rank's pieces are not contiguous in the host pool: torch would gather several into a buffer first.
+            # The pieces of a rank are not contiguous in the host pool: torch would first gather several in a buffer.
             longest = len(source_ids) if source.is_contiguous() and target.is_contiguous() else 1
             copies = runs(source_ids, target_ids, longest)
             source_pages, target_pages = self._pages[number]
             with torch.cuda.stream(stream):
-                # Many copies in one call, which needs no GIL in between: other threads do not delay them.
+                # Many copies in one call, which does not need the GIL in between: other threads do not delay the
+                # copies.
                 while some := list(itertools.islice(copies, COPIES_PER_CALL)):
                     torch._foreach_copy_(
                         [target_pages[to] if count == 1 else target[to : to + count] for _, to, count in some],
@@ -228,7 +233,7 @@ class _CopyQueue:
         return tuple(stream.record_event() for stream in self._streams.values())
 
     def _end_oldest(self) -> None:
-        """Wait for the oldest job's copies and report it, with every byte in place."""
+        """Wait for the copies of the oldest job, and report the job."""
         job = self._under_way.popleft()
         try:
             for event in job.copied:
@@ -248,7 +253,7 @@ class _CopyQueue:
 def runs(
     source_ids: Sequence[int], target_ids: Sequence[int], longest: int = sys.maxsize
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield (source, target, count): runs of pages, at most `longest`, that are consecutive on both sides."""
+    """Yield (source, target, count): runs of at most `longest` pages that are consecutive on both sides."""
     start = 0
     for index in range(1, len(source_ids) + 1):
         length = index - start

@@ -4,15 +4,14 @@
              pages    the pool itself, mapped: page i at i * page_bytes
              index    a header, then one record per slot: the page's digests, and the checksums of page and record
 
-    slot overwritten:   record cleared ─► page copied ─► page checksummed, record written ─► reported (a mover's thread)
-    start:              header matches ─► records whole ─► pages whole ─► parents before children
+    slot overwritten:   clear the record ─► copy the page ─► compute its checksum, write the record ─► report
+    start:              check the header ─► check each record ─► check each page ─► return parents before children
 
-A kill at any point therefore leaves a slot whose record is missing, torn or correct. Nothing is synced: after a power
-loss a page that did not reach the disk fails its checksum, and is a miss. Both files are fully allocated when they are
-created: a full disk is an error at the start, and never a fault while serving.
+After a kill at any point, the record of a slot is therefore missing, incomplete or correct. Nothing is synced to disk:
+after a power loss, a page that had not reached the disk fails its checksum and is a miss. Both files are fully
+allocated when they are created, so a full disk is an error at the start, and never a fault while serving.
 
-Eviction and matching of restored pages belong to kv/tiers/host.py. The order of use is not kept, only the order of
-writing.
+kv/tiers/host.py matches and evicts restored pages. The order of use is not saved; the order of writing is.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ from kvist.own_files import open_own, own_folder
 
 _MAGIC, _VERSION = b"kvist-l2", 2
 _HEADER = struct.Struct("<8sI4xQ16s24x")  # magic, version, page_bytes, namespace
-_RECORD = struct.Struct("<32s32s16sQ")  # digest, parent's digest, the page's checksum, number; then its own checksum
+_RECORD = struct.Struct("<32s32s16sQ")  # digest, parent's digest, page checksum, number; then the record's checksum
 _RECORD_BYTES = 96
 _NO_PARENT, _NO_RECORD = bytes(DIGEST_BYTES), bytes(_RECORD_BYTES)
-_MAX_THREADS = 8  # to verify pages; more would not be faster, memory bandwidth is the limit
-_NOT_A_FILE_OF_OURS = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)  # a link, another user's, a socket
+_MAX_THREADS = 8  # to verify pages; with more, memory bandwidth is the limit
+_NOT_OUR_FILE = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)  # a link, another user's file, a socket
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +52,9 @@ logger = logging.getLogger(__name__)
 class PersistentPages:
     """The host pool's memory and its index. `tensor` is [num_pages, page_bytes], uint8.
 
-    The movers call `clear` and `record` from several threads. Two threads touch the same slot only after a flush: its
-    late `clear` may erase the record of a newer page, which then does not survive a restart. Raises `ConfigError` when
-    the folder cannot be used; damaged content is never the reason."""
+    The movers call `clear` and `record` from several threads. Two threads access the same slot only after a flush: its
+    late `clear` may erase the record of a newer page, which then does not survive a restart. Raises `ConfigError` if
+    the folder cannot be used; damaged content is not an error."""
 
     def __init__(self, folder: Path, *, namespace: str, num_pages: int, page_bytes: int) -> None:
         if not hasattr(os, "posix_fallocate"):  # macOS
@@ -66,7 +65,7 @@ class PersistentPages:
         header = _HEADER.pack(_MAGIC, _VERSION, page_bytes, xxhash.xxh3_128_digest(namespace.encode()))
         with contextlib.ExitStack() as closing:
             try:
-                own_folder(folder)  # in another user's folder pages could be forged
+                own_folder(folder)  # in another user's folder, pages could be forged
                 lock_fd = _open(folder / "lock")
                 closing.callback(os.close, lock_fd)
                 _lock(lock_fd, folder)
@@ -96,7 +95,7 @@ class PersistentPages:
             self._index[self._range(slot)] = fields + _checksum_of_record(fields, slot)
 
     def restore(self) -> list[SavedPage]:
-        """Return the pages that survived undamaged, parents before children. Call once, before any `record`."""
+        """Return the undamaged pages, parents before children. Call once, before any `record`."""
         clock = MonotonicClock()
         start_s = clock.now_s()
         found: dict[bytes, SavedPage] = {}
@@ -148,7 +147,7 @@ class PersistentPages:
         return SavedPage(slot=slot, digest=digest, parent=None if parent == _NO_PARENT else parent, last_use=number)
 
     def _make_index_ours(self, header: bytes) -> None:
-        """Empty the index if its header differs: its pages have another meaning, or none."""
+        """Empty the index if its header differs: its pages are of another model or layout, or damaged."""
         fd = _open(self._folder / "index")
         try:
             there = os.pread(fd, _HEADER.size, 0)
@@ -168,8 +167,8 @@ class PersistentPages:
 
 
 def reusable_bytes(folder: Path) -> int:
-    """Return the host memory that the folder's pages already use, and that the next worker reuses: all of it on tmpfs,
-    0 on a disk, where the page cache counts as free memory."""
+    """Return how much host memory the folder's pages use already, which the next worker reuses: all of it on tmpfs, 0
+    on a disk, since the system's file cache counts as free memory."""
     with contextlib.suppress(OSError, ValueError):
         mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
         above = [(len(point), kind) for point, kind in mounts if folder.resolve().is_relative_to(point)]
@@ -183,25 +182,25 @@ def _behind_their_parents(found: dict[bytes, SavedPage]) -> list[SavedPage]:
     for page in found.values():
         children[page.parent].append(page)
     ordered = children[None]
-    for page in ordered:  # grows meanwhile
+    for page in ordered:  # the list grows during the loop
         ordered += children.pop(page.digest, [])
     return ordered
 
 
 def _checksum_of_record(fields: bytes, slot: int) -> bytes:
-    checksum: bytes = xxhash.xxh3_64_digest(fields, seed=slot)  # a record means its own slot
+    checksum: bytes = xxhash.xxh3_64_digest(fields, seed=slot)  # a record is valid for its own slot only
     return checksum
 
 
 def _open(path: Path) -> int:
-    """Open a file of this user for reading and writing. A link, or another user's file, of that name is replaced."""
+    """Open a file of this user for reading and writing. If a link or another user's file has this name, replace it."""
     flags = os.O_RDWR | os.O_CREAT
     try:
         return open_own(path, flags)
     except OSError as error:
-        if error.errno not in _NOT_A_FILE_OF_OURS:  # a failing disk or too many open files: keep the file
+        if error.errno not in _NOT_OUR_FILE:  # such as a failing disk or too many open files: keep the file
             raise
-    logger.warning("host tier: %s is not a regular file that this user may use: it is replaced", path)
+    logger.warning("host tier: %s is replaced: it is not a regular file that this user may use", path)
     path.unlink(missing_ok=True)
     return open_own(path, flags | os.O_EXCL)
 
@@ -214,7 +213,7 @@ def _map(path: Path, num_bytes: int) -> mmap.mmap:
         try:
             os.posix_fallocate(fd, 0, num_bytes)
         except OSError:
-            os.ftruncate(fd, former_bytes)  # a full tmpfs would disturb every process of the host
+            os.ftruncate(fd, former_bytes)  # a full tmpfs would affect every process of the host
             raise
         os.ftruncate(fd, num_bytes)
         return mmap.mmap(fd, num_bytes)
@@ -223,7 +222,7 @@ def _map(path: Path, num_bytes: int) -> mmap.mmap:
 
 
 def _lock(fd: int, folder: Path) -> None:
-    import fcntl  # missing on some systems; a worker needs it anyway (transfer/epoch.py)
+    import fcntl  # missing on some systems, where a worker cannot start anyway (transfer/epoch.py)
 
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,9 +1,9 @@
 """The runtime directory: files that the engines of one user on one host share (pool files, epoch locks).
 
-The process that creates a file holds an flock on it, from before the file has its name until the process ends. A
-process that can take the lock therefore knows that the owner is dead, and `remove_leftovers` removes the files of dead
-owners: pools at once, since a pool may be gigabytes; other files when no engine is alive that could need them. Cleaning
-runs when an engine starts, when an engine has ended, and in its parent process after a kill.
+The process that creates a file (its owner) holds an flock on it, from before the file gets its name until the process
+ends. A process that can take the lock therefore knows that the owner is dead. `remove_leftovers` removes the files of
+dead owners: pools at once, since a pool may be gigabytes; other files when no engine is running that could need them.
+Every engine calls it when it starts and when it has ended; its parent process calls it after a kill.
 
 Files in the directory are mapped and trusted: the directory must belong to this user and be closed to others.
 """
@@ -28,9 +28,8 @@ POOL_PREFIX, _POOL_SUFFIX = "pool-", ".pages"
 _POOL = re.compile(r"pool-\d+-[0-9a-f]{8}\.pages")
 _UNFINISHED = re.compile(r"pool-\d+-[0-9a-f]{8}\.new|\.epoch-[\w-]{1,64}\.lock\.new")
 _EPOCH = re.compile(r"epoch-[\w-]{1,64}\.lock")
-_RENDEZVOUS = re.compile(
-    r"tp-\d+-[0-9a-f]{8}.*"
-)  # of tensor-parallel ranks, with no lock of its own: rank 0 has a pool
+# The file of tensor-parallel ranks has no lock of its own: rank 0 has a pool.
+_RENDEZVOUS = re.compile(r"tp-\d+-[0-9a-f]{8}.*")
 _UNFINISHED_S = 60.0  # a file younger than this may not be locked yet
 _LOCK_WAIT_S, _PAUSE_S = 60.0, 0.01
 
@@ -68,7 +67,7 @@ def free_bytes(directory: Path) -> int:
 
 
 def room_remedy(directory: Path) -> str:
-    """Describe what an operator can do if the directory's file system is too small."""
+    """Return the remedy for a file system of the directory that is too small."""
     remedy = f"{_mount_point(directory)} is too small: name a directory on a larger file system with --runtime-dir"
     if directory.is_relative_to(_SHARED_MEMORY):
         remedy += ", or give the container more shared memory (docker run --shm-size=8g)"
@@ -97,7 +96,8 @@ def publish_pool(directory: Path, fill: Callable[[int], object]) -> tuple[Path, 
 
 @contextlib.contextmanager
 def allocation_lock(directory: Path) -> Iterator[None]:
-    """Let one engine at a time read how much memory is free and allocate it."""
+    """Allow one engine at a time to read how much memory is free and to allocate it. After `_LOCK_WAIT_S` the caller
+    continues without the lock."""
     fd = os.open(directory, os.O_RDONLY)
     try:
         clock = MonotonicClock()
@@ -110,7 +110,7 @@ def allocation_lock(directory: Path) -> Iterator[None]:
 
 
 def remove_leftovers(directory: Path) -> int:
-    """Remove the files of dead engines; return how many. Several processes may clean at the same time."""
+    """Remove the files of dead engines; return their number. Several processes may do this at the same time."""
     names = sorted(os.listdir(directory)) if directory.is_dir() else []
     dead, num_alive = list[Path](), 0
     for name in names:
@@ -125,7 +125,7 @@ def remove_leftovers(directory: Path) -> int:
         dead += [directory / name for name in names if _RENDEZVOUS.fullmatch(name)]
     removed = 0
     for path in dead:
-        if num_alive and _EPOCH.fullmatch(path.name):  # a living peer may ask whether that epoch has ended
+        if num_alive and _EPOCH.fullmatch(path.name):  # a running peer may check whether that epoch has ended
             continue
         with contextlib.suppress(OSError):
             path.unlink()
