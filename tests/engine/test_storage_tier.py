@@ -298,15 +298,15 @@ def test_a_store_is_attached_and_detached_while_requests_are_served(world: Memor
     world.run()
     for n, stream in zip(LENGTHS, streams, strict=True):  # computed without a store, and stored at the next hit
         assert answer(world, engine, request_of(f"b{n}", prompt(n)))[0] == stream.token_ids
-    again = world.ask_storage(engine, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0)
+    again = world.on_storage_command(engine, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0)
     assert again.status is not None, "it is so already"
-    other = world.ask_storage(engine, "attach", backend="memory")
+    other = world.on_storage_command(engine, "attach", backend="memory")
     assert (other.error_code, other.param) == ("conflict", "backend")
     assert "a file store in" in other.message
 
     fresh = start(world, StorageConfig(hicache_storage_roots=(str(tmp_path),)))
     streams = [world.submit_full(fresh, request_of(f"c{n}", prompt(n))) for n in LENGTHS[:3]]
-    world.ask_storage(fresh, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0)
+    world.on_storage_command(fresh, "attach", backend="file", path=str(tmp_path / "pages"), size=1.0)
     tokens, cached = answer(world, fresh, request_of("c60", prompt(60)))
     assert cached == hits(60)
     more = [world.submit_full(fresh, request_of(f"d{n}", prompt(n, seed=7))) for n in LENGTHS]
@@ -342,13 +342,13 @@ def test_a_refused_attach_names_the_field_and_changes_nothing(world: MemoryClust
         ({"backend": "file", "size": "large"}, "size"),
         ({"backend": "memory", "prefetch_policy": "best_effort"}, "prefetch_policy"),
     ):
-        answered = world.ask_storage(engine, "attach", **wanted)
+        answered = world.on_storage_command(engine, "attach", **wanted)
         assert (answered.error_code, answered.param) == ("invalid_request", param), wanted
         assert world.storage_status(engine, "status").state == "detached"
     without = world.start()
     assert (
         "start the worker with --enable-hierarchical-cache"
-        in world.ask_storage(without, "attach", backend="memory").message
+        in world.on_storage_command(without, "attach", backend="memory").message
     )
 
 
@@ -371,12 +371,12 @@ def test_a_store_that_hangs_while_opening_blocks_no_request_and_can_be_detached(
     answer(world, engine, request_of("1", prompt(33)))
     assert slow not in world.storage_answers
     assert world.storage_status(engine, "status").state == "attaching"
-    assert world.ask_storage(engine, "attach", backend="memory").error_code == "conflict"
+    assert world.on_storage_command(engine, "attach", backend="memory").error_code == "conflict"
     assert world.storage_status(engine, "detach").state == "detached"
     assert world.storage_answers[slow].error_code == "conflict"
     world.ask_later(engine, "attach", backend="memory")
     assert world.storage_status(engine, "detach").state == "detached"
-    refused = world.ask_storage(engine, "attach", backend="memory")
+    refused = world.on_storage_command(engine, "attach", backend="memory")
     assert (refused.error_code, "2 detached stores still have hung calls" in refused.message) == ("conflict", True)
     go.set()
     assert closed.wait(20)
@@ -406,11 +406,11 @@ def test_after_two_hung_stores_no_other_store_is_attached(
         return world.storage_status(engine, "detach", step_s=0.1).note
 
     assert "hangs" in hang_and_detach("1", 1)
-    world.ask_storage(engine, "attach", backend="memory")
+    world.on_storage_command(engine, "attach", backend="memory")
     assert world.storage_status(engine, "detach").note == ""
     assert world.storage_status(engine, "attach", backend="memory").state == "attached"
     assert "hangs" in hang_and_detach("2", 2)
-    assert world.ask_storage(engine, "attach", backend="memory").error_code == "conflict"
+    assert world.on_storage_command(engine, "attach", backend="memory").error_code == "conflict"
     hanging.go.set()
     world.run()
     assert world.storage_status(engine, "attach", backend="memory").state == "attached"

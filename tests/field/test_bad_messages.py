@@ -58,7 +58,7 @@ DONE = wire.Done(
 
 def inbox_of(role: Role) -> Inbox:
     spec = msgspec.structs.replace(SPEC, role=role)
-    return Inbox(spec=spec, gateways=Gateways(timeout_s=10.0), ask_storage=None)
+    return Inbox(spec=spec, gateways=Gateways(timeout_s=10.0), on_storage_command=None)
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ class OfflineEngine:
     def __init__(self, role: Role, seed: int) -> None:
         self.dice = random.Random(seed)
         self.gateways = Gateways(timeout_s=1e9)
-        self.inbox = Inbox(spec=spec_of(role), gateways=self.gateways, ask_storage=None)
+        self.inbox = Inbox(spec=spec_of(role), gateways=self.gateways, on_storage_command=None)
         self.scheduler = scheduler_of(role)
         self.table = small_table(8, vocab_size=VOCAB)
         union: object = wire.ToEngine | wire.SourceToTarget

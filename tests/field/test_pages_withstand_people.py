@@ -208,7 +208,7 @@ def attach(root: Path, path: str, *more_roots: str) -> wire.StorageAnswer:
     context = StoreContext(namespace="model", page_bytes=PAGE_BYTES)
     storage = StorageControl(mover, config, context, wakeup=lambda: None, clock=clock)
     wanted = wire.AttachStore(backend="file", options={"path": path, "size": 0.01})
-    storage.ask(b"gateway", wire.StorageCommand(call_id="1", action="attach", store=wanted))
+    storage.on_command(b"gateway", wire.StorageCommand(call_id="1", action="attach", store=wanted))
     give_up_s = time.monotonic() + 20
     while not (answers := storage.answers()):
         assert time.monotonic() < give_up_s

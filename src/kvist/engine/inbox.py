@@ -43,10 +43,10 @@ class Inbox:
         *,
         spec: wire.EngineSpec,
         gateways: Gateways,
-        ask_storage: Callable[[bytes, wire.StorageCommand], None] | None,  # None: no host tier
+        on_storage_command: Callable[[bytes, wire.StorageCommand], None] | None,  # None: no host tier
     ) -> None:
         self._spec = spec
-        self._ask_storage = ask_storage
+        self._ask_storage = on_storage_command
         self._gateways = gateways
         self._flushes: OrderedDict[str, bytes] = OrderedDict()  # call id → the gateway that sent the call
         self._log = BoundedLog(logger)

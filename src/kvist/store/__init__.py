@@ -1,6 +1,6 @@
 """The stores of the storage tier: pages outside the engine's memory, shared by engines and kept across restarts.
 
-backend.py defines the interface; each store has its own file and its own options. `STORES` is the only list of them."""
+backend.py has the interface; each store has its own file and its own options. `STORES` is the only list of stores."""
 
 from __future__ import annotations
 

@@ -1,26 +1,26 @@
 """The interface of the storage tier, `PageStore`: whole pages by digest (kv/keys.py), in one namespace (kv/layout.py).
 
-Life cycle: a row of `STORES` opens the store → `exists`, `put`, `get` from worker threads, never from the engine's loop
-→ `close`, once the last call has returned. A store whose transport needs registered memory registers
-`StoreContext.host_memory` when it is opened, before the first `get`, and unregisters it in `close`: the pool outlives
-both, also if a call hangs.
+Life cycle: a row of `STORES` opens the store → `exists`, `put`, `get` from worker threads, never from the engine loop →
+`close`, when the last call has returned. A store that needs registered memory registers `StoreContext.host_memory` when
+it is opened, before the first `get`, and unregisters the memory in `close`. The host pool exists longer than the store,
+even if a call hangs.
 
-Guarantees of every store to its caller:
+Every store guarantees to its caller:
 
 - `get` returns byte for byte the page that was put under that key in that namespace, or a miss;
-- a damaged page, a full store or a lost disk is a miss or a page not stored, and a counter: never an exception. An
-  exception means a bug, and opens the circuit breaker. Opening raises `StoreError` or `ConfigError` only: errors of
-  other libraries are translated, with `param` set to the option to change;
-- the least recently used page is evicted first, and of the pages of one call the last page first: callers pass a prefix
-  from its head on, and a prefix without its head is useless;
-- a call never evicts pages that the same call has stored or found: if not all pages fit, the first ones stay;
-- the size limit, if the store keeps one itself, holds, except for one page per writing thread.
+- a damaged page, a full store or a lost disk leads to a miss or to a page that is not stored, and is counted; it never
+  leads to an exception. An exception is a bug, and opens the circuit breaker. Only opening a store raises, `StoreError`
+  or `ConfigError`; errors of other libraries are translated, with `param` set to the option to change;
+- the least recently used page is evicted first, and of the pages of one call the last page: callers pass the pages of a
+  prefix in order, and later pages are useless without the earlier ones;
+- a call never evicts pages that the same call has stored or found: if not all pages fit, the first pages stay;
+- a size limit that the store itself keeps is exceeded by at most one page per writing thread.
 
-Calls count leading pages, since the page after a hole is of no use to a match. A store that answers for each key counts
-up to the first failure; pages stored behind it are found again later.
+Calls count leading pages, since a page after a missing page is useless. A store that answers for each key counts up to
+the first failure; pages stored after it are found by later calls.
 
-A store does not know tokens, requests or tiers, starts no threads, and waits at most five seconds for another process.
-A disk that hangs blocks the calling thread.
+A store does not know tokens, requests or tiers, and starts no threads. A call waits at most five seconds for another
+process; opening may take longer. A disk that hangs blocks the calling thread.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from kvist.door import Given
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostMemory:
-    """The host pool: every page of `get` and `put` lies in it."""
+    """The memory of the host pool, which contains every page of `get` and `put`."""
 
     address: int
     num_bytes: int
@@ -47,24 +47,24 @@ class HostMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreContext:
-    """The part of a store that its engine sets; the rest is in the store's own options."""
+    """The settings of a store that come from its engine; the others are the store's own options."""
 
     namespace: str  # see kv.layout.namespace
     page_bytes: int
-    host_memory: HostMemory | None = None  # None: no pool; pages may lie anywhere
-    secret_path: Path | None = None  # the file with the store's secret; None: the store keeps one itself
+    host_memory: HostMemory | None = None  # None: there is no pool; pages may be anywhere
+    secret_path: Path | None = None  # the file with the store's secret; None: the store has a secret of its own
 
 
 class StoreOptions(Protocol):
-    """A store's own options: a frozen dataclass of `kvist.config.option`s. `str` describes the store in messages; equal
-    options mean the same store."""
+    """A store's own options: a frozen dataclass of `kvist.config.option`s. `str(options)` describes the store in
+    messages; equal resolved options mean the same store."""
 
     def resolved(self) -> StoreOptions:
-        """Return the same options in full: without defaults that depend on the process, links or `~`."""
+        """Return the same options without links, `~` and defaults that depend on the process."""
 
     def with_request(self, requested: Given, roots: Sequence[str]) -> StoreOptions:
-        """Return these options, the flags', with those of an HTTP client, resolved. Raises `RequestError` if no client
-        may ask for this store; `roots` are the folders that a client may name."""
+        """Return these options, which come from the flags, changed by those of an HTTP client, and resolved. `roots`:
+        the folders that a client may name. Raises `RequestError` if no client may attach this store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,18 +75,19 @@ class StoreStats:
     errors: Mapping[str, int]  # by a short name: the errno's name, or the code of the store's own library
     num_hits: int = 0  # read and verified; hits + misses = pages requested
     num_misses: int = 0  # the first missing page of a call, and all pages after it
-    num_broken: int = 0  # the part of the misses whose header, size, owner or seal was wrong; removed
+    num_broken: int = 0  # misses because of a wrong header, size, owner or seal; the pages were removed
     num_written: int = 0
-    num_refused: int = 0  # not stored, because too little could be evicted
+    num_refused: int = 0  # not stored, because too few pages could be evicted
     num_evicted: int = 0
 
 
 class PageStore(Protocol):
-    """A store of pages. Several threads may call every method at once. A page is `page_bytes` contiguous bytes; a row
-    of a numpy array is passed as `row.data`."""
+    """A store of pages. Several threads may call the methods at once. A page is `page_bytes` contiguous bytes; the
+    caller passes `row.data` for a row of a numpy array."""
 
     def exists(self, keys: Sequence[bytes]) -> int:
-        """Return how many leading keys are stored. A hint: a page may be evicted, or found damaged, before `get`."""
+        """Return how many leading keys are stored. Only a hint: before `get`, a page may be evicted or found
+        damaged."""
 
     def get(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> int:
         """Read page `keys[i]` into `into[i]` up to the first miss. Return how many leading pages are complete and
@@ -99,8 +100,8 @@ class PageStore(Protocol):
     def stats(self) -> StoreStats: ...
 
     def close(self) -> None:
-        """Stop storing, and release the host memory; no call is under way. Stored pages stay if the store outlives its
-        processes."""
+        """Stop storing, and release the host memory. No call is under way. Stored pages stay if the store exists longer
+        than its processes."""
 
 
 class Tally:

@@ -1,11 +1,11 @@
-"""The circuit breaker of a store: a store that hangs or raises is not called for a while. Shared by all stores.
+"""The circuit breaker of a store: a store that hangs or raises is not called for a while. Each store has its own.
 
     closed ──a call hangs or raises──► open: no call ──pause──► half open: one call is tried
        ▲                                    ▲─────────the call hangs or raises──────┤
        └──────────────────────────the call returns in time──────────────────────────┘
 
-While the breaker is not closed, a further call is admitted only if no other call is being tried. A call that returns
-too late closes nothing: the store may hang again at once.
+While the breaker is not closed, a call is admitted only if no other call is being tried. A call that returns too late
+does not close the breaker: the store may hang again at once.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ class BreakerState(enum.Enum):
 
 
 class CircuitBreaker:
-    """Mutable; its owner guards it with a lock, and passes the time. `is_tried`: a call waits, or is under way in
-    time."""
+    """Mutable; its owner guards it with a lock. `is_tried`: whether a call waits, or is under way and does not hang."""
 
     def __init__(self, pause_s: float = PAUSE_S) -> None:
         self._pause_s = pause_s
@@ -39,11 +38,12 @@ class CircuitBreaker:
         return self._retry_at_s is None or (now_s >= self._retry_at_s and not is_tried)
 
     def on_failure(self, now_s: float) -> None:
-        """Open: a call has raised, or is found to hang."""
+        """Open the breaker: a call has raised, or hangs."""
         self._retry_at_s = now_s + self._pause_s
 
     def on_success(self, now_s: float) -> bool:
-        """A call has returned in time. Return whether this closes the breaker: not before the pause is over."""
+        """Close the breaker, unless the pause is not over: a call has returned in time. Return whether it was closed
+        now."""
         if self._retry_at_s is None or now_s < self._retry_at_s:
             return False
         self._retry_at_s = None

@@ -36,21 +36,21 @@ class StorageConfig:
     )
     hicache_storage_prefetch_policy: str = option(
         "timeout",
-        "how long a request waits for its pages from the store: not at all (best_effort), until all pages are loaded "
-        "(wait_complete), or until all pages are loaded or the time below is over (timeout)",
+        "how long a request waits for its pages from the store: not at all (best_effort), until all pages are fetched "
+        "(wait_complete), or until all pages are fetched or the timeout below has expired (timeout)",
         choices=PREFETCH_POLICIES,
     )
     hicache_storage_prefetch_threshold: int = option(
-        256, "shorter prefixes are not fetched from the store but computed", unit="tokens", minimum=1
+        256, "shorter prefixes are computed instead of fetched from the store", unit="tokens", minimum=1
     )
     hicache_storage_prefetch_timeout_base_s: float = option(
-        1.0, "policy timeout: maximum wait, to which a time for each 1000 tokens is added", unit="s", minimum=0
+        1.0, "policy timeout: maximum wait for a prefix; a time for each 1000 tokens is added", unit="s", minimum=0
     )
     hicache_storage_prefetch_timeout_per_1k_s: float = option(
         0.25, "policy timeout: time added to the maximum wait for each 1000 tokens", unit="s", minimum=0
     )
     hicache_storage_deadline_s: float = option(
-        10.0, "a store that takes longer than this for 128 pages is not used for some time", unit="s", minimum=0.1
+        10.0, "a store that takes longer than this for 128 pages is not used for a while", unit="s", minimum=0.1
     )
 
     def __post_init__(self) -> None:

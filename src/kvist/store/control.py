@@ -1,12 +1,12 @@
-"""The control of the storage tier: opens, attaches and detaches stores while the engine serves.
+"""Opens, attaches and detaches stores while the engine serves.
 
-    DETACHED ──attach──► ATTACHING ──opened──► ATTACHED ──detach──► DETACHING ──its calls returned──► DETACHED
+    DETACHED ──attach──► ATTACHING ──opened──► ATTACHED ──detach──► DETACHING ──its calls have returned──► DETACHED
                              └──cannot be opened, or detached meanwhile──► DETACHED
 
-Opening a store may scan a disk, so a separate thread does it; the store named by the flags is opened before the engine
-is ready. The scheduler receives a `StorageAttached` event when a store is attached and when it is detached. A detached
-store whose calls hang is abandoned after `DETACH_TIMEOUT_S`: its host pages stay in flight until the calls return. The
-pages themselves are moved by mover.py, and no file of this room but the store's own knows what kind of store it is.
+Opening a store may scan a disk, so it is done in a separate thread; the store named by the flags is opened before the
+engine is ready. The scheduler receives a `StorageAttached` event when a store is attached, and when it is detached.
+After `DETACH_TIMEOUT_S` the control stops waiting for the calls of a detached store; their host pages stay in flight
+until the calls return. mover.py copies the pages. This file does not know the kinds of stores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kvist.store.config import PREFIX, StorageConfig
 from kvist.store.mover import StoreMover
 
 DETACH_TIMEOUT_S = 5.0
-MAX_HUNG_STORES = 2  # stores detached while a call, or their opening, hung; each keeps threads and host pages
+MAX_HUNG_STORES = 2  # detached stores with a hung call, or that hang while being opened; each keeps threads and pages
 _GB = 10**9
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class StorageControl:
         self._answers: list[tuple[bytes, wire.StorageAnswer]] = []
 
     def open_configured(self) -> None:
-        """Open the store named by the flags, before the engine is ready. Raises `ConfigError` if this fails."""
+        """Open and attach the store named by the flags, if any. Raises `ConfigError` if this fails."""
         if self._config.hicache_storage_backend is None:
             return
         try:
@@ -118,8 +118,8 @@ class StorageControl:
         events, self._events = self._events, []
         return [*reports, *events]
 
-    def ask(self, identity: bytes, call: wire.StorageCommand) -> None:
-        """Carry out a command. The answer appears in `answers`, possibly later."""
+    def on_command(self, identity: bytes, call: wire.StorageCommand) -> None:
+        """Carry out the command of a gateway. `answers` returns the answer, perhaps later."""
         caller = identity, call.call_id
         try:
             match call.action:
@@ -156,7 +156,7 @@ class StorageControl:
         return self._mover.totals()
 
     def close(self) -> bool:
-        """Close the store; return False if a call of the store hangs and may still write into the host pool."""
+        """Close the store. Return False if a call of the store hangs: it may still write into the host pool."""
         if self._opening is not None:
             self._abandon(self._opening)
         return self._mover.close()
@@ -225,7 +225,7 @@ class StorageControl:
         self._events.append(StorageAttached(attached=True))
 
     def _resolve_choice(self, request: wire.AttachStore) -> StoreChoice:
-        """Return the store to attach, by the request and the flags. Raises `RequestError` naming the option."""
+        """Return the store that the request and the flags describe. Raises `RequestError` that names the option."""
         config = self._config
         policy = config.hicache_storage_prefetch_policy
         if request.prefetch_policy not in (None, policy):

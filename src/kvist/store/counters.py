@@ -1,4 +1,4 @@
-"""The counters of a store's threads, summed over all stores of an engine. The last three are counted by the store."""
+"""The counters of the store threads, summed over all stores; the stores themselves count the last three."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
 """The size limit of a file store and its eviction order, shared by every process that has the folder open.
 
-The disk holds no index: the folder lists the files (`_scan`), and a file's mtime is its last use. A lock file beside
-them holds one number, the bytes in use. Each writer, one at a time under the lock, adds the bytes that it is about to
-write and, above the limit, deletes the least recently used files until its bytes fit. A killed writer leaves the number
-a little too high, and each scan corrects it. A scan may miss a page that is about to be written: the limit may be
-exceeded by one page per writer.
+There is no index on the disk: the folder lists the files (`_scan`), and the mtime of a file is its last use. A lock
+file beside them contains one number, the bytes in use. A writer, one at a time under the lock, adds the bytes that it
+is about to write; above the limit it first deletes the least recently used files until its bytes fit. A killed writer
+leaves the number a little too high, and the next scan corrects it. A scan may miss a page that is about to be written:
+the limit may be exceeded by one page per writer.
 
-    reserve ──fits──► write the file
+    reserve ──the bytes fit──► write the file
        └─above the limit─► evict, oldest first ──► write the file
               └─no known oldest file is left─► scan, evict, write the file
 
-Files written or used since the last scan are newer than all files of that scan. A process therefore evicts the files
-of its last scan, in order, and scans again when none is left. A scan reads the status of every file, which pays off
-over as many evictions as it found files; the rest of a `reserve` is bounded by `_MAX_STATS_PER_RESERVE`. Files with
-foreign names are never touched.
+Files written or used since the last scan are newer than all files of that scan. A process therefore evicts the files of
+its last scan, in order, and scans again when none is left. A scan reads the status of every file, and serves as many
+evictions as it found files. Each pass of evictions reads the status of at most `_MAX_STATS_PER_RESERVE` files. Files
+with other names are never changed.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _ABANDONED_NS = 60 * 10**9  # no page takes a minute to write: an older unfinish
 
 
 class DiskBudget:
-    """The bytes in use and the eviction order. Mutable, used by all threads of one store. Methods raise `OSError` if
-    the folder or its lock cannot be used."""
+    """The bytes in use and the eviction order. Mutable; used by all threads of one store. The methods raise `OSError`
+    if the folder or its lock cannot be used."""
 
     def __init__(self, root: Path, capacity_bytes: int, tally: Tally) -> None:
         self._root = root
@@ -67,7 +67,7 @@ class DiskBudget:
             in_use = self._scan(_load(fd))
             _save(fd, in_use)
         before = in_use + 1
-        while capacity_bytes < in_use < before:  # an earlier process may have had a higher limit
+        while capacity_bytes < in_use < before:  # the limit of an earlier process may have been higher
             with self.exclusive(_OPEN_WAIT_S) as fd:
                 before, in_use = in_use, self._evict(_load(fd), 0, set())
                 if in_use >= before:  # no known file is left
@@ -85,8 +85,8 @@ class DiskBudget:
             return fits
 
     def release(self, num_bytes: int, *, is_disk_full: bool) -> None:
-        """Take back a reservation whose file was not written. If the disk is full, lower the limit below the bytes in
-        use until the next scan: otherwise nothing would be evicted, and no new page could be stored."""
+        """Undo a reservation whose file was not written. If the disk is full, lower the limit below the bytes in use
+        until the next scan: otherwise nothing would be evicted, and no new page could be stored."""
         with self.exclusive() as fd:
             in_use = max(0, _load(fd) - num_bytes)
             _save(fd, in_use)
@@ -122,7 +122,7 @@ class DiskBudget:
     # ------------------------------------------------------------ the scan
 
     def _scan(self, recorded_bytes: int) -> int:
-        """Find the oldest files; return the bytes of all files, at least `recorded_bytes` after an error."""
+        """Find the oldest files; return the bytes of all files. After an error, return at least `recorded_bytes`."""
         abandoned_ns, num_bytes, errors = unix_time_ns() - _ABANDONED_NS, 0, self._tally.stats(0).errors
 
         def pages() -> Iterator[tuple[int, str]]:
@@ -162,7 +162,7 @@ class DiskBudget:
         because the folder may have been removed and created again."""
         num_timeouts = self._num_timeouts
         with self._lock:
-            # If a thread ahead of this one timed out, this thread has waited as long: try once only.
+            # If a thread ahead of this one timed out, this thread has waited as long: it tries only once.
             num_tries = round(wait_s / _PAUSE_S) if self._num_timeouts == num_timeouts else 1
             fd = open_with_folder(self._lock_path, os.O_RDWR | os.O_CREAT)
             try:

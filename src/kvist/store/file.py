@@ -1,19 +1,21 @@
 """The file store: a folder with one file per page, used by any number of processes at once.
 
-    <path>/secret                                                    the store's secret (secret.py), if none is named
+    <path>/secret                                                    the store's secret (secret.py), unless set by a
+    flag
+           in-use.lock                                               the bytes in use (disk_budget.py)
            <hash>/<first byte of the key>/<key>.page                 header (4 KiB), then the page's bytes
-                                          <key>.<random>.new         being written, renamed when complete
+                                          <key>.<random>.new         being written; renamed when complete
 
-The folder `<hash>` belongs to one namespace and one secret. Every page carries a seal, a keyed BLAKE3 of its header and
-bytes: a page written without the secret is not accepted. Only regular files of this user are read.
+The folder `<hash>` is for one namespace and one secret. Every page has a seal, a keyed BLAKE3 of its header and bytes:
+a page written without the secret is not accepted. Only regular files of this user are read.
 
-A page file appears by a rename, so a reader sees all of it or nothing. Two writers of one key write the same bytes, and
-the last rename wins. Nothing is synced: after a power loss a torn page fails its seal, and is a miss. The header takes
-4 KiB, so that the page after it is aligned to the kernel's memory pages: reading into an aligned buffer is 1.5 times as
-fast, and the file uses no more disk blocks than with a short header.
+A page file appears by a rename, so a reader finds the whole page or none. Two writers of one key write the same bytes,
+and the last rename wins. Nothing is synced to disk: after a power loss, an incomplete page has a wrong seal and is a
+miss. The header takes 4 KiB, so that the page after it is aligned to the kernel's memory pages: reading into an aligned
+buffer is 1.5 times as fast, and the file uses no more disk blocks than with a short header.
 
-A write error (disk full, permission lost, folder gone) suspends writing for five seconds; reading continues.
-disk_budget.py decides which files are evicted at the size limit.
+After a write error (disk full, permission lost, folder removed) writing is suspended for five seconds; reading
+continues. disk_budget.py decides which files are evicted at the size limit.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ _MAGIC, _VERSION = b"kvist-kv", 2
 _HEADER = struct.Struct("<8sIQ16s32s")  # magic, version, page_bytes, folder, key; then the seal, then the namespace
 _FOLDER_BYTES = 16
 _TOUCH_NS = 60 * 10**9  # the mtime of a page in use is updated at most once a minute: an update is a disk write
-_STEP_NS = 1000  # each page of a call counts as used this much earlier than the page before it
+_STEP_NS = 1000  # each page of a call is dated this much earlier than the page before it
 _SUSPEND_S = 5.0
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class FileStore:
             is_whole = self._read(key, page, now_ns - index * _STEP_NS)
             if is_whole is None:
                 break
-            # Pages after a damaged page are read too: all damaged pages of a call are removed at once.
+            # Pages after a damaged page are read too, so that all damaged pages of the call are removed.
             num_hits += is_whole and num_hits == index
         self._tally.add(num_hits=num_hits, num_misses=len(keys) - num_hits)
         return num_hits
@@ -138,7 +140,7 @@ class FileStore:
         return (fields + seal + self._namespace)[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0")
 
     def _stat(self, path: str) -> os.stat_result | None:
-        """Return the file's status; None if there is no such file, or not a complete one of this user."""
+        """Return the file's status; None if the file is missing, incomplete or another user's."""
         with self._tally.tolerating():
             status = os.lstat(path)
             return status if self._is_whole(status) else None
@@ -148,7 +150,8 @@ class FileStore:
         return status.st_size == self._file_bytes and is_own_file(status)
 
     def _read(self, key: bytes, page: memoryview, used_ns: int) -> bool | None:
-        """Read and verify a page. False: the page was damaged or another user's, and is removed. None: no such page."""
+        """Read and verify a page. False: the page was damaged or another user's, and was removed. None: no such
+        page."""
         path, header = self._path(key), bytearray(_HEADER_BYTES)
         with self._tally.tolerating():
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

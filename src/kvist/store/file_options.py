@@ -1,4 +1,4 @@
-"""The options of a file store: its folder and its size. Which folders an HTTP client may name is checked here."""
+"""The options of a file store: its folder and its size. Also checks which folders an HTTP client may name."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ class FileStoreOptions:
         return dataclasses.replace(self, path=str(self.folder))
 
     def with_request(self, requested: Given, roots: Sequence[str]) -> FileStoreOptions:
-        """Return these options with those of an HTTP client, resolved. Without `roots` the folder of these options is
-        the only one allowed. Raises `RequestError` for any other folder, and opens none."""
+        """Return these options, changed by those of an HTTP client, and resolved. The client may name the folders in
+        `roots`, or without `roots` the folder of these options, and folders below. Raises `RequestError` for any other
+        folder. Opens no folder."""
         options = FileStoreOptions(**{"path": self.path, "size": self.size, **requested})  # type: ignore[arg-type]
         if requested.get("path") is None:
             return options.resolved()

@@ -1,13 +1,13 @@
-"""The threads of one store: each job runs in a thread, and the engine's loop never calls the store itself.
+"""The threads of one store: every job runs in a thread, and the engine loop never calls the store itself.
 
     start ──► reads (FindPages, FetchPages) ──► threads: exists, get ──► report
        └────► writes (StorePages) ────────────► threads: put ─────────┘
 
-Reads do not queue behind writes: requests wait for reads only. Every job gets exactly one report, with 0 pages on any
-failure. A store that hangs must not block the engine: a call that takes longer than the deadline, or that raises, opens
-the circuit breaker (breaker.py), and the jobs that wait are answered at once. A hung call occupies its thread, and
-keeps its slots in quarantine (quarantine.py), until it returns; its report comes then. Each thread that hangs leaves
-fewer tries: a store that hangs for good occupies its threads and the slots of their jobs, no more.
+Reads do not wait for writes, because requests wait for reads only. Every job gets exactly one report, with 0 pages
+after a failure. A store that hangs must not block the engine: a call that takes longer than the deadline, or that
+raises, opens the circuit breaker (breaker.py), and waiting jobs are reported at once. A hung call occupies its thread,
+and keeps its slots in quarantine (quarantine.py), until it returns; then it is reported. A try of the half-open breaker
+needs an idle thread, so a store that never answers occupies at most its threads and the slots of their jobs.
 
     StoreThreads ──stop──► no new calls ──the last call returns──► the store is closed
 """
@@ -49,11 +49,11 @@ def num_writers() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Threads:
-    """The threads of each store, and how they are made."""
+    """The number of threads of each store, and the class of the threads."""
 
     num_readers: int = field(default_factory=num_readers)
     num_writers: int = field(default_factory=num_writers)
-    make: Callable[..., Any] = threading.Thread  # a thread that `start` starts
+    make: Callable[..., Any] = threading.Thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,14 +112,14 @@ class StoreThreads:
             else:
                 self._counts["storage_unasked_jobs"] += 1
         if not admitted:
-            self._answer([job])
+            self._report_unasked([job])
 
     def cancel(self, job_id: int) -> None:
         with self._lock:
             cancelled = [job for job in self._reads.waiting if job.job_id == job_id]
             for job in cancelled:
                 self._reads.waiting.remove(job)
-        self._answer(cancelled)
+        self._report_unasked(cancelled)
 
     def stop(self) -> None:
         with self._lock:
@@ -127,9 +127,9 @@ class StoreThreads:
             dropped = self._drop_waiting()
             for queue in self._queues:
                 queue.has_work.notify_all()
-        self._answer(dropped)
+        self._report_unasked(dropped)
 
-    def notice_deadline(self, now_s: float) -> None:
+    def check_deadlines(self, now_s: float) -> None:
         dropped: list[Job] = []
         with self._lock:
             for call in [each for queue in self._queues for each in queue.calls.quarantine(now_s, self._io.deadline_s)]:
@@ -140,7 +140,7 @@ class StoreThreads:
                     _describe(call.job),
                     self._io.deadline_s,
                 )
-        self._answer(dropped)
+        self._report_unasked(dropped)
 
     def breaker(self) -> BreakerState:
         with self._lock:
@@ -164,7 +164,7 @@ class StoreThreads:
         now_s = self._io.clock.now_s()
         if self._breaker.state(now_s, is_tried=False) is BreakerState.CLOSED:
             return True
-        # A try needs a thread of its own: one that hangs would never run it.
+        # A try needs an idle thread: a thread that hangs would never run the job.
         has_idle_thread = len(queue.calls) < queue.num_threads
         return has_idle_thread and self._breaker.admits(now_s, is_tried=self._is_tried())
 
@@ -172,7 +172,7 @@ class StoreThreads:
         return any(queue.waiting or queue.calls.some_in_time for queue in self._queues)
 
     def _open_breaker(self, now_s: float) -> list[Job]:
-        """Return the waiting jobs, which the caller must answer."""
+        """Open the breaker. Return the waiting jobs, which the caller must report."""
         self._breaker.on_failure(now_s)
         dropped = self._drop_waiting()
         self._counts["storage_unasked_jobs"] += len(dropped)
@@ -195,7 +195,7 @@ class StoreThreads:
             except Exception:  # the thread must survive a failed job, and the job must be answered
                 logger.exception("storage tier: %s failed", _describe(call.job))
                 has_raised = True
-            self._answer(self._finish_call(queue, call, num_pages, started_s, has_raised))
+            self._report_unasked(self._finish_call(queue, call, num_pages, started_s, has_raised))
             self._io.report(call.job, num_pages, call.answered and not has_raised)
         with self._lock:
             self._num_threads -= 1
@@ -214,7 +214,7 @@ class StoreThreads:
             return queue.calls.begin(queue.waiting.popleft(), self._io.clock.now_s())
 
     def _run_job(self, call: StoreCall) -> int:
-        """Return how many leading pages the store has (find), are in their slots (fetch), or are stored (store)."""
+        """Return the number of leading pages that are found, or fetched into their slots, or stored."""
         job, num_done = call.job, 0
         assert max(call.slots, default=0) < len(self._pages), "a page outside the pool"
         persistent = self._io.host.persistent if isinstance(job, FetchPages) else None
@@ -229,7 +229,7 @@ class StoreThreads:
             if num_pages < len(digests) or call.hangs or self._stopped:
                 break
         if persistent is not None and not self._stopped:
-            # Before the report: after it, the slots may belong to other pages.
+            # Written before the report: after it, the slots may be used for other pages.
             assert isinstance(job, FetchPages)
             persistent.record(job.host_slots[:num_done], job.names[:num_done])
         self.stats = self._store.stats()
@@ -251,7 +251,7 @@ class StoreThreads:
     def _finish_call(
         self, queue: WorkerQueue, call: StoreCall, num_pages: int, started_s: float, has_raised: bool
     ) -> list[Job]:
-        """Count the call. Return the jobs that the caller must answer because the breaker opened."""
+        """Count the call. If it opens the breaker, return the waiting jobs, which the caller must report."""
         name = _COUNTED[type(call.job)]
         with self._lock:
             now_s = self._io.clock.now_s()
@@ -267,7 +267,7 @@ class StoreThreads:
                 logger.info("storage tier: the store answers again; the breaker is closed")
         return []
 
-    def _answer(self, dropped: Sequence[Job]) -> None:
+    def _report_unasked(self, dropped: Sequence[Job]) -> None:
         for job in dropped:
             self._io.report(job, 0, False)
 

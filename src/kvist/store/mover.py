@@ -5,8 +5,8 @@
 
     attach ──► `StoreThreads` ──detach──► no new calls ──the last call returns──► the store is closed
 
-Every job gets exactly one report; without a store, with 0 pages and at once. A detached store whose calls hang goes on
-beside its successor until they return. kv/tiers/storage.py decides which page is copied where.
+Every job gets exactly one report; without a store the report comes at once, with 0 pages. A detached store whose calls
+hang exists beside the next store until the calls return. kv/tiers/storage.py decides which page is copied where.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ class StoreMover:
         self._errors: Counter[str] = Counter()  # of closed stores
 
     def attach(self, store: PageStore, stats: StoreStats) -> None:
-        """Use this store from now on, and close it after `detach`. The caller passes the store's current `stats`,
-        because the call may block."""
+        """Use this store until `detach`, which also closes it. The caller passes the current `store.stats()`, because
+        that call may block."""
         assert self._attached is None, "detach the other store first"
         self._attached = StoreThreads(store, stats, self._io)
 
     def detach(self) -> threading.Event:
-        """Start no new calls and answer waiting jobs. Return an event that is set when the last call has returned and
-        the store is closed."""
+        """Start no new calls, and report waiting jobs with 0 pages. Return an event that is set when the last call has
+        returned and the store is closed."""
         assert self._attached is not None
         store, self._attached = self._attached, None
         store.stop()
@@ -90,10 +90,10 @@ class StoreMover:
             self._attached.start(job)
 
     def poll(self) -> list[StoreReport]:
-        """Return the reports since the last call. Call at least once a second: `poll` checks the deadline of calls."""
+        """Return the reports since the last call. Must be called once a second, because it checks the deadlines."""
         now_s = self._clock.now_s()
         for store in self._stores():
-            store.notice_deadline(now_s)
+            store.check_deadlines(now_s)
         for store in [each for each in self._detached if each.closed.is_set()]:
             self._detached.remove(store)
             store.add_to(self._totals)
@@ -108,7 +108,7 @@ class StoreMover:
         return BreakerState.CLOSED if self._attached is None else self._attached.breaker()
 
     def num_quarantined_pages(self) -> int:
-        """Return the number of host slots held by calls that hang."""
+        """Return the number of host slots in quarantine."""
         return sum(store.num_quarantined_pages() for store in self._stores())
 
     def stats(self) -> StoreStats | None:

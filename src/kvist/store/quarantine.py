@@ -1,7 +1,7 @@
 """The calls of a store that are under way, and the host slots that they hold.
 
-A call that takes longer than the deadline hangs: its slots are in quarantine until it returns, because it may still
-read or write them. A late write can then not damage another page. The call keeps its thread, too.
+A call that takes longer than the deadline hangs. Its slots are in quarantine until the call returns, because it may
+still read or write them: a late write therefore cannot damage another page. The call also keeps its thread.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Job = FindPages | FetchPages | StorePages
 
 @dataclass(slots=True, eq=False)
 class StoreCall:
-    """A job that a thread runs. Mutable; owned by the thread, except `hangs`, which the engine loop sets."""
+    """A job that a thread is running. Mutable; owned by the thread, except `hangs`, which the engine loop sets."""
 
     job: Job
-    started_s: float  # of the current call of the store: a long job makes several
+    started_s: float  # when the current call of the store began: a long job makes several calls
     hangs: bool = False  # the call took longer than the deadline
     answered: bool = False  # the store has answered for every page of the job
 
@@ -53,7 +53,7 @@ class CallsUnderWay:
         return any(not call.hangs for call in self._calls)
 
     def quarantine(self, now_s: float, deadline_s: float) -> list[StoreCall]:
-        """Mark the calls past their deadline; return those marked now."""
+        """Mark the calls that have passed their deadline; return the newly marked calls."""
         late = [call for call in self._calls if not call.hangs and now_s - call.started_s > deadline_s]
         for call in late:
             call.hangs = True

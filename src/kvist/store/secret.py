@@ -1,9 +1,9 @@
-"""The secret of a store: with it, a worker distinguishes pages of its own cluster from forged pages.
+"""The secret of a store, by which a worker distinguishes pages of its own cluster from forged pages.
 
-Without `--hicache-storage-secret-file` the secret is a file in the store's own folder, drawn at random by the first
-worker that opens the folder. The file is safe from other users, since only its owner may read it. If others can write
-to the disk itself (a network mount), name a file elsewhere, the same for all workers that share the store. Workers with
-different secrets can use one folder side by side, and share no page.
+Without `--hicache-storage-secret-file` the secret is a file in the store's own folder, filled with random bytes by the
+first worker that opens the folder. Other users cannot read the file. If others can write to the disk itself (a network
+mount), all workers that share the store need the same secret file from another place. Workers with different secrets
+can use one folder at the same time, and share no page.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvist.own_files import open_own, write_new
 
 _NAME = "secret"
 _MIN_BYTES, _MAX_BYTES = 16, 4096
-_CONTEXT = "kvist 2026-11-29 pages of a shared store"  # BLAKE3's context string: separates uses of one secret
+_CONTEXT = "kvist 2026-11-29 pages of a shared store"  # BLAKE3's context string: distinguishes uses of one secret
 
 
 def read_secret(path: Path) -> bytes:
@@ -43,7 +43,7 @@ def read_secret(path: Path) -> bytes:
 
 
 def secret_of(root: Path) -> bytes:
-    """Return the folder's own secret, drawn if missing. The caller holds the folder's lock. Raises `OSError`."""
+    """Return the folder's own secret, created if missing. The caller holds the folder's lock. Raises `OSError`."""
     path = root / _NAME
     try:
         fd = open_own(path, os.O_RDONLY)
@@ -55,7 +55,7 @@ def secret_of(root: Path) -> bytes:
         secret = os.read(fd, _MAX_BYTES).strip()
     finally:
         os.close(fd)
-    if len(secret) < _MIN_BYTES:  # cut short by a power loss: pages stored with it are lost, and will be evicted
+    if len(secret) < _MIN_BYTES:  # incomplete after a power loss: pages stored with this secret are lost
         path.unlink()
         return secret_of(root)
     return secret
@@ -66,8 +66,8 @@ def has_secret(root: Path) -> bool:
 
 
 def keep_secret(root: Path, secret: bytes) -> None:
-    """Write the secret into a folder that was removed and created again, so that workers that open the folder later
-    share the pages stored from now on. The caller holds the folder's lock."""
+    """Write the secret again if the folder was removed and created again, so that workers that open the folder later
+    can use the pages stored from now on. The caller holds the folder's lock."""
     if not has_secret(root):
         write_new(root / _NAME, secret + b"\n")
 

@@ -220,7 +220,7 @@ class FakeStorage:
             return []
         return [PagesFound(job_id=self._waiting.pop(0).job_id, num_pages=1)]
 
-    def ask(self, identity: bytes, call: wire.StorageCommand) -> None:
+    def on_command(self, identity: bytes, call: wire.StorageCommand) -> None:
         raise AssertionError(f"no test asks: {identity!r}, {call}")
 
     def answers(self) -> list[tuple[bytes, wire.StorageAnswer]]:

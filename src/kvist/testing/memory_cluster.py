@@ -125,7 +125,7 @@ class MemoryCluster:
         for engine in self.engines:
             engine.channel.waiting.append((GATEWAY, wire.Abort(request_id=RequestId(request_id))))
 
-    def ask_storage(
+    def on_storage_command(
         self, engine: MemoryEngine, action: StorageAction, step_s: float = 0.001, **options: wire.StoreOptionValue
     ) -> wire.StorageAnswer:
         """Send a storage command and step until it is answered."""
@@ -137,7 +137,7 @@ class MemoryCluster:
         self, engine: MemoryEngine, action: StorageAction, step_s: float = 0.001, **options: wire.StoreOptionValue
     ) -> wire.StorageStatus:
         """Return the status in the answer to a command that is not refused."""
-        answer = self.ask_storage(engine, action, step_s, **options)
+        answer = self.on_storage_command(engine, action, step_s, **options)
         assert answer.status is not None, answer.message
         return answer.status
 

@@ -95,7 +95,7 @@ class WatchedStorage:
     def __init__(self, storage: StorageControl) -> None:
         self.num_started = self.num_open = 0
         self._storage = storage
-        self.ask, self.answers = storage.ask, storage.answers
+        self.on_command, self.answers = storage.on_command, storage.answers
         self.status, self.totals = storage.status, storage.totals
 
     def start(self, job: StoreJob) -> None:
