@@ -36,6 +36,7 @@ TRUNCATIONS = {
     "min_p": {"min_p": 0.02},
     "top_k and top_p": {"top_k": 50, "top_p": 0.95},
     "wide top_k and top_p": {"top_k": 3000, "top_p": 0.7},
+    "the likeliest alone": {"top_k": 50, "min_p": 1.0},
     "all": {"top_k": 100, "top_p": 0.9, "min_p": 0.03},
 }
 

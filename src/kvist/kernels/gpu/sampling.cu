@@ -329,7 +329,7 @@ __device__ int exact_cut(Between& between, long long row, float temperature) {
         const double wanted = (whole * top_p - before_first) * FIXED_ONE / weight(0.0f, edge, between.scale);
         cut = between.reach(edge_bits(first) - 1, cut, edge, true, wanted);
     }
-    return min(cut, __float_as_int(-rows.reach[row]));
+    return min(cut, __float_as_int(fabsf(rows.reach[row])));  // -0.0f would be the smallest integer
 }
 
 __device__ void record_token(const Rows& rows, long long row, int token) {

@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kvist.kernels.gpu.cuda import CudaKernel, compile_cubin
+from kvist.kernels.gpu.cuda import CudaKernel, compile_cubin, missing_library
 from kvist.kernels.gpu.launch import has_dependent_launch
 from kvist.kernels.gpu.shaping import GROUP, shape_and_find_maxima
 from kvist.kernels.gpu.truncation import BINS, FIRST_BIN, MAX_LISTED, SHIFT, WEIGHT_BITS, Cuts, find_cuts, find_highest
@@ -67,6 +67,8 @@ def source(logits: torch.dtype, counts: torch.dtype) -> str:
 
 @cache
 def _kernels(logits: torch.dtype, counts: torch.dtype, device: torch.device) -> tuple[CudaKernel, ...]:
+    if (problem := missing_library()) is not None:
+        raise RuntimeError(f"sampling on a GPU needs the NVRTC library that torch includes: {problem}. Reinstall torch")
     major, minor = torch.cuda.get_device_capability(device)
     cubin = compile_cubin(source(logits, counts), f"sm_{major}{minor}")
     with torch.cuda.device(device):

@@ -22,7 +22,9 @@ _BANS, _PENALTIES, _BIAS, _WORDS = (tl.constexpr(flag) for flag in (BANS, PENALT
 _ANY_TOKEN = tl.constexpr(ANY_TOKEN)
 
 
-@triton.jit
+# Batches place `slots` and `flags` at any offset of one buffer: a version for each alignment would be compiled while
+# serving.
+@triton.jit(do_not_specialize_on_alignment=["slots", "flags"])
 def _shape_some(
     logits, row_stride, slots, flags, bias_ids, bias_values, words, recent,
     NUM_BIASES: tl.constexpr, NUM_WORDS: tl.constexpr, WORD_TOKENS: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -54,8 +56,6 @@ def _shape_some(
             tl.store(places, values + float("-inf"), mask=completes)
 
 
-# Batches place `slots` and `flags` at any offset of one buffer: a version for each alignment would be compiled while
-# serving.
 @triton.jit(do_not_specialize_on_alignment=["slots", "flags"])
 def _shape_all(
     logits, row_stride, vocab_size, slots, flags, banned, counts, penalties, maxima, num_maxima,
