@@ -19,7 +19,7 @@ from kvist.request import (
 )
 from kvist.router.config import RouterConfig
 from kvist.router.registry import Registry, Worker
-from kvist.testing.memory_engines import RouterBench, settle
+from kvist.testing.router_bench import RouterBench, settle
 from kvist.testing.specs import make_request, make_spec
 
 SPEC = make_spec()

@@ -54,7 +54,7 @@ from kvist.runner.slots import SlotTable
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
 from kvist.testing.loop_bench import FakeTransport
-from kvist.testing.memory_engines import MemoryEngines
+from kvist.testing.router_bench import MemoryEngines
 from kvist.testing.specs import make_spec
 from tests.runner.tables import small_table
 

@@ -17,7 +17,7 @@ from kvist.router.registry import Registry, Worker
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.testing.clocks import FakeClock
-from kvist.testing.memory_engines import MemoryEngines
+from kvist.testing.router_bench import MemoryEngines
 from kvist.text import Tokenizer
 from kvist.wire import StepOutputs, Submit, TokenChunk
 

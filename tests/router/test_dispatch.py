@@ -29,8 +29,8 @@ from kvist.router.config import RouterConfig
 from kvist.router.dispatch import END_TIMEOUT_S, MAX_WAITING_LOGPROBS
 from kvist.router.registry import Worker
 from kvist.router.stream import StreamPart
-from kvist.testing.memory_engines import RouterBench, read_all, settle
 from kvist.testing.page_events import page_event
+from kvist.testing.router_bench import RouterBench, read_all, settle
 from kvist.testing.specs import RequestFields, make_load, make_request, make_roomy_spec
 
 PROMPT = tuple(range(100))

@@ -53,7 +53,9 @@ _LORA = "adapters are not supported yet; serve the merged model"
 _TOKENS = "in /v1, `return_token_ids` returns token ids; /generate always returns them"
 _ROUTING = "Kvist chooses prefill and decode workers itself; omit this field"
 _INTERNAL = "the internal values of the model are not available; omit this field"
-_PROCESSOR = "logits processors are not supported; use `temperature`, `top_p`, `top_k` and `min_p`"
+_PROCESSOR = (
+    "logits processors are not supported; use `logit_bias`, penalties, or in /v1 `allowed_token_ids` and `bad_words`"
+)
 _THINKING = 'models that support it read `chat_template_kwargs`, often {"enable_thinking": false}'
 _V1 = "a field of /v1/chat/completions and /v1/completions"
 _SAMPLING = "a field of requests that generate; in /generate it is part of `sampling_params`"

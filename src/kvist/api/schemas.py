@@ -42,7 +42,7 @@ class ContentPart(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     text: Annotated[str | None, Honoured("several parts are joined with newlines")] = None
     cache_control: Annotated[object, Advisory("prefixes are always cached")] = None
     prompt_cache_breakpoint: Annotated[object, Advisory("prefixes are always cached")] = None
-    annotations: Annotated[object, Advisory("the text is what counts", ([],))] = None
+    annotations: Annotated[object, Advisory("only the text is used", ([],))] = None
     image_url: Annotated[object, Refused(_NO_MEDIA)] = None
     input_audio: Annotated[object, Refused(_NO_MEDIA)] = None
     audio_url: Annotated[object, Refused(_NO_MEDIA)] = None
@@ -60,7 +60,7 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     name: Annotated[str | None, Honoured("passed to the chat template")] = None
     reasoning: Annotated[str | None, Honoured("passed to the chat template, also as `reasoning_content`")] = None
     reasoning_content: Annotated[str | None, Honoured("passed to the chat template, also as `reasoning`")] = None
-    annotations: Annotated[object, Advisory("the text is what counts", ([],))] = None
+    annotations: Annotated[object, Advisory("only the text is used", ([],))] = None
     cache_control: Annotated[object, Advisory("prefixes are always cached")] = None
     phase: Annotated[object, Advisory("no model served here has phases")] = None
     tools: Annotated[object, Refused(_NO_TOOLS, ([],))] = None
@@ -79,7 +79,7 @@ Messages = Annotated[list[ChatMessage], msgspec.Meta(max_length=4096)]
 class SamplingFields(KnownFields, forbid_unknown_fields=True, kw_only=True):
     """The fields that OpenAI's requests and SGLang's `sampling_params` have in common."""
 
-    n: Annotated[int | None, Honoured("number of answers to each prompt; their seeds count up")] = None
+    n: Annotated[int | None, Honoured("number of answers to each prompt; each answer has the next seed")] = None
     temperature: Annotated[float | None, Honoured("below 0.00001: greedy; over 2 is allowed")] = None
     top_p: Annotated[float | None, Honoured("0: the likeliest token alone")] = None
     top_k: Annotated[int | None, Honoured("0 and -1: off")] = None
@@ -125,7 +125,7 @@ class Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
         Honoured("logprobs of the prompt's tokens, and 0 to 20 of the likeliest; without `stream`"),
     ] = None
     logprob_token_ids: Annotated[
-        TokenIds | None, Honoured("with `logprobs`: up to 1024 tokens to list among the likeliest of each token")
+        TokenIds | None, Honoured("up to 1024 tokens that are listed, too, beside the likeliest of each token")
     ] = None
     seed: Annotated[int | None, Honoured("the same seed gives the same answer; -1 or absent: drawn at random")] = None
     stream: Annotated[bool | None, Honoured("server-sent events")] = None
@@ -184,9 +184,10 @@ class NativeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     return_logprob: Annotated[bool | None, Honoured("logprobs of the output tokens")] = None
     top_logprobs_num: Annotated[int | None, Honoured("0 to 20 of the likeliest tokens beside each")] = None
     logprob_start_len: Annotated[
-        int | None, Honoured("first token of the prompt with logprobs, whose own is null; -1: the last token alone")
+        int | None,
+        Honoured("first token of the prompt's logprobs, whose own logprob is null; -1: only the prompt's last token"),
     ] = None
-    token_ids_logprob: Annotated[TokenIds | None, Honoured("up to 1024 tokens whose logprobs are reported, too")] = None
+    token_ids_logprob: Annotated[TokenIds | None, Honoured("up to 1024 tokens with logprobs at every position")] = None
     return_text_in_logprobs: Annotated[bool | None, Honoured("logprobs have the text of their token")] = None
     rid: Annotated[str | None, Honoured("the response's id; with several answers, `_` and the index follow")] = None
     cache_salt: Salt = None

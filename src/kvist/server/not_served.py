@@ -9,9 +9,9 @@ from starlette.types import Receive, Scope, Send
 from kvist.errors import RequestError
 
 _CHAT = "use /v1/chat/completions"
-_TEXT_ONLY = "only text is generated: use /v1/chat/completions or /v1/completions"
-_ONE_MODEL = "adapters and weights cannot change while the server runs: restart it with another --model-path"
-_RUNNING = "a server cannot be paused or put to sleep: stop it and start it again"
+_TEXT_ONLY = "only text is generated; use /v1/chat/completions or /v1/completions"
+_ONE_MODEL = "adapters and weights cannot change while the server runs; restart it with another --model-path"
+_RUNNING = "a server cannot be paused or put to sleep; stop it and start it again"
 
 # {rest} matches the rest of a path.
 NOT_SERVED: Mapping[str, str] = {
@@ -60,7 +60,7 @@ NOT_SERVED: Mapping[str, str] = {
     "/open_session": "send the whole prompt each time: a cached prefix is not computed again",
     "/close_session": "send the whole prompt each time: a cached prefix is not computed again",
     "/set_internal_state": "options cannot change while the server runs; /server_info shows the state",
-    "/configure_logging": "options cannot change while the server runs: restart it with --log-level",
+    "/configure_logging": "options cannot change while the server runs; restart it with --log-level",
 }
 
 

@@ -1,7 +1,7 @@
 """The interface of a model family.
 
-A family's file has its names, the reading of its configuration with what it refuses, and its composition of layers.
-The first two import no torch, so `load_model_config` imports none; `declare` imports the layers itself.
+A family's file has the family's names, reads its configuration and refuses what is not supported, and composes its
+layers. Names and configuration need no torch, so `load_model_config` imports none; `declare` imports the layers itself.
 """
 
 from __future__ import annotations
