@@ -46,6 +46,7 @@ from kvist.runner.columns import EMPTY_BATCH, read_batch
 from kvist.runner.sampler import sampled_tokens
 from kvist.runner.shaping import table_sizes
 from kvist.runner.slots import SlotTable
+from kvist.runner.staging import NUM_ROW_WORDS
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
 from kvist.testing.loop_bench import FakeTransport
@@ -80,7 +81,7 @@ class FakeGpu:
     def __init__(self, watch: Stopwatch, num_requests: int, context: int) -> None:
         cpu = torch.device("cpu")
         self._watch = watch
-        self._words = np.zeros(num_requests * (3 * context + 9), dtype=np.int32)
+        self._words = np.zeros(num_requests * (3 * context + NUM_ROW_WORDS), dtype=np.int32)
         self._num_requests = num_requests
         self._tables, self._ring = PageTables(cpu, PAGE_SIZE), PinnedRing(cpu)
         self._tables.reserve(num_requests, 2048)
@@ -95,7 +96,7 @@ class FakeGpu:
             columns = read_batch(batch, self._previous, self._table)
         num_tokens, num_sampled = len(columns.inputs.token_ids), len(columns.inputs.rows)
         with self._watch("pack"):
-            words = self._words[: 3 * num_tokens + 5 * num_sampled]
+            words = self._words[: 3 * num_tokens + NUM_ROW_WORDS * num_sampled]
             columns.inputs.pack(words, num_tokens, num_sampled, self._num_requests)
         if columns.only_decodes:
             with self._watch("index"):

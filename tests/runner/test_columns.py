@@ -13,7 +13,7 @@ from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner.columns import EMPTY_BATCH, BatchColumns, read_batch
 from kvist.runner.sampler import min_p_reach, noise_key_words
-from kvist.runner.staging import Staging
+from kvist.runner.staging import NUM_ROW_WORDS, Staging
 from tests.runner.tables import small_table
 
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0)
@@ -63,7 +63,7 @@ def device_words(columns: BatchColumns, last_tokens: dict[int, int], *, padding:
     """Return the device inputs after the copy, with the tokens that earlier steps sampled."""
     staging = Staging(num_slots=NUM_SLOTS, num_tokens=NUM_TOKENS, device=torch.device("cpu"))
     num_tokens, num_sampled = len(columns.inputs.token_ids) + padding, len(columns.inputs.rows) + padding
-    staging._ring.next_buffer(3 * NUM_TOKENS + 9 * NUM_SLOTS)[:] = -99  # stale content of an earlier step
+    staging._ring.next_buffer(3 * NUM_TOKENS + NUM_ROW_WORDS * NUM_SLOTS)[:] = -99  # stale content of an earlier step
     staging._ring.next_buffer(1), staging._ring.next_buffer(1)
     slots = torch.tensor(list(last_tokens), dtype=torch.int32)
     staging.write_sampled(torch.tensor(list(last_tokens.values())), slots)

@@ -22,7 +22,7 @@ from kvist.attention.pinned import PinnedRing
 from kvist.kernels.operands import SamplingColumns
 
 PARAMETERS = ("temperatures", "top_k", "top_p", "reach", "flags")  # of a request; no step changes them
-_NUM_ROW_WORDS = 4 + len(PARAMETERS)
+NUM_ROW_WORDS = 4 + len(PARAMETERS)  # of a row for which a token is sampled
 _NUM_BUFFERS = 3  # two steps may be in flight
 
 
@@ -44,7 +44,7 @@ class HostInputs:
         greedy, and its slot is `num_slots`, one beyond those of requests."""
         count, sampled = len(self.token_ids), len(self.rows)
         token_ids, sources, positions = words[: 3 * num_tokens].reshape(3, num_tokens)
-        tail = words[3 * num_tokens :].reshape(_NUM_ROW_WORDS, num_sampled)
+        tail = words[3 * num_tokens :].reshape(NUM_ROW_WORDS, num_sampled)
         rows, slots, parameters, keys = tail[0], tail[1], tail[2:-2], tail[-2:].reshape(num_sampled, 2)
         token_ids[:count] = self.token_ids
         sources[:] = np.arange(num_slots + 1, num_slots + 1 + num_tokens)
@@ -88,7 +88,7 @@ class Staging:
         self.num_slots = num_slots
         self.num_tokens = num_tokens
         self._first_word = num_slots + 1  # the last tokens come first: one per slot, and one for padding rows
-        num_words = 3 * num_tokens + _NUM_ROW_WORDS * num_slots
+        num_words = 3 * num_tokens + NUM_ROW_WORDS * num_slots
         self._device = torch.zeros(self._first_word + num_words, dtype=torch.int32, device=device)
         self._sampled = torch.zeros(num_slots, dtype=torch.int32, device=device)  # by the newest step, in its order
         self._ring = PinnedRing(device, num_words)
@@ -100,8 +100,8 @@ class Staging:
         """Return the views of a step with these numbers of tokens and rows; equal numbers give equal addresses."""
         words = self._device[self._first_word :]
         t, r = num_tokens, num_sampled
-        keys = 3 * t + (_NUM_ROW_WORDS - 2) * r
-        rows, slots, *parameters = words[3 * t : keys].view(_NUM_ROW_WORDS - 2, r)
+        keys = 3 * t + (NUM_ROW_WORDS - 2) * r
+        rows, slots, *parameters = words[3 * t : keys].view(NUM_ROW_WORDS - 2, r)
         by_name = dict(zip(PARAMETERS, parameters, strict=True))
         return DeviceInputs(
             known=self._device[: self._first_word + t],
@@ -123,7 +123,7 @@ class Staging:
         """Fill the views of (num_tokens, num_sampled). Rows beyond those of `host` are padding."""
         assert len(host.token_ids) <= num_tokens <= self.num_tokens, "the batch is above the token budget"
         assert len(host.rows) <= num_sampled <= self.num_slots, "the batch has too many requests"
-        num_words = 3 * num_tokens + _NUM_ROW_WORDS * num_sampled
+        num_words = 3 * num_tokens + NUM_ROW_WORDS * num_sampled
         host.pack(self._ring.next_buffer(num_words), num_tokens, num_sampled, self.num_slots)
         self._ring.send(self._device[self._first_word : self._first_word + num_words])
 
