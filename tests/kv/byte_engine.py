@@ -39,7 +39,7 @@ from kvist.plan.tiers import (
     StorePages,
 )
 from kvist.testing.clocks import FakeClock
-from tests.kv.stepped_store import FaultyStore, SteppedStoreMover, in_fiber, pause
+from kvist.testing.stepped_store import FaultyStore, SteppedStoreMover, in_fiber, pause
 
 PAGE_SIZE = 2  # tokens
 PAGE_BYTES = 32
@@ -282,7 +282,7 @@ class ByteEngine:
             if isinstance(job, LoadPages | BackUpPages | FetchPages | StorePages):
                 self.under_way[job.job_id] = job
             if isinstance(job, StoreJob):
-                self.store_mover.mover.start(job)
+                self.store_mover.start(job)
             else:
                 self.mover.start(job)
 
@@ -297,7 +297,7 @@ class ByteEngine:
             (request,) = (each for each in self.requests if each.load_id == report.job_id)
             request.num_written = self.cache.loaded(report, request.token_ids)
             request.load_id = None
-        for event in self.store_mover.mover.poll():
+        for event in self.store_mover.poll():
             self.under_way.pop(event.job_id, None)
             self.storage.on_event(event)
         self.start_jobs()

@@ -7,8 +7,8 @@ from pathlib import Path
 from kvist.kv.layout import PageLayout, namespace
 from kvist.store.backend import PageStore, StoreContext
 from kvist.store.file import FileStore
+from kvist.testing.stepped_store import FaultyStore
 from tests.kv.byte_engine import PAGE_BYTES, PAGE_SIZE, ByteEngine, RightPages
-from tests.kv.stepped_store import FaultyStore
 
 LAYOUT = PageLayout(num_kv_heads=1, num_layers=1, page_size=PAGE_SIZE, head_dim=2, dtype="float32")
 MODEL, OTHER_MODEL = namespace("weights a", LAYOUT), namespace("weights b", LAYOUT)

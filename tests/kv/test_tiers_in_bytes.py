@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
+from kvist.testing.stepped_store import BEHAVIOURS, FaultyStore
 from tests.kv.byte_engine import PAGE_BYTES, ByteEngine, Request, RightPages
-from tests.kv.stepped_store import BEHAVIOURS, FaultyStore
 
 NUM_PAGES = 8
 SALTS = st.sampled_from(["", "", "", "tenant"])

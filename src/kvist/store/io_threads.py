@@ -20,7 +20,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 from kvist.clock import Clock
 from kvist.cores import num_usable_cores
@@ -47,13 +48,28 @@ def num_writers() -> int:
     return min(4, max(2, num_usable_cores() // 4))
 
 
+class Lock(Protocol):
+    def __enter__(self) -> object: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+
+class Condition(Protocol):
+    def wait_for(self, predicate: Callable[[], object]) -> object: ...
+    def notify(self) -> None: ...
+    def notify_all(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Threads:
-    """The number of threads of each store, and the class of the threads."""
+    """The number of threads of each store, and the classes of the threads and of what they wait for."""
 
     num_readers: int = field(default_factory=num_readers)
     num_writers: int = field(default_factory=num_writers)
     make: Callable[..., Any] = threading.Thread
+    make_lock: Callable[[], Lock] = threading.Lock
+    make_condition: Callable[[Any], Condition] = threading.Condition  # on such a lock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +87,9 @@ class IOSettings:
 class WorkerQueue:
     """The jobs of one direction (reads or writes). Mutable; guarded by its store's lock."""
 
-    def __init__(self, lock: threading.Lock, num_threads: int) -> None:
+    def __init__(self, has_work: Condition, num_threads: int) -> None:
         self.num_threads = num_threads
-        self.has_work = threading.Condition(lock)
+        self.has_work = has_work  # on the store's lock
         self.waiting: deque[Job] = deque()  # bounded by the pages that the cache allows in flight
         self.calls = CallsUnderWay()
 
@@ -88,9 +104,9 @@ class StoreThreads:
         self._store = store
         self._pages = io.host.tensor.numpy()  # [num_pages, page_bytes] uint8
         self._io = io
-        self._lock = threading.Lock()
-        self._reads = WorkerQueue(self._lock, io.threads.num_readers)
-        self._writes = WorkerQueue(self._lock, io.threads.num_writers)
+        self._lock = io.threads.make_lock()
+        self._reads = WorkerQueue(io.threads.make_condition(self._lock), io.threads.num_readers)
+        self._writes = WorkerQueue(io.threads.make_condition(self._lock), io.threads.num_writers)
         self._queues = (self._reads, self._writes)
         self._breaker = CircuitBreaker()
         self._stopped = False
@@ -149,6 +165,11 @@ class StoreThreads:
     def num_quarantined_pages(self) -> int:
         with self._lock:
             return sum(queue.calls.num_quarantined_pages for queue in self._queues)
+
+    def slots_under_call(self) -> set[int]:
+        """Return the host slots of all calls under way, hung or not: a thread may read or write them."""
+        with self._lock:
+            return {slot for queue in self._queues for call in queue.calls for slot in call.slots}
 
     def add_to(self, totals: dict[str, float]) -> None:
         with self._lock:

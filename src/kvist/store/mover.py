@@ -111,6 +111,10 @@ class StoreMover:
         """Return the number of host slots in quarantine."""
         return sum(store.num_quarantined_pages() for store in self._stores())
 
+    def slots_under_call(self) -> set[int]:
+        """Return the host slots that calls of attached and detached stores may read or write."""
+        return {slot for store in self._stores() for slot in store.slots_under_call()}
+
     def stats(self) -> StoreStats | None:
         """Return the attached store's statistics, as of its last call."""
         return None if self._attached is None else self._attached.stats

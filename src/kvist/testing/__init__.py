@@ -15,6 +15,7 @@
     lossy_wire           the wires: any order between pairs, losses and duplicates
     fake_engine          an engine without a model, over real sockets
     inproc_transport     a transport between the pools of one process
+    stepped_store        the store mover with threads that the test steps, and a store with faults
     memory_store         a store of pages in memory, as a row of the stores
     page_events          page events in one line, and their replay
 

@@ -1,15 +1,28 @@
 """The real store mover with threads that the test steps, and a store with faults: a state machine can stop any thread
-between two pages and continue with another."""
+between two pages, and between a call and its report, and continue with another.
+
+    stepped = SteppedStoreMover(host_pool, FakeClock())
+    stepped.attach(FaultyStore("namespace", folder, page_bytes=4096, num_pages=64))
+    stepped.start(job)
+    while stepped.busy():
+        for fiber in stepped.fibers:
+            fiber.step()               # to its next pause
+        reports += stepped.poll()
+
+The threads are real, but only one of them runs at a time, and only while the test steps it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from kvist.memory.host_pool import HostPool
+from kvist.plan.tiers import CancelFetch, StoreJob, StoreReport
 from kvist.store.backend import PageStore, StoreContext, StoreStats
 from kvist.store.file import FileStore
 from kvist.store.io_threads import Threads
@@ -17,12 +30,11 @@ from kvist.store.mover import StoreMover
 from kvist.testing.clocks import FakeClock
 
 BEHAVIOURS = ("works", "works", "fails", "raises", "misreports", "loses_pages")
-_Thread = threading.Thread
 _current = threading.local()
 
 
 class Fiber:
-    """A thread that runs only when the test steps it, from one `pause` to the next. Replaces threading.Thread."""
+    """A thread that runs only when the test steps it, from one `pause` to the next. Takes the arguments of Thread."""
 
     def __init__(self, *, target: Callable[..., None], args: tuple[Any, ...], **_: object) -> None:
         self.is_over = False
@@ -32,7 +44,7 @@ class Fiber:
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
 
     def start(self) -> None:
-        _Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._run, daemon=True).start()
 
     def step(self) -> None:
         if not self.is_over:
@@ -56,7 +68,7 @@ class Fiber:
             self.is_over = self.is_idle = True
             self._back.release()
 
-    def _wait(self) -> None:
+    def pause(self) -> None:
         self._back.release()
         self._go.acquire()
         if self._is_killed:
@@ -70,12 +82,59 @@ def in_fiber() -> Fiber | None:
 def pause() -> None:
     """Stop the running fiber until its next step; do nothing outside a fiber."""
     if (fiber := in_fiber()) is not None:
-        fiber._wait()
+        fiber.pause()
+
+
+class FiberLock:
+    """A lock after whose release a fiber pauses, so that another one can run between two critical sections."""
+
+    def __init__(self) -> None:
+        self._real = threading.Lock()
+
+    def acquire(self) -> None:
+        self._real.acquire()
+
+    def release(self) -> None:
+        self._real.release()
+
+    def __enter__(self) -> None:
+        self._real.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._real.release()
+        if kind is None:
+            pause()
+
+
+class FiberCondition:
+    """A condition on which a fiber waits from step to step: it looks again in each step, so no notice is needed."""
+
+    def __init__(self, lock: FiberLock) -> None:
+        self._lock = lock
+
+    def wait_for(self, predicate: Callable[[], object]) -> None:
+        fiber = in_fiber()
+        assert fiber is not None, "only fibers wait"
+        fiber.is_idle = True
+        while not predicate():
+            self._lock.release()
+            try:
+                fiber.pause()
+            finally:
+                self._lock.acquire()
+        fiber.is_idle = False
+
+    def notify(self) -> None: ...
+
+    def notify_all(self) -> None: ...
 
 
 class FaultyStore:
-    """A file store with the faults of its `behaviour`; pages that `get` counts as read are always right. The test can
-    stop a call before and after each page."""
+    """A file store with the faults of its `behaviour`, one of `BEHAVIOURS`; pages that `get` counts as read are right.
+
+    A call pauses before and after each page. Mutable; the test's."""
 
     def __init__(self, namespace: str, folder: Path, page_bytes: int, num_pages: int) -> None:
         self.folder = folder
@@ -131,57 +190,46 @@ class FaultyStore:
 
 
 class SteppedStoreMover:
-    """A `StoreMover` whose threads are fibers."""
+    """A `StoreMover` whose threads are fibers: two readers and a writer for each store. Mutable; the test's."""
 
-    def __init__(self, host: Any, clock: FakeClock) -> None:
-        self._made: list[Fiber] = []
-        threads = Threads(num_readers=2, num_writers=1, make=self._make_fiber)
-        self.mover = StoreMover(host, wakeup=pause, clock=clock, deadline_s=10.0, threads=threads)
+    def __init__(self, host: HostPool, clock: FakeClock) -> None:
         self.fibers: list[Fiber] = []
+        self.is_attached = False
+        self._num_open = 0  # jobs without a report
+        threads = Threads(
+            num_readers=2, num_writers=1, make=self._make_fiber, make_lock=FiberLock, make_condition=FiberCondition
+        )
+        self._mover = StoreMover(host, wakeup=pause, clock=clock, deadline_s=10.0, threads=threads)
 
     def _make_fiber(self, **options: Any) -> Fiber:
-        self._made.append(Fiber(**options))
-        return self._made[-1]
+        self.fibers.append(Fiber(**options))
+        return self.fibers[-1]
 
     def attach(self, store: FaultyStore) -> None:
-        self._made = []
-        self.mover.attach(store, store.stats())
-        attached: Any = self.mover._attached
-        real_next, real_report = attached._next_call, attached._io.report
-
-        def next_(queue: Any) -> Any:
-            fiber = in_fiber()
-            assert fiber is not None
-            fiber.is_idle = True
-            while not (attached._stopped or queue.waiting):
-                pause()
-            fiber.is_idle = False
-            return real_next(queue)
-
-        def report(*arguments: Any) -> None:
-            pause()
-            real_report(*arguments)
-
-        attached._next_call = next_
-        attached._io = dataclasses.replace(attached._io, report=report)
-        self.fibers = [fiber for fiber in self.fibers if not fiber.is_over] + self._made
-
-    @property
-    def is_attached(self) -> bool:
-        return self.mover._attached is not None
+        self.fibers = [fiber for fiber in self.fibers if not fiber.is_over]
+        self._mover.attach(store, store.stats())
+        self.is_attached = True
 
     def detach(self) -> None:
         if self.is_attached:
-            self.mover.detach()
+            self._mover.detach()
+            self.is_attached = False
+
+    def start(self, job: StoreJob) -> None:
+        self._num_open += not isinstance(job, CancelFetch)
+        self._mover.start(job)
+
+    def poll(self) -> list[StoreReport]:
+        reports = self._mover.poll()
+        self._num_open -= len(reports)
+        return reports
 
     def busy(self) -> bool:
-        stores: Any = self.mover._stores()
-        waiting = any(store._reads.waiting or store._writes.waiting for store in stores)
-        return waiting or bool(self.mover._reports) or any(not fiber.is_idle for fiber in self.fibers)
+        """Return whether a job has no report yet, or a fiber is in the middle of one."""
+        return self._num_open > 0 or any(not fiber.is_idle for fiber in self.fibers)
 
     def slots_under_call(self) -> set[int]:
-        stores: Any = self.mover._stores()
-        return {slot for store in stores for queue in store._queues for call in queue.calls for slot in call.slots}
+        return self._mover.slots_under_call()
 
     def kill(self) -> None:
         for fiber in self.fibers:
