@@ -100,7 +100,7 @@ def test_a_line_printed_by_a_library_is_not_parsed_as_an_engine_message(line: by
 @pytest.mark.parametrize("role", list(Role))
 def test_an_engine_of_any_role_answers_for_a_handoff_that_it_does_not_know(role: Role) -> None:
     inbox = inbox_of(role)
-    events, replies = inbox.open([(b"peer", message) for message in (ACK, REVOKE, DONE, CLOSED)], 1.0)
+    events, replies = inbox.translate([(b"peer", message) for message in (ACK, REVOKE, DONE, CLOSED)], 1.0)
     assert (len(events), replies, inbox.num_unexpected) == (4, [], 0)
     config = SchedulerConfig(max_running_requests=4, chunked_prefill_size=8, max_prefill_tokens=8, grant_timeout_s=5.0)
     pool = wire.PoolAddress(transport="t", location="p", num_pages=8, page_bytes=64, layout="l")
@@ -157,7 +157,7 @@ def test_a_request_with_a_value_that_cannot_be_computed_is_refused_alone(name: s
     bad = msgspec.structs.replace(good, request_id=RequestId("bad"), sampling=sampling)
     sent = [wire.Submit(request=request, mode=Mode.FULL) for request in (bad, good)]
     arrived = [wire.Decoder(wire.ToEngine).decode(wire.encode(submit)) for submit in sent]
-    events, replies = inbox_of(Role.UNIFIED).open([(b"gateway", message) for message in arrived], 1.0)  # type: ignore[misc]
+    events, replies = inbox_of(Role.UNIFIED).translate([(b"gateway", message) for message in arrived], 1.0)  # type: ignore[misc]
     assert events == [sent[1]]
     (reply,) = replies
     assert isinstance(reply, Reply)
@@ -171,7 +171,7 @@ def test_a_request_with_a_value_that_cannot_be_computed_is_refused_alone(name: s
 def test_a_first_token_outside_the_vocabulary_fails_its_handoff_alone(token_id: int) -> None:
     inbox = inbox_of(Role.DECODE)
     done = msgspec.structs.replace(DONE, first_token=SampledToken(token_id=token_id))
-    (event,), _replies = inbox.open([(b"tcp://p", done)], 1.0)
+    (event,), _replies = inbox.translate([(b"tcp://p", done)], 1.0)
     assert isinstance(event, wire.Closed)  # as if prefill had closed the handoff: the request fails
     assert (event.handoff_id, event.source_epoch, event.error_code) == (HANDOFF, PREFILL_EPOCH, "handoff_failed")
     assert inbox.num_unexpected == 1

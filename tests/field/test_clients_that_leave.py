@@ -53,8 +53,8 @@ class Engine(LoopBench):
             for ended in sent.message.ended
         ]
 
-    def num_abandoned(self) -> float:
-        """Return the number of abandoned steps, as in the next load report."""
+    def num_aborted_steps(self) -> float:
+        """Return the number of aborted steps, as in the next load report."""
         self.clock.advance(2.0)
         self.loop.iterate(0.0)
         return self.sent(wire.LoadReport)[-1].totals["abandoned_steps"]
@@ -82,7 +82,7 @@ def test_a_step_without_a_client_is_abandoned_within_100_ms_and_the_next_prompt_
     assert (name, outcome) == ("long", Outcome.ABORTED)
     assert ended_s - (1.0 + after_s) < 0.1
     assert engine.slow_runner.began[-1][0] - (1.0 + after_s) < 0.1
-    assert engine.num_abandoned() == 1
+    assert engine.num_aborted_steps() == 1
     totals = engine.real_scheduler.status().totals
     assert (totals["requests_aborted"], totals["requests_failed"]) == (1, 0)
 
@@ -110,7 +110,7 @@ def test_a_step_with_one_client_left_goes_on_and_aborted_requests_end_with_it() 
     engine.at(1.5, left("stays"), STRANGER)
     engine.loop.iterate(0.0)
     engine.loop.iterate(0.0)
-    assert engine.num_abandoned() == 0
+    assert engine.num_aborted_steps() == 0
     ((ended_s, name, _),) = engine.ended()
     assert name == "leaves"
     assert ended_s == pytest.approx(1.0 + NUM_LAYERS * LAYER_S)

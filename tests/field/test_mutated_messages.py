@@ -234,7 +234,7 @@ class OfflineEngine:
             pass
         if received and isinstance(submit := received[0][1], wire.Submit) and submit.mode is Mode.PREFILL:
             self.answers.append(grant_for(submit))
-        events, replies = self.inbox.open(received, self.now_s)  # type: ignore[arg-type]
+        events, replies = self.inbox.translate(received, self.now_s)  # type: ignore[arg-type]
         for reply in replies:
             wire.encode(reply.message)
         self.step(events)

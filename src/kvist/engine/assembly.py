@@ -1,8 +1,9 @@
 """Builds one engine from its settings (model, pages, scheduler, sockets, transport, loop), and closes it.
 
-The role changes only which requests the scheduler admits, and the limits of a step: all parts are the same. The parts
-are closed in the opposite order of their creation: first mover and transport, so that no copy goes on, then sockets,
-runner and pool, and last the lock of the epoch, whose release shows peers that the engine has ended.
+The role decides only which requests the scheduler admits, and the limits of a step: all parts are the same. The parts
+are closed in the opposite order of their creation: the store, the mover and the transport first, so that no copy
+continues, then sockets, runner and pool, and last the lock of the epoch, whose release shows peers that the engine has
+ended.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from kvist.cores import num_usable_cores
 from kvist.engine.config import EngineConfig, HostTierConfig, ModelOptions
 from kvist.engine.limits import resolve_limits
 from kvist.engine.loop import EngineLoop, LoopParts
-from kvist.engine.progress import ProgressWatch
 from kvist.engine.reports import LoadReports
+from kvist.engine.watchdog import Watchdog
 from kvist.errors import ConfigError
 from kvist.fingerprint import Background, model_fingerprint
 from kvist.kv.cache import PageCache
@@ -62,7 +63,7 @@ logger = logging.getLogger(__name__)
 class Engine:
     spec: EngineSpec
     loop: EngineLoop
-    progress: ProgressWatch  # of the loop; not started
+    watchdog: Watchdog  # of the loop; not started
     closing: contextlib.ExitStack
 
     def close(self) -> None:
@@ -87,7 +88,8 @@ class Fingerprints:
 
 
 def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> Engine:
-    """Build an engine that is ready to serve. Raises `ConfigError` or `ModelLoadError` and leaves nothing behind."""
+    """Build an engine that is ready to serve. Raises `ConfigError` or `ModelLoadError`, and then leaves nothing
+    behind."""
     with contextlib.ExitStack() as closing:
         runtime_dir = user_runtime_dir(config.options.runtime.runtime_dir)
         sweep(runtime_dir)
@@ -98,7 +100,7 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         closing.callback(EpochLock(runtime_dir, member.epoch).close)
         options = config.options
         served = find_served_model(options.model, options.scheduler.context_length)
-        # In parallel with loading, which reads the same files and leaves cores idle.
+        # In parallel with loading, which reads the same files and does not use all cores.
         fingerprinting = Background(
             partial(compute_fingerprints, served.checkpoint, options.runner), "kvist-fingerprint"
         )
@@ -125,10 +127,9 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
 
 
 def freeze_gc() -> None:
-    """Freeze all current objects, mainly the model and libraries, so that the garbage collector does not traverse them
-    while serving. A step creates and drops a thousand objects without cycles; a collection every 700 objects, the
-    default, would take a tenth of the step's time.
-    """
+    """Exclude all current objects, mainly the model and libraries, from garbage collection. A step creates and drops a
+    thousand objects without cycles; by default they would be collected every 700 objects, which takes a tenth of the
+    step's time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
@@ -142,7 +143,7 @@ def _num_cores_for_us(runtime_dir: Path) -> int:
 
 
 def find_served_model(model: ModelOptions, context_length: int | None = None) -> ServedModel:
-    """Find the model. Raises `ConfigError` if it was not trained for `context_length` tokens."""
+    """Find the model. Raises `ConfigError` if the model was not trained for `context_length` tokens."""
     checkpoint = find_checkpoint(model.model_path)
     model_config = load_model_config(checkpoint)
     trained_for = model_config.max_position_embeddings
@@ -292,13 +293,13 @@ def _assemble(
         loop = EngineLoop(parts)
         if isinstance(runner, Runner):  # not with --tp or a GPU: other ranks, or the GPU, would go on
             runner.between_layers = loop.between_layers
-        watch = ProgressWatch(
+        watchdog = Watchdog(
             lambda: loop.num_iterations,
             limit_s=options.watch.stall_restart_s,
             loop_cpu_s=None if pool.tensor.is_cuda else thread_cpu_clock(threading.get_ident()),
         )
-        closing.callback(watch.stop)
-        return Engine(spec=spec, loop=loop, progress=watch, closing=closing.pop_all())
+        closing.callback(watchdog.stop)
+        return Engine(spec=spec, loop=loop, watchdog=watchdog, closing=closing.pop_all())
 
 
 def make_host_pool(
@@ -339,7 +340,7 @@ def make_host_pool(
 def make_storage(
     config: StorageConfig, host_pool: HostPool, namespace: str, wakeup: Callable[[], None], clock: Clock
 ) -> StorageControl:
-    """Return an engine's storage tier without an attached store."""
+    """Return the storage control of an engine, without an attached store."""
     secret_file = config.hicache_storage_secret_file
     pages = host_pool.tensor
     context = StoreContext(
@@ -354,8 +355,7 @@ def make_storage(
 
 def _close_storage(storage: StorageControl, pool_closing: contextlib.ExitStack) -> None:
     if not storage.close():
-        # A hung call may write into the pool until this process has ended. Only then may another process use the pool's
-        # folder, so the lock on the folder stays.
+        # A hung call may write into the pool until this process has ended, so the lock on the pool's folder is kept.
         logger.warning("a call of the store hangs: the host pool stays open until the process ends")
         pool_closing.pop_all()
 

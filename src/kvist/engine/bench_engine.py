@@ -3,10 +3,11 @@
     plan        scheduler.step, from the tokens of the previous step to the next batch
     launch      runner.launch: build inputs and queue work; on a CPU also compute
     compute     until the device is idle
-    read back   InFlight.result: tokens on the host
+    read back   LaunchedBatch.result: tokens on the host
 
-The parts are measured one step at a time, so they add up. A GPU engine plans and launches a step while the previous one
-is computed; "overlapped" is then a step's share of the wall time. The table has medians over the steps of a shape.
+The parts are measured one step at a time, so their sum is the time of a step. A GPU engine plans and launches a step
+while the previous one is computed; "overlapped" is the wall time per step in this mode. The table has medians over the
+steps of a shape.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from kvist.transfer.epoch import EpochLock, new_epoch, sweep
 from kvist.wire import Submit
 
 PREFILL_STEP_TOKENS = 2048  # of the steps that prefill the context of the decodes, before the measured steps
-MAX_STEPS_BEFORE = 100_000  # of these prefill steps; more mean that the scheduler is stuck
+MAX_STEPS_BEFORE = 100_000  # limit of these prefill steps, in case the scheduler makes no progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +98,7 @@ def run_bench_engine(config: StepsConfig, model: ModelOptions, options: RunnerOp
 
 
 def scheduler_limits(shapes: Sequence[Shape]) -> SchedulerConfig:
-    """Return limits that fit every shape into one step."""
+    """Return limits with which every shape fits into one step."""
     num_running = max(shape.num_decodes + 2 * shape.num_prompts for shape in shapes)
     num_tokens = max(PREFILL_STEP_TOKENS, num_running, *(shape.num_step_tokens for shape in shapes))
     return SchedulerConfig(
@@ -112,8 +113,8 @@ def scheduler_limits(shapes: Sequence[Shape]) -> SchedulerConfig:
 def max_decode_tokens(shape: Shape, config: StepsConfig, limits: SchedulerConfig) -> int:
     """Return the most tokens that a decode generates: in the measured steps and while other prompts are prefilled."""
     room_for_prompts = max(1, limits.max_prefill_tokens - shape.num_decodes)
-    num_reading_steps = -(-shape.num_decodes * shape.context // room_for_prompts)
-    return num_reading_steps + config.warmup_steps + config.steps + 3
+    num_prefill_steps = -(-shape.num_decodes * shape.context // room_for_prompts)
+    return num_prefill_steps + config.warmup_steps + config.steps + 3
 
 
 def check_fits(shape: Shape, config: StepsConfig, runner: AnyRunner, max_positions: int) -> None:
@@ -155,7 +156,7 @@ class PromptSource:
 
 
 class ShapeBench:
-    """Drives its own scheduler so that each measured step has the shape. Mutable; one measurement at a time."""
+    """Measures steps of one shape, planned by a scheduler of its own. Mutable; one measurement at a time."""
 
     def __init__(
         self,
@@ -233,7 +234,7 @@ class ShapeBench:
         return self._runner.launch(batch)
 
     def _end_requests(self) -> None:
-        """End the requests at the runner, which goes on with another scheduler."""
+        """End the requests at the runner, which continues with another scheduler."""
         self._runner.launch(self._slots.end_all()).result()
 
     # ------------------------------------------------------------ the scheduler
@@ -253,7 +254,7 @@ class ShapeBench:
         """Run the steps that prefill the decodes' contexts; return the events for the first measured step."""
         if not self._shape.num_decodes:
             return []
-        # the last token of the context is the first one that prefill sampled
+        # the last token of the context is the token that prefill samples
         context = max(1, self._shape.context - 1)
         max_tokens = max_decode_tokens(self._shape, self._config, self._limits)
         events: list[Event] = [self._source.arrival(context, max_tokens) for _ in range(self._shape.num_decodes)]

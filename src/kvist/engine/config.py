@@ -106,7 +106,7 @@ class RuntimeOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchOptions:
-    """How long the engine and its parent wait for a process that is silent."""
+    """The times for which the engine and its parent wait for a silent process."""
 
     gateway_timeout_s: float = option(
         15.0, "abort the requests of a gateway that has sent nothing for this long", unit="s", minimum=0.1

@@ -20,8 +20,8 @@ LOOP_COUNTERS = CounterGroup(
         Counter(
             name="abandoned_steps",
             unit="steps",
-            text="engine steps abandoned half-way, on a CPU, where a step can take seconds, because all "
-            "clients of the step had disconnected",
+            text="engine steps aborted half-way because all clients of the step had disconnected; only on a CPU, where "
+            "a step can take seconds",
         ),
         Counter(
             name="undecodable_messages", unit="messages", text="messages dropped because they could not be decoded"
@@ -34,7 +34,7 @@ LOOP_COUNTERS = CounterGroup(
         Counter(
             name="unexpected_messages",
             unit="messages",
-            text="messages dropped because their sender may not send them, or their values are impossible",
+            text="messages dropped because their sender may not send them, or because their values are impossible",
         ),
     ),
 )

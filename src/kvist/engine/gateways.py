@@ -1,7 +1,8 @@
 """The gateways connected to this engine, their requests, and the time of their last message.
 
-A gateway is added at its first message. A gateway that is silent for `timeout_s`, or no longer reachable, is removed
-and its requests are aborted; the entry of a request is removed with its `Ended`, also if its gateway is gone.
+A gateway is added at its first message. A gateway that is silent for `timeout_s`, or cannot be reached any more, is
+removed, and its requests are aborted. The entry of a request is removed with its `Ended`, even if its gateway was
+removed before.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Gateways:
         self.owner = self._owners.get  # of a request: its gateway's identity, or None; called for each token
 
     def note_contact(self, identity: bytes, now_s: float) -> ConnectedGateway | None:
-        """Record a message of a gateway, new or known. Returns None for a new gateway beyond `MAX_GATEWAYS`."""
+        """Record a message of a gateway, new or known. Return None for a new gateway beyond `MAX_GATEWAYS`."""
         gateway = self._gateways.get(identity)
         if gateway is None:
             if len(self._gateways) >= MAX_GATEWAYS:
@@ -58,11 +59,12 @@ class Gateways:
             self._gateways[identity].request_ids.discard(request_id)
 
     def forget(self, identity: bytes) -> list[RequestId]:
-        """Remove a gateway that is gone. Returns its requests, which must be aborted."""
+        """Remove a gateway. Return its requests, which must be aborted."""
         gateway = self._gateways.pop(identity, None)
         return sorted(gateway.request_ids) if gateway else []
 
     def forget_silent(self, now_s: float) -> list[RequestId]:
+        """Remove the gateways that are silent. Return their requests, which must be aborted."""
         silent = [gateway.identity for gateway in self if now_s - gateway.last_contact_s > self._timeout_s]
         return [request_id for identity in silent for request_id in self.forget(identity)]
 

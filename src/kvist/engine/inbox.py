@@ -1,8 +1,8 @@
 """Turns messages from the socket into events for the scheduler, and answers messages that need no scheduler.
 
-No message may end the engine: a request that cannot be computed is refused alone, before its values reach a batch with
-other requests. A message of either side of a handoff goes to the scheduler at an engine of any role: the scheduler
-answers for a handoff that it does not know.
+No message may end the engine: a request that cannot be computed is refused before it is in a batch with other requests.
+At an engine of any role, the messages of both sides of a handoff become events: the scheduler also answers for a
+handoff that it does not know.
 """
 
 from __future__ import annotations
@@ -53,22 +53,23 @@ class Inbox:
         self.num_unexpected = 0  # messages with values that no engine may send
         self.draining = False  # new requests are refused
 
-    def open(self, received: Iterable[tuple[bytes, Inbound]], now_s: float) -> tuple[list[Event], list[Reply]]:
+    def translate(self, received: Iterable[tuple[bytes, Inbound]], now_s: float) -> tuple[list[Event], list[Reply]]:
+        """Return the events and the replies for the received messages, each from (identity, message)."""
         events: list[Event] = []
         replies: list[Reply] = []
         for identity, message in received:
-            opened = self._open_one(identity, message, now_s)
-            if isinstance(opened, Reply):
-                replies.append(opened)
-            elif opened is not None:
-                events.append(opened)
+            translated = self._translate_one(identity, message, now_s)
+            if isinstance(translated, Reply):
+                replies.append(translated)
+            elif translated is not None:
+                events.append(translated)
         return events, replies
 
     def take_flush(self, call_id: str) -> bytes | None:
         """Return the gateway that sent this flush, and forget the call."""
         return self._flushes.pop(call_id, None)
 
-    def _open_one(self, identity: bytes, message: Inbound, now_s: float) -> Event | Reply | None:
+    def _translate_one(self, identity: bytes, message: Inbound, now_s: float) -> Event | Reply | None:
         match message:
             case wire.Hello() | wire.Submit() | wire.Abort() | wire.FlushCache() | wire.StorageCommand():
                 gateway = self._gateways.note_contact(identity, now_s)
@@ -86,7 +87,7 @@ class Inbox:
     def _from_prefill(self, message: wire.SourceToTarget) -> Event:
         if isinstance(message, wire.Done) and not 0 <= message.first_token.token_id < self._spec.vocab_size:
             self.num_unexpected += 1
-            # After Done no more bytes are written, as after Closed. The invalid token would fail a whole batch.
+            # Closed, because no byte is written after Done either; the invalid token would fail a whole batch.
             return wire.Closed(
                 handoff_id=message.handoff_id,
                 target_epoch=message.target_epoch,
@@ -133,8 +134,8 @@ class Inbox:
 
 
 def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
-    """Return why the request would fail its whole batch, or None. Gateways send no such request: they check each field
-    under the name that the client uses."""
+    """Return why the request would fail its whole batch; None if it would not. Gateways check each field first, under
+    the name that the client uses."""
     sampling = request.sampling
     for token_ids in (request.prompt_token_ids, request.output_token_ids, *_named_token_ids(sampling)):
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:

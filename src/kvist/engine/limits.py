@@ -1,8 +1,7 @@
-"""Resolves "auto" in the scheduler's limits, such as the size of a step, by device and role.
+"""Replaces "auto" in the scheduler's limits, such as the size of a step, by numbers for the device and the role.
 
-Called once, when an engine is built and its device is known; from then on, scheduler, runner and the spec for gateways
-have numbers. Limits set by the user are kept, and "auto" limits adapt to them, so that a single flag never contradicts
-a default.
+Done once, when an engine is built and its device is known; scheduler, runner and `EngineSpec` then have numbers. Limits
+set by the user are kept, and "auto" limits adapt to them, so that a single flag never contradicts a default.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import NamedTuple
 from kvist.request import Role
 from kvist.scheduler.config import SchedulerConfig, SchedulerOptions
 
-_ROUND_TO = 128  # tokens; the tiles of a GPU's matrix products
+_ROUND_TO = 128  # tokens: the tile size of a GPU's matrix products
 
 
 class _Limits(NamedTuple):
@@ -21,10 +20,10 @@ class _Limits(NamedTuple):
     most: int  # most tokens of a step
 
 
-# A CPU computes a token in milliseconds, so steps must be short for the streams in them. A GPU's matrix products take
-# the same time per token at 512 tokens as at thousands, and steps up to 2048 tokens are replayed as graphs; on workers
-# without decode streams, larger steps save fixed costs. Above 1792 tokens the products of an H200 are 6% slower
-# (docs/log.md). A decode worker computes prompts only to resume preempted requests.
+# A CPU takes milliseconds for a token, so steps must be small, or the streams in them are slowed down. A GPU's matrix
+# products take the same time per token at 512 tokens as at thousands, and steps up to 2048 tokens are replayed as
+# graphs; on workers without decode streams, larger steps save fixed costs. Above 1792 tokens the products of an H200
+# are 6% slower (docs/log.md). A decode worker computes prompts only to resume preempted requests.
 _AUTO = {
     ("cpu", Role.UNIFIED): _Limits(128, 512, 512),
     ("cpu", Role.PREFILL): _Limits(128, 512, 512),

@@ -30,10 +30,10 @@ from kvist import wire
 from kvist.channel import address_for_log
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
-from kvist.engine.abandon import Abandonment, StepAbandoned
 from kvist.engine.gateways import Gateways
 from kvist.engine.inbox import Inbox, refusal
 from kvist.engine.reports import LoadReports
+from kvist.engine.step_abort import StepAbort, StepAborted
 from kvist.engine.step_times import StepCpuTimes
 from kvist.errors import EngineError, HandoffFailed, Unavailable
 from kvist.plan.batch import Batch
@@ -130,8 +130,8 @@ class EngineLoop:
         self._num_failed_steps = 0
         self._num_failed_in_a_row = 0
         self._step_times = StepCpuTimes()
-        self._abandonment = Abandonment(parts.channel, self._gateways.owner, parts.clock)
-        self.between_layers = self._abandonment.check  # for a runner that computes in this thread
+        self._step_abort = StepAbort(parts.channel, self._gateways.owner, parts.clock)
+        self.between_layers = self._step_abort.check  # for a runner that computes in this thread
 
     def run(self) -> None:
         """Serve until `request_stop`, or after `request_drain` until no request is open; then fail the open requests.
@@ -197,10 +197,10 @@ class EngineLoop:
 
     def _receive(self, timeout_s: float) -> tuple[float, list[Event]]:
         """Wait for a message or report for `timeout_s` at most. Return the time and all new events."""
-        buffered = self._abandonment.take_buffered()
+        buffered = self._step_abort.take_buffered()
         received = [*buffered, *self._parts.channel.recv(0.0 if buffered else timeout_s)]
         now_s = self._parts.clock.now_s()
-        events, replies = self._inbox.open(received, now_s)
+        events, replies = self._inbox.translate(received, now_s)
         for reply in replies:
             self._send(reply.identity, reply.message)
         # Transfer reports first: a report made before a Revoke arrived must not count as the report of its StopWrites.
@@ -282,7 +282,7 @@ class EngineLoop:
 
     def _launch(self, batch: Batch) -> None:
         launched: LaunchedStep | Exception
-        self._abandonment.begin(batch)
+        self._step_abort.begin(batch)
         with self._step_times.launching():
             try:
                 launched = self._parts.runner.launch(batch)
@@ -296,7 +296,7 @@ class EngineLoop:
                 if isinstance(launched, Exception):
                     raise launched
                 sampled = launched.result()
-        except StepAbandoned as error:  # the aborts come first: the requests have not failed
+        except StepAborted as error:  # the aborts come first: the requests have not failed
             aborts = [wire.Abort(request_id=request_id) for request_id in error.request_ids]
             return [*aborts, StepFailed(step_id=batch.step_id, message=str(error))]
         except EngineError:  # the runner cannot continue: a tensor-parallel rank has ended
@@ -375,7 +375,7 @@ class EngineLoop:
             "refused_connections": float(self._parts.channel.num_refused),
             "unexpected_messages": float(self._parts.channel.num_unexpected + self._inbox.num_unexpected),
             "failed_steps": float(self._num_failed_steps),
-            "abandoned_steps": float(self._abandonment.num_abandoned),
+            "abandoned_steps": float(self._step_abort.num_aborted),
             **self._step_times.totals(),
             **({} if self._parts.mover is None else self._parts.mover.totals()),
             **({} if self._parts.storage is None else self._parts.storage.totals()),

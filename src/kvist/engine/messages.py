@@ -2,10 +2,10 @@
 
     Progress*  then  StartFailed, or  Ready Beat Beat ...
 
-From the parent: the first line of standard input is the `EngineConfig` as JSON. An argument would not do, because every
-user of the host can read arguments, and the config may hold the cluster key. A line `DRAIN` asks the engine to take no
-new request and to end after its last request; a line `STOP` asks the engine to end now. The pipe stays open: end of
-file means that the parent is gone.
+From the parent: the first line of standard input is the `EngineConfig` as JSON, not an argument, because every user of
+the host can read arguments, and the config may contain the cluster key. After a line `DRAIN` the engine takes no new
+request and ends after its last request; after a line `STOP` it ends now. The pipe stays open: end of file means that
+the parent has ended.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A heartbeat, sent twice a second by its own thread while the engine serves (progress.py)."""
+    """A heartbeat, sent twice a second by its own thread while the engine serves (watchdog.py)."""
 
     turn_s: float  # duration of the loop's current iteration
     stalled_s: float  # time without progress

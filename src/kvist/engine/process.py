@@ -1,12 +1,12 @@
-"""`python -m kvist.engine`: one engine process, from its settings to its last message.
+"""`python -m kvist.engine`: one engine process, from its settings to its end.
 
-    settings ─► load (progress lines) ─► Ready on standard output ─► serve ─► stop request ─► all closed
+    settings ─► load (progress lines) ─► Ready on standard output ─► serve ─► stop request ─► close all parts
 
-Settings are JSON: the only argument (started by hand), or the first line of standard input (started by a parent:
-messages.py). An engine started by hand ends on a signal. An engine with a parent ignores signals, because a signal may
-reach the whole process group at once and the parent decides how long open requests may go on; the parent sends stop
-requests on standard input, and end of file means that the parent is gone. Exit status: 0 after a clean end, 1 if the
-start failed or the device broke.
+The settings are JSON: the only argument if the engine is started by hand, else the first line of standard input
+(messages.py). An engine started by hand ends on a signal. An engine with a parent ignores signals, because a signal may
+reach the whole process group at once, and the parent decides how long open requests may continue. The parent sends stop
+requests on standard input; end of file means that the parent has ended. Exit status: 0 after a clean end, 1 if the
+start failed or the device is broken.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 SHUTDOWN_DEADLINE_S = 8.0  # from a stop request, or the end of the loop, to a forced exit
 _MAX_SETTINGS_BYTES = 1 << 20
-# The interpreter's default switch interval (5 ms) is half a step. While the loop plans or launches, each thread that
-# reads a page would wait that long, several times per page.
+# The interpreter's default switch interval (5 ms) is half a step. A thread that copies pages would wait that long while
+# the loop plans or launches, several times per page.
 _SWITCH_INTERVAL_S = 0.0001
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     setup_logging(LogConfig())
-    # Read when torch is imported. Threads that spin while they wait would use the cores of other workers on this host:
-    # a step of 48 ms then took up to 630 ms (models/linear.py).
+    # Read by torch when it is imported. Threads that spin while they wait would use the cores of other workers on this
+    # host: a step of 48 ms then took up to 630 ms (models/linear.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     continue_when_parent_dies()
@@ -68,14 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.error("the engine cannot start: %s", error.message)
         announce(StartFailed(code=error.code, message=error.message))
         return 1
-    except Exception as error:  # our bug or a broken device: the parent needs the error in any case
+    except Exception as error:  # our bug or a broken device: the parent must get the error
         logger.exception("the engine cannot start")
         announce(StartFailed(code=EngineError.code, message=f"{type(error).__name__}: {error}"))
         return 1
     try:
         shutdown.loop = engine.loop
         announce(Ready(spec=engine.spec))
-        engine.progress.start(lambda turn_s, stalled_s: announce(Beat(turn_s=turn_s, stalled_s=stalled_s)))
+        engine.watchdog.start(lambda turn_s, stalled_s: announce(Beat(turn_s=turn_s, stalled_s=stalled_s)))
         engine.loop.run()
     except EngineError as error:
         logger.error("the engine ends: %s", error.message)
@@ -109,7 +109,7 @@ def _check_keys(where: str, given: object, known: object) -> None:
 
 
 def _build(config: EngineConfig, announce: Callable[[Announcement], None]) -> Engine:
-    # report a wrong path before torch is imported, which takes seconds
+    # a wrong path is reported before torch is imported, which takes seconds
     find_checkpoint(config.options.model.model_path)
     from kvist.engine.assembly import build_engine
 
@@ -131,8 +131,8 @@ class _Shutdown:
         self._begin()
 
     def follow_stdin(self) -> None:
-        """Obey the parent's lines on standard input. Reads the file descriptor, because this thread would hold the lock
-        of `sys.stdin` when the interpreter ends."""
+        """Carry out the requests of the parent on standard input. Reads the file descriptor, because this thread would
+        hold the lock of `sys.stdin` when the interpreter ends."""
         pending = b""
         while piece := os.read(0, 1 << 16):
             *lines, pending = (pending + piece).split(b"\n")
@@ -142,7 +142,9 @@ class _Shutdown:
                 elif line == DRAIN and self.loop is not None:
                     self.loop.request_drain()
         if not self._begun:
-            logger.warning("standard input is closed: the process that started this engine is gone, so the engine ends")
+            logger.warning(
+                "standard input is closed: the process that started this engine has ended, so the engine ends"
+            )
             self._begin()
 
     def _begin(self) -> None:
@@ -180,10 +182,10 @@ def _announcer() -> Callable[[Announcement], None]:
         line = encode_line(announcement)
         try:
             os.write(descriptor, line)  # a pipe takes a line of this size in one write
-        except BlockingIOError:  # the parent is suspended and does not need more heartbeats than fit into the pipe
+        except BlockingIOError:  # the parent is suspended; it does not need more heartbeats than fit into the pipe
             pass
         except BrokenPipeError:
-            if not isinstance(announcement, Beat):  # the parent is gone, as standard input will also show
+            if not isinstance(announcement, Beat):  # the parent has ended, as standard input will also show
                 logger.warning("the process that started this engine does not read its announcements: %s", line)
 
     return announce

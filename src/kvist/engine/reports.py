@@ -1,8 +1,8 @@
-"""Makes LoadReports: the load of this engine and its cached pages, for every gateway.
+"""Makes the load reports: the status of this engine and the changes of its cached pages, for every gateway.
 
-Reports are sent once a second, and `MIN_INTERVAL_S` after the previous one if cached pages changed or a gateway asked
-for a snapshot. All gateways get their reports at the same time, so one set of pending changes is enough; a gateway that
-is new or asked for a resync gets every cached page instead.
+Reports are sent `MAX_INTERVAL_S` after the previous ones, and after `MIN_INTERVAL_S` if cached pages have changed or a
+gateway needs a snapshot. All gateways get their reports at the same time, so one set of pending changes is enough. A
+gateway that is new, or has requested a snapshot, gets every cached page instead of the changes.
 """
 
 from __future__ import annotations

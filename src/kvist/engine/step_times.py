@@ -1,8 +1,8 @@
-"""CPU seconds of the loop's thread, by part of a step: planning, launching, reading back. In the load reports.
+"""CPU seconds of the loop's thread, by part of a step: planning, launching, reading back. Sent in load reports.
 
 Reading includes the wait for the device, during which a GPU's driver polls and uses the CPU: on a GPU this is idle
-time, and only planning and launching can delay the device. The rest of the loop's total is receiving, sending and
-reports; the rest of the process's total is other threads.
+time, and only planning and launching can delay the device. The rest of `loop_cpu_seconds` is receiving, sending and
+reports; the rest of `process_cpu_seconds` is other threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class StepCpuTimes:
         """`thread_s` and `process_s` return the CPU seconds of this thread and of this process."""
         self._thread_s, self._process_s = thread_s, process_s
         self._spent_s = dict.fromkeys(("plan_cpu_seconds", "launch_cpu_seconds", "read_cpu_seconds"), 0.0)
-        self._before_s = thread_s()  # spent on loading, by the thread that now runs the loop
+        self._before_s = thread_s()  # spent on loading, by the same thread
 
     def planning(self) -> contextlib.AbstractContextManager[None]:
         return self._spent_on("plan_cpu_seconds")

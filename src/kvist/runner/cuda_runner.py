@@ -59,7 +59,7 @@ class LaunchedBatch:
         return bool(self.done.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> SampledTokens:
-        self.done.synchronize()  # without a timeout; engine/progress.py detects a stuck device
+        self.done.synchronize()  # without a timeout; engine/watchdog.py detects a stuck device
         sampled = sampled_tokens(self.tokens, self.logprobs)
         return sampled if self.scores is None else replace(sampled, prompt_logprobs=self.scores.by_item())
 

@@ -3,12 +3,12 @@
     STARTING ──Ready──► RUNNING ──died, or killed──► WAITING ──backoff──► STARTING     cancelled: ──► STOPPED
         └──StartFailed, or too slow──► the first time: run() raises; later: WAITING
 
-`EngineProcess` is one run of an engine; `EngineSupervisor` restarts it. Each run has its own epoch, so messages to an
-earlier run are never mistaken for messages to a later one. The engine logs to our standard error and sends its
-announcements through a pipe.
+`EngineProcess` is one run of an engine; `EngineSupervisor` starts one run after another. Each run has its own epoch, so
+messages to an earlier run are never mistaken for messages to a later one. The engine logs to our standard error and
+sends its announcements through a pipe.
 
-A running engine sends a heartbeat twice a second (progress.py). `health` shows heartbeats that report a stall, and
-missing heartbeats; after `--stall-restart-s` without progress the engine is killed and restarted.
+A running engine sends a heartbeat twice a second (engine/watchdog.py). `health` has the time without progress, from the
+heartbeats or from their absence; after `--stall-restart-s` without progress the engine is killed and restarted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LONGEST_RESTART_WAIT_S = 30.0
 BACKOFF_RESET_S = 60.0  # a run of this length resets the wait before the next start
 STOP_GRACE_S = 10.0
 CHECK_INTERVAL_S = 0.5  # between two checks of the engine's progress
-_SELF_EXIT_GRACE_S = 2.0  # first let the engine exit by itself at the limit, because it logs where it hangs
+_SELF_EXIT_GRACE_S = 2.0  # at the limit the engine first gets time to exit by itself, because it logs where it hangs
 _MAX_LINE_BYTES = 1 << 20
 ENGINE_COMMAND = (sys.executable, "-m", "kvist.engine")
 
@@ -95,7 +95,7 @@ class EngineProcess:
         return EngineHealth(turn_s=self._beat.turn_s + silent_s, stalled_s=self._beat.stalled_s + silent_s)
 
     def drain(self) -> None:
-        """Ask the engine to take no new request and to end after its last request."""
+        """Request that the engine takes no new request and ends after its last request."""
         _send_line(self._process, DRAIN)
 
     def kill(self) -> None:
@@ -103,7 +103,7 @@ class EngineProcess:
             self._process.kill()
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """Ask the engine to end now; SIGKILL after `grace_s`. Harmless if the engine has ended."""
+        """Request that the engine ends now; send SIGKILL after `grace_s`. Harmless if the engine has ended."""
         await _end(self._process, grace_s=grace_s)
         await self._reader
 
@@ -178,10 +178,11 @@ class EngineState(enum.Enum):
 
 
 class EngineSupervisor:
-    """Keeps one engine alive. Mutable; owned by the task that runs `run`; others read `state` and `spec`.
+    """Keeps one engine running. Mutable; owned by the task that runs `run`; others call `drain` and read the
+    attributes.
 
-    `on_change` is called whenever `spec` changes to that of another run or to None: the gateway then connects or
-    disconnects. `on_progress` is called with each step of a start, which is also in `health.doing`.
+    `on_change` is called when `spec` changes, to the spec of another run or to None: the gateway then connects or
+    disconnects. `on_progress` is called with each stage of a start, which is also in `health.doing`.
     """
 
     def __init__(
@@ -207,16 +208,17 @@ class EngineSupervisor:
         self._draining = False
 
     def drain(self) -> bool:
-        """Ask the engine to take no new request and to end after its last one; then `run` returns. Returns False if no
-        engine is running."""
+        """Request that the engine takes no new request and ends after its last one; `run` then returns. Return False if
+        no engine is running."""
         self._draining = True
         if self._engine is not None:
             self._engine.drain()
         return self._engine is not None
 
     async def run(self) -> None:
-        """Run the engine until cancelled or drained, then stop it. Raises `KvistError` if the very first start fails,
-        because a retry would hardly help. Later starts are retried forever, at least every `LONGEST_RESTART_WAIT_S`."""
+        """Run the engine until cancelled or drained, then stop it. Raises `KvistError` if the first start fails,
+        because a retry is unlikely to succeed. Later starts are retried without limit; the waits between them grow up
+        to `LONGEST_RESTART_WAIT_S`."""
         num_early_exits = 0
         try:
             while True:
@@ -246,7 +248,7 @@ class EngineSupervisor:
             await asyncio.shield(asyncio.to_thread(self._remove_leftovers))
 
     def _remove_leftovers(self) -> None:
-        with contextlib.suppress(ConfigError, OSError):  # the engine has reported the problem of the folder
+        with contextlib.suppress(ConfigError, OSError):  # the engine has reported a problem of the folder
             remove_leftovers(runtime_dir(self._config.options.runtime.runtime_dir))
 
     async def _start_and_watch(self) -> None:
@@ -263,7 +265,7 @@ class EngineSupervisor:
             await asyncio.shield(engine.stop())
 
     async def _watch(self, engine: EngineProcess) -> str:
-        """Wait until the engine has ended; kill it if it makes no progress. Returns how the engine ended."""
+        """Wait until the engine has ended; kill it if it makes no progress. Return how the engine ended."""
         if self._draining:
             engine.drain()
         ending = asyncio.create_task(engine.wait(), name="engine's end")

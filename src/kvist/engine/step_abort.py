@@ -1,8 +1,8 @@
-"""Abandons a step between two layers once all its requests are aborted: on a CPU a step may take seconds.
+"""Aborts a step between two layers when all its requests have been aborted: on a CPU a step may take seconds.
 
 While the loop computes, messages wait in the socket. The runner calls `check` between layers; at most 40 times a
-second, `check` receives the waiting messages and buffers them for the loop's next iteration. A step goes on while one
-of its requests is still open.
+second, `check` receives the waiting messages and buffers them for the loop's next iteration. The step continues while
+one of its requests is open.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class Receiver(Protocol):
     def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]: ...
 
 
-class StepAbandoned(Exception):
-    """All requests of the current batch were aborted. The pages that the batch wrote must not be used."""
+class StepAborted(Exception):
+    """Raised when all requests of the current batch were aborted. The pages that the batch wrote must not be used."""
 
     def __init__(self, request_ids: Collection[RequestId]) -> None:
         super().__init__("every request of the step was aborted")
         self.request_ids = request_ids
 
 
-class Abandonment:
+class StepAbort:
     """Mutable; owned by the engine loop. `owner` returns the gateway of a request."""
 
     def __init__(self, channel: Receiver, owner: Callable[[RequestId], bytes | None], clock: Clock) -> None:
@@ -42,10 +42,10 @@ class Abandonment:
         self._clock = clock
         self._buffered: list[tuple[bytes, Inbound]] = []
         self._slots = OpenSlots()
-        self._batch = Batch(step_id=0, items=())  # the current one
+        self._batch = Batch(step_id=0, items=())
         self._aborted: set[RequestId] = set()  # since the batch began
         self._next_check_s = 0.0
-        self.num_abandoned = 0
+        self.num_aborted = 0
 
     def begin(self, batch: Batch) -> None:
         self._slots.update(batch)
@@ -54,7 +54,7 @@ class Abandonment:
         self._next_check_s = self._clock.now_s() + CHECK_INTERVAL_S
 
     def check(self) -> None:
-        """Raise `StepAbandoned` if every request of the batch was aborted. Without a receive, takes well under 1 µs."""
+        """Raise `StepAborted` if every request of the batch was aborted. A call without a receive takes under 1 µs."""
         now_s = self._clock.now_s()
         if now_s < self._next_check_s or len(self._buffered) >= MAX_BUFFERED_MESSAGES:
             return
@@ -64,8 +64,8 @@ class Abandonment:
             if isinstance(message, wire.Abort) and self._owner(message.request_id) == identity:
                 self._aborted.add(message.request_id)
         if self._aborted and self._aborted.issuperset(request_ids := self._slots.running(self._batch)):
-            self.num_abandoned += 1
-            raise StepAbandoned(request_ids)
+            self.num_aborted += 1
+            raise StepAborted(request_ids)
 
     def take_buffered(self) -> list[tuple[bytes, Inbound]]:
         buffered, self._buffered = self._buffered, []

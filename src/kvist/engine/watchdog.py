@@ -1,12 +1,13 @@
-"""Watches the progress of the engine's loop: reports to the parent twice a second, and ends a process that hangs.
+"""Detects an engine loop that hangs: sends a heartbeat to the parent twice a second, and ends the process at a limit.
 
 The loop begins an iteration at least once a second, unless a step takes longer. On a GPU, a long iteration means that
 the device hangs, because the loop waits for the device in the driver without limit. On a CPU, a step may take long, and
-then the loop's thread uses the CPU; a loop that neither iterates nor computes is blocked. The watch therefore reports
-two numbers: the duration of the current iteration, and the time without progress. If the process is suspended
-(SIGSTOP), this thread is suspended, too, and the parent notices the missing heartbeats (supervisor/).
+the loop's thread then uses the CPU; a loop that neither iterates nor computes is blocked. A heartbeat therefore has two
+numbers: the duration of the current iteration, and the time without progress. If the process is suspended (SIGSTOP),
+this thread is suspended too, and the parent notices the missing heartbeats (supervisor/).
 
-Time is counted in checks, not read from a clock: a process suspended for an hour misses one check, not an hour.
+Time is counted in checks and not read from a clock, so that a process that was suspended for an hour has missed no hour
+of progress.
 """
 
 from __future__ import annotations
@@ -18,20 +19,19 @@ import threading
 from collections.abc import Callable
 
 CHECK_INTERVAL_S = 0.5
-LEAST_CPU_S = (
-    0.01  # of the loop's thread between two checks; more means that the thread computes, even if cores are scarce
-)
+# CPU time of the loop's thread between two checks; more means that the thread computes, even if cores are scarce.
+LEAST_CPU_S = 0.01
 
 logger = logging.getLogger(__name__)
 
 
 def _end_process() -> None:
-    faulthandler.dump_traceback()  # the stacks of all threads, on standard error
+    faulthandler.dump_traceback()  # the stacks of all threads, to standard error
     os._exit(1)  # not a clean exit, which would also wait for the device
 
 
-class ProgressWatch:
-    """Watches from `start` to `stop`; only its own thread calls `check`."""
+class Watchdog:
+    """Runs from `start` to `stop`. Only its own thread calls `check`."""
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class ProgressWatch:
         loop_cpu_s: Callable[[], float] | None = None,
         end: Callable[[], None] = _end_process,
     ) -> None:
-        """Watch a loop. `num_iterations` counts the iterations begun. After `limit_s` without progress the process is
-        ended. `loop_cpu_s` is the CPU time of the loop's thread; None with a GPU, because waiting for a GPU also uses
-        the CPU."""
+        """`num_iterations` returns the number of iterations begun. After `limit_s` without progress, `end` is called.
+        `loop_cpu_s` returns the CPU time of the loop's thread; None with a GPU, because waiting for a GPU also uses the
+        CPU."""
         self._num_iterations = num_iterations
         self._limit_s = limit_s
         self._loop_cpu_s = loop_cpu_s
@@ -54,7 +54,7 @@ class ProgressWatch:
         self._num_checks_in_iteration = 0
         self._num_checks_stalled = 0
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="kvist-progress", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="kvist-watchdog", daemon=True)
 
     def start(self, beat: Callable[[float, float], None] | None = None) -> None:
         """Start. `beat` is called after each check with the duration of the iteration and the time without progress."""

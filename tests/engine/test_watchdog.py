@@ -1,4 +1,4 @@
-"""The watch ends a process if and only if its loop makes no progress, and reports to the parent all the time."""
+"""The watchdog ends a process if and only if its loop makes no progress, and reports to the parent all the time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import threading
 import pytest
 
 from kvist.clock import PauseMeter
-from kvist.engine import progress
-from kvist.engine.progress import CHECK_INTERVAL_S, LEAST_CPU_S, ProgressWatch
+from kvist.engine import watchdog
+from kvist.engine.watchdog import CHECK_INTERVAL_S, LEAST_CPU_S, Watchdog
 
 LIMIT_S = 30.0
 LOOKS = int(LIMIT_S / CHECK_INTERVAL_S)
@@ -22,9 +22,9 @@ def never() -> None:
     pytest.fail("it was ended")
 
 
-def test_the_watch_ends_a_process_whose_loop_hangs_and_logs_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_watchdog_ends_a_process_whose_loop_hangs_and_logs_why(caplog: pytest.LogCaptureFixture) -> None:
     ends: list[str] = []
-    watch = ProgressWatch(lambda: 7, limit_s=LIMIT_S, end=lambda: ends.append("now"))
+    watch = Watchdog(lambda: 7, limit_s=LIMIT_S, end=lambda: ends.append("now"))
     for _ in range(LOOKS - 1):
         watch.check()
     assert not ends
@@ -34,9 +34,9 @@ def test_the_watch_ends_a_process_whose_loop_hangs_and_logs_why(caplog: pytest.L
     assert "no progress for 30 s (--stall-restart-s)" in caplog.text
 
 
-def test_the_watch_leaves_a_slow_loop_alone() -> None:
+def test_the_watchdog_leaves_a_slow_loop_alone() -> None:
     turns = (number // (LOOKS - 1) for number in itertools.count())  # just fast enough
-    watch = ProgressWatch(lambda: next(turns), limit_s=LIMIT_S, end=never)
+    watch = Watchdog(lambda: next(turns), limit_s=LIMIT_S, end=never)
     for _ in range(10 * LOOKS):
         watch.check()
 
@@ -44,7 +44,7 @@ def test_the_watch_leaves_a_slow_loop_alone() -> None:
 def test_a_long_step_is_progress_only_while_it_uses_the_cpu() -> None:
     beats: list[tuple[float, float]] = []
     cpu_s = itertools.count(start=0.0, step=2 * LEAST_CPU_S)
-    watch = ProgressWatch(lambda: 7, limit_s=LIMIT_S, loop_cpu_s=lambda: next(cpu_s), end=never)
+    watch = Watchdog(lambda: 7, limit_s=LIMIT_S, loop_cpu_s=lambda: next(cpu_s), end=never)
     watch.start(lambda turn_s, stalled_s: beats.append((turn_s, stalled_s)))
     watch.stop()
     beats.clear()
@@ -52,7 +52,7 @@ def test_a_long_step_is_progress_only_while_it_uses_the_cpu() -> None:
         watch.check()
     assert beats[-1] == (pytest.approx(3 * LIMIT_S, abs=2 * CHECK_INTERVAL_S), 0.0)
 
-    blocked = ProgressWatch(lambda: 7, limit_s=LIMIT_S, loop_cpu_s=lambda: 1.0, end=never)
+    blocked = Watchdog(lambda: 7, limit_s=LIMIT_S, loop_cpu_s=lambda: 1.0, end=never)
     blocked.start(lambda turn_s, stalled_s: beats.append((turn_s, stalled_s)))
     blocked.stop()
     for _ in range(4):
@@ -67,8 +67,8 @@ def test_oversleep_counts_the_time_in_which_the_process_was_stopped() -> None:
     assert pauses.measure_s(161.0) == 0.0
 
 
-def test_the_watch_checks_from_start_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "CHECK_INTERVAL_S", 0.001)
+def test_the_watchdog_checks_from_start_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "CHECK_INTERVAL_S", 0.001)
     looks, seen = itertools.count(), threading.Event()
 
     def num_iterations() -> int:
@@ -77,7 +77,7 @@ def test_the_watch_checks_from_start_to_stop(monkeypatch: pytest.MonkeyPatch) ->
             seen.set()
         return look
 
-    watch = ProgressWatch(num_iterations, limit_s=LIMIT_S, end=never)
+    watch = Watchdog(num_iterations, limit_s=LIMIT_S, end=never)
     watch.start()
     assert seen.wait(60)
     watch.stop()
@@ -85,10 +85,10 @@ def test_the_watch_checks_from_start_to_stop(monkeypatch: pytest.MonkeyPatch) ->
 
 STUCK = """
 import itertools, sys, threading
-from kvist.engine import progress
-progress.CHECK_INTERVAL_S = 0.01
+from kvist.engine import watchdog
+watchdog.CHECK_INTERVAL_S = 0.01
 main, turns = sys._getframe(), itertools.count()
-progress.ProgressWatch(lambda: -1 if main.f_lineno == 7 else next(turns), limit_s=0.05).start()
+watchdog.Watchdog(lambda: -1 if main.f_lineno == 7 else next(turns), limit_s=0.05).start()
 threading.Event().wait(60)
 """
 
