@@ -30,6 +30,18 @@ from kvist.runner.tp import FollowerProcesses, Rendezvous
 from tests.runner.hand_driven import HandDriven, PlainEngine, make_runner
 
 SAMPLING = SamplingParams(max_tokens=6, temperature=0.8, seed=5)
+SHAPED = SamplingParams(
+    max_tokens=6,
+    temperature=0.8,
+    seed=6,
+    top_p=0.9,
+    repetition_penalty=1.3,
+    presence_penalty=2.0,
+    frequency_penalty=1.0,
+    logit_bias=((30, 4.0), (31, 4.0)),
+    allowed_token_ids=tuple(range(20, 60)),
+    bad_words=((30, 31), (33,)),
+)
 START = StartRequest(
     slot=SlotId(0), request_id=RequestId("r"), sampling=SAMPLING, token_ids=list(range(3, 11)), num_prompt_tokens=8
 )
@@ -48,9 +60,23 @@ def test_two_ranks_give_the_tokens_and_pages_of_one_rank(
         got = [token.token_id for token in pair.generate(prompt, SAMPLING, chunks=[9, 13], pages=pages)]
         assert got == expected
         torch.testing.assert_close(runner.pool.tensor[pages[:6]], engine.runner.pool.tensor[pages[:6]])
+        assert overlapped(pair, prompt, pages) == overlapped(engine, prompt, pages)
     finally:
         runner.close()
     assert list((tmp_path / "two").iterdir()) == []
+
+
+def overlapped(engine: HandDriven[Any], prompt: list[int], pages: list[int]) -> list[int]:
+    """Return shaped tokens. Only the prompt is given: each rank continues from its own tokens, and counts them."""
+    slot = engine.start("shaped", SHAPED, prompt)
+    items = [BatchItem(slot=slot, token_ids=prompt, start=0, page_ids=pages, samples=True)]
+    items += [
+        BatchItem(slot=slot, token_ids=(), start=len(prompt) + number, page_ids=pages, samples=True)
+        for number in range(SHAPED.max_tokens - 1)
+    ]
+    tokens = [token.token_id for item in items for token in engine.step(item).values()]
+    engine.end(slot)
+    return tokens
 
 
 SLOW_FOLLOWER = """
